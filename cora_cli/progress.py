@@ -1,0 +1,58 @@
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LINE_INTERVAL_SECONDS = 10.0
+
+
+def say(message: str) -> None:
+    """Print one line of status on stderr, so that stdout stays free for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Counts finished units of work and shows them; see `progress`."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._done = self._start = done
+        self._began = self._spoke = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True, leave=False)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Add `count` finished units; `note` is shown beside them."""
+        self._done += count
+        if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        if now - self._spoke >= LINE_INTERVAL_SECONDS or self._done >= self._total:
+            self._spoke = now
+            rate = (self._done - self._start) / max(now - self._began, 1e-9)
+            left = (self._total - self._done) / rate if rate else 0.0
+            tail = f", {note}" if note else ""
+            say(f"{self._label}: {self._done}/{self._total} {self._unit} ({rate:.2f}/s, {left:.0f} s left{tail})")
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str = "it", done: int = 0) -> Iterator[Progress]:
+    """A `Progress` over `total` units of which `done` were there before; closed at the end, also after an error."""
+    shown = Progress(label, total, unit, done)
+    try:
+        yield shown
+    finally:
+        shown.close()

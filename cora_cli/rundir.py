@@ -1,0 +1,240 @@
+"""Names and schemas of everything `cora` leaves on disk, atomic writes, and content hashes.
+
+A file that exists under its final name is whole: writers go through `atomic_path`, and readers verify hashes. This module
+knows no command and imports nothing of the package but its errors.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cora_cli.errors import CoraError
+
+HASH_CHUNK = 1 << 20
+_SHA256_NAME = re.compile(r"^[0-9a-f]{64}$")
+
+
+def disk_error(error: OSError, path: Path) -> CoraError:
+    """Turn an operating system error met while writing `path` into one sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return CoraError(f"the disk is full: {path} could not be written ({error.strerror}); nothing was left half-written")
+    return CoraError(f"{path} cannot be written: {error.strerror or error}")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error is the disk's refusal, in whichever library's words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    signs = ("No space left", "File too large", "PytorchStreamWriter failed", "Disk quota")
+    return any(sign in str(error) for sign in signs)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` that replaces it on success and vanishes on failure.
+
+    The sibling may be written as a file or made a directory. Raises `CoraError` where the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_dir() and path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            # A full disk must not hide the first error behind a second one.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def holds_files(directory: Path) -> bool:
+    """Whether anything is in `directory` but what a killed `atomic_path` left."""
+    return any(not (entry.name.startswith(".") and entry.name.endswith(".tmp")) for entry in directory.iterdir())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in one step: readers see the old file or the new one, never a part."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON in one step. Raises `ValueError` on NaN, which JSON cannot hold."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> None:
+    """Write one JSON document a line, in one step."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises `CoraError` naming the file (and the line) where it is missing or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CoraError(f"{path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CoraError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_jsonl(path: Path, *, drop_partial_tail: bool = False) -> list[Any]:
+    """Read one JSON document a line; blank lines are skipped.
+
+    With `drop_partial_tail` a last line without its newline, which is what a killed writer leaves, is ignored.
+    Raises `CoraError` naming file and line where one is malformed.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8", errors="replace" if drop_partial_tail else "strict")
+    except FileNotFoundError as error:
+        raise CoraError(f"{path} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise CoraError(f"{path} is not UTF-8 text: {error}") from error
+    lines = text.split("\n")
+    if drop_partial_tail:
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise CoraError(f"{path}, line {number}: not valid JSON ({error.msg}): {line.strip()[:60]!r}") from error
+    return records
+
+
+def sha256_text(text: str) -> str:
+    """Hex digest of a string's UTF-8 bytes."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex digest of a JSON-serialisable value, independent of key order."""
+    return sha256_text(json.dumps(value, sort_keys=True, ensure_ascii=False))
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes.
+
+    A file of the hub's cache is a link to a blob that is named by its own digest; that name is taken as it is, so that 26 GB of
+    weights are not read only to be hashed.
+    """
+    if path.is_symlink() and _SHA256_NAME.match(path.resolve().name):
+        return path.resolve().name
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_files(paths: Iterable[Path]) -> str:
+    """Hex digest over the names and contents of several files, independent of their order and of where they lie."""
+    return sha256_json({path.name: sha256_file(path) for path in paths})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """Where each file of a training run lies. Constructing one touches nothing on disk."""
+
+    root: Path
+
+    @cached_property
+    def config(self) -> Path:
+        """The resolved configuration, YAML, readable by `cora train --config`."""
+        return self.root / "config.yaml"
+
+    @cached_property
+    def record(self) -> Path:
+        """`run.json`: versions, seeds, hashes, counts, speed, status."""
+        return self.root / "run.json"
+
+    @cached_property
+    def log(self) -> Path:
+        """`log.jsonl`: one line per optimizer step."""
+        return self.root / "log.jsonl"
+
+    @cached_property
+    def adapter(self) -> Path:
+        """A standard PEFT adapter directory (mode `full`: absent, see `model`)."""
+        return self.root / "adapter"
+
+    @cached_property
+    def model(self) -> Path:
+        """The whole model, written by mode `full` only."""
+        return self.root / "model"
+
+    @cached_property
+    def checkpoints(self) -> Path:
+        """The Trainer's checkpoints, each with a `complete.json` once it is whole."""
+        return self.root / "checkpoints"
+
+    @cached_property
+    def test_records(self) -> Path:
+        """`test.jsonl`: the held-out records, never trained on."""
+        return self.root / "test.jsonl"
+
+    @cached_property
+    def heldout(self) -> Path:
+        """`heldout.jsonl`: per held-out record its tokens and its negative log-likelihood before and after training."""
+        return self.root / "heldout.jsonl"
+
+    @cached_property
+    def evaluation(self) -> Path:
+        """Default place of `cora evaluate RUN`."""
+        return self.root / "eval"
+
+    def exists(self) -> bool:
+        """Whether a run (whole or not) lives here."""
+        return self.record.exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationDirectory:
+    """Where each file of an evaluation lies."""
+
+    root: Path
+
+    @cached_property
+    def predictions(self) -> Path:
+        """One line per example in dataset order: index, prompt, reference, prediction, finish_reason, new_tokens."""
+        return self.root / "predictions.jsonl"
+
+    @cached_property
+    def partial_predictions(self) -> Path:
+        """The same lines in the order of generation, while it goes on."""
+        return self.root / "predictions.partial.jsonl"
+
+    @cached_property
+    def generation(self) -> Path:
+        """`generation.json`: the settings and inputs of the predictions, and their hash once they are whole."""
+        return self.root / "generation.json"
+
+    @cached_property
+    def metrics(self) -> Path:
+        """`metrics.json`: under `metrics`, per metric `value`, `ci95`, `n`, `signature`."""
+        return self.root / "metrics.json"
+
+    @cached_property
+    def scores(self) -> Path:
+        """`scores.jsonl`: per-example score of each metric, in dataset order."""
+        return self.root / "scores.jsonl"

@@ -1,0 +1,24 @@
+"""Aligned Markdown tables: readable in a terminal as they are, and in a page once rendered."""
+
+from collections.abc import Sequence
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out cells under headers; the first column is aligned left, the others right.
+
+    Raises `ValueError` where a row has not one cell per header.
+    """
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([line(headers), rule, *map(line, rows)])
+
+
+def with_interval(value: float, interval: Sequence[float], digits: int) -> str:
+    """`0.123 [0.100, 0.150]`."""
+    low, high = interval
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
