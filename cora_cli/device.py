@@ -1,0 +1,115 @@
+"""Which device and which precision: chosen here, once, with the reason.
+
+Everything that depends on the hardware (device, dtype, attention kernel) is decided in this module from facts that can be
+passed in, so the choice for machines that are not at hand can be tested. It moves no tensors.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.settings import DtypeName
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """The device and precision of a command, and why.
+
+    `dtype` is that of the frozen weights and of the matrix products; trained parameters stay in float32.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    device_reason: str
+    dtype_reason: str
+
+    @property
+    def dtype_name(self) -> str:
+        """`bf16` or `fp32`."""
+        return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return f"device {self.device} ({self.device_reason}), {self.dtype_name} ({self.dtype_reason})"
+
+
+def select_hardware(device: str, dtype: DtypeName) -> Hardware:
+    """Resolve `--device` and `--dtype`.
+
+    Raises `UsageError` where the device's name is no name and `CoraError` where the device is not there.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device!r} is unknown; use auto, cpu, cuda or cuda:<index>")
+    if device != "cpu":
+        _show_one_gpu(device)
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if device.startswith("cuda") and gpus == 0:
+        raise CoraError(f"--device {device} was asked for, but torch {torch.__version__} sees no such CUDA device here")
+    if gpus:
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        chosen, reason = torch.device("cuda", rank), torch.cuda.get_device_name(rank)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        chosen, reason = torch.device("cpu"), "asked for" if device == "cpu" else "no CUDA device here"
+        has_bf16 = cpu_has_bf16()
+    torch_dtype, dtype_reason = select_dtype(dtype, has_bf16, chosen.type)
+    return Hardware(chosen, torch_dtype, reason, dtype_reason)
+
+
+def _show_one_gpu(device: str) -> None:
+    """Leave one GPU visible to this process, before CUDA starts, unless a launcher gives one to each process.
+
+    With several visible, the Trainer would wrap the model in DataParallel, which cannot split a packed row.
+    """
+    if "LOCAL_RANK" in os.environ or torch.cuda.is_initialized():
+        return
+    visible = [index for index in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if index]
+    index = int(device.partition(":")[2] or 0)
+    if visible and index >= len(visible):
+        raise CoraError(f"--device {device} was asked for, but CUDA_VISIBLE_DEVICES shows only {len(visible)} device(s)")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
+
+
+def select_dtype(dtype: DtypeName, has_bf16: bool, device_type: str) -> tuple[torch.dtype, str]:
+    """Name the dtype for `--dtype`, and the reason; `auto` takes bfloat16 only where the hardware multiplies it."""
+    if dtype != "auto":
+        return _DTYPES[dtype], "asked for"
+    part = "GPU" if device_type == "cuda" else "processor"
+    if has_bf16:
+        return torch.bfloat16, f"the {part} has bfloat16 instructions"
+    return torch.float32, f"the {part} has no bfloat16 instructions"
+
+
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies bfloat16 matrices itself (x86 AMX or AVX512-BF16, Arm `bf16`)."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    line = next((line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), "")
+    flags = set(line.partition(":")[2].split())
+    return bool(flags & {*BF16_CPU_FLAGS, "bf16"})
+
+
+def select_packed_attention(device_type: str, has_flash_attention: bool | None = None) -> tuple[str, str]:
+    """Name the attention implementation for packed rows, and the reason.
+
+    On CUDA these are transformers' own paths: FlashAttention's varlen kernel where `flash-attn` is installed, else SDPA with the
+    block-diagonal mask that transformers derives from `position_ids`. On a CPU a dense mask wastes most of the work, so
+    documents are attended one by one (`data.pack`).
+    """
+    if has_flash_attention is None:
+        has_flash_attention = importlib.util.find_spec("flash_attn") is not None
+    if device_type != "cuda":
+        return "cora_packed", "CPU: one causal attention per document"
+    if has_flash_attention:
+        return "flash_attention_2", "CUDA with flash-attn: varlen kernel"
+    return "sdpa", "CUDA without flash-attn: SDPA with a block-diagonal mask"

@@ -1,0 +1,103 @@
+"""Folders in the cache that are whole or are not taken: a manifest with the digest of every file, published by one rename.
+
+It knows nothing of what the folders hold or where that comes from.
+"""
+
+import errno
+import functools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+
+MANIFEST = "cora-manifest.json"
+_SCRATCH_PREFIX = ".building-"
+_ABANDONED_SECONDS = 86_400.0
+
+
+def whole_size(folder: Path, package_sha256: str) -> int | None:
+    """Bytes of the folder's files where all are as they were published from that package, else None.
+
+    Sizes are compared first, then the SHA-256 of everything, so that neither a truncated file nor zeroed pages after a power
+    cut pass. It costs about 0.2 s for 270 MB, once per process: a file whose size and time have not changed is not read twice.
+    """
+    try:
+        manifest = rundir.read_json(folder / MANIFEST)
+        if manifest["package_sha256"] != package_sha256:
+            return None
+        found = {name: (folder / name).stat() for name in manifest["files"]}
+        if any(found[name].st_size != file["bytes"] for name, file in manifest["files"].items()):
+            return None
+        for name, file in manifest["files"].items():
+            if _digest(folder / name, found[name].st_size, found[name].st_mtime_ns) != file["sha256"]:
+                return None
+    except (CoraError, OSError, KeyError, TypeError, AttributeError):
+        return None
+    return sum(stat.st_size for stat in found.values())
+
+
+def publish(folder: Path, build: Callable[[Path, Path], dict[str, Any]]) -> None:
+    """Fill a new folder with `build(content, scratch)` and put it at `folder` in one rename, in place of a damaged one.
+
+    `build` writes the files into `content`, may use `scratch` freely, and returns facts for the manifest, `package_sha256` among
+    them. Where another process published the same meanwhile, its folder stays and ours is dropped. Raises `CoraError` where
+    the disk refuses.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder.parent)
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH_PREFIX, dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+            content, scratch = Path(temporary, "content"), Path(temporary, "scratch")
+            content.mkdir()
+            scratch.mkdir()
+            facts = build(content, scratch)
+            _write_manifest(content, facts)
+            _rename(content, folder, facts["package_sha256"], aside=Path(temporary, "damaged"))
+    except OSError as error:
+        raise rundir.disk_error(error, folder) from error
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(path: Path, size: int, modified_ns: int) -> str:
+    return rundir.sha256_file(path)
+
+
+def _write_manifest(content: Path, facts: dict[str, Any]) -> None:
+    files = {}
+    for path in sorted(path for path in content.rglob("*") if path.is_file()):
+        # Without this a power cut after the rename may leave a file of the right size that is all zeros.
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        name = path.relative_to(content).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": rundir.sha256_file(path)}
+    rundir.write_json(content / MANIFEST, {**facts, "files": files})
+
+
+def _rename(content: Path, folder: Path, package_sha256: str, aside: Path) -> None:
+    while True:
+        try:
+            content.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        if whole_size(folder, package_sha256) is not None:
+            return
+        try:
+            folder.rename(aside)
+        except FileNotFoundError:
+            # Another process moved the damaged folder away between the two steps.
+            continue
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Delete what killed builds left behind a day ago or longer: up to 0.5 GB each that nobody would ever look for."""
+    for path in parent.glob(f"{_SCRATCH_PREFIX}*"):
+        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,63 @@
+"""Model directories -> transformers models and tokenizers, on the chosen device and in the chosen precision.
+
+The only place where `from_pretrained` of a base model is called. Where a model lies is `models`, what is added to it `adapters`.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from cora_cli.errors import CoraError
+from cora_cli.models import ModelPath
+
+
+def load_model(
+    model: ModelPath, dtype: torch.dtype | str, device: torch.device, attention: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a whole causal language model in evaluation mode.
+
+    `dtype` is a torch dtype, or "auto" for the one it is stored in; `attention` names transformers' implementation.
+    Raises `CoraError` for an adapter directory and for weights that are damaged or do not all arrive.
+    """
+    if model.is_adapter:
+        raise CoraError(
+            f"{model.reference} is an adapter, not a whole model; write one with `cora merge {model.reference}` first"
+        )
+    try:
+        loaded: Any
+        report: Any
+        loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # the pair that output_loading_info returns
+            model.path,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            weights_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers and safetensors raise unrelated types for damaged files
+        raise CoraError(f"model {model.reference} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CoraError(
+            f"model {model.reference} lacks {len(missing)} weights that its config.json promises, such as {missing[0]}"
+        )
+    return loaded.to(device).eval()
+
+
+def load_tokenizer(model: ModelPath, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer; its padding token falls back to the end token, which no loss mask relies on."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if tokenizer.eos_token_id is None:
+        raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so no answer could ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def context_length(config: Any) -> int:
+    """Longest sequence that the model can attend to, in tokens, by its configuration."""
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)

@@ -1,0 +1,98 @@
+"""Model references -> local directories: hub ids with a revision, local paths, adapter and run directories, the embedded model.
+
+It decides where a model lies and which files make it up; it loads no weights (see `basis.sources` and `adapters`).
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+
+EMBEDDED_MODEL = "builtin:smollm2"
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelPath:
+    """A model that is on this disk.
+
+    `reference` is what the user wrote, `revision` the hub commit (None for local directories).
+    """
+
+    reference: str
+    path: Path
+    revision: str | None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether this is a PEFT adapter rather than a whole model."""
+        return (self.path / "adapter_config.json").exists()
+
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`. Raises `CoraError` where it is missing or malformed."""
+        return rundir.read_json(self.path / "config.json")
+
+    def adapter_config(self) -> dict[str, Any]:
+        """The adapter's `adapter_config.json`. Raises `CoraError` where it is missing or malformed."""
+        return rundir.read_json(self.path / "adapter_config.json")
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights: safetensors where there are any, else `.bin`. Raises `CoraError` where none are."""
+        stem = "adapter_model" if self.is_adapter else "*"
+        for ending in ("safetensors", "bin"):
+            found = sorted(file for file in self.path.glob(f"{stem}.{ending}") if file.name != "training_args.bin")
+            if found:
+                return found
+        raise CoraError(f"{self.path} holds no weights: neither *.safetensors nor *.bin was found there")
+
+    def content_hash(self) -> str:
+        """SHA-256 over names and contents of the weight files and the configuration."""
+        name = "adapter_config.json" if self.is_adapter else "config.json"
+        return rundir.sha256_files([*self.weight_files(), self.path / name])
+
+
+def resolve_model(reference: str) -> ModelPath:
+    """Find a model on this disk, fetching it from the hub where it is a hub id.
+
+    `reference` is a directory, a `cora train` run directory, `builtin:smollm2`, or a hub id with an optional `@revision`.
+    Raises `CoraError` where nothing of that name can be had.
+    """
+    if reference == EMBEDDED_MODEL:
+        from cora_cli import embedded
+
+        return ModelPath(reference, embedded.model_directory(), None)
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        run = rundir.RunDirectory(path)
+        if run.exists():
+            path = run.model if run.model.exists() else run.adapter
+        if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+            raise CoraError(f"{reference} is no model: neither config.json nor adapter_config.json was found in {path}")
+        return ModelPath(reference, path, None)
+    hub_id, _, revision = reference.partition("@")
+    if path.is_absolute() or reference.startswith((".", "~")) or not _HUB_ID.match(hub_id):
+        raise CoraError(f"model {reference!r} is neither a directory on this disk nor a hub id such as org/name@revision")
+    return _fetch(reference, hub_id, revision or None)
+
+
+def _fetch(reference: str, hub_id: str, revision: str | None) -> ModelPath:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    def snapshot(*patterns: str) -> Path:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SHARED_PATTERNS, *patterns]))
+
+    try:
+        path = snapshot("*.safetensors")
+        if not list(path.glob("*.safetensors")):
+            path = snapshot("*.bin")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CoraError(
+            f"model {reference!r} is not a directory here and could not be fetched from the hub: {reason}"
+        ) from error
+    return ModelPath(reference, path, path.name)
