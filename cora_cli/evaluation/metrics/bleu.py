@@ -1,0 +1,69 @@
+"""Corpus BLEU of `sacrebleu` with its defaults (13a tokens, exponential smoothing, mixed case), 0–100.
+
+N-grams are counted by `sacrebleu`, once an example; the corpus value is a function of their sums and equals `corpus_bleu`. Scores of
+single examples are sentence BLEU, whose mean is not the corpus value.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from sacrebleu.metrics.bleu import BLEU
+
+from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts
+
+ORDER = 4
+
+
+class SacreBleu(Metric):
+    """Corpus BLEU, 0–100."""
+
+    name = "sacrebleu"
+
+    def __init__(self) -> None:
+        self._sentence = BLEU(effective_order=True)
+
+    def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
+        """Counts of each example: (n, 10), lengths of prediction and reference, matched and all 1- to 4-grams.
+
+        Raises `CoraError` where the counts of texts differ, which `sacrebleu` itself lets pass.
+        """
+        check_texts(predictions, references)
+        rows = []
+        for prediction, reference in zip(predictions, references, strict=True):
+            score = self._sentence.sentence_score(prediction, [reference])
+            rows.append([score.sys_len, score.ref_len, *score.counts, *score.totals])
+        return np.array(rows, dtype=np.float64)
+
+    def value(self, sums: Floats, n: int) -> Floats:
+        """Corpus BLEU of summed counts: (..., 10) -> (...)."""
+        return bleu_of_counts(sums, effective_order=False)
+
+    def example_scores(self, statistics: Floats) -> Floats:
+        """Sentence BLEU with effective order, as `sacrebleu.sentence_bleu`: (n, 10) -> (n,)."""
+        return bleu_of_counts(statistics, effective_order=True)
+
+    def signature(self) -> str:
+        """The signature that `sacrebleu` itself prints for the corpus value."""
+        corpus = BLEU()
+        corpus.corpus_score(["a"], [["a"]])  # it signs only after it has seen how many references there are
+        return f"{self.name}|{corpus.get_signature()}"
+
+
+def bleu_of_counts(counts: Floats, *, effective_order: bool) -> Floats:
+    """BLEU (Papineni et al. 2002) with exponential smoothing: (..., 10) -> (...), 0–100.
+
+    BP · exp(mean of log pₙ); the j-th order without a match gets pₙ = 100 / (2ʲ · totalₙ). `effective_order` averages over the orders
+    that the prediction is long enough for; without it one missing order makes the score 0. So does having no match at all.
+    """
+    predicted, expected = counts[..., 0], counts[..., 1]
+    matched, total = counts[..., 2 : 2 + ORDER], counts[..., 2 + ORDER :]
+    present = total > 0
+    smoothing = 2.0 ** np.cumsum((matched == 0) & present, axis=-1)
+    # Absent orders get a precision of 1 here and are dealt with below.
+    precision = 100.0 * np.where(matched > 0, matched, 1 / smoothing) / np.where(present, total, 1.0)
+    logarithms = np.where(present, np.log(precision), 0.0)
+    orders = np.maximum(present.sum(axis=-1), 1) if effective_order else ORDER
+    shortfall = np.where(predicted < expected, 1 - expected / np.maximum(predicted, 1), 0.0)
+    score = np.exp(shortfall + logarithms.sum(axis=-1) / orders)
+    scored = matched.any(axis=-1) if effective_order else matched.any(axis=-1) & present.all(axis=-1)
+    return np.asarray(np.where(scored, score, 0.0))

@@ -1,0 +1,87 @@
+"""METEOR as NLTK has it (Lavie & Agarwal 2007: exact, stem and WordNet matches), mean over examples.
+
+This is not METEOR 1.5 (no paraphrases, no weights per language), and NLTK looks synonyms up by stem: "car" matches "auto" but never
+"automobile". Its numbers compare with those of NLTK alone.
+"""
+
+import threading
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import nltk
+import numpy as np
+from nltk.corpus.reader import WordNetCorpusReader
+from nltk.tokenize import NLTKWordTokenizer
+from nltk.translate.meteor_score import single_meteor_score
+
+from cora_cli import embedded
+from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format_signature, package_version
+
+ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5
+
+# The reader seeks in files that it shares between all its users.
+_reader_lock = threading.Lock()
+_readers: dict[Path, WordNetCorpusReader] = {}
+
+
+def wordnet_reader(directory: Path) -> WordNetCorpusReader:
+    """Load the WordNet of an `nltk_data` directory, once a process.
+
+    A reader of its own rather than `nltk.corpus.wordnet`, which takes whatever version comes first on the data path.
+    """
+    with _reader_lock:
+        if directory not in _readers:
+            if str(directory) not in nltk.data.path:
+                # NLTK opens no file outside its data path.
+                nltk.data.path.insert(0, str(directory))
+            root = nltk.data.find("corpora/wordnet", paths=[str(directory)])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The multilingual functions are not available")
+                _readers[directory] = WordNetCorpusReader(root, None)
+        return _readers[directory]
+
+
+class Meteor(Metric):
+    """Mean METEOR, 0–1."""
+
+    name = "meteor"
+
+    @cached_property
+    def _wordnet(self) -> WordNetCorpusReader:
+        return wordnet_reader(embedded.wordnet_directory())
+
+    def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
+        """METEOR of each example: (n, 1). An empty text, or no word in common, scores 0."""
+        check_texts(predictions, references)
+        tokenizer, wordnet = NLTKWordTokenizer(), self._wordnet
+        with _reader_lock:
+            scores = [
+                single_meteor_score(
+                    tokenizer.tokenize(reference),
+                    tokenizer.tokenize(prediction),
+                    wordnet=wordnet,
+                    alpha=ALPHA,
+                    beta=BETA,
+                    gamma=GAMMA,
+                )
+                for prediction, reference in zip(predictions, references, strict=True)
+            ]
+        return np.array(scores, dtype=np.float64)[:, None]
+
+    def signature(self) -> str:
+        """Package version, tokenizer, stemmer, WordNet version, weights. Loads WordNet."""
+        return format_signature(
+            self.name,
+            aggregate="mean",
+            tok="NLTKWordTokenizer",
+            case="lower",
+            stemmer="porter",
+            wordnet=self._wordnet.get_version(),
+            alpha=ALPHA,
+            beta=BETA,
+            gamma=GAMMA,
+            empty=0,
+            nltk=package_version("nltk"),
+        )
