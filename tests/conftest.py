@@ -1,0 +1,71 @@
+"""Small real models and data that every test may use; nothing here reaches for a hub."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from cora_cli import embedded
+from cora_cli.basis.choices import BasisChoices
+from cora_cli.basis.extract import extract_basis
+from cora_cli.models import resolve_model
+
+
+def make_model(directory: Path, seed: int, key_value_heads: int = 2) -> Path:
+    """A two-layer Llama with hidden size 64 and four heads, in float32, with the embedded model's tokenizer."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(embedded.model_directory()).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model with grouped-query attention: q_proj is 64 × 64, k_proj and v_proj are 32 × 64."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny", seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_multihead_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model whose q_proj, k_proj and v_proj are all 64 × 64."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny-multihead", seed=1, key_value_heads=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_basis(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A basis of rank 8 of the tiny model alone."""
+    path = tmp_path_factory.mktemp("basis") / "basis.safetensors"
+    extract_basis([resolve_model(str(tiny_model))], path, BasisChoices(rank=8), None, torch.device("cpu"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short Alpaca records of different lengths, JSONL."""
+    path = tmp_path_factory.mktemp("data") / "tiny.jsonl"
+    records = [
+        {"instruction": f"Count to {n}.", "input": "" if n % 2 else "in words", "output": " ".join(map(str, range(1, n % 9 + 2)))}
+        for n in range(40)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
