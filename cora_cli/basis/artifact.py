@@ -1,0 +1,257 @@
+"""The basis file: one safetensors with its directions, their singular values and where they come from.
+
+A file that was cut, altered, or made for another model is refused here; how a basis is made is `extract`'s business.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from cora_cli import __version__, rundir
+from cora_cli.basis.choices import BasisChoices, GroupMapping, natural_order
+from cora_cli.basis.sources import WeightSource, tensor_digest
+from cora_cli.errors import CoraError
+
+FORMAT_VERSION = 1
+# One metadata entry, since safetensors writes several in no fixed order and equal bases should be equal files.
+_METADATA_KEY = "cora_basis"
+_KINDS = ("basis", "singular_values", "total_energy")
+_ORTHONORMAL = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceRecord:
+    """A model that went into a basis: what the user wrote, the hub revision, and the hash of the weights that were used."""
+
+    reference: str
+    revision: str | None
+    hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """A common subspace per group, and all that is known of it.
+
+    `directions` maps a group to its B, (out, R) float32 with orthonormal columns; `singular_values` to (R,) and `total_energy` to a
+    float64 scalar ‖M‖_F²; `gaps` to whether its subspace is unique; `modules` a module's name to its (out, in), and
+    `mapping` any module's name to its group.
+    """
+
+    path: Path
+    choices: BasisChoices
+    mapping: GroupMapping
+    directions: dict[str, torch.Tensor]
+    singular_values: dict[str, torch.Tensor]
+    total_energy: dict[str, torch.Tensor]
+    gaps: dict[str, bool]
+    modules: dict[str, tuple[int, int]]
+    sources: tuple[SourceRecord, ...]
+    base: SourceRecord | None
+    architecture: dict[str, Any]
+    cora_version: str = __version__
+
+    @property
+    def rank(self) -> int:
+        """R, the most directions a run can use."""
+        return self.choices.rank
+
+    @property
+    def base_hash(self) -> str | None:
+        """Content hash of the target weights that were subtracted under `--source delta`; else None."""
+        return self.base.hash if self.base else None
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of tensors and choices, independent of where the file or the models lie."""
+        tensors = {name: tensor_digest(name, tensor) for name, tensor in self.tensors().items()}
+        return rundir.sha256_json({"tensors": tensors, "choices": self.choices.to_json()})
+
+    @property
+    def explained_variance(self) -> dict[str, float]:
+        """Per group, Σ σ² of the kept directions over ‖M‖_F², in 0-1."""
+        return {
+            group: float(values.square().sum() / self.total_energy[group]) for group, values in self.singular_values.items()
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the file by their names in it."""
+        kinds = zip(_KINDS, (self.directions, self.singular_values, self.total_energy), strict=True)
+        return {f"{kind}/{group}": tensor.contiguous() for kind, groups in kinds for group, tensor in groups.items()}
+
+    def for_module(self, name: str, rank: int, out_features: int) -> torch.Tensor:
+        """B for module `name`: the first `rank` directions of its group, (out_features, rank) float32.
+
+        Raises `CoraError` where the module has no group here, its out-dimension differs, or `rank` is more than R.
+        """
+        group = self.mapping.group_of(name)
+        if group is None or group not in self.directions:
+            known = sorted(self.directions, key=natural_order)
+            shown = ", ".join(known[:3]) + (f", … ({len(known)} in all)" if len(known) > 3 else "")
+            raise CoraError(f"basis {self.path} has no group for module {name}; its groups are {shown}")
+        directions = self.directions[group]
+        if out_features != len(directions):
+            raise CoraError(
+                f"{name} has {out_features} outputs, but group {group} of basis {self.path} was made for {len(directions)}; "
+                "extract a basis from models of this architecture"
+            )
+        self._check_rank(rank)
+        return directions[:, :rank].clone()
+
+    def check_model(self, architecture: Mapping[str, Any], module_shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
+        """Raise `CoraError` unless this basis can serve a model.
+
+        `architecture` is the model's (see `sources.architecture_of`), `module_shapes` the (out, in) of the modules to be adapted.
+        The vocabulary may differ, since fine-tuning adds tokens.
+        """
+        for key in sorted((self.architecture.keys() & architecture.keys()) - {"vocab_size"}):
+            if self.architecture[key] != architecture[key]:
+                raise CoraError(
+                    f"basis {self.path} was made from models with {key} = {self.architecture[key]}, but this model has "
+                    f"{architecture[key]}; extract a basis from models of this architecture"
+                )
+        self._check_rank(rank)
+        for name, (out_features, _) in module_shapes.items():
+            self.for_module(name, rank, out_features)
+
+    def check_base(self, model: WeightSource) -> None:
+        """Raise `CoraError` where weight differences are to train a model other than the one they were taken from.
+
+        Reads the target weights of `model` under `--source delta`, and nothing otherwise.
+        """
+        if self.base is None:
+            return
+        missing = [module for module, shape in self.modules.items() if model.shapes.get(module) != shape]
+        found = None if missing else model.content_hash(self.modules)
+        if found != self.base.hash:
+            what = f"has no weight {missing[0]} {self.modules[missing[0]]}" if missing else f"has {found}"
+            raise CoraError(
+                f"basis {self.path} holds differences from base {self.base.reference} (content hash {self.base.hash}), but "
+                f"{model.reference} {what}; train that base, or extract again with --base {model.reference}"
+            )
+
+    def _check_rank(self, rank: int) -> None:
+        if not 1 <= rank <= self.rank:
+            raise CoraError(
+                f"--rank {rank} was asked for, but basis {self.path} holds {self.rank} directions; use --rank {self.rank} or less, "
+                f"or extract one with --rank {rank}"
+            )
+
+
+def write_basis(path: Path, basis: Basis) -> None:
+    """Write `basis` to `path` in one step; equal bases give equal bytes. Raises `CoraError` where the disk refuses."""
+    record = _record(basis)
+    record["digest"] = rundir.sha256_json(record)
+    metadata = {_METADATA_KEY: json.dumps(record, sort_keys=True, ensure_ascii=False)}
+    data = safetensors.torch.save(basis.tensors(), metadata)
+    with rundir.atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_basis(path: Path) -> Basis:
+    """Read and verify a basis file.
+
+    Raises `CoraError` where it is missing, cut, altered, of an unknown format version, or no basis at all.
+    """
+    record, tensors = _load(path)
+    version = record.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CoraError(f"{path} is a basis of format version {version}, but this cora reads version {FORMAT_VERSION}")
+    stated = record.pop("digest", None)
+    if rundir.sha256_json(record) != stated:
+        raise _altered(path, "its metadata does not match its digest")
+    groups = sorted(record["gaps"], key=natural_order)
+    basis = Basis(
+        path=path,
+        choices=BasisChoices.from_json(record["choices"]),
+        mapping=GroupMapping(record["group_pattern"], record["group_template"]),
+        **{
+            field: {group: _take(path, tensors, f"{kind}/{group}") for group in groups}
+            for field, kind in zip(("directions", "singular_values", "total_energy"), _KINDS, strict=True)
+        },
+        gaps={group: record["gaps"][group] for group in groups},
+        modules={name: (out, inside) for name, (out, inside) in record["modules"].items()},
+        sources=tuple(SourceRecord(**source) for source in record["sources"]),
+        base=SourceRecord(**record["base"]) if record["base"] else None,
+        architecture=record["architecture"],
+        cora_version=record["cora_version"],
+    )
+    if tensors:
+        raise _altered(path, f"it holds {min(tensors)}, which its metadata does not list")
+    _check_tensors(basis)
+    if basis.sha256 != record["sha256"]:
+        raise _altered(path, f"its content hashes to {basis.sha256}, where {record['sha256']} was written")
+    return basis
+
+
+def _record(basis: Basis) -> dict[str, Any]:
+    """The JSON metadata of a basis file."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "choices": basis.choices.to_json(),
+        "group_pattern": basis.mapping.pattern,
+        "group_template": basis.mapping.template,
+        "sources": [dataclasses.asdict(source) for source in basis.sources],
+        "base": dataclasses.asdict(basis.base) if basis.base else None,
+        "architecture": basis.architecture,
+        "modules": {name: list(shape) for name, shape in basis.modules.items()},
+        "gaps": basis.gaps,
+        "cora_version": basis.cora_version,
+        "sha256": basis.sha256,
+    }
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise CoraError(f"basis {path} does not exist; cora extract-basis makes one")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CoraError(f"{path} is no whole safetensors file, so it cannot be read as a basis: {error}") from error
+    if _METADATA_KEY not in metadata:
+        raise CoraError(f"{path} is a safetensors file but no basis: {_METADATA_KEY} is not among its metadata")
+    try:
+        record = json.loads(metadata[_METADATA_KEY])
+    except json.JSONDecodeError as error:
+        raise _altered(path, f"its metadata is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise _altered(path, "its metadata is not a JSON object")
+    return record, tensors
+
+
+def _altered(path: Path, reason: str) -> CoraError:
+    return CoraError(f"basis {path} was altered or damaged after it was written: {reason}; extract it again")
+
+
+def _take(path: Path, tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    if name not in tensors:
+        raise _altered(path, f"{name} is missing")
+    return tensors.pop(name)
+
+
+def _check_tensors(basis: Basis) -> None:
+    """Raise `CoraError` unless shapes, types and orthonormality are what the metadata promises."""
+    rows = {basis.mapping.group_of(module): out for module, (out, _) in basis.modules.items()}
+    for name, tensor in basis.tensors().items():
+        kind, _, group = name.partition("/")
+        shape = {"basis": (rows.get(group), basis.rank), "singular_values": (basis.rank,), "total_energy": ()}[kind]
+        if tuple(tensor.shape) != shape:
+            raise _altered(basis.path, f"{name} is {tuple(tensor.shape)} where {shape} was expected")
+        expected = torch.float32 if kind == "basis" else torch.float64
+        if tensor.dtype != expected or not bool(torch.isfinite(tensor).all()):
+            raise _altered(basis.path, f"{name} is not finite {expected}")
+    for group, directions in basis.directions.items():
+        wide = directions.double()
+        error = (wide.T @ wide - torch.eye(basis.rank, dtype=torch.float64)).abs().max().item()
+        if error > _ORTHONORMAL:
+            raise _altered(basis.path, f"the columns of basis/{group} are not orthonormal (off by {error:.1e})")

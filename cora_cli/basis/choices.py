@@ -1,0 +1,115 @@
+"""What a user may choose about a basis, validated, and which weights share one group under each choice.
+
+It knows names and rules only; shapes are judged in `merge`, and nothing here imports torch.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from cora_cli.errors import CoraError, UsageError
+
+Share = Literal["module", "layer", "projection", "global"]
+Merge = Literal["mean", "gram"]
+Source = Literal["weights", "delta"]
+Side = Literal["output", "input"]
+Method = Literal["svd", "pca"]
+Component = Literal["top", "bottom"]
+
+_ALLOWED: dict[str, tuple[str, ...]] = {
+    "share": get_args(Share),
+    "merge": get_args(Merge),
+    "source": get_args(Source),
+    "side": get_args(Side),
+    "method": get_args(Method),
+    "component": get_args(Component),
+}
+DEFAULT_TARGET_MODULES = ("q_proj", "k_proj", "v_proj")
+DEFAULT_RANK = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupMapping:
+    """A module's full name -> the name of its group: `re.sub(pattern, template, module)` where `pattern` matches all of it."""
+
+    pattern: str
+    template: str
+
+    def group_of(self, module: str) -> str | None:
+        """The group of `module`, or None where the pattern does not fit (a module outside all layers under `--share layer`)."""
+        return re.sub(self.pattern, self.template, module, count=1) if re.fullmatch(self.pattern, module) else None
+
+
+_MAPPINGS: dict[Share, GroupMapping] = {
+    "module": GroupMapping(r"^(.+)$", r"\1"),
+    "layer": GroupMapping(r"^((?:.*?\.)?\d+)\..+$", r"\1"),
+    "projection": GroupMapping(r"^(?:.*\.)?([^.]+)$", r"\1"),
+    "global": GroupMapping(r"^.+$", "global"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BasisChoices:
+    """Every choice that makes a basis, defaults first; raises `UsageError` where one is not among those allowed."""
+
+    share: Share = "module"
+    merge: Merge = "mean"
+    source: Source = "weights"
+    side: Side = "output"
+    method: Method = "svd"
+    component: Component = "top"
+    rank: int = DEFAULT_RANK
+    target_modules: tuple[str, ...] = DEFAULT_TARGET_MODULES
+
+    def __post_init__(self) -> None:
+        for name, allowed in _ALLOWED.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise UsageError(f"--{name} {value!r} is none of {', '.join(allowed)}")
+        if type(self.rank) is not int or self.rank < 1:
+            raise UsageError(f"--rank {self.rank!r} is not a whole number of at least 1")
+        targets = self.target_modules
+        if not isinstance(targets, tuple) or not targets or not all(isinstance(name, str) and name for name in targets):
+            raise UsageError(f"--target-modules {targets!r} is not a list of module names such as q_proj,k_proj,v_proj")
+
+    @property
+    def mapping(self) -> GroupMapping:
+        """How `share` turns a module's name into its group's."""
+        return _MAPPINGS[self.share]
+
+    def require_base(self, has_base: bool) -> None:
+        """Raise `UsageError` where weight differences are asked for and there is nothing to subtract."""
+        if self.source == "delta" and not has_base:
+            raise UsageError("--source delta needs --base: the model that the others were fine-tuned from")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serialisable form, read back by `from_json`."""
+        return {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "BasisChoices":
+        """The choices that `to_json` wrote."""
+        return cls(**{**value, "target_modules": tuple(value["target_modules"])})
+
+
+def is_target(module: str, target: str) -> bool:
+    """Whether `target` names `module`: its full name or its last components, as PEFT matches them."""
+    return module == target or module.endswith("." + target)
+
+
+def match_targets(modules: Sequence[str], target_modules: Sequence[str], where: str) -> list[str]:
+    """The modules that `target_modules` name, layers in numerical order.
+
+    Raises `CoraError` where one of the targets names none of `modules`; `where` is the model that the message names.
+    """
+    for target in target_modules:
+        if not any(is_target(module, target) for module in modules):
+            known = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
+            raise CoraError(f"no weight matrix of {where} matches the target module {target!r}; the names there are: {known}")
+    found = (module for module in modules if any(is_target(module, target) for target in target_modules))
+    return sorted(found, key=natural_order)
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key under which layer 10 comes after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

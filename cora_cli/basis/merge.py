@@ -1,0 +1,230 @@
+"""Which weights share a group, and the merged matrix of each group (equation 2 of arXiv 2409.02119, or a pooled Gram).
+
+Everything that shapes alone can refuse is refused in `plan`, before a tensor is read; decomposing is `decompose`'s work.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cora_cli.basis.choices import BasisChoices, match_targets
+from cora_cli.basis.sources import WeightSource
+from cora_cli.errors import CoraError
+
+EPS = torch.finfo(torch.float64).eps
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The weights that are merged into one matrix M of `rows` x `columns`.
+
+    `modules` maps names to (out, in); `directions` is how many singular vectors M can have.
+    """
+
+    name: str
+    modules: dict[str, tuple[int, int]]
+    rows: int
+    columns: int
+    directions: int
+
+
+@dataclasses.dataclass
+class Merged:
+    """One group's M, as `matrix` (rows, columns) itself or as `gram` = M Mᵀ (rows, rows); the other is None. All float64.
+
+    M is centred already under `--method pca`. `energy` = ‖M‖_F², and `removed` is the energy that centring took away, whose
+    rounding errors stay in M.
+    """
+
+    group: Group
+    matrix: torch.Tensor | None
+    gram: torch.Tensor | None
+    energy: float
+    removed: float
+
+
+def plan(sources: Sequence[WeightSource], base: WeightSource | None, choices: BasisChoices) -> list[Group]:
+    """The groups of `choices`, from shapes alone.
+
+    `base` is given where it is subtracted. Raises `CoraError` naming modules and shapes where the models differ, where weights
+    of one group cannot be merged, or where `rank` is more than they can have.
+    """
+    modules = _common_targets([*sources, *([base] if base else [])], choices)
+    if choices.side == "input":
+        for module, (out, inside) in modules.items():
+            if out != inside:
+                raise CoraError(
+                    f"--side input takes right singular vectors, of length in, as columns of B, of length out, so it needs square "
+                    f"weights: {module} is {(out, inside)}; use --side output"
+                )
+    grouped: dict[str, dict[str, tuple[int, int]]] = {}
+    for module, shape in modules.items():
+        name = choices.mapping.group_of(module)
+        if name is None:
+            raise CoraError(f"--share {choices.share}: {module} lies in no numbered layer; use --share module or projection")
+        grouped.setdefault(name, {})[module] = shape
+    return [_plan_group(name, members, len(sources), choices) for name, members in grouped.items()]
+
+
+def merge_group(
+    group: Group,
+    sources: Sequence[WeightSource],
+    base: WeightSource | None,
+    choices: BasisChoices,
+    device: torch.device,
+    advance: Callable[[], None] = lambda: None,
+) -> Merged:
+    """Merge one group, holding one model's tensor at a time beside the float64 accumulator on `device`.
+
+    `mean` gives M = (1/n) Σ Wᵢ over all weights of the group (equation 2), `gram` M = [W1 … Wn] through Σ Wᵢ Wᵢᵀ; Wᵢ has W_base
+    subtracted if `base` is given, and is transposed under `--side input`. Under `pca` the columns are centred (equation 7).
+    `advance` is called after each tensor. Raises `CoraError` where the merged matrix is zero.
+    """
+    pool = _Mean() if choices.merge == "mean" else _Gram()
+    for module in group.modules:
+        base_weight: torch.Tensor | None = None
+        for source in sources:
+            if base is None:
+                pool.add(_oriented(source.read(module).to(device), choices))
+            elif (delta := source.own_delta(module, base)) is not None:
+                pool.add(_oriented(delta.to(device), choices))
+            else:
+                if base_weight is None:
+                    base_weight = base.read(module).to(device)
+                pool.add(_oriented(source.read(module).to(device).double() - base_weight, choices))
+            delta = None  # one model's tensor at a time: nothing may outlive its turn
+            advance()
+    merged = pool.result(group, centred=choices.method == "pca")
+    if merged.energy <= pool.rounding(group) * (merged.energy + merged.removed):
+        reasons = {
+            "delta": "either the models equal the base there (--target-modules can leave it out) or they cancel (--merge gram does not)",
+            "weights": "all its weights are zero" if choices.method == "svd" else "all its columns are equal",
+        }
+        raise CoraError(f"the merged matrix of group {group.name} is zero; {reasons[choices.source]}")
+    return merged
+
+
+class _Mean:
+    """(1/n) Σ Wᵢ."""
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self._count = 0
+
+    def add(self, weight: torch.Tensor) -> None:
+        if self._sum is None:
+            self._sum = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
+        self._sum += weight
+        self._count += 1
+
+    def result(self, group: Group, centred: bool) -> Merged:
+        assert self._sum is not None
+        matrix, total = self._sum.div_(self._count), 0.0
+        if centred:
+            total = _energy(matrix)
+            matrix -= matrix.mean(dim=1, keepdim=True)
+        energy = _energy(matrix)
+        return Merged(group, matrix, None, energy, max(total - energy, 0.0))
+
+    @staticmethod
+    def rounding(group: Group) -> float:
+        """The part of the energy that may be rounding error alone: each entry is off by a few units in its last place."""
+        return (8 * EPS) ** 2
+
+
+class _Gram:
+    """Σ Wᵢ Wᵢᵀ, which cannot cancel, with the columns' sum for centring: Σ W Wᵀ − N μ μᵀ."""
+
+    def __init__(self) -> None:
+        self._gram: torch.Tensor | None = None
+        self._sum: torch.Tensor | None = None
+
+    def add(self, weight: torch.Tensor) -> None:
+        weight = weight.double()
+        if self._gram is None or self._sum is None:
+            self._gram = torch.zeros((weight.shape[0],) * 2, dtype=torch.float64, device=weight.device)
+            self._sum = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
+        self._gram.addmm_(weight, weight.T)
+        self._sum += weight.sum(dim=1)
+
+    def result(self, group: Group, centred: bool) -> Merged:
+        assert self._gram is not None
+        assert self._sum is not None
+        total = self._gram.trace().item()
+        if centred:
+            self._gram.addr_(self._sum, self._sum, alpha=-1.0 / group.columns)
+        energy = max(self._gram.trace().item(), 0.0)
+        return Merged(group, None, self._gram, energy, max(total - energy, 0.0))
+
+    @staticmethod
+    def rounding(group: Group) -> float:
+        """See `_Mean.rounding`; here a difference of squares carries the error."""
+        return 8 * EPS * group.rows
+
+
+def _energy(matrix: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(matrix).item() ** 2
+
+
+def _oriented(weight: torch.Tensor, choices: BasisChoices) -> torch.Tensor:
+    return weight.T if choices.side == "input" else weight
+
+
+def _common_targets(sources: Sequence[WeightSource], choices: BasisChoices) -> dict[str, tuple[int, int]]:
+    """Target module -> (out, in), the same in every source, or a `CoraError` that says where two of them differ."""
+    first, *others = sources
+    modules = match_targets(list(first.shapes), choices.target_modules, first.reference)
+    for other in others:
+        names = set(match_targets(list(other.shapes), choices.target_modules, other.reference))
+        if different := names.symmetric_difference(modules):
+            module = min(different)
+            has, lacks = (first, other) if module in first.shapes else (other, first)
+            raise CoraError(
+                f"{has.reference} has a weight {module} {has.shapes[module]}, but {lacks.reference} has none of that name"
+            )
+        for module in modules:
+            if first.shapes[module] != other.shapes[module]:
+                raise CoraError(
+                    f"{module} is {first.shapes[module]} in {first.reference}, but {other.shapes[module]} in {other.reference}; "
+                    "only models of one architecture can be merged"
+                )
+        for key in first.architecture.keys() & other.architecture.keys() - {"vocab_size"}:
+            if first.architecture[key] != other.architecture[key]:
+                raise CoraError(
+                    f"{key} is {first.architecture[key]} in {first.reference}, but {other.architecture[key]} in {other.reference}; "
+                    "only models of one architecture can be merged"
+                )
+    return {module: first.shapes[module] for module in modules}
+
+
+def _plan_group(name: str, members: dict[str, tuple[int, int]], models: int, choices: BasisChoices) -> Group:
+    sides = (0, 1) if choices.merge == "mean" else (0,)  # pooled columns need not be equally many
+    for side in sides:
+        lead = next(iter(members))
+        for module, shape in members.items():
+            if shape[side] != members[lead][side]:
+                raise CoraError(_refusal(name, (lead, members[lead]), (module, shape), side, choices))
+    rows, inside = next(iter(members.values()))
+    columns = inside if choices.merge == "mean" else models * sum(shape[1] for shape in members.values())
+    # Centred columns sum to zero, which takes one direction.
+    directions = min(rows, columns - (choices.method == "pca"))
+    if choices.rank > directions:
+        raise CoraError(
+            f"--rank {choices.rank} is more than the {directions} directions of group {name}, whose merged matrix is "
+            f"{(rows, columns)}; use --rank {directions} or less"
+        )
+    return Group(name, members, rows, columns, directions)
+
+
+def _refusal(
+    name: str, one: tuple[str, tuple[int, int]], two: tuple[str, tuple[int, int]], side: int, choices: BasisChoices
+) -> str:
+    what = ("out", "in")[side]
+    reason = " (grouped-query attention makes K and V smaller)" if side == 0 and choices.share in ("layer", "global") else ""
+    other_share = "--share module" if choices.share == "projection" else "--share module or --share projection"
+    alternative = f"{other_share}, or --merge gram," if side == 1 else other_share
+    return (
+        f"--share {choices.share} merges weights of one {what}-dimension, but in group {name} {one[0]} is {one[1]} and "
+        f"{two[0]} is {two[1]}{reason}; {alternative} would work"
+    )
