@@ -1,0 +1,48 @@
+"""Merges an adapter into its base and writes the result as a plain model."""
+
+from pathlib import Path
+
+import torch
+
+from cora_cli import rundir
+from cora_cli.adapters.install import lora_layers
+from cora_cli.adapters.storage import base_of, load_adapter
+from cora_cli.errors import CoraError
+from cora_cli.loading import load_model, load_tokenizer
+from cora_cli.models import ModelPath
+
+_DTYPES: dict[str, torch.dtype | str] = {"stored": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def merge_adapter(
+    adapter: ModelPath,
+    output: Path,
+    *,
+    base: ModelPath | None = None,
+    basis_path: Path | None = None,
+    dtype: str = "stored",
+    trust_remote_code: bool = False,
+) -> int:
+    """Write W + s·B·A in place of W for every adapted layer, with the tokenizer; returns the number of those layers.
+
+    `dtype` is `stored` (the base's own), `bf16` or `fp32`. Raises `CoraError` where `output` exists or the adapter does not fit.
+    """
+    if output.exists():
+        raise CoraError(f"{output} exists already; choose a new directory")
+    if not adapter.is_adapter:
+        raise CoraError(f"{adapter.reference} is a whole model: there is nothing to merge")
+    base = base or base_of(adapter)
+    tokenizer = load_tokenizer(base, trust_remote_code)
+    model = load_model(base, _DTYPES[dtype], torch.device("cpu"), "sdpa", trust_remote_code)
+    wrapped = load_adapter(model, adapter, basis_path)
+    layers = len(list(lora_layers(wrapped)))
+    merged = wrapped.merge_and_unload(safe_merge=True)
+    try:
+        with rundir.atomic_path(output) as temporary:
+            merged.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    except Exception as error:
+        if rundir.is_disk_full(error):
+            raise rundir.disk_error(OSError(28, "No space left on device"), output) from error
+        raise
+    return layers

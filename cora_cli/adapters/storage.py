@@ -1,0 +1,168 @@
+"""Reads and writes adapters: standard PEFT directories with a side file of `cora`'s own facts, and the compact form.
+
+After every load it is verified that all keys arrived and that an adapter which was trained changes the model. Starting values
+and trained sets are `install`.
+"""
+
+import copy
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from cora_cli import rundir
+from cora_cli.adapters.install import ADAPTER, apply_trained_set, factors_of, lora_layers, start_b
+from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.basis.artifact import Basis, read_basis
+from cora_cli.errors import CoraError
+from cora_cli.models import ModelPath, resolve_model
+
+SIDE_FILE = "cora.json"
+COMPACT_FILE = "adapter_a_only.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFacts:
+    """What `cora` knows of an adapter beyond PEFT's configuration (`cora.json` in its directory)."""
+
+    plan: AdapterPlan
+    base: str
+    base_revision: str | None
+    base_sha256: str
+    basis: str | None
+    basis_sha256: str | None
+    compact: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**dataclasses.asdict(self), "plan": self.plan.as_dict()}
+
+
+def read_facts(directory: Path) -> AdapterFacts | None:
+    """Read `cora.json`; None where the adapter was made by something else. Raises `CoraError` where it is damaged."""
+    path = directory / SIDE_FILE
+    if not path.exists():
+        return None
+    values = rundir.read_json(path)
+    try:
+        return AdapterFacts(**{**values, "plan": AdapterPlan.from_dict(values["plan"])})
+    except (KeyError, TypeError) as error:
+        raise CoraError(f"{path} is not a record of a cora adapter: {error}") from error
+
+
+def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None:
+    """Write the adapter of `model` to `directory` in one step.
+
+    The standard form holds A and B, so that PEFT and others load it unchanged; the compact form (`facts.compact`) holds A alone,
+    and B is had again from the basis file or the seed. Raises `CoraError` for the compact form of a trained B.
+    """
+    if facts.compact and facts.plan.trains_b:
+        raise CoraError(f"mode {facts.plan.mode} trains B, which the compact form would lose; leave out --compact")
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.base_model_name_or_path = facts.base.partition("@")[0] if facts.base_revision else facts.base
+    config.revision = facts.base_revision
+    config.inference_mode = True
+    name = WEIGHTS_FILE
+    if facts.compact:
+        name, state = COMPACT_FILE, {key: tensor for key, tensor in state.items() if ".lora_A." in key}
+    try:
+        with rundir.atomic_path(directory) as temporary:
+            config.save_pretrained(str(temporary))
+            save_file(state, temporary / name, metadata={"format": "pt"})
+            rundir.write_json(temporary / SIDE_FILE, facts.as_dict())
+    except SafetensorError as error:
+        raise CoraError(f"{directory} cannot be written: {error}") from error
+
+
+def load_adapter(
+    model: PreTrainedModel, adapter: ModelPath, basis_path: Path | None = None, trainable: bool = False
+) -> PeftModel:
+    """Wrap `model` with the adapter at `adapter`, standard or compact, its B frozen again where its mode freezes it.
+
+    Raises `CoraError` where keys are missing or foreign, where a basis is needed and differs from the recorded one, and where an
+    adapter of a training mode turns out to change nothing.
+    """
+    facts = read_facts(adapter.path)
+    try:
+        with warnings.catch_warnings():
+            # PEFT only warns of missing keys; `_check_arrived` turns that into an error.
+            warnings.simplefilter("ignore")
+            if facts is not None and facts.compact:
+                wrapped = _load_compact(model, adapter, facts, basis_path, trainable)
+            else:
+                adapter.weight_files()  # PEFT would look for missing ones on the hub
+                wrapped = PeftModel.from_pretrained(model, str(adapter.path), is_trainable=trainable)
+                _check_arrived(wrapped, load_peft_weights(str(adapter.path), device="cpu"), adapter)
+    except (SafetensorError, json.JSONDecodeError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CoraError(f"adapter {adapter.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if facts is not None:
+        if trainable:
+            apply_trained_set(wrapped, facts.plan)
+        if not facts.plan.cannot_train and not changes_model(wrapped):
+            raise CoraError(f"adapter {adapter.path} was trained, but changes no weight: B·A is zero in every layer")
+    return wrapped.eval()
+
+
+def base_of(adapter: ModelPath) -> ModelPath:
+    """The base model that an adapter names. Raises `CoraError` where it names none, or that is not to be had."""
+    config = adapter.adapter_config()
+    reference, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not reference:
+        raise CoraError(f"adapter {adapter.path} does not say what its base model is")
+    return resolve_model(f"{reference}@{revision}" if revision else reference)
+
+
+def changes_model(model: PeftModel) -> bool:
+    """Whether any layer's ΔW = s·B·A is non-zero."""
+    pairs = (factors_of(layer) for _, layer in lora_layers(model))
+    return any(bool((b.detach().float() @ a.detach().float()).any()) for a, b in pairs)
+
+
+def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: ModelPath) -> None:
+    expected = set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False))
+    if lost := sorted(expected ^ set(state)):
+        kind = "is missing" if lost[0] in expected else "belongs to no layer of this model"
+        raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
+
+
+def _load_compact(
+    model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts, basis_path: Path | None, trainable: bool
+) -> PeftModel:
+    basis = _recorded_basis(facts, basis_path, adapter) if facts.plan.needs_basis else None
+    factors = load_file(adapter.path / COMPACT_FILE)
+    full = dict(factors)
+    outputs = {name: module.out_features for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for key in factors:
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        if name not in outputs:
+            raise CoraError(f"adapter {adapter.path}: the key {key} belongs to no linear layer of this model")
+        full[key.replace(".lora_A.", ".lora_B.")] = start_b(facts.plan, basis, name, outputs[name])
+    config = LoraConfig.from_pretrained(str(adapter.path))
+    config.inference_mode = not trainable
+    wrapped = get_peft_model(model, config)
+    set_peft_model_state_dict(wrapped, full)
+    _check_arrived(wrapped, full, adapter)
+    return wrapped
+
+
+def _recorded_basis(facts: AdapterFacts, basis_path: Path | None, adapter: ModelPath) -> Basis:
+    path = basis_path or (Path(facts.basis) if facts.basis else None)
+    if path is None or not path.exists():
+        raise CoraError(
+            f"adapter {adapter.path} is compact: its B is in the basis {path}, which is not there; name it with --basis"
+        )
+    basis = read_basis(path)
+    if basis.sha256 != facts.basis_sha256:
+        raise CoraError(f"adapter {adapter.path} was trained with the basis {facts.basis_sha256}, but {path} is {basis.sha256}")
+    return basis

@@ -1,0 +1,47 @@
+"""The command line: one small module per command, each of which parses, checks, calls one function and prints.
+
+Nothing heavy is imported here: `--help` has to answer at once, so each command imports its work when it runs.
+"""
+
+import sys
+
+import typer
+
+from cora_cli.cli import demo, doctor, evaluate, extract_basis, merge, train
+from cora_cli.cli.command import quiet_libraries
+
+app = typer.Typer(
+    name="cora",
+    help="Experiments with CoRA (arXiv 2409.02119): LoRA whose B is a common subspace of fine-tuned models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Plain text: rich would double the time of `--help`.
+    rich_markup_mode=None,
+)
+for module in (extract_basis, train, evaluate, merge, demo, doctor):
+    module.register(app)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True)
+) -> None:
+    if version:
+        from cora_cli import __version__
+
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point of the `cora` command."""
+    quiet_libraries()
+    try:
+        app(prog_name="cora")
+    except KeyboardInterrupt:
+        print("cora: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,176 @@
+"""Turns a configuration dataclass and a function into a `cora` command with flags, a `--config` file and clean errors.
+
+One place decides how flags, files and defaults rank (a flag beats the file, the file beats the default) and how errors end. No
+command's own logic is here.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import os
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.settings import comma_separated
+
+Config = TypeVar("Config")
+
+
+@contextlib.contextmanager
+def clean_errors(debug: bool) -> Iterator[None]:
+    """End a command with one sentence on stderr and the right exit code, unless `debug` wants the traceback."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, CoraError):
+            message, code = str(error), error.exit_code
+        else:
+            detail = " ".join(str(error).split())[:400]
+            message, code = f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)", 1
+        print(f"cora: error: {message}", file=sys.stderr, flush=True)
+        raise typer.Exit(code) from error
+
+
+def command(app: typer.Typer, name: str, config_class: type[Config], run: Callable[[Config], None]) -> None:
+    """Register `cora NAME`, whose flags are the fields of `config_class`, and which calls `run` with an instance of it."""
+    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
+    hints = typing.get_type_hints(config_class)
+
+    def entry(**values: Any) -> None:
+        debug = values.pop("debug")
+        del values["config"]
+        with clean_errors(debug):
+            run(config_class(**{field.name: _to_field(hints[field.name], values[field.name]) for field in fields}))
+
+    parameters = [_parameter(field, hints[field.name]) for field in fields]
+    entry.__signature__ = inspect.Signature([*parameters, *_common_parameters()])  # type: ignore[attr-defined]
+    entry.__doc__ = run.__doc__
+    app.command(name, no_args_is_help=any(field.default is dataclasses.MISSING for field in fields))(entry)
+
+
+def _common_parameters() -> list[inspect.Parameter]:
+    config = typer.Option(
+        "--config",
+        help="YAML file with the same names as the flags; a flag beats the file.",
+        callback=_load_file,
+        is_eager=True,
+        rich_help_panel="General",
+    )
+    debug = typer.Option("--debug", help="Show tracebacks.", rich_help_panel="General")
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter("config", kind, default=None, annotation=Annotated[Path | None, config]),
+        inspect.Parameter("debug", kind, default=False, annotation=Annotated[bool, debug]),
+    ]
+
+
+def _parameter(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
+    meta = field.metadata
+    flag_type: Any = hint
+    if _is_tuple(hint):
+        flag_type = list[str] if meta["argument"] or meta["repeated"] else str
+        if type(None) in typing.get_args(hint):
+            flag_type = flag_type | None
+    options: dict[str, Any] = {"help": meta["help"], "rich_help_panel": meta["panel"]}
+    flag = "--" + field.name.replace("_", "-")
+    info: Any
+    if meta["argument"]:
+        info = typer.Argument(**options)
+    else:
+        # `--no-x` also where the default is off: a flag has to be able to beat a file that says true.
+        info = typer.Option(*(meta["flags"] or (f"{flag}/--no-{flag[2:]}" if hint is bool else flag,)), **options)
+    default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+    if isinstance(default, tuple):
+        default = list(default) if flag_type == list[str] else ",".join(default)
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[flag_type, info])
+
+
+def _is_tuple(hint: Any) -> bool:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return any(typing.get_origin(option) is tuple for option in options)
+
+
+def _to_field(hint: Any, value: Any) -> Any:
+    if not _is_tuple(hint) or value is None:
+        return value
+    return comma_separated(value) if isinstance(value, str) else tuple(value)
+
+
+def _load_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Make a YAML file's values the defaults of the flags, refusing names that no flag has."""
+    if path is None:
+        return None
+    with clean_errors("--debug" in sys.argv):
+        context.default_map = {**(context.default_map or {}), **_read_file(path, context)}
+    return path
+
+
+def _read_file(path: Path, context: typer.Context) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"configuration file {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"configuration file {path} must hold `name: value` lines, not a {type(values).__name__}")
+    names = _names_of_flags(context)
+    known = set(names)
+    given = {str(key).replace("-", "_"): value for key, value in values.items()}
+    if unknown := sorted(set(given) - known):
+        raise UsageError(
+            f"configuration file {path} has unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
+    given = {names[key]: value for key, value in given.items()}
+    repeated = {
+        str(parameter.name)
+        for parameter in context.command.params
+        if getattr(parameter, "nargs", 1) == -1 or getattr(parameter, "multiple", False)
+    }
+    for key, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            given[key] = [str(item) for item in value] if key in repeated else ",".join(map(str, value))
+        elif key in repeated:
+            given[key] = [str(value)]
+        elif not isinstance(value, bool | int | float | str):
+            raise UsageError(f"configuration file {path}: {key} must be a plain value or a list, not {value!r}")
+        else:
+            # As text, a value is judged like a flag's: `rank: true` is no 1.
+            given[key] = str(value)
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _names_of_flags(context: typer.Context) -> dict[str, str]:
+    """The parameter behind each flag, by the flag's long name without dashes; `--no-x` and the common flags have none."""
+    names = {}
+    for parameter in context.command.params:
+        if parameter.name not in ("config", "debug", "help"):
+            names[str(parameter.name)] = str(parameter.name)
+            names |= {flag[2:].replace("-", "_"): str(parameter.name) for flag in parameter.opts if flag.startswith("--")}
+    return names
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and advice off the screen; `cora` reports progress and problems itself."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # One library's deprecations met by another are not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,67 @@
+"""`cora doctor`: what is here, what is missing, and how to get it."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+
+import typer
+
+from cora_cli.cli.command import command
+from cora_cli.settings import DtypeName, setting
+
+REQUIRED = (
+    "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "rouge-score", "sacrebleu", "bert-score", "nltk",
+    "safetensors", "scipy", "typer", "gguf",
+)  # fmt: skip
+OPTIONAL = {
+    "flash_attn": "faster packed training on CUDA (pip install flash-attn)",
+    "tensorboard": "--report-to tensorboard (pip install tensorboard)",
+    "wandb": "--report-to wandb (pip install wandb)",
+    "trackio": "--report-to trackio (pip install trackio)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorConfig:
+    """Every setting of `cora doctor`."""
+
+    device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto")
+    dtype: DtypeName = setting("auto: bf16 where the hardware multiplies it, else fp32.", "auto")
+    seed: int = setting("Has no effect here; accepted so that every command takes one.", 0)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    command(app, "doctor", DoctorConfig, run)
+
+
+def run(config: DoctorConfig) -> None:
+    """Say what is installed, which device and precision would be used and why, and what is missing. Fetches nothing."""
+    import torch
+
+    from cora_cli import __version__, embedded
+    from cora_cli.device import select_hardware, select_packed_attention
+
+    print(f"cora {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    missing = []
+    for name in REQUIRED:
+        try:
+            print(f"  {name:<14} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"  {name:<14} missing: pip install {name}")
+            missing.append(name)
+    hardware = select_hardware(config.device, config.dtype)
+    attention, reason = select_packed_attention(hardware.device.type)
+    print(hardware.describe())
+    print(f"packed attention {attention} ({reason}); {torch.get_num_threads()} threads")
+    for module, use in OPTIONAL.items():
+        print(f"  {module:<14} {'installed' if importlib.util.find_spec(module) else 'not installed'}; for {use}")
+    print(f"embedded parts, in {embedded.cache_directory()}")
+    for asset in embedded.status():
+        state = f"whole, {asset.bytes / 1e6:.0f} MB" if asset.present else f"not here yet; {asset.how}"
+        print(f"  {asset.name}: {state}")
+    if missing:
+        print(f"missing packages: pip install {' '.join(missing)}", file=sys.stderr)
+        raise typer.Exit(1)

@@ -1,0 +1,61 @@
+"""`cora evaluate`: runs, a bare model, or finished predictions -> metrics with intervals."""
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from cora_cli.cli.command import command
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.tables import markdown_table, with_interval
+
+if TYPE_CHECKING:
+    from cora_cli.evaluation.evaluate import Evaluation
+
+DIGITS = {"sacrebleu": 2}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    command(app, "evaluate", EvaluateConfig, run)
+
+
+def run(config: EvaluateConfig) -> None:
+    """Answer held-out records greedily and score the answers with ROUGE, METEOR, SacreBLEU and BERTScore."""
+    from cora_cli.evaluation.evaluate import evaluate
+
+    results = evaluate(config)
+    print(metrics_table(results))
+    n = results[0].record["metrics"][config.metric_names[0]]["n"]
+    print(f"\nvalue [95 % bootstrap interval over the n = {n} records]; sacrebleu 0-100, the others 0-1")
+    for name, metric in results[0].record["metrics"].items():
+        print(f"{name}: {metric['signature']}")
+    if len(results) > 1:
+        print(f"\npaired differences from {results[0].name}, with p (two-sided, not corrected for several comparisons)")
+        print(differences_table(results, config.seed))
+
+
+def metrics_table(results: "list[Evaluation]") -> str:
+    """One row per evaluated model, one column per metric."""
+    names = list(results[0].record["metrics"])
+    rows = []
+    for result in results:
+        metrics = result.record["metrics"]
+        cells = [with_interval(metrics[name]["value"], metrics[name]["ci95"], DIGITS.get(name, 3)) for name in names]
+        rows.append([result.name, *cells])
+    return markdown_table(["run", *names], rows)
+
+
+def differences_table(results: "list[Evaluation]", seed: int) -> str:
+    """Each later evaluation minus the first, on the same records."""
+    from cora_cli.evaluation.evaluate import paired_differences
+
+    names = list(results[0].record["metrics"])
+    rows = []
+    for result in results[1:]:
+        differences = paired_differences(result, results[0], seed)
+        cells = [
+            f"{with_interval(difference.difference, difference.ci95, DIGITS.get(name, 3))} p={difference.p_value:.3f}"
+            for name, difference in differences.items()
+        ]
+        rows.append([result.name, *cells])
+    return markdown_table(["run", *names], rows)

@@ -1,0 +1,43 @@
+"""`cora train`: one base model, one data set, one mode -> a run directory."""
+
+import os
+from typing import Any
+
+import typer
+
+from cora_cli.cli.command import command
+from cora_cli.tables import with_interval
+from cora_cli.training.config import TrainConfig
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    command(app, "train", TrainConfig, run)
+
+
+def run(config: TrainConfig) -> None:
+    """Fine-tune a model with a LoRA adapter whose B is a basis (frozen or trained), with plain LoRA, or in full."""
+    from cora_cli.training.run import train
+
+    record = train(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(summary(record))
+
+
+def summary(record: dict[str, Any]) -> str:
+    """A finished run's record in a few lines."""
+    speed, memory = record["speed"], record["peak_memory_bytes"] / 2**30
+    rate = f"{speed['tokens_per_second']:.0f} tokens/s, " if speed["tokens_per_second"] else ""
+    lines = [f"mode {record['mode']}: {speed['steps']} steps, {rate}peak memory {memory:.2f} GiB"]
+    if heldout := record["heldout"]:
+        before, after, change = heldout["before"], heldout["after"], heldout["change"]
+        lines.append(
+            f"held-out loss {with_interval(before['loss'], before['ci95'], 4)} -> {with_interval(after['loss'], after['ci95'], 4)}"
+            f", change {with_interval(change['value'], change['ci95'], 4)}"
+            f" (nats per token, 95 % bootstrap intervals over n = {after['n']} records)"
+        )
+    if record["largest_angle_rad"] is not None:
+        lines.append(f"B has turned by at most {record['largest_angle_rad']:.4f} rad from its start")
+    if record["is_base_model"]:
+        lines.append("nothing could train: this run is the base model")
+    return "\n".join(lines)

@@ -1,0 +1,253 @@
+"""One evaluation from a model (or finished predictions) to `metrics.json`.
+
+It decides which model answers which records, what is already whole on disk, and what is written; tokens come from `generate`,
+numbers from `metrics`.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+from cora_cli import rundir
+from cora_cli.adapters.storage import SIDE_FILE, base_of, load_adapter, read_facts
+from cora_cli.data.encode import encode_prompt
+from cora_cli.data.formats import load_test_records
+from cora_cli.data.templates import choose_template, render
+from cora_cli.device import Hardware, select_hardware
+from cora_cli.errors import CoraError
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.generate import Request, generate
+from cora_cli.evaluation.intervals import PairedDifference, paired_difference
+from cora_cli.evaluation.metrics import build_metrics, score_all
+from cora_cli.loading import context_length, load_model, load_tokenizer
+from cora_cli.models import ModelPath, resolve_model
+from cora_cli.progress import say
+from cora_cli.rundir import EvaluationDirectory, RunDirectory
+
+PREDICTION_KEYS = ("prediction", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One thing to evaluate: a base model with or without an adapter, the records that it answers, and where that goes."""
+
+    name: str
+    base: ModelPath
+    adapter: ModelPath | None
+    dataset: str
+    template: str
+    output: EvaluationDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation: its name, its `metrics.json`, and per metric the (n, k) statistics behind the numbers."""
+
+    name: str
+    record: dict[str, Any]
+    statistics: dict[str, Any]
+    references_sha256: str
+
+
+def evaluate(config: EvaluateConfig) -> list[Evaluation]:
+    """Evaluate everything that `config` names, one after the other, and return the results in that order."""
+    hardware = select_hardware(config.device, config.dtype)
+    if config.from_predictions:
+        path = Path(config.from_predictions)
+        if not path.is_file():
+            raise CoraError(f"{path} is no file; --from needs the predictions.jsonl of an evaluation")
+        out = EvaluationDirectory(Path(config.output_dir) if config.output_dir else path.parent)
+        generation = _recorded_generation(path)
+        return [_score(config, generation.get("name") or path.parent.name or path.name, path, out, hardware, generation)]
+    return [_evaluate_target(config, target, hardware) for target in _targets(config)]
+
+
+def _targets(config: EvaluateConfig) -> list[Target]:
+    """Find every model and refuse what cannot be evaluated, before the first is loaded."""
+    if config.model:
+        path = resolve_model(config.model)
+        base, adapter = (base_of(path), path) if path.is_adapter else (path, None)
+        assert config.dataset is not None
+        assert config.output_dir is not None
+        out = EvaluationDirectory(Path(config.output_dir))
+        return [Target(config.model, base, adapter, config.dataset, config.template, out)]
+    targets = []
+    names = config.runs or ()
+    for name in names:
+        run = RunDirectory(Path(name))
+        if not run.exists():
+            raise CoraError(f"{name} is no run directory: it has no {run.record.name}")
+        record = rundir.read_json(run.record)
+        if record["status"] != "finished":
+            raise CoraError(f"{name} is not finished (status {record['status']}); continue it with `cora train --resume`")
+        path = resolve_model(name)
+        base, adapter = (resolve_model(record["model"]["reference"]), path) if path.is_adapter else (path, None)
+        template = record["data"]["template"] if config.template == "auto" else config.template
+        root = run.evaluation
+        if config.output_dir:
+            root = Path(config.output_dir) / run.root.name if len(names) > 1 else Path(config.output_dir)
+        targets.append(
+            Target(name, base, adapter, config.dataset or str(run.test_records), template, EvaluationDirectory(root))
+        )
+    if len({target.output.root for target in targets}) < len(targets):
+        raise CoraError("two of the runs have the same name and would be written to one directory; evaluate them separately")
+    return targets
+
+
+def _recorded_generation(path: Path) -> dict[str, Any]:
+    """What `generation.json` beside the predictions at `path` says of them; nothing where it is of other ones."""
+    source = EvaluationDirectory(path.parent).generation
+    recorded: dict[str, Any] = rundir.read_json(source) if source.exists() else {}
+    return recorded if recorded.get("predictions_sha256") == rundir.sha256_file(path) else {}
+
+
+def _adapter_hash(adapter: ModelPath) -> str:
+    """SHA-256 over factors, configuration and, since a compact adapter's B is made from it, the side file."""
+    return rundir.sha256_files([*adapter.path.glob("adapter_*"), *adapter.path.glob(SIDE_FILE)])
+
+
+def _check_base(target: Target, base_sha256: str) -> None:
+    """Raise `CoraError` where the base model is not the one that the adapter was trained on."""
+    facts = read_facts(target.adapter.path) if target.adapter else None
+    if facts is not None and facts.base_sha256 != base_sha256:
+        raise CoraError(
+            f"{target.name} was trained on {facts.base} with content hash {facts.base_sha256}, but {target.base.path} has "
+            f"{base_sha256}: the base model has changed"
+        )
+
+
+def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware) -> Evaluation:
+    records, schema = load_test_records(target.dataset)
+    records = records[: config.limit]
+    if not records:
+        raise CoraError(f"{target.dataset} holds no records to answer")
+    base_sha256 = target.base.content_hash()
+    _check_base(target, base_sha256)
+    settings = {
+        "model": target.base.reference,
+        "model_sha256": base_sha256,
+        "adapter_sha256": target.adapter and _adapter_hash(target.adapter),
+        "merged": bool(target.adapter) and config.merge,
+        "records_sha256": rundir.sha256_json(records),
+        "template": target.template,
+        "max_new_tokens": config.max_new_tokens,
+        "batch_size": config.batch_size,
+        "decoding": "greedy",
+        "dtype": hardware.dtype_name,
+        "attention": "sdpa",
+    }
+    out = target.output
+    if not _predictions_are_whole(out, settings, config.overwrite):
+        say(f"{target.name}: {hardware.describe()}")
+        tokenizer = load_tokenizer(target.base, config.trust_remote_code)
+        template = choose_template(target.template, schema, tokenizer)  # type: ignore[arg-type]
+        rendered = [render(record, schema, template, tokenizer) for record in records]
+        ids = [encode_prompt(text, tokenizer) for text in rendered]
+        if [] in ids:
+            raise CoraError(f"{target.dataset}, record {ids.index([]) + 1}: the prompt is empty, so there is nothing to answer")
+        model: Any = load_model(target.base, hardware.dtype, hardware.device, "sdpa", config.trust_remote_code)
+        if target.adapter is not None:
+            wrapped = load_adapter(model, target.adapter, Path(config.basis) if config.basis else None)
+            model = wrapped.merge_and_unload() if config.merge else wrapped
+        room = context_length(model.config) - config.max_new_tokens
+        if room < 1:
+            raise CoraError(f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the model's context")
+        requests = [Request(prompt[-room:], text.prompt, text.response) for prompt, text in zip(ids, rendered, strict=True)]
+        cut = sum(len(prompt) > room for prompt in ids)
+        if cut:
+            say(f"{target.name}: {cut} prompts lost their beginning to fit the context")
+        rundir.write_json(out.generation, {"name": target.name, "settings": settings})
+        speed = generate(model, tokenizer, requests, config.batch_size, config.max_new_tokens, out)
+        rundir.write_json(
+            out.generation,
+            {
+                "name": target.name,
+                "settings": settings,
+                "prompts_cut": cut,
+                "predictions_sha256": rundir.sha256_file(out.predictions),
+                **speed,
+            },
+        )
+    return _score(config, target.name, out.predictions, out, hardware, rundir.read_json(out.generation))
+
+
+def _predictions_are_whole(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the predictions on disk answer this very request. Raises `CoraError` where they answer another one."""
+    if out.root.exists() and not out.root.is_dir():
+        raise CoraError(f"output directory {out.root} is a file; choose an empty or a new directory")
+    recorded = rundir.read_json(out.generation) if out.generation.exists() else {}
+    theirs = recorded.get("settings", {})
+    if theirs == settings:
+        expected = recorded.get("predictions_sha256")
+        if expected is None:  # killed half-way: `generate` continues
+            return False
+        if out.predictions.exists() and rundir.sha256_file(out.predictions) == expected:
+            return True
+        say(f"{out.predictions} was altered or removed after it was written: generating it again")
+    elif not overwrite:
+        if theirs:
+            names = sorted(name for name in {*theirs, *settings} if theirs.get(name) != settings.get(name))
+            raise CoraError(
+                f"{out.root} holds an evaluation with other settings ({', '.join(names)}); choose another --output-dir, "
+                "or replace it with --overwrite"
+            )
+        if out.root.exists() and rundir.holds_files(out.root):
+            raise CoraError(f"output directory {out.root} holds other files; choose an empty or a new one")
+    for path in (out.predictions, out.partial_predictions, out.metrics, out.scores):
+        path.unlink(missing_ok=True)
+    return False
+
+
+def _score(
+    config: EvaluateConfig, name: str, path: Path, out: EvaluationDirectory, hardware: Hardware, generation: dict[str, Any]
+) -> Evaluation:
+    lines = rundir.read_jsonl(path)
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in PREDICTION_KEYS):
+            found = json.dumps(line, ensure_ascii=False)[:80]
+            raise CoraError(f"{path}, record {number}: text under prediction and reference was expected, but found {found}")
+    predictions, references = [line["prediction"] for line in lines], [line["reference"] for line in lines]
+    say(f"{name}: scoring {len(lines)} predictions")
+    report = score_all(
+        config.metric_names,
+        predictions,
+        references,
+        bootstrap=config.bootstrap,
+        seed=config.seed,
+        bertscore_model=config.bertscore_model,
+        bertscore_layer=config.bertscore_layer,
+        device=str(hardware.device),
+    )
+    finished = [line.get("finish_reason") for line in lines]
+    record = {
+        "format": 1,
+        "name": name,
+        "metrics": report.metrics,
+        "predictions_sha256": rundir.sha256_file(path),
+        "generation": generation,
+        "stopped_share": finished.count("stop") / len(finished) if None not in finished else None,
+        "empty_predictions": sum(not text.strip() for text in predictions),
+        "bootstrap": {"resamples": config.bootstrap, "seed": config.seed},
+        "versions": {name: importlib.metadata.version(name) for name in ("cora-cli", "torch", "transformers")},
+    }
+    rundir.write_jsonl(
+        out.scores, [{key: values[index] for key, values in report.per_example.items()} for index in range(len(lines))]
+    )
+    rundir.write_json(out.metrics, record)
+    return Evaluation(name, record, report.statistics, rundir.sha256_json(references))
+
+
+def paired_differences(one: Evaluation, other: Evaluation, seed: int) -> dict[str, PairedDifference]:
+    """`one` minus `other` for each metric that both have, by a paired test over records.
+
+    Raises `CoraError` where they did not answer the same records.
+    """
+    if one.references_sha256 != other.references_sha256:
+        raise CoraError(f"{one.name} and {other.name} did not answer the same records: they cannot be compared pairwise")
+    metrics = build_metrics(name for name in one.statistics if name in other.statistics)
+    return {
+        name: paired_difference(one.statistics[name], other.statistics[name], metric.value, seed=seed)
+        for name, metric in metrics.items()
+    }

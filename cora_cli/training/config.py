@@ -1,0 +1,150 @@
+"""What `cora train` can be told, and the checks that need nothing but these values.
+
+One frozen object holds the whole request; it is what `config.yaml` of a run directory records. It loads nothing.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from cora_cli.adapters.modes import AdapterPlan, AInit, BInit, Mode, plan_adapter
+from cora_cli.data.templates import TemplateName
+from cora_cli.errors import UsageError
+from cora_cli.settings import DtypeName, setting
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
+Reporter = Literal["none", "tensorboard", "wandb", "trackio"]
+_WHAT, _DATA, _OPTIM, _RUN = "Method", "Data", "Optimisation", "Run"
+NOT_PART_OF_THE_RESULT = frozenset({"output_dir", "resume", "report_to", "device", "save_steps", "keep_checkpoints"})
+"""Settings that may differ between a run and its resumption, since they do not change what is computed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of `cora train`."""
+
+    model: str = setting("Base model: hub id with optional @revision, a directory, or builtin:smollm2.", panel=_WHAT)
+    dataset: str = setting("Hub id, a .json/.jsonl/.csv/.parquet file, or builtin:instruct, builtin:code, …", panel=_DATA)
+    output_dir: str = setting("Run directory; must not hold another run.", panel=_RUN)
+    mode: Mode = setting(
+        "lora | fb (B = basis, frozen) | tb (B = basis, trained) | full (all weights, no adapter).", "fb", panel=_WHAT
+    )
+    basis: str | None = setting("Basis file of `cora extract-basis`; fb and tb need it.", None, panel=_WHAT)
+    rank: int = setting(
+        "Rank r of the adapter; at most the basis's R, of which the first r columns are taken.", 48, panel=_WHAT
+    )
+    alpha: float | None = setting("Numerator of the scaling s = alpha / r; default 2 r.", None, panel=_WHAT)
+    rslora: bool = setting("Scale by alpha / √r instead of alpha / r.", False, panel=_WHAT)
+    a_init: AInit | None = setting("How A starts, instead of the mode's own start.", None, panel=_WHAT)
+    b_init: BInit | None = setting("How B starts in fb and tb, instead of the basis.", None, panel=_WHAT)
+    target_modules: tuple[str, ...] = setting("Linear layers to adapt, comma-separated.", DEFAULT_TARGETS, panel=_WHAT)
+    dropout: float = setting("Dropout probability on the input of A.", 0.0, panel=_WHAT)
+    compact: bool = setting("Store A alone and the basis's hash.", False, panel=_WHAT)
+    test_size: float | None = setting(
+        "Held-out records: a count, or a share below 1. Default: the built-in set's own, else a tenth.", None, panel=_DATA
+    )
+    split_seed: int = setting("Which records are held out; keep it equal across runs that are compared.", 0, panel=_DATA)
+    limit: int | None = setting("Train on the first N training records only.", None, panel=_DATA)
+    template: TemplateName = setting(
+        "Prompt template; auto: the tokenizer's chat template, else Alpaca's.", "auto", panel=_DATA
+    )
+    max_length: int = setting("Longest example, in tokens; prompts are cut from the left.", 1024, panel=_DATA)
+    learning_rate: float = setting("Peak learning rate; sweep it per mode.", 3e-4, panel=_OPTIM)
+    epochs: float = setting("Passes over the training records.", 1.0, panel=_OPTIM)
+    max_steps: int | None = setting("Optimizer steps, instead of --epochs.", None, panel=_OPTIM)
+    batch_size: int = setting("Examples per process and micro-batch; they are packed into one row.", 16, panel=_OPTIM)
+    gradient_accumulation: int = setting(
+        "Micro-batches per optimizer step; the loss is a mean over all their tokens.", 1, panel=_OPTIM
+    )
+    warmup_ratio: float = setting("Share of the steps in which the learning rate rises.", 0.03, panel=_OPTIM)
+    lr_schedule: Literal["linear", "cosine", "constant"] = setting("Learning rate after warm-up.", "linear", panel=_OPTIM)
+    weight_decay: float = setting("AdamW's weight decay.", 0.0, panel=_OPTIM)
+    max_grad_norm: float = setting("Gradient norm to clip to; 0: never.", 1.0, panel=_OPTIM)
+    gradient_checkpointing: bool = setting(
+        "Recompute activations in the backward pass: less memory, more time.", False, panel=_OPTIM
+    )
+    eval_steps: int | None = setting(
+        "Measure the held-out loss every N steps too, not only at start and end.", None, panel=_RUN
+    )
+    eval_limit: int | None = setting("Measure the held-out loss on the first N held-out records only.", None, panel=_RUN)
+    save_steps: int = setting("Write a checkpoint every N steps.", 50, panel=_RUN)
+    keep_checkpoints: int = setting("How many checkpoints to keep; the newest survive.", 2, panel=_RUN)
+    seed: int = setting("Seed of random starts, data order and dropout.", 0, panel=_RUN)
+    resume: bool = setting(
+        "Continue the run in --output-dir from its last whole checkpoint; start it if there is none.", False, panel=_RUN
+    )
+    report_to: Reporter = setting("The Trainer's own reporting, beside log.jsonl.", "none", panel=_RUN)
+    device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
+    dtype: DtypeName = setting("auto: bf16 where the hardware multiplies it, else fp32.", "auto", panel=_RUN)
+    trust_remote_code: bool = setting(
+        "Run code that comes with the model. Off unless you trust its author.", False, panel="Risky"
+    )
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything; all problems are named at once."""
+        problems = [
+            f"--{field.name.replace('_', '-')} must be a finite number, not {value}"
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), float) and not math.isfinite(value)
+        ]
+        problems += [
+            f"--{name.replace('_', '-')} must be {need}, not {getattr(self, name)}"
+            for name, ok, need in (
+                ("learning_rate", self.learning_rate > 0, "positive"),
+                ("epochs", self.epochs > 0, "positive"),
+                ("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1"),
+                ("batch_size", self.batch_size >= 1, "at least 1"),
+                ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
+                ("warmup_ratio", 0 <= self.warmup_ratio < 1, "at least 0 and below 1"),
+                ("weight_decay", self.weight_decay >= 0, "at least 0"),
+                ("max_grad_norm", self.max_grad_norm >= 0, "at least 0"),
+                ("max_length", self.max_length >= 2, "at least 2"),
+                ("limit", self.limit is None or self.limit >= 1, "at least 1"),
+                ("eval_steps", self.eval_steps is None or self.eval_steps >= 1, "at least 1"),
+                ("eval_limit", self.eval_limit is None or self.eval_limit >= 1, "at least 1"),
+                ("save_steps", self.save_steps >= 1, "at least 1"),
+                ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
+                ("seed", 0 <= self.seed < 2**32, "at least 0 and below 2^32"),
+            )
+            if not ok
+        ]
+        if self.mode == "full":
+            problems += [
+                f"--{name.replace('_', '-')} goes with an adapter, not with mode full"
+                for name in ("basis", "a_init", "b_init", "alpha", "rslora", "compact")
+                if getattr(self, name)
+            ]
+        if problems:
+            raise UsageError("; ".join(problems))
+        plan = self.adapter_plan()
+        if plan is not None and plan.needs_basis and not self.basis:
+            raise UsageError(
+                f"mode {self.mode} needs --basis FILE (made by `cora extract-basis`), or another start by --b-init"
+            )
+        if plan is not None and self.basis and not plan.needs_basis:
+            raise UsageError(f"--basis is of no use where B starts as {plan.b_init}; leave it out")
+
+    def adapter_plan(self) -> AdapterPlan | None:
+        """The adapter that this configuration asks for; None in mode `full`. Raises `UsageError` for contradictions."""
+        if self.mode == "full":
+            return None
+        return plan_adapter(
+            self.mode,
+            rank=self.rank,
+            alpha=2.0 * self.rank if self.alpha is None else self.alpha,
+            rslora=self.rslora,
+            target_modules=self.target_modules,
+            dropout=self.dropout,
+            seed=self.seed,
+            b_init=self.b_init,
+            a_init=self.a_init,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for YAML, readable by `--config`; unset ones are left out."""
+        values = {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that determine the result; a resumed run must agree in them."""
+        return {name: value for name, value in self.as_dict().items() if name not in NOT_PART_OF_THE_RESULT}

@@ -1,0 +1,97 @@
+"""The loss on held-out records, per record, so that intervals and paired comparisons can be made from it.
+
+It is the mean negative log-likelihood per response token in nats. Nothing is selected by it: no early stopping, no best
+checkpoint.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from cora_cli.data.encode import Example
+from cora_cli.data.pack import pack, response_losses
+from cora_cli.device import Hardware
+from cora_cli.evaluation.intervals import bootstrap_interval
+from cora_cli.progress import progress
+
+ROW_TOKENS = 4096
+RESAMPLES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutLoss:
+    """`nll` (records,) is each record's summed negative log-likelihood, `tokens` (records,) its response tokens."""
+
+    nll: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Nats per response token over all records."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+    def summary(self) -> dict[str, object]:
+        """Value, 95 % bootstrap interval over records, and sizes."""
+        statistics = np.stack([self.nll, self.tokens], axis=1)
+        interval = bootstrap_interval(statistics, _ratio, resamples=RESAMPLES, seed=0)
+        return {"loss": self.mean, "ci95": list(interval), "n": len(self.nll), "tokens": int(self.tokens.sum())}
+
+
+def loss_change(before: HeldOutLoss, after: HeldOutLoss) -> dict[str, object]:
+    """After minus before, with its 95 % bootstrap interval over the same records."""
+    statistics = np.stack([after.nll - before.nll, after.tokens], axis=1)
+    interval = bootstrap_interval(statistics, _ratio, resamples=RESAMPLES, seed=0)
+    return {"value": after.mean - before.mean, "ci95": list(interval)}
+
+
+def held_out_loss(
+    model: torch.nn.Module, examples: Sequence[Example], hardware: Hardware, rank: int = 0, world_size: int = 1, label: str = ""
+) -> HeldOutLoss:
+    """Measure every example, in rows of similar lengths; with several processes each measures its share."""
+    mine = sorted(range(rank, len(examples), world_size), key=lambda index: len(examples[index].input_ids))
+    measured: list[tuple[int, float, int]] = []
+    training = model.training
+    model.eval()
+    with torch.inference_mode(), progress(label or "held-out loss", len(mine), "records") as shown:
+        for row in _rows(examples, mine):
+            measured += _measure(model, examples, row, hardware)
+            shown.advance(len(row))
+    model.train(training)
+    if world_size > 1:
+        measured = gather_object(measured)
+    measured.sort()
+    return HeldOutLoss(np.array([nll for _, nll, _ in measured]), np.array([tokens for _, _, tokens in measured], dtype=float))
+
+
+def _rows(examples: Sequence[Example], indices: Sequence[int]) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room = 0
+    for index in indices:
+        length = len(examples[index].input_ids)
+        if length > room:
+            rows.append([])
+            room = ROW_TOKENS
+        rows[-1].append(index)
+        room -= length
+    return rows
+
+
+def _measure(
+    model: torch.nn.Module, examples: Sequence[Example], row: list[int], hardware: Hardware
+) -> list[tuple[int, float, int]]:
+    members = [examples[index] for index in row]
+    batch = {
+        name: value.to(hardware.device) if isinstance(value, torch.Tensor) else value for name, value in pack(members).items()
+    }
+    with torch.autocast(hardware.device.type, torch.bfloat16, enabled=hardware.dtype == torch.bfloat16):
+        losses, _ = response_losses(model, batch)
+    counts = [len(member.input_ids) - member.prompt_length for member in members]
+    sums = [part.double().sum().item() for part in losses.split(counts)]
+    return list(zip(row, sums, counts, strict=True))
+
+
+def _ratio(sums: np.ndarray, count: int) -> np.ndarray:
+    return sums[..., 0] / sums[..., 1]

@@ -1,0 +1,452 @@
+"""One training run from its configuration to a finished run directory; starts, resumes, and ends it honestly.
+
+The order matters: everything a user can get wrong is checked before the first file is written. The loop itself is `trainer`.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import importlib.util
+import math
+import platform
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from transformers import TrainingArguments, set_seed
+
+from cora_cli import __version__, rundir
+from cora_cli.adapters.install import AngleMeter, install_adapter
+from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.adapters.storage import AdapterFacts, save_adapter
+from cora_cli.basis.artifact import Basis, read_basis
+from cora_cli.basis.choices import match_targets
+from cora_cli.basis.sources import open_source
+from cora_cli.data.encode import EncodedSet, encode_records
+from cora_cli.data.formats import DataSplit, load_split
+from cora_cli.data.templates import TemplateName, choose_template
+from cora_cli.device import Hardware, select_hardware, select_packed_attention
+from cora_cli.errors import CoraError
+from cora_cli.loading import context_length, load_model, load_tokenizer
+from cora_cli.models import ModelPath, resolve_model
+from cora_cli.progress import progress, say
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
+from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line, checkpoints_in
+
+FINISHED, RUNNING, FAILED = "finished", "running", "failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """What a run needs, all of it checked."""
+
+    hardware: Hardware
+    model_path: ModelPath
+    tokenizer: Any
+    template: TemplateName
+    data: DataSplit
+    train: EncodedSet
+    test: EncodedSet
+    basis: Basis | None
+    plan: AdapterPlan | None
+
+    def fingerprint(self, config: TrainConfig) -> dict[str, Any]:
+        """The settings and the content hashes of every input: two runs with equal ones compute the same thing."""
+        return {
+            "settings": {**config.result_settings(), "dtype": self.hardware.dtype_name},
+            "model_sha256": self.model_path.content_hash(),
+            "data_sha256": self.data.content_hash(),
+            "basis_sha256": self.basis.sha256 if self.basis else None,
+        }
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run or resume one training and return its record, which is also `run.json`.
+
+    Raises `CoraError` for anything a user can cause; nothing is written before all inputs have been checked, and a run that
+    stops half-way keeps its last whole checkpoint.
+    """
+    run = RunDirectory(Path(config.output_dir))
+    prepared = _prepare(config)
+    arguments = _training_arguments(config, prepared.hardware, run)
+    main = arguments.process_index == 0
+    fingerprint = prepared.fingerprint(config)
+    if _agree(arguments, lambda: _open_directory(run, fingerprint, config.resume)):
+        record = rundir.read_json(run.record)
+        if record["status"] == FINISHED and record.get("result_sha256") == result_hash(run):
+            say(f"{run.root} is already finished")
+            return record
+        if record["status"] == FINISHED:
+            say(f"the result in {run.root} was damaged after it was written: writing it again from the last checkpoint")
+    model = _load(config, prepared)
+    if main:
+        record = _first_record(config, prepared, fingerprint, model)
+        _write_start(run, config, prepared, record)
+    arguments_barrier(arguments)
+    try:
+        outcome = _train_and_save(config, prepared, run, arguments, model)
+    except Exception as error:
+        if main:
+            _mark_failed(run, error)
+        raise _explained(error, run) from error
+    if main:
+        record = {**rundir.read_json(run.record), **outcome, "result_sha256": result_hash(run), "status": FINISHED}
+        rundir.write_json(run.record, record)
+    arguments_barrier(arguments)
+    return rundir.read_json(run.record)
+
+
+def _prepare(config: TrainConfig) -> _Prepared:
+    """Check everything that needs no weights in memory, cheapest first."""
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise CoraError(f"--report-to {config.report_to} needs the package {config.report_to}: pip install {config.report_to}")
+    plan = config.adapter_plan()
+    data = load_split(config.dataset, config.test_size, config.split_seed)
+    if config.limit:
+        data = dataclasses.replace(data, train=data.train[: config.limit])
+    basis = read_basis(Path(config.basis)) if plan is not None and config.basis else None
+    model_path = resolve_model(config.model)
+    if model_path.is_adapter:
+        raise CoraError(f"{config.model} is an adapter; training needs a whole model: write one with `cora merge` first")
+    if basis is not None and plan is not None:
+        source = open_source(model_path)
+        targets = match_targets(list(source.shapes), plan.target_modules, config.model)
+        basis.check_model(source.architecture, {name: source.shapes[name] for name in targets}, plan.rank)
+        basis.check_base(source)
+    hardware = select_hardware(config.device, config.dtype)
+    tokenizer = load_tokenizer(model_path, config.trust_remote_code)
+    template = choose_template(config.template, data.schema, tokenizer)
+    model_config = transformers.AutoConfig.from_pretrained(model_path.path, trust_remote_code=config.trust_remote_code)
+    longest = min(config.max_length, context_length(model_config))
+    train_set = encode_records(data.train, data.schema, template, tokenizer, longest, "training")
+    test_set = encode_records(data.test, data.schema, template, tokenizer, longest, "held-out")
+    if config.eval_limit:
+        test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
+    return _Prepared(hardware, model_path, tokenizer, template, data, train_set, test_set, basis, plan)
+
+
+def _training_arguments(config: TrainConfig, hardware: Hardware, run: RunDirectory) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(run.checkpoints),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=hardware.dtype == torch.bfloat16,
+        use_cpu=hardware.device.type == "cpu",
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=config.report_to,
+        run_name=run.root.name,
+        seed=config.seed,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _agree(arguments: TrainingArguments, decide: Any) -> bool:
+    """Let the main process decide about the directory, and tell the others, so that none reads what another writes."""
+    answer: list[Any] = [None]
+    if arguments.process_index == 0:
+        try:
+            answer = [decide()]
+        except CoraError as error:
+            answer = [error]
+    if arguments.world_size > 1:
+        broadcast_object_list(answer)
+    if isinstance(answer[0], CoraError):
+        raise answer[0]
+    return bool(answer[0])
+
+
+def arguments_barrier(arguments: TrainingArguments) -> None:
+    """Wait for the other processes, where there are any."""
+    if arguments.world_size > 1:
+        torch.distributed.barrier()
+
+
+def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool) -> bool:
+    """Whether a run of this very configuration is there to continue. Raises `CoraError` where another one, or other files, are."""
+    if not run.exists():
+        if run.root.exists() and (not run.root.is_dir() or rundir.holds_files(run.root)):
+            raise CoraError(f"output directory {run.root} holds other files; choose an empty or a new one")
+        return False
+    if not resume:
+        raise CoraError(f"output directory {run.root} holds another run; choose a new one, or continue that run with --resume")
+    recorded = rundir.read_json(run.record).get("fingerprint", {})
+    if recorded != fingerprint:
+        theirs, ours = ({**part.get("settings", {}), **part} for part in (recorded, fingerprint))
+        names = sorted(name for name in {*theirs, *ours} - {"settings"} if theirs.get(name) != ours.get(name))
+        detail = ", ".join(f"{name} ({theirs.get(name)} there, {ours.get(name)} here)" for name in names)
+        raise CoraError(f"{run.root} cannot be resumed: it was started with other inputs: {detail}")
+    return True
+
+
+def _load(config: TrainConfig, prepared: _Prepared) -> torch.nn.Module:
+    attention, reason = select_packed_attention(prepared.hardware.device.type)
+    say(f"{prepared.hardware.describe()}; attention {attention} ({reason})")
+    dtype = torch.float32 if prepared.plan is None else prepared.hardware.dtype
+    model = load_model(prepared.model_path, dtype, prepared.hardware.device, attention, config.trust_remote_code)
+    model.config.use_cache = False
+    # Starts are seeded by module name; this seeds dropout.
+    set_seed(config.seed)
+    if prepared.plan is None:
+        return model
+    return install_adapter(model, prepared.plan, prepared.basis)
+
+
+def _first_record(config: TrainConfig, prepared: _Prepared, fingerprint: dict[str, Any], model: Any) -> dict[str, Any]:
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {
+        "format": 1,
+        "status": RUNNING,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "mode": config.mode,
+        "plan": prepared.plan.as_dict() if prepared.plan else None,
+        "fingerprint": fingerprint,
+        "model": {"reference": config.model, "revision": prepared.model_path.revision},
+        "basis": _describe(prepared.basis) if prepared.basis else None,
+        "parameters": {
+            "trained": trained,
+            "total": sum(parameter.numel() for parameter in model.parameters()),
+            "adapter": sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name),
+        },
+        "data": {
+            "dataset": config.dataset,
+            "template": prepared.template,
+            "train": _counts(prepared.train),
+            "test": _counts(prepared.test),
+            "overlapping_dropped": prepared.data.overlapping,
+        },
+        "hardware": {
+            "device": str(prepared.hardware.device),
+            "device_reason": prepared.hardware.device_reason,
+            "dtype": prepared.hardware.dtype_name,
+            "dtype_reason": prepared.hardware.dtype_reason,
+            "threads": torch.get_num_threads(),
+        },
+        "versions": versions(),
+        "seeds": {"seed": config.seed, "split_seed": config.split_seed},
+    }
+
+
+def _describe(basis: Basis) -> dict[str, Any]:
+    return {
+        "path": str(basis.path.resolve()),
+        "sha256": basis.sha256,
+        "choices": basis.choices.to_json(),
+        "sources": [dataclasses.asdict(source) for source in basis.sources],
+    }
+
+
+def _counts(encoded: EncodedSet) -> dict[str, int]:
+    return {
+        "records": len(encoded.examples),
+        "tokens": encoded.tokens,
+        "response_tokens": encoded.response_tokens,
+        "truncated": encoded.truncated,
+        "dropped": encoded.dropped,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can move a number."""
+    names = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
+    return {
+        "cora": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def _write_start(run: RunDirectory, config: TrainConfig, prepared: _Prepared, record: dict[str, Any]) -> None:
+    """Write what a run starts with; on a resumption these are the same bytes again, but for the record's own history."""
+    for name, counts in (("training", record["data"]["train"]), ("held-out", record["data"]["test"])):
+        if counts["truncated"] or counts["dropped"]:
+            say(f"{name} records: {counts['truncated']} prompts cut, {counts['dropped']} records dropped for length")
+    if prepared.data.overlapping:
+        say(f"{prepared.data.overlapping} training records dropped: their prompts are held out")
+    if run.exists():
+        earlier = rundir.read_json(run.record)
+        record = {**record, "started": earlier["started"], "resumed": earlier.get("resumed", 0) + 1}
+    # The record comes first: it is what makes this directory a run, which --resume can complete.
+    rundir.write_json(run.record, record)
+    rundir.write_text(run.config, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+    rundir.write_jsonl(run.test_records, prepared.data.test)
+    parameters = record["parameters"]
+    say(f"mode {config.mode}: training {parameters['trained']:,} of {parameters['total']:,} parameters")
+
+
+def _train_and_save(
+    config: TrainConfig, prepared: _Prepared, run: RunDirectory, arguments: TrainingArguments, model: Any
+) -> dict[str, Any]:
+    main = arguments.process_index == 0
+    shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True) if main else None
+    existing = checkpoints_in(run.checkpoints)
+    checkpoint = existing[-1] if existing else None
+    before = _measure(model, prepared, arguments, "held-out loss before training")
+    frozen_for_good = prepared.plan is not None and prepared.plan.cannot_train
+    if frozen_for_good:
+        say("B is zero and A gets no gradient from it: this run is the base model, so no step is taken")
+        meter, speed, after = None, {"steps": 0, "seconds": 0.0, "tokens": 0, "tokens_per_second": None}, before
+    else:
+        trainer = CoraTrainer(
+            model, arguments, prepared.train.examples, prepared.plan, run.checkpoints, config.keep_checkpoints
+        )
+        meter = _angle_meter(model, prepared.plan)
+        speed = _fit(trainer, run, meter, checkpoint, config, prepared)
+        after = _measure(model, prepared, arguments, "held-out loss after training")
+    if main:
+        _save_result(config, prepared, run, model)
+        if before is not None and after is not None:
+            rows = zip(before.nll.tolist(), after.nll.tolist(), before.tokens.tolist(), strict=True)
+            rundir.write_jsonl(run.heldout, [{"before": b, "after": a, "tokens": int(t)} for b, a, t in rows])
+    return {
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "speed": speed,
+        "peak_memory_bytes": peak_memory_bytes(prepared.hardware.device),
+        "heldout": {"before": before.summary(), "after": after.summary(), "change": loss_change(before, after)}
+        if before is not None and after is not None
+        else None,
+        "largest_angle_rad": meter.largest() if meter else None,
+        "is_base_model": frozen_for_good,
+    }
+
+
+def _angle_meter(model: Any, plan: AdapterPlan | None) -> AngleMeter | None:
+    if plan is None or plan.mode != "tb" or plan.b_init not in ("basis", "orthonormal", "random"):
+        return None
+    assert isinstance(model, PeftModel)
+    return AngleMeter(model)
+
+
+def _fit(
+    trainer: CoraTrainer,
+    run: RunDirectory,
+    meter: AngleMeter | None,
+    checkpoint: Path | None,
+    config: TrainConfig,
+    prepared: _Prepared,
+) -> dict[str, Any]:
+    done = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
+    if trainer.is_world_process_zero():
+        lines = rundir.read_jsonl(run.log, drop_partial_tail=True) if run.log.exists() else []
+        rundir.write_jsonl(run.log, [line for line in lines if line["step"] <= done])
+    if checkpoint:
+        say(f"resuming after step {done}")
+    steps_per_epoch = len(trainer.batches) // config.gradient_accumulation
+    total = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
+    with progress("training", total, "steps", done=done) as shown:
+        trainer.remove_callback(transformers.PrinterCallback)
+        log = RunLog(run, trainer, meter, shown)
+        trainer.add_callback(log)
+        if config.eval_steps:
+            trainer.add_callback(_HeldOutEvery(config.eval_steps, run, trainer, prepared))
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    tokens = trainer.tokens
+    if trainer.args.world_size > 1:
+        tokens = int(trainer.accelerator.gather(torch.tensor([tokens], device=trainer.args.device)).sum())
+    return {
+        "steps": trainer.state.global_step,
+        "seconds": log.seconds,
+        "tokens": tokens,
+        "tokens_per_second": tokens / log.seconds if log.seconds else None,
+    }
+
+
+class _HeldOutEvery(transformers.TrainerCallback):
+    """Measures the held-out loss in the course of training."""
+
+    def __init__(self, every: int, run: RunDirectory, trainer: CoraTrainer, prepared: _Prepared) -> None:
+        self._every, self._run, self._trainer, self._prepared = every, run, trainer, prepared
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self._every or control.should_training_stop:
+            return
+        loss = _measure(self._trainer.model, self._prepared, args, f"held-out loss at step {state.global_step}")
+        if state.is_world_process_zero and loss is not None:
+            append_line(self._run.log, {"step": state.global_step, "epoch": state.epoch, "heldout_loss": loss.mean})
+
+
+def _measure(model: Any, prepared: _Prepared, arguments: TrainingArguments, label: str) -> HeldOutLoss | None:
+    if not prepared.test.examples:
+        return None
+    rank, world = arguments.process_index, arguments.world_size
+    loss = held_out_loss(model, prepared.test.examples, prepared.hardware, rank, world, label)
+    if not math.isfinite(loss.mean):
+        raise Diverged(f"the {label} is {loss.mean}: the model's output is no longer finite")
+    return loss
+
+
+def _save_result(config: TrainConfig, prepared: _Prepared, run: RunDirectory, model: Any) -> None:
+    if prepared.plan is None:
+        with rundir.atomic_path(run.model) as temporary:
+            model.save_pretrained(temporary)
+            prepared.tokenizer.save_pretrained(temporary)
+        return
+    assert isinstance(model, PeftModel)
+    facts = AdapterFacts(
+        plan=prepared.plan,
+        base=config.model,
+        base_revision=prepared.model_path.revision,
+        base_sha256=prepared.model_path.content_hash(),
+        basis=str(Path(config.basis).resolve()) if config.basis else None,
+        basis_sha256=prepared.basis.sha256 if prepared.basis else None,
+        compact=config.compact,
+    )
+    save_adapter(model, run.adapter, facts)
+
+
+def result_hash(run: RunDirectory) -> str:
+    """SHA-256 over the files of `adapter/`, or of `model/` in mode `full`; where there is no such directory, over none."""
+    result = run.model if run.model.exists() else run.adapter
+    return rundir.sha256_files(path for path in (result.iterdir() if result.is_dir() else ()) if path.is_file())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _mark_failed(run: RunDirectory, error: Exception) -> None:
+    """Record the failure where the disk still allows it; the error itself matters more than its record."""
+    try:
+        rundir.write_json(run.record, {**rundir.read_json(run.record), "status": FAILED, "error": str(error)[:500]})
+    except CoraError:
+        say(f"{run.record} could not be updated")
+
+
+def _explained(error: Exception, run: RunDirectory) -> Exception:
+    """Say where the last good checkpoint is, and name a full disk by its name whatever library noticed it."""
+    kept = checkpoints_in(run.checkpoints)
+    where = f"the last whole checkpoint is {kept[-1]}, --resume continues from it" if kept else "there was no checkpoint yet"
+    if isinstance(error, Diverged):
+        return Diverged(f"{error}; {where}")
+    if isinstance(error, CoraError):
+        return error
+    if rundir.is_disk_full(error):
+        return CoraError(f"the disk is full or refuses to be written: {run.root}; {where}")
+    return error

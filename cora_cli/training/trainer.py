@@ -1,0 +1,194 @@
+"""The transformers Trainer with what `cora` needs of it: packed rows, an asserted trained set, whole checkpoints, no NaN.
+
+Everything else (optimizer, schedule, precision, distribution, reporting) is the Trainer's own. What a run is, and when it
+starts and ends, is `run`.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from cora_cli.adapters.install import AngleMeter, apply_trained_set
+from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.data.encode import Example
+from cora_cli.data.pack import ExampleSet, GlobalBatches, collate, response_losses
+from cora_cli.errors import CoraError
+from cora_cli.progress import Progress
+from cora_cli.rundir import RunDirectory
+
+PARTIAL = ".partial"
+
+
+class Diverged(CoraError):
+    """The loss or its gradient stopped being a number."""
+
+
+class CoraTrainer(Trainer):
+    """Trains on packed rows and keeps the `keep` newest checkpoints in `root`.
+
+    `plan` is None in mode `full`, where everything is trained.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        examples: Sequence[Example],
+        plan: AdapterPlan | None,
+        root: Path,
+        keep: int,
+    ) -> None:
+        self._examples, self._root = ExampleSet(examples), root
+        super().__init__(model=model, args=args, train_dataset=self._examples, data_collator=collate)
+        self._plan, self._keep = plan, keep
+        self.batches = GlobalBatches(
+            len(examples),
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.process_index,
+            args.world_size,
+            args.seed,
+        )
+        self.tokens = 0
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The packed batches of this process; `GlobalBatches` has dealt them out already, so nothing shards them again."""
+        return DataLoader(
+            self._examples,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Sum of the response losses over the number of response tokens in the whole optimizer batch, all processes included.
+
+        Gradients are averaged over processes afterwards, hence the factor.
+        """
+        losses, _ = response_losses(model, inputs)
+        return losses.sum() / num_items_in_batch * self.accelerator.num_processes
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch forward and backward. Raises `Diverged` before the optimizer could use what it computed."""
+        self.tokens += inputs["input_ids"].numel()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._require_finite(loss, "loss")
+        return loss
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Assert the trained set, then let the Trainer make its optimizer of it. Runs at every start and every resume."""
+        if self._plan is not None:
+            assert isinstance(self.model, PeftModel)
+            apply_trained_set(self.model, self._plan)
+        return super().create_optimizer(model)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        # The last hook before the optimizer, called whether gradients are clipped or not.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._require_finite(torch.as_tensor(norm, device=self.args.device), "gradient norm")
+        return norm
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that was killed between its last checkpoint and its end has no step left; the Trainer would take one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _require_finite(self, value: torch.Tensor, what: str) -> None:
+        finite = torch.isfinite(value).all().float()
+        if self.accelerator.num_processes > 1:
+            # One process must not go on alone and wait for the others for ever.
+            finite = self.accelerator.gather(finite.reshape(1)).min()
+        if not finite:
+            step = self.state.global_step + 1
+            raise Diverged(
+                f"the {what} at step {step} is {value.item()}: training stopped before the weights could take it up; a lower "
+                "--learning-rate usually helps"
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Checkpoints are written aside and renamed, so that one that exists is whole.
+        return str(self._root / PARTIAL)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            name = f"checkpoint-{self.state.global_step}"
+            root = self._root
+            if (root / name).exists():
+                shutil.rmtree(root / name)
+            (root / PARTIAL / name).rename(root / name)
+            for old in checkpoints_in(root)[: -self._keep]:
+                # Renamed first: a half-deleted checkpoint must not be taken for a whole one.
+                shutil.rmtree(old.rename(root / PARTIAL / old.name))
+        self.accelerator.wait_for_everyone()
+
+
+def checkpoints_in(root: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = root.glob("checkpoint-*") if root.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+class RunLog(TrainerCallback):
+    """Writes `log.jsonl`, a line per optimizer step, shows progress, and keeps the time that steps take."""
+
+    def __init__(self, run: RunDirectory, trainer: CoraTrainer, meter: AngleMeter | None, shown: Progress) -> None:
+        self._run, self._trainer, self._meter, self._shown = run, trainer, meter, shown
+        self._began = 0.0
+        self.seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save as often as this command says: on a resumption the Trainer goes by the checkpoint's interval."""
+        state.compute_steps(args, state.max_steps)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Tell the sampler the epoch, which the Trainer only tells samplers that accelerate has wrapped."""
+        self._trainer.batches.set_epoch(int(state.epoch or 0))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the step's clock."""
+        self._began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop the step's clock."""
+        self.seconds += time.monotonic() - self._began
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Append the step's line."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        line = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+        }
+        if self._meter is not None:
+            line["largest_angle_rad"] = self._meter.largest()
+        append_line(self._run.log, line)
+        self._shown.advance(1, f"loss {logs['loss']:.4f}")
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one JSON line and push it to the system, so that a killed process loses none that it wrote."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({key: _plain(value) for key, value in line.items()}) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
