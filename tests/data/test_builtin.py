@@ -24,13 +24,13 @@ TASKS = [name for name in BUILTIN if name.startswith("task-")]
 
 # A change here changes what every earlier run was trained on: it must be meant.
 DIGESTS = {
-    "instruct": "9fc957efff2bc7b92625fd1e536ad071e5c2b385eca8c4ab40f0ab5b48aafded",
+    "instruct": "b9fe819b7c86b4b8ff1a5382d6a6b04989afeecb2748711a469a7dbd0a944ea5",
     "code": "8eb1bbd8efcccbbaec39448afa9945b89b60b81b6821f4b236404ea02a813ba7",
-    "task-sentiment": "4a23b32a7f63b27186c08c0d5574fb312addfdb209ac03ca67c476cdae40ceaa",
-    "task-arithmetic": "3cdfd17d56f6107f8ce11780f8d6b901c381fb62d2b2b3333606b6810b03fea9",
-    "task-json": "29424914487fd2086c28dedc869c41a691e960405a5362b6a5a20a07c466c104",
-    "task-rewrite": "24c3473702c24e0c54e66dabb13288dc0ab5f487c602488c0d0c4d01d700c5e5",
-    "task-sql": "00f66e5609c4426749f5907adfb1c8eb7f134b2c02a336a2a62ac4682982295d",
+    "task-sentiment": "8a78e2099799501bdacdd4084199890f2f53104d363a3825932d4291f8920d4f",
+    "task-arithmetic": "2879b0b7b927a2ed4544378ec65d4e4b2c0a7443c1072dd97e350072baeae322",
+    "task-json": "cf1b5db733130ce7b3b903c65cedb541f99490e9b362ce23a941553f52f28144",
+    "task-rewrite": "4c4e45fa8aa3d06c5c39a0e20956134810b25f0ca5126a32d357ca9c905a3672",
+    "task-sql": "b769222b30c2a994051f58bd4c096e2bcd3be221fe39a3bdfa62183fad254f28",
 }
 
 

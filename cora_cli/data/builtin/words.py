@@ -61,8 +61,8 @@ CATEGORIES: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 GOODS = (
     "backpack", "blender", "bookshelf", "camera", "coffee grinder", "desk lamp", "electric kettle", "garden chair", "headset",
-    "keyboard", "mattress", "monitor", "office chair", "frying pan", "phone case", "printer", "rain jacket", "raincoat", "router",
-    "smart watch", "speaker", "suitcase", "tablet", "tent", "toaster", "umbrella", "vacuum cleaner", "wallet", "water bottle", "webcam",
+    "keyboard", "monitor", "pillow", "office chair", "frying pan", "phone case", "printer", "rain jacket", "raincoat", "router",
+    "smart lock", "speaker", "suitcase", "tablet", "tent", "toaster", "umbrella", "vacuum cleaner", "wallet", "water bottle", "webcam",
 )  # fmt: skip
 
 Pools = dict[str, Sequence[object]]
