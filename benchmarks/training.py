@@ -102,6 +102,7 @@ def _work(attention: str, hardware: Any, steps: int) -> tuple[Any, list[Any], An
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
+    import cora_cli.data.pack  # noqa: F401  # registers the attention
     from cora_cli.data.encode import encode_records
     from cora_cli.data.formats import load_split
     from cora_cli.loading import load_model, load_tokenizer

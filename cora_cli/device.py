@@ -71,11 +71,15 @@ def _show_one_gpu(device: str) -> None:
     """
     if "LOCAL_RANK" in os.environ or torch.cuda.is_initialized():
         return
-    visible = [index for index in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if index]
     index = int(device.partition(":")[2] or 0)
-    if visible and index >= len(visible):
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
+        return
+    visible = [name for name in shown.split(",") if name]  # empty, it hides every GPU, and so it stays
+    if index >= len(visible) and device != "auto":
         raise CoraError(f"--device {device} was asked for, but CUDA_VISIBLE_DEVICES shows only {len(visible)} device(s)")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[index : index + 1])
 
 
 def select_dtype(dtype: DtypeName, has_bf16: bool, device_type: str) -> tuple[torch.dtype, str]:

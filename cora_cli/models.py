@@ -41,8 +41,11 @@ class ModelPath:
         return rundir.read_json(self.path / "adapter_config.json")
 
     def weight_files(self) -> list[Path]:
-        """The files that hold the weights: safetensors where there are any, else `.bin`. Raises `CoraError` where none are."""
-        stem = "adapter_model" if self.is_adapter else "*"
+        """The files that hold the weights: safetensors where there are any, else `.bin`. Raises `CoraError` where none are.
+
+        An adapter's are `adapter_model.*`, or the A alone of `cora`'s compact form.
+        """
+        stem = "adapter_*" if self.is_adapter else "*"
         for ending in ("safetensors", "bin"):
             found = sorted(file for file in self.path.glob(f"{stem}.{ending}") if file.name != "training_args.bin")
             if found:
@@ -61,6 +64,8 @@ def resolve_model(reference: str) -> ModelPath:
     `reference` is a directory, a `cora train` run directory, `builtin:smollm2`, or a hub id with an optional `@revision`.
     Raises `CoraError` where nothing of that name can be had.
     """
+    if not reference.strip():
+        raise CoraError("a model was named by an empty text; give a directory, a hub id or builtin:smollm2")
     if reference == EMBEDDED_MODEL:
         from cora_cli import embedded
 

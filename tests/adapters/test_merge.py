@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from cora_cli.adapters.install import install_adapter
+from cora_cli.adapters.merge import merge_adapter
+from cora_cli.adapters.modes import plan_adapter
+from cora_cli.adapters.storage import AdapterFacts, save_adapter
+from cora_cli.basis.artifact import read_basis
+from cora_cli.errors import CoraError
+from cora_cli.models import ModelPath, resolve_model
+
+IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(IDS).logits
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model: Path, tiny_basis: Path, tmp_path_factory) -> dict[str, tuple[ModelPath, torch.Tensor]]:
+    """A trained adapter in both forms, with the logits of base + adapter in float32."""
+    basis, made = read_basis(tiny_basis), {}
+    for form in ("standard", "compact"):
+        plan = plan_adapter(
+            "fb", rank=4, alpha=8.0, rslora=False, target_modules=("q_proj", "k_proj", "v_proj"), dropout=0.1, seed=0
+        )
+        wrapped = install_adapter(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), plan, basis).eval()
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+        facts = AdapterFacts(plan, str(tiny_model), None, "0" * 64, str(tiny_basis), basis.sha256, compact=form == "compact")
+        directory = tmp_path_factory.mktemp("adapters") / form
+        save_adapter(wrapped, directory, facts)
+        made[form] = (resolve_model(str(directory)), logits(wrapped))
+    return made
+
+
+@pytest.mark.parametrize("form", ["standard", "compact"])
+def test_the_merged_model_is_a_plain_one_with_the_logits_of_base_and_adapter(form, adapters, tiny_model, tmp_path):
+    adapter, expected = adapters[form]
+    assert merge_adapter(adapter, tmp_path / "merged") == 6
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.dtype == torch.float32
+    found = logits(model)
+    base = logits(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
+    assert (base - expected).abs().max() > 0.1, "the adapter must matter for this test to mean anything"
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert resolve_model(str(tmp_path / "merged")).is_adapter is False
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_the_tokenizer_comes_along(adapters, tiny_model, tmp_path):
+    merge_adapter(adapters["standard"][0], tmp_path / "merged")
+    merged, base = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "merged", tiny_model))
+    assert merged("def f(x): return 1")["input_ids"] == base("def f(x): return 1")["input_ids"]
+    assert merged.chat_template == base.chat_template
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("fp32", torch.float32), ("stored", torch.float32)])
+def test_the_dtype_can_be_chosen(dtype, expected, adapters, tmp_path):
+    merge_adapter(adapters["standard"][0], tmp_path / "merged", dtype=dtype)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == expected
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_an_output_that_exists_is_refused_and_left_alone(make, adapters, tmp_path):
+    make(tmp_path / "merged")
+    with pytest.raises(CoraError, match="merged exists already; choose a new directory"):
+        merge_adapter(adapters["standard"][0], tmp_path / "merged")
+    assert [path.name for path in tmp_path.rglob("*")] == ["merged"]
+
+
+def test_a_whole_model_is_refused(tiny_model, tmp_path):
+    with pytest.raises(CoraError, match="is a whole model: there is nothing to merge"):
+        merge_adapter(resolve_model(str(tiny_model)), tmp_path / "merged")
+
+
+def test_an_adapter_on_a_base_that_it_does_not_fit_is_refused_and_writes_nothing(adapters, tiny_multihead_model, tmp_path):
+    with pytest.raises(CoraError, match="cannot be loaded"):
+        merge_adapter(adapters["standard"][0], tmp_path / "merged", base=resolve_model(str(tiny_multihead_model)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing_and_says_so(adapters, tmp_path, monkeypatch):
+    def refuse(model, directory, **_):
+        directory.mkdir()
+        (directory / "half").write_text("a")
+        raise RuntimeError("[enforce fail] PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", refuse)
+    with pytest.raises(CoraError, match=r"the disk is full: .*merged could not be written"):
+        merge_adapter(adapters["standard"][0], tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []

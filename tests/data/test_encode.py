@@ -1,0 +1,135 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from cora_cli import embedded
+from cora_cli.data.encode import encode_prompt, encode_records, split_tokens
+from cora_cli.data.templates import Rendered, choose_template
+from cora_cli.errors import CoraError
+
+repeatable = settings(derandomize=True, deadline=None, max_examples=60)
+FORMS = {"nothing": "$A", "bos": "<s> $A", "eos": "$A </s>", "bos and eos": "<s> $A </s>"}
+
+
+def make_tokenizer(adds: str = "nothing", one_special_token: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level characters with the merge "ab"; pad is eos. It adds what FORMS says around every text."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate([*letters, "ab"])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    start, end = ("</s>", "</s>") if one_special_token else ("<s>", "</s>")
+    inner.add_special_tokens(sorted({start, end}))
+    inner.post_processor = processors.TemplateProcessing(
+        single=FORMS[adds].replace("<s>", start), special_tokens=[(name, inner.token_to_id(name)) for name in {start, end}]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=start, eos_token=end, pad_token=end)
+
+
+TOKENIZERS = {
+    **{adds: make_tokenizer(adds) for adds in FORMS},
+    **{f"{adds}, one special token": make_tokenizer(adds, one_special_token=True) for adds in FORMS},
+}
+# Texts with an end token written out in the middle, at the start and at the end, and with a merge over the seam.
+pieces = st.lists(st.sampled_from(["a", "b", "ab", " ", "é", "</s>", "x\n"]), max_size=5).map("".join)
+
+
+@pytest.fixture(scope="module")
+def embedded_tokenizer():
+    return AutoTokenizer.from_pretrained(embedded.model_directory())
+
+
+def prompt_records(*pairs):
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(prompt=pieces, response=pieces, special=st.booleans())
+@repeatable
+def test_prompt_and_response_are_the_texts_with_the_start_tokens_before_and_one_end_token_behind(
+    name, prompt, response, special
+):
+    tokenizer, eos = TOKENIZERS[name], TOKENIZERS[name].eos_token_id
+    before = [tokenizer.bos_token_id] if special and name.startswith("bos") else []
+    ids, answer = split_tokens(Rendered(prompt, response, special), tokenizer)
+    assert ids == encode_prompt(Rendered(prompt, "other", special), tokenizer), "training sees the prompt of generation"
+    assert ids[: len(before)] == before
+    assert tokenizer.decode(ids[len(before) :]) == prompt, "an end token in the text is a token like others"
+    assert answer[-1] == eos
+    written_out = response.endswith("</s>")
+    assert tokenizer.decode(answer) == response if written_out else tokenizer.decode(answer) == response + "</s>"
+
+
+def test_tokenizers_of_the_test_add_what_they_say():
+    added = {name: tokenizer("x")["input_ids"] for name, tokenizer in TOKENIZERS.items()}
+    assert [len(ids) for ids in added.values()] == [1, 2, 2, 3] * 2
+
+
+def test_a_response_is_written_as_in_one_text_where_the_seam_is_a_token_boundary_and_alone_where_not(embedded_tokenizer):
+    prompt, response = split_tokens(Rendered("The answer:", " forty two", True), embedded_tokenizer)
+    whole = embedded_tokenizer("The answer: forty two")["input_ids"]
+    assert [*prompt, *response] == [*whole, embedded_tokenizer.eos_token_id]
+    tokenizer = TOKENIZERS["nothing"]
+    ids = tokenizer.convert_tokens_to_ids
+    assert split_tokens(Rendered("xa", "bx", True), tokenizer) == (ids(["x", "a"]), [*ids(["b", "x"]), tokenizer.eos_token_id])
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_loss_is_on_the_response_and_its_end_whatever_ids_they_hold(name):
+    tokenizer = TOKENIZERS[name]
+    records = prompt_records(("x</s>y</s>", "b</s>x"), ("x", ""), ("x", "ab</s>"))
+    encoded = encode_records(records, "prompt", "plain", tokenizer, 100, "training")
+    answers = [tokenizer.decode(example.input_ids[example.prompt_length :]) for example in encoded.examples]
+    assert answers == ["b</s>x</s>", "</s>", "ab</s>"]
+    assert encoded.response_tokens == 4 + 1 + 2
+    assert encoded.tokens == encoded.response_tokens + sum(example.prompt_length for example in encoded.examples)
+    assert (encoded.truncated, encoded.dropped) == (0, 0)
+
+
+def test_a_chat_prompt_has_the_templates_own_start_tokens_only(embedded_tokenizer):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    encoded = encode_records([{"messages": messages}], "messages", "chat", embedded_tokenizer, 100, "training")
+    text = embedded_tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")
+    assert embedded_tokenizer.decode(encoded.examples[0].input_ids) == text
+
+
+def test_a_tokenizer_without_a_chat_template_gets_alpaca():
+    tokenizer = TOKENIZERS["bos"]
+    template = choose_template("auto", "alpaca", tokenizer)
+    record = {"instruction": "Go.", "input": "", "output": "ok"}
+    example = encode_records([record], "alpaca", template, tokenizer, 1000, "training").examples[0]
+    text = tokenizer.decode(example.input_ids)
+    assert text.startswith("<s>Below is an instruction")
+    assert text.endswith("### Response:\nok</s>")
+
+
+@given(prompt=st.integers(1, 12), response=st.integers(0, 12), longest=st.integers(2, 16))
+@repeatable
+def test_what_is_too_long_loses_the_prompts_beginning_and_a_response_that_does_not_fit_is_dropped(prompt, response, longest):
+    tokenizer = TOKENIZERS["nothing"]
+    short = {"prompt": "x", "completion": ""}
+    long = {"prompt": "".join("cdefghijklmn"[:prompt]), "completion": "y" * response}
+    encoded = encode_records([short, long], "prompt", "plain", tokenizer, longest, "training")
+    room = longest - (response + 1)
+    if room < 1:
+        assert (len(encoded.examples), encoded.truncated, encoded.dropped) == (1, 0, 1)
+        return
+    example = encoded.examples[1]
+    assert tokenizer.decode(example.input_ids) == long["prompt"][-room:] + long["completion"] + "</s>"
+    assert example.prompt_length == min(room, prompt)
+    assert (encoded.truncated, encoded.dropped) == (int(prompt > room), 0)
+
+
+def test_a_record_without_a_single_prompt_token_is_dropped():
+    records = prompt_records(("", "a"), ("x", "a"))
+    assert encode_records(records, "prompt", "plain", TOKENIZERS["nothing"], 10, "training").dropped == 1
+    assert encode_records(records, "prompt", "plain", TOKENIZERS["bos"], 10, "training").dropped == 0
+
+
+def test_nothing_left_is_an_error_that_names_the_records_and_the_length():
+    records = prompt_records(("x", "y" * 20), ("x", "y" * 30))
+    with pytest.raises(CoraError, match=r"every one of the 2 training records was truncated away.*--max-length 8"):
+        encode_records(records, "prompt", "plain", TOKENIZERS["nothing"], 8, "training")
+    assert encode_records([], "prompt", "plain", TOKENIZERS["nothing"], 8, "held-out").examples == []
