@@ -3,8 +3,6 @@
 Nothing heavy is imported here: `--help` has to answer at once, so each command imports its work when it runs.
 """
 
-import sys
-
 import typer
 
 from cora_cli.cli import demo, doctor, evaluate, extract_basis, merge, train
@@ -40,8 +38,4 @@ def _root(
 def main() -> None:
     """Entry point of the `cora` command."""
     quiet_libraries()
-    try:
-        app(prog_name="cora")
-    except KeyboardInterrupt:
-        print("cora: interrupted", file=sys.stderr)
-        sys.exit(130)
+    app(prog_name="cora")

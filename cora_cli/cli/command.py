@@ -31,6 +31,9 @@ def clean_errors(debug: bool) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort):
         raise
+    except KeyboardInterrupt as error:
+        print("cora: interrupted", file=sys.stderr, flush=True)
+        raise typer.Exit(130) from error
     except Exception as error:
         if debug:
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
-from cora_cli.adapters.storage import SIDE_FILE, base_of, load_adapter, read_facts
+from cora_cli.adapters.storage import base_of, load_adapter, read_facts
 from cora_cli.data.encode import encode_prompt
 from cora_cli.data.formats import load_test_records
 from cora_cli.data.templates import choose_template, render
@@ -83,7 +83,7 @@ def _targets(config: EvaluateConfig) -> list[Target]:
         if record["status"] != "finished":
             raise CoraError(f"{name} is not finished (status {record['status']}); continue it with `cora train --resume`")
         path = resolve_model(name)
-        base, adapter = (resolve_model(record["model"]["reference"]), path) if path.is_adapter else (path, None)
+        base, adapter = (base_of(path), path) if path.is_adapter else (path, None)
         template = record["data"]["template"] if config.template == "auto" else config.template
         root = run.evaluation
         if config.output_dir:
@@ -101,11 +101,6 @@ def _recorded_generation(path: Path) -> dict[str, Any]:
     source = EvaluationDirectory(path.parent).generation
     recorded: dict[str, Any] = rundir.read_json(source) if source.exists() else {}
     return recorded if recorded.get("predictions_sha256") == rundir.sha256_file(path) else {}
-
-
-def _adapter_hash(adapter: ModelPath) -> str:
-    """SHA-256 over factors, configuration and, since a compact adapter's B is made from it, the side file."""
-    return rundir.sha256_files([*adapter.path.glob("adapter_*"), *adapter.path.glob(SIDE_FILE)])
 
 
 def _check_base(target: Target, base_sha256: str) -> None:
@@ -128,7 +123,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
     settings = {
         "model": target.base.reference,
         "model_sha256": base_sha256,
-        "adapter_sha256": target.adapter and _adapter_hash(target.adapter),
+        "adapter_sha256": target.adapter and target.adapter.content_hash(),
         "merged": bool(target.adapter) and config.merge,
         "records_sha256": rundir.sha256_json(records),
         "template": target.template,

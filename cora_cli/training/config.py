@@ -117,6 +117,8 @@ class TrainConfig:
         if problems:
             raise UsageError("; ".join(problems))
         plan = self.adapter_plan()
+        if plan is not None and plan.trains_b and self.compact:
+            raise UsageError(f"--compact stores A alone, but mode {self.mode} trains B too; leave it out")
         if plan is not None and plan.needs_basis and not self.basis:
             raise UsageError(
                 f"mode {self.mode} needs --basis FILE (made by `cora extract-basis`), or another start by --b-init"

@@ -150,6 +150,8 @@ def _training_arguments(config: TrainConfig, hardware: Hardware, run: RunDirecto
         use_cpu=hardware.device.type == "cpu",
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        # The Trainer would write its own choice into the config of a model that is to generate later.
+        use_cache=True,
         save_strategy="steps",
         save_steps=config.save_steps,
         logging_steps=1,
@@ -207,7 +209,6 @@ def _load(config: TrainConfig, prepared: _Prepared) -> torch.nn.Module:
     say(f"{prepared.hardware.describe()}; attention {attention} ({reason})")
     dtype = torch.float32 if prepared.plan is None else prepared.hardware.dtype
     model = load_model(prepared.model_path, dtype, prepared.hardware.device, attention, config.trust_remote_code)
-    model.config.use_cache = False
     # Starts are seeded by module name; this seeds dropout.
     set_seed(config.seed)
     if prepared.plan is None:

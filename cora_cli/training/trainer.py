@@ -107,14 +107,15 @@ class CoraTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _require_finite(self, value: torch.Tensor, what: str) -> None:
-        finite = torch.isfinite(value).all().float()
+        values = value.reshape(1)
         if self.accelerator.num_processes > 1:
             # One process must not go on alone and wait for the others for ever.
-            finite = self.accelerator.gather(finite.reshape(1)).min()
-        if not finite:
+            values = self.accelerator.gather(values)
+        wrong = values[~values.isfinite()]
+        if len(wrong):
             step = self.state.global_step + 1
             raise Diverged(
-                f"the {what} at step {step} is {value.item()}: training stopped before the weights could take it up; a lower "
+                f"the {what} at step {step} is {wrong[0].item()}: training stopped before the weights could take it up; a lower "
                 "--learning-rate usually helps"
             )
 

@@ -1,0 +1,239 @@
+"""How flags, files and defaults rank, how commands end, and what `--help` may cost; for every command at once."""
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cora_cli.cli import app
+from cora_cli.cli.command import command
+from cora_cli.cli.extract_basis import ExtractConfig
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.settings import setting
+from cora_cli.training.config import TrainConfig
+
+COMMANDS = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cake:
+    """One setting of every kind."""
+
+    guests: tuple[str, ...] = setting("Who eats.", argument=True)
+    flour: str = setting("Which flour.")
+    eggs: int = setting("How many.", 3)
+    sugar: float | None = setting("Kilograms.", None)
+    layers: tuple[str, ...] = setting("From below.", ("sponge", "cream"))
+    toppings: tuple[str, ...] = setting("Given one by one.", (), repeated=True)
+    shape: Literal["round", "square"] = setting("Seen from above.", "round")
+    iced: bool = setting("With icing.", False)
+    baked: bool = setting("Baked at all.", True)
+    to: str = setting("Where it goes.", "table", flags=("--to", "-t"))
+
+    def __post_init__(self) -> None:
+        if self.eggs < 0:
+            raise UsageError(f"--eggs must be at least 0, not {self.eggs}")
+
+
+def invoke(*arguments: str, run: Callable[[Cake], None] | None = None) -> tuple[Any, list[Cake]]:
+    """The result of `cora bake ARGUMENTS`, and the configuration that arrived."""
+    seen: list[Cake] = []
+    toy = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+    toy.callback()(lambda: None)
+    command(toy, "bake", Cake, run or seen.append)
+    return CliRunner().invoke(toy, ["bake", *arguments]), seen
+
+
+def baked(*arguments: str) -> Cake:
+    result, seen = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return seen[0]
+
+
+def written(directory: Path, text: str) -> str:
+    path = directory / "cake.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_hold_where_nothing_is_said() -> None:
+    assert baked("ann", "bob", "--flour", "rye") == Cake(("ann", "bob"), "rye")
+
+
+def test_a_flag_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) -> None:
+    text = (
+        "flour: rye\neggs: 4\nsugar: 2.5e-1\nlayers: [jam]\niced: true\nbaked: false\nshape: square\nto: bed\nguests: [ann]\n"
+    )
+    file = written(tmp_path, text)
+    assert baked("--config", file) == Cake(("ann",), "rye", 4, 0.25, ("jam",), (), "square", True, False, "bed")
+    flags = ["--eggs=5", "--sugar=1", "--layers=a, b", "--no-iced", "--baked", "--shape=round", "-t", "sea", "--flour=corn"]
+    expected = Cake(("bob",), "corn", 5, 1.0, ("a", "b"), (), "round", False, True, "sea")
+    assert baked("bob", *flags, "--config", file) == expected
+    assert baked("--config", file, "bob", *flags) == expected
+
+
+def test_a_flag_beats_the_file_even_with_the_default_s_value(tmp_path: Path) -> None:
+    assert baked("a", "--config", written(tmp_path, "flour: rye\neggs: 4"), "--eggs", "3").eggs == 3
+
+
+def test_lists_come_repeated_from_flags_and_as_lists_from_files(tmp_path: Path) -> None:
+    assert baked("a", "--flour=x", "--toppings", "nut", "--toppings", "fig, fresh").toppings == ("nut", "fig, fresh")
+    assert baked("a", "--config", written(tmp_path, "flour: x\ntoppings: [nut, fig]")).toppings == ("nut", "fig")
+    assert baked("a", "--config", written(tmp_path, "flour: x\ntoppings: nut\nguests: bob")).toppings == ("nut",)
+    assert baked("--config", written(tmp_path, "flour: x\nguests: bob")).guests == ("bob",)
+
+
+def test_files_may_write_names_with_dashes_numbers_as_text_and_leave_values_open(tmp_path: Path) -> None:
+    cake = baked("a", "--config", written(tmp_path, "flour: 405\neggs: '7'\nsugar: null\nlayers:\n  - 1\n  - 2\n"))
+    assert (cake.flour, cake.eggs, cake.sugar, cake.layers) == ("405", 7, None, ("1", "2"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flour: x\nflower: y\nsalt: 1\n", "has unknown keys: flower, salt; known are baked, eggs, flour, guests, iced,"),
+        ("flour: x\nconfig: y\n", "has unknown keys: config;"),
+        ("flour: x\nno-iced: true\n", "has unknown keys: no_iced;"),
+        ("- flour\n", "must hold `name: value` lines, not a list"),
+        ("flour: [", "is not valid YAML: "),
+        ("flour: {a: b}\n", "flour must be a plain value or a list, not {'a': 'b'}"),
+        ("flour: !!python/object/apply:os.getcwd []\n", "is not valid YAML: "),
+        (None, "cannot be read: "),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_a_usage_error(text: str | None, message: str, tmp_path: Path) -> None:
+    file = written(tmp_path, text) if text is not None else str(tmp_path / "missing.yaml")
+    result, seen = invoke("a", "--config", file)
+    assert (result.exit_code, seen, result.stdout) == (2, [], "")
+    assert result.stderr.startswith(f"cora: error: configuration file {file}")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["eggs: 2.5", "eggs: true", "eggs: many", "sugar: sweet", "iced: 7", "shape: oval", "eggs: [1, 2]"]
+)
+def test_a_file_s_value_of_the_wrong_type_is_a_usage_error_that_names_the_flag(text: str, tmp_path: Path) -> None:
+    result, seen = invoke("a", "--config", written(tmp_path, f"flour: x\n{text}\n"))
+    assert (result.exit_code, seen) == (2, [])
+    assert f"--{text.partition(':')[0]}" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--flour=x", "--eggs=two", "a"], ["a"], ["--flour=x"], ["a", "--flour=x", "--salt"]])
+def test_flags_that_are_wrong_missing_or_unknown_are_usage_errors(arguments: list[str]) -> None:
+    result, seen = invoke(*arguments)
+    assert (result.exit_code, seen) == (2, [])
+
+
+def test_a_configuration_that_refuses_itself_is_one_line_and_exit_code_2() -> None:
+    result, seen = invoke("a", "--flour=x", "--eggs=-1")
+    assert (result.exit_code, seen, result.stderr) == (2, [], "cora: error: --eggs must be at least 0, not -1\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (CoraError("the oven is cold"), 1, "cora: error: the oven is cold\n"),
+        (UsageError("no such cake"), 2, "cora: error: no such cake\n"),
+        (
+            ValueError("two\nlines"),
+            1,
+            "cora: error: unexpected ValueError: two lines (run again with --debug for the traceback)\n",
+        ),
+        (KeyboardInterrupt(), 130, "cora: interrupted\n"),
+    ],
+)
+def test_errors_end_in_one_line_and_their_exit_code(error: BaseException, code: int, line: str) -> None:
+    def fail(_: Cake) -> None:
+        raise error
+
+    result, _ = invoke("a", "--flour=x", run=fail)
+    assert (result.exit_code, result.stderr, result.stdout) == (code, line, "")
+
+
+def test_debug_lets_the_error_through() -> None:
+    def fail(_: Cake) -> None:
+        raise CoraError("the oven is cold")
+
+    result, _ = invoke("a", "--flour=x", "--debug", run=fail)
+    assert isinstance(result.exception, CoraError)
+    assert "cora: error" not in result.stderr
+
+
+def cora(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "cora_cli", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_real_command_ends_with_code_2_and_shows_a_traceback_only_for_debug() -> None:
+    plain, debug = cora("evaluate", "--model", "m"), cora("evaluate", "--model", "m", "--debug")
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert plain.stderr.startswith("cora: error: --model needs --dataset")
+    assert plain.stderr.count("\n") == 1
+    assert "Traceback" in debug.stderr
+    assert debug.returncode != 0
+
+
+def test_help_of_every_command_imports_nothing_heavy() -> None:
+    program = f"""
+import json, sys
+from typer.testing import CliRunner
+from cora_cli.cli import app, main
+results = [CliRunner().invoke(app, [*words, "--help"]) for words in {[[], *([name] for name in COMMANDS)]}]
+results.append(CliRunner().invoke(app, ["--version"]))
+print(json.dumps([[result.exit_code, result.stdout] for result in results]))
+print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    answers, modules = (json.loads(line) for line in finished.stdout.splitlines())
+    assert [code for code, _ in answers] == [0] * len(answers)
+    for name, (_, text) in zip(COMMANDS, answers[1:], strict=False):
+        assert f"Usage: cora {name}" in text or f"Usage: root {name}" in text
+        assert all(flag in text for flag in ("--config", "--seed", "--debug"))
+        assert name in answers[0][1]
+    heavy = {
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "numpy",
+        "scipy",
+        "nltk",
+        "bert_score",
+        "evaluate",
+        "rich",
+    }
+    assert not heavy & set(modules)
+
+
+@pytest.mark.parametrize("name", ["extract-basis", "train", "merge"])
+def test_a_command_without_its_arguments_shows_its_help(name: str) -> None:
+    result = CliRunner().invoke(app, [name])
+    assert result.exit_code == 2
+    assert f"{name} [OPTIONS]" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("path", [path for path in sorted(CONFIGS.rglob("*.yaml")) if "paper" not in path.parts], ids=str)
+def test_every_shipped_configuration_parses_as_its_first_line_says(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    words = shlex.split(first.partition(" cora_cli " if " cora_cli " in first else " cora ")[2])
+    assert words[1:3] == ["--config", str(path.relative_to(CONFIGS.parent))]
+    classes = {"train": TrainConfig, "extract-basis": ExtractConfig, "evaluate": EvaluateConfig}
+    seen: list[Any] = []
+    parser = typer.Typer(rich_markup_mode=None)
+    parser.callback()(lambda: None)
+    command(parser, words[0], classes[words[0]], seen.append)
+    result = CliRunner().invoke(parser, [words[0], "--config", str(path), *words[3:]])
+    assert result.exit_code == 0, result.stderr
+    assert isinstance(seen[0], classes[words[0]])

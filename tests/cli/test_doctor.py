@@ -1,0 +1,58 @@
+"""`cora doctor` says what is here and what is missing, and changes nothing."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cora_cli import __version__
+from cora_cli.cli import app, doctor
+
+
+def cora_doctor(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["doctor", *arguments])
+
+
+def test_it_names_versions_device_precision_and_reasons() -> None:
+    result = cora_doctor("--device=cpu", "--dtype=auto")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"cora {__version__}, Python 3.")
+    for package in doctor.REQUIRED:
+        assert any(re.fullmatch(rf"  {re.escape(package)} +\d+\.\d+\S*", line) for line in lines)
+    assert re.search(r"device cpu \(asked for\), (bf16|fp32) \(the processor has (no )?bfloat16 instructions\)", result.stdout)
+    assert "packed attention cora_packed (CPU: one causal attention per document)" in result.stdout
+    for name, use in doctor.OPTIONAL.items():
+        assert any(line.split()[0] == name and line.endswith(use) for line in lines if line.startswith("  "))
+
+
+def test_a_precision_that_is_asked_for_is_named_as_such() -> None:
+    assert "fp32 (asked for)" in cora_doctor("--device=cpu", "--dtype=fp32").stdout
+
+
+def test_missing_packages_are_listed_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "REQUIRED", ("torch", "no-such-package", "nor-this"))
+    result = cora_doctor("--device=cpu")
+    assert result.exit_code == 1
+    assert "no-such-package missing: pip install no-such-package" in result.stdout
+    assert result.stderr == "missing packages: pip install no-such-package nor-this\n"
+
+
+def test_embedded_parts_that_are_not_here_are_announced_and_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORA_CACHE", str(tmp_path / "cache"))
+    result = cora_doctor("--device=cpu")
+    assert result.exit_code == 0
+    assert f"embedded parts, in {tmp_path / 'cache'}" in result.stdout
+    for name in ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2", "WordNet 3.0"):
+        assert f"  {name}: not here yet; fetched when first needed" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_is_not_there_is_an_error() -> None:
+    result = cora_doctor("--device=cuda:9")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("cora: error: --device cuda:9 was asked for")

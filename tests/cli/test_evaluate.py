@@ -1,0 +1,236 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cora_cli import rundir
+from cora_cli.cli import app
+from cora_cli.evaluation import evaluate as module
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.run import train
+
+HELD_OUT = 6
+FAST = [
+    "--dtype",
+    "fp32",
+    "--device",
+    "cpu",
+    "--batch-size",
+    "4",
+    "--max-new-tokens",
+    "6",
+    "--metrics",
+    "rouge,bleu",
+    "--bootstrap",
+    "100",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two finished LoRA runs that differ in their seed."""
+    root = tmp_path_factory.mktemp("trained")
+    for seed in (0, 1):
+        config = TrainConfig(
+            model=str(tiny_model),
+            dataset=str(tiny_data),
+            output_dir=str(root / f"seed{seed}"),
+            mode="lora",
+            rank=4,
+            max_steps=2,
+            batch_size=8,
+            test_size=HELD_OUT,
+            learning_rate=0.03,
+            seed=seed,
+            dtype="fp32",
+            device="cpu",
+        )
+        train(config)
+    return [root / f"seed{seed}" for seed in (0, 1)]
+
+
+@pytest.fixture
+def predictions(tmp_path: Path) -> Path:
+    pairs = [("the cat sat", "the cat sat down"), ("", "nothing"), ("one two", "two one")]
+    rundir.write_jsonl(tmp_path / "predictions.jsonl", [{"prediction": p, "reference": r} for p, r in pairs])
+    return tmp_path / "predictions.jsonl"
+
+
+def cora(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def rows(output: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if line.startswith("|")]
+
+
+def test_one_run_prints_a_row_with_intervals_and_every_signature(runs: list[Path], tmp_path: Path) -> None:
+    result = cora(runs[0], "-o", tmp_path / "out", *FAST)
+    assert result.exit_code == 0, result.stderr
+    header, _, *body = rows(result.stdout)
+    assert header == ["run", "rouge1", "rouge2", "rougeL", "sacrebleu"]
+    metrics = rundir.read_json(tmp_path / "out" / "metrics.json")["metrics"]
+    (row,) = body
+    assert row[0] == str(runs[0])
+    for name, cell in zip(header[1:], row[1:], strict=True):
+        digits = 2 if name == "sacrebleu" else 3
+        low, high = metrics[name]["ci95"]
+        assert cell == f"{metrics[name]['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        assert f"\n{name}: {metrics[name]['signature']}\n" in result.stdout
+    assert f"over the n = {HELD_OUT} records" in result.stdout
+    assert "paired differences" not in result.stdout
+
+
+def test_several_runs_print_a_row_each_and_their_differences_from_the_first(runs: list[Path], tmp_path: Path) -> None:
+    result = cora(*runs, "-o", tmp_path, *FAST)
+    assert result.exit_code == 0, result.stderr
+    table, _, differences = result.stdout.partition("paired differences")
+    assert differences.startswith(f" from {runs[0]}, with p")
+    assert [row[0] for row in rows(table)[2:]] == [str(run) for run in runs]
+    header, _, row = rows(differences)
+    assert row[0] == str(runs[1])
+    metrics = [rundir.read_json(tmp_path / run.name / "metrics.json")["metrics"] for run in runs]
+    for name, cell in zip(header[1:], row[1:], strict=True):
+        shown = re.fullmatch(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\] p=([\d.]+)", cell)
+        assert shown
+        value, low, high, p = map(float, shown.groups())
+        assert value == pytest.approx(metrics[1][name]["value"] - metrics[0][name]["value"], abs=0.006)
+        assert low <= value <= high
+        assert 0 < p <= 1
+
+
+def test_runs_with_other_held_out_records_get_their_table_but_no_comparison(
+    runs: list[Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    rundir.write_jsonl(tmp_path / "other.jsonl", [{"instruction": f"say {n}", "output": f"{n}"} for n in range(10)])
+    config = TrainConfig(
+        model=str(tiny_model),
+        dataset=str(tmp_path / "other.jsonl"),
+        output_dir=str(tmp_path / "other"),
+        mode="lora",
+        rank=2,
+        max_steps=2,
+        dtype="fp32",
+        device="cpu",
+    )
+    train(config)
+    result = cora(runs[0], tmp_path / "other", "-o", tmp_path / "out", *FAST)
+    assert result.exit_code == 1
+    assert len(rows(result.stdout)) == 4, result.stderr
+    assert "did not answer the same records" in result.stderr.splitlines()[-1]
+
+
+def test_a_configuration_file_names_the_runs_and_a_flag_beats_it(runs: list[Path], tmp_path: Path) -> None:
+    settings = {
+        "runs": [str(run) for run in runs],
+        "output-dir": str(tmp_path / "out"),
+        "limit": 5,
+        "metrics": ["bleu", "rouge1"],
+    }
+    (tmp_path / "evaluate.yaml").write_text(json.dumps(settings))
+    numbers = [argument for argument in FAST if argument not in ("--metrics", "rouge,bleu")]
+    result = cora("--config", tmp_path / "evaluate.yaml", "--limit", 2, *numbers)
+    assert result.exit_code == 0, result.stderr
+    assert rows(result.stdout)[0] == ["run", "rouge1", "sacrebleu"]
+    assert len(rundir.read_jsonl(tmp_path / "out" / "seed1" / "predictions.jsonl")) == 2
+
+
+def test_a_bare_model_and_finished_predictions_give_the_same_table(tiny_model: Path, runs: list[Path], tmp_path: Path) -> None:
+    test = RunDirectory(runs[0]).test_records
+    first = cora("--model", tiny_model, "--dataset", test, "-o", tmp_path / "base", *FAST)
+    assert first.exit_code == 0, first.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_model", lambda *_: pytest.fail("a model was loaded"))
+        again = cora("--from", tmp_path / "base" / "predictions.jsonl", "--metrics", "rouge,bleu", "--bootstrap", 100)
+    assert again.exit_code == 0, again.stderr
+    assert again.stdout == first.stdout
+
+
+def test_the_seed_moves_the_intervals_and_nothing_else(predictions: Path) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        result = cora("--from", predictions, "--metrics", "rouge1", "--bootstrap", 101, "--seed", seed)
+        assert result.exit_code == 0, result.stderr
+        results.append(rundir.read_json(predictions.parent / "metrics.json")["metrics"]["rouge1"])
+    assert results[0] == results[1]
+    assert results[0]["value"] == results[2]["value"]
+    assert "seed:1" in results[2]["signature"]
+
+
+# Errors
+
+
+def assert_one_line(result: Any, exit_code: int, message: str) -> None:
+    assert result.exit_code == exit_code, result.stderr
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("cora: error: ")
+    assert message in lines[-1]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name either run directories, or --model, or --from"),
+        (["run", "--model", "m", "--dataset", "d", "-o", "o"], "name either run directories, or --model, or --from"),
+        (["run", "--from", "p.jsonl"], "name either run directories, or --model, or --from"),
+        (["--model", "m", "-o", "o"], "--model needs --dataset"),
+        (["--model", "m", "--dataset", "d"], "--output-dir (where to write)"),
+        (["--from", "p.jsonl", "--limit", "3"], "--limit is of no use with --from"),
+        (["run", "--metrics", "rouge,chrf"], "metric 'chrf' is unknown; choose among rouge, meteor, bleu, bertscore"),
+        (["run", "--metrics", ""], "no metric is named"),
+        (["run", "--batch-size", "-4"], "--batch-size must be at least 1, not -4"),
+        (["run", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
+        (["run", "--limit", "-1"], "--limit must be at least 1, not -1"),
+        (["run", "--bootstrap", "5"], "--bootstrap must be at least 100, not 5"),
+        (["run", "--device", "tpu"], "--device 'tpu' is unknown"),
+    ],
+)
+def test_senseless_requests_exit_2_with_one_line(arguments: list[str], message: str) -> None:
+    result = cora(*arguments)
+    assert_one_line(result, 2, message)
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--limit", "few"], ["--template", "vicuna"], ["--dtype", "int4"], ["--frobnicate"]])
+def test_values_and_flags_that_do_not_exist_exit_2(arguments: list[str]) -> None:
+    result = cora("run", *arguments)
+    assert result.exit_code == 2
+    assert arguments[0] in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_things_that_are_not_there_exit_1_with_one_line(tmp_path: Path, predictions: Path) -> None:
+    assert_one_line(cora(tmp_path / "nowhere"), 1, "is no run directory")
+    assert_one_line(cora("--from", tmp_path / "nowhere.jsonl"), 1, "is no file")
+    model = ("--model", tmp_path / "nowhere", "--dataset", "builtin:code", "-o", tmp_path / "out")
+    assert_one_line(cora(*model), 1, "neither a directory on this disk nor a hub id")
+    predictions.write_text("{broken\n")
+    assert_one_line(cora("--from", predictions), 1, "predictions.jsonl, line 1: not valid JSON")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = cora("--from", tmp_path / "nowhere.jsonl", "--debug")
+    assert result.exit_code == 1
+    assert "is no file" in str(result.exception)
+
+
+def test_the_installed_command_answers_a_senseless_request_without_loading_torch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    process = subprocess.run(
+        [sys.executable, "-m", "cora_cli", "evaluate", "--metrics", "chrf", "run"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+    )
+    assert process.returncode == 2
+    assert process.stderr.splitlines() == [process.stderr.strip()]
+    assert process.stderr.startswith("cora: error: metric 'chrf' is unknown")

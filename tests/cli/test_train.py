@@ -1,0 +1,199 @@
+"""`cora train` from its command line: a run that works, and every refusal in one line before anything is written."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from cora_cli.basis.choices import BasisChoices
+from cora_cli.basis.extract import extract_basis
+from cora_cli.cli import app
+from cora_cli.models import resolve_model
+
+
+def cora_train(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+@pytest.fixture
+def usual(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a run that would work."""
+    small = ["--mode=lora", "--rank=4", "--max-steps=2", "--batch-size=4", "--test-size=4", "--device=cpu", "--dtype=fp32"]
+    return [f"--model={tiny_model}", f"--dataset={tiny_data}", f"--output-dir={tmp_path / 'run'}", *small]
+
+
+def test_a_run_prints_its_summary_and_can_be_had_again_from_its_configuration(usual: list[str], tmp_path: Path) -> None:
+    first = cora_train(*usual, "--learning-rate=1e-2", "--target-modules=q_proj, v_proj", "--alpha=6", "--rslora")
+    assert first.exit_code == 0, first.stderr
+    assert first.stdout.splitlines()[0].startswith("mode lora: 2 steps, ")
+    assert first.stdout.splitlines()[1].startswith("held-out loss 1")
+    assert "n = 4 records" in first.stdout
+
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (written["target_modules"], written["alpha"], written["rslora"]) == (["q_proj", "v_proj"], 6.0, True)
+    again = cora_train("--config", tmp_path / "run" / "config.yaml", "--output-dir", tmp_path / "again")
+    assert again.exit_code == 0, again.stderr
+    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("run", "again")]
+    assert runs[0]["fingerprint"] == runs[1]["fingerprint"]
+    assert (tmp_path / "run" / "log.jsonl").read_text() == (tmp_path / "again" / "log.jsonl").read_text()
+
+    finished = cora_train("--config", tmp_path / "run" / "config.yaml", "--resume")
+    assert finished.exit_code == 0
+    assert "is already finished" in finished.stderr
+    assert finished.stdout == first.stdout
+
+
+def test_a_run_that_cannot_train_says_so(usual: list[str]) -> None:
+    result = cora_train(*usual, "--mode=fb", "--b-init=zeros")
+    assert result.exit_code == 0, result.stderr
+    assert "mode fb: 0 steps, peak memory" in result.stdout
+    assert "nothing could train: this run is the base model" in result.stdout
+
+
+def assert_refused(result: Any, code: int, message: str) -> None:
+    """Exit code, and one line on stderr that starts as all errors do and says `message`."""
+    assert (result.exit_code, result.stdout) == (code, ""), result.stderr
+    lines = result.stderr.splitlines()
+    assert [line.startswith("cora: error: ") for line in lines] == [False] * (len(lines) - 1) + [True]
+    assert message in lines[-1]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--mode=fb"], 2, "mode fb needs --basis FILE"),
+        (["--mode=fb", "--basis=/missing.safetensors"], 1, "basis /missing.safetensors does not exist"),
+        (["--rank=0"], 2, "--rank must be at least 1, not 0"),
+        (["--rank=-3"], 2, "--rank must be at least 1, not -3"),
+        (["--learning-rate=nan"], 2, "--learning-rate must be a finite number, not nan"),
+        (["--learning-rate=-1"], 2, "--learning-rate must be positive, not -1.0"),
+        (["--epochs=inf"], 2, "--epochs must be a finite number, not inf"),
+        (
+            ["--max-steps=0", "--batch-size=0"],
+            2,
+            "--max-steps must be at least 1, not 0; --batch-size must be at least 1, not 0",
+        ),
+        (["--dropout=1.5"], 2, "--dropout must be at least 0 and below 1, not 1.5"),
+        (["--test-size=-1"], 2, "--test-size must be a count, or a share between 0 and 1, not -1.0"),
+        (["--test-size=40"], 1, "holds 40 records, so that 40 held-out ones leave none to train on"),
+        (
+            ["--max-length=2"],
+            1,
+            "every one of the 36 training records was truncated away: no response fits into --max-length 2",
+        ),
+        (["--target-modules=q_proj,query"], 1, "target module 'query' matches nothing in this model; its linear layers are"),
+        (["--mode=fb", "--b-init=ones", "--target-modules=mlp"], 1, "target module 'mlp' is a LlamaMLP, not an nn.Linear"),
+        (["--mode=fb", "--b-init=orthonormal", "--rank=33"], 1, "has 32 outputs, fewer than --rank 33"),
+        (["--b-init=random"], 2, "--b-init goes with the modes fb and tb"),
+        (["--model=/missing/model"], 1, "model '/missing/model' is neither a directory on this disk nor a hub id"),
+        (["--dataset=/missing.jsonl"], 1, "dataset /missing.jsonl does not exist"),
+        (["--dataset=builtin:poems"], 1, "poems"),
+        (["--device=tpu"], 2, "--device 'tpu' is unknown; use auto, cpu, cuda or cuda:<index>"),
+        (["--device=cuda:7"], 1, "--device cuda:7 was asked for"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_flags_are_refused(flags: list[str], code: int, message: str, usual: list[str], tmp_path: Path) -> None:
+    assert_refused(cora_train(*usual, *flags), code, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("d.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a", "outp\n', "d.jsonl, line 2: not valid JSON"),
+        ("d.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instruction": "a"}\n', "d.jsonl, line 3: output is missing"),
+        ("d.jsonl", '{"question": "a", "answer": "b"}\n', "d.jsonl, line 1: columns found are answer, question; needed are"),
+        ("d.jsonl", '{"instruction": "a", "output": 3}\n', "d.jsonl, line 1: output must be text, but is 3"),
+        ("d.jsonl", "[1]\n", "d.jsonl, line 1: a record with named columns was expected, but found [1]"),
+        ("d.jsonl", "", "d.jsonl holds no records"),
+        ("d.json", '[{"instruction": "a", "output": "b"},\n {"instruction" "a"}]', "d.json, line 2: not valid JSON"),
+        ("d.txt", "text", "d.txt ends in .txt; readable are .json, .jsonl, .csv, .parquet"),
+        ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "d.jsonl, line 1: messages must be a list"),
+    ],
+)
+def test_malformed_data_are_refused_naming_file_and_line(
+    name: str, text: str, message: str, usual: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert_refused(cora_train(*usual, f"--dataset={tmp_path / name}"), 1, message)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_basis_that_does_not_serve_is_refused(
+    usual: list[str], tiny_basis: Path, tiny_multihead_model: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    cut, other = tmp_path / "cut.safetensors", tmp_path / "other.safetensors"
+    cut.write_bytes(tiny_basis.read_bytes()[:-100])
+    extract_basis([resolve_model(str(tiny_multihead_model))], other, BasisChoices(rank=4), None, torch.device("cpu"))
+    for basis, flags, message in (
+        (cut, [], f"{cut} is no whole safetensors file, so it cannot be read as a basis"),
+        (other, [], f"basis {other} was made from models with num_key_value_heads = 4, but this model has 2"),
+        (tiny_basis, ["--rank=9"], f"--rank 9 was asked for, but basis {tiny_basis} holds 8 directions; use --rank 8 or less"),
+        (
+            tiny_basis,
+            ["--target-modules=o_proj"],
+            f"basis {tiny_basis} has no group for module model.layers.0.self_attn.o_proj",
+        ),
+        (tiny_basis, ["--target-modules=query"], f"no weight matrix of {tiny_model} matches the target module 'query'"),
+    ):
+        assert_refused(cora_train(*usual, "--mode=fb", f"--basis={basis}", *flags), 1, message)
+    assert {path.name for path in tmp_path.iterdir()} == {cut.name, other.name}
+
+
+def test_a_model_that_is_damaged_or_no_model_is_refused(usual: list[str], tiny_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+
+    def refused(message: str) -> None:
+        assert_refused(cora_train(*usual, f"--model={model}"), 1, message)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    model.mkdir()
+    refused(f"{model} is no model: neither config.json nor adapter_config.json was found")
+    (model / "adapter_config.json").write_text("{}")
+    refused(f"{model} is an adapter; training needs a whole model: write one with `cora merge` first")
+    shutil.rmtree(model)
+    shutil.copytree(tiny_model, model)
+    weights = load_file(model / "model.safetensors")
+    gone = weights.pop("model.layers.1.self_attn.k_proj.weight")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    refused(f"model {model} lacks 1 weights that its config.json promises, such as model.layers.1.self_attn.k_proj.weight")
+    save_file(
+        {**weights, "model.layers.1.self_attn.k_proj.weight": gone[:16].clone()}, model / "model.safetensors", {"format": "pt"}
+    )
+    refused(f"model {model} cannot be loaded: ")
+    (model / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:-1])
+    refused(f"model {model} cannot be loaded: ")
+    (model / "model.safetensors").unlink()
+    refused(f"{model} holds no weights")
+    (model / "config.json").write_text('{"model_type": ')
+    refused("config.json")
+
+
+def test_an_output_directory_that_is_taken_is_left_alone(usual: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert_refused(
+        cora_train(*usual, f"--output-dir={tmp_path / 'file'}"), 1, "holds other files; choose an empty or a new one"
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "file").unlink()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"status": "finished"}')
+    assert_refused(cora_train(*usual), 1, f"output directory {tmp_path / 'run'} holds another run")
+    assert_refused(cora_train(*usual, "--resume"), 1, "it was started with other inputs: ")
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "run.json"]
+
+
+def test_a_report_needs_its_package(usual: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert_refused(
+        cora_train(*usual, "--report-to=trackio"), 1, "--report-to trackio needs the package trackio: pip install trackio"
+    )
+    assert list(tmp_path.iterdir()) == []

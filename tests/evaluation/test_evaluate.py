@@ -1,0 +1,517 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cora_cli import embedded, rundir
+from cora_cli.data.formats import load_test_records
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.evaluation import evaluate as module
+from cora_cli.evaluation import generate as generation
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.evaluate import Evaluation, evaluate, paired_differences
+from cora_cli.evaluation.metrics import NAMES
+from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.run import train
+
+HELD_OUT = 6
+FAST: dict[str, Any] = {
+    "dtype": "fp32",
+    "device": "cpu",
+    "batch_size": 4,
+    "max_new_tokens": 6,
+    "metrics": ("rouge1", "sacrebleu"),
+    "bootstrap": 100,
+}
+
+
+def make_run(model: Path, data: Path, output: Path, **settings: Any) -> Path:
+    config = {"max_steps": 2, "batch_size": 8, "test_size": HELD_OUT, "learning_rate": 0.03, "dtype": "fp32", "device": "cpu"}
+    train(TrainConfig(model=str(model), dataset=str(data), output_dir=str(output), **{**config, **settings}))
+    return output
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tiny_basis: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of each kind."""
+    root = tmp_path_factory.mktemp("trained")
+    kinds: dict[str, dict[str, Any]] = {
+        "lora": {"mode": "lora", "rank": 8},
+        "fb": {"mode": "fb", "rank": 8, "basis": str(tiny_basis)},
+        "compact": {"mode": "fb", "rank": 8, "basis": str(tiny_basis), "compact": True},
+        "full": {"mode": "full"},
+    }
+    return {kind: make_run(tiny_model, tiny_data, root / kind, **settings) for kind, settings in kinds.items()}
+
+
+@pytest.fixture
+def run(trained: dict[str, Path], tmp_path: Path) -> Path:
+    """A run with a LoRA adapter, free to be damaged."""
+    return Path(shutil.copytree(trained["lora"], tmp_path / "run"))
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    path = tmp_path / "records.jsonl"
+    rundir.write_jsonl(path, [{"prompt": f"say {'so ' * n}{n}", "completion": f"it is {n}"} for n in range(7)])
+    return path
+
+
+def evaluate_run(run: Path, **settings: Any) -> Evaluation:
+    return evaluate(EvaluateConfig(runs=(str(run),), **{**FAST, **settings}))[0]
+
+
+def evaluate_model(model: Path | str, dataset: Path | str, output: Path, **settings: Any) -> Evaluation:
+    config = EvaluateConfig(model=str(model), dataset=str(dataset), output_dir=str(output), **{**FAST, **settings})
+    return evaluate(config)[0]
+
+
+def answers(directory: Path) -> list[str]:
+    return [line["prediction"] for line in rundir.read_jsonl(EvaluationDirectory(directory).predictions)]
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to load a model fails."""
+
+    def load(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(module, "load_model", load)
+
+
+# What can be evaluated
+
+
+@pytest.mark.parametrize("kind", ["lora", "fb", "compact", "full"])
+def test_every_kind_of_run_answers_its_own_held_out_records(trained: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    result = evaluate_run(trained[kind], output_dir=str(tmp_path / "out"))
+    held_out = rundir.read_jsonl(RunDirectory(trained[kind]).test_records)
+    lines = rundir.read_jsonl(EvaluationDirectory(tmp_path / "out").predictions)
+    assert [line["reference"] for line in lines] == [record["output"] for record in held_out]
+    assert all(record["instruction"] in line["prompt"] for record, line in zip(held_out, lines, strict=True))
+    assert result.record["metrics"]["rouge1"]["n"] == HELD_OUT == len(lines)
+
+
+def test_the_default_place_is_eval_in_the_run_directory(run: Path) -> None:
+    evaluate_run(run)
+    assert {path.name for path in (run / "eval").iterdir()} == {
+        "generation.json",
+        "metrics.json",
+        "predictions.jsonl",
+        "scores.jsonl",
+    }
+
+
+@pytest.mark.parametrize("kind", ["lora", "fb", "compact"])
+def test_merged_and_unmerged_adapters_answer_alike_and_unlike_the_base(
+    trained: dict[str, Path], tiny_model: Path, tmp_path: Path, kind: str
+) -> None:
+    test = RunDirectory(trained[kind]).test_records
+    evaluate_run(trained[kind], output_dir=str(tmp_path / "merged"))
+    evaluate_run(trained[kind], output_dir=str(tmp_path / "unmerged"), merge=False)
+    evaluate_model(tiny_model, test, tmp_path / "base")
+    assert answers(tmp_path / "merged") == answers(tmp_path / "unmerged")
+    assert answers(tmp_path / "merged") != answers(tmp_path / "base")
+    merged = [
+        rundir.read_json(tmp_path / name / "generation.json")["settings"]["merged"] for name in ("merged", "unmerged", "base")
+    ]
+    assert merged == [True, False, False]
+
+
+def test_a_compact_run_answers_as_the_whole_one(trained: dict[str, Path], tmp_path: Path) -> None:
+    for kind in ("fb", "compact"):
+        evaluate_run(trained[kind], output_dir=str(tmp_path / kind))
+    assert answers(tmp_path / "compact") == answers(tmp_path / "fb")
+
+
+def test_a_compact_run_finds_a_moved_basis_by_its_flag_only(
+    tiny_model: Path, tiny_basis: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    basis = Path(shutil.copy(tiny_basis, tmp_path / "basis.safetensors"))
+    run = make_run(tiny_model, tiny_data, tmp_path / "run", mode="fb", rank=8, basis=str(basis), compact=True)
+    moved = basis.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(CoraError, match="name it with --basis"):
+        evaluate_run(run)
+    assert evaluate_run(run, basis=str(moved)).record["metrics"]["rouge1"]["n"] == HELD_OUT
+
+
+def test_an_adapter_directory_answers_as_its_run(trained: dict[str, Path], tmp_path: Path) -> None:
+    run = RunDirectory(trained["lora"])
+    evaluate_run(run.root, output_dir=str(tmp_path / "run"))
+    evaluate_model(run.adapter, run.test_records, tmp_path / "adapter")
+    assert answers(tmp_path / "adapter") == answers(tmp_path / "run")
+
+
+def test_another_data_set_and_a_built_in_one_replace_the_held_out_records(
+    trained: dict[str, Path], records: Path, tmp_path: Path
+) -> None:
+    own = evaluate_run(trained["lora"], dataset=str(records), output_dir=str(tmp_path / "own"), template="plain")
+    assert own.record["metrics"]["rouge1"]["n"] == 7
+    built_in = evaluate_run(trained["lora"], dataset="builtin:task-sql", limit=3, output_dir=str(tmp_path / "builtin"))
+    assert built_in.record["metrics"]["rouge1"]["n"] == 3
+    expected = load_test_records("builtin:task-sql")[0][:3]
+    lines = rundir.read_jsonl(tmp_path / "builtin" / "predictions.jsonl")
+    assert [line["reference"] for line in lines] == [record["output"] for record in expected]
+
+
+def test_prompts_longer_than_the_context_lose_their_beginning_and_are_counted(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 512 positions less 12 new tokens leave room for 500.
+    words = [f"{n} " + "so " * n for n in (3, 490, 505, 700)]
+    rundir.write_jsonl(tmp_path / "long.jsonl", [{"prompt": f"{text}what", "completion": "x"} for text in words])
+    evaluate_model(tiny_model, tmp_path / "long.jsonl", tmp_path / "out", max_new_tokens=12)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = [tokenizer(f"{text}what")["input_ids"] for text in words]
+    assert [len(prompt) > 500 for prompt in ids] == [False, False, True, True]
+    assert rundir.read_json(tmp_path / "out" / "generation.json")["prompts_cut"] == 2
+    assert "2 prompts lost their beginning" in capsys.readouterr().err
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    kept = torch.tensor([ids[-1][-500:]])
+    output = model.generate(kept, attention_mask=torch.ones_like(kept), max_new_tokens=12, do_sample=False)
+    assert answers(tmp_path / "out")[-1] == tokenizer.decode(output[0, 500:], skip_special_tokens=True)
+
+
+def test_no_room_for_any_prompt_is_refused(tiny_model: Path, records: Path, tmp_path: Path) -> None:
+    with pytest.raises(CoraError, match="--max-new-tokens 512 leaves no room"):
+        evaluate_model(tiny_model, records, tmp_path / "out", max_new_tokens=512)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_empty_prompt_is_refused_before_a_model_is_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    rundir.write_jsonl(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "b"}])
+    with pytest.raises(CoraError, match=r"data\.jsonl, record 2: the prompt is empty"):
+        evaluate_model(tiny_model, tmp_path / "data.jsonl", tmp_path / "out")
+
+
+# What is refused
+
+
+@pytest.mark.usefixtures("no_model")
+def test_directories_that_are_no_finished_run_are_refused_before_a_model_is_loaded(
+    run: Path, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "nowhere"):
+        with pytest.raises(CoraError, match=rf"{name} is no run directory: it has no run\.json"):
+            evaluate(EvaluateConfig(runs=(str(trained["fb"]), str(tmp_path / name)), **FAST))
+    record = RunDirectory(run).record
+    rundir.write_json(record, {**rundir.read_json(record), "status": "failed"})
+    with pytest.raises(CoraError, match=r"is not finished \(status failed\).*--resume"):
+        evaluate(EvaluateConfig(runs=(str(trained["fb"]), str(run)), **FAST))
+    assert not (trained["fb"] / "eval").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_two_runs_of_one_name_are_not_written_to_one_directory(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other" / "run")
+    with pytest.raises(CoraError, match="two of the runs have the same name"):
+        evaluate(EvaluateConfig(runs=(str(run), str(other)), output_dir=str(tmp_path / "out"), **FAST))
+
+
+@pytest.mark.parametrize("damage", ["missing", "foreign"])
+def test_an_adapter_whose_keys_do_not_all_arrive_is_refused(run: Path, damage: str) -> None:
+    path = RunDirectory(run).adapter / "adapter_model.safetensors"
+    state = load_file(path)
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    tensor = state.pop(key)
+    if damage == "foreign":
+        state |= {key: tensor, key.replace("layers.1", "layers.7"): tensor.clone()}
+    save_file(state, path)
+    with pytest.raises(CoraError, match=r"1 keys do not fit the model, the first, .*q_proj\.lora_B"):
+        evaluate_run(run)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_base_model_that_changed_since_training_is_refused(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    run = make_run(base, tiny_data, tmp_path / "run", mode="lora", rank=2, max_steps=1)
+    state = load_file(base / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in state.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CoraError, match="the base model has changed"):
+        evaluate_run(run)
+    with pytest.raises(CoraError, match="the base model has changed"):
+        evaluate_model(run / "adapter", RunDirectory(run).test_records, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_other_files_in_the_output_directory_are_left_alone(tiny_model: Path, records: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "out" / "thesis.txt", tmp_path / "file"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    with pytest.raises(CoraError, match="holds other files"):
+        evaluate_model(tiny_model, records, tmp_path / "out")
+    with pytest.raises(CoraError, match="is a file"):
+        evaluate_model(tiny_model, records, tmp_path / "file", overwrite=True)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "either run directories, or --model, or --from"),
+        ({"runs": ("a",), "from_predictions": "b"}, "either run directories, or --model, or --from"),
+        ({"model": "a", "output_dir": "b"}, "--model needs --dataset"),
+        ({"model": "a", "dataset": "b"}, "--model needs --dataset .* and --output-dir"),
+        ({"from_predictions": "a", "limit": 3}, "--limit is of no use with --from"),
+        ({"from_predictions": "a", "dataset": "b"}, "--dataset is of no use with --from"),
+        ({"runs": ("a",), "batch_size": 0}, "--batch-size must be at least 1, not 0"),
+        ({"runs": ("a",), "max_new_tokens": -1}, "--max-new-tokens must be at least 1, not -1"),
+        ({"runs": ("a",), "bootstrap": 99}, "--bootstrap must be at least 100, not 99"),
+        ({"runs": ("a",), "limit": 0}, "--limit must be at least 1, not 0"),
+        ({"runs": ("a",), "metrics": ("chrf",)}, "metric 'chrf' is unknown"),
+    ],
+)
+def test_requests_that_make_no_sense_are_usage_errors(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        EvaluateConfig(**given)
+
+
+# Killed, continued, reused, replaced
+
+KILLED = """
+import sys, time
+from cora_cli.cli import main
+from cora_cli.evaluation import generate
+real, batches = generate._answer, 0
+def answer(*arguments):
+    global batches
+    batches += 1
+    if batches == 3:
+        time.sleep(3600)
+    return real(*arguments)
+generate._answer = answer
+main()
+"""
+
+
+def test_an_evaluation_killed_by_the_system_continues_to_the_same_bytes(
+    tiny_model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = EvaluationDirectory(tmp_path / "out")
+    arguments = ["--model", tiny_model, "--dataset", records, "-o", out.root, "--batch-size", 2, "--max-new-tokens", 6]
+    more = ["--dtype", "fp32", "--device", "cpu", "--metrics", "rouge1,sacrebleu", "--bootstrap", 100]
+    command = [sys.executable, "-c", KILLED, "evaluate", *map(str, [*arguments, *more])]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        # It writes two batches of four, and then waits for the end.
+        while process.poll() is None and (
+            not out.partial_predictions.exists() or out.partial_predictions.read_bytes().count(b"\n") < 4
+        ):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert not out.predictions.exists()
+    assert not out.metrics.exists()
+
+    batches: list[int] = []
+    real = generation._answer
+
+    def counted(model: Any, tokenizer: Any, requests: Any, tokens: int) -> Any:
+        batches.append(len(requests))
+        return real(model, tokenizer, requests, tokens)
+
+    monkeypatch.setattr(generation, "_answer", counted)
+    continued = evaluate_model(tiny_model, records, out.root, batch_size=2)
+    assert batches == [2, 1]
+    whole = evaluate_model(tiny_model, records, tmp_path / "whole", batch_size=2)
+    assert out.predictions.read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    assert continued.record["metrics"] == whole.record["metrics"]
+    assert continued.record["predictions_sha256"] == whole.record["predictions_sha256"]
+
+
+def test_other_settings_are_refused_by_name_and_replaced_on_request(tiny_model: Path, records: Path, tmp_path: Path) -> None:
+    evaluate_model(tiny_model, records, tmp_path / "out")
+    before = answers(tmp_path / "out")
+    with pytest.raises(CoraError, match=r"other settings \(batch_size, max_new_tokens\).*--overwrite"):
+        evaluate_model(tiny_model, records, tmp_path / "out", batch_size=3, max_new_tokens=4)
+    with pytest.raises(CoraError, match=r"other settings \(records_sha256\)"):
+        evaluate_model(tiny_model, records, tmp_path / "out", limit=3)
+    assert answers(tmp_path / "out") == before
+    replaced = evaluate_model(tiny_model, records, tmp_path / "out", limit=3, max_new_tokens=4, overwrite=True)
+    assert replaced.record["metrics"]["rouge1"]["n"] == 3
+    new = rundir.read_jsonl(tmp_path / "out" / "predictions.jsonl")
+    assert [line["new_tokens"] for line in new] == [4, 4, 4]
+
+
+def test_an_unfinished_evaluation_with_other_settings_is_not_continued(tiny_model: Path, records: Path, tmp_path: Path) -> None:
+    out = EvaluationDirectory(tmp_path / "out")
+    evaluate_model(tiny_model, records, out.root)
+    lines = rundir.read_jsonl(out.predictions)
+    settings = rundir.read_json(out.generation)["settings"]
+    for recorded in ({"settings": {**settings, "max_new_tokens": 1}}, None):
+        out.predictions.unlink()
+        rundir.write_jsonl(out.partial_predictions, [{**line, "prediction": "of another time"} for line in lines])
+        out.generation.unlink()
+        if recorded:
+            rundir.write_json(out.generation, recorded)
+        with pytest.raises(CoraError, match="other settings" if recorded else "other files"):
+            evaluate_model(tiny_model, records, out.root)
+        evaluate_model(tiny_model, records, out.root, overwrite=True)
+        assert rundir.read_jsonl(out.predictions) == lines
+
+
+def test_a_finished_evaluation_is_scored_again_without_its_model(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluate_run(run)
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    again = evaluate_run(run)
+    assert again.record == first.record
+    more = evaluate_run(run, metrics=("rouge1", "rougeL"), bootstrap=200)
+    assert list(more.record["metrics"]) == ["rouge1", "rougeL"]
+
+
+@pytest.mark.parametrize("damage", ["edited", "removed"])
+def test_predictions_that_were_touched_afterwards_are_generated_again(
+    tiny_model: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    first = evaluate_model(tiny_model, records, tmp_path / "out")
+    path = tmp_path / "out" / "predictions.jsonl"
+    whole = path.read_bytes()
+    if damage == "edited":
+        lines = rundir.read_jsonl(path)
+        rundir.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in lines])
+    else:
+        path.unlink()
+    again = evaluate_model(tiny_model, records, tmp_path / "out")
+    assert path.read_bytes() == whole
+    assert again.record["metrics"] == first.record["metrics"]
+    assert "was altered or removed after it was written" in capsys.readouterr().err
+
+
+# Metrics
+
+
+def test_metrics_and_scores_hold_what_they_promise(tiny_model: Path, records: Path, tmp_path: Path) -> None:
+    result = evaluate_model(tiny_model, records, tmp_path / "out", metrics=("rouge", "meteor", "bleu", "bertscore"))
+    written = rundir.read_json(tmp_path / "out" / "metrics.json")
+    assert written == result.record
+    assert tuple(written["metrics"]) == NAMES == ("rouge1", "rouge2", "rougeL", "meteor", "sacrebleu", "bertscore_f1")
+    for name, metric in written["metrics"].items():
+        assert set(metric) == {"value", "ci95", "n", "signature"}
+        assert metric["ci95"][0] <= metric["value"] <= metric["ci95"][1]
+        assert metric["n"] == 7
+        assert metric["signature"].startswith(f"{name}|")
+        assert "bs:100|seed:0" in metric["signature"]
+    scores = rundir.read_jsonl(tmp_path / "out" / "scores.jsonl")
+    assert [tuple(line) for line in scores] == [NAMES] * 7
+    for name in set(NAMES) - {"sacrebleu"}:
+        assert sum(line[name] for line in scores) / 7 == pytest.approx(written["metrics"][name]["value"])
+    settings = written["generation"]["settings"]
+    assert (settings["batch_size"], settings["dtype"], settings["attention"]) == (4, "fp32", "sdpa")
+    assert written["predictions_sha256"] == written["generation"]["predictions_sha256"]
+    assert 0 <= written["stopped_share"] <= 1
+
+
+def test_metrics_are_recomputed_from_predictions_without_a_model(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluate_run(run)
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(module, "load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
+    for output in (None, str(tmp_path / "elsewhere")):
+        config = EvaluateConfig(from_predictions=str(run / "eval" / "predictions.jsonl"), output_dir=output, **FAST)
+        # All of the record: it still says which run and which settings the predictions came from.
+        assert evaluate(config)[0].record == first.record
+    for name in ("metrics.json", "scores.jsonl"):
+        assert (tmp_path / "elsewhere" / name).read_bytes() == (run / "eval" / name).read_bytes()
+
+
+def test_edited_predictions_are_scored_as_nobodys(run: Path) -> None:
+    evaluate_run(run)
+    path = run / "eval" / "predictions.jsonl"
+    rundir.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in rundir.read_jsonl(path)])
+    edited = evaluate(EvaluateConfig(from_predictions=str(path), **FAST))[0]
+    assert edited.record["metrics"]["rouge1"]["value"] == 1
+    assert edited.record["generation"] == {}
+    assert edited.name == "eval"
+
+
+def from_lines(directory: Path, text: str, **settings: Any) -> Evaluation:
+    (directory / "predictions.jsonl").write_text(text, encoding="utf-8")
+    return evaluate(EvaluateConfig(from_predictions=str(directory / "predictions.jsonl"), **{**FAST, **settings}))[0]
+
+
+GOOD = json.dumps({"prediction": "a b", "reference": "a c"}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + '{"prediction": \n', r"predictions\.jsonl, line 2: not valid JSON"),
+        (GOOD + GOOD + '{"prediction": "a"}\n', r"predictions\.jsonl, record 3: text under prediction and reference"),
+        (GOOD + '{"prediction": "a", "reference": null}\n', r"record 2: .* found \{.*\"reference\": null\}"),
+        (GOOD + '{"prediction": 7, "reference": "a"}\n', r"record 2: .* found \{\"prediction\": 7"),
+        (GOOD + '["a", "b"]\n', r"predictions\.jsonl, record 2: .* found \[\"a\", \"b\"\]"),
+        (GOOD + '{"prediction": "\\ud800", "reference": "a"}\n', "prediction 1 is not valid Unicode"),
+        ("", "nothing to score: 0 predictions"),
+    ],
+)
+def test_malformed_predictions_are_refused_naming_file_and_record(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(CoraError, match=message):
+        from_lines(tmp_path, text)
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
+
+
+def test_predictions_that_are_no_file_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere.jsonl"):
+        with pytest.raises(CoraError, match="is no file; --from needs the predictions"):
+            evaluate(EvaluateConfig(from_predictions=str(path), **FAST))
+
+
+@pytest.fixture
+def encoder_without_limit(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BERTScore's encoder with a tokenizer that states no longest input."""
+    whole, copy = embedded.encoder_directory(), tmp_path_factory.mktemp("encoder")
+    for path in whole.iterdir():
+        (copy / path.name).symlink_to(path)
+    stated = json.loads((whole / "tokenizer_config.json").read_text())
+    del stated["model_max_length"]
+    (copy / "tokenizer_config.json").unlink()
+    (copy / "tokenizer_config.json").write_text(json.dumps(stated))
+    assert AutoTokenizer.from_pretrained(copy).model_max_length > 10**9
+    monkeypatch.setattr(embedded, "encoder_directory", lambda: copy)
+
+
+@pytest.mark.usefixtures("encoder_without_limit")
+def test_empty_and_endless_predictions_are_scored_by_every_metric(tmp_path: Path) -> None:
+    endless = " ".join(f"word{n}" for n in range(20_000))
+    pairs = [("", "a b c"), (endless, "word1 word2 word3"), ("  \n", "a"), ("a b", ""), ("a cat", "a cat")]
+    lines = "".join(json.dumps({"prediction": p, "reference": r}) + "\n" for p, r in pairs)
+    result = from_lines(tmp_path, lines, metrics=("rouge", "meteor", "bleu", "bertscore"))
+    assert result.record["empty_predictions"] == 2
+    assert result.record["stopped_share"] is None
+    scores = rundir.read_jsonl(tmp_path / "scores.jsonl")
+    for name in set(NAMES):
+        assert scores[0][name] == scores[2][name] == scores[3][name] == 0
+        assert scores[1][name] < scores[4][name]
+    assert [result.record["metrics"][name]["n"] for name in NAMES] == [5] * 6
+
+
+# Comparing
+
+
+def test_runs_are_compared_on_the_same_records_only(trained: dict[str, Path], records: Path, tmp_path: Path) -> None:
+    names = tuple(str(trained[kind]) for kind in ("lora", "fb"))
+    one, other = evaluate(EvaluateConfig(runs=names, output_dir=str(tmp_path / "two"), **FAST))
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["fb", "lora"]
+    differences = paired_differences(other, one, seed=0)
+    for name, difference in differences.items():
+        gap = other.record["metrics"][name]["value"] - one.record["metrics"][name]["value"]
+        assert difference.difference == pytest.approx(gap)
+        assert difference.n == HELD_OUT
+    fewer = evaluate_run(trained["fb"], output_dir=str(tmp_path / "fewer"), limit=3)
+    with pytest.raises(CoraError, match="did not answer the same records"):
+        paired_differences(fewer, one, seed=0)

@@ -1,0 +1,231 @@
+import errno
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+from cora_cli.evaluation import generate as module
+from cora_cli.evaluation.generate import Request, generate
+from cora_cli.rundir import EvaluationDirectory
+
+UNUSED = 49151
+"""A token that the tiny model does not choose."""
+CLEAR = 1e-3
+"""A lead of the best logit over the second that no order of summation in float32 takes away."""
+
+
+@dataclass
+class Numbers:
+    """A tokenizer whose text is the ids themselves, so that texts are equal where tokens are."""
+
+    eos_token_id: int = UNUSED
+    pad_token_id: int = UNUSED
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
+
+
+@dataclass
+class Answers:
+    """Greedy answers by the model's plain forward pass: one sequence, no cache, no padding, no `generate`."""
+
+    model: Any
+    known: dict[tuple[tuple[int, ...], int], tuple[list[int], bool]] = field(default_factory=dict)
+
+    @torch.inference_mode()
+    def greedy(self, prompt: list[int], tokens: int) -> tuple[list[int], bool]:
+        """The tokens, and whether every one was chosen clearly."""
+        key = (tuple(prompt), tokens)
+        if key not in self.known:
+            ids, clear = list(prompt), True
+            for _ in range(tokens):
+                best = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].topk(2)
+                clear = clear and bool(best.values[0] - best.values[1] > CLEAR)
+                ids.append(int(best.indices[0]))
+            self.known[key] = ids[len(prompt) :], clear
+        return self.known[key]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def answers(model: Any) -> Answers:
+    return Answers(model)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> EvaluationDirectory:
+    return EvaluationDirectory(tmp_path)
+
+
+def requests_of(*lengths: int) -> list[Request]:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    prompts = [torch.randint(3, 49000, (length,), generator=generator).tolist() for length in lengths]
+    return [Request(ids, f"prompt {number}", f"reference {number}") for number, ids in enumerate(prompts)]
+
+
+def predictions(out: EvaluationDirectory) -> list[dict[str, Any]]:
+    return rundir.read_jsonl(out.predictions)
+
+
+@settings(derandomize=True, deadline=None, max_examples=12)
+@given(
+    lengths=st.lists(st.integers(1, 24), min_size=1, max_size=7),
+    batch_size=st.integers(1, 4),
+    end_at=st.integers(0, 7),
+    pad_is_end=st.booleans(),
+)
+def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
+    model: Any, answers: Answers, lengths: list[int], batch_size: int, end_at: int, pad_is_end: bool
+) -> None:
+    requests = requests_of(*lengths)
+    alone = [answers.greedy(request.input_ids, 8) for request in requests]
+    assume(all(clear for _, clear in alone))
+    # One answer's token of place `end_at` is the end token; others stop where they happen to say it too.
+    end = alone[0][0][end_at]
+    tokenizer = Numbers(eos_token_id=end, pad_token_id=end if pad_is_end else UNUSED)
+    with tempfile.TemporaryDirectory() as directory:
+        out = EvaluationDirectory(Path(directory))
+        generate(model, tokenizer, requests, batch_size, 8, out)
+        found = predictions(out)
+    for number, (line, (tokens, _)) in enumerate(zip(found, alone, strict=True)):
+        stopped = end in tokens
+        body = tokens[: tokens.index(end)] if stopped else tokens
+        assert line == {
+            "index": number,
+            "prompt": f"prompt {number}",
+            "reference": f"reference {number}",
+            "prediction": " ".join(map(str, body)),
+            "finish_reason": "stop" if stopped else "length",
+            "new_tokens": len(body) + stopped,
+        }
+    assert found[0]["finish_reason"] == "stop"
+
+
+def test_longest_prompts_go_first_and_predictions_come_in_the_order_of_the_requests(
+    model: Any, out: EvaluationDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[int]] = []
+    real = module._answer
+
+    def spied(model: Any, tokenizer: Any, requests: Sequence[Request], tokens: int) -> Any:
+        batches.append([len(request.input_ids) for request in requests])
+        return real(model, tokenizer, requests, tokens)
+
+    monkeypatch.setattr(module, "_answer", spied)
+    done = generate(model, Numbers(), requests_of(4, 9, 2, 9, 6), 2, 3, out)
+    assert batches == [[9, 9], [6, 4], [2]]
+    assert [line["prompt"] for line in predictions(out)] == [f"prompt {number}" for number in range(5)]
+    assert done["new_tokens"] == 15
+    assert not out.partial_predictions.exists()
+
+
+def leaking() -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=True,
+        temperature=5.0,
+        repetition_penalty=5.0,
+        max_length=3,
+        eos_token_id=7,
+        no_repeat_ngram_size=1,
+        num_beams=2,
+    )
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_models_own_generation_settings_change_nothing(
+    tiny_model: Path, answers: Answers, tmp_path: Path, wrapped: bool
+) -> None:
+    requests = requests_of(5, 3, 8)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    model.generation_config = leaking()
+    if wrapped:  # a fresh LoRA adapter, whose B is zero
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+        model.generation_config = leaking()
+    generate(model, Numbers(), requests, 3, 12, EvaluationDirectory(tmp_path))
+    expected = [" ".join(map(str, answers.greedy(request.input_ids, 12)[0])) for request in requests]
+    assert [line["prediction"] for line in predictions(EvaluationDirectory(tmp_path))] == expected
+
+
+# Interrupted and continued
+
+
+@pytest.fixture
+def whole(model: Any, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """`predictions.jsonl` of the seven requests below, uninterrupted."""
+    out = EvaluationDirectory(tmp_path_factory.mktemp("whole"))
+    generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
+    return out.predictions.read_bytes()
+
+
+def interrupt(model: Any, out: EvaluationDirectory, batches: int) -> None:
+    real, left = module._answer, batches
+
+    def answer(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_answer", answer)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
+
+
+def test_an_interrupted_generation_continues_to_the_same_bytes(model: Any, out: EvaluationDirectory, whole: bytes) -> None:
+    interrupt(model, out, 2)
+    assert not out.predictions.exists()
+    assert len(rundir.read_jsonl(out.partial_predictions)) == 4
+    done = generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
+    assert out.predictions.read_bytes() == whole
+    assert done["new_tokens"] == 3 * 5
+
+
+@pytest.mark.parametrize("cut", [1, 30, -1])
+def test_a_half_written_last_line_is_dropped_and_answered_again(
+    model: Any, out: EvaluationDirectory, whole: bytes, cut: int
+) -> None:
+    interrupt(model, out, 2)
+    lines = out.partial_predictions.read_bytes().splitlines(keepends=True)
+    out.partial_predictions.write_bytes(b"".join(lines[:-1]) + lines[-1][:cut])
+    # Stopped once more, so that lines are appended behind the damage.
+    interrupt(model, out, 1)
+    assert all(json.loads(line)["index"] in range(7) for line in out.partial_predictions.read_text().splitlines())
+    generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
+    assert out.predictions.read_bytes() == whole
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_answered(
+    model: Any, out: EvaluationDirectory, whole: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(model, out, 1)
+    real = Path.open
+
+    def full(self: Path, mode: str = "r", **options: Any) -> Any:
+        if mode == "a":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(CoraError, match=r"disk is full.*predictions\.partial\.jsonl"):
+            generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
+    assert len(rundir.read_jsonl(out.partial_predictions)) == 2
+    generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
+    assert out.predictions.read_bytes() == whole

@@ -1,0 +1,151 @@
+"""What the tests of training share: small configurations, and runs in processes of their own that can be killed."""
+
+import json
+import multiprocessing
+import os
+import pkgutil
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.config import TrainConfig
+
+# The server imports everything once and computes nothing, so that its forks start at once and are safe.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["cora_cli.training.run", "transformers.models.llama.modeling_llama"])
+
+KILLED = -signal.SIGKILL
+
+
+def config_for(model: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
+    """Three steps of eight examples in float32, with a learning rate that moves the loss."""
+    settings = {
+        "model": str(model),
+        "dataset": str(data),
+        "output_dir": str(output),
+        "mode": "lora",
+        "rank": 4,
+        "test_size": 4.0,
+        "max_steps": 3,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "device": "cpu",
+        "dtype": "fp32",
+    }
+    return TrainConfig(**{**settings, **changes})
+
+
+def log_lines(output: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `log.jsonl`."""
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> list[float]:
+    """The loss of every step, in the order of the log."""
+    return [line["loss"] for line in log_lines(output) if "loss" in line]
+
+
+def record_of(output: Path) -> dict[str, Any]:
+    """A run's `run.json`."""
+    return json.loads((output / "run.json").read_text())
+
+
+def checkpoint_names(output: Path) -> list[str]:
+    """The whole checkpoints of a run, by name."""
+    return sorted(path.name for path in RunDirectory(output).checkpoints.glob("checkpoint-*"))
+
+
+def assert_b_is_basis(output: Path, basis: Path, rank: int = 4) -> None:
+    """Every B of a finished run is, bit for bit, the first columns of its group in the basis file."""
+    directions = load_file(basis)
+    state = load_file(output / "adapter" / "adapter_model.safetensors")
+    layers = [key.removeprefix("base_model.model.").removesuffix(".lora_B.weight") for key in state if ".lora_B." in key]
+    assert len(layers) == 6
+    for name in layers:
+        assert torch.equal(state[f"base_model.model.{name}.lora_B.weight"], directions[f"basis/{name}"][:, :rank])
+
+
+class RunProcess:
+    """`train(config)` in a process of its own.
+
+    `kill_at` (target, n) ends it with SIGKILL as the function `target` is entered for the nth time; `file_limit` is the longest file
+    in bytes that the system lets it write. With a `store` it is process `rank` of `world`, as torchrun would start it.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        kill_at: tuple[str, int] | None = None,
+        file_limit: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        store: torch.distributed.TCPStore | None = None,
+    ) -> None:
+        environment = {}
+        if store is not None:
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+        self._errors, theirs = _PROCESSES.Pipe(duplex=False)
+        self.process = _PROCESSES.Process(target=_run, args=(config, kill_at, file_limit, environment, theirs))
+        self.process.start()
+        theirs.close()
+
+    def wait(self) -> tuple[int | None, str]:
+        """Its exit code (negative: the signal that ended it) and the message of the error that it met."""
+        try:
+            message = self._errors.recv()
+        except EOFError:
+            message = ""
+        self.process.join()
+        return self.process.exitcode, message
+
+
+def _run(
+    config: TrainConfig,
+    kill_at: tuple[str, int] | None,
+    file_limit: int | None,
+    environment: dict[str, str],
+    errors: Any,
+) -> None:
+    os.environ.update(environment)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if kill_at is not None:
+        _die_in(*kill_at)
+    from cora_cli.training.run import train
+
+    try:
+        train(config)
+    except Exception as error:
+        errors.send(f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def _die_in(target: str, call: int) -> None:
+    owner = pkgutil.resolve_name(target.rpartition(".")[0])
+    name = target.rpartition(".")[2]
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, deadly)

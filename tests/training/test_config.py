@@ -1,0 +1,108 @@
+"""What `TrainConfig` accepts, refuses and writes down."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import yaml
+
+from cora_cli.errors import UsageError
+from cora_cli.settings import comma_separated
+from cora_cli.training.config import NOT_PART_OF_THE_RESULT, TrainConfig
+
+NEEDED: dict[str, Any] = {"model": "m", "dataset": "d.jsonl", "output_dir": "o"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 0.0}, "--learning-rate must be positive, not 0.0"),
+        ({"learning_rate": math.inf}, "--learning-rate must be a finite number, not inf"),
+        ({"learning_rate": math.nan}, "--learning-rate must be a finite number, not nan"),
+        ({"epochs": -1.0}, "--epochs must be positive, not -1.0"),
+        ({"epochs": math.inf}, "--epochs must be a finite number, not inf"),
+        ({"max_steps": 0}, "--max-steps must be at least 1, not 0"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, not 0"),
+        ({"gradient_accumulation": 0}, "--gradient-accumulation must be at least 1, not 0"),
+        ({"warmup_ratio": 1.0}, "--warmup-ratio must be at least 0 and below 1, not 1.0"),
+        ({"warmup_ratio": -0.1}, "--warmup-ratio must be at least 0 and below 1, not -0.1"),
+        ({"weight_decay": -1.0}, "--weight-decay must be at least 0, not -1.0"),
+        ({"max_grad_norm": -1.0}, "--max-grad-norm must be at least 0, not -1.0"),
+        ({"max_length": 1}, "--max-length must be at least 2, not 1"),
+        ({"limit": 0}, "--limit must be at least 1, not 0"),
+        ({"eval_steps": 0}, "--eval-steps must be at least 1, not 0"),
+        ({"eval_limit": 0}, "--eval-limit must be at least 1, not 0"),
+        ({"save_steps": 0}, "--save-steps must be at least 1, not 0"),
+        ({"keep_checkpoints": 0}, "--keep-checkpoints must be at least 1, not 0"),
+        ({"seed": -1}, "--seed must be at least 0 and below 2^32, not -1"),
+        ({"seed": 2**32}, "--seed must be at least 0 and below 2^32, not 4294967296"),
+        ({"test_size": math.nan}, "--test-size must be a finite number, not nan"),
+        ({"rank": 0}, "--rank must be at least 1, not 0"),
+        ({"alpha": -2.0}, "--alpha must be positive, not -2.0"),
+        ({"dropout": 1.0}, "--dropout must be at least 0 and below 1, not 1.0"),
+        ({"target_modules": ()}, "--target-modules must name at least one module"),
+        ({"b_init": "ones"}, "--b-init goes with the modes fb and tb; mode lora starts B as zeros"),
+        ({"basis": "b"}, "--basis is of no use where B starts as zeros; leave it out"),
+        ({"mode": "fb"}, "mode fb needs --basis FILE (made by `cora extract-basis`), or another start by --b-init"),
+        ({"mode": "tb"}, "mode tb needs --basis FILE (made by `cora extract-basis`), or another start by --b-init"),
+        ({"mode": "fb", "b_init": "random", "basis": "b"}, "--basis is of no use where B starts as random; leave it out"),
+        ({"mode": "full", "basis": "b"}, "--basis goes with an adapter, not with mode full"),
+        ({"mode": "full", "compact": True}, "--compact goes with an adapter, not with mode full"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainConfig(**{"mode": "lora", **NEEDED, **settings})
+    assert message in str(caught.value).split("; ") or str(caught.value) == message
+
+
+def test_all_problems_are_named_at_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainConfig(**NEEDED, mode="full", basis="b", batch_size=0, epochs=0.0)
+    assert str(caught.value) == (
+        "--epochs must be positive, not 0.0; --batch-size must be at least 1, not 0; "
+        "--basis goes with an adapter, not with mode full"
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "lora", "learning_rate": 1e-5, "test_size": 200.0, "rslora": True},
+        {"mode": "fb", "basis": "b", "alpha": 16.0, "target_modules": ("q_proj",), "resume": True},
+        {"mode": "fb", "b_init": "orthonormal", "a_init": "gaussian", "max_steps": 7},
+        {"mode": "full", "lr_schedule": "cosine"},
+    ],
+)
+def test_a_configuration_survives_yaml(settings: dict[str, Any]) -> None:
+    config = TrainConfig(**NEEDED, **settings)
+    read = yaml.safe_load(yaml.safe_dump(config.as_dict()))
+    assert TrainConfig(**{**read, "target_modules": tuple(read["target_modules"])}) == config
+
+
+def test_alpha_is_twice_the_rank_unless_given() -> None:
+    plans = [TrainConfig(**NEEDED, mode="lora", rank=12, **given).adapter_plan() for given in ({}, {"alpha": 12.0})]
+    assert [plan.scaling for plan in plans if plan] == [2.0, 1.0]
+    assert TrainConfig(**NEEDED, mode="full").adapter_plan() is None
+
+
+def test_only_settings_that_change_no_number_may_differ_on_resume() -> None:
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert names >= NOT_PART_OF_THE_RESULT
+    one = TrainConfig(**NEEDED, mode="lora")
+    other = TrainConfig(
+        **{**NEEDED, "output_dir": "p"}, mode="lora", resume=True, save_steps=7, keep_checkpoints=1, device="cpu"
+    )
+    assert one.result_settings() == other.result_settings()
+    assert one.result_settings() != TrainConfig(**NEEDED, mode="lora", gradient_accumulation=2).result_settings()
+
+
+def test_paper_runs_have_rank_48_on_queries_keys_and_values() -> None:
+    config = TrainConfig(**NEEDED, mode="lora")
+    assert (config.rank, config.target_modules) == (48, ("q_proj", "k_proj", "v_proj"))
+
+
+def test_comma_separated_ignores_spaces_and_empty_parts() -> None:
+    assert comma_separated(" q_proj, v_proj,,") == ("q_proj", "v_proj")
+    assert comma_separated("") == ()

@@ -1,0 +1,105 @@
+"""Two processes with half the batch each are one process with the whole batch, also when they are killed and resumed."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.run import train
+from cora_cli.training.trainer import CoraTrainer, Diverged
+
+from .helpers import KILLED, RunProcess, config_for, log_lines, record_of
+
+# 37 training records in optimizer batches of 4: ten steps an epoch, the last with one record, which leaves the second process a
+# ghost; the held-out ones are 3, so that the processes have unequal shares of them.
+STEPS = 12
+LONG = {"test_size": 3.0, "max_steps": STEPS, "batch_size": 4, "save_steps": 5, "learning_rate": 3e-3}
+
+
+def run_together(config: TrainConfig, kill_at: tuple[str, int] | None = None) -> list[tuple[int | None, str]]:
+    """Run `config` in two processes that meet as under torchrun; `kill_at` ends the first, and the second is killed after it."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    processes = [RunProcess(config, kill_at if rank == 0 else None, rank=rank, world=2, store=store) for rank in range(2)]
+    first = processes[0].wait()
+    if kill_at is not None:
+        processes[1].process.kill()
+    return [first, processes[1].wait()]
+
+
+def assert_same_results(output: Path, expected: Path) -> None:
+    lines, wanted = log_lines(output), log_lines(expected)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for key in ("epoch", "loss", "grad_norm", "learning_rate"):
+        assert [line[key] for line in lines] == pytest.approx([line[key] for line in wanted], rel=1e-5)
+    ours, theirs = record_of(output), record_of(expected)
+    for when in ("before", "after"):
+        assert ours["heldout"][when]["loss"] == pytest.approx(theirs["heldout"][when]["loss"], rel=1e-5)
+        assert ours["heldout"][when]["n"] == 3
+    rows, wanted_rows = ([json.loads(line) for line in (run / "heldout.jsonl").open()] for run in (output, expected))
+    assert [row["after"] for row in rows] == pytest.approx([row["after"] for row in wanted_rows], rel=1e-5)
+    assert {path.name for path in output.iterdir()} == {path.name for path in expected.iterdir()}
+    assert (output / "test.jsonl").read_bytes() == (expected / "test.jsonl").read_bytes()
+
+
+def test_torchrun_gives_the_losses_of_one_process_with_the_whole_batch(
+    tiny_model: Path, tiny_data: Path, tiny_basis: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {**LONG, "mode": "fb", "basis": str(tiny_basis)}
+    one = config_for(tiny_model, tiny_data, tmp_path / "one", **settings)
+    train(one)
+    two = {**replace(one, output_dir=str(tmp_path / "two"), batch_size=2).as_dict()}
+    (tmp_path / "two.yaml").write_text(json.dumps(two))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    finished = subprocess.run(
+        [*launcher, "-m", "cora_cli", "train", "--config", str(tmp_path / "two.yaml")],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert_same_results(tmp_path / "two", tmp_path / "one")
+    assert finished.stdout.count("mode fb: 12 steps") == 1
+    assert finished.stdout.count("held-out loss") == 1
+
+
+def test_a_killed_group_resumes_to_the_losses_of_one_process(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    one = config_for(tiny_model, tiny_data, tmp_path / "one", **LONG)
+    train(one)
+    two = replace(one, output_dir=str(tmp_path / "two"), batch_size=1, gradient_accumulation=2)
+    (first, _), _ = run_together(two, kill_at=("cora_cli.training.trainer.append_line", 9))
+    assert first == KILLED
+    assert [line["step"] for line in log_lines(tmp_path / "two")] == list(range(1, 9))
+
+    assert run_together(replace(two, resume=True)) == [(0, ""), (0, "")]
+
+    assert record_of(tmp_path / "two")["resumed"] == 1
+    assert_same_results(tmp_path / "two", tmp_path / "one")
+
+
+def test_every_process_learns_that_the_directory_is_taken(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    ends = run_together(config_for(tiny_model, tiny_data, tmp_path))
+    assert [code for code, _ in ends] == [1, 1]
+    assert all("holds other files" in message for _, message in ends)
+
+
+def test_divergence_stops_every_process(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", learning_rate=1e30, warmup_ratio=0, max_steps=9, batch_size=1)
+    ends = run_together(config)
+    assert [code for code, _ in ends] == [1, 1]
+    assert all(message.startswith("Diverged: the ") and " at step " in message for _, message in ends)
+    assert record_of(tmp_path / "run")["status"] == "failed"
+
+
+def test_one_process_s_nan_is_named_in_all() -> None:
+    accelerator = SimpleNamespace(num_processes=2, gather=lambda value: torch.cat([value, torch.tensor([math.nan])]))
+    here = SimpleNamespace(accelerator=accelerator, state=SimpleNamespace(global_step=6))
+    with pytest.raises(Diverged, match="the loss at step 7 is nan"):
+        CoraTrainer._require_finite(here, torch.tensor(2.5), "loss")  # type: ignore[arg-type]

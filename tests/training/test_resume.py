@@ -1,0 +1,243 @@
+"""A run that is killed anywhere and resumed is, to the last bit, the run that was not."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+
+from cora_cli.basis.choices import BasisChoices
+from cora_cli.basis.extract import extract_basis
+from cora_cli.errors import CoraError
+from cora_cli.models import resolve_model
+from cora_cli.training import run as run_module
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.run import train
+
+from .helpers import KILLED, RunProcess, assert_b_is_basis, checkpoint_names, config_for, log_lines, record_of
+
+STEPS = 14
+# 38 training records in optimizer batches of 2 x 2: ten steps an epoch, of which the last has half a batch; dropout uses up
+# random numbers at every step.
+LONG = {
+    "mode": "tb",
+    "test_size": 2.0,
+    "max_steps": STEPS,
+    "batch_size": 2,
+    "gradient_accumulation": 2,
+    "dropout": 0.1,
+    "save_steps": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny_model: Path, tiny_data: Path, tiny_basis: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainConfig, Path]:
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
+    config = config_for(tiny_model, tiny_data, output, basis=str(tiny_basis), **LONG)
+    train(config)
+    return config, output
+
+
+def assert_same_run(output: Path, expected: Path) -> None:
+    assert log_lines(output) == log_lines(expected)
+    assert [line["step"] for line in log_lines(output)] == list(range(1, STEPS + 1))
+    assert (output / "heldout.jsonl").read_bytes() == (expected / "heldout.jsonl").read_bytes()
+    found, wanted = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (output, expected))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize(
+    ("kill_at", "settings", "continued_from"),
+    [
+        pytest.param(("cora_cli.training.trainer.append_line", 2), {}, 0, id="before the first checkpoint"),
+        pytest.param(("cora_cli.training.trainer.append_line", 7), {}, 4, id="in the middle of an epoch"),
+        pytest.param(("cora_cli.training.trainer.append_line", 14), {}, 12, id="in the second epoch"),
+        pytest.param(
+            ("cora_cli.training.trainer.append_line", 12), {"save_steps": 5}, 10, id="after a checkpoint between epochs"
+        ),
+        pytest.param(("transformers.Trainer._save_optimizer_and_scheduler", 2), {}, 4, id="in a half-written checkpoint"),
+        pytest.param(("pathlib.Path.rename", 2), {}, 4, id="before a checkpoint gets its name"),
+        pytest.param(("shutil.rmtree", 2), {"keep_checkpoints": 1}, 8, id="while an old checkpoint is removed"),
+        pytest.param(("cora_cli.training.run._save_result", 1), {}, 14, id="after the last step"),
+        pytest.param(("cora_cli.adapters.storage.save_file", 1), {}, 14, id="while the adapter is written"),
+    ],
+)
+def test_killed_run_resumes_to_the_same_bits(
+    kill_at: tuple[str, int],
+    settings: dict[str, Any],
+    continued_from: int,
+    uninterrupted: tuple[TrainConfig, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, expected = uninterrupted
+    config = replace(config, output_dir=str(tmp_path / "run"), **settings)
+    assert RunProcess(config, kill_at=kill_at).wait() == (KILLED, "")
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert record_of(tmp_path / "run")["status"] == "running"
+
+    record = train(replace(config, resume=True))
+
+    resumed = f"resuming after step {continued_from}" in capsys.readouterr().err
+    assert resumed == (continued_from > 0)
+    assert (record["status"], record["resumed"]) == ("finished", 1)
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_a_resumed_run_may_be_killed_again(uninterrupted: tuple[TrainConfig, Path], tmp_path: Path) -> None:
+    config, expected = uninterrupted
+    config = replace(config, output_dir=str(tmp_path / "run"))
+    log = tmp_path / "run" / "log.jsonl"
+    assert RunProcess(config, kill_at=("cora_cli.training.trainer.append_line", 6)).wait()[0] == KILLED
+    with log.open("a") as file:
+        file.write('{"step": 6, "epoch": 0.6, "lo')
+    again = replace(config, resume=True)
+    assert RunProcess(again, kill_at=("cora_cli.training.trainer.append_line", 6)).wait()[0] == KILLED
+    assert [line["step"] for line in log_lines(tmp_path / "run")] == list(range(1, 10))
+
+    assert train(again)["resumed"] == 2
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_a_kept_checkpoint_interval_is_that_of_the_resumption(uninterrupted: tuple[TrainConfig, Path], tmp_path: Path) -> None:
+    config, _ = uninterrupted
+    config = replace(config, output_dir=str(tmp_path / "run"))
+    assert RunProcess(config, kill_at=("cora_cli.training.trainer.append_line", 6)).wait()[0] == KILLED
+
+    train(replace(config, resume=True, save_steps=3, keep_checkpoints=10))
+
+    assert checkpoint_names(tmp_path / "run") == [f"checkpoint-{step}" for step in (12, 14, 4, 6, 9)]
+
+
+def test_fb_keeps_b_and_full_its_losses_when_resumed(
+    tiny_model: Path, tiny_data: Path, tiny_basis: Path, tmp_path: Path
+) -> None:
+    common = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-3}
+    for mode, basis in (("fb", str(tiny_basis)), ("full", None)):
+        whole = config_for(tiny_model, tiny_data, tmp_path / f"{mode}-whole", mode=mode, basis=basis, **common)
+        train(whole)
+        config = replace(whole, output_dir=str(tmp_path / mode))
+        assert RunProcess(config, kill_at=("cora_cli.training.trainer.append_line", 4)).wait()[0] == KILLED
+        train(replace(config, resume=True))
+        assert log_lines(tmp_path / mode) == log_lines(tmp_path / f"{mode}-whole")
+    assert_b_is_basis(tmp_path / "fb", tiny_basis)
+
+
+@pytest.mark.parametrize("flip", ["lora_B", "q_proj.base_layer"])
+def test_the_trained_set_is_asserted_again_on_resume(
+    flip: str, tiny_model: Path, tiny_data: Path, tiny_basis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="fb", basis=str(tiny_basis), save_steps=1)
+    monkeypatch.setattr(run_module, "_save_result", lambda *_: (_ for _ in ()).throw(CoraError("stopped")))
+    with pytest.raises(CoraError, match="stopped"):
+        train(config)
+    monkeypatch.undo()
+    original = Trainer._load_from_checkpoint
+
+    def flipping(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            if flip in name:
+                parameter.requires_grad_(True)
+
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", flipping)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-3")
+
+    if flip == "lora_B":
+        assert train(replace(config, resume=True))["parameters"]["trained"] == 1536
+        assert_b_is_basis(tmp_path / "run", tiny_basis)
+    else:
+        with pytest.raises(
+            CoraError, match=r"the trained set is not that of mode fb: 2 parameters differ, such as \S+base_layer"
+        ):
+            train(replace(config, resume=True))
+        assert log_lines(tmp_path / "run")[-1]["step"] == 2
+
+
+def test_resuming_a_finished_run_does_nothing(
+    uninterrupted: tuple[TrainConfig, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, output = uninterrupted
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    monkeypatch.setattr(run_module, "_load", lambda *_: pytest.fail("a model was loaded"))
+
+    assert train(replace(config, resume=True)) == record_of(output)
+
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+    assert "already finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"learning_rate": 5e-3}, r"learning_rate \(0.01 there, 0.005 here\)"),
+        ({"seed": 1, "rank": 2}, r"rank \(4 there, 2 here\), seed \(0 there, 1 here\)"),
+        ({"split_seed": 1}, "data_sha256 .*, split_seed"),
+        ({"dtype": "bf16"}, r"dtype \(fp32 there, bf16 here\)"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_by_name(
+    changes: dict[str, Any], named: str, uninterrupted: tuple[TrainConfig, Path]
+) -> None:
+    config, output = uninterrupted
+    with pytest.raises(CoraError, match=f"cannot be resumed: it was started with other inputs: {named}"):
+        train(replace(config, resume=True, **changes))
+    assert record_of(output)["status"] == "finished"
+
+
+@pytest.mark.parametrize("what", ["model", "data", "basis"])
+def test_resuming_with_other_inputs_under_the_same_name_is_refused(
+    what: str, tiny_model: Path, tiny_data: Path, uninterrupted: tuple[TrainConfig, Path], tmp_path: Path
+) -> None:
+    paths = {"model": tmp_path / "model", "data": tmp_path / "data.jsonl", "basis": tmp_path / "basis.safetensors"}
+    shutil.copytree(tiny_model, paths["model"])
+    shutil.copy(tiny_data, paths["data"])
+    shutil.copy(str(uninterrupted[0].basis), paths["basis"])
+    config = config_for(paths["model"], paths["data"], tmp_path / "run", mode="fb", basis=str(paths["basis"]), max_steps=1)
+    train(config)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record_of(tmp_path / "run"), "status": "running"}))
+    if what == "model":
+        weights = load_file(paths["model"] / "model.safetensors")
+        weights["model.norm.weight"] *= 2
+        save_file(weights, paths["model"] / "model.safetensors", metadata={"format": "pt"})
+    elif what == "data":
+        paths["data"].write_text(paths["data"].read_text().replace("Count to 7.", "Count up to 7."))
+    else:
+        extract_basis(
+            [resolve_model(str(paths["model"]))], paths["basis"], BasisChoices(rank=6), None, torch.device("cpu"), True
+        )
+
+    with pytest.raises(CoraError, match=rf"other inputs: {what}_sha256 \([0-9a-f]{{64}} there, [0-9a-f]{{64}} here\)$"):
+        train(replace(config, resume=True))
+
+
+def test_another_run_is_refused_without_resume_and_left_alone(uninterrupted: tuple[TrainConfig, Path]) -> None:
+    config, output = uninterrupted
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    with pytest.raises(CoraError, match="holds another run; choose a new one, or continue that run with --resume"):
+        train(config)
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_directory_with_foreign_files_is_refused_and_left_alone(
+    resume: bool, uninterrupted: tuple[TrainConfig, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CoraError, match="holds other files; choose an empty or a new one"):
+        train(replace(uninterrupted[0], output_dir=str(tmp_path), resume=resume))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_resume_starts_a_run_that_is_not_there(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    record = train(config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=1, resume=True))
+    assert record["status"] == "finished"
+    assert "resumed" not in record
