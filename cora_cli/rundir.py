@@ -185,7 +185,7 @@ class RunDirectory:
 
     @cached_property
     def checkpoints(self) -> Path:
-        """The Trainer's checkpoints, each with a `complete.json` once it is whole."""
+        """The Trainer's checkpoints; each is renamed into place once it is whole."""
         return self.root / "checkpoints"
 
     @cached_property

@@ -394,25 +394,21 @@ def test_predictions_that_were_touched_afterwards_are_generated_again(
 # Metrics
 
 
-def test_metrics_and_scores_hold_what_they_promise(tiny_model: Path, records: Path, tmp_path: Path) -> None:
-    result = evaluate_model(tiny_model, records, tmp_path / "out", metrics=("rouge", "meteor", "bleu", "bertscore"))
-    written = rundir.read_json(tmp_path / "out" / "metrics.json")
-    assert written == result.record
-    assert tuple(written["metrics"]) == NAMES == ("rouge1", "rouge2", "rougeL", "meteor", "sacrebleu", "bertscore_f1")
-    for name, metric in written["metrics"].items():
-        assert set(metric) == {"value", "ci95", "n", "signature"}
-        assert metric["ci95"][0] <= metric["value"] <= metric["ci95"][1]
-        assert metric["n"] == 7
-        assert metric["signature"].startswith(f"{name}|")
-        assert "bs:100|seed:0" in metric["signature"]
-    scores = rundir.read_jsonl(tmp_path / "out" / "scores.jsonl")
-    assert [tuple(line) for line in scores] == [NAMES] * 7
-    for name in set(NAMES) - {"sacrebleu"}:
-        assert sum(line[name] for line in scores) / 7 == pytest.approx(written["metrics"][name]["value"])
-    settings = written["generation"]["settings"]
+def test_a_result_says_which_predictions_of_which_settings_it_is_of(tiny_model: Path, records: Path, tmp_path: Path) -> None:
+    result = evaluate_model(tiny_model, records, tmp_path / "out")
+    assert rundir.read_json(tmp_path / "out" / "metrics.json") == result.record
+    settings = result.record["generation"]["settings"]
     assert (settings["batch_size"], settings["dtype"], settings["attention"]) == (4, "fp32", "sdpa")
-    assert written["predictions_sha256"] == written["generation"]["predictions_sha256"]
-    assert 0 <= written["stopped_share"] <= 1
+    assert (settings["model"], settings["adapter_sha256"], settings["decoding"]) == (str(tiny_model), None, "greedy")
+    predictions = tmp_path / "out" / "predictions.jsonl"
+    assert (
+        result.record["predictions_sha256"]
+        == result.record["generation"]["predictions_sha256"]
+        == rundir.sha256_file(predictions)
+    )
+    reasons = [line["finish_reason"] for line in rundir.read_jsonl(predictions)]
+    assert result.record["stopped_share"] == reasons.count("stop") / 7
+    assert len(rundir.read_jsonl(tmp_path / "out" / "scores.jsonl")) == 7
 
 
 def test_metrics_are_recomputed_from_predictions_without_a_model(
@@ -486,18 +482,27 @@ def encoder_without_limit(tmp_path_factory: pytest.TempPathFactory, monkeypatch:
 
 
 @pytest.mark.usefixtures("encoder_without_limit")
-def test_empty_and_endless_predictions_are_scored_by_every_metric(tmp_path: Path) -> None:
+def test_every_metric_of_empty_and_endless_predictions_has_value_interval_n_and_signature(tmp_path: Path) -> None:
     endless = " ".join(f"word{n}" for n in range(20_000))
     pairs = [("", "a b c"), (endless, "word1 word2 word3"), ("  \n", "a"), ("a b", ""), ("a cat", "a cat")]
     lines = "".join(json.dumps({"prediction": p, "reference": r}) + "\n" for p, r in pairs)
     result = from_lines(tmp_path, lines, metrics=("rouge", "meteor", "bleu", "bertscore"))
-    assert result.record["empty_predictions"] == 2
-    assert result.record["stopped_share"] is None
+    assert tuple(result.record["metrics"]) == NAMES == ("rouge1", "rouge2", "rougeL", "meteor", "sacrebleu", "bertscore_f1")
     scores = rundir.read_jsonl(tmp_path / "scores.jsonl")
-    for name in set(NAMES):
+    assert [tuple(line) for line in scores] == [NAMES] * 5
+    for name, metric in result.record["metrics"].items():
+        assert set(metric) == {"value", "ci95", "n", "signature"}
+        assert metric["ci95"][0] <= metric["value"] <= metric["ci95"][1]
+        assert metric["n"] == 5
+        assert metric["signature"].startswith(f"{name}|")
+        assert "|bs:100|seed:0|" in metric["signature"]
         assert scores[0][name] == scores[2][name] == scores[3][name] == 0
         assert scores[1][name] < scores[4][name]
-    assert [result.record["metrics"][name]["n"] for name in NAMES] == [5] * 6
+        if name != "sacrebleu":
+            assert metric["value"] == pytest.approx(sum(line[name] for line in scores) / 5)
+    assert result.record["empty_predictions"] == 2
+    assert result.record["stopped_share"] is None
+    assert result.record["generation"] == {}
 
 
 # Comparing
