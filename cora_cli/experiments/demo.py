@@ -27,10 +27,10 @@ from cora_cli.training.run import train
 TASKS = ("sentiment", "arithmetic", "json", "rewrite", "sql")
 DATASET = "builtin:code"
 RANK = 48
-TASK_STEPS, TASK_BATCH = 12, 8
-STEPS, BATCH = 16, 16
+TASK_STEPS, TASK_BATCH = 8, 8
+STEPS, BATCH = 16, 8
 LEARNING_RATE = 1e-3
-HELD_OUT, PROMPTS, NEW_TOKENS = 64, 48, 64
+HELD_OUT, PROMPTS, NEW_TOKENS = 48, 40, 48
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"mode": "lora"},
     "fb": {"mode": "fb"},
@@ -132,7 +132,7 @@ class _Chain:
         common: dict[str, Any] = {
             "limit": PROMPTS,
             "max_new_tokens": NEW_TOKENS,
-            "batch_size": 24,
+            "batch_size": 20,
             "device": self.device,
             "dtype": self.dtype,
         }
@@ -204,7 +204,7 @@ def _report(
             f"{hardware['device']}. This call took {seconds / 60:.1f} minutes.",
             "",
             f"What this can show: that the chain works, and that {STEPS} steps lower the held-out loss in every mode. What it cannot: "
-            "which mode is better. One seed, one untuned learning rate, a 135M model and a few hundred training records decide nothing; "
+            "which mode is better. One seed, one untuned learning rate, a 135M model and 128 training records decide nothing; "
             "sweep the learning rate per mode, take several seeds, and compare fb with fb-orthonormal before crediting the basis.",
         ]
     )
