@@ -53,9 +53,10 @@ class ModelPath:
         raise CoraError(f"{self.path} holds no weights: neither *.safetensors nor *.bin was found there")
 
     def content_hash(self) -> str:
-        """SHA-256 over names and contents of the weight files and the configuration."""
-        name = "adapter_config.json" if self.is_adapter else "config.json"
-        return rundir.sha256_files([*self.weight_files(), self.path / name])
+        """SHA-256 over names and contents of the weight files and the configuration; for an adapter, `cora.json` too, since the B
+        of a compact one is made from it."""
+        names = ("adapter_config.json", "cora.json") if self.is_adapter else ("config.json",)
+        return rundir.sha256_files([*self.weight_files(), *(self.path / name for name in names if (self.path / name).exists())])
 
 
 def resolve_model(reference: str) -> ModelPath:

@@ -64,7 +64,11 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty short Alpaca records of different lengths, JSONL."""
     path = tmp_path_factory.mktemp("data") / "tiny.jsonl"
     records = [
-        {"instruction": f"Count to {n}.", "input": "" if n % 2 else "in words", "output": " ".join(map(str, range(1, n % 9 + 2)))}
+        {
+            "instruction": f"Count to {n}.",
+            "input": "" if n % 2 else "in words",
+            "output": " ".join(map(str, range(1, n % 9 + 2))),
+        }
         for n in range(40)
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

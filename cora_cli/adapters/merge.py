@@ -6,7 +6,7 @@ import torch
 
 from cora_cli import rundir
 from cora_cli.adapters.install import lora_layers
-from cora_cli.adapters.storage import base_of, load_adapter
+from cora_cli.adapters.storage import base_of, check_base, load_adapter
 from cora_cli.errors import CoraError
 from cora_cli.loading import load_model, load_tokenizer
 from cora_cli.models import ModelPath
@@ -25,13 +25,15 @@ def merge_adapter(
 ) -> int:
     """Write W + s·B·A in place of W for every adapted layer, with the tokenizer; returns the number of those layers.
 
-    `dtype` is `stored` (the base's own), `bf16` or `fp32`. Raises `CoraError` where `output` exists or the adapter does not fit.
+    A `base` that is named is taken as it is: it may be the same model in another precision. `dtype` is `stored` (the base's own), `bf16` or `fp32`. Raises `CoraError` where `output` exists or the adapter does not fit.
     """
     if output.exists():
         raise CoraError(f"{output} exists already; choose a new directory")
     if not adapter.is_adapter:
         raise CoraError(f"{adapter.reference} is a whole model: there is nothing to merge")
-    base = base or base_of(adapter)
+    if base is None:
+        base = base_of(adapter)
+        check_base(adapter, base)
     tokenizer = load_tokenizer(base, trust_remote_code)
     model = load_model(base, _DTYPES[dtype], torch.device("cpu"), "sdpa", trust_remote_code)
     wrapped = load_adapter(model, adapter, basis_path)

@@ -123,6 +123,16 @@ def base_of(adapter: ModelPath) -> ModelPath:
     return resolve_model(f"{reference}@{revision}" if revision else reference)
 
 
+def check_base(adapter: ModelPath, base: ModelPath) -> None:
+    """Raise `CoraError` where `base` is not the model that a `cora` adapter was trained on; others do not record it."""
+    facts = read_facts(adapter.path)
+    if facts is not None and facts.base_sha256 != (found := base.content_hash()):
+        raise CoraError(
+            f"{adapter.reference} was trained on {facts.base} with content hash {facts.base_sha256}, but {base.path} has {found}: "
+            "it is another model, or it has changed"
+        )
+
+
 def changes_model(model: PeftModel) -> bool:
     """Whether any layer's ΔW = s·B·A is non-zero."""
     pairs = (factors_of(layer) for _, layer in lora_layers(model))

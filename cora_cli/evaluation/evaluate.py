@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
-from cora_cli.adapters.storage import base_of, load_adapter, read_facts
+from cora_cli.adapters.storage import base_of, check_base, load_adapter
 from cora_cli.data.encode import encode_prompt
 from cora_cli.data.formats import load_test_records
 from cora_cli.data.templates import choose_template, render
@@ -103,23 +103,14 @@ def _recorded_generation(path: Path) -> dict[str, Any]:
     return recorded if recorded.get("predictions_sha256") == rundir.sha256_file(path) else {}
 
 
-def _check_base(target: Target, base_sha256: str) -> None:
-    """Raise `CoraError` where the base model is not the one that the adapter was trained on."""
-    facts = read_facts(target.adapter.path) if target.adapter else None
-    if facts is not None and facts.base_sha256 != base_sha256:
-        raise CoraError(
-            f"{target.name} was trained on {facts.base} with content hash {facts.base_sha256}, but {target.base.path} has "
-            f"{base_sha256}: the base model has changed"
-        )
-
-
 def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware) -> Evaluation:
     records, schema = load_test_records(target.dataset)
     records = records[: config.limit]
     if not records:
         raise CoraError(f"{target.dataset} holds no records to answer")
     base_sha256 = target.base.content_hash()
-    _check_base(target, base_sha256)
+    if target.adapter is not None:
+        check_base(target.adapter, target.base)
     settings = {
         "model": target.base.reference,
         "model_sha256": base_sha256,

@@ -204,7 +204,7 @@ def _report(
             f"{hardware['device']}. This call took {seconds / 60:.1f} minutes.",
             "",
             f"What this can show: that the chain works, and that {STEPS} steps lower the held-out loss in every mode. What it cannot: "
-            "which mode is better. One seed, one untuned learning rate, a 135M model and 128 training records decide nothing; "
+            f"which mode is better. One seed, one untuned learning rate, a 135M model and {STEPS * BATCH} training records decide nothing; "
             "sweep the learning rate per mode, take several seeds, and compare fb with fb-orthonormal before crediting the basis.",
         ]
     )

@@ -15,8 +15,11 @@ from cora_cli.settings import DtypeName, setting
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 Reporter = Literal["none", "tensorboard", "wandb", "trackio"]
 _WHAT, _DATA, _OPTIM, _RUN = "Method", "Data", "Optimisation", "Run"
-NOT_PART_OF_THE_RESULT = frozenset({"output_dir", "resume", "report_to", "device", "save_steps", "keep_checkpoints"})
-"""Settings that may differ between a run and its resumption, since they do not change what is computed."""
+NOT_PART_OF_THE_RESULT = frozenset(
+    {"output_dir", "resume", "report_to", "device", "save_steps", "keep_checkpoints", "model", "dataset", "basis"}
+)
+"""Settings that may differ between a run and its resumption: they do not change what is computed, or only say where an input lies
+whose content hash is compared."""
 
 
 @dataclasses.dataclass(frozen=True)

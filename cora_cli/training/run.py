@@ -8,6 +8,7 @@ import datetime
 import importlib.metadata
 import importlib.util
 import math
+import os
 import platform
 import resource
 import shutil
@@ -76,7 +77,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     run = RunDirectory(Path(config.output_dir))
     prepared = _prepare(config)
-    arguments = _training_arguments(config, prepared.hardware, run)
+    arguments = _training_arguments(config, prepared, run)
     main = arguments.process_index == 0
     fingerprint = prepared.fingerprint(config)
     if _agree(arguments, lambda: _open_directory(run, fingerprint, config.resume)):
@@ -133,7 +134,15 @@ def _prepare(config: TrainConfig) -> _Prepared:
     return _Prepared(hardware, model_path, tokenizer, template, data, train_set, test_set, basis, plan)
 
 
-def _training_arguments(config: TrainConfig, hardware: Hardware, run: RunDirectory) -> TrainingArguments:
+def _total_steps(config: TrainConfig, examples: int) -> int:
+    """Optimizer steps of the whole run."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    per_epoch = math.ceil(examples / (config.batch_size * config.gradient_accumulation * processes))
+    return config.max_steps or math.ceil(config.epochs * per_epoch)
+
+
+def _training_arguments(config: TrainConfig, prepared: _Prepared, run: RunDirectory) -> TrainingArguments:
+    hardware = prepared.hardware
     return TrainingArguments(
         output_dir=str(run.checkpoints),
         per_device_train_batch_size=config.batch_size,
@@ -142,7 +151,8 @@ def _training_arguments(config: TrainConfig, hardware: Hardware, run: RunDirecto
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
-        warmup_steps=config.warmup_ratio,
+        # A number of steps, rounded down: the Trainer rounds a share up, and would spend a run of one step at learning rate 0.
+        warmup_steps=int(config.warmup_ratio * _total_steps(config, len(prepared.train.examples))),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch_fused",
@@ -355,9 +365,7 @@ def _fit(
         rundir.write_jsonl(run.log, [line for line in lines if line["step"] <= done])
     if checkpoint:
         say(f"resuming after step {done}")
-    steps_per_epoch = len(trainer.batches) // config.gradient_accumulation
-    total = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
-    with progress("training", total, "steps", done=done) as shown:
+    with progress("training", _total_steps(config, len(prepared.train.examples)), "steps", done=done) as shown:
         trainer.remove_callback(transformers.PrinterCallback)
         log = RunLog(run, trainer, meter, shown)
         trainer.add_callback(log)

@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,15 @@ def adapters(tiny_model: Path, tiny_basis: Path, tmp_path_factory) -> dict[str, 
             for parameter in wrapped.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
-        facts = AdapterFacts(plan, str(tiny_model), None, "0" * 64, str(tiny_basis), basis.sha256, compact=form == "compact")
+        facts = AdapterFacts(
+            plan,
+            str(tiny_model),
+            None,
+            resolve_model(str(tiny_model)).content_hash(),
+            str(tiny_basis),
+            basis.sha256,
+            compact=form == "compact",
+        )
         directory = tmp_path_factory.mktemp("adapters") / form
         save_adapter(wrapped, directory, facts)
         made[form] = (resolve_model(str(directory)), logits(wrapped))
@@ -85,6 +95,17 @@ def test_an_adapter_on_a_base_that_it_does_not_fit_is_refused_and_writes_nothing
     with pytest.raises(CoraError, match="cannot be loaded"):
         merge_adapter(adapters["standard"][0], tmp_path / "merged", base=resolve_model(str(tiny_multihead_model)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_has_changed_since_training_is_refused_unless_it_is_named(adapters, tiny_model, tmp_path):
+    directory = tmp_path / "adapter"
+    shutil.copytree(adapters["standard"][0].path, directory)
+    facts = json.loads((directory / "cora.json").read_text())
+    (directory / "cora.json").write_text(json.dumps({**facts, "base_sha256": "0" * 64}))
+    with pytest.raises(CoraError, match="another model, or it has changed"):
+        merge_adapter(resolve_model(str(directory)), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert merge_adapter(resolve_model(str(directory)), tmp_path / "merged", base=resolve_model(str(tiny_model))) == 6
 
 
 def test_a_disk_that_fills_up_leaves_nothing_and_says_so(adapters, tmp_path, monkeypatch):

@@ -122,9 +122,9 @@ def test_longest_prompts_go_first_and_predictions_come_in_the_order_of_the_reque
     batches: list[list[int]] = []
     real = module._answer
 
-    def spied(model: Any, tokenizer: Any, requests: Sequence[Request], tokens: int) -> Any:
+    def spied(model: Any, tokenizer: Any, requests: Sequence[Request], *rest: Any) -> Any:
         batches.append([len(request.input_ids) for request in requests])
-        return real(model, tokenizer, requests, tokens)
+        return real(model, tokenizer, requests, *rest)
 
     monkeypatch.setattr(module, "_answer", spied)
     done = generate(model, Numbers(), requests_of(4, 9, 2, 9, 6), 2, 3, out)
@@ -229,3 +229,16 @@ def test_a_full_disk_is_named_and_leaves_what_was_answered(
     assert len(rundir.read_jsonl(out.partial_predictions)) == 2
     generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
     assert out.predictions.read_bytes() == whole
+
+
+def test_the_models_own_end_of_turn_token_ends_an_answer_too(
+    model: Any, answers: Answers, out: EvaluationDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [request] = requests_of(5)
+    tokens, _ = answers.greedy(request.input_ids, 8)
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=[tokens[3], UNUSED]))
+    generate(model, Numbers(), [request], 1, 8, out)
+    [line] = predictions(out)
+    assert line["finish_reason"] == "stop"
+    assert line["prediction"] == " ".join(map(str, tokens[: tokens.index(tokens[3])]))
+    assert model.generation_config.eos_token_id == [tokens[3], UNUSED]

@@ -209,7 +209,7 @@ def reference_run(config: TrainConfig, batches: list[list[int]]) -> tuple[list[f
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, fused=False)
     examples, steps = encoded(config, "train"), len(batches)
-    warmup = math.ceil(config.warmup_ratio * steps)
+    warmup = int(config.warmup_ratio * steps)
     step_losses, norms = [], []
     for step, batch in enumerate(batches):
         rising, falling = step / max(1, warmup), (steps - step) / max(1, steps - warmup)
@@ -245,7 +245,7 @@ def test_losses_and_gradients_are_those_of_a_plain_torch_loop(
     lines = log_lines(tmp_path / "run")
     assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-5)
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
-    warmed = [0, 0.5, 1, 0.75, 0.5, 0.25]
+    warmed = [0, 1, 0.8, 0.6, 0.4, 0.2]
     assert [line["learning_rate"] for line in lines] == pytest.approx([3e-3 * share for share in warmed])
 
 
@@ -305,6 +305,12 @@ def test_epochs_and_limit_decide_the_number_of_steps(tiny_model: Path, tiny_data
     assert record["data"]["train"]["records"] == 12
     assert record["heldout"] is None
     assert (tmp_path / "run" / "test.jsonl").read_text() == ""
+
+
+def test_a_run_of_a_single_step_takes_it(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    record = train(config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=1, warmup_ratio=0.03))
+    assert log_lines(tmp_path / "run")[0]["learning_rate"] > 0
+    assert record["heldout"]["change"]["value"] != 0
 
 
 def test_the_newest_checkpoints_are_kept(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
