@@ -19,8 +19,8 @@ from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.generate import Request, generate
-from cora_cli.evaluation.intervals import PairedDifference, paired_difference
 from cora_cli.evaluation.metrics import build_metrics, score_all
+from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.loading import context_length, load_model, load_tokenizer
 from cora_cli.models import ModelPath, resolve_model
 from cora_cli.progress import say

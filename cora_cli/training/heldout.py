@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from cora_cli.data.encode import Example
 from cora_cli.data.pack import pack, response_losses
 from cora_cli.device import Hardware
-from cora_cli.evaluation.intervals import bootstrap_interval
+from cora_cli.intervals import bootstrap_interval
 from cora_cli.progress import progress
 
 ROW_TOKENS = 4096

@@ -112,7 +112,7 @@ def score_all(
     """
     import numpy as np
 
-    from cora_cli.evaluation import intervals
+    from cora_cli import intervals
     from cora_cli.evaluation.metrics.base import check_texts
     from cora_cli.progress import progress
 

@@ -7,9 +7,9 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cora_cli import intervals
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.evaluation import intervals
-from cora_cli.evaluation.intervals import bootstrap_interval, bootstrap_sums, paired_difference
+from cora_cli.intervals import bootstrap_interval, bootstrap_sums, paired_difference
 
 
 def mean(sums, n):
