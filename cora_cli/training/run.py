@@ -3,14 +3,8 @@
 The order matters: everything a user can get wrong is checked before the first file is written. The loop itself is `trainer`.
 """
 
-import dataclasses
 import datetime
-import importlib.metadata
-import importlib.util
 import math
-import os
-import platform
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,51 +16,20 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
-from cora_cli import __version__, rundir
+from cora_cli import rundir
 from cora_cli.adapters.install import AngleMeter, install_adapter
 from cora_cli.adapters.modes import AdapterPlan
 from cora_cli.adapters.storage import AdapterFacts, save_adapter
-from cora_cli.basis.artifact import Basis, read_basis
-from cora_cli.basis.choices import match_targets
-from cora_cli.basis.sources import open_source
-from cora_cli.data.encode import EncodedSet, encode_records
-from cora_cli.data.formats import DataSplit, load_split
-from cora_cli.data.templates import TemplateName, choose_template
-from cora_cli.device import Hardware, select_hardware, select_packed_attention
+from cora_cli.device import select_packed_attention
 from cora_cli.errors import CoraError
-from cora_cli.loading import context_length, load_model, load_tokenizer
-from cora_cli.models import ModelPath, resolve_model
+from cora_cli.loading import load_model
 from cora_cli.progress import progress, say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
+from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
+from cora_cli.training.record import FAILED, FINISHED, first_record, peak_memory_bytes, result_hash
 from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line, checkpoints_in
-
-FINISHED, RUNNING, FAILED = "finished", "running", "failed"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    """What a run needs, all of it checked."""
-
-    hardware: Hardware
-    model_path: ModelPath
-    tokenizer: Any
-    template: TemplateName
-    data: DataSplit
-    train: EncodedSet
-    test: EncodedSet
-    basis: Basis | None
-    plan: AdapterPlan | None
-
-    def fingerprint(self, config: TrainConfig) -> dict[str, Any]:
-        """The settings and the content hashes of every input: two runs with equal ones compute the same thing."""
-        return {
-            "settings": {**config.result_settings(), "dtype": self.hardware.dtype_name},
-            "model_sha256": self.model_path.content_hash(),
-            "data_sha256": self.data.content_hash(),
-            "basis_sha256": self.basis.sha256 if self.basis else None,
-        }
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -76,8 +39,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     stops half-way keeps its last whole checkpoint.
     """
     run = RunDirectory(Path(config.output_dir))
-    prepared = _prepare(config)
-    arguments = _training_arguments(config, prepared, run)
+    prepared = prepare(config)
+    arguments = training_arguments(config, prepared, run)
     main = arguments.process_index == 0
     fingerprint = prepared.fingerprint(config)
     if _agree(arguments, lambda: _open_directory(run, fingerprint, config.resume)):
@@ -89,9 +52,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
             say(f"the result in {run.root} was damaged after it was written: writing it again from the last checkpoint")
     model = _load(config, prepared)
     if main:
-        record = _first_record(config, prepared, fingerprint, model)
+        record = first_record(config, prepared, fingerprint, model)
         _write_start(run, config, prepared, record)
-    arguments_barrier(arguments)
+    _barrier(arguments)
     try:
         outcome = _train_and_save(config, prepared, run, arguments, model)
     except Exception as error:
@@ -101,79 +64,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if main:
         record = {**rundir.read_json(run.record), **outcome, "result_sha256": result_hash(run), "status": FINISHED}
         rundir.write_json(run.record, record)
-    arguments_barrier(arguments)
+    _barrier(arguments)
     return rundir.read_json(run.record)
-
-
-def _prepare(config: TrainConfig) -> _Prepared:
-    """Check everything that needs no weights in memory, cheapest first."""
-    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
-        raise CoraError(f"--report-to {config.report_to} needs the package {config.report_to}: pip install {config.report_to}")
-    plan = config.adapter_plan()
-    data = load_split(config.dataset, config.test_size, config.split_seed)
-    if config.limit:
-        data = dataclasses.replace(data, train=data.train[: config.limit])
-    basis = read_basis(Path(config.basis)) if plan is not None and config.basis else None
-    model_path = resolve_model(config.model)
-    if model_path.is_adapter:
-        raise CoraError(f"{config.model} is an adapter; training needs a whole model: write one with `cora merge` first")
-    if basis is not None and plan is not None:
-        source = open_source(model_path)
-        targets = match_targets(list(source.shapes), plan.target_modules, config.model)
-        basis.check_model(source.architecture, {name: source.shapes[name] for name in targets}, plan.rank)
-        basis.check_base(source)
-    hardware = select_hardware(config.device, config.dtype)
-    tokenizer = load_tokenizer(model_path, config.trust_remote_code)
-    template = choose_template(config.template, data.schema, tokenizer)
-    model_config = transformers.AutoConfig.from_pretrained(model_path.path, trust_remote_code=config.trust_remote_code)
-    longest = min(config.max_length, context_length(model_config))
-    train_set = encode_records(data.train, data.schema, template, tokenizer, longest, "training")
-    test_set = encode_records(data.test, data.schema, template, tokenizer, longest, "held-out")
-    if config.eval_limit:
-        test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
-    return _Prepared(hardware, model_path, tokenizer, template, data, train_set, test_set, basis, plan)
-
-
-def _total_steps(config: TrainConfig, examples: int) -> int:
-    """Optimizer steps of the whole run."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    per_epoch = math.ceil(examples / (config.batch_size * config.gradient_accumulation * processes))
-    return config.max_steps or math.ceil(config.epochs * per_epoch)
-
-
-def _training_arguments(config: TrainConfig, prepared: _Prepared, run: RunDirectory) -> TrainingArguments:
-    hardware = prepared.hardware
-    return TrainingArguments(
-        output_dir=str(run.checkpoints),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
-        # A number of steps, rounded down: the Trainer rounds a share up, and would spend a run of one step at learning rate 0.
-        warmup_steps=int(config.warmup_ratio * _total_steps(config, len(prepared.train.examples))),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=hardware.dtype == torch.bfloat16,
-        use_cpu=hardware.device.type == "cpu",
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        # The Trainer would write its own choice into the config of a model that is to generate later.
-        use_cache=True,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=config.report_to,
-        run_name=run.root.name,
-        seed=config.seed,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        average_tokens_across_devices=True,
-        ddp_find_unused_parameters=False,
-    )
 
 
 def _agree(arguments: TrainingArguments, decide: Any) -> bool:
@@ -191,7 +83,7 @@ def _agree(arguments: TrainingArguments, decide: Any) -> bool:
     return bool(answer[0])
 
 
-def arguments_barrier(arguments: TrainingArguments) -> None:
+def _barrier(arguments: TrainingArguments) -> None:
     """Wait for the other processes, where there are any."""
     if arguments.world_size > 1:
         torch.distributed.barrier()
@@ -214,7 +106,7 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
     return True
 
 
-def _load(config: TrainConfig, prepared: _Prepared) -> torch.nn.Module:
+def _load(config: TrainConfig, prepared: Prepared) -> torch.nn.Module:
     attention, reason = select_packed_attention(prepared.hardware.device.type)
     say(f"{prepared.hardware.describe()}; attention {attention} ({reason})")
     dtype = torch.float32 if prepared.plan is None else prepared.hardware.dtype
@@ -226,71 +118,7 @@ def _load(config: TrainConfig, prepared: _Prepared) -> torch.nn.Module:
     return install_adapter(model, prepared.plan, prepared.basis)
 
 
-def _first_record(config: TrainConfig, prepared: _Prepared, fingerprint: dict[str, Any], model: Any) -> dict[str, Any]:
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return {
-        "format": 1,
-        "status": RUNNING,
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "mode": config.mode,
-        "plan": prepared.plan.as_dict() if prepared.plan else None,
-        "fingerprint": fingerprint,
-        "model": {"reference": config.model, "revision": prepared.model_path.revision},
-        "basis": _describe(prepared.basis) if prepared.basis else None,
-        "parameters": {
-            "trained": trained,
-            "total": sum(parameter.numel() for parameter in model.parameters()),
-            "adapter": sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name),
-        },
-        "data": {
-            "dataset": config.dataset,
-            "template": prepared.template,
-            "train": _counts(prepared.train),
-            "test": _counts(prepared.test),
-            "overlapping_dropped": prepared.data.overlapping,
-        },
-        "hardware": {
-            "device": str(prepared.hardware.device),
-            "device_reason": prepared.hardware.device_reason,
-            "dtype": prepared.hardware.dtype_name,
-            "dtype_reason": prepared.hardware.dtype_reason,
-            "threads": torch.get_num_threads(),
-        },
-        "versions": versions(),
-        "seeds": {"seed": config.seed, "split_seed": config.split_seed},
-    }
-
-
-def _describe(basis: Basis) -> dict[str, Any]:
-    return {
-        "path": str(basis.path.resolve()),
-        "sha256": basis.sha256,
-        "choices": basis.choices.to_json(),
-        "sources": [dataclasses.asdict(source) for source in basis.sources],
-    }
-
-
-def _counts(encoded: EncodedSet) -> dict[str, int]:
-    return {
-        "records": len(encoded.examples),
-        "tokens": encoded.tokens,
-        "response_tokens": encoded.response_tokens,
-        "truncated": encoded.truncated,
-        "dropped": encoded.dropped,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what can move a number."""
-    names = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
-    return {
-        "cora": __version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
-
-
-def _write_start(run: RunDirectory, config: TrainConfig, prepared: _Prepared, record: dict[str, Any]) -> None:
+def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, record: dict[str, Any]) -> None:
     """Write what a run starts with; on a resumption these are the same bytes again, but for the record's own history."""
     for name, counts in (("training", record["data"]["train"]), ("held-out", record["data"]["test"])):
         if counts["truncated"] or counts["dropped"]:
@@ -309,10 +137,11 @@ def _write_start(run: RunDirectory, config: TrainConfig, prepared: _Prepared, re
 
 
 def _train_and_save(
-    config: TrainConfig, prepared: _Prepared, run: RunDirectory, arguments: TrainingArguments, model: Any
+    config: TrainConfig, prepared: Prepared, run: RunDirectory, arguments: TrainingArguments, model: Any
 ) -> dict[str, Any]:
     main = arguments.process_index == 0
-    shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True) if main else None
+    if main:
+        shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
     existing = checkpoints_in(run.checkpoints)
     checkpoint = existing[-1] if existing else None
     before = _measure(model, prepared, arguments, "held-out loss before training")
@@ -357,7 +186,7 @@ def _fit(
     meter: AngleMeter | None,
     checkpoint: Path | None,
     config: TrainConfig,
-    prepared: _Prepared,
+    prepared: Prepared,
 ) -> dict[str, Any]:
     done = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
     if trainer.is_world_process_zero():
@@ -365,7 +194,7 @@ def _fit(
         rundir.write_jsonl(run.log, [line for line in lines if line["step"] <= done])
     if checkpoint:
         say(f"resuming after step {done}")
-    with progress("training", _total_steps(config, len(prepared.train.examples)), "steps", done=done) as shown:
+    with progress("training", total_steps(config, len(prepared.train.examples)), "steps", done=done) as shown:
         trainer.remove_callback(transformers.PrinterCallback)
         log = RunLog(run, trainer, meter, shown)
         trainer.add_callback(log)
@@ -386,7 +215,7 @@ def _fit(
 class _HeldOutEvery(transformers.TrainerCallback):
     """Measures the held-out loss in the course of training."""
 
-    def __init__(self, every: int, run: RunDirectory, trainer: CoraTrainer, prepared: _Prepared) -> None:
+    def __init__(self, every: int, run: RunDirectory, trainer: CoraTrainer, prepared: Prepared) -> None:
         self._every, self._run, self._trainer, self._prepared = every, run, trainer, prepared
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -397,7 +226,7 @@ class _HeldOutEvery(transformers.TrainerCallback):
             append_line(self._run.log, {"step": state.global_step, "epoch": state.epoch, "heldout_loss": loss.mean})
 
 
-def _measure(model: Any, prepared: _Prepared, arguments: TrainingArguments, label: str) -> HeldOutLoss | None:
+def _measure(model: Any, prepared: Prepared, arguments: TrainingArguments, label: str) -> HeldOutLoss | None:
     if not prepared.test.examples:
         return None
     rank, world = arguments.process_index, arguments.world_size
@@ -407,7 +236,7 @@ def _measure(model: Any, prepared: _Prepared, arguments: TrainingArguments, labe
     return loss
 
 
-def _save_result(config: TrainConfig, prepared: _Prepared, run: RunDirectory, model: Any) -> None:
+def _save_result(config: TrainConfig, prepared: Prepared, run: RunDirectory, model: Any) -> None:
     if prepared.plan is None:
         with rundir.atomic_path(run.model) as temporary:
             model.save_pretrained(temporary)
@@ -424,20 +253,6 @@ def _save_result(config: TrainConfig, prepared: _Prepared, run: RunDirectory, mo
         compact=config.compact,
     )
     save_adapter(model, run.adapter, facts)
-
-
-def result_hash(run: RunDirectory) -> str:
-    """SHA-256 over the files of `adapter/`, or of `model/` in mode `full`; where there is no such directory, over none."""
-    result = run.model if run.model.exists() else run.adapter
-    return rundir.sha256_files(path for path in (result.iterdir() if result.is_dir() else ()) if path.is_file())
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: allocated on the GPU, or resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _mark_failed(run: RunDirectory, error: Exception) -> None:

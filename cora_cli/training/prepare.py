@@ -1,0 +1,125 @@
+"""Everything that a training run needs, checked before its first file is written: data, model, basis, tokens, Trainer arguments.
+
+It reads headers and records but no weights, so a mistake is told in seconds. What is done with all this is `run`.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainingArguments
+
+from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.basis.artifact import Basis, read_basis
+from cora_cli.basis.choices import match_targets
+from cora_cli.basis.sources import open_source
+from cora_cli.data.encode import EncodedSet, encode_records
+from cora_cli.data.formats import DataSplit, load_split
+from cora_cli.data.templates import TemplateName, choose_template
+from cora_cli.device import Hardware, select_hardware
+from cora_cli.errors import CoraError
+from cora_cli.loading import context_length, load_tokenizer
+from cora_cli.models import ModelPath, resolve_model
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a run needs, all of it checked."""
+
+    hardware: Hardware
+    model_path: ModelPath
+    tokenizer: Any
+    template: TemplateName
+    data: DataSplit
+    train: EncodedSet
+    test: EncodedSet
+    basis: Basis | None
+    plan: AdapterPlan | None
+
+    def fingerprint(self, config: TrainConfig) -> dict[str, Any]:
+        """The settings and the content hashes of every input: two runs with equal ones compute the same thing."""
+        return {
+            "settings": {**config.result_settings(), "dtype": self.hardware.dtype_name},
+            "model_sha256": self.model_path.content_hash(),
+            "data_sha256": self.data.content_hash(),
+            "basis_sha256": self.basis.sha256 if self.basis else None,
+        }
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Check everything that needs no weights in memory, cheapest first."""
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise CoraError(f"--report-to {config.report_to} needs the package {config.report_to}: pip install {config.report_to}")
+    plan = config.adapter_plan()
+    data = load_split(config.dataset, config.test_size, config.split_seed)
+    if config.limit:
+        data = dataclasses.replace(data, train=data.train[: config.limit])
+    basis = read_basis(Path(config.basis)) if plan is not None and config.basis else None
+    model_path = resolve_model(config.model)
+    if model_path.is_adapter:
+        raise CoraError(f"{config.model} is an adapter; training needs a whole model: write one with `cora merge` first")
+    if basis is not None and plan is not None:
+        source = open_source(model_path)
+        targets = match_targets(list(source.shapes), plan.target_modules, config.model)
+        basis.check_model(source.architecture, {name: source.shapes[name] for name in targets}, plan.rank)
+        basis.check_base(source)
+    hardware = select_hardware(config.device, config.dtype)
+    tokenizer = load_tokenizer(model_path, config.trust_remote_code)
+    template = choose_template(config.template, data.schema, tokenizer)
+    model_config = transformers.AutoConfig.from_pretrained(model_path.path, trust_remote_code=config.trust_remote_code)
+    longest = min(config.max_length, context_length(model_config))
+    train_set = encode_records(data.train, data.schema, template, tokenizer, longest, "training")
+    test_set = encode_records(data.test, data.schema, template, tokenizer, longest, "held-out")
+    if config.eval_limit:
+        test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
+    return Prepared(hardware, model_path, tokenizer, template, data, train_set, test_set, basis, plan)
+
+
+def total_steps(config: TrainConfig, examples: int) -> int:
+    """Optimizer steps of the whole run."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    per_epoch = math.ceil(examples / (config.batch_size * config.gradient_accumulation * processes))
+    return config.max_steps or math.ceil(config.epochs * per_epoch)
+
+
+def training_arguments(config: TrainConfig, prepared: Prepared, run: RunDirectory) -> TrainingArguments:
+    """The configuration in the Trainer's words; making it also starts the process group under a launcher."""
+    hardware = prepared.hardware
+    return TrainingArguments(
+        output_dir=str(run.checkpoints),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
+        # A number of steps, rounded down: the Trainer rounds a share up, and would spend a run of one step at learning rate 0.
+        warmup_steps=int(config.warmup_ratio * total_steps(config, len(prepared.train.examples))),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=hardware.dtype == torch.bfloat16,
+        use_cpu=hardware.device.type == "cpu",
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        # The Trainer would write its own choice into the config of a model that is to generate later.
+        use_cache=True,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=config.report_to,
+        run_name=run.root.name,
+        seed=config.seed,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=False,
+    )

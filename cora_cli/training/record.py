@@ -1,0 +1,103 @@
+"""What `run.json` says of a run: settings, hashes, counts, versions, and the hash of its result.
+
+It describes and writes nothing; when the record is written is `run`.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
+import resource
+from typing import Any
+
+import torch
+
+from cora_cli import __version__, rundir
+from cora_cli.basis.artifact import Basis
+from cora_cli.data.encode import EncodedSet
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.prepare import Prepared
+
+FINISHED, RUNNING, FAILED = "finished", "running", "failed"
+
+
+def first_record(config: TrainConfig, prepared: Prepared, fingerprint: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The record of a run that is about to start; `fingerprint` is `Prepared.fingerprint`, `model` the one to be trained."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {
+        "format": 1,
+        "status": RUNNING,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "mode": config.mode,
+        "plan": prepared.plan.as_dict() if prepared.plan else None,
+        "fingerprint": fingerprint,
+        "model": {"reference": config.model, "revision": prepared.model_path.revision},
+        "basis": _describe(prepared.basis) if prepared.basis else None,
+        "parameters": {
+            "trained": trained,
+            "total": sum(parameter.numel() for parameter in model.parameters()),
+            "adapter": sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name),
+        },
+        "data": {
+            "dataset": config.dataset,
+            "template": prepared.template,
+            "train": _counts(prepared.train),
+            "test": _counts(prepared.test),
+            "overlapping_dropped": prepared.data.overlapping,
+        },
+        "hardware": {
+            "device": str(prepared.hardware.device),
+            "device_reason": prepared.hardware.device_reason,
+            "dtype": prepared.hardware.dtype_name,
+            "dtype_reason": prepared.hardware.dtype_reason,
+            "threads": torch.get_num_threads(),
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        },
+        "versions": versions(),
+        "seeds": {"seed": config.seed, "split_seed": config.split_seed},
+    }
+
+
+def _describe(basis: Basis) -> dict[str, Any]:
+    return {
+        "path": str(basis.path.resolve()),
+        "sha256": basis.sha256,
+        "choices": basis.choices.to_json(),
+        "sources": [dataclasses.asdict(source) for source in basis.sources],
+    }
+
+
+def _counts(encoded: EncodedSet) -> dict[str, int]:
+    return {
+        "records": len(encoded.examples),
+        "tokens": encoded.tokens,
+        "response_tokens": encoded.response_tokens,
+        "truncated": encoded.truncated,
+        "dropped": encoded.dropped,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can move a number."""
+    names = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
+    return {
+        "cora": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def result_hash(run: RunDirectory) -> str:
+    """SHA-256 over the files of `adapter/`, or of `model/` in mode `full`; where there is no such directory, over none."""
+    result = run.model if run.model.exists() else run.adapter
+    return rundir.sha256_files(path for path in (result.iterdir() if result.is_dir() else ()) if path.is_file())
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
