@@ -17,6 +17,8 @@ from cora_cli.errors import CoraError
 ACCURATE, DETERMINED = 1e-7, 1e-6
 # Eigensolvers are backward stable: their error is a small multiple of eps·‖G‖, below 1 in a thousand random spectra.
 _SAFETY = 4.0
+# Beyond this ratio of rows to columns (embeddings) the Gram matrix takes far more memory than M, and longer than its thin SVD.
+_TALL = 2
 # Lanczos beats a direct solver beyond this many rows, if few directions are wanted.
 _LANCZOS_ROWS, _LANCZOS_SHARE = 1024, 0.1
 
@@ -56,7 +58,7 @@ def decompose(merged: Merged, rank: int, component: Component) -> Decomposition:
     if merged.matrix is None:
         assert merged.gram is not None
         solution = _top_of_gram(merged.gram, rank) if component == "top" else _all_of_gram(merged.gram)
-    elif component == "bottom":
+    elif component == "bottom" or group.rows > _TALL * group.columns:
         solution = _direct(merged.matrix)
     else:
         solution = _top_of_gram(merged.matrix @ merged.matrix.T, rank)

@@ -13,6 +13,8 @@ from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
 
 EPS = torch.finfo(torch.float64).eps
+# The largest Gram matrix, 8 GiB in float64: weights with more rows are embeddings, and would exhaust the memory.
+_MOST_GRAM_ROWS = 32_768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +209,10 @@ def _plan_group(name: str, members: dict[str, tuple[int, int]], models: int, cho
                 raise CoraError(_refusal(name, (lead, members[lead]), (module, shape), side, choices))
     rows, inside = next(iter(members.values()))
     columns = inside if choices.merge == "mean" else models * sum(shape[1] for shape in members.values())
+    if choices.merge == "gram" and rows > _MOST_GRAM_ROWS:
+        raise CoraError(
+            f"--merge gram needs a {rows} x {rows} matrix ({rows**2 * 8 / 2**30:.0f} GiB) for group {name}; use --merge mean"
+        )
     # Centred columns sum to zero, which takes one direction.
     directions = min(rows, columns - (choices.method == "pca"))
     if choices.rank > directions:

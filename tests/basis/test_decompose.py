@@ -157,3 +157,18 @@ def test_lanczos_is_not_trusted_where_it_misses_a_copy_of_a_repeated_value(monke
     assert decompose_module._lanczos(gram, 3) is not None
     monkeypatch.setattr(scipy.sparse.linalg, "eigsh", forgetful)
     assert decompose_module._lanczos(gram, 3) is None
+
+
+def test_a_tall_matrix_is_decomposed_without_its_gram_matrix():
+    # 60,000 rows: the Gram matrix would take 29 GB.
+    matrix = np.random.default_rng(0).standard_normal((60_000, 4)) * [8, 4, 2, 1]
+    found = of_matrix(matrix, 2)
+    expected = np.linalg.svd(matrix, full_matrices=False)[0][:, :2]
+    assert subspace_error(expected, found.basis) < 1e-9
+
+
+def test_a_gram_matrix_that_no_memory_holds_is_refused_before_anything_is_read():
+    source = ArraySource({"w": np.broadcast_to(0.0, (60_000, 4))})
+    with pytest.raises(CoraError, match=r"60000 x 60000 matrix \(27 GiB\) for group w; use --merge mean"):
+        plan([source], None, BasisChoices(rank=2, merge="gram", target_modules=("w",)))
+    assert source.reads == []
