@@ -15,3 +15,14 @@ class UsageError(CoraError):
     """The request itself makes no sense (unknown option, contradictory flags); nothing was started."""
 
     exit_code = 2
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error says, as the end of a sentence: one line, at most 300 characters.
+
+    A pickle that was refused is named as such: torch's own words advise to open it all the same.
+    """
+    text = " ".join(str(error).split())
+    if "weights_only" in text or "Weights only load failed" in text:
+        return "its pickle holds more than tensors and was not opened, since it could run code; use a safetensors copy"
+    return text[:300] or type(error).__name__

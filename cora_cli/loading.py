@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, reason
 from cora_cli.models import ModelPath
 
 
@@ -36,7 +36,7 @@ def load_model(
             output_loading_info=True,
         )
     except Exception as error:  # transformers and safetensors raise unrelated types for damaged files
-        raise CoraError(f"model {model.reference} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise CoraError(
@@ -50,7 +50,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
-        raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so no answer could ever end")
     if tokenizer.pad_token_id is None:

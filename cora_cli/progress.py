@@ -1,5 +1,6 @@
 """Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -9,8 +10,13 @@ LINE_INTERVAL_SECONDS = 10.0
 
 
 def say(message: str) -> None:
-    """Print one line of status on stderr, so that stdout stays free for results."""
-    print(message, file=sys.stderr, flush=True)
+    """Print one line of status on stderr, so that stdout stays free for results; of several processes only the first speaks."""
+    if _is_first_process():
+        print(message, file=sys.stderr, flush=True)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Progress:
@@ -21,7 +27,7 @@ class Progress:
         self._done = self._start = done
         self._began = self._spoke = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and _is_first_process():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True, leave=False)

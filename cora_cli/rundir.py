@@ -35,7 +35,7 @@ def is_disk_full(error: BaseException) -> bool:
     """Whether an error is the disk's refusal, in whichever library's words."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    signs = ("No space left", "File too large", "PytorchStreamWriter failed", "Disk quota")
+    signs = ("No space left", "File too large", "PytorchStreamWriter failed", "Disk quota", "inline_container")
     return any(sign in str(error) for sign in signs)
 
 

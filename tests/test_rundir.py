@@ -239,3 +239,17 @@ def test_constructing_directories_touches_nothing_and_a_run_exists_with_its_reco
     rundir.write_json(run.record, {"status": "running"})
     assert run.exists()
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == {"status": "running"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 24704 vs 24592"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_recognised_in_each_librarys_words(error: Exception) -> None:
+    assert rundir.is_disk_full(error)
+    assert not rundir.is_disk_full(type(error)("something else"))

@@ -6,9 +6,9 @@ and trained sets are `install`.
 
 import copy
 import dataclasses
-import json
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from cora_cli import rundir
 from cora_cli.adapters.install import ADAPTER, apply_trained_set, factors_of, lora_layers, start_b
 from cora_cli.adapters.modes import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, reason
 from cora_cli.models import ModelPath, resolve_model
 
 SIDE_FILE = "cora.json"
@@ -104,8 +104,10 @@ def load_adapter(
                 adapter.weight_files()  # PEFT would look for missing ones on the hub
                 wrapped = PeftModel.from_pretrained(model, str(adapter.path), is_trainable=trainable)
                 _check_arrived(wrapped, load_peft_weights(str(adapter.path), device="cpu"), adapter)
-    except (SafetensorError, json.JSONDecodeError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise CoraError(f"adapter {adapter.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    except CoraError:
+        raise
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise CoraError(f"adapter {adapter.path} cannot be loaded: {reason(error)}") from error
     if facts is not None:
         if trainable:
             apply_trained_set(wrapped, facts.plan)

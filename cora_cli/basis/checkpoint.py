@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from cora_cli import rundir
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, reason
 from cora_cli.models import ModelPath
 
 _LAYOUTS = (
@@ -99,10 +99,9 @@ def _naming(file: Path) -> Iterator[None]:
     except CoraError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if file.suffix == ".safetensors":
-            raise CoraError(f"{file} is damaged or truncated and cannot be read as safetensors: {reason}") from error
+            raise CoraError(f"{file} is damaged or truncated and cannot be read as safetensors: {reason(error)}") from error
         raise CoraError(
             f"{file} cannot be read as plain tensors: it is damaged, in torch's format of before 2020, or a pickle that wants "
-            f"to run code, which is never done; a safetensors copy of the model would work ({reason})"
+            f"to run code, which is never done; a safetensors copy of the model would work ({reason(error)})"
         ) from error

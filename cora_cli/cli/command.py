@@ -42,7 +42,9 @@ def clean_errors(debug: bool) -> Iterator[None]:
         else:
             detail = " ".join(str(error).split())[:400]
             message, code = f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)", 1
-        print(f"cora: error: {message}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        process = "" if rank == "0" else f" (process {rank})"
+        print(f"cora: error{process}: {message}", file=sys.stderr, flush=True)
         raise typer.Exit(code) from error
 
 
@@ -173,6 +175,7 @@ def quiet_libraries() -> None:
     """Keep the libraries' own bars and advice off the screen; `cora` reports progress and problems itself."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # One library's deprecations met by another are not the user's to mend.

@@ -129,7 +129,8 @@ def _read(dataset: str) -> Iterator[tuple[str, Any]]:
         if reader is None:
             raise CoraError(f"{dataset} ends in {path.suffix or 'nothing'}; readable are {', '.join(readers)}")
         return reader(path)
-    if path.suffix.lower() in readers or path.is_absolute() or dataset.startswith((".", "~")):
+    # The hub's client would load a directory of that name without a word.
+    if path.is_dir() or path.suffix.lower() in readers or path.is_absolute() or dataset.startswith((".", "~")):
         raise CoraError(f"dataset {dataset} {'is a directory, not a file' if path.is_dir() else 'does not exist'}")
     return _read_hub(dataset)
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
+from cora_cli.adapters.install import target_linears
 from cora_cli.adapters.modes import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import match_targets
@@ -74,6 +75,10 @@ def prepare(config: TrainConfig) -> Prepared:
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)
     template = choose_template(config.template, data.schema, tokenizer)
     model_config = transformers.AutoConfig.from_pretrained(model_path.path, trust_remote_code=config.trust_remote_code)
+    if plan is not None:
+        with torch.device("meta"):
+            skeleton = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+        target_linears(skeleton, plan.target_modules)
     longest = min(config.max_length, context_length(model_config))
     train_set = encode_records(data.train, data.schema, template, tokenizer, longest, "training")
     test_set = encode_records(data.test, data.schema, template, tokenizer, longest, "held-out")

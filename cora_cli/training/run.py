@@ -59,6 +59,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         outcome = _train_and_save(config, prepared, run, arguments, model)
     except Exception as error:
         if main:
+            # Half a checkpoint is of no use, and on a full disk it takes the room that the record needs.
+            shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
             _mark_failed(run, error)
         raise _explained(error, run) from error
     if main:

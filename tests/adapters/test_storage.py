@@ -348,3 +348,16 @@ def test_a_loaded_adapter_is_scaled_as_it_was_trained(store, load):
     wrapped = load_adapter(load(), resolve_model(str(directory)))
     assert {layer.scaling["default"] for _, layer in lora_layers(wrapped)} == {8.0 / math.sqrt(4)}
     assert all(factor.dtype == torch.float32 for _, layer in lora_layers(wrapped) for factor in factors_of(layer))
+
+
+def test_an_adapter_whose_pickle_wants_to_run_code_is_refused_and_does_not_run_it(tiny_model, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(str(tmp_path / "evil"))
+    torch.save({"w": Evil()}, tmp_path / "evil" / "adapter_model.bin")
+    model = LlamaForCausalLM.from_pretrained(tiny_model)
+    with pytest.raises(CoraError, match="holds more than tensors and was not opened"):
+        load_adapter(model, resolve_model(str(tmp_path / "evil")))
+    assert not (tmp_path / "ran").exists()

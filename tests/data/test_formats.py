@@ -346,3 +346,10 @@ def test_a_split_whose_every_prompt_is_held_out_is_refused(tmp_path):
     records = [{"prompt": "same", "completion": str(n)} for n in range(5)]
     with pytest.raises(CoraError, match="every training record's prompt is also held out"):
         load_split(str(write(tmp_path / "a.jsonl", records)), 1, seed=0)
+
+
+def test_a_directory_is_not_handed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CoraError, match="dataset folder is a directory, not a file"):
+        load_records("folder")

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, Ro
 from transformers.utils import logging as transformers_logging
 
 from cora_cli import embedded, rundir
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format_signature, package_version
 from cora_cli.models import ModelPath, resolve_model
 
@@ -159,7 +159,7 @@ def load_encoder(source: ModelPath, layer: int, device: str) -> Encoder:
         if prefix_space:
             tokenizer = AutoTokenizer.from_pretrained(source.path, add_prefix_space=True)
     except Exception as error:  # transformers and safetensors raise unrelated types for damaged files
-        raise CoraError(f"encoder {source.reference} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise CoraError(f"encoder {source.reference} cannot be loaded: {reason(error)}") from error
     # The pooler sits behind the last layer and is not used; many checkpoints have none.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:

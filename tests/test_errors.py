@@ -1,0 +1,29 @@
+import pickle
+
+import pytest
+import torch
+
+from cora_cli.errors import reason
+
+
+class _Evil:
+    def __reduce__(self):
+        return print, ("never printed",)
+
+
+def test_a_refused_pickle_is_not_described_in_words_that_advise_to_open_it(tmp_path, capsys):
+    torch.save({"w": _Evil()}, tmp_path / "evil.bin")
+    with pytest.raises(pickle.UnpicklingError) as caught:
+        torch.load(tmp_path / "evil.bin", weights_only=True)
+    assert reason(caught.value) == (
+        "its pickle holds more than tensors and was not opened, since it could run code; use a safetensors copy"
+    )
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(ValueError("two\nlines"), "two lines"), (KeyError(), "KeyError"), (OSError("x" * 999), "x" * 300)],
+)
+def test_a_reason_is_one_short_line(error, expected):
+    assert reason(error) == expected
