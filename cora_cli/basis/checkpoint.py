@@ -5,6 +5,7 @@ memory does not grow with the number of models. It does not know what a tensor m
 """
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Checkpoint:
         self.path = model.path
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.bytes_read = 0
+        self.seconds_reading = 0.0
         self._files: dict[str, Path] = {}
         files, promised = _weight_files(model)
         for file in files:
@@ -46,13 +48,14 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name` in its stored type and shape, in memory of its own."""
-        file = self._files[name]
+        file, began = self._files[name], time.perf_counter()
         with _naming(file):
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
                     tensor = opened.get_tensor(name).clone()
             else:
                 tensor = _load_pickle(file)[name].clone()
+        self.seconds_reading += time.perf_counter() - began
         self.bytes_read += tensor.nbytes
         return tensor
 

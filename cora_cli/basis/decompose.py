@@ -10,17 +10,14 @@ import numpy as np
 import torch
 
 from cora_cli.basis.choices import Component
-from cora_cli.basis.merge import EPS, Merged
+from cora_cli.basis.gram import EPS, SAFETY, add_gram, all_eigenpairs, empty_gram, top_eigenpairs
+from cora_cli.basis.merge import Merged
 from cora_cli.errors import CoraError
 
 # The subspace error ‖(I − UUᵀ)B‖₂ above which the slow way is taken, and above which a subspace counts as not determined at all.
 ACCURATE, DETERMINED = 1e-7, 1e-6
-# Eigensolvers are backward stable: their error is a small multiple of eps·‖G‖, below 1 in a thousand random spectra.
-_SAFETY = 4.0
 # Beyond this ratio of rows to columns (embeddings) the Gram matrix takes far more memory than M, and longer than its thin SVD.
 _TALL = 2
-# Lanczos beats a direct solver beyond this many rows, if few directions are wanted.
-_LANCZOS_ROWS, _LANCZOS_SHARE = 1024, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +58,7 @@ def decompose(merged: Merged, rank: int, component: Component) -> Decomposition:
     elif component == "bottom" or group.rows > _TALL * group.columns:
         solution = _direct(merged.matrix)
     else:
-        solution = _top_of_gram(merged.matrix @ merged.matrix.T, rank)
+        solution = _top_of_gram(add_gram(empty_gram(merged.matrix), merged.matrix), rank)
         if _error(solution, merged, start, stop) > ACCURATE:
             solution = _direct(merged.matrix)
     numerical_rank = int((solution.values > _floor(solution, merged)).sum())
@@ -91,15 +88,15 @@ def _error(solution: _Solution, merged: Merged, start: int, stop: int) -> float:
     if stop < merged.group.rows or not start:
         gap = min(gap, values[stop - 1] - (values[stop] if stop < len(values) else 0.0))
     removed = merged.removed if solution.squared else merged.removed**0.5
-    return EPS * (_SAFETY * values[0] + removed) / gap if gap > 0 else float("inf")
+    return EPS * (SAFETY * values[0] + removed) / gap if gap > 0 else float("inf")
 
 
 def _floor(solution: _Solution, merged: Merged) -> float:
     """Values up to this one cannot be told from zero (numpy's `matrix_rank`, plus what centring leaves)."""
     group = merged.group
     if solution.squared:
-        return EPS * (group.rows * solution.values[0] + _SAFETY * merged.removed)
-    return EPS * (max(group.rows, group.columns) * solution.values[0] + _SAFETY * merged.removed**0.5)
+        return EPS * (group.rows * solution.values[0] + SAFETY * merged.removed)
+    return EPS * (max(group.rows, group.columns) * solution.values[0] + SAFETY * merged.removed**0.5)
 
 
 def _direct(matrix: torch.Tensor) -> _Solution:
@@ -108,46 +105,12 @@ def _direct(matrix: torch.Tensor) -> _Solution:
 
 
 def _all_of_gram(gram: torch.Tensor) -> _Solution:
-    values, vectors = torch.linalg.eigh(gram)
-    return _Solution(values.flip(0).cpu().numpy(), vectors.flip(1).cpu().numpy(), squared=True)
+    return _Solution(*all_eigenpairs(gram), squared=True)
 
 
 def _top_of_gram(gram: torch.Tensor, rank: int) -> _Solution:
     """The first `rank` eigenpairs and, for the gap, the one after them where there is one."""
-    if gram.device.type != "cpu":
-        return _all_of_gram(gram)
-    from scipy.linalg import eigh
-
-    rows, matrix = len(gram), gram.numpy()
-    wanted = min(rank + 1, rows)
-    if rows > _LANCZOS_ROWS and wanted <= _LANCZOS_SHARE * rows and (found := _lanczos(matrix, wanted)) is not None:
-        values, vectors = found
-    else:
-        values, vectors = eigh(matrix, subset_by_index=[rows - wanted, rows - 1])
-    return _Solution(values[::-1], vectors[:, ::-1], squared=True)
-
-
-def _lanczos(gram: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The `wanted` largest eigenpairs, ascending, from a fixed start; None where they are not all there to full precision."""
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
-
-    rows = len(gram)
-    starts = np.random.default_rng(0).standard_normal((2, rows))
-    try:
-        values, vectors = eigsh(gram, k=wanted, v0=starts[0])
-        residual = np.linalg.norm(gram @ vectors - vectors * values, axis=0).max()
-        if residual > _SAFETY * EPS * rows**0.5 * values[-1]:
-            return None
-
-        def rest(vector: np.ndarray) -> np.ndarray:
-            vector = vector.ravel()
-            return gram @ vector - vectors @ (values * (vectors.T @ vector))
-
-        # A Krylov space can miss one copy of a repeated eigenvalue: nothing larger may be left outside of what was found.
-        left = eigsh(LinearOperator((rows, rows), rest, dtype=float), k=1, v0=starts[1], tol=1e-3, return_eigenvectors=False)
-    except ArpackNoConvergence:
-        return None
-    return None if left[0] > values[0] * (1 + 1e-9) else (values, vectors)
+    return _Solution(*top_eigenpairs(gram, min(rank + 1, len(gram))), squared=True)
 
 
 def _signed(vectors: np.ndarray) -> np.ndarray:

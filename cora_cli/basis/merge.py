@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from cora_cli.basis.choices import BasisChoices, match_targets
+from cora_cli.basis.gram import EPS, add_gram, empty_gram
 from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
 
-EPS = torch.finfo(torch.float64).eps
 # The largest Gram matrix, 8 GiB in float64: weights with more rows are embeddings, and would exhaust the memory.
 _MOST_GRAM_ROWS = 32_768
+# So many entries are widened to float64 and added at a time: they stay in the processor's cache, which is five times faster.
+_ENTRIES_AT_ONCE = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Group:
 
 @dataclasses.dataclass
 class Merged:
-    """One group's M, as `matrix` (rows, columns) itself or as `gram` = M Mᵀ (rows, rows); the other is None. All float64.
+    """One group's M, as `matrix` (rows, columns) itself or as the lower triangle of `gram` = M Mᵀ (rows, rows); the other is None. All
+    float64.
 
     M is centred already under `--method pca`. `energy` = ‖M‖_F², and `removed` is the energy that centring took away, whose
     rounding errors stay in M.
@@ -117,7 +120,9 @@ class _Mean:
     def add(self, weight: torch.Tensor) -> None:
         if self._sum is None:
             self._sum = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
-        self._sum += weight
+        rows = max(1, _ENTRIES_AT_ONCE // weight.shape[1])
+        for total, part in zip(self._sum.split(rows), weight.split(rows), strict=True):
+            total.add_(part.double())
         self._count += 1
 
     def result(self, group: Group, centred: bool) -> Merged:
@@ -145,9 +150,9 @@ class _Gram:
     def add(self, weight: torch.Tensor) -> None:
         weight = weight.double()
         if self._gram is None or self._sum is None:
-            self._gram = torch.zeros((weight.shape[0],) * 2, dtype=torch.float64, device=weight.device)
+            self._gram = empty_gram(weight)
             self._sum = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
-        self._gram.addmm_(weight, weight.T)
+        add_gram(self._gram, weight)
         self._sum += weight.sum(dim=1)
 
     def result(self, group: Group, centred: bool) -> Merged:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cora_cli.basis.checkpoint import Checkpoint
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.basis.sources import WeightSource, open_source
 from cora_cli.models import ModelPath
@@ -30,8 +31,8 @@ class ArraySource(WeightSource):
         return "-".join(modules)
 
     @property
-    def bytes_read(self) -> int:
-        return 0
+    def checkpoints(self) -> list[Checkpoint]:
+        return []
 
 
 def local(path: Path) -> ModelPath:

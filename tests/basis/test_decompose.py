@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cora_cli.basis import decompose as decompose_module
+from cora_cli.basis import gram as gram_module
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.basis.decompose import Decomposition, decompose
 from cora_cli.basis.merge import merge_group, plan
@@ -39,11 +39,11 @@ def spectrum(values: np.ndarray, rows: int, columns: int, seed: int = 0) -> np.n
     return (left * values) @ right.T
 
 
-def of_matrix(matrix: np.ndarray, rank: int, **changed) -> Decomposition:
+def of_matrix(matrix: np.ndarray, rank: int, device: torch.device = CPU, **changed) -> Decomposition:
     choices = BasisChoices(rank=rank, target_modules=("w",), **changed)
     source = ArraySource({"w": matrix})
     [group] = plan([source], None, choices)
-    return decompose(merge_group(group, [source], None, choices, CPU), rank, choices.component)
+    return decompose(merge_group(group, [source], None, choices, device), rank, choices.component)
 
 
 @pytest.mark.parametrize(("share", "merge", "source", "method", "component", "side"), COMBINATIONS)
@@ -126,7 +126,7 @@ def test_a_rank_beyond_the_numerical_rank_is_refused_with_the_one_that_works(mer
 
 @pytest.mark.parametrize("kind", ["decaying", "repeated", "flat"])
 def test_large_matrices_agree_with_a_full_decomposition(kind, monkeypatch):
-    monkeypatch.setattr(decompose_module, "_LANCZOS_ROWS", 60)
+    monkeypatch.setattr(gram_module, "_LANCZOS_ROWS", 60)
     size, rank = 220, 6
     values = {
         "decaying": np.exp(-np.arange(size) / 30),
@@ -154,9 +154,9 @@ def test_lanczos_is_not_trusted_where_it_misses_a_copy_of_a_repeated_value(monke
         unit = np.eye(60)
         return np.array([2.0, 4.0, 5.0]), unit[:, [3, 1, 0]]
 
-    assert decompose_module._lanczos(gram, 3) is not None
+    assert gram_module._lanczos(gram, 3) is not None
     monkeypatch.setattr(scipy.sparse.linalg, "eigsh", forgetful)
-    assert decompose_module._lanczos(gram, 3) is None
+    assert gram_module._lanczos(gram, 3) is None
 
 
 def test_a_tall_matrix_is_decomposed_without_its_gram_matrix():
@@ -172,3 +172,30 @@ def test_a_gram_matrix_that_no_memory_holds_is_refused_before_anything_is_read()
     with pytest.raises(CoraError, match=r"60000 x 60000 matrix \(27 GiB\) for group w; use --merge mean"):
         plan([source], None, BasisChoices(rank=2, merge="gram", target_modules=("w",)))
     assert source.reads == []
+
+
+@pytest.mark.parametrize("merge", ["mean", "gram"])
+@pytest.mark.parametrize("component", ["top", "bottom"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def test_away_from_the_processor_torch_alone_decomposes_and_agrees(merge, component, device, monkeypatch):
+    monkeypatch.setattr(gram_module, "on_cpu", lambda tensor: False)
+    for name in ("scipy.linalg.eigh", "scipy.sparse.linalg.eigsh", "scipy.linalg.blas.dsyrk"):
+        monkeypatch.setattr(name, None)
+    matrix = np.random.default_rng(0).standard_normal((40, 50))
+    found = of_matrix(matrix, 6, torch.device(device), merge=merge, component=component)
+    directions, values = reference_directions(matrix, BasisChoices(rank=6, component=component))
+    assert subspace_error(directions, found.basis) < 1e-9
+    np.testing.assert_allclose(found.singular_values, values, rtol=1e-9)
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), transposed=st.booleans())
+def test_the_lower_triangle_of_a_gram_matrix_is_the_sum_of_the_products_however_they_lie_in_memory(rows, columns, transposed):
+    rng = np.random.default_rng(rows)
+    parts = [rng.standard_normal((columns, rows) if transposed else (rows, columns)) for _ in range(2)]
+    weights = [torch.from_numpy(part).T if transposed else torch.from_numpy(part) for part in parts]
+    gram = gram_module.empty_gram(weights[0])
+    for weight in weights:
+        assert gram_module.add_gram(gram, weight) is gram
+    expected = sum(weight.numpy() @ weight.numpy().T for weight in weights)
+    np.testing.assert_allclose(np.tril(gram.numpy()), np.tril(expected), atol=1e-12)

@@ -147,6 +147,8 @@ def test_the_summary_counts_groups_bytes_and_explained_variance(grouped_models, 
                 energies = np.linalg.svd(np.mean([one[name] for one in dense], axis=0))[1] ** 2
                 shares.append(energies[:4].sum() / energies.sum())
         np.testing.assert_allclose([kind.mean, kind.minimum, kind.maximum], [np.mean(shares), min(shares), max(shares)])
+    assert 0 < summary.seconds_reading < summary.seconds
+    assert 0 < summary.seconds_decomposing < summary.seconds
     text = summary.render()
     for part in ("6 groups of rank 4 from 2 models", "k_proj", "q_proj", "v_proj", summary.sha256):
         assert part in text

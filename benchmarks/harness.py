@@ -1,0 +1,162 @@
+"""What every benchmark shares: sides that run in turn, each in a process of its own; medians, spreads, ratios; one file of results.
+
+A benchmark script calls `main` with how to measure one side and how to check that the sides agree. What is measured is the script's.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results.json"
+OURS = "ours"
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One benchmark: its sides (name → description; `ours` is the first), what its rates count, and the ratio to reach of each peer."""
+
+    name: str
+    script: str
+    sides: Mapping[str, str]
+    unit: str
+    targets: Mapping[str, float]
+    memory_targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """One check that ours computes what the peer computes: the largest difference found, and the largest that is allowed."""
+
+    what: str
+    found: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is allowed; NaN is not."""
+        return self.found <= self.allowed
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run(
+    stage: Stage,
+    measure: Callable[[str, argparse.Namespace], dict[str, Any]],
+    agreement: Callable[[argparse.Namespace], Sequence[Agreement]],
+    parser: argparse.ArgumentParser,
+    notes: Callable[[Mapping[str, list[dict[str, Any]]], argparse.Namespace], Sequence[str]] = lambda rounds, options: (),
+) -> None:
+    """Run the sides in turn, `--rounds` times, print the table and add it to `results.json`; exit 1 where the sides disagree.
+
+    `measure` runs in a process of its own, with `options.round` counted from 0, and returns `rate` (stage.unit) and `peak_bytes`, with whatever else is worth recording.
+    `notes` are the lines under the table.
+    """
+    parser.add_argument("--rounds", type=int, default=3, help="how often every side is measured")
+    parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=tuple(stage.sides), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if options.side:
+        print(json.dumps(measure(options.side, options)))
+        return
+    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in stage.sides}
+    for number in range(options.rounds):
+        for side, results in rounds.items():
+            command = [sys.executable, stage.script, "--side", side, "--round", str(number), *sys.argv[1:]]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            results.append(json.loads(output.strip().splitlines()[-1]))
+            print(f"round {number + 1}, {stage.sides[side]}: {results[-1]['rate']:.4g} {stage.unit}", file=sys.stderr)
+    checks = list(agreement(options))
+    _report(stage, rounds, checks, list(notes(rounds, options)), options)
+    if not all(check.holds for check in checks):
+        sys.exit(f"{stage.name}: the sides do not agree")
+
+
+def _report(
+    stage: Stage,
+    rounds: Mapping[str, list[dict[str, Any]]],
+    checks: Sequence[Agreement],
+    notes: Sequence[str],
+    options: argparse.Namespace,
+) -> None:
+    from cora_cli.tables import markdown_table
+
+    ours = [result["rate"] for result in rounds[OURS]]
+    memory = {side: statistics.median(result["peak_bytes"] for result in results) for side, results in rounds.items()}
+    rows = []
+    for side, results in rounds.items():
+        rates = [result["rate"] for result in results]
+        row = [stage.sides[side], f"{statistics.median(rates):.4g} [{min(rates):.4g}, {max(rates):.4g}]"]
+        if side == OURS:
+            row += ["", "", f"{memory[side] / GIB:.2f}", ""]
+        else:
+            ratios = [mine / theirs for mine, theirs in zip(ours, rates, strict=True)]
+            median = statistics.median(ratios)
+            target = stage.targets.get(side)
+            row += [
+                f"{median:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]",
+                _verdict(target, target is not None and median >= target),
+            ]
+            share = memory[OURS] / memory[side]
+            limit = stage.memory_targets.get(side)
+            row += [f"{memory[side] / GIB:.2f}", f"{share:.2f}" + (f" ({_verdict(limit, share <= limit)})" if limit else "")]
+        rows.append(row)
+    headers = [stage.name, f"{stage.unit}, median [min, max]", "ours ÷ this", "target", "peak GiB", "ours ÷ this, memory"]
+    lines = [
+        markdown_table(headers, rows),
+        "",
+        *(f"{'agrees' if c.holds else 'DISAGREES'}: {c.what}: {c.found:.1e} (allowed {c.allowed:.0e})" for c in checks),
+        f"{options.rounds} rounds, {os.cpu_count()} cores; a ratio is that of one round, then the median.",
+        *notes,
+    ]
+    text = "\n".join(lines)
+    print(text)
+    record(
+        stage.name,
+        {
+            "markdown": text,
+            "options": {key: value for key, value in vars(options).items() if key not in ("side", "round")},
+            "rounds": rounds,
+            "agreement": [dataclasses.asdict(check) | {"holds": check.holds} for check in checks],
+        },
+    )
+
+
+def _verdict(target: float | None, reached: bool) -> str:
+    return "" if target is None else f"{target:g} {'reached' if reached else 'missed'}"
+
+
+def record(name: str, result: dict[str, Any]) -> None:
+    """Put one stage into the file of results and leave the others as they are."""
+    from cora_cli.rundir import read_json, write_json
+
+    existing = read_json(RESULTS) if RESULTS.exists() else {}
+    write_json(RESULTS, {**existing, "machine": machine(), name: result})
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on: processor, cores, versions."""
+    import importlib.metadata
+
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    packages = ("torch", "transformers", "peft", "numpy", "scipy")
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
