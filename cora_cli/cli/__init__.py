@@ -16,6 +16,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     # Plain text: rich would double the time of `--help`.
     rich_markup_mode=None,
+    # Without a value, the group's own `--help` would be converted, for which typer imports pydantic.
+    context_settings={"default_map": {"help": False}},
 )
 for module in (extract_basis, train, evaluate, merge, demo, doctor):
     module.register(app)

@@ -1,0 +1,66 @@
+"""How long `cora --help` and every `cora X --help` take beside `python -c "import typer"`, in turn, each the best of several.
+
+Every side is a process of this Python, from its start to its end. The commands come from the program itself.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from harness import record
+
+TARGET = 3.0
+PEER = 'python -c "import typer"'
+
+
+def sides() -> dict[str, list[str]]:
+    """Name -> arguments of Python; the peer is first."""
+    import typer
+
+    from cora_cli.cli import app
+
+    commands = typer.main.get_group(app).commands
+    helps = {
+        " ".join(["cora", *name, "--help"]): ["-m", "cora_cli", *name, "--help"] for name in ([], *([c] for c in commands))
+    }
+    return {PEER: ["-c", "import typer"], **helps}
+
+
+def seconds(arguments: list[str]) -> float:
+    """Wall-clock time of one process, which has to succeed."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Time all sides in turn, print the table and add it to the results."""
+    from cora_cli.tables import markdown_table
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="how often every side is timed")
+    options = parser.parse_args()
+    measured = sides()
+    for arguments in measured.values():  # files into the page cache
+        seconds(arguments)
+    times: dict[str, list[float]] = {name: [] for name in measured}
+    for _ in range(options.rounds):
+        for name, arguments in measured.items():
+            times[name].append(seconds(arguments))
+    unit = min(times[PEER])
+    rows = [[PEER, f"{unit:.3f}", f"{statistics.median(times[PEER]):.3f}", "", ""]]
+    for name, found in list(times.items())[1:]:
+        ratio = min(found) / unit
+        verdict = f"{TARGET:g} {'reached' if ratio <= TARGET else 'missed'}"
+        rows.append([name, f"{min(found):.3f}", f"{statistics.median(found):.3f}", f"{ratio:.2f}", verdict])
+    headers = ["start-up", "best s", "median s", "best ÷ import typer", "target, at most"]
+    text = markdown_table(headers, rows) + f"\n\n{options.rounds} rounds in turn, {os.cpu_count()} cores."
+    print(text)
+    record("startup", {"markdown": text, "options": vars(options), "seconds": times})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cora_cli.cli import app
+
+# Runs `cora` with the arguments after the first, then writes the names of all modules that were imported.
+_CORA = """
+import json, sys
+path, *arguments = sys.argv[1:]
+sys.argv = ["cora", *arguments]
+from cora_cli.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+finally:
+    json.dump(sorted(sys.modules), open(path, "w"))
+"""
+_JSON_DATA = """
+import json, sys
+from cora_cli.data.formats import load_split
+assert load_split(sys.argv[2], 4, 0).train
+json.dump(sorted(sys.modules), open(sys.argv[1], "w"))
+"""
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "pydantic",
+    "scipy",
+    "safetensors",
+    "pandas",
+    "pyarrow",
+    "yaml",
+}
+METRICS = {"nltk", "sacrebleu", "rouge_score", "bert_score", "evaluate"}
+COMMANDS = [command.name for command in app.registered_commands]
+
+
+def imported(script, tmp_path, *arguments):
+    path = tmp_path / "modules.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-c", script, str(path), *map(str, arguments)], check=True, env=environment, capture_output=True
+    )
+    return set(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_imports_nothing_heavy(command, tmp_path):
+    found = imported(_CORA, tmp_path, *([command] if command else []), "--help")
+    assert not found & (HEAVY | METRICS)
+
+
+def test_training_imports_no_metric_no_decomposition_and_no_generation(tiny_model, tiny_data, tmp_path):
+    settings = [
+        "--mode",
+        "lora",
+        "--model",
+        tiny_model,
+        "--dataset",
+        tiny_data,
+        "--test-size",
+        4,
+        "--max-steps",
+        1,
+        "--rank",
+        4,
+    ]
+    found = imported(_CORA, tmp_path, "train", *settings, "--device", "cpu", "--output-dir", tmp_path / "run")
+    assert "cora_cli.training.trainer" in found
+    assert not found & (METRICS | {"matplotlib", "tensorboard", "gguf"})
+    unused = (
+        "cora_cli.basis.merge",
+        "cora_cli.basis.decompose",
+        "cora_cli.evaluation.generate",
+        "cora_cli.embedded",
+        "cora_cli.experiments",
+    )
+    assert not {name for name in found if name.startswith(unused)}
+
+
+def test_json_data_is_read_without_the_data_set_library(tiny_data, tmp_path):
+    assert not imported(_JSON_DATA, tmp_path, tiny_data) & {"datasets", "pandas", "pyarrow"}
