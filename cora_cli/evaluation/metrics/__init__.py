@@ -23,7 +23,7 @@ GROUPS = {
 NAMES = tuple(name for names in GROUPS.values() for name in names)
 """Every metric, in the order of all tables."""
 
-# Small enough for a bar that moves, large enough for batches of like length.
+# Small enough for a bar that moves.
 _EXAMPLES_PER_STEP = 256
 
 
@@ -114,7 +114,6 @@ def score_all(
 
     from cora_cli import intervals
     from cora_cli.evaluation.metrics.base import check_texts
-    from cora_cli.progress import progress
 
     metrics = build_metrics(names, bertscore_model=bertscore_model, bertscore_layer=bertscore_layer, device=device)
     if not metrics:
@@ -124,14 +123,7 @@ def score_all(
     check_texts(predictions, references)
 
     n = len(predictions)
-    parts: dict[str, list[Floats]] = {name: [] for name in metrics}
-    with progress("metrics", n, "examples") as shown:
-        for start in range(0, n, _EXAMPLES_PER_STEP):
-            step = slice(start, start + _EXAMPLES_PER_STEP)
-            for name, metric in metrics.items():
-                parts[name].append(metric.statistics(predictions[step], references[step]))
-            shown.advance(len(predictions[step]))
-    statistics = {name: np.concatenate(blocks) for name, blocks in parts.items()}
+    statistics = _statistics(metrics, predictions, references)
 
     sums = intervals.bootstrap_sums(np.hstack(list(statistics.values())), bootstrap, seed)
     resampling = f"bs:{bootstrap}|seed:{seed}|ci:percentile"
@@ -148,6 +140,36 @@ def score_all(
         }
         per_example[name] = metric.example_scores(own).tolist()
     return ScoreReport(results, per_example, statistics)
+
+
+def _statistics(metrics: "dict[str, Metric]", predictions: Sequence[str], references: Sequence[str]) -> "dict[str, Floats]":
+    """Statistics (n, k) of every metric, with a bar for those that read words and one for each that runs a model."""
+    import numpy as np
+
+    from cora_cli.evaluation.metrics.base import StreamingMetric, in_order
+    from cora_cli.progress import progress
+
+    n = len(predictions)
+    found: dict[str, Floats] = {}
+    parts: dict[str, list[Floats]] = {name: [] for name, metric in metrics.items() if not isinstance(metric, StreamingMetric)}
+    if parts:
+        with progress("metrics", n, "examples") as shown:
+            for start in range(0, n, _EXAMPLES_PER_STEP):
+                step = slice(start, start + _EXAMPLES_PER_STEP)
+                for name, blocks in parts.items():
+                    blocks.append(metrics[name].statistics(predictions[step], references[step]))
+                shown.advance(len(predictions[step]))
+    for name, metric in metrics.items():
+        if isinstance(metric, StreamingMetric):
+            with progress(name, n, "examples") as shown:
+                streamed = []
+                for indices, rows in metric.stream(predictions, references):
+                    streamed.append((indices, rows))
+                    shown.advance(len(rows))
+                found[name] = in_order(streamed)
+        else:
+            found[name] = np.concatenate(parts[name])
+    return found
 
 
 def _allowed() -> str:

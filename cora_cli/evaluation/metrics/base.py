@@ -5,7 +5,7 @@ It holds the interface and the checks of the input that all metrics share; it co
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,29 @@ class Metric(ABC):
     def example_scores(self, statistics: Floats) -> Floats:
         """A score for each single example, (n, k) -> (n,), on the scale of `value`."""
         return statistics[:, 0]
+
+
+class StreamingMetric(Metric):
+    """A metric that wants all examples at once and takes them in an order of its own, such as by length for an encoder."""
+
+    @abstractmethod
+    def stream(self, predictions: Sequence[str], references: Sequence[str]) -> Iterator[tuple[list[int], Floats]]:
+        """Indices of examples, m of them, and their statistics (m, k), until every example was there once.
+
+        Raises `CoraError` as `check_texts` does.
+        """
+
+    def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
+        """`stream` in the order of the examples: (n, k)."""
+        return in_order(list(self.stream(predictions, references)))
+
+
+def in_order(blocks: Sequence[tuple[list[int], Floats]]) -> Floats:
+    """Put the rows of a `stream` in the order of the examples: (n, k)."""
+    rows = np.concatenate([rows for _, rows in blocks])
+    ordered = np.empty_like(rows)
+    ordered[[index for indices, _ in blocks for index in indices]] = rows
+    return ordered
 
 
 def check_texts(predictions: Sequence[str], references: Sequence[str]) -> None:

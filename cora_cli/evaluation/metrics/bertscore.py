@@ -5,7 +5,7 @@ layers of one, are different metrics: the signature leads with them.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,20 +15,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from bert_score.utils import get_bert_embedding, get_model, model2layers
+from bert_score.utils import get_model, model2layers, sent_encode
 from torch.nn.functional import normalize
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cora_cli import embedded, rundir
 from cora_cli.errors import CoraError, reason
-from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format_signature, package_version
+from cora_cli.evaluation.metrics.base import Floats, StreamingMetric, check_texts, format_signature, package_version
+from cora_cli.evaluation.metrics.encoding import embeddings
 from cora_cli.models import ModelPath, resolve_model
 
 EMBEDDED_ENCODER = "builtin:all-MiniLM-L6-v2"
 EMBEDDED_LAYER = 6
 PAPER_ENCODER, PAPER_LAYER = "roberta-large", 17
 _UNKNOWN_LENGTH = 512
+# Tokens on one side of the pairs that are matched together: enough to keep a GPU busy, some 25 MB at 768 dimensions.
+_MATCHED_TOKENS = 8192
 _TOKENIZER_FILES = re.compile(r"tokenizer.*\.json|special_tokens_map\.json|vocab\..*|merges\.txt|.*\.model")
 
 
@@ -42,7 +46,7 @@ class Encoder:
     prefix_space: bool
 
 
-class BertScore(Metric):
+class BertScore(StreamingMetric):
     """Mean BERTScore F1, about 0–1.
 
     `model` is a hub id or a directory, by default the embedded MiniLM-L6; `layer` is by default the one that `bert-score` found best
@@ -51,9 +55,8 @@ class BertScore(Metric):
 
     name = "bertscore_f1"
 
-    def __init__(self, model: str | None = None, layer: int | None = None, device: str = "cpu", batch_size: int = 32) -> None:
-        self._model, self._layer = model, layer
-        self._device, self._batch_size = device, batch_size
+    def __init__(self, model: str | None = None, layer: int | None = None, device: str = "cpu") -> None:
+        self._model, self._layer, self._device = model, layer, device
 
     @cached_property
     def _source(self) -> tuple[ModelPath, int]:
@@ -66,27 +69,53 @@ class BertScore(Metric):
         with _quiet_transformers():
             return load_encoder(*self._source, self._device)
 
-    def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
-        """F1 of each example: (n, 1). A text without a token scores 0 and stays in the mean; long texts are truncated.
+    def stream(self, predictions: Sequence[str], references: Sequence[str]) -> Iterator[tuple[list[int], Floats]]:
+        """Indices of examples and their F1 (m, 1). A text without a token scores 0; long texts are truncated.
 
-        Raises `CoraError` as `check_texts` does, and where the encoder cannot be had.
+        Each distinct text is encoded once, from short to long, and an example is scored with the longer of its two texts: nothing is
+        padded by much, and only short embeddings ever wait for a partner. Raises `CoraError` as `check_texts` does, and where
+        the encoder cannot be had.
         """
         check_texts(predictions, references)
-        scores = np.zeros((len(predictions), 1))
-        full = [i for i, pair in enumerate(zip(predictions, references, strict=True)) if all(text.strip() for text in pair)]
-        # Neighbours in length share a batch, in an order that no hash seed moves.
-        full.sort(key=lambda i: (len(predictions[i]) + len(references[i]), i), reverse=True)
-        for start in range(0, len(full), self._batch_size):
-            batch = full[start : start + self._batch_size]
-            embedded_texts = [self._embed([texts[i] for i in batch]) for texts in (predictions, references)]
-            scores[batch, 0] = greedy_f1(*embedded_texts).cpu().numpy()
-        return scores
-
-    def _embed(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        pairs = list(zip(predictions, references, strict=True))
+        empty = {i for i, pair in enumerate(pairs) if not all(text.strip() for text in pair)}
+        if empty:
+            yield sorted(empty), np.zeros((len(empty), 1))
+        uses = Counter(text for i, pair in enumerate(pairs) if i not in empty for text in pair)
         encoder = self._encoder
-        weights: defaultdict[int, float] = defaultdict(lambda: 1.0)
-        weights[encoder.tokenizer.sep_token_id] = weights[encoder.tokenizer.cls_token_id] = 0.0
-        return get_bert_embedding(texts, encoder.model, encoder.tokenizer, weights, device=self._device)
+        tokens = {text: sent_encode(encoder.tokenizer, text) for text in uses}
+        # By their words where the lengths are equal, so that no hash seed moves the order.
+        texts = sorted(uses, key=lambda text: (len(tokens[text]), text))
+        place = {text: position for position, text in enumerate(texts)}
+        due: defaultdict[str, list[int]] = defaultdict(list)
+        for i, pair in enumerate(pairs):
+            if i not in empty:
+                due[max(pair, key=place.__getitem__)].append(i)
+        known: dict[str, torch.Tensor] = {}
+        group: list[int] = []
+        encoded = embeddings(encoder.model, [tokens[text] for text in texts], encoder.tokenizer.pad_token_id, self._device)
+        for text, embedding in zip(texts, encoded, strict=True):
+            known[text] = embedding
+            group += due[text]
+            while group and (text == texts[-1] or len(group) * len(tokens[text]) >= _MATCHED_TOKENS):
+                size = max(1, _MATCHED_TOKENS // len(tokens[text]))
+                matched, group = group[:size], group[size:]
+                sides = [self._padded([pairs[i][side] for i in matched], known, tokens) for side in (0, 1)]
+                yield matched, greedy_f1(*sides).cpu().numpy().astype(np.float64)[:, None]
+                for done in (text for i in matched for text in pairs[i]):
+                    uses[done] -= 1
+                    if not uses[done]:
+                        del known[done]
+
+    def _padded(
+        self, texts: list[str], known: dict[str, torch.Tensor], tokens: dict[str, list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One side for `greedy_f1`; the special tokens at both ends can be matched but have no weight."""
+        tokenizer = self._encoder.tokenizer
+        ids = pad_sequence([torch.tensor(tokens[text]) for text in texts], batch_first=True, padding_value=-1).to(self._device)
+        special = torch.tensor([-1, *(i for i in (tokenizer.cls_token_id, tokenizer.sep_token_id) if i is not None)])
+        weight = ~torch.isin(ids, special.to(self._device))
+        return pad_sequence([known[text] for text in texts], batch_first=True), ids != -1, weight
 
     def signature(self) -> str:
         """Encoder, layer and content first, then tokens, weighting and versions. Loads the encoder."""

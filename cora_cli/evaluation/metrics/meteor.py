@@ -18,6 +18,7 @@ from nltk.translate.meteor_score import single_meteor_score
 
 from cora_cli import embedded
 from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format_signature, package_version
+from cora_cli.evaluation.metrics.lookups import RememberingStemmer, RememberingWordNet
 
 ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5
 
@@ -52,15 +53,21 @@ class Meteor(Metric):
     def _wordnet(self) -> WordNetCorpusReader:
         return wordnet_reader(embedded.wordnet_directory())
 
+    @cached_property
+    def _lookups(self) -> tuple[RememberingStemmer, RememberingWordNet]:
+        return RememberingStemmer(), RememberingWordNet(self._wordnet)
+
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
         """METEOR of each example: (n, 1). An empty text, or no word in common, scores 0."""
         check_texts(predictions, references)
-        tokenizer, wordnet = NLTKWordTokenizer(), self._wordnet
+        tokenizer = NLTKWordTokenizer()
+        stemmer, wordnet = self._lookups
         with _reader_lock:
             scores = [
                 single_meteor_score(
                     tokenizer.tokenize(reference),
                     tokenizer.tokenize(prediction),
+                    stemmer=stemmer,
                     wordnet=wordnet,
                     alpha=ALPHA,
                     beta=BETA,

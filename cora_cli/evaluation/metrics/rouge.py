@@ -4,22 +4,14 @@ Tokens are runs of [a-z0-9], as `rouge-score` has it: weak on code and 0 on text
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
-from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, scoring, tokenize
 
 from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format_signature, package_version
+from cora_cli.evaluation.metrics.lookups import RememberingStemmer
 
 COLUMNS = ("rouge1", "rouge2", "rougeL")
-
-
-class _Stemmer:
-    """A Porter stemmer that remembers: stemming is most of the time of ROUGE."""
-
-    def __init__(self) -> None:
-        self.stem = lru_cache(maxsize=1 << 17)(PorterStemmer().stem)
 
 
 class _Tokens:
@@ -33,7 +25,7 @@ class RougeScores:
     """F-measures of all three variants; remembers its last input, which the three metrics share."""
 
     def __init__(self) -> None:
-        self._stemmer = _Stemmer()
+        self._stemmer = RememberingStemmer()
         self._ngrams = rouge_scorer.RougeScorer(["rouge1", "rouge2"], tokenizer=_Tokens())
         self._last: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         self._scores = np.empty((0, len(COLUMNS)))

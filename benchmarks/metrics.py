@@ -1,0 +1,255 @@
+"""The metrics of `cora evaluate` with their 1,000-fold bootstrap, beside the libraries called as the `evaluate` package calls them.
+
+The peer is one process with the loops of `evaluate`'s own metric scripts: `rouge_score` and `nltk` get one example after the other,
+`bert_score` and `sacrebleu` get the whole list in one call (so the encoder works in bert-score's own batches of 64 distinct, sorted
+texts, never on one text at a time). Tokens, stemmer, WordNet, encoder, float32 and threads are the same on both sides. Intervals come
+from what the libraries have for it: `BootstrapAggregator` (which `evaluate` calls for ROUGE anyway), `corpus_score(n_bootstrap=...)`,
+and `scipy.stats.bootstrap` for the two metrics whose libraries have none. Both sides load WordNet and the encoder inside the measured
+time, and import libraries before it.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import random
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness import OURS, Agreement, Stage, peak_bytes, run
+
+PEER = "libraries"
+PARTS = ("rouge", "meteor", "bleu", "bertscore", "bootstrap")
+BOOTSTRAP = 1000
+# Names the directory in which the measured processes leave their values for the comparison.
+VALUES = "CORA_BENCHMARK_VALUES"
+# How often a word of the response is left out, exchanged with the next one, or replaced by another response's.
+DROPPED, SWAPPED, REPLACED = 0.10, 0.05, 0.12
+
+Texts = list[str]
+
+STAGE = Stage(
+    name="metrics",
+    script=__file__,
+    sides={OURS: "cora evaluate", PEER: "the libraries, as `evaluate` calls them"},
+    unit="pairs/s",
+    targets={PEER: 4.0},
+)
+
+
+def make_pairs(count: int) -> tuple[Texts, Texts]:
+    """Predictions and references: responses of builtin:instruct and builtin:code, distinct as far as they go, and seeded changes."""
+    from cora_cli.data.builtin import load_builtin
+
+    sets = [load_builtin(name) for name in ("instruct", "code")]
+    responses = [record["output"] for split in sets for record in (*split.train, *split.test)]
+    distinct = list(dict.fromkeys(responses))
+    generator = random.Random(0)
+    vocabulary = [word for text in distinct for word in re.findall(r"\S+", text)]
+    references = generator.sample(distinct, min(count, len(distinct)))
+    references += generator.choices(distinct, k=count - len(references))
+    return [_changed(text, vocabulary, generator) for text in references], references
+
+
+def _changed(text: str, vocabulary: Sequence[str], generator: random.Random) -> str:
+    """`text` with some words dropped, swapped or replaced; its white space, and so the form of code, stays."""
+    pieces = re.findall(r"(\S+)(\s*)", text)
+    words, spaces = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
+    for index in range(len(words)):
+        if index + 1 < len(words) and generator.random() < SWAPPED:
+            words[index], words[index + 1] = words[index + 1], words[index]
+        if generator.random() < REPLACED:
+            words[index] = generator.choice(vocabulary)
+    kept = [word + space for word, space in zip(words, spaces, strict=True) if generator.random() >= DROPPED]
+    return "".join(kept).strip() or text  # bert-score cannot take an empty text
+
+
+def ours(predictions: Texts, references: Texts, clock: "Clock") -> dict[str, Any]:
+    """What `cora evaluate` does with finished predictions; each part of it is timed by a clock around what it calls."""
+    from cora_cli import intervals
+    from cora_cli.evaluation.metrics import NAMES, score_all
+    from cora_cli.evaluation.metrics.bertscore import BertScore
+    from cora_cli.evaluation.metrics.bleu import SacreBleu
+    from cora_cli.evaluation.metrics.meteor import Meteor
+    from cora_cli.evaluation.metrics.rouge import Rouge
+
+    for part, owner, method in (
+        ("rouge", Rouge, "statistics"),
+        ("meteor", Meteor, "statistics"),
+        ("bleu", SacreBleu, "statistics"),
+        ("bootstrap", intervals, "bootstrap_sums"),
+        ("bootstrap", intervals, "interval_of_sums"),
+    ):
+        setattr(owner, method, clock.timed(part, getattr(owner, method)))
+    stream = "stream"
+    setattr(BertScore, stream, clock.timed_stream("bertscore", BertScore.stream))
+    report = score_all(NAMES, predictions, references, bootstrap=BOOTSTRAP)
+    values: dict[str, Any] = {**report.per_example, "sacrebleu": report.metrics["sacrebleu"]["value"]}
+    return values
+
+
+def libraries(predictions: Texts, references: Texts, clock: "Clock") -> dict[str, Any]:
+    """The same numbers by the libraries."""
+    import numpy as np
+    import scipy.stats
+    from bert_score import BERTScorer
+    from nltk.tokenize import NLTKWordTokenizer
+    from nltk.translate.meteor_score import single_meteor_score
+    from rouge_score import rouge_scorer, scoring
+    from sacrebleu.metrics.bleu import BLEU
+
+    from cora_cli import embedded
+    from cora_cli.evaluation.metrics.bertscore import EMBEDDED_LAYER
+    from cora_cli.evaluation.metrics.meteor import wordnet_reader
+
+    found: dict[str, Any] = {}
+    pairs = list(zip(predictions, references, strict=True))
+    with clock.part("rouge"):
+        scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+        aggregator = scoring.BootstrapAggregator(n_samples=BOOTSTRAP)
+        rouge = [scorer.score(reference, prediction) for prediction, reference in pairs]
+        for name in ("rouge1", "rouge2", "rougeL"):
+            found[name] = [scores[name].fmeasure for scores in rouge]
+    with clock.part("meteor"):
+        wordnet, tokenizer = wordnet_reader(embedded.wordnet_directory()), NLTKWordTokenizer()
+        found["meteor"] = [
+            single_meteor_score(tokenizer.tokenize(reference), tokenizer.tokenize(prediction), wordnet=wordnet)
+            for prediction, reference in pairs
+        ]
+    with clock.part("bertscore"):
+        encoder = BERTScorer(model_type=str(embedded.encoder_directory()), num_layers=EMBEDDED_LAYER, device="cpu")
+        found["bertscore_f1"] = encoder.score(predictions, references)[2].tolist()
+    with clock.part("bleu"):  # with its intervals: sacrebleu has one call for both
+        found["sacrebleu"] = BLEU().corpus_score(predictions, [references], n_bootstrap=BOOTSTRAP).score
+    with clock.part("bootstrap"):
+        for scores in rouge:
+            aggregator.add_scores(scores)
+        aggregator.aggregate()
+        for name in ("meteor", "bertscore_f1"):
+            scipy.stats.bootstrap((np.array(found[name]),), np.mean, n_resamples=BOOTSTRAP, method="percentile", rng=0)
+    return found
+
+
+class Clock:
+    """Seconds by part."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time inside under `name`."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose calls count under `name`."""
+
+        def counted(*arguments: Any) -> Any:
+            with self.part(name):
+                return function(*arguments)
+
+        return counted
+
+    def timed_stream(self, name: str, function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        """`function`, which is a generator whose whole life counts under `name`."""
+
+        def counted(*arguments: Any) -> Iterator[Any]:
+            with self.part(name):
+                yield from function(*arguments)
+
+        return counted
+
+
+def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Score all pairs once by one side."""
+    for name in (
+        "bert_score",
+        "nltk",
+        "rouge_score.rouge_scorer",
+        "sacrebleu",
+        "scipy.stats",
+        "cora_cli.evaluation.metrics.bertscore",
+    ):
+        importlib.import_module(name)  # before the clock starts, on both sides
+
+    predictions, references = make_pairs(options.pairs)
+    clock = Clock()
+    began = time.perf_counter()
+    values = (ours if side == OURS else libraries)(predictions, references, clock)
+    seconds = time.perf_counter() - began
+    (Path(os.environ[VALUES]) / f"{side}.json").write_text(json.dumps(values))
+    return {"rate": options.pairs / seconds, "peak_bytes": peak_bytes(), "seconds": seconds, "parts": clock.seconds}
+
+
+def agreement(options: argparse.Namespace) -> list[Agreement]:
+    """The values of the last round: every example's, and for SacreBLEU the corpus value.
+
+    `bert_score` gives padding a similarity of 0, which beats a negative one: its value of such an example depends on what shares the
+    batch. Examples that differ are therefore compared with `bert_score` on that pair alone, and counted.
+    """
+    mine, theirs = (json.loads((Path(os.environ[VALUES]) / f"{side}.json").read_text()) for side in (OURS, PEER))
+    checks = [Agreement("sacrebleu", abs(mine.pop("sacrebleu") - theirs.pop("sacrebleu")), 1e-9)]
+    for name, expected in theirs.items():
+        allowed, what = 1e-9, name
+        if name == "bertscore_f1":
+            allowed = 1e-5
+            moved = [i for i, (a, b) in enumerate(zip(mine[name], expected, strict=True)) if abs(a - b) > allowed]
+            what += (
+                f" ({len(moved)} of {len(expected)} against bert-score on the pair alone, as its padding moved them)"
+                if moved
+                else ""
+            )
+            _score_alone(moved, expected, options.pairs)
+        checks.append(Agreement(what, max(abs(a - b) for a, b in zip(mine[name], expected, strict=True)), allowed))
+    return checks
+
+
+def _score_alone(examples: list[int], values: list[float], count: int) -> None:
+    """Replace the BERTScore of some examples by what `bert_score` gives without padding."""
+    from bert_score import BERTScorer
+
+    from cora_cli import embedded
+    from cora_cli.evaluation.metrics.bertscore import EMBEDDED_LAYER
+
+    predictions, references = make_pairs(count)
+    encoder = BERTScorer(model_type=str(embedded.encoder_directory()), num_layers=EMBEDDED_LAYER, device="cpu")
+    for i in examples:
+        values[i] = encoder.score([predictions[i]], [references[i]])[2].item()
+
+
+def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespace) -> list[str]:
+    """What was scored, and where the time of each side goes."""
+    predictions, references = make_pairs(options.pairs)
+    texts = predictions + references
+    lines = [
+        f"{options.pairs} pairs, {sum(len(text.split()) for text in texts) / len(texts):.0f} words a text, "
+        f"{len(set(texts)) / len(texts):.0%} of the texts are distinct; loading of WordNet and encoder is inside, imports are not."
+    ]
+    for side, results in rounds.items():
+        parts = {part: statistics.median(result["parts"][part] for result in results) for part in PARTS}
+        shown = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items())
+        whole = statistics.median(result["seconds"] for result in results)
+        lines.append(f"{STAGE.sides[side]}: {whole:.1f} s; {shown}.")
+    return lines
+
+
+def main() -> None:
+    """Measure both sides in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5000, help="how many predictions are scored")
+    parser.set_defaults(rounds=2)  # the peer takes two minutes
+    with tempfile.TemporaryDirectory() as directory:
+        os.environ.setdefault(VALUES, directory)
+        run(STAGE, measure, agreement, parser, notes)
+
+
+if __name__ == "__main__":
+    main()
