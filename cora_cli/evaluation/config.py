@@ -1,6 +1,7 @@
 """What `cora evaluate` can be told, and the checks that need nothing but these values."""
 
 import dataclasses
+from typing import Literal
 
 from cora_cli.data.templates import TemplateName
 from cora_cli.errors import UsageError
@@ -26,7 +27,12 @@ class EvaluateConfig:
     )
     limit: int | None = setting("Answer the first N records only.", None, panel=_WHAT)
     basis: str | None = setting("Basis file of a compact adapter, if it has moved.", None, panel=_WHAT)
-    batch_size: int = setting("Prompts generated together.", 16, panel=_GENERATION)
+    backend: Literal["transformers", "vllm"] = setting(
+        "What generates; vllm: a GPU and the package vllm are needed, and --batch-size is vLLM's own affair.",
+        "transformers",
+        panel=_GENERATION,
+    )
+    batch_size: int = setting("Prompts generated together; fewer need less memory.", 48, panel=_GENERATION)
     max_new_tokens: int = setting("Longest answer, in tokens.", 256, panel=_GENERATION)
     template: TemplateName = setting("Prompt template; auto: the run's own.", "auto", panel=_GENERATION)
     merge: bool = setting(

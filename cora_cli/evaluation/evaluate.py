@@ -1,7 +1,7 @@
 """One evaluation from a model (or finished predictions) to `metrics.json`.
 
-It decides which model answers which records, what is already whole on disk, and what is written; tokens come from `generate`,
-numbers from `metrics`.
+It decides which model answers which records, what is already whole on disk, and what is written; models are opened by `backend`,
+tokens come from `generate`, numbers from `metrics`.
 """
 
 import dataclasses
@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
-from cora_cli.adapters.storage import base_of, check_base, load_adapter
+from cora_cli.adapters.storage import base_of, check_base
 from cora_cli.data.encode import encode_prompt
 from cora_cli.data.formats import load_test_records
 from cora_cli.data.templates import choose_template, render
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.backend import open_transformers, open_vllm
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.generate import Request, generate
 from cora_cli.evaluation.metrics import build_metrics, score_all
+from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
-from cora_cli.loading import context_length, load_model, load_tokenizer
+from cora_cli.loading import load_tokenizer
 from cora_cli.models import ModelPath, resolve_model
 from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
@@ -119,10 +121,9 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
         "records_sha256": rundir.sha256_json(records),
         "template": target.template,
         "max_new_tokens": config.max_new_tokens,
-        "batch_size": config.batch_size,
         "decoding": "greedy",
         "dtype": hardware.dtype_name,
-        "attention": "sdpa",
+        **_backend_settings(config, target, hardware),
     }
     out = target.output
     if not _predictions_are_whole(out, settings, config.overwrite):
@@ -133,11 +134,11 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
         ids = [encode_prompt(text, tokenizer) for text in rendered]
         if [] in ids:
             raise CoraError(f"{target.dataset}, record {ids.index([]) + 1}: the prompt is empty, so there is nothing to answer")
-        model: Any = load_model(target.base, hardware.dtype, hardware.device, "sdpa", config.trust_remote_code)
-        if target.adapter is not None:
-            wrapped = load_adapter(model, target.adapter, Path(config.basis) if config.basis else None)
-            model = wrapped.merge_and_unload() if config.merge else wrapped
-        room = context_length(model.config) - config.max_new_tokens
+        if config.backend == "vllm":
+            backend = open_vllm(config, target.base, target.adapter, hardware, tokenizer, out.root)
+        else:
+            backend = open_transformers(config, target.base, target.adapter, hardware, tokenizer)
+        room = backend.context - config.max_new_tokens
         if room < 1:
             raise CoraError(f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the model's context")
         requests = [Request(prompt[-room:], text.prompt, text.response) for prompt, text in zip(ids, rendered, strict=True)]
@@ -145,7 +146,8 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
         if cut:
             say(f"{target.name}: {cut} prompts lost their beginning to fit the context")
         rundir.write_json(out.generation, {"name": target.name, "settings": settings})
-        speed = generate(model, tokenizer, requests, config.batch_size, config.max_new_tokens, out)
+        engine = backend.start([request.input_ids for request in requests])
+        speed = generate(engine, tokenizer, backend.ends, requests, out)
         rundir.write_json(
             out.generation,
             {
@@ -157,6 +159,16 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
             },
         )
     return _score(config, target.name, out.predictions, out, hardware, rundir.read_json(out.generation))
+
+
+def _backend_settings(config: EvaluateConfig, target: Target, hardware: Hardware) -> dict[str, Any]:
+    """What moves a token's last bits. Raises `CoraError` where vLLM was asked for and cannot serve this target."""
+    if config.backend == "transformers":
+        return {"backend": "transformers", "batch_size": config.batch_size, "attention": "sdpa"}
+    version = require_vllm(hardware)
+    if target.adapter is not None and not config.merge:
+        lora_rank(target.adapter)
+    return {"backend": "vllm", "vllm": version, "batch_size": None, "attention": "vllm"}
 
 
 def _predictions_are_whole(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> bool:

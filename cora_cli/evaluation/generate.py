@@ -1,21 +1,23 @@
-"""Batched greedy generation, streamed to disk so that a killed evaluation continues where it was.
+"""Greedy answers to prompts, streamed to disk wave by wave so that a killed evaluation continues where it was.
 
-Prompts are sorted by length and padded on the left; the batches depend on the prompts alone, so a continued evaluation gives the
-tokens of an uninterrupted one. Which model answers which records is `evaluate`.
+Waves are fixed runs of the prompts sorted by length, and what is computed together depends on the prompts of one wave alone. So
+a continued evaluation, which answers an unfinished wave again as a whole, gives the tokens of an uninterrupted one. Which model
+answers which records is `evaluate`; how tokens are had is an `Engine`'s.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig
 
 from cora_cli import rundir
-from cora_cli.progress import progress
+from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
+from cora_cli.progress import progress, say
 from cora_cli.rundir import EvaluationDirectory
 
 
@@ -28,45 +30,63 @@ class Request:
     reference: str
 
 
-def generate(
-    model: Any,
-    tokenizer: Any,
-    requests: Sequence[Request],
-    batch_size: int,
-    max_new_tokens: int,
-    out: EvaluationDirectory,
-) -> dict[str, Any]:
-    """Answer every request and write `predictions.jsonl` in the order of `requests`.
+class Engine(Protocol):
+    """What turns prompts into tokens. `wave` prompts at a time are answered, and kept or lost, together."""
 
-    Lines that an earlier call left in `predictions.partial.jsonl` are kept. Returns the new tokens and seconds of this call.
+    name: str
+    wave: int
+
+    def answer(self, wave: Sequence[Tokens], finished: Callable[[], None]) -> list[list[int]]:
+        """The new tokens of every prompt, each list with its end token if it came; `finished` is called for each."""
+        ...
+
+
+def generate(
+    engine: Engine, tokenizer: Any, ends: Sequence[int], requests: Sequence[Request], out: EvaluationDirectory
+) -> dict[str, Any]:
+    """Answer every request, longest first, and write `predictions.jsonl` in the order of `requests`.
+
+    Lines that an earlier call left in `predictions.partial.jsonl` are kept. Returns the engine, and the new tokens and seconds of
+    this call. Raises `CoraError` where the disk refuses.
     """
-    ends = end_tokens(model, tokenizer)
     order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].input_ids), index))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    waves = [order[start : start + engine.wave] for start in range(0, len(order), engine.wave)]
     lines = _earlier_lines(out.partial_predictions)
+    # Of a wave that was not written to its end nothing is kept: its other answers depend on those of the missing rows.
+    whole = [index for wave in waves if all(index in lines for index in wave) for index in wave]
+    lines = {index: lines[index] for index in whole}
     tokens, began = 0, time.monotonic()
     with progress("generating", len(requests), "prompts", done=len(lines)) as shown:
-        for batch in batches:
-            if all(index in lines for index in batch):
+        for wave in waves:
+            if wave[0] in lines:
                 continue
-            answers = _answer(model, tokenizer, [requests[index] for index in batch], max_new_tokens, ends)
-            new = {index: _line(index, requests[index], *answer) for index, answer in zip(batch, answers, strict=True)}
-            tokens += sum(line["new_tokens"] for line in new.values())
+            answers = engine.answer([requests[index].input_ids for index in wave], shown.advance)
+            new = [_line(index, requests[index], tokenizer, ends, ids) for index, ids in zip(wave, answers, strict=True)]
+            tokens += sum(line["new_tokens"] for line in new)
             try:
                 with out.partial_predictions.open("a", encoding="utf-8") as file:
-                    file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in new.values()))
+                    file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in new))
             except OSError as error:
                 raise rundir.disk_error(error, out.partial_predictions) from error
-            shown.advance(len([index for index in batch if index not in lines]))
-            lines |= new
+            lines |= {line["index"]: line for line in new}
     rundir.write_jsonl(out.predictions, [lines[index] for index in range(len(requests))])
     out.partial_predictions.unlink(missing_ok=True)
-    return {"new_tokens": tokens, "seconds": time.monotonic() - began}
+    return {"engine": engine.name, "new_tokens": tokens, "seconds": time.monotonic() - began}
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's, and those of the model's own configuration, such as an end-of-turn token."""
-    own = model.generation_config.eos_token_id
+def transformers_engine(
+    model: Any, tokenizer: Any, ends: Sequence[int], prompts: Sequence[Tokens], batch_size: int, max_new_tokens: int
+) -> Engine:
+    """The pool of `decode` where the model's layers allow it, and transformers' `generate` where they do not; says which."""
+    reason = unsupported(model, max(map(len, prompts)) + max_new_tokens)
+    if reason is None:
+        return PooledDecoder(model, prompts, ends, batch_size, max_new_tokens)
+    say(f"answering batch by batch with transformers' generate: the faster pool cannot serve this model, since {reason}")
+    return BatchedGenerate(model, ends, tokenizer.pad_token_id, batch_size, max_new_tokens)
+
+
+def end_tokens(own: int | list[int] | None, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's, and the model's `own` (of its generation configuration), as an end-of-turn token."""
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
 
 
@@ -79,37 +99,45 @@ def _earlier_lines(path: Path) -> dict[int, dict[str, Any]]:
     return {line["index"]: line for line in lines}
 
 
-def _line(index: int, request: Request, prediction: str, finish_reason: str, new_tokens: int) -> dict[str, Any]:
+def _line(index: int, request: Request, tokenizer: Any, ends: Sequence[int], ids: list[int]) -> dict[str, Any]:
+    stopped = bool(ids) and ids[-1] in ends
     return {
         "index": index,
         "prompt": request.prompt,
         "reference": request.reference,
-        "prediction": prediction,
-        "finish_reason": finish_reason,
-        "new_tokens": new_tokens,
+        "prediction": tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True),
+        "finish_reason": "stop" if stopped else "length",
+        "new_tokens": len(ids),
     }
 
 
-@torch.inference_mode()
-def _answer(
-    model: Any, tokenizer: Any, requests: Sequence[Request], max_new_tokens: int, ends: list[int]
-) -> list[tuple[str, str, int]]:
-    """Answer one batch; returns text, finish reason (`stop` or `length`) and number of tokens (end token included) of each."""
-    longest = max(len(request.input_ids) for request in requests)
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(request.input_ids)) + request.input_ids for request in requests])
-    mask = torch.tensor([[0] * (longest - len(request.input_ids)) + [1] * len(request.input_ids) for request in requests])
-    own = model.generation_config
-    # A fresh configuration in the model's place too: its own may sample or penalise repetition, and would fill the gaps.
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True
-    )
-    output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-    model.generation_config = own
-    answers = []
-    for row in output[:, longest:].tolist():
-        length = next((position for position, token in enumerate(row) if token in ends), None)
-        stopped, body = length is not None, row[:length]
-        text = tokenizer.decode(body, skip_special_tokens=True)
-        answers.append((text, "stop" if stopped else "length", len(body) + stopped))
-    return answers
+def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """`ids` up to and including the first end token."""
+    return list(ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))])
+
+
+class BatchedGenerate:
+    """transformers' own greedy `generate`, padded on the left: for every model that it can serve, one batch at a time."""
+
+    name = "generate"
+
+    def __init__(self, model: Any, ends: Sequence[int], pad: int, batch_size: int, max_new_tokens: int) -> None:
+        self._model, self._ends, self._pad, self.wave = model, ends, pad, batch_size
+        self._config = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=pad, use_cache=True
+        )
+
+    @torch.inference_mode()
+    def answer(self, wave: Sequence[Tokens], finished: Callable[[], None]) -> list[list[int]]:
+        """See `Engine`."""
+        model, longest = self._model, max(map(len, wave))
+        ids = torch.tensor([[self._pad] * (longest - len(prompt)) + list(prompt) for prompt in wave])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in wave])
+        own = model.generation_config
+        # A fresh configuration in the model's place: its own may sample or penalise repetition, and would fill the gaps.
+        model.generation_config = self._config
+        output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+        model.generation_config = own
+        for _ in wave:
+            finished()
+        return [until_end(row, self._ends) for row in output[:, longest:].tolist()]

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cora_cli import rundir
 from cora_cli.cli import app
-from cora_cli.evaluation import evaluate as module
+from cora_cli.evaluation import backend
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
@@ -161,7 +161,7 @@ def test_a_bare_model_and_finished_predictions_give_the_same_table(tiny_model: P
     first = cora("--model", tiny_model, "--dataset", test, "-o", tmp_path / "base", *FAST)
     assert first.exit_code == 0, first.stderr
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load_model", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr(backend, "load_model", lambda *_: pytest.fail("a model was loaded"))
         again = cora("--from", tmp_path / "base" / "predictions.jsonl", "--metrics", "rouge,bleu", "--bootstrap", 100)
     assert again.exit_code == 0, again.stderr
     assert again.stdout == first.stdout

@@ -1,9 +1,5 @@
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,80 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cora_cli import embedded, rundir
 from cora_cli.data.formats import load_test_records
 from cora_cli.errors import CoraError, UsageError
+from cora_cli.evaluation import backend
 from cora_cli.evaluation import evaluate as module
-from cora_cli.evaluation import generate as generation
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import Evaluation, evaluate, paired_differences
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
-from cora_cli.training.config import TrainConfig
-from cora_cli.training.run import train
 
-HELD_OUT = 6
-FAST: dict[str, Any] = {
-    "dtype": "fp32",
-    "device": "cpu",
-    "batch_size": 4,
-    "max_new_tokens": 6,
-    "metrics": ("rouge1", "sacrebleu"),
-    "bootstrap": 100,
-}
-
-
-def make_run(model: Path, data: Path, output: Path, **settings: Any) -> Path:
-    config = {"max_steps": 2, "batch_size": 8, "test_size": HELD_OUT, "learning_rate": 0.03, "dtype": "fp32", "device": "cpu"}
-    train(TrainConfig(model=str(model), dataset=str(data), output_dir=str(output), **{**config, **settings}))
-    return output
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_model: Path, tiny_basis: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A finished run of each kind."""
-    root = tmp_path_factory.mktemp("trained")
-    kinds: dict[str, dict[str, Any]] = {
-        "lora": {"mode": "lora", "rank": 8},
-        "fb": {"mode": "fb", "rank": 8, "basis": str(tiny_basis)},
-        "compact": {"mode": "fb", "rank": 8, "basis": str(tiny_basis), "compact": True},
-        "full": {"mode": "full"},
-    }
-    return {kind: make_run(tiny_model, tiny_data, root / kind, **settings) for kind, settings in kinds.items()}
-
-
-@pytest.fixture
-def run(trained: dict[str, Path], tmp_path: Path) -> Path:
-    """A run with a LoRA adapter, free to be damaged."""
-    return Path(shutil.copytree(trained["lora"], tmp_path / "run"))
-
-
-@pytest.fixture
-def records(tmp_path: Path) -> Path:
-    path = tmp_path / "records.jsonl"
-    rundir.write_jsonl(path, [{"prompt": f"say {'so ' * n}{n}", "completion": f"it is {n}"} for n in range(7)])
-    return path
-
-
-def evaluate_run(run: Path, **settings: Any) -> Evaluation:
-    return evaluate(EvaluateConfig(runs=(str(run),), **{**FAST, **settings}))[0]
-
-
-def evaluate_model(model: Path | str, dataset: Path | str, output: Path, **settings: Any) -> Evaluation:
-    config = EvaluateConfig(model=str(model), dataset=str(dataset), output_dir=str(output), **{**FAST, **settings})
-    return evaluate(config)[0]
-
-
-def answers(directory: Path) -> list[str]:
-    return [line["prediction"] for line in rundir.read_jsonl(EvaluationDirectory(directory).predictions)]
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any attempt to load a model fails."""
-
-    def load(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(module, "load_model", load)
-
+from .helpers import FAST, HELD_OUT, answers, evaluate_model, evaluate_run, make_run
 
 # What can be evaluated
 
@@ -278,119 +208,6 @@ def test_requests_that_make_no_sense_are_usage_errors(given: dict[str, Any], mes
         EvaluateConfig(**given)
 
 
-# Killed, continued, reused, replaced
-
-KILLED = """
-import sys, time
-from cora_cli.cli import main
-from cora_cli.evaluation import generate
-real, batches = generate._answer, 0
-def answer(*arguments):
-    global batches
-    batches += 1
-    if batches == 3:
-        time.sleep(3600)
-    return real(*arguments)
-generate._answer = answer
-main()
-"""
-
-
-def test_an_evaluation_killed_by_the_system_continues_to_the_same_bytes(
-    tiny_model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = EvaluationDirectory(tmp_path / "out")
-    arguments = ["--model", tiny_model, "--dataset", records, "-o", out.root, "--batch-size", 2, "--max-new-tokens", 6]
-    more = ["--dtype", "fp32", "--device", "cpu", "--metrics", "rouge1,sacrebleu", "--bootstrap", 100]
-    command = [sys.executable, "-c", KILLED, "evaluate", *map(str, [*arguments, *more])]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        # It writes two batches of four, and then waits for the end.
-        while process.poll() is None and (
-            not out.partial_predictions.exists() or out.partial_predictions.read_bytes().count(b"\n") < 4
-        ):
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()
-    assert not out.predictions.exists()
-    assert not out.metrics.exists()
-
-    batches: list[int] = []
-    real = generation._answer
-
-    def counted(model: Any, tokenizer: Any, requests: Any, *rest: Any) -> Any:
-        batches.append(len(requests))
-        return real(model, tokenizer, requests, *rest)
-
-    monkeypatch.setattr(generation, "_answer", counted)
-    continued = evaluate_model(tiny_model, records, out.root, batch_size=2)
-    assert batches == [2, 1]
-    whole = evaluate_model(tiny_model, records, tmp_path / "whole", batch_size=2)
-    assert out.predictions.read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
-    assert continued.record["metrics"] == whole.record["metrics"]
-    assert continued.record["predictions_sha256"] == whole.record["predictions_sha256"]
-
-
-def test_other_settings_are_refused_by_name_and_replaced_on_request(tiny_model: Path, records: Path, tmp_path: Path) -> None:
-    evaluate_model(tiny_model, records, tmp_path / "out")
-    before = answers(tmp_path / "out")
-    with pytest.raises(CoraError, match=r"other settings \(batch_size, max_new_tokens\).*--overwrite"):
-        evaluate_model(tiny_model, records, tmp_path / "out", batch_size=3, max_new_tokens=4)
-    with pytest.raises(CoraError, match=r"other settings \(records_sha256\)"):
-        evaluate_model(tiny_model, records, tmp_path / "out", limit=3)
-    assert answers(tmp_path / "out") == before
-    replaced = evaluate_model(tiny_model, records, tmp_path / "out", limit=3, max_new_tokens=4, overwrite=True)
-    assert replaced.record["metrics"]["rouge1"]["n"] == 3
-    new = rundir.read_jsonl(tmp_path / "out" / "predictions.jsonl")
-    assert [line["new_tokens"] for line in new] == [4, 4, 4]
-
-
-def test_an_unfinished_evaluation_with_other_settings_is_not_continued(tiny_model: Path, records: Path, tmp_path: Path) -> None:
-    out = EvaluationDirectory(tmp_path / "out")
-    evaluate_model(tiny_model, records, out.root)
-    lines = rundir.read_jsonl(out.predictions)
-    settings = rundir.read_json(out.generation)["settings"]
-    for recorded in ({"settings": {**settings, "max_new_tokens": 1}}, None):
-        out.predictions.unlink()
-        rundir.write_jsonl(out.partial_predictions, [{**line, "prediction": "of another time"} for line in lines])
-        out.generation.unlink()
-        if recorded:
-            rundir.write_json(out.generation, recorded)
-        with pytest.raises(CoraError, match="other settings" if recorded else "other files"):
-            evaluate_model(tiny_model, records, out.root)
-        evaluate_model(tiny_model, records, out.root, overwrite=True)
-        assert rundir.read_jsonl(out.predictions) == lines
-
-
-def test_a_finished_evaluation_is_scored_again_without_its_model(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = evaluate_run(run)
-    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    again = evaluate_run(run)
-    assert again.record == first.record
-    more = evaluate_run(run, metrics=("rouge1", "rougeL"), bootstrap=200)
-    assert list(more.record["metrics"]) == ["rouge1", "rougeL"]
-
-
-@pytest.mark.parametrize("damage", ["edited", "removed"])
-def test_predictions_that_were_touched_afterwards_are_generated_again(
-    tiny_model: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
-    first = evaluate_model(tiny_model, records, tmp_path / "out")
-    path = tmp_path / "out" / "predictions.jsonl"
-    whole = path.read_bytes()
-    if damage == "edited":
-        lines = rundir.read_jsonl(path)
-        rundir.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in lines])
-    else:
-        path.unlink()
-    again = evaluate_model(tiny_model, records, tmp_path / "out")
-    assert path.read_bytes() == whole
-    assert again.record["metrics"] == first.record["metrics"]
-    assert "was altered or removed after it was written" in capsys.readouterr().err
-
-
 # Metrics
 
 
@@ -415,7 +232,7 @@ def test_metrics_are_recomputed_from_predictions_without_a_model(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = evaluate_run(run)
-    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(backend, "load_model", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setattr(module, "load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
     for output in (None, str(tmp_path / "elsewhere")):
         config = EvaluateConfig(from_predictions=str(run / "eval" / "predictions.jsonl"), output_dir=output, **FAST)

@@ -1,8 +1,6 @@
 import errno
 import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +13,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.evaluation import generate as module
-from cora_cli.evaluation.generate import Request, generate
+from cora_cli.evaluation.decode import PooledDecoder
+from cora_cli.evaluation.generate import BatchedGenerate, Engine, Request, end_tokens, generate, transformers_engine
 from cora_cli.rundir import EvaluationDirectory
 
-UNUSED = 49151
-"""A token that the tiny model does not choose."""
-CLEAR = 1e-3
-"""A lead of the best logit over the second that no order of summation in float32 takes away."""
-
-
-@dataclass
-class Numbers:
-    """A tokenizer whose text is the ids themselves, so that texts are equal where tokens are."""
-
-    eos_token_id: int = UNUSED
-    pad_token_id: int = UNUSED
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        return " ".join(map(str, ids))
-
-
-@dataclass
-class Answers:
-    """Greedy answers by the model's plain forward pass: one sequence, no cache, no padding, no `generate`."""
-
-    model: Any
-    known: dict[tuple[tuple[int, ...], int], tuple[list[int], bool]] = field(default_factory=dict)
-
-    @torch.inference_mode()
-    def greedy(self, prompt: list[int], tokens: int) -> tuple[list[int], bool]:
-        """The tokens, and whether every one was chosen clearly."""
-        key = (tuple(prompt), tokens)
-        if key not in self.known:
-            ids, clear = list(prompt), True
-            for _ in range(tokens):
-                best = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].topk(2)
-                clear = clear and bool(best.values[0] - best.values[1] > CLEAR)
-                ids.append(int(best.indices[0]))
-            self.known[key] = ids[len(prompt) :], clear
-        return self.known[key]
+from .helpers import UNUSED, Answers, Numbers, requests_of
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +35,24 @@ def out(tmp_path: Path) -> EvaluationDirectory:
     return EvaluationDirectory(tmp_path)
 
 
-def requests_of(*lengths: int) -> list[Request]:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    prompts = [torch.randint(3, 49000, (length,), generator=generator).tolist() for length in lengths]
-    return [Request(ids, f"prompt {number}", f"reference {number}") for number, ids in enumerate(prompts)]
+def answer_all(
+    model: Any,
+    tokenizer: Numbers,
+    requests: list[Request],
+    batch_size: int,
+    max_new_tokens: int,
+    out: EvaluationDirectory,
+    kind: str = "pool",
+) -> dict[str, Any]:
+    """`generate` with the pool, or with transformers' own loop."""
+    prompts = [request.input_ids for request in requests]
+    ends = end_tokens(model.generation_config.eos_token_id, tokenizer)
+    if kind == "pool":
+        engine: Engine = transformers_engine(model, tokenizer, ends, prompts, batch_size, max_new_tokens)
+        assert isinstance(engine, PooledDecoder)
+    else:
+        engine = BatchedGenerate(model, ends, tokenizer.pad_token_id, batch_size, max_new_tokens)
+    return generate(engine, tokenizer, ends, requests, out)
 
 
 def predictions(out: EvaluationDirectory) -> list[dict[str, Any]]:
@@ -88,9 +65,10 @@ def predictions(out: EvaluationDirectory) -> list[dict[str, Any]]:
     batch_size=st.integers(1, 4),
     end_at=st.integers(0, 7),
     pad_is_end=st.booleans(),
+    kind=st.sampled_from(["pool", "generate"]),
 )
 def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
-    model: Any, answers: Answers, lengths: list[int], batch_size: int, end_at: int, pad_is_end: bool
+    model: Any, answers: Answers, lengths: list[int], batch_size: int, end_at: int, pad_is_end: bool, kind: str
 ) -> None:
     requests = requests_of(*lengths)
     alone = [answers.greedy(request.input_ids, 8) for request in requests]
@@ -100,7 +78,7 @@ def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
     tokenizer = Numbers(eos_token_id=end, pad_token_id=end if pad_is_end else UNUSED)
     with tempfile.TemporaryDirectory() as directory:
         out = EvaluationDirectory(Path(directory))
-        generate(model, tokenizer, requests, batch_size, 8, out)
+        done = answer_all(model, tokenizer, requests, batch_size, 8, out, kind)
         found = predictions(out)
     for number, (line, (tokens, _)) in enumerate(zip(found, alone, strict=True)):
         stopped = end in tokens
@@ -114,21 +92,23 @@ def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
             "new_tokens": len(body) + stopped,
         }
     assert found[0]["finish_reason"] == "stop"
+    assert done["engine"] == kind
+    assert done["new_tokens"] == sum(line["new_tokens"] for line in found)
 
 
 def test_longest_prompts_go_first_and_predictions_come_in_the_order_of_the_requests(
     model: Any, out: EvaluationDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches: list[list[int]] = []
-    real = module._answer
+    waves: list[list[int]] = []
+    real = PooledDecoder.answer
 
-    def spied(model: Any, tokenizer: Any, requests: Sequence[Request], *rest: Any) -> Any:
-        batches.append([len(request.input_ids) for request in requests])
-        return real(model, tokenizer, requests, *rest)
+    def spied(self: PooledDecoder, wave: Any, finished: Any) -> Any:
+        waves.append([len(prompt) for prompt in wave])
+        return real(self, wave, finished)
 
-    monkeypatch.setattr(module, "_answer", spied)
-    done = generate(model, Numbers(), requests_of(4, 9, 2, 9, 6), 2, 3, out)
-    assert batches == [[9, 9], [6, 4], [2]]
+    monkeypatch.setattr(PooledDecoder, "answer", spied)
+    done = answer_all(model, Numbers(), requests_of(4, 9, 2, 9, 6), 1, 3, out)
+    assert waves == [[9, 9, 6, 4], [2]]
     assert [line["prompt"] for line in predictions(out)] == [f"prompt {number}" for number in range(5)]
     assert done["new_tokens"] == 15
     assert not out.partial_predictions.exists()
@@ -146,9 +126,10 @@ def leaking() -> GenerationConfig:
     )
 
 
+@pytest.mark.parametrize("kind", ["pool", "generate"])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_models_own_generation_settings_change_nothing(
-    tiny_model: Path, answers: Answers, tmp_path: Path, wrapped: bool
+    tiny_model: Path, answers: Answers, tmp_path: Path, wrapped: bool, kind: str
 ) -> None:
     requests = requests_of(5, 3, 8)
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
@@ -156,24 +137,39 @@ def test_a_models_own_generation_settings_change_nothing(
     if wrapped:  # a fresh LoRA adapter, whose B is zero
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
         model.generation_config = leaking()
-    generate(model, Numbers(), requests, 3, 12, EvaluationDirectory(tmp_path))
+    answer_all(model, Numbers(), requests, 3, 12, EvaluationDirectory(tmp_path), kind)
     expected = [" ".join(map(str, answers.greedy(request.input_ids, 12)[0])) for request in requests]
     assert [line["prediction"] for line in predictions(EvaluationDirectory(tmp_path))] == expected
 
 
+def test_a_model_that_the_pool_cannot_serve_is_answered_by_transformers_which_the_log_says(
+    tiny_model: Path, answers: Answers, out: EvaluationDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests = requests_of(5, 3)
+    eager = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
+    engine = transformers_engine(eager, Numbers(), [UNUSED], [request.input_ids for request in requests], 2, 6)
+    assert "the faster pool cannot serve this model, since its attention takes no mask" in capsys.readouterr().err
+    assert generate(engine, Numbers(), [UNUSED], requests, out)["engine"] == "generate"
+    expected = [" ".join(map(str, answers.greedy(request.input_ids, 6)[0])) for request in requests]
+    assert [line["prediction"] for line in predictions(out)] == expected
+
+
 # Interrupted and continued
+
+LENGTHS = (4, 9, 2, 7, 6, 3, 5, 8, 4, 4)
+"""With a batch of one: waves of four, four and two."""
 
 
 @pytest.fixture
 def whole(model: Any, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """`predictions.jsonl` of the seven requests below, uninterrupted."""
+    """`predictions.jsonl` of these requests, uninterrupted."""
     out = EvaluationDirectory(tmp_path_factory.mktemp("whole"))
-    generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
+    answer_all(model, Numbers(), requests_of(*LENGTHS), 1, 5, out)
     return out.predictions.read_bytes()
 
 
-def interrupt(model: Any, out: EvaluationDirectory, batches: int) -> None:
-    real, left = module._answer, batches
+def interrupt(model: Any, out: EvaluationDirectory, waves: int) -> None:
+    real, left = PooledDecoder.answer, waves
 
     def answer(*arguments: Any) -> Any:
         nonlocal left
@@ -183,22 +179,22 @@ def interrupt(model: Any, out: EvaluationDirectory, batches: int) -> None:
         return real(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_answer", answer)
+        patch.setattr(PooledDecoder, "answer", answer)
         with pytest.raises(KeyboardInterrupt):
-            generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
+            answer_all(model, Numbers(), requests_of(*LENGTHS), 1, 5, out)
 
 
 def test_an_interrupted_generation_continues_to_the_same_bytes(model: Any, out: EvaluationDirectory, whole: bytes) -> None:
     interrupt(model, out, 2)
     assert not out.predictions.exists()
-    assert len(rundir.read_jsonl(out.partial_predictions)) == 4
-    done = generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
+    assert len(rundir.read_jsonl(out.partial_predictions)) == 8
+    done = answer_all(model, Numbers(), requests_of(*LENGTHS), 1, 5, out)
     assert out.predictions.read_bytes() == whole
-    assert done["new_tokens"] == 3 * 5
+    assert done["new_tokens"] == 2 * 5
 
 
 @pytest.mark.parametrize("cut", [1, 30, -1])
-def test_a_half_written_last_line_is_dropped_and_answered_again(
+def test_a_wave_with_a_half_written_line_is_answered_again_as_a_whole(
     model: Any, out: EvaluationDirectory, whole: bytes, cut: int
 ) -> None:
     interrupt(model, out, 2)
@@ -206,9 +202,10 @@ def test_a_half_written_last_line_is_dropped_and_answered_again(
     out.partial_predictions.write_bytes(b"".join(lines[:-1]) + lines[-1][:cut])
     # Stopped once more, so that lines are appended behind the damage.
     interrupt(model, out, 1)
-    assert all(json.loads(line)["index"] in range(7) for line in out.partial_predictions.read_text().splitlines())
-    generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
+    assert all(json.loads(line)["index"] in range(10) for line in out.partial_predictions.read_text().splitlines())
+    done = answer_all(model, Numbers(), requests_of(*LENGTHS), 1, 5, out)
     assert out.predictions.read_bytes() == whole
+    assert done["new_tokens"] == 2 * 5
 
 
 def test_a_full_disk_is_named_and_leaves_what_was_answered(
@@ -225,9 +222,9 @@ def test_a_full_disk_is_named_and_leaves_what_was_answered(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
         with pytest.raises(CoraError, match=r"disk is full.*predictions\.partial\.jsonl"):
-            generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
-    assert len(rundir.read_jsonl(out.partial_predictions)) == 2
-    generate(model, Numbers(), requests_of(4, 9, 2, 7, 6, 3, 5), 2, 5, out)
+            answer_all(model, Numbers(), requests_of(*LENGTHS), 1, 5, out)
+    assert len(rundir.read_jsonl(out.partial_predictions)) == 4
+    answer_all(model, Numbers(), requests_of(*LENGTHS), 1, 5, out)
     assert out.predictions.read_bytes() == whole
 
 
@@ -237,7 +234,7 @@ def test_the_models_own_end_of_turn_token_ends_an_answer_too(
     [request] = requests_of(5)
     tokens, _ = answers.greedy(request.input_ids, 8)
     monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=[tokens[3], UNUSED]))
-    generate(model, Numbers(), [request], 1, 8, out)
+    answer_all(model, Numbers(), [request], 1, 8, out)
     [line] = predictions(out)
     assert line["finish_reason"] == "stop"
     assert line["prediction"] == " ".join(map(str, tokens[: tokens.index(tokens[3])]))

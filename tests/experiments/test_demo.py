@@ -10,6 +10,7 @@ import pytest
 from cora_cli import rundir
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
+from cora_cli.evaluation import backend
 from cora_cli.evaluation import evaluate as evaluation
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.experiments import demo
@@ -155,7 +156,7 @@ def test_every_part_is_on_disk_and_made_from_the_one_before(finished: Finished, 
 
 
 def test_a_second_call_uses_every_whole_part_again(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place, name in ((training, "CoraTrainer"), (evaluation, "load_model"), (demo, "extract_basis")):
+    for place, name in ((training, "CoraTrainer"), (backend, "load_model"), (demo, "extract_basis")):
         monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("finished work was done again"))
     root, report = finished.root, finished.report
     before = contents(root)

@@ -1,0 +1,106 @@
+"""vLLM as an engine of greedy answers: on a GPU it batches and caches better than any loop over a plain model can.
+
+What vLLM is asked is built by functions that need no vLLM; only `VllmEngine` imports it. It is an option and no dependency, and
+its tokens are its own: kernels and batches differ from transformers', and with them the last bits.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cora_cli.adapters.storage import read_facts
+from cora_cli.device import Hardware
+from cora_cli.errors import CoraError
+from cora_cli.evaluation.decode import Tokens
+from cora_cli.evaluation.generate import until_end
+from cora_cli.models import ModelPath
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `max_lora_rank`."""
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+WAVE = 1024
+"""Prompts handed over together: enough to keep a GPU full, few enough to lose little by a kill."""
+
+
+def require_vllm(hardware: Hardware) -> str:
+    """Version of the installed vLLM. Raises `CoraError` where there is none, or no GPU for it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise CoraError(
+            "--backend vllm needs the package vllm, which is not installed: `pip install vllm`, or leave the flag out"
+        )
+    if hardware.device.type != "cuda":
+        raise CoraError(f"--backend vllm needs a CUDA device, but the device is {hardware.device} ({hardware.device_reason})")
+    return importlib.metadata.version("vllm")
+
+
+def engine_arguments(
+    model: Path, dtype_name: str, longest: int, adapter: ModelPath | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for the model directory `model`, sequences of up to `longest` tokens, and an unmerged adapter."""
+    arguments = {
+        "model": str(model),
+        "dtype": DTYPES[dtype_name],
+        "max_model_len": longest,
+        "trust_remote_code": trust_remote_code,
+        "enable_prefix_caching": True,
+        # The model's own may sample or penalise repetition.
+        "generation_config": "vllm",
+        "seed": 0,
+    }
+    return arguments | ({} if adapter is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank(adapter)})
+
+
+def lora_rank(adapter: ModelPath) -> int:
+    """The smallest rank that vLLM reserves room for and that holds `adapter`. Raises `CoraError` where vLLM cannot read it."""
+    facts = read_facts(adapter.path)
+    if facts is not None and facts.compact:
+        raise CoraError(f"{adapter.reference} is a compact adapter, which vLLM cannot read: leave out --no-merge")
+    config = adapter.adapter_config()
+    rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), 0)
+    fitting = [size for size in LORA_RANKS if size >= rank]
+    if not fitting:
+        raise CoraError(
+            f"{adapter.reference} has rank {rank}, but vLLM takes adapters up to {LORA_RANKS[-1]}: leave out --no-merge"
+        )
+    return fitting[0]
+
+
+def sampling_arguments(ends: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
+    """Arguments of `vllm.SamplingParams` for greedy answers of up to `max_new_tokens` tokens that end with one of `ends`."""
+    return {"temperature": 0.0, "max_tokens": max_new_tokens, "stop_token_ids": list(ends), "detokenize": False}
+
+
+def lora_arguments(adapter: ModelPath) -> dict[str, Any]:
+    """Arguments of `vllm.lora.request.LoRARequest`."""
+    return {"lora_name": adapter.path.name or "adapter", "lora_int_id": 1, "lora_path": str(adapter.path.resolve())}
+
+
+def token_prompts(wave: Sequence[Tokens]) -> list[dict[str, list[int]]]:
+    """Prompts as `vllm.inputs.TokensPrompt`: the ids themselves, so that nothing is tokenized twice."""
+    return [{"prompt_token_ids": list(prompt)} for prompt in wave]
+
+
+class VllmEngine:
+    """Answers waves of prompts by `vllm.LLM`; `arguments` are its own (`engine_arguments`)."""
+
+    name = "vllm"
+    wave = WAVE
+
+    def __init__(self, arguments: dict[str, Any], ends: Sequence[int], max_new_tokens: int, adapter: ModelPath | None) -> None:
+        vllm = importlib.import_module("vllm")
+        self._ends = list(ends)
+        self._model = vllm.LLM(**arguments)
+        self._sampling = vllm.SamplingParams(**sampling_arguments(ends, max_new_tokens))
+        self._lora = None
+        if adapter is not None:
+            self._lora = importlib.import_module("vllm.lora.request").LoRARequest(**lora_arguments(adapter))
+
+    def answer(self, wave: Sequence[Tokens], finished: Callable[[], None]) -> list[list[int]]:
+        """See `generate.Engine`."""
+        outputs = self._model.generate(token_prompts(wave), self._sampling, use_tqdm=False, lora_request=self._lora)
+        for _ in outputs:
+            finished()
+        return [until_end(output.outputs[0].token_ids, self._ends) for output in outputs]
