@@ -23,7 +23,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One benchmark: its sides (name → description; `ours` is the first), what its rates count, and the ratio to reach of each peer."""
+    """One benchmark: its sides (name → description), what its rates count, and the ratio to reach of each peer.
+
+    A peer is compared with the side that `against` names for it, else with `ours`.
+    """
 
     name: str
     script: str
@@ -31,6 +34,7 @@ class Stage:
     unit: str
     targets: Mapping[str, float]
     memory_targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    against: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,26 +98,21 @@ def _report(
 ) -> None:
     from cora_cli.tables import markdown_table
 
-    ours = [result["rate"] for result in rounds[OURS]]
     memory = {side: statistics.median(result["peak_bytes"] for result in results) for side, results in rounds.items()}
-    rows = []
+    rows, summary = [], []
     for side, results in rounds.items():
         rates = [result["rate"] for result in results]
-        row = [stage.sides[side], f"{statistics.median(rates):.4g} [{min(rates):.4g}, {max(rates):.4g}]"]
-        if side == OURS:
-            row += ["", "", f"{memory[side] / GIB:.2f}", ""]
-        else:
-            ratios = [mine / theirs for mine, theirs in zip(ours, rates, strict=True)]
-            median = statistics.median(ratios)
-            target = stage.targets.get(side)
-            row += [
-                f"{median:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]",
-                _verdict(target, target is not None and median >= target),
-            ]
-            share = memory[OURS] / memory[side]
-            limit = stage.memory_targets.get(side)
-            row += [f"{memory[side] / GIB:.2f}", f"{share:.2f}" + (f" ({_verdict(limit, share <= limit)})" if limit else "")]
-        rows.append(row)
+        row = [stage.sides[side], _spread(rates, "4g")]
+        ratio = reached = share = ""
+        if side in stage.targets:
+            ours = stage.against.get(side, OURS)
+            ratios = [mine["rate"] / theirs for mine, theirs in zip(rounds[ours], rates, strict=True)]
+            ratio, target = _spread(ratios, "2f"), stage.targets[side]
+            reached = _verdict(target, statistics.median(ratios) >= target)
+            of_memory, limit = memory[ours] / memory[side], stage.memory_targets.get(side)
+            share = f"{of_memory:.2f}" + ("" if limit is None else f" ({_verdict(limit, of_memory <= limit)})")
+            summary.append([stage.name, stage.sides[side], ratio, reached, share])
+        rows.append([*row, ratio, reached, f"{memory[side] / GIB:.2f}", share])
     headers = [stage.name, f"{stage.unit}, median [min, max]", "ours ÷ this", "target", "peak GiB", "ours ÷ this, memory"]
     lines = [
         markdown_table(headers, rows),
@@ -128,6 +127,7 @@ def _report(
         stage.name,
         {
             "markdown": text,
+            "summary": summary,
             "options": {key: value for key, value in vars(options).items() if key not in ("side", "round")},
             "rounds": rounds,
             "agreement": [dataclasses.asdict(check) | {"holds": check.holds} for check in checks],
@@ -135,8 +135,12 @@ def _report(
     )
 
 
-def _verdict(target: float | None, reached: bool) -> str:
-    return "" if target is None else f"{target:g} {'reached' if reached else 'missed'}"
+def _spread(values: Sequence[float], form: str) -> str:
+    return f"{statistics.median(values):.{form}} [{min(values):.{form}}, {max(values):.{form}}]"
+
+
+def _verdict(target: float, reached: bool) -> str:
+    return f"{target:g} {'reached' if reached else 'missed'}"
 
 
 def record(name: str, result: dict[str, Any]) -> None:

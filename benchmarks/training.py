@@ -1,211 +1,264 @@
-"""Training speed beside what people use today, measured in turn on the same machine, data, dtype and threads.
+"""Training speed beside what people use today: PEFT LoRA on the stock Trainer with DataCollatorForSeq2Seq.
 
-Peers: PEFT LoRA on the stock Trainer with DataCollatorForSeq2Seq, (1) with its default sampling and (2) with length grouping. Each
-measurement is a process of its own, so that peak memory is its own; rounds alternate. The work is LoRA r = 48 on q, k, v of the
-embedded model, batches of 16 records of builtin:code with Alpaca's template. Real tokens count, padding does not.
+Peer 1 samples as the Trainer does by default, peer 2 groups by length. Every side trains LoRA r = 48 on q, k, v of the embedded model in
+batches of 16 with Alpaca's template. Of the batches that a side would draw in an epoch it runs a few, evenly spread from its lightest to
+its heaviest, others in each round; ours and peer 1 run the same ones. Real tokens count, padding does not; the first step counts too.
 """
 
 import argparse
-import json
-import os
-import platform
-import resource
-import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RANK, BATCH, LEARNING_RATE = 48, 16, 3e-4
-SIDES = {
-    "ours": "cora train",
-    "random": "PEFT + Trainer, default sampling",
-    "group_by_length": "PEFT + Trainer, length grouping",
+import harness
+
+RANK, BATCH, LEARNING_RATE, MAX_LENGTH = 48, 16, 3e-4, 1024
+STAGE = harness.Stage(
+    name="training",
+    script=__file__,
+    sides={
+        harness.OURS: "cora train",
+        "random": "PEFT + Trainer, default sampling",
+        "group_by_length": "PEFT + Trainer, length grouping",
+    },
+    unit="real tokens/s",
+    targets={"random": 2.5, "group_by_length": 1.8},
+    memory_targets={"random": 0.5, "group_by_length": 0.5},
+)
+# Deciles of the token counts of a public text-to-code set of 2,017 Alpaca records (sahil280114/codealpaca, code_alpaca_2k), half of which
+# have an input: the profile of the stand-in.
+RECORDS, SHARE_WITH_INPUT = 2017, 0.5
+DECILES = {
+    "instruction": (4, 10, 11, 12, 14, 15, 16, 17, 19, 22, 71),
+    "input": (1, 5, 8, 11, 13, 16, 18, 21, 25, 35, 250),
+    "output": (1, 11, 17, 26, 35, 46, 59, 74, 96, 131, 540),
 }
-RESULTS = Path(__file__).parent / "results.json"
 
 
-def measure(side: str, steps: int, dtype: str) -> dict[str, float]:
-    """Train `steps` steps and return real tokens per second (without the first step), peak bytes and the first loss."""
-    import torch
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+def stand_in(tokenizer: Any) -> list[dict[str, str]]:
+    """Records of the profile above, out of random words of the vocabulary: speed depends on lengths, not on sense."""
+    import numpy as np
 
-    from cora_cli.device import select_hardware
+    random = np.random.default_rng(0)
+    words = [
+        index
+        for token, index in sorted(tokenizer.get_vocab().items())
+        if token[0] == "Ġ" and token[1:].isascii() and token[1:].isalpha()
+    ]
 
-    hardware = select_hardware("auto", "bf16" if dtype == "bf16" else "fp32")
-    model, examples, tokenizer = _work("cora_packed" if side == "ours" else "sdpa", hardware, steps)
-    arguments: dict[str, Any] = {
-        "output_dir": "unused",
-        "per_device_train_batch_size": BATCH,
-        "max_steps": steps,
-        "learning_rate": LEARNING_RATE,
-        "bf16": hardware.dtype == torch.bfloat16,
-        "use_cpu": hardware.device.type == "cpu",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "remove_unused_columns": False,
-    }
-    if side == "ours":
-        from cora_cli.training.trainer import CoraTrainer
+    def text(field: str) -> str:
+        length = round(float(np.quantile(DECILES[field], random.random())))
+        return str(tokenizer.decode(random.choice(words, length))).strip()
 
-        trainer: Trainer = CoraTrainer(model, TrainingArguments(**arguments), examples, None, Path("unused"), 1)
-    else:
-        rows = [
-            {
-                "input_ids": example.input_ids,
-                "labels": [-100] * example.prompt_length + example.input_ids[example.prompt_length :],
-                "attention_mask": [1] * len(example.input_ids),
-            }
-            for example in examples
-        ]
-        arguments["train_sampling_strategy"] = side
-        collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-        trainer = Trainer(model, TrainingArguments(**arguments), train_dataset=rows, data_collator=collator)
-    clock = _Clock()
-    trainer.add_callback(clock.callback())
-    trainer.train()
-    tokens = sum(len(example.input_ids) for example in examples)
-    share = (steps - 1) / steps  # every example is seen once; the first step warms up
-    return {
-        "tokens_per_second": tokens * share / clock.seconds,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "first_loss": trainer.state.log_history[0]["loss"],
-    }
+    return [
+        {
+            "instruction": text("instruction"),
+            "input": text("input") if random.random() < SHARE_WITH_INPUT else "",
+            "output": text("output"),
+        }
+        for _ in range(RECORDS)
+    ]
 
 
-class _Clock:
-    """Seconds from the end of the first step to the end of the last."""
-
-    def __init__(self) -> None:
-        self.began: float | None = None
-        self.seconds = 0.0
-
-    def callback(self) -> Any:
-        from transformers import TrainerCallback
-
-        clock = self
-
-        class Callback(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                now = time.perf_counter()
-                if clock.began is None:
-                    clock.began = now
-                clock.seconds = now - clock.began
-
-        return Callback()
-
-
-def _work(attention: str, hardware: Any, steps: int) -> tuple[Any, list[Any], Any]:
+def load_work(attention: str, dtype: str, dataset: str | None) -> tuple[Any, Any, list[Any], Any]:
+    """The model with a fresh LoRA adapter, the hardware, all examples, and the tokenizer."""
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    import cora_cli.data.pack  # noqa: F401  # registers the attention
     from cora_cli.data.encode import encode_records
     from cora_cli.data.formats import load_split
+    from cora_cli.device import select_hardware
     from cora_cli.loading import load_model, load_tokenizer
     from cora_cli.models import EMBEDDED_MODEL, resolve_model
+    from cora_cli.training.attention import register_packed_attention
 
+    register_packed_attention()
+    hardware = select_hardware("auto", "bf16" if dtype == "bf16" else "fp32")
     path = resolve_model(EMBEDDED_MODEL)
     tokenizer = load_tokenizer(path)
-    records = load_split("builtin:code", None, 0).train[: steps * BATCH]
-    examples = encode_records(records, "alpaca", "alpaca", tokenizer, 1024, "benchmark").examples
+    records = load_split(dataset, None, 0).train if dataset else stand_in(tokenizer)
+    examples = encode_records(records, "alpaca", "alpaca", tokenizer, MAX_LENGTH, "benchmark").examples
     model = load_model(path, hardware.dtype, hardware.device, attention)
     model.config.use_cache = False
     set_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
-    return get_peft_model(model, config), examples, tokenizer
+    return get_peft_model(model, config), hardware, examples, tokenizer
 
 
-def agreement() -> dict[str, float]:
-    """Largest relative difference of loss and of any trained tensor's gradient on one batch, packed against padded, in fp32."""
+def chosen_batches(examples: Sequence[Any], side: str, steps: int, number: int) -> list[list[int]]:
+    """`steps` of the full batches of the side's epoch `number`, evenly spread over their sizes, in the order of the epoch."""
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    from cora_cli.data.batches import GlobalBatches
+
+    lengths = [len(example.input_ids) for example in examples]
+    if side == "group_by_length":
+        order = get_length_grouped_indices(lengths, BATCH, generator=torch.Generator().manual_seed(number))
+        batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    else:
+        sampler = GlobalBatches(len(examples), BATCH, 1, 0, 1, seed=0)
+        sampler.set_epoch(number)
+        batches = list(sampler)
+    full = [index for index, batch in enumerate(batches) if len(batch) == BATCH]
+    by_size = sorted(full, key=lambda index: sum(lengths[member] for member in batches[index]))
+    return [batches[index] for index in sorted(by_size[(2 * n + 1) * len(by_size) // (2 * steps)] for n in range(steps))]
+
+
+def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Train on the chosen batches."""
+    import torch
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    attention = "cora_segments" if side == harness.OURS else "sdpa"
+    model, hardware, examples, tokenizer = load_work(attention, options.dtype, options.dataset)
+    batches = chosen_batches(examples, side, options.steps, options.round)
+    arguments = TrainingArguments(
+        output_dir="unused",
+        per_device_train_batch_size=BATCH,
+        max_steps=len(batches),
+        learning_rate=LEARNING_RATE,
+        bf16=hardware.dtype == torch.bfloat16,
+        use_cpu=hardware.device.type == "cpu",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        remove_unused_columns=False,
+    )
+    trainer: Trainer
+    if side == harness.OURS:
+        from cora_cli.data.batches import GlobalBatches
+        from cora_cli.training.trainer import CoraTrainer
+
+        class Chosen(GlobalBatches):
+            def __init__(self, chosen: list[list[int]]) -> None:
+                self._chosen = chosen
+
+            def __len__(self) -> int:
+                return len(self._chosen)
+
+            def __iter__(self) -> Iterator[list[int]]:
+                return iter(self._chosen)
+
+        trainer = CoraTrainer(model, arguments, examples, None, Path("unused"), 1, share_prefixes=True)
+        trainer.batches = Chosen(batches)
+    else:
+        order = [index for batch in batches for index in batch]
+        rows = [row(examples[index]) for index in order]
+
+        class InOrder(Trainer):
+            def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+                return torch.utils.data.SequentialSampler(rows)
+
+        trainer = InOrder(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True))
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    tokens = sum(len(examples[index].input_ids) for batch in batches for index in batch)
+    return {
+        "rate": tokens / seconds,
+        "peak_bytes": harness.peak_bytes(),
+        "tokens": tokens,
+        "seconds": seconds,
+        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+    }
+
+
+def row(example: Any) -> dict[str, list[int]]:
+    """An example as DataCollatorForSeq2Seq takes it."""
+    masked = [-100] * example.prompt_length + example.input_ids[example.prompt_length :]
+    return {"input_ids": example.input_ids, "labels": masked, "attention_mask": [1] * len(example.input_ids)}
+
+
+def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
+    """Loss and gradients of one batch in fp32, ours against those of the peer's logits."""
     import torch
     from transformers import DataCollatorForSeq2Seq
 
-    from cora_cli.data.pack import pack, response_losses
-    from cora_cli.device import select_hardware
+    from cora_cli.data.pack import pack
+    from cora_cli.training.losses import response_losses
 
-    hardware = select_hardware("auto", "fp32")
     found = []
-    for attention in ("cora_packed", "sdpa"):
-        model, examples, tokenizer = _work(attention, hardware, 1)
+    for attention in ("cora_segments", "sdpa"):
+        model, _, examples, tokenizer = load_work(attention, "fp32", options.dataset)
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:  # at B = 0 half of the gradients would be zero
                 torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(len(name)))
-        if attention == "cora_packed":
-            losses, _ = response_losses(model, pack(examples))
-            loss = losses.mean()
+        members = examples[:BATCH]
+        if attention == "cora_segments":
+            loss = response_losses(model, pack(members)).mean()
         else:
-            rows = [
-                {"input_ids": e.input_ids, "labels": [-100] * e.prompt_length + e.input_ids[e.prompt_length :]}
-                for e in examples
-            ]
-            loss = model(**DataCollatorForSeq2Seq(tokenizer, padding=True)(rows)).loss
+            padded = DataCollatorForSeq2Seq(tokenizer, padding=True)([row(member) for member in members])
+            labels = padded.pop("labels")[:, 1:].flatten()
+            # In float64: torch's float32 log_softmax over 49,152 classes is off by 1e-5 itself, and its gradients by 2e-4.
+            loss = torch.nn.functional.cross_entropy(model(**padded).logits[:, :-1].flatten(0, 1).double(), labels)
         loss.backward()
         found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (ours, our_gradients), (theirs, their_gradients) = found
     worst = max(float((our_gradients[n] - g).norm() / g.norm()) for n, g in their_gradients.items())
-    return {"loss": abs(ours - theirs) / theirs, "gradient": worst}
+    yield harness.Agreement("loss of the same batch in fp32, relative", abs(ours - theirs) / theirs, 1e-5)
+    yield harness.Agreement("largest gradient difference of any trained tensor, relative", worst, 1e-5)
+
+
+def matmul_rate(dtype: str) -> float:
+    """Operations per second of this machine's matrix product, at the shapes of the model's feed-forward layers."""
+    import torch
+
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    left, right = torch.randn(2048, 576, dtype=kind), torch.randn(1536, 576, dtype=kind)
+    best = float("inf")
+    for _ in range(30):
+        began = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        best = min(best, time.perf_counter() - began)
+    return 2 * left.shape[0] * left.shape[1] * right.shape[0] / best
+
+
+def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespace) -> list[str]:
+    """The work, and how far ours is from the least time that its matrix products alone would take."""
+    model, _, examples, _ = load_work("cora_segments", "fp32", options.dataset)
+    needed, spent = 0.0, 0.0
+    rate = matmul_rate(options.dtype)
+    for number, result in enumerate(rounds[harness.OURS]):
+        for batch in chosen_batches(examples, harness.OURS, options.steps, number):
+            needed += operations(model, [examples[index] for index in batch])
+        spent += result["seconds"]
+    lengths = [len(example.input_ids) for example in examples]
+    return [
+        f"{options.steps} batches of {BATCH} a round, {options.dtype}, from "
+        + (options.dataset or "a generated stand-in with the lengths of code_alpaca_2k")
+        + f": {len(examples)} examples of {sum(lengths) / len(lengths):.0f} tokens on average (longest {max(lengths)}).",
+        f"Arithmetic floor of ours: {needed / rate:.1f} s of matrix products at {rate / 1e9:.0f} GFLOP/s against {spent:.1f} s spent: "
+        f"{needed / rate / spent:.0%}.",
+    ]
+
+
+def operations(model: Any, examples: Sequence[Any]) -> float:
+    """Floating-point operations of the matrix products of one step of ours: a packed row forward and backward.
+
+    A frozen weight takes part in two products (forward, and the gradient of its input), a trained one in three. Attention's are left out.
+    """
+    from cora_cli.data.pack import pack
+
+    batch = pack(examples)
+    total = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim != 2 or "embed_tokens" in name:
+            continue
+        total += 2 * parameter.numel() * batch["layout"].tokens * (3 if parameter.requires_grad else 2)
+    head = model.get_output_embeddings().weight.numel()
+    return total + 2 * head * len(batch["labels"]) * 2
 
 
 def main() -> None:
-    """Run all sides in turn, print the table and write `results.json`."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=6, help="batches of a round")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--side", choices=tuple(SIDES), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if options.side:
-        print(json.dumps(measure(options.side, options.steps, options.dtype)))
-        return
-    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for number in range(options.rounds):
-        for side, results in rounds.items():
-            command = [sys.executable, __file__, "--side", side, "--steps", str(options.steps), "--dtype", options.dtype]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            results.append(json.loads(output.strip().splitlines()[-1]))
-            print(f"round {number + 1}, {SIDES[side]}: {results[-1]['tokens_per_second']:.0f} tokens/s", file=sys.stderr)
-    report(rounds, agreement(), options)
-
-
-def report(rounds: dict[str, list[dict[str, float]]], agreed: dict[str, float], options: argparse.Namespace) -> None:
-    """Print medians with their spread and the ratios of ours to each peer within the same round."""
-    from cora_cli.rundir import write_json
-    from cora_cli.tables import markdown_table
-
-    rows = []
-    for side, results in rounds.items():
-        speeds = [result["tokens_per_second"] for result in results]
-        ratios = [ours["tokens_per_second"] / peer for ours, peer in zip(rounds["ours"], speeds, strict=True)]
-        memory = statistics.median(result["peak_bytes"] for result in results)
-        rows.append(
-            [
-                SIDES[side],
-                f"{statistics.median(speeds):.0f} [{min(speeds):.0f}, {max(speeds):.0f}]",
-                f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]",
-                f"{memory / 2**30:.2f}",
-            ]
-        )
-    print(markdown_table(["training", "real tokens/s, median [min, max]", "ours ÷ this", "peak GiB"], rows))
-    print(
-        f"\n{options.dtype}, {options.rounds} rounds of {options.steps} steps, {os.cpu_count()} cores; same batch in fp32: loss equal "
-        f"to {agreed['loss']:.1e}, gradients to {agreed['gradient']:.1e} (relative)"
-    )
-    write_json(
-        RESULTS,
-        {
-            "machine": platform.processor() or platform.machine(),
-            "options": vars(options),
-            "rounds": rounds,
-            "agreement": agreed,
-        },
-    )
-    if max(agreed.values()) > 1e-5:
-        sys.exit("the packed form does not agree with the padded one")
+    parser.add_argument("--dataset", help="Alpaca records to train on instead of the stand-in")
+    harness.run(STAGE, measure, lambda options: list(agreement(options)), parser, notes)
 
 
 if __name__ == "__main__":

@@ -103,17 +103,32 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(flags & {*BF16_CPU_FLAGS, "bf16"})
 
 
-def select_packed_attention(device_type: str, has_flash_attention: bool | None = None) -> tuple[str, str]:
-    """Name the attention implementation for packed rows, and the reason.
+@dataclasses.dataclass(frozen=True)
+class PackedAttention:
+    """The attention implementation for packed rows, whether its rows share prefixes, and why it was chosen."""
 
-    On CUDA these are transformers' own paths: FlashAttention's varlen kernel where `flash-attn` is installed, else SDPA with the
-    block-diagonal mask that transformers derives from `position_ids`. On a CPU a dense mask wastes most of the work, so
-    documents are attended one by one (`data.pack`).
+    name: str
+    shares_prefixes: bool
+    reason: str
+
+
+def select_packed_attention(
+    device_type: str, has_flash_attention: bool | None = None, has_triton: bool | None = None
+) -> PackedAttention:
+    """Choose how packed rows are attended.
+
+    On CUDA these are transformers' own paths: FlashAttention's varlen kernel where `flash-attn` is installed, else FlexAttention with the
+    row's block mask, which Triton compiles, else SDPA with the block-diagonal mask that transformers derives from `position_ids`. Only the
+    mask of FlexAttention and the processor's own form (`training.attention`) can express shared prefixes.
     """
-    if has_flash_attention is None:
-        has_flash_attention = importlib.util.find_spec("flash_attn") is not None
     if device_type != "cuda":
-        return "cora_packed", "CPU: one causal attention per document"
-    if has_flash_attention:
-        return "flash_attention_2", "CUDA with flash-attn: varlen kernel"
-    return "sdpa", "CUDA without flash-attn: SDPA with a block-diagonal mask"
+        return PackedAttention("cora_segments", True, "CPU: causal attention per segment, shared prefixes once")
+    if has_flash_attention if has_flash_attention is not None else _is_installed("flash_attn"):
+        return PackedAttention("flash_attention_2", False, "CUDA with flash-attn: varlen kernel")
+    if has_triton if has_triton is not None else _is_installed("triton"):
+        return PackedAttention("cora_flex", True, "CUDA without flash-attn: FlexAttention, shared prefixes once")
+    return PackedAttention("sdpa", False, "CUDA without flash-attn and Triton: SDPA with a block-diagonal mask")
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -1,22 +1,52 @@
-"""Puts the tables of a finished `make demo` between the README's markers, so that they are never typed by hand."""
+"""Puts what `make demo` and `make bench` printed between the README's markers, so that no table is ever typed by hand."""
 
+import argparse
+import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from cora_cli.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"(<!-- demo:begin -->\n).*?(<!-- demo:end -->)", re.DOTALL)
+README = ROOT / "README.md"
 
 
 def main() -> None:
-    """Replace the marked part of README.md by the body of `report.md` (default: demo/report.md)."""
-    report = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "demo" / "report.md"
-    readme = ROOT / "README.md"
-    _, _, body = report.read_text(encoding="utf-8").partition("\n")
-    text, replaced = MARKED.subn(lambda match: f"{match[1]}{body.strip()}\n{match[2]}", readme.read_text(encoding="utf-8"))
+    """Replace the marked parts of README.md for which there are results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--demo", type=Path, default=ROOT / "demo" / "report.md", help="what `make demo` wrote")
+    parser.add_argument("--bench", type=Path, default=ROOT / "benchmarks" / "results.json", help="what `make bench` wrote")
+    options = parser.parse_args()
+    if options.demo.exists():
+        replace("demo", options.demo.read_text(encoding="utf-8").partition("\n")[2].strip())
+    if options.bench.exists():
+        replace("bench", benchmark_table(json.loads(options.bench.read_text(encoding="utf-8"))))
+
+
+def replace(name: str, body: str) -> None:
+    """Put `body` between the markers of `name`."""
+    marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    text, replaced = marked.subn(lambda match: f"{match[1]}{body}\n{match[2]}", README.read_text(encoding="utf-8"))
     if replaced != 1:
-        sys.exit("README.md has no part between <!-- demo:begin --> and <!-- demo:end -->")
-    readme.write_text(text, encoding="utf-8")
+        sys.exit(f"README.md has no part between <!-- {name}:begin --> and <!-- {name}:end -->")
+    README.write_text(text, encoding="utf-8")
+
+
+def benchmark_table(results: Mapping[str, Any]) -> str:
+    """The summary of every stage, the machine, and each stage's own table and notes in a folded part."""
+    stages = {name: result for name, result in results.items() if name != "machine"}
+    headers = ["stage", "peer", "ours ÷ peer, speed", "target", "ours ÷ peer, memory"]
+    rows = [row for result in stages.values() for row in result["summary"]]
+    machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    lines = [markdown_table(headers, rows), "", f"Median [min, max] over rounds. Machine: {machine}.", ""]
+    for name, result in stages.items():
+        table, _, notes = result["markdown"].partition("\n\n")
+        listed = "\n".join(f"- {line}" for line in notes.splitlines())
+        lines += [f"<details><summary>{name}</summary>", "", table, "", listed, "", "</details>", ""]
+    return "\n".join(lines).rstrip()
 
 
 if __name__ == "__main__":

@@ -70,23 +70,25 @@ def test_a_system_without_cpuinfo_has_no_known_bfloat16(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "flash", "expected"),
+    ("device", "flash", "triton", "expected", "shares"),
     [
-        ("cpu", False, "cora_packed"),
-        ("cpu", True, "cora_packed"),
-        ("cuda", True, "flash_attention_2"),
-        ("cuda", False, "sdpa"),
+        ("cpu", False, False, "cora_segments", True),
+        ("cpu", True, True, "cora_segments", True),
+        ("cuda", True, True, "flash_attention_2", False),
+        ("cuda", False, True, "cora_flex", True),
+        ("cuda", False, False, "sdpa", False),
     ],
 )
-def test_packed_rows_take_the_kernel_of_the_device(device, flash, expected):
-    assert select_packed_attention(device, flash)[0] == expected
+def test_packed_rows_take_the_kernel_of_the_device(device, flash, triton, expected, shares):
+    chosen = select_packed_attention(device, flash, triton)
+    assert (chosen.name, chosen.shares_prefixes) == (expected, shares)
 
 
-def test_flash_attention_is_looked_for_where_nobody_says(monkeypatch):
+def test_kernels_are_looked_for_where_nobody_says(monkeypatch):
     found = []
     monkeypatch.setattr("importlib.util.find_spec", found.append)
-    assert select_packed_attention("cuda")[0] == "sdpa"
-    assert found == ["flash_attn"]
+    assert select_packed_attention("cuda").name == "sdpa"
+    assert found == ["flash_attn", "triton"]
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "", "cpu:0", "mps", "cuda:0 "])

@@ -53,9 +53,9 @@ def run(config: DoctorConfig) -> None:
             print(f"  {name:<14} missing: pip install {name}")
             missing.append(name)
     hardware = select_hardware(config.device, config.dtype)
-    attention, reason = select_packed_attention(hardware.device.type)
+    attention = select_packed_attention(hardware.device.type)
     print(hardware.describe())
-    print(f"packed attention {attention} ({reason}); {torch.get_num_threads()} threads")
+    print(f"packed attention {attention.name} ({attention.reason}); {torch.get_num_threads()} threads")
     for module, use in OPTIONAL.items():
         print(f"  {module:<14} {'installed' if importlib.util.find_spec(module) else 'not installed'}; for {use}")
     print(f"embedded parts, in {embedded.cache_directory()}")

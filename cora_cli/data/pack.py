@@ -1,45 +1,106 @@
-"""Packs the examples of a batch into one row without padding, with attention inside each document only.
+"""Packs the examples of a batch into one row without padding, with one copy of every prefix that several of them share.
 
-The loss of a packed row equals the loss of the padded batch: positions restart at 0 in every document, no token sees another
-document, and logits are computed only where a label is. Choosing the attention kernel is `device.select_packed_attention`.
+The row is a forest of segments: a shared prefix is a segment once, and what follows it in each example is a child of it. With causal
+attention along the path from the root this is exact, gradients included. How a row is attended is `training.attention`.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from cora_cli.data.encode import Example
 
-IGNORED = -100
-GHOST = -1
-"""Index of a batch member that carries no loss: it keeps a process in step where the last batch has too few examples."""
+SHORTEST_SHARED = 16
+"""Tokens that a prefix needs for a segment of its own: below this the bookkeeping costs more than the tokens."""
 
 
-def pack(examples: Sequence[Example], ghosts: Sequence[bool] | None = None) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Tokens `start` to `end` of a row, which continue the segments `ancestors` (indices, the root first)."""
+
+    start: int
+    end: int
+    ancestors: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return self.end - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The segments of one row in their order, every one after its ancestors; together they are the whole row."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the row."""
+        return self.segments[-1].end
+
+    @cached_property
+    def descent(self) -> torch.Tensor:
+        """Whether segment i continues segment j or is it: (segments, segments) bool."""
+        count = len(self.segments)
+        table = torch.eye(count, dtype=torch.bool)
+        for index, segment in enumerate(self.segments):
+            table[index, list(segment.ancestors)] = True
+        return table
+
+    @cached_property
+    def segment_of(self) -> torch.Tensor:
+        """The segment of each token of the row: (tokens,) int64."""
+        lengths = torch.tensor([segment.length for segment in self.segments])
+        return torch.repeat_interleave(torch.arange(len(self.segments)), lengths)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Each token's position in the examples that it belongs to: (tokens,) int64."""
+        before = [sum(self.segments[index].length for index in segment.ancestors) for segment in self.segments]
+        return torch.cat([torch.arange(segment.length) + depth for segment, depth in zip(self.segments, before, strict=True)])
+
+
+def pack(examples: Sequence[Example], ghosts: Sequence[bool] | None = None, share_prefixes: bool = True) -> dict[str, Any]:
     """Collate examples into one row.
 
-    Returns `input_ids`, `position_ids`, `labels`, each (1, tokens); `cu_seq_lens_q/k` (documents + 1,) int32 with the
-    boundaries and `max_length_q/k`, as FlashAttention's varlen form wants them. `labels` is `IGNORED` on prompts.
+    Returns `input_ids` and `position_ids` (1, tokens); `logits_to_keep` (labels,), the position in the row before each response token,
+    example after example; `labels` and `shift_labels` (labels,), those tokens; `real_tokens`, the tokens of all examples as they would be
+    without sharing. A ghost has tokens but no labels and is not counted. With `share_prefixes` a `layout`, and else, as
+    FlashAttention's varlen form wants them, `cu_seq_lens_q/k` (examples + 1,) int32 with the boundaries and `max_length_q/k`.
     """
     hidden = ghosts or [False] * len(examples)
+    layout, paths = lay_out([example.input_ids for example in examples], SHORTEST_SHARED if share_prefixes else None)
+    ids = [0] * layout.tokens
+    kept: list[int] = []
+    labels: list[int] = []
+    for example, path, ghost in zip(examples, paths, hidden, strict=True):
+        spans = [range(layout.segments[index].start, layout.segments[index].end) for index in path]
+        row = list(itertools.chain.from_iterable(spans))
+        for place, token in zip(row, example.input_ids, strict=True):
+            ids[place] = token
+        if not ghost:
+            kept += row[example.prompt_length - 1 : -1]
+            labels += example.input_ids[example.prompt_length :]
+    targets = torch.tensor(labels, dtype=torch.long)
+    batch = {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": layout.positions[None],
+        "logits_to_keep": torch.tensor(kept, dtype=torch.long),
+        "labels": targets,
+        "shift_labels": targets,  # tells the Trainer, which counts them, that they are shifted already
+        "real_tokens": sum(len(example.input_ids) for example, ghost in zip(examples, hidden, strict=True) if not ghost),
+    }
+    if share_prefixes:
+        return {**batch, "layout": layout}
     lengths = [len(example.input_ids) for example in examples]
-    labels = [
-        [IGNORED] * len(example.input_ids)
-        if ghost
-        else [IGNORED] * example.prompt_length + example.input_ids[example.prompt_length :]
-        for example, ghost in zip(examples, hidden, strict=True)
-    ]
     boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     return {
-        "input_ids": torch.tensor([list(itertools.chain.from_iterable(example.input_ids for example in examples))]),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "labels": torch.tensor([list(itertools.chain.from_iterable(labels))]),
+        **batch,
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,
         "max_length_q": max(lengths),
@@ -47,94 +108,55 @@ def pack(examples: Sequence[Example], ghosts: Sequence[bool] | None = None) -> d
     }
 
 
-def response_losses(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of every response token of a packed row.
+def lay_out(sequences: Sequence[Sequence[int]], shortest_shared: int | None) -> tuple[Layout, list[tuple[int, ...]]]:
+    """Arrange token sequences as a forest, sharing prefixes of at least `shortest_shared` tokens (None: sharing nothing).
 
-    Returns the losses (labelled tokens,) in float32 and the index (labelled tokens,) of the token before each in the row.
+    Returns the layout and, for each sequence, the segments that spell it. Without sharing the order is that of `sequences`.
     """
-    inputs = dict(batch)
-    labels = inputs.pop("labels")[0]
-    positions = (labels[1:] != IGNORED).nonzero()[:, 0]
-    logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits[0]
-    return torch.nn.functional.cross_entropy(logits.float(), labels[positions + 1], reduction="none"), positions
+    segments: list[Segment] = []
+    paths: list[tuple[int, ...]] = [()] * len(sequences)
+
+    def place(members: Sequence[int], start: int, end: int, ancestors: tuple[int, ...]) -> tuple[int, ...]:
+        """Add tokens `start` to `end` of these sequences, which are the same in all of them, behind `ancestors`."""
+        if end > start:
+            first = segments[-1].end if segments else 0
+            segments.append(Segment(first, first + end - start, ancestors))
+            ancestors = (*ancestors, len(segments) - 1)
+        for member in members:
+            paths[member] = ancestors
+        return ancestors
+
+    if shortest_shared is None:
+        for index, sequence in enumerate(sequences):
+            place([index], 0, len(sequence), ())
+        return Layout(tuple(segments)), paths
+
+    # Sorted, the sequences that share a prefix stand together, and a run shares what its first and last one share.
+    everyone = sorted(range(len(sequences)), key=lambda index: (list(sequences[index]), index))
+    waiting: list[tuple[list[int], int, tuple[int, ...]]] = [(everyone, 0, ())]
+    while waiting:
+        members, start, ancestors = waiting.pop()
+        for run in _runs(sequences, members, start + shortest_shared):
+            first, last = sequences[run[0]], sequences[run[-1]]
+            end = len(first) if len(run) == 1 else _common(first, last)
+            path = place(run, start, end, ancestors)
+            longer = [member for member in run if len(sequences[member]) > end]
+            if longer:
+                waiting.append((longer, end, path))
+    return Layout(tuple(segments)), paths
 
 
-def packed_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each document of a packed row; an ordinary SDPA where there are no boundaries.
-
-    query: (1, heads, tokens, head_dim); key, value: (1, key_value_heads, tokens, head_dim). Returns (1, tokens, heads, head_dim).
-    A window narrower than a document is taken from the dense mask that transformers built.
-    """
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    outputs = []
-    for start, end in itertools.pairwise(cu_seq_lens_q.tolist()):
-        part = slice(start, end)
-        windowed = sliding_window is not None and end - start > sliding_window and attention_mask is not None
-        mask = attention_mask[:, :, part, part] if windowed and attention_mask is not None else None
-        document = sdpa_attention_forward(module, query[:, :, part], key[:, :, part], value[:, :, part], mask, **kwargs)
-        outputs.append(document[0])
-    return torch.cat(outputs, dim=1), None
+def _runs(sequences: Sequence[Sequence[int]], members: Sequence[int], depth: int) -> list[list[int]]:
+    """Cut sorted sequences into runs whose neighbours agree in their first `depth` tokens."""
+    runs = [[members[0]]]
+    for before, member in itertools.pairwise(members):
+        if _common(sequences[before], sequences[member]) >= depth:
+            runs[-1].append(member)
+        else:
+            runs.append([member])
+    return runs
 
 
-AttentionInterface.register("cora_packed", packed_attention)
-AttentionMaskInterface.register("cora_packed", sdpa_mask)
-
-
-class ExampleSet(Dataset):
-    """Examples by index. `GHOST` is the shortest example; `collate` takes its labels away."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = examples
-        self._shortest = min(examples, key=lambda example: len(example.input_ids)) if examples else None
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> tuple[Example | None, bool]:
-        return (self._shortest, True) if index == GHOST else (self.examples[index], False)
-
-
-def collate(items: Sequence[tuple[Example, bool]]) -> dict[str, Any]:
-    """Pack members of an `ExampleSet`."""
-    return pack([example for example, _ in items], [ghost for _, ghost in items])
-
-
-class GlobalBatches(Sampler[list[int]]):
-    """The batches of one process, such that every world size trains on the same optimizer batches in the same order.
-
-    An optimizer batch of `batch_size × accumulation × world_size` examples is drawn from a permutation that depends on the seed
-    and the epoch alone, and is then dealt out to micro-batches and processes. The last one of an epoch may be short; it is dealt
-    out evenly, and a process that is left without examples gets a ghost.
-    """
-
-    def __init__(self, count: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int) -> None:
-        self._count, self._parts, self._accumulation = count, accumulation * world_size, accumulation
-        self._global = batch_size * self._parts
-        self._rank, self._world_size, self._seed = rank, world_size, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose permutation is drawn next."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-self._count // self._global) * self._accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self._count, generator=generator)
-        for batch in order.split(self._global):
-            parts = batch.tensor_split(self._parts)
-            for micro in range(self._accumulation):
-                part = parts[micro * self._world_size + self._rank].tolist()
-                yield part or [GHOST]
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    return next((n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))

@@ -41,7 +41,9 @@ class TrainConfig:
     a_init: AInit | None = setting("How A starts, instead of the mode's own start.", None, panel=_WHAT)
     b_init: BInit | None = setting("How B starts in fb and tb, instead of the basis.", None, panel=_WHAT)
     target_modules: tuple[str, ...] = setting("Linear layers to adapt, comma-separated.", DEFAULT_TARGETS, panel=_WHAT)
-    dropout: float = setting("Dropout probability on the input of A.", 0.0, panel=_WHAT)
+    dropout: float = setting(
+        "Dropout probability on the input of A, drawn once for a prefix that examples share.", 0.0, panel=_WHAT
+    )
     compact: bool = setting("Store A alone and the basis's hash.", False, panel=_WHAT)
     test_size: float | None = setting(
         "Held-out records: a count, or a share below 1. Default: the built-in set's own, else a tenth.", None, panel=_DATA

@@ -12,10 +12,11 @@ import torch
 from accelerate.utils import gather_object
 
 from cora_cli.data.encode import Example
-from cora_cli.data.pack import pack, response_losses
+from cora_cli.data.pack import pack
 from cora_cli.device import Hardware
 from cora_cli.intervals import bootstrap_interval
 from cora_cli.progress import progress
+from cora_cli.training.losses import response_losses
 
 ROW_TOKENS = 4096
 RESAMPLES = 1000
@@ -48,16 +49,25 @@ def loss_change(before: HeldOutLoss, after: HeldOutLoss) -> dict[str, object]:
 
 
 def held_out_loss(
-    model: torch.nn.Module, examples: Sequence[Example], hardware: Hardware, rank: int = 0, world_size: int = 1, label: str = ""
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    hardware: Hardware,
+    share_prefixes: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    label: str = "",
 ) -> HeldOutLoss:
-    """Measure every example, in rows of similar lengths; with several processes each measures its share."""
+    """Measure every example, in rows of similar lengths; with several processes each measures its share.
+
+    `share_prefixes` says whether the model's attention takes a row in which examples share their prefixes.
+    """
     mine = sorted(range(rank, len(examples), world_size), key=lambda index: len(examples[index].input_ids))
     measured: list[tuple[int, float, int]] = []
     training = model.training
     model.eval()
     with torch.inference_mode(), progress(label or "held-out loss", len(mine), "records") as shown:
         for row in _rows(examples, mine):
-            measured += _measure(model, examples, row, hardware)
+            measured += _measure(model, examples, row, hardware, share_prefixes)
             shown.advance(len(row))
     model.train(training)
     if world_size > 1:
@@ -80,14 +90,13 @@ def _rows(examples: Sequence[Example], indices: Sequence[int]) -> list[list[int]
 
 
 def _measure(
-    model: torch.nn.Module, examples: Sequence[Example], row: list[int], hardware: Hardware
+    model: torch.nn.Module, examples: Sequence[Example], row: list[int], hardware: Hardware, share_prefixes: bool
 ) -> list[tuple[int, float, int]]:
     members = [examples[index] for index in row]
-    batch = {
-        name: value.to(hardware.device) if isinstance(value, torch.Tensor) else value for name, value in pack(members).items()
-    }
+    row_batch = pack(members, share_prefixes=share_prefixes)
+    batch = {name: value.to(hardware.device) if isinstance(value, torch.Tensor) else value for name, value in row_batch.items()}
     with torch.autocast(hardware.device.type, torch.bfloat16, enabled=hardware.dtype == torch.bfloat16):
-        losses, _ = response_losses(model, batch)
+        losses = response_losses(model, batch)
     counts = [len(member.input_ids) - member.prompt_length for member in members]
     sums = [part.double().sum().item() for part in losses.split(counts)]
     return list(zip(row, sums, counts, strict=True))

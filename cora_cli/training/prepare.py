@@ -22,7 +22,7 @@ from cora_cli.basis.sources import open_source
 from cora_cli.data.encode import EncodedSet, encode_records
 from cora_cli.data.formats import DataSplit, load_split
 from cora_cli.data.templates import TemplateName, choose_template
-from cora_cli.device import Hardware, select_hardware
+from cora_cli.device import Hardware, PackedAttention, select_hardware, select_packed_attention
 from cora_cli.errors import CoraError
 from cora_cli.loading import context_length, load_tokenizer
 from cora_cli.models import ModelPath, resolve_model
@@ -35,6 +35,7 @@ class Prepared:
     """What a run needs, all of it checked."""
 
     hardware: Hardware
+    attention: PackedAttention
     model_path: ModelPath
     tokenizer: Any
     template: TemplateName
@@ -75,6 +76,7 @@ def prepare(config: TrainConfig) -> Prepared:
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)
     template = choose_template(config.template, data.schema, tokenizer)
     model_config = transformers.AutoConfig.from_pretrained(model_path.path, trust_remote_code=config.trust_remote_code)
+    _check_packable(model_config, config.model)
     if plan is not None:
         with torch.device("meta"):
             skeleton = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
@@ -84,7 +86,16 @@ def prepare(config: TrainConfig) -> Prepared:
     test_set = encode_records(data.test, data.schema, template, tokenizer, longest, "held-out")
     if config.eval_limit:
         test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
-    return Prepared(hardware, model_path, tokenizer, template, data, train_set, test_set, basis, plan)
+    attention = select_packed_attention(hardware.device.type)
+    return Prepared(hardware, attention, model_path, tokenizer, template, data, train_set, test_set, basis, plan)
+
+
+def _check_packable(model_config: Any, name: str) -> None:
+    """Raise `CoraError` for a model with layers in which examples of one row would see each other, such as chunked or recurrent ones."""
+    kinds = getattr(model_config.get_text_config(decoder=True), "layer_types", None) or []
+    foreign = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if foreign:
+        raise CoraError(f"{name} has {foreign[0]} layers, which packed training does not support; full and sliding attention it does")
 
 
 def total_steps(config: TrainConfig, examples: int) -> int:

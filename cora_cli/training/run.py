@@ -20,11 +20,11 @@ from cora_cli import rundir
 from cora_cli.adapters.install import AngleMeter, install_adapter
 from cora_cli.adapters.modes import AdapterPlan
 from cora_cli.adapters.storage import AdapterFacts, save_adapter
-from cora_cli.device import select_packed_attention
 from cora_cli.errors import CoraError
 from cora_cli.loading import load_model
 from cora_cli.progress import progress, say
 from cora_cli.rundir import RunDirectory
+from cora_cli.training.attention import register_packed_attention
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
@@ -109,10 +109,10 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
 
 
 def _load(config: TrainConfig, prepared: Prepared) -> torch.nn.Module:
-    attention, reason = select_packed_attention(prepared.hardware.device.type)
-    say(f"{prepared.hardware.describe()}; attention {attention} ({reason})")
+    say(f"{prepared.hardware.describe()}; attention {prepared.attention.name} ({prepared.attention.reason})")
     dtype = torch.float32 if prepared.plan is None else prepared.hardware.dtype
-    model = load_model(prepared.model_path, dtype, prepared.hardware.device, attention, config.trust_remote_code)
+    register_packed_attention()
+    model = load_model(prepared.model_path, dtype, prepared.hardware.device, prepared.attention.name, config.trust_remote_code)
     # Starts are seeded by module name; this seeds dropout.
     set_seed(config.seed)
     if prepared.plan is None:
@@ -153,7 +153,13 @@ def _train_and_save(
         meter, speed, after = None, {"steps": 0, "seconds": 0.0, "tokens": 0, "tokens_per_second": None}, before
     else:
         trainer = CoraTrainer(
-            model, arguments, prepared.train.examples, prepared.plan, run.checkpoints, config.keep_checkpoints
+            model,
+            arguments,
+            prepared.train.examples,
+            prepared.plan,
+            run.checkpoints,
+            config.keep_checkpoints,
+            prepared.attention.shares_prefixes,
         )
         meter = _angle_meter(model, prepared.plan)
         speed = _fit(trainer, run, meter, checkpoint, config, prepared)
@@ -232,7 +238,9 @@ def _measure(model: Any, prepared: Prepared, arguments: TrainingArguments, label
     if not prepared.test.examples:
         return None
     rank, world = arguments.process_index, arguments.world_size
-    loss = held_out_loss(model, prepared.test.examples, prepared.hardware, rank, world, label)
+    loss = held_out_loss(
+        model, prepared.test.examples, prepared.hardware, prepared.attention.shares_prefixes, rank, world, label
+    )
     if not math.isfinite(loss.mean):
         raise Diverged(f"the {label} is {loss.mean}: the model's output is no longer finite")
     return loss

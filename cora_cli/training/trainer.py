@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cora_cli.adapters.install import AngleMeter, apply_trained_set
 from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.data.batches import Collator, ExampleSet, GlobalBatches
 from cora_cli.data.encode import Example
-from cora_cli.data.pack import ExampleSet, GlobalBatches, collate, response_losses
 from cora_cli.errors import CoraError
 from cora_cli.progress import Progress
 from cora_cli.rundir import RunDirectory
+from cora_cli.training.losses import response_losses
 
 PARTIAL = ".partial"
 
@@ -35,7 +37,8 @@ class Diverged(CoraError):
 class CoraTrainer(Trainer):
     """Trains on packed rows and keeps the `keep` newest checkpoints in `root`.
 
-    `plan` is None in mode `full`, where everything is trained.
+    `plan` is None in mode `full`, where everything is trained. `share_prefixes` says whether the model's attention takes a row in which
+    examples share their prefixes.
     """
 
     def __init__(
@@ -46,10 +49,15 @@ class CoraTrainer(Trainer):
         plan: AdapterPlan | None,
         root: Path,
         keep: int,
+        share_prefixes: bool,
     ) -> None:
         self._examples, self._root = ExampleSet(examples), root
-        super().__init__(model=model, args=args, train_dataset=self._examples, data_collator=collate)
+        super().__init__(model=model, args=args, train_dataset=self._examples, data_collator=Collator(share_prefixes))
         self._plan, self._keep = plan, keep
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                # Autocast has the input in bfloat16 already; PEFT would copy it to float32 for autocast to copy it back.
+                module.cast_input_dtype_enabled = not args.bf16
         self.batches = GlobalBatches(
             len(examples),
             args.per_device_train_batch_size,
@@ -76,12 +84,11 @@ class CoraTrainer(Trainer):
 
         Gradients are averaged over processes afterwards, hence the factor.
         """
-        losses, _ = response_losses(model, inputs)
-        return losses.sum() / num_items_in_batch * self.accelerator.num_processes
+        return response_losses(model, inputs).sum() / num_items_in_batch * self.accelerator.num_processes
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch forward and backward. Raises `Diverged` before the optimizer could use what it computed."""
-        self.tokens += inputs["input_ids"].numel()
+        self.tokens += inputs["real_tokens"]
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._require_finite(loss, "loss")
         return loss

@@ -23,7 +23,7 @@ def test_it_names_versions_device_precision_and_reasons() -> None:
     for package in doctor.REQUIRED:
         assert any(re.fullmatch(rf"  {re.escape(package)} +\d+\.\d+\S*", line) for line in lines)
     assert re.search(r"device cpu \(asked for\), (bf16|fp32) \(the processor has (no )?bfloat16 instructions\)", result.stdout)
-    assert "packed attention cora_packed (CPU: one causal attention per document)" in result.stdout
+    assert "packed attention cora_segments (CPU: causal attention per segment, shared prefixes once)" in result.stdout
     for name, use in doctor.OPTIONAL.items():
         assert any(line.split()[0] == name and line.endswith(use) for line in lines if line.startswith("  "))
 

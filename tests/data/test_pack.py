@@ -2,264 +2,205 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from cora_cli.data import pack as packing
 from cora_cli.data.encode import Example
-from cora_cli.data.pack import GHOST, IGNORED, ExampleSet, GlobalBatches, collate, pack, response_losses
+from cora_cli.data.pack import lay_out, pack
 
-VOCABULARY = 48
-COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 256,
-}
-WINDOW = 4
-CONFIGS = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**COMMON)),
-    "mistral": (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=WINDOW)),
-    # One layer with full attention, one with a window.
-    "qwen2": (
-        Qwen2ForCausalLM,
-        Qwen2Config(
-            **COMMON, use_sliding_window=True, sliding_window=WINDOW, layer_types=["full_attention", "sliding_attention"]
-        ),
-    ),
-}
-repeatable = settings(derandomize=True, deadline=None, max_examples=12)
-# Prompt and response lengths of the documents of one row.
-rows = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5)
+repeatable = settings(derandomize=True, deadline=None, max_examples=120)
+# Two tokens are so few that prefixes, duplicates and sequences that continue another one come up all the time.
+sequences = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=9), min_size=1, max_size=6)
+sharing = st.sampled_from([1, 2, 3, 4, None])
 
 
-@pytest.fixture(scope="module")
-def models():
-    """Every architecture in float64; "sdpa" is also the reference for padded batches."""
-    made = {}
-    for name, (kind, config) in CONFIGS.items():
-        torch.manual_seed(0)
-        made[name] = kind(config).double()
-    return made
+@st.composite
+def batches(draw):
+    """Examples with at least one prompt and one response token each, and which of them are ghosts."""
+    tokens = st.lists(st.integers(1, 2), min_size=2, max_size=9)
+    examples = [Example(ids, draw(st.integers(1, len(ids) - 1))) for ids in draw(st.lists(tokens, min_size=1, max_size=5))]
+    return examples, draw(st.lists(st.booleans(), min_size=len(examples), max_size=len(examples)))
 
 
-def make_examples(lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        Example(torch.randint(VOCABULARY, (prompt + response,), generator=generator).tolist(), prompt)
-        for prompt, response in lengths
+def places(layout, path):
+    """The row's tokens that a path spells, in the order of the sequence."""
+    return [place for index in path for place in range(layout.segments[index].start, layout.segments[index].end)]
+
+
+def common_length(first, second):
+    """Length of the longest common prefix, counted one by one."""
+    length = 0
+    while length < min(len(first), len(second)) and first[length] == second[length]:
+        length += 1
+    return length
+
+
+# The layout
+
+
+@given(sequences=sequences, shortest=sharing)
+@example(sequences=[[1, 1, 2], [1, 1], [1], [1, 1, 2]], shortest=1)
+@repeatable
+def test_every_path_spells_its_sequence_in_a_row_where_each_place_has_one_token(sequences, shortest):
+    layout, paths = lay_out(sequences, shortest)
+    row = {}
+    assert len(paths) == len(sequences)
+    for sequence, path in zip(sequences, paths, strict=True):
+        spelled = places(layout, path)
+        assert len(spelled) == len(sequence)
+        for place, token in zip(spelled, sequence, strict=True):
+            assert row.setdefault(place, token) == token
+    assert sorted(row) == list(range(layout.tokens)), "nothing in the row belongs to no sequence"
+
+
+@given(sequences=sequences, shortest=sharing)
+@repeatable
+def test_segments_tile_the_row_and_paths_are_chains_of_ancestors_that_come_before(sequences, shortest):
+    layout, paths = lay_out(sequences, shortest)
+    ends = [segment.end for segment in layout.segments]
+    assert [segment.start for segment in layout.segments] == [0, *ends[:-1]]
+    assert all(segment.length == segment.end - segment.start > 0 for segment in layout.segments)
+    assert layout.tokens == ends[-1]
+    for index, segment in enumerate(layout.segments):
+        assert all(ancestor < index for ancestor in segment.ancestors)
+        if segment.ancestors:
+            parent = segment.ancestors[-1]
+            assert segment.ancestors == (*layout.segments[parent].ancestors, parent)
+    for path in paths:
+        assert layout.segments[path[-1]].ancestors == path[:-1]
+
+
+@given(sequences=sequences, shortest=sharing)
+@repeatable
+def test_positions_and_descent_are_those_of_the_paths(sequences, shortest):
+    layout, paths = lay_out(sequences, shortest)
+    descent = torch.zeros(len(layout.segments), len(layout.segments), dtype=torch.bool)
+    for path in paths:
+        spelled = places(layout, path)
+        assert layout.positions[spelled].tolist() == list(range(len(spelled)))
+        assert layout.segment_of[spelled].tolist() == [index for index in path for _ in range(layout.segments[index].length)]
+        for place, index in enumerate(path):
+            descent[index, list(path[: place + 1])] = True
+    assert torch.equal(layout.descent, descent)
+    assert layout.positions.dtype == layout.segment_of.dtype == torch.int64
+
+
+@given(sequences=sequences)
+@repeatable
+def test_without_sharing_every_sequence_is_one_segment_in_its_order(sequences):
+    layout, paths = lay_out(sequences, None)
+    assert paths == [(index,) for index in range(len(sequences))]
+    assert [segment.length for segment in layout.segments] == [len(sequence) for sequence in sequences]
+    assert all(segment.ancestors == () for segment in layout.segments)
+
+
+@given(sequences=sequences)
+@repeatable
+def test_where_one_token_is_enough_to_share_the_row_has_the_nodes_of_the_prefix_tree(sequences):
+    nodes = {tuple(sequence[: length + 1]) for sequence in sequences for length in range(len(sequence))}
+    assert lay_out(sequences, 1)[0].tokens == len(nodes)
+
+
+@given(sequences=sequences, shortest=st.integers(1, 4))
+@example(sequences=[[1, 1, 2, 2, 1], [1, 1, 2, 2, 2], [1, 1, 2]], shortest=2)
+@repeatable
+def test_long_enough_prefixes_are_shared_and_no_shorter_ones(sequences, shortest):
+    layout, paths = lay_out(sequences, shortest)
+    users = [sum(index in path for path in paths) for index in range(len(layout.segments))]
+    assert all(segment.length >= shortest for segment, count in zip(layout.segments, users, strict=True) if count > 1)
+    assert layout.tokens <= sum(map(len, sequences))
+    for (first, one), (second, other) in itertools.combinations(zip(sequences, paths, strict=True), 2):
+        shared = sum(layout.segments[index].length for index in set(one) & set(other))
+        assert (shared >= shortest) == (common_length(first, second) >= shortest)
+
+
+# The packed row
+
+
+def assert_labels_follow_their_path(row, examples, ghosts):
+    """Each label is one of a response, and what the place it is predicted from has before it is that example's beginning."""
+    layout, ids = row["layout"], row["input_ids"][0]
+    expected = [
+        (shown.input_ids[:length], shown.input_ids[length])
+        for shown, ghost in zip(examples, ghosts, strict=True)
+        if not ghost
+        for length in range(shown.prompt_length, len(shown.input_ids))
     ]
+    found = []
+    for place, label in zip(row["logits_to_keep"].tolist(), row["labels"].tolist(), strict=True):
+        segment = layout.segments[int(layout.segment_of[place])]
+        before = [*places(layout, segment.ancestors), *range(segment.start, place + 1)]
+        assert row["position_ids"][0, before].tolist() == list(range(len(before)))
+        found.append((ids[before].tolist(), label))
+    assert found == expected
 
 
-def padded(examples):
-    """The ordinary form: rows padded on the right, labels -100 on prompts and padding."""
-    longest = max(len(example.input_ids) for example in examples)
-    ids, labels, mask = [], [], []
-    for example in examples:
-        gap = longest - len(example.input_ids)
-        ids.append(example.input_ids + [0] * gap)
-        labels.append([-100] * example.prompt_length + example.input_ids[example.prompt_length :] + [-100] * gap)
-        mask.append([1] * len(example.input_ids) + [0] * gap)
-    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
-
-
-def gradients(model, loss):
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def assert_close(found, expected):
-    """Largest difference below 1e-5 of the largest entry."""
-    for name, wanted in expected.items():
-        assert (found[name] - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
-
-
-def loss_and_gradients(model, attention, batch):
-    model.set_attn_implementation(attention)
-    is_packed = "position_ids" in batch
-    loss = response_losses(model, batch)[0].mean() if is_packed else model(**batch, use_cache=False).loss
-    return loss.item(), gradients(model, loss)
-
-
-@pytest.mark.parametrize("attention", ["cora_packed", "sdpa"])
-@pytest.mark.parametrize("architecture", CONFIGS)
-@given(lengths=rows)
+@given(batch=batches(), shortest=st.integers(1, 4))
 @repeatable
-def test_a_packed_row_has_loss_and_gradients_of_the_padded_batch(attention, architecture, lengths, models):
-    model, examples = models[architecture], make_examples(lengths)
-    expected_loss, expected = loss_and_gradients(model, "sdpa", padded(examples))
-    loss, found = loss_and_gradients(model, attention, pack(examples))
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert_close(found, expected)
+def test_a_shared_row_predicts_each_response_token_from_all_that_comes_before_it_in_its_example(batch, shortest):
+    examples, ghosts = batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "SHORTEST_SHARED", shortest)
+        row = pack(examples, ghosts)
+    layout, paths = lay_out([shown.input_ids for shown in examples], shortest)
+    assert row["layout"] == layout
+    assert torch.equal(row["position_ids"], layout.positions[None])
+    assert row["input_ids"].shape == row["position_ids"].shape == (1, layout.tokens)
+    for shown, path in zip(examples, paths, strict=True):
+        assert row["input_ids"][0, places(layout, path)].tolist() == shown.input_ids
+    assert_labels_follow_their_path(row, examples, ghosts)
+    assert row["real_tokens"] == sum(len(shown.input_ids) for shown, ghost in zip(examples, ghosts, strict=True) if not ghost)
+    assert torch.equal(row["labels"], row["shift_labels"])
+    assert row["input_ids"].dtype == row["logits_to_keep"].dtype == row["labels"].dtype == torch.int64
 
 
-@pytest.mark.parametrize("architecture", ["mistral", "qwen2"])
-def test_the_window_is_narrower_than_a_document_and_matters(architecture, models):
-    model, batch = models[architecture], pack(make_examples([(8, 12), (3, 2)]))
-    model.set_attn_implementation("cora_packed")
-    windowed = response_losses(model, batch)[0]
-    layers = [layer.self_attn for layer in model.model.layers]
-    kept = [getattr(layer, "sliding_window", None) for layer in layers]
-    try:
-        model.config.sliding_window = 200
-        for layer, window in zip(layers, kept, strict=True):
-            if window is not None:
-                layer.sliding_window = 200
-        assert not torch.allclose(response_losses(model, batch)[0], windowed)
-    finally:
-        model.config.sliding_window = WINDOW
-        for layer, window in zip(layers, kept, strict=True):
-            if window is not None:
-                layer.sliding_window = window
-
-
-def test_the_conftest_model_gives_the_same_loss_packed_and_padded(tiny_model):
-    model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    examples = make_examples([(5, 3), (2, 9), (7, 1)])
-    expected_loss, expected = loss_and_gradients(model, "sdpa", padded(examples))
-    loss, found = loss_and_gradients(model, "cora_packed", pack(examples))
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert_close(found, expected)
-
-
-def test_without_boundaries_packed_attention_is_ordinary_sdpa(models):
-    model, batch = models["llama"], padded(make_examples([(3, 4), (6, 5)]))
-    batch.pop("labels")
-    logits = {}
-    for attention in ("sdpa", "cora_packed"):
-        model.set_attn_implementation(attention)
-        logits[attention] = model(**batch).logits[batch["attention_mask"].bool()]
-    assert torch.allclose(logits["sdpa"], logits["cora_packed"], rtol=0, atol=1e-12)
-
-
-@given(lengths=rows)
-@repeatable
-def test_the_row_holds_each_document_its_positions_its_boundaries_and_labels_on_responses_only(lengths):
-    examples = make_examples(lengths)
+def test_a_response_that_begins_inside_a_prefix_of_another_example_has_its_labels_there():
+    stem = list(range(100, 120))
+    examples = [Example([*stem, 1, 2], 3), Example([*stem, 3], 20), Example([*stem, 1, 2], 21)]
     row = pack(examples)
-    bounds = row["cu_seq_lens_q"].tolist()
+    assert row["input_ids"].numel() == 20 + 2 + 1 + 2
+    assert_labels_follow_their_path(row, examples, [False] * 3)
+    assert row["real_tokens"] == 22 + 21 + 22
+
+
+@pytest.mark.parametrize(("shared", "tokens"), [(packing.SHORTEST_SHARED - 1, 40), (packing.SHORTEST_SHARED, 24)])
+def test_a_prefix_is_shared_from_its_shortest_length_on(shared, tokens):
+    first, second = [list(range(shared)) + [filler] * (20 - shared) for filler in (30, 40)]
+    assert pack([Example(first, 5), Example(second, 5)])["input_ids"].numel() == tokens
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_a_ghost_has_tokens_but_neither_labels_nor_a_count(share_prefixes):
+    real, ghost = Example([1, 2, 3, 4], 2), Example([5, 6, 7], 1)
+    row = pack([real, ghost], [False, True], share_prefixes)
+    assert sorted(row["input_ids"][0].tolist()) == [1, 2, 3, 4, 5, 6, 7]
+    assert row["labels"].tolist() == [3, 4]
+    assert row["real_tokens"] == 4
+    alone = pack([ghost], [True], share_prefixes)
+    assert alone["input_ids"].tolist() == [[5, 6, 7]]
+    assert alone["labels"].shape == alone["logits_to_keep"].shape == (0,)
+    assert alone["labels"].dtype == alone["logits_to_keep"].dtype == torch.int64
+    assert alone["real_tokens"] == 0
+
+
+@given(batch=batches())
+@repeatable
+def test_without_sharing_the_row_has_the_boundaries_of_its_documents_and_no_layout(batch):
+    examples, ghosts = batch
+    row = pack(examples, ghosts, share_prefixes=False)
+    bounds, kept, labels = row["cu_seq_lens_q"].tolist(), [], []
+    assert "layout" not in row
     assert row["cu_seq_lens_q"].dtype == torch.int32
     assert torch.equal(row["cu_seq_lens_q"], row["cu_seq_lens_k"])
-    assert row["max_length_q"] == row["max_length_k"] == max(len(example.input_ids) for example in examples)
-    for example, (start, end) in zip(examples, itertools.pairwise(bounds), strict=True):
-        assert row["input_ids"][0, start:end].tolist() == example.input_ids
+    assert row["max_length_q"] == row["max_length_k"] == max(len(shown.input_ids) for shown in examples)
+    for shown, ghost, (start, end) in zip(examples, ghosts, itertools.pairwise(bounds), strict=True):
+        assert row["input_ids"][0, start:end].tolist() == shown.input_ids
         assert row["position_ids"][0, start:end].tolist() == list(range(end - start))
-        assert row["labels"][0, start : start + example.prompt_length].eq(IGNORED).all()
-        assert row["labels"][0, start + example.prompt_length : end].tolist() == example.input_ids[example.prompt_length :]
-    assert bounds[-1] == row["input_ids"].numel() == row["labels"].numel() == row["position_ids"].numel()
-
-
-def test_logits_are_computed_at_the_tokens_before_a_label_and_nowhere_else(models):
-    model = models["llama"]
-    model.set_attn_implementation("cora_packed")
-    shapes = []
-    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
-    try:
-        losses, positions = response_losses(model, pack(make_examples([(3, 2), (5, 4)])))
-    finally:
-        hook.remove()
-    assert shapes == [(1, 6, VOCABULARY)]
-    assert losses.shape == (6,)
-    assert losses.dtype == torch.float32
-    assert positions.tolist() == [2, 3, 9, 10, 11, 12]
-
-
-@pytest.mark.parametrize("attention", ["cora_packed", "sdpa"])
-def test_a_ghost_adds_neither_loss_nor_gradient(attention, models):
-    model, (real, ghost) = models["llama"], make_examples([(4, 5), (2, 3)])
-    alone = loss_and_gradients(model, attention, pack([real]))
-    loss, found = loss_and_gradients(model, attention, pack([real, ghost], [False, True]))
-    assert loss == pytest.approx(alone[0], rel=1e-6)
-    assert_close(found, alone[1])
-
-
-@pytest.mark.parametrize("attention", ["cora_packed", "sdpa"])
-def test_a_row_of_ghosts_alone_has_zero_loss_and_zero_gradients_for_every_parameter(attention, models):
-    model = models["llama"]
-    model.set_attn_implementation(attention)
-    losses, positions = response_losses(model, pack(make_examples([(2, 3)]), [True]))
-    assert losses.numel() == positions.numel() == 0
-    # The gradients must exist: a process without them would leave the others waiting in the all-reduce.
-    assert all(gradient.eq(0).all() for gradient in gradients(model, losses.sum()).values())
-
-
-def test_the_ghost_of_a_set_is_its_shortest_example_without_labels():
-    examples = make_examples([(4, 4), (1, 2), (3, 3)])
-    data = ExampleSet(examples)
-    assert len(data) == 3
-    assert data[0] == (examples[0], False)
-    assert data[GHOST] == (examples[1], True)
-    row = collate([data[GHOST]])
-    assert row["input_ids"][0].tolist() == examples[1].input_ids
-    assert row["labels"].eq(IGNORED).all()
-
-
-def dealt(count, batch_size, accumulation, world, seed, epoch):
-    """Per process, its micro-batches."""
-    processes = []
-    for rank in range(world):
-        batches = GlobalBatches(count, batch_size, accumulation, rank, world, seed)
-        batches.set_epoch(epoch)
-        processes.append(list(batches))
-        assert len(batches) == len(processes[-1])
-    return processes
-
-
-@given(
-    count=st.integers(1, 60),
-    batch_size=st.integers(1, 4),
-    accumulation=st.integers(1, 3),
-    world=st.integers(1, 4),
-    seed=st.integers(0, 2**31),
-    epoch=st.integers(0, 5),
-)
-@settings(derandomize=True, deadline=None, max_examples=80)
-def test_every_world_size_and_accumulation_trains_on_the_optimizer_batches_of_one_process(
-    count, batch_size, accumulation, world, seed, epoch
-):
-    size = batch_size * accumulation * world
-    reference = [set(batch) for batch in dealt(count, size, 1, 1, seed, epoch)[0]]
-    processes = dealt(count, batch_size, accumulation, world, seed, epoch)
-    assert {len(batches) for batches in processes} == {len(reference) * accumulation}, "all processes are in step"
-    for step, expected in enumerate(reference):
-        micro = slice(step * accumulation, (step + 1) * accumulation)
-        members = [index for batches in processes for part in batches[micro] for index in part]
-        assert all(0 < len(part) <= batch_size for batches in processes for part in batches[micro])
-        real = [index for index in members if index != GHOST]
-        assert set(real) == expected
-        assert len(real) == len(expected)
-    everything = [index for batches in processes for part in batches for index in part if index != GHOST]
-    assert sorted(everything) == list(range(count))
-
-
-def test_the_order_depends_on_seed_and_epoch_alone():
-    one = dealt(50, 4, 1, 1, seed=1, epoch=0)
-    assert one == dealt(50, 4, 1, 1, seed=1, epoch=0)
-    assert one != dealt(50, 4, 1, 1, seed=1, epoch=1)
-    assert one != dealt(50, 4, 1, 1, seed=2, epoch=0)
-
-
-def test_a_short_last_batch_is_dealt_out_evenly_and_the_rest_gets_ghosts():
-    processes = dealt(9, 2, 1, 4, seed=0, epoch=0)
-    assert sorted(len(batches[-1]) for batches in processes) == [1, 1, 1, 1]
-    assert [batches[-1] for batches in processes].count([GHOST]) == 3
-
-
-@pytest.mark.parametrize(("batch_size", "accumulation", "world"), [(2, 2, 3), (3, 1, 4), (1, 4, 3)])
-def test_the_gradient_of_an_epoch_dealt_over_processes_is_that_of_one_process(batch_size, accumulation, world, models):
-    model, examples = models["llama"], make_examples([(1 + n % 4, 1 + n % 5) for n in range(14)])
-    model.set_attn_implementation("cora_packed")
-
-    def total(batches):
-        loader = DataLoader(ExampleSet(examples), batch_sampler=batches, collate_fn=collate)
-        return sum(response_losses(model, row)[0].sum() for row in loader)
-
-    whole = total(GlobalBatches(14, 14, 1, 0, 1, seed=3))
-    parts = sum(total(GlobalBatches(14, batch_size, accumulation, rank, world, seed=3)) for rank in range(world))
-    assert_close(gradients(model, parts), gradients(model, whole))
+        if not ghost:
+            kept += range(start + shown.prompt_length - 1, end - 1)
+            labels += shown.input_ids[shown.prompt_length :]
+    assert bounds[0] == 0
+    assert bounds[-1] == row["input_ids"].numel() == row["position_ids"].numel()
+    assert row["logits_to_keep"].tolist() == kept
+    assert row["labels"].tolist() == row["shift_labels"].tolist() == labels

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from cora_cli.adapters.install import start_a
 from cora_cli.adapters.storage import load_adapter
+from cora_cli.data.batches import GlobalBatches
 from cora_cli.data.encode import Example, encode_records
 from cora_cli.data.formats import load_split
-from cora_cli.data.pack import GlobalBatches
 from cora_cli.errors import CoraError
 from cora_cli.models import resolve_model
 from cora_cli.training.config import TrainConfig
@@ -447,3 +447,16 @@ def test_a_result_that_does_not_fit_on_the_disk_is_not_left_half_written(
     monkeypatch.undo()
     if mode == "lora":
         assert train(replace(config, resume=True))["status"] == "finished"
+
+
+def test_layers_that_packed_rows_would_mix_are_refused_before_anything_is_written(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "chunked"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    chunked = {**config, "layer_types": ["full_attention", *["chunked_attention"] * (config["num_hidden_layers"] - 1)]}
+    (model / "config.json").write_text(json.dumps(chunked))
+    with pytest.raises(CoraError, match="has chunked_attention layers, which packed training does not support"):
+        train(config_for(model, tiny_data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

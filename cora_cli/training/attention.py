@@ -1,0 +1,201 @@
+"""Attention over a packed row: every token sees its own segment up to itself and the segments that it continues, nothing else.
+
+One form for processors and one for GPUs, both registered with transformers, both of the same mask. Which one runs is
+`device.select_packed_attention`; how a row is laid out is `data.pack`.
+"""
+
+import dataclasses
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+
+from cora_cli.data.pack import Layout
+from cora_cli.errors import CoraError
+
+LONGEST_PIECE = 128
+"""Queries of a piece: short enough to skip most of the keys that come later, long enough for the matrix products."""
+
+
+def register_packed_attention() -> None:
+    """Make the forms known to transformers under the names that `device.select_packed_attention` gives."""
+    AttentionInterface.register("cora_segments", segment_attention)
+    AttentionInterface.register("cora_flex", block_mask_attention)
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    layout: Layout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention segment by segment: the form for processors, where a mask over the whole row would waste most of the work.
+
+    query: (1, heads, tokens, head_dim); key, value: (1, key_value_heads, tokens, head_dim). Returns (1, tokens, heads, head_dim).
+    Raises `CoraError` for a model whose attention has dropout, sinks or a position bias.
+    """
+    if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):
+        raise CoraError("this model's attention has dropout, sinks or a position bias, which packed rows do not have on a CPU")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        output: torch.Tensor = _PiecewiseAttention.apply(query, key, value, pieces(layout, sliding_window), scale, softcap)
+    return output, None
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Queries `start` to `end` of a row and the spans of keys, oldest first, that the last of them sees.
+
+    `bias` (queries, keys) is -inf where a query does not see a key, else 0.
+    """
+
+    start: int
+    end: int
+    spans: tuple[tuple[int, int], ...]
+    bias: torch.Tensor
+
+
+@lru_cache(maxsize=4)
+def pieces(layout: Layout, window: int | None) -> tuple[Piece, ...]:
+    """Cut the queries of every segment into pieces of at most `LONGEST_PIECE`, made once for all layers of a pass.
+
+    A piece needs no keys behind its own last query, so a long segment costs about half of its square.
+    """
+    found = []
+    for segment in layout.segments:
+        before = tuple((layout.segments[index].start, layout.segments[index].end) for index in segment.ancestors)
+        for start in range(segment.start, segment.end, LONGEST_PIECE):
+            end = min(start + LONGEST_PIECE, segment.end)
+            spans = (*before, (segment.start, end))
+            keys = sum(last - first for first, last in spans)
+            hidden = torch.ones(end - start, keys, dtype=torch.bool).triu(keys - (end - start) + 1)
+            if window is not None:
+                hidden |= torch.ones_like(hidden).tril(keys - (end - start) - window)
+            found.append(Piece(start, end, spans, torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)))
+    return tuple(found)
+
+
+class _PiecewiseAttention(torch.autograd.Function):
+    """Softmax attention of each piece over its own keys, scores and weights in float32, other products in the dtype of the inputs.
+
+    Nothing is kept for the backward pass but the inputs; the weights are computed again. Query heads that share a key head are one
+    matrix, so keys are not repeated. torch's own kernel for processors takes twice the time in its bfloat16 backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        parts: tuple[Piece, ...],
+        scale: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Shapes as in `segment_attention`."""
+        ctx.save_for_backward(query, key, value)
+        ctx.parts, ctx.scale, ctx.softcap = parts, scale, softcap
+        wide = torch.promote_types(query.dtype, torch.float32)
+        groups, keys, values = (query[0].to(wide) * scale).unflatten(0, (key.shape[1], -1)), key[0].to(wide), value[0]
+        output = query.new_empty(query.shape[2], *groups.shape[:2], query.shape[3])
+        for part in parts:
+            queries = groups[:, :, part.start : part.end].flatten(1, 2)
+            weights, _ = _weights(queries, _take(keys, part), part, softcap)
+            mixed = weights.to(value.dtype) @ _take(values, part)
+            output[part.start : part.end] = mixed.unflatten(1, (groups.shape[1], -1)).permute(2, 0, 1, 3)
+        return output.flatten(1, 2)[None]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """upstream: (1, tokens, heads, head_dim)."""
+        query, key, value = ctx.saved_tensors
+        groups, keys, values = query[0].unflatten(0, (key.shape[1], -1)), key[0], value[0]
+        arriving = upstream[0][0].unflatten(1, groups.shape[:2]).permute(1, 2, 0, 3)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        wide_groups, wide_keys = groups.to(wide) * ctx.scale, keys.to(wide)
+        to_queries = torch.empty_like(groups)
+        to_keys, to_values = (torch.zeros(tensor.shape, dtype=wide) for tensor in (keys, values))
+        for part in ctx.parts:
+            taken = slice(part.start, part.end)
+            queries, wide_queries, outputs = (tensor[:, :, taken].flatten(1, 2) for tensor in (groups, wide_groups, arriving))
+            weights, slope = _weights(wide_queries, _take(wide_keys, part), part, ctx.softcap)
+            to_weights = (outputs @ _take(values, part).transpose(1, 2)).to(wide)
+            _add(to_values, part, weights.to(value.dtype).transpose(1, 2) @ outputs)
+            to_scores = weights * (to_weights - (weights * to_weights).sum(-1, keepdim=True))
+            to_scores = ((to_scores if slope is None else to_scores * slope) * ctx.scale).to(query.dtype)
+            to_queries[:, :, taken] = (to_scores @ _take(keys, part)).unflatten(1, (groups.shape[1], -1))
+            _add(to_keys, part, to_scores.transpose(1, 2) @ queries)
+        found = to_queries.flatten(0, 1)[None], to_keys[None].to(key.dtype), to_values[None].to(value.dtype)
+        return *found, None, None, None
+
+
+def _weights(
+    queries: torch.Tensor, keys: torch.Tensor, part: Piece, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention weights (key_value_heads, groups × queries, keys) of scaled queries, and the slope of the soft cap at each score."""
+    scores = queries @ keys.transpose(1, 2)
+    slope = None
+    if softcap is not None:
+        bounded = torch.tanh(scores / softcap)
+        scores, slope = bounded * softcap, 1 - bounded**2
+    scores.unflatten(1, (-1, len(part.bias))).add_(part.bias)
+    return scores.softmax(-1), slope
+
+
+def _take(rows: torch.Tensor, part: Piece) -> torch.Tensor:
+    """The rows (heads, tokens, head_dim) of the piece's keys: (heads, keys, head_dim)."""
+    spans = [rows[:, first:last] for first, last in part.spans]
+    return spans[0] if len(spans) == 1 else torch.cat(spans, dim=1)
+
+
+def _add(rows: torch.Tensor, part: Piece, update: torch.Tensor) -> None:
+    """Add to the rows of the piece's keys."""
+    lengths = [last - first for first, last in part.spans]
+    for (first, last), own in zip(part.spans, update.split(lengths, dim=1), strict=True):
+        rows[:, first:last] += own
+
+
+def block_mask_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    layout: Layout,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """FlexAttention over the whole row with a block mask: the form for GPUs. Shapes as in `segment_attention`."""
+    mask = layout_block_mask(layout, sliding_window, query.device)
+    return flex_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+class LayoutMask:
+    """The mask of a packed row in the form that FlexAttention asks for: whether token `query` of the row sees token `key`."""
+
+    def __init__(self, layout: Layout, window: int | None, device: torch.device) -> None:
+        self._descent, self._segment_of = layout.descent.to(device), layout.segment_of.to(device)
+        self._positions, self._window = layout.positions.to(device), window
+
+    def __call__(self, batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Elementwise over index tensors; `batch` and `head` make no difference."""
+        seen = self._descent[self._segment_of[query], self._segment_of[key]] & (key <= query)
+        if self._window is not None:
+            seen = seen & (self._positions[query] - self._positions[key] < self._window)
+        return seen
+
+
+@lru_cache(maxsize=4)
+def layout_block_mask(layout: Layout, window: int | None, device: torch.device) -> BlockMask:
+    """The row's `LayoutMask` as a block mask, made once for all layers."""
+    return create_block_mask(LayoutMask(layout, window, device), None, None, layout.tokens, layout.tokens, device=device)

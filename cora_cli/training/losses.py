@@ -1,0 +1,58 @@
+"""Losses of the response tokens of a packed row, at the cost of their own logits and one pass over them.
+
+What they are summed to is the caller's: `trainer` for an optimizer batch, `heldout` for each record.
+"""
+
+from typing import Any
+
+import torch
+
+CHUNK = 1 << 20
+"""Logits that are taken to float32 at a time, so that they stay in a processor's cache."""
+
+
+def response_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Negative log-likelihood of every response token of a row from `pack`: (labels,), in nats."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels", "real_tokens")}
+    logits = model(**inputs, use_cache=False).logits[0]
+    return token_losses(logits, batch["shift_labels"])
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits (tokens, vocabulary), computed in float32 at least, without a float32 copy of them all.
+
+    targets: (tokens,). Returns (tokens,).
+    """
+    losses: torch.Tensor = _TokenLosses.apply(logits, targets)
+    return losses
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The gradient, softmax minus one-hot, is made in the forward pass, where the exponentials are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """logits: (tokens, vocabulary); targets: (tokens,). Returns (tokens,)."""
+        wanted = ctx.needs_input_grad[0]
+        precision = torch.promote_types(logits.dtype, torch.float32)
+        losses = torch.empty(len(logits), dtype=precision, device=logits.device)
+        gradient = torch.empty_like(logits) if wanted else None
+        rows = max(1, CHUNK // logits.shape[-1])
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
+            wide = logits[part].to(precision)
+            total = wide.logsumexp(-1)
+            target = targets[part, None]
+            losses[part] = total - wide.gather(1, target)[:, 0]
+            if gradient is not None:
+                softmax = (wide - total[:, None]).exp_()
+                gradient[part] = softmax.scatter_add_(1, target, softmax.new_full(target.shape, -1.0))
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """upstream: (tokens,)."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0][:, None].to(gradient.dtype), None
