@@ -95,7 +95,9 @@ def _check_packable(model_config: Any, name: str) -> None:
     kinds = getattr(model_config.get_text_config(decoder=True), "layer_types", None) or []
     foreign = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if foreign:
-        raise CoraError(f"{name} has {foreign[0]} layers, which packed training does not support; full and sliding attention it does")
+        raise CoraError(
+            f"{name} has {foreign[0]} layers, which packed training does not support; full and sliding attention it does"
+        )
 
 
 def total_steps(config: TrainConfig, examples: int) -> int:
