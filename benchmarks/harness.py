@@ -12,6 +12,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ class Agreement:
 def peak_bytes() -> int:
     """Largest resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def matmul_rate(dtype: Any, rows: int, inner: int, columns: int) -> float:
+    """Operations per second of this machine's product of (rows, inner) and (inner, columns) matrices: the best of many."""
+    import torch
+
+    left, right = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+    best = float("inf")
+    for _ in range(50):
+        began = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        best = min(best, time.perf_counter() - began)
+    return 2 * rows * inner * columns / best
 
 
 def run(

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import OURS, Agreement, Stage, peak_bytes, run
+from harness import OURS, Agreement, Stage, matmul_rate, peak_bytes, run
 
 PEER = "libraries"
 PARTS = ("rouge", "meteor", "bleu", "bertscore", "bootstrap")
@@ -238,7 +238,27 @@ def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespac
         shown = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items())
         whole = statistics.median(result["seconds"] for result in results)
         lines.append(f"{STAGE.sides[side]}: {whole:.1f} s; {shown}.")
+    needed, rate = encoder_operations(texts)
+    peer = statistics.median(result["seconds"] for result in rounds[PEER])
+    lines.append(
+        f"Arithmetic floor of BERTScore: {needed / 1e12:.1f} TFLOP in float32 for the distinct texts without padding, {needed / rate:.1f} s at "
+        f"this machine's {rate / 1e9:.0f} GFLOP/s: if all else took no time, ours could be {peer * rate / needed:.1f} times as fast."
+    )
     return lines
+
+
+def encoder_operations(texts: Texts) -> tuple[float, float]:
+    """Operations of the encoder's matrix products on every distinct text once, without padding; the machine's rate for them."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from cora_cli import embedded
+
+    path = embedded.encoder_directory()
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path)
+    weights = sum(parameter.numel() for parameter in model.encoder.parameters() if parameter.ndim == 2)
+    tokens = sum(len(ids) for ids in tokenizer(sorted(set(texts)), truncation=True)["input_ids"])
+    return 2.0 * weights * tokens, matmul_rate(torch.float32, 512, 384, 1536)
 
 
 def main() -> None:

@@ -202,25 +202,13 @@ def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
     yield harness.Agreement("largest gradient difference of any trained tensor, relative", worst, 1e-5)
 
 
-def matmul_rate(dtype: str) -> float:
-    """Operations per second of this machine's matrix product, at the shapes of the model's feed-forward layers."""
-    import torch
-
-    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-    left, right = torch.randn(2048, 576, dtype=kind), torch.randn(1536, 576, dtype=kind)
-    best = float("inf")
-    for _ in range(30):
-        began = time.perf_counter()
-        torch.nn.functional.linear(left, right)
-        best = min(best, time.perf_counter() - began)
-    return 2 * left.shape[0] * left.shape[1] * right.shape[0] / best
-
-
 def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespace) -> list[str]:
     """The work, and how far ours is from the least time that its matrix products alone would take."""
+    import torch
+
     model, _, examples, _ = load_work("cora_segments", "fp32", options.dataset)
     needed, spent = 0.0, 0.0
-    rate = matmul_rate(options.dtype)
+    rate = harness.matmul_rate(torch.bfloat16 if options.dtype == "bf16" else torch.float32, 2048, 576, 1536)
     for number, result in enumerate(rounds[harness.OURS]):
         for batch in chosen_batches(examples, harness.OURS, options.steps, number):
             needed += operations(model, [examples[index] for index in batch])
