@@ -5,6 +5,7 @@ One form for processors and one for GPUs, both registered with transformers, bot
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -43,8 +44,9 @@ def segment_attention(
     query: (1, heads, tokens, head_dim); key, value: (1, key_value_heads, tokens, head_dim). Returns (1, tokens, heads, head_dim).
     Raises `CoraError` for a model whose attention has dropout, sinks or a position bias.
     """
-    if kwargs.get("dropout") or any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):
-        raise CoraError("this model's attention has dropout, sinks or a position bias, which packed rows do not have on a CPU")
+    _refuse_dropout(kwargs)
+    if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):
+        raise CoraError("this model's attention has sinks or a position bias, which packed rows do not have on a CPU")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
         output: torch.Tensor = _PiecewiseAttention.apply(query, key, value, pieces(layout, sliding_window), scale, softcap)
@@ -55,7 +57,7 @@ def segment_attention(
 class Piece:
     """Queries `start` to `end` of a row and the spans of keys, oldest first, that the last of them sees.
 
-    `bias` (queries, keys) is -inf where a query does not see a key, else 0.
+    `bias` (queries, last keys) is -inf where a query does not see a key, else 0; every query sees all the keys before these.
     """
 
     start: int
@@ -64,7 +66,7 @@ class Piece:
     bias: torch.Tensor
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def pieces(layout: Layout, window: int | None) -> tuple[Piece, ...]:
     """Cut the queries of every segment into pieces of at most `LONGEST_PIECE`, made once for all layers of a pass.
 
@@ -77,7 +79,8 @@ def pieces(layout: Layout, window: int | None) -> tuple[Piece, ...]:
             end = min(start + LONGEST_PIECE, segment.end)
             spans = (*before, (segment.start, end))
             keys = sum(last - first for first, last in spans)
-            hidden = torch.ones(end - start, keys, dtype=torch.bool).triu(keys - (end - start) + 1)
+            columns = end - start if window is None else keys
+            hidden = torch.ones(end - start, columns, dtype=torch.bool).triu(columns - (end - start) + 1)
             if window is not None:
                 hidden |= torch.ones_like(hidden).tril(keys - (end - start) - window)
             found.append(Piece(start, end, spans, torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)))
@@ -148,7 +151,8 @@ def _weights(
     if softcap is not None:
         bounded = torch.tanh(scores / softcap)
         scores, slope = bounded * softcap, 1 - bounded**2
-    scores.unflatten(1, (-1, len(part.bias))).add_(part.bias)
+    rows, columns = part.bias.shape
+    scores.unflatten(1, (-1, rows))[..., -columns:].add_(part.bias)
     return scores.softmax(-1), slope
 
 
@@ -175,27 +179,37 @@ def block_mask_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """FlexAttention over the whole row with a block mask: the form for GPUs. Shapes as in `segment_attention`."""
+    """FlexAttention over the whole row with a block mask: the form for GPUs. Shapes as in `segment_attention`.
+
+    Raises `CoraError` for a model whose attention has dropout.
+    """
+    _refuse_dropout(kwargs)
     mask = layout_block_mask(layout, sliding_window, query.device)
     return flex_attention_forward(module, query, key, value, mask, **kwargs)
 
 
-class LayoutMask:
-    """The mask of a packed row in the form that FlexAttention asks for: whether token `query` of the row sees token `key`."""
-
-    def __init__(self, layout: Layout, window: int | None, device: torch.device) -> None:
-        self._descent, self._segment_of = layout.descent.to(device), layout.segment_of.to(device)
-        self._positions, self._window = layout.positions.to(device), window
-
-    def __call__(self, batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Elementwise over index tensors; `batch` and `head` make no difference."""
-        seen = self._descent[self._segment_of[query], self._segment_of[key]] & (key <= query)
-        if self._window is not None:
-            seen = seen & (self._positions[query] - self._positions[key] < self._window)
-        return seen
+def _refuse_dropout(arguments: dict[str, Any]) -> None:
+    if arguments.get("dropout"):
+        raise CoraError(
+            "this model's attention has dropout, which packed rows do not have; set attention_dropout to 0 in its config.json"
+        )
 
 
-@lru_cache(maxsize=4)
+def layout_mask(layout: Layout, window: int | None, device: torch.device) -> Callable[..., torch.Tensor]:
+    """The mask of a packed row in the form that FlexAttention asks for: whether token `query` of the row sees token `key`.
+
+    The function works elementwise on index tensors (batch, head, query, key), of which the first two make no difference.
+    """
+    descent, segment_of, positions = (table.to(device) for table in (layout.descent, layout.segment_of, layout.positions))
+
+    def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        seen = descent[segment_of[query], segment_of[key]] & (key <= query)
+        return seen if window is None else seen & (positions[query] - positions[key] < window)
+
+    return sees
+
+
+@lru_cache(maxsize=2)
 def layout_block_mask(layout: Layout, window: int | None, device: torch.device) -> BlockMask:
-    """The row's `LayoutMask` as a block mask, made once for all layers."""
-    return create_block_mask(LayoutMask(layout, window, device), None, None, layout.tokens, layout.tokens, device=device)
+    """The row's `layout_mask` as a block mask, made once for all layers."""
+    return create_block_mask(layout_mask(layout, window, device), None, None, layout.tokens, layout.tokens, device=device)

@@ -30,9 +30,9 @@ from cora_cli.data.pack import lay_out, pack
 from cora_cli.errors import CoraError
 from cora_cli.training import attention
 from cora_cli.training.attention import (
-    LayoutMask,
     block_mask_attention,
     layout_block_mask,
+    layout_mask,
     register_packed_attention,
     segment_attention,
 )
@@ -157,10 +157,16 @@ def test_autocast_does_not_lower_the_precision_of_the_inputs():
     assert torch.equal(under_autocast, plain)
 
 
+def test_the_form_for_gpus_refuses_dropout_in_the_same_words():
+    inputs = make_inputs(4, 2, 1)
+    with pytest.raises(CoraError, match="has dropout, which packed rows do not have"):
+        block_mask_attention(torch.nn.Module(), *inputs, None, lay_out([[1, 2, 3, 4]], None)[0], dropout=0.1)
+
+
 @pytest.mark.parametrize("extra", [{"dropout": 0.1}, {"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(2, 4, 4)}])
 def test_what_it_cannot_compute_is_refused(extra):
     layout = lay_out([[1, 2, 3, 4]], 1)[0]
-    with pytest.raises(CoraError, match="dropout, sinks or a position bias"):
+    with pytest.raises(CoraError, match=r"has (dropout|sinks or a position bias), which packed rows do not have"):
         segment_attention(torch.nn.Module(), *make_inputs(4, 2, 1), None, layout, **extra)
 
 
@@ -315,7 +321,7 @@ def test_the_mask_of_a_layout_is_the_dense_mask_of_its_documents(documents, shor
     seen, layout = dense_mask(documents, shortest, window)
     place = torch.arange(layout.tokens)
     nothing = torch.tensor(0)
-    assert torch.equal(LayoutMask(layout, window, CPU)(nothing, nothing, place[:, None], place[None]), seen)
+    assert torch.equal(layout_mask(layout, window, CPU)(nothing, nothing, place[:, None], place[None]), seen)
     mask = layout_block_mask(layout, window, CPU)
     assert mask.shape[-2:] == (layout.tokens, layout.tokens)
     assert torch.equal(mask.mask_mod(nothing, nothing, place[:, None], place[None]), seen)
