@@ -36,6 +36,7 @@ class Stage:
     targets: Mapping[str, float]
     memory_targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
     against: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    rounds: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def run(
     `measure` runs in a process of its own, with `options.round` counted from 0, and returns `rate` (stage.unit) and `peak_bytes`, with whatever else is worth recording.
     `notes` are the lines under the table.
     """
-    parser.add_argument("--rounds", type=int, default=3, help="how often every side is measured")
+    parser.add_argument("--rounds", type=int, default=stage.rounds, help="how often every side is measured")
     parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=tuple(stage.sides), help=argparse.SUPPRESS)
     options = parser.parse_args()
