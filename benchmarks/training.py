@@ -2,7 +2,8 @@
 
 Peer 1 samples as the Trainer does by default, peer 2 groups by length. Every side trains LoRA r = 48 on q, k, v of the embedded model in
 batches of 16 with Alpaca's template. Of the batches that a side would draw in an epoch it runs a few, evenly spread from its lightest to
-its heaviest, others in each round; ours and peer 1 run the same ones. Real tokens count, padding does not; the first step counts too.
+its heaviest, others in each round; ours and peer 1 run the same ones. Real tokens count, padding does not. One more batch before them
+warms up, on every side.
 """
 
 import argparse
@@ -26,13 +27,14 @@ STAGE = harness.Stage(
     targets={"random": 2.5, "group_by_length": 1.8},
     memory_targets={"random": 0.5, "group_by_length": 0.5},
 )
-# Deciles of the token counts of a public text-to-code set of 2,017 Alpaca records (sahil280114/codealpaca, code_alpaca_2k), half of which
+# Quantiles of the token counts of a public text-to-code set of 2,017 Alpaca records (sahil280114/codealpaca, code_alpaca_2k), half of which
 # have an input: the profile of the stand-in.
 RECORDS, SHARE_WITH_INPUT = 2017, 0.5
-DECILES = {
-    "instruction": (4, 10, 11, 12, 14, 15, 16, 17, 19, 22, 71),
-    "input": (1, 5, 8, 11, 13, 16, 18, 21, 25, 35, 250),
-    "output": (1, 11, 17, 26, 35, 46, 59, 74, 96, 131, 540),
+QUANTILES = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+LENGTHS = {
+    "instruction": (4, 10, 11, 12, 14, 15, 16, 17, 19, 22, 25, 29, 71),
+    "input": (1, 5, 8, 11, 13, 16, 18, 21, 25, 35, 48, 85, 250),
+    "output": (1, 11, 17, 26, 35, 46, 59, 74, 96, 131, 166, 266, 540),
 }
 
 
@@ -48,7 +50,7 @@ def stand_in(tokenizer: Any) -> list[dict[str, str]]:
     ]
 
     def text(field: str) -> str:
-        length = round(float(np.quantile(DECILES[field], random.random())))
+        length = round(float(np.interp(random.random(), QUANTILES, LENGTHS[field])))
         return str(tokenizer.decode(random.choice(words, length))).strip()
 
     return [
@@ -109,11 +111,12 @@ def chosen_batches(examples: Sequence[Any], side: str, steps: int, number: int) 
 def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train on the chosen batches."""
     import torch
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
     attention = "cora_segments" if side == harness.OURS else "sdpa"
     model, hardware, examples, tokenizer = load_work(attention, options.dtype, options.dataset)
-    batches = chosen_batches(examples, side, options.steps, options.round)
+    measured = chosen_batches(examples, side, options.steps, options.round)
+    batches = [measured[len(measured) // 2], *measured]
     arguments = TrainingArguments(
         output_dir="unused",
         per_device_train_batch_size=BATCH,
@@ -153,10 +156,16 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
                 return torch.utils.data.SequentialSampler(rows)
 
         trainer = InOrder(model, arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True))
-    began = time.perf_counter()
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    trainer.add_callback(Clock())
     trainer.train()
-    seconds = time.perf_counter() - began
-    tokens = sum(len(examples[index].input_ids) for batch in batches for index in batch)
+    seconds = ends[-1] - ends[0]
+    tokens = sum(len(examples[index].input_ids) for batch in measured for index in batch)
     return {
         "rate": tokens / seconds,
         "peak_bytes": harness.peak_bytes(),
