@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -54,8 +53,10 @@ class Agreement:
 
 
 def peak_bytes() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident memory of this process so far."""
+    from cora_cli.training.record import peak_resident_bytes
+
+    return peak_resident_bytes()
 
 
 def matmul_rate(dtype: Any, rows: int, inner: int, columns: int) -> float:

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import platform
 import resource
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,7 +98,17 @@ def result_hash(run: RunDirectory) -> str:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory in use so far: allocated on the GPU, or resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
+
+
+def peak_resident_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """Most memory that this process had resident so far.
+
+    Linux counts it in `status` from the start of the program; `getrusage` would begin with the peak of the process that started this one.
+    """
+    if status.exists():
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return int(line.split()[1]) * 1024
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
