@@ -41,8 +41,8 @@ def segment_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention segment by segment: the form for processors, where a mask over the whole row would waste most of the work.
 
-    query: (1, heads, tokens, head_dim); key, value: (1, key_value_heads, tokens, head_dim). Returns (1, tokens, heads, head_dim).
-    Raises `CoraError` for a model whose attention has dropout, sinks or a position bias.
+    query: (1, heads, tokens, head_dim); key, value: (1, key_value_heads, tokens, head_dim), where values may have a
+    head_dim of their own. Returns (1, tokens, heads, head_dim of the values). Raises `CoraError` for a model whose attention has dropout, sinks or a position bias.
     """
     _refuse_dropout(kwargs)
     if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):
@@ -109,7 +109,7 @@ class _PiecewiseAttention(torch.autograd.Function):
         ctx.parts, ctx.scale, ctx.softcap = parts, scale, softcap
         wide = torch.promote_types(query.dtype, torch.float32)
         groups, keys, values = (query[0].to(wide) * scale).unflatten(0, (key.shape[1], -1)), key[0].to(wide), value[0]
-        output = query.new_empty(query.shape[2], *groups.shape[:2], query.shape[3])
+        output = query.new_empty(query.shape[2], *groups.shape[:2], value.shape[3])
         for part in parts:
             queries = groups[:, :, part.start : part.end].flatten(1, 2)
             weights, _ = _weights(queries, _take(keys, part), part, softcap)

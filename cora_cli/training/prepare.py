@@ -76,10 +76,10 @@ def prepare(config: TrainConfig) -> Prepared:
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)
     template = choose_template(config.template, data.schema, tokenizer)
     model_config = transformers.AutoConfig.from_pretrained(model_path.path, trust_remote_code=config.trust_remote_code)
-    _check_packable(model_config, config.model)
+    with torch.device("meta"):
+        skeleton = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    _check_packable(skeleton, config.model)
     if plan is not None:
-        with torch.device("meta"):
-            skeleton = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
         target_linears(skeleton, plan.target_modules)
     longest = min(config.max_length, context_length(model_config))
     train_set = encode_records(data.train, data.schema, template, tokenizer, longest, "training")
@@ -90,14 +90,18 @@ def prepare(config: TrainConfig) -> Prepared:
     return Prepared(hardware, attention, model_path, tokenizer, template, data, train_set, test_set, basis, plan)
 
 
-def _check_packable(model_config: Any, name: str) -> None:
-    """Raise `CoraError` for a model with layers in which examples of one row would see each other, such as chunked or recurrent ones."""
-    kinds = getattr(model_config.get_text_config(decoder=True), "layer_types", None) or []
-    foreign = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+def _check_packable(model: Any, name: str) -> None:
+    """Raise `CoraError` for a model in which examples of one row would see each other, or whose attention has dropout."""
+    config = model.config.get_text_config(decoder=True)
+    if not model._supports_attention_backend:  # it would train without a word, its own attention blind to the row's layout
+        raise CoraError(f"{name} ({type(model).__name__}) has an attention of its own, which packed training does not support")
+    foreign = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
     if foreign:
         raise CoraError(
             f"{name} has {foreign[0]} layers, which packed training does not support; full and sliding attention it does"
         )
+    if getattr(config, "attention_dropout", 0.0):
+        raise CoraError(f"{name} has attention_dropout, which packed training does not support; set it to 0 in its config.json")
 
 
 def total_steps(config: TrainConfig, examples: int) -> int:

@@ -13,7 +13,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, LlamaForCausalLM
 
 from cora_cli.adapters.install import start_a
 from cora_cli.adapters.storage import load_adapter
@@ -458,5 +458,30 @@ def test_layers_that_packed_rows_would_mix_are_refused_before_anything_is_writte
     chunked = {**config, "layer_types": ["full_attention", *["chunked_attention"] * (config["num_hidden_layers"] - 1)]}
     (model / "config.json").write_text(json.dumps(chunked))
     with pytest.raises(CoraError, match="has chunked_attention layers, which packed training does not support"):
+        train(config_for(model, tiny_data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_with_an_attention_of_its_own_is_refused_before_anything_is_written(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "bloom"
+    shutil.copytree(tiny_model, model)
+    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=1, n_head=2))
+    bloom.save_pretrained(model)
+    with pytest.raises(
+        CoraError, match=r"BloomForCausalLM\) has an attention of its own, which packed training does not support"
+    ):
+        train(config_for(model, tiny_data, tmp_path / "run", target_modules=("query_key_value",)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_attention_dropout_is_refused_before_anything_is_written(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "dropout"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    with pytest.raises(CoraError, match="has attention_dropout, which packed training does not support"):
         train(config_for(model, tiny_data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
