@@ -14,7 +14,7 @@ from typing import Any
 
 import harness
 
-RANK, PEER_BATCH, PROMPTS, NEW_TOKENS, CHECKED = 48, 16, 96, 64, 32
+RANK, PEER_BATCH, PROMPTS, NEW_TOKENS = 48, 16, 96, 64
 B_STD = 0.002
 """Small, so that the model still speaks sense, and some answers end early."""
 STAGE = harness.Stage(
@@ -124,16 +124,14 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
 def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
     """Tokens of ours, in fp32, against one prompt at a time with the adapter unmerged."""
     model, tokenizer, prompts, ends = load_work("fp32", options.dataset)
-    # From the whole set, so that both templates and all lengths are among them.
-    chosen = prompts[:: max(1, len(prompts) // CHECKED)][:CHECKED]
-    alone = answer_as_stock(model, tokenizer, chosen, ends, 1)
-    ours, _ = answer_as_cora(model, tokenizer, chosen, ends)
+    alone = answer_as_stock(model, tokenizer, prompts, ends, 1)
+    ours, _ = answer_as_cora(model, tokenizer, prompts, ends)
     differing = sum(
         abs(len(one) - len(other)) + sum(a != b for a, b in zip(one, other, strict=False))
         for one, other in zip(ours, alone, strict=True)
     )
     yield harness.Agreement(
-        f"tokens that differ from greedy decoding of {len(chosen)} prompts one at a time in fp32, of {sum(map(len, alone))}",
+        f"tokens that differ from greedy decoding of {len(prompts)} prompts one at a time in fp32, of {sum(map(len, alone))}",
         differing,
         0,
     )
@@ -141,13 +139,18 @@ def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
 
 def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespace) -> list[str]:
     """The work, and how much of it there was."""
+    from cora_cli.device import select_hardware
     from cora_cli.evaluation.config import EvaluateConfig
 
-    ours, stock = rounds[harness.OURS][0], rounds["stock"][0]
+    ours, stock = (
+        {name: sum(result[name] for result in rounds[side]) for name in ("tokens", "seconds", "merging_seconds", "stopped")}
+        for side in (harness.OURS, "stock")
+    )
+    precision = select_hardware("auto", "fp32" if options.dtype == "fp32" else "auto").dtype_name
     return [
-        f"{PROMPTS} held-out prompts of {options.dataset or 'builtin:code'}, up to {NEW_TOKENS} new tokens each, {options.dtype}; "
+        f"{PROMPTS} held-out prompts of {options.dataset or 'builtin:code'}, up to {NEW_TOKENS} new tokens each, {precision}; "
         f"batch size of ours {EvaluateConfig.batch_size} (its default).",
-        f"Ours: {ours['tokens']} tokens in {ours['seconds']:.1f} s, of which {ours['merging_seconds']:.1f} s to merge; "
+        f"All rounds, ours: {ours['tokens']} tokens in {ours['seconds']:.1f} s, of which {ours['merging_seconds']:.1f} s to merge; "
         f"stock: {stock['tokens']} in {stock['seconds']:.1f} s. Answers that ended by themselves: "
         f"{ours['stopped']} and {stock['stopped']}.",
     ]

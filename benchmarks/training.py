@@ -207,7 +207,9 @@ def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
         found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (ours, our_gradients), (theirs, their_gradients) = found
     worst = max(float((our_gradients[n] - g).norm() / g.norm()) for n, g in their_gradients.items())
-    yield harness.Agreement("loss of the same batch in fp32, relative", abs(ours - theirs) / theirs, 1e-5)
+    yield harness.Agreement(
+        "loss of the same batch in fp32 (the peer's cross-entropy in float64), relative", abs(ours - theirs) / theirs, 1e-5
+    )
     yield harness.Agreement("largest gradient difference of any trained tensor, relative", worst, 1e-5)
 
 
