@@ -25,7 +25,7 @@ lint: $(SETUP)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
-# 30 to 45 minutes, on a machine that does nothing else; each script takes --help.
+# 45 minutes, on a machine that does nothing else; each script takes --help.
 bench: $(SETUP)
 	for stage in $(STAGES); do $(BIN)/python benchmarks/$$stage.py || exit 1; done
 
