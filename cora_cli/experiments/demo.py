@@ -17,6 +17,7 @@ from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import Evaluation, evaluate, paired_differences
+from cora_cli.experiments.tasks import LEARNING_RATE, TASK_BATCH, TASK_EVAL_LIMIT, TASK_RANK, TASK_STEPS, TASKS
 from cora_cli.models import EMBEDDED_MODEL, resolve_model
 from cora_cli.progress import say
 from cora_cli.settings import DtypeName
@@ -24,12 +25,9 @@ from cora_cli.tables import markdown_table, with_interval
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
 
-TASKS = ("sentiment", "arithmetic", "json", "rewrite", "sql")
 DATASET = "builtin:code"
 RANK = 48
-TASK_STEPS, TASK_BATCH = 8, 8
 STEPS, BATCH = 16, 8
-LEARNING_RATE = 1e-3
 HELD_OUT, PROMPTS, NEW_TOKENS = 48, 40, 48
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"mode": "lora"},
@@ -91,11 +89,11 @@ class _Chain:
         self._train(
             output,
             mode="lora",
-            rank=16,
+            rank=TASK_RANK,
             dataset=f"builtin:task-{task}",
             max_steps=TASK_STEPS,
             batch_size=TASK_BATCH,
-            eval_limit=16,
+            eval_limit=TASK_EVAL_LIMIT,
         )
         return output
 

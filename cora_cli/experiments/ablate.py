@@ -1,0 +1,221 @@
+"""A whole grid from its file to its finished runs: plan it, show it, carry it out, say how it ended.
+
+The one entry point of `cora ablate`; what it left on disk is for `cora report` to read.
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from pathlib import Path
+
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.experiments.estimate import BASIS, Estimate, estimate_steps, matmul_rate, trained_parameters
+from cora_cli.experiments.execute import (
+    Execution,
+    Outcome,
+    last_lines,
+    log_of,
+    refuse_conflicts,
+    sole_owner,
+    standing,
+    write_plan,
+)
+from cora_cli.experiments.grid import Grid, load_grid
+from cora_cli.experiments.inputs import Inputs, find_inputs
+from cora_cli.experiments.launch import LocalLauncher
+from cora_cli.experiments.plan import Kind, Plan, make_plan
+from cora_cli.experiments.screen import Screen, duration
+from cora_cli.progress import say
+from cora_cli.settings import DtypeName
+from cora_cli.tables import markdown_table
+
+_HASHES = "hashes.json"
+_NOUNS: dict[Kind, str] = {
+    "model": "fine-tunes for the bases",
+    "basis": "bases",
+    "train": "training runs",
+    "evaluate": "evaluations",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `cora ablate` was asked to do."""
+
+    grid: Path
+    output_dir: Path | None = None
+    preset: str | None = None
+    model: str | None = None
+    only: str | None = None
+    source_seed: int = 0
+    jobs: int | None = None
+    overwrite: bool = False
+    device: str = "auto"
+    dtype: DtypeName = "auto"
+
+    def load(self) -> Grid:
+        """The grid file, read and checked. Raises `UsageError` where it makes no sense."""
+        return load_grid(self.grid, self.preset, self.model, self.source_seed)
+
+    def place(self, grid: Grid) -> Path:
+        """Where everything goes."""
+        return self.output_dir or Path("runs") / (f"{grid.name}-{self.preset}" if self.preset else grid.name)
+
+
+def dry_run(request: Request) -> str:
+    """The plan as text: rows, steps, sizes, estimates, and what is done. Writes nothing; what cannot be resolved is named."""
+    grid = request.load()
+    out = request.place(grid)
+    # Without earlier steps nothing can be done already, so that no weights need to be hashed to find out.
+    inputs = find_inputs(grid, out / _HASHES if (out / "steps").is_dir() else None)
+    plan = make_plan(grid, out, inputs, request.device, request.dtype)
+    rate, described = matmul_rate(request.device)
+    return render_plan(plan, inputs, standing(plan), estimate_steps(plan, inputs, rate), _chosen(request, plan), described)
+
+
+def ablate(request: Request) -> Outcome:
+    """Carry the grid out, or complete it.
+
+    Raises `CoraError` before anything runs where a model or data set cannot be had, a rank does not fit or results of other settings
+    are in the way.
+    """
+    grid = request.load()
+    out = request.place(grid)
+    if out.exists() and not out.is_dir():
+        raise CoraError(f"output directory {out} is a file; choose an empty or a new directory")
+    with sole_owner(out) as lock:
+        say(f"{grid.title}: checking models and data")
+        inputs = find_inputs(grid, out / _HASHES)
+        inputs.require_all()
+        check_shapes(grid, inputs)
+        plan = make_plan(grid, out, inputs, request.device, request.dtype)
+        wanted = plan.needed_for(_chosen(request, plan))
+        refuse_conflicts(plan, wanted, request.overwrite)
+        write_plan(plan)
+        launcher = LocalLauncher(request.jobs, request.device, keep_open=(lock,))
+        expected = {}
+        if not all(done for name, done in standing(plan).items() if name in wanted):
+            rate, _ = matmul_rate(request.device)
+            expected = {name: estimate.seconds for name, estimate in estimate_steps(plan, inputs, rate).items()}
+        screen = Screen(plan, wanted, launcher.slots, expected)
+        outcome = Execution(plan, wanted, launcher, screen, lock).run()
+        say(summary(plan, outcome))
+    return outcome
+
+
+def _chosen(request: Request, plan: Plan) -> list[str]:
+    """The rows that `--only` selects. Raises `UsageError` where there are none."""
+    names = [row.name for row in plan.grid.rows]
+    chosen = fnmatch.filter(names, request.only) if request.only else names
+    if not chosen:
+        raise UsageError(
+            f"--only {request.only!r} matches none of the {len(names)} rows, such as {names[0]}; * stands for anything"
+        )
+    return chosen
+
+
+def check_shapes(grid: Grid, inputs: Inputs) -> None:
+    """Raise `CoraError` where a rank or a way of sharing does not fit the weights, all rows at once."""
+    model = inputs.models[grid.model]
+    if not model.shapes:
+        raise CoraError(
+            f"{grid.model} is an adapter; a grid needs a whole model as its base: write one with `cora merge` first"
+        )
+    problems = []
+    for row in grid.rows:
+        settings = row.train or row.basis or {}
+        targets = model.targets(settings.get("target_modules") or ("q_proj", "k_proj", "v_proj"))
+        if not targets:
+            problems.append(f"{row.name}: no weight of {grid.model} is named by its target modules")
+            continue
+        narrowest, out = min(targets.items(), key=lambda item: item[1][0])[0], min(shape[0] for shape in targets.values())
+        outs = {shape[0] for shape in targets.values()}
+        if (row.basis_rank or 0) > out or ((row.train or {}).get("b_init") == "orthonormal" and (row.rank or 0) > out):
+            problems.append(
+                f"{row.name}: rank {row.basis_rank or row.rank} is above the {out} rows of {narrowest}, the most that a basis can hold"
+            )
+        share = (row.basis or {}).get("share", "module")
+        if share in ("global", "layer") and len(outs) > 1:
+            problems.append(
+                f"{row.name}: share {share} needs weights with equal out-dimensions, but those of {grid.model} are "
+                f"{', '.join(map(str, sorted(outs)))}; use share projection or module"
+            )
+        for source in row.sources:
+            reference = grid.models[source]
+            theirs = (
+                inputs.models[reference].targets(tuple(settings.get("target_modules") or ("q_proj", "k_proj", "v_proj")))
+                if isinstance(reference, str)
+                else {}
+            )
+            if theirs and theirs != targets:
+                problems.append(f"{row.name}: source model {reference} has not the shapes of {grid.model}")
+    if problems:
+        raise CoraError("; ".join(dict.fromkeys(problems)))
+
+
+def render_plan(
+    plan: Plan, inputs: Inputs, done: Mapping[str, bool], estimates: Mapping[str, Estimate], chosen: list[str], machine: str
+) -> str:
+    """The plan as Markdown."""
+    grid = plan.grid
+    model = inputs.models.get(grid.model)
+    rows = []
+    for row in grid.rows:
+        if row.name not in chosen:
+            continue
+        trained = trained_parameters(row, model)
+        known = [estimates[name] for name in plan.ways[row.name] if name in estimates]
+        whole = len(known) == len(plan.ways[row.name])
+        rows.append(
+            [
+                row.name,
+                row.printed or "-",
+                "unknown" if trained is None else f"{trained:,}",
+                duration(sum(each.seconds for each in known)) if whole else "unknown",
+                f"{max(each.bytes for each in known) / 2**30:.1f} GiB" if whole else "unknown",
+                "done" if all(done[name] for name in plan.ways[row.name]) else "to do",
+            ]
+        )
+    wanted = plan.needed_for(chosen)
+    lines = [grid.title, f"base model {grid.model}, output in {plan.out}", ""]
+    lines += [f"- {condition}" for condition in grid.conditions]
+    lines += ["", markdown_table(["row", "printed as", "trained parameters", "time", "memory", "state"], rows), ""]
+    lines += [
+        _step_line(plan, kind, wanted, done, estimates) for kind in _NOUNS if any(plan.steps[n].kind == kind for n in wanted)
+    ]
+    todo = [name for name in plan.steps if name in wanted and not done[name]]
+    if all(name in estimates for name in wanted):
+        total, left = (sum(estimates[name].seconds for name in names) for names in (wanted, todo))
+        lines.append(
+            f"all steps: about {duration(total)} one after another, of which {duration(left)} are still to do (machine: {machine})"
+        )
+    lines += [
+        f"{BASIS}; a row's own steps, shared ones in full",
+        *(f"unresolved: {reference} ({reason})" for reference, reason in inputs.unresolved.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _step_line(plan: Plan, kind: Kind, wanted: set[str], done: Mapping[str, bool], estimates: Mapping[str, Estimate]) -> str:
+    names = [name for name in plan.steps if name in wanted and plan.steps[name].kind == kind]
+    users = {name: sum(name in plan.needed_for([row.name]) for row in plan.grid.rows) for name in names}
+    shared = sum(count > 1 for count in users.values())
+    time = (
+        f", about {duration(sum(estimates[name].seconds for name in names))}"
+        if all(name in estimates for name in names)
+        else ""
+    )
+    finished = sum(done[name] for name in names)
+    return f"{len(names)} {_NOUNS[kind]}{f' ({shared} shared by several rows)' if shared else ''}{time}; {finished} done"
+
+
+def summary(plan: Plan, outcome: Outcome) -> str:
+    """How it ended, with the last lines of the log of each step that failed."""
+    lines = [f"{len(outcome.made)} steps made, {len(outcome.kept)} whole already, in {plan.out}"]
+    if not outcome.made and not outcome.failed and not outcome.blocked:
+        lines = [f"all {len(outcome.kept)} steps are whole already in {plan.out}: nothing was done"]
+    for name in outcome.failed:
+        log = log_of(plan, plan.steps[name])
+        lines += [f"{name} failed; the end of {log}:", *(f"    {line}" for line in last_lines(log))]
+    lines += [f"{name} was not run, because {culprit} failed" for name, culprit in outcome.blocked.items()]
+    return "\n".join(lines)

@@ -1,0 +1,180 @@
+"""Roughly how long each step takes and how much memory it needs on this machine, from shapes, sizes of records and one measured rate.
+
+Good to a factor of two or so: it says whether a grid takes minutes or weeks. Nothing is decided by it.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+
+from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts
+from cora_cli.experiments.plan import Plan, Step
+from cora_cli.experiments.rows import Row
+from cora_cli.experiments.values import Values
+from cora_cli.training.config import TrainConfig
+
+CHARACTERS_PER_TOKEN = 3.6
+TEMPLATE_TOKENS = 35
+# Shares of the rate of one large matrix product that whole steps reach, and what a process costs before and after its work;
+# measured with SmolLM2-135M on two processor cores.
+TRAINING_SHARE, DECODING_SHARE, WIDE_SHARE = 0.35, 0.05, 0.1
+START_SECONDS = {"model": 12.0, "train": 12.0, "basis": 5.0, "evaluate": 14.0}
+PROCESS_BYTES = 0.8e9
+# Bytes kept for the backward pass per token, layer and hidden unit in 16-bit precision, attention itself excluded.
+ACTIVATION_BYTES = 34
+BASIS = (
+    "estimates: 4 FLOPs per parameter and token to train an adapter, 6 to train all weights, 2 to read or write a token, at the "
+    "rate of matrix products measured here"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds and bytes at the peak, both rough."""
+
+    seconds: float
+    bytes: float
+
+
+def matmul_rate(device: str, seconds: float = 0.5) -> tuple[float, str]:
+    """FLOPs per second of a matrix product in the precision that runs take here, measured for about `seconds`, and a description."""
+    import torch
+
+    from cora_cli.device import select_hardware
+
+    hardware = select_hardware(device, "auto")
+    a, b = (torch.randn(1024, 1024, device=hardware.device).to(hardware.dtype) for _ in range(2))
+    (a @ b).sum().item()
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        (a @ b).sum().item()
+        count += 1
+    rate = count * 2 * 1024**3 / (time.perf_counter() - began)
+    return rate, f"{rate / 1e12:.2g} TFLOP/s in {hardware.dtype_name} on {hardware.device}"
+
+
+def trained_parameters(row: Row, model: ModelFacts | None) -> int | None:
+    """How many parameters the row trains, from shapes; None where the model is not at hand."""
+    if row.mode in ("base", "basis"):
+        return 0
+    if model is None:
+        return None
+    config = train_config(row)
+    plan = config.adapter_plan()
+    if plan is None:
+        return model.parameters
+    shapes = model.targets(plan.target_modules).values()
+    if plan.cannot_train:
+        return 0
+    return plan.rank * sum(inside + (out if plan.trains_b else 0) for out, inside in shapes)
+
+
+def train_config(row: Row) -> TrainConfig:
+    """The settings of a row's run, with stand-ins for the places."""
+    place: Values = {
+        "mode": row.mode,
+        "model": "m",
+        "dataset": "d",
+        "output_dir": "o",
+        "basis": "b" if row.basis is not None else None,
+    }
+    return TrainConfig(**place, **(row.train or {}))
+
+
+def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimate]:
+    """An estimate for every step whose model and data are at hand, by the step's name."""
+    model = inputs.models.get(plan.grid.model)
+    if model is None or not model.shapes:
+        return {}
+    found = {}
+    for row in plan.grid.rows:
+        data = inputs.datasets.get(plan.grid.datasets[row.dataset]) if row.dataset else None
+        for name in plan.ways[row.name]:
+            step = plan.steps[name]
+            if name in found:
+                continue
+            if step.kind == "basis":
+                found[name] = _basis(model, row, plan, step, rate)
+            elif data is not None and step.kind == "train":
+                found[name] = _training(model, data, train_config(row), rate)
+            elif data is not None:
+                found[name] = _evaluation(model, data, plan.grid.evaluate, rate)
+    for name, settings in plan.grid.models.items():
+        steps = [step for step in plan.steps.values() if step.name.rpartition("-")[0] == f"model-{name}"]
+        if steps and not isinstance(settings, str) and (made_of := inputs.datasets.get(settings["dataset"])):
+            found[steps[0].name] = _training(model, made_of, _made(settings), rate)
+    return found
+
+
+def _made(settings: Values) -> TrainConfig:
+    return TrainConfig(model="m", output_dir="o", **settings)
+
+
+def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: float) -> Estimate:
+    per_example = min(data.characters / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS, config.max_length)
+    examples = min(data.train, config.limit or data.train)
+    per_step = config.batch_size * config.gradient_accumulation
+    steps = config.max_steps or math.ceil(config.epochs * math.ceil(examples / per_step))
+    adapter = config.adapter_plan()
+    heldout = 2 * min(len(data.test), config.eval_limit or len(data.test))
+    body = model.parameters - model.embedded
+    flops = (
+        body
+        * per_example
+        * (steps * per_step * (6 if adapter is None else 4) * (4 / 3 if config.gradient_checkpointing else 1))
+    )
+    if adapter is not None and adapter.cannot_train:
+        flops = 0.0
+    flops += 2 * body * per_example * heldout
+    layers, hidden, vocabulary = _sizes(model)
+    trained = (
+        model.parameters if adapter is None else adapter.rank * sum(map(sum, model.targets(adapter.target_modules).values()))
+    )
+    tokens = config.batch_size * per_example
+    kept = tokens * hidden * layers * (ACTIVATION_BYTES if not config.gradient_checkpointing else 2)
+    kept += config.batch_size * data.response_characters / CHARACTERS_PER_TOKEN * vocabulary * 12
+    weights = 2 * model.parameters if adapter is not None else 0
+    return Estimate(START_SECONDS["train"] + flops / (rate * TRAINING_SHARE), PROCESS_BYTES + weights + 16 * trained + kept)
+
+
+def _evaluation(model: ModelFacts, data: DataFacts, evaluate: Values, rate: float) -> Estimate:
+    prompts = min(len(data.test), evaluate.get("limit") or len(data.test))
+    new = evaluate.get("max_new_tokens", 256)
+    # Most answers end before the limit.
+    answered = min(new, 1.2 * data.response_characters / CHARACTERS_PER_TOKEN)
+    prompt = data.characters / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
+    body = 2 * (model.parameters - model.embedded)
+    seconds = prompts * body * (answered / DECODING_SHARE + prompt / TRAINING_SHARE) / rate
+    layers, hidden, _ = _sizes(model)
+    batch = min(prompts, evaluate.get("batch_size", 48))
+    cache = batch * (prompt + new) * layers * hidden * 4
+    return Estimate(START_SECONDS["evaluate"] + seconds, PROCESS_BYTES + 2 * model.parameters + cache)
+
+
+def _basis(model: ModelFacts, row: Row, plan: Plan, step: Step, rate: float) -> Estimate:
+    assert row.basis is not None
+    targets = model.targets(row.basis.get("target_modules") or ("q_proj", "k_proj", "v_proj"))
+    share = row.basis.get("share", "module")
+    groups = _groups(targets, share)
+    read = 2 * max(1, len(row.sources)) * sum(out * inside for out, inside in targets.values())
+    flops = sum(2 * out * out * inside + 9 * out**3 for out, inside in groups)
+    # Reading, hashing and adding in float64 go at about 0.3 GB/s together; float64 products at a small part of 16-bit ones.
+    seconds = START_SECONDS["basis"] + read / 3e8 + flops / (rate * WIDE_SHARE)
+    rank = int(step.facts["rank"])
+    kept = sum(4 * out * rank for out, _ in groups) + max(out * inside + 2 * out * out for out, inside in groups) * 8
+    return Estimate(seconds, PROCESS_BYTES / 2 + kept)
+
+
+def _groups(targets: dict[str, tuple[int, int]], share: str) -> Sequence[tuple[int, int]]:
+    from cora_cli.basis.choices import BasisChoices
+
+    mapping = BasisChoices(share=share).mapping  # type: ignore[arg-type]
+    return list({mapping.group_of(name): shape for name, shape in targets.items()}.values())
+
+
+def _sizes(model: ModelFacts) -> tuple[int, int, int]:
+    """Layers, hidden size and vocabulary, read off the shapes."""
+    layers = len({part for name in model.shapes for part in name.split(".") if part.isdigit()}) or 1
+    vocabulary, hidden = max(model.shapes.values(), key=lambda shape: shape[0])
+    return layers, hidden, vocabulary

@@ -1,0 +1,229 @@
+"""Carries out a plan: every step after its needs, as many at a time as the launcher has room for, and goes on past failures.
+
+It can be killed at any moment: what was whole stays whole, and the next call finds out what is missing. How a process is started is
+`launch`, what counts as done is `ledger`, what is shown is `screen`.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+
+import yaml
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+from cora_cli.experiments.launch import Job, Launcher
+from cora_cli.experiments.ledger import Ledger
+from cora_cli.experiments.plan import Plan, Step, plan_record
+from cora_cli.experiments.screen import Screen
+from cora_cli.progress import say
+
+_POLL_SECONDS = 0.1
+_LAST_LINES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a plan ended: steps that were whole before, that were made now, that failed, and that were not run because of those."""
+
+    kept: tuple[str, ...]
+    made: tuple[str, ...]
+    failed: dict[str, str]
+    blocked: dict[str, str]
+
+
+@contextlib.contextmanager
+def sole_owner(out: Path) -> Iterator[int]:
+    """Hold the lock of an output directory; yields its file descriptor, for steps to inherit.
+
+    The system gives it up when the last process that holds it ends, however it ends, so no lock is ever stale; a step that outlives
+    a killed `ablate` keeps it. Raises `CoraError` where another process holds it.
+    """
+    path = out / ".lock"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise rundir.disk_error(error, path) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holders = path.read_text(encoding="utf-8").strip() or "unknown"
+        os.close(descriptor)
+        raise CoraError(
+            f"{out} is being worked on by another cora ablate, or by a step that it left running (processes {holders}): wait for it, "
+            "or end it"
+        ) from error
+    try:
+        _note_holders(descriptor, [])
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _note_holders(descriptor: int, steps: list[int]) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, ", ".join(map(str, [os.getpid(), *steps])).encode(), 0)
+
+
+def write_plan(plan: Plan) -> None:
+    """Write `plan.json`, the resolved grid, and the held-out records that a base model answers."""
+    rundir.write_json(plan.out / "plan.json", plan_record(plan))
+    rundir.write_text(plan.out / "grid.yaml", yaml.safe_dump(plan.grid.resolved(), sort_keys=False, allow_unicode=True))
+    for name, records in plan.records.items():
+        rundir.write_jsonl(plan.out / name, records)
+
+
+@dataclasses.dataclass
+class _Running:
+    job: Job
+    log: Path
+    began: float
+
+
+class Execution:
+    """One attempt to complete a plan."""
+
+    def __init__(self, plan: Plan, wanted: set[str], launcher: Launcher, screen: Screen, lock: int) -> None:
+        """`wanted` names the steps to be done; `lock` is what `sole_owner` gave."""
+        self._plan, self._launcher, self._screen, self._lock = plan, launcher, screen, lock
+        self._ledger = Ledger(plan.out)
+        # A plan lists each step after its needs.
+        self._waiting = [step for step in plan.steps.values() if step.name in wanted]
+        self._judged: set[str] = set()
+        self._running: dict[str, _Running] = {}
+        self._results: dict[str, str] = {}
+        self._kept: list[str] = []
+        self._made: list[str] = []
+        self._failed: dict[str, str] = {}
+        self._blocked: dict[str, str] = {}
+
+    def run(self) -> Outcome:
+        """Do what is missing. On an interruption (Ctrl-C, SIGTERM) the running steps are ended, and all can be continued."""
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            while self._waiting or self._running:
+                self._advance()
+                self._reap()
+                self._screen.show({name: running.log for name, running in self._running.items()})
+                if self._running:
+                    time.sleep(_POLL_SECONDS)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            for running in self._running.values():
+                running.job.stop()
+            self._screen.close()
+        return Outcome(tuple(self._kept), tuple(self._made), self._failed, self._blocked)
+
+    def _advance(self) -> None:
+        """Settle every waiting step that can be settled, and start those for which there is room."""
+        for step in list(self._waiting):
+            culprit = next((need for need in step.needs if need in self._failed or need in self._blocked), None)
+            if culprit is not None:
+                self._waiting.remove(step)
+                root = self._blocked.get(culprit, culprit)
+                self._blocked[step.name] = root
+                self._screen.ended(step, f"not run, because {root} failed")
+            elif all(need in self._results for need in step.needs):
+                self._settle(step)
+
+    def _settle(self, step: Step) -> None:
+        if step.name not in self._judged:
+            self._judged.add(step.name)
+            verdict = self._ledger.judge(step, self._results)
+            if verdict.done and verdict.result is not None:
+                self._waiting.remove(step)
+                self._results[step.name] = verdict.result
+                self._kept.append(step.name)
+                self._screen.kept(step)
+                return
+        if len(self._running) < self._launcher.slots:
+            self._waiting.remove(step)
+            self._start(step)
+
+    def _start(self, step: Step) -> None:
+        if cleared := self._ledger.clear(step, self._results):
+            say(cleared)
+        self._ledger.start(step, self._results)
+        log = log_of(self._plan, step)
+        self._running[step.name] = _Running(self._launcher.submit(step.argv, log), log, time.monotonic())
+        self._note()
+        self._screen.started(step)
+
+    def _reap(self) -> None:
+        for name, running in list(self._running.items()):
+            code = running.job.ended()
+            if code is None:
+                continue
+            del self._running[name]
+            self._note()
+            step, seconds = self._plan.steps[name], time.monotonic() - running.began
+            try:
+                if code != 0:
+                    raise CoraError(_complaint(running.log, code))
+                self._results[name] = self._ledger.finish(step, self._results, seconds)
+            except CoraError as error:
+                self._failed[name] = str(error)
+                self._ledger.fail(step, self._results, str(error))
+                self._screen.ended(step, f"failed: {error}")
+            else:
+                self._made.append(name)
+                self._screen.made(step, seconds)
+
+    def _note(self) -> None:
+        _note_holders(self._lock, [running.job.pid for running in self._running.values()])
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def log_of(plan: Plan, step: Step) -> Path:
+    """Where a step's words go."""
+    return plan.out / "logs" / f"{step.name}.log"
+
+
+def last_lines(log: Path, count: int = _LAST_LINES) -> list[str]:
+    """The last lines of a log that say anything."""
+    try:
+        text = log.read_bytes()[-20_000:].decode("utf-8", errors="replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()][-count:]
+
+
+def _complaint(log: Path, code: int) -> str:
+    line = (last_lines(log, 1) or ["nothing was said"])[0].removeprefix("cora: error: ")
+    return f"killed by signal {-code}" if code < 0 else line
+
+
+def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool) -> None:
+    """Raise `CoraError` where results of other settings are in the way, all of them at once, unless they may be replaced."""
+    ledger = Ledger(plan.out)
+    found = [(step, differing) for name, step in plan.steps.items() if name in wanted and (differing := ledger.conflict(step))]
+    if found and not overwrite:
+        shown = "; ".join(f"{step.output} ({differing})" for step, differing in found[:5])
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise CoraError(
+            f"{plan.out} holds results that were made with other settings: {shown}{more}; choose another --output-dir, or replace them "
+            "with --overwrite"
+        )
+
+
+def standing(plan: Plan) -> Mapping[str, bool]:
+    """Which steps are whole on disk now, by name; a step whose needs are not cannot be."""
+    ledger = Ledger(plan.out)
+    results: dict[str, str] = {}
+    found = {}
+    for name, step in plan.steps.items():
+        verdict = ledger.judge(step, results) if all(need in results for need in step.needs) else None
+        found[name] = verdict is not None and verdict.done
+        if verdict is not None and verdict.result is not None:
+            results[name] = verdict.result
+    return found

@@ -1,0 +1,165 @@
+"""What a grid starts from: its models and data sets, found, hashed and measured before anything runs.
+
+It reads headers, records and hashes, never weights into memory; what cannot be had is said, and `plan` decides what that means.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cora_cli import rundir
+from cora_cli.basis.checkpoint import Checkpoint
+from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, is_target
+from cora_cli.data.formats import DataSplit, Record, load_split
+from cora_cli.errors import CoraError
+from cora_cli.experiments.grid import Grid
+from cora_cli.models import ModelPath, resolve_model
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """A model that is on this disk.
+
+    `shapes` maps the full name of every two-dimensional weight to (out, in), `parameters` counts them all and
+    `embedded` those of the input embedding; both are empty for an adapter. `sha256` is None where it was not asked for.
+    """
+
+    reference: str
+    sha256: str | None
+    shapes: dict[str, tuple[int, int]]
+    parameters: int
+    embedded: int
+
+    def targets(self, names: Sequence[str] = DEFAULT_TARGET_MODULES) -> dict[str, tuple[int, int]]:
+        """The (out, in) of every weight that the target modules name."""
+        return {module: shape for module, shape in self.shapes.items() if any(is_target(module, name) for name in names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFacts:
+    """A data set that was read: the hash of its split, its held-out records, and the mean size of its records in characters."""
+
+    reference: str
+    sha256: str
+    train: int
+    test: list[Record]
+    characters: float
+    response_characters: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Facts by reference, and what is wrong with each reference that has none."""
+
+    models: dict[str, ModelFacts]
+    datasets: dict[str, DataFacts]
+    unresolved: dict[str, str]
+
+    def require_all(self) -> None:
+        """Raise `CoraError` that names everything that could not be had."""
+        if self.unresolved:
+            raise CoraError("; ".join(dict.fromkeys(self.unresolved.values())))
+
+
+def used_sources(grid: Grid) -> list[str]:
+    """Names of the pool's models that some row's basis is made of, in the order of the pool."""
+    used = {name for row in grid.rows for name in row.sources}
+    return [name for name in grid.models if name in used]
+
+
+def references(grid: Grid) -> tuple[list[str], list[str]]:
+    """Every model and every data set that the grid needs from outside."""
+    settings = [grid.models[name] for name in used_sources(grid)]
+    models = [grid.model, *(value for value in settings if isinstance(value, str))]
+    data = [grid.datasets[row.dataset] for row in grid.rows if row.dataset]
+    made = [value["dataset"] for value in settings if not isinstance(value, str)]
+    return list(dict.fromkeys(models)), list(dict.fromkeys([*data, *made]))
+
+
+def find_inputs(grid: Grid, memory: Path | None) -> Inputs:
+    """Look at every model and data set that the grid names.
+
+    `memory` is a file in which hashes of weights are kept for the next time, by size and time of their files; None hashes no weights.
+    """
+    models, datasets = references(grid)
+    digests = _Digests(memory) if memory else None
+    found_models: dict[str, ModelFacts] = {}
+    found_data: dict[str, DataFacts] = {}
+    unresolved: dict[str, str] = {}
+    for reference in models:
+        try:
+            found_models[reference] = _model_facts(resolve_model(reference), digests)
+        except CoraError as error:
+            unresolved[reference] = str(error)
+    for reference in datasets:
+        try:
+            split = load_split(reference, grid.train.get("test_size"), grid.train.get("split_seed", 0))
+            found_data[reference] = _data_facts(reference, split)
+        except CoraError as error:
+            unresolved[reference] = str(error)
+    return Inputs(found_models, found_data, unresolved)
+
+
+def _model_facts(model: ModelPath, digests: "_Digests | None") -> ModelFacts:
+    sha256 = digests.of(model) if digests else None
+    if model.is_adapter:
+        return ModelFacts(model.reference, sha256, {}, 0, 0)
+    shapes = Checkpoint(model).shapes
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    matrices = {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in shapes.items()
+        if len(shape) == 2 and name.endswith(".weight")
+    }
+    embedded = sum(size for name, size in sizes.items() if "embed" in name or ".wte" in name)
+    # A tied head is stored once, but multiplied all the same.
+    return ModelFacts(model.reference, sha256, matrices, sum(sizes.values()), embedded)
+
+
+def _data_facts(reference: str, split: DataSplit) -> DataFacts:
+    sample = split.train[:200]
+    texts = [_texts(record) for record in sample]
+    return DataFacts(
+        reference,
+        split.content_hash(),
+        len(split.train),
+        split.test,
+        sum(len(prompt) + len(response) for prompt, response in texts) / len(texts),
+        sum(len(response) for _, response in texts) / len(texts),
+    )
+
+
+def _texts(record: Record) -> tuple[str, str]:
+    """A record's prompt and response, roughly: sizes are estimated from them, nothing is trained on them."""
+    if "messages" in record:
+        contents = [message["content"] for message in record["messages"]]
+        return "".join(contents[:-1]), contents[-1]
+    response = "output" if "output" in record else "completion"
+    return "".join(str(record.get(key, "")) for key in ("instruction", "input", "prompt")), str(record[response])
+
+
+class _Digests:
+    """Content hashes of models, remembered as long as size and time of their files stay what they were."""
+
+    def __init__(self, memory: Path) -> None:
+        self._memory = memory
+        try:
+            self._known: dict[str, Any] = rundir.read_json(memory) if memory.exists() else {}
+        except CoraError:
+            self._known = {}  # only a memory: what is lost is measured again
+
+    def of(self, model: ModelPath) -> str:
+        state = _state([*model.weight_files(), *(model.path.glob("*config.json")), *model.path.glob("cora.json")])
+        key = str(model.path.resolve())
+        known = self._known.get(key)
+        if isinstance(known, dict) and known.get("state") == state:
+            return str(known["sha256"])
+        self._known[key] = {"state": state, "sha256": model.content_hash()}
+        rundir.write_json(self._memory, self._known)
+        return str(self._known[key]["sha256"])
+
+
+def _state(files: Iterable[Path]) -> list[list[Any]]:
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]

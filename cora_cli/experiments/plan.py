@@ -1,0 +1,264 @@
+"""Rows -> the graph of steps that makes them: what each step is, what it needs, and the key by which equal steps are one.
+
+A step is one `cora` command. Whether it is done already is `ledger`'s judgement, carrying it out is `execute`'s.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from cora_cli import rundir
+from cora_cli.basis.choices import BasisChoices
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.experiments.grid import Grid
+from cora_cli.experiments.inputs import Inputs, used_sources
+from cora_cli.experiments.rows import Row
+from cora_cli.experiments.values import Values
+from cora_cli.settings import DtypeName
+from cora_cli.training.config import TrainConfig
+
+Kind = Literal["model", "basis", "train", "evaluate"]
+COMMANDS: dict[Kind, str] = {"model": "train", "basis": "extract-basis", "train": "train", "evaluate": "evaluate"}
+PLAN_FORMAT = 1
+SCORING = frozenset({"metrics", "bertscore_model", "bertscore_layer", "bootstrap", "seed"})
+"""Settings of an evaluation that move no prediction: `cora evaluate` computes the metrics again from those that are there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One `cora` command of a plan.
+
+    `output` is the directory or file that it makes, below the plan's; `facts` are the settings and content hashes that determine
+    its result (a need's key stands for what that need makes), and `key` is their hash; `needs` names the steps before it; `argv`
+    are the words after `cora`.
+    """
+
+    name: str
+    kind: Kind
+    output: str
+    facts: dict[str, Any]
+    needs: tuple[str, ...]
+    argv: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of everything that determines the result."""
+        return rundir.sha256_json([self.kind, self.facts])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All steps of a grid, each after those that it needs; `ways` names the steps of each row, the last one first wanted.
+
+    `records` maps files to be written before anything runs (below `out`) to the held-out records that a base model answers.
+    """
+
+    grid: Grid
+    out: Path
+    steps: dict[str, Step]
+    ways: dict[str, tuple[str, ...]]
+    records: dict[str, list[Any]]
+
+    def of_kind(self, row: str, kind: Kind) -> Step | None:
+        """The row's step of that kind, if it has one."""
+        return next((self.steps[name] for name in self.ways[row] if self.steps[name].kind == kind), None)
+
+    def needed_for(self, rows: list[str]) -> set[str]:
+        """Names of the steps without which those rows cannot be made."""
+        wanted, found = [name for row in rows for name in self.ways[row]], set()
+        while wanted:
+            name = wanted.pop()
+            found.add(name)
+            wanted += [need for need in self.steps[name].needs if need not in found]
+        return found
+
+
+def make_plan(grid: Grid, out: Path, inputs: Inputs, device: str, dtype: DtypeName) -> Plan:
+    """Lay out every step of the grid's rows in `out`; equal steps are laid out once."""
+    return _Planner(grid, out, inputs, device, dtype).plan()
+
+
+class _Planner:
+    def __init__(self, grid: Grid, out: Path, inputs: Inputs, device: str, dtype: DtypeName) -> None:
+        self._grid, self._out, self._inputs = grid, out, inputs
+        self._hardware: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._steps: dict[str, Step] = {}
+        self._records: dict[str, list[Any]] = {}
+        self._made: dict[str, Step] = {}
+
+    def plan(self) -> Plan:
+        for name in used_sources(self._grid):
+            settings = self._grid.models[name]
+            if not isinstance(settings, str):
+                self._made[name] = self._fine_tune(name, settings)
+        ranks: dict[str, int] = {}
+        for row in self._grid.rows:
+            if row.basis is not None:
+                group = self._basis_facts(row)[0]
+                ranks[group] = max(ranks.get(group, 0), row.basis_rank or 0)
+        ways = {}
+        for row in self._grid.rows:
+            way: list[Step] = []
+            if row.basis is not None:
+                way.append(self._basis(row, ranks[self._basis_facts(row)[0]]))
+            if row.mode not in ("base", "basis"):
+                way.append(self._train(row, way[0] if way else None))
+            if row.mode != "basis":
+                way.append(self._evaluate(row, way[-1] if way else None))
+            ways[row.name] = tuple(step.name for step in way)
+        return Plan(self._grid, self._out, self._steps, ways, self._records)
+
+    def _add(self, step: Step) -> Step:
+        return self._steps.setdefault(step.name, step)
+
+    def _keyed(self, prefix: str, kind: Kind, facts: dict[str, Any], needs: tuple[str, ...]) -> Step:
+        """A step that several rows may share: its key is in its name; output and words are filled in by the caller."""
+        bare = Step("", kind, "", facts, needs, ())
+        return dataclasses.replace(bare, name=f"{prefix}-{bare.key[:12]}")
+
+    def _model_hash(self, reference: str) -> str:
+        facts = self._inputs.models.get(reference)
+        return (facts.sha256 if facts else None) or f"not hashed: {reference}"
+
+    def _data_hash(self, reference: str) -> str:
+        facts = self._inputs.datasets.get(reference)
+        return facts.sha256 if facts else f"not read: {reference}"
+
+    def _config(self, mode: Any, settings: Values, dataset: str, output: str, basis: str | None = None) -> TrainConfig:
+        place: Values = {"model": self._grid.model, "dataset": dataset, "output_dir": str(self._out / output)}
+        return TrainConfig(**place, mode=mode, basis=basis, resume=True, **self._hardware, **settings)
+
+    def _training_facts(self, config: TrainConfig, basis: str | None = None) -> dict[str, Any]:
+        hashes = {"model": self._model_hash(self._grid.model), "dataset": self._data_hash(config.dataset)}
+        return {**config.result_settings(), **hashes, **({"basis": basis} if basis else {})}
+
+    def _fine_tune(self, name: str, settings: Values) -> Step:
+        shared: Values = {key: self._grid.train[key] for key in ("test_size", "split_seed") if key in self._grid.train}
+        own = {**shared, **{key: value for key, value in settings.items() if key not in ("mode", "dataset")}}
+        config = self._config(settings["mode"], own, settings["dataset"], "")
+        step = self._keyed(f"model-{name}", "model", self._training_facts(config), ())
+        output = f"models/{step.name.removeprefix('model-')}"
+        config = dataclasses.replace(config, output_dir=str(self._out / output))
+        return self._add(dataclasses.replace(step, output=output, argv=words("train", config)))
+
+    def _basis_facts(self, row: Row) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+        """What identifies a row's basis but for its rank: a hash, the facts, and the steps that it needs."""
+        assert row.basis is not None
+        made = [self._made[name] for name in row.sources if name in self._made]
+        hashes = [
+            self._made[name].key if name in self._made else self._model_hash(self._reference(name)) for name in row.sources
+        ]
+        choices = BasisChoices(**row.basis).to_json()
+        del choices["rank"]
+        facts = {**choices, "sources": hashes or [self._model_hash(self._grid.model)]}
+        if choices["source"] == "delta":
+            facts["base"] = self._model_hash(self._grid.model)
+        return rundir.sha256_json(facts), facts, tuple(step.name for step in made)
+
+    def _reference(self, source: str) -> str:
+        """What `cora extract-basis` is told: the reference of a source model, or the run that makes it."""
+        value = self._grid.models[source]
+        return value if isinstance(value, str) else str(self._out / self._made[source].output)
+
+    def _basis(self, row: Row, rank: int) -> Step:
+        assert row.basis is not None
+        _, facts, needs = self._basis_facts(row)
+        step = self._keyed("basis", "basis", {**facts, "rank": rank}, needs)
+        output = f"bases/{step.key[:12]}.safetensors"
+        base = self._grid.model if facts["source"] == "delta" else None
+        models = tuple(self._reference(name) for name in row.sources) or (self._grid.model,)
+        # The file was judged before: one that is there is damaged, or made from models that have changed since.
+        place = ("--output", str(self._out / output), "--overwrite", "--device", self._hardware["device"])
+        flags = words("extract-basis", BasisChoices(**{**row.basis, "rank": rank}))[1:]
+        argv = ("extract-basis", *models, *place, *(("--base", base) if base else ()), *flags)
+        return self._add(dataclasses.replace(step, output=output, argv=argv))
+
+    def _train(self, row: Row, basis: Step | None) -> Step:
+        assert row.train is not None
+        assert row.dataset is not None
+        output = f"runs/{row.name}"
+        place = str(self._out / basis.output) if basis else None
+        config = self._config(row.mode, row.train, self._grid.datasets[row.dataset], output, place)
+        facts = self._training_facts(config, basis.key if basis else None)
+        needs = (basis.name,) if basis else ()
+        return self._add(Step(f"train-{row.name}", "train", output, facts, needs, words("train", config)))
+
+    def _evaluate(self, row: Row, run: Step | None) -> Step:
+        # `overwrite` replaces what `ledger` has judged to be of other settings; predictions of the same ones are kept.
+        common = {**self._hardware, "overwrite": True, **self._grid.evaluate}
+        facts: dict[str, Any] = dict(self._grid.evaluate)
+        if run is not None:
+            output = f"{run.output}/evaluation"
+            config = EvaluateConfig(runs=(str(self._out / run.output),), output_dir=str(self._out / output), **common)
+            name, facts = f"evaluate-{row.name}", {**facts, "run": run.key}
+            return self._add(Step(name, "evaluate", output, facts, (run.name,), words("evaluate", config)))
+        assert row.dataset is not None
+        common.setdefault("template", self._grid.train.get("template", "auto"))
+        data = self._grid.datasets[row.dataset]
+        hashes = {"model": self._model_hash(self._grid.model), "dataset": self._data_hash(data)}
+        facts = {**facts, "template": common["template"], **hashes}
+        step = self._keyed("evaluate-base", "evaluate", {key: facts[key] for key in facts.keys() - SCORING}, ())
+        records, output = f"records/{row.dataset}.jsonl", f"evaluations/{step.key[:12]}"
+        if data in self._inputs.datasets:
+            self._records[records] = self._inputs.datasets[data].test
+        place: Values = {"model": self._grid.model, "dataset": str(self._out / records), "output_dir": str(self._out / output)}
+        argv = words("evaluate", EvaluateConfig(**place, **common))
+        return self._add(dataclasses.replace(step, output=output, argv=argv, facts=facts))
+
+
+def words(command: str, config: Any) -> tuple[str, ...]:
+    """The words after `cora` that give `config`: what is at its default is left out."""
+    arguments: list[str] = []
+    flags: list[str] = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.metadata.get("argument"):
+            arguments += value or ()
+        elif value != field.default:
+            flag = (field.metadata.get("flags") or ("--" + field.name.replace("_", "-"),))[0]
+            if isinstance(value, bool):
+                flags.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                flags += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
+    return (command, *arguments, *flags)
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """`plan.json`: what `cora report` needs to know of the rows and where each one's files are."""
+    grid = plan.grid
+    rows = []
+    for row in grid.rows:
+        run, evaluation, basis = (plan.of_kind(row.name, kind) for kind in ("train", "evaluate", "basis"))
+        names = [grid.models[name] for name in row.sources]
+        sources = [value if isinstance(value, str) else value["dataset"] for value in names]
+        rows.append(
+            {
+                "name": row.name,
+                "printed": row.printed,
+                "group": row.dataset,
+                "mode": row.mode,
+                "label": row.label,
+                "rank": row.rank,
+                "n_models": row.n_models,
+                "sources": sources,
+                "learning_rate": row.learning_rate,
+                "seed": row.seed,
+                "model": grid.model,
+                "dataset": row.dataset and grid.datasets[row.dataset],
+                "run": run and run.output,
+                "evaluation": evaluation and evaluation.output,
+                "basis": basis and basis.output,
+            }
+        )
+    return {
+        "format_version": PLAN_FORMAT,
+        "name": grid.name,
+        "title": grid.title,
+        "paper_table": grid.paper_table,
+        "preset": grid.preset,
+        "conditions": list(grid.conditions),
+        "rows": rows,
+        "steps": {
+            name: {"kind": step.kind, "output": step.output, "needs": list(step.needs)} for name, step in plan.steps.items()
+        },
+    }

@@ -1,0 +1,160 @@
+"""The preset `small`: any grid on a small model, with fine-tunes made here and built-in data, in minutes rather than weeks.
+
+What belongs to the method (modes, ranks, starts, numbers of models, seeds) stays the grid's; what belongs to its scale is replaced,
+and every replacement becomes a sentence in the grid's conditions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.experiments.tasks import LEARNING_RATE, TASK_BATCH, TASK_EVAL_LIMIT, TASK_RANK, TASK_STEPS, TASKS
+from cora_cli.experiments.values import Values
+from cora_cli.models import resolve_model
+
+STEPS, BATCH, HELD_OUT, PROMPTS, NEW_TOKENS, PROMPT_BATCH = 12, 8, 40, 40, 48, 20
+# A step of Adam moves each of all weights by about this much; adapters bear twenty times more.
+FULL_LEARNING_RATE = 5e-5
+_METHOD = frozenset({"rank", "alpha", "rslora", "a_init", "b_init", "target_modules", "dropout", "seed", "split_seed"})
+_SCALE = frozenset(
+    {
+        *("epochs", "max_steps", "batch_size", "gradient_accumulation", "gradient_checkpointing", "max_length", "limit"),
+        *("eval_limit", "eval_steps", "save_steps", "keep_checkpoints", "warmup_ratio", "template"),
+    }
+)
+_NEEDS_EQUAL_SHAPES = ("global", "layer")
+
+
+def small(values: Mapping[str, Any], model: str) -> Values:
+    """The values of a grid file, mapped to `model` and to sizes for two processor cores.
+
+    `values` make a valid grid. Raises `UsageError` where it has more models or data sets than there are to stand in for them.
+    """
+    defaults = values.get("defaults") or {}
+    pool = list(values.get("models") or {})
+    if len(pool) > len(TASKS):
+        raise UsageError(f"preset small makes {len(TASKS)} fine-tuned models, but the grid's pool has {len(pool)}")
+    renamed = dict(zip(pool, TASKS, strict=False))
+    datasets, replaced = _datasets(values.get("datasets") or {})
+    train = {key: value for key, value in (defaults.get("train") or {}).items() if key in _METHOD}
+    train |= {"learning_rate": LEARNING_RATE, "max_steps": STEPS, "batch_size": BATCH, "eval_limit": HELD_OUT}
+    evaluate = {key: value for key, value in (defaults.get("evaluate") or {}).items() if key == "metrics"}
+    evaluate |= {"limit": PROMPTS, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPT_BATCH}
+    shapes = _Shapes(model)
+    basis = shapes.adapted(defaults.get("basis") or {})
+    blocks = [shapes.adapted(_block(block, renamed)) for block in values["grid"]]
+    tuned = {
+        "mode": "lora",
+        "rank": TASK_RANK,
+        "max_steps": TASK_STEPS,
+        "batch_size": TASK_BATCH,
+        "eval_limit": TASK_EVAL_LIMIT,
+    }
+    conditions = [
+        f"The base model is {model} instead of {values.get('model')}.",
+        *(
+            [
+                f"The {len(pool)} source models are fine-tunes made here, {TASK_STEPS} steps each on {', '.join(renamed.values())}."
+            ]
+            if pool
+            else []
+        ),
+        *replaced,
+        f"Each run takes {STEPS} steps of {BATCH} records at learning rate {LEARNING_RATE:g} ({FULL_LEARNING_RATE:g} where all weights "
+        f"are trained, and as the grid says where it sweeps it), and answers {PROMPTS} prompts with at most {NEW_TOKENS} tokens.",
+        "BERTScore is on a small encoder (MiniLM-L6), not on the paper's scale.",
+        *shapes.conditions(),
+    ]
+    return {
+        **{key: values[key] for key in ("name", "title", "paper_table") if key in values},
+        "conditions": conditions,
+        "model": model,
+        "models": {
+            task: {"dataset": f"builtin:task-{task}", "learning_rate": LEARNING_RATE, **tuned} for task in renamed.values()
+        },
+        "datasets": datasets,
+        "defaults": {"train": train, "basis": basis, "evaluate": evaluate},
+        "grid": blocks,
+    }
+
+
+def _datasets(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Built-in data by the grid's own names, and what replaced what."""
+    mapped, conditions = {}, []
+    for name, reference in given.items():
+        mapped[name] = reference
+        if not reference.startswith("builtin:"):
+            mapped[name] = "builtin:code" if "code" in f"{name} {reference}".lower() else "builtin:instruct"
+            conditions.append(f"The data set {name} is {mapped[name]} instead of {reference}.")
+    if len(set(mapped.values())) < len(mapped):
+        raise UsageError(
+            f"preset small has builtin:instruct and builtin:code to stand in, which is too few for {', '.join(given)}"
+        )
+    return mapped, conditions
+
+
+def _block(block: Mapping[str, Any], renamed: Mapping[str, str]) -> Values:
+    """A block (or row) without settings of scale; a learning rate that is swept stays."""
+    kept = {key: value for key, value in block.items() if key not in _SCALE}
+    if not isinstance(kept.get("learning_rate"), list):
+        kept.pop("learning_rate", None)
+        if block.get("mode") == "full":
+            kept["learning_rate"] = FULL_LEARNING_RATE
+    if "sources" in kept:
+        kept["sources"] = _renamed(kept["sources"], renamed)
+    if "rows" in kept:
+        kept["rows"] = [_block(row, renamed) for row in kept["rows"]]
+    return kept
+
+
+def _renamed(sources: Any, renamed: Mapping[str, str]) -> Any:
+    return [_renamed(source, renamed) for source in sources] if isinstance(sources, list) else renamed[sources]
+
+
+class _Shapes:
+    """What a model's shapes forbid of a grid, and what was taken instead."""
+
+    def __init__(self, model: str) -> None:
+        try:
+            config = resolve_model(model).config()
+        except CoraError as error:
+            raise UsageError(f"preset small cannot be planned without its model: {error}") from error
+        heads = config.get("num_attention_heads") or 1
+        key_value_heads = config.get("num_key_value_heads") or heads
+        head = config.get("head_dim") or config["hidden_size"] // heads
+        self._grouped = key_value_heads != heads
+        # One less than all: a centred matrix has no more directions.
+        self._most = key_value_heads * head - 1
+        self._shares: set[str] = set()
+        self._ranks: set[int] = set()
+
+    def adapted(self, settings: Mapping[str, Any]) -> Values:
+        """Settings of a basis, of a block or of a row, within what the shapes allow."""
+        result = dict(settings)
+        for key in {"share", "rank", "basis_rank"} & result.keys():
+            value = result[key]
+            result[key] = [self._one(key, each) for each in value] if isinstance(value, list) else self._one(key, value)
+        if isinstance(result.get("rows"), list):
+            result["rows"] = [self.adapted(row) for row in result["rows"]]
+        return result
+
+    def conditions(self) -> list[str]:
+        """A sentence for each thing that `adapted` had to change."""
+        found = [
+            f"There is one basis per projection instead of `share: {share}`, since grouped queries give K and V fewer rows than Q, so that "
+            "their weights cannot be averaged."
+            for share in sorted(self._shares)
+        ]
+        return found + [
+            f"A basis of rank {rank} was asked for; this model's narrowest weight allows {self._most}."
+            for rank in sorted(self._ranks)
+        ]
+
+    def _one(self, key: str, value: Any) -> Any:
+        if key == "share" and self._grouped and value in _NEEDS_EQUAL_SHAPES:
+            self._shares.add(value)
+            return "projection"
+        if key != "share" and isinstance(value, int) and value > self._most:
+            self._ranks.add(value)
+            return self._most
+        return value

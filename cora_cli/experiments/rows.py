@@ -1,0 +1,242 @@
+"""One row of a grid: its settings judged, its source models chosen, its stable readable name.
+
+A row is what a table shows once per seed; how it is carried out is `plan`.
+"""
+
+import dataclasses
+import random
+from collections.abc import Collection
+from typing import Any, Literal, get_args
+
+from cora_cli.basis.choices import DEFAULT_RANK, BasisChoices
+from cora_cli.errors import UsageError
+from cora_cli.experiments.values import Values, fields_of, typed
+from cora_cli.training.config import TrainConfig
+
+RowMode = Literal["base", "basis", "lora", "fb", "tb", "full"]
+TRAIN_KEYS = fields_of(
+    TrainConfig,
+    leave_out=(
+        *("model", "dataset", "output_dir", "mode", "basis", "resume"),  # each step's own
+        *("device", "dtype", "trust_remote_code"),  # said to `ablate` itself
+    ),
+)
+BASIS_KEYS = fields_of(BasisChoices, leave_out=("rank", "target_modules"))
+_SOURCE_KEYS: dict[str, Any] = {"n_models": int, "sources": tuple[str, ...], "source_seed": int, "basis_rank": int}
+_SHOWN_KEYS: dict[str, Any] = {"mode": RowMode, "label": str, "printed": str}
+# Which records are held out is the whole file's choice: rows are compared on the same ones.
+_OWN_TRAIN_KEYS = {name: hint for name, hint in TRAIN_KEYS.items() if name not in ("test_size", "split_seed")}
+ROW_KEYS: dict[str, Any] = {**_SHOWN_KEYS, "dataset": str, **_OWN_TRAIN_KEYS, **_SOURCE_KEYS, **BASIS_KEYS}
+_ADAPTER_KEYS = frozenset({"rank", "alpha", "rslora", "a_init", "b_init", "target_modules", "dropout", "compact"})
+_STEMS = {"base": "base", "lora": "lora", "full": "full", "fb": "cora-fb", "tb": "cora-tb"}
+_ALWAYS_NAMED = frozenset({*_SHOWN_KEYS, "dataset", "rank", "basis_rank", "n_models", "learning_rate", "seed", "b_init"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """What the rest of the file gives to every row: the names of both pools, the defaults of training and basis, and the
+    seed of the random choice of sources."""
+
+    models: tuple[str, ...]
+    datasets: tuple[str, ...]
+    train: Values
+    basis: Values
+    basis_rank: int | None
+    source_seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row. Where a kind of row has no such thing, the field is None.
+
+    `sources` names models of the pool, none of them for the control whose basis is the base model's own (`n_models` 0); `train`
+    and `basis` are settings of `TrainConfig` and of `BasisChoices` without its rank; `basis_rank` is the rank that this row needs.
+    """
+
+    name: str
+    label: str
+    mode: RowMode
+    printed: str | None = None
+    dataset: str | None = None
+    rank: int | None = None
+    n_models: int | None = None
+    source_seed: int = 0
+    sources: tuple[str, ...] = ()
+    learning_rate: float | None = None
+    seed: int = 0
+    train: Values | None = None
+    basis: Values | None = None
+    basis_rank: int | None = None
+
+    def as_dict(self) -> Values:
+        """Plain values for YAML."""
+        values = dataclasses.asdict(self)
+        values["sources"] = list(self.sources)
+        for part in (values["train"], values["basis"]):
+            if part:
+                part.update({key: list(value) for key, value in part.items() if isinstance(value, tuple)})
+        return values
+
+
+def build_row(settings: Values, varied: Collection[str], scope: Scope, where: str, problems: list[str]) -> Row | None:
+    """The row that `settings` describe; None, and sentences in `problems`, where they make no sense.
+
+    `varied` names the settings that tell this row from others of its block, so that they belong into its name.
+    """
+    found = len(problems)
+    values = typed(settings, ROW_KEYS, where, problems)
+    mode: Any = values.get("mode")
+    if mode is None and "mode" not in settings:
+        problems.append(f"{where}: mode is missing; it is one of {', '.join(get_args(RowMode))}")
+    if len(problems) > found:
+        return None
+    needs_basis = mode == "basis" or (mode in ("fb", "tb") and values.get("b_init", "basis") == "basis")
+    useless = values.keys() - _useful_keys(mode, needs_basis)
+    if useless:
+        problems.append(
+            f"{where}: {', '.join(sorted(useless))} means nothing to {_described(mode, values)}; leave it out there"
+        )
+        return None
+    row = _assemble(mode, needs_basis, values, scope, where, problems)
+    if len(problems) > found:
+        return None
+    return dataclasses.replace(row, name=_name(row, values, varied, scope), label=values.get("label") or _label(row))
+
+
+def _useful_keys(mode: str, needs_basis: bool) -> set[str]:
+    shown = {*_SHOWN_KEYS}
+    if mode == "base":
+        return {*shown, "dataset"}
+    about_basis = {*_SOURCE_KEYS, *BASIS_KEYS} if needs_basis else set()
+    if mode == "basis":
+        return {*shown, *about_basis, "target_modules"}
+    trained = set(_OWN_TRAIN_KEYS) - (_ADAPTER_KEYS if mode == "full" else set())
+    return {*shown, "dataset", *trained, *about_basis} - ({"b_init"} if mode == "lora" else set())
+
+
+def _described(mode: str, values: Values) -> str:
+    start = values.get("b_init")
+    return f"mode {mode}" + (f" with b_init {start}" if start and mode in ("fb", "tb") else "")
+
+
+def _assemble(mode: RowMode, needs_basis: bool, values: Values, scope: Scope, where: str, problems: list[str]) -> Row:
+    """The row but for its name and label."""
+    dataset = None if mode == "basis" else _dataset(values.get("dataset"), scope, where, problems)
+    sources = _sources(values, scope, where, problems) if needs_basis else ()
+    train = None
+    if mode not in ("base", "basis"):
+        inherited = {key: value for key, value in scope.train.items() if mode != "full" or key not in _ADAPTER_KEYS}
+        train = {**inherited, **{key: values[key] for key in values.keys() & TRAIN_KEYS.keys()}}
+        train = {key: value for key, value in train.items() if key != "b_init" or value != "basis"}
+        try:
+            place: Values = {"model": "m", "dataset": "d", "output_dir": "o", "basis": "b" if needs_basis else None}
+            config = TrainConfig(**place, mode=mode, **train)
+        except UsageError as error:
+            problems.append(f"{where}: {error}")
+            train = None
+    rank = None if train is None or mode == "full" else config.rank
+    basis = {**scope.basis, **{key: values[key] for key in values.keys() & BASIS_KEYS.keys()}} if needs_basis else None
+    fixed = values.get("basis_rank", scope.basis_rank)
+    if needs_basis and fixed is not None and (fixed < 1 or (rank or 1) > fixed):
+        problems.append(f"{where}: rank {rank or fixed} is above the rank of the basis, which the file fixes at {fixed}")
+    if basis is not None and not sources and basis.get("source") == "delta":
+        problems.append(f"{where}: with n_models 0 and source delta the base would be subtracted from itself")
+    if basis is not None:
+        targets = values.get("target_modules") or scope.train.get("target_modules")
+        basis |= {"target_modules": targets} if targets else {}
+        try:
+            BasisChoices(**basis)
+        except UsageError as error:
+            problems.append(f"{where}: {error}")
+    return Row(
+        name="",
+        label="",
+        mode=mode,
+        printed=_filled(values.get("printed"), values, where, problems),
+        dataset=dataset,
+        rank=rank,
+        n_models=len(sources) if needs_basis else None,
+        source_seed=values.get("source_seed", scope.source_seed),
+        sources=sources,
+        learning_rate=config.learning_rate if train is not None else None,
+        seed=config.seed if train is not None else 0,
+        train=train,
+        basis=basis,
+        basis_rank=(fixed or rank or DEFAULT_RANK) if needs_basis else None,
+    )
+
+
+def _dataset(name: str | None, scope: Scope, where: str, problems: list[str]) -> str:
+    if name is None and len(scope.datasets) == 1:
+        return scope.datasets[0]
+    if name not in scope.datasets:
+        known = ", ".join(scope.datasets) or "nothing"
+        problems.append(f"{where}: dataset {name!r} is not among the file's datasets, which are {known}")
+    return name or ""
+
+
+def _sources(values: Values, scope: Scope, where: str, problems: list[str]) -> tuple[str, ...]:
+    """The named sources, or the paper's seeded random choice of n of the pool; without either the whole pool."""
+    if "sources" in values:
+        sources: tuple[str, ...] = values["sources"]
+        if "n_models" in values:
+            problems.append(f"{where}: sources and n_models exclude each other")
+        if missing := [name for name in sources if name not in scope.models]:
+            known = ", ".join(scope.models) or "none"
+            problems.append(f"{where}: source {missing[0]!r} is not among the file's models, which are {known}")
+        if len(set(sources)) < len(sources):
+            problems.append(f"{where}: a source is named twice")
+        return sources
+    count = values.get("n_models", len(scope.models))
+    if not 0 <= count <= len(scope.models):
+        problems.append(f"{where}: n_models {count} cannot be chosen from the file's {len(scope.models)} models")
+        return ()
+    if "n_models" not in values and not count:
+        problems.append(f"{where}: a basis needs models, but the file names none; n_models: 0 would take the base model alone")
+    chosen = random.Random(f"{values.get('source_seed', scope.source_seed)}/{count}").sample(sorted(scope.models), count)
+    return tuple(name for name in scope.models if name in chosen)
+
+
+def _filled(printed: str | None, values: Values, where: str, problems: list[str]) -> str | None:
+    """The printed name with the row's own values in its `{placeholders}`."""
+    try:
+        return printed.format_map(values) if printed else None
+    except (KeyError, ValueError, IndexError) as error:
+        problems.append(f"{where}: printed {printed!r} refers to {error}, which this row does not set")
+        return None
+
+
+def _label(row: Row) -> str:
+    if row.mode == "basis":
+        assert row.basis is not None
+        return str(row.basis.get("method", "svd"))
+    start = (row.train or {}).get("b_init")
+    return row.mode + (f" {start}" if start else "") + (" n=0" if row.n_models == 0 else "")
+
+
+def _name(row: Row, values: Values, varied: Collection[str], scope: Scope) -> str:
+    start = (row.train or {}).get("b_init")
+    if row.mode == "basis":
+        assert row.basis is not None
+        parts = [f"basis-{row.basis.get('method', 'svd')}", row.basis.get("share", "module"), f"r{row.basis_rank}"]
+        own = {"method", "share"}
+    else:
+        parts, own = [_STEMS[row.mode] + (f"-{start}" if start else "")], set()
+        parts += [str(row.dataset)] if len(scope.datasets) > 1 else []
+        parts += [f"r{row.rank}"] if row.rank is not None else []
+    parts += [f"n{row.n_models}"] if row.n_models is not None else []
+    parts += [f"lr{short(row.learning_rate)}"] if row.learning_rate is not None else []
+    for key in sorted(set(varied) & values.keys() - _ALWAYS_NAMED - own):
+        value = values[key]
+        text = "+".join(value) if isinstance(value, tuple) else short(value) if isinstance(value, float) else str(value).lower()
+        parts.append(f"{key.replace('_', '-')}-{text}")
+    parts += [f"seed{row.seed}"] if row.train is not None else []
+    return "_".join(parts)
+
+
+def short(value: float) -> str:
+    """A number as a name has it: `1e-4`, `1.5e-3`, `0.25`, `3`."""
+    if value and abs(value) < 1e-2:
+        mantissa, _, exponent = f"{value:.6e}".partition("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:g}"

@@ -1,0 +1,130 @@
+"""Values from a YAML file against the typed fields of a configuration class, and YAML files that include one another.
+
+It turns what YAML gives into what the field wants or says what was expected; what the settings mean is not known here.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from cora_cli.errors import UsageError
+
+Values = dict[str, Any]
+
+
+def fields_of(config_class: type, leave_out: Collection[str] = ()) -> dict[str, Any]:
+    """Name -> type hint of every field of a dataclass but those in `leave_out`."""
+    hints = typing.get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class) if field.name not in leave_out}
+
+
+def unknown_key(key: object, known: Collection[str], where: str) -> str:
+    """What is wrong with a key that is not `known`, with the nearest one that is."""
+    near = difflib.get_close_matches(str(key), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+    return f"{where}: unknown key {key!r} ({hint})"
+
+
+def typed(values: object, hints: Mapping[str, Any], where: str, problems: list[str]) -> Values:
+    """The settings in `values` as their fields want them; each one that does not fit becomes a sentence in `problems`."""
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        problems.append(f"{where} must hold `name: value` lines, not {values!r}")
+        return {}
+    fitting = {}
+    for key, value in values.items():
+        if key not in hints:
+            problems.append(unknown_key(key, hints, where))
+            continue
+        try:
+            fitting[key] = converted(hints[key], value)
+        except ValueError as error:
+            problems.append(f"{where}: {key} must be {error}, not {value!r}")
+    return fitting
+
+
+def converted(hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`; raises `ValueError` with the words for what was expected.
+
+    YAML reads 1e-4 (without a point) as text, so text that is a number is taken where a number is wanted.
+    """
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if option is not type(None) and (found := _fit(option, value)) is not None:
+            return found
+    raise ValueError(" or ".join(_words(option) for option in options))
+
+
+def _fit(hint: Any, value: Any) -> Any:
+    """`value` as `hint`, or None where it does not fit."""
+    if typing.get_origin(hint) is typing.Literal:
+        return value if value in typing.get_args(hint) else None
+    if typing.get_origin(hint) is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        fits = isinstance(parts, list) and parts and all(isinstance(part, str) and part.strip() for part in parts)
+        return tuple(part.strip() for part in parts) if fits else None
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value) if isinstance(value, int | float | str) else None
+        except ValueError:
+            return None
+    return value if type(value) is hint else None
+
+
+def _words(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if typing.get_origin(hint) is tuple:
+        return "a list of names"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "empty"}
+    return words.get(hint, str(hint))
+
+
+def read_yaml(path: Path) -> Values:
+    """A YAML mapping, merged into the file that it names under `include` (a path beside it): its own values win.
+
+    Raises `UsageError` naming the file that cannot be read, is no mapping, or includes itself.
+    """
+    return _read(path, ())
+
+
+def _read(path: Path, including: tuple[Path, ...]) -> Values:
+    import yaml
+
+    if path.resolve() in including:
+        raise UsageError(f"grid file {path} includes itself")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"grid file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"grid file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"grid file {path} must hold `name: value` lines, not a {type(values).__name__}")
+    included = values.pop("include", None)
+    if included is None:
+        return values
+    if not isinstance(included, str):
+        raise UsageError(f"grid file {path}: include must name one file, not {included!r}")
+    return merged(_read(path.parent / included, (*including, path.resolve())), values)
+
+
+def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Values:
+    """Both mappings as one; where both have a key, mappings are merged, `conditions` joined, and else `upper` wins."""
+    result = dict(lower)
+    for key, value in upper.items():
+        below = result.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            result[key] = merged(below, value)
+        elif key == "conditions" and isinstance(below, list) and isinstance(value, list):
+            result[key] = [*below, *value]
+        else:
+            result[key] = value
+    return result
