@@ -41,8 +41,8 @@ def small(values: Mapping[str, Any], model: str) -> Values:
     evaluate = {key: value for key, value in (defaults.get("evaluate") or {}).items() if key == "metrics"}
     evaluate |= {"limit": PROMPTS, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPT_BATCH}
     shapes = _Shapes(model)
-    basis = shapes.adapted(defaults.get("basis") or {})
-    blocks = [shapes.adapted(_block(block, renamed)) for block in values["grid"]]
+    basis = shapes.adapted(defaults.get("basis") or {}, "rank")
+    blocks = [shapes.adapted(_block(block, renamed), "basis_rank") for block in values["grid"]]
     tuned = {
         "mode": "lora",
         "rank": TASK_RANK,
@@ -128,14 +128,14 @@ class _Shapes:
         self._shares: set[str] = set()
         self._ranks: set[int] = set()
 
-    def adapted(self, settings: Mapping[str, Any]) -> Values:
-        """Settings of a basis, of a block or of a row, within what the shapes allow."""
+    def adapted(self, settings: Mapping[str, Any], rank_key: str) -> Values:
+        """Settings of a basis, of a block or of a row, within what the shapes allow; `rank_key` is the basis's rank in them."""
         result = dict(settings)
-        for key in {"share", "rank", "basis_rank"} & result.keys():
+        for key in {"share", rank_key} & result.keys():
             value = result[key]
             result[key] = [self._one(key, each) for each in value] if isinstance(value, list) else self._one(key, value)
         if isinstance(result.get("rows"), list):
-            result["rows"] = [self.adapted(row) for row in result["rows"]]
+            result["rows"] = [self.adapted(row, rank_key) for row in result["rows"]]
         return result
 
     def conditions(self) -> list[str]:

@@ -119,7 +119,7 @@ def _described(mode: str, values: Values) -> str:
     return f"mode {mode}" + (f" with b_init {start}" if start and mode in ("fb", "tb") else "")
 
 
-def _assemble(mode: RowMode, needs_basis: bool, values: Values, scope: Scope, where: str, problems: list[str]) -> Row:
+def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where: str, problems: list[str]) -> Row:
     """The row but for its name and label."""
     dataset = None if mode == "basis" else _dataset(values.get("dataset"), scope, where, problems)
     sources = _sources(values, scope, where, problems) if needs_basis else ()

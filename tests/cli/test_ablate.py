@@ -1,0 +1,200 @@
+"""`cora ablate` by running it: a tiny grid for real, killed half-way and completed; the plan; and what is refused."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cora_cli import rundir
+from cora_cli.cli import app
+from cora_cli.experiments.launch import LocalLauncher
+
+FB, LORA = "cora-fb_r4_n1_lr1e-3_seed0", "lora_r4_lr1e-3_seed0"
+ROOT = Path(__file__).parents[2]
+
+
+def write_grid(directory: Path, base: Path, data: Path, **changes: Any) -> Path:
+    values = {
+        "name": "tiny",
+        "title": "A tiny grid",
+        "model": str(base),
+        "models": {"itself": str(base)},
+        "datasets": {"counting": str(data)},
+        "defaults": {
+            "train": {"rank": 4, "learning_rate": 1e-3, "max_steps": 3, "batch_size": 2, "test_size": 4, "save_steps": 1},
+            "evaluate": {"limit": 2, "max_new_tokens": 4, "metrics": ["rouge"]},
+        },
+        "grid": [{"mode": ["fb", "lora"]}, {"mode": "base"}],
+    }
+    path = directory / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values | changes, sort_keys=False))
+    return path
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["ablate", *map(str, arguments)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Killed:
+    """A grid whose first run was killed with all its processes, and what was on disk then; then completed by a second call."""
+
+    grid: Path
+    out: Path
+    before: dict[str, int]
+    second: subprocess.CompletedProcess[str]
+
+
+def command(grid: Path, out: Path) -> list[str]:
+    return [sys.executable, "-m", "cora_cli", "ablate", str(grid), "--output-dir", str(out), "--device", "cpu"]
+
+
+def times(out: Path) -> dict[str, int]:
+    """When every file of the results was last written."""
+    places = ("runs", "bases", "evaluations", "steps")
+    return {
+        str(path.relative_to(out)): path.stat().st_mtime_ns
+        for place in places
+        for path in (out / place).rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    root = tmp_path_factory.mktemp("ablate")
+    grid, out = write_grid(root, tiny_model, tiny_data), root / "out"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command(grid, out), cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    evaluation = out / "runs" / FB / "evaluation"
+    while first.poll() is None and not evaluation.exists():
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    before = times(out)
+    second = subprocess.run(command(grid, out), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return Killed(grid, out, before, second)
+
+
+def test_a_killed_grid_is_completed_and_loses_only_the_step_in_flight(killed: Killed) -> None:
+    assert killed.second.returncode == 0, killed.second.stderr
+    assert "4 steps made, 2 whole already" in killed.second.stderr
+    after = times(killed.out)
+    kept = [
+        name
+        for name in killed.before
+        if name.startswith("bases/") or (name.startswith(f"runs/{FB}/") and "/evaluation/" not in name)
+    ]
+    assert len(kept) > 5
+    assert {name: killed.before[name] for name in kept} == {name: after[name] for name in kept}
+
+
+def test_every_row_ends_with_a_run_and_an_evaluation(killed: Killed) -> None:
+    plan = rundir.read_json(killed.out / "plan.json")
+    assert [row["name"] for row in plan["rows"]] == [FB, LORA, "base"]
+    references = set()
+    for row in plan["rows"]:
+        place = killed.out / row["evaluation"]
+        assert rundir.read_json(place / "metrics.json")["metrics"]["rouge1"]["n"] == 2
+        references.add(tuple(line["reference"] for line in rundir.read_jsonl(place / "predictions.jsonl")))
+        if row["run"]:
+            assert rundir.read_json(killed.out / row["run"] / "run.json")["status"] == "finished"
+    assert len(references) == 1
+    basis = rundir.read_json(killed.out / plan["rows"][0]["run"] / "run.json")["basis"]
+    assert Path(basis["path"]) == (killed.out / plan["rows"][0]["basis"]).resolve()
+    assert (killed.out / "logs" / f"train-{LORA}.log").exists()
+    assert f"evaluate-{LORA}: done in" in killed.second.stderr
+    assert "rouge1" in killed.second.stderr
+
+
+def test_a_third_call_does_nothing(killed: Killed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalLauncher, "submit", lambda *_: pytest.fail("finished work was done again"))
+    before = times(killed.out)
+    result = run(killed.grid, "--output-dir", killed.out, "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    assert "nothing was done" in result.stderr
+    assert times(killed.out) == before
+
+
+def test_a_plan_tells_what_is_done_and_writes_nothing(killed: Killed) -> None:
+    before = times(killed.out)
+    result = run(killed.grid, "--output-dir", killed.out, "--device", "cpu", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines() if line.startswith("|")
+    ]
+    assert [(row[0], row[2], row[5]) for row in cells[2:]] == [
+        (FB, f"{4 * 6 * 64:,}", "done"),
+        (LORA, f"{4 * (6 * 64 + 2 * 128):,}", "done"),
+        ("base", "0", "done"),
+    ]
+    assert "2 training runs" in result.stdout
+    assert times(killed.out) == before
+
+
+def test_a_changed_grid_is_refused_before_anything_runs(
+    killed: Killed, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    grid = write_grid(tmp_path, tiny_model, tiny_data, grid=[{"mode": "lora", "batch_size": 4}])
+    result = run(grid, "--output-dir", killed.out, "--device", "cpu")
+    assert result.exit_code == 1
+    assert f"runs/{LORA} (batch_size); choose another --output-dir, or replace them with --overwrite" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "./nowhere"}, "model './nowhere' is neither a directory on this disk nor a hub id"),
+        ({"models": {"itself": "no-org/no-model"}}, "model 'no-org/no-model' is not a directory here and could not be fetched"),
+        ({"datasets": {"counting": "missing.jsonl"}}, "missing.jsonl"),
+        ({"grid": [{"mode": "fb", "rank": 40}]}, "rank 40 is above the 32 rows of"),
+        ({"grid": [{"mode": "fb", "share": "global"}]}, "share global needs weights with equal out-dimensions"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(
+    changes: dict[str, Any], message: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    result = run(write_grid(tmp_path, tiny_model, tiny_data, **changes), "--output-dir", tmp_path / "out", "--device", "cpu")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_a_plan_names_what_cannot_be_resolved_and_does_not_fail(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    result = run(
+        write_grid(tmp_path, tiny_model, tiny_data, model="no-org/no-model"), "--dry-run", "--output-dir", tmp_path / "out"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "unresolved: no-org/no-model (" in result.stdout
+    assert "unknown" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--jobs", "0"], "--jobs must be at least 1, not 0"),
+        (["--device", "tpu"], "--device 'tpu' is unknown here"),
+        (["--only", "nothing*"], "--only 'nothing*' matches none of the 3 rows"),
+    ],
+)
+def test_usage_errors_end_with_code_2(
+    arguments: list[str], message: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    result = run(write_grid(tmp_path, tiny_model, tiny_data), "--output-dir", tmp_path / "out", "--dry-run", *arguments)
+    assert (result.exit_code, message in result.stderr) == (2, True)
+
+
+def test_a_grid_that_makes_no_sense_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text("model: m\ngrid: [{mode: lroa}]\n")
+    result = run(tmp_path / "grid.yaml")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,121 @@
+"""Every grid file that ships: it parses, plans, and says what the paper says."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cora_cli.experiments.grid import Grid, load_grid
+from cora_cli.experiments.inputs import Inputs
+from cora_cli.experiments.paper import paper_tables
+from cora_cli.experiments.plan import make_plan, plan_record
+from cora_cli.experiments.tasks import TASKS
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GRIDS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "grid" in yaml.safe_load(path.read_text())]
+TABLES = ["table1", "table2", "table3", "table4"]
+
+
+def paper_grid(name: str, preset: str | None = None, model: str | None = None) -> Grid:
+    return load_grid(CONFIGS / "paper" / f"{name}.yaml", preset, model)
+
+
+def test_all_grids_were_found() -> None:
+    assert {path.stem for path in GRIDS} == {*TABLES, "figure-variance", "quick", "honest"}
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("preset", [None, "small"])
+def test_every_grid_parses_and_plans_without_anything_at_hand(
+    path: Path, preset: str | None, tiny_multihead_model: Path
+) -> None:
+    grid = load_grid(path, preset, str(tiny_multihead_model) if preset else None)
+    plan = make_plan(grid, Path("out"), Inputs({}, {}, {}), "auto", "auto")
+    assert [row["name"] for row in plan_record(plan)["rows"]] == [row.name for row in grid.rows]
+    assert all(row.dataset or row.mode == "basis" for row in grid.rows)
+    assert grid.conditions
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("preset", [None, "small"])
+def test_a_table_has_every_printed_row_once_and_the_base_model_beside_them(
+    name: str, preset: str | None, tiny_multihead_model: Path
+) -> None:
+    grid = paper_grid(name, preset, str(tiny_multihead_model) if preset else None)
+    assert grid.paper_table is not None
+    printed = [row.printed for row in grid.rows if row.printed]
+    assert sorted(printed) == sorted(paper_tables()[grid.paper_table]["rows"])
+    assert [row.mode for row in grid.rows if not row.printed] == ["base", "base"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_printed_row_is_what_its_name_says(name: str) -> None:
+    for row in paper_grid(name).rows:
+        if row.printed:
+            words = row.printed.replace("yhama", "yahma").replace("FBL", "FB").split("_")
+            assert row.dataset in words
+            mode = {"FineTuning": "full", "LoRA": "lora", "FB": "fb", "TB": "tb"}
+            assert row.mode == next((mode[word] for word in words[::-1] if word in mode), "fb")
+            if name == "table1":
+                assert words[-1] == str(row.n_models)
+            elif name == "table4":
+                start = {"0": "zeros", "1": "ones", "ran": "random"}[words[-1]]
+                assert (row.rank, (row.train or {})["b_init"]) == (48, start)
+            elif words[-1].isdigit() and (name == "table3" or row.mode == "lora"):
+                assert words[-1] == str(row.rank)
+            elif row.mode in ("fb", "tb"):
+                assert (row.rank, row.n_models) == (48, 5)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_follow_the_paper_s_letter(name: str) -> None:
+    grid = paper_grid(name)
+    assert grid.model == "meta-llama/Llama-2-13b-hf"
+    assert len(grid.models) == 5
+    for row in grid.rows:
+        if row.basis is not None:
+            assert (row.basis["share"], row.basis["merge"]) == ("global", "mean")
+        if row.mode in ("lora", "fb", "tb"):
+            assert (row.train or {})["a_init"] == "gaussian"
+
+
+def test_the_honest_grid_sweeps_every_mode_and_has_every_control() -> None:
+    grid = load_grid(CONFIGS / "honest.yaml")
+    swept: dict[str, set[tuple[float | None, int]]] = {}
+    for row in grid.rows:
+        swept.setdefault(row.label, set()).add((row.learning_rate, row.seed))
+    assert swept.keys() == {"base", "lora", "fb", "tb", "fb orthonormal", "fb n=0", "lora r=31"}
+    rates_and_seeds = swept.pop("base") and next(iter(swept.values()))
+    assert all(values == rates_and_seeds for values in swept.values())
+    assert len({rate for rate, _ in rates_and_seeds}) >= 3
+    assert len({seed for _, seed in rates_and_seeds}) >= 3
+
+
+def test_the_small_preset_replaces_the_scale_and_keeps_the_method(tiny_model: Path) -> None:
+    paper, small = paper_grid("table1"), paper_grid("table1", "small", str(tiny_model))
+    assert small.preset == "small"
+    assert small.model == str(tiny_model)
+    assert list(small.models) == list(TASKS)
+    assert small.datasets == {"yahma": "builtin:instruct", "code": "builtin:code"}
+    for row, smaller in zip(paper.rows, small.rows, strict=True):
+        assert (row.mode, row.n_models, row.dataset, row.seed, row.printed) == (
+            *(smaller.mode, smaller.n_models, smaller.dataset, smaller.seed, smaller.printed),
+        )
+        if smaller.train:
+            assert (smaller.train["a_init"], smaller.train["max_steps"]) == ("gaussian", 12)
+            assert "epochs" not in smaller.train
+    assert "bertscore_model" not in small.evaluate
+
+
+def test_the_small_preset_says_where_grouped_queries_forbid_the_letter(tiny_model: Path, tiny_multihead_model: Path) -> None:
+    grouped, plain = (paper_grid("table1", "small", str(model)) for model in (tiny_model, tiny_multihead_model))
+    shares = [{(row.basis or {}).get("share") for row in grid.rows if row.basis} for grid in (grouped, plain)]
+    assert shares == [{"projection"}, {"global"}]
+    said = ["grouped queries" in " ".join(grid.conditions) for grid in (grouped, plain)]
+    assert said == [True, False]
+
+
+def test_the_small_preset_keeps_ranks_within_the_model_and_says_so(tiny_model: Path) -> None:
+    grid = paper_grid("figure-variance", "small", str(tiny_model))
+    assert [row.basis_rank for row in grid.rows] == [31, 31]
+    assert "A basis of rank 4096 was asked for; this model's narrowest weight allows 31." in grid.conditions

@@ -1,0 +1,282 @@
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+from cora_cli.experiments.ablate import summary
+from cora_cli.experiments.execute import Execution, Outcome, refuse_conflicts, sole_owner, standing, write_plan
+from cora_cli.experiments.launch import LocalLauncher
+from cora_cli.experiments.plan import Plan
+from cora_cli.experiments.screen import Screen, duration
+from tests.experiments.helpers import BASE, PretendLauncher, grid_of, plan_of
+
+ROWS = ({"mode": "base"}, {"mode": ["fb", "lora"]})
+STEPS = 7  # a fine-tune, a basis, two runs, three evaluations
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cora_cli.experiments.execute._POLL_SECONDS", 0)
+
+
+def carry_out(plan: Plan, launcher: PretendLauncher | None = None, rows: list[str] | None = None) -> tuple[Outcome, list[str]]:
+    """The outcome, and the kinds of steps that were started: `train models`, `train runs`, ..."""
+    launcher = launcher or PretendLauncher()
+    wanted = plan.needed_for(rows) if rows else set(plan.steps)
+    with sole_owner(plan.out) as lock:
+        outcome = Execution(plan, wanted, launcher, Screen(plan, wanted, launcher.slots, {}), lock).run()
+    return outcome, [described(plan, argv) for argv in launcher.submitted]
+
+
+def described(plan: Plan, argv: Sequence[str]) -> str:
+    step = next(step for step in plan.steps.values() if step.argv == tuple(argv))
+    return step.name if step.kind in ("train", "evaluate") and "base" not in step.name else step.name.rpartition("-")[0]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return plan_of(grid_of(*ROWS), tmp_path / "out")
+
+
+FB, LORA = "cora-fb_r4_n3_lr3e-4_seed0", "lora_r4_lr3e-4_seed0"
+
+
+def test_every_step_runs_once_and_after_its_needs(plan: Plan) -> None:
+    outcome, started = carry_out(plan)
+    assert len(outcome.made) == len(started) == STEPS
+    assert len(set(started)) == STEPS
+    order = [started.index(name) for name in ("model-c", "basis", f"train-{FB}", f"evaluate-{FB}")]
+    assert order == sorted(order)
+
+
+def test_a_second_call_does_nothing(plan: Plan) -> None:
+    carry_out(plan)
+    outcome, started = carry_out(plan)
+    assert (started, len(outcome.kept)) == ([], STEPS)
+    assert "nothing was done" in summary(plan, outcome)
+
+
+def test_only_what_the_chosen_rows_need_is_run(plan: Plan) -> None:
+    assert carry_out(plan, rows=[LORA])[1] == [f"train-{LORA}", f"evaluate-{LORA}"]
+    assert sorted(carry_out(plan)[1]) == sorted(["model-c", "basis", f"train-{FB}", f"evaluate-{FB}", "evaluate-base"])
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_as_many_steps_run_at_a_time_as_there_is_room_for(plan: Plan, slots: int) -> None:
+    launcher = PretendLauncher(slots)
+    carry_out(plan, launcher)
+    assert launcher.most == slots
+    assert launcher.running == 0
+
+
+def test_a_failure_stops_what_rests_on_it_and_nothing_else(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(argv: Sequence[str]) -> str | None:
+        return "the disk is full" if argv[0] == "extract-basis" else None
+
+    outcome, _ = carry_out(plan, PretendLauncher(fails=fails))
+    (basis,) = outcome.failed
+    assert outcome.failed[basis] == "the disk is full"
+    assert outcome.blocked == {f"train-{FB}": basis, f"evaluate-{FB}": basis}
+    assert len(outcome.made) == STEPS - 3
+    assert f"train-{FB}: not run, because {basis} failed" in capsys.readouterr().err
+    text = summary(plan, outcome)
+    assert f"{basis} failed; the end of {plan.out / 'logs' / basis}.log:" in text
+    assert "    cora: error: the disk is full" in text
+    # The next call tries again what failed, and what rests on it.
+    again, started = carry_out(plan)
+    assert sorted(started) == sorted(["basis", f"train-{FB}", f"evaluate-{FB}"])
+    assert not again.failed
+
+
+def test_a_step_that_leaves_nothing_behind_has_failed(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PretendLauncher, "_make", lambda self, argv: None)
+    outcome, _ = carry_out(plan)
+    assert "ended well, but left nothing in" in outcome.failed[f"train-{LORA}"]
+
+
+def damage(plan: Plan, place: str, how: str) -> None:
+    path = plan.out / place
+    if how == "remove":
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    else:
+        path.write_text(how)
+
+
+@pytest.mark.parametrize(
+    ("place", "how", "made_again"),
+    [
+        (f"runs/{LORA}/adapter/adapter_model.safetensors", "altered", [f"train-{LORA}"]),
+        (f"runs/{LORA}/adapter", "remove", [f"train-{LORA}"]),
+        (f"runs/{LORA}/run.json", '{"status": "fin', [f"train-{LORA}", f"evaluate-{LORA}"]),
+        (f"runs/{LORA}/log.jsonl", "remove", [f"train-{LORA}", f"evaluate-{LORA}"]),
+        (f"runs/{LORA}/test.jsonl", "altered", [f"train-{LORA}"]),
+        (f"runs/{LORA}", "remove", [f"train-{LORA}", f"evaluate-{LORA}"]),
+        (f"runs/{LORA}/evaluation/predictions.jsonl", "altered", [f"evaluate-{LORA}"]),
+        (f"runs/{LORA}/evaluation/metrics.json", "remove", [f"evaluate-{LORA}"]),
+        (f"steps/train-{LORA}.json", "no JSON", [f"train-{LORA}"]),
+        (f"steps/train-{LORA}.json", "remove", [f"train-{LORA}"]),
+    ],
+)
+def test_what_was_damaged_is_made_again_and_nothing_else(plan: Plan, place: str, how: str, made_again: list[str]) -> None:
+    carry_out(plan)
+    damage(plan, place, how)
+    outcome, started = carry_out(plan)
+    assert (sorted(started), outcome.failed) == (sorted(made_again), {})
+    assert carry_out(plan)[1] == []
+
+
+def test_a_damaged_basis_is_made_again_and_its_runs_stay_where_it_comes_out_the_same(plan: Plan) -> None:
+    carry_out(plan)
+    (basis,) = (plan.out / "bases").iterdir()
+    basis.write_text("damaged")
+    assert carry_out(plan)[1] == ["basis"]
+
+
+def test_what_rests_on_a_step_is_made_again_where_that_comes_out_otherwise(
+    plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    carry_out(plan)
+    (basis,) = (plan.out / "bases").iterdir()
+    basis.write_text("damaged")
+    other = PretendLauncher()
+    other.content = "made by another processor"
+    assert sorted(carry_out(plan, other)[1]) == sorted(["basis", f"train-{FB}", f"evaluate-{FB}"])
+    # A run cannot be continued on another basis: its directory was cleared.
+    assert f"{plan.out / 'runs' / FB} was made from other settings or another basis" in capsys.readouterr().err
+
+
+def test_a_step_that_was_killed_is_continued(plan: Plan) -> None:
+    carry_out(plan, rows=[LORA])
+    record = plan.out / "steps" / f"train-{LORA}.json"
+    rundir.write_json(record, {**rundir.read_json(record), "status": "started"})
+    kept = plan.out / "runs" / LORA / "checkpoints" / "step"
+    rundir.write_text(kept, "half of the way")
+    assert f"train-{LORA}" in carry_out(plan, rows=[LORA])[1]
+    assert kept.exists()
+
+
+def changed(plan: Plan, **train: Any) -> Plan:
+    defaults = {**BASE["defaults"], "train": {**BASE["defaults"]["train"], **train}}
+    return plan_of(grid_of(*ROWS, defaults=defaults), plan.out)
+
+
+def test_results_of_other_settings_are_refused_unless_they_may_be_replaced(plan: Plan) -> None:
+    carry_out(plan)
+    other = changed(plan, max_steps=5)
+    with pytest.raises(CoraError, match="made with other settings") as error:
+        refuse_conflicts(other, set(other.steps), overwrite=False)
+    assert f"runs/{LORA} (max_steps)" in str(error.value)
+    refuse_conflicts(other, set(other.steps), overwrite=True)
+    old = plan.out / "runs" / LORA / "checkpoints" / "step"
+    rundir.write_text(old, "of the old run")
+    # The fine-tune, the basis and the base model's evaluation have settings of their own.
+    assert sorted(carry_out(other)[1]) == sorted(f"{kind}-{row}" for kind in ("train", "evaluate") for row in (FB, LORA))
+    assert not old.exists()
+
+
+def test_a_failed_run_may_be_replaced_by_one_of_other_settings(plan: Plan) -> None:
+    carry_out(plan, PretendLauncher(fails=lambda argv: "diverged" if argv[0] == "train" else None))
+    refuse_conflicts(changed(plan, learning_rate=1e-5), set(plan.steps), overwrite=False)
+
+
+def test_another_choice_of_metrics_is_no_conflict_and_scores_again(tmp_path: Path) -> None:
+    plans = [
+        plan_of(grid_of({"mode": "lora"}, {"mode": "base"}, defaults={"evaluate": {"metrics": metrics}}), tmp_path / "out")
+        for metrics in (["rouge"], ["rouge", "bleu"])
+    ]
+    carry_out(plans[0])
+    refuse_conflicts(plans[1], set(plans[1].steps), overwrite=False)
+    assert sorted(carry_out(plans[1])[1]) == ["evaluate-base", "evaluate-lora_r48_lr3e-4_seed0"]
+    longer = plan_of(grid_of({"mode": "lora"}, defaults={"evaluate": {"max_new_tokens": 7}}), tmp_path / "out")
+    with pytest.raises(CoraError, match=r"evaluation \(max_new_tokens\)"):
+        refuse_conflicts(longer, set(longer.steps), overwrite=False)
+
+
+def test_standing_tells_what_is_whole_without_touching_it(plan: Plan) -> None:
+    assert not any(standing(plan).values())
+    carry_out(plan)
+    assert all(standing(plan).values())
+    damage(plan, f"runs/{LORA}/log.jsonl", "altered")
+    # The evaluation's own files are whole, but what they rest on is not.
+    assert {name for name, done in standing(plan).items() if not done} == {f"train-{LORA}", f"evaluate-{LORA}"}
+
+
+def test_the_plan_its_grid_and_the_base_model_s_records_are_written(plan: Plan) -> None:
+    write_plan(plan)
+    assert [row["name"] for row in rundir.read_json(plan.out / "plan.json")["rows"]] == ["base", FB, LORA]
+    assert rundir.read_jsonl(plan.out / "records" / "data.jsonl") == plan.records["records/data.jsonl"]
+    assert "cora-fb" in (plan.out / "grid.yaml").read_text()
+
+
+def test_two_ablations_never_work_in_one_directory(tmp_path: Path) -> None:
+    with (
+        sole_owner(tmp_path),
+        pytest.raises(CoraError, match=rf"another cora ablate, .*processes {os.getpid()}\b"),
+        sole_owner(tmp_path),
+    ):
+        pass
+    with sole_owner(tmp_path):
+        pass
+
+
+def test_the_lock_of_a_killed_ablation_is_free_once_its_step_has_ended(tmp_path: Path) -> None:
+    with sole_owner(tmp_path) as lock:
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
+    # The owner has let go of it (as one that is killed does), but its step still works there.
+    with pytest.raises(CoraError, match="a step that it left running"), sole_owner(tmp_path):
+        pass
+    child.communicate(b"\n")
+    with sole_owner(tmp_path) as lock:
+        fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def test_an_interruption_ends_the_running_steps_and_keeps_what_was_whole(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = PretendLauncher()
+
+    def interrupt(*_: Any) -> None:
+        if len(launcher.submitted) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Screen, "show", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(plan, launcher)
+    assert launcher.running == 0
+    monkeypatch.undo()
+    assert len(carry_out(plan)[1]) == STEPS - 3
+
+
+def test_processes_get_a_gpu_each_or_share_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    gpus = LocalLauncher(None, "auto")
+    assert gpus.slots == 2
+    assert [gpus._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["3", "5"]
+    with pytest.raises(CoraError, match="only 2 GPU"):
+        LocalLauncher(3, "auto")
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    threads = LocalLauncher(3, "cpu")
+    assert threads._environment(0)["OMP_NUM_THREADS"] == "2"
+    assert LocalLauncher(None, "cpu").slots == 1
+
+
+def test_a_process_is_logged_and_its_exit_code_told(tmp_path: Path) -> None:
+    launcher = LocalLauncher(1, "cpu")
+    job = launcher.submit(["no-such-command"], tmp_path / "logs" / "step.log")
+    while (code := job.ended()) is None:
+        pass
+    assert code == 2
+    text = (tmp_path / "logs" / "step.log").read_text()
+    assert text.startswith("$ cora no-such-command\n")
+    assert "No such command" in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(41.4, "41 s"), (420, "7 min"), (12_600, "3.5 h"), (1_036_800, "12 days")])
+def test_durations_are_round(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

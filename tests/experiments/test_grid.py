@@ -1,0 +1,192 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cora_cli.errors import UsageError
+from cora_cli.experiments.grid import build_grid, load_grid
+from cora_cli.experiments.rows import short
+from tests.experiments.helpers import BASE, grid_of
+
+
+def names(*blocks: Any, **changes: Any) -> list[str]:
+    return [row.name for row in grid_of(*blocks, **changes).rows]
+
+
+def test_lists_are_crossed_in_the_order_of_the_file() -> None:
+    assert names({"mode": "lora", "rank": [4, 8], "seed": [0, 1]}) == [
+        "lora_r4_lr3e-4_seed0",
+        "lora_r4_lr3e-4_seed1",
+        "lora_r8_lr3e-4_seed0",
+        "lora_r8_lr3e-4_seed1",
+    ]
+
+
+def test_a_name_holds_what_identifies_a_row_and_no_more() -> None:
+    assert names({"mode": "base"}) == ["base"]
+    assert names({"mode": "fb", "learning_rate": "1e-4"}) == ["cora-fb_r4_n3_lr1e-4_seed0"]
+    assert names({"mode": "tb", "n_models": 0}) == ["cora-tb_r4_n0_lr3e-4_seed0"]
+    assert names({"mode": "fb", "b_init": "orthonormal"}) == ["cora-fb-orthonormal_r4_lr3e-4_seed0"]
+    assert names({"mode": "full", "learning_rate": 1.5e-5}) == ["full_lr1.5e-5_seed0"]
+    assert names({"mode": "basis", "method": ["svd", "pca"]}) == ["basis-svd_module_r48_n3", "basis-pca_module_r48_n3"]
+    # A setting that is the same in the whole block tells no rows apart; one that is crossed does.
+    assert names({"mode": "lora", "alpha": 8}) == ["lora_r4_lr3e-4_seed0"]
+    assert names({"mode": "lora", "alpha": [8, 16.0]}) == ["lora_r4_lr3e-4_alpha-8_seed0", "lora_r4_lr3e-4_alpha-16_seed0"]
+    assert names({"mode": "lora", "target_modules": [["q_proj"], ["k_proj", "v_proj"]]})[1] == (
+        "lora_r4_lr3e-4_target-modules-k_proj+v_proj_seed0"
+    )
+    two = {"data": "records", "more": "tasks"}
+    assert names({"mode": "base", "dataset": ["data", "more"]}, datasets=two) == ["base_data", "base_more"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1e-4, "1e-4"), (1.5e-5, "1.5e-5"), (0.25, "0.25"), (3.0, "3"), (0.0, "0"), (0.01, "0.01")]
+)
+def test_numbers_in_names_are_short(value: float, text: str) -> None:
+    assert short(value) == text
+
+
+def test_explicit_rows_take_the_settings_of_their_block() -> None:
+    rows = grid_of({"mode": "lora", "seed": [0, 1], "rows": [{"rank": 2}, {"rank": 3, "label": "three"}]}).rows
+    assert [(row.rank, row.seed, row.label) for row in rows] == [
+        (2, 0, "lora"),
+        (2, 1, "lora"),
+        (3, 0, "three"),
+        (3, 1, "three"),
+    ]
+
+
+def test_defaults_reach_every_row_but_those_that_they_mean_nothing_to() -> None:
+    full, lora = grid_of(
+        {"mode": "full"},
+        {"mode": "lora", "seed": 3},
+        defaults={"train": {"a_init": "gaussian", "alpha": 4, "learning_rate": "2e-3"}},
+    ).rows
+    assert full.train == {"learning_rate": 2e-3}
+    assert lora.train == {"a_init": "gaussian", "alpha": 4.0, "learning_rate": 2e-3, "seed": 3}
+
+
+def test_n_models_are_chosen_at_random_by_a_seed_and_keep_the_order_of_the_pool() -> None:
+    pool = {name: f"org/{name}" for name in "edcba"}
+
+    def chosen(seed: int, count: int = 2) -> tuple[str, ...]:
+        return grid_of({"mode": "fb", "n_models": count, "source_seed": seed}, models=pool).rows[0].sources
+
+    assert chosen(1) == chosen(1)
+    assert len({chosen(seed) for seed in range(20)}) > 5
+    assert chosen(0, 5) == tuple("edcba")
+    assert all(list(chosen(seed)) == sorted(chosen(seed), reverse=True) for seed in range(20))
+    assert chosen(0, 0) == ()
+    # The mode, rank and learning rate of a row do not move the choice: rows are compared on one basis.
+    rows = grid_of({"mode": ["fb", "tb"], "rank": [4, 8], "n_models": 3}, models=pool).rows
+    assert len({row.sources for row in rows}) == 1
+
+
+def test_printed_names_are_filled_from_the_row() -> None:
+    grid = grid_of({"mode": "lora", "rank": [48, 24], "printed": "LoRA_code_{rank}"}, paper_table="main")
+    assert [row.printed for row in grid.rows] == ["LoRA_code_48", "LoRA_code_24"]
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"mode": "fb", "rnak": 3}, "grid, block 1: unknown key 'rnak' (did you mean rank?)"),
+        ({"mode": "fbl"}, "mode must be one of base, basis, lora, fb, tb, full, not 'fbl'"),
+        ({"rank": 3}, "mode is missing"),
+        ({"mode": "lora", "rank": []}, "rank is an empty list, so that nothing would be crossed"),
+        ({"mode": "lora", "rows": []}, "rows must be a list of rows with at least one"),
+        ({"mode": "lora", "rank": "many"}, "rank must be a whole number, not 'many'"),
+        ({"mode": "lora", "rank": True}, "rank must be a whole number, not True"),
+        ({"mode": "lora", "learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
+        ({"mode": "lora", "learning_rate": -1.0}, "--learning-rate must be positive, not -1.0"),
+        ({"mode": "lora", "n_models": 2}, "n_models means nothing to mode lora; leave it out there"),
+        ({"mode": "base", "seed": 1}, "seed means nothing to mode base"),
+        ({"mode": "full", "rank": 8}, "rank means nothing to mode full"),
+        ({"mode": "lora", "b_init": "ones"}, "b_init means nothing to mode lora"),
+        ({"mode": "fb", "b_init": "ones", "share": "layer"}, "share means nothing to mode fb with b_init ones"),
+        ({"mode": "fb", "n_models": 4}, "n_models 4 cannot be chosen from the file's 3 models"),
+        ({"mode": "fb", "n_models": 1, "sources": ["a"]}, "sources and n_models exclude each other"),
+        ({"mode": "fb", "sources": ["a", "z"]}, "source 'z' is not among the file's models, which are a, b, c"),
+        ({"mode": "fb", "sources": ["a", "a"]}, "a source is named twice"),
+        ({"mode": "fb", "n_models": 0, "source": "delta"}, "the base would be subtracted from itself"),
+        ({"mode": "fb", "rank": 64, "basis_rank": 48}, "rank 64 is above the rank of the basis, which the file fixes at 48"),
+        ({"mode": "fb", "share": "all"}, "share must be one of module, layer, projection, global, not 'all'"),
+        ({"mode": "lora", "dataset": "date"}, "dataset 'date' is not among the file's datasets, which are data"),
+        ({"mode": "lora", "test_size": 5}, "unknown key 'test_size'"),
+        ({"mode": "lora", "seed": [0, 0]}, "two rows have the name lora_r4_lr3e-4_seed0"),
+        ({"mode": "lora", "printed": "x"}, "rows with a printed name need paper_table"),
+        ({"mode": "lora", "printed": "{colour}"}, "printed '{colour}' refers to 'colour', which this row does not set"),
+        (["mode"], "grid, block 1 must hold `name: value` lines"),
+    ],
+)
+def test_a_block_that_makes_no_sense_is_refused(block: Any, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        grid_of(block)
+    assert str(error.value).startswith("grid file tiny.yaml: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modle": "x"}, "unknown key 'modle' (did you mean model?)"),
+        ({"model": None}, "model is missing"),
+        ({"models": {"a b": "x"}, "grid": []}, "'a b' is no name"),
+        ({"models": {"x": {"max_steps": 2}}}, "models: x is to be fine-tuned, but names no dataset"),
+        ({"models": {"x": {"dataset": "d", "mode": "fb"}}}, "models: x must be made with mode lora or full, not fb"),
+        ({"datasets": {"d": 3}}, "datasets: d must name a reference, not 3"),
+        ({"defaults": {"trian": {}}}, "defaults: unknown key 'trian' (did you mean train?)"),
+        ({"defaults": {"train": {"output_dir": "x"}}}, "unknown key 'output_dir'"),
+        ({"defaults": {"evaluate": {"metrics": ["rogue"]}}}, "metric 'rogue' is unknown"),
+        ({"paper_table": "tabel"}, "paper_table 'tabel' is none of number_of_models, main, rank, ablation"),
+        ({"grid": []}, "grid is empty"),
+        ({"grid": {"mode": "fb"}}, "grid is empty"),
+        (
+            {"paper_table": "main", "grid": [{"mode": "lora", "printed": "LoRA_code_42"}]},
+            "unknown key 'LoRA_code_42' (did you mean LoRA_code_4",
+        ),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        build_grid({**BASE, "grid": [{"mode": "lora"}], **changes}, "tiny.yaml")
+    assert message in str(error.value)
+
+
+def test_all_problems_are_named_at_once() -> None:
+    with pytest.raises(UsageError) as error:
+        grid_of({"mode": "lora", "rnak": 1}, {"mode": "fb", "n_models": 9}, modle=1)
+    assert all(word in str(error.value) for word in ("rnak", "n_models 9", "modle"))
+
+
+def test_a_file_includes_another_and_its_own_values_win(tmp_path: Path) -> None:
+    (tmp_path / "common.yaml").write_text(
+        "model: m\nconditions: [common]\ndatasets: {d: x}\ndefaults: {train: {rank: 4, alpha: 8}, evaluate: {limit: 5}}\n"
+    )
+    (tmp_path / "own.yaml").write_text(
+        "include: common.yaml\nconditions: [own]\ndefaults: {train: {rank: 6}}\ngrid: [{mode: lora}]\n"
+    )
+    grid = load_grid(tmp_path / "own.yaml")
+    assert (grid.name, grid.model, grid.conditions, grid.evaluate) == ("own", "m", ("common", "own"), {"limit": 5})
+    assert grid.rows[0].train == {"rank": 6, "alpha": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("a: [", "is not valid YAML"),
+        ("- a", "must hold `name: value` lines, not a list"),
+        ("include: own.yaml", "includes itself"),
+        ("include: other.yaml", "other.yaml cannot be read"),
+        ("include: [a]", "include must name one file"),
+        ("model: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(UsageError, match="grid file") as error:
+        load_grid(tmp_path / "own.yaml")
+    assert message in str(error.value)
