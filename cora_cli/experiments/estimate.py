@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts
+from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts, data_key
 from cora_cli.experiments.plan import Plan, Step
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.values import Values
@@ -89,7 +89,7 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
         return {}
     found = {}
     for row in plan.grid.rows:
-        data = inputs.datasets.get(plan.grid.datasets[row.dataset]) if row.dataset else None
+        data = inputs.datasets.get(data_key(plan.grid.datasets[row.dataset], plan.grid.train)) if row.dataset else None
         for name in plan.ways[row.name]:
             step = plan.steps[name]
             if name in found:
@@ -102,7 +102,11 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
                 found[name] = _evaluation(model, data, plan.grid.evaluate, rate)
     for name, settings in plan.grid.models.items():
         steps = [step for step in plan.steps.values() if step.name.rpartition("-")[0] == f"model-{name}"]
-        if steps and not isinstance(settings, str) and (made_of := inputs.datasets.get(settings["dataset"])):
+        if (
+            steps
+            and not isinstance(settings, str)
+            and (made_of := inputs.datasets.get(data_key(settings["dataset"], settings)))
+        ):
             found[steps[0].name] = _training(model, made_of, _made(settings), rate)
     return found
 

@@ -69,8 +69,9 @@ def load_grid(path: Path, preset: str | None = None, model: str | None = None, s
     """
     values = read_yaml(path)
     if preset == "small":
-        build_grid(values, str(path), None, source_seed)  # what is wrong is told in the file's own words
-        values = small(values, model or EMBEDDED_MODEL)
+        # Built as it is first: what is wrong with it is told in the file's own words.
+        rows = build_grid(values, str(path), None, source_seed).rows
+        values = small(values, model or EMBEDDED_MODEL, any(row.basis is not None for row in rows))
     elif model is not None:
         values = {**values, "model": model}
     return build_grid(values, str(path), preset, source_seed)

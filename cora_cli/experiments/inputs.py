@@ -15,6 +15,7 @@ from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, is_target
 from cora_cli.data.formats import DataSplit, Record, load_split
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
+from cora_cli.experiments.values import Values
 from cora_cli.models import ModelPath, resolve_model
 
 
@@ -51,7 +52,7 @@ class DataFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Facts by reference, and what is wrong with each reference that has none."""
+    """Facts of models by reference and of data sets by `data_key`, and what is wrong with each reference that has none."""
 
     models: dict[str, ModelFacts]
     datasets: dict[str, DataFacts]
@@ -69,13 +70,18 @@ def used_sources(grid: Grid) -> list[str]:
     return [name for name in grid.models if name in used]
 
 
-def references(grid: Grid) -> tuple[list[str], list[str]]:
-    """Every model and every data set that the grid needs from outside."""
+def references(grid: Grid) -> tuple[list[str], dict[str, tuple[str, Values]]]:
+    """Every model that the grid needs from outside, and by its key every data set with the settings that split it."""
     settings = [grid.models[name] for name in used_sources(grid)]
     models = [grid.model, *(value for value in settings if isinstance(value, str))]
-    data = [grid.datasets[row.dataset] for row in grid.rows if row.dataset]
-    made = [value["dataset"] for value in settings if not isinstance(value, str)]
-    return list(dict.fromkeys(models)), list(dict.fromkeys([*data, *made]))
+    splits = [(grid.datasets[row.dataset], grid.train) for row in grid.rows if row.dataset]
+    splits += [(value["dataset"], value) for value in settings if not isinstance(value, str)]
+    return list(dict.fromkeys(models)), {data_key(reference, values): (reference, values) for reference, values in splits}
+
+
+def data_key(reference: str, settings: Values) -> str:
+    """What identifies a data set with its split: runs and the fine-tunes of the pool may hold out different parts of one."""
+    return " ".join([reference, *(f"{name}={settings[name]}" for name in ("test_size", "split_seed") if name in settings)])
 
 
 def find_inputs(grid: Grid, memory: Path | None) -> Inputs:
@@ -93,10 +99,10 @@ def find_inputs(grid: Grid, memory: Path | None) -> Inputs:
             found_models[reference] = _model_facts(resolve_model(reference), digests)
         except CoraError as error:
             unresolved[reference] = str(error)
-    for reference in datasets:
+    for key, (reference, settings) in datasets.items():
         try:
-            split = load_split(reference, grid.train.get("test_size"), grid.train.get("split_seed", 0))
-            found_data[reference] = _data_facts(reference, split)
+            split = load_split(reference, settings.get("test_size"), settings.get("split_seed", 0))
+            found_data[key] = _data_facts(reference, split)
         except CoraError as error:
             unresolved[reference] = str(error)
     return Inputs(found_models, found_data, unresolved)

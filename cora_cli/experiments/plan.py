@@ -11,7 +11,7 @@ from cora_cli import rundir
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.experiments.grid import Grid
-from cora_cli.experiments.inputs import Inputs, used_sources
+from cora_cli.experiments.inputs import Inputs, data_key, used_sources
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.values import Values
 from cora_cli.settings import DtypeName
@@ -120,23 +120,24 @@ class _Planner:
         facts = self._inputs.models.get(reference)
         return (facts.sha256 if facts else None) or f"not hashed: {reference}"
 
-    def _data_hash(self, reference: str) -> str:
-        facts = self._inputs.datasets.get(reference)
-        return facts.sha256 if facts else f"not read: {reference}"
+    def _data_hash(self, key: str) -> str:
+        facts = self._inputs.datasets.get(key)
+        return facts.sha256 if facts else f"not read: {key}"
 
     def _config(self, mode: Any, settings: Values, dataset: str, output: str, basis: str | None = None) -> TrainConfig:
         place: Values = {"model": self._grid.model, "dataset": dataset, "output_dir": str(self._out / output)}
         return TrainConfig(**place, mode=mode, basis=basis, resume=True, **self._hardware, **settings)
 
-    def _training_facts(self, config: TrainConfig, basis: str | None = None) -> dict[str, Any]:
-        hashes = {"model": self._model_hash(self._grid.model), "dataset": self._data_hash(config.dataset)}
+    def _training_facts(self, config: TrainConfig, settings: Values, basis: str | None = None) -> dict[str, Any]:
+        """`settings` are those that split the data: the file's, or a fine-tune's own."""
+        data = self._data_hash(data_key(config.dataset, settings))
+        hashes = {"model": self._model_hash(self._grid.model), "dataset": data}
         return {**config.result_settings(), **hashes, **({"basis": basis} if basis else {})}
 
     def _fine_tune(self, name: str, settings: Values) -> Step:
-        shared: Values = {key: self._grid.train[key] for key in ("test_size", "split_seed") if key in self._grid.train}
-        own = {**shared, **{key: value for key, value in settings.items() if key not in ("mode", "dataset")}}
+        own = {key: value for key, value in settings.items() if key not in ("mode", "dataset")}
         config = self._config(settings["mode"], own, settings["dataset"], "")
-        step = self._keyed(f"model-{name}", "model", self._training_facts(config), ())
+        step = self._keyed(f"model-{name}", "model", self._training_facts(config, settings), ())
         output = f"models/{step.name.removeprefix('model-')}"
         config = dataclasses.replace(config, output_dir=str(self._out / output))
         return self._add(dataclasses.replace(step, output=output, argv=words("train", config)))
@@ -179,7 +180,7 @@ class _Planner:
         output = f"runs/{row.name}"
         place = str(self._out / basis.output) if basis else None
         config = self._config(row.mode, row.train, self._grid.datasets[row.dataset], output, place)
-        facts = self._training_facts(config, basis.key if basis else None)
+        facts = self._training_facts(config, self._grid.train, basis.key if basis else None)
         needs = (basis.name,) if basis else ()
         return self._add(Step(f"train-{row.name}", "train", output, facts, needs, words("train", config)))
 
@@ -194,7 +195,7 @@ class _Planner:
             return self._add(Step(name, "evaluate", output, facts, (run.name,), words("evaluate", config)))
         assert row.dataset is not None
         common.setdefault("template", self._grid.train.get("template", "auto"))
-        data = self._grid.datasets[row.dataset]
+        data = data_key(self._grid.datasets[row.dataset], self._grid.train)
         hashes = {"model": self._model_hash(self._grid.model), "dataset": self._data_hash(data)}
         facts = {**facts, "template": common["template"], **hashes}
         step = self._keyed("evaluate-base", "evaluate", {key: facts[key] for key in facts.keys() - SCORING}, ())

@@ -25,13 +25,13 @@ _SCALE = frozenset(
 _NEEDS_EQUAL_SHAPES = ("global", "layer")
 
 
-def small(values: Mapping[str, Any], model: str) -> Values:
+def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
     """The values of a grid file, mapped to `model` and to sizes for two processor cores.
 
-    `values` make a valid grid. Raises `UsageError` where it has more models or data sets than there are to stand in for them.
+    `values` make a valid grid; `has_bases` says whether one of its rows has a basis at all. Raises `UsageError` where it has more models or data sets than there are to stand in for them.
     """
     defaults = values.get("defaults") or {}
-    pool = list(values.get("models") or {})
+    pool = list(values.get("models") or {}) if has_bases else []
     if len(pool) > len(TASKS):
         raise UsageError(f"preset small makes {len(TASKS)} fine-tuned models, but the grid's pool has {len(pool)}")
     renamed = dict(zip(pool, TASKS, strict=False))
@@ -41,8 +41,8 @@ def small(values: Mapping[str, Any], model: str) -> Values:
     evaluate = {key: value for key, value in (defaults.get("evaluate") or {}).items() if key == "metrics"}
     evaluate |= {"limit": PROMPTS, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPT_BATCH}
     shapes = _Shapes(model)
-    basis = shapes.adapted(defaults.get("basis") or {}, "rank")
-    blocks = [shapes.adapted(_block(block, renamed), "basis_rank") for block in values["grid"]]
+    basis = shapes.adapted((defaults.get("basis") if has_bases else None) or {}, "rank")
+    blocks = [shapes.adapted(_block(part, renamed), "basis_rank") for block in values["grid"] for part in _by_rate(block)]
     tuned = {
         "mode": "lora",
         "rank": TASK_RANK,
@@ -50,19 +50,14 @@ def small(values: Mapping[str, Any], model: str) -> Values:
         "batch_size": TASK_BATCH,
         "eval_limit": TASK_EVAL_LIMIT,
     }
+    made = f"The {len(pool)} source models are fine-tunes made here, {TASK_STEPS} steps each on {', '.join(renamed.values())}."
     conditions = [
         f"The base model is {model} instead of {values.get('model')}.",
-        *(
-            [
-                f"The {len(pool)} source models are fine-tunes made here, {TASK_STEPS} steps each on {', '.join(renamed.values())}."
-            ]
-            if pool
-            else []
-        ),
         *replaced,
         f"Each run takes {STEPS} steps of {BATCH} records at learning rate {LEARNING_RATE:g} ({FULL_LEARNING_RATE:g} where all weights "
         f"are trained, and as the grid says where it sweeps it), and answers {PROMPTS} prompts with at most {NEW_TOKENS} tokens.",
         "BERTScore is on a small encoder (MiniLM-L6), not on the paper's scale.",
+        *([made] if pool else []),
         *shapes.conditions(),
     ]
     return {
@@ -91,6 +86,15 @@ def _datasets(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
             f"preset small has builtin:instruct and builtin:code to stand in, which is too few for {', '.join(given)}"
         )
     return mapped, conditions
+
+
+def _by_rate(block: Mapping[str, Any]) -> list[Values]:
+    """A block, with full fine-tuning in one of its own: it gets another learning rate."""
+    modes = block.get("mode")
+    if not isinstance(modes, list) or "full" not in modes:
+        return [dict(block)]
+    others = [mode for mode in modes if mode != "full"]
+    return [*([{**block, "mode": others}] if others else []), {**block, "mode": "full"}]
 
 
 def _block(block: Mapping[str, Any], renamed: Mapping[str, str]) -> Values:

@@ -119,3 +119,14 @@ def test_the_small_preset_keeps_ranks_within_the_model_and_says_so(tiny_model: P
     grid = paper_grid("figure-variance", "small", str(tiny_model))
     assert [row.basis_rank for row in grid.rows] == [31, 31]
     assert "A basis of rank 4096 was asked for; this model's narrowest weight allows 31." in grid.conditions
+
+
+def test_the_small_preset_gives_full_fine_tuning_a_learning_rate_of_its_own(tiny_model: Path) -> None:
+    rates = {row.mode: row.learning_rate for row in paper_grid("table2", "small", str(tiny_model)).rows}
+    assert rates == {"base": None, "full": 5e-5, "lora": 1e-3, "fb": 1e-3, "tb": 1e-3}
+
+
+def test_the_small_preset_makes_no_models_for_a_table_without_bases(tiny_model: Path) -> None:
+    grid = paper_grid("table4", "small", str(tiny_model))
+    assert grid.models == {}
+    assert not any("source models" in sentence or "per projection" in sentence for sentence in grid.conditions)

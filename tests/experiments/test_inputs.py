@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+
+from cora_cli.errors import CoraError
+from cora_cli.experiments.grid import Grid
+from cora_cli.experiments.inputs import find_inputs
+from cora_cli.models import ModelPath
+from tests.experiments.helpers import grid_of
+
+
+@pytest.fixture
+def grid(tiny_model: Path, tiny_data: Path) -> Grid:
+    pool = {"made": {"dataset": str(tiny_data), "test_size": 10}, "unused": "no-org/no-model"}
+    row = {"mode": "fb", "sources": ["made"], "rank": 4}
+    return grid_of(
+        *[row], model=str(tiny_model), models=pool, datasets={"data": str(tiny_data)}, defaults={"train": {"test_size": 4}}
+    )
+
+
+def test_models_are_measured_and_data_split_as_each_use_asks(grid: Grid, tiny_model: Path, tmp_path: Path) -> None:
+    inputs = find_inputs(grid, tmp_path / "hashes.json")
+    inputs.require_all()  # the model that no row uses is not looked for
+    model = inputs.models[str(tiny_model)]
+    assert model.embedded == 49152 * 64
+    assert model.parameters == 49152 * 64 + 2 * (64 * (64 + 32 + 32 + 64 + 3 * 96) + 2 * 64) + 64
+    assert sorted(set(model.targets().values())) == [(32, 64), (64, 64)]
+    assert sorted(len(data.test) for data in inputs.datasets.values()) == [4, 10]
+    assert len({data.sha256 for data in inputs.datasets.values()}) == 2
+
+
+def test_weights_are_hashed_once_as_long_as_their_files_stay_what_they_were(
+    grid: Grid, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = find_inputs(grid, tmp_path / "hashes.json").models[str(tiny_model)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelPath, "content_hash", lambda _: pytest.fail("read again"))
+        assert find_inputs(grid, tmp_path / "hashes.json").models[str(tiny_model)] == first
+    (tmp_path / "hashes.json").write_text("damaged")
+    assert find_inputs(grid, tmp_path / "hashes.json").models[str(tiny_model)] == first
+    assert find_inputs(grid, None).models[str(tiny_model)].sha256 is None
+
+
+def test_everything_that_cannot_be_had_is_named_at_once(tmp_path: Path) -> None:
+    grid = grid_of({"mode": "fb", "sources": ["a"]}, model="./nowhere", datasets={"data": "missing.jsonl"})
+    inputs = find_inputs(grid, None)
+    assert inputs.unresolved.keys() == {"./nowhere", "org/a", "missing.jsonl"}
+    with pytest.raises(CoraError) as error:
+        inputs.require_all()
+    assert all(name in str(error.value) for name in inputs.unresolved)
