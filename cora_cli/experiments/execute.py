@@ -22,7 +22,6 @@ from cora_cli.experiments.launch import Job, Launcher
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.plan import Plan, Step, plan_record
 from cora_cli.experiments.screen import Screen
-from cora_cli.progress import say
 
 _POLL_SECONDS = 0.1
 _LAST_LINES = 6
@@ -149,7 +148,7 @@ class Execution:
 
     def _start(self, step: Step) -> None:
         if cleared := self._ledger.clear(step, self._results):
-            say(cleared)
+            self._screen.note(cleared)
         self._ledger.start(step, self._results)
         log = log_of(self._plan, step)
         self._running[step.name] = _Running(self._launcher.submit(step.argv, log), log, time.monotonic())

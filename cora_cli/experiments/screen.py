@@ -53,6 +53,10 @@ class Screen:
         self._failed += 1
         self._line(f"{self._count()} {step.name}: {reason}")
 
+    def note(self, text: str) -> None:
+        """Say something that is no step's end."""
+        self._line(text)
+
     def show(self, logs: Mapping[str, Path]) -> None:
         """Draw the foot again where there is a terminal: one line in all, and one for each running step with its log's last words."""
         now = time.monotonic()
