@@ -21,7 +21,7 @@ from cora_cli.experiments.execute import (
     write_plan,
 )
 from cora_cli.experiments.grid import Grid, load_grid
-from cora_cli.experiments.inputs import Inputs, find_inputs
+from cora_cli.experiments.inputs import Inputs, find_inputs, require_on_hub
 from cora_cli.experiments.launch import LocalLauncher
 from cora_cli.experiments.plan import Kind, Plan, make_plan
 from cora_cli.experiments.screen import Screen, duration
@@ -85,6 +85,7 @@ def ablate(request: Request) -> Outcome:
         raise CoraError(f"output directory {out} is a file; choose an empty or a new directory")
     with sole_owner(out) as lock:
         say(f"{grid.title}: checking models and data")
+        require_on_hub(grid)
         inputs = find_inputs(grid, out / _HASHES)
         inputs.require_all()
         check_shapes(grid, inputs)

@@ -18,7 +18,7 @@ CHARACTERS_PER_TOKEN = 3.6
 TEMPLATE_TOKENS = 35
 # Shares of the rate of one large matrix product that whole steps reach, and what a process costs before and after its work;
 # measured with SmolLM2-135M on two processor cores.
-TRAINING_SHARE, DECODING_SHARE, WIDE_SHARE = 0.35, 0.05, 0.1
+TRAINING_SHARE, DECODING_SHARE, WIDE_SHARE = 0.35, 0.1, 0.1
 START_SECONDS = {"model": 12.0, "train": 12.0, "basis": 5.0, "evaluate": 14.0}
 PROCESS_BYTES = 0.8e9
 # Bytes kept for the backward pass per token, layer and hidden unit in 16-bit precision, attention itself excluded.

@@ -16,7 +16,9 @@ from cora_cli.data.formats import DataSplit, Record, load_split
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.values import Values
-from cora_cli.models import ModelPath, resolve_model
+from cora_cli.models import EMBEDDED_MODEL, ModelPath, resolve_model
+
+_HUB_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,31 @@ def references(grid: Grid) -> tuple[list[str], dict[str, tuple[str, Values]]]:
 def data_key(reference: str, settings: Values) -> str:
     """What identifies a data set with its split: runs and the fine-tunes of the pool may hold out different parts of one."""
     return " ".join([reference, *(f"{name}={settings[name]}" for name in ("test_size", "split_seed") if name in settings)])
+
+
+def require_on_hub(grid: Grid) -> None:
+    """Raise `CoraError` that names every model which the hub does not know, before the first of them is downloaded.
+
+    A hub that cannot be asked says nothing: what is in its cache here may do.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    missing = []
+    for reference in references(grid)[0]:
+        hub_id, _, revision = reference.partition("@")
+        if reference == EMBEDDED_MODEL or Path(reference).expanduser().exists() or hub_id.count("/") != 1:
+            continue
+        try:
+            HfApi().model_info(hub_id, revision=revision or None, timeout=_HUB_SECONDS)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            missing.append(
+                f"model {reference!r} is neither a directory here nor on the hub (or is private and you are not logged in)"
+            )
+        except (HfHubHTTPError, OSError, ValueError):
+            continue
+    if missing:
+        raise CoraError("; ".join(missing))
 
 
 def find_inputs(grid: Grid, memory: Path | None) -> Inputs:

@@ -1,10 +1,13 @@
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
-from cora_cli.experiments.inputs import find_inputs
+from cora_cli.experiments.inputs import find_inputs, require_on_hub
 from cora_cli.models import ModelPath
 from tests.experiments.helpers import grid_of
 
@@ -48,3 +51,28 @@ def test_everything_that_cannot_be_had_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(CoraError) as error:
         inputs.require_all()
     assert all(name in str(error.value) for name in inputs.unresolved)
+
+
+def test_models_that_the_hub_does_not_know_are_named_before_any_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def model_info(_: HfApi, hub_id: str, revision: str | None, timeout: float) -> None:
+        asked.append((hub_id, revision))
+        if hub_id != "org/a":
+            raise RepositoryNotFoundError("404", response=MagicMock())
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    pool = {"a": "org/a", "b": "org/gone@v1"}
+    with pytest.raises(CoraError, match=r"model 'org/gone@v1' is neither a directory here nor on the hub") as error:
+        require_on_hub(grid_of({"mode": "fb"}, model="org/base", models=pool))
+    assert "org/base" in str(error.value)
+    assert "org/a" not in str(error.value)
+    assert asked == [("org/base", None), ("org/a", None), ("org/gone", "v1")]
+
+
+def test_a_hub_that_cannot_be_asked_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    require_on_hub(grid_of({"mode": "fb"}, model="org/base"))
