@@ -72,7 +72,7 @@ def test_models_that_the_hub_does_not_know_are_named_before_any_is_downloaded(mo
 
 def test_a_hub_that_cannot_be_asked_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
-        raise OSError("no route")
+        raise RuntimeError("the client's own kind of error")
 
     monkeypatch.setattr(HfApi, "model_info", unreachable)
     require_on_hub(grid_of({"mode": "fb"}, model="org/base"))
