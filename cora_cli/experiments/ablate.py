@@ -5,9 +5,10 @@ The one entry point of `cora ablate`; what it left on disk is for `cora report` 
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from cora_cli.basis.choices import DEFAULT_TARGET_MODULES
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.estimate import BASIS, Estimate, estimate_steps, matmul_rate, trained_parameters
 from cora_cli.experiments.execute import (
@@ -21,9 +22,10 @@ from cora_cli.experiments.execute import (
     write_plan,
 )
 from cora_cli.experiments.grid import Grid, load_grid
-from cora_cli.experiments.inputs import Inputs, find_inputs, require_on_hub
+from cora_cli.experiments.inputs import Inputs, ModelFacts, find_inputs, require_on_hub
 from cora_cli.experiments.launch import LocalLauncher
 from cora_cli.experiments.plan import Kind, Plan, make_plan
+from cora_cli.experiments.rows import Row
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.progress import say
 from cora_cli.settings import DtypeName
@@ -116,42 +118,40 @@ def _chosen(request: Request, plan: Plan) -> list[str]:
 
 
 def check_shapes(grid: Grid, inputs: Inputs) -> None:
-    """Raise `CoraError` where a rank or a way of sharing does not fit the weights, all rows at once."""
+    """Raise `CoraError` where a rank or a way of sharing does not fit the weights, for all rows at once."""
     model = inputs.models[grid.model]
     if not model.shapes:
         raise CoraError(
             f"{grid.model} is an adapter; a grid needs a whole model as its base: write one with `cora merge` first"
         )
-    problems = []
-    for row in grid.rows:
-        settings = row.train or row.basis or {}
-        targets = model.targets(settings.get("target_modules") or ("q_proj", "k_proj", "v_proj"))
-        if not targets:
-            problems.append(f"{row.name}: no weight of {grid.model} is named by its target modules")
-            continue
-        narrowest, out = min(targets.items(), key=lambda item: item[1][0])[0], min(shape[0] for shape in targets.values())
-        outs = {shape[0] for shape in targets.values()}
-        if (row.basis_rank or 0) > out or ((row.train or {}).get("b_init") == "orthonormal" and (row.rank or 0) > out):
-            problems.append(
-                f"{row.name}: rank {row.basis_rank or row.rank} is above the {out} rows of {narrowest}, the most that a basis can hold"
-            )
-        share = (row.basis or {}).get("share", "module")
-        if share in ("global", "layer") and len(outs) > 1:
-            problems.append(
-                f"{row.name}: share {share} needs weights with equal out-dimensions, but those of {grid.model} are "
-                f"{', '.join(map(str, sorted(outs)))}; use share projection or module"
-            )
-        for source in row.sources:
-            reference = grid.models[source]
-            theirs = (
-                inputs.models[reference].targets(tuple(settings.get("target_modules") or ("q_proj", "k_proj", "v_proj")))
-                if isinstance(reference, str)
-                else {}
-            )
-            if theirs and theirs != targets:
-                problems.append(f"{row.name}: source model {reference} has not the shapes of {grid.model}")
+    problems = [f"{row.name}: {problem}" for row in grid.rows for problem in _misfits(row, grid, model, inputs)]
     if problems:
-        raise CoraError("; ".join(dict.fromkeys(problems)))
+        raise CoraError("; ".join(problems))
+
+
+def _misfits(row: Row, grid: Grid, model: ModelFacts, inputs: Inputs) -> Iterator[str]:
+    names = (row.train or row.basis or {}).get("target_modules") or DEFAULT_TARGET_MODULES
+    targets = model.targets(names)
+    if row.mode in ("base", "full"):
+        return
+    if not targets:
+        yield f"no weight of {grid.model} is named by the target modules {', '.join(names)}"
+        return
+    narrowest = min(targets, key=lambda module: targets[module][0])
+    rows_of_narrowest, outs = targets[narrowest][0], sorted({out for out, _ in targets.values()})
+    needed = row.rank if (row.train or {}).get("b_init") == "orthonormal" else row.basis_rank
+    if (needed or 0) > rows_of_narrowest:
+        yield f"rank {needed} is above the {rows_of_narrowest} rows of {narrowest}, the most directions that it has"
+    share = (row.basis or {}).get("share", "module")
+    if share in ("global", "layer") and len(outs) > 1:
+        yield (
+            f"share {share} needs weights with equal out-dimensions, but those of {grid.model} are "
+            f"{', '.join(map(str, outs))}; use share projection or module"
+        )
+    for reference in (grid.models[source] for source in row.sources):
+        theirs = inputs.models[reference].targets(names) if isinstance(reference, str) else {}
+        if theirs and theirs != targets:
+            yield f"source model {reference} has not the shapes of {grid.model}"
 
 
 def render_plan(

@@ -203,7 +203,7 @@ def test_every_step_is_estimated_and_more_work_takes_longer() -> None:
             {"mode": "fb", "share": "global"},
             "share global needs weights with equal out-dimensions, but those of base are 32, 64",
         ),
-        ({"mode": "lora", "target_modules": ["o_proj"]}, "no weight of base is named by its target modules"),
+        ({"mode": "lora", "target_modules": ["o_proj"]}, "no weight of base is named by the target modules o_proj"),
     ],
 )
 def test_what_the_shapes_forbid_is_refused_before_anything_runs(row: dict[str, Any], message: str) -> None:
