@@ -1,0 +1,70 @@
+"""Summaries -> one document of headings, texts, lists, tables and figures, in reading order; every format writes the same one."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from cora_cli.reporting.canvas import Figure
+from cora_cli.reporting.methods import methods_paragraphs
+from cora_cli.reporting.summary import Group, Summary
+from cora_cli.reporting.tables import Table, costs_table, scores_table, sweep_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Heading:
+    """A heading; level 1 is the experiment's title."""
+
+    level: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A paragraph. `kind` is "verdict" where it answers the question, "note" for small print, else "text"."""
+
+    text: str
+    kind: str = "text"
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """A list of sentences."""
+
+    items: tuple[str, ...]
+
+
+Block = Heading | Text | Items | Table | Figure
+
+
+def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Block]:
+    """The whole report of one experiment."""
+    experiment, missing = summary.collection.experiment, summary.collection.missing
+    blocks: list[Block] = [Heading(1, experiment.title)]
+    if experiment.preset:
+        blocks.append(Text(f"Preset {experiment.preset}: these are not the paper's models, data or size; see Conditions."))
+    done = len(summary.collection.results)
+    planned = done + len({entry.row.name for entry in missing if entry.part == "run"})
+    blocks.append(Text(f"{done} of {planned} rows are finished."))
+    blocks += [Heading(2, "Verdict")]
+    for group in summary.groups:
+        blocks += _verdict(group, named=len(summary.groups) > 1)
+    blocks.append(Heading(2, "Tables"))
+    for group in summary.groups:
+        blocks += [scores_table(group, experiment.paper_table), costs_table(group)]
+        blocks += [sweep_table(group)] if group.swept else []
+    if figures:
+        blocks += [Heading(2, "Figures"), *figures]
+    if experiment.conditions:
+        blocks += [Heading(2, "Conditions"), Items(experiment.conditions)]
+    blocks += [Heading(2, "Methods"), *map(Text, methods_paragraphs(summary))]
+    if missing:
+        reasons = tuple(f"{entry.row.name} ({entry.part}): {entry.reason}" for entry in missing)
+        blocks += [Heading(2, "Missing"), Items(reasons)]
+    return blocks
+
+
+def _verdict(group: Group, named: bool) -> list[Block]:
+    verdict = group.verdict
+    blocks: list[Block] = [Text(f"{group.name}: {verdict.headline}" if named else verdict.headline, "verdict")]
+    if verdict.comparisons:
+        blocks += [Items(tuple(comparison.sentence() for comparison in verdict.comparisons)), Text(verdict.rule, "note")]
+    return blocks

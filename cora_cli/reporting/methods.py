@@ -1,0 +1,144 @@
+"""The methods paragraph: what was trained on what, how, and with which versions, from the runs' own records.
+
+It repeats what is on disk and asserts nothing of its own; where runs differ it names every value.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from cora_cli.reporting.collect import Result
+from cora_cli.reporting.rows import clean
+from cora_cli.reporting.summary import Group, Summary
+
+_SHOWN = 6
+"""Values that a sentence lists before it counts the rest."""
+
+
+def methods_paragraphs(summary: Summary) -> list[str]:
+    """One paragraph per group."""
+    return [paragraph for group in summary.groups if (paragraph := " ".join(_sentences(group)))]
+
+
+def _sentences(group: Group) -> list[str]:
+    results = group.results
+    trained = [result for result in results if result.record]
+    sentences = [f"{group.name}:"]
+    if trained:
+        sentences += [*_training(trained), *_basis(trained), *_machine(trained)]
+    evaluated = [result for result in results if result.generation.get("settings")]
+    if evaluated:
+        sentences.append(_evaluation(evaluated))
+    signatures = {
+        name: measure.signature for result in results for name, measure in result.measures.items() if name != "heldout_loss"
+    }
+    if signatures:
+        sentences.append(f"Metrics: {'; '.join(signatures.values())}.")
+    return sentences
+
+
+def _training(results: Sequence[Result]) -> list[str]:
+    def of(path: str) -> str:
+        return _values(results, lambda record: _dig(record, path))
+
+    def setting(name: str) -> str:
+        return of(f"fingerprint.settings.{name}")
+
+    revision = of("model.revision")
+    model = f"{of('model.reference')}{f' at revision {revision}' if revision else ''} (weights sha256 {_short(of('fingerprint.model_sha256'))})"
+    sentences = [
+        f"{len(results)} runs trained {model} on {of('data.dataset')} (sha256 {_short(of('fingerprint.data_sha256'))}, template "
+        f"{of('data.template')}): {of('data.train.records')} training records, {of('data.train.response_tokens')} response tokens of "
+        f"{of('data.train.tokens')}; {of('data.test.records')} held-out records measured.",
+        f"Dropped for length {of('data.train.dropped')}, prompts cut {of('data.train.truncated')}, dropped because their prompt is held "
+        f"out {of('data.overlapping_dropped')}.",
+        f"Modes {of('mode')}; rank {of('plan.rank')}, alpha {of('plan.alpha')}, B starts as {of('plan.b_init')}, A as {of('plan.a_init')}, "
+        f"on {setting('target_modules')}.",
+        f"{of('speed.steps')} optimizer steps of {setting('batch_size')} × {setting('gradient_accumulation')} examples per process, peak "
+        f"learning rate {setting('learning_rate')} ({setting('lr_schedule')}, warm-up {setting('warmup_ratio')}), AdamW, weight decay "
+        f"{setting('weight_decay')}, gradients clipped at {setting('max_grad_norm')}, at most {setting('max_length')} tokens; seeds "
+        f"{of('seeds.seed')}, split seed {of('seeds.split_seed')}.",
+    ]
+    untrained = [result.row.name for result in results if result.record.get("is_base_model")]
+    if untrained:
+        sentences.append(
+            f"{_listed(untrained)}: frozen B = 0 cannot train, so no step was taken and the result is the base model."
+        )
+    return sentences
+
+
+def _basis(results: Sequence[Result]) -> list[str]:
+    found = {result.record["basis"]["sha256"]: result.record["basis"] for result in results if result.record.get("basis")}
+    if not found:
+        return []
+    choices = _listed({_choice(basis["choices"]) for basis in found.values()})
+    sources = _listed(
+        {f"{len(basis['sources'])} ({', '.join(_source(s) for s in basis['sources'])})" for basis in found.values()}
+    )
+    hashes = _listed(_short(sha256) for sha256 in found)
+    return [f"{len(found)} basis file{'s' if len(found) > 1 else ''} (sha256 {hashes}): {choices}; from {sources}."]
+
+
+def _machine(results: Sequence[Result]) -> list[str]:
+    def of(path: str) -> str:
+        return _values(results, lambda record: _dig(record, path))
+
+    versions = sorted({name for result in results for name in result.record.get("versions", {})})
+    listed = ", ".join(f"{name} {of(f'versions.{name}')}" for name in versions)
+    return [
+        f"Hardware: {of('hardware.device')} ({of('hardware.device_reason')}), {of('hardware.dtype')} ({of('hardware.dtype_reason')}), "
+        f"{of('hardware.threads')} threads, {of('hardware.processes')} process(es). Versions: {listed}. Runs from {_period(results)}."
+    ]
+
+
+def _evaluation(results: Sequence[Result]) -> str:
+    def of(name: str) -> str:
+        return _listed({_shown(value) for r in results if (value := r.generation["settings"].get(name)) is not None})
+
+    cut = sum(int(result.generation.get("prompts_cut") or 0) for result in results)
+    return (
+        f"Evaluation: {of('decoding')} decoding, at most {of('max_new_tokens')} new tokens, template {of('template')}, {of('dtype')}, "
+        f"backend {of('backend')}, batch size {of('batch_size')}, records sha256 {_short(of('records_sha256'))}, prompts cut {cut}."
+    )
+
+
+def _values(results: Sequence[Result], pick: Callable[[dict[str, Any]], Any]) -> str:
+    found = (pick(result.record) for result in results)
+    return _listed(dict.fromkeys(_shown(value) for value in found if value is not None))
+
+
+def _dig(record: Any, path: str) -> Any:
+    for key in path.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return clean(", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    return (
+        f"{value:,}" if isinstance(value, int) and value >= 10_000 else f"{value:g}" if isinstance(value, float) else str(value)
+    )
+
+
+def _listed(values: Iterable[str]) -> str:
+    found = list(dict.fromkeys(values))
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return " / ".join(found[:_SHOWN]) + more
+
+
+def _choice(choices: dict[str, Any]) -> str:
+    names = ("share", "merge", "source", "side", "method", "component", "rank")
+    return ", ".join(f"{name} {choices[name]}" for name in names if name in choices)
+
+
+def _source(source: dict[str, Any]) -> str:
+    return clean(str(source["reference"]) + (f"@{source['revision']}" if source.get("revision") else ""))
+
+
+def _short(digests: str) -> str:
+    return " / ".join(part if " " in part else part[:12] for part in digests.split(" / "))
+
+
+def _period(results: Sequence[Result]) -> str:
+    times = sorted(str(result.record[key]) for result in results for key in ("started", "finished") if result.record.get(key))
+    return clean(f"{times[0]} to {times[-1]}") if times else "an unknown time"

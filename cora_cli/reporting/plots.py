@@ -1,0 +1,259 @@
+"""Summaries -> figures: which plots there are data for, their captions, and their drawing as SVG and PNG.
+
+Numbers are those of the tables; nothing is computed here but what an axis needs.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from cora_cli.reporting.canvas import INK, Figure, Palette, render
+from cora_cli.reporting.measures import LOSS
+from cora_cli.reporting.spectra import Spectrum
+from cora_cli.reporting.statistics import SEEDS
+from cora_cli.reporting.summary import Group, Line
+from cora_cli.reporting.verdict import title
+
+
+def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
+    """Every figure of a group that there are data for; `prefix` begins their names."""
+    palette = Palette([line.method.first.row.label for line in group.lines])
+    bars = "Intervals: 95 %, over seeds where a method has several, else over examples."
+    sizes = _sizes(group)
+    losses = [line for line in group.chosen if any("loss" in entry for r in line.method.results for entry in r.log)]
+    if losses:
+        yield render(
+            f"{prefix}loss",
+            f"{group.name}: loss in training",
+            f"Left: loss on the training batch, mean over seeds, smoothed over a twentieth of the steps. Right: held-out loss before, "
+            f"during and after training where it was measured, with the range over seeds. One line per method at its chosen learning "
+            f"rate. {sizes}",
+            lambda figure: _losses(figure, losses, palette),
+            (7.2, 3.2),
+        )
+    for attribute, axis, what in (("rank", "rank r", "rank"), ("n_models", "models behind the basis", "number of models")):
+        series = _series(group, attribute)
+        if series:
+            measures = [m for m in group.measures if any(m in line.estimates for lines in series.values() for line in lines)]
+            yield render(
+                f"{prefix}by-{what.replace(' ', '-')}",
+                f"{group.name}: scores against {what}",
+                f"Bands: 95 % intervals, over seeds where a method has several, else over examples. {sizes}",
+                partial(_against, series=series, measures=measures, attribute=attribute, axis=axis, palette=palette),
+                (7.2, 2.3 * math.ceil(len(measures) / 3) + 0.4),
+            )
+    if len(group.chosen) > 1:
+        columns = min(3, len(group.measures))
+        rows = math.ceil(len(group.measures) / columns)
+        yield render(
+            f"{prefix}bars",
+            f"{group.name}: every method",
+            f"{bars} {sizes}",
+            lambda figure: _bars(figure, group, palette, rows, columns),
+            (7.2, rows * (0.24 * len(group.chosen) + 0.75)),
+        )
+    points = [line for line in group.chosen if line.method.first.trained]
+    if len({line.method.first.trained for line in points}) > 1:
+        yield render(
+            f"{prefix}pareto",
+            f"{group.name}: score against trained parameters",
+            f"{bars} The grey line joins the methods that no smaller one equals; dashed: the base model, which trains nothing. {sizes}",
+            lambda figure: _pareto(figure, group, points, palette),
+            (7.2, 3.4),
+        )
+
+
+def draw_variance(spectra: Sequence[Spectrum], prefix: str) -> Figure:
+    """Cumulative explained variance against the number of directions, one panel per kind of group."""
+    kinds = list(dict.fromkeys(spectrum.kind for spectrum in spectra))[:6]
+    columns = min(3, len(kinds))
+    rows = math.ceil(len(kinds) / columns)
+    palette = Palette([spectrum.label for spectrum in spectra])
+    counted = ", ".join(f"{kind}: {max(s.groups for s in spectra if s.kind == kind)}" for kind in kinds)
+    return render(
+        f"{prefix}variance",
+        "Explained variance of the bases",
+        f"Share of ‖M‖² (PCA: after the mean was taken out) in the first directions; line: mean over the groups of a kind, band: their "
+        f"range. Groups ({counted}).",
+        lambda figure: _variance(figure, spectra, kinds, rows, columns, palette),
+        (7.2, 2.5 * rows + 0.4),
+    )
+
+
+def _variance(figure: Any, spectra: Sequence[Spectrum], kinds: list[str], rows: int, columns: int, palette: Palette) -> None:
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for place, ax in enumerate(axes.flat):
+        if place >= len(kinds):
+            ax.axis("off")
+            continue
+        for spectrum in (s for s in spectra if s.kind == kinds[place]):
+            xs, color = range(1, len(spectrum.mean) + 1), palette.color(spectrum.label)
+            style = "--" if "pca" in spectrum.label else "-"
+            ax.plot(xs, spectrum.mean, style, color=color, label=spectrum.label)
+            ax.fill_between(xs, spectrum.low, spectrum.high, color=color, alpha=0.15, linewidth=0)
+        ax.set(title=kinds[place], xlabel="directions kept", ylim=(0, 1.02))
+    for ax in axes[:, 0]:
+        ax.set_ylabel("explained variance (share)")
+    _legend_above(figure, axes)
+
+
+def _losses(figure: Any, lines: Sequence[Line], palette: Palette) -> None:
+    training, heldout = figure.subplots(1, 2)
+    for line in lines:
+        row, color = line.method.first.row, palette.color(line.method.first.row.label)
+        style: dict[str, Any] = {"color": color, "linewidth": 1.3, "label": row.label}
+        steps, values = _mean_by_step([[(e["step"], e["loss"]) for e in r.log if "loss" in e] for r in line.method.results])
+        training.plot(steps, _smooth(values), **style)
+        curves = [_heldout_points(result) for result in line.method.results]
+        steps, values = _mean_by_step(curves)
+        if steps:
+            by_step = [[value for curve in curves for at, value in curve if at == step] for step in steps]
+            heldout.plot(steps, values, marker=palette.marker(row.label), markersize=4, **style)
+            heldout.fill_between(
+                steps, [min(v) for v in by_step], [max(v) for v in by_step], color=color, alpha=0.15, linewidth=0
+            )
+    training.set(xlabel="optimizer step", ylabel="training loss (nats per token)")
+    heldout.set(xlabel="optimizer step", ylabel="held-out loss (nats per token)")
+    _legend_above(figure, [heldout, training])
+
+
+def _heldout_points(result: Any) -> list[tuple[int, float]]:
+    record = result.record.get("heldout")
+    if not record:
+        return []
+    points = [(entry["step"], entry["heldout_loss"]) for entry in result.log if "heldout_loss" in entry]
+    return [(0, record["before"]["loss"]), *points, (result.record["speed"]["steps"], record["after"]["loss"])]
+
+
+def _against(
+    figure: Any, series: dict[str, list[Line]], measures: Sequence[str], attribute: str, axis: str, palette: Palette
+) -> None:
+    columns = min(3, len(measures))
+    axes = figure.subplots(math.ceil(len(measures) / columns), columns, squeeze=False)
+    values = sorted({getattr(line.method.first.row, attribute) for lines in series.values() for line in lines})
+    for place, ax in enumerate(axes.flat):
+        if place >= len(measures):
+            ax.axis("off")
+            continue
+        for label, lines in series.items():
+            known = [line for line in lines if measures[place] in line.estimates]
+            xs = [getattr(line.method.first.row, attribute) for line in known]
+            found = [line.estimates[measures[place]] for line in known]
+            color = palette.color(label)
+            ax.plot(xs, [e.value for e in found], marker=palette.marker(label), markersize=4, color=color, label=label)
+            ax.fill_between(xs, [e.low for e in found], [e.high for e in found], color=color, alpha=0.12, linewidth=0)
+        if attribute == "rank":
+            ax.set_xscale("log", base=2)
+        ax.set_xticks(values, [str(value) for value in values])
+        ax.minorticks_off()
+        ax.set(title=_titled(measures[place]), xlabel=axis)
+    _legend_above(figure, axes)
+
+
+def _bars(figure: Any, group: Group, palette: Palette, rows: int, columns: int) -> None:
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    lines = group.chosen
+    for place, ax in enumerate(axes.flat):
+        if place >= len(group.measures):
+            ax.axis("off")
+            continue
+        measure = group.measures[place]
+        for y, line in enumerate(lines):
+            if found := line.estimates.get(measure):
+                ax.barh(y, found.value, color=palette.color(line.method.first.row.label), alpha=0.75, height=0.7)
+                ax.plot([found.low, found.high], [y, y], color=INK, linewidth=1.1, solid_capstyle="butt")
+        ax.grid(visible=False, axis="y")
+        ax.tick_params(axis="y", length=0)
+        ax.set(title=_titled(measure))
+        ax.set_xlim(left=0)
+    axes[0, 0].set_yticks(range(len(lines)), [_short(line.title) for line in lines])
+    axes[0, 0].invert_yaxis()
+
+
+def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette) -> None:
+    preferred = [m for m in ("rougeL", "sacrebleu", "bertscore_f1", "meteor", "rouge1", "rouge2") if m in group.measures][:1]
+    measures = [*preferred, *(m for m in group.measures if m == LOSS)]
+    axes = figure.subplots(1, len(measures), squeeze=False)[0]
+    for ax, measure in zip(axes, measures, strict=True):
+        sign = -1 if measure == LOSS else 1
+        known = sorted((line for line in points if measure in line.estimates), key=lambda line: line.method.first.trained or 0)
+        front: list[Line] = []
+        for line in known:
+            found, trained, label = line.estimates[measure], line.method.first.trained, line.method.first.row.label
+            ax.plot([trained, trained], [found.low, found.high], color=palette.color(label), linewidth=1, alpha=0.6)
+            ax.plot(trained, found.value, palette.marker(label), color=palette.color(label), markersize=5, label=label)
+            if not front or sign * found.value > sign * front[-1].estimates[measure].value:
+                if front and front[-1].method.first.trained == trained:
+                    front.pop()
+                front.append(line)
+        ax.plot(
+            [line.method.first.trained for line in front],
+            [line.estimates[measure].value for line in front],
+            color="#888888",
+            linewidth=1,
+            zorder=0,
+        )
+        for line in group.chosen:
+            if line.method.first.row.mode == "base" and measure in line.estimates:
+                ax.axhline(line.estimates[measure].value, color="#888888", linestyle="--", linewidth=1)
+        ax.set_xscale("log")
+        ax.set(xlabel="trained parameters", ylabel=_titled(measure))
+    _legend_above(figure, axes)
+
+
+def _series(group: Group, attribute: str) -> dict[str, list[Line]]:
+    """Lines by label where the attribute takes several values, in their order; other things being equal, as they are in a grid."""
+    found: dict[str, list[Line]] = {}
+    for line in group.chosen:
+        if getattr(line.method.first.row, attribute) is not None:
+            found.setdefault(line.method.first.row.label, []).append(line)
+    several = {}
+    for label, lines in found.items():
+        values = [getattr(line.method.first.row, attribute) for line in lines]
+        if len(set(values)) > 1 and len(set(values)) == len(values):
+            several[label] = sorted(lines, key=lambda line: getattr(line.method.first.row, attribute))
+    return several
+
+
+def _mean_by_step(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[int], list[float]]:
+    """Mean over the curves of every step that all of them have."""
+    known = [dict(curve) for curve in curves if curve]
+    steps = sorted(set.intersection(*(set(curve) for curve in known))) if known else []
+    return steps, [sum(curve[step] for curve in known) / len(known) for step in steps]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    half = len(values) // 40
+    windows = (values[max(0, place - half) : place + half + 1] for place in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _sizes(group: Group) -> str:
+    estimates = [estimate for line in group.chosen for estimate in line.estimates.values()]
+    seeds = sorted({estimate.seeds if estimate.kind == SEEDS else 1 for estimate in estimates})
+    prompts = sorted({e.n for line in group.chosen for m, e in line.estimates.items() if m != LOSS})
+    records = sorted({line.estimates[LOSS].n for line in group.chosen if LOSS in line.estimates})
+    counted = [f"n = {'/'.join(map(str, prompts))} prompts"] if prompts else []
+    counted += [f"{'/'.join(map(str, records))} held-out records"] if records else []
+    counted += [f"seeds per method: {'/'.join(map(str, seeds))}"]
+    return f"{'; '.join(counted)}."
+
+
+def _titled(measure: str) -> str:
+    return "held-out loss (lower is better)" if measure == LOSS else title(measure)
+
+
+def _short(text: str, most: int = 30) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _legend_above(figure: Any, axes: Any) -> None:
+    """One legend for all panels, each label once."""
+    flat = axes.flat if hasattr(axes, "flat") else axes
+    entries: dict[str, Any] = {}
+    for ax in flat:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries.setdefault(_short(label, 40), handle)
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(4, len(entries)))

@@ -1,0 +1,112 @@
+"""Finished directories -> the report that was asked for: collects, summarises, draws, and writes every format.
+
+The one entry point of `cora report`; it leaves the directories that it reads as they are.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cora_cli import __version__, rundir
+from cora_cli.errors import CoraError
+from cora_cli.progress import say
+from cora_cli.reporting.canvas import Figure
+from cora_cli.reporting.collect import Missing, collect
+from cora_cli.reporting.document import Block, build_document
+from cora_cli.reporting.export import to_csv, to_json
+from cora_cli.reporting.latex import latex
+from cora_cli.reporting.page import page
+from cora_cli.reporting.plots import draw_figures, draw_variance
+from cora_cli.reporting.rows import find_experiments
+from cora_cli.reporting.spectra import read_spectra
+from cora_cli.reporting.summary import Summary, summarise
+from cora_cli.reporting.text import markdown, terminal
+
+FILES = {
+    "terminal": "report.txt",
+    "markdown": "report.md",
+    "latex": "report.tex",
+    "csv": "report.csv",
+    "json": "report.json",
+    "html": "report.html",
+}
+"""The formats, and the names of their files in the output directory."""
+
+
+def report(
+    outputs: Sequence[str],
+    format: str = "terminal",
+    output_dir: Path | None = None,
+    metrics: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> str:
+    """The report of finished directories in one format; with `output_dir` all formats and the plots are written there too.
+
+    `metrics` restricts the metrics by name. Raises `CoraError` where a directory is none of ours or nothing in them is finished.
+    """
+    if output_dir is not None and output_dir.exists() and not output_dir.is_dir():
+        raise CoraError(f"output directory {output_dir} is a file; choose another one")
+    collections = [collect(experiment, metrics) for experiment in find_experiments(outputs)]
+    if not any(collection.results for collection in collections):
+        first = next(entry for collection in collections for entry in collection.missing)
+        count = sum(len(collection.missing) for collection in collections)
+        raise CoraError(
+            f"nothing in {', '.join(outputs)} is finished, so there is nothing to report ({count} missing; {first.row.name}: {first.reason})"
+        )
+    summaries = [summarise(collection, seed) for collection in collections]
+    if metrics and not any(set(group.measures) & set(metrics) for summary in summaries for group in summary.groups):
+        raise CoraError(f"none of the metrics {', '.join(metrics)} was measured in {', '.join(outputs)}; leave --metrics out")
+    drawn: list[list[Figure]] = [[] for _ in summaries]
+    if output_dir is not None or format == "html":
+        drawn = [
+            _draw(summary, f"{number}-" if len(summaries) > 1 else "") for number, summary in enumerate(summaries, start=1)
+        ]
+    documents = [build_document(summary, figures) for summary, figures in zip(summaries, drawn, strict=True)]
+    writers = _writers(summaries, documents)
+    if output_dir is not None:
+        for name, write in writers.items():
+            rundir.write_text(output_dir / FILES[name], write())
+        _write_plots([figure for figures in drawn for figure in figures], output_dir / "plots")
+        say(f"{output_dir}: {', '.join(FILES.values())} and {sum(map(len, drawn))} plots")
+    return writers[format]()
+
+
+def _writers(summaries: Sequence[Summary], documents: Sequence[list[Block]]) -> dict[str, Callable[[], str]]:
+    blocks = [block for document in documents for block in document]
+    title = "; ".join(summary.collection.experiment.title for summary in summaries)
+    return {
+        "terminal": lambda: terminal(blocks),
+        "markdown": lambda: markdown(blocks),
+        "latex": lambda: latex(blocks),
+        "csv": lambda: to_csv(summaries),
+        "json": lambda: to_json(summaries),
+        "html": lambda: page(documents, title, __version__),
+    }
+
+
+def _draw(summary: Summary, prefix: str) -> list[Figure]:
+    """All figures of an experiment; a damaged basis is added to what is missing."""
+    experiment, missing = summary.collection.experiment, summary.collection.missing
+    paths: dict[Path, int | None] = dict.fromkeys(experiment.bases)
+    for row in experiment.rows:
+        if row.basis is not None and row.basis.is_file():
+            paths[row.basis] = row.n_models
+    spectra, damaged = read_spectra(paths)
+    owner = experiment.rows[0]
+    missing += [Missing(dataclasses.replace(owner, name=experiment.name), "basis", sentence) for sentence in damaged]
+    figures = [draw_variance(spectra, prefix)] if spectra else []
+    for number, group in enumerate(summary.groups, start=1):
+        figures += draw_figures(group, f"{prefix}{_file_name(group.name) if len(summary.groups) > 1 else ''}{number}-")
+    return figures
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")[:40] + "-"
+
+
+def _write_plots(figures: Sequence[Figure], directory: Path) -> None:
+    for figure in figures:
+        rundir.write_text(directory / f"{figure.name}.svg", figure.svg + "\n")
+        with rundir.atomic_path(directory / f"{figure.name}.png") as temporary:
+            temporary.write_bytes(figure.png)

@@ -1,0 +1,190 @@
+"""Rows that differ only by seed -> methods, with intervals, paired tests and Holm's correction.
+
+It turns measures into estimates and decides which differences are supported; how they are shown is not its business.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import stdtrit
+
+from cora_cli.errors import CoraError
+from cora_cli.intervals import Floats, PairedDifference, paired_difference
+from cora_cli.reporting.collect import Result
+from cora_cli.reporting.measures import LOSS, value_function
+
+LEVEL = 0.05
+"""Corrected p-values below it count as supported."""
+RESAMPLES = 4999
+"""Behind each paired test, unless so many are corrected together that none could then be significant: see `resamples_for`."""
+SEEDS, EXAMPLES = "t-interval over seeds", "bootstrap over examples"
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with its 95 % interval. `kind` is SEEDS or EXAMPLES, `n` the examples, `seeds` the number of runs."""
+
+    value: float
+    low: float
+    high: float
+    kind: str
+    n: int
+    seeds: int
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval's length."""
+        return (self.high - self.low) / 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """Results that differ only by seed, in the order of their seeds."""
+
+    results: tuple[Result, ...]
+
+    @property
+    def first(self) -> Result:
+        """Any of the results, for what they share."""
+        return self.results[0]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the runs that finished."""
+        return tuple(result.row.seed for result in self.results)
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What makes a method the same at another learning rate."""
+        row = self.first.row
+        return (row.group, row.label, row.printed, row.mode, row.rank, row.n_models, row.model, row.dataset)
+
+    @property
+    def name(self) -> str:
+        """Label with rank and number of models, unless the label has them: `fb r=48 n=5`."""
+        row = self.first.row
+        parts = [row.label]
+        parts += [f"r={row.rank}"] if row.rank is not None and f"r={row.rank}" not in row.label else []
+        parts += [f"n={row.n_models}"] if row.n_models is not None and f"n={row.n_models}" not in row.label else []
+        return " ".join(parts)
+
+    def with_measure(self, name: str) -> tuple[Result, ...]:
+        """The results that have the measure."""
+        return tuple(result for result in self.results if name in result.measures)
+
+    def estimate(self, name: str) -> Estimate | None:
+        """Mean and interval of a measure; None where no seed has it."""
+        measured = self.with_measure(name)
+        measures = [result.measures[name] for result in measured]
+        if not measures:
+            return None
+        # Runs that cannot train are one model however many seeds they had: no spread over seeds is to be had from them.
+        if len(measures) == 1 or all(result.record.get("is_base_model") for result in measured):
+            only = measures[0]
+            return Estimate(only.value, *only.ci95, EXAMPLES, only.n, len(measures))
+        mean, half = t_interval([measure.value for measure in measures])
+        return Estimate(mean, mean - half, mean + half, SEEDS, measures[0].n, len(measures))
+
+
+def group_methods(results: Sequence[Result]) -> list[Method]:
+    """Methods in the order of their first rows. Raises `CoraError` where two rows differ in nothing, not even in the seed."""
+    found: dict[tuple[object, ...], list[Result]] = {}
+    for result in results:
+        found.setdefault((*Method((result,)).identity, result.row.learning_rate), []).append(result)
+    methods = []
+    for members in found.values():
+        members.sort(key=lambda result: result.row.seed)
+        for one, other in itertools.pairwise(members):
+            if one.row.seed == other.row.seed:
+                raise CoraError(
+                    f"{one.row.name} and {other.row.name} are the same method with the same seed {one.row.seed}, so they would count "
+                    "twice; report one of them, or give them different labels"
+                )
+        methods.append(Method(tuple(members)))
+    return methods
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Mean and half-width of Student's interval, t·s/√k with k − 1 degrees of freedom, of k ≥ 2 values."""
+    k = len(values)
+    spread = float(np.std(values, ddof=1))
+    return float(np.mean(values)), float(stdtrit(k - 1, (1 + confidence) / 2)) * spread / math.sqrt(k)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of Holm (1979), in the given order: max over j ≤ i of (m − j + 1)·p₍ⱼ₎, at most 1."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def higher_is_better(name: str) -> bool:
+    """Whether more of the measure is better."""
+    return name != LOSS
+
+
+def resamples_for(tests: int) -> int:
+    """Resamples of each of `tests` tests: the smallest p-value, 1 / (1 + resamples), has to survive Holm's correction."""
+    return max(RESAMPLES, 40 * tests - 1)
+
+
+def compare(one: Method, other: Method, name: str, seed: int = 0, resamples: int = RESAMPLES) -> PairedDifference | None:
+    """`one` minus `other` over the same examples, each example's outputs of all seeds kept together.
+
+    The measure is the mean over seeds of its corpus values. None where either lacks it.
+    """
+    sides = [[result.measures[name].statistics for result in method.with_measure(name)] for method in (one, other)]
+    if not all(sides):
+        return None
+    value = value_function(name)
+    if name == "sacrebleu":
+        # No function of averaged counts: both sides get as many blocks of counts, each of which is a seed's.
+        blocks = math.lcm(*map(len, sides))
+        first, second = (np.hstack(side * (blocks // len(side))) for side in sides)
+
+        def mean_over_seeds(sums: Floats, n: int) -> Floats:
+            return np.asarray(value(sums.reshape(*sums.shape[:-1], blocks, -1), n).mean(axis=-1))
+
+        return paired_difference(first, second, mean_over_seeds, resamples, seed)
+    first, second = (np.mean(side, axis=0) for side in sides)
+    return paired_difference(first, second, value, resamples, seed)
+
+
+def best_method(methods: Sequence[Method], name: str, seed: int = 0) -> tuple[int, float] | None:
+    """The best method's place and the largest Holm-corrected p-value of its paired tests against every other method.
+
+    None where fewer than two methods have the measure. The best is supported where that p-value is below `LEVEL`.
+    """
+    estimates = {index: estimate for index, method in enumerate(methods) if (estimate := method.estimate(name))}
+    if len(estimates) < 2:
+        return None
+    sign = 1 if higher_is_better(name) else -1
+    best = max(estimates, key=lambda index: sign * estimates[index].value)
+    others = [methods[index] for index in estimates if index != best]
+    tests = [compare(methods[best], other, name, seed, resamples_for(len(others))) for other in others]
+    return best, max(holm([test.p_value for test in tests if test]))
+
+
+def choose_learning_rates(methods: Sequence[Method]) -> tuple[list[Method], bool]:
+    """Of each method that was trained at several learning rates, the one with the least held-out loss (mean over seeds).
+
+    Returns the methods that remain and whether there was any choice. Where a held-out loss is lacking, all rates remain.
+    """
+    rates: dict[tuple[object, ...], list[Method]] = {}
+    for method in methods:
+        rates.setdefault(method.identity, []).append(method)
+    chosen, any_choice = [], False
+    for candidates in rates.values():
+        losses = [estimate.value for candidate in candidates if (estimate := candidate.estimate(LOSS))]
+        if len(losses) < len(candidates):
+            chosen += candidates
+            continue
+        any_choice = any_choice or len(candidates) > 1
+        chosen.append(candidates[losses.index(min(losses))])
+    return chosen, any_choice

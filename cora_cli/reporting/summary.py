@@ -1,0 +1,100 @@
+"""Collections -> one summary per group: its methods, estimates, the paper's numbers, what is best, and the verdict.
+
+Everything that tables, plots and the page show is decided here, once; how it looks is theirs.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from cora_cli.evaluation.metrics import NAMES
+from cora_cli.reporting.collect import Collection, Result
+from cora_cli.reporting.measures import LOSS
+from cora_cli.reporting.paper import paper_row
+from cora_cli.reporting.statistics import LEVEL, Estimate, Method, best_method, choose_learning_rates, group_methods
+from cora_cli.reporting.verdict import Verdict, judge
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One method of a group with its estimates and the paper's numbers by measure; `chosen`: shown in the main table."""
+
+    method: Method
+    estimates: dict[str, Estimate]
+    paper: dict[str, float]
+    chosen: bool
+
+    @property
+    def title(self) -> str:
+        """The paper's row name where there is one, else the method's own."""
+        return self.method.first.row.printed or self.method.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best chosen line of a measure (its place among them) and the largest corrected p of its tests against the others."""
+
+    place: int
+    p_holm: float
+
+    @property
+    def supported(self) -> bool:
+        """Whether every other method was shown to be different."""
+        return self.p_holm < LEVEL
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Methods that share data and evaluation. `measures` are those that any of them has, held-out loss first."""
+
+    name: str
+    lines: tuple[Line, ...]
+    measures: tuple[str, ...]
+    best: dict[str, Best]
+    swept: bool
+    verdict: Verdict
+
+    @property
+    def chosen(self) -> tuple[Line, ...]:
+        """The lines of the main table."""
+        return tuple(line for line in self.lines if line.chosen)
+
+    @property
+    def results(self) -> tuple[Result, ...]:
+        """Every finished row of the group."""
+        return tuple(result for line in self.lines for result in line.method.results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """One experiment: its groups, and the collection that they came from."""
+
+    collection: Collection
+    groups: tuple[Group, ...]
+
+
+def summarise(collection: Collection, seed: int = 0) -> Summary:
+    """The summary of one experiment; `seed` draws the resamples of all tests."""
+    names = dict.fromkeys(row.group for row in collection.experiment.rows)
+    groups = []
+    for name in names:
+        results = [result for result in collection.results if result.row.group == name]
+        if results:
+            groups.append(_summarise_group(name, results, collection.experiment.paper_table, seed))
+    return Summary(collection, tuple(groups))
+
+
+def _summarise_group(name: str, results: Sequence[Result], paper_table: str | None, seed: int) -> Group:
+    measures = tuple(m for m in (LOSS, *NAMES) if any(m in result.measures for result in results))
+    methods = group_methods(results)
+    chosen, swept = choose_learning_rates(methods)
+    lines = tuple(
+        Line(
+            method,
+            {m: estimate for m in measures if (estimate := method.estimate(m))},
+            paper_row(paper_table, method.first.row.printed),
+            any(method is one for one in chosen),
+        )
+        for method in methods
+    )
+    best = {m: Best(*found) for m in measures if (found := best_method(chosen, m, seed))}
+    return Group(name, lines, measures, best, swept, judge(chosen, measures, seed))

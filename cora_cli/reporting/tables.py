@@ -1,0 +1,201 @@
+"""Summaries -> tables: which columns and cells there are, and what the marks in them mean.
+
+A table here has no format yet; `text`, `latex` and `page` write it down.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from cora_cli.reporting.paper import paper_tables
+from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, Estimate
+from cora_cli.reporting.summary import Group, Line
+from cora_cli.reporting.verdict import digits, title
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Plain `text`, or an estimate shown with `digits` decimals, with the paper's number beside it."""
+
+    text: str = "–"
+    estimate: Estimate | None = None
+    digits: int = 3
+    paper: float | None = None
+    bold: bool = False
+
+    @property
+    def value(self) -> str:
+        """The estimate without its interval, or the text."""
+        return f"{self.estimate.value:.{self.digits}f}" if self.estimate else self.text
+
+    @property
+    def interval(self) -> str:
+        """`± 0.012` over seeds, `[0.381, 0.405]` of the bootstrap, nothing for a text."""
+        found = self.estimate
+        if found is None:
+            return ""
+        if found.kind == SEEDS:
+            return f"± {found.half_width:.{self.digits}f}"
+        return f"[{found.low:.{self.digits}f}, {found.high:.{self.digits}f}]"
+
+    @property
+    def printed(self) -> str:
+        """The paper's number in parentheses, if there is one."""
+        return "" if self.paper is None else f"({self.paper:g})"
+
+    def plain(self) -> str:
+        """All of it in one line."""
+        return " ".join(part for part in (self.value, self.interval, self.printed) if part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of cells under headers, with notes below; the first column names the row."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...]
+
+
+def scores_table(group: Group, paper_table: str | None) -> Table:
+    """The main table: held-out loss and metrics of each method, at its chosen learning rate."""
+    lines = group.chosen
+    rows = [
+        (*_names(line, lines), *(_score(group, line, place, measure) for measure in group.measures))
+        for place, line in enumerate(lines)
+    ]
+    caption = f" – {paper_tables()['tables'][paper_table]['caption']}" if paper_table else ""
+    headers = (*_name_headers(lines), *(title(measure) for measure in group.measures))
+    return Table(f"{group.name}{caption}", headers, tuple(rows), tuple(_score_notes(group)))
+
+
+def costs_table(group: Group) -> Table:
+    """What each method takes: rank, models, parameters, bytes, speed, memory."""
+    lines = group.chosen
+    rows = []
+    for line in lines:
+        method, row, first = line.method, line.method.first.row, line.method.first
+        rates = [rate for result in method.results if (rate := result.tokens_per_second) is not None]
+        memory = [peak for result in method.results if (peak := result.peak_memory_bytes) is not None]
+        rows.append(
+            (
+                *_names(line, lines),
+                Cell(_number(row.rank)),
+                Cell(_number(row.n_models)),
+                Cell(_number(first.trained)),
+                Cell(_bytes(first.adapter_bytes)),
+                Cell(f"{sum(rates) / len(rates):,.0f}" if rates else "–"),
+                Cell(_bytes(max(memory) if memory else None)),
+                Cell(", ".join(map(str, method.seeds)) if row.run is not None else "–"),
+            )
+        )
+    headers = ("rank", "n models", "trained parameters", "adapter size", "tokens/s", "peak memory", "seeds")
+    notes = (
+        "n models: models behind the basis, 0 for the base model alone. Adapter size: its weights on disk (mode full: the whole model). "
+        "tokens/s: training, prompts included, mean over seeds. Peak memory: of the training process, the largest of all seeds.",
+    )
+    return Table(f"{group.name} – what each method takes", (*_name_headers(lines), *headers), tuple(rows), notes)
+
+
+def sweep_table(group: Group) -> Table:
+    """Every method at every learning rate."""
+    rows = [
+        (
+            *_names(line, group.lines),
+            Cell(_rate(line)),
+            Cell("yes" if line.chosen else "no"),
+            *(_score(group, line, None, measure) for measure in group.measures),
+        )
+        for line in group.lines
+    ]
+    headers = (*_name_headers(group.lines), "learning rate", "chosen", *(title(measure) for measure in group.measures))
+    return Table(
+        f"{group.name} – all learning rates",
+        headers,
+        tuple(rows),
+        (f"Chosen: the least held-out loss of a method, mean over seeds. {_cell_note(group.lines)}",),
+    )
+
+
+def _names(line: Line, lines: Sequence[Line]) -> tuple[Cell, ...]:
+    if any(other.method.first.row.printed for other in lines):
+        return Cell(line.title), Cell(line.method.name)
+    return (Cell(line.title),)
+
+
+def _name_headers(lines: Sequence[Line]) -> tuple[str, ...]:
+    return ("row", "method") if any(line.method.first.row.printed for line in lines) else ("method",)
+
+
+def _score(group: Group, line: Line, place: int | None, measure: str) -> Cell:
+    estimate, best = line.estimates.get(measure), group.best.get(measure)
+    bold = best is not None and best.supported and best.place == place
+    paper = line.paper.get(measure) if place is not None else None
+    return Cell("–", estimate, digits(measure), paper, bold)
+
+
+def _score_notes(group: Group) -> list[str]:
+    lines = group.chosen
+    notes = [_cell_note(lines)]
+    if any(line.paper for line in lines):
+        source = paper_tables()
+        notes.append(
+            f"(In parentheses): the number that the paper prints ({source['source']}, {source['model']}, one seed, no interval)."
+        )
+    supported = [measure for measure in group.measures if measure in group.best and group.best[measure].supported]
+    meaning = (
+        f"the best of its column, different from every other method by paired tests over the same prompts (p < {LEVEL:g}, "
+        "Holm-corrected within the column; resampled over prompts, not over training seeds)"
+    )
+    if supported:
+        notes.append(f"Bold: {meaning}.")
+    elif group.best:
+        notes.append(f"Nothing is in bold, since no column has a value that is {meaning}.")
+    if group.swept:
+        rates = "; ".join(
+            f"{line.method.name} {_rate(line)}" for line in lines if line.method.first.row.learning_rate is not None
+        )
+        notes.append(
+            f"Learning rates: each method is shown at the one with its least held-out loss (mean over seeds): {rates}. The choice was made "
+            "with the held-out loss itself, so that loss, and whatever was measured on the same records, flatters every swept method a "
+            "little; all rates are in the table below."
+        )
+    return notes
+
+
+def _cell_note(lines: Sequence[Line]) -> str:
+    estimates = [estimate for line in lines for estimate in line.estimates.values()]
+    parts = []
+    counts = "/".join(map(str, sorted({e.seeds for e in estimates if e.kind == SEEDS})))
+    if counts:
+        parts.append(f"value ± half-width: mean of {counts} seeds with its 95 % t-interval over seeds")
+    if any(e.kind == EXAMPLES for e in estimates):
+        parts.append(
+            "value [low, high]: one run (or a model that no seed changes) with its 95 % bootstrap interval over examples, which "
+            "does not hold the spread over seeds"
+        )
+    sizes = {title(m): sorted({line.estimates[m].n for line in lines if m in line.estimates}) for m in lines[0].estimates}
+    loss, prompts = sizes.pop("held-out loss", None), sorted({n for found in sizes.values() for n in found})
+    counted = [f"n = {'/'.join(map(str, prompts))} prompts"] if prompts else []
+    counted += (
+        [f"held-out loss in nats per response token over {'/'.join(map(str, loss))} records, lower is better"] if loss else []
+    )
+    return f"{'; '.join([*parts, *counted])}. sacrebleu is 0–100, the other metrics 0–1."
+
+
+def _rate(line: Line) -> str:
+    rate = line.method.first.row.learning_rate
+    return "–" if rate is None else f"{rate:g}"
+
+
+def _number(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "–"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value} B"

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from cora_cli.cli import app
+from tests.reporting.helpers import ladder, make_grid
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    return make_grid(tmp_path_factory.mktemp("cli") / "grid", ladder(1), prompts=10)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["report", *map(str, arguments)])
+
+
+def test_the_default_is_a_table_for_the_terminal(grid):
+    result = run(grid)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("A tiny grid\n===========\n")
+    assert "| fb orthonormal r=4 |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("format", "start"),
+    [("markdown", "# A tiny grid"), ("latex", "\\documentclass"), ("csv", "experiment,"), ("json", "{"), ("html", "<!DOCTYPE")],
+)
+def test_each_format_is_printed(grid, format, start):
+    result = run(grid, "--format", format)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(start)
+
+
+def test_metrics_restrict_the_columns_by_group_or_name(grid):
+    data = json.loads(run(grid, "--format", "json", "--metrics", "bleu,rougeL").stdout)
+    assert data["experiments"][0]["groups"][0]["measures"] == ["heldout_loss", "rougeL", "sacrebleu"]
+
+
+def test_the_output_directory_gets_every_format(grid, tmp_path):
+    assert run(grid, "-o", tmp_path / "out").exit_code == 0
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".txt", ".md", ".tex", ".csv", ".json", ".html", ""}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere"], 1, "nowhere does not exist"),
+        (["GRID", "--format", "pdf"], 2, "'pdf' is not one of"),
+        (["GRID", "--metrics", "wer"], 2, "metric 'wer' is unknown"),
+        (["GRID", "--metrics", "bertscore"], 1, "none of the metrics bertscore_f1 was measured"),
+        (["GRID", "-o", "GRID/plan.json"], 1, "plan.json is a file; choose another one"),
+    ],
+)
+def test_a_bad_request_is_one_sentence_on_stderr(grid, arguments, code, message):
+    result = run(*(argument.replace("GRID", str(grid)) for argument in arguments))
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,228 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+from cora_cli.reporting.collect import collect
+from cora_cli.reporting.measures import LOSS
+from cora_cli.reporting.rows import find_experiments, read_plan
+from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from tests.reporting.helpers import Made, make_grid, plan_entry, write_plan
+
+
+@pytest.fixture
+def grid(made_grid, tmp_path):
+    return Path(shutil.copytree(made_grid, tmp_path / "grid"))
+
+
+def first_run(grid, label="lora"):
+    return next(RunDirectory(path) for path in sorted((grid / "runs").iterdir()) if path.name.startswith(f"tiny-{label}_"))
+
+
+def reasons(grid):
+    return [(entry.row.name, entry.part, entry.reason) for entry in collect(read_plan(grid)).missing]
+
+
+def test_a_whole_grid_is_read_whole(made_grid):
+    found = collect(read_plan(made_grid))
+    assert not found.missing
+    assert len(found.results) == 7
+    lora = next(result for result in found.results if result.row.mode == "lora")
+    assert set(lora.measures) == {LOSS, "rouge1", "rougeL", "sacrebleu"}
+    assert (lora.trained, lora.adapter_bytes, lora.tokens_per_second, lora.peak_memory_bytes) == (2000, 700, 500.0, 1.5e9)
+    recorded = rundir.read_json(EvaluationDirectory(lora.row.evaluation).metrics)["metrics"]["sacrebleu"]
+    assert lora.measures["sacrebleu"].value == recorded["value"]
+
+
+def test_a_base_model_has_the_loss_that_its_runs_had_before_their_first_step(made_grid):
+    found = collect(read_plan(made_grid))
+    base = next(result for result in found.results if result.row.mode == "base")
+    other = next(result for result in found.results if result.row.mode == "lora")
+    assert base.measures[LOSS].value == other.record["heldout"]["before"]["loss"]
+    assert (base.trained, base.adapter_bytes) == (0, 0)
+
+
+def test_a_run_that_does_not_start_as_the_base_model_lends_it_no_loss(grid):
+    for path in (grid / "runs").iterdir():
+        record = rundir.read_json(path / "run.json")
+        rundir.write_json(path / "run.json", record | {"plan": record["plan"] | {"a_init": "kaiming", "b_init": "orthonormal"}})
+    base = next(result for result in collect(read_plan(grid)).results if result.row.mode == "base")
+    assert LOSS not in base.measures
+
+
+def test_only_the_metrics_that_are_wanted_are_read(made_grid):
+    found = collect(read_plan(made_grid), ("rougeL",))
+    assert all(set(result.measures) <= {LOSS, "rougeL"} for result in found.results)
+
+
+def test_a_base_model_that_a_grid_lists_once_a_seed_counts_once(tmp_path):
+    rows = [Made("base", "base", seed, rank=None, rate=None) for seed in range(3)]
+    assert len(collect(read_plan(make_grid(tmp_path, rows))).results) == 1
+
+
+def test_what_is_not_finished_is_missing_with_its_reason_and_the_rest_is_reported(grid):
+    runs = sorted((grid / "runs").iterdir())
+    shutil.rmtree(runs[0])
+    failed = rundir.read_json(runs[1] / "run.json") | {"status": "failed", "error": "the disk is full"}
+    rundir.write_json(runs[1] / "run.json", failed)
+    rundir.write_json(runs[2] / "run.json", rundir.read_json(runs[2] / "run.json") | {"status": "running"})
+    shutil.rmtree(runs[3] / "evaluation")
+    found = collect(read_plan(grid))
+    assert {(entry.row.name, entry.part, entry.reason) for entry in found.missing} == {
+        (runs[0].name, "run", "not started"),
+        (runs[1].name, "run", "failed: the disk is full"),
+        (runs[2].name, "run", "not finished (status running)"),
+        (runs[3].name, "evaluation", "not evaluated yet"),
+    }
+    assert len(found.results) == 4
+    assert LOSS in next(result for result in found.results if result.row.name == runs[3].name).measures
+
+
+def test_a_step_that_died_before_its_record_gives_the_last_line_of_its_log(grid):
+    run = first_run(grid)
+    shutil.rmtree(run.root)
+    rundir.write_text(grid / "logs" / f"train-{run.root.name}.log", "loading\ncora: error: no such model\n\n")
+    ((_, _, reason),) = reasons(grid)
+    assert reason.endswith(f"train-{run.root.name}.log: cora: error: no such model")
+
+
+def cut(path):
+    path.write_text(path.read_text()[:-30])
+
+
+def edit_scores(path):
+    lines = rundir.read_jsonl(path)
+    lines[0]["rouge1"] += 0.25
+    rundir.write_jsonl(path, lines)
+
+
+def edit_prediction(path):
+    lines = rundir.read_jsonl(path)
+    lines[0]["prediction"] = "better"
+    rundir.write_jsonl(path, lines)
+
+
+def edit_loss(path):
+    lines = rundir.read_jsonl(path)
+    lines[0]["after"] -= 1
+    rundir.write_jsonl(path, lines)
+
+
+def drop_metric(path):
+    record = json.loads(path.read_text())
+    del record["metrics"]["rouge1"]["ci95"]
+    path.write_text(json.dumps(record))
+
+
+def a_list(path):
+    path.write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("run.json", cut),
+        ("run.json", a_list),
+        ("log.jsonl", cut),
+        ("heldout.jsonl", edit_loss),
+        ("heldout.jsonl", cut),
+        ("adapter/adapter_model.safetensors", cut),
+        ("adapter/adapter_model.safetensors", Path.unlink),
+        ("evaluation/metrics.json", cut),
+        ("evaluation/metrics.json", a_list),
+        ("evaluation/metrics.json", drop_metric),
+        ("evaluation/scores.jsonl", edit_scores),
+        ("evaluation/scores.jsonl", Path.unlink),
+        ("evaluation/predictions.jsonl", edit_prediction),
+        ("evaluation/predictions.jsonl", Path.unlink),
+    ],
+)
+def test_damage_is_one_sentence_that_names_the_place_and_spares_the_others(grid, file, damage):
+    run = first_run(grid)
+    damage(run.root / file)
+    ((name, _, reason),) = reasons(grid)
+    assert name == run.root.name
+    assert str(run.root) in reason
+    assert "\n" not in reason
+    found = collect(read_plan(grid)).results
+    assert len([result for result in found if result.row.name != name]) == 6
+
+
+def test_rows_that_were_measured_in_two_ways_are_refused(grid):
+    path = first_run(grid).root / "evaluation" / "metrics.json"
+    path.write_text(path.read_text().replace("tok:13a", "tok:char"))
+    with pytest.raises(CoraError, match=r"measured sacrebleu in two ways .* leave it out with --metrics"):
+        collect(read_plan(grid))
+    assert collect(read_plan(grid), ("rouge1",)).results
+
+
+def test_rows_of_a_group_that_answered_other_records_are_refused(tmp_path):
+    grid = make_grid(tmp_path, [Made("lora", "lora")], prompts=10)
+    make_grid(grid, [Made("fb", "fb")], prompts=12)
+    write_plan(grid, [plan_entry(Made("lora", "lora")), plan_entry(Made("fb", "fb"))])
+    with pytest.raises(CoraError, match="were evaluated on different records"):
+        collect(read_plan(grid))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "has format version 2, but this cora reads version 1"),
+        ({"rows": None}, "rows of the plan is 'None'"),
+        ({"rows": []}, "plans no rows"),
+        ({"rows": [3]}, "row 1 is no JSON object"),
+        ({"title": 5}, "title of the plan is '5'"),
+    ],
+)
+def test_a_damaged_plan_is_refused_with_the_place(grid, change, message):
+    plan = rundir.read_json(grid / "plan.json")
+    rundir.write_json(grid / "plan.json", plan | change)
+    with pytest.raises(CoraError, match=message):
+        read_plan(grid)
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", "0"), ("rank", 1.5), ("mode", None), ("seed", True)])
+def test_a_row_of_a_plan_with_a_wrong_type_is_refused_by_its_number(grid, key, value):
+    plan = rundir.read_json(grid / "plan.json")
+    plan["rows"][2][key] = value
+    rundir.write_json(grid / "plan.json", plan)
+    with pytest.raises(CoraError, match=f"{key} of row 3 is '{value}'"):
+        read_plan(grid)
+
+
+def test_two_rows_of_one_name_are_refused(grid):
+    plan = rundir.read_json(grid / "plan.json")
+    rundir.write_json(grid / "plan.json", plan | {"rows": [*plan["rows"], plan["rows"][0]]})
+    with pytest.raises(CoraError, match="two rows are named tiny-base"):
+        read_plan(grid)
+
+
+def test_what_is_no_finished_directory_is_refused_with_what_it_is(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    for name, what in (("none", "does not exist"), ("empty", "is empty"), ("file", "is a file"), (".", "holds no plan.json")):
+        with pytest.raises(CoraError, match=what):
+            find_experiments([str(tmp_path / name)])
+
+
+def test_plain_runs_and_evaluations_make_one_experiment(trained_grid):
+    runs = sorted((trained_grid / "runs").iterdir())
+    (experiment,) = find_experiments([*map(str, runs), str(trained_grid / "evaluations" / "base")])
+    assert {row.label for row in experiment.rows} == {"base", "lora", "fb", "fb orthonormal"}
+    assert len({row.group for row in experiment.rows}) == 1
+    found = collect(experiment)
+    assert not found.missing
+    assert len(found.results) == 7
+
+
+def test_unlike_plain_runs_of_one_mode_get_unlike_labels(trained_grid, tmp_path):
+    run = next(path for path in sorted((trained_grid / "runs").iterdir()) if "lora" in path.name)
+    other = shutil.copytree(run, tmp_path / "longer")
+    record = rundir.read_json(other / "run.json")
+    record["fingerprint"]["settings"]["max_steps"] = 9
+    rundir.write_json(other / "run.json", record)
+    (experiment,) = find_experiments([str(run), str(other)])
+    assert [row.label for row in experiment.rows] == ["lora max_steps=4", "lora max_steps=9"]

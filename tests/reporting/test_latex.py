@@ -1,0 +1,45 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cora_cli.reporting.document import Heading, Items, Text
+from cora_cli.reporting.latex import escape, latex, latex_table
+from cora_cli.reporting.statistics import EXAMPLES, SEEDS, Estimate
+from cora_cli.reporting.tables import Cell, Table
+from tests.reporting.strict_latex import LatexError, check
+
+HARD = r"50 % of \a_{b} & #1 $x^2$ ~ <b> | ± – 日本 “x” é"
+ESTIMATE = Estimate(0.5, 0.4, 0.6, SEEDS, 10, 3)
+
+
+def in_document(body):
+    return "\\documentclass{article}\n\\begin{document}\n" + body + "\n\\end{document}\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["50 % x", "a_b", "a & b", "{", "}", "$x", "#", r"\foo", r"\begin{table}", "日", r"\begin{tabular}{lr}a\\\end{tabular}"],
+)
+def test_the_parser_refuses_what_pdflatex_stops_at(body):
+    with pytest.raises((LatexError, AssertionError)):
+        check(in_document(body))
+
+
+def test_every_special_sign_is_escaped_wherever_it_stands():
+    table = Table(HARD, (HARD, HARD), ((Cell(HARD), Cell(HARD, ESTIMATE, paper=0.3, bold=True)),), (HARD,))
+    source = latex([Heading(1, HARD), Text(HARD, "verdict"), Items((HARD, "[x]")), table, Text(HARD)])
+    assert check(source) == ["document", "itemize", "table", "tabular"]
+
+
+@given(st.text(max_size=30))
+@settings(derandomize=True, deadline=None, max_examples=200)
+def test_any_text_can_be_set(text):
+    check(in_document(escape(text.replace("\n", " ").replace("\r", " ")) + "."))
+
+
+def test_a_cell_shows_its_interval_and_the_papers_number_and_bold_only_the_value():
+    bootstrap = Estimate(12.34, 11.5, 13.0, EXAMPLES, 10, 1)
+    row = (Cell("fb"), Cell("–", ESTIMATE, 3, 0.401, True), Cell("–", bootstrap, 2))
+    assert r"fb & $\mathbf{0.500}_{\pm 0.100}$~(0.401) & $12.34_{[11.50,\,13.00]}$ \\" in latex_table(
+        Table("t", ("method", "a", "b"), (row,), ())
+    )

@@ -1,0 +1,272 @@
+import csv
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+from cora_cli.reporting.export import COLUMNS
+from cora_cli.reporting.paper import paper_row, paper_tables
+from cora_cli.reporting.report import FILES, report
+from tests.reporting.helpers import Made, make_grid
+from tests.reporting.strict_latex import check
+
+VOID = {"meta", "br", "img", "link", "hr", "input"}
+EVIL = "<script>alert('x')</script> & \"q\" $x_1$ \\end{table} `|`"
+
+
+class StrictHtml(HTMLParser):
+    """Refuses unbalanced elements, and keeps names, attributes and ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+
+def parse(page):
+    parser = StrictHtml()
+    parser.feed(page)
+    assert not parser.open
+    return parser
+
+
+@pytest.fixture(scope="module")
+def paper_grid(tmp_path_factory):
+    """A grid under the paper's printed names, with two learning rates, a missing row and a hostile name."""
+    rows = [Made("base", "base", rank=None, rate=None, skill=0.2)]
+    for rank in (8, 16):
+        for rate, handicap in ((1e-4, 0.2), (1e-3, 0.0)):
+            for seed in (0, 1):
+                rows += [
+                    Made(
+                        "lora",
+                        "lora",
+                        seed,
+                        0.5,
+                        1.0 + handicap,
+                        rank,
+                        rate=rate,
+                        printed=f"LoRA_code_{rank}",
+                        trained=200 * rank,
+                    ),
+                    Made(
+                        "fb", "fb", seed, 0.9, 0.8 + handicap, rank, 5, rate, printed=f"CoRA_code_FB_{rank}", trained=100 * rank
+                    ),
+                ]
+    root = make_grid(
+        tmp_path_factory.mktemp("paper") / "grid",
+        rows,
+        paper_table="rank",
+        title=f"Ranks {EVIL}",
+        preset="small",
+        conditions=[f"Differs: {EVIL}"],
+    )
+    shutil.rmtree(root / "runs" / rows[-1].name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def written(paper_grid, tmp_path_factory):
+    """All formats of the paper's grid on disk."""
+    out = tmp_path_factory.mktemp("written") / "report"
+    report([str(paper_grid)], output_dir=out)
+    return out
+
+
+def test_every_format_and_every_plot_is_written(written):
+    assert {path.name for path in written.iterdir()} == {*FILES.values(), "plots"}
+    names = {path.name for path in (written / "plots").iterdir()}
+    assert names == {f"1-{name}.{kind}" for name in ("loss", "by-rank", "bars", "pareto") for kind in ("svg", "png")}
+
+
+def test_the_papers_number_stands_beside_ours(written):
+    text = (written / "report.txt").read_text()
+    line = next(line for line in text.splitlines() if "CoRA_code_FB_16" in line)
+    assert "fb r=16 n=5" in line
+    assert "(0.418)" in line
+    assert "(27.502)" in line
+    assert "arXiv 2409.02119v1, meta-llama/Llama-2-13b-hf, one seed" in text
+
+
+def test_the_learning_rate_was_chosen_by_the_held_out_loss_and_the_report_says_so(written):
+    data = json.loads((written / "report.json").read_text())
+    (group,) = data["experiments"][0]["groups"]
+    assert {line["learning_rate"] for line in group["lines"] if line["chosen"]} == {None, 1e-3}
+    assert {line["learning_rate"] for line in group["lines"]} == {None, 1e-4, 1e-3}
+    text = (written / "report.md").read_text()
+    assert "The choice was made with the held-out loss itself" in text
+    assert "all learning rates" in text
+
+
+def test_what_is_missing_is_listed_with_its_reason(written):
+    assert "seed1 (run): not started" in (written / "report.txt").read_text()
+
+
+def test_the_page_needs_nothing_but_itself_and_fits_a_phone(written):
+    page = (written / "report.html").read_text()
+    parser = parse(page)
+    assert not [tag for tag, _ in parser.elements if tag in ("script", "link", "img", "iframe", "object")]
+    links = [
+        value for _, attributes in parser.elements for key, value in attributes.items() if key in ("src", "href", "xlink:href")
+    ]
+    assert all(link.startswith("#") for link in links)
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in parser.elements
+    assert "prefers-color-scheme: dark" in page
+    ids = [attributes["id"] for _, attributes in parser.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in links} <= set(ids)
+
+
+def test_what_comes_from_files_is_escaped_on_the_page(written):
+    page = (written / "report.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_the_latex_is_well_formed_and_holds_every_table(written):
+    environments = check((written / "report.tex").read_text())
+    assert environments.count("tabular") == 3
+
+
+def test_markdown_shows_names_as_they_are(written):
+    text = (written / "report.md").read_text()
+    assert "\\<script\\>" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == len(re.findall(r"(?<!\\)\|", table[0])) for line in table[:6])
+
+
+def test_the_csv_is_tidy_and_in_full_precision(written, paper_grid):
+    rows = list(csv.DictReader(io.StringIO((written / "report.csv").read_text())))
+    assert tuple(rows[0]) == COLUMNS
+    keys = [(row["row"], row["learning_rate"], row["measure"]) for row in rows]
+    assert len(keys) == len(set(keys))
+    base = next(row for row in rows if row["mode"] == "base" and row["measure"] == "rougeL")
+    recorded = rundir.read_json(paper_grid / "evaluations" / "base" / "metrics.json")["metrics"]["rougeL"]
+    assert float(base["value"]) == recorded["value"]
+    assert [float(base["low"]), float(base["high"])] == recorded["ci95"]
+    paper = next(row for row in rows if row["row"] == "LoRA_code_8" and row["measure"] == "sacrebleu")
+    assert paper["paper"] == "25.558"
+
+
+def test_the_json_has_the_value_of_every_seed(written):
+    (group,) = json.loads((written / "report.json").read_text())["experiments"][0]["groups"]
+    line = next(line for line in group["lines"] if line["row"] == "LoRA_code_8" and line["chosen"])
+    by_seed = line["measures"]["rougeL"]["by_seed"]
+    assert set(by_seed) == {"0", "1"}
+    assert line["measures"]["rougeL"]["value"] == pytest.approx(sum(by_seed.values()) / 2)
+
+
+def test_plots_are_whole_pictures_that_name_what_they_show(written):
+    for path in (written / "plots").glob("*.svg"):
+        root = ElementTree.fromstring(path.read_text())
+        assert root.tag.endswith("svg")
+        assert len([element for element in root.iter() if element.tag.endswith("text")]) > 5
+    for path in (written / "plots").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_directories_give_the_same_bytes(paper_grid, written, tmp_path):
+    report([str(paper_grid)], output_dir=tmp_path)
+    for path in written.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / path.relative_to(written)).read_bytes(), path.name
+
+
+@pytest.fixture(scope="module")
+def ladder_text(made_grid):
+    return report([str(made_grid)], "markdown")
+
+
+def test_the_best_is_bold_where_the_tests_support_it_and_the_note_says_what_bold_means(ladder_text):
+    (fb,) = [line for line in ladder_text.splitlines() if line.startswith("| **fb") or line.startswith("| fb r=4 n=2")][:1]
+    assert fb.count("**") == 2 * 4
+    assert ladder_text.count("Bold: the best of its column") == 1
+    assert "Holm-corrected within the column" in ladder_text
+
+
+def test_nothing_is_bold_where_the_best_two_are_alike(tmp_path):
+    rows = [Made("lora", "lora", skill=0.5), Made("fb orthonormal", "fb", skill=0.5, b_init="orthonormal")]
+    text = report([str(make_grid(tmp_path, rows))], "markdown")
+    assert not [line for line in text.splitlines() if line.startswith("|") and "**" in line]
+    assert "Nothing is in bold" in text
+
+
+def test_really_trained_runs_give_a_report_with_their_own_records(trained_grid, tmp_path):
+    page = report([str(trained_grid)], "html", tmp_path)
+    parse(page)
+    assert "variance" in {path.stem for path in (tmp_path / "plots").iterdir()}
+    text = (tmp_path / "report.txt").read_text()
+    record = rundir.read_json(next((trained_grid / "runs").iterdir()) / "run.json")
+    for expected in (
+        "6 runs trained",
+        f"torch {record['versions']['torch']}",
+        f"{record['data']['train']['records']} training records",
+        "4 optimizer steps of 8 × 1 examples",
+        "seeds 0 / 1",
+        "B starts as zeros / basis / orthonormal",
+        "greedy decoding, at most 4 new tokens",
+        "sacrebleu|nrefs:1",
+        record["hardware"]["dtype_reason"],
+    ):
+        assert expected in text
+    assert "7 of 7 rows are finished." in text
+    check((tmp_path / "report.tex").read_text())
+
+
+def test_a_damaged_basis_is_named_and_does_not_stop_the_rest(trained_grid, tmp_path):
+    grid = Path(shutil.copytree(trained_grid, tmp_path / "grid"))
+    path = grid / "bases" / "tiny.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    page = report([str(grid)], "html")
+    assert "(basis):" in page
+    assert "tiny.safetensors is no whole safetensors file" in page
+
+
+def test_several_grids_stand_one_after_the_other(made_grid, paper_grid):
+    text = report([str(made_grid), str(paper_grid)])
+    assert text.index("A tiny grid") < text.index("Ranks <script>")
+
+
+def test_where_nothing_is_finished_the_first_reason_is_given(tmp_path):
+    grid = make_grid(tmp_path, [Made("lora", "lora")])
+    shutil.rmtree(grid / "runs")
+    with pytest.raises(CoraError, match=r"nothing in .* is finished, .*\(1 missing; .*: not started\)"):
+        report([str(grid)])
+
+
+def test_metrics_that_were_not_measured_are_refused(made_grid):
+    with pytest.raises(CoraError, match="none of the metrics meteor was measured"):
+        report([str(made_grid)], metrics=("meteor",))
+
+
+def test_a_table_that_the_paper_does_not_have_is_refused(tmp_path):
+    grid = make_grid(tmp_path, [Made("lora", "lora")], paper_table="table9")
+    with pytest.raises(CoraError, match=r"the paper has no table 'table9'; its tables are number_of_models, main, rank"):
+        report([str(grid)])
+
+
+def test_the_papers_numbers_are_there_with_their_source():
+    assert paper_tables()["source"] == "arXiv 2409.02119v1"
+    assert paper_row("main", "LoRA_yahma_48")["rougeL"] == 0.374
+    assert "sacrebleu" not in paper_row("rank", "LoRA_yhama_8")
+    assert paper_row("main", "unknown") == {}

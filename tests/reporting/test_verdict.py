@@ -1,0 +1,87 @@
+import pytest
+
+from cora_cli.reporting.collect import collect
+from cora_cli.reporting.measures import LOSS
+from cora_cli.reporting.rows import read_plan
+from cora_cli.reporting.summary import summarise
+from cora_cli.reporting.verdict import BASE, BASE_B, BETTER, LORA_RANK, LORA_SIZE, NONE, RANDOM_B, WORSE
+from tests.reporting.helpers import Made, make_grid
+
+
+@pytest.fixture(scope="module")
+def group(made_grid):
+    return summarise(collect(read_plan(made_grid))).groups[0]
+
+
+def verdict_of(tmp_path, *rows):
+    return summarise(collect(read_plan(make_grid(tmp_path, list(rows))))).groups[0].verdict
+
+
+def test_a_b_that_helps_is_better_than_each_control_in_every_measure(group):
+    assert {comparison.role for comparison in group.verdict.comparisons} == {RANDOM_B, LORA_RANK, BASE}
+    for comparison in group.verdict.comparisons:
+        assert {test.outcome for test in comparison.tests} == {BETTER}
+        assert all((test.agreeing, test.seeds) == (2, 2) for test in comparison.tests)
+    assert group.verdict.headline == (
+        "Against a random orthonormal B the informed B was better in 4 of 4 tests and worse in none. "
+        "Against LoRA at equal rank the informed B was better in 4 of 4 tests and worse in none."
+    )
+
+
+def test_a_lower_loss_is_better_and_is_said_with_its_sign(group):
+    comparison = next(comparison for comparison in group.verdict.comparisons if comparison.role == RANDOM_B)
+    loss = next(test for test in comparison.tests if test.measure == LOSS)
+    assert loss.paired.difference < 0
+    assert "better in held-out loss by -0.2" in comparison.sentence()
+    assert "2 of 2 seeds" in comparison.sentence()
+
+
+def test_equal_methods_have_no_shown_difference(tmp_path):
+    verdict = verdict_of(
+        tmp_path,
+        Made("fb", "fb", skill=0.5, loss=1.0, n_models=2),
+        Made("fb orthonormal", "fb", skill=0.5, loss=1.0, b_init="orthonormal"),
+    )
+    assert verdict.headline.startswith("Against a random orthonormal B no difference could be shown in any of 4 tests.")
+    assert "There is no finished comparison with LoRA at equal rank" in verdict.headline
+    (comparison,) = verdict.comparisons
+    assert comparison.sentence().endswith("(random orthonormal B): no difference could be shown in any of the 4 measures.")
+
+
+def test_a_b_that_hurts_is_called_worse(tmp_path):
+    verdict = verdict_of(
+        tmp_path,
+        Made("fb", "fb", skill=0.3, loss=1.3, n_models=2),
+        Made("fb orthonormal", "fb", skill=0.9, loss=0.8, b_init="orthonormal"),
+    )
+    assert "was worse in 4 of 4 tests and better in none" in verdict.headline
+    assert {test.outcome for test in verdict.comparisons[0].tests} == {WORSE}
+
+
+def test_the_base_models_own_b_and_lora_of_the_same_size_are_controls_too(tmp_path):
+    verdict = verdict_of(
+        tmp_path,
+        Made("fb", "fb", rank=8, n_models=2, trained=1000),
+        Made("fb", "fb", rank=8, n_models=0, trained=1000),
+        Made("lora", "lora", rank=4, trained=1010),
+        Made("lora", "lora", rank=2, trained=500),
+    )
+    assert [(c.one.name, c.other.name, c.role) for c in verdict.comparisons] == [
+        ("fb r=8 n=2", "fb r=8 n=0", BASE_B),
+        ("fb r=8 n=2", "lora r=4", LORA_SIZE),
+    ]
+
+
+def test_without_an_informed_b_nothing_is_claimed(tmp_path):
+    verdict = verdict_of(tmp_path, Made("lora", "lora"), Made("base", "base", rank=None, rate=None))
+    assert verdict.headline.startswith("No method here has a B taken from fine-tuned models")
+    assert not verdict.comparisons
+
+
+def test_all_tests_of_a_verdict_are_corrected_together(group):
+    tests = [test for comparison in group.verdict.comparisons for test in comparison.tests]
+    assert len(tests) == 12
+    assert f"the {len(tests)} tests of this verdict" in group.verdict.rule
+    smallest = min(test.paired.p_value for test in tests)
+    assert min(test.p_holm for test in tests) == pytest.approx(12 * smallest)
+    assert NONE in group.verdict.rule
