@@ -14,6 +14,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK = "#222222"
 _STYLE: Any = {
+    "font.family": "sans-serif",
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,

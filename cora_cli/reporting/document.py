@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from cora_cli.reporting.canvas import Figure
 from cora_cli.reporting.methods import methods_paragraphs
 from cora_cli.reporting.summary import Group, Summary
-from cora_cli.reporting.tables import Table, costs_table, scores_table, sweep_table
+from cora_cli.reporting.tables import Table, costs_table, scores_table, sweep_table, verdict_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
     for group in summary.groups:
         blocks += [scores_table(group, experiment.paper_table), costs_table(group)]
         blocks += [sweep_table(group)] if group.swept else []
+        blocks += [verdict_table(group)] if group.verdict.comparisons else []
     if figures:
         blocks += [Heading(2, "Figures"), *figures]
     if experiment.conditions:
@@ -66,5 +67,8 @@ def _verdict(group: Group, named: bool) -> list[Block]:
     verdict = group.verdict
     blocks: list[Block] = [Text(f"{group.name}: {verdict.headline}" if named else verdict.headline, "verdict")]
     if verdict.comparisons:
-        blocks += [Items(tuple(comparison.sentence() for comparison in verdict.comparisons)), Text(verdict.rule, "note")]
+        blocks.append(Items(tuple(comparison.sentence() for comparison in verdict.comparisons)))
+        blocks.append(
+            Text("Better and worse are decided by paired, Holm-corrected tests; the rule and every test stand below.", "note")
+        )
     return blocks

@@ -88,6 +88,8 @@ def escape(text: str) -> str:
 
 def _plain(sign: str) -> str:
     # Latin letters with accents are in the T1 encoding; whatever else a name holds must not stop the compiler.
+    if sign.isascii() and not sign.isprintable():
+        return " "
     return sign if sign.isascii() or re.match(r"[À-ÖØ-öø-ÿ]", sign) else f"[U+{ord(sign):04X}]"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from cora_cli.reporting.collect import Result
+from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.rows import clean
 from cora_cli.reporting.summary import Group, Summary
 
@@ -15,8 +16,10 @@ _SHOWN = 6
 
 
 def methods_paragraphs(summary: Summary) -> list[str]:
-    """One paragraph per group."""
-    return [paragraph for group in summary.groups if (paragraph := " ".join(_sentences(group)))]
+    """Per group, one paragraph on what was done and one with the metrics' signatures."""
+    return [
+        paragraph for group in summary.groups for paragraph in (" ".join(_sentences(group)), _signatures(group)) if paragraph
+    ]
 
 
 def _sentences(group: Group) -> list[str]:
@@ -28,12 +31,12 @@ def _sentences(group: Group) -> list[str]:
     evaluated = [result for result in results if result.generation.get("settings")]
     if evaluated:
         sentences.append(_evaluation(evaluated))
-    signatures = {
-        name: measure.signature for result in results for name, measure in result.measures.items() if name != "heldout_loss"
-    }
-    if signatures:
-        sentences.append(f"Metrics: {'; '.join(signatures.values())}.")
     return sentences
+
+
+def _signatures(group: Group) -> str:
+    measures = {name: measure for result in group.results for name, measure in result.measures.items() if name != LOSS}
+    return f"Metrics of {group.name}: {'; '.join(measure.signature for measure in measures.values())}." if measures else ""
 
 
 def _training(results: Sequence[Result]) -> list[str]:
@@ -43,7 +46,7 @@ def _training(results: Sequence[Result]) -> list[str]:
     def setting(name: str) -> str:
         return of(f"fingerprint.settings.{name}")
 
-    revision = of("model.revision")
+    revision = of("model.revision") if any(result.record["model"]["revision"] for result in results) else ""
     model = f"{of('model.reference')}{f' at revision {revision}' if revision else ''} (weights sha256 {_short(of('fingerprint.model_sha256'))})"
     sentences = [
         f"{len(results)} runs trained {model} on {of('data.dataset')} (sha256 {_short(of('fingerprint.data_sha256'))}, template "
@@ -123,7 +126,7 @@ def _shown(value: Any) -> str:
 def _listed(values: Iterable[str]) -> str:
     found = list(dict.fromkeys(values))
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return " / ".join(found[:_SHOWN]) + more
+    return " / ".join(found[:_SHOWN]) + more or "not recorded"
 
 
 def _choice(choices: dict[str, Any]) -> str:

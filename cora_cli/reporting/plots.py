@@ -11,7 +11,7 @@ from typing import Any
 from cora_cli.reporting.canvas import INK, Figure, Palette, render
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.spectra import Spectrum
-from cora_cli.reporting.statistics import SEEDS
+from cora_cli.reporting.statistics import SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.verdict import title
 
@@ -19,7 +19,7 @@ from cora_cli.reporting.verdict import title
 def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
     """Every figure of a group that there are data for; `prefix` begins their names."""
     palette = Palette([line.method.first.row.label for line in group.lines])
-    bars = "Intervals: 95 %, over seeds where a method has several, else over examples."
+    bars = "Intervals: 95 %, over seeds where a method has several, else over examples; cut at the panel's edge where they are very wide."
     sizes = _sizes(group)
     losses = [line for line in group.chosen if any("loss" in entry for r in line.method.results for entry in r.log)]
     if losses:
@@ -39,7 +39,7 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
             yield render(
                 f"{prefix}by-{what.replace(' ', '-')}",
                 f"{group.name}: scores against {what}",
-                f"Bands: 95 % intervals, over seeds where a method has several, else over examples. {sizes}",
+                f"Bands: 95 % intervals, over seeds where a method has several, else over examples; cut where they are very wide. {sizes}",
                 partial(_against, series=series, measures=measures, attribute=attribute, axis=axis, palette=palette),
                 (7.2, 2.3 * math.ceil(len(measures) / 3) + 0.4),
             )
@@ -143,6 +143,16 @@ def _against(
             color = palette.color(label)
             ax.plot(xs, [e.value for e in found], marker=palette.marker(label), markersize=4, color=color, label=label)
             ax.fill_between(xs, [e.low for e in found], [e.high for e in found], color=color, alpha=0.12, linewidth=0)
+        ax.set_ylim(
+            *_limits(
+                [
+                    line.estimates[measures[place]]
+                    for lines in series.values()
+                    for line in lines
+                    if measures[place] in line.estimates
+                ]
+            )
+        )
         if attribute == "rank":
             ax.set_xscale("log", base=2)
         ax.set_xticks(values, [str(value) for value in values])
@@ -166,7 +176,8 @@ def _bars(figure: Any, group: Group, palette: Palette, rows: int, columns: int) 
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0)
         ax.set(title=_titled(measure))
-        ax.set_xlim(left=0)
+        known = [line.estimates[measure] for line in lines if measure in line.estimates]
+        ax.set_xlim(0, max(min(max(e.high for e in known), 1.35 * max(e.value for e in known)), 1e-6))
     axes[0, 0].set_yticks(range(len(lines)), [_short(line.title) for line in lines])
     axes[0, 0].invert_yaxis()
 
@@ -174,6 +185,8 @@ def _bars(figure: Any, group: Group, palette: Palette, rows: int, columns: int) 
 def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette) -> None:
     preferred = [m for m in ("rougeL", "sacrebleu", "bertscore_f1", "meteor", "rouge1", "rouge2") if m in group.measures][:1]
     measures = [*preferred, *(m for m in group.measures if m == LOSS)]
+    from matplotlib.ticker import LogLocator
+
     axes = figure.subplots(1, len(measures), squeeze=False)[0]
     for ax, measure in zip(axes, measures, strict=True):
         sign = -1 if measure == LOSS else 1
@@ -197,7 +210,13 @@ def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette)
         for line in group.chosen:
             if line.method.first.row.mode == "base" and measure in line.estimates:
                 ax.axhline(line.estimates[measure].value, color="#888888", linestyle="--", linewidth=1)
+        shown = [line.estimates[measure] for line in group.chosen if measure in line.estimates]
+        if shown:
+            ax.set_ylim(*_limits(shown))
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(lambda value, _: _rounded(value))
+        ax.minorticks_off()
         ax.set(xlabel="trained parameters", ylabel=_titled(measure))
     _legend_above(figure, axes)
 
@@ -229,6 +248,14 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
+def _limits(estimates: Sequence[Estimate]) -> tuple[float, float]:
+    """Ends of an axis on which values can be told apart: with two seeds an interval may be a hundred times what methods differ by."""
+    values = [estimate.value for estimate in estimates]
+    spread = (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
+    low, high = min(e.low for e in estimates), max(e.high for e in estimates)
+    return max(low, min(values) - spread) - 0.05 * spread, min(high, max(values) + spread) + 0.05 * spread
+
+
 def _sizes(group: Group) -> str:
     estimates = [estimate for line in group.chosen for estimate in line.estimates.values()]
     seeds = sorted({estimate.seeds if estimate.kind == SEEDS else 1 for estimate in estimates})
@@ -242,6 +269,14 @@ def _sizes(group: Group) -> str:
 
 def _titled(measure: str) -> str:
     return "held-out loss (lower is better)" if measure == LOSS else title(measure)
+
+
+def _rounded(count: float) -> str:
+    """`20k`, `1.5M`: a count as an axis shows it."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:g}{unit}"
+    return f"{count:g}"
 
 
 def _short(text: str, most: int = 30) -> str:

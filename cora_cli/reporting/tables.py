@@ -97,6 +97,27 @@ def costs_table(group: Group) -> Table:
     return Table(f"{group.name} – what each method takes", (*_name_headers(lines), *headers), tuple(rows), notes)
 
 
+def verdict_table(group: Group) -> Table:
+    """Every test behind the verdict."""
+    rows = []
+    for comparison in group.verdict.comparisons:
+        for test in comparison.tests:
+            paired = test.paired
+            difference = Estimate(paired.difference, *paired.ci95, EXAMPLES, paired.n, test.seeds)
+            rows.append(
+                (
+                    Cell(f"{comparison.one.name} minus {comparison.other.name}"),
+                    Cell(title(test.measure)),
+                    Cell("–", difference, digits(test.measure)),
+                    Cell("< 0.001" if test.p_holm < 0.001 else f"{test.p_holm:.3f}"),
+                    Cell(f"{test.agreeing} of {test.seeds}" if test.seeds > 1 else "–"),
+                    Cell(test.outcome),
+                )
+            )
+    headers = ("comparison", "measure", "difference", "p (Holm)", "seeds that agree", "outcome")
+    return Table(f"{group.name} – the tests behind the verdict", headers, tuple(rows), (group.verdict.rule,))
+
+
 def sweep_table(group: Group) -> Table:
     """Every method at every learning rate."""
     rows = [

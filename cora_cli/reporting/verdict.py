@@ -180,6 +180,4 @@ def digits(measure: str) -> int:
 def _amount(test: Test) -> str:
     places, paired = digits(test.measure), test.paired
     low, high = paired.ci95
-    seeds = f", {test.agreeing} of {test.seeds} seeds" if test.seeds > 1 else ""
-    p = "p < 0.001" if test.p_holm < 0.001 else f"p = {test.p_holm:.3f}"
-    return f"{title(test.measure)} by {paired.difference:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}] ({p}{seeds})"
+    return f"{title(test.measure)} by {paired.difference:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]"

@@ -2,11 +2,14 @@
 
 import re
 
-MATHS = frozenset("pm times geq leq surd Delta alpha mathbf".split())
+MATHS = frozenset(re.findall(r"\S+", "pm times geq leq surd Delta alpha mathbf"))
 KNOWN = MATHS | frozenset(
-    r"""documentclass usepackage setlength parindent parskip sloppy begin end centering small caption resizebox ifdim width linewidth
-    else fi toprule midrule bottomrule par smallskip parbox footnotesize section subsection item textbf ensuremath ldots textbackslash
-    textasciitilde textasciicircum textless textgreater textbar textquotedbl \ { } $ & # % _ , |""".split()
+    re.findall(
+        r"\S+",
+        r"""documentclass usepackage setlength parindent parskip sloppy begin end centering small caption resizebox ifdim width linewidth
+        else fi toprule midrule bottomrule par smallskip parbox footnotesize section subsection item textbf ensuremath ldots
+        textbackslash textasciitilde textasciicircum textless textgreater textbar textquotedbl \ { } $ & # % _ , |""",
+    )
 )
 TOKEN = re.compile(
     r"\\(begin|end)\{(\w+)\}(?:\{([lrc]+)\}|\[\w+\])?|\\([A-Za-z]+\*?|.)|([{}$&#%_^])|([^\\{}$&#%_^]+)", re.DOTALL

@@ -145,7 +145,7 @@ def test_what_comes_from_files_is_escaped_on_the_page(written):
 
 def test_the_latex_is_well_formed_and_holds_every_table(written):
     environments = check((written / "report.tex").read_text())
-    assert environments.count("tabular") == 3
+    assert environments.count("tabular") == 4
 
 
 def test_markdown_shows_names_as_they_are(written):
