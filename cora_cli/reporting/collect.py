@@ -135,12 +135,14 @@ def _finished_record(run: RunDirectory, row: Row) -> dict[str, Any]:
     if not run.exists():
         raise CoraError(_failure(row) or "not started")
     record = rundir.read_json(run.record)
-    status = record.get("status") if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        raise CoraError(f"{run.record} is damaged: a JSON object was expected, not {type(record).__name__}")
+    status = record.get("status")
     if status == "failed":
         raise CoraError(f"failed: {clean(str(record.get('error', 'no reason was recorded')))}")
     if status != "finished":
         raise CoraError(_failure(row) or f"not finished (status {clean(str(status))})")
-    return dict(record)
+    return record
 
 
 def _failure(row: Row) -> str | None:

@@ -217,6 +217,7 @@ def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette)
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(lambda value, _: _rounded(value))
         ax.minorticks_off()
+        ax.margins(x=0.12)
         ax.set(xlabel="trained parameters", ylabel=_titled(measure))
     _legend_above(figure, axes)
 
