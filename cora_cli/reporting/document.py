@@ -7,6 +7,7 @@ from cora_cli.reporting.canvas import Figure
 from cora_cli.reporting.methods import methods_paragraphs
 from cora_cli.reporting.summary import Group, Summary
 from cora_cli.reporting.tables import Table, costs_table, scores_table, sweep_table, verdict_table
+from cora_cli.reporting.verdict import BASE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,9 @@ def _verdict(group: Group, named: bool) -> list[Block]:
     verdict = group.verdict
     blocks: list[Block] = [Text(f"{group.name}: {verdict.headline}" if named else verdict.headline, "verdict")]
     if verdict.comparisons:
-        blocks.append(Items(tuple(comparison.sentence() for comparison in verdict.comparisons)))
+        # That training beats no training is for the table.
+        sentences = tuple(comparison.sentence() for comparison in verdict.comparisons if comparison.role != BASE)
+        blocks += [Items(sentences)] if sentences else []
         blocks.append(
             Text("Better and worse are decided by paired, Holm-corrected tests; the rule and every test stand below.", "note")
         )

@@ -15,6 +15,8 @@ from cora_cli.reporting.statistics import SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.verdict import title
 
+_LINES = ("-", "--", ":", "-.")
+
 
 def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
     """Every figure of a group that there are data for; `prefix` begins their names."""
@@ -28,7 +30,7 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
             f"{group.name}: loss in training",
             f"Left: loss on the training batch, mean over seeds, smoothed over a twentieth of the steps. Right: held-out loss before, "
             f"during and after training where it was measured, with the range over seeds. One line per method at its chosen learning "
-            f"rate. {sizes}",
+            f"rate; of several in one colour the first in the tables is solid, the next dashed, dotted, dash-dotted. {sizes}",
             lambda figure: _losses(figure, losses, palette),
             (7.2, 3.2),
         )
@@ -102,7 +104,9 @@ def _losses(figure: Any, lines: Sequence[Line], palette: Palette) -> None:
     training, heldout = figure.subplots(1, 2)
     for line in lines:
         row, color = line.method.first.row, palette.color(line.method.first.row.label)
+        before = [other for other in lines[: lines.index(line)] if other.method.first.row.label == row.label]
         style: dict[str, Any] = {"color": color, "linewidth": 1.3, "label": row.label}
+        style["linestyle"] = _LINES[len(before) % len(_LINES)]
         steps, values = _mean_by_step([[(e["step"], e["loss"]) for e in r.log if "loss" in e] for r in line.method.results])
         training.plot(steps, _smooth(values), **style)
         curves = [_heldout_points(result) for result in line.method.results]

@@ -14,7 +14,7 @@ from cora_cli.reporting.statistics import LEVEL, Estimate, Method, best_method, 
 from cora_cli.reporting.verdict import Verdict, judge
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Line:
     """One method of a group with its estimates and the paper's numbers by measure; `chosen`: shown in the main table."""
 
