@@ -5,6 +5,7 @@ estimated here.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from cora_cli import rundir
@@ -67,6 +68,12 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
     missing: list[Missing] = []
     with progress("reading", len(experiment.rows), "rows") as shown:
         for row in _each_once(experiment.rows):
+            if row.run is None and row.evaluation is None and row.basis is not None:
+                # A row that only extracts a basis has its result in a figure.
+                if not row.basis.is_file():
+                    missing.append(Missing(row, "basis", _failure(row) or "not extracted yet"))
+                shown.advance()
+                continue
             try:
                 result, lacking = _read_row(row, wanted)
             except CoraError as error:
@@ -147,7 +154,11 @@ def _finished_record(run: RunDirectory, row: Row) -> dict[str, Any]:
 
 def _failure(row: Row) -> str | None:
     """The last line of the row's newest log, where one was left."""
-    logs = [path for path in row.logs.glob("*.log") if row.name in path.stem] if row.logs and row.logs.is_dir() else []
+    if row.logs is None or not row.logs.is_dir():
+        return None
+    # `seed1` is not `seed10`, and `fb_r8` not `cora_fb_r8`.
+    own = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(row.name)}(?![0-9])")
+    logs = [path for path in row.logs.glob("*.log") if own.search(path.stem)]
     for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
         lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         if lines:

@@ -42,22 +42,25 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
     blocks: list[Block] = [Heading(1, experiment.title)]
     if experiment.preset:
         blocks.append(Text(f"Preset {experiment.preset}: these are not the paper's models, data or size; see Conditions."))
-    done = len(summary.collection.results)
-    planned = done + len({entry.row.name for entry in missing if entry.part == "run"})
-    blocks.append(Text(f"{done} of {planned} rows are finished."))
-    blocks += [Heading(2, "Verdict")]
-    for group in summary.groups:
-        blocks += _verdict(group, named=len(summary.groups) > 1)
-    blocks.append(Heading(2, "Tables"))
-    for group in summary.groups:
-        blocks += [scores_table(group, experiment.paper_table), costs_table(group)]
-        blocks += [sweep_table(group)] if group.swept else []
-        blocks += [verdict_table(group)] if group.verdict.comparisons else []
+    rows = {entry.row.name for entry in missing if entry.part == "run"}
+    if summary.groups or rows:
+        done = len(summary.collection.results)
+        blocks.append(Text(f"{done} of {done + len(rows)} rows are finished."))
+    if summary.groups:
+        blocks.append(Heading(2, "Verdict"))
+        for group in summary.groups:
+            blocks += _verdict(group, named=len(summary.groups) > 1)
+        blocks.append(Heading(2, "Tables"))
+        for group in summary.groups:
+            blocks += [scores_table(group, experiment.paper_table), costs_table(group)]
+            blocks += [sweep_table(group)] if group.swept else []
+            blocks += [verdict_table(group)] if group.verdict.comparisons else []
     if figures:
         blocks += [Heading(2, "Figures"), *figures]
     if experiment.conditions:
         blocks += [Heading(2, "Conditions"), Items(experiment.conditions)]
-    blocks += [Heading(2, "Methods"), *map(Text, methods_paragraphs(summary))]
+    if summary.groups:
+        blocks += [Heading(2, "Methods"), *map(Text, methods_paragraphs(summary))]
     if missing:
         reasons = tuple(f"{entry.row.name} ({entry.part}): {entry.reason}" for entry in missing)
         blocks += [Heading(2, "Missing"), Items(reasons)]

@@ -48,14 +48,21 @@ def report(
     if output_dir is not None and output_dir.exists() and not output_dir.is_dir():
         raise CoraError(f"output directory {output_dir} is a file; choose another one")
     collections = [collect(experiment, metrics) for experiment in find_experiments(outputs)]
-    if not any(collection.results for collection in collections):
+    has_bases = any(
+        row.basis and row.basis.is_file() for c in collections for row in c.experiment.rows if row.evaluation is None
+    )
+    if not has_bases and not any(collection.results for collection in collections):
         first = next(entry for collection in collections for entry in collection.missing)
         count = sum(len(collection.missing) for collection in collections)
         raise CoraError(
             f"nothing in {', '.join(outputs)} is finished, so there is nothing to report ({count} missing; {first.row.name}: {first.reason})"
         )
     summaries = [summarise(collection, seed) for collection in collections]
-    if metrics and not any(set(group.measures) & set(metrics) for summary in summaries for group in summary.groups):
+    if (
+        metrics
+        and not has_bases
+        and not any(set(group.measures) & set(metrics) for summary in summaries for group in summary.groups)
+    ):
         raise CoraError(f"none of the metrics {', '.join(metrics)} was measured in {', '.join(outputs)}; leave --metrics out")
     drawn: list[list[Figure]] = [[] for _ in summaries]
     if output_dir is not None or format == "html":

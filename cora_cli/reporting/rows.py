@@ -28,7 +28,7 @@ _PLAN_KEYS: dict[str, tuple[type, ...]] = {
 _ROW_KEYS: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "printed": (str, _NULL),
-    "group": (str,),
+    "group": (str, _NULL),  # a row that only extracts a basis has no data
     "mode": (str,),
     "label": (str,),
     "rank": (int, _NULL),
@@ -37,7 +37,7 @@ _ROW_KEYS: dict[str, tuple[type, ...]] = {
     "learning_rate": (float, int, _NULL),
     "seed": (int,),
     "model": (str,),
-    "dataset": (str,),
+    "dataset": (str, dict, _NULL),
     "run": (str, _NULL),
     "evaluation": (str, _NULL),
     "basis": (str, _NULL),
@@ -152,7 +152,9 @@ def _check(path: Path, where: str, found: dict[str, Any], keys: dict[str, tuple[
 
 
 def _row_of_plan(root: Path, entry: dict[str, Any]) -> Row:
-    texts: dict[str, Any] = {key: clean(entry[key]) for key in ("name", "group", "mode", "label", "model", "dataset")}
+    texts: dict[str, Any] = {
+        key: clean(str(entry[key] or "")) for key in ("name", "group", "mode", "label", "model", "dataset")
+    }
     paths: dict[str, Any] = {key: root / entry[key] if entry[key] else None for key in ("run", "evaluation", "basis")}
     return Row(
         **texts,

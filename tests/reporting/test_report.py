@@ -14,7 +14,7 @@ from cora_cli.errors import CoraError
 from cora_cli.reporting.export import COLUMNS
 from cora_cli.reporting.paper import paper_row, paper_tables
 from cora_cli.reporting.report import FILES, report
-from tests.reporting.helpers import Made, make_grid
+from tests.reporting.helpers import Made, make_grid, plan_entry, write_plan
 from tests.reporting.strict_latex import check
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -231,6 +231,22 @@ def test_really_trained_runs_give_a_report_with_their_own_records(trained_grid, 
         assert expected in text
     assert "7 of 7 rows are finished." in text
     check((tmp_path / "report.tex").read_text())
+
+
+def test_a_grid_that_only_extracts_bases_gives_its_figure(tiny_basis, tmp_path):
+    entry = plan_entry(Made("svd", "basis", rank=None, rate=None)) | {
+        "run": None,
+        "evaluation": None,
+        "basis": "bases/b.safetensors",
+    }
+    write_plan(tmp_path, [entry])
+    with pytest.raises(CoraError, match="not extracted yet"):
+        report([str(tmp_path)])
+    (tmp_path / "bases").mkdir()
+    shutil.copy(tiny_basis, tmp_path / "bases" / "b.safetensors")
+    page = report([str(tmp_path)], "html")
+    assert page.count("<figure>") == 1
+    assert "<table>" not in page
 
 
 def test_a_damaged_basis_is_named_and_does_not_stop_the_rest(trained_grid, tmp_path):
