@@ -36,6 +36,10 @@ def summary(record: dict[str, Any]) -> str:
             f", change {with_interval(change['value'], change['ci95'], 4)}"
             f" (nats per token, 95 % bootstrap intervals over n = {after['n']} records)"
         )
+    if validation := record.get("validation"):
+        lines.append(
+            f"validation loss {with_interval(validation['loss'], validation['ci95'], 4)} (n = {validation['n']} records, to select by)"
+        )
     if record["largest_angle_rad"] is not None:
         lines.append(f"B has turned by at most {record['largest_angle_rad']:.4f} rad from its start")
     if record["is_base_model"]:

@@ -33,17 +33,19 @@ SCHEMAS: dict[Schema, tuple[str, ...]] = {
 class DataSplit:
     """Training and held-out records of one data set; no held-out prompt occurs in `train`.
 
-    `overlapping` counts the training records that were dropped because their prompt is held out.
+    `validation` holds the records to select settings by; their prompts occur in neither of the others. `overlapping` counts the training
+    records that were dropped because their prompt is held out or validated on.
     """
 
     train: list[Record]
     test: list[Record]
     schema: Schema
     overlapping: int = 0
+    validation: list[Record] = dataclasses.field(default_factory=list)
 
     def content_hash(self) -> str:
         """SHA-256 of all records in their order."""
-        return rundir.sha256_json([self.train, self.test])
+        return rundir.sha256_json([self.train, self.test, *([self.validation] if self.validation else [])])
 
 
 def schema_of(columns: set[str], where: str) -> Schema:
@@ -88,12 +90,37 @@ def load_test_records(dataset: str) -> tuple[list[Record], Schema]:
     return load_records(dataset)
 
 
-def load_split(dataset: str, test_size: float | None, seed: int) -> DataSplit:
+def load_split(dataset: str, test_size: float | None, seed: int, validation_size: int | None = None) -> DataSplit:
     """Read `dataset` and hold out `test_size` records: a count from 1 on, a share below 1, None for the set's own split.
 
-    A file without a split of its own holds out a tenth. Which records are held out depends on `seed` alone.
+    A file without a split of its own holds out a tenth. `validation_size` records of the rest are set aside to select settings by. Which
+    records are held out depends on `seed` alone, which are set aside on it and on what is held out.
     Raises `CoraError` where nothing would be left to train on.
     """
+    split = _split(dataset, test_size, seed)
+    return _set_aside(split, validation_size, seed, dataset) if validation_size else split
+
+
+def _set_aside(split: DataSplit, count: int, seed: int, dataset: str) -> DataSplit:
+    if count >= len(split.train):
+        raise CoraError(
+            f"{dataset} has {len(split.train)} training records, so that {count} for validation leave none to train on"
+        )
+    chosen = set(random.Random(f"validation {seed}").sample(range(len(split.train)), count))
+    validation = [record for index, record in enumerate(split.train) if index in chosen]
+    known = {prompt_key(record, split.schema) for record in validation}
+    train = [
+        record
+        for index, record in enumerate(split.train)
+        if index not in chosen and prompt_key(record, split.schema) not in known
+    ]
+    if not train:
+        raise CoraError(f"{dataset}: every training record's prompt is also validated on, which leaves none to train on")
+    overlapping = split.overlapping + len(split.train) - len(validation) - len(train)
+    return dataclasses.replace(split, train=train, validation=validation, overlapping=overlapping)
+
+
+def _split(dataset: str, test_size: float | None, seed: int) -> DataSplit:
     if test_size is not None and not (0 <= test_size < 1 or (test_size >= 1 and float(test_size).is_integer())):
         raise UsageError(f"--test-size must be a count, or a share between 0 and 1, not {test_size}")
     if dataset.startswith(BUILTIN_PREFIX) and test_size is None:

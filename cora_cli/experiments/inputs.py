@@ -15,6 +15,7 @@ from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, is_target
 from cora_cli.data.formats import DataSplit, Record, load_split
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
+from cora_cli.experiments.rows import SPLIT_KEYS
 from cora_cli.experiments.values import Values
 from cora_cli.models import EMBEDDED_MODEL, ModelPath, resolve_model
 
@@ -83,7 +84,7 @@ def references(grid: Grid) -> tuple[list[str], dict[str, tuple[str, Values]]]:
 
 def data_key(reference: str, settings: Values) -> str:
     """What identifies a data set with its split: runs and the fine-tunes of the pool may hold out different parts of one."""
-    return " ".join([reference, *(f"{name}={settings[name]}" for name in ("test_size", "split_seed") if name in settings)])
+    return " ".join([reference, *(f"{name}={settings[name]}" for name in SPLIT_KEYS if name in settings)])
 
 
 def require_on_hub(grid: Grid) -> None:
@@ -128,7 +129,9 @@ def find_inputs(grid: Grid, memory: Path | None) -> Inputs:
             unresolved[reference] = str(error)
     for key, (reference, settings) in datasets.items():
         try:
-            split = load_split(reference, settings.get("test_size"), settings.get("split_seed", 0))
+            split = load_split(
+                reference, settings.get("test_size"), settings.get("split_seed", 0), settings.get("validation_size")
+            )
             found_data[key] = _data_facts(reference, split)
         except CoraError as error:
             unresolved[reference] = str(error)

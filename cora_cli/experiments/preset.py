@@ -36,7 +36,9 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
         raise UsageError(f"preset small makes {len(TASKS)} fine-tuned models, but the grid's pool has {len(pool)}")
     renamed = dict(zip(pool, TASKS, strict=False))
     datasets, replaced = _datasets(values.get("datasets") or {})
-    train = {key: value for key, value in (defaults.get("train") or {}).items() if key in _METHOD}
+    given = defaults.get("train") or {}
+    train = {key: value for key, value in given.items() if key in _METHOD}
+    train |= {"validation_size": HELD_OUT} if "validation_size" in given else {}
     train |= {"learning_rate": LEARNING_RATE, "max_steps": STEPS, "batch_size": BATCH, "eval_limit": HELD_OUT}
     evaluate = {key: value for key, value in (defaults.get("evaluate") or {}).items() if key == "metrics"}
     evaluate |= {"limit": PROMPTS, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPT_BATCH}

@@ -25,7 +25,8 @@ BASIS_KEYS = fields_of(BasisChoices, leave_out=("rank", "target_modules"))
 _SOURCE_KEYS: dict[str, Any] = {"n_models": int, "sources": tuple[str, ...], "source_seed": int, "basis_rank": int}
 _SHOWN_KEYS: dict[str, Any] = {"mode": RowMode, "label": str, "printed": str}
 # Which records are held out is the whole file's choice: rows are compared on the same ones.
-_OWN_TRAIN_KEYS = {name: hint for name, hint in TRAIN_KEYS.items() if name not in ("test_size", "split_seed")}
+SPLIT_KEYS = ("test_size", "split_seed", "validation_size")
+_OWN_TRAIN_KEYS = {name: hint for name, hint in TRAIN_KEYS.items() if name not in SPLIT_KEYS}
 ROW_KEYS: dict[str, Any] = {**_SHOWN_KEYS, "dataset": str, **_OWN_TRAIN_KEYS, **_SOURCE_KEYS, **BASIS_KEYS}
 _ADAPTER_KEYS = frozenset({"rank", "alpha", "rslora", "a_init", "b_init", "target_modules", "dropout", "compact"})
 _STEMS = {"base": "base", "lora": "lora", "full": "full", "fb": "cora-fb", "tb": "cora-tb"}

@@ -33,6 +33,12 @@ class Result:
     adapter_bytes: int | None
 
     @property
+    def validation_loss(self) -> float | None:
+        """Loss on the records that were set aside to select by."""
+        validation = self.record.get("validation")
+        return float(validation["loss"]) if validation else None
+
+    @property
     def tokens_per_second(self) -> float | None:
         """Training tokens, prompts included, per second."""
         speed = self.record.get("speed", {}).get("tokens_per_second")
@@ -114,6 +120,8 @@ def _read_row(row: Row, wanted: tuple[str, ...] | None) -> tuple[Result, list[Mi
         try:
             trained = 0 if record.get("is_base_model") else int(record["parameters"]["trained"])
             adapter_bytes = _adapter_bytes(run, record)
+            if record.get("validation"):
+                float(record["validation"]["loss"])
             if run.heldout.exists():
                 measures[LOSS] = read_loss(run, record, "after")
             for line in log:

@@ -53,7 +53,7 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
         blocks.append(Heading(2, "Tables"))
         for group in summary.groups:
             blocks += [scores_table(group, experiment.paper_table), costs_table(group)]
-            blocks += [sweep_table(group)] if group.swept else []
+            blocks += [sweep_table(group)] if group.selected_by else []
             blocks += [verdict_table(group)] if group.verdict.comparisons else []
     if figures:
         blocks += [Heading(2, "Figures"), *figures]

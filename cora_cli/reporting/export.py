@@ -1,7 +1,7 @@
 """Summaries as numbers for other programs: a tidy CSV, and JSON with everything.
 
 JSON: `{"format_version": 1, "experiments": [...]}`. An experiment has `name`, `title`, `paper_table`, `preset`, `conditions`, `methods`
-(the paragraphs), `missing` (`row`, `part`, `reason`) and `groups`. A group has `name`, `measures`, `swept`, `lines`, `best` and `verdict`:
+(the paragraphs), `missing` (`row`, `part`, `reason`) and `groups`. A group has `name`, `measures`, `selected_by`, `lines`, `best` and `verdict`:
 
 - a line: `row` (title), `method`, `mode`, `label`, `printed`, `rank`, `n_models`, `learning_rate`, `chosen`, `seeds`, `rows` (names),
   `trained_parameters`, `adapter_bytes`, `tokens_per_second` and `peak_memory_bytes` (a value per seed), `paper` (measure -> number), and
@@ -139,7 +139,7 @@ def _group(group: Group) -> dict[str, Any]:
     return {
         "name": group.name,
         "measures": list(group.measures),
-        "swept": group.swept,
+        "selected_by": group.selected_by,
         "lines": [_line(line) for line in group.lines],
         "best": {
             measure: {"row": group.chosen[best.place].title, "p_holm": best.p_holm, "supported": best.supported}

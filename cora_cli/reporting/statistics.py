@@ -20,6 +20,7 @@ LEVEL = 0.05
 """Corrected p-values below it count as supported."""
 RESAMPLES = 4999
 """Behind each paired test, unless so many are corrected together that none could then be significant: see `resamples_for`."""
+VALIDATION, HELD_OUT = "validation loss", "held-out loss"
 SEEDS, EXAMPLES = "t-interval over seeds", "bootstrap over examples"
 
 
@@ -171,20 +172,36 @@ def best_method(methods: Sequence[Method], name: str, seed: int = 0) -> tuple[in
     return best, max(holm([test.p_value for test in tests if test]))
 
 
-def choose_learning_rates(methods: Sequence[Method]) -> tuple[list[Method], bool]:
-    """Of each method that was trained at several learning rates, the one with the least held-out loss (mean over seeds).
+def choose_learning_rates(methods: Sequence[Method]) -> tuple[list[Method], str | None]:
+    """Of each method that was trained at several learning rates, the one with the least loss (mean over seeds).
 
-    Returns the methods that remain and whether there was any choice. Where a held-out loss is lacking, all rates remain.
+    That is the validation loss where every run that takes part has one, else the held-out loss. Returns the methods that remain, and
+    VALIDATION or HELD_OUT, None where there was no choice. Where a held-out loss is lacking too, all rates remain.
     """
     rates: dict[tuple[object, ...], list[Method]] = {}
     for method in methods:
         rates.setdefault(method.identity, []).append(method)
+    swept = [method for candidates in rates.values() if len(candidates) > 1 for method in candidates]
+    validated = all(result.validation_loss is not None for method in swept for result in method.results)
     chosen, any_choice = [], False
     for candidates in rates.values():
-        losses = [estimate.value for candidate in candidates if (estimate := candidate.estimate(LOSS))]
-        if len(losses) < len(candidates):
+        losses = [_selection_loss(candidate, validated) for candidate in candidates] if len(candidates) > 1 else [None]
+        if None in losses:
             chosen += candidates
-            continue
-        any_choice = any_choice or len(candidates) > 1
-        chosen.append(candidates[losses.index(min(losses))])
-    return chosen, any_choice
+        else:
+            any_choice = True
+            chosen.append(min(zip(losses, candidates, strict=True), key=lambda pair: pair[0])[1])
+    return chosen, (VALIDATION if validated else HELD_OUT) if any_choice else None
+
+
+def _selection_loss(method: Method, validated: bool) -> float | None:
+    if validated:
+        return float(np.mean([result.validation_loss for result in method.results]))
+    estimate = method.estimate(LOSS)
+    return estimate.value if estimate else None
+
+
+def at_edge(method: Method, methods: Sequence[Method]) -> bool:
+    """Whether the method's learning rate is the least or the largest of several that it was trained at, all of them in `methods`."""
+    rates = [other.first.row.learning_rate or 0.0 for other in methods if other.identity == method.identity]
+    return len(rates) > 1 and method.first.row.learning_rate in (min(rates), max(rates))

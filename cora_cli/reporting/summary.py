@@ -44,13 +44,15 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Methods that share data and evaluation. `measures` are those that any of them has, held-out loss first."""
+    """Methods that share data and evaluation. `measures` are those that any of them has, held-out loss first; `selected_by` names the
+    loss that chose among learning rates, where there were several.
+    """
 
     name: str
     lines: tuple[Line, ...]
     measures: tuple[str, ...]
     best: dict[str, Best]
-    swept: bool
+    selected_by: str | None
     verdict: Verdict
 
     @property
@@ -86,7 +88,7 @@ def summarise(collection: Collection, seed: int = 0) -> Summary:
 def _summarise_group(name: str, results: Sequence[Result], paper_table: str | None, seed: int) -> Group:
     measures = tuple(m for m in (LOSS, *NAMES) if any(m in result.measures for result in results))
     methods = group_methods(results)
-    chosen, swept = choose_learning_rates(methods)
+    chosen, selected_by = choose_learning_rates(methods)
     lines = tuple(
         Line(
             method,
@@ -97,4 +99,4 @@ def _summarise_group(name: str, results: Sequence[Result], paper_table: str | No
         for method in methods
     )
     best = {m: Best(*found) for m in measures if (found := best_method(chosen, m, seed))}
-    return Group(name, lines, measures, best, swept, judge(chosen, measures, seed))
+    return Group(name, lines, measures, best, selected_by, judge(chosen, measures, seed))

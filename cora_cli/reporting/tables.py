@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from cora_cli.reporting.paper import paper_tables
-from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, Estimate
+from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, VALIDATION, Estimate, at_edge
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.verdict import digits, title
 
@@ -134,7 +134,7 @@ def sweep_table(group: Group) -> Table:
         f"{group.name} – all learning rates",
         headers,
         tuple(rows),
-        (f"Chosen: the least held-out loss of a method, mean over seeds. {_cell_note(group.lines)}",),
+        (f"Chosen: the least {group.selected_by} of a method, mean over seeds. {_cell_note(group.lines)}",),
     )
 
 
@@ -172,14 +172,29 @@ def _score_notes(group: Group) -> list[str]:
         notes.append(f"Bold: {meaning}.")
     elif group.best:
         notes.append(f"Nothing is in bold, since no column has a value that is {meaning}.")
-    if group.swept:
-        rates = "; ".join(
-            f"{line.method.name} {_rate(line)}" for line in lines if line.method.first.row.learning_rate is not None
-        )
+    return notes + _selection_notes(group)
+
+
+def _selection_notes(group: Group) -> list[str]:
+    if not group.selected_by:
+        return []
+    rates = "; ".join(
+        f"{line.method.name} {_rate(line)}" for line in group.chosen if line.method.first.row.learning_rate is not None
+    )
+    origin = (
+        "on records that were set aside for that, which nothing was trained on and no number here is measured on"
+        if group.selected_by == VALIDATION
+        else "so that this loss, and whatever was measured on the same records, flatters every swept method a little"
+    )
+    notes = [
+        f"Learning rates: each method is shown at the one with its least {group.selected_by} (mean over seeds), {origin}: {rates}. All rates "
+        "are in the table below."
+    ]
+    methods = [line.method for line in group.lines]
+    edges = [f"{line.method.name} {_rate(line)}" for line in group.chosen if at_edge(line.method, methods)]
+    if edges:
         notes.append(
-            f"Learning rates: each method is shown at the one with its least held-out loss (mean over seeds): {rates}. The choice was made "
-            "with the held-out loss itself, so that loss, and whatever was measured on the same records, flatters every swept method a "
-            "little; all rates are in the table below."
+            f"At the edge of the learning rates that were tried, so that a better one may lie beyond: {'; '.join(edges)}."
         )
     return notes
 

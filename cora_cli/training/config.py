@@ -48,6 +48,12 @@ class TrainConfig:
     test_size: float | None = setting(
         "Held-out records: a count, or a share below 1. Default: the built-in set's own, else a tenth.", None, panel=_DATA
     )
+    validation_size: int | None = setting(
+        "Training records to set aside and to measure after training, so that settings such as the learning rate can be selected "
+        "without the held-out ones.",
+        None,
+        panel=_DATA,
+    )
     split_seed: int = setting("Which records are held out; keep it equal across runs that are compared.", 0, panel=_DATA)
     limit: int | None = setting("Train on the first N training records only.", None, panel=_DATA)
     template: TemplateName = setting(
@@ -104,6 +110,7 @@ class TrainConfig:
                 ("weight_decay", self.weight_decay >= 0, "at least 0"),
                 ("max_grad_norm", self.max_grad_norm >= 0, "at least 0"),
                 ("max_length", self.max_length >= 2, "at least 2"),
+                ("validation_size", self.validation_size is None or self.validation_size >= 1, "at least 1"),
                 ("limit", self.limit is None or self.limit >= 1, "at least 1"),
                 ("eval_steps", self.eval_steps is None or self.eval_steps >= 1, "at least 1"),
                 ("eval_limit", self.eval_limit is None or self.eval_limit >= 1, "at least 1"),

@@ -42,6 +42,7 @@ class Prepared:
     data: DataSplit
     train: EncodedSet
     test: EncodedSet
+    validation: EncodedSet
     basis: Basis | None
     plan: AdapterPlan | None
 
@@ -60,7 +61,7 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise CoraError(f"--report-to {config.report_to} needs the package {config.report_to}: pip install {config.report_to}")
     plan = config.adapter_plan()
-    data = load_split(config.dataset, config.test_size, config.split_seed)
+    data = load_split(config.dataset, config.test_size, config.split_seed, config.validation_size)
     if config.limit:
         data = dataclasses.replace(data, train=data.train[: config.limit])
     basis = read_basis(Path(config.basis)) if plan is not None and config.basis else None
@@ -84,10 +85,12 @@ def prepare(config: TrainConfig) -> Prepared:
     longest = min(config.max_length, context_length(model_config))
     train_set = encode_records(data.train, data.schema, template, tokenizer, longest, "training")
     test_set = encode_records(data.test, data.schema, template, tokenizer, longest, "held-out")
+    validation_set = encode_records(data.validation, data.schema, template, tokenizer, longest, "validation")
     if config.eval_limit:
         test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
     attention = select_packed_attention(hardware.device.type)
-    return Prepared(hardware, attention, model_path, tokenizer, template, data, train_set, test_set, basis, plan)
+    sets = (train_set, test_set, validation_set)
+    return Prepared(hardware, attention, model_path, tokenizer, template, data, *sets, basis, plan)
 
 
 def _check_packable(model: Any, name: str) -> None:

@@ -46,6 +46,7 @@ def first_record(config: TrainConfig, prepared: Prepared, fingerprint: dict[str,
             "template": prepared.template,
             "train": _counts(prepared.train),
             "test": _counts(prepared.test),
+            "validation": _counts(prepared.validation),
             "overlapping_dropped": prepared.data.overlapping,
         },
         "hardware": {

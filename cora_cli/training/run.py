@@ -20,6 +20,7 @@ from cora_cli import rundir
 from cora_cli.adapters.install import AngleMeter, install_adapter
 from cora_cli.adapters.modes import AdapterPlan
 from cora_cli.adapters.storage import AdapterFacts, save_adapter
+from cora_cli.data.encode import EncodedSet
 from cora_cli.errors import CoraError
 from cora_cli.loading import load_model
 from cora_cli.progress import progress, say
@@ -122,11 +123,12 @@ def _load(config: TrainConfig, prepared: Prepared) -> torch.nn.Module:
 
 def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, record: dict[str, Any]) -> None:
     """Write what a run starts with; on a resumption these are the same bytes again, but for the record's own history."""
-    for name, counts in (("training", record["data"]["train"]), ("held-out", record["data"]["test"])):
+    for name, key in (("training", "train"), ("held-out", "test"), ("validation", "validation")):
+        counts = record["data"][key]
         if counts["truncated"] or counts["dropped"]:
             say(f"{name} records: {counts['truncated']} prompts cut, {counts['dropped']} records dropped for length")
     if prepared.data.overlapping:
-        say(f"{prepared.data.overlapping} training records dropped: their prompts are held out")
+        say(f"{prepared.data.overlapping} training records dropped: their prompts are held out or validated on")
     if run.exists():
         earlier = rundir.read_json(run.record)
         record = {**record, "started": earlier["started"], "resumed": earlier.get("resumed", 0) + 1}
@@ -146,7 +148,7 @@ def _train_and_save(
         shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
     existing = checkpoints_in(run.checkpoints)
     checkpoint = existing[-1] if existing else None
-    before = _measure(model, prepared, arguments, "held-out loss before training")
+    before = _measure(model, prepared, arguments, "held-out loss before training", prepared.test)
     frozen_for_good = prepared.plan is not None and prepared.plan.cannot_train
     if frozen_for_good:
         say("B is zero and A gets no gradient from it: this run is the base model, so no step is taken")
@@ -163,7 +165,8 @@ def _train_and_save(
         )
         meter = _angle_meter(model, prepared.plan)
         speed = _fit(trainer, run, meter, checkpoint, config, prepared)
-        after = _measure(model, prepared, arguments, "held-out loss after training")
+        after = _measure(model, prepared, arguments, "held-out loss after training", prepared.test)
+    validation = _measure(model, prepared, arguments, "validation loss after training", prepared.validation)
     if main:
         _save_result(config, prepared, run, model)
         if before is not None and after is not None:
@@ -176,6 +179,7 @@ def _train_and_save(
         "heldout": {"before": before.summary(), "after": after.summary(), "change": loss_change(before, after)}
         if before is not None and after is not None
         else None,
+        "validation": validation.summary() if validation is not None else None,
         "largest_angle_rad": meter.largest() if meter else None,
         "is_base_model": frozen_for_good,
     }
@@ -229,18 +233,20 @@ class _HeldOutEvery(transformers.TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self._every or control.should_training_stop:
             return
-        loss = _measure(self._trainer.model, self._prepared, args, f"held-out loss at step {state.global_step}")
+        loss = _measure(
+            self._trainer.model, self._prepared, args, f"held-out loss at step {state.global_step}", self._prepared.test
+        )
         if state.is_world_process_zero and loss is not None:
             append_line(self._run.log, {"step": state.global_step, "epoch": state.epoch, "heldout_loss": loss.mean})
 
 
-def _measure(model: Any, prepared: Prepared, arguments: TrainingArguments, label: str) -> HeldOutLoss | None:
-    if not prepared.test.examples:
+def _measure(
+    model: Any, prepared: Prepared, arguments: TrainingArguments, label: str, records: EncodedSet
+) -> HeldOutLoss | None:
+    if not records.examples:
         return None
     rank, world = arguments.process_index, arguments.world_size
-    loss = held_out_loss(
-        model, prepared.test.examples, prepared.hardware, prepared.attention.shares_prefixes, rank, world, label
-    )
+    loss = held_out_loss(model, records.examples, prepared.hardware, prepared.attention.shares_prefixes, rank, world, label)
     if not math.isfinite(loss.mean):
         raise Diverged(f"the {label} is {loss.mean}: the model's output is no longer finite")
     return loss

@@ -1,5 +1,6 @@
 import csv
 import datetime
+import itertools
 import json
 import math
 from pathlib import Path
@@ -340,6 +341,35 @@ def test_no_held_out_prompt_is_trained_on_and_what_that_drops_is_counted(kind, k
     assert held_out.isdisjoint(prompt_key(record, split.schema) for record in split.train)
     assert len(split.train) + split.overlapping == len(records) - size
     assert all(record in split.train for record in records if prompt_key(record, split.schema) not in held_out)
+
+
+@given(
+    keys=st.lists(st.integers(0, 8), min_size=6, max_size=30).filter(lambda keys: len(set(keys)) > 5),
+    seed=st.integers(0, 99),
+    count=st.integers(1, 3),
+)
+@repeatable
+def test_validation_records_come_out_of_the_training_part_and_share_no_prompt_with_it(keys, seed, count, tmp_path):
+    records = [{"prompt": str(key), "completion": str(n)} for n, key in enumerate(keys)]
+    dataset = str(write(tmp_path / "a.jsonl", records))
+    plain = load_split(dataset, 2, seed)
+    split = load_split(dataset, 2, seed, validation_size=count)
+    prompts = [{record["prompt"] for record in part} for part in (split.train, split.test, split.validation)]
+    assert split.test == plain.test
+    assert len(split.validation) == count
+    assert all(one.isdisjoint(other) for one, other in itertools.combinations(prompts, 2))
+    assert len(split.train) + count + split.overlapping == len(plain.train) + plain.overlapping
+    assert split.content_hash() != plain.content_hash()
+    assert load_split(dataset, 2, seed, validation_size=count) == split
+
+
+def test_setting_everything_aside_is_refused(tmp_path):
+    dataset = str(write(tmp_path / "a.jsonl", [{"prompt": str(n), "completion": "c"} for n in range(6)]))
+    with pytest.raises(CoraError, match="5 for validation leave none"):
+        load_split(dataset, 1, 0, validation_size=5)
+    same = str(write(tmp_path / "b.jsonl", [{"prompt": str(n // 8), "completion": str(n)} for n in range(9)]))
+    with pytest.raises(CoraError, match="prompt is also (validated on|held out)"):
+        load_split(same, 1, 0, validation_size=3)
 
 
 def test_a_split_whose_every_prompt_is_held_out_is_refused(tmp_path):
