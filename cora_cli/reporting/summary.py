@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from cora_cli.evaluation.metrics import NAMES
+from cora_cli.experiments.paper import paper_row
 from cora_cli.reporting.collect import Collection, Result
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.paper import paper_row
 from cora_cli.reporting.statistics import LEVEL, Estimate, Method, best_method, choose_learning_rates, group_methods
 from cora_cli.reporting.verdict import Verdict, judge
 

@@ -6,7 +6,7 @@ A table here has no format yet; `text`, `latex` and `page` write it down.
 import dataclasses
 from collections.abc import Sequence
 
-from cora_cli.reporting.paper import paper_tables
+from cora_cli.experiments.paper import paper, paper_tables
 from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, VALIDATION, Estimate, at_edge
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.verdict import digits, title
@@ -64,7 +64,7 @@ def scores_table(group: Group, paper_table: str | None) -> Table:
         (*_names(line, lines), *(_score(group, line, place, measure) for measure in group.measures))
         for place, line in enumerate(lines)
     ]
-    caption = f" – {paper_tables()['tables'][paper_table]['caption']}" if paper_table else ""
+    caption = f" – {paper_tables()[paper_table]['caption']}" if paper_table else ""
     headers = (*_name_headers(lines), *(title(measure) for measure in group.measures))
     return Table(f"{group.name}{caption}", headers, tuple(rows), tuple(_score_notes(group)))
 
@@ -159,7 +159,7 @@ def _score_notes(group: Group) -> list[str]:
     lines = group.chosen
     notes = [_cell_note(lines)]
     if any(line.paper for line in lines):
-        source = paper_tables()
+        source = paper()
         notes.append(
             f"(In parentheses): the number that the paper prints ({source['source']}, {source['model']}, one seed, no interval)."
         )

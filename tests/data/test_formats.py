@@ -367,9 +367,9 @@ def test_setting_everything_aside_is_refused(tmp_path):
     dataset = str(write(tmp_path / "a.jsonl", [{"prompt": str(n), "completion": "c"} for n in range(6)]))
     with pytest.raises(CoraError, match="5 for validation leave none"):
         load_split(dataset, 1, 0, validation_size=5)
-    same = str(write(tmp_path / "b.jsonl", [{"prompt": str(n // 8), "completion": str(n)} for n in range(9)]))
-    with pytest.raises(CoraError, match="prompt is also (validated on|held out)"):
-        load_split(same, 1, 0, validation_size=3)
+    same = str(write(tmp_path / "b.jsonl", [{"prompt": "p", "completion": str(n)} for n in range(9)]))
+    with pytest.raises(CoraError, match="prompt is also validated on"):
+        load_split(same, 0, 0, validation_size=3)
 
 
 def test_a_split_whose_every_prompt_is_held_out_is_refused(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.experiments.paper import paper, paper_row
 from cora_cli.reporting.export import COLUMNS
-from cora_cli.reporting.paper import paper_row, paper_tables
 from cora_cli.reporting.report import FILES, report
 from tests.reporting.helpers import Made, make_grid, plan_entry, write_plan
 from tests.reporting.strict_latex import check
@@ -282,7 +282,7 @@ def test_a_table_that_the_paper_does_not_have_is_refused(tmp_path):
 
 
 def test_the_papers_numbers_are_there_with_their_source():
-    assert paper_tables()["source"] == "arXiv 2409.02119v1"
+    assert paper()["source"] == "arXiv 2409.02119v1"
     assert paper_row("main", "LoRA_yahma_48")["rougeL"] == 0.374
     assert "sacrebleu" not in paper_row("rank", "LoRA_yhama_8")
     assert paper_row("main", "unknown") == {}

@@ -48,7 +48,7 @@ def settings_of(mode: str, basis: Path) -> dict[str, Any]:
 
 
 def encoded(config: TrainConfig, part: str) -> list[Example]:
-    data = load_split(config.dataset, config.test_size, config.split_seed)
+    data = load_split(config.dataset, config.test_size, config.split_seed, config.validation_size)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     return encode_records(getattr(data, part), data.schema, "chat", tokenizer, 512, part).examples
 
@@ -129,6 +129,22 @@ def test_every_mode_leaves_a_whole_run(mode: str, tiny_model: Path, tiny_data: P
     assert record["heldout"]["after"]["loss"] == pytest.approx(sums.sum().item() / tokens, rel=1e-5)
     rows = [json.loads(line) for line in (output / "heldout.jsonl").read_text().splitlines()]
     assert [row["after"] for row in rows] == pytest.approx(sums.tolist(), rel=1e-5)
+
+
+def test_validation_records_are_measured_after_training_and_neither_trained_on_nor_held_out(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="lora", validation_size=6)
+    record = train(config)
+    assert [record["data"][part]["records"] for part in ("train", "test", "validation")] == [30, 4, 6]
+    validation = encoded(config, "validation")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), str(tmp_path / "run" / "adapter")
+    )
+    with torch.no_grad():
+        sums, tokens = summed_losses(model.eval(), validation)
+    assert record["validation"]["n"] == 6
+    assert record["validation"]["loss"] == pytest.approx(sums.sum().item() / tokens, rel=1e-5)
 
 
 def test_fb_trains_with_b_equal_to_the_basis(tiny_model: Path, tiny_data: Path, tiny_basis: Path, tmp_path: Path) -> None:
