@@ -38,7 +38,14 @@ class AblateConfig:
         0,
         panel=_WHAT,
     )
-    jobs: int | None = setting("Steps at a time. Default: one per visible GPU, else one.", None, panel=_RUN)
+    jobs: int | None = setting(
+        "Steps at a time. Default: one per visible GPU, else one; with slurm as many as the cluster takes.", None, panel=_RUN
+    )
+    launcher: Literal["local", "slurm"] = setting(
+        "local: processes of this machine; slurm: jobs of a cluster through submitit, with the grid's resources.",
+        "local",
+        panel=_RUN,
+    )
     overwrite: bool = setting("Replace results in --output-dir that were made with other settings.", False, panel=_RUN)
     device: str = setting("auto, cpu or cuda; with several GPUs each step gets one.", "auto", panel=_RUN)
     dtype: DtypeName = setting("auto: bf16 where the hardware multiplies it, else fp32.", "auto", panel=_RUN)
@@ -73,6 +80,7 @@ def run(config: AblateConfig) -> None:
         only=config.only,
         source_seed=config.seed,
         jobs=config.jobs,
+        launcher=config.launcher,
         overwrite=config.overwrite,
         device=config.device,
         dtype=config.dtype,

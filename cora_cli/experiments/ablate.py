@@ -23,10 +23,11 @@ from cora_cli.experiments.execute import (
 )
 from cora_cli.experiments.grid import Grid, load_grid
 from cora_cli.experiments.inputs import Inputs, ModelFacts, find_inputs, require_on_hub
-from cora_cli.experiments.launch import LocalLauncher
+from cora_cli.experiments.launch import Launcher, LocalLauncher
 from cora_cli.experiments.plan import Kind, Plan, make_plan
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.screen import Screen, duration
+from cora_cli.experiments.slurm import SlurmLauncher, left_jobs
 from cora_cli.progress import say
 from cora_cli.settings import DtypeName
 from cora_cli.tables import markdown_table
@@ -51,6 +52,7 @@ class Request:
     only: str | None = None
     source_seed: int = 0
     jobs: int | None = None
+    launcher: str = "local"
     overwrite: bool = False
     device: str = "auto"
     dtype: DtypeName = "auto"
@@ -95,7 +97,7 @@ def ablate(request: Request) -> Outcome:
         wanted = plan.needed_for(_chosen(request, plan))
         refuse_conflicts(plan, wanted, request.overwrite)
         write_plan(plan)
-        launcher = LocalLauncher(request.jobs, request.device, keep_open=(lock,))
+        launcher = _launcher(request, grid, out, lock)
         expected = {}
         if not all(done for name, done in standing(plan).items() if name in wanted):
             rate, _ = matmul_rate(request.device)
@@ -104,6 +106,19 @@ def ablate(request: Request) -> Outcome:
         outcome = Execution(plan, wanted, launcher, screen, lock).run()
         say(summary(plan, outcome))
     return outcome
+
+
+def _launcher(request: Request, grid: Grid, out: Path, lock: int) -> Launcher:
+    """Where the steps run. Raises `CoraError` where jobs of a cluster could be writing what this machine would write."""
+    folder = out / "slurm"
+    if request.launcher == "slurm":
+        return SlurmLauncher(folder, grid.resources, request.jobs)
+    if jobs := left_jobs(folder):
+        raise CoraError(
+            f"jobs {', '.join(jobs)} were queued for {out} and may still run: complete it with --launcher slurm, or end them with scancel "
+            f"and remove {folder}"
+        )
+    return LocalLauncher(request.jobs, request.device, keep_open=(lock,))
 
 
 def _chosen(request: Request, plan: Plan) -> list[str]:

@@ -151,7 +151,12 @@ class Execution:
             self._screen.note(cleared)
         self._ledger.start(step, self._results)
         log = log_of(self._plan, step)
-        self._running[step.name] = _Running(self._launcher.submit(step.argv, log), log, time.monotonic())
+        try:
+            job = self._launcher.submit(step.kind, step.argv, log)
+        except CoraError as error:
+            self._fail(step, str(error))
+            return
+        self._running[step.name] = _Running(job, log, time.monotonic())
         self._note()
         self._screen.started(step)
 
@@ -168,15 +173,18 @@ class Execution:
                     raise CoraError(_complaint(running.log, code))
                 self._results[name] = self._ledger.finish(step, self._results, seconds)
             except CoraError as error:
-                self._failed[name] = str(error)
-                self._ledger.fail(step, self._results, str(error))
-                self._screen.ended(step, f"failed: {error}")
+                self._fail(step, str(error))
             else:
                 self._made.append(name)
                 self._screen.made(step, seconds)
 
+    def _fail(self, step: Step, error: str) -> None:
+        self._failed[step.name] = error
+        self._ledger.fail(step, self._results, error)
+        self._screen.ended(step, f"failed: {error}")
+
     def _note(self) -> None:
-        _note_holders(self._lock, [running.job.pid for running in self._running.values()])
+        _note_holders(self._lock, [pid for running in self._running.values() if (pid := running.job.pid) is not None])
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

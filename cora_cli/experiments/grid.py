@@ -17,6 +17,7 @@ from cora_cli.errors import UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.experiments.paper import paper_tables
 from cora_cli.experiments.preset import small
+from cora_cli.experiments.resources import Resources, read_resources
 from cora_cli.experiments.rows import BASIS_KEYS, ROW_KEYS, TRAIN_KEYS, Row, Scope, build_row
 from cora_cli.experiments.values import Values, fields_of, read_yaml, typed, unknown_key
 from cora_cli.models import EMBEDDED_MODEL
@@ -28,7 +29,7 @@ EVALUATE_KEYS = fields_of(
         *("device", "dtype", "overwrite"),  # said to `ablate` itself
     ),
 )
-_TOP_KEYS = ("name", "title", "paper_table", "conditions", "model", "models", "datasets", "defaults", "grid")
+_TOP_KEYS = ("name", "title", "paper_table", "conditions", "model", "models", "datasets", "defaults", "resources", "grid")
 # Settings whose one value is a list: only a list of lists is an axis.
 _LIST_SETTINGS = frozenset({"target_modules", "sources"})
 _NAME = re.compile(r"^[A-Za-z0-9][\w.+=-]*$")
@@ -39,7 +40,8 @@ class Grid:
     """A whole grid file, resolved.
 
     `models` maps the name of a source model to its reference, or to the training settings of a fine-tune that is made for
-    this grid; `datasets` maps names to references; `basis_rank` is R where the file fixes it.
+    this grid; `datasets` maps names to references; `basis_rank` is R where the file fixes it; `resources` are what each
+    kind of step asks of a cluster.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Grid:
     train: Values
     evaluate: Values
     basis_rank: int | None
+    resources: dict[str, Resources]
     rows: tuple[Row, ...]
 
     def resolved(self) -> Values:
@@ -94,6 +97,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     scope = Scope(tuple(models), tuple(datasets), train, basis, basis_rank, source_seed)
     rows = list(_rows(values.get("grid"), scope, problems))
     problems += [f"two rows have the name {name}" for name, count in Counter(row.name for row in rows).items() if count > 1]
+    resources = read_resources(values.get("resources"), problems)
     table = _text(values, "paper_table", problems, None)
     problems += _check_printed(table, rows)
     grid = Grid(
@@ -108,6 +112,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
         train=train,
         evaluate=evaluate,
         basis_rank=basis_rank,
+        resources=resources,
         rows=tuple(rows),
     )
     if not grid.model:

@@ -1,7 +1,6 @@
 """Steps as processes of this machine: each with its log, its share of the processors or one GPU.
 
-A launcher knows nothing of plans: it starts words after `cora`, and tells when they ended. Another one (a cluster's) has to offer
-`slots` and `submit` alone.
+A launcher knows nothing of plans: it starts words after `cora`, and tells when they ended. The one for clusters is `slurm`.
 """
 
 import os
@@ -20,7 +19,8 @@ _PATIENCE_SECONDS = 10.0
 class Job(Protocol):
     """One step that was started."""
 
-    pid: int
+    pid: int | None
+    """Its process on this machine, if it has one."""
 
     def ended(self) -> int | None:
         """The exit code, or None while it goes on."""
@@ -34,8 +34,11 @@ class Launcher(Protocol):
 
     slots: int
 
-    def submit(self, argv: Sequence[str], log: Path) -> Job:
-        """Start `cora ARGV`, everything it says going to the end of `log`."""
+    def submit(self, kind: str, argv: Sequence[str], log: Path) -> Job:
+        """Start `cora ARGV`, everything it says going to the end of `log`; `kind` is the step's.
+
+        Raises `CoraError` where it cannot be started.
+        """
 
 
 class LocalLauncher:
@@ -52,7 +55,7 @@ class LocalLauncher:
         self._free = list(range(self.slots))
         self._keep_open = tuple(keep_open)
 
-    def submit(self, argv: Sequence[str], log: Path) -> "LocalJob":
+    def submit(self, kind: str, argv: Sequence[str], log: Path) -> "LocalJob":
         """See `Launcher.submit`."""
         slot = self._free.pop(0)
         return LocalJob(argv, log, self._environment(slot), self._keep_open, lambda: self._free.append(slot))
@@ -85,7 +88,7 @@ class LocalJob:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, pass_fds=tuple(keep_open)
             )
-        self.pid = self._process.pid
+        self.pid: int | None = self._process.pid
 
     def ended(self) -> int | None:
         """See `Job.ended`."""

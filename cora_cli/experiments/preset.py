@@ -15,6 +15,8 @@ from cora_cli.models import resolve_model
 STEPS, BATCH, HELD_OUT, PROMPTS, NEW_TOKENS, PROMPT_BATCH = 12, 8, 40, 40, 48, 20
 # A step of Adam moves each of all weights by about this much; adapters bear twenty times more.
 FULL_LEARNING_RATE = 5e-5
+# Of a cluster, where the preset is run on one.
+RESOURCES = {"cpus": 2, "mem_gb": 8, "timeout_min": 120}
 _METHOD = frozenset({"rank", "alpha", "rslora", "a_init", "b_init", "target_modules", "dropout", "seed", "split_seed"})
 _SCALE = frozenset(
     {
@@ -70,6 +72,7 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
             task: {"dataset": f"builtin:task-{task}", "learning_rate": LEARNING_RATE, **tuned} for task in renamed.values()
         },
         "datasets": datasets,
+        "resources": {"all": RESOURCES},
         "defaults": {"train": train, "basis": basis, "evaluate": evaluate},
         "grid": blocks,
     }

@@ -70,6 +70,8 @@ def _fit(hint: Any, value: Any) -> Any:
         parts = value.split(",") if isinstance(value, str) else value
         fits = isinstance(parts, list) and parts and all(isinstance(part, str) and part.strip() for part in parts)
         return tuple(part.strip() for part in parts) if fits else None
+    if typing.get_origin(hint) is dict:
+        return value if isinstance(value, dict) else None
     if hint is float and not isinstance(value, bool):
         try:
             return float(value) if isinstance(value, int | float | str) else None
@@ -83,6 +85,8 @@ def _words(hint: Any) -> str:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
     if typing.get_origin(hint) is tuple:
         return "a list of names"
+    if typing.get_origin(hint) is dict:
+        return "`name: value` lines"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "empty"}
     return words.get(hint, str(hint))
 

@@ -46,7 +46,7 @@ class PretendLauncher:
         self.content = "made"
         self.running = self.most = 0
 
-    def submit(self, argv: Sequence[str], log: Path) -> "PretendJob":
+    def submit(self, kind: str, argv: Sequence[str], log: Path) -> "PretendJob":
         self.submitted.append(tuple(argv))
         self.running += 1
         self.most = max(self.most, self.running)

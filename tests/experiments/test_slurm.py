@@ -1,0 +1,183 @@
+"""Jobs of a cluster: submitit's own processes stand in for its nodes, and a table for its queue."""
+
+import json
+import os
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from cora_cli.errors import CoraError
+from cora_cli.experiments.resources import KINDS, Resources, read_resources
+from cora_cli.experiments.slurm import SlurmJob, SlurmLauncher, StepCall, left_jobs, squeue
+from tests.experiments.helpers import grid_of
+
+ANY = dict.fromkeys(KINDS, Resources())
+
+
+def launcher(folder: Path, states: dict[str, str]) -> SlurmLauncher:
+    return SlurmLauncher(folder, ANY, None, cluster="local", states=lambda: states)
+
+
+def ended(job: SlurmJob) -> int:
+    while (code := job.ended()) is None:
+        time.sleep(0.05)
+    return code
+
+
+class Alive(dict[str, str]):
+    """A queue in which every job runs."""
+
+    def get(self, key: str, default: object = None) -> str:
+        return "RUNNING"
+
+
+def test_a_step_runs_as_a_job_with_its_log_and_exit_code(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "step.log"
+    job = launcher(tmp_path / "slurm", Alive()).submit("train", ["no-such-command"], log)
+    assert len(left_jobs(tmp_path / "slurm")) == 1
+    assert ended(job) == 2
+    assert left_jobs(tmp_path / "slurm") == []
+    text = log.read_text()
+    assert text.startswith("$ cora no-such-command\n")
+    assert "No such command" in text
+
+
+class Left:
+    """What submitit knows of a job that left no result."""
+
+    def __init__(self, folder: Path, job_id: str) -> None:
+        self.job_id, self.paths, self.cancelled = job_id, self, False
+        self.result_pickle = folder / "result.pkl"
+
+    def cancel(self, check: bool) -> None:
+        self.cancelled = True
+
+
+def left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, states: dict[str, str], argv: list[str]
+) -> tuple[SlurmLauncher, Left]:
+    """A launcher that finds a job of `train` that an earlier one queued."""
+    waiting = launcher(tmp_path / "slurm", states)
+    job = Left(tmp_path, "12")
+    monkeypatch.setattr(waiting, "_job_class", lambda folder, job_id: job)
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "step.json").write_text(json.dumps({"job": "12", "argv": argv}))
+    return waiting, job
+
+
+def test_a_job_that_outlived_its_ablation_is_taken_up_and_not_queued_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, earlier = left(tmp_path, monkeypatch, {"12": "PENDING"}, ["train"])
+    job = waiting.submit("train", ["train"], tmp_path / "step.log")
+    assert job._job is earlier
+    assert job.ended() is None
+    assert left_jobs(tmp_path / "slurm") == ["12"]
+
+
+def test_a_job_of_other_words_is_cancelled_before_the_step_is_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"12": "RUNNING"}
+    waiting, earlier = left(tmp_path, monkeypatch, states, ["train", "--rank", "8"])
+    monkeypatch.setattr(earlier, "cancel", lambda check: states.clear() or setattr(earlier, "cancelled", True))
+    job = waiting.submit("train", ["no-such-command"], tmp_path / "step.log")
+    assert earlier.cancelled
+    assert job._job is not earlier
+    assert ended(job) == 2
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"])
+def test_a_job_that_the_cluster_ended_says_how(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"12": "RUNNING"}
+    waiting, _ = left(tmp_path, monkeypatch, states, ["train"])
+    job = waiting.submit("train", ["train"], tmp_path / "step.log")
+    waiting._states.forget()
+    states["12"] = state
+    assert job.ended() == 1
+    assert (tmp_path / "step.log").read_text().endswith(f"Slurm job 12 ended before its step: it is {state}\n")
+    assert left_jobs(tmp_path / "slurm") == []
+
+
+def test_a_job_that_nobody_knows_is_given_time_for_its_result_to_appear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = {"12": "RUNNING"}
+    waiting, _ = left(tmp_path, monkeypatch, states, ["train"])
+    job = waiting.submit("train", ["train"], tmp_path / "step.log")
+    states.clear()
+    waiting._states.forget()
+    assert job.ended() is None
+    monkeypatch.setattr("cora_cli.experiments.slurm._LAG_SECONDS", 0.0)
+    assert job.ended() == 1
+    assert "gone from the queue" in (tmp_path / "step.log").read_text()
+
+
+def test_a_preempted_step_is_ended_and_queued_as_it_was(tmp_path: Path) -> None:
+    call = StepCall(["no-such-command"], tmp_path / "step.log")
+    assert call() == 2
+    again = call.checkpoint()
+    assert (again.function.argv, again.function.log) == (call.argv, call.log)
+
+
+@pytest.fixture
+def fake_squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    script = tmp_path / "bin" / "squeue"
+    script.parent.mkdir()
+    script.touch()
+    script.chmod(script.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    return script
+
+
+def test_the_queue_is_read_for_all_jobs_at_once(fake_squeue: Path) -> None:
+    fake_squeue.write_text("#!/bin/sh\nprintf '7 RUNNING\\n12 CANCELLED\\n'\n")
+    assert squeue() == {"7": "RUNNING", "12": "CANCELLED"}
+
+
+def test_a_queue_that_stays_silent_is_an_error_that_says_the_jobs_go_on(fake_squeue: Path) -> None:
+    fake_squeue.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+    with pytest.raises(CoraError, match="Unable to contact slurm controller; the jobs go on"):
+        squeue()
+
+
+def test_without_a_cluster_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CoraError, match="there is no sbatch here"):
+        SlurmLauncher(tmp_path / "slurm", ANY, None)
+
+
+def test_resources_of_a_kind_go_before_those_of_all(tmp_path: Path) -> None:
+    asked = {"all": {"cpus": 4, "mem_gb": 16}, "train": {"gpus": 1, "mem_gb": 80, "sbatch": {"mail-type": "END"}}}
+    grid = grid_of({"mode": "lora"}, resources=asked)
+    assert grid.resources["train"] == Resources(cpus=4, mem_gb=80.0, gpus=1, sbatch={"mail-type": "END"})
+    assert grid.resources["basis"] == Resources(cpus=4, mem_gb=16.0)
+    assert grid.resources["train"].executor_parameters(["x"]) == {
+        "timeout_min": 1440,
+        "cpus_per_task": 4,
+        "mem_gb": 80.0,
+        "gpus_per_node": 1,
+        "slurm_setup": ["x"],
+        "slurm_additional_parameters": {"mail-type": "END"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ("much", "resources must hold all, model, basis, train, evaluate"),
+        ({"trian": {}}, "did you mean train?"),
+        ({"train": {"gpu": 1}}, "did you mean gpus?"),
+        ({"train": {"gpus": 2}}, "gpus must be 0 or 1"),
+        ({"all": {"cpus": 0}}, "cpus must be at least 1"),
+        ({"all": {"mem_gb": -1}}, "mem_gb must be positive"),
+        ({"all": {"timeout_min": "long"}}, "timeout_min must be a whole number"),
+        ({"all": {"sbatch": "x"}}, "sbatch must be `name: value` lines"),
+    ],
+)
+def test_resources_that_make_no_sense_are_named(values: object, complaint: str) -> None:
+    problems: list[str] = []
+    read_resources(values, problems)
+    assert len(problems) == 1
+    assert complaint in problems[0]
