@@ -13,11 +13,12 @@ from cora_cli.models import ModelPath
 
 
 def load_model(
-    model: ModelPath, dtype: torch.dtype | str, device: torch.device, attention: str, trust_remote_code: bool = False
+    model: ModelPath, dtype: torch.dtype | str, device: torch.device, attention: str | None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """Load a whole causal language model in evaluation mode.
 
-    `dtype` is a torch dtype, or "auto" for the one it is stored in; `attention` names transformers' implementation.
+    `dtype` is a torch dtype, or "auto" for the one it is stored in; `attention` names transformers' implementation, None
+    is its default: SDPA where the model has it, which models with a soft cap have not.
     Raises `CoraError` for an adapter directory and for weights that are damaged or do not all arrive.
     """
     if model.is_adapter:

@@ -35,7 +35,7 @@ def merge_adapter(
         base = base_of(adapter)
         check_base(adapter, base)
     tokenizer = load_tokenizer(base, trust_remote_code)
-    model = load_model(base, _DTYPES[dtype], torch.device("cpu"), "sdpa", trust_remote_code)
+    model = load_model(base, _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(lora_layers(wrapped)))
     merged = wrapped.merge_and_unload(safe_merge=True)

@@ -36,7 +36,7 @@ def open_transformers(
     config: EvaluateConfig, base: ModelPath, adapter: ModelPath | None, hardware: Hardware, tokenizer: Any
 ) -> Backend:
     """Load base and adapter with transformers. Raises `CoraError` where they cannot be loaded."""
-    model: Any = load_model(base, hardware.dtype, hardware.device, "sdpa", config.trust_remote_code)
+    model: Any = load_model(base, hardware.dtype, hardware.device, None, config.trust_remote_code)
     if adapter is not None:
         wrapped = load_adapter(model, adapter, Path(config.basis) if config.basis else None)
         model = wrapped.merge_and_unload() if config.merge else wrapped

@@ -164,7 +164,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
 def _backend_settings(config: EvaluateConfig, target: Target, hardware: Hardware) -> dict[str, Any]:
     """What moves a token's last bits. Raises `CoraError` where vLLM was asked for and cannot serve this target."""
     if config.backend == "transformers":
-        return {"backend": "transformers", "batch_size": config.batch_size, "attention": "sdpa"}
+        return {"backend": "transformers", "batch_size": config.batch_size, "attention": "transformers' default"}
     version = require_vllm(hardware)
     if target.adapter is not None and not config.merge:
         lora_rank(target.adapter)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from cora_cli import embedded, rundir
 from cora_cli.data.formats import load_test_records
@@ -111,6 +111,16 @@ def test_prompts_longer_than_the_context_lose_their_beginning_and_are_counted(
     kept = torch.tensor([ids[-1][-500:]])
     output = model.generate(kept, attention_mask=torch.ones_like(kept), max_new_tokens=12, do_sample=False)
     assert answers(tmp_path / "out")[-1] == tokenizer.decode(output[0, 500:], skip_special_tokens=True)
+
+
+def test_a_model_without_sdpa_answers_too(tiny_model: Path, records: Path, tmp_path: Path) -> None:
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    evaluate_model(tmp_path / "gemma", records, tmp_path / "out")
+    assert len(rundir.read_jsonl(tmp_path / "out" / "predictions.jsonl")) > 0
 
 
 def test_no_room_for_any_prompt_is_refused(tiny_model: Path, records: Path, tmp_path: Path) -> None:
