@@ -63,6 +63,8 @@ class EvaluateConfig:
             useless := [name for name in ("dataset", "limit", "basis") if getattr(self, name) is not None]
         ):
             raise UsageError(f"--{useless[0]} is of no use with --from, whose predictions are finished; leave it out")
+        if self.from_predictions and self.backend != "transformers":
+            raise UsageError(f"--backend {self.backend} is of no use with --from, whose predictions are finished; leave it out")
         if self.model and not (self.dataset and self.output_dir):
             raise UsageError("--model needs --dataset (what to answer) and --output-dir (where to write)")
         for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("bootstrap", 100)):

@@ -206,6 +206,7 @@ def test_other_files_in_the_output_directory_are_left_alone(tiny_model: Path, re
         ({"model": "a", "dataset": "b"}, "--model needs --dataset .* and --output-dir"),
         ({"from_predictions": "a", "limit": 3}, "--limit is of no use with --from"),
         ({"from_predictions": "a", "dataset": "b"}, "--dataset is of no use with --from"),
+        ({"from_predictions": "a", "backend": "vllm"}, "--backend vllm is of no use with --from"),
         ({"runs": ("a",), "batch_size": 0}, "--batch-size must be at least 1, not 0"),
         ({"runs": ("a",), "max_new_tokens": -1}, "--max-new-tokens must be at least 1, not -1"),
         ({"runs": ("a",), "bootstrap": 99}, "--bootstrap must be at least 100, not 99"),
@@ -225,7 +226,7 @@ def test_a_result_says_which_predictions_of_which_settings_it_is_of(tiny_model: 
     result = evaluate_model(tiny_model, records, tmp_path / "out")
     assert rundir.read_json(tmp_path / "out" / "metrics.json") == result.record
     settings = result.record["generation"]["settings"]
-    assert (settings["batch_size"], settings["dtype"], settings["attention"]) == (4, "fp32", "sdpa")
+    assert (settings["batch_size"], settings["dtype"], settings["attention"]) == (4, "fp32", "transformers' default")
     assert (settings["model"], settings["adapter_sha256"], settings["decoding"]) == (str(tiny_model), None, "greedy")
     predictions = tmp_path / "out" / "predictions.jsonl"
     assert (
