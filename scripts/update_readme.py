@@ -1,4 +1,4 @@
-"""Puts what `make demo` and `make bench` printed between the README's markers, so that no table is ever typed by hand."""
+"""Puts what `make demo`, `make bench` and `cora report` printed between the README's markers, so that no table is ever typed by hand."""
 
 import argparse
 import json
@@ -19,11 +19,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, default=ROOT / "demo" / "report.md", help="what `make demo` wrote")
     parser.add_argument("--bench", type=Path, default=ROOT / "benchmarks" / "results.json", help="what `make bench` wrote")
+    parser.add_argument(
+        "--honest", type=Path, default=ROOT / "report" / "report.md", help="`cora report runs/honest -o report`"
+    )
     options = parser.parse_args()
     if options.demo.exists():
         replace("demo", options.demo.read_text(encoding="utf-8").partition("\n")[2].strip())
     if options.bench.exists():
         replace("bench", benchmark_table(json.loads(options.bench.read_text(encoding="utf-8"))))
+    if options.honest.exists():
+        replace("honest", verdict_and_scores(options.honest.read_text(encoding="utf-8")))
 
 
 def replace(name: str, body: str) -> None:
@@ -33,6 +38,14 @@ def replace(name: str, body: str) -> None:
     if replaced != 1:
         sys.exit(f"README.md has no part between <!-- {name}:begin --> and <!-- {name}:end -->")
     README.write_text(text, encoding="utf-8")
+
+
+def verdict_and_scores(report: str) -> str:
+    """Of a report in Markdown, how much is finished, the verdict, and the first table with its notes."""
+    head, _, rest = report.partition("## Tables\n")
+    progress, _, verdict = head.partition("## Verdict\n")
+    first = rest.strip().split("\n### ")[0]
+    return "\n\n".join([progress.strip().splitlines()[-1], verdict.strip(), first.partition("\n")[2].strip()])
 
 
 def benchmark_table(results: Mapping[str, Any]) -> str:

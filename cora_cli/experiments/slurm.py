@@ -124,7 +124,7 @@ class SlurmLauncher:
 class SlurmJob:
     """A job; see `launch.Job`. It has no process here."""
 
-    pid = None
+    pid: int | None = None
 
     def __init__(self, job: Any, record: Path, log: Path, states: "_Cached") -> None:
         self._job, self._record, self._log, self._states = job, record, log, states

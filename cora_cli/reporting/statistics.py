@@ -185,18 +185,19 @@ def choose_learning_rates(methods: Sequence[Method]) -> tuple[list[Method], str 
     validated = all(result.validation_loss is not None for method in swept for result in method.results)
     chosen, any_choice = [], False
     for candidates in rates.values():
-        losses = [_selection_loss(candidate, validated) for candidate in candidates] if len(candidates) > 1 else [None]
-        if None in losses:
-            chosen += candidates
-        else:
+        losses = {index: loss for index, one in enumerate(candidates) if (loss := _selection_loss(one, validated)) is not None}
+        if len(candidates) > 1 and len(losses) == len(candidates):
             any_choice = True
-            chosen.append(min(zip(losses, candidates, strict=True), key=lambda pair: pair[0])[1])
+            chosen.append(candidates[min(losses, key=losses.__getitem__)])
+        else:
+            chosen += candidates
     return chosen, (VALIDATION if validated else HELD_OUT) if any_choice else None
 
 
 def _selection_loss(method: Method, validated: bool) -> float | None:
     if validated:
-        return float(np.mean([result.validation_loss for result in method.results]))
+        losses = [loss for result in method.results if (loss := result.validation_loss) is not None]
+        return float(np.mean(losses)) if losses else None
     estimate = method.estimate(LOSS)
     return estimate.value if estimate else None
 
