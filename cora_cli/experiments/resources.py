@@ -57,7 +57,7 @@ def read_resources(values: object, problems: list[str]) -> dict[str, Resources]:
             f"resources: {kind}: {name} must be {need}, not {settings[name]}"
             for name, fits, need in (
                 ("timeout_min", settings.get("timeout_min", 1) >= 1, "at least 1"),
-                ("cpus", (settings.get("cpus") or 1) >= 1, "at least 1"),
+                ("cpus", settings.get("cpus") is None or settings["cpus"] >= 1, "at least 1"),
                 ("mem_gb", settings.get("mem_gb") is None or settings["mem_gb"] > 0, "positive"),
                 ("gpus", settings.get("gpus") in (None, 0, 1), "0 or 1, since a step is one process"),
             )

@@ -268,7 +268,7 @@ def test_processes_get_a_gpu_each_or_share_the_threads(monkeypatch: pytest.Monke
 
 def test_a_process_is_logged_and_its_exit_code_told(tmp_path: Path) -> None:
     launcher = LocalLauncher(1, "cpu")
-    job = launcher.submit(["no-such-command"], tmp_path / "logs" / "step.log")
+    job = launcher.submit("train", ["no-such-command"], tmp_path / "logs" / "step.log")
     while (code := job.ended()) is None:
         pass
     assert code == 2
