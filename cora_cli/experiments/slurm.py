@@ -22,6 +22,8 @@ from cora_cli.experiments.resources import Resources
 States = Callable[[], Mapping[str, str]]
 _MOST_JOBS = 1000
 _POLL_SECONDS, _PATIENCE_SECONDS = 5.0, 20.0
+# Slurm's own patience between SIGTERM and SIGKILL is 30 seconds where nobody has changed it.
+_KILL_SECONDS = 60.0
 # Between the end of a job and the moment at which a shared disk shows its result everywhere.
 _LAG_SECONDS = 30.0
 # What a job may be called while it can still go on: waiting, running, or queued again.
@@ -54,6 +56,9 @@ class StepCall:
         # Not `wait`: `checkpoint` comes in a signal handler, and would find its lock taken.
         while (code := self._process.poll()) is None:
             time.sleep(0.2)
+        if code < 0:
+            # Slurm signals the command before it takes the job away or queues it again: then this must not look like a result.
+            time.sleep(_KILL_SECONDS)
         return code
 
     def checkpoint(self, *_: Any, **__: Any) -> Any:
@@ -134,8 +139,9 @@ class SlurmJob:
         """See `launch.Job.ended`; a job that ended without a result adds what became of it to the log."""
         if self._job.paths.result_pickle.exists():
             self._record.unlink(missing_ok=True)
-            error = self._job.exception()
-            return int(self._job.result()) if error is None else self._note(_last_line_of_trace(str(error)))
+            if (error := self._job.exception()) is not None:
+                return self._note(_last_line_of_trace(str(error)))
+            return int(self._job.result())
         state = self._states().get(self._job.job_id, "")
         if state in _ALIVE:
             self._lost_since = None

@@ -113,6 +113,22 @@ def test_a_job_that_nobody_knows_is_given_time_for_its_result_to_appear(
     assert "gone from the queue" in (tmp_path / "step.log").read_text()
 
 
+def test_a_command_that_a_signal_ended_leaves_the_word_to_the_cluster_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, waited = StepCall(["evaluate"], tmp_path / "step.log"), list[float]()
+
+    def end_it(seconds: float) -> None:
+        waited.append(seconds)
+        assert call._process is not None
+        call._process.kill()
+        call._process.wait()
+
+    monkeypatch.setattr("cora_cli.experiments.slurm.time.sleep", end_it)
+    assert call() == -9
+    assert waited[-1] >= 60
+
+
 def test_a_preempted_step_is_ended_and_queued_as_it_was(tmp_path: Path) -> None:
     call = StepCall(["no-such-command"], tmp_path / "step.log")
     assert call() == 2
