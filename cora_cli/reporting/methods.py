@@ -51,7 +51,8 @@ def _training(results: Sequence[Result]) -> list[str]:
     sentences = [
         f"{len(results)} runs trained {model} on {of('data.dataset')} (sha256 {_short(of('fingerprint.data_sha256'))}, template "
         f"{of('data.template')}): {of('data.train.records')} training records, {of('data.train.response_tokens')} response tokens of "
-        f"{of('data.train.tokens')}; {of('data.test.records')} held-out records measured.",
+        f"{of('data.train.tokens')}; {of('data.test.records')} held-out records measured"
+        + (f", {of('validation.n')} set aside to choose settings by." if _dig(results[0].record, "validation.n") else "."),
         f"Dropped for length {of('data.train.dropped')}, prompts cut {of('data.train.truncated')}, dropped because their prompt is held "
         f"out {of('data.overlapping_dropped')}.",
         f"Modes {of('mode')}; rank {of('plan.rank')}, alpha {of('plan.alpha')}, B starts as {of('plan.b_init')}, A as {of('plan.a_init')}, "
