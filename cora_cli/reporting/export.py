@@ -8,7 +8,7 @@ JSON: `{"format_version": 1, "experiments": [...]}`. An experiment has `name`, `
   `measures`: measure -> `value`, `low`, `high`, `kind`, `n`, `seeds`, `by_seed`;
 - `best`: measure -> `row`, `p_holm`, `supported`;
 - `verdict`: `headline`, `rule`, `comparisons`, each with `one`, `other`, `role`, `sentence` and `tests`: `measure`, `difference`, `ci95`, `p`,
-  `p_holm`, `n`, `outcome`, `seeds`, `seeds_agreeing`.
+  `p_holm`, `n`, `outcome`, `seeds`, `seeds_agreeing`, `over_seeds` (mean and half-width, or null).
 
 `heldout_loss` is in nats per response token, `sacrebleu` 0-100, the other measures 0-1.
 """
@@ -205,6 +205,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
                         "outcome": test.outcome,
                         "seeds": test.seeds,
                         "seeds_agreeing": test.agreeing,
+                        "over_seeds": test.over_seeds,
                     }
                     for test in comparison.tests
                 ],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from cora_cli.experiments.paper import paper, paper_tables
 from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, VALIDATION, Estimate, at_edge
 from cora_cli.reporting.summary import Group, Line
-from cora_cli.reporting.verdict import digits, title
+from cora_cli.reporting.verdict import Test, digits, title
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +109,21 @@ def verdict_table(group: Group) -> Table:
                     Cell(f"{comparison.one.name} minus {comparison.other.name}"),
                     Cell(title(test.measure)),
                     Cell("–", difference, digits(test.measure)),
+                    Cell(_over_seeds(test)),
                     Cell("< 0.001" if test.p_holm < 0.001 else f"{test.p_holm:.3f}"),
                     Cell(f"{test.agreeing} of {test.seeds}" if test.seeds > 1 else "–"),
                     Cell(test.outcome),
                 )
             )
-    headers = ("comparison", "measure", "difference", "p (Holm)", "seeds that agree", "outcome")
+    headers = ("comparison", "measure", "difference", "over seeds", "p (Holm)", "seeds that agree", "outcome")
     return Table(f"{group.name} – the tests behind the verdict", headers, tuple(rows), (group.verdict.rule,))
+
+
+def _over_seeds(test: Test) -> str:
+    if test.over_seeds is None:
+        return "–"
+    mean, half = test.over_seeds
+    return f"{mean:.{digits(test.measure)}f} ± {half:.{digits(test.measure)}f}"
 
 
 def sweep_table(group: Group) -> Table:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from cora_cli.intervals import PairedDifference
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.statistics import LEVEL, Method, compare, higher_is_better, holm, resamples_for
+from cora_cli.reporting.statistics import LEVEL, Method, compare, higher_is_better, holm, resamples_for, t_interval
 
 RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE = (
     "random orthonormal B",
@@ -25,7 +25,8 @@ BETTER, WORSE, NONE = "better", "worse", "no difference could be shown"
 @dataclasses.dataclass(frozen=True)
 class Test:
     """One measure of one comparison. `p_holm` is corrected over all tests of the group's verdict, `outcome` BETTER, WORSE or NONE;
-    of `seeds` seeds that both sides have, `agreeing` differ in the direction of the difference.
+    of `seeds` seeds that both sides have, `agreeing` differ in the direction of the difference. `over_seeds` is the mean of the
+    differences of equal seeds, which share their order of data, with the half-width of its 95 % t-interval; None for one seed.
     """
 
     measure: str
@@ -34,6 +35,7 @@ class Test:
     outcome: str
     agreeing: int
     seeds: int
+    over_seeds: tuple[float, float] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +92,9 @@ def judge(methods: Sequence[Method], measures: Sequence[str], seed: int = 0) -> 
     rule = (
         f"Rule: paired approximate randomisation over the same prompts (held-out loss: over the same records), each prompt's outputs of "
         f"all seeds kept together, {resamples:,} resamples; Holm-corrected over the {len(planned)} tests of this verdict; better or worse "
-        f"where the corrected p is below {LEVEL:g}, otherwise {NONE}, which does not mean that there is none. Differences have 95 % "
-        "paired bootstrap intervals over prompts, uncorrected; the spread over training seeds is not in them, hence the count of seeds "
-        "that agree in direction."
+        f"where the corrected p is below {LEVEL:g} and every seed differs in that direction, otherwise {NONE}, which does not mean that "
+        "there is none. Differences have 95 % paired bootstrap intervals over prompts, uncorrected, which do not hold the spread over "
+        "training seeds; that is in the column beside them: the mean difference of equal seeds with its 95 % t-interval."
     )
     return Verdict(_headline(methods, comparisons), comparisons, rule)
 
@@ -131,17 +133,18 @@ def _controls(one: Method, methods: Sequence[Method]) -> list[tuple[Method, str]
 
 def _test(one: Method, other: Method, name: str, paired: PairedDifference, p_holm: float) -> Test:
     sign = 1 if higher_is_better(name) else -1
-    outcome = NONE
-    if p_holm < LEVEL and paired.difference:
-        outcome = BETTER if sign * paired.difference > 0 else WORSE
     ours, theirs = (
         {result.row.seed: result.measures[name].value for result in method.with_measure(name)} for method in (one, other)
     )
     if other.first.row.run is None:  # the base model has no seed: every seed is compared with it
         theirs = dict.fromkeys(ours, next(iter(theirs.values())))
-    common = ours.keys() & theirs.keys()
-    agreeing = sum((ours[key] - theirs[key]) * paired.difference > 0 for key in common)
-    return Test(name, paired, p_holm, outcome, agreeing, len(common))
+    by_seed = [ours[key] - theirs[key] for key in sorted(ours.keys() & theirs.keys())]
+    agreeing = sum(difference * paired.difference > 0 for difference in by_seed)
+    outcome = NONE
+    if p_holm < LEVEL and paired.difference and agreeing == len(by_seed):
+        outcome = BETTER if sign * paired.difference > 0 else WORSE
+    over_seeds = t_interval(by_seed) if len(by_seed) > 1 else None
+    return Test(name, paired, p_holm, outcome, agreeing, len(by_seed), over_seeds)
 
 
 def _headline(methods: Sequence[Method], comparisons: Sequence[Comparison]) -> str:

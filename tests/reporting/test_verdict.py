@@ -1,4 +1,5 @@
 import pytest
+import scipy.stats
 
 from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
@@ -55,6 +56,29 @@ def test_a_b_that_hurts_is_called_worse(tmp_path):
     )
     assert "was worse in 4 of 4 tests and better in none" in verdict.headline
     assert {test.outcome for test in verdict.comparisons[0].tests} == {WORSE}
+
+
+def test_a_difference_that_one_seed_denies_is_not_called_one(tmp_path):
+    skills = {0: 0.95, 1: 0.95, 2: 0.45}
+    rows = [Made("fb", "fb", seed, skill, loss=1.0, n_models=2) for seed, skill in skills.items()]
+    rows += [Made("fb orthonormal", "fb", seed, 0.5, loss=1.0, b_init="orthonormal") for seed in skills]
+    (comparison,) = verdict_of(tmp_path, *rows).comparisons
+    test = next(test for test in comparison.tests if test.measure == "rouge1")
+    assert test.p_holm < 0.05
+    assert (test.agreeing, test.seeds, test.outcome) == (2, 3, NONE)
+
+
+def test_differences_of_equal_seeds_have_the_t_interval_of_their_own(tmp_path):
+    rows = [Made("fb", "fb", seed, 0.5 + 0.1 * seed, n_models=2) for seed in (0, 1, 2)]
+    rows += [Made("fb orthonormal", "fb", seed, 0.4, b_init="orthonormal") for seed in (0, 1, 2)]
+    (comparison,) = verdict_of(tmp_path, *rows).comparisons
+    test = next(test for test in comparison.tests if test.measure == "rouge1")
+    ours, theirs = (
+        [result.measures["rouge1"].value for result in method.results] for method in (comparison.one, comparison.other)
+    )
+    paired = scipy.stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    mean, half = test.over_seeds
+    assert (mean - half, mean + half) == pytest.approx((paired.low, paired.high))
 
 
 def test_the_base_models_own_b_and_lora_of_the_same_size_are_controls_too(tmp_path):
