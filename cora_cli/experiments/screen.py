@@ -98,7 +98,7 @@ class Screen:
             if expected is None:
                 return ""
             left += max(expected - (now - self._began[name]), 0.0) if name in self._began else expected
-        return f", about {duration(left / self._slots)} left"
+        return f", about {duration(left / min(self._slots, len(self._left)))} left"
 
 
 def duration(seconds: float) -> str:

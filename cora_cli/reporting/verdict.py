@@ -48,7 +48,7 @@ class Comparison:
     tests: tuple[Test, ...]
 
     def sentence(self) -> str:
-        """The outcome in words."""
+        """The outcome in words, with the numbers of what was shown, and of the held-out loss where nothing was shown of it."""
         said = [
             f"{word} in {', '.join(_amount(test) for test in tests)}"
             for word in (BETTER, WORSE)
@@ -60,6 +60,7 @@ class Comparison:
         elif silent:
             where = "any of the" if len(silent) == len(self.tests) else "the other"
             said.append(f"{NONE} in {where} {len(silent)} measures")
+        said += [_amount(test, "differs by") for test in silent if test.measure == LOSS]
         return f"{self.one.name} against {self.other.name} ({self.role}): {'; '.join(said)}."
 
 
@@ -180,7 +181,7 @@ def digits(measure: str) -> int:
     return 2 if measure == "sacrebleu" else 3
 
 
-def _amount(test: Test) -> str:
+def _amount(test: Test, verb: str = "by") -> str:
     places, paired = digits(test.measure), test.paired
     low, high = paired.ci95
-    return f"{title(test.measure)} by {paired.difference:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]"
+    return f"{title(test.measure)} {verb} {paired.difference:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]"
