@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
+from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices, Share
 from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts, data_key
 from cora_cli.experiments.plan import Plan, Step
 from cora_cli.experiments.rows import Row
@@ -160,7 +160,7 @@ def _evaluation(model: ModelFacts, data: DataFacts, evaluate: Values, rate: floa
 def _basis(model: ModelFacts, row: Row, plan: Plan, step: Step, rate: float) -> Estimate:
     assert row.basis is not None
     targets = model.targets(row.basis.get("target_modules") or DEFAULT_TARGET_MODULES)
-    share = row.basis.get("share", "module")
+    share: Share = row.basis.get("share", "module")
     groups = _groups(targets, share)
     read = 2 * max(1, len(row.sources)) * sum(out * inside for out, inside in targets.values())
     flops = sum(2 * out * out * inside + 9 * out**3 for out, inside in groups)
@@ -171,9 +171,8 @@ def _basis(model: ModelFacts, row: Row, plan: Plan, step: Step, rate: float) -> 
     return Estimate(seconds, PROCESS_BYTES / 2 + kept)
 
 
-def _groups(targets: dict[str, tuple[int, int]], share: str) -> Sequence[tuple[int, int]]:
-
-    mapping = BasisChoices(share=share).mapping  # type: ignore[arg-type]
+def _groups(targets: dict[str, tuple[int, int]], share: Share) -> Sequence[tuple[int, int]]:
+    mapping = BasisChoices(share=share).mapping
     return list({mapping.group_of(name): shape for name, shape in targets.items()}.values())
 
 
