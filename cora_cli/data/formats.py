@@ -106,14 +106,10 @@ def _set_aside(split: DataSplit, count: int, seed: int, dataset: str) -> DataSpl
         raise CoraError(
             f"{dataset} has {len(split.train)} training records, so that {count} for validation leave none to train on"
         )
-    chosen = set(random.Random(f"validation {seed}").sample(range(len(split.train)), count))
-    validation = [record for index, record in enumerate(split.train) if index in chosen]
+    chosen = sorted(random.Random(f"validation {seed}").sample(range(len(split.train)), count))
+    validation = [split.train[index] for index in chosen]
     known = {prompt_key(record, split.schema) for record in validation}
-    train = [
-        record
-        for index, record in enumerate(split.train)
-        if index not in chosen and prompt_key(record, split.schema) not in known
-    ]
+    train = [record for record in split.train if prompt_key(record, split.schema) not in known]
     if not train:
         raise CoraError(f"{dataset}: every training record's prompt is also validated on, which leaves none to train on")
     overlapping = split.overlapping + len(split.train) - len(validation) - len(train)
