@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, UsageError
 
 HASH_CHUNK = 1 << 20
 _SHA256_NAME = re.compile(r"^[0-9a-f]{64}$")
@@ -120,6 +120,24 @@ def read_jsonl(path: Path, *, drop_partial_tail: bool = False) -> list[Any]:
         except json.JSONDecodeError as error:
             raise CoraError(f"{path}, line {number}: not valid JSON ({error.msg}): {line.strip()[:60]!r}") from error
     return records
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The `name: value` lines of a YAML file that a user wrote; `what` it is begins the sentence of an error.
+
+    Raises `UsageError` where the file cannot be read, is no YAML or holds something else; an empty file holds no lines.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is not None and not isinstance(values, dict):
+        raise UsageError(f"{what} {path} must hold `name: value` lines, not a {type(values).__name__}")
+    return values or {}
 
 
 def sha256_text(text: str) -> str:

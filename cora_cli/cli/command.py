@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from cora_cli import rundir
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.settings import comma_separated
 
@@ -123,16 +124,7 @@ def _load_file(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def _read_file(path: Path, context: typer.Context) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"configuration file {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"configuration file {path} must hold `name: value` lines, not a {type(values).__name__}")
+    values = rundir.read_yaml(path, "configuration file")
     names = _names_of_flags(context)
     known = set(names)
     given = {str(key).replace("-", "_"): value for key, value in values.items()}

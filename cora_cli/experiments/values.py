@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from cora_cli import rundir
 from cora_cli.errors import UsageError
 
 Values = dict[str, Any]
@@ -100,18 +101,9 @@ def read_yaml(path: Path) -> Values:
 
 
 def _read(path: Path, including: tuple[Path, ...]) -> Values:
-    import yaml
-
     if path.resolve() in including:
         raise UsageError(f"grid file {path} includes itself")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"grid file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"grid file {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"grid file {path} must hold `name: value` lines, not a {type(values).__name__}")
+    values = rundir.read_yaml(path, "grid file")
     included = values.pop("include", None)
     if included is None:
         return values

@@ -229,7 +229,11 @@ def _distinct(rows: list[Row]) -> list[Row]:
     groups = {row.model: row.group for row in rows if row.group}
     only = next(iter(groups.values())) if len(groups) == 1 else "evaluations"
     rows = [row if row.group else dataclasses.replace(row, group=groups.get(row.model, only)) for row in rows]
-    settings = {row.name: _settings(row) for row in rows}
+    records = {row.name: rundir.read_json(RunDirectory(row.run).record) if row.run is not None else {} for row in rows}
+    settings = {name: record["fingerprint"]["settings"] if record else {} for name, record in records.items()}
+    bases = {name: record["basis"]["sha256"] for name, record in records.items() if record.get("basis")}
+    # One name per basis, however many copies of its file there are.
+    paths = {record["basis"]["sha256"]: record["basis"]["path"] for record in records.values() if record.get("basis")}
     found = []
     for row in rows:
         alike = [other for other in rows if (other.group, other.label) == (row.group, row.label)]
@@ -237,17 +241,13 @@ def _distinct(rows: list[Row]) -> list[Row]:
         names = sorted({name for other in alike for name in settings[other.name]} - {"rank", "alpha", "learning_rate", "seed"})
         differing = [name for name in names if len({str(settings[other.name].get(name)) for other in alike}) > 1]
         extra = [f"{name}={settings[row.name].get(name)}" for name in differing]
+        # The number of source models has a column, but two bases of as many models are two methods.
+        if len({bases.get(other.name) for other in alike if other.n_models == row.n_models}) > 1 and row.name in bases:
+            extra.append(f"basis={paths[bases[row.name]]}")
         if row.run is None and len([other for other in alike if other.run is None]) > 1:
             extra.append(row.name)
         found.append(dataclasses.replace(row, label=clean(" ".join([row.label, *extra]))))
     return found
-
-
-def _settings(row: Row) -> dict[str, Any]:
-    if row.run is None:
-        return {}
-    settings: dict[str, Any] = rundir.read_json(RunDirectory(row.run).record)["fingerprint"]["settings"]
-    return settings
 
 
 def _what_it_is(root: Path) -> str:

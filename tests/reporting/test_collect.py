@@ -227,3 +227,17 @@ def test_unlike_plain_runs_of_one_mode_get_unlike_labels(trained_grid, tmp_path)
     rundir.write_json(other / "run.json", record)
     (experiment,) = find_experiments([str(run), str(other)])
     assert [row.label for row in experiment.rows] == ["lora max_steps=4", "lora max_steps=9"]
+
+
+def test_plain_runs_on_two_bases_of_as_many_models_are_two_methods(trained_grid, tmp_path):
+    run = next(path for path in sorted((trained_grid / "runs").iterdir()) if "fb_" in path.name)
+    other, again = (shutil.copytree(run, tmp_path / name) for name in ("other", "again"))
+    changed = rundir.read_json(other / "run.json")
+    changed["basis"] |= {"path": "other.safetensors", "sha256": "0" * 64}
+    rundir.write_json(other / "run.json", changed)
+    rundir.write_json(again / "run.json", changed | {"basis": {**changed["basis"], "path": "copy.safetensors"}})
+    (experiment,) = find_experiments([str(run), str(other), str(again)])
+    labels = [row.label for row in experiment.rows]
+    assert labels[0] != labels[1] == labels[2]
+    (alone,) = find_experiments([str(other), str(again)])
+    assert {row.label for row in alone.rows} == {"fb"}
