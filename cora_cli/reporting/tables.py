@@ -92,7 +92,8 @@ def costs_table(group: Group) -> Table:
     headers = ("rank", "n models", "trained parameters", "adapter size", "tokens/s", "peak memory", "seeds")
     notes = (
         "n models: models behind the basis, 0 for the base model alone. Adapter size: its weights on disk (mode full: the whole model). "
-        "tokens/s: training, prompts included, mean over seeds. Peak memory: of the training process, the largest of all seeds.",
+        "tokens/s: training, prompts included, mean over seeds, beside whatever else ran on the machine. Peak memory: of the training "
+        "process, the largest of all seeds.",
     )
     return Table(f"{group.name} – what each method takes", (*_name_headers(lines), *headers), tuple(rows), notes)
 

@@ -208,19 +208,19 @@ def _fit(
         say(f"resuming after step {done}")
     with progress("training", total_steps(config, len(prepared.train.examples)), "steps", done=done) as shown:
         trainer.remove_callback(transformers.PrinterCallback)
-        log = RunLog(run, trainer, meter, shown)
-        trainer.add_callback(log)
+        trainer.add_callback(RunLog(run, trainer, meter, shown))
         if config.eval_steps:
             trainer.add_callback(_HeldOutEvery(config.eval_steps, run, trainer, prepared))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    tokens = trainer.tokens
-    if trainer.args.world_size > 1:
-        tokens = int(trainer.accelerator.gather(torch.tensor([tokens], device=trainer.args.device)).sum())
+    # From the log and not from this session, since a resumed run was trained in several.
+    log = rundir.read_jsonl(run.log) if trainer.is_world_process_zero() else []
+    lines = [line for line in log if "loss" in line]
+    tokens, seconds = sum(line["tokens"] for line in lines), sum(line["seconds"] for line in lines)
     return {
         "steps": trainer.state.global_step,
-        "seconds": log.seconds,
+        "seconds": seconds,
         "tokens": tokens,
-        "tokens_per_second": tokens / log.seconds if log.seconds else None,
+        "tokens_per_second": tokens / seconds if seconds else None,
     }
 
 

@@ -152,12 +152,12 @@ def checkpoints_in(root: Path) -> list[Path]:
 
 
 class RunLog(TrainerCallback):
-    """Writes `log.jsonl`, a line per optimizer step, shows progress, and keeps the time that steps take."""
+    """Writes `log.jsonl`, a line per optimizer step with its time and its tokens (prompts included, of all processes), and shows progress."""
 
     def __init__(self, run: RunDirectory, trainer: CoraTrainer, meter: AngleMeter | None, shown: Progress) -> None:
         self._run, self._trainer, self._meter, self._shown = run, trainer, meter, shown
-        self._began = 0.0
-        self.seconds = 0.0
+        self._began = self._seconds = 0.0
+        self._seen = self._tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save as often as this command says: on a resumption the Trainer goes by the checkpoint's interval."""
@@ -172,8 +172,11 @@ class RunLog(TrainerCallback):
         self._began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the step's clock."""
-        self.seconds += time.monotonic() - self._began
+        """Stop the step's clock and count its tokens."""
+        self._seconds = time.monotonic() - self._began
+        self._tokens, self._seen = self._trainer.tokens - self._seen, self._trainer.tokens
+        if args.world_size > 1:
+            self._tokens = int(self._trainer.accelerator.gather(torch.tensor([self._tokens], device=args.device)).sum())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Append the step's line."""
@@ -185,6 +188,8 @@ class RunLog(TrainerCallback):
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
             "grad_norm": logs.get("grad_norm"),
+            "tokens": self._tokens,
+            "seconds": round(self._seconds, 4),
         }
         if self._meter is not None:
             line["largest_angle_rad"] = self._meter.largest()

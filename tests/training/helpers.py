@@ -43,8 +43,9 @@ def config_for(model: Path, data: Path, output: Path, **changes: Any) -> TrainCo
 
 
 def log_lines(output: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `log.jsonl`."""
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    """The lines of a run's `log.jsonl` without the time that each step took."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def losses(output: Path) -> list[float]:

@@ -48,6 +48,9 @@ def uninterrupted(
 def assert_same_run(output: Path, expected: Path) -> None:
     assert log_lines(output) == log_lines(expected)
     assert [line["step"] for line in log_lines(output)] == list(range(1, STEPS + 1))
+    speed, tokens = record_of(output)["speed"], record_of(expected)["speed"]["tokens"]
+    assert (speed["steps"], speed["tokens"]) == (STEPS, tokens), "the speed is that of all sessions"
+    assert tokens == sum(line["tokens"] for line in log_lines(expected)) > 0
     assert (output / "heldout.jsonl").read_bytes() == (expected / "heldout.jsonl").read_bytes()
     found, wanted = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (output, expected))
     assert found.keys() == wanted.keys()
