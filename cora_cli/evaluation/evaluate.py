@@ -12,7 +12,7 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.adapters.storage import base_of, check_base
-from cora_cli.data.encode import encode_prompt
+from cora_cli.data.encode import encode_prompt, shorten_prompt
 from cora_cli.data.formats import load_test_records
 from cora_cli.data.templates import choose_template, render
 from cora_cli.device import Hardware, select_hardware
@@ -141,7 +141,10 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
         room = backend.context - config.max_new_tokens
         if room < 1:
             raise CoraError(f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the model's context")
-        requests = [Request(prompt[-room:], text.prompt, text.response) for prompt, text in zip(ids, rendered, strict=True)]
+        requests = [
+            Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.response)
+            for prompt, text in zip(ids, rendered, strict=True)
+        ]
         cut = sum(len(prompt) > room for prompt in ids)
         if cut:
             say(f"{target.name}: {cut} prompts lost their beginning to fit the context")

@@ -122,6 +122,17 @@ def test_what_is_too_long_loses_the_prompts_beginning_and_a_response_that_does_n
     assert (encoded.truncated, encoded.dropped) == (int(prompt > room), 0)
 
 
+def test_a_prompt_that_loses_its_beginning_keeps_its_start_token():
+    tokenizer = TOKENIZERS["bos"]
+    record = {"prompt": "cdefgh", "completion": "y"}
+    kept = []
+    for longest in (9, 8, 5, 4, 3):
+        encoded = encode_records([record], "prompt", "plain", tokenizer, longest, "training")
+        assert len(encoded.examples[0].input_ids) == longest
+        kept.append((tokenizer.decode(encoded.examples[0].input_ids), encoded.truncated))
+    assert kept == [("<s>cdefghy</s>", 0), ("<s>defghy</s>", 1), ("<s>ghy</s>", 1), ("<s>hy</s>", 1), ("hy</s>", 1)]
+
+
 def test_a_record_without_a_single_prompt_token_is_dropped():
     records = prompt_records(("", "a"), ("x", "a"))
     assert encode_records(records, "prompt", "plain", TOKENIZERS["nothing"], 10, "training").dropped == 1
