@@ -47,6 +47,7 @@ def segment_attention(
     _refuse_dropout(kwargs)
     if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):
         raise CoraError("this model's attention has sinks or a position bias, which packed rows do not have on a CPU")
+    query, key = _in_dtype_of(value, query, key)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
         output: torch.Tensor = _PiecewiseAttention.apply(query, key, value, pieces(layout, sliding_window), scale, softcap)
@@ -184,8 +185,17 @@ def block_mask_attention(
     Raises `CoraError` for a model whose attention has dropout.
     """
     _refuse_dropout(kwargs)
+    query, key = _in_dtype_of(value, query, key)
     mask = layout_block_mask(layout, sliding_window, query.device)
     return flex_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _in_dtype_of(value: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys in the precision of the values, which the projections gave all three before the rotary embedding.
+
+    Where all weights are trained they are float32, and so is that embedding, even under autocast.
+    """
+    return query.to(value.dtype), key.to(value.dtype)
 
 
 def _refuse_dropout(arguments: dict[str, Any]) -> None:

@@ -357,6 +357,16 @@ def test_both_forms_give_the_same_outputs(heads, softcap, window, uncompiled):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", [segment_attention, block_mask_attention])
+def test_queries_and_keys_take_the_precision_of_the_values(form, uncompiled):
+    layout = lay_out([[1, 2, 3, 4]], 1)[0]
+    query, key, value = (tensor.detach() for tensor in make_inputs(4, 2, 1, torch.bfloat16, head_dim=32))
+    expected = form(torch.nn.Module(), query, key, value, None, layout)[0]
+    found = form(torch.nn.Module(), query.float(), key.float(), value, None, layout)[0]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_model_has_the_same_losses_in_both_forms(architecture, uncompiled, models):
     model, examples = models[architecture], [Example([*STEM, 5, 6], 4), Example([*STEM[:9], 7, 8], 3), Example([9, 8, 7], 1)]

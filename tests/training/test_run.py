@@ -310,6 +310,18 @@ def test_held_out_loss_can_be_followed_in_the_log(tiny_model: Path, tiny_data: P
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 
 
+def test_all_weights_are_trained_in_mixed_precision_and_kept_in_float32(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "bf16", mode="full", dtype="bf16", max_steps=3)
+    record = train(config)
+    train(replace(config, output_dir=str(tmp_path / "fp32"), dtype="fp32"))
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=2e-2)
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
+    assert record["heldout"]["after"]["loss"] < record["heldout"]["before"]["loss"]
+    assert {tensor.dtype for tensor in load_file(tmp_path / "bf16" / "model" / "model.safetensors").values()} == {torch.float32}
+
+
 def test_epochs_and_limit_decide_the_number_of_steps(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     config = config_for(
         tiny_model, tiny_data, tmp_path / "run", max_steps=None, epochs=1.5, limit=12, batch_size=4, test_size=0
