@@ -168,6 +168,8 @@ def _headline(methods: Sequence[Method], comparisons: Sequence[Comparison]) -> s
             )
         else:
             sentences.append(f"Against {claim} {NONE} in any of {total}.")
+    if comparisons and all(test.seeds == 1 for comparison in comparisons for test in comparison.tests):
+        sentences.append("Each method was trained with one seed, so what another seed would have changed is not known.")
     return " ".join(sentences)
 
 

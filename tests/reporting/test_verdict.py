@@ -59,6 +59,7 @@ def test_a_b_that_hurts_is_called_worse(tmp_path):
     )
     assert "was worse in 4 of 4 tests and better in none" in verdict.headline
     assert {test.outcome for test in verdict.comparisons[0].tests} == {WORSE}
+    assert verdict.headline.endswith("trained with one seed, so what another seed would have changed is not known.")
 
 
 def test_a_difference_that_one_seed_denies_is_not_called_one(tmp_path):
