@@ -4,6 +4,7 @@ Numbers are those of the tables; nothing is computed here but what an axis needs
 """
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ _LINES = ("-", "--", ":", "-.")
 def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
     """Every figure of a group that there are data for; `prefix` begins their names."""
     palette = Palette([line.method.first.row.label for line in group.lines])
-    bars = "Intervals: 95 %, over seeds where a method has several, else over examples; cut at the panel's edge where they are very wide."
+    bars = "Intervals: 95 %, over seeds where a method has several, else over examples; cut at the panel's edge where one is much wider than the others."
     sizes = _sizes(group)
     losses = [line for line in group.chosen if any("loss" in entry for r in line.method.results for entry in r.log)]
     if losses:
@@ -41,7 +42,7 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
             yield render(
                 f"{prefix}by-{what.replace(' ', '-')}",
                 f"{group.name}: scores against {what}",
-                f"Bands: 95 % intervals, over seeds where a method has several, else over examples; cut where they are very wide. {sizes}",
+                f"Bands: 95 % intervals, over seeds where a method has several, else over examples; cut where one is much wider than the others. {sizes}",
                 partial(_against, series=series, measures=measures, attribute=attribute, axis=axis, palette=palette),
                 (7.2, 2.3 * math.ceil(len(measures) / 3) + 0.4),
             )
@@ -60,7 +61,7 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
         yield render(
             f"{prefix}pareto",
             f"{group.name}: score against trained parameters",
-            f"{bars} The grey line joins the methods that no smaller one equals; dashed: the base model, which trains nothing. {sizes}",
+            f"{bars} Methods of about one size stand side by side. The grey line joins those that no smaller one equals; dashed: the base model, which trains nothing. {sizes}",
             lambda figure: _pareto(figure, group, points, palette),
             (7.2, 3.4),
         )
@@ -189,28 +190,22 @@ def _bars(figure: Any, group: Group, palette: Palette, rows: int, columns: int) 
 def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette) -> None:
     preferred = [m for m in ("rougeL", "sacrebleu", "bertscore_f1", "meteor", "rouge1", "rouge2") if m in group.measures][:1]
     measures = [*preferred, *(m for m in group.measures if m == LOSS)]
-    from matplotlib.ticker import LogLocator
-
+    places, ticks = side_by_side([float(line.method.first.trained or 0) for line in points])
     axes = figure.subplots(1, len(measures), squeeze=False)[0]
     for ax, measure in zip(axes, measures, strict=True):
         sign = -1 if measure == LOSS else 1
-        known = sorted((line for line in points if measure in line.estimates), key=lambda line: line.method.first.trained or 0)
-        front: list[Line] = []
-        for line in known:
-            found, trained, label = line.estimates[measure], line.method.first.trained, line.method.first.row.label
-            ax.plot([trained, trained], [found.low, found.high], color=palette.color(label), linewidth=1, alpha=0.6)
-            ax.plot(trained, found.value, palette.marker(label), color=palette.color(label), markersize=5, label=label)
-            if not front or sign * found.value > sign * front[-1].estimates[measure].value:
-                if front and front[-1].method.first.trained == trained:
+        front: list[tuple[int | None, float, float]] = []
+        for place, line in sorted(zip(places, points, strict=True), key=lambda pair: pair[1].method.first.trained or 0):
+            if (found := line.estimates.get(measure)) is None:
+                continue
+            trained, label = line.method.first.trained, line.method.first.row.label
+            ax.plot([place, place], [found.low, found.high], color=palette.color(label), linewidth=1, alpha=0.6)
+            ax.plot(place, found.value, palette.marker(label), color=palette.color(label), markersize=5, label=label)
+            if not front or sign * found.value > sign * front[-1][2]:
+                if front and front[-1][0] == trained:
                     front.pop()
-                front.append(line)
-        ax.plot(
-            [line.method.first.trained for line in front],
-            [line.estimates[measure].value for line in front],
-            color="#888888",
-            linewidth=1,
-            zorder=0,
-        )
+                front.append((trained, place, found.value))
+        ax.plot([place for _, place, _ in front], [value for *_, value in front], color="#888888", linewidth=1, zorder=0)
         for line in group.chosen:
             if line.method.first.row.mode == "base" and measure in line.estimates:
                 ax.axhline(line.estimates[measure].value, color="#888888", linestyle="--", linewidth=1)
@@ -218,12 +213,29 @@ def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette)
         if shown:
             ax.set_ylim(*_limits(shown))
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(lambda value, _: _rounded(value))
+        ax.set_xticks(ticks, [_rounded(tick) for tick in ticks])
         ax.minorticks_off()
         ax.margins(x=0.12)
         ax.set(xlabel="trained parameters", ylabel=_titled(measure))
     _legend_above(figure, axes)
+
+
+def side_by_side(sizes: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Places on a logarithmic axis for points of these sizes, in their order, moved as little as keeps them apart; and where to put ticks."""
+    import numpy as np
+    from scipy.optimize import isotonic_regression
+
+    logarithms = np.log(sizes)
+    order = np.argsort(logarithms, kind="stable")
+    span = max(float(np.ptp(logarithms)), math.log(2))
+    gaps = min(0.04, 0.5 / len(sizes)) * span * np.arange(len(sizes))
+    places = np.empty(len(sizes))
+    places[order] = isotonic_regression(logarithms[order] - gaps).x + gaps
+    ticks: list[float] = []
+    for size in sorted(sizes):
+        if not ticks or math.log(size / ticks[-1]) > 0.14 * span:
+            ticks.append(size)
+    return np.exp(places).tolist(), ticks
 
 
 def _series(group: Group, attribute: str) -> dict[str, list[Line]]:
@@ -254,11 +266,13 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _limits(estimates: Sequence[Estimate]) -> tuple[float, float]:
-    """Ends of an axis on which values can be told apart: with two seeds an interval may be a hundred times what methods differ by."""
+    """Ends of an axis that shows the usual interval whole, so that noise looks like noise, and cuts one that is much wider than the others."""
     values = [estimate.value for estimate in estimates]
     spread = (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
     low, high = min(e.low for e in estimates), max(e.high for e in estimates)
-    return max(low, min(values) - spread) - 0.05 * spread, min(high, max(values) + spread) + 0.05 * spread
+    reach = max(spread, statistics.median(max(e.high - e.value, e.value - e.low) for e in estimates))
+    margin = 0.05 * (spread + reach)
+    return max(low, min(values) - reach) - margin, min(high, max(values) + reach) + margin
 
 
 def _sizes(group: Group) -> str:
@@ -280,7 +294,7 @@ def _rounded(count: float) -> str:
     """`20k`, `1.5M`: a count as an axis shows it."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
-            return f"{count / size:g}{unit}"
+            return f"{count / size:.3g}{unit}"
     return f"{count:g}"
 
 

@@ -1,18 +1,23 @@
 import csv
 import io
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.paper import paper, paper_row
 from cora_cli.reporting.export import COLUMNS
+from cora_cli.reporting.plots import side_by_side
 from cora_cli.reporting.report import FILES, report
 from tests.reporting.helpers import Made, make_grid, plan_entry, write_plan
 from tests.reporting.strict_latex import check
@@ -289,3 +294,19 @@ def test_the_papers_numbers_are_there_with_their_source():
     assert paper_row("main", "LoRA_yahma_48")["rougeL"] == 0.374
     assert "sacrebleu" not in paper_row("rank", "LoRA_yhama_8")
     assert paper_row("main", "unknown") == {}
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=12))
+@settings(derandomize=True, deadline=None)
+def test_methods_of_one_size_stand_side_by_side_in_the_order_of_size(sizes):
+    places, ticks = side_by_side([float(size) for size in sizes])
+    assert sorted(range(len(sizes)), key=places.__getitem__) == sorted(range(len(sizes)), key=sizes.__getitem__)
+    logarithms = [math.log(place) for place in sorted(places)]
+    gap = min(0.04, 0.5 / len(sizes)) * max(math.log(max(sizes) / min(sizes)), math.log(2))
+    assert all(upper - lower > 0.999 * gap for lower, upper in pairwise(logarithms))
+    assert sum(logarithms) == pytest.approx(sum(map(math.log, sizes)), abs=1e-9)
+    assert set(ticks) <= set(sizes)
+
+
+def test_methods_far_apart_stand_where_their_size_is():
+    assert side_by_side([1e3, 1e6, 1e4])[0] == pytest.approx([1e3, 1e6, 1e4])
