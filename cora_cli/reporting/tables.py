@@ -219,7 +219,8 @@ def _cell_note(lines: Sequence[Line]) -> str:
             "value [low, high]: one run (or a model that no seed changes) with its 95 % bootstrap interval over examples, which "
             "does not hold the spread over seeds"
         )
-    sizes = {title(m): sorted({line.estimates[m].n for line in lines if m in line.estimates}) for m in lines[0].estimates}
+    measures = {measure for line in lines for measure in line.estimates}
+    sizes = {title(m): sorted({line.estimates[m].n for line in lines if m in line.estimates}) for m in measures}
     loss, prompts = sizes.pop("held-out loss", None), sorted({n for found in sizes.values() for n in found})
     counted = [f"n = {'/'.join(map(str, prompts))} prompts"] if prompts else []
     counted += (

@@ -219,6 +219,15 @@ def test_nothing_is_bold_where_the_best_two_are_alike(tmp_path):
     assert "Nothing is in bold" in text
 
 
+def test_the_note_under_a_table_names_every_unit_though_its_first_row_lacks_one(tmp_path):
+    grid = make_grid(tmp_path / "grid", [Made("base", "base", rank=None, rate=None), Made("fb", "fb", n_models=2)])
+    record = grid / "runs" / Made("fb", "fb", n_models=2).name / "run.json"
+    changed = rundir.read_json(record)
+    changed["plan"]["a_init"] = "gaussian"  # does not start as the base model, so lends it no loss
+    rundir.write_json(record, changed)
+    assert "held-out loss in nats per response token over 30 records" in report([str(grid)])
+
+
 def test_really_trained_runs_give_a_report_with_their_own_records(trained_grid, tmp_path):
     page = report([str(trained_grid)], "html", tmp_path)
     parse(page)
