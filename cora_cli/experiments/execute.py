@@ -158,7 +158,7 @@ class Execution:
             return
         self._running[step.name] = _Running(job, log, time.monotonic())
         self._note()
-        self._screen.started(step)
+        self._screen.submitted(step, self._launcher.how)
 
     def _reap(self) -> None:
         for name, running in list(self._running.items()):

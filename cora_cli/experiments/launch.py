@@ -30,9 +30,10 @@ class Job(Protocol):
 
 
 class Launcher(Protocol):
-    """Where steps run: at most `slots` at a time."""
+    """Where steps run: at most `slots` at a time. `how` is what is said of one that was handed over."""
 
     slots: int
+    how: str
 
     def submit(self, kind: str, argv: Sequence[str], log: Path) -> Job:
         """Start `cora ARGV`, everything it says going to the end of `log`; `kind` is the step's.
@@ -43,6 +44,8 @@ class Launcher(Protocol):
 
 class LocalLauncher:
     """Processes of this machine; with GPUs each has one to itself, without them an equal share of the threads."""
+
+    how = "started"
 
     def __init__(self, jobs: int | None, device: str, keep_open: Sequence[int] = ()) -> None:
         """`keep_open` are file descriptors that the processes inherit: a lock that they hold while they live."""

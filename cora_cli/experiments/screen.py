@@ -34,11 +34,11 @@ class Screen:
         if step.kind == "evaluate":
             self._line(f"{self._count()} {step.name}: whole already{_metrics(self._plan, step)}")
 
-    def started(self, step: Step) -> None:
-        """A step was started."""
+    def submitted(self, step: Step, how: str) -> None:
+        """A step was started or queued."""
         self._began[step.name] = time.monotonic()
         if not self._live:
-            self._line(f"{self._count()} {step.name}: started{self._time_left()}")
+            self._line(f"{self._count()} {step.name}: {how}{self._time_left()}")
 
     def made(self, step: Step, seconds: float) -> None:
         """A step ended well."""

@@ -79,6 +79,8 @@ class StepCall:
 class SlurmLauncher:
     """Jobs of a cluster; see `launch.Launcher`. The cluster decides how many run at a time."""
 
+    how = "queued"
+
     def __init__(
         self,
         folder: Path,

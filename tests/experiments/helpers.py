@@ -40,6 +40,8 @@ def plan_of(grid: Grid, out: Path = Path("out"), **hashes: str) -> Plan:
 class PretendLauncher:
     """Ends every step at once with the files that the real command would leave; `fails` names steps by a part of their words."""
 
+    how = "started"
+
     def __init__(self, slots: int = 1, fails: Callable[[Sequence[str]], str | None] = lambda argv: None) -> None:
         self.slots, self._fails = slots, fails
         self.submitted: list[tuple[str, ...]] = []
