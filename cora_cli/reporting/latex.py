@@ -1,7 +1,7 @@
 """Documents as LaTeX: an article with booktabs tables, and each table on its own to be pasted into a paper."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from cora_cli.reporting.canvas import Figure
 from cora_cli.reporting.document import Block, Heading, Items, Text
@@ -20,7 +20,8 @@ _SPECIAL = {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
-    "|": r"\textbar{}",
+    "|": r"\textbar{}\allowbreak{}",
+    "[": "{[}",
     '"': r"\textquotedbl{}",
     "–": "--",
     "—": "---",
@@ -36,6 +37,8 @@ _SPECIAL = {
     "Δ": r"\ensuremath{\Delta}",
     "α": r"\ensuremath{\alpha}",
 }
+_MOST_INLINE = 4
+"""Numbers in a row that a line holds together with their intervals."""
 _PREAMBLE = r"""\documentclass{article}
 \usepackage[utf8]{inputenc}
 \usepackage[T1]{fontenc}
@@ -72,7 +75,7 @@ def latex_table(table: Table) -> str:
         r"\toprule",
         " & ".join(map(escape, table.headers)) + r" \\",
         r"\midrule",
-        *(" & ".join(map(_cell, row)) + r" \\" for row in table.rows),
+        *_rows(table),
         r"\bottomrule",
         r"\end{tabular}}",
         *(rf"\par\smallskip\parbox{{\linewidth}}{{\footnotesize {escape(note)}}}" for note in table.notes),
@@ -93,14 +96,39 @@ def _plain(sign: str) -> str:
     return sign if sign.isascii() or re.match(r"[À-ÖØ-öø-ÿ]", sign) else f"[U+{ord(sign):04X}]"
 
 
-def _cell(cell: Cell) -> str:
-    found = cell.estimate
-    if found is None:
+def _rows(table: Table) -> Iterator[str]:
+    """The body; where a row holds more numbers than fit beside each other with their intervals, these stand in lines below them."""
+    wide = max((sum(cell.estimate is not None for cell in row) for row in table.rows), default=0) > _MOST_INLINE
+    for row in table.rows:
+        if not wide:
+            yield _line(_value(cell) + _interval(cell) + _printed(cell, "~") for cell in row)
+            continue
+        yield _line(map(_value, row))
+        for below in (_interval, _printed):
+            if any(below(cell) for cell in row):
+                yield _line(rf"{{\scriptsize {below(cell)}}}" if below(cell) else "" for cell in row)
+        yield r"\addlinespace"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _value(cell: Cell) -> str:
+    if cell.estimate is None:
         return escape(cell.text)
-    value = rf"\mathbf{{{cell.value}}}" if cell.bold else cell.value
+    return rf"$\mathbf{{{cell.value}}}$" if cell.bold else f"${cell.value}$"
+
+
+def _interval(cell: Cell) -> str:
+    if cell.estimate is None:
+        return ""
     interval = cell.interval.replace("± ", r"\pm ").replace(", ", r",\,")
-    printed = "" if cell.paper is None else f"~({cell.paper:g})"
-    return f"${value}_{{{interval}}}${printed}"
+    return f"$\\,{interval}$" if interval.startswith("[") else f"${{}}{interval}$"
+
+
+def _printed(cell: Cell, before: str = "") -> str:
+    return "" if cell.paper is None else f"{before}({cell.paper:g})"
 
 
 def _block(block: Block) -> str:

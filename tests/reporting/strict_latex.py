@@ -7,7 +7,7 @@ KNOWN = MATHS | frozenset(
     re.findall(
         r"\S+",
         r"""documentclass usepackage setlength parindent parskip sloppy begin end centering small caption resizebox ifdim width linewidth
-        else fi toprule midrule bottomrule par smallskip parbox footnotesize section subsection item textbf ensuremath ldots
+        else fi toprule midrule bottomrule addlinespace scriptsize allowbreak par smallskip parbox footnotesize section subsection item textbf ensuremath ldots
         textbackslash textasciitilde textasciicircum textless textgreater textbar textquotedbl \ { } $ & # % _ , |""",
     )
 )

@@ -40,6 +40,17 @@ def test_any_text_can_be_set(text):
 def test_a_cell_shows_its_interval_and_the_papers_number_and_bold_only_the_value():
     bootstrap = Estimate(12.34, 11.5, 13.0, EXAMPLES, 10, 1)
     row = (Cell("fb"), Cell("–", ESTIMATE, 3, 0.401, True), Cell("–", bootstrap, 2))
-    assert r"fb & $\mathbf{0.500}_{\pm 0.100}$~(0.401) & $12.34_{[11.50,\,13.00]}$ \\" in latex_table(
+    assert r"fb & $\mathbf{0.500}$${}\pm 0.100$~(0.401) & $12.34$$\,[11.50,\,13.00]$ \\" in latex_table(
         Table("t", ("method", "a", "b"), (row,), ())
     )
+
+
+def test_where_many_numbers_stand_in_a_row_their_intervals_and_the_papers_numbers_stand_below():
+    many = (Cell("fb"), Cell("[x]"), *[Cell("–", ESTIMATE, 3, 0.4)] * 5)
+    source = latex_table(Table("t", ("row", "method", *"abcde"), (many, (Cell("base"), Cell(), *[Cell()] * 5)), ()))
+    assert check(in_document(source)) == ["document", "table", "tabular"]
+    lines = source.splitlines()
+    place = lines.index(r"fb & {[}x] & $0.500$ & $0.500$ & $0.500$ & $0.500$ & $0.500$ \\")
+    assert lines[place + 1] == " &  & " + " & ".join([r"{\scriptsize ${}\pm 0.100$}"] * 5) + r" \\"
+    assert lines[place + 2] == " &  & " + " & ".join([r"{\scriptsize (0.4)}"] * 5) + r" \\"
+    assert lines[place + 4] == r"base & -- & -- & -- & -- & -- & -- \\"
