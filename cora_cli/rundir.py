@@ -129,8 +129,17 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """
     import yaml
 
+    class Strict(yaml.SafeLoader):
+        """Refuses a key that a mapping has twice, of which YAML would silently keep the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            if repeated := sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
+                raise UsageError(f"{what} {path} has the key {repeated[0]!r} twice in one place")
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Strict)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:

@@ -67,11 +67,15 @@ class Request:
 
 
 def dry_run(request: Request) -> str:
-    """The plan as text: rows, steps, sizes, estimates, and what is done. Writes nothing; what cannot be resolved is named."""
+    """The plan as text: rows, steps, sizes, estimates, and what is done. Writes nothing; what cannot be resolved is named.
+
+    Raises `CoraError` where a rank or a way of sharing does not fit the weights.
+    """
     grid = request.load()
     out = request.place(grid)
     # Without earlier steps nothing can be done already, so that no weights need to be hashed to find out.
     inputs = find_inputs(grid, out / _HASHES if (out / "steps").is_dir() else None)
+    check_shapes(grid, inputs)
     plan = make_plan(grid, out, inputs, request.device, request.dtype)
     rate, described = matmul_rate(request.device)
     return render_plan(plan, inputs, standing(plan), estimate_steps(plan, inputs, rate), _chosen(request, plan), described)
@@ -133,8 +137,10 @@ def _chosen(request: Request, plan: Plan) -> list[str]:
 
 
 def check_shapes(grid: Grid, inputs: Inputs) -> None:
-    """Raise `CoraError` where a rank or a way of sharing does not fit the weights, for all rows at once."""
-    model = inputs.models[grid.model]
+    """Raise `CoraError` where a rank or a way of sharing does not fit the weights, for all rows at once; what could not be had is not judged."""
+    model = inputs.models.get(grid.model)
+    if model is None:
+        return
     if not model.shapes:
         raise CoraError(
             f"{grid.model} is an adapter; a grid needs a whole model as its base: write one with `cora merge` first"
@@ -149,8 +155,8 @@ def _misfits(row: Row, grid: Grid, model: ModelFacts, inputs: Inputs) -> Iterato
     targets = model.targets(names)
     if row.mode in ("base", "full"):
         return
-    if not targets:
-        yield f"no weight of {grid.model} is named by the target modules {', '.join(names)}"
+    if lacking := [name for name in names if not model.targets((name,))]:
+        yield f"no weight of {grid.model} is named by the target module {lacking[0]}"
         return
     narrowest = min(targets, key=lambda module: targets[module][0])
     rows_of_narrowest, outs = targets[narrowest][0], sorted({out for out, _ in targets.values()})
@@ -163,8 +169,12 @@ def _misfits(row: Row, grid: Grid, model: ModelFacts, inputs: Inputs) -> Iterato
             f"share {share} needs weights with equal out-dimensions, but those of {grid.model} are "
             f"{', '.join(map(str, outs))}; use share projection or module"
         )
+    narrow = next((module for module, (out, inside) in targets.items() if out != inside), None)
+    if (row.basis or {}).get("side") == "input" and row.train is not None and narrow:
+        yield f"side input gives directions of the inputs, which B cannot take where {narrow} has the shape {targets[narrow]}"
     for reference in (grid.models[source] for source in row.sources):
-        theirs = inputs.models[reference].targets(names) if isinstance(reference, str) else {}
+        facts = inputs.models.get(reference) if isinstance(reference, str) else None
+        theirs = facts.targets(names) if facts else {}
         if theirs and theirs != targets:
             yield f"source model {reference} has not the shapes of {grid.model}"
 

@@ -96,7 +96,11 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     _collect(problems, "defaults: evaluate", lambda: EvaluateConfig(model="m", dataset="d", output_dir="o", **evaluate))
     scope = Scope(tuple(models), tuple(datasets), train, basis, basis_rank, source_seed)
     rows = list(_rows(values.get("grid"), scope, problems))
-    problems += [f"two rows have the name {name}" for name, count in Counter(row.name for row in rows).items() if count > 1]
+    problems += [
+        f"two rows have the name {name}: rows that differ in a setting are told apart where one block has it as a list, or in its rows"
+        for name, count in Counter(row.name for row in rows).items()
+        if count > 1
+    ]
     resources = read_resources(values.get("resources"), problems)
     table = _text(values, "paper_table", problems, None)
     problems += _check_printed(table, rows)
@@ -105,7 +109,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
         title=_text(values, "title", problems, values.get("name") or Path(where).stem) or "",
         paper_table=table,
         preset=preset,
-        conditions=tuple(map(str, values.get("conditions") or ())),
+        conditions=_sentences(values.get("conditions"), problems),
         model=_text(values, "model", problems, None) or "",
         models=models,
         datasets=datasets,
@@ -115,6 +119,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
         resources=resources,
         rows=tuple(rows),
     )
+    _is_name(grid.name, "name", problems)
     if not grid.model:
         problems.append("model is missing: the base model that every row trains or evaluates")
     if problems:
@@ -149,11 +154,25 @@ def _named(values: object, what: str, problems: list[str]) -> dict[str, str]:
     for name, reference in (values or {}).items():
         if not isinstance(reference, str) or not reference.strip():
             problems.append(f"{what}: {name} must name a reference, not {reference!r}")
-        elif not _NAME.match(str(name)):
-            problems.append(f"{what}: {name!r} is no name: letters, digits, and . _ + = - after the first")
-        else:
-            found[str(name)] = reference
+        elif _is_name(name, what, problems):
+            found[name] = reference
     return found
+
+
+def _is_name(name: object, what: str, problems: list[str]) -> bool:
+    if isinstance(name, str) and _NAME.match(name):
+        return True
+    problems.append(
+        f"{what}: {name!r} is no name: letters, digits, and . _ + = - after the first, in quotes where YAML sees no text"
+    )
+    return False
+
+
+def _sentences(values: object, problems: list[str]) -> tuple[str, ...]:
+    if isinstance(values, list | None) and all(isinstance(value, str) for value in values or ()):
+        return tuple(values or ())
+    problems.append(f"conditions must be a list of sentences, not {values!r}")
+    return ()
 
 
 def _models(values: object, problems: list[str]) -> dict[str, str | Values]:
@@ -171,7 +190,8 @@ def _models(values: object, problems: list[str]) -> dict[str, str | Values]:
                 problems.append(f"models: {name} is to be fine-tuned, but names no dataset")
             elif settings["mode"] not in ("lora", "full"):
                 problems.append(f"models: {name} must be made with mode lora or full, not {settings['mode']}")
-            pool[str(name)] = settings
+            if _is_name(name, "models", problems):
+                pool[name] = settings
         elif name in named:
             pool[name] = named[name]
     return pool

@@ -53,6 +53,24 @@ class Ledger:
             return Verdict(False, f"{altered[0]} was altered or removed after it was written")
         return Verdict(True, result=record["result"], seconds=record["seconds"])
 
+    def objection(self, step: Step, steps: Mapping[str, Step]) -> str | None:
+        """Why what lies in a step's place is no evidence for the plan whose `steps` these are; None where it is.
+
+        Unlike for `judge`, what it was made from may be gone from the disk since, and whole models are not hashed again.
+        """
+        record = self.record(step)
+        if not record:
+            return f"{self._place(step)}, which records what it was made from, is missing or damaged"
+        if record["key"] != step.key:
+            return f"made with other settings than the plan's ({', '.join(_differing(record['facts'], step.facts))})"
+        if record["status"] != FINISHED:
+            return record.get("error") or "not finished"
+        if any(self.record(steps[name]).get("result") != result for name, result in record["results_of_needs"].items()):
+            return "what it was made from has been made again since"
+        if altered := self._altered(step, record, but="model/"):
+            return f"{self._out / step.output / altered[0]} was altered or removed after it was written"
+        return None
+
     def conflict(self, step: Step) -> str | None:
         """What a finished or interrupted result of other settings in this step's place differs in; None where none would be lost."""
         record = self.record(step)
@@ -124,8 +142,8 @@ class Ledger:
         origin = {"results_of_needs": {name: results.get(name) for name in step.needs}, "command": list(step.argv)}
         rundir.write_json(self._place(step), {**common, **origin, **more})
 
-    def _files(self, step: Step) -> dict[str, str]:
-        """The SHA-256 of every file that a step makes, by its name below the step's place."""
+    def _files(self, step: Step, but: str | None = None) -> dict[str, str]:
+        """The SHA-256 of every file that a step makes, by its name below the step's place, but for names that begin with `but`."""
         place = self._out / step.output
         if step.kind == "basis":
             return {place.name: rundir.sha256_file(place)} if place.is_file() else {}
@@ -133,13 +151,16 @@ class Ledger:
         for name in _OUTPUTS["evaluate" if step.kind == "evaluate" else "train"]:
             path = place / name
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.is_file():
-                    found[file.relative_to(place).as_posix()] = rundir.sha256_file(file)
+                inside = file.relative_to(place).as_posix()
+                if file.is_file() and not (but and inside.startswith(but)):
+                    found[inside] = rundir.sha256_file(file)
         return found
 
-    def _altered(self, step: Step, record: dict[str, Any]) -> list[str]:
-        files = self._files(step)
-        return sorted(name for name, digest in record["files"].items() if files.get(name) != digest)
+    def _altered(self, step: Step, record: dict[str, Any], but: str | None = None) -> list[str]:
+        """Names of files that are not as they were recorded; those that begin with `but` are not read."""
+        files = self._files(step, but)
+        known = {name: digest for name, digest in record["files"].items() if but is None or not name.startswith(but)}
+        return sorted(name for name, digest in known.items() if files.get(name) != digest)
 
 
 def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ A step is one `cora` command. Whether it is done already is `ledger`'s judgement
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -259,7 +260,13 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "preset": grid.preset,
         "conditions": list(grid.conditions),
         "rows": rows,
-        "steps": {
-            name: {"kind": step.kind, "output": step.output, "needs": list(step.needs)} for name, step in plan.steps.items()
-        },
+        "steps": [dataclasses.asdict(step) for step in plan.steps.values()],
     }
+
+
+def read_steps(record: Mapping[str, Any]) -> dict[str, Step]:
+    """The steps of a `plan_record` by name, each after those that it needs; none where it was written without them."""
+    entries = record.get("steps")
+    if not isinstance(entries, list):
+        return {}
+    return {entry["name"]: Step(**{**entry, "needs": tuple(entry["needs"]), "argv": tuple(entry["argv"])}) for entry in entries}

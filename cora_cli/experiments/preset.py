@@ -56,6 +56,7 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
     }
     made = f"The {len(pool)} source models are fine-tunes made here, {TASK_STEPS} steps each on {', '.join(renamed.values())}."
     conditions = [
+        *(values.get("conditions") or ()),
         f"The base model is {model} instead of {values.get('model')}.",
         *replaced,
         f"Each run takes {STEPS} steps of {BATCH} records at learning rate {LEARNING_RATE:g} ({FULL_LEARNING_RATE:g} where all weights "
@@ -102,22 +103,30 @@ def _by_rate(block: Mapping[str, Any]) -> list[Values]:
     return [*([{**block, "mode": others}] if others else []), {**block, "mode": "full"}]
 
 
-def _block(block: Mapping[str, Any], renamed: Mapping[str, str]) -> Values:
-    """A block (or row) without settings of scale; a learning rate that is swept stays."""
+def _block(block: Mapping[str, Any], renamed: Mapping[str, str], sweeps: bool = False) -> Values:
+    """A block (or row) without settings of scale; a learning rate that is swept stays. Raises `UsageError` where another one is varied."""
+    rows = block.get("rows") or []
+    if varied := sorted(key for key in _SCALE & block.keys() if isinstance(block[key], list)) + sorted(
+        _SCALE & {key for row in rows for key in row}
+    ):
+        raise UsageError(f"preset small sets {varied[0]} itself, so that a grid which varies it cannot be run with it")
     kept = {key: value for key, value in block.items() if key not in _SCALE}
-    if not isinstance(kept.get("learning_rate"), list):
+    if not sweeps and not isinstance(kept.get("learning_rate"), list):
         kept.pop("learning_rate", None)
         if block.get("mode") == "full":
             kept["learning_rate"] = FULL_LEARNING_RATE
     if "sources" in kept:
         kept["sources"] = _renamed(kept["sources"], renamed)
     if "rows" in kept:
-        kept["rows"] = [_block(row, renamed) for row in kept["rows"]]
+        swept = len({row.get("learning_rate") for row in rows}) > 1
+        kept["rows"] = [_block(row, renamed, swept) for row in rows]
     return kept
 
 
 def _renamed(sources: Any, renamed: Mapping[str, str]) -> Any:
-    return [_renamed(source, renamed) for source in sources] if isinstance(sources, list) else renamed[sources]
+    if isinstance(sources, list):
+        return [_renamed(source, renamed) for source in sources]
+    return ",".join(renamed[name.strip()] for name in sources.split(","))
 
 
 class _Shapes:
@@ -142,7 +151,9 @@ class _Shapes:
         result = dict(settings)
         for key in {"share", rank_key} & result.keys():
             value = result[key]
-            result[key] = [self._one(key, each) for each in value] if isinstance(value, list) else self._one(key, value)
+            # Several may become one.
+            many = isinstance(value, list)
+            result[key] = list(dict.fromkeys(self._one(key, each) for each in value)) if many else self._one(key, value)
         if isinstance(result.get("rows"), list):
             result["rows"] = [self.adapted(row, rank_key) for row in result["rows"]]
         return result

@@ -101,7 +101,9 @@ def build_row(settings: Values, varied: Collection[str], scope: Scope, where: st
     row = _assemble(mode, needs_basis, values, scope, where, problems)
     if len(problems) > found:
         return None
-    return dataclasses.replace(row, name=_name(row, values, varied, scope), label=values.get("label") or _label(row))
+    told_apart = _told_apart(values, varied, {"method"} if mode == "basis" else set())
+    label = " ".join([values.get("label") or _label(row), *(f"{key}={text}" for key, text in told_apart)])
+    return dataclasses.replace(row, name=_name(row, values, varied, scope), label=label)
 
 
 def _useful_keys(mode: str, needs_basis: bool) -> set[str]:
@@ -202,7 +204,7 @@ def _filled(printed: str | None, values: Values, where: str, problems: list[str]
     """The printed name with the row's own values in its `{placeholders}`."""
     try:
         return printed.format_map(values) if printed else None
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
         problems.append(f"{where}: printed {printed!r} refers to {error}, which this row does not set")
         return None
 
@@ -215,22 +217,29 @@ def _label(row: Row) -> str:
     return row.mode + (f" {start}" if start else "") + (" n=0" if row.n_models == 0 else "")
 
 
+def _told_apart(values: Values, varied: Collection[str], shown: Collection[str]) -> list[tuple[str, str]]:
+    """What tells a row from others of its block and has no place of its own in names and tables: settings and their values as text."""
+    found = []
+    for key in sorted({*varied} & values.keys() - _ALWAYS_NAMED - {*shown}):
+        value = values[key]
+        text = "+".join(value) if isinstance(value, tuple) else short(value) if isinstance(value, float) else str(value).lower()
+        found.append((key, text))
+    return found
+
+
 def _name(row: Row, values: Values, varied: Collection[str], scope: Scope) -> str:
     start = (row.train or {}).get("b_init")
     if row.mode == "basis":
         assert row.basis is not None
         parts = [f"basis-{row.basis.get('method', 'svd')}", row.basis.get("share", "module"), f"r{row.basis_rank}"]
-        own = {"method", "share"}
     else:
-        parts, own = [_STEMS[row.mode] + (f"-{start}" if start else "")], set()
+        parts = [_STEMS[row.mode] + (f"-{start}" if start else "")]
         parts += [str(row.dataset)] if len(scope.datasets) > 1 else []
         parts += [f"r{row.rank}"] if row.rank is not None else []
     parts += [f"n{row.n_models}"] if row.n_models is not None else []
     parts += [f"lr{short(row.learning_rate)}"] if row.learning_rate is not None else []
-    for key in sorted(set(varied) & values.keys() - _ALWAYS_NAMED - own):
-        value = values[key]
-        text = "+".join(value) if isinstance(value, tuple) else short(value) if isinstance(value, float) else str(value).lower()
-        parts.append(f"{key.replace('_', '-')}-{text}")
+    shown = {"method", "share"} if row.mode == "basis" else set()
+    parts += [f"{key.replace('_', '-')}-{text}" for key, text in _told_apart(values, varied, shown)]
     parts += [f"seed{row.seed}"] if row.train is not None else []
     return "_".join(parts)
 

@@ -13,7 +13,7 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.progress import progress
 from cora_cli.reporting.measures import DAMAGE, LOSS, Measure, damaged, read_evaluation, read_loss
-from cora_cli.reporting.rows import Experiment, Row, clean
+from cora_cli.reporting.rows import Experiment, Row, StepRecords, clean
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 
@@ -81,7 +81,7 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
                 shown.advance()
                 continue
             try:
-                result, lacking = _read_row(row, wanted)
+                result, lacking = _read_row(row, wanted, experiment.records)
             except CoraError as error:
                 missing.append(Missing(row, "run", str(error)))
             else:
@@ -106,8 +106,8 @@ def _each_once(rows: tuple[Row, ...]) -> list[Row]:
     return kept
 
 
-def _read_row(row: Row, wanted: tuple[str, ...] | None) -> tuple[Result, list[Missing]]:
-    """One row; raises `CoraError` with the reason where its run cannot be used."""
+def _read_row(row: Row, wanted: tuple[str, ...] | None, records: StepRecords | None) -> tuple[Result, list[Missing]]:
+    """One row; raises `CoraError` with the reason where its run cannot be used, or is not the one that `records` tell of."""
     missing = []
     measures: dict[str, Measure] = {}
     record, log = {}, []
@@ -116,6 +116,8 @@ def _read_row(row: Row, wanted: tuple[str, ...] | None) -> tuple[Result, list[Mi
     if row.run is not None:
         run = RunDirectory(row.run)
         record = _finished_record(run, row)
+        if records:
+            records.require(row.run)
         log = rundir.read_jsonl(run.log) if run.log.exists() else []
         try:
             trained = 0 if record.get("is_base_model") else int(record["parameters"]["trained"])
@@ -138,6 +140,8 @@ def _read_row(row: Row, wanted: tuple[str, ...] | None) -> tuple[Result, list[Mi
             started = evaluation.root.is_dir() and rundir.holds_files(evaluation.root)
             raise CoraError(_failure(row) or ("the evaluation is not finished" if started else "not evaluated yet"))
         found, generation, references = read_evaluation(evaluation, wanted)
+        if records:
+            records.require(row.evaluation)
         measures |= found
     except CoraError as error:
         if not measures:

@@ -6,7 +6,7 @@ JSON: `{"format_version": 1, "experiments": [...]}`. An experiment has `name`, `
 - a line: `row` (title), `method`, `mode`, `label`, `printed`, `rank`, `n_models`, `learning_rate`, `chosen`, `seeds`, `rows` (names),
   `trained_parameters`, `adapter_bytes`, `tokens_per_second` and `peak_memory_bytes` (a value per seed), `paper` (measure -> number), and
   `measures`: measure -> `value`, `low`, `high`, `kind`, `n`, `seeds`, `by_seed`;
-- `best`: measure -> `row`, `p_holm`, `supported`;
+- `best`: measure -> `row`, `p_holm`, `seeds_agree`, `supported`;
 - `verdict`: `headline`, `rule`, `comparisons`, each with `one`, `other`, `role`, `sentence` and `tests`: `measure`, `difference`, `ci95`, `p`,
   `p_holm`, `n`, `outcome`, `seeds`, `seeds_agreeing`, `over_seeds` (mean and half-width, or null).
 
@@ -142,7 +142,12 @@ def _group(group: Group) -> dict[str, Any]:
         "selected_by": group.selected_by,
         "lines": [_line(line) for line in group.lines],
         "best": {
-            measure: {"row": group.chosen[best.place].title, "p_holm": best.p_holm, "supported": best.supported}
+            measure: {
+                "row": group.chosen[best.place].title,
+                "p_holm": best.p_holm,
+                "seeds_agree": best.seeds_agree,
+                "supported": best.supported,
+            }
             for measure, best in group.best.items()
         },
         "verdict": _verdict(group.verdict),

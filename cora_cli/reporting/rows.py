@@ -11,6 +11,8 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.experiments.ledger import Ledger
+from cora_cli.experiments.plan import Step, read_steps
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 PLAN_VERSION = 1
@@ -81,6 +83,22 @@ class Experiment:
     conditions: tuple[str, ...]
     rows: tuple[Row, ...]
     bases: tuple[Path, ...] = ()
+    records: "StepRecords | None" = None
+
+
+class StepRecords:
+    """What `cora ablate` recorded of the steps of a plan: whether a directory is still what the plan's step left there."""
+
+    def __init__(self, root: Path, steps: dict[str, Step]) -> None:
+        self._ledger, self._steps = Ledger(root), steps
+        self._by_place = {root / step.output: step for step in steps.values()}
+
+    def require(self, place: Path) -> None:
+        """Raise `CoraError` with the reason where the directory or file at `place` is no evidence for the plan."""
+        step = self._by_place.get(place)
+        objection = self._ledger.objection(step, self._steps) if step else f"{place} is no step of the plan"
+        if objection:
+            raise CoraError(f"{objection}; run `cora ablate` again")
 
 
 def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
@@ -110,7 +128,10 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
 def read_plan(root: Path) -> Experiment:
     """The experiment that `root/plan.json` describes. Raises `CoraError` naming the file and what is wrong in it."""
     path = root / "plan.json"
-    plan = rundir.read_json(path)
+    try:
+        plan = rundir.read_json(path)
+    except CoraError as error:
+        raise CoraError(f"{error}; run `cora ablate` again") from error
     if not isinstance(plan, dict):
         raise CoraError(f"{path} is damaged: a JSON object was expected, not {type(plan).__name__}; run `cora ablate` again")
     if plan.get("format_version") != PLAN_VERSION:
@@ -123,6 +144,10 @@ def read_plan(root: Path) -> Experiment:
         _check(path, f"row {number}", entry, _ROW_KEYS)
         rows.append(_row_of_plan(root, entry))
     names = [row.name for row in rows]
+    records = _step_records(root, plan)
+    unchecked = (
+        () if records else ("These rows were not checked against the records of `cora ablate`: plan.json names no steps.",)
+    )
     if not rows:
         raise CoraError(f"{path} plans no rows, so there is nothing to report")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
@@ -132,10 +157,21 @@ def read_plan(root: Path) -> Experiment:
         clean(plan["title"]),
         plan["paper_table"],
         plan["preset"],
-        tuple(clean(str(sentence)) for sentence in plan["conditions"]),
+        (*(clean(str(sentence)) for sentence in plan["conditions"]), *unchecked),
         tuple(rows),
         tuple(sorted((root / "bases").glob("*.safetensors"))),
+        records,
     )
+
+
+def _step_records(root: Path, plan: dict[str, Any]) -> StepRecords | None:
+    try:
+        steps = read_steps(plan)
+    except (TypeError, KeyError) as error:
+        raise CoraError(
+            f"{root / 'plan.json'} is damaged: its steps are not whole ({error}); run `cora ablate` again"
+        ) from error
+    return StepRecords(root, steps) if steps else None
 
 
 def clean(text: str) -> str:

@@ -157,19 +157,41 @@ def compare(one: Method, other: Method, name: str, seed: int = 0, resamples: int
     return paired_difference(first, second, value, resamples, seed)
 
 
-def best_method(methods: Sequence[Method], name: str, seed: int = 0) -> tuple[int, float] | None:
-    """The best method's place and the largest Holm-corrected p-value of its paired tests against every other method.
+def best_methods(methods: Sequence[Method], names: Sequence[str], seed: int = 0) -> dict[str, tuple[int, float, bool]]:
+    """By measure the place of the best method, the largest p-value of its paired tests against every other method that has the measure,
+    Holm-corrected over all measures together, and whether it is better than each at every seed.
 
-    None where fewer than two methods have the measure. The best is supported where that p-value is below `LEVEL`.
+    Measures of fewer than two methods are left out. The best is supported where that p-value is below `LEVEL` and the seeds agree.
     """
-    estimates = {index: estimate for index, method in enumerate(methods) if (estimate := method.estimate(name))}
-    if len(estimates) < 2:
-        return None
-    sign = 1 if higher_is_better(name) else -1
-    best = max(estimates, key=lambda index: sign * estimates[index].value)
-    others = [methods[index] for index in estimates if index != best]
-    tests = [compare(methods[best], other, name, seed, resamples_for(len(others))) for other in others]
-    return best, max(holm([test.p_value for test in tests if test]))
+    pairs: list[tuple[str, int, Method]] = []
+    places: dict[str, int] = {}
+    for name in names:
+        estimates = {index: estimate for index, method in enumerate(methods) if (estimate := method.estimate(name))}
+        if len(estimates) > 1:
+            sign = 1 if higher_is_better(name) else -1
+            places[name] = max((sign * estimate.value, -index, index) for index, estimate in estimates.items())[-1]
+            pairs += [(name, places[name], methods[index]) for index in estimates if index != places[name]]
+    resamples = resamples_for(len(pairs))
+    found = [compare(methods[place], other, name, seed, resamples) for name, place, other in pairs]
+    corrected = holm([test.p_value if test else 1.0 for test in found])
+    largest, agree = dict.fromkeys(places, 0.0), dict.fromkeys(places, True)
+    for (name, place, other), p_holm in zip(pairs, corrected, strict=True):
+        sign = 1 if higher_is_better(name) else -1
+        largest[name] = max(largest[name], p_holm)
+        agree[name] &= all(sign * difference > 0 for difference in differences_by_seed(methods[place], other, name))
+    return {name: (place, largest[name], agree[name]) for name, place in places.items()}
+
+
+def differences_by_seed(one: Method, other: Method, name: str) -> list[float]:
+    """`one` minus `other` for every seed that both have; a base model, which has no seed, is compared with every one."""
+    ours, theirs = (
+        {result.row.seed: result.measures[name].value for result in method.with_measure(name)} for method in (one, other)
+    )
+    if other.first.row.run is None:
+        theirs = dict.fromkeys(ours, next(iter(theirs.values())))
+    elif one.first.row.run is None:
+        ours = dict.fromkeys(theirs, next(iter(ours.values())))
+    return [ours[key] - theirs[key] for key in sorted(ours.keys() & theirs.keys())]
 
 
 def choose_learning_rates(methods: Sequence[Method]) -> tuple[list[Method], str | None]:

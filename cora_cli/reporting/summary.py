@@ -10,7 +10,7 @@ from cora_cli.evaluation.metrics import NAMES
 from cora_cli.experiments.paper import paper_row
 from cora_cli.reporting.collect import Collection, Result
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.statistics import LEVEL, Estimate, Method, best_method, choose_learning_rates, group_methods
+from cora_cli.reporting.statistics import LEVEL, Estimate, Method, best_methods, choose_learning_rates, group_methods
 from cora_cli.reporting.verdict import Verdict, judge
 
 
@@ -31,15 +31,18 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best chosen line of a measure (its place among them) and the largest corrected p of its tests against the others."""
+    """The best chosen line of a measure (its place among them), the largest corrected p of its tests against the others, and whether it
+    was better than each of them at every seed.
+    """
 
     place: int
     p_holm: float
+    seeds_agree: bool
 
     @property
     def supported(self) -> bool:
         """Whether every other method was shown to be different."""
-        return self.p_holm < LEVEL
+        return self.p_holm < LEVEL and self.seeds_agree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,5 +101,5 @@ def _summarise_group(name: str, results: Sequence[Result], paper_table: str | No
         )
         for method in methods
     )
-    best = {m: Best(*found) for m in measures if (found := best_method(chosen, m, seed))}
+    best = {measure: Best(*found) for measure, found in best_methods(chosen, measures, seed).items()}
     return Group(name, lines, measures, best, selected_by, judge(chosen, measures, seed))

@@ -175,7 +175,7 @@ def _score_notes(group: Group) -> list[str]:
     supported = [measure for measure in group.measures if measure in group.best and group.best[measure].supported]
     meaning = (
         f"the best of its column, different from every other method by paired tests over the same prompts (p < {LEVEL:g}, "
-        "Holm-corrected within the column; resampled over prompts, not over training seeds)"
+        "Holm-corrected over the table; resampled over prompts, not over training seeds) and at every seed"
     )
     if supported:
         notes.append(f"Bold: {meaning}.")

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 
 from cora_cli.intervals import PairedDifference
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.statistics import LEVEL, Method, compare, higher_is_better, holm, resamples_for, t_interval
+from cora_cli.reporting.statistics import (
+    LEVEL,
+    Method,
+    compare,
+    differences_by_seed,
+    higher_is_better,
+    holm,
+    resamples_for,
+    t_interval,
+)
 
 RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE = (
     "random orthonormal B",
@@ -60,7 +69,7 @@ class Comparison:
         elif silent:
             where = "any of the" if len(silent) == len(self.tests) else "the other"
             said.append(f"{NONE} in {where} {len(silent)} measures")
-        said += [_amount(test, "differs by") for test in silent if test.measure == LOSS]
+        said += [f"{_amount(test, 'differs by')}, uncorrected" for test in silent if test.measure == LOSS]
         return f"{self.one.name} against {self.other.name} ({self.role}): {'; '.join(said)}."
 
 
@@ -134,12 +143,7 @@ def _controls(one: Method, methods: Sequence[Method]) -> list[tuple[Method, str]
 
 def _test(one: Method, other: Method, name: str, paired: PairedDifference, p_holm: float) -> Test:
     sign = 1 if higher_is_better(name) else -1
-    ours, theirs = (
-        {result.row.seed: result.measures[name].value for result in method.with_measure(name)} for method in (one, other)
-    )
-    if other.first.row.run is None:  # the base model has no seed: every seed is compared with it
-        theirs = dict.fromkeys(ours, next(iter(theirs.values())))
-    by_seed = [ours[key] - theirs[key] for key in sorted(ours.keys() & theirs.keys())]
+    by_seed = differences_by_seed(one, other, name)
     agreeing = sum(difference * paired.difference > 0 for difference in by_seed)
     outcome = NONE
     if p_holm < LEVEL and paired.difference and agreeing == len(by_seed):

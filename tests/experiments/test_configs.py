@@ -131,4 +131,4 @@ def test_the_small_preset_gives_full_fine_tuning_a_learning_rate_of_its_own(tiny
 def test_the_small_preset_makes_no_models_for_a_table_without_bases(tiny_model: Path) -> None:
     grid = paper_grid("table4", "small", str(tiny_model))
     assert grid.models == {}
-    assert not any("source models" in sentence or "per projection" in sentence for sentence in grid.conditions)
+    assert not any("source models are fine-tunes" in sentence or "per projection" in sentence for sentence in grid.conditions)

@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cora_cli.errors import UsageError
 from cora_cli.experiments.grid import build_grid, load_grid
@@ -116,6 +117,7 @@ def test_printed_names_are_filled_from_the_row() -> None:
         ({"mode": "lora", "seed": [0, 0]}, "two rows have the name lora_r4_lr3e-4_seed0"),
         ({"mode": "lora", "printed": "x"}, "rows with a printed name need paper_table"),
         ({"mode": "lora", "printed": "{colour}"}, "printed '{colour}' refers to 'colour', which this row does not set"),
+        ({"mode": "lora", "printed": "{mode.colour}"}, "printed '{mode.colour}' refers to "),
         (["mode"], "grid, block 1 must hold `name: value` lines"),
     ],
 )
@@ -190,3 +192,56 @@ def test_a_file_that_cannot_be_read_is_named(text: str | None, message: str, tmp
     with pytest.raises(UsageError, match="grid file") as error:
         load_grid(tmp_path / "own.yaml")
     assert message in str(error.value)
+
+
+def test_what_a_block_varies_is_in_the_label_so_that_rows_of_unlike_settings_are_unlike_methods() -> None:
+    rows = grid_of(
+        {"mode": "lora", "alpha": [4.0, 8.0], "rank": [4, 8], "seed": [0, 1]},
+        {"mode": "fb", "label": "mine", "share": ["module", "projection"], "sources": [["a"], ["a", "b"]]},
+    ).rows
+    assert {row.label for row in rows[:8]} == {"lora alpha=4", "lora alpha=8"}
+    assert [row.label for row in rows[8:]] == [
+        "mine share=module sources=a",
+        "mine share=module sources=a+b",
+        "mine share=projection sources=a",
+        "mine share=projection sources=a+b",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": {"a": "org/a", 2: "org/b"}}, "models: 2 is no name"),
+        ({"models": {True: {"dataset": "tasks"}}}, "models: True is no name"),
+        ({"datasets": {1: "records"}}, "datasets: 1 is no name"),
+        ({"name": "../up"}, "name: '../up' is no name"),
+        ({"conditions": "One sentence."}, "conditions must be a list of sentences, not 'One sentence.'"),
+        ({"conditions": [5]}, "conditions must be a list of sentences, not [5]"),
+    ],
+)
+def test_names_and_sentences_that_are_none_are_refused(changes: Any, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        grid_of({"mode": "base"}, **changes)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["model: m\nmodel: n\n", "model: m\ngrid:\n  - {mode: lora, rank: 4, rank: 8}\n"])
+def test_a_key_that_stands_twice_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"has the key '(model|rank)' twice in one place"):
+        load_grid(tmp_path / "grid.yaml")
+
+
+def test_what_the_small_preset_sets_itself_may_not_be_varied(tiny_model: Path, tmp_path: Path) -> None:
+    values = {**BASE, "datasets": {"data": "builtin:code"}}
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({**values, "grid": [{"mode": "lora", "batch_size": [2, 4]}]}))
+    with pytest.raises(UsageError, match="preset small sets batch_size itself"):
+        load_grid(path, "small", str(tiny_model))
+    rates = [{"learning_rate": 1e-3}, {"learning_rate": 1e-2}]
+    path.write_text(
+        yaml.safe_dump({**values, "grid": [{"mode": "lora", "rows": rates}, {"mode": "fb", "share": ["global", "projection"]}]})
+    )
+    rows = load_grid(path, "small", str(tiny_model)).rows
+    assert [row.learning_rate for row in rows[:2]] == [1e-3, 1e-2]
+    assert len(rows) == 3

@@ -203,7 +203,8 @@ def test_every_step_is_estimated_and_more_work_takes_longer() -> None:
             {"mode": "fb", "share": "global"},
             "share global needs weights with equal out-dimensions, but those of base are 32, 64",
         ),
-        ({"mode": "lora", "target_modules": ["o_proj"]}, "no weight of base is named by the target modules o_proj"),
+        ({"mode": "lora", "target_modules": ["q_proj", "o_proj"]}, "no weight of base is named by the target module o_proj"),
+        ({"mode": "fb", "side": "input"}, "B cannot take where model.layers.0.self_attn.k_proj has the shape (32, 64)"),
     ],
 )
 def test_what_the_shapes_forbid_is_refused_before_anything_runs(row: dict[str, Any], message: str) -> None:

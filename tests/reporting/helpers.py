@@ -8,6 +8,8 @@ import numpy as np
 
 from cora_cli import rundir
 from cora_cli.evaluation.metrics import score_all
+from cora_cli.experiments.ledger import Ledger
+from cora_cli.experiments.plan import Step
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.heldout import HeldOutLoss
 
@@ -81,6 +83,21 @@ def write_plan(root: Path, entries: list[dict[str, Any]], **changes: Any) -> Non
         "rows": entries,
     }
     rundir.write_json(root / "plan.json", {**plan, **changes})
+
+
+def record_steps(root: Path, **facts: Any) -> None:
+    """Make the grid one whose steps were carried out as planned: what lies there now is what they made from `facts`."""
+    plan = rundir.read_json(root / "plan.json")
+    steps = []
+    for row in plan["rows"]:
+        run = Step(f"train-{row['name']}", "train", row["run"], {"row": row["name"], **facts}, (), ()) if row["run"] else None
+        needs = (run.name,) if run else ()
+        evaluation = Step(f"evaluate-{row['name']}", "evaluate", row["evaluation"], {"row": row["name"], **facts}, needs, ())
+        results: dict[str, str] = {}
+        for step in filter(None, (run, evaluation)):
+            results[step.name] = Ledger(root).finish(step, results, 1.0)
+            steps.append(dataclasses.asdict(step))
+    rundir.write_json(root / "plan.json", {**plan, "steps": steps})
 
 
 def plan_entry(made: Made) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.rows import find_experiments, read_plan
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
-from tests.reporting.helpers import Made, make_grid, plan_entry, write_plan
+from tests.reporting.helpers import Made, make_grid, plan_entry, record_steps, write_plan
 
 
 @pytest.fixture
@@ -241,3 +241,68 @@ def test_plain_runs_on_two_bases_of_as_many_models_are_two_methods(trained_grid,
     assert labels[0] != labels[1] == labels[2]
     (alone,) = find_experiments([str(other), str(again)])
     assert {row.label for row in alone.rows} == {"fb"}
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    rows = [Made("base", "base", rank=None, rate=None), Made("lora", "lora"), Made("fb", "fb", n_models=2)]
+    root = make_grid(tmp_path / "grid", rows)
+    record_steps(root)
+    return root
+
+
+def missing_of(root):
+    return {entry.row.label: entry.reason for entry in collect(read_plan(root)).missing}
+
+
+def test_rows_that_are_as_their_steps_left_them_are_all_reported(recorded, tmp_path):
+    experiment = read_plan(recorded)
+    assert experiment.conditions == ("The models are tiny.",)
+    assert not missing_of(recorded)
+    unchecked = read_plan(make_grid(tmp_path / "other", [Made("lora", "lora")]))
+    assert "plan.json names no steps" in unchecked.conditions[-1]
+
+
+def test_evaluations_that_changed_places_are_noticed(recorded):
+    lora, fb = (recorded / "runs" / made.name / "evaluation" for made in (Made("lora", "lora"), Made("fb", "fb", n_models=2)))
+    lora.rename(recorded / "aside")
+    fb.rename(lora)
+    (recorded / "aside").rename(fb)
+    missing = missing_of(recorded)
+    assert missing.keys() == {"lora", "fb"}
+    assert all("was altered or removed after it was written; run `cora ablate` again" in reason for reason in missing.values())
+
+
+@pytest.mark.parametrize("file", ["run.json", "log.jsonl", "evaluation/metrics.json", "evaluation/scores.jsonl"])
+def test_numbers_that_were_edited_so_that_they_still_agree_are_noticed(recorded, file):
+    path = recorded / "runs" / Made("lora", "lora").name / file
+    path.write_text(path.read_text() + " \n" if file.endswith(".json") else path.read_text().replace("0.", "0.0", 1))
+    assert missing_of(recorded).keys() == {"lora"}
+
+
+def test_a_run_of_other_settings_than_the_plans_is_not_shown_among_its_rows(recorded):
+    plan = rundir.read_json(recorded / "plan.json")
+    for step in plan["steps"]:
+        step["facts"] |= {"max_steps": 7} if "lora" in step["name"] else {}
+    rundir.write_json(recorded / "plan.json", plan)
+    assert missing_of(recorded) == {"lora": "made with other settings than the plan's (max_steps); run `cora ablate` again"}
+
+
+def test_an_evaluation_of_a_run_that_was_made_again_is_not_shown(recorded):
+    name = Made("lora", "lora").name
+    path = recorded / "steps" / f"train-{name}.json"
+    rundir.write_json(path, rundir.read_json(path) | {"result": "0" * 64})
+    assert missing_of(recorded) == {"lora": "what it was made from has been made again since; run `cora ablate` again"}
+
+
+def test_a_step_without_its_record_is_no_evidence(recorded):
+    (recorded / "steps" / f"train-{Made('lora', 'lora').name}.json").unlink()
+    assert "is missing or damaged; run `cora ablate` again" in missing_of(recorded)["lora"]
+
+
+def test_a_plan_with_damaged_steps_is_refused(recorded):
+    plan = rundir.read_json(recorded / "plan.json")
+    del plan["steps"][0]["facts"]
+    rundir.write_json(recorded / "plan.json", plan)
+    with pytest.raises(CoraError, match="its steps are not whole"):
+        read_plan(recorded)

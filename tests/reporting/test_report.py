@@ -209,7 +209,7 @@ def test_the_best_is_bold_where_the_tests_support_it_and_the_note_says_what_bold
     (fb,) = [line for line in ladder_text.splitlines() if line.startswith("| **fb") or line.startswith("| fb r=4 n=2")][:1]
     assert fb.count("**") == 2 * 4
     assert ladder_text.count("Bold: the best of its column") == 1
-    assert "Holm-corrected within the column" in ladder_text
+    assert "Holm-corrected over the table" in ladder_text
 
 
 def test_nothing_is_bold_where_the_best_two_are_alike(tmp_path):

@@ -17,7 +17,7 @@ from cora_cli.reporting.statistics import (
     SEEDS,
     Method,
     at_edge,
-    best_method,
+    best_methods,
     choose_learning_rates,
     compare,
     group_methods,
@@ -141,19 +141,37 @@ def test_the_best_is_supported_only_where_it_differs_from_every_other():
         Method((result(name, rouge1=scores(mean, seed=seed)),))
         for name, mean, seed in (("low", 0.2, 1), ("high", 0.8, 2), ("near", 0.79, 3))
     )
-    place, p_holm = best_method([low, high], "rouge1")
-    assert (place, p_holm) == (1, 1 / 5000)
-    place, p_holm = best_method([low, high, near], "rouge1")
+    assert best_methods([low, high], ["rouge1"]) == {"rouge1": (1, 1 / 5000, True)}
+    place, p_holm, _ = best_methods([low, high, near], ["rouge1"])["rouge1"]
+    assert place == 1
     assert p_holm > 0.05
+
+
+def test_tests_of_all_measures_are_corrected_together():
+    methods = [
+        Method((result(str(place), rouge1=scores(mean, seed=place), rougeL=scores(mean, seed=place + 10)),))
+        for place, mean in enumerate((0.2, 0.8))
+    ]
+    found = best_methods(methods, ["rouge1", "rougeL"])
+    assert [p_holm for _, p_holm, _ in found.values()] == [2 / 5000, 2 / 5000]
+
+
+def test_a_method_that_one_seed_puts_behind_is_not_the_supported_best():
+    high = Method(
+        tuple(result(f"high{seed}", seed=seed, rouge1=scores(mean, seed=seed)) for seed, mean in ((0, 0.95), (1, 0.3)))
+    )
+    low = Method(tuple(result(f"low{seed}", seed=seed, rouge1=scores(0.4, seed=5 + seed)) for seed in (0, 1)))
+    place, p_holm, seeds_agree = best_methods([high, low], ["rouge1"])["rouge1"]
+    assert (place, p_holm < 0.05, seeds_agree) == (0, True, False)
 
 
 def test_of_losses_the_least_is_the_best():
     methods = [Method((result(name, **{LOSS: [[loss * 2, 2], [loss * 3, 3]]}),)) for name, loss in (("a", 2.0), ("b", 1.0))]
-    assert best_method(methods, LOSS)[0] == 1
+    assert best_methods(methods, [LOSS])[LOSS][0] == 1
 
 
 def test_a_method_alone_is_not_the_best_of_anything():
-    assert best_method([Method((result(rouge1=[0.1, 0.2]),))], "rouge1") is None
+    assert best_methods([Method((result(rouge1=[0.1, 0.2]),))], ["rouge1"]) == {}
 
 
 def test_the_smallest_p_value_survives_the_correction_of_any_number_of_tests():
