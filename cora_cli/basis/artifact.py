@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 
 from cora_cli import __version__, rundir
+from cora_cli.basis.checkpoint import tensor_digest
 from cora_cli.basis.choices import BasisChoices, GroupMapping, natural_order
-from cora_cli.basis.sources import WeightSource, tensor_digest
+from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
 
 FORMAT_VERSION = 1
