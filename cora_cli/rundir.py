@@ -21,6 +21,8 @@ from typing import Any
 from cora_cli.errors import CoraError, UsageError
 
 HASH_CHUNK = 1 << 20
+COMPACT_ADAPTER = "adapter_a_only.safetensors"
+"""The weights of an adapter in compact form: A alone, as B is had again from a basis file or a seed."""
 _SHA256_NAME = re.compile(r"^[0-9a-f]{64}$")
 
 

@@ -7,6 +7,7 @@ and trained sets are `install`.
 import copy
 import dataclasses
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,7 +27,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.models import ModelPath, resolve_model
 
 SIDE_FILE = "cora.json"
-COMPACT_FILE = "adapter_a_only.safetensors"
+COMPACT_FILE = rundir.COMPACT_ADAPTER
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
@@ -148,10 +149,21 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
         raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
 
 
+def starting_b(
+    adapter: ModelPath, facts: AdapterFacts, basis_path: Path | None = None, remedy: str = "name it with --basis"
+) -> Callable[[str, int], torch.Tensor]:
+    """The B, (out, r) float32, of a compact adapter by a layer's name and out-dimension: from the basis or the seed on record.
+
+    Raises `CoraError` where the basis is not where it was and not at `basis_path` (the message ends with `remedy`), or is another one.
+    """
+    basis = _recorded_basis(facts, basis_path, adapter, remedy) if facts.plan.needs_basis else None
+    return lambda name, out_features: start_b(facts.plan, basis, name, out_features)
+
+
 def _load_compact(
     model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts, basis_path: Path | None, trainable: bool
 ) -> PeftModel:
-    basis = _recorded_basis(facts, basis_path, adapter) if facts.plan.needs_basis else None
+    b_of = starting_b(adapter, facts, basis_path)
     factors = load_file(adapter.path / COMPACT_FILE)
     full = dict(factors)
     outputs = {name: module.out_features for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -159,7 +171,7 @@ def _load_compact(
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         if name not in outputs:
             raise CoraError(f"adapter {adapter.path}: the key {key} belongs to no linear layer of this model")
-        full[key.replace(".lora_A.", ".lora_B.")] = start_b(facts.plan, basis, name, outputs[name])
+        full[key.replace(".lora_A.", ".lora_B.")] = b_of(name, outputs[name])
     config = LoraConfig.from_pretrained(str(adapter.path))
     config.inference_mode = not trainable
     wrapped = get_peft_model(model, config)
@@ -168,12 +180,10 @@ def _load_compact(
     return wrapped
 
 
-def _recorded_basis(facts: AdapterFacts, basis_path: Path | None, adapter: ModelPath) -> Basis:
+def _recorded_basis(facts: AdapterFacts, basis_path: Path | None, adapter: ModelPath, remedy: str) -> Basis:
     path = basis_path or (Path(facts.basis) if facts.basis else None)
     if path is None or not path.exists():
-        raise CoraError(
-            f"adapter {adapter.path} is compact: its B is in the basis {path}, which is not there; name it with --basis"
-        )
+        raise CoraError(f"adapter {adapter.path} is compact: its B is in the basis {path}, which is not there; {remedy}")
     basis = read_basis(path)
     if basis.sha256 != facts.basis_sha256:
         raise CoraError(f"adapter {adapter.path} was trained with the basis {facts.basis_sha256}, but {path} is {basis.sha256}")

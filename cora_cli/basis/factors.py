@@ -1,10 +1,10 @@
 """The low-rank factors of one LoRA adapter, by module: listed without reading data, then read one pair at a time.
 
-It knows PEFT's files and which settings make a weight something else than W + s·B·A; the base under an adapter is `sources`' business.
+It knows PEFT's files, `cora`'s compact ones, and which settings make a weight something else than W + s·B·A; the base under an adapter is `sources`' business.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ class AdapterFactors:
         self.reference = model.reference
         self._check_form()
         self.checkpoint = Checkpoint(model)
+        self._starting_b = _starting_b(model)
+        self._out: dict[str, int] = {}
         self.full: dict[str, tuple[int, int]] = {}
         self.hidden: set[str] = set()
         self._digests: dict[str, str] = {}
@@ -75,7 +77,8 @@ class AdapterFactors:
                 raise CoraError(
                     f"{self.reference}: {keys['A']} matches no module of its base {base}; its keys do not all arrive"
                 )
-            (rank, inside), (outside, rank_of_b) = self._shape(keys["A"]), self._shape(keys["B"])
+            rank, inside = self._shape(keys["A"])
+            outside, rank_of_b = (shapes[module][0], rank) if self._starting_b else self._shape(keys["B"])
             stated = _pattern_value(self.config.get("rank_pattern"), module, self.config.get("r"))
             if (outside, inside) != shapes[module] or not rank == rank_of_b == stated:
                 raise CoraError(
@@ -83,14 +86,13 @@ class AdapterFactors:
                     f"r = {stated} and the weight {shapes[module]} of its base {base}"
                 )
             alpha = _pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
+            self._out[module] = outside
             self._scale[module] = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
     def read(self, module: str) -> tuple[float, torch.Tensor, torch.Tensor]:
         """s, B (out, r) and A (r, in), both float64, of an updated module, whose ΔW is s·B·A. `check` comes first."""
-        a, b = (
-            finite(self.checkpoint.read(self._keys[module][matrix]), self.reference, self._keys[module][matrix])
-            for matrix in "AB"
-        )
+        a = self._read_factor(module, "A")
+        b = self._starting_b(module, self._out[module]) if self._starting_b else self._read_factor(module, "B")
         digests = [tensor_digest("lora_A", a), tensor_digest("lora_B", b), self._scale[module]]
         self._digests.setdefault(f"{module}.lora", rundir.sha256_json(digests))
         return self._scale[module], b.double(), a.double()
@@ -112,6 +114,10 @@ class AdapterFactors:
             names += [name for name in (module, f"{module}.lora") if name in self._digests]
         return {name: self._digests[name] for name in names}
 
+    def _read_factor(self, module: str, matrix: str) -> torch.Tensor:
+        key = self._keys[module][matrix]
+        return finite(self.checkpoint.read(key), self.reference, key)
+
     def _check_form(self) -> None:
         if (kind := self.config.get("peft_type")) != "LORA":
             raise CoraError(f"{self.reference} is a {kind} adapter; only LORA adapters are read")
@@ -122,7 +128,7 @@ class AdapterFactors:
             raise CoraError(f"{self.reference} has init_lora_weights {start!r}, which changes the base weights; merge it first")
 
     def _rank(self, module: str, keys: dict[str, str]) -> int:
-        if missing := {"A", "B"} - keys.keys():
+        if missing := ({"A"} if self._starting_b else {"A", "B"}) - keys.keys():
             raise CoraError(f"{self.reference}: {module} has no lora_{missing.pop()}; its keys do not all arrive")
         return self._shape(keys["A"])[0]
 
@@ -131,6 +137,18 @@ class AdapterFactors:
         if len(shape) != 2:
             raise CoraError(f"{self.reference}: {key} has shape {shape}, not two dimensions")
         return shape[0], shape[1]
+
+
+def _starting_b(model: ModelPath) -> Callable[[str, int], torch.Tensor] | None:
+    """What gives the B of a compact adapter by module and out-dimension; None where the adapter holds its own."""
+    if not (model.path / rundir.COMPACT_ADAPTER).exists():
+        return None
+    from cora_cli.adapters.storage import read_facts, starting_b
+
+    facts = read_facts(model.path)
+    if facts is None:
+        raise CoraError(f"{model.reference} holds A alone, and no cora.json says what its B was")
+    return starting_b(model, facts, remedy="put it back, or make a plain model with `cora merge --basis` and use that")
 
 
 def _pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:

@@ -8,11 +8,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from cora_cli.adapters.install import install_adapter
+from cora_cli.adapters.modes import plan_adapter
+from cora_cli.adapters.storage import AdapterFacts, save_adapter
+from cora_cli.basis.artifact import read_basis
+from cora_cli.basis.choices import BasisChoices
+from cora_cli.basis.extract import extract_basis
 from cora_cli.basis.sources import open_source
 from cora_cli.errors import CoraError
 
 from .conftest import make_llama
-from .helpers import dense_weights, local
+from .helpers import CPU, dense_weights, local
 
 Q0, V1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 SETTINGS = {
@@ -187,3 +193,50 @@ def test_a_factor_that_is_not_finite_is_refused_by_name(copy):
     change_tensors(copy, lambda tensors: tensors[key].fill_(float("nan")))
     with pytest.raises(CoraError, match=r"lora_B.*not finite"):
         open_source(local(copy)).read(Q0)
+
+
+@pytest.fixture(scope="module")
+def frozen_pair(grouped_models, tmp_path_factory):
+    """A function that saves one trained `fb` adapter whole and in compact form, and gives both directories and its basis file."""
+
+    def made(b_init: str) -> tuple[Path, Path, Path]:
+        root = tmp_path_factory.mktemp("frozen")
+        path = root / "basis.safetensors"
+        extract_basis([local(grouped_models[1])], path, BasisChoices(rank=4), None, CPU)
+        basis = read_basis(path)
+        settings = {"rank": 3, "alpha": 6.0, "rslora": False, "target_modules": ("q_proj", "v_proj"), "dropout": 0.0, "seed": 1}
+        plan = plan_adapter("fb", b_init=b_init, a_init="gaussian", **settings)
+        model = install_adapter(make_llama(kv_heads=2), plan, basis if plan.needs_basis else None)
+        stated = (str(path), basis.sha256) if plan.needs_basis else (None, None)
+        for form in ("whole", "compact"):
+            facts = AdapterFacts(plan, str(grouped_models[0]), None, "0" * 64, *stated, compact=form == "compact")
+            save_adapter(model, root / form, facts)
+        return root / "whole", root / "compact", path
+
+    return made
+
+
+@pytest.mark.parametrize("b_init", ["basis", "orthonormal"])
+def test_a_compact_adapter_is_the_same_source_as_the_whole_one(frozen_pair, b_init):
+    whole, compact, _ = frozen_pair(b_init)
+    one, other = open_source(local(whole)), open_source(local(compact))
+    assert torch.equal(one.read(Q0), other.read(Q0))
+    assert not torch.equal(one.read(Q0), one.base.read(Q0).double())
+    assert one.content_hash([Q0, V1]) == other.content_hash([Q0, V1])
+
+
+def test_a_compact_adapter_whose_basis_is_gone_or_another_says_which_and_what_to_do(frozen_pair, tiny_basis):
+    _, compact, basis = frozen_pair("basis")
+    shutil.copy(tiny_basis, basis)
+    with pytest.raises(CoraError, match=r"trained with the basis \w+, but .*basis.safetensors is \w+"):
+        open_source(local(compact))
+    basis.unlink()
+    with pytest.raises(CoraError, match=r"its B is in the basis .*, which is not there; put it back, or .*cora merge --basis"):
+        open_source(local(compact))
+
+
+def test_an_a_alone_without_its_record_is_refused(frozen_pair):
+    _, compact, _ = frozen_pair("orthonormal")
+    (compact / "cora.json").unlink()
+    with pytest.raises(CoraError, match=r"holds A alone, and no cora\.json says what its B was"):
+        open_source(local(compact))
