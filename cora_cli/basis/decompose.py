@@ -55,7 +55,7 @@ def decompose(merged: Merged, rank: int, component: Component) -> Decomposition:
     if merged.matrix is None:
         assert merged.gram is not None
         solution = _top_of_gram(merged.gram, rank) if component == "top" else _all_of_gram(merged.gram)
-    elif component == "bottom" or group.rows > _TALL * group.columns:
+    elif component == "bottom" or group.rows > _TALL * merged.matrix.shape[1]:
         solution = _direct(merged.matrix)
     else:
         solution = _top_of_gram(add_gram(empty_gram(merged.matrix), merged.matrix), rank)

@@ -10,6 +10,7 @@ import torch
 
 from cora_cli.basis.choices import BasisChoices, match_targets
 from cora_cli.basis.gram import EPS, add_gram, empty_gram
+from cora_cli.basis.lowrank import Pair, gram_factor, mean_factor
 from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
 
@@ -35,11 +36,10 @@ class Group:
 
 @dataclasses.dataclass
 class Merged:
-    """One group's M, as `matrix` (rows, columns) itself or as the lower triangle of `gram` = M Mᵀ (rows, rows); the other is None. All
-    float64.
+    """One group's M, as `matrix` or as the lower triangle of `gram` = M Mᵀ (rows, rows); the other is None. All float64.
 
-    M is centred already under `--method pca`. `energy` = ‖M‖_F², and `removed` is the energy that centring took away, whose
-    rounding errors stay in M.
+    `matrix` is M (rows, columns), or a narrower one with the same M Mᵀ (see `lowrank`). M is centred already under `--method pca`.
+    `energy` = ‖M‖_F², and `removed` is the energy that centring, or factors that cancel, took away: its rounding errors stay in M.
     """
 
     group: Group
@@ -80,17 +80,22 @@ def merge_group(
     device: torch.device,
     advance: Callable[[], None] = lambda: None,
 ) -> Merged:
-    """Merge one group, holding one model's tensor at a time beside the float64 accumulator on `device`.
+    """Merge one group, holding one model's tensor at a time beside the float64 accumulator on `device`; of LoRA adapters of one base
+    under `--source delta`, their factors alone, where these take no more memory.
 
     `mean` gives M = (1/n) Σ Wᵢ over all weights of the group (equation 2), `gram` M = [W1 … Wn] through Σ Wᵢ Wᵢᵀ; Wᵢ has W_base
     subtracted if `base` is given, and is transposed under `--side input`. Under `pca` the columns are centred (equation 7).
     `advance` is called after each tensor. Raises `CoraError` where the merged matrix is zero.
     """
-    pool = _Mean() if choices.merge == "mean" else _Gram()
+    low_rank = base is not None and _is_low_rank(group, sources, base, choices)
+    pool: _Mean | _Gram | _LowRank = _LowRank(choices) if low_rank else _Mean() if choices.merge == "mean" else _Gram()
     for module in group.modules:
         base_weight: torch.Tensor | None = None
         for source in sources:
-            if base is None:
+            if isinstance(pool, _LowRank):
+                assert base is not None
+                pool.add(*(factor.to(device) for factor in source.own_factors(module, base)))
+            elif base is None:
                 pool.add(_oriented(source.read(module).to(device), choices))
             elif (delta := source.own_delta(module, base)) is not None:
                 pool.add(_oriented(delta.to(device), choices))
@@ -168,6 +173,39 @@ class _Gram:
     def rounding(group: Group) -> float:
         """See `_Mean.rounding`; here a difference of squares carries the error."""
         return 8 * EPS * group.rows
+
+
+class _LowRank:
+    """Either of the above, of products L R that are never built."""
+
+    def __init__(self, choices: BasisChoices) -> None:
+        self._factor = mean_factor if choices.merge == "mean" else gram_factor
+        self._transposed = choices.side == "input"
+        self._pairs: list[Pair] = []
+
+    def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        self._pairs.append((right.T, left.T) if self._transposed else (left, right))
+
+    def result(self, group: Group, centred: bool) -> Merged:
+        factor, total = self._factor(self._pairs, centred)
+        self._pairs.clear()
+        energy = _energy(factor)
+        return Merged(group, factor, None, energy, max(total - energy, 0.0))
+
+    @staticmethod
+    def rounding(group: Group) -> float:
+        """See `_Mean.rounding`; of a sum over as many terms as the weight has directions."""
+        return (8 * EPS) ** 2 * group.directions
+
+
+def _is_low_rank(group: Group, sources: Sequence[WeightSource], base: WeightSource, choices: BasisChoices) -> bool:
+    """Whether all differences are known as products whose factors together take no more memory than M and one difference would.
+
+    Minor directions are those outside of all factors, which only M itself shows.
+    """
+    ranks = [source.own_rank(module, base) for module in group.modules for source in sources]
+    most = min(group.rows, group.columns) if choices.merge == "mean" else group.rows
+    return choices.component == "top" and all(r is not None for r in ranks) and sum(r or 0 for r in ranks) <= most
 
 
 def _energy(matrix: torch.Tensor) -> float:

@@ -71,6 +71,14 @@ class WeightSource(abc.ABC):
         """W − W_base, (out, in) float64, where it is known without reading `base`; else None."""
         return None
 
+    def own_rank(self, module: str, base: "WeightSource") -> int | None:
+        """The r of `own_factors`, from shapes alone (0 where W = W_base); None where W − W_base is not known as a product."""
+        return None
+
+    def own_factors(self, module: str, base: "WeightSource") -> tuple[torch.Tensor, torch.Tensor]:
+        """L (out, r) and R (r, in) float64 with L R = W − W_base, read without `base`, where `own_rank` knows its r."""
+        raise NotImplementedError
+
 
 def open_source(model: ModelPath, base: WeightSource | None = None) -> WeightSource:
     """List the weight matrices of a model or of a LoRA adapter; reads headers only.
@@ -146,6 +154,18 @@ class AdapterSource(WeightSource):
         if base is not self.base or module in self._own.full:
             return None
         return self._update(module) if module in self._own.ranks else torch.zeros(self.shapes[module], dtype=torch.float64)
+
+    def own_rank(self, module: str, base: WeightSource) -> int | None:
+        """See `WeightSource.own_rank`."""
+        return None if base is not self.base or module in self._own.full else self._own.ranks.get(module, 0)
+
+    def own_factors(self, module: str, base: WeightSource) -> tuple[torch.Tensor, torch.Tensor]:
+        """s·B and A."""
+        if module not in self._own.ranks:
+            out, inside = self.shapes[module]
+            return torch.zeros((out, 0), dtype=torch.float64), torch.zeros((0, inside), dtype=torch.float64)
+        scale, b, a = self._own.read(module)
+        return scale * b, a
 
     def content_hash(self, modules: Iterable[str]) -> str:
         """See `WeightSource.content_hash`; covers the adapter's tensors, their scale, and the base."""
