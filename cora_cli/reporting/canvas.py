@@ -8,7 +8,10 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from cora_cli import rundir
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#666666")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -87,6 +90,14 @@ def render(name: str, heading: str, caption: str, draw: Callable[[Any], None], s
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
         figure.savefig(png, format="png", dpi=200, metadata={"Software": None}, facecolor="white")
     return Figure(name, heading, caption, _inline(svg.getvalue(), name), png.getvalue())
+
+
+def write_plots(figures: Sequence[Figure], directory: Path) -> None:
+    """Write every figure to `directory` as SVG and PNG."""
+    for figure in figures:
+        rundir.write_text(directory / f"{figure.name}.svg", figure.svg + "\n")
+        with rundir.atomic_path(directory / f"{figure.name}.png") as temporary:
+            temporary.write_bytes(figure.png)
 
 
 def _inline(svg: str, name: str) -> str:

@@ -48,7 +48,7 @@ def page(documents: Sequence[Iterable[Block]], title: str, version: str) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        f'<footer class="note">Made by cora {escape(version)} from finished directories.</footer>\n</body>\n</html>\n'
+        f'<footer class="note">Made by cora {escape(version)}.</footer>\n</body>\n</html>\n'
     )
 
 

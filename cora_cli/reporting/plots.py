@@ -67,7 +67,7 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
         )
 
 
-def draw_variance(spectra: Sequence[Spectrum], prefix: str) -> Figure:
+def draw_variance(spectra: Sequence[Spectrum], prefix: str, heading: str = "Explained variance of the bases") -> Figure:
     """Cumulative explained variance against the number of directions, one panel per kind of group."""
     kinds = list(dict.fromkeys(spectrum.kind for spectrum in spectra))[:6]
     columns = min(3, len(kinds))
@@ -76,7 +76,7 @@ def draw_variance(spectra: Sequence[Spectrum], prefix: str) -> Figure:
     counted = ", ".join(f"{kind}: {max(s.groups for s in spectra if s.kind == kind)}" for kind in kinds)
     return render(
         f"{prefix}variance",
-        "Explained variance of the bases",
+        heading,
         f"Share of ‖M‖² (PCA: after the mean was taken out) in the first directions; line: mean over the groups of a kind, band: their "
         f"range. Groups ({counted}).",
         lambda figure: _variance(figure, spectra, kinds, rows, columns, palette),
@@ -98,7 +98,7 @@ def _variance(figure: Any, spectra: Sequence[Spectrum], kinds: list[str], rows: 
         ax.set(title=kinds[place], xlabel="directions kept", ylim=(0, 1.02))
     for ax in axes[:, 0]:
         ax.set_ylabel("explained variance (share)")
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
 
 
 def _losses(figure: Any, lines: Sequence[Line], palette: Palette) -> None:
@@ -120,7 +120,7 @@ def _losses(figure: Any, lines: Sequence[Line], palette: Palette) -> None:
             )
     training.set(xlabel="optimizer step", ylabel="training loss (nats per token)")
     heldout.set(xlabel="optimizer step", ylabel="held-out loss (nats per token)")
-    _legend_above(figure, [heldout, training])
+    legend_above(figure, [heldout, training])
 
 
 def _heldout_points(result: Any) -> list[tuple[int, float]]:
@@ -163,7 +163,7 @@ def _against(
         ax.set_xticks(values, [str(value) for value in values])
         ax.minorticks_off()
         ax.set(title=_titled(measures[place]), xlabel=axis)
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
 
 
 def _bars(figure: Any, group: Group, palette: Palette, rows: int, columns: int) -> None:
@@ -217,7 +217,7 @@ def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette)
         ax.minorticks_off()
         ax.margins(x=0.12)
         ax.set(xlabel="trained parameters", ylabel=_titled(measure))
-    _legend_above(figure, axes)
+    legend_above(figure, axes)
 
 
 def side_by_side(sizes: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -302,7 +302,7 @@ def _short(text: str, most: int = 30) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _legend_above(figure: Any, axes: Any) -> None:
+def legend_above(figure: Any, axes: Any) -> None:
     """One legend for all panels, each label once."""
     flat = axes.flat if hasattr(axes, "flat") else axes
     entries: dict[str, Any] = {}

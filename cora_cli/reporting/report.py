@@ -11,7 +11,7 @@ from pathlib import Path
 from cora_cli import __version__, rundir
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
-from cora_cli.reporting.canvas import Figure
+from cora_cli.reporting.canvas import Figure, write_plots
 from cora_cli.reporting.collect import Missing, collect
 from cora_cli.reporting.document import Block, build_document
 from cora_cli.reporting.export import to_csv, to_json
@@ -74,7 +74,7 @@ def report(
     if output_dir is not None:
         for name, write in writers.items():
             rundir.write_text(output_dir / FILES[name], write())
-        _write_plots([figure for figures in drawn for figure in figures], output_dir / "plots")
+        write_plots([figure for figures in drawn for figure in figures], output_dir / "plots")
         say(f"{output_dir}: {', '.join(FILES.values())} and {sum(map(len, drawn))} plots")
     return writers[format]()
 
@@ -110,10 +110,3 @@ def _draw(summary: Summary, prefix: str) -> list[Figure]:
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")[:40] + "-"
-
-
-def _write_plots(figures: Sequence[Figure], directory: Path) -> None:
-    for figure in figures:
-        rundir.write_text(directory / f"{figure.name}.svg", figure.svg + "\n")
-        with rundir.atomic_path(directory / f"{figure.name}.png") as temporary:
-            temporary.write_bytes(figure.png)

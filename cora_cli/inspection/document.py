@@ -1,0 +1,245 @@
+"""An inspection -> the document that every format writes: tables, figures, and the verdict with its rule at the end."""
+
+from collections.abc import Iterator, Sequence
+from statistics import fmean
+
+from cora_cli.inspection.inspect import Inspection
+from cora_cli.inspection.measure import (
+    ALONG,
+    BASE,
+    CEILING,
+    CHANCE,
+    DELTA,
+    FILE,
+    MEAN,
+    OWN,
+    PAPER,
+    POOLED,
+    WEIGHTS,
+    Findings,
+    Overlap,
+)
+from cora_cli.inspection.spectra import LEVELS, needed, paper_note
+from cora_cli.inspection.verdict import RULE, mean_share
+from cora_cli.reporting.canvas import Figure
+from cora_cli.reporting.document import Block, Heading, Items, Text
+from cora_cli.reporting.tables import Cell, Table
+
+SHARES = (POOLED, MEAN, PAPER, OWN, CHANCE, CEILING, ALONG)
+_MOST_PAIRS = 28
+_SUBSPACES = {WEIGHTS: "weights W", DELTA: "changes ΔW = W − W_base", FILE: "basis files"}
+
+
+def build_document(inspection: Inspection, figures: Sequence[Figure] = (), detail: bool = False) -> list[Block]:
+    """The whole document; with `detail` also a table of every weight matrix."""
+    blocks: list[Block] = [Heading(1, "Do these models share a subspace?"), Text(_subject(inspection)), Heading(2, "Tables")]
+    blocks += [table for table in _tables(inspection, detail) if table.rows]
+    if found := [one.spectra.mean_share for one in inspection.findings if one.spectra]:
+        blocks.append(Text(paper_note(max(found)), "note"))
+    if figures:
+        blocks += [Heading(2, "Figures"), *figures]
+    verdict = inspection.verdict
+    return [
+        *blocks,
+        Heading(2, "Verdict"),
+        Text(verdict.headline, "verdict"),
+        Items(verdict.sentences),
+        Text(RULE, "note"),
+        Text(f"Read {inspection.bytes_read / 1e9:.2f} GB; {inspection.seconds:.0f} s in all.", "note"),
+    ]
+
+
+def _subject(inspection: Inspection) -> str:
+    parts = [f"{name}: {reference}" for name, reference in inspection.models.items() if name != reference]
+    named = ", ".join([*inspection.models, *(f"{name} (basis file)" for name in inspection.bases)])
+    base = f" Base model: {inspection.base}." if inspection.base else " No base model."
+    return (
+        f"{named}; {len(inspection.findings)} weight matrices ({', '.join(inspection.kinds) or 'none read'}), "
+        f"rank {inspection.rank}.{base}" + (f" {'; '.join(parts)}." if parts else "")
+    )
+
+
+def _tables(inspection: Inspection, detail: bool) -> Iterator[Table]:
+    yield _sizes(inspection)
+    for kind in (WEIGHTS, DELTA, FILE):
+        yield _overlaps(inspection, kind)
+    yield _angles(inspection)
+    yield _captures(inspection)
+    yield _spectra(inspection)
+    yield _bases(inspection)
+    yield _points(inspection)
+    if detail:
+        yield _matrices(inspection)
+
+
+def _of_kind(inspection: Inspection, kind: str) -> list[Findings]:
+    return [found for found in inspection.findings if found.kind == kind]
+
+
+def _sizes(inspection: Inspection) -> Table:
+    rows = []
+    for name in inspection.models if inspection.base else ():
+        cells = []
+        for kind in inspection.kinds:
+            values = [found.sizes[name] for found in _of_kind(inspection, kind)]
+            cells.append(Cell(f"{fmean(values):.4f} [{min(values):.4f}, {max(values):.4f}]"))
+        rows.append((Cell(name), *cells))
+    notes = ("‖W − W_base‖_F / ‖W_base‖_F, mean [least, largest] over layers.",)
+    return Table("Size of the change", ("model", *inspection.kinds), tuple(rows), notes)
+
+
+def _overlaps(inspection: Inspection, subspace: str) -> Table:
+    found = [o for one in inspection.findings for o in one.overlaps if o.kind == subspace]
+    pairs = list(dict.fromkeys((o.one, o.other) for o in found if o.other != BASE))
+    with_base = list(dict.fromkeys((o.one, o.other) for o in found if o.other == BASE))
+    rows = []
+    for some, what in ((pairs, "pairs"), (with_base, f"with the {BASE}'s W")):
+        values = {
+            pair: [_mean_overlap(_of_kind(inspection, kind), subspace, pair) for kind in inspection.kinds] for pair in some
+        }
+        if len(some) <= _MOST_PAIRS:
+            rows += [(Cell(f"{one} – {other}"), *map(_number, values[one, other])) for one, other in some]
+        else:
+            columns = [[value for value in column if value is not None] for column in zip(*values.values(), strict=True)]
+            for word, of in (("mean", fmean), ("least", min), ("largest", max)):
+                rows.append(
+                    (
+                        Cell(f"{word} of {len(some)} {what}"),
+                        *(_number(float(of(column)) if column else None) for column in columns),
+                    )
+                )
+    if rows:
+        chances = [
+            [o.chance for one in _of_kind(inspection, kind) for o in one.overlaps if o.kind == subspace]
+            for kind in inspection.kinds
+        ]
+        rows.append((Cell("chance"), *(_number(fmean(column) if column else None) for column in chances)))
+    notes = (
+        f"‖U₁ᵀU₂‖_F² / r of the leading {inspection.rank} directions, mean over layers: 1 for the same subspace. Chance is r / d for two random "
+        f"ones. {BASE}: the leading directions of its W.",
+    )
+    return Table(f"Overlap of the subspaces of the {_SUBSPACES[subspace]}", ("pair", *inspection.kinds), tuple(rows), notes)
+
+
+def _mean_overlap(findings: Sequence[Findings], subspace: str, pair: tuple[str, str]) -> float | None:
+    values = [o.value for one in findings for o in one.overlaps if (o.kind, o.one, o.other) == (subspace, *pair)]
+    return fmean(values) if values else None
+
+
+def _angles(inspection: Inspection) -> Table:
+    rows = []
+    for subspace in (WEIGHTS, DELTA, FILE):
+        for with_base in (False, True):
+            cells = []
+            for kind in inspection.kinds:
+                overlaps = [o for one in _of_kind(inspection, kind) for o in one.overlaps if o.kind == subspace]
+                cells.append(_degrees([o for o in overlaps if (o.other == BASE) is with_base]))
+            if any(cell.text != "–" for cell in cells):
+                rows.append((Cell(f"{subspace}, {'with the base model' if with_base else 'pairs'}"), *cells))
+    notes = ("Least / median / largest principal angle in degrees, each averaged over pairs and layers.",)
+    return Table("Principal angles", ("subspaces", *inspection.kinds), tuple(rows), notes)
+
+
+def _degrees(overlaps: Sequence[Overlap]) -> Cell:
+    if not overlaps:
+        return Cell()
+    return Cell(" / ".join(f"{fmean(column):.1f}" for column in zip(*(o.angles for o in overlaps), strict=True)))
+
+
+def _captures(inspection: Inspection) -> Table:
+    columns = [*SHARES, *inspection.bases]
+    given = [c for one in inspection.findings for c in one.captures]
+    columns = [column for column in columns if any(column in c.shares for c in given)]
+    left_out = list(dict.fromkeys(c.left_out for c in given))
+    rows = [(Cell(name), *(_number(mean_share(inspection.findings, name, column)) for column in columns)) for name in left_out]
+    for kind in inspection.kinds if left_out else ():
+        captures = [c for one in _of_kind(inspection, kind) for c in one.captures]
+        cells = []
+        for column in columns:
+            values = [c.shares[column] for c in captures if column in c.shares]
+            cells.append(_number(fmean(values) if values else None))
+        rows.append((Cell(f"all, {kind}"), *cells))
+    notes = (
+        f"Share of ‖ΔW‖_F² of the model in the row inside {inspection.rank} directions, mean over weight matrices. “others”: of all models but "
+        f"that one. {CHANCE}: a random basis, r / d. {CEILING}: the model's own directions. {ALONG}: along the others' mean ΔW as one direction of "
+        "the space of matrices (chance there is 1 over the number of weights)."
+        + (" A basis file may have been made from the model itself." if inspection.bases else ""),
+    )
+    return Table("Leave-one-out capture", ("left-out model", *columns), tuple(rows), notes)
+
+
+def _spectra(inspection: Inspection) -> Table:
+    rows = []
+    for kind in inspection.kinds:
+        found = [one.spectra for one in _of_kind(inspection, kind) if one.spectra]
+        if found:
+            cells = [
+                Cell(f"{fmean(needed(getattr(s, how), level) for s in found):.0f}")
+                for level in LEVELS
+                for how in ("svd", "pca")
+            ]
+            rows.append((Cell(kind), *cells, Cell(f"{max(s.mean_share for s in found):.2%}")))
+    headers = tuple(f"{level:.0%} {how}" for level in LEVELS for how in ("SVD", "PCA"))
+    notes = (
+        "Directions that hold so much of ‖M‖_F² (PCA: of what centring its columns leaves), M the mean of the models' W, mean over layers. "
+        "Mean column: the largest share of ‖M‖_F² that centring removes.",
+    )
+    return Table("Explained variance of one matrix", ("projection", *headers, "mean column"), tuple(rows), notes)
+
+
+def _bases(inspection: Inspection) -> Table:
+    rows = []
+    for name, basis in inspection.bases.items():
+        choices, shares = basis.choices, list(basis.explained_variance.values())
+        rows.append(
+            (
+                Cell(name),
+                Cell(str(len(basis.sources))),
+                Cell(str(len(shares))),
+                Cell(str(basis.rank)),
+                Cell(
+                    ", ".join((choices.share, choices.merge, choices.source, choices.side, choices.method, choices.component))
+                ),
+                Cell(f"{fmean(shares):.1%} [{min(shares):.1%}, {max(shares):.1%}]"),
+            )
+        )
+    headers = ("basis", "models", "groups", "rank", "choices", "explained variance")
+    notes = ("Explained variance of the kept directions, mean [least, largest] over groups, as the file records it.",)
+    return Table("Basis files", headers, tuple(rows), notes)
+
+
+def _points(inspection: Inspection) -> Table:
+    rows = [
+        (Cell(point.basis), Cell(found.stratum), Cell(f"{point.capture:.4f}"), Cell(f"{point.loss:.4f}"), Cell(str(point.runs)))
+        for found in inspection.foresight or ()
+        for point in found.points
+    ]
+    notes = (
+        "Capture: mean share of ‖ΔW‖_F² inside B over the given models that the basis was not made from. Loss: held-out, nats per response "
+        "token, mean over the runs that started from that B. Spearman's ρ with Fisher's interval, standard error of Bonett and Wright (2000), "
+        "over bases; runs that share data are not independent, and several numbers are not corrected for.",
+    )
+    return Table(
+        "Foresight: bases and the runs that used them", ("basis", "runs of", "capture", "loss", "runs"), tuple(rows), notes
+    )
+
+
+def _matrices(inspection: Inspection) -> Table:
+    rows = []
+    for found in inspection.findings:
+        cells = [_number(fmean(found.sizes.values()) if found.sizes else None)]
+        for subspace in (WEIGHTS, DELTA):
+            for with_base in (False, True):
+                values = [o.value for o in found.overlaps if o.kind == subspace and (o.other == BASE) is with_base]
+                cells.append(_number(fmean(values) if values else None))
+        for share in (POOLED, OWN, CHANCE, CEILING):
+            values = [c.shares[share] for c in found.captures if share in c.shares]
+            cells.append(_number(fmean(values) if values else None))
+        rows.append((Cell(found.module), Cell("×".join(map(str, found.shape))), *cells))
+    headers = ("out×in", "size", "W pairs", "W base", "ΔW pairs", "ΔW base", POOLED, OWN, CHANCE, CEILING)
+    notes = ("Means over models or pairs: size of the change, overlaps, leave-one-out captures.",)
+    return Table("Every weight matrix", ("module", *headers), tuple(rows), notes)
+
+
+def _number(value: float | None) -> Cell:
+    return Cell() if value is None else Cell(f"{value:.3f}")

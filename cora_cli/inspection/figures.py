@@ -1,0 +1,129 @@
+"""An inspection -> its figures, drawn on the reports' canvas. Numbers are those of the findings; only means are taken here."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
+from typing import Any
+
+from cora_cli.inspection.foresight import Foresight
+from cora_cli.inspection.inspect import Inspection
+from cora_cli.inspection.measure import BASE, CEILING, CHANCE, DELTA, MEAN, OWN, PAPER, POOLED, WEIGHTS, Findings
+from cora_cli.reporting.canvas import Figure, Palette, render
+from cora_cli.reporting.plots import draw_variance, legend_above
+from cora_cli.reporting.spectra import Spectrum, read_spectra
+
+Value = Callable[[Findings], list[float]]
+_COLUMNS = 3
+
+
+def draw(inspection: Inspection) -> Iterator[Figure]:
+    """Every figure that there are data for."""
+    r = inspection.rank
+    series: dict[str, Value] = {}
+    for kind in (WEIGHTS, DELTA):
+        series[f"{kind}, pairs of models"] = _overlaps(kind, with_base=False)
+        series[f"{kind}, with the base model's W"] = _overlaps(kind, with_base=True)
+    series[CHANCE] = lambda found: [o.chance for o in found.overlaps if o.kind in (WEIGHTS, DELTA)]
+    yield from _by_layer(
+        inspection,
+        series,
+        "overlap",
+        "Overlap of the leading subspaces, layer by layer",
+        f"‖U₁ᵀU₂‖_F² / r of the leading {r} directions, mean over pairs of {len(inspection.models)} models. Dashed: chance.",
+        "overlap",
+    )
+    yield from _by_layer(
+        inspection,
+        {share: _shares(share) for share in (POOLED, MEAN, PAPER, OWN, CEILING, CHANCE, *inspection.bases)},
+        "capture",
+        "Leave-one-out capture, layer by layer",
+        f"Share of ‖ΔW‖_F² of a left-out model inside {r} directions, mean over {len(inspection.models)} models. Dashed: chance.",
+        "captured share",
+    )
+    if spectra := _spectra(inspection):
+        yield draw_variance(spectra, "weights-", "Explained variance of the models' mean W, by SVD and by PCA")
+    if inspection.bases:
+        yield draw_variance(read_spectra({basis.path: None for basis in inspection.bases.values()})[0], "bases-")
+    foreseen = [found for found in inspection.foresight or () if found.points]
+    if foreseen:
+        yield render(
+            "foresight",
+            "Capture of a basis and held-out loss of the runs that used it",
+            "One point per basis: its capture of the given models' ΔW, and the mean held-out loss of its runs. One panel per data, mode and rank.",
+            lambda figure: _scatter(figure, foreseen),
+            (7.2, 2.6 * math.ceil(len(foreseen) / _COLUMNS) + 0.4),
+        )
+
+
+def _overlaps(kind: str, with_base: bool) -> Value:
+    return lambda found: [o.value for o in found.overlaps if o.kind == kind and (o.other == BASE) is with_base]
+
+
+def _shares(share: str) -> Value:
+    return lambda found: [c.shares[share] for c in found.captures if share in c.shares]
+
+
+def _by_layer(
+    inspection: Inspection, series: dict[str, Value], name: str, heading: str, caption: str, axis: str
+) -> Iterator[Figure]:
+    """A line per series over layers, a panel per kind; nothing where there are not two layers."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for kind in inspection.kinds:
+        for label, value in series.items():
+            points = [
+                (found.layer, fmean(values))
+                for found in inspection.findings
+                if found.kind == kind and found.layer is not None and (values := value(found))
+            ]
+            if len(points) > 1:
+                curves.setdefault(kind, {})[label] = points
+    if any(label != CHANCE for lines in curves.values() for label in lines):
+        rows = math.ceil(len(curves) / _COLUMNS)
+        palette = Palette(list(series))
+        yield render(
+            name, heading, caption, lambda figure: _lines(figure, curves, palette, axis, rows), (7.2, 2.5 * rows + 0.4)
+        )
+
+
+def _lines(figure: Any, curves: dict[str, dict[str, list[tuple[int, float]]]], palette: Palette, axis: str, rows: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.subplots(rows, min(_COLUMNS, len(curves)), squeeze=False, sharey=True)
+    for ax in axes.flat[len(curves) :]:
+        ax.axis("off")
+    for ax, (kind, lines) in zip(axes.flat, curves.items(), strict=False):
+        for label, points in lines.items():
+            xs, ys = zip(*points, strict=True)
+            style = "--" if label == CHANCE else "-"
+            ax.plot(xs, ys, style, color=palette.color(label), marker=palette.marker(label), markersize=3, label=label)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set(title=kind, xlabel="layer", ylim=(0, 1.02))
+    for ax in axes[:, 0]:
+        ax.set_ylabel(axis)
+    legend_above(figure, axes)
+
+
+def _spectra(inspection: Inspection) -> list[Spectrum]:
+    found = []
+    for how in ("svd", "pca"):
+        for kind in inspection.kinds:
+            curves = [getattr(one.spectra, how) for one in inspection.findings if one.kind == kind and one.spectra]
+            if curves:
+                columns = list(zip(*curves, strict=False))
+                mean = tuple(fmean(values) for values in columns)
+                found.append(Spectrum(how, kind, len(curves), mean, tuple(map(min, columns)), tuple(map(max, columns))))
+    return found
+
+
+def _scatter(figure: Any, foreseen: Sequence[Foresight]) -> None:
+    rows = math.ceil(len(foreseen) / _COLUMNS)
+    axes = figure.subplots(rows, min(_COLUMNS, len(foreseen)), squeeze=False)
+    palette = Palette([point.basis for found in foreseen for point in found.points])
+    for ax in axes.flat[len(foreseen) :]:
+        ax.axis("off")
+    for ax, found in zip(axes.flat, foreseen, strict=False):
+        for point in found.points:
+            label = point.basis
+            ax.plot(point.capture, point.loss, palette.marker(label), color=palette.color(label), label=label, linestyle="none")
+        ax.set(title=found.stratum, xlabel="captured share of ΔW", ylabel="held-out loss (nats per token)")
+    legend_above(figure, axes)

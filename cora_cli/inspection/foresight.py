@@ -1,0 +1,187 @@
+"""Whether what inspection says of a basis foretells the held-out loss of the runs that used it.
+
+Rank correlations between bases, one point a basis; runs are read as `cora report` reads them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import ndtri
+
+from cora_cli.basis.artifact import Basis, read_basis
+from cora_cli.basis.choices import is_target
+from cora_cli.basis.sources import WeightSource
+from cora_cli.errors import CoraError
+from cora_cli.inspection.measure import Directions, Findings
+from cora_cli.reporting.collect import Result, collect
+from cora_cli.reporting.measures import LOSS
+from cora_cli.reporting.rows import find_experiments
+from cora_cli.reporting.statistics import Method, choose_learning_rates
+
+FEWEST = 4
+"""Bases below which no interval exists, as its standard error is over √(n − 3)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UsedBasis:
+    """A B that runs started from: `rank` columns of a basis file, or a random one. `losses` are of the runs of one `stratum`:
+    same data, model, mode and rank, each at its method's chosen learning rate.
+    """
+
+    name: str
+    stratum: str
+    directions: Directions
+    basis: Basis | None
+    losses: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One basis: the share of ΔW that it captures (0-1), the mean held-out loss of its runs (nats per token), and their number."""
+
+    basis: str
+    capture: float
+    loss: float
+    runs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Foresight:
+    """Spearman's ρ between capture and loss over `points`, with its 95 % interval; None where nothing can be said."""
+
+    stratum: str
+    points: tuple[Point, ...]
+    rho: float | None
+    interval: tuple[float, float] | None
+
+    def sentence(self) -> str:
+        """What it amounts to, in words."""
+        where = f"{self.stratum}: {len(self.points)} bases"
+        if self.rho is None or self.interval is None:
+            return f"{where}; nothing can be said: a rank correlation needs at least {FEWEST} bases that differ in capture and in loss."
+        low, high = self.interval
+        found = f"{where}; Spearman's ρ between capture and held-out loss is {self.rho:+.2f} [{low:+.2f}, {high:+.2f}]"
+        if high < 0:
+            return f"{found}: the bases that capture more give the lower loss, so capture foretells the order."
+        if low > 0:
+            return f"{found}: the bases that capture more give the higher loss, so capture misleads here."
+        return f"{found}: the interval holds zero, so capture is not shown to foretell the winner."
+
+
+def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
+    """The bases that the finished runs in `outputs` started B from, each with the losses of its runs.
+
+    Raises `CoraError` where a directory is none of ours or holds no such run.
+    """
+    # Bases are told apart here, which a report's methods are not: runs that differ in nothing else are no repetition.
+    found: dict[tuple[str, str], dict[Any, list[Result]]] = {}
+    for experiment in find_experiments(outputs):
+        for result in collect(experiment).results:
+            if LOSS in result.measures and (key := _key(result)) is not None:
+                row = result.row
+                rates = found.setdefault((f"{row.group}, {row.mode} r={row.rank}", key), {})
+                rates.setdefault((Method((result,)).identity, row.learning_rate), []).append(result)
+    if not found:
+        raise CoraError(
+            f"no finished run in {', '.join(outputs)} has a basis and a held-out loss, so nothing can be foreseen from them"
+        )
+    return [
+        _used(stratum, key, [result for method in chosen for result in method.results])
+        for (stratum, key), rates in found.items()
+        for chosen, _ in [choose_learning_rates([Method(tuple(results)) for results in rates.values()])]
+    ]
+
+
+def foresee(used: Sequence[UsedBasis], models: dict[str, WeightSource], findings: Sequence[Findings]) -> list[Foresight]:
+    """Correlate, per stratum, the mean capture of each basis with the mean loss of its runs.
+
+    A basis is judged by the models that it was not made from: those whose content hash is not among its sources. One that was made
+    from all of them has no point.
+    """
+    points: dict[str, list[Point]] = {one.stratum: [] for one in used}
+    for one in used:
+        behind = {source.hash for source in one.basis.sources} if one.basis else set()
+        modules = one.basis.modules if one.basis else {}
+        unseen = {
+            name
+            for name, model in models.items()
+            if not (behind and modules.keys() <= model.shapes.keys() and model.content_hash(modules) in behind)
+        }
+        shares = [
+            capture.shares[one.name]
+            for found in findings
+            for capture in found.captures
+            if capture.left_out in unseen and one.name in capture.shares
+        ]
+        if shares:
+            points[one.stratum].append(Point(one.name, fmean(shares), fmean(one.losses), len(one.losses)))
+    return [_correlate(stratum, tuple(found)) for stratum, found in points.items()]
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> tuple[float, tuple[float, float]] | None:
+    """Spearman's ρ and its 95 % interval by Fisher's z with the standard error √((1 + ρ²/2) / (n − 3)) of Bonett and Wright (2000).
+
+    At ρ = ±1 the z is infinite; the interval then is that of the nearest other value that n ranks without ties can give,
+    1 − 12 / (n(n² − 1)), and ends at ±1. None for fewer than four pairs, or where a side is constant.
+    """
+    from scipy.stats import rankdata
+
+    n = len(one)
+    if n < FEWEST or len(set(one)) == 1 or len(set(other)) == 1:
+        return None
+    rho = float(np.clip(np.corrcoef(rankdata(one), rankdata(other))[0, 1], -1.0, 1.0))
+    nearest = 1.0 - 12.0 / (n * (n * n - 1))
+    used = max(-nearest, min(nearest, rho))
+    half = float(ndtri(0.975)) * math.sqrt((1.0 + used**2 / 2.0) / (n - 3))
+    low, high = math.tanh(math.atanh(used) - half), math.tanh(math.atanh(used) + half)
+    return rho, (min(low, rho), max(high, rho))
+
+
+def _correlate(stratum: str, points: tuple[Point, ...]) -> Foresight:
+    found = spearman([point.capture for point in points], [point.loss for point in points])
+    return Foresight(stratum, points, *(found or (None, None)))
+
+
+def _key(result: Result) -> str | None:
+    """What tells one start of B from another; None where B starts as nothing that has a subspace."""
+    plan: dict[str, Any] = result.record.get("plan") or {}
+    start = plan.get("b_init")
+    if start == "basis":
+        return f"basis {(result.record.get('basis') or {}).get('sha256')}"
+    return f"{start} B, seed {plan['seed']}" if start in ("orthonormal", "random") else None
+
+
+def _used(stratum: str, key: str, results: list[Result]) -> UsedBasis:
+    from cora_cli.adapters.install import start_b
+    from cora_cli.adapters.modes import AdapterPlan
+
+    record, row = results[0].record, results[0].row
+    plan = AdapterPlan.from_dict(record["plan"])
+    basis = read_basis(row.basis or _recorded_path(record, row.name)) if plan.needs_basis else None
+    if basis is not None and basis.sha256 != record["basis"]["sha256"]:
+        raise CoraError(
+            f"{row.name} was trained with the basis {record['basis']['sha256']}, but {basis.path} is {basis.sha256}"
+        )
+
+    def directions(module: str, out: int) -> torch.Tensor | None:
+        known = basis is None or basis.mapping.group_of(module) in basis.directions
+        if not known or not any(is_target(module, target) for target in plan.target_modules):
+            return None
+        return torch.linalg.qr(start_b(plan, basis, module, out).double()).Q
+
+    name = f"{basis.path.stem} {basis.sha256[:8]}" if basis else key
+    return UsedBasis(
+        f"{name}, r={plan.rank}", stratum, directions, basis, tuple(result.measures[LOSS].value for result in results)
+    )
+
+
+def _recorded_path(record: dict[str, Any], run: str) -> Path:
+    if not (record.get("basis") or {}).get("path"):
+        raise CoraError(f"{run} does not say where its basis is")
+    return Path(record["basis"]["path"])

@@ -1,0 +1,132 @@
+"""References of models, adapters and basis files -> an inspection: what is compared with what, read, measured and judged.
+
+The one entry point of `cora inspect`; how its result is written down is `report`'s business.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cora_cli.basis.artifact import Basis, read_basis
+from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES
+from cora_cli.basis.sources import open_source
+from cora_cli.errors import UsageError
+from cora_cli.inspection.foresight import Foresight, foresee, used_bases
+from cora_cli.inspection.measure import BASE, Directions, Findings, measure
+from cora_cli.inspection.verdict import Verdict, judge
+from cora_cli.models import ModelPath, resolve_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What was inspected, found and said. `models` and `bases` are by their short names, `base` is the reference of the base model,
+    `foresight` None where no runs were given.
+    """
+
+    models: dict[str, str]
+    base: str | None
+    bases: dict[str, Basis]
+    rank: int
+    findings: tuple[Findings, ...]
+    foresight: tuple[Foresight, ...] | None
+    verdict: Verdict
+    bytes_read: int
+    seconds: float
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of weight matrices, in their order."""
+        return tuple(dict.fromkeys(found.kind for found in self.findings))
+
+
+def inspect(
+    references: Sequence[str],
+    base: str | None,
+    rank: int | None,
+    target_modules: tuple[str, ...] | None,
+    runs: Sequence[str],
+    device: torch.device,
+) -> Inspection:
+    """Inspect basis files and models. Without `base`, adapters that all name one base rest on that.
+
+    `rank` and `target_modules` are by default those of the basis files, else the defaults of `cora extract-basis`. Raises
+    `UsageError` where there is nothing to compare and `CoraError` where something cannot be read or does not fit.
+    """
+    began = time.perf_counter()
+    if repeated := sorted({reference for reference in references if references.count(reference) > 1}):
+        raise UsageError(f"{repeated[0]} is named twice; a model overlaps with itself entirely")
+    files = [reference for reference in references if Path(reference).is_file()]
+    bases = dict(zip(short_names(files), (read_basis(Path(file)) for file in files), strict=True))
+    named = [reference for reference in references if reference not in files]
+    paths = [resolve_model(reference) for reference in named]
+    resting = base or _common_base(paths)
+    if runs and not (named and resting):
+        raise UsageError("--runs needs models and their --base: a basis is judged by what it captures of their changes")
+    if len(named) == 1 and not bases and resting is None:
+        raise UsageError("one model alone has nothing to be compared with; name others, a basis file, or its --base")
+    base_source = open_source(resolve_model(resting)) if resting else None
+    models = {name: open_source(path, base_source) for name, path in zip(short_names(named), paths, strict=True)}
+    rank = rank or min((one.rank for one in bases.values()), default=DEFAULT_RANK)
+    targets = target_modules or next((one.choices.target_modules for one in bases.values()), DEFAULT_TARGET_MODULES)
+    used = used_bases(runs) if runs else []
+    findings = measure(
+        models,
+        base_source,
+        {name: _first_columns(one, rank) for name, one in bases.items()},
+        rank,
+        targets,
+        device,
+        {one.name: one.directions for one in used},
+    )
+    foresight = tuple(foresee(used, models, findings)) if runs else None
+    read = [*models.values(), *([base_source] if base_source else [])]
+    return Inspection(
+        models=dict(zip(models, named, strict=True)),
+        base=resting,
+        bases=bases,
+        rank=rank,
+        findings=tuple(findings),
+        foresight=foresight,
+        verdict=judge(findings, list(models), base_source is not None, foresight),
+        bytes_read=sum(source.bytes_read for source in read),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def short_names(references: Sequence[str]) -> list[str]:
+    """The shortest ends of paths that tell the references apart, such as `json` for `demo/models/json`."""
+    names: list[str] = []
+    for reference in references:
+        parts = Path(reference).parts
+        ends = ["/".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+        alone = (end for end in ends if end != BASE and sum(_ends_with(other, end) for other in references) == 1)
+        names.append(next(alone, reference))
+    return names
+
+
+def _ends_with(reference: str, end: str) -> bool:
+    return f"/{'/'.join(Path(reference).parts)}".endswith(f"/{end}")
+
+
+def _common_base(models: Sequence[ModelPath]) -> str | None:
+    """The base that all of `models` name, if they are adapters of one."""
+    if not models or not all(model.is_adapter for model in models):
+        return None
+    configs = [model.adapter_config() for model in models]
+    named = {(config.get("base_model_name_or_path"), config.get("revision")) for config in configs}
+    if len(named) > 1:
+        return None
+    [(reference, revision)] = named
+    return f"{reference}@{revision}" if reference and revision else reference
+
+
+def _first_columns(basis: Basis, rank: int) -> Directions:
+    def directions(module: str, out: int) -> torch.Tensor | None:
+        if basis.mapping.group_of(module) not in basis.directions:
+            return None
+        return basis.for_module(module, rank, out).double()
+
+    return directions

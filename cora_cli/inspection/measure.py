@@ -1,0 +1,213 @@
+"""Weight sources -> numbers per weight matrix, with the same matrix of all models in memory and nothing else.
+
+What the numbers amount to is `verdict`'s business, how they look `document`'s.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+
+from cora_cli.basis.choices import BasisChoices
+from cora_cli.basis.merge import plan
+from cora_cli.basis.sources import WeightSource
+from cora_cli.errors import CoraError
+from cora_cli.inspection.spectra import Spectra, spectra
+from cora_cli.inspection.subspaces import aligned, captured, chance, energy, gram, leading, overlap, principal_angles
+from cora_cli.progress import progress
+
+BASE = "base model"
+WEIGHTS, DELTA, FILE = "W", "ΔW", "basis"
+"""Of what two subspaces are: of the weights, of their change from the base, or of basis files."""
+POOLED, MEAN, PAPER = "others, ΔW pooled", "others, ΔW mean", "others, W mean (paper)"
+OWN, CHANCE, CEILING, ALONG = "base model's own", "chance", "ceiling", "along the mean ΔW"
+"""What the energy of a left-out ΔW is measured in; see `Capture`."""
+
+Directions = Callable[[str, int], torch.Tensor | None]
+"""A module's name and out-dimension -> orthonormal (out, k) float64, or None where there is nothing for that module."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """Overlap (0-1) of two subspaces of the kind WEIGHTS, DELTA or FILE, what chance gives, and the least, median and largest
+    principal angle in degrees. `other` may be BASE, whose subspace is that of its weights.
+    """
+
+    kind: str
+    one: str
+    other: str
+    value: float
+    chance: float
+    angles: tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """Shares (0-1) of the energy ‖ΔW‖_F² of the model `left_out` inside bases that were made without it.
+
+    POOLED: leading directions of Σ ΔWⱼΔWⱼᵀ over the other models; MEAN: of the mean of their ΔW; PAPER: of the mean of their W
+    (equation 2 of arXiv 2409.02119); OWN: of the base model's W; CHANCE: k / d for a random basis as large as POOLED; CEILING: of the
+    model's own ΔW, which no basis of that rank exceeds; ALONG: the share along the others' mean ΔW as one direction of the space of
+    matrices. Other names are bases that were given.
+    """
+
+    left_out: str
+    shares: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """All that was measured of one weight matrix `module`, (out, in) = `shape`; `rank` is the most directions that were taken.
+
+    `kind` is the name's last part, `layer` its first number. `sizes`: ‖W − W_base‖_F / ‖W_base‖_F by model, empty without a base.
+    `spectra` are those of the mean of the models' W, None without models.
+    """
+
+    module: str
+    kind: str
+    layer: int | None
+    shape: tuple[int, int]
+    rank: int
+    sizes: dict[str, float]
+    overlaps: tuple[Overlap, ...]
+    captures: tuple[Capture, ...]
+    spectra: Spectra | None
+
+
+def measure(
+    models: Mapping[str, WeightSource],
+    base: WeightSource | None,
+    bases: Mapping[str, Directions],
+    rank: int,
+    target_modules: tuple[str, ...],
+    device: torch.device,
+    hidden: Mapping[str, Directions],
+) -> list[Findings]:
+    """Measure every target matrix. `bases` are compared with everything, `hidden` only capture.
+
+    Raises `CoraError` where models differ in shape or `rank` is more than a matrix has.
+    """
+    sources = list(models.values()) or ([base] if base else [])
+    if not sources:
+        return []
+    groups = plan(sources, base, BasisChoices(merge="gram", rank=rank, target_modules=target_modules))
+    found = []
+    with progress("inspecting", len(groups), "matrices") as shown:
+        for group in groups:
+            [shape] = group.modules.values()
+            given, only = (_frames(some, group.name, shape[0], device) for some in (bases, hidden))
+            found.append(_measure(group.name, shape, models, base, given, only, rank, device))
+            shown.advance(note=group.name)
+    return found
+
+
+def _frames(bases: Mapping[str, Directions], module: str, out: int, device: torch.device) -> dict[str, torch.Tensor]:
+    frames = {name: directions(module, out) for name, directions in bases.items()}
+    return {name: frame.to(device) for name, frame in frames.items() if frame is not None}
+
+
+def _measure(
+    module: str,
+    shape: tuple[int, int],
+    models: Mapping[str, WeightSource],
+    base: WeightSource | None,
+    bases: Mapping[str, torch.Tensor],
+    hidden: Mapping[str, torch.Tensor],
+    rank: int,
+    device: torch.device,
+) -> Findings:
+    base_weight = base.read(module).to(device).double() if base else None
+    weights, deltas, sizes = {}, {}, {}
+    for name, source in models.items():
+        own = source.own_delta(module, base) if base else None
+        if own is not None and base_weight is not None:
+            delta = own.to(device)
+            weights[name] = base_weight + delta
+        else:
+            weights[name] = source.read(module).to(device).double()
+            if base_weight is None:
+                continue
+            delta = weights[name] - base_weight
+        sizes[name] = math.sqrt(energy(delta) / (energy(base_weight) or 1.0))
+        if sizes[name] > 0:  # a model that equals the base there has no directions of change
+            deltas[name] = delta
+    for name, weight in (weights | ({BASE: base_weight} if base_weight is not None else {})).items():
+        if not energy(weight) > 0:
+            raise CoraError(f"{module} of {name} is zero and has no directions; leave it out with --target-modules")
+    grams = {name: gram(delta) for name, delta in deltas.items()}
+    of_weights = {name: leading(gram(weight), rank) for name, weight in weights.items()}
+    of_deltas = {name: leading(grams[name], rank) for name in deltas}
+    of_base = leading(gram(base_weight), rank) if base_weight is not None else None
+    overlaps = [
+        _overlap(kind, one, frames[one], other, frames[other])
+        for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_deltas), (FILE, bases))
+        for one, other in itertools.combinations(frames, 2)
+    ]
+    if of_base is not None:
+        overlaps += [
+            _overlap(kind, name, frame, BASE, of_base)
+            for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_deltas), (FILE, bases))
+            for name, frame in frames.items()
+        ]
+    captures = []
+    for name, delta in deltas.items():
+        shares = {CHANCE: chance(1, rank, shape[0]), CEILING: captured(of_deltas[name], delta)}
+        if of_base is not None:
+            shares[OWN] = captured(of_base, delta)
+        if others := [other for other in deltas if other != name]:
+            shares |= _from_others(
+                delta, [deltas[o] for o in others], [grams[o] for o in others], [weights[o] for o in others], rank
+            )
+        shares |= {given: captured(frame, delta) for given, frame in {**hidden, **bases}.items()}
+        captures.append(Capture(name, shares))
+    mean = _mean(list(weights.values())) if weights else None
+    layer = re.search(r"\d+", module)
+    return Findings(
+        module=module,
+        kind=module.rpartition(".")[2],
+        layer=int(layer[0]) if layer else None,
+        shape=shape,
+        rank=rank,
+        sizes=sizes,
+        overlaps=tuple(overlaps),
+        captures=tuple(captures),
+        spectra=spectra(mean) if mean is not None and energy(mean) > 0 else None,
+    )
+
+
+def _from_others(
+    delta: torch.Tensor,
+    others: list[torch.Tensor],
+    grams: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    rank: int,
+) -> dict[str, float]:
+    """The shares of `delta` in what the other models know; sums run over them alone, as a difference of sums would lose digits."""
+    pooled = leading(_mean(grams), rank)
+    mean = _mean(others)
+    found = {
+        POOLED: captured(pooled, delta),
+        CHANCE: chance(1, pooled.shape[1], len(delta)),
+        PAPER: captured(leading(gram(_mean(weights)), rank), delta),
+    }
+    if energy(mean) > 0:
+        found |= {MEAN: captured(leading(gram(mean), rank), delta), ALONG: aligned(delta, mean)}
+    return found
+
+
+def _mean(matrices: list[torch.Tensor]) -> torch.Tensor:
+    """Their mean, without a second copy of them all."""
+    total = matrices[0].clone()
+    for matrix in matrices[1:]:
+        total += matrix
+    return total / len(matrices)
+
+
+def _overlap(kind: str, one: str, frame: torch.Tensor, other: str, against: torch.Tensor) -> Overlap:
+    angles = principal_angles(frame, against).rad2deg()
+    least, median, largest = angles.min().item(), angles.quantile(0.5).item(), angles.max().item()
+    by_chance = chance(frame.shape[1], against.shape[1], len(frame))
+    return Overlap(kind, one, other, overlap(frame, against), by_chance, (least, median, largest))

@@ -1,0 +1,103 @@
+"""What the numbers say, in words, by one stated rule; no judgement is added to it."""
+
+import dataclasses
+from collections.abc import Sequence
+from statistics import fmean
+
+from cora_cli.inspection.foresight import Foresight
+from cora_cli.inspection.measure import BASE, CEILING, CHANCE, FILE, OWN, PAPER, POOLED, WEIGHTS, Findings
+
+MOSTLY, PARTLY, SAME = 0.5, 0.1, 0.9
+"""The rule's thresholds: of the way from control to ceiling, and of the overlap from which two subspaces count as one."""
+FEWEST_MODELS = 3
+
+RULE = (
+    "Rule: each model in turn is left out, and its capture by the others' pooled ΔW is averaged over all weight matrices. How far that "
+    "lies on the way from the better of two controls (chance, the base model's own directions) to the ceiling (the model's own "
+    f"directions) is its share of the way. The least share over the models decides: from {MOSTLY:.0%} the subspace is common, from "
+    f"{PARTLY:.0%} in part, below that none is shown. The weights' subspaces are the base model's where their mean overlap with its own is at "
+    f"least {SAME:.0%}. Leave-one-out needs {FEWEST_MODELS} models and a base. Models are few and share each other's bases, so no p-value is given."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """`headline` answers whether there is a common subspace; `sentences` say the rest; `ways` is each model's share of the way."""
+
+    headline: str
+    sentences: tuple[str, ...]
+    ways: dict[str, float]
+
+
+def judge(
+    findings: Sequence[Findings], models: Sequence[str], has_base: bool, foresight: Sequence[Foresight] | None
+) -> Verdict:
+    """The verdict on what was measured of `models`; `foresight` is None where no runs were given."""
+    ways = {name: way for name in models if (way := _way(findings, name)) is not None}
+    sentences = [sentence for sentence in (_weights(findings), *_files(findings)) if sentence]
+    if foresight is None:
+        sentences.append(
+            "Foresight: no finished runs were given (--runs), so nothing is said on whether these numbers foretell a loss."
+        )
+    else:
+        sentences += [f"Foresight, {found.sentence()}" for found in foresight]
+    return Verdict(_headline(models, has_base, ways), tuple(sentences), ways)
+
+
+def mean_share(findings: Sequence[Findings], name: str, share: str) -> float | None:
+    """The mean over weight matrices of one share of the ΔW of the model `name`; None where no matrix has it."""
+    found = [c.shares[share] for one in findings for c in one.captures if c.left_out == name and share in c.shares]
+    return fmean(found) if found else None
+
+
+def _way(findings: Sequence[Findings], name: str) -> float | None:
+    shares = [c.shares for one in findings for c in one.captures if c.left_out == name and POOLED in c.shares]
+    if not shares:
+        return None
+    pooled, by_chance, own, ceiling = (fmean(one[key] for one in shares) for key in (POOLED, CHANCE, OWN, CEILING))
+    control = max(by_chance, own)
+    return (pooled - control) / (ceiling - control) if ceiling > control else 0.0
+
+
+def _headline(models: Sequence[str], has_base: bool, ways: dict[str, float]) -> str:
+    if not models:
+        return "Nothing can be said on a common subspace: no models were given, so only the bases themselves are described."
+    if not has_base:
+        return "Nothing can be said on a common subspace of the changes: that needs --base, the model that the others were fine-tuned from."
+    if len(ways) < FEWEST_MODELS:
+        return (
+            f"Nothing can be said on a common subspace: leave-one-out needs at least {FEWEST_MODELS} models that differ from the base, and "
+            f"there are {len(ways)}."
+        )
+    least = min(ways, key=lambda name: ways[name])
+    range_ = f"{ways[least]:.0%} ({least}) to {max(ways.values()):.0%} of the way from control to ceiling"
+    if ways[least] >= MOSTLY:
+        return f"There is a common subspace: the others' directions hold a left-out model's change {range_}."
+    if ways[least] >= PARTLY:
+        return f"There is a common subspace in part: the others' directions hold a left-out model's change {range_}."
+    return f"No common subspace is shown: the others' directions hold a left-out model's change {range_}."
+
+
+def _weights(findings: Sequence[Findings]) -> str | None:
+    found = [o.value for one in findings for o in one.overlaps if o.kind == WEIGHTS and o.other == BASE]
+    if not found:
+        return None
+    paper = [(c.shares[PAPER], c.shares[OWN], c.shares[CHANCE]) for f in findings for c in f.captures if PAPER in c.shares]
+    said = "are the base model's own" if fmean(found) >= SAME else "are not simply the base model's own"
+    sentence = f"The leading directions of the weights (the paper's way) {said}: mean overlap {fmean(found):.1%}."
+    if paper:
+        shares = [fmean(column) for column in zip(*paper, strict=True)]
+        sentence += (
+            f" They capture {shares[0]:.1%} of a left-out change, the base model's own {shares[1]:.1%}, chance {shares[2]:.1%}."
+        )
+    return sentence
+
+
+def _files(findings: Sequence[Findings]) -> list[str]:
+    names = dict.fromkeys(o.one for one in findings for o in one.overlaps if o.kind == FILE and o.other == BASE)
+    sentences = []
+    for name in names:
+        values = [o.value for f in findings for o in f.overlaps if (o.kind, o.one, o.other) == (FILE, name, BASE)]
+        said = "is the base model's own subspace" if fmean(values) >= SAME else "is not simply the base model's own subspace"
+        sentences.append(f"{name} {said}: mean overlap {fmean(values):.1%}.")
+    return sentences

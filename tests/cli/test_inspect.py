@@ -1,0 +1,182 @@
+"""`cora inspect` from its command line, on five tiny fine-tunes whose common subspace is planted, or not there."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cora_cli import rundir
+from cora_cli.adapters.modes import plan_adapter
+from cora_cli.basis.artifact import read_basis
+from cora_cli.basis.choices import BasisChoices
+from cora_cli.basis.extract import extract_basis
+from cora_cli.cli import app
+from cora_cli.inspection.measure import CEILING, POOLED
+from cora_cli.models import resolve_model
+from tests.basis.conftest import make_llama
+from tests.basis.test_adapter_sources import make_adapter
+from tests.reporting.helpers import Made, write_run
+
+FORMATS = {"inspect.txt", "inspect.md", "inspect.json", "inspect.html"}
+
+
+def cora_inspect(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["inspect", *map(str, arguments), "--device=cpu"])
+
+
+def fine_tunes(root: Path, shared: bool) -> list[Path]:
+    """A base and five models, whose changes lie in two directions of each matrix: in common, or each model's own."""
+    model = make_llama(kv_heads=2)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    paths = [root / "base", *(root / f"model-{n}" for n in range(5))]
+    model.save_pretrained(paths[0])
+    for n, path in enumerate(paths[1:]):
+        generator = np.random.default_rng(n)
+        for place, (name, tensor) in enumerate(model.state_dict().items()):
+            if tensor.dim() == 2:
+                frames = np.random.default_rng(place) if shared else generator
+                left = np.linalg.qr(frames.standard_normal((len(tensor), 2)))[0]
+                change = left @ generator.standard_normal((2, tensor.shape[1])) * 0.05
+                tensor.copy_(start[name] + torch.from_numpy(change))
+        model.save_pretrained(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def related(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return fine_tunes(tmp_path_factory.mktemp("related"), shared=True)
+
+
+@pytest.fixture(scope="module")
+def unrelated(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return fine_tunes(tmp_path_factory.mktemp("unrelated"), shared=False)
+
+
+def test_a_planted_subspace_is_found_and_every_format_is_written(related: list[Path], tmp_path: Path) -> None:
+    base, *models = related
+    result = cora_inspect(*models, "--base", base, "--rank=2", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    before, _, verdict = result.stdout.partition("\nVerdict\n-------\n")
+    for table in (
+        "Size of the change",
+        "Overlap of the subspaces of the weights W",
+        "Principal angles",
+        "Leave-one-out capture",
+    ):
+        assert table in before
+    assert "There is a common subspace: " in verdict
+    assert "Rule: each model in turn is left out" in verdict
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FORMATS | {"plots"}
+    assert {path.stem for path in (tmp_path / "out" / "plots").iterdir()} == {"overlap", "capture", "weights-variance"}
+    found = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert list(found["models"]) == [f"model-{n}" for n in range(5)]
+    assert len(found["findings"]) == 6
+    for finding in found["findings"]:
+        assert [capture["left_out"] for capture in finding["captures"]] == list(found["models"])
+        for capture in finding["captures"]:
+            assert capture["shares"][POOLED] == pytest.approx(capture["shares"][CEILING], abs=1e-5)
+    page = (tmp_path / "out" / "inspect.html").read_text()
+    assert page.count("<svg") == 3
+    assert "There is a common subspace: " in page
+
+
+def test_changes_that_have_nothing_in_common_are_told_so(unrelated: list[Path]) -> None:
+    base, *models = unrelated
+    result = cora_inspect(*models, "--base", base, "--rank=2")
+    assert result.exit_code == 0, result.stderr
+    assert "\nNo common subspace is shown: " in result.stdout
+
+
+def test_a_basis_file_is_described_alone_and_judged_beside_models(related: list[Path], tmp_path: Path) -> None:
+    base, *models = related
+    path = tmp_path / "basis.safetensors"
+    extract_basis([resolve_model(str(model)) for model in models[:3]], path, BasisChoices(rank=3), None, torch.device("cpu"))
+    alone = cora_inspect(path)
+    assert alone.exit_code == 0, alone.stderr
+    assert "module, mean, weights, output, svd, top" in alone.stdout
+    assert "Nothing can be said on a common subspace: no models were given" in alone.stdout
+    result = cora_inspect(path, models[4], "--base", base, "--format=json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["rank"] == 3
+    assert all(0 < c["shares"]["basis.safetensors"] <= c["shares"][CEILING] for f in found["findings"] for c in f["captures"])
+    assert "basis.safetensors is the base model's own subspace" in " ".join(found["verdict"]["sentences"])
+
+
+def test_adapters_of_one_base_need_no_other_word_for_it(related: list[Path], tmp_path: Path) -> None:
+    adapters = [make_adapter(related[0], tmp_path / f"a{n}", seed=n) for n in range(3)]
+    result = cora_inspect(*adapters, "--rank=3", "--target-modules=q_proj", "--format=json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["base"] == str(related[0])
+    assert set(found["verdict"]["ways"]) == {"a0", "a1", "a2"}
+
+
+@pytest.mark.parametrize("bases", [3, 5])
+def test_runs_say_whether_capture_foretold_their_loss(related: list[Path], tmp_path: Path, bases: int) -> None:
+    base, *models = related
+    flags = []
+    for n in range(bases):
+        path, run = tmp_path / f"b{n}.safetensors", tmp_path / f"run{n}"
+        extract_basis([resolve_model(str(models[n]))], path, BasisChoices(rank=2), None, torch.device("cpu"))
+        write_run(run, Made("fb", "fb", loss=1 + 0.1 * n, rank=2), np.random.default_rng(0))
+        record = json.loads((run / "run.json").read_text())
+        made = read_basis(path)
+        settings = {"rank": 2, "alpha": 2.0, "rslora": False, "dropout": 0.0, "seed": 0}
+        record["plan"] = plan_adapter("fb", target_modules=("q_proj", "k_proj", "v_proj"), **settings).as_dict()
+        sources = [{"reference": s.reference, "revision": s.revision, "hash": s.hash} for s in made.sources]
+        record["basis"] = {"path": str(path), "sha256": made.sha256, "sources": sources}
+        rundir.write_json(run / "run.json", record)
+        flags += ["--runs", run]
+    result = cora_inspect(*models, "--base", base, "--rank=2", *flags, "--format=json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    [foresight] = found["foresight"]
+    assert [point["basis"].split()[0] for point in foresight["points"]] == [f"b{n}" for n in range(bases)]
+    for n, point in enumerate(foresight["points"]):
+        unseen = [
+            capture["shares"][point["basis"]]
+            for finding in found["findings"]
+            for capture in finding["captures"]
+            if capture["left_out"] != f"model-{n}"
+        ]
+        assert point["capture"] == pytest.approx(np.mean(unseen)), "a basis is not judged by the model that it was made from"
+    assert (foresight["rho"] is None) == (bases < 4)
+    assert ("nothing can be said" in found["verdict"]["sentences"][-1]) == (bases < 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["MODEL", "--rank=0"], 2, "--rank 0 is not a whole number of at least 1"),
+        (["MODEL"], 2, "one model alone has nothing to be compared with"),
+        (["MODEL", "MODEL"], 2, "is named twice"),
+        (["MODEL", "BASE", "--runs=RUN"], 2, "--runs needs models and their --base"),
+        (["MODEL", "--base=BASE", "--runs=BASE"], 1, "holds no plan.json, run.json or metrics.json"),
+        (["MODEL", "--base=BASE", "--rank=9"], 1, "--rank 9 is more than the 8 directions"),
+        (["MODEL", "--base=BASE", "-o", "BASE/config.json"], 1, "config.json is a file; choose another one"),
+        (["MODEL", "BASE/config.json"], 1, "config.json is no whole safetensors file"),
+        (["MODEL", "/missing/model"], 1, "model '/missing/model' is neither a directory on this disk nor a hub id"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], code: int, message: str, related: list[Path]) -> None:
+    base, model = map(str, related[:2])
+    result = cora_inspect(*(argument.replace("MODEL", model).replace("BASE", base) for argument in arguments))
+    assert (result.exit_code, result.stdout) == (code, ""), result.stderr
+    assert result.stderr.splitlines()[-1].startswith("cora: error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_models_of_one_name_are_told_apart_by_their_paths(related: list[Path], tmp_path: Path) -> None:
+    one, other = (
+        Path(shutil.copytree(model, tmp_path / name / "model")) for model, name in zip(related[1:3], "xy", strict=True)
+    )
+    result = cora_inspect(one, other, "--rank=2", "--format=json")
+    assert result.exit_code == 0, result.stderr
+    assert list(json.loads(result.stdout)["models"]) == ["x/model", "y/model"]

@@ -1,0 +1,156 @@
+"""What is measured of a weight matrix against a dense reference in numpy, and how much is held in memory for it."""
+
+import itertools
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import subspace_angles
+
+from cora_cli.errors import CoraError
+from cora_cli.inspection.measure import (
+    ALONG,
+    BASE,
+    CEILING,
+    CHANCE,
+    DELTA,
+    FILE,
+    MEAN,
+    OWN,
+    PAPER,
+    POOLED,
+    WEIGHTS,
+    measure,
+)
+from tests.basis.helpers import CPU, ArraySource
+
+NAME = "model.layers.3.self_attn.q_proj"
+
+
+def left(matrix: np.ndarray, rank: int) -> np.ndarray:
+    return np.linalg.svd(matrix)[0][:, :rank]
+
+
+def share(basis: np.ndarray, matrix: np.ndarray) -> float:
+    return float(np.linalg.norm(basis.T @ matrix) ** 2 / np.linalg.norm(matrix) ** 2)
+
+
+def found_of(base, models, rank, bases=None):
+    sources = {name: ArraySource({NAME: weight}, name) for name, weight in models.items()}
+    of_base = None if base is None else ArraySource({NAME: base}, BASE)
+    [found] = measure(sources, of_base, bases or {}, rank, ("q_proj",), CPU, {})
+    return found
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    rows=st.integers(3, 14),
+    columns=st.integers(3, 14),
+    models=st.integers(1, 4),
+    seed=st.integers(0, 999),
+    data=st.data(),
+)
+def test_every_number_equals_the_dense_reference(rows, columns, models, seed, data):
+    rank = data.draw(st.integers(1, min(rows, columns) - 1))
+    generator = np.random.default_rng(seed)
+    base = generator.standard_normal((rows, columns))
+    deltas = {f"m{n}": 0.3 * generator.standard_normal((rows, columns)) for n in range(models)}
+    weights = {name: base + delta for name, delta in deltas.items()}
+    given_basis = np.linalg.qr(generator.standard_normal((rows, rank)))[0]
+    found = found_of(base, weights, rank, {"file": lambda module, out: torch.from_numpy(given_basis.copy())})
+    assert (found.kind, found.layer, found.shape) == ("q_proj", 3, (rows, columns))
+    for name, delta in deltas.items():
+        assert found.sizes[name] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(base))
+    own = left(base, rank)
+    frames = {
+        WEIGHTS: {name: left(weight, rank) for name, weight in weights.items()},
+        DELTA: {name: left(delta, rank) for name, delta in deltas.items()},
+        FILE: {"file": given_basis},
+    }
+    pairs = {
+        (kind, one, other)
+        for kind, known in frames.items()
+        for one, other in [*itertools.combinations(known, 2), *((name, BASE) for name in known)]
+    }
+    assert {(o.kind, o.one, o.other) for o in found.overlaps} == pairs
+    for o in found.overlaps:
+        one, other = frames[o.kind][o.one], own if o.other == BASE else frames[o.kind][o.other]
+        angles = np.rad2deg(subspace_angles(one, other))
+        assert o.value == pytest.approx(np.linalg.norm(one.T @ other) ** 2 / rank, abs=1e-7)
+        assert o.chance == pytest.approx(rank / rows)
+        assert o.angles == pytest.approx((angles.min(), np.median(angles), angles.max()), abs=1e-4)
+    for capture in found.captures:
+        delta = deltas[capture.left_out]
+        others = [name for name in deltas if name != capture.left_out]
+        expected = {
+            CHANCE: rank / rows,
+            CEILING: share(left(delta, rank), delta),
+            OWN: share(own, delta),
+            "file": share(given_basis, delta),
+        }
+        if others:
+            pooled = np.hstack([deltas[name] for name in others])
+            mean = np.mean([deltas[name] for name in others], axis=0)
+            expected |= {
+                POOLED: share(left(pooled, rank), delta),
+                MEAN: share(left(mean, rank), delta),
+                PAPER: share(left(base + mean, rank), delta),
+                ALONG: (delta * mean).sum() ** 2 / np.linalg.norm(delta) ** 2 / np.linalg.norm(mean) ** 2,
+            }
+        assert capture.shares == pytest.approx(expected, abs=1e-7)
+    assert len(found.captures) == models
+
+
+def test_a_model_that_equals_the_base_has_a_size_of_zero_and_no_directions_of_change():
+    base = np.random.default_rng(0).standard_normal((5, 4))
+    found = found_of(base, {"same": base, "other": base + 1.0}, 1)
+    assert found.sizes["same"] == 0
+    assert [capture.left_out for capture in found.captures] == ["other"]
+    assert POOLED not in found.captures[0].shares
+
+
+def test_low_rank_changes_are_compared_in_the_directions_that_they_have():
+    generator = np.random.default_rng(0)
+    base = generator.standard_normal((12, 10))
+    deltas = {
+        name: generator.standard_normal((12, size)) @ generator.standard_normal((size, 10))
+        for name, size in (("a", 1), ("b", 2))
+    }
+    found = found_of(base, {name: base + delta for name, delta in deltas.items()}, 4)
+    [pair] = [o for o in found.overlaps if (o.kind, o.other) == (DELTA, "b")]
+    assert pair.chance == pytest.approx(2 / 12), "one direction against two"
+    [capture] = [c for c in found.captures if c.left_out == "a"]
+    assert capture.shares[CHANCE] == pytest.approx(2 / 12), "the others have two directions"
+    assert capture.shares[POOLED] == pytest.approx(share(left(deltas["b"], 2), deltas["a"]), abs=1e-7)
+
+
+def test_without_a_base_only_the_weights_are_compared():
+    one, two = np.random.default_rng(0).standard_normal((2, 6, 5))
+    found = found_of(None, {"one": one, "two": two}, 2)
+    assert (found.sizes, found.captures) == ({}, ())
+    assert [(o.kind, o.one, o.other) for o in found.overlaps] == [(WEIGHTS, "one", "two")]
+
+
+def test_a_matrix_of_zeros_is_refused_by_name():
+    with pytest.raises(CoraError, match=r"q_proj of one is zero.*--target-modules"):
+        found_of(None, {"one": np.zeros((4, 4)), "two": np.ones((4, 4))}, 1)
+
+
+def test_one_matrix_of_all_models_is_read_at_a_time_and_each_once():
+    alive: list[tuple[str, weakref.ref]] = []
+
+    class Spy(ArraySource):
+        def read(self, module):
+            tensor = super().read(module)
+            others = {name for name, reference in alive if name != module and reference() is not None}
+            assert not others, f"{others} live while {module} is read"
+            alive.append((module, weakref.ref(tensor)))
+            return tensor
+
+    generator = np.random.default_rng(0)
+    base, *models = (Spy({f"layers.{n}.q_proj": generator.standard_normal((6, 5)) for n in range(3)}) for _ in range(4))
+    measure({str(n): model for n, model in enumerate(models)}, base, {}, 2, ("q_proj",), CPU, {})
+    assert all(len(source.reads) == len(set(source.reads)) == 3 for source in [base, *models])

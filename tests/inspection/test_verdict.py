@@ -1,0 +1,50 @@
+"""The verdict follows from the numbers by its printed rule."""
+
+import pytest
+
+from cora_cli.inspection.measure import BASE, CEILING, CHANCE, OWN, PAPER, POOLED, WEIGHTS, Capture, Findings, Overlap
+from cora_cli.inspection.verdict import RULE, judge
+
+
+def findings(ways: dict[str, float], own: float = 0.1, of_base: float = 0.99) -> list[Findings]:
+    """One matrix whose captures lie so far on the way from the better control to the ceiling of 0.8."""
+    control = max(own, 0.05)
+    captures = tuple(
+        Capture(name, {POOLED: control + way * (0.8 - control), OWN: own, CHANCE: 0.05, CEILING: 0.8, PAPER: own})
+        for name, way in ways.items()
+    )
+    overlaps = tuple(Overlap(WEIGHTS, name, BASE, of_base, 0.05, (0.0, 1.0, 2.0)) for name in ways)
+    return [Findings("layers.0.q_proj", "q_proj", 0, (20, 20), 1, dict.fromkeys(ways, 0.1), overlaps, captures, None)]
+
+
+@pytest.mark.parametrize(
+    ("least", "headline"),
+    [
+        (0.51, "There is a common subspace:"),
+        (0.49, "There is a common subspace in part:"),
+        (0.11, "There is a common subspace in part:"),
+        (0.09, "No common subspace is shown:"),
+        (-0.2, "No common subspace is shown:"),
+    ],
+)
+@pytest.mark.parametrize("own", [0.01, 0.3])
+def test_the_least_share_of_the_way_over_the_models_decides(least, headline, own):
+    found = judge(findings({"a": 0.9, "b": least, "c": 0.7}, own), ["a", "b", "c"], True, None)
+    assert found.headline.startswith(headline)
+    assert f"{least:.0%} (b) to 90%" in found.headline
+    assert found.ways == pytest.approx({"a": 0.9, "b": least, "c": 0.7})
+    for percent in ("50%", "10%", "90%"):
+        assert percent in RULE
+
+
+def test_two_models_no_base_or_no_models_say_nothing():
+    assert "at least 3 models" in judge(findings({"a": 0.9, "b": 0.9}), ["a", "b"], True, None).headline
+    assert "needs --base" in judge([], ["a", "b"], False, None).headline
+    assert "no models were given" in judge([], [], True, None).headline
+
+
+@pytest.mark.parametrize(("overlap", "said"), [(0.95, "are the base model's own:"), (0.85, "are not simply the base")])
+def test_the_weights_subspaces_are_compared_with_the_bases(overlap, said):
+    found = judge(findings({"a": 0.9, "b": 0.9, "c": 0.9}, of_base=overlap), ["a", "b", "c"], True, None)
+    assert said in found.sentences[0]
+    assert "capture 10.0% of a left-out change, the base model's own 10.0%, chance 5.0%" in found.sentences[0]
