@@ -20,7 +20,7 @@ from cora_cli.inspection.measure import (
     Overlap,
 )
 from cora_cli.inspection.spectra import LEVELS, needed, paper_note
-from cora_cli.inspection.verdict import RULE, mean_share
+from cora_cli.inspection.verdict import RULE, shares_of
 from cora_cli.reporting.canvas import Figure
 from cora_cli.reporting.document import Block, Heading, Items, Text
 from cora_cli.reporting.tables import Cell, Table
@@ -31,8 +31,12 @@ _SUBSPACES = {WEIGHTS: "weights W", DELTA: "changes ΔW = W − W_base", FILE: "
 
 
 def build_document(inspection: Inspection, figures: Sequence[Figure] = (), detail: bool = False) -> list[Block]:
-    """The whole document; with `detail` also a table of every weight matrix."""
-    blocks: list[Block] = [Heading(1, "Do these models share a subspace?"), Text(_subject(inspection)), Heading(2, "Tables")]
+    """The whole document; with `detail` also where the models are, and a table of every weight matrix."""
+    blocks: list[Block] = [
+        Heading(1, "Do these models share a subspace?"),
+        Text(_subject(inspection, detail)),
+        Heading(2, "Tables"),
+    ]
     blocks += [table for table in _tables(inspection, detail) if table.rows]
     if found := [one.spectra.mean_share for one in inspection.findings if one.spectra]:
         blocks.append(Text(paper_note(max(found)), "note"))
@@ -49,14 +53,19 @@ def build_document(inspection: Inspection, figures: Sequence[Figure] = (), detai
     ]
 
 
-def _subject(inspection: Inspection) -> str:
-    parts = [f"{name}: {reference}" for name, reference in inspection.models.items() if name != reference]
-    named = ", ".join([*inspection.models, *(f"{name} (basis file)" for name in inspection.bases)])
-    base = f" Base model: {inspection.base}." if inspection.base else " No base model."
-    return (
-        f"{named}; {len(inspection.findings)} weight matrices ({', '.join(inspection.kinds) or 'none read'}), "
-        f"rank {inspection.rank}.{base}" + (f" {'; '.join(parts)}." if parts else "")
+def _subject(inspection: Inspection, detail: bool) -> str:
+    named = ", ".join(
+        [
+            *(
+                f"{name} ({reference})" if detail and name != reference else name
+                for name, reference in inspection.models.items()
+            ),
+            *(f"{name} (basis file)" for name in inspection.bases),
+        ]
     )
+    base = f"Base model: {inspection.base}." if inspection.base else "No base model."
+    kinds = ", ".join(inspection.kinds) or "none read"
+    return f"{named}; {len(inspection.findings)} weight matrices ({kinds}), rank {inspection.rank}. {base}"
 
 
 def _tables(inspection: Inspection, detail: bool) -> Iterator[Table]:
@@ -89,41 +98,32 @@ def _sizes(inspection: Inspection) -> Table:
 
 
 def _overlaps(inspection: Inspection, subspace: str) -> Table:
-    found = [o for one in inspection.findings for o in one.overlaps if o.kind == subspace]
-    pairs = list(dict.fromkeys((o.one, o.other) for o in found if o.other != BASE))
-    with_base = list(dict.fromkeys((o.one, o.other) for o in found if o.other == BASE))
-    rows = []
-    for some, what in ((pairs, "pairs"), (with_base, f"with the {BASE}'s W")):
-        values = {
-            pair: [_mean_overlap(_of_kind(inspection, kind), subspace, pair) for kind in inspection.kinds] for pair in some
-        }
-        if len(some) <= _MOST_PAIRS:
-            rows += [(Cell(f"{one} – {other}"), *map(_number, values[one, other])) for one, other in some]
+    rows: list[tuple[Cell, ...]] = []
+    for what, with_base in (("pairs", False), (f"with the {BASE}", True)):
+        found: dict[tuple[str, str], dict[str, list[Overlap]]] = {}
+        for one in inspection.findings:
+            for overlap in one.overlaps:
+                if overlap.kind == subspace and (overlap.other == BASE) is with_base:
+                    found.setdefault((overlap.one, overlap.other), {}).setdefault(one.kind, []).append(overlap)
+        by_kind = [[pair[kind] for pair in found.values() if kind in pair] for kind in inspection.kinds]
+        if len(found) <= _MOST_PAIRS:
+            for (name, other), pair in found.items():
+                cells = (_mean([o.value for o in pair.get(kind, ())]) for kind in inspection.kinds)
+                rows.append((Cell(f"{name} – {other}"), *cells))
         else:
-            columns = [[value for value in column if value is not None] for column in zip(*values.values(), strict=True)]
+            means = [[fmean(o.value for o in overlaps) for overlaps in pairs] for pairs in by_kind]
             for word, of in (("mean", fmean), ("least", min), ("largest", max)):
                 rows.append(
-                    (
-                        Cell(f"{word} of {len(some)} {what}"),
-                        *(_number(float(of(column)) if column else None) for column in columns),
-                    )
+                    (Cell(f"{word} of {len(found)} {what}"), *(_mean([of(column)] if column else []) for column in means))
                 )
-    if rows:
-        chances = [
-            [o.chance for one in _of_kind(inspection, kind) for o in one.overlaps if o.kind == subspace]
-            for kind in inspection.kinds
-        ]
-        rows.append((Cell("chance"), *(_number(fmean(column) if column else None) for column in chances)))
+        if found:
+            chances = (_mean([o.chance for overlaps in pairs for o in overlaps]) for pairs in by_kind)
+            rows.append((Cell(f"chance, {what}"), *chances))
     notes = (
-        f"‖U₁ᵀU₂‖_F² / r of the leading {inspection.rank} directions, mean over layers: 1 for the same subspace. Chance is r / d for two random "
-        f"ones. {BASE}: the leading directions of its W.",
+        f"‖U₁ᵀU₂‖_F² / r of the leading r = {inspection.rank} directions, mean over layers: 1 for the same subspace. Chance is r / d for two "
+        f"random ones. Where a matrix has fewer directions, all of them are taken. {BASE}: the leading directions of its W.",
     )
     return Table(f"Overlap of the subspaces of the {_SUBSPACES[subspace]}", ("pair", *inspection.kinds), tuple(rows), notes)
-
-
-def _mean_overlap(findings: Sequence[Findings], subspace: str, pair: tuple[str, str]) -> float | None:
-    values = [o.value for one in findings for o in one.overlaps if (o.kind, o.one, o.other) == (subspace, *pair)]
-    return fmean(values) if values else None
 
 
 def _angles(inspection: Inspection) -> Table:
@@ -151,19 +151,18 @@ def _captures(inspection: Inspection) -> Table:
     given = [c for one in inspection.findings for c in one.captures]
     columns = [column for column in columns if any(column in c.shares for c in given)]
     left_out = list(dict.fromkeys(c.left_out for c in given))
-    rows = [(Cell(name), *(_number(mean_share(inspection.findings, name, column)) for column in columns)) for name in left_out]
+    rows = [(Cell(name), *(_mean(shares_of(inspection.findings, name, column)) for column in columns)) for name in left_out]
     for kind in inspection.kinds if left_out else ():
         captures = [c for one in _of_kind(inspection, kind) for c in one.captures]
         cells = []
         for column in columns:
-            values = [c.shares[column] for c in captures if column in c.shares]
-            cells.append(_number(fmean(values) if values else None))
+            cells.append(_mean([c.shares[column] for c in captures if column in c.shares]))
         rows.append((Cell(f"all, {kind}"), *cells))
     notes = (
-        f"Share of ‖ΔW‖_F² of the model in the row inside {inspection.rank} directions, mean over weight matrices. “others”: of all models but "
-        f"that one. {CHANCE}: a random basis, r / d. {CEILING}: the model's own directions. {ALONG}: along the others' mean ΔW as one direction of "
-        "the space of matrices (chance there is 1 over the number of weights)."
-        + (" A basis file may have been made from the model itself." if inspection.bases else ""),
+        f"Share of ‖ΔW‖_F² of the model in the row inside {inspection.rank} directions, mean over weight matrices. {POOLED}, {MEAN}, {PAPER} (the "
+        f"paper's basis): leading directions of what all models but that one have. {OWN}: of the base model. {CHANCE}: a random basis, r / d. "
+        f"{CEILING}: the model's own ΔW. {ALONG}: along {MEAN} as one direction of the space of matrices (chance there is 1 over the number "
+        "of weights)." + (" A basis file may have been made from the model itself." if inspection.bases else ""),
     )
     return Table("Leave-one-out capture", ("left-out model", *columns), tuple(rows), notes)
 
@@ -215,9 +214,10 @@ def _points(inspection: Inspection) -> Table:
         for point in found.points
     ]
     notes = (
-        "Capture: mean share of ‖ΔW‖_F² inside B over the given models that the basis was not made from. Loss: held-out, nats per response "
-        "token, mean over the runs that started from that B. Spearman's ρ with Fisher's interval, standard error of Bonett and Wright (2000), "
-        "over bases; runs that share data are not independent, and several numbers are not corrected for.",
+        "Capture: mean share of ‖ΔW‖_F² inside B over the given models that the basis was not made from; of a basis of exactly these models, "
+        "that of the bases made likewise of all but one. Loss: held-out, nats per response token, mean over the runs that started from that B, with "
+        "the seeds that all bases of a row's kind of runs have: the seed also draws a random B. Spearman's ρ with Fisher's interval, standard error of Bonett "
+        "and Wright (2000), over bases; runs that share data are not independent, and several numbers are not corrected for.",
     )
     return Table(
         "Foresight: bases and the runs that used them", ("basis", "runs of", "capture", "loss", "runs"), tuple(rows), notes
@@ -227,19 +227,17 @@ def _points(inspection: Inspection) -> Table:
 def _matrices(inspection: Inspection) -> Table:
     rows = []
     for found in inspection.findings:
-        cells = [_number(fmean(found.sizes.values()) if found.sizes else None)]
+        cells = [_mean(list(found.sizes.values()))]
         for subspace in (WEIGHTS, DELTA):
             for with_base in (False, True):
-                values = [o.value for o in found.overlaps if o.kind == subspace and (o.other == BASE) is with_base]
-                cells.append(_number(fmean(values) if values else None))
+                cells.append(_mean([o.value for o in found.overlaps if o.kind == subspace and (o.other == BASE) is with_base]))
         for share in (POOLED, OWN, CHANCE, CEILING):
-            values = [c.shares[share] for c in found.captures if share in c.shares]
-            cells.append(_number(fmean(values) if values else None))
+            cells.append(_mean([c.shares[share] for c in found.captures if share in c.shares]))
         rows.append((Cell(found.module), Cell("×".join(map(str, found.shape))), *cells))
     headers = ("out×in", "size", "W pairs", "W base", "ΔW pairs", "ΔW base", POOLED, OWN, CHANCE, CEILING)
     notes = ("Means over models or pairs: size of the change, overlaps, leave-one-out captures.",)
     return Table("Every weight matrix", ("module", *headers), tuple(rows), notes)
 
 
-def _number(value: float | None) -> Cell:
-    return Cell() if value is None else Cell(f"{value:.3f}")
+def _mean(values: Sequence[float]) -> Cell:
+    return Cell(f"{fmean(values):.3f}") if values else Cell()

@@ -14,6 +14,8 @@ from cora_cli.reporting.spectra import Spectrum, read_spectra
 
 Value = Callable[[Findings], list[float]]
 _COLUMNS = 3
+_ITS_CHANCE = f": {CHANCE}"
+"""The end of the label of a line that shows the chance of another one: it is dashed in the same colour, and not in the legend."""
 
 
 def draw(inspection: Inspection) -> Iterator[Figure]:
@@ -21,15 +23,15 @@ def draw(inspection: Inspection) -> Iterator[Figure]:
     r = inspection.rank
     series: dict[str, Value] = {}
     for kind in (WEIGHTS, DELTA):
-        series[f"{kind}, pairs of models"] = _overlaps(kind, with_base=False)
-        series[f"{kind}, with the base model's W"] = _overlaps(kind, with_base=True)
-    series[CHANCE] = lambda found: [o.chance for o in found.overlaps if o.kind in (WEIGHTS, DELTA)]
+        for who, with_base in (("pairs of models", False), ("with the base model's W", True)):
+            series[f"{kind}, {who}"] = _overlaps(kind, with_base, "value")
+            series[f"{kind}, {who}{_ITS_CHANCE}"] = _overlaps(kind, with_base, "chance")
     yield from _by_layer(
         inspection,
         series,
         "overlap",
         "Overlap of the leading subspaces, layer by layer",
-        f"‖U₁ᵀU₂‖_F² / r of the leading {r} directions, mean over pairs of {len(inspection.models)} models. Dashed: chance.",
+        f"‖U₁ᵀU₂‖_F² / r of the leading {r} directions, mean over pairs of {len(inspection.models)} models. Dashed, in the same colour: chance.",
         "overlap",
     )
     yield from _by_layer(
@@ -37,7 +39,8 @@ def draw(inspection: Inspection) -> Iterator[Figure]:
         {share: _shares(share) for share in (POOLED, MEAN, PAPER, OWN, CEILING, CHANCE, *inspection.bases)},
         "capture",
         "Leave-one-out capture, layer by layer",
-        f"Share of ‖ΔW‖_F² of a left-out model inside {r} directions, mean over {len(inspection.models)} models. Dashed: chance.",
+        f"Share of ‖ΔW‖_F² of a left-out model inside {r} directions, mean over {len(inspection.models)} models. {POOLED}, {MEAN} and {PAPER} are of the "
+        f"other models, {CEILING} is of the model itself. Dashed: chance.",
         "captured share",
     )
     if spectra := _spectra(inspection):
@@ -55,8 +58,8 @@ def draw(inspection: Inspection) -> Iterator[Figure]:
         )
 
 
-def _overlaps(kind: str, with_base: bool) -> Value:
-    return lambda found: [o.value for o in found.overlaps if o.kind == kind and (o.other == BASE) is with_base]
+def _overlaps(kind: str, with_base: bool, field: str) -> Value:
+    return lambda found: [getattr(o, field) for o in found.overlaps if o.kind == kind and (o.other == BASE) is with_base]
 
 
 def _shares(share: str) -> Value:
@@ -77,9 +80,9 @@ def _by_layer(
             ]
             if len(points) > 1:
                 curves.setdefault(kind, {})[label] = points
-    if any(label != CHANCE for lines in curves.values() for label in lines):
+    if any(not label.endswith(CHANCE) for lines in curves.values() for label in lines):
         rows = math.ceil(len(curves) / _COLUMNS)
-        palette = Palette(list(series))
+        palette = Palette([label.removesuffix(_ITS_CHANCE) for label in series])
         yield render(
             name, heading, caption, lambda figure: _lines(figure, curves, palette, axis, rows), (7.2, 2.5 * rows + 0.4)
         )
@@ -94,8 +97,11 @@ def _lines(figure: Any, curves: dict[str, dict[str, list[tuple[int, float]]]], p
     for ax, (kind, lines) in zip(axes.flat, curves.items(), strict=False):
         for label, points in lines.items():
             xs, ys = zip(*points, strict=True)
-            style = "--" if label == CHANCE else "-"
-            ax.plot(xs, ys, style, color=palette.color(label), marker=palette.marker(label), markersize=3, label=label)
+            of = label.removesuffix(_ITS_CHANCE)
+            if label.endswith(CHANCE):
+                ax.plot(xs, ys, "--", color=palette.color(of), label=label if of == label else None)
+            else:
+                ax.plot(xs, ys, "-", color=palette.color(of), marker=palette.marker(of), markersize=3, label=label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(title=kind, xlabel="layer", ylim=(0, 1.02))
     for ax in axes[:, 0]:

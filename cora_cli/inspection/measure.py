@@ -22,8 +22,8 @@ from cora_cli.progress import progress
 BASE = "base model"
 WEIGHTS, DELTA, FILE = "W", "ΔW", "basis"
 """Of what two subspaces are: of the weights, of their change from the base, or of basis files."""
-POOLED, MEAN, PAPER = "others, ΔW pooled", "others, ΔW mean", "others, W mean (paper)"
-OWN, CHANCE, CEILING, ALONG = "base model's own", "chance", "ceiling", "along the mean ΔW"
+POOLED, MEAN, PAPER, ALONG = "pooled ΔW", "mean ΔW", "mean W", "along mean"
+OWN, CHANCE, CEILING = "base W", "chance", "ceiling"
 """What the energy of a left-out ΔW is measured in; see `Capture`."""
 
 Directions = Callable[[str, int], torch.Tensor | None]
@@ -49,9 +49,10 @@ class Capture:
     """Shares (0-1) of the energy ‖ΔW‖_F² of the model `left_out` inside bases that were made without it.
 
     POOLED: leading directions of Σ ΔWⱼΔWⱼᵀ over the other models; MEAN: of the mean of their ΔW; PAPER: of the mean of their W
-    (equation 2 of arXiv 2409.02119); OWN: of the base model's W; CHANCE: k / d for a random basis as large as POOLED; CEILING: of the
-    model's own ΔW, which no basis of that rank exceeds; ALONG: the share along the others' mean ΔW as one direction of the space of
-    matrices. Other names are bases that were given.
+    (equation 2 of arXiv 2409.02119); OWN: of the base model's W; CHANCE: k / d for a random basis. PAPER, OWN and CHANCE have the k
+    directions of POOLED, which are fewer than the rank where the changes have fewer. CEILING: of the model's own ΔW, which no basis of
+    that rank exceeds; ALONG: the share along the others' mean ΔW as one direction of the space of matrices. Other names are bases that
+    were given.
     """
 
     left_out: str
@@ -119,26 +120,24 @@ def _measure(
     rank: int,
     device: torch.device,
 ) -> Findings:
-    base_weight = base.read(module).to(device).double() if base else None
-    weights, deltas, sizes = {}, {}, {}
-    for name, source in models.items():
-        own = source.own_delta(module, base) if base else None
-        if own is not None and base_weight is not None:
-            delta = own.to(device)
-            weights[name] = base_weight + delta
+    base_weight = _not_zero(base.read(module).to(device).double(), module, BASE) if base else None
+    deltas: dict[str, torch.Tensor] = {}
+    sizes: dict[str, float] = {}
+    of_weights: dict[str, torch.Tensor] = {}
+    mean: torch.Tensor | None = None
+    for name, source in models.items():  # of their weights only the sum stays, of their changes each
+        if base is None or base_weight is None:
+            weight = source.read(module).to(device).double()
         else:
-            weights[name] = source.read(module).to(device).double()
-            if base_weight is None:
-                continue
-            delta = weights[name] - base_weight
-        sizes[name] = math.sqrt(energy(delta) / (energy(base_weight) or 1.0))
-        if sizes[name] > 0:  # a model that equals the base there has no directions of change
-            deltas[name] = delta
-    for name, weight in (weights | ({BASE: base_weight} if base_weight is not None else {})).items():
-        if not energy(weight) > 0:
-            raise CoraError(f"{module} of {name} is zero and has no directions; leave it out with --target-modules")
+            own = source.own_delta(module, base)
+            delta = source.read(module).to(device).double() - base_weight if own is None else own.to(device)
+            weight = base_weight + delta
+            sizes[name] = math.sqrt(energy(delta) / energy(base_weight))
+            if sizes[name] > 0:  # a model that equals the base there has no directions of change
+                deltas[name] = delta
+        of_weights[name] = leading(gram(_not_zero(weight, module, name)), rank)
+        mean = weight / len(models) if mean is None else mean.add_(weight, alpha=1 / len(models))
     grams = {name: gram(delta) for name, delta in deltas.items()}
-    of_weights = {name: leading(gram(weight), rank) for name, weight in weights.items()}
     of_deltas = {name: leading(grams[name], rank) for name in deltas}
     of_base = leading(gram(base_weight), rank) if base_weight is not None else None
     overlaps = [
@@ -146,24 +145,25 @@ def _measure(
         for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_deltas), (FILE, bases))
         for one, other in itertools.combinations(frames, 2)
     ]
-    if of_base is not None:
+    captures = []
+    if base_weight is not None and of_base is not None:
         overlaps += [
             _overlap(kind, name, frame, BASE, of_base)
             for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_deltas), (FILE, bases))
             for name, frame in frames.items()
         ]
-    captures = []
-    for name, delta in deltas.items():
-        shares = {CHANCE: chance(1, rank, shape[0]), CEILING: captured(of_deltas[name], delta)}
-        if of_base is not None:
-            shares[OWN] = captured(of_base, delta)
-        if others := [other for other in deltas if other != name]:
-            shares |= _from_others(
-                delta, [deltas[o] for o in others], [grams[o] for o in others], [weights[o] for o in others], rank
-            )
-        shares |= {given: captured(frame, delta) for given, frame in {**hidden, **bases}.items()}
-        captures.append(Capture(name, shares))
-    mean = _mean(list(weights.values())) if weights else None
+        for name, delta in deltas.items():
+            shares = {CEILING: captured(of_deltas[name], delta)}
+            others = [other for other in deltas if other != name]
+            size = rank
+            if others:
+                pooled = leading(_mean([grams[other] for other in others]), rank)
+                size = pooled.shape[1]
+                shares[POOLED] = captured(pooled, delta)
+                shares |= _in_mean(delta, _mean([deltas[other] for other in others]), base_weight, rank, size)
+            shares |= {CHANCE: chance(1, size, len(delta)), OWN: captured(of_base[:, :size], delta)}
+            shares |= {given: captured(frame, delta) for given, frame in {**hidden, **bases}.items()}
+            captures.append(Capture(name, shares))
     layer = re.search(r"\d+", module)
     return Findings(
         module=module,
@@ -178,28 +178,22 @@ def _measure(
     )
 
 
-def _from_others(
-    delta: torch.Tensor,
-    others: list[torch.Tensor],
-    grams: list[torch.Tensor],
-    weights: list[torch.Tensor],
-    rank: int,
-) -> dict[str, float]:
-    """The shares of `delta` in what the other models know; sums run over them alone, as a difference of sums would lose digits."""
-    pooled = leading(_mean(grams), rank)
-    mean = _mean(others)
-    found = {
-        POOLED: captured(pooled, delta),
-        CHANCE: chance(1, pooled.shape[1], len(delta)),
-        PAPER: captured(leading(gram(_mean(weights)), rank), delta),
-    }
+def _not_zero(weight: torch.Tensor, module: str, name: str) -> torch.Tensor:
+    if not energy(weight) > 0:
+        raise CoraError(f"{module} of {name} is zero and has no directions; leave it out with --target-modules")
+    return weight
+
+
+def _in_mean(delta: torch.Tensor, mean: torch.Tensor, base_weight: torch.Tensor, rank: int, size: int) -> dict[str, float]:
+    """The shares of `delta` in the `mean` ΔW of the other models, and in `size` directions of their mean W."""
+    found = {PAPER: captured(leading(gram(base_weight + mean), size), delta)}
     if energy(mean) > 0:
         found |= {MEAN: captured(leading(gram(mean), rank), delta), ALONG: aligned(delta, mean)}
     return found
 
 
 def _mean(matrices: list[torch.Tensor]) -> torch.Tensor:
-    """Their mean, without a second copy of them all."""
+    """Their mean, summed over them alone: a difference of sums over all models would lose digits."""
     total = matrices[0].clone()
     for matrix in matrices[1:]:
         total += matrix

@@ -44,10 +44,9 @@ def judge(
     return Verdict(_headline(models, has_base, ways), tuple(sentences), ways)
 
 
-def mean_share(findings: Sequence[Findings], name: str, share: str) -> float | None:
-    """The mean over weight matrices of one share of the ΔW of the model `name`; None where no matrix has it."""
-    found = [c.shares[share] for one in findings for c in one.captures if c.left_out == name and share in c.shares]
-    return fmean(found) if found else None
+def shares_of(findings: Sequence[Findings], name: str, share: str) -> list[float]:
+    """One share of the ΔW of the model `name` in every weight matrix that has it."""
+    return [c.shares[share] for one in findings for c in one.captures if c.left_out == name and share in c.shares]
 
 
 def _way(findings: Sequence[Findings], name: str) -> float | None:

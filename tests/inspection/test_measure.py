@@ -124,6 +124,7 @@ def test_low_rank_changes_are_compared_in_the_directions_that_they_have():
     assert pair.chance == pytest.approx(2 / 12), "one direction against two"
     [capture] = [c for c in found.captures if c.left_out == "a"]
     assert capture.shares[CHANCE] == pytest.approx(2 / 12), "the others have two directions"
+    assert capture.shares[OWN] == pytest.approx(share(left(base, 2), deltas["a"]), abs=1e-7), "and so has their control"
     assert capture.shares[POOLED] == pytest.approx(share(left(deltas["b"], 2), deltas["a"]), abs=1e-7)
 
 
