@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from scipy.special import ndtri
 
+from cora_cli.adapters.modes import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
-from cora_cli.basis.choices import is_target
+from cora_cli.basis.choices import BasisChoices, is_target
 from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
-from cora_cli.inspection.measure import Directions, Findings
+from cora_cli.inspection.measure import CHANCE, MEAN, PAPER, POOLED, Directions, Findings
 from cora_cli.reporting.collect import Result, collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.rows import find_experiments
@@ -28,22 +29,31 @@ FEWEST = 4
 """Bases below which no interval exists, as its standard error is over √(n − 3)."""
 
 
+_LIKEWISE = {("weights", "mean"): PAPER, ("delta", "mean"): MEAN, ("delta", "gram"): POOLED}
+"""The leave-one-out bases that `measure` makes, by their source and merge."""
+
+
 @dataclasses.dataclass(frozen=True)
 class UsedBasis:
-    """A B that runs started from: `rank` columns of a basis file, or a random one. `losses` are of the runs of one `stratum`:
-    same data, model, mode and rank, each at its method's chosen learning rate.
+    """A kind of B that runs started from: `rank` columns of a basis file, or random ones. `directions` has one entry, or one per seed
+    of a random B: its draw and the order of the data come from the same seed, so that single draws cannot be told from that.
+
+    `losses` are seeds and held-out losses of the runs of one `stratum`: same data, model, mode and rank, at the chosen learning rate.
     """
 
     name: str
     stratum: str
-    directions: Directions
+    rank: int
+    directions: dict[str, Directions]
     basis: Basis | None
-    losses: tuple[float, ...]
+    losses: tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One basis: the share of ΔW that it captures (0-1), the mean held-out loss of its runs (nats per token), and their number."""
+    """One basis: the share of ΔW that it captures (0-1), the mean held-out loss of its runs (nats per token) over the seeds that all
+    bases of the stratum were run with, and the number of these runs.
+    """
 
     basis: str
     capture: float
@@ -102,26 +112,46 @@ def foresee(used: Sequence[UsedBasis], models: dict[str, WeightSource], findings
     """Correlate, per stratum, the mean capture of each basis with the mean loss of its runs.
 
     A basis is judged by the models that it was not made from: those whose content hash is not among its sources. One that was made
-    from all of them has no point.
+    from exactly the given models is judged by the bases that `measure` makes in the same way from all but one, if there are such;
+    else it has no point.
     """
+    seeds: dict[str, set[int]] = {}
+    for one in used:
+        own = {seed for seed, _ in one.losses}
+        seeds[one.stratum] = seeds.get(one.stratum, own) & own
     points: dict[str, list[Point]] = {one.stratum: [] for one in used}
     for one in used:
-        behind = {source.hash for source in one.basis.sources} if one.basis else set()
-        modules = one.basis.modules if one.basis else {}
+        shares = _captures(one, models, findings)
+        losses = [loss for seed, loss in one.losses if seed in seeds[one.stratum]]
+        if shares and losses:
+            points[one.stratum].append(Point(one.name, fmean(shares), fmean(losses), len(losses)))
+    return [_correlate(stratum, tuple(found)) for stratum, found in points.items()]
+
+
+def _captures(one: UsedBasis, models: dict[str, WeightSource], findings: Sequence[Findings]) -> list[float]:
+    names, unseen = set(one.directions), set(models)
+    if one.basis is not None:
+        behind, modules = {source.hash for source in one.basis.sources}, one.basis.modules
         unseen = {
             name
             for name, model in models.items()
-            if not (behind and modules.keys() <= model.shapes.keys() and model.content_hash(modules) in behind)
+            if not (modules.keys() <= model.shapes.keys() and model.content_hash(modules) in behind)
         }
-        shares = [
-            capture.shares[one.name]
-            for found in findings
-            for capture in found.captures
-            if capture.left_out in unseen and one.name in capture.shares
-        ]
-        if shares:
-            points[one.stratum].append(Point(one.name, fmean(shares), fmean(one.losses), len(one.losses)))
-    return [_correlate(stratum, tuple(found)) for stratum, found in points.items()]
+        choices = one.basis.choices
+        plain = BasisChoices(
+            merge=choices.merge, source=choices.source, rank=choices.rank, target_modules=choices.target_modules
+        )
+        as_wide = all(round(c.shares[CHANCE] * found.shape[0]) == one.rank for found in findings for c in found.captures)
+        if not unseen and len(behind) == len(models) and choices == plain and as_wide:
+            names, unseen = {_LIKEWISE.get((choices.source, choices.merge), "")}, set(models)
+    return [
+        share
+        for found in findings
+        for capture in found.captures
+        if capture.left_out in unseen
+        for name, share in capture.shares.items()
+        if name in names
+    ]
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> tuple[float, tuple[float, float]] | None:
@@ -150,24 +180,40 @@ def _correlate(stratum: str, points: tuple[Point, ...]) -> Foresight:
 
 def _key(result: Result) -> str | None:
     """What tells one start of B from another; None where B starts as nothing that has a subspace."""
-    plan: dict[str, Any] = result.record.get("plan") or {}
-    start = plan.get("b_init")
+    start = (result.record.get("plan") or {}).get("b_init")
     if start == "basis":
         return f"basis {(result.record.get('basis') or {}).get('sha256')}"
-    return f"{start} B, seed {plan['seed']}" if start in ("orthonormal", "random") else None
+    return f"{start} B" if start in ("orthonormal", "random") else None
 
 
 def _used(stratum: str, key: str, results: list[Result]) -> UsedBasis:
-    from cora_cli.adapters.install import start_b
-    from cora_cli.adapters.modes import AdapterPlan
-
     record, row = results[0].record, results[0].row
-    plan = AdapterPlan.from_dict(record["plan"])
-    basis = read_basis(row.basis or _recorded_path(record, row.name)) if plan.needs_basis else None
-    if basis is not None and basis.sha256 != record["basis"]["sha256"]:
-        raise CoraError(
-            f"{row.name} was trained with the basis {record['basis']['sha256']}, but {basis.path} is {basis.sha256}"
-        )
+    plans = [AdapterPlan.from_dict(result.record["plan"]) for result in results]
+    rank = plans[0].rank
+    if plans[0].needs_basis:
+        basis = read_basis(row.basis or _recorded_path(record, row.name))
+        if basis.sha256 != record["basis"]["sha256"]:
+            raise CoraError(
+                f"{row.name} was trained with the basis {record['basis']['sha256']}, but {basis.path} is {basis.sha256}"
+            )
+        of = f"{len(basis.sources)} models" if len(basis.sources) > 1 else basis.sources[0].reference
+        name = f"{basis.path.stem} {basis.sha256[:8]} (of {of}), r={rank}"
+        directions = {name: _start(plans[0], basis)}
+    else:
+        basis, name = None, f"{key}, r={rank}"
+        directions = {f"{name}, seed {plan.seed}": _start(plan, None) for plan in plans}
+    return UsedBasis(
+        name=name,
+        stratum=stratum,
+        rank=rank,
+        directions=directions,
+        basis=basis,
+        losses=tuple((result.row.seed, result.measures[LOSS].value) for result in results),
+    )
+
+
+def _start(plan: AdapterPlan, basis: Basis | None) -> Directions:
+    from cora_cli.adapters.install import start_b
 
     def directions(module: str, out: int) -> torch.Tensor | None:
         known = basis is None or basis.mapping.group_of(module) in basis.directions
@@ -175,10 +221,7 @@ def _used(stratum: str, key: str, results: list[Result]) -> UsedBasis:
             return None
         return torch.linalg.qr(start_b(plan, basis, module, out).double()).Q
 
-    name = f"{basis.path.stem} {basis.sha256[:8]}" if basis else key
-    return UsedBasis(
-        f"{name}, r={plan.rank}", stratum, directions, basis, tuple(result.measures[LOSS].value for result in results)
-    )
+    return directions
 
 
 def _recorded_path(record: dict[str, Any], run: str) -> Path:

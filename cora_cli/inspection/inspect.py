@@ -79,7 +79,7 @@ def inspect(
         rank,
         targets,
         device,
-        {one.name: one.directions for one in used},
+        {name: directions for one in used for name, directions in one.directions.items()},
     )
     foresight = tuple(foresee(used, models, findings)) if runs else None
     read = [*models.values(), *([base_source] if base_source else [])]

@@ -16,7 +16,7 @@ from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.basis.extract import extract_basis
 from cora_cli.cli import app
-from cora_cli.inspection.measure import CEILING, POOLED
+from cora_cli.inspection.measure import CEILING, MEAN, PAPER, POOLED
 from cora_cli.models import resolve_model
 from tests.basis.conftest import make_llama
 from tests.basis.test_adapter_sources import make_adapter
@@ -117,22 +117,36 @@ def test_adapters_of_one_base_need_no_other_word_for_it(related: list[Path], tmp
     assert set(found["verdict"]["ways"]) == {"a0", "a1", "a2"}
 
 
+def finished_run(path: Path, loss: float, basis: Path | None, seed: int = 0) -> list[str]:
+    """A run that started from `basis`, or from a random orthonormal B, as the flags that name it."""
+    write_run(path, Made("fb", "fb", seed, loss=loss, rank=2), np.random.default_rng(0))
+    record = json.loads((path / "run.json").read_text())
+    settings = {"rank": 2, "alpha": 2.0, "rslora": False, "dropout": 0.0, "seed": seed}
+    b_init = None if basis else "orthonormal"
+    plan = plan_adapter("fb", b_init=b_init, target_modules=("q_proj", "k_proj", "v_proj"), **settings)
+    record["plan"] = plan.as_dict()
+    if basis:
+        made = read_basis(basis)
+        sources = [{"reference": s.reference, "revision": s.revision, "hash": s.hash} for s in made.sources]
+        record["basis"] = {"path": str(basis), "sha256": made.sha256, "sources": sources}
+    rundir.write_json(path / "run.json", record)
+    return ["--runs", str(path)]
+
+
+def basis_of(models: list[Path], path: Path, **choices: Any) -> Path:
+    base = choices.pop("base", None)
+    paths = [resolve_model(str(model)) for model in models]
+    extract_basis(paths, path, BasisChoices(rank=2, **choices), base and resolve_model(str(base)), torch.device("cpu"))
+    return path
+
+
 @pytest.mark.parametrize("bases", [3, 5])
 def test_runs_say_whether_capture_foretold_their_loss(related: list[Path], tmp_path: Path, bases: int) -> None:
     base, *models = related
     flags = []
     for n in range(bases):
-        path, run = tmp_path / f"b{n}.safetensors", tmp_path / f"run{n}"
-        extract_basis([resolve_model(str(models[n]))], path, BasisChoices(rank=2), None, torch.device("cpu"))
-        write_run(run, Made("fb", "fb", loss=1 + 0.1 * n, rank=2), np.random.default_rng(0))
-        record = json.loads((run / "run.json").read_text())
-        made = read_basis(path)
-        settings = {"rank": 2, "alpha": 2.0, "rslora": False, "dropout": 0.0, "seed": 0}
-        record["plan"] = plan_adapter("fb", target_modules=("q_proj", "k_proj", "v_proj"), **settings).as_dict()
-        sources = [{"reference": s.reference, "revision": s.revision, "hash": s.hash} for s in made.sources]
-        record["basis"] = {"path": str(path), "sha256": made.sha256, "sources": sources}
-        rundir.write_json(run / "run.json", record)
-        flags += ["--runs", run]
+        path = basis_of([models[n]], tmp_path / f"b{n}.safetensors")
+        flags += finished_run(tmp_path / f"run{n}", 1 + 0.1 * n, path)
     result = cora_inspect(*models, "--base", base, "--rank=2", *flags, "--format=json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
@@ -148,6 +162,44 @@ def test_runs_say_whether_capture_foretold_their_loss(related: list[Path], tmp_p
         assert point["capture"] == pytest.approx(np.mean(unseen)), "a basis is not judged by the model that it was made from"
     assert (foresight["rho"] is None) == (bases < 4)
     assert ("nothing can be said" in found["verdict"]["sentences"][-1]) == (bases < 4)
+
+
+@pytest.mark.parametrize(
+    ("choices", "likewise"),
+    [({}, PAPER), ({"source": "delta"}, MEAN), ({"source": "delta", "merge": "gram"}, POOLED), ({"method": "pca"}, None)],
+)
+def test_a_basis_of_all_models_is_judged_by_those_made_likewise_of_all_but_one(
+    related: list[Path], tmp_path: Path, choices: dict[str, Any], likewise: str | None
+) -> None:
+    base, *models = related
+    path = basis_of(models, tmp_path / "all.safetensors", base=base if "source" in choices else None, **choices)
+    flags = finished_run(tmp_path / "run", 1.0, path)
+    result = cora_inspect(*models, "--base", base, "--rank=2", *flags, "--format=json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    points = found["foresight"][0]["points"]
+    if likewise is None:
+        assert points == []
+    else:
+        shares = [capture["shares"][likewise] for finding in found["findings"] for capture in finding["captures"]]
+        assert [point["capture"] for point in points] == [pytest.approx(np.mean(shares))]
+
+
+def test_draws_of_a_random_b_are_one_basis_and_losses_are_compared_over_the_seeds_that_all_have(
+    related: list[Path], tmp_path: Path
+) -> None:
+    base, *models = related
+    path = basis_of([base], tmp_path / "b.safetensors")
+    flags = []
+    for seed in (0, 1, 2):
+        flags += finished_run(tmp_path / f"random{seed}", 1.0 + seed, None, seed)
+        if seed < 2:
+            flags += finished_run(tmp_path / f"own{seed}", 1.5 + seed, path, seed)
+    result = cora_inspect(*models, "--base", base, "--rank=2", *flags, "--format=json")
+    assert result.exit_code == 0, result.stderr
+    points = json.loads(result.stdout)["foresight"][0]["points"]
+    assert [(point["basis"].split()[0], point["runs"]) for point in points] == [("orthonormal", 2), ("b", 2)]
+    assert [point["loss"] for point in points] == [pytest.approx(loss, abs=0.1) for loss in (1.5, 2.0)]
 
 
 @pytest.mark.parametrize(
