@@ -31,26 +31,28 @@ _SUBSPACES = {WEIGHTS: "weights W", DELTA: "changes ΔW = W − W_base", FILE: "
 
 
 def build_document(inspection: Inspection, figures: Sequence[Figure] = (), detail: bool = False) -> list[Block]:
-    """The whole document; with `detail` also where the models are, and a table of every weight matrix."""
+    """The whole document; with `detail` also where the models are, and at its end a table of every weight matrix."""
     blocks: list[Block] = [
         Heading(1, "Do these models share a subspace?"),
         Text(_subject(inspection, detail)),
         Heading(2, "Tables"),
     ]
-    blocks += [table for table in _tables(inspection, detail) if table.rows]
+    blocks += [table for table in _tables(inspection) if table.rows]
     if found := [one.spectra.mean_share for one in inspection.findings if one.spectra]:
         blocks.append(Text(paper_note(max(found)), "note"))
     if figures:
         blocks += [Heading(2, "Figures"), *figures]
     verdict = inspection.verdict
-    return [
-        *blocks,
+    blocks += [
         Heading(2, "Verdict"),
         Text(verdict.headline, "verdict"),
         Items(verdict.sentences),
         Text(RULE, "note"),
         Text(f"Read {inspection.bytes_read / 1e9:.2f} GB; {inspection.seconds:.0f} s in all.", "note"),
     ]
+    if detail and inspection.findings:
+        blocks += [Heading(2, "Details"), _matrices(inspection)]
+    return blocks
 
 
 def _subject(inspection: Inspection, detail: bool) -> str:
@@ -63,12 +65,13 @@ def _subject(inspection: Inspection, detail: bool) -> str:
             *(f"{name} (basis file)" for name in inspection.bases),
         ]
     )
-    base = f"Base model: {inspection.base}." if inspection.base else "No base model."
-    kinds = ", ".join(inspection.kinds) or "none read"
-    return f"{named}; {len(inspection.findings)} weight matrices ({kinds}), rank {inspection.rank}. {base}"
+    read = f"{len(inspection.findings)} weight matrices ({', '.join(inspection.kinds)}), " if inspection.findings else ""
+    return f"{named}; {read}rank {inspection.rank}. " + (
+        f"Base model: {inspection.base}." if inspection.base else "No base model."
+    )
 
 
-def _tables(inspection: Inspection, detail: bool) -> Iterator[Table]:
+def _tables(inspection: Inspection) -> Iterator[Table]:
     yield _sizes(inspection)
     for kind in (WEIGHTS, DELTA, FILE):
         yield _overlaps(inspection, kind)
@@ -77,8 +80,6 @@ def _tables(inspection: Inspection, detail: bool) -> Iterator[Table]:
     yield _spectra(inspection)
     yield _bases(inspection)
     yield _points(inspection)
-    if detail:
-        yield _matrices(inspection)
 
 
 def _of_kind(inspection: Inspection, kind: str) -> list[Findings]:

@@ -23,7 +23,7 @@ def draw(inspection: Inspection) -> Iterator[Figure]:
     r = inspection.rank
     series: dict[str, Value] = {}
     for kind in (WEIGHTS, DELTA):
-        for who, with_base in (("pairs of models", False), ("with the base model's W", True)):
+        for who, with_base in (("pairs of models", False), ("with base W", True)):
             series[f"{kind}, {who}"] = _overlaps(kind, with_base, "value")
             series[f"{kind}, {who}{_ITS_CHANCE}"] = _overlaps(kind, with_base, "chance")
     yield from _by_layer(
@@ -122,6 +122,8 @@ def _spectra(inspection: Inspection) -> list[Spectrum]:
 
 
 def _scatter(figure: Any, foreseen: Sequence[Foresight]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     rows = math.ceil(len(foreseen) / _COLUMNS)
     axes = figure.subplots(rows, min(_COLUMNS, len(foreseen)), squeeze=False)
     palette = Palette([point.basis for found in foreseen for point in found.points])
@@ -131,5 +133,7 @@ def _scatter(figure: Any, foreseen: Sequence[Foresight]) -> None:
         for point in found.points:
             label = point.basis
             ax.plot(point.capture, point.loss, palette.marker(label), color=palette.color(label), label=label, linestyle="none")
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        ax.margins(0.15)
         ax.set(title=found.stratum, xlabel="captured share of ΔW", ylabel="held-out loss (nats per token)")
     legend_above(figure, axes)

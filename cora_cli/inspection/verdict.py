@@ -16,7 +16,8 @@ RULE = (
     "lies on the way from the better of two controls (chance, the base model's own directions) to the ceiling (the model's own "
     f"directions) is its share of the way. The least share over the models decides: from {MOSTLY:.0%} the subspace is common, from "
     f"{PARTLY:.0%} in part, below that none is shown. The weights' subspaces are the base model's where their mean overlap with its own is at "
-    f"least {SAME:.0%}. Leave-one-out needs {FEWEST_MODELS} models and a base. Models are few and share each other's bases, so no p-value is given."
+    f"least {SAME:.0%}. Leave-one-out needs {FEWEST_MODELS} models and a base. Models are few and share each other's bases, so no p-value is given. What is "
+    "shared may come from the tasks, but as well from the base, from the recipe or from one seed's start of the adapters: no number here tells which."
 )
 
 
@@ -41,7 +42,7 @@ def judge(
         )
     else:
         sentences += [f"Foresight, {found.sentence()}" for found in foresight]
-    return Verdict(_headline(models, has_base, ways), tuple(sentences), ways)
+    return Verdict(_headline(findings, models, has_base, ways), tuple(sentences), ways)
 
 
 def shares_of(findings: Sequence[Findings], name: str, share: str) -> list[float]:
@@ -58,15 +59,16 @@ def _way(findings: Sequence[Findings], name: str) -> float | None:
     return (pooled - control) / (ceiling - control) if ceiling > control else 0.0
 
 
-def _headline(models: Sequence[str], has_base: bool, ways: dict[str, float]) -> str:
+def _headline(findings: Sequence[Findings], models: Sequence[str], has_base: bool, ways: dict[str, float]) -> str:
     if not models:
         return "Nothing can be said on a common subspace: no models were given, so only the bases themselves are described."
     if not has_base:
         return "Nothing can be said on a common subspace of the changes: that needs --base, the model that the others were fine-tuned from."
     if len(ways) < FEWEST_MODELS:
+        changed = {capture.left_out for one in findings for capture in one.captures}
         return (
-            f"Nothing can be said on a common subspace: leave-one-out needs at least {FEWEST_MODELS} models that differ from the base, and "
-            f"there are {len(ways)}."
+            f"Nothing can be said on a common subspace: leave-one-out needs at least {FEWEST_MODELS} models that differ from the base; of the "
+            f"{len(models)} given here {len(changed)} {'does' if len(changed) == 1 else 'do'}."
         )
     least = min(ways, key=lambda name: ways[name])
     range_ = f"{ways[least]:.0%} ({least}) to {max(ways.values()):.0%} of the way from control to ceiling"

@@ -30,7 +30,8 @@ table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-
 th, td { padding: .4rem .65rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); vertical-align: top; }
 thead th { border-top: 0; background: var(--raised); vertical-align: bottom; }
 th:first-child, .words { text-align: left; }
-tbody th { font-weight: 400; position: sticky; left: 0; background: var(--ground); max-width: 13rem; white-space: normal; }
+tbody th { font-weight: 400; position: sticky; left: 0; background: var(--ground); max-width: 13rem; white-space: normal;
+  overflow-wrap: break-word; }
 thead th:first-child { position: sticky; left: 0; }
 td small { display: block; color: var(--soft); font-size: .78rem; }
 .table, figure { margin: 1.2rem 0 1.8rem; }

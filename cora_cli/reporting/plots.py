@@ -17,6 +17,8 @@ from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.verdict import title
 
 _LINES = ("-", "--", ":", "-.")
+_LEGEND_LETTERS = 118
+"""How many letters of a legend fit beside each other in a figure of 7.2 inches."""
 
 
 def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
@@ -310,4 +312,6 @@ def legend_above(figure: Any, axes: Any) -> None:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(_short(label, 40), handle)
     if entries:
-        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(4, len(entries)))
+        # Its columns are as wide as its longest label and a marker, and have to fit the figure.
+        columns = _LEGEND_LETTERS // (max(map(len, entries)) + 7)
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(4, columns, len(entries)))

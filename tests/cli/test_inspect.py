@@ -85,6 +85,16 @@ def test_a_planted_subspace_is_found_and_every_format_is_written(related: list[P
     assert "There is a common subspace: " in page
 
 
+def test_changes_of_low_rank_and_the_base_are_each_read_against_their_own_chance(related: list[Path], tmp_path: Path) -> None:
+    adapters = [make_adapter(related[0], tmp_path / f"a{n}", seed=n, r=2) for n in range(2)]
+    result = cora_inspect(*adapters, "--rank=4", "--target-modules=q_proj")
+    assert result.exit_code == 0, result.stderr
+    table = result.stdout.partition("Overlap of the subspaces of the changes")[2].partition("Principal angles")[0]
+    chances = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in table.splitlines() if "chance, " in line}
+    rows = json.loads((related[0] / "config.json").read_text())["hidden_size"]
+    assert chances == {"chance, pairs": round(2 / rows, 3), "chance, with the base model": round(4 / rows, 3)}
+
+
 def test_changes_that_have_nothing_in_common_are_told_so(unrelated: list[Path]) -> None:
     base, *models = unrelated
     result = cora_inspect(*models, "--base", base, "--rank=2")

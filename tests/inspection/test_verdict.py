@@ -38,7 +38,8 @@ def test_the_least_share_of_the_way_over_the_models_decides(least, headline, own
 
 
 def test_two_models_no_base_or_no_models_say_nothing():
-    assert "at least 3 models" in judge(findings({"a": 0.9, "b": 0.9}), ["a", "b"], True, None).headline
+    two = judge(findings({"a": 0.9, "b": 0.9}), ["a", "b", "the base again"], True, None).headline
+    assert "at least 3 models that differ from the base; of the 3 given here 2 do" in two
     assert "needs --base" in judge([], ["a", "b"], False, None).headline
     assert "no models were given" in judge([], [], True, None).headline
 
