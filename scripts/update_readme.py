@@ -1,4 +1,4 @@
-"""Puts what `make demo`, `make bench` and `cora report` printed between the README's markers, so that no table is ever typed by hand."""
+"""Puts what `make demo`, `make bench`, `cora report` and `cora inspect` printed between the README's markers, so that no table is ever typed by hand."""
 
 import argparse
 import json
@@ -22,6 +22,9 @@ def main() -> None:
     parser.add_argument(
         "--honest", type=Path, default=ROOT / "report" / "report.md", help="`cora report runs/honest -o report`"
     )
+    parser.add_argument(
+        "--inspect", type=Path, default=ROOT / "inspection" / "inspect.md", help="`cora inspect demo/models/* … -o inspection`"
+    )
     options = parser.parse_args()
     if options.demo.exists():
         replace("demo", options.demo.read_text(encoding="utf-8").partition("\n")[2].strip())
@@ -29,6 +32,8 @@ def main() -> None:
         replace("bench", benchmark_table(json.loads(options.bench.read_text(encoding="utf-8"))))
     if options.honest.exists():
         replace("honest", verdict_and_scores(options.honest.read_text(encoding="utf-8")))
+    if options.inspect.exists():
+        replace("inspect", verdict_and_captures(options.inspect.read_text(encoding="utf-8")))
 
 
 def replace(name: str, body: str) -> None:
@@ -46,6 +51,14 @@ def verdict_and_scores(report: str) -> str:
     progress, _, verdict = head.partition("## Verdict\n")
     first = rest.strip().split("\n### ")[0]
     return "\n\n".join([progress.strip().splitlines()[-1], verdict.strip(), first.partition("\n")[2].strip()])
+
+
+def verdict_and_captures(inspection: str) -> str:
+    """Of an inspection in Markdown, the verdict with its rule, and the table of leave-one-out capture with its notes."""
+    tables, _, rest = inspection.partition("## Verdict\n")
+    verdict = rest.partition("\n\nRead ")[0]
+    captures = tables.partition("### Leave-one-out capture\n")[2].partition("\n### ")[0]
+    return "\n\n".join([verdict.strip(), captures.strip()])
 
 
 def benchmark_table(results: Mapping[str, Any]) -> str:

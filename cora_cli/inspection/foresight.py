@@ -72,7 +72,7 @@ class Foresight:
 
     def sentence(self) -> str:
         """What it amounts to, in words."""
-        where = f"{self.stratum}: {len(self.points)} bases"
+        where = f"{self.stratum}: {len(self.points)} {'basis' if len(self.points) == 1 else 'bases'}"
         if self.rho is None or self.interval is None:
             return f"{where}; nothing can be said: a rank correlation needs at least {FEWEST} bases that differ in capture and in loss."
         low, high = self.interval
