@@ -1,6 +1,6 @@
-"""Puts an adapter plan into a model: PEFT's LoRA with B and A started as the plan says, and exactly the planned factors trained.
+"""Puts an adapter plan into a model: PEFT's LoRA with B and A started as the plan says, and exactly the planned tensors trained.
 
-CoRA's forward is LoRA's, so no layer of our own is needed. Reading and writing adapters is `storage`.
+The forward of every mode is PEFT's own, so no layer of our own is needed. Reading and writing adapters is `storage`.
 """
 
 import hashlib
@@ -44,23 +44,64 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
     Raises `CoraError` where the targets match nothing, or the basis does not fit (see `Basis.for_module`).
     """
     linears = target_linears(model, plan.target_modules)
-    starts = {name: start_b(plan, basis, name, linear.out_features) for name, linear in linears.items()}
-    config = LoraConfig(
-        r=plan.rank,
-        lora_alpha=plan.alpha,  # type: ignore[arg-type]  # annotated int, but only ever divided
-        target_modules=list(plan.target_modules),
-        lora_dropout=plan.dropout,
-        use_rslora=plan.rslora,
-        task_type="CAUSAL_LM",
-    )
+    starts = {name: _starts(plan, basis, name, linear) for name, linear in linears.items()}
+    options = {
+        "r": plan.rank,
+        "lora_alpha": plan.alpha,
+        "target_modules": list(plan.target_modules),
+        "lora_dropout": plan.dropout,
+        "use_rslora": plan.rslora,
+        "task_type": "CAUSAL_LM",
+    }
+    config = LoraConfig(**{**options, **plan.spec.peft})
     wrapped = get_peft_model(model, config)
+    # A start of PEFT's own is made once: whoever loads the adapter must not make it again.
+    config.init_lora_weights = True
     with torch.no_grad():
         for name, layer in lora_layers(wrapped):
-            a, b = factors_of(layer)
-            b.copy_(starts[name])
-            a.copy_(start_a(plan, name, a.shape[1]))
+            _start(layer, plan, starts[name])
     apply_trained_set(wrapped, plan)
     return wrapped
+
+
+def _starts(
+    plan: AdapterPlan, basis: Basis | None, name: str, linear: torch.nn.Linear
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A (r, in) and B (out, r) at the start; None where PEFT makes them. Raises `CoraError` where there are none of that rank."""
+    smaller = min(linear.in_features, linear.out_features)
+    if plan.spec.reads_weights and plan.rank > smaller:
+        raise CoraError(
+            f"{name} has only {smaller} singular directions, fewer than --rank {plan.rank}, which mode {plan.mode} takes"
+        )
+    if "init_lora_weights" in plan.spec.peft:
+        return None
+    if plan.b_init == "minor":
+        return _minor_factors(linear.weight, plan)
+    return start_a(plan, name, linear.in_features, basis), start_b(plan, basis, name, linear.out_features)
+
+
+def _start(layer: LoraLinear, plan: AdapterPlan, starts: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    """Put the starts into a layer; where the mode takes them out of W, do that, and keep them beside A and B as buffers `start`, which
+    checkpoints hold too."""
+    a, b = factors_of(layer)
+    if starts is not None:
+        a.copy_(starts[0])
+        b.copy_(starts[1])
+    if not plan.spec.changes_base:
+        return
+    if starts is not None:
+        weight = layer.get_base_layer().get_parameter("weight")
+        weight.copy_(weight.float() - plan.scaling * b @ a)
+    for factor, value in (("lora_A", a), ("lora_B", b)):
+        layer.get_submodule(f"{factor}.{ADAPTER}").register_buffer("start", value.detach().clone())
+
+
+def _minor_factors(weight: torch.Tensor, plan: AdapterPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in) and B (out, r) with s·B·A = U_r Σ_r V_rᵀ, the part of the r smallest singular values of `weight` (out, in), divided
+    between them as PiSSA does with the largest: A = √(Σ_r / s) V_rᵀ, B = U_r √(Σ_r / s) (MiLoRA, arXiv 2406.09044, section 3)."""
+    u, values, v = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    root = (values[-plan.rank :] / plan.scaling).sqrt()
+    return root[:, None] * v[-plan.rank :], u[:, -plan.rank :] * root
 
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLinear]]:
@@ -77,21 +118,23 @@ def factors_of(layer: LoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def apply_trained_set(model: PeftModel, plan: AdapterPlan) -> None:
-    """Freeze B where the plan freezes it, then verify the whole trained set.
+    """Freeze A or B where the mode freezes it, then verify the whole trained set.
 
     PEFT turns `requires_grad` of all adapter weights back on in `set_adapter`, `disable_adapter` and when it loads for training;
-    registering B as a frozen weight (as its MiCA variant does) survives the first two, and the loaders here call this again.
+    registering a factor as a frozen weight (as its MiCA variant does with B) survives the first two, and the loaders here call this
+    again.
     """
     for _, layer in lora_layers(model):
-        if not plan.trains_b:
-            _register_frozen_peft_weight(layer, ADAPTER, "lora_B")
+        for factor in ("lora_A", "lora_B"):
+            if not any(key.startswith(factor) for key in plan.spec.trained):
+                _register_frozen_peft_weight(layer, ADAPTER, factor)
     check_trained_set(model, plan)
 
 
 def check_trained_set(model: PeftModel, plan: AdapterPlan) -> None:
-    """Raise `CoraError` unless exactly the planned factors of every LoRA layer require gradients, and nothing else does."""
-    factors = ("lora_A", "lora_B") if plan.trains_b else ("lora_A",)
-    expected = {f"base_model.model.{name}.{factor}.{ADAPTER}.weight" for name, _ in lora_layers(model) for factor in factors}
+    """Raise `CoraError` unless exactly the mode's tensors of every LoRA layer require gradients, and nothing else does."""
+    keys = [key.replace(".", f".{ADAPTER}.", 1) for key in plan.spec.trained]
+    expected = {f"base_model.model.{name}.{key}" for name, _ in lora_layers(model) for key in keys}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if wrong := sorted(expected ^ trained):
         raise CoraError(
@@ -123,9 +166,13 @@ def start_b(plan: AdapterPlan, basis: Basis | None, name: str, out_features: int
     return (q * r.diagonal().sign()).float()
 
 
-def start_a(plan: AdapterPlan, name: str, in_features: int) -> torch.Tensor:
-    """A (r, in) float32 at the start: zeros, N(0, 1/r²) as PEFT's `gaussian`, or PEFT's Kaiming uniform."""
+def start_a(plan: AdapterPlan, name: str, in_features: int, basis: Basis | None = None) -> torch.Tensor:
+    """A (r, in) float32 at the start: zeros, N(0, 1/r²) as PEFT's `gaussian`, PEFT's Kaiming uniform, or a basis of the input side."""
     shape = (plan.rank, in_features)
+    if plan.a_init == "basis":
+        if basis is None:
+            raise CoraError(f"mode {plan.mode} needs a basis to start A with")
+        return basis.for_module(name, plan.rank, in_features, "input").T.contiguous()
     generator = _generator(plan.seed, name, "A")
     if plan.a_init == "zeros":
         return torch.zeros(shape)

@@ -62,14 +62,18 @@ def read_facts(directory: Path) -> AdapterFacts | None:
 def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None:
     """Write the adapter of `model` to `directory` in one step.
 
-    The standard form holds A and B, so that PEFT and others load it unchanged; the compact form (`facts.compact`) holds A alone,
-    and B is had again from the basis file or the seed. Raises `CoraError` for the compact form of a trained B.
+    The standard form holds A and B, so that PEFT and others load it unchanged; a mode that took its start out of W is stored as its
+    difference from that start, a LoRA of twice the rank on W itself. The compact form (`facts.compact`) holds A alone, and B is had
+    again from the basis file or the seed. Raises `CoraError` for the compact form of a trained B.
     """
     if facts.compact and facts.plan.trains_b:
         raise CoraError(f"mode {facts.plan.mode} trains B, which the compact form would lose; leave out --compact")
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    config: Any = copy.copy(model.peft_config[ADAPTER])
+    if facts.plan.spec.changes_base:
+        state = _differences(model)
+        config.r, config.lora_alpha, config.use_rslora = 2 * facts.plan.rank, 2 * facts.plan.rank * facts.plan.scaling, False
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    config = copy.copy(model.peft_config[ADAPTER])
     config.base_model_name_or_path = facts.base.partition("@")[0] if facts.base_revision else facts.base
     config.revision = facts.base_revision
     config.inference_mode = True
@@ -85,15 +89,31 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
         raise CoraError(f"{directory} cannot be written: {error}") from error
 
 
+def _differences(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A' (2r, in) and B' (out, 2r) with B'·A' = B·A − B₀·A₀ for every layer; A₀ and B₀ are the start that W lacks. PEFT converts its
+    own adapters of this kind in the same way (`LoraModel.subtract_mutated_init`)."""
+    state = {}
+    for name, layer in lora_layers(model):
+        a, b = factors_of(layer)
+        starts = (layer.get_buffer(f"{factor}.{ADAPTER}.start") for factor in ("lora_A", "lora_B"))
+        state[f"base_model.model.{name}.lora_A.weight"] = torch.cat([a, next(starts)], dim=0)
+        state[f"base_model.model.{name}.lora_B.weight"] = torch.cat([b, -next(starts)], dim=1)
+    return state
+
+
 def load_adapter(
     model: PreTrainedModel, adapter: ModelPath, basis_path: Path | None = None, trainable: bool = False
 ) -> PeftModel:
     """Wrap `model` with the adapter at `adapter`, standard or compact, its B frozen again where its mode freezes it.
 
-    Raises `CoraError` where keys are missing or foreign, where a basis is needed and differs from the recorded one, and where an
-    adapter of a training mode turns out to change nothing.
+    Raises `CoraError` where keys are missing or foreign, where a basis is needed and differs from the recorded one, where an
+    adapter of a training mode turns out to change nothing, and where what is stored is not what is to be trained on.
     """
     facts = read_facts(adapter.path)
+    if trainable and facts is not None and facts.plan.spec.changes_base:
+        raise CoraError(
+            f"adapter {adapter.path} of mode {facts.plan.mode} is stored as a change of its base, not as it was trained"
+        )
     try:
         with warnings.catch_warnings():
             # PEFT only warns of missing keys; `_check_arrived` turns that into an error.

@@ -68,7 +68,7 @@ def trained_parameters(row: Row, model: ModelFacts | None) -> int | None:
     shapes = model.targets(plan.target_modules).values()
     if plan.cannot_train:
         return 0
-    return plan.rank * sum(inside + (out if plan.trains_b else 0) for out, inside in shapes)
+    return sum(plan.spec.parameters(out, inside, plan.rank) for out, inside in shapes)
 
 
 def train_config(row: Row) -> TrainConfig:

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from cora_cli.adapters.modes import AdapterPlan, AInit, BInit, Mode, plan_adapter
+from cora_cli.adapters.modes import LORA_PLUS_RATIO, MODES, OWN_SETTINGS, AdapterPlan, AInit, BInit, Mode, plan_adapter
 from cora_cli.data.templates import TemplateName
 from cora_cli.errors import UsageError
 from cora_cli.settings import DtypeName, setting
@@ -30,9 +30,13 @@ class TrainConfig:
     dataset: str = setting("Hub id, a .json/.jsonl/.csv/.parquet file, or builtin:instruct, builtin:code, …", panel=_DATA)
     output_dir: str = setting("Run directory; must not hold another run.", panel=_RUN)
     mode: Mode = setting(
-        "lora | fb (B = basis, frozen) | tb (B = basis, trained) | full (all weights, no adapter).", "fb", panel=_WHAT
+        "lora | fb (B = basis, frozen) | tb (B = basis, trained) | full (all weights, no adapter) | a rival; README has the table.",
+        "fb",
+        panel=_WHAT,
     )
-    basis: str | None = setting("Basis file of `cora extract-basis`; fb and tb need it.", None, panel=_WHAT)
+    basis: str | None = setting(
+        "Basis file of `cora extract-basis`; fb and tb need it, and fa-basis one of the input side.", None, panel=_WHAT
+    )
     rank: int = setting(
         "Rank r of the adapter; at most the basis's R, of which the first r columns are taken.", 48, panel=_WHAT
     )
@@ -40,6 +44,9 @@ class TrainConfig:
     rslora: bool = setting("Scale by alpha / √r instead of alpha / r.", False, panel=_WHAT)
     a_init: AInit | None = setting("How A starts, instead of the mode's own start.", None, panel=_WHAT)
     b_init: BInit | None = setting("How B starts in fb and tb, instead of the basis.", None, panel=_WHAT)
+    lora_plus_ratio: float | None = setting(
+        f"Mode lora+: B's learning rate over A's; default {LORA_PLUS_RATIO:g}.", None, panel=_WHAT
+    )
     target_modules: tuple[str, ...] = setting("Linear layers to adapt, comma-separated.", DEFAULT_TARGETS, panel=_WHAT)
     dropout: float = setting(
         "Dropout probability on the input of A, drawn once for a prefix that examples share.", 0.0, panel=_WHAT
@@ -106,6 +113,7 @@ class TrainConfig:
                 ("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
+                ("lora_plus_ratio", self.lora_plus_ratio is None or self.lora_plus_ratio > 0, "positive"),
                 ("warmup_ratio", 0 <= self.warmup_ratio < 1, "at least 0 and below 1"),
                 ("weight_decay", self.weight_decay >= 0, "at least 0"),
                 ("max_grad_norm", self.max_grad_norm >= 0, "at least 0"),
@@ -123,18 +131,27 @@ class TrainConfig:
         if self.mode == "full":
             problems += [
                 f"--{name.replace('_', '-')} goes with an adapter, not with mode full"
-                for name in ("basis", "a_init", "b_init", "alpha", "rslora", "compact")
+                for name in ("basis", "b_init", "compact", *sorted(OWN_SETTINGS))
+                if getattr(self, name)
+            ]
+        else:
+            problems += [
+                f"--{name.replace('_', '-')} does not go with mode {self.mode}"
+                for name in sorted(OWN_SETTINGS - MODES[self.mode].takes)
                 if getattr(self, name)
             ]
         if problems:
             raise UsageError("; ".join(problems))
         plan = self.adapter_plan()
         if plan is not None and plan.trains_b and self.compact:
-            raise UsageError(f"--compact stores A alone, but mode {self.mode} trains B too; leave it out")
+            too = "B too" if plan.trains_a else "B"
+            raise UsageError(f"--compact stores A alone, but mode {self.mode} trains {too}; leave it out")
+        if plan is not None and self.compact and not plan.spec.choosable_b:
+            raise UsageError(f"--compact does not go with mode {self.mode}, whose B is in no basis and follows from no seed")
         if plan is not None and plan.needs_basis and not self.basis:
-            raise UsageError(
-                f"mode {self.mode} needs --basis FILE (made by `cora extract-basis`), or another start by --b-init"
-            )
+            maker = "`cora extract-basis --side input`" if plan.basis_side == "input" else "`cora extract-basis`"
+            otherwise = ", or another start by --b-init" if plan.spec.choosable_b else ""
+            raise UsageError(f"mode {self.mode} needs --basis FILE (made by {maker}){otherwise}")
         if plan is not None and self.basis and not plan.needs_basis:
             raise UsageError(f"--basis is of no use where B starts as {plan.b_init}; leave it out")
 
@@ -153,6 +170,11 @@ class TrainConfig:
             b_init=self.b_init,
             a_init=self.a_init,
         )
+
+    @property
+    def b_rate_ratio(self) -> float | None:
+        """B's learning rate over A's in mode lora+; None where they have one."""
+        return (self.lora_plus_ratio or LORA_PLUS_RATIO) if self.mode == "lora+" else None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML, readable by `--config`; unset ones are left out."""

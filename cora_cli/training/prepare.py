@@ -71,7 +71,7 @@ def prepare(config: TrainConfig) -> Prepared:
     if basis is not None and plan is not None:
         source = open_source(model_path)
         targets = match_targets(list(source.shapes), plan.target_modules, config.model)
-        basis.check_model(source.architecture, {name: source.shapes[name] for name in targets}, plan.rank)
+        basis.check_model(source.architecture, {name: source.shapes[name] for name in targets}, plan.rank, plan.basis_side)
         basis.check_base(source)
     hardware = select_hardware(config.device, config.dtype)
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)

@@ -162,6 +162,7 @@ def _train_and_save(
             run.checkpoints,
             config.keep_checkpoints,
             prepared.attention.shares_prefixes,
+            config.b_rate_ratio,
         )
         meter = _angle_meter(model, prepared.plan)
         speed = _fit(trainer, run, meter, checkpoint, config, prepared)
@@ -186,7 +187,7 @@ def _train_and_save(
 
 
 def _angle_meter(model: Any, plan: AdapterPlan | None) -> AngleMeter | None:
-    if plan is None or plan.mode != "tb" or plan.b_init not in ("basis", "orthonormal", "random"):
+    if plan is None or not plan.trains_b or plan.b_init not in ("basis", "orthonormal", "random"):
         return None
     assert isinstance(model, PeftModel)
     return AngleMeter(model)
