@@ -68,7 +68,9 @@ def trained_parameters(row: Row, model: ModelFacts | None) -> int | None:
     shapes = model.targets(plan.target_modules).values()
     if plan.cannot_train:
         return 0
-    return sum(plan.spec.parameters(out, inside, plan.rank) for out, inside in shapes)
+    if plan.peft is not None:
+        return None
+    return sum(plan.parameters(out, inside) for out, inside in shapes)
 
 
 def train_config(row: Row) -> TrainConfig:

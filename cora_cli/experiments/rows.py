@@ -8,7 +8,7 @@ import random
 from collections.abc import Collection
 from typing import Any, Literal, cast, get_args
 
-from cora_cli.adapters.modes import MODES, OWN_SETTINGS, Mode
+from cora_cli.adapters.modes import MODES, OWN_SETTINGS, Mode, ModeSpec
 from cora_cli.basis.choices import DEFAULT_RANK, BasisChoices
 from cora_cli.errors import UsageError
 from cora_cli.experiments.values import Values, fields_of, typed
@@ -92,7 +92,7 @@ def build_row(settings: Values, varied: Collection[str], scope: Scope, where: st
         problems.append(f"{where}: mode is missing; it is one of {', '.join(get_args(RowMode))}")
     if len(problems) > found:
         return None
-    needs_basis = mode == "basis" or (mode in MODES and MODES[mode].needs_basis(values.get("b_init")))
+    needs_basis = mode == "basis" or (mode in MODES and _needs_basis(MODES[mode], values))
     useless = values.keys() - _useful_keys(mode, needs_basis)
     if useless:
         problems.append(
@@ -103,6 +103,13 @@ def build_row(settings: Values, varied: Collection[str], scope: Scope, where: st
     if len(problems) > found:
         return None
     return dataclasses.replace(row, name=_name(row, values, varied, scope), label=values.get("label") or _label(row))
+
+
+def _needs_basis(spec: ModeSpec, values: Values) -> bool:
+    """Whether a row trains on a basis; where its mode can do without, it does unless the row says something of a basis."""
+    return spec.needs_basis(values.get("b_init")) or (
+        spec.may_use_basis and not values.keys().isdisjoint(_SOURCE_KEYS | BASIS_KEYS)
+    )
 
 
 def _useful_keys(mode: str, needs_basis: bool) -> set[str]:
@@ -148,8 +155,10 @@ def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where:
     if basis is not None and mode == "fa-basis":
         basis["side"] = "input"
     fixed = values.get("basis_rank", scope.basis_rank)
-    if needs_basis and fixed is not None and (fixed < 1 or (rank or 1) > fixed):
-        problems.append(f"{where}: rank {rank or fixed} is above the rank of the basis, which the file fixes at {fixed}")
+    adapter = config.adapter_plan() if train is not None else None
+    needed = adapter.b_width if adapter is not None else None
+    if needs_basis and fixed is not None and (fixed < 1 or (needed or 1) > fixed):
+        problems.append(f"{where}: rank {needed or fixed} is above the rank of the basis, which the file fixes at {fixed}")
     if basis is not None and not sources and basis.get("source") == "delta":
         problems.append(f"{where}: with n_models 0 and source delta the base would be subtracted from itself")
     if basis is not None:
@@ -173,7 +182,7 @@ def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where:
         seed=config.seed if train is not None else 0,
         train=train,
         basis=basis,
-        basis_rank=(fixed or rank or DEFAULT_RANK) if needs_basis else None,
+        basis_rank=(fixed or needed or DEFAULT_RANK) if needs_basis else None,
     )
 
 

@@ -5,9 +5,12 @@ One frozen object holds the whole request; it is what `config.yaml` of a run dir
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, Literal
 
-from cora_cli.adapters.modes import LORA_PLUS_RATIO, MODES, OWN_SETTINGS, AdapterPlan, AInit, BInit, Mode, plan_adapter
+from cora_cli import rundir
+from cora_cli.adapters.modes import LORA_PLUS_RATIO, MODES, OWN_SETTINGS, AInit, BInit, Mode
+from cora_cli.adapters.plan import AdapterPlan, plan_adapter
 from cora_cli.data.templates import TemplateName
 from cora_cli.errors import UsageError
 from cora_cli.settings import DtypeName, setting
@@ -35,7 +38,9 @@ class TrainConfig:
         panel=_WHAT,
     )
     basis: str | None = setting(
-        "Basis file of `cora extract-basis`; fb and tb need it, and fa-basis one of the input side.", None, panel=_WHAT
+        "Basis file of `cora extract-basis`; fb and tb need it, fa-basis one of the input side; lora-mini may use one.",
+        None,
+        panel=_WHAT,
     )
     rank: int = setting(
         "Rank r of the adapter; at most the basis's R, of which the first r columns are taken.", 48, panel=_WHAT
@@ -46,6 +51,14 @@ class TrainConfig:
     b_init: BInit | None = setting("How B starts in fb and tb, instead of the basis.", None, panel=_WHAT)
     lora_plus_ratio: float | None = setting(
         f"Mode lora+: B's learning rate over A's; default {LORA_PLUS_RATIO:g}.", None, panel=_WHAT
+    )
+    outer_rank: int | None = setting(
+        "Mode lora-mini: rank k of the frozen outer factors, at least r; default 2 r.", None, panel=_WHAT
+    )
+    peft_config: str | None = setting(
+        "Mode peft: JSON file with the configuration of any PEFT method that adapts weights; its rank and targets beat the flags'.",
+        None,
+        panel=_WHAT,
     )
     target_modules: tuple[str, ...] = setting("Linear layers to adapt, comma-separated.", DEFAULT_TARGETS, panel=_WHAT)
     dropout: float = setting(
@@ -94,6 +107,11 @@ class TrainConfig:
     report_to: Reporter = setting("The Trainer's own reporting, beside log.jsonl.", "none", panel=_RUN)
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
     dtype: DtypeName = setting("auto: bf16 where the hardware multiplies it, else fp32.", "auto", panel=_RUN)
+    load_in_4bit: bool = setting(
+        "Hold the base in four bits while an adapter is trained on it (QLoRA); needs bitsandbytes and a CUDA GPU.",
+        False,
+        panel=_RUN,
+    )
     trust_remote_code: bool = setting(
         "Run code that comes with the model. Off unless you trust its author.", False, panel="Risky"
     )
@@ -140,6 +158,10 @@ class TrainConfig:
                 for name in sorted(OWN_SETTINGS - MODES[self.mode].takes)
                 if getattr(self, name)
             ]
+        if self.load_in_4bit and (self.mode == "full" or MODES[self.mode].reads_weights):
+            problems.append(f"--load-in-4bit does not go with mode {self.mode}, which works on the weights themselves")
+        if self.mode == "peft" and not self.peft_config:
+            problems.append("mode peft needs --peft-config FILE, a JSON file as PEFT's adapter_config.json is one")
         if problems:
             raise UsageError("; ".join(problems))
         plan = self.adapter_plan()
@@ -147,7 +169,7 @@ class TrainConfig:
             too = "B too" if plan.trains_a else "B"
             raise UsageError(f"--compact stores A alone, but mode {self.mode} trains {too}; leave it out")
         if plan is not None and self.compact and not plan.spec.choosable_b:
-            raise UsageError(f"--compact does not go with mode {self.mode}, whose B is in no basis and follows from no seed")
+            raise UsageError(f"--compact goes with a B that is frozen from a basis or a seed, not with mode {self.mode}")
         if plan is not None and plan.needs_basis and not self.basis:
             maker = "`cora extract-basis --side input`" if plan.basis_side == "input" else "`cora extract-basis`"
             otherwise = ", or another start by --b-init" if plan.spec.choosable_b else ""
@@ -169,6 +191,9 @@ class TrainConfig:
             seed=self.seed,
             b_init=self.b_init,
             a_init=self.a_init,
+            outer_rank=self.outer_rank,
+            has_basis=bool(self.basis),
+            peft=rundir.read_json(Path(self.peft_config)) if self.peft_config else None,
         )
 
     @property
@@ -182,5 +207,6 @@ class TrainConfig:
         return {name: value for name, value in values.items() if value is not None}
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that determine the result; a resumed run must agree in them."""
-        return {name: value for name, value in self.as_dict().items() if name not in NOT_PART_OF_THE_RESULT}
+        """The settings that determine the result; a resumed run must agree in them, also one from before `load_in_4bit` was one."""
+        left_out = NOT_PART_OF_THE_RESULT | frozenset(() if self.load_in_4bit else ("load_in_4bit",))
+        return {name: value for name, value in self.as_dict().items() if name not in left_out}

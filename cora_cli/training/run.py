@@ -18,7 +18,7 @@ from transformers import TrainingArguments, set_seed
 
 from cora_cli import rundir
 from cora_cli.adapters.install import AngleMeter, install_adapter
-from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.adapters.storage import AdapterFacts, save_adapter
 from cora_cli.data.encode import EncodedSet
 from cora_cli.errors import CoraError
@@ -113,7 +113,8 @@ def _load(config: TrainConfig, prepared: Prepared) -> torch.nn.Module:
     say(f"{prepared.hardware.describe()}; attention {prepared.attention.name} ({prepared.attention.reason})")
     dtype = torch.float32 if prepared.plan is None else prepared.hardware.dtype
     register_packed_attention()
-    model = load_model(prepared.model_path, dtype, prepared.hardware.device, prepared.attention.name, config.trust_remote_code)
+    where = (prepared.hardware.device, prepared.attention.name)
+    model = load_model(prepared.model_path, dtype, *where, config.trust_remote_code, config.load_in_4bit)
     # Starts are seeded by module name; this seeds dropout.
     set_seed(config.seed)
     if prepared.plan is None:

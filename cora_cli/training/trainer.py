@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cora_cli.adapters.install import AngleMeter, apply_trained_set
-from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.data.batches import Collator, ExampleSet, GlobalBatches
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError

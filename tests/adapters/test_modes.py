@@ -5,7 +5,8 @@ from typing import get_args
 
 import pytest
 
-from cora_cli.adapters.modes import MODES, OWN_SETTINGS, AdapterPlan, Mode, modes_table, plan_adapter
+from cora_cli.adapters.modes import MODES, OWN_SETTINGS, Mode, modes_table
+from cora_cli.adapters.plan import AdapterPlan, plan_adapter
 from cora_cli.errors import UsageError
 
 DEFAULTS = {

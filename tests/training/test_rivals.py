@@ -12,11 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.install import install_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.adapters.modes import MODES, Mode
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.basis.artifact import read_basis
+from cora_cli.errors import CoraError
 from cora_cli.models import resolve_model
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
@@ -36,8 +38,10 @@ def base_of(config: TrainConfig) -> Any:
     return AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
 
 
-def settings_of(mode: Mode, basis: Path, input_basis: Path) -> dict[str, Any]:
+def settings_of(mode: Mode, basis: Path, input_basis: Path, loha: Path) -> dict[str, Any]:
     spec = MODES[mode]
+    if mode == "peft":
+        return {"mode": mode, "peft_config": str(loha)}
     return {"mode": mode, "basis": str(input_basis if spec.a_init == "basis" else basis) if spec.needs_basis() else None}
 
 
@@ -52,7 +56,9 @@ def finished(
 ) -> Run:
     """A run of four steps with dropout, and its record."""
     output = tmp_path_factory.mktemp("rivals") / "run"
-    settings = settings_of(request.param, tiny_basis, tiny_input_basis)
+    loha = output.parent / "loha.json"
+    loha.write_text('{"peft_type": "LOHA", "r": 2, "alpha": 4}')
+    settings = settings_of(request.param, tiny_basis, tiny_input_basis, loha)
     config = config_for(tiny_model, tiny_data, output, max_steps=4, save_steps=2, dropout=0.1, warmup_ratio=0.0, **settings)
     return config, output, train(config)
 
@@ -62,7 +68,10 @@ def test_training_lowers_the_loss_and_trains_as_much_as_the_table_says(finished:
     assert record["heldout"]["change"]["value"] < 0
     assert losses(output)[-1] < losses(output)[0]
     shapes = [(64, 64), (32, 64), (32, 64)] * 2
-    assert record["parameters"]["trained"] == sum(MODES[config.mode].parameters(*shape, 4) for shape in shapes)
+    plan = config.adapter_plan()
+    assert plan is not None
+    by_hand = 2 * 2 * sum(map(sum, shapes))  # two pairs of factors of rank 2 in LoHa, of which the table knows nothing
+    assert record["parameters"]["trained"] == (sum(plan.parameters(*shape) for shape in shapes) or by_hand)
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(finished: Run, tmp_path: Path) -> None:
@@ -91,7 +100,7 @@ def test_what_is_frozen_is_at_the_end_what_it_was_at_the_start(finished: Run) ->
     last = load_file(output / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
     frozen = {key for key in last if at_start.get(key, at_start.get(f"{key}.weight"))[0] not in trained}
     assert all(torch.equal(last[key], at_start[key][1]) for key in frozen)
-    assert len(last) - len(frozen) == 6 * len(MODES[config.mode].trained)
+    assert len(last) - len(frozen) == 6 * (len(MODES[config.mode].trained) or 4)
     moved = [not torch.equal(last[key], at_start.get(key, at_start.get(f"{key}.weight"))[1]) for key in set(last) - frozen]
     assert all(moved)
 
@@ -104,6 +113,22 @@ def test_plain_peft_reads_what_is_stored_and_merging_gives_the_same_model(finish
     assert merge_adapter(resolve_model(str(output)), tmp_path / "merged") == 6
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     assert torch.allclose(merged, ours, rtol=1e-4, atol=1e-4 * ours.abs().max())
+
+
+def test_what_is_exported_is_a_plain_lora_of_the_same_effect(finished: Run, tmp_path: Path) -> None:
+    config, output, _ = finished
+    if config.mode == "dora":
+        with pytest.raises(CoraError, match="no LoRA has its effect; `cora merge` writes it as a plain model"):
+            export_adapter(resolve_model(str(output)), tmp_path / "exported")
+        assert not list(tmp_path.iterdir())
+        return
+    assert export_adapter(resolve_model(str(output)), tmp_path / "exported") == (8 if MODES[config.mode].changes_base else 4)
+    exported = PeftModel.from_pretrained(base_of(config), str(tmp_path / "exported")).eval()
+    assert exported.peft_config["default"].peft_type == "LORA"
+    assert {path.suffix for path in (tmp_path / "exported").iterdir()} <= {".json", ".safetensors", ".md"}
+    assert not (tmp_path / "exported" / "cora.json").exists()
+    ours = logits(load_adapter(base_of(config), resolve_model(str(output))))
+    assert torch.allclose(logits(exported), ours, rtol=1e-4, atol=1e-4 * ours.abs().max())
 
 
 def test_the_stored_adapter_has_the_held_out_loss_that_was_reported(finished: Run, tmp_path: Path) -> None:
