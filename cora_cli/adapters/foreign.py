@@ -38,10 +38,15 @@ def foreign_configuration(values: dict[str, Any]) -> PeftConfig:
     try:
         config = made(**{**settings, "task_type": "CAUSAL_LM"})
     except (TypeError, ValueError) as error:
-        raise CoraError(f"--peft-config: PEFT refuses the configuration of {kind}: {error}") from error
+        raise refused(kind, error) from error
     if isinstance(config, LoraConfig) and config.init_lora_weights not in _STARTS:
         raise CoraError(
             f"--peft-config: the start {config.init_lora_weights} needs data or changes the base; pissa, olora and mica are modes of "
             "their own"
         )
     return config
+
+
+def refused(kind: str, error: Exception) -> CoraError:
+    """What to raise where PEFT takes a file for wrong, when it reads it or when it builds the layers."""
+    return CoraError(f"--peft-config: PEFT refuses the configuration of {kind}: {' '.join(str(error).split())}")

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from cora_cli.adapters.factored import Factored, minor_factors, principal_factors
-from cora_cli.adapters.foreign import foreign_configuration
+from cora_cli.adapters.foreign import foreign_configuration, refused
 from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis
 from cora_cli.errors import CoraError
@@ -51,7 +51,12 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
     linears = target_linears(model, plan.target_modules)
     starts = {name: _starts(plan, basis, name, linear) for name, linear in linears.items()}
     config = configuration_of(plan)
-    wrapped = get_peft_model(model, config)
+    try:
+        wrapped = get_peft_model(model, config)
+    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        if plan.peft is None:
+            raise
+        raise refused(str(plan.peft["peft_type"]).upper(), error) from error
     if isinstance(config, LoraConfig):
         # A start of PEFT's own is made once: whoever loads the adapter must not make it again.
         config.init_lora_weights = True

@@ -47,11 +47,11 @@ A_INNER, B_INNER = "lora_A.inner", "lora_B.inner"
 class ModeSpec:
     """One mode that is an adapter.
 
-    `trained` maps each trained tensor of a layer, named as PEFT stores it, to its shape in r, out, in and the outer rank k; empty where
-    a file decides. `peft` goes
-    into PEFT's configuration; where it names a start or a type, PEFT makes the start. `changes_base`: the start is taken out of W, so that the model
-    begins as it was; stored is the difference from the start, a LoRA of rank 2r on W itself. `choosable_b`: whether `--b-init` may
-    replace B's start; `may_use_basis`: whether B's start is a basis where one is given. `takes` are the settings that mean something to this mode and not to every one.
+    `trained` maps each trained tensor of a layer, named as PEFT stores it, to its shape in r, out, in and the outer rank k; empty
+    where a file decides. `peft` goes into PEFT's configuration; where it names a start or a type, PEFT makes the start. `takes` are
+    the settings that mean something to this mode and not to every one. `choosable_b`: whether `--b-init` may replace B's start;
+    `may_use_basis`: whether B's start is a basis where one is given. `changes_base`: the start is taken out of W, so that the model
+    begins as it was; stored is the difference from the start, a LoRA of rank 2r on W itself.
     """
 
     b_init: BInit | OtherInit

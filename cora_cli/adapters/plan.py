@@ -114,7 +114,9 @@ def plan_adapter(
         peft = {"target_modules": list(target_modules), **{key: value for key, value in peft.items() if value is not None}}
         if not isinstance(peft["target_modules"], list):
             raise UsageError("--peft-config: target_modules must be a list of names, which --target-modules can give too")
-        target_modules, rank = tuple(map(str, peft["target_modules"])), int(peft.get("r", rank))
+        target_modules = tuple(map(str, peft["target_modules"]))
+        # Not every method has a rank, or counts it from one.
+        rank = found if isinstance(found := peft.get("r"), int) and found > 0 else rank
     if rank < 1:
         raise UsageError(f"--rank must be at least 1, not {rank}")
     if outer_rank is not None and outer_rank < rank:

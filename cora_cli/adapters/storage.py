@@ -63,8 +63,8 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
     """Write the adapter of `model` to `directory` in one step.
 
     The standard form is what PEFT and others load unchanged: A and B, with products carried out; a mode that took its start out of W is
-    stored as its difference from that start, a LoRA of twice the rank on W itself. The compact form (`facts.compact`) holds A alone, and B is had
-    again from the basis file or the seed. Raises `CoraError` for the compact form of a trained B.
+    stored as its difference from that start, a LoRA of twice the rank on W itself. The compact form (`facts.compact`) holds A alone,
+    and B is had again from the basis file or the seed. Raises `CoraError` for the compact form of a trained B.
     """
     if facts.compact and facts.plan.trains_b:
         raise CoraError(f"mode {facts.plan.mode} trains B, which the compact form would lose; leave out --compact")

@@ -39,8 +39,8 @@ class SourceRecord:
 class Basis:
     """A common subspace per group, and all that is known of it.
 
-    `directions` maps a group to its B, (out, R) float32 with orthonormal columns, or (in, R) of the input side; `singular_values` to (R,) and `total_energy` to a
-    float64 scalar ‖M‖_F²; `gaps` to whether its subspace is unique; `modules` a module's name to its (out, in), and
+    `directions` maps a group to its B, (out, R) float32 with orthonormal columns, or (in, R) of the input side; `singular_values` to
+    (R,) and `total_energy` to a float64 scalar ‖M‖_F²; `gaps` to whether its subspace is unique; `modules` a module's name to its (out, in), and
     `mapping` any module's name to its group.
     """
 

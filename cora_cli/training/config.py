@@ -207,6 +207,6 @@ class TrainConfig:
         return {name: value for name, value in values.items() if value is not None}
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that determine the result; a resumed run must agree in them, also one from before `load_in_4bit` was one."""
+        """The settings that determine the result; a resumed run must agree in them, also one from before `load_in_4bit` existed."""
         left_out = NOT_PART_OF_THE_RESULT | frozenset(() if self.load_in_4bit else ("load_in_4bit",))
         return {name: value for name, value in self.as_dict().items() if name not in left_out}
