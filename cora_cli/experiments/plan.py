@@ -132,7 +132,9 @@ class _Planner:
         """`settings` are those that split the data: the file's, or a fine-tune's own."""
         data = self._data_hash(data_key(config.dataset, settings))
         hashes = {"model": self._model_hash(self._grid.model), "dataset": data}
-        return {**config.result_settings(), **hashes, **({"basis": basis} if basis else {})}
+        adapter = config.adapter_plan()
+        peft = {"peft": adapter.peft} if adapter is not None and adapter.peft else {}
+        return {**config.result_settings(), **hashes, **peft, **({"basis": basis} if basis else {})}
 
     def _fine_tune(self, name: str, settings: Values) -> Step:
         own = {key: value for key, value in settings.items() if key not in ("mode", "dataset")}
