@@ -196,7 +196,7 @@ def render_plan(
                 row.printed or "-",
                 "unknown" if trained is None else f"{trained:,}",
                 duration(sum(each.seconds for each in known)) if whole else "unknown",
-                f"{max(each.bytes for each in known) / 2**30:.1f} GiB" if whole else "unknown",
+                f"{max((each.bytes for each in known), default=0) / 2**30:.1f} GiB" if whole else "unknown",
                 "done" if all(done[name] for name in plan.ways[row.name]) else "to do",
             ]
         )

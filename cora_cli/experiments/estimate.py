@@ -104,7 +104,7 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
             elif data is not None and step.kind == "train":
                 found[name] = _training(model, data, train_config(row), rate)
             elif data is not None:
-                found[name] = _evaluation(model, data, plan.grid.evaluate, rate)
+                found[name] = _evaluation(model, data, plan.grid.evaluate or {}, rate)
     for name, settings in plan.grid.models.items():
         steps = [step for step in plan.steps.values() if step.name.rpartition("-")[0] == f"model-{name}"]
         if (

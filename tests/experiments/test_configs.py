@@ -9,6 +9,7 @@ from cora_cli.experiments.grid import Grid, load_grid
 from cora_cli.experiments.inputs import Inputs
 from cora_cli.experiments.paper import paper_tables
 from cora_cli.experiments.plan import make_plan, plan_record
+from cora_cli.experiments.preset import small
 from cora_cli.experiments.tasks import TASKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -126,6 +127,14 @@ def test_the_small_preset_keeps_ranks_within_the_model_and_says_so(tiny_model: P
 def test_the_small_preset_gives_full_fine_tuning_a_learning_rate_of_its_own(tiny_model: Path) -> None:
     rates = {row.mode: row.learning_rate for row in paper_grid("table2", "small", str(tiny_model)).rows}
     assert rates == {"base": None, "full": 5e-5, "lora": 1e-3, "fb": 1e-3, "tb": 1e-3}
+
+
+def test_the_small_preset_generates_nothing_where_the_grid_does_not(tiny_model: Path) -> None:
+    values = {"name": "losses", "model": "m", "datasets": {"d": "data"}, "grid": [{"mode": "lora"}]}
+    adapted = small({**values, "defaults": {"evaluate": False}}, str(tiny_model), has_bases=False)
+    assert adapted["defaults"]["evaluate"] is False
+    assert "answers" not in " ".join(adapted["conditions"])
+    assert "answers 40 prompts" in " ".join(small(values, str(tiny_model), has_bases=False)["conditions"])
 
 
 def test_the_small_preset_makes_no_models_for_a_table_without_bases(tiny_model: Path) -> None:

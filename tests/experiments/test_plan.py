@@ -11,7 +11,7 @@ from cora_cli.cli.command import command
 from cora_cli.cli.extract_basis import ExtractConfig
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
-from cora_cli.experiments.ablate import check_shapes
+from cora_cli.experiments.ablate import check_shapes, render_plan
 from cora_cli.experiments.estimate import estimate_steps, trained_parameters
 from cora_cli.experiments.inputs import data_key
 from cora_cli.experiments.plan import Plan, Step, plan_record
@@ -267,3 +267,12 @@ def test_a_source_of_another_shape_is_refused_before_anything_runs() -> None:
     inputs.models["org/a"] = other
     with pytest.raises(CoraError, match="source model org/a has not the shapes of base"):
         check_shapes(grid_of({"mode": "fb", "sources": ["a"]}), inputs)
+
+
+def test_a_grid_that_generates_nothing_has_no_evaluations_and_its_base_row_no_step() -> None:
+    plan = plan_of(grid_of({"mode": "base"}, {"mode": "lora"}, defaults={"train": {"max_steps": 1}, "evaluate": False}))
+    assert kinds(plan) == ["train"]
+    assert [(row["run"] is None, row["evaluation"]) for row in plan_record(plan)["rows"]] == [(True, None), (False, None)]
+    shown = render_plan(plan, inputs_of(), dict.fromkeys(plan.steps, False), {}, [row.name for row in plan.grid.rows], "")
+    assert "1 training runs" in shown
+    assert "evaluations" not in shown

@@ -45,6 +45,27 @@ def test_a_base_model_has_the_loss_that_its_runs_had_before_their_first_step(mad
     assert (base.trained, base.adapter_bytes) == (0, 0)
 
 
+def without_evaluations(grid):
+    plan = rundir.read_json(grid / "plan.json")
+    rundir.write_json(grid / "plan.json", plan | {"rows": [row | {"evaluation": None} for row in plan["rows"]]})
+    return read_plan(grid)
+
+
+def test_rows_that_generate_nothing_have_their_losses_and_lack_nothing(grid):
+    found = collect(without_evaluations(grid))
+    assert not found.missing
+    assert len(found.results) == 7
+    assert all(set(result.measures) == {LOSS} for result in found.results)
+
+
+def test_a_base_model_that_no_run_has_measured_is_missing(grid):
+    for path in (grid / "runs").iterdir():
+        (path / "run.json").unlink()
+    found = collect(without_evaluations(grid))
+    assert not found.results
+    assert "nothing was measured of it" in [entry.reason for entry in found.missing if entry.row.mode == "base"]
+
+
 def test_a_run_that_does_not_start_as_the_base_model_lends_it_no_loss(grid):
     for path in (grid / "runs").iterdir():
         record = rundir.read_json(path / "run.json")
