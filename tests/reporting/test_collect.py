@@ -250,6 +250,21 @@ def test_unlike_plain_runs_of_one_mode_get_unlike_labels(trained_grid, tmp_path)
     assert [row.label for row in experiment.rows] == ["lora max_steps=4", "lora max_steps=9"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "b_init", "label"),
+    [("mica", "minor", "mica"), ("dora", "zeros", "dora"), ("lora-mini", "basis", "lora-mini basis"), ("tb", "basis", "tb")],
+)
+def test_the_label_of_a_plain_run_names_its_start_only_where_it_is_not_the_modes_own(
+    mode, b_init, label, trained_grid, tmp_path
+):
+    run = shutil.copytree(next(iter(sorted((trained_grid / "runs").iterdir()))), tmp_path / "run")
+    record = rundir.read_json(run / "run.json")
+    changed = {"mode": mode, "plan": record["plan"] | {"mode": mode, "b_init": b_init}}
+    rundir.write_json(run / "run.json", record | changed)
+    (experiment,) = find_experiments([str(run)])
+    assert [row.label for row in experiment.rows] == [label]
+
+
 def test_plain_runs_on_two_bases_of_as_many_models_are_two_methods(trained_grid, tmp_path):
     run = next(path for path in sorted((trained_grid / "runs").iterdir()) if "fb_" in path.name)
     other, again = (shutil.copytree(run, tmp_path / name) for name in ("other", "again"))
