@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, convert_to_lora
+from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch.nn.functional import pad
 
 from cora_cli import rundir
 from cora_cli.adapters.install import ADAPTER, adapted_layers
@@ -33,8 +34,9 @@ def export_adapter(
 ) -> int:
     """Write the LoRA to `output` and return its rank.
 
-    An adapter that is a LoRA already keeps its A and B (a compact one gets its B back); any other is converted by PEFT with the rank
-    that its ΔW have. Raises `CoraError` where `output` exists, where the adapter does not fit, and where no ΔW of low rank has its effect.
+    An adapter that is a LoRA already keeps its A and B (a compact one gets its B back); the ΔW of any other are decomposed, and the
+    largest of their ranks is taken for all. Raises `CoraError` where `output` exists, where the adapter does not fit, and where no ΔW
+    of low rank has its effect.
     """
     if output.exists():
         raise CoraError(f"{output} exists already; choose a new directory")
@@ -65,13 +67,20 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
             f"{adapter.reference} changes weights by more than a product of two thin matrices, so no LoRA has its effect; `cora merge` "
             "writes it as a plain model"
         )
-    layers: list[Any] = [layer for _, layer in adapted_layers(wrapped)]
+    layers: list[tuple[str, Any]] = list(adapted_layers(wrapped))
     with torch.no_grad():
-        rank = max(_rank(layer.get_delta_weight(ADAPTER)) for layer in layers)
-    return convert_to_lora(wrapped, rank=rank)
+        factors = {name: _factors(layer.get_delta_weight(ADAPTER)) for name, layer in layers}
+    rank = max(len(a) for a, _ in factors.values())
+    state = {}
+    # PEFT's own conversion wants one rank that no layer's dimensions are below; zeros beyond a layer's rank change nothing.
+    for name, (a, b) in factors.items():
+        state[f"base_model.model.{name}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a)))
+        state[f"base_model.model.{name}.lora_B.weight"] = pad(b, (0, rank - len(a)))
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=copy.copy(config.target_modules)), state
 
 
-def _rank(delta: torch.Tensor) -> int:
-    """The rank of ΔW (out, in), at least 1."""
-    values = torch.linalg.svdvals(delta.double())
-    return max(1, int((values > _NEGLIGIBLE * values[0]).sum()))
+def _factors(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (k, in) and B (out, k) with B·A = ΔW (out, in), k its rank but at least 1."""
+    u, values, v = torch.linalg.svd(delta.double(), full_matrices=False)
+    kept = max(1, int((values > _NEGLIGIBLE * values[0]).sum()))
+    return v[:kept].float(), (u[:, :kept] * values[:kept]).float()
