@@ -94,6 +94,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CoraError(f"{path} does not exist") from error
+    except OSError as error:
+        raise CoraError(f"{path} cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CoraError(f"{path} is not valid JSON: {error}") from error
 

@@ -1,4 +1,6 @@
-"""Puts what `make demo`, `make bench`, `cora report` and `cora inspect` printed between the README's markers, so that no table is ever typed by hand."""
+"""Puts the table of modes, and what `make demo`, `make bench`, `cora report` and `cora inspect` printed, between the README's markers: no
+table is typed by hand.
+"""
 
 import argparse
 import json
@@ -8,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cora_cli.adapters.modes import modes_table
 from cora_cli.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +29,7 @@ def main() -> None:
         "--inspect", type=Path, default=ROOT / "inspection" / "inspect.md", help="`cora inspect demo/models/* … -o inspection`"
     )
     options = parser.parse_args()
+    replace("modes", modes_table())
     if options.demo.exists():
         replace("demo", options.demo.read_text(encoding="utf-8").partition("\n")[2].strip())
     if options.bench.exists():

@@ -60,6 +60,14 @@ def tiny_basis(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
+def tiny_input_basis(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A basis of rank 8 of the tiny model's input side."""
+    path = tmp_path_factory.mktemp("basis") / "input.safetensors"
+    extract_basis([resolve_model(str(tiny_model))], path, BasisChoices(rank=8, side="input"), None, torch.device("cpu"))
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty short Alpaca records of different lengths, JSONL."""
     path = tmp_path_factory.mktemp("data") / "tiny.jsonl"

@@ -149,6 +149,11 @@ def test_nan_is_refused_and_nothing_is_written(write, tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_json_file_that_cannot_be_read_is_refused_by_its_name(tmp_path):
+    with pytest.raises(CoraError, match=f"{tmp_path} cannot be read: Is a directory"):
+        rundir.read_json(tmp_path)
+
+
 @pytest.mark.parametrize("read", [rundir.read_json, rundir.read_jsonl])
 def test_a_missing_file_is_named(read, tmp_path):
     with pytest.raises(CoraError, match=r"gone.json does not exist"):

@@ -1,19 +1,24 @@
-"""Puts an adapter plan into a model: PEFT's LoRA with B and A started as the plan says, and exactly the planned factors trained.
+"""Puts an adapter plan into a model: PEFT's LoRA with B and A started as the plan says, and exactly the planned tensors trained.
 
-CoRA's forward is LoRA's, so no layer of our own is needed. Reading and writing adapters is `storage`.
+The forward of every mode is PEFT's own: where A or B is a product, only the linear map in its place is ours. Reading and writing
+adapters is `storage`.
 """
 
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
+from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import _register_frozen_peft_weight
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.adapters.factored import Factored, minor_factors, principal_factors
+from cora_cli.adapters.foreign import foreign_configuration, refused
+from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis
 from cora_cli.errors import CoraError
 
@@ -44,55 +49,130 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
     Raises `CoraError` where the targets match nothing, or the basis does not fit (see `Basis.for_module`).
     """
     linears = target_linears(model, plan.target_modules)
-    starts = {name: start_b(plan, basis, name, linear.out_features) for name, linear in linears.items()}
-    config = LoraConfig(
-        r=plan.rank,
-        lora_alpha=plan.alpha,  # type: ignore[arg-type]  # annotated int, but only ever divided
-        target_modules=list(plan.target_modules),
-        lora_dropout=plan.dropout,
-        use_rslora=plan.rslora,
-        task_type="CAUSAL_LM",
-    )
-    wrapped = get_peft_model(model, config)
+    starts = {name: _starts(plan, basis, name, linear) for name, linear in linears.items()}
+    config = configuration_of(plan)
+    try:
+        wrapped = get_peft_model(model, config)
+    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        if plan.peft is None:
+            raise
+        raise refused(str(plan.peft["peft_type"]).upper(), error) from error
+    if isinstance(config, LoraConfig):
+        # A start of PEFT's own is made once: whoever loads the adapter must not make it again.
+        config.init_lora_weights = True
     with torch.no_grad():
         for name, layer in lora_layers(wrapped):
-            a, b = factors_of(layer)
-            b.copy_(starts[name])
-            a.copy_(start_a(plan, name, a.shape[1]))
+            _start(layer, plan, starts[name])
     apply_trained_set(wrapped, plan)
     return wrapped
 
 
-def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLinear]]:
-    """Every LoRA layer with the name its linear layer has in the base model."""
+def configuration_of(plan: AdapterPlan) -> PeftConfig:
+    """What PEFT is told. Raises `CoraError` where a file describes what cannot be trained here."""
+    if plan.peft is not None:
+        return foreign_configuration(plan.peft)
+    common: dict[str, Any] = {"r": plan.rank, "target_modules": list(plan.target_modules), "task_type": "CAUSAL_LM"}
+    if plan.spec.peft.get("peft_type") == "VERA":
+        return VeraConfig(**common, vera_dropout=plan.dropout, projection_prng_key=plan.seed)
+    options = {"lora_alpha": plan.alpha, "lora_dropout": plan.dropout, "use_rslora": plan.rslora}
+    return LoraConfig(**{**common, **options, **plan.spec.peft})
+
+
+def _starts(
+    plan: AdapterPlan, basis: Basis | None, name: str, linear: torch.nn.Linear
+) -> tuple[torch.Tensor | Factored, torch.Tensor | Factored] | None:
+    """A (r, in) and B (out, r) at the start; None where PEFT makes them. Raises `CoraError` where there are none of that rank."""
+    spec, smaller = plan.spec, min(linear.in_features, linear.out_features)
+    if spec.reads_weights and plan.rank > smaller:
+        raise CoraError(
+            f"{name} has only {smaller} singular directions, fewer than --rank {plan.rank}, which mode {plan.mode} takes"
+        )
+    if spec.starts_in_peft:
+        return None
+    if spec.b_init == "minor":
+        return minor_factors(linear.weight, plan.rank, plan.scaling)
+    if spec.b_init == "principal":
+        a, outer_b = principal_factors(linear.weight, plan.rank)
+        return a, Factored(torch.zeros(plan.rank, plan.rank), outer_b, outer_first=False)
+    b = start_b(plan, basis, name, linear.out_features)
+    if plan.outer_rank is None:
+        return start_a(plan, name, linear.in_features, basis), b
+    outer_a = _orthonormal(plan, name, "A", linear.in_features).T.contiguous()
+    inner_a = start_a(plan, name, plan.outer_rank)
+    return Factored(inner_a, outer_a, outer_first=True), Factored(torch.zeros(plan.outer_rank, plan.rank), b, outer_first=False)
+
+
+def _start(layer: LoraLayer, plan: AdapterPlan, starts: tuple[torch.Tensor | Factored, torch.Tensor | Factored] | None) -> None:
+    """Put the starts into a layer; where the mode takes them out of W, do that, and keep them beside A and B as buffers `start`, which
+    checkpoints hold too."""
+    for factors, start in zip((layer.lora_A, layer.lora_B), starts or (None, None), strict=True):
+        linear: Any = factors[ADAPTER]
+        if isinstance(start, Factored):
+            factors[ADAPTER] = start.to(linear.weight.device)
+        elif start is not None:
+            linear.weight.copy_(start)
+    if not plan.spec.changes_base:
+        return
+    a, b = factors_of(layer)
+    if starts is not None:
+        weight = layer.get_base_layer().get_parameter("weight")
+        weight.copy_(weight.float() - plan.scaling * b @ a)
+    for linear, value in ((layer.lora_A[ADAPTER], a), (layer.lora_B[ADAPTER], b)):
+        linear.register_buffer("start", value.detach().clone())
+
+
+def adapted_layers(model: PeftModel) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """Every layer that any of PEFT's methods adapts, with the name that it has in the base model."""
     base: torch.nn.Module = model.get_base_model()
     for name, module in base.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, BaseTunerLayer):
             yield name, module
 
 
-def factors_of(layer: LoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in) and B (out, r) of a LoRA layer, as the parameters that they are."""
-    return layer.get_parameter(f"lora_A.{ADAPTER}.weight"), layer.get_parameter(f"lora_B.{ADAPTER}.weight")
+def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    """Every LoRA layer with the name its linear layer has in the base model."""
+    for name, module in adapted_layers(model):
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def factors_of(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in) and B (out, r) of a LoRA layer: the parameters themselves, or the product where a factor is one."""
+    a: Any = layer.lora_A[ADAPTER]
+    b: Any = layer.lora_B[ADAPTER]
+    return a.weight, b.weight
 
 
 def apply_trained_set(model: PeftModel, plan: AdapterPlan) -> None:
-    """Freeze B where the plan freezes it, then verify the whole trained set.
+    """Freeze A or B where the mode freezes it, then verify the whole trained set.
 
     PEFT turns `requires_grad` of all adapter weights back on in `set_adapter`, `disable_adapter` and when it loads for training;
-    registering B as a frozen weight (as its MiCA variant does) survives the first two, and the loaders here call this again.
+    registering a factor as a frozen weight (as its MiCA variant does with B) survives the first two, and the loaders here call this
+    again.
     """
     for _, layer in lora_layers(model):
-        if not plan.trains_b:
-            _register_frozen_peft_weight(layer, ADAPTER, "lora_B")
+        for factor in ("lora_A", "lora_B"):
+            if plan.spec.trained and not any(key.startswith(factor) for key in plan.spec.trained):
+                _register_frozen_peft_weight(layer, ADAPTER, factor)
     check_trained_set(model, plan)
 
 
 def check_trained_set(model: PeftModel, plan: AdapterPlan) -> None:
-    """Raise `CoraError` unless exactly the planned factors of every LoRA layer require gradients, and nothing else does."""
-    factors = ("lora_A", "lora_B") if plan.trains_b else ("lora_A",)
-    expected = {f"base_model.model.{name}.{factor}.{ADAPTER}.weight" for name, _ in lora_layers(model) for factor in factors}
+    """Raise `CoraError` unless exactly the mode's tensors of every layer require gradients, and nothing else does."""
+    keys = [key.partition(".") for key in plan.spec.trained]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not keys:
+        base: Any = model.base_model
+        if not trained or not all(base.prefix in name for name in trained):
+            raise CoraError(
+                f"the method of --peft-config trains {min(trained, default='nothing')}, not only tensors of its own"
+            )
+        return
+    expected = {
+        f"base_model.model.{name}.{first}.{ADAPTER}{dot}{rest}"
+        for name, _ in adapted_layers(model)
+        for first, dot, rest in keys
+    }
     if wrong := sorted(expected ^ trained):
         raise CoraError(
             f"the trained set is not that of mode {plan.mode}: {len(wrong)} parameters differ, such as {wrong[0]} "
@@ -101,37 +181,47 @@ def check_trained_set(model: PeftModel, plan: AdapterPlan) -> None:
 
 
 def start_b(plan: AdapterPlan, basis: Basis | None, name: str, out_features: int) -> torch.Tensor:
-    """B (out, r) float32 at the start, for the linear layer `name`.
+    """B (out, r) float32 at the start, or the outer B (out, k) where B is a product, for the linear layer `name`.
 
     `random` is Kaiming uniform as PEFT starts A; `orthonormal` is uniform over orthonormal frames (QR of a Gaussian matrix).
     """
-    shape = (out_features, plan.rank)
+    shape = (out_features, plan.b_width)
     if plan.b_init == "basis":
         if basis is None:
             raise CoraError(f"mode {plan.mode} needs a basis to start B with")
-        return basis.for_module(name, plan.rank, out_features)
+        return basis.for_module(name, plan.b_width, out_features)
     if plan.b_init in ("zeros", "ones"):
         return torch.full(shape, float(plan.b_init == "ones"))
     if plan.b_init == "random":
         return _kaiming_uniform(shape, _generator(plan.seed, name, "B"))
-    if plan.rank > out_features:
-        raise CoraError(
-            f"{name} has {out_features} outputs, fewer than --rank {plan.rank}: no orthonormal B of that rank exists"
-        )
-    gaussian = torch.randn(shape, generator=_generator(plan.seed, name, "B"), dtype=torch.float64)
-    q, r = torch.linalg.qr(gaussian)
-    return (q * r.diagonal().sign()).float()
+    return _orthonormal(plan, name, "B", out_features)
 
 
-def start_a(plan: AdapterPlan, name: str, in_features: int) -> torch.Tensor:
-    """A (r, in) float32 at the start: zeros, N(0, 1/r²) as PEFT's `gaussian`, or PEFT's Kaiming uniform."""
+def start_a(plan: AdapterPlan, name: str, in_features: int, basis: Basis | None = None) -> torch.Tensor:
+    """A (r, in) float32 at the start: zeros, N(0, 1/r²) as PEFT's `gaussian`, PEFT's Kaiming uniform, or a basis of the input side."""
     shape = (plan.rank, in_features)
+    if plan.a_init == "basis":
+        if basis is None:
+            raise CoraError(f"mode {plan.mode} needs a basis to start A with")
+        return basis.for_module(name, plan.rank, in_features, "input").T.contiguous()
     generator = _generator(plan.seed, name, "A")
     if plan.a_init == "zeros":
         return torch.zeros(shape)
     if plan.a_init == "gaussian":
         return torch.randn(shape, generator=generator) / plan.rank
     return _kaiming_uniform(shape, generator)
+
+
+def _orthonormal(plan: AdapterPlan, name: str, factor: str, features: int) -> torch.Tensor:
+    """Orthonormal columns (features, r or k) for B or Aᵀ. Raises `CoraError` where there are not so many."""
+    if plan.b_width > features:
+        side, flag = ("outputs" if factor == "B" else "inputs"), ("outer-rank" if plan.outer_rank else "rank")
+        raise CoraError(
+            f"{name} has {features} {side}, fewer than --{flag} {plan.b_width}: no orthonormal {factor} of that rank exists"
+        )
+    gaussian = torch.randn((features, plan.b_width), generator=_generator(plan.seed, name, factor), dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return (q * r.diagonal().sign()).float()
 
 
 def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
@@ -149,7 +239,7 @@ class AngleMeter:
 
     def __init__(self, model: PeftModel) -> None:
         """Remember an orthonormal frame of every B. Raises `CoraError` where a B has dependent columns, and so no frame."""
-        self._frames: list[tuple[LoraLinear, torch.Tensor]] = []
+        self._frames: list[tuple[LoraLayer, torch.Tensor]] = []
         for name, layer in lora_layers(model):
             start = factors_of(layer)[1].detach().double()
             frame, triangle = torch.linalg.qr(start)

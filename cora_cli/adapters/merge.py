@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from cora_cli import rundir
-from cora_cli.adapters.install import lora_layers
+from cora_cli.adapters.install import adapted_layers
 from cora_cli.adapters.storage import base_of, check_base, load_adapter
 from cora_cli.errors import CoraError
 from cora_cli.loading import load_model, load_tokenizer
@@ -37,7 +37,7 @@ def merge_adapter(
     tokenizer = load_tokenizer(base, trust_remote_code)
     model = load_model(base, _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
     wrapped = load_adapter(model, adapter, basis_path)
-    layers = len(list(lora_layers(wrapped)))
+    layers = len(list(adapted_layers(wrapped)))
     merged = wrapped.merge_and_unload(safe_merge=True)
     try:
         with rundir.atomic_path(output) as temporary:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from cora_cli import rundir
 from cora_cli.adapters.install import ADAPTER, apply_trained_set, factors_of, lora_layers, start_b
-from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.errors import CoraError, reason
 from cora_cli.models import ModelPath, resolve_model
@@ -63,14 +63,19 @@ def read_facts(directory: Path) -> AdapterFacts | None:
 def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None:
     """Write the adapter of `model` to `directory` in one step.
 
-    The standard form holds A and B, so that PEFT and others load it unchanged; the compact form (`facts.compact`) holds A alone,
+    The standard form is what PEFT and others load unchanged: A and B, with products carried out; a mode that took its start out of W is
+    stored as its difference from that start, a LoRA of twice the rank on W itself. The compact form (`facts.compact`) holds A alone,
     and B is had again from the basis file or the seed. Raises `CoraError` for the compact form of a trained B.
     """
     if facts.compact and facts.plan.trains_b:
         raise CoraError(f"mode {facts.plan.mode} trains B, which the compact form would lose; leave out --compact")
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    config: Any = copy.copy(model.peft_config[ADAPTER])
+    if facts.plan.spec.stored_otherwise:
+        state = _plain_state(model)
+    if facts.plan.spec.changes_base:
+        config.r, config.lora_alpha, config.use_rslora = 2 * facts.plan.rank, 2 * facts.plan.rank * facts.plan.scaling, False
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    config = copy.copy(model.peft_config[ADAPTER])
     config.base_model_name_or_path = facts.base.partition("@")[0] if facts.base_revision else facts.base
     config.revision = facts.base_revision
     config.inference_mode = True
@@ -86,15 +91,34 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
         raise CoraError(f"{directory} cannot be written: {error}") from error
 
 
+def _plain_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A (r, in) and B (out, r) of every layer with the products carried out; where the start was taken out of W, A' (2r, in) and
+    B' (out, 2r) with B'·A' = B·A − B₀·A₀, as PEFT converts its own adapters of this kind (`LoraModel.subtract_mutated_init`)."""
+    state = {}
+    for name, layer in lora_layers(model):
+        starts = [dict(linear.named_buffers()).get("start") for linear in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])]
+        a, b = factors_of(layer)
+        if starts[0] is not None and starts[1] is not None:
+            a, b = torch.cat([a, starts[0]], dim=0), torch.cat([b, -starts[1]], dim=1)
+        state[f"base_model.model.{name}.lora_A.weight"] = a
+        state[f"base_model.model.{name}.lora_B.weight"] = b
+    return state
+
+
 def load_adapter(
     model: PreTrainedModel, adapter: ModelPath, basis_path: Path | None = None, trainable: bool = False
 ) -> PeftModel:
     """Wrap `model` with the adapter at `adapter`, standard or compact, its B frozen again where its mode freezes it.
 
-    Raises `CoraError` where keys are missing or foreign, where a basis is needed and differs from the recorded one, and where an
-    adapter of a training mode turns out to change nothing.
+    Raises `CoraError` where keys are missing or foreign, where a basis is needed and differs from the recorded one, where an
+    adapter of a training mode turns out to change nothing, and where what is stored is not what is to be trained on.
     """
     facts = read_facts(adapter.path)
+    if trainable and facts is not None and facts.plan.spec.stored_otherwise:
+        raise CoraError(
+            f"adapter {adapter.path} of mode {facts.plan.mode} is stored as a plain LoRA of equal effect, not as it was trained; the run's "
+            "checkpoints are"
+        )
     try:
         with warnings.catch_warnings():
             # PEFT only warns of missing keys; `_check_arrived` turns that into an error.
@@ -137,9 +161,9 @@ def check_base(adapter: ModelPath, base: ModelPath) -> None:
 
 
 def changes_model(model: PeftModel) -> bool:
-    """Whether any layer's ΔW = s·B·A is non-zero."""
-    pairs = (factors_of(layer) for _, layer in lora_layers(model))
-    return any(bool((b.detach().float() @ a.detach().float()).any()) for a, b in pairs)
+    """Whether any layer's ΔW = s·B·A is non-zero; a method of PEFT that has no such factors is taken at its word."""
+    pairs = [factors_of(layer) for _, layer in lora_layers(model)]
+    return not pairs or any(bool((b.detach().float() @ a.detach().float()).any()) for a, b in pairs)
 
 
 def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: ModelPath) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from cora_cli import __version__, rundir
 from cora_cli.basis.checkpoint import tensor_digest
-from cora_cli.basis.choices import BasisChoices, GroupMapping, natural_order
+from cora_cli.basis.choices import BasisChoices, GroupMapping, Side, natural_order
 from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
 
@@ -40,8 +40,8 @@ class SourceRecord:
 class Basis:
     """A common subspace per group, and all that is known of it.
 
-    `directions` maps a group to its B, (out, R) float32 with orthonormal columns; `singular_values` to (R,) and `total_energy` to a
-    float64 scalar ‖M‖_F²; `gaps` to whether its subspace is unique; `modules` a module's name to its (out, in), and
+    `directions` maps a group to its B, (out, R) float32 with orthonormal columns, or (in, R) of the input side; `singular_values` to
+    (R,) and `total_energy` to a float64 scalar ‖M‖_F²; `gaps` to whether its subspace is unique; `modules` a module's name to its (out, in), and
     `mapping` any module's name to its group.
     """
 
@@ -86,27 +86,35 @@ class Basis:
         kinds = zip(_KINDS, (self.directions, self.singular_values, self.total_energy), strict=True)
         return {f"{kind}/{group}": tensor.contiguous() for kind, groups in kinds for group, tensor in groups.items()}
 
-    def for_module(self, name: str, rank: int, out_features: int) -> torch.Tensor:
-        """B for module `name`: the first `rank` directions of its group, (out_features, rank) float32.
+    def for_module(self, name: str, rank: int, features: int, side: Side = "output") -> torch.Tensor:
+        """B for module `name`, or Aᵀ where `side` is `input`: the first `rank` directions of its group, (features, rank) float32.
 
-        Raises `CoraError` where the module has no group here, its out-dimension differs, or `rank` is more than R.
+        `features` is the module's dimension on that side. Raises `CoraError` where the module has no group here, its dimension
+        differs, `rank` is more than R, or A is to be made of another side than the input's.
         """
+        if side == "input" and self.choices.side != "input":
+            raise CoraError(
+                f"basis {self.path} holds directions of the output side, but A's rows live in the input space; extract one with "
+                "--side input"
+            )
         group = self.mapping.group_of(name)
         if group is None or group not in self.directions:
             known = sorted(self.directions, key=natural_order)
             shown = ", ".join(known[:3]) + (f", … ({len(known)} in all)" if len(known) > 3 else "")
             raise CoraError(f"basis {self.path} has no group for module {name}; its groups are {shown}")
         directions = self.directions[group]
-        if out_features != len(directions):
+        if features != len(directions):
+            remedy = "a basis from models of this architecture" if side == self.choices.side else f"one with --side {side}"
             raise CoraError(
-                f"{name} has {out_features} outputs, but group {group} of basis {self.path} was made for {len(directions)}; "
-                "extract a basis from models of this architecture"
+                f"{name} has {features} {side}s, but group {group} of basis {self.path} was made for {len(directions)}; extract {remedy}"
             )
         self._check_rank(rank)
         return directions[:, :rank].clone()
 
-    def check_model(self, architecture: Mapping[str, Any], module_shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
-        """Raise `CoraError` unless this basis can serve a model.
+    def check_model(
+        self, architecture: Mapping[str, Any], module_shapes: Mapping[str, tuple[int, int]], rank: int, side: Side = "output"
+    ) -> None:
+        """Raise `CoraError` unless this basis can serve a model as its B, or as its A where `side` is `input`.
 
         `architecture` is the model's (see `sources.architecture_of`), `module_shapes` the (out, in) of the modules to be adapted.
         The vocabulary may differ, since fine-tuning adds tokens.
@@ -118,8 +126,8 @@ class Basis:
                     f"{architecture[key]}; extract a basis from models of this architecture"
                 )
         self._check_rank(rank)
-        for name, (out_features, _) in module_shapes.items():
-            self.for_module(name, rank, out_features)
+        for name, (out_features, in_features) in module_shapes.items():
+            self.for_module(name, rank, in_features if side == "input" else out_features, side)
 
     def check_base(self, model: WeightSource) -> None:
         """Raise `CoraError` where weight differences are to train a model other than the one they were taken from.
@@ -242,7 +250,8 @@ def _take(path: Path, tensors: dict[str, torch.Tensor], name: str) -> torch.Tens
 
 def _check_tensors(basis: Basis) -> None:
     """Raise `CoraError` unless shapes, types and orthonormality are what the metadata promises."""
-    rows = {basis.mapping.group_of(module): out for module, (out, _) in basis.modules.items()}
+    lengths = 1 if basis.choices.side == "input" else 0
+    rows = {basis.mapping.group_of(module): shape[lengths] for module, shape in basis.modules.items()}
     for name, tensor in basis.tensors().items():
         kind, _, group = name.partition("/")
         shape = {"basis": (rows.get(group), basis.rank), "singular_values": (basis.rank,), "total_energy": ()}[kind]

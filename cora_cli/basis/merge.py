@@ -24,7 +24,8 @@ _ENTRIES_AT_ONCE = 2**18
 class Group:
     """The weights that are merged into one matrix M of `rows` x `columns`.
 
-    `modules` maps names to (out, in); `directions` is how many singular vectors M can have.
+    `modules` maps names to (out, in), `rows` is the out-dimension, or the in-dimension under `--side input`; `directions` is how many
+    singular vectors M can have.
     """
 
     name: str
@@ -56,13 +57,6 @@ def plan(sources: Sequence[WeightSource], base: WeightSource | None, choices: Ba
     of one group cannot be merged, or where `rank` is more than they can have.
     """
     modules = _common_targets([*sources, *([base] if base else [])], choices)
-    if choices.side == "input":
-        for module, (out, inside) in modules.items():
-            if out != inside:
-                raise CoraError(
-                    f"--side input takes right singular vectors, of length in, as columns of B, of length out, so it needs square "
-                    f"weights: {module} is {(out, inside)}; use --side output"
-                )
     grouped: dict[str, dict[str, tuple[int, int]]] = {}
     for module, shape in modules.items():
         name = choices.mapping.group_of(module)
@@ -244,14 +238,14 @@ def _common_targets(sources: Sequence[WeightSource], choices: BasisChoices) -> d
 
 
 def _plan_group(name: str, members: dict[str, tuple[int, int]], models: int, choices: BasisChoices) -> Group:
-    sides = (0, 1) if choices.merge == "mean" else (0,)  # pooled columns need not be equally many
-    for side in sides:
-        lead = next(iter(members))
+    along, across = (1, 0) if choices.side == "input" else (0, 1)
+    lead = next(iter(members))
+    for side in (along, across) if choices.merge == "mean" else (along,):  # pooled columns need not be equally many
         for module, shape in members.items():
             if shape[side] != members[lead][side]:
                 raise CoraError(_refusal(name, (lead, members[lead]), (module, shape), side, choices))
-    rows, inside = next(iter(members.values()))
-    columns = inside if choices.merge == "mean" else models * sum(shape[1] for shape in members.values())
+    rows = members[lead][along]
+    columns = members[lead][across] if choices.merge == "mean" else models * sum(shape[across] for shape in members.values())
     if choices.merge == "gram" and rows > _MOST_GRAM_ROWS:
         raise CoraError(
             f"--merge gram needs a {rows} x {rows} matrix ({rows**2 * 8 / 2**30:.0f} GiB) for group {name}; use --merge mean"
@@ -272,7 +266,8 @@ def _refusal(
     what = ("out", "in")[side]
     reason = " (grouped-query attention makes K and V smaller)" if side == 0 and choices.share in ("layer", "global") else ""
     other_share = "--share module" if choices.share == "projection" else "--share module or --share projection"
-    alternative = f"{other_share}, or --merge gram," if side == 1 else other_share
+    pools = side == (0 if choices.side == "input" else 1)  # a Gram does without equal dimensions across
+    alternative = f"{other_share}, or --merge gram," if pools else other_share
     return (
         f"--share {choices.share} merges weights of one {what}-dimension, but in group {name} {one[0]} is {one[1]} and "
         f"{two[0]} is {two[1]}{reason}; {alternative} would work"

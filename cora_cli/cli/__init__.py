@@ -5,7 +5,7 @@ Nothing heavy is imported here: `--help` has to answer at once, so each command 
 
 import typer
 
-from cora_cli.cli import ablate, demo, doctor, evaluate, extract_basis, inspect, merge, report, train
+from cora_cli.cli import ablate, demo, doctor, evaluate, export, extract_basis, inspect, merge, report, train
 from cora_cli.cli.command import quiet_libraries
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     # Without a value, the group's own `--help` would be converted, for which typer imports pydantic.
     context_settings={"default_map": {"help": False}},
 )
-for module in (extract_basis, inspect, train, evaluate, ablate, report, merge, demo, doctor):
+for module in (extract_basis, inspect, train, evaluate, ablate, report, merge, export, demo, doctor):
     module.register(app)
 
 

@@ -42,7 +42,9 @@ class ExtractConfig:
     )
     source: Source = setting("The weights themselves, or their difference from --base.", "weights", panel=_CHOICES)
     side: Side = setting(
-        "Singular vectors of the output side, or of the input side (square weights only).", "output", panel=_CHOICES
+        "Singular vectors of the output side, for B, or of the input side: for A in mode fa-basis, and for B of square weights.",
+        "output",
+        panel=_CHOICES,
     )
     method: Method = setting("svd (equations 3-5), or pca: centred first (equations 7-9).", "svd", panel=_CHOICES)
     component: Component = setting("Principal or minor directions.", "top", panel=_CHOICES)

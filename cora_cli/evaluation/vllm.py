@@ -59,6 +59,8 @@ def lora_rank(adapter: ModelPath) -> int:
     if facts is not None and facts.compact:
         raise CoraError(f"{adapter.reference} is a compact adapter, which vLLM cannot read: leave out --no-merge")
     config = adapter.adapter_config()
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        raise CoraError(f"{adapter.reference} is no plain LoRA, which is all that vLLM reads: leave out --no-merge")
     rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), 0)
     fitting = [size for size in LORA_RANKS if size >= rank]
     if not fitting:

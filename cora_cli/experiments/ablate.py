@@ -8,9 +8,9 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from cora_cli.basis.choices import DEFAULT_TARGET_MODULES
+from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.experiments.estimate import BASIS, Estimate, estimate_steps, matmul_rate, trained_parameters
+from cora_cli.experiments.estimate import BASIS, Estimate, estimate_steps, matmul_rate, train_config, trained_parameters
 from cora_cli.experiments.execute import (
     Execution,
     Outcome,
@@ -158,19 +158,27 @@ def _misfits(row: Row, grid: Grid, model: ModelFacts, inputs: Inputs) -> Iterato
     if lacking := [name for name in names if not model.targets((name,))]:
         yield f"no weight of {grid.model} is named by the target module {lacking[0]}"
         return
-    narrowest = min(targets, key=lambda module: targets[module][0])
-    rows_of_narrowest, outs = targets[narrowest][0], sorted({out for out, _ in targets.values()})
-    needed = row.rank if (row.train or {}).get("b_init") == "orthonormal" else row.basis_rank
-    if (needed or 0) > rows_of_narrowest:
-        yield f"rank {needed} is above the {rows_of_narrowest} rows of {narrowest}, the most directions that it has"
-    share = (row.basis or {}).get("share", "module")
-    if share in ("global", "layer") and len(outs) > 1:
-        yield (
-            f"share {share} needs weights with equal out-dimensions, but those of {grid.model} are "
-            f"{', '.join(map(str, outs))}; use share projection or module"
-        )
+    adapter = train_config(row).adapter_plan() if row.train is not None else None
+    choices = BasisChoices(**(row.basis or {}))
+    along, across = (1, 0) if choices.side == "input" else (0, 1)
+    lengths: tuple[int, ...] = (along,)
+    needed = row.basis_rank or 0
+    if adapter is not None and (adapter.spec.reads_weights or adapter.b_init == "orthonormal" or adapter.outer_rank):
+        needed = max(needed, adapter.b_width)
+        lengths = (0, 1) if adapter.spec.reads_weights or adapter.outer_rank else lengths
+    most, narrowest, side = min((shape[side], module, side) for module, shape in targets.items() for side in lengths)
+    if needed > most:
+        what = ("rows", "columns")[side]
+        yield f"rank {needed} is above the {most} {what} of {narrowest}, the most directions that it has"
+    for side in (along, across) if choices.merge == "mean" else (along,):
+        sizes = sorted({shape[side] for shape in targets.values()})
+        if choices.share in ("global", "layer") and len(sizes) > 1:
+            yield (
+                f"share {choices.share} needs weights with equal {('out', 'in')[side]}-dimensions, but those of {grid.model} are "
+                f"{', '.join(map(str, sizes))}; use share projection or module"
+            )
     narrow = next((module for module, (out, inside) in targets.items() if out != inside), None)
-    if (row.basis or {}).get("side") == "input" and row.train is not None and narrow:
+    if row.basis is not None and adapter is not None and choices.side == "input" and adapter.basis_side == "output" and narrow:
         yield f"side input gives directions of the inputs, which B cannot take where {narrow} has the shape {targets[narrow]}"
     for reference in (grid.models[source] for source in row.sources):
         facts = inputs.models.get(reference) if isinstance(reference, str) else None
@@ -198,7 +206,7 @@ def render_plan(
                 row.printed or "-",
                 "unknown" if trained is None else f"{trained:,}",
                 duration(sum(each.seconds for each in known)) if whole else "unknown",
-                f"{max(each.bytes for each in known) / 2**30:.1f} GiB" if whole else "unknown",
+                f"{max((each.bytes for each in known), default=0) / 2**30:.1f} GiB" if whole else "unknown",
                 "done" if all(done[name] for name in plan.ways[row.name]) else "to do",
             ]
         )

@@ -56,19 +56,23 @@ def matmul_rate(device: str, seconds: float = 0.5) -> tuple[float, str]:
 
 
 def trained_parameters(row: Row, model: ModelFacts | None) -> int | None:
-    """How many parameters the row trains, from shapes; None where the model is not at hand."""
+    """How many parameters the row trains, from shapes; None where the model is not at hand, or a file of PEFT's decides."""
     if row.mode in ("base", "basis"):
         return 0
     if model is None:
         return None
-    config = train_config(row)
+    return _trained(train_config(row), model)
+
+
+def _trained(config: TrainConfig, model: ModelFacts) -> int | None:
     plan = config.adapter_plan()
     if plan is None:
         return model.parameters
-    shapes = model.targets(plan.target_modules).values()
     if plan.cannot_train:
         return 0
-    return plan.rank * sum(inside + (out if plan.trains_b else 0) for out, inside in shapes)
+    if plan.peft is not None:
+        return None
+    return sum(plan.parameters(out, inside) for out, inside in model.targets(plan.target_modules).values())
 
 
 def train_config(row: Row) -> TrainConfig:
@@ -100,7 +104,7 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
             elif data is not None and step.kind == "train":
                 found[name] = _training(model, data, train_config(row), rate)
             elif data is not None:
-                found[name] = _evaluation(model, data, plan.grid.evaluate, rate)
+                found[name] = _evaluation(model, data, plan.grid.evaluate or {}, rate)
     for name, settings in plan.grid.models.items():
         steps = [step for step in plan.steps.values() if step.name.rpartition("-")[0] == f"model-{name}"]
         if (
@@ -122,7 +126,7 @@ def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: flo
     per_step = config.batch_size * config.gradient_accumulation
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(examples / per_step))
     adapter = config.adapter_plan()
-    heldout = 2 * min(len(data.test), config.eval_limit or len(data.test))
+    measured = 2 * min(len(data.test), config.eval_limit or len(data.test)) + (config.validation_size or 0)
     body = model.parameters - model.embedded
     flops = (
         body
@@ -131,16 +135,20 @@ def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: flo
     )
     if adapter is not None and adapter.cannot_train:
         flops = 0.0
-    flops += 2 * body * per_example * heldout
+    flops += 2 * body * per_example * measured
     layers, hidden, vocabulary = _sizes(model)
-    trained = (
-        model.parameters if adapter is None else adapter.rank * sum(map(sum, model.targets(adapter.target_modules).values()))
-    )
+    shapes = [] if adapter is None else list(model.targets(adapter.target_modules).values())
+    trained = _trained(config, model)
+    if trained is None:
+        trained = config.rank * sum(map(sum, shapes))
     tokens = config.batch_size * per_example
     kept = tokens * hidden * layers * (ACTIVATION_BYTES if not config.gradient_checkpointing else 2)
     kept += config.batch_size * data.response_characters / CHARACTERS_PER_TOKEN * vocabulary * 12
     weights = 2 * model.parameters if adapter is not None else 0
-    return Estimate(START_SECONDS["train"] + flops / (rate * TRAINING_SHARE), PROCESS_BYTES + weights + 16 * trained + kept)
+    seconds = START_SECONDS["train"] + flops / (rate * TRAINING_SHARE)
+    if adapter is not None and adapter.b_init in ("principal", "minor"):
+        seconds += sum(9 * min(shape) ** 3 for shape in shapes) / (rate * WIDE_SHARE)
+    return Estimate(seconds, PROCESS_BYTES + weights + 16 * trained + kept)
 
 
 def _evaluation(model: ModelFacts, data: DataFacts, evaluate: Values, rate: float) -> Estimate:
@@ -162,6 +170,8 @@ def _basis(model: ModelFacts, row: Row, plan: Plan, step: Step, rate: float) -> 
     targets = model.targets(row.basis.get("target_modules") or DEFAULT_TARGET_MODULES)
     share: Share = row.basis.get("share", "module")
     groups = _groups(targets, share)
+    if row.basis.get("side") == "input":
+        groups = [(inside, out) for out, inside in groups]
     read = 2 * max(1, len(row.sources)) * sum(out * inside for out, inside in targets.values())
     flops = sum(2 * out * out * inside + 9 * out**3 for out, inside in groups)
     # Reading, hashing and adding in float64 go at about 0.3 GB/s together; float64 products at a small part of 16-bit ones.

@@ -40,8 +40,8 @@ class Grid:
     """A whole grid file, resolved.
 
     `models` maps the name of a source model to its reference, or to the training settings of a fine-tune that is made for
-    this grid; `datasets` maps names to references; `basis_rank` is R where the file fixes it; `resources` are what each
-    kind of step asks of a cluster.
+    this grid; `datasets` maps names to references; `basis_rank` is R where the file fixes it; `evaluate` is None where
+    nothing is to be generated, so that rows have their losses alone; `resources` are what each kind of step asks of a cluster.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Grid:
     models: dict[str, str | Values]
     datasets: dict[str, str]
     train: Values
-    evaluate: Values
+    evaluate: Values | None
     basis_rank: int | None
     resources: dict[str, Resources]
     rows: tuple[Row, ...]
@@ -90,7 +90,9 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     train = typed(defaults.get("train"), TRAIN_KEYS, "defaults: train", problems)
     basis = typed(defaults.get("basis"), {**BASIS_KEYS, "rank": int}, "defaults: basis", problems)
     basis_rank = basis.pop("rank", None)
-    evaluate = typed(defaults.get("evaluate"), EVALUATE_KEYS, "defaults: evaluate", problems)
+    # `evaluate: false` leaves generation out.
+    generates = defaults.get("evaluate") is not False
+    evaluate = typed(defaults.get("evaluate") if generates else None, EVALUATE_KEYS, "defaults: evaluate", problems)
     models, datasets = _models(values.get("models"), problems), _named(values.get("datasets"), "datasets", problems)
     _collect(problems, "defaults: basis", lambda: BasisChoices(**basis))
     _collect(problems, "defaults: evaluate", lambda: EvaluateConfig(model="m", dataset="d", output_dir="o", **evaluate))
@@ -114,7 +116,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
         models=models,
         datasets=datasets,
         train=train,
-        evaluate=evaluate,
+        evaluate=evaluate if generates else None,
         basis_rank=basis_rank,
         resources=resources,
         rows=tuple(rows),

@@ -104,8 +104,8 @@ class _Planner:
                 way.append(self._basis(row, ranks[self._basis_facts(row)[0]]))
             if row.mode not in ("base", "basis"):
                 way.append(self._train(row, way[0] if way else None))
-            if row.mode != "basis":
-                way.append(self._evaluate(row, way[-1] if way else None))
+            if row.mode != "basis" and self._grid.evaluate is not None:
+                way.append(self._evaluate(row, way[-1] if way else None, self._grid.evaluate))
             ways[row.name] = tuple(step.name for step in way)
         return Plan(self._grid, self._out, self._steps, ways, self._records)
 
@@ -133,7 +133,9 @@ class _Planner:
         """`settings` are those that split the data: the file's, or a fine-tune's own."""
         data = self._data_hash(data_key(config.dataset, settings))
         hashes = {"model": self._model_hash(self._grid.model), "dataset": data}
-        return {**config.result_settings(), **hashes, **({"basis": basis} if basis else {})}
+        adapter = config.adapter_plan()
+        peft = {"peft": adapter.peft} if adapter is not None and adapter.peft else {}
+        return {**config.result_settings(), **hashes, **peft, **({"basis": basis} if basis else {})}
 
     def _fine_tune(self, name: str, settings: Values) -> Step:
         own = {key: value for key, value in settings.items() if key not in ("mode", "dataset")}
@@ -185,10 +187,10 @@ class _Planner:
         needs = (basis.name,) if basis else ()
         return self._add(Step(f"train-{row.name}", "train", output, facts, needs, words("train", config)))
 
-    def _evaluate(self, row: Row, run: Step | None) -> Step:
+    def _evaluate(self, row: Row, run: Step | None, settings: Values) -> Step:
         # `overwrite` replaces what `ledger` has judged to be of other settings; predictions of the same ones are kept.
-        common = {**self._hardware, "overwrite": True, **self._grid.evaluate}
-        facts: dict[str, Any] = dict(self._grid.evaluate)
+        common = {**self._hardware, "overwrite": True, **settings}
+        facts: dict[str, Any] = dict(settings)
         if run is not None:
             output = f"{run.output}/evaluation"
             config = EvaluateConfig(runs=(str(self._out / run.output),), output_dir=str(self._out / output), **common)

@@ -7,6 +7,7 @@ and every replacement becomes a sentence in the grid's conditions.
 from collections.abc import Mapping
 from typing import Any
 
+from cora_cli.adapters.modes import OWN_SETTINGS
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.tasks import LEARNING_RATE, TASK_BATCH, TASK_EVAL_LIMIT, TASK_RANK, TASK_STEPS, TASKS
 from cora_cli.experiments.values import Values
@@ -17,7 +18,7 @@ STEPS, BATCH, HELD_OUT, PROMPTS, NEW_TOKENS, PROMPT_BATCH = 12, 8, 40, 40, 48, 2
 FULL_LEARNING_RATE = 5e-5
 # Of a cluster, where the preset is run on one.
 RESOURCES = {"cpus": 2, "mem_gb": 8, "timeout_min": 120}
-_METHOD = frozenset({"rank", "alpha", "rslora", "a_init", "b_init", "target_modules", "dropout", "seed", "split_seed"})
+_METHOD = frozenset({"rank", "b_init", "target_modules", "dropout", "seed", "split_seed", *OWN_SETTINGS})
 _SCALE = frozenset(
     {
         *("epochs", "max_steps", "batch_size", "gradient_accumulation", "gradient_checkpointing", "max_length", "limit"),
@@ -25,6 +26,10 @@ _SCALE = frozenset(
     }
 )
 _NEEDS_EQUAL_SHAPES = ("global", "layer")
+_EVALUATED = (
+    f"Each run answers {PROMPTS} prompts with at most {NEW_TOKENS} tokens.",
+    "BERTScore is on a small encoder (MiniLM-L6), not on the paper's scale.",
+)
 
 
 def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
@@ -42,8 +47,10 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
     train = {key: value for key, value in given.items() if key in _METHOD}
     train |= {"validation_size": HELD_OUT} if "validation_size" in given else {}
     train |= {"learning_rate": LEARNING_RATE, "max_steps": STEPS, "batch_size": BATCH, "eval_limit": HELD_OUT}
-    evaluate = {key: value for key, value in (defaults.get("evaluate") or {}).items() if key == "metrics"}
-    evaluate |= {"limit": PROMPTS, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPT_BATCH}
+    evaluate: Any = defaults.get("evaluate")
+    if evaluate is not False:
+        evaluate = {key: value for key, value in (evaluate or {}).items() if key == "metrics"}
+        evaluate |= {"limit": PROMPTS, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPT_BATCH}
     shapes = _Shapes(model)
     basis = shapes.adapted((defaults.get("basis") if has_bases else None) or {}, "rank")
     blocks = [shapes.adapted(_block(part, renamed), "basis_rank") for block in values["grid"] for part in _by_rate(block)]
@@ -60,8 +67,8 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
         f"The base model is {model} instead of {values.get('model')}.",
         *replaced,
         f"Each run takes {STEPS} steps of {BATCH} records at learning rate {LEARNING_RATE:g} ({FULL_LEARNING_RATE:g} where all weights "
-        f"are trained, and as the grid says where it sweeps it), and answers {PROMPTS} prompts with at most {NEW_TOKENS} tokens.",
-        "BERTScore is on a small encoder (MiniLM-L6), not on the paper's scale.",
+        "are trained, and as the grid says where it sweeps it).",
+        *([] if evaluate is False else _EVALUATED),
         *([made] if pool else []),
         *shapes.conditions(),
     ]

@@ -6,14 +6,15 @@ A row is what a table shows once per seed; how it is carried out is `plan`.
 import dataclasses
 import random
 from collections.abc import Collection
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
+from cora_cli.adapters.modes import MODES, OWN_SETTINGS, Mode, ModeSpec
 from cora_cli.basis.choices import DEFAULT_RANK, BasisChoices
 from cora_cli.errors import UsageError
 from cora_cli.experiments.values import Values, fields_of, typed
 from cora_cli.training.config import TrainConfig
 
-RowMode = Literal["base", "basis", "lora", "fb", "tb", "full"]
+RowMode = Literal["base", "basis", Mode]
 TRAIN_KEYS = fields_of(
     TrainConfig,
     leave_out=(
@@ -28,8 +29,8 @@ _SHOWN_KEYS: dict[str, Any] = {"mode": RowMode, "label": str, "printed": str}
 SPLIT_KEYS = ("test_size", "split_seed", "validation_size")
 _OWN_TRAIN_KEYS = {name: hint for name, hint in TRAIN_KEYS.items() if name not in SPLIT_KEYS}
 ROW_KEYS: dict[str, Any] = {**_SHOWN_KEYS, "dataset": str, **_OWN_TRAIN_KEYS, **_SOURCE_KEYS, **BASIS_KEYS}
-_ADAPTER_KEYS = frozenset({"rank", "alpha", "rslora", "a_init", "b_init", "target_modules", "dropout", "compact"})
-_STEMS = {"base": "base", "lora": "lora", "full": "full", "fb": "cora-fb", "tb": "cora-tb"}
+_ADAPTER_KEYS = frozenset({"rank", "b_init", "target_modules", "dropout", "compact", *OWN_SETTINGS})
+_STEMS = {"fb": "cora-fb", "tb": "cora-tb"}
 _ALWAYS_NAMED = frozenset({*_SHOWN_KEYS, "dataset", "rank", "basis_rank", "n_models", "learning_rate", "seed", "b_init"})
 
 
@@ -91,7 +92,7 @@ def build_row(settings: Values, varied: Collection[str], scope: Scope, where: st
         problems.append(f"{where}: mode is missing; it is one of {', '.join(get_args(RowMode))}")
     if len(problems) > found:
         return None
-    needs_basis = mode == "basis" or (mode in ("fb", "tb") and values.get("b_init", "basis") == "basis")
+    needs_basis = mode == "basis" or (mode in MODES and _needs_basis(MODES[mode], values))
     useless = values.keys() - _useful_keys(mode, needs_basis)
     if useless:
         problems.append(
@@ -106,6 +107,13 @@ def build_row(settings: Values, varied: Collection[str], scope: Scope, where: st
     return dataclasses.replace(row, name=_name(row, values, varied, scope), label=label)
 
 
+def _needs_basis(spec: ModeSpec, values: Values) -> bool:
+    """Whether a row trains on a basis; where its mode can do without, it does unless the row says something of a basis."""
+    return spec.needs_basis(values.get("b_init")) or (
+        spec.may_use_basis and not values.keys().isdisjoint(_SOURCE_KEYS | BASIS_KEYS)
+    )
+
+
 def _useful_keys(mode: str, needs_basis: bool) -> set[str]:
     shown = {*_SHOWN_KEYS}
     if mode == "base":
@@ -113,13 +121,20 @@ def _useful_keys(mode: str, needs_basis: bool) -> set[str]:
     about_basis = {*_SOURCE_KEYS, *BASIS_KEYS} if needs_basis else set()
     if mode == "basis":
         return {*shown, *about_basis, "target_modules"}
-    trained = set(_OWN_TRAIN_KEYS) - (_ADAPTER_KEYS if mode == "full" else set())
-    return {*shown, "dataset", *trained, *about_basis} - ({"b_init"} if mode == "lora" else set())
+    return {*shown, "dataset", *_OWN_TRAIN_KEYS, *about_basis} - _foreign_keys(mode)
+
+
+def _foreign_keys(mode: str) -> frozenset[str]:
+    """The settings of training that mean nothing to a mode."""
+    if mode == "full":
+        return _ADAPTER_KEYS
+    spec = MODES[cast(Mode, mode)]
+    return OWN_SETTINGS - spec.takes | (frozenset() if spec.choosable_b else {"b_init"})
 
 
 def _described(mode: str, values: Values) -> str:
     start = values.get("b_init")
-    return f"mode {mode}" + (f" with b_init {start}" if start and mode in ("fb", "tb") else "")
+    return f"mode {mode}" + (f" with b_init {start}" if start and mode in MODES and MODES[mode].choosable_b else "")
 
 
 def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where: str, problems: list[str]) -> Row:
@@ -128,7 +143,7 @@ def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where:
     sources = _sources(values, scope, where, problems) if needs_basis else ()
     train = None
     if mode not in ("base", "basis"):
-        inherited = {key: value for key, value in scope.train.items() if mode != "full" or key not in _ADAPTER_KEYS}
+        inherited = {key: value for key, value in scope.train.items() if key not in _foreign_keys(mode)}
         train = {**inherited, **{key: values[key] for key in values.keys() & TRAIN_KEYS.keys()}}
         train = {key: value for key, value in train.items() if key != "b_init" or value != "basis"}
         try:
@@ -139,9 +154,13 @@ def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where:
             train = None
     rank = None if train is None or mode == "full" else config.rank
     basis = {**scope.basis, **{key: values[key] for key in values.keys() & BASIS_KEYS.keys()}} if needs_basis else None
+    if basis is not None and mode == "fa-basis":
+        basis["side"] = "input"
     fixed = values.get("basis_rank", scope.basis_rank)
-    if needs_basis and fixed is not None and (fixed < 1 or (rank or 1) > fixed):
-        problems.append(f"{where}: rank {rank or fixed} is above the rank of the basis, which the file fixes at {fixed}")
+    adapter = config.adapter_plan() if train is not None else None
+    needed = adapter.b_width if adapter is not None else None
+    if needs_basis and fixed is not None and (fixed < 1 or (needed or 1) > fixed):
+        problems.append(f"{where}: rank {needed or fixed} is above the rank of the basis, which the file fixes at {fixed}")
     if basis is not None and not sources and basis.get("source") == "delta":
         problems.append(f"{where}: with n_models 0 and source delta the base would be subtracted from itself")
     if basis is not None:
@@ -165,7 +184,7 @@ def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where:
         seed=config.seed if train is not None else 0,
         train=train,
         basis=basis,
-        basis_rank=(fixed or rank or DEFAULT_RANK) if needs_basis else None,
+        basis_rank=(fixed or needed or DEFAULT_RANK) if needs_basis else None,
     )
 
 
@@ -233,7 +252,7 @@ def _name(row: Row, values: Values, varied: Collection[str], scope: Scope) -> st
         assert row.basis is not None
         parts = [f"basis-{row.basis.get('method', 'svd')}", row.basis.get("share", "module"), f"r{row.basis_rank}"]
     else:
-        parts = [_STEMS[row.mode] + (f"-{start}" if start else "")]
+        parts = [_STEMS.get(row.mode, row.mode.replace("+", "-plus")) + (f"-{start}" if start else "")]
         parts += [str(row.dataset)] if len(scope.datasets) > 1 else []
         parts += [f"r{row.rank}"] if row.rank is not None else []
     parts += [f"n{row.n_models}"] if row.n_models is not None else []

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.special import ndtri
 
-from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import BasisChoices, is_target
 from cora_cli.basis.sources import WeightSource

@@ -89,6 +89,9 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
                 missing += lacking
             shown.advance()
     results = _with_base_losses(results)
+    unmeasured = [result for result in results if not result.measures and result.row.evaluation is None]
+    missing += [Missing(result.row, "run", "nothing was measured of it") for result in unmeasured]
+    results = [result for result in results if result not in unmeasured]
     for group in {result.row.group for result in results}:
         _check_comparable([result for result in results if result.row.group == group])
     return Collection(experiment, results, missing)
@@ -108,7 +111,7 @@ def _each_once(rows: tuple[Row, ...]) -> list[Row]:
 
 def _read_row(row: Row, wanted: tuple[str, ...] | None, records: StepRecords | None) -> tuple[Result, list[Missing]]:
     """One row; raises `CoraError` with the reason where its run cannot be used, or is not the one that `records` tell of."""
-    missing = []
+    missing: list[Missing] = []
     measures: dict[str, Measure] = {}
     record, log = {}, []
     trained: int | None = 0 if row.mode == "base" else None
@@ -132,9 +135,9 @@ def _read_row(row: Row, wanted: tuple[str, ...] | None, records: StepRecords | N
             raise damaged(run.record.parent, error) from error
     generation: dict[str, Any] = {}
     references = None
+    if row.evaluation is None:
+        return Result(row, measures, record, generation, log, references, trained, adapter_bytes), missing
     try:
-        if row.evaluation is None:
-            raise CoraError("no evaluation was planned")
         evaluation = EvaluationDirectory(row.evaluation)
         if not evaluation.metrics.exists():
             started = evaluation.root.is_dir() and rundir.holds_files(evaluation.root)

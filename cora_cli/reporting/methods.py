@@ -65,7 +65,7 @@ def _training(results: Sequence[Result]) -> list[str]:
     untrained = [result.row.name for result in results if result.record.get("is_base_model")]
     if untrained:
         sentences.append(
-            f"{_listed(untrained)}: frozen B = 0 cannot train, so no step was taken and the result is the base model."
+            f"{_listed(untrained)}: a factor that stays zero lets nothing train, so no step was taken and the result is the base model."
         )
     return sentences
 

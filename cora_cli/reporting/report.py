@@ -48,9 +48,7 @@ def report(
     if output_dir is not None and output_dir.exists() and not output_dir.is_dir():
         raise CoraError(f"output directory {output_dir} is a file; choose another one")
     collections = [collect(experiment, metrics) for experiment in find_experiments(outputs)]
-    has_bases = any(
-        row.basis and row.basis.is_file() for c in collections for row in c.experiment.rows if row.evaluation is None
-    )
+    has_bases = any(row.basis and row.basis.is_file() for c in collections for row in c.experiment.rows if row.run is None)
     if not has_bases and not any(collection.results for collection in collections):
         first = next(entry for collection in collections for entry in collection.missing)
         count = sum(len(collection.missing) for collection in collections)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
+from cora_cli.adapters.modes import MODES
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.plan import Step, read_steps
@@ -209,7 +210,7 @@ def _row_of_run(run: RunDirectory) -> Row:
     record = rundir.read_json(run.record)
     try:
         settings, plan = record["fingerprint"]["settings"], record["plan"]
-        start = plan["b_init"] if plan and plan["mode"] != "lora" else "basis"
+        unusual = plan["b_init"] if plan and plan["b_init"] != MODES[plan["mode"]].b_init else ""
         basis = record["basis"]
         candidates = (run.evaluation, run.root / "evaluation")
         return Row(
@@ -217,7 +218,7 @@ def _row_of_run(run: RunDirectory) -> Row:
             printed=None,
             group=clean(f"{record['model']['reference']} on {record['data']['dataset']}"),
             mode=record["mode"],
-            label=record["mode"] if start == "basis" else f"{record['mode']} {start}",
+            label=f"{record['mode']} {unusual}".strip(),
             rank=plan["rank"] if plan else None,
             n_models=len(basis["sources"]) if basis else None,
             sources=tuple(clean(str(source["reference"])) for source in basis["sources"]) if basis else (),

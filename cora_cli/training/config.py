@@ -5,9 +5,12 @@ One frozen object holds the whole request; it is what `config.yaml` of a run dir
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, Literal
 
-from cora_cli.adapters.modes import AdapterPlan, AInit, BInit, Mode, plan_adapter
+from cora_cli import rundir
+from cora_cli.adapters.modes import LORA_PLUS_RATIO, MODES, OWN_SETTINGS, AInit, BInit, Mode
+from cora_cli.adapters.plan import AdapterPlan, plan_adapter
 from cora_cli.data.templates import TemplateName
 from cora_cli.errors import UsageError
 from cora_cli.settings import DtypeName, setting
@@ -30,9 +33,15 @@ class TrainConfig:
     dataset: str = setting("Hub id, a .json/.jsonl/.csv/.parquet file, or builtin:instruct, builtin:code, …", panel=_DATA)
     output_dir: str = setting("Run directory; must not hold another run.", panel=_RUN)
     mode: Mode = setting(
-        "lora | fb (B = basis, frozen) | tb (B = basis, trained) | full (all weights, no adapter).", "fb", panel=_WHAT
+        "lora | fb (B = basis, frozen) | tb (B = basis, trained) | full (all weights, no adapter) | a rival; README has the table.",
+        "fb",
+        panel=_WHAT,
     )
-    basis: str | None = setting("Basis file of `cora extract-basis`; fb and tb need it.", None, panel=_WHAT)
+    basis: str | None = setting(
+        "Basis file of `cora extract-basis`; fb and tb need it, fa-basis one of the input side; lora-mini may use one.",
+        None,
+        panel=_WHAT,
+    )
     rank: int = setting(
         "Rank r of the adapter; at most the basis's R, of which the first r columns are taken.", 48, panel=_WHAT
     )
@@ -40,6 +49,17 @@ class TrainConfig:
     rslora: bool = setting("Scale by alpha / √r instead of alpha / r.", False, panel=_WHAT)
     a_init: AInit | None = setting("How A starts, instead of the mode's own start.", None, panel=_WHAT)
     b_init: BInit | None = setting("How B starts in fb and tb, instead of the basis.", None, panel=_WHAT)
+    lora_plus_ratio: float | None = setting(
+        f"Mode lora+: B's learning rate over A's; default {LORA_PLUS_RATIO:g}.", None, panel=_WHAT
+    )
+    outer_rank: int | None = setting(
+        "Mode lora-mini: rank k of the frozen outer factors, at least r; default 2 r.", None, panel=_WHAT
+    )
+    peft_config: str | None = setting(
+        "Mode peft: JSON file with the configuration of any PEFT method that adapts weights; its rank and targets beat the flags'.",
+        None,
+        panel=_WHAT,
+    )
     target_modules: tuple[str, ...] = setting("Linear layers to adapt, comma-separated.", DEFAULT_TARGETS, panel=_WHAT)
     dropout: float = setting(
         "Dropout probability on the input of A, drawn once for a prefix that examples share.", 0.0, panel=_WHAT
@@ -87,6 +107,11 @@ class TrainConfig:
     report_to: Reporter = setting("The Trainer's own reporting, beside log.jsonl.", "none", panel=_RUN)
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
     dtype: DtypeName = setting("auto: bf16 where the hardware multiplies it, else fp32.", "auto", panel=_RUN)
+    load_in_4bit: bool = setting(
+        "Hold the base in four bits while an adapter is trained on it (QLoRA); needs bitsandbytes and a CUDA GPU.",
+        False,
+        panel=_RUN,
+    )
     trust_remote_code: bool = setting(
         "Run code that comes with the model. Off unless you trust its author.", False, panel="Risky"
     )
@@ -106,6 +131,7 @@ class TrainConfig:
                 ("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
+                ("lora_plus_ratio", self.lora_plus_ratio is None or self.lora_plus_ratio > 0, "positive"),
                 ("warmup_ratio", 0 <= self.warmup_ratio < 1, "at least 0 and below 1"),
                 ("weight_decay", self.weight_decay >= 0, "at least 0"),
                 ("max_grad_norm", self.max_grad_norm >= 0, "at least 0"),
@@ -123,18 +149,31 @@ class TrainConfig:
         if self.mode == "full":
             problems += [
                 f"--{name.replace('_', '-')} goes with an adapter, not with mode full"
-                for name in ("basis", "a_init", "b_init", "alpha", "rslora", "compact")
+                for name in ("basis", "b_init", "compact", *sorted(OWN_SETTINGS))
                 if getattr(self, name)
             ]
+        else:
+            problems += [
+                f"--{name.replace('_', '-')} does not go with mode {self.mode}"
+                for name in sorted(OWN_SETTINGS - MODES[self.mode].takes)
+                if getattr(self, name)
+            ]
+        if self.load_in_4bit and (self.mode == "full" or MODES[self.mode].reads_weights):
+            problems.append(f"--load-in-4bit does not go with mode {self.mode}, which works on the weights themselves")
+        if self.mode == "peft" and not self.peft_config:
+            problems.append("mode peft needs --peft-config FILE, a JSON file as PEFT's adapter_config.json is one")
         if problems:
             raise UsageError("; ".join(problems))
         plan = self.adapter_plan()
         if plan is not None and plan.trains_b and self.compact:
-            raise UsageError(f"--compact stores A alone, but mode {self.mode} trains B too; leave it out")
+            too = "B too" if plan.trains_a else "B"
+            raise UsageError(f"--compact stores A alone, but mode {self.mode} trains {too}; leave it out")
+        if plan is not None and self.compact and not plan.spec.choosable_b:
+            raise UsageError(f"--compact goes with a B that is frozen from a basis or a seed, not with mode {self.mode}")
         if plan is not None and plan.needs_basis and not self.basis:
-            raise UsageError(
-                f"mode {self.mode} needs --basis FILE (made by `cora extract-basis`), or another start by --b-init"
-            )
+            maker = "`cora extract-basis --side input`" if plan.basis_side == "input" else "`cora extract-basis`"
+            otherwise = ", or another start by --b-init" if plan.spec.choosable_b else ""
+            raise UsageError(f"mode {self.mode} needs --basis FILE (made by {maker}){otherwise}")
         if plan is not None and self.basis and not plan.needs_basis:
             raise UsageError(f"--basis is of no use where B starts as {plan.b_init}; leave it out")
 
@@ -152,7 +191,15 @@ class TrainConfig:
             seed=self.seed,
             b_init=self.b_init,
             a_init=self.a_init,
+            outer_rank=self.outer_rank,
+            has_basis=bool(self.basis),
+            peft=rundir.read_json(Path(self.peft_config)) if self.peft_config else None,
         )
+
+    @property
+    def b_rate_ratio(self) -> float | None:
+        """B's learning rate over A's in mode lora+; None where they have one."""
+        return (self.lora_plus_ratio or LORA_PLUS_RATIO) if self.mode == "lora+" else None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML, readable by `--config`; unset ones are left out."""
@@ -160,5 +207,6 @@ class TrainConfig:
         return {name: value for name, value in values.items() if value is not None}
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that determine the result; a resumed run must agree in them."""
-        return {name: value for name, value in self.as_dict().items() if name not in NOT_PART_OF_THE_RESULT}
+        """The settings that determine the result; a resumed run must agree in them, also one from before `load_in_4bit` existed."""
+        left_out = NOT_PART_OF_THE_RESULT | frozenset(() if self.load_in_4bit else ("load_in_4bit",))
+        return {name: value for name, value in self.as_dict().items() if name not in left_out}

@@ -14,8 +14,8 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from cora_cli.adapters.install import target_linears
-from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.adapters.install import configuration_of, target_linears
+from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import match_targets
 from cora_cli.basis.sources import open_source
@@ -24,7 +24,7 @@ from cora_cli.data.formats import DataSplit, load_split
 from cora_cli.data.templates import TemplateName, choose_template
 from cora_cli.device import Hardware, PackedAttention, select_hardware, select_packed_attention
 from cora_cli.errors import CoraError
-from cora_cli.loading import context_length, load_tokenizer
+from cora_cli.loading import context_length, load_tokenizer, require_four_bit
 from cora_cli.models import ModelPath, resolve_model
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
@@ -53,6 +53,7 @@ class Prepared:
             "model_sha256": self.model_path.content_hash(),
             "data_sha256": self.data.content_hash(),
             "basis_sha256": self.basis.sha256 if self.basis else None,
+            **({"peft": self.plan.peft} if self.plan and self.plan.peft else {}),
         }
 
 
@@ -71,9 +72,16 @@ def prepare(config: TrainConfig) -> Prepared:
     if basis is not None and plan is not None:
         source = open_source(model_path)
         targets = match_targets(list(source.shapes), plan.target_modules, config.model)
-        basis.check_model(source.architecture, {name: source.shapes[name] for name in targets}, plan.rank)
+        basis.check_model(
+            source.architecture,
+            {name: source.shapes[name] for name in targets},
+            plan.rank if plan.basis_side == "input" else plan.b_width,
+            plan.basis_side,
+        )
         basis.check_base(source)
     hardware = select_hardware(config.device, config.dtype)
+    if config.load_in_4bit:
+        require_four_bit(hardware.device)
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)
     template = choose_template(config.template, data.schema, tokenizer)
     model_config = transformers.AutoConfig.from_pretrained(model_path.path, trust_remote_code=config.trust_remote_code)
@@ -81,6 +89,7 @@ def prepare(config: TrainConfig) -> Prepared:
         skeleton = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
     _check_packable(skeleton, config.model)
     if plan is not None:
+        configuration_of(plan)
         target_linears(skeleton, plan.target_modules)
     longest = min(config.max_length, context_length(model_config))
     train_set = encode_records(data.train, data.schema, template, tokenizer, longest, "training")

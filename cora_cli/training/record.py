@@ -39,7 +39,9 @@ def first_record(config: TrainConfig, prepared: Prepared, fingerprint: dict[str,
         "parameters": {
             "trained": trained,
             "total": sum(parameter.numel() for parameter in model.parameters()),
-            "adapter": sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name),
+            "adapter": sum(
+                p.numel() for name, p in model.named_parameters() if prepared.plan and model.base_model.prefix in name
+            ),
         },
         "data": {
             "dataset": config.dataset,

@@ -18,7 +18,7 @@ from transformers import TrainingArguments, set_seed
 
 from cora_cli import rundir
 from cora_cli.adapters.install import AngleMeter, install_adapter
-from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.adapters.storage import AdapterFacts, save_adapter
 from cora_cli.data.encode import EncodedSet
 from cora_cli.errors import CoraError
@@ -113,7 +113,8 @@ def _load(config: TrainConfig, prepared: Prepared) -> torch.nn.Module:
     say(f"{prepared.hardware.describe()}; attention {prepared.attention.name} ({prepared.attention.reason})")
     dtype = torch.float32 if prepared.plan is None else prepared.hardware.dtype
     register_packed_attention()
-    model = load_model(prepared.model_path, dtype, prepared.hardware.device, prepared.attention.name, config.trust_remote_code)
+    where = (prepared.hardware.device, prepared.attention.name)
+    model = load_model(prepared.model_path, dtype, *where, config.trust_remote_code, config.load_in_4bit)
     # Starts are seeded by module name; this seeds dropout.
     set_seed(config.seed)
     if prepared.plan is None:
@@ -151,7 +152,7 @@ def _train_and_save(
     before = _measure(model, prepared, arguments, "held-out loss before training", prepared.test)
     frozen_for_good = prepared.plan is not None and prepared.plan.cannot_train
     if frozen_for_good:
-        say("B is zero and A gets no gradient from it: this run is the base model, so no step is taken")
+        say("a factor stays zero, so that nothing has a gradient: this run is the base model, and no step is taken")
         meter, speed, after = None, {"steps": 0, "seconds": 0.0, "tokens": 0, "tokens_per_second": None}, before
     else:
         trainer = CoraTrainer(
@@ -162,6 +163,7 @@ def _train_and_save(
             run.checkpoints,
             config.keep_checkpoints,
             prepared.attention.shares_prefixes,
+            config.b_rate_ratio,
         )
         meter = _angle_meter(model, prepared.plan)
         speed = _fit(trainer, run, meter, checkpoint, config, prepared)
@@ -186,7 +188,7 @@ def _train_and_save(
 
 
 def _angle_meter(model: Any, plan: AdapterPlan | None) -> AngleMeter | None:
-    if plan is None or plan.mode != "tb" or plan.b_init not in ("basis", "orthonormal", "random"):
+    if plan is None or not plan.trains_b or plan.b_init not in ("basis", "orthonormal", "random"):
         return None
     assert isinstance(model, PeftModel)
     return AngleMeter(model)

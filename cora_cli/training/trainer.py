@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cora_cli.adapters.install import AngleMeter, apply_trained_set
-from cora_cli.adapters.modes import AdapterPlan
+from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.data.batches import Collator, ExampleSet, GlobalBatches
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
@@ -37,7 +38,8 @@ class Diverged(CoraError):
 class CoraTrainer(Trainer):
     """Trains on packed rows and keeps the `keep` newest checkpoints in `root`.
 
-    `plan` is None in mode `full`, where everything is trained. `share_prefixes` says whether the model's attention takes a row in which
+    `plan` is None in mode `full`, where everything is trained. `b_rate_ratio` is B's learning rate over A's (LoRA+), None where there
+    is one for all. `share_prefixes` says whether the model's attention takes a row in which
     examples share their prefixes.
     """
 
@@ -50,10 +52,11 @@ class CoraTrainer(Trainer):
         root: Path,
         keep: int,
         share_prefixes: bool,
+        b_rate_ratio: float | None = None,
     ) -> None:
         self._examples, self._root = ExampleSet(examples), root
         super().__init__(model=model, args=args, train_dataset=self._examples, data_collator=Collator(share_prefixes))
-        self._plan, self._keep = plan, keep
+        self._plan, self._keep, self._b_rate_ratio = plan, keep, b_rate_ratio
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 # Autocast has the input in bfloat16 already; PEFT would copy it to float32 for autocast to copy it back.
@@ -98,6 +101,14 @@ class CoraTrainer(Trainer):
         if self._plan is not None:
             assert isinstance(self.model, PeftModel)
             apply_trained_set(self.model, self._plan)
+        if self._b_rate_ratio is not None:
+            assert isinstance(self.model, PeftModel)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            decay = self.args.weight_decay
+            self.optimizer = create_loraplus_optimizer(
+                self.model, kind, loraplus_lr_ratio=self._b_rate_ratio, loraplus_weight_decay=decay, **options
+            )
+            return self.optimizer
         return super().create_optimizer(model)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:

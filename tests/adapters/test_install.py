@@ -17,7 +17,7 @@ from cora_cli.adapters.install import (
     start_b,
     target_linears,
 )
-from cora_cli.adapters.modes import AdapterPlan, plan_adapter
+from cora_cli.adapters.plan import AdapterPlan, plan_adapter
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.errors import CoraError
 

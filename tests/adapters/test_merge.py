@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from cora_cli.adapters.install import install_adapter
 from cora_cli.adapters.merge import merge_adapter
-from cora_cli.adapters.modes import plan_adapter
+from cora_cli.adapters.plan import plan_adapter
 from cora_cli.adapters.storage import AdapterFacts, save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError

@@ -1,9 +1,12 @@
 import json
 import math
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from cora_cli.adapters.modes import MODES, AdapterPlan, plan_adapter
+from cora_cli.adapters.modes import MODES, OWN_SETTINGS, Mode, modes_table
+from cora_cli.adapters.plan import AdapterPlan, plan_adapter
 from cora_cli.errors import UsageError
 
 DEFAULTS = {
@@ -28,7 +31,11 @@ def test_the_table_of_modes(mode, b_init, a_init, trains_b, needs_basis):
     made = plan(mode)
     assert (made.b_init, made.a_init, made.trains_b, made.needs_basis) == (b_init, a_init, trains_b, needs_basis)
     assert not made.cannot_train
-    assert set(MODES) == {"lora", "fb", "tb"}
+
+
+def test_every_mode_of_the_command_line_is_in_the_table():
+    assert {*MODES, "full"} == set(get_args(Mode))
+    assert all(spec.takes <= OWN_SETTINGS for spec in MODES.values())
 
 
 @pytest.mark.parametrize("mode", ["fb", "tb"])
@@ -87,3 +94,8 @@ def test_what_makes_no_sense_is_a_usage_error_that_names_flag_and_value(changes,
 def test_a_plan_survives_json():
     made = plan("tb", b_init="random", a_init="gaussian", rslora=True, dropout=0.1)
     assert AdapterPlan.from_dict(json.loads(json.dumps(made.as_dict()))) == made
+
+
+def test_the_readme_holds_the_table_as_it_is():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- modes:begin -->\n{modes_table()}\n<!-- modes:end -->" in readme, "run scripts/update_readme.py"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from cora_cli.adapters.install import check_trained_set, factors_of, install_adapter, lora_layers
-from cora_cli.adapters.modes import plan_adapter
+from cora_cli.adapters.plan import plan_adapter
 from cora_cli.adapters.storage import (
     COMPACT_FILE,
     SIDE_FILE,

@@ -44,10 +44,15 @@ def test_global_mean_on_the_input_side_is_the_literal_right_singular_vectors_of_
     assert subspace_error(right, read_basis(tmp_path / "b").directions["global"]) < 1e-6
 
 
-def test_the_input_side_is_refused_on_grouped_query_models_with_the_reason(grouped_models, tmp_path):
-    with pytest.raises(CoraError, match=r"needs square weights: .*k_proj is \(8, 16\)"):
-        run(grouped_models, tmp_path / "b", side="input")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("share", ["module", "layer"])
+def test_the_input_side_of_grouped_query_weights_is_the_space_that_q_k_and_v_share(share, grouped_models, tmp_path):
+    run(grouped_models, tmp_path / "b", side="input", share=share, merge="gram")
+    basis, dense = read_basis(tmp_path / "b"), list(map(dense_weights, grouped_models))
+    for group, directions in basis.directions.items():
+        members = [name for name in dense[0] if name.startswith(group) and name.endswith(PROJECTIONS)]
+        assert len(members) == (1 if share == "module" else 3)
+        pooled = sum(one[name].T @ one[name] for one in dense for name in members)
+        assert subspace_error(np.linalg.eigh(pooled)[1][:, ::-1][:, :4], directions) < 1e-6
 
 
 @pytest.mark.parametrize("with_base", [False, True])

@@ -63,11 +63,15 @@ def test_mean_refuses_unequal_in_dimensions_that_gram_accepts():
     assert plan([one], None, choose(share="layer", merge="gram"))[0].columns == 14
 
 
-def test_input_side_is_refused_on_weights_that_are_not_square():
-    said = refusal([source({Q0: (8, 8), K0: (4, 8)})], side="input")
-    assert K0 in said
-    assert "(4, 8)" in said
-    assert "--side output" in said
+def test_on_the_input_side_grouped_query_weights_agree_and_only_their_mean_is_refused():
+    grouped = source({Q0: (8, 8), K0: (4, 8), Q1: (8, 8)})
+    assert {group.name: group.rows for group in plan([grouped], None, choose(side="input"))} == {Q0: 8, K0: 8, Q1: 8}
+    [first, _] = plan([grouped], None, choose(side="input", share="layer", merge="gram"))
+    assert (first.rows, first.columns) == (8, 12)
+    said = refusal([grouped], side="input", share="layer")
+    for part in (K0, "(4, 8)", "one out-dimension", "--merge gram"):
+        assert part in said
+    assert "one in-dimension" in refusal([source({Q0: (4, 8), K0: (4, 6)})], side="input", share="layer", merge="gram")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_equal_requests_write_equal_bytes(tiny_model: Path, tmp_path: Path) -> N
         (["--target-modules=q_proj,query"], 1, "matches the target module 'query'; the names there are: "),
         (["--share=layer"], 1, "share"),
         (["--share=global"], 1, "share"),
-        (["--side=input"], 1, "input"),
+        (["--side=input", "--share=layer"], 1, "--merge gram, would work"),
         (["--rank=33"], 1, "33"),
         (["/missing/model"], 1, "model '/missing/model' is neither a directory on this disk nor a hub id"),
         (["--base=/missing/base"], 1, "model '/missing/base' is neither a directory on this disk nor a hub id"),

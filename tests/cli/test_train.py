@@ -97,6 +97,16 @@ def assert_refused(result: Any, code: int, message: str) -> None:
         (["--dataset=builtin:poems"], 1, "poems"),
         (["--device=tpu"], 2, "--device 'tpu' is unknown; use auto, cpu, cuda or cuda:<index>"),
         (["--device=cuda:7"], 1, "--device cuda:7 was asked for"),
+        (["--load-in-4bit"], 1, "--load-in-4bit needs a CUDA GPU"),
+        (
+            ["--mode=full", "--load-in-4bit"],
+            2,
+            "--load-in-4bit does not go with mode full, which works on the weights themselves",
+        ),
+        (["--mode=peft"], 2, "mode peft needs --peft-config FILE"),
+        (["--mode=peft", "--peft-config=/missing.json"], 1, "/missing.json does not exist"),
+        (["--mode=vera", "--alpha=4"], 2, "--alpha does not go with mode vera"),
+        (["--outer-rank=8"], 2, "--outer-rank does not go with mode lora"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -146,6 +156,60 @@ def test_a_basis_that_does_not_serve_is_refused(
     ):
         assert_refused(cora_train(*usual, "--mode=fb", f"--basis={basis}", *flags), 1, message)
     assert {path.name for path in tmp_path.iterdir()} == {cut.name, other.name}
+
+
+def test_a_basis_of_the_input_side_serves_as_a_and_is_refused_as_b_of_weights_that_are_not_square(
+    usual: list[str], tiny_input_basis: Path, tmp_path: Path
+) -> None:
+    refused = cora_train(*usual, "--mode=fb", f"--basis={tiny_input_basis}")
+    message = f"k_proj has 32 outputs, but group model.layers.0.self_attn.k_proj of basis {tiny_input_basis} was made for 64"
+    assert_refused(refused, 1, message)
+    assert list(tmp_path.iterdir()) == []
+    result = cora_train(*usual, "--mode=fa-basis", f"--basis={tiny_input_basis}")
+    assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [
+        # Two pairs of factors of rank 2, (out + in) each.
+        ({"peft_type": "LOHA", "r": 2, "alpha": 4}, 2 * 2 * 2 * (128 + 2 * 96)),
+        # 64 / 16 skew-symmetric blocks in each of six layers.
+        ({"peft_type": "OFT", "r": 0, "oft_block_size": 16, "target_modules": ["q_proj", "k_proj", "v_proj"]}, 6 * 4 * 120),
+    ],
+)
+def test_any_method_of_peft_trains_by_its_own_file(
+    method: dict[str, Any], trained: int, usual: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "method.json"
+    file.write_text(json.dumps(method))
+    result = cora_train(*usual, "--mode=peft", f"--peft-config={file}", "--learning-rate=1e-2")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["parameters"]["trained"] == trained
+    assert record["heldout"]["change"]["value"] < 0
+    written = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert written["peft_type"] == method["peft_type"]
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        ('{"peft_type": "LOHA", "rang": 2}', 1, "PEFT refuses the configuration of LOHA"),
+        ('{"peft_type": "LOHA", "r": "two"}', 1, "PEFT refuses the configuration of LOHA"),
+        ('{"peft_type": "OFT", "r": 3, "oft_block_size": 16}', 1, "PEFT refuses the configuration of OFT"),
+        ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}', 1, "PREFIX_TUNING adapts no weights"),
+        ('{"peft_type": "LOHA",', 1, "method.json is not valid JSON"),
+        ("[]", 2, '--peft-config must hold a JSON object with a "peft_type"'),
+    ],
+)
+def test_a_file_that_describes_no_method_is_refused(
+    text: str, code: int, message: str, usual: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "method.json"
+    file.write_text(text)
+    assert_refused(cora_train(*usual, "--mode=peft", f"--peft-config={file}"), code, message)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_a_model_that_is_damaged_or_no_model_is_refused(usual: list[str], tiny_model: Path, tmp_path: Path) -> None:

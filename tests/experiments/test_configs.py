@@ -1,14 +1,18 @@
 """Every grid file that ships: it parses, plans, and says what the paper says."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
+from cora_cli.adapters.modes import MODES, Mode
+from cora_cli.experiments.estimate import trained_parameters
 from cora_cli.experiments.grid import Grid, load_grid
-from cora_cli.experiments.inputs import Inputs
+from cora_cli.experiments.inputs import Inputs, ModelFacts
 from cora_cli.experiments.paper import paper_tables
 from cora_cli.experiments.plan import make_plan, plan_record
+from cora_cli.experiments.preset import small
 from cora_cli.experiments.tasks import TASKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -16,12 +20,20 @@ GRIDS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "grid" in yaml.safe
 TABLES = ["table1", "table2", "table3", "table4"]
 
 
+@pytest.fixture
+def smollm2_shapes() -> ModelFacts:
+    """The weights of SmolLM2-135M that adapters change."""
+    kinds = {"q": 576, "k": 192, "v": 192}
+    shapes = {f"model.layers.{layer}.self_attn.{kind}_proj": (out, 576) for layer in range(30) for kind, out in kinds.items()}
+    return ModelFacts("smollm2", None, shapes, 134_515_008, 28_311_552)
+
+
 def paper_grid(name: str, preset: str | None = None, model: str | None = None) -> Grid:
     return load_grid(CONFIGS / "paper" / f"{name}.yaml", preset, model)
 
 
 def test_all_grids_were_found() -> None:
-    assert {path.stem for path in GRIDS} == {*TABLES, "figure-variance", "quick", "honest"}
+    assert {path.stem for path in GRIDS} == {*TABLES, "figure-variance", "quick", "honest", "rivals"}
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
@@ -93,6 +105,33 @@ def test_the_honest_grid_sweeps_every_mode_and_has_every_control() -> None:
     assert grid.train["validation_size"] >= 48
 
 
+def test_the_grid_of_rivals_has_every_mode_at_equal_trained_parameters(smollm2_shapes: ModelFacts) -> None:
+    grid = load_grid(CONFIGS / "rivals.yaml")
+    assert {row.mode for row in grid.rows} == {"base", *MODES} - {"peft"}
+    counts = {row.label: trained_parameters(row, smollm2_shapes) for row in grid.rows if row.mode != "base"}
+    assert counts.pop("vera") == 80_640
+    assert all(count == pytest.approx(counts["fb"], rel=0.02) for count in counts.values())
+    said = " ".join(grid.conditions)
+    assert all(f"{count:,}" in said for count in {80_640, *counts.values()})
+    runs = {label: {(row.learning_rate, row.seed) for row in grid.rows if row.label == label} for label in counts}
+    assert {len(swept) for swept in runs.values()} == {6}
+
+
+@pytest.mark.parametrize("mode", [mode for mode, spec in MODES.items() if spec.trained and mode != "vera"])
+def test_no_other_rank_comes_nearer_to_the_trained_parameters_of_fb(mode: Mode, smollm2_shapes: ModelFacts) -> None:
+    grid = load_grid(CONFIGS / "rivals.yaml")
+    row = next(row for row in grid.rows if row.mode == mode)
+    wanted = trained_parameters(next(row for row in grid.rows if row.mode == "fb"), smollm2_shapes) or 0
+    off = [
+        abs(
+            (trained_parameters(dataclasses.replace(row, train={**(row.train or {}), "rank": rank}), smollm2_shapes) or 0)
+            - wanted
+        )
+        for rank in ((row.rank or 0) + step for step in (-1, 0, 1))
+    ]
+    assert off[1] == min(off)
+
+
 def test_the_small_preset_replaces_the_scale_and_keeps_the_method(tiny_model: Path) -> None:
     paper, small = paper_grid("table1"), paper_grid("table1", "small", str(tiny_model))
     assert small.preset == "small"
@@ -126,6 +165,14 @@ def test_the_small_preset_keeps_ranks_within_the_model_and_says_so(tiny_model: P
 def test_the_small_preset_gives_full_fine_tuning_a_learning_rate_of_its_own(tiny_model: Path) -> None:
     rates = {row.mode: row.learning_rate for row in paper_grid("table2", "small", str(tiny_model)).rows}
     assert rates == {"base": None, "full": 5e-5, "lora": 1e-3, "fb": 1e-3, "tb": 1e-3}
+
+
+def test_the_small_preset_generates_nothing_where_the_grid_does_not(tiny_model: Path) -> None:
+    values = {"name": "losses", "model": "m", "datasets": {"d": "data"}, "grid": [{"mode": "lora"}]}
+    adapted = small({**values, "defaults": {"evaluate": False}}, str(tiny_model), has_bases=False)
+    assert adapted["defaults"]["evaluate"] is False
+    assert "answers" not in " ".join(adapted["conditions"])
+    assert "answers 40 prompts" in " ".join(small(values, str(tiny_model), has_bases=False)["conditions"])
 
 
 def test_the_small_preset_makes_no_models_for_a_table_without_bases(tiny_model: Path) -> None:

@@ -1,12 +1,12 @@
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from cora_cli.errors import UsageError
 from cora_cli.experiments.grid import build_grid, load_grid
-from cora_cli.experiments.rows import short
+from cora_cli.experiments.rows import RowMode, short
 from tests.experiments.helpers import BASE, grid_of
 
 
@@ -92,7 +92,7 @@ def test_printed_names_are_filled_from_the_row() -> None:
     ("block", "message"),
     [
         ({"mode": "fb", "rnak": 3}, "grid, block 1: unknown key 'rnak' (did you mean rank?)"),
-        ({"mode": "fbl"}, "mode must be one of base, basis, lora, fb, tb, full, not 'fbl'"),
+        ({"mode": "fbl"}, f"mode must be one of {', '.join(get_args(RowMode))}, not 'fbl'"),
         ({"rank": 3}, "mode is missing"),
         ({"mode": "lora", "rank": []}, "rank is an empty list, so that nothing would be crossed"),
         ({"mode": "lora", "rows": []}, "rows must be a list of rows with at least one"),
@@ -245,3 +245,20 @@ def test_what_the_small_preset_sets_itself_may_not_be_varied(tiny_model: Path, t
     rows = load_grid(path, "small", str(tiny_model)).rows
     assert [row.learning_rate for row in rows[:2]] == [1e-3, 1e-2]
     assert len(rows) == 3
+
+
+def test_rivals_are_rows_like_any_other_and_fa_basis_gets_a_basis_of_the_input_side() -> None:
+    grid = grid_of(
+        {"mode": ["pissa", "lora+", "dora"], "rank": 4},
+        {"mode": "fa-basis", "rank": 4},
+        {"mode": "lora+", "lora_plus_ratio": 2.0, "seed": 1},
+    )
+    assert [row.name for row in grid.rows][:4] == [
+        "pissa_r4_lr3e-4_seed0",
+        "lora-plus_r4_lr3e-4_seed0",
+        "dora_r4_lr3e-4_seed0",
+        "fa-basis_r4_n3_lr3e-4_seed0",
+    ]
+    assert [row.basis["side"] if row.basis else None for row in grid.rows] == [None, None, None, "input", None]
+    with pytest.raises(UsageError, match="lora_plus_ratio means nothing to mode pissa"):
+        grid_of({"mode": "pissa", "lora_plus_ratio": 2.0})

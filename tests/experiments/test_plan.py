@@ -11,8 +11,9 @@ from cora_cli.cli.command import command
 from cora_cli.cli.extract_basis import ExtractConfig
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
-from cora_cli.experiments.ablate import check_shapes
+from cora_cli.experiments.ablate import check_shapes, render_plan
 from cora_cli.experiments.estimate import estimate_steps, trained_parameters
+from cora_cli.experiments.inputs import data_key
 from cora_cli.experiments.plan import Plan, Step, plan_record
 from cora_cli.training.config import TrainConfig
 from tests.experiments.helpers import SHAPES, grid_of, inputs_of, plan_of
@@ -174,6 +175,9 @@ def test_the_record_says_of_each_row_what_it_is_and_where_its_files_are() -> Non
         ({"mode": "tb"}, 4 * (6 * 64 + 2 * (64 + 32 + 32))),
         ({"mode": "lora", "rank": 2, "target_modules": ["q_proj"]}, 2 * 2 * (64 + 64)),
         ({"mode": "fb", "b_init": "zeros"}, 0),
+        ({"mode": "fa-basis"}, 4 * 2 * (64 + 32 + 32)),
+        ({"mode": "lora-xs"}, 4 * 4 * 6),
+        ({"mode": "lora-mini", "outer_rank": 6}, 2 * 4 * 6 * 6),
         ({"mode": "full"}, 10**6),
     ],
 )
@@ -194,11 +198,34 @@ def test_every_step_is_estimated_and_more_work_takes_longer() -> None:
     assert (many["basis"], many["evaluate"]) == (few["basis"], few["evaluate"])
 
 
+def test_decompositions_before_training_and_records_to_select_by_are_estimated_too() -> None:
+    def seconds(mode: str, **changes: Any) -> float:
+        plan = plan_of(grid_of({"mode": mode}, defaults={"train": {"max_steps": 1, "rank": 4, **changes}}))
+        inputs = inputs_of()
+        inputs.datasets[data_key("records", plan.grid.train)] = inputs.datasets["records"]
+        return estimate_steps(plan, inputs, 1e9)[only(plan, "train").name].seconds
+
+    assert seconds("lora") == seconds("lora-fa") < seconds("pissa") == seconds("mica")
+    assert seconds("lora", validation_size=9) > seconds("lora", validation_size=2)
+
+
+def test_a_basis_of_the_input_side_is_decomposed_in_the_input_dimension() -> None:
+    """Every weight here has 64 inputs, but two thirds of them only 32 outputs."""
+    plan = plan_of(grid_of({"mode": ["fb", "fa-basis"]}))
+    estimates = estimate_steps(plan, inputs_of(), 1e6)
+    by_side = {step.facts["side"]: estimates[name] for name, step in plan.steps.items() if step.kind == "basis"}
+    assert by_side["input"].seconds > by_side["output"].seconds
+    assert by_side["input"].bytes > by_side["output"].bytes
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"mode": "fb", "rank": 33}, "rank 33 is above the 32 rows of model.layers.0.self_attn.k_proj"),
         ({"mode": "fb", "b_init": "orthonormal", "rank": 33}, "rank 33 is above the 32 rows"),
+        ({"mode": "pissa", "rank": 33}, "rank 33 is above the 32 rows"),
+        ({"mode": "lora-mini", "rank": 20}, "rank 40 is above the 32 rows"),
+        ({"mode": "fa-basis", "rank": 65}, "rank 65 is above the 64 columns of model.layers.0.self_attn.k_proj"),
         (
             {"mode": "fb", "share": "global"},
             "share global needs weights with equal out-dimensions, but those of base are 32, 64",
@@ -213,9 +240,40 @@ def test_what_the_shapes_forbid_is_refused_before_anything_runs(row: dict[str, A
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"mode": "fa-basis", "rank": 64},
+        {"mode": "fa-basis", "share": "layer", "merge": "gram"},
+        {"mode": "lora", "rank": 33},
+        {"mode": "lora-mini", "rank": 16},
+    ],
+)
+def test_what_the_shapes_allow_is_not_refused(row: dict[str, Any]) -> None:
+    check_shapes(grid_of(row), inputs_of())
+
+
+def test_what_the_file_of_a_method_says_determines_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "method.json"
+    keys = []
+    for rank in (2, 3):
+        file.write_text(f'{{"peft_type": "LOHA", "r": {rank}}}')
+        keys.append(only(plan_of(grid_of({"mode": "peft", "peft_config": str(file)})), "train").key)
+    assert keys[0] != keys[1]
+
+
 def test_a_source_of_another_shape_is_refused_before_anything_runs() -> None:
     inputs = inputs_of()
     other = dataclasses.replace(inputs.models["org/a"], shapes=dict.fromkeys(SHAPES, (8, 8)))
     inputs.models["org/a"] = other
     with pytest.raises(CoraError, match="source model org/a has not the shapes of base"):
         check_shapes(grid_of({"mode": "fb", "sources": ["a"]}), inputs)
+
+
+def test_a_grid_that_generates_nothing_has_no_evaluations_and_its_base_row_no_step() -> None:
+    plan = plan_of(grid_of({"mode": "base"}, {"mode": "lora"}, defaults={"train": {"max_steps": 1}, "evaluate": False}))
+    assert kinds(plan) == ["train"]
+    assert [(row["run"] is None, row["evaluation"]) for row in plan_record(plan)["rows"]] == [(True, None), (False, None)]
+    shown = render_plan(plan, inputs_of(), dict.fromkeys(plan.steps, False), {}, [row.name for row in plan.grid.rows], "")
+    assert "1 training runs" in shown
+    assert "evaluations" not in shown

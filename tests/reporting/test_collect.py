@@ -45,6 +45,27 @@ def test_a_base_model_has_the_loss_that_its_runs_had_before_their_first_step(mad
     assert (base.trained, base.adapter_bytes) == (0, 0)
 
 
+def without_evaluations(grid):
+    plan = rundir.read_json(grid / "plan.json")
+    rundir.write_json(grid / "plan.json", plan | {"rows": [row | {"evaluation": None} for row in plan["rows"]]})
+    return read_plan(grid)
+
+
+def test_rows_that_generate_nothing_have_their_losses_and_lack_nothing(grid):
+    found = collect(without_evaluations(grid))
+    assert not found.missing
+    assert len(found.results) == 7
+    assert all(set(result.measures) == {LOSS} for result in found.results)
+
+
+def test_a_base_model_that_no_run_has_measured_is_missing(grid):
+    for path in (grid / "runs").iterdir():
+        (path / "run.json").unlink()
+    found = collect(without_evaluations(grid))
+    assert not found.results
+    assert "nothing was measured of it" in [entry.reason for entry in found.missing if entry.row.mode == "base"]
+
+
 def test_a_run_that_does_not_start_as_the_base_model_lends_it_no_loss(grid):
     for path in (grid / "runs").iterdir():
         record = rundir.read_json(path / "run.json")
@@ -227,6 +248,21 @@ def test_unlike_plain_runs_of_one_mode_get_unlike_labels(trained_grid, tmp_path)
     rundir.write_json(other / "run.json", record)
     (experiment,) = find_experiments([str(run), str(other)])
     assert [row.label for row in experiment.rows] == ["lora max_steps=4", "lora max_steps=9"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "b_init", "label"),
+    [("mica", "minor", "mica"), ("dora", "zeros", "dora"), ("lora-mini", "basis", "lora-mini basis"), ("tb", "basis", "tb")],
+)
+def test_the_label_of_a_plain_run_names_its_start_only_where_it_is_not_the_modes_own(
+    mode, b_init, label, trained_grid, tmp_path
+):
+    run = shutil.copytree(next(iter(sorted((trained_grid / "runs").iterdir()))), tmp_path / "run")
+    record = rundir.read_json(run / "run.json")
+    changed = {"mode": mode, "plan": record["plan"] | {"mode": mode, "b_init": b_init}}
+    rundir.write_json(run / "run.json", record | changed)
+    (experiment,) = find_experiments([str(run)])
+    assert [row.label for row in experiment.rows] == [label]
 
 
 def test_plain_runs_on_two_bases_of_as_many_models_are_two_methods(trained_grid, tmp_path):

@@ -97,6 +97,18 @@ def written(paper_grid, tmp_path_factory):
     return out
 
 
+def test_a_grid_of_losses_alone_is_reported_in_every_format(made_grid, tmp_path):
+    grid = Path(shutil.copytree(made_grid, tmp_path / "grid"))
+    plan = rundir.read_json(grid / "plan.json")
+    rundir.write_json(grid / "plan.json", plan | {"rows": [row | {"evaluation": None} for row in plan["rows"]]})
+    text = report([str(grid)], "markdown", tmp_path / "report")
+    assert "held-out loss" in text
+    assert "rouge" not in text
+    assert "## Missing" not in text
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {*FILES.values(), "plots"}
+    parse((tmp_path / "report" / "report.html").read_text())
+
+
 def test_every_format_and_every_plot_is_written(written):
     assert {path.name for path in written.iterdir()} == {*FILES.values(), "plots"}
     names = {path.name for path in (written / "plots").iterdir()}

@@ -168,3 +168,11 @@ def test_attention_dropout_is_refused_before_anything_is_written(tiny_model: Pat
     with pytest.raises(CoraError, match="has attention_dropout, which packed training does not support"):
         train(config_for(model, tiny_data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_four_bits_are_refused_where_there_is_no_gpu_before_anything_is_written(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CoraError, match=r"--load-in-4bit needs a CUDA GPU.*, which is not here"):
+        train(config_for(tiny_model, tiny_data, tmp_path / "run", load_in_4bit=True))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,86 @@
+"""Writes a trained adapter of any mode as a plain PEFT LoRA of equal effect, where there is one.
+
+Unlike `merge` it needs no copy of the base model's weights on disk, and unlike the run's own adapter it holds nothing of `cora`'s.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch.nn.functional import pad
+
+from cora_cli import rundir
+from cora_cli.adapters.install import ADAPTER, adapted_layers
+from cora_cli.adapters.storage import WEIGHTS_FILE, base_of, check_base, load_adapter
+from cora_cli.errors import CoraError
+from cora_cli.loading import load_model
+from cora_cli.models import ModelPath
+
+_NEGLIGIBLE = 1e-6
+"""Singular values of a ΔW below this part of its largest are rounding errors of its float32 factors."""
+
+
+def export_adapter(
+    adapter: ModelPath,
+    output: Path,
+    *,
+    base: ModelPath | None = None,
+    basis_path: Path | None = None,
+    trust_remote_code: bool = False,
+) -> int:
+    """Write the LoRA to `output` and return its rank.
+
+    An adapter that is a LoRA already keeps its A and B (a compact one gets its B back); the ΔW of any other are decomposed, and the
+    largest of their ranks is taken for all. Raises `CoraError` where `output` exists, where the adapter does not fit, and where no ΔW
+    of low rank has its effect.
+    """
+    if output.exists():
+        raise CoraError(f"{output} exists already; choose a new directory")
+    if not adapter.is_adapter:
+        raise CoraError(f"{adapter.reference} is a whole model: there is no adapter to export")
+    if base is None:
+        base = base_of(adapter)
+        check_base(adapter, base)
+    model = load_model(base, torch.float32, torch.device("cpu"), None, trust_remote_code)
+    config, state = _as_lora(load_adapter(model, adapter, basis_path), adapter)
+    config.base_model_name_or_path = adapter.adapter_config().get("base_model_name_or_path")
+    config.revision = adapter.adapter_config().get("revision")
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    with rundir.atomic_path(output) as temporary:
+        config.save_pretrained(str(temporary))
+        save_file(
+            {key: tensor.contiguous() for key, tensor in state.items()}, temporary / WEIGHTS_FILE, metadata={"format": "pt"}
+        )
+    return int(config.r)
+
+
+def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, torch.Tensor]]:
+    config: Any = wrapped.peft_config[ADAPTER]
+    if isinstance(config, LoraConfig) and not config.use_dora:
+        return copy.copy(config), get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
+    if isinstance(config, LoraConfig) or not wrapped.supports_lora_conversion():
+        raise CoraError(
+            f"{adapter.reference} changes weights by more than a product of two thin matrices, so no LoRA has its effect; `cora merge` "
+            "writes it as a plain model"
+        )
+    layers: list[tuple[str, Any]] = list(adapted_layers(wrapped))
+    with torch.no_grad():
+        factors = {name: _factors(layer.get_delta_weight(ADAPTER)) for name, layer in layers}
+    rank = max(len(a) for a, _ in factors.values())
+    state = {}
+    # PEFT's own conversion wants one rank that no layer's dimensions are below; zeros beyond a layer's rank change nothing.
+    for name, (a, b) in factors.items():
+        state[f"base_model.model.{name}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a)))
+        state[f"base_model.model.{name}.lora_B.weight"] = pad(b, (0, rank - len(a)))
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=copy.copy(config.target_modules)), state
+
+
+def _factors(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (k, in) and B (out, k) with B·A = ΔW (out, in), k its rank but at least 1."""
+    u, values, v = torch.linalg.svd(delta.double(), full_matrices=False)
+    kept = max(1, int((values > _NEGLIGIBLE * values[0]).sum()))
+    return v[:kept].float(), (u[:, :kept] * values[:kept]).float()

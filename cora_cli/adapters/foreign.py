@@ -1,0 +1,52 @@
+"""Any other method of PEFT, by its own configuration file: which of them can be trained here, and with what.
+
+The methods of the table in `modes` are made by `install` itself; this is mode `peft` alone.
+"""
+
+import dataclasses
+from typing import Any
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig
+
+from cora_cli.errors import CoraError
+
+_OWN_LOOP = {
+    "ADALORA": "a call in each step",
+    "XLORA": "adapters that are trained already",
+    "POLY": "a task number with each example",
+}
+_STARTS = (True, False, "gaussian", "orthogonal")
+
+
+def foreign_configuration(values: dict[str, Any]) -> PeftConfig:
+    """PEFT's configuration of `values`, as its `adapter_config.json` has them.
+
+    Raises `CoraError` for a method that PEFT does not know, that is no adapter of weights, or that needs more than a loss to train by.
+    """
+    kind = str(values["peft_type"]).upper()
+    known = {str(member.value): member for member in PEFT_TYPE_TO_CONFIG_MAPPING}
+    if kind not in known:
+        raise CoraError(f"--peft-config: peft_type {values['peft_type']!r} is none of {', '.join(sorted(known))}")
+    if kind in _OWN_LOOP:
+        raise CoraError(f"--peft-config: {kind} needs {_OWN_LOOP[kind]}, which `cora train` does not give")
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind]]
+    if "target_modules" not in {field.name for field in dataclasses.fields(made)} or kind == "ADAPTION_PROMPT":
+        raise CoraError(
+            f"--peft-config: {kind} adapts no weights but what goes into the model, which `cora train` does not train"
+        )
+    settings = {key: value for key, value in values.items() if key not in ("peft_type", "inference_mode")}
+    try:
+        config = made(**{**settings, "task_type": "CAUSAL_LM"})
+    except (TypeError, ValueError) as error:
+        raise refused(kind, error) from error
+    if isinstance(config, LoraConfig) and config.init_lora_weights not in _STARTS:
+        raise CoraError(
+            f"--peft-config: the start {config.init_lora_weights} needs data or changes the base; pissa, olora and mica are modes of "
+            "their own"
+        )
+    return config
+
+
+def refused(kind: str, error: Exception) -> CoraError:
+    """What to raise where PEFT takes a file for wrong, when it reads it or when it builds the layers."""
+    return CoraError(f"--peft-config: PEFT refuses the configuration of {kind}: {' '.join(str(error).split())}")

@@ -1,0 +1,260 @@
+"""Every mode of the table, put into a small model: what trains, where it starts, and the starts that are made of W."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
+
+from cora_cli.adapters.install import factors_of, install_adapter, lora_layers
+from cora_cli.adapters.modes import MODES
+from cora_cli.adapters.plan import AdapterPlan, plan_adapter
+from cora_cli.adapters.storage import AdapterFacts, load_adapter, save_adapter
+from cora_cli.basis.artifact import Basis, read_basis
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.models import resolve_model
+
+RANK = 4
+SHAPES = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64)}
+IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
+COUNTED = [mode for mode, spec in MODES.items() if spec.trained]
+OF_WEIGHTS = [mode for mode, spec in MODES.items() if spec.reads_weights]
+CHANGED = [mode for mode, spec in MODES.items() if spec.changes_base]
+
+
+def plan(mode, **changes) -> AdapterPlan:
+    defaults = {"rank": RANK, "alpha": 8.0, "rslora": False, "target_modules": tuple(SHAPES), "dropout": 0.0, "seed": 0}
+    return plan_adapter(mode, **{**defaults, **changes})
+
+
+def facts_of(made: AdapterPlan, base: Path) -> AdapterFacts:
+    return AdapterFacts(made, str(base), None, "0" * 64, None, None, compact=False)
+
+
+@pytest.fixture
+def load(tiny_model: Path):
+    return lambda: LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def basis_for(tiny_basis: Path, tiny_input_basis: Path):
+    def found(made: AdapterPlan) -> Basis | None:
+        return read_basis(tiny_input_basis if made.basis_side == "input" else tiny_basis) if made.needs_basis else None
+
+    return found
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(IDS).logits
+
+
+@torch.no_grad()
+def move(wrapped, scale=0.1) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
+
+
+@pytest.mark.parametrize("mode", COUNTED)
+def test_the_table_counts_the_parameters_that_train(mode, load, basis_for):
+    made = plan(mode)
+    wrapped = install_adapter(load(), made, basis_for(made))
+    trained = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+    assert trained == 2 * sum(made.parameters(out, inside) for out, inside in SHAPES.values()) > 0
+
+
+@pytest.mark.parametrize("mode", COUNTED)
+def test_before_the_first_step_the_model_is_the_base(mode, load, basis_for):
+    made, before = plan(mode), logits(load())
+    after = logits(install_adapter(load(), made, basis_for(made)))
+    if made.spec.changes_base:
+        assert torch.allclose(after, before, rtol=1e-4, atol=1e-4 * before.abs().max())
+    else:
+        assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("mode", COUNTED)
+def test_after_a_step_it_is_not(mode, load, basis_for):
+    made = plan(mode)
+    wrapped = install_adapter(load(), made, basis_for(made))
+    move(wrapped)
+    assert not torch.allclose(logits(wrapped), logits(load()), atol=1e-2)
+
+
+def test_the_a_of_fa_basis_is_the_basis_of_the_input_side_for_queries_and_the_smaller_keys(load, basis_for):
+    made = plan("fa-basis")
+    basis = basis_for(made)
+    for name, layer in lora_layers(install_adapter(load(), made, basis)):
+        a, b = factors_of(layer)
+        assert torch.equal(a, basis.directions[name][:, :RANK].T)
+        assert b.shape == (SHAPES[name.rpartition(".")[2]][0], RANK)
+        assert not b.any()
+
+
+def test_a_basis_of_the_other_side_is_refused(load, basis_for):
+    with pytest.raises(CoraError, match="holds directions of the output side, but A's rows live in the input space"):
+        install_adapter(load(), plan("fa-basis"), basis_for(plan("fb")))
+    with pytest.raises(CoraError, match=r"k_proj has 32 outputs, .* was made for 64; extract one with --side output"):
+        install_adapter(load(), plan("fb"), basis_for(plan("fa-basis")))
+    with pytest.raises(CoraError, match="mode fa-basis needs a basis to start A with"):
+        install_adapter(load(), plan("fa-basis"), None)
+
+
+@pytest.mark.parametrize("mode", OF_WEIGHTS)
+def test_starts_made_of_a_weight_are_its_singular_or_qr_factors(mode, load):
+    weights = {name: parameter.detach().double().numpy() for name, parameter in load().named_parameters()}
+    made = plan(mode)
+    for name, layer in lora_layers(install_adapter(load(), made, None)):
+        assert sum(tensor.numel() for tensor in layer.lora_A.parameters()) == RANK * 64
+        w = weights[f"{name}.weight"]
+        a, b = (factor.detach().double().numpy() for factor in factors_of(layer))
+        u, values, v = np.linalg.svd(w, full_matrices=False)
+        kept = slice(None, RANK) if made.b_init == "principal" else slice(-RANK, None)
+        if mode == "lora-xs":
+            outer = layer.lora_B["default"].outer.double().numpy()
+            assert np.allclose(outer @ a, (u[:, kept] * values[kept]) @ v[kept], atol=1e-4)
+            assert not b.any()
+            continue
+        if mode == "mica":
+            assert np.allclose(b @ b.T, u[:, kept] @ u[:, kept].T, atol=1e-4)
+            assert not a.any()
+            continue
+        if mode == "olora":
+            q, r = np.linalg.qr(w)
+            taken = q[:, :RANK] @ r[:RANK]
+        else:
+            taken = (u[:, kept] * values[kept]) @ v[kept] / made.scaling
+        assert np.allclose(b @ a, taken, atol=1e-4)
+        left = layer.get_base_layer().weight.detach().double().numpy()
+        assert np.allclose(left + made.scaling * b @ a, w, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", OF_WEIGHTS)
+def test_a_rank_above_the_directions_of_a_weight_is_refused_before_the_model_is_touched(mode, load):
+    model = load()
+    with pytest.raises(
+        CoraError, match=f"k_proj has only 32 singular directions, fewer than --rank 33, which mode {mode} takes"
+    ):
+        install_adapter(model, plan(mode, rank=33), None)
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("mode", CHANGED)
+def test_a_change_of_the_base_is_stored_as_a_plain_lora_on_the_base_itself(mode, rslora, load, tiny_model, tmp_path):
+    made = plan(mode, rslora=rslora)
+    wrapped = install_adapter(load(), made, None)
+    move(wrapped)
+    save_adapter(wrapped, tmp_path / "adapter", facts_of(made, tiny_model))
+    plain = PeftModel.from_pretrained(load(), str(tmp_path / "adapter"))
+    assert plain.peft_config["default"].r == 2 * RANK
+    assert torch.allclose(logits(plain), logits(wrapped), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["pissa", "olora"])
+def test_the_stored_difference_is_the_one_that_peft_itself_converts_to(mode, load, tiny_model, tmp_path):
+    made = plan(mode)
+    ours = install_adapter(load(), made, None)
+    config = LoraConfig(r=RANK, lora_alpha=8, target_modules=list(SHAPES), init_lora_weights=mode, task_type="CAUSAL_LM")
+    theirs = get_peft_model(load(), config)
+    config.init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    for wrapped in (ours, theirs):
+        move(wrapped)
+    config.init_lora_weights = mode
+    theirs.save_pretrained(tmp_path / "peft", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    save_adapter(ours, tmp_path / "cora", facts_of(made, tiny_model))
+    one, other = (logits(PeftModel.from_pretrained(load(), str(tmp_path / name))) for name in ("cora", "peft"))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("with_basis", [False, True])
+def test_lora_mini_trains_between_orthonormal_outer_factors_or_the_basis(with_basis, load, tiny_basis):
+    basis = read_basis(tiny_basis)
+    made = plan("lora-mini", has_basis=with_basis, outer_rank=6)
+    assert made.needs_basis is with_basis
+    for name, layer in lora_layers(install_adapter(load(), made, basis if with_basis else None)):
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        assert torch.allclose(a.outer @ a.outer.T, torch.eye(6), atol=1e-6)
+        assert torch.allclose(b.outer.T @ b.outer, torch.eye(6), atol=1e-6)
+        assert torch.equal(b.outer, basis.directions[name][:, :6]) is with_basis
+        assert (a.inner.shape, b.inner.shape) == ((RANK, 6), (6, RANK))
+        assert a.inner.any()
+        assert not b.inner.any()
+
+
+def test_an_outer_rank_above_what_a_weight_has_is_refused(load):
+    with pytest.raises(
+        CoraError, match="k_proj has 32 outputs, fewer than --outer-rank 33: no orthonormal B of that rank exists"
+    ):
+        install_adapter(load(), plan("lora-mini", outer_rank=33), None)
+
+
+@pytest.mark.parametrize("mode", ["lora-xs", "lora-mini"])
+def test_a_product_computes_with_gradients_what_its_weight_says(mode, load):
+    wrapped = install_adapter(load(), plan(mode), None)
+    move(wrapped)
+    layer = next(layer for _, layer in lora_layers(wrapped))
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    x = torch.randn(3, 64)
+    assert torch.allclose(b(a(x)), x @ (b.weight @ a.weight).T, rtol=1e-4, atol=1e-5)
+    b(a(x)).sum().backward()
+    assert {name for name, parameter in layer.named_parameters() if parameter.grad is not None} == {
+        key.replace(".", ".default.") for key in MODES[mode].trained
+    }
+
+
+@pytest.mark.parametrize("mode", ["pissa", "lora-xs", "lora-mini"])
+def test_a_stored_equivalent_is_not_trained_on(mode, load, tiny_model, tmp_path):
+    made = plan(mode)
+    wrapped = install_adapter(load(), made, None)
+    move(wrapped)
+    save_adapter(wrapped, tmp_path / "adapter", facts_of(made, tiny_model))
+    with pytest.raises(CoraError, match=f"of mode {mode} is stored as a plain LoRA of equal effect, not as it was trained"):
+        load_adapter(load(), resolve_model(str(tmp_path / "adapter")), trainable=True)
+
+
+FOREIGN = {"peft_type": "LOHA", "r": 2, "alpha": 4}
+
+
+def test_any_method_of_peft_that_adapts_weights_can_be_installed_by_its_own_file(load):
+    made = plan("peft", peft=FOREIGN)
+    assert (made.rank, made.target_modules) == (2, tuple(SHAPES))
+    wrapped = install_adapter(load(), made, None)
+    assert torch.equal(logits(wrapped), logits(load()))
+    trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 6 * 4
+    assert all("hada_" in name for name in trained)
+
+
+def test_a_lora_from_a_file_trains_both_of_its_factors(load):
+    wrapped = install_adapter(load(), plan("peft", peft={"peft_type": "lora", "r": 2, "target_modules": ["o_proj"]}), None)
+    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 2
+    assert all("o_proj" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"peft_type": "LOHAA"}, "peft_type 'LOHAA' is none of .*LOHA"),
+        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING adapts no weights but what goes into the model"),
+        ({"peft_type": "ADALORA"}, "ADALORA needs a call in each step"),
+        ({"peft_type": "LORA", "rank": 3}, "PEFT refuses the configuration of LORA: .*rank"),
+        ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "pissa, olora and mica are modes of their own"),
+        ({"peft_type": "LORA", "modules_to_save": ["lm_head"]}, "trains .*lm_head.*, not only tensors of its own"),
+    ],
+)
+def test_a_file_that_describes_no_adapter_of_weights_is_refused_with_the_reason(values, said, load):
+    with pytest.raises(CoraError, match=said):
+        install_adapter(load(), plan("peft", peft=values), None)
+
+
+@pytest.mark.parametrize("values", [None, [], {}, {"r": 4}, {"peft_type": "LORA", "target_modules": ".*_proj"}])
+def test_a_file_that_is_no_configuration_is_a_usage_error(values):
+    with pytest.raises(UsageError, match="--peft-config"):
+        plan("peft", peft=values)

@@ -1,0 +1,91 @@
+"""`cora export` from its command line: a plain LoRA that PEFT reads, or one sentence and nothing written."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from cora_cli.cli import app
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.run import train
+
+KINDS: dict[str, dict[str, Any]] = {
+    "pissa": {"mode": "pissa"},
+    # More than the 32 rows of k_proj and v_proj.
+    "vera": {"mode": "vera", "learning_rate": 0.3, "rank": 40},
+    "compact": {"mode": "fb", "compact": True},
+    "dora": {"mode": "dora"},
+    "full": {"mode": "full", "learning_rate": 1e-3},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tiny_basis: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of each kind."""
+    root = tmp_path_factory.mktemp("trained")
+    for kind, settings in KINDS.items():
+        basis = str(tiny_basis) if settings["mode"] == "fb" else None
+        size = {"rank": 4, "max_steps": 1, "batch_size": 8, "test_size": 4.0}
+        where = {"model": str(tiny_model), "dataset": str(tiny_data), "output_dir": str(root / kind), "basis": basis}
+        train(TrainConfig(**where, device="cpu", dtype="fp32", **{**size, "learning_rate": 0.03, **settings}))
+    return {kind: root / kind for kind in KINDS}
+
+
+def cora(command: str, *arguments: Any) -> Any:
+    return CliRunner().invoke(app, [command, *map(str, arguments)])
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    return model(torch.arange(24).reshape(2, 12) * 31 + 5).logits
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("pissa", 8), ("vera", 40), ("compact", 4)])
+def test_the_exported_lora_has_the_effect_of_the_run_in_plain_peft(
+    kind: str, rank: int, trained: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    result = cora("export", trained[kind], "-o", tmp_path / "lora")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'lora'}: a LoRA of rank {rank}\n"
+    written = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (written["peft_type"], written["r"], written["base_model_name_or_path"]) == ("LORA", rank, str(tiny_model))
+    assert cora("merge", trained[kind], "-o", tmp_path / "merged").exit_code == 0
+    base, merged = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (tiny_model, tmp_path / "merged")
+    )
+    before, wanted = logits(base), logits(merged)
+    found = logits(PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval())
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (found - before).abs().max() > 1e-2
+
+
+def test_refusals_are_one_line_and_write_nothing(trained: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    unfinished, damaged = (Path(shutil.copytree(trained["pissa"], tmp_path / name)) for name in ("unfinished", "damaged"))
+    shutil.rmtree(unfinished / "adapter")
+    weights = damaged / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    out = tmp_path / "lora"
+    for arguments, code, message in (
+        ((trained["full"], "-o", out), 1, "is a whole model: there is no adapter to export"),
+        ((trained["dora"], "-o", out), 1, "so no LoRA has its effect; `cora merge` writes it as a plain model"),
+        ((trained["pissa"], "-o", tmp_path / "there"), 1, "exists already; choose a new directory"),
+        ((trained["pissa"], "-o", out, "--base", trained["dora"]), 1, "is an adapter, not a whole model"),
+        ((unfinished, "-o", out), 1, f"{unfinished} is no model: neither config.json nor adapter_config.json was found"),
+        ((damaged, "-o", out), 1, "cannot be loaded"),
+        ((tmp_path / "nowhere", "-o", out), 1, "neither a directory on this disk nor a hub id"),
+        ((trained["pissa"],), 2, "--output"),
+    ):
+        result = cora("export", *arguments)
+        assert result.exit_code == code, (arguments, result.stderr)
+        assert message in result.stderr.strip().splitlines()[-1]
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+        assert {path.name for path in tmp_path.iterdir()} == {"there", "unfinished", "damaged"}
+    assert not list((tmp_path / "there").iterdir())

@@ -1,0 +1,161 @@
+"""A run in every mode of the table: it learns, keeps frozen what it says, resumes to the same bits, and is stored so that others read it."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cora_cli.adapters.export import export_adapter
+from cora_cli.adapters.install import install_adapter
+from cora_cli.adapters.merge import merge_adapter
+from cora_cli.adapters.modes import MODES, Mode
+from cora_cli.adapters.storage import load_adapter
+from cora_cli.basis.artifact import read_basis
+from cora_cli.errors import CoraError
+from cora_cli.models import resolve_model
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.run import train
+
+from .helpers import config_for, log_lines, losses, record_of
+
+IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
+Run = tuple[TrainConfig, Path, dict[str, Any]]
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(IDS).logits
+
+
+def base_of(config: TrainConfig) -> Any:
+    return AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
+
+
+def settings_of(mode: Mode, basis: Path, input_basis: Path, loha: Path) -> dict[str, Any]:
+    spec = MODES[mode]
+    if mode == "peft":
+        return {"mode": mode, "peft_config": str(loha)}
+    return {"mode": mode, "basis": str(input_basis if spec.a_init == "basis" else basis) if spec.needs_basis() else None}
+
+
+@pytest.fixture(scope="module", params=list(MODES))
+def finished(
+    request: pytest.FixtureRequest,
+    tiny_model: Path,
+    tiny_data: Path,
+    tiny_basis: Path,
+    tiny_input_basis: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
+    """A run of four steps with dropout, and its record."""
+    output = tmp_path_factory.mktemp("rivals") / "run"
+    loha = output.parent / "loha.json"
+    loha.write_text('{"peft_type": "LOHA", "r": 2, "alpha": 4}')
+    settings = settings_of(request.param, tiny_basis, tiny_input_basis, loha)
+    config = config_for(tiny_model, tiny_data, output, max_steps=4, save_steps=2, dropout=0.1, warmup_ratio=0.0, **settings)
+    return config, output, train(config)
+
+
+def test_training_lowers_the_loss_and_trains_as_much_as_the_table_says(finished: Run) -> None:
+    config, output, record = finished
+    assert record["heldout"]["change"]["value"] < 0
+    assert losses(output)[-1] < losses(output)[0]
+    shapes = [(64, 64), (32, 64), (32, 64)] * 2
+    plan = config.adapter_plan()
+    assert plan is not None
+    by_hand = 2 * 2 * sum(map(sum, shapes))  # two pairs of factors of rank 2 in LoHa, of which the table knows nothing
+    assert record["parameters"]["trained"] == (sum(plan.parameters(*shape) for shape in shapes) or by_hand)
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(finished: Run, tmp_path: Path) -> None:
+    config, output, _ = finished
+    again = tmp_path / "run"
+    shutil.copytree(output, again)
+    for name in ("checkpoints/checkpoint-4", "adapter"):
+        shutil.rmtree(again / name)
+    record = record_of(again)
+    (again / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    resumed = train(replace(config, output_dir=str(again), resume=True))
+    assert resumed["resumed"] == 1
+    assert log_lines(again) == log_lines(output)
+    found, wanted = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (again, output))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_what_is_frozen_is_at_the_end_what_it_was_at_the_start(finished: Run) -> None:
+    config, output, _ = finished
+    plan = config.adapter_plan()
+    assert plan is not None
+    start = install_adapter(base_of(config), plan, read_basis(Path(config.basis)) if config.basis else None)
+    trained = {name for name, parameter in start.named_parameters() if parameter.requires_grad}
+    at_start = {name.replace(".default", ""): (name, tensor) for name, tensor in start.state_dict().items()}
+    last = load_file(output / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
+    frozen = {key for key in last if at_start.get(key, at_start.get(f"{key}.weight"))[0] not in trained}
+    assert all(torch.equal(last[key], at_start[key][1]) for key in frozen)
+    assert len(last) - len(frozen) == 6 * (len(MODES[config.mode].trained) or 4)
+    moved = [not torch.equal(last[key], at_start.get(key, at_start.get(f"{key}.weight"))[1]) for key in set(last) - frozen]
+    assert all(moved)
+
+
+def test_plain_peft_reads_what_is_stored_and_merging_gives_the_same_model(finished: Run, tmp_path: Path) -> None:
+    config, output, _ = finished
+    ours = logits(load_adapter(base_of(config), resolve_model(str(output))))
+    assert not torch.allclose(ours, logits(base_of(config)), atol=1e-3)
+    assert torch.equal(logits(PeftModel.from_pretrained(base_of(config), str(output / "adapter")).eval()), ours)
+    assert merge_adapter(resolve_model(str(output)), tmp_path / "merged") == 6
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    assert torch.allclose(merged, ours, rtol=1e-4, atol=1e-4 * ours.abs().max())
+
+
+def test_what_is_exported_is_a_plain_lora_of_the_same_effect(finished: Run, tmp_path: Path) -> None:
+    config, output, _ = finished
+    if config.mode == "dora":
+        with pytest.raises(CoraError, match="no LoRA has its effect; `cora merge` writes it as a plain model"):
+            export_adapter(resolve_model(str(output)), tmp_path / "exported")
+        assert not list(tmp_path.iterdir())
+        return
+    assert export_adapter(resolve_model(str(output)), tmp_path / "exported") == (8 if MODES[config.mode].changes_base else 4)
+    exported = PeftModel.from_pretrained(base_of(config), str(tmp_path / "exported")).eval()
+    assert exported.peft_config["default"].peft_type == "LORA"
+    assert {path.suffix for path in (tmp_path / "exported").iterdir()} <= {".json", ".safetensors", ".md"}
+    assert not (tmp_path / "exported" / "cora.json").exists()
+    ours = logits(load_adapter(base_of(config), resolve_model(str(output))))
+    assert torch.allclose(logits(exported), ours, rtol=1e-4, atol=1e-4 * ours.abs().max())
+
+
+def test_the_stored_adapter_has_the_held_out_loss_that_was_reported(finished: Run, tmp_path: Path) -> None:
+    config, output, record = finished
+    merge_adapter(resolve_model(str(output)), tmp_path / "merged")
+    settings = {"max_steps": 1, "learning_rate": 1e-9, "test_size": 4.0}
+    of_merged = train(config_for(tmp_path / "merged", Path(config.dataset), tmp_path / "run", **settings))
+    assert of_merged["heldout"]["before"]["loss"] == pytest.approx(record["heldout"]["after"]["loss"], rel=1e-4)
+
+
+def test_in_lora_plus_b_learns_at_the_ratios_rate(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Adam's first step moves every weight by its learning rate, and B alone has a gradient then."""
+    moved = {}
+    for ratio in (None, 4.0):
+        output = tmp_path / str(ratio)
+        train(
+            config_for(
+                tiny_model,
+                tiny_data,
+                output,
+                mode="lora+",
+                max_steps=1,
+                learning_rate=1e-4,
+                lora_plus_ratio=ratio,
+                warmup_ratio=0.0,
+            )
+        )
+        state = load_file(output / "adapter" / "adapter_model.safetensors")
+        moved[ratio] = max(tensor.abs().max().item() for key, tensor in state.items() if ".lora_B." in key)
+    assert moved == {None: pytest.approx(16e-4, rel=1e-3), 4.0: pytest.approx(4e-4, rel=1e-3)}
