@@ -92,10 +92,11 @@ def _variance(figure: Any, spectra: Sequence[Spectrum], kinds: list[str], rows: 
         if place >= len(kinds):
             ax.axis("off")
             continue
-        for spectrum in (s for s in spectra if s.kind == kinds[place]):
+        # Bases of one model family lie on each other: the later ones are thinner, so that the earlier ones can be seen under them.
+        for number, spectrum in enumerate(s for s in spectra if s.kind == kinds[place]):
             xs, color = range(1, len(spectrum.mean) + 1), palette.color(spectrum.label)
             style = "--" if "pca" in spectrum.label else "-"
-            ax.plot(xs, spectrum.mean, style, color=color, label=spectrum.label)
+            ax.plot(xs, spectrum.mean, style, color=color, label=spectrum.label, linewidth=max(0.8, 3.0 - 0.8 * number))
             ax.fill_between(xs, spectrum.low, spectrum.high, color=color, alpha=0.15, linewidth=0)
         ax.set(title=kinds[place], xlabel="directions kept", ylim=(0, 1.02))
     for ax in axes[:, 0]:
@@ -197,20 +198,24 @@ def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette)
     for ax, measure in zip(axes, measures, strict=True):
         sign = -1 if measure == LOSS else 1
         front: list[tuple[int | None, float, float]] = []
+        base = [
+            line.estimates[measure].value
+            for line in group.chosen
+            if line.method.first.row.mode == "base" and measure in line.estimates
+        ]
         for place, line in sorted(zip(places, points, strict=True), key=lambda pair: pair[1].method.first.trained or 0):
             if (found := line.estimates.get(measure)) is None:
                 continue
             trained, label = line.method.first.trained, line.method.first.row.label
             ax.plot([place, place], [found.low, found.high], color=palette.color(label), linewidth=1, alpha=0.6)
             ax.plot(place, found.value, palette.marker(label), color=palette.color(label), markersize=5, label=label)
-            if not front or sign * found.value > sign * front[-1][2]:
+            if all(sign * found.value > sign * smaller for smaller in (*base, *(value for *_, value in front))):
                 if front and front[-1][0] == trained:
                     front.pop()
                 front.append((trained, place, found.value))
         ax.plot([place for _, place, _ in front], [value for *_, value in front], color="#888888", linewidth=1, zorder=0)
-        for line in group.chosen:
-            if line.method.first.row.mode == "base" and measure in line.estimates:
-                ax.axhline(line.estimates[measure].value, color="#888888", linestyle="--", linewidth=1)
+        for value in base:
+            ax.axhline(value, color="#888888", linestyle="--", linewidth=1)
         shown = [line.estimates[measure] for line in group.chosen if measure in line.estimates]
         if shown:
             ax.set_ylim(*_limits(shown))

@@ -8,7 +8,7 @@ import yaml
 
 from cora_cli.adapters.modes import MODES, Mode
 from cora_cli.experiments.estimate import trained_parameters
-from cora_cli.experiments.grid import Grid, load_grid
+from cora_cli.experiments.grid import Grid, build_grid, load_grid
 from cora_cli.experiments.inputs import Inputs, ModelFacts
 from cora_cli.experiments.paper import paper_tables
 from cora_cli.experiments.plan import make_plan, plan_record
@@ -179,3 +179,10 @@ def test_the_small_preset_makes_no_models_for_a_table_without_bases(tiny_model: 
     grid = paper_grid("table4", "small", str(tiny_model))
     assert grid.models == {}
     assert not any("source models are fine-tunes" in sentence or "per projection" in sentence for sentence in grid.conditions)
+
+
+def test_the_grid_file_in_the_readme_is_one() -> None:
+    text = (CONFIGS.parent / "README.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
+    names = [row.name for row in build_grid(yaml.safe_load(text), "README.md").rows]
+    assert len(names) == 1 + 9 + 18 + 1 + 2
+    assert "cora-fb_r48_n3_lr1e-3_seed0" in names
