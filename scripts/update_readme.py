@@ -5,6 +5,7 @@ table is typed by hand.
 import argparse
 import json
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from cora_cli.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PARETO = ROOT / "docs" / "rivals-pareto.png"
 
 
 def main() -> None:
@@ -28,6 +30,9 @@ def main() -> None:
     parser.add_argument(
         "--inspect", type=Path, default=ROOT / "inspection" / "inspect.md", help="`cora inspect demo/models/* … -o inspection`"
     )
+    parser.add_argument(
+        "--rivals", type=Path, default=ROOT / "rivals", help="the directory that `cora report runs/rivals -o rivals` wrote"
+    )
     options = parser.parse_args()
     replace("modes", modes_table())
     if options.demo.exists():
@@ -38,6 +43,11 @@ def main() -> None:
         replace("honest", verdict_and_scores(options.honest.read_text(encoding="utf-8")))
     if options.inspect.exists():
         replace("inspect", verdict_and_captures(options.inspect.read_text(encoding="utf-8")))
+    if options.rivals.exists():
+        replace("rivals", scores_and_costs((options.rivals / "report.md").read_text(encoding="utf-8")))
+        PARETO.parent.mkdir(exist_ok=True)
+        [plot] = (options.rivals / "plots").glob("*pareto.png")
+        shutil.copyfile(plot, PARETO)
 
 
 def replace(name: str, body: str) -> None:
@@ -55,6 +65,13 @@ def verdict_and_scores(report: str) -> str:
     progress, _, verdict = head.partition("## Verdict\n")
     first = rest.strip().split("\n### ")[0]
     return "\n\n".join([progress.strip().splitlines()[-1], verdict.strip(), first.partition("\n")[2].strip()])
+
+
+def scores_and_costs(report: str) -> str:
+    """Of a report in Markdown, how much is finished, and the tables of scores and of costs with their notes."""
+    head, _, rest = report.partition("## Tables\n")
+    scores, costs = (table.partition("\n")[2].strip() for table in rest.strip().split("\n### ")[:2])
+    return "\n\n".join([head.partition("## Verdict\n")[0].strip().splitlines()[-1], scores, costs])
 
 
 def verdict_and_captures(inspection: str) -> str:
