@@ -152,7 +152,7 @@ def _train_and_save(
     before = _measure(model, prepared, arguments, "held-out loss before training", prepared.test)
     frozen_for_good = prepared.plan is not None and prepared.plan.cannot_train
     if frozen_for_good:
-        say("a factor stays zero, so that nothing has a gradient: this run is the base model, and no step is taken")
+        say("a factor stays zero and nothing gets a gradient through it: this run is the base model, so no step is taken")
         meter, speed, after = None, {"steps": 0, "seconds": 0.0, "tokens": 0, "tokens_per_second": None}, before
     else:
         trainer = CoraTrainer(

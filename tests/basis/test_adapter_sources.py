@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from cora_cli.adapters.install import install_adapter
-from cora_cli.adapters.modes import plan_adapter
+from cora_cli.adapters.plan import plan_adapter
 from cora_cli.adapters.storage import AdapterFacts, save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices

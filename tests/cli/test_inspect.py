@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from cora_cli import rundir
-from cora_cli.adapters.modes import plan_adapter
+from cora_cli.adapters.plan import plan_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.basis.extract import extract_basis
