@@ -15,6 +15,7 @@ from cora_cli.basis.choices import BasisChoices
 from cora_cli.basis.extract import extract_basis
 from cora_cli.cli import app
 from cora_cli.models import resolve_model
+from tests.training.helpers import log_lines
 
 
 def cora_train(*arguments: Any) -> Any:
@@ -41,7 +42,7 @@ def test_a_run_prints_its_summary_and_can_be_had_again_from_its_configuration(us
     assert again.exit_code == 0, again.stderr
     runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("run", "again")]
     assert runs[0]["fingerprint"] == runs[1]["fingerprint"]
-    assert (tmp_path / "run" / "log.jsonl").read_text() == (tmp_path / "again" / "log.jsonl").read_text()
+    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "again")
 
     finished = cora_train("--config", tmp_path / "run" / "config.yaml", "--resume")
     assert finished.exit_code == 0

@@ -17,6 +17,7 @@ from cora_cli.experiments import demo
 from cora_cli.experiments.demo import run_demo
 from cora_cli.rundir import RunDirectory
 from cora_cli.training import run as training
+from tests.training.helpers import log_lines
 
 TASKS = ("arithmetic", "sql")
 PROMPTS = 4
@@ -116,10 +117,13 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     return Work(monkeypatch)
 
 
-def contents(root: Path) -> dict[str, str]:
-    """Hashes of every result of a demonstration."""
-    names = ("adapter_model.safetensors", "predictions.jsonl", "scores.jsonl", "basis.safetensors", "log.jsonl")
-    return {str(path.relative_to(root)): rundir.sha256_file(path) for name in names for path in sorted(root.rglob(name))}
+def contents(root: Path) -> dict[str, Any]:
+    """Hashes of every result of a demonstration, and the logs but for the time that each step took."""
+    names = ("adapter_model.safetensors", "predictions.jsonl", "scores.jsonl", "basis.safetensors")
+    found: dict[str, Any] = {
+        str(path.relative_to(root)): rundir.sha256_file(path) for name in names for path in sorted(root.rglob(name))
+    }
+    return found | {str(path.relative_to(root)): log_lines(path.parent) for path in sorted(root.rglob("log.jsonl"))}
 
 
 def without_time(report: str) -> str:
