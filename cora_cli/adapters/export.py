@@ -43,12 +43,17 @@ def export_adapter(
     if not adapter.is_adapter:
         raise CoraError(f"{adapter.reference} is a whole model: there is no adapter to export")
     if base is None:
-        base = base_of(adapter)
-        check_base(adapter, base)
+        try:
+            base = base_of(adapter)
+        except CoraError as error:
+            raise CoraError(f"{error}; name where it is with --base") from error
+        reference, revision = adapter.adapter_config().get("base_model_name_or_path"), adapter.adapter_config().get("revision")
+    else:
+        reference, revision = base.reference, base.revision
+    check_base(adapter, base)
     model = load_model(base, torch.float32, torch.device("cpu"), None, trust_remote_code)
     config, state = _as_lora(load_adapter(model, adapter, basis_path), adapter)
-    config.base_model_name_or_path = adapter.adapter_config().get("base_model_name_or_path")
-    config.revision = adapter.adapter_config().get("revision")
+    config.base_model_name_or_path, config.revision = reference, revision
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     with rundir.atomic_path(output) as temporary:
         config.save_pretrained(str(temporary))
@@ -62,14 +67,18 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
     config: Any = wrapped.peft_config[ADAPTER]
     if isinstance(config, LoraConfig) and not config.use_dora:
         return copy.copy(config), get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
+    none = CoraError(
+        f"PEFT gives no ΔW of low rank for {adapter.reference} ({config.peft_type.value}{', with use_dora' if isinstance(config, LoraConfig) else ''}), so "
+        "no LoRA of its effect can be made; `cora merge` writes it as a plain model"
+    )
     if isinstance(config, LoraConfig) or not wrapped.supports_lora_conversion():
-        raise CoraError(
-            f"{adapter.reference} changes weights by more than a product of two thin matrices, so no LoRA has its effect; `cora merge` "
-            "writes it as a plain model"
-        )
+        raise none
     layers: list[tuple[str, Any]] = list(adapted_layers(wrapped))
-    with torch.no_grad():
-        factors = {name: _factors(layer.get_delta_weight(ADAPTER)) for name, layer in layers}
+    try:
+        with torch.no_grad():
+            factors = {name: _factors(layer.get_delta_weight(ADAPTER)) for name, layer in layers}
+    except (TypeError, NotImplementedError) as error:
+        raise none from error
     rank = max(len(a) for a, _ in factors.values())
     state = {}
     # PEFT's own conversion wants one rank that no layer's dimensions are below; zeros beyond a layer's rank change nothing.

@@ -18,8 +18,9 @@ _OWN_LOOP = {
 _STARTS = (True, False, "gaussian", "orthogonal")
 
 
-def foreign_configuration(values: dict[str, Any]) -> PeftConfig:
-    """PEFT's configuration of `values`, as its `adapter_config.json` has them.
+def foreign_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
+    """PEFT's configuration of `values`, as its `adapter_config.json` has them; where they give no rank to a method that has one, it is
+    `rank`.
 
     Raises `CoraError` for a method that PEFT does not know, that is no adapter of weights, or that needs more than a loss to train by.
     """
@@ -34,7 +35,14 @@ def foreign_configuration(values: dict[str, Any]) -> PeftConfig:
         raise CoraError(
             f"--peft-config: {kind} adapts no weights but what goes into the model, which `cora train` does not train"
         )
-    settings = {key: value for key, value in values.items() if key not in ("peft_type", "inference_mode")}
+    if values.get("task_type") not in (None, "CAUSAL_LM"):
+        raise CoraError(
+            f"--peft-config: task_type {values['task_type']!r} is another task than CAUSAL_LM, which `cora train` trains"
+        )
+    has_rank = "r" in {field.name for field in dataclasses.fields(made)}
+    settings = ({"r": rank} if has_rank else {}) | {
+        key: value for key, value in values.items() if key not in ("peft_type", "inference_mode")
+    }
     try:
         config = made(**{**settings, "task_type": "CAUSAL_LM"})
     except (TypeError, ValueError) as error:
@@ -44,6 +52,8 @@ def foreign_configuration(values: dict[str, Any]) -> PeftConfig:
             f"--peft-config: the start {config.init_lora_weights} needs data or changes the base; pissa, olora and mica are modes of "
             "their own"
         )
+    if isinstance(config, LoraConfig) and config.lora_bias:
+        raise CoraError("--peft-config: lora_bias changes more than the weight, so that the adapter could not be merged")
     return config
 
 

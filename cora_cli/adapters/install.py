@@ -28,9 +28,13 @@ ADAPTER = "default"
 def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> dict[str, torch.nn.Linear]:
     """The linear layers that `target_modules` names (whole names, or their last parts as in PEFT), by full name.
 
-    Raises `CoraError` for a target that matches nothing, saying what exists, and for one that is no `nn.Linear`.
+    Raises `CoraError` for a target that matches nothing, saying what exists, for one that is no `nn.Linear`, and for one whose weight is
+    another module's too: merged into that, the adapter would change both.
     """
     found: dict[str, torch.nn.Linear] = {}
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
     modules = dict(model.named_modules())
     for target in target_modules:
         matches = {name: module for name, module in modules.items() if name == target or name.endswith(f".{target}")}
@@ -39,6 +43,11 @@ def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> d
             known = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)})
             problem = f"is a {type(next(iter(matches.values()))).__name__}, not an nn.Linear" if matches else "matches nothing"
             raise CoraError(f"target module {target!r} {problem} in this model; its linear layers are {', '.join(known)}")
+        for name, linear in linears.items():
+            if others := [other for other in shared.get(id(linear.weight), ()) if other != f"{name}.weight"]:
+                raise CoraError(
+                    f"target module {target!r}: the weight of {name} is that of {others[0]} too, so it cannot be adapted alone"
+                )
         found |= linears
     return {name: found[name] for name in modules if name in found}
 
@@ -70,7 +79,7 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
 def configuration_of(plan: AdapterPlan) -> PeftConfig:
     """What PEFT is told. Raises `CoraError` where a file describes what cannot be trained here."""
     if plan.peft is not None:
-        return foreign_configuration(plan.peft)
+        return foreign_configuration(plan.peft, plan.rank)
     common: dict[str, Any] = {"r": plan.rank, "target_modules": list(plan.target_modules), "task_type": "CAUSAL_LM"}
     if plan.spec.peft.get("peft_type") == "VERA":
         return VeraConfig(**common, vera_dropout=plan.dropout, projection_prng_key=plan.seed)

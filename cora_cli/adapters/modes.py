@@ -241,13 +241,21 @@ def modes_table() -> str:
             f"`{name}`",
             spec.summary,
             " + ".join(f"{_SYMBOLS[key]} {'·'.join(shape)}" for key, shape in spec.trained.items()) or "as the file says",
-            "as the file says" if not spec.trained else "but for rounding of W" if spec.changes_base else "yes",
+            _first_step(spec),
             _stored(spec),
             spec.paper,
         ]
         for name, spec in MODES.items()
     ]
     return markdown_table(headers, [*rows, ["`full`", "no adapter", "W out·in, and all else", "yes", "a whole model", "–"]])
+
+
+def _first_step(spec: ModeSpec) -> str:
+    if not spec.trained:
+        return "as the file says"
+    # PEFT takes the lengths of W's rows in the precision of W.
+    rounded = spec.changes_base or "use_dora" in spec.peft
+    return "but for rounding of W" if rounded else "yes"
 
 
 def _stored(spec: ModeSpec) -> str:

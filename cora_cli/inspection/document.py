@@ -18,6 +18,7 @@ from cora_cli.inspection.measure import (
     WEIGHTS,
     Findings,
     Overlap,
+    chance_of,
 )
 from cora_cli.inspection.spectra import LEVELS, needed, paper_note
 from cora_cli.inspection.verdict import RULE, shares_of
@@ -148,7 +149,7 @@ def _degrees(overlaps: Sequence[Overlap]) -> Cell:
 
 
 def _captures(inspection: Inspection) -> Table:
-    columns = [*SHARES, *inspection.bases]
+    columns = [*SHARES, *(column for name in inspection.bases for column in (name, chance_of(name)))]
     given = [c for one in inspection.findings for c in one.captures]
     columns = [column for column in columns if any(column in c.shares for c in given)]
     left_out = list(dict.fromkeys(c.left_out for c in given))
@@ -160,8 +161,9 @@ def _captures(inspection: Inspection) -> Table:
             cells.append(_mean([c.shares[column] for c in captures if column in c.shares]))
         rows.append((Cell(f"all, {kind}"), *cells))
     notes = (
-        f"Share of ‖ΔW‖_F² of the model in the row inside {inspection.rank} directions, mean over weight matrices. {POOLED}, {MEAN}, {PAPER} (the "
-        f"paper's basis): leading directions of what all models but that one have. {OWN}: of the base model. {CHANCE}: a random basis, r / d. "
+        f"Share of ‖ΔW‖_F² of the model in the row inside at most {inspection.rank} directions, mean over weight matrices. {POOLED}, {MEAN}, {PAPER} (the "
+        f"paper's basis): leading directions of what all models but that one have. {OWN}: of the base model. {CHANCE}: a random basis, k / d. {PAPER}, {OWN} and {CHANCE} have the k directions of {POOLED}, fewer than "
+        f"{inspection.rank} where the changes have fewer. "
         f"{CEILING}: the model's own ΔW. {ALONG}: along {MEAN} as one direction of the space of matrices (chance there is 1 over the number "
         "of weights)." + (" A basis file may have been made from the model itself." if inspection.bases else ""),
     )

@@ -13,7 +13,7 @@ import torch
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES
 from cora_cli.basis.sources import open_source
-from cora_cli.errors import UsageError
+from cora_cli.errors import CoraError, UsageError
 from cora_cli.inspection.foresight import Foresight, foresee, used_bases
 from cora_cli.inspection.measure import BASE, Directions, Findings, measure
 from cora_cli.inspection.verdict import Verdict, judge
@@ -60,6 +60,10 @@ def inspect(
         raise UsageError(f"{repeated[0]} is named twice; a model overlaps with itself entirely")
     files = [reference for reference in references if Path(reference).is_file()]
     bases = dict(zip(short_names(files), (read_basis(Path(file)) for file in files), strict=True))
+    if wrong := [name for name, one in bases.items() if one.choices.side == "input"]:
+        raise CoraError(
+            f"{wrong[0]} holds directions of the inputs of its weights, but what is compared here are those of their outputs"
+        )
     named = [reference for reference in references if reference not in files]
     paths = [resolve_model(reference) for reference in named]
     resting = base or _common_base(paths)

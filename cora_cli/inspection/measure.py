@@ -26,6 +26,12 @@ POOLED, MEAN, PAPER, ALONG = "pooled ΔW", "mean ΔW", "mean W", "along mean"
 OWN, CHANCE, CEILING = "base W", "chance", "ceiling"
 """What the energy of a left-out ΔW is measured in; see `Capture`."""
 
+
+def chance_of(basis: str) -> str:
+    """The share that stands for as many random directions as the basis file of that name has."""
+    return f"{CHANCE}, {basis}"
+
+
 Directions = Callable[[str, int], torch.Tensor | None]
 """A module's name and out-dimension -> orthonormal (out, k) float64, or None where there is nothing for that module."""
 
@@ -51,7 +57,7 @@ class Capture:
     POOLED: leading directions of Σ ΔWⱼΔWⱼᵀ over the other models; MEAN: of the mean of their ΔW; PAPER: of the mean of their W
     (equation 2 of arXiv 2409.02119); OWN: of the base model's W; CHANCE: k / d for a random basis. PAPER, OWN and CHANCE have the k
     directions of POOLED, which are fewer than the rank where the changes have fewer. CEILING: of the model's own ΔW, which no basis of
-    that rank exceeds; ALONG: the share along the others' mean ΔW as one direction of the space of matrices. Other names are bases that
+    that rank exceeds; `chance_of` a basis: of as many random directions as that has; ALONG: the share along the others' mean ΔW as one direction of the space of matrices. Other names are bases that
     were given.
     """
 
@@ -163,6 +169,7 @@ def _measure(
                 shares |= _in_mean(delta, _mean([deltas[other] for other in others]), base_weight, rank, size)
             shares |= {CHANCE: chance(1, size, len(delta)), OWN: captured(of_base[:, :size], delta)}
             shares |= {given: captured(frame, delta) for given, frame in {**hidden, **bases}.items()}
+            shares |= {chance_of(given): chance(1, frame.shape[1], len(delta)) for given, frame in bases.items()}
             captures.append(Capture(name, shares))
     layer = re.search(r"\d+", module)
     return Findings(

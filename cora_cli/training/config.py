@@ -160,6 +160,8 @@ class TrainConfig:
             ]
         if self.load_in_4bit and (self.mode == "full" or MODES[self.mode].reads_weights):
             problems.append(f"--load-in-4bit does not go with mode {self.mode}, which works on the weights themselves")
+        if self.mode == "peft" and self.dropout:
+            problems.append("--dropout does not go with mode peft, whose file says it in its method's own words")
         if self.mode == "peft" and not self.peft_config:
             problems.append("mode peft needs --peft-config FILE, a JSON file as PEFT's adapter_config.json is one")
         if problems:

@@ -207,6 +207,7 @@ def test_targets_are_whole_names_or_last_parts_in_the_models_order(model):
         ("proj", "target module 'proj' matches nothing"),
         ("embed_tokens", "target module 'embed_tokens' is a Embedding, not an nn.Linear"),
         ("self_attn", "target module 'self_attn' is a LlamaAttention, not an nn.Linear"),
+        ("lm_head", "the weight of lm_head is that of model.embed_tokens.weight too, so it cannot be adapted alone"),
     ],
 )
 def test_a_target_that_is_no_linear_layer_is_refused_with_those_that_are(target, said, model):

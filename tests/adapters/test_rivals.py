@@ -246,12 +246,22 @@ def test_a_lora_from_a_file_trains_both_of_its_factors(load):
         ({"peft_type": "ADALORA"}, "ADALORA needs a call in each step"),
         ({"peft_type": "LORA", "rank": 3}, "PEFT refuses the configuration of LORA: .*rank"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "pissa, olora and mica are modes of their own"),
+        ({"peft_type": "LORA", "lora_bias": True}, "lora_bias changes more than the weight"),
+        ({"peft_type": "LORA", "task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS' is another task than CAUSAL_LM"),
         ({"peft_type": "LORA", "modules_to_save": ["lm_head"]}, "trains .*lm_head.*, not only tensors of its own"),
     ],
 )
 def test_a_file_that_describes_no_adapter_of_weights_is_refused_with_the_reason(values, said, load):
     with pytest.raises(CoraError, match=said):
         install_adapter(load(), plan("peft", peft=values), None)
+
+
+def test_a_rank_that_the_file_leaves_open_is_that_of_the_flag(load):
+    ranks = []
+    for values in ({"peft_type": "LOHA"}, {"peft_type": "LOHA", "r": 2}):
+        wrapped = install_adapter(load(), plan("peft", peft=values), None)
+        ranks.append(wrapped.peft_config["default"].r)
+    assert ranks == [RANK, 2]
 
 
 @pytest.mark.parametrize("values", [None, [], {}, {"r": 4}, {"peft_type": "LORA", "target_modules": ".*_proj"}])

@@ -74,7 +74,7 @@ def test_refusals_are_one_line_and_write_nothing(trained: dict[str, Path], tiny_
     out = tmp_path / "lora"
     for arguments, code, message in (
         ((trained["full"], "-o", out), 1, "is a whole model: there is no adapter to export"),
-        ((trained["dora"], "-o", out), 1, "so no LoRA has its effect; `cora merge` writes it as a plain model"),
+        ((trained["dora"], "-o", out), 1, "so no LoRA of its effect can be made; `cora merge` writes it as a plain model"),
         ((trained["pissa"], "-o", tmp_path / "there"), 1, "exists already; choose a new directory"),
         ((trained["pissa"], "-o", out, "--base", trained["dora"]), 1, "is an adapter, not a whole model"),
         ((unfinished, "-o", out), 1, f"{unfinished} is no model: neither config.json nor adapter_config.json was found"),

@@ -116,6 +116,18 @@ def test_a_basis_file_is_described_alone_and_judged_beside_models(related: list[
     assert found["rank"] == 3
     assert all(0 < c["shares"]["basis.safetensors"] <= c["shares"][CEILING] for f in found["findings"] for c in f["captures"])
     assert "basis.safetensors is the base model's own subspace" in " ".join(found["verdict"]["sentences"])
+    rows = {f["module"]: f["shape"][0] for f in found["findings"]}
+    chances = [(f["module"], c["shares"]["chance, basis.safetensors"]) for f in found["findings"] for c in f["captures"]]
+    assert all(chance == pytest.approx(3 / rows[module]) for module, chance in chances)
+
+
+def test_a_basis_of_the_input_side_is_not_compared_with_outputs(related: list[Path], tmp_path: Path) -> None:
+    base, model = related[:2]
+    path = tmp_path / "inputs.safetensors"
+    extract_basis([resolve_model(str(base))], path, BasisChoices(rank=3, side="input"), None, torch.device("cpu"))
+    result = cora_inspect(path, model, "--base", base)
+    assert result.exit_code == 1
+    assert "inputs.safetensors holds directions of the inputs of its weights" in result.stderr
 
 
 def test_adapters_of_one_base_need_no_other_word_for_it(related: list[Path], tmp_path: Path) -> None:
