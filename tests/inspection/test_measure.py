@@ -23,6 +23,7 @@ from cora_cli.inspection.measure import (
     PAPER,
     POOLED,
     WEIGHTS,
+    chance_of,
     measure,
 )
 from tests.basis.helpers import CPU, ArraySource
@@ -90,6 +91,7 @@ def test_every_number_equals_the_dense_reference(rows, columns, models, seed, da
             CEILING: share(left(delta, rank), delta),
             OWN: share(own, delta),
             "file": share(given_basis, delta),
+            chance_of("file"): rank / rows,
         }
         if others:
             pooled = np.hstack([deltas[name] for name in others])
