@@ -14,6 +14,7 @@ import torch
 from cora_cli.basis.artifact import Basis, SourceRecord, write_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.basis.decompose import decompose
+from cora_cli.basis.gram import one_thread_pool
 from cora_cli.basis.merge import Group, merge_group, plan
 from cora_cli.basis.sources import WeightSource, open_source
 from cora_cli.errors import CoraError, UsageError
@@ -133,7 +134,8 @@ def _extract(
     seconds = 0.0
     modules = {module: shape for group in groups for module, shape in group.modules.items()}
     # Matrices rather than groups are counted: `--share global` has a single group.
-    with progress("extracting", len(modules) * len(sources), "matrices") as shown:
+    most_rows = max(group.rows for group in groups)
+    with one_thread_pool(device, most_rows), progress("extracting", len(modules) * len(sources), "matrices") as shown:
         for group in groups:
             merged = merge_group(group, sources, base, choices, device, partial(shown.advance, note=group.name))
             began = time.perf_counter()

@@ -4,6 +4,9 @@ On a CPU only its lower triangle is computed and read, which halves both, throug
 ones serve. Whether a Gram matrix is accurate enough is `decompose`'s question.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -12,11 +15,29 @@ EPS = torch.finfo(torch.float64).eps
 SAFETY = 4.0
 # Lanczos beats a direct solver beyond this many rows, if few directions are wanted.
 _LANCZOS_ROWS, _LANCZOS_SHARE = 1024, 0.1
+# Up to so many rows the idle threads of torch cost more than they give; see `one_thread_pool`.
+_POOL_ROWS = 2048
 
 
 def on_cpu(tensor: torch.Tensor) -> bool:
     """Whether scipy can work on the memory of `tensor`."""
     return tensor.device.type == "cpu"
+
+
+@contextlib.contextmanager
+def one_thread_pool(device: torch.device, rows: int) -> Iterator[None]:
+    """Leave a CPU's cores to scipy's BLAS, with torch on one thread, while matrices of at most `rows` rows are worked on, if these are few.
+
+    Both have threads of their own, and those of the one that just worked spin while the other works: with short products in turn, two
+    cores take twice as long as one.
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cpu" and rows <= _POOL_ROWS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def empty_gram(weight: torch.Tensor) -> torch.Tensor:

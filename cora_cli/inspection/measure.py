@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 import torch
 
 from cora_cli.basis.choices import BasisChoices
+from cora_cli.basis.gram import one_thread_pool
 from cora_cli.basis.merge import plan
 from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
+from cora_cli.inspection.changes import Change, leave_one_out
 from cora_cli.inspection.spectra import Spectra, spectra
-from cora_cli.inspection.subspaces import aligned, captured, chance, energy, gram, leading, overlap, principal_angles
+from cora_cli.inspection.subspaces import chance, energy, gram, leading, overlap, principal_angles
 from cora_cli.progress import progress
 
 BASE = "base model"
@@ -102,7 +104,8 @@ def measure(
         return []
     groups = plan(sources, base, BasisChoices(merge="gram", rank=rank, target_modules=target_modules))
     found = []
-    with progress("inspecting", len(groups), "matrices") as shown:
+    most_rows = max(group.rows for group in groups)
+    with one_thread_pool(device, most_rows), progress("inspecting", len(groups), "matrices") as shown:
         for group in groups:
             [shape] = group.modules.values()
             given, only = (_frames(some, group.name, shape[0], device) for some in (bases, hidden))
@@ -127,7 +130,7 @@ def _measure(
     device: torch.device,
 ) -> Findings:
     base_weight = _not_zero(base.read(module).to(device).double(), module, BASE) if base else None
-    deltas: dict[str, torch.Tensor] = {}
+    changes: dict[str, Change] = {}
     sizes: dict[str, float] = {}
     of_weights: dict[str, torch.Tensor] = {}
     mean: torch.Tensor | None = None
@@ -135,41 +138,38 @@ def _measure(
         if base is None or base_weight is None:
             weight = source.read(module).to(device).double()
         else:
-            own = source.own_delta(module, base)
-            delta = source.read(module).to(device).double() - base_weight if own is None else own.to(device)
-            weight = base_weight + delta
-            sizes[name] = math.sqrt(energy(delta) / energy(base_weight))
+            change = _change(source, module, base, base_weight)
+            weight = change.add_to(base_weight.clone())
+            sizes[name] = math.sqrt(change.energy / energy(base_weight))
             if sizes[name] > 0:  # a model that equals the base there has no directions of change
-                deltas[name] = delta
+                changes[name] = change
         of_weights[name] = leading(gram(_not_zero(weight, module, name)), rank)
         mean = weight / len(models) if mean is None else mean.add_(weight, alpha=1 / len(models))
-    grams = {name: gram(delta) for name, delta in deltas.items()}
-    of_deltas = {name: leading(grams[name], rank) for name in deltas}
+    of_changes = {name: change.leading(rank) for name, change in changes.items()}
     of_base = leading(gram(base_weight), rank) if base_weight is not None else None
     overlaps = [
         _overlap(kind, one, frames[one], other, frames[other])
-        for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_deltas), (FILE, bases))
+        for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_changes), (FILE, bases))
         for one, other in itertools.combinations(frames, 2)
     ]
     captures = []
     if base_weight is not None and of_base is not None:
         overlaps += [
             _overlap(kind, name, frame, BASE, of_base)
-            for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_deltas), (FILE, bases))
+            for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_changes), (FILE, bases))
             for name, frame in frames.items()
         ]
-        for name, delta in deltas.items():
-            shares = {CEILING: captured(of_deltas[name], delta)}
-            others = [other for other in deltas if other != name]
-            size = rank
-            if others:
-                pooled = leading(_mean([grams[other] for other in others]), rank)
+        for name, others_gram, others_mean in leave_one_out(changes, shape):
+            change, size = changes[name], rank
+            shares = {CEILING: change.captured_by(of_changes[name])}
+            if others_gram is not None and others_mean is not None:
+                pooled = leading(others_gram, rank)
                 size = pooled.shape[1]
-                shares[POOLED] = captured(pooled, delta)
-                shares |= _in_mean(delta, _mean([deltas[other] for other in others]), base_weight, rank, size)
-            shares |= {CHANCE: chance(1, size, len(delta)), OWN: captured(of_base[:, :size], delta)}
-            shares |= {given: captured(frame, delta) for given, frame in {**hidden, **bases}.items()}
-            shares |= {chance_of(given): chance(1, frame.shape[1], len(delta)) for given, frame in bases.items()}
+                shares[POOLED] = change.captured_by(pooled)
+                shares |= _in_mean(change, others_mean, base_weight, rank, size)
+            shares |= {CHANCE: chance(1, size, len(base_weight)), OWN: change.captured_by(of_base[:, :size])}
+            shares |= {given: change.captured_by(frame) for given, frame in {**hidden, **bases}.items()}
+            shares |= {chance_of(given): chance(1, frame.shape[1], len(frame)) for given, frame in bases.items()}
             captures.append(Capture(name, shares))
     layer = re.search(r"\d+", module)
     return Findings(
@@ -191,20 +191,24 @@ def _not_zero(weight: torch.Tensor, module: str, name: str) -> torch.Tensor:
     return weight
 
 
-def _in_mean(delta: torch.Tensor, mean: torch.Tensor, base_weight: torch.Tensor, rank: int, size: int) -> dict[str, float]:
-    """The shares of `delta` in the `mean` ΔW of the other models, and in `size` directions of their mean W."""
-    found = {PAPER: captured(leading(gram(base_weight + mean), size), delta)}
+def _change(source: WeightSource, module: str, base: WeightSource, base_weight: torch.Tensor) -> Change:
+    """W − W_base of one model, in factors where it is known so and these are smaller."""
+    known = source.own_rank(module, base)
+    if known is not None and known < min(base_weight.shape):
+        left, right = source.own_factors(module, base)
+        return Change(left.to(base_weight.device), right.to(base_weight.device))
+    delta = source.own_delta(module, base)
+    return Change(
+        source.read(module).to(base_weight.device).double() - base_weight if delta is None else delta.to(base_weight.device)
+    )
+
+
+def _in_mean(change: Change, mean: torch.Tensor, base_weight: torch.Tensor, rank: int, size: int) -> dict[str, float]:
+    """The shares of `change` in the `mean` ΔW of the other models, and in `size` directions of their mean W."""
+    found = {PAPER: change.captured_by(leading(gram(base_weight + mean), size))}
     if energy(mean) > 0:
-        found |= {MEAN: captured(leading(gram(mean), rank), delta), ALONG: aligned(delta, mean)}
+        found |= {MEAN: change.captured_by(leading(gram(mean), rank)), ALONG: change.aligned_with(mean)}
     return found
-
-
-def _mean(matrices: list[torch.Tensor]) -> torch.Tensor:
-    """Their mean, summed over them alone: a difference of sums over all models would lose digits."""
-    total = matrices[0].clone()
-    for matrix in matrices[1:]:
-        total += matrix
-    return total / len(matrices)
 
 
 def _overlap(kind: str, one: str, frame: torch.Tensor, other: str, against: torch.Tensor) -> Overlap:

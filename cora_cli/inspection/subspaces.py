@@ -25,6 +25,13 @@ def leading(of_gram: torch.Tensor, rank: int) -> torch.Tensor:
     return torch.from_numpy(vectors[:, :kept].copy()).to(of_gram.device)
 
 
+def leading_of_tall(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """As `leading`, of M (rows, columns) with few columns, whose own decomposition is quicker than that of M Mᵀ."""
+    vectors, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    kept = int((values[:rank].square() > EPS * len(matrix) * values[0].square()).sum())
+    return vectors[:, :kept].contiguous()
+
+
 def overlap(one: torch.Tensor, other: torch.Tensor) -> float:
     """‖UᵀV‖_F² / min(k, l), 0-1, of U (rows, k) and V (rows, l): the mean squared cosine of the principal angles.
 
@@ -65,8 +72,3 @@ def energy(matrix: torch.Tensor) -> float:
 def captured(basis: torch.Tensor, matrix: torch.Tensor) -> float:
     """‖BᵀM‖_F² / ‖M‖_F², 0-1: the share of the energy of M (rows, columns), not zero, inside the span of B (rows, k)."""
     return energy(basis.T @ matrix) / energy(matrix)
-
-
-def aligned(one: torch.Tensor, other: torch.Tensor) -> float:
-    """⟨M, N⟩² / (‖M‖_F²·‖N‖_F²), 0-1: the share of the energy of M along N as one direction of the space of matrices."""
-    return float((one * other).sum().item() ** 2 / (energy(one) * energy(other)))

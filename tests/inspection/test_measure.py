@@ -157,3 +157,42 @@ def test_one_matrix_of_all_models_is_read_at_a_time_and_each_once():
     base, *models = (Spy({f"layers.{n}.q_proj": generator.standard_normal((6, 5)) for n in range(3)}) for _ in range(4))
     measure({str(n): model for n, model in enumerate(models)}, base, {}, 2, ("q_proj",), CPU, {})
     assert all(len(source.reads) == len(set(source.reads)) == 3 for source in [base, *models])
+
+
+class FactoredSource(ArraySource):
+    """An adapter: a change in factors on a base, which must not be built."""
+
+    def __init__(self, base: np.ndarray, factors: tuple[np.ndarray, np.ndarray]) -> None:
+        super().__init__({NAME: base})
+        self.factors = [torch.from_numpy(factor) for factor in factors]
+
+    def read(self, module):
+        raise AssertionError("the whole weight of an adapter was built")
+
+    own_delta = read
+
+    def own_rank(self, module, base):
+        return self.factors[0].shape[1]
+
+    def own_factors(self, module, base):
+        return self.factors
+
+
+def test_adapters_of_one_base_are_held_in_factors_and_measured_as_if_they_were_whole():
+    generator = np.random.default_rng(0)
+    base = generator.standard_normal((12, 10))
+    factors = {
+        name: (generator.standard_normal((12, size)), generator.standard_normal((size, 10)))
+        for name, size in (("a", 2), ("b", 3), ("c", 2), ("untouched", 0))
+    }
+    adapters = {name: FactoredSource(base, pair) for name, pair in factors.items()}
+    [found] = measure(adapters, ArraySource({NAME: base}, BASE), {}, 4, ("q_proj",), CPU, {})
+    expected = found_of(base, {name: base + left @ right for name, (left, right) in factors.items()}, 4)
+    assert found.sizes == pytest.approx(expected.sizes)
+    assert found.sizes["untouched"] == 0
+    for one, other in zip(found.overlaps, expected.overlaps, strict=True):
+        assert (one.kind, one.one, one.other, one.chance) == (other.kind, other.one, other.other, other.chance)
+        assert (one.value, *one.angles) == pytest.approx((other.value, *other.angles), abs=1e-5)
+    for one, other in zip(found.captures, expected.captures, strict=True):
+        assert one.left_out == other.left_out
+        assert one.shares == pytest.approx(other.shares, abs=1e-9)

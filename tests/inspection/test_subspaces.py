@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
 
-from cora_cli.inspection.subspaces import aligned, captured, chance, gram, leading, overlap, principal_angles
+from cora_cli.inspection.subspaces import captured, chance, gram, leading, overlap, principal_angles
 
 SHAPES = {"rows": st.integers(2, 24), "columns": st.integers(2, 24), "seed": st.integers(0, 999), "data": st.data()}
 
@@ -71,10 +71,3 @@ def test_chance_is_the_mean_over_random_subspaces(rows, one, other):
     captures = [captured(draw, matrix) for draw in draws]
     for values, expected in ((overlaps, chance(one, other, rows)), (captures, other / rows)):
         assert abs(np.mean(values) - expected) < 4 * np.std(values) / np.sqrt(len(values))
-
-
-def test_the_share_along_a_matrix_is_the_squared_cosine():
-    one, other = np.random.default_rng(0).standard_normal((2, 5, 4))
-    cosine = (one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other)
-    np.testing.assert_allclose(aligned(as_tensor(one), as_tensor(other)), cosine**2)
-    assert aligned(as_tensor(one), as_tensor(-3 * one)) == pytest.approx(1)
