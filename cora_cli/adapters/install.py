@@ -20,6 +20,7 @@ from cora_cli.adapters.factored import Factored, minor_factors, principal_factor
 from cora_cli.adapters.foreign import foreign_configuration, refused
 from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis
+from cora_cli.basis.choices import Side
 from cora_cli.errors import CoraError
 
 ADAPTER = "default"
@@ -219,6 +220,18 @@ def start_a(plan: AdapterPlan, name: str, in_features: int, basis: Basis | None 
     if plan.a_init == "gaussian":
         return torch.randn(shape, generator=generator) / plan.rank
     return _kaiming_uniform(shape, generator)
+
+
+def start_directions(plan: AdapterPlan, basis: Basis | None, name: str, features: int, side: Side) -> torch.Tensor | None:
+    """What spans the start of B, or of Aᵀ for the input side: (features, r), or (features, k) of the outer part of a product, as drawn.
+
+    None where that factor starts at zero, of ones or of W itself.
+    """
+    if side == "output":
+        return start_b(plan, basis, name, features) if plan.b_init in ("basis", "random", "orthonormal") else None
+    if plan.outer_rank is not None:
+        return _orthonormal(plan, name, "A", features)
+    return start_a(plan, name, features, basis).T if plan.a_init in ("basis", "gaussian", "kaiming") else None
 
 
 def _orthonormal(plan: AdapterPlan, name: str, factor: str, features: int) -> torch.Tensor:

@@ -21,6 +21,9 @@ class InspectConfig:
         "The model that the others were fine-tuned from; by default the one that all of them, as adapters, name.", None
     )
     rank: int | None = setting("Directions r that are compared; by default that of the basis file, else 48.", None)
+    side: Literal["output", "input"] | None = setting(
+        "The side of the weights whose directions are compared; by default that of the basis file, else output.", None
+    )
     target_modules: tuple[str, ...] | None = setting(
         "Weights to read, comma-separated; by default those of the basis file, else q_proj,k_proj,v_proj.", None
     )
@@ -58,5 +61,5 @@ def run(config: InspectConfig) -> None:
     output_dir = Path(config.output_dir) if config.output_dir else None
     check_output(output_dir)
     device = select_hardware(config.device, "auto").device
-    found = inspect(config.inputs, config.base, config.rank, config.target_modules, config.runs, device)
+    found = inspect(config.inputs, config.base, config.rank, config.side, config.target_modules, config.runs, device)
     print(report(found, config.format, output_dir), end="")

@@ -57,7 +57,7 @@ class Change:
 
 
 def leave_one_out(
-    changes: Mapping[str, Change], shape: tuple[int, int]
+    changes: Mapping[str, Change], shape: torch.Size
 ) -> Iterator[tuple[str, torch.Tensor | None, torch.Tensor | None]]:
     """For each model the lower triangle of Σ ΔWⱼΔWⱼᵀ and the mean of ΔWⱼ over all other models j, None where there is no other.
 

@@ -15,6 +15,7 @@ from cora_cli.inspection.measure import (
     OWN,
     PAPER,
     POOLED,
+    START,
     WEIGHTS,
     Findings,
     Overlap,
@@ -26,7 +27,7 @@ from cora_cli.reporting.canvas import Figure
 from cora_cli.reporting.document import Block, Heading, Items, Text
 from cora_cli.reporting.tables import Cell, Table
 
-SHARES = (POOLED, MEAN, PAPER, OWN, CHANCE, CEILING, ALONG)
+SHARES = (POOLED, MEAN, PAPER, OWN, START, CHANCE, CEILING, ALONG)
 _MOST_PAIRS = 28
 _SUBSPACES = {WEIGHTS: "weights W", DELTA: "changes ΔW = W − W_base", FILE: "basis files"}
 
@@ -67,7 +68,7 @@ def _subject(inspection: Inspection, detail: bool) -> str:
         ]
     )
     read = f"{len(inspection.findings)} weight matrices ({', '.join(inspection.kinds)}), " if inspection.findings else ""
-    return f"{named}; {read}rank {inspection.rank}. " + (
+    return f"{named}; {read}rank {inspection.rank}, directions of the {inspection.side}s. " + (
         f"Base model: {inspection.base}." if inspection.base else "No base model."
     )
 
@@ -160,12 +161,15 @@ def _captures(inspection: Inspection) -> Table:
         for column in columns:
             cells.append(_mean([c.shares[column] for c in captures if column in c.shares]))
         rows.append((Cell(f"all, {kind}"), *cells))
+    start = START in columns
     notes = (
-        f"Share of ‖ΔW‖_F² of the model in the row inside at most {inspection.rank} directions, mean over weight matrices. {POOLED}, {MEAN}, {PAPER} (the "
-        f"paper's basis): leading directions of what all models but that one have. {OWN}: of the base model. {CHANCE}: a random basis, k / d. {PAPER}, {OWN} and {CHANCE} have the k directions of {POOLED}, fewer than "
-        f"{inspection.rank} where the changes have fewer. "
-        f"{CEILING}: the model's own ΔW. {ALONG}: along {MEAN} as one direction of the space of matrices (chance there is 1 over the number "
-        "of weights)." + (" A basis file may have been made from the model itself." if inspection.bases else ""),
+        f"Share of ‖ΔW‖_F² of the model in the row inside at most {inspection.rank} directions, mean over weight matrices. {POOLED}, {MEAN}, {PAPER} "
+        f"(the paper's basis): leading directions of what all models but that one have. {OWN}: of the base model. "
+        + (f"{START}: of what the others' factors began with, the rest random. " if start else "")
+        + f"{CHANCE}: a random basis, k / d. {', '.join((PAPER, OWN, *((START,) if start else ())))} and {CHANCE} have the k directions of "
+        f"{POOLED}, fewer than {inspection.rank} where the changes have fewer. {CEILING}: the model's own ΔW. {ALONG}: along {MEAN} as one "
+        "direction of the space of matrices (chance there is 1 over the number of weights)."
+        + (" A basis file may have been made from the model itself." if inspection.bases else ""),
     )
     return Table("Leave-one-out capture", ("left-out model", *columns), tuple(rows), notes)
 

@@ -11,15 +11,15 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.special import ndtri
 
 from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
-from cora_cli.basis.choices import BasisChoices, is_target
+from cora_cli.basis.choices import BasisChoices
 from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
 from cora_cli.inspection.measure import CHANCE, MEAN, PAPER, POOLED, Directions, Findings
+from cora_cli.inspection.starts import start_of
 from cora_cli.reporting.collect import Result, collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.rows import find_experiments
@@ -198,10 +198,10 @@ def _used(stratum: str, key: str, results: list[Result]) -> UsedBasis:
             )
         of = f"{len(basis.sources)} models" if len(basis.sources) > 1 else basis.sources[0].reference
         name = f"{basis.path.stem} {basis.sha256[:8]} (of {of}), r={rank}"
-        directions = {name: _start(plans[0], basis)}
+        directions = {name: start_of(plans[0], basis, "output")}
     else:
         basis, name = None, f"{key}, r={rank}"
-        directions = {f"{name}, seed {plan.seed}": _start(plan, None) for plan in plans}
+        directions = {f"{name}, seed {plan.seed}": start_of(plan, None, "output") for plan in plans}
     return UsedBasis(
         name=name,
         stratum=stratum,
@@ -210,18 +210,6 @@ def _used(stratum: str, key: str, results: list[Result]) -> UsedBasis:
         basis=basis,
         losses=tuple((result.row.seed, result.measures[LOSS].value) for result in results),
     )
-
-
-def _start(plan: AdapterPlan, basis: Basis | None) -> Directions:
-    from cora_cli.adapters.install import start_b
-
-    def directions(module: str, out: int) -> torch.Tensor | None:
-        known = basis is None or basis.mapping.group_of(module) in basis.directions
-        if not known or not any(is_target(module, target) for target in plan.target_modules):
-            return None
-        return torch.linalg.qr(start_b(plan, basis, module, out).double()).Q
-
-    return directions
 
 
 def _recorded_path(record: dict[str, Any], run: str) -> Path:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from cora_cli.basis.artifact import Basis, read_basis
-from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES
-from cora_cli.basis.sources import open_source
+from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side, match_targets
+from cora_cli.basis.sources import WeightSource, open_source
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.inspection.foresight import Foresight, foresee, used_bases
 from cora_cli.inspection.measure import BASE, Directions, Findings, measure
+from cora_cli.inspection.starts import known_starts
 from cora_cli.inspection.verdict import Verdict, judge
 from cora_cli.models import ModelPath, resolve_model
 
@@ -30,6 +31,7 @@ class Inspection:
     base: str | None
     bases: dict[str, Basis]
     rank: int
+    side: Side
     findings: tuple[Findings, ...]
     foresight: tuple[Foresight, ...] | None
     verdict: Verdict
@@ -46,13 +48,14 @@ def inspect(
     references: Sequence[str],
     base: str | None,
     rank: int | None,
+    side: Side | None,
     target_modules: tuple[str, ...] | None,
     runs: Sequence[str],
     device: torch.device,
 ) -> Inspection:
     """Inspect basis files and models. Without `base`, adapters that all name one base rest on that.
 
-    `rank` and `target_modules` are by default those of the basis files, else the defaults of `cora extract-basis`. Raises
+    `rank`, `side` and `target_modules` are by default those of the basis files, else the defaults of `cora extract-basis`. Raises
     `UsageError` where there is nothing to compare and `CoraError` where something cannot be read or does not fit.
     """
     began = time.perf_counter()
@@ -60,30 +63,40 @@ def inspect(
         raise UsageError(f"{repeated[0]} is named twice; a model overlaps with itself entirely")
     files = [reference for reference in references if Path(reference).is_file()]
     bases = dict(zip(short_names(files), (read_basis(Path(file)) for file in files), strict=True))
-    if wrong := [name for name, one in bases.items() if one.choices.side == "input"]:
-        raise CoraError(
-            f"{wrong[0]} holds directions of the inputs of its weights, but what is compared here are those of their outputs"
-        )
+    sides: list[Side] = [one.choices.side for one in bases.values()]
+    compared = side or (sides[0] if sides else "output")
+    for name, one in bases.items():
+        if one.choices.side != compared:
+            raise CoraError(
+                f"{name} holds directions of the {one.choices.side}s of its weights, but what is compared here are those of their {compared}s"
+            )
     named = [reference for reference in references if reference not in files]
     paths = [resolve_model(reference) for reference in named]
     resting = base or _common_base(paths)
     if runs and not (named and resting):
         raise UsageError("--runs needs models and their --base: a basis is judged by what it captures of their changes")
+    if runs and compared == "input":
+        raise UsageError(
+            "--runs compares what B started from, which are directions of outputs; with --side input it has no meaning"
+        )
     if len(named) == 1 and not bases and resting is None:
         raise UsageError("one model alone has nothing to be compared with; name others, a basis file, or its --base")
     base_source = open_source(resolve_model(resting)) if resting else None
     models = {name: open_source(path, base_source) for name, path in zip(short_names(named), paths, strict=True)}
     rank = rank or min((one.rank for one in bases.values()), default=DEFAULT_RANK)
     targets = target_modules or next((one.choices.target_modules for one in bases.values()), DEFAULT_TARGET_MODULES)
+    _refuse_copies(models, targets)
     used = used_bases(runs) if runs else []
     findings = measure(
         models,
         base_source,
-        {name: _first_columns(one, rank) for name, one in bases.items()},
+        {name: _first_columns(one, rank, compared) for name, one in bases.items()},
         rank,
         targets,
         device,
         {name: directions for one in used for name, directions in one.directions.items()},
+        compared,
+        known_starts(dict(zip(models, paths, strict=True)), compared),
     )
     foresight = tuple(foresee(used, models, findings)) if runs else None
     read = [*models.values(), *([base_source] if base_source else [])]
@@ -92,12 +105,31 @@ def inspect(
         base=resting,
         bases=bases,
         rank=rank,
+        side=compared,
         findings=tuple(findings),
         foresight=foresight,
         verdict=judge(findings, list(models), base_source is not None, foresight),
         bytes_read=sum(source.bytes_read for source in read),
         seconds=time.perf_counter() - began,
     )
+
+
+def _refuse_copies(models: dict[str, WeightSource], targets: tuple[str, ...]) -> None:
+    """Raise `CoraError` where two models hold the same target weights: each would then capture the other entirely.
+
+    All weights are read for that only where the first ones are the same; files of another shape are `measure`'s to refuse.
+    """
+    alike: dict[str, list[tuple[str, list[str]]]] = {}
+    for name, source in models.items():
+        modules = match_targets(list(source.shapes), targets, source.reference)
+        alike.setdefault(source.content_hash(modules[:1]), []).append((name, modules))
+    for suspects in alike.values():
+        known: dict[str, str] = {}
+        for name, modules in suspects if len(suspects) > 1 else ():
+            if (other := known.setdefault(models[name].content_hash(modules), name)) != name:
+                raise CoraError(
+                    f"{other} and {name} hold the same weights; a model overlaps with itself entirely, so name one of them"
+                )
 
 
 def short_names(references: Sequence[str]) -> list[str]:
@@ -127,10 +159,10 @@ def _common_base(models: Sequence[ModelPath]) -> str | None:
     return f"{reference}@{revision}" if reference and revision else reference
 
 
-def _first_columns(basis: Basis, rank: int) -> Directions:
-    def directions(module: str, out: int) -> torch.Tensor | None:
+def _first_columns(basis: Basis, rank: int, side: Side) -> Directions:
+    def directions(module: str, features: int) -> torch.Tensor | None:
         if basis.mapping.group_of(module) not in basis.directions:
             return None
-        return basis.for_module(module, rank, out).double()
+        return basis.for_module(module, rank, features, side).double()
 
     return directions

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from cora_cli.basis.choices import BasisChoices
+from cora_cli.basis.choices import BasisChoices, Side
 from cora_cli.basis.gram import one_thread_pool
 from cora_cli.basis.merge import plan
 from cora_cli.basis.sources import WeightSource
@@ -25,7 +25,7 @@ BASE = "base model"
 WEIGHTS, DELTA, FILE = "W", "ΔW", "basis"
 """Of what two subspaces are: of the weights, of their change from the base, or of basis files."""
 POOLED, MEAN, PAPER, ALONG = "pooled ΔW", "mean ΔW", "mean W", "along mean"
-OWN, CHANCE, CEILING = "base W", "chance", "ceiling"
+OWN, START, CHANCE, CEILING = "base W", "their start", "chance", "ceiling"
 """What the energy of a left-out ΔW is measured in; see `Capture`."""
 
 
@@ -35,7 +35,7 @@ def chance_of(basis: str) -> str:
 
 
 Directions = Callable[[str, int], torch.Tensor | None]
-"""A module's name and out-dimension -> orthonormal (out, k) float64, or None where there is nothing for that module."""
+"""A module's name and dimension on the inspected side -> orthonormal (dimension, k) float64, or None where there is nothing for that module."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Capture:
     """Shares (0-1) of the energy ‖ΔW‖_F² of the model `left_out` inside bases that were made without it.
 
     POOLED: leading directions of Σ ΔWⱼΔWⱼᵀ over the other models; MEAN: of the mean of their ΔW; PAPER: of the mean of their W
-    (equation 2 of arXiv 2409.02119); OWN: of the base model's W; CHANCE: k / d for a random basis. PAPER, OWN and CHANCE have the k
+    (equation 2 of arXiv 2409.02119); OWN: of the base model's W; START: of what the others' factors are known to have begun with, filled
+    up with random directions; CHANCE: k / d for a random basis. PAPER, OWN, START and CHANCE have the k
     directions of POOLED, which are fewer than the rank where the changes have fewer. CEILING: of the model's own ΔW, which no basis of
     that rank exceeds; `chance_of` a basis: of as many random directions as that has; ALONG: the share along the others' mean ΔW as one direction of the space of matrices. Other names are bases that
     were given.
@@ -69,7 +70,7 @@ class Capture:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """All that was measured of one weight matrix `module`, (out, in) = `shape`; `rank` is the most directions that were taken.
+    """All that was measured of one weight matrix `module`, stored as (out, in) = `shape`; `rank` is the most directions that were taken.
 
     `kind` is the name's last part, `layer` its first number. `sizes`: ‖W − W_base‖_F / ‖W_base‖_F by model, empty without a base.
     `spectra` are those of the mean of the models' W, None without models.
@@ -94,28 +95,31 @@ def measure(
     target_modules: tuple[str, ...],
     device: torch.device,
     hidden: Mapping[str, Directions],
+    side: Side = "output",
+    starts: Mapping[str, Directions] | None = None,
 ) -> list[Findings]:
-    """Measure every target matrix. `bases` are compared with everything, `hidden` only capture.
+    """Measure every target matrix, or for the side of its inputs its transpose. `bases` are compared with everything, `hidden` only
+    capture; `starts` are what models are known to have begun with.
 
     Raises `CoraError` where models differ in shape or `rank` is more than a matrix has.
     """
     sources = list(models.values()) or ([base] if base else [])
     if not sources:
         return []
-    groups = plan(sources, base, BasisChoices(merge="gram", rank=rank, target_modules=target_modules))
+    groups = plan(sources, base, BasisChoices(merge="gram", rank=rank, side=side, target_modules=target_modules))
     found = []
     most_rows = max(group.rows for group in groups)
     with one_thread_pool(device, most_rows), progress("inspecting", len(groups), "matrices") as shown:
         for group in groups:
             [shape] = group.modules.values()
-            given, only = (_frames(some, group.name, shape[0], device) for some in (bases, hidden))
-            found.append(_measure(group.name, shape, models, base, given, only, rank, device))
+            given, only, begun = (_frames(some, group.name, group.rows, device) for some in (bases, hidden, starts or {}))
+            found.append(_measure(group.name, shape, models, base, given, only, begun, rank, device, side))
             shown.advance(note=group.name)
     return found
 
 
-def _frames(bases: Mapping[str, Directions], module: str, out: int, device: torch.device) -> dict[str, torch.Tensor]:
-    frames = {name: directions(module, out) for name, directions in bases.items()}
+def _frames(bases: Mapping[str, Directions], module: str, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+    frames = {name: directions(module, rows) for name, directions in bases.items()}
     return {name: frame.to(device) for name, frame in frames.items() if frame is not None}
 
 
@@ -126,19 +130,21 @@ def _measure(
     base: WeightSource | None,
     bases: Mapping[str, torch.Tensor],
     hidden: Mapping[str, torch.Tensor],
+    starts: Mapping[str, torch.Tensor],
     rank: int,
     device: torch.device,
+    side: Side,
 ) -> Findings:
-    base_weight = _not_zero(base.read(module).to(device).double(), module, BASE) if base else None
+    base_weight = _not_zero(_read(base, module, device, side), module, BASE) if base else None
     changes: dict[str, Change] = {}
     sizes: dict[str, float] = {}
     of_weights: dict[str, torch.Tensor] = {}
     mean: torch.Tensor | None = None
     for name, source in models.items():  # of their weights only the sum stays, of their changes each
         if base is None or base_weight is None:
-            weight = source.read(module).to(device).double()
+            weight = _read(source, module, device, side)
         else:
-            change = _change(source, module, base, base_weight)
+            change = _change(source, module, base, base_weight, side)
             weight = change.add_to(base_weight.clone())
             sizes[name] = math.sqrt(change.energy / energy(base_weight))
             if sizes[name] > 0:  # a model that equals the base there has no directions of change
@@ -159,7 +165,7 @@ def _measure(
             for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_changes), (FILE, bases))
             for name, frame in frames.items()
         ]
-        for name, others_gram, others_mean in leave_one_out(changes, shape):
+        for name, others_gram, others_mean in leave_one_out(changes, base_weight.shape):
             change, size = changes[name], rank
             shares = {CEILING: change.captured_by(of_changes[name])}
             if others_gram is not None and others_mean is not None:
@@ -167,6 +173,8 @@ def _measure(
                 size = pooled.shape[1]
                 shares[POOLED] = change.captured_by(pooled)
                 shares |= _in_mean(change, others_mean, base_weight, rank, size)
+                if begun := [frame for other, frame in starts.items() if other in changes and other != name]:
+                    shares[START] = _with_random(change, begun, size)
             shares |= {CHANCE: chance(1, size, len(base_weight)), OWN: change.captured_by(of_base[:, :size])}
             shares |= {given: change.captured_by(frame) for given, frame in {**hidden, **bases}.items()}
             shares |= {chance_of(given): chance(1, frame.shape[1], len(frame)) for given, frame in bases.items()}
@@ -191,16 +199,22 @@ def _not_zero(weight: torch.Tensor, module: str, name: str) -> torch.Tensor:
     return weight
 
 
-def _change(source: WeightSource, module: str, base: WeightSource, base_weight: torch.Tensor) -> Change:
+def _read(source: WeightSource, module: str, device: torch.device, side: Side) -> torch.Tensor:
+    return _oriented(source.read(module).to(device).double(), side)
+
+
+def _oriented(matrix: torch.Tensor, side: Side) -> torch.Tensor:
+    return matrix.T if side == "input" else matrix
+
+
+def _change(source: WeightSource, module: str, base: WeightSource, base_weight: torch.Tensor, side: Side) -> Change:
     """W − W_base of one model, in factors where it is known so and these are smaller."""
-    known = source.own_rank(module, base)
+    device, known = base_weight.device, source.own_rank(module, base)
     if known is not None and known < min(base_weight.shape):
-        left, right = source.own_factors(module, base)
-        return Change(left.to(base_weight.device), right.to(base_weight.device))
+        left, right = (factor.to(device) for factor in source.own_factors(module, base))
+        return Change(right.T, left.T) if side == "input" else Change(left, right)
     delta = source.own_delta(module, base)
-    return Change(
-        source.read(module).to(base_weight.device).double() - base_weight if delta is None else delta.to(base_weight.device)
-    )
+    return Change(_read(source, module, device, side) - base_weight if delta is None else _oriented(delta.to(device), side))
 
 
 def _in_mean(change: Change, mean: torch.Tensor, base_weight: torch.Tensor, rank: int, size: int) -> dict[str, float]:
@@ -209,6 +223,14 @@ def _in_mean(change: Change, mean: torch.Tensor, base_weight: torch.Tensor, rank
     if energy(mean) > 0:
         found |= {MEAN: change.captured_by(leading(gram(mean), rank)), ALONG: change.aligned_with(mean)}
     return found
+
+
+def _with_random(change: Change, frames: list[torch.Tensor], size: int) -> float:
+    """The share of `change` in the leading directions of `frames` together, with random ones of the rest of the space up to `size`."""
+    start = leading(gram(torch.cat(frames, dim=1)), size)
+    rows, known = start.shape
+    held = change.captured_by(start)
+    return held + (1 - held) * (chance(1, size - known, rows - known) if size > known else 0.0)
 
 
 def _overlap(kind: str, one: str, frame: torch.Tensor, other: str, against: torch.Tensor) -> Overlap:

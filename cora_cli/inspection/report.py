@@ -1,6 +1,6 @@
 """Inspections in every format: terminal text, Markdown, JSON and one HTML page, printed or written to a directory.
 
-JSON: `{"format_version": 1, "models", "base", "bases", "rank", "findings", "foresight", "verdict", "bytes_read", "seconds"}`. `models` maps
+JSON: `{"format_version": 1, "models", "base", "bases", "rank", "side", "findings", "foresight", "verdict", "bytes_read", "seconds"}`. `models` maps
 short names to references, `bases` to paths and hashes; a finding has the fields of `measure.Findings`, with its overlaps, captures and
 spectra; `foresight` those of `foresight.Foresight`, null where no runs were given; `verdict` has `headline`, `sentences`, `ways`, `rule`.
 """
@@ -62,6 +62,7 @@ def to_json(inspection: Inspection) -> str:
         "base": inspection.base,
         "bases": {name: {"path": str(basis.path), "sha256": basis.sha256} for name, basis in inspection.bases.items()},
         "rank": inspection.rank,
+        "side": inspection.side,
         "findings": [dataclasses.asdict(found) for found in inspection.findings],
         "foresight": None if foresight is None else [dataclasses.asdict(found) for found in foresight],
         "verdict": {**dataclasses.asdict(inspection.verdict), "rule": RULE},

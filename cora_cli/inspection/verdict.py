@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from cora_cli.inspection.foresight import Foresight
-from cora_cli.inspection.measure import BASE, CEILING, CHANCE, FILE, OWN, PAPER, POOLED, WEIGHTS, Findings
+from cora_cli.inspection.measure import BASE, CEILING, CHANCE, FILE, OWN, PAPER, POOLED, START, WEIGHTS, Findings
 
 MOSTLY, PARTLY, SAME = 0.5, 0.1, 0.9
 """The rule's thresholds: of the way from control to ceiling, and of the overlap from which two subspaces count as one."""
@@ -13,11 +13,11 @@ FEWEST_MODELS = 3
 
 RULE = (
     "Rule: each model in turn is left out, and its capture by the others' pooled ΔW is averaged over all weight matrices. How far that "
-    "lies on the way from the better of two controls (chance, the base model's own directions) to the ceiling (the model's own "
-    f"directions) is its share of the way. The least share over the models decides: from {MOSTLY:.0%} the subspace is common, from "
+    "lies on the way from the best control (chance, the base model's own directions, and where adapters tell it the directions that the "
+    f"others' factors began with) to the ceiling (the model's own directions) is its share of the way. The least share over the models decides: from {MOSTLY:.0%} the subspace is common, from "
     f"{PARTLY:.0%} in part, below that none is shown. The weights' subspaces are the base model's where their mean overlap with its own is at "
     f"least {SAME:.0%}. Leave-one-out needs {FEWEST_MODELS} models and a base. Models are few and share each other's bases, so no p-value is given. What is "
-    "shared may come from the tasks, but as well from the base, from the recipe or from one seed's start of the adapters: no number here tells which."
+    "shared may come from the tasks, but as well from the base, from the recipe or from a common start that is not known here: no number tells which."
 )
 
 
@@ -54,8 +54,8 @@ def _way(findings: Sequence[Findings], name: str) -> float | None:
     shares = [c.shares for one in findings for c in one.captures if c.left_out == name and POOLED in c.shares]
     if not shares:
         return None
-    pooled, by_chance, own, ceiling = (fmean(one[key] for one in shares) for key in (POOLED, CHANCE, OWN, CEILING))
-    control = max(by_chance, own)
+    pooled, ceiling = (fmean(one[key] for one in shares) for key in (POOLED, CEILING))
+    control = max(fmean(one.get(key, one[CHANCE]) for one in shares) for key in (CHANCE, OWN, START))
     return (pooled - control) / (ceiling - control) if ceiling > control else 0.0
 
 

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cora_cli import rundir
+from cora_cli.adapters.install import start_a
 from cora_cli.adapters.plan import plan_adapter
+from cora_cli.adapters.storage import AdapterFacts
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.basis.extract import extract_basis
 from cora_cli.cli import app
-from cora_cli.inspection.measure import CEILING, MEAN, PAPER, POOLED
+from cora_cli.inspection.measure import CEILING, MEAN, PAPER, POOLED, START
 from cora_cli.models import resolve_model
 from tests.basis.conftest import make_llama
 from tests.basis.test_adapter_sources import make_adapter
@@ -121,13 +124,46 @@ def test_a_basis_file_is_described_alone_and_judged_beside_models(related: list[
     assert all(chance == pytest.approx(3 / rows[module]) for module, chance in chances)
 
 
-def test_a_basis_of_the_input_side_is_not_compared_with_outputs(related: list[Path], tmp_path: Path) -> None:
-    base, model = related[:2]
+def test_a_basis_of_the_input_side_is_compared_with_inputs(related: list[Path], tmp_path: Path) -> None:
+    base, *models = related
     path = tmp_path / "inputs.safetensors"
     extract_basis([resolve_model(str(base))], path, BasisChoices(rank=3, side="input"), None, torch.device("cpu"))
-    result = cora_inspect(path, model, "--base", base)
+    result = cora_inspect(path, *models, "--base", base, "--format=json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["side"], found["rank"]) == ("input", 3)
+    overlaps = [
+        o["value"] for f in found["findings"] for o in f["overlaps"] if (o["kind"], o["other"]) == ("basis", "base model")
+    ]
+    assert overlaps == pytest.approx([1] * 6), "it is the base's own, of the same side"
+    columns = {f["module"]: f["shape"][1] for f in found["findings"]}
+    chances = [(f["module"], c["shares"]["chance, inputs.safetensors"]) for f in found["findings"] for c in f["captures"]]
+    assert all(chance == pytest.approx(3 / columns[module]) for module, chance in chances)
+    assert "There is a common subspace" not in found["verdict"]["headline"], "the planted one is of the outputs"
+
+
+def test_sides_are_not_mixed(related: list[Path], tmp_path: Path) -> None:
+    base, model = related[:2]
+    for side, other in (("input", "output"), ("output", "input")):
+        path = tmp_path / f"of-{side}.safetensors"
+        extract_basis([resolve_model(str(base))], path, BasisChoices(rank=3, side=side), None, torch.device("cpu"))
+        result = cora_inspect(path, model, "--base", base, "--side", other)
+        assert result.exit_code == 1
+        assert (
+            f"holds directions of the {side}s of its weights, but what is compared here are those of their {other}s"
+            in result.stderr
+        )
+    result = cora_inspect(model, "--base", base, "--side=input", "--runs", tmp_path)
+    assert result.exit_code == 2
+    assert "--runs compares what B started from" in result.stderr
+
+
+def test_copies_of_one_model_are_refused_by_name(related: list[Path], tmp_path: Path) -> None:
+    base, *models = related
+    shutil.copytree(models[0], tmp_path / "copy")
+    result = cora_inspect(*models, tmp_path / "copy", "--base", base, "--rank=2")
     assert result.exit_code == 1
-    assert "inputs.safetensors holds directions of the inputs of its weights" in result.stderr
+    assert "model-0 and copy hold the same weights" in result.stderr
 
 
 def test_adapters_of_one_base_need_no_other_word_for_it(related: list[Path], tmp_path: Path) -> None:
@@ -137,6 +173,35 @@ def test_adapters_of_one_base_need_no_other_word_for_it(related: list[Path], tmp
     found = json.loads(result.stdout)
     assert found["base"] == str(related[0])
     assert set(found["verdict"]["ways"]) == {"a0", "a1", "a2"}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_start_that_adapters_share_is_no_common_subspace_where_they_tell_it(
+    related: list[Path], tmp_path: Path, told: bool
+) -> None:
+    """Five adapters whose A is still the one that seed 0 drew: on the input side they share all, and have learnt none of it."""
+    plan = plan_adapter("lora", rank=4, alpha=6.0, rslora=False, dropout=0.0, seed=0, target_modules=("q_proj", "v_proj"))
+    base_hash = resolve_model(str(related[0])).content_hash()
+    for n in range(5):
+        adapter = make_adapter(related[0], tmp_path / f"a{n}", seed=n)
+        weights = load_file(adapter / "adapter_model.safetensors")
+        for key, tensor in weights.items():
+            if "lora_A" in key:
+                module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                weights[key] = start_a(plan, module, tensor.shape[1])
+        save_file(weights, adapter / "adapter_model.safetensors")
+        if told:
+            facts = AdapterFacts(plan, str(related[0]), None, base_hash, None, None, compact=False)
+            rundir.write_json(adapter / "cora.json", facts.as_dict())
+    flags = ("--rank=4", "--target-modules=q_proj,v_proj", "--format=json")
+    adapters = [tmp_path / f"a{n}" for n in range(5)]
+    found = {side: json.loads(cora_inspect(*adapters, *flags, "--side", side).stdout) for side in ("input", "output")}
+    captures = {side: [c["shares"] for f in of["findings"] for c in f["captures"]] for side, of in found.items()}
+    assert all(shares[POOLED] == pytest.approx(1) for shares in captures["input"])
+    assert all((START in shares) == told for shares in captures["input"])
+    assert not any(START in shares for shares in captures["output"]), "B began at zero"
+    expected = "No common subspace is shown: " if told else "There is a common subspace: "
+    assert found["input"]["verdict"]["headline"].startswith(expected)
 
 
 def finished_run(path: Path, loss: float, basis: Path | None, seed: int = 0) -> list[str]:

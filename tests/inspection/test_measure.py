@@ -22,6 +22,7 @@ from cora_cli.inspection.measure import (
     OWN,
     PAPER,
     POOLED,
+    START,
     WEIGHTS,
     chance_of,
     measure,
@@ -39,10 +40,15 @@ def share(basis: np.ndarray, matrix: np.ndarray) -> float:
     return float(np.linalg.norm(basis.T @ matrix) ** 2 / np.linalg.norm(matrix) ** 2)
 
 
-def found_of(base, models, rank, bases=None):
-    sources = {name: ArraySource({NAME: weight}, name) for name, weight in models.items()}
-    of_base = None if base is None else ArraySource({NAME: base}, BASE)
-    [found] = measure(sources, of_base, bases or {}, rank, ("q_proj",), CPU, {})
+def found_of(base, models, rank, bases=None, side="output"):
+    """What is found of matrices whose rows are what is compared: for the input side, weights are stored transposed."""
+
+    def source(matrix, name):
+        return ArraySource({NAME: matrix.T if side == "input" else matrix}, name)
+
+    sources = {name: source(matrix, name) for name, matrix in models.items()}
+    of_base = None if base is None else source(base, BASE)
+    [found] = measure(sources, of_base, bases or {}, rank, ("q_proj",), CPU, {}, side)
     return found
 
 
@@ -51,18 +57,20 @@ def found_of(base, models, rank, bases=None):
     rows=st.integers(3, 14),
     columns=st.integers(3, 14),
     models=st.integers(1, 4),
+    side=st.sampled_from(["output", "input"]),
     seed=st.integers(0, 999),
     data=st.data(),
 )
-def test_every_number_equals_the_dense_reference(rows, columns, models, seed, data):
+def test_every_number_equals_the_dense_reference(rows, columns, models, side, seed, data):
     rank = data.draw(st.integers(1, min(rows, columns) - 1))
     generator = np.random.default_rng(seed)
     base = generator.standard_normal((rows, columns))
     deltas = {f"m{n}": 0.3 * generator.standard_normal((rows, columns)) for n in range(models)}
     weights = {name: base + delta for name, delta in deltas.items()}
     given_basis = np.linalg.qr(generator.standard_normal((rows, rank)))[0]
-    found = found_of(base, weights, rank, {"file": lambda module, out: torch.from_numpy(given_basis.copy())})
-    assert (found.kind, found.layer, found.shape) == ("q_proj", 3, (rows, columns))
+    found = found_of(base, weights, rank, {"file": lambda module, out: torch.from_numpy(given_basis.copy())}, side)
+    assert (found.kind, found.layer) == ("q_proj", 3)
+    assert found.shape == ((rows, columns) if side == "output" else (columns, rows))
     for name, delta in deltas.items():
         assert found.sizes[name] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(base))
     own = left(base, rank)
@@ -178,7 +186,8 @@ class FactoredSource(ArraySource):
         return self.factors
 
 
-def test_adapters_of_one_base_are_held_in_factors_and_measured_as_if_they_were_whole():
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_adapters_of_one_base_are_held_in_factors_and_measured_as_if_they_were_whole(side):
     generator = np.random.default_rng(0)
     base = generator.standard_normal((12, 10))
     factors = {
@@ -186,8 +195,11 @@ def test_adapters_of_one_base_are_held_in_factors_and_measured_as_if_they_were_w
         for name, size in (("a", 2), ("b", 3), ("c", 2), ("untouched", 0))
     }
     adapters = {name: FactoredSource(base, pair) for name, pair in factors.items()}
-    [found] = measure(adapters, ArraySource({NAME: base}, BASE), {}, 4, ("q_proj",), CPU, {})
-    expected = found_of(base, {name: base + left @ right for name, (left, right) in factors.items()}, 4)
+    [found] = measure(adapters, ArraySource({NAME: base}, BASE), {}, 4, ("q_proj",), CPU, {}, side)
+    wholes = {name: base + left @ right for name, (left, right) in factors.items()}
+    if side == "input":
+        base, wholes = base.T, {name: whole.T for name, whole in wholes.items()}
+    expected = found_of(base, wholes, 4, side=side)
     assert found.sizes == pytest.approx(expected.sizes)
     assert found.sizes["untouched"] == 0
     for one, other in zip(found.overlaps, expected.overlaps, strict=True):
@@ -196,3 +208,22 @@ def test_adapters_of_one_base_are_held_in_factors_and_measured_as_if_they_were_w
     for one, other in zip(found.captures, expected.captures, strict=True):
         assert one.left_out == other.left_out
         assert one.shares == pytest.approx(other.shares, abs=1e-9)
+
+
+def test_what_the_others_began_with_is_a_control_of_as_many_directions_as_theirs():
+    generator = np.random.default_rng(0)
+    base = generator.standard_normal((12, 10))
+    frames = [np.linalg.qr(generator.standard_normal((12, 2)))[0] for _ in range(2)]
+    deltas = {name: generator.standard_normal((12, 10)) for name in "abc"}
+    sources = {name: ArraySource({NAME: base + delta}, name) for name, delta in deltas.items()}
+    for shared in (True, False):
+        begun = {"a": frames[0], "b": frames[0] if shared else frames[1]}  # of c it is not known
+        starts = {name: lambda module, rows, frame=frame: torch.from_numpy(frame) for name, frame in begun.items()}
+        [found] = measure(sources, ArraySource({NAME: base}, BASE), {}, 5, ("q_proj",), CPU, {}, "output", starts)
+        for capture in found.captures:
+            known = np.hstack([frame for name, frame in begun.items() if name != capture.left_out])
+            span = left(known, np.linalg.matrix_rank(known))
+            assert span.shape[1] == (2 if shared or capture.left_out != "c" else 4)
+            held = share(span, deltas[capture.left_out])
+            filled = (5 - span.shape[1]) / (12 - span.shape[1])
+            assert capture.shares[START] == pytest.approx(held + (1 - held) * filled)

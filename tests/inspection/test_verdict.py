@@ -2,15 +2,16 @@
 
 import pytest
 
-from cora_cli.inspection.measure import BASE, CEILING, CHANCE, OWN, PAPER, POOLED, WEIGHTS, Capture, Findings, Overlap
+from cora_cli.inspection.measure import BASE, CEILING, CHANCE, OWN, PAPER, POOLED, START, WEIGHTS, Capture, Findings, Overlap
 from cora_cli.inspection.verdict import RULE, judge
 
 
-def findings(ways: dict[str, float], own: float = 0.1, of_base: float = 0.99) -> list[Findings]:
-    """One matrix whose captures lie so far on the way from the better control to the ceiling of 0.8."""
-    control = max(own, 0.05)
+def findings(ways: dict[str, float], own: float = 0.1, of_base: float = 0.99, start: float | None = None) -> list[Findings]:
+    """One matrix whose captures lie so far on the way from the best control to the ceiling of 0.8."""
+    control = max(own, start or 0.0, 0.05)
+    known = {} if start is None else {START: start}
     captures = tuple(
-        Capture(name, {POOLED: control + way * (0.8 - control), OWN: own, CHANCE: 0.05, CEILING: 0.8, PAPER: own})
+        Capture(name, {POOLED: control + way * (0.8 - control), OWN: own, CHANCE: 0.05, CEILING: 0.8, PAPER: own, **known})
         for name, way in ways.items()
     )
     overlaps = tuple(Overlap(WEIGHTS, name, BASE, of_base, 0.05, (0.0, 1.0, 2.0)) for name in ways)
@@ -27,9 +28,9 @@ def findings(ways: dict[str, float], own: float = 0.1, of_base: float = 0.99) ->
         (-0.2, "No common subspace is shown:"),
     ],
 )
-@pytest.mark.parametrize("own", [0.01, 0.3])
-def test_the_least_share_of_the_way_over_the_models_decides(least, headline, own):
-    found = judge(findings({"a": 0.9, "b": least, "c": 0.7}, own), ["a", "b", "c"], True, None)
+@pytest.mark.parametrize(("own", "start"), [(0.01, None), (0.3, None), (0.3, 0.2), (0.3, 0.6)])
+def test_the_least_share_of_the_way_over_the_models_decides(least, headline, own, start):
+    found = judge(findings({"a": 0.9, "b": least, "c": 0.7}, own, start=start), ["a", "b", "c"], True, None)
     assert found.headline.startswith(headline)
     assert f"{least:.0%} (b) to 90%" in found.headline
     assert found.ways == pytest.approx({"a": 0.9, "b": least, "c": 0.7})
