@@ -135,7 +135,8 @@ def test_the_saved_configuration_is_that_of_an_ordinary_lora(standard, tiny_mode
     config = json.loads((standard[0] / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["init_lora_weights"] is True
-    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8.0, False)
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8, False)
+    assert type(config["lora_alpha"]) is int
     assert config["inference_mode"] is True
     assert config["base_model_name_or_path"] == str(tiny_model)
     assert {"cora", "basis"}.isdisjoint(config)
