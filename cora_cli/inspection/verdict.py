@@ -13,11 +13,12 @@ FEWEST_MODELS = 3
 
 RULE = (
     "Rule: each model in turn is left out, and its capture by the others' pooled ΔW is averaged over all weight matrices. How far that "
-    "lies on the way from the best control (chance, the base model's own directions, and where adapters tell it the directions that the "
-    f"others' factors began with) to the ceiling (the model's own directions) is its share of the way. The least share over the models decides: from {MOSTLY:.0%} the subspace is common, from "
-    f"{PARTLY:.0%} in part, below that none is shown. The weights' subspaces are the base model's where their mean overlap with its own is at "
-    f"least {SAME:.0%}. Leave-one-out needs {FEWEST_MODELS} models and a base. Models are few and share each other's bases, so no p-value is given. What is "
-    "shared may come from the tasks, but as well from the base, from the recipe or from a common start that is not known here: no number tells which."
+    "lies on the way from the better of two controls (chance, the base model's own directions) to the ceiling (the model's own "
+    f"directions) is its share of the way. The least share over the models decides: from {MOSTLY:.0%} the subspace is common, from "
+    f"{PARTLY:.0%} in part, below that none is shown. Where what the others' adapters began with alone comes {PARTLY:.0%} of that way, nothing is "
+    f"said. The weights' subspaces are the base model's where their mean overlap with its own is at least {SAME:.0%}. Leave-one-out needs "
+    f"{FEWEST_MODELS} models and a base. Models are few and share each other's bases, so no p-value is given. What is shared may come from the tasks, "
+    "but as well from the base, from the recipe or from a common start that is not known here: no number tells which."
 )
 
 
@@ -50,13 +51,14 @@ def shares_of(findings: Sequence[Findings], name: str, share: str) -> list[float
     return [c.shares[share] for one in findings for c in one.captures if c.left_out == name and share in c.shares]
 
 
-def _way(findings: Sequence[Findings], name: str) -> float | None:
-    shares = [c.shares for one in findings for c in one.captures if c.left_out == name and POOLED in c.shares]
+def _way(findings: Sequence[Findings], name: str, share: str = POOLED) -> float | None:
+    """How far `share` comes from the better control to the ceiling; None where the model `name` has no such share."""
+    shares = [c.shares for one in findings for c in one.captures if c.left_out == name and share in c.shares]
     if not shares:
         return None
-    pooled, ceiling = (fmean(one[key] for one in shares) for key in (POOLED, CEILING))
-    control = max(fmean(one.get(key, one[CHANCE]) for one in shares) for key in (CHANCE, OWN, START))
-    return (pooled - control) / (ceiling - control) if ceiling > control else 0.0
+    reached, by_chance, own, ceiling = (fmean(one[key] for one in shares) for key in (share, CHANCE, OWN, CEILING))
+    control = max(by_chance, own)
+    return (reached - control) / (ceiling - control) if ceiling > control else 0.0
 
 
 def _headline(findings: Sequence[Findings], models: Sequence[str], has_base: bool, ways: dict[str, float]) -> str:
@@ -70,13 +72,24 @@ def _headline(findings: Sequence[Findings], models: Sequence[str], has_base: boo
             f"Nothing can be said on a common subspace: leave-one-out needs at least {FEWEST_MODELS} models that differ from the base; of the "
             f"{len(models)} given here {len(changed)} {'does' if len(changed) == 1 else 'do'}."
         )
+    begun = [way for name in ways if (way := _way(findings, name, START)) is not None]
+    if max(begun, default=0.0) >= PARTLY:
+        return (
+            "Nothing can be said on a common subspace: the models are adapters that began with common directions, and these alone come up to "
+            f"{max(begun):.0%} of the way from control to ceiling; compare models whose starts differ, such as those of different seeds."
+        )
     least = min(ways, key=lambda name: ways[name])
-    range_ = f"{ways[least]:.0%} ({least}) to {max(ways.values()):.0%} of the way from control to ceiling"
-    if ways[least] >= MOSTLY:
-        return f"There is a common subspace: the others' directions hold a left-out model's change {range_}."
-    if ways[least] >= PARTLY:
-        return f"There is a common subspace in part: the others' directions hold a left-out model's change {range_}."
-    return f"No common subspace is shown: the others' directions hold a left-out model's change {range_}."
+    found = (
+        "There is a common subspace"
+        if ways[least] >= MOSTLY
+        else "There is a common subspace in part"
+        if ways[least] >= PARTLY
+        else "No common subspace is shown"
+    )
+    return (
+        f"{found}: the others' directions hold a left-out model's change {ways[least]:.0%} ({least}) to {max(ways.values()):.0%} of the way "
+        "from control to ceiling."
+    )
 
 
 def _weights(findings: Sequence[Findings]) -> str | None:

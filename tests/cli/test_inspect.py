@@ -200,7 +200,7 @@ def test_a_start_that_adapters_share_is_no_common_subspace_where_they_tell_it(
     assert all(shares[POOLED] == pytest.approx(1) for shares in captures["input"])
     assert all((START in shares) == told for shares in captures["input"])
     assert not any(START in shares for shares in captures["output"]), "B began at zero"
-    expected = "No common subspace is shown: " if told else "There is a common subspace: "
+    expected = "Nothing can be said on a common subspace: " if told else "There is a common subspace: "
     assert found["input"]["verdict"]["headline"].startswith(expected)
 
 

@@ -7,8 +7,8 @@ from cora_cli.inspection.verdict import RULE, judge
 
 
 def findings(ways: dict[str, float], own: float = 0.1, of_base: float = 0.99, start: float | None = None) -> list[Findings]:
-    """One matrix whose captures lie so far on the way from the best control to the ceiling of 0.8."""
-    control = max(own, start or 0.0, 0.05)
+    """One matrix whose captures lie so far on the way from the better control to the ceiling of 0.8."""
+    control = max(own, 0.05)
     known = {} if start is None else {START: start}
     captures = tuple(
         Capture(name, {POOLED: control + way * (0.8 - control), OWN: own, CHANCE: 0.05, CEILING: 0.8, PAPER: own, **known})
@@ -28,7 +28,7 @@ def findings(ways: dict[str, float], own: float = 0.1, of_base: float = 0.99, st
         (-0.2, "No common subspace is shown:"),
     ],
 )
-@pytest.mark.parametrize(("own", "start"), [(0.01, None), (0.3, None), (0.3, 0.2), (0.3, 0.6)])
+@pytest.mark.parametrize(("own", "start"), [(0.01, None), (0.3, None), (0.3, 0.2), (0.3, 0.34)])
 def test_the_least_share_of_the_way_over_the_models_decides(least, headline, own, start):
     found = judge(findings({"a": 0.9, "b": least, "c": 0.7}, own, start=start), ["a", "b", "c"], True, None)
     assert found.headline.startswith(headline)
@@ -36,6 +36,12 @@ def test_the_least_share_of_the_way_over_the_models_decides(least, headline, own
     assert found.ways == pytest.approx({"a": 0.9, "b": least, "c": 0.7})
     for percent in ("50%", "10%", "90%"):
         assert percent in RULE
+
+
+def test_a_start_in_common_leaves_nothing_to_be_said():
+    found = judge(findings({"a": 0.9, "b": 0.8, "c": 0.7}, own=0.3, start=0.36), ["a", "b", "c"], True, None)
+    assert found.headline.startswith("Nothing can be said on a common subspace: the models are adapters that began")
+    assert "up to 12% of the way" in found.headline
 
 
 def test_two_models_no_base_or_no_models_say_nothing():
