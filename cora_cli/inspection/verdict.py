@@ -87,9 +87,13 @@ def _headline(findings: Sequence[Findings], models: Sequence[str], has_base: boo
         else "No common subspace is shown"
     )
     return (
-        f"{found}: the others' directions hold a left-out model's change {ways[least]:.0%} ({least}) to {max(ways.values()):.0%} of the way "
+        f"{found}: the others' directions hold a left-out model's change {_percent(ways[least])} ({least}) to {_percent(max(ways.values()))} of the way "
         "from control to ceiling."
     )
+
+
+def _percent(share: float) -> str:
+    return f"{round(share, 2) + 0.0:.0%}"  # without the sign of a zero
 
 
 def _weights(findings: Sequence[Findings]) -> str | None:

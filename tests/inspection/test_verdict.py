@@ -38,6 +38,11 @@ def test_the_least_share_of_the_way_over_the_models_decides(least, headline, own
         assert percent in RULE
 
 
+def test_what_rounds_to_nothing_has_no_sign():
+    found = judge(findings({"a": -0.004, "b": 0.004, "c": 0.001}), ["a", "b", "c"], True, None)
+    assert "change 0% (a) to 0% of the way" in found.headline
+
+
 def test_a_start_in_common_leaves_nothing_to_be_said():
     found = judge(findings({"a": 0.9, "b": 0.8, "c": 0.7}, own=0.3, start=0.36), ["a", "b", "c"], True, None)
     assert found.headline.startswith("Nothing can be said on a common subspace: the models are adapters that began")
