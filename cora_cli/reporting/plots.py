@@ -19,6 +19,7 @@ from cora_cli.reporting.verdict import title
 _LINES = ("-", "--", ":", "-.")
 _LEGEND_LETTERS = 118
 """How many letters of a legend fit beside each other in a figure of 7.2 inches."""
+_ABOUT_ONE_SIZE = 1.15
 
 
 def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
@@ -63,7 +64,7 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
         yield render(
             f"{prefix}pareto",
             f"{group.name}: score against trained parameters",
-            f"{bars} Methods of about one size stand side by side. The grey line joins those that no smaller one equals; dashed: the base model, which trains nothing. {sizes}",
+            f"{bars} Methods stand one after another by their trained parameters, those of about one size closer together. The grey line joins those that no smaller one equals; dashed: the base model, which trains nothing. {sizes}",
             lambda figure: _pareto(figure, group, points, palette),
             (7.2, 3.4),
         )
@@ -193,7 +194,7 @@ def _bars(figure: Any, group: Group, palette: Palette, rows: int, columns: int) 
 def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette) -> None:
     preferred = [m for m in ("rougeL", "sacrebleu", "bertscore_f1", "meteor", "rouge1", "rouge2") if m in group.measures][:1]
     measures = [*preferred, *(m for m in group.measures if m == LOSS)]
-    places, ticks = side_by_side([float(line.method.first.trained or 0) for line in points])
+    places, ticks = side_by_side([line.method.first.trained or 0 for line in points])
     axes = figure.subplots(1, len(measures), squeeze=False)[0]
     for ax, measure in zip(axes, measures, strict=True):
         sign = -1 if measure == LOSS else 1
@@ -219,30 +220,26 @@ def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette)
         shown = [line.estimates[measure] for line in group.chosen if measure in line.estimates]
         if shown:
             ax.set_ylim(*_limits(shown))
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, [_rounded(tick) for tick in ticks])
-        ax.minorticks_off()
-        ax.margins(x=0.12)
-        ax.set(xlabel="trained parameters", ylabel=_titled(measure))
+        labels = (_rounded(least) + (f"\n–{_rounded(most)}" if most > least else "") for _, least, most in ticks)
+        ax.set_xticks([middle for middle, *_ in ticks], list(labels))
+        ax.grid(visible=False, axis="x")
+        ax.set(xlabel="trained parameters (not to scale)", ylabel=_titled(measure))
     legend_above(figure, axes)
 
 
-def side_by_side(sizes: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Places on a logarithmic axis for points of these sizes, in their order, moved as little as keeps them apart; and where to put ticks."""
-    import numpy as np
-    from scipy.optimize import isotonic_regression
-
-    logarithms = np.log(sizes)
-    order = np.argsort(logarithms, kind="stable")
-    span = max(float(np.ptp(logarithms)), math.log(2))
-    gaps = min(0.04, 0.5 / len(sizes)) * span * np.arange(len(sizes))
-    places = np.empty(len(sizes))
-    places[order] = isotonic_regression(logarithms[order] - gaps).x + gaps
-    ticks: list[float] = []
-    for size in sorted(sizes):
-        if not ticks or math.log(size / ticks[-1]) > 0.14 * span:
-            ticks.append(size)
-    return np.exp(places).tolist(), ticks
+def side_by_side(sizes: Sequence[int]) -> tuple[list[float], list[tuple[float, int, int]]]:
+    """Places for points of these sizes, in their order: one after another by size, with a gap before each group of other sizes; and the
+    middle of every group with its least and largest size. The sizes of a group are within a factor of `_ABOUT_ONE_SIZE`.
+    """
+    places = [0.0] * len(sizes)
+    groups: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if not groups or sizes[index] > _ABOUT_ONE_SIZE * sizes[groups[-1][0]]:
+            groups.append([])
+        places[index] = sum(map(len, groups)) + len(groups)
+        groups[-1].append(index)
+    ends = [(group[0], group[-1]) for group in groups]
+    return places, [((places[first] + places[last]) / 2, sizes[first], sizes[last]) for first, last in ends]
 
 
 def _series(group: Group, attribute: str) -> dict[str, list[Line]]:

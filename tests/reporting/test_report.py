@@ -1,7 +1,6 @@
 import csv
 import io
 import json
-import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -319,15 +318,18 @@ def test_the_papers_numbers_are_there_with_their_source():
 
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=12))
 @settings(derandomize=True, deadline=None)
-def test_methods_of_one_size_stand_side_by_side_in_the_order_of_size(sizes):
-    places, ticks = side_by_side([float(size) for size in sizes])
+def test_methods_stand_in_the_order_of_size_with_gaps_between_sizes(sizes):
+    places, groups = side_by_side(sizes)
     assert sorted(range(len(sizes)), key=places.__getitem__) == sorted(range(len(sizes)), key=sizes.__getitem__)
-    logarithms = [math.log(place) for place in sorted(places)]
-    gap = min(0.04, 0.5 / len(sizes)) * max(math.log(max(sizes) / min(sizes)), math.log(2))
-    assert all(upper - lower > 0.999 * gap for lower, upper in pairwise(logarithms))
-    assert sum(logarithms) == pytest.approx(sum(map(math.log, sizes)), abs=1e-9)
-    assert set(ticks) <= set(sizes)
+    group_of = {size: number for number, (_, least, most) in enumerate(groups) for size in sizes if least <= size <= most}
+    for (place, size), (after, next_size) in pairwise(sorted(zip(places, sizes, strict=True))):
+        assert after - place == (1 if group_of[size] == group_of[next_size] else 2)
+    assert sum(sum(least <= size <= most for size in sizes) for _, least, most in groups) == len(sizes)
+    assert all(most <= 1.15 * least for _, least, most in groups)
+    assert all(after > 1.15 * least for (_, least, _), (_, after, _) in pairwise(groups))
 
 
-def test_methods_far_apart_stand_where_their_size_is():
-    assert side_by_side([1e3, 1e6, 1e4])[0] == pytest.approx([1e3, 1e6, 1e4])
+def test_methods_of_about_one_size_share_a_mark_in_their_middle():
+    places, groups = side_by_side([1000, 31, 1100, 1000])
+    assert places == [3, 1, 5, 4]
+    assert groups == [(1, 31, 31), (4, 1000, 1100)]
