@@ -85,6 +85,14 @@ def resolve_model(reference: str) -> ModelPath:
     return _fetch(reference, hub_id, revision or None)
 
 
+def resolve_base(reference: str | None) -> ModelPath | None:
+    """The whole model that `--base` names, if it names one. Raises `CoraError` for an adapter, as `resolve_model` does for nothing."""
+    base = resolve_model(reference) if reference else None
+    if base is not None and base.is_adapter:
+        raise CoraError(f"--base {reference} is an adapter, not a whole model; merge that one first")
+    return base
+
+
 def _fetch(reference: str, hub_id: str, revision: str | None) -> ModelPath:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

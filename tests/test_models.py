@@ -6,7 +6,7 @@ import pytest
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.models import EMBEDDED_MODEL, resolve_model
+from cora_cli.models import EMBEDDED_MODEL, resolve_base, resolve_model
 
 
 def make(directory: Path, *names: str) -> Path:
@@ -48,6 +48,14 @@ def test_a_run_directory_stands_for_what_it_trained(kind, is_adapter, tmp_path):
     found = resolve_model(str(tmp_path / "run"))
     assert found.path == tmp_path / "run" / kind
     assert found.is_adapter is is_adapter
+
+
+def test_a_base_is_a_whole_model_or_none_at_all(tiny_model, tmp_path):
+    assert resolve_base(None) is None
+    assert resolve_base(str(tiny_model)) == resolve_model(str(tiny_model))
+    adapter = make(tmp_path / "adapter", "adapter_config.json")
+    with pytest.raises(CoraError, match=f"--base {adapter} is an adapter, not a whole model; merge that one first"):
+        resolve_base(str(adapter))
 
 
 def test_a_run_that_never_ended_is_no_model(tmp_path):

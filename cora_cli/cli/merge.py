@@ -7,7 +7,6 @@ from typing import Literal
 import typer
 
 from cora_cli.cli.command import command
-from cora_cli.errors import CoraError
 from cora_cli.settings import setting
 
 
@@ -34,15 +33,12 @@ def register(app: typer.Typer) -> None:
 def run(config: MergeConfig) -> None:
     """Write base weights plus adapter as a plain model that transformers loads."""
     from cora_cli.adapters.merge import merge_adapter
-    from cora_cli.models import resolve_model
+    from cora_cli.models import resolve_base, resolve_model
 
-    base = resolve_model(config.base) if config.base else None
-    if base is not None and base.is_adapter:
-        raise CoraError(f"--base {config.base} is an adapter, not a whole model; merge that one first")
     written = merge_adapter(
         resolve_model(config.adapter),
         Path(config.output),
-        base=base,
+        base=resolve_base(config.base),
         basis_path=Path(config.basis) if config.basis else None,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
