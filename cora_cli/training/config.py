@@ -131,6 +131,7 @@ class TrainConfig:
                 ("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
+                ("outer_rank", self.outer_rank is None or self.outer_rank >= 1, "at least 1"),
                 ("lora_plus_ratio", self.lora_plus_ratio is None or self.lora_plus_ratio > 0, "positive"),
                 ("warmup_ratio", 0 <= self.warmup_ratio < 1, "at least 0 and below 1"),
                 ("weight_decay", self.weight_decay >= 0, "at least 0"),
@@ -150,13 +151,13 @@ class TrainConfig:
             problems += [
                 f"--{name.replace('_', '-')} goes with an adapter, not with mode full"
                 for name in ("basis", "b_init", "compact", *sorted(OWN_SETTINGS))
-                if getattr(self, name)
+                if self._asked_for(name)
             ]
         else:
             problems += [
                 f"--{name.replace('_', '-')} does not go with mode {self.mode}"
                 for name in sorted(OWN_SETTINGS - MODES[self.mode].takes)
-                if getattr(self, name)
+                if self._asked_for(name)
             ]
         if self.load_in_4bit and (self.mode == "full" or MODES[self.mode].reads_weights):
             problems.append(f"--load-in-4bit does not go with mode {self.mode}, which works on the weights themselves")
@@ -178,6 +179,10 @@ class TrainConfig:
             raise UsageError(f"mode {self.mode} needs --basis FILE (made by {maker}){otherwise}")
         if plan is not None and self.basis and not plan.needs_basis:
             raise UsageError(f"--basis is of no use where B starts as {plan.b_init}; leave it out")
+
+    def _asked_for(self, name: str) -> bool:
+        """Whether an optional setting was given, be it as 0."""
+        return getattr(self, name) is not None and getattr(self, name) is not False
 
     def adapter_plan(self) -> AdapterPlan | None:
         """The adapter that this configuration asks for; None in mode `full`. Raises `UsageError` for contradictions."""

@@ -57,6 +57,11 @@ NEEDED: dict[str, Any] = {"model": "m", "dataset": "d.jsonl", "output_dir": "o"}
             "--load-in-4bit does not go with mode pissa, which works on the weights themselves",
         ),
         ({"outer_rank": 64}, "--outer-rank does not go with mode lora"),
+        ({"outer_rank": 0}, "--outer-rank must be at least 1, not 0; --outer-rank does not go with mode lora"),
+        ({"mode": "full", "alpha": 0.0}, "--alpha goes with an adapter, not with mode full"),
+        ({"mode": "lora-mini", "outer_rank": 0}, "--outer-rank must be at least 1, not 0"),
+        ({"mode": "lora-mini", "outer_rank": -3}, "--outer-rank must be at least 1, not -3"),
+        ({"mode": "vera", "alpha": 0.0}, "--alpha does not go with mode vera"),
         ({"mode": "vera", "alpha": 4.0}, "--alpha does not go with mode vera"),
         (
             {"mode": "lora-mini", "outer_rank": 47},
