@@ -35,10 +35,11 @@ _LIKEWISE = {("weights", "mean"): PAPER, ("delta", "mean"): MEAN, ("delta", "gra
 
 @dataclasses.dataclass(frozen=True)
 class UsedBasis:
-    """A kind of B that runs started from: `rank` columns of a basis file, or random ones. `directions` has one entry, or one per seed
-    of a random B: its draw and the order of the data come from the same seed, so that single draws cannot be told from that.
+    """A kind of B that runs started from: `rank` columns of a basis file, or random ones (as many as the outer rank, where B is a
+    product). `directions` has one entry, or one per seed of a random B: its draw and the order of the data come from the same seed, so
+    that single draws cannot be told from that.
 
-    `losses` are seeds and held-out losses of the runs of one `stratum`: same data, model, mode and rank, at the chosen learning rate.
+    `losses` are seeds and held-out losses of the runs of one `stratum`: same data, model, mode and ranks, at the chosen learning rate.
     """
 
     name: str
@@ -95,7 +96,9 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
         for result in collect(experiment).results:
             if LOSS in result.measures and (key := _key(result)) is not None:
                 row = result.row
-                rates = found.setdefault((f"{row.group}, {row.mode} r={row.rank}", key), {})
+                outer = AdapterPlan.from_dict(result.record["plan"]).outer_rank
+                stratum = f"{row.group}, {row.mode} r={row.rank}{f', outer rank {outer}' if outer else ''}"
+                rates = found.setdefault((stratum, key), {})
                 rates.setdefault((Method((result,)).identity, row.learning_rate), []).append(result)
     if not found:
         raise CoraError(
@@ -189,7 +192,8 @@ def _key(result: Result) -> str | None:
 def _used(stratum: str, key: str, results: list[Result]) -> UsedBasis:
     record, row = results[0].record, results[0].row
     plans = [AdapterPlan.from_dict(result.record["plan"]) for result in results]
-    rank = plans[0].rank
+    rank = plans[0].b_width
+    width = f"outer rank {rank}" if plans[0].outer_rank else f"r={rank}"
     if plans[0].needs_basis:
         basis = read_basis(row.basis or _recorded_path(record, row.name))
         if basis.sha256 != record["basis"]["sha256"]:
@@ -197,10 +201,10 @@ def _used(stratum: str, key: str, results: list[Result]) -> UsedBasis:
                 f"{row.name} was trained with the basis {record['basis']['sha256']}, but {basis.path} is {basis.sha256}"
             )
         of = f"{len(basis.sources)} models" if len(basis.sources) > 1 else basis.sources[0].reference
-        name = f"{basis.path.stem} {basis.sha256[:8]} (of {of}), r={rank}"
+        name = f"{basis.path.stem} {basis.sha256[:8]} (of {of}), {width}"
         directions = {name: start_of(plans[0], basis, "output")}
     else:
-        basis, name = None, f"{key}, r={rank}"
+        basis, name = None, f"{key}, {width}"
         directions = {f"{name}, seed {plan.seed}": start_of(plan, None, "output") for plan in plans}
     return UsedBasis(
         name=name,

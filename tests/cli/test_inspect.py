@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from cora_cli import rundir
 from cora_cli.adapters.install import start_a
+from cora_cli.adapters.modes import Mode
 from cora_cli.adapters.plan import plan_adapter
 from cora_cli.adapters.storage import AdapterFacts
 from cora_cli.basis.artifact import read_basis
@@ -204,13 +205,17 @@ def test_a_start_that_adapters_share_is_no_common_subspace_where_they_tell_it(
     assert found["input"]["verdict"]["headline"].startswith(expected)
 
 
-def finished_run(path: Path, loss: float, basis: Path | None, seed: int = 0) -> list[str]:
-    """A run that started from `basis`, or from a random orthonormal B, as the flags that name it."""
-    write_run(path, Made("fb", "fb", seed, loss=loss, rank=2), np.random.default_rng(0))
+def finished_run(path: Path, loss: float, basis: Path | None, seed: int = 0, outer_rank: int | None = None) -> list[str]:
+    """A run that started from `basis`, or from a random orthonormal B, as the flags that name it; of lora-mini with an outer rank."""
+    mode: Mode = "lora-mini" if outer_rank else "fb"
+    write_run(
+        path, Made(mode, mode, seed, loss=loss, rank=2, b_init="basis" if basis else "orthonormal"), np.random.default_rng(0)
+    )
     record = json.loads((path / "run.json").read_text())
     settings = {"rank": 2, "alpha": 2.0, "rslora": False, "dropout": 0.0, "seed": seed}
+    settings |= {"outer_rank": outer_rank, "has_basis": True} if outer_rank else {}
     b_init = None if basis else "orthonormal"
-    plan = plan_adapter("fb", b_init=b_init, target_modules=("q_proj", "k_proj", "v_proj"), **settings)
+    plan = plan_adapter(mode, b_init=b_init, target_modules=("q_proj", "k_proj", "v_proj"), **settings)
     record["plan"] = plan.as_dict()
     if basis:
         made = read_basis(basis)
@@ -270,6 +275,25 @@ def test_a_basis_of_all_models_is_judged_by_those_made_likewise_of_all_but_one(
     else:
         shares = [capture["shares"][likewise] for finding in found["findings"] for capture in finding["captures"]]
         assert [point["capture"] for point in points] == [pytest.approx(np.mean(shares))]
+
+
+def test_the_basis_of_outer_factors_is_compared_and_labelled_with_the_outer_rank(related: list[Path], tmp_path: Path) -> None:
+    base, *models = related
+    path = tmp_path / "b.safetensors"
+    extract_basis([resolve_model(str(base))], path, BasisChoices(rank=5), None, torch.device("cpu"))
+    flags = [flag for k in (3, 5) for flag in finished_run(tmp_path / f"run{k}", 1.0, path, outer_rank=k)]
+    result = cora_inspect(*models, path, "--base", base, "--rank=5", *flags, "--format=json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [one["stratum"].partition(", ")[2] for one in found["foresight"]] == [
+        f"lora-mini r=2, outer rank {k}" for k in (3, 5)
+    ]
+    narrow, wide = (one["points"][0] for one in found["foresight"])
+    for k, point in ((3, narrow), (5, wide)):
+        assert point["basis"].endswith(f"(of {base}), outer rank {k}")
+    shares = [capture["shares"] for finding in found["findings"] for capture in finding["captures"]]
+    assert [one[wide["basis"]] for one in shares] == [pytest.approx(one["b.safetensors"]) for one in shares]
+    assert narrow["capture"] < wide["capture"]
 
 
 def test_draws_of_a_random_b_are_one_basis_and_losses_are_compared_over_the_seeds_that_all_have(
