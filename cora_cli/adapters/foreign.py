@@ -4,8 +4,11 @@ The methods of the table in `modes` are made by `install` itself; this is mode `
 """
 
 import dataclasses
-from typing import Any
+import json
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from huggingface_hub.dataclasses import type_validator
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig
 
 from cora_cli.errors import CoraError
@@ -15,6 +18,9 @@ _OWN_LOOP = {
     "XLORA": "adapters that are trained already",
     "POLY": "a task number with each example",
 }
+_NO_LINEAR_LAYER = frozenset({"ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS"})
+"""Methods whose targets are blocks or embeddings, and so none of the layers that are adapted here."""
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object", NoneType: "null"}
 _STARTS = (True, False, "gaussian", "orthogonal")
 
 
@@ -22,7 +28,8 @@ def foreign_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
     """PEFT's configuration of `values`, as its `adapter_config.json` has them; where they give no rank to a method that has one, it is
     `rank`.
 
-    Raises `CoraError` for a method that PEFT does not know, that is no adapter of weights, or that needs more than a loss to train by.
+    Raises `CoraError` for a method that PEFT does not know, that is no adapter of weights, or that needs more than a loss to train by,
+    and for a value of another type than PEFT declares.
     """
     kind = str(values["peft_type"]).upper()
     known = {str(member.value): member for member in PEFT_TYPE_TO_CONFIG_MAPPING}
@@ -31,10 +38,12 @@ def foreign_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
     if kind in _OWN_LOOP:
         raise CoraError(f"--peft-config: {kind} needs {_OWN_LOOP[kind]}, which `cora train` does not give")
     made = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind]]
-    if "target_modules" not in {field.name for field in dataclasses.fields(made)} or kind == "ADAPTION_PROMPT":
+    if "target_modules" not in {field.name for field in dataclasses.fields(made)} or kind in _NO_LINEAR_LAYER:
         raise CoraError(
             f"--peft-config: {kind} adapts no weights but what goes into the model, which `cora train` does not train"
         )
+    if kind == "BEFT":
+        raise CoraError("--peft-config: BEFT adds to the bias and not to the weight, so that the adapter could not be merged")
     if values.get("task_type") not in (None, "CAUSAL_LM"):
         raise CoraError(
             f"--peft-config: task_type {values['task_type']!r} is another task than CAUSAL_LM, which `cora train` trains"
@@ -43,9 +52,11 @@ def foreign_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
     settings = ({"r": rank} if has_rank else {}) | {
         key: value for key, value in values.items() if key not in ("peft_type", "inference_mode")
     }
+    types = get_type_hints(made)
     try:
+        settings = {key: _typed(key, value, types.get(key, Any)) for key, value in settings.items()}
         config = made(**{**settings, "task_type": "CAUSAL_LM"})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise refused(kind, error) from error
     if isinstance(config, LoraConfig) and config.init_lora_weights not in _STARTS:
         raise CoraError(
@@ -55,6 +66,31 @@ def foreign_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
     if isinstance(config, LoraConfig) and config.lora_bias:
         raise CoraError("--peft-config: lora_bias changes more than the weight, so that the adapter could not be merged")
     return config
+
+
+def _typed(name: str, value: Any, expected: Any) -> Any:
+    """The value of the field `name`, a whole number as a float where one is declared. Raises `TypeError` where it is something else."""
+    if expected is int and name.endswith("alpha"):
+        expected = float  # PEFT only divides it by the rank
+    for candidate in (value, float(value)) if type(value) is int else (value,):
+        try:
+            type_validator(name, candidate, expected)
+        except TypeError:
+            continue
+        return candidate
+    raise TypeError(f"{name} must be {_in_words(expected)}, not {json.dumps(value)}")
+
+
+def _in_words(expected: Any) -> str:
+    """A type in the words of JSON."""
+    origin, inner = get_origin(expected), get_args(expected)
+    if origin in (Union, UnionType):
+        return " or ".join(_in_words(one) for one in inner)
+    if origin is Literal:
+        return " or ".join(json.dumps(one) for one in inner)
+    if origin in (list, set, tuple):
+        return f"a list of {_in_words(inner[0]).removeprefix('a ')}s"
+    return _WORDS.get(origin or expected, str(expected))
 
 
 def refused(kind: str, error: Exception) -> CoraError:

@@ -63,7 +63,7 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
     config = configuration_of(plan)
     try:
         wrapped = get_peft_model(model, config)
-    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+    except (TypeError, ValueError, AssertionError, NotImplementedError, ImportError) as error:
         if plan.peft is None:
             raise
         raise refused(str(plan.peft["peft_type"]).upper(), error) from error

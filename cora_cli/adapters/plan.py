@@ -111,10 +111,11 @@ def plan_adapter(
     if mode == "peft":
         if not isinstance(peft, dict) or not isinstance(peft.get("peft_type"), str):
             raise UsageError('--peft-config must hold a JSON object with a "peft_type", as PEFT\'s adapter_config.json does')
-        peft = {"target_modules": list(target_modules), **{key: value for key, value in peft.items() if value is not None}}
-        if not isinstance(peft["target_modules"], list):
+        if (named := peft.get("target_modules")) is None:
+            named = list(target_modules)
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
             raise UsageError("--peft-config: target_modules must be a list of names, which --target-modules can give too")
-        target_modules = tuple(map(str, peft["target_modules"]))
+        peft, target_modules = {**peft, "target_modules": named}, tuple(named)
         # Not every method has a rank, or counts it from one.
         rank = found if isinstance(found := peft.get("r"), int) and found > 0 else rank
     if rank < 1:

@@ -1,14 +1,17 @@
 """Every mode of the table, put into a small model: what trains, where it starts, and the starts that are made of W."""
 
+import json
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, PeftType, get_peft_model
 from transformers import LlamaForCausalLM
 
-from cora_cli.adapters.install import factors_of, install_adapter, lora_layers
+from cora_cli.adapters.install import configuration_of, factors_of, install_adapter, lora_layers
 from cora_cli.adapters.modes import MODES
 from cora_cli.adapters.plan import AdapterPlan, plan_adapter
 from cora_cli.adapters.storage import AdapterFacts, load_adapter, save_adapter
@@ -246,6 +249,9 @@ def test_a_lora_from_a_file_trains_both_of_its_factors(load):
         ({"peft_type": "ADALORA"}, "ADALORA needs a call in each step"),
         ({"peft_type": "LORA", "rank": 3}, "PEFT refuses the configuration of LORA: .*rank"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "pissa, olora and mica are modes of their own"),
+        ({"peft_type": "SHADOW"}, "SHADOW adapts no weights but what goes into the model"),
+        ({"peft_type": "TRAINABLE_TOKENS"}, "TRAINABLE_TOKENS adapts no weights but what goes into the model"),
+        ({"peft_type": "BEFT"}, "BEFT adds to the bias and not to the weight, so that the adapter could not be merged"),
         ({"peft_type": "LORA", "lora_bias": True}, "lora_bias changes more than the weight"),
         ({"peft_type": "LORA", "task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS' is another task than CAUSAL_LM"),
         ({"peft_type": "LORA", "modules_to_save": ["lm_head"]}, "trains .*lm_head.*, not only tensors of its own"),
@@ -254,6 +260,51 @@ def test_a_lora_from_a_file_trains_both_of_its_factors(load):
 def test_a_file_that_describes_no_adapter_of_weights_is_refused_with_the_reason(values, said, load):
     with pytest.raises(CoraError, match=said):
         install_adapter(load(), plan("peft", peft=values), None)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"r": "eight"}, 'r must be a whole number, not "eight"'),
+        ({"r": None}, "r must be a whole number, not null"),
+        ({"r": 2.5}, "r must be a whole number, not 2.5"),
+        ({"r": True}, "r must be a whole number, not true"),
+        ({"alpha": None}, "alpha must be a number, not null"),
+        ({"alpha": "8"}, 'alpha must be a number, not "8"'),
+        ({"rank_dropout": [0.1]}, "rank_dropout must be a number, not [0.1]"),
+        ({"init_weights": "no"}, 'init_weights must be true or false, not "no"'),
+        ({"rank_pattern": 3}, "rank_pattern must be an object or null, not 3"),
+        ({"layers_to_transform": "all"}, "layers_to_transform must be a list of whole numbers or a whole number or null"),
+        ({"peft_type": "LORA", "bias": "some"}, 'bias must be "none" or "all" or "lora_only", not "some"'),
+        ({"target_modules": 3}, "target_modules must be a list of names"),
+        ({"target_modules": [3]}, "target_modules must be a list of names"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_naming_the_field_and_what_it_takes(values, said):
+    with pytest.raises(CoraError, match=re.escape(f": {said}")) as caught:
+        configuration_of(plan("peft", peft={"peft_type": "LOHA", **values}))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "kind", ["BOFT", "C3A", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "LORA", "MISS", "OFT", "VBLORA"]
+)
+def test_a_configuration_as_peft_itself_writes_it_is_taken(kind, tmp_path):
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert None in written.values()
+    assert configuration_of(plan("peft", peft=written)).peft_type == kind
+
+
+def test_numbers_that_json_writes_without_a_point_and_alphas_with_one_are_taken():
+    made = configuration_of(plan("peft", peft={**FOREIGN, "rank_dropout": 0, "alpha": 2.5}))
+    assert (made.rank_dropout, made.alpha) == (0.0, 2.5)
+
+
+def test_a_package_that_a_method_needs_and_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(CoraError, match="PEFT refuses the configuration of ADAMSS: scikit-learn is required"):
+        configuration_of(plan("peft", peft={"peft_type": "ADAMSS"}))
 
 
 def test_a_rank_that_the_file_leaves_open_is_that_of_the_flag(load):

@@ -198,6 +198,9 @@ def test_any_method_of_peft_trains_by_its_own_file(
     [
         ('{"peft_type": "LOHA", "rang": 2}', 1, "PEFT refuses the configuration of LOHA"),
         ('{"peft_type": "LOHA", "r": "two"}', 1, "PEFT refuses the configuration of LOHA"),
+        ('{"peft_type": "LOHA", "r": "eight"}', 1, 'configuration of LOHA: r must be a whole number, not "eight"'),
+        ('{"peft_type": "LOHA", "alpha": null}', 1, "configuration of LOHA: alpha must be a number, not null"),
+        ('{"peft_type": "LOHA", "target_modules": 3}', 2, "--peft-config: target_modules must be a list of names"),
         ('{"peft_type": "OFT", "r": 3, "oft_block_size": 16}', 1, "PEFT refuses the configuration of OFT"),
         ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}', 1, "PREFIX_TUNING adapts no weights"),
         ('{"peft_type": "LOHA",', 1, "method.json is not valid JSON"),
