@@ -77,7 +77,8 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
         config.r, config.lora_alpha, config.use_rslora = 2 * facts.plan.rank, 2 * facts.plan.rank * facts.plan.scaling, False
     if isinstance(config, LoraConfig) and float(config.lora_alpha).is_integer():
         config.lora_alpha = int(config.lora_alpha)  # what PEFT's field is, and what others' readers may insist on
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    # Copies, since a safetensors file takes no two names of one tensor, as the random matrices are that layers share.
+    state = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
     config.base_model_name_or_path = facts.base.partition("@")[0] if facts.base_revision else facts.base
     config.revision = facts.base_revision
     config.inference_mode = True

@@ -122,6 +122,18 @@ def test_plain_peft_loads_a_saved_adapter_unchanged(mode, rslora, store, load, r
     )
 
 
+@pytest.mark.parametrize("method", ["RANDLORA", "VERA", "VBLORA"])
+def test_a_method_whose_layers_share_a_tensor_is_stored_and_loaded(method, store, load):
+    sizes = {"r": 8} if method != "VBLORA" else {"num_vectors": 16, "vector_length": 16}
+    directory, expected = store("peft", peft={"peft_type": method, **sizes})
+    assert not torch.equal(expected, logits(load()))
+    for model in (
+        load_adapter(load(), resolve_model(str(directory))),
+        PeftModel.from_pretrained(load(), str(directory)).eval(),
+    ):
+        assert torch.allclose(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_b_of_a_saved_fb_adapter_is_the_basis(standard, basis):
     tensors = load_file(standard[0] / WEIGHTS_FILE)
     assert len(tensors) == 8
