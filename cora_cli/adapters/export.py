@@ -67,9 +67,10 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
     config: Any = wrapped.peft_config[ADAPTER]
     if isinstance(config, LoraConfig) and not config.use_dora:
         return copy.copy(config), get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
+    method = "DoRA" if isinstance(config, LoraConfig) else config.peft_type.value
     none = CoraError(
-        f"PEFT gives no ΔW of low rank for {adapter.reference} ({config.peft_type.value}{', with use_dora' if isinstance(config, LoraConfig) else ''}), so "
-        "no LoRA of its effect can be made; `cora merge` writes it as a plain model"
+        f"PEFT does not convert {method}, the method of {adapter.reference}, to LoRA, so no LoRA of its effect can be made; "
+        "`cora merge` writes it as a plain model"
     )
     if isinstance(config, LoraConfig) or not wrapped.supports_lora_conversion():
         raise none

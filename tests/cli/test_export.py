@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -63,6 +63,39 @@ def test_the_exported_lora_has_the_effect_of_the_run_in_plain_peft(
     found = logits(PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval())
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert (found - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("OFT", {"r": 0, "oft_block_size": 8}),
+        ("BOFT", {"boft_block_size": 4}),
+        ("HRA", {"r": 4}),
+        ("ROAD", {"group_size": 16}),
+        ("IA3", {"feedforward_modules": []}),
+        ("MISS", {"r": 4}),
+        ("HIRA", {"r": 4}),
+        ("SHIRA", {"r": 4}),
+        ("PVERA", {"r": 4}),
+        ("OSF", {}),
+        ("LN_TUNING", {}),
+        ("DoRA", {"use_dora": True}),
+    ],
+)
+def test_a_method_of_which_peft_makes_no_lora_is_refused_by_its_name(
+    method: str, options: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType("LORA" if method == "DoRA" else method)]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    get_peft_model(base, config(target_modules=["q_proj", "v_proj"], **options)).save_pretrained(tmp_path / "adapter")
+    result = cora("export", tmp_path / "adapter", "-o", tmp_path / "lora")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.strip().splitlines()[-1] == (
+        f"cora: error: PEFT does not convert {method}, the method of {tmp_path}/adapter, to LoRA, so no LoRA of its effect can be "
+        "made; `cora merge` writes it as a plain model"
+    )
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_refusals_are_one_line_and_write_nothing(trained: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
