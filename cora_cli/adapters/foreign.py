@@ -20,6 +20,10 @@ _OWN_LOOP = {
 }
 _NO_LINEAR_LAYER = frozenset({"ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS"})
 """Methods whose targets are blocks or embeddings, and so none of the layers that are adapted here."""
+_NOT_MERGED = {
+    "BEFT": "adds to the bias and not to the weight",
+    "LILY": "mixes its factors anew for each input",
+}
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object", NoneType: "null"}
 _STARTS = (True, False, "gaussian", "orthogonal")
 
@@ -42,8 +46,8 @@ def foreign_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
         raise CoraError(
             f"--peft-config: {kind} adapts no weights but what goes into the model, which `cora train` does not train"
         )
-    if kind == "BEFT":
-        raise CoraError("--peft-config: BEFT adds to the bias and not to the weight, so that the adapter could not be merged")
+    if kind in _NOT_MERGED:
+        raise CoraError(f"--peft-config: {kind} {_NOT_MERGED[kind]}, so that the adapter could not be merged")
     if values.get("task_type") not in (None, "CAUSAL_LM"):
         raise CoraError(
             f"--peft-config: task_type {values['task_type']!r} is another task than CAUSAL_LM, which `cora train` trains"
@@ -65,6 +69,10 @@ def foreign_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
         )
     if isinstance(config, LoraConfig) and config.lora_bias:
         raise CoraError("--peft-config: lora_bias changes more than the weight, so that the adapter could not be merged")
+    if isinstance(config, LoraConfig) and config.alora_invocation_tokens:
+        raise CoraError(
+            "--peft-config: alora_invocation_tokens changes a part of the tokens alone, so that the adapter could not be merged"
+        )
     return config
 
 
@@ -85,12 +93,13 @@ def _in_words(expected: Any) -> str:
     """A type in the words of JSON."""
     origin, inner = get_origin(expected), get_args(expected)
     if origin in (Union, UnionType):
-        return " or ".join(_in_words(one) for one in inner)
+        # typing keeps one order of equal unions: whichever was written first anywhere.
+        return " or ".join(sorted(map(_in_words, inner), key=lambda word: (word == "null", word)))
     if origin is Literal:
         return " or ".join(json.dumps(one) for one in inner)
-    if origin in (list, set, tuple):
-        return f"a list of {_in_words(inner[0]).removeprefix('a ')}s"
-    return _WORDS.get(origin or expected, str(expected))
+    if origin is list:
+        return f"a list of {word.removeprefix('a ')}s" if (word := _WORDS.get(inner[0])) else "a list"
+    return _WORDS.get(origin or expected, getattr(expected, "__name__", str(expected)))
 
 
 def refused(kind: str, error: Exception) -> CoraError:

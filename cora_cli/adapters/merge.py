@@ -1,13 +1,15 @@
 """Merges an adapter into its base and writes the result as a plain model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 
 from cora_cli import rundir
 from cora_cli.adapters.install import adapted_layers
 from cora_cli.adapters.storage import base_of, check_base, load_adapter
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, reason
 from cora_cli.loading import load_model, load_tokenizer
 from cora_cli.models import ModelPath
 
@@ -38,7 +40,7 @@ def merge_adapter(
     model = load_model(base, _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(adapted_layers(wrapped)))
-    merged = wrapped.merge_and_unload(safe_merge=True)
+    merged = merged_into_base(wrapped, adapter, safe=True)
     try:
         with rundir.atomic_path(output) as temporary:
             merged.save_pretrained(temporary)
@@ -48,3 +50,14 @@ def merge_adapter(
             raise rundir.disk_error(OSError(28, "No space left on device"), output) from error
         raise
     return layers
+
+
+def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False) -> Any:
+    """The base model of `wrapped` with the adapter in its weights; `safe` also refuses weights that would not be finite.
+
+    Raises `CoraError` for a method of PEFT that has no change of the weights to merge.
+    """
+    try:
+        return wrapped.merge_and_unload(safe_merge=safe)
+    except (ValueError, NotImplementedError) as error:
+        raise CoraError(f"adapter {adapter.reference} cannot be merged: {reason(error)}") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from cora_cli.adapters.merge import merge_adapter
+from cora_cli.adapters.merge import merge_adapter, merged_into_base
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError, reason
@@ -39,7 +39,7 @@ def open_transformers(
     model: Any = load_model(base, hardware.dtype, hardware.device, None, config.trust_remote_code)
     if adapter is not None:
         wrapped = load_adapter(model, adapter, Path(config.basis) if config.basis else None)
-        model = wrapped.merge_and_unload() if config.merge else wrapped
+        model = merged_into_base(wrapped, adapter) if config.merge else wrapped
     ends = end_tokens(model.generation_config.eos_token_id, tokenizer)
     return Backend(
         context_length(model.config),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from cora_cli.adapters.install import install_adapter
@@ -89,6 +90,17 @@ def test_an_output_that_exists_is_refused_and_left_alone(make, adapters, tmp_pat
 def test_a_whole_model_is_refused(tiny_model, tmp_path):
     with pytest.raises(CoraError, match="is a whole model: there is nothing to merge"):
         merge_adapter(resolve_model(str(tiny_model)), tmp_path / "merged")
+
+
+@pytest.mark.parametrize("method", ["BEFT", "LILY"])
+def test_a_method_of_peft_that_has_no_weights_to_merge_is_refused_in_one_sentence(method, tiny_model, tmp_path):
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)](target_modules=["q_proj"], task_type="CAUSAL_LM")
+    wrapped = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CoraError, match=rf"adapter {tmp_path}/adapter cannot be merged: .*(not supported|no bias)") as caught:
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_an_adapter_on_a_base_that_it_does_not_fit_is_refused_and_writes_nothing(adapters, tiny_multihead_model, tmp_path):
