@@ -112,11 +112,17 @@ class Basis:
         return directions[:, :rank].clone()
 
     def check_model(
-        self, architecture: Mapping[str, Any], module_shapes: Mapping[str, tuple[int, int]], rank: int, side: Side = "output"
+        self,
+        architecture: Mapping[str, Any],
+        module_shapes: Mapping[str, tuple[int, int]],
+        rank: int,
+        side: Side = "output",
+        flag: str = "--rank",
     ) -> None:
         """Raise `CoraError` unless this basis can serve a model as its B, or as its A where `side` is `input`.
 
-        `architecture` is the model's (see `sources.architecture_of`), `module_shapes` the (out, in) of the modules to be adapted.
+        `architecture` is the model's (see `sources.architecture_of`), `module_shapes` the (out, in) of the modules to be adapted, `flag`
+        what the user sets `rank` by.
         The vocabulary may differ, since fine-tuning adds tokens.
         """
         for key in sorted((self.architecture.keys() & architecture.keys()) - {"vocab_size"}):
@@ -125,7 +131,7 @@ class Basis:
                     f"basis {self.path} was made from models with {key} = {self.architecture[key]}, but this model has "
                     f"{architecture[key]}; extract a basis from models of this architecture"
                 )
-        self._check_rank(rank)
+        self._check_rank(rank, flag)
         for name, (out_features, in_features) in module_shapes.items():
             self.for_module(name, rank, in_features if side == "input" else out_features, side)
 
@@ -145,10 +151,10 @@ class Basis:
                 f"{model.reference} {what}; train that base, or extract again with --base {model.reference}"
             )
 
-    def _check_rank(self, rank: int) -> None:
+    def _check_rank(self, rank: int, flag: str = "--rank") -> None:
         if not 1 <= rank <= self.rank:
             raise CoraError(
-                f"--rank {rank} was asked for, but basis {self.path} holds {self.rank} directions; use --rank {self.rank} or less, "
+                f"{flag} {rank} was asked for, but basis {self.path} holds {self.rank} directions; use {flag} {self.rank} or less, "
                 f"or extract one with --rank {rank}"
             )
 

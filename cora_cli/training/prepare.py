@@ -77,6 +77,7 @@ def prepare(config: TrainConfig) -> Prepared:
             {name: source.shapes[name] for name in targets},
             plan.rank if plan.basis_side == "input" else plan.b_width,
             plan.basis_side,
+            "--outer-rank" if plan.outer_rank else "--rank",
         )
         basis.check_base(source)
     hardware = select_hardware(config.device, config.dtype)

@@ -159,6 +159,17 @@ def test_a_basis_that_does_not_serve_is_refused(
     assert {path.name for path in tmp_path.iterdir()} == {cut.name, other.name}
 
 
+@pytest.mark.parametrize("flags", [["--rank=5"], ["--outer-rank=10"]])
+def test_a_basis_with_fewer_directions_than_the_outer_rank_is_refused_by_that_flag(
+    flags: list[str], usual: list[str], tiny_basis: Path, tmp_path: Path
+) -> None:
+    refused = (
+        f"--outer-rank 10 was asked for, but basis {tiny_basis} holds 8 directions; use --outer-rank 8 or less, or extract one"
+    )
+    assert_refused(cora_train(*usual, "--mode=lora-mini", f"--basis={tiny_basis}", *flags), 1, refused)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_basis_of_the_input_side_serves_as_a_and_is_refused_as_b_of_weights_that_are_not_square(
     usual: list[str], tiny_input_basis: Path, tmp_path: Path
 ) -> None:
