@@ -225,10 +225,11 @@ def start_a(plan: AdapterPlan, name: str, in_features: int, basis: Basis | None 
 def start_directions(plan: AdapterPlan, basis: Basis | None, name: str, features: int, side: Side) -> torch.Tensor | None:
     """What spans the start of B, or of Aᵀ for the input side: (features, r), or (features, k) of the outer part of a product, as drawn.
 
-    None where that factor starts at zero, of ones or of W itself.
+    None where that factor starts at zero, or as W or a file has it.
     """
     if side == "output":
-        return start_b(plan, basis, name, features) if plan.b_init in ("basis", "random", "orthonormal") else None
+        drawn = plan.b_init in ("basis", "ones", "random", "orthonormal")
+        return start_b(plan, basis, name, features) if drawn else None
     if plan.outer_rank is not None:
         return _orthonormal(plan, name, "A", features)
     return start_a(plan, name, features, basis).T if plan.a_init in ("basis", "gaussian", "kaiming") else None

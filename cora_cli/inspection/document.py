@@ -165,7 +165,7 @@ def _captures(inspection: Inspection) -> Table:
     notes = (
         f"Share of ‖ΔW‖_F² of the model in the row inside at most {inspection.rank} directions, mean over weight matrices. {POOLED}, {MEAN}, {PAPER} "
         f"(the paper's basis): leading directions of what all models but that one have. {OWN}: of the base model. "
-        + (f"{START}: of what the others' factors began with, the rest random. " if start else "")
+        + (f"{START}: of what both its adapter and another one's began with, the rest random. " if start else "")
         + f"{CHANCE}: a random basis, k / d. {', '.join((PAPER, OWN, *((START,) if start else ())))} and {CHANCE} have the k directions of "
         f"{POOLED}, fewer than {inspection.rank} where the changes have fewer. {CEILING}: the model's own ΔW. {ALONG}: along {MEAN} as one "
         "direction of the space of matrices (chance there is 1 over the number of weights)."
@@ -232,16 +232,18 @@ def _points(inspection: Inspection) -> Table:
 
 
 def _matrices(inspection: Inspection) -> Table:
+    known = any(START in c.shares for found in inspection.findings for c in found.captures)
+    controls = (POOLED, OWN, *((START,) if known else ()), CHANCE, CEILING)
     rows = []
     for found in inspection.findings:
         cells = [_mean(list(found.sizes.values()))]
         for subspace in (WEIGHTS, DELTA):
             for with_base in (False, True):
                 cells.append(_mean([o.value for o in found.overlaps if o.kind == subspace and (o.other == BASE) is with_base]))
-        for share in (POOLED, OWN, CHANCE, CEILING):
+        for share in controls:
             cells.append(_mean([c.shares[share] for c in found.captures if share in c.shares]))
         rows.append((Cell(found.module), Cell("×".join(map(str, found.shape))), *cells))
-    headers = ("out×in", "size", "W pairs", "W base", "ΔW pairs", "ΔW base", POOLED, OWN, CHANCE, CEILING)
+    headers = ("out×in", "size", "W pairs", "W base", "ΔW pairs", "ΔW base", *controls)
     notes = ("Means over models or pairs: size of the change, overlaps, leave-one-out captures.",)
     return Table("Every weight matrix", ("module", *headers), tuple(rows), notes)
 

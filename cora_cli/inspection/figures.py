@@ -7,7 +7,7 @@ from typing import Any
 
 from cora_cli.inspection.foresight import Foresight
 from cora_cli.inspection.inspect import Inspection
-from cora_cli.inspection.measure import BASE, CEILING, CHANCE, DELTA, MEAN, OWN, PAPER, POOLED, WEIGHTS, Findings
+from cora_cli.inspection.measure import BASE, CEILING, CHANCE, DELTA, MEAN, OWN, PAPER, POOLED, START, WEIGHTS, Findings
 from cora_cli.reporting.canvas import Figure, Palette, render
 from cora_cli.reporting.plots import draw_variance, legend_above
 from cora_cli.reporting.spectra import Spectrum, read_spectra
@@ -36,11 +36,11 @@ def draw(inspection: Inspection) -> Iterator[Figure]:
     )
     yield from _by_layer(
         inspection,
-        {share: _shares(share) for share in (POOLED, MEAN, PAPER, OWN, CEILING, CHANCE, *inspection.bases)},
+        {share: _shares(share) for share in (POOLED, MEAN, PAPER, OWN, START, CEILING, CHANCE, *inspection.bases)},
         "capture",
         "Leave-one-out capture, layer by layer",
         f"Share of ‖ΔW‖_F² of a left-out model inside {r} directions, mean over {len(inspection.models)} models. {POOLED}, {MEAN} and {PAPER} are of the "
-        f"other models, {CEILING} is of the model itself. Dashed: chance.",
+        f"other models, {CEILING} is of the model itself, {START}, where there is one, what both its adapter and another one's began with. Dashed: chance.",
         "captured share",
     )
     if spectra := _spectra(inspection):
@@ -95,13 +95,16 @@ def _lines(figure: Any, curves: dict[str, dict[str, list[tuple[int, float]]]], p
     for ax in axes.flat[len(curves) :]:
         ax.axis("off")
     for ax, (kind, lines) in zip(axes.flat, curves.items(), strict=False):
-        for label, points in lines.items():
+        for place, (label, points) in enumerate(lines.items()):
             xs, ys = zip(*points, strict=True)
             of = label.removesuffix(_ITS_CHANCE)
             if label.endswith(CHANCE):
                 ax.plot(xs, ys, "--", color=palette.color(of), label=label if of == label else None)
             else:
-                ax.plot(xs, ys, "-", color=palette.color(of), marker=palette.marker(of), markersize=3, label=label)
+                width = 3.0 if place == 0 else 1.2  # others may lie upon the first
+                ax.plot(
+                    xs, ys, "-", color=palette.color(of), linewidth=width, marker=palette.marker(of), markersize=3, label=label
+                )
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(title=kind, xlabel="layer", ylim=(0, 1.02))
     for ax in axes[:, 0]:

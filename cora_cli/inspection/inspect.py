@@ -87,6 +87,7 @@ def inspect(
     targets = target_modules or next((one.choices.target_modules for one in bases.values()), DEFAULT_TARGET_MODULES)
     _refuse_copies(models, targets)
     used = used_bases(runs) if runs else []
+    starts, lost = known_starts(dict(zip(models, paths, strict=True)), models, base_source, compared)
     findings = measure(
         models,
         base_source,
@@ -96,7 +97,7 @@ def inspect(
         device,
         {name: directions for one in used for name, directions in one.directions.items()},
         compared,
-        known_starts(dict(zip(models, paths, strict=True)), compared),
+        starts,
     )
     foresight = tuple(foresee(used, models, findings)) if runs else None
     read = [*models.values(), *([base_source] if base_source else [])]
@@ -108,7 +109,7 @@ def inspect(
         side=compared,
         findings=tuple(findings),
         foresight=foresight,
-        verdict=judge(findings, list(models), base_source is not None, foresight),
+        verdict=judge(findings, list(models), base_source is not None, foresight, lost),
         bytes_read=sum(source.bytes_read for source in read),
         seconds=time.perf_counter() - began,
     )

@@ -18,14 +18,14 @@ from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
 from cora_cli.inspection.changes import Change, leave_one_out
 from cora_cli.inspection.spectra import Spectra, spectra
-from cora_cli.inspection.subspaces import chance, energy, gram, leading, overlap, principal_angles
+from cora_cli.inspection.subspaces import chance, energy, gram, in_common, leading, overlap, principal_angles
 from cora_cli.progress import progress
 
 BASE = "base model"
 WEIGHTS, DELTA, FILE = "W", "ΔW", "basis"
 """Of what two subspaces are: of the weights, of their change from the base, or of basis files."""
 POOLED, MEAN, PAPER, ALONG = "pooled ΔW", "mean ΔW", "mean W", "along mean"
-OWN, START, CHANCE, CEILING = "base W", "their start", "chance", "ceiling"
+OWN, START, CHANCE, CEILING = "base W", "common start", "chance", "ceiling"
 """What the energy of a left-out ΔW is measured in; see `Capture`."""
 
 
@@ -57,8 +57,8 @@ class Capture:
     """Shares (0-1) of the energy ‖ΔW‖_F² of the model `left_out` inside bases that were made without it.
 
     POOLED: leading directions of Σ ΔWⱼΔWⱼᵀ over the other models; MEAN: of the mean of their ΔW; PAPER: of the mean of their W
-    (equation 2 of arXiv 2409.02119); OWN: of the base model's W; START: of what the others' factors are known to have begun with, filled
-    up with random directions; CHANCE: k / d for a random basis. PAPER, OWN, START and CHANCE have the k
+    (equation 2 of arXiv 2409.02119); OWN: of the base model's W; START: of what both its adapter and another model's are known to have
+    begun with, filled up with random directions; CHANCE: k / d for a random basis. PAPER, OWN, START and CHANCE have the k
     directions of POOLED, which are fewer than the rank where the changes have fewer. CEILING: of the model's own ΔW, which no basis of
     that rank exceeds; `chance_of` a basis: of as many random directions as that has; ALONG: the share along the others' mean ΔW as one direction of the space of matrices. Other names are bases that
     were given.
@@ -165,16 +165,16 @@ def _measure(
             for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_changes), (FILE, bases))
             for name, frame in frames.items()
         ]
-        for name, others_gram, others_mean in leave_one_out(changes, base_weight.shape):
+        for name, others in leave_one_out(changes, base_weight.shape):
             change, size = changes[name], rank
             shares = {CEILING: change.captured_by(of_changes[name])}
-            if others_gram is not None and others_mean is not None:
-                pooled = leading(others_gram, rank)
+            if others is not None:
+                pooled = others.leading(rank)
                 size = pooled.shape[1]
                 shares[POOLED] = change.captured_by(pooled)
-                shares |= _in_mean(change, others_mean, base_weight, rank, size)
-                if begun := [frame for other, frame in starts.items() if other in changes and other != name]:
-                    shares[START] = _with_random(change, begun, size)
+                shares |= _in_mean(change, others.mean, base_weight, rank, size)
+                if (start := in_common(name, starts)) is not None:
+                    shares[START] = _with_random(change, start[:, :size], size)
             shares |= {CHANCE: chance(1, size, len(base_weight)), OWN: change.captured_by(of_base[:, :size])}
             shares |= {given: change.captured_by(frame) for given, frame in {**hidden, **bases}.items()}
             shares |= {chance_of(given): chance(1, frame.shape[1], len(frame)) for given, frame in bases.items()}
@@ -217,17 +217,16 @@ def _change(source: WeightSource, module: str, base: WeightSource, base_weight: 
     return Change(_read(source, module, device, side) - base_weight if delta is None else _oriented(delta.to(device), side))
 
 
-def _in_mean(change: Change, mean: torch.Tensor, base_weight: torch.Tensor, rank: int, size: int) -> dict[str, float]:
+def _in_mean(change: Change, mean: Change, base_weight: torch.Tensor, rank: int, size: int) -> dict[str, float]:
     """The shares of `change` in the `mean` ΔW of the other models, and in `size` directions of their mean W."""
-    found = {PAPER: change.captured_by(leading(gram(base_weight + mean), size))}
-    if energy(mean) > 0:
-        found |= {MEAN: change.captured_by(leading(gram(mean), rank)), ALONG: change.aligned_with(mean)}
+    found = {PAPER: change.captured_by(leading(gram(mean.add_to(base_weight.clone())), size))}
+    if mean.energy > 0:
+        found |= {MEAN: change.captured_by(mean.leading(rank)), ALONG: change.aligned_with(mean)}
     return found
 
 
-def _with_random(change: Change, frames: list[torch.Tensor], size: int) -> float:
-    """The share of `change` in the leading directions of `frames` together, with random ones of the rest of the space up to `size`."""
-    start = leading(gram(torch.cat(frames, dim=1)), size)
+def _with_random(change: Change, start: torch.Tensor, size: int) -> float:
+    """The share of `change` in the span of `start` and as many random directions of the rest of the space as make up `size`."""
     rows, known = start.shape
     held = change.captured_by(start)
     return held + (1 - held) * (chance(1, size - known, rows - known) if size > known else 0.0)

@@ -2,7 +2,7 @@
 
 JSON: `{"format_version": 1, "models", "base", "bases", "rank", "side", "findings", "foresight", "verdict", "bytes_read", "seconds"}`. `models` maps
 short names to references, `bases` to paths and hashes; a finding has the fields of `measure.Findings`, with its overlaps, captures and
-spectra; `foresight` those of `foresight.Foresight`, null where no runs were given; `verdict` has `headline`, `sentences`, `ways`, `rule`.
+spectra; `foresight` those of `foresight.Foresight`, null where no runs were given; `verdict` has `headline`, `sentences`, `ways`, `unjudged`, `rule`.
 """
 
 import dataclasses

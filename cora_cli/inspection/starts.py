@@ -11,38 +11,78 @@ import torch
 from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import Side, is_target
+from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
 from cora_cli.inspection.measure import Directions
+from cora_cli.inspection.subspaces import leading_of_tall
 from cora_cli.models import ModelPath
 
 
 def start_of(plan: AdapterPlan, basis: Basis | None, side: Side) -> Directions:
-    """Orthonormal directions of the start of B, or of A for the input side, where the plan has such."""
+    """Orthonormal directions of the start of B, or of A for the input side, where the seed or the basis gives one."""
     from cora_cli.adapters.install import start_directions
 
     def directions(module: str, features: int) -> torch.Tensor | None:
         known = basis is None or basis.mapping.group_of(module) in basis.directions
         if not known or not any(is_target(module, target) for target in plan.target_modules):
             return None
-        start = start_directions(plan, basis, module, features, side)
-        return None if start is None else torch.linalg.qr(start.double()).Q
+        return _frame(start_directions(plan, basis, module, features, side))
 
     return directions
 
 
-def known_starts(models: Mapping[str, ModelPath], side: Side) -> dict[str, Directions]:
-    """The starts of those `models` that are adapters of `cora`; one whose basis is no longer where it was has none."""
+def known_starts(
+    models: Mapping[str, ModelPath], sources: Mapping[str, WeightSource], base: WeightSource | None, side: Side
+) -> tuple[dict[str, Directions], tuple[str, ...]]:
+    """The starts of those `models` that are adapters of `cora` on `base`, and the names of those whose basis is not where it was."""
     from cora_cli.adapters.storage import read_facts
 
-    starts = {}
+    starts: dict[str, Directions] = {}
+    lost = []
     for name, model in models.items():
-        facts = read_facts(model.path) if model.is_adapter else None
-        if facts is None:
+        facts = read_facts(model.path) if base is not None and model.is_adapter else None
+        if base is None or facts is None:
+            continue
+        start = facts.plan.b_init if side == "output" else facts.plan.a_init
+        if start in ("zeros", "file"):
+            continue
+        if _is_stored(facts.plan, side):
+            starts[name] = _stored(facts.plan, sources[name], base, side)
             continue
         try:
-            basis = read_basis(Path(facts.basis)) if facts.basis else None
+            basis = _recorded(facts.basis, facts.basis_sha256) if start == "basis" else None
         except CoraError:
-            continue
-        if basis is None or basis.sha256 == facts.basis_sha256:
+            lost.append(name)
+        else:
             starts[name] = start_of(facts.plan, basis, side)
-    return starts
+    return starts, tuple(lost)
+
+
+def _is_stored(plan: AdapterPlan, side: Side) -> bool:
+    """Whether the adapter itself holds the start of that side: in a frozen factor, beside what was taken out of W, or as the span of a
+    product with a trained square matrix (lora-xs)."""
+    factor = "lora_B" if side == "output" else "lora_A"
+    frozen = not any(key.startswith(factor) for key in plan.spec.trained)
+    return frozen or plan.spec.changes_base or (plan.spec.stored_otherwise and plan.outer_rank is None)
+
+
+def _stored(plan: AdapterPlan, source: WeightSource, base: WeightSource, side: Side) -> Directions:
+    def directions(module: str, features: int) -> torch.Tensor | None:
+        if not source.own_rank(module, base):
+            return None
+        left, right = source.own_factors(module, base)
+        factor = left if side == "output" else right.T
+        return _frame(factor[:, plan.rank :] if plan.spec.changes_base else factor)
+
+    return directions
+
+
+def _recorded(path: str | None, sha256: str | None) -> Basis:
+    basis = read_basis(Path(path or ""))
+    if basis.sha256 != sha256:
+        raise CoraError(f"{path} is another basis")
+    return basis
+
+
+def _frame(start: torch.Tensor | None) -> torch.Tensor | None:
+    return None if start is None else leading_of_tall(start.double(), start.shape[1])

@@ -4,10 +4,14 @@ All is float64; bases have orthonormal columns, and nothing depends on their sig
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 
 from cora_cli.basis.gram import EPS, add_gram, empty_gram, top_eigenpairs
+
+_SAME = 0.99
+"""The squared cosine from which a direction counts as lying in a subspace."""
 
 
 def gram(matrix: torch.Tensor) -> torch.Tensor:
@@ -49,6 +53,22 @@ def chance(one: int, other: int, rows: int) -> float:
     For two of rank r, and for the capture, this is r / d.
     """
     return max(one, other) / rows
+
+
+def in_common(name: str, frames: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The directions (rows, k) of the frame of that name that lie in another one of `frames` too; None where there are none.
+
+    They are those at an angle of less than 6 degrees to it, which no two random subspaces have that are small against the space.
+    """
+    if name not in frames:
+        return None
+    own, shared = frames[name], []
+    for other, frame in frames.items():
+        if other != name:
+            vectors, cosines, _ = torch.linalg.svd(own.T @ frame, full_matrices=False)
+            shared.append(own @ vectors[:, cosines.square() > _SAME])
+    together = torch.cat(shared, dim=1) if shared else own[:, :0]
+    return leading_of_tall(together, own.shape[1]) if together.shape[1] else None
 
 
 def principal_angles(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -7,43 +7,56 @@ from statistics import fmean
 from cora_cli.inspection.foresight import Foresight
 from cora_cli.inspection.measure import BASE, CEILING, CHANCE, FILE, OWN, PAPER, POOLED, START, WEIGHTS, Findings
 
-MOSTLY, PARTLY, SAME = 0.5, 0.1, 0.9
-"""The rule's thresholds: of the way from control to ceiling, and of the overlap from which two subspaces count as one."""
+MOSTLY, PARTLY, SAME, ROOM = 0.5, 0.1, 0.9, 0.05
+"""The rule's thresholds: of the way from control to ceiling, of the overlap from which two subspaces count as one, and of the ceiling
+that must lie above the control, so that there is a way at all."""
 FEWEST_MODELS = 3
 
 RULE = (
-    "Rule: each model in turn is left out, and its capture by the others' pooled ΔW is averaged over all weight matrices. How far that "
-    "lies on the way from the better of two controls (chance, the base model's own directions) to the ceiling (the model's own "
-    f"directions) is its share of the way. The least share over the models decides: from {MOSTLY:.0%} the subspace is common, from "
-    f"{PARTLY:.0%} in part, below that none is shown. Where what the others' adapters began with alone comes {PARTLY:.0%} of that way, nothing is "
-    f"said. The weights' subspaces are the base model's where their mean overlap with its own is at least {SAME:.0%}. Leave-one-out needs "
-    f"{FEWEST_MODELS} models and a base. Models are few and share each other's bases, so no p-value is given. What is shared may come from the tasks, "
-    "but as well from the base, from the recipe or from a common start that is not known here: no number tells which."
+    "Rule: each model in turn is left out, and its capture by the others' pooled ΔW is averaged over all weight matrices that it and another model "
+    "changed. How far that lies on the way from the better of two controls (chance, the base model's own directions) to the ceiling (the "
+    "model's own directions) is its share of the way. The least share over the models decides: from "
+    f"{MOSTLY:.0%} the subspace is common, from {PARTLY:.0%} in part, below that none is shown. A model is not judged where the control comes "
+    f"within {ROOM:.0%} of the ceiling, nor where the directions that its adapter began with, so far as another model's did too, come {PARTLY:.0%} of "
+    f"the way. The weights' subspaces are the base model's where their mean overlap with its own is at least {SAME:.0%}. Leave-one-out needs "
+    f"{FEWEST_MODELS} models to judge and a base. Models are few and share each other's bases, so no p-value is given. What is shared may come from the "
+    "tasks, but as well from the base, from the recipe or from a common start that is not known here: no number tells which."
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """`headline` answers whether there is a common subspace; `sentences` say the rest; `ways` is each model's share of the way."""
+    """`headline` answers whether there is a common subspace; `sentences` say the rest; `ways` is each judged model's share of the way, and
+    `unjudged` says why the others have none.
+    """
 
     headline: str
     sentences: tuple[str, ...]
     ways: dict[str, float]
+    unjudged: dict[str, str]
 
 
 def judge(
-    findings: Sequence[Findings], models: Sequence[str], has_base: bool, foresight: Sequence[Foresight] | None
+    findings: Sequence[Findings],
+    models: Sequence[str],
+    has_base: bool,
+    foresight: Sequence[Foresight] | None,
+    lost: Sequence[str] = (),
 ) -> Verdict:
-    """The verdict on what was measured of `models`; `foresight` is None where no runs were given."""
-    ways = {name: way for name in models if (way := _way(findings, name)) is not None}
-    sentences = [sentence for sentence in (_weights(findings), *_files(findings)) if sentence]
+    """The verdict on what was measured of `models`; `foresight` is None where no runs were given, and `lost` are adapters that began with a
+    basis which is not where it was.
+    """
+    unjudged = {name: why for name in models if (why := _objection(findings, name, lost))} if has_base else {}
+    ways = {name: _way(findings, name, POOLED) for name in models if has_base and name not in unjudged}
+    sentences = [_not_judged(unjudged)] if ways and unjudged else []
+    sentences += [sentence for sentence in (_weights(findings), *_files(findings)) if sentence]
     if foresight is None:
         sentences.append(
             "Foresight: no finished runs were given (--runs), so nothing is said on whether these numbers foretell a loss."
         )
     else:
         sentences += [f"Foresight, {found.sentence()}" for found in foresight]
-    return Verdict(_headline(findings, models, has_base, ways), tuple(sentences), ways)
+    return Verdict(_headline(models, has_base, ways, unjudged), tuple(sentences), ways, unjudged)
 
 
 def shares_of(findings: Sequence[Findings], name: str, share: str) -> list[float]:
@@ -51,32 +64,57 @@ def shares_of(findings: Sequence[Findings], name: str, share: str) -> list[float
     return [c.shares[share] for one in findings for c in one.captures if c.left_out == name and share in c.shares]
 
 
-def _way(findings: Sequence[Findings], name: str, share: str = POOLED) -> float | None:
-    """How far `share` comes from the better control to the ceiling; None where the model `name` has no such share."""
-    shares = [c.shares for one in findings for c in one.captures if c.left_out == name and share in c.shares]
+def _objection(findings: Sequence[Findings], name: str, lost: Sequence[str]) -> str | None:
+    """Why the model `name` is not judged; None where it is."""
+    if not any(one.sizes.get(name) for one in findings):
+        return "equals the base in these weights"
+    shares = _shared(findings, name)
     if not shares:
-        return None
-    reached, by_chance, own, ceiling = (fmean(one[key] for one in shares) for key in (share, CHANCE, OWN, CEILING))
-    control = max(by_chance, own)
-    return (reached - control) / (ceiling - control) if ceiling > control else 0.0
+        return "changed no weight that another one changed"
+    if name in lost:
+        return "began with a basis that is not where it was"
+    control, ceiling = _ends(shares)
+    if ceiling - control < ROOM * ceiling:
+        return f"no way to go: the control holds {control:.1%} of the change, the ceiling {ceiling:.1%}"
+    if any(START in one for one in shares) and (way := _way(findings, name, START)) >= PARTLY:
+        return f"began with directions that another one began with, and these alone come {way:.1%} of the way"
+    return None
 
 
-def _headline(findings: Sequence[Findings], models: Sequence[str], has_base: bool, ways: dict[str, float]) -> str:
+def _shared(findings: Sequence[Findings], name: str) -> list[dict[str, float]]:
+    return [c.shares for one in findings for c in one.captures if c.left_out == name and POOLED in c.shares]
+
+
+def _ends(shares: Sequence[dict[str, float]]) -> tuple[float, float]:
+    """The better control and the ceiling."""
+    by_chance, own, ceiling = (fmean(one[key] for one in shares) for key in (CHANCE, OWN, CEILING))
+    return max(by_chance, own), ceiling
+
+
+def _way(findings: Sequence[Findings], name: str, share: str) -> float:
+    """How far `share` comes from control to ceiling; where a matrix has no START, nothing but chance was begun with."""
+    shares = _shared(findings, name)
+    control, ceiling = _ends(shares)
+    return (fmean(one.get(share, one[CHANCE]) for one in shares) - control) / (ceiling - control)
+
+
+def _not_judged(unjudged: dict[str, str]) -> str:
+    whys: dict[str, list[str]] = {}
+    for name, why in unjudged.items():
+        whys.setdefault(why, []).append(name)
+    return "Not judged: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in whys.items()) + "."
+
+
+def _headline(models: Sequence[str], has_base: bool, ways: dict[str, float], unjudged: dict[str, str]) -> str:
+    nothing = "Nothing can be said on a common subspace"
     if not models:
-        return "Nothing can be said on a common subspace: no models were given, so only the bases themselves are described."
+        return f"{nothing}: no models were given, so only the bases themselves are described."
     if not has_base:
-        return "Nothing can be said on a common subspace of the changes: that needs --base, the model that the others were fine-tuned from."
+        return f"{nothing} of the changes: that needs --base, the model that the others were fine-tuned from."
     if len(ways) < FEWEST_MODELS:
-        changed = {capture.left_out for one in findings for capture in one.captures}
-        return (
-            f"Nothing can be said on a common subspace: leave-one-out needs at least {FEWEST_MODELS} models that differ from the base; of the "
-            f"{len(models)} given here {len(changed)} {'does' if len(changed) == 1 else 'do'}."
-        )
-    begun = [way for name in ways if (way := _way(findings, name, START)) is not None]
-    if max(begun, default=0.0) >= PARTLY:
-        return (
-            "Nothing can be said on a common subspace: the models are adapters that began with common directions, and these alone come up to "
-            f"{max(begun):.0%} of the way from control to ceiling; compare models whose starts differ, such as those of different seeds."
+        can = f"of the {len(models)} given here {len(ways)} can be judged."
+        return f"{nothing}: that needs at least {FEWEST_MODELS} models to judge; {can} " + (
+            _not_judged(unjudged) if unjudged else ""
         )
     least = min(ways, key=lambda name: ways[name])
     found = (
@@ -93,7 +131,7 @@ def _headline(findings: Sequence[Findings], models: Sequence[str], has_base: boo
 
 
 def _percent(share: float) -> str:
-    return f"{round(share, 2) + 0.0:.0%}"  # without the sign of a zero
+    return f"{round(share, 3) + 0.0:.1%}"  # without the sign of a zero
 
 
 def _weights(findings: Sequence[Findings]) -> str | None:

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from cora_cli import rundir
-from cora_cli.adapters.install import start_a
+from cora_cli.adapters.install import install_adapter, start_a
 from cora_cli.adapters.modes import Mode
 from cora_cli.adapters.plan import plan_adapter
-from cora_cli.adapters.storage import AdapterFacts
+from cora_cli.adapters.storage import AdapterFacts, save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.basis.extract import extract_basis
@@ -203,6 +204,83 @@ def test_a_start_that_adapters_share_is_no_common_subspace_where_they_tell_it(
     assert not any(START in shares for shares in captures["output"]), "B began at zero"
     expected = "Nothing can be said on a common subspace: " if told else "There is a common subspace: "
     assert found["input"]["verdict"]["headline"].startswith(expected)
+
+
+def trained_adapters(
+    base: Path, root: Path, mode: Mode, seeds: list[int], basis: Path | None = None, **changes: Any
+) -> list[Path]:
+    """Adapters of a mode as a run leaves them, whose trained tensors took one random step each."""
+    paths = []
+    for number, seed in enumerate(seeds):
+        settings = {"rank": 3, "alpha": 6.0, "rslora": False, "dropout": 0.0, "target_modules": ("q_proj",), **changes}
+        plan = plan_adapter(mode, seed=seed, has_basis=basis is not None, **settings)
+        made = read_basis(basis) if basis else None
+        wrapped = install_adapter(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), plan, made)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.03)
+        base_hash = resolve_model(str(base)).content_hash()
+        of_basis = (str(basis), made.sha256) if made else (None, None)
+        paths.append(root / f"{mode}-{number}")
+        save_adapter(wrapped, paths[-1], AdapterFacts(plan, str(base), None, base_hash, *of_basis, compact=False))
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("mode", "side", "changes"),
+    [
+        ("mica", "output", {}),
+        ("milora", "output", {}),
+        ("olora", "input", {}),
+        ("lora-xs", "output", {}),
+        ("lora-xs", "input", {}),
+        ("fb", "output", {"b_init": "ones"}),
+    ],
+)
+def test_a_start_that_the_mode_itself_gives_to_all_is_no_common_subspace(
+    related: list[Path], tmp_path: Path, mode: Mode, side: str, changes: dict[str, Any]
+) -> None:
+    adapters = trained_adapters(related[0], tmp_path, mode, [0, 1, 2], **changes)
+    flags = ("--rank=3", "--target-modules=q_proj", "--format=json", "--side", side)
+    verdict = json.loads(cora_inspect(*adapters, *flags).stdout)["verdict"]
+    assert verdict["headline"].startswith("Nothing can be said on a common subspace: ")
+    assert all("began with directions" in why or "no way to go" in why for why in verdict["unjudged"].values())
+    assert len(verdict["unjudged"]) == 3
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_what_pissa_starts_with_is_the_bases_own(related: list[Path], tmp_path: Path, side: str) -> None:
+    adapters = trained_adapters(related[0], tmp_path, "pissa", [0, 1, 2])
+    flags = ("--rank=3", "--target-modules=q_proj", "--format=json", "--side", side)
+    verdict = json.loads(cora_inspect(*adapters, *flags).stdout)["verdict"]
+    assert verdict["headline"].startswith("No common subspace is shown: ")
+
+
+def test_random_starts_are_common_to_one_seed_alone(related: list[Path], tmp_path: Path) -> None:
+    for mode, side in (("fb", "output"), ("lora-mini", "output"), ("lora-fa", "input"), ("lora-mini", "input")):
+        changes = {"b_init": "orthonormal"} if mode == "fb" else {"outer_rank": 3} if mode == "lora-mini" else {}
+        flags = ("--rank=2", "--target-modules=q_proj", "--format=json", "--side", side)
+        for seeds, unjudged in (([5, 5, 5], 3), ([5, 6, 7], 0)):
+            adapters = trained_adapters(related[0], tmp_path / f"{mode}-{side}-{seeds}", mode, seeds, rank=2, **changes)
+            verdict = json.loads(cora_inspect(*adapters, *flags).stdout)["verdict"]
+            assert len(verdict["unjudged"]) == unjudged, (mode, side, seeds, verdict)
+
+
+def test_a_frozen_basis_is_known_where_its_file_is_gone_and_a_trained_one_is_missed(
+    related: list[Path], tmp_path: Path
+) -> None:
+    base, *models = related
+    basis = basis_of(models[:3], tmp_path / "basis.safetensors", source="delta", base=base)
+    modes: tuple[Mode, ...] = ("fb", "tb")
+    adapters = {mode: trained_adapters(base, tmp_path, mode, [0, 1, 2], basis, rank=2) for mode in modes}
+    basis.rename(tmp_path / "moved.safetensors")
+    flags = ("--rank=2", "--target-modules=q_proj", "--format=json")
+    said = {mode: json.loads(cora_inspect(*paths, *flags).stdout)["verdict"] for mode, paths in adapters.items()}
+    assert all("began with directions that another one" in why for why in said["fb"]["unjudged"].values())
+    assert set(said["tb"]["unjudged"].values()) == {"began with a basis that is not where it was"}
+    assert said["fb"]["ways"] == said["tb"]["ways"] == {}
 
 
 def finished_run(path: Path, loss: float, basis: Path | None, seed: int = 0, outer_rank: int | None = None) -> list[str]:

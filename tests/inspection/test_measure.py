@@ -210,20 +210,20 @@ def test_adapters_of_one_base_are_held_in_factors_and_measured_as_if_they_were_w
         assert one.shares == pytest.approx(other.shares, abs=1e-9)
 
 
-def test_what_the_others_began_with_is_a_control_of_as_many_directions_as_theirs():
+def test_what_two_began_with_is_a_control_of_as_many_directions_as_the_others_have():
     generator = np.random.default_rng(0)
-    base = generator.standard_normal((12, 10))
-    frames = [np.linalg.qr(generator.standard_normal((12, 2)))[0] for _ in range(2)]
-    deltas = {name: generator.standard_normal((12, 10)) for name in "abc"}
+    base = generator.standard_normal((40, 30))
+    deltas = {name: generator.standard_normal((40, 30)) for name in "abcd"}
     sources = {name: ArraySource({NAME: base + delta}, name) for name, delta in deltas.items()}
-    for shared in (True, False):
-        begun = {"a": frames[0], "b": frames[0] if shared else frames[1]}  # of c it is not known
-        starts = {name: lambda module, rows, frame=frame: torch.from_numpy(frame) for name, frame in begun.items()}
-        [found] = measure(sources, ArraySource({NAME: base}, BASE), {}, 5, ("q_proj",), CPU, {}, "output", starts)
-        for capture in found.captures:
-            known = np.hstack([frame for name, frame in begun.items() if name != capture.left_out])
-            span = left(known, np.linalg.matrix_rank(known))
-            assert span.shape[1] == (2 if shared or capture.left_out != "c" else 4)
-            held = share(span, deltas[capture.left_out])
-            filled = (5 - span.shape[1]) / (12 - span.shape[1])
-            assert capture.shares[START] == pytest.approx(held + (1 - held) * filled)
+    shared, own = np.linalg.qr(generator.standard_normal((40, 2)))[0], np.linalg.qr(generator.standard_normal((40, 2)))[0]
+    turned = np.linalg.qr(np.hstack([shared @ [[0.6, -0.8], [0.8, 0.6]], generator.standard_normal((40, 1))]))[0]
+    begun = {"a": shared, "b": turned, "c": own}  # of d nothing is known
+    starts = {name: lambda module, rows, frame=frame: torch.from_numpy(frame) for name, frame in begun.items()}
+    [found] = measure(sources, ArraySource({NAME: base}, BASE), {}, 5, ("q_proj",), CPU, {}, "output", starts)
+    held = {c.left_out: c.shares.get(START) for c in found.captures}
+    assert held.keys() == set("abcd")
+    assert held["c"] is None, "another start than all others"
+    assert held["d"] is None
+    for name in "ab":
+        alone = share(shared, deltas[name])
+        assert held[name] == pytest.approx(alone + (1 - alone) * 3 / 38), name
