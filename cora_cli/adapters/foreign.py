@@ -67,6 +67,10 @@ def foreign_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
             f"--peft-config: the start {config.init_lora_weights} needs data or changes the base; pissa, olora and mica are modes of "
             "their own"
         )
+    if isinstance(config, LoraConfig) and config.target_parameters:
+        raise CoraError(
+            "--peft-config: target_parameters names parameters that are no linear layers, which are not adapted here"
+        )
     if isinstance(config, LoraConfig) and config.lora_bias:
         raise CoraError("--peft-config: lora_bias changes more than the weight, so that the adapter could not be merged")
     if isinstance(config, LoraConfig) and config.alora_invocation_tokens:

@@ -253,6 +253,7 @@ def test_a_lora_from_a_file_trains_both_of_its_factors(load):
         ({"peft_type": "TRAINABLE_TOKENS"}, "TRAINABLE_TOKENS adapts no weights but what goes into the model"),
         ({"peft_type": "LILY"}, "LILY mixes its factors anew for each input, so that the adapter could not be merged"),
         ({"peft_type": "BEFT"}, "BEFT adds to the bias and not to the weight, so that the adapter could not be merged"),
+        ({"peft_type": "LORA", "target_parameters": ["x"]}, "target_parameters names parameters that are no linear layers"),
         ({"peft_type": "LORA", "lora_bias": True}, "lora_bias changes more than the weight"),
         ({"peft_type": "LORA", "alora_invocation_tokens": [5]}, "alora_invocation_tokens changes a part of the tokens alone"),
         ({"peft_type": "LORA", "task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS' is another task than CAUSAL_LM"),

@@ -105,16 +105,25 @@ def test_the_honest_grid_sweeps_every_mode_and_has_every_control() -> None:
     assert grid.train["validation_size"] >= 48
 
 
-def test_the_grid_of_rivals_has_every_mode_at_equal_trained_parameters(smollm2_shapes: ModelFacts) -> None:
+def test_the_grid_of_rivals_has_every_mode_at_equal_trained_parameters_and_at_equal_rank(smollm2_shapes: ModelFacts) -> None:
     grid = load_grid(CONFIGS / "rivals.yaml")
     assert {row.mode for row in grid.rows} == {"base", *MODES} - {"peft"}
-    counts = {row.label: trained_parameters(row, smollm2_shapes) for row in grid.rows if row.mode != "base"}
-    assert counts.pop("vera") == 80_640
-    assert all(count == pytest.approx(counts["fb"], rel=0.02) for count in counts.values())
+    methods = {(row.label, row.rank): row for row in grid.rows if row.mode != "base"}
+    counts = {method: trained_parameters(row, smollm2_shapes) for method, row in methods.items()}
+    wanted = counts[("fb", 48)]
+    near = {method: count for method, count in counts.items() if count == pytest.approx(wanted, rel=0.02)}
+    labels = {label for label, _ in methods}
+    assert {label for label, _ in near} == labels - {"vera"}
+    assert {label for label, rank in methods if rank == 31} == labels
+    assert methods.keys() == {*near, ("vera", 576), *((label, 31) for label in labels)}
+    assert counts[("vera", 576)] == 80_640
     said = " ".join(grid.conditions)
-    assert all(f"{count:,}" in said for count in {80_640, *counts.values()})
-    runs = {label: {(row.learning_rate, row.seed) for row in grid.rows if row.label == label} for label in counts}
-    assert {len(swept) for swept in runs.values()} == {6}
+    assert all(f"{count:,}" in said for count in {80_640, *near.values()})
+    swept = {
+        method: {(row.learning_rate, row.seed) for row in grid.rows if (row.label, row.rank) == method} for method in methods
+    }
+    assert {len(runs) for runs in swept.values()} == {6, 8}
+    assert {seed for runs in swept.values() for _, seed in runs} == {0, 1}
 
 
 @pytest.mark.parametrize("mode", [mode for mode, spec in MODES.items() if spec.trained and mode != "vera"])
