@@ -69,7 +69,6 @@ def test_the_exported_lora_has_the_effect_of_the_run_in_plain_peft(
     ("method", "options"),
     [
         ("OFT", {"r": 0, "oft_block_size": 8}),
-        ("BOFT", {"boft_block_size": 4}),
         ("HRA", {"r": 4}),
         ("ROAD", {"group_size": 16}),
         ("IA3", {"feedforward_modules": []}),
