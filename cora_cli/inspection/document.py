@@ -165,7 +165,11 @@ def _captures(inspection: Inspection) -> Table:
     notes = (
         f"Share of ‖ΔW‖_F² of the model in the row inside at most {inspection.rank} directions, mean over weight matrices. {POOLED}, {MEAN}, {PAPER} "
         f"(the paper's basis): leading directions of what all models but that one have. {OWN}: of the base model. "
-        + (f"{START}: of what both its adapter and another one's began with, the rest random. " if start else "")
+        + (
+            f"{START}: the best of those that both its adapter and another one's began with, made up by random ones. "
+            if start
+            else ""
+        )
         + f"{CHANCE}: a random basis, k / d. {', '.join((PAPER, OWN, *((START,) if start else ())))} and {CHANCE} have the k directions of "
         f"{POOLED}, fewer than {inspection.rank} where the changes have fewer. {CEILING}: the model's own ΔW. {ALONG}: along {MEAN} as one "
         "direction of the space of matrices (chance there is 1 over the number of weights)."

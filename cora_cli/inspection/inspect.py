@@ -87,7 +87,7 @@ def inspect(
     targets = target_modules or next((one.choices.target_modules for one in bases.values()), DEFAULT_TARGET_MODULES)
     _refuse_copies(models, targets)
     used = used_bases(runs) if runs else []
-    starts, lost = known_starts(dict(zip(models, paths, strict=True)), models, base_source, compared)
+    starts, lost = known_starts(dict(zip(models, paths, strict=True)), models, base_source, compared, bases.values())
     findings = measure(
         models,
         base_source,

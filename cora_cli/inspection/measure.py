@@ -57,8 +57,8 @@ class Capture:
     """Shares (0-1) of the energy ‖ΔW‖_F² of the model `left_out` inside bases that were made without it.
 
     POOLED: leading directions of Σ ΔWⱼΔWⱼᵀ over the other models; MEAN: of the mean of their ΔW; PAPER: of the mean of their W
-    (equation 2 of arXiv 2409.02119); OWN: of the base model's W; START: of what both its adapter and another model's are known to have
-    begun with, filled up with random directions; CHANCE: k / d for a random basis. PAPER, OWN, START and CHANCE have the k
+    (equation 2 of arXiv 2409.02119); OWN: of the base model's W; START: the most that as many directions hold of those that both its
+    adapter and another model's are known to have begun with, filled up with random ones; CHANCE: k / d for a random basis. PAPER, OWN, START and CHANCE have the k
     directions of POOLED, which are fewer than the rank where the changes have fewer. CEILING: of the model's own ΔW, which no basis of
     that rank exceeds; `chance_of` a basis: of as many random directions as that has; ALONG: the share along the others' mean ΔW as one direction of the space of matrices. Other names are bases that
     were given.
@@ -174,7 +174,7 @@ def _measure(
                 shares[POOLED] = change.captured_by(pooled)
                 shares |= _in_mean(change, others.mean, base_weight, rank, size)
                 if (start := in_common(name, starts)) is not None:
-                    shares[START] = _with_random(change, start[:, :size], size)
+                    shares[START] = _within(start, change, size)
             shares |= {CHANCE: chance(1, size, len(base_weight)), OWN: change.captured_by(of_base[:, :size])}
             shares |= {given: change.captured_by(frame) for given, frame in {**hidden, **bases}.items()}
             shares |= {chance_of(given): chance(1, frame.shape[1], len(frame)) for given, frame in bases.items()}
@@ -225,10 +225,12 @@ def _in_mean(change: Change, mean: Change, base_weight: torch.Tensor, rank: int,
     return found
 
 
-def _with_random(change: Change, start: torch.Tensor, size: int) -> float:
-    """The share of `change` in the span of `start` and as many random directions of the rest of the space as make up `size`."""
+def _within(start: torch.Tensor, change: Change, size: int) -> float:
+    """The most of `change` that `size` directions in the span of `start`, (rows, k), hold; where that has fewer, they are made up by
+    random ones of the rest of the space."""
     rows, known = start.shape
-    held = change.captured_by(start)
+    values = torch.linalg.svdvals(start.T @ change.factor)[:size]
+    held = energy(values) / change.energy
     return held + (1 - held) * (chance(1, size - known, rows - known) if size > known else 0.0)
 
 

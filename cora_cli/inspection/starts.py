@@ -3,7 +3,7 @@
 Models that share a start share its directions without having learnt them, so `measure` takes these as a control.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -32,9 +32,15 @@ def start_of(plan: AdapterPlan, basis: Basis | None, side: Side) -> Directions:
 
 
 def known_starts(
-    models: Mapping[str, ModelPath], sources: Mapping[str, WeightSource], base: WeightSource | None, side: Side
+    models: Mapping[str, ModelPath],
+    sources: Mapping[str, WeightSource],
+    base: WeightSource | None,
+    side: Side,
+    bases: Collection[Basis],
 ) -> tuple[dict[str, Directions], tuple[str, ...]]:
-    """The starts of those `models` that are adapters of `cora` on `base`, and the names of those whose basis is not where it was."""
+    """The starts of those `models` that are adapters of `cora` on `base`, and the names of those whose basis is neither where it was nor
+    among `bases`.
+    """
     from cora_cli.adapters.storage import read_facts
 
     starts: dict[str, Directions] = {}
@@ -50,7 +56,7 @@ def known_starts(
             starts[name] = _stored(facts.plan, sources[name], base, side)
             continue
         try:
-            basis = _recorded(facts.basis, facts.basis_sha256) if start == "basis" else None
+            basis = _recorded(facts.basis, facts.basis_sha256, bases) if start == "basis" else None
         except CoraError:
             lost.append(name)
         else:
@@ -77,7 +83,10 @@ def _stored(plan: AdapterPlan, source: WeightSource, base: WeightSource, side: S
     return directions
 
 
-def _recorded(path: str | None, sha256: str | None) -> Basis:
+def _recorded(path: str | None, sha256: str | None, given: Collection[Basis]) -> Basis:
+    for basis in given:
+        if basis.sha256 == sha256:
+            return basis
     basis = read_basis(Path(path or ""))
     if basis.sha256 != sha256:
         raise CoraError(f"{path} is another basis")

@@ -10,8 +10,8 @@ import torch
 
 from cora_cli.basis.gram import EPS, add_gram, empty_gram, top_eigenpairs
 
-_SAME = 0.99
-"""The squared cosine from which a direction counts as lying in a subspace."""
+_SAME = 1 - 1e-8
+"""The squared cosine from which a direction counts as lying in a subspace, which it does not by accident."""
 
 
 def gram(matrix: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def chance(one: int, other: int, rows: int) -> float:
 def in_common(name: str, frames: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """The directions (rows, k) of the frame of that name that lie in another one of `frames` too; None where there are none.
 
-    They are those at an angle of less than 6 degrees to it, which no two random subspaces have that are small against the space.
+    Two subspaces of k and l dimensions share k + l − rows whatever they are; only where they share more do they count.
     """
     if name not in frames:
         return None
@@ -66,9 +66,10 @@ def in_common(name: str, frames: Mapping[str, torch.Tensor]) -> torch.Tensor | N
     for other, frame in frames.items():
         if other != name:
             vectors, cosines, _ = torch.linalg.svd(own.T @ frame, full_matrices=False)
-            shared.append(own @ vectors[:, cosines.square() > _SAME])
-    together = torch.cat(shared, dim=1) if shared else own[:, :0]
-    return leading_of_tall(together, own.shape[1]) if together.shape[1] else None
+            same = cosines.square() > _SAME
+            if int(same.sum()) > max(0, own.shape[1] + frame.shape[1] - len(own)):
+                shared.append(own @ vectors[:, same])
+    return leading_of_tall(torch.cat(shared, dim=1), own.shape[1]) if shared else None
 
 
 def principal_angles(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

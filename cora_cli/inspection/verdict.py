@@ -17,8 +17,8 @@ RULE = (
     "changed. How far that lies on the way from the better of two controls (chance, the base model's own directions) to the ceiling (the "
     "model's own directions) is its share of the way. The least share over the models decides: from "
     f"{MOSTLY:.0%} the subspace is common, from {PARTLY:.0%} in part, below that none is shown. A model is not judged where the control comes "
-    f"within {ROOM:.0%} of the ceiling, nor where the directions that its adapter began with, so far as another model's did too, come {PARTLY:.0%} of "
-    f"the way. The weights' subspaces are the base model's where their mean overlap with its own is at least {SAME:.0%}. Leave-one-out needs "
+    f"within {ROOM:.0%} of the ceiling; where as many directions, of those that both its adapter and another one's began with, come {PARTLY:.0%} of the "
+    f"way from chance to the ceiling, or may have, as its basis is not at hand; or where it changed no weight that another one changed. The weights' subspaces are the base model's where their mean overlap with its own is at least {SAME:.0%}. Leave-one-out needs "
     f"{FEWEST_MODELS} models to judge and a base. Models are few and share each other's bases, so no p-value is given. What is shared may come from the "
     "tasks, but as well from the base, from the recipe or from a common start that is not known here: no number tells which."
 )
@@ -47,8 +47,8 @@ def judge(
     basis which is not where it was.
     """
     unjudged = {name: why for name in models if (why := _objection(findings, name, lost))} if has_base else {}
-    ways = {name: _way(findings, name, POOLED) for name in models if has_base and name not in unjudged}
-    sentences = [_not_judged(unjudged)] if ways and unjudged else []
+    ways = {name: _way(findings, name) for name in models if has_base and name not in unjudged}
+    sentences = [_not_judged(unjudged)] if len(ways) >= FEWEST_MODELS and unjudged else []
     sentences += [sentence for sentence in (_weights(findings), *_files(findings)) if sentence]
     if foresight is None:
         sentences.append(
@@ -72,12 +72,13 @@ def _objection(findings: Sequence[Findings], name: str, lost: Sequence[str]) -> 
     if not shares:
         return "changed no weight that another one changed"
     if name in lost:
-        return "began with a basis that is not where it was"
+        return "began with a basis that is not where it was nor given here"
     control, ceiling = _ends(shares)
     if ceiling - control < ROOM * ceiling:
         return f"no way to go: the control holds {control:.1%} of the change, the ceiling {ceiling:.1%}"
-    if any(START in one for one in shares) and (way := _way(findings, name, START)) >= PARTLY:
-        return f"began with directions that another one began with, and these alone come {way:.1%} of the way"
+    by_chance, start = (fmean(one.get(key, one[CHANCE]) for one in shares) for key in (CHANCE, START))
+    if (way := (start - by_chance) / (ceiling - by_chance)) >= PARTLY:
+        return f"began with directions that another one began with, and these alone come {way:.1%} of the way from chance"
     return None
 
 
@@ -91,11 +92,10 @@ def _ends(shares: Sequence[dict[str, float]]) -> tuple[float, float]:
     return max(by_chance, own), ceiling
 
 
-def _way(findings: Sequence[Findings], name: str, share: str) -> float:
-    """How far `share` comes from control to ceiling; where a matrix has no START, nothing but chance was begun with."""
+def _way(findings: Sequence[Findings], name: str) -> float:
     shares = _shared(findings, name)
     control, ceiling = _ends(shares)
-    return (fmean(one.get(share, one[CHANCE]) for one in shares) - control) / (ceiling - control)
+    return (fmean(one[POOLED] for one in shares) - control) / (ceiling - control)
 
 
 def _not_judged(unjudged: dict[str, str]) -> str:
@@ -113,8 +113,11 @@ def _headline(models: Sequence[str], has_base: bool, ways: dict[str, float], unj
         return f"{nothing} of the changes: that needs --base, the model that the others were fine-tuned from."
     if len(ways) < FEWEST_MODELS:
         can = f"of the {len(models)} given here {len(ways)} can be judged."
-        return f"{nothing}: that needs at least {FEWEST_MODELS} models to judge; {can} " + (
-            _not_judged(unjudged) if unjudged else ""
+        return " ".join(
+            [
+                f"{nothing}: that needs at least {FEWEST_MODELS} models to judge; {can}",
+                *([_not_judged(unjudged)] if unjudged else []),
+            ]
         )
     least = min(ways, key=lambda name: ways[name])
     found = (

@@ -227,3 +227,8 @@ def test_what_two_began_with_is_a_control_of_as_many_directions_as_the_others_ha
     for name in "ab":
         alone = share(shared, deltas[name])
         assert held[name] == pytest.approx(alone + (1 - alone) * 3 / 38), name
+    [found] = measure(sources, ArraySource({NAME: base}, BASE), {}, 1, ("q_proj",), CPU, {}, "output", starts)
+    for capture in found.captures:
+        if capture.left_out in "ab":
+            best = np.linalg.norm(shared.T @ deltas[capture.left_out], 2) ** 2 / np.linalg.norm(deltas[capture.left_out]) ** 2
+            assert capture.shares[START] == pytest.approx(best), "of more directions than are taken, the best"

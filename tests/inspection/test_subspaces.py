@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
 
-from cora_cli.inspection.subspaces import captured, chance, gram, leading, overlap, principal_angles
+from cora_cli.inspection.subspaces import captured, chance, gram, in_common, leading, overlap, principal_angles
 
 SHAPES = {"rows": st.integers(2, 24), "columns": st.integers(2, 24), "seed": st.integers(0, 999), "data": st.data()}
 
@@ -71,3 +71,17 @@ def test_chance_is_the_mean_over_random_subspaces(rows, one, other):
     captures = [captured(draw, matrix) for draw in draws]
     for values, expected in ((overlaps, chance(one, other, rows)), (captures, other / rows)):
         assert abs(np.mean(values) - expected) < 4 * np.std(values) / np.sqrt(len(values))
+
+
+@pytest.mark.parametrize("size", [3, 10, 16])
+def test_large_subspaces_have_directions_in_common_by_their_size_alone_which_do_not_count(size):
+    generator = np.random.default_rng(0)
+    frames = {str(n): as_tensor(frame(generator, 20, size)) for n in range(6)}
+    assert all(in_common(name, frames) is None for name in frames)
+    turned = as_tensor(np.linalg.qr(generator.standard_normal((size, size)))[0])
+    found = in_common("0", frames | {"same": frames["0"] @ turned})
+    assert found is not None
+    assert overlap(found, frames["0"]) == pytest.approx(1)
+    assert found.shape == (20, size)
+    part = in_common("0", {"0": frames["0"], "a part": frames["0"][:, :2]})
+    assert (part is None) == (size + 2 > 20 + 2 - 1)
