@@ -66,6 +66,7 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
     except (TypeError, ValueError, AssertionError, NotImplementedError, ImportError) as error:
         if plan.peft is None:
             raise
+        # Each of these is how some method of PEFT says that a value or a layer does not suit it.
         raise refused(str(plan.peft["peft_type"]).upper(), error) from error
     if isinstance(config, LoraConfig):
         # A start of PEFT's own is made once: whoever loads the adapter must not make it again.

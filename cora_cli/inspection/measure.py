@@ -58,10 +58,10 @@ class Capture:
 
     POOLED: leading directions of Σ ΔWⱼΔWⱼᵀ over the other models; MEAN: of the mean of their ΔW; PAPER: of the mean of their W
     (equation 2 of arXiv 2409.02119); OWN: of the base model's W; START: the most that as many directions hold of those that both its
-    adapter and another model's are known to have begun with, filled up with random ones; CHANCE: k / d for a random basis. PAPER, OWN, START and CHANCE have the k
-    directions of POOLED, which are fewer than the rank where the changes have fewer. CEILING: of the model's own ΔW, which no basis of
-    that rank exceeds; `chance_of` a basis: of as many random directions as that has; ALONG: the share along the others' mean ΔW as one direction of the space of matrices. Other names are bases that
-    were given.
+    adapter and another model's are known to have begun with, filled up with random ones; CHANCE: k / d for a random basis. PAPER, OWN,
+    START and CHANCE have the k directions of POOLED, which are fewer than the rank where the changes have fewer. CEILING: of the model's
+    own ΔW, which no basis of that rank exceeds; `chance_of` a basis: of as many random directions as that has; ALONG: the share along the
+    others' mean ΔW as one direction of the space of matrices. Other names are bases that were given.
     """
 
     left_out: str

@@ -18,8 +18,9 @@ RULE = (
     "model's own directions) is its share of the way. The least share over the models decides: from "
     f"{MOSTLY:.0%} the subspace is common, from {PARTLY:.0%} in part, below that none is shown. A model is not judged where the control comes "
     f"within {ROOM:.0%} of the ceiling; where as many directions, of those that both its adapter and another one's began with, come {PARTLY:.0%} of the "
-    f"way from chance to the ceiling, or may have, as its basis is not at hand; or where it changed no weight that another one changed. The weights' subspaces are the base model's where their mean overlap with its own is at least {SAME:.0%}. Leave-one-out needs "
-    f"{FEWEST_MODELS} models to judge and a base. Models are few and share each other's bases, so no p-value is given. What is shared may come from the "
+    "way from chance to the ceiling, or may have, as its basis is not at hand; or where it changed no weight that another one changed. The "
+    f"weights' subspaces are the base model's where their mean overlap with its own is at least {SAME:.0%}. Leave-one-out needs {FEWEST_MODELS} "
+    "models to judge and a base. Models are few and share each other's bases, so no p-value is given. What is shared may come from the "
     "tasks, but as well from the base, from the recipe or from a common start that is not known here: no number tells which."
 )
 
@@ -112,13 +113,10 @@ def _headline(models: Sequence[str], has_base: bool, ways: dict[str, float], unj
     if not has_base:
         return f"{nothing} of the changes: that needs --base, the model that the others were fine-tuned from."
     if len(ways) < FEWEST_MODELS:
-        can = f"of the {len(models)} given here {len(ways)} can be judged."
-        return " ".join(
-            [
-                f"{nothing}: that needs at least {FEWEST_MODELS} models to judge; {can}",
-                *([_not_judged(unjudged)] if unjudged else []),
-            ]
+        needed = (
+            f"that needs at least {FEWEST_MODELS} models to judge; of the {len(models)} given here {len(ways)} can be judged"
         )
+        return f"{nothing}: {needed}." + (f" {_not_judged(unjudged)}" if unjudged else "")
     least = min(ways, key=lambda name: ways[name])
     found = (
         "There is a common subspace"
