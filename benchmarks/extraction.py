@@ -111,8 +111,8 @@ def _measure_ours(directories: Sequence[Path]) -> dict[str, Any]:
     import torch
 
     from cora_cli.basis.choices import BasisChoices
-    from cora_cli.basis.extract import extract_basis
-    from cora_cli.models import resolve_model
+    from cora_cli.extraction.extract import extract_basis
+    from cora_cli.models.references import resolve_model
 
     models = [resolve_model(str(directory)) for directory in directories]
     choices = BasisChoices(rank=RANK, target_modules=PROJECTIONS)

@@ -71,8 +71,8 @@ def load_work(attention: str, dtype: str, dataset: str | None) -> tuple[Any, Any
     from cora_cli.data.encode import encode_records
     from cora_cli.data.formats import load_split
     from cora_cli.device import select_hardware
-    from cora_cli.loading import load_model, load_tokenizer
-    from cora_cli.models import EMBEDDED_MODEL, resolve_model
+    from cora_cli.models.loading import load_model, load_tokenizer
+    from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
     from cora_cli.training.attention import register_packed_attention
 
     register_packed_attention()

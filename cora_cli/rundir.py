@@ -158,6 +158,15 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def tensor_digest(name: str, tensor: Any) -> str:
+    """SHA-256 over name, type, shape and bytes of a CPU tensor."""
+    import torch  # only callers that hold a tensor, and so have imported it, come here
+
+    digest = hashlib.sha256(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def sha256_json(value: Any) -> str:
     """Hex digest of a JSON-serialisable value, independent of key order."""
     return sha256_text(json.dumps(value, sort_keys=True, ensure_ascii=False))

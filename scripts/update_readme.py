@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli.adapters.modes import modes_table
-from cora_cli.tables import markdown_table
+from cora_cli.render.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cora_cli import embedded
 from cora_cli.basis.choices import BasisChoices
-from cora_cli.basis.extract import extract_basis
-from cora_cli.models import resolve_model
+from cora_cli.extraction.extract import extract_basis
+from cora_cli.models.references import resolve_model
+from tests.weights.helpers import make_llama
 
 
 def make_model(directory: Path, seed: int, key_value_heads: int = 2) -> Path:
@@ -81,3 +82,21 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def square_models(tmp_path_factory) -> list[Path]:
+    """Three multi-head models (square q, k, v) of one architecture."""
+    root = tmp_path_factory.mktemp("square")
+    for seed in range(3):
+        make_llama(seed=seed).save_pretrained(root / f"m{seed}")
+    return [root / f"m{seed}" for seed in range(3)]
+
+
+@pytest.fixture(scope="session")
+def grouped_models(tmp_path_factory) -> list[Path]:
+    """Two grouped-query models: k and v are (8, 16), q is (16, 16)."""
+    root = tmp_path_factory.mktemp("grouped")
+    for seed in range(2):
+        make_llama(kv_heads=2, seed=seed).save_pretrained(root / f"m{seed}")
+    return [root / f"m{seed}" for seed in range(2)]

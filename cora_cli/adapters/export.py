@@ -17,8 +17,8 @@ from cora_cli import rundir
 from cora_cli.adapters.install import ADAPTER, adapted_layers
 from cora_cli.adapters.storage import WEIGHTS_FILE, base_of, check_base, load_adapter
 from cora_cli.errors import CoraError
-from cora_cli.loading import load_model
-from cora_cli.models import ModelPath
+from cora_cli.models.loading import load_model
+from cora_cli.models.references import ModelPath
 
 _NEGLIGIBLE = 1e-6
 """Singular values of a ΔW below this part of its largest are rounding errors of its float32 factors."""

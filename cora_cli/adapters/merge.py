@@ -10,8 +10,8 @@ from cora_cli import rundir
 from cora_cli.adapters.install import adapted_layers
 from cora_cli.adapters.storage import base_of, check_base, load_adapter
 from cora_cli.errors import CoraError, reason
-from cora_cli.loading import load_model, load_tokenizer
-from cora_cli.models import ModelPath
+from cora_cli.models.loading import load_model, load_tokenizer
+from cora_cli.models.references import ModelPath
 
 _DTYPES: dict[str, torch.dtype | str] = {"stored": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 

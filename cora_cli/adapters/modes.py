@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from cora_cli.tables import markdown_table
+from cora_cli.render.tables import markdown_table
 
 Mode = Literal[
     "lora",

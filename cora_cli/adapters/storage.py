@@ -24,7 +24,7 @@ from cora_cli.adapters.install import ADAPTER, apply_trained_set, factors_of, lo
 from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.errors import CoraError, reason
-from cora_cli.models import ModelPath, resolve_model
+from cora_cli.models.references import ModelPath, resolve_model
 
 SIDE_FILE = "cora.json"
 COMPACT_FILE = rundir.COMPACT_ADAPTER

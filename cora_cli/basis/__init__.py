@@ -1,1 +1,1 @@
-"""Models -> common subspace: find and stream weights, merge (eq. 2), decompose (eq. 3-5, 7-9), the basis file."""
+"""The basis file and the choices recorded in it."""

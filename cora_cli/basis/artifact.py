@@ -1,23 +1,21 @@
 """The basis file: one safetensors with its directions, their singular values and where they come from.
 
-A file that was cut, altered, or made for another model is refused here; how a basis is made is `extract`'s business.
+A file that was cut, altered, or made for another model is refused here; `extraction` makes it.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
 
 from cora_cli import __version__, rundir
-from cora_cli.basis.checkpoint import tensor_digest
 from cora_cli.basis.choices import BasisChoices, GroupMapping, Side, natural_order
-from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
 
 FORMAT_VERSION = 1
@@ -34,6 +32,16 @@ class SourceRecord:
     reference: str
     revision: str | None
     hash: str
+
+
+class TargetWeights(Protocol):
+    """What `Basis.check_base` has to know of a model: its shapes, and the hash of some of its weights."""
+
+    reference: str
+    shapes: dict[str, tuple[int, int]]
+
+    def content_hash(self, modules: Iterable[str]) -> str:
+        """SHA-256 of the weights of `modules`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Basis:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of tensors and choices, independent of where the file or the models lie."""
-        tensors = {name: tensor_digest(name, tensor) for name, tensor in self.tensors().items()}
+        tensors = {name: rundir.tensor_digest(name, tensor) for name, tensor in self.tensors().items()}
         return rundir.sha256_json({"tensors": tensors, "choices": self.choices.to_json()})
 
     @property
@@ -135,7 +143,7 @@ class Basis:
         for name, (out_features, in_features) in module_shapes.items():
             self.for_module(name, rank, in_features if side == "input" else out_features, side)
 
-    def check_base(self, model: WeightSource) -> None:
+    def check_base(self, model: TargetWeights) -> None:
         """Raise `CoraError` where weight differences are to train a model other than the one they were taken from.
 
         Reads the target weights of `model` under `--source delta`, and nothing otherwise.

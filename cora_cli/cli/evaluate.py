@@ -6,7 +6,7 @@ import typer
 
 from cora_cli.cli.command import command
 from cora_cli.evaluation.config import EvaluateConfig
-from cora_cli.tables import markdown_table, with_interval
+from cora_cli.render.tables import markdown_table, with_interval
 
 if TYPE_CHECKING:
     from cora_cli.evaluation.evaluate import Evaluation

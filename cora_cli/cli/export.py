@@ -29,7 +29,7 @@ def register(app: typer.Typer) -> None:
 def run(config: ExportConfig) -> None:
     """Write a trained adapter as a plain PEFT LoRA of equal effect."""
     from cora_cli.adapters.export import export_adapter
-    from cora_cli.models import resolve_base, resolve_model
+    from cora_cli.models.references import resolve_base, resolve_model
 
     rank = export_adapter(
         resolve_model(config.adapter),

@@ -70,9 +70,9 @@ def register(app: typer.Typer) -> None:
 
 def run(config: ExtractConfig) -> None:
     """Extract the common subspace of fine-tuned models, reading only the target weights, one matrix at a time."""
-    from cora_cli.basis.extract import extract_basis
     from cora_cli.device import select_hardware
-    from cora_cli.models import resolve_model
+    from cora_cli.extraction.extract import extract_basis
+    from cora_cli.models.references import resolve_model
 
     choices = config.choices()
     device = select_hardware(config.device, "auto").device

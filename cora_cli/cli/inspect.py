@@ -56,7 +56,7 @@ def run(config: InspectConfig) -> None:
 
     from cora_cli.device import select_hardware
     from cora_cli.inspection.inspect import inspect
-    from cora_cli.inspection.report import check_output, report
+    from cora_cli.inspection.output import check_output, report
 
     output_dir = Path(config.output_dir) if config.output_dir else None
     check_output(output_dir)

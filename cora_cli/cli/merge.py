@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
 def run(config: MergeConfig) -> None:
     """Write base weights plus adapter as a plain model that transformers loads."""
     from cora_cli.adapters.merge import merge_adapter
-    from cora_cli.models import resolve_base, resolve_model
+    from cora_cli.models.references import resolve_base, resolve_model
 
     written = merge_adapter(
         resolve_model(config.adapter),

@@ -19,8 +19,8 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.evaluation.generate import Engine, end_tokens, transformers_engine
 from cora_cli.evaluation.vllm import VllmEngine, engine_arguments
-from cora_cli.loading import context_length, load_model
-from cora_cli.models import ModelPath
+from cora_cli.models.loading import context_length, load_model
+from cora_cli.models.references import ModelPath
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,8 @@ from cora_cli.evaluation.generate import Request, generate
 from cora_cli.evaluation.metrics import build_metrics, score_all
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
-from cora_cli.loading import load_tokenizer
-from cora_cli.models import ModelPath, resolve_model
+from cora_cli.models.loading import load_tokenizer
+from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 

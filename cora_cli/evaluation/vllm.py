@@ -16,7 +16,7 @@ from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.evaluation.generate import until_end
-from cora_cli.models import ModelPath
+from cora_cli.models.references import ModelPath
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `max_lora_rank`."""

@@ -24,13 +24,13 @@ from cora_cli.experiments.execute import (
 from cora_cli.experiments.grid import Grid, load_grid
 from cora_cli.experiments.inputs import Inputs, ModelFacts, find_inputs, require_on_hub
 from cora_cli.experiments.launch import Launcher, LocalLauncher
-from cora_cli.experiments.plan import Kind, Plan, make_plan
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.slurm import SlurmLauncher, left_jobs
+from cora_cli.experiments.steps import Kind, Plan, make_plan
 from cora_cli.progress import say
+from cora_cli.render.tables import markdown_table
 from cora_cli.settings import DtypeName
-from cora_cli.tables import markdown_table
 
 _HASHES = "hashes.json"
 _NOUNS: dict[Kind, str] = {

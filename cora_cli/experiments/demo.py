@@ -11,19 +11,19 @@ from typing import Any
 from cora_cli import rundir
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
-from cora_cli.basis.extract import extract_basis
-from cora_cli.basis.sources import open_source
 from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import Evaluation, evaluate, paired_differences
 from cora_cli.experiments.tasks import LEARNING_RATE, TASK_BATCH, TASK_EVAL_LIMIT, TASK_RANK, TASK_STEPS, TASKS
-from cora_cli.models import EMBEDDED_MODEL, resolve_model
+from cora_cli.extraction.extract import extract_basis
+from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
 from cora_cli.progress import say
+from cora_cli.render.tables import markdown_table, with_interval
 from cora_cli.settings import DtypeName
-from cora_cli.tables import markdown_table, with_interval
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
+from cora_cli.weights.sources import open_source
 
 DATASET = "builtin:code"
 RANK = 48

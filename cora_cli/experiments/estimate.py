@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices, Share
 from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts, data_key
-from cora_cli.experiments.plan import Plan, Step
 from cora_cli.experiments.rows import Row
+from cora_cli.experiments.steps import Plan, Step
 from cora_cli.experiments.values import Values
 from cora_cli.training.config import TrainConfig
 

@@ -20,8 +20,8 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.launch import Job, Launcher
 from cora_cli.experiments.ledger import Ledger
-from cora_cli.experiments.plan import Plan, Step, plan_record
 from cora_cli.experiments.screen import Screen
+from cora_cli.experiments.steps import Plan, Step, plan_record
 
 _POLL_SECONDS = 0.1
 _LAST_LINES = 6

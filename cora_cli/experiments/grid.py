@@ -20,7 +20,7 @@ from cora_cli.experiments.preset import small
 from cora_cli.experiments.resources import Resources, read_resources
 from cora_cli.experiments.rows import BASIS_KEYS, ROW_KEYS, TRAIN_KEYS, Row, Scope, build_row
 from cora_cli.experiments.values import Values, fields_of, read_yaml, typed, unknown_key
-from cora_cli.models import EMBEDDED_MODEL
+from cora_cli.models.references import EMBEDDED_MODEL
 
 EVALUATE_KEYS = fields_of(
     EvaluateConfig,

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
-from cora_cli.basis.checkpoint import Checkpoint
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, is_target
 from cora_cli.data.formats import DataSplit, Record, load_split
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.rows import SPLIT_KEYS
 from cora_cli.experiments.values import Values
-from cora_cli.models import EMBEDDED_MODEL, ModelPath, resolve_model
+from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, resolve_model
+from cora_cli.weights.checkpoint import Checkpoint
 
 _HUB_SECONDS = 10.0
 

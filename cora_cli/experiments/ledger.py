@@ -12,7 +12,7 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.experiments.plan import SCORING, Step
+from cora_cli.experiments.steps import SCORING, Step
 
 STARTED, FINISHED, FAILED = "started", "finished", "failed"
 _RESULTS = ("adapter/", "model/", "test.jsonl", "predictions.jsonl")

@@ -11,7 +11,7 @@ from cora_cli.adapters.modes import OWN_SETTINGS
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.tasks import LEARNING_RATE, TASK_BATCH, TASK_EVAL_LIMIT, TASK_RANK, TASK_STEPS, TASKS
 from cora_cli.experiments.values import Values
-from cora_cli.models import resolve_model
+from cora_cli.models.references import resolve_model
 
 STEPS, BATCH, HELD_OUT, PROMPTS, NEW_TOKENS, PROMPT_BATCH = 12, 8, 40, 40, 48, 20
 # A step of Adam moves each of all weights by about this much; adapters bear twenty times more.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.experiments.plan import Plan, Step
+from cora_cli.experiments.steps import Plan, Step
 from cora_cli.progress import say
 
 _REDRAW_SECONDS = 0.5

@@ -11,8 +11,8 @@ from functools import cached_property, partial
 
 import torch
 
-from cora_cli.basis.gram import add_gram, empty_gram
-from cora_cli.basis.lowrank import gram_factor
+from cora_cli.extraction.gram import add_gram, empty_gram
+from cora_cli.extraction.lowrank import gram_factor
 from cora_cli.inspection.subspaces import captured, energy, gram, leading, leading_of_tall
 
 

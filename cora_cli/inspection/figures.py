@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
-from cora_cli.inspection.foresight import Foresight
 from cora_cli.inspection.inspect import Inspection
 from cora_cli.inspection.measure import BASE, CEILING, CHANCE, DELTA, MEAN, OWN, PAPER, POOLED, START, WEIGHTS, Findings
-from cora_cli.reporting.canvas import Figure, Palette, render
+from cora_cli.inspection.prediction import Foresight
+from cora_cli.render.canvas import Figure, Palette, render
 from cora_cli.reporting.plots import draw_variance, legend_above
-from cora_cli.reporting.spectra import Spectrum, read_spectra
+from cora_cli.reporting.variance import Spectrum, read_spectra
 
 Value = Callable[[Findings], list[float]]
 _COLUMNS = 3

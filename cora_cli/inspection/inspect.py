@@ -12,13 +12,13 @@ import torch
 
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side, match_targets
-from cora_cli.basis.sources import WeightSource, open_source
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.inspection.foresight import Foresight, foresee, used_bases
 from cora_cli.inspection.measure import BASE, Directions, Findings, measure
+from cora_cli.inspection.prediction import Foresight, foresee, used_bases
+from cora_cli.inspection.sharing import Verdict, judge
 from cora_cli.inspection.starts import known_starts
-from cora_cli.inspection.verdict import Verdict, judge
-from cora_cli.models import ModelPath, resolve_model
+from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.weights.sources import WeightSource, open_source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping
 import torch
 
 from cora_cli.basis.choices import BasisChoices, Side
-from cora_cli.basis.gram import one_thread_pool
-from cora_cli.basis.merge import plan
-from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
+from cora_cli.extraction.gram import one_thread_pool
+from cora_cli.extraction.merge import plan
 from cora_cli.inspection.changes import Change, leave_one_out
 from cora_cli.inspection.spectra import Spectra, spectra
 from cora_cli.inspection.subspaces import chance, energy, gram, in_common, leading, overlap, principal_angles
 from cora_cli.progress import progress
+from cora_cli.weights.sources import WeightSource
 
 BASE = "base model"
 WEIGHTS, DELTA, FILE = "W", "ΔW", "basis"

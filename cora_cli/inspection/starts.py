@@ -11,11 +11,11 @@ import torch
 from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import Side, is_target
-from cora_cli.basis.sources import WeightSource
 from cora_cli.errors import CoraError
 from cora_cli.inspection.measure import Directions
 from cora_cli.inspection.subspaces import leading_of_tall
-from cora_cli.models import ModelPath
+from cora_cli.models.references import ModelPath
+from cora_cli.weights.sources import WeightSource
 
 
 def start_of(plan: AdapterPlan, basis: Basis | None, side: Side) -> Directions:

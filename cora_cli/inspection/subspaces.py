@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from cora_cli.basis.gram import EPS, add_gram, empty_gram, top_eigenpairs
+from cora_cli.extraction.gram import EPS, add_gram, empty_gram, top_eigenpairs
 
 _SAME = 1 - 1e-8
 """The squared cosine from which a direction counts as lying in a subspace, which it does not by accident."""

@@ -13,7 +13,7 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.progress import progress
 from cora_cli.reporting.measures import DAMAGE, LOSS, Measure, damaged, read_evaluation, read_loss
-from cora_cli.reporting.rows import Experiment, Row, StepRecords, clean
+from cora_cli.reporting.report_rows import Experiment, Row, StepRecords, clean
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
-from cora_cli.reporting.rows import clean
+from cora_cli.reporting.report_rows import clean
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 Floats = NDArray[np.float64]

@@ -8,7 +8,7 @@ from typing import Any
 
 from cora_cli.reporting.collect import Result
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.rows import clean
+from cora_cli.reporting.report_rows import clean
 from cora_cli.reporting.summary import Group, Summary
 
 _SHOWN = 6

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from cora_cli.reporting.canvas import INK, Figure, Palette, render
+from cora_cli.render.canvas import INK, Figure, Palette, render
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.spectra import Spectrum
 from cora_cli.reporting.statistics import SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
+from cora_cli.reporting.variance import Spectrum
 from cora_cli.reporting.verdict import title
 
 _LINES = ("-", "--", ":", "-.")

@@ -11,17 +11,18 @@ from pathlib import Path
 from cora_cli import __version__, rundir
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
-from cora_cli.reporting.canvas import Figure, write_plots
+from cora_cli.render.canvas import Figure, write_plots
+from cora_cli.render.document import Block
+from cora_cli.render.html import page
+from cora_cli.render.latex import latex
+from cora_cli.render.text import markdown, terminal
 from cora_cli.reporting.collect import Missing, collect
-from cora_cli.reporting.document import Block, build_document
-from cora_cli.reporting.export import to_csv, to_json
-from cora_cli.reporting.latex import latex
-from cora_cli.reporting.page import page
+from cora_cli.reporting.numbers import to_csv, to_json
 from cora_cli.reporting.plots import draw_figures, draw_variance
-from cora_cli.reporting.rows import find_experiments
-from cora_cli.reporting.spectra import read_spectra
+from cora_cli.reporting.report_document import build_document
+from cora_cli.reporting.report_rows import find_experiments
 from cora_cli.reporting.summary import Summary, summarise
-from cora_cli.reporting.text import markdown, terminal
+from cora_cli.reporting.variance import read_spectra
 
 FILES = {
     "terminal": "report.txt",

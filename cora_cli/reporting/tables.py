@@ -1,60 +1,15 @@
 """Summaries -> tables: which columns and cells there are, and what the marks in them mean.
 
-A table here has no format yet; `text`, `latex` and `page` write it down.
+A table has no format yet; `render` writes it.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 from cora_cli.experiments.paper import paper, paper_tables
+from cora_cli.render.document import Cell, Table
 from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, VALIDATION, Estimate, at_edge
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.verdict import Test, digits, title
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """Plain `text`, or an estimate shown with `digits` decimals, with the paper's number beside it."""
-
-    text: str = "–"
-    estimate: Estimate | None = None
-    digits: int = 3
-    paper: float | None = None
-    bold: bool = False
-
-    @property
-    def value(self) -> str:
-        """The estimate without its interval, or the text."""
-        return f"{self.estimate.value:.{self.digits}f}" if self.estimate else self.text
-
-    @property
-    def interval(self) -> str:
-        """`± 0.012` over seeds, `[0.381, 0.405]` of the bootstrap, nothing for a text."""
-        found = self.estimate
-        if found is None:
-            return ""
-        if found.kind == SEEDS:
-            return f"± {found.half_width:.{self.digits}f}"
-        return f"[{found.low:.{self.digits}f}, {found.high:.{self.digits}f}]"
-
-    @property
-    def printed(self) -> str:
-        """The paper's number in parentheses, if there is one."""
-        return "" if self.paper is None else f"({self.paper:g})"
-
-    def plain(self) -> str:
-        """All of it in one line."""
-        return " ".join(part for part in (self.value, self.interval, self.printed) if part)
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of cells under headers, with notes below; the first column names the row."""
-
-    title: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    notes: tuple[str, ...]
 
 
 def scores_table(group: Group, paper_table: str | None) -> Table:
@@ -109,7 +64,7 @@ def verdict_table(group: Group) -> Table:
                 (
                     Cell(f"{comparison.one.name} minus {comparison.other.name}"),
                     Cell(title(test.measure)),
-                    Cell("–", difference, digits(test.measure)),
+                    _estimated(difference, digits(test.measure)),
                     Cell(_over_seeds(test)),
                     Cell("< 0.001" if test.p_holm < 0.001 else f"{test.p_holm:.3f}"),
                     Cell(f"{test.agreeing} of {test.seeds}" if test.seeds > 1 else "–"),
@@ -161,7 +116,19 @@ def _score(group: Group, line: Line, place: int | None, measure: str) -> Cell:
     estimate, best = line.estimates.get(measure), group.best.get(measure)
     bold = best is not None and best.supported and best.place == place
     paper = line.paper.get(measure) if place is not None else None
-    return Cell("–", estimate, digits(measure), paper, bold)
+    return _estimated(estimate, digits(measure), paper, bold)
+
+
+def _estimated(estimate: Estimate | None, places: int, published: float | None = None, bold: bool = False) -> Cell:
+    """`0.393 ± 0.012` over seeds, `0.393 [0.381, 0.405]` of the bootstrap, or a dash, with the paper's number."""
+    if estimate is None:
+        return Cell(published=published, bold=bold)
+    interval = (
+        f"± {estimate.half_width:.{places}f}"
+        if estimate.kind == SEEDS
+        else f"[{estimate.low:.{places}f}, {estimate.high:.{places}f}]"
+    )
+    return Cell(f"{estimate.value:.{places}f}", interval, published, bold)
 
 
 def _score_notes(group: Group) -> list[str]:

@@ -18,16 +18,16 @@ from cora_cli.adapters.install import configuration_of, target_linears
 from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import match_targets
-from cora_cli.basis.sources import open_source
 from cora_cli.data.encode import EncodedSet, encode_records
 from cora_cli.data.formats import DataSplit, load_split
 from cora_cli.data.templates import TemplateName, choose_template
 from cora_cli.device import Hardware, PackedAttention, select_hardware, select_packed_attention
 from cora_cli.errors import CoraError
-from cora_cli.loading import context_length, load_tokenizer, require_four_bit
-from cora_cli.models import ModelPath, resolve_model
+from cora_cli.models.loading import context_length, load_tokenizer, require_four_bit
+from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
+from cora_cli.weights.sources import open_source
 
 
 @dataclasses.dataclass(frozen=True)

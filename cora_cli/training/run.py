@@ -22,7 +22,7 @@ from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.adapters.storage import AdapterFacts, save_adapter
 from cora_cli.data.encode import EncodedSet
 from cora_cli.errors import CoraError
-from cora_cli.loading import load_model
+from cora_cli.models.loading import load_model
 from cora_cli.progress import progress, say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.attention import register_packed_attention

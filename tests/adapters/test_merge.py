@@ -13,7 +13,7 @@ from cora_cli.adapters.plan import plan_adapter
 from cora_cli.adapters.storage import AdapterFacts, save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
-from cora_cli.models import ModelPath, resolve_model
+from cora_cli.models.references import ModelPath, resolve_model
 
 IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
 

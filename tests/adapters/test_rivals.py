@@ -17,7 +17,7 @@ from cora_cli.adapters.plan import AdapterPlan, plan_adapter
 from cora_cli.adapters.storage import AdapterFacts, load_adapter, save_adapter
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.models import resolve_model
+from cora_cli.models.references import resolve_model
 
 RANK = 4
 SHAPES = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64)}

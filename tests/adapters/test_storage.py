@@ -23,9 +23,9 @@ from cora_cli.adapters.storage import (
 )
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import BasisChoices
-from cora_cli.basis.extract import extract_basis
 from cora_cli.errors import CoraError
-from cora_cli.models import resolve_model
+from cora_cli.extraction.extract import extract_basis
+from cora_cli.models.references import resolve_model
 
 IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
 

@@ -11,11 +11,10 @@ from safetensors.torch import load_file, save_file
 from cora_cli import __version__, rundir
 from cora_cli.basis.artifact import Basis, read_basis, write_basis
 from cora_cli.basis.choices import BasisChoices
-from cora_cli.basis.extract import extract_basis
-from cora_cli.basis.sources import open_source
 from cora_cli.errors import CoraError
-
-from .helpers import CPU, local
+from cora_cli.extraction.extract import extract_basis
+from cora_cli.weights.sources import open_source
+from tests.weights.helpers import CPU, local
 
 Q0 = "model.layers.0.self_attn.q_proj"
 

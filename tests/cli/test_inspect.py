@@ -19,13 +19,13 @@ from cora_cli.adapters.plan import plan_adapter
 from cora_cli.adapters.storage import AdapterFacts, save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
-from cora_cli.basis.extract import extract_basis
 from cora_cli.cli import app
+from cora_cli.extraction.extract import extract_basis
 from cora_cli.inspection.measure import CEILING, MEAN, PAPER, POOLED, START
-from cora_cli.models import resolve_model
-from tests.basis.conftest import make_llama
-from tests.basis.test_adapter_sources import make_adapter
+from cora_cli.models.references import resolve_model
 from tests.reporting.helpers import Made, write_run
+from tests.weights.helpers import make_llama
+from tests.weights.test_adapter_sources import make_adapter
 
 FORMATS = {"inspect.txt", "inspect.md", "inspect.json", "inspect.html"}
 

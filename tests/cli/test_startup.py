@@ -78,8 +78,8 @@ def test_training_imports_no_metric_no_decomposition_and_no_generation(tiny_mode
     assert "cora_cli.training.trainer" in found
     assert not found & (METRICS | {"matplotlib", "tensorboard", "gguf"})
     unused = (
-        "cora_cli.basis.merge",
-        "cora_cli.basis.decompose",
+        "cora_cli.extraction.merge",
+        "cora_cli.extraction.decompose",
         "cora_cli.evaluation.generate",
         "cora_cli.embedded",
         "cora_cli.experiments",

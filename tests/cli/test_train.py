@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cora_cli.basis.choices import BasisChoices
-from cora_cli.basis.extract import extract_basis
 from cora_cli.cli import app
-from cora_cli.models import resolve_model
+from cora_cli.extraction.extract import extract_basis
+from cora_cli.models.references import resolve_model
 from tests.training.helpers import log_lines
 
 

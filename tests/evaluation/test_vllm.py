@@ -25,7 +25,7 @@ from cora_cli.evaluation.vllm import (
     sampling_arguments,
     token_prompts,
 )
-from cora_cli.models import ModelPath, resolve_model
+from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.rundir import RunDirectory
 
 from .helpers import FAST

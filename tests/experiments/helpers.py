@@ -7,7 +7,7 @@ from typing import Any
 from cora_cli import rundir
 from cora_cli.experiments.grid import Grid, build_grid
 from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts
-from cora_cli.experiments.plan import Plan, make_plan
+from cora_cli.experiments.steps import Plan, make_plan
 
 BASE: dict[str, Any] = {
     "name": "tiny",

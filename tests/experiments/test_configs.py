@@ -11,8 +11,8 @@ from cora_cli.experiments.estimate import trained_parameters
 from cora_cli.experiments.grid import Grid, build_grid, load_grid
 from cora_cli.experiments.inputs import Inputs, ModelFacts
 from cora_cli.experiments.paper import paper_tables
-from cora_cli.experiments.plan import make_plan, plan_record
 from cora_cli.experiments.preset import small
+from cora_cli.experiments.steps import make_plan, plan_record
 from cora_cli.experiments.tasks import TASKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -14,8 +14,8 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.ablate import summary
 from cora_cli.experiments.execute import Execution, Outcome, refuse_conflicts, sole_owner, standing, write_plan
 from cora_cli.experiments.launch import LocalLauncher
-from cora_cli.experiments.plan import Plan
 from cora_cli.experiments.screen import Screen, duration
+from cora_cli.experiments.steps import Plan
 from tests.experiments.helpers import BASE, PretendLauncher, grid_of, plan_of
 
 ROWS = ({"mode": "base"}, {"mode": ["fb", "lora"]})

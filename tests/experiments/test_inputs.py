@@ -8,7 +8,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import find_inputs, require_on_hub
-from cora_cli.models import ModelPath
+from cora_cli.models.references import ModelPath
 from tests.experiments.helpers import grid_of
 
 

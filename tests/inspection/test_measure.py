@@ -27,7 +27,7 @@ from cora_cli.inspection.measure import (
     chance_of,
     measure,
 )
-from tests.basis.helpers import CPU, ArraySource
+from tests.weights.helpers import CPU, ArraySource
 
 NAME = "model.layers.3.self_attn.q_proj"
 

@@ -9,7 +9,7 @@ import numpy as np
 from cora_cli import rundir
 from cora_cli.evaluation.metrics import score_all
 from cora_cli.experiments.ledger import Ledger
-from cora_cli.experiments.plan import Step
+from cora_cli.experiments.steps import Step
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.heldout import HeldOutLoss
 

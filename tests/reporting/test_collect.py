@@ -8,7 +8,7 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.rows import find_experiments, read_plan
+from cora_cli.reporting.report_rows import find_experiments, read_plan
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from tests.reporting.helpers import Made, make_grid, plan_entry, record_steps, write_plan
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.paper import paper, paper_row
-from cora_cli.reporting.export import COLUMNS
+from cora_cli.reporting.numbers import COLUMNS
 from cora_cli.reporting.plots import side_by_side
 from cora_cli.reporting.report import FILES, report
+from tests.render.strict_latex import check
 from tests.reporting.helpers import Made, make_grid, plan_entry, write_plan
-from tests.reporting.strict_latex import check
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 EVIL = "<script>alert('x')</script> & \"q\" $x_1$ \\end{table} `|`"

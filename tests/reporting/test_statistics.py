@@ -11,7 +11,7 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics.bleu import SacreBleu
 from cora_cli.reporting.collect import Result
 from cora_cli.reporting.measures import LOSS, Measure
-from cora_cli.reporting.rows import Row
+from cora_cli.reporting.report_rows import Row
 from cora_cli.reporting.statistics import (
     EXAMPLES,
     SEEDS,

@@ -3,7 +3,7 @@ import scipy.stats
 
 from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.rows import read_plan
+from cora_cli.reporting.report_rows import read_plan
 from cora_cli.reporting.summary import summarise
 from cora_cli.reporting.verdict import BASE, BASE_B, BETTER, LORA_RANK, LORA_SIZE, NONE, RANDOM_B, WORSE
 from tests.reporting.helpers import Made, make_grid

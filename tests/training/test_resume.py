@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from cora_cli.basis.choices import BasisChoices
-from cora_cli.basis.extract import extract_basis
 from cora_cli.errors import CoraError
-from cora_cli.models import resolve_model
+from cora_cli.extraction.extract import extract_basis
+from cora_cli.models.references import resolve_model
 from cora_cli.training import run as run_module
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train

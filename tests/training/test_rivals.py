@@ -19,7 +19,7 @@ from cora_cli.adapters.modes import MODES, Mode
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
-from cora_cli.models import resolve_model
+from cora_cli.models.references import resolve_model
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
 

@@ -25,7 +25,7 @@ from cora_cli import embedded, rundir
 from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.metrics.base import Floats, StreamingMetric, check_texts, format_signature, package_version
 from cora_cli.evaluation.metrics.encoding import embeddings
-from cora_cli.models import ModelPath, resolve_model
+from cora_cli.models.references import ModelPath, resolve_model
 
 EMBEDDED_ENCODER = "builtin:all-MiniLM-L6-v2"
 EMBEDDED_LAYER = 6

@@ -1,0 +1,176 @@
+"""Models -> basis file: plan, merge and decompose group after group, write, summarise.
+
+The one entry point of `cora extract-basis`; the mathematics is in `merge` and `decompose`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cora_cli.basis.artifact import Basis, SourceRecord, write_basis
+from cora_cli.basis.choices import BasisChoices
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.extraction.decompose import decompose
+from cora_cli.extraction.gram import one_thread_pool
+from cora_cli.extraction.merge import Group, merge_group, plan
+from cora_cli.models.references import ModelPath
+from cora_cli.progress import progress
+from cora_cli.weights.sources import WeightSource, open_source
+
+
+@dataclasses.dataclass(frozen=True)
+class KindSummary:
+    """Share of ‖M‖_F² (0-1) in the kept directions over the `groups` groups of one kind (`q_proj`, `layer`, `global`)."""
+
+    kind: str
+    groups: int
+    mean: float
+    minimum: float
+    maximum: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractionSummary:
+    """What `extract_basis` made; `without_gap` lists the groups whose subspace is not unique.
+
+    Of the `seconds` in all, `seconds_reading` went from files to memory and `seconds_decomposing` from merged matrices to bases;
+    the rest is checking, hashing and merging.
+    """
+
+    path: Path
+    sha256: str
+    models: int
+    choices: BasisChoices
+    kinds: tuple[KindSummary, ...]
+    without_gap: tuple[str, ...]
+    bytes_read: int
+    seconds: float
+    seconds_reading: float
+    seconds_decomposing: float
+
+    def render(self) -> str:
+        """The summary as the plain text that the command prints."""
+        choices = self.choices
+        groups = sum(kind.groups for kind in self.kinds)
+        width = max(len("group"), *(len(kind.kind) for kind in self.kinds))
+        lines = [
+            f"{self.path}: {groups} groups of rank {choices.rank} from {self.models} model{'s' if self.models > 1 else ''} "
+            f"(share {choices.share}, merge {choices.merge}, source {choices.source}, side {choices.side}, "
+            f"method {choices.method}, component {choices.component})",
+            "",
+            "explained variance of the kept directions",
+            f"{'group':<{width}}  {'count':>5}  {'mean':>7}  {'min':>7}  {'max':>7}",
+        ]
+        for kind in self.kinds:
+            values = "  ".join(f"{value:7.2%}" for value in (kind.mean, kind.minimum, kind.maximum))
+            lines.append(f"{kind.kind:<{width}}  {kind.groups:>5}  {values}")
+        lines.append("")
+        for name in self.without_gap:
+            lines.append(f"{name}: no gap at rank {choices.rank}: this subspace is not unique in float64")
+        lines.append(
+            f"read {self.bytes_read / 1e9:.2f} GB in {self.seconds_reading:.1f} s ({self.seconds_reading / self.seconds:.0%} of the time), "
+            f"decomposed in {self.seconds_decomposing:.1f} s; {self.seconds:.1f} s in all"
+        )
+        lines.append(f"sha256 {self.sha256}")
+        return "\n".join(lines)
+
+
+def extract_basis(
+    models: Sequence[ModelPath],
+    output: Path,
+    choices: BasisChoices,
+    base: ModelPath | None,
+    device: torch.device,
+    overwrite: bool = False,
+) -> ExtractionSummary:
+    """Extract the common subspace of `models` (one is enough) and write it to `output`.
+
+    `base` is what `--source delta` subtracts and what adapters among `models` rest on; without it each adapter rests on the model
+    that its configuration names. Raises `CoraError` before any tensor is read where files, shapes or choices do not fit, and
+    where `output` exists unless `overwrite`.
+    """
+    began = time.perf_counter()
+    if not models:
+        raise UsageError("no model was given: a basis is extracted from at least one")
+    choices.require_base(base is not None)
+    if output.is_dir() or (output.exists() and not overwrite):
+        remedy = "name a file instead" if output.is_dir() else "use --overwrite to replace it"
+        raise CoraError(f"{output} {'is a directory' if output.is_dir() else 'exists already'}; {remedy}")
+    base_source = open_source(base) if base else None
+    sources = [open_source(model, base_source) for model in models]
+    subtracted = base_source if choices.source == "delta" else None
+    groups = plan(sources, subtracted, choices)
+    basis, seconds_decomposing = _extract(groups, sources, subtracted, choices, output, device)
+    write_basis(output, basis)
+    read = [*sources, *([base_source] if base_source else [])]
+    return ExtractionSummary(
+        path=output,
+        sha256=basis.sha256,
+        models=len(models),
+        choices=choices,
+        kinds=_summarise(basis),
+        without_gap=tuple(name for name, gap in basis.gaps.items() if not gap),
+        bytes_read=sum(source.bytes_read for source in read),
+        seconds=time.perf_counter() - began,
+        seconds_reading=sum(source.seconds_reading for source in read),
+        seconds_decomposing=seconds_decomposing,
+    )
+
+
+def _extract(
+    groups: Sequence[Group],
+    sources: Sequence[WeightSource],
+    base: WeightSource | None,
+    choices: BasisChoices,
+    output: Path,
+    device: torch.device,
+) -> tuple[Basis, float]:
+    """The basis, and how many seconds its decompositions took."""
+    directions, values, energies, gaps = {}, {}, {}, {}
+    seconds = 0.0
+    modules = {module: shape for group in groups for module, shape in group.modules.items()}
+    # Matrices rather than groups are counted: `--share global` has a single group.
+    most_rows = max(group.rows for group in groups)
+    with one_thread_pool(device, most_rows), progress("extracting", len(modules) * len(sources), "matrices") as shown:
+        for group in groups:
+            merged = merge_group(group, sources, base, choices, device, partial(shown.advance, note=group.name))
+            began = time.perf_counter()
+            found = decompose(merged, choices.rank, choices.component)
+            seconds += time.perf_counter() - began
+            del merged  # it would lie beside the next one's sum
+            directions[group.name] = found.basis.float()
+            values[group.name] = found.singular_values
+            energies[group.name] = torch.tensor(found.total_energy, dtype=torch.float64)
+            gaps[group.name] = found.gap
+    basis = Basis(
+        path=output,
+        choices=choices,
+        mapping=choices.mapping,
+        directions=directions,
+        singular_values=values,
+        total_energy=energies,
+        gaps=gaps,
+        modules=modules,
+        sources=tuple(_record(source, modules) for source in sources),
+        base=_record(base, modules) if base else None,
+        architecture=sources[0].architecture,
+    )
+    return basis, seconds
+
+
+def _record(source: WeightSource, modules: dict[str, tuple[int, int]]) -> SourceRecord:
+    return SourceRecord(source.reference, source.revision, source.content_hash(modules))
+
+
+def _summarise(basis: Basis) -> tuple[KindSummary, ...]:
+    kinds: dict[str, list[float]] = {}
+    for group, share in basis.explained_variance.items():
+        kind = "layer" if basis.choices.share == "layer" else group.rpartition(".")[2]
+        kinds.setdefault(kind, []).append(share)
+    return tuple(
+        KindSummary(kind, len(shares), sum(shares) / len(shares), min(shares), max(shares)) for kind, shares in kinds.items()
+    )

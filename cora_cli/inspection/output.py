@@ -1,0 +1,72 @@
+"""Inspections in every format: terminal text, Markdown, JSON and one HTML page, printed or written to a directory.
+
+JSON: `{"format_version": 1, "models", "base", "bases", "rank", "side", "findings", "foresight", "verdict", "bytes_read", "seconds"}`. `models` maps
+short names to references, `bases` to paths and hashes; a finding has the fields of `measure.Findings`, with its overlaps, captures and
+spectra; `foresight` those of `foresight.Foresight`, null where no runs were given; `verdict` has `headline`, `sentences`, `ways`, `unjudged`, `rule`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from cora_cli import __version__, rundir
+from cora_cli.errors import CoraError
+from cora_cli.inspection.inspect import Inspection
+from cora_cli.inspection.inspection_document import build_document
+from cora_cli.inspection.sharing import RULE
+from cora_cli.progress import say
+from cora_cli.render.canvas import Figure, write_plots
+from cora_cli.render.html import page
+from cora_cli.render.text import markdown, terminal
+
+FORMAT_VERSION = 1
+FILES = {"terminal": "inspect.txt", "markdown": "inspect.md", "json": "inspect.json", "html": "inspect.html"}
+"""The formats, and the names of their files in the output directory."""
+
+
+def check_output(output_dir: Path | None) -> None:
+    """Raise `CoraError` where `output_dir` cannot become a directory, before hours are spent on what goes there."""
+    if output_dir is not None and output_dir.exists() and not output_dir.is_dir():
+        raise CoraError(f"output directory {output_dir} is a file; choose another one")
+
+
+def report(inspection: Inspection, format: str, output_dir: Path | None) -> str:
+    """The inspection in one format; with `output_dir` all formats and the plots are written there too."""
+    figures: list[Figure] = []
+    if output_dir is not None or format == "html":
+        from cora_cli.inspection.figures import draw
+
+        figures = list(draw(inspection))
+    whole = build_document(inspection, figures, detail=True)
+    writers: dict[str, Callable[[], str]] = {
+        "terminal": lambda: terminal(build_document(inspection)),
+        "markdown": lambda: markdown(whole),
+        "json": lambda: to_json(inspection),
+        "html": lambda: page([whole], "cora inspect", __version__),
+    }
+    if output_dir is not None:
+        for name, write in writers.items():
+            rundir.write_text(output_dir / FILES[name], write())
+        write_plots(figures, output_dir / "plots")
+        say(f"{output_dir}: {', '.join(FILES.values())} and {len(figures)} plots")
+    return writers[format]()
+
+
+def to_json(inspection: Inspection) -> str:
+    """Everything, as described above."""
+    foresight = inspection.foresight
+    values = {
+        "format_version": FORMAT_VERSION,
+        "models": inspection.models,
+        "base": inspection.base,
+        "bases": {name: {"path": str(basis.path), "sha256": basis.sha256} for name, basis in inspection.bases.items()},
+        "rank": inspection.rank,
+        "side": inspection.side,
+        "findings": [dataclasses.asdict(found) for found in inspection.findings],
+        "foresight": None if foresight is None else [dataclasses.asdict(found) for found in foresight],
+        "verdict": {**dataclasses.asdict(inspection.verdict), "rule": RULE},
+        "bytes_read": inspection.bytes_read,
+        "seconds": inspection.seconds,
+    }
+    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

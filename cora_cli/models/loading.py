@@ -1,0 +1,93 @@
+"""Model directories -> transformers models and tokenizers, on the chosen device and in the chosen precision.
+
+The only place where `from_pretrained` of a base model is called. Where a model lies is `models`, what is added to it `adapters`.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from cora_cli.errors import CoraError, reason
+from cora_cli.models.references import ModelPath
+
+
+def require_four_bit(device: torch.device) -> None:
+    """Raise `CoraError` unless weights can be held in four bits here."""
+    missing = [
+        what
+        for what, there in (("a CUDA GPU", device.type == "cuda"), ("bitsandbytes", find_spec("bitsandbytes")))
+        if not there
+    ]
+    if missing:
+        raise CoraError(
+            f"--load-in-4bit needs {' and '.join(missing)}, which is not here; leave it out to train on the weights as stored"
+        )
+
+
+def load_model(
+    model: ModelPath,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    attention: str | None,
+    trust_remote_code: bool = False,
+    four_bit: bool = False,
+) -> PreTrainedModel:
+    """Load a whole causal language model in evaluation mode.
+
+    `dtype` is a torch dtype, or "auto" for the one it is stored in; `attention` names transformers' implementation, None
+    is its default: SDPA where the model has it, which models with a soft cap have not. `four_bit` holds the linear layers in NF4 with
+    doubly quantized constants and multiplies in `dtype` (QLoRA, arXiv 2305.14314); see `require_four_bit`.
+    Raises `CoraError` for an adapter directory and for weights that are damaged or do not all arrive.
+    """
+    if model.is_adapter:
+        raise CoraError(
+            f"{model.reference} is an adapter, not a whole model; write one with `cora merge {model.reference}` first"
+        )
+    options: dict[str, Any] = {}
+    if four_bit:
+        kind: dict[str, Any] = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        }
+        options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **kind), "device_map": {"": device}}
+    try:
+        loaded: Any
+        report: Any
+        loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # the pair that output_loading_info returns
+            model.path,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            weights_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # transformers and safetensors raise unrelated types for damaged files
+        raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CoraError(
+            f"model {model.reference} lacks {len(missing)} weights that its config.json promises, such as {missing[0]}"
+        )
+    return (loaded if four_bit else loaded.to(device)).eval()
+
+
+def load_tokenizer(model: ModelPath, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer; its padding token falls back to the end token, which no loss mask relies on."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so no answer could ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def context_length(config: Any) -> int:
+    """Longest sequence that the model can attend to, in tokens, by its configuration."""
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)

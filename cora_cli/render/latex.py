@@ -1,0 +1,141 @@
+"""Documents as LaTeX: an article with booktabs tables, and each table on its own to be pasted into a paper."""
+
+import re
+from collections.abc import Iterable, Iterator
+
+from cora_cli.render.canvas import Figure
+from cora_cli.render.document import Block, Cell, Heading, Items, Table, Text
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}\allowbreak{}",
+    "[": "{[}",
+    '"': r"\textquotedbl{}",
+    "–": "--",
+    "—": "---",
+    "…": r"\ldots{}",
+    "±": r"\ensuremath{\pm}",
+    "×": r"\ensuremath{\times}",
+    "²": r"\ensuremath{^2}",
+    "‖": r"\ensuremath{\|}",
+    "≥": r"\ensuremath{\geq}",
+    "≤": r"\ensuremath{\leq}",
+    "√": r"\ensuremath{\surd}",
+    "−": r"\ensuremath{-}",
+    "Δ": r"\ensuremath{\Delta}",
+    "α": r"\ensuremath{\alpha}",
+}
+_MOST_INLINE = 4
+"""Numbers in a row that a line holds together with their intervals."""
+_PREAMBLE = r"""\documentclass{article}
+\usepackage[utf8]{inputenc}
+\usepackage[T1]{fontenc}
+\usepackage[margin=2cm]{geometry}
+\usepackage{booktabs}
+\usepackage{graphicx}
+\setlength{\parindent}{0pt}
+\setlength{\parskip}{6pt}
+\sloppy
+\begin{document}
+"""
+
+
+def latex(blocks: Iterable[Block]) -> str:
+    """A whole document that `pdflatex` compiles; it needs booktabs and graphicx. Figures are left to the author's own choice."""
+    parts = [
+        part for block in blocks if not isinstance(block, Figure) and block != Heading(2, "Figures") for part in [_block(block)]
+    ]
+    return _PREAMBLE + "\n\n".join(parts) + "\n\n\\end{document}\n"
+
+
+def latex_table(table: Table) -> str:
+    """One floating table; its notes stand below the rule."""
+    columns = "l" + "r" * (len(table.headers) - 1)
+    if any(header == "method" for header in table.headers[1:2]):
+        columns = "ll" + "r" * (len(table.headers) - 2)
+    lines = [
+        r"\begin{table}[htbp]",
+        r"\centering\small",
+        rf"\caption{{{escape(table.title)}}}",
+        # Narrow tables keep their size, wide ones shrink to the line.
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        " & ".join(map(escape, table.headers)) + r" \\",
+        r"\midrule",
+        *_rows(table),
+        r"\bottomrule",
+        r"\end{tabular}}",
+        *(rf"\par\smallskip\parbox{{\linewidth}}{{\footnotesize {escape(note)}}}" for note in table.notes),
+        r"\end{table}",
+    ]
+    return "\n".join(lines)
+
+
+def escape(text: str) -> str:
+    """Text as LaTeX sets it literally; signs outside of what a plain pdfLaTeX knows become their code point."""
+    return "".join(_SPECIAL.get(sign) or _plain(sign) for sign in text)
+
+
+def _plain(sign: str) -> str:
+    # Latin letters with accents are in the T1 encoding; whatever else a name holds must not stop the compiler.
+    if sign.isascii() and not sign.isprintable():
+        return " "
+    return sign if sign.isascii() or re.match(r"[À-ÖØ-öø-ÿ]", sign) else f"[U+{ord(sign):04X}]"
+
+
+def _rows(table: Table) -> Iterator[str]:
+    """The body; where a row holds more numbers than fit beside each other with their intervals, these stand in lines below them."""
+    wide = max((sum(cell.is_number for cell in row) for row in table.rows), default=0) > _MOST_INLINE
+    for row in table.rows:
+        if not wide:
+            yield _line(_value(cell) + _interval(cell) + _printed(cell, "~") for cell in row)
+            continue
+        yield _line(map(_value, row))
+        for below in (_interval, _printed):
+            if any(below(cell) for cell in row):
+                yield _line(rf"{{\scriptsize {below(cell)}}}" if below(cell) else "" for cell in row)
+        yield r"\addlinespace"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _value(cell: Cell) -> str:
+    if not cell.is_number:
+        return escape(cell.text)
+    return rf"$\mathbf{{{cell.text}}}$" if cell.bold else f"${cell.text}$"
+
+
+def _interval(cell: Cell) -> str:
+    if not cell.is_number:
+        return ""
+    interval = cell.interval.replace("± ", r"\pm ").replace(", ", r",\,")
+    return f"$\\,{interval}$" if interval.startswith("[") else f"${{}}{interval}$"
+
+
+def _printed(cell: Cell, before: str = "") -> str:
+    return "" if cell.published is None else f"{before}{cell.printed}"
+
+
+def _block(block: Block) -> str:
+    if isinstance(block, Heading):
+        return rf"\{'section' if block.level == 1 else 'subsection'}*{{{escape(block.text)}}}"
+    if isinstance(block, Items):
+        return "\n".join([r"\begin{itemize}", *(rf"\item {{}}{escape(item)}" for item in block.items), r"\end{itemize}"])
+    if isinstance(block, Table):
+        return latex_table(block)
+    assert isinstance(block, Text)
+    return rf"\textbf{{{escape(block.text)}}}" if block.kind == "verdict" else escape(block.text)

@@ -1,0 +1,57 @@
+"""Documents as Markdown, and as the same text with plainer marks for a terminal."""
+
+from collections.abc import Iterable, Sequence
+
+from cora_cli.render.canvas import Figure
+from cora_cli.render.document import Block, Cell, Heading, Items, Table, Text
+from cora_cli.render.tables import markdown_table
+
+
+def markdown(blocks: Iterable[Block]) -> str:
+    """The document as Markdown; figures are linked as `plots/NAME.svg`."""
+    return "\n\n".join(_markdown_block(block) for block in blocks) + "\n"
+
+
+def terminal(blocks: Sequence[Block]) -> str:
+    """The document as aligned text; what is bold elsewhere has a star. Figures are left out."""
+    shown = [block for block in blocks if not isinstance(block, Figure) and block != Heading(2, "Figures")]
+    return "\n\n".join(_terminal_block(block) for block in shown) + "\n"
+
+
+def _markdown_block(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"{'#' * block.level} {_escape(block.text)}"
+    if isinstance(block, Text):
+        return f"**{_escape(block.text)}**" if block.kind == "verdict" else _escape(block.text)
+    if isinstance(block, Items):
+        return "\n".join(f"- {_escape(item)}" for item in block.items)
+    if isinstance(block, Figure):
+        return f"![{_escape(block.title)}](plots/{block.name}.svg)\n\n{_escape(block.caption)}"
+    rows = [[f"**{text}**" if cell.bold else text for cell in row for text in [_escape(cell.plain())]] for row in block.rows]
+    table = markdown_table([_escape(header) for header in block.headers], rows)
+    return "\n\n".join([f"### {_escape(block.title)}", table, *map(_escape, block.notes)])
+
+
+def _terminal_block(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"{block.text}\n{('=' if block.level == 1 else '-') * len(block.text)}"
+    if isinstance(block, Items):
+        return "\n".join(f"- {item}" for item in block.items)
+    if isinstance(block, Table):
+        notes = [note.replace("Bold:", "Star:").replace("in bold", "starred") for note in block.notes]
+        return "\n".join(
+            [block.title, "", markdown_table(block.headers, [[_starred(c) for c in row] for row in block.rows]), *notes]
+        )
+    assert isinstance(block, Text)
+    return block.text
+
+
+def _starred(cell: Cell) -> str:
+    return cell.plain() + (" *" if cell.bold else "")
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is: no markup, no HTML and no cell's end may come from a name."""
+    for sign in "\\`*_[]<>|#":
+        text = text.replace(sign, f"\\{sign}")
+    return text

@@ -1,0 +1,54 @@
+"""Summaries -> one document of headings, texts, lists, tables and figures, in reading order; every format writes the same one."""
+
+from collections.abc import Sequence
+
+from cora_cli.render.canvas import Figure
+from cora_cli.render.document import Block, Heading, Items, Text
+from cora_cli.reporting.methods import methods_paragraphs
+from cora_cli.reporting.summary import Group, Summary
+from cora_cli.reporting.tables import costs_table, scores_table, sweep_table, verdict_table
+from cora_cli.reporting.verdict import BASE
+
+
+def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Block]:
+    """The whole report of one experiment."""
+    experiment, missing = summary.collection.experiment, summary.collection.missing
+    blocks: list[Block] = [Heading(1, experiment.title)]
+    if experiment.preset:
+        blocks.append(Text(f"Preset {experiment.preset}: these are not the paper's models, data or size; see Conditions."))
+    rows = {entry.row.name for entry in missing if entry.part == "run"}
+    if summary.groups or rows:
+        done = len(summary.collection.results)
+        blocks.append(Text(f"{done} of {done + len(rows)} rows are finished."))
+    if summary.groups:
+        blocks.append(Heading(2, "Verdict"))
+        for group in summary.groups:
+            blocks += _verdict(group, named=len(summary.groups) > 1)
+        blocks.append(Heading(2, "Tables"))
+        for group in summary.groups:
+            blocks += [scores_table(group, experiment.paper_table), costs_table(group)]
+            blocks += [sweep_table(group)] if group.selected_by else []
+            blocks += [verdict_table(group)] if group.verdict.comparisons else []
+    if figures:
+        blocks += [Heading(2, "Figures"), *figures]
+    if experiment.conditions:
+        blocks += [Heading(2, "Conditions"), Items(experiment.conditions)]
+    if summary.groups:
+        blocks += [Heading(2, "Methods"), *map(Text, methods_paragraphs(summary))]
+    if missing:
+        reasons = tuple(f"{entry.row.name} ({entry.part}): {entry.reason}" for entry in missing)
+        blocks += [Heading(2, "Missing"), Items(reasons)]
+    return blocks
+
+
+def _verdict(group: Group, named: bool) -> list[Block]:
+    verdict = group.verdict
+    blocks: list[Block] = [Text(f"{group.name}: {verdict.headline}" if named else verdict.headline, "verdict")]
+    if verdict.comparisons:
+        # That training beats no training is for the table.
+        sentences = tuple(comparison.sentence() for comparison in verdict.comparisons if comparison.role != BASE)
+        blocks += [Items(sentences)] if sentences else []
+        blocks.append(
+            Text("Better and worse are decided by paired, Holm-corrected tests; the rule and every test stand below.", "note")
+        )
+    return blocks

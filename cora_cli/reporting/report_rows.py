@@ -1,0 +1,295 @@
+"""What is to be reported: the rows of a grid's `plan.json`, or those that plain run and evaluation directories amount to.
+
+It reads plans and the heads of records; the numbers behind a row are `collect`'s business.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cora_cli import rundir
+from cora_cli.adapters.modes import MODES
+from cora_cli.errors import CoraError
+from cora_cli.experiments.ledger import Ledger
+from cora_cli.experiments.steps import Step, read_steps
+from cora_cli.rundir import EvaluationDirectory, RunDirectory
+
+PLAN_VERSION = 1
+PLAIN = "finished runs"
+"""The name of the experiment that plain directories make together."""
+_NULL = type(None)
+_PLAN_KEYS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "title": (str,),
+    "paper_table": (str, _NULL),
+    "preset": (str, _NULL),
+    "conditions": (list,),
+    "rows": (list,),
+}
+_ROW_KEYS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "printed": (str, _NULL),
+    "group": (str, _NULL),  # a row that only extracts a basis has no data
+    "mode": (str,),
+    "label": (str,),
+    "rank": (int, _NULL),
+    "n_models": (int, _NULL),
+    "sources": (list,),
+    "learning_rate": (float, int, _NULL),
+    "seed": (int,),
+    "model": (str,),
+    "dataset": (str, dict, _NULL),
+    "run": (str, _NULL),
+    "evaluation": (str, _NULL),
+    "basis": (str, _NULL),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One planned run and its evaluation. Rows of one `group` share data and evaluation and are compared with each other.
+
+    `n_models` is the number of models behind the basis, 0 for the base model alone; `run` is None where nothing was trained;
+    `logs` is where to look for the reason of a failure.
+    """
+
+    name: str
+    printed: str | None
+    group: str
+    mode: str
+    label: str
+    rank: int | None
+    n_models: int | None
+    sources: tuple[str, ...]
+    learning_rate: float | None
+    seed: int
+    model: str
+    dataset: str
+    run: Path | None
+    evaluation: Path | None
+    basis: Path | None
+    logs: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A grid, or several plain directories. `conditions` are sentences on how it differs from the paper."""
+
+    name: str
+    title: str
+    paper_table: str | None
+    preset: str | None
+    conditions: tuple[str, ...]
+    rows: tuple[Row, ...]
+    bases: tuple[Path, ...] = ()
+    records: "StepRecords | None" = None
+
+
+class StepRecords:
+    """What `cora ablate` recorded of the steps of a plan: whether a directory is still what the plan's step left there."""
+
+    def __init__(self, root: Path, steps: dict[str, Step]) -> None:
+        self._ledger, self._steps = Ledger(root), steps
+        self._by_place = {root / step.output: step for step in steps.values()}
+
+    def require(self, place: Path) -> None:
+        """Raise `CoraError` with the reason where the directory or file at `place` is no evidence for the plan."""
+        step = self._by_place.get(place)
+        objection = self._ledger.objection(step, self._steps) if step else f"{place} is no step of the plan"
+        if objection:
+            raise CoraError(f"{objection}; run `cora ablate` again")
+
+
+def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
+    """The experiments that the directories hold: one per grid, and one of all plain runs and evaluations together.
+
+    Raises `CoraError` where a directory is neither, or a plan is damaged.
+    """
+    grids: list[Experiment] = []
+    plain: list[Row] = []
+    for name in dict.fromkeys(str(Path(output)) for output in outputs):
+        root = Path(name)
+        if (root / "plan.json").is_file():
+            grids.append(read_plan(root))
+        elif RunDirectory(root).exists():
+            plain.append(_row_of_run(RunDirectory(root)))
+        elif EvaluationDirectory(root).metrics.is_file():
+            plain.append(_row_of_evaluation(EvaluationDirectory(root)))
+        else:
+            raise CoraError(
+                f"{root} {_what_it_is(root)}; name the output directory of `cora ablate`, `cora train` or `cora evaluate`"
+            )
+    if plain:
+        grids.append(Experiment(PLAIN, "Finished runs", None, None, (), tuple(_distinct(plain))))
+    return grids
+
+
+def read_plan(root: Path) -> Experiment:
+    """The experiment that `root/plan.json` describes. Raises `CoraError` naming the file and what is wrong in it."""
+    path = root / "plan.json"
+    try:
+        plan = rundir.read_json(path)
+    except CoraError as error:
+        raise CoraError(f"{error}; run `cora ablate` again") from error
+    if not isinstance(plan, dict):
+        raise CoraError(f"{path} is damaged: a JSON object was expected, not {type(plan).__name__}; run `cora ablate` again")
+    if plan.get("format_version") != PLAN_VERSION:
+        raise CoraError(f"{path} has format version {plan.get('format_version')}, but this cora reads version {PLAN_VERSION}")
+    _check(path, "the plan", plan, _PLAN_KEYS)
+    rows = []
+    for number, entry in enumerate(plan["rows"], start=1):
+        if not isinstance(entry, dict):
+            raise CoraError(f"{path} is damaged: row {number} is no JSON object; run `cora ablate` again")
+        _check(path, f"row {number}", entry, _ROW_KEYS)
+        rows.append(_row_of_plan(root, entry))
+    names = [row.name for row in rows]
+    records = _step_records(root, plan)
+    unchecked = (
+        () if records else ("These rows were not checked against the records of `cora ablate`: plan.json names no steps.",)
+    )
+    if not rows:
+        raise CoraError(f"{path} plans no rows, so there is nothing to report")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise CoraError(f"{path} is damaged: two rows are named {repeated[0]}; run `cora ablate` again")
+    return Experiment(
+        clean(plan["name"]),
+        clean(plan["title"]),
+        plan["paper_table"],
+        plan["preset"],
+        (*(clean(str(sentence)) for sentence in plan["conditions"]), *unchecked),
+        tuple(rows),
+        tuple(sorted((root / "bases").glob("*.safetensors"))),
+        records,
+    )
+
+
+def _step_records(root: Path, plan: dict[str, Any]) -> StepRecords | None:
+    try:
+        steps = read_steps(plan)
+    except (TypeError, KeyError) as error:
+        raise CoraError(
+            f"{root / 'plan.json'} is damaged: its steps are not whole ({error}); run `cora ablate` again"
+        ) from error
+    return StepRecords(root, steps) if steps else None
+
+
+def clean(text: str) -> str:
+    """`text` in one line without control characters, which neither SVG nor LaTeX can hold."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]+", " ", text).strip()
+
+
+def _check(path: Path, where: str, found: dict[str, Any], keys: dict[str, tuple[type, ...]]) -> None:
+    for key, types in keys.items():
+        value = found.get(key, ...)
+        if value is ... or not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            what = "is missing" if value is ... else f"is {str(value)[:40]!r}"
+            raise CoraError(f"{path} is damaged: {key} of {where} {what}; run `cora ablate` again")
+
+
+def _row_of_plan(root: Path, entry: dict[str, Any]) -> Row:
+    texts: dict[str, Any] = {
+        key: clean(str(entry[key] or "")) for key in ("name", "group", "mode", "label", "model", "dataset")
+    }
+    paths: dict[str, Any] = {key: root / entry[key] if entry[key] else None for key in ("run", "evaluation", "basis")}
+    return Row(
+        **texts,
+        **paths,
+        printed=entry["printed"] and clean(entry["printed"]),
+        rank=entry["rank"],
+        n_models=entry["n_models"],
+        sources=tuple(clean(str(source)) for source in entry["sources"]),
+        learning_rate=entry["learning_rate"],
+        seed=entry["seed"],
+        logs=root / "logs",
+    )
+
+
+def _row_of_run(run: RunDirectory) -> Row:
+    record = rundir.read_json(run.record)
+    try:
+        settings, plan = record["fingerprint"]["settings"], record["plan"]
+        unusual = plan["b_init"] if plan and plan["b_init"] != MODES[plan["mode"]].b_init else ""
+        basis = record["basis"]
+        candidates = (run.evaluation, run.root / "evaluation")
+        return Row(
+            name=clean(str(run.root)),
+            printed=None,
+            group=clean(f"{record['model']['reference']} on {record['data']['dataset']}"),
+            mode=record["mode"],
+            label=f"{record['mode']} {unusual}".strip(),
+            rank=plan["rank"] if plan else None,
+            n_models=len(basis["sources"]) if basis else None,
+            sources=tuple(clean(str(source["reference"])) for source in basis["sources"]) if basis else (),
+            learning_rate=settings["learning_rate"],
+            seed=record["seeds"]["seed"],
+            model=clean(record["model"]["reference"]),
+            dataset=clean(record["data"]["dataset"]),
+            run=run.root,
+            evaluation=next((path for path in candidates if path.is_dir()), run.evaluation),
+            basis=Path(basis["path"]) if basis and Path(basis["path"]).is_file() else None,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CoraError(f"{run.record} is damaged or of another version: {error} is not where it should be") from error
+
+
+def _row_of_evaluation(evaluation: EvaluationDirectory) -> Row:
+    record = rundir.read_json(evaluation.metrics)
+    try:
+        settings = record["generation"].get("settings", {})
+        name = clean(str(record["name"]))
+        tuned = bool(settings.get("adapter_sha256"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CoraError(f"{evaluation.metrics} is damaged or of another version: {error} is not where it should be") from error
+    return Row(
+        name=clean(str(evaluation.root)),
+        printed=None,
+        group="",
+        mode="adapter" if tuned else "base",
+        label=name if tuned else "base",
+        rank=None,
+        n_models=None,
+        sources=(),
+        learning_rate=None,
+        seed=0,
+        model=clean(str(settings.get("model", name))),
+        dataset="",
+        run=None,
+        evaluation=evaluation.root,
+        basis=None,
+    )
+
+
+def _distinct(rows: list[Row]) -> list[Row]:
+    """Give evaluations without a run the group of the runs with their model, and unlike runs of one label unlike labels."""
+    groups = {row.model: row.group for row in rows if row.group}
+    only = next(iter(groups.values())) if len(groups) == 1 else "evaluations"
+    rows = [row if row.group else dataclasses.replace(row, group=groups.get(row.model, only)) for row in rows]
+    records = {row.name: rundir.read_json(RunDirectory(row.run).record) if row.run is not None else {} for row in rows}
+    settings = {name: record["fingerprint"]["settings"] if record else {} for name, record in records.items()}
+    bases = {name: record["basis"]["sha256"] for name, record in records.items() if record.get("basis")}
+    # One name per basis, however many copies of its file there are.
+    paths = {record["basis"]["sha256"]: record["basis"]["path"] for record in records.values() if record.get("basis")}
+    found = []
+    for row in rows:
+        alike = [other for other in rows if (other.group, other.label) == (row.group, row.label)]
+        # What tables have a column for needs no place in the label.
+        names = sorted({name for other in alike for name in settings[other.name]} - {"rank", "alpha", "learning_rate", "seed"})
+        differing = [name for name in names if len({str(settings[other.name].get(name)) for other in alike}) > 1]
+        extra = [f"{name}={settings[row.name].get(name)}" for name in differing]
+        # The number of source models has a column, but two bases of as many models are two methods.
+        if len({bases.get(other.name) for other in alike if other.n_models == row.n_models}) > 1 and row.name in bases:
+            extra.append(f"basis={paths[bases[row.name]]}")
+        if row.run is None and len([other for other in alike if other.run is None]) > 1:
+            extra.append(row.name)
+        found.append(dataclasses.replace(row, label=clean(" ".join([row.label, *extra]))))
+    return found
+
+
+def _what_it_is(root: Path) -> str:
+    if not root.exists():
+        return "does not exist"
+    if not root.is_dir():
+        return "is a file"
+    return "holds no plan.json, run.json or metrics.json" if rundir.holds_files(root) else "is empty"

@@ -1,0 +1,1 @@
+"""Weight matrices of models and of adapters, read one at a time."""

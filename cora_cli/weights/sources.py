@@ -1,0 +1,194 @@
+"""The weight matrices of one model, by module name: listed without reading data, then read one at a time.
+
+Whole models and LoRA adapters on a base look alike from outside; how the matrices of several are merged is not known here.
+"""
+
+import abc
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.weights.checkpoint import Checkpoint, finite
+from cora_cli.weights.factors import AdapterFactors
+
+_ARCHITECTURE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+# Their Conv1D layers store (in, out), so that "output side" would silently mean the input.
+_TRANSPOSED_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+
+
+def architecture_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a model's `config.json` that say whether two models have the same shape; absent ones are left out."""
+    return {key: config[key] for key in _ARCHITECTURE_KEYS if config.get(key) is not None}
+
+
+class WeightSource(abc.ABC):
+    """One model's weight matrices; `shapes` maps module names (as in the checkpoint) to (out, in)."""
+
+    reference: str
+    revision: str | None
+    architecture: dict[str, Any]
+    shapes: dict[str, tuple[int, int]]
+
+    @abc.abstractmethod
+    def read(self, module: str) -> torch.Tensor:
+        """The weight of `module`, (out, in), on the CPU. Raises `CoraError` where it is damaged or not finite."""
+
+    @abc.abstractmethod
+    def content_hash(self, modules: Iterable[str]) -> str:
+        """SHA-256 over name, type, shape and bytes of what determines the weights of `modules`.
+
+        Modules that were read before are not read again.
+        """
+
+    @property
+    @abc.abstractmethod
+    def checkpoints(self) -> list[Checkpoint]:
+        """What is read for this source alone; a base that was given counts for itself."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights read so far."""
+        return sum(checkpoint.bytes_read for checkpoint in self.checkpoints)
+
+    @property
+    def seconds_reading(self) -> float:
+        """Time spent so far on bringing them from files to memory."""
+        return sum(checkpoint.seconds_reading for checkpoint in self.checkpoints)
+
+    def own_delta(self, module: str, base: "WeightSource") -> torch.Tensor | None:
+        """W − W_base, (out, in) float64, where it is known without reading `base`; else None."""
+        return None
+
+    def own_rank(self, module: str, base: "WeightSource") -> int | None:
+        """The r of `own_factors`, from shapes alone (0 where W = W_base); None where W − W_base is not known as a product."""
+        return None
+
+    def own_factors(self, module: str, base: "WeightSource") -> tuple[torch.Tensor, torch.Tensor]:
+        """L (out, r) and R (r, in) float64 with L R = W − W_base, read without `base`, where `own_rank` knows its r."""
+        raise NotImplementedError
+
+
+def open_source(model: ModelPath, base: WeightSource | None = None) -> WeightSource:
+    """List the weight matrices of a model or of a LoRA adapter; reads headers only.
+
+    An adapter's W is W_base + s·B·A (float64), on `base` where given, else on the model that its configuration names.
+    Raises `CoraError` where files are missing, damaged or quantised, or where an adapter does not fit its base.
+    """
+    return AdapterSource(model, base) if model.is_adapter else ModelSource(model)
+
+
+class ModelSource(WeightSource):
+    """A whole model: every two-dimensional `*.weight` of its checkpoint, in the stored type."""
+
+    def __init__(self, model: ModelPath) -> None:
+        config = model.config()
+        self.reference, self.revision = model.reference, model.revision
+        self.architecture = architecture_of(config)
+        if (model_type := config.get("model_type")) in _TRANSPOSED_TYPES:
+            raise CoraError(f"{model.reference} is a {model_type} model, whose weights are stored (in, out): not supported")
+        if config.get("quantization_config"):
+            raise CoraError(f"{model.reference} is stored quantised; its weights are needed in bf16, fp16 or fp32")
+        self._checkpoint = Checkpoint(model)
+        self._digests: dict[str, str] = {}
+        self.shapes = {
+            name.removesuffix(".weight"): (shape[0], shape[1])
+            for name, shape in self._checkpoint.shapes.items()
+            if name.endswith(".weight") and len(shape) == 2
+        }
+
+    def read(self, module: str) -> torch.Tensor:
+        """The weight of `module`, (out, in), as stored."""
+        weight = finite(self._checkpoint.read(f"{module}.weight"), self.reference, module)
+        self._digests.setdefault(module, rundir.tensor_digest(module, weight))
+        return weight
+
+    def content_hash(self, modules: Iterable[str]) -> str:
+        """See `WeightSource.content_hash`."""
+        modules = list(modules)
+        for module in modules:
+            if module not in self._digests:
+                self.read(module)
+        return rundir.sha256_json({module: self._digests[module] for module in modules})
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """See `WeightSource.checkpoints`."""
+        return [self._checkpoint]
+
+
+class AdapterSource(WeightSource):
+    """A PEFT LoRA adapter on its base: W = W_base + s·B·A, s = alpha / r (alpha / √r under rsLoRA)."""
+
+    def __init__(self, model: ModelPath, base: WeightSource | None) -> None:
+        self.reference, self.revision = model.reference, model.revision
+        self._own = AdapterFactors(model)
+        self._base_is_own = base is None
+        self.base = base or self._open_base()
+        self.architecture = self.base.architecture
+        # A saved whole module may have grown (new tokens) or be absent from the base (a tied or new head).
+        shapes = self.base.shapes | self._own.full
+        self._own.check(shapes, self.base.reference)
+        self.shapes = {module: shape for module, shape in shapes.items() if module not in self._own.hidden}
+
+    def read(self, module: str) -> torch.Tensor:
+        """The weight of `module`, (out, in) float64."""
+        weight = (self._own.read_full(module) if module in self._own.full else self.base.read(module)).double()
+        if module in self._own.ranks:
+            weight += self._update(module)
+        return weight
+
+    def own_delta(self, module: str, base: WeightSource) -> torch.Tensor | None:
+        """s·B·A exactly (zero where the adapter leaves `module` alone), if `base` is this adapter's own."""
+        if base is not self.base or module in self._own.full:
+            return None
+        return self._update(module) if module in self._own.ranks else torch.zeros(self.shapes[module], dtype=torch.float64)
+
+    def own_rank(self, module: str, base: WeightSource) -> int | None:
+        """See `WeightSource.own_rank`."""
+        return None if base is not self.base or module in self._own.full else self._own.ranks.get(module, 0)
+
+    def own_factors(self, module: str, base: WeightSource) -> tuple[torch.Tensor, torch.Tensor]:
+        """s·B and A."""
+        if module not in self._own.ranks:
+            out, inside = self.shapes[module]
+            return torch.zeros((out, 0), dtype=torch.float64), torch.zeros((0, inside), dtype=torch.float64)
+        scale, b, a = self._own.read(module)
+        return scale * b, a
+
+    def content_hash(self, modules: Iterable[str]) -> str:
+        """See `WeightSource.content_hash`; covers the adapter's tensors, their scale, and the base."""
+        modules = list(modules)
+        rest = self.base.content_hash([module for module in modules if module not in self._own.full])
+        return rundir.sha256_json({"base": rest, "adapter": self._own.digests(modules)})
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """See `WeightSource.checkpoints`; the base's are among them where the adapter opened it itself."""
+        return [self._own.checkpoint, *(self.base.checkpoints if self._base_is_own else [])]
+
+    def _update(self, module: str) -> torch.Tensor:
+        """s·B·A, (out, in) float64."""
+        scale, b, a = self._own.read(module)
+        return scale * (b @ a)
+
+    def _open_base(self) -> WeightSource:
+        name, revision = self._own.config.get("base_model_name_or_path"), self._own.config.get("revision")
+        if not name:
+            raise CoraError(f"{self.reference} does not name the model it rests on; give it with --base")
+        try:
+            found = resolve_model(f"{name}@{revision}" if revision else name)
+        except CoraError as error:
+            raise CoraError(f"the base of adapter {self.reference} cannot be had, --base would name it: {error}") from error
+        return open_source(found)

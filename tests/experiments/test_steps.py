@@ -1,0 +1,279 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cora_cli.basis.choices import BasisChoices
+from cora_cli.cli.command import command
+from cora_cli.cli.extract_basis import ExtractConfig
+from cora_cli.errors import CoraError
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.experiments.ablate import check_shapes, render_plan
+from cora_cli.experiments.estimate import estimate_steps, trained_parameters
+from cora_cli.experiments.inputs import data_key
+from cora_cli.experiments.steps import Plan, Step, plan_record
+from cora_cli.training.config import TrainConfig
+from tests.experiments.helpers import SHAPES, grid_of, inputs_of, plan_of
+
+
+def kinds(plan: Plan) -> list[str]:
+    return [step.kind for step in plan.steps.values()]
+
+
+def only(plan: Plan, kind: str) -> Step:
+    (step,) = [step for step in plan.steps.values() if step.kind == kind]
+    return step
+
+
+def parsed(step: Step) -> Any:
+    """The configuration that a step's words give at the real command line."""
+    classes = {"train": TrainConfig, "extract-basis": ExtractConfig, "evaluate": EvaluateConfig}
+    seen: list[Any] = []
+    app = typer.Typer(rich_markup_mode=None)
+    app.callback()(lambda: None)
+    command(app, step.argv[0], classes[step.argv[0]], seen.append)
+    result = CliRunner().invoke(app, list(step.argv))
+    assert result.exit_code == 0, result.stderr
+    return seen[0]
+
+
+def test_rows_share_fine_tunes_bases_and_the_evaluation_of_the_base_model() -> None:
+    plan = plan_of(grid_of({"mode": "base"}, {"mode": ["fb", "tb"], "seed": [0, 1]}))
+    assert sorted(kinds(plan)) == sorted(["model", "basis", *["train"] * 4, *["evaluate"] * 5])
+    basis = only(plan, "basis")
+    assert basis.needs == (only(plan, "model").name,)
+    assert all(step.needs == (basis.name,) for step in plan.steps.values() if step.kind == "train")
+
+
+def test_every_step_comes_after_those_that_it_needs() -> None:
+    plan = plan_of(grid_of({"mode": ["fb", "tb"], "n_models": [0, 1, 2, 3]}, {"mode": "lora"}, {"mode": "base"}))
+    order = list(plan.steps)
+    assert all(order.index(need) < order.index(name) for name, step in plan.steps.items() for need in step.needs)
+
+
+def test_a_basis_is_extracted_once_at_the_largest_rank_or_at_that_of_the_file() -> None:
+    assert only(plan_of(grid_of({"mode": "fb", "rank": [4, 16, 8]})), "basis").facts["rank"] == 16
+    fixed = {"train": {"max_steps": 1}, "basis": {"rank": 32}}
+    assert only(plan_of(grid_of({"mode": "fb", "rank": [4, 16]}, defaults=fixed)), "basis").facts["rank"] == 32
+
+
+@pytest.mark.parametrize(
+    "row", [{"method": "pca"}, {"share": "projection"}, {"source_seed": 5}, {"n_models": 1}, {"n_models": 0}]
+)
+def test_rows_whose_bases_differ_share_none(row: dict[str, Any]) -> None:
+    plan = plan_of(grid_of({"mode": "fb", "n_models": 2, "seed": 9}, {"mode": "fb", "n_models": 2, **row}))
+    assert kinds(plan).count("basis") == 2
+
+
+def test_the_control_without_models_takes_its_basis_from_the_base_model() -> None:
+    step = only(plan_of(grid_of({"mode": "fb", "n_models": 0})), "basis")
+    assert parsed(step).models == ("base",)
+    assert step.needs == ()
+
+
+def test_a_basis_of_differences_names_the_base_that_is_subtracted() -> None:
+    step = only(plan_of(grid_of({"mode": "fb", "source": "delta", "sources": ["a"]})), "basis")
+    assert (parsed(step).base, parsed(step).source) == ("base", "delta")
+
+
+@pytest.mark.parametrize(
+    ("change", "touched"),
+    [
+        ({"base": "x"}, {"model", "basis", "train", "evaluate"}),
+        ({"org/a": "x"}, {"basis", "train", "evaluate"}),
+        ({"tasks": "x"}, {"model", "basis", "train", "evaluate"}),
+        ({"records": "x"}, {"train", "evaluate"}),
+        ({}, set()),
+    ],
+)
+def test_keys_follow_the_contents_of_what_goes_in(change: dict[str, str], touched: set[str]) -> None:
+    grid = grid_of({"mode": "fb"})
+    before, after = ({step.kind: step.key for step in plan_of(grid, **hashes).steps.values()} for hashes in ({}, change))
+    assert {kind for kind in before if before[kind] != after[kind]} == touched
+
+
+def test_keys_follow_settings_but_neither_places_nor_labels() -> None:
+    def keys(out: str = "out", **row: Any) -> dict[str, str]:
+        return {step.kind: step.key for step in plan_of(grid_of({"mode": "fb", **row}), Path(out)).steps.values()}
+
+    assert keys() == keys("elsewhere") == keys(label="mine")
+    assert keys()["train"] != keys(learning_rate=1e-2)["train"]
+    assert keys()["basis"] == keys(learning_rate=1e-2)["basis"]
+
+
+def test_the_words_of_every_step_give_its_settings_at_the_command_line() -> None:
+    row = {
+        "mode": "fb",
+        "alpha": 6.5,
+        "target_modules": ["q_proj"],
+        "share": "projection",
+        "rslora": True,
+        "learning_rate": 1e-4,
+    }
+    plan = plan_of(grid_of({**row, "sources": ["a", "c"]}, {"mode": "base"}), Path("somewhere/out"))
+    steps = {
+        kind: [step for step in plan.steps.values() if step.kind == kind] for kind in ("model", "basis", "train", "evaluate")
+    }
+    model, basis, train = (parsed(steps[kind][0]) for kind in ("model", "basis", "train"))
+    assert (model.mode, model.dataset, model.max_steps, model.resume) == ("lora", "tasks", 2, True)
+    assert basis.models == ("org/a", f"somewhere/out/{steps['model'][0].output}")
+    assert basis.choices() == BasisChoices(share="projection", rank=4, target_modules=("q_proj",))
+    assert (train.alpha, train.rslora, train.learning_rate, train.target_modules) == (6.5, True, 1e-4, ("q_proj",))
+    assert (train.basis, train.resume, train.device, train.dtype) == (basis.output, True, "cpu", "fp32")
+    tuned, base = (parsed(step) for step in steps["evaluate"])
+    assert tuned.runs == (train.output_dir,)
+    assert (base.model, base.dataset, base.template) == ("base", "somewhere/out/records/data.jsonl", "auto")
+    assert (tuned.limit, base.limit, tuned.metrics, base.metrics) == (3, 3, ("rouge",), ("rouge",))
+
+
+def test_a_base_model_answers_the_held_out_records_with_the_template_of_the_runs() -> None:
+    plan = plan_of(grid_of({"mode": "base"}, defaults={"train": {"template": "alpaca"}}))
+    assert plan.records == {"records/data.jsonl": inputs_of().datasets["records"].test}
+    assert parsed(only(plan, "evaluate")).template == "alpaca"
+
+
+def test_a_row_needs_its_own_steps_and_no_others() -> None:
+    plan = plan_of(grid_of({"mode": ["fb", "lora"]}))
+    assert {plan.steps[name].kind for name in plan.needed_for(["lora_r4_lr3e-4_seed0"])} == {"train", "evaluate"}
+    assert len(plan.needed_for(["cora-fb_r4_n3_lr3e-4_seed0"])) == 4
+
+
+def test_the_record_says_of_each_row_what_it_is_and_where_its_files_are() -> None:
+    grid = grid_of({"mode": "fb", "sources": ["a", "c"]}, {"mode": "base"}, {"mode": "basis"})
+    fb, base, basis = plan_record(plan_of(grid))["rows"]
+    assert fb | {"basis": None} == {
+        "name": "cora-fb_r4_n2_lr3e-4_seed0",
+        "printed": None,
+        "group": "data",
+        "mode": "fb",
+        "label": "fb",
+        "rank": 4,
+        "n_models": 2,
+        "sources": ["org/a", "tasks"],
+        "learning_rate": 3e-4,
+        "seed": 0,
+        "model": "base",
+        "dataset": "records",
+        "run": f"runs/{fb['name']}",
+        "evaluation": f"runs/{fb['name']}/evaluation",
+        "basis": None,
+    }
+    assert fb["basis"].startswith("bases/")
+    assert (base["run"], base["basis"], base["rank"], base["learning_rate"]) == (None, None, None, None)
+    assert base["evaluation"].startswith("evaluations/")
+    assert (basis["run"], basis["evaluation"], basis["group"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"mode": "base"}, 0),
+        ({"mode": "fb"}, 4 * 6 * 64),
+        ({"mode": "tb"}, 4 * (6 * 64 + 2 * (64 + 32 + 32))),
+        ({"mode": "lora", "rank": 2, "target_modules": ["q_proj"]}, 2 * 2 * (64 + 64)),
+        ({"mode": "fb", "b_init": "zeros"}, 0),
+        ({"mode": "fa-basis"}, 4 * 2 * (64 + 32 + 32)),
+        ({"mode": "lora-xs"}, 4 * 4 * 6),
+        ({"mode": "lora-mini", "outer_rank": 6}, 2 * 4 * 6 * 6),
+        ({"mode": "full"}, 10**6),
+    ],
+)
+def test_trained_parameters_are_counted_from_shapes(row: dict[str, Any], expected: int) -> None:
+    assert trained_parameters(grid_of(row).rows[0], inputs_of().models["base"]) == expected
+    assert trained_parameters(grid_of(row).rows[0], None) == (0 if row["mode"] == "base" else None)
+
+
+def test_every_step_is_estimated_and_more_work_takes_longer() -> None:
+    def estimates(steps: int) -> dict[str, float]:
+        plan = plan_of(grid_of({"mode": "fb"}, defaults={"train": {"max_steps": steps, "rank": 4}}))
+        found = estimate_steps(plan, inputs_of(), 1e9)
+        assert found.keys() == plan.steps.keys()
+        return {plan.steps[name].kind: estimate.seconds for name, estimate in found.items()}
+
+    few, many = estimates(10), estimates(1000)
+    assert many["train"] > 10 * few["train"]
+    assert (many["basis"], many["evaluate"]) == (few["basis"], few["evaluate"])
+
+
+def test_decompositions_before_training_and_records_to_select_by_are_estimated_too() -> None:
+    def seconds(mode: str, **changes: Any) -> float:
+        plan = plan_of(grid_of({"mode": mode}, defaults={"train": {"max_steps": 1, "rank": 4, **changes}}))
+        inputs = inputs_of()
+        inputs.datasets[data_key("records", plan.grid.train)] = inputs.datasets["records"]
+        return estimate_steps(plan, inputs, 1e9)[only(plan, "train").name].seconds
+
+    assert seconds("lora") == seconds("lora-fa") < seconds("pissa") == seconds("mica")
+    assert seconds("lora", validation_size=9) > seconds("lora", validation_size=2)
+
+
+def test_a_basis_of_the_input_side_is_decomposed_in_the_input_dimension() -> None:
+    """Every weight here has 64 inputs, but two thirds of them only 32 outputs."""
+    plan = plan_of(grid_of({"mode": ["fb", "fa-basis"]}))
+    estimates = estimate_steps(plan, inputs_of(), 1e6)
+    by_side = {step.facts["side"]: estimates[name] for name, step in plan.steps.items() if step.kind == "basis"}
+    assert by_side["input"].seconds > by_side["output"].seconds
+    assert by_side["input"].bytes > by_side["output"].bytes
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"mode": "fb", "rank": 33}, "rank 33 is above the 32 rows of model.layers.0.self_attn.k_proj"),
+        ({"mode": "fb", "b_init": "orthonormal", "rank": 33}, "rank 33 is above the 32 rows"),
+        ({"mode": "pissa", "rank": 33}, "rank 33 is above the 32 rows"),
+        ({"mode": "lora-mini", "rank": 20}, "rank 40 is above the 32 rows"),
+        ({"mode": "fa-basis", "rank": 65}, "rank 65 is above the 64 columns of model.layers.0.self_attn.k_proj"),
+        (
+            {"mode": "fb", "share": "global"},
+            "share global needs weights with equal out-dimensions, but those of base are 32, 64",
+        ),
+        ({"mode": "lora", "target_modules": ["q_proj", "o_proj"]}, "no weight of base is named by the target module o_proj"),
+        ({"mode": "fb", "side": "input"}, "B cannot take where model.layers.0.self_attn.k_proj has the shape (32, 64)"),
+    ],
+)
+def test_what_the_shapes_forbid_is_refused_before_anything_runs(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(CoraError) as error:
+        check_shapes(grid_of(row), inputs_of())
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"mode": "fa-basis", "rank": 64},
+        {"mode": "fa-basis", "share": "layer", "merge": "gram"},
+        {"mode": "lora", "rank": 33},
+        {"mode": "lora-mini", "rank": 16},
+    ],
+)
+def test_what_the_shapes_allow_is_not_refused(row: dict[str, Any]) -> None:
+    check_shapes(grid_of(row), inputs_of())
+
+
+def test_what_the_file_of_a_method_says_determines_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "method.json"
+    keys = []
+    for rank in (2, 3):
+        file.write_text(f'{{"peft_type": "LOHA", "r": {rank}}}')
+        keys.append(only(plan_of(grid_of({"mode": "peft", "peft_config": str(file)})), "train").key)
+    assert keys[0] != keys[1]
+
+
+def test_a_source_of_another_shape_is_refused_before_anything_runs() -> None:
+    inputs = inputs_of()
+    other = dataclasses.replace(inputs.models["org/a"], shapes=dict.fromkeys(SHAPES, (8, 8)))
+    inputs.models["org/a"] = other
+    with pytest.raises(CoraError, match="source model org/a has not the shapes of base"):
+        check_shapes(grid_of({"mode": "fb", "sources": ["a"]}), inputs)
+
+
+def test_a_grid_that_generates_nothing_has_no_evaluations_and_its_base_row_no_step() -> None:
+    plan = plan_of(grid_of({"mode": "base"}, {"mode": "lora"}, defaults={"train": {"max_steps": 1}, "evaluate": False}))
+    assert kinds(plan) == ["train"]
+    assert [(row["run"] is None, row["evaluation"]) for row in plan_record(plan)["rows"]] == [(True, None), (False, None)]
+    shown = render_plan(plan, inputs_of(), dict.fromkeys(plan.steps, False), {}, [row.name for row in plan.grid.rows], "")
+    assert "1 training runs" in shown
+    assert "evaluations" not in shown

@@ -1,0 +1,176 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cora_cli.basis.artifact import read_basis
+from cora_cli.basis.choices import BasisChoices
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.extraction.extract import extract_basis
+from tests.weights.helpers import CPU, dense_weights, local, reference_directions, reference_matrix, subspace_error
+from tests.weights.test_adapter_sources import make_adapter
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def run(paths, output, base=None, **changed):
+    choices = BasisChoices(**{"rank": 4, **changed})
+    return extract_basis([local(path) for path in paths], output, choices, local(base) if base else None, CPU)
+
+
+@pytest.mark.parametrize("merge", ["mean", "gram"])
+@pytest.mark.parametrize("share", ["module", "projection"])
+def test_grouped_query_models_give_the_reference_subspace_for_every_group(grouped_models, tmp_path, share, merge):
+    run(grouped_models, tmp_path / "b", share=share, merge=merge)
+    basis = read_basis(tmp_path / "b")
+    dense = [dense_weights(path) for path in grouped_models]
+    assert len(basis.directions) == (6 if share == "module" else 3)
+    for group, directions in basis.directions.items():
+        weights = [one[name] for one in dense for name in one if name == group or name.endswith(f".{group}")]
+        reference, values = reference_directions(reference_matrix(weights, basis.choices), basis.choices)
+        assert subspace_error(reference, directions) < 1e-6
+        assert subspace_error(reference[:, :1], directions[:, :1]) < 1e-6, "the first direction comes first"
+        np.testing.assert_allclose(basis.singular_values[group], values, rtol=1e-7)
+
+
+def test_global_mean_on_the_input_side_is_the_literal_right_singular_vectors_of_the_mean(square_models, tmp_path):
+    run(square_models, tmp_path / "b", share="global", merge="mean", side="input")
+    weights = [one[name] for one in map(dense_weights, square_models) for name in one if name.endswith(PROJECTIONS)]
+    assert len(weights) == 3 * 2 * 3
+    right = np.linalg.svd(np.mean(weights, axis=0))[2][:4].T
+    assert subspace_error(right, read_basis(tmp_path / "b").directions["global"]) < 1e-6
+
+
+@pytest.mark.parametrize("share", ["module", "layer"])
+def test_the_input_side_of_grouped_query_weights_is_the_space_that_q_k_and_v_share(share, grouped_models, tmp_path):
+    run(grouped_models, tmp_path / "b", side="input", share=share, merge="gram")
+    basis, dense = read_basis(tmp_path / "b"), list(map(dense_weights, grouped_models))
+    for group, directions in basis.directions.items():
+        members = [name for name in dense[0] if name.startswith(group) and name.endswith(PROJECTIONS)]
+        assert len(members) == (1 if share == "module" else 3)
+        pooled = sum(one[name].T @ one[name] for one in dense for name in members)
+        assert subspace_error(np.linalg.eigh(pooled)[1][:, ::-1][:, :4], directions) < 1e-6
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_adapters_give_the_subspace_of_the_models_they_merge_into(grouped_models, tmp_path, with_base):
+    base = grouped_models[0]
+    adapters = [make_adapter(base, tmp_path / f"a{n}", tmp_path / f"m{n}", seed=n) for n in range(3)]
+    run(adapters, tmp_path / "b", base=base if with_base else None)
+    basis = read_basis(tmp_path / "b")
+    dense = [dense_weights(tmp_path / f"m{n}") for n in range(3)]
+    for group, directions in basis.directions.items():
+        reference, _ = reference_directions(np.mean([one[group] for one in dense], axis=0), basis.choices)
+        assert subspace_error(reference, directions) < 1e-5, "PEFT merges in float32"
+
+
+def test_deltas_of_adapters_and_of_the_merged_models_span_the_same_space(grouped_models, tmp_path):
+    base, targets = grouped_models[0], ("q_proj", "v_proj")
+    adapters = [make_adapter(base, tmp_path / f"a{n}", tmp_path / f"m{n}", seed=n, r=2) for n in range(2)]
+    mixed = [adapters[0], tmp_path / "m1"]
+    run(adapters, tmp_path / "adapters", base=base, source="delta", target_modules=targets, share="projection", merge="gram")
+    run(mixed, tmp_path / "mixed", base=base, source="delta", target_modules=targets, share="projection", merge="gram")
+    one, other = read_basis(tmp_path / "adapters"), read_basis(tmp_path / "mixed")
+    assert one.base_hash == other.base_hash is not None
+    for group, directions in one.directions.items():
+        assert subspace_error(other.directions[group].double().numpy(), directions) < 1e-4, "PEFT merges in float32"
+
+
+def test_adapters_that_leave_a_target_alone_say_which_and_what_would_work(grouped_models, tmp_path):
+    adapter = make_adapter(grouped_models[0], tmp_path / "a")
+    with pytest.raises(CoraError, match=r"group model\.layers\.0\.self_attn\.k_proj is zero; .*--target-modules"):
+        run([adapter], tmp_path / "b", base=grouped_models[0], source="delta")
+    assert not (tmp_path / "b").exists()
+
+
+def test_one_low_rank_adapter_is_refused_beyond_its_rank(grouped_models, tmp_path):
+    adapter = make_adapter(grouped_models[0], tmp_path / "a", r=2)
+    with pytest.raises(CoraError, match="numerical rank of 2, less than --rank 4; use --rank 2"):
+        run([adapter], tmp_path / "b", base=grouped_models[0], source="delta", target_modules=("q_proj",))
+
+
+def test_equal_inputs_give_equal_files_in_any_layout_of_the_checkpoint(grouped_models, tmp_path):
+    first = run(grouped_models, tmp_path / "one")
+    second = run(grouped_models, tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert first.sha256 == second.sha256 == read_basis(tmp_path / "one").sha256
+
+
+def test_an_existing_file_is_kept_unless_overwrite_is_said(grouped_models, tmp_path):
+    output = tmp_path / "b"
+    output.write_text("precious")
+    models = [local(grouped_models[0])]
+    with pytest.raises(CoraError, match="--overwrite"):
+        extract_basis(models, output, BasisChoices(rank=2), None, CPU)
+    assert output.read_text() == "precious"
+    extract_basis(models, output, BasisChoices(rank=2), None, CPU, overwrite=True)
+    assert read_basis(output).rank == 2
+
+
+def test_a_directory_is_no_place_for_a_basis_even_with_overwrite(grouped_models, tmp_path):
+    with pytest.raises(CoraError, match="is a directory"):
+        extract_basis([local(grouped_models[0])], tmp_path, BasisChoices(rank=2), None, CPU, overwrite=True)
+
+
+def test_no_model_and_a_delta_without_base_are_usage_errors(grouped_models, tmp_path):
+    with pytest.raises(UsageError, match="at least one"):
+        run([], tmp_path / "b")
+    with pytest.raises(UsageError, match="--base"):
+        run(grouped_models, tmp_path / "b", source="delta")
+
+
+def test_a_model_with_damaged_weights_stops_the_command_and_leaves_nothing(grouped_models, tmp_path):
+    bad = shutil.copytree(grouped_models[0], tmp_path / "bad")
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, bad / "model.safetensors")
+    with pytest.raises(CoraError, match=r"bad: model\.layers\.1\.self_attn\.v_proj holds values that are not finite"):
+        run([grouped_models[0], bad], tmp_path / "out" / "b")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_different_architecture_are_refused_by_name(grouped_models, square_models, tmp_path):
+    with pytest.raises(CoraError) as caught:
+        run([grouped_models[0], square_models[0]], tmp_path / "b")
+    for part in (str(grouped_models[0]), str(square_models[0]), "k_proj", "(8, 16)", "(16, 16)"):
+        assert part in str(caught.value)
+
+
+def test_the_summary_counts_groups_bytes_and_explained_variance(grouped_models, tmp_path):
+    summary = run(grouped_models, tmp_path / "b")
+    target_bytes = 2 * 2 * (16 * 16 + 2 * 8 * 16) * 4
+    assert summary.bytes_read == target_bytes
+    assert [(kind.kind, kind.groups) for kind in summary.kinds] == [("k_proj", 2), ("q_proj", 2), ("v_proj", 2)]
+    dense = [dense_weights(path) for path in grouped_models]
+    for kind in summary.kinds:
+        shares = []
+        for name in dense[0]:
+            if name.endswith(kind.kind):
+                energies = np.linalg.svd(np.mean([one[name] for one in dense], axis=0))[1] ** 2
+                shares.append(energies[:4].sum() / energies.sum())
+        np.testing.assert_allclose([kind.mean, kind.minimum, kind.maximum], [np.mean(shares), min(shares), max(shares)])
+    assert 0 < summary.seconds_reading < summary.seconds
+    assert 0 < summary.seconds_decomposing < summary.seconds
+    text = summary.render()
+    for part in ("6 groups of rank 4 from 2 models", "k_proj", "q_proj", "v_proj", summary.sha256):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("share", "kinds"), [("layer", ["layer"]), ("projection", ["k_proj", "q_proj", "v_proj"]), ("global", ["global"])]
+)
+def test_the_summary_names_the_kind_of_each_group(square_models, tmp_path, share, kinds):
+    assert [kind.kind for kind in run(square_models[:1], tmp_path / "b", share=share).kinds] == kinds
+
+
+def test_a_subspace_that_is_not_unique_is_reported_and_recorded(grouped_models, tmp_path):
+    flat = shutil.copytree(grouped_models[0], tmp_path / "flat")
+    tensors = load_file(flat / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] = torch.eye(16)
+    save_file(tensors, flat / "model.safetensors")
+    summary = run([flat], tmp_path / "b")
+    assert summary.without_gap == ("model.layers.0.self_attn.q_proj",)
+    assert "model.layers.0.self_attn.q_proj: no gap at rank 4: this subspace is not unique" in summary.render()
+    assert read_basis(tmp_path / "b").gaps["model.layers.0.self_attn.q_proj"] is False

@@ -1,0 +1,153 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+from cora_cli.models.references import EMBEDDED_MODEL, resolve_base, resolve_model
+
+
+def make(directory: Path, *names: str) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (directory / name).write_text("{}")
+    return directory
+
+
+def test_a_directory_with_a_configuration_is_a_model(tiny_model):
+    found = resolve_model(str(tiny_model))
+    assert (found.reference, found.path, found.revision, found.is_adapter) == (str(tiny_model), tiny_model, None, False)
+    assert found.config()["model_type"] == "llama"
+    assert [file.name for file in found.weight_files()] == ["model.safetensors"]
+
+
+def test_a_directory_with_an_adapter_configuration_is_an_adapter(tmp_path):
+    found = resolve_model(
+        str(make(tmp_path / "adapter", "adapter_config.json", "adapter_model.safetensors", "other.safetensors"))
+    )
+    assert found.is_adapter
+    assert found.adapter_config() == {}
+    assert [file.name for file in found.weight_files()] == ["adapter_model.safetensors"]
+
+
+def test_the_weights_of_a_compact_adapter_are_its_a_alone_and_its_hash_covers_them(tmp_path):
+    directory = make(tmp_path / "adapter", "adapter_config.json", "adapter_a_only.safetensors")
+    found = resolve_model(str(directory))
+    assert [file.name for file in found.weight_files()] == ["adapter_a_only.safetensors"]
+    before = found.content_hash()
+    (directory / "adapter_a_only.safetensors").write_text("other")
+    assert found.content_hash() != before
+
+
+@pytest.mark.parametrize(("kind", "is_adapter"), [("adapter", True), ("model", False)])
+def test_a_run_directory_stands_for_what_it_trained(kind, is_adapter, tmp_path):
+    make(tmp_path / "run", "run.json")
+    make(tmp_path / "run" / kind, "adapter_config.json" if is_adapter else "config.json")
+    found = resolve_model(str(tmp_path / "run"))
+    assert found.path == tmp_path / "run" / kind
+    assert found.is_adapter is is_adapter
+
+
+def test_a_base_is_a_whole_model_or_none_at_all(tiny_model, tmp_path):
+    assert resolve_base(None) is None
+    assert resolve_base(str(tiny_model)) == resolve_model(str(tiny_model))
+    adapter = make(tmp_path / "adapter", "adapter_config.json")
+    with pytest.raises(CoraError, match=f"--base {adapter} is an adapter, not a whole model; merge that one first"):
+        resolve_base(str(adapter))
+
+
+def test_a_run_that_never_ended_is_no_model(tmp_path):
+    make(tmp_path / "run", "run.json")
+    with pytest.raises(CoraError, match=r"run is no model: neither config.json nor adapter_config.json was found in .*adapter"):
+        resolve_model(str(tmp_path / "run"))
+
+
+def test_a_directory_without_a_configuration_is_no_model(tmp_path):
+    with pytest.raises(CoraError, match=r"is no model: neither config.json nor adapter_config.json was found"):
+        resolve_model(str(tmp_path))
+
+
+def test_the_embedded_model_is_found_by_its_name():
+    found = resolve_model(EMBEDDED_MODEL)
+    assert found.reference == "builtin:smollm2"
+    assert found.config()["hidden_size"] == 576
+
+
+@pytest.mark.parametrize(
+    "reference", ["./gone", "../gone", "/gone/for/ever", "~/gone-for-ever", "a/b/c", "builtin:other", "a b"]
+)
+def test_what_is_neither_directory_nor_hub_id_says_so(reference):
+    with pytest.raises(CoraError, match="is neither a directory on this disk nor a hub id such as org/name@revision"):
+        resolve_model(reference)
+
+
+@pytest.mark.parametrize("reference", ["some-org/some-model", "some-org/some-model@v1", "gpt-none", "a..b/c", "-x/y"])
+def test_a_hub_id_that_cannot_be_fetched_gives_one_sentence(reference):
+    with pytest.raises(CoraError, match="is not a directory here and could not be fetched from the hub: ") as caught:
+        resolve_model(reference)
+    assert repr(reference) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reference", "revision", "stored", "patterns"),
+    [
+        ("org/name", None, "model.safetensors", ["*.safetensors"]),
+        ("org/name@v2", "v2", "model.safetensors", ["*.safetensors"]),
+        ("org/name@v2", "v2", "pytorch_model.bin", ["*.safetensors", "*.bin"]),
+    ],
+)
+def test_a_hub_model_is_fetched_at_its_revision_and_pickles_only_where_there_is_nothing_else(
+    reference, revision, stored, patterns, tmp_path, monkeypatch
+):
+    snapshot = make(tmp_path / "0123abcd", "config.json")
+    asked = []
+
+    def download(hub_id, revision, allow_patterns):
+        asked.append((hub_id, revision, allow_patterns[-1]))
+        if Path(stored).match(allow_patterns[-1]):
+            make(snapshot, stored)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = resolve_model(reference)
+    assert asked == [("org/name", revision, pattern) for pattern in patterns]
+    assert (found.path, found.revision) == (snapshot, "0123abcd"), "the revision is the commit, not the name of a branch"
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["b.safetensors", "a.safetensors", "a.bin"], ["a.safetensors", "b.safetensors"]),
+        (["pytorch_model.bin", "training_args.bin"], ["pytorch_model.bin"]),
+    ],
+)
+def test_weights_are_the_safetensors_or_else_the_bin_files(files, found, tmp_path):
+    model = resolve_model(str(make(tmp_path / "model", "config.json", *files)))
+    assert [file.name for file in model.weight_files()] == found
+
+
+@pytest.mark.parametrize("files", [[], ["training_args.bin"]])
+def test_a_model_without_weights_says_so(files, tmp_path):
+    model = resolve_model(str(make(tmp_path / "model", "config.json", *files)))
+    with pytest.raises(CoraError, match=r"model holds no weights: neither \*.safetensors nor \*.bin was found there"):
+        model.weight_files()
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    model = resolve_model(str(make(tmp_path / "model", "config.json")))
+    (model.path / "config.json").write_text("{")
+    with pytest.raises(CoraError, match=r"config.json is not valid JSON"):
+        model.config()
+    with pytest.raises(CoraError, match=r"adapter_config.json does not exist"):
+        model.adapter_config()
+
+
+def test_the_content_hash_covers_weights_and_configuration_but_not_the_place(tiny_model, tmp_path):
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    original, copied = resolve_model(str(tiny_model)), resolve_model(str(copy))
+    assert original.content_hash() == copied.content_hash()
+    rundir.write_json(copy / "config.json", {**json.loads((copy / "config.json").read_text()), "rope_theta": 5})
+    assert original.content_hash() != copied.content_hash()

@@ -1,0 +1,242 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from cora_cli.adapters.install import install_adapter
+from cora_cli.adapters.plan import plan_adapter
+from cora_cli.adapters.storage import AdapterFacts, save_adapter
+from cora_cli.basis.artifact import read_basis
+from cora_cli.basis.choices import BasisChoices
+from cora_cli.errors import CoraError
+from cora_cli.extraction.extract import extract_basis
+from cora_cli.weights.sources import open_source
+from tests.weights.helpers import make_llama
+
+from .helpers import CPU, dense_weights, local
+
+Q0, V1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
+SETTINGS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"v_proj": 2, "layers.0.self_attn.q_proj": 5}, "alpha_pattern": {"layers.1.*q_proj": 3}},
+    "rslora_patterns": {"use_rslora": True, "rank_pattern": {"v_proj": 7}},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "biases": {"bias": "all"},
+}
+
+
+def make_adapter(base: Path, target: Path, merged: Path | None = None, seed: int = 0, **settings) -> Path:
+    """A LoRA adapter saved by PEFT with non-zero factors, and the model that PEFT merges it into."""
+    model = make_llama(kv_heads=2)
+    model.load_state_dict(type(model).from_pretrained(base).state_dict())
+    config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **settings})
+    model.name_or_path = str(base)
+    peft_model = get_peft_model(model, config)
+    torch.manual_seed(seed)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.data = torch.randn_like(parameter)
+    peft_model.save_pretrained(target)
+    if merged:
+        peft_model.merge_and_unload().save_pretrained(merged)
+    return target
+
+
+@pytest.fixture(scope="module")
+def plain(grouped_models, tmp_path_factory) -> Path:
+    return make_adapter(grouped_models[0], tmp_path_factory.mktemp("plain") / "adapter")
+
+
+@pytest.fixture
+def copy(plain, tmp_path) -> Path:
+    """An adapter that a test may damage."""
+    return shutil.copytree(plain, tmp_path / "copy")
+
+
+def change_config(directory: Path, **changed) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+
+
+def change_tensors(directory: Path, change) -> None:
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_an_adapter_equals_the_model_that_peft_merges_it_into(grouped_models, tmp_path, setting):
+    adapter = make_adapter(grouped_models[0], tmp_path / "a", tmp_path / "merged", **SETTINGS[setting])
+    source, dense = open_source(local(adapter)), dense_weights(tmp_path / "merged")
+    assert {"embed_tokens"} >= {name.rpartition(".")[2] for name in dense.keys() - source.shapes.keys()}
+    for module in source.shapes:
+        assert source.read(module).dtype == torch.float64
+        np.testing.assert_allclose(source.read(module).numpy(), dense[module], atol=2e-5)
+
+
+def test_embeddings_that_an_adapter_changes_are_not_offered(grouped_models, tmp_path):
+    adapter = make_adapter(grouped_models[0], tmp_path / "a", target_modules=["q_proj", "embed_tokens"])
+    assert "model.embed_tokens" not in open_source(local(adapter)).shapes
+
+
+@pytest.mark.parametrize("setting", ["plain", "rslora", "patterns"])
+def test_the_delta_to_its_own_base_is_scaled_b_times_a_exactly_and_reads_no_base(grouped_models, tmp_path, setting):
+    adapter = make_adapter(grouped_models[0], tmp_path / "a", **SETTINGS[setting])
+    base = open_source(local(grouped_models[0]))
+    source = open_source(local(adapter), base)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    a, b = (stored[f"base_model.model.{V1}.lora_{matrix}.weight"].double() for matrix in "AB")
+    scale = {"plain": 6 / 4, "rslora": 6 / 2, "patterns": 6 / 2}[setting]
+    assert torch.equal(source.own_delta(V1, base), scale * (b @ a))
+    assert torch.equal(source.own_delta("lm_head", base), torch.zeros(32, 16, dtype=torch.float64))
+    assert base.bytes_read == 0
+    assert source.own_delta(V1, open_source(local(grouped_models[0]))) is None, "another base must be read"
+
+
+def test_a_bin_adapter_reads_like_the_safetensors_one(copy, plain):
+    tensors = load_file(copy / "adapter_model.safetensors")
+    (copy / "adapter_model.safetensors").unlink()
+    torch.save(tensors, copy / "adapter_model.bin")
+    one, other = open_source(local(copy)), open_source(local(plain))
+    assert torch.equal(one.read(Q0), other.read(Q0))
+    assert one.content_hash([Q0]) == other.content_hash([Q0])
+
+
+def test_a_given_base_takes_the_place_of_a_stale_path(copy, grouped_models):
+    change_config(copy, base_model_name_or_path="/nowhere/at/all")
+    with pytest.raises(CoraError, match=r"copy cannot be had, --base .*nowhere"):
+        open_source(local(copy))
+    assert open_source(local(copy), open_source(local(grouped_models[0]))).shapes[Q0] == (16, 16)
+
+
+def test_an_adapter_that_names_no_base_asks_for_one(copy):
+    change_config(copy, base_model_name_or_path=None)
+    with pytest.raises(CoraError, match="--base"):
+        open_source(local(copy))
+
+
+def test_the_content_hash_covers_factors_scale_and_base(copy, plain, grouped_models):
+    original = open_source(local(plain)).content_hash([Q0])
+    other_base = open_source(local(plain), open_source(local(grouped_models[1]))).content_hash([Q0])
+    change_config(copy, lora_alpha=8)
+    other_alpha = open_source(local(copy)).content_hash([Q0])
+    change_config(copy, lora_alpha=6)
+    change_tensors(copy, lambda tensors: tensors[f"base_model.model.{Q0}.lora_A.weight"].add_(1e-3))
+    other_factor = open_source(local(copy)).content_hash([Q0])
+    assert len({original, other_base, other_alpha, other_factor}) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"peft_type": "LOHA"}, "LOHA adapter"),
+        ({"use_dora": True}, "use_dora"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
+        ({"r": 5}, "do not fit r = 5"),
+        ({"rank_pattern": {"q_proj": 2}}, "do not fit r = 2"),
+    ],
+)
+def test_adapters_that_are_not_w_plus_scaled_b_a_are_refused(copy, changed, said):
+    change_config(copy, **changed)
+    with pytest.raises(CoraError, match=said):
+        open_source(local(copy))
+
+
+@pytest.mark.parametrize("matrix", ["A", "B"])
+def test_an_adapter_with_half_a_pair_is_refused(copy, matrix):
+    change_tensors(copy, lambda tensors: tensors.pop(f"base_model.model.{Q0}.lora_{matrix}.weight"))
+    with pytest.raises(CoraError, match=f"{Q0} has no lora_{matrix}; its keys do not all arrive"):
+        open_source(local(copy))
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("base_model.model.layers.0.self_attn.q_proj.lora_{}.weight", "matches no module of its base"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.hada_{}", "neither lora_A, lora_B"),
+        (Q0 + ".lora_{}.weight", "neither lora_A, lora_B"),
+    ],
+)
+def test_an_adapter_whose_keys_do_not_all_arrive_is_refused(copy, key, said):
+    def rename(tensors):
+        for matrix in "AB":
+            tensors[key.format(matrix)] = tensors.pop(f"base_model.model.{Q0}.lora_{matrix}.weight")
+
+    change_tensors(copy, rename)
+    with pytest.raises(CoraError, match=said):
+        open_source(local(copy))
+
+
+def test_an_adapter_for_weights_of_another_shape_is_refused_with_the_shapes(copy, square_models):
+    with pytest.raises(CoraError, match=r"v_proj has lora_A \(4, 16\) and lora_B \(8, 4\).*\(16, 16\)"):
+        open_source(local(copy), open_source(local(square_models[0])))
+
+
+def test_an_empty_adapter_is_refused(copy):
+    change_tensors(copy, lambda tensors: tensors.clear())
+    with pytest.raises(CoraError, match="holds no lora_A"):
+        open_source(local(copy))
+
+
+def test_a_factor_that_is_not_finite_is_refused_by_name(copy):
+    key = f"base_model.model.{Q0}.lora_B.weight"
+    change_tensors(copy, lambda tensors: tensors[key].fill_(float("nan")))
+    with pytest.raises(CoraError, match=r"lora_B.*not finite"):
+        open_source(local(copy)).read(Q0)
+
+
+@pytest.fixture(scope="module")
+def frozen_pair(grouped_models, tmp_path_factory):
+    """A function that saves one trained `fb` adapter whole and in compact form, and gives both directories and its basis file."""
+
+    def made(b_init: str) -> tuple[Path, Path, Path]:
+        root = tmp_path_factory.mktemp("frozen")
+        path = root / "basis.safetensors"
+        extract_basis([local(grouped_models[1])], path, BasisChoices(rank=4), None, CPU)
+        basis = read_basis(path)
+        settings = {"rank": 3, "alpha": 6.0, "rslora": False, "target_modules": ("q_proj", "v_proj"), "dropout": 0.0, "seed": 1}
+        plan = plan_adapter("fb", b_init=b_init, a_init="gaussian", **settings)
+        model = install_adapter(make_llama(kv_heads=2), plan, basis if plan.needs_basis else None)
+        stated = (str(path), basis.sha256) if plan.needs_basis else (None, None)
+        for form in ("whole", "compact"):
+            facts = AdapterFacts(plan, str(grouped_models[0]), None, "0" * 64, *stated, compact=form == "compact")
+            save_adapter(model, root / form, facts)
+        return root / "whole", root / "compact", path
+
+    return made
+
+
+@pytest.mark.parametrize("b_init", ["basis", "orthonormal"])
+def test_a_compact_adapter_is_the_same_source_as_the_whole_one(frozen_pair, b_init):
+    whole, compact, _ = frozen_pair(b_init)
+    one, other = open_source(local(whole)), open_source(local(compact))
+    assert torch.equal(one.read(Q0), other.read(Q0))
+    assert not torch.equal(one.read(Q0), one.base.read(Q0).double())
+    assert one.content_hash([Q0, V1]) == other.content_hash([Q0, V1])
+
+
+def test_a_compact_adapter_whose_basis_is_gone_or_another_says_which_and_what_to_do(frozen_pair, tiny_basis):
+    _, compact, basis = frozen_pair("basis")
+    shutil.copy(tiny_basis, basis)
+    with pytest.raises(CoraError, match=r"trained with the basis \w+, but .*basis.safetensors is \w+"):
+        open_source(local(compact))
+    basis.unlink()
+    with pytest.raises(CoraError, match=r"its B is in the basis .*, which is not there; put it back, or .*cora merge --basis"):
+        open_source(local(compact))
+
+
+def test_an_a_alone_without_its_record_is_refused(frozen_pair):
+    _, compact, _ = frozen_pair("orthonormal")
+    (compact / "cora.json").unlink()
+    with pytest.raises(CoraError, match=r"holds A alone, and no cora\.json says what its B was"):
+        open_source(local(compact))

@@ -1,0 +1,145 @@
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cora_cli.errors import CoraError
+from cora_cli.weights.checkpoint import Checkpoint
+from tests.weights.helpers import make_llama
+
+from .helpers import local
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory) -> dict[str, Path]:
+    """One model saved in every layout that is found in the wild."""
+    root = tmp_path_factory.mktemp("layouts")
+    model = make_llama(kv_heads=2)
+    model.save_pretrained(root / "whole")
+    model.save_pretrained(root / "sharded", max_shard_size="3KB")
+    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    for name in ("bin", "bin_sharded"):
+        (root / name).mkdir()
+        shutil.copy(root / "whole" / "config.json", root / name)
+    torch.save(tensors, root / "bin" / "pytorch_model.bin")
+    weight_map = {name: f"pytorch_model-0000{number % 3}.bin" for number, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        torch.save({name: tensors[name] for name in tensors if weight_map[name] == file}, root / "bin_sharded" / file)
+    (root / "bin_sharded" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert len(list((root / "sharded").glob("*.safetensors"))) > 3
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.mark.parametrize("layout", ["whole", "sharded", "bin", "bin_sharded"])
+def test_every_layout_lists_and_reads_the_same_tensors(layouts, layout):
+    expected = make_llama(kv_heads=2).state_dict()
+    checkpoint = Checkpoint(local(layouts[layout]))
+    assert {name: torch.Size(shape) for name, shape in checkpoint.shapes.items()} == {
+        name: value.shape for name, value in expected.items()
+    }
+    assert checkpoint.bytes_read == 0
+    for name in checkpoint.shapes:
+        assert torch.equal(checkpoint.read(name), expected[name])
+    assert checkpoint.bytes_read == sum(value.nbytes for value in expected.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see what is mapped")
+@pytest.mark.parametrize("layout", ["whole", "bin"])
+def test_no_file_stays_open_or_mapped_after_a_read(layouts, layout):
+    checkpoint = Checkpoint(local(layouts[layout]))
+    kept = [checkpoint.read(name) for name in checkpoint.shapes]
+    assert kept
+    assert str(layouts[layout]) not in Path("/proc/self/maps").read_text()
+    assert all(str(layouts[layout]) not in str(link.resolve()) for link in Path("/proc/self/fd").iterdir())
+
+
+def test_stored_types_are_kept(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {str(kind): torch.ones(2, 3, dtype=kind) for kind in (torch.bfloat16, torch.float16, torch.float64)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(local(tmp_path))
+    assert {name: str(checkpoint.read(name).dtype) for name in checkpoint.shapes} == {name: name for name in tensors}
+
+
+@pytest.mark.parametrize("layout", ["whole", "bin"])
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.02, 0.5, 0.99, 0.9999])
+def test_a_truncated_file_is_refused_by_name_before_anything_is_read(layouts, tmp_path, layout, part):
+    directory = shutil.copytree(layouts[layout], tmp_path / "cut")
+    [file] = local(directory).weight_files()
+    data = file.read_bytes()
+    file.write_bytes(data[: int(len(data) * part)])
+    with pytest.raises(CoraError, match=file.name):
+        Checkpoint(local(directory))
+
+
+class _Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize("form", ["zip", "bare pickle"])
+def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(tmp_path, form):
+    trap = tmp_path / "trap"
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    file = directory / "pytorch_model.bin"
+    if form == "zip":
+        torch.save({"weight": torch.ones(2, 2), "evil": _Evil(trap)}, file)
+        assert zipfile.is_zipfile(file)
+    else:
+        file.write_bytes(pickle.dumps(_Evil(trap)))
+    with pytest.raises(CoraError, match=r"pytorch_model\.bin.*never done"):
+        Checkpoint(local(directory))
+    assert not trap.exists()
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "pytorch_model.bin"]
+
+
+def test_a_missing_shard_is_refused_by_name(layouts, tmp_path):
+    directory = shutil.copytree(layouts["sharded"], tmp_path / "m")
+    victim = sorted(directory.glob("*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(CoraError, match=victim.name):
+        Checkpoint(local(directory))
+
+
+def test_a_tensor_that_the_index_promises_and_no_shard_holds_is_refused(layouts, tmp_path):
+    directory = shutil.copytree(layouts["sharded"], tmp_path / "m")
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["ghost.weight"] = next(iter(content["weight_map"].values()))
+    index.write_text(json.dumps(content))
+    with pytest.raises(CoraError, match=r"ghost\.weight"):
+        Checkpoint(local(directory))
+
+
+def test_an_index_that_points_outside_its_directory_is_refused(layouts, tmp_path):
+    directory = shutil.copytree(layouts["sharded"], tmp_path / "m")
+    shutil.copy(layouts["whole"] / "model.safetensors", tmp_path / "model.safetensors")
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../model.safetensors"}}))
+    with pytest.raises(CoraError, match="not in that directory"):
+        Checkpoint(local(directory))
+
+
+def test_a_tensor_stored_twice_is_refused_with_both_files(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"x.weight": torch.ones(2, 2)}, tmp_path / name)
+    with pytest.raises(CoraError, match=r"a\.safetensors.*b\.safetensors"):
+        Checkpoint(local(tmp_path))
+
+
+def test_a_bin_file_without_named_tensors_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    torch.save([torch.ones(2, 2)], tmp_path / "pytorch_model.bin")
+    with pytest.raises(CoraError, match="holds a list"):
+        Checkpoint(local(tmp_path))
