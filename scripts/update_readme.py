@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cora_cli.adapters.modes import modes_table
+from cora_cli.methods.registry import methods_table
 from cora_cli.render.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,7 @@ def main() -> None:
         "--rivals", type=Path, default=ROOT / "rivals", help="the directory that `cora report runs/rivals -o rivals` wrote"
     )
     options = parser.parse_args()
-    replace("modes", modes_table())
+    replace("modes", methods_table())
     if options.demo.exists():
         replace("demo", options.demo.read_text(encoding="utf-8").partition("\n")[2].strip())
     if options.bench.exists():

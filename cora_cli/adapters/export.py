@@ -1,6 +1,6 @@
-"""Writes a trained adapter of any mode as a plain PEFT LoRA of equal effect, where there is one.
+"""Writes a trained adapter of any method as an equivalent plain PEFT LoRA, where one exists.
 
-Unlike `merge` it needs no copy of the base model's weights on disk, and unlike the run's own adapter it holds nothing of `cora`'s.
+Unlike `merge` it writes no copy of the base model, and unlike the run's own adapter the result contains nothing specific to `cora`.
 """
 
 import copy
@@ -14,14 +14,17 @@ from safetensors.torch import save_file
 from torch.nn.functional import pad
 
 from cora_cli import rundir
-from cora_cli.adapters.install import ADAPTER, adapted_layers
+from cora_cli.adapters.facts import read_facts
 from cora_cli.adapters.storage import WEIGHTS_FILE, base_of, check_base, load_adapter
 from cora_cli.errors import CoraError
+from cora_cli.methods.method import AS_THE_FILE_SAYS
+from cora_cli.methods.parts.layers import ADAPTER, adapted_layers
+from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import load_model
 from cora_cli.models.references import ModelPath
 
 _NEGLIGIBLE = 1e-6
-"""Singular values of a ΔW below this part of its largest are rounding errors of its float32 factors."""
+"""Singular values of ΔW below this fraction of the largest are rounding errors of its float32 factors."""
 
 
 def export_adapter(
@@ -34,9 +37,8 @@ def export_adapter(
 ) -> int:
     """Write the LoRA to `output` and return its rank.
 
-    An adapter that is a LoRA already keeps its A and B (a compact one gets its B back); the ΔW of any other are decomposed, and the
-    largest of their ranks is taken for all. Raises `CoraError` where `output` exists, where the adapter does not fit, and where no ΔW
-    of low rank has its effect.
+    A LoRA keeps its A and B (a compact one gets its B back). For any other method the ΔW of each layer is decomposed, and all layers
+    get the largest rank. Raises `CoraError` where `output` exists, where the adapter does not fit, and where no LoRA is equivalent.
     """
     if output.exists():
         raise CoraError(f"{output} exists already; choose a new directory")
@@ -65,14 +67,15 @@ def export_adapter(
 
 def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, torch.Tensor]]:
     config: Any = wrapped.peft_config[ADAPTER]
+    facts = read_facts(adapter.path)
+    ours = method_of(facts.plan.mode).lora_rank if facts is not None else AS_THE_FILE_SAYS
     if isinstance(config, LoraConfig) and not config.use_dora:
         return copy.copy(config), get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
     method = "DoRA" if isinstance(config, LoraConfig) else config.peft_type.value
     none = CoraError(
-        f"PEFT does not convert {method}, the method of {adapter.reference}, to LoRA, so no LoRA of its effect can be made; "
-        "`cora merge` writes it as a plain model"
+        f"{adapter.reference} uses {method}, which has no equivalent LoRA; `cora merge` writes it as a plain model"
     )
-    if isinstance(config, LoraConfig) or not wrapped.supports_lora_conversion():
+    if ours is None or isinstance(config, LoraConfig) or not wrapped.supports_lora_conversion():
         raise none
     layers: list[tuple[str, Any]] = list(adapted_layers(wrapped))
     try:

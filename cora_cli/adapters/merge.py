@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel
 
 from cora_cli import rundir
-from cora_cli.adapters.install import adapted_layers
 from cora_cli.adapters.storage import base_of, check_base, load_adapter
 from cora_cli.errors import CoraError, reason
+from cora_cli.methods.parts.layers import adapted_layers
 from cora_cli.models.loading import load_model, load_tokenizer
 from cora_cli.models.references import ModelPath
 

@@ -1,13 +1,10 @@
-"""Reads and writes adapters: standard PEFT directories with a side file of `cora`'s own facts, and the compact form.
+"""Reads and writes adapters: standard PEFT directories with `cora.json` next to PEFT's files, and the compact form.
 
-After every load it is verified that all keys arrived and that an adapter which was trained changes the model. Starting values
-and trained sets are `install`.
+After every load it verifies that all keys arrived and that a trained adapter changes the model.
 """
 
 import copy
-import dataclasses
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,64 +17,35 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from cora_cli import rundir
-from cora_cli.adapters.install import ADAPTER, apply_trained_set, factors_of, lora_layers, start_b
-from cora_cli.adapters.plan import AdapterPlan
-from cora_cli.basis.artifact import Basis, read_basis
+from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts, starting_b
+from cora_cli.adapters.install import apply_trained_set
 from cora_cli.errors import CoraError, reason
+from cora_cli.methods.parts.layers import ADAPTER, factors_of, lora_layers
+from cora_cli.methods.registry import method_of
 from cora_cli.models.references import ModelPath, resolve_model
 
-SIDE_FILE = "cora.json"
-COMPACT_FILE = rundir.COMPACT_ADAPTER
 WEIGHTS_FILE = "adapter_model.safetensors"
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterFacts:
-    """What `cora` knows of an adapter beyond PEFT's configuration (`cora.json` in its directory)."""
-
-    plan: AdapterPlan
-    base: str
-    base_revision: str | None
-    base_sha256: str
-    basis: str | None
-    basis_sha256: str | None
-    compact: bool
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**dataclasses.asdict(self), "plan": self.plan.as_dict()}
-
-
-def read_facts(directory: Path) -> AdapterFacts | None:
-    """Read `cora.json`; None where the adapter was made by something else. Raises `CoraError` where it is damaged."""
-    path = directory / SIDE_FILE
-    if not path.exists():
-        return None
-    values = rundir.read_json(path)
-    try:
-        return AdapterFacts(**{**values, "plan": AdapterPlan.from_dict(values["plan"])})
-    except (KeyError, TypeError) as error:
-        raise CoraError(f"{path} is not a record of a cora adapter: {error}") from error
 
 
 def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None:
     """Write the adapter of `model` to `directory` in one step.
 
-    The standard form is what PEFT and others load unchanged: A and B, with products carried out; a mode that took its start out of W is
-    stored as its difference from that start, a LoRA of twice the rank on W itself. The compact form (`facts.compact`) holds A alone,
-    and B is had again from the basis file or the seed. Raises `CoraError` for the compact form of a trained B.
+    PEFT and others load the standard form unchanged: A and B, with products multiplied out. A method that subtracted its start from W
+    is stored as the difference from that start, a LoRA of twice the rank on W itself. The compact form (`facts.compact`) holds A alone;
+    B is rebuilt from the basis file or the seed. Raises `CoraError` for the compact form of a trained B.
     """
+    method = method_of(facts.plan.mode)
     if facts.compact and facts.plan.trains_b:
         raise CoraError(f"mode {facts.plan.mode} trains B, which the compact form would lose; leave out --compact")
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     config: Any = copy.copy(model.peft_config[ADAPTER])
-    if facts.plan.spec.stored_otherwise:
+    if not method.stored_as_trained:
         state = _plain_state(model)
-    if facts.plan.spec.changes_base:
+    if method.subtracts_start:
         config.r, config.lora_alpha, config.use_rslora = 2 * facts.plan.rank, 2 * facts.plan.rank * facts.plan.scaling, False
     if isinstance(config, LoraConfig) and float(config.lora_alpha).is_integer():
-        config.lora_alpha = int(config.lora_alpha)  # what PEFT's field is, and what others' readers may insist on
-    # Copies, since a safetensors file takes no two names of one tensor, as the random matrices are that layers share.
+        config.lora_alpha = int(config.lora_alpha)  # the type of PEFT's field, which other readers may insist on
+    # Copies, since safetensors refuses one tensor under two names, and layers may share matrices.
     state = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
     config.base_model_name_or_path = facts.base.partition("@")[0] if facts.base_revision else facts.base
     config.revision = facts.base_revision
@@ -95,7 +63,7 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
 
 
 def _plain_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """A (r, in) and B (out, r) of every layer with the products carried out; where the start was taken out of W, A' (2r, in) and
+    """A (r, in) and B (out, r) of every layer with products multiplied out; where the start was subtracted from W, A' (2r, in) and
     B' (out, 2r) with B'·A' = B·A − B₀·A₀, as PEFT converts its own adapters of this kind (`LoraModel.subtract_mutated_init`)."""
     state = {}
     for name, layer in lora_layers(model):
@@ -111,16 +79,16 @@ def _plain_state(model: PeftModel) -> dict[str, torch.Tensor]:
 def load_adapter(
     model: PreTrainedModel, adapter: ModelPath, basis_path: Path | None = None, trainable: bool = False
 ) -> PeftModel:
-    """Wrap `model` with the adapter at `adapter`, standard or compact, its B frozen again where its mode freezes it.
+    """Wrap `model` with the adapter at `adapter`, standard or compact; B is frozen again where its method freezes it.
 
-    Raises `CoraError` where keys are missing or foreign, where a basis is needed and differs from the recorded one, where an
-    adapter of a training mode turns out to change nothing, and where what is stored is not what is to be trained on.
+    Raises `CoraError` where keys are missing or unknown, where a needed basis differs from the recorded one, where a trained adapter
+    changes nothing, and, if `trainable`, where the stored tensors are not the trained ones.
     """
     facts = read_facts(adapter.path)
-    if trainable and facts is not None and facts.plan.spec.stored_otherwise:
+    if trainable and facts is not None and not method_of(facts.plan.mode).stored_as_trained:
         raise CoraError(
-            f"adapter {adapter.path} of mode {facts.plan.mode} is stored as a plain LoRA of equal effect, not as it was trained; the run's "
-            "checkpoints are"
+            f"adapter {adapter.path} of mode {facts.plan.mode} is stored as an equivalent plain LoRA; to train on, resume from the run's "
+            "checkpoints"
         )
     try:
         with warnings.catch_warnings():
@@ -137,15 +105,17 @@ def load_adapter(
     except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise CoraError(f"adapter {adapter.path} cannot be loaded: {reason(error)}") from error
     if facts is not None:
+        method = method_of(facts.plan.mode)
         if trainable:
+            method.after_install(wrapped, facts.plan)
             apply_trained_set(wrapped, facts.plan)
-        if not facts.plan.cannot_train and not changes_model(wrapped):
+        if method.can_train(facts.plan) and not changes_model(wrapped):
             raise CoraError(f"adapter {adapter.path} was trained, but changes no weight: B·A is zero in every layer")
     return wrapped.eval()
 
 
 def base_of(adapter: ModelPath) -> ModelPath:
-    """The base model that an adapter names. Raises `CoraError` where it names none, or that is not to be had."""
+    """The base model that an adapter names. Raises `CoraError` where it names none, or where that cannot be found."""
     config = adapter.adapter_config()
     reference, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not reference:
@@ -176,17 +146,6 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
         raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
 
 
-def starting_b(
-    adapter: ModelPath, facts: AdapterFacts, basis_path: Path | None = None, remedy: str = "name it with --basis"
-) -> Callable[[str, int], torch.Tensor]:
-    """The B, (out, r) float32, of a compact adapter by a layer's name and out-dimension: from the basis or the seed on record.
-
-    Raises `CoraError` where the basis is not where it was and not at `basis_path` (the message ends with `remedy`), or is another one.
-    """
-    basis = _recorded_basis(facts, basis_path, adapter, remedy) if facts.plan.needs_basis else None
-    return lambda name, out_features: start_b(facts.plan, basis, name, out_features)
-
-
 def _load_compact(
     model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts, basis_path: Path | None, trainable: bool
 ) -> PeftModel:
@@ -205,13 +164,3 @@ def _load_compact(
     set_peft_model_state_dict(wrapped, full)
     _check_arrived(wrapped, full, adapter)
     return wrapped
-
-
-def _recorded_basis(facts: AdapterFacts, basis_path: Path | None, adapter: ModelPath, remedy: str) -> Basis:
-    path = basis_path or (Path(facts.basis) if facts.basis else None)
-    if path is None or not path.exists():
-        raise CoraError(f"adapter {adapter.path} is compact: its B is in the basis {path}, which is not there; {remedy}")
-    basis = read_basis(path)
-    if basis.sha256 != facts.basis_sha256:
-        raise CoraError(f"adapter {adapter.path} was trained with the basis {facts.basis_sha256}, but {path} is {basis.sha256}")
-    return basis

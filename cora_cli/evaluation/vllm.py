@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli.adapters.storage import read_facts
+from cora_cli.adapters.facts import read_facts
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import Tokens

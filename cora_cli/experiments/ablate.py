@@ -28,6 +28,7 @@ from cora_cli.experiments.rows import Row
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.slurm import SlurmLauncher, left_jobs
 from cora_cli.experiments.steps import Kind, Plan, make_plan
+from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
 from cora_cli.render.tables import markdown_table
 from cora_cli.settings import DtypeName
@@ -153,19 +154,19 @@ def check_shapes(grid: Grid, inputs: Inputs) -> None:
 def _misfits(row: Row, grid: Grid, model: ModelFacts, inputs: Inputs) -> Iterator[str]:
     names = (row.train or row.basis or {}).get("target_modules") or DEFAULT_TARGET_MODULES
     targets = model.targets(names)
-    if row.mode in ("base", "full"):
+    adapter = train_config(row).adapter_plan() if row.train is not None else None
+    if adapter is None and row.basis is None:
         return
     if lacking := [name for name in names if not model.targets((name,))]:
         yield f"no weight of {grid.model} is named by the target module {lacking[0]}"
         return
-    adapter = train_config(row).adapter_plan() if row.train is not None else None
     choices = BasisChoices(**(row.basis or {}))
     along, across = (1, 0) if choices.side == "input" else (0, 1)
     lengths: tuple[int, ...] = (along,)
     needed = row.basis_rank or 0
-    if adapter is not None and (adapter.spec.reads_weights or adapter.b_init == "orthonormal" or adapter.outer_rank):
-        needed = max(needed, adapter.b_width)
-        lengths = (0, 1) if adapter.spec.reads_weights or adapter.outer_rank else lengths
+    if adapter is not None and (sides := method_of(row.mode).bounded_sides(adapter)):
+        needed = max(needed, method_of(row.mode).b_width(adapter))
+        lengths = tuple(sorted({*lengths, *sides}))
     most, narrowest, side = min((shape[side], module, side) for module, shape in targets.items() for side in lengths)
     if needed > most:
         what = ("rows", "columns")[side]

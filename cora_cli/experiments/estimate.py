@@ -13,6 +13,7 @@ from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts, data_key
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.steps import Plan, Step
 from cora_cli.experiments.values import Values
+from cora_cli.methods.registry import method_of
 from cora_cli.training.config import TrainConfig
 
 CHARACTERS_PER_TOKEN = 3.6
@@ -71,14 +72,10 @@ def trained_parameters(row: Row, model: ModelFacts | None) -> int | None:
 
 
 def _trained(config: TrainConfig, model: ModelFacts) -> int | None:
-    plan = config.adapter_plan()
+    plan, method = config.adapter_plan(), method_of(config.mode)
     if plan is None:
         return model.parameters
-    if plan.cannot_train:
-        return 0
-    if plan.peft is not None:
-        return None
-    return sum(plan.parameters(out, inside) for out, inside in model.targets(plan.target_modules).values())
+    return method.parameters(model.targets(plan.target_modules), plan) if method.can_train(plan) else 0
 
 
 def train_config(row: Row) -> TrainConfig:
@@ -139,7 +136,8 @@ def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: flo
         * per_example
         * (steps * per_step * (6 if adapter is None else 4) * (4 / 3 if config.gradient_checkpointing else 1))
     )
-    if adapter is not None and adapter.cannot_train:
+    method = method_of(config.mode)
+    if adapter is not None and not method.can_train(adapter):
         flops = 0.0
     flops += 2 * body * per_example * measured
     layers, hidden, vocabulary = _sizes(model)
@@ -152,8 +150,7 @@ def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: flo
     kept += config.batch_size * data.response_characters / CHARACTERS_PER_TOKEN * vocabulary * 12
     weights = 2 * model.parameters if adapter is not None else 0
     seconds = START_SECONDS["train"] + flops / (rate * TRAINING_SHARE)
-    if adapter is not None and adapter.b_init in ("principal", "minor"):
-        seconds += sum(9 * min(shape) ** 3 for shape in shapes) / (rate * WIDE_SHARE)
+    seconds += sum(method.start_flops(out, inside) for out, inside in shapes) / (rate * WIDE_SHARE)
     return Estimate(seconds, PROCESS_BYTES + weights + 16 * trained + kept)
 
 

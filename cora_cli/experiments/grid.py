@@ -20,6 +20,7 @@ from cora_cli.experiments.preset import small
 from cora_cli.experiments.resources import Resources, read_resources
 from cora_cli.experiments.rows import BASIS_KEYS, ROW_KEYS, TRAIN_KEYS, Row, Scope, build_row
 from cora_cli.experiments.values import Values, fields_of, read_yaml, typed, unknown_key
+from cora_cli.methods.registry import BASELINE, method_of
 from cora_cli.models.references import EMBEDDED_MODEL
 
 EVALUATE_KEYS = fields_of(
@@ -187,10 +188,10 @@ def _models(values: object, problems: list[str]) -> dict[str, str | Values]:
     pool: dict[str, str | Values] = {}
     for name in values:
         if name in made:
-            settings = {"mode": "lora", **typed(made[name], hints, f"models: {name}", problems)}
+            settings = {"mode": BASELINE, **typed(made[name], hints, f"models: {name}", problems)}
             if "dataset" not in settings:
                 problems.append(f"models: {name} is to be fine-tuned, but names no dataset")
-            elif settings["mode"] not in ("lora", "full"):
+            elif settings["mode"] != BASELINE and method_of(settings["mode"]).is_adapter:
                 problems.append(f"models: {name} must be made with mode lora or full, not {settings['mode']}")
             if _is_name(name, "models", problems):
                 pool[name] = settings

@@ -7,10 +7,10 @@ and every replacement becomes a sentence in the grid's conditions.
 from collections.abc import Mapping
 from typing import Any
 
-from cora_cli.adapters.modes import OWN_SETTINGS
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.tasks import LEARNING_RATE, TASK_BATCH, TASK_EVAL_LIMIT, TASK_RANK, TASK_STEPS, TASKS
 from cora_cli.experiments.values import Values
+from cora_cli.methods.registry import BASELINE, METHODS, OPTIONAL_SETTINGS
 from cora_cli.models.references import resolve_model
 
 STEPS, BATCH, HELD_OUT, PROMPTS, NEW_TOKENS, PROMPT_BATCH = 12, 8, 40, 40, 48, 20
@@ -18,7 +18,7 @@ STEPS, BATCH, HELD_OUT, PROMPTS, NEW_TOKENS, PROMPT_BATCH = 12, 8, 40, 40, 48, 2
 FULL_LEARNING_RATE = 5e-5
 # Of a cluster, where the preset is run on one.
 RESOURCES = {"cpus": 2, "mem_gb": 8, "timeout_min": 120}
-_METHOD = frozenset({"rank", "b_init", "target_modules", "dropout", "seed", "split_seed", *OWN_SETTINGS})
+_METHOD = frozenset({"rank", "b_init", "target_modules", "dropout", "seed", "split_seed", *OPTIONAL_SETTINGS})
 _SCALE = frozenset(
     {
         *("epochs", "max_steps", "batch_size", "gradient_accumulation", "gradient_checkpointing", "max_length", "limit"),
@@ -55,7 +55,7 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
     basis = shapes.adapted((defaults.get("basis") if has_bases else None) or {}, "rank")
     blocks = [shapes.adapted(_block(part, renamed), "basis_rank") for block in values["grid"] for part in _by_rate(block)]
     tuned = {
-        "mode": "lora",
+        "mode": BASELINE,
         "rank": TASK_RANK,
         "max_steps": TASK_STEPS,
         "batch_size": TASK_BATCH,
@@ -104,10 +104,14 @@ def _datasets(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
 def _by_rate(block: Mapping[str, Any]) -> list[Values]:
     """A block, with full fine-tuning in one of its own: it gets another learning rate."""
     modes = block.get("mode")
-    if not isinstance(modes, list) or "full" not in modes:
+    if not isinstance(modes, list) or not (full := [mode for mode in modes if _trains_all_weights(mode)]):
         return [dict(block)]
-    others = [mode for mode in modes if mode != "full"]
-    return [*([{**block, "mode": others}] if others else []), {**block, "mode": "full"}]
+    others = [mode for mode in modes if mode not in full]
+    return [*([{**block, "mode": others}] if others else []), *({**block, "mode": mode} for mode in full)]
+
+
+def _trains_all_weights(mode: Any) -> bool:
+    return isinstance(mode, str) and mode in METHODS and not METHODS[mode].is_adapter
 
 
 def _block(block: Mapping[str, Any], renamed: Mapping[str, str], sweeps: bool = False) -> Values:
@@ -120,7 +124,7 @@ def _block(block: Mapping[str, Any], renamed: Mapping[str, str], sweeps: bool = 
     kept = {key: value for key, value in block.items() if key not in _SCALE}
     if not sweeps and not isinstance(kept.get("learning_rate"), list):
         kept.pop("learning_rate", None)
-        if block.get("mode") == "full":
+        if _trains_all_weights(block.get("mode")):
             kept["learning_rate"] = FULL_LEARNING_RATE
     if "sources" in kept:
         kept["sources"] = _renamed(kept["sources"], renamed)

@@ -6,15 +6,19 @@ A row is what a table shows once per seed; how it is carried out is `plan`.
 import dataclasses
 import random
 from collections.abc import Collection
-from typing import Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from cora_cli.adapters.modes import MODES, OWN_SETTINGS, Mode, ModeSpec
 from cora_cli.basis.choices import DEFAULT_RANK, BasisChoices
 from cora_cli.errors import UsageError
 from cora_cli.experiments.values import Values, fields_of, typed
+from cora_cli.methods.method import Method
+from cora_cli.methods.registry import METHODS, OPTIONAL_SETTINGS, Mode, method_of, taken_settings
 from cora_cli.training.config import TrainConfig
 
-RowMode = Literal["base", "basis", Mode]
+if TYPE_CHECKING:
+    RowMode = str
+else:
+    RowMode = Literal["base", "basis", Mode]
 TRAIN_KEYS = fields_of(
     TrainConfig,
     leave_out=(
@@ -29,8 +33,7 @@ _SHOWN_KEYS: dict[str, Any] = {"mode": RowMode, "label": str, "printed": str}
 SPLIT_KEYS = ("test_size", "split_seed", "validation_size")
 _OWN_TRAIN_KEYS = {name: hint for name, hint in TRAIN_KEYS.items() if name not in SPLIT_KEYS}
 ROW_KEYS: dict[str, Any] = {**_SHOWN_KEYS, "dataset": str, **_OWN_TRAIN_KEYS, **_SOURCE_KEYS, **BASIS_KEYS}
-_ADAPTER_KEYS = frozenset({"rank", "b_init", "target_modules", "dropout", "compact", *OWN_SETTINGS})
-_STEMS = {"fb": "cora-fb", "tb": "cora-tb"}
+_ADAPTER_KEYS = frozenset({"rank", "b_init", "target_modules", "dropout", "compact", *OPTIONAL_SETTINGS})
 _ALWAYS_NAMED = frozenset({*_SHOWN_KEYS, "dataset", "rank", "basis_rank", "n_models", "learning_rate", "seed", "b_init"})
 
 
@@ -92,7 +95,7 @@ def build_row(settings: Values, varied: Collection[str], scope: Scope, where: st
         problems.append(f"{where}: mode is missing; it is one of {', '.join(get_args(RowMode))}")
     if len(problems) > found:
         return None
-    needs_basis = mode == "basis" or (mode in MODES and _needs_basis(MODES[mode], values))
+    needs_basis = mode == "basis" or (mode in METHODS and _needs_basis(METHODS[mode], values))
     useless = values.keys() - _useful_keys(mode, needs_basis)
     if useless:
         problems.append(
@@ -107,10 +110,10 @@ def build_row(settings: Values, varied: Collection[str], scope: Scope, where: st
     return dataclasses.replace(row, name=_name(row, values, varied, scope), label=label)
 
 
-def _needs_basis(spec: ModeSpec, values: Values) -> bool:
+def _needs_basis(method: Method, values: Values) -> bool:
     """Whether a row trains on a basis; where its mode can do without, it does unless the row says something of a basis."""
-    return spec.needs_basis(values.get("b_init")) or (
-        spec.may_use_basis and not values.keys().isdisjoint(_SOURCE_KEYS | BASIS_KEYS)
+    return method.needs_basis(values.get("b_init")) or (
+        method.uses_basis_if_given and not values.keys().isdisjoint(_SOURCE_KEYS | BASIS_KEYS)
     )
 
 
@@ -126,15 +129,15 @@ def _useful_keys(mode: str, needs_basis: bool) -> set[str]:
 
 def _foreign_keys(mode: str) -> frozenset[str]:
     """The settings of training that mean nothing to a mode."""
-    if mode == "full":
+    method = method_of(mode)
+    if not method.is_adapter:
         return _ADAPTER_KEYS
-    spec = MODES[cast(Mode, mode)]
-    return OWN_SETTINGS - spec.takes | (frozenset() if spec.choosable_b else {"b_init"})
+    return OPTIONAL_SETTINGS - taken_settings(method) | (frozenset() if method.b_init_is_free else {"b_init"})
 
 
 def _described(mode: str, values: Values) -> str:
     start = values.get("b_init")
-    return f"mode {mode}" + (f" with b_init {start}" if start and mode in MODES and MODES[mode].choosable_b else "")
+    return f"mode {mode}" + (f" with b_init {start}" if start and mode in METHODS and METHODS[mode].b_init_is_free else "")
 
 
 def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where: str, problems: list[str]) -> Row:
@@ -152,13 +155,13 @@ def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where:
         except UsageError as error:
             problems.append(f"{where}: {error}")
             train = None
-    rank = None if train is None or mode == "full" else config.rank
+    adapter = config.adapter_plan() if train is not None else None
+    rank = None if adapter is None else config.rank
     basis = {**scope.basis, **{key: values[key] for key in values.keys() & BASIS_KEYS.keys()}} if needs_basis else None
-    if basis is not None and mode == "fa-basis":
+    if basis is not None and adapter is not None and adapter.basis_side == "input":
         basis["side"] = "input"
     fixed = values.get("basis_rank", scope.basis_rank)
-    adapter = config.adapter_plan() if train is not None else None
-    needed = adapter.b_width if adapter is not None else None
+    needed = method_of(mode).b_width(adapter) if adapter is not None else None
     if needs_basis and fixed is not None and (fixed < 1 or (needed or 1) > fixed):
         problems.append(f"{where}: rank {needed or fixed} is above the rank of the basis, which the file fixes at {fixed}")
     if basis is not None and not sources and basis.get("source") == "delta":
@@ -252,7 +255,8 @@ def _name(row: Row, values: Values, varied: Collection[str], scope: Scope) -> st
         assert row.basis is not None
         parts = [f"basis-{row.basis.get('method', 'svd')}", row.basis.get("share", "module"), f"r{row.basis_rank}"]
     else:
-        parts = [_STEMS.get(row.mode, row.mode.replace("+", "-plus")) + (f"-{start}" if start else "")]
+        stem = METHODS[row.mode].file_stem if row.mode in METHODS else row.mode
+        parts = [stem + (f"-{start}" if start else "")]
         parts += [str(row.dataset)] if len(scope.datasets) > 1 else []
         parts += [f"r{row.rank}"] if row.rank is not None else []
     parts += [f"n{row.n_models}"] if row.n_models is not None else []

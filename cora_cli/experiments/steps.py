@@ -15,6 +15,7 @@ from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import Inputs, data_key, used_sources
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.values import Values
+from cora_cli.methods.registry import method_of
 from cora_cli.settings import DtypeName
 from cora_cli.training.config import TrainConfig
 
@@ -134,8 +135,8 @@ class _Planner:
         data = self._data_hash(data_key(config.dataset, settings))
         hashes = {"model": self._model_hash(self._grid.model), "dataset": data}
         adapter = config.adapter_plan()
-        peft = {"peft": adapter.peft} if adapter is not None and adapter.peft else {}
-        return {**config.result_settings(), **hashes, **peft, **({"basis": basis} if basis else {})}
+        read = method_of(config.mode).inputs(adapter) if adapter is not None else {}
+        return {**config.result_settings(), **hashes, **read, **({"basis": basis} if basis else {})}
 
     def _fine_tune(self, name: str, settings: Values) -> Step:
         own = {key: value for key, value in settings.items() if key not in ("mode", "dataset")}

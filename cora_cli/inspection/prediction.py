@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
-from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.inspection.measure import CHANCE, MEAN, PAPER, POOLED, Directions, Findings
 from cora_cli.inspection.starts import start_of
+from cora_cli.methods.plan import AdapterPlan
+from cora_cli.methods.registry import method_of
 from cora_cli.reporting.collect import Result, collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import find_experiments
@@ -96,8 +97,9 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
         for result in collect(experiment).results:
             if LOSS in result.measures and (key := _key(result)) is not None:
                 row = result.row
-                outer = AdapterPlan.from_dict(result.record["plan"]).outer_rank
-                stratum = f"{row.group}, {row.mode} r={row.rank}{f', outer rank {outer}' if outer else ''}"
+                plan = AdapterPlan.from_dict(result.record["plan"])
+                width = _width(plan)
+                stratum = f"{row.group}, {row.mode} r={row.rank}{'' if width == f'r={plan.rank}' else f', {width}'}"
                 rates = found.setdefault((stratum, key), {})
                 rates.setdefault((Method((result,)).identity, row.learning_rate), []).append(result)
     if not found:
@@ -192,8 +194,7 @@ def _key(result: Result) -> str | None:
 def _used(stratum: str, key: str, results: list[Result]) -> UsedBasis:
     record, row = results[0].record, results[0].row
     plans = [AdapterPlan.from_dict(result.record["plan"]) for result in results]
-    rank = plans[0].b_width
-    width = f"outer rank {rank}" if plans[0].outer_rank else f"r={rank}"
+    rank, width = method_of(plans[0].mode).b_width(plans[0]), _width(plans[0])
     if plans[0].needs_basis:
         basis = read_basis(row.basis or _recorded_path(record, row.name))
         if basis.sha256 != record["basis"]["sha256"]:
@@ -214,6 +215,13 @@ def _used(stratum: str, key: str, results: list[Result]) -> UsedBasis:
         basis=basis,
         losses=tuple((result.row.seed, result.measures[LOSS].value) for result in results),
     )
+
+
+def _width(plan: AdapterPlan) -> str:
+    """The number of columns in the start of B, in words."""
+    method = method_of(plan.mode)
+    flag = method.width_flag.lstrip("-").replace("-", " ")
+    return f"{'r=' if flag == 'rank' else f'{flag} '}{method.b_width(plan)}"
 
 
 def _recorded_path(record: dict[str, Any], run: str) -> Path:

@@ -8,25 +8,25 @@ from pathlib import Path
 
 import torch
 
-from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import Side, is_target
 from cora_cli.errors import CoraError
 from cora_cli.inspection.measure import Directions
 from cora_cli.inspection.subspaces import leading_of_tall
+from cora_cli.methods.plan import AdapterPlan
+from cora_cli.methods.registry import method_of
 from cora_cli.models.references import ModelPath
 from cora_cli.weights.sources import WeightSource
 
 
 def start_of(plan: AdapterPlan, basis: Basis | None, side: Side) -> Directions:
     """Orthonormal directions of the start of B, or of A for the input side, where the seed or the basis gives one."""
-    from cora_cli.adapters.install import start_directions
 
     def directions(module: str, features: int) -> torch.Tensor | None:
         known = basis is None or basis.mapping.group_of(module) in basis.directions
         if not known or not any(is_target(module, target) for target in plan.target_modules):
             return None
-        return _frame(start_directions(plan, basis, module, features, side))
+        return _frame(method_of(plan.mode).start_directions(plan, basis, module, features, side))
 
     return directions
 
@@ -41,7 +41,7 @@ def known_starts(
     """The starts of those `models` that are adapters of `cora` on `base`, and the names of those whose basis is neither where it was nor
     among `bases`.
     """
-    from cora_cli.adapters.storage import read_facts
+    from cora_cli.adapters.facts import read_facts
 
     starts: dict[str, Directions] = {}
     lost = []
@@ -52,7 +52,7 @@ def known_starts(
         start = facts.plan.b_init if side == "output" else facts.plan.a_init
         if start in ("zeros", "file"):
             continue
-        if _is_stored(facts.plan, side):
+        if method_of(facts.plan.mode).holds_start(side):
             starts[name] = _stored(facts.plan, sources[name], base, side)
             continue
         try:
@@ -64,21 +64,13 @@ def known_starts(
     return starts, tuple(lost)
 
 
-def _is_stored(plan: AdapterPlan, side: Side) -> bool:
-    """Whether the adapter itself holds the start of that side: in a frozen factor, beside what was taken out of W, or as the span of a
-    product with a trained square matrix (lora-xs)."""
-    factor = "lora_B" if side == "output" else "lora_A"
-    frozen = not any(key.startswith(factor) for key in plan.spec.trained)
-    return frozen or plan.spec.changes_base or (plan.spec.stored_otherwise and plan.outer_rank is None)
-
-
 def _stored(plan: AdapterPlan, source: WeightSource, base: WeightSource, side: Side) -> Directions:
     def directions(module: str, features: int) -> torch.Tensor | None:
         if not source.own_rank(module, base):
             return None
         left, right = source.own_factors(module, base)
         factor = left if side == "output" else right.T
-        return _frame(factor[:, plan.rank :] if plan.spec.changes_base else factor)
+        return _frame(factor[:, plan.rank :] if method_of(plan.mode).subtracts_start else factor)
 
     return directions
 

@@ -1,1 +1,1 @@
-"""One file per method."""
+"""One file per training method: what starts where, what is trained, and how it is stored. `registry` collects them."""

@@ -11,6 +11,7 @@ from typing import Any
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
+from cora_cli.methods.registry import METHODS
 from cora_cli.progress import progress
 from cora_cli.reporting.measures import DAMAGE, LOSS, Measure, damaged, read_evaluation, read_loss
 from cora_cli.reporting.report_rows import Experiment, Row, StepRecords, clean
@@ -209,7 +210,7 @@ def _with_base_losses(results: list[Result]) -> list[Result]:
 def _loss_before_training(base: Row, results: list[Result]) -> Measure | None:
     for result in results:
         plan = result.record.get("plan") or {}
-        starts_as_base = "zeros" in (plan.get("a_init"), plan.get("b_init")) or result.row.mode == "full"
+        starts_as_base = result.row.mode in METHODS and METHODS[result.row.mode].starts_at_base(plan)
         same = (base.group, base.model) == (result.row.group, result.row.model)
         if same and starts_as_base and result.row.run is not None and LOSS in result.measures:
             return read_loss(RunDirectory(result.row.run), result.record, "before")

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
-from cora_cli.adapters.modes import MODES
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.steps import Step, read_steps
+from cora_cli.methods.registry import method_of
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 PLAN_VERSION = 1
@@ -210,7 +210,7 @@ def _row_of_run(run: RunDirectory) -> Row:
     record = rundir.read_json(run.record)
     try:
         settings, plan = record["fingerprint"]["settings"], record["plan"]
-        unusual = plan["b_init"] if plan and plan["b_init"] != MODES[plan["mode"]].b_init else ""
+        unusual = plan["b_init"] if plan and plan["b_init"] != method_of(plan["mode"]).b_init else ""
         basis = record["basis"]
         candidates = (run.evaluation, run.root / "evaluation")
         return Row(

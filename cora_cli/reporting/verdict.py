@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from cora_cli.intervals import PairedDifference
+from cora_cli.methods.registry import BASELINE
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import (
     LEVEL,
@@ -129,8 +130,8 @@ def _controls(one: Method, methods: Sequence[Method]) -> list[tuple[Method, str]
             fits = {
                 RANDOM_B: like and start == "orthonormal",
                 BASE_B: like and start == "basis" and theirs.n_models == 0,
-                LORA_RANK: theirs.mode == "lora" and same_rank,
-                LORA_SIZE: theirs.mode == "lora"
+                LORA_RANK: theirs.mode == BASELINE and same_rank,
+                LORA_SIZE: theirs.mode == BASELINE
                 and not same_rank
                 and bool(size and trained)
                 and abs((size or 0) - (trained or 0)) <= _EQUAL_SIZE * (trained or 0),

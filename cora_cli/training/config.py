@@ -5,14 +5,13 @@ One frozen object holds the whole request; it is what `config.yaml` of a run dir
 
 import dataclasses
 import math
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cora_cli import rundir
-from cora_cli.adapters.modes import LORA_PLUS_RATIO, MODES, OWN_SETTINGS, AInit, BInit, Mode
-from cora_cli.adapters.plan import AdapterPlan, plan_adapter
 from cora_cli.data.templates import TemplateName
 from cora_cli.errors import UsageError
+from cora_cli.methods.method import A, AInit, BInit, Method
+from cora_cli.methods.plan import AdapterPlan, AdapterRequest
+from cora_cli.methods.registry import DEFAULT, METHODS, OPTIONAL_SETTINGS, OWN_SETTINGS, Mode, plan_adapter, taken_settings
 from cora_cli.settings import DtypeName, setting
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
@@ -26,15 +25,16 @@ whose content hash is compared."""
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Every setting of `cora train`."""
+class _SharedSettings:
+    """The settings that are not one method's own."""
 
     model: str = setting("Base model: hub id with optional @revision, a directory, or builtin:smollm2.", panel=_WHAT)
     dataset: str = setting("Hub id, a .json/.jsonl/.csv/.parquet file, or builtin:instruct, builtin:code, …", panel=_DATA)
     output_dir: str = setting("Run directory; must not hold another run.", panel=_RUN)
     mode: Mode = setting(
-        "lora | fb (B = basis, frozen) | tb (B = basis, trained) | full (all weights, no adapter) | a rival; README has the table.",
-        "fb",
+        "Training method: lora, fb (B = basis, frozen), tb (B = basis, trained), full (all weights, no adapter), or a baseline; the "
+        "README describes each.",
+        DEFAULT,
         panel=_WHAT,
     )
     basis: str | None = setting(
@@ -49,17 +49,6 @@ class TrainConfig:
     rslora: bool = setting("Scale by alpha / √r instead of alpha / r.", False, panel=_WHAT)
     a_init: AInit | None = setting("How A starts, instead of the mode's own start.", None, panel=_WHAT)
     b_init: BInit | None = setting("How B starts in fb and tb, instead of the basis.", None, panel=_WHAT)
-    lora_plus_ratio: float | None = setting(
-        f"Mode lora+: B's learning rate over A's; default {LORA_PLUS_RATIO:g}.", None, panel=_WHAT
-    )
-    outer_rank: int | None = setting(
-        "Mode lora-mini: rank k of the frozen outer factors, at least r; default 2 r.", None, panel=_WHAT
-    )
-    peft_config: str | None = setting(
-        "Mode peft: JSON file with the configuration of any PEFT method that adapts weights; its rank and targets beat the flags'.",
-        None,
-        panel=_WHAT,
-    )
     target_modules: tuple[str, ...] = setting("Linear layers to adapt, comma-separated.", DEFAULT_TARGETS, panel=_WHAT)
     dropout: float = setting(
         "Dropout probability on the input of A, drawn once for a prefix that examples share.", 0.0, panel=_WHAT
@@ -131,8 +120,6 @@ class TrainConfig:
                 ("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
-                ("outer_rank", self.outer_rank is None or self.outer_rank >= 1, "at least 1"),
-                ("lora_plus_ratio", self.lora_plus_ratio is None or self.lora_plus_ratio > 0, "positive"),
                 ("warmup_ratio", 0 <= self.warmup_ratio < 1, "at least 0 and below 1"),
                 ("weight_decay", self.weight_decay >= 0, "at least 0"),
                 ("max_grad_norm", self.max_grad_norm >= 0, "at least 0"),
@@ -147,49 +134,44 @@ class TrainConfig:
             )
             if not ok
         ]
-        if self.mode == "full":
-            problems += [
-                f"--{name.replace('_', '-')} goes with an adapter, not with mode full"
-                for name in ("basis", "b_init", "compact", *sorted(OWN_SETTINGS))
-                if self._asked_for(name)
-            ]
+        method = METHODS[self.mode]
+        allowed = taken_settings(method)
+        if not method.is_adapter:
+            inapplicable = ["basis", "b_init", "compact", *sorted(OPTIONAL_SETTINGS)]
+            reason = f"applies to adapters, not to mode {self.mode}"
         else:
-            problems += [
-                f"--{name.replace('_', '-')} does not go with mode {self.mode}"
-                for name in sorted(OWN_SETTINGS - MODES[self.mode].takes)
-                if self._asked_for(name)
-            ]
-        if self.load_in_4bit and (self.mode == "full" or MODES[self.mode].reads_weights):
-            problems.append(f"--load-in-4bit does not go with mode {self.mode}, which works on the weights themselves")
-        if self.mode == "peft" and self.dropout:
-            problems.append("--dropout does not go with mode peft, whose file says it in its method's own words")
-        if self.mode == "peft" and not self.peft_config:
-            problems.append("mode peft needs --peft-config FILE, a JSON file as PEFT's adapter_config.json is one")
+            inapplicable, reason = sorted(OPTIONAL_SETTINGS - allowed), f"does not apply to mode {self.mode}"
+        problems += [f"--{name.replace('_', '-')} {reason}" for name in inapplicable if self._asked_for(name)]
+        if self.load_in_4bit and not method.trains_on_four_bit:
+            problems.append(f"--load-in-4bit does not apply to mode {self.mode}, which needs the weights themselves")
+        problems += method.problems({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         if problems:
             raise UsageError("; ".join(problems))
-        plan = self.adapter_plan()
-        if plan is not None and plan.trains_b and self.compact:
-            too = "B too" if plan.trains_a else "B"
+        if (plan := self.adapter_plan()) is not None:
+            self._check_b(method, plan)
+
+    def _check_b(self, method: Method, plan: AdapterPlan) -> None:
+        """Raise `UsageError` where `--compact` or `--basis` contradicts the start of B."""
+        if self.compact and plan.trains_b:
+            too = "B too" if A in method.trained else "B"
             raise UsageError(f"--compact stores A alone, but mode {self.mode} trains {too}; leave it out")
-        if plan is not None and self.compact and not plan.spec.choosable_b:
-            raise UsageError(f"--compact goes with a B that is frozen from a basis or a seed, not with mode {self.mode}")
-        if plan is not None and plan.needs_basis and not self.basis:
+        if self.compact and not method.has_compact_form:
+            raise UsageError(f"--compact needs a B that is frozen from a basis or a seed, which mode {self.mode} does not have")
+        if plan.needs_basis and not self.basis:
             maker = "`cora extract-basis --side input`" if plan.basis_side == "input" else "`cora extract-basis`"
-            otherwise = ", or another start by --b-init" if plan.spec.choosable_b else ""
-            raise UsageError(f"mode {self.mode} needs --basis FILE (made by {maker}){otherwise}")
-        if plan is not None and self.basis and not plan.needs_basis:
-            raise UsageError(f"--basis is of no use where B starts as {plan.b_init}; leave it out")
+            otherwise = ", or another start by --b-init" if method.b_init_is_free else ""
+            raise UsageError(f"mode {self.mode} needs --basis FILE, written by {maker}{otherwise}")
+        if self.basis and not plan.needs_basis:
+            raise UsageError(f"--basis has no effect where B starts as {plan.b_init}; leave it out")
 
     def _asked_for(self, name: str) -> bool:
-        """Whether an optional setting was given, be it as 0."""
+        """Whether an optional setting was given, even as 0."""
         return getattr(self, name) is not None and getattr(self, name) is not False
 
     def adapter_plan(self) -> AdapterPlan | None:
-        """The adapter that this configuration asks for; None in mode `full`. Raises `UsageError` for contradictions."""
-        if self.mode == "full":
-            return None
-        return plan_adapter(
-            self.mode,
+        """The adapter that this configuration asks for; None for full fine-tuning. Raises `UsageError` for contradictions."""
+        own = {setting.name: getattr(self, setting.name) for setting in METHODS[self.mode].settings}
+        request = AdapterRequest(
             rank=self.rank,
             alpha=2.0 * self.rank if self.alpha is None else self.alpha,
             rslora=self.rslora,
@@ -198,15 +180,10 @@ class TrainConfig:
             seed=self.seed,
             b_init=self.b_init,
             a_init=self.a_init,
-            outer_rank=self.outer_rank,
             has_basis=bool(self.basis),
-            peft=rundir.read_json(Path(self.peft_config)) if self.peft_config else None,
+            own={name: value for name, value in own.items() if value is not None},
         )
-
-    @property
-    def b_rate_ratio(self) -> float | None:
-        """B's learning rate over A's in mode lora+; None where they have one."""
-        return (self.lora_plus_ratio or LORA_PLUS_RATIO) if self.mode == "lora+" else None
+        return plan_adapter(self.mode, request)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML, readable by `--config`; unset ones are left out."""
@@ -217,3 +194,15 @@ class TrainConfig:
         """The settings that determine the result; a resumed run must agree in them, also one from before `load_in_4bit` existed."""
         left_out = NOT_PART_OF_THE_RESULT | frozenset(() if self.load_in_4bit else ("load_in_4bit",))
         return {name: value for name, value in self.as_dict().items() if name not in left_out}
+
+
+if TYPE_CHECKING:
+    TrainConfig = _SharedSettings
+else:
+    TrainConfig = dataclasses.make_dataclass(
+        "TrainConfig",
+        [(own.name, own.type | None, setting(own.help, None, panel=_WHAT)) for own in OWN_SETTINGS],
+        bases=(_SharedSettings,),
+        frozen=True,
+        namespace={"__module__": __name__, "__doc__": "Every setting of `cora train`: the shared ones and each method's own."},
+    )

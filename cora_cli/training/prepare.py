@@ -14,8 +14,7 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from cora_cli.adapters.install import configuration_of, target_linears
-from cora_cli.adapters.plan import AdapterPlan
+from cora_cli.adapters.install import target_linears
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import match_targets
 from cora_cli.data.encode import EncodedSet, encode_records
@@ -23,6 +22,8 @@ from cora_cli.data.formats import DataSplit, load_split
 from cora_cli.data.templates import TemplateName, choose_template
 from cora_cli.device import Hardware, PackedAttention, select_hardware, select_packed_attention
 from cora_cli.errors import CoraError
+from cora_cli.methods.plan import AdapterPlan
+from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import context_length, load_tokenizer, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.rundir import RunDirectory
@@ -53,7 +54,7 @@ class Prepared:
             "model_sha256": self.model_path.content_hash(),
             "data_sha256": self.data.content_hash(),
             "basis_sha256": self.basis.sha256 if self.basis else None,
-            **({"peft": self.plan.peft} if self.plan and self.plan.peft else {}),
+            **(method_of(self.plan.mode).inputs(self.plan) if self.plan else {}),
         }
 
 
@@ -69,15 +70,16 @@ def prepare(config: TrainConfig) -> Prepared:
     model_path = resolve_model(config.model)
     if model_path.is_adapter:
         raise CoraError(f"{config.model} is an adapter; training needs a whole model: write one with `cora merge` first")
+    method = method_of(config.mode)
     if basis is not None and plan is not None:
         source = open_source(model_path)
         targets = match_targets(list(source.shapes), plan.target_modules, config.model)
         basis.check_model(
             source.architecture,
             {name: source.shapes[name] for name in targets},
-            plan.rank if plan.basis_side == "input" else plan.b_width,
+            plan.rank if plan.basis_side == "input" else method.b_width(plan),
             plan.basis_side,
-            "--outer-rank" if plan.outer_rank else "--rank",
+            method.width_flag,
         )
         basis.check_base(source)
     hardware = select_hardware(config.device, config.dtype)
@@ -90,7 +92,7 @@ def prepare(config: TrainConfig) -> Prepared:
         skeleton = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
     _check_packable(skeleton, config.model)
     if plan is not None:
-        configuration_of(plan)
+        method.configuration(plan)
         target_linears(skeleton, plan.target_modules)
     longest = min(config.max_length, context_length(model_config))
     train_set = encode_records(data.train, data.schema, template, tokenizer, longest, "training")

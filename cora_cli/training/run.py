@@ -17,11 +17,13 @@ from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
 from cora_cli import rundir
+from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import AngleMeter, install_adapter
-from cora_cli.adapters.plan import AdapterPlan
-from cora_cli.adapters.storage import AdapterFacts, save_adapter
+from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.encode import EncodedSet
 from cora_cli.errors import CoraError
+from cora_cli.methods.plan import AdapterPlan
+from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import load_model
 from cora_cli.progress import progress, say
 from cora_cli.rundir import RunDirectory
@@ -150,7 +152,7 @@ def _train_and_save(
     existing = checkpoints_in(run.checkpoints)
     checkpoint = existing[-1] if existing else None
     before = _measure(model, prepared, arguments, "held-out loss before training", prepared.test)
-    frozen_for_good = prepared.plan is not None and prepared.plan.cannot_train
+    frozen_for_good = prepared.plan is not None and not method_of(prepared.plan.mode).can_train(prepared.plan)
     if frozen_for_good:
         say("a factor stays zero and nothing gets a gradient through it: this run is the base model, so no step is taken")
         meter, speed, after = None, {"steps": 0, "seconds": 0.0, "tokens": 0, "tokens_per_second": None}, before
@@ -163,7 +165,6 @@ def _train_and_save(
             run.checkpoints,
             config.keep_checkpoints,
             prepared.attention.shares_prefixes,
-            config.b_rate_ratio,
         )
         meter = _angle_meter(model, prepared.plan)
         speed = _fit(trainer, run, meter, checkpoint, config, prepared)

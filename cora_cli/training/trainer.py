@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cora_cli.adapters.install import AngleMeter, apply_trained_set
-from cora_cli.adapters.plan import AdapterPlan
 from cora_cli.data.batches import Collator, ExampleSet, GlobalBatches
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
+from cora_cli.methods.plan import AdapterPlan
+from cora_cli.methods.registry import method_of
 from cora_cli.progress import Progress
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.losses import response_losses
@@ -38,9 +38,8 @@ class Diverged(CoraError):
 class CoraTrainer(Trainer):
     """Trains on packed rows and keeps the `keep` newest checkpoints in `root`.
 
-    `plan` is None in mode `full`, where everything is trained. `b_rate_ratio` is B's learning rate over A's (LoRA+), None where there
-    is one for all. `share_prefixes` says whether the model's attention takes a row in which
-    examples share their prefixes.
+    `plan` is None for full fine-tuning. `share_prefixes` says whether the model's attention supports rows in which examples share
+    their prefixes.
     """
 
     def __init__(
@@ -52,11 +51,11 @@ class CoraTrainer(Trainer):
         root: Path,
         keep: int,
         share_prefixes: bool,
-        b_rate_ratio: float | None = None,
     ) -> None:
         self._examples, self._root = ExampleSet(examples), root
         super().__init__(model=model, args=args, train_dataset=self._examples, data_collator=Collator(share_prefixes))
-        self._plan, self._keep, self._b_rate_ratio = plan, keep, b_rate_ratio
+        self._plan, self._keep = plan, keep
+        self._method = method_of(plan.mode) if plan is not None else None
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 # Autocast has the input in bfloat16 already; PEFT would copy it to float32 for autocast to copy it back.
@@ -87,7 +86,10 @@ class CoraTrainer(Trainer):
 
         Gradients are averaged over processes afterwards, hence the factor.
         """
-        return response_losses(model, inputs).sum() / num_items_in_batch * self.accelerator.num_processes
+        loss = response_losses(model, inputs).sum() / num_items_in_batch * self.accelerator.num_processes
+        if self._method is None or self._plan is None or (added := self._method.added_loss(model, self._plan)) is None:
+            return loss
+        return loss + added / self.args.gradient_accumulation_steps
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One micro-batch forward and backward. Raises `Diverged` before the optimizer could use what it computed."""
@@ -98,18 +100,26 @@ class CoraTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Assert the trained set, then let the Trainer make its optimizer of it. Runs at every start and every resume."""
-        if self._plan is not None:
-            assert isinstance(self.model, PeftModel)
-            apply_trained_set(self.model, self._plan)
-        if self._b_rate_ratio is not None:
-            assert isinstance(self.model, PeftModel)
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            decay = self.args.weight_decay
-            self.optimizer = create_loraplus_optimizer(
-                self.model, kind, loraplus_lr_ratio=self._b_rate_ratio, loraplus_weight_decay=decay, **options
-            )
-            return self.optimizer
-        return super().create_optimizer(model)
+        if self._plan is None or self._method is None:
+            return super().create_optimizer(model)
+        assert isinstance(self.model, PeftModel)
+        apply_trained_set(self.model, self._plan)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+        own = self._method.optimizer(self.model, kind, options, self.args.weight_decay, self._plan)
+        if own is None:
+            return super().create_optimizer(model)
+        self.optimizer = own
+        return own
+
+    def before_step(self) -> None:
+        """Let the method prepare the optimizer step that begins."""
+        if self._method is not None and self._plan is not None:
+            self._method.before_step(self.accelerator.unwrap_model(self.model), self._plan, self.state.global_step + 1)
+
+    def after_step(self) -> None:
+        """Let the method act on the weights of the optimizer step that has ended."""
+        if self._method is not None and self._plan is not None:
+            self._method.after_step(self.accelerator.unwrap_model(self.model), self._plan, self.state.global_step)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         # The last hook before the optimizer, called whether gradients are clipped or not.
@@ -181,9 +191,11 @@ class RunLog(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the step's clock."""
         self._began = time.monotonic()
+        self._trainer.before_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop the step's clock and count its tokens."""
+        self._trainer.after_step()
         self._seconds = time.monotonic() - self._began
         self._tokens, self._seen = self._trainer.tokens - self._seen, self._trainer.tokens
         if args.world_size > 1:

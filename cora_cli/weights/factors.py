@@ -143,7 +143,7 @@ def _starting_b(model: ModelPath) -> Callable[[str, int], torch.Tensor] | None:
     """What gives the B of a compact adapter by module and out-dimension; None where the adapter holds its own."""
     if not (model.path / rundir.COMPACT_ADAPTER).exists():
         return None
-    from cora_cli.adapters.storage import read_facts, starting_b
+    from cora_cli.adapters.facts import read_facts, starting_b
 
     facts = read_facts(model.path)
     if facts is None:

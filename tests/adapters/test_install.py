@@ -10,16 +10,15 @@ from transformers import LlamaForCausalLM
 from cora_cli.adapters.install import (
     AngleMeter,
     check_trained_set,
-    factors_of,
     install_adapter,
-    lora_layers,
-    start_a,
-    start_b,
     target_linears,
 )
-from cora_cli.adapters.plan import AdapterPlan, plan_adapter
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.errors import CoraError
+from cora_cli.methods.parts.layers import factors_of, lora_layers
+from cora_cli.methods.parts.starts import start_a, start_b
+from cora_cli.methods.plan import AdapterPlan
+from tests.methods.helpers import plan_of
 
 RANK = 4
 TARGETS = ("q_proj", "k_proj", "v_proj")
@@ -40,7 +39,7 @@ STARTS = [  # mode, --b-init, --a-init
 
 def plan(mode="fb", **changes) -> AdapterPlan:
     defaults = {"rank": RANK, "alpha": 8.0, "rslora": False, "target_modules": TARGETS, "dropout": 0.0, "seed": 0}
-    return plan_adapter(mode, **{**defaults, **changes})
+    return plan_of(mode, **{**defaults, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +154,10 @@ def test_a_frozen_b_stays_frozen_whatever_peft_switches(mode, action, model, bas
 @pytest.mark.parametrize(
     ("mode", "name", "flag", "said"),
     [
-        ("fb", "lora_B", True, "1 parameters differ, such as .*lora_B.default.weight \\(trained\\)"),
-        ("fb", "lora_A", False, "1 parameters differ, such as .*lora_A.default.weight \\(frozen\\)"),
+        ("fb", "lora_B", True, "1 differ, such as .*lora_B.default.weight \\(trained\\)"),
+        ("fb", "lora_A", False, "1 differ, such as .*lora_A.default.weight \\(frozen\\)"),
         ("tb", "lora_B", False, "lora_B.default.weight \\(frozen\\)"),
-        ("lora", "embed_tokens", True, "embed_tokens.weight \\(trained\\)"),
+        ("lora", "embed_tokens", True, "lm_head.weight \\(trained\\)"),
     ],
 )
 def test_a_flag_that_someone_flipped_is_found(mode, name, flag, said, model, basis):
@@ -207,7 +206,7 @@ def test_targets_are_whole_names_or_last_parts_in_the_models_order(model):
         ("proj", "target module 'proj' matches nothing"),
         ("embed_tokens", "target module 'embed_tokens' is a Embedding, not an nn.Linear"),
         ("self_attn", "target module 'self_attn' is a LlamaAttention, not an nn.Linear"),
-        ("lm_head", "the weight of lm_head is that of model.embed_tokens.weight too, so it cannot be adapted alone"),
+        ("lm_head", "lm_head shares its weight with model.embed_tokens.weight, so it cannot be adapted alone"),
     ],
 )
 def test_a_target_that_is_no_linear_layer_is_refused_with_those_that_are(target, said, model):
@@ -218,7 +217,7 @@ def test_a_target_that_is_no_linear_layer_is_refused_with_those_that_are(target,
 @pytest.mark.parametrize(
     ("changes", "with_basis", "said"),
     [
-        ({}, False, "mode fb needs a basis to start B with"),
+        ({}, False, "mode fb needs a basis to start B from"),
         ({"rank": 9}, True, "--rank 9 was asked for, but basis .* holds 8 directions"),
         ({"rank": 33, "b_init": "orthonormal"}, False, "k_proj has 32 outputs, fewer than --rank 33"),
         ({"target_modules": ("q_proj", "o_proj")}, True, "has no group for module model.layers.0.self_attn.o_proj"),
@@ -246,13 +245,13 @@ def test_random_starts_have_the_distributions_that_they_claim():
     bound = 1 / math.sqrt(inside)  # √(6 / ((1 + 5)·fan_in)), as torch starts a linear layer
     assert kaiming.abs().max().item() == pytest.approx(bound, rel=0.01)
     assert kaiming.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
-    random = start_b(plan("fb", rank=rank, b_init="random"), None, "layer", inside)
+    random = start_b(plan("fb", rank=rank, b_init="random"), None, "layer", inside, rank)
     assert random.shape == (inside, rank)
     assert random.abs().max().item() == pytest.approx(1 / math.sqrt(rank), rel=0.01)
 
 
 def test_an_orthonormal_start_is_orthonormal_and_favours_no_direction():
-    made = [start_b(plan("fb", b_init="orthonormal", seed=seed), None, "layer", 16) for seed in range(400)]
+    made = [start_b(plan("fb", b_init="orthonormal", seed=seed), None, "layer", 16, RANK) for seed in range(400)]
     for b in made[:20]:
         assert torch.allclose(b.T @ b, torch.eye(RANK), atol=1e-6)
     # Uniform over frames: E[B] = 0 (which QR without its signs would miss) and E[BBᵀ] = (r / d)·I.
@@ -264,7 +263,7 @@ def test_an_orthonormal_start_is_orthonormal_and_favours_no_direction():
 def test_random_starts_depend_on_seed_and_module_and_on_nothing_else(b_init, a_init):
     def starts(seed, name):
         made = plan("tb", b_init=b_init, a_init=a_init, seed=seed)
-        return start_b(made, None, name, 32), start_a(made, name, 48)
+        return start_b(made, None, name, 32, RANK), start_a(made, name, 48)
 
     first = starts(0, "model.layers.0.q_proj")
     torch.manual_seed(99)

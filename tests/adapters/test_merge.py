@@ -7,13 +7,14 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
 from cora_cli.adapters.merge import merge_adapter
-from cora_cli.adapters.plan import plan_adapter
-from cora_cli.adapters.storage import AdapterFacts, save_adapter
+from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
 from cora_cli.models.references import ModelPath, resolve_model
+from tests.methods.helpers import plan_of
 
 IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
 
@@ -28,7 +29,7 @@ def adapters(tiny_model: Path, tiny_basis: Path, tmp_path_factory) -> dict[str, 
     """A trained adapter in both forms, with the logits of base + adapter in float32."""
     basis, made = read_basis(tiny_basis), {}
     for form in ("standard", "compact"):
-        plan = plan_adapter(
+        plan = plan_of(
             "fb", rank=4, alpha=8.0, rslora=False, target_modules=("q_proj", "k_proj", "v_proj"), dropout=0.1, seed=0
         )
         wrapped = install_adapter(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), plan, basis).eval()

@@ -9,23 +9,21 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from cora_cli.adapters.install import check_trained_set, factors_of, install_adapter, lora_layers
-from cora_cli.adapters.plan import plan_adapter
+from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts
+from cora_cli.adapters.install import check_trained_set, install_adapter
 from cora_cli.adapters.storage import (
-    COMPACT_FILE,
-    SIDE_FILE,
     WEIGHTS_FILE,
-    AdapterFacts,
     base_of,
     load_adapter,
-    read_facts,
     save_adapter,
 )
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
+from cora_cli.methods.parts.layers import factors_of, lora_layers
 from cora_cli.models.references import resolve_model
+from tests.methods.helpers import plan_of
 
 IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
 
@@ -51,7 +49,7 @@ def store(tiny_model: Path, basis: Basis, tmp_path_factory):
 
     def made(mode="fb", compact=False, step=0.1, directory=None, **changes) -> tuple[Path, torch.Tensor]:
         defaults = {"rank": 4, "alpha": 8.0, "rslora": False, "target_modules": ("q_proj", "v_proj"), "dropout": 0.0, "seed": 0}
-        plan = plan_adapter(mode, **{**defaults, **changes})
+        plan = plan_of(mode, **{**defaults, **changes})
         model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
         wrapped = install_adapter(model, plan, basis if plan.needs_basis else None)
         generator = torch.Generator().manual_seed(5)
@@ -204,8 +202,8 @@ def test_the_compact_form_of_a_trained_b_is_refused(store, tmp_path):
 def test_a_compact_adapter_finds_a_basis_that_moved_and_refuses_without_it(copied_compact, compact, tiny_basis, load, tmp_path):
     facts = json.loads((copied_compact / SIDE_FILE).read_text())
     (copied_compact / SIDE_FILE).write_text(json.dumps({**facts, "basis": str(tmp_path / "gone.safetensors")}))
-    assert "its B is in the basis" in (message := failure(load(), copied_compact))
-    assert "gone.safetensors, which is not there; name it with --basis" in message
+    assert "its B comes from the basis" in (message := failure(load(), copied_compact))
+    assert "gone.safetensors, which does not exist; name it with --basis" in message
     moved = shutil.copy(tiny_basis, tmp_path / "moved.safetensors")
     wrapped = load_adapter(load(), resolve_model(str(copied_compact)), Path(moved))
     assert torch.equal(logits(wrapped), compact[1])

@@ -13,16 +13,18 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from cora_cli import rundir
-from cora_cli.adapters.install import install_adapter, start_a
-from cora_cli.adapters.modes import Mode
-from cora_cli.adapters.plan import plan_adapter
-from cora_cli.adapters.storage import AdapterFacts, save_adapter
+from cora_cli.adapters.facts import AdapterFacts
+from cora_cli.adapters.install import install_adapter
+from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.cli import app
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.inspection.measure import CEILING, MEAN, PAPER, POOLED, START
+from cora_cli.methods.parts.starts import start_a
+from cora_cli.methods.registry import Mode
 from cora_cli.models.references import resolve_model
+from tests.methods.helpers import plan_of
 from tests.reporting.helpers import Made, write_run
 from tests.weights.helpers import make_llama
 from tests.weights.test_adapter_sources import make_adapter
@@ -182,7 +184,7 @@ def test_a_start_that_adapters_share_is_no_common_subspace_where_they_tell_it(
     related: list[Path], tmp_path: Path, told: bool
 ) -> None:
     """Five adapters whose A is still the one that seed 0 drew: on the input side they share all, and have learnt none of it."""
-    plan = plan_adapter("lora", rank=4, alpha=6.0, rslora=False, dropout=0.0, seed=0, target_modules=("q_proj", "v_proj"))
+    plan = plan_of("lora", rank=4, alpha=6.0, rslora=False, dropout=0.0, seed=0, target_modules=("q_proj", "v_proj"))
     base_hash = resolve_model(str(related[0])).content_hash()
     for n in range(5):
         adapter = make_adapter(related[0], tmp_path / f"a{n}", seed=n)
@@ -213,7 +215,7 @@ def trained_adapters(
     paths = []
     for number, seed in enumerate(seeds):
         settings = {"rank": 3, "alpha": 6.0, "rslora": False, "dropout": 0.0, "target_modules": ("q_proj",), **changes}
-        plan = plan_adapter(mode, seed=seed, has_basis=basis is not None, **settings)
+        plan = plan_of(mode, seed=seed, has_basis=basis is not None, **settings)
         made = read_basis(basis) if basis else None
         wrapped = install_adapter(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), plan, made)
         generator = torch.Generator().manual_seed(number)
@@ -289,7 +291,7 @@ def finished_run(path: Path, loss: float, basis: Path | None, seed: int = 0, out
     settings = {"rank": 2, "alpha": 2.0, "rslora": False, "dropout": 0.0, "seed": seed}
     settings |= {"outer_rank": outer_rank, "has_basis": True} if outer_rank else {}
     b_init = None if basis else "orthonormal"
-    plan = plan_adapter(mode, b_init=b_init, target_modules=("q_proj", "k_proj", "v_proj"), **settings)
+    plan = plan_of(mode, b_init=b_init, target_modules=("q_proj", "k_proj", "v_proj"), **settings)
     record["plan"] = plan.as_dict()
     if basis:
         made = read_basis(basis)

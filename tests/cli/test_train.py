@@ -92,7 +92,7 @@ def assert_refused(result: Any, code: int, message: str) -> None:
         (["--target-modules=q_proj,query"], 1, "target module 'query' matches nothing in this model; its linear layers are"),
         (["--mode=fb", "--b-init=ones", "--target-modules=mlp"], 1, "target module 'mlp' is a LlamaMLP, not an nn.Linear"),
         (["--mode=fb", "--b-init=orthonormal", "--rank=33"], 1, "has 32 outputs, fewer than --rank 33"),
-        (["--b-init=random"], 2, "--b-init goes with the modes fb and tb"),
+        (["--b-init=random"], 2, "--b-init applies to the modes fb and tb"),
         (["--model=/missing/model"], 1, "model '/missing/model' is neither a directory on this disk nor a hub id"),
         (["--dataset=/missing.jsonl"], 1, "dataset /missing.jsonl does not exist"),
         (["--dataset=builtin:poems"], 1, "poems"),
@@ -102,7 +102,7 @@ def assert_refused(result: Any, code: int, message: str) -> None:
         (
             ["--mode=full", "--load-in-4bit"],
             2,
-            "--load-in-4bit does not go with mode full, which works on the weights themselves",
+            "--load-in-4bit does not apply to mode full, which needs the weights themselves",
         ),
         (["--mode=peft"], 2, "mode peft needs --peft-config FILE"),
         (["--mode=peft", "--peft-config=/missing.json"], 1, "/missing.json does not exist"),

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cora_cli.adapters.modes import MODES, Mode
 from cora_cli.experiments.estimate import trained_parameters
 from cora_cli.experiments.grid import Grid, build_grid, load_grid
 from cora_cli.experiments.inputs import Inputs, ModelFacts
@@ -14,6 +13,7 @@ from cora_cli.experiments.paper import paper_tables
 from cora_cli.experiments.preset import small
 from cora_cli.experiments.steps import make_plan, plan_record
 from cora_cli.experiments.tasks import TASKS
+from cora_cli.methods.registry import METHODS, Mode
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GRIDS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "grid" in yaml.safe_load(path.read_text())]
@@ -107,7 +107,7 @@ def test_the_honest_grid_sweeps_every_mode_and_has_every_control() -> None:
 
 def test_the_grid_of_rivals_has_every_mode_at_equal_trained_parameters_and_at_equal_rank(smollm2_shapes: ModelFacts) -> None:
     grid = load_grid(CONFIGS / "rivals.yaml")
-    assert {row.mode for row in grid.rows} == {"base", *MODES} - {"peft"}
+    assert {row.mode for row in grid.rows} == {"base", *METHODS} - {"peft"}
     methods = {(row.label, row.rank): row for row in grid.rows if row.mode != "base"}
     counts = {method: trained_parameters(row, smollm2_shapes) for method, row in methods.items()}
     wanted = counts[("fb", 48)]
@@ -126,7 +126,7 @@ def test_the_grid_of_rivals_has_every_mode_at_equal_trained_parameters_and_at_eq
     assert {seed for runs in swept.values() for _, seed in runs} == {0, 1}
 
 
-@pytest.mark.parametrize("mode", [mode for mode, spec in MODES.items() if spec.trained and mode != "vera"])
+@pytest.mark.parametrize("mode", [mode for mode, spec in METHODS.items() if spec.trained and mode != "vera"])
 def test_no_other_rank_comes_nearer_to_the_trained_parameters_of_fb(mode: Mode, smollm2_shapes: ModelFacts) -> None:
     grid = load_grid(CONFIGS / "rivals.yaml")
     row = next(row for row in grid.rows if row.mode == mode)

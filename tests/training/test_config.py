@@ -42,40 +42,40 @@ NEEDED: dict[str, Any] = {"model": "m", "dataset": "d.jsonl", "output_dir": "o"}
         ({"alpha": -2.0}, "--alpha must be positive, not -2.0"),
         ({"dropout": 1.0}, "--dropout must be at least 0 and below 1, not 1.0"),
         ({"target_modules": ()}, "--target-modules must name at least one module"),
-        ({"b_init": "ones"}, "--b-init goes with the modes fb and tb; mode lora starts B as zeros"),
-        ({"basis": "b"}, "--basis is of no use where B starts as zeros; leave it out"),
-        ({"mode": "fb"}, "mode fb needs --basis FILE (made by `cora extract-basis`), or another start by --b-init"),
-        ({"mode": "tb"}, "mode tb needs --basis FILE (made by `cora extract-basis`), or another start by --b-init"),
-        ({"mode": "fb", "b_init": "random", "basis": "b"}, "--basis is of no use where B starts as random; leave it out"),
-        ({"mode": "rslora", "rslora": True}, "--rslora does not go with mode rslora"),
-        ({"mode": "mica", "a_init": "gaussian"}, "--a-init does not go with mode mica"),
-        ({"lora_plus_ratio": 4.0}, "--lora-plus-ratio does not go with mode lora"),
+        ({"b_init": "ones"}, "--b-init applies to the modes fb and tb; mode lora starts B as zeros"),
+        ({"basis": "b"}, "--basis has no effect where B starts as zeros; leave it out"),
+        ({"mode": "fb"}, "mode fb needs --basis FILE, written by `cora extract-basis`, or another start by --b-init"),
+        ({"mode": "tb"}, "mode tb needs --basis FILE, written by `cora extract-basis`, or another start by --b-init"),
+        ({"mode": "fb", "b_init": "random", "basis": "b"}, "--basis has no effect where B starts as random; leave it out"),
+        ({"mode": "rslora", "rslora": True}, "--rslora does not apply to mode rslora"),
+        ({"mode": "mica", "a_init": "gaussian"}, "--a-init does not apply to mode mica"),
+        ({"lora_plus_ratio": 4.0}, "--lora-plus-ratio does not apply to mode lora"),
         ({"mode": "lora+", "lora_plus_ratio": 0.0}, "--lora-plus-ratio must be positive, not 0.0"),
-        ({"mode": "peft"}, "mode peft needs --peft-config FILE, a JSON file as PEFT's adapter_config.json is one"),
+        ({"mode": "peft"}, "mode peft needs --peft-config FILE, a JSON file in the form of PEFT's adapter_config.json"),
         (
             {"mode": "pissa", "load_in_4bit": True},
-            "--load-in-4bit does not go with mode pissa, which works on the weights themselves",
+            "--load-in-4bit does not apply to mode pissa, which needs the weights themselves",
         ),
-        ({"outer_rank": 64}, "--outer-rank does not go with mode lora"),
-        ({"outer_rank": 0}, "--outer-rank must be at least 1, not 0; --outer-rank does not go with mode lora"),
-        ({"mode": "full", "alpha": 0.0}, "--alpha goes with an adapter, not with mode full"),
+        ({"outer_rank": 64}, "--outer-rank does not apply to mode lora"),
+        ({"outer_rank": 0}, "--outer-rank does not apply to mode lora"),
+        ({"mode": "full", "alpha": 0.0}, "--alpha applies to adapters, not to mode full"),
         ({"mode": "lora-mini", "outer_rank": 0}, "--outer-rank must be at least 1, not 0"),
         ({"mode": "lora-mini", "outer_rank": -3}, "--outer-rank must be at least 1, not -3"),
-        ({"mode": "vera", "alpha": 0.0}, "--alpha does not go with mode vera"),
-        ({"mode": "vera", "alpha": 4.0}, "--alpha does not go with mode vera"),
+        ({"mode": "vera", "alpha": 0.0}, "--alpha does not apply to mode vera"),
+        ({"mode": "vera", "alpha": 4.0}, "--alpha does not apply to mode vera"),
         (
             {"mode": "lora-mini", "outer_rank": 47},
-            "--outer-rank must be at least --rank 48, not 47: the product would have no more than that rank",
+            "--outer-rank must be at least --rank 48, not 47: the product cannot have a higher rank than k",
         ),
-        ({"mode": "fa-basis"}, "mode fa-basis needs --basis FILE (made by `cora extract-basis --side input`)"),
+        ({"mode": "fa-basis"}, "mode fa-basis needs --basis FILE, written by `cora extract-basis --side input`"),
         ({"mode": "tb", "basis": "b", "compact": True}, "--compact stores A alone, but mode tb trains B too; leave it out"),
         ({"mode": "lora-fa", "compact": True}, "--compact stores A alone, but mode lora-fa trains B; leave it out"),
         (
             {"mode": "mica", "compact": True},
-            "--compact goes with a B that is frozen from a basis or a seed, not with mode mica",
+            "--compact needs a B that is frozen from a basis or a seed, which mode mica does not have",
         ),
-        ({"mode": "full", "basis": "b"}, "--basis goes with an adapter, not with mode full"),
-        ({"mode": "full", "compact": True}, "--compact goes with an adapter, not with mode full"),
+        ({"mode": "full", "basis": "b"}, "--basis applies to adapters, not to mode full"),
+        ({"mode": "full", "compact": True}, "--compact applies to adapters, not to mode full"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -89,7 +89,7 @@ def test_all_problems_are_named_at_once() -> None:
         TrainConfig(**NEEDED, mode="full", basis="b", batch_size=0, epochs=0.0)
     assert str(caught.value) == (
         "--epochs must be positive, not 0.0; --batch-size must be at least 1, not 0; "
-        "--basis goes with an adapter, not with mode full"
+        "--basis applies to adapters, not to mode full"
     )
 
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from cora_cli.adapters.install import start_a
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.data.batches import GlobalBatches
 from cora_cli.data.encode import Example, encode_records
 from cora_cli.data.formats import load_split
+from cora_cli.methods.parts.starts import start_a
 from cora_cli.models.references import resolve_model
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train

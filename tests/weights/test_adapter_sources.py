@@ -8,14 +8,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
-from cora_cli.adapters.plan import plan_adapter
-from cora_cli.adapters.storage import AdapterFacts, save_adapter
+from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.weights.sources import open_source
+from tests.methods.helpers import plan_of
 from tests.weights.helpers import make_llama
 
 from .helpers import CPU, dense_weights, local
@@ -205,7 +206,7 @@ def frozen_pair(grouped_models, tmp_path_factory):
         extract_basis([local(grouped_models[1])], path, BasisChoices(rank=4), None, CPU)
         basis = read_basis(path)
         settings = {"rank": 3, "alpha": 6.0, "rslora": False, "target_modules": ("q_proj", "v_proj"), "dropout": 0.0, "seed": 1}
-        plan = plan_adapter("fb", b_init=b_init, a_init="gaussian", **settings)
+        plan = plan_of("fb", b_init=b_init, a_init="gaussian", **settings)
         model = install_adapter(make_llama(kv_heads=2), plan, basis if plan.needs_basis else None)
         stated = (str(path), basis.sha256) if plan.needs_basis else (None, None)
         for form in ("whole", "compact"):
@@ -231,7 +232,9 @@ def test_a_compact_adapter_whose_basis_is_gone_or_another_says_which_and_what_to
     with pytest.raises(CoraError, match=r"trained with the basis \w+, but .*basis.safetensors is \w+"):
         open_source(local(compact))
     basis.unlink()
-    with pytest.raises(CoraError, match=r"its B is in the basis .*, which is not there; put it back, or .*cora merge --basis"):
+    with pytest.raises(
+        CoraError, match=r"its B comes from the basis .*, which does not exist; put it back, or .*cora merge --basis"
+    ):
         open_source(local(compact))
 
 

@@ -5,9 +5,10 @@ from typing import get_args
 
 import pytest
 
-from cora_cli.adapters.modes import MODES, OWN_SETTINGS, Mode, modes_table
-from cora_cli.adapters.plan import AdapterPlan, plan_adapter
 from cora_cli.errors import UsageError
+from cora_cli.methods.plan import AdapterPlan
+from cora_cli.methods.registry import METHODS, OPTIONAL_SETTINGS, Mode, methods_table, taken_settings
+from tests.methods.helpers import plan_of
 
 DEFAULTS = {
     "rank": 8,
@@ -20,7 +21,7 @@ DEFAULTS = {
 
 
 def plan(mode="fb", **changes) -> AdapterPlan:
-    return plan_adapter(mode, **{**DEFAULTS, **changes})
+    return plan_of(mode, **{**DEFAULTS, **changes})
 
 
 @pytest.mark.parametrize(
@@ -30,12 +31,12 @@ def plan(mode="fb", **changes) -> AdapterPlan:
 def test_the_table_of_modes(mode, b_init, a_init, trains_b, needs_basis):
     made = plan(mode)
     assert (made.b_init, made.a_init, made.trains_b, made.needs_basis) == (b_init, a_init, trains_b, needs_basis)
-    assert not made.cannot_train
+    assert METHODS[mode].can_train(made)
 
 
 def test_every_mode_of_the_command_line_is_in_the_table():
-    assert {*MODES, "full"} == set(get_args(Mode))
-    assert all(spec.takes <= OWN_SETTINGS for spec in MODES.values())
+    assert set(METHODS) == set(get_args(Mode))
+    assert all(taken_settings(method) <= OPTIONAL_SETTINGS for method in METHODS.values())
 
 
 @pytest.mark.parametrize("mode", ["fb", "tb"])
@@ -66,7 +67,7 @@ def test_the_start_of_a_can_be_chosen_in_every_mode(mode, a_init):
     ],
 )
 def test_a_start_whose_gradient_is_zero_for_ever_is_known(mode, b_init, a_init, stuck):
-    assert plan(mode, b_init=b_init, a_init=a_init).cannot_train is stuck
+    assert METHODS[mode].can_train(plan(mode, b_init=b_init, a_init=a_init)) is not stuck
 
 
 def test_the_scaling_is_alpha_over_rank_or_over_its_root():
@@ -77,7 +78,7 @@ def test_the_scaling_is_alpha_over_rank_or_over_its_root():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"mode": "lora", "b_init": "orthonormal"}, "--b-init goes with the modes fb and tb; mode lora starts B as zeros"),
+        ({"mode": "lora", "b_init": "orthonormal"}, "--b-init applies to the modes fb and tb; mode lora starts B as zeros"),
         ({"rank": 0}, "--rank must be at least 1, not 0"),
         ({"alpha": 0.0}, "--alpha must be positive, not 0.0"),
         ({"alpha": math.nan}, "--alpha must be positive, not nan"),
@@ -98,4 +99,4 @@ def test_a_plan_survives_json():
 
 def test_the_readme_holds_the_table_as_it_is():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert f"<!-- modes:begin -->\n{modes_table()}\n<!-- modes:end -->" in readme, "run scripts/update_readme.py"
+    assert f"<!-- modes:begin -->\n{methods_table()}\n<!-- modes:end -->" in readme, "run scripts/update_readme.py"

@@ -1,7 +1,4 @@
-"""Starts that are made of a weight's singular directions, and the factor of LoRA that is itself a product with a frozen part.
-
-Which mode starts with which is the table in `modes`; that they are put into a model is `install`.
-"""
+"""Factors of LoRA computed from W's singular directions, and a factor that is a product with a frozen part."""
 
 import torch
 from torch.nn import functional

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.install import install_adapter
 from cora_cli.adapters.merge import merge_adapter
-from cora_cli.adapters.modes import MODES, Mode
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
+from cora_cli.methods.registry import METHODS, Mode
 from cora_cli.models.references import resolve_model
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
@@ -39,13 +39,13 @@ def base_of(config: TrainConfig) -> Any:
 
 
 def settings_of(mode: Mode, basis: Path, input_basis: Path, loha: Path) -> dict[str, Any]:
-    spec = MODES[mode]
+    spec = METHODS[mode]
     if mode == "peft":
         return {"mode": mode, "peft_config": str(loha), "dropout": 0.0}
     return {"mode": mode, "basis": str(input_basis if spec.a_init == "basis" else basis) if spec.needs_basis() else None}
 
 
-@pytest.fixture(scope="module", params=list(MODES))
+@pytest.fixture(scope="module", params=[mode for mode, method in METHODS.items() if method.is_adapter])
 def finished(
     request: pytest.FixtureRequest,
     tiny_model: Path,
@@ -96,12 +96,12 @@ def test_what_is_frozen_is_at_the_end_what_it_was_at_the_start(finished: Run) ->
     plan = config.adapter_plan()
     assert plan is not None
     start = install_adapter(base_of(config), plan, read_basis(Path(config.basis)) if config.basis else None)
-    trained = {name for name, parameter in start.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in start.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     at_start = {name.replace(".default", ""): (name, tensor) for name, tensor in start.state_dict().items()}
     last = load_file(output / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
     frozen = {key for key in last if at_start.get(key, at_start.get(f"{key}.weight"))[0] not in trained}
     assert all(torch.equal(last[key], at_start[key][1]) for key in frozen)
-    assert len(last) - len(frozen) == 6 * (len(MODES[config.mode].trained) or 4)
+    assert len(last) - len(frozen) == 6 * (len(METHODS[config.mode].trained) or 4)
     moved = [not torch.equal(last[key], at_start.get(key, at_start.get(f"{key}.weight"))[1]) for key in set(last) - frozen]
     assert all(moved)
 
@@ -118,12 +118,14 @@ def test_plain_peft_reads_what_is_stored_and_merging_gives_the_same_model(finish
 
 def test_what_is_exported_is_a_plain_lora_of_the_same_effect(finished: Run, tmp_path: Path) -> None:
     config, output, _ = finished
-    if config.mode == "dora":
+    if METHODS[config.mode].lora_rank is None:
         with pytest.raises(CoraError, match="no LoRA of its effect can be made; `cora merge` writes it as a plain model"):
             export_adapter(resolve_model(str(output)), tmp_path / "exported")
         assert not list(tmp_path.iterdir())
         return
-    assert export_adapter(resolve_model(str(output)), tmp_path / "exported") == (8 if MODES[config.mode].changes_base else 4)
+    assert export_adapter(resolve_model(str(output)), tmp_path / "exported") == (
+        8 if METHODS[config.mode].lora_rank == "2r" else 4
+    )
     exported = PeftModel.from_pretrained(base_of(config), str(tmp_path / "exported")).eval()
     assert exported.peft_config["default"].peft_type == "LORA"
     assert {path.suffix for path in (tmp_path / "exported").iterdir()} <= {".json", ".safetensors", ".md"}

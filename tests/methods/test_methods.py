@@ -11,25 +11,32 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, PeftType, get_peft_model
 from transformers import LlamaForCausalLM
 
-from cora_cli.adapters.install import configuration_of, factors_of, install_adapter, lora_layers
-from cora_cli.adapters.modes import MODES
-from cora_cli.adapters.plan import AdapterPlan, plan_adapter
-from cora_cli.adapters.storage import AdapterFacts, load_adapter, save_adapter
+from cora_cli.adapters.facts import AdapterFacts
+from cora_cli.adapters.install import install_adapter
+from cora_cli.adapters.storage import load_adapter, save_adapter
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.errors import CoraError, UsageError
+from cora_cli.methods.parts.layers import factors_of, lora_layers
+from cora_cli.methods.plan import AdapterPlan
+from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import resolve_model
+from tests.methods.helpers import plan_of
 
 RANK = 4
 SHAPES = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64)}
 IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
-COUNTED = [mode for mode, spec in MODES.items() if spec.trained]
-OF_WEIGHTS = [mode for mode, spec in MODES.items() if spec.reads_weights]
-CHANGED = [mode for mode, spec in MODES.items() if spec.changes_base]
+COUNTED = [mode for mode, spec in METHODS.items() if spec.trained]
+OF_WEIGHTS = [mode for mode, spec in METHODS.items() if spec.reads_weights]
+CHANGED = [mode for mode, spec in METHODS.items() if spec.subtracts_start]
 
 
 def plan(mode, **changes) -> AdapterPlan:
     defaults = {"rank": RANK, "alpha": 8.0, "rslora": False, "target_modules": tuple(SHAPES), "dropout": 0.0, "seed": 0}
-    return plan_adapter(mode, **{**defaults, **changes})
+    return plan_of(mode, **{**defaults, **changes})
+
+
+def configured(made: AdapterPlan):
+    return METHODS[made.mode].configuration(made)
 
 
 def facts_of(made: AdapterPlan, base: Path) -> AdapterFacts:
@@ -67,14 +74,15 @@ def test_the_table_counts_the_parameters_that_train(mode, load, basis_for):
     made = plan(mode)
     wrapped = install_adapter(load(), made, basis_for(made))
     trained = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
-    assert trained == 2 * sum(made.parameters(out, inside) for out, inside in SHAPES.values()) > 0
+    shapes = {f"{layer}.{name}": shape for layer in range(2) for name, shape in SHAPES.items()}
+    assert trained == METHODS[mode].parameters(shapes, made) > 0
 
 
 @pytest.mark.parametrize("mode", COUNTED)
 def test_before_the_first_step_the_model_is_the_base(mode, load, basis_for):
     made, before = plan(mode), logits(load())
     after = logits(install_adapter(load(), made, basis_for(made)))
-    if made.spec.changes_base:
+    if METHODS[made.mode].subtracts_start:
         assert torch.allclose(after, before, rtol=1e-4, atol=1e-4 * before.abs().max())
     else:
         assert torch.equal(after, before)
@@ -103,7 +111,7 @@ def test_a_basis_of_the_other_side_is_refused(load, basis_for):
         install_adapter(load(), plan("fa-basis"), basis_for(plan("fb")))
     with pytest.raises(CoraError, match=r"k_proj has 32 outputs, .* was made for 64; extract one with --side output"):
         install_adapter(load(), plan("fb"), basis_for(plan("fa-basis")))
-    with pytest.raises(CoraError, match="mode fa-basis needs a basis to start A with"):
+    with pytest.raises(CoraError, match="mode fa-basis needs a basis to start A from"):
         install_adapter(load(), plan("fa-basis"), None)
 
 
@@ -140,7 +148,7 @@ def test_starts_made_of_a_weight_are_its_singular_or_qr_factors(mode, load):
 def test_a_rank_above_the_directions_of_a_weight_is_refused_before_the_model_is_touched(mode, load):
     model = load()
     with pytest.raises(
-        CoraError, match=f"k_proj has only 32 singular directions, fewer than --rank 33, which mode {mode} takes"
+        CoraError, match=f"k_proj has only 32 singular directions, fewer than the --rank 33 that mode {mode} would take"
     ):
         install_adapter(model, plan(mode, rank=33), None)
     assert not any("lora" in name for name, _ in model.named_modules())
@@ -207,7 +215,7 @@ def test_a_product_computes_with_gradients_what_its_weight_says(mode, load):
     assert torch.allclose(b(a(x)), x @ (b.weight @ a.weight).T, rtol=1e-4, atol=1e-5)
     b(a(x)).sum().backward()
     assert {name for name, parameter in layer.named_parameters() if parameter.grad is not None} == {
-        key.replace(".", ".default.") for key in MODES[mode].trained
+        key.replace(".", ".default.") for key in METHODS[mode].trained
     }
 
 
@@ -217,7 +225,9 @@ def test_a_stored_equivalent_is_not_trained_on(mode, load, tiny_model, tmp_path)
     wrapped = install_adapter(load(), made, None)
     move(wrapped)
     save_adapter(wrapped, tmp_path / "adapter", facts_of(made, tiny_model))
-    with pytest.raises(CoraError, match=f"of mode {mode} is stored as a plain LoRA of equal effect, not as it was trained"):
+    with pytest.raises(
+        CoraError, match=f"of mode {mode} is stored as an equivalent plain LoRA; to train on, resume from the run's checkpoints"
+    ):
         load_adapter(load(), resolve_model(str(tmp_path / "adapter")), trainable=True)
 
 
@@ -286,7 +296,7 @@ def test_a_file_that_describes_no_adapter_of_weights_is_refused_with_the_reason(
 )
 def test_a_value_of_the_wrong_type_is_refused_naming_the_field_and_what_it_takes(values, said):
     with pytest.raises(CoraError, match=re.escape(f": {said}")) as caught:
-        configuration_of(plan("peft", peft={"peft_type": "LOHA", **values}))
+        configured(plan("peft", peft={"peft_type": "LOHA", **values}))
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -297,18 +307,18 @@ def test_a_configuration_as_peft_itself_writes_it_is_taken(kind, tmp_path):
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]().save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert None in written.values()
-    assert configuration_of(plan("peft", peft=written)).peft_type == kind
+    assert configured(plan("peft", peft=written)).peft_type == kind
 
 
 def test_numbers_that_json_writes_without_a_point_and_alphas_with_one_are_taken():
-    made = configuration_of(plan("peft", peft={**FOREIGN, "rank_dropout": 0, "alpha": 2.5}))
+    made = configured(plan("peft", peft={**FOREIGN, "rank_dropout": 0, "alpha": 2.5}))
     assert (made.rank_dropout, made.alpha) == (0.0, 2.5)
 
 
 def test_a_package_that_a_method_needs_and_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(CoraError, match="PEFT refuses the configuration of ADAMSS: scikit-learn is required"):
-        configuration_of(plan("peft", peft={"peft_type": "ADAMSS"}))
+        configured(plan("peft", peft={"peft_type": "ADAMSS"}))
 
 
 def test_a_rank_that_the_file_leaves_open_is_that_of_the_flag(load):

@@ -1,7 +1,4 @@
-"""Any other method of PEFT, by its own configuration file: which of them can be trained here, and with what.
-
-The methods of the table in `modes` are made by `install` itself; this is mode `peft` alone.
-"""
+"""A configuration file of PEFT -> PEFT's own configuration class, checked: which methods can be trained here, and with what values."""
 
 import dataclasses
 import json
@@ -19,7 +16,7 @@ _OWN_LOOP = {
     "POLY": "a task number with each example",
 }
 _NO_LINEAR_LAYER = frozenset({"ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS"})
-"""Methods whose targets are blocks or embeddings, and so none of the layers that are adapted here."""
+"""Methods that target blocks or embeddings instead of linear layers."""
 _NOT_MERGED = {
     "BEFT": "adds to the bias and not to the weight",
     "LILY": "mixes its factors anew for each input",
@@ -28,12 +25,11 @@ _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 _STARTS = (True, False, "gaussian", "orthogonal")
 
 
-def foreign_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
-    """PEFT's configuration of `values`, as its `adapter_config.json` has them; where they give no rank to a method that has one, it is
-    `rank`.
+def peft_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
+    """PEFT's configuration from `values`, the content of an `adapter_config.json`; `rank` is the default of a method that has one.
 
-    Raises `CoraError` for a method that PEFT does not know, that is no adapter of weights, or that needs more than a loss to train by,
-    and for a value of another type than PEFT declares.
+    Raises `CoraError` for a method that PEFT does not know, that does not adapt weights or needs a training loop of its own, and for
+    a value of another type than PEFT declares.
     """
     kind = str(values["peft_type"]).upper()
     known = {str(member.value): member for member in PEFT_TYPE_TO_CONFIG_MAPPING}

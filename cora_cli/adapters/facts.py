@@ -1,0 +1,72 @@
+"""What `cora.json` says of an adapter beyond PEFT's own configuration, and the frozen B that a compact adapter is rebuilt from."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cora_cli import rundir
+from cora_cli.basis.artifact import Basis, read_basis
+from cora_cli.errors import CoraError
+from cora_cli.methods.parts.starts import start_b
+from cora_cli.methods.plan import AdapterPlan
+from cora_cli.methods.registry import method_of
+from cora_cli.models.references import ModelPath
+
+SIDE_FILE = "cora.json"
+COMPACT_FILE = rundir.COMPACT_ADAPTER
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFacts:
+    """What `cora` knows of an adapter beyond PEFT's configuration (`cora.json` in its directory)."""
+
+    plan: AdapterPlan
+    base: str
+    base_revision: str | None
+    base_sha256: str
+    basis: str | None
+    basis_sha256: str | None
+    compact: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**dataclasses.asdict(self), "plan": self.plan.as_dict()}
+
+
+def read_facts(directory: Path) -> AdapterFacts | None:
+    """Read `cora.json`; None where another program wrote the adapter. Raises `CoraError` where it is damaged."""
+    path = directory / SIDE_FILE
+    if not path.exists():
+        return None
+    values = rundir.read_json(path)
+    try:
+        facts = AdapterFacts(**{**values, "plan": AdapterPlan.from_dict(values["plan"])})
+    except (KeyError, TypeError) as error:
+        raise CoraError(f"{path} is not a record of a cora adapter: {error}") from error
+    method_of(facts.plan.mode)
+    return facts
+
+
+def starting_b(
+    adapter: ModelPath, facts: AdapterFacts, basis_path: Path | None = None, remedy: str = "name it with --basis"
+) -> Callable[[str, int], torch.Tensor]:
+    """The B (out, r) float32 of a compact adapter, by a layer's name and out-dimension: from the recorded basis or seed.
+
+    Raises `CoraError` where the basis is neither at its recorded place nor at `basis_path` (the message ends with `remedy`), or is
+    another one.
+    """
+    basis = _recorded_basis(facts, basis_path, adapter, remedy) if facts.plan.needs_basis else None
+    return lambda name, out_features: start_b(facts.plan, basis, name, out_features, facts.plan.rank)
+
+
+def _recorded_basis(facts: AdapterFacts, basis_path: Path | None, adapter: ModelPath, remedy: str) -> Basis:
+    path = basis_path or (Path(facts.basis) if facts.basis else None)
+    if path is None or not path.exists():
+        raise CoraError(f"adapter {adapter.path} is compact: its B comes from the basis {path}, which does not exist; {remedy}")
+    basis = read_basis(path)
+    if basis.sha256 != facts.basis_sha256:
+        raise CoraError(f"adapter {adapter.path} was trained with the basis {facts.basis_sha256}, but {path} is {basis.sha256}")
+    return basis

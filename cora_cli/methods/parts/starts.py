@@ -1,0 +1,64 @@
+"""Starts of A and B that are drawn from the run's seed or taken from a basis file, one layer at a time."""
+
+import hashlib
+import math
+
+import torch
+
+from cora_cli.basis.artifact import Basis
+from cora_cli.errors import CoraError
+from cora_cli.methods.plan import AdapterPlan
+
+
+def start_b(
+    plan: AdapterPlan, basis: Basis | None, name: str, out_features: int, width: int, flag: str = "--rank"
+) -> torch.Tensor:
+    """B (out, width) float32 before training, for the linear layer `name`.
+
+    `random` is Kaiming uniform as PEFT starts A; `orthonormal` is uniform over orthonormal frames (QR of a Gaussian matrix). `flag` is
+    what the user sets `width` by. Raises `CoraError` where the basis is missing or does not fit.
+    """
+    if plan.b_init == "basis":
+        if basis is None:
+            raise CoraError(f"mode {plan.mode} needs a basis to start B from")
+        return basis.for_module(name, width, out_features)
+    if plan.b_init in ("zeros", "ones"):
+        return torch.full((out_features, width), float(plan.b_init == "ones"))
+    if plan.b_init == "random":
+        return _kaiming_uniform((out_features, width), _generator(plan.seed, name, "B"))
+    return orthonormal(plan, name, "B", out_features, width, flag)
+
+
+def start_a(plan: AdapterPlan, name: str, in_features: int, basis: Basis | None = None) -> torch.Tensor:
+    """A (r, in) float32 before training: zeros, N(0, 1/r²) as PEFT's `gaussian`, PEFT's Kaiming uniform, or a basis of the input side."""
+    shape = (plan.rank, in_features)
+    if plan.a_init == "basis":
+        if basis is None:
+            raise CoraError(f"mode {plan.mode} needs a basis to start A from")
+        return basis.for_module(name, plan.rank, in_features, "input").T.contiguous()
+    generator = _generator(plan.seed, name, "A")
+    if plan.a_init == "zeros":
+        return torch.zeros(shape)
+    if plan.a_init == "gaussian":
+        return torch.randn(shape, generator=generator) / plan.rank
+    return _kaiming_uniform(shape, generator)
+
+
+def orthonormal(plan: AdapterPlan, name: str, factor: str, features: int, width: int, flag: str = "--rank") -> torch.Tensor:
+    """Orthonormal columns (features, width) for B or Aᵀ. Raises `CoraError` where the space has fewer dimensions than `width`."""
+    if width > features:
+        side = "outputs" if factor == "B" else "inputs"
+        raise CoraError(f"{name} has {features} {side}, fewer than {flag} {width}: no orthonormal {factor} of that rank exists")
+    gaussian = torch.randn((features, width), generator=_generator(plan.seed, name, factor), dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return (q * r.diagonal().sign()).float()
+
+
+def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    weight = torch.empty(shape)
+    return torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+
+
+def _generator(seed: int, name: str, factor: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}/{factor}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,79 @@
+"""Any other method of PEFT that adapts weights, from a configuration file."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.methods.method import AS_THE_FILE_SAYS, Method, MethodSetting, Shapes
+from cora_cli.methods.plan import AdapterPlan, AdapterRequest
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class PeftFile(Method):
+    """PEFT does everything; the file's rank and target modules take precedence over the flags."""
+
+    name = "peft"
+    paper = "–"
+    summary = "any other method of PEFT that adapts weights, from --peft-config"
+    takes = frozenset()
+    settings = (
+        MethodSetting(
+            "peft_config",
+            str,
+            "Mode peft: JSON file with the configuration of any PEFT method that adapts weights; its rank and target modules take "
+            "precedence over the flags.",
+        ),
+    )
+    b_init, a_init = "file", "file"
+    trained: ClassVar[Shapes] = {}
+    step_0_is_base = AS_THE_FILE_SAYS
+    stored_as = "PEFT's own form"
+    lora_rank = AS_THE_FILE_SAYS
+
+    def problems(self, settings: Mapping[str, Any]) -> list[str]:
+        """The file is needed, and states the dropout itself."""
+        found = []
+        if settings["dropout"]:
+            found.append("--dropout does not apply to mode peft: set the dropout of the method in the file")
+        if not settings["peft_config"]:
+            found.append("mode peft needs --peft-config FILE, a JSON file in the form of PEFT's adapter_config.json")
+        return found
+
+    def resolve(self, request: AdapterRequest) -> AdapterRequest:
+        """Read the file; `own` becomes {"peft": its values}."""
+        values = rundir.read_json(Path(request.own["peft_config"]))
+        if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
+            raise UsageError('--peft-config must hold a JSON object with a "peft_type", as PEFT\'s adapter_config.json does')
+        targets = values.get("target_modules")
+        if targets is None:
+            targets = list(request.target_modules)
+        if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+            raise UsageError("--peft-config: target_modules must be a list of names; --target-modules can give them instead")
+        # Not every method has a rank, or counts it from one.
+        rank = found if isinstance(found := values.get("r"), int) and found > 0 else request.rank
+        own = {"peft": {**values, "target_modules": targets}}
+        return dataclasses.replace(request, rank=rank, target_modules=tuple(targets), own=own)
+
+    def inputs(self, plan: AdapterPlan) -> dict[str, Any]:
+        """The content of the file."""
+        return {"peft": plan.own["peft"]}
+
+    def configuration(self, plan: AdapterPlan) -> "PeftConfig":
+        """The file as PEFT's own class."""
+        from cora_cli.methods.parts.peft_configuration import peft_configuration
+
+        return peft_configuration(plan.own["peft"], plan.rank)
+
+    def install_error(self, plan: AdapterPlan, error: Exception) -> CoraError:
+        """Each of PEFT's methods has its own exceptions for values and layers that do not suit it."""
+        from cora_cli.methods.parts.peft_configuration import refused
+
+        return refused(str(plan.own["peft"]["peft_type"]).upper(), error)
+
+    def starts(self, *_: Any) -> None:
+        """Left to PEFT."""

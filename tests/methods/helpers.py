@@ -1,0 +1,21 @@
+"""Plans of any method, as tests write them down."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cora_cli.methods.plan import AdapterPlan, AdapterRequest
+from cora_cli.methods.registry import OWN_SETTINGS, plan_adapter
+
+
+def plan_of(mode: str, **values: Any) -> AdapterPlan:
+    """The plan of `mode`; methods' own settings stand among `values`, and `peft` is the content of a file for `--peft-config`."""
+    own = {setting.name: values.pop(setting.name) for setting in OWN_SETTINGS if setting.name in values}
+    with tempfile.TemporaryDirectory() as directory:
+        if "peft" in values:
+            own["peft_config"] = str(Path(directory) / "config.json")
+            Path(own["peft_config"]).write_text(json.dumps(values.pop("peft")))
+        made = plan_adapter(mode, AdapterRequest(**values, own=own))
+    assert made is not None
+    return made
