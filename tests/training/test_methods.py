@@ -68,11 +68,12 @@ def test_training_lowers_the_loss_and_trains_as_much_as_the_table_says(finished:
     config, output, record = finished
     assert record["heldout"]["change"]["value"] < 0
     assert losses(output)[-1] < losses(output)[0]
-    shapes = [(64, 64), (32, 64), (32, 64)] * 2
+    of_layer = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64)}
+    shapes = {f"{layer}.{name}": shape for layer in range(2) for name, shape in of_layer.items()}
     plan = config.adapter_plan()
     assert plan is not None
-    by_hand = 2 * 2 * sum(map(sum, shapes))  # two pairs of factors of rank 2 in LoHa, of which the table knows nothing
-    assert record["parameters"]["trained"] == (sum(plan.parameters(*shape) for shape in shapes) or by_hand)
+    by_hand = 2 * 2 * sum(map(sum, shapes.values()))  # two pairs of factors of rank 2 in LoHa, of which the table knows nothing
+    assert record["parameters"]["trained"] == (METHODS[config.mode].parameters(shapes, plan) or by_hand)
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(finished: Run, tmp_path: Path) -> None:
