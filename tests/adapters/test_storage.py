@@ -371,6 +371,6 @@ def test_an_adapter_whose_pickle_wants_to_run_code_is_refused_and_does_not_run_i
     LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(str(tmp_path / "evil"))
     torch.save({"w": Evil()}, tmp_path / "evil" / "adapter_model.bin")
     model = LlamaForCausalLM.from_pretrained(tiny_model)
-    with pytest.raises(CoraError, match="holds more than tensors and was not opened"):
+    with pytest.raises(CoraError, match="contains more than tensors and could run code"):
         load_adapter(model, resolve_model(str(tmp_path / "evil")))
     assert not (tmp_path / "ran").exists()

@@ -96,8 +96,8 @@ def assert_refused(result: Any, code: int, message: str) -> None:
         (["--model=/missing/model"], 1, "model '/missing/model' is neither a directory on this disk nor a hub id"),
         (["--dataset=/missing.jsonl"], 1, "dataset /missing.jsonl does not exist"),
         (["--dataset=builtin:poems"], 1, "poems"),
-        (["--device=tpu"], 2, "--device 'tpu' is unknown; use auto, cpu, cuda or cuda:<index>"),
-        (["--device=cuda:7"], 1, "--device cuda:7 was asked for"),
+        (["--device=tpu"], 2, "--device must be auto, cpu, cuda or cuda:<index>, not 'tpu'"),
+        (["--device=cuda:7"], 1, "--device cuda:7 is not available"),
         (["--load-in-4bit"], 1, "--load-in-4bit needs a CUDA GPU"),
         (
             ["--mode=full", "--load-in-4bit"],
