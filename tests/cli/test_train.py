@@ -235,7 +235,7 @@ def test_a_model_that_is_damaged_or_no_model_is_refused(usual: list[str], tiny_m
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
     model.mkdir()
-    refused(f"{model} is no model: neither config.json nor adapter_config.json was found")
+    refused(f"{model} is not a model: {model} has neither config.json nor adapter_config.json")
     (model / "adapter_config.json").write_text("{}")
     refused(f"{model} is an adapter; training needs a whole model: write one with `cora merge` first")
     shutil.rmtree(model)
@@ -243,7 +243,9 @@ def test_a_model_that_is_damaged_or_no_model_is_refused(usual: list[str], tiny_m
     weights = load_file(model / "model.safetensors")
     gone = weights.pop("model.layers.1.self_attn.k_proj.weight")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    refused(f"model {model} lacks 1 weights that its config.json promises, such as model.layers.1.self_attn.k_proj.weight")
+    refused(
+        f"model {model} is incomplete: 1 weights that its config.json requires are missing, such as model.layers.1.self_attn.k_proj.weight"
+    )
     save_file(
         {**weights, "model.layers.1.self_attn.k_proj.weight": gone[:16].clone()}, model / "model.safetensors", {"format": "pt"}
     )

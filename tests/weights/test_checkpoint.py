@@ -97,7 +97,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(tmp_path, f
         assert zipfile.is_zipfile(file)
     else:
         file.write_bytes(pickle.dumps(_Evil(trap)))
-    with pytest.raises(CoraError, match=r"pytorch_model\.bin.*never done"):
+    with pytest.raises(CoraError, match=r"pytorch_model\.bin.*never loads"):
         Checkpoint(local(directory))
     assert not trap.exists()
     assert sorted(path.name for path in directory.iterdir()) == ["config.json", "pytorch_model.bin"]
