@@ -1,7 +1,7 @@
-"""Merged matrices whose parts are products of low-rank factors: a tall matrix F with F Fᵀ = M Mᵀ stands for M, which is never built.
+"""Merge products of low-rank factors without building M: a narrower matrix F with F Fᵀ = M Mᵀ replaces it.
 
-F has the left singular vectors and the singular values of M exactly, and as many columns as the factors have together. Whether that
-is less than M has is `merge`'s question.
+F has exactly the left singular vectors and singular values of M, and as many columns as the sum of the factors' ranks. `merge`
+decides whether that saves memory.
 """
 
 import math

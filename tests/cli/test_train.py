@@ -145,9 +145,9 @@ def test_a_basis_that_does_not_serve_is_refused(
     cut.write_bytes(tiny_basis.read_bytes()[:-100])
     extract_basis([resolve_model(str(tiny_multihead_model))], other, BasisChoices(rank=4), None, torch.device("cpu"))
     for basis, flags, message in (
-        (cut, [], f"{cut} is no whole safetensors file, so it cannot be read as a basis"),
-        (other, [], f"basis {other} was made from models with num_key_value_heads = 4, but this model has 2"),
-        (tiny_basis, ["--rank=9"], f"--rank 9 was asked for, but basis {tiny_basis} holds 8 directions; use --rank 8 or less"),
+        (cut, [], f"{cut} is not a complete safetensors file, so it cannot be read as a basis"),
+        (other, [], f"basis {other} was extracted from models with num_key_value_heads = 4, but this model has 2"),
+        (tiny_basis, ["--rank=9"], f"--rank 9 is too large: basis {tiny_basis} holds 8 directions; use --rank 8 or less"),
         (
             tiny_basis,
             ["--target-modules=o_proj"],
@@ -163,9 +163,7 @@ def test_a_basis_that_does_not_serve_is_refused(
 def test_a_basis_with_fewer_directions_than_the_outer_rank_is_refused_by_that_flag(
     flags: list[str], usual: list[str], tiny_basis: Path, tmp_path: Path
 ) -> None:
-    refused = (
-        f"--outer-rank 10 was asked for, but basis {tiny_basis} holds 8 directions; use --outer-rank 8 or less, or extract one"
-    )
+    refused = f"--outer-rank 10 is too large: basis {tiny_basis} holds 8 directions; use --outer-rank 8 or less, or extract one"
     assert_refused(cora_train(*usual, "--mode=lora-mini", f"--basis={tiny_basis}", *flags), 1, refused)
     assert list(tmp_path.iterdir()) == []
 
@@ -174,7 +172,7 @@ def test_a_basis_of_the_input_side_serves_as_a_and_is_refused_as_b_of_weights_th
     usual: list[str], tiny_input_basis: Path, tmp_path: Path
 ) -> None:
     refused = cora_train(*usual, "--mode=fb", f"--basis={tiny_input_basis}")
-    message = f"k_proj has 32 outputs, but group model.layers.0.self_attn.k_proj of basis {tiny_input_basis} was made for 64"
+    message = f"k_proj has 32 outputs, but group model.layers.0.self_attn.k_proj of basis {tiny_input_basis} expects 64"
     assert_refused(refused, 1, message)
     assert list(tmp_path.iterdir()) == []
     result = cora_train(*usual, "--mode=fa-basis", f"--basis={tiny_input_basis}")
