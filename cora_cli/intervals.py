@@ -89,10 +89,10 @@ def paired_difference(
 ) -> PairedDifference:
     """Compare two systems on the same examples.
 
-    `statistics_a`, `statistics_b`: (n, k), row i of both from example i. The interval comes from the paired bootstrap, the p-value
-    from approximate randomisation (Noreen 1989; Riezler & Maxwell 2005): under the null hypothesis the two outputs of an example
-    can be swapped, p = (1 + #{|d*| ≥ |d|}) / (1 + resamples). With one example p is 1, because no swap can change |d|.
-    Raises `CoraError` if the shapes differ or there are no examples, `UsageError` without resamples.
+    `statistics_a`, `statistics_b`: (n, k), row i of both from example i. The interval comes from the paired bootstrap, the
+    p-value from approximate randomisation (Noreen 1989; Riezler & Maxwell 2005): under the null hypothesis the two outputs of
+    an example can be swapped, p = (1 + #{|d*| ≥ |d|}) / (1 + resamples). With one example p is 1, because no swap can change
+    |d|. Raises `CoraError` if the shapes differ or there are no examples, `UsageError` without resamples.
     """
     if statistics_a.shape != statistics_b.shape:
         raise CoraError(

@@ -22,8 +22,8 @@ def setting(
     """Declare one field of a command's configuration.
 
     `flags` replaces the flag derived from the field's name, `argument` makes the setting positional, and `panel` is its heading
-    in `--help`. A setting without a `default` is required. With `repeated`, a tuple is given by repeating the flag instead of as
-    one comma-separated value.
+    in `--help`. A setting without a `default` is required. With `repeated`, a tuple is given by repeating the flag instead of
+    as one comma-separated value.
     """
     metadata = {"help": help, "panel": panel, "flags": flags, "argument": argument, "repeated": repeated}
     return dataclasses.field(default=default, metadata=metadata)

@@ -49,8 +49,8 @@ class Basis:
     """A common subspace per group, with its provenance.
 
     `directions` maps each group to its B, (out, R) float32 with orthonormal columns, or (in, R) for the input side;
-    `singular_values` to σ, (R,) float64; `total_energy` to ‖M‖_F², a float64 scalar; and `gaps` to whether its subspace is unique.
-    `modules` maps each module's name to its (out, in), and `mapping` any module's name to its group.
+    `singular_values` to σ, (R,) float64; `total_energy` to ‖M‖_F², a float64 scalar; and `gaps` to whether its subspace is
+    unique. `modules` maps each module's name to its (out, in), and `mapping` any module's name to its group.
     """
 
     path: Path
@@ -102,7 +102,7 @@ class Basis:
         """
         if side == "input" and self.choices.side != "input":
             raise CoraError(
-                f"basis {self.path} holds output-side directions, but A needs input-side ones; extract a basis with --side input"
+                f"basis {self.path} holds output-side directions, but A needs input-side ones; extract one with --side input"
             )
         group = self.mapping.group_of(name)
         if group is None or group not in self.directions:
@@ -113,7 +113,8 @@ class Basis:
         if features != len(directions):
             remedy = "one from models of this architecture" if side == self.choices.side else f"one with --side {side}"
             raise CoraError(
-                f"{name} has {features} {side}s, but group {group} of basis {self.path} expects {len(directions)}; extract {remedy}"
+                f"{name} has {features} {side}s, but group {group} of basis {self.path} expects {len(directions)}; "
+                f"extract {remedy}"
             )
         self._check_rank(rank)
         return directions[:, :rank].clone()
@@ -128,8 +129,8 @@ class Basis:
     ) -> None:
         """Raise `CoraError` unless this basis fits a model as its B, or as its A if `side` is `input`.
 
-        `architecture` is the model's (see `sources.architecture_of`), `module_shapes` the (out, in) of the modules to adapt, and
-        `flag` the option that sets `rank`. The vocabulary may differ, because fine-tuning can add tokens.
+        `architecture` is the model's (see `sources.architecture_of`), `module_shapes` the (out, in) of the modules to adapt,
+        and `flag` the option that sets `rank`. The vocabulary may differ, because fine-tuning can add tokens.
         """
         for key in sorted((self.architecture.keys() & architecture.keys()) - {"vocab_size"}):
             if self.architecture[key] != architecture[key]:

@@ -1,4 +1,4 @@
-"""Distribute the examples of a data set into batches: any number of processes gets the same optimizer batches in the same order.
+"""Distribute the examples of a data set into batches: any number of processes sees the same optimizer batches in one order.
 
 `pack` turns a batch into tensors.
 """
@@ -13,7 +13,7 @@ from cora_cli.data.encode import Example
 from cora_cli.data.pack import pack
 
 GHOST = -1
-"""Index of a batch member without a loss. It keeps processes in step when the last batch has too few examples for all of them."""
+"""Index of a batch member without a loss. It keeps processes in step when the last batch has fewer examples than processes."""
 
 
 class ExampleSet(Dataset):
@@ -44,9 +44,9 @@ class Collator:
 class GlobalBatches(Sampler[list[int]]):
     """The batches of one process. Every world size trains on the same optimizer batches in the same order.
 
-    An optimizer batch of `batch_size × accumulation × world_size` examples comes from a permutation that depends only on the seed
-    and the epoch, and is then split into micro-batches and processes. The last batch of an epoch may be smaller; it is split
-    evenly, and a process without examples gets a ghost.
+    An optimizer batch of `batch_size × accumulation × world_size` examples comes from a permutation that depends only on the
+    seed and the epoch, and is then split into micro-batches and processes. The last batch of an epoch may be smaller; it is
+    split evenly, and a process without examples gets a ghost.
     """
 
     def __init__(self, count: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int) -> None:

@@ -48,8 +48,8 @@ def encode_records(
     """Encode records for training.
 
     Examples longer than `max_length` lose prompt tokens from the left, except for the start token. An example is dropped if its
-    response and end token leave no room for a prompt token. Raises `CoraError` if all of `records` were dropped; `what` names them
-    in the message.
+    response and end token leave no room for a prompt token. Raises `CoraError` if all of `records` were dropped; `what` names
+    them in the message.
     """
     examples: list[Example] = []
     truncated = dropped = 0
@@ -75,8 +75,8 @@ def encode_records(
 def split_tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokenize a rendered record into prompt ids and response ids; the response ends with the end token.
 
-    If the boundary between them falls on a token boundary, both are tokenized as one text, so the response has the tokens that the
-    model would generate. Otherwise each is tokenized separately, as in generation.
+    If the boundary between them falls on a token boundary, both are tokenized as one text, so the response has the tokens that
+    the model would generate. Otherwise each is tokenized separately, as in generation.
     """
     prompt = encode_prompt(rendered, tokenizer)
     joined = encode_prompt(dataclasses.replace(rendered, prompt=rendered.prompt + rendered.response), tokenizer)

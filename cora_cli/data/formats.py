@@ -55,7 +55,8 @@ def schema_of(columns: set[str], where: str) -> Schema:
             return schema
     found = ", ".join(sorted(columns)) or "none"
     raise CoraError(
-        f"{where}: found the columns {found}; a record needs instruction, output (and input), or prompt, completion, or messages"
+        f"{where}: found the columns {found}; a record needs instruction, output (and input), or prompt, completion, "
+        f"or messages"
     )
 
 
@@ -213,7 +214,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield rows as dictionaries of the header's names, each with the line on which it starts; a quoted field may span lines."""
+    """Yield rows as dictionaries by the header's names, with the line on which each starts; a quoted field may span lines."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     header: list[str] = []

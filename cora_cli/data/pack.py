@@ -69,9 +69,9 @@ def pack(examples: Sequence[Example], ghosts: Sequence[bool] | None = None, shar
     """Collate examples into one row.
 
     Returns `input_ids` and `position_ids` (1, tokens); `logits_to_keep` (labels,), the position in the row before each response
-    token, one example after the other; `labels` and `shift_labels` (labels,), those tokens; and `real_tokens`, the number of tokens
-    of all examples without sharing. A ghost has tokens but no labels and is not counted. With `share_prefixes` there is also a
-    `layout`; without it, FlashAttention's varlen arguments `cu_seq_lens_q/k` (examples + 1,) int32 and `max_length_q/k`.
+    token, one example after the other; `labels` and `shift_labels` (labels,), those tokens; and `real_tokens`, the number of
+    tokens of all examples without sharing. A ghost has tokens but no labels and is not counted. With `share_prefixes` there is
+    also a `layout`; without it, FlashAttention's varlen arguments `cu_seq_lens_q/k` (examples + 1,) int32 and `max_length_q/k`.
     """
     hidden = ghosts or [False] * len(examples)
     layout, paths = lay_out([example.input_ids for example in examples], SHORTEST_SHARED if share_prefixes else None)

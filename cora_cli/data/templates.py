@@ -1,7 +1,7 @@
 """Turn a record into the prompt that the model sees and the response that it should give.
 
-There are three templates: `alpaca` (Stanford Alpaca's two forms), `chat` (the tokenizer's own) and `plain` (the prompt as it is).
-Tokenization is done by `encode`.
+There are three templates: `alpaca` (Stanford Alpaca's two forms), `chat` (the tokenizer's own) and `plain` (the prompt as it
+is). Tokenization is done by `encode`.
 """
 
 import dataclasses

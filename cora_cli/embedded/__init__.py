@@ -131,8 +131,8 @@ def cache_directory() -> Path:
 def model_directory() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory: bfloat16 safetensors, configuration, tokenizer with chat template.
 
-    Downloaded and converted on the first call (93 MB download, 270 MB on disk). The weights were dequantized from 4 bits, so they
-    are close to those on the hub but not equal. Raises `CoraError` if the download or the disk write fails.
+    Downloaded and converted on the first call (93 MB download, 270 MB on disk). The weights were dequantized from 4 bits, so
+    they are close to those on the hub but not equal. Raises `CoraError` if the download or the disk write fails.
     """
     return _ensure(_MODEL)
 

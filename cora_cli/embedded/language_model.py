@@ -1,8 +1,8 @@
 """Convert SmolLM2-135M-Instruct from its GGUF file to Hugging Face files: weights, configuration and tokenizer.
 
 It does not use transformers' `gguf_file=`, for two reasons. Transformers keeps the weights packed if the `kernels` package is
-installed, and its tokenizer drops the digit splitting of `tokenizer.ggml.pre = smollm`: "  12", or a number after an empty line,
-would get other ids than in the model's training.
+installed, and its tokenizer drops the digit splitting of `tokenizer.ggml.pre = smollm`: "  12", or a number after an empty
+line, would get other ids than in the model's training.
 """
 
 import re
@@ -123,8 +123,8 @@ def _half_split_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
 def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
     """The byte-level BPE of `tokenizer.ggml.pre = smollm`: digits are split one by one, then GPT-2's pattern applies.
 
-    No special tokens are added around a text. As in the original, 21 bytes have no token and are dropped: six control characters,
-    and the bytes of code points from U+40000 on.
+    No special tokens are added around a text. As in the original, 21 bytes have no token and are dropped: six control
+    characters, and the bytes of code points from U+40000 on.
     """
     if fields["tokenizer.ggml.pre"] != "smollm":
         raise ValueError(f"the GGUF file's tokenizer is {fields['tokenizer.ggml.pre']!r}, not 'smollm'")

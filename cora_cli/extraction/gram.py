@@ -26,7 +26,7 @@ def on_cpu(tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def one_thread_pool(device: torch.device, rows: int) -> Iterator[None]:
-    """On a CPU, restrict torch to one thread and leave the cores to scipy's BLAS, if matrices have at most `rows` rows and that is few.
+    """On a CPU, if matrices have few `rows`, run torch on one thread and leave the cores to scipy's BLAS.
 
     Both libraries have their own thread pool, and the threads of the idle one keep spinning for a while. When short products
     alternate between the two, two cores take twice as long as one.

@@ -29,9 +29,9 @@ def mean_factor(pairs: list[Pair], centred: bool) -> tuple[torch.Tensor, float]:
 def gram_factor(pairs: list[Pair], centred: bool) -> tuple[torch.Tensor, float]:
     """F of M = [L₁R₁ … LₙRₙ], (rows, k) or (rows, k + n) where centred, and ‖M‖_F² before centring.
 
-    Σ Lᵢ(RᵢRᵢᵀ)Lᵢᵀ = F Fᵀ with F = [L₁T₁ᵀ … LₙTₙᵀ], Rᵢᵀ = QᵢTᵢ, which does not square the factors as RᵢRᵢᵀ would. To centre, Rᵢ is
-    split into its centred part and its mean column mᵢ times 1ᵀ, which are orthogonal; with μ the mean of all columns of M, the second
-    gives one column √columnsᵢ·(Lᵢmᵢ − μ) per part.
+    Σ Lᵢ(RᵢRᵢᵀ)Lᵢᵀ = F Fᵀ with F = [L₁T₁ᵀ … LₙTₙᵀ], Rᵢᵀ = QᵢTᵢ, which does not square the factors as RᵢRᵢᵀ would. To centre, Rᵢ
+    is split into its centred part and its mean column mᵢ times 1ᵀ, which are orthogonal; with μ the mean of all columns of M,
+    the second gives one column √columnsᵢ·(Lᵢmᵢ − μ) per part.
     """
     if not centred:
         factor = torch.cat([left @ _triangle(right).T for left, right in pairs], dim=1)

@@ -24,8 +24,8 @@ _CHUNK_ENTRIES = 2**18
 class Group:
     """The weights that are merged into one matrix M of `rows` x `columns`.
 
-    `modules` maps names to (out, in). `rows` is the out-dimension, or the in-dimension under `--side input`. `directions` is the
-    number of singular vectors that M can have.
+    `modules` maps names to (out, in). `rows` is the out-dimension, or the in-dimension under `--side input`. `directions` is
+    the number of singular vectors that M can have.
     """
 
     name: str
@@ -40,7 +40,8 @@ class Merged:
     """One group's M, as `matrix` or as the lower triangle of `gram` = M Mᵀ (rows, rows); the other is None. All float64.
 
     `matrix` is M (rows, columns), or a narrower matrix with the same M Mᵀ (see `lowrank`). Under `--method pca` M is already
-    centred. `energy` = ‖M‖_F². `removed` is the energy lost to centring or to factors that cancel; its rounding errors remain in M.
+    centred. `energy` = ‖M‖_F². `removed` is the energy lost to centring or to factors that cancel; its rounding errors remain
+    in M.
     """
 
     group: Group
@@ -53,8 +54,8 @@ class Merged:
 def plan(sources: Sequence[WeightSource], base: WeightSource | None, choices: BasisChoices) -> list[Group]:
     """The groups of `choices`, from shapes alone.
 
-    `base` is the model to subtract, if any. Raises `CoraError` naming modules and shapes if the models differ, if the weights of a
-    group cannot be merged, or if `rank` exceeds the number of directions.
+    `base` is the model to subtract, if any. Raises `CoraError` naming modules and shapes if the models differ, if the weights
+    of a group cannot be merged, or if `rank` exceeds the number of directions.
     """
     modules = _common_targets([*sources, *([base] if base else [])], choices)
     grouped: dict[str, dict[str, tuple[int, int]]] = {}
@@ -78,9 +79,10 @@ def merge_group(
 ) -> Merged:
     """Merge one group on `device`, with one model's tensor in memory at a time besides the float64 accumulator.
 
-    For LoRA adapters of one base under `--source delta`, only their factors are held if that takes no more memory. `mean` gives M = (1/n) Σ Wᵢ over all weights of the group (equation 2), `gram` M = [W1 … Wn] through Σ Wᵢ Wᵢᵀ; Wᵢ has W_base
-    subtracted if `base` is given, and is transposed under `--side input`. Under `pca` the columns are centred (equation 7).
-    `advance` is called after each tensor. Raises `CoraError` if the merged matrix is zero.
+    For LoRA adapters of one base under `--source delta`, only their factors are held if that takes no more memory. `mean` gives
+    M = (1/n) Σ Wᵢ over all weights of the group (equation 2), `gram` M = [W1 … Wn] through Σ Wᵢ Wᵢᵀ; Wᵢ has W_base subtracted
+    if `base` is given, and is transposed under `--side input`. Under `pca` the columns are centred (equation 7). `advance` is
+    called after each tensor. Raises `CoraError` if the merged matrix is zero.
     """
     low_rank = base is not None and _is_low_rank(group, sources, base, choices)
     pool: _Mean | _Gram | _LowRank = _LowRank(choices) if low_rank else _Mean() if choices.merge == "mean" else _Gram()
@@ -103,7 +105,8 @@ def merge_group(
     merged = pool.result(group, centred=choices.method == "pca")
     if merged.energy <= pool.rounding(group) * (merged.energy + merged.removed):
         reasons = {
-            "delta": "either the models equal the base there (exclude it with --target-modules) or their differences cancel (use --merge gram)",
+            "delta": "either the models equal the base there (exclude it with --target-modules) or their differences cancel "
+            "(use --merge gram)",
             "weights": "all its weights are zero" if choices.method == "svd" else "all its columns are equal",
         }
         raise CoraError(f"the merged matrix of group {group.name} is zero; {reasons[choices.source]}")

@@ -23,7 +23,7 @@ def require_four_bit(device: torch.device) -> None:
     ]
     if missing:
         raise CoraError(
-            f"--load-in-4bit needs {' and '.join(missing)}, not found on this machine; omit it to train on the weights as stored"
+            f"--load-in-4bit needs {' and '.join(missing)}, not found on this machine; omit it to train on the stored weights"
         )
 
 
@@ -38,9 +38,9 @@ def load_model(
     """Load a complete causal language model in evaluation mode.
 
     `dtype` is a torch dtype, or "auto" for the stored one. `attention` names transformers' attention implementation; None is
-    transformers' default, which is SDPA for models that support it (models with soft-capped logits do not). `four_bit` holds the
-    linear layers in NF4 with double quantization and multiplies in `dtype` (QLoRA, arXiv 2305.14314); see `require_four_bit`.
-    Raises `CoraError` for an adapter directory and for damaged or missing weights.
+    transformers' default, which is SDPA for models that support it (models with soft-capped logits do not). `four_bit` holds
+    the linear layers in NF4 with double quantization and multiplies in `dtype` (QLoRA, arXiv 2305.14314); see
+    `require_four_bit`. Raises `CoraError` for an adapter directory and for damaged or missing weights.
     """
     if model.is_adapter:
         raise CoraError(
@@ -57,7 +57,7 @@ def load_model(
     try:
         loaded: Any
         report: Any
-        loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info makes it return a pair
+        loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
             model.path,
             dtype=dtype,
             attn_implementation=attention,
@@ -71,7 +71,8 @@ def load_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise CoraError(
-            f"model {model.reference} is incomplete: {len(missing)} weights that its config.json requires are missing, such as {missing[0]}"
+            f"model {model.reference} is incomplete: {len(missing)} weights that its config.json requires are missing, such as "
+            f"{missing[0]}"
         )
     return (loaded if four_bit else loaded.to(device)).eval()
 

@@ -124,6 +124,6 @@ def _read_errors(file: Path) -> Iterator[None]:
         if file.suffix == ".safetensors":
             raise CoraError(f"{file} is damaged or truncated and cannot be read as safetensors: {reason(error)}") from error
         raise CoraError(
-            f"{file} cannot be read as plain tensors: it is damaged, in torch's format from before 2020, or a pickle that would "
-            f"run code, which cora never loads; use a safetensors copy of the model ({reason(error)})"
+            f"{file} cannot be read as plain tensors: it is damaged, in torch's format from before 2020, or a pickle that "
+            f"would run code, which cora never loads; use a safetensors copy of the model ({reason(error)})"
         ) from error

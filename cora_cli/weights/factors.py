@@ -1,7 +1,7 @@
 """The low-rank factors of one LoRA adapter by module, listed without reading data and then read one pair at a time.
 
-Supports PEFT's adapter files and `cora`'s compact form, and refuses settings whose weights are not W + s·B·A. `sources` combines
-an adapter with its base model.
+Supports PEFT's adapter files and `cora`'s compact form, and refuses settings whose weights are not W + s·B·A. `sources`
+combines an adapter with its base model.
 """
 
 import re
@@ -31,7 +31,7 @@ _OTHER_FORMS = (
     "kasa_config",
     "monteclora_config",
 )
-# Every other initialisation (PiSSA, OLoRA, CorDA, LoftQ, …) changes the base weights, and the adapter applies to the changed base.
+# Every other initialisation (PiSSA, OLoRA, CorDA, LoftQ, …) changes the base weights, and the adapter applies to those.
 _INITIALISATIONS_THAT_KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -75,7 +75,7 @@ class AdapterFactors:
         self.ranks = {module: self._rank(module, keys) for module, keys in self._keys.items()}
 
     def check(self, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
-        """Raise `CoraError` unless every update fits the base model. `shapes` maps its modules to (out, in); `base` is its name."""
+        """Raise `CoraError` unless every update fits the base model. `shapes` maps its modules to (out, in); `base` names it."""
         for module, keys in self._keys.items():
             if module not in shapes:
                 raise CoraError(
@@ -86,8 +86,8 @@ class AdapterFactors:
             stated = _pattern_value(self.config.get("rank_pattern"), module, self.config.get("r"))
             if (out_features, in_features) != shapes[module] or not rank == rank_of_b == stated:
                 raise CoraError(
-                    f"{self.reference}: {module} has lora_A {(rank, in_features)} and lora_B {(out_features, rank_of_b)}, which do not fit "
-                    f"r = {stated} and the weight {shapes[module]} of its base {base}"
+                    f"{self.reference}: {module} has lora_A {(rank, in_features)} and lora_B {(out_features, rank_of_b)}, "
+                    f"which do not fit r = {stated} and the weight {shapes[module]} of its base {base}"
                 )
             alpha = _pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
             self._out[module] = out_features
@@ -128,12 +128,10 @@ class AdapterFactors:
         for setting in _OTHER_FORMS:
             if self.config.get(setting):
                 raise CoraError(
-                    f"{self.reference} was trained with {setting}, so its weights are not W + s·B·A; merge it first and use the result"
+                    f"{self.reference} was trained with {setting}, so its weights are not W + s·B·A; merge it first"
                 )
         if (start := self.config.get("init_lora_weights", True)) not in _INITIALISATIONS_THAT_KEEP_BASE:
-            raise CoraError(
-                f"{self.reference} has init_lora_weights {start!r}, which changes the base weights; merge it first and use the result"
-            )
+            raise CoraError(f"{self.reference} has init_lora_weights {start!r}, which changes the base weights; merge it first")
 
     def _rank(self, module: str, keys: dict[str, str]) -> int:
         if missing := ({"A"} if self._starting_b else {"A", "B"}) - keys.keys():
