@@ -84,7 +84,7 @@ def test_packed_rows_take_the_kernel_of_the_device(device, flash, triton, expect
     assert (chosen.name, chosen.shares_prefixes) == (expected, shares)
 
 
-def test_kernels_are_looked_for_where_nobody_says(monkeypatch):
+def test_kernels_are_detected_when_not_given(monkeypatch):
     found = []
     monkeypatch.setattr("importlib.util.find_spec", found.append)
     assert select_packed_attention("cuda").name == "sdpa"
@@ -92,7 +92,7 @@ def test_kernels_are_looked_for_where_nobody_says(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "", "cpu:0", "mps", "cuda:0 "])
-def test_a_device_that_is_no_name_is_a_usage_error(name, environment):
+def test_an_unknown_device_name_is_a_usage_error(name, environment):
     with pytest.raises(UsageError, match=r"--device must be auto, cpu, cuda or cuda:<index>, not "):
         select_hardware(name, "auto")
 

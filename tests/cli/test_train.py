@@ -120,7 +120,11 @@ def test_wrong_flags_are_refused(flags: list[str], code: int, message: str, usua
     ("name", "text", "message"),
     [
         ("d.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a", "outp\n', "d.jsonl, line 2: not valid JSON"),
-        ("d.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instruction": "a"}\n', "d.jsonl, line 3: column output is missing"),
+        (
+            "d.jsonl",
+            '{"instruction": "a", "output": "b"}\n\n{"instruction": "a"}\n',
+            "d.jsonl, line 3: column output is missing",
+        ),
         (
             "d.jsonl",
             '{"question": "a", "answer": "b"}\n',

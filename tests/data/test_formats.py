@@ -204,7 +204,7 @@ def test_a_conversation_without_an_answer_is_refused_with_what_was_found(talk, t
     assert message.endswith(f"not {json.dumps(talk)}")
 
 
-def test_unknown_columns_are_named_with_those_that_would_do(tmp_path):
+def test_unknown_columns_are_named_with_the_supported_ones(tmp_path):
     message = failure(write(tmp_path / "a.csv", [{"question": "a", "answer": "b"}]))
     assert "found the columns answer, question" in message
     assert "instruction, output (and input), or prompt, completion, or messages" in message
@@ -230,9 +230,9 @@ def test_a_data_set_without_records_says_so(name, content, tmp_path):
 def test_an_empty_or_damaged_file_of_a_format_that_cannot_be_empty_says_so(tmp_path):
     assert "expected an array of records, found ''" in failure(tmp_path / "a.json", "")
     assert "cannot be read as Parquet" in failure(tmp_path / "a.parquet", "")
-    whole = write(tmp_path / "b.parquet", [ALPACA])
-    whole.write_bytes(whole.read_bytes()[:-20])
-    assert "cannot be read as Parquet" in failure(whole)
+    complete = write(tmp_path / "b.parquet", [ALPACA])
+    complete.write_bytes(complete.read_bytes()[:-20])
+    assert "cannot be read as Parquet" in failure(complete)
     latin = tmp_path / "a.csv"
     latin.write_bytes("prompt,completion\ncafé,b\n".encode("latin-1"))
     assert "is not UTF-8 text" in failure(latin)

@@ -197,7 +197,7 @@ def test_a_factor_that_is_not_finite_is_refused_by_name(copy):
 
 @pytest.fixture(scope="module")
 def frozen_pair(grouped_models, tmp_path_factory):
-    """A function that saves one trained `fb` adapter whole and in compact form, and gives both directories and its basis file."""
+    """A function that saves one trained `fb` adapter in full and compact form, and gives both directories and its basis file."""
 
     def made(b_init: str) -> tuple[Path, Path, Path]:
         root = tmp_path_factory.mktemp("frozen")
@@ -208,10 +208,10 @@ def frozen_pair(grouped_models, tmp_path_factory):
         plan = plan_adapter("fb", b_init=b_init, a_init="gaussian", **settings)
         model = install_adapter(make_llama(kv_heads=2), plan, basis if plan.needs_basis else None)
         stated = (str(path), basis.sha256) if plan.needs_basis else (None, None)
-        for form in ("whole", "compact"):
+        for form in ("full", "compact"):
             facts = AdapterFacts(plan, str(grouped_models[0]), None, "0" * 64, *stated, compact=form == "compact")
             save_adapter(model, root / form, facts)
-        return root / "whole", root / "compact", path
+        return root / "full", root / "compact", path
 
     return made
 
