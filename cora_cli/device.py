@@ -1,7 +1,7 @@
-"""Which device and which precision: chosen here, once, with the reason.
+"""Choose the device, the precision and the attention kernel of a command, and record why.
 
-Everything that depends on the hardware (device, dtype, attention kernel) is decided in this module from facts that can be
-passed in, so the choice for machines that are not at hand can be tested. It moves no tensors.
+The facts about the hardware can be passed in, so tests cover machines other than the one they run on. This module moves no
+tensors.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16")
 class Hardware:
     """The device and precision of a command, and why.
 
-    `dtype` is that of the frozen weights and of the matrix products; trained parameters stay in float32.
+    `dtype` applies to the frozen weights and the matrix products; trained parameters stay in float32.
     """
 
     device: torch.device
@@ -44,15 +44,17 @@ class Hardware:
 def select_hardware(device: str, dtype: DtypeName) -> Hardware:
     """Resolve `--device` and `--dtype`.
 
-    Raises `UsageError` where the device's name is no name and `CoraError` where the device is not there.
+    Raises `UsageError` for an unknown device name and `CoraError` if the device does not exist on this machine.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"--device {device!r} is unknown; use auto, cpu, cuda or cuda:<index>")
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:<index>, not {device!r}")
     if device != "cpu":
         _show_one_gpu(device)
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
     if device.startswith("cuda") and gpus == 0:
-        raise CoraError(f"--device {device} was asked for, but torch {torch.__version__} sees no such CUDA device here")
+        raise CoraError(
+            f"--device {device} is not available: torch {torch.__version__} finds no such CUDA device; use --device cpu"
+        )
     if gpus:
         rank = int(os.environ.get("LOCAL_RANK", "0"))
         chosen, reason = torch.device("cuda", rank), torch.cuda.get_device_name(rank)
@@ -65,9 +67,9 @@ def select_hardware(device: str, dtype: DtypeName) -> Hardware:
 
 
 def _show_one_gpu(device: str) -> None:
-    """Leave one GPU visible to this process, before CUDA starts, unless a launcher gives one to each process.
+    """Make only one GPU visible to this process, before CUDA starts, unless a launcher assigns one GPU per process.
 
-    With several visible, the Trainer would wrap the model in DataParallel, which cannot split a packed row.
+    With several visible GPUs the Trainer would wrap the model in DataParallel, which cannot split a packed row.
     """
     if "LOCAL_RANK" in os.environ or torch.cuda.is_initialized():
         return
@@ -76,14 +78,14 @@ def _show_one_gpu(device: str) -> None:
     if shown is None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
         return
-    visible = [name for name in shown.split(",") if name]  # empty, it hides every GPU, and so it stays
+    visible = [name for name in shown.split(",") if name]  # an empty value hides every GPU and stays as it is
     if index >= len(visible) and device != "auto":
-        raise CoraError(f"--device {device} was asked for, but CUDA_VISIBLE_DEVICES shows only {len(visible)} device(s)")
+        raise CoraError(f"--device {device} is not available: CUDA_VISIBLE_DEVICES lists only {len(visible)} device(s)")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[index : index + 1])
 
 
 def select_dtype(dtype: DtypeName, has_bf16: bool, device_type: str) -> tuple[torch.dtype, str]:
-    """Name the dtype for `--dtype`, and the reason; `auto` takes bfloat16 only where the hardware multiplies it."""
+    """The dtype for `--dtype`, and the reason; `auto` chooses bfloat16 only if the hardware multiplies it natively."""
     if dtype != "auto":
         return _DTYPES[dtype], "asked for"
     part = "GPU" if device_type == "cuda" else "processor"
@@ -93,7 +95,7 @@ def select_dtype(dtype: DtypeName, has_bf16: bool, device_type: str) -> tuple[to
 
 
 def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself (x86 AMX or AVX512-BF16, Arm `bf16`)."""
+    """Whether the processor has instructions for bfloat16 matrix products (x86 AMX or AVX512-BF16, Arm `bf16`)."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -105,7 +107,7 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class PackedAttention:
-    """The attention implementation for packed rows, whether its rows share prefixes, and why it was chosen."""
+    """The attention implementation for packed rows, whether it supports shared prefixes, and why it was chosen."""
 
     name: str
     shares_prefixes: bool
@@ -115,11 +117,11 @@ class PackedAttention:
 def select_packed_attention(
     device_type: str, has_flash_attention: bool | None = None, has_triton: bool | None = None
 ) -> PackedAttention:
-    """Choose how packed rows are attended.
+    """Choose the attention implementation for packed rows.
 
-    On CUDA these are transformers' own paths: FlashAttention's varlen kernel where `flash-attn` is installed, else FlexAttention with the
-    row's block mask, which Triton compiles, else SDPA with the block-diagonal mask that transformers derives from `position_ids`. Only the
-    mask of FlexAttention and the processor's own form (`training.attention`) can express shared prefixes.
+    On CUDA these are transformers' own implementations: FlashAttention's varlen kernel if `flash-attn` is installed, else
+    FlexAttention with the row's block mask if Triton can compile it, else SDPA with the block-diagonal mask that transformers
+    derives from `position_ids`. Only FlexAttention and the CPU implementation (`training.attention`) support shared prefixes.
     """
     if device_type != "cuda":
         return PackedAttention("cora_segments", True, "CPU: causal attention per segment, shared prefixes once")

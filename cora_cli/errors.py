@@ -1,28 +1,28 @@
-"""The two exceptions a user of `cora` can meet, and nothing else.
+"""The two exceptions that `cora` shows to its users.
 
-Anything that a user can cause (a bad file, a bad flag, a full disk) is raised as one of these with one plain sentence that
-says what is wrong, where, and what would work. Programming errors stay ordinary exceptions.
+Anything a user can cause (a bad file, a bad flag, a full disk) is raised as one of these, with one plain sentence that says
+what is wrong, where, and what would work. Programming errors remain ordinary exceptions.
 """
 
 
 class CoraError(Exception):
-    """A command could not do what was asked; the message is shown alone and the process exits with `exit_code`."""
+    """A command failed. Only the message is shown, without a traceback, and the process exits with `exit_code`."""
 
     exit_code = 1
 
 
 class UsageError(CoraError):
-    """The request itself makes no sense (unknown option, contradictory flags); nothing was started."""
+    """The request itself is invalid (unknown option, contradictory flags); no work was started."""
 
     exit_code = 2
 
 
 def reason(error: BaseException) -> str:
-    """What a library's error says, as the end of a sentence: one line, at most 300 characters.
+    """The message of a library's error as one line of at most 300 characters, to end a sentence with.
 
-    A pickle that was refused is named as such: torch's own words advise to open it all the same.
+    A refused pickle gets its own message, because torch's advises the user to load it anyway.
     """
     text = " ".join(str(error).split())
     if "weights_only" in text or "Weights only load failed" in text:
-        return "its pickle holds more than tensors and was not opened, since it could run code; use a safetensors copy"
+        return "the pickle contains more than tensors and could run code, so it was not loaded; use a safetensors copy"
     return text[:300] or type(error).__name__

@@ -1,7 +1,7 @@
 """Bootstrap intervals and paired tests on per-example statistics.
 
-It knows no metric: a metric is a function of statistics summed over examples, so a resample is a row of counts times the matrix
-of statistics and nothing is ever tokenized again. It does not decide what is significant.
+A metric enters as a function of statistics summed over examples. A resample is then a row of counts times the matrix of
+statistics, and no text is tokenized again. Whether a difference is significant is left to the caller.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ Floats = NDArray[np.float64]
 ValueFunction = Callable[[Floats, int], Floats]
 """`value(sums (..., k), n) -> (...)`: the metric of n examples whose statistics add up to `sums`."""
 
-# Bounds what one block of resamples takes; three arrays of this size live at once.
+# Memory limit for one block of resamples; three arrays of this size exist at once.
 BLOCK_BYTES = 64 << 20
-# Two differences that are equal in exact arithmetic differ by rounding; values are on a scale of 1 or 100.
+# Tolerance for two differences that are equal in exact arithmetic; values are on a scale of 1 or 100.
 _ROUNDING = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class PairedDifference:
-    """How much a differs from b on the same n examples.
+    """The difference between systems a and b on the same n examples.
 
     `difference` is value(a) − value(b), `ci95` its percentile bootstrap interval, `p_value` two-sided.
     """
@@ -38,8 +38,8 @@ class PairedDifference:
 def bootstrap_sums(statistics: Floats, resamples: int, seed: int) -> Floats:
     """Sum the statistics of resampled examples: (n, k) -> (resamples, k).
 
-    Each resample draws n examples with replacement. The draws depend on n and `seed` alone, so that two systems, or two metrics,
-    see the same examples. Raises `CoraError` without examples and `UsageError` without resamples.
+    Each resample draws n examples with replacement. The draws depend only on n and `seed`, so two systems, or two metrics, get
+    the same resamples. Raises `CoraError` without examples and `UsageError` without resamples.
     """
     n, width = _shape(statistics)
     _check_resamples(resamples)
@@ -56,9 +56,9 @@ def bootstrap_sums(statistics: Floats, resamples: int, seed: int) -> Floats:
 
 
 def percentile_interval(values: Floats, confidence: float = 0.95) -> tuple[float, float]:
-    """Central interval of resampled values (resamples,). Raises `UsageError` where `confidence` is not inside (0, 1)."""
+    """Central interval of resampled values (resamples,). Raises `UsageError` if `confidence` is not inside (0, 1)."""
     if not 0 < confidence < 1:
-        raise UsageError(f"confidence must lie between 0 and 1, not {confidence}")
+        raise UsageError(f"confidence must be between 0 and 1, not {confidence}")
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
@@ -68,18 +68,18 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval over examples (Efron & Tibshirani 1993, chapter 13).
 
-    `statistics`: (n, k). One example, or examples that are all alike, carry no information on the spread: both ends are then
-    exactly the value. Raises `CoraError` without examples and `UsageError` for impossible settings.
+    `statistics`: (n, k). A single example, or identical examples, say nothing about the spread; both ends then equal the value
+    exactly. Raises `CoraError` without examples and `UsageError` for invalid settings.
     """
     sums = bootstrap_sums(statistics, resamples, seed)
     return interval_of_sums(statistics, sums, value, confidence)
 
 
 def interval_of_sums(statistics: Floats, sums: Floats, value: ValueFunction, confidence: float = 0.95) -> tuple[float, float]:
-    """`bootstrap_interval` from the sums (resamples, k) that `bootstrap_sums` made of `statistics` (n, k)."""
+    """`bootstrap_interval` from the sums (resamples, k) that `bootstrap_sums` computed from `statistics` (n, k)."""
     n = len(statistics)
     if (statistics == statistics[0]).all():
-        # Rounding in the sums must not pretend that there is a spread.
+        # Rounding in the sums must not look like a spread.
         sums = statistics.sum(axis=0, keepdims=True)
     return percentile_interval(value(sums, n), confidence)
 
@@ -89,10 +89,10 @@ def paired_difference(
 ) -> PairedDifference:
     """Compare two systems on the same examples.
 
-    `statistics_a`, `statistics_b`: (n, k), row i of both from example i. The interval is the paired bootstrap's. The p-value is
-    that of approximate randomisation (Noreen 1989; Riezler & Maxwell 2005): under the null hypothesis the two outputs of an example
-    can be swapped, p = (1 + #{|d*| ≥ |d|}) / (1 + resamples). With one example p is 1: no swap can change |d|.
-    Raises `CoraError` where the shapes differ or no example is given, `UsageError` without resamples.
+    `statistics_a`, `statistics_b`: (n, k), row i of both from example i. The interval comes from the paired bootstrap, the
+    p-value from approximate randomisation (Noreen 1989; Riezler & Maxwell 2005): under the null hypothesis the two outputs of
+    an example can be swapped, p = (1 + #{|d*| ≥ |d|}) / (1 + resamples). With one example p is 1, because no swap can change
+    |d|. Raises `CoraError` if the shapes differ or there are no examples, `UsageError` without resamples.
     """
     if statistics_a.shape != statistics_b.shape:
         raise CoraError(
@@ -108,7 +108,7 @@ def paired_difference(
         return value(sums[..., :width], count) - value(sums[..., width:], count)
 
     interval = interval_of_sums(both, bootstrap_sums(both, resamples, seed), difference_of)
-    # A stream of its own: the swaps must not repeat the draws of the bootstrap.
+    # A separate random stream, so that the swaps do not repeat the draws of the bootstrap.
     generator = np.random.default_rng([seed, 1])
     total_a, total_b = statistics_a.sum(axis=0), statistics_b.sum(axis=0)
     tolerance = _ROUNDING * max(1.0, abs(observed_a), abs(observed_b))
@@ -124,7 +124,7 @@ def paired_difference(
 def _shape(statistics: Floats) -> tuple[int, int]:
     n, width = statistics.shape
     if n == 0:
-        raise CoraError("an interval needs at least one example, and there is none")
+        raise CoraError("an interval needs at least one example, not 0")
     return n, width
 
 

@@ -1,4 +1,7 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Show the progress of long work on stderr.
+
+On a terminal this is a bar with the rate and the time left; elsewhere it is a plain line every few seconds.
+"""
 
 import os
 import sys
@@ -10,7 +13,7 @@ LINE_INTERVAL_SECONDS = 10.0
 
 
 def say(message: str) -> None:
-    """Print one line of status on stderr, so that stdout stays free for results; of several processes only the first speaks."""
+    """Print one status line on stderr, which leaves stdout for results; with several processes, only the first prints."""
     if _is_first_process():
         print(message, file=sys.stderr, flush=True)
 
@@ -20,7 +23,7 @@ def _is_first_process() -> bool:
 
 
 class Progress:
-    """Counts finished units of work and shows them; see `progress`."""
+    """Counts finished units of work and displays the count; created by `progress`."""
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
         self._label, self._total, self._unit = label, total, unit
@@ -33,7 +36,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True, leave=False)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Add `count` finished units; `note` is shown beside them."""
+        """Add `count` finished units; `note` is shown after the count."""
         self._done += count
         if self._bar is not None:
             if note:
@@ -49,14 +52,14 @@ class Progress:
             say(f"{self._label}: {self._done}/{self._total} {self._unit} ({rate:.2f}/s, {left:.0f} s left{tail})")
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 @contextmanager
 def progress(label: str, total: int, unit: str = "it", done: int = 0) -> Iterator[Progress]:
-    """A `Progress` over `total` units of which `done` were there before; closed at the end, also after an error."""
+    """A `Progress` over `total` units, `done` of which are already finished; closed at the end, also after an error."""
     shown = Progress(label, total, unit, done)
     try:
         yield shown

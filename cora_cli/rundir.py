@@ -1,7 +1,7 @@
-"""Names and schemas of everything `cora` leaves on disk, atomic writes, and content hashes.
+"""File names, atomic writes and content hashes of everything `cora` writes to disk.
 
-A file that exists under its final name is whole: writers go through `atomic_path`, and readers verify hashes. This module
-knows no command and imports nothing of the package but its errors.
+A file under its final name is complete: writers use `atomic_path`, and readers verify hashes. This module does not depend on
+any command; from the package it imports only `errors`.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ from cora_cli.errors import CoraError, UsageError
 
 HASH_CHUNK = 1 << 20
 COMPACT_ADAPTER = "adapter_a_only.safetensors"
-"""The weights of an adapter in compact form: A alone, as B is had again from a basis file or a seed."""
+"""The weights of an adapter in compact form: only A, because B can be recomputed from a basis file or a seed."""
 _SHA256_NAME = re.compile(r"^[0-9a-f]{64}$")
 
 
 def disk_error(error: OSError, path: Path) -> CoraError:
-    """Turn an operating system error met while writing `path` into one sentence."""
+    """Turn an operating system error from writing `path` into a one-sentence `CoraError`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return CoraError(f"the disk is full: {path} could not be written ({error.strerror}); nothing was left half-written")
+        return CoraError(f"the disk is full: {path} could not be written ({error.strerror}); no partial file was left behind")
     return CoraError(f"{path} cannot be written: {error.strerror or error}")
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error is the disk's refusal, in whichever library's words."""
+    """Whether an error means that the disk is full; each library words this differently."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     signs = ("No space left", "File too large", "PytorchStreamWriter failed", "Disk quota", "inline_container")
@@ -45,7 +45,7 @@ def is_disk_full(error: BaseException) -> bool:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that replaces it on success and vanishes on failure.
 
-    The sibling may be written as a file or made a directory. Raises `CoraError` where the disk refuses.
+    The caller may write the sibling as a file or create it as a directory. Raises `CoraError` if the disk write fails.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -66,12 +66,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def holds_files(directory: Path) -> bool:
-    """Whether anything is in `directory` but what a killed `atomic_path` left."""
+    """Whether `directory` holds anything other than the temporary files of a killed `atomic_path`."""
     return any(not (entry.name.startswith(".") and entry.name.endswith(".tmp")) for entry in directory.iterdir())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in one step: readers see the old file or the new one, never a part."""
+    """Write `text` to `path` atomically: readers see the old file or the new one, never a partial file."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -79,17 +79,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON in one step. Raises `ValueError` on NaN, which JSON cannot hold."""
+    """Write `value` as indented JSON, atomically. Raises `ValueError` on NaN, which JSON cannot represent."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
-    """Write one JSON document a line, in one step."""
+    """Write one JSON document per line, atomically."""
     write_text(path, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises `CoraError` naming the file (and the line) where it is missing or malformed."""
+    """Read a JSON file. Raises `CoraError` naming the file (and the line) if it is missing or malformed."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -101,10 +101,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path, *, drop_partial_tail: bool = False) -> list[Any]:
-    """Read one JSON document a line; blank lines are skipped.
+    """Read one JSON document per line, skipping blank lines.
 
-    With `drop_partial_tail` a last line without its newline, which is what a killed writer leaves, is ignored.
-    Raises `CoraError` naming file and line where one is malformed.
+    With `drop_partial_tail`, a last line without a newline is ignored: a killed writer leaves one.
+    Raises `CoraError` naming the file and the line if one is malformed.
     """
     try:
         text = path.read_bytes().decode("utf-8", errors="replace" if drop_partial_tail else "strict")
@@ -127,19 +127,20 @@ def read_jsonl(path: Path, *, drop_partial_tail: bool = False) -> list[Any]:
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The `name: value` lines of a YAML file that a user wrote; `what` it is begins the sentence of an error.
+    """Read a user's YAML file of `name: value` lines; an empty file gives an empty dictionary.
 
-    Raises `UsageError` where the file cannot be read, is no YAML or holds something else; an empty file holds no lines.
+    `what` describes the file and starts every error message. Raises `UsageError` if the file cannot be read, is not valid YAML
+    or is not a mapping.
     """
     import yaml
 
     class Strict(yaml.SafeLoader):
-        """Refuses a key that a mapping has twice, of which YAML would silently keep the last."""
+        """Refuses duplicate keys in a mapping; plain YAML would silently keep the last one."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
             if repeated := sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
-                raise UsageError(f"{what} {path} has the key {repeated[0]!r} twice in one place")
+                raise UsageError(f"{what} {path} has the key {repeated[0]!r} twice in the same mapping; remove one of them")
             return super().construct_mapping(node, deep)
 
     try:
@@ -160,7 +161,7 @@ def sha256_text(text: str) -> str:
 
 def tensor_digest(name: str, tensor: Any) -> str:
     """SHA-256 over name, type, shape and bytes of a CPU tensor."""
-    import torch  # only callers that hold a tensor, and so have imported it, come here
+    import torch  # imported here because every caller has already loaded torch
 
     digest = hashlib.sha256(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
     digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -175,8 +176,8 @@ def sha256_json(value: Any) -> str:
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes.
 
-    A file of the hub's cache is a link to a blob that is named by its own digest; that name is taken as it is, so that 26 GB of
-    weights are not read only to be hashed.
+    A file in the hub's cache is a link to a blob whose name is its digest. That name is returned without reading the file, so
+    hashing does not have to read 26 GB of weights.
     """
     if path.is_symlink() and _SHA256_NAME.match(path.resolve().name):
         return path.resolve().name
@@ -188,13 +189,13 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_files(paths: Iterable[Path]) -> str:
-    """Hex digest over the names and contents of several files, independent of their order and of where they lie."""
+    """Hex digest over the names and contents of several files, independent of their order and their directories."""
     return sha256_json({path.name: sha256_file(path) for path in paths})
 
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
-    """Where each file of a training run lies. Constructing one touches nothing on disk."""
+    """The path of each file of a training run. Constructing one does not touch the disk."""
 
     root: Path
 
@@ -220,12 +221,12 @@ class RunDirectory:
 
     @cached_property
     def model(self) -> Path:
-        """The whole model, written by mode `full` only."""
+        """The complete model, written by mode `full` only."""
         return self.root / "model"
 
     @cached_property
     def checkpoints(self) -> Path:
-        """The Trainer's checkpoints; each is renamed into place once it is whole."""
+        """The Trainer's checkpoints; each is renamed into place once it is complete."""
         return self.root / "checkpoints"
 
     @cached_property
@@ -235,22 +236,22 @@ class RunDirectory:
 
     @cached_property
     def heldout(self) -> Path:
-        """`heldout.jsonl`: per held-out record its tokens and its negative log-likelihood before and after training."""
+        """`heldout.jsonl`: the token count of each held-out record and its negative log-likelihood before and after training."""
         return self.root / "heldout.jsonl"
 
     @cached_property
     def evaluation(self) -> Path:
-        """Default place of `cora evaluate RUN`."""
+        """Default output directory of `cora evaluate RUN`."""
         return self.root / "eval"
 
     def exists(self) -> bool:
-        """Whether a run (whole or not) lives here."""
+        """Whether this directory holds a run, complete or not."""
         return self.record.exists()
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationDirectory:
-    """Where each file of an evaluation lies."""
+    """The path of each file of an evaluation."""
 
     root: Path
 
@@ -261,17 +262,17 @@ class EvaluationDirectory:
 
     @cached_property
     def partial_predictions(self) -> Path:
-        """The same lines in the order of generation, while it goes on."""
+        """The same lines in the order of generation, present while generation is running."""
         return self.root / "predictions.partial.jsonl"
 
     @cached_property
     def generation(self) -> Path:
-        """`generation.json`: the settings and inputs of the predictions, and their hash once they are whole."""
+        """`generation.json`: the settings and inputs of the predictions, and their hash once they are complete."""
         return self.root / "generation.json"
 
     @cached_property
     def metrics(self) -> Path:
-        """`metrics.json`: under `metrics`, per metric `value`, `ci95`, `n`, `signature`."""
+        """`metrics.json`: under `metrics`, the `value`, `ci95`, `n` and `signature` of each metric."""
         return self.root / "metrics.json"
 
     @cached_property

@@ -1,7 +1,7 @@
-"""How a command's configuration is declared: a frozen dataclass whose fields carry their help text.
+"""Declare a command's configuration as a frozen dataclass whose fields carry their help text.
 
-The command line and the YAML files are both generated from these classes (see `cli.command`), so a setting is written down
-once. It knows no command and parses nothing.
+The command line and the YAML files are both generated from these classes (see `cli.command`), so each setting is declared
+once. Parsing happens there, not here.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ def setting(
 ) -> Any:
     """Declare one field of a command's configuration.
 
-    `flags` replaces the flag that is derived from the field's name, `argument` makes it positional, `panel` is its heading in
-    `--help`. Without a `default` the setting must be given. `repeated` allows a tuple to be given as a repeated flag rather than
+    `flags` replaces the flag derived from the field's name, `argument` makes the setting positional, and `panel` is its heading
+    in `--help`. A setting without a `default` is required. With `repeated`, a tuple is given by repeating the flag instead of
     as one comma-separated value.
     """
     metadata = {"help": help, "panel": panel, "flags": flags, "argument": argument, "repeated": repeated}
@@ -30,5 +30,5 @@ def setting(
 
 
 def comma_separated(text: str) -> tuple[str, ...]:
-    """Split `"a, b"` into `("a", "b")`; empty parts vanish."""
+    """Split `"a, b"` into `("a", "b")`; empty parts are dropped."""
     return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -84,7 +84,7 @@ def test_packed_rows_take_the_kernel_of_the_device(device, flash, triton, expect
     assert (chosen.name, chosen.shares_prefixes) == (expected, shares)
 
 
-def test_kernels_are_looked_for_where_nobody_says(monkeypatch):
+def test_kernels_are_detected_when_not_given(monkeypatch):
     found = []
     monkeypatch.setattr("importlib.util.find_spec", found.append)
     assert select_packed_attention("cuda").name == "sdpa"
@@ -92,15 +92,15 @@ def test_kernels_are_looked_for_where_nobody_says(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "", "cpu:0", "mps", "cuda:0 "])
-def test_a_device_that_is_no_name_is_a_usage_error(name, environment):
-    with pytest.raises(UsageError, match=r"--device .* is unknown; use auto, cpu, cuda or cuda:<index>"):
+def test_an_unknown_device_name_is_a_usage_error(name, environment):
+    with pytest.raises(UsageError, match=r"--device must be auto, cpu, cuda or cuda:<index>, not "):
         select_hardware(name, "auto")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_an_absent_gpu_is_refused_and_auto_takes_the_processor(device, gpus):
     gpus(0)
-    with pytest.raises(CoraError, match=f"--device {device} was asked for, but torch .* sees no such CUDA device here"):
+    with pytest.raises(CoraError, match=f"--device {device} is not available: torch .* finds no such CUDA device"):
         select_hardware(device, "auto")
     found = select_hardware("auto", "fp32")
     assert (found.device.type, found.device_reason) == ("cpu", "no CUDA device here")
@@ -108,7 +108,7 @@ def test_an_absent_gpu_is_refused_and_auto_takes_the_processor(device, gpus):
 
 def test_an_index_beyond_the_last_gpu_is_refused(gpus):
     gpus(2)
-    with pytest.raises(CoraError, match="--device cuda:5 was asked for"):
+    with pytest.raises(CoraError, match="--device cuda:5 is not available"):
         select_hardware("cuda:5", "auto")
 
 
@@ -147,7 +147,7 @@ def test_one_gpu_is_left_visible_so_that_nothing_is_split_over_several(visible, 
 def test_a_gpu_that_the_environment_hides_is_refused(visible, device, count, gpus, environment):
     gpus(4)
     environment.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with pytest.raises(CoraError, match=f"--device {device} was asked for, but CUDA_VISIBLE_DEVICES shows only {count} device"):
+    with pytest.raises(CoraError, match=f"--device {device} is not available: CUDA_VISIBLE_DEVICES lists only {count} device"):
         select_hardware(device, "auto")
 
 

@@ -16,7 +16,7 @@ def test_a_refused_pickle_is_not_described_in_words_that_advise_to_open_it(tmp_p
     with pytest.raises(pickle.UnpicklingError) as caught:
         torch.load(tmp_path / "evil.bin", weights_only=True)
     assert reason(caught.value) == (
-        "its pickle holds more than tensors and was not opened, since it could run code; use a safetensors copy"
+        "the pickle contains more than tensors and could run code, so it was not loaded; use a safetensors copy"
     )
     assert capsys.readouterr().out == ""
 

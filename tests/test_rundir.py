@@ -82,7 +82,7 @@ def test_a_full_disk_is_called_by_its_name(code, tmp_path):
             temporary.write_text("half")
             raise OSError(code, "refused")
 
-    with pytest.raises(CoraError, match=r"the disk is full: .*file could not be written .*nothing was left half-written"):
+    with pytest.raises(CoraError, match=r"the disk is full: .*file could not be written .*no partial file was left behind"):
         write()
     assert names(tmp_path) == []
     assert rundir.is_disk_full(OSError(code, "refused"))
@@ -126,7 +126,7 @@ def test_a_disk_that_fills_up_gives_one_sentence_and_keeps_the_old_file(call, tm
     target.write_text("old")
     script = textwrap.dedent(FULL_DISK).format(call=call.format(path=f"Path({str(target)!r})"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == f"the disk is full: {target} could not be written (File too large); nothing was left half-written\n"
+    assert done.stdout == f"the disk is full: {target} could not be written (File too large); no partial file was left behind\n"
     assert names(tmp_path) == ["file"]
     assert target.read_text() == "old"
 

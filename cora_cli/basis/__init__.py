@@ -1,1 +1,1 @@
-"""The basis file and the choices recorded in it."""
+"""Read, write and verify the basis file and the choices recorded in it."""

@@ -1,6 +1,6 @@
-"""The basis file: one safetensors with its directions, their singular values and where they come from.
+"""The basis file: one safetensors file with the directions, their singular values and the models they come from.
 
-A file that was cut, altered, or made for another model is refused here; `extraction` makes it.
+Reading it refuses a file that is truncated, altered or meant for another model. `extraction` computes the basis.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from cora_cli.basis.choices import BasisChoices, GroupMapping, Side, natural_ord
 from cora_cli.errors import CoraError
 
 FORMAT_VERSION = 1
-# One metadata entry, since safetensors writes several in no fixed order and equal bases should be equal files.
+# A single metadata entry: safetensors writes several in no fixed order, and equal bases should give equal files.
 _METADATA_KEY = "cora_basis"
 _KINDS = ("basis", "singular_values", "total_energy")
 _ORTHONORMAL = 1e-4
@@ -27,7 +27,7 @@ _ORTHONORMAL = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class SourceRecord:
-    """A model that went into a basis: what the user wrote, the hub revision, and the hash of the weights that were used."""
+    """A source model of a basis: what the user wrote, the hub revision, and the hash of the weights that were used."""
 
     reference: str
     revision: str | None
@@ -35,7 +35,7 @@ class SourceRecord:
 
 
 class TargetWeights(Protocol):
-    """What `Basis.check_base` has to know of a model: its shapes, and the hash of some of its weights."""
+    """What `Basis.check_base` needs from a model: its shapes, and the hash of some of its weights."""
 
     reference: str
     shapes: dict[str, tuple[int, int]]
@@ -46,11 +46,11 @@ class TargetWeights(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Basis:
-    """A common subspace per group, and all that is known of it.
+    """A common subspace per group, with its provenance.
 
-    `directions` maps a group to its B, (out, R) float32 with orthonormal columns, or (in, R) of the input side; `singular_values` to
-    (R,) and `total_energy` to a float64 scalar ‖M‖_F²; `gaps` to whether its subspace is unique; `modules` a module's name to its (out, in), and
-    `mapping` any module's name to its group.
+    `directions` maps each group to its B, (out, R) float32 with orthonormal columns, or (in, R) for the input side;
+    `singular_values` to σ, (R,) float64; `total_energy` to ‖M‖_F², a float64 scalar; and `gaps` to whether its subspace is
+    unique. `modules` maps each module's name to its (out, in), and `mapping` any module's name to its group.
     """
 
     path: Path
@@ -68,7 +68,7 @@ class Basis:
 
     @property
     def rank(self) -> int:
-        """R, the most directions a run can use."""
+        """R, the largest rank that a run can use."""
         return self.choices.rank
 
     @property
@@ -78,43 +78,43 @@ class Basis:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of tensors and choices, independent of where the file or the models lie."""
+        """SHA-256 of tensors and choices, independent of the paths of the file and the models."""
         tensors = {name: rundir.tensor_digest(name, tensor) for name, tensor in self.tensors().items()}
         return rundir.sha256_json({"tensors": tensors, "choices": self.choices.to_json()})
 
     @property
     def explained_variance(self) -> dict[str, float]:
-        """Per group, Σ σ² of the kept directions over ‖M‖_F², in 0-1."""
+        """For each group, Σ σ² of the kept directions divided by ‖M‖_F², between 0 and 1."""
         return {
             group: float(values.square().sum() / self.total_energy[group]) for group, values in self.singular_values.items()
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of the file by their names in it."""
+        """The tensors by their names in the file."""
         kinds = zip(_KINDS, (self.directions, self.singular_values, self.total_energy), strict=True)
         return {f"{kind}/{group}": tensor.contiguous() for kind, groups in kinds for group, tensor in groups.items()}
 
     def for_module(self, name: str, rank: int, features: int, side: Side = "output") -> torch.Tensor:
-        """B for module `name`, or Aᵀ where `side` is `input`: the first `rank` directions of its group, (features, rank) float32.
+        """B for module `name`, or Aᵀ if `side` is `input`: the first `rank` directions of its group, (features, rank) float32.
 
-        `features` is the module's dimension on that side. Raises `CoraError` where the module has no group here, its dimension
-        differs, `rank` is more than R, or A is to be made of another side than the input's.
+        `features` is the module's dimension on that side. Raises `CoraError` if the basis has no group for the module, the
+        dimension differs, `rank` exceeds R, or `side` is `input` and the basis holds output-side directions.
         """
         if side == "input" and self.choices.side != "input":
             raise CoraError(
-                f"basis {self.path} holds directions of the output side, but A's rows live in the input space; extract one with "
-                "--side input"
+                f"basis {self.path} holds output-side directions, but A needs input-side ones; extract one with --side input"
             )
         group = self.mapping.group_of(name)
         if group is None or group not in self.directions:
             known = sorted(self.directions, key=natural_order)
             shown = ", ".join(known[:3]) + (f", … ({len(known)} in all)" if len(known) > 3 else "")
-            raise CoraError(f"basis {self.path} has no group for module {name}; its groups are {shown}")
+            raise CoraError(f"basis {self.path} has no group for module {name}, only for {shown}; extract one that includes it")
         directions = self.directions[group]
         if features != len(directions):
-            remedy = "a basis from models of this architecture" if side == self.choices.side else f"one with --side {side}"
+            remedy = "one from models of this architecture" if side == self.choices.side else f"one with --side {side}"
             raise CoraError(
-                f"{name} has {features} {side}s, but group {group} of basis {self.path} was made for {len(directions)}; extract {remedy}"
+                f"{name} has {features} {side}s, but group {group} of basis {self.path} expects {len(directions)}; "
+                f"extract {remedy}"
             )
         self._check_rank(rank)
         return directions[:, :rank].clone()
@@ -127,16 +127,15 @@ class Basis:
         side: Side = "output",
         flag: str = "--rank",
     ) -> None:
-        """Raise `CoraError` unless this basis can serve a model as its B, or as its A where `side` is `input`.
+        """Raise `CoraError` unless this basis fits a model as its B, or as its A if `side` is `input`.
 
-        `architecture` is the model's (see `sources.architecture_of`), `module_shapes` the (out, in) of the modules to be adapted, `flag`
-        what the user sets `rank` by.
-        The vocabulary may differ, since fine-tuning adds tokens.
+        `architecture` is the model's (see `sources.architecture_of`), `module_shapes` the (out, in) of the modules to adapt,
+        and `flag` the option that sets `rank`. The vocabulary may differ, because fine-tuning can add tokens.
         """
         for key in sorted((self.architecture.keys() & architecture.keys()) - {"vocab_size"}):
             if self.architecture[key] != architecture[key]:
                 raise CoraError(
-                    f"basis {self.path} was made from models with {key} = {self.architecture[key]}, but this model has "
+                    f"basis {self.path} was extracted from models with {key} = {self.architecture[key]}, but this model has "
                     f"{architecture[key]}; extract a basis from models of this architecture"
                 )
         self._check_rank(rank, flag)
@@ -144,9 +143,9 @@ class Basis:
             self.for_module(name, rank, in_features if side == "input" else out_features, side)
 
     def check_base(self, model: TargetWeights) -> None:
-        """Raise `CoraError` where weight differences are to train a model other than the one they were taken from.
+        """Raise `CoraError` if this basis holds differences from another base than `model`.
 
-        Reads the target weights of `model` under `--source delta`, and nothing otherwise.
+        Reads the target weights of `model` if the basis was extracted with `--source delta`; otherwise reads nothing.
         """
         if self.base is None:
             return
@@ -162,13 +161,13 @@ class Basis:
     def _check_rank(self, rank: int, flag: str = "--rank") -> None:
         if not 1 <= rank <= self.rank:
             raise CoraError(
-                f"{flag} {rank} was asked for, but basis {self.path} holds {self.rank} directions; use {flag} {self.rank} or less, "
+                f"{flag} {rank} is too large: basis {self.path} holds {self.rank} directions; use {flag} {self.rank} or less, "
                 f"or extract one with --rank {rank}"
             )
 
 
 def write_basis(path: Path, basis: Basis) -> None:
-    """Write `basis` to `path` in one step; equal bases give equal bytes. Raises `CoraError` where the disk refuses."""
+    """Write `basis` to `path` atomically; equal bases give equal bytes. Raises `CoraError` if the disk write fails."""
     record = _record(basis)
     record["digest"] = rundir.sha256_json(record)
     metadata = {_METADATA_KEY: json.dumps(record, sort_keys=True, ensure_ascii=False)}
@@ -182,12 +181,14 @@ def write_basis(path: Path, basis: Basis) -> None:
 def read_basis(path: Path) -> Basis:
     """Read and verify a basis file.
 
-    Raises `CoraError` where it is missing, cut, altered, of an unknown format version, or no basis at all.
+    Raises `CoraError` if it is missing, truncated, altered, of an unknown format version, or not a basis.
     """
     record, tensors = _load(path)
     version = record.get("format_version")
     if version != FORMAT_VERSION:
-        raise CoraError(f"{path} is a basis of format version {version}, but this cora reads version {FORMAT_VERSION}")
+        raise CoraError(
+            f"{path} is a basis of format version {version}, but this cora reads version {FORMAT_VERSION}; extract it again"
+        )
     stated = record.pop("digest", None)
     if rundir.sha256_json(record) != stated:
         raise _altered(path, "its metadata does not match its digest")
@@ -211,7 +212,7 @@ def read_basis(path: Path) -> Basis:
         raise _altered(path, f"it holds {min(tensors)}, which its metadata does not list")
     _check_tensors(basis)
     if basis.sha256 != record["sha256"]:
-        raise _altered(path, f"its content hashes to {basis.sha256}, where {record['sha256']} was written")
+        raise _altered(path, f"its content hash is {basis.sha256}, but its metadata says {record['sha256']}")
     return basis
 
 
@@ -234,15 +235,15 @@ def _record(basis: Basis) -> dict[str, Any]:
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if not path.is_file():
-        raise CoraError(f"basis {path} does not exist; cora extract-basis makes one")
+        raise CoraError(f"basis {path} does not exist; create one with `cora extract-basis`")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CoraError(f"{path} is no whole safetensors file, so it cannot be read as a basis: {error}") from error
+        raise CoraError(f"{path} is not a complete safetensors file, so it cannot be read as a basis: {error}") from error
     if _METADATA_KEY not in metadata:
-        raise CoraError(f"{path} is a safetensors file but no basis: {_METADATA_KEY} is not among its metadata")
+        raise CoraError(f"{path} is a safetensors file but not a basis: its metadata has no {_METADATA_KEY}")
     try:
         record = json.loads(metadata[_METADATA_KEY])
     except json.JSONDecodeError as error:
@@ -263,17 +264,17 @@ def _take(path: Path, tensors: dict[str, torch.Tensor], name: str) -> torch.Tens
 
 
 def _check_tensors(basis: Basis) -> None:
-    """Raise `CoraError` unless shapes, types and orthonormality are what the metadata promises."""
-    lengths = 1 if basis.choices.side == "input" else 0
-    rows = {basis.mapping.group_of(module): shape[lengths] for module, shape in basis.modules.items()}
+    """Raise `CoraError` unless shapes, types and orthonormality agree with the metadata."""
+    axis = 1 if basis.choices.side == "input" else 0
+    rows = {basis.mapping.group_of(module): shape[axis] for module, shape in basis.modules.items()}
     for name, tensor in basis.tensors().items():
         kind, _, group = name.partition("/")
         shape = {"basis": (rows.get(group), basis.rank), "singular_values": (basis.rank,), "total_energy": ()}[kind]
         if tuple(tensor.shape) != shape:
-            raise _altered(basis.path, f"{name} is {tuple(tensor.shape)} where {shape} was expected")
+            raise _altered(basis.path, f"{name} has shape {tuple(tensor.shape)}, not {shape}")
         expected = torch.float32 if kind == "basis" else torch.float64
         if tensor.dtype != expected or not bool(torch.isfinite(tensor).all()):
-            raise _altered(basis.path, f"{name} is not finite {expected}")
+            raise _altered(basis.path, f"{name} does not hold finite {expected} values")
     for group, directions in basis.directions.items():
         wide = directions.double()
         error = (wide.T @ wide - torch.eye(basis.rank, dtype=torch.float64)).abs().max().item()

@@ -1,6 +1,6 @@
-"""What a user may choose about a basis, validated, and which weights share one group under each choice.
+"""The validated choices about a basis, and which weights share a group under each of them.
 
-It knows names and rules only; shapes are judged in `merge`, and nothing here imports torch.
+This module works on names only and does not import torch; `extraction.merge` checks the shapes.
 """
 
 import dataclasses
@@ -31,13 +31,13 @@ DEFAULT_RANK = 48
 
 @dataclasses.dataclass(frozen=True)
 class GroupMapping:
-    """A module's full name -> the name of its group: `re.sub(pattern, template, module)` where `pattern` matches all of it."""
+    """Maps a module's full name to its group: `re.sub(pattern, template, module)` if `pattern` matches the complete name."""
 
     pattern: str
     template: str
 
     def group_of(self, module: str) -> str | None:
-        """The group of `module`, or None where the pattern does not fit (a module outside all layers under `--share layer`)."""
+        """The group of `module`, or None if the pattern does not match (a module outside all layers under `--share layer`)."""
         return re.sub(self.pattern, self.template, module, count=1) if re.fullmatch(self.pattern, module) else None
 
 
@@ -51,7 +51,7 @@ _MAPPINGS: dict[Share, GroupMapping] = {
 
 @dataclasses.dataclass(frozen=True)
 class BasisChoices:
-    """Every choice that makes a basis, defaults first; raises `UsageError` where one is not among those allowed."""
+    """Every choice that determines a basis. Raises `UsageError` for a value that is not allowed."""
 
     share: Share = "module"
     merge: Merge = "mean"
@@ -65,47 +65,47 @@ class BasisChoices:
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
             if (value := getattr(self, name)) not in allowed:
-                raise UsageError(f"--{name} {value!r} is none of {', '.join(allowed)}")
+                raise UsageError(f"--{name} must be one of {', '.join(allowed)}, not {value!r}")
         if type(self.rank) is not int or self.rank < 1:
-            raise UsageError(f"--rank {self.rank!r} is not a whole number of at least 1")
+            raise UsageError(f"--rank must be an integer of at least 1, not {self.rank!r}")
         targets = self.target_modules
         if not isinstance(targets, tuple) or not targets or not all(isinstance(name, str) and name for name in targets):
-            raise UsageError(f"--target-modules {targets!r} is not a list of module names such as q_proj,k_proj,v_proj")
+            raise UsageError(f"--target-modules must list module names such as q_proj,k_proj,v_proj, not {targets!r}")
 
     @property
     def mapping(self) -> GroupMapping:
-        """How `share` turns a module's name into its group's."""
+        """The mapping from a module's name to its group under `share`."""
         return _MAPPINGS[self.share]
 
     def require_base(self, has_base: bool) -> None:
-        """Raise `UsageError` where weight differences are asked for and there is nothing to subtract."""
+        """Raise `UsageError` if `source` is `delta` and there is no base model to subtract."""
         if self.source == "delta" and not has_base:
             raise UsageError("--source delta needs --base: the model that the others were fine-tuned from")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-serialisable form, read back by `from_json`."""
+        """A JSON-serialisable form; `from_json` reads it."""
         return {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "BasisChoices":
-        """The choices that `to_json` wrote."""
+        """The inverse of `to_json`."""
         return cls(**{**value, "target_modules": tuple(value["target_modules"])})
 
 
 def is_target(module: str, target: str) -> bool:
-    """Whether `target` names `module`: its full name or its last components, as PEFT matches them."""
+    """Whether `target` is the full name of `module` or its last components, as PEFT matches them."""
     return module == target or module.endswith("." + target)
 
 
 def match_targets(modules: Sequence[str], target_modules: Sequence[str], where: str) -> list[str]:
-    """The modules that `target_modules` name, layers in numerical order.
+    """The modules that `target_modules` match, layers in numerical order.
 
-    Raises `CoraError` where one of the targets names none of `modules`; `where` is the model that the message names.
+    Raises `CoraError` if a target matches none of `modules`; the message names the model `where`.
     """
     for target in target_modules:
         if not any(is_target(module, target) for module in modules):
             known = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
-            raise CoraError(f"no weight matrix of {where} matches the target module {target!r}; the names there are: {known}")
+            raise CoraError(f"no weight matrix of {where} matches the target module {target!r}; its module names are: {known}")
     found = (module for module in modules if any(is_target(module, target) for target in target_modules))
     return sorted(found, key=natural_order)
 

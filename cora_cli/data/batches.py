@@ -1,6 +1,6 @@
-"""Deals the examples of a data set out into batches: the same optimizer batches in the same order for every number of processes.
+"""Distribute the examples of a data set into batches: any number of processes sees the same optimizer batches in one order.
 
-What a batch becomes as tensors is `pack`.
+`pack` turns a batch into tensors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,11 +13,11 @@ from cora_cli.data.encode import Example
 from cora_cli.data.pack import pack
 
 GHOST = -1
-"""Index of a batch member that carries no loss: it keeps a process in step where the last batch has too few examples."""
+"""Index of a batch member without a loss. It keeps processes in step when the last batch has fewer examples than processes."""
 
 
 class ExampleSet(Dataset):
-    """Examples by index. `GHOST` is the shortest example; the collator takes its labels away."""
+    """Examples by index. `GHOST` gives the shortest example, whose labels the collator removes."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -37,16 +37,16 @@ class Collator:
         self._share_prefixes = share_prefixes
 
     def __call__(self, items: Sequence[tuple[Example, bool]]) -> dict[str, Any]:
-        """One packed row, as `pack` makes it."""
+        """One packed row; see `pack`."""
         return pack([example for example, _ in items], [ghost for _, ghost in items], self._share_prefixes)
 
 
 class GlobalBatches(Sampler[list[int]]):
-    """The batches of one process, such that every world size trains on the same optimizer batches in the same order.
+    """The batches of one process. Every world size trains on the same optimizer batches in the same order.
 
-    An optimizer batch of `batch_size × accumulation × world_size` examples is drawn from a permutation that depends on the seed
-    and the epoch alone, and is then dealt out to micro-batches and processes. The last one of an epoch may be short; it is dealt
-    out evenly, and a process that is left without examples gets a ghost.
+    An optimizer batch of `batch_size × accumulation × world_size` examples comes from a permutation that depends only on the
+    seed and the epoch, and is then split into micro-batches and processes. The last batch of an epoch may be smaller; it is
+    split evenly, and a process without examples gets a ghost.
     """
 
     def __init__(self, count: int, batch_size: int, accumulation: int, rank: int, world_size: int, seed: int) -> None:
@@ -56,7 +56,7 @@ class GlobalBatches(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose permutation is drawn next."""
+        """Set the epoch, which determines the permutation of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
-"""Turns records into token ids with the prompt's length, and counts what had to be cut or dropped.
+"""Turn records into token ids with the prompt's length, and count the records that were truncated or dropped.
 
-The loss mask is that length and nothing else: never a token's id, since the end token is often the padding token too.
+The loss mask depends only on that length, never on a token's id, because the end token is often the padding token too.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSet:
-    """Examples in the order of their records, with what was done to fit `max_length`.
+    """Examples in the order of their records, and how many were changed to fit `max_length`.
 
-    `truncated` prompts lost their beginning; `dropped` records have a response that does not fit at all.
+    `truncated` counts the prompts that lost their beginning, `dropped` the records whose response does not fit at all.
     """
 
     examples: list[Example]
@@ -33,12 +33,12 @@ class EncodedSet:
 
     @property
     def tokens(self) -> int:
-        """All tokens."""
+        """The number of tokens."""
         return sum(len(example.input_ids) for example in self.examples)
 
     @property
     def response_tokens(self) -> int:
-        """Tokens that carry a loss."""
+        """The number of tokens that carry a loss."""
         return sum(len(example.input_ids) - example.prompt_length for example in self.examples)
 
 
@@ -47,8 +47,9 @@ def encode_records(
 ) -> EncodedSet:
     """Encode records for training.
 
-    Examples longer than `max_length` lose prompt tokens from the left, the start token excepted; one whose response and end token leave no room for a
-    single prompt token is dropped. Raises `CoraError` where `records` is not empty and nothing is left; `what` names them.
+    Examples longer than `max_length` lose prompt tokens from the left, except for the start token. An example is dropped if its
+    response and end token leave no room for a prompt token. Raises `CoraError` if all of `records` were dropped; `what` names
+    them in the message.
     """
     examples: list[Example] = []
     truncated = dropped = 0
@@ -65,8 +66,8 @@ def encode_records(
         examples.append(Example([*prompt, *response], len(prompt)))
     if records and not examples:
         raise CoraError(
-            f"every one of the {len(records)} {what} records was truncated away: no response fits into --max-length "
-            f"{max_length}; give a larger one"
+            f"all {len(records)} {what} records were dropped: no response fits into --max-length {max_length}; "
+            f"use a larger --max-length"
         )
     return EncodedSet(examples, truncated, dropped)
 
@@ -74,25 +75,25 @@ def encode_records(
 def split_tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokenize a rendered record into prompt ids and response ids; the response ends with the end token.
 
-    Both are tokenized as one text where the seam falls on a token boundary, so that the response is written as the model would
-    write it; where it does not, each is tokenized on its own, which is what generation sees.
+    If the boundary between them falls on a token boundary, both are tokenized as one text, so the response has the tokens that
+    the model would generate. Otherwise each is tokenized separately, as in generation.
     """
     prompt = encode_prompt(rendered, tokenizer)
-    whole = encode_prompt(dataclasses.replace(rendered, prompt=rendered.prompt + rendered.response), tokenizer)
-    seam_holds = whole[: len(prompt)] == prompt
-    response = whole[len(prompt) :] if seam_holds else _tokens(rendered.response, tokenizer)
+    joined = encode_prompt(dataclasses.replace(rendered, prompt=rendered.prompt + rendered.response), tokenizer)
+    on_boundary = joined[: len(prompt)] == prompt
+    response = joined[len(prompt) :] if on_boundary else _tokens(rendered.response, tokenizer)
     end = [tokenizer.eos_token_id]
-    return prompt, response if response[-1:] == end else response + end  # data may write the end token out
+    return prompt, response if response[-1:] == end else response + end  # the data may already contain the end token
 
 
 def encode_prompt(rendered: Rendered, tokenizer: Any) -> list[int]:
-    """Tokenize the prompt alone, behind the tokenizer's start tokens where it needs them; what it would add at the end is not."""
+    """Tokenize the prompt, after the tokenizer's start tokens if it needs them and without any tokens added at the end."""
     start = _start_tokens(tokenizer) if rendered.special_tokens else []
     return start + _tokens(rendered.prompt, tokenizer)
 
 
 def shorten_prompt(prompt: list[int], room: int, tokenizer: Any) -> list[int]:
-    """The last `room` >= 1 tokens of a prompt, of which the first stays the start token where the prompt has one and there is room for it.
+    """The last `room` >= 1 tokens of a prompt; the first one stays the start token if the prompt has one and `room` is above 1.
 
     Models put much of their attention on the start token and answer badly without it (arXiv 2309.17453).
     """
@@ -107,7 +108,7 @@ def _tokens(text: str, tokenizer: Any) -> list[int]:
 
 
 def _start_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text, told from what it puts behind by where the text is."""
+    """The tokens that the tokenizer adds before a text, found by locating the text in its output."""
     text = _tokens("a", tokenizer)
-    whole = list(tokenizer("a")["input_ids"])
-    return next(whole[:start] for start in range(len(whole)) if whole[start : start + len(text)] == text)
+    full = list(tokenizer("a")["input_ids"])
+    return next(full[:start] for start in range(len(full)) if full[start : start + len(text)] == text)

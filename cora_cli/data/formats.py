@@ -1,7 +1,7 @@
-"""Reads records: the built-in sets, local JSON, JSONL, CSV and Parquet, or a hub id; and splits off the held-out part.
+"""Read records from a built-in set, a local JSON, JSONL, CSV or Parquet file, or a hub id, and split off the held-out part.
 
-A record stays a plain dictionary in one of three schemas that are recognised by their columns. Turning records into text is
-`templates`, into tokens `encode`.
+A record stays a plain dictionary in one of three schemas, recognised by its columns. `templates` turns records into text,
+`encode` into tokens.
 """
 
 import csv
@@ -33,8 +33,8 @@ SCHEMAS: dict[Schema, tuple[str, ...]] = {
 class DataSplit:
     """Training and held-out records of one data set; no held-out prompt occurs in `train`.
 
-    `validation` holds the records to select settings by; their prompts occur in neither of the others. `overlapping` counts the training
-    records that were dropped because their prompt is held out or validated on.
+    `validation` holds the records for selecting settings; their prompts do not occur in the other two. `overlapping` counts the
+    training records that were dropped because their prompt also occurs in `test` or `validation`.
     """
 
     train: list[Record]
@@ -49,18 +49,19 @@ class DataSplit:
 
 
 def schema_of(columns: set[str], where: str) -> Schema:
-    """Recognise a schema by its columns. Raises `CoraError` that names the columns found and those that would do."""
+    """Recognise a schema by its columns. Raises a `CoraError` that names the columns found and those needed."""
     for schema, needed in SCHEMAS.items():
         if columns >= set(needed):
             return schema
     found = ", ".join(sorted(columns)) or "none"
     raise CoraError(
-        f"{where}: columns found are {found}; needed are instruction, output (and input), or prompt, completion, or messages"
+        f"{where}: found the columns {found}; a record needs instruction, output (and input), or prompt, completion, "
+        f"or messages"
     )
 
 
 def prompt_key(record: Record, schema: Schema) -> str:
-    """What identifies a record's question, whatever its answer and its further columns are."""
+    """A key that identifies a record's prompt, independent of its answer and its other columns."""
     if schema == "messages":
         return json.dumps(record["messages"][:-1], sort_keys=True, ensure_ascii=False)
     if schema == "prompt":
@@ -71,7 +72,7 @@ def prompt_key(record: Record, schema: Schema) -> str:
 def load_records(dataset: str) -> tuple[list[Record], Schema]:
     """Read and check every record of `dataset` (for a built-in set: its held-out part after its training part).
 
-    Raises `CoraError` naming file and line at the first record that is malformed.
+    Raises `CoraError` naming the file and line of the first malformed record.
     """
     if dataset.startswith(BUILTIN_PREFIX):
         split = _builtin(dataset)
@@ -91,27 +92,29 @@ def load_test_records(dataset: str) -> tuple[list[Record], Schema]:
 
 
 def load_split(dataset: str, test_size: float | None, seed: int, validation_size: int | None = None) -> DataSplit:
-    """Read `dataset` and hold out `test_size` records: a count from 1 on, a share below 1, None for the set's own split.
+    """Read `dataset` and hold out `test_size` records: a count if at least 1, a share if below 1, None for the set's own split.
 
-    A file without a split of its own holds out a tenth. `validation_size` records of the rest are set aside to select settings by. Which
-    records are held out depends on `seed` alone, which are set aside on it and on what is held out.
-    Raises `CoraError` where nothing would be left to train on.
+    A data set without its own split holds out a tenth. `validation_size` of the remaining records are set aside for selecting
+    settings. The held-out records depend only on `seed`, the validation records on `seed` and the held-out ones.
+    Raises `CoraError` if no records would remain to train on.
     """
     split = _split(dataset, test_size, seed)
-    return _set_aside(split, validation_size, seed, dataset) if validation_size else split
+    return _split_validation(split, validation_size, seed, dataset) if validation_size else split
 
 
-def _set_aside(split: DataSplit, count: int, seed: int, dataset: str) -> DataSplit:
+def _split_validation(split: DataSplit, count: int, seed: int, dataset: str) -> DataSplit:
     if count >= len(split.train):
         raise CoraError(
-            f"{dataset} has {len(split.train)} training records, so that {count} for validation leave none to train on"
+            f"{dataset} has {len(split.train)} training records, so {count} for validation leave none to train on; use fewer"
         )
     chosen = sorted(random.Random(f"validation {seed}").sample(range(len(split.train)), count))
     validation = [split.train[index] for index in chosen]
     known = {prompt_key(record, split.schema) for record in validation}
     train = [record for record in split.train if prompt_key(record, split.schema) not in known]
     if not train:
-        raise CoraError(f"{dataset}: every training record's prompt is also validated on, which leaves none to train on")
+        raise CoraError(
+            f"{dataset}: every training prompt also occurs in the validation records, which leaves none to train on"
+        )
     overlapping = split.overlapping + len(split.train) - len(validation) - len(train)
     return dataclasses.replace(split, train=train, validation=validation, overlapping=overlapping)
 
@@ -126,7 +129,9 @@ def _split(dataset: str, test_size: float | None, seed: int) -> DataSplit:
     size = 0.1 if test_size is None else test_size
     count = int(size) if size >= 1 else round(size * len(records))
     if count >= len(records):
-        raise CoraError(f"{dataset} holds {len(records)} records, so that {count} held-out ones leave none to train on")
+        raise CoraError(
+            f"{dataset} holds {len(records)} records, so holding out {count} leaves none to train on; use a smaller --test-size"
+        )
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
     test = [records[index] for index in sorted(order[:count])]
@@ -134,7 +139,7 @@ def _split(dataset: str, test_size: float | None, seed: int) -> DataSplit:
     rest = [records[index] for index in sorted(order[count:])]
     train = [record for record in rest if prompt_key(record, schema) not in held_out]
     if not train:
-        raise CoraError(f"{dataset}: every training record's prompt is also held out, which leaves none to train on")
+        raise CoraError(f"{dataset}: every training prompt also occurs in the held-out records, which leaves none to train on")
     return DataSplit(train, test, schema, overlapping=len(rest) - len(train))
 
 
@@ -150,9 +155,9 @@ def _read(dataset: str) -> Iterator[tuple[str, Any]]:
     if path.is_file():
         reader = readers.get(path.suffix.lower())
         if reader is None:
-            raise CoraError(f"{dataset} ends in {path.suffix or 'nothing'}; readable are {', '.join(readers)}")
+            raise CoraError(f"{dataset} has the ending {path.suffix or '(none)'}; supported endings are {', '.join(readers)}")
         return reader(path)
-    # The hub's client would load a directory of that name without a word.
+    # The hub client would silently load a directory of that name.
     if path.is_dir() or path.suffix.lower() in readers or path.is_absolute() or dataset.startswith((".", "~")):
         raise CoraError(f"dataset {dataset} {'is a directory, not a file' if path.is_dir() else 'does not exist'}")
     return _read_hub(dataset)
@@ -160,7 +165,7 @@ def _read(dataset: str) -> Iterator[tuple[str, Any]]:
 
 def _text(path: Path) -> str:
     try:
-        # Line ends stay as they are, since a quoted CSV field may hold any of them.
+        # Keep line ends unchanged: a quoted CSV field may contain any of them.
         with path.open(encoding="utf-8-sig", newline="") as file:
             return file.read()
     except UnicodeDecodeError as error:
@@ -168,11 +173,11 @@ def _text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield an array's elements, each with the line that it begins on."""
+    """Yield the elements of an array, each with the line on which it starts."""
     text, decoder = _text(path), json.JSONDecoder()
     end = _skip(text, 0)
     if text[end : end + 1] != "[":
-        raise CoraError(f"{path}, line 1: an array of records was expected, but found {text[end : end + 20]!r}")
+        raise CoraError(f"{path}, line 1: expected an array of records, found {text[end : end + 20]!r}")
     end, line, counted = _skip(text, end + 1), 1, 0
     while text[end : end + 1] != "]":
         line, counted = line + text.count("\n", counted, end), end
@@ -209,7 +214,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield rows by the header's names, each with the line that it begins on; a quoted field may span several lines."""
+    """Yield rows as dictionaries by the header's names, with the line on which each starts; a quoted field may span lines."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     header: list[str] = []
@@ -225,7 +230,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             header = row
         elif row:
             if len(row) != len(header):
-                raise CoraError(f"{where}: the row has {len(row)} columns, where the header has {len(header)}")
+                raise CoraError(f"{where}: the row has {len(row)} columns, but the header has {len(header)}")
             yield where, dict(zip(header, row, strict=True))
 
 
@@ -236,7 +241,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise CoraError(f"{path} is not readable as Parquet: {' '.join(str(error).split())}") from error
+        raise CoraError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
 
@@ -249,14 +254,14 @@ def _read_hub(dataset: str) -> Iterator[tuple[str, Any]]:
         rows = datasets.load_dataset(name, revision=revision or None, split="train")
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CoraError(f"dataset {dataset!r} is no file here and could not be loaded from the hub: {reason}") from error
+        raise CoraError(f"dataset {dataset!r} is not a local file and could not be loaded from the hub: {reason}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{dataset}, record {number}", row
 
 
 def _columns(where: str, record: Any) -> set[str]:
     if not isinstance(record, dict):
-        raise CoraError(f"{where}: a record with named columns was expected, but found {json.dumps(record)[:60]}")
+        raise CoraError(f"{where}: expected a record with named columns, found {json.dumps(record)[:60]}")
     return set(record)
 
 
@@ -264,7 +269,7 @@ def _checked(record: Any, schema: Schema, where: str) -> Record:
     columns = _columns(where, record)
     if missing := [name for name in SCHEMAS[schema] if name not in columns]:
         found = ", ".join(sorted(columns)) or "none"
-        raise CoraError(f"{where}: {', '.join(missing)} is missing; columns found are {found}")
+        raise CoraError(f"{where}: column {', '.join(missing)} is missing; found {found}")
     checked = {name: value for name, value in record.items() if name in SCHEMAS[schema] or _is_json(value)}
     if schema == "messages":
         _check_messages(record["messages"], where)
@@ -276,12 +281,12 @@ def _checked(record: Any, schema: Schema, where: str) -> Record:
         texts = (*texts, "input")
     for name in texts:
         if not isinstance(checked[name], str) or not _is_json(checked[name]):
-            raise CoraError(f"{where}: {name} must be text, but is {json.dumps(checked[name], default=str)[:60]}")
+            raise CoraError(f"{where}: {name} must be text, not {json.dumps(checked[name], default=str)[:60]}")
     return checked
 
 
 def _is_json(value: Any) -> bool:
-    """Whether a file of ours can hold a value: a date or NaN in a further column cannot, nor half of an escaped surrogate pair."""
+    """Whether JSON can store a value: a date, NaN or half of an escaped surrogate pair cannot be stored."""
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError):
@@ -296,6 +301,6 @@ def _check_messages(messages: Any, where: str) -> None:
     )
     if not shape_ok or len(messages) < 2 or messages[-1]["role"] != "assistant" or not _is_json(messages):
         raise CoraError(
-            f"{where}: messages must be a list of {{role, content}} that ends with the assistant's answer, but found "
+            f"{where}: messages must be a list of {{role, content}} that ends with the assistant's answer, not "
             f"{json.dumps(messages, default=str)[:120]}"
         )

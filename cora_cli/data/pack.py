@@ -1,7 +1,7 @@
-"""Packs the examples of a batch into one row without padding, with one copy of every prefix that several of them share.
+"""Pack the examples of a batch into one row without padding, storing every shared prefix only once.
 
-The row is a forest of segments: a shared prefix is a segment once, and what follows it in each example is a child of it. With causal
-attention along the path from the root this is exact, gradients included. How a row is attended is `training.attention`.
+The row is a forest of segments: a shared prefix is one segment, and the continuations in each example are its children. With
+causal attention along the path from the root this is exact, gradients included; see `training.attention`.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ import torch
 from cora_cli.data.encode import Example
 
 SHORTEST_SHARED = 16
-"""Tokens that a prefix needs for a segment of its own: below this the bookkeeping costs more than the tokens."""
+"""The shortest prefix, in tokens, that gets its own segment: below this, sharing costs more time than it saves."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Tokens `start` to `end` of a row, which continue the segments `ancestors` (indices, the root first)."""
+    """Tokens `start` to `end` of a row. They continue the segments `ancestors` (indices, the root first)."""
 
     start: int
     end: int
@@ -28,24 +28,24 @@ class Segment:
 
     @property
     def length(self) -> int:
-        """Its tokens."""
+        """The number of tokens."""
         return self.end - self.start
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The segments of one row in their order, every one after its ancestors; together they are the whole row."""
+    """The segments that make up one row, in order; each comes after its ancestors."""
 
     segments: tuple[Segment, ...]
 
     @property
     def tokens(self) -> int:
-        """Tokens of the row."""
+        """The number of tokens of the row."""
         return self.segments[-1].end
 
     @cached_property
     def descent(self) -> torch.Tensor:
-        """Whether segment i continues segment j or is it: (segments, segments) bool."""
+        """Whether segment j is segment i or one of its ancestors: (segments, segments) bool."""
         count = len(self.segments)
         table = torch.eye(count, dtype=torch.bool)
         for index, segment in enumerate(self.segments):
@@ -60,7 +60,7 @@ class Layout:
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """Each token's position in the examples that it belongs to: (tokens,) int64."""
+        """Each token's position within its examples: (tokens,) int64."""
         before = [sum(self.segments[index].length for index in segment.ancestors) for segment in self.segments]
         return torch.cat([torch.arange(segment.length) + depth for segment, depth in zip(self.segments, before, strict=True)])
 
@@ -68,10 +68,10 @@ class Layout:
 def pack(examples: Sequence[Example], ghosts: Sequence[bool] | None = None, share_prefixes: bool = True) -> dict[str, Any]:
     """Collate examples into one row.
 
-    Returns `input_ids` and `position_ids` (1, tokens); `logits_to_keep` (labels,), the position in the row before each response token,
-    example after example; `labels` and `shift_labels` (labels,), those tokens; `real_tokens`, the tokens of all examples as they would be
-    without sharing. A ghost has tokens but no labels and is not counted. With `share_prefixes` a `layout`, and else, as
-    FlashAttention's varlen form wants them, `cu_seq_lens_q/k` (examples + 1,) int32 with the boundaries and `max_length_q/k`.
+    Returns `input_ids` and `position_ids` (1, tokens); `logits_to_keep` (labels,), the position in the row before each response
+    token, one example after the other; `labels` and `shift_labels` (labels,), those tokens; and `real_tokens`, the number of
+    tokens of all examples without sharing. A ghost has tokens but no labels and is not counted. With `share_prefixes` there is
+    also a `layout`; without it, FlashAttention's varlen arguments `cu_seq_lens_q/k` (examples + 1,) int32 and `max_length_q/k`.
     """
     hidden = ghosts or [False] * len(examples)
     layout, paths = lay_out([example.input_ids for example in examples], SHORTEST_SHARED if share_prefixes else None)
@@ -92,7 +92,7 @@ def pack(examples: Sequence[Example], ghosts: Sequence[bool] | None = None, shar
         "position_ids": layout.positions[None],
         "logits_to_keep": torch.tensor(kept, dtype=torch.long),
         "labels": targets,
-        "shift_labels": targets,  # tells the Trainer, which counts them, that they are shifted already
+        "shift_labels": targets,  # tells the Trainer, which counts labels, that these are already shifted
         "real_tokens": sum(len(example.input_ids) for example, ghost in zip(examples, hidden, strict=True) if not ghost),
     }
     if share_prefixes:
@@ -109,15 +109,16 @@ def pack(examples: Sequence[Example], ghosts: Sequence[bool] | None = None, shar
 
 
 def lay_out(sequences: Sequence[Sequence[int]], shortest_shared: int | None) -> tuple[Layout, list[tuple[int, ...]]]:
-    """Arrange token sequences as a forest, sharing prefixes of at least `shortest_shared` tokens (None: sharing nothing).
+    """Arrange token sequences as a forest that shares prefixes of at least `shortest_shared` tokens (None: no sharing).
 
-    Returns the layout and, for each sequence, the segments that spell it. Without sharing the order is that of `sequences`.
+    Returns the layout and, for each sequence, the indices of its segments. Without sharing, segments are in the order of
+    `sequences`.
     """
     segments: list[Segment] = []
     paths: list[tuple[int, ...]] = [()] * len(sequences)
 
     def place(members: Sequence[int], start: int, end: int, ancestors: tuple[int, ...]) -> tuple[int, ...]:
-        """Add tokens `start` to `end` of these sequences, which are the same in all of them, behind `ancestors`."""
+        """Add tokens `start` to `end`, which all these sequences share, as a segment after `ancestors`."""
         if end > start:
             first = segments[-1].end if segments else 0
             segments.append(Segment(first, first + end - start, ancestors))
@@ -131,7 +132,7 @@ def lay_out(sequences: Sequence[Sequence[int]], shortest_shared: int | None) -> 
             place([index], 0, len(sequence), ())
         return Layout(tuple(segments)), paths
 
-    # Sorted, the sequences that share a prefix stand together, and a run shares what its first and last one share.
+    # After sorting, sequences with a common prefix are adjacent, and a run shares the common prefix of its first and last one.
     everyone = sorted(range(len(sequences)), key=lambda index: (list(sequences[index]), index))
     waiting: list[tuple[list[int], int, tuple[int, ...]]] = [(everyone, 0, ())]
     while waiting:
@@ -147,7 +148,7 @@ def lay_out(sequences: Sequence[Sequence[int]], shortest_shared: int | None) -> 
 
 
 def _runs(sequences: Sequence[Sequence[int]], members: Sequence[int], depth: int) -> list[list[int]]:
-    """Cut sorted sequences into runs whose neighbours agree in their first `depth` tokens."""
+    """Split sorted sequences into runs in which neighbours have the same first `depth` tokens."""
     runs = [[members[0]]]
     for before, member in itertools.pairwise(members):
         if _common(sequences[before], sequences[member]) >= depth:

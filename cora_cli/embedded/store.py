@@ -1,6 +1,6 @@
-"""Folders in the cache that are whole or are not taken: a manifest with the digest of every file, published by one rename.
+"""Publish folders in the cache with one rename, and use only complete ones: a manifest holds the digest of every file.
 
-It knows nothing of what the folders hold or where that comes from.
+The contents of the folders and their sources are defined in `cora_cli.embedded`.
 """
 
 import errno
@@ -21,11 +21,11 @@ _SCRATCH_PREFIX = ".building-"
 _ABANDONED_SECONDS = 86_400.0
 
 
-def whole_size(folder: Path, package_sha256: str) -> int | None:
-    """Bytes of the folder's files where all are as they were published from that package, else None.
+def complete_size(folder: Path, package_sha256: str) -> int | None:
+    """Bytes of the folder's files if all are unchanged since they were published from that package, else None.
 
-    Sizes are compared first, then the SHA-256 of everything, so that neither a truncated file nor zeroed pages after a power
-    cut pass. It costs about 0.2 s for 270 MB, once per process: a file whose size and time have not changed is not read twice.
+    It compares sizes first and then the SHA-256 of every file, which detects truncated files and pages zeroed by a power cut.
+    This takes about 0.2 s for 270 MB, once per process: a file with unchanged size and time is not read twice.
     """
     try:
         manifest = rundir.read_json(folder / MANIFEST)
@@ -45,9 +45,9 @@ def whole_size(folder: Path, package_sha256: str) -> int | None:
 def publish(folder: Path, build: Callable[[Path, Path], dict[str, Any]]) -> None:
     """Fill a new folder with `build(content, scratch)` and put it at `folder` in one rename, in place of a damaged one.
 
-    `build` writes the files into `content`, may use `scratch` freely, and returns facts for the manifest, `package_sha256` among
-    them. Where another process published the same meanwhile, its folder stays and ours is dropped. Raises `CoraError` where
-    the disk refuses.
+    `build` writes the files into `content`, may use `scratch` freely, and returns entries for the manifest, including
+    `package_sha256`. If another process has published the same folder meanwhile, that one stays and ours is deleted. Raises
+    `CoraError` if the disk write fails.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def _digest(path: Path, size: int, modified_ns: int) -> str:
 def _write_manifest(content: Path, facts: dict[str, Any]) -> None:
     files = {}
     for path in sorted(path for path in content.rglob("*") if path.is_file()):
-        # Without this a power cut after the rename may leave a file of the right size that is all zeros.
+        # Without this, a power cut after the rename could leave a file of the right size filled with zeros.
         with path.open("rb") as file:
             os.fsync(file.fileno())
         name = path.relative_to(content).as_posix()
@@ -87,7 +87,7 @@ def _rename(content: Path, folder: Path, package_sha256: str, aside: Path) -> No
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-        if whole_size(folder, package_sha256) is not None:
+        if complete_size(folder, package_sha256) is not None:
             return
         try:
             folder.rename(aside)
@@ -97,7 +97,7 @@ def _rename(content: Path, folder: Path, package_sha256: str, aside: Path) -> No
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Delete what killed builds left behind a day ago or longer: up to 0.5 GB each that nobody would ever look for."""
+    """Delete the folders of killed builds that are a day old or older; each can take up to 0.5 GB."""
     for path in parent.glob(f"{_SCRATCH_PREFIX}*"):
         if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

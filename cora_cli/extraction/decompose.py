@@ -1,7 +1,7 @@
 """The singular vectors of one merged matrix, exact to float64 (equations 3-5; centred, equations 7-9, in arXiv 2409.02119).
 
-The quick way through the Gram matrix is taken where its error is provably small and the slow one elsewhere; approximations
-(randomised or few-step methods) are never returned. What M is made of is `merge`'s business.
+The fast eigendecomposition of the Gram matrix is used if its error is provably small, else the SVD of M. Approximations
+(randomised or few-step methods) are never returned. `merge` builds M.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ from cora_cli.errors import CoraError
 from cora_cli.extraction.gram import EPS, SAFETY, add_gram, all_eigenpairs, empty_gram, top_eigenpairs
 from cora_cli.extraction.merge import Merged
 
-# The subspace error ‖(I − UUᵀ)B‖₂ above which the slow way is taken, and above which a subspace counts as not determined at all.
+# The subspace error ‖(I − UUᵀ)B‖₂ above which M itself is decomposed, and above which a subspace counts as not unique.
 ACCURATE, DETERMINED = 1e-7, 1e-6
-# Beyond this ratio of rows to columns (embeddings) the Gram matrix takes far more memory than M, and longer than its thin SVD.
+# Above this ratio of rows to columns (embeddings) the Gram matrix needs far more memory than M and more time than its thin SVD.
 _TALL = 2
 
 
@@ -24,8 +24,8 @@ _TALL = 2
 class Decomposition:
     """`basis` (out, R) float64, orthonormal columns whose largest entry is positive, with their `singular_values` (R,) float64.
 
-    The principal directions come first, or the most minor ones under `bottom`, so that the first r columns are always what
-    rank r would have given. `total_energy` = ‖M‖_F². `gap` says whether the subspace is unique in float64.
+    The principal directions come first, or the most minor ones under `bottom`, so the first r columns equal the result for
+    rank r. `total_energy` = ‖M‖_F². `gap` says whether the subspace is unique in float64.
     """
 
     basis: torch.Tensor
@@ -36,7 +36,7 @@ class Decomposition:
 
 @dataclasses.dataclass(frozen=True)
 class _Solution:
-    """`values` are all that were computed, descending: σ of M, or λ = σ² where `squared`; `vectors` (rows, len(values))."""
+    """All computed `values`, descending: σ of M, or λ = σ² if `squared`; `vectors` is (rows, len(values))."""
 
     values: np.ndarray
     vectors: np.ndarray
@@ -46,8 +46,8 @@ class _Solution:
 def decompose(merged: Merged, rank: int, component: Component) -> Decomposition:
     """The `top` or `bottom` `rank` left singular vectors of M.
 
-    By Davis and Kahan the computed subspace is off by about eps·‖G‖ / gap. Where that is too much for the Gram matrix, M itself is
-    decomposed, if at hand. Raises `CoraError` where the numerical rank of M is below `rank`.
+    By the Davis-Kahan theorem the error of the computed subspace is about eps·‖G‖ / gap. If that is too large for the Gram
+    matrix and M is available, M itself is decomposed. Raises `CoraError` if the numerical rank of M is below `rank`.
     """
     group = merged.group
     start = 0 if component == "top" else group.directions - rank
@@ -63,11 +63,11 @@ def decompose(merged: Merged, rank: int, component: Component) -> Decomposition:
             solution = _direct(merged.matrix)
     numerical_rank = int((solution.values > _floor(solution, merged)).sum())
     if numerical_rank < rank:
-        advice = f"use --rank {numerical_rank} or less" if numerical_rank else "there is nothing to decompose"
+        advice = f"use --rank {numerical_rank} or less" if numerical_rank else "its values are all zero"
         raise CoraError(
             f"the merged matrix of group {group.name} has a numerical rank of {numerical_rank}, less than --rank {rank}; {advice}"
         )
-    whole = rank == group.rows  # all of the space has no neighbour to be told apart from
+    full_space = rank == group.rows  # it is always unique: no other direction is left
     vectors, values = solution.vectors[:, start:stop], np.clip(solution.values[start:stop], 0.0, None)
     if component == "bottom":
         vectors, values = vectors[:, ::-1], values[::-1]
@@ -75,16 +75,16 @@ def decompose(merged: Merged, rank: int, component: Component) -> Decomposition:
         torch.from_numpy(_signed(vectors)),
         torch.from_numpy(np.sqrt(values) if solution.squared else values.copy()),
         merged.energy,
-        whole or bool(_error(solution, merged, start, stop) <= DETERMINED),
+        full_space or bool(_error(solution, merged, start, stop) <= DETERMINED),
     )
 
 
 def _error(solution: _Solution, merged: Merged, start: int, stop: int) -> float:
-    """An estimate of ‖(I − UUᵀ)B‖₂ for the directions `start` to `stop`: backward error over the distance to the others."""
+    """An estimate of ‖(I − UUᵀ)B‖₂ for the directions `start` to `stop`: backward error divided by the spectral gap."""
     values, gap = solution.values, float("inf")
     if start:
         gap = values[start - 1] - values[start]
-    # The whole space has no neighbour, but its least direction must still stand out of the rounding errors.
+    # The full space has no gap to others, but its smallest value must still exceed the rounding errors.
     if stop < merged.group.rows or not start:
         gap = min(gap, values[stop - 1] - (values[stop] if stop < len(values) else 0.0))
     removed = merged.removed if solution.squared else merged.removed**0.5
@@ -92,7 +92,7 @@ def _error(solution: _Solution, merged: Merged, start: int, stop: int) -> float:
 
 
 def _floor(solution: _Solution, merged: Merged) -> float:
-    """Values up to this one cannot be told from zero (numpy's `matrix_rank`, plus what centring leaves)."""
+    """The largest value that counts as zero (the threshold of numpy's `matrix_rank`, plus the rounding error of centring)."""
     group = merged.group
     if solution.squared:
         return EPS * (group.rows * solution.values[0] + SAFETY * merged.removed)
@@ -109,7 +109,7 @@ def _all_of_gram(gram: torch.Tensor) -> _Solution:
 
 
 def _top_of_gram(gram: torch.Tensor, rank: int) -> _Solution:
-    """The first `rank` eigenpairs and, for the gap, the one after them where there is one."""
+    """The first `rank` eigenpairs, and the next one, if there is one, for the gap."""
     return _Solution(*top_eigenpairs(gram, min(rank + 1, len(gram))), squared=True)
 
 

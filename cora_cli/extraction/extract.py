@@ -1,6 +1,6 @@
-"""Models -> basis file: plan, merge and decompose group after group, write, summarise.
+"""Extract a basis file from models: plan the groups, merge and decompose each one, write the file and summarise it.
 
-The one entry point of `cora extract-basis`; the mathematics is in `merge` and `decompose`.
+This is the entry point of `cora extract-basis`; the mathematics is in `merge` and `decompose`.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ class KindSummary:
 
 @dataclasses.dataclass(frozen=True)
 class ExtractionSummary:
-    """What `extract_basis` made; `without_gap` lists the groups whose subspace is not unique.
+    """The result of `extract_basis`; `without_gap` lists the groups whose subspace is not unique.
 
-    Of the `seconds` in all, `seconds_reading` went from files to memory and `seconds_decomposing` from merged matrices to bases;
+    `seconds` is the total time, of which `seconds_reading` went to reading files and `seconds_decomposing` to decompositions;
     the rest is checking, hashing and merging.
     """
 
@@ -70,10 +70,10 @@ class ExtractionSummary:
             lines.append(f"{kind.kind:<{width}}  {kind.groups:>5}  {values}")
         lines.append("")
         for name in self.without_gap:
-            lines.append(f"{name}: no gap at rank {choices.rank}: this subspace is not unique in float64")
+            lines.append(f"{name}: no spectral gap at rank {choices.rank}, so this subspace is not unique in float64")
         lines.append(
             f"read {self.bytes_read / 1e9:.2f} GB in {self.seconds_reading:.1f} s ({self.seconds_reading / self.seconds:.0%} of the time), "
-            f"decomposed in {self.seconds_decomposing:.1f} s; {self.seconds:.1f} s in all"
+            f"decomposed in {self.seconds_decomposing:.1f} s; {self.seconds:.1f} s in total"
         )
         lines.append(f"sha256 {self.sha256}")
         return "\n".join(lines)
@@ -87,15 +87,15 @@ def extract_basis(
     device: torch.device,
     overwrite: bool = False,
 ) -> ExtractionSummary:
-    """Extract the common subspace of `models` (one is enough) and write it to `output`.
+    """Extract the common subspace of `models` (at least one) and write it to `output`.
 
-    `base` is what `--source delta` subtracts and what adapters among `models` rest on; without it each adapter rests on the model
-    that its configuration names. Raises `CoraError` before any tensor is read where files, shapes or choices do not fit, and
-    where `output` exists unless `overwrite`.
+    `base` is the model that `--source delta` subtracts, and the base of every adapter in `models`; without it, each adapter
+    uses the base that its configuration names. Raises `CoraError`, before any tensor is read, if files, shapes or choices do
+    not fit, or if `output` exists and `overwrite` is not set.
     """
     began = time.perf_counter()
     if not models:
-        raise UsageError("no model was given: a basis is extracted from at least one")
+        raise UsageError("no model was given; name at least one to extract a basis from")
     choices.require_base(base is not None)
     if output.is_dir() or (output.exists() and not overwrite):
         remedy = "name a file instead" if output.is_dir() else "use --overwrite to replace it"
@@ -133,7 +133,7 @@ def _extract(
     directions, values, energies, gaps = {}, {}, {}, {}
     seconds = 0.0
     modules = {module: shape for group in groups for module, shape in group.modules.items()}
-    # Matrices rather than groups are counted: `--share global` has a single group.
+    # Progress counts matrices rather than groups, because `--share global` has a single group.
     most_rows = max(group.rows for group in groups)
     with one_thread_pool(device, most_rows), progress("extracting", len(modules) * len(sources), "matrices") as shown:
         for group in groups:
@@ -141,7 +141,7 @@ def _extract(
             began = time.perf_counter()
             found = decompose(merged, choices.rank, choices.component)
             seconds += time.perf_counter() - began
-            del merged  # it would lie beside the next one's sum
+            del merged  # otherwise it would stay in memory while the next one is summed
             directions[group.name] = found.basis.float()
             values[group.name] = found.singular_values
             energies[group.name] = torch.tensor(found.total_energy, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""The Gram matrix M Mᵀ of a merged matrix M, in float64: adding to it, and its largest eigenpairs.
+"""The Gram matrix M Mᵀ of a merged matrix M in float64: accumulating it, and computing its largest eigenpairs.
 
-On a CPU only its lower triangle is computed and read, which halves both, through BLAS's own symmetric routines; on a GPU torch's dense
-ones serve. Whether a Gram matrix is accurate enough is `decompose`'s question.
+On a CPU, BLAS's symmetric routines compute and read only the lower triangle, which halves the work; a GPU uses torch's dense
+routines. `decompose` decides whether a Gram matrix is accurate enough.
 """
 
 import contextlib
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 EPS = torch.finfo(torch.float64).eps
-# Eigensolvers are backward stable: their error is a small multiple of eps·‖G‖, below 1 in a thousand random spectra.
+# Eigensolvers are backward stable: their error is a small multiple of eps·‖G‖, below 1 for a thousand random spectra.
 SAFETY = 4.0
-# Lanczos beats a direct solver beyond this many rows, if few directions are wanted.
+# Lanczos is faster than a direct solver above this many rows, if only this share of the directions is wanted.
 _LANCZOS_ROWS, _LANCZOS_SHARE = 1024, 0.1
-# Up to so many rows the idle threads of torch cost more than they give; see `one_thread_pool`.
+# Up to this many rows torch's idle threads cost more time than they save; see `one_thread_pool`.
 _POOL_ROWS = 2048
 
 
@@ -26,10 +26,10 @@ def on_cpu(tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def one_thread_pool(device: torch.device, rows: int) -> Iterator[None]:
-    """Leave a CPU's cores to scipy's BLAS, with torch on one thread, while matrices of at most `rows` rows are worked on, if these are few.
+    """On a CPU, if matrices have few `rows`, run torch on one thread and leave the cores to scipy's BLAS.
 
-    Both have threads of their own, and those of the one that just worked spin while the other works: with short products in turn, two
-    cores take twice as long as one.
+    Both libraries have their own thread pool, and the threads of the idle one keep spinning for a while. When short products
+    alternate between the two, two cores take twice as long as one.
     """
     threads = torch.get_num_threads()
     if device.type == "cpu" and rows <= _POOL_ROWS:
@@ -46,7 +46,7 @@ def empty_gram(weight: torch.Tensor) -> torch.Tensor:
 
 
 def add_gram(gram: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`gram` (rows, rows) after W Wᵀ was added in place to its lower triangle; above the diagonal it means nothing.
+    """Add W Wᵀ in place to the lower triangle of `gram` (rows, rows) and return it; entries above the diagonal are undefined.
 
     `weight` is W, (rows, columns) float64.
     """
@@ -54,7 +54,7 @@ def add_gram(gram: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return gram.addmm_(weight, weight.T)
     from scipy.linalg.blas import dsyrk
 
-    # BLAS counts by columns and so sees both matrices transposed: its upper triangle is the lower one here.
+    # BLAS is column-major and sees both matrices transposed, so its upper triangle is the lower one here.
     dsyrk(1.0, weight.contiguous().numpy().T, beta=1.0, c=gram.numpy().T, trans=1, lower=0, overwrite_c=1)
     return gram
 
@@ -80,7 +80,7 @@ def top_eigenpairs(gram: torch.Tensor, wanted: int) -> tuple[np.ndarray, np.ndar
 
 
 def _lanczos(gram: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The `wanted` largest eigenpairs, ascending, from a fixed start; None where they are not all there to full precision."""
+    """The `wanted` largest eigenpairs, ascending, from a fixed start; None if not all have converged to full precision."""
     from scipy.linalg.blas import dsymm, dsymv
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
@@ -99,7 +99,7 @@ def _lanczos(gram: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray] | N
         def rest(vector: np.ndarray) -> np.ndarray:
             return product(vector) - vectors @ (values * (vectors.T @ vector.ravel()))
 
-        # A Krylov space can miss one copy of a repeated eigenvalue: nothing larger may be left outside of what was found.
+        # A Krylov space can miss one copy of a repeated eigenvalue, so check that no larger eigenvalue remains.
         left = eigsh(LinearOperator((rows, rows), rest, dtype=float), k=1, v0=starts[1], tol=1e-3, return_eigenvectors=False)
     except ArpackNoConvergence:
         return None

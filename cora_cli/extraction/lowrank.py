@@ -1,7 +1,7 @@
-"""Merged matrices whose parts are products of low-rank factors: a tall matrix F with F Fᵀ = M Mᵀ stands for M, which is never built.
+"""Merge products of low-rank factors without building M: a narrower matrix F with F Fᵀ = M Mᵀ replaces it.
 
-F has the left singular vectors and the singular values of M exactly, and as many columns as the factors have together. Whether that
-is less than M has is `merge`'s question.
+F has exactly the left singular vectors and singular values of M, and as many columns as the sum of the factors' ranks. `merge`
+decides whether that saves memory.
 """
 
 import math
@@ -29,9 +29,9 @@ def mean_factor(pairs: list[Pair], centred: bool) -> tuple[torch.Tensor, float]:
 def gram_factor(pairs: list[Pair], centred: bool) -> tuple[torch.Tensor, float]:
     """F of M = [L₁R₁ … LₙRₙ], (rows, k) or (rows, k + n) where centred, and ‖M‖_F² before centring.
 
-    Σ Lᵢ(RᵢRᵢᵀ)Lᵢᵀ = F Fᵀ with F = [L₁T₁ᵀ … LₙTₙᵀ], Rᵢᵀ = QᵢTᵢ, which does not square the factors as RᵢRᵢᵀ would. To centre, Rᵢ is
-    split into its centred part and its mean column mᵢ times 1ᵀ, which are orthogonal; with μ the mean of all columns of M, the second
-    gives one column √columnsᵢ·(Lᵢmᵢ − μ) per part.
+    Σ Lᵢ(RᵢRᵢᵀ)Lᵢᵀ = F Fᵀ with F = [L₁T₁ᵀ … LₙTₙᵀ], Rᵢᵀ = QᵢTᵢ, which does not square the factors as RᵢRᵢᵀ would. To centre, Rᵢ
+    is split into its centred part and its mean column mᵢ times 1ᵀ, which are orthogonal; with μ the mean of all columns of M,
+    the second gives one column √columnsᵢ·(Lᵢmᵢ − μ) per part.
     """
     if not centred:
         factor = torch.cat([left @ _triangle(right).T for left, right in pairs], dim=1)

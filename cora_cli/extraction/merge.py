@@ -1,6 +1,6 @@
 """Which weights share a group, and the merged matrix of each group (equation 2 of arXiv 2409.02119, or a pooled Gram).
 
-Everything that shapes alone can refuse is refused in `plan`, before a tensor is read; decomposing is `decompose`'s work.
+`plan` makes every check that needs only shapes, before a tensor is read; `decompose` decomposes the result.
 """
 
 import dataclasses
@@ -14,18 +14,18 @@ from cora_cli.extraction.gram import EPS, add_gram, empty_gram
 from cora_cli.extraction.lowrank import Pair, gram_factor, mean_factor
 from cora_cli.weights.sources import WeightSource
 
-# The largest Gram matrix, 8 GiB in float64: weights with more rows are embeddings, and would exhaust the memory.
-_MOST_GRAM_ROWS = 32_768
-# So many entries are widened to float64 and added at a time: they stay in the processor's cache, which is five times faster.
-_ENTRIES_AT_ONCE = 2**18
+# The largest Gram matrix, 8 GiB in float64. Weights with more rows are embeddings and would exhaust the memory.
+_MAX_GRAM_ROWS = 32_768
+# Entries converted to float64 and added at a time: this many fit in the processor's cache, which is five times faster.
+_CHUNK_ENTRIES = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
     """The weights that are merged into one matrix M of `rows` x `columns`.
 
-    `modules` maps names to (out, in), `rows` is the out-dimension, or the in-dimension under `--side input`; `directions` is how many
-    singular vectors M can have.
+    `modules` maps names to (out, in). `rows` is the out-dimension, or the in-dimension under `--side input`. `directions` is
+    the number of singular vectors that M can have.
     """
 
     name: str
@@ -39,8 +39,9 @@ class Group:
 class Merged:
     """One group's M, as `matrix` or as the lower triangle of `gram` = M Mᵀ (rows, rows); the other is None. All float64.
 
-    `matrix` is M (rows, columns), or a narrower one with the same M Mᵀ (see `lowrank`). M is centred already under `--method pca`.
-    `energy` = ‖M‖_F², and `removed` is the energy that centring, or factors that cancel, took away: its rounding errors stay in M.
+    `matrix` is M (rows, columns), or a narrower matrix with the same M Mᵀ (see `lowrank`). Under `--method pca` M is already
+    centred. `energy` = ‖M‖_F². `removed` is the energy lost to centring or to factors that cancel; its rounding errors remain
+    in M.
     """
 
     group: Group
@@ -53,15 +54,17 @@ class Merged:
 def plan(sources: Sequence[WeightSource], base: WeightSource | None, choices: BasisChoices) -> list[Group]:
     """The groups of `choices`, from shapes alone.
 
-    `base` is given where it is subtracted. Raises `CoraError` naming modules and shapes where the models differ, where weights
-    of one group cannot be merged, or where `rank` is more than they can have.
+    `base` is the model to subtract, if any. Raises `CoraError` naming modules and shapes if the models differ, if the weights
+    of a group cannot be merged, or if `rank` exceeds the number of directions.
     """
     modules = _common_targets([*sources, *([base] if base else [])], choices)
     grouped: dict[str, dict[str, tuple[int, int]]] = {}
     for module, shape in modules.items():
         name = choices.mapping.group_of(module)
         if name is None:
-            raise CoraError(f"--share {choices.share}: {module} lies in no numbered layer; use --share module or projection")
+            raise CoraError(
+                f"--share {choices.share}: {module} is not in a numbered layer; use --share module or --share projection"
+            )
         grouped.setdefault(name, {})[module] = shape
     return [_plan_group(name, members, len(sources), choices) for name, members in grouped.items()]
 
@@ -74,12 +77,12 @@ def merge_group(
     device: torch.device,
     advance: Callable[[], None] = lambda: None,
 ) -> Merged:
-    """Merge one group, holding one model's tensor at a time beside the float64 accumulator on `device`; of LoRA adapters of one base
-    under `--source delta`, their factors alone, where these take no more memory.
+    """Merge one group on `device`, with one model's tensor in memory at a time besides the float64 accumulator.
 
-    `mean` gives M = (1/n) Σ Wᵢ over all weights of the group (equation 2), `gram` M = [W1 … Wn] through Σ Wᵢ Wᵢᵀ; Wᵢ has W_base
-    subtracted if `base` is given, and is transposed under `--side input`. Under `pca` the columns are centred (equation 7).
-    `advance` is called after each tensor. Raises `CoraError` where the merged matrix is zero.
+    For LoRA adapters of one base under `--source delta`, only their factors are held if that takes no more memory. `mean` gives
+    M = (1/n) Σ Wᵢ over all weights of the group (equation 2), `gram` M = [W1 … Wn] through Σ Wᵢ Wᵢᵀ; Wᵢ has W_base subtracted
+    if `base` is given, and is transposed under `--side input`. Under `pca` the columns are centred (equation 7). `advance` is
+    called after each tensor. Raises `CoraError` if the merged matrix is zero.
     """
     low_rank = base is not None and _is_low_rank(group, sources, base, choices)
     pool: _Mean | _Gram | _LowRank = _LowRank(choices) if low_rank else _Mean() if choices.merge == "mean" else _Gram()
@@ -97,12 +100,13 @@ def merge_group(
                 if base_weight is None:
                     base_weight = base.read(module).to(device)
                 pool.add(_oriented(source.read(module).to(device).double() - base_weight, choices))
-            delta = None  # one model's tensor at a time: nothing may outlive its turn
+            delta = None  # free it before the next tensor is read
             advance()
     merged = pool.result(group, centred=choices.method == "pca")
     if merged.energy <= pool.rounding(group) * (merged.energy + merged.removed):
         reasons = {
-            "delta": "either the models equal the base there (--target-modules can leave it out) or they cancel (--merge gram does not)",
+            "delta": "either the models equal the base there (exclude it with --target-modules) or their differences cancel "
+            "(use --merge gram)",
             "weights": "all its weights are zero" if choices.method == "svd" else "all its columns are equal",
         }
         raise CoraError(f"the merged matrix of group {group.name} is zero; {reasons[choices.source]}")
@@ -119,7 +123,7 @@ class _Mean:
     def add(self, weight: torch.Tensor) -> None:
         if self._sum is None:
             self._sum = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
-        rows = max(1, _ENTRIES_AT_ONCE // weight.shape[1])
+        rows = max(1, _CHUNK_ENTRIES // weight.shape[1])
         for total, part in zip(self._sum.split(rows), weight.split(rows), strict=True):
             total.add_(part.double())
         self._count += 1
@@ -135,12 +139,12 @@ class _Mean:
 
     @staticmethod
     def rounding(group: Group) -> float:
-        """The part of the energy that may be rounding error alone: each entry is off by a few units in its last place."""
+        """The share of the energy that may be rounding error: each entry is off by a few units in its last place."""
         return (8 * EPS) ** 2
 
 
 class _Gram:
-    """Σ Wᵢ Wᵢᵀ, which cannot cancel, with the columns' sum for centring: Σ W Wᵀ − N μ μᵀ."""
+    """Σ Wᵢ Wᵢᵀ, in which differences cannot cancel, and the sum of the columns for centring: Σ W Wᵀ − N μ μᵀ."""
 
     def __init__(self) -> None:
         self._gram: torch.Tensor | None = None
@@ -165,12 +169,12 @@ class _Gram:
 
     @staticmethod
     def rounding(group: Group) -> float:
-        """See `_Mean.rounding`; here a difference of squares carries the error."""
+        """See `_Mean.rounding`; here the error is that of a difference of squares."""
         return 8 * EPS * group.rows
 
 
 class _LowRank:
-    """Either of the above, of products L R that are never built."""
+    """The mean or the Gram of products L R, which are never built."""
 
     def __init__(self, choices: BasisChoices) -> None:
         self._factor = mean_factor if choices.merge == "mean" else gram_factor
@@ -188,14 +192,14 @@ class _LowRank:
 
     @staticmethod
     def rounding(group: Group) -> float:
-        """See `_Mean.rounding`; of a sum over as many terms as the weight has directions."""
+        """See `_Mean.rounding`; here each entry is a sum over as many terms as the weight has directions."""
         return (8 * EPS) ** 2 * group.directions
 
 
 def _is_low_rank(group: Group, sources: Sequence[WeightSource], base: WeightSource, choices: BasisChoices) -> bool:
-    """Whether all differences are known as products whose factors together take no more memory than M and one difference would.
+    """Whether all differences are known low-rank products whose factors take no more memory than M and one difference.
 
-    Minor directions are those outside of all factors, which only M itself shows.
+    Not for `bottom`: minor directions lie outside all factors, so they need M itself.
     """
     ranks = [source.own_rank(module, base) for module in group.modules for source in sources]
     most = min(group.rows, group.columns) if choices.merge == "mean" else group.rows
@@ -211,7 +215,7 @@ def _oriented(weight: torch.Tensor, choices: BasisChoices) -> torch.Tensor:
 
 
 def _common_targets(sources: Sequence[WeightSource], choices: BasisChoices) -> dict[str, tuple[int, int]]:
-    """Target module -> (out, in), the same in every source, or a `CoraError` that says where two of them differ."""
+    """Target module -> (out, in). Raises `CoraError` naming the difference if two sources differ in these."""
     first, *others = sources
     modules = match_targets(list(first.shapes), choices.target_modules, first.reference)
     for other in others:
@@ -220,7 +224,8 @@ def _common_targets(sources: Sequence[WeightSource], choices: BasisChoices) -> d
             module = min(different)
             has, lacks = (first, other) if module in first.shapes else (other, first)
             raise CoraError(
-                f"{has.reference} has a weight {module} {has.shapes[module]}, but {lacks.reference} has none of that name"
+                f"{has.reference} has a weight {module} {has.shapes[module]}, but {lacks.reference} does not; "
+                "only models of one architecture can be merged"
             )
         for module in modules:
             if first.shapes[module] != other.shapes[module]:
@@ -240,17 +245,17 @@ def _common_targets(sources: Sequence[WeightSource], choices: BasisChoices) -> d
 def _plan_group(name: str, members: dict[str, tuple[int, int]], models: int, choices: BasisChoices) -> Group:
     along, across = (1, 0) if choices.side == "input" else (0, 1)
     lead = next(iter(members))
-    for side in (along, across) if choices.merge == "mean" else (along,):  # pooled columns need not be equally many
+    for side in (along, across) if choices.merge == "mean" else (along,):  # pooling allows different numbers of columns
         for module, shape in members.items():
             if shape[side] != members[lead][side]:
                 raise CoraError(_refusal(name, (lead, members[lead]), (module, shape), side, choices))
     rows = members[lead][along]
     columns = members[lead][across] if choices.merge == "mean" else models * sum(shape[across] for shape in members.values())
-    if choices.merge == "gram" and rows > _MOST_GRAM_ROWS:
+    if choices.merge == "gram" and rows > _MAX_GRAM_ROWS:
         raise CoraError(
             f"--merge gram needs a {rows} x {rows} matrix ({rows**2 * 8 / 2**30:.0f} GiB) for group {name}; use --merge mean"
         )
-    # Centred columns sum to zero, which takes one direction.
+    # Centred columns sum to zero, which removes one direction.
     directions = min(rows, columns - (choices.method == "pca"))
     if choices.rank > directions:
         raise CoraError(
@@ -266,9 +271,9 @@ def _refusal(
     what = ("out", "in")[side]
     reason = " (grouped-query attention makes K and V smaller)" if side == 0 and choices.share in ("layer", "global") else ""
     other_share = "--share module" if choices.share == "projection" else "--share module or --share projection"
-    pools = side == (0 if choices.side == "input" else 1)  # a Gram does without equal dimensions across
-    alternative = f"{other_share}, or --merge gram," if pools else other_share
+    pools = side == (0 if choices.side == "input" else 1)  # --merge gram does not need this dimension to be equal
+    alternative = f"{other_share}, or --merge gram" if pools else other_share
     return (
-        f"--share {choices.share} merges weights of one {what}-dimension, but in group {name} {one[0]} is {one[1]} and "
-        f"{two[0]} is {two[1]}{reason}; {alternative} would work"
+        f"--share {choices.share} needs weights of equal {what}-dimension, but in group {name} {one[0]} is {one[1]} and "
+        f"{two[0]} is {two[1]}{reason}; use {alternative}"
     )

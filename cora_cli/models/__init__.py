@@ -1,1 +1,1 @@
-"""Model references and loading."""
+"""Resolve model references to local directories, and load models from them."""

@@ -1,6 +1,7 @@
-"""Model directories -> transformers models and tokenizers, on the chosen device and in the chosen precision.
+"""Load transformers models and tokenizers from a directory, on the chosen device and in the chosen precision.
 
-The only place where `from_pretrained` of a base model is called. Where a model lies is `models`, what is added to it `adapters`.
+Only this module calls `from_pretrained` of a base model. `references` finds the directory, and `adapters` adds adapters to the
+loaded model.
 """
 
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from cora_cli.models.references import ModelPath
 
 
 def require_four_bit(device: torch.device) -> None:
-    """Raise `CoraError` unless weights can be held in four bits here."""
+    """Raise `CoraError` unless this machine can hold weights in 4 bits, which takes a CUDA GPU and bitsandbytes."""
     missing = [
         what
         for what, there in (("a CUDA GPU", device.type == "cuda"), ("bitsandbytes", find_spec("bitsandbytes")))
@@ -22,7 +23,7 @@ def require_four_bit(device: torch.device) -> None:
     ]
     if missing:
         raise CoraError(
-            f"--load-in-4bit needs {' and '.join(missing)}, which is not here; leave it out to train on the weights as stored"
+            f"--load-in-4bit needs {' and '.join(missing)}, not found on this machine; omit it to train on the stored weights"
         )
 
 
@@ -34,16 +35,16 @@ def load_model(
     trust_remote_code: bool = False,
     four_bit: bool = False,
 ) -> PreTrainedModel:
-    """Load a whole causal language model in evaluation mode.
+    """Load a complete causal language model in evaluation mode.
 
-    `dtype` is a torch dtype, or "auto" for the one it is stored in; `attention` names transformers' implementation, None
-    is its default: SDPA where the model has it, which models with a soft cap have not. `four_bit` holds the linear layers in NF4 with
-    doubly quantized constants and multiplies in `dtype` (QLoRA, arXiv 2305.14314); see `require_four_bit`.
-    Raises `CoraError` for an adapter directory and for weights that are damaged or do not all arrive.
+    `dtype` is a torch dtype, or "auto" for the stored one. `attention` names transformers' attention implementation; None is
+    transformers' default, which is SDPA for models that support it (models with soft-capped logits do not). `four_bit` holds
+    the linear layers in NF4 with double quantization and multiplies in `dtype` (QLoRA, arXiv 2305.14314); see
+    `require_four_bit`. Raises `CoraError` for an adapter directory and for damaged or missing weights.
     """
     if model.is_adapter:
         raise CoraError(
-            f"{model.reference} is an adapter, not a whole model; write one with `cora merge {model.reference}` first"
+            f"{model.reference} is an adapter, not a complete model; merge it first with `cora merge {model.reference}`"
         )
     options: dict[str, Any] = {}
     if four_bit:
@@ -56,7 +57,7 @@ def load_model(
     try:
         loaded: Any
         report: Any
-        loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # the pair that output_loading_info returns
+        loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
             model.path,
             dtype=dtype,
             attn_implementation=attention,
@@ -70,24 +71,29 @@ def load_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise CoraError(
-            f"model {model.reference} lacks {len(missing)} weights that its config.json promises, such as {missing[0]}"
+            f"model {model.reference} is incomplete: {len(missing)} weights that its config.json requires are missing, such as "
+            f"{missing[0]}"
         )
     return (loaded if four_bit else loaded.to(device)).eval()
 
 
 def load_tokenizer(model: ModelPath, trust_remote_code: bool = False) -> Any:
-    """Load a model's tokenizer; its padding token falls back to the end token, which no loss mask relies on."""
+    """Load a model's tokenizer.
+
+    Without a padding token it pads with the end token, which is safe because no loss mask depends on token ids. Raises
+    `CoraError` if the tokenizer cannot be loaded or has no end token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so no answer could ever end")
+        raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so generation would never stop")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def context_length(config: Any) -> int:
-    """Longest sequence that the model can attend to, in tokens, by its configuration."""
+    """The longest sequence that the model supports, in tokens, according to its configuration."""
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)

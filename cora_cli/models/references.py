@@ -1,6 +1,7 @@
-"""Model references -> local directories: hub ids with a revision, local paths, adapter and run directories, the embedded model.
+"""Resolve a model reference to a local directory: a hub id with a revision, a path, a run directory or the embedded model.
 
-It decides where a model lies and which files make it up; it loads no weights (see `basis.sources` and `adapters`).
+This module finds the directory and lists the files of the model. Reading weights is done by `weights`, loading a model by
+`loading`.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ _SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 @dataclasses.dataclass(frozen=True)
 class ModelPath:
-    """A model that is on this disk.
+    """A model on the local disk.
 
     `reference` is what the user wrote, `revision` the hub commit (None for local directories).
     """
@@ -29,44 +30,46 @@ class ModelPath:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether this is a PEFT adapter rather than a whole model."""
+        """Whether this is a PEFT adapter rather than a complete model."""
         return (self.path / "adapter_config.json").exists()
 
     def config(self) -> dict[str, Any]:
-        """The model's `config.json`. Raises `CoraError` where it is missing or malformed."""
+        """The model's `config.json`. Raises `CoraError` if it is missing or malformed."""
         return rundir.read_json(self.path / "config.json")
 
     def adapter_config(self) -> dict[str, Any]:
-        """The adapter's `adapter_config.json`. Raises `CoraError` where it is missing or malformed."""
+        """The adapter's `adapter_config.json`. Raises `CoraError` if it is missing or malformed."""
         return rundir.read_json(self.path / "adapter_config.json")
 
     def weight_files(self) -> list[Path]:
-        """The files that hold the weights: safetensors where there are any, else `.bin`. Raises `CoraError` where none are.
+        """The weight files: safetensors if there are any, else `.bin`. Raises `CoraError` if there are none.
 
-        An adapter's are `adapter_model.*`, or the A alone of `cora`'s compact form.
+        For an adapter these are `adapter_model.*`, or the file of `cora`'s compact form, which holds only A.
         """
         stem = "adapter_*" if self.is_adapter else "*"
         for ending in ("safetensors", "bin"):
             found = sorted(file for file in self.path.glob(f"{stem}.{ending}") if file.name != "training_args.bin")
             if found:
                 return found
-        raise CoraError(f"{self.path} holds no weights: neither *.safetensors nor *.bin was found there")
+        raise CoraError(f"{self.path} holds no weights: it has no *.safetensors or *.bin file")
 
     def content_hash(self) -> str:
-        """SHA-256 over names and contents of the weight files and the configuration; for an adapter, `cora.json` too, since the B
-        of a compact one is made from it."""
+        """SHA-256 over the names and contents of the weight files and the configuration.
+
+        For an adapter it includes `cora.json`, from which the B of a compact adapter is recomputed.
+        """
         names = ("adapter_config.json", "cora.json") if self.is_adapter else ("config.json",)
         return rundir.sha256_files([*self.weight_files(), *(self.path / name for name in names if (self.path / name).exists())])
 
 
 def resolve_model(reference: str) -> ModelPath:
-    """Find a model on this disk, fetching it from the hub where it is a hub id.
+    """Find a model on the local disk; download it first if `reference` is a hub id.
 
     `reference` is a directory, a `cora train` run directory, `builtin:smollm2`, or a hub id with an optional `@revision`.
-    Raises `CoraError` where nothing of that name can be had.
+    Raises `CoraError` if it does not name a model or the download fails.
     """
     if not reference.strip():
-        raise CoraError("a model was named by an empty text; give a directory, a hub id or builtin:smollm2")
+        raise CoraError("the model name is empty; give a directory, a hub id or builtin:smollm2")
     if reference == EMBEDDED_MODEL:
         from cora_cli import embedded
 
@@ -77,7 +80,7 @@ def resolve_model(reference: str) -> ModelPath:
         if run.exists():
             path = run.model if run.model.exists() else run.adapter
         if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
-            raise CoraError(f"{reference} is no model: neither config.json nor adapter_config.json was found in {path}")
+            raise CoraError(f"{reference} is not a model: {path} has neither config.json nor adapter_config.json")
         return ModelPath(reference, path, None)
     hub_id, _, revision = reference.partition("@")
     if path.is_absolute() or reference.startswith((".", "~")) or not _HUB_ID.match(hub_id):
@@ -86,10 +89,13 @@ def resolve_model(reference: str) -> ModelPath:
 
 
 def resolve_base(reference: str | None) -> ModelPath | None:
-    """The whole model that `--base` names, if it names one. Raises `CoraError` for an adapter, as `resolve_model` does for nothing."""
+    """The complete model that `--base` names, or None without `--base`.
+
+    Raises `CoraError` for an adapter, and as `resolve_model` does.
+    """
     base = resolve_model(reference) if reference else None
     if base is not None and base.is_adapter:
-        raise CoraError(f"--base {reference} is an adapter, not a whole model; merge that one first")
+        raise CoraError(f"--base {reference} is an adapter, not a complete model; merge it first with `cora merge {reference}`")
     return base
 
 
@@ -107,6 +113,6 @@ def _fetch(reference: str, hub_id: str, revision: str | None) -> ModelPath:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CoraError(
-            f"model {reference!r} is not a directory here and could not be fetched from the hub: {reason}"
+            f"model {reference!r} is not a local directory and could not be downloaded from the hub: {reason}"
         ) from error
     return ModelPath(reference, path, path.name)

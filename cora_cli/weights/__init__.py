@@ -1,1 +1,1 @@
-"""Weight matrices of models and of adapters, read one at a time."""
+"""Read the weight matrices of models and adapters, one at a time."""

@@ -1,7 +1,7 @@
-"""The tensors of one checkpoint directory: their names and shapes without their data, and one tensor at a time.
+"""List the tensors of a checkpoint directory without reading their data, and read them one at a time.
 
-It knows safetensors and `.bin` files, sharded or not, and keeps neither a file nor a memory map open between reads, so that
-memory does not grow with the number of models. It does not know what a tensor means (see `sources` and `factors`).
+Supports safetensors and `.bin` files, sharded or not. No file or memory map stays open between reads, so memory does not grow
+with the number of models. `sources` and `factors` interpret the tensors.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ _LAYOUTS = (
 
 
 class Checkpoint:
-    """Where each tensor of a model or adapter lies.
+    """Maps each tensor of a model or adapter to its file.
 
-    `shapes` maps each tensor's name to its shape. Raises `CoraError` naming the file where one is missing, truncated, or a
-    pickle that holds more than tensors.
+    `shapes` maps each tensor's name to its shape. Raises `CoraError` naming the file if one is missing, truncated, or a pickle
+    that contains more than tensors.
     """
 
     def __init__(self, model: ModelPath) -> None:
@@ -40,16 +40,18 @@ class Checkpoint:
         for file in files:
             for name, shape in _list_tensors(file).items():
                 if name in self._files:
-                    raise CoraError(f"tensor {name} is stored twice: in {self._files[name]} and in {file.name}")
+                    raise CoraError(
+                        f"tensor {name} is stored twice, in {self._files[name]} and in {file.name}; remove one of the files"
+                    )
                 self.shapes[name], self._files[name] = shape, file
         for name, promised_file in promised.items():
             if name not in self.shapes:
-                raise CoraError(f"the index of {model.path} says that {promised_file} holds {name}, but it does not")
+                raise CoraError(f"the index of {model.path} lists {name} in {promised_file}, but that file does not contain it")
 
     def read(self, name: str) -> torch.Tensor:
-        """Tensor `name` in its stored type and shape, in memory of its own."""
+        """A copy of tensor `name` in its stored type and shape."""
         file, began = self._files[name], time.perf_counter()
-        with _naming(file):
+        with _read_errors(file):
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
                     tensor = opened.get_tensor(name).clone()
@@ -61,17 +63,22 @@ class Checkpoint:
 
 
 def finite(tensor: torch.Tensor, reference: str, name: str) -> torch.Tensor:
-    """`tensor`, unless it is no floating-point one or holds NaN or infinity: then a `CoraError` names the model and it."""
+    """Return `tensor` unchanged if it is floating-point without NaN or infinity.
+
+    Otherwise raise a `CoraError` that names the model and the tensor.
+    """
     if not tensor.is_floating_point():
-        raise CoraError(f"{reference}: {name} is stored as {tensor.dtype}; floating-point weights are needed")
-    # The extremes are NaN where any entry is, and found forty times faster than every entry is judged.
+        raise CoraError(f"{reference}: {name} is stored as {tensor.dtype}; use a copy of the model with floating-point weights")
+    # The extremes are NaN if any entry is; finding them is forty times faster than testing every entry.
     if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
-        raise CoraError(f"{reference}: {name} holds values that are not finite (NaN or infinity); the model is damaged")
+        raise CoraError(
+            f"{reference}: {name} holds values that are not finite (NaN or infinity); the model is damaged, use another copy"
+        )
     return tensor
 
 
 def _weight_files(model: ModelPath) -> tuple[list[Path], dict[str, str]]:
-    """The files to read, and what an index promises: tensor name -> file name. Same precedence as transformers."""
+    """The files to read, and the index's tensor name -> file name. The precedence of formats is that of transformers."""
     if model.is_adapter:
         return model.weight_files(), {}
     for single, index in _LAYOUTS:
@@ -82,13 +89,15 @@ def _weight_files(model: ModelPath) -> tuple[list[Path], dict[str, str]]:
             files = [model.path / name for name in sorted(set(weight_map.values()))]
             for file in files:
                 if file.parent != model.path or not file.exists():
-                    raise CoraError(f"{model.path / index} lists {file.name}, which is not in that directory")
+                    raise CoraError(
+                        f"{model.path / index} lists {file.name}, which is not in that directory; download the model again"
+                    )
             return files, weight_map
     return model.weight_files(), {}
 
 
 def _list_tensors(file: Path) -> dict[str, tuple[int, ...]]:
-    with _naming(file):
+    with _read_errors(file):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
                 return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
@@ -97,16 +106,16 @@ def _list_tensors(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _load_pickle(file: Path) -> dict[str, Any]:
-    """A `.bin` file's tensors as views of a memory map, which lives as long as they do."""
+    """A `.bin` file's tensors as views of a memory map, which stays open as long as they exist."""
     loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(loaded, dict):
-        raise CoraError(f"{file} holds a {type(loaded).__name__}, not named tensors")
+        raise CoraError(f"{file} holds a {type(loaded).__name__}, not a dictionary of named tensors")
     return loaded
 
 
 @contextlib.contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Turn what a damaged or hostile file raises, which may be anything, into one sentence that names it."""
+def _read_errors(file: Path) -> Iterator[None]:
+    """Turn any exception of a damaged or malicious file into a one-sentence `CoraError` that names the file."""
     try:
         yield
     except CoraError:
@@ -115,6 +124,6 @@ def _naming(file: Path) -> Iterator[None]:
         if file.suffix == ".safetensors":
             raise CoraError(f"{file} is damaged or truncated and cannot be read as safetensors: {reason(error)}") from error
         raise CoraError(
-            f"{file} cannot be read as plain tensors: it is damaged, in torch's format of before 2020, or a pickle that wants "
-            f"to run code, which is never done; a safetensors copy of the model would work ({reason(error)})"
+            f"{file} cannot be read as plain tensors: it is damaged, in torch's format from before 2020, or a pickle that "
+            f"would run code, which cora never loads; use a safetensors copy of the model ({reason(error)})"
         ) from error

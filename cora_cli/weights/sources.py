@@ -1,6 +1,6 @@
-"""The weight matrices of one model, by module name: listed without reading data, then read one at a time.
+"""The weight matrices of one model by module name, listed without reading data and then read one at a time.
 
-Whole models and LoRA adapters on a base look alike from outside; how the matrices of several are merged is not known here.
+Complete models and LoRA adapters on a base share one interface. `extraction.merge` combines the matrices of several models.
 """
 
 import abc
@@ -24,12 +24,12 @@ _ARCHITECTURE_KEYS = (
     "intermediate_size",
     "vocab_size",
 )
-# Their Conv1D layers store (in, out), so that "output side" would silently mean the input.
+# Their Conv1D layers store (in, out), so "output side" would silently mean the input side.
 _TRANSPOSED_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 
 
 def architecture_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a model's `config.json` that say whether two models have the same shape; absent ones are left out."""
+    """The entries of `config.json` that decide whether two models have the same shape; absent ones are left out."""
     return {key: config[key] for key in _ARCHITECTURE_KEYS if config.get(key) is not None}
 
 
@@ -43,11 +43,11 @@ class WeightSource(abc.ABC):
 
     @abc.abstractmethod
     def read(self, module: str) -> torch.Tensor:
-        """The weight of `module`, (out, in), on the CPU. Raises `CoraError` where it is damaged or not finite."""
+        """The weight of `module`, (out, in), on the CPU. Raises `CoraError` if it is damaged or not finite."""
 
     @abc.abstractmethod
     def content_hash(self, modules: Iterable[str]) -> str:
-        """SHA-256 over name, type, shape and bytes of what determines the weights of `modules`.
+        """SHA-256 over the name, type, shape and bytes of every tensor that determines the weights of `modules`.
 
         Modules that were read before are not read again.
         """
@@ -55,7 +55,7 @@ class WeightSource(abc.ABC):
     @property
     @abc.abstractmethod
     def checkpoints(self) -> list[Checkpoint]:
-        """What is read for this source alone; a base that was given counts for itself."""
+        """The checkpoints that this source opened itself; a base that the caller passed in is not among them."""
 
     @property
     def bytes_read(self) -> int:
@@ -64,42 +64,44 @@ class WeightSource(abc.ABC):
 
     @property
     def seconds_reading(self) -> float:
-        """Time spent so far on bringing them from files to memory."""
+        """Seconds spent so far on reading them from files."""
         return sum(checkpoint.seconds_reading for checkpoint in self.checkpoints)
 
     def own_delta(self, module: str, base: "WeightSource") -> torch.Tensor | None:
-        """W − W_base, (out, in) float64, where it is known without reading `base`; else None."""
+        """W − W_base, (out, in) float64, if it is known without reading `base`; else None."""
         return None
 
     def own_rank(self, module: str, base: "WeightSource") -> int | None:
-        """The r of `own_factors`, from shapes alone (0 where W = W_base); None where W − W_base is not known as a product."""
+        """The r of `own_factors`, from shapes alone (0 if W = W_base); None if W − W_base is not a known low-rank product."""
         return None
 
     def own_factors(self, module: str, base: "WeightSource") -> tuple[torch.Tensor, torch.Tensor]:
-        """L (out, r) and R (r, in) float64 with L R = W − W_base, read without `base`, where `own_rank` knows its r."""
+        """L (out, r) and R (r, in) float64 with L R = W − W_base, without reading `base`; only if `own_rank` is not None."""
         raise NotImplementedError
 
 
 def open_source(model: ModelPath, base: WeightSource | None = None) -> WeightSource:
     """List the weight matrices of a model or of a LoRA adapter; reads headers only.
 
-    An adapter's W is W_base + s·B·A (float64), on `base` where given, else on the model that its configuration names.
-    Raises `CoraError` where files are missing, damaged or quantised, or where an adapter does not fit its base.
+    An adapter's W is W_base + s·B·A (float64). Its base is `base` if given, else the model that its configuration names.
+    Raises `CoraError` if files are missing, damaged or quantised, or if an adapter does not fit its base.
     """
     return AdapterSource(model, base) if model.is_adapter else ModelSource(model)
 
 
 class ModelSource(WeightSource):
-    """A whole model: every two-dimensional `*.weight` of its checkpoint, in the stored type."""
+    """A complete model: every two-dimensional `*.weight` of its checkpoint, in the stored type."""
 
     def __init__(self, model: ModelPath) -> None:
         config = model.config()
         self.reference, self.revision = model.reference, model.revision
         self.architecture = architecture_of(config)
         if (model_type := config.get("model_type")) in _TRANSPOSED_TYPES:
-            raise CoraError(f"{model.reference} is a {model_type} model, whose weights are stored (in, out): not supported")
+            raise CoraError(
+                f"{model.reference} is a {model_type} model, which is not supported: its weights are stored as (in, out)"
+            )
         if config.get("quantization_config"):
-            raise CoraError(f"{model.reference} is stored quantised; its weights are needed in bf16, fp16 or fp32")
+            raise CoraError(f"{model.reference} is stored quantised; use a copy with weights in bf16, fp16 or fp32")
         self._checkpoint = Checkpoint(model)
         self._digests: dict[str, str] = {}
         self.shapes = {
@@ -137,7 +139,7 @@ class AdapterSource(WeightSource):
         self._base_is_own = base is None
         self.base = base or self._open_base()
         self.architecture = self.base.architecture
-        # A saved whole module may have grown (new tokens) or be absent from the base (a tied or new head).
+        # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
         shapes = self.base.shapes | self._own.full
         self._own.check(shapes, self.base.reference)
         self.shapes = {module: shape for module, shape in shapes.items() if module not in self._own.hidden}
@@ -150,7 +152,7 @@ class AdapterSource(WeightSource):
         return weight
 
     def own_delta(self, module: str, base: WeightSource) -> torch.Tensor | None:
-        """s·B·A exactly (zero where the adapter leaves `module` alone), if `base` is this adapter's own."""
+        """s·B·A exactly (zero for a module without an update) if `base` is this adapter's base; else None."""
         if base is not self.base or module in self._own.full:
             return None
         return self._update(module) if module in self._own.ranks else torch.zeros(self.shapes[module], dtype=torch.float64)
@@ -175,7 +177,7 @@ class AdapterSource(WeightSource):
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
-        """See `WeightSource.checkpoints`; the base's are among them where the adapter opened it itself."""
+        """See `WeightSource.checkpoints`; includes the base's if the adapter opened its base itself."""
         return [self._own.checkpoint, *(self.base.checkpoints if self._base_is_own else [])]
 
     def _update(self, module: str) -> torch.Tensor:
@@ -186,9 +188,9 @@ class AdapterSource(WeightSource):
     def _open_base(self) -> WeightSource:
         name, revision = self._own.config.get("base_model_name_or_path"), self._own.config.get("revision")
         if not name:
-            raise CoraError(f"{self.reference} does not name the model it rests on; give it with --base")
+            raise CoraError(f"{self.reference} does not name its base model; name it with --base")
         try:
             found = resolve_model(f"{name}@{revision}" if revision else name)
         except CoraError as error:
-            raise CoraError(f"the base of adapter {self.reference} cannot be had, --base would name it: {error}") from error
+            raise CoraError(f"cannot find the base model of adapter {self.reference} (name it with --base): {error}") from error
         return open_source(found)

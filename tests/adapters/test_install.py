@@ -218,7 +218,7 @@ def test_a_target_that_is_no_linear_layer_is_refused_with_those_that_are(target,
     ("changes", "with_basis", "said"),
     [
         ({}, False, "mode fb needs a basis to start B from"),
-        ({"rank": 9}, True, "--rank 9 was asked for, but basis .* holds 8 directions"),
+        ({"rank": 9}, True, "--rank 9 is too large: basis .* holds 8 directions"),
         ({"rank": 33, "b_init": "orthonormal"}, False, "k_proj has 32 outputs, fewer than --rank 33"),
         ({"target_modules": ("q_proj", "o_proj")}, True, "has no group for module model.layers.0.self_attn.o_proj"),
     ],
@@ -232,7 +232,7 @@ def test_a_start_that_cannot_be_had_is_refused_before_the_model_is_touched(chang
 
 def test_a_basis_of_other_shapes_is_refused(tiny_multihead_model, basis):
     model = LlamaForCausalLM.from_pretrained(tiny_multihead_model, dtype=torch.float32)
-    with pytest.raises(CoraError, match=r"k_proj has 64 outputs, but group .* was made for 32"):
+    with pytest.raises(CoraError, match=r"k_proj has 64 outputs, but group .* expects 32"):
         install_adapter(model, plan("fb"), basis)
 
 

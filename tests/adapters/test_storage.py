@@ -300,7 +300,7 @@ def test_a_damaged_side_file_is_named(content, said, copied, load):
 
 def test_an_adapter_of_a_model_of_other_shapes_is_refused(standard, compact, load, tiny_multihead_model):
     assert "size mismatch" in failure(load(tiny_multihead_model), standard[0])
-    with pytest.raises(CoraError, match=r"v_proj has 64 outputs, but group .* was made for 32"):
+    with pytest.raises(CoraError, match=r"v_proj has 64 outputs, but group .* expects 32"):
         load_adapter(load(tiny_multihead_model), resolve_model(str(compact[0])))
 
 
@@ -369,6 +369,6 @@ def test_an_adapter_whose_pickle_wants_to_run_code_is_refused_and_does_not_run_i
     LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(str(tmp_path / "evil"))
     torch.save({"w": Evil()}, tmp_path / "evil" / "adapter_model.bin")
     model = LlamaForCausalLM.from_pretrained(tiny_model)
-    with pytest.raises(CoraError, match="holds more than tensors and was not opened"):
+    with pytest.raises(CoraError, match="contains more than tensors and could run code"):
         load_adapter(model, resolve_model(str(tmp_path / "evil")))
     assert not (tmp_path / "ran").exists()

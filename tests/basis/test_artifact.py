@@ -119,7 +119,7 @@ def test_a_module_gets_the_first_directions_of_its_group(basis):
     ("arguments", "said"),
     [
         (("model.layers.7.self_attn.q_proj", 4, 16), r"no group for module model\.layers\.7.*6 in all"),
-        ((Q0, 4, 32), "32 outputs, but group .* was made for 16"),
+        ((Q0, 4, 32), "32 outputs, but group .* expects 16"),
         ((Q0, 5, 16), "--rank 5 .*holds 4 directions; use --rank 4 or less"),
         ((Q0, 0, 16), "--rank 0"),
     ],
@@ -180,7 +180,7 @@ def test_a_missing_file_is_refused(tmp_path):
 def test_a_truncated_file_is_refused(files, tmp_path, part):
     data = files["weights"].read_bytes()
     (tmp_path / "cut").write_bytes(data[: int(len(data) * part)])
-    with pytest.raises(CoraError, match="no whole safetensors file"):
+    with pytest.raises(CoraError, match="not a complete safetensors file"):
         read_basis(tmp_path / "cut")
 
 
@@ -216,16 +216,16 @@ def damage_columns(tensors):
         (
             lambda tensors: tensors.update({f"basis/{Q0}": torch.eye(16)[:, :3]}),
             None,
-            r"\(16, 3\) where \(16, 4\) was expected",
+            r"\(16, 3\), not \(16, 4\)",
         ),
         (
             lambda tensors: tensors.update({f"basis/{Q0}": torch.eye(17)[:, :4]}),
             None,
-            r"\(17, 4\) where \(16, 4\) was expected",
+            r"\(17, 4\), not \(16, 4\)",
         ),
-        (lambda tensors: tensors[f"basis/{Q0}"].mul_(float("nan")), None, "not finite"),
+        (lambda tensors: tensors[f"basis/{Q0}"].mul_(float("nan")), None, "does not hold finite"),
         (damage_columns, None, "not orthonormal"),
-        (lambda tensors: tensors[f"singular_values/{Q0}"].mul_(1.001), None, "its content hashes to"),
+        (lambda tensors: tensors[f"singular_values/{Q0}"].mul_(1.001), None, "its content hash is"),
     ],
 )
 def test_a_file_that_was_edited_is_refused_even_with_a_fitting_digest(files, tmp_path, tensors, record, said):
@@ -244,7 +244,7 @@ def test_an_edited_record_without_a_fitting_digest_is_refused(files, tmp_path):
 
 def test_another_safetensors_file_is_no_basis(files, grouped_models, tmp_path):
     for file in (grouped_models[0] / "model.safetensors", rewrite(files["weights"], tmp_path / "other", key="other")):
-        with pytest.raises(CoraError, match="no basis"):
+        with pytest.raises(CoraError, match="not a basis"):
             read_basis(file)
 
 

@@ -39,8 +39,8 @@ def test_defaults_are_those_of_the_contract():
         ("rank", 0, "at least 1"),
         ("rank", True, "at least 1"),
         ("rank", 2.0, "at least 1"),
-        ("target_modules", (), "list of module names"),
-        ("target_modules", "q_proj", "list of module names"),
+        ("target_modules", (), "must list module names"),
+        ("target_modules", "q_proj", "must list module names"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_a_usage_error_that_names_what_is(field, value, said):

@@ -153,7 +153,10 @@ def test_a_changed_grid_is_refused_before_anything_runs(
     ("changes", "message"),
     [
         ({"model": "./nowhere"}, "model './nowhere' is neither a directory on this disk nor a hub id"),
-        ({"models": {"itself": "no-org/no-model"}}, "model 'no-org/no-model' is not a directory here and could not be fetched"),
+        (
+            {"models": {"itself": "no-org/no-model"}},
+            "model 'no-org/no-model' is not a local directory and could not be downloaded",
+        ),
         ({"datasets": {"counting": "missing.jsonl"}}, "missing.jsonl"),
         ({"grid": [{"mode": "fb", "rank": 40}]}, "rank 40 is above the 32 rows of"),
         ({"grid": [{"mode": "fb", "share": "global"}]}, "share global needs weights with equal out-dimensions"),

@@ -55,4 +55,4 @@ def test_embedded_parts_that_are_not_here_are_announced_and_not_fetched(
 def test_a_device_that_is_not_there_is_an_error() -> None:
     result = cora_doctor("--device=cuda:9")
     assert result.exit_code == 1
-    assert result.stderr.startswith("cora: error: --device cuda:9 was asked for")
+    assert result.stderr.startswith("cora: error: --device cuda:9 is not available")

@@ -205,7 +205,7 @@ def assert_one_line(result: Any, exit_code: int, message: str) -> None:
         (["run", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
         (["run", "--limit", "-1"], "--limit must be at least 1, not -1"),
         (["run", "--bootstrap", "5"], "--bootstrap must be at least 100, not 5"),
-        (["run", "--device", "tpu"], "--device 'tpu' is unknown"),
+        (["run", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:<index>, not 'tpu'"),
     ],
 )
 def test_senseless_requests_exit_2_with_one_line(arguments: list[str], message: str) -> None:

@@ -78,17 +78,17 @@ def test_equal_requests_write_equal_bytes(tiny_model: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--rank=0"], 2, "--rank 0 is not a whole number of at least 1"),
+        (["--rank=0"], 2, "--rank must be an integer of at least 1, not 0"),
         (["--source=delta"], 2, "--source delta needs --base"),
-        (["--target-modules= , "], 2, "--target-modules () is not a list of module names"),
-        (["--target-modules=q_proj,query"], 1, "matches the target module 'query'; the names there are: "),
+        (["--target-modules= , "], 2, "--target-modules must list module names such as q_proj,k_proj,v_proj, not ()"),
+        (["--target-modules=q_proj,query"], 1, "matches the target module 'query'; its module names are: "),
         (["--share=layer"], 1, "share"),
         (["--share=global"], 1, "share"),
-        (["--side=input", "--share=layer"], 1, "--merge gram, would work"),
+        (["--side=input", "--share=layer"], 1, "or --merge gram"),
         (["--rank=33"], 1, "33"),
         (["/missing/model"], 1, "model '/missing/model' is neither a directory on this disk nor a hub id"),
         (["--base=/missing/base"], 1, "model '/missing/base' is neither a directory on this disk nor a hub id"),
-        (["--device=tpu"], 2, "--device 'tpu' is unknown"),
+        (["--device=tpu"], 2, "--device must be auto, cpu, cuda or cuda:<index>, not 'tpu'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

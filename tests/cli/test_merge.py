@@ -158,7 +158,7 @@ def test_refusals_are_one_line_and_write_nothing(
         ((tiny_model, "-o", out), 1, "is a whole model: there is nothing to merge"),
         ((tmp_path / "empty", "-o", out), 1, "neither config.json nor adapter_config.json"),
         ((tmp_path / "nowhere", "-o", out), 1, "neither a directory on this disk nor a hub id"),
-        ((trained["lora"], "-o", out, "--base", trained["fb"]), 1, "is an adapter, not a whole model"),
+        ((trained["lora"], "-o", out, "--base", trained["fb"]), 1, "is an adapter, not a complete model"),
         ((trained["lora"], "-o", out, "--base", tiny_multihead_model), 1, "cannot be loaded"),
         ((damaged, "-o", out), 1, "cannot be loaded"),
         ((trained["lora"],), 2, "--output"),

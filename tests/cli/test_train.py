@@ -83,11 +83,11 @@ def assert_refused(result: Any, code: int, message: str) -> None:
         ),
         (["--dropout=1.5"], 2, "--dropout must be at least 0 and below 1, not 1.5"),
         (["--test-size=-1"], 2, "--test-size must be a count, or a share between 0 and 1, not -1.0"),
-        (["--test-size=40"], 1, "holds 40 records, so that 40 held-out ones leave none to train on"),
+        (["--test-size=40"], 1, "holds 40 records, so holding out 40 leaves none to train on"),
         (
             ["--max-length=2"],
             1,
-            "every one of the 36 training records was truncated away: no response fits into --max-length 2",
+            "all 36 training records were dropped: no response fits into --max-length 2",
         ),
         (["--target-modules=q_proj,query"], 1, "target module 'query' matches nothing in this model; its linear layers are"),
         (["--mode=fb", "--b-init=ones", "--target-modules=mlp"], 1, "target module 'mlp' is a LlamaMLP, not an nn.Linear"),
@@ -96,8 +96,8 @@ def assert_refused(result: Any, code: int, message: str) -> None:
         (["--model=/missing/model"], 1, "model '/missing/model' is neither a directory on this disk nor a hub id"),
         (["--dataset=/missing.jsonl"], 1, "dataset /missing.jsonl does not exist"),
         (["--dataset=builtin:poems"], 1, "poems"),
-        (["--device=tpu"], 2, "--device 'tpu' is unknown; use auto, cpu, cuda or cuda:<index>"),
-        (["--device=cuda:7"], 1, "--device cuda:7 was asked for"),
+        (["--device=tpu"], 2, "--device must be auto, cpu, cuda or cuda:<index>, not 'tpu'"),
+        (["--device=cuda:7"], 1, "--device cuda:7 is not available"),
         (["--load-in-4bit"], 1, "--load-in-4bit needs a CUDA GPU"),
         (
             ["--mode=full", "--load-in-4bit"],
@@ -120,13 +120,21 @@ def test_wrong_flags_are_refused(flags: list[str], code: int, message: str, usua
     ("name", "text", "message"),
     [
         ("d.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "a", "outp\n', "d.jsonl, line 2: not valid JSON"),
-        ("d.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instruction": "a"}\n', "d.jsonl, line 3: output is missing"),
-        ("d.jsonl", '{"question": "a", "answer": "b"}\n', "d.jsonl, line 1: columns found are answer, question; needed are"),
-        ("d.jsonl", '{"instruction": "a", "output": 3}\n', "d.jsonl, line 1: output must be text, but is 3"),
-        ("d.jsonl", "[1]\n", "d.jsonl, line 1: a record with named columns was expected, but found [1]"),
+        (
+            "d.jsonl",
+            '{"instruction": "a", "output": "b"}\n\n{"instruction": "a"}\n',
+            "d.jsonl, line 3: column output is missing",
+        ),
+        (
+            "d.jsonl",
+            '{"question": "a", "answer": "b"}\n',
+            "d.jsonl, line 1: found the columns answer, question; a record needs",
+        ),
+        ("d.jsonl", '{"instruction": "a", "output": 3}\n', "d.jsonl, line 1: output must be text, not 3"),
+        ("d.jsonl", "[1]\n", "d.jsonl, line 1: expected a record with named columns, found [1]"),
         ("d.jsonl", "", "d.jsonl holds no records"),
         ("d.json", '[{"instruction": "a", "output": "b"},\n {"instruction" "a"}]', "d.json, line 2: not valid JSON"),
-        ("d.txt", "text", "d.txt ends in .txt; readable are .json, .jsonl, .csv, .parquet"),
+        ("d.txt", "text", "d.txt has the ending .txt; supported endings are .json, .jsonl, .csv, .parquet"),
         ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "d.jsonl, line 1: messages must be a list"),
     ],
 )
@@ -145,9 +153,9 @@ def test_a_basis_that_does_not_serve_is_refused(
     cut.write_bytes(tiny_basis.read_bytes()[:-100])
     extract_basis([resolve_model(str(tiny_multihead_model))], other, BasisChoices(rank=4), None, torch.device("cpu"))
     for basis, flags, message in (
-        (cut, [], f"{cut} is no whole safetensors file, so it cannot be read as a basis"),
-        (other, [], f"basis {other} was made from models with num_key_value_heads = 4, but this model has 2"),
-        (tiny_basis, ["--rank=9"], f"--rank 9 was asked for, but basis {tiny_basis} holds 8 directions; use --rank 8 or less"),
+        (cut, [], f"{cut} is not a complete safetensors file, so it cannot be read as a basis"),
+        (other, [], f"basis {other} was extracted from models with num_key_value_heads = 4, but this model has 2"),
+        (tiny_basis, ["--rank=9"], f"--rank 9 is too large: basis {tiny_basis} holds 8 directions; use --rank 8 or less"),
         (
             tiny_basis,
             ["--target-modules=o_proj"],
@@ -163,9 +171,7 @@ def test_a_basis_that_does_not_serve_is_refused(
 def test_a_basis_with_fewer_directions_than_the_outer_rank_is_refused_by_that_flag(
     flags: list[str], usual: list[str], tiny_basis: Path, tmp_path: Path
 ) -> None:
-    refused = (
-        f"--outer-rank 10 was asked for, but basis {tiny_basis} holds 8 directions; use --outer-rank 8 or less, or extract one"
-    )
+    refused = f"--outer-rank 10 is too large: basis {tiny_basis} holds 8 directions; use --outer-rank 8 or less, or extract one"
     assert_refused(cora_train(*usual, "--mode=lora-mini", f"--basis={tiny_basis}", *flags), 1, refused)
     assert list(tmp_path.iterdir()) == []
 
@@ -174,7 +180,7 @@ def test_a_basis_of_the_input_side_serves_as_a_and_is_refused_as_b_of_weights_th
     usual: list[str], tiny_input_basis: Path, tmp_path: Path
 ) -> None:
     refused = cora_train(*usual, "--mode=fb", f"--basis={tiny_input_basis}")
-    message = f"k_proj has 32 outputs, but group model.layers.0.self_attn.k_proj of basis {tiny_input_basis} was made for 64"
+    message = f"k_proj has 32 outputs, but group model.layers.0.self_attn.k_proj of basis {tiny_input_basis} expects 64"
     assert_refused(refused, 1, message)
     assert list(tmp_path.iterdir()) == []
     result = cora_train(*usual, "--mode=fa-basis", f"--basis={tiny_input_basis}")
@@ -235,7 +241,7 @@ def test_a_model_that_is_damaged_or_no_model_is_refused(usual: list[str], tiny_m
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
     model.mkdir()
-    refused(f"{model} is no model: neither config.json nor adapter_config.json was found")
+    refused(f"{model} is not a model: {model} has neither config.json nor adapter_config.json")
     (model / "adapter_config.json").write_text("{}")
     refused(f"{model} is an adapter; training needs a whole model: write one with `cora merge` first")
     shutil.rmtree(model)
@@ -243,7 +249,9 @@ def test_a_model_that_is_damaged_or_no_model_is_refused(usual: list[str], tiny_m
     weights = load_file(model / "model.safetensors")
     gone = weights.pop("model.layers.1.self_attn.k_proj.weight")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    refused(f"model {model} lacks 1 weights that its config.json promises, such as model.layers.1.self_attn.k_proj.weight")
+    refused(
+        f"model {model} is incomplete: 1 weights that its config.json requires are missing, such as model.layers.1.self_attn.k_proj.weight"
+    )
     save_file(
         {**weights, "model.layers.1.self_attn.k_proj.weight": gone[:16].clone()}, model / "model.safetensors", {"format": "pt"}
     )

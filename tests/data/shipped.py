@@ -20,7 +20,7 @@ def prompts(records):
 
 
 def matches(pattern, name="instruct", column="instruction"):
-    """Records whose column matches the whole pattern, with the match; at least a few, so that no check runs on nothing."""
+    """Records whose column fully matches the pattern, with the match; fails if there are too few to check."""
     found = [(record, match) for record in everything(name) if (match := re.fullmatch(pattern, record[column], re.DOTALL))]
     assert len(found) >= 5, pattern
     return found

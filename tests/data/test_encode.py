@@ -141,6 +141,6 @@ def test_a_record_without_a_single_prompt_token_is_dropped():
 
 def test_nothing_left_is_an_error_that_names_the_records_and_the_length():
     records = prompt_records(("x", "y" * 20), ("x", "y" * 30))
-    with pytest.raises(CoraError, match=r"every one of the 2 training records was truncated away.*--max-length 8"):
+    with pytest.raises(CoraError, match=r"all 2 training records were dropped.*--max-length 8"):
         encode_records(records, "prompt", "plain", TOKENIZERS["nothing"], 8, "training")
     assert encode_records([], "prompt", "plain", TOKENIZERS["nothing"], 8, "held-out").examples == []

@@ -122,7 +122,7 @@ def test_the_line_of_a_bad_record_in_an_array_over_many_lines_is_that_of_its_bra
     content = '[\n  {"prompt": "a",\n   "completion": "b"},\n\n  {"prompt": "c",\n   "completion": 5}\n]\n'
     message = failure(tmp_path / "a.json", content)
     assert "line 5:" in message
-    assert message.endswith("completion must be text, but is 5")
+    assert message.endswith("completion must be text, not 5")
 
 
 @pytest.mark.parametrize(
@@ -137,10 +137,10 @@ def test_the_line_of_a_bad_record_in_an_array_over_many_lines_is_that_of_its_bra
         ('[{"prompt": "a", "completion": "b"},\n\n', 3, "not valid JSON"),
         ('[{"prompt": "a", "completion": "b"}\n', 2, "found ''"),
         ('[{"prompt": "a", "completion": "b"}]\n\n[{"prompt": "c", "completion": "d"}]', 3, "nothing may follow the array"),
-        ('{"prompt": "a", "completion": "b"}', 1, 'an array of records was expected, but found \'{"prompt"'),
-        ('[{"prompt": "a", "completion": "b"},\n"loose text"]', 2, 'but found "loose text"'),
-        ('[{"prompt": "a", "completion": "b"},\n{"prompt": "c"}]', 2, "completion is missing; columns found are prompt"),
-        ('[\n{"prompt": "a", "completion": "cut \\ud83d"}]', 2, 'completion must be text, but is "cut \\ud83d"'),
+        ('{"prompt": "a", "completion": "b"}', 1, 'expected an array of records, found \'{"prompt"'),
+        ('[{"prompt": "a", "completion": "b"},\n"loose text"]', 2, 'found "loose text"'),
+        ('[{"prompt": "a", "completion": "b"},\n{"prompt": "c"}]', 2, "column completion is missing; found prompt"),
+        ('[\n{"prompt": "a", "completion": "cut \\ud83d"}]', 2, 'completion must be text, not "cut \\ud83d"'),
     ],
 )
 def test_damaged_json_is_named_by_line_and_finding(content, line, found, tmp_path):
@@ -153,9 +153,9 @@ def test_damaged_json_is_named_by_line_and_finding(content, line, found, tmp_pat
     ("bad", "found"),
     [
         ('{"prompt": "c", "completion": "d"', "not valid JSON"),
-        ("[1, 2]", "but found [1, 2]"),
-        ('{"prompt": "c", "text": "d"}', "completion is missing; columns found are prompt, text"),
-        ('{"prompt": null, "completion": "d"}', "prompt must be text, but is null"),
+        ("[1, 2]", "found [1, 2]"),
+        ('{"prompt": "c", "text": "d"}', "column completion is missing; found prompt, text"),
+        ('{"prompt": null, "completion": "d"}', "prompt must be text, not null"),
     ],
 )
 def test_a_bad_jsonl_line_is_named_also_after_blank_lines(bad, found, tmp_path):
@@ -167,8 +167,8 @@ def test_a_bad_jsonl_line_is_named_also_after_blank_lines(bad, found, tmp_path):
 @pytest.mark.parametrize(
     ("content", "line", "found"),
     [
-        ("prompt,completion\na,b\nc,d,e\n", 3, "the row has 3 columns, where the header has 2"),
-        ("prompt,completion\na,b\nc\n", 3, "the row has 1 columns, where the header has 2"),
+        ("prompt,completion\na,b\nc,d,e\n", 3, "the row has 3 columns, but the header has 2"),
+        ("prompt,completion\na,b\nc\n", 3, "the row has 1 columns, but the header has 2"),
         ('prompt,completion\n"a\nb\nc",d\nlonely\n', 5, "the row has 1 columns"),
         ('prompt,completion\na,b\n\n\n"c\nd"\n', 5, "the row has 1 columns"),
         ('prompt,completion\na,b\nc,"never closed\nd,e\n', 3, "not valid CSV"),
@@ -183,7 +183,7 @@ def test_a_bad_csv_row_is_named_by_the_line_it_begins_on(content, line, found, t
 
 def test_a_bad_parquet_row_is_named_by_its_number(tmp_path):
     path = write(tmp_path / "a.parquet", [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None}])
-    assert "row 2: completion must be text, but is null" in failure(path)
+    assert "row 2: completion must be text, not null" in failure(path)
 
 
 @pytest.mark.parametrize(
@@ -201,14 +201,14 @@ def test_a_conversation_without_an_answer_is_refused_with_what_was_found(talk, t
     good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     message = failure(write(tmp_path / "a.jsonl", [good, {"messages": talk}]))
     assert "line 2:" in message
-    assert message.endswith(f"but found {json.dumps(talk)}")
+    assert message.endswith(f"not {json.dumps(talk)}")
 
 
-def test_unknown_columns_are_named_with_those_that_would_do(tmp_path):
+def test_unknown_columns_are_named_with_the_supported_ones(tmp_path):
     message = failure(write(tmp_path / "a.csv", [{"question": "a", "answer": "b"}]))
-    assert "columns found are answer, question" in message
+    assert "found the columns answer, question" in message
     assert "instruction, output (and input), or prompt, completion, or messages" in message
-    with pytest.raises(CoraError, match="columns found are none"):
+    with pytest.raises(CoraError, match="found the columns none"):
         schema_of(set(), "here")
 
 
@@ -228,11 +228,11 @@ def test_a_data_set_without_records_says_so(name, content, tmp_path):
 
 
 def test_an_empty_or_damaged_file_of_a_format_that_cannot_be_empty_says_so(tmp_path):
-    assert "an array of records was expected, but found ''" in failure(tmp_path / "a.json", "")
-    assert "is not readable as Parquet" in failure(tmp_path / "a.parquet", "")
-    whole = write(tmp_path / "b.parquet", [ALPACA])
-    whole.write_bytes(whole.read_bytes()[:-20])
-    assert "is not readable as Parquet" in failure(whole)
+    assert "expected an array of records, found ''" in failure(tmp_path / "a.json", "")
+    assert "cannot be read as Parquet" in failure(tmp_path / "a.parquet", "")
+    complete = write(tmp_path / "b.parquet", [ALPACA])
+    complete.write_bytes(complete.read_bytes()[:-20])
+    assert "cannot be read as Parquet" in failure(complete)
     latin = tmp_path / "a.csv"
     latin.write_bytes("prompt,completion\ncafé,b\n".encode("latin-1"))
     assert "is not UTF-8 text" in failure(latin)
@@ -243,8 +243,8 @@ def test_an_empty_or_damaged_file_of_a_format_that_cannot_be_empty_says_so(tmp_p
     [
         ("gone.json", "does not exist"),
         ("folder", "is a directory, not a file"),
-        ("data.xml", "ends in .xml; readable are .json, .jsonl, .csv, .parquet"),
-        ("data", "ends in nothing; readable are"),
+        ("data.xml", "has the ending .xml; supported endings are .json, .jsonl, .csv, .parquet"),
+        ("data", "has the ending (none); supported endings are"),
     ],
 )
 def test_a_path_that_cannot_be_a_data_set_says_why(name, found, tmp_path):
@@ -262,7 +262,7 @@ def test_a_relative_path_that_is_missing_is_not_taken_for_a_hub_id(dataset):
 
 def test_a_hub_id_without_a_network_gives_one_sentence():
     with pytest.raises(
-        CoraError, match="dataset 'some-org/some-data' is no file here and could not be loaded from the hub"
+        CoraError, match="dataset 'some-org/some-data' is not a local file and could not be loaded from the hub"
     ) as caught:
         load_records("some-org/some-data")
     assert "\n" not in str(caught.value)
@@ -286,7 +286,7 @@ numbered = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(40)]
 def test_the_test_size_is_a_count_from_one_on_and_a_share_below(size, held_out, tmp_path):
     dataset = str(write(tmp_path / "a.jsonl", numbered))
     if held_out == len(numbered):
-        with pytest.raises(CoraError, match="holds 40 records, so that 40 held-out ones leave none to train on"):
+        with pytest.raises(CoraError, match="holds 40 records, so holding out 40 leaves none to train on"):
             load_split(dataset, size, seed=0)
         return
     split = load_split(dataset, size, seed=0)
@@ -302,7 +302,7 @@ def test_a_test_size_that_is_neither_count_nor_share_is_a_usage_error(size, tmp_
 
 @pytest.mark.parametrize("size", [40, 41, 10**9])
 def test_a_test_size_that_leaves_nothing_to_train_on_is_refused(size, tmp_path):
-    with pytest.raises(CoraError, match=f"holds 40 records, so that {size} held-out ones leave none"):
+    with pytest.raises(CoraError, match=f"holds 40 records, so holding out {size} leaves none"):
         load_split(str(write(tmp_path / "a.jsonl", numbered)), size, seed=0)
 
 
@@ -368,13 +368,13 @@ def test_setting_everything_aside_is_refused(tmp_path):
     with pytest.raises(CoraError, match="5 for validation leave none"):
         load_split(dataset, 1, 0, validation_size=5)
     same = str(write(tmp_path / "b.jsonl", [{"prompt": "p", "completion": str(n)} for n in range(9)]))
-    with pytest.raises(CoraError, match="prompt is also validated on"):
+    with pytest.raises(CoraError, match="prompt also occurs in the validation records"):
         load_split(same, 0, 0, validation_size=3)
 
 
 def test_a_split_whose_every_prompt_is_held_out_is_refused(tmp_path):
     records = [{"prompt": "same", "completion": str(n)} for n in range(5)]
-    with pytest.raises(CoraError, match="every training record's prompt is also held out"):
+    with pytest.raises(CoraError, match="every training prompt also occurs in the held-out records"):
         load_split(str(write(tmp_path / "a.jsonl", records)), 1, seed=0)
 
 

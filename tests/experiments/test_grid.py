@@ -228,7 +228,7 @@ def test_names_and_sentences_that_are_none_are_refused(changes: Any, message: st
 @pytest.mark.parametrize("text", ["model: m\nmodel: n\n", "model: m\ngrid:\n  - {mode: lora, rank: 4, rank: 8}\n"])
 def test_a_key_that_stands_twice_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text(text)
-    with pytest.raises(UsageError, match=r"has the key '(model|rank)' twice in one place"):
+    with pytest.raises(UsageError, match=r"has the key '(model|rank)' twice in the same mapping"):
         load_grid(tmp_path / "grid.yaml")
 
 

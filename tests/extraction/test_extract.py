@@ -172,5 +172,5 @@ def test_a_subspace_that_is_not_unique_is_reported_and_recorded(grouped_models, 
     save_file(tensors, flat / "model.safetensors")
     summary = run([flat], tmp_path / "b")
     assert summary.without_gap == ("model.layers.0.self_attn.q_proj",)
-    assert "model.layers.0.self_attn.q_proj: no gap at rank 4: this subspace is not unique" in summary.render()
+    assert "model.layers.0.self_attn.q_proj: no spectral gap at rank 4, so this subspace is not unique" in summary.render()
     assert read_basis(tmp_path / "b").gaps["model.layers.0.self_attn.q_proj"] is False

@@ -22,7 +22,7 @@ Q0, Q1 = "layers.0.q_proj", "layers.1.q_proj"
 
 
 class FactorSource(ArraySource):
-    """A base plus products L R, which are only told as factors."""
+    """A base plus products L R, known only as factors."""
 
     def __init__(self, base: ArraySource, factors: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
         super().__init__({name: weight + factors[name][0] @ factors[name][1] for name, weight in base.weights.items()})

@@ -107,9 +107,9 @@ def test_the_a_of_fa_basis_is_the_basis_of_the_input_side_for_queries_and_the_sm
 
 
 def test_a_basis_of_the_other_side_is_refused(load, basis_for):
-    with pytest.raises(CoraError, match="holds directions of the output side, but A's rows live in the input space"):
+    with pytest.raises(CoraError, match="holds output-side directions, but A needs input-side ones"):
         install_adapter(load(), plan("fa-basis"), basis_for(plan("fb")))
-    with pytest.raises(CoraError, match=r"k_proj has 32 outputs, .* was made for 64; extract one with --side output"):
+    with pytest.raises(CoraError, match=r"k_proj has 32 outputs, .* expects 64; extract one with --side output"):
         install_adapter(load(), plan("fb"), basis_for(plan("fa-basis")))
     with pytest.raises(CoraError, match="mode fa-basis needs a basis to start A from"):
         install_adapter(load(), plan("fa-basis"), None)

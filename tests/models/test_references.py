@@ -54,18 +54,18 @@ def test_a_base_is_a_whole_model_or_none_at_all(tiny_model, tmp_path):
     assert resolve_base(None) is None
     assert resolve_base(str(tiny_model)) == resolve_model(str(tiny_model))
     adapter = make(tmp_path / "adapter", "adapter_config.json")
-    with pytest.raises(CoraError, match=f"--base {adapter} is an adapter, not a whole model; merge that one first"):
+    with pytest.raises(CoraError, match=f"--base {adapter} is an adapter, not a complete model; merge it first"):
         resolve_base(str(adapter))
 
 
 def test_a_run_that_never_ended_is_no_model(tmp_path):
     make(tmp_path / "run", "run.json")
-    with pytest.raises(CoraError, match=r"run is no model: neither config.json nor adapter_config.json was found in .*adapter"):
+    with pytest.raises(CoraError, match=r"run is not a model: .*adapter has neither config.json nor adapter_config.json"):
         resolve_model(str(tmp_path / "run"))
 
 
 def test_a_directory_without_a_configuration_is_no_model(tmp_path):
-    with pytest.raises(CoraError, match=r"is no model: neither config.json nor adapter_config.json was found"):
+    with pytest.raises(CoraError, match=r"is not a model: .* has neither config.json nor adapter_config.json"):
         resolve_model(str(tmp_path))
 
 
@@ -85,7 +85,7 @@ def test_what_is_neither_directory_nor_hub_id_says_so(reference):
 
 @pytest.mark.parametrize("reference", ["some-org/some-model", "some-org/some-model@v1", "gpt-none", "a..b/c", "-x/y"])
 def test_a_hub_id_that_cannot_be_fetched_gives_one_sentence(reference):
-    with pytest.raises(CoraError, match="is not a directory here and could not be fetched from the hub: ") as caught:
+    with pytest.raises(CoraError, match="is not a local directory and could not be downloaded from the hub: ") as caught:
         resolve_model(reference)
     assert repr(reference) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -132,7 +132,7 @@ def test_weights_are_the_safetensors_or_else_the_bin_files(files, found, tmp_pat
 @pytest.mark.parametrize("files", [[], ["training_args.bin"]])
 def test_a_model_without_weights_says_so(files, tmp_path):
     model = resolve_model(str(make(tmp_path / "model", "config.json", *files)))
-    with pytest.raises(CoraError, match=r"model holds no weights: neither \*.safetensors nor \*.bin was found there"):
+    with pytest.raises(CoraError, match=r"model holds no weights: it has no \*.safetensors or \*.bin file"):
         model.weight_files()
 
 

@@ -283,7 +283,7 @@ def test_a_damaged_basis_is_named_and_does_not_stop_the_rest(trained_grid, tmp_p
     path.write_bytes(path.read_bytes()[:-100])
     page = report([str(grid)], "html")
     assert "(basis):" in page
-    assert "tiny.safetensors is no whole safetensors file" in page
+    assert "tiny.safetensors is not a complete safetensors file" in page
 
 
 def test_several_grids_stand_one_after_the_other(made_grid, paper_grid):

@@ -173,6 +173,6 @@ def test_attention_dropout_is_refused_before_anything_is_written(tiny_model: Pat
 def test_four_bits_are_refused_where_there_is_no_gpu_before_anything_is_written(
     tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CoraError, match=r"--load-in-4bit needs a CUDA GPU.*, which is not here"):
+    with pytest.raises(CoraError, match=r"--load-in-4bit needs a CUDA GPU.*, not found on this machine"):
         train(config_for(tiny_model, tiny_data, tmp_path / "run", load_in_4bit=True))
     assert not (tmp_path / "run").exists()

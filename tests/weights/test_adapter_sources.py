@@ -113,7 +113,7 @@ def test_a_bin_adapter_reads_like_the_safetensors_one(copy, plain):
 
 def test_a_given_base_takes_the_place_of_a_stale_path(copy, grouped_models):
     change_config(copy, base_model_name_or_path="/nowhere/at/all")
-    with pytest.raises(CoraError, match=r"copy cannot be had, --base .*nowhere"):
+    with pytest.raises(CoraError, match=r"cannot find the base model of adapter .*copy \(name it with --base\): .*nowhere"):
         open_source(local(copy))
     assert open_source(local(copy), open_source(local(grouped_models[0]))).shapes[Q0] == (16, 16)
 
@@ -156,7 +156,7 @@ def test_adapters_that_are_not_w_plus_scaled_b_a_are_refused(copy, changed, said
 @pytest.mark.parametrize("matrix", ["A", "B"])
 def test_an_adapter_with_half_a_pair_is_refused(copy, matrix):
     change_tensors(copy, lambda tensors: tensors.pop(f"base_model.model.{Q0}.lora_{matrix}.weight"))
-    with pytest.raises(CoraError, match=f"{Q0} has no lora_{matrix}; its keys do not all arrive"):
+    with pytest.raises(CoraError, match=f"{Q0} has no lora_{matrix} matrix; the adapter is incomplete"):
         open_source(local(copy))
 
 
@@ -164,11 +164,11 @@ def test_an_adapter_with_half_a_pair_is_refused(copy, matrix):
     ("key", "said"),
     [
         ("base_model.model.layers.0.self_attn.q_proj.lora_{}.weight", "matches no module of its base"),
-        ("base_model.model.model.layers.0.self_attn.q_proj.hada_{}", "neither lora_A, lora_B"),
-        (Q0 + ".lora_{}.weight", "neither lora_A, lora_B"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.hada_{}", "neither a lora_A or lora_B matrix"),
+        (Q0 + ".lora_{}.weight", "neither a lora_A or lora_B matrix"),
     ],
 )
-def test_an_adapter_whose_keys_do_not_all_arrive_is_refused(copy, key, said):
+def test_an_adapter_with_unmatched_keys_is_refused(copy, key, said):
     def rename(tensors):
         for matrix in "AB":
             tensors[key.format(matrix)] = tensors.pop(f"base_model.model.{Q0}.lora_{matrix}.weight")
@@ -198,7 +198,7 @@ def test_a_factor_that_is_not_finite_is_refused_by_name(copy):
 
 @pytest.fixture(scope="module")
 def frozen_pair(grouped_models, tmp_path_factory):
-    """A function that saves one trained `fb` adapter whole and in compact form, and gives both directories and its basis file."""
+    """A function that saves one trained `fb` adapter in full and compact form, and gives both directories and its basis file."""
 
     def made(b_init: str) -> tuple[Path, Path, Path]:
         root = tmp_path_factory.mktemp("frozen")
@@ -209,10 +209,10 @@ def frozen_pair(grouped_models, tmp_path_factory):
         plan = plan_of("fb", b_init=b_init, a_init="gaussian", **settings)
         model = install_adapter(make_llama(kv_heads=2), plan, basis if plan.needs_basis else None)
         stated = (str(path), basis.sha256) if plan.needs_basis else (None, None)
-        for form in ("whole", "compact"):
+        for form in ("full", "compact"):
             facts = AdapterFacts(plan, str(grouped_models[0]), None, "0" * 64, *stated, compact=form == "compact")
             save_adapter(model, root / form, facts)
-        return root / "whole", root / "compact", path
+        return root / "full", root / "compact", path
 
     return made
 
@@ -241,5 +241,5 @@ def test_a_compact_adapter_whose_basis_is_gone_or_another_says_which_and_what_to
 def test_an_a_alone_without_its_record_is_refused(frozen_pair):
     _, compact, _ = frozen_pair("orthonormal")
     (compact / "cora.json").unlink()
-    with pytest.raises(CoraError, match=r"holds A alone, and no cora\.json says what its B was"):
+    with pytest.raises(CoraError, match=r"stores only A, and cora\.json, which describes its B, is missing"):
         open_source(local(compact))

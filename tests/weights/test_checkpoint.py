@@ -20,12 +20,12 @@ def layouts(tmp_path_factory) -> dict[str, Path]:
     """One model saved in every layout that is found in the wild."""
     root = tmp_path_factory.mktemp("layouts")
     model = make_llama(kv_heads=2)
-    model.save_pretrained(root / "whole")
+    model.save_pretrained(root / "single")
     model.save_pretrained(root / "sharded", max_shard_size="3KB")
     tensors = {name: value.clone() for name, value in model.state_dict().items()}
     for name in ("bin", "bin_sharded"):
         (root / name).mkdir()
-        shutil.copy(root / "whole" / "config.json", root / name)
+        shutil.copy(root / "single" / "config.json", root / name)
     torch.save(tensors, root / "bin" / "pytorch_model.bin")
     weight_map = {name: f"pytorch_model-0000{number % 3}.bin" for number, name in enumerate(tensors)}
     for file in set(weight_map.values()):
@@ -35,7 +35,7 @@ def layouts(tmp_path_factory) -> dict[str, Path]:
     return {path.name: path for path in root.iterdir()}
 
 
-@pytest.mark.parametrize("layout", ["whole", "sharded", "bin", "bin_sharded"])
+@pytest.mark.parametrize("layout", ["single", "sharded", "bin", "bin_sharded"])
 def test_every_layout_lists_and_reads_the_same_tensors(layouts, layout):
     expected = make_llama(kv_heads=2).state_dict()
     checkpoint = Checkpoint(local(layouts[layout]))
@@ -49,7 +49,7 @@ def test_every_layout_lists_and_reads_the_same_tensors(layouts, layout):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see what is mapped")
-@pytest.mark.parametrize("layout", ["whole", "bin"])
+@pytest.mark.parametrize("layout", ["single", "bin"])
 def test_no_file_stays_open_or_mapped_after_a_read(layouts, layout):
     checkpoint = Checkpoint(local(layouts[layout]))
     kept = [checkpoint.read(name) for name in checkpoint.shapes]
@@ -66,7 +66,7 @@ def test_stored_types_are_kept(tmp_path):
     assert {name: str(checkpoint.read(name).dtype) for name in checkpoint.shapes} == {name: name for name in tensors}
 
 
-@pytest.mark.parametrize("layout", ["whole", "bin"])
+@pytest.mark.parametrize("layout", ["single", "bin"])
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.02, 0.5, 0.99, 0.9999])
 def test_a_truncated_file_is_refused_by_name_before_anything_is_read(layouts, tmp_path, layout, part):
     directory = shutil.copytree(layouts[layout], tmp_path / "cut")
@@ -97,7 +97,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(tmp_path, f
         assert zipfile.is_zipfile(file)
     else:
         file.write_bytes(pickle.dumps(_Evil(trap)))
-    with pytest.raises(CoraError, match=r"pytorch_model\.bin.*never done"):
+    with pytest.raises(CoraError, match=r"pytorch_model\.bin.*never loads"):
         Checkpoint(local(directory))
     assert not trap.exists()
     assert sorted(path.name for path in directory.iterdir()) == ["config.json", "pytorch_model.bin"]
@@ -123,7 +123,7 @@ def test_a_tensor_that_the_index_promises_and_no_shard_holds_is_refused(layouts,
 
 def test_an_index_that_points_outside_its_directory_is_refused(layouts, tmp_path):
     directory = shutil.copytree(layouts["sharded"], tmp_path / "m")
-    shutil.copy(layouts["whole"] / "model.safetensors", tmp_path / "model.safetensors")
+    shutil.copy(layouts["single"] / "model.safetensors", tmp_path / "model.safetensors")
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../model.safetensors"}}))
     with pytest.raises(CoraError, match="not in that directory"):

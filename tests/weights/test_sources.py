@@ -97,7 +97,7 @@ def test_integer_weights_are_refused(copy):
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"model_type": "gpt2"}, r"stored \(in, out\)"), ({"quantization_config": {"bits": 4}}, "quantised")],
+    [({"model_type": "gpt2"}, r"stored as \(in, out\)"), ({"quantization_config": {"bits": 4}}, "quantised")],
 )
 def test_models_whose_weights_mean_something_else_are_refused(copy, changed, said):
     change_config(copy, **changed)

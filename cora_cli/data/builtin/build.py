@@ -1,6 +1,6 @@
-"""Draws records from families of generators, drops repeats and holds whole groups out; every shipped set is made here.
+"""Build every built-in set: draw records from families of generators, drop duplicates and hold out complete groups.
 
-It knows nothing of any subject: families live in their own modules, and reading files or hub data is `cora_cli.data`'s affair.
+The families are in the modules of their subject; files and hub data are read in `cora_cli.data.formats`.
 """
 
 import math
@@ -13,12 +13,12 @@ from cora_cli.rundir import sha256_text
 
 Item = TypeVar("Item")
 
-SPARE = 1.25  # drawn beyond the target, because held-out groups do not come in exact sizes
+SPARE = 1.25  # draw more than the target, because held-out groups do not have exact sizes
 PATIENCE = 40  # repeats in a row after which a family counts as exhausted
 
 
 class Dice:
-    """Seeded choices built on `random()` alone, the one method whose sequence Python promises never to change."""
+    """Seeded choices based only on `random()`, the one method whose sequence Python guarantees never to change."""
 
     def __init__(self, seed: str) -> None:
         self._random = random.Random(int(sha256_text(seed)[:16], 16)).random
@@ -48,7 +48,7 @@ class Dice:
         return items
 
     def sample(self, pool: Sequence[Item], count: int) -> list[Item]:
-        """`count` different positions of `pool`, in random order. Raises `ValueError` where it holds fewer."""
+        """`count` different positions of `pool`, in random order. Raises `ValueError` if it holds fewer."""
         if count > len(pool):
             raise ValueError(f"cannot draw {count} elements from {len(pool)}")
         return self.shuffled(pool)[:count]
@@ -60,7 +60,7 @@ class Dice:
 
 @dataclass(frozen=True)
 class Draft:
-    """One record before the split. Drafts of a family that share `group` all land on the same side of it."""
+    """One record before the split. Drafts of a family with the same `group` are all on the same side of the split."""
 
     instruction: str
     output: str
@@ -70,16 +70,16 @@ class Draft:
 
     @property
     def prompt(self) -> tuple[str, str]:
-        """What the model sees, and so what makes two records the same."""
+        """The text that the model sees; two records with the same prompt are duplicates."""
         return self.instruction, self.input
 
     @property
     def holdout_key(self) -> str:
-        """The group, or else the text worked on, so that another wording of the same question never crosses the split."""
+        """The group, or else the input text, so that two wordings of one question are always on the same side of the split."""
         return self.group or self.input or self.instruction
 
     def record(self) -> dict[str, Any]:
-        """The record as data sets hold it; `assertions` only where there are any."""
+        """The record as stored in a data set; `assertions` only if there are any."""
         columns: dict[str, Any] = {"instruction": self.instruction, "input": self.input, "output": self.output}
         return columns | {"assertions": list(self.assertions)} if self.assertions else columns
 
@@ -89,16 +89,16 @@ Family = Callable[[Dice], Draft]
 
 @dataclass(frozen=True)
 class BuiltinSplit:
-    """The two sides of a shipped set; columns `instruction`, `input`, `output`, for code also `assertions`."""
+    """The two sides of a built-in set; columns `instruction`, `input`, `output`, for code also `assertions`."""
 
     train: list[dict[str, Any]]
     test: list[dict[str, Any]]
 
 
 def draw(dice: Dice, families: Sequence[Family], count: int, excluded: frozenset[str]) -> list[list[Draft]]:
-    """At least `count` drafts with different prompts, one list per family, taken in turns; none with a text or answer in `excluded`.
+    """At least `count` drafts with different prompts, one list per family, drawn in turns; no text or answer is in `excluded`.
 
-    A family that has nothing new left stops early and the others make up for it. Raises `ValueError` where all have stopped.
+    A family that runs out of new drafts stops early and the others fill the gap. Raises `ValueError` if all run out.
     """
     drawn: list[list[Draft]] = [[] for _ in families]
     seen: set[tuple[str, str]] = set()
@@ -119,9 +119,9 @@ def draw(dice: Dice, families: Sequence[Family], count: int, excluded: frozenset
 
 
 def build(seed: str, families: Sequence[Family], train: int, test: int, excluded: frozenset[str] = frozenset()) -> BuiltinSplit:
-    """A set of exactly `train` and `test` records in random order, every family on both sides in proportion.
+    """A set of exactly `train` and `test` records in random order, with every family in proportion on both sides.
 
-    Whole groups of drafts (`Draft.holdout_key`) are held out. Raises `ValueError` where the families are too small.
+    Complete groups of drafts (`Draft.holdout_key`) are held out. Raises `ValueError` if the families are too small.
     """
     dice = Dice(seed)
     kept: list[Draft] = []
@@ -136,7 +136,7 @@ def build(seed: str, families: Sequence[Family], train: int, test: int, excluded
             (held if taken < share else kept).extend(group)
             taken += len(group)
     if len(kept) < train or len(held) < test:
-        raise ValueError(f"{seed}: {len(kept)} training and {len(held)} held-out drafts for {train} and {test}")
+        raise ValueError(f"{seed}: {len(kept)} training and {len(held)} held-out drafts are too few for {train} and {test}")
     return BuiltinSplit(
         train=[draft.record() for draft in dice.shuffled(kept)[:train]],
         test=[draft.record() for draft in dice.shuffled(held)[:test]],

@@ -1,6 +1,6 @@
-"""Which families make up which shipped set, and the five single skills that the demonstration fine-tunes one model each on.
+"""The families of each built-in set, and the five single skills; the demonstration fine-tunes one model on each skill.
 
-The skills use generators of `builtin:instruct` or forms close to them; the families themselves live in their subject's module.
+The skills use generators of `builtin:instruct` or similar forms; the families are defined in the module of their subject.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from cora_cli.data.builtin.build import Dice, Draft, Family
 
 
 def arithmetic(dice: Dice) -> Draft:
-    """A word problem, always as a text to work on, with the working as its answer."""
+    """A word problem, always given as an input text, with the steps as its answer."""
     question, working = dice.choice(numbers.PROBLEMS)(dice)
     lead = dice.choice(
         ("Solve the problem. Show the working.", "Calculate step by step.", "Work this out and explain each step.")

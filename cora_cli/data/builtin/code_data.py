@@ -1,6 +1,6 @@
-"""Code tasks on records: dictionaries, filters in the manner of SQL, input that may be bad, and small classes.
+"""Code tasks on records: dictionaries, filters in the manner of SQL, input that may be invalid, and small classes.
 
-A class is checked by one assertion that makes an object and compares what a row of calls returns.
+A class is checked by one assertion that creates an object and compares the results of several calls.
 """
 
 from cora_cli.data.builtin.build import Dice, Draft
@@ -110,7 +110,7 @@ FALLBACKS = ("None", "0", "-1", "'n/a'", "False")
 
 
 def robust(dice: Dice) -> Draft:
-    """Functions that survive bad input and return a fallback, or refuse it with an error."""
+    """Functions that return a fallback for invalid input, or raise an error."""
     fallback, k = dice.choice(FALLBACKS), dice.between(2, 50)
     x = dice.choice(("text", "raw", "value"))
     field, field_two = dice.sample(("name", "price", "city", "email", "size", "id"), 2)

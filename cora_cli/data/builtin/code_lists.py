@@ -1,6 +1,6 @@
 """Code tasks on lists and numbers in them: filter-map-reduce pipelines, windows, nested lists, sorting and searching.
 
-Most families combine two or three independent choices, so that whole combinations can be held out.
+Most families combine two or three independent choices, so that complete combinations can be held out.
 """
 
 from cora_cli.data.builtin.build import Dice, Draft

@@ -1,6 +1,6 @@
 """Code tasks on single numbers and dates: digits, divisors, recurrences, thresholds, calendars.
 
-Dates travel as ISO strings, so that assertions can be read and written without imports.
+Dates are passed as ISO strings, so that assertions need no imports.
 """
 
 from cora_cli.data.builtin.build import Dice, Draft

@@ -97,7 +97,7 @@ def words(dice: Dice) -> Draft:
 
 
 def transform(dice: Dice) -> Draft:
-    """Whole strings rewritten: ciphers, spellings, runs, wrapping, checks."""
+    """Transform complete strings: ciphers, spellings, runs, wrapping, checks."""
     s, k = dice.choice(TEXT_NAMES), dice.between(2, 9)
     j, fill = dice.choice(("-", "_", ".", "/")), dice.choice("*.0-")
     upper = dice.chance(0.5)

@@ -1,6 +1,6 @@
 """Questions about common knowledge: explanations, definitions, comparisons, instructions and ideas from `knowledge`.
 
-A concept, word or country that is held out is not explained in training in any wording.
+A held-out concept, word or country is never explained in the training records, in any wording.
 """
 
 from cora_cli.data.builtin.build import Dice, Draft

@@ -1,6 +1,6 @@
-"""How a Python function becomes a record: its wording, a stub or a bug to repair, and assertions found by running it.
+"""Turn a Python function into a record: a request in words, a stub or a bug to repair, and assertions computed by running it.
 
-The code families say what a function does; this module says how it is asked for.
+The code families define what a function does; this module words the request.
 """
 
 import re
@@ -22,7 +22,7 @@ class Task:
     """A function to be written.
 
     `does` continues "a function that ..." and starts with a verb in -s; `body` is unindented; `cases` are argument lists for the
-    assertions; `combination` names function and variation and is held out as a whole; `bug` replaces a part of the body by a wrong one.
+    assertions; `combination` names function and variation and is held out as one unit; `bug` replaces a part of the body by a wrong one.
     """
 
     combination: str
@@ -36,13 +36,13 @@ class Task:
 
     @property
     def request(self) -> str:
-        """`does` as an order: "returns the sum" becomes "Return the sum"."""
+        """`does` as an imperative: "returns the sum" becomes "Return the sum"."""
         verb, rest = self.does.split(" ", 1)
         stem = verb[:-3] + "y" if verb.endswith("ies") else verb[:-1]
         return FURTHER_VERB.sub(r"\1\2 ", f"{stem.capitalize()} {rest}")
 
     def code(self, docstring: bool = False, body: str = "") -> str:
-        """Source text, with another body where one is given."""
+        """The source text, with another body if one is given."""
         lines = [f"def {self.name}({self.parameters}):"]
         if docstring:
             lines.append(f'    """{self.request}."""')
@@ -51,14 +51,14 @@ class Task:
 
 
 def run(source: str) -> dict[str, Any]:
-    """The names that a generated program defines."""
+    """Run a generated program and return the names that it defines."""
     names: dict[str, Any] = {}
     exec(source, names)
     return names
 
 
 def assertions(task: Task) -> tuple[str, ...]:
-    """One assert statement per case, with the result that the reference code gives."""
+    """One assert statement per case, with the result of the reference code."""
     function: Callable[..., Any] = run(task.code())[task.name]
     stated = []
     for case in task.cases:
@@ -71,7 +71,7 @@ def assertions(task: Task) -> tuple[str, ...]:
 
 
 def fails(source: str, checks: Sequence[str]) -> bool:
-    """Whether `source` breaks at least one of the assertions, which is what makes a bug a bug."""
+    """Whether `source` fails at least one of the assertions, as a bug must."""
     try:
         run("\n".join([source, *checks]))
     except Exception:
@@ -80,7 +80,7 @@ def fails(source: str, checks: Sequence[str]) -> bool:
 
 
 def present(dice: Dice, task: Task) -> Draft:
-    """A record for `task`: asked in words, by example, as a stub to complete, or as a bug to repair."""
+    """A record for `task`: a request in words, by example, as a stub to complete, or as a bug to repair."""
     checks = assertions(task)
     head = f"{task.name}({task.parameters})"
     broken = task.code(body=task.body.replace(*task.bug, 1)) if task.bug else ""

@@ -1,6 +1,6 @@
 """Small hand-written tables of common knowledge: concepts, words, procedures, ideas, countries, animals.
 
-Everything here is settled school knowledge, and is the only source of facts in the shipped sets.
+Everything here is established school knowledge; it is the only source of facts in the built-in sets.
 """
 
 # concept: what it is, an example, why it matters

@@ -1,6 +1,6 @@
 """Work on structured text: sorting, filtering and grouping lists, reading small tables, writing JSON, changing date formats.
 
-Every answer is computed from the values that the prompt was made of.
+Every answer is computed from the values in the prompt.
 """
 
 import calendar
@@ -173,7 +173,7 @@ def convert_date(dice: Dice) -> Draft:
         return Draft(dice.choice(asks).format(name, year), f"{name} {year} has {length} days{leap}.", group=f"{name} {year}")
     step = dice.between(1, 30)
     later = (year, month, day + step) if day + step <= length else (year + month // 12, month % 12 + 1, day + step - length)
-    if later[2] > calendar.monthrange(later[0], later[1])[1]:  # 30 days after 28 January run past February
+    if later[2] > calendar.monthrange(later[0], later[1])[1]:  # 30 days after 30 January is past the end of February
         later = (later[0], later[1] + 1, later[2] - calendar.monthrange(later[0], later[1])[1])
     start = f"{_weekday(year, month, day)}, {day} {name} {year}"
     return Draft(

@@ -1,6 +1,6 @@
 """Questions with a number for an answer, worked in short steps: word problems, units, percentages, statistics, clock times.
 
-All of them use amounts that come out even, so no answer hides a rounding.
+All amounts divide without a remainder, so no answer is rounded.
 """
 
 from cora_cli.data.builtin.build import Dice, Draft
@@ -159,7 +159,7 @@ def convert_units(dice: Dice) -> Draft:
 
 
 def percentage(dice: Dice) -> Draft:
-    """A discount, a tip, a rise or a share, in whole per cent and whole dollars."""
+    """A discount, a tip, a rise or a share, in integer per cent and dollars."""
     percent, price = 5 * dice.between(1, 15), 20 * dice.between(1, 20)
     part, item, name = percent * price // 100, dice.choice(GOODS), dice.choice(NAMES)
     rate = dice.choice((5, 10, 15, 20))
@@ -205,7 +205,7 @@ def statistics(dice: Dice) -> Draft:
     """Mean, median, range, largest or smallest of a short list with a story."""
     count = dice.choice((3, 5, 7))
     values = dice.numbers(count - 1, 4, 60)
-    values.append((-sum(values)) % count + count * dice.between(1, 8))  # makes the mean a whole number
+    values.append((-sum(values)) % count + count * dice.between(1, 8))  # makes the mean an integer
     values = dice.shuffled(values)
     what = dice.choice(
         ("daily visitors", "test scores", "daily minutes of reading", "daily sales of a shop", "goals in past seasons")

@@ -1,6 +1,6 @@
-"""Short generated news passages and what is asked about them: a summary, a headline, an answer to a question.
+"""Short generated news passages and tasks about them: a summary, a headline, an answer to a question.
 
-Every passage is made up; it teaches reading, not facts.
+Every passage is invented: it teaches reading, not facts.
 """
 
 from dataclasses import dataclass
@@ -139,7 +139,7 @@ SCENARIOS = (
 
 
 def _passage(dice: Dice) -> tuple[str, str, str, list[tuple[str, str]]]:
-    """Text, summary, headline and (question, answer) pairs of one made-up event."""
+    """Text, summary, headline and (question, answer) pairs of one invented event."""
     scenario = dice.choice(SCENARIOS)
     asides = dice.sample(scenario.asides, dice.between(1, 2))
     pairs = [text for pair in scenario.questions for text in pair]

@@ -1,6 +1,6 @@
 """Questions about small tables, answered with one SQL query in the dialect that SQLite, PostgreSQL and MySQL share.
 
-The query is assembled with the question, from the same choices.
+The query and the question are built from the same choices.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """Longer answers: a biography from notes, an advertisement, a reasoned choice, a plan for a day, a very short story.
 
-They stretch the range of answer lengths; the short forms live with `writing` and `facts`.
+They extend the range of answer lengths; short answers are in `writing` and `facts`.
 """
 
 from cora_cli.data.builtin.build import Dice, Draft
@@ -82,7 +82,7 @@ def advertisement(dice: Dice) -> Draft:
     return Draft(dice.choice(asks), text, given)
 
 
-# What is chosen between, the word for its strength, the unit, what the buyer wants of it.
+# The product, the quality to compare, its unit.
 OFFERS = (
     ("phone", "battery life", "hours"), ("flat", "size", "square metres"), ("backpack", "volume", "litres"), ("torch", "range", "metres"),
     ("drill", "guarantee", "months"), ("camera", "memory", "gigabytes"), ("bicycle", "range", "kilometres"), ("rope", "length", "metres"),

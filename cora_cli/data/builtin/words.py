@@ -1,6 +1,6 @@
-"""Word pools and the little grammar that templates need: articles, lists, slots filled from pools.
+"""Word pools and the basic grammar for templates: articles, lists, slots filled from pools.
 
-It holds vocabulary only; sentences belong to the families that use them.
+This module holds vocabulary only; the families define the sentences.
 """
 
 import re

@@ -1,6 +1,6 @@
 """Writing to order: tone, short e-mails, grammar, tense and voice.
 
-Messages come in an informal and a formal wording of the same content, so each can be asked for from the other.
+Messages come in an informal and a formal wording of the same content, so each can be rewritten as the other.
 """
 
 from cora_cli.data.builtin.build import Dice, Draft
@@ -138,7 +138,7 @@ def write_email(dice: Dice) -> Draft:
     return Draft(instruction, mail, details, group=f"{instruction}\n{details}")
 
 
-# Facts that a mail mentions and its purpose does not are handed over as notes.
+# Facts that the mail mentions but its purpose does not are given as notes.
 HINTS = (
     ("time", "{hour}", "{hour}"), ("town", "{town}", "{town}"), ("photos", "{few}", "{few} photos"), ("guests", "{some}", "{some} people"),
     ("answer by", "{workday}", "{workday}"), ("colleague", "{name3}", "{name3}"), ("years of working together", "{few}", "{few} years"),
