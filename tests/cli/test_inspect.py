@@ -74,7 +74,7 @@ def test_a_planted_subspace_is_found_and_every_format_is_written(related: list[P
         "Leave-one-out capture",
     ):
         assert table in before
-    assert "There is a common subspace: " in verdict
+    assert verdict.lstrip().startswith("Shared: the other models recover ")
     assert "Rule: each model in turn is left out" in verdict
     assert {path.name for path in (tmp_path / "out").iterdir()} == FORMATS | {"plots"}
     assert {path.stem for path in (tmp_path / "out" / "plots").iterdir()} == {"overlap", "capture", "weights-variance"}
@@ -87,7 +87,7 @@ def test_a_planted_subspace_is_found_and_every_format_is_written(related: list[P
             assert capture["shares"][POOLED] == pytest.approx(capture["shares"][CEILING], abs=1e-5)
     page = (tmp_path / "out" / "inspect.html").read_text()
     assert page.count("<svg") == 3
-    assert "There is a common subspace: " in page
+    assert "Shared: the other models recover " in page
 
 
 def test_changes_of_low_rank_and_the_base_are_each_read_against_their_own_chance(related: list[Path], tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_changes_that_have_nothing_in_common_are_told_so(unrelated: list[Path]) 
     base, *models = unrelated
     result = cora_inspect(*models, "--base", base, "--rank=2")
     assert result.exit_code == 0, result.stderr
-    assert "\nNo common subspace is shown: " in result.stdout
+    assert "\nNo shared subspace found: " in result.stdout
 
 
 def test_a_basis_file_is_described_alone_and_judged_beside_models(related: list[Path], tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_basis_file_is_described_alone_and_judged_beside_models(related: list[
     alone = cora_inspect(path)
     assert alone.exit_code == 0, alone.stderr
     assert "module, mean, weights, output, svd, top" in alone.stdout
-    assert "Nothing can be said on a common subspace: no models were given" in alone.stdout
+    assert "No conclusion about a shared subspace: no models were given" in alone.stdout
     result = cora_inspect(path, models[4], "--base", base, "--format=json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
@@ -141,7 +141,7 @@ def test_a_basis_of_the_input_side_is_compared_with_inputs(related: list[Path], 
     columns = {f["module"]: f["shape"][1] for f in found["findings"]}
     chances = [(f["module"], c["shares"]["chance, inputs.safetensors"]) for f in found["findings"] for c in f["captures"]]
     assert all(chance == pytest.approx(3 / columns[module]) for module, chance in chances)
-    assert "There is a common subspace" not in found["verdict"]["headline"], "the planted one is of the outputs"
+    assert not found["verdict"]["headline"].startswith("Shared"), "the planted one is of the outputs"
 
 
 def test_sides_are_not_mixed(related: list[Path], tmp_path: Path) -> None:
@@ -152,12 +152,12 @@ def test_sides_are_not_mixed(related: list[Path], tmp_path: Path) -> None:
         result = cora_inspect(path, model, "--base", base, "--side", other)
         assert result.exit_code == 1
         assert (
-            f"holds directions of the {side}s of its weights, but what is compared here are those of their {other}s"
+            f"is a basis of the {side} side, but this inspection compares the {other} side; inspect it separately with --side {side}"
             in result.stderr
         )
     result = cora_inspect(model, "--base", base, "--side=input", "--runs", tmp_path)
     assert result.exit_code == 2
-    assert "--runs compares what B started from" in result.stderr
+    assert "--runs cannot be used with --side input" in result.stderr
 
 
 def test_copies_of_one_model_are_refused_by_name(related: list[Path], tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_start_that_adapters_share_is_no_common_subspace_where_they_tell_it(
     assert all(shares[POOLED] == pytest.approx(1) for shares in captures["input"])
     assert all((START in shares) == told for shares in captures["input"])
     assert not any(START in shares for shares in captures["output"]), "B began at zero"
-    expected = "Nothing can be said on a common subspace: " if told else "There is a common subspace: "
+    expected = "No conclusion about a shared subspace: " if told else "Shared: "
     assert found["input"]["verdict"]["headline"].startswith(expected)
 
 
@@ -247,8 +247,10 @@ def test_a_start_that_the_mode_itself_gives_to_all_is_no_common_subspace(
     adapters = trained_adapters(related[0], tmp_path, mode, [0, 1, 2], **changes)
     flags = ("--rank=3", "--target-modules=q_proj", "--format=json", "--side", side)
     verdict = json.loads(cora_inspect(*adapters, *flags).stdout)["verdict"]
-    assert verdict["headline"].startswith("Nothing can be said on a common subspace: ")
-    assert all("began with directions" in why or "no way to go" in why for why in verdict["unjudged"].values())
+    assert verdict["headline"].startswith("No conclusion about a shared subspace: ")
+    assert all(
+        "started from the same directions" in why or "the gap is too small" in why for why in verdict["unjudged"].values()
+    )
     assert len(verdict["unjudged"]) == 3
 
 
@@ -272,11 +274,13 @@ def test_a_frozen_basis_is_known_where_its_file_is_gone_and_a_trained_one_is_mis
     basis.rename(tmp_path / "moved.safetensors")
     flags = ("--rank=2", "--target-modules=q_proj", "--format=json")
     said = {mode: json.loads(cora_inspect(*paths, *flags).stdout)["verdict"] for mode, paths in adapters.items()}
-    assert all("began with directions that another one" in why for why in said["fb"]["unjudged"].values())
-    assert set(said["tb"]["unjudged"].values()) == {"began with a basis that is not where it was nor given here"}
+    assert all("started from the same directions as another" in why for why in said["fb"]["unjudged"].values())
+    assert set(said["tb"]["unjudged"].values()) == {
+        "it started from a basis file that is neither at its recorded path nor named here"
+    }
     assert said["fb"]["ways"] == said["tb"]["ways"] == {}
     found = json.loads(cora_inspect(*adapters["tb"], tmp_path / "moved.safetensors", *flags).stdout)["verdict"]
-    assert all("began with directions that another one" in why for why in found["unjudged"].values())
+    assert all("started from the same directions as another" in why for why in found["unjudged"].values())
 
 
 def finished_run(path: Path, loss: float, basis: Path | None, seed: int = 0, outer_rank: int | None = None) -> list[str]:
@@ -307,7 +311,7 @@ def basis_of(models: list[Path], path: Path, **choices: Any) -> Path:
 
 
 @pytest.mark.parametrize("bases", [3, 5])
-def test_runs_say_whether_capture_foretold_their_loss(related: list[Path], tmp_path: Path, bases: int) -> None:
+def test_runs_say_whether_capture_predicts_their_loss(related: list[Path], tmp_path: Path, bases: int) -> None:
     base, *models = related
     flags = []
     for n in range(bases):
@@ -325,9 +329,9 @@ def test_runs_say_whether_capture_foretold_their_loss(related: list[Path], tmp_p
             for capture in finding["captures"]
             if capture["left_out"] != f"model-{n}"
         ]
-        assert point["capture"] == pytest.approx(np.mean(unseen)), "a basis is not judged by the model that it was made from"
+        assert point["capture"] == pytest.approx(np.mean(unseen)), "the model that a basis was created from does not count"
     assert (foresight["rho"] is None) == (bases < 4)
-    assert ("nothing can be said" in found["verdict"]["sentences"][-1]) == (bases < 4)
+    assert ("No conclusion" in found["verdict"]["sentences"][-1]) == (bases < 4)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +395,7 @@ def test_draws_of_a_random_b_are_one_basis_and_losses_are_compared_over_the_seed
     ("arguments", "code", "message"),
     [
         (["MODEL", "--rank=0"], 2, "--rank 0 is not a whole number of at least 1"),
-        (["MODEL"], 2, "one model alone has nothing to be compared with"),
+        (["MODEL"], 2, "one model alone cannot be compared"),
         (["MODEL", "MODEL"], 2, "is named twice"),
         (["MODEL", "BASE", "--runs=RUN"], 2, "--runs needs models and their --base"),
         (["MODEL", "--base=BASE", "--runs=BASE"], 1, "holds no plan.json, run.json or metrics.json"),
