@@ -120,8 +120,8 @@ def measure(
     with one_thread_pool(device, most_rows), progress("inspecting", len(groups), "matrices") as shown:
         for group in groups:
             [shape] = group.modules.values()
-            given, only, begun = (_frames(some, group.name, group.rows, device) for some in (bases, hidden, starts or {}))
-            found.append(_measure(group.name, shape, models, base, given, only, begun, rank, device, side))
+            given, only, started = (_frames(some, group.name, group.rows, device) for some in (bases, hidden, starts or {}))
+            found.append(_measure(group.name, shape, models, base, given, only, started, rank, device, side))
             shown.advance(note=group.name)
     return found
 

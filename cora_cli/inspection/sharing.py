@@ -166,6 +166,6 @@ def _files(findings: Sequence[Findings]) -> list[str]:
     sentences = []
     for name in names:
         values = [o.value for f in findings for o in f.overlaps if (o.kind, o.one, o.other) == (FILE, name, BASE)]
-        said = "is the base model's own subspace" if fmean(values) >= SAME else "differs from the base model's own subspace"
-        sentences.append(f"{name} {said}: their mean overlap is {fmean(values):.1%}.")
+        said = "spans the base model's own subspace" if fmean(values) >= SAME else "differs from the base model's own subspace"
+        sentences.append(f"{name} {said} (mean overlap {fmean(values):.1%}).")
     return sentences

@@ -63,7 +63,7 @@ def paper_note(largest_mean_share: float) -> str:
     """Why the two numbers of the paper cannot come from one matrix, with the measured share of the mean column."""
     bound = least_mean_share(PAPER_SVD, PAPER_PCA, PAPER_DIRECTIONS)
     return (
-        f"The paper (text of Figure 4) reaches 100% of the variance with about {PAPER_SVD} singular values (SVD), but {PAPER_PCA} components (PCA). "
+        f"The paper (text of Figure 4) reaches 100% of the variance with about {PAPER_SVD} singular values (SVD), but only with {PAPER_PCA} components (PCA). "
         "Both numbers cannot belong to one matrix: centring is a rank-one change, so the two spectra interlace (Weyl, Cauchy). If SVD needs "
         f"{PAPER_SVD} directions for all of the variance, PCA needs {PAPER_SVD} or {PAPER_SVD - 1}. If 100% is a rounded share, the mean column must "
         f"hold more than {bound:.0%} of the energy of a matrix with {PAPER_DIRECTIONS} directions; here it holds at most {largest_mean_share:.2%}."

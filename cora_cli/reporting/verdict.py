@@ -104,7 +104,7 @@ def judge(methods: Sequence[Method], measures: Sequence[str], seed: int = 0) -> 
     tests: list[list[Test]] = [[] for _ in pairs]
     for (place, name), difference, p_holm in zip(planned, paired, corrected, strict=True):
         tests[place].append(_test(*pairs[place][:2], name, difference, p_holm))
-    comparisons = tuple(Comparison(*pair, tuple(made)) for pair, made in zip(pairs, tests, strict=True) if made)
+    comparisons = tuple(Comparison(*pair, tuple(found)) for pair, found in zip(pairs, tests, strict=True) if found)
     rule = (
         f"Rule: every test is a paired approximate randomisation over the same prompts (held-out loss: the same records) with {resamples:,} "
         f"resamples; the outputs of all seeds for one prompt stay together. The p-values are Holm-corrected over the {len(planned)} tests of this "

@@ -107,7 +107,7 @@ def test_changes_that_have_nothing_in_common_are_told_so(unrelated: list[Path]) 
     assert "\nNo shared subspace found: " in result.stdout
 
 
-def test_a_basis_file_is_described_alone_and_judged_beside_models(related: list[Path], tmp_path: Path) -> None:
+def test_a_basis_file_is_described_alone_and_compared_with_models(related: list[Path], tmp_path: Path) -> None:
     base, *models = related
     path = tmp_path / "basis.safetensors"
     extract_basis([resolve_model(str(model)) for model in models[:3]], path, BasisChoices(rank=3), None, torch.device("cpu"))
@@ -120,7 +120,7 @@ def test_a_basis_file_is_described_alone_and_judged_beside_models(related: list[
     found = json.loads(result.stdout)
     assert found["rank"] == 3
     assert all(0 < c["shares"]["basis.safetensors"] <= c["shares"][CEILING] for f in found["findings"] for c in f["captures"])
-    assert "basis.safetensors is the base model's own subspace" in " ".join(found["verdict"]["sentences"])
+    assert "basis.safetensors spans the base model's own subspace" in " ".join(found["verdict"]["sentences"])
     rows = {f["module"]: f["shape"][0] for f in found["findings"]}
     chances = [(f["module"], c["shares"]["chance, basis.safetensors"]) for f in found["findings"] for c in f["captures"]]
     assert all(chance == pytest.approx(3 / rows[module]) for module, chance in chances)
@@ -177,9 +177,9 @@ def test_adapters_of_one_base_need_no_other_word_for_it(related: list[Path], tmp
     assert set(found["verdict"]["ways"]) == {"a0", "a1", "a2"}
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_start_that_adapters_share_is_no_common_subspace_where_they_tell_it(
-    related: list[Path], tmp_path: Path, told: bool
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_start_that_adapters_share_is_no_common_subspace_where_they_record_it(
+    related: list[Path], tmp_path: Path, recorded: bool
 ) -> None:
     """Five adapters whose A is still the one that seed 0 drew: on the input side they share all, and have learnt none of it."""
     plan = plan_adapter("lora", rank=4, alpha=6.0, rslora=False, dropout=0.0, seed=0, target_modules=("q_proj", "v_proj"))
@@ -192,7 +192,7 @@ def test_a_start_that_adapters_share_is_no_common_subspace_where_they_tell_it(
                 module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
                 weights[key] = start_a(plan, module, tensor.shape[1])
         save_file(weights, adapter / "adapter_model.safetensors")
-        if told:
+        if recorded:
             facts = AdapterFacts(plan, str(related[0]), None, base_hash, None, None, compact=False)
             rundir.write_json(adapter / "cora.json", facts.as_dict())
     flags = ("--rank=4", "--target-modules=q_proj,v_proj", "--format=json")
@@ -200,9 +200,9 @@ def test_a_start_that_adapters_share_is_no_common_subspace_where_they_tell_it(
     found = {side: json.loads(cora_inspect(*adapters, *flags, "--side", side).stdout) for side in ("input", "output")}
     captures = {side: [c["shares"] for f in of["findings"] for c in f["captures"]] for side, of in found.items()}
     assert all(shares[POOLED] == pytest.approx(1) for shares in captures["input"])
-    assert all((START in shares) == told for shares in captures["input"])
+    assert all((START in shares) == recorded for shares in captures["input"])
     assert not any(START in shares for shares in captures["output"]), "B began at zero"
-    expected = "No conclusion about a shared subspace: " if told else "Shared: "
+    expected = "No conclusion about a shared subspace: " if recorded else "Shared: "
     assert found["input"]["verdict"]["headline"].startswith(expected)
 
 
@@ -335,11 +335,11 @@ def test_runs_say_whether_capture_predicts_their_loss(related: list[Path], tmp_p
 
 
 @pytest.mark.parametrize(
-    ("choices", "likewise"),
+    ("choices", "same_kind"),
     [({}, PAPER), ({"source": "delta"}, MEAN), ({"source": "delta", "merge": "gram"}, POOLED), ({"method": "pca"}, None)],
 )
-def test_a_basis_of_all_models_is_judged_by_those_made_likewise_of_all_but_one(
-    related: list[Path], tmp_path: Path, choices: dict[str, Any], likewise: str | None
+def test_a_basis_of_all_models_gets_the_capture_of_the_leave_one_out_bases_of_its_kind(
+    related: list[Path], tmp_path: Path, choices: dict[str, Any], same_kind: str | None
 ) -> None:
     base, *models = related
     path = basis_of(models, tmp_path / "all.safetensors", base=base if "source" in choices else None, **choices)
@@ -348,10 +348,10 @@ def test_a_basis_of_all_models_is_judged_by_those_made_likewise_of_all_but_one(
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     points = found["foresight"][0]["points"]
-    if likewise is None:
+    if same_kind is None:
         assert points == []
     else:
-        shares = [capture["shares"][likewise] for finding in found["findings"] for capture in finding["captures"]]
+        shares = [capture["shares"][same_kind] for finding in found["findings"] for capture in finding["captures"]]
         assert [point["capture"] for point in points] == [pytest.approx(np.mean(shares))]
 
 
