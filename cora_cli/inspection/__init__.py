@@ -1,1 +1,1 @@
-"""Models, adapters and bases -> numbers on whether they share a subspace, and a verdict by a stated rule."""
+"""`cora inspect`: measures whether models, adapters and basis files share a subspace, and gives a verdict by a printed rule."""

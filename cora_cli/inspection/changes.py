@@ -1,6 +1,6 @@
-"""The changes ΔW that models made to one weight matrix: as they are or as low-rank factors, and what all models but one have together.
+"""The change ΔW of each model in one weight matrix, dense or as low-rank factors, and the leave-one-out sums over all other models.
 
-What that is compared with is `measure`'s business.
+`measure` compares these changes with each other and with bases.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from cora_cli.inspection.subspaces import captured, energy, gram, leading, leadi
 
 
 class Change:
-    """ΔW (rows, columns) float64: `left` itself, or with `right` the product L R, which is then never kept whole.
+    """ΔW (rows, columns) float64: `left` itself, or the product L R if `right` is given. The product is never stored.
 
-    `factor` is F with F Fᵀ = ΔW ΔWᵀ, so that its energy, directions and what a basis captures of it are those of ΔW.
+    `factor` is F with F Fᵀ = ΔW ΔWᵀ, so F has the same energy, left singular vectors and captures as ΔW.
     """
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor | None = None) -> None:
@@ -32,16 +32,16 @@ class Change:
         return energy(self.factor)
 
     def leading(self, rank: int) -> torch.Tensor:
-        """At most `rank` left singular vectors, (rows, k); see `subspaces.leading`."""
+        """The leading left singular vectors (rows, k), k ≤ `rank`; see `subspaces.leading`."""
         rows, columns = self.factor.shape
         return leading_of_tall(self.factor, rank) if 2 * columns <= rows else leading(self._gram, rank)
 
     def captured_by(self, basis: torch.Tensor) -> float:
-        """The share (0-1) of its energy inside the span of `basis`, (rows, k)."""
+        """The share (0-1) of ‖ΔW‖_F² inside the span of `basis`, (rows, k)."""
         return captured(basis, self.factor)
 
     def aligned_with(self, other: Change) -> float:
-        """⟨M, N⟩² / (‖M‖_F²·‖N‖_F²), 0-1: the share of its energy along the other as one direction of the space of matrices."""
+        """⟨M, N⟩² / (‖M‖_F²·‖N‖_F²), 0-1: the share of ‖M‖_F² along N, taken as one direction in the space of matrices."""
         one, two = (self, other) if self.right is not None else (other, self)
         if one.right is None:
             product = (one.left * two.left).sum()
@@ -52,11 +52,11 @@ class Change:
         return float(product.item() ** 2 / (self.energy * other.energy))
 
     def add_to(self, matrix: torch.Tensor) -> torch.Tensor:
-        """`matrix` (rows, columns), after ΔW was added to it in place."""
+        """Add ΔW to `matrix` (rows, columns) in place and return it."""
         return matrix.add_(self.left) if self.right is None else matrix.addmm_(self.left, self.right)
 
     def add_gram_to(self, total: torch.Tensor) -> torch.Tensor:
-        """`total` (rows, rows), after ΔW ΔWᵀ was added to its lower triangle in place."""
+        """Add ΔW ΔWᵀ to the lower triangle of `total` (rows, rows) in place and return it."""
         return total.add_(self._gram) if self.right is None else add_gram(total, self.factor)
 
     @cached_property
@@ -66,18 +66,18 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Others:
-    """What all models but one have together: `leading(rank)` of Σ ΔWⱼΔWⱼᵀ, (rows, k), and the `mean` of their ΔWⱼ."""
+    """All models but one: `leading(rank)` gives the leading directions (rows, k) of Σ ΔWⱼΔWⱼᵀ, `mean` is the mean of ΔWⱼ."""
 
     leading: Callable[[int], torch.Tensor]
     mean: Change
 
 
 def leave_one_out(changes: Mapping[str, Change], shape: torch.Size) -> Iterator[tuple[str, Others | None]]:
-    """For each model what the other models have, None where there is no other; `shape` is that of ΔW.
+    """For each model, the sums over the other models, or None if there is no other model; `shape` is that of ΔW.
 
-    They are summed over the others alone: a difference from sums over all models would lose digits. Changes in few factors are put side
-    by side. Of others the models are halved again and again, each half starting from the sums over what is outside of it, which takes
-    n·log n additions and holds log n pairs of sums.
+    Each sum runs over the other models alone, because subtracting one model from a total would lose digits. Low-rank factors are
+    concatenated if they are narrow together. Otherwise the list of models is halved recursively, and each half starts from the sums over
+    the models outside it: this takes n·log n additions and keeps log n pairs of sums in memory.
     """
     names = list(changes)
     in_factors = all(change.right is not None for change in changes.values())

@@ -1,4 +1,7 @@
-"""An inspection -> its figures, drawn on the reports' canvas. Numbers are those of the findings; only means are taken here."""
+"""The figures of an inspection: overlap and capture by layer, explained variance, and prediction of the held-out loss.
+
+They show the measured findings; only means are computed here.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +10,7 @@ from typing import Any
 
 from cora_cli.inspection.inspect import Inspection
 from cora_cli.inspection.measure import BASE, CEILING, CHANCE, DELTA, MEAN, OWN, PAPER, POOLED, START, WEIGHTS, Findings
-from cora_cli.inspection.prediction import Foresight
+from cora_cli.inspection.prediction import Prediction
 from cora_cli.render.canvas import Figure, Palette, render
 from cora_cli.reporting.plots import draw_variance, legend_above
 from cora_cli.reporting.variance import Spectrum, read_spectra
@@ -15,11 +18,11 @@ from cora_cli.reporting.variance import Spectrum, read_spectra
 Value = Callable[[Findings], list[float]]
 _COLUMNS = 3
 _ITS_CHANCE = f": {CHANCE}"
-"""The end of the label of a line that shows the chance of another one: it is dashed in the same colour, and not in the legend."""
+"""Ends the label of a chance line. It is dashed, has the colour of the line that it belongs to, and is not in the legend."""
 
 
 def draw(inspection: Inspection) -> Iterator[Figure]:
-    """Every figure that there are data for."""
+    """Every figure for which there is data."""
     r = inspection.rank
     series: dict[str, Value] = {}
     for kind in (WEIGHTS, DELTA):
@@ -31,7 +34,7 @@ def draw(inspection: Inspection) -> Iterator[Figure]:
         series,
         "overlap",
         "Overlap of the leading subspaces, layer by layer",
-        f"‖U₁ᵀU₂‖_F² / r of the leading {r} directions, mean over pairs of {len(inspection.models)} models. Dashed, in the same colour: chance.",
+        f"‖U₁ᵀU₂‖_F² / r of the r = {r} leading directions, mean over pairs of {len(inspection.models)} models. Dashed lines of the same colour: chance.",
         "overlap",
     )
     yield from _by_layer(
@@ -39,22 +42,23 @@ def draw(inspection: Inspection) -> Iterator[Figure]:
         {share: _shares(share) for share in (POOLED, MEAN, PAPER, OWN, START, CEILING, CHANCE, *inspection.bases)},
         "capture",
         "Leave-one-out capture, layer by layer",
-        f"Share of ‖ΔW‖_F² of a left-out model inside {r} directions, mean over {len(inspection.models)} models. {POOLED}, {MEAN} and {PAPER} are of the "
-        f"other models, {CEILING} is of the model itself, {START}, where there is one, what both its adapter and another one's began with. Dashed: chance.",
+        f"Share of the left-out model's ‖ΔW‖_F² inside {r} directions, mean over {len(inspection.models)} models. {POOLED}, {MEAN} and {PAPER}: computed "
+        f"from the other models. {CEILING}: from the model itself. {START}, if shown: directions from which both its adapter and another one started. "
+        "Dashed: chance.",
         "captured share",
     )
     if spectra := _spectra(inspection):
         yield draw_variance(spectra, "weights-", "Explained variance of the models' mean W, by SVD and by PCA")
     if inspection.bases:
         yield draw_variance(read_spectra({basis.path: None for basis in inspection.bases.values()})[0], "bases-")
-    foreseen = [found for found in inspection.foresight or () if found.points]
-    if foreseen:
+    predictions = [found for found in inspection.predictions or () if found.points]
+    if predictions:
         yield render(
-            "foresight",
+            "foresight",  # the file name, kept from earlier versions as the JSON key of that name is
             "Capture of a basis and held-out loss of the runs that used it",
-            "One point per basis: its capture of the given models' ΔW, and the mean held-out loss of its runs. One panel per data, mode and rank.",
-            lambda figure: _scatter(figure, foreseen),
-            (7.2, 2.6 * math.ceil(len(foreseen) / _COLUMNS) + 0.4),
+            "One point per basis: its capture of the given models' ΔW, and the mean held-out loss of its runs. One panel per combination of data, mode and rank.",
+            lambda figure: _scatter(figure, predictions),
+            (7.2, 2.6 * math.ceil(len(predictions) / _COLUMNS) + 0.4),
         )
 
 
@@ -69,7 +73,7 @@ def _shares(share: str) -> Value:
 def _by_layer(
     inspection: Inspection, series: dict[str, Value], name: str, heading: str, caption: str, axis: str
 ) -> Iterator[Figure]:
-    """A line per series over layers, a panel per kind; nothing where there are not two layers."""
+    """A line per series over layers, with one panel per kind. Kinds with fewer than two layers are left out."""
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for kind in inspection.kinds:
         for label, value in series.items():
@@ -101,7 +105,7 @@ def _lines(figure: Any, curves: dict[str, dict[str, list[tuple[int, float]]]], p
             if label.endswith(CHANCE):
                 ax.plot(xs, ys, "--", color=palette.color(of), label=label if of == label else None)
             else:
-                width = 3.0 if place == 0 else 1.2  # others may lie upon the first
+                width = 3.0 if place == 0 else 1.2  # other lines may cover the first
                 ax.plot(
                     xs, ys, "-", color=palette.color(of), linewidth=width, marker=palette.marker(of), markersize=3, label=label
                 )
@@ -124,15 +128,15 @@ def _spectra(inspection: Inspection) -> list[Spectrum]:
     return found
 
 
-def _scatter(figure: Any, foreseen: Sequence[Foresight]) -> None:
+def _scatter(figure: Any, predictions: Sequence[Prediction]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    rows = math.ceil(len(foreseen) / _COLUMNS)
-    axes = figure.subplots(rows, min(_COLUMNS, len(foreseen)), squeeze=False)
-    palette = Palette([point.basis for found in foreseen for point in found.points])
-    for ax in axes.flat[len(foreseen) :]:
+    rows = math.ceil(len(predictions) / _COLUMNS)
+    axes = figure.subplots(rows, min(_COLUMNS, len(predictions)), squeeze=False)
+    palette = Palette([point.basis for found in predictions for point in found.points])
+    for ax in axes.flat[len(predictions) :]:
         ax.axis("off")
-    for ax, found in zip(axes.flat, foreseen, strict=False):
+    for ax, found in zip(axes.flat, predictions, strict=False):
         for point in found.points:
             label = point.basis
             ax.plot(point.capture, point.loss, palette.marker(label), color=palette.color(label), label=label, linestyle="none")

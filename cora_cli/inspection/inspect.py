@@ -1,6 +1,6 @@
-"""References of models, adapters and basis files -> an inspection: what is compared with what, read, measured and judged.
+"""The entry point of `cora inspect`: opens the models, adapters and basis files, measures them and draws the verdict.
 
-The one entry point of `cora inspect`; how its result is written down is `report`'s business.
+`output` writes the resulting `Inspection` in every format.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side, match_targets
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.inspection.measure import BASE, Directions, Findings, measure
-from cora_cli.inspection.prediction import Foresight, foresee, used_bases
+from cora_cli.inspection.prediction import Prediction, predict, used_bases
 from cora_cli.inspection.sharing import Verdict, judge
 from cora_cli.inspection.starts import known_starts
 from cora_cli.models.references import ModelPath, resolve_model
@@ -23,8 +23,10 @@ from cora_cli.weights.sources import WeightSource, open_source
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What was inspected, found and said. `models` and `bases` are by their short names, `base` is the reference of the base model,
-    `foresight` None where no runs were given.
+    """The inspected models and bases with all results.
+
+    `models` (short name -> reference) and `bases` are keyed by short names; `base` is the reference of the base model. `predictions` is
+    None if no runs were given.
     """
 
     models: dict[str, str]
@@ -33,14 +35,14 @@ class Inspection:
     rank: int
     side: Side
     findings: tuple[Findings, ...]
-    foresight: tuple[Foresight, ...] | None
+    predictions: tuple[Prediction, ...] | None
     verdict: Verdict
     bytes_read: int
     seconds: float
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of weight matrices, in their order."""
+        """The kinds of weight matrices (such as `q_proj`), in the order of the model."""
         return tuple(dict.fromkeys(found.kind for found in self.findings))
 
 
@@ -53,14 +55,14 @@ def inspect(
     runs: Sequence[str],
     device: torch.device,
 ) -> Inspection:
-    """Inspect basis files and models. Without `base`, adapters that all name one base rest on that.
+    """Inspect basis files and models. Without `base`, the base model is the one that all given adapters name, if they agree.
 
-    `rank`, `side` and `target_modules` are by default those of the basis files, else the defaults of `cora extract-basis`. Raises
-    `UsageError` where there is nothing to compare and `CoraError` where something cannot be read or does not fit.
+    `rank`, `side` and `target_modules` default to those of the basis files, or else to the defaults of `cora extract-basis`. Raises
+    `UsageError` if there is nothing to compare, and `CoraError` if something cannot be read or does not match.
     """
     began = time.perf_counter()
     if repeated := sorted({reference for reference in references if references.count(reference) > 1}):
-        raise UsageError(f"{repeated[0]} is named twice; a model overlaps with itself entirely")
+        raise UsageError(f"{repeated[0]} is named twice; name it once")
     files = [reference for reference in references if Path(reference).is_file()]
     bases = dict(zip(short_names(files), (read_basis(Path(file)) for file in files), strict=True))
     sides: list[Side] = [one.choices.side for one in bases.values()]
@@ -68,20 +70,20 @@ def inspect(
     for name, one in bases.items():
         if one.choices.side != compared:
             raise CoraError(
-                f"{name} holds directions of the {one.choices.side}s of its weights, but what is compared here are those of their {compared}s"
+                f"{name} is a basis of the {one.choices.side} side, but this inspection compares the {compared} side; inspect it separately with --side {one.choices.side}"
             )
     named = [reference for reference in references if reference not in files]
     paths = [resolve_model(reference) for reference in named]
-    resting = base or _common_base(paths)
-    if runs and not (named and resting):
-        raise UsageError("--runs needs models and their --base: a basis is judged by what it captures of their changes")
-    if runs and compared == "input":
+    base = base or _common_base(paths)
+    if runs and not (named and base):
         raise UsageError(
-            "--runs compares what B started from, which are directions of outputs; with --side input it has no meaning"
+            "--runs needs models and their --base, because it compares losses with the capture of the models' changes"
         )
-    if len(named) == 1 and not bases and resting is None:
-        raise UsageError("one model alone has nothing to be compared with; name others, a basis file, or its --base")
-    base_source = open_source(resolve_model(resting)) if resting else None
+    if runs and compared == "input":
+        raise UsageError("--runs cannot be used with --side input, because the start of B consists of output directions")
+    if len(named) == 1 and not bases and base is None:
+        raise UsageError("one model alone cannot be compared; name other models, a basis file, or its --base")
+    base_source = open_source(resolve_model(base)) if base else None
     models = {name: open_source(path, base_source) for name, path in zip(short_names(named), paths, strict=True)}
     rank = rank or min((one.rank for one in bases.values()), default=DEFAULT_RANK)
     targets = target_modules or next((one.choices.target_modules for one in bases.values()), DEFAULT_TARGET_MODULES)
@@ -99,26 +101,26 @@ def inspect(
         compared,
         starts,
     )
-    foresight = tuple(foresee(used, models, findings)) if runs else None
+    predictions = tuple(predict(used, models, findings)) if runs else None
     read = [*models.values(), *([base_source] if base_source else [])]
     return Inspection(
         models=dict(zip(models, named, strict=True)),
-        base=resting,
+        base=base,
         bases=bases,
         rank=rank,
         side=compared,
         findings=tuple(findings),
-        foresight=foresight,
-        verdict=judge(findings, list(models), base_source is not None, foresight, lost),
+        predictions=predictions,
+        verdict=judge(findings, list(models), base_source is not None, predictions, lost),
         bytes_read=sum(source.bytes_read for source in read),
         seconds=time.perf_counter() - began,
     )
 
 
 def _refuse_copies(models: dict[str, WeightSource], targets: tuple[str, ...]) -> None:
-    """Raise `CoraError` where two models hold the same target weights: each would then capture the other entirely.
+    """Raise `CoraError` if two models have the same target weights, since each would capture all of the other's change.
 
-    All weights are read for that only where the first ones are the same; files of another shape are `measure`'s to refuse.
+    The first target matrix is compared first, and the others are read only if it is equal. `measure` checks the shapes.
     """
     alike: dict[str, list[tuple[str, list[str]]]] = {}
     for name, source in models.items():
@@ -128,13 +130,11 @@ def _refuse_copies(models: dict[str, WeightSource], targets: tuple[str, ...]) ->
         known: dict[str, str] = {}
         for name, modules in suspects if len(suspects) > 1 else ():
             if (other := known.setdefault(models[name].content_hash(modules), name)) != name:
-                raise CoraError(
-                    f"{other} and {name} hold the same weights; a model overlaps with itself entirely, so name one of them"
-                )
+                raise CoraError(f"{other} and {name} hold the same weights; name only one of them")
 
 
 def short_names(references: Sequence[str]) -> list[str]:
-    """The shortest ends of paths that tell the references apart, such as `json` for `demo/models/json`."""
+    """The shortest path suffix that identifies each reference, such as `json` for `demo/models/json`."""
     names: list[str] = []
     for reference in references:
         parts = Path(reference).parts
@@ -149,7 +149,7 @@ def _ends_with(reference: str, end: str) -> bool:
 
 
 def _common_base(models: Sequence[ModelPath]) -> str | None:
-    """The base that all of `models` name, if they are adapters of one."""
+    """The base model that all of `models` name, if they are all adapters of the same one."""
     if not models or not all(model.is_adapter for model in models):
         return None
     configs = [model.adapter_config() for model in models]

@@ -1,4 +1,7 @@
-"""An inspection -> the document that every format writes: tables, figures, and the verdict with its rule at the end."""
+"""Builds the document of an inspection: tables, figures, and the verdict with its rule.
+
+`render` writes the same document in every format.
+"""
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean
@@ -32,7 +35,7 @@ _SUBSPACES = {WEIGHTS: "weights W", DELTA: "changes ΔW = W − W_base", FILE: "
 
 
 def build_document(inspection: Inspection, figures: Sequence[Figure] = (), detail: bool = False) -> list[Block]:
-    """The whole document; with `detail` also where the models are, and at its end a table of every weight matrix."""
+    """The complete document. `detail` adds the references of the models and a final table of every weight matrix."""
     blocks: list[Block] = [
         Heading(1, "Do these models share a subspace?"),
         Text(_subject(inspection, detail)),
@@ -49,7 +52,7 @@ def build_document(inspection: Inspection, figures: Sequence[Figure] = (), detai
         Text(verdict.headline, "verdict"),
         Items(verdict.sentences),
         Text(RULE, "note"),
-        Text(f"Read {inspection.bytes_read / 1e9:.2f} GB; {inspection.seconds:.0f} s in all.", "note"),
+        Text(f"Read {inspection.bytes_read / 1e9:.2f} GB; took {inspection.seconds:.0f} s.", "note"),
     ]
     if detail and inspection.findings:
         blocks += [Heading(2, "Details"), _matrices(inspection)]
@@ -67,7 +70,7 @@ def _subject(inspection: Inspection, detail: bool) -> str:
         ]
     )
     read = f"{len(inspection.findings)} weight matrices ({', '.join(inspection.kinds)}), " if inspection.findings else ""
-    return f"{named}; {read}rank {inspection.rank}, directions of the {inspection.side}s. " + (
+    return f"Inspected: {named}; {read}rank {inspection.rank}, {inspection.side} side. " + (
         f"Base model: {inspection.base}." if inspection.base else "No base model."
     )
 
@@ -95,7 +98,7 @@ def _sizes(inspection: Inspection) -> Table:
             values = [found.sizes[name] for found in _of_kind(inspection, kind)]
             cells.append(Cell(f"{fmean(values):.4f} [{min(values):.4f}, {max(values):.4f}]"))
         rows.append((Cell(name), *cells))
-    notes = ("‖W − W_base‖_F / ‖W_base‖_F, mean [least, largest] over layers.",)
+    notes = ("‖W − W_base‖_F / ‖W_base‖_F, mean [minimum, maximum] over layers.",)
     return Table("Size of the change", ("model", *inspection.kinds), tuple(rows), notes)
 
 
@@ -114,7 +117,7 @@ def _overlaps(inspection: Inspection, subspace: str) -> Table:
                 rows.append((Cell(f"{name} – {other}"), *cells))
         else:
             means = [[fmean(o.value for o in overlaps) for overlaps in pairs] for pairs in by_kind]
-            for word, of in (("mean", fmean), ("least", min), ("largest", max)):
+            for word, of in (("mean", fmean), ("minimum", min), ("maximum", max)):
                 rows.append(
                     (Cell(f"{word} of {len(found)} {what}"), *(_mean([of(column)] if column else []) for column in means))
                 )
@@ -122,8 +125,9 @@ def _overlaps(inspection: Inspection, subspace: str) -> Table:
             chances = (_mean([o.chance for overlaps in pairs for o in overlaps]) for pairs in by_kind)
             rows.append((Cell(f"chance, {what}"), *chances))
     notes = (
-        f"‖U₁ᵀU₂‖_F² / r of the leading r = {inspection.rank} directions, mean over layers: 1 for the same subspace. Chance is r / d for two "
-        f"random ones. Where a matrix has fewer directions, all of them are taken. {BASE}: the leading directions of its W.",
+        f"Overlap: ‖U₁ᵀU₂‖_F² / r of the r = {inspection.rank} leading directions, mean over layers; 1 means the same subspace. {CHANCE}: r / d, the "
+        f"mean for random subspaces in d dimensions. If a matrix has fewer than r directions, all of them are used. {BASE}: the leading "
+        "directions of its W.",
     )
     return Table(f"Overlap of the subspaces of the {_SUBSPACES[subspace]}", ("pair", *inspection.kinds), tuple(rows), notes)
 
@@ -138,7 +142,7 @@ def _angles(inspection: Inspection) -> Table:
                 cells.append(_degrees([o for o in overlaps if (o.other == BASE) is with_base]))
             if any(cell.text != "–" for cell in cells):
                 rows.append((Cell(f"{subspace}, {'with the base model' if with_base else 'pairs'}"), *cells))
-    notes = ("Least / median / largest principal angle in degrees, each averaged over pairs and layers.",)
+    notes = ("Smallest / median / largest principal angle in degrees, each averaged over pairs and layers.",)
     return Table("Principal angles", ("subspaces", *inspection.kinds), tuple(rows), notes)
 
 
@@ -162,17 +166,18 @@ def _captures(inspection: Inspection) -> Table:
         rows.append((Cell(f"all, {kind}"), *cells))
     start = START in columns
     notes = (
-        f"Share of ‖ΔW‖_F² of the model in the row inside at most {inspection.rank} directions, mean over weight matrices. {POOLED}, {MEAN}, {PAPER} "
-        f"(the paper's basis): leading directions of what all models but that one have. {OWN}: of the base model. "
+        f"Capture: the share of the left-out model's ‖ΔW‖_F² inside a basis of at most {inspection.rank} directions, mean over weight matrices. "
+        f"{POOLED}, {MEAN}, {PAPER} (the paper's basis): leading directions computed from the other models. {OWN}: leading directions of the base "
+        "model. "
         + (
-            f"{START}: the best of those that both its adapter and another one's began with, made up by random ones. "
+            f"{START}: the best directions from which both this adapter and another one started, filled up with random ones. "
             if start
             else ""
         )
-        + f"{CHANCE}: a random basis, k / d. {', '.join((PAPER, OWN, *((START,) if start else ())))} and {CHANCE} have the k directions of "
-        f"{POOLED}, fewer than {inspection.rank} where the changes have fewer. {CEILING}: the model's own ΔW. {ALONG}: along {MEAN} as one "
-        "direction of the space of matrices (chance there is 1 over the number of weights)."
-        + (" A basis file may have been made from the model itself." if inspection.bases else ""),
+        + f"{CHANCE}: random directions, k / d. {', '.join((PAPER, OWN, *((START,) if start else ())))} and {CHANCE} use k directions, as many as "
+        f"{POOLED} has (fewer than {inspection.rank} if the changes have a lower rank). {CEILING}: leading directions of the model's own ΔW. "
+        f"{ALONG}: the share along {MEAN}, taken as one direction in the space of matrices (chance: 1 / number of weights)."
+        + (" A basis file may have been created from the left-out model itself." if inspection.bases else ""),
     )
     return Table("Leave-one-out capture", ("left-out model", *columns), tuple(rows), notes)
 
@@ -190,8 +195,8 @@ def _spectra(inspection: Inspection) -> Table:
             rows.append((Cell(kind), *cells, Cell(f"{max(s.mean_share for s in found):.2%}")))
     headers = tuple(f"{level:.0%} {how}" for level in LEVELS for how in ("SVD", "PCA"))
     notes = (
-        "Directions that hold so much of ‖M‖_F² (PCA: of what centring its columns leaves), M the mean of the models' W, mean over layers. "
-        "Mean column: the largest share of ‖M‖_F² that centring removes.",
+        "Number of directions that hold this share of ‖M‖_F² (PCA: after the mean column of M is subtracted), mean over layers. M is the mean of "
+        "the models' W. mean column: the largest share of ‖M‖_F² that subtracting the mean column removes.",
     )
     return Table("Explained variance of one matrix", ("projection", *headers, "mean column"), tuple(rows), notes)
 
@@ -213,24 +218,28 @@ def _bases(inspection: Inspection) -> Table:
             )
         )
     headers = ("basis", "models", "groups", "rank", "choices", "explained variance")
-    notes = ("Explained variance of the kept directions, mean [least, largest] over groups, as the file records it.",)
+    notes = ("Explained variance of the kept directions as recorded in the file, mean [minimum, maximum] over groups.",)
     return Table("Basis files", headers, tuple(rows), notes)
 
 
 def _points(inspection: Inspection) -> Table:
     rows = [
         (Cell(point.basis), Cell(found.stratum), Cell(f"{point.capture:.4f}"), Cell(f"{point.loss:.4f}"), Cell(str(point.runs)))
-        for found in inspection.foresight or ()
+        for found in inspection.predictions or ()
         for point in found.points
     ]
     notes = (
-        "Capture: mean share of ‖ΔW‖_F² inside B over the given models that the basis was not made from; of a basis of exactly these models, "
-        "that of the bases made likewise of all but one. Loss: held-out, nats per response token, mean over the runs that started from that B, with "
-        "the seeds that all bases of a row's kind of runs have: the seed also draws a random B. Spearman's ρ with Fisher's interval, standard error of Bonett "
-        "and Wright (2000), over bases; runs that share data are not independent, and several numbers are not corrected for.",
+        "capture: mean share of ‖ΔW‖_F² inside B, over the given models that the basis was not created from. If it was created from exactly these "
+        "models, the leave-one-out bases of the same kind stand in for it. loss: held-out loss in nats per response token, mean over the runs that "
+        "started from this B. Only seeds that were run with every basis of the same group count, because the seed also draws a random B. Spearman's ρ "
+        "is taken over bases, with the interval by Fisher's z and the standard error of Bonett and Wright (2000). Runs that share data are not "
+        "independent, and the intervals are not corrected for multiple comparisons.",
     )
     return Table(
-        "Foresight: bases and the runs that used them", ("basis", "runs of", "capture", "loss", "runs"), tuple(rows), notes
+        "Prediction: the capture of each basis and the loss of its runs",
+        ("basis", "runs of", "capture", "loss", "runs"),
+        tuple(rows),
+        notes,
     )
 
 
@@ -247,7 +256,7 @@ def _matrices(inspection: Inspection) -> Table:
             cells.append(_mean([c.shares[share] for c in found.captures if share in c.shares]))
         rows.append((Cell(found.module), Cell("×".join(map(str, found.shape))), *cells))
     headers = ("out×in", "size", "W pairs", "W base", "ΔW pairs", "ΔW base", *controls)
-    notes = ("Means over models or pairs: size of the change, overlaps, leave-one-out captures.",)
+    notes = ("Means over models or pairs: size of the change, overlaps, and leave-one-out captures.",)
     return Table("Every weight matrix", ("module", *headers), tuple(rows), notes)
 
 

@@ -1,6 +1,6 @@
-"""Weight sources -> numbers per weight matrix, with the same matrix of all models in memory and nothing else.
+"""Measures every weight matrix: sizes of the changes, overlaps, leave-one-out captures and spectra. One matrix is in memory at a time.
 
-What the numbers amount to is `verdict`'s business, how they look `document`'s.
+`sharing` draws the verdict from these numbers, and `inspection_document` formats them.
 """
 
 import dataclasses
@@ -23,25 +23,25 @@ from cora_cli.weights.sources import WeightSource
 
 BASE = "base model"
 WEIGHTS, DELTA, FILE = "W", "ΔW", "basis"
-"""Of what two subspaces are: of the weights, of their change from the base, or of basis files."""
+"""The kinds of subspaces that are compared: of the weights, of their changes from the base model, and of basis files."""
 POOLED, MEAN, PAPER, ALONG = "pooled ΔW", "mean ΔW", "mean W", "along mean"
 OWN, START, CHANCE, CEILING = "base W", "common start", "chance", "ceiling"
-"""What the energy of a left-out ΔW is measured in; see `Capture`."""
+"""The bases whose captures are measured, as they are named in tables and in JSON; see `Capture`."""
 
 
 def chance_of(basis: str) -> str:
-    """The share that stands for as many random directions as the basis file of that name has."""
+    """The name of the capture by random directions, as many as the basis file `basis` has."""
     return f"{CHANCE}, {basis}"
 
 
 Directions = Callable[[str, int], torch.Tensor | None]
-"""A module's name and dimension on the inspected side -> orthonormal (dimension, k) float64, or None where there is nothing for that module."""
+"""Maps a module's name and its dimension on the inspected side to orthonormal directions (dimension, k) float64, or None if it has none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """Overlap (0-1) of two subspaces of the kind WEIGHTS, DELTA or FILE, what chance gives, and the least, median and largest
-    principal angle in degrees. `other` may be BASE, whose subspace is that of its weights.
+    """Overlap (0-1) of two subspaces of the kind WEIGHTS, DELTA or FILE, its mean by chance (0-1), and the smallest, median and largest
+    principal angle in degrees. If `other` is BASE, the second subspace is that of the base model's weights.
     """
 
     kind: str
@@ -54,14 +54,21 @@ class Overlap:
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """Shares (0-1) of the energy ‖ΔW‖_F² of the model `left_out` inside bases that were made without it.
+    """Captures: shares (0-1) of the energy ‖ΔW‖_F² of the model `left_out` inside several bases, by the name of the basis.
 
-    POOLED: leading directions of Σ ΔWⱼΔWⱼᵀ over the other models; MEAN: of the mean of their ΔW; PAPER: of the mean of their W
-    (equation 2 of arXiv 2409.02119); OWN: of the base model's W; START: the most that as many directions hold of those that both its
-    adapter and another model's are known to have begun with, filled up with random ones; CHANCE: k / d for a random basis. PAPER, OWN,
-    START and CHANCE have the k directions of POOLED, which are fewer than the rank where the changes have fewer. CEILING: of the model's
-    own ΔW, which no basis of that rank exceeds; `chance_of` a basis: of as many random directions as that has; ALONG: the share along the
-    others' mean ΔW as one direction of the space of matrices. Other names are bases that were given.
+    - POOLED: leading directions of Σ ΔWⱼΔWⱼᵀ over the other models.
+    - MEAN: leading directions of the mean ΔW of the other models.
+    - PAPER: leading directions of the mean W of the other models (equation 2 of arXiv 2409.02119).
+    - OWN: leading directions of the base model's W.
+    - START: the best directions among those from which both this adapter and another one are known to have started. If there are
+      fewer than k, random directions fill up the rest.
+    - CHANCE: k / d, the mean for a random basis of k directions in d dimensions.
+    - CEILING: leading directions of the model's own ΔW; no basis of this rank captures more.
+    - ALONG: the share along the mean ΔW of the other models, taken as one direction in the space of matrices.
+    - `chance_of(name)`: random directions, as many as the basis file `name` has.
+
+    PAPER, OWN, START and CHANCE use k directions, as many as POOLED has; k is below the rank if the changes have a lower rank. Every
+    other name is a basis that the caller gave.
     """
 
     left_out: str
@@ -70,10 +77,10 @@ class Capture:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """All that was measured of one weight matrix `module`, stored as (out, in) = `shape`; `rank` is the most directions that were taken.
+    """All measurements of the weight matrix `module`, stored as (out, in) = `shape`; `rank` is the largest number of directions used.
 
-    `kind` is the name's last part, `layer` its first number. `sizes`: ‖W − W_base‖_F / ‖W_base‖_F by model, empty without a base.
-    `spectra` are those of the mean of the models' W, None without models.
+    `kind` is the last part of the module's name, `layer` the first number in it. `sizes` is ‖W − W_base‖_F / ‖W_base‖_F by model,
+    empty without a base model. `spectra` belongs to the mean of the models' W and is None without models.
     """
 
     module: str
@@ -98,10 +105,11 @@ def measure(
     side: Side = "output",
     starts: Mapping[str, Directions] | None = None,
 ) -> list[Findings]:
-    """Measure every target matrix, or for the side of its inputs its transpose. `bases` are compared with everything, `hidden` only
-    capture; `starts` are what models are known to have begun with.
+    """Measure every target matrix; for the input side, its transpose.
 
-    Raises `CoraError` where models differ in shape or `rank` is more than a matrix has.
+    `bases` are given bases, for which overlaps and captures are reported. Of the bases in `hidden` only the captures are measured.
+    `starts` are the known starting directions of models. Raises `CoraError` if the models differ in shape, if `rank` is more than a
+    matrix has, or if a matrix is zero.
     """
     sources = list(models.values()) or ([base] if base else [])
     if not sources:
@@ -112,8 +120,8 @@ def measure(
     with one_thread_pool(device, most_rows), progress("inspecting", len(groups), "matrices") as shown:
         for group in groups:
             [shape] = group.modules.values()
-            given, only, begun = (_frames(some, group.name, group.rows, device) for some in (bases, hidden, starts or {}))
-            found.append(_measure(group.name, shape, models, base, given, only, begun, rank, device, side))
+            given, only, started = (_frames(some, group.name, group.rows, device) for some in (bases, hidden, starts or {}))
+            found.append(_measure(group.name, shape, models, base, given, only, started, rank, device, side))
             shown.advance(note=group.name)
     return found
 
@@ -140,14 +148,14 @@ def _measure(
     sizes: dict[str, float] = {}
     of_weights: dict[str, torch.Tensor] = {}
     mean: torch.Tensor | None = None
-    for name, source in models.items():  # of their weights only the sum stays, of their changes each
+    for name, source in models.items():  # keep every change, but of the weights only their mean
         if base is None or base_weight is None:
             weight = _read(source, module, device, side)
         else:
             change = _change(source, module, base, base_weight, side)
             weight = change.add_to(base_weight.clone())
             sizes[name] = math.sqrt(change.energy / energy(base_weight))
-            if sizes[name] > 0:  # a model that equals the base there has no directions of change
+            if sizes[name] > 0:  # a zero change has no directions
                 changes[name] = change
         of_weights[name] = leading(gram(_not_zero(weight, module, name)), rank)
         mean = weight / len(models) if mean is None else mean.add_(weight, alpha=1 / len(models))
@@ -195,7 +203,7 @@ def _measure(
 
 def _not_zero(weight: torch.Tensor, module: str, name: str) -> torch.Tensor:
     if not energy(weight) > 0:
-        raise CoraError(f"{module} of {name} is zero and has no directions; leave it out with --target-modules")
+        raise CoraError(f"{module} of {name} is zero and has no directions; exclude it with --target-modules")
     return weight
 
 
@@ -208,7 +216,7 @@ def _oriented(matrix: torch.Tensor, side: Side) -> torch.Tensor:
 
 
 def _change(source: WeightSource, module: str, base: WeightSource, base_weight: torch.Tensor, side: Side) -> Change:
-    """W − W_base of one model, in factors where it is known so and these are smaller."""
+    """W − W_base of one model, as low-rank factors if they are known and smaller than the matrix."""
     device, known = base_weight.device, source.own_rank(module, base)
     if known is not None and known < min(base_weight.shape):
         left, right = (factor.to(device) for factor in source.own_factors(module, base))
@@ -218,7 +226,7 @@ def _change(source: WeightSource, module: str, base: WeightSource, base_weight: 
 
 
 def _in_mean(change: Change, mean: Change, base_weight: torch.Tensor, rank: int, size: int) -> dict[str, float]:
-    """The shares of `change` in the `mean` ΔW of the other models, and in `size` directions of their mean W."""
+    """The captures of `change` by the `mean` ΔW of the other models and by `size` directions of their mean W."""
     found = {PAPER: change.captured_by(leading(gram(mean.add_to(base_weight.clone())), size))}
     if mean.energy > 0:
         found |= {MEAN: change.captured_by(mean.leading(rank)), ALONG: change.aligned_with(mean)}
@@ -226,8 +234,8 @@ def _in_mean(change: Change, mean: Change, base_weight: torch.Tensor, rank: int,
 
 
 def _within(start: torch.Tensor, change: Change, size: int) -> float:
-    """The most of `change` that `size` directions in the span of `start`, (rows, k), hold; where that has fewer, they are made up by
-    random ones of the rest of the space."""
+    """The largest capture (0-1) of `change` by `size` directions in the span of `start`, (rows, k). If `start` has fewer directions,
+    the mean capture of random ones from the rest of the space is added."""
     rows, known = start.shape
     values = torch.linalg.svdvals(start.T @ change.factor)[:size]
     held = energy(values) / change.energy

@@ -1,8 +1,10 @@
-"""Inspections in every format: terminal text, Markdown, JSON and one HTML page, printed or written to a directory.
+"""Writes an inspection as terminal text, Markdown, JSON and one HTML page, printed or into a directory.
 
 JSON: `{"format_version": 1, "models", "base", "bases", "rank", "side", "findings", "foresight", "verdict", "bytes_read", "seconds"}`. `models` maps
-short names to references, `bases` to paths and hashes; a finding has the fields of `measure.Findings`, with its overlaps, captures and
-spectra; `foresight` those of `foresight.Foresight`, null where no runs were given; `verdict` has `headline`, `sentences`, `ways`, `unjudged`, `rule`.
+short names to references, `bases` to paths and hashes. A finding has the fields of `measure.Findings`, with its overlaps, captures and
+spectra. `foresight` is a list with the fields of `prediction.Prediction`, or null if no runs were given. `verdict` has `headline`, `sentences`,
+`ways` (the recovered shares by model), `unjudged` and `rule`. Programs may read these files, so keys keep their names even where the code now
+uses another: `foresight` for predictions, `ways` for recovered shares.
 """
 
 import dataclasses
@@ -22,28 +24,28 @@ from cora_cli.render.text import markdown, terminal
 
 FORMAT_VERSION = 1
 FILES = {"terminal": "inspect.txt", "markdown": "inspect.md", "json": "inspect.json", "html": "inspect.html"}
-"""The formats, and the names of their files in the output directory."""
+"""The formats and their file names in the output directory."""
 
 
 def check_output(output_dir: Path | None) -> None:
-    """Raise `CoraError` where `output_dir` cannot become a directory, before hours are spent on what goes there."""
+    """Raise `CoraError` if `output_dir` is a file. This runs before the inspection, which may take hours."""
     if output_dir is not None and output_dir.exists() and not output_dir.is_dir():
         raise CoraError(f"output directory {output_dir} is a file; choose another one")
 
 
 def report(inspection: Inspection, format: str, output_dir: Path | None) -> str:
-    """The inspection in one format; with `output_dir` all formats and the plots are written there too."""
+    """Return the inspection in one format. With `output_dir`, also write all formats and the plots there."""
     figures: list[Figure] = []
     if output_dir is not None or format == "html":
         from cora_cli.inspection.figures import draw
 
         figures = list(draw(inspection))
-    whole = build_document(inspection, figures, detail=True)
+    complete = build_document(inspection, figures, detail=True)
     writers: dict[str, Callable[[], str]] = {
         "terminal": lambda: terminal(build_document(inspection)),
-        "markdown": lambda: markdown(whole),
+        "markdown": lambda: markdown(complete),
         "json": lambda: to_json(inspection),
-        "html": lambda: page([whole], "cora inspect", __version__),
+        "html": lambda: page([complete], "cora inspect", __version__),
     }
     if output_dir is not None:
         for name, write in writers.items():
@@ -54,8 +56,8 @@ def report(inspection: Inspection, format: str, output_dir: Path | None) -> str:
 
 
 def to_json(inspection: Inspection) -> str:
-    """Everything, as described above."""
-    foresight = inspection.foresight
+    """The complete inspection as JSON; the module docstring describes the keys."""
+    predictions, verdict = inspection.predictions, inspection.verdict
     values = {
         "format_version": FORMAT_VERSION,
         "models": inspection.models,
@@ -64,8 +66,14 @@ def to_json(inspection: Inspection) -> str:
         "rank": inspection.rank,
         "side": inspection.side,
         "findings": [dataclasses.asdict(found) for found in inspection.findings],
-        "foresight": None if foresight is None else [dataclasses.asdict(found) for found in foresight],
-        "verdict": {**dataclasses.asdict(inspection.verdict), "rule": RULE},
+        "foresight": None if predictions is None else [dataclasses.asdict(found) for found in predictions],
+        "verdict": {
+            "headline": verdict.headline,
+            "sentences": verdict.sentences,
+            "ways": verdict.recovered,
+            "unjudged": verdict.unjudged,
+            "rule": RULE,
+        },
         "bytes_read": inspection.bytes_read,
         "seconds": inspection.seconds,
     }

@@ -1,6 +1,6 @@
-"""Whether what inspection says of a basis foretells the held-out loss of the runs that used it.
+"""Does the capture of a basis predict the held-out loss of the runs that used it?
 
-Rank correlations between bases, one point a basis; runs are read as `cora report` reads them.
+The answer is a rank correlation over bases, one point per basis. Runs are read in the same way as by `cora report`.
 """
 
 import dataclasses
@@ -27,20 +27,19 @@ from cora_cli.reporting.statistics import Method, choose_learning_rates
 from cora_cli.weights.sources import WeightSource
 
 FEWEST = 4
-"""Bases below which no interval exists, as its standard error is over √(n − 3)."""
+"""The fewest bases for which the interval exists: its standard error divides by √(n − 3)."""
 
-
-_LIKEWISE = {("weights", "mean"): PAPER, ("delta", "mean"): MEAN, ("delta", "gram"): POOLED}
-"""The leave-one-out bases that `measure` makes, by their source and merge."""
+_LIKE_FILE = {("weights", "mean"): PAPER, ("delta", "mean"): MEAN, ("delta", "gram"): POOLED}
+"""The leave-one-out basis of `measure` that is computed like a basis file of this source and merge."""
 
 
 @dataclasses.dataclass(frozen=True)
 class UsedBasis:
-    """A kind of B that runs started from: `rank` columns of a basis file, or random ones (as many as the outer rank, where B is a
-    product). `directions` has one entry, or one per seed of a random B: its draw and the order of the data come from the same seed, so
-    that single draws cannot be told from that.
+    """One start of B that runs used: `rank` columns of a basis file, or random ones. If B is a product, `rank` is the outer rank.
 
-    `losses` are seeds and held-out losses of the runs of one `stratum`: same data, model, mode and ranks, at the chosen learning rate.
+    `directions` has one entry, or one per seed for a random B. The draws of a random B count as one basis, because the seed also sets
+    the order of the data and the two effects cannot be separated. `losses` holds (seed, held-out loss) of the runs of one `stratum`:
+    same data, model, mode and ranks, at the chosen learning rate.
     """
 
     name: str
@@ -53,8 +52,9 @@ class UsedBasis:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One basis: the share of ΔW that it captures (0-1), the mean held-out loss of its runs (nats per token) over the seeds that all
-    bases of the stratum were run with, and the number of these runs.
+    """One basis: its capture of ΔW (0-1), the mean held-out loss of its runs (nats per token), and the number of these runs.
+
+    Only seeds that were run with every basis of the stratum count.
     """
 
     basis: str
@@ -64,8 +64,8 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Foresight:
-    """Spearman's ρ between capture and loss over `points`, with its 95 % interval; None where nothing can be said."""
+class Prediction:
+    """Spearman's ρ between capture and loss over `points`, with its 95 % interval; both are None if there are too few points."""
 
     stratum: str
     points: tuple[Point, ...]
@@ -73,25 +73,29 @@ class Foresight:
     interval: tuple[float, float] | None
 
     def sentence(self) -> str:
-        """What it amounts to, in words."""
-        where = f"{self.stratum}: {len(self.points)} {'basis' if len(self.points) == 1 else 'bases'}"
+        """The result in words."""
+        bases = f"{len(self.points)} {'basis' if len(self.points) == 1 else 'bases'}"
         if self.rho is None or self.interval is None:
-            return f"{where}; nothing can be said: a rank correlation needs at least {FEWEST} bases that differ in capture and in loss."
+            return (
+                f"No conclusion about predicting the held-out loss ({self.stratum}, {bases}): "
+                f"this needs at least {FEWEST} bases that differ in capture and in loss."
+            )
         low, high = self.interval
-        found = f"{where}; Spearman's ρ between capture and held-out loss is {self.rho:+.2f} [{low:+.2f}, {high:+.2f}]"
         if high < 0:
-            return f"{found}: the bases that capture more give the lower loss, so capture foretells the order."
-        if low > 0:
-            return f"{found}: the bases that capture more give the higher loss, so capture misleads here."
-        return f"{found}: the interval holds zero, so capture is not shown to foretell the winner."
+            said = "Capture predicts the held-out loss: bases that capture more reach a lower loss"
+        elif low > 0:
+            said = "Capture is misleading: bases that capture more reach a higher held-out loss"
+        else:
+            said = "Capture is not shown to predict the held-out loss: the interval of the correlation contains zero"
+        return f"{said} ({self.stratum}, {bases}, Spearman's ρ {self.rho:+.2f} [{low:+.2f}, {high:+.2f}])."
 
 
 def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
-    """The bases that the finished runs in `outputs` started B from, each with the losses of its runs.
+    """The starts of B in the finished runs below `outputs`, each with the losses of its runs.
 
-    Raises `CoraError` where a directory is none of ours or holds no such run.
+    Raises `CoraError` if a directory was not written by cora, or if no run has both a basis and a held-out loss.
     """
-    # Bases are told apart here, which a report's methods are not: runs that differ in nothing else are no repetition.
+    # A report groups runs by method alone. Here runs with different bases must stay apart, even if nothing else differs.
     found: dict[tuple[str, str], dict[Any, list[Result]]] = {}
     for experiment in find_experiments(outputs):
         for result in collect(experiment).results:
@@ -104,7 +108,7 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
                 rates.setdefault((Method((result,)).identity, row.learning_rate), []).append(result)
     if not found:
         raise CoraError(
-            f"no finished run in {', '.join(outputs)} has a basis and a held-out loss, so nothing can be foreseen from them"
+            f"no finished run in {', '.join(outputs)} has both a basis and a held-out loss; name other runs or leave --runs out"
         )
     return [
         _used(stratum, key, [result for method in chosen for result in method.results])
@@ -113,12 +117,12 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
     ]
 
 
-def foresee(used: Sequence[UsedBasis], models: dict[str, WeightSource], findings: Sequence[Findings]) -> list[Foresight]:
+def predict(used: Sequence[UsedBasis], models: dict[str, WeightSource], findings: Sequence[Findings]) -> list[Prediction]:
     """Correlate, per stratum, the mean capture of each basis with the mean loss of its runs.
 
-    A basis is judged by the models that it was not made from: those whose content hash is not among its sources. One that was made
-    from exactly the given models is judged by the bases that `measure` makes in the same way from all but one, if there are such;
-    else it has no point.
+    The capture of a basis is taken over the models that it was not created from: those whose content hash is not among its sources. If
+    a basis was created from exactly the given models, the captures of the leave-one-out bases of the same kind stand in for it
+    (`_LIKE_FILE`); without such bases it has no point.
     """
     seeds: dict[str, set[int]] = {}
     for one in used:
@@ -148,7 +152,7 @@ def _captures(one: UsedBasis, models: dict[str, WeightSource], findings: Sequenc
         )
         as_wide = all(round(c.shares[CHANCE] * found.shape[0]) == one.rank for found in findings for c in found.captures)
         if not unseen and len(behind) == len(models) and choices == plain and as_wide:
-            names, unseen = {_LIKEWISE.get((choices.source, choices.merge), "")}, set(models)
+            names, unseen = {_LIKE_FILE.get((choices.source, choices.merge), "")}, set(models)
     return [
         share
         for found in findings
@@ -162,8 +166,8 @@ def _captures(one: UsedBasis, models: dict[str, WeightSource], findings: Sequenc
 def spearman(one: Sequence[float], other: Sequence[float]) -> tuple[float, tuple[float, float]] | None:
     """Spearman's ρ and its 95 % interval by Fisher's z with the standard error √((1 + ρ²/2) / (n − 3)) of Bonett and Wright (2000).
 
-    At ρ = ±1 the z is infinite; the interval then is that of the nearest other value that n ranks without ties can give,
-    1 − 12 / (n(n² − 1)), and ends at ±1. None for fewer than four pairs, or where a side is constant.
+    At ρ = ±1, where z is infinite, the interval is that of the closest value that n ranks without ties can reach,
+    1 − 12 / (n(n² − 1)), extended to ±1. Returns None for fewer than four pairs, or if either sequence is constant.
     """
     from scipy.stats import rankdata
 
@@ -178,13 +182,13 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> tuple[float, tuple
     return rho, (min(low, rho), max(high, rho))
 
 
-def _correlate(stratum: str, points: tuple[Point, ...]) -> Foresight:
+def _correlate(stratum: str, points: tuple[Point, ...]) -> Prediction:
     found = spearman([point.capture for point in points], [point.loss for point in points])
-    return Foresight(stratum, points, *(found or (None, None)))
+    return Prediction(stratum, points, *(found or (None, None)))
 
 
 def _key(result: Result) -> str | None:
-    """What tells one start of B from another; None where B starts as nothing that has a subspace."""
+    """An identifier of the start of B, or None if B starts without a subspace (for example at zero)."""
     start = (result.record.get("plan") or {}).get("b_init")
     if start == "basis":
         return f"basis {(result.record.get('basis') or {}).get('sha256')}"
@@ -199,7 +203,7 @@ def _used(stratum: str, key: str, results: list[Result]) -> UsedBasis:
         basis = read_basis(row.basis or _recorded_path(record, row.name))
         if basis.sha256 != record["basis"]["sha256"]:
             raise CoraError(
-                f"{row.name} was trained with the basis {record['basis']['sha256']}, but {basis.path} is {basis.sha256}"
+                f"{row.name} was trained with the basis of sha256 {record['basis']['sha256']}, but {basis.path} has sha256 {basis.sha256}"
             )
         of = f"{len(basis.sources)} models" if len(basis.sources) > 1 else basis.sources[0].reference
         name = f"{basis.path.stem} {basis.sha256[:8]} (of {of}), {width}"
@@ -226,5 +230,5 @@ def _width(plan: AdapterPlan) -> str:
 
 def _recorded_path(record: dict[str, Any], run: str) -> Path:
     if not (record.get("basis") or {}).get("path"):
-        raise CoraError(f"{run} does not say where its basis is")
+        raise CoraError(f"run.json of {run} does not record the path of its basis")
     return Path(record["basis"]["path"])

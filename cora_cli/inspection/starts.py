@@ -1,6 +1,6 @@
-"""What the factors of adapters began with, as directions: of runs whose B is compared, and of the models that are.
+"""The directions from which the factors of adapters started: those of the runs given with --runs, and those of the inspected adapters.
 
-Models that share a start share its directions without having learnt them, so `measure` takes these as a control.
+Models with a common start share its directions without having learned them, so `measure` uses the common start as a control.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,7 +20,7 @@ from cora_cli.weights.sources import WeightSource
 
 
 def start_of(plan: AdapterPlan, basis: Basis | None, side: Side) -> Directions:
-    """Orthonormal directions of the start of B, or of A for the input side, where the seed or the basis gives one."""
+    """Orthonormal starting directions of B (output side) or A (input side), where the seed or the basis determines them."""
 
     def directions(module: str, features: int) -> torch.Tensor | None:
         known = basis is None or basis.mapping.group_of(module) in basis.directions
@@ -38,8 +38,9 @@ def known_starts(
     side: Side,
     bases: Collection[Basis],
 ) -> tuple[dict[str, Directions], tuple[str, ...]]:
-    """The starts of those `models` that are adapters of `cora` on `base`, and the names of those whose basis is neither where it was nor
-    among `bases`.
+    """The starting directions of those `models` that are cora adapters on `base`, and the names of the models whose start is lost.
+
+    A start is lost if its basis file is neither at the recorded path nor among `bases`.
     """
     from cora_cli.adapters.facts import read_facts
 
@@ -81,7 +82,7 @@ def _recorded(path: str | None, sha256: str | None, given: Collection[Basis]) ->
             return basis
     basis = read_basis(Path(path or ""))
     if basis.sha256 != sha256:
-        raise CoraError(f"{path} is another basis")
+        raise CoraError(f"{path} is not the recorded basis: its sha256 is {basis.sha256}, expected {sha256}")
     return basis
 
 

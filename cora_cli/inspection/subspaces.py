@@ -1,6 +1,6 @@
-"""Subspaces of the output space: the leading one of a matrix, how much two overlap, and how much energy one captures.
+"""Linear algebra of subspaces: the leading subspace of a matrix, the overlap of two subspaces, and the energy that one captures.
 
-All is float64; bases have orthonormal columns, and nothing depends on their signs or rotation. No model is known here.
+All tensors are float64 and all bases have orthonormal columns; no result depends on the choice of basis within a subspace.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from cora_cli.extraction.gram import EPS, add_gram, empty_gram, top_eigenpairs
 
 _SAME = 1 - 1e-8
-"""The squared cosine from which a direction counts as lying in a subspace, which it does not by accident."""
+"""The squared cosine from which a direction counts as lying in a subspace; chance does not reach it."""
 
 
 def gram(matrix: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,7 @@ def gram(matrix: torch.Tensor) -> torch.Tensor:
 def leading(of_gram: torch.Tensor, rank: int) -> torch.Tensor:
     """U (rows, k): the left singular vectors of M with the `rank` largest values, from the lower triangle of M Mᵀ.
 
-    k is `rank`, or the numerical rank of M where that is less: beyond it directions mean nothing.
+    k is `rank`, or the numerical rank of M if that is lower: singular vectors beyond it are arbitrary.
     """
     values, vectors = top_eigenpairs(of_gram, rank)
     kept = int((values[:rank] > EPS * len(of_gram) * max(values[0], 0.0)).sum())
@@ -30,7 +30,7 @@ def leading(of_gram: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def leading_of_tall(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """As `leading`, of M (rows, columns) with few columns, whose own decomposition is quicker than that of M Mᵀ."""
+    """Like `leading`, from M (rows, columns) itself: faster than using M Mᵀ if M has few columns."""
     vectors, values, _ = torch.linalg.svd(matrix, full_matrices=False)
     kept = int((values[:rank].square() > EPS * len(matrix) * values[0].square()).sum())
     return vectors[:, :kept].contiguous()
@@ -39,26 +39,26 @@ def leading_of_tall(matrix: torch.Tensor, rank: int) -> torch.Tensor:
 def overlap(one: torch.Tensor, other: torch.Tensor) -> float:
     """‖UᵀV‖_F² / min(k, l), 0-1, of U (rows, k) and V (rows, l): the mean squared cosine of the principal angles.
 
-    It is 1 where the smaller subspace lies in the larger one, and ‖U₁ᵀU₂‖_F² / r for two of rank r.
+    It is 1 if the smaller subspace lies in the larger one. For two subspaces of dimension r it is ‖U₁ᵀU₂‖_F² / r.
     """
     return energy(one.T @ other) / min(one.shape[1], other.shape[1])
 
 
 def chance(one: int, other: int, rows: int) -> float:
-    """The overlap that a k- and a uniformly random l-dimensional subspace of ℝ^rows have on average: max(k, l) / rows.
+    """The mean overlap of a k-dimensional and a uniformly random l-dimensional subspace of ℝ^rows: max(k, l) / rows.
 
     The projector VVᵀ of a uniformly random subspace is distributed as QVVᵀQᵀ for every rotation Q, so its mean commutes with all of
-    them and is c·I; the trace gives c = l / rows. Hence E‖UᵀV‖_F² = tr(UUᵀ·E VVᵀ) = k·l / rows, over min(k, l). In the same way a
-    random subspace of dimension l captures l / rows of the energy of any matrix: E‖VᵀX‖_F² = tr(XXᵀ·E VVᵀ) = (l / rows)·‖X‖_F².
-    For two of rank r, and for the capture, this is r / d.
+    them and is c·I; the trace gives c = l / rows. Hence E‖UᵀV‖_F² = tr(UUᵀ·E VVᵀ) = k·l / rows, and dividing by min(k, l) gives
+    the result. In the same way, a random subspace of dimension l captures l / rows of the energy of any matrix:
+    E‖VᵀX‖_F² = tr(XXᵀ·E VVᵀ) = (l / rows)·‖X‖_F². For rank r in d dimensions, both are r / d.
     """
     return max(one, other) / rows
 
 
 def in_common(name: str, frames: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """The directions (rows, k) of the frame of that name that lie in another one of `frames` too; None where there are none.
+    """The directions (rows, k) of the basis `name` that also lie in another basis of `frames`, or None if there are none.
 
-    Two subspaces of k and l dimensions share k + l − rows whatever they are; only where they share more do they count.
+    Any two subspaces of dimensions k and l share at least k + l − rows directions. A pair counts only if it shares more than that.
     """
     if name not in frames:
         return None
@@ -75,8 +75,8 @@ def in_common(name: str, frames: Mapping[str, torch.Tensor]) -> torch.Tensor | N
 def principal_angles(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """The min(k, l) principal angles in radians, ascending, of U (rows, k) and V (rows, l).
 
-    Cosines are the singular values of UᵀV, sines those of (I − UUᵀ)V (Björck and Golub 1973): each angle is taken from the one of
-    the two that determines it well.
+    The cosines are the singular values of UᵀV, the sines those of (I − UUᵀ)V (Björck and Golub 1973). Small angles are taken from
+    the sine and large ones from the cosine, where each is accurate.
     """
     if one.shape[1] < other.shape[1]:
         one, other = other, one
@@ -91,5 +91,5 @@ def energy(matrix: torch.Tensor) -> float:
 
 
 def captured(basis: torch.Tensor, matrix: torch.Tensor) -> float:
-    """‖BᵀM‖_F² / ‖M‖_F², 0-1: the share of the energy of M (rows, columns), not zero, inside the span of B (rows, k)."""
+    """‖BᵀM‖_F² / ‖M‖_F², 0-1: the share of the energy of M (rows, columns) inside the span of B (rows, k). M must not be zero."""
     return energy(basis.T @ matrix) / energy(matrix)

@@ -1,1 +1,1 @@
-"""One document model and its outputs: terminal, Markdown, LaTeX, HTML, SVG and PNG. It knows no experiment."""
+"""One document model and its output formats: terminal, Markdown, LaTeX, HTML, SVG and PNG, independent of any experiment."""

@@ -1,6 +1,6 @@
-"""The look of every figure: colours, markers, sizes of letters, and how a drawing becomes SVG and PNG.
+"""The style of every figure (colours, markers, font sizes), and the conversion of a drawing to SVG and PNG.
 
-What is drawn is `plots`' business. Colours are Okabe and Ito's, which colour-blind readers tell apart.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "cora",
-    # Names come from files: a dollar sign is no formula.
+    # Names come from files, so a dollar sign must not start a formula.
     "text.parse_math": False,
     "figure.constrained_layout.use": True,
 }
@@ -44,7 +44,7 @@ _STYLE: Any = {
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A drawn figure: `name` is fit for a file, `title` heads it, `caption` says what is seen, with n and seeds."""
+    """A drawn figure. `name` is safe as a file name; `caption` explains the figure, with sample sizes and seeds."""
 
     name: str
     title: str
@@ -54,24 +54,24 @@ class Figure:
 
 
 class Palette:
-    """Colours and markers by label, in the order in which labels come."""
+    """Colours and markers by label, assigned in the order of the labels."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
 
     def color(self, label: str) -> str:
-        """The label's colour; the ninth label has the first one's again, but not with the same marker."""
+        """The colour of the label. The ninth label reuses the first colour, with a different marker."""
         return PALETTE[self._places[label] % len(PALETTE)]
 
     def marker(self, label: str) -> str:
-        """The label's marker."""
+        """The marker of the label."""
         place = self._places[label]
         return MARKERS[(place + place // len(PALETTE)) % len(MARKERS)]
 
 
 @contextmanager
 def _canvas(size: tuple[float, float]) -> Iterator[Any]:
-    # The object interface: no window system, no global state.
+    # The object interface of matplotlib needs no window system and no global state.
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -83,7 +83,7 @@ def _canvas(size: tuple[float, float]) -> Iterator[Any]:
 
 
 def render(name: str, heading: str, caption: str, draw: Callable[[Any], None], size: tuple[float, float]) -> Figure:
-    """Draw on an empty canvas of `size` inches and keep the result."""
+    """Call `draw` on an empty canvas of `size` inches (width, height) and return the figure."""
     with _canvas(size) as figure:
         draw(figure)
         svg, png = io.StringIO(), io.BytesIO()
@@ -101,6 +101,6 @@ def write_plots(figures: Sequence[Figure], directory: Path) -> None:
 
 
 def _inline(svg: str, name: str) -> str:
-    """The `<svg>` element alone, with ids of its own, so that several can stand in one page."""
+    """The `<svg>` element alone, with unique ids, so that one page can hold several."""
     element = svg[svg.index("<svg") :]
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", element)

@@ -1,6 +1,6 @@
 """The document model: headings, paragraphs, lists, tables and figures in reading order.
 
-Reports and inspections build a list of blocks; `text`, `html` and `latex` write the same list in their own format.
+Reports and inspections build a list of blocks, and `text`, `html` and `latex` each write that list in one format.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ class Heading:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A paragraph. `kind` is "verdict" for the answer to the question, "note" for small print, else "text"."""
+    """A paragraph. `kind` is "verdict" for the main result, "note" for small print, or "text"."""
 
     text: str
     kind: str = "text"
@@ -33,9 +33,9 @@ class Items:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """`text`, or a number with its `interval`: `± 0.012` or `[0.381, 0.405]`.
+    """A table cell: `text`, or a number with its `interval` (`± 0.012` or `[0.381, 0.405]`).
 
-    `published` is a paper's number for the same quantity, shown in parentheses.
+    `published` is the number in a paper for the same quantity, shown in parentheses.
     """
 
     text: str = "–"
@@ -50,11 +50,11 @@ class Cell:
 
     @property
     def printed(self) -> str:
-        """The published number in parentheses; empty without one."""
+        """The published number in parentheses, or an empty string."""
         return "" if self.published is None else f"({self.published:g})"
 
     def plain(self) -> str:
-        """All parts in one line."""
+        """All parts on one line."""
         return " ".join(part for part in (self.text, self.interval, self.printed) if part)
 
 

@@ -1,6 +1,6 @@
-"""Documents as one HTML page that needs nothing else: no network, no script, pictures inside, fit for a phone and for the dark.
+"""Writes documents as one self-contained HTML page: no network, no scripts, embedded figures, usable on a phone and in dark mode.
 
-Everything that comes from files is escaped here; only the figures' SVG, which this package drew, goes in as it is.
+All text is escaped; only the SVG of the figures, which this package drew, is inserted unchanged.
 """
 
 from collections.abc import Iterable, Sequence
@@ -42,13 +42,13 @@ figure svg { display: block; width: 100%; min-width: 34rem; max-width: 52rem; he
 
 
 def page(documents: Sequence[Iterable[Block]], title: str, version: str) -> str:
-    """The page of several experiments, one after the other."""
+    """One page with several documents, one after the other."""
     body = "\n".join(f"<section>\n{''.join(_block(block) for block in blocks)}</section>" for blocks in documents)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        f'<footer class="note">Made by cora {escape(version)}.</footer>\n</body>\n</html>\n'
+        f'<footer class="note">Created by cora {escape(version)}.</footer>\n</body>\n</html>\n'
     )
 
 
@@ -94,7 +94,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    # The ink follows the page's, so that axes can be read in the dark.
+    # The ink takes the text colour of the page, so that axes stay readable in dark mode.
     svg = figure.svg.replace(INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{escape(figure.title)}"', 1)
     return (
         f'<figure>\n<h3>{escape(figure.title)}</h3>\n<div class="scroll" tabindex="0">{svg}</div>\n'

@@ -1,4 +1,7 @@
-"""Documents as LaTeX: an article with booktabs tables, and each table on its own to be pasted into a paper."""
+"""Writes documents as a LaTeX article with booktabs tables.
+
+Every table is a self-contained float that can be pasted into a paper.
+"""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -37,7 +40,7 @@ _SPECIAL = {
     "α": r"\ensuremath{\alpha}",
 }
 _MOST_INLINE = 4
-"""Numbers in a row that a line holds together with their intervals."""
+"""The most numbers in a row that fit on one line with their intervals."""
 _PREAMBLE = r"""\documentclass{article}
 \usepackage[utf8]{inputenc}
 \usepackage[T1]{fontenc}
@@ -52,7 +55,7 @@ _PREAMBLE = r"""\documentclass{article}
 
 
 def latex(blocks: Iterable[Block]) -> str:
-    """A whole document that `pdflatex` compiles; it needs booktabs and graphicx. Figures are left to the author's own choice."""
+    """A complete document for `pdflatex`, which needs booktabs and graphicx. Figures are left out; include the written plots by hand."""
     parts = [
         part for block in blocks if not isinstance(block, Figure) and block != Heading(2, "Figures") for part in [_block(block)]
     ]
@@ -60,7 +63,7 @@ def latex(blocks: Iterable[Block]) -> str:
 
 
 def latex_table(table: Table) -> str:
-    """One floating table; its notes stand below the rule."""
+    """One floating table with its notes below it."""
     columns = "l" + "r" * (len(table.headers) - 1)
     if any(header == "method" for header in table.headers[1:2]):
         columns = "ll" + "r" * (len(table.headers) - 2)
@@ -68,7 +71,7 @@ def latex_table(table: Table) -> str:
         r"\begin{table}[htbp]",
         r"\centering\small",
         rf"\caption{{{escape(table.title)}}}",
-        # Narrow tables keep their size, wide ones shrink to the line.
+        # Narrow tables keep their size; wide ones shrink to the line width.
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
@@ -84,19 +87,19 @@ def latex_table(table: Table) -> str:
 
 
 def escape(text: str) -> str:
-    """Text as LaTeX sets it literally; signs outside of what a plain pdfLaTeX knows become their code point."""
+    """Escape text so that LaTeX prints it literally. Characters that plain pdfLaTeX lacks become their code point."""
     return "".join(_SPECIAL.get(sign) or _plain(sign) for sign in text)
 
 
 def _plain(sign: str) -> str:
-    # Latin letters with accents are in the T1 encoding; whatever else a name holds must not stop the compiler.
+    # The T1 encoding has accented Latin letters. Any other character in a name must not stop the compiler.
     if sign.isascii() and not sign.isprintable():
         return " "
     return sign if sign.isascii() or re.match(r"[À-ÖØ-öø-ÿ]", sign) else f"[U+{ord(sign):04X}]"
 
 
 def _rows(table: Table) -> Iterator[str]:
-    """The body; where a row holds more numbers than fit beside each other with their intervals, these stand in lines below them."""
+    """The table body. If a row has too many numbers for one line, intervals and published numbers go on lines of their own below."""
     wide = max((sum(cell.is_number for cell in row) for row in table.rows), default=0) > _MOST_INLINE
     for row in table.rows:
         if not wide:

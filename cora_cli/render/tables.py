@@ -1,12 +1,12 @@
-"""Aligned Markdown tables: readable in a terminal as they are, and in a page once rendered."""
+"""Aligned Markdown tables, readable both in a terminal and as rendered Markdown."""
 
 from collections.abc import Sequence
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out cells under headers; the first column is aligned left, the others right.
+    """A table with the first column aligned left and the others right.
 
-    Raises `ValueError` where a row has not one cell per header.
+    Raises `ValueError` if a row does not have one cell per header.
     """
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
 
@@ -19,6 +19,6 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def with_interval(value: float, interval: Sequence[float], digits: int) -> str:
-    """`0.123 [0.100, 0.150]`."""
+    """Value and interval as text: `0.123 [0.100, 0.150]`."""
     low, high = interval
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -1,4 +1,4 @@
-"""Documents as Markdown, and as the same text with plainer marks for a terminal."""
+"""Writes documents as Markdown, and as plain text for a terminal."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,7 +13,7 @@ def markdown(blocks: Iterable[Block]) -> str:
 
 
 def terminal(blocks: Sequence[Block]) -> str:
-    """The document as aligned text; what is bold elsewhere has a star. Figures are left out."""
+    """The document as aligned text. A star marks what is bold elsewhere, and figures are left out."""
     shown = [block for block in blocks if not isinstance(block, Figure) and block != Heading(2, "Figures")]
     return "\n\n".join(_terminal_block(block) for block in shown) + "\n"
 
@@ -51,7 +51,7 @@ def _starred(cell: Cell) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML and no cell's end may come from a name."""
+    """Escape text so that a name cannot act as Markdown, as HTML, or as the end of a table cell."""
     for sign in "\\`*_[]<>|#":
         text = text.replace(sign, f"\\{sign}")
     return text

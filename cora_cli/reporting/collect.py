@@ -1,7 +1,6 @@
-"""Rows -> results: what the finished directories of each row say, verified, with the per-example numbers behind it.
+"""Reads and verifies the results of every row, with the per-example numbers behind them.
 
-A row that is not finished or was damaged becomes a `Missing` with its reason, and the others are reported without it; nothing is
-estimated here.
+A row that is unfinished or damaged becomes a `Missing` with its reason, and the other rows are reported without it.
 """
 
 import dataclasses
@@ -20,8 +19,11 @@ from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """A finished row. `measures` may lack what was not measured; `record` is `run.json`, empty where nothing was trained;
-    `generation` is how the answers were made; `log` the lines of `log.jsonl`; `references` identifies the records that were answered.
+    """A finished row.
+
+    `measures` holds only what was measured. `record` is `run.json`, empty if nothing was trained. `generation` holds the settings of
+    generation, `log` the lines of `log.jsonl`. `references` is a hash of the evaluated records, None without an evaluation. `trained` is
+    the number of trained parameters, `adapter_bytes` the size of the weights on disk.
     """
 
     row: Row
@@ -35,25 +37,25 @@ class Result:
 
     @property
     def validation_loss(self) -> float | None:
-        """Loss on the records that were set aside to select by."""
+        """Loss on the validation records (nats per response token), which are set aside for choosing settings."""
         validation = self.record.get("validation")
         return float(validation["loss"]) if validation else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Training tokens, prompts included, per second."""
+        """Training tokens per second, including prompt tokens."""
         speed = self.record.get("speed", {}).get("tokens_per_second")
         return None if speed is None else float(speed)
 
     @property
     def peak_memory_bytes(self) -> int | None:
-        """Most memory of the training process, or of its GPU."""
+        """Peak memory of the training process, or of its GPU, in bytes."""
         return self.record.get("peak_memory_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """A row, or the `part` of it, that cannot be reported, and why."""
+    """A row that cannot be reported, or only the `part` of it that cannot, with the reason."""
 
     row: Row
     part: str
@@ -62,7 +64,7 @@ class Missing:
 
 @dataclasses.dataclass(frozen=True)
 class Collection:
-    """All that was found of one experiment."""
+    """The results and the missing rows of one experiment."""
 
     experiment: Experiment
     results: list[Result]
@@ -70,13 +72,13 @@ class Collection:
 
 
 def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Collection:
-    """Read every row; `wanted` restricts the metrics. Raises `CoraError` where rows of a group cannot be compared."""
+    """Read every row; `wanted` restricts the metrics. Raises `CoraError` if rows of one group cannot be compared."""
     results: list[Result] = []
     missing: list[Missing] = []
     with progress("reading", len(experiment.rows), "rows") as shown:
         for row in _each_once(experiment.rows):
             if row.run is None and row.evaluation is None and row.basis is not None:
-                # A row that only extracts a basis has its result in a figure.
+                # The result of a row that only extracts a basis is a figure.
                 if not row.basis.is_file():
                     missing.append(Missing(row, "basis", _failure(row) or "not extracted yet"))
                 shown.advance()
@@ -91,7 +93,7 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
             shown.advance()
     results = _with_base_losses(results)
     unmeasured = [result for result in results if not result.measures and result.row.evaluation is None]
-    missing += [Missing(result.row, "run", "nothing was measured of it") for result in unmeasured]
+    missing += [Missing(result.row, "run", "no measurements found") for result in unmeasured]
     results = [result for result in results if result not in unmeasured]
     for group in {result.row.group for result in results}:
         _check_comparable([result for result in results if result.row.group == group])
@@ -99,7 +101,7 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
 
 
 def _each_once(rows: tuple[Row, ...]) -> list[Row]:
-    """The rows without repetitions of a base model, which a crossed grid lists once a seed though it has none."""
+    """The rows without duplicates of a base model, which a grid lists once per seed although it has no seed."""
     seen = set()
     kept = []
     for row in rows:
@@ -111,7 +113,7 @@ def _each_once(rows: tuple[Row, ...]) -> list[Row]:
 
 
 def _read_row(row: Row, wanted: tuple[str, ...] | None, records: StepRecords | None) -> tuple[Result, list[Missing]]:
-    """One row; raises `CoraError` with the reason where its run cannot be used, or is not the one that `records` tell of."""
+    """One row and its missing parts. Raises `CoraError` with the reason if its run is unusable or differs from the step `records`."""
     missing: list[Missing] = []
     measures: dict[str, Measure] = {}
     record, log = {}, []
@@ -159,7 +161,7 @@ def _finished_record(run: RunDirectory, row: Row) -> dict[str, Any]:
         raise CoraError(_failure(row) or "not started")
     record = rundir.read_json(run.record)
     if not isinstance(record, dict):
-        raise CoraError(f"{run.record} is damaged: a JSON object was expected, not {type(record).__name__}")
+        raise CoraError(f"{run.record} is damaged: expected a JSON object, not {type(record).__name__}")
     status = record.get("status")
     if status == "failed":
         raise CoraError(f"failed: {clean(str(record.get('error', 'no reason was recorded')))}")
@@ -169,10 +171,10 @@ def _finished_record(run: RunDirectory, row: Row) -> dict[str, Any]:
 
 
 def _failure(row: Row) -> str | None:
-    """The last line of the row's newest log, where one was left."""
+    """The last line of the row's newest log file, or None without one."""
     if row.logs is None or not row.logs.is_dir():
         return None
-    # `seed1` is not `seed10`, and `fb_r8` not `cora_fb_r8`.
+    # `seed1` must not match `seed10`, nor `fb_r8` match `cora_fb_r8`.
     own = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(row.name)}(?![0-9])")
     logs = [path for path in row.logs.glob("*.log") if own.search(path.stem)]
     for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -183,9 +185,9 @@ def _failure(row: Row) -> str | None:
 
 
 def _adapter_bytes(run: RunDirectory, record: dict[str, Any]) -> int:
-    """Bytes of what the run made: the adapter, or the model in mode `full`. Raises `CoraError` where it was altered.
+    """Size in bytes of the saved adapter, or of the model in mode `full`. Raises `CoraError` if the adapter was altered.
 
-    A whole model is not hashed again: that would read all of its weights for the sake of a table.
+    The hash of a full model is not checked, since that would read all of its weights.
     """
     if run.model.is_dir():
         return sum(path.stat().st_size for path in run.model.glob("*.safetensors"))
@@ -198,7 +200,7 @@ def _adapter_bytes(run: RunDirectory, record: dict[str, Any]) -> int:
 
 
 def _with_base_losses(results: list[Result]) -> list[Result]:
-    """Give base models the held-out loss that a run of their group had before its first step, where it started as that model."""
+    """Give base models the held-out loss before training of a run of their group that started as the same model."""
     return [
         dataclasses.replace(result, measures={LOSS: loss, **result.measures})
         if result.row.mode == "base" and (loss := _loss_before_training(result.row, results))
@@ -218,7 +220,7 @@ def _loss_before_training(base: Row, results: list[Result]) -> Measure | None:
 
 
 def _check_comparable(results: list[Result]) -> None:
-    """Raise `CoraError` where two rows of a group answered other records, or measured with other settings."""
+    """Raise `CoraError` if two rows of a group were evaluated on different records or measured with different settings."""
     for what in ("references", *NAMES, LOSS):
         first: tuple[Row, Any] | None = None
         for result in results:
@@ -237,8 +239,8 @@ def _check_comparable(results: list[Result]) -> None:
                 names = f"{first[0].name} and {result.row.name}"
                 if what in NAMES:
                     raise CoraError(
-                        f"{names} measured {what} in two ways ({first[1]} against {key}); score both alike with "
-                        "`cora evaluate --from`, or leave it out with --metrics"
+                        f"{names} measured {what} with different settings ({first[1]} and {key}); score both again with "
+                        "`cora evaluate --from`, or exclude it with --metrics"
                     )
                 subject = "were evaluated on" if what == "references" else "measured their held-out loss on"
                 raise CoraError(f"{names} {subject} different records, so they cannot be compared; report them separately")

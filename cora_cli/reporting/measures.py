@@ -1,6 +1,6 @@
-"""One number of one row, read from disk and checked against what was recorded, with the per-example statistics behind it.
+"""Reads one measure of one row from disk, with its per-example statistics, and checks it against the recorded value.
 
-It knows the files of one run or evaluation; which rows there are, and which may be missing, is `collect`'s business.
+This module knows the files of a single run or evaluation; `collect` goes over the rows.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from cora_cli.rundir import EvaluationDirectory, RunDirectory
 Floats = NDArray[np.float64]
 LOSS = "heldout_loss"
 """The name of the held-out loss among the measures: nats per response token."""
-# The sums of a mean agree to the last digits that JSON holds.
+# Recomputed means agree up to rounding in the last digits stored in JSON.
 _ROUNDING = 1e-9
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)
-"""What reading a file that was altered by hand can raise."""
+"""The exceptions that reading a file edited by hand can raise."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measure:
-    """One number of one row: its value, its recorded 95 % bootstrap interval over n examples, and (n, k) statistics behind it.
+    """One measure of one row: its value, its recorded 95 % bootstrap interval over n examples, and its (n, k) statistics.
 
-    The statistics are those of `evaluation.metrics`; of the held-out loss they are nats and tokens of each record.
+    The statistics are those of `evaluation.metrics`; for the held-out loss they are the nats and the tokens of each record.
     """
 
     value: float
@@ -41,14 +41,14 @@ class Measure:
 
 
 def read_loss(run: RunDirectory, record: dict[str, Any], when: str) -> Measure:
-    """The held-out loss "before" or "after" training. Raises `CoraError` where the records do not give what `record` says."""
+    """The held-out loss "before" or "after" training. Raises `CoraError` if the per-record losses do not give the value in `record`."""
     lines = rundir.read_jsonl(run.heldout)
     statistics = np.array([[float(line[when]), float(line["tokens"])] for line in lines]).reshape(-1, 2)
     summary = record["heldout"][when]
     value = float(statistics[:, 0].sum() / statistics[:, 1].sum())
     if len(lines) != summary["n"] or not math.isclose(value, summary["loss"], rel_tol=_ROUNDING):
         raise CoraError(
-            f"{run.heldout} was altered after it was written: its {len(lines)} records do not give the loss of run.json"
+            f"{run.heldout} was altered after it was written: its {len(lines)} records do not give the loss in run.json"
         )
     return Measure(value, _interval(summary["ci95"]), len(lines), "nats per response token", statistics)
 
@@ -56,9 +56,9 @@ def read_loss(run: RunDirectory, record: dict[str, Any], when: str) -> Measure:
 def read_evaluation(
     evaluation: EvaluationDirectory, wanted: tuple[str, ...] | None
 ) -> tuple[dict[str, Measure], dict[str, Any], str]:
-    """Measures by metric, how the answers were made, and what identifies the records.
+    """Measures by metric, the generation settings, and a hash of the reference answers.
 
-    `wanted` restricts the metrics. Raises `CoraError` where a file is damaged, or does not give what `metrics.json` says.
+    `wanted` restricts the metrics. Raises `CoraError` if a file is damaged or does not give the values in `metrics.json`.
     """
     record = rundir.read_json(evaluation.metrics)
     if not evaluation.predictions.exists():
@@ -77,7 +77,7 @@ def read_evaluation(
             value = _value(name, statistics)
             if len(statistics) != metric["n"] or not math.isclose(value, metric["value"], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
                 raise CoraError(
-                    f"{evaluation.scores} was altered after it was written: it does not give the {name} of metrics.json"
+                    f"{evaluation.scores} was altered after it was written: it does not give the {name} in metrics.json"
                 )
             measures[name] = Measure(
                 float(metric["value"]), _interval(metric["ci95"]), len(statistics), clean(metric["signature"]), statistics
@@ -93,7 +93,7 @@ def _statistics(name: str, scores: list[dict[str, Any]], lines: list[dict[str, A
         return np.array([[float(score[name])] for score in scores])
     from cora_cli.evaluation.metrics.bleu import SacreBleu
 
-    # The scores on disk are sentence BLEU; the corpus value is a function of counts, which the texts give again.
+    # The stored scores are sentence BLEU. Corpus BLEU needs n-gram counts, which are recomputed from the texts.
     return SacreBleu().statistics([line["prediction"] for line in lines], [line["reference"] for line in lines])
 
 
@@ -102,7 +102,7 @@ def _value(name: str, statistics: Floats) -> float:
 
 
 def value_function(name: str) -> Any:
-    """The measure as a function of summed statistics (..., k) and their count: see `intervals.ValueFunction`."""
+    """The measure as a function of summed statistics (..., k) and their count; see `intervals.ValueFunction`."""
     if name == "sacrebleu":
         from cora_cli.evaluation.metrics.bleu import SacreBleu
 
@@ -118,5 +118,5 @@ def _interval(values: Any) -> tuple[float, float]:
 
 
 def damaged(path: Path, error: BaseException) -> CoraError:
-    """One of `DAMAGE`, met below `path`, as a sentence."""
-    return CoraError(f"{path} was damaged or made by another version: {type(error).__name__} at {clean(str(error))[:80]}")
+    """The `CoraError` for one of the `DAMAGE` exceptions, raised while reading `path`."""
+    return CoraError(f"{path} is damaged or from another version of cora ({type(error).__name__}: {clean(str(error))[:80]})")

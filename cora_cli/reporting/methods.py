@@ -1,6 +1,6 @@
-"""The methods paragraph: what was trained on what, how, and with which versions, from the runs' own records.
+"""Writes the methods paragraphs: models, data, settings, hardware and versions, as recorded by the runs.
 
-It repeats what is on disk and asserts nothing of its own; where runs differ it names every value.
+If runs differ in a setting, the text lists every value.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,11 +12,11 @@ from cora_cli.reporting.report_rows import clean
 from cora_cli.reporting.summary import Group, Summary
 
 _SHOWN = 6
-"""Values that a sentence lists before it counts the rest."""
+"""The number of values that a sentence lists; further values are only counted."""
 
 
 def methods_paragraphs(summary: Summary) -> list[str]:
-    """Per group, one paragraph on what was done and one with the metrics' signatures."""
+    """Per group, one paragraph on the experiment and one with the signatures of the metrics."""
     return [
         paragraph for group in summary.groups for paragraph in (" ".join(_sentences(group)), _signatures(group)) if paragraph
     ]
@@ -50,22 +50,22 @@ def _training(results: Sequence[Result]) -> list[str]:
     model = f"{of('model.reference')}{f' at revision {revision}' if revision else ''} (weights sha256 {_short(of('fingerprint.model_sha256'))})"
     sentences = [
         f"{len(results)} runs trained {model} on {of('data.dataset')} (sha256 {_short(of('fingerprint.data_sha256'))}, template "
-        f"{of('data.template')}): {of('data.train.records')} training records, {of('data.train.response_tokens')} response tokens of "
-        f"{of('data.train.tokens')}; {of('data.test.records')} held-out records measured"
-        + (f", {of('validation.n')} set aside to choose settings by." if _dig(results[0].record, "validation.n") else "."),
-        f"Dropped for length {of('data.train.dropped')}, prompts cut {of('data.train.truncated')}, dropped because their prompt is held "
-        f"out {of('data.overlapping_dropped')}.",
+        f"{of('data.template')}): {of('data.train.records')} training records with {of('data.train.tokens')} tokens "
+        f"({of('data.train.response_tokens')} of them in responses) and {of('data.test.records')} held-out records"
+        + (f"; {of('validation.n')} more were set aside for validation." if _dig(results[0].record, "validation.n") else "."),
+        f"Records dropped because they were too long: {of('data.train.dropped')}; records with a truncated prompt: {of('data.train.truncated')}; "
+        f"records dropped because their prompt is also held out: {of('data.overlapping_dropped')}.",
         f"Modes {of('mode')}; rank {of('plan.rank')}, alpha {of('plan.alpha')}, B starts as {of('plan.b_init')}, A as {of('plan.a_init')}, "
-        f"on {setting('target_modules')}.",
+        f"target modules {setting('target_modules')}.",
         f"{of('speed.steps')} optimizer steps of {setting('batch_size')} × {setting('gradient_accumulation')} examples per process, peak "
         f"learning rate {setting('learning_rate')} ({setting('lr_schedule')}, warm-up {setting('warmup_ratio')}), AdamW, weight decay "
-        f"{setting('weight_decay')}, gradients clipped at {setting('max_grad_norm')}, at most {setting('max_length')} tokens; seeds "
+        f"{setting('weight_decay')}, gradient norm clipped at {setting('max_grad_norm')}, maximum length {setting('max_length')} tokens; seeds "
         f"{of('seeds.seed')}, split seed {of('seeds.split_seed')}.",
     ]
     untrained = [result.row.name for result in results if result.record.get("is_base_model")]
     if untrained:
         sentences.append(
-            f"{_listed(untrained)}: a factor that stays zero lets nothing train, so no step was taken and the result is the base model."
+            f"{_listed(untrained)}: one factor is frozen at zero, so nothing can train. No step was taken, and the result is the base model."
         )
     return sentences
 
@@ -101,7 +101,7 @@ def _evaluation(results: Sequence[Result]) -> str:
     cut = sum(int(result.generation.get("prompts_cut") or 0) for result in results)
     return (
         f"Evaluation: {of('decoding')} decoding, at most {of('max_new_tokens')} new tokens, template {of('template')}, {of('dtype')}, "
-        f"backend {of('backend')}, batch size {of('batch_size')}, records sha256 {_short(of('records_sha256'))}, prompts cut {cut}."
+        f"backend {of('backend')}, batch size {of('batch_size')}, records sha256 {_short(of('records_sha256'))}, truncated prompts: {cut}."
     )
 
 

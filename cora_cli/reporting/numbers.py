@@ -1,4 +1,4 @@
-"""Summaries as numbers for other programs: a tidy CSV, and JSON with everything.
+"""Writes reports for other programs: a tidy CSV of all measures, and JSON with the complete report.
 
 JSON: `{"format_version": 1, "experiments": [...]}`. An experiment has `name`, `title`, `paper_table`, `preset`, `conditions`, `methods`
 (the paragraphs), `missing` (`row`, `part`, `reason`) and `groups`. A group has `name`, `measures`, `selected_by`, `lines`, `best` and `verdict`:
@@ -48,7 +48,7 @@ COLUMNS = (
 
 
 def to_csv(summaries: Sequence[Summary]) -> str:
-    """One line per method, learning rate and measure, in full precision; costs are measures too, as means over seeds."""
+    """One line per method, learning rate and measure, in full precision. Costs count as measures, as means over seeds."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -60,7 +60,7 @@ def to_csv(summaries: Sequence[Summary]) -> str:
 
 
 def to_json(summaries: Sequence[Summary]) -> str:
-    """Everything, as described above."""
+    """The complete report as JSON; the module docstring describes the keys."""
     report = {"format_version": FORMAT_VERSION, "experiments": [_experiment(summary) for summary in summaries]}
     return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -107,7 +107,7 @@ def _csv_rows(experiment: str, group: Group, line: Line) -> list[dict[str, Any]]
 
 
 def _safe(value: Any) -> Any:
-    """Text that a spreadsheet does not take for a formula."""
+    """Quote text that a spreadsheet would take for a formula."""
     return f"'{value}" if isinstance(value, str) and value[:1] in "=+@" else value
 
 

@@ -1,6 +1,6 @@
-"""Summaries -> figures: which plots there are data for, their captions, and their drawing as SVG and PNG.
+"""Draws the figures of a report with their captions, as SVG and PNG.
 
-Numbers are those of the tables; nothing is computed here but what an axis needs.
+They show the numbers of the tables; only what an axis needs is computed here.
 """
 
 import math
@@ -18,23 +18,23 @@ from cora_cli.reporting.verdict import title
 
 _LINES = ("-", "--", ":", "-.")
 _LEGEND_LETTERS = 118
-"""How many letters of a legend fit beside each other in a figure of 7.2 inches."""
+"""The number of legend letters that fit on one line of a figure of 7.2 inches."""
 _ABOUT_ONE_SIZE = 1.15
 
 
 def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
-    """Every figure of a group that there are data for; `prefix` begins their names."""
+    """Every figure of a group for which there is data; their names start with `prefix`."""
     palette = Palette([line.method.first.row.label for line in group.lines])
-    bars = "Intervals: 95 %, over seeds where a method has several, else over examples; cut at the panel's edge where one is much wider than the others."
+    bars = "Intervals: 95 %, over seeds if a method has several, otherwise over examples. An interval much wider than the others is cut off at the edge of the panel."
     sizes = _sizes(group)
     losses = [line for line in group.chosen if any("loss" in entry for r in line.method.results for entry in r.log)]
     if losses:
         yield render(
             f"{prefix}loss",
-            f"{group.name}: loss in training",
-            f"Left: loss on the training batch, mean over seeds, smoothed over a twentieth of the steps. Right: held-out loss before, "
-            f"during and after training where it was measured, with the range over seeds. One line per method at its chosen learning "
-            f"rate; of several in one colour the first in the tables is solid, the next dashed, dotted, dash-dotted. {sizes}",
+            f"{group.name}: loss during training",
+            f"Left: loss on the training batches, mean over seeds, smoothed over a twentieth of the steps. Right: held-out loss before, "
+            f"during (if measured) and after training; the band is the range over seeds. One line per method at its chosen learning rate. Methods "
+            f"of one colour are solid, dashed, dotted and dash-dotted, in the order of the tables. {sizes}",
             lambda figure: _losses(figure, losses, palette),
             (7.2, 3.2),
         )
@@ -45,7 +45,7 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
             yield render(
                 f"{prefix}by-{what.replace(' ', '-')}",
                 f"{group.name}: scores against {what}",
-                f"Bands: 95 % intervals, over seeds where a method has several, else over examples; cut where one is much wider than the others. {sizes}",
+                f"Bands: 95 % intervals, over seeds if a method has several, otherwise over examples. A band much wider than the others is cut off. {sizes}",
                 partial(_against, series=series, measures=measures, attribute=attribute, axis=axis, palette=palette),
                 (7.2, 2.3 * math.ceil(len(measures) / 3) + 0.4),
             )
@@ -64,7 +64,7 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
         yield render(
             f"{prefix}pareto",
             f"{group.name}: score against trained parameters",
-            f"{bars} Methods stand one after another by their trained parameters, those of about one size closer together. The grey line joins those that no smaller one equals; dashed: the base model, which trains nothing. {sizes}",
+            f"{bars} Methods are ordered by their trained parameters; methods of about the same size stand closer together. The grey line connects the methods that are better than the base model and every smaller method. Dashed: the base model, which trains nothing. {sizes}",
             lambda figure: _pareto(figure, group, points, palette),
             (7.2, 3.4),
         )
@@ -80,8 +80,8 @@ def draw_variance(spectra: Sequence[Spectrum], prefix: str, heading: str = "Expl
     return render(
         f"{prefix}variance",
         heading,
-        f"Share of ‖M‖² (PCA: after the mean was taken out) in the first directions; line: mean over the groups of a kind, band: their "
-        f"range. Groups ({counted}).",
+        f"Share of ‖M‖² (PCA: after the mean column is subtracted) in the leading directions. Line: mean over the groups of a kind; band: their "
+        f"range. Number of groups: {counted}.",
         lambda figure: _variance(figure, spectra, kinds, rows, columns, palette),
         (7.2, 2.5 * rows + 0.4),
     )
@@ -93,7 +93,7 @@ def _variance(figure: Any, spectra: Sequence[Spectrum], kinds: list[str], rows: 
         if place >= len(kinds):
             ax.axis("off")
             continue
-        # Bases of one model family lie on each other: the later ones are thinner, so that the earlier ones can be seen under them.
+        # The curves of related bases nearly coincide. Later ones are thinner, so that earlier ones stay visible below them.
         for number, spectrum in enumerate(s for s in spectra if s.kind == kinds[place]):
             xs, color = range(1, len(spectrum.mean) + 1), palette.color(spectrum.label)
             style = "--" if "pca" in spectrum.label else "-"
@@ -228,8 +228,10 @@ def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette)
 
 
 def side_by_side(sizes: Sequence[int]) -> tuple[list[float], list[tuple[float, int, int]]]:
-    """Places for points of these sizes, in their order: one after another by size, with a gap before each group of other sizes; and the
-    middle of every group with its least and largest size. The sizes of a group are within a factor of `_ABOUT_ONE_SIZE`.
+    """Positions on an axis for points of these sizes, in the given order, and one tick per group of similar sizes.
+
+    Points are placed one after another by size, with a gap between groups. The sizes of a group are within a factor of `_ABOUT_ONE_SIZE`.
+    A tick is the middle of its group with the smallest and the largest size.
     """
     places = [0.0] * len(sizes)
     groups: list[list[int]] = []
@@ -243,7 +245,7 @@ def side_by_side(sizes: Sequence[int]) -> tuple[list[float], list[tuple[float, i
 
 
 def _series(group: Group, attribute: str) -> dict[str, list[Line]]:
-    """Lines by label where the attribute takes several values, in their order; other things being equal, as they are in a grid."""
+    """Lines by label, for labels with several values of the attribute, sorted by that value. All else is equal in a grid."""
     found: dict[str, list[Line]] = {}
     for line in group.chosen:
         if getattr(line.method.first.row, attribute) is not None:
@@ -257,7 +259,7 @@ def _series(group: Group, attribute: str) -> dict[str, list[Line]]:
 
 
 def _mean_by_step(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[int], list[float]]:
-    """Mean over the curves of every step that all of them have."""
+    """Mean over the curves, at every step that all of them have."""
     known = [dict(curve) for curve in curves if curve]
     steps = sorted(set.intersection(*(set(curve) for curve in known))) if known else []
     return steps, [sum(curve[step] for curve in known) / len(known) for step in steps]
@@ -270,7 +272,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _limits(estimates: Sequence[Estimate]) -> tuple[float, float]:
-    """Ends of an axis that shows the usual interval whole, so that noise looks like noise, and cuts one that is much wider than the others."""
+    """Limits of an axis that shows intervals of the usual width in full and cuts off one that is much wider than the others."""
     values = [estimate.value for estimate in estimates]
     spread = (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
     low, high = min(e.low for e in estimates), max(e.high for e in estimates)
@@ -307,13 +309,13 @@ def _short(text: str, most: int = 30) -> str:
 
 
 def legend_above(figure: Any, axes: Any) -> None:
-    """One legend for all panels, each label once."""
+    """One legend for all panels, with each label once."""
     flat = axes.flat if hasattr(axes, "flat") else axes
     entries: dict[str, Any] = {}
     for ax in flat:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(_short(label, 40), handle)
     if entries:
-        # Its columns are as wide as its longest label and a marker, and have to fit the figure.
+        # Each column is as wide as the longest label with its marker, and all columns must fit the figure.
         columns = _LEGEND_LETTERS // (max(map(len, entries)) + 7)
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(4, columns, len(entries)))

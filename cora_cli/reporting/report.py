@@ -1,6 +1,6 @@
-"""Finished directories -> the report that was asked for: collects, summarises, draws, and writes every format.
+"""The entry point of `cora report`: collects finished runs, summarises them, draws the figures and writes every format.
 
-The one entry point of `cora report`; it leaves the directories that it reads as they are.
+The directories that it reads stay unchanged.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ FILES = {
     "json": "report.json",
     "html": "report.html",
 }
-"""The formats, and the names of their files in the output directory."""
+"""The formats and their file names in the output directory."""
 
 
 def report(
@@ -42,9 +42,10 @@ def report(
     metrics: tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> str:
-    """The report of finished directories in one format; with `output_dir` all formats and the plots are written there too.
+    """Return the report on finished directories in one format. With `output_dir`, also write all formats and the plots there.
 
-    `metrics` restricts the metrics by name. Raises `CoraError` where a directory is none of ours or nothing in them is finished.
+    `metrics` restricts the metrics by name; `seed` draws the resamples of the tests. Raises `CoraError` if a directory was not written
+    by cora, if nothing in them is finished, or if none of the `metrics` was measured.
     """
     if output_dir is not None and output_dir.exists() and not output_dir.is_dir():
         raise CoraError(f"output directory {output_dir} is a file; choose another one")
@@ -62,7 +63,9 @@ def report(
         and not has_bases
         and not any(set(group.measures) & set(metrics) for summary in summaries for group in summary.groups)
     ):
-        raise CoraError(f"none of the metrics {', '.join(metrics)} was measured in {', '.join(outputs)}; leave --metrics out")
+        raise CoraError(
+            f"none of the metrics {', '.join(metrics)} was measured in {', '.join(outputs)}; name others or leave --metrics out"
+        )
     drawn: list[list[Figure]] = [[] for _ in summaries]
     if output_dir is not None or format == "html":
         drawn = [
@@ -92,7 +95,7 @@ def _writers(summaries: Sequence[Summary], documents: Sequence[list[Block]]) -> 
 
 
 def _draw(summary: Summary, prefix: str) -> list[Figure]:
-    """All figures of an experiment; a damaged basis is added to what is missing."""
+    """All figures of an experiment. A basis that cannot be read is added to the missing rows."""
     experiment, missing = summary.collection.experiment, summary.collection.missing
     paths: dict[Path, int | None] = dict.fromkeys(experiment.bases)
     for row in experiment.rows:

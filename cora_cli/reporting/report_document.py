@@ -1,4 +1,7 @@
-"""Summaries -> one document of headings, texts, lists, tables and figures, in reading order; every format writes the same one."""
+"""Builds the document of a report: verdict, tables, figures, conditions, methods and missing rows, in reading order.
+
+`render` writes the same document in every format.
+"""
 
 from collections.abc import Sequence
 
@@ -11,11 +14,11 @@ from cora_cli.reporting.verdict import BASE
 
 
 def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Block]:
-    """The whole report of one experiment."""
+    """The complete report of one experiment."""
     experiment, missing = summary.collection.experiment, summary.collection.missing
     blocks: list[Block] = [Heading(1, experiment.title)]
     if experiment.preset:
-        blocks.append(Text(f"Preset {experiment.preset}: these are not the paper's models, data or size; see Conditions."))
+        blocks.append(Text(f"Preset {experiment.preset}: models, data and sizes differ from the paper's; see Conditions."))
     rows = {entry.row.name for entry in missing if entry.part == "run"}
     if summary.groups or rows:
         done = len(summary.collection.results)
@@ -45,10 +48,13 @@ def _verdict(group: Group, named: bool) -> list[Block]:
     verdict = group.verdict
     blocks: list[Block] = [Text(f"{group.name}: {verdict.headline}" if named else verdict.headline, "verdict")]
     if verdict.comparisons:
-        # That training beats no training is for the table.
+        # The comparison with the untrained base model is only in the table.
         sentences = tuple(comparison.sentence() for comparison in verdict.comparisons if comparison.role != BASE)
         blocks += [Items(sentences)] if sentences else []
         blocks.append(
-            Text("Better and worse are decided by paired, Holm-corrected tests; the rule and every test stand below.", "note")
+            Text(
+                "Paired, Holm-corrected tests decide what counts as better or worse. The table of tests below has every result and the rule.",
+                "note",
+            )
         )
     return blocks

@@ -1,6 +1,6 @@
-"""What is to be reported: the rows of a grid's `plan.json`, or those that plain run and evaluation directories amount to.
+"""Finds the rows to report: those of a grid's `plan.json`, or one per plain run or evaluation directory.
 
-It reads plans and the heads of records; the numbers behind a row are `collect`'s business.
+It reads plans and the settings in records; `collect` reads the numbers.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 PLAN_VERSION = 1
 PLAIN = "finished runs"
-"""The name of the experiment that plain directories make together."""
+"""The name of the experiment that collects all plain directories."""
 _NULL = type(None)
 _PLAN_KEYS: dict[str, tuple[type, ...]] = {
     "name": (str,),
@@ -51,8 +51,8 @@ _ROW_KEYS: dict[str, tuple[type, ...]] = {
 class Row:
     """One planned run and its evaluation. Rows of one `group` share data and evaluation and are compared with each other.
 
-    `n_models` is the number of models behind the basis, 0 for the base model alone; `run` is None where nothing was trained;
-    `logs` is where to look for the reason of a failure.
+    `n_models` is the number of models behind the basis, 0 for the base model alone. `run` is None if nothing was trained. `logs` is the
+    directory of log files that may explain a failure.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A grid, or several plain directories. `conditions` are sentences on how it differs from the paper."""
+    """A grid, or several plain directories. `conditions` are sentences on the differences from the paper."""
 
     name: str
     title: str
@@ -88,24 +88,24 @@ class Experiment:
 
 
 class StepRecords:
-    """What `cora ablate` recorded of the steps of a plan: whether a directory is still what the plan's step left there."""
+    """The step records of `cora ablate`, which tell whether an output is still the one that its step wrote."""
 
     def __init__(self, root: Path, steps: dict[str, Step]) -> None:
         self._ledger, self._steps = Ledger(root), steps
         self._by_place = {root / step.output: step for step in steps.values()}
 
     def require(self, place: Path) -> None:
-        """Raise `CoraError` with the reason where the directory or file at `place` is no evidence for the plan."""
+        """Raise `CoraError` with the reason if the directory or file at `place` is not the valid output of a step of the plan."""
         step = self._by_place.get(place)
-        objection = self._ledger.objection(step, self._steps) if step else f"{place} is no step of the plan"
+        objection = self._ledger.objection(step, self._steps) if step else f"{place} is not the output of a step of the plan"
         if objection:
             raise CoraError(f"{objection}; run `cora ablate` again")
 
 
 def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
-    """The experiments that the directories hold: one per grid, and one of all plain runs and evaluations together.
+    """The experiments in the directories: one per grid, and one for all plain runs and evaluations together.
 
-    Raises `CoraError` where a directory is neither, or a plan is damaged.
+    Raises `CoraError` if a directory is none of these, or if a plan is damaged.
     """
     grids: list[Experiment] = []
     plain: list[Row] = []
@@ -127,7 +127,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
 
 
 def read_plan(root: Path) -> Experiment:
-    """The experiment that `root/plan.json` describes. Raises `CoraError` naming the file and what is wrong in it."""
+    """The experiment described by `root/plan.json`. Raises `CoraError` with the file and the fault."""
     path = root / "plan.json"
     try:
         plan = rundir.read_json(path)
@@ -141,13 +141,15 @@ def read_plan(root: Path) -> Experiment:
     rows = []
     for number, entry in enumerate(plan["rows"], start=1):
         if not isinstance(entry, dict):
-            raise CoraError(f"{path} is damaged: row {number} is no JSON object; run `cora ablate` again")
+            raise CoraError(f"{path} is damaged: row {number} is not a JSON object; run `cora ablate` again")
         _check(path, f"row {number}", entry, _ROW_KEYS)
         rows.append(_row_of_plan(root, entry))
     names = [row.name for row in rows]
     records = _step_records(root, plan)
     unchecked = (
-        () if records else ("These rows were not checked against the records of `cora ablate`: plan.json names no steps.",)
+        ()
+        if records
+        else ("These rows were not checked against the records of `cora ablate`, because plan.json lists no steps.",)
     )
     if not rows:
         raise CoraError(f"{path} plans no rows, so there is nothing to report")
@@ -170,13 +172,13 @@ def _step_records(root: Path, plan: dict[str, Any]) -> StepRecords | None:
         steps = read_steps(plan)
     except (TypeError, KeyError) as error:
         raise CoraError(
-            f"{root / 'plan.json'} is damaged: its steps are not whole ({error}); run `cora ablate` again"
+            f"{root / 'plan.json'} is damaged: its steps are incomplete ({error}); run `cora ablate` again"
         ) from error
     return StepRecords(root, steps) if steps else None
 
 
 def clean(text: str) -> str:
-    """`text` in one line without control characters, which neither SVG nor LaTeX can hold."""
+    """`text` on one line without control characters, which are invalid in SVG and LaTeX."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]+", " ", text).strip()
 
 
@@ -231,7 +233,9 @@ def _row_of_run(run: RunDirectory) -> Row:
             basis=Path(basis["path"]) if basis and Path(basis["path"]).is_file() else None,
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise CoraError(f"{run.record} is damaged or of another version: {error} is not where it should be") from error
+        raise CoraError(
+            f"{run.record} is damaged or from another version of cora: {error} is missing or has the wrong type"
+        ) from error
 
 
 def _row_of_evaluation(evaluation: EvaluationDirectory) -> Row:
@@ -241,7 +245,9 @@ def _row_of_evaluation(evaluation: EvaluationDirectory) -> Row:
         name = clean(str(record["name"]))
         tuned = bool(settings.get("adapter_sha256"))
     except (KeyError, TypeError, AttributeError) as error:
-        raise CoraError(f"{evaluation.metrics} is damaged or of another version: {error} is not where it should be") from error
+        raise CoraError(
+            f"{evaluation.metrics} is damaged or from another version of cora: {error} is missing or has the wrong type"
+        ) from error
     return Row(
         name=clean(str(evaluation.root)),
         printed=None,
@@ -262,23 +268,23 @@ def _row_of_evaluation(evaluation: EvaluationDirectory) -> Row:
 
 
 def _distinct(rows: list[Row]) -> list[Row]:
-    """Give evaluations without a run the group of the runs with their model, and unlike runs of one label unlike labels."""
+    """Give evaluations without a run the group of the runs with the same model, and make the labels of different runs different."""
     groups = {row.model: row.group for row in rows if row.group}
     only = next(iter(groups.values())) if len(groups) == 1 else "evaluations"
     rows = [row if row.group else dataclasses.replace(row, group=groups.get(row.model, only)) for row in rows]
     records = {row.name: rundir.read_json(RunDirectory(row.run).record) if row.run is not None else {} for row in rows}
     settings = {name: record["fingerprint"]["settings"] if record else {} for name, record in records.items()}
     bases = {name: record["basis"]["sha256"] for name, record in records.items() if record.get("basis")}
-    # One name per basis, however many copies of its file there are.
+    # Copies of one basis file share one name.
     paths = {record["basis"]["sha256"]: record["basis"]["path"] for record in records.values() if record.get("basis")}
     found = []
     for row in rows:
         alike = [other for other in rows if (other.group, other.label) == (row.group, row.label)]
-        # What tables have a column for needs no place in the label.
+        # Settings with a column of their own in the tables are left out of the label.
         names = sorted({name for other in alike for name in settings[other.name]} - {"rank", "alpha", "learning_rate", "seed"})
         differing = [name for name in names if len({str(settings[other.name].get(name)) for other in alike}) > 1]
         extra = [f"{name}={settings[row.name].get(name)}" for name in differing]
-        # The number of source models has a column, but two bases of as many models are two methods.
+        # The number of source models has a column, but two bases from equally many models are two methods.
         if len({bases.get(other.name) for other in alike if other.n_models == row.n_models}) > 1 and row.name in bases:
             extra.append(f"basis={paths[bases[row.name]]}")
         if row.run is None and len([other for other in alike if other.run is None]) > 1:

@@ -1,6 +1,6 @@
-"""Rows that differ only by seed -> methods, with intervals, paired tests and Holm's correction.
+"""Groups rows that differ only by seed into methods, and computes intervals, paired tests and Holm's correction.
 
-It turns measures into estimates and decides which differences are supported; how they are shown is not its business.
+`summary` collects these numbers, and `tables` and `plots` show them.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from cora_cli.reporting.collect import Result
 from cora_cli.reporting.measures import LOSS, value_function
 
 LEVEL = 0.05
-"""Corrected p-values below it count as supported."""
+"""Differences with a corrected p-value below this level count as supported."""
 RESAMPLES = 4999
-"""Behind each paired test, unless so many are corrected together that none could then be significant: see `resamples_for`."""
+"""Resamples per paired test. `resamples_for` raises the number if many tests are corrected together."""
 VALIDATION, HELD_OUT = "validation loss", "held-out loss"
 SEEDS, EXAMPLES = "t-interval over seeds", "bootstrap over examples"
 
@@ -37,19 +37,19 @@ class Estimate:
 
     @property
     def half_width(self) -> float:
-        """Half the interval's length."""
+        """Half the length of the interval."""
         return (self.high - self.low) / 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
-    """Results that differ only by seed, in the order of their seeds."""
+    """Results that differ only by seed, sorted by seed."""
 
     results: tuple[Result, ...]
 
     @property
     def first(self) -> Result:
-        """Any of the results, for what they share."""
+        """The first result, for the settings that all results share."""
         return self.results[0]
 
     @property
@@ -59,13 +59,13 @@ class Method:
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What makes a method the same at another learning rate."""
+        """The settings that identify a method, without its learning rate."""
         row = self.first.row
         return (row.group, row.label, row.printed, row.mode, row.rank, row.n_models, row.model, row.dataset)
 
     @property
     def name(self) -> str:
-        """Label with rank and number of models, unless the label has them: `fb r=48 n=5`."""
+        """The label with rank and number of models, unless it contains them already: `fb r=48 n=5`."""
         row = self.first.row
         parts = [row.label]
         parts += [f"r={row.rank}"] if row.rank is not None and f"r={row.rank}" not in row.label else []
@@ -73,16 +73,16 @@ class Method:
         return " ".join(parts)
 
     def with_measure(self, name: str) -> tuple[Result, ...]:
-        """The results that have the measure."""
+        """The results that have the measure `name`."""
         return tuple(result for result in self.results if name in result.measures)
 
     def estimate(self, name: str) -> Estimate | None:
-        """Mean and interval of a measure; None where no seed has it."""
+        """Mean and 95 % interval of a measure, or None if no seed has it."""
         measured = self.with_measure(name)
         measures = [result.measures[name] for result in measured]
         if not measures:
             return None
-        # Runs that cannot train are one model however many seeds they had: no spread over seeds is to be had from them.
+        # Runs that cannot train all give the base model, so their seeds have no spread.
         if len(measures) == 1 or all(result.record.get("is_base_model") for result in measured):
             only = measures[0]
             return Estimate(only.value, *only.ci95, EXAMPLES, only.n, len(measures))
@@ -91,7 +91,7 @@ class Method:
 
 
 def group_methods(results: Sequence[Result]) -> list[Method]:
-    """Methods in the order of their first rows. Raises `CoraError` where two rows differ in nothing, not even in the seed."""
+    """Methods in the order of their first rows. Raises `CoraError` if two rows have the same settings and the same seed."""
     found: dict[tuple[object, ...], list[Result]] = {}
     for result in results:
         found.setdefault((*Method((result,)).identity, result.row.learning_rate), []).append(result)
@@ -109,14 +109,14 @@ def group_methods(results: Sequence[Result]) -> list[Method]:
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Mean and half-width of Student's interval, t·s/√k with k − 1 degrees of freedom, of k ≥ 2 values."""
+    """Mean and half-width of Student's t-interval of k ≥ 2 values: t·s/√k with k − 1 degrees of freedom."""
     k = len(values)
     spread = float(np.std(values, ddof=1))
     return float(np.mean(values)), float(stdtrit(k - 1, (1 + confidence) / 2)) * spread / math.sqrt(k)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values of Holm (1979), in the given order: max over j ≤ i of (m − j + 1)·p₍ⱼ₎, at most 1."""
+    """Adjusted p-values of Holm (1979) in the given order: max over j ≤ i of (m − j + 1)·p₍ⱼ₎, at most 1."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for place, index in enumerate(order):
@@ -126,26 +126,26 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether more of the measure is better."""
+    """Whether a higher value of the measure is better."""
     return name != LOSS
 
 
 def resamples_for(tests: int) -> int:
-    """Resamples of each of `tests` tests: the smallest p-value, 1 / (1 + resamples), has to survive Holm's correction."""
+    """Resamples for each of `tests` tests: enough for the smallest p-value, 1 / (1 + resamples), to survive Holm's correction."""
     return max(RESAMPLES, 40 * tests - 1)
 
 
 def compare(one: Method, other: Method, name: str, seed: int = 0, resamples: int = RESAMPLES) -> PairedDifference | None:
-    """`one` minus `other` over the same examples, each example's outputs of all seeds kept together.
+    """`one` minus `other` over the same examples; the outputs of all seeds for one example stay together.
 
-    The measure is the mean over seeds of its corpus values. None where either lacks it.
+    The compared value is the mean over seeds of the corpus values. Returns None if either method lacks the measure.
     """
     sides = [[result.measures[name].statistics for result in method.with_measure(name)] for method in (one, other)]
     if not all(sides):
         return None
     value = value_function(name)
     if name == "sacrebleu":
-        # No function of averaged counts: both sides get as many blocks of counts, each of which is a seed's.
+        # Corpus BLEU is not a function of averaged counts. Each seed is a block of columns, and both sides get equally many blocks.
         blocks = math.lcm(*map(len, sides))
         first, second = (np.hstack(side * (blocks // len(side))) for side in sides)
 
@@ -158,10 +158,10 @@ def compare(one: Method, other: Method, name: str, seed: int = 0, resamples: int
 
 
 def best_methods(methods: Sequence[Method], names: Sequence[str], seed: int = 0) -> dict[str, tuple[int, float, bool]]:
-    """By measure the place of the best method, the largest p-value of its paired tests against every other method that has the measure,
-    Holm-corrected over all measures together, and whether it is better than each at every seed.
+    """For each measure: the index of the best method, the largest p-value of its paired tests against every other method with the
+    measure, Holm-corrected over all measures together, and whether it is better than each of them at every seed.
 
-    Measures of fewer than two methods are left out. The best is supported where that p-value is below `LEVEL` and the seeds agree.
+    Measures of fewer than two methods are left out. The best is supported if that p-value is below `LEVEL` and the seeds agree.
     """
     pairs: list[tuple[str, int, Method]] = []
     places: dict[str, int] = {}
@@ -183,7 +183,7 @@ def best_methods(methods: Sequence[Method], names: Sequence[str], seed: int = 0)
 
 
 def differences_by_seed(one: Method, other: Method, name: str) -> list[float]:
-    """`one` minus `other` for every seed that both have; a base model, which has no seed, is compared with every one."""
+    """`one` minus `other` for every seed that both have. A base model has no seed and is compared with every seed."""
     ours, theirs = (
         {result.row.seed: result.measures[name].value for result in method.with_measure(name)} for method in (one, other)
     )
@@ -195,10 +195,10 @@ def differences_by_seed(one: Method, other: Method, name: str) -> list[float]:
 
 
 def choose_learning_rates(methods: Sequence[Method]) -> tuple[list[Method], str | None]:
-    """Of each method that was trained at several learning rates, the one with the least loss (mean over seeds).
+    """For each method trained at several learning rates, choose the rate with the lowest loss (mean over seeds).
 
-    That is the validation loss where every run that takes part has one, else the held-out loss. Returns the methods that remain, and
-    VALIDATION or HELD_OUT, None where there was no choice. Where a held-out loss is lacking too, all rates remain.
+    The loss is the validation loss if every run of the sweep has one, else the held-out loss. Returns the chosen methods, and VALIDATION
+    or HELD_OUT, or None if there was nothing to choose. If the held-out loss is missing as well, all rates are kept.
     """
     rates: dict[tuple[object, ...], list[Method]] = {}
     for method in methods:
@@ -225,6 +225,6 @@ def _selection_loss(method: Method, validated: bool) -> float | None:
 
 
 def at_edge(method: Method, methods: Sequence[Method]) -> bool:
-    """Whether the method's learning rate is the least or the largest of several that it was trained at, all of them in `methods`."""
+    """Whether the method's learning rate is the lowest or the highest of its sweep; `methods` holds all rates of the sweep."""
     rates = [other.first.row.learning_rate or 0.0 for other in methods if other.identity == method.identity]
     return len(rates) > 1 and method.first.row.learning_rate in (min(rates), max(rates))

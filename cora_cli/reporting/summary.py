@@ -1,6 +1,6 @@
-"""Collections -> one summary per group: its methods, estimates, the paper's numbers, what is best, and the verdict.
+"""Summarises a collection, one summary per group: methods, estimates, the paper's numbers, the best methods and the verdict.
 
-Everything that tables, plots and the page show is decided here, once; how it looks is theirs.
+Tables, plots and the HTML page all show these numbers, so that they agree.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from cora_cli.reporting.verdict import Verdict, judge
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Line:
-    """One method of a group with its estimates and the paper's numbers by measure; `chosen`: shown in the main table."""
+    """One method of a group with its estimates and the paper's numbers, by measure. The main table shows the `chosen` lines."""
 
     method: Method
     estimates: dict[str, Estimate]
@@ -25,14 +25,14 @@ class Line:
 
     @property
     def title(self) -> str:
-        """The paper's row name where there is one, else the method's own."""
+        """The name of the row in the paper, or the name of the method."""
         return self.method.first.row.printed or self.method.name
 
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best chosen line of a measure (its place among them), the largest corrected p of its tests against the others, and whether it
-    was better than each of them at every seed.
+    """The best chosen line of a measure: its index among them, the largest corrected p of its tests against the others, and whether
+    it was better than each of them at every seed.
     """
 
     place: int
@@ -41,14 +41,16 @@ class Best:
 
     @property
     def supported(self) -> bool:
-        """Whether every other method was shown to be different."""
+        """Whether it was shown to be better than every other method."""
         return self.p_holm < LEVEL and self.seeds_agree
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Methods that share data and evaluation. `measures` are those that any of them has, held-out loss first; `selected_by` names the
-    loss that chose among learning rates, where there were several.
+    """Methods with the same data and evaluation.
+
+    `measures` are all measures that any of them has, the held-out loss first. `selected_by` names the loss that chose among learning
+    rates, or is None without a sweep.
     """
 
     name: str
@@ -71,7 +73,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """One experiment: its groups, and the collection that they came from."""
+    """One experiment: its groups, and the collection from which they were computed."""
 
     collection: Collection
     groups: tuple[Group, ...]

@@ -1,6 +1,6 @@
-"""Summaries -> tables: which columns and cells there are, and what the marks in them mean.
+"""Builds the tables of a report: scores, costs, learning-rate sweep and tests, with the notes that explain them.
 
-A table has no format yet; `render` writes it.
+`render` writes them in each format.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from cora_cli.reporting.verdict import Test, digits, title
 
 
 def scores_table(group: Group, paper_table: str | None) -> Table:
-    """The main table: held-out loss and metrics of each method, at its chosen learning rate."""
+    """The main table: held-out loss and metrics of each method at its chosen learning rate."""
     lines = group.chosen
     rows = [
         (*_names(line, lines), *(_score(group, line, place, measure) for measure in group.measures))
@@ -25,7 +25,7 @@ def scores_table(group: Group, paper_table: str | None) -> Table:
 
 
 def costs_table(group: Group) -> Table:
-    """What each method takes: rank, models, parameters, bytes, speed, memory."""
+    """The cost of each method: rank, number of models, parameters, size, speed and memory."""
     lines = group.chosen
     rows = []
     for line in lines:
@@ -46,15 +46,15 @@ def costs_table(group: Group) -> Table:
         )
     headers = ("rank", "n models", "trained parameters", "adapter size", "tokens/s", "peak memory", "seeds")
     notes = (
-        "n models: models behind the basis, 0 for the base model alone. Adapter size: its weights on disk (mode full: the whole model). "
-        "tokens/s: training, prompts included, mean over seeds, beside whatever else ran on the machine. Peak memory: of the training "
-        "process, the largest of all seeds.",
+        "n models: number of models behind the basis, 0 for the base model alone. adapter size: weights on disk (mode full: the complete model). "
+        "tokens/s: training speed including prompt tokens, mean over seeds; other load on the machine lowers it. peak memory: of the training "
+        "process, maximum over seeds.",
     )
-    return Table(f"{group.name} – what each method takes", (*_name_headers(lines), *headers), tuple(rows), notes)
+    return Table(f"{group.name} – cost of each method", (*_name_headers(lines), *headers), tuple(rows), notes)
 
 
 def verdict_table(group: Group) -> Table:
-    """Every test behind the verdict."""
+    """All tests behind the verdict."""
     rows = []
     for comparison in group.verdict.comparisons:
         for test in comparison.tests:
@@ -98,7 +98,9 @@ def sweep_table(group: Group) -> Table:
         f"{group.name} – all learning rates",
         headers,
         tuple(rows),
-        (f"Chosen: the least {group.selected_by} of a method, mean over seeds. {_cell_note(group.lines)}",),
+        (
+            f"chosen: the learning rate with the lowest {group.selected_by} of the method, mean over seeds. {_cell_note(group.lines)}",
+        ),
     )
 
 
@@ -120,7 +122,7 @@ def _score(group: Group, line: Line, place: int | None, measure: str) -> Cell:
 
 
 def _estimated(estimate: Estimate | None, places: int, published: float | None = None, bold: bool = False) -> Cell:
-    """`0.393 ± 0.012` over seeds, `0.393 [0.381, 0.405]` of the bootstrap, or a dash, with the paper's number."""
+    """`0.393 ± 0.012` over seeds, `0.393 [0.381, 0.405]` from the bootstrap, or a dash; with the published number, if any."""
     if estimate is None:
         return Cell(published=published, bold=bold)
     interval = (
@@ -137,17 +139,17 @@ def _score_notes(group: Group) -> list[str]:
     if any(line.paper for line in lines):
         source = paper()
         notes.append(
-            f"(In parentheses): the number that the paper prints ({source['source']}, {source['model']}, one seed, no interval)."
+            f"In parentheses: the number published in the paper ({source['source']}, {source['model']}, one seed, no interval)."
         )
     supported = [measure for measure in group.measures if measure in group.best and group.best[measure].supported]
     meaning = (
-        f"the best of its column, different from every other method by paired tests over the same prompts (p < {LEVEL:g}, "
-        "Holm-corrected over the table; resampled over prompts, not over training seeds) and at every seed"
+        f"better than all others in paired tests over the same prompts (p < {LEVEL:g}, Holm-corrected over the table) and at every seed. "
+        "The tests resample prompts, not training seeds"
     )
     if supported:
-        notes.append(f"Bold: {meaning}.")
+        notes.append(f"Bold: the best value of its column, if it is {meaning}.")
     elif group.best:
-        notes.append(f"Nothing is in bold, since no column has a value that is {meaning}.")
+        notes.append(f"Nothing is in bold: no column has a value that is {meaning}.")
     return notes + _selection_notes(group)
 
 
@@ -157,21 +159,19 @@ def _selection_notes(group: Group) -> list[str]:
     rates = "; ".join(
         f"{line.method.name} {_rate(line)}" for line in group.chosen if line.method.first.row.learning_rate is not None
     )
-    origin = (
-        "on records that were set aside for that, which nothing was trained on and no number here is measured on"
+    caution = (
+        "The validation records were used neither for training nor for any number in this table."
         if group.selected_by == VALIDATION
-        else "so that this loss, and whatever was measured on the same records, flatters every swept method a little"
+        else "This choice makes the held-out loss, and any measure on the same records, slightly too favourable for the swept methods."
     )
     notes = [
-        f"Learning rates: each method is shown at the one with its least {group.selected_by} (mean over seeds), {origin}: {rates}. All rates "
-        "are in the table below."
+        f"Learning-rate sweep: each method is shown at the learning rate with its lowest {group.selected_by} (mean over seeds): {rates}. "
+        f"{caution} The table of all learning rates is below."
     ]
     methods = [line.method for line in group.lines]
     edges = [f"{line.method.name} {_rate(line)}" for line in group.chosen if at_edge(line.method, methods)]
     if edges:
-        notes.append(
-            f"At the edge of the learning rates that were tried, so that a better one may lie beyond: {'; '.join(edges)}."
-        )
+        notes.append(f"At the edge of the sweep, so a better learning rate may lie outside it: {'; '.join(edges)}.")
     return notes
 
 
@@ -180,11 +180,11 @@ def _cell_note(lines: Sequence[Line]) -> str:
     parts = []
     counts = "/".join(map(str, sorted({e.seeds for e in estimates if e.kind == SEEDS})))
     if counts:
-        parts.append(f"value ± half-width: mean of {counts} seeds with its 95 % t-interval over seeds")
+        parts.append(f"value ± half-width: mean over {counts} seeds with its 95 % t-interval")
     if any(e.kind == EXAMPLES for e in estimates):
         parts.append(
-            "value [low, high]: one run (or a model that no seed changes) with its 95 % bootstrap interval over examples, which "
-            "does not hold the spread over seeds"
+            "value [low, high]: a single run (or a model that does not depend on the seed) with its 95 % bootstrap interval over "
+            "examples, which excludes the spread over seeds"
         )
     measures = {measure for line in lines for measure in line.estimates}
     sizes = {title(m): sorted({line.estimates[m].n for line in lines if m in line.estimates}) for m in measures}

@@ -1,4 +1,7 @@
-"""Basis files -> curves of explained variance, averaged over the groups of one kind. It draws nothing."""
+"""Reads the curves of explained variance from basis files and averages them over the groups of one kind.
+
+`plots` draws them.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +14,7 @@ from cora_cli.errors import CoraError
 class Spectrum:
     """Cumulative share of ‖M‖_F² (0-1) in the first 1, 2, …, R directions: mean and range over `groups` groups of a `kind`.
 
-    A kind is what a group's name ends with (`q_proj`, `global`; whole layers are one kind).
+    A kind is the last part of a group's name, such as `q_proj` or `global`; groups that are complete layers share the kind `layer`.
     """
 
     label: str
@@ -23,9 +26,9 @@ class Spectrum:
 
 
 def read_spectra(paths: Mapping[Path, int | None]) -> tuple[list[Spectrum], list[str]]:
-    """The spectra of basis files, and a sentence for each that cannot be read. Bases with one label are averaged.
+    """The spectra of basis files, and an error sentence for each file that cannot be read. Bases with the same label are averaged.
 
-    `paths` says of each file from how many models it is where the plan knows (0: the base model), else None.
+    `paths` maps each file to its number of models if the plan records it (0: the base model alone), else to None.
     """
     curves: dict[tuple[str, str], list[list[float]]] = {}
     damaged = []

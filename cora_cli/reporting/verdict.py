@@ -1,6 +1,6 @@
-"""What the paired tests say of an informed B, by one stated rule, in words and numbers.
+"""The verdict of `cora report`: does an informed B help, compared with its controls?
 
-A method whose B starts as the subspace of fine-tuned models is compared with its controls; the rule decides, no judgement is added.
+A B is informed if it starts as the subspace of fine-tuned models. Paired tests decide by the rule that the report prints.
 """
 
 import dataclasses
@@ -27,16 +27,18 @@ RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE = (
     "LoRA at equal trained parameters",
     "base model without training",
 )
-# "Equal" sizes: ranks are whole numbers, so that the nearest one may be off by some per cent.
+# Ranks are integers, so the closest LoRA may differ by a few per cent in trained parameters and still count as equal.
 _EQUAL_SIZE = 0.05
 BETTER, WORSE, NONE = "better", "worse", "no difference could be shown"
 
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-    """One measure of one comparison. `p_holm` is corrected over all tests of the group's verdict, `outcome` BETTER, WORSE or NONE;
-    of `seeds` seeds that both sides have, `agreeing` differ in the direction of the difference. `over_seeds` is the mean of the
-    differences of equal seeds, which share their order of data, with the half-width of its 95 % t-interval; None for one seed.
+    """One measure of one comparison.
+
+    `p_holm` is Holm-corrected over all tests of the group's verdict, and `outcome` is BETTER, WORSE or NONE. Both sides share `seeds`
+    seeds, of which `agreeing` have a difference with the sign of the overall one. `over_seeds` is the mean difference of runs with the
+    same seed, which see the data in the same order, and the half-width of its 95 % t-interval; None for a single seed.
     """
 
     measure: str
@@ -50,7 +52,7 @@ class Test:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """`one` minus `other`, a control of the kind `role`, in every measure that both have."""
+    """`one` minus `other` in every measure that both have; `other` is a control of the kind `role`."""
 
     one: Method
     other: Method
@@ -58,9 +60,9 @@ class Comparison:
     tests: tuple[Test, ...]
 
     def sentence(self) -> str:
-        """The outcome in words, with the numbers of what was shown, and of the held-out loss where nothing was shown of it."""
+        """The outcome in words, with the differences that were shown, and that of the held-out loss in any case."""
         said = [
-            f"{word} in {', '.join(_amount(test) for test in tests)}"
+            f"{word} in {', '.join(f'{title(test.measure)} ({_amount(test)})' for test in tests)}"
             for word in (BETTER, WORSE)
             if (tests := [test for test in self.tests if test.outcome == word])
         ]
@@ -70,13 +72,17 @@ class Comparison:
         elif silent:
             where = "any of the" if len(silent) == len(self.tests) else "the other"
             said.append(f"{NONE} in {where} {len(silent)} measures")
-        said += [f"{_amount(test, 'differs by')}, uncorrected" for test in silent if test.measure == LOSS]
-        return f"{self.one.name} against {self.other.name} ({self.role}): {'; '.join(said)}."
+        said += [
+            f"the {title(test.measure)} differs by {_amount(test)} (not corrected for multiple tests)"
+            for test in silent
+            if test.measure == LOSS
+        ]
+        return f"{self.one.name} compared with {self.other.name} ({self.role}): {'; '.join(said)}."
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The headline, the comparisons behind it, and the rule by which they were decided."""
+    """The headline, the comparisons behind it, and the rule that decided them."""
 
     headline: str
     comparisons: tuple[Comparison, ...]
@@ -84,7 +90,7 @@ class Verdict:
 
 
 def judge(methods: Sequence[Method], measures: Sequence[str], seed: int = 0) -> Verdict:
-    """The verdict on one group of methods that share data and evaluation."""
+    """The verdict on one group of methods with the same data and evaluation; `seed` draws the resamples of the tests."""
     pairs = [(one, other, role) for one in methods if _informed(one) for other, role in _controls(one, methods)]
     planned = [
         (place, name)
@@ -99,13 +105,14 @@ def judge(methods: Sequence[Method], measures: Sequence[str], seed: int = 0) -> 
     tests: list[list[Test]] = [[] for _ in pairs]
     for (place, name), difference, p_holm in zip(planned, paired, corrected, strict=True):
         tests[place].append(_test(*pairs[place][:2], name, difference, p_holm))
-    comparisons = tuple(Comparison(*pair, tuple(made)) for pair, made in zip(pairs, tests, strict=True) if made)
+    comparisons = tuple(Comparison(*pair, tuple(found)) for pair, found in zip(pairs, tests, strict=True) if found)
     rule = (
-        f"Rule: paired approximate randomisation over the same prompts (held-out loss: over the same records), each prompt's outputs of "
-        f"all seeds kept together, {resamples:,} resamples; Holm-corrected over the {len(planned)} tests of this verdict; better or worse "
-        f"where the corrected p is below {LEVEL:g} and every seed differs in that direction, otherwise {NONE}, which does not mean that "
-        "there is none. Differences have 95 % paired bootstrap intervals over prompts, uncorrected, which do not hold the spread over "
-        "training seeds; that is in the column beside them: the mean difference of equal seeds with its 95 % t-interval."
+        f"Rule: every test is a paired approximate randomisation over the same prompts (held-out loss: the same records) with {resamples:,} "
+        f"resamples; the outputs of all seeds for one prompt stay together. The p-values are Holm-corrected over the {len(planned)} tests of this "
+        f"verdict. The outcome is better or worse if the corrected p is below {LEVEL:g} and every seed differs in that direction. Otherwise "
+        f"{NONE}, which does not mean that there is none. Column difference: with its 95 % paired bootstrap interval over prompts, "
+        "which is not corrected for multiple tests and excludes the spread over training seeds. Column over seeds: the mean difference of runs "
+        "with the same seed, with its 95 % t-interval over seeds."
     )
     return Verdict(_headline(methods, comparisons), comparisons, rule)
 
@@ -154,41 +161,47 @@ def _test(one: Method, other: Method, name: str, paired: PairedDifference, p_hol
 
 
 def _headline(methods: Sequence[Method], comparisons: Sequence[Comparison]) -> str:
-    if not any(_informed(method) for method in methods):
-        return "No method here has a B taken from fine-tuned models, so there is nothing to say on whether one helps."
+    informed = [method.first.row for method in methods if _informed(method)]
+    if not informed:
+        return "No conclusion about an informed B: no method here takes its B from fine-tuned models. Train one with --mode fb --basis FILE."
+    modes = " or ".join(dict.fromkeys(row.mode for row in informed))
+    ranks = " or ".join(dict.fromkeys(str(row.rank) for row in informed))
     sentences = []
-    for role, claim in ((RANDOM_B, "a random orthonormal B"), (LORA_RANK, "LoRA at equal rank")):
+    for role, claim, control, flags in (
+        (RANDOM_B, "a random orthonormal B", "the random control", f"--mode {modes} --rank {ranks} --b-init orthonormal"),
+        (LORA_RANK, "LoRA at equal rank", "LoRA at equal rank", f"--mode lora --rank {ranks}"),
+    ):
         tests = [test for comparison in comparisons if comparison.role == role for test in comparison.tests]
         if not tests:
-            sentences.append(f"There is no finished comparison with {claim}, so nothing can be said against it.")
+            sentences.append(f"No conclusion about {control}: there is no finished run of it. Train it with {flags}.")
             continue
         better, worse = (sum(test.outcome == word for test in tests) for word in (BETTER, WORSE))
         total = f"{len(tests)} tests"
         if better and worse:
-            sentences.append(f"Against {claim} the informed B was better in {better} and worse in {worse} of {total}.")
+            sentences.append(f"Compared with {claim}, the informed B was better in {better} and worse in {worse} of {total}.")
         elif better or worse:
             sentences.append(
-                f"Against {claim} the informed B was {BETTER if better else WORSE} in {better or worse} of {total} and "
+                f"Compared with {claim}, the informed B was {BETTER if better else WORSE} in {better or worse} of {total} and "
                 f"{WORSE if better else BETTER} in none."
             )
         else:
-            sentences.append(f"Against {claim} {NONE} in any of {total}.")
+            sentences.append(f"Compared with {claim}, the informed B made no difference that could be shown in any of {total}.")
     if comparisons and all(test.seeds == 1 for comparison in comparisons for test in comparison.tests):
-        sentences.append("Each method was trained with one seed, so what another seed would have changed is not known.")
+        sentences.append("Each method was trained with only one seed, so the spread over seeds is unknown.")
     return " ".join(sentences)
 
 
 def title(measure: str) -> str:
-    """A measure's name in words."""
+    """The name of a measure in words."""
     return "held-out loss" if measure == LOSS else measure
 
 
 def digits(measure: str) -> int:
-    """Decimals that a measure is shown with."""
+    """The number of decimals for a measure."""
     return 2 if measure == "sacrebleu" else 3
 
 
-def _amount(test: Test, verb: str = "by") -> str:
+def _amount(test: Test) -> str:
     places, paired = digits(test.measure), test.paired
     low, high = paired.ci95
-    return f"{title(test.measure)} {verb} {paired.difference:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]"
+    return f"{paired.difference:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]"

@@ -76,7 +76,7 @@ def test_a_planted_subspace_is_found_and_every_format_is_written(related: list[P
         "Leave-one-out capture",
     ):
         assert table in before
-    assert "There is a common subspace: " in verdict
+    assert verdict.lstrip().startswith("Shared: the other models recover ")
     assert "Rule: each model in turn is left out" in verdict
     assert {path.name for path in (tmp_path / "out").iterdir()} == FORMATS | {"plots"}
     assert {path.stem for path in (tmp_path / "out" / "plots").iterdir()} == {"overlap", "capture", "weights-variance"}
@@ -89,7 +89,7 @@ def test_a_planted_subspace_is_found_and_every_format_is_written(related: list[P
             assert capture["shares"][POOLED] == pytest.approx(capture["shares"][CEILING], abs=1e-5)
     page = (tmp_path / "out" / "inspect.html").read_text()
     assert page.count("<svg") == 3
-    assert "There is a common subspace: " in page
+    assert "Shared: the other models recover " in page
 
 
 def test_changes_of_low_rank_and_the_base_are_each_read_against_their_own_chance(related: list[Path], tmp_path: Path) -> None:
@@ -106,23 +106,23 @@ def test_changes_that_have_nothing_in_common_are_told_so(unrelated: list[Path]) 
     base, *models = unrelated
     result = cora_inspect(*models, "--base", base, "--rank=2")
     assert result.exit_code == 0, result.stderr
-    assert "\nNo common subspace is shown: " in result.stdout
+    assert "\nNo shared subspace found: " in result.stdout
 
 
-def test_a_basis_file_is_described_alone_and_judged_beside_models(related: list[Path], tmp_path: Path) -> None:
+def test_a_basis_file_is_described_alone_and_compared_with_models(related: list[Path], tmp_path: Path) -> None:
     base, *models = related
     path = tmp_path / "basis.safetensors"
     extract_basis([resolve_model(str(model)) for model in models[:3]], path, BasisChoices(rank=3), None, torch.device("cpu"))
     alone = cora_inspect(path)
     assert alone.exit_code == 0, alone.stderr
     assert "module, mean, weights, output, svd, top" in alone.stdout
-    assert "Nothing can be said on a common subspace: no models were given" in alone.stdout
+    assert "No conclusion about a shared subspace: no models were given" in alone.stdout
     result = cora_inspect(path, models[4], "--base", base, "--format=json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["rank"] == 3
     assert all(0 < c["shares"]["basis.safetensors"] <= c["shares"][CEILING] for f in found["findings"] for c in f["captures"])
-    assert "basis.safetensors is the base model's own subspace" in " ".join(found["verdict"]["sentences"])
+    assert "basis.safetensors spans the base model's own subspace" in " ".join(found["verdict"]["sentences"])
     rows = {f["module"]: f["shape"][0] for f in found["findings"]}
     chances = [(f["module"], c["shares"]["chance, basis.safetensors"]) for f in found["findings"] for c in f["captures"]]
     assert all(chance == pytest.approx(3 / rows[module]) for module, chance in chances)
@@ -143,7 +143,7 @@ def test_a_basis_of_the_input_side_is_compared_with_inputs(related: list[Path], 
     columns = {f["module"]: f["shape"][1] for f in found["findings"]}
     chances = [(f["module"], c["shares"]["chance, inputs.safetensors"]) for f in found["findings"] for c in f["captures"]]
     assert all(chance == pytest.approx(3 / columns[module]) for module, chance in chances)
-    assert "There is a common subspace" not in found["verdict"]["headline"], "the planted one is of the outputs"
+    assert not found["verdict"]["headline"].startswith("Shared"), "the planted one is of the outputs"
 
 
 def test_sides_are_not_mixed(related: list[Path], tmp_path: Path) -> None:
@@ -154,12 +154,12 @@ def test_sides_are_not_mixed(related: list[Path], tmp_path: Path) -> None:
         result = cora_inspect(path, model, "--base", base, "--side", other)
         assert result.exit_code == 1
         assert (
-            f"holds directions of the {side}s of its weights, but what is compared here are those of their {other}s"
+            f"is a basis of the {side} side, but this inspection compares the {other} side; inspect it separately with --side {side}"
             in result.stderr
         )
     result = cora_inspect(model, "--base", base, "--side=input", "--runs", tmp_path)
     assert result.exit_code == 2
-    assert "--runs compares what B started from" in result.stderr
+    assert "--runs cannot be used with --side input" in result.stderr
 
 
 def test_copies_of_one_model_are_refused_by_name(related: list[Path], tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_adapters_of_one_base_need_no_other_word_for_it(related: list[Path], tmp
     assert set(found["verdict"]["ways"]) == {"a0", "a1", "a2"}
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_start_that_adapters_share_is_no_common_subspace_where_they_tell_it(
-    related: list[Path], tmp_path: Path, told: bool
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_start_that_adapters_share_is_no_common_subspace_where_they_record_it(
+    related: list[Path], tmp_path: Path, recorded: bool
 ) -> None:
     """Five adapters whose A is still the one that seed 0 drew: on the input side they share all, and have learnt none of it."""
     plan = plan_of("lora", rank=4, alpha=6.0, rslora=False, dropout=0.0, seed=0, target_modules=("q_proj", "v_proj"))
@@ -194,7 +194,7 @@ def test_a_start_that_adapters_share_is_no_common_subspace_where_they_tell_it(
                 module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
                 weights[key] = start_a(plan, module, tensor.shape[1])
         save_file(weights, adapter / "adapter_model.safetensors")
-        if told:
+        if recorded:
             facts = AdapterFacts(plan, str(related[0]), None, base_hash, None, None, compact=False)
             rundir.write_json(adapter / "cora.json", facts.as_dict())
     flags = ("--rank=4", "--target-modules=q_proj,v_proj", "--format=json")
@@ -202,9 +202,9 @@ def test_a_start_that_adapters_share_is_no_common_subspace_where_they_tell_it(
     found = {side: json.loads(cora_inspect(*adapters, *flags, "--side", side).stdout) for side in ("input", "output")}
     captures = {side: [c["shares"] for f in of["findings"] for c in f["captures"]] for side, of in found.items()}
     assert all(shares[POOLED] == pytest.approx(1) for shares in captures["input"])
-    assert all((START in shares) == told for shares in captures["input"])
+    assert all((START in shares) == recorded for shares in captures["input"])
     assert not any(START in shares for shares in captures["output"]), "B began at zero"
-    expected = "Nothing can be said on a common subspace: " if told else "There is a common subspace: "
+    expected = "No conclusion about a shared subspace: " if recorded else "Shared: "
     assert found["input"]["verdict"]["headline"].startswith(expected)
 
 
@@ -249,8 +249,10 @@ def test_a_start_that_the_mode_itself_gives_to_all_is_no_common_subspace(
     adapters = trained_adapters(related[0], tmp_path, mode, [0, 1, 2], **changes)
     flags = ("--rank=3", "--target-modules=q_proj", "--format=json", "--side", side)
     verdict = json.loads(cora_inspect(*adapters, *flags).stdout)["verdict"]
-    assert verdict["headline"].startswith("Nothing can be said on a common subspace: ")
-    assert all("began with directions" in why or "no way to go" in why for why in verdict["unjudged"].values())
+    assert verdict["headline"].startswith("No conclusion about a shared subspace: ")
+    assert all(
+        "started from the same directions" in why or "the gap is too small" in why for why in verdict["unjudged"].values()
+    )
     assert len(verdict["unjudged"]) == 3
 
 
@@ -274,11 +276,13 @@ def test_a_frozen_basis_is_known_where_its_file_is_gone_and_a_trained_one_is_mis
     basis.rename(tmp_path / "moved.safetensors")
     flags = ("--rank=2", "--target-modules=q_proj", "--format=json")
     said = {mode: json.loads(cora_inspect(*paths, *flags).stdout)["verdict"] for mode, paths in adapters.items()}
-    assert all("began with directions that another one" in why for why in said["fb"]["unjudged"].values())
-    assert set(said["tb"]["unjudged"].values()) == {"began with a basis that is not where it was nor given here"}
+    assert all("started from the same directions as another" in why for why in said["fb"]["unjudged"].values())
+    assert set(said["tb"]["unjudged"].values()) == {
+        "it started from a basis file that is neither at its recorded path nor named here"
+    }
     assert said["fb"]["ways"] == said["tb"]["ways"] == {}
     found = json.loads(cora_inspect(*adapters["tb"], tmp_path / "moved.safetensors", *flags).stdout)["verdict"]
-    assert all("began with directions that another one" in why for why in found["unjudged"].values())
+    assert all("started from the same directions as another" in why for why in found["unjudged"].values())
 
 
 def finished_run(path: Path, loss: float, basis: Path | None, seed: int = 0, outer_rank: int | None = None) -> list[str]:
@@ -309,7 +313,7 @@ def basis_of(models: list[Path], path: Path, **choices: Any) -> Path:
 
 
 @pytest.mark.parametrize("bases", [3, 5])
-def test_runs_say_whether_capture_foretold_their_loss(related: list[Path], tmp_path: Path, bases: int) -> None:
+def test_runs_say_whether_capture_predicts_their_loss(related: list[Path], tmp_path: Path, bases: int) -> None:
     base, *models = related
     flags = []
     for n in range(bases):
@@ -327,17 +331,17 @@ def test_runs_say_whether_capture_foretold_their_loss(related: list[Path], tmp_p
             for capture in finding["captures"]
             if capture["left_out"] != f"model-{n}"
         ]
-        assert point["capture"] == pytest.approx(np.mean(unseen)), "a basis is not judged by the model that it was made from"
+        assert point["capture"] == pytest.approx(np.mean(unseen)), "the model that a basis was created from does not count"
     assert (foresight["rho"] is None) == (bases < 4)
-    assert ("nothing can be said" in found["verdict"]["sentences"][-1]) == (bases < 4)
+    assert ("No conclusion" in found["verdict"]["sentences"][-1]) == (bases < 4)
 
 
 @pytest.mark.parametrize(
-    ("choices", "likewise"),
+    ("choices", "same_kind"),
     [({}, PAPER), ({"source": "delta"}, MEAN), ({"source": "delta", "merge": "gram"}, POOLED), ({"method": "pca"}, None)],
 )
-def test_a_basis_of_all_models_is_judged_by_those_made_likewise_of_all_but_one(
-    related: list[Path], tmp_path: Path, choices: dict[str, Any], likewise: str | None
+def test_a_basis_of_all_models_gets_the_capture_of_the_leave_one_out_bases_of_its_kind(
+    related: list[Path], tmp_path: Path, choices: dict[str, Any], same_kind: str | None
 ) -> None:
     base, *models = related
     path = basis_of(models, tmp_path / "all.safetensors", base=base if "source" in choices else None, **choices)
@@ -346,10 +350,10 @@ def test_a_basis_of_all_models_is_judged_by_those_made_likewise_of_all_but_one(
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     points = found["foresight"][0]["points"]
-    if likewise is None:
+    if same_kind is None:
         assert points == []
     else:
-        shares = [capture["shares"][likewise] for finding in found["findings"] for capture in finding["captures"]]
+        shares = [capture["shares"][same_kind] for finding in found["findings"] for capture in finding["captures"]]
         assert [point["capture"] for point in points] == [pytest.approx(np.mean(shares))]
 
 
@@ -393,7 +397,7 @@ def test_draws_of_a_random_b_are_one_basis_and_losses_are_compared_over_the_seed
     ("arguments", "code", "message"),
     [
         (["MODEL", "--rank=0"], 2, "--rank 0 is not a whole number of at least 1"),
-        (["MODEL"], 2, "one model alone has nothing to be compared with"),
+        (["MODEL"], 2, "one model alone cannot be compared"),
         (["MODEL", "MODEL"], 2, "is named twice"),
         (["MODEL", "BASE", "--runs=RUN"], 2, "--runs needs models and their --base"),
         (["MODEL", "--base=BASE", "--runs=BASE"], 1, "holds no plan.json, run.json or metrics.json"),

@@ -175,7 +175,7 @@ class FactoredSource(ArraySource):
         self.factors = [torch.from_numpy(factor) for factor in factors]
 
     def read(self, module):
-        raise AssertionError("the whole weight of an adapter was built")
+        raise AssertionError("the full weight of an adapter was built")
 
     own_delta = read
 
@@ -196,10 +196,10 @@ def test_adapters_of_one_base_are_held_in_factors_and_measured_as_if_they_were_w
     }
     adapters = {name: FactoredSource(base, pair) for name, pair in factors.items()}
     [found] = measure(adapters, ArraySource({NAME: base}, BASE), {}, 4, ("q_proj",), CPU, {}, side)
-    wholes = {name: base + left @ right for name, (left, right) in factors.items()}
+    full = {name: base + left @ right for name, (left, right) in factors.items()}
     if side == "input":
-        base, wholes = base.T, {name: whole.T for name, whole in wholes.items()}
-    expected = found_of(base, wholes, 4, side=side)
+        base, full = base.T, {name: weight.T for name, weight in full.items()}
+    expected = found_of(base, full, 4, side=side)
     assert found.sizes == pytest.approx(expected.sizes)
     assert found.sizes["untouched"] == 0
     for one, other in zip(found.overlaps, expected.overlaps, strict=True):

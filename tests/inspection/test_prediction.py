@@ -1,15 +1,15 @@
-"""Rank correlations between bases and losses: the interval, and when nothing can be said."""
+"""Rank correlations between the captures of bases and losses: the interval, and when there is no conclusion."""
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from cora_cli.inspection.prediction import Foresight, Point, spearman
+from cora_cli.inspection.prediction import Point, Prediction, spearman
 
 
-def foresight(captures: list[float], losses: list[float]) -> Foresight:
+def prediction(captures: list[float], losses: list[float]) -> Prediction:
     points = tuple(Point(f"b{n}", one, other, 1) for n, (one, other) in enumerate(zip(captures, losses, strict=True)))
-    return Foresight("data, fb r=4", points, *(spearman(captures, losses) or (None, None)))
+    return Prediction("data, fb r=4", points, *(spearman(captures, losses) or (None, None)))
 
 
 @pytest.mark.parametrize("n", [4, 7, 30])
@@ -54,18 +54,18 @@ def test_a_perfect_order_proves_more_the_more_bases_there_are():
     [([0.1, 0.2, 0.3], [3, 2, 1]), ([0.1] * 5, [5, 4, 3, 2, 1]), ([0.1, 0.2, 0.3, 0.4], [1] * 4), ([], [])],
 )
 def test_fewer_than_four_bases_or_no_spread_say_nothing(captures, losses):
-    found = foresight(captures, losses)
+    found = prediction(captures, losses)
     assert found.rho is None
-    assert "nothing can be said" in found.sentence()
+    assert "No conclusion" in found.sentence()
 
 
 @pytest.mark.parametrize(
     ("losses", "said"),
     [
-        (range(9, 0, -1), "capture foretells the order"),
-        (range(9), "capture misleads here"),
-        ([4, 1, 7, 2, 9, 3, 8, 5, 6], "capture is not shown to foretell the winner"),
+        (range(9, 0, -1), "Capture predicts the held-out loss"),
+        (range(9), "Capture is misleading"),
+        ([4, 1, 7, 2, 9, 3, 8, 5, 6], "Capture is not shown to predict the held-out loss"),
     ],
 )
 def test_the_sentence_follows_from_the_interval(losses, said):
-    assert said in foresight([n / 10 for n in range(9)], [float(loss) for loss in losses]).sentence()
+    assert said in prediction([n / 10 for n in range(9)], [float(loss) for loss in losses]).sentence()

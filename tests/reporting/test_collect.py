@@ -26,7 +26,7 @@ def reasons(grid):
     return [(entry.row.name, entry.part, entry.reason) for entry in collect(read_plan(grid)).missing]
 
 
-def test_a_whole_grid_is_read_whole(made_grid):
+def test_a_complete_grid_is_read_completely(made_grid):
     found = collect(read_plan(made_grid))
     assert not found.missing
     assert len(found.results) == 7
@@ -63,7 +63,7 @@ def test_a_base_model_that_no_run_has_measured_is_missing(grid):
         (path / "run.json").unlink()
     found = collect(without_evaluations(grid))
     assert not found.results
-    assert "nothing was measured of it" in [entry.reason for entry in found.missing if entry.row.mode == "base"]
+    assert "no measurements found" in [entry.reason for entry in found.missing if entry.row.mode == "base"]
 
 
 def test_a_run_that_does_not_start_as_the_base_model_lends_it_no_loss(grid):
@@ -176,7 +176,7 @@ def test_damage_is_one_sentence_that_names_the_place_and_spares_the_others(grid,
 def test_rows_that_were_measured_in_two_ways_are_refused(grid):
     path = first_run(grid).root / "evaluation" / "metrics.json"
     path.write_text(path.read_text().replace("tok:13a", "tok:char"))
-    with pytest.raises(CoraError, match=r"measured sacrebleu in two ways .* leave it out with --metrics"):
+    with pytest.raises(CoraError, match=r"measured sacrebleu with different settings .* exclude it with --metrics"):
         collect(read_plan(grid))
     assert collect(read_plan(grid), ("rouge1",)).results
 
@@ -195,7 +195,7 @@ def test_rows_of_a_group_that_answered_other_records_are_refused(tmp_path):
         ({"format_version": 2}, "has format version 2, but this cora reads version 1"),
         ({"rows": None}, "rows of the plan is 'None'"),
         ({"rows": []}, "plans no rows"),
-        ({"rows": [3]}, "row 1 is no JSON object"),
+        ({"rows": [3]}, "row 1 is not a JSON object"),
         ({"title": 5}, "title of the plan is '5'"),
     ],
 )
@@ -296,7 +296,7 @@ def test_rows_that_are_as_their_steps_left_them_are_all_reported(recorded, tmp_p
     assert experiment.conditions == ("The models are tiny.",)
     assert not missing_of(recorded)
     unchecked = read_plan(make_grid(tmp_path / "other", [Made("lora", "lora")]))
-    assert "plan.json names no steps" in unchecked.conditions[-1]
+    assert "plan.json lists no steps" in unchecked.conditions[-1]
 
 
 def test_evaluations_that_changed_places_are_noticed(recorded):
@@ -340,5 +340,5 @@ def test_a_plan_with_damaged_steps_is_refused(recorded):
     plan = rundir.read_json(recorded / "plan.json")
     del plan["steps"][0]["facts"]
     rundir.write_json(recorded / "plan.json", plan)
-    with pytest.raises(CoraError, match="its steps are not whole"):
+    with pytest.raises(CoraError, match="its steps are incomplete"):
         read_plan(recorded)

@@ -129,10 +129,8 @@ def test_the_learning_rate_was_chosen_by_the_held_out_loss_and_the_report_says_s
     assert {line["learning_rate"] for line in group["lines"] if line["chosen"]} == {None, 1e-3}
     assert {line["learning_rate"] for line in group["lines"]} == {None, 1e-4, 1e-3}
     text = (written / "report.md").read_text()
-    assert (
-        "least held-out loss (mean over seeds), so that this loss, and whatever was measured on the same records, flatters"
-        in text
-    )
+    assert "at the learning rate with its lowest held-out loss (mean over seeds)" in text
+    assert "This choice makes the held-out loss, and any measure on the same records, slightly too favourable" in text
     assert "all learning rates" in text
 
 
@@ -195,7 +193,7 @@ def test_the_json_has_the_value_of_every_seed(written):
     assert line["measures"]["rougeL"]["value"] == pytest.approx(sum(by_seed.values()) / 2)
 
 
-def test_plots_are_whole_pictures_that_name_what_they_show(written):
+def test_plots_are_complete_pictures_that_name_what_they_show(written):
     for path in (written / "plots").glob("*.svg"):
         root = ElementTree.fromstring(path.read_text())
         assert root.tag.endswith("svg")
@@ -219,7 +217,7 @@ def ladder_text(made_grid):
 def test_the_best_is_bold_where_the_tests_support_it_and_the_note_says_what_bold_means(ladder_text):
     (fb,) = [line for line in ladder_text.splitlines() if line.startswith("| **fb") or line.startswith("| fb r=4 n=2")][:1]
     assert fb.count("**") == 2 * 4
-    assert ladder_text.count("Bold: the best of its column") == 1
+    assert ladder_text.count("Bold: the best value of its column") == 1
     assert "Holm-corrected over the table" in ladder_text
 
 

@@ -24,8 +24,8 @@ def test_a_b_that_helps_is_better_than_each_control_in_every_measure(group):
         assert {test.outcome for test in comparison.tests} == {BETTER}
         assert all((test.agreeing, test.seeds) == (2, 2) for test in comparison.tests)
     assert group.verdict.headline == (
-        "Against a random orthonormal B the informed B was better in 4 of 4 tests and worse in none. "
-        "Against LoRA at equal rank the informed B was better in 4 of 4 tests and worse in none."
+        "Compared with a random orthonormal B, the informed B was better in 4 of 4 tests and worse in none. "
+        "Compared with LoRA at equal rank, the informed B was better in 4 of 4 tests and worse in none."
     )
 
 
@@ -33,7 +33,7 @@ def test_a_lower_loss_is_better_and_is_said_with_its_sign(group):
     comparison = next(comparison for comparison in group.verdict.comparisons if comparison.role == RANDOM_B)
     loss = next(test for test in comparison.tests if test.measure == LOSS)
     assert loss.paired.difference < 0
-    assert "better in held-out loss by -0.2" in comparison.sentence()
+    assert "better in held-out loss (-0.2" in comparison.sentence()
 
 
 def test_equal_methods_have_no_shown_difference(tmp_path):
@@ -42,11 +42,16 @@ def test_equal_methods_have_no_shown_difference(tmp_path):
         Made("fb", "fb", skill=0.5, loss=1.0, n_models=2),
         Made("fb orthonormal", "fb", skill=0.5, loss=1.0, b_init="orthonormal"),
     )
-    assert verdict.headline.startswith("Against a random orthonormal B no difference could be shown in any of 4 tests.")
-    assert "There is no finished comparison with LoRA at equal rank" in verdict.headline
+    assert verdict.headline.startswith(
+        "Compared with a random orthonormal B, the informed B made no difference that could be shown in any of 4 tests."
+    )
+    assert (
+        "No conclusion about LoRA at equal rank: there is no finished run of it. Train it with --mode lora --rank 4."
+        in verdict.headline
+    )
     (comparison,) = verdict.comparisons
     assert (
-        "(random orthonormal B): no difference could be shown in any of the 4 measures; held-out loss differs by "
+        "(random orthonormal B): no difference could be shown in any of the 4 measures; the held-out loss differs by "
         in comparison.sentence()
     )
 
@@ -59,7 +64,7 @@ def test_a_b_that_hurts_is_called_worse(tmp_path):
     )
     assert "was worse in 4 of 4 tests and better in none" in verdict.headline
     assert {test.outcome for test in verdict.comparisons[0].tests} == {WORSE}
-    assert verdict.headline.endswith("trained with one seed, so what another seed would have changed is not known.")
+    assert verdict.headline.endswith("trained with only one seed, so the spread over seeds is unknown.")
 
 
 def test_a_difference_that_one_seed_denies_is_not_called_one(tmp_path):
@@ -101,7 +106,7 @@ def test_the_base_models_own_b_and_lora_of_the_same_size_are_controls_too(tmp_pa
 
 def test_without_an_informed_b_nothing_is_claimed(tmp_path):
     verdict = verdict_of(tmp_path, Made("lora", "lora"), Made("base", "base", rank=None, rate=None))
-    assert verdict.headline.startswith("No method here has a B taken from fine-tuned models")
+    assert verdict.headline.startswith("No conclusion about an informed B: no method here takes its B from fine-tuned models.")
     assert not verdict.comparisons
 
 
