@@ -1,1 +1,1 @@
-"""Mode -> PEFT model: one table of what starts where and what trains, its installation, its storage."""
+"""Adapters of any method: installed in a model, stored, loaded, merged and exported."""

@@ -43,7 +43,7 @@ def export_adapter(
     if output.exists():
         raise CoraError(f"{output} exists already; choose a new directory")
     if not adapter.is_adapter:
-        raise CoraError(f"{adapter.reference} is a whole model: there is no adapter to export")
+        raise CoraError(f"{adapter.reference} is a complete model: there is no adapter to export")
     if base is None:
         try:
             base = base_of(adapter)

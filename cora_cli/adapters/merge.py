@@ -27,12 +27,12 @@ def merge_adapter(
 ) -> int:
     """Write W + s·B·A in place of W for every adapted layer, with the tokenizer; returns the number of those layers.
 
-    A `base` that is named is taken as it is: it may be the same model in another precision. `dtype` is `stored` (the base's own), `bf16` or `fp32`. Raises `CoraError` where `output` exists or the adapter does not fit.
+    A given `base` is used as it is; it may be the same model in another precision. `dtype` is `stored` (the base's own), `bf16` or `fp32`. Raises `CoraError` where `output` exists or the adapter does not fit.
     """
     if output.exists():
         raise CoraError(f"{output} exists already; choose a new directory")
     if not adapter.is_adapter:
-        raise CoraError(f"{adapter.reference} is a whole model: there is nothing to merge")
+        raise CoraError(f"{adapter.reference} is a complete model: there is nothing to merge")
     if base is None:
         base = base_of(adapter)
         check_base(adapter, base)

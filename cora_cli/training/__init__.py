@@ -1,1 +1,1 @@
-"""Batches -> run directory."""
+"""Batches -> a run directory."""

@@ -1,7 +1,7 @@
-"""Attention over a packed row: every token sees its own segment up to itself and the segments that it continues, nothing else.
+"""Attention over a packed row: each token attends to its own segment up to itself and to the shared prefixes that the segment continues.
 
-One form for processors and one for GPUs, both registered with transformers, both of the same mask. Which one runs is
-`device.select_packed_attention`; how a row is laid out is `data.pack`.
+There is one implementation for CPUs and one for GPUs, both registered with transformers and with the same mask.
+`device.select_packed_attention` chooses between them; `data.pack` lays out the row.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from cora_cli.data.pack import Layout
 from cora_cli.errors import CoraError
 
 LONGEST_PIECE = 128
-"""Queries of a piece: short enough to skip most of the keys that come later, long enough for the matrix products."""
+"""Queries per piece: short enough to skip most later keys, long enough for efficient matrix products."""
 
 
 def register_packed_attention() -> None:
-    """Make the forms known to transformers under the names that `device.select_packed_attention` gives."""
+    """Register both implementations with transformers under the names that `device.select_packed_attention` returns."""
     AttentionInterface.register("cora_segments", segment_attention)
     AttentionInterface.register("cora_flex", block_mask_attention)
 
@@ -39,14 +39,14 @@ def segment_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention segment by segment: the form for processors, where a mask over the whole row would waste most of the work.
+    """Attention segment by segment, for CPUs, where a mask over the complete row would waste most of the work.
 
     query: (1, heads, tokens, head_dim); key, value: (1, key_value_heads, tokens, head_dim), where values may have a
     head_dim of their own. Returns (1, tokens, heads, head_dim of the values). Raises `CoraError` for a model whose attention has dropout, sinks or a position bias.
     """
     _refuse_dropout(kwargs)
     if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):
-        raise CoraError("this model's attention has sinks or a position bias, which packed rows do not have on a CPU")
+        raise CoraError("this model's attention has sinks or a position bias, which packed rows do not support on a CPU")
     query, key = _in_dtype_of(value, query, key)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
@@ -69,7 +69,7 @@ class Piece:
 
 @lru_cache(maxsize=2)
 def pieces(layout: Layout, window: int | None) -> tuple[Piece, ...]:
-    """Cut the queries of every segment into pieces of at most `LONGEST_PIECE`, made once for all layers of a pass.
+    """Cut the queries of every segment into pieces of at most `LONGEST_PIECE`, created once for all layers of a pass.
 
     A piece needs no keys behind its own last query, so a long segment costs about half of its square.
     """
@@ -91,8 +91,8 @@ def pieces(layout: Layout, window: int | None) -> tuple[Piece, ...]:
 class _PiecewiseAttention(torch.autograd.Function):
     """Softmax attention of each piece over its own keys, scores and weights in float32, other products in the dtype of the inputs.
 
-    Nothing is kept for the backward pass but the inputs; the weights are computed again. Query heads that share a key head are one
-    matrix, so keys are not repeated. torch's own kernel for processors takes twice the time in its bfloat16 backward.
+    Only the inputs are kept for the backward pass; the weights are recomputed. Query heads that share a key head form one
+    matrix, so keys are not repeated. The bfloat16 backward of torch's own CPU kernel takes twice the time.
     """
 
     @staticmethod
@@ -180,7 +180,7 @@ def block_mask_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """FlexAttention over the whole row with a block mask: the form for GPUs. Shapes as in `segment_attention`.
+    """FlexAttention over the complete row with a block mask, for GPUs. Shapes as in `segment_attention`.
 
     Raises `CoraError` for a model whose attention has dropout.
     """
@@ -191,9 +191,9 @@ def block_mask_attention(
 
 
 def _in_dtype_of(value: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys in the precision of the values, which the projections gave all three before the rotary embedding.
+    """Queries and keys in the dtype of the values.
 
-    Where all weights are trained they are float32, and so is that embedding, even under autocast.
+    The projections give all three the same dtype, but with float32 weights the rotary embedding returns float32, even under autocast.
     """
     return query.to(value.dtype), key.to(value.dtype)
 
@@ -201,14 +201,14 @@ def _in_dtype_of(value: torch.Tensor, query: torch.Tensor, key: torch.Tensor) ->
 def _refuse_dropout(arguments: dict[str, Any]) -> None:
     if arguments.get("dropout"):
         raise CoraError(
-            "this model's attention has dropout, which packed rows do not have; set attention_dropout to 0 in its config.json"
+            "this model's attention has dropout, which packed rows do not support; set attention_dropout to 0 in its config.json"
         )
 
 
 def layout_mask(layout: Layout, window: int | None, device: torch.device) -> Callable[..., torch.Tensor]:
-    """The mask of a packed row in the form that FlexAttention asks for: whether token `query` of the row sees token `key`.
+    """The mask of a packed row as FlexAttention expects it: whether token `query` of the row attends to token `key`.
 
-    The function works elementwise on index tensors (batch, head, query, key), of which the first two make no difference.
+    The function works elementwise on index tensors (batch, head, query, key) and ignores the first two.
     """
     descent, segment_of, positions = (table.to(device) for table in (layout.descent, layout.segment_of, layout.positions))
 
@@ -221,5 +221,5 @@ def layout_mask(layout: Layout, window: int | None, device: torch.device) -> Cal
 
 @lru_cache(maxsize=2)
 def layout_block_mask(layout: Layout, window: int | None, device: torch.device) -> BlockMask:
-    """The row's `layout_mask` as a block mask, made once for all layers."""
+    """The row's `layout_mask` as a block mask, created once for all layers."""
     return create_block_mask(layout_mask(layout, window, device), None, None, layout.tokens, layout.tokens, device=device)

@@ -1,6 +1,6 @@
-"""What `cora train` can be told, and the checks that need nothing but these values.
+"""The settings of `cora train`, and every check that needs nothing but their values.
 
-One frozen object holds the whole request; it is what `config.yaml` of a run directory records. It loads nothing.
+One frozen object holds the complete request; a run directory records it as `config.yaml`.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ _WHAT, _DATA, _OPTIM, _RUN = "Method", "Data", "Optimisation", "Run"
 NOT_PART_OF_THE_RESULT = frozenset(
     {"output_dir", "resume", "report_to", "device", "save_steps", "keep_checkpoints", "model", "dataset", "basis"}
 )
-"""Settings that may differ between a run and its resumption: they do not change what is computed, or only say where an input lies
-whose content hash is compared."""
+"""Settings that may differ between a run and its resumption: they do not change the result, or they locate an input whose content
+hash is compared anyway."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _SharedSettings:
 
     model: str = setting("Base model: hub id with optional @revision, a directory, or builtin:smollm2.", panel=_WHAT)
     dataset: str = setting("Hub id, a .json/.jsonl/.csv/.parquet file, or builtin:instruct, builtin:code, …", panel=_DATA)
-    output_dir: str = setting("Run directory; must not hold another run.", panel=_RUN)
+    output_dir: str = setting("Run directory; must not contain another run.", panel=_RUN)
     mode: Mode = setting(
         "Training method: lora, fb (B = basis, frozen), tb (B = basis, trained), full (all weights, no adapter), or a baseline; the "
         "README describes each.",
@@ -38,75 +38,83 @@ class _SharedSettings:
         panel=_WHAT,
     )
     basis: str | None = setting(
-        "Basis file of `cora extract-basis`; fb and tb need it, fa-basis one of the input side; lora-mini may use one.",
+        "Basis file from `cora extract-basis`: required by fb and tb, of the input side by fa-basis, optional for lora-mini.",
         None,
         panel=_WHAT,
     )
-    rank: int = setting(
-        "Rank r of the adapter; at most the basis's R, of which the first r columns are taken.", 48, panel=_WHAT
-    )
-    alpha: float | None = setting("Numerator of the scaling s = alpha / r; default 2 r.", None, panel=_WHAT)
+    rank: int = setting("Rank r of the adapter: the first r columns of the basis, so at most its rank R.", 48, panel=_WHAT)
+    alpha: float | None = setting("Numerator of the scaling s = alpha / r. Default: 2 r.", None, panel=_WHAT)
     rslora: bool = setting("Scale by alpha / √r instead of alpha / r.", False, panel=_WHAT)
-    a_init: AInit | None = setting("How A starts, instead of the mode's own start.", None, panel=_WHAT)
-    b_init: BInit | None = setting("How B starts in fb and tb, instead of the basis.", None, panel=_WHAT)
+    a_init: AInit | None = setting("Start of A, instead of the mode's default.", None, panel=_WHAT)
+    b_init: BInit | None = setting("Start of B in fb and tb, instead of the basis.", None, panel=_WHAT)
     target_modules: tuple[str, ...] = setting("Linear layers to adapt, comma-separated.", DEFAULT_TARGETS, panel=_WHAT)
     dropout: float = setting(
-        "Dropout probability on the input of A, drawn once for a prefix that examples share.", 0.0, panel=_WHAT
+        "LoRA dropout on the input of A; examples that share a prompt prefix share its mask.", 0.0, panel=_WHAT
     )
-    compact: bool = setting("Store A alone and the basis's hash.", False, panel=_WHAT)
+    compact: bool = setting("Store only A and the hash of the basis; B is rebuilt from the basis file.", False, panel=_WHAT)
     test_size: float | None = setting(
-        "Held-out records: a count, or a share below 1. Default: the built-in set's own, else a tenth.", None, panel=_DATA
-    )
-    validation_size: int | None = setting(
-        "Training records to set aside and to measure after training, so that settings such as the learning rate can be selected "
-        "without the held-out ones.",
+        "Held-out records: a count, or a fraction below 1. Default: the built-in set's own split, otherwise 0.1.",
         None,
         panel=_DATA,
     )
-    split_seed: int = setting("Which records are held out; keep it equal across runs that are compared.", 0, panel=_DATA)
-    limit: int | None = setting("Train on the first N training records only.", None, panel=_DATA)
-    template: TemplateName = setting(
-        "Prompt template; auto: the tokenizer's chat template, else Alpaca's.", "auto", panel=_DATA
+    validation_size: int | None = setting(
+        "Training records to set aside as a validation set, measured after training. Select settings such as the learning rate by them, "
+        "not by the held-out records.",
+        None,
+        panel=_DATA,
     )
-    max_length: int = setting("Longest example, in tokens; prompts are cut from the left.", 1024, panel=_DATA)
-    learning_rate: float = setting("Peak learning rate; sweep it per mode.", 3e-4, panel=_OPTIM)
+    split_seed: int = setting(
+        "Seed of the split into training and held-out records; use the same one for all runs that you compare.", 0, panel=_DATA
+    )
+    limit: int | None = setting("Train only on the first N training records.", None, panel=_DATA)
+    template: TemplateName = setting(
+        "Prompt template; auto: the tokenizer's chat template if it has one, otherwise Alpaca's.", "auto", panel=_DATA
+    )
+    max_length: int = setting(
+        "Maximum length of an example in tokens; longer prompts are cut from the left.", 1024, panel=_DATA
+    )
+    learning_rate: float = setting("Peak learning rate; sweep it for each mode.", 3e-4, panel=_OPTIM)
     epochs: float = setting("Passes over the training records.", 1.0, panel=_OPTIM)
     max_steps: int | None = setting("Optimizer steps, instead of --epochs.", None, panel=_OPTIM)
-    batch_size: int = setting("Examples per process and micro-batch; they are packed into one row.", 16, panel=_OPTIM)
+    batch_size: int = setting("Examples per process and micro-batch, packed into one row.", 16, panel=_OPTIM)
     gradient_accumulation: int = setting(
-        "Micro-batches per optimizer step; the loss is a mean over all their tokens.", 1, panel=_OPTIM
+        "Micro-batches per optimizer step; the loss is the mean over all their tokens.", 1, panel=_OPTIM
     )
-    warmup_ratio: float = setting("Share of the steps in which the learning rate rises.", 0.03, panel=_OPTIM)
-    lr_schedule: Literal["linear", "cosine", "constant"] = setting("Learning rate after warm-up.", "linear", panel=_OPTIM)
+    warmup_ratio: float = setting("Fraction of the steps over which the learning rate warms up.", 0.03, panel=_OPTIM)
+    lr_schedule: Literal["linear", "cosine", "constant"] = setting(
+        "Learning-rate schedule after warm-up.", "linear", panel=_OPTIM
+    )
     weight_decay: float = setting("AdamW's weight decay.", 0.0, panel=_OPTIM)
-    max_grad_norm: float = setting("Gradient norm to clip to; 0: never.", 1.0, panel=_OPTIM)
+    max_grad_norm: float = setting("Clip the gradient norm to this value; 0: never.", 1.0, panel=_OPTIM)
     gradient_checkpointing: bool = setting(
         "Recompute activations in the backward pass: less memory, more time.", False, panel=_OPTIM
     )
     eval_steps: int | None = setting(
-        "Measure the held-out loss every N steps too, not only at start and end.", None, panel=_RUN
+        "Also measure the held-out loss every N steps, not only before and after training.", None, panel=_RUN
     )
-    eval_limit: int | None = setting("Measure the held-out loss on the first N held-out records only.", None, panel=_RUN)
+    eval_limit: int | None = setting("Measure the held-out loss only on the first N held-out records.", None, panel=_RUN)
     save_steps: int = setting("Write a checkpoint every N steps.", 50, panel=_RUN)
-    keep_checkpoints: int = setting("How many checkpoints to keep; the newest survive.", 2, panel=_RUN)
+    keep_checkpoints: int = setting("Number of most recent checkpoints to keep.", 2, panel=_RUN)
     seed: int = setting("Seed of random starts, data order and dropout.", 0, panel=_RUN)
     resume: bool = setting(
-        "Continue the run in --output-dir from its last whole checkpoint; start it if there is none.", False, panel=_RUN
-    )
-    report_to: Reporter = setting("The Trainer's own reporting, beside log.jsonl.", "none", panel=_RUN)
-    device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
-    dtype: DtypeName = setting("auto: bf16 where the hardware multiplies it, else fp32.", "auto", panel=_RUN)
-    load_in_4bit: bool = setting(
-        "Hold the base in four bits while an adapter is trained on it (QLoRA); needs bitsandbytes and a CUDA GPU.",
+        "Continue the run in --output-dir from its last complete checkpoint; start a new run if there is none.",
         False,
         panel=_RUN,
     )
-    trust_remote_code: bool = setting(
-        "Run code that comes with the model. Off unless you trust its author.", False, panel="Risky"
+    report_to: Reporter = setting(
+        "Also report to this tracker, through the transformers Trainer; log.jsonl is always written.", "none", panel=_RUN
     )
+    device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
+    dtype: DtypeName = setting("auto: bf16 where the hardware supports it, otherwise fp32.", "auto", panel=_RUN)
+    load_in_4bit: bool = setting(
+        "Keep the base model in 4 bits while the adapter is trained (QLoRA); needs bitsandbytes and a CUDA GPU.",
+        False,
+        panel=_RUN,
+    )
+    trust_remote_code: bool = setting("Run code from the model's repository. Only for authors you trust.", False, panel="Risky")
 
     def __post_init__(self) -> None:
-        """Check what can be checked without loading anything; all problems are named at once."""
+        """Check everything that needs no file or model, and report all problems together."""
         problems = [
             f"--{field.name.replace('_', '-')} must be a finite number, not {value}"
             for field in dataclasses.fields(self)
@@ -191,7 +199,7 @@ class _SharedSettings:
         return {name: value for name, value in values.items() if value is not None}
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that determine the result; a resumed run must agree in them, also one from before `load_in_4bit` existed."""
+        """The settings that determine the result; a resumed run must have the same ones. Runs recorded before `load_in_4bit` existed count as without it."""
         left_out = NOT_PART_OF_THE_RESULT | frozenset(() if self.load_in_4bit else ("load_in_4bit",))
         return {name: value for name, value in self.as_dict().items() if name not in left_out}
 

@@ -1,6 +1,6 @@
-"""The loss on held-out records, per record, so that intervals and paired comparisons can be made from it.
+"""The held-out loss, record by record, for intervals and paired comparisons.
 
-It is the mean negative log-likelihood per response token in nats. Nothing is selected by it: no early stopping, no best
+It is the mean negative log-likelihood per response token in nats. Nothing is selected by it: there is no early stopping and no best
 checkpoint.
 """
 
@@ -57,9 +57,9 @@ def held_out_loss(
     world_size: int = 1,
     label: str = "",
 ) -> HeldOutLoss:
-    """Measure every example, in rows of similar lengths; with several processes each measures its share.
+    """Measure every example, packed into rows of similar lengths; each of several processes measures its share.
 
-    `share_prefixes` says whether the model's attention takes a row in which examples share their prefixes.
+    `share_prefixes` says whether the model's attention supports rows in which examples share their prefixes.
     """
     mine = sorted(range(rank, len(examples), world_size), key=lambda index: len(examples[index].input_ids))
     measured: list[tuple[int, float, int]] = []

@@ -1,6 +1,6 @@
 """Everything that a training run needs, checked before its first file is written: data, model, basis, tokens, Trainer arguments.
 
-It reads headers and records but no weights, so a mistake is told in seconds. What is done with all this is `run`.
+It reads headers and records but no weights, so that mistakes are reported within seconds. `run` does the training.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from cora_cli.weights.sources import open_source
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What a run needs, all of it checked."""
+    """The checked inputs of a run."""
 
     hardware: Hardware
     attention: PackedAttention
@@ -48,7 +48,7 @@ class Prepared:
     plan: AdapterPlan | None
 
     def fingerprint(self, config: TrainConfig) -> dict[str, Any]:
-        """The settings and the content hashes of every input: two runs with equal ones compute the same thing."""
+        """The settings and the content hash of every input: runs with equal fingerprints compute the same result."""
         return {
             "settings": {**config.result_settings(), "dtype": self.hardware.dtype_name},
             "model_sha256": self.model_path.content_hash(),
@@ -59,7 +59,7 @@ class Prepared:
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    """Check everything that needs no weights in memory, cheapest first."""
+    """Check everything that needs no weights in memory, the cheapest first."""
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise CoraError(f"--report-to {config.report_to} needs the package {config.report_to}: pip install {config.report_to}")
     plan = config.adapter_plan()
@@ -69,7 +69,9 @@ def prepare(config: TrainConfig) -> Prepared:
     basis = read_basis(Path(config.basis)) if plan is not None and config.basis else None
     model_path = resolve_model(config.model)
     if model_path.is_adapter:
-        raise CoraError(f"{config.model} is an adapter; training needs a whole model: write one with `cora merge` first")
+        raise CoraError(
+            f"{config.model} is an adapter; training needs a complete model: write one with `cora merge {config.model}` first"
+        )
     method = method_of(config.mode)
     if basis is not None and plan is not None:
         source = open_source(model_path)
@@ -106,28 +108,28 @@ def prepare(config: TrainConfig) -> Prepared:
 
 
 def _check_packable(model: Any, name: str) -> None:
-    """Raise `CoraError` for a model in which examples of one row would see each other, or whose attention has dropout."""
+    """Raise `CoraError` for a model in which examples of one row would attend to each other, or whose attention has dropout."""
     config = model.config.get_text_config(decoder=True)
-    if not model._supports_attention_backend:  # it would train without a word, its own attention blind to the row's layout
-        raise CoraError(f"{name} ({type(model).__name__}) has an attention of its own, which packed training does not support")
+    if not model._supports_attention_backend:  # its own attention would ignore the layout of the row, silently
+        raise CoraError(f"{name} ({type(model).__name__}) implements attention itself, which packed training does not support")
     foreign = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
     if foreign:
         raise CoraError(
-            f"{name} has {foreign[0]} layers, which packed training does not support; full and sliding attention it does"
+            f"{name} has {foreign[0]} layers, which packed training does not support; it supports full and sliding attention"
         )
     if getattr(config, "attention_dropout", 0.0):
         raise CoraError(f"{name} has attention_dropout, which packed training does not support; set it to 0 in its config.json")
 
 
 def total_steps(config: TrainConfig, examples: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the complete run."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     per_epoch = math.ceil(examples / (config.batch_size * config.gradient_accumulation * processes))
     return config.max_steps or math.ceil(config.epochs * per_epoch)
 
 
 def training_arguments(config: TrainConfig, prepared: Prepared, run: RunDirectory) -> TrainingArguments:
-    """The configuration in the Trainer's words; making it also starts the process group under a launcher."""
+    """The configuration as the Trainer's arguments; under a launcher, creating them also starts the process group."""
     hardware = prepared.hardware
     return TrainingArguments(
         output_dir=str(run.checkpoints),
@@ -137,7 +139,7 @@ def training_arguments(config: TrainConfig, prepared: Prepared, run: RunDirector
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
-        # A number of steps, rounded down: the Trainer rounds a share up, and would spend a run of one step at learning rate 0.
+        # A number of steps, rounded down: the Trainer rounds a ratio up, and a run of one step would have learning rate 0.
         warmup_steps=int(config.warmup_ratio * total_steps(config, len(prepared.train.examples))),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -146,7 +148,7 @@ def training_arguments(config: TrainConfig, prepared: Prepared, run: RunDirector
         use_cpu=hardware.device.type == "cpu",
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        # The Trainer would write its own choice into the config of a model that is to generate later.
+        # Otherwise the Trainer writes its own choice into the config of a model that generates later.
         use_cache=True,
         save_strategy="steps",
         save_steps=config.save_steps,

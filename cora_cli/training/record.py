@@ -1,6 +1,6 @@
-"""What `run.json` says of a run: settings, hashes, counts, versions, and the hash of its result.
+"""The content of `run.json`: settings, hashes, counts, versions, and the hash of the result.
 
-It describes and writes nothing; when the record is written is `run`.
+`run` decides when it is written.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ FINISHED, RUNNING, FAILED = "finished", "running", "failed"
 
 
 def first_record(config: TrainConfig, prepared: Prepared, fingerprint: dict[str, Any], model: Any) -> dict[str, Any]:
-    """The record of a run that is about to start; `fingerprint` is `Prepared.fingerprint`, `model` the one to be trained."""
+    """The record of a run that is about to start; `fingerprint` is `Prepared.fingerprint`, `model` the model to train."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
         "format": 1,
@@ -84,7 +84,7 @@ def _counts(encoded: EncodedSet) -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what can move a number."""
+    """Versions of the packages that can change a number."""
     names = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
     return {
         "cora": __version__,
@@ -94,20 +94,20 @@ def versions() -> dict[str, str]:
 
 
 def result_hash(run: RunDirectory) -> str:
-    """SHA-256 over the files of `adapter/`, or of `model/` in mode `full`; where there is no such directory, over none."""
+    """SHA-256 over the files of `adapter/`, or of `model/` in mode `full`; of no files where neither exists."""
     result = run.model if run.model.exists() else run.adapter
     return rundir.sha256_files(path for path in (result.iterdir() if result.is_dir() else ()) if path.is_file())
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: allocated on the GPU, or resident in this process on a CPU."""
+    """Peak memory so far: allocated on the GPU, or resident in this process on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 def peak_resident_bytes(status: Path = Path("/proc/self/status")) -> int:
-    """Most memory that this process had resident so far.
+    """Peak resident memory of this process.
 
-    Linux counts it in `status` from the start of the program; `getrusage` would begin with the peak of the process that started this one.
+    Linux counts it in `status` from the start of the program; the count of `getrusage` includes the peak of the parent process.
     """
     if status.exists():
         line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)

@@ -1,6 +1,6 @@
-"""One training run from its configuration to a finished run directory; starts, resumes, and ends it honestly.
+"""One training run, from its configuration to a finished run directory: start, resume, record failures, finish.
 
-The order matters: everything a user can get wrong is checked before the first file is written. The loop itself is `trainer`.
+Everything a user can get wrong is checked before the first file is written. `trainer` holds the training loop.
 """
 
 import datetime
@@ -38,8 +38,8 @@ from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, ap
 def train(config: TrainConfig) -> dict[str, Any]:
     """Run or resume one training and return its record, which is also `run.json`.
 
-    Raises `CoraError` for anything a user can cause; nothing is written before all inputs have been checked, and a run that
-    stops half-way keeps its last whole checkpoint.
+    Raises `CoraError` for anything a user can cause. Nothing is written before all inputs have been checked, and an interrupted run
+    keeps its last complete checkpoint.
     """
     run = RunDirectory(Path(config.output_dir))
     prepared = prepare(config)
@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         outcome = _train_and_save(config, prepared, run, arguments, model)
     except Exception as error:
         if main:
-            # Half a checkpoint is of no use, and on a full disk it takes the room that the record needs.
+            # An incomplete checkpoint is useless, and on a full disk it takes the space that the record needs.
             shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
             _mark_failed(run, error)
         raise _explained(error, run) from error
@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def _agree(arguments: TrainingArguments, decide: Any) -> bool:
-    """Let the main process decide about the directory, and tell the others, so that none reads what another writes."""
+    """Let the main process decide about the directory and tell the others, so that no process reads while another writes."""
     answer: list[Any] = [None]
     if arguments.process_index == 0:
         try:
@@ -95,19 +95,21 @@ def _barrier(arguments: TrainingArguments) -> None:
 
 
 def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool) -> bool:
-    """Whether a run of this very configuration is there to continue. Raises `CoraError` where another one, or other files, are."""
+    """Whether the directory holds a run with this configuration to continue. Raises `CoraError` for another run or other files."""
     if not run.exists():
         if run.root.exists() and (not run.root.is_dir() or rundir.holds_files(run.root)):
-            raise CoraError(f"output directory {run.root} holds other files; choose an empty or a new one")
+            raise CoraError(f"output directory {run.root} contains other files; choose a new or empty directory")
         return False
     if not resume:
-        raise CoraError(f"output directory {run.root} holds another run; choose a new one, or continue that run with --resume")
+        raise CoraError(
+            f"output directory {run.root} already contains a run; choose a new directory, or continue that run with --resume"
+        )
     recorded = rundir.read_json(run.record).get("fingerprint", {})
     if recorded != fingerprint:
         theirs, ours = ({**part.get("settings", {}), **part} for part in (recorded, fingerprint))
         names = sorted(name for name in {*theirs, *ours} - {"settings"} if theirs.get(name) != ours.get(name))
-        detail = ", ".join(f"{name} ({theirs.get(name)} there, {ours.get(name)} here)" for name in names)
-        raise CoraError(f"{run.root} cannot be resumed: it was started with other inputs: {detail}")
+        detail = ", ".join(f"{name} ({theirs.get(name)} in the run, {ours.get(name)} now)" for name in names)
+        raise CoraError(f"{run.root} cannot be resumed with other inputs than it was started with: {detail}")
     return True
 
 
@@ -125,17 +127,17 @@ def _load(config: TrainConfig, prepared: Prepared) -> torch.nn.Module:
 
 
 def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, record: dict[str, Any]) -> None:
-    """Write what a run starts with; on a resumption these are the same bytes again, but for the record's own history."""
+    """Write the files that a run starts with; a resumption writes the same bytes again, except for the record's history."""
     for name, key in (("training", "train"), ("held-out", "test"), ("validation", "validation")):
         counts = record["data"][key]
         if counts["truncated"] or counts["dropped"]:
-            say(f"{name} records: {counts['truncated']} prompts cut, {counts['dropped']} records dropped for length")
+            say(f"{name} records: {counts['truncated']} prompts truncated, {counts['dropped']} records dropped as too long")
     if prepared.data.overlapping:
-        say(f"{prepared.data.overlapping} training records dropped: their prompts are held out or validated on")
+        say(f"{prepared.data.overlapping} training records dropped: their prompts are also in the held-out or validation set")
     if run.exists():
         earlier = rundir.read_json(run.record)
         record = {**record, "started": earlier["started"], "resumed": earlier.get("resumed", 0) + 1}
-    # The record comes first: it is what makes this directory a run, which --resume can complete.
+    # The record comes first: it makes the directory a run, which --resume can complete.
     rundir.write_json(run.record, record)
     rundir.write_text(run.config, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
     rundir.write_jsonl(run.test_records, prepared.data.test)
@@ -154,7 +156,7 @@ def _train_and_save(
     before = _measure(model, prepared, arguments, "held-out loss before training", prepared.test)
     frozen_for_good = prepared.plan is not None and not method_of(prepared.plan.mode).can_train(prepared.plan)
     if frozen_for_good:
-        say("a factor stays zero and nothing gets a gradient through it: this run is the base model, so no step is taken")
+        say("a frozen factor is zero, so all gradients are zero: this run equals the base model and takes no step")
         meter, speed, after = None, {"steps": 0, "seconds": 0.0, "tokens": 0, "tokens_per_second": None}, before
     else:
         trainer = CoraTrainer(
@@ -215,7 +217,7 @@ def _fit(
         if config.eval_steps:
             trainer.add_callback(_HeldOutEvery(config.eval_steps, run, trainer, prepared))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    # From the log and not from this session, since a resumed run was trained in several.
+    # From the log, since a resumed run was trained by several processes.
     log = rundir.read_jsonl(run.log) if trainer.is_world_process_zero() else []
     lines = [line for line in log if "loss" in line]
     tokens, seconds = sum(line["tokens"] for line in lines), sum(line["seconds"] for line in lines)
@@ -228,7 +230,7 @@ def _fit(
 
 
 class _HeldOutEvery(transformers.TrainerCallback):
-    """Measures the held-out loss in the course of training."""
+    """Measures the held-out loss during training."""
 
     def __init__(self, every: int, run: RunDirectory, trainer: CoraTrainer, prepared: Prepared) -> None:
         self._every, self._run, self._trainer, self._prepared = every, run, trainer, prepared
@@ -251,7 +253,7 @@ def _measure(
     rank, world = arguments.process_index, arguments.world_size
     loss = held_out_loss(model, records.examples, prepared.hardware, prepared.attention.shares_prefixes, rank, world, label)
     if not math.isfinite(loss.mean):
-        raise Diverged(f"the {label} is {loss.mean}: the model's output is no longer finite")
+        raise Diverged(f"the {label} is {loss.mean}: the model's output is not finite")
     return loss
 
 
@@ -275,7 +277,7 @@ def _save_result(config: TrainConfig, prepared: Prepared, run: RunDirectory, mod
 
 
 def _mark_failed(run: RunDirectory, error: Exception) -> None:
-    """Record the failure where the disk still allows it; the error itself matters more than its record."""
+    """Record the failure if the disk allows it; the error itself matters more than its record."""
     try:
         rundir.write_json(run.record, {**rundir.read_json(run.record), "status": FAILED, "error": str(error)[:500]})
     except CoraError:
@@ -283,13 +285,13 @@ def _mark_failed(run: RunDirectory, error: Exception) -> None:
 
 
 def _explained(error: Exception, run: RunDirectory) -> Exception:
-    """Say where the last good checkpoint is, and name a full disk by its name whatever library noticed it."""
+    """Add where the last complete checkpoint is, and name a full disk whichever library reported it."""
     kept = checkpoints_in(run.checkpoints)
-    where = f"the last whole checkpoint is {kept[-1]}, --resume continues from it" if kept else "there was no checkpoint yet"
+    where = f"the last complete checkpoint is {kept[-1]}; --resume continues from it" if kept else "there was no checkpoint yet"
     if isinstance(error, Diverged):
         return Diverged(f"{error}; {where}")
     if isinstance(error, CoraError):
         return error
     if rundir.is_disk_full(error):
-        return CoraError(f"the disk is full or refuses to be written: {run.root}; {where}")
+        return CoraError(f"the disk is full or not writable: {run.root}; {where}")
     return error

@@ -1,7 +1,6 @@
-"""The transformers Trainer with what `cora` needs of it: packed rows, an asserted trained set, whole checkpoints, no NaN.
+"""The transformers Trainer with packed rows, a verified set of trained parameters, complete checkpoints, and a stop at NaN.
 
-Everything else (optimizer, schedule, precision, distribution, reporting) is the Trainer's own. What a run is, and when it
-starts and ends, is `run`.
+Optimizer, schedule, precision, distribution and reporting are the Trainer's own. `run` starts and ends the training.
 """
 
 import json
@@ -32,7 +31,7 @@ PARTIAL = ".partial"
 
 
 class Diverged(CoraError):
-    """The loss or its gradient stopped being a number."""
+    """The loss or its gradient is no longer finite."""
 
 
 class CoraTrainer(Trainer):
@@ -58,7 +57,7 @@ class CoraTrainer(Trainer):
         self._method = method_of(plan.mode) if plan is not None else None
         for module in model.modules():
             if isinstance(module, LoraLayer):
-                # Autocast has the input in bfloat16 already; PEFT would copy it to float32 for autocast to copy it back.
+                # Autocast already gives a bfloat16 input; PEFT would convert it to float32, and autocast back again.
                 module.cast_input_dtype_enabled = not args.bf16
         self.batches = GlobalBatches(
             len(examples),
@@ -71,7 +70,7 @@ class CoraTrainer(Trainer):
         self.tokens = 0
 
     def get_train_dataloader(self) -> DataLoader:
-        """The packed batches of this process; `GlobalBatches` has dealt them out already, so nothing shards them again."""
+        """The packed batches of this process; `GlobalBatches` has already distributed them, so nothing else may shard them."""
         return DataLoader(
             self._examples,
             batch_sampler=self.batches,
@@ -82,9 +81,9 @@ class CoraTrainer(Trainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Sum of the response losses over the number of response tokens in the whole optimizer batch, all processes included.
+        """Sum of the response losses divided by the response tokens of the complete optimizer batch, over all processes.
 
-        Gradients are averaged over processes afterwards, hence the factor.
+        Gradients are averaged over processes afterwards, hence the factor. A method's own loss term is added.
         """
         loss = response_losses(model, inputs).sum() / num_items_in_batch * self.accelerator.num_processes
         if self._method is None or self._plan is None or (added := self._method.added_loss(model, self._plan)) is None:
@@ -92,14 +91,14 @@ class CoraTrainer(Trainer):
         return loss + added / self.args.gradient_accumulation_steps
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch forward and backward. Raises `Diverged` before the optimizer could use what it computed."""
+        """One micro-batch forward and backward. Raises `Diverged` before the optimizer uses a gradient that is not finite."""
         self.tokens += inputs["real_tokens"]
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._require_finite(loss, "loss")
         return loss
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Assert the trained set, then let the Trainer make its optimizer of it. Runs at every start and every resume."""
+        """Verify the trained set, then create the optimizer: the method's, or the Trainer's. Runs at every start and resume."""
         if self._plan is None or self._method is None:
             return super().create_optimizer(model)
         assert isinstance(self.model, PeftModel)
@@ -128,7 +127,7 @@ class CoraTrainer(Trainer):
         return norm
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A run that was killed between its last checkpoint and its end has no step left; the Trainer would take one more.
+        # A run killed between its last checkpoint and its end has no step left; the Trainer would take one more.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -137,18 +136,18 @@ class CoraTrainer(Trainer):
     def _require_finite(self, value: torch.Tensor, what: str) -> None:
         values = value.reshape(1)
         if self.accelerator.num_processes > 1:
-            # One process must not go on alone and wait for the others for ever.
+            # Otherwise one process would wait for the others forever.
             values = self.accelerator.gather(values)
         wrong = values[~values.isfinite()]
         if len(wrong):
             step = self.state.global_step + 1
             raise Diverged(
-                f"the {what} at step {step} is {wrong[0].item()}: training stopped before the weights could take it up; a lower "
+                f"the {what} at step {step} is {wrong[0].item()}: training stopped before the weights changed; a lower "
                 "--learning-rate usually helps"
             )
 
     def _get_output_dir(self, trial: Any) -> str:
-        # Checkpoints are written aside and renamed, so that one that exists is whole.
+        # Checkpoints are written elsewhere and renamed, so that one that exists is complete.
         return str(self._root / PARTIAL)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -161,13 +160,13 @@ class CoraTrainer(Trainer):
                 shutil.rmtree(root / name)
             (root / PARTIAL / name).rename(root / name)
             for old in checkpoints_in(root)[: -self._keep]:
-                # Renamed first: a half-deleted checkpoint must not be taken for a whole one.
+                # Renamed first: a half-deleted checkpoint must not look complete.
                 shutil.rmtree(old.rename(root / PARTIAL / old.name))
         self.accelerator.wait_for_everyone()
 
 
 def checkpoints_in(root: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Complete checkpoints, oldest first."""
     found = root.glob("checkpoint-*") if root.is_dir() else []
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
@@ -181,7 +180,7 @@ class RunLog(TrainerCallback):
         self._seen = self._tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save as often as this command says: on a resumption the Trainer goes by the checkpoint's interval."""
+        """Save at this command's interval; a resumed Trainer would use the checkpoint's."""
         state.compute_steps(args, state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -221,7 +220,7 @@ class RunLog(TrainerCallback):
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON line and push it to the system, so that a killed process loses none that it wrote."""
+    """Append one JSON line and hand it to the operating system, so that a killed process loses no line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({key: _plain(value) for key, value in line.items()}) + "\n")
 

@@ -21,7 +21,7 @@ _NOT_MERGED = {
     "BEFT": "adds to the bias and not to the weight",
     "LILY": "mixes its factors anew for each input",
 }
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object", NoneType: "null"}
+_WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "an object", NoneType: "null"}
 _STARTS = (True, False, "gaussian", "orthogonal")
 
 
@@ -77,7 +77,7 @@ def peft_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
 
 
 def _typed(name: str, value: Any, expected: Any) -> Any:
-    """The value of the field `name`, a whole number as a float where one is declared. Raises `TypeError` where it is something else."""
+    """The value of the field `name`, an integer as a float where one is declared. Raises `TypeError` where it is something else."""
     if expected is int and name.endswith("alpha"):
         expected = float  # PEFT only divides it by the rank
     for candidate in (value, float(value)) if type(value) is int else (value,):
