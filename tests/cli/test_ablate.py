@@ -182,7 +182,7 @@ def test_a_plan_names_what_cannot_be_resolved_and_does_not_fail(tiny_model: Path
     ("arguments", "message"),
     [
         (["--jobs", "0"], "--jobs must be at least 1, not 0"),
-        (["--device", "tpu"], "--device 'tpu' is unknown here"),
+        (["--device", "tpu"], "--device must be one of auto, cpu, cuda, not 'tpu'"),
         (["--only", "nothing*"], "--only 'nothing*' matches none of the 3 rows"),
     ],
 )

@@ -101,12 +101,12 @@ def test_files_may_write_names_with_dashes_numbers_as_text_and_leave_values_open
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("flour: x\nflower: y\nsalt: 1\n", "has unknown keys: flower, salt; known are baked, eggs, flour, guests, iced,"),
+        ("flour: x\nflower: y\nsalt: 1\n", "has unknown keys: flower, salt; known keys: baked, eggs, flour, guests, iced,"),
         ("flour: x\nconfig: y\n", "has unknown keys: config;"),
         ("flour: x\nno-iced: true\n", "has unknown keys: no_iced;"),
         ("- flour\n", "must hold `name: value` lines, not a list"),
         ("flour: [", "is not valid YAML: "),
-        ("flour: {a: b}\n", "flour must be a plain value or a list, not {'a': 'b'}"),
+        ("flour: {a: b}\n", "flour must be a single value or a list, not {'a': 'b'}"),
         ("flour: !!python/object/apply:os.getcwd []\n", "is not valid YAML: "),
         (None, "cannot be read: "),
     ],

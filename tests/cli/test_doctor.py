@@ -46,9 +46,9 @@ def test_embedded_parts_that_are_not_here_are_announced_and_not_fetched(
     monkeypatch.setenv("CORA_CACHE", str(tmp_path / "cache"))
     result = cora_doctor("--device=cpu")
     assert result.exit_code == 0
-    assert f"embedded parts, in {tmp_path / 'cache'}" in result.stdout
+    assert f"embedded models and data, in {tmp_path / 'cache'}" in result.stdout
     for name in ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2", "WordNet 3.0"):
-        assert f"  {name}: not here yet; fetched when first needed" in result.stdout
+        assert f"  {name}: not downloaded yet; fetched when first needed" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 

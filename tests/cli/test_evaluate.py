@@ -193,12 +193,12 @@ def assert_one_line(result: Any, exit_code: int, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name either run directories, or --model, or --from"),
-        (["run", "--model", "m", "--dataset", "d", "-o", "o"], "name either run directories, or --model, or --from"),
-        (["run", "--from", "p.jsonl"], "name either run directories, or --model, or --from"),
+        ([], "give exactly one of: run directories, --model, or --from"),
+        (["run", "--model", "m", "--dataset", "d", "-o", "o"], "give exactly one of: run directories, --model, or --from"),
+        (["run", "--from", "p.jsonl"], "give exactly one of: run directories, --model, or --from"),
         (["--model", "m", "-o", "o"], "--model needs --dataset"),
         (["--model", "m", "--dataset", "d"], "--output-dir (where to write)"),
-        (["--from", "p.jsonl", "--limit", "3"], "--limit is of no use with --from"),
+        (["--from", "p.jsonl", "--limit", "3"], "--limit has no effect with --from"),
         (["run", "--metrics", "rouge,chrf"], "metric 'chrf' is unknown; choose among rouge, meteor, bleu, bertscore"),
         (["run", "--metrics", ""], "no metric is named"),
         (["run", "--batch-size", "-4"], "--batch-size must be at least 1, not -4"),

@@ -390,7 +390,7 @@ def test_draws_of_a_random_b_are_one_basis_and_losses_are_compared_over_the_seed
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["MODEL", "--rank=0"], 2, "--rank 0 is not a whole number of at least 1"),
+        (["MODEL", "--rank=0"], 2, "--rank must be at least 1, not 0"),
         (["MODEL"], 2, "one model alone has nothing to be compared with"),
         (["MODEL", "MODEL"], 2, "is named twice"),
         (["MODEL", "BASE", "--runs=RUN"], 2, "--runs needs models and their --base"),

@@ -54,7 +54,7 @@ def test_a_run_that_cannot_train_says_so(usual: list[str]) -> None:
     result = cora_train(*usual, "--mode=fb", "--b-init=zeros")
     assert result.exit_code == 0, result.stderr
     assert "mode fb: 0 steps, peak memory" in result.stdout
-    assert "nothing could train: this run is the base model" in result.stdout
+    assert "no parameter could be trained: this run equals the base model" in result.stdout
 
 
 def assert_refused(result: Any, code: int, message: str) -> None:
