@@ -101,5 +101,5 @@ def run(config: AblateConfig) -> None:
     if outcome.failed or outcome.blocked:
         missing = len(outcome.failed) + len(outcome.blocked)
         raise CoraError(
-            f"{missing} of {missing + len(outcome.made) + len(outcome.kept)} steps are not done; run the same command to try them again"
+            f"{missing} of {missing + len(outcome.completed) + len(outcome.up_to_date)} steps are not done; run the same command to try them again"
         )

@@ -113,7 +113,7 @@ class PoolCache(Cache):
         return [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in self._own]
 
     def write(self, first: int, end: int, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Begin the rows `first` to `end` with what `read` of this pool returned: room for it is there."""
+        """Copy `states`, as returned by `read`, to the first positions of rows `first` to `end`. The pool must already be long enough."""
         for layer, (keys, values) in zip(self._own, states, strict=True):
             layer.keys[first:end, :, : keys.shape[-2]] = keys
             layer.values[first:end, :, : keys.shape[-2]] = values
@@ -130,7 +130,7 @@ class PoolLayer(CacheLayerMixin):
         self.pool = pool
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take head counts, dtype and device from the first states."""
+        """Allocate empty tensors with the head counts, dtype and device of the first states."""
         self.keys = key_states.new_zeros(self.pool.rows, key_states.shape[1], 0, key_states.shape[3])
         self.values = value_states.new_zeros(self.pool.rows, value_states.shape[1], 0, value_states.shape[3])
         self.is_initialized = True

@@ -86,7 +86,7 @@ def killed(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathF
 
 def test_a_killed_grid_is_completed_and_loses_only_the_step_in_flight(killed: Killed) -> None:
     assert killed.second.returncode == 0, killed.second.stderr
-    assert "4 steps made, 2 whole already" in killed.second.stderr
+    assert "4 steps completed, 2 already up to date" in killed.second.stderr
     after = times(killed.out)
     kept = [
         name
@@ -120,7 +120,7 @@ def test_a_third_call_does_nothing(killed: Killed, monkeypatch: pytest.MonkeyPat
     before = times(killed.out)
     result = run(killed.grid, "--output-dir", killed.out, "--device", "cpu")
     assert result.exit_code == 0, result.stderr
-    assert "nothing was done" in result.stderr
+    assert "steps are up to date" in result.stderr
     assert times(killed.out) == before
 
 
@@ -155,7 +155,7 @@ def test_a_changed_grid_is_refused_before_anything_runs(
         ({"model": "./nowhere"}, "model './nowhere' is neither a directory on this disk nor a hub id"),
         ({"models": {"itself": "no-org/no-model"}}, "model 'no-org/no-model' is not a directory here and could not be fetched"),
         ({"datasets": {"counting": "missing.jsonl"}}, "missing.jsonl"),
-        ({"grid": [{"mode": "fb", "rank": 40}]}, "rank 40 is above the 32 rows of"),
+        ({"grid": [{"mode": "fb", "rank": 40}]}, "rank 40 exceeds the 32 rows of"),
         ({"grid": [{"mode": "fb", "share": "global"}]}, "share global needs weights with equal out-dimensions"),
     ],
 )

@@ -105,7 +105,7 @@ def test_several_runs_print_a_row_each_and_their_differences_from_the_first(
     result = cora(*runs, "--dataset", favourable, "-o", tmp_path, *FAST)
     assert result.exit_code == 0, result.stderr
     table, _, differences = result.stdout.partition("paired differences")
-    assert differences.startswith(f" from {runs[0]}, with p")
+    assert differences.startswith(f" from {runs[0]}, with two-sided p-values")
     assert [row[0] for row in rows(table)[2:]] == [str(run) for run in runs]
     header, _, row = rows(differences)
     assert row[0] == str(runs[1])
@@ -197,10 +197,10 @@ def assert_one_line(result: Any, exit_code: int, message: str) -> None:
         (["run", "--model", "m", "--dataset", "d", "-o", "o"], "give exactly one of: run directories, --model, or --from"),
         (["run", "--from", "p.jsonl"], "give exactly one of: run directories, --model, or --from"),
         (["--model", "m", "-o", "o"], "--model needs --dataset"),
-        (["--model", "m", "--dataset", "d"], "--output-dir (where to write)"),
+        (["--model", "m", "--dataset", "d"], "--output-dir DIR (where to write)"),
         (["--from", "p.jsonl", "--limit", "3"], "--limit has no effect with --from"),
-        (["run", "--metrics", "rouge,chrf"], "metric 'chrf' is unknown; choose among rouge, meteor, bleu, bertscore"),
-        (["run", "--metrics", ""], "no metric is named"),
+        (["run", "--metrics", "rouge,chrf"], "unknown metric 'chrf'; choose from rouge, meteor, bleu, bertscore"),
+        (["run", "--metrics", ""], "--metrics names no metric"),
         (["run", "--batch-size", "-4"], "--batch-size must be at least 1, not -4"),
         (["run", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
         (["run", "--limit", "-1"], "--limit must be at least 1, not -1"),
@@ -223,8 +223,8 @@ def test_values_and_flags_that_do_not_exist_exit_2(arguments: list[str]) -> None
 
 
 def test_things_that_are_not_there_exit_1_with_one_line(tmp_path: Path, predictions: Path) -> None:
-    assert_one_line(cora(tmp_path / "nowhere"), 1, "is no run directory")
-    assert_one_line(cora("--from", tmp_path / "nowhere.jsonl"), 1, "is no file")
+    assert_one_line(cora(tmp_path / "nowhere"), 1, "is not a cora run")
+    assert_one_line(cora("--from", tmp_path / "nowhere.jsonl"), 1, "is not a file")
     model = ("--model", tmp_path / "nowhere", "--dataset", "builtin:code", "-o", tmp_path / "out")
     assert_one_line(cora(*model), 1, "neither a directory on this disk nor a hub id")
     predictions.write_text("{broken\n")
@@ -234,7 +234,7 @@ def test_things_that_are_not_there_exit_1_with_one_line(tmp_path: Path, predicti
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = cora("--from", tmp_path / "nowhere.jsonl", "--debug")
     assert result.exit_code == 1
-    assert "is no file" in str(result.exception)
+    assert "is not a file" in str(result.exception)
 
 
 def test_the_installed_command_answers_a_senseless_request_without_loading_torch(tmp_path: Path) -> None:
@@ -248,4 +248,4 @@ def test_the_installed_command_answers_a_senseless_request_without_loading_torch
     )
     assert process.returncode == 2
     assert process.stderr.splitlines() == [process.stderr.strip()]
-    assert process.stderr.startswith("cora: error: metric 'chrf' is unknown")
+    assert process.stderr.startswith("cora: error: unknown metric 'chrf'")

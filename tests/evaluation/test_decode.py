@@ -209,13 +209,13 @@ def gpt2() -> Any:
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (lambda: mistral(16), "another kind than full attention"),
-        (lambda: BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)), "no mask from outside"),
+        (lambda: mistral(16), "a layer other than full attention"),
+        (lambda: BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)), "accepts no custom mask"),
         (
             lambda: LlamaForCausalLM(
                 LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
             ),
-            "its dynamic rotary embedding depends on the longest row",
+            "its dynamic rotary embedding depends on the longest sequence of the batch",
         ),
     ],
 )

@@ -106,7 +106,7 @@ def test_prompts_longer_than_the_context_lose_their_beginning_and_are_counted(
     ids = [tokenizer(f"{text}what")["input_ids"] for text in words]
     assert [len(prompt) > 500 for prompt in ids] == [False, False, True, True]
     assert rundir.read_json(tmp_path / "out" / "generation.json")["prompts_cut"] == 2
-    assert "2 prompts lost their beginning" in capsys.readouterr().err
+    assert "2 prompts were cut at the start" in capsys.readouterr().err
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     kept = torch.tensor([ids[-1][-500:]])
     output = model.generate(kept, attention_mask=torch.ones_like(kept), max_new_tokens=12, do_sample=False)
@@ -144,7 +144,9 @@ def test_directories_that_are_no_finished_run_are_refused_before_a_model_is_load
 ) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nowhere"):
-        with pytest.raises(CoraError, match=rf"{name} is no run directory: it has no run\.json"):
+        with pytest.raises(
+            CoraError, match=rf"{name} is not a cora run \(no run\.json\)\. To evaluate a model or adapter: .*--model {name}"
+        ):
             evaluate(EvaluateConfig(runs=(str(trained["fb"]), str(tmp_path / name)), **FAST))
     record = RunDirectory(run).record
     rundir.write_json(record, {**rundir.read_json(record), "status": "failed"})
@@ -156,7 +158,7 @@ def test_directories_that_are_no_finished_run_are_refused_before_a_model_is_load
 @pytest.mark.usefixtures("no_model")
 def test_two_runs_of_one_name_are_not_written_to_one_directory(run: Path, tmp_path: Path) -> None:
     other = shutil.copytree(run, tmp_path / "other" / "run")
-    with pytest.raises(CoraError, match="two of the runs have the same name"):
+    with pytest.raises(CoraError, match="two runs have the same name"):
         evaluate(EvaluateConfig(runs=(str(run), str(other)), output_dir=str(tmp_path / "out"), **FAST))
 
 
@@ -200,8 +202,8 @@ def test_other_files_in_the_output_directory_are_left_alone(tiny_model: Path, re
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "either run directories, or --model, or --from"),
-        ({"runs": ("a",), "from_predictions": "b"}, "either run directories, or --model, or --from"),
+        ({}, "exactly one of: run directories, --model, or --from"),
+        ({"runs": ("a",), "from_predictions": "b"}, "exactly one of: run directories, --model, or --from"),
         ({"model": "a", "output_dir": "b"}, "--model needs --dataset"),
         ({"model": "a", "dataset": "b"}, "--model needs --dataset .* and --output-dir"),
         ({"from_predictions": "a", "limit": 3}, "--limit has no effect with --from"),
@@ -211,7 +213,7 @@ def test_other_files_in_the_output_directory_are_left_alone(tiny_model: Path, re
         ({"runs": ("a",), "max_new_tokens": -1}, "--max-new-tokens must be at least 1, not -1"),
         ({"runs": ("a",), "bootstrap": 99}, "--bootstrap must be at least 100, not 99"),
         ({"runs": ("a",), "limit": 0}, "--limit must be at least 1, not 0"),
-        ({"runs": ("a",), "metrics": ("chrf",)}, "metric 'chrf' is unknown"),
+        ({"runs": ("a",), "metrics": ("chrf",)}, "unknown metric 'chrf'"),
     ],
 )
 def test_requests_that_make_no_sense_are_usage_errors(given: dict[str, Any], message: str) -> None:
@@ -275,12 +277,15 @@ GOOD = json.dumps({"prediction": "a b", "reference": "a c"}) + "\n"
     ("text", "message"),
     [
         (GOOD + '{"prediction": \n', r"predictions\.jsonl, line 2: not valid JSON"),
-        (GOOD + GOOD + '{"prediction": "a"}\n', r"predictions\.jsonl, record 3: text under prediction and reference"),
+        (
+            GOOD + GOOD + '{"prediction": "a"}\n',
+            r"predictions\.jsonl, record 3: expected text under \"prediction\" and \"reference\"",
+        ),
         (GOOD + '{"prediction": "a", "reference": null}\n', r"record 2: .* found \{.*\"reference\": null\}"),
         (GOOD + '{"prediction": 7, "reference": "a"}\n', r"record 2: .* found \{\"prediction\": 7"),
         (GOOD + '["a", "b"]\n', r"predictions\.jsonl, record 2: .* found \[\"a\", \"b\"\]"),
         (GOOD + '{"prediction": "\\ud800", "reference": "a"}\n', "prediction 1 is not valid Unicode"),
-        ("", "nothing to score: 0 predictions"),
+        ("", "nothing to score: there are 0 predictions"),
     ],
 )
 def test_malformed_predictions_are_refused_naming_file_and_record(tmp_path: Path, text: str, message: str) -> None:
@@ -291,7 +296,7 @@ def test_malformed_predictions_are_refused_naming_file_and_record(tmp_path: Path
 
 def test_predictions_that_are_no_file_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.jsonl"):
-        with pytest.raises(CoraError, match="is no file; --from needs the predictions"):
+        with pytest.raises(CoraError, match="is not a file; --from needs the predictions"):
             evaluate(EvaluateConfig(from_predictions=str(path), **FAST))
 
 

@@ -123,4 +123,4 @@ def test_predictions_that_were_touched_afterwards_are_generated_again(
     again = evaluate_model(tiny_model, records, tmp_path / "out")
     assert path.read_bytes() == whole
     assert again.record["metrics"] == first.record["metrics"]
-    assert "was altered or removed after it was written" in capsys.readouterr().err
+    assert "was changed or removed after it was written" in capsys.readouterr().err

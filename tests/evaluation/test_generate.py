@@ -148,7 +148,10 @@ def test_a_model_that_the_pool_cannot_serve_is_answered_by_transformers_which_th
     requests = requests_of(5, 3)
     eager = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
     engine = transformers_engine(eager, Numbers(), [UNUSED], [request.input_ids for request in requests], 2, 6)
-    assert "the faster pool cannot serve this model, since its attention takes no mask" in capsys.readouterr().err
+    assert (
+        "the faster pooled decoder does not support this model, because its attention accepts no custom mask"
+        in capsys.readouterr().err
+    )
     assert generate(engine, Numbers(), [UNUSED], requests, out)["engine"] == "generate"
     expected = [" ".join(map(str, answers.greedy(request.input_ids, 6)[0])) for request in requests]
     assert [line["prediction"] for line in predictions(out)] == expected

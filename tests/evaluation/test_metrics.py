@@ -277,7 +277,7 @@ def test_the_layer_comes_from_the_encoders_name():
     assert recommended_layer("roberta-large") == 17
     assert recommended_layer("FacebookAI/roberta-large@main") == 17
     assert recommended_layer("microsoft/deberta-v3-base") == 9
-    with pytest.raises(CoraError, match="give the layer yourself"):
+    with pytest.raises(CoraError, match="set --bertscore-layer"):
         recommended_layer("org/unheard-of")
 
 
@@ -370,8 +370,8 @@ def test_unequal_counts_are_refused_by_every_metric(name):
     [
         (["a", "b"], ["a"], "2 predictions and 1 references"),
         ([], [], "nothing to score"),
-        (["a", None], ["a", "b"], "prediction 1 is no text but NoneType"),
-        (["a"], [["a"]], "reference 0 is no text but list"),
+        (["a", None], ["a", "b"], "prediction 1 must be text, not NoneType"),
+        (["a"], [["a"]], "reference 0 must be text, not list"),
         (["a", "\ud800"], ["a", "b"], "prediction 1 is not valid Unicode"),
     ],
 )

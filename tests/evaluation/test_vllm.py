@@ -51,9 +51,9 @@ def test_the_rank_is_rounded_up_to_one_that_vllm_takes(tmp_path: Path, config: d
 
 
 def test_adapters_that_vllm_cannot_read_are_refused(trained: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(CoraError, match="rank 600, but vLLM takes adapters up to 512: leave out --no-merge"):
+    with pytest.raises(CoraError, match="rank 600, but vLLM supports ranks up to 512: leave out --no-merge"):
         lora_rank(adapter_of(tmp_path / "adapter", r=600))
-    with pytest.raises(CoraError, match="compact adapter, which vLLM cannot read: leave out --no-merge"):
+    with pytest.raises(CoraError, match="compact adapter, which vLLM cannot load: leave out --no-merge"):
         lora_rank(resolve_model(str(trained["compact"])))
 
 

@@ -140,7 +140,7 @@ def test_the_chain_ends_with_a_report_on_five_methods(finished: Finished) -> Non
     # Rank 8 on q (64 × 64), k and v (32 × 64) of two layers: A alone, or A and B.
     a, b = 2 * 8 * 3 * 64, 2 * 8 * (64 + 32 + 32)
     assert [row[1] for row in rows[2:7]] == ["0", f"{a + b:,}", f"{a:,}", f"{a + b:,}", f"{a:,}"]
-    assert "What it cannot: which mode is better" in report
+    assert "It does not show which mode is better" in report
     assert f"n = {PROMPTS} prompts" in report
 
 

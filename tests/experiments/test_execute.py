@@ -12,7 +12,7 @@ import pytest
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ablate import summary
-from cora_cli.experiments.execute import Execution, Outcome, refuse_conflicts, sole_owner, standing, write_plan
+from cora_cli.experiments.execute import Execution, Outcome, done_steps, refuse_conflicts, sole_owner, write_plan
 from cora_cli.experiments.launch import LocalLauncher
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.steps import Plan
@@ -51,7 +51,7 @@ FB, LORA = "cora-fb_r4_n3_lr3e-4_seed0", "lora_r4_lr3e-4_seed0"
 
 def test_every_step_runs_once_and_after_its_needs(plan: Plan) -> None:
     outcome, started = carry_out(plan)
-    assert len(outcome.made) == len(started) == STEPS
+    assert len(outcome.completed) == len(started) == STEPS
     assert len(set(started)) == STEPS
     order = [started.index(name) for name in ("model-c", "basis", f"train-{FB}", f"evaluate-{FB}")]
     assert order == sorted(order)
@@ -60,8 +60,8 @@ def test_every_step_runs_once_and_after_its_needs(plan: Plan) -> None:
 def test_a_second_call_does_nothing(plan: Plan) -> None:
     carry_out(plan)
     outcome, started = carry_out(plan)
-    assert (started, len(outcome.kept)) == ([], STEPS)
-    assert "nothing was done" in summary(plan, outcome)
+    assert (started, len(outcome.up_to_date)) == ([], STEPS)
+    assert "steps are up to date" in summary(plan, outcome)
 
 
 def test_only_what_the_chosen_rows_need_is_run(plan: Plan) -> None:
@@ -85,10 +85,10 @@ def test_a_failure_stops_what_rests_on_it_and_nothing_else(plan: Plan, capsys: p
     (basis,) = outcome.failed
     assert outcome.failed[basis] == "the disk is full"
     assert outcome.blocked == {f"train-{FB}": basis, f"evaluate-{FB}": basis}
-    assert len(outcome.made) == STEPS - 3
-    assert f"train-{FB}: not run, because {basis} failed" in capsys.readouterr().err
+    assert len(outcome.completed) == STEPS - 3
+    assert f"train-{FB}: skipped, because {basis} failed" in capsys.readouterr().err
     text = summary(plan, outcome)
-    assert f"{basis} failed; the end of {plan.out / 'logs' / basis}.log:" in text
+    assert f"{basis} failed; last lines of {plan.out / 'logs' / basis}.log:" in text
     assert "    cora: error: the disk is full" in text
     # The next call tries again what failed, and what rests on it.
     again, started = carry_out(plan)
@@ -99,7 +99,7 @@ def test_a_failure_stops_what_rests_on_it_and_nothing_else(plan: Plan, capsys: p
 def test_a_step_that_leaves_nothing_behind_has_failed(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PretendLauncher, "_make", lambda self, argv: None)
     outcome, _ = carry_out(plan)
-    assert "ended well, but left nothing in" in outcome.failed[f"train-{LORA}"]
+    assert "exited without an error, but wrote nothing to" in outcome.failed[f"train-{LORA}"]
 
 
 def damage(plan: Plan, place: str, how: str) -> None:
@@ -150,7 +150,7 @@ def test_what_rests_on_a_step_is_made_again_where_that_comes_out_otherwise(
     other.content = "made by another processor"
     assert sorted(carry_out(plan, other)[1]) == sorted(["basis", f"train-{FB}", f"evaluate-{FB}"])
     # A run cannot be continued on another basis: its directory was cleared.
-    assert f"{plan.out / 'runs' / FB} was made from other settings or another basis" in capsys.readouterr().err
+    assert f"{plan.out / 'runs' / FB} was created with other settings or another basis" in capsys.readouterr().err
 
 
 def test_a_step_that_was_killed_is_continued(plan: Plan) -> None:
@@ -171,7 +171,7 @@ def changed(plan: Plan, **train: Any) -> Plan:
 def test_results_of_other_settings_are_refused_unless_they_may_be_replaced(plan: Plan) -> None:
     carry_out(plan)
     other = changed(plan, max_steps=5)
-    with pytest.raises(CoraError, match="made with other settings") as error:
+    with pytest.raises(CoraError, match="created with other settings") as error:
         refuse_conflicts(other, set(other.steps), overwrite=False)
     assert f"runs/{LORA} (max_steps)" in str(error.value)
     refuse_conflicts(other, set(other.steps), overwrite=True)
@@ -200,13 +200,13 @@ def test_another_choice_of_metrics_is_no_conflict_and_scores_again(tmp_path: Pat
         refuse_conflicts(longer, set(longer.steps), overwrite=False)
 
 
-def test_standing_tells_what_is_whole_without_touching_it(plan: Plan) -> None:
-    assert not any(standing(plan).values())
+def test_done_steps_are_found_without_changing_anything(plan: Plan) -> None:
+    assert not any(done_steps(plan).values())
     carry_out(plan)
-    assert all(standing(plan).values())
+    assert all(done_steps(plan).values())
     damage(plan, f"runs/{LORA}/log.jsonl", "altered")
     # The evaluation's own files are whole, but what they rest on is not.
-    assert {name for name, done in standing(plan).items() if not done} == {f"train-{LORA}", f"evaluate-{LORA}"}
+    assert {name for name, done in done_steps(plan).items() if not done} == {f"train-{LORA}", f"evaluate-{LORA}"}
 
 
 def test_the_plan_its_grid_and_the_base_model_s_records_are_written(plan: Plan) -> None:

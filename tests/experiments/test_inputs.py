@@ -63,7 +63,7 @@ def test_models_that_the_hub_does_not_know_are_named_before_any_is_downloaded(mo
 
     monkeypatch.setattr(HfApi, "model_info", model_info)
     pool = {"a": "org/a", "b": "org/gone@v1"}
-    with pytest.raises(CoraError, match=r"model 'org/gone@v1' is neither a directory here nor on the hub") as error:
+    with pytest.raises(CoraError, match=r"model 'org/gone@v1' is neither a local directory nor on the hub") as error:
         require_on_hub(grid_of({"mode": "fb"}, model="org/base", models=pool))
     assert "org/base" in str(error.value)
     assert "org/a" not in str(error.value)

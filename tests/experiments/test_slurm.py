@@ -95,7 +95,7 @@ def test_a_job_that_the_cluster_ended_says_how(state: str, tmp_path: Path, monke
     waiting._states.forget()
     states["12"] = state
     assert job.ended() == 1
-    assert (tmp_path / "step.log").read_text().endswith(f"Slurm job 12 ended before its step: it is {state}\n")
+    assert (tmp_path / "step.log").read_text().endswith(f"Slurm job 12 ended before its step: its state is {state}\n")
     assert left_jobs(tmp_path / "slurm") == []
 
 
@@ -110,7 +110,7 @@ def test_a_job_that_nobody_knows_is_given_time_for_its_result_to_appear(
     assert job.ended() is None
     monkeypatch.setattr("cora_cli.experiments.slurm._LAG_SECONDS", 0.0)
     assert job.ended() == 1
-    assert "gone from the queue" in (tmp_path / "step.log").read_text()
+    assert "disappeared from the queue" in (tmp_path / "step.log").read_text()
 
 
 def test_a_command_that_a_signal_ended_leaves_the_word_to_the_cluster_first(
@@ -154,13 +154,13 @@ def test_the_queue_is_read_for_all_jobs_at_once(fake_squeue: Path) -> None:
 
 def test_a_queue_that_stays_silent_is_an_error_that_says_the_jobs_go_on(fake_squeue: Path) -> None:
     fake_squeue.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
-    with pytest.raises(CoraError, match="Unable to contact slurm controller; the jobs go on"):
+    with pytest.raises(CoraError, match="Unable to contact slurm controller; the jobs continue"):
         squeue()
 
 
 def test_without_a_cluster_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CoraError, match="there is no sbatch here"):
+    with pytest.raises(CoraError, match="needs sbatch, which is not installed here"):
         SlurmLauncher(tmp_path / "slurm", ANY, None)
 
 
@@ -188,7 +188,7 @@ def test_resources_of_a_kind_go_before_those_of_all(tmp_path: Path) -> None:
         ({"train": {"gpus": 2}}, "gpus must be 0 or 1"),
         ({"all": {"cpus": 0}}, "cpus must be at least 1"),
         ({"all": {"mem_gb": -1}}, "mem_gb must be positive"),
-        ({"all": {"timeout_min": "long"}}, "timeout_min must be a whole number"),
+        ({"all": {"timeout_min": "long"}}, "timeout_min must be an integer"),
         ({"all": {"sbatch": "x"}}, "sbatch must be `name: value` lines"),
     ],
 )

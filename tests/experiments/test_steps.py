@@ -221,17 +221,17 @@ def test_a_basis_of_the_input_side_is_decomposed_in_the_input_dimension() -> Non
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"mode": "fb", "rank": 33}, "rank 33 is above the 32 rows of model.layers.0.self_attn.k_proj"),
-        ({"mode": "fb", "b_init": "orthonormal", "rank": 33}, "rank 33 is above the 32 rows"),
-        ({"mode": "pissa", "rank": 33}, "rank 33 is above the 32 rows"),
-        ({"mode": "lora-mini", "rank": 20}, "rank 40 is above the 32 rows"),
-        ({"mode": "fa-basis", "rank": 65}, "rank 65 is above the 64 columns of model.layers.0.self_attn.k_proj"),
+        ({"mode": "fb", "rank": 33}, "rank 33 exceeds the 32 rows of model.layers.0.self_attn.k_proj"),
+        ({"mode": "fb", "b_init": "orthonormal", "rank": 33}, "rank 33 exceeds the 32 rows"),
+        ({"mode": "pissa", "rank": 33}, "rank 33 exceeds the 32 rows"),
+        ({"mode": "lora-mini", "rank": 20}, "rank 40 exceeds the 32 rows"),
+        ({"mode": "fa-basis", "rank": 65}, "rank 65 exceeds the 64 columns of model.layers.0.self_attn.k_proj"),
         (
             {"mode": "fb", "share": "global"},
             "share global needs weights with equal out-dimensions, but those of base are 32, 64",
         ),
-        ({"mode": "lora", "target_modules": ["q_proj", "o_proj"]}, "no weight of base is named by the target module o_proj"),
-        ({"mode": "fb", "side": "input"}, "B cannot take where model.layers.0.self_attn.k_proj has the shape (32, 64)"),
+        ({"mode": "lora", "target_modules": ["q_proj", "o_proj"]}, "base has no weight for target module o_proj"),
+        ({"mode": "fb", "side": "input"}, "k_proj has the shape (32, 64); use side output"),
     ],
 )
 def test_what_the_shapes_forbid_is_refused_before_anything_runs(row: dict[str, Any], message: str) -> None:
@@ -266,7 +266,7 @@ def test_a_source_of_another_shape_is_refused_before_anything_runs() -> None:
     inputs = inputs_of()
     other = dataclasses.replace(inputs.models["org/a"], shapes=dict.fromkeys(SHAPES, (8, 8)))
     inputs.models["org/a"] = other
-    with pytest.raises(CoraError, match="source model org/a has not the shapes of base"):
+    with pytest.raises(CoraError, match="source model org/a has other weight shapes than base"):
         check_shapes(grid_of({"mode": "fb", "sources": ["a"]}), inputs)
 
 
