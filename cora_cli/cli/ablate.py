@@ -34,7 +34,8 @@ class AblateConfig:
         panel=_RUN,
     )
     preset: Literal["small"] | None = setting(
-        "small: run the grid at a small scale, with the embedded model, source models fine-tuned locally, built-in data and few steps.",
+        "small: run the grid at a small scale, with the embedded model, source models fine-tuned locally, built-in data and "
+        "few steps.",
         None,
         panel=_WHAT,
     )
@@ -46,12 +47,14 @@ class AblateConfig:
         panel=_WHAT,
     )
     jobs: int | None = setting(
-        "Number of steps to run at the same time. Default: one per visible GPU, or one without GPUs; with slurm, up to 1000 queued jobs.",
+        "Number of steps to run at the same time. Default: one per visible GPU, or one without GPUs; with slurm, up to 1000 "
+        "queued jobs.",
         None,
         panel=_RUN,
     )
     launcher: Literal["local", "slurm"] = setting(
-        "local: run each step as a process on this machine; slurm: submit each step as a Slurm job with the grid's resources (needs submitit).",
+        "local: run each step as a process on this machine; slurm: submit each step as a Slurm job with the grid's resources "
+        "(needs submitit).",
         "local",
         panel=_RUN,
     )
@@ -75,7 +78,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: AblateConfig) -> None:
-    """Run all experiments of a grid. Shared steps run once, a failed step does not stop the others, and complete results are kept."""
+    """Run all experiments of a grid. Shared steps run once, other rows continue after a failure, and results are kept."""
     if config.dry_run:
         # A plan must not wait for the hub. Set before the libraries read these variables at import.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -101,5 +104,6 @@ def run(config: AblateConfig) -> None:
     if outcome.failed or outcome.blocked:
         missing = len(outcome.failed) + len(outcome.blocked)
         raise CoraError(
-            f"{missing} of {missing + len(outcome.completed) + len(outcome.up_to_date)} steps are not done; run the same command to try them again"
+            f"{missing} of {missing + len(outcome.completed) + len(outcome.up_to_date)} steps are not done; run the same "
+            "command to try them again"
         )

@@ -34,8 +34,8 @@ class ExtractConfig:
         "Rank R of the basis: the number of directions kept per group of weights.", DEFAULT_RANK, panel=_CHOICES
     )
     share: Share = setting(
-        "Weights that share one basis. module: one basis per module; layer: one for all projections of a layer; projection: one per "
-        "projection, for all layers; global: one for all weights (as the paper describes).",
+        "Weights that share one basis. module: one basis per module; layer: one for all projections of a layer; projection: "
+        "one per projection, for all layers; global: one for all weights (as the paper describes).",
         "module",
         panel=_CHOICES,
     )
@@ -46,7 +46,8 @@ class ExtractConfig:
     )
     source: Source = setting("weights: the weights themselves; delta: their difference from --base.", "weights", panel=_CHOICES)
     side: Side = setting(
-        "output: left singular vectors, for B; input: right singular vectors, for A in mode fa-basis, or for B if the weights are square.",
+        "output: left singular vectors, for B; input: right singular vectors, for A in mode fa-basis, or for B if the weights "
+        "are square.",
         "output",
         panel=_CHOICES,
     )

@@ -18,7 +18,8 @@ class InspectConfig:
         "Models (hub ids, model directories, adapters or cora runs) and basis files.", argument=True
     )
     base: str | None = setting(
-        "Model that the others were fine-tuned from. Default: the base model recorded in the adapters, if all inputs are adapters of one.",
+        "Model that the others were fine-tuned from. Default: the base model recorded in the adapters, if all inputs are "
+        "adapters of one.",
         None,
     )
     rank: int | None = setting("Number of directions r to compare. Default: the rank of the basis file, else 48.", None)
@@ -29,7 +30,8 @@ class InspectConfig:
         "Names of the weights to read, comma-separated. Default: those of the basis file, else q_proj,k_proj,v_proj.", None
     )
     runs: tuple[str, ...] = setting(
-        "Finished run of `cora train`, or output directory of `cora ablate`, to test whether capture predicts held-out loss; can be repeated.",
+        "Finished run of `cora train`, or output directory of `cora ablate`, to test whether capture predicts held-out loss; "
+        "can be repeated.",
         (),
         repeated=True,
     )
@@ -52,7 +54,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: InspectConfig) -> None:
-    """Measure whether models share a subspace: overlaps, leave-one-out capture and spectra compared with chance, and a verdict."""
+    """Measure whether models share a subspace: overlaps, leave-one-out capture and spectra, compared with chance."""
     from pathlib import Path
 
     from cora_cli.device import select_hardware

@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: TrainConfig) -> None:
-    """Fine-tune a model with CoRA (LoRA whose B starts from a basis, frozen or trained), with a baseline adapter, or in full."""
+    """Fine-tune a model with CoRA (LoRA whose B is a basis, frozen or trained), with a baseline method, or in full."""
     from cora_cli.training.run import train
 
     record = train(config)
@@ -38,7 +38,8 @@ def summary(record: dict[str, Any]) -> str:
         )
     if validation := record.get("validation"):
         lines.append(
-            f"validation loss {with_interval(validation['loss'], validation['ci95'], 4)} (n = {validation['n']} records, for model selection)"
+            f"validation loss {with_interval(validation['loss'], validation['ci95'], 4)} (n = {validation['n']} records, for "
+            "model selection)"
         )
     if record["largest_angle_rad"] is not None:
         lines.append(f"largest principal angle between B and its initial value: {record['largest_angle_rad']:.4f} rad")

@@ -51,7 +51,7 @@ def open_transformers(
 def open_vllm(
     config: EvaluateConfig, base: ModelPath, adapter: ModelPath | None, hardware: Hardware, tokenizer: Any, scratch: Path
 ) -> Backend:
-    """Prepare base and adapter for vLLM. `Backend.start` loads the model; with an adapter it first writes a merged copy to `scratch`.
+    """Prepare base and adapter for vLLM. `Backend.start` loads the model, with an adapter from a merged copy in `scratch`.
 
     The copy is deleted once vLLM has loaded it. Raises `CoraError` if the model's configuration cannot be read.
     """

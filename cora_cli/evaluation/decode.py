@@ -1,7 +1,7 @@
 """Greedy decoding of many prompts with continuous batching: when a row ends, a waiting prompt takes its place.
 
-Prefixes that several prompts share are computed once. Every layer must be full attention; for other models `unsupported` gives the
-reason, and `generate` falls back to transformers.
+Prefixes that several prompts share are computed once. Every layer must be full attention; for other models `unsupported` gives
+the reason, and `generate` falls back to transformers.
 """
 
 import dataclasses
@@ -52,9 +52,9 @@ def unsupported(model: Any, longest: int) -> str | None:
 def shared_prefixes(prompts: Sequence[Tokens]) -> list[int]:
     """Length in tokens of the prefix of each prompt to compute once and share; 0 where sharing saves nothing.
 
-    A group of n prompts that shares d tokens saves (n − 1)·d tokens for one more forward pass. Among the groups in a prefix tree of
-    the prompts, the choice with the largest total saving is returned. The last token of a prompt is never shared, because decoding
-    starts from it.
+    A group of n prompts that shares d tokens saves (n − 1)·d tokens for one more forward pass. Among the groups in a prefix
+    tree of the prompts, the choice with the largest total saving is returned. The last token of a prompt is never shared,
+    because decoding starts from it.
     """
     lengths = [0] * len(prompts)
     shareable = [(list(prompt[:-1]), index) for index, prompt in enumerate(prompts)]
@@ -98,7 +98,7 @@ class PoolCache(Cache):
         self.length = 0
 
     def place(self, first: int, positions: torch.Tensor, length: int) -> None:
-        """Set where the next forward pass writes: at `positions` (rows, tokens), all below `length`, starting at row `first`."""
+        """Set where the next forward pass writes: at `positions` (rows, tokens), all below `length`, from row `first` on."""
         self.first, self.positions, self.length = first, positions, length
         self.indices = torch.arange(first, first + len(positions), device=positions.device)[:, None]
 
@@ -113,7 +113,10 @@ class PoolCache(Cache):
         return [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in self._own]
 
     def write(self, first: int, end: int, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Copy `states`, as returned by `read`, to the first positions of rows `first` to `end`. The pool must already be long enough."""
+        """Copy `states`, as returned by `read`, to the first positions of rows `first` to `end`.
+
+        The pool must already be long enough.
+        """
         for layer, (keys, values) in zip(self._own, states, strict=True):
             layer.keys[first:end, :, : keys.shape[-2]] = keys
             layer.values[first:end, :, : keys.shape[-2]] = values
@@ -145,7 +148,7 @@ class PoolLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store keys and values (rows, key_value_heads, tokens, head_dim); returns views of all positions below `length` of these rows."""
+        """Store keys and values (rows, key_value_heads, tokens, head_dim); returns views of all positions of these rows."""
         pool = self.pool
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -170,7 +173,7 @@ class PoolLayer(CacheLayerMixin):
 
 @dataclasses.dataclass
 class Row:
-    """One prompt that is being decoded: its index in the wave, its tokens so far, and the number of prompt tokens among them."""
+    """One prompt that is being decoded: its index in the wave, its tokens so far, and its prompt length in tokens."""
 
     index: int
     tokens: list[int]
@@ -180,9 +183,9 @@ class Row:
 class PooledDecoder:
     """Decodes waves of prompts with a pool of `batch_size` rows.
 
-    Within a wave, the next prompt replaces a row that ended. Which rows are computed together, and so the last bits of every number,
-    depends only on the prompts of the wave. An interrupted wave is therefore repeated completely. State: one `PoolCache`, and the
-    keys and values of every shared prefix.
+    Within a wave, the next prompt replaces a row that ended. Which rows are computed together, and so the last bits of every
+    number, depends only on the prompts of the wave. An interrupted wave is therefore repeated completely. State: one
+    `PoolCache`, and the keys and values of every shared prefix.
     """
 
     name = "pool"
@@ -204,7 +207,7 @@ class PooledDecoder:
 
     @torch.inference_mode()
     def answer(self, wave: Sequence[Tokens], finished: Callable[[], None]) -> list[list[int]]:
-        """The new tokens of every prompt of `wave`, including the end token if there is one; calls `finished` once per prompt."""
+        """The new tokens of every prompt of `wave`, with the end token if there is one; calls `finished` once per prompt."""
         answers: list[list[int]] = [[] for _ in wave]
         waiting = list(range(len(wave)))
         active: list[Row] = []
@@ -235,7 +238,7 @@ class PooledDecoder:
         return chosen
 
     def _compute_prefix(self, prefix: tuple[int, ...]) -> None:
-        """Compute a shared prefix alone, in row 0 of an empty pool, so that its values do not depend on the wave that needs it first."""
+        """Compute a shared prefix alone in an empty pool, so that it does not depend on the wave that needs it first."""
         if prefix and prefix not in self._states:
             self._forward(self._decoder, 0, [prefix], [0], len(prefix))
             self._states[prefix] = self._pool.read(0, len(prefix))

@@ -1,7 +1,7 @@
 """One evaluation, from a model or saved predictions to `metrics.json`.
 
-This module selects models and records, reuses complete predictions, and writes the results; `backend` opens the model, `generate`
-produces the tokens, and `metrics` computes the scores.
+This module selects models and records, reuses complete predictions, and writes the results; `backend` opens the model,
+`generate` produces the tokens, and `metrics` computes the scores.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: its name, the contents of `metrics.json`, and for each metric its (n, k) per-example statistics."""
+    """A finished evaluation: its name, the contents of `metrics.json`, and (n, k) statistics for each metric."""
 
     name: str
     record: dict[str, Any]
@@ -90,7 +90,8 @@ def _targets(config: EvaluateConfig) -> list[Target]:
         record = rundir.read_json(run.record)
         if record["status"] != "finished":
             raise CoraError(
-                f"{name} is not finished (status {record['status']}); complete it with the same `cora train` command and --resume"
+                f"{name} is not finished (status {record['status']}); complete it with the same `cora train` "
+                "command and --resume"
             )
         path = resolve_model(name)
         base, adapter = (base_of(path), path) if path.is_adapter else (path, None)
@@ -149,7 +150,8 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
         room = backend.context - config.max_new_tokens
         if room < 1:
             raise CoraError(
-                f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {backend.context} tokens"
+                f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {backend.context} "
+                "tokens"
             )
         requests = [
             Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.response)
@@ -260,7 +262,8 @@ def paired_differences(one: Evaluation, other: Evaluation, seed: int) -> dict[st
     """
     if one.references_sha256 != other.references_sha256:
         raise CoraError(
-            f"{one.name} and {other.name} did not answer the same records, so a paired comparison is impossible; evaluate both on one --dataset"
+            f"{one.name} and {other.name} did not answer the same records, so a paired comparison is impossible; evaluate both "
+            "on one --dataset"
         )
     metrics = build_metrics(name for name in one.statistics if name in other.statistics)
     return {

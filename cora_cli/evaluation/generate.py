@@ -45,8 +45,8 @@ def generate(
 ) -> dict[str, Any]:
     """Answer every request, longest first, and write `predictions.jsonl` in the order of `requests`.
 
-    Complete waves in `predictions.partial.jsonl` from an earlier call are reused. Returns the engine's name, and the number of new
-    tokens and the seconds of this call. Raises `CoraError` if a file cannot be written.
+    Complete waves in `predictions.partial.jsonl` from an earlier call are reused. Returns the engine's name, and the number of
+    new tokens and the seconds of this call. Raises `CoraError` if a file cannot be written.
     """
     order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].input_ids), index))
     waves = [order[start : start + engine.wave] for start in range(0, len(order), engine.wave)]
@@ -81,7 +81,8 @@ def transformers_engine(
     if reason is None:
         return PooledDecoder(model, prompts, ends, batch_size, max_new_tokens)
     say(
-        f"using transformers' generate, one batch at a time: the faster pooled decoder does not support this model, because {reason}"
+        "using transformers' generate, one batch at a time: the faster pooled decoder does not support this model, because "
+        f"{reason}"
     )
     return BatchedGenerate(model, ends, tokenizer.pad_token_id, batch_size, max_new_tokens)
 

@@ -1,7 +1,7 @@
 """vLLM as an engine for greedy decoding: on a GPU it batches and caches better than a loop over a plain model.
 
-vLLM is optional: functions without vLLM build its arguments, and only `VllmEngine` imports it. Its kernels and batches differ from
-transformers', so its logits differ in the last bits and its tokens can differ too.
+vLLM is optional: functions without vLLM build its arguments, and only `VllmEngine` imports it. Its kernels and batches differ
+from transformers', so its logits differ in the last bits and its tokens can differ too.
 """
 
 import importlib
@@ -33,7 +33,8 @@ def require_vllm(hardware: Hardware) -> str:
         )
     if hardware.device.type != "cuda":
         raise CoraError(
-            f"--backend vllm needs a CUDA device, but the device is {hardware.device} ({hardware.device_reason}); use --backend transformers"
+            f"--backend vllm needs a CUDA device, but the device is {hardware.device} ({hardware.device_reason}); use "
+            "--backend transformers"
         )
     return importlib.metadata.version("vllm")
 
@@ -41,7 +42,7 @@ def require_vllm(hardware: Hardware) -> str:
 def engine_arguments(
     model: Path, dtype_name: str, longest: int, adapter: ModelPath | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for the directory `model`, sequences of up to `longest` tokens, and an optional unmerged adapter."""
+    """Arguments of `vllm.LLM` for the directory `model`, sequences of up to `longest` tokens, and an unmerged adapter."""
     arguments = {
         "model": str(model),
         "dtype": DTYPES[dtype_name],
@@ -73,7 +74,7 @@ def lora_rank(adapter: ModelPath) -> int:
 
 
 def sampling_arguments(ends: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
-    """Arguments of `vllm.SamplingParams` for greedy decoding of up to `max_new_tokens` tokens, until one of the tokens `ends`."""
+    """Arguments of `vllm.SamplingParams` for greedy decoding of up to `max_new_tokens` tokens, or until one of `ends`."""
     return {"temperature": 0.0, "max_tokens": max_new_tokens, "stop_token_ids": list(ends), "detokenize": False}
 
 

@@ -67,7 +67,7 @@ class Request:
 
 
 def dry_run(request: Request) -> str:
-    """The plan as text: rows, steps, parameter counts, estimates, what is done, and inputs that cannot be resolved. Writes nothing.
+    """The plan as text: rows, steps, parameter counts, estimates, what is done, and unresolved inputs. Writes nothing.
 
     Raises `CoraError` if a rank or the setting `share` does not fit the weights.
     """
@@ -84,8 +84,8 @@ def dry_run(request: Request) -> str:
 def ablate(request: Request) -> Outcome:
     """Run the grid, or complete it.
 
-    Raises `CoraError` before anything runs if a model or data set cannot be found, a rank does not fit the weights, or the output
-    directory holds results with other settings.
+    Raises `CoraError` before anything runs if a model or data set cannot be found, a rank does not fit the weights, or the
+    output directory holds results with other settings.
     """
     grid = request.load()
     out = request.place(grid)
@@ -119,8 +119,8 @@ def _launcher(request: Request, grid: Grid, out: Path, lock: int) -> Launcher:
         return SlurmLauncher(folder, grid.resources, request.jobs)
     if jobs := left_jobs(folder):
         raise CoraError(
-            f"Slurm jobs {', '.join(jobs)} were queued for {out} and may still run; continue with --launcher slurm, or stop them with "
-            f"scancel and remove {folder}"
+            f"Slurm jobs {', '.join(jobs)} were queued for {out} and may still run; continue with --launcher slurm, or stop "
+            f"them with scancel and remove {folder}"
         )
     return LocalLauncher(request.jobs, request.device, keep_open=(lock,))
 
@@ -137,13 +137,17 @@ def _chosen(request: Request, plan: Plan) -> list[str]:
 
 
 def check_shapes(grid: Grid, inputs: Inputs) -> None:
-    """Raise `CoraError` that lists every rank or `share` that does not fit the weights. Models that are missing are not checked."""
+    """Raise `CoraError` that lists every rank or `share` that does not fit the weights.
+
+    Models that are missing are not checked.
+    """
     model = inputs.models.get(grid.model)
     if model is None:
         return
     if not model.shapes:
         raise CoraError(
-            f"{grid.model} is an adapter, but a grid needs a complete model as its base; create one with `cora merge {grid.model} -o DIR`"
+            f"{grid.model} is an adapter, but a grid needs a complete model as its base; create one with "
+            f"`cora merge {grid.model} -o DIR`"
         )
     problems = [f"{row.name}: {problem}" for row in grid.rows for problem in _shape_problems(row, grid, model, inputs)]
     if problems:
@@ -221,7 +225,8 @@ def render_plan(
     if all(name in estimates for name in wanted):
         total, left = (sum(estimates[name].seconds for name in names) for names in (wanted, todo))
         lines.append(
-            f"all steps: about {duration(total)} if run one at a time, of which {duration(left)} remain (this machine: {machine})"
+            f"all steps: about {duration(total)} if run one at a time, of which {duration(left)} remain "
+            f"(this machine: {machine})"
         )
     lines += [
         f"{ESTIMATE_NOTE}; each row counts all of its steps, including shared ones",

@@ -1,4 +1,4 @@
-"""The complete pipeline on the embedded model, small enough for two CPU cores: five fine-tunes, a basis, four adapters, a table.
+"""The complete pipeline on the embedded model, small enough for two CPU cores: five fine-tunes, one basis, four adapters.
 
 It calls the same functions as the commands. It is not a benchmark, and its report says so.
 """
@@ -201,8 +201,8 @@ def _report(
             f"Each adapter: {STEPS} steps of {BATCH} records of {DATASET}, learning rate {LEARNING_RATE:g}, {hardware['dtype']} on "
             f"{hardware['device']}. This run of the demo took {seconds / 60:.1f} minutes.",
             "",
-            f"This demo shows that the pipeline works, and how {STEPS} steps change the held-out loss in each mode. It does not show which "
-            f"mode is better: one seed, one untuned learning rate, a 135M model and {STEPS * BATCH} training records are too few. For that, "
-            "sweep the learning rate per mode, train with several seeds, and compare fb with its control fb-orthonormal.",
+            f"This demo shows that the pipeline works, and how {STEPS} steps change the held-out loss in each mode. It does "
+            f"not show which mode is better: one seed, one untuned learning rate, a 135M model and {STEPS * BATCH} training "
+            "records are too few. For that, sweep the learning rate per mode, train with several seeds, and compare fb with its control fb-orthonormal.",
         ]
     )

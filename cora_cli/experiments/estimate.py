@@ -1,6 +1,6 @@
 """Estimates time and memory of each step on this machine, from shapes, record lengths and a measured rate of matrix products.
 
-Estimates are right within a factor of about two, enough to tell minutes from weeks. They are only shown, never used for decisions.
+Estimates are right within a factor of about two, enough to tell minutes from weeks. They are only displayed.
 """
 
 import dataclasses
@@ -17,15 +17,16 @@ from cora_cli.training.config import TrainConfig
 
 CHARACTERS_PER_TOKEN = 3.6
 TEMPLATE_TOKENS = 35
-# Share of the measured rate that complete steps reach, and fixed costs of a process; measured with SmolLM2-135M on two CPU cores.
+# Share of the measured rate that complete steps reach, and fixed costs of a process; measured on two CPU cores with
+# SmolLM2-135M.
 TRAINING_SHARE, DECODING_SHARE, WIDE_SHARE = 0.35, 0.1, 0.1
 START_SECONDS = {"model": 12.0, "train": 12.0, "basis": 5.0, "evaluate": 14.0}
 PROCESS_BYTES = 0.8e9
 # Bytes kept for the backward pass per token, layer and hidden unit in 16-bit precision, without attention.
 ACTIVATION_BYTES = 34
 ESTIMATE_NOTE = (
-    "estimates: per parameter and token, 4 FLOPs to train an adapter, 6 to train all weights and 2 for a forward pass, at the rate "
-    "of matrix products measured on this machine"
+    "estimates: per parameter and token, 4 FLOPs to train an adapter, 6 to train all weights and 2 for a forward pass, at the "
+    "rate of matrix products measured on this machine"
 )
 
 
@@ -38,9 +39,10 @@ class Estimate:
 
 
 def matmul_rate(device: str, seconds: float = 0.5) -> tuple[float, str]:
-    """FLOPs per second of a matrix product in the precision of runs on `device`, measured for about `seconds`, and a description.
+    """FLOPs per second of a matrix product in the precision of runs on `device`, and a description. Takes about `seconds`.
 
-    Takes the fastest product, on a CPU that of one thread times the number of threads, so that other load at this moment matters little.
+    The rate is that of the fastest product, on a CPU of one thread times the number of threads, so that other load at this
+    moment matters little.
     """
     import torch
 
@@ -61,7 +63,7 @@ def matmul_rate(device: str, seconds: float = 0.5) -> tuple[float, str]:
 
 
 def trained_parameters(row: Row, model: ModelFacts | None) -> int | None:
-    """Number of parameters that the row trains, from shapes; None if the model is missing, or a PEFT configuration determines it."""
+    """Number of parameters that the row trains; None if the model is missing or a PEFT configuration determines it."""
     if row.mode in ("base", "basis"):
         return 0
     if model is None:

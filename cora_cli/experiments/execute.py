@@ -1,7 +1,7 @@
 """Runs the steps of a plan in order of their dependencies, several at a time, and continues after failures.
 
-It can be interrupted at any time: finished steps stay finished, and the next call runs the rest. `launch` starts processes, `ledger`
-decides which steps are done, and `screen` shows progress.
+It can be interrupted at any time: finished steps stay finished, and the next call runs the rest. `launch` starts processes,
+`ledger` decides which steps are done, and `screen` shows progress.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _LAST_LINES = 6
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The result of running a plan: names of the steps that were up to date, and that completed, failed or were blocked by a failure.
+    """The result of running a plan: names of steps that were up to date, completed, failed, or were blocked by a failure.
 
     `failed` maps a name to its error, `blocked` to the failed step that it depends on.
     """
@@ -44,8 +44,8 @@ class Outcome:
 def sole_owner(out: Path) -> Iterator[int]:
     """Hold the lock of an output directory; yields its file descriptor, for steps to inherit.
 
-    The operating system releases the lock when the last process that holds it ends, so a lock is never stale. A step that outlives a
-    killed `ablate` keeps the lock. Raises `CoraError` if another process holds it.
+    The operating system releases the lock when the last process that holds it ends, so a lock is never stale. A step that
+    outlives a killed `ablate` keeps the lock. Raises `CoraError` if another process holds it.
     """
     path = out / ".lock"
     try:
@@ -59,8 +59,8 @@ def sole_owner(out: Path) -> Iterator[int]:
         holders = path.read_text(encoding="utf-8").strip() or "unknown"
         os.close(descriptor)
         raise CoraError(
-            f"{out} is in use by another cora ablate, or by a step that it left running (processes {holders}); wait until they end, or "
-            "stop them"
+            f"{out} is in use by another cora ablate, or by a step that it left running (processes {holders}); wait until they "
+            "end, or stop them"
         ) from error
     try:
         _note_holders(descriptor, [])
@@ -107,7 +107,10 @@ class Execution:
         self._blocked: dict[str, str] = {}
 
     def run(self) -> Outcome:
-        """Run the steps that are not done. On an interruption (Ctrl-C, SIGTERM) running steps are stopped; a later call continues them."""
+        """Run the steps that are not done.
+
+        On an interruption (Ctrl-C, SIGTERM) running steps are stopped; a later call continues them.
+        """
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
             while self._waiting or self._running:
@@ -214,15 +217,15 @@ def _error_in(log: Path, code: int) -> str:
 
 
 def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool) -> None:
-    """Raise `CoraError` that lists the results created with other settings in the places of `wanted` steps, unless `overwrite`."""
+    """Raise `CoraError` that lists results of `wanted` steps created with other settings, unless `overwrite` is set."""
     ledger = Ledger(plan.out)
     found = [(step, differing) for name, step in plan.steps.items() if name in wanted and (differing := ledger.conflict(step))]
     if found and not overwrite:
         shown = "; ".join(f"{step.output} ({differing})" for step, differing in found[:5])
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise CoraError(
-            f"{plan.out} holds results that were created with other settings: {shown}{more}; choose another --output-dir, or replace "
-            "them with --overwrite"
+            f"{plan.out} holds results that were created with other settings: {shown}{more}; choose another --output-dir, or "
+            "replace them with --overwrite"
         )
 
 

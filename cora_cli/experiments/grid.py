@@ -1,6 +1,6 @@
 """Reads grid files (YAML) and expands them to the rows of an experiment; checks every row before anything runs.
 
-It checks settings and names only. `inputs` finds models and data sets, `steps` plans the order, and `ledger` knows what is done.
+It checks settings and names only. `inputs` finds models and data sets, `steps` plans the commands, `ledger` knows what is done.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ class Grid:
     """A complete grid file, resolved.
 
     `models` maps the name of a source model to its reference, or to the training settings of a model that this grid fine-tunes.
-    `datasets` maps names to references. `basis_rank` is R if the file sets it. `evaluate` is None if nothing is generated, so that
-    rows have only their losses. `resources` has the cluster resources for each kind of step.
+    `datasets` maps names to references. `basis_rank` is R if the file sets it. `evaluate` is None if nothing is generated, so
+    that rows have only their losses. `resources` has the cluster resources for each kind of step.
     """
 
     name: str
@@ -66,8 +66,8 @@ class Grid:
 def load_grid(path: Path, preset: str | None = None, model: str | None = None, source_seed: int = 0) -> Grid:
     """Read and check a grid file. Raises `UsageError` that lists all problems of the file at once.
 
-    `preset` is None or "small", which reduces the scale; `model` replaces the file's base model; `source_seed` seeds the random choice
-    of source models for rows that do not set one.
+    `preset` is None or "small", which reduces the scale; `model` replaces the file's base model; `source_seed` seeds the random
+    choice of source models for rows that do not set one.
     """
     values = read_yaml(path)
     if preset == "small":
@@ -101,7 +101,8 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     scope = Scope(tuple(models), tuple(datasets), train, basis, basis_rank, source_seed)
     rows = list(_rows(values.get("grid"), scope, problems))
     problems += [
-        f"several rows have the name {name}: settings are part of a name only if one block varies them, in a list or in its rows"
+        f"several rows have the name {name}: settings are part of a name only if one block varies them, in a list or in its "
+        "rows"
         for name, count in Counter(row.name for row in rows).items()
         if count > 1
     ]
@@ -167,7 +168,8 @@ def _is_name(name: object, what: str, problems: list[str]) -> bool:
     if isinstance(name, str) and _NAME.match(name):
         return True
     problems.append(
-        f"{what}: {name!r} is not a valid name; use letters and digits, then also . _ + = -, and quote names that YAML does not read as text"
+        f"{what}: {name!r} is not a valid name; use letters and digits, then also . _ + = -, and quote names that YAML does "
+        "not read as text"
     )
     return False
 

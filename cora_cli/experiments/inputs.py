@@ -1,6 +1,6 @@
 """The inputs of a grid: finds, hashes and measures its models and data sets before anything runs.
 
-It reads checkpoint headers and records, and never loads weights. Inputs that cannot be found are collected in `Inputs.unresolved`.
+It reads checkpoint headers and records, and never loads weights. Missing inputs are listed in `Inputs.unresolved`.
 """
 
 import dataclasses
@@ -26,8 +26,9 @@ _HUB_SECONDS = 10.0
 class ModelFacts:
     """A model on this disk.
 
-    `shapes` maps the full name of every two-dimensional weight to (out, in); `parameters` counts all parameters and `embedded` those
-    of the input embedding. For an adapter `shapes` is empty and both counts are 0. `sha256` is None if it was not requested.
+    `shapes` maps the full name of every two-dimensional weight to (out, in); `parameters` counts all parameters and `embedded`
+    those of the input embedding. For an adapter `shapes` is empty and both counts are 0. `sha256` is None if it was not
+    requested.
     """
 
     reference: str
@@ -43,7 +44,7 @@ class ModelFacts:
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """A data set that was read: the hash of its split, its held-out records, and the mean length of its records in characters."""
+    """A data set that was read: the hash of its split, its held-out records, and the mean lengths of records in characters."""
 
     reference: str
     sha256: str
@@ -104,7 +105,8 @@ def require_on_hub(grid: Grid) -> None:
             HfApi().model_info(hub_id, revision=revision or None, timeout=_HUB_SECONDS)
         except (RepositoryNotFoundError, RevisionNotFoundError):
             missing.append(
-                f"model {reference!r} is neither a local directory nor on the hub (if it is private, log in with `hf auth login`)"
+                f"model {reference!r} is neither a local directory nor on the hub (if it is private, log in "
+                "with `hf auth login`)"
             )
         except Exception:  # the hub's client raises many types if the hub is unreachable or busy
             continue
@@ -115,8 +117,8 @@ def require_on_hub(grid: Grid) -> None:
 def find_inputs(grid: Grid, memory: Path | None) -> Inputs:
     """Find every model and data set that the grid names.
 
-    `memory` is a file that caches the hashes of weights, valid while size and modification time of the files are unchanged. With None
-    no weights are hashed.
+    `memory` is a file that caches the hashes of weights, valid while size and modification time of the files are unchanged.
+    With None no weights are hashed.
     """
     models, datasets = references(grid)
     digests = _Digests(memory) if memory else None

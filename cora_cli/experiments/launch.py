@@ -56,7 +56,8 @@ class LocalLauncher:
         self.slots = jobs or max(1, len(self._gpus))
         if self._gpus and self.slots > len(self._gpus):
             raise CoraError(
-                f"--jobs must be at most {len(self._gpus)}, the number of visible GPUs, not {self.slots}: each step uses one GPU"
+                f"--jobs must be at most {len(self._gpus)}, the number of visible GPUs, not {self.slots}: each step uses one "
+                "GPU"
             )
         self._free = list(range(self.slots))
         self._keep_open = tuple(keep_open)

@@ -1,7 +1,7 @@
 """Decides which steps are done. A step counts as done while the hashes of its inputs and outputs match.
 
-`OUT/steps/<step>.json` records the inputs of a step and the hashes of its output files. This module also removes outdated results
-before a step runs again.
+`OUT/steps/<step>.json` records the inputs of a step and the hashes of its output files. This module also removes outdated
+results before a step runs again.
 """
 
 import dataclasses
@@ -84,7 +84,10 @@ class Ledger:
         return ", ".join(names) if names and names != ["run"] else None
 
     def clear(self, step: Step, results: Mapping[str, str]) -> str | None:
-        """Remove outdated files that would stop a training step from running again. Returns a message, or None if nothing was removed."""
+        """Remove outdated files that would stop a training step from running again.
+
+        Returns a message, or None if nothing was removed.
+        """
         record, place = self.record(step), self._out / step.output
         if step.kind not in ("model", "train") or not record or not place.exists():
             return None
@@ -152,7 +155,7 @@ class Ledger:
         rundir.write_json(self._place(step), {**common, **origin, **more})
 
     def _files(self, step: Step, but: str | None = None) -> dict[str, str]:
-        """SHA-256 of every output file of a step, by its path in the step's directory; paths that begin with `but` are skipped."""
+        """SHA-256 of every output file of a step, by its path in the step's directory, without paths that begin with `but`."""
         place = self._out / step.output
         if step.kind == "basis":
             return {place.name: rundir.sha256_file(place)} if place.is_file() else {}

@@ -15,8 +15,8 @@ from cora_cli.errors import CoraError
 def paper() -> dict[str, Any]:
     """The paper's results: `source`, `model`, `note`, and `tables` by name.
 
-    Each table has `caption`, `columns` and `rows`, which map a printed name to its metrics; a metric that is not printed is null.
-    SacreBLEU is 0-100, the other metrics 0-1. Names are as printed, including `yhama` and `FBL`.
+    Each table has `caption`, `columns` and `rows`, which map a printed name to its metrics; a metric that is not printed is
+    null. SacreBLEU is 0-100, the other metrics 0-1. Names are as printed, including `yhama` and `FBL`.
     """
     text = importlib.resources.files("cora_cli.experiments").joinpath("paper_tables.json").read_text(encoding="utf-8")
     contents: dict[str, Any] = json.loads(text)

@@ -1,7 +1,7 @@
 """The preset `small`: runs any grid with a small model, local fine-tunes and built-in data, in minutes instead of weeks.
 
-Settings of the method (modes, ranks, initializations, numbers of models, seeds) are kept. Settings of scale are replaced, and each
-replacement adds a sentence to the conditions of the grid.
+Settings of the method (modes, ranks, initializations, numbers of models, seeds) are kept. Settings of scale are replaced, and
+each replacement adds a sentence to the conditions of the grid.
 """
 
 from collections.abc import Mapping
@@ -35,14 +35,15 @@ _EVALUATED = (
 def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
     """Convert the values of a valid grid file to `model` and to a scale for two CPU cores.
 
-    `has_bases` says whether any row has a basis. Raises `UsageError` if the grid has more models or data sets than the built-in ones
-    that replace them, or if it varies a setting that the preset sets.
+    `has_bases` says whether any row has a basis. Raises `UsageError` if the grid has more models or data sets than the built-in
+    ones that replace them, or if it varies a setting that the preset sets.
     """
     defaults = values.get("defaults") or {}
     pool = list(values.get("models") or {}) if has_bases else []
     if len(pool) > len(TASKS):
         raise UsageError(
-            f"preset small provides {len(TASKS)} source models, but the grid has {len(pool)}; shorten models, or leave out --preset"
+            f"preset small provides {len(TASKS)} source models, but the grid has {len(pool)}; shorten models, or leave out "
+            "--preset"
         )
     renamed = dict(zip(pool, TASKS, strict=False))
     datasets, replaced = _datasets(values.get("datasets") or {})
@@ -99,7 +100,8 @@ def _datasets(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
             conditions.append(f"The data set {name} is {mapped[name]} instead of {reference}.")
     if len(set(mapped.values())) < len(mapped):
         raise UsageError(
-            f"preset small has only builtin:instruct and builtin:code, too few to replace {', '.join(given)}; leave out --preset"
+            f"preset small has only builtin:instruct and builtin:code, too few to replace {', '.join(given)}; leave out "
+            "--preset"
         )
     return mapped, conditions
 
@@ -114,7 +116,10 @@ def _by_rate(block: Mapping[str, Any]) -> list[Values]:
 
 
 def _block(block: Mapping[str, Any], renamed: Mapping[str, str], sweeps: bool = False) -> Values:
-    """Remove settings of scale from a block or row, and keep a learning-rate sweep. Raises `UsageError` if it varies another such setting."""
+    """Remove settings of scale from a block or row, and keep a learning-rate sweep.
+
+    Raises `UsageError` if it varies another such setting.
+    """
     rows = block.get("rows") or []
     if varied := sorted(key for key in _SCALE & block.keys() if isinstance(block[key], list)) + sorted(
         _SCALE & {key for row in rows for key in row}

@@ -16,7 +16,8 @@ KINDS = ("model", "basis", "train", "evaluate")
 class Resources:
     """Resources of one step. None means the cluster's default.
 
-    `sbatch` has further options of sbatch by their long names; `setup` has shell lines to run before the step, such as `module load`.
+    `sbatch` has further options of sbatch by their long names; `setup` has shell lines to run before the step, such as
+    `module load`.
     """
 
     timeout_min: int = 1440
@@ -48,7 +49,10 @@ class Resources:
 
 
 def read_resources(values: object, problems: list[str]) -> dict[str, Resources]:
-    """Resources for each kind of step: the kind's own settings, then those of `all`. Invalid values are reported in `problems`."""
+    """Resources for each kind of step: the kind's own settings, then those of `all`.
+
+    Invalid values are reported in `problems`.
+    """
     if not isinstance(values, Mapping | None):
         problems.append(f"resources must hold {', '.join(('all', *KINDS))}, not {values!r}")
         values = None

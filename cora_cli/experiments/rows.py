@@ -36,8 +36,7 @@ _ALWAYS_NAMED = frozenset({*_SHOWN_KEYS, "dataset", "rank", "basis_rank", "n_mod
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """What the file provides to every row: names of models and data sets, defaults for training and basis, and the seed for choosing
-    source models."""
+    """What the file gives every row: names of models and data sets, training and basis defaults, the source-model seed."""
 
     models: tuple[str, ...]
     datasets: tuple[str, ...]
@@ -51,8 +50,9 @@ class Scope:
 class Row:
     """One row. A field is None if it does not apply to the row's mode.
 
-    `sources` names models of the pool; it is empty for the control with `n_models` 0, whose basis comes from the base model. `train` has
-    settings of `TrainConfig`, and `basis` has settings of `BasisChoices` without the rank. `basis_rank` is the rank that the row needs.
+    `sources` names models of the pool; it is empty for the control with `n_models` 0, whose basis comes from the base model.
+    `train` has settings of `TrainConfig`, and `basis` has settings of `BasisChoices` without the rank. `basis_rank` is the rank
+    that the row needs.
     """
 
     name: str
@@ -200,7 +200,7 @@ def _dataset(name: str | None, scope: Scope, where: str, problems: list[str]) ->
 
 
 def _sources(values: Values, scope: Scope, where: str, problems: list[str]) -> tuple[str, ...]:
-    """The source models: those named in `sources`, or `n_models` chosen at random from the pool, as in the paper, or all of the pool."""
+    """The source models: those in `sources`, or `n_models` chosen at random from the pool as in the paper, or the pool."""
     if "sources" in values:
         sources: tuple[str, ...] = values["sources"]
         if "n_models" in values:

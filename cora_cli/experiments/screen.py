@@ -58,7 +58,7 @@ class Screen:
         self._line(text)
 
     def show(self, logs: Mapping[str, Path]) -> None:
-        """On a terminal, redraw the live status: one summary line, and one line per running step with the last line of its log."""
+        """On a terminal, redraw the live status: a summary line, and for each running step the last line of its log."""
         now = time.monotonic()
         if not self._live or now - self._drew < _REDRAW_SECONDS:
             return

@@ -1,7 +1,7 @@
 """Runs steps as jobs of a Slurm cluster through submitit, with the same commands as locally and files on a shared disk.
 
-A job that is preempted or reaches its time limit is queued again and its step continues. If `ablate` is killed, its jobs go on, and
-the next call finds them.
+A job that is preempted or reaches its time limit is queued again and its step continues. If `ablate` is killed, its jobs go on,
+and the next call finds them.
 """
 
 import functools
@@ -91,8 +91,8 @@ class SlurmLauncher:
     ) -> None:
         """`folder`, on the shared disk, is for submitit's files; `resources` has the resources of each kind of step.
 
-        `cluster` is "slurm", or "local" for submitit processes on this machine; `states` returns the state of every known job by its
-        id. Raises `CoraError` if submitit or Slurm is not installed.
+        `cluster` is "slurm", or "local" for submitit processes on this machine; `states` returns the state of every known job
+        by its id. Raises `CoraError` if submitit or Slurm is not installed.
         """
         try:
             import submitit
@@ -191,7 +191,7 @@ class _Cached:
 
 
 def squeue() -> dict[str, str]:
-    """State by id of every job of this user that Slurm knows, including jobs that ended some minutes ago. Needs no Slurm accounting.
+    """State by id of every job of this user that Slurm knows, including recently ended ones. Needs no Slurm accounting.
 
     Raises `CoraError` if squeue keeps failing.
     """

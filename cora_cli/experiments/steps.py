@@ -1,4 +1,4 @@
-"""Plans the steps that the rows of a grid need: their commands, their dependencies, and the keys by which equal steps are shared.
+"""Plans the steps that the rows of a grid need: commands, dependencies, and the keys by which equal steps are shared.
 
 A step is one `cora` command. `ledger` decides whether it is done, and `execute` runs it.
 """
@@ -29,9 +29,9 @@ SCORING = frozenset({"metrics", "bertscore_model", "bertscore_layer", "bootstrap
 class Step:
     """One `cora` command of a plan.
 
-    `output` is the directory or file that it writes, relative to the plan's output directory. `facts` has the settings and content
-    hashes that determine the result, with the key of a step in place of a hash of its result; `key` is their hash. `needs` names the
-    steps that it depends on, and `argv` has the arguments of `cora`.
+    `output` is the directory or file that it writes, relative to the plan's output directory. `facts` has the settings and
+    content hashes that determine the result, with the key of a step in place of a hash of its result; `key` is their hash.
+    `needs` names the steps that it depends on, and `argv` has the arguments of `cora`.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Step:
 class Plan:
     """All steps of a grid, each after its dependencies. `steps_of` names the steps of each row in the order in which they run.
 
-    `records` maps files to write before anything runs, relative to `out`, to the held-out records for evaluating the base model.
+    `records` maps files to write before anything runs, relative to `out`, to the held-out records for the base model.
     """
 
     grid: Grid

@@ -1,4 +1,4 @@
-"""Checks and converts values from YAML against the typed fields of a configuration class, and reads YAML files that include others.
+"""Checks and converts values from YAML against the fields of a configuration class, and reads YAML files that include others.
 
 It checks only types; the configuration classes check what the settings mean.
 """
@@ -93,7 +93,7 @@ def _described(hint: Any) -> str:
 
 
 def read_yaml(path: Path) -> Values:
-    """Read a YAML mapping. If it has the key `include`, it is merged over that file; the path is relative to the including file.
+    """Read a YAML mapping. If it has the key `include`, it is merged over that file, whose path is relative to this one.
 
     Raises `UsageError` with the path of a file that cannot be read, is not a mapping, or includes itself.
     """
@@ -113,7 +113,10 @@ def _read(path: Path, including: tuple[Path, ...]) -> Values:
 
 
 def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Values:
-    """Merge two mappings. For a key in both, mappings are merged, lists of `conditions` are joined, and otherwise `upper` wins."""
+    """Merge two mappings.
+
+    For a key in both, mappings are merged, lists of `conditions` are joined, and otherwise `upper` wins.
+    """
     result = dict(lower)
     for key, value in upper.items():
         below = result.get(key)

@@ -258,7 +258,7 @@ def test_processes_get_a_gpu_each_or_share_the_threads(monkeypatch: pytest.Monke
     gpus = LocalLauncher(None, "auto")
     assert gpus.slots == 2
     assert [gpus._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["3", "5"]
-    with pytest.raises(CoraError, match="only 2 GPU"):
+    with pytest.raises(CoraError, match="at most 2, the number of visible GPUs"):
         LocalLauncher(3, "auto")
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     threads = LocalLauncher(3, "cpu")

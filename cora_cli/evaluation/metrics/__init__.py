@@ -31,9 +31,9 @@ _EXAMPLES_PER_STEP = 256
 class ScoreReport:
     """Metrics of one set of predictions.
 
-    `metrics` maps each name to `value`, `ci95`, `n` and `signature`, as in `metrics.json`. `per_example` has one score per example,
-    in input order; for `sacrebleu` this is sentence BLEU, whose mean is not the corpus value. `statistics` has the (n, k) arrays for
-    `intervals.paired_difference`.
+    `metrics` maps each name to `value`, `ci95`, `n` and `signature`, as in `metrics.json`. `per_example` has one score per
+    example, in input order; for `sacrebleu` this is sentence BLEU, whose mean is not the corpus value. `statistics` has the
+    (n, k) arrays for `intervals.paired_difference`.
     """
 
     metrics: dict[str, dict[str, Any]]
@@ -106,9 +106,9 @@ def score_all(
 ) -> ScoreReport:
     """Compute metrics with percentile bootstrap intervals over examples.
 
-    Prediction i is compared with reference i. All metrics use the same `bootstrap` resamples, drawn with `seed`. The interval's key
-    follows `confidence`: `ci95`, `ci90`. Raises `CoraError` if the counts differ, nothing is given or an entry is not text, and
-    `UsageError` for unknown names and invalid settings.
+    Prediction i is compared with reference i. All metrics use the same `bootstrap` resamples, drawn with `seed`. The interval's
+    key follows `confidence`: `ci95`, `ci90`. Raises `CoraError` if the counts differ, nothing is given or an entry is not text,
+    and `UsageError` for unknown names and invalid settings.
     """
     import numpy as np
 
@@ -143,7 +143,7 @@ def score_all(
 
 
 def _statistics(metrics: "dict[str, Metric]", predictions: Sequence[str], references: Sequence[str]) -> "dict[str, Floats]":
-    """Per-example statistics (n, k) of every metric; one progress bar for all text metrics, and one for each that runs a model."""
+    """Per-example statistics (n, k) of every metric; one progress bar for text metrics, and one for each that runs a model."""
     import numpy as np
 
     from cora_cli.evaluation.metrics.base import StreamingMetric, in_order

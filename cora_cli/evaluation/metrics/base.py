@@ -70,7 +70,8 @@ def check_texts(predictions: Sequence[str], references: Sequence[str]) -> None:
     """
     if len(predictions) != len(references):
         raise CoraError(
-            f"every prediction needs one reference, but there are {len(predictions)} predictions and {len(references)} references"
+            f"every prediction needs one reference, but there are {len(predictions)} predictions and {len(references)} "
+            "references"
         )
     if len(predictions) == 0:
         raise CoraError("nothing to score: there are 0 predictions and 0 references")

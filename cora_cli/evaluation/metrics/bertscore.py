@@ -1,7 +1,7 @@
 """BERTScore F1 (Zhang et al. 2020): greedy matching of contextual embeddings, no idf, no rescaling, mean over examples.
 
-Texts are encoded by `bert-score`, with workarounds for its problems under transformers 5. Values from different encoders or layers
-are not comparable, so the signature starts with both.
+Texts are encoded by `bert-score`, with workarounds for its problems under transformers 5. Values from different encoders or
+layers are not comparable, so the signature starts with both.
 """
 
 import re
@@ -49,8 +49,8 @@ class Encoder:
 class BertScore(StreamingMetric):
     """Mean BERTScore F1, about 0–1.
 
-    `model` is a hub id or a directory, by default the embedded MiniLM-L6. `layer` is by default the one that `bert-score` recommends
-    for a model of that name. The model is loaded on first use.
+    `model` is a hub id or a directory, by default the embedded MiniLM-L6. `layer` is by default the one that `bert-score`
+    recommends for a model of that name. The model is loaded on first use.
     """
 
     name = "bertscore_f1"
@@ -72,9 +72,9 @@ class BertScore(StreamingMetric):
     def stream(self, predictions: Sequence[str], references: Sequence[str]) -> Iterator[tuple[list[int], Floats]]:
         """Yield indices of examples and their F1 (m, 1). An empty text scores 0; long texts are truncated.
 
-        Each distinct text is encoded once, in order of length, and an example is scored when the longer of its two texts is encoded.
-        This keeps padding small, and only the shorter embeddings are kept in memory. Raises `CoraError` as `check_texts` does, and
-        if the encoder cannot be loaded.
+        Each distinct text is encoded once, in order of length, and an example is scored when the longer of its two texts is
+        encoded. This keeps padding small, and only the shorter embeddings are kept in memory. Raises `CoraError` as
+        `check_texts` does, and if the encoder cannot be loaded.
         """
         check_texts(predictions, references)
         pairs = list(zip(predictions, references, strict=True))
@@ -147,8 +147,9 @@ def greedy_f1(
 ) -> torch.Tensor:
     """F1 of greedy matching (BERTScore, section 3): (batch,).
 
-    Each side is embeddings (batch, tokens, dim), mask (batch, tokens) and token weights (batch, tokens). In `bert-score`, padding has a
-    similarity of 0, which exceeds every negative one, so its values depend on the batch; here padding is never matched.
+    Each side is embeddings (batch, tokens, dim), mask (batch, tokens) and token weights (batch, tokens). In `bert-score`,
+    padding has a similarity of 0, which exceeds every negative one, so its values depend on the batch; here padding is never
+    matched.
     """
     (hyp, hyp_mask, hyp_weight), (ref, ref_mask, ref_weight) = hypothesis, reference
     similarity = normalize(hyp, dim=-1) @ normalize(ref, dim=-1).transpose(1, 2)
@@ -193,12 +194,14 @@ def load_encoder(source: ModelPath, layer: int, device: str) -> Encoder:
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise CoraError(
-            f"encoder {source.reference} lacks {len(missing)} weights that its config.json requires, such as {missing[0]}; download it again"
+            f"encoder {source.reference} lacks {len(missing)} weights that its config.json requires, such as {missing[0]}; "
+            "download it again"
         )
     layers = getattr(config, "num_hidden_layers", layer)
     if not 1 <= layer <= layers:
         raise CoraError(
-            f"encoder {source.reference} has {layers} layers, so layer {layer} does not exist; set --bertscore-layer to 1-{layers}"
+            f"encoder {source.reference} has {layers} layers, so layer {layer} does not exist; set --bertscore-layer to "
+            f"1-{layers}"
         )
     stack = getattr(getattr(model, "encoder", None), "layer", None)
     if stack is None:
@@ -211,7 +214,7 @@ def load_encoder(source: ModelPath, layer: int, device: str) -> Encoder:
 
 
 def longest_input(model: Any, config: Any, tokenizer: Any) -> int:
-    """Maximum input length in tokens, special tokens included: the encoder's positions, or the tokenizer's limit if that is lower."""
+    """Maximum input length in tokens, with special tokens: the lower of the encoder's and the tokenizer's limit."""
     positions = getattr(config, "max_position_embeddings", None) or _UNKNOWN_LENGTH
     table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)

@@ -1,7 +1,7 @@
 """Corpus BLEU of `sacrebleu` with its defaults (13a tokenization, exponential smoothing, mixed case), 0–100.
 
-`sacrebleu` counts the n-grams of each example once; the corpus value is computed from their sums and equals `corpus_bleu`. Scores of
-single examples are sentence BLEU, whose mean is not the corpus value.
+`sacrebleu` counts the n-grams of each example once; the corpus value is computed from their sums and equals `corpus_bleu`.
+Scores of single examples are sentence BLEU, whose mean is not the corpus value.
 """
 
 from collections.abc import Sequence
@@ -52,9 +52,9 @@ class SacreBleu(Metric):
 def bleu_of_counts(counts: Floats, *, effective_order: bool) -> Floats:
     """BLEU (Papineni et al. 2002) with exponential smoothing: (..., 10) -> (...), 0–100.
 
-    BP · exp(mean of log pₙ), where the j-th order without a match has pₙ = 100 / (2ʲ · totalₙ). With `effective_order` the mean is over
-    the orders for which the prediction is long enough; without it, one missing order makes the score 0. A prediction without any
-    match scores 0.
+    BP · exp(mean of log pₙ), where the j-th order without a match has pₙ = 100 / (2ʲ · totalₙ). With `effective_order` the mean
+    is over the orders for which the prediction is long enough; without it, one missing order makes the score 0. A prediction
+    without any match scores 0.
     """
     predicted, expected = counts[..., 0], counts[..., 1]
     matched, total = counts[..., 2 : 2 + ORDER], counts[..., 2 + ORDER :]

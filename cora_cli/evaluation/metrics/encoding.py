@@ -20,8 +20,9 @@ _AHEAD = 2
 def embeddings(model: Any, token_ids: Sequence[list[int]], pad_token_id: int, device: str) -> Iterator[torch.Tensor]:
     """Yield the last hidden states (tokens, dim) of each text, in the given order. Texts should be sorted by length.
 
-    On a CPU, each torch thread processes its own batches, because one thread is nearly as fast on one batch as all threads together.
-    An error in a thread is raised here. After an error, or when the iterator is closed, the remaining batches are cancelled.
+    On a CPU, each torch thread processes its own batches, because one thread is nearly as fast on one batch as all threads
+    together. An error in a thread is raised here. After an error, or when the iterator is closed, the remaining batches are
+    cancelled.
     """
     on_cpu = torch.device(device).type == "cpu"
     batches = token_batches(token_ids, BATCH_TOKENS_CPU if on_cpu else BATCH_TOKENS_GPU)

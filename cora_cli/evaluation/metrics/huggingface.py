@@ -22,8 +22,8 @@ def _shared_metrics(names: tuple[str, ...], **options: Any) -> dict[str, Metric]
 class _LocalMetric(evaluate.Metric):
     """Collects texts with `evaluate` and scores them with the metrics of this package.
 
-    As in every `evaluate.Metric`, added examples are stored in `cache_dir` until `compute` (by default `HF_METRICS_CACHE`), or in
-    memory with `keep_in_memory=True`.
+    As in every `evaluate.Metric`, added examples are stored in `cache_dir` until `compute` (by default `HF_METRICS_CACHE`), or
+    in memory with `keep_in_memory=True`.
     """
 
     names: ClassVar[tuple[str, ...]]

@@ -1,7 +1,7 @@
 """METEOR as NLTK implements it (Lavie & Agarwal 2007: exact, stem and WordNet matches), mean over examples.
 
-This is not METEOR 1.5: it has no paraphrases and no language-specific weights, and NLTK looks up synonyms by stem, so "car" matches
-"auto" but not "automobile". The values are comparable only with NLTK's.
+This is not METEOR 1.5: it has no paraphrases and no language-specific weights, and NLTK looks up synonyms by stem, so "car"
+matches "auto" but not "automobile". The values are comparable only with NLTK's.
 """
 
 import threading

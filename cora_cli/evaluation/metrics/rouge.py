@@ -1,6 +1,6 @@
 """ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004): F-measures of `rouge-score` with its Porter stemmer, mean over examples.
 
-Tokens are runs of [a-z0-9], as in `rouge-score`: this ignores most of the syntax of code, and scores text in other scripts as 0.
+Tokens are runs of [a-z0-9], as in `rouge-score`: this ignores most of the syntax of code, and scores other scripts as 0.
 """
 
 from collections.abc import Sequence
@@ -50,8 +50,8 @@ class RougeScores:
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence, by bit-parallel dynamic programming (Hyyrö 2004).
 
-    Each row of the table is one integer. `rouge-score` stores the full table as Python lists, which for two texts of 20,000 words takes
-    gigabytes and minutes.
+    Each row of the table is one integer. `rouge-score` stores the full table as Python lists, which for two texts of 20,000
+    words takes gigabytes and minutes.
     """
     shorter, longer = sorted((first, second), key=len)
     matches: dict[str, int] = {}
