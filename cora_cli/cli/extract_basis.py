@@ -40,7 +40,7 @@ class ExtractConfig:
         panel=_CHOICES,
     )
     merge: Merge = setting(
-        "mean: decompose (1/n) Σ Wᵢ (equation 2); gram: decompose Σ WᵢWᵢᵀ, in which opposite weights do not cancel.",
+        "mean: decompose the mean (1/n) Σ Wᵢ (equation 2); gram: top eigenvectors of Σ WᵢWᵢᵀ, in which opposite weights do not cancel.",
         "mean",
         panel=_CHOICES,
     )

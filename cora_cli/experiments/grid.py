@@ -185,13 +185,13 @@ def _models(values: object, problems: list[str]) -> dict[str, str | Values]:
     """The pool of source models: references, or training settings of models to fine-tune."""
     if not isinstance(values, dict):
         return dict(_named(values, "models", problems))
-    made = {name: settings for name, settings in values.items() if isinstance(settings, dict)}
-    named = _named({name: reference for name, reference in values.items() if name not in made}, "models", problems)
+    tuned = {name: settings for name, settings in values.items() if isinstance(settings, dict)}
+    named = _named({name: reference for name, reference in values.items() if name not in tuned}, "models", problems)
     hints = {**TRAIN_KEYS, "dataset": str, "mode": ROW_KEYS["mode"]}
     pool: dict[str, str | Values] = {}
     for name in values:
-        if name in made:
-            settings = {"mode": "lora", **typed(made[name], hints, f"models: {name}", problems)}
+        if name in tuned:
+            settings = {"mode": "lora", **typed(tuned[name], hints, f"models: {name}", problems)}
             if "dataset" not in settings:
                 problems.append(f"models: {name} has training settings but no dataset; add one")
             elif settings["mode"] not in ("lora", "full"):

@@ -1,4 +1,4 @@
-"""`cora doctor` says what is here and what is missing, and changes nothing."""
+"""`cora doctor` reports what is installed and what is missing, and changes nothing."""
 
 import re
 from pathlib import Path
@@ -40,9 +40,7 @@ def test_missing_packages_are_listed_with_the_command_that_installs_them(monkeyp
     assert result.stderr == "missing packages: pip install no-such-package nor-this\n"
 
 
-def test_embedded_parts_that_are_not_here_are_announced_and_not_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_embedded_models_are_reported_and_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CORA_CACHE", str(tmp_path / "cache"))
     result = cora_doctor("--device=cpu")
     assert result.exit_code == 0
@@ -52,7 +50,7 @@ def test_embedded_parts_that_are_not_here_are_announced_and_not_fetched(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_device_that_is_not_there_is_an_error() -> None:
+def test_a_missing_device_is_an_error() -> None:
     result = cora_doctor("--device=cuda:9")
     assert result.exit_code == 1
     assert result.stderr.startswith("cora: error: --device cuda:9 was asked for")

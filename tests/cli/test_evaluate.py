@@ -141,7 +141,7 @@ def test_runs_with_other_held_out_records_get_their_table_but_no_comparison(
     assert "did not answer the same records" in result.stderr.splitlines()[-1]
 
 
-def test_a_configuration_file_names_the_runs_and_a_flag_beats_it(runs: list[Path], tmp_path: Path) -> None:
+def test_a_configuration_file_names_the_runs_and_a_flag_overrides_it(runs: list[Path], tmp_path: Path) -> None:
     settings = {
         "runs": [str(run) for run in runs],
         "output-dir": str(tmp_path / "out"),
@@ -167,7 +167,7 @@ def test_a_bare_model_and_finished_predictions_give_the_same_table(tiny_model: P
     assert again.stdout == first.stdout
 
 
-def test_the_seed_moves_the_intervals_and_nothing_else(predictions: Path) -> None:
+def test_the_seed_affects_only_the_intervals(predictions: Path) -> None:
     results = []
     for seed in (0, 0, 1):
         result = cora("--from", predictions, "--metrics", "rouge1", "--bootstrap", 101, "--seed", seed)
@@ -208,7 +208,7 @@ def assert_one_line(result: Any, exit_code: int, message: str) -> None:
         (["run", "--device", "tpu"], "--device 'tpu' is unknown"),
     ],
 )
-def test_senseless_requests_exit_2_with_one_line(arguments: list[str], message: str) -> None:
+def test_invalid_requests_exit_2_with_one_line(arguments: list[str], message: str) -> None:
     result = cora(*arguments)
     assert_one_line(result, 2, message)
     assert len(result.stderr.strip().splitlines()) == 1
@@ -222,7 +222,7 @@ def test_values_and_flags_that_do_not_exist_exit_2(arguments: list[str]) -> None
     assert "Traceback" not in result.stderr
 
 
-def test_things_that_are_not_there_exit_1_with_one_line(tmp_path: Path, predictions: Path) -> None:
+def test_missing_files_exit_1_with_one_line(tmp_path: Path, predictions: Path) -> None:
     assert_one_line(cora(tmp_path / "nowhere"), 1, "is not a cora run")
     assert_one_line(cora("--from", tmp_path / "nowhere.jsonl"), 1, "is not a file")
     model = ("--model", tmp_path / "nowhere", "--dataset", "builtin:code", "-o", tmp_path / "out")
@@ -237,7 +237,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "is not a file" in str(result.exception)
 
 
-def test_the_installed_command_answers_a_senseless_request_without_loading_torch(tmp_path: Path) -> None:
+def test_the_installed_command_refuses_an_invalid_request_without_loading_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     process = subprocess.run(
         [sys.executable, "-m", "cora_cli", "evaluate", "--metrics", "chrf", "run"],

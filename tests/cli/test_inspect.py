@@ -100,14 +100,14 @@ def test_changes_of_low_rank_and_the_base_are_each_read_against_their_own_chance
     assert chances == {"chance, pairs": round(2 / rows, 3), "chance, with the base model": round(4 / rows, 3)}
 
 
-def test_changes_that_have_nothing_in_common_are_told_so(unrelated: list[Path]) -> None:
+def test_changes_without_a_common_subspace_are_reported_as_such(unrelated: list[Path]) -> None:
     base, *models = unrelated
     result = cora_inspect(*models, "--base", base, "--rank=2")
     assert result.exit_code == 0, result.stderr
     assert "\nNo common subspace is shown: " in result.stdout
 
 
-def test_a_basis_file_is_described_alone_and_judged_beside_models(related: list[Path], tmp_path: Path) -> None:
+def test_a_basis_file_is_described_alone_and_compared_with_models(related: list[Path], tmp_path: Path) -> None:
     base, *models = related
     path = tmp_path / "basis.safetensors"
     extract_basis([resolve_model(str(model)) for model in models[:3]], path, BasisChoices(rank=3), None, torch.device("cpu"))
@@ -168,7 +168,7 @@ def test_copies_of_one_model_are_refused_by_name(related: list[Path], tmp_path: 
     assert "model-0 and copy hold the same weights" in result.stderr
 
 
-def test_adapters_of_one_base_need_no_other_word_for_it(related: list[Path], tmp_path: Path) -> None:
+def test_adapters_of_one_base_need_no_base_flag(related: list[Path], tmp_path: Path) -> None:
     adapters = [make_adapter(related[0], tmp_path / f"a{n}", seed=n) for n in range(3)]
     result = cora_inspect(*adapters, "--rank=3", "--target-modules=q_proj", "--format=json")
     assert result.exit_code == 0, result.stderr
@@ -307,7 +307,7 @@ def basis_of(models: list[Path], path: Path, **choices: Any) -> Path:
 
 
 @pytest.mark.parametrize("bases", [3, 5])
-def test_runs_say_whether_capture_foretold_their_loss(related: list[Path], tmp_path: Path, bases: int) -> None:
+def test_runs_show_whether_capture_predicts_their_loss(related: list[Path], tmp_path: Path, bases: int) -> None:
     base, *models = related
     flags = []
     for n in range(bases):
@@ -401,7 +401,7 @@ def test_draws_of_a_random_b_are_one_basis_and_losses_are_compared_over_the_seed
         (["MODEL", "/missing/model"], 1, "model '/missing/model' is neither a directory on this disk nor a hub id"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], code: int, message: str, related: list[Path]) -> None:
+def test_invalid_requests_are_one_line(arguments: list[str], code: int, message: str, related: list[Path]) -> None:
     base, model = map(str, related[:2])
     result = cora_inspect(*(argument.replace("MODEL", model).replace("BASE", base) for argument in arguments))
     assert (result.exit_code, result.stdout) == (code, ""), result.stderr
@@ -410,7 +410,7 @@ def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], code: int, 
     assert "Traceback" not in result.stderr
 
 
-def test_models_of_one_name_are_told_apart_by_their_paths(related: list[Path], tmp_path: Path) -> None:
+def test_models_of_one_name_are_distinguished_by_their_paths(related: list[Path], tmp_path: Path) -> None:
     one, other = (
         Path(shutil.copytree(model, tmp_path / name / "model")) for model, name in zip(related[1:3], "xy", strict=True)
     )

@@ -14,7 +14,7 @@ def names(*blocks: Any, **changes: Any) -> list[str]:
     return [row.name for row in grid_of(*blocks, **changes).rows]
 
 
-def test_lists_are_crossed_in_the_order_of_the_file() -> None:
+def test_lists_are_combined_in_the_order_of_the_file() -> None:
     assert names({"mode": "lora", "rank": [4, 8], "seed": [0, 1]}) == [
         "lora_r4_lr3e-4_seed0",
         "lora_r4_lr3e-4_seed1",
@@ -30,7 +30,7 @@ def test_a_name_holds_what_identifies_a_row_and_no_more() -> None:
     assert names({"mode": "fb", "b_init": "orthonormal"}) == ["cora-fb-orthonormal_r4_lr3e-4_seed0"]
     assert names({"mode": "full", "learning_rate": 1.5e-5}) == ["full_lr1.5e-5_seed0"]
     assert names({"mode": "basis", "method": ["svd", "pca"]}) == ["basis-svd_module_r48_n3", "basis-pca_module_r48_n3"]
-    # A setting that is the same in the whole block tells no rows apart; one that is crossed does.
+    # A setting is part of the name only if it varies within the block.
     assert names({"mode": "lora", "alpha": 8}) == ["lora_r4_lr3e-4_seed0"]
     assert names({"mode": "lora", "alpha": [8, 16.0]}) == ["lora_r4_lr3e-4_alpha-8_seed0", "lora_r4_lr3e-4_alpha-16_seed0"]
     assert names({"mode": "lora", "target_modules": [["q_proj"], ["k_proj", "v_proj"]]})[1] == (
@@ -57,7 +57,7 @@ def test_explicit_rows_take_the_settings_of_their_block() -> None:
     ]
 
 
-def test_defaults_reach_every_row_but_those_that_they_mean_nothing_to() -> None:
+def test_defaults_apply_to_every_row_in_which_they_have_an_effect() -> None:
     full, lora = grid_of(
         {"mode": "full"},
         {"mode": "lora", "seed": 3},
@@ -78,7 +78,7 @@ def test_n_models_are_chosen_at_random_by_a_seed_and_keep_the_order_of_the_pool(
     assert chosen(0, 5) == tuple("edcba")
     assert all(list(chosen(seed)) == sorted(chosen(seed), reverse=True) for seed in range(20))
     assert chosen(0, 0) == ()
-    # The mode, rank and learning rate of a row do not move the choice: rows are compared on one basis.
+    # The mode, rank and learning rate of a row do not affect the choice: rows are compared on one basis.
     rows = grid_of({"mode": ["fb", "tb"], "rank": [4, 8], "n_models": 3}, models=pool).rows
     assert len({row.sources for row in rows}) == 1
 
@@ -124,7 +124,7 @@ def test_printed_names_are_filled_from_the_row() -> None:
         (["mode"], "grid, block 1 must hold `name: value` lines"),
     ],
 )
-def test_a_block_that_makes_no_sense_is_refused(block: Any, message: str) -> None:
+def test_an_invalid_block_is_refused(block: Any, message: str) -> None:
     with pytest.raises(UsageError) as error:
         grid_of(block)
     assert str(error.value).startswith("grid file tiny.yaml: ")
@@ -153,7 +153,7 @@ def test_a_block_that_makes_no_sense_is_refused(block: Any, message: str) -> Non
         ),
     ],
 )
-def test_a_file_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_file_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
         build_grid({**BASE, "grid": [{"mode": "lora"}], **changes}, "tiny.yaml")
     assert message in str(error.value)
@@ -197,7 +197,7 @@ def test_a_file_that_cannot_be_read_is_named(text: str | None, message: str, tmp
     assert message in str(error.value)
 
 
-def test_what_a_block_varies_is_in_the_label_so_that_rows_of_unlike_settings_are_unlike_methods() -> None:
+def test_settings_that_vary_are_in_the_label_so_that_they_are_separate_methods() -> None:
     rows = grid_of(
         {"mode": "lora", "alpha": [4.0, 8.0], "rank": [4, 8], "seed": [0, 1]},
         {"mode": "fb", "label": "mine", "share": ["module", "projection"], "sources": [["a"], ["a", "b"]]},
@@ -222,20 +222,20 @@ def test_what_a_block_varies_is_in_the_label_so_that_rows_of_unlike_settings_are
         ({"conditions": [5]}, "conditions must be a list of sentences, not [5]"),
     ],
 )
-def test_names_and_sentences_that_are_none_are_refused(changes: Any, message: str) -> None:
+def test_invalid_names_and_conditions_are_refused(changes: Any, message: str) -> None:
     with pytest.raises(UsageError) as error:
         grid_of({"mode": "base"}, **changes)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["model: m\nmodel: n\n", "model: m\ngrid:\n  - {mode: lora, rank: 4, rank: 8}\n"])
-def test_a_key_that_stands_twice_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_duplicate_key_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text(text)
     with pytest.raises(UsageError, match=r"has the key '(model|rank)' twice in one place"):
         load_grid(tmp_path / "grid.yaml")
 
 
-def test_what_the_small_preset_sets_itself_may_not_be_varied(tiny_model: Path, tmp_path: Path) -> None:
+def test_settings_of_the_small_preset_may_not_vary(tiny_model: Path, tmp_path: Path) -> None:
     values = {**BASE, "datasets": {"data": "builtin:code"}}
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump({**values, "grid": [{"mode": "lora", "batch_size": [2, 4]}]}))
@@ -250,7 +250,7 @@ def test_what_the_small_preset_sets_itself_may_not_be_varied(tiny_model: Path, t
     assert len(rows) == 3
 
 
-def test_rivals_are_rows_like_any_other_and_fa_basis_gets_a_basis_of_the_input_side() -> None:
+def test_baselines_are_ordinary_rows_and_fa_basis_gets_a_basis_of_the_input_side() -> None:
     grid = grid_of(
         {"mode": ["pissa", "lora+", "dora"], "rank": 4},
         {"mode": "fa-basis", "rank": 4},
