@@ -145,7 +145,8 @@ def test_directories_without_a_finished_run_are_refused_before_a_model_is_loaded
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nowhere"):
         with pytest.raises(
-            CoraError, match=rf"{name} is not a cora run \(no run\.json\)\. To evaluate a model or adapter: .*--model {name}"
+            CoraError,
+            match=rf"{name} is not a cora run \(no run\.json\)\. To evaluate a model or adapter: .*--model .*{name} --dataset FILE",
         ):
             evaluate(EvaluateConfig(runs=(str(trained["fb"]), str(tmp_path / name)), **FAST))
     record = RunDirectory(run).record
