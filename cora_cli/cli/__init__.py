@@ -1,6 +1,6 @@
-"""The command line: one small module per command, each of which parses, checks, calls one function and prints.
+"""The `cora` command line: one small module per command, which checks its settings, calls one function and prints the result.
 
-Nothing heavy is imported here: `--help` has to answer at once, so each command imports its work when it runs.
+Nothing heavy is imported here: `--help` must be fast, so each command imports its dependencies when it runs.
 """
 
 import typer
@@ -14,9 +14,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    # Plain text: rich would double the time of `--help`.
+    # Plain text: `--help` takes twice as long with rich.
     rich_markup_mode=None,
-    # Without a value, the group's own `--help` would be converted, for which typer imports pydantic.
+    # Without a default, typer converts the value of the group's own `--help` and imports pydantic to do so.
     context_settings={"default_map": {"help": False}},
 )
 for module in (extract_basis, inspect, train, evaluate, ablate, report, merge, export, demo, doctor):
@@ -25,7 +25,7 @@ for module in (extract_basis, inspect, train, evaluate, ablate, report, merge, e
 
 @app.callback(invoke_without_command=True)
 def _root(
-    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and stop.", is_eager=True)
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True)
 ) -> None:
     if version:
         from cora_cli import __version__

@@ -1,4 +1,7 @@
-"""`cora ablate`: a grid file -> every run of it, planned, carried out, completed."""
+"""`cora ablate`: plan and run every experiment of a grid file, or complete a grid that was interrupted.
+
+It parses the flags and prints the outcome; planning and running are in `cora_cli.experiments`.
+"""
 
 import dataclasses
 import os
@@ -20,35 +23,44 @@ class AblateConfig:
 
     grid: str = setting("Grid file, YAML.", argument=True)
     output_dir: str | None = setting(
-        "Where everything goes; what is whole there is kept. Default: runs/NAME.",
+        "Output directory; complete results in it are kept. Default: runs/NAME, with NAME from the grid.",
         None,
         flags=("--output-dir", "-o"),
         panel=_RUN,
     )
-    dry_run: bool = setting("Print rows, steps, sizes, estimates and what is done, and stop.", False, panel=_RUN)
+    dry_run: bool = setting(
+        "Print the plan and exit: rows, steps, parameter counts, estimated time and memory, and what is already done.",
+        False,
+        panel=_RUN,
+    )
     preset: Literal["small"] | None = setting(
-        "small: the embedded model, five fine-tunes made here, built-in data and few steps, instead of the grid's scale.",
+        "small: run the grid at a small scale, with the embedded model, source models fine-tuned locally, built-in data and "
+        "few steps.",
         None,
         panel=_WHAT,
     )
-    model: str | None = setting("Base model instead of the grid's.", None, panel=_WHAT)
-    only: str | None = setting("Run only the rows whose names match, such as 'cora-fb*'.", None, panel=_WHAT)
+    model: str | None = setting("Base model that replaces the grid's.", None, panel=_WHAT)
+    only: str | None = setting("Run only the rows whose names match this pattern, such as 'cora-fb*'.", None, panel=_WHAT)
     seed: int = setting(
-        "Seed of the random choice of n source models, where the grid has none; the seeds of runs are the grid's.",
+        "Seed for choosing n source models at random, where the grid sets no source_seed. Training seeds come from the grid.",
         0,
         panel=_WHAT,
     )
     jobs: int | None = setting(
-        "Steps at a time. Default: one per visible GPU, else one; with slurm as many as the cluster takes.", None, panel=_RUN
+        "Number of steps to run at the same time. Default: one per visible GPU, or one without GPUs; with slurm, up to 1000 "
+        "queued jobs.",
+        None,
+        panel=_RUN,
     )
     launcher: Literal["local", "slurm"] = setting(
-        "local: processes of this machine; slurm: jobs of a cluster through submitit, with the grid's resources.",
+        "local: run each step as a process on this machine; slurm: submit each step as a Slurm job with the grid's resources "
+        "(needs submitit).",
         "local",
         panel=_RUN,
     )
-    overwrite: bool = setting("Replace results in --output-dir that were made with other settings.", False, panel=_RUN)
-    device: str = setting("auto, cpu or cuda; with several GPUs each step gets one.", "auto", panel=_RUN)
-    dtype: DtypeName = setting("auto: bf16 where the hardware multiplies it, else fp32.", "auto", panel=_RUN)
+    overwrite: bool = setting("Replace results in --output-dir that were created with other settings.", False, panel=_RUN)
+    device: str = setting("auto, cpu or cuda. Each step uses one GPU.", "auto", panel=_RUN)
+    dtype: DtypeName = setting("auto: bf16 where the hardware supports it, else fp32.", "auto", panel=_RUN)
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -56,7 +68,7 @@ class AblateConfig:
             raise UsageError(f"--jobs must be at least 1, not {self.jobs}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(
-                f"--device {self.device!r} is unknown here; use auto, cpu or cuda (CUDA_VISIBLE_DEVICES selects GPUs)"
+                f"--device must be one of auto, cpu, cuda, not {self.device!r}; to select GPUs, set CUDA_VISIBLE_DEVICES"
             )
 
 
@@ -66,9 +78,9 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: AblateConfig) -> None:
-    """Run a whole grid of experiments: shared steps once, failures passed by, and what is whole on disk kept."""
+    """Run all experiments of a grid. Shared steps run once, other rows continue after a failure, and results are kept."""
     if config.dry_run:
-        # A plan is a matter of seconds, whatever the hub does; set before anything reads it.
+        # A plan must not wait for the hub. Set before the libraries read these variables at import.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     from cora_cli.experiments.ablate import Request, ablate, dry_run
 
@@ -92,5 +104,6 @@ def run(config: AblateConfig) -> None:
     if outcome.failed or outcome.blocked:
         missing = len(outcome.failed) + len(outcome.blocked)
         raise CoraError(
-            f"{missing} of {missing + len(outcome.made) + len(outcome.kept)} steps are missing; the same command tries them again"
+            f"{missing} of {missing + len(outcome.completed) + len(outcome.up_to_date)} steps are not done; run the same "
+            "command to try them again"
         )

@@ -1,7 +1,6 @@
 """Turns a configuration dataclass and a function into a `cora` command with flags, a `--config` file and clean errors.
 
-One place decides how flags, files and defaults rank (a flag beats the file, the file beats the default) and how errors end. No
-command's own logic is here.
+All commands share the same precedence (a flag overrides the file, the file overrides the default) and the same error handling.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ Config = TypeVar("Config")
 
 @contextlib.contextmanager
 def clean_errors(debug: bool) -> Iterator[None]:
-    """End a command with one sentence on stderr and the right exit code, unless `debug` wants the traceback."""
+    """Report an exception as one sentence on stderr and exit with its code; with `debug`, let the traceback through."""
     try:
         yield
     except (typer.Exit, typer.Abort):
@@ -50,7 +49,7 @@ def clean_errors(debug: bool) -> Iterator[None]:
 
 
 def command(app: typer.Typer, name: str, config_class: type[Config], run: Callable[[Config], None]) -> None:
-    """Register `cora NAME`, whose flags are the fields of `config_class`, and which calls `run` with an instance of it."""
+    """Register `cora NAME`: its flags are the fields of `config_class`, and it calls `run` with an instance of that class."""
     fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
     hints = typing.get_type_hints(config_class)
 
@@ -69,12 +68,12 @@ def command(app: typer.Typer, name: str, config_class: type[Config], run: Callab
 def _common_parameters() -> list[inspect.Parameter]:
     config = typer.Option(
         "--config",
-        help="YAML file with the same names as the flags; a flag beats the file.",
+        help="YAML file with settings named like the flags; flags override it.",
         callback=_load_file,
         is_eager=True,
         rich_help_panel="General",
     )
-    debug = typer.Option("--debug", help="Show tracebacks.", rich_help_panel="General")
+    debug = typer.Option("--debug", help="Show the full traceback of an error.", rich_help_panel="General")
     kind = inspect.Parameter.KEYWORD_ONLY
     return [
         inspect.Parameter("config", kind, default=None, annotation=Annotated[Path | None, config]),
@@ -95,7 +94,7 @@ def _parameter(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
     if meta["argument"]:
         info = typer.Argument(**options)
     else:
-        # `--no-x` also where the default is off: a flag has to be able to beat a file that says true.
+        # `--no-x` exists even where the default is off: a flag must be able to override a file that says true.
         info = typer.Option(*(meta["flags"] or (f"{flag}/--no-{flag[2:]}" if hint is bool else flag,)), **options)
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
     if isinstance(default, tuple):
@@ -115,7 +114,7 @@ def _to_field(hint: Any, value: Any) -> Any:
 
 
 def _load_file(context: typer.Context, path: Path | None) -> Path | None:
-    """Make a YAML file's values the defaults of the flags, refusing names that no flag has."""
+    """Use the values of a YAML file as defaults of the flags. Unknown names are an error."""
     if path is None:
         return None
     with clean_errors("--debug" in sys.argv):
@@ -130,7 +129,7 @@ def _read_file(path: Path, context: typer.Context) -> dict[str, Any]:
     given = {str(key).replace("-", "_"): value for key, value in values.items()}
     if unknown := sorted(set(given) - known):
         raise UsageError(
-            f"configuration file {path} has unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            f"configuration file {path} has unknown keys: {', '.join(unknown)}; known keys: {', '.join(sorted(known))}"
         )
     given = {names[key]: value for key, value in given.items()}
     repeated = {
@@ -146,15 +145,15 @@ def _read_file(path: Path, context: typer.Context) -> dict[str, Any]:
         elif key in repeated:
             given[key] = [str(value)]
         elif not isinstance(value, bool | int | float | str):
-            raise UsageError(f"configuration file {path}: {key} must be a plain value or a list, not {value!r}")
+            raise UsageError(f"configuration file {path}: {key} must be a single value or a list, not {value!r}")
         else:
-            # As text, a value is judged like a flag's: `rank: true` is no 1.
+            # As text, a value passes the same checks as a flag's: `rank: true` is refused rather than read as 1.
             given[key] = str(value)
     return {key: value for key, value in given.items() if value is not None}
 
 
 def _names_of_flags(context: typer.Context) -> dict[str, str]:
-    """The parameter behind each flag, by the flag's long name without dashes; `--no-x` and the common flags have none."""
+    """Map each flag's long name, without leading dashes, to its parameter; `--no-x` and the common flags are left out."""
     names = {}
     for parameter in context.command.params:
         if parameter.name not in ("config", "debug", "help"):
@@ -164,11 +163,11 @@ def _names_of_flags(context: typer.Context) -> dict[str, str]:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars and advice off the screen; `cora` reports progress and problems itself."""
+    """Silence the libraries' progress bars and warnings; `cora` reports progress and problems itself."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # One library's deprecations met by another are not the user's to mend.
+    # A user cannot fix one library's use of a deprecated function in another.
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,4 +1,4 @@
-"""`cora demo`: the whole chain on the embedded default."""
+"""`cora demo`: the complete pipeline on the embedded model, from fine-tuning to a table of metrics."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from cora_cli.settings import DtypeName, setting
 class DemoConfig:
     """Every setting of `cora demo`."""
 
-    output_dir: str = setting("Where everything goes; what is whole there is used again.", "demo")
-    seed: int = setting("Seed of random starts and data order.", 0)
+    output_dir: str = setting("Output directory; complete results in it are reused.", "demo")
+    seed: int = setting("Seed for initialization and data order.", 0)
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto")
-    dtype: DtypeName = setting("auto: bf16 where the hardware multiplies it, else fp32.", "auto")
+    dtype: DtypeName = setting("auto: bf16 where the hardware supports it, else fp32.", "auto")
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: DemoConfig) -> None:
-    """Make five fine-tuned models, one basis of them, four adapters, and a table: about ten minutes on two cores."""
+    """Fine-tune five models, extract their basis, train four adapters and print a table: about ten minutes on two CPU cores."""
     from pathlib import Path
 
     from cora_cli.experiments.demo import run_demo

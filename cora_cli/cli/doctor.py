@@ -1,4 +1,4 @@
-"""`cora doctor`: what is here, what is missing, and how to get it."""
+"""`cora doctor`: report installed and missing packages, hardware, and embedded models, and how to get what is missing."""
 
 import dataclasses
 import importlib.metadata
@@ -17,7 +17,7 @@ REQUIRED = (
 )  # fmt: skip
 OPTIONAL = {
     "flash_attn": "faster packed training on CUDA (pip install flash-attn)",
-    "triton": "packed training on CUDA that computes shared prefixes once (comes with torch's CUDA builds)",
+    "triton": "packed training on CUDA that computes shared prefixes once (included in torch's CUDA builds)",
     "vllm": "cora evaluate --backend vllm (pip install vllm)",
     "bitsandbytes": "cora train --load-in-4bit on CUDA (pip install bitsandbytes)",
     "submitit": "cora ablate --launcher slurm (pip install submitit)",
@@ -32,8 +32,8 @@ class DoctorConfig:
     """Every setting of `cora doctor`."""
 
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto")
-    dtype: DtypeName = setting("auto: bf16 where the hardware multiplies it, else fp32.", "auto")
-    seed: int = setting("Has no effect here; accepted so that every command takes one.", 0)
+    dtype: DtypeName = setting("auto: bf16 where the hardware supports it, else fp32.", "auto")
+    seed: int = setting("No effect; every command accepts a seed.", 0)
 
 
 def register(app: typer.Typer) -> None:
@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: DoctorConfig) -> None:
-    """Say what is installed, which device and precision would be used and why, and what is missing. Fetches nothing."""
+    """Report installed and missing packages, the device and precision that would be used, and why. Downloads nothing."""
     import torch
 
     from cora_cli import __version__, embedded
@@ -61,10 +61,10 @@ def run(config: DoctorConfig) -> None:
     print(hardware.describe())
     print(f"packed attention {attention.name} ({attention.reason}); {torch.get_num_threads()} threads")
     for module, use in OPTIONAL.items():
-        print(f"  {module:<14} {'installed' if importlib.util.find_spec(module) else 'not installed'}; for {use}")
-    print(f"embedded parts, in {embedded.cache_directory()}")
+        print(f"  {module:<14} {'installed' if importlib.util.find_spec(module) else 'not installed'}: {use}")
+    print(f"embedded models and data, in {embedded.cache_directory()}")
     for asset in embedded.status():
-        state = f"whole, {asset.bytes / 1e6:.0f} MB" if asset.present else f"not here yet; {asset.how}"
+        state = f"complete, {asset.bytes / 1e6:.0f} MB" if asset.present else f"not downloaded yet; {asset.how}"
         print(f"  {asset.name}: {state}")
     if missing:
         print(f"missing packages: pip install {' '.join(missing)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`cora evaluate`: runs, a bare model, or finished predictions -> metrics with intervals."""
+"""`cora evaluate`: score runs, a model or saved predictions, and print the metrics with confidence intervals."""
 
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: EvaluateConfig) -> None:
-    """Answer held-out records greedily and score the answers with ROUGE, METEOR, SacreBLEU and BERTScore."""
+    """Generate answers to held-out records by greedy decoding and score them with ROUGE, METEOR, SacreBLEU and BERTScore."""
     from cora_cli.evaluation.evaluate import evaluate
 
     results = evaluate(config)
@@ -30,7 +30,7 @@ def run(config: EvaluateConfig) -> None:
     for name, metric in results[0].record["metrics"].items():
         print(f"{name}: {metric['signature']}")
     if len(results) > 1:
-        print(f"\npaired differences from {results[0].name}, with p (two-sided, not corrected for several comparisons)")
+        print(f"\npaired differences from {results[0].name}, with two-sided p-values (not corrected for multiple comparisons)")
         print(differences_table(results, config.seed))
 
 
@@ -46,7 +46,7 @@ def metrics_table(results: "list[Evaluation]") -> str:
 
 
 def differences_table(results: "list[Evaluation]", seed: int) -> str:
-    """Each later evaluation minus the first, on the same records."""
+    """Each later evaluation minus the first, paired over the same records; one row per evaluation."""
     from cora_cli.evaluation.evaluate import paired_differences
 
     names = list(results[0].record["metrics"])

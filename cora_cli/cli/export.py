@@ -1,4 +1,4 @@
-"""`cora export`: an adapter of any mode -> a plain PEFT LoRA."""
+"""`cora export`: convert an adapter of any mode to a plain PEFT LoRA."""
 
 import dataclasses
 from pathlib import Path
@@ -14,11 +14,11 @@ class ExportConfig:
     """Every setting of `cora export`."""
 
     adapter: str = setting("Run directory of `cora train`, or a PEFT adapter directory.", argument=True)
-    output: str = setting("Directory to write; must not exist.", flags=("--output", "-o"))
-    base: str | None = setting("Base model, if not the one that the adapter names.", None)
-    basis: str | None = setting("Basis file of a compact adapter, if it has moved.", None)
-    seed: int = setting("Has no effect on an export; accepted so that every command takes one.", 0)
-    trust_remote_code: bool = setting("Run code that comes with the model. Off unless you trust its author.", False)
+    output: str = setting("Output directory; must not exist yet.", flags=("--output", "-o"))
+    base: str | None = setting("Base model. Default: the one recorded in the adapter.", None)
+    basis: str | None = setting("Basis file of a compact adapter. Default: the path recorded in the adapter.", None)
+    seed: int = setting("No effect; every command accepts a seed.", 0)
+    trust_remote_code: bool = setting("Run Python code that comes with the model. Use only if you trust its author.", False)
 
 
 def register(app: typer.Typer) -> None:
@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: ExportConfig) -> None:
-    """Write a trained adapter as a plain PEFT LoRA of equal effect."""
+    """Convert a trained adapter to a plain PEFT LoRA with the same weight update."""
     from cora_cli.adapters.export import export_adapter
     from cora_cli.models.references import resolve_base, resolve_model
 

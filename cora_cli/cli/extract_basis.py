@@ -1,4 +1,4 @@
-"""`cora extract-basis`: several models -> one basis file."""
+"""`cora extract-basis`: extract the common subspace of several models into a basis file."""
 
 import dataclasses
 from pathlib import Path
@@ -27,31 +27,40 @@ class ExtractConfig:
     """Every setting of `cora extract-basis`."""
 
     models: tuple[str, ...] = setting(
-        "Fine-tuned models: hub ids with optional @revision, directories, adapters, runs.", argument=True
+        "Fine-tuned models: hub ids with optional @revision, model directories, adapters or cora runs.", argument=True
     )
-    output: str = setting("The basis file to write.", flags=("--output", "-o"), panel=_RUN)
-    rank: int = setting("Directions R to keep per group.", DEFAULT_RANK, panel=_CHOICES)
+    output: str = setting("Basis file to write.", flags=("--output", "-o"), panel=_RUN)
+    rank: int = setting(
+        "Rank R of the basis: the number of directions kept per group of weights.", DEFAULT_RANK, panel=_CHOICES
+    )
     share: Share = setting(
-        "Weights that become one matrix: each module on its own across models, all projections of a layer, one projection across "
-        "layers, or everything (the paper's text).",
+        "Weights that share one basis. module: one basis per module; layer: one for all projections of a layer; projection: "
+        "one per projection, for all layers; global: one for all weights (as the paper describes).",
         "module",
         panel=_CHOICES,
     )
     merge: Merge = setting(
-        "mean: (1/n) Σ Wᵢ (equation 2); gram: the top eigenvectors of Σ WᵢWᵢᵀ, which cannot cancel.", "mean", panel=_CHOICES
+        "mean: decompose the mean (1/n) Σ Wᵢ (equation 2); gram: top eigenvectors of Σ WᵢWᵢᵀ, in which opposite weights do not cancel.",
+        "mean",
+        panel=_CHOICES,
     )
-    source: Source = setting("The weights themselves, or their difference from --base.", "weights", panel=_CHOICES)
+    source: Source = setting("weights: the weights themselves; delta: their difference from --base.", "weights", panel=_CHOICES)
     side: Side = setting(
-        "Singular vectors of the output side, for B, or of the input side: for A in mode fa-basis, and for B of square weights.",
+        "output: left singular vectors, for B; input: right singular vectors, for A in mode fa-basis, or for B if the weights "
+        "are square.",
         "output",
         panel=_CHOICES,
     )
-    method: Method = setting("svd (equations 3-5), or pca: centred first (equations 7-9).", "svd", panel=_CHOICES)
-    component: Component = setting("Principal or minor directions.", "top", panel=_CHOICES)
-    target_modules: tuple[str, ...] = setting("Weights to read, comma-separated.", DEFAULT_TARGET_MODULES, panel=_CHOICES)
-    base: str | None = setting("The model that --source delta subtracts, and that adapters rest on.", None, panel=_CHOICES)
-    device: str = setting("auto, cpu, cuda or cuda:<index>: where matrices are decomposed.", "auto", panel=_RUN)
-    seed: int = setting("Has no effect on an exact decomposition; accepted so that every command takes one.", 0, panel=_RUN)
+    method: Method = setting(
+        "svd: singular vectors (equations 3-5); pca: the same after centring (equations 7-9).", "svd", panel=_CHOICES
+    )
+    component: Component = setting("top: principal directions; bottom: minor directions.", "top", panel=_CHOICES)
+    target_modules: tuple[str, ...] = setting(
+        "Names of the weights to read, comma-separated.", DEFAULT_TARGET_MODULES, panel=_CHOICES
+    )
+    base: str | None = setting("Base model: --source delta subtracts it, and adapters are applied to it.", None, panel=_CHOICES)
+    device: str = setting("Device for the decompositions: auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
+    seed: int = setting("No effect; every command accepts a seed.", 0, panel=_RUN)
     overwrite: bool = setting("Replace an existing file.", False, panel=_RUN)
 
     def __post_init__(self) -> None:
@@ -59,7 +68,7 @@ class ExtractConfig:
         self.choices().require_base(self.base is not None)
 
     def choices(self) -> BasisChoices:
-        """The settings that make the basis what it is. Raises `UsageError` where one is impossible."""
+        """The settings that determine the basis. Raises `UsageError` if one is invalid."""
         return BasisChoices(**{field.name: getattr(self, field.name) for field in dataclasses.fields(BasisChoices)})
 
 
@@ -69,7 +78,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: ExtractConfig) -> None:
-    """Extract the common subspace of fine-tuned models, reading only the target weights, one matrix at a time."""
+    """Extract the common subspace of fine-tuned models. Reads only the target weights, one matrix at a time."""
     from cora_cli.device import select_hardware
     from cora_cli.extraction.extract import extract_basis
     from cora_cli.models.references import resolve_model

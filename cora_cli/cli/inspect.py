@@ -1,4 +1,4 @@
-"""`cora inspect`: models, adapters and bases -> whether they share a subspace, in numbers, plots and words."""
+"""`cora inspect`: measure whether models, adapters and bases share a subspace, and report numbers, plots and a verdict."""
 
 import dataclasses
 from typing import Literal
@@ -15,34 +15,37 @@ class InspectConfig:
     """Every setting of `cora inspect`."""
 
     inputs: tuple[str, ...] = setting(
-        "Models as for extract-basis (hub ids, directories, adapters, runs), and basis files.", argument=True
+        "Models (hub ids, model directories, adapters or cora runs) and basis files.", argument=True
     )
     base: str | None = setting(
-        "The model that the others were fine-tuned from; by default the one that all of them, as adapters, name.", None
+        "Model that the others were fine-tuned from. Default: the base model recorded in the adapters, if all inputs are "
+        "adapters of one.",
+        None,
     )
-    rank: int | None = setting("Directions r that are compared; by default that of the basis file, else 48.", None)
+    rank: int | None = setting("Number of directions r to compare. Default: the rank of the basis file, else 48.", None)
     side: Literal["output", "input"] | None = setting(
-        "The side of the weights whose directions are compared; by default that of the basis file, else output.", None
+        "Side of the weights whose directions are compared. Default: the side of the basis file, else output.", None
     )
     target_modules: tuple[str, ...] | None = setting(
-        "Weights to read, comma-separated; by default those of the basis file, else q_proj,k_proj,v_proj.", None
+        "Names of the weights to read, comma-separated. Default: those of the basis file, else q_proj,k_proj,v_proj.", None
     )
     runs: tuple[str, ...] = setting(
-        "A finished run of `cora train` or output of `cora ablate`, to see whether capture foretells its held-out loss; may be repeated.",
+        "Finished run of `cora train`, or output directory of `cora ablate`, to test whether capture predicts held-out loss; "
+        "can be repeated.",
         (),
         repeated=True,
     )
-    format: Literal["terminal", "markdown", "json", "html"] = setting("What is printed.", "terminal")
+    format: Literal["terminal", "markdown", "json", "html"] = setting("Output format on stdout.", "terminal")
     output_dir: str | None = setting(
-        "Also write all formats here, and the plots as SVG and PNG.", None, flags=("--output-dir", "-o")
+        "Directory for a copy of the report in all formats, with plots as SVG and PNG.", None, flags=("--output-dir", "-o")
     )
-    device: str = setting("auto, cpu, cuda or cuda:<index>: where matrices are decomposed.", "auto")
-    seed: int = setting("Has no effect on exact decompositions; accepted so that every command takes one.", 0)
+    device: str = setting("Device for the decompositions: auto, cpu, cuda or cuda:<index>.", "auto")
+    seed: int = setting("No effect; every command accepts a seed.", 0)
 
     def __post_init__(self) -> None:
-        """Check what can be checked without reading anything."""
+        """Check the values that need no file to check."""
         if self.rank is not None and self.rank < 1:
-            raise UsageError(f"--rank {self.rank} is not a whole number of at least 1")
+            raise UsageError(f"--rank must be at least 1, not {self.rank}")
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +54,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: InspectConfig) -> None:
-    """Overlaps, sizes of change, leave-one-out capture and spectra of models and bases beside chance, with a verdict in words."""
+    """Measure whether models share a subspace: overlaps, leave-one-out capture and spectra, compared with chance."""
     from pathlib import Path
 
     from cora_cli.device import select_hardware

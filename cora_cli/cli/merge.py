@@ -1,4 +1,4 @@
-"""`cora merge`: adapter + base -> a plain model."""
+"""`cora merge`: merge an adapter into its base model."""
 
 import dataclasses
 from pathlib import Path
@@ -15,14 +15,15 @@ class MergeConfig:
     """Every setting of `cora merge`."""
 
     adapter: str = setting("Run directory of `cora train`, or a PEFT LoRA adapter directory.", argument=True)
-    output: str = setting("Directory to write; must not exist.", flags=("--output", "-o"))
-    base: str | None = setting("Base model, if not the one that the adapter names.", None)
-    basis: str | None = setting("Basis file of a compact adapter, if it has moved.", None)
+    output: str = setting("Output directory; must not exist yet.", flags=("--output", "-o"))
+    base: str | None = setting("Base model. Default: the one recorded in the adapter.", None)
+    basis: str | None = setting("Basis file of a compact adapter. Default: the path recorded in the adapter.", None)
     dtype: Literal["stored", "bf16", "fp32"] = setting(
-        "Precision of the merged weights; fp32 keeps updates that bf16 would round away.", "stored"
+        "Precision of the merged weights. stored: that of the base checkpoint; fp32 keeps small updates that bf16 rounds away.",
+        "stored",
     )
-    seed: int = setting("Has no effect on a merge; accepted so that every command takes one.", 0)
-    trust_remote_code: bool = setting("Run code that comes with the model. Off unless you trust its author.", False)
+    seed: int = setting("No effect; every command accepts a seed.", 0)
+    trust_remote_code: bool = setting("Run Python code that comes with the model. Use only if you trust its author.", False)
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: MergeConfig) -> None:
-    """Write base weights plus adapter as a plain model that transformers loads."""
+    """Merge an adapter into its base model and save a plain model for transformers."""
     from cora_cli.adapters.merge import merge_adapter
     from cora_cli.models.references import resolve_base, resolve_model
 

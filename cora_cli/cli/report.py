@@ -1,4 +1,4 @@
-"""`cora report`: finished directories -> tables, plots and one page."""
+"""`cora report`: summarize finished runs and grids in tables, plots and one HTML page."""
 
 import dataclasses
 from typing import Literal
@@ -16,14 +16,15 @@ class ReportConfig:
     outputs: tuple[str, ...] = setting(
         "Output directories of `cora ablate`, run directories of `cora train`, or evaluation directories.", argument=True
     )
-    format: Literal["terminal", "markdown", "latex", "csv", "json", "html"] = setting("What is printed.", "terminal")
+    format: Literal["terminal", "markdown", "latex", "csv", "json", "html"] = setting("Output format on stdout.", "terminal")
     output_dir: str | None = setting(
-        "Also write all formats here, and the plots as SVG and PNG.", None, flags=("--output-dir", "-o")
+        "Directory for a copy of the report in all formats, with plots as SVG and PNG.", None, flags=("--output-dir", "-o")
     )
     metrics: tuple[str, ...] | None = setting(
-        "Show these only, comma-separated: rouge, meteor, bleu, bertscore, or single ones such as rougeL.", None
+        "Metrics to show, comma-separated: rouge, meteor, bleu, bertscore, or single metrics such as rougeL. Default: all.",
+        None,
     )
-    seed: int = setting("Seed of the resampling behind the paired tests.", 0)
+    seed: int = setting("Seed for the resampling of the paired tests.", 0)
 
 
 def register(app: typer.Typer) -> None:
@@ -32,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: ReportConfig) -> None:
-    """Tables, plots and one page from finished directories, with intervals, paired tests and the paper's numbers beside ours."""
+    """Summarize finished runs in tables and plots, with confidence intervals, paired tests and the paper's numbers."""
     from pathlib import Path
 
     from cora_cli.evaluation.metrics import parse_metrics

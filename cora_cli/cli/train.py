@@ -1,4 +1,4 @@
-"""`cora train`: one base model, one data set, one mode -> a run directory."""
+"""`cora train`: train one base model on one data set in one mode, and write a run directory."""
 
 import os
 from typing import Any
@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: TrainConfig) -> None:
-    """Fine-tune a model with a LoRA adapter whose B is a basis (frozen or trained), with plain LoRA, or in full."""
+    """Fine-tune a model with CoRA (LoRA whose B is a basis, frozen or trained), with a baseline method, or in full."""
     from cora_cli.training.run import train
 
     record = train(config)
@@ -25,7 +25,7 @@ def run(config: TrainConfig) -> None:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """A finished run's record in a few lines."""
+    """Summarize the record (`run.json`) of a finished run in a few lines."""
     speed, memory = record["speed"], record["peak_memory_bytes"] / 2**30
     rate = f"{speed['tokens_per_second']:.0f} tokens/s, " if speed["tokens_per_second"] else ""
     lines = [f"mode {record['mode']}: {speed['steps']} steps, {rate}peak memory {memory:.2f} GiB"]
@@ -38,10 +38,11 @@ def summary(record: dict[str, Any]) -> str:
         )
     if validation := record.get("validation"):
         lines.append(
-            f"validation loss {with_interval(validation['loss'], validation['ci95'], 4)} (n = {validation['n']} records, to select by)"
+            f"validation loss {with_interval(validation['loss'], validation['ci95'], 4)} (n = {validation['n']} records, for "
+            "model selection)"
         )
     if record["largest_angle_rad"] is not None:
-        lines.append(f"B has turned by at most {record['largest_angle_rad']:.4f} rad from its start")
+        lines.append(f"largest principal angle between B and its initial value: {record['largest_angle_rad']:.4f} rad")
     if record["is_base_model"]:
-        lines.append("nothing could train: this run is the base model")
+        lines.append("no parameter could be trained: this run equals the base model")
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""Run directory -> predictions -> metrics."""
+"""Evaluation: generate predictions for held-out records and score them with metrics."""

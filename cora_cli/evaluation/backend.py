@@ -1,6 +1,6 @@
-"""Opens what answers: a base model with or without an adapter, in transformers or in vLLM, as one `Engine`.
+"""Opens a base model, with or without an adapter, in transformers or vLLM, and returns it as an `Engine`.
 
-It loads models; which records they answer is `evaluate`, and how tokens are chosen is the engine's.
+It only loads models: `evaluate` selects the records, and the engine generates the tokens.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from cora_cli.models.references import ModelPath
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """A model that is ready to answer: its context in tokens, the ids that end an answer, and its engine for given prompts."""
+    """A model ready to generate: its context length in tokens, its end-token ids, and a function from prompts to an engine."""
 
     context: int
     ends: list[int]
@@ -35,7 +35,7 @@ class Backend:
 def open_transformers(
     config: EvaluateConfig, base: ModelPath, adapter: ModelPath | None, hardware: Hardware, tokenizer: Any
 ) -> Backend:
-    """Load base and adapter with transformers. Raises `CoraError` where they cannot be loaded."""
+    """Load base and adapter with transformers. Raises `CoraError` if one of them cannot be loaded."""
     model: Any = load_model(base, hardware.dtype, hardware.device, None, config.trust_remote_code)
     if adapter is not None:
         wrapped = load_adapter(model, adapter, Path(config.basis) if config.basis else None)
@@ -51,17 +51,17 @@ def open_transformers(
 def open_vllm(
     config: EvaluateConfig, base: ModelPath, adapter: ModelPath | None, hardware: Hardware, tokenizer: Any, scratch: Path
 ) -> Backend:
-    """Prepare base and adapter for vLLM; the model itself is loaded by `start`, which writes a merged copy under `scratch` first.
+    """Prepare base and adapter for vLLM. `Backend.start` loads the model, with an adapter from a merged copy in `scratch`.
 
-    The copy is deleted once vLLM has read it. Raises `CoraError` where the model's configuration cannot be read.
+    The copy is deleted once vLLM has loaded it. Raises `CoraError` if the model's configuration cannot be read.
     """
     try:
         model_config = AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers raises unrelated types for damaged files
+    except Exception as error:  # transformers raises many unrelated types for damaged files
         raise CoraError(f"config.json of {base.reference} cannot be read: {reason(error)}") from error
     try:
         own = GenerationConfig.from_pretrained(base.path).eos_token_id
-    except OSError:  # a model need not have one
+    except OSError:  # generation_config.json is optional
         own = getattr(model_config, "eos_token_id", None)
     ends = end_tokens(own, tokenizer)
 

@@ -1,7 +1,7 @@
-"""Greedy decoding of many prompts at once by a model's plain forward pass: rows that end leave, waiting prompts enter.
+"""Greedy decoding of many prompts with continuous batching: when a row ends, a waiting prompt takes its place.
 
-What several prompts begin with is computed once for all of them. It serves models whose every layer is ordinary attention; for
-the others `unsupported` says why, and `generate` asks transformers instead. It reads and writes no files.
+Prefixes that several prompts share are computed once. Every layer must be full attention; for other models `unsupported` gives
+the reason, and `generate` falls back to transformers.
 """
 
 import dataclasses
@@ -14,56 +14,57 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 WAVE = 4
-"""Prompts per wave, in units of the batch size: see `PooledDecoder`."""
+"""Prompts per wave, as a multiple of the batch size: see `PooledDecoder`."""
 GROWTH = 64
-"""Positions by which the cache grows."""
+"""Number of positions by which the cache grows."""
 PREFILL_TOKENS = 1024
-"""Most tokens, padding included, of one prefill: more only leave the processor's caches, and need memory."""
+"""Maximum tokens of one prefill, padding included: more tokens need more memory and no longer fit the processor's caches."""
 PASS_COST = 32
-"""What one more forward pass costs beside its own tokens, in tokens: a shared beginning must save more than that."""
+"""Overhead of one more forward pass, in tokens: a shared prefix must save more than this."""
 MOST_BRANCHINGS = 16
-"""How deep in the tree of prompts a shared beginning is looked for."""
+"""Maximum depth in the prefix tree, in branchings, at which shared prefixes are searched."""
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-"""Rotary embeddings that change with the longest row of a batch, so that the batch would change the answer."""
+"""Rotary embeddings that depend on the longest row of a batch, so that the answer would depend on the batch."""
 
 Tokens = Sequence[int]
 
 
 def unsupported(model: Any, longest: int) -> str | None:
-    """Why the pool cannot serve `model` on sequences of up to `longest` tokens; None where it can."""
+    """Why the pool does not support `model` with sequences of up to `longest` tokens; None if it does."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = inner.config.get_text_config(decoder=True)
     if config.is_encoder_decoder or not inner._supports_attention_backend or config._attn_implementation != "sdpa":
-        return "its attention takes no mask from outside"
+        return "its attention accepts no custom mask"
     missing = {"position_ids", "past_key_values"} - set(inspect.signature(inner.forward).parameters)
     if missing:
-        return f"it takes no {min(missing)}"
+        return f"its forward pass has no argument {min(missing)}"
     for layer in DynamicCache(config=config).layers:
         within = type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= longest
         if not (type(layer) is DynamicLayer or within):
-            return f"it has a layer of another kind than full attention ({type(layer).__name__})"
+            return f"it has a layer other than full attention ({type(layer).__name__})"
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {str(parameters.get("rope_type")) for parameters in (rope, *rope.values()) if isinstance(parameters, dict)}
     if changing := kinds & LENGTH_DEPENDENT_ROPE:
-        return f"its {min(changing)} rotary embedding depends on the longest row"
+        return f"its {min(changing)} rotary embedding depends on the longest sequence of the batch"
     return None
 
 
 def shared_prefixes(prompts: Sequence[Tokens]) -> list[int]:
-    """How many first tokens of each prompt are best computed once for all prompts that begin with them; 0: none.
+    """Length in tokens of the prefix of each prompt to compute once and share; 0 where sharing saves nothing.
 
-    A group of n prompts that shares d tokens saves (n − 1)·d tokens for one more forward pass. Of all groups that a prefix tree
-    of the prompts allows, those are taken that save most in total. A prompt's last token is never shared: it is decoded.
+    A group of n prompts that shares d tokens saves (n − 1)·d tokens for one more forward pass. Among the groups in a prefix
+    tree of the prompts, the choice with the largest total saving is returned. The last token of a prompt is never shared,
+    because decoding starts from it.
     """
     lengths = [0] * len(prompts)
     shareable = [(list(prompt[:-1]), index) for index, prompt in enumerate(prompts)]
-    # Sorted, the prompts below any node of the tree lie side by side.
+    # After sorting, the prompts below each node of the tree are adjacent.
     _split([(index, tokens) for tokens, index in sorted(shareable)], lengths)
     return lengths
 
 
 def _split(members: list[tuple[int, Tokens]], lengths: list[int], branchings: int = 0) -> int:
-    """Fill `lengths` for one node of the prefix tree and everything below; returns the tokens saved."""
+    """Fill `lengths` for one node of the prefix tree and all nodes below it; returns the number of tokens saved."""
     if len(members) < 2:
         return 0
     first, last = members[0][1], members[-1][1]
@@ -83,7 +84,7 @@ def _split(members: list[tuple[int, Tokens]], lengths: list[int], branchings: in
 class PoolCache(Cache):
     """Keys and values of a pool of rows, (rows, key_value_heads, capacity, head_dim) per layer, written in place.
 
-    The next forward pass takes the rows `first` to `first + len(positions)` and writes its tokens at `positions`
+    The next forward pass uses the rows `first` to `first + len(positions)` and writes its tokens at `positions`
     (rows, tokens). Memory: 2 · layers · rows · key_value_heads · head_dim numbers for each position of the longest row, rounded
     up to `GROWTH` positions.
     """
@@ -97,7 +98,7 @@ class PoolCache(Cache):
         self.length = 0
 
     def place(self, first: int, positions: torch.Tensor, length: int) -> None:
-        """Say where the next forward pass writes: at `positions` (rows, tokens), all below `length`, from row `first` on."""
+        """Set where the next forward pass writes: at `positions` (rows, tokens), all below `length`, from row `first` on."""
         self.first, self.positions, self.length = first, positions, length
         self.indices = torch.arange(first, first + len(positions), device=positions.device)[:, None]
 
@@ -112,7 +113,10 @@ class PoolCache(Cache):
         return [(layer.keys[row, :, :length].clone(), layer.values[row, :, :length].clone()) for layer in self._own]
 
     def write(self, first: int, end: int, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Begin the rows `first` to `end` with what `read` of this pool returned: room for it is there."""
+        """Copy `states`, as returned by `read`, to the first positions of rows `first` to `end`.
+
+        The pool must already be long enough.
+        """
         for layer, (keys, values) in zip(self._own, states, strict=True):
             layer.keys[first:end, :, : keys.shape[-2]] = keys
             layer.values[first:end, :, : keys.shape[-2]] = values
@@ -129,7 +133,7 @@ class PoolLayer(CacheLayerMixin):
         self.pool = pool
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take head counts, dtype and device from the first states."""
+        """Allocate empty tensors with the head counts, dtype and device of the first states."""
         self.keys = key_states.new_zeros(self.pool.rows, key_states.shape[1], 0, key_states.shape[3])
         self.values = value_states.new_zeros(self.pool.rows, value_states.shape[1], 0, value_states.shape[3])
         self.is_initialized = True
@@ -144,7 +148,7 @@ class PoolLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store (rows, key_value_heads, tokens, head_dim); returns views of all that the rows may look at."""
+        """Store keys and values (rows, key_value_heads, tokens, head_dim); returns views of all positions of these rows."""
         pool = self.pool
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -159,7 +163,7 @@ class PoolLayer(CacheLayerMixin):
         return self.pool.length, 0
 
     def get_seq_length(self) -> int:
-        """Positions before the tokens of this pass, in the longest row."""
+        """Number of positions before the tokens of this pass, in the longest row."""
         return self.pool.length - self.pool.positions.shape[1]
 
     def get_max_length(self) -> int:
@@ -169,7 +173,7 @@ class PoolLayer(CacheLayerMixin):
 
 @dataclasses.dataclass
 class Row:
-    """One prompt that is being answered: which of its wave it is, its tokens so far, and how many of them were given."""
+    """One prompt that is being decoded: its index in the wave, its tokens so far, and its prompt length in tokens."""
 
     index: int
     tokens: list[int]
@@ -177,11 +181,11 @@ class Row:
 
 
 class PooledDecoder:
-    """Answers waves of prompts with a pool of `batch_size` rows.
+    """Decodes waves of prompts with a pool of `batch_size` rows.
 
-    In a wave a row that ended makes place for the next prompt, so that what is computed together, and with it the last bits of
-    every number, depends on the prompts of that wave and on nothing else. A wave that was interrupted is answered again as
-    a whole. State: one `PoolCache` and the keys and values of every shared beginning.
+    Within a wave, the next prompt replaces a row that ended. Which rows are computed together, and so the last bits of every
+    number, depends only on the prompts of the wave. An interrupted wave is therefore repeated completely. State: one
+    `PoolCache`, and the keys and values of every shared prefix.
     """
 
     name = "pool"
@@ -190,7 +194,7 @@ class PooledDecoder:
         self, model: Any, prompts: Sequence[Tokens], ends: Iterable[int], batch_size: int, max_new_tokens: int
     ) -> None:
         self._model, self._ends = model, frozenset(ends)
-        # Below the head: logits of a prompt's inner tokens are of no use, and the head is a third of a small model's work.
+        # Without the head: prefill needs no logits, and the head is a third of a small model's computation.
         self._decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
         self._rows, self._max_new_tokens = batch_size, max_new_tokens
         self.wave = WAVE * batch_size
@@ -203,7 +207,7 @@ class PooledDecoder:
 
     @torch.inference_mode()
     def answer(self, wave: Sequence[Tokens], finished: Callable[[], None]) -> list[list[int]]:
-        """The new tokens of every prompt of `wave`, each list with its end token if it came; `finished` is called for each."""
+        """The new tokens of every prompt of `wave`, with the end token if there is one; calls `finished` once per prompt."""
         answers: list[list[int]] = [[] for _ in wave]
         waiting = list(range(len(wave)))
         active: list[Row] = []
@@ -220,27 +224,27 @@ class PooledDecoder:
             for number in ended:
                 answers[active[number].index] = active[number].tokens[active[number].prompt_length :]
                 finished()
-            active = self._close_ranks(active, ended)
+            active = self._compact_rows(active, ended)
         return answers
 
     def _has_ended(self, row: Row) -> bool:
         return row.tokens[-1] in self._ends or len(row.tokens) - row.prompt_length == self._max_new_tokens
 
     def _next_tokens(self, active: list[Row]) -> list[int]:
-        """Feed the last token of every row, and choose the next one."""
+        """Run the last token of every row, and choose the most likely next token."""
         starts = [len(row.tokens) - 1 for row in active]
         output = self._forward(self._model, 0, [row.tokens[-1:] for row in active], starts, max(starts) + 1)
         chosen: list[int] = output.logits[:, -1].float().argmax(dim=-1).tolist()
         return chosen
 
     def _compute_prefix(self, prefix: tuple[int, ...]) -> None:
-        """Always alone and in row 0 of an empty pool, so that it is the same in whichever wave it is met first."""
+        """Compute a shared prefix alone in an empty pool, so that it does not depend on the wave that needs it first."""
         if prefix and prefix not in self._states:
             self._forward(self._decoder, 0, [prefix], [0], len(prefix))
             self._states[prefix] = self._pool.read(0, len(prefix))
 
     def _admit(self, first: int, rows: list[Row]) -> list[Row]:
-        """Compute all but the last token of new rows, which take the places from `first` on in the order that is returned."""
+        """Prefill all but the last token of new rows. They occupy the pool from row `first` on, in the returned order."""
         prefixes = {row.index: self._prefix_of[tuple(row.tokens)] for row in rows}
         rows.sort(key=lambda row: (len(prefixes[row.index]), prefixes[row.index], -row.prompt_length, row.index))
         place = first
@@ -259,10 +263,10 @@ class PooledDecoder:
         return rows
 
     def _forward(self, part: Any, first: int, tokens: Sequence[Tokens], starts: list[int], length: int) -> Any:
-        """Run the rows from `first` on through `part` of the model, each with its `tokens` from its position in `starts` on.
+        """Run `part` of the model on the rows from `first` on; each row's `tokens` begin at its position in `starts`.
 
-        Rows are padded on the right: what padding writes lies beyond the row's end, is seen by no query of the row, and is
-        overwritten as the row gets there. No position reaches `length`.
+        Rows are padded on the right. Padding writes only beyond the end of its row, where no query of the row attends, and the
+        row's later tokens overwrite it. All positions are below `length`.
         """
         device = self._model.device
         width = max(map(len, tokens))
@@ -275,8 +279,8 @@ class PooledDecoder:
         mask = torch.arange(length, device=device) <= alike[:, None, :, None]
         return part(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self._pool, use_cache=True)
 
-    def _close_ranks(self, active: list[Row], ended: list[int]) -> list[Row]:
-        """Move the last rows of the pool to the places of those that ended."""
+    def _compact_rows(self, active: list[Row], ended: list[int]) -> list[Row]:
+        """Move the last rows of the pool into the places of rows that ended."""
         if not ended:
             return active
         left = len(active) - len(ended)

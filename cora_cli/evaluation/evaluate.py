@@ -1,7 +1,7 @@
-"""One evaluation from a model (or finished predictions) to `metrics.json`.
+"""One evaluation, from a model or saved predictions to `metrics.json`.
 
-It decides which model answers which records, what is already whole on disk, and what is written; models are opened by `backend`,
-tokens come from `generate`, numbers from `metrics`.
+This module selects models and records, reuses complete predictions, and writes the results; `backend` opens the model,
+`generate` produces the tokens, and `metrics` computes the scores.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ PREDICTION_KEYS = ("prediction", "reference")
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One thing to evaluate: a base model with or without an adapter, the records that it answers, and where that goes."""
+    """One thing to evaluate: a base model with or without an adapter, the records to answer, and the output directory."""
 
     name: str
     base: ModelPath
@@ -45,7 +45,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: its name, its `metrics.json`, and per metric the (n, k) statistics behind the numbers."""
+    """A finished evaluation: its name, the contents of `metrics.json`, and (n, k) statistics for each metric."""
 
     name: str
     record: dict[str, Any]
@@ -54,12 +54,15 @@ class Evaluation:
 
 
 def evaluate(config: EvaluateConfig) -> list[Evaluation]:
-    """Evaluate everything that `config` names, one after the other, and return the results in that order."""
+    """Evaluate everything that `config` names, in order, and return the results in the same order.
+
+    Raises `CoraError` if a model, run, data set or predictions file cannot be read, or if other results are in the way.
+    """
     hardware = select_hardware(config.device, config.dtype)
     if config.from_predictions:
         path = Path(config.from_predictions)
         if not path.is_file():
-            raise CoraError(f"{path} is no file; --from needs the predictions.jsonl of an evaluation")
+            raise CoraError(f"{path} is not a file; --from needs the predictions.jsonl of an evaluation")
         out = EvaluationDirectory(Path(config.output_dir) if config.output_dir else path.parent)
         generation = _recorded_generation(path)
         return [_score(config, generation.get("name") or path.parent.name or path.name, path, out, hardware, generation)]
@@ -67,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> list[Evaluation]:
 
 
 def _targets(config: EvaluateConfig) -> list[Target]:
-    """Find every model and refuse what cannot be evaluated, before the first is loaded."""
+    """Find every model, and raise `CoraError` for those that cannot be evaluated before any model is loaded."""
     if config.model:
         path = resolve_model(config.model)
         base, adapter = (base_of(path), path) if path.is_adapter else (path, None)
@@ -80,10 +83,16 @@ def _targets(config: EvaluateConfig) -> list[Target]:
     for name in names:
         run = RunDirectory(Path(name))
         if not run.exists():
-            raise CoraError(f"{name} is no run directory: it has no {run.record.name}")
+            raise CoraError(
+                f"{name} is not a cora run (no {run.record.name}). To evaluate a model or adapter: "
+                f"cora evaluate --model {name} --dataset FILE -o DIR."
+            )
         record = rundir.read_json(run.record)
         if record["status"] != "finished":
-            raise CoraError(f"{name} is not finished (status {record['status']}); continue it with `cora train --resume`")
+            raise CoraError(
+                f"{name} is not finished (status {record['status']}); complete it with the same `cora train` "
+                "command and --resume"
+            )
         path = resolve_model(name)
         base, adapter = (base_of(path), path) if path.is_adapter else (path, None)
         template = record["data"]["template"] if config.template == "auto" else config.template
@@ -94,12 +103,12 @@ def _targets(config: EvaluateConfig) -> list[Target]:
             Target(name, base, adapter, config.dataset or str(run.test_records), template, EvaluationDirectory(root))
         )
     if len({target.output.root for target in targets}) < len(targets):
-        raise CoraError("two of the runs have the same name and would be written to one directory; evaluate them separately")
+        raise CoraError("two runs have the same name and would be written to the same directory; evaluate them separately")
     return targets
 
 
 def _recorded_generation(path: Path) -> dict[str, Any]:
-    """What `generation.json` beside the predictions at `path` says of them; nothing where it is of other ones."""
+    """The `generation.json` next to the predictions at `path`; empty if it describes other predictions."""
     source = EvaluationDirectory(path.parent).generation
     recorded: dict[str, Any] = rundir.read_json(source) if source.exists() else {}
     return recorded if recorded.get("predictions_sha256") == rundir.sha256_file(path) else {}
@@ -109,7 +118,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
     records, schema = load_test_records(target.dataset)
     records = records[: config.limit]
     if not records:
-        raise CoraError(f"{target.dataset} holds no records to answer")
+        raise CoraError(f"{target.dataset} has no records to answer")
     base_sha256 = target.base.content_hash()
     if target.adapter is not None:
         check_base(target.adapter, target.base)
@@ -126,28 +135,31 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
         **_backend_settings(config, target, hardware),
     }
     out = target.output
-    if not _predictions_are_whole(out, settings, config.overwrite):
+    if not _predictions_are_complete(out, settings, config.overwrite):
         say(f"{target.name}: {hardware.describe()}")
         tokenizer = load_tokenizer(target.base, config.trust_remote_code)
         template = choose_template(target.template, schema, tokenizer)  # type: ignore[arg-type]
         rendered = [render(record, schema, template, tokenizer) for record in records]
         ids = [encode_prompt(text, tokenizer) for text in rendered]
         if [] in ids:
-            raise CoraError(f"{target.dataset}, record {ids.index([]) + 1}: the prompt is empty, so there is nothing to answer")
+            raise CoraError(f"{target.dataset}, record {ids.index([]) + 1}: the prompt is empty; remove the record")
         if config.backend == "vllm":
             backend = open_vllm(config, target.base, target.adapter, hardware, tokenizer, out.root)
         else:
             backend = open_transformers(config, target.base, target.adapter, hardware, tokenizer)
         room = backend.context - config.max_new_tokens
         if room < 1:
-            raise CoraError(f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the model's context")
+            raise CoraError(
+                f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {backend.context} "
+                "tokens"
+            )
         requests = [
             Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.response)
             for prompt, text in zip(ids, rendered, strict=True)
         ]
         cut = sum(len(prompt) > room for prompt in ids)
         if cut:
-            say(f"{target.name}: {cut} prompts lost their beginning to fit the context")
+            say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
         rundir.write_json(out.generation, {"name": target.name, "settings": settings})
         engine = backend.start([request.input_ids for request in requests])
         speed = generate(engine, tokenizer, backend.ends, requests, out)
@@ -165,7 +177,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
 
 
 def _backend_settings(config: EvaluateConfig, target: Target, hardware: Hardware) -> dict[str, Any]:
-    """What moves a token's last bits. Raises `CoraError` where vLLM was asked for and cannot serve this target."""
+    """Backend settings that can change the tokens. Raises `CoraError` if vLLM is requested but cannot run this target."""
     if config.backend == "transformers":
         return {"backend": "transformers", "batch_size": config.batch_size, "attention": "transformers' default"}
     version = require_vllm(hardware)
@@ -174,19 +186,22 @@ def _backend_settings(config: EvaluateConfig, target: Target, hardware: Hardware
     return {"backend": "vllm", "vllm": version, "batch_size": None, "attention": "vllm"}
 
 
-def _predictions_are_whole(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the predictions on disk answer this very request. Raises `CoraError` where they answer another one."""
+def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the predictions on disk are complete and belong to `settings`.
+
+    Removes outdated files. Raises `CoraError` if the directory holds other results or files and `overwrite` is off.
+    """
     if out.root.exists() and not out.root.is_dir():
-        raise CoraError(f"output directory {out.root} is a file; choose an empty or a new directory")
+        raise CoraError(f"output directory {out.root} is a file; choose a new or empty directory")
     recorded = rundir.read_json(out.generation) if out.generation.exists() else {}
     theirs = recorded.get("settings", {})
     if theirs == settings:
         expected = recorded.get("predictions_sha256")
-        if expected is None:  # killed half-way: `generate` continues
+        if expected is None:  # interrupted: `generate` continues
             return False
         if out.predictions.exists() and rundir.sha256_file(out.predictions) == expected:
             return True
-        say(f"{out.predictions} was altered or removed after it was written: generating it again")
+        say(f"{out.predictions} was changed or removed after it was written: generating it again")
     elif not overwrite:
         if theirs:
             names = sorted(name for name in {*theirs, *settings} if theirs.get(name) != settings.get(name))
@@ -195,7 +210,7 @@ def _predictions_are_whole(out: EvaluationDirectory, settings: dict[str, Any], o
                 "or replace it with --overwrite"
             )
         if out.root.exists() and rundir.holds_files(out.root):
-            raise CoraError(f"output directory {out.root} holds other files; choose an empty or a new one")
+            raise CoraError(f"output directory {out.root} holds other files; choose a new or empty directory")
     for path in (out.predictions, out.partial_predictions, out.metrics, out.scores):
         path.unlink(missing_ok=True)
     return False
@@ -208,7 +223,7 @@ def _score(
     for number, line in enumerate(lines, start=1):
         if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in PREDICTION_KEYS):
             found = json.dumps(line, ensure_ascii=False)[:80]
-            raise CoraError(f"{path}, record {number}: text under prediction and reference was expected, but found {found}")
+            raise CoraError(f'{path}, record {number}: expected text under "prediction" and "reference", found {found}')
     predictions, references = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     say(f"{name}: scoring {len(lines)} predictions")
     report = score_all(
@@ -241,12 +256,15 @@ def _score(
 
 
 def paired_differences(one: Evaluation, other: Evaluation, seed: int) -> dict[str, PairedDifference]:
-    """`one` minus `other` for each metric that both have, by a paired test over records.
+    """`one` minus `other` for each metric that both have, with a paired test over records (`intervals.paired_difference`).
 
-    Raises `CoraError` where they did not answer the same records.
+    Raises `CoraError` if they did not answer the same records.
     """
     if one.references_sha256 != other.references_sha256:
-        raise CoraError(f"{one.name} and {other.name} did not answer the same records: they cannot be compared pairwise")
+        raise CoraError(
+            f"{one.name} and {other.name} did not answer the same records, so a paired comparison is impossible; evaluate both "
+            "on one --dataset"
+        )
     metrics = build_metrics(name for name in one.statistics if name in other.statistics)
     return {
         name: paired_difference(one.statistics[name], other.statistics[name], metric.value, seed=seed)

@@ -1,8 +1,7 @@
-"""Greedy answers to prompts, streamed to disk wave by wave so that a killed evaluation continues where it was.
+"""Greedy decoding of prompts, streamed to disk in waves so that an interrupted evaluation continues where it stopped.
 
-Waves are fixed runs of the prompts sorted by length, and what is computed together depends on the prompts of one wave alone. So
-a continued evaluation, which answers an unfinished wave again as a whole, gives the tokens of an uninterrupted one. Which model
-answers which records is `evaluate`; how tokens are had is an `Engine`'s.
+A wave is a fixed slice of the prompts sorted by length, and its computation depends on no other prompt. A continued evaluation
+repeats an unfinished wave completely, and so gives the same tokens as an uninterrupted one.
 """
 
 import dataclasses
@@ -31,13 +30,13 @@ class Request:
 
 
 class Engine(Protocol):
-    """What turns prompts into tokens. `wave` prompts at a time are answered, and kept or lost, together."""
+    """Turns prompts into tokens. It answers `wave` prompts per call; their answers are saved together."""
 
     name: str
     wave: int
 
     def answer(self, wave: Sequence[Tokens], finished: Callable[[], None]) -> list[list[int]]:
-        """The new tokens of every prompt, each list with its end token if it came; `finished` is called for each."""
+        """The new tokens of every prompt, including the end token if there is one; calls `finished` once per prompt."""
         ...
 
 
@@ -46,15 +45,15 @@ def generate(
 ) -> dict[str, Any]:
     """Answer every request, longest first, and write `predictions.jsonl` in the order of `requests`.
 
-    Lines that an earlier call left in `predictions.partial.jsonl` are kept. Returns the engine, and the new tokens and seconds of
-    this call. Raises `CoraError` where the disk refuses.
+    Complete waves in `predictions.partial.jsonl` from an earlier call are reused. Returns the engine's name, and the number of
+    new tokens and the seconds of this call. Raises `CoraError` if a file cannot be written.
     """
     order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].input_ids), index))
     waves = [order[start : start + engine.wave] for start in range(0, len(order), engine.wave)]
     lines = _earlier_lines(out.partial_predictions)
-    # Of a wave that was not written to its end nothing is kept: its other answers depend on those of the missing rows.
-    whole = [index for wave in waves if all(index in lines for index in wave) for index in wave]
-    lines = {index: lines[index] for index in whole}
+    # An incomplete wave is dropped: the answers of a wave depend on each other, so the missing ones need all of it.
+    complete = [index for wave in waves if all(index in lines for index in wave) for index in wave]
+    lines = {index: lines[index] for index in complete}
     tokens, began = 0, time.monotonic()
     with progress("generating", len(requests), "prompts", done=len(lines)) as shown:
         for wave in waves:
@@ -77,21 +76,24 @@ def generate(
 def transformers_engine(
     model: Any, tokenizer: Any, ends: Sequence[int], prompts: Sequence[Tokens], batch_size: int, max_new_tokens: int
 ) -> Engine:
-    """The pool of `decode` where the model's layers allow it, and transformers' `generate` where they do not; says which."""
+    """`PooledDecoder` if it supports the model, else `BatchedGenerate`, with a line on stderr that says why."""
     reason = unsupported(model, max(map(len, prompts)) + max_new_tokens)
     if reason is None:
         return PooledDecoder(model, prompts, ends, batch_size, max_new_tokens)
-    say(f"answering batch by batch with transformers' generate: the faster pool cannot serve this model, since {reason}")
+    say(
+        "using transformers' generate, one batch at a time: the faster pooled decoder does not support this model, because "
+        f"{reason}"
+    )
     return BatchedGenerate(model, ends, tokenizer.pad_token_id, batch_size, max_new_tokens)
 
 
 def end_tokens(own: int | list[int] | None, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's, and the model's `own` (of its generation configuration), as an end-of-turn token."""
+    """Ids that end an answer: the tokenizer's end token, and the model's `own` from its generation configuration."""
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
 
 
 def _earlier_lines(path: Path) -> dict[int, dict[str, Any]]:
-    """Read the whole lines of a killed evaluation, and cut off the part of a line that it left."""
+    """Read the complete lines of an interrupted evaluation, and remove a partial last line from the file."""
     if not path.exists():
         return {}
     lines = rundir.read_jsonl(path, drop_partial_tail=True)
@@ -112,12 +114,12 @@ def _line(index: int, request: Request, tokenizer: Any, ends: Sequence[int], ids
 
 
 def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """`ids` up to and including the first end token."""
+    """`ids` up to and including the first end token; all of them if there is none."""
     return list(ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))])
 
 
 class BatchedGenerate:
-    """transformers' own greedy `generate`, padded on the left: for every model that it can serve, one batch at a time."""
+    """Greedy decoding by transformers' `generate`, padded on the left, one batch at a time. It supports every causal model."""
 
     name = "generate"
 
@@ -134,7 +136,7 @@ class BatchedGenerate:
         ids = torch.tensor([[self._pad] * (longest - len(prompt)) + list(prompt) for prompt in wave])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in wave])
         own = model.generation_config
-        # A fresh configuration in the model's place: its own may sample or penalise repetition, and would fill the gaps.
+        # Replace the model's configuration: it may sample or penalize repetition, and `generate` fills unset options from it.
         model.generation_config = self._config
         output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
         model.generation_config = own

@@ -1,7 +1,7 @@
-"""vLLM as an engine of greedy answers: on a GPU it batches and caches better than any loop over a plain model can.
+"""vLLM as an engine for greedy decoding: on a GPU it batches and caches better than a loop over a plain model.
 
-What vLLM is asked is built by functions that need no vLLM; only `VllmEngine` imports it. It is an option and no dependency, and
-its tokens are its own: kernels and batches differ from transformers', and with them the last bits.
+vLLM is optional: functions without vLLM build its arguments, and only `VllmEngine` imports it. Its kernels and batches differ
+from transformers', so its logits differ in the last bits and its tokens can differ too.
 """
 
 import importlib
@@ -19,34 +19,37 @@ from cora_cli.evaluation.generate import until_end
 from cora_cli.models.references import ModelPath
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as `max_lora_rank`."""
+"""The values that vLLM accepts for `max_lora_rank`."""
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 WAVE = 1024
-"""Prompts handed over together: enough to keep a GPU full, few enough to lose little by a kill."""
+"""Prompts per call of vLLM: enough to keep a GPU busy, few enough that an interruption loses little work."""
 
 
 def require_vllm(hardware: Hardware) -> str:
-    """Version of the installed vLLM. Raises `CoraError` where there is none, or no GPU for it."""
+    """Return the version of the installed vLLM. Raises `CoraError` if vLLM is not installed or there is no CUDA device."""
     if importlib.util.find_spec("vllm") is None:
         raise CoraError(
-            "--backend vllm needs the package vllm, which is not installed: `pip install vllm`, or leave the flag out"
+            "--backend vllm needs the package vllm, which is not installed: `pip install vllm`, or use --backend transformers"
         )
     if hardware.device.type != "cuda":
-        raise CoraError(f"--backend vllm needs a CUDA device, but the device is {hardware.device} ({hardware.device_reason})")
+        raise CoraError(
+            f"--backend vllm needs a CUDA device, but the device is {hardware.device} ({hardware.device_reason}); use "
+            "--backend transformers"
+        )
     return importlib.metadata.version("vllm")
 
 
 def engine_arguments(
     model: Path, dtype_name: str, longest: int, adapter: ModelPath | None = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for the model directory `model`, sequences of up to `longest` tokens, and an unmerged adapter."""
+    """Arguments of `vllm.LLM` for the directory `model`, sequences of up to `longest` tokens, and an unmerged adapter."""
     arguments = {
         "model": str(model),
         "dtype": DTYPES[dtype_name],
         "max_model_len": longest,
         "trust_remote_code": trust_remote_code,
         "enable_prefix_caching": True,
-        # The model's own may sample or penalise repetition.
+        # Not the model's own configuration, which may sample or penalize repetition.
         "generation_config": "vllm",
         "seed": 0,
     }
@@ -54,24 +57,24 @@ def engine_arguments(
 
 
 def lora_rank(adapter: ModelPath) -> int:
-    """The smallest rank that vLLM reserves room for and that holds `adapter`. Raises `CoraError` where vLLM cannot read it."""
+    """The smallest value of `max_lora_rank` that fits `adapter`. Raises `CoraError` if vLLM cannot load the adapter."""
     facts = read_facts(adapter.path)
     if facts is not None and facts.compact:
-        raise CoraError(f"{adapter.reference} is a compact adapter, which vLLM cannot read: leave out --no-merge")
+        raise CoraError(f"{adapter.reference} is a compact adapter, which vLLM cannot load: leave out --no-merge")
     config = adapter.adapter_config()
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise CoraError(f"{adapter.reference} is no plain LoRA, which is all that vLLM reads: leave out --no-merge")
+        raise CoraError(f"{adapter.reference} is not a plain LoRA, the only adapter that vLLM can load: leave out --no-merge")
     rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), 0)
     fitting = [size for size in LORA_RANKS if size >= rank]
     if not fitting:
         raise CoraError(
-            f"{adapter.reference} has rank {rank}, but vLLM takes adapters up to {LORA_RANKS[-1]}: leave out --no-merge"
+            f"{adapter.reference} has rank {rank}, but vLLM supports ranks up to {LORA_RANKS[-1]}: leave out --no-merge"
         )
     return fitting[0]
 
 
 def sampling_arguments(ends: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
-    """Arguments of `vllm.SamplingParams` for greedy answers of up to `max_new_tokens` tokens that end with one of `ends`."""
+    """Arguments of `vllm.SamplingParams` for greedy decoding of up to `max_new_tokens` tokens, or until one of `ends`."""
     return {"temperature": 0.0, "max_tokens": max_new_tokens, "stop_token_ids": list(ends), "detokenize": False}
 
 
@@ -81,12 +84,12 @@ def lora_arguments(adapter: ModelPath) -> dict[str, Any]:
 
 
 def token_prompts(wave: Sequence[Tokens]) -> list[dict[str, list[int]]]:
-    """Prompts as `vllm.inputs.TokensPrompt`: the ids themselves, so that nothing is tokenized twice."""
+    """Prompts as `vllm.inputs.TokensPrompt`: token ids, so that vLLM does not tokenize again."""
     return [{"prompt_token_ids": list(prompt)} for prompt in wave]
 
 
 class VllmEngine:
-    """Answers waves of prompts by `vllm.LLM`; `arguments` are its own (`engine_arguments`)."""
+    """An `Engine` that calls `vllm.LLM`, created with `arguments` (see `engine_arguments`)."""
 
     name = "vllm"
     wave = WAVE

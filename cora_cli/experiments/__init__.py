@@ -1,1 +1,1 @@
-"""Whole experiments made of the other commands."""
+"""Experiments that combine the other commands: grids and the demo."""

@@ -1,6 +1,6 @@
-"""A whole grid from its file to its finished runs: plan it, show it, carry it out, say how it ended.
+"""Runs a complete grid: reads the file, plans the steps, runs them, and summarizes the outcome.
 
-The one entry point of `cora ablate`; what it left on disk is for `cora report` to read.
+This is the entry point of `cora ablate`; `cora report` reads the results.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ from pathlib import Path
 
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.experiments.estimate import BASIS, Estimate, estimate_steps, matmul_rate, train_config, trained_parameters
+from cora_cli.experiments.estimate import ESTIMATE_NOTE, Estimate, estimate_steps, matmul_rate, train_config, trained_parameters
 from cora_cli.experiments.execute import (
     Execution,
     Outcome,
+    done_steps,
     last_lines,
     log_of,
     refuse_conflicts,
     sole_owner,
-    standing,
     write_plan,
 )
 from cora_cli.experiments.grid import Grid, load_grid
@@ -44,7 +44,7 @@ _NOUNS: dict[Kind, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What `cora ablate` was asked to do."""
+    """The settings of one call of `cora ablate`."""
 
     grid: Path
     output_dir: Path | None = None
@@ -59,39 +59,39 @@ class Request:
     dtype: DtypeName = "auto"
 
     def load(self) -> Grid:
-        """The grid file, read and checked. Raises `UsageError` where it makes no sense."""
+        """Read and check the grid file. Raises `UsageError` if it is invalid."""
         return load_grid(self.grid, self.preset, self.model, self.source_seed)
 
     def place(self, grid: Grid) -> Path:
-        """Where everything goes."""
+        """The output directory."""
         return self.output_dir or Path("runs") / (f"{grid.name}-{self.preset}" if self.preset else grid.name)
 
 
 def dry_run(request: Request) -> str:
-    """The plan as text: rows, steps, sizes, estimates, and what is done. Writes nothing; what cannot be resolved is named.
+    """The plan as text: rows, steps, parameter counts, estimates, what is done, and unresolved inputs. Writes nothing.
 
-    Raises `CoraError` where a rank or a way of sharing does not fit the weights.
+    Raises `CoraError` if a rank or the setting `share` does not fit the weights.
     """
     grid = request.load()
     out = request.place(grid)
-    # Without earlier steps nothing can be done already, so that no weights need to be hashed to find out.
+    # Without earlier steps nothing is done yet, so there is no need to hash weights.
     inputs = find_inputs(grid, out / _HASHES if (out / "steps").is_dir() else None)
     check_shapes(grid, inputs)
     plan = make_plan(grid, out, inputs, request.device, request.dtype)
     rate, described = matmul_rate(request.device)
-    return render_plan(plan, inputs, standing(plan), estimate_steps(plan, inputs, rate), _chosen(request, plan), described)
+    return render_plan(plan, inputs, done_steps(plan), estimate_steps(plan, inputs, rate), _chosen(request, plan), described)
 
 
 def ablate(request: Request) -> Outcome:
-    """Carry the grid out, or complete it.
+    """Run the grid, or complete it.
 
-    Raises `CoraError` before anything runs where a model or data set cannot be had, a rank does not fit or results of other settings
-    are in the way.
+    Raises `CoraError` before anything runs if a model or data set cannot be found, a rank does not fit the weights, or the
+    output directory holds results with other settings.
     """
     grid = request.load()
     out = request.place(grid)
     if out.exists() and not out.is_dir():
-        raise CoraError(f"output directory {out} is a file; choose an empty or a new directory")
+        raise CoraError(f"output directory {out} is a file; choose a new or empty directory")
     with sole_owner(out) as lock:
         say(f"{grid.title}: checking models and data")
         require_on_hub(grid)
@@ -104,7 +104,7 @@ def ablate(request: Request) -> Outcome:
         write_plan(plan)
         launcher = _launcher(request, grid, out, lock)
         expected = {}
-        if not all(done for name, done in standing(plan).items() if name in wanted):
+        if not all(done for name, done in done_steps(plan).items() if name in wanted):
             rate, _ = matmul_rate(request.device)
             expected = {name: estimate.seconds for name, estimate in estimate_steps(plan, inputs, rate).items()}
         screen = Screen(plan, wanted, launcher.slots, expected)
@@ -114,51 +114,55 @@ def ablate(request: Request) -> Outcome:
 
 
 def _launcher(request: Request, grid: Grid, out: Path, lock: int) -> Launcher:
-    """Where the steps run. Raises `CoraError` where jobs of a cluster could be writing what this machine would write."""
+    """The launcher for the steps. Raises `CoraError` if jobs of a cluster may still write to the output directory."""
     folder = out / "slurm"
     if request.launcher == "slurm":
         return SlurmLauncher(folder, grid.resources, request.jobs)
     if jobs := left_jobs(folder):
         raise CoraError(
-            f"jobs {', '.join(jobs)} were queued for {out} and may still run: complete it with --launcher slurm, or end them with scancel "
-            f"and remove {folder}"
+            f"Slurm jobs {', '.join(jobs)} were queued for {out} and may still run; continue with --launcher slurm, or stop "
+            f"them with scancel and remove {folder}"
         )
     return LocalLauncher(request.jobs, request.device, keep_open=(lock,))
 
 
 def _chosen(request: Request, plan: Plan) -> list[str]:
-    """The rows that `--only` selects. Raises `UsageError` where there are none."""
+    """The rows that `--only` selects. Raises `UsageError` if there are none."""
     names = [row.name for row in plan.grid.rows]
     chosen = fnmatch.filter(names, request.only) if request.only else names
     if not chosen:
         raise UsageError(
-            f"--only {request.only!r} matches none of the {len(names)} rows, such as {names[0]}; * stands for anything"
+            f"--only {request.only!r} matches none of the {len(names)} rows, such as {names[0]}; use * as a wildcard"
         )
     return chosen
 
 
 def check_shapes(grid: Grid, inputs: Inputs) -> None:
-    """Raise `CoraError` where a rank or a way of sharing does not fit the weights, for all rows at once; what could not be had is not judged."""
+    """Raise `CoraError` that lists every rank or `share` that does not fit the weights.
+
+    Models that are missing are not checked.
+    """
     model = inputs.models.get(grid.model)
     if model is None:
         return
     if not model.shapes:
         raise CoraError(
-            f"{grid.model} is an adapter; a grid needs a whole model as its base: write one with `cora merge` first"
+            f"{grid.model} is an adapter, but a grid needs a complete model as its base; create one with "
+            f"`cora merge {grid.model} -o DIR`"
         )
-    problems = [f"{row.name}: {problem}" for row in grid.rows for problem in _misfits(row, grid, model, inputs)]
+    problems = [f"{row.name}: {problem}" for row in grid.rows for problem in _shape_problems(row, grid, model, inputs)]
     if problems:
         raise CoraError("; ".join(problems))
 
 
-def _misfits(row: Row, grid: Grid, model: ModelFacts, inputs: Inputs) -> Iterator[str]:
+def _shape_problems(row: Row, grid: Grid, model: ModelFacts, inputs: Inputs) -> Iterator[str]:
     names = (row.train or row.basis or {}).get("target_modules") or DEFAULT_TARGET_MODULES
     targets = model.targets(names)
     adapter = train_config(row).adapter_plan() if row.train is not None else None
     if adapter is None and row.basis is None:
         return
     if lacking := [name for name in names if not model.targets((name,))]:
-        yield f"no weight of {grid.model} is named by the target module {lacking[0]}"
+        yield f"{grid.model} has no weight for target module {lacking[0]}; change target_modules"
         return
     choices = BasisChoices(**(row.basis or {}))
     along, across = (1, 0) if choices.side == "input" else (0, 1)
@@ -170,7 +174,7 @@ def _misfits(row: Row, grid: Grid, model: ModelFacts, inputs: Inputs) -> Iterato
     most, narrowest, side = min((shape[side], module, side) for module, shape in targets.items() for side in lengths)
     if needed > most:
         what = ("rows", "columns")[side]
-        yield f"rank {needed} is above the {most} {what} of {narrowest}, the most directions that it has"
+        yield f"rank {needed} exceeds the {most} {what} of {narrowest}; use rank {most} or less"
     for side in (along, across) if choices.merge == "mean" else (along,):
         sizes = sorted({shape[side] for shape in targets.values()})
         if choices.share in ("global", "layer") and len(sizes) > 1:
@@ -180,12 +184,12 @@ def _misfits(row: Row, grid: Grid, model: ModelFacts, inputs: Inputs) -> Iterato
             )
     narrow = next((module for module, (out, inside) in targets.items() if out != inside), None)
     if row.basis is not None and adapter is not None and choices.side == "input" and adapter.basis_side == "output" and narrow:
-        yield f"side input gives directions of the inputs, which B cannot take where {narrow} has the shape {targets[narrow]}"
+        yield f"side input needs square weights in this mode, but {narrow} has the shape {targets[narrow]}; use side output"
     for reference in (grid.models[source] for source in row.sources):
         facts = inputs.models.get(reference) if isinstance(reference, str) else None
         theirs = facts.targets(names) if facts else {}
         if theirs and theirs != targets:
-            yield f"source model {reference} has not the shapes of {grid.model}"
+            yield f"source model {reference} has other weight shapes than {grid.model}; use fine-tuned models of that base"
 
 
 def render_plan(
@@ -199,16 +203,16 @@ def render_plan(
         if row.name not in chosen:
             continue
         trained = trained_parameters(row, model)
-        known = [estimates[name] for name in plan.ways[row.name] if name in estimates]
-        whole = len(known) == len(plan.ways[row.name])
+        known = [estimates[name] for name in plan.steps_of[row.name] if name in estimates]
+        complete = len(known) == len(plan.steps_of[row.name])
         rows.append(
             [
                 row.name,
                 row.printed or "-",
                 "unknown" if trained is None else f"{trained:,}",
-                duration(sum(each.seconds for each in known)) if whole else "unknown",
-                f"{max((each.bytes for each in known), default=0) / 2**30:.1f} GiB" if whole else "unknown",
-                "done" if all(done[name] for name in plan.ways[row.name]) else "to do",
+                duration(sum(each.seconds for each in known)) if complete else "unknown",
+                f"{max((each.bytes for each in known), default=0) / 2**30:.1f} GiB" if complete else "unknown",
+                "done" if all(done[name] for name in plan.steps_of[row.name]) else "to do",
             ]
         )
     wanted = plan.needed_for(chosen)
@@ -222,10 +226,11 @@ def render_plan(
     if all(name in estimates for name in wanted):
         total, left = (sum(estimates[name].seconds for name in names) for names in (wanted, todo))
         lines.append(
-            f"all steps: about {duration(total)} one after another, of which {duration(left)} are still to do (machine: {machine})"
+            f"all steps: about {duration(total)} if run one at a time, of which {duration(left)} remain "
+            f"(this machine: {machine})"
         )
     lines += [
-        f"{BASIS}; a row's own steps, shared ones in full",
+        f"{ESTIMATE_NOTE}; each row counts all of its steps, including shared ones",
         *(f"unresolved: {reference} ({reason})" for reference, reason in inputs.unresolved.items()),
     ]
     return "\n".join(lines)
@@ -245,12 +250,12 @@ def _step_line(plan: Plan, kind: Kind, wanted: set[str], done: Mapping[str, bool
 
 
 def summary(plan: Plan, outcome: Outcome) -> str:
-    """How it ended, with the last lines of the log of each step that failed."""
-    lines = [f"{len(outcome.made)} steps made, {len(outcome.kept)} whole already, in {plan.out}"]
-    if not outcome.made and not outcome.failed and not outcome.blocked:
-        lines = [f"all {len(outcome.kept)} steps are whole already in {plan.out}: nothing was done"]
+    """How the grid ended, with the last lines of the log of each failed step."""
+    lines = [f"{len(outcome.completed)} steps completed, {len(outcome.up_to_date)} already up to date, in {plan.out}"]
+    if not outcome.completed and not outcome.failed and not outcome.blocked:
+        lines = [f"All {len(outcome.up_to_date)} steps are up to date. Results: {plan.out}"]
     for name in outcome.failed:
         log = log_of(plan, plan.steps[name])
-        lines += [f"{name} failed; the end of {log}:", *(f"    {line}" for line in last_lines(log))]
-    lines += [f"{name} was not run, because {culprit} failed" for name, culprit in outcome.blocked.items()]
+        lines += [f"{name} failed; last lines of {log}:", *(f"    {line}" for line in last_lines(log))]
+    lines += [f"{name} was skipped, because {culprit} failed" for name, culprit in outcome.blocked.items()]
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""The whole chain on the embedded default, small enough for two CPU cores: five fine-tunes, one basis, four adapters, one table.
+"""The complete pipeline on the embedded model, small enough for two CPU cores: five fine-tunes, one basis, four adapters.
 
-It calls the same functions as the commands and shows them; it is no benchmark, and its report says so.
+It calls the same functions as the commands. It is not a benchmark, and its report says so.
 """
 
 import dataclasses
@@ -40,14 +40,14 @@ MEANING = {
     "lora": "B = 0 and A random, both trained",
     "fb": "B = common basis, frozen",
     "tb": "B = common basis, trained",
-    "fb-orthonormal": "B = random orthonormal, frozen: the control for fb",
+    "fb-orthonormal": "B = random orthonormal, frozen; the control for fb",
 }
 
 
 def run_demo(root: Path, seed: int, device: str, dtype: DtypeName) -> str:
-    """Run or complete the demonstration in `root`; returns the report, which is also `report.md` there.
+    """Run or complete the demo in `root`; returns the report, which is also written to `root/report.md`.
 
-    Raises `CoraError` where `root` holds a demonstration with other settings.
+    Raises `CoraError` if `root` holds a demo with other settings.
     """
     began = time.monotonic()
     chain = _Chain(root, seed, device, dtype)
@@ -57,7 +57,7 @@ def run_demo(root: Path, seed: int, device: str, dtype: DtypeName) -> str:
     evaluations = chain.evaluate()
     report = _report(runs, evaluations, explained, seed, time.monotonic() - began)
     rundir.write_text(root / "report.md", report + "\n")
-    say(f"the report is in {root / 'report.md'}")
+    say(f"report written to {root / 'report.md'}")
     return report
 
 
@@ -83,7 +83,7 @@ class _Chain:
         )
 
     def fine_tune(self, task: str, number: int) -> Path:
-        """One of the five fine-tuned models, as a LoRA adapter: its weights are the base's plus ΔW."""
+        """Train one of the five fine-tuned models, as a LoRA adapter: its weights are W + ΔW."""
         say(f"\n[{number}/5] fine-tuning a model on {task}")
         output = self.root / "models" / task
         self._train(
@@ -98,11 +98,11 @@ class _Chain:
         return output
 
     def extract(self, models: list[Path]) -> tuple[Path, dict[str, float]]:
-        """The basis of the five models, and its explained variance per projection."""
+        """Extract the basis of the five models; returns its path and its mean explained variance per projection."""
         say("\nextracting the common basis of the five models")
         path, choices = self.root / "basis.safetensors", BasisChoices(rank=RANK)
         paths = [resolve_model(str(model)) for model in models]
-        if not _is_whole(path, choices, models):
+        if not _is_up_to_date(path, choices, models):
             device = select_hardware(self.device, self.dtype).device
             say(extract_basis(paths, path, choices, None, device, overwrite=True).render())
         shares = read_basis(path).explained_variance
@@ -110,7 +110,7 @@ class _Chain:
         return path, {kind: _mean([share for name, share in shares.items() if name.endswith(kind)]) for kind in sorted(kinds)}
 
     def adapt(self, name: str, basis: Path) -> dict[str, Any]:
-        """One of the four adapters that are compared, all on the same data in the same order."""
+        """Train one of the four adapters to compare, all on the same data in the same order."""
         say(f"\ntraining {name} ({MEANING[name]})")
         method = METHODS[name]
         needs_basis = name in ("fb", "tb")
@@ -126,7 +126,7 @@ class _Chain:
         )
 
     def evaluate(self) -> dict[str, Evaluation]:
-        """The base model and the four adapters on the same held-out prompts."""
+        """Evaluate the base model and the four adapters on the same held-out prompts."""
         common: dict[str, Any] = {
             "limit": PROMPTS,
             "max_new_tokens": NEW_TOKENS,
@@ -140,8 +140,8 @@ class _Chain:
         return dict(zip(MEANING, [*evaluate(base), *evaluate(tuned)], strict=True))
 
 
-def _is_whole(path: Path, choices: BasisChoices, models: list[Path]) -> bool:
-    """Whether the basis on disk is undamaged and was made from these very models with these choices."""
+def _is_up_to_date(path: Path, choices: BasisChoices, models: list[Path]) -> bool:
+    """Whether the basis on disk is undamaged and was extracted from these models with these choices."""
     if not path.exists():
         return False
     try:
@@ -191,18 +191,18 @@ def _report(
             f"Held-out loss: nats per response token over n = {before['n']} records. Metrics: n = {PROMPTS} prompts, greedy, at most "
             f"{NEW_TOKENS} new tokens; sacrebleu is 0-100, the others 0-1; BERTScore is on a small encoder (MiniLM-L6), not on the "
             "paper's scale. [95 % bootstrap interval over records]. One training seed "
-            f"({seed}): the intervals do not contain the spread over seeds.",
+            f"({seed}): the intervals do not include the variation between seeds.",
             "",
-            "fb minus fb-orthonormal, paired over prompts (p two-sided, not corrected for six comparisons):",
+            "fb minus fb-orthonormal, paired over prompts (two-sided p-values, not corrected for six comparisons):",
             "",
             markdown_table(["metric", "difference", "p"], differences),
             "",
             f"The basis: {len(TASKS)} models ({', '.join(TASKS)}), rank {RANK}, explained variance {shares}.",
             f"Each adapter: {STEPS} steps of {BATCH} records of {DATASET}, learning rate {LEARNING_RATE:g}, {hardware['dtype']} on "
-            f"{hardware['device']}. This call took {seconds / 60:.1f} minutes.",
+            f"{hardware['device']}. This run of the demo took {seconds / 60:.1f} minutes.",
             "",
-            f"What this can show: that the chain works, and that {STEPS} steps lower the held-out loss in every mode. What it cannot: "
-            f"which mode is better. One seed, one untuned learning rate, a 135M model and {STEPS * BATCH} training records decide nothing; "
-            "sweep the learning rate per mode, take several seeds, and compare fb with fb-orthonormal before crediting the basis.",
+            f"This demo shows that the pipeline works, and how {STEPS} steps change the held-out loss in each mode. It does "
+            f"not show which mode is better: one seed, one untuned learning rate, a 135M model and {STEPS * BATCH} training "
+            "records are too few. For that, sweep the learning rate per mode, train with several seeds, and compare fb with its control fb-orthonormal.",
         ]
     )

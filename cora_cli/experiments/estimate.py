@@ -1,6 +1,6 @@
-"""Roughly how long each step takes and how much memory it needs on this machine, from shapes, sizes of records and one measured rate.
+"""Estimates time and memory of each step on this machine, from shapes, record lengths and a measured rate of matrix products.
 
-Good to a factor of two or so: it says whether a grid takes minutes or weeks. Nothing is decided by it.
+Estimates are right within a factor of about two, enough to tell minutes from weeks. They are only displayed.
 """
 
 import dataclasses
@@ -18,31 +18,32 @@ from cora_cli.training.config import TrainConfig
 
 CHARACTERS_PER_TOKEN = 3.6
 TEMPLATE_TOKENS = 35
-# Shares of the rate of one large matrix product that whole steps reach, and what a process costs before and after its work;
-# measured with SmolLM2-135M on two processor cores.
+# Share of the measured rate that complete steps reach, and fixed costs of a process; measured on two CPU cores with
+# SmolLM2-135M.
 TRAINING_SHARE, DECODING_SHARE, WIDE_SHARE = 0.35, 0.1, 0.1
 START_SECONDS = {"model": 12.0, "train": 12.0, "basis": 5.0, "evaluate": 14.0}
 PROCESS_BYTES = 0.8e9
-# Bytes kept for the backward pass per token, layer and hidden unit in 16-bit precision, attention itself excluded.
+# Bytes kept for the backward pass per token, layer and hidden unit in 16-bit precision, without attention.
 ACTIVATION_BYTES = 34
-BASIS = (
-    "estimates: 4 FLOPs per parameter and token to train an adapter, 6 to train all weights, 2 to read or write a token, at the "
-    "rate of matrix products measured here"
+ESTIMATE_NOTE = (
+    "estimates: per parameter and token, 4 FLOPs to train an adapter, 6 to train all weights and 2 for a forward pass, at the "
+    "rate of matrix products measured on this machine"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Seconds and bytes at the peak, both rough."""
+    """Approximate run time in seconds and peak memory in bytes."""
 
     seconds: float
     bytes: float
 
 
 def matmul_rate(device: str, seconds: float = 0.5) -> tuple[float, str]:
-    """FLOPs per second of a matrix product in the precision that runs take here, the fastest in about `seconds`, and a description.
+    """FLOPs per second of a matrix product in the precision of runs on `device`, and a description. Takes about `seconds`.
 
-    The fastest, and one thread's times their number: what else runs at this moment says little of the hours that are to be estimated.
+    The rate is that of the fastest product, on a CPU of one thread times the number of threads, so that other load at this
+    moment matters little.
     """
     import torch
 
@@ -63,7 +64,7 @@ def matmul_rate(device: str, seconds: float = 0.5) -> tuple[float, str]:
 
 
 def trained_parameters(row: Row, model: ModelFacts | None) -> int | None:
-    """How many parameters the row trains, from shapes; None where the model is not at hand, or a file of PEFT's decides."""
+    """Number of parameters that the row trains; None if the model is missing or a PEFT configuration determines it."""
     if row.mode in ("base", "basis"):
         return 0
     if model is None:
@@ -79,7 +80,7 @@ def _trained(config: TrainConfig, model: ModelFacts) -> int | None:
 
 
 def train_config(row: Row) -> TrainConfig:
-    """The settings of a row's run, with stand-ins for the places."""
+    """The training settings of a row, with placeholders for paths and references."""
     place: Values = {
         "mode": row.mode,
         "model": "m",
@@ -91,14 +92,14 @@ def train_config(row: Row) -> TrainConfig:
 
 
 def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimate]:
-    """An estimate for every step whose model and data are at hand, by the step's name."""
+    """Estimates by step name, for every step whose model and data are available. `rate` is in FLOPs per second."""
     model = inputs.models.get(plan.grid.model)
     if model is None or not model.shapes:
         return {}
     found = {}
     for row in plan.grid.rows:
         data = inputs.datasets.get(data_key(plan.grid.datasets[row.dataset], plan.grid.train)) if row.dataset else None
-        for name in plan.ways[row.name]:
+        for name in plan.steps_of[row.name]:
             step = plan.steps[name]
             if name in found:
                 continue
@@ -110,16 +111,12 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
                 found[name] = _evaluation(model, data, plan.grid.evaluate or {}, rate)
     for name, settings in plan.grid.models.items():
         steps = [step for step in plan.steps.values() if step.name.rpartition("-")[0] == f"model-{name}"]
-        if (
-            steps
-            and not isinstance(settings, str)
-            and (made_of := inputs.datasets.get(data_key(settings["dataset"], settings)))
-        ):
-            found[steps[0].name] = _training(model, made_of, _made(settings), rate)
+        if steps and not isinstance(settings, str) and (data := inputs.datasets.get(data_key(settings["dataset"], settings))):
+            found[steps[0].name] = _training(model, data, _source_config(settings), rate)
     return found
 
 
-def _made(settings: Values) -> TrainConfig:
+def _source_config(settings: Values) -> TrainConfig:
     return TrainConfig(model="m", output_dir="o", **settings)
 
 
@@ -177,7 +174,7 @@ def _basis(model: ModelFacts, row: Row, plan: Plan, step: Step, rate: float) -> 
         groups = [(inside, out) for out, inside in groups]
     read = 2 * max(1, len(row.sources)) * sum(out * inside for out, inside in targets.values())
     flops = sum(2 * out * out * inside + 9 * out**3 for out, inside in groups)
-    # Reading, hashing and adding in float64 go at about 0.3 GB/s together; float64 products at a small part of 16-bit ones.
+    # Reading, hashing and adding in float64 run at about 0.3 GB/s together; float64 products are much slower than 16-bit ones.
     seconds = START_SECONDS["basis"] + read / 3e8 + flops / (rate * WIDE_SHARE)
     rank = int(step.facts["rank"])
     kept = sum(4 * out * rank for out, _ in groups) + max(out * inside + 2 * out * out for out, inside in groups) * 8
@@ -190,7 +187,7 @@ def _groups(targets: dict[str, tuple[int, int]], share: Share) -> Sequence[tuple
 
 
 def _sizes(model: ModelFacts) -> tuple[int, int, int]:
-    """Layers, hidden size and vocabulary, read off the shapes."""
+    """Number of layers, hidden size and vocabulary size, from the shapes."""
     layers = len({part for name in model.shapes for part in name.split(".") if part.isdigit()}) or 1
     vocabulary, hidden = max(model.shapes.values(), key=lambda shape: shape[0])
     return layers, hidden, vocabulary

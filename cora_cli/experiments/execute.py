@@ -1,7 +1,7 @@
-"""Carries out a plan: every step after its needs, as many at a time as the launcher has room for, and goes on past failures.
+"""Runs the steps of a plan in order of their dependencies, several at a time, and continues after failures.
 
-It can be killed at any moment: what was whole stays whole, and the next call finds out what is missing. How a process is started is
-`launch`, what counts as done is `ledger`, what is shown is `screen`.
+It can be interrupted at any time: finished steps stay finished, and the next call runs the rest. `launch` starts processes,
+`ledger` decides which steps are done, and `screen` shows progress.
 """
 
 import contextlib
@@ -29,10 +29,13 @@ _LAST_LINES = 6
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a plan ended: steps that were whole before, that were made now, that failed, and that were not run because of those."""
+    """The result of running a plan: names of steps that were up to date, completed, failed, or were blocked by a failure.
 
-    kept: tuple[str, ...]
-    made: tuple[str, ...]
+    `failed` maps a name to its error, `blocked` to the failed step that it depends on.
+    """
+
+    up_to_date: tuple[str, ...]
+    completed: tuple[str, ...]
     failed: dict[str, str]
     blocked: dict[str, str]
 
@@ -41,8 +44,8 @@ class Outcome:
 def sole_owner(out: Path) -> Iterator[int]:
     """Hold the lock of an output directory; yields its file descriptor, for steps to inherit.
 
-    The system gives it up when the last process that holds it ends, however it ends, so no lock is ever stale; a step that outlives
-    a killed `ablate` keeps it. Raises `CoraError` where another process holds it.
+    The operating system releases the lock when the last process that holds it ends, so a lock is never stale. A step that
+    outlives a killed `ablate` keeps the lock. Raises `CoraError` if another process holds it.
     """
     path = out / ".lock"
     try:
@@ -56,8 +59,8 @@ def sole_owner(out: Path) -> Iterator[int]:
         holders = path.read_text(encoding="utf-8").strip() or "unknown"
         os.close(descriptor)
         raise CoraError(
-            f"{out} is being worked on by another cora ablate, or by a step that it left running (processes {holders}): wait for it, "
-            "or end it"
+            f"{out} is in use by another cora ablate, or by a step that it left running (processes {holders}); wait until they "
+            "end, or stop them"
         ) from error
     try:
         _note_holders(descriptor, [])
@@ -72,7 +75,7 @@ def _note_holders(descriptor: int, steps: list[int]) -> None:
 
 
 def write_plan(plan: Plan) -> None:
-    """Write `plan.json`, the resolved grid, and the held-out records that a base model answers."""
+    """Write `plan.json`, `grid.yaml` (the resolved grid), and the held-out records for evaluating the base model."""
     rundir.write_json(plan.out / "plan.json", plan_record(plan))
     rundir.write_text(plan.out / "grid.yaml", yaml.safe_dump(plan.grid.resolved(), sort_keys=False, allow_unicode=True))
     for name, records in plan.records.items():
@@ -87,24 +90,27 @@ class _Running:
 
 
 class Execution:
-    """One attempt to complete a plan."""
+    """One run of a plan."""
 
     def __init__(self, plan: Plan, wanted: set[str], launcher: Launcher, screen: Screen, lock: int) -> None:
-        """`wanted` names the steps to be done; `lock` is what `sole_owner` gave."""
+        """`wanted` names the steps to complete; `lock` is the descriptor from `sole_owner`."""
         self._plan, self._launcher, self._screen, self._lock = plan, launcher, screen, lock
         self._ledger = Ledger(plan.out)
-        # A plan lists each step after its needs.
+        # A plan lists each step after its dependencies.
         self._waiting = [step for step in plan.steps.values() if step.name in wanted]
-        self._judged: set[str] = set()
+        self._checked: set[str] = set()
         self._running: dict[str, _Running] = {}
         self._results: dict[str, str] = {}
-        self._kept: list[str] = []
-        self._made: list[str] = []
+        self._up_to_date: list[str] = []
+        self._completed: list[str] = []
         self._failed: dict[str, str] = {}
         self._blocked: dict[str, str] = {}
 
     def run(self) -> Outcome:
-        """Do what is missing. On an interruption (Ctrl-C, SIGTERM) the running steps are ended, and all can be continued."""
+        """Run the steps that are not done.
+
+        On an interruption (Ctrl-C, SIGTERM) running steps are stopped; a later call continues them.
+        """
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
             while self._waiting or self._running:
@@ -118,29 +124,29 @@ class Execution:
             for running in self._running.values():
                 running.job.stop()
             self._screen.close()
-        return Outcome(tuple(self._kept), tuple(self._made), self._failed, self._blocked)
+        return Outcome(tuple(self._up_to_date), tuple(self._completed), self._failed, self._blocked)
 
     def _advance(self) -> None:
-        """Settle every waiting step that can be settled, and start those for which there is room."""
+        """Skip steps that are up to date or blocked, and start steps that are ready while there are free slots."""
         for step in list(self._waiting):
             culprit = next((need for need in step.needs if need in self._failed or need in self._blocked), None)
             if culprit is not None:
                 self._waiting.remove(step)
                 root = self._blocked.get(culprit, culprit)
                 self._blocked[step.name] = root
-                self._screen.ended(step, f"not run, because {root} failed")
+                self._screen.failed(step, f"skipped, because {root} failed")
             elif all(need in self._results for need in step.needs):
-                self._settle(step)
+                self._skip_or_start(step)
 
-    def _settle(self, step: Step) -> None:
-        if step.name not in self._judged:
-            self._judged.add(step.name)
-            verdict = self._ledger.judge(step, self._results)
+    def _skip_or_start(self, step: Step) -> None:
+        if step.name not in self._checked:
+            self._checked.add(step.name)
+            verdict = self._ledger.check(step, self._results)
             if verdict.done and verdict.result is not None:
                 self._waiting.remove(step)
                 self._results[step.name] = verdict.result
-                self._kept.append(step.name)
-                self._screen.kept(step)
+                self._up_to_date.append(step.name)
+                self._screen.up_to_date(step)
                 return
         if len(self._running) < self._launcher.slots:
             self._waiting.remove(step)
@@ -170,18 +176,18 @@ class Execution:
             step, seconds = self._plan.steps[name], time.monotonic() - running.began
             try:
                 if code != 0:
-                    raise CoraError(_complaint(running.log, code))
+                    raise CoraError(_error_in(running.log, code))
                 self._results[name] = self._ledger.finish(step, self._results, seconds)
             except CoraError as error:
                 self._fail(step, str(error))
             else:
-                self._made.append(name)
-                self._screen.made(step, seconds)
+                self._completed.append(name)
+                self._screen.completed(step, seconds)
 
     def _fail(self, step: Step, error: str) -> None:
         self._failed[step.name] = error
         self._ledger.fail(step, self._results, error)
-        self._screen.ended(step, f"failed: {error}")
+        self._screen.failed(step, f"failed: {error}")
 
     def _note(self) -> None:
         _note_holders(self._lock, [pid for running in self._running.values() if (pid := running.job.pid) is not None])
@@ -192,12 +198,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def log_of(plan: Plan, step: Step) -> Path:
-    """Where a step's words go."""
+    """The log file of a step."""
     return plan.out / "logs" / f"{step.name}.log"
 
 
 def last_lines(log: Path, count: int = _LAST_LINES) -> list[str]:
-    """The last lines of a log that say anything."""
+    """The last lines of a log that are not blank."""
     try:
         text = log.read_bytes()[-20_000:].decode("utf-8", errors="replace")
     except OSError:
@@ -205,31 +211,31 @@ def last_lines(log: Path, count: int = _LAST_LINES) -> list[str]:
     return [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()][-count:]
 
 
-def _complaint(log: Path, code: int) -> str:
-    line = (last_lines(log, 1) or ["nothing was said"])[0].removeprefix("cora: error: ")
+def _error_in(log: Path, code: int) -> str:
+    line = (last_lines(log, 1) or ["no output"])[0].removeprefix("cora: error: ")
     return f"killed by signal {-code}" if code < 0 else line
 
 
 def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool) -> None:
-    """Raise `CoraError` where results of other settings are in the way, all of them at once, unless they may be replaced."""
+    """Raise `CoraError` that lists results of `wanted` steps created with other settings, unless `overwrite` is set."""
     ledger = Ledger(plan.out)
     found = [(step, differing) for name, step in plan.steps.items() if name in wanted and (differing := ledger.conflict(step))]
     if found and not overwrite:
         shown = "; ".join(f"{step.output} ({differing})" for step, differing in found[:5])
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise CoraError(
-            f"{plan.out} holds results that were made with other settings: {shown}{more}; choose another --output-dir, or replace them "
-            "with --overwrite"
+            f"{plan.out} holds results that were created with other settings: {shown}{more}; choose another --output-dir, or "
+            "replace them with --overwrite"
         )
 
 
-def standing(plan: Plan) -> Mapping[str, bool]:
-    """Which steps are whole on disk now, by name; a step whose needs are not cannot be."""
+def done_steps(plan: Plan) -> Mapping[str, bool]:
+    """Whether each step is done, by name. A step is not done while one of its dependencies is not."""
     ledger = Ledger(plan.out)
     results: dict[str, str] = {}
     found = {}
     for name, step in plan.steps.items():
-        verdict = ledger.judge(step, results) if all(need in results for need in step.needs) else None
+        verdict = ledger.check(step, results) if all(need in results for need in step.needs) else None
         found[name] = verdict is not None and verdict.done
         if verdict is not None and verdict.result is not None:
             results[name] = verdict.result

@@ -1,7 +1,6 @@
-"""Grid files: one YAML format -> the rows of an experiment, every one of them checked before anything is made.
+"""Reads grid files (YAML) and expands them to the rows of an experiment; checks every row before anything runs.
 
-It knows settings and names only: which model exists, what is on disk and in which order things run is `inputs`, `ledger` and
-`plan`.
+It checks settings and names only. `inputs` finds models and data sets, `steps` plans the commands, `ledger` knows what is done.
 """
 
 import dataclasses
@@ -26,23 +25,23 @@ from cora_cli.models.references import EMBEDDED_MODEL
 EVALUATE_KEYS = fields_of(
     EvaluateConfig,
     leave_out=(
-        *("runs", "model", "from_predictions", "dataset", "output_dir", "basis"),  # each step's own
-        *("device", "dtype", "overwrite"),  # said to `ablate` itself
+        *("runs", "model", "from_predictions", "dataset", "output_dir", "basis"),  # set for each step
+        *("device", "dtype", "overwrite"),  # flags of `ablate` itself
     ),
 )
 _TOP_KEYS = ("name", "title", "paper_table", "conditions", "model", "models", "datasets", "defaults", "resources", "grid")
-# Settings whose one value is a list: only a list of lists is an axis.
+# Settings whose single value is a list: they vary only with a list of lists.
 _LIST_SETTINGS = frozenset({"target_modules", "sources"})
 _NAME = re.compile(r"^[A-Za-z0-9][\w.+=-]*$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A whole grid file, resolved.
+    """A complete grid file, resolved.
 
-    `models` maps the name of a source model to its reference, or to the training settings of a fine-tune that is made for
-    this grid; `datasets` maps names to references; `basis_rank` is R where the file fixes it; `evaluate` is None where
-    nothing is to be generated, so that rows have their losses alone; `resources` are what each kind of step asks of a cluster.
+    `models` maps the name of a source model to its reference, or to the training settings of a model that this grid fine-tunes.
+    `datasets` maps names to references. `basis_rank` is R if the file sets it. `evaluate` is None if nothing is generated, so
+    that rows have only their losses. `resources` has the cluster resources for each kind of step.
     """
 
     name: str
@@ -60,20 +59,20 @@ class Grid:
     rows: tuple[Row, ...]
 
     def resolved(self) -> Values:
-        """Plain values of everything, for the copy that is kept beside the results."""
+        """Everything as plain values, for the copy that is saved with the results."""
         values = dataclasses.asdict(self)
         return {**values, "conditions": list(self.conditions), "rows": [row.as_dict() for row in self.rows]}
 
 
 def load_grid(path: Path, preset: str | None = None, model: str | None = None, source_seed: int = 0) -> Grid:
-    """Read and check a grid file. Raises `UsageError` that names every problem of the file at once.
+    """Read and check a grid file. Raises `UsageError` that lists all problems of the file at once.
 
-    `preset` names a mapping to a smaller scale, `model` replaces the file's base model, and `source_seed` seeds the random choice
-    of source models where a row has no seed of its own for that.
+    `preset` is None or "small", which reduces the scale; `model` replaces the file's base model; `source_seed` seeds the random
+    choice of source models for rows that do not set one.
     """
     values = read_yaml(path)
     if preset == "small":
-        # Built as it is first: what is wrong with it is told in the file's own words.
+        # First check the file as written, so that errors refer to its own settings.
         rows = build_grid(values, str(path), None, source_seed).rows
         values = small(values, model or EMBEDDED_MODEL, any(row.basis is not None for row in rows))
     elif model is not None:
@@ -82,7 +81,10 @@ def load_grid(path: Path, preset: str | None = None, model: str | None = None, s
 
 
 def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None, source_seed: int = 0) -> Grid:
-    """Check the values of a grid file and cross its blocks; `where` is the file that messages name."""
+    """Check the values of a grid file and expand its blocks to rows; messages name the file `where`.
+
+    Raises `UsageError` that lists all problems at once.
+    """
     problems: list[str] = [unknown_key(key, _TOP_KEYS, "top level") for key in values if key not in _TOP_KEYS]
     defaults = values.get("defaults") or {}
     if not isinstance(defaults, dict):
@@ -91,16 +93,17 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     train = typed(defaults.get("train"), TRAIN_KEYS, "defaults: train", problems)
     basis = typed(defaults.get("basis"), {**BASIS_KEYS, "rank": int}, "defaults: basis", problems)
     basis_rank = basis.pop("rank", None)
-    # `evaluate: false` leaves generation out.
+    # `evaluate: false` turns generation off.
     generates = defaults.get("evaluate") is not False
     evaluate = typed(defaults.get("evaluate") if generates else None, EVALUATE_KEYS, "defaults: evaluate", problems)
     models, datasets = _models(values.get("models"), problems), _named(values.get("datasets"), "datasets", problems)
-    _collect(problems, "defaults: basis", lambda: BasisChoices(**basis))
-    _collect(problems, "defaults: evaluate", lambda: EvaluateConfig(model="m", dataset="d", output_dir="o", **evaluate))
+    _check(problems, "defaults: basis", lambda: BasisChoices(**basis))
+    _check(problems, "defaults: evaluate", lambda: EvaluateConfig(model="m", dataset="d", output_dir="o", **evaluate))
     scope = Scope(tuple(models), tuple(datasets), train, basis, basis_rank, source_seed)
     rows = list(_rows(values.get("grid"), scope, problems))
     problems += [
-        f"two rows have the name {name}: rows that differ in a setting are told apart where one block has it as a list, or in its rows"
+        f"several rows have the name {name}: settings are part of a name only if one block varies them, in a list or in its "
+        "rows"
         for name, count in Counter(row.name for row in rows).items()
         if count > 1
     ]
@@ -124,7 +127,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     )
     _is_name(grid.name, "name", problems)
     if not grid.model:
-        problems.append("model is missing: the base model that every row trains or evaluates")
+        problems.append("model is missing; set it to the base model that every row trains or evaluates")
     if problems:
         raise UsageError(f"grid file {where}: {'; '.join(dict.fromkeys(problems))}")
     return grid
@@ -133,7 +136,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
 _SECTIONS = {"train", "basis", "evaluate"}
 
 
-def _collect(problems: list[str], where: str, make: Any) -> None:
+def _check(problems: list[str], where: str, make: Any) -> None:
     try:
         make()
     except UsageError as error:
@@ -149,14 +152,14 @@ def _text(values: Mapping[str, Any], key: str, problems: list[str], default: Any
 
 
 def _named(values: object, what: str, problems: list[str]) -> dict[str, str]:
-    """A `name: reference` mapping."""
+    """Check a `name: reference` mapping."""
     if not isinstance(values, dict | None):
         problems.append(f"{what} must hold `name: reference` lines, not {values!r}")
         return {}
     found = {}
     for name, reference in (values or {}).items():
         if not isinstance(reference, str) or not reference.strip():
-            problems.append(f"{what}: {name} must name a reference, not {reference!r}")
+            problems.append(f"{what}: {name} must be a hub id, path or builtin name, not {reference!r}")
         elif _is_name(name, what, problems):
             found[name] = reference
     return found
@@ -166,7 +169,8 @@ def _is_name(name: object, what: str, problems: list[str]) -> bool:
     if isinstance(name, str) and _NAME.match(name):
         return True
     problems.append(
-        f"{what}: {name!r} is no name: letters, digits, and . _ + = - after the first, in quotes where YAML sees no text"
+        f"{what}: {name!r} is not a valid name; use letters and digits, then also . _ + = -, and quote names that YAML does "
+        "not read as text"
     )
     return False
 
@@ -179,20 +183,20 @@ def _sentences(values: object, problems: list[str]) -> tuple[str, ...]:
 
 
 def _models(values: object, problems: list[str]) -> dict[str, str | Values]:
-    """The pool of source models: references, and mappings with the training settings of fine-tunes to be made."""
+    """The pool of source models: references, or training settings of models to fine-tune."""
     if not isinstance(values, dict):
         return dict(_named(values, "models", problems))
-    made = {name: settings for name, settings in values.items() if isinstance(settings, dict)}
-    named = _named({name: reference for name, reference in values.items() if name not in made}, "models", problems)
+    tuned = {name: settings for name, settings in values.items() if isinstance(settings, dict)}
+    named = _named({name: reference for name, reference in values.items() if name not in tuned}, "models", problems)
     hints = {**TRAIN_KEYS, "dataset": str, "mode": ROW_KEYS["mode"]}
     pool: dict[str, str | Values] = {}
     for name in values:
-        if name in made:
-            settings = {"mode": BASELINE, **typed(made[name], hints, f"models: {name}", problems)}
+        if name in tuned:
+            settings = {"mode": BASELINE, **typed(tuned[name], hints, f"models: {name}", problems)}
             if "dataset" not in settings:
-                problems.append(f"models: {name} is to be fine-tuned, but names no dataset")
+                problems.append(f"models: {name} has training settings but no dataset; add one")
             elif settings["mode"] != BASELINE and method_of(settings["mode"]).is_adapter:
-                problems.append(f"models: {name} must be made with mode lora or full, not {settings['mode']}")
+                problems.append(f"models: {name}: mode must be one of lora, full, not {settings['mode']!r}")
             if _is_name(name, "models", problems):
                 pool[name] = settings
         elif name in named:
@@ -202,28 +206,28 @@ def _models(values: object, problems: list[str]) -> dict[str, str | Values]:
 
 def _rows(blocks: object, scope: Scope, problems: list[str]) -> Iterator[Row]:
     if not isinstance(blocks, list) or not blocks:
-        problems.append("grid is empty: it must be a list of blocks, each with a mode")
+        problems.append("grid must be a list of at least one block, each with a mode")
         return
     for number, block in enumerate(blocks, start=1):
         where = f"grid, block {number}"
         if not isinstance(block, dict):
             problems.append(f"{where} must hold `name: value` lines, not {block!r}")
             continue
-        for axes, settings in _crossed(block, where, problems):
+        for axes, settings in _combinations(block, where, problems):
             if row := build_row(settings, axes, scope, where, problems):
                 yield row
 
 
-def _crossed(block: Mapping[str, Any], where: str, problems: list[str]) -> Iterator[tuple[set[str], Values]]:
-    """Every combination of a block's lists, once for each of its explicit rows, with the names of what it varies."""
+def _combinations(block: Mapping[str, Any], where: str, problems: list[str]) -> Iterator[tuple[set[str], Values]]:
+    """Every combination of a block's lists with each of its explicit rows, and the names of the settings that vary."""
     lists = dict(block)
     explicit = lists.pop("rows", [{}])
     if not isinstance(explicit, list) or not explicit or not all(isinstance(row, dict) for row in explicit):
-        problems.append(f"{where}: rows must be a list of rows with at least one, not {explicit!r}")
+        problems.append(f"{where}: rows must be a list of at least one row, not {explicit!r}")
         return
     axes = {key for key, value in lists.items() if _is_axis(key, value)}
     if empty := sorted(key for key in axes if not lists[key]):
-        problems.append(f"{where}: {', '.join(empty)} is an empty list, so that nothing would be crossed")
+        problems.append(f"{where}: {', '.join(empty)} must not be an empty list; give at least one value, or leave it out")
         return
     choices: Sequence[list[Any]] = [lists[key] if key in axes else [lists[key]] for key in lists]
     for row in explicit:
@@ -236,15 +240,15 @@ def _is_axis(key: str, value: Any) -> bool:
 
 
 def _check_printed(table: str | None, rows: Sequence[Row]) -> list[str]:
-    """What is wrong with the paper's table and the printed names that the grid refers to."""
+    """Problems with the grid's `paper_table` and the `printed` names of its rows."""
     tables = paper_tables()
     if table is None:
         return (
-            ["rows with a printed name need paper_table, which says where it is printed"]
+            ["rows with a printed name need paper_table, the table of the paper that has them"]
             if any(r.printed for r in rows)
             else []
         )
     if table not in tables:
-        return [f"paper_table {table!r} is none of {', '.join(tables)}"]
+        return [f"paper_table must be one of {', '.join(tables)}, not {table!r}"]
     printed = tables[table]["rows"]
     return [unknown_key(row.printed, printed, f"table {table}") for row in rows if row.printed and row.printed not in printed]

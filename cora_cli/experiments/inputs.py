@@ -1,6 +1,6 @@
-"""What a grid starts from: its models and data sets, found, hashed and measured before anything runs.
+"""The inputs of a grid: finds, hashes and measures its models and data sets before anything runs.
 
-It reads headers, records and hashes, never weights into memory; what cannot be had is said, and `plan` decides what that means.
+It reads checkpoint headers and records, and never loads weights. Missing inputs are listed in `Inputs.unresolved`.
 """
 
 import dataclasses
@@ -24,10 +24,11 @@ _HUB_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """A model that is on this disk.
+    """A model on this disk.
 
-    `shapes` maps the full name of every two-dimensional weight to (out, in), `parameters` counts them all and
-    `embedded` those of the input embedding; both are empty for an adapter. `sha256` is None where it was not asked for.
+    `shapes` maps the full name of every two-dimensional weight to (out, in); `parameters` counts all parameters and `embedded`
+    those of the input embedding. For an adapter `shapes` is empty and both counts are 0. `sha256` is None if it was not
+    requested.
     """
 
     reference: str
@@ -37,13 +38,13 @@ class ModelFacts:
     embedded: int
 
     def targets(self, names: Sequence[str] = DEFAULT_TARGET_MODULES) -> dict[str, tuple[int, int]]:
-        """The (out, in) of every weight that the target modules name."""
+        """Shape (out, in) of every weight that the target modules `names` match."""
         return {module: shape for module, shape in self.shapes.items() if any(is_target(module, name) for name in names)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """A data set that was read: the hash of its split, its held-out records, and the mean size of its records in characters."""
+    """A data set that was read: the hash of its split, its held-out records, and the mean lengths of records in characters."""
 
     reference: str
     sha256: str
@@ -55,26 +56,26 @@ class DataFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Facts of models by reference and of data sets by `data_key`, and what is wrong with each reference that has none."""
+    """Models by reference, data sets by `data_key`, and the error for each reference that could not be resolved."""
 
     models: dict[str, ModelFacts]
     datasets: dict[str, DataFacts]
     unresolved: dict[str, str]
 
     def require_all(self) -> None:
-        """Raise `CoraError` that names everything that could not be had."""
+        """Raise `CoraError` that lists every model and data set that could not be resolved."""
         if self.unresolved:
             raise CoraError("; ".join(dict.fromkeys(self.unresolved.values())))
 
 
 def used_sources(grid: Grid) -> list[str]:
-    """Names of the pool's models that some row's basis is made of, in the order of the pool."""
+    """Names of the source models that the basis of some row uses, in the order of the pool."""
     used = {name for row in grid.rows for name in row.sources}
     return [name for name in grid.models if name in used]
 
 
 def references(grid: Grid) -> tuple[list[str], dict[str, tuple[str, Values]]]:
-    """Every model that the grid needs from outside, and by its key every data set with the settings that split it."""
+    """References of all models that the grid needs, and its data sets by key, each with the settings of its split."""
     settings = [grid.models[name] for name in used_sources(grid)]
     models = [grid.model, *(value for value in settings if isinstance(value, str))]
     splits = [(grid.datasets[row.dataset], grid.train) for row in grid.rows if row.dataset]
@@ -83,14 +84,14 @@ def references(grid: Grid) -> tuple[list[str], dict[str, tuple[str, Values]]]:
 
 
 def data_key(reference: str, settings: Values) -> str:
-    """What identifies a data set with its split: runs and the fine-tunes of the pool may hold out different parts of one."""
+    """Key of a data set and its split. Rows and source models may split the same data set differently."""
     return " ".join([reference, *(f"{name}={settings[name]}" for name in SPLIT_KEYS if name in settings)])
 
 
 def require_on_hub(grid: Grid) -> None:
-    """Raise `CoraError` that names every model which the hub does not know, before the first of them is downloaded.
+    """Raise `CoraError` that lists every model that is not on the hub, before the first download.
 
-    A hub that cannot be asked says nothing: what is in its cache here may do.
+    A hub that cannot be reached is ignored, because the models may be in the local cache.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -104,18 +105,20 @@ def require_on_hub(grid: Grid) -> None:
             HfApi().model_info(hub_id, revision=revision or None, timeout=_HUB_SECONDS)
         except (RepositoryNotFoundError, RevisionNotFoundError):
             missing.append(
-                f"model {reference!r} is neither a directory here nor on the hub (or is private and you are not logged in)"
+                f"model {reference!r} is neither a local directory nor on the hub (if it is private, log in "
+                "with `hf auth login`)"
             )
-        except Exception:  # whatever the hub's client raises where it is out of reach or busy
+        except Exception:  # the hub's client raises many types if the hub is unreachable or busy
             continue
     if missing:
         raise CoraError("; ".join(missing))
 
 
 def find_inputs(grid: Grid, memory: Path | None) -> Inputs:
-    """Look at every model and data set that the grid names.
+    """Find every model and data set that the grid names.
 
-    `memory` is a file in which hashes of weights are kept for the next time, by size and time of their files; None hashes no weights.
+    `memory` is a file that caches the hashes of weights, valid while size and modification time of the files are unchanged.
+    With None no weights are hashed.
     """
     models, datasets = references(grid)
     digests = _Digests(memory) if memory else None
@@ -150,7 +153,7 @@ def _model_facts(model: ModelPath, digests: "_Digests | None") -> ModelFacts:
         if len(shape) == 2 and name.endswith(".weight")
     }
     embedded = sum(size for name, size in sizes.items() if "embed" in name or ".wte" in name)
-    # A tied head is stored once, but multiplied all the same.
+    # A tied head is stored once, but still costs a matrix product.
     return ModelFacts(model.reference, sha256, matrices, sum(sizes.values()), embedded)
 
 
@@ -168,7 +171,7 @@ def _data_facts(reference: str, split: DataSplit) -> DataFacts:
 
 
 def _texts(record: Record) -> tuple[str, str]:
-    """A record's prompt and response, roughly: sizes are estimated from them, nothing is trained on them."""
+    """Approximate text of a record's prompt and response, for estimating lengths only."""
     if "messages" in record:
         contents = [message["content"] for message in record["messages"]]
         return "".join(contents[:-1]), contents[-1]
@@ -177,14 +180,14 @@ def _texts(record: Record) -> tuple[str, str]:
 
 
 class _Digests:
-    """Content hashes of models, remembered as long as size and time of their files stay what they were."""
+    """Content hashes of models, cached while size and modification time of their files are unchanged."""
 
     def __init__(self, memory: Path) -> None:
         self._memory = memory
         try:
             self._known: dict[str, Any] = rundir.read_json(memory) if memory.exists() else {}
         except CoraError:
-            self._known = {}  # only a memory: what is lost is measured again
+            self._known = {}  # only a cache: hashes are computed again
 
     def of(self, model: ModelPath) -> str:
         state = _state([*model.weight_files(), *(model.path.glob("*config.json")), *model.path.glob("cora.json")])

@@ -1,6 +1,6 @@
-"""Steps as processes of this machine: each with its log, its share of the processors or one GPU.
+"""Runs steps as processes on this machine, each with its own log and with one GPU or a share of the CPU threads.
 
-A launcher knows nothing of plans: it starts words after `cora`, and tells when they ended. The one for clusters is `slurm`.
+A launcher starts `cora` commands and reports when they end; `slurm` has the launcher for clusters.
 """
 
 import os
@@ -13,47 +13,51 @@ from typing import Protocol
 import cora_cli
 from cora_cli.errors import CoraError
 
-_PATIENCE_SECONDS = 10.0
+_GRACE_SECONDS = 10.0
 
 
 class Job(Protocol):
-    """One step that was started."""
+    """A step that was started."""
 
     pid: int | None
-    """Its process on this machine, if it has one."""
+    """Process id on this machine, if there is one."""
 
     def ended(self) -> int | None:
-        """The exit code, or None while it goes on."""
+        """The exit code, or None while the step is running."""
 
     def stop(self) -> None:
-        """End it, and return when it has ended."""
+        """Stop the step, and return when it has ended."""
 
 
 class Launcher(Protocol):
-    """Where steps run: at most `slots` at a time. `how` is what is said of one that was handed over."""
+    """Runs at most `slots` steps at a time. `how` is the status shown for a submitted step, such as "started"."""
 
     slots: int
     how: str
 
     def submit(self, kind: str, argv: Sequence[str], log: Path) -> Job:
-        """Start `cora ARGV`, everything it says going to the end of `log`; `kind` is the step's.
+        """Start `cora ARGV` and append its output to `log`; `kind` is the kind of step.
 
-        Raises `CoraError` where it cannot be started.
+        Raises `CoraError` if it cannot be started.
         """
 
 
 class LocalLauncher:
-    """Processes of this machine; with GPUs each has one to itself, without them an equal share of the threads."""
+    """Runs steps as processes on this machine. Each has one GPU or, without GPUs, an equal share of the CPU threads."""
 
     how = "started"
 
     def __init__(self, jobs: int | None, device: str, keep_open: Sequence[int] = ()) -> None:
-        """`keep_open` are file descriptors that the processes inherit: a lock that they hold while they live."""
+        """`keep_open` has file descriptors for the processes to inherit, such as a lock to hold while they run.
+
+        Raises `CoraError` if `jobs` exceeds the number of visible GPUs.
+        """
         self._gpus = visible_gpus() if device in ("auto", "cuda") else []
         self.slots = jobs or max(1, len(self._gpus))
         if self._gpus and self.slots > len(self._gpus):
             raise CoraError(
-                f"--jobs {self.slots} was asked for, but only {len(self._gpus)} GPU(s) are visible: one job takes one"
+                f"--jobs must be at most {len(self._gpus)}, the number of visible GPUs, not {self.slots}: each step uses one "
+                "GPU"
             )
         self._free = list(range(self.slots))
         self._keep_open = tuple(keep_open)
@@ -102,17 +106,17 @@ class LocalJob:
         return code
 
     def stop(self) -> None:
-        """Ask it to end, and make it where it does not: a run keeps its last whole checkpoint either way."""
+        """Terminate the process, and kill it after a grace period. A run keeps its last complete checkpoint in both cases."""
         self._process.terminate()
         try:
-            self._process.wait(_PATIENCE_SECONDS)
+            self._process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
 
 def visible_gpus() -> list[str]:
-    """The names under which CUDA_VISIBLE_DEVICES shows one GPU each."""
+    """Values of CUDA_VISIBLE_DEVICES that select one GPU each."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
         return [name for name in shown.split(",") if name.strip()]

@@ -1,6 +1,6 @@
-"""The numbers printed in the paper (arXiv 2409.02119v1), under the spellings that it uses.
+"""The results printed in the paper (arXiv 2409.02119v1), with its spelling of names.
 
-They are facts to compare with, kept apart from anything measured here.
+They are for comparison only, and kept separate from results measured with this program.
 """
 
 import functools
@@ -13,10 +13,10 @@ from cora_cli.errors import CoraError
 
 @functools.cache
 def paper() -> dict[str, Any]:
-    """`source`, `model`, `note`, and `tables`, each with `caption`, `columns` and `rows`: printed name -> metric -> number, null where
-    none is printed.
+    """The paper's results: `source`, `model`, `note`, and `tables` by name.
 
-    SacreBLEU is 0-100, the other metrics 0-1; names are as printed (`yhama` and `FBL` among them).
+    Each table has `caption`, `columns` and `rows`, which map a printed name to its metrics; a metric that is not printed is
+    null. SacreBLEU is 0-100, the other metrics 0-1. Names are as printed, including `yhama` and `FBL`.
     """
     text = importlib.resources.files("cora_cli.experiments").joinpath("paper_tables.json").read_text(encoding="utf-8")
     contents: dict[str, Any] = json.loads(text)
@@ -24,15 +24,15 @@ def paper() -> dict[str, Any]:
 
 
 def paper_tables() -> dict[str, Any]:
-    """The paper's tables by name: see `paper`."""
+    """The paper's tables by name; see `paper` for their contents."""
     tables: dict[str, Any] = paper()["tables"]
     return tables
 
 
 def paper_row(table: str | None, printed: str | None) -> dict[str, float]:
-    """Metric -> number as printed; empty for a row that the paper does not have, and without what it left out.
+    """The printed value of each metric; empty if the paper has no such row. Metrics that are not printed are left out.
 
-    Raises `CoraError` where `table` is none of the paper's.
+    Raises `CoraError` if the paper has no such `table`.
     """
     if table is None:
         return {}

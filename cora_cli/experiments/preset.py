@@ -1,7 +1,7 @@
-"""The preset `small`: any grid on a small model, with fine-tunes made here and built-in data, in minutes rather than weeks.
+"""The preset `small`: runs any grid with a small model, local fine-tunes and built-in data, in minutes instead of weeks.
 
-What belongs to the method (modes, ranks, starts, numbers of models, seeds) stays the grid's; what belongs to its scale is replaced,
-and every replacement becomes a sentence in the grid's conditions.
+Settings of the method (modes, ranks, initializations, numbers of models, seeds) are kept. Settings of scale are replaced, and
+each replacement adds a sentence to the conditions of the grid.
 """
 
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from cora_cli.methods.registry import BASELINE, METHODS, OPTIONAL_SETTINGS
 from cora_cli.models.references import resolve_model
 
 STEPS, BATCH, HELD_OUT, PROMPTS, NEW_TOKENS, PROMPT_BATCH = 12, 8, 40, 40, 48, 20
-# A step of Adam moves each of all weights by about this much; adapters bear twenty times more.
+# A step of Adam changes each weight by about this much; adapters tolerate twenty times more.
 FULL_LEARNING_RATE = 5e-5
-# Of a cluster, where the preset is run on one.
+# Resources per step, if the preset runs on a cluster.
 RESOURCES = {"cpus": 2, "mem_gb": 8, "timeout_min": 120}
 _METHOD = frozenset({"rank", "b_init", "target_modules", "dropout", "seed", "split_seed", *OPTIONAL_SETTINGS})
 _SCALE = frozenset(
@@ -33,14 +33,18 @@ _EVALUATED = (
 
 
 def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
-    """The values of a grid file, mapped to `model` and to sizes for two processor cores.
+    """Convert the values of a valid grid file to `model` and to a scale for two CPU cores.
 
-    `values` make a valid grid; `has_bases` says whether one of its rows has a basis at all. Raises `UsageError` where it has more models or data sets than there are to stand in for them.
+    `has_bases` says whether any row has a basis. Raises `UsageError` if the grid has more models or data sets than the built-in
+    ones that replace them, or if it varies a setting that the preset sets.
     """
     defaults = values.get("defaults") or {}
     pool = list(values.get("models") or {}) if has_bases else []
     if len(pool) > len(TASKS):
-        raise UsageError(f"preset small makes {len(TASKS)} fine-tuned models, but the grid's pool has {len(pool)}")
+        raise UsageError(
+            f"preset small provides {len(TASKS)} source models, but the grid has {len(pool)}; shorten models, or leave out "
+            "--preset"
+        )
     renamed = dict(zip(pool, TASKS, strict=False))
     datasets, replaced = _datasets(values.get("datasets") or {})
     given = defaults.get("train") or {}
@@ -87,7 +91,7 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
 
 
 def _datasets(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Built-in data by the grid's own names, and what replaced what."""
+    """The built-in data set for each name in the grid, and a sentence for each replacement."""
     mapped, conditions = {}, []
     for name, reference in given.items():
         mapped[name] = reference
@@ -96,13 +100,14 @@ def _datasets(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
             conditions.append(f"The data set {name} is {mapped[name]} instead of {reference}.")
     if len(set(mapped.values())) < len(mapped):
         raise UsageError(
-            f"preset small has builtin:instruct and builtin:code to stand in, which is too few for {', '.join(given)}"
+            f"preset small has only builtin:instruct and builtin:code, too few to replace {', '.join(given)}; leave out "
+            "--preset"
         )
     return mapped, conditions
 
 
 def _by_rate(block: Mapping[str, Any]) -> list[Values]:
-    """A block, with full fine-tuning in one of its own: it gets another learning rate."""
+    """Split full fine-tuning off into its own block, because it needs another learning rate."""
     modes = block.get("mode")
     if not isinstance(modes, list) or not (full := [mode for mode in modes if _trains_all_weights(mode)]):
         return [dict(block)]
@@ -115,12 +120,17 @@ def _trains_all_weights(mode: Any) -> bool:
 
 
 def _block(block: Mapping[str, Any], renamed: Mapping[str, str], sweeps: bool = False) -> Values:
-    """A block (or row) without settings of scale; a learning rate that is swept stays. Raises `UsageError` where another one is varied."""
+    """Remove settings of scale from a block or row, and keep a learning-rate sweep.
+
+    Raises `UsageError` if it varies another such setting.
+    """
     rows = block.get("rows") or []
     if varied := sorted(key for key in _SCALE & block.keys() if isinstance(block[key], list)) + sorted(
         _SCALE & {key for row in rows for key in row}
     ):
-        raise UsageError(f"preset small sets {varied[0]} itself, so that a grid which varies it cannot be run with it")
+        raise UsageError(
+            f"preset small sets {varied[0]} itself, so it cannot run a grid that varies {varied[0]}; leave out --preset"
+        )
     kept = {key: value for key, value in block.items() if key not in _SCALE}
     if not sweeps and not isinstance(kept.get("learning_rate"), list):
         kept.pop("learning_rate", None)
@@ -141,28 +151,28 @@ def _renamed(sources: Any, renamed: Mapping[str, str]) -> Any:
 
 
 class _Shapes:
-    """What a model's shapes forbid of a grid, and what was taken instead."""
+    """Adapts the basis settings of a grid to the shapes of a model, and records each change."""
 
     def __init__(self, model: str) -> None:
         try:
             config = resolve_model(model).config()
         except CoraError as error:
-            raise UsageError(f"preset small cannot be planned without its model: {error}") from error
+            raise UsageError(f"preset small needs the configuration of its model: {error}") from error
         heads = config.get("num_attention_heads") or 1
         key_value_heads = config.get("num_key_value_heads") or heads
         head = config.get("head_dim") or config["hidden_size"] // heads
         self._grouped = key_value_heads != heads
-        # One less than all: a centred matrix has no more directions.
+        # One less than the number of rows: a centred matrix has one direction less.
         self._most = key_value_heads * head - 1
         self._shares: set[str] = set()
         self._ranks: set[int] = set()
 
     def adapted(self, settings: Mapping[str, Any], rank_key: str) -> Values:
-        """Settings of a basis, of a block or of a row, within what the shapes allow; `rank_key` is the basis's rank in them."""
+        """Limit the settings of a basis, block or row to what the shapes allow; `rank_key` is the key of the basis rank."""
         result = dict(settings)
         for key in {"share", rank_key} & result.keys():
             value = result[key]
-            # Several may become one.
+            # Several values can become the same one.
             many = isinstance(value, list)
             result[key] = list(dict.fromkeys(self._one(key, each) for each in value)) if many else self._one(key, value)
         if isinstance(result.get("rows"), list):
@@ -170,7 +180,7 @@ class _Shapes:
         return result
 
     def conditions(self) -> list[str]:
-        """A sentence for each thing that `adapted` had to change."""
+        """A sentence for each change that `adapted` made."""
         found = [
             f"There is one basis per projection instead of `share: {share}`, since grouped queries give K and V fewer rows than Q, so that "
             "their weights cannot be averaged."

@@ -1,4 +1,7 @@
-"""What a step asks of a cluster: read from a grid file, turned into submitit's words."""
+"""The cluster resources of a step, read from a grid file and converted to parameters of submitit.
+
+Nothing is submitted here; see `slurm`.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,8 +14,10 @@ KINDS = ("model", "basis", "train", "evaluate")
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """Of one step. None leaves it to the cluster; `sbatch` holds further options of sbatch by their long names, `setup` shell lines
-    that come before the step, such as `module load`.
+    """Resources of one step. None means the cluster's default.
+
+    `sbatch` has further options of sbatch by their long names; `setup` has shell lines to run before the step, such as
+    `module load`.
     """
 
     timeout_min: int = 1440
@@ -27,7 +32,7 @@ class Resources:
     sbatch: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def executor_parameters(self, setup: list[str]) -> dict[str, Any]:
-        """For submitit's `AutoExecutor`; `setup` are further shell lines."""
+        """Parameters for submitit's `AutoExecutor`; `setup` has further shell lines."""
         parameters = {
             "timeout_min": self.timeout_min,
             "cpus_per_task": self.cpus,
@@ -44,7 +49,10 @@ class Resources:
 
 
 def read_resources(values: object, problems: list[str]) -> dict[str, Resources]:
-    """Resources by kind of step, from `all` and the kind's own; what does not fit becomes a sentence in `problems`."""
+    """Resources for each kind of step: the kind's own settings, then those of `all`.
+
+    Invalid values are reported in `problems`.
+    """
     if not isinstance(values, Mapping | None):
         problems.append(f"resources must hold {', '.join(('all', *KINDS))}, not {values!r}")
         values = None
@@ -59,7 +67,7 @@ def read_resources(values: object, problems: list[str]) -> dict[str, Resources]:
                 ("timeout_min", settings.get("timeout_min", 1) >= 1, "at least 1"),
                 ("cpus", settings.get("cpus") is None or settings["cpus"] >= 1, "at least 1"),
                 ("mem_gb", settings.get("mem_gb") is None or settings["mem_gb"] > 0, "positive"),
-                ("gpus", settings.get("gpus") in (None, 0, 1), "0 or 1, since a step is one process"),
+                ("gpus", settings.get("gpus") in (None, 0, 1), "0 or 1, because a step is one process"),
             )
             if not fits
         ]

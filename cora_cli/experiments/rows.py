@@ -1,6 +1,6 @@
-"""One row of a grid: its settings judged, its source models chosen, its stable readable name.
+"""One row of a grid: checks its settings, chooses its source models, and gives it a stable, readable name.
 
-A row is what a table shows once per seed; how it is carried out is `plan`.
+A row is one method with one seed. `steps` plans the commands that it needs.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ else:
 TRAIN_KEYS = fields_of(
     TrainConfig,
     leave_out=(
-        *("model", "dataset", "output_dir", "mode", "basis", "resume"),  # each step's own
-        *("device", "dtype", "trust_remote_code"),  # said to `ablate` itself
+        *("model", "dataset", "output_dir", "mode", "basis", "resume"),  # set for each step
+        *("device", "dtype", "trust_remote_code"),  # flags of `ablate` itself
     ),
 )
 BASIS_KEYS = fields_of(BasisChoices, leave_out=("rank", "target_modules"))
 _SOURCE_KEYS: dict[str, Any] = {"n_models": int, "sources": tuple[str, ...], "source_seed": int, "basis_rank": int}
 _SHOWN_KEYS: dict[str, Any] = {"mode": RowMode, "label": str, "printed": str}
-# Which records are held out is the whole file's choice: rows are compared on the same ones.
+# The split is set once per file, so that all rows are compared on the same held-out records.
 SPLIT_KEYS = ("test_size", "split_seed", "validation_size")
 _OWN_TRAIN_KEYS = {name: hint for name, hint in TRAIN_KEYS.items() if name not in SPLIT_KEYS}
 ROW_KEYS: dict[str, Any] = {**_SHOWN_KEYS, "dataset": str, **_OWN_TRAIN_KEYS, **_SOURCE_KEYS, **BASIS_KEYS}
@@ -39,8 +39,7 @@ _ALWAYS_NAMED = frozenset({*_SHOWN_KEYS, "dataset", "rank", "basis_rank", "n_mod
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """What the rest of the file gives to every row: the names of both pools, the defaults of training and basis, and the
-    seed of the random choice of sources."""
+    """What the file gives every row: names of models and data sets, training and basis defaults, the source-model seed."""
 
     models: tuple[str, ...]
     datasets: tuple[str, ...]
@@ -52,10 +51,11 @@ class Scope:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row. Where a kind of row has no such thing, the field is None.
+    """One row. A field is None if it does not apply to the row's mode.
 
-    `sources` names models of the pool, none of them for the control whose basis is the base model's own (`n_models` 0); `train`
-    and `basis` are settings of `TrainConfig` and of `BasisChoices` without its rank; `basis_rank` is the rank that this row needs.
+    `sources` names models of the pool; it is empty for the control with `n_models` 0, whose basis comes from the base model.
+    `train` has settings of `TrainConfig`, and `basis` has settings of `BasisChoices` without the rank. `basis_rank` is the rank
+    that the row needs.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Row:
     basis_rank: int | None = None
 
     def as_dict(self) -> Values:
-        """Plain values for YAML."""
+        """The row as plain values for YAML."""
         values = dataclasses.asdict(self)
         values["sources"] = list(self.sources)
         for part in (values["train"], values["basis"]):
@@ -84,23 +84,21 @@ class Row:
 
 
 def build_row(settings: Values, varied: Collection[str], scope: Scope, where: str, problems: list[str]) -> Row | None:
-    """The row that `settings` describe; None, and sentences in `problems`, where they make no sense.
+    """Create the row that `settings` describe. If they are invalid, returns None and adds sentences to `problems`.
 
-    `varied` names the settings that tell this row from others of its block, so that they belong into its name.
+    `varied` names the settings that vary within the row's block and are therefore part of its name.
     """
     found = len(problems)
     values = typed(settings, ROW_KEYS, where, problems)
     mode: Any = values.get("mode")
     if mode is None and "mode" not in settings:
-        problems.append(f"{where}: mode is missing; it is one of {', '.join(get_args(RowMode))}")
+        problems.append(f"{where}: mode is missing; it must be one of {', '.join(get_args(RowMode))}")
     if len(problems) > found:
         return None
     needs_basis = mode == "basis" or (mode in METHODS and _needs_basis(METHODS[mode], values))
     useless = values.keys() - _useful_keys(mode, needs_basis)
     if useless:
-        problems.append(
-            f"{where}: {', '.join(sorted(useless))} means nothing to {_described(mode, values)}; leave it out there"
-        )
+        problems.append(f"{where}: {', '.join(sorted(useless))} has no effect in {_described(mode, values)}; leave it out")
         return None
     row = _assemble(mode, needs_basis, values, scope, where, problems)
     if len(problems) > found:
@@ -141,7 +139,7 @@ def _described(mode: str, values: Values) -> str:
 
 
 def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where: str, problems: list[str]) -> Row:
-    """The row but for its name and label."""
+    """The row without its name and label."""
     dataset = None if mode == "basis" else _dataset(values.get("dataset"), scope, where, problems)
     sources = _sources(values, scope, where, problems) if needs_basis else ()
     train = None
@@ -163,9 +161,13 @@ def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where:
     fixed = values.get("basis_rank", scope.basis_rank)
     needed = method_of(mode).b_width(adapter) if adapter is not None else None
     if needs_basis and fixed is not None and (fixed < 1 or (needed or 1) > fixed):
-        problems.append(f"{where}: rank {needed or fixed} is above the rank of the basis, which the file fixes at {fixed}")
+        problems.append(
+            f"{where}: rank {needed or fixed} needs a basis of at least that rank, but the grid sets the basis rank to {fixed}"
+        )
     if basis is not None and not sources and basis.get("source") == "delta":
-        problems.append(f"{where}: with n_models 0 and source delta the base would be subtracted from itself")
+        problems.append(
+            f"{where}: n_models 0 and source delta exclude each other, because the base would be subtracted from itself"
+        )
     if basis is not None:
         targets = values.get("target_modules") or scope.train.get("target_modules")
         basis |= {"target_modules": targets} if targets else {}
@@ -196,38 +198,40 @@ def _dataset(name: str | None, scope: Scope, where: str, problems: list[str]) ->
         return scope.datasets[0]
     if name not in scope.datasets:
         known = ", ".join(scope.datasets) or "nothing"
-        problems.append(f"{where}: dataset {name!r} is not among the file's datasets, which are {known}")
+        problems.append(f"{where}: dataset must be one of {known}, not {name!r}")
     return name or ""
 
 
 def _sources(values: Values, scope: Scope, where: str, problems: list[str]) -> tuple[str, ...]:
-    """The named sources, or the paper's seeded random choice of n of the pool; without either the whole pool."""
+    """The source models: those in `sources`, or `n_models` chosen at random from the pool as in the paper, or the pool."""
     if "sources" in values:
         sources: tuple[str, ...] = values["sources"]
         if "n_models" in values:
-            problems.append(f"{where}: sources and n_models exclude each other")
+            problems.append(f"{where}: set either sources or n_models, not both")
         if missing := [name for name in sources if name not in scope.models]:
             known = ", ".join(scope.models) or "none"
-            problems.append(f"{where}: source {missing[0]!r} is not among the file's models, which are {known}")
+            problems.append(f"{where}: sources must be names from models ({known}), not {missing[0]!r}")
         if len(set(sources)) < len(sources):
-            problems.append(f"{where}: a source is named twice")
+            problems.append(f"{where}: sources must not name a model twice")
         return sources
     count = values.get("n_models", len(scope.models))
     if not 0 <= count <= len(scope.models):
-        problems.append(f"{where}: n_models {count} cannot be chosen from the file's {len(scope.models)} models")
+        problems.append(f"{where}: n_models must be 0 to {len(scope.models)}, the number of models in the file, not {count}")
         return ()
     if "n_models" not in values and not count:
-        problems.append(f"{where}: a basis needs models, but the file names none; n_models: 0 would take the base model alone")
+        problems.append(
+            f"{where}: a basis needs models, but the file lists none; add models, or set n_models: 0 to use only the base model"
+        )
     chosen = random.Random(f"{values.get('source_seed', scope.source_seed)}/{count}").sample(sorted(scope.models), count)
     return tuple(name for name in scope.models if name in chosen)
 
 
 def _filled(printed: str | None, values: Values, where: str, problems: list[str]) -> str | None:
-    """The printed name with the row's own values in its `{placeholders}`."""
+    """Fill the `{placeholders}` of the printed name with values of the row."""
     try:
         return printed.format_map(values) if printed else None
     except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
-        problems.append(f"{where}: printed {printed!r} refers to {error}, which this row does not set")
+        problems.append(f"{where}: printed {printed!r} uses {error}, which this row does not set")
         return None
 
 
@@ -240,7 +244,7 @@ def _label(row: Row) -> str:
 
 
 def _told_apart(values: Values, varied: Collection[str], shown: Collection[str]) -> list[tuple[str, str]]:
-    """What tells a row from others of its block and has no place of its own in names and tables: settings and their values as text."""
+    """Settings that vary within the block and have no fixed place in the row's name, with their values as text."""
     found = []
     for key in sorted({*varied} & values.keys() - _ALWAYS_NAMED - {*shown}):
         value = values[key]
@@ -268,7 +272,7 @@ def _name(row: Row, values: Values, varied: Collection[str], scope: Scope) -> st
 
 
 def short(value: float) -> str:
-    """A number as a name has it: `1e-4`, `1.5e-3`, `0.25`, `3`."""
+    """Format a number for a name: `1e-4`, `1.5e-3`, `0.25`, `3`."""
     if value and abs(value) < 1e-2:
         mantissa, _, exponent = f"{value:.6e}".partition("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -1,6 +1,6 @@
-"""What `cora ablate` shows while it works: lines for what has ended, and on a terminal a rewritten foot for what runs.
+"""Progress display of `cora ablate`: one line per finished step and, on a terminal, a live status of the running steps.
 
-It reads metrics and logs of steps to show them, and changes nothing.
+It reads the metrics and logs of steps and writes only to stderr.
 """
 
 import shutil
@@ -18,7 +18,7 @@ _REDRAW_SECONDS = 0.5
 
 
 class Screen:
-    """Progress over the `wanted` steps of a plan, `slots` at a time; `expected` holds estimated seconds by step."""
+    """Progress of the `wanted` steps of a plan, of which `slots` run at a time; `expected` has estimated seconds by step."""
 
     def __init__(self, plan: Plan, wanted: set[str], slots: int, expected: Mapping[str, float]) -> None:
         self._plan, self._slots, self._expected = plan, slots, expected
@@ -28,53 +28,53 @@ class Screen:
         self._began: dict[str, float] = {}
         self._live, self._drawn, self._drew = sys.stderr.isatty(), 0, 0.0
 
-    def kept(self, step: Step) -> None:
-        """A step was whole already."""
+    def up_to_date(self, step: Step) -> None:
+        """Report that a step was already complete."""
         del self._left[step.name]
         if step.kind == "evaluate":
-            self._line(f"{self._count()} {step.name}: whole already{_metrics(self._plan, step)}")
+            self._line(f"{self._count()} {step.name}: up to date{_metrics(self._plan, step)}")
 
     def submitted(self, step: Step, how: str) -> None:
-        """A step was started or queued."""
+        """Report that a step was started or queued; `how` says which."""
         self._began[step.name] = time.monotonic()
         if not self._live:
             self._line(f"{self._count()} {step.name}: {how}{self._time_left()}")
 
-    def made(self, step: Step, seconds: float) -> None:
-        """A step ended well."""
+    def completed(self, step: Step, seconds: float) -> None:
+        """Report that a step has finished, with its metrics or held-out loss."""
         del self._left[step.name]
         self._measured.setdefault(step.kind, []).append(seconds)
         note = _metrics(self._plan, step) if step.kind == "evaluate" else _loss(self._plan, step)
         self._line(f"{self._count()} {step.name}: done in {duration(seconds)}{note}")
 
-    def ended(self, step: Step, reason: str) -> None:
-        """A step failed, or cannot be run."""
+    def failed(self, step: Step, reason: str) -> None:
+        """Report that a step failed or was skipped, with the reason."""
         del self._left[step.name]
         self._failed += 1
         self._line(f"{self._count()} {step.name}: {reason}")
 
     def note(self, text: str) -> None:
-        """Say something that is no step's end."""
+        """Print a line that does not end a step."""
         self._line(text)
 
     def show(self, logs: Mapping[str, Path]) -> None:
-        """Draw the foot again where there is a terminal: one line in all, and one for each running step with its log's last words."""
+        """On a terminal, redraw the live status: a summary line, and for each running step the last line of its log."""
         now = time.monotonic()
         if not self._live or now - self._drew < _REDRAW_SECONDS:
             return
         self._drew = now
         width = shutil.get_terminal_size().columns - 1
-        failed = f", {self._failed} not made" if self._failed else ""
+        failed = f", {self._failed} failed or skipped" if self._failed else ""
         lines = [f"{self._total - len(self._left)} of {self._total} steps{failed}{self._time_left()}"]
         for name, log in logs.items():
-            lines.append(f"  {name} {duration(now - self._began[name])}  {_last_words(log)}")
+            lines.append(f"  {name} {duration(now - self._began[name])}  {_last_line(log)}")
         self._wipe()
         sys.stderr.write("".join(line[:width] + "\n" for line in lines))
         sys.stderr.flush()
         self._drawn = len(lines)
 
     def close(self) -> None:
-        """Take the foot off the screen."""
+        """Remove the live status from the screen."""
         self._wipe()
 
     def _line(self, text: str) -> None:
@@ -90,7 +90,7 @@ class Screen:
         return f"[{self._total - len(self._left)}/{self._total}]"
 
     def _time_left(self) -> str:
-        """From measured steps of the same kind where there are any, else from the estimate."""
+        """Time left, from measured steps of the same kind if there are any, else from the estimates."""
         left, now = 0.0, time.monotonic()
         for name, step in self._left.items():
             measured = self._measured.get(step.kind)
@@ -102,7 +102,7 @@ class Screen:
 
 
 def duration(seconds: float) -> str:
-    """`41 s`, `7 min`, `3.5 h`, `12 days`."""
+    """Format seconds as `41 s`, `7 min`, `3.5 h` or `12 days`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 5_400:
@@ -128,7 +128,7 @@ def _loss(plan: Plan, step: Step) -> str:
         return ""
 
 
-def _last_words(log: Path) -> str:
+def _last_line(log: Path) -> str:
     try:
         text = log.read_bytes()[-2_000:].decode("utf-8", errors="replace")
     except OSError:

@@ -1,7 +1,7 @@
-"""Steps as jobs of a Slurm cluster, through submitit: the same commands, the same files on a shared disk, the cluster's own queue.
+"""Runs steps as jobs of a Slurm cluster through submitit, with the same commands as locally and files on a shared disk.
 
-A job that is preempted or reaches its time limit is queued again, and its step continues where it was; a job that outlives a killed
-`ablate` is found again by the next one.
+A job that is preempted or reaches its time limit is queued again and its step continues. If `ablate` is killed, its jobs go on,
+and the next call finds them.
 """
 
 import functools
@@ -21,12 +21,12 @@ from cora_cli.experiments.resources import Resources
 
 States = Callable[[], Mapping[str, str]]
 _MOST_JOBS = 1000
-_POLL_SECONDS, _PATIENCE_SECONDS = 5.0, 20.0
-# Slurm's own patience between SIGTERM and SIGKILL is 30 seconds where nobody has changed it.
+_POLL_SECONDS, _GRACE_SECONDS = 5.0, 20.0
+# Longer than Slurm's default of 30 seconds between SIGTERM and SIGKILL.
 _KILL_SECONDS = 60.0
-# Between the end of a job and the moment at which a shared disk shows its result everywhere.
+# Maximum delay until the result of a finished job is visible on a shared disk.
 _LAG_SECONDS = 30.0
-# What a job may be called while it can still go on: waiting, running, or queued again.
+# States of a job that can still finish: waiting, running, or queued again.
 _ALIVE = frozenset(
     {
         *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING"),
@@ -36,48 +36,48 @@ _ALIVE = frozenset(
 
 
 class StepCall:
-    """What runs on the node: one `cora` command, everything that it says going to the end of `log`."""
+    """What runs on the node: one `cora` command whose output is appended to `log`."""
 
     def __init__(self, argv: Sequence[str], log: Path) -> None:
         self.argv, self.log = tuple(argv), log
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
-        """Run it and return its exit code."""
+        """Run the command and return its exit code."""
         environment = dict(os.environ)
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
-            # torch would count the node's processors, not the job's.
+            # By default torch uses all processors of the node, not only those of the job.
             environment["OMP_NUM_THREADS"] = cpus
         with self.log.open("ab") as file:
             file.write(f"$ cora {' '.join(self.argv)}\n".encode())
             file.flush()
             command = [sys.executable, "-m", "cora_cli", *self.argv]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
-        # Not `wait`: `checkpoint` comes in a signal handler, and would find its lock taken.
+        # Not `wait`: it holds a lock that `checkpoint`, called from a signal handler, also needs.
         while (code := self._process.poll()) is None:
             time.sleep(0.2)
         if code < 0:
-            # Slurm signals the command before it takes the job away or queues it again: then this must not look like a result.
+            # Slurm signals the command before it cancels or requeues the job. Returning now would record a result, so wait.
             time.sleep(_KILL_SECONDS)
         return code
 
     def checkpoint(self, *_: Any, **__: Any) -> Any:
-        """End the command before the job is queued again: submitit calls this on preemption and at the time limit.
+        """Stop the command before the job is queued again. submitit calls this on preemption and at the time limit.
 
-        A run keeps its last whole checkpoint, and its words contain `--resume`.
+        A run keeps its last complete checkpoint, and its command contains `--resume`.
         """
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None:
             self._process.terminate()
-            until = time.monotonic() + _PATIENCE_SECONDS
+            until = time.monotonic() + _GRACE_SECONDS
             while self._process.poll() is None and time.monotonic() < until:
                 time.sleep(0.2)
         return DelayedSubmission(StepCall(self.argv, self.log))
 
 
 class SlurmLauncher:
-    """Jobs of a cluster; see `launch.Launcher`. The cluster decides how many run at a time."""
+    """Runs steps as jobs of a cluster; see `launch.Launcher`. The cluster decides how many jobs run at a time."""
 
     how = "queued"
 
@@ -89,10 +89,10 @@ class SlurmLauncher:
         cluster: str = "slurm",
         states: States | None = None,
     ) -> None:
-        """`folder` is on the shared disk and holds what submitit writes; `resources` are those of each kind of step.
+        """`folder`, on the shared disk, is for submitit's files; `resources` has the resources of each kind of step.
 
-        `cluster` is "slurm", or "local" for submitit's processes on this machine; `states` tells the state of every job that the cluster
-        knows, by its id. Raises `CoraError` where submitit or Slurm is not there.
+        `cluster` is "slurm", or "local" for submitit processes on this machine; `states` returns the state of every known job
+        by its id. Raises `CoraError` if submitit or Slurm is not installed.
         """
         try:
             import submitit
@@ -104,11 +104,16 @@ class SlurmLauncher:
         self._job_class = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
         self._new_executor = functools.partial(submitit.AutoExecutor, folder=folder / "jobs", cluster=cluster)
         if cluster == "slurm" and shutil.which("sbatch") is None:
-            raise CoraError("--launcher slurm was asked for, but there is no sbatch here: this is no machine of a cluster")
+            raise CoraError(
+                "--launcher slurm needs sbatch, which is not installed here; run on a Slurm login node, or use --launcher local"
+            )
         self._setup = [f"export PYTHONPATH={Path(cora_cli.__file__).parents[1]}${{PYTHONPATH:+:$PYTHONPATH}}"]
 
     def submit(self, kind: str, argv: Sequence[str], log: Path) -> "SlurmJob":
-        """Queue `cora ARGV`, or take up the job that an earlier `ablate` queued for the same words and that is still alive."""
+        """Queue `cora ARGV`, or return the job that an earlier `ablate` queued for the same command if it is still alive.
+
+        Raises `CoraError` if Slurm refuses the job.
+        """
         record = self._folder / f"{log.stem}.json"
         if record.exists():
             earlier = rundir.read_json(record)
@@ -118,18 +123,18 @@ class SlurmLauncher:
             job.stop()
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            executor = self._new_executor()  # anew, since its parameters would outlive the job
+            executor = self._new_executor()  # a new one per job, because parameters of an executor persist
             executor.update_parameters(name=log.stem, **self._resources[kind].executor_parameters(self._setup))
             queued = executor.submit(StepCall(argv, log.resolve()))
-        except Exception as error:  # submitit raises the words of sbatch in classes of its own
-            raise CoraError(f"the cluster refused the job: {' '.join(str(error).split())[-300:]}") from error
+        except Exception as error:  # submitit raises sbatch's messages in its own exception classes
+            raise CoraError(f"Slurm refused the job: {' '.join(str(error).split())[-300:]}") from error
         rundir.write_json(record, {"job": queued.job_id, "argv": list(argv)})
         self._states.forget()
         return SlurmJob(queued, record, log, self._states)
 
 
 class SlurmJob:
-    """A job; see `launch.Job`. It has no process here."""
+    """A job of a cluster; see `launch.Job`. It has no process on this machine."""
 
     pid: int | None = None
 
@@ -138,7 +143,7 @@ class SlurmJob:
         self._lost_since: float | None = None
 
     def ended(self) -> int | None:
-        """See `launch.Job.ended`; a job that ended without a result adds what became of it to the log."""
+        """See `launch.Job.ended`. If a job ended without a result, the reason is added to the log."""
         if self._job.paths.result_pickle.exists():
             self._record.unlink(missing_ok=True)
             if (error := self._job.exception()) is not None:
@@ -153,10 +158,10 @@ class SlurmJob:
         if now - self._lost_since < (0 if state and state != "COMPLETED" else _LAG_SECONDS):
             return None
         self._record.unlink(missing_ok=True)
-        return self._note(f"it is {state}" if state else "it is gone from the queue, and left no result")
+        return self._note(f"its state is {state}" if state else "it disappeared from the queue without a result")
 
     def stop(self) -> None:
-        """Cancel it, and return when the cluster has let go of it."""
+        """Cancel the job, and return when the cluster reports its end."""
         self._job.cancel(check=False)
         until = time.monotonic() + _LAG_SECONDS
         while self._states(0).get(self._job.job_id, "") in _ALIVE and time.monotonic() < until:
@@ -170,7 +175,7 @@ class SlurmJob:
 
 
 class _Cached:
-    """The states of all jobs, asked for once in a while for all of them."""
+    """The states of all jobs, cached for a few seconds."""
 
     def __init__(self, ask: States) -> None:
         self._ask, self._known, self._asked = ask, dict[str, str](), float("-inf")
@@ -181,27 +186,30 @@ class _Cached:
         return self._known
 
     def forget(self) -> None:
-        """Ask again next time: a job was just queued."""
+        """Invalidate the cache, because a job was just queued."""
         self._asked = float("-inf")
 
 
 def squeue() -> dict[str, str]:
-    """State by id of every job of this user that Slurm still knows, ended ones among them for some minutes; needs no accounting."""
+    """State by id of every job of this user that Slurm knows, including recently ended ones. Needs no Slurm accounting.
+
+    Raises `CoraError` if squeue keeps failing.
+    """
     command = ["squeue", "--me", "--noheader", "--states=all", "--format=%i %T"]
     for attempt in range(5):
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         if answer.returncode == 0:
             return dict(line.split(maxsplit=1) for line in answer.stdout.splitlines() if line.strip())
-        time.sleep(2**attempt)  # a controller that restarts
-    raise CoraError(f"squeue does not answer: {answer.stderr.strip()}; the jobs go on, the same command finds them again")
+        time.sleep(2**attempt)  # the controller may be restarting
+    raise CoraError(f"squeue failed: {answer.stderr.strip()}; the jobs continue, and the same command finds them again")
 
 
 def _last_line_of_trace(text: str) -> str:
-    """Of submitit's report of an exception."""
+    """The last line of the traceback in submitit's error message."""
     lines = [line for line in text.partition("You can check full logs")[0].splitlines() if line.strip(" -")]
-    return lines[-1].strip() if lines else "without a word"
+    return lines[-1].strip() if lines else "no error message"
 
 
 def left_jobs(folder: Path) -> list[str]:
-    """Ids of jobs that an earlier `ablate` queued and did not see the end of."""
+    """Ids of jobs that an earlier `ablate` queued and that it did not see end."""
     return sorted(str(rundir.read_json(record).get("job")) for record in folder.glob("*.json"))

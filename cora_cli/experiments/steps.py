@@ -1,6 +1,6 @@
-"""Rows -> the graph of steps that makes them: what each step is, what it needs, and the key by which equal steps are one.
+"""Plans the steps that the rows of a grid need: commands, dependencies, and the keys by which equal steps are shared.
 
-A step is one `cora` command. Whether it is done already is `ledger`'s judgement, carrying it out is `execute`'s.
+A step is one `cora` command. `ledger` decides whether it is done, and `execute` runs it.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ Kind = Literal["model", "basis", "train", "evaluate"]
 COMMANDS: dict[Kind, str] = {"model": "train", "basis": "extract-basis", "train": "train", "evaluate": "evaluate"}
 PLAN_FORMAT = 1
 SCORING = frozenset({"metrics", "bertscore_model", "bertscore_layer", "bootstrap", "seed"})
-"""Settings of an evaluation that move no prediction: `cora evaluate` computes the metrics again from those that are there."""
+"""Settings of an evaluation that do not affect predictions: after a change, only the metrics are computed again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One `cora` command of a plan.
 
-    `output` is the directory or file that it makes, below the plan's; `facts` are the settings and content hashes that determine
-    its result (a need's key stands for what that need makes), and `key` is their hash; `needs` names the steps before it; `argv`
-    are the words after `cora`.
+    `output` is the directory or file that it writes, relative to the plan's output directory. `facts` has the settings and
+    content hashes that determine the result, with the key of a step in place of a hash of its result; `key` is their hash.
+    `needs` names the steps that it depends on, and `argv` has the arguments of `cora`.
     """
 
     name: str
@@ -50,24 +50,24 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All steps of a grid, each after those that it needs; `ways` names the steps of each row, the last one first wanted.
+    """All steps of a grid, each after its dependencies. `steps_of` names the steps of each row in the order in which they run.
 
-    `records` maps files to be written before anything runs (below `out`) to the held-out records that a base model answers.
+    `records` maps files to write before anything runs, relative to `out`, to the held-out records for the base model.
     """
 
     grid: Grid
     out: Path
     steps: dict[str, Step]
-    ways: dict[str, tuple[str, ...]]
+    steps_of: dict[str, tuple[str, ...]]
     records: dict[str, list[Any]]
 
     def of_kind(self, row: str, kind: Kind) -> Step | None:
-        """The row's step of that kind, if it has one."""
-        return next((self.steps[name] for name in self.ways[row] if self.steps[name].kind == kind), None)
+        """The row's step of this kind, or None."""
+        return next((self.steps[name] for name in self.steps_of[row] if self.steps[name].kind == kind), None)
 
     def needed_for(self, rows: list[str]) -> set[str]:
-        """Names of the steps without which those rows cannot be made."""
-        wanted, found = [name for row in rows for name in self.ways[row]], set()
+        """Names of all steps that these rows need, including dependencies."""
+        wanted, found = [name for row in rows for name in self.steps_of[row]], set()
         while wanted:
             name = wanted.pop()
             found.add(name)
@@ -76,7 +76,7 @@ class Plan:
 
 
 def make_plan(grid: Grid, out: Path, inputs: Inputs, device: str, dtype: DtypeName) -> Plan:
-    """Lay out every step of the grid's rows in `out`; equal steps are laid out once."""
+    """Plan the steps of all rows of the grid in the directory `out`. Equal steps are planned once."""
     return _Planner(grid, out, inputs, device, dtype).plan()
 
 
@@ -86,19 +86,19 @@ class _Planner:
         self._hardware: dict[str, Any] = {"device": device, "dtype": dtype}
         self._steps: dict[str, Step] = {}
         self._records: dict[str, list[Any]] = {}
-        self._made: dict[str, Step] = {}
+        self._fine_tunes: dict[str, Step] = {}
 
     def plan(self) -> Plan:
         for name in used_sources(self._grid):
             settings = self._grid.models[name]
             if not isinstance(settings, str):
-                self._made[name] = self._fine_tune(name, settings)
+                self._fine_tunes[name] = self._fine_tune(name, settings)
         ranks: dict[str, int] = {}
         for row in self._grid.rows:
             if row.basis is not None:
                 group = self._basis_facts(row)[0]
                 ranks[group] = max(ranks.get(group, 0), row.basis_rank or 0)
-        ways = {}
+        steps_of = {}
         for row in self._grid.rows:
             way: list[Step] = []
             if row.basis is not None:
@@ -107,14 +107,14 @@ class _Planner:
                 way.append(self._train(row, way[0] if way else None))
             if row.mode != "basis" and self._grid.evaluate is not None:
                 way.append(self._evaluate(row, way[-1] if way else None, self._grid.evaluate))
-            ways[row.name] = tuple(step.name for step in way)
-        return Plan(self._grid, self._out, self._steps, ways, self._records)
+            steps_of[row.name] = tuple(step.name for step in way)
+        return Plan(self._grid, self._out, self._steps, steps_of, self._records)
 
     def _add(self, step: Step) -> Step:
         return self._steps.setdefault(step.name, step)
 
     def _keyed(self, prefix: str, kind: Kind, facts: dict[str, Any], needs: tuple[str, ...]) -> Step:
-        """A step that several rows may share: its key is in its name; output and words are filled in by the caller."""
+        """A step that several rows can share, with its key in its name; the caller sets output and arguments."""
         bare = Step("", kind, "", facts, needs, ())
         return dataclasses.replace(bare, name=f"{prefix}-{bare.key[:12]}")
 
@@ -131,7 +131,7 @@ class _Planner:
         return TrainConfig(**place, mode=mode, basis=basis, resume=True, **self._hardware, **settings)
 
     def _training_facts(self, config: TrainConfig, settings: Values, basis: str | None = None) -> dict[str, Any]:
-        """`settings` are those that split the data: the file's, or a fine-tune's own."""
+        """`settings` determine the split of the data: those of the file, or of the source model."""
         data = self._data_hash(data_key(config.dataset, settings))
         hashes = {"model": self._model_hash(self._grid.model), "dataset": data}
         adapter = config.adapter_plan()
@@ -147,23 +147,24 @@ class _Planner:
         return self._add(dataclasses.replace(step, output=output, argv=words("train", config)))
 
     def _basis_facts(self, row: Row) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-        """What identifies a row's basis but for its rank: a hash, the facts, and the steps that it needs."""
+        """What identifies a row's basis apart from its rank: a hash, the facts, and the steps that it depends on."""
         assert row.basis is not None
-        made = [self._made[name] for name in row.sources if name in self._made]
+        tuned = [self._fine_tunes[name] for name in row.sources if name in self._fine_tunes]
         hashes = [
-            self._made[name].key if name in self._made else self._model_hash(self._reference(name)) for name in row.sources
+            self._fine_tunes[name].key if name in self._fine_tunes else self._model_hash(self._reference(name))
+            for name in row.sources
         ]
         choices = BasisChoices(**row.basis).to_json()
         del choices["rank"]
         facts = {**choices, "sources": hashes or [self._model_hash(self._grid.model)]}
         if choices["source"] == "delta":
             facts["base"] = self._model_hash(self._grid.model)
-        return rundir.sha256_json(facts), facts, tuple(step.name for step in made)
+        return rundir.sha256_json(facts), facts, tuple(step.name for step in tuned)
 
     def _reference(self, source: str) -> str:
-        """What `cora extract-basis` is told: the reference of a source model, or the run that makes it."""
+        """The argument of `cora extract-basis` for a source model: its reference, or the run that fine-tunes it."""
         value = self._grid.models[source]
-        return value if isinstance(value, str) else str(self._out / self._made[source].output)
+        return value if isinstance(value, str) else str(self._out / self._fine_tunes[source].output)
 
     def _basis(self, row: Row, rank: int) -> Step:
         assert row.basis is not None
@@ -172,7 +173,7 @@ class _Planner:
         output = f"bases/{step.key[:12]}.safetensors"
         base = self._grid.model if facts["source"] == "delta" else None
         models = tuple(self._reference(name) for name in row.sources) or (self._grid.model,)
-        # The file was judged before: one that is there is damaged, or made from models that have changed since.
+        # `ledger` has already checked the file: if it exists, it is damaged or outdated, so overwrite it.
         place = ("--output", str(self._out / output), "--overwrite", "--device", self._hardware["device"])
         flags = words("extract-basis", BasisChoices(**{**row.basis, "rank": rank}))[1:]
         argv = ("extract-basis", *models, *place, *(("--base", base) if base else ()), *flags)
@@ -189,7 +190,7 @@ class _Planner:
         return self._add(Step(f"train-{row.name}", "train", output, facts, needs, words("train", config)))
 
     def _evaluate(self, row: Row, run: Step | None, settings: Values) -> Step:
-        # `overwrite` replaces what `ledger` has judged to be of other settings; predictions of the same ones are kept.
+        # `overwrite` replaces results that `ledger` found outdated; predictions with equal settings are reused.
         common = {**self._hardware, "overwrite": True, **settings}
         facts: dict[str, Any] = dict(settings)
         if run is not None:
@@ -212,7 +213,7 @@ class _Planner:
 
 
 def words(command: str, config: Any) -> tuple[str, ...]:
-    """The words after `cora` that give `config`: what is at its default is left out."""
+    """The arguments of `cora` that give `config`; settings at their default are left out."""
     arguments: list[str] = []
     flags: list[str] = []
     for field in dataclasses.fields(config):
@@ -229,7 +230,7 @@ def words(command: str, config: Any) -> tuple[str, ...]:
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
-    """`plan.json`: what `cora report` needs to know of the rows and where each one's files are."""
+    """The contents of `plan.json`: the rows, and where their files are, for `cora report`."""
     grid = plan.grid
     rows = []
     for row in grid.rows:
@@ -268,7 +269,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 
 
 def read_steps(record: Mapping[str, Any]) -> dict[str, Step]:
-    """The steps of a `plan_record` by name, each after those that it needs; none where it was written without them."""
+    """The steps of a `plan_record` by name, each after its dependencies; empty if the record has none."""
     entries = record.get("steps")
     if not isinstance(entries, list):
         return {}

@@ -1,6 +1,6 @@
-"""How five fine-tuned models are made of the embedded one, one for each single task that ships with the program.
+"""Settings for five fine-tuned models of the embedded model, one for each built-in task.
 
-They stand in for a hub's fine-tunes where none can be had: in `demo` and in the small preset. Nothing is trained here.
+`demo` and the preset `small` train them in place of fine-tuned models from the hub.
 """
 
 TASKS = ("sentiment", "arithmetic", "json", "rewrite", "sql")

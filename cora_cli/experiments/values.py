@@ -1,6 +1,6 @@
-"""Values from a YAML file against the typed fields of a configuration class, and YAML files that include one another.
+"""Checks and converts values from YAML against the fields of a configuration class, and reads YAML files that include others.
 
-It turns what YAML gives into what the field wants or says what was expected; what the settings mean is not known here.
+It checks only types; the configuration classes check what the settings mean.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ Values = dict[str, Any]
 
 
 def fields_of(config_class: type, leave_out: Collection[str] = ()) -> dict[str, Any]:
-    """Name -> type hint of every field of a dataclass but those in `leave_out`."""
+    """Type hint by name for every field of a dataclass, except those in `leave_out`."""
     hints = typing.get_type_hints(config_class)
     return {field.name: hints[field.name] for field in dataclasses.fields(config_class) if field.name not in leave_out}
 
 
 def unknown_key(key: object, known: Collection[str], where: str) -> str:
-    """What is wrong with a key that is not `known`, with the nearest one that is."""
+    """Error message for a key that is not in `known`, with the closest known key."""
     near = difflib.get_close_matches(str(key), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+    hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
     return f"{where}: unknown key {key!r} ({hint})"
 
 
 def typed(values: object, hints: Mapping[str, Any], where: str, problems: list[str]) -> Values:
-    """The settings in `values` as their fields want them; each one that does not fit becomes a sentence in `problems`."""
+    """Convert `values` to the types in `hints`; each value that does not fit adds a sentence to `problems`."""
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -50,9 +50,9 @@ def typed(values: object, hints: Mapping[str, Any], where: str, problems: list[s
 
 
 def converted(hint: Any, value: Any) -> Any:
-    """`value` as the type `hint`; raises `ValueError` with the words for what was expected.
+    """Convert `value` to the type `hint`. Raises `ValueError` that describes the expected type.
 
-    YAML reads 1e-4 (without a point) as text, so text that is a number is taken where a number is wanted.
+    YAML reads 1e-4 (without a decimal point) as text, so numeric text is accepted as a number.
     """
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if value is None and type(None) in options:
@@ -60,11 +60,11 @@ def converted(hint: Any, value: Any) -> Any:
     for option in options:
         if option is not type(None) and (found := _fit(option, value)) is not None:
             return found
-    raise ValueError(" or ".join(_words(option) for option in options))
+    raise ValueError(" or ".join(_described(option) for option in options))
 
 
 def _fit(hint: Any, value: Any) -> Any:
-    """`value` as `hint`, or None where it does not fit."""
+    """`value` converted to `hint`, or None if it does not fit."""
     if typing.get_origin(hint) is typing.Literal:
         return value if value in typing.get_args(hint) else None
     if typing.get_origin(hint) is tuple:
@@ -81,28 +81,28 @@ def _fit(hint: Any, value: Any) -> Any:
     return value if type(value) is hint else None
 
 
-def _words(hint: Any) -> str:
+def _described(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
     if typing.get_origin(hint) is tuple:
         return "a list of names"
     if typing.get_origin(hint) is dict:
         return "`name: value` lines"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "empty"}
-    return words.get(hint, str(hint))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "empty"}
+    return names.get(hint, str(hint))
 
 
 def read_yaml(path: Path) -> Values:
-    """A YAML mapping, merged into the file that it names under `include` (a path beside it): its own values win.
+    """Read a YAML mapping. If it has the key `include`, it is merged over that file, whose path is relative to this one.
 
-    Raises `UsageError` naming the file that cannot be read, is no mapping, or includes itself.
+    Raises `UsageError` with the path of a file that cannot be read, is not a mapping, or includes itself.
     """
     return _read(path, ())
 
 
 def _read(path: Path, including: tuple[Path, ...]) -> Values:
     if path.resolve() in including:
-        raise UsageError(f"grid file {path} includes itself")
+        raise UsageError(f"grid file {path} includes itself; remove its include line")
     values = rundir.read_yaml(path, "grid file")
     included = values.pop("include", None)
     if included is None:
@@ -113,7 +113,10 @@ def _read(path: Path, including: tuple[Path, ...]) -> Values:
 
 
 def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Values:
-    """Both mappings as one; where both have a key, mappings are merged, `conditions` joined, and else `upper` wins."""
+    """Merge two mappings.
+
+    For a key in both, mappings are merged, lists of `conditions` are joined, and otherwise `upper` wins.
+    """
     result = dict(lower)
     for key, value in upper.items():
         below = result.get(key)

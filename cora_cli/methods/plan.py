@@ -7,6 +7,9 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+_ALWAYS_RECORDED = ("outer_rank", "peft")
+"""Own settings that `cora.json` lists as null for methods without them, so that equal adapters keep equal hashes across versions."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterPlan:
@@ -47,7 +50,7 @@ class AdapterPlan:
         """Plain values for JSON, the method's own settings among the others; `from_dict` reads them back."""
         values = {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
         own = values.pop("own")
-        return {**values, **own}
+        return {**values, **dict.fromkeys(_ALWAYS_RECORDED), **own}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AdapterPlan":

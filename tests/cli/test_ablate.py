@@ -1,4 +1,4 @@
-"""`cora ablate` by running it: a tiny grid for real, killed half-way and completed; the plan; and what is refused."""
+"""`cora ablate` on a tiny grid: killed in the middle and completed; the dry run; and errors."""
 
 import dataclasses
 import os
@@ -45,7 +45,7 @@ def run(*arguments: str | Path) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Killed:
-    """A grid whose first run was killed with all its processes, and what was on disk then; then completed by a second call."""
+    """A grid that was killed with all its processes, the files on disk at that time, and its completion by a second call."""
 
     grid: Path
     out: Path
@@ -86,7 +86,7 @@ def killed(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathF
 
 def test_a_killed_grid_is_completed_and_loses_only_the_step_in_flight(killed: Killed) -> None:
     assert killed.second.returncode == 0, killed.second.stderr
-    assert "4 steps made, 2 whole already" in killed.second.stderr
+    assert "4 steps completed, 2 already up to date" in killed.second.stderr
     after = times(killed.out)
     kept = [
         name
@@ -120,11 +120,11 @@ def test_a_third_call_does_nothing(killed: Killed, monkeypatch: pytest.MonkeyPat
     before = times(killed.out)
     result = run(killed.grid, "--output-dir", killed.out, "--device", "cpu")
     assert result.exit_code == 0, result.stderr
-    assert "nothing was done" in result.stderr
+    assert "steps are up to date" in result.stderr
     assert times(killed.out) == before
 
 
-def test_a_plan_tells_what_is_done_and_writes_nothing(killed: Killed) -> None:
+def test_a_dry_run_shows_what_is_done_and_writes_nothing(killed: Killed) -> None:
     before = times(killed.out)
     result = run(killed.grid, "--output-dir", killed.out, "--device", "cpu", "--dry-run")
     assert result.exit_code == 0, result.stderr
@@ -158,11 +158,11 @@ def test_a_changed_grid_is_refused_before_anything_runs(
             "model 'no-org/no-model' is not a local directory and could not be downloaded",
         ),
         ({"datasets": {"counting": "missing.jsonl"}}, "missing.jsonl"),
-        ({"grid": [{"mode": "fb", "rank": 40}]}, "rank 40 is above the 32 rows of"),
+        ({"grid": [{"mode": "fb", "rank": 40}]}, "rank 40 exceeds the 32 rows of"),
         ({"grid": [{"mode": "fb", "share": "global"}]}, "share global needs weights with equal out-dimensions"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_runs(
+def test_invalid_requests_are_refused_before_anything_runs(
     changes: dict[str, Any], message: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     result = run(write_grid(tmp_path, tiny_model, tiny_data, **changes), "--output-dir", tmp_path / "out", "--device", "cpu")
@@ -171,7 +171,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     assert not (tmp_path / "out" / "runs").exists()
 
 
-def test_a_plan_names_what_cannot_be_resolved_and_does_not_fail(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_dry_run_lists_unresolved_inputs_and_does_not_fail(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     result = run(
         write_grid(tmp_path, tiny_model, tiny_data, model="no-org/no-model"), "--dry-run", "--output-dir", tmp_path / "out"
     )
@@ -185,7 +185,7 @@ def test_a_plan_names_what_cannot_be_resolved_and_does_not_fail(tiny_model: Path
     ("arguments", "message"),
     [
         (["--jobs", "0"], "--jobs must be at least 1, not 0"),
-        (["--device", "tpu"], "--device 'tpu' is unknown here"),
+        (["--device", "tpu"], "--device must be one of auto, cpu, cuda, not 'tpu'"),
         (["--only", "nothing*"], "--only 'nothing*' matches none of the 3 rows"),
     ],
 )
@@ -196,7 +196,7 @@ def test_usage_errors_end_with_code_2(
     assert (result.exit_code, message in result.stderr) == (2, True)
 
 
-def test_a_grid_that_makes_no_sense_is_a_usage_error(tmp_path: Path) -> None:
+def test_an_invalid_grid_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("model: m\ngrid: [{mode: lroa}]\n")
     result = run(tmp_path / "grid.yaml")
     assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""How flags, files and defaults rank, how commands end, and what `--help` may cost; for every command at once."""
+"""Precedence of flags, files and defaults, how commands end, and what `--help` may import, for all commands."""
 
 import dataclasses
 import json
@@ -66,11 +66,11 @@ def written(directory: Path, text: str) -> str:
     return str(path)
 
 
-def test_defaults_hold_where_nothing_is_said() -> None:
+def test_defaults_apply_where_nothing_is_given() -> None:
     assert baked("ann", "bob", "--flour", "rye") == Cake(("ann", "bob"), "rye")
 
 
-def test_a_flag_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) -> None:
+def test_a_flag_overrides_the_file_and_the_file_overrides_the_default(tmp_path: Path) -> None:
     text = (
         "flour: rye\neggs: 4\nsugar: 2.5e-1\nlayers: [jam]\niced: true\nbaked: false\nshape: square\nto: bed\nguests: [ann]\n"
     )
@@ -82,7 +82,7 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) ->
     assert baked("--config", file, "bob", *flags) == expected
 
 
-def test_a_flag_beats_the_file_even_with_the_default_s_value(tmp_path: Path) -> None:
+def test_a_flag_overrides_the_file_even_with_the_default_s_value(tmp_path: Path) -> None:
     assert baked("a", "--config", written(tmp_path, "flour: rye\neggs: 4"), "--eggs", "3").eggs == 3
 
 
@@ -93,7 +93,7 @@ def test_lists_come_repeated_from_flags_and_as_lists_from_files(tmp_path: Path) 
     assert baked("--config", written(tmp_path, "flour: x\nguests: bob")).guests == ("bob",)
 
 
-def test_files_may_write_names_with_dashes_numbers_as_text_and_leave_values_open(tmp_path: Path) -> None:
+def test_files_may_write_names_with_dashes_numbers_as_text_and_leave_values_empty(tmp_path: Path) -> None:
     cake = baked("a", "--config", written(tmp_path, "flour: 405\neggs: '7'\nsugar: null\nlayers:\n  - 1\n  - 2\n"))
     assert (cake.flour, cake.eggs, cake.sugar, cake.layers) == ("405", 7, None, ("1", "2"))
 
@@ -101,17 +101,17 @@ def test_files_may_write_names_with_dashes_numbers_as_text_and_leave_values_open
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("flour: x\nflower: y\nsalt: 1\n", "has unknown keys: flower, salt; known are baked, eggs, flour, guests, iced,"),
+        ("flour: x\nflower: y\nsalt: 1\n", "has unknown keys: flower, salt; known keys: baked, eggs, flour, guests, iced,"),
         ("flour: x\nconfig: y\n", "has unknown keys: config;"),
         ("flour: x\nno-iced: true\n", "has unknown keys: no_iced;"),
         ("- flour\n", "must hold `name: value` lines, not a list"),
         ("flour: [", "is not valid YAML: "),
-        ("flour: {a: b}\n", "flour must be a plain value or a list, not {'a': 'b'}"),
+        ("flour: {a: b}\n", "flour must be a single value or a list, not {'a': 'b'}"),
         ("flour: !!python/object/apply:os.getcwd []\n", "is not valid YAML: "),
         (None, "cannot be read: "),
     ],
 )
-def test_a_file_that_makes_no_sense_is_a_usage_error(text: str | None, message: str, tmp_path: Path) -> None:
+def test_an_invalid_file_is_a_usage_error(text: str | None, message: str, tmp_path: Path) -> None:
     file = written(tmp_path, text) if text is not None else str(tmp_path / "missing.yaml")
     result, seen = invoke("a", "--config", file)
     assert (result.exit_code, seen, result.stdout) == (2, [], "")
@@ -136,7 +136,7 @@ def test_flags_that_are_wrong_missing_or_unknown_are_usage_errors(arguments: lis
     assert (result.exit_code, seen) == (2, [])
 
 
-def test_a_configuration_that_refuses_itself_is_one_line_and_exit_code_2() -> None:
+def test_an_invalid_configuration_is_one_line_and_exit_code_2() -> None:
     result, seen = invoke("a", "--flour=x", "--eggs=-1")
     assert (result.exit_code, seen, result.stderr) == (2, [], "cora: error: --eggs must be at least 0, not -1\n")
 
@@ -224,7 +224,7 @@ def test_a_command_without_its_arguments_shows_its_help(name: str) -> None:
     assert f"{name} [OPTIONS]" in result.stdout + result.stderr
 
 
-# It is no grid of its own, but what the tables' grids include.
+# Not a grid, but a file that the tables' grids include.
 INCLUDED = CONFIGS / "paper" / "common.yaml"
 
 

@@ -1,4 +1,4 @@
-"""`cora doctor` says what is here and what is missing, and changes nothing."""
+"""`cora doctor` reports what is installed and what is missing, and changes nothing."""
 
 import re
 from pathlib import Path
@@ -40,19 +40,17 @@ def test_missing_packages_are_listed_with_the_command_that_installs_them(monkeyp
     assert result.stderr == "missing packages: pip install no-such-package nor-this\n"
 
 
-def test_embedded_parts_that_are_not_here_are_announced_and_not_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_embedded_models_are_reported_and_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CORA_CACHE", str(tmp_path / "cache"))
     result = cora_doctor("--device=cpu")
     assert result.exit_code == 0
-    assert f"embedded parts, in {tmp_path / 'cache'}" in result.stdout
+    assert f"embedded models and data, in {tmp_path / 'cache'}" in result.stdout
     for name in ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2", "WordNet 3.0"):
-        assert f"  {name}: not here yet; fetched when first needed" in result.stdout
+        assert f"  {name}: not downloaded yet; fetched when first needed" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_device_that_is_not_there_is_an_error() -> None:
+def test_a_missing_device_is_an_error() -> None:
     result = cora_doctor("--device=cuda:9")
     assert result.exit_code == 1
     assert result.stderr.startswith("cora: error: --device cuda:9 is not available")

@@ -105,7 +105,7 @@ def test_several_runs_print_a_row_each_and_their_differences_from_the_first(
     result = cora(*runs, "--dataset", favourable, "-o", tmp_path, *FAST)
     assert result.exit_code == 0, result.stderr
     table, _, differences = result.stdout.partition("paired differences")
-    assert differences.startswith(f" from {runs[0]}, with p")
+    assert differences.startswith(f" from {runs[0]}, with two-sided p-values")
     assert [row[0] for row in rows(table)[2:]] == [str(run) for run in runs]
     header, _, row = rows(differences)
     assert row[0] == str(runs[1])
@@ -141,7 +141,7 @@ def test_runs_with_other_held_out_records_get_their_table_but_no_comparison(
     assert "did not answer the same records" in result.stderr.splitlines()[-1]
 
 
-def test_a_configuration_file_names_the_runs_and_a_flag_beats_it(runs: list[Path], tmp_path: Path) -> None:
+def test_a_configuration_file_names_the_runs_and_a_flag_overrides_it(runs: list[Path], tmp_path: Path) -> None:
     settings = {
         "runs": [str(run) for run in runs],
         "output-dir": str(tmp_path / "out"),
@@ -167,7 +167,7 @@ def test_a_bare_model_and_finished_predictions_give_the_same_table(tiny_model: P
     assert again.stdout == first.stdout
 
 
-def test_the_seed_moves_the_intervals_and_nothing_else(predictions: Path) -> None:
+def test_the_seed_affects_only_the_intervals(predictions: Path) -> None:
     results = []
     for seed in (0, 0, 1):
         result = cora("--from", predictions, "--metrics", "rouge1", "--bootstrap", 101, "--seed", seed)
@@ -193,14 +193,14 @@ def assert_one_line(result: Any, exit_code: int, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name either run directories, or --model, or --from"),
-        (["run", "--model", "m", "--dataset", "d", "-o", "o"], "name either run directories, or --model, or --from"),
-        (["run", "--from", "p.jsonl"], "name either run directories, or --model, or --from"),
+        ([], "give exactly one of: run directories, --model, or --from"),
+        (["run", "--model", "m", "--dataset", "d", "-o", "o"], "give exactly one of: run directories, --model, or --from"),
+        (["run", "--from", "p.jsonl"], "give exactly one of: run directories, --model, or --from"),
         (["--model", "m", "-o", "o"], "--model needs --dataset"),
-        (["--model", "m", "--dataset", "d"], "--output-dir (where to write)"),
-        (["--from", "p.jsonl", "--limit", "3"], "--limit is of no use with --from"),
-        (["run", "--metrics", "rouge,chrf"], "metric 'chrf' is unknown; choose among rouge, meteor, bleu, bertscore"),
-        (["run", "--metrics", ""], "no metric is named"),
+        (["--model", "m", "--dataset", "d"], "--output-dir DIR (where to write)"),
+        (["--from", "p.jsonl", "--limit", "3"], "--limit has no effect with --from"),
+        (["run", "--metrics", "rouge,chrf"], "unknown metric 'chrf'; choose from rouge, meteor, bleu, bertscore"),
+        (["run", "--metrics", ""], "--metrics names no metric"),
         (["run", "--batch-size", "-4"], "--batch-size must be at least 1, not -4"),
         (["run", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
         (["run", "--limit", "-1"], "--limit must be at least 1, not -1"),
@@ -208,7 +208,7 @@ def assert_one_line(result: Any, exit_code: int, message: str) -> None:
         (["run", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:<index>, not 'tpu'"),
     ],
 )
-def test_senseless_requests_exit_2_with_one_line(arguments: list[str], message: str) -> None:
+def test_invalid_requests_exit_2_with_one_line(arguments: list[str], message: str) -> None:
     result = cora(*arguments)
     assert_one_line(result, 2, message)
     assert len(result.stderr.strip().splitlines()) == 1
@@ -222,9 +222,9 @@ def test_values_and_flags_that_do_not_exist_exit_2(arguments: list[str]) -> None
     assert "Traceback" not in result.stderr
 
 
-def test_things_that_are_not_there_exit_1_with_one_line(tmp_path: Path, predictions: Path) -> None:
-    assert_one_line(cora(tmp_path / "nowhere"), 1, "is no run directory")
-    assert_one_line(cora("--from", tmp_path / "nowhere.jsonl"), 1, "is no file")
+def test_missing_files_exit_1_with_one_line(tmp_path: Path, predictions: Path) -> None:
+    assert_one_line(cora(tmp_path / "nowhere"), 1, "is not a cora run")
+    assert_one_line(cora("--from", tmp_path / "nowhere.jsonl"), 1, "is not a file")
     model = ("--model", tmp_path / "nowhere", "--dataset", "builtin:code", "-o", tmp_path / "out")
     assert_one_line(cora(*model), 1, "neither a directory on this disk nor a hub id")
     predictions.write_text("{broken\n")
@@ -234,10 +234,10 @@ def test_things_that_are_not_there_exit_1_with_one_line(tmp_path: Path, predicti
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = cora("--from", tmp_path / "nowhere.jsonl", "--debug")
     assert result.exit_code == 1
-    assert "is no file" in str(result.exception)
+    assert "is not a file" in str(result.exception)
 
 
-def test_the_installed_command_answers_a_senseless_request_without_loading_torch(tmp_path: Path) -> None:
+def test_the_installed_command_refuses_an_invalid_request_without_loading_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     process = subprocess.run(
         [sys.executable, "-m", "cora_cli", "evaluate", "--metrics", "chrf", "run"],
@@ -248,4 +248,4 @@ def test_the_installed_command_answers_a_senseless_request_without_loading_torch
     )
     assert process.returncode == 2
     assert process.stderr.splitlines() == [process.stderr.strip()]
-    assert process.stderr.startswith("cora: error: metric 'chrf' is unknown")
+    assert process.stderr.startswith("cora: error: unknown metric 'chrf'")

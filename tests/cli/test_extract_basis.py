@@ -1,4 +1,4 @@
-"""`cora extract-basis` from its command line: every choice arrives in the file, and refusals leave none."""
+"""`cora extract-basis` on the command line: every choice is recorded in the file, and errors leave no file."""
 
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def test_equal_requests_write_equal_bytes(tiny_model: Path, tmp_path: Path) -> N
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_refused_in_one_line_and_leaves_no_file(
+def test_invalid_requests_are_one_line_and_leave_no_file(
     flags: list[str], code: int, message: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     # The last --device wins, and `cora_extract` adds its own.

@@ -102,7 +102,7 @@ def test_changes_of_low_rank_and_the_base_are_each_read_against_their_own_chance
     assert chances == {"chance, pairs": round(2 / rows, 3), "chance, with the base model": round(4 / rows, 3)}
 
 
-def test_changes_that_have_nothing_in_common_are_told_so(unrelated: list[Path]) -> None:
+def test_changes_without_a_common_subspace_are_reported_as_such(unrelated: list[Path]) -> None:
     base, *models = unrelated
     result = cora_inspect(*models, "--base", base, "--rank=2")
     assert result.exit_code == 0, result.stderr
@@ -170,7 +170,7 @@ def test_copies_of_one_model_are_refused_by_name(related: list[Path], tmp_path: 
     assert "model-0 and copy hold the same weights" in result.stderr
 
 
-def test_adapters_of_one_base_need_no_other_word_for_it(related: list[Path], tmp_path: Path) -> None:
+def test_adapters_of_one_base_need_no_base_flag(related: list[Path], tmp_path: Path) -> None:
     adapters = [make_adapter(related[0], tmp_path / f"a{n}", seed=n) for n in range(3)]
     result = cora_inspect(*adapters, "--rank=3", "--target-modules=q_proj", "--format=json")
     assert result.exit_code == 0, result.stderr
@@ -313,7 +313,7 @@ def basis_of(models: list[Path], path: Path, **choices: Any) -> Path:
 
 
 @pytest.mark.parametrize("bases", [3, 5])
-def test_runs_say_whether_capture_predicts_their_loss(related: list[Path], tmp_path: Path, bases: int) -> None:
+def test_runs_show_whether_capture_predicts_their_loss(related: list[Path], tmp_path: Path, bases: int) -> None:
     base, *models = related
     flags = []
     for n in range(bases):
@@ -396,8 +396,8 @@ def test_draws_of_a_random_b_are_one_basis_and_losses_are_compared_over_the_seed
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["MODEL", "--rank=0"], 2, "--rank 0 is not a whole number of at least 1"),
-        (["MODEL"], 2, "one model alone cannot be compared"),
+        (["MODEL", "--rank=0"], 2, "--rank must be at least 1, not 0"),
+        (["MODEL"], 2, "one model alone has nothing to be compared with"),
         (["MODEL", "MODEL"], 2, "is named twice"),
         (["MODEL", "BASE", "--runs=RUN"], 2, "--runs needs models and their --base"),
         (["MODEL", "--base=BASE", "--runs=BASE"], 1, "holds no plan.json, run.json or metrics.json"),
@@ -407,7 +407,7 @@ def test_draws_of_a_random_b_are_one_basis_and_losses_are_compared_over_the_seed
         (["MODEL", "/missing/model"], 1, "model '/missing/model' is neither a directory on this disk nor a hub id"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], code: int, message: str, related: list[Path]) -> None:
+def test_invalid_requests_are_one_line(arguments: list[str], code: int, message: str, related: list[Path]) -> None:
     base, model = map(str, related[:2])
     result = cora_inspect(*(argument.replace("MODEL", model).replace("BASE", base) for argument in arguments))
     assert (result.exit_code, result.stdout) == (code, ""), result.stderr
@@ -416,7 +416,7 @@ def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], code: int, 
     assert "Traceback" not in result.stderr
 
 
-def test_models_of_one_name_are_told_apart_by_their_paths(related: list[Path], tmp_path: Path) -> None:
+def test_models_of_one_name_are_distinguished_by_their_paths(related: list[Path], tmp_path: Path) -> None:
     one, other = (
         Path(shutil.copytree(model, tmp_path / name / "model")) for model, name in zip(related[1:3], "xy", strict=True)
     )

@@ -38,7 +38,7 @@ def test_metrics_restrict_the_columns_by_group_or_name(grid):
     assert data["experiments"][0]["groups"][0]["measures"] == ["heldout_loss", "rougeL", "sacrebleu"]
 
 
-def test_the_output_directory_gets_every_format_beside_the_one_that_is_printed(grid, tmp_path):
+def test_the_output_directory_gets_every_format_besides_the_printed_one(grid, tmp_path):
     result = run(grid, "--format", "html", "-o", tmp_path / "out")
     assert result.exit_code == 0
     assert result.stdout == (tmp_path / "out" / "report.html").read_text()
@@ -50,7 +50,7 @@ def test_the_output_directory_gets_every_format_beside_the_one_that_is_printed(g
     [
         (["nowhere"], 1, "nowhere does not exist"),
         (["GRID", "--format", "pdf"], 2, "'pdf' is not one of"),
-        (["GRID", "--metrics", "wer"], 2, "metric 'wer' is unknown"),
+        (["GRID", "--metrics", "wer"], 2, "unknown metric 'wer'"),
         (["GRID", "--metrics", "bertscore"], 1, "none of the metrics bertscore_f1 was measured"),
         (["GRID", "-o", "GRID/plan.json"], 1, "plan.json is a file; choose another one"),
     ],

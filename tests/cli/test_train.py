@@ -1,4 +1,4 @@
-"""`cora train` from its command line: a run that works, and every refusal in one line before anything is written."""
+"""`cora train` on the command line: a run that works, and every error in one line before anything is written."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def usual(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> list[str]:
     return [f"--model={tiny_model}", f"--dataset={tiny_data}", f"--output-dir={tmp_path / 'run'}", *small]
 
 
-def test_a_run_prints_its_summary_and_can_be_had_again_from_its_configuration(usual: list[str], tmp_path: Path) -> None:
+def test_a_run_prints_its_summary_and_can_be_repeated_from_its_configuration(usual: list[str], tmp_path: Path) -> None:
     first = cora_train(*usual, "--learning-rate=1e-2", "--target-modules=q_proj, v_proj", "--alpha=6", "--rslora")
     assert first.exit_code == 0, first.stderr
     assert first.stdout.splitlines()[0].startswith("mode lora: 2 steps, ")
@@ -54,7 +54,7 @@ def test_a_run_that_cannot_train_says_so(usual: list[str]) -> None:
     result = cora_train(*usual, "--mode=fb", "--b-init=zeros")
     assert result.exit_code == 0, result.stderr
     assert "mode fb: 0 steps, peak memory" in result.stdout
-    assert "nothing could train: this run is the base model" in result.stdout
+    assert "no parameter could be trained: this run equals the base model" in result.stdout
 
 
 def assert_refused(result: Any, code: int, message: str) -> None:
@@ -146,7 +146,7 @@ def test_malformed_data_are_refused_naming_file_and_line(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_basis_that_does_not_serve_is_refused(
+def test_an_unsuitable_basis_is_refused(
     usual: list[str], tiny_basis: Path, tiny_multihead_model: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     cut, other = tmp_path / "cut.safetensors", tmp_path / "other.safetensors"
@@ -233,7 +233,7 @@ def test_a_file_that_describes_no_method_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
-def test_a_model_that_is_damaged_or_no_model_is_refused(usual: list[str], tiny_model: Path, tmp_path: Path) -> None:
+def test_a_damaged_or_invalid_model_is_refused(usual: list[str], tiny_model: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
 
     def refused(message: str) -> None:

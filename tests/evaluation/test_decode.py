@@ -140,10 +140,10 @@ def test_an_answer_depends_on_its_wave_alone(models: dict[str, Answers]) -> None
         model.to(torch.float32)
 
 
-# Shared beginnings
+# Shared prefixes
 
 
-def test_prompts_of_two_templates_share_each_its_own_beginning() -> None:
+def test_prompts_of_two_templates_share_one_prefix_each() -> None:
     common, one, two = list(range(8)), list(range(100, 140)), list(range(200, 260))
     prompts = [[*common, *one, 900 + n, 5] for n in range(5)] + [[*common, *two, 900 + n, 5] for n in range(5)]
     assert shared_prefixes(prompts) == [48] * 5 + [68] * 5
@@ -163,7 +163,7 @@ def test_the_last_token_is_never_shared() -> None:
     assert shared_prefixes([prompt, [*prompt, 7]]) == [99] * 2
 
 
-def test_thousands_of_nested_prompts_are_no_trouble() -> None:
+def test_thousands_of_nested_prompts_work() -> None:
     found = shared_prefixes([[3] * length for length in range(1, 3000)])
     assert all(0 <= shared < length for shared, length in zip(found, range(1, 3000), strict=True))
 
@@ -175,7 +175,7 @@ def test_what_is_shared_saves_as_much_as_any_partition_of_the_prompts(prompts: l
         return sum((count - 1) * len(prefix) - 2 for prefix, count in depths.items())
 
     def best(members: list[list[int]], depth: int) -> int:
-        """Every node of the tree of prompts is either a group or split, one token at a time."""
+        """Each node of the prefix tree is either a group or split further, one token at a time."""
         if len(members) < 2 or depth > 9:
             return 0
         parts: dict[Any, list[list[int]]] = {}
@@ -195,7 +195,7 @@ def test_what_is_shared_saves_as_much_as_any_partition_of_the_prompts(prompts: l
     assert saved(groups) == best([prompt[:-1] for prompt in prompts], 0)
 
 
-# What the pool cannot serve
+# Models that the pool does not support
 
 
 def mistral(window: int) -> Any:
@@ -209,13 +209,13 @@ def gpt2() -> Any:
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (lambda: mistral(16), "another kind than full attention"),
-        (lambda: BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)), "no mask from outside"),
+        (lambda: mistral(16), "a layer other than full attention"),
+        (lambda: BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)), "accepts no custom mask"),
         (
             lambda: LlamaForCausalLM(
                 LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
             ),
-            "its dynamic rotary embedding depends on the longest row",
+            "its dynamic rotary embedding depends on the longest sequence of the batch",
         ),
     ],
 )
@@ -224,7 +224,7 @@ def test_models_of_other_kinds_are_left_to_transformers(build: Callable[[], Any]
 
 
 @pytest.mark.parametrize("build", [lambda: mistral(64), gpt2])
-def test_a_wide_window_and_learned_positions_are_served_alike(
+def test_a_wide_window_and_learned_positions_are_supported_equally(
     build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -233,7 +233,7 @@ def test_a_wide_window_and_learned_positions_are_served_alike(
         parameter.data.mul_(4)
     assert unsupported(model, 64) is None
     oracle = Answers(model)
-    # Long rests beside long shared beginnings: padding would reach beyond the 64 positions that there are.
+    # Long prompts next to long shared prefixes: padding would extend beyond the 64 positions.
     prompts = [*random_prompts(3, 58, 17), *random_prompts(42, 44, shared=40)]
     prompts = [[token % 128 for token in prompt] for prompt in prompts]
     monkeypatch.setattr(decode, "PASS_COST", 2)

@@ -44,7 +44,7 @@ def test_the_default_place_is_eval_in_the_run_directory(run: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "fb", "compact"])
-def test_merged_and_unmerged_adapters_answer_alike_and_unlike_the_base(
+def test_merged_and_unmerged_adapters_answer_equally_and_differ_from_the_base(
     trained: dict[str, Path], tiny_model: Path, tmp_path: Path, kind: str
 ) -> None:
     test = RunDirectory(trained[kind]).test_records
@@ -59,7 +59,7 @@ def test_merged_and_unmerged_adapters_answer_alike_and_unlike_the_base(
     assert merged == [True, False, False]
 
 
-def test_a_compact_run_answers_as_the_whole_one(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_a_compact_run_answers_like_the_complete_one(trained: dict[str, Path], tmp_path: Path) -> None:
     for kind in ("fb", "compact"):
         evaluate_run(trained[kind], output_dir=str(tmp_path / kind))
     assert answers(tmp_path / "compact") == answers(tmp_path / "fb")
@@ -95,7 +95,7 @@ def test_another_data_set_and_a_built_in_one_replace_the_held_out_records(
     assert [line["reference"] for line in lines] == [record["output"] for record in expected]
 
 
-def test_prompts_longer_than_the_context_lose_their_beginning_and_are_counted(
+def test_prompts_longer_than_the_context_are_cut_at_the_start_and_counted(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # 512 positions less 12 new tokens leave room for 500.
@@ -106,7 +106,7 @@ def test_prompts_longer_than_the_context_lose_their_beginning_and_are_counted(
     ids = [tokenizer(f"{text}what")["input_ids"] for text in words]
     assert [len(prompt) > 500 for prompt in ids] == [False, False, True, True]
     assert rundir.read_json(tmp_path / "out" / "generation.json")["prompts_cut"] == 2
-    assert "2 prompts lost their beginning" in capsys.readouterr().err
+    assert "2 prompts were cut at the start" in capsys.readouterr().err
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     kept = torch.tensor([ids[-1][-500:]])
     output = model.generate(kept, attention_mask=torch.ones_like(kept), max_new_tokens=12, do_sample=False)
@@ -139,12 +139,15 @@ def test_an_empty_prompt_is_refused_before_a_model_is_loaded(tiny_model: Path, t
 
 
 @pytest.mark.usefixtures("no_model")
-def test_directories_that_are_no_finished_run_are_refused_before_a_model_is_loaded(
+def test_directories_without_a_finished_run_are_refused_before_a_model_is_loaded(
     run: Path, trained: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("empty", "nowhere"):
-        with pytest.raises(CoraError, match=rf"{name} is no run directory: it has no run\.json"):
+        with pytest.raises(
+            CoraError,
+            match=rf"{name} is not a cora run \(no run\.json\)\. To evaluate a model or adapter: .*--model .*{name} --dataset FILE",
+        ):
             evaluate(EvaluateConfig(runs=(str(trained["fb"]), str(tmp_path / name)), **FAST))
     record = RunDirectory(run).record
     rundir.write_json(record, {**rundir.read_json(record), "status": "failed"})
@@ -156,12 +159,12 @@ def test_directories_that_are_no_finished_run_are_refused_before_a_model_is_load
 @pytest.mark.usefixtures("no_model")
 def test_two_runs_of_one_name_are_not_written_to_one_directory(run: Path, tmp_path: Path) -> None:
     other = shutil.copytree(run, tmp_path / "other" / "run")
-    with pytest.raises(CoraError, match="two of the runs have the same name"):
+    with pytest.raises(CoraError, match="two runs have the same name"):
         evaluate(EvaluateConfig(runs=(str(run), str(other)), output_dir=str(tmp_path / "out"), **FAST))
 
 
 @pytest.mark.parametrize("damage", ["missing", "foreign"])
-def test_an_adapter_whose_keys_do_not_all_arrive_is_refused(run: Path, damage: str) -> None:
+def test_an_adapter_with_keys_that_cannot_be_loaded_is_refused(run: Path, damage: str) -> None:
     path = RunDirectory(run).adapter / "adapter_model.safetensors"
     state = load_file(path)
     key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
@@ -200,21 +203,21 @@ def test_other_files_in_the_output_directory_are_left_alone(tiny_model: Path, re
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "either run directories, or --model, or --from"),
-        ({"runs": ("a",), "from_predictions": "b"}, "either run directories, or --model, or --from"),
+        ({}, "exactly one of: run directories, --model, or --from"),
+        ({"runs": ("a",), "from_predictions": "b"}, "exactly one of: run directories, --model, or --from"),
         ({"model": "a", "output_dir": "b"}, "--model needs --dataset"),
         ({"model": "a", "dataset": "b"}, "--model needs --dataset .* and --output-dir"),
-        ({"from_predictions": "a", "limit": 3}, "--limit is of no use with --from"),
-        ({"from_predictions": "a", "dataset": "b"}, "--dataset is of no use with --from"),
-        ({"from_predictions": "a", "backend": "vllm"}, "--backend vllm is of no use with --from"),
+        ({"from_predictions": "a", "limit": 3}, "--limit has no effect with --from"),
+        ({"from_predictions": "a", "dataset": "b"}, "--dataset has no effect with --from"),
+        ({"from_predictions": "a", "backend": "vllm"}, "--backend vllm has no effect with --from"),
         ({"runs": ("a",), "batch_size": 0}, "--batch-size must be at least 1, not 0"),
         ({"runs": ("a",), "max_new_tokens": -1}, "--max-new-tokens must be at least 1, not -1"),
         ({"runs": ("a",), "bootstrap": 99}, "--bootstrap must be at least 100, not 99"),
         ({"runs": ("a",), "limit": 0}, "--limit must be at least 1, not 0"),
-        ({"runs": ("a",), "metrics": ("chrf",)}, "metric 'chrf' is unknown"),
+        ({"runs": ("a",), "metrics": ("chrf",)}, "unknown metric 'chrf'"),
     ],
 )
-def test_requests_that_make_no_sense_are_usage_errors(given: dict[str, Any], message: str) -> None:
+def test_invalid_requests_are_usage_errors(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         EvaluateConfig(**given)
 
@@ -222,7 +225,7 @@ def test_requests_that_make_no_sense_are_usage_errors(given: dict[str, Any], mes
 # Metrics
 
 
-def test_a_result_says_which_predictions_of_which_settings_it_is_of(tiny_model: Path, records: Path, tmp_path: Path) -> None:
+def test_a_result_records_its_predictions_and_settings(tiny_model: Path, records: Path, tmp_path: Path) -> None:
     result = evaluate_model(tiny_model, records, tmp_path / "out")
     assert rundir.read_json(tmp_path / "out" / "metrics.json") == result.record
     settings = result.record["generation"]["settings"]
@@ -247,13 +250,13 @@ def test_metrics_are_recomputed_from_predictions_without_a_model(
     monkeypatch.setattr(module, "load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
     for output in (None, str(tmp_path / "elsewhere")):
         config = EvaluateConfig(from_predictions=str(run / "eval" / "predictions.jsonl"), output_dir=output, **FAST)
-        # All of the record: it still says which run and which settings the predictions came from.
+        # The full record: it still has the run and settings of the predictions.
         assert evaluate(config)[0].record == first.record
     for name in ("metrics.json", "scores.jsonl"):
         assert (tmp_path / "elsewhere" / name).read_bytes() == (run / "eval" / name).read_bytes()
 
 
-def test_edited_predictions_are_scored_as_nobodys(run: Path) -> None:
+def test_edited_predictions_are_scored_without_a_generation_record(run: Path) -> None:
     evaluate_run(run)
     path = run / "eval" / "predictions.jsonl"
     rundir.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in rundir.read_jsonl(path)])
@@ -275,12 +278,15 @@ GOOD = json.dumps({"prediction": "a b", "reference": "a c"}) + "\n"
     ("text", "message"),
     [
         (GOOD + '{"prediction": \n', r"predictions\.jsonl, line 2: not valid JSON"),
-        (GOOD + GOOD + '{"prediction": "a"}\n', r"predictions\.jsonl, record 3: text under prediction and reference"),
+        (
+            GOOD + GOOD + '{"prediction": "a"}\n',
+            r"predictions\.jsonl, record 3: expected text under \"prediction\" and \"reference\"",
+        ),
         (GOOD + '{"prediction": "a", "reference": null}\n', r"record 2: .* found \{.*\"reference\": null\}"),
         (GOOD + '{"prediction": 7, "reference": "a"}\n', r"record 2: .* found \{\"prediction\": 7"),
         (GOOD + '["a", "b"]\n', r"predictions\.jsonl, record 2: .* found \[\"a\", \"b\"\]"),
         (GOOD + '{"prediction": "\\ud800", "reference": "a"}\n', "prediction 1 is not valid Unicode"),
-        ("", "nothing to score: 0 predictions"),
+        ("", "nothing to score: there are 0 predictions"),
     ],
 )
 def test_malformed_predictions_are_refused_naming_file_and_record(tmp_path: Path, text: str, message: str) -> None:
@@ -289,15 +295,15 @@ def test_malformed_predictions_are_refused_naming_file_and_record(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
-def test_predictions_that_are_no_file_are_refused(tmp_path: Path) -> None:
+def test_predictions_must_be_a_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.jsonl"):
-        with pytest.raises(CoraError, match="is no file; --from needs the predictions"):
+        with pytest.raises(CoraError, match="is not a file; --from needs the predictions"):
             evaluate(EvaluateConfig(from_predictions=str(path), **FAST))
 
 
 @pytest.fixture
 def encoder_without_limit(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BERTScore's encoder with a tokenizer that states no longest input."""
+    """BERTScore's encoder with a tokenizer without a maximum length."""
     whole, copy = embedded.encoder_directory(), tmp_path_factory.mktemp("encoder")
     for path in whole.iterdir():
         (copy / path.name).symlink_to(path)

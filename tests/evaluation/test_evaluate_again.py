@@ -39,7 +39,7 @@ def test_an_evaluation_killed_by_the_system_continues_to_the_same_bytes(
     more = ["--dtype", "fp32", "--device", "cpu", "--metrics", "rouge1,sacrebleu", "--bootstrap", 100]
     command = [sys.executable, "-c", KILLED, "evaluate", *map(str, [*arguments, *more])]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        # It writes the first wave, of four, and then waits for the end.
+        # It writes the first wave of four prompts and then waits to be killed.
         while process.poll() is None and (
             not out.partial_predictions.exists() or out.partial_predictions.read_bytes().count(b"\n") < 4
         ):
@@ -109,7 +109,7 @@ def test_a_finished_evaluation_is_scored_again_without_its_model(
 
 
 @pytest.mark.parametrize("damage", ["edited", "removed"])
-def test_predictions_that_were_touched_afterwards_are_generated_again(
+def test_predictions_that_were_changed_afterwards_are_generated_again(
     tiny_model: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     first = evaluate_model(tiny_model, records, tmp_path / "out")
@@ -123,4 +123,4 @@ def test_predictions_that_were_touched_afterwards_are_generated_again(
     again = evaluate_model(tiny_model, records, tmp_path / "out")
     assert path.read_bytes() == whole
     assert again.record["metrics"] == first.record["metrics"]
-    assert "was altered or removed after it was written" in capsys.readouterr().err
+    assert "was changed or removed after it was written" in capsys.readouterr().err

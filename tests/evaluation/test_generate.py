@@ -73,7 +73,7 @@ def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
     requests = requests_of(*lengths)
     alone = [answers.greedy(request.input_ids, 8) for request in requests]
     assume(all(clear for _, clear in alone))
-    # One answer's token of place `end_at` is the end token; others stop where they happen to say it too.
+    # The token at position `end_at` of one answer is the end token; other answers stop where they contain it too.
     end = alone[0][0][end_at]
     tokenizer = Numbers(eos_token_id=end, pad_token_id=end if pad_is_end else UNUSED)
     with tempfile.TemporaryDirectory() as directory:
@@ -142,13 +142,16 @@ def test_a_models_own_generation_settings_change_nothing(
     assert [line["prediction"] for line in predictions(EvaluationDirectory(tmp_path))] == expected
 
 
-def test_a_model_that_the_pool_cannot_serve_is_answered_by_transformers_which_the_log_says(
+def test_a_model_that_the_pool_does_not_support_uses_transformers_with_a_notice(
     tiny_model: Path, answers: Answers, out: EvaluationDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     requests = requests_of(5, 3)
     eager = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation="eager").eval()
     engine = transformers_engine(eager, Numbers(), [UNUSED], [request.input_ids for request in requests], 2, 6)
-    assert "the faster pool cannot serve this model, since its attention takes no mask" in capsys.readouterr().err
+    assert (
+        "the faster pooled decoder does not support this model, because its attention accepts no custom mask"
+        in capsys.readouterr().err
+    )
     assert generate(engine, Numbers(), [UNUSED], requests, out)["engine"] == "generate"
     expected = [" ".join(map(str, answers.greedy(request.input_ids, 6)[0])) for request in requests]
     assert [line["prediction"] for line in predictions(out)] == expected
@@ -194,13 +197,13 @@ def test_an_interrupted_generation_continues_to_the_same_bytes(model: Any, out: 
 
 
 @pytest.mark.parametrize("cut", [1, 30, -1])
-def test_a_wave_with_a_half_written_line_is_answered_again_as_a_whole(
+def test_a_wave_with_a_partial_line_is_answered_again_completely(
     model: Any, out: EvaluationDirectory, whole: bytes, cut: int
 ) -> None:
     interrupt(model, out, 2)
     lines = out.partial_predictions.read_bytes().splitlines(keepends=True)
     out.partial_predictions.write_bytes(b"".join(lines[:-1]) + lines[-1][:cut])
-    # Stopped once more, so that lines are appended behind the damage.
+    # Stopped again, so that lines are appended after the damage.
     interrupt(model, out, 1)
     assert all(json.loads(line)["index"] in range(10) for line in out.partial_predictions.read_text().splitlines())
     done = answer_all(model, Numbers(), requests_of(*LENGTHS), 1, 5, out)
@@ -208,7 +211,7 @@ def test_a_wave_with_a_half_written_line_is_answered_again_as_a_whole(
     assert done["new_tokens"] == 2 * 5
 
 
-def test_a_full_disk_is_named_and_leaves_what_was_answered(
+def test_a_full_disk_is_reported_and_keeps_finished_waves(
     model: Any, out: EvaluationDirectory, whole: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(model, out, 1)

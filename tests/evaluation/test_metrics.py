@@ -204,8 +204,8 @@ def test_bertscore_equals_bert_score_one_pair_at_a_time(bertscore):
         assert score == pytest.approx(expected, abs=1e-5)
 
 
-def test_bertscore_does_not_depend_on_what_shares_the_batch(bertscore):
-    # Unrelated words have negative similarities, which padding of similarity 0 would beat.
+def test_bertscore_does_not_depend_on_the_batch(bertscore):
+    # Unrelated words have negative similarities, which are below the similarity 0 of padding.
     generator = random.Random(0)
     words = [
         "quark",
@@ -231,7 +231,7 @@ def test_bertscore_does_not_depend_on_what_shares_the_batch(bertscore):
     np.testing.assert_allclose(together, backwards, atol=1e-5)
 
 
-def test_bertscore_truncates_what_the_encoder_has_no_positions_for(bertscore):
+def test_bertscore_truncates_texts_beyond_the_encoders_positions(bertscore):
     reference = "a sentence about words"
     long, cut = "word " * 20_000, "word " * 510  # 512 positions, two of them special
     scores = bertscore.statistics([long, cut, "word " * 509], [reference] * 3)[:, 0]
@@ -264,7 +264,7 @@ def test_a_roberta_encoder_gets_its_position_offset_prefix_space_and_float32(tin
     found = metric.statistics(predictions, references)[:, 0]
     assert "|max-tokens:32|prefix-space:yes|" in metric.signature()
 
-    # The same by bert-score's own scorer, given a model and a tokenizer that it cannot make itself.
+    # The same with bert-score's own scorer, given a model and tokenizer that it cannot load itself.
     scorer = BERTScorer.__new__(BERTScorer)
     scorer._model = RobertaModel.from_pretrained(tiny_roberta, dtype=torch.float32, num_hidden_layers=2).eval()
     scorer._tokenizer = AutoTokenizer.from_pretrained(tiny_roberta, add_prefix_space=True, model_max_length=32)
@@ -277,7 +277,7 @@ def test_the_layer_comes_from_the_encoders_name():
     assert recommended_layer("roberta-large") == 17
     assert recommended_layer("FacebookAI/roberta-large@main") == 17
     assert recommended_layer("microsoft/deberta-v3-base") == 9
-    with pytest.raises(CoraError, match="give the layer yourself"):
+    with pytest.raises(CoraError, match="set --bertscore-layer"):
         recommended_layer("org/unheard-of")
 
 
@@ -370,18 +370,18 @@ def test_unequal_counts_are_refused_by_every_metric(name):
     [
         (["a", "b"], ["a"], "2 predictions and 1 references"),
         ([], [], "nothing to score"),
-        (["a", None], ["a", "b"], "prediction 1 is no text but NoneType"),
-        (["a"], [["a"]], "reference 0 is no text but list"),
+        (["a", None], ["a", "b"], "prediction 1 must be text, not NoneType"),
+        (["a"], [["a"]], "reference 0 must be text, not list"),
         (["a", "\ud800"], ["a", "b"], "prediction 1 is not valid Unicode"),
     ],
 )
-def test_input_that_no_metric_is_defined_on_is_refused(predictions, references, message):
+def test_invalid_input_is_refused(predictions, references, message):
     with pytest.raises(CoraError, match=message):
         score_all(["rouge1"], predictions, references)
 
 
 @pytest.mark.parametrize("options", [{"bootstrap": 0}, {"confidence": 1.0}, {"names": ["bleu"]}, {"names": []}])
-def test_impossible_requests_are_usage_errors(options):
+def test_invalid_requests_are_usage_errors(options):
     with pytest.raises(UsageError):
         score_all(**({"names": ["rouge1"], "predictions": ["a"], "references": ["a"]} | options))
 
@@ -409,7 +409,7 @@ def test_the_evaluate_classes_give_the_same_values_combined_and_in_batches(tmp_p
     assert direct == {"sacrebleu": sacrebleu.corpus_bleu(["a b"], [["a b c"]]).score}
 
 
-def test_the_evaluate_classes_need_no_network_and_write_into_their_cache_alone(tmp_path, monkeypatch):
+def test_the_evaluate_classes_need_no_network_and_write_only_to_their_cache(tmp_path, monkeypatch):
     import evaluate
 
     from cora_cli.evaluation.metrics.huggingface import Rouge as HubRouge

@@ -1,4 +1,4 @@
-"""What makes the metrics quick must not move a value: memories of words, batches by length, threads, streams."""
+"""Optimizations of the metrics must not change a value: caches of words, batches by length, threads, streams."""
 
 import random
 import threading
@@ -54,7 +54,7 @@ def two_threads():
 
 
 def builtin_pairs(count):
-    """Responses of the shipped sets beside the same with their words shuffled a little."""
+    """Responses of the built-in data sets, and the same with some words shuffled."""
     generator = random.Random(0)
     references = [record["output"] for name in ("instruct", "code") for record in load_builtin(name).test[: count // 2]]
     predictions = []
@@ -81,7 +81,7 @@ def test_values_on_the_shipped_data_are_those_of_the_libraries(meteor, wordnet):
 
 @FEW
 @given(PAIRS)
-def test_meteor_with_its_memories_equals_nltk(meteor, wordnet, pairs):
+def test_meteor_with_caches_equals_nltk(meteor, wordnet, pairs):
     tokenize = NLTKWordTokenizer().tokenize
     predictions, references = zip(*pairs, strict=True)
     expected = [single_meteor_score(tokenize(r), tokenize(p), wordnet=wordnet) for p, r in pairs]
@@ -90,7 +90,7 @@ def test_meteor_with_its_memories_equals_nltk(meteor, wordnet, pairs):
 
 @FEW
 @given(st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=12)), max_size=8))
-def test_remembered_stems_and_synsets_are_those_of_nltk(wordnet, words):
+def test_cached_stems_and_synsets_are_those_of_nltk(wordnet, words):
     stemmer, remembered = RememberingStemmer(), RememberingWordNet(wordnet)
     for word in words * 2:
         assert stemmer.stem(word) == PorterStemmer().stem(word)

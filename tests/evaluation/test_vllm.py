@@ -50,14 +50,14 @@ def test_the_rank_is_rounded_up_to_one_that_vllm_takes(tmp_path: Path, config: d
     assert lora_rank(adapter_of(tmp_path / "adapter", **config)) == expected
 
 
-def test_adapters_that_vllm_cannot_read_are_refused(trained: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(CoraError, match="rank 600, but vLLM takes adapters up to 512: leave out --no-merge"):
+def test_adapters_that_vllm_cannot_load_are_refused(trained: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(CoraError, match="rank 600, but vLLM supports ranks up to 512: leave out --no-merge"):
         lora_rank(adapter_of(tmp_path / "adapter", r=600))
-    with pytest.raises(CoraError, match="compact adapter, which vLLM cannot read: leave out --no-merge"):
+    with pytest.raises(CoraError, match="compact adapter, which vLLM cannot load: leave out --no-merge"):
         lora_rank(resolve_model(str(trained["compact"])))
 
 
-def test_the_model_is_asked_for_greedy_answers_of_given_tokens(tmp_path: Path) -> None:
+def test_vllm_gets_arguments_for_greedy_decoding_of_token_ids(tmp_path: Path) -> None:
     arguments = engine_arguments(tmp_path, "bf16", 300)
     assert arguments["model"] == str(tmp_path)
     assert (arguments["dtype"], arguments["max_model_len"], arguments["trust_remote_code"]) == ("bfloat16", 300, False)
@@ -81,12 +81,12 @@ def test_without_vllm_or_a_gpu_one_sentence_says_what_to_do(monkeypatch: pytest.
         require_vllm(CPU)
 
 
-# A stand-in with the names and defaults of vLLM's own signatures
+# A fake with the names and defaults of vLLM's own signatures
 
 
 @dataclass
 class StandIn:
-    """What was called."""
+    """The calls that were made."""
 
     loaded: list[Any]
     generated: list[Any]
@@ -174,7 +174,7 @@ def test_a_run_is_evaluated_merged_or_with_its_adapter(
     [(prompts, sampling, lora)] = stand_in.generated
     assert loaded["enable_lora"] is not merge
     assert "model.safetensors" in loaded["files"]
-    assert (Path(loaded["model"]).exists(), lora is None) == (not merge, merge)  # a merged copy is gone once it was read
+    assert (Path(loaded["model"]).exists(), lora is None) == (not merge, merge)  # the merged copy is deleted after loading
     assert loaded["max_model_len"] == max(len(prompt["prompt_token_ids"]) for prompt in prompts) + sampling.max_tokens
     assert 2 in sampling.stop_token_ids
     recorded = rundir.read_json(tmp_path / "out" / "generation.json")

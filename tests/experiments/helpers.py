@@ -24,7 +24,7 @@ def grid_of(*blocks: Any, **changes: Any) -> Grid:
 
 
 def inputs_of(**hashes: str) -> Inputs:
-    """Facts of a model and data of which nothing exists; `hashes` replaces some content hashes."""
+    """Facts of a model and data sets that do not exist; `hashes` replaces some content hashes."""
     models = {
         name: ModelFacts(name, hashes.get(name, f"hash of {name}"), SHAPES, 10**6, 10**5) for name in ("base", "org/a", "org/b")
     }
@@ -38,7 +38,7 @@ def plan_of(grid: Grid, out: Path = Path("out"), **hashes: str) -> Plan:
 
 
 class PretendLauncher:
-    """Ends every step at once with the files that the real command would leave; `fails` names steps by a part of their words."""
+    """Completes every step at once, with the files that the real command writes; steps whose command contains `fails` fail."""
 
     how = "started"
 

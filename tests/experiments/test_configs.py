@@ -1,4 +1,4 @@
-"""Every grid file that ships: it parses, plans, and says what the paper says."""
+"""Every shipped grid file parses, can be planned, and has the settings of the paper."""
 
 import dataclasses
 from pathlib import Path
@@ -38,9 +38,7 @@ def test_all_grids_were_found() -> None:
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("preset", [None, "small"])
-def test_every_grid_parses_and_plans_without_anything_at_hand(
-    path: Path, preset: str | None, tiny_multihead_model: Path
-) -> None:
+def test_every_grid_parses_and_plans_without_models_or_data(path: Path, preset: str | None, tiny_multihead_model: Path) -> None:
     grid = load_grid(path, preset, str(tiny_multihead_model) if preset else None)
     plan = make_plan(grid, Path("out"), Inputs({}, {}, {}), "auto", "auto")
     assert [row["name"] for row in plan_record(plan)["rows"]] == [row.name for row in grid.rows]
@@ -50,7 +48,7 @@ def test_every_grid_parses_and_plans_without_anything_at_hand(
 
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("preset", [None, "small"])
-def test_a_table_has_every_printed_row_once_and_the_base_model_beside_them(
+def test_a_table_has_every_printed_row_once_and_the_base_model(
     name: str, preset: str | None, tiny_multihead_model: Path
 ) -> None:
     grid = paper_grid(name, preset, str(tiny_multihead_model) if preset else None)
@@ -61,7 +59,7 @@ def test_a_table_has_every_printed_row_once_and_the_base_model_beside_them(
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_printed_row_is_what_its_name_says(name: str) -> None:
+def test_a_printed_row_has_the_settings_in_its_name(name: str) -> None:
     for row in paper_grid(name).rows:
         if row.printed:
             words = row.printed.replace("yhama", "yahma").replace("FBL", "FB").split("_")
@@ -80,7 +78,7 @@ def test_a_printed_row_is_what_its_name_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_tables_follow_the_paper_s_letter(name: str) -> None:
+def test_the_tables_follow_the_text_of_the_paper(name: str) -> None:
     grid = paper_grid(name)
     assert grid.model == "meta-llama/Llama-2-13b-hf"
     assert len(grid.models) == 5
@@ -105,7 +103,7 @@ def test_the_honest_grid_sweeps_every_mode_and_has_every_control() -> None:
     assert grid.train["validation_size"] >= 48
 
 
-def test_the_grid_of_rivals_has_every_mode_at_equal_trained_parameters_and_at_equal_rank(smollm2_shapes: ModelFacts) -> None:
+def test_the_grid_of_baselines_has_every_mode_at_equal_trained_parameters_and_at_equal_rank(smollm2_shapes: ModelFacts) -> None:
     grid = load_grid(CONFIGS / "rivals.yaml")
     assert {row.mode for row in grid.rows} == {"base", *METHODS} - {"peft"}
     methods = {(row.label, row.rank): row for row in grid.rows if row.mode != "base"}
@@ -127,7 +125,7 @@ def test_the_grid_of_rivals_has_every_mode_at_equal_trained_parameters_and_at_eq
 
 
 @pytest.mark.parametrize("mode", [mode for mode, spec in METHODS.items() if spec.trained and mode != "vera"])
-def test_no_other_rank_comes_nearer_to_the_trained_parameters_of_fb(mode: Mode, smollm2_shapes: ModelFacts) -> None:
+def test_no_other_rank_is_closer_to_the_trained_parameters_of_fb(mode: Mode, smollm2_shapes: ModelFacts) -> None:
     grid = load_grid(CONFIGS / "rivals.yaml")
     row = next(row for row in grid.rows if row.mode == mode)
     wanted = trained_parameters(next(row for row in grid.rows if row.mode == "fb"), smollm2_shapes) or 0
@@ -157,7 +155,9 @@ def test_the_small_preset_replaces_the_scale_and_keeps_the_method(tiny_model: Pa
     assert "bertscore_model" not in small.evaluate
 
 
-def test_the_small_preset_says_where_grouped_queries_forbid_the_letter(tiny_model: Path, tiny_multihead_model: Path) -> None:
+def test_the_small_preset_reports_where_grouped_queries_prevent_the_paper_s_setting(
+    tiny_model: Path, tiny_multihead_model: Path
+) -> None:
     grouped, plain = (paper_grid("table1", "small", str(model)) for model in (tiny_model, tiny_multihead_model))
     shares = [{(row.basis or {}).get("share") for row in grid.rows if row.basis} for grid in (grouped, plain)]
     assert shares == [{"projection"}, {"global"}]
@@ -165,13 +165,13 @@ def test_the_small_preset_says_where_grouped_queries_forbid_the_letter(tiny_mode
     assert said == [True, False]
 
 
-def test_the_small_preset_keeps_ranks_within_the_model_and_says_so(tiny_model: Path) -> None:
+def test_the_small_preset_limits_ranks_to_the_model_and_reports_it(tiny_model: Path) -> None:
     grid = paper_grid("figure-variance", "small", str(tiny_model))
     assert [row.basis_rank for row in grid.rows] == [31, 31]
     assert "A basis of rank 4096 was asked for; this model's narrowest weight allows 31." in grid.conditions
 
 
-def test_the_small_preset_gives_full_fine_tuning_a_learning_rate_of_its_own(tiny_model: Path) -> None:
+def test_the_small_preset_gives_full_fine_tuning_its_own_learning_rate(tiny_model: Path) -> None:
     rates = {row.mode: row.learning_rate for row in paper_grid("table2", "small", str(tiny_model)).rows}
     assert rates == {"base": None, "full": 5e-5, "lora": 1e-3, "fb": 1e-3, "tb": 1e-3}
 
@@ -184,13 +184,13 @@ def test_the_small_preset_generates_nothing_where_the_grid_does_not(tiny_model: 
     assert "answers 40 prompts" in " ".join(small(values, str(tiny_model), has_bases=False)["conditions"])
 
 
-def test_the_small_preset_makes_no_models_for_a_table_without_bases(tiny_model: Path) -> None:
+def test_the_small_preset_trains_no_models_for_a_table_without_bases(tiny_model: Path) -> None:
     grid = paper_grid("table4", "small", str(tiny_model))
     assert grid.models == {}
     assert not any("source models are fine-tunes" in sentence or "per projection" in sentence for sentence in grid.conditions)
 
 
-def test_the_grid_file_in_the_readme_is_one() -> None:
+def test_the_grid_file_in_the_readme_is_valid() -> None:
     text = (CONFIGS.parent / "README.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
     names = [row.name for row in build_grid(yaml.safe_load(text), "README.md").rows]
     assert len(names) == 1 + 9 + 18 + 1 + 2

@@ -27,7 +27,7 @@ EVALUATIONS = ("base-eval", *(f"runs/{name}/eval" for name in demo.METHODS))
 
 @pytest.fixture(scope="module", autouse=True)
 def small(tiny_model: Path) -> Any:
-    """The demonstration with two tasks, a tiny model, two metrics, and a few steps and prompts."""
+    """The demo with two tasks, a tiny model, two metrics, and a few steps and prompts."""
     with pytest.MonkeyPatch.context() as patch:
         constants = {
             "EMBEDDED_MODEL": str(tiny_model),
@@ -49,7 +49,7 @@ def small(tiny_model: Path) -> Any:
 
 
 class Work:
-    """Counts what is expensive: training steps that begin, models loaded for generation, bases extracted."""
+    """Counts expensive operations: training steps, models loaded for generation, bases extracted."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.trained: list[str] = []
@@ -76,7 +76,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A finished demonstration that was stopped before it made its basis, and which runs took steps before and after that."""
+    """A finished demo that was stopped once before it extracted its basis, and the runs trained before and after that."""
 
     root: Path
     report: str
@@ -104,7 +104,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, small: None) -> Finished:
 
 @pytest.fixture
 def root(finished: Finished, tmp_path: Path) -> Iterator[Path]:
-    """The finished demonstration, free to be damaged: it is put back afterwards."""
+    """The finished demo, which a test may damage; it is restored afterwards."""
     root = finished.root
     shutil.copytree(root, tmp_path / "whole")
     yield root
@@ -118,7 +118,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
 
 
 def contents(root: Path) -> dict[str, Any]:
-    """Hashes of every result of a demonstration, and the logs but for the time that each step took."""
+    """Hashes of every result of a demo, and its logs without the times of steps."""
     names = ("adapter_model.safetensors", "predictions.jsonl", "scores.jsonl", "basis.safetensors")
     found: dict[str, Any] = {
         str(path.relative_to(root)): rundir.sha256_file(path) for name in names for path in sorted(root.rglob(name))
@@ -127,7 +127,7 @@ def contents(root: Path) -> dict[str, Any]:
 
 
 def without_time(report: str) -> str:
-    return report.partition("This call took")[0]
+    return report.partition("This run of the demo took")[0]
 
 
 def test_the_chain_ends_with_a_report_on_five_methods(finished: Finished) -> None:
@@ -140,11 +140,11 @@ def test_the_chain_ends_with_a_report_on_five_methods(finished: Finished) -> Non
     # Rank 8 on q (64 × 64), k and v (32 × 64) of two layers: A alone, or A and B.
     a, b = 2 * 8 * 3 * 64, 2 * 8 * (64 + 32 + 32)
     assert [row[1] for row in rows[2:7]] == ["0", f"{a + b:,}", f"{a:,}", f"{a + b:,}", f"{a:,}"]
-    assert "What it cannot: which mode is better" in report
+    assert "It does not show which mode is better" in report
     assert f"n = {PROMPTS} prompts" in report
 
 
-def test_every_part_is_on_disk_and_made_from_the_one_before(finished: Finished, tiny_model: Path) -> None:
+def test_every_part_is_on_disk_and_built_from_the_previous_one(finished: Finished, tiny_model: Path) -> None:
     root = finished.root
     basis = read_basis(root / "basis.safetensors")
     assert [source.reference for source in basis.sources] == [str(root / "models" / task) for task in TASKS]
@@ -159,7 +159,7 @@ def test_every_part_is_on_disk_and_made_from_the_one_before(finished: Finished, 
     assert len({record["generation"]["settings"]["records_sha256"] for record in metrics}) == 1
 
 
-def test_a_second_call_uses_every_whole_part_again(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_reuses_every_complete_part(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     for place, name in ((training, "CoraTrainer"), (backend, "load_model"), (demo, "extract_basis")):
         monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("finished work was done again"))
     root, report = finished.root, finished.report
@@ -168,7 +168,7 @@ def test_a_second_call_uses_every_whole_part_again(finished: Finished, monkeypat
     assert contents(root) == before
 
 
-def test_a_demonstration_that_was_stopped_repeats_no_finished_run(finished: Finished) -> None:
+def test_a_stopped_demo_repeats_no_finished_run(finished: Finished) -> None:
     assert finished.trained_before == [task for task in TASKS for _ in range(2)]
     assert finished.trained_after == [method for method in demo.METHODS for _ in range(2)]
 
@@ -183,7 +183,7 @@ def truncate(path: Path) -> None:
 
 
 def alter(path: Path) -> None:
-    """Change one byte of a tensor, which no format notices."""
+    """Change one byte of a tensor, which the file format does not detect."""
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
@@ -191,14 +191,14 @@ def alter(path: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """What is done to which files, and how many bases and evaluations are then made again."""
+    """Which files are damaged and how, and how many bases and evaluations then run again."""
 
     harms: dict[str, Callable[[Path], None]]
     extracted: int = 0
     generated: int = 0
 
 
-# Several at a time, since every call checks all parts.
+# Several at a time, because every call checks all parts.
 DAMAGE = {
     "truncated basis, adapter without configuration": Damage(
         {"basis.safetensors": truncate, "runs/tb/adapter/adapter_config.json": Path.unlink}, extracted=1
@@ -218,7 +218,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_parts_are_made_again_and_nothing_else(
+def test_only_damaged_parts_run_again(
     finished: Finished, root: Path, work: Work, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     damage, before = DAMAGE[name], contents(root)

@@ -12,7 +12,7 @@ import pytest
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ablate import summary
-from cora_cli.experiments.execute import Execution, Outcome, refuse_conflicts, sole_owner, standing, write_plan
+from cora_cli.experiments.execute import Execution, Outcome, done_steps, refuse_conflicts, sole_owner, write_plan
 from cora_cli.experiments.launch import LocalLauncher
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.steps import Plan
@@ -28,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def carry_out(plan: Plan, launcher: PretendLauncher | None = None, rows: list[str] | None = None) -> tuple[Outcome, list[str]]:
-    """The outcome, and the kinds of steps that were started: `train models`, `train runs`, ..."""
+    """The outcome, and the names of the steps that were started."""
     launcher = launcher or PretendLauncher()
     wanted = plan.needed_for(rows) if rows else set(plan.steps)
     with sole_owner(plan.out) as lock:
@@ -49,9 +49,9 @@ def plan(tmp_path: Path) -> Plan:
 FB, LORA = "cora-fb_r4_n3_lr3e-4_seed0", "lora_r4_lr3e-4_seed0"
 
 
-def test_every_step_runs_once_and_after_its_needs(plan: Plan) -> None:
+def test_every_step_runs_once_and_after_its_dependencies(plan: Plan) -> None:
     outcome, started = carry_out(plan)
-    assert len(outcome.made) == len(started) == STEPS
+    assert len(outcome.completed) == len(started) == STEPS
     assert len(set(started)) == STEPS
     order = [started.index(name) for name in ("model-c", "basis", f"train-{FB}", f"evaluate-{FB}")]
     assert order == sorted(order)
@@ -60,8 +60,8 @@ def test_every_step_runs_once_and_after_its_needs(plan: Plan) -> None:
 def test_a_second_call_does_nothing(plan: Plan) -> None:
     carry_out(plan)
     outcome, started = carry_out(plan)
-    assert (started, len(outcome.kept)) == ([], STEPS)
-    assert "nothing was done" in summary(plan, outcome)
+    assert (started, len(outcome.up_to_date)) == ([], STEPS)
+    assert "steps are up to date" in summary(plan, outcome)
 
 
 def test_only_what_the_chosen_rows_need_is_run(plan: Plan) -> None:
@@ -70,14 +70,14 @@ def test_only_what_the_chosen_rows_need_is_run(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_as_many_steps_run_at_a_time_as_there_is_room_for(plan: Plan, slots: int) -> None:
+def test_as_many_steps_run_at_a_time_as_there_are_slots(plan: Plan, slots: int) -> None:
     launcher = PretendLauncher(slots)
     carry_out(plan, launcher)
     assert launcher.most == slots
     assert launcher.running == 0
 
 
-def test_a_failure_stops_what_rests_on_it_and_nothing_else(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_stops_only_dependent_steps(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     def fails(argv: Sequence[str]) -> str | None:
         return "the disk is full" if argv[0] == "extract-basis" else None
 
@@ -85,21 +85,21 @@ def test_a_failure_stops_what_rests_on_it_and_nothing_else(plan: Plan, capsys: p
     (basis,) = outcome.failed
     assert outcome.failed[basis] == "the disk is full"
     assert outcome.blocked == {f"train-{FB}": basis, f"evaluate-{FB}": basis}
-    assert len(outcome.made) == STEPS - 3
-    assert f"train-{FB}: not run, because {basis} failed" in capsys.readouterr().err
+    assert len(outcome.completed) == STEPS - 3
+    assert f"train-{FB}: skipped, because {basis} failed" in capsys.readouterr().err
     text = summary(plan, outcome)
-    assert f"{basis} failed; the end of {plan.out / 'logs' / basis}.log:" in text
+    assert f"{basis} failed; last lines of {plan.out / 'logs' / basis}.log:" in text
     assert "    cora: error: the disk is full" in text
-    # The next call tries again what failed, and what rests on it.
+    # The next call runs the failed step and its dependents again.
     again, started = carry_out(plan)
     assert sorted(started) == sorted(["basis", f"train-{FB}", f"evaluate-{FB}"])
     assert not again.failed
 
 
-def test_a_step_that_leaves_nothing_behind_has_failed(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_output_has_failed(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PretendLauncher, "_make", lambda self, argv: None)
     outcome, _ = carry_out(plan)
-    assert "ended well, but left nothing in" in outcome.failed[f"train-{LORA}"]
+    assert "exited without an error, but wrote nothing to" in outcome.failed[f"train-{LORA}"]
 
 
 def damage(plan: Plan, place: str, how: str) -> None:
@@ -111,7 +111,7 @@ def damage(plan: Plan, place: str, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "how", "made_again"),
+    ("place", "how", "rerun"),
     [
         (f"runs/{LORA}/adapter/adapter_model.safetensors", "altered", [f"train-{LORA}"]),
         (f"runs/{LORA}/adapter", "remove", [f"train-{LORA}"]),
@@ -125,24 +125,22 @@ def damage(plan: Plan, place: str, how: str) -> None:
         (f"steps/train-{LORA}.json", "remove", [f"train-{LORA}"]),
     ],
 )
-def test_what_was_damaged_is_made_again_and_nothing_else(plan: Plan, place: str, how: str, made_again: list[str]) -> None:
+def test_only_damaged_steps_run_again(plan: Plan, place: str, how: str, rerun: list[str]) -> None:
     carry_out(plan)
     damage(plan, place, how)
     outcome, started = carry_out(plan)
-    assert (sorted(started), outcome.failed) == (sorted(made_again), {})
+    assert (sorted(started), outcome.failed) == (sorted(rerun), {})
     assert carry_out(plan)[1] == []
 
 
-def test_a_damaged_basis_is_made_again_and_its_runs_stay_where_it_comes_out_the_same(plan: Plan) -> None:
+def test_a_damaged_basis_is_extracted_again_and_its_runs_are_kept_if_it_is_identical(plan: Plan) -> None:
     carry_out(plan)
     (basis,) = (plan.out / "bases").iterdir()
     basis.write_text("damaged")
     assert carry_out(plan)[1] == ["basis"]
 
 
-def test_what_rests_on_a_step_is_made_again_where_that_comes_out_otherwise(
-    plan: Plan, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dependents_run_again_if_the_result_of_a_step_changes(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     carry_out(plan)
     (basis,) = (plan.out / "bases").iterdir()
     basis.write_text("damaged")
@@ -150,7 +148,7 @@ def test_what_rests_on_a_step_is_made_again_where_that_comes_out_otherwise(
     other.content = "made by another processor"
     assert sorted(carry_out(plan, other)[1]) == sorted(["basis", f"train-{FB}", f"evaluate-{FB}"])
     # A run cannot be continued on another basis: its directory was cleared.
-    assert f"{plan.out / 'runs' / FB} was made from other settings or another basis" in capsys.readouterr().err
+    assert f"{plan.out / 'runs' / FB} was created with other settings or another basis" in capsys.readouterr().err
 
 
 def test_a_step_that_was_killed_is_continued(plan: Plan) -> None:
@@ -171,13 +169,13 @@ def changed(plan: Plan, **train: Any) -> Plan:
 def test_results_of_other_settings_are_refused_unless_they_may_be_replaced(plan: Plan) -> None:
     carry_out(plan)
     other = changed(plan, max_steps=5)
-    with pytest.raises(CoraError, match="made with other settings") as error:
+    with pytest.raises(CoraError, match="created with other settings") as error:
         refuse_conflicts(other, set(other.steps), overwrite=False)
     assert f"runs/{LORA} (max_steps)" in str(error.value)
     refuse_conflicts(other, set(other.steps), overwrite=True)
     old = plan.out / "runs" / LORA / "checkpoints" / "step"
     rundir.write_text(old, "of the old run")
-    # The fine-tune, the basis and the base model's evaluation have settings of their own.
+    # The fine-tune, the basis and the base model's evaluation have their own settings.
     assert sorted(carry_out(other)[1]) == sorted(f"{kind}-{row}" for kind in ("train", "evaluate") for row in (FB, LORA))
     assert not old.exists()
 
@@ -187,7 +185,7 @@ def test_a_failed_run_may_be_replaced_by_one_of_other_settings(plan: Plan) -> No
     refuse_conflicts(changed(plan, learning_rate=1e-5), set(plan.steps), overwrite=False)
 
 
-def test_another_choice_of_metrics_is_no_conflict_and_scores_again(tmp_path: Path) -> None:
+def test_another_choice_of_metrics_is_not_a_conflict_and_scores_again(tmp_path: Path) -> None:
     plans = [
         plan_of(grid_of({"mode": "lora"}, {"mode": "base"}, defaults={"evaluate": {"metrics": metrics}}), tmp_path / "out")
         for metrics in (["rouge"], ["rouge", "bleu"])
@@ -200,13 +198,13 @@ def test_another_choice_of_metrics_is_no_conflict_and_scores_again(tmp_path: Pat
         refuse_conflicts(longer, set(longer.steps), overwrite=False)
 
 
-def test_standing_tells_what_is_whole_without_touching_it(plan: Plan) -> None:
-    assert not any(standing(plan).values())
+def test_done_steps_are_found_without_changing_anything(plan: Plan) -> None:
+    assert not any(done_steps(plan).values())
     carry_out(plan)
-    assert all(standing(plan).values())
+    assert all(done_steps(plan).values())
     damage(plan, f"runs/{LORA}/log.jsonl", "altered")
-    # The evaluation's own files are whole, but what they rest on is not.
-    assert {name for name, done in standing(plan).items() if not done} == {f"train-{LORA}", f"evaluate-{LORA}"}
+    # The evaluation's own files are complete, but its inputs are not.
+    assert {name for name, done in done_steps(plan).items() if not done} == {f"train-{LORA}", f"evaluate-{LORA}"}
 
 
 def test_the_plan_its_grid_and_the_base_model_s_records_are_written(plan: Plan) -> None:
@@ -230,7 +228,7 @@ def test_two_ablations_never_work_in_one_directory(tmp_path: Path) -> None:
 def test_the_lock_of_a_killed_ablation_is_free_once_its_step_has_ended(tmp_path: Path) -> None:
     with sole_owner(tmp_path) as lock:
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
-    # The owner has let go of it (as one that is killed does), but its step still works there.
+    # The owner has released the lock (as a killed one does), but its step still runs there.
     with pytest.raises(CoraError, match="a step that it left running"), sole_owner(tmp_path):
         pass
     child.communicate(b"\n")
@@ -238,7 +236,7 @@ def test_the_lock_of_a_killed_ablation_is_free_once_its_step_has_ended(tmp_path:
         fcntl.flock(lock, fcntl.LOCK_UN)
 
 
-def test_an_interruption_ends_the_running_steps_and_keeps_what_was_whole(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_stops_running_steps_and_keeps_finished_ones(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = PretendLauncher()
 
     def interrupt(*_: Any) -> None:
@@ -258,7 +256,7 @@ def test_processes_get_a_gpu_each_or_share_the_threads(monkeypatch: pytest.Monke
     gpus = LocalLauncher(None, "auto")
     assert gpus.slots == 2
     assert [gpus._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["3", "5"]
-    with pytest.raises(CoraError, match="only 2 GPU"):
+    with pytest.raises(CoraError, match="at most 2, the number of visible GPUs"):
         LocalLauncher(3, "auto")
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     threads = LocalLauncher(3, "cpu")
@@ -266,7 +264,7 @@ def test_processes_get_a_gpu_each_or_share_the_threads(monkeypatch: pytest.Monke
     assert LocalLauncher(None, "cpu").slots == 1
 
 
-def test_a_process_is_logged_and_its_exit_code_told(tmp_path: Path) -> None:
+def test_a_process_is_logged_and_its_exit_code_returned(tmp_path: Path) -> None:
     launcher = LocalLauncher(1, "cpu")
     job = launcher.submit("train", ["no-such-command"], tmp_path / "logs" / "step.log")
     while (code := job.ended()) is None:

@@ -21,9 +21,9 @@ def grid(tiny_model: Path, tiny_data: Path) -> Grid:
     )
 
 
-def test_models_are_measured_and_data_split_as_each_use_asks(grid: Grid, tiny_model: Path, tmp_path: Path) -> None:
+def test_models_are_measured_and_data_are_split_for_each_use(grid: Grid, tiny_model: Path, tmp_path: Path) -> None:
     inputs = find_inputs(grid, tmp_path / "hashes.json")
-    inputs.require_all()  # the model that no row uses is not looked for
+    inputs.require_all()  # the model that no row uses is not resolved
     model = inputs.models[str(tiny_model)]
     assert model.embedded == 49152 * 64
     assert model.parameters == 49152 * 64 + 2 * (64 * (64 + 32 + 32 + 64 + 3 * 96) + 2 * 64) + 64
@@ -32,7 +32,7 @@ def test_models_are_measured_and_data_split_as_each_use_asks(grid: Grid, tiny_mo
     assert len({data.sha256 for data in inputs.datasets.values()}) == 2
 
 
-def test_weights_are_hashed_once_as_long_as_their_files_stay_what_they_were(
+def test_weights_are_hashed_once_while_their_files_are_unchanged(
     grid: Grid, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = find_inputs(grid, tmp_path / "hashes.json").models[str(tiny_model)]
@@ -44,7 +44,7 @@ def test_weights_are_hashed_once_as_long_as_their_files_stay_what_they_were(
     assert find_inputs(grid, None).models[str(tiny_model)].sha256 is None
 
 
-def test_everything_that_cannot_be_had_is_named_at_once(tmp_path: Path) -> None:
+def test_all_missing_inputs_are_reported_at_once(tmp_path: Path) -> None:
     grid = grid_of({"mode": "fb", "sources": ["a"]}, model="./nowhere", datasets={"data": "missing.jsonl"})
     inputs = find_inputs(grid, None)
     assert inputs.unresolved.keys() == {"./nowhere", "org/a", "missing.jsonl"}
@@ -53,7 +53,7 @@ def test_everything_that_cannot_be_had_is_named_at_once(tmp_path: Path) -> None:
     assert all(name in str(error.value) for name in inputs.unresolved)
 
 
-def test_models_that_the_hub_does_not_know_are_named_before_any_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_are_not_on_the_hub_are_reported_before_any_download(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def model_info(_: HfApi, hub_id: str, revision: str | None, timeout: float) -> None:
@@ -63,14 +63,14 @@ def test_models_that_the_hub_does_not_know_are_named_before_any_is_downloaded(mo
 
     monkeypatch.setattr(HfApi, "model_info", model_info)
     pool = {"a": "org/a", "b": "org/gone@v1"}
-    with pytest.raises(CoraError, match=r"model 'org/gone@v1' is neither a directory here nor on the hub") as error:
+    with pytest.raises(CoraError, match=r"model 'org/gone@v1' is neither a local directory nor on the hub") as error:
         require_on_hub(grid_of({"mode": "fb"}, model="org/base", models=pool))
     assert "org/base" in str(error.value)
     assert "org/a" not in str(error.value)
     assert asked == [("org/base", None), ("org/a", None), ("org/gone", "v1")]
 
 
-def test_a_hub_that_cannot_be_asked_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise RuntimeError("the client's own kind of error")
 

@@ -1,4 +1,4 @@
-"""Jobs of a cluster: submitit's own processes stand in for its nodes, and a table for its queue."""
+"""The Slurm launcher, with submitit's local processes as nodes and a dictionary as the queue."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def left(
     return waiting, job
 
 
-def test_a_job_that_outlived_its_ablation_is_taken_up_and_not_queued_again(
+def test_a_job_that_outlived_its_ablation_is_reused_and_not_queued_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting, earlier = left(tmp_path, monkeypatch, {"12": "PENDING"}, ["train"])
@@ -77,7 +77,9 @@ def test_a_job_that_outlived_its_ablation_is_taken_up_and_not_queued_again(
     assert left_jobs(tmp_path / "slurm") == ["12"]
 
 
-def test_a_job_of_other_words_is_cancelled_before_the_step_is_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_with_another_command_is_cancelled_before_the_step_is_queued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     states = {"12": "RUNNING"}
     waiting, earlier = left(tmp_path, monkeypatch, states, ["train", "--rank", "8"])
     monkeypatch.setattr(earlier, "cancel", lambda check: states.clear() or setattr(earlier, "cancelled", True))
@@ -88,18 +90,18 @@ def test_a_job_of_other_words_is_cancelled_before_the_step_is_queued(tmp_path: P
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"])
-def test_a_job_that_the_cluster_ended_says_how(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_the_cluster_ended_logs_its_state(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = {"12": "RUNNING"}
     waiting, _ = left(tmp_path, monkeypatch, states, ["train"])
     job = waiting.submit("train", ["train"], tmp_path / "step.log")
     waiting._states.forget()
     states["12"] = state
     assert job.ended() == 1
-    assert (tmp_path / "step.log").read_text().endswith(f"Slurm job 12 ended before its step: it is {state}\n")
+    assert (tmp_path / "step.log").read_text().endswith(f"Slurm job 12 ended before its step: its state is {state}\n")
     assert left_jobs(tmp_path / "slurm") == []
 
 
-def test_a_job_that_nobody_knows_is_given_time_for_its_result_to_appear(
+def test_a_job_that_left_the_queue_is_given_time_for_its_result_to_appear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = {"12": "RUNNING"}
@@ -110,12 +112,10 @@ def test_a_job_that_nobody_knows_is_given_time_for_its_result_to_appear(
     assert job.ended() is None
     monkeypatch.setattr("cora_cli.experiments.slurm._LAG_SECONDS", 0.0)
     assert job.ended() == 1
-    assert "gone from the queue" in (tmp_path / "step.log").read_text()
+    assert "disappeared from the queue" in (tmp_path / "step.log").read_text()
 
 
-def test_a_command_that_a_signal_ended_leaves_the_word_to_the_cluster_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_ended_by_a_signal_waits_for_the_cluster_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     call, waited = StepCall(["evaluate"], tmp_path / "step.log"), list[float]()
 
     def end_it(seconds: float) -> None:
@@ -129,7 +129,7 @@ def test_a_command_that_a_signal_ended_leaves_the_word_to_the_cluster_first(
     assert waited[-1] >= 60
 
 
-def test_a_preempted_step_is_ended_and_queued_as_it_was(tmp_path: Path) -> None:
+def test_a_preempted_step_is_stopped_and_queued_again_unchanged(tmp_path: Path) -> None:
     call = StepCall(["no-such-command"], tmp_path / "step.log")
     assert call() == 2
     again = call.checkpoint()
@@ -152,19 +152,19 @@ def test_the_queue_is_read_for_all_jobs_at_once(fake_squeue: Path) -> None:
     assert squeue() == {"7": "RUNNING", "12": "CANCELLED"}
 
 
-def test_a_queue_that_stays_silent_is_an_error_that_says_the_jobs_go_on(fake_squeue: Path) -> None:
+def test_a_failing_squeue_is_an_error_that_says_the_jobs_continue(fake_squeue: Path) -> None:
     fake_squeue.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
-    with pytest.raises(CoraError, match="Unable to contact slurm controller; the jobs go on"):
+    with pytest.raises(CoraError, match="Unable to contact slurm controller; the jobs continue"):
         squeue()
 
 
-def test_without_a_cluster_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_sbatch_the_error_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(CoraError, match="there is no sbatch here"):
+    with pytest.raises(CoraError, match="needs sbatch, which is not installed here"):
         SlurmLauncher(tmp_path / "slurm", ANY, None)
 
 
-def test_resources_of_a_kind_go_before_those_of_all(tmp_path: Path) -> None:
+def test_resources_of_a_kind_override_those_of_all(tmp_path: Path) -> None:
     asked = {"all": {"cpus": 4, "mem_gb": 16}, "train": {"gpus": 1, "mem_gb": 80, "sbatch": {"mail-type": "END"}}}
     grid = grid_of({"mode": "lora"}, resources=asked)
     assert grid.resources["train"] == Resources(cpus=4, mem_gb=80.0, gpus=1, sbatch={"mail-type": "END"})
@@ -188,11 +188,11 @@ def test_resources_of_a_kind_go_before_those_of_all(tmp_path: Path) -> None:
         ({"train": {"gpus": 2}}, "gpus must be 0 or 1"),
         ({"all": {"cpus": 0}}, "cpus must be at least 1"),
         ({"all": {"mem_gb": -1}}, "mem_gb must be positive"),
-        ({"all": {"timeout_min": "long"}}, "timeout_min must be a whole number"),
+        ({"all": {"timeout_min": "long"}}, "timeout_min must be an integer"),
         ({"all": {"sbatch": "x"}}, "sbatch must be `name: value` lines"),
     ],
 )
-def test_resources_that_make_no_sense_are_named(values: object, complaint: str) -> None:
+def test_invalid_resources_are_reported(values: object, complaint: str) -> None:
     problems: list[str] = []
     read_resources(values, problems)
     assert len(problems) == 1

@@ -29,7 +29,7 @@ def only(plan: Plan, kind: str) -> Step:
 
 
 def parsed(step: Step) -> Any:
-    """The configuration that a step's words give at the real command line."""
+    """The configuration that a step's arguments give on the real command line."""
     classes = {"train": TrainConfig, "extract-basis": ExtractConfig, "evaluate": EvaluateConfig}
     seen: list[Any] = []
     app = typer.Typer(rich_markup_mode=None)
@@ -48,7 +48,7 @@ def test_rows_share_fine_tunes_bases_and_the_evaluation_of_the_base_model() -> N
     assert all(step.needs == (basis.name,) for step in plan.steps.values() if step.kind == "train")
 
 
-def test_every_step_comes_after_those_that_it_needs() -> None:
+def test_every_step_comes_after_its_dependencies() -> None:
     plan = plan_of(grid_of({"mode": ["fb", "tb"], "n_models": [0, 1, 2, 3]}, {"mode": "lora"}, {"mode": "base"}))
     order = list(plan.steps)
     assert all(order.index(need) < order.index(name) for name, step in plan.steps.items() for need in step.needs)
@@ -89,13 +89,13 @@ def test_a_basis_of_differences_names_the_base_that_is_subtracted() -> None:
         ({}, set()),
     ],
 )
-def test_keys_follow_the_contents_of_what_goes_in(change: dict[str, str], touched: set[str]) -> None:
+def test_keys_depend_on_the_contents_of_inputs(change: dict[str, str], touched: set[str]) -> None:
     grid = grid_of({"mode": "fb"})
     before, after = ({step.kind: step.key for step in plan_of(grid, **hashes).steps.values()} for hashes in ({}, change))
     assert {kind for kind in before if before[kind] != after[kind]} == touched
 
 
-def test_keys_follow_settings_but_neither_places_nor_labels() -> None:
+def test_keys_depend_on_settings_but_not_on_paths_or_labels() -> None:
     def keys(out: str = "out", **row: Any) -> dict[str, str]:
         return {step.kind: step.key for step in plan_of(grid_of({"mode": "fb", **row}), Path(out)).steps.values()}
 
@@ -104,7 +104,7 @@ def test_keys_follow_settings_but_neither_places_nor_labels() -> None:
     assert keys()["basis"] == keys(learning_rate=1e-2)["basis"]
 
 
-def test_the_words_of_every_step_give_its_settings_at_the_command_line() -> None:
+def test_the_arguments_of_every_step_give_its_settings_on_the_command_line() -> None:
     row = {
         "mode": "fb",
         "alpha": 6.5,
@@ -141,7 +141,7 @@ def test_a_row_needs_its_own_steps_and_no_others() -> None:
     assert len(plan.needed_for(["cora-fb_r4_n3_lr3e-4_seed0"])) == 4
 
 
-def test_the_record_says_of_each_row_what_it_is_and_where_its_files_are() -> None:
+def test_the_record_describes_each_row_and_where_its_files_are() -> None:
     grid = grid_of({"mode": "fb", "sources": ["a", "c"]}, {"mode": "base"}, {"mode": "basis"})
     fb, base, basis = plan_record(plan_of(grid))["rows"]
     assert fb | {"basis": None} == {
@@ -221,20 +221,20 @@ def test_a_basis_of_the_input_side_is_decomposed_in_the_input_dimension() -> Non
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"mode": "fb", "rank": 33}, "rank 33 is above the 32 rows of model.layers.0.self_attn.k_proj"),
-        ({"mode": "fb", "b_init": "orthonormal", "rank": 33}, "rank 33 is above the 32 rows"),
-        ({"mode": "pissa", "rank": 33}, "rank 33 is above the 32 rows"),
-        ({"mode": "lora-mini", "rank": 20}, "rank 40 is above the 32 rows"),
-        ({"mode": "fa-basis", "rank": 65}, "rank 65 is above the 64 columns of model.layers.0.self_attn.k_proj"),
+        ({"mode": "fb", "rank": 33}, "rank 33 exceeds the 32 rows of model.layers.0.self_attn.k_proj"),
+        ({"mode": "fb", "b_init": "orthonormal", "rank": 33}, "rank 33 exceeds the 32 rows"),
+        ({"mode": "pissa", "rank": 33}, "rank 33 exceeds the 32 rows"),
+        ({"mode": "lora-mini", "rank": 20}, "rank 40 exceeds the 32 rows"),
+        ({"mode": "fa-basis", "rank": 65}, "rank 65 exceeds the 64 columns of model.layers.0.self_attn.k_proj"),
         (
             {"mode": "fb", "share": "global"},
             "share global needs weights with equal out-dimensions, but those of base are 32, 64",
         ),
-        ({"mode": "lora", "target_modules": ["q_proj", "o_proj"]}, "no weight of base is named by the target module o_proj"),
-        ({"mode": "fb", "side": "input"}, "B cannot take where model.layers.0.self_attn.k_proj has the shape (32, 64)"),
+        ({"mode": "lora", "target_modules": ["q_proj", "o_proj"]}, "base has no weight for target module o_proj"),
+        ({"mode": "fb", "side": "input"}, "k_proj has the shape (32, 64); use side output"),
     ],
 )
-def test_what_the_shapes_forbid_is_refused_before_anything_runs(row: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_the_shapes_are_refused_before_anything_runs(row: dict[str, Any], message: str) -> None:
     with pytest.raises(CoraError) as error:
         check_shapes(grid_of(row), inputs_of())
     assert message in str(error.value)
@@ -266,7 +266,7 @@ def test_a_source_of_another_shape_is_refused_before_anything_runs() -> None:
     inputs = inputs_of()
     other = dataclasses.replace(inputs.models["org/a"], shapes=dict.fromkeys(SHAPES, (8, 8)))
     inputs.models["org/a"] = other
-    with pytest.raises(CoraError, match="source model org/a has not the shapes of base"):
+    with pytest.raises(CoraError, match="source model org/a has other weight shapes than base"):
         check_shapes(grid_of({"mode": "fb", "sources": ["a"]}), inputs)
 
 

@@ -306,7 +306,7 @@ def test_evaluations_that_changed_places_are_noticed(recorded):
     (recorded / "aside").rename(fb)
     missing = missing_of(recorded)
     assert missing.keys() == {"lora", "fb"}
-    assert all("was altered or removed after it was written; run `cora ablate` again" in reason for reason in missing.values())
+    assert all("was changed or removed after it was written; run `cora ablate` again" in reason for reason in missing.values())
 
 
 @pytest.mark.parametrize("file", ["run.json", "log.jsonl", "evaluation/metrics.json", "evaluation/scores.jsonl"])
@@ -321,14 +321,14 @@ def test_a_run_of_other_settings_than_the_plans_is_not_shown_among_its_rows(reco
     for step in plan["steps"]:
         step["facts"] |= {"max_steps": 7} if "lora" in step["name"] else {}
     rundir.write_json(recorded / "plan.json", plan)
-    assert missing_of(recorded) == {"lora": "made with other settings than the plan's (max_steps); run `cora ablate` again"}
+    assert missing_of(recorded) == {"lora": "created with other settings than the plan's (max_steps); run `cora ablate` again"}
 
 
 def test_an_evaluation_of_a_run_that_was_made_again_is_not_shown(recorded):
     name = Made("lora", "lora").name
     path = recorded / "steps" / f"train-{name}.json"
     rundir.write_json(path, rundir.read_json(path) | {"result": "0" * 64})
-    assert missing_of(recorded) == {"lora": "what it was made from has been made again since; run `cora ablate` again"}
+    assert missing_of(recorded) == {"lora": "its inputs have changed since it ran; run `cora ablate` again"}
 
 
 def test_a_step_without_its_record_is_no_evidence(recorded):

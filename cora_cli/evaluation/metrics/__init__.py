@@ -1,6 +1,6 @@
-"""The registry of metrics, and `score_all`, which computes any of them with intervals.
+"""The registry of metrics, and `score_all`, which computes them with bootstrap confidence intervals.
 
-Importing it is cheap: what a metric needs is loaded when that metric is built. It generates nothing and writes no file.
+Importing this module is fast: the dependencies of a metric are imported when that metric is created.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,12 +18,12 @@ GROUPS = {
     "bleu": ("sacrebleu",),
     "bertscore": ("bertscore_f1",),
 }
-"""What a user writes in `--metrics`, and the metrics that it stands for."""
+"""Names that `--metrics` accepts, and the metrics that each stands for."""
 
 NAMES = tuple(name for names in GROUPS.values() for name in names)
-"""Every metric, in the order of all tables."""
+"""Every metric, in the order of the columns in tables."""
 
-# Small enough for a bar that moves.
+# Small enough that the progress bar moves.
 _EXAMPLES_PER_STEP = 256
 
 
@@ -31,9 +31,9 @@ _EXAMPLES_PER_STEP = 256
 class ScoreReport:
     """Metrics of one set of predictions.
 
-    `metrics` has `value`, `ci95`, `n` and `signature` for each name, as `metrics.json` holds them; `per_example` a score for each
-    example in the given order (for `sacrebleu` it is sentence BLEU, whose mean is not the corpus value); `statistics` the (n, k)
-    arrays for `intervals.paired_difference`.
+    `metrics` maps each name to `value`, `ci95`, `n` and `signature`, as in `metrics.json`. `per_example` has one score per
+    example, in input order; for `sacrebleu` this is sentence BLEU, whose mean is not the corpus value. `statistics` has the
+    (n, k) arrays for `intervals.paired_difference`.
     """
 
     metrics: dict[str, dict[str, Any]]
@@ -42,9 +42,9 @@ class ScoreReport:
 
 
 def parse_metrics(text: str) -> tuple[str, ...]:
-    """Names of the metrics in a comma-separated list of groups or names, in table order, each once.
+    """The metrics in a comma-separated list of groups or names, in table order, without duplicates.
 
-    Raises `UsageError` with all that is allowed where one is unknown or none is given.
+    Raises `UsageError` that lists the valid names if one is unknown or none is given.
     """
     wanted: set[str] = set()
     for part in (part.strip() for part in text.split(",")):
@@ -53,19 +53,19 @@ def parse_metrics(text: str) -> tuple[str, ...]:
         elif part in NAMES:
             wanted.add(part)
         elif part:
-            raise UsageError(f"metric {part!r} is unknown; {_allowed()}")
+            raise UsageError(f"unknown metric {part!r}; {_allowed()}")
     if not wanted:
-        raise UsageError(f"no metric is named in {text!r}; {_allowed()}")
+        raise UsageError(f"--metrics names no metric; {_allowed()}")
     return tuple(name for name in NAMES if name in wanted)
 
 
 def build_metrics(
     names: Iterable[str], *, bertscore_model: str | None = None, bertscore_layer: int | None = None, device: str = "cpu"
 ) -> "dict[str, Metric]":
-    """Metric objects by name; models and word lists are loaded at their first use.
+    """Create metric objects by name; models and word lists are loaded on first use.
 
-    `bertscore_model` and `bertscore_layer` choose BERTScore's encoder, `device` (a torch device) is where it runs.
-    Raises `UsageError` where a name is unknown.
+    `bertscore_model` and `bertscore_layer` select the BERTScore encoder, which runs on `device` (a torch device).
+    Raises `UsageError` if a name is unknown.
     """
     built: dict[str, Metric] = {}
     rouge_scores = None
@@ -88,7 +88,7 @@ def build_metrics(
 
             built[name] = BertScore(bertscore_model, bertscore_layer, device)
         else:
-            raise UsageError(f"metric {name!r} is unknown; the names are {', '.join(NAMES)}")
+            raise UsageError(f"metric must be one of {', '.join(NAMES)}, not {name!r}")
     return built
 
 
@@ -106,9 +106,9 @@ def score_all(
 ) -> ScoreReport:
     """Compute metrics with percentile bootstrap intervals over examples.
 
-    Prediction i is compared with reference i. All metrics see the same `bootstrap` resamples, drawn from `seed`. With another
-    `confidence` than 0.95 the interval's key follows it (`ci90`). Raises `CoraError` where the counts differ, nothing is given or an
-    entry is no text, and `UsageError` for unknown names and impossible settings.
+    Prediction i is compared with reference i. All metrics use the same `bootstrap` resamples, drawn with `seed`. The interval's
+    key follows `confidence`: `ci95`, `ci90`. Raises `CoraError` if the counts differ, nothing is given or an entry is not text,
+    and `UsageError` for unknown names and invalid settings.
     """
     import numpy as np
 
@@ -119,7 +119,7 @@ def score_all(
     if not metrics:
         raise UsageError(f"no metric is named; {_allowed()}")
     if bootstrap < 1 or not 0 < confidence < 1:
-        raise UsageError(f"bootstrap must be at least 1 and confidence inside (0, 1), not {bootstrap} and {confidence}")
+        raise UsageError(f"bootstrap must be at least 1 and confidence between 0 and 1, not {bootstrap} and {confidence}")
     check_texts(predictions, references)
 
     n = len(predictions)
@@ -143,7 +143,7 @@ def score_all(
 
 
 def _statistics(metrics: "dict[str, Metric]", predictions: Sequence[str], references: Sequence[str]) -> "dict[str, Floats]":
-    """Statistics (n, k) of every metric, with a bar for those that read words and one for each that runs a model."""
+    """Per-example statistics (n, k) of every metric; one progress bar for text metrics, and one for each that runs a model."""
     import numpy as np
 
     from cora_cli.evaluation.metrics.base import StreamingMetric, in_order
@@ -173,4 +173,4 @@ def _statistics(metrics: "dict[str, Metric]", predictions: Sequence[str], refere
 
 
 def _allowed() -> str:
-    return f"choose among {', '.join(GROUPS)} (or single ones: {', '.join(NAMES)})"
+    return f"choose from {', '.join(GROUPS)} (or single metrics: {', '.join(NAMES)})"

@@ -1,7 +1,7 @@
 """BERTScore F1 (Zhang et al. 2020): greedy matching of contextual embeddings, no idf, no rescaling, mean over examples.
 
-Texts are encoded by `bert-score`; the traps that it has under transformers 5 are closed here. Values of two encoders, or of two
-layers of one, are different metrics: the signature leads with them.
+Texts are encoded by `bert-score`, with workarounds for its problems under transformers 5. Values from different encoders or
+layers are not comparable, so the signature starts with both.
 """
 
 import re
@@ -31,14 +31,14 @@ EMBEDDED_ENCODER = "builtin:all-MiniLM-L6-v2"
 EMBEDDED_LAYER = 6
 PAPER_ENCODER, PAPER_LAYER = "roberta-large", 17
 _UNKNOWN_LENGTH = 512
-# Tokens on one side of the pairs that are matched together: enough to keep a GPU busy, some 25 MB at 768 dimensions.
+# Tokens on one side of a batch of pairs: enough to keep a GPU busy, about 25 MB at 768 dimensions.
 _MATCHED_TOKENS = 8192
 _TOKENIZER_FILES = re.compile(r"tokenizer.*\.json|special_tokens_map\.json|vocab\..*|merges\.txt|.*\.model")
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A model cut after `layer`, in float32, and its tokenizer, which truncates to `max_tokens`."""
+    """A float32 model without the layers after `layer`, and its tokenizer, which truncates to `max_tokens`."""
 
     model: Any
     tokenizer: Any
@@ -49,8 +49,8 @@ class Encoder:
 class BertScore(StreamingMetric):
     """Mean BERTScore F1, about 0–1.
 
-    `model` is a hub id or a directory, by default the embedded MiniLM-L6; `layer` is by default the one that `bert-score` found best
-    for a model of that name. Nothing is loaded before the first use.
+    `model` is a hub id or a directory, by default the embedded MiniLM-L6. `layer` is by default the one that `bert-score`
+    recommends for a model of that name. The model is loaded on first use.
     """
 
     name = "bertscore_f1"
@@ -70,11 +70,11 @@ class BertScore(StreamingMetric):
             return load_encoder(*self._source, self._device)
 
     def stream(self, predictions: Sequence[str], references: Sequence[str]) -> Iterator[tuple[list[int], Floats]]:
-        """Indices of examples and their F1 (m, 1). A text without a token scores 0; long texts are truncated.
+        """Yield indices of examples and their F1 (m, 1). An empty text scores 0; long texts are truncated.
 
-        Each distinct text is encoded once, from short to long, and an example is scored with the longer of its two texts: nothing is
-        padded by much, and only short embeddings ever wait for a partner. Raises `CoraError` as `check_texts` does, and where
-        the encoder cannot be had.
+        Each distinct text is encoded once, in order of length, and an example is scored when the longer of its two texts is
+        encoded. This keeps padding small, and only the shorter embeddings are kept in memory. Raises `CoraError` as
+        `check_texts` does, and if the encoder cannot be loaded.
         """
         check_texts(predictions, references)
         pairs = list(zip(predictions, references, strict=True))
@@ -84,7 +84,7 @@ class BertScore(StreamingMetric):
         uses = Counter(text for i, pair in enumerate(pairs) if i not in empty for text in pair)
         encoder = self._encoder
         tokens = {text: sent_encode(encoder.tokenizer, text) for text in uses}
-        # By their words where the lengths are equal, so that no hash seed moves the order.
+        # Texts of equal length are sorted by content, so that the order does not depend on the hash seed.
         texts = sorted(uses, key=lambda text: (len(tokens[text]), text))
         place = {text: position for position, text in enumerate(texts)}
         due: defaultdict[str, list[int]] = defaultdict(list)
@@ -110,7 +110,7 @@ class BertScore(StreamingMetric):
     def _padded(
         self, texts: list[str], known: dict[str, torch.Tensor], tokens: dict[str, list[int]]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One side for `greedy_f1`; the special tokens at both ends can be matched but have no weight."""
+        """One side of the input of `greedy_f1`; special tokens at both ends can be matched but have weight 0."""
         tokenizer = self._encoder.tokenizer
         ids = pad_sequence([torch.tensor(tokens[text]) for text in texts], batch_first=True, padding_value=-1).to(self._device)
         special = torch.tensor([-1, *(i for i in (tokenizer.cls_token_id, tokenizer.sep_token_id) if i is not None)])
@@ -118,7 +118,7 @@ class BertScore(StreamingMetric):
         return pad_sequence([known[text] for text in texts], batch_first=True), ids != -1, weight
 
     def signature(self) -> str:
-        """Encoder, layer and content first, then tokens, weighting and versions. Loads the encoder."""
+        """Encoder, layer and content hash first, then tokenization, weighting and versions. Loads the encoder."""
         source, layer = self._source
         encoder = self._encoder
         paper = _model_name(source.reference) == PAPER_ENCODER and layer == PAPER_LAYER
@@ -147,60 +147,65 @@ def greedy_f1(
 ) -> torch.Tensor:
     """F1 of greedy matching (BERTScore, section 3): (batch,).
 
-    Each side: embeddings (batch, tokens, dim), mask (batch, tokens), weight of each token (batch, tokens). `bert-score` gives padding a
-    similarity of 0, which beats every negative one, so its values depend on the batch; here padding is never matched.
+    Each side is embeddings (batch, tokens, dim), mask (batch, tokens) and token weights (batch, tokens). In `bert-score`,
+    padding has a similarity of 0, which exceeds every negative one, so its values depend on the batch; here padding is never
+    matched.
     """
     (hyp, hyp_mask, hyp_weight), (ref, ref_mask, ref_weight) = hypothesis, reference
     similarity = normalize(hyp, dim=-1) @ normalize(ref, dim=-1).transpose(1, 2)
     similarity = similarity.masked_fill(ref_mask[:, None, :] == 0, -2.0).masked_fill(hyp_mask[:, :, None] == 0, -2.0)
     precision = (similarity.amax(dim=2) * hyp_weight.to(similarity)).sum(dim=1) / hyp_weight.to(similarity).sum(dim=1)
     recall = (similarity.amax(dim=1) * ref_weight.to(similarity)).sum(dim=1) / ref_weight.to(similarity).sum(dim=1)
-    # A text of nothing but control characters has no token and a weight of 0.
+    # A text of only control characters has no tokens, so the weights sum to 0.
     return (2 * precision * recall / (precision + recall)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def recommended_layer(reference: str) -> int:
-    """The layer that `bert-score` found to agree best with people, by the model's name.
+    """The layer that `bert-score` recommends for a model of this name, chosen for agreement with human judgements.
 
-    Raises `CoraError` where it has none for that name.
+    Raises `CoraError` if it recommends none.
     """
     hub_id, name = reference.partition("@")[0], _model_name(reference)
     layer = model2layers.get(hub_id, model2layers.get(name))
     if layer is None:
         raise CoraError(
-            f"bert-score names no layer for encoder {reference!r}; give the layer yourself, or use {PAPER_ENCODER} "
+            f"bert-score recommends no layer for encoder {reference!r}; set --bertscore-layer, or use {PAPER_ENCODER} "
             f"(layer {PAPER_LAYER}) or the embedded default"
         )
     return layer
 
 
 def load_encoder(source: ModelPath, layer: int, device: str) -> Encoder:
-    """Load an encoder, cut it after `layer` transformer layers, and bound its tokenizer.
+    """Load an encoder, remove all transformer layers after `layer`, and set the maximum length of its tokenizer.
 
-    Raises `CoraError` where it cannot be loaded, lacks weights, or has fewer layers.
+    Raises `CoraError` if it cannot be loaded, lacks weights, or has fewer layers.
     """
     try:
         config = AutoConfig.from_pretrained(source.path)
         model, report = AutoModel.from_pretrained(source.path, dtype=torch.float32, weights_only=True, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(source.path)
-        # bert-score wants a space before the first word, but tokenizers have ignored that argument of `encode` since transformers 5.
+        # bert-score needs a space before the first word, but since transformers 5 tokenizers ignore that argument of `encode`.
         prefix_space = isinstance(tokenizer, GPT2Tokenizer | RobertaTokenizer)
         if prefix_space:
             tokenizer = AutoTokenizer.from_pretrained(source.path, add_prefix_space=True)
-    except Exception as error:  # transformers and safetensors raise unrelated types for damaged files
+    except Exception as error:  # transformers and safetensors raise many unrelated types for damaged files
         raise CoraError(f"encoder {source.reference} cannot be loaded: {reason(error)}") from error
-    # The pooler sits behind the last layer and is not used; many checkpoints have none.
+    # The pooler comes after the last layer and is not used; many checkpoints have none.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise CoraError(
-            f"encoder {source.reference} lacks {len(missing)} weights that its config.json promises, such as {missing[0]}"
+            f"encoder {source.reference} lacks {len(missing)} weights that its config.json requires, such as {missing[0]}; "
+            "download it again"
         )
     layers = getattr(config, "num_hidden_layers", layer)
     if not 1 <= layer <= layers:
-        raise CoraError(f"encoder {source.reference} has {layers} layers, so layer {layer} cannot be taken")
+        raise CoraError(
+            f"encoder {source.reference} has {layers} layers, so layer {layer} does not exist; set --bertscore-layer to "
+            f"1-{layers}"
+        )
     stack = getattr(getattr(model, "encoder", None), "layer", None)
     if stack is None:
-        # Not called for the others: it takes every path that contains "t5" for a T5 model.
+        # Called only here: it treats every path that contains "t5" as a T5 model.
         model = get_model(str(source.path), layer).float()
     else:
         del stack[layer:]
@@ -209,11 +214,11 @@ def load_encoder(source: ModelPath, layer: int, device: str) -> Encoder:
 
 
 def longest_input(model: Any, config: Any, tokenizer: Any) -> int:
-    """How many tokens, special ones included, the encoder has positions for; the tokenizer's own limit where that is lower."""
+    """Maximum input length in tokens, with special tokens: the lower of the encoder's and the tokenizer's limit."""
     positions = getattr(config, "max_position_embeddings", None) or _UNKNOWN_LENGTH
     table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
-    if padding is not None:  # RoBERTa counts positions from the one after the padding's
+    if padding is not None:  # RoBERTa's positions start after the padding index
         positions -= padding + 1
     return int(min(positions, tokenizer.model_max_length))
 
@@ -228,7 +233,7 @@ def _tokenizer_hash(directory: Path) -> str:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No bar and no table of unused weights: dropping the head of an encoder is what is meant to happen."""
+    """Silence transformers' progress bar and its table of unused weights: dropping the head of an encoder is intended."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,7 +1,7 @@
-"""Corpus BLEU of `sacrebleu` with its defaults (13a tokens, exponential smoothing, mixed case), 0–100.
+"""Corpus BLEU of `sacrebleu` with its defaults (13a tokenization, exponential smoothing, mixed case), 0–100.
 
-N-grams are counted by `sacrebleu`, once an example; the corpus value is a function of their sums and equals `corpus_bleu`. Scores of
-single examples are sentence BLEU, whose mean is not the corpus value.
+`sacrebleu` counts the n-grams of each example once; the corpus value is computed from their sums and equals `corpus_bleu`.
+Scores of single examples are sentence BLEU, whose mean is not the corpus value.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ class SacreBleu(Metric):
         self._sentence = BLEU(effective_order=True)
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
-        """Counts of each example: (n, 10), lengths of prediction and reference, matched and all 1- to 4-grams.
+        """Counts of each example (n, 10): lengths of prediction and reference, matched 1- to 4-grams, all 1- to 4-grams.
 
-        Raises `CoraError` where the counts of texts differ, which `sacrebleu` itself lets pass.
+        Raises `CoraError` as `check_texts` does; `sacrebleu` itself accepts lists of different lengths.
         """
         check_texts(predictions, references)
         rows = []
@@ -45,21 +45,22 @@ class SacreBleu(Metric):
     def signature(self) -> str:
         """The signature that `sacrebleu` itself prints for the corpus value."""
         corpus = BLEU()
-        corpus.corpus_score(["a"], [["a"]])  # it signs only after it has seen how many references there are
+        corpus.corpus_score(["a"], [["a"]])  # sacrebleu needs a scored corpus to know the number of references
         return f"{self.name}|{corpus.get_signature()}"
 
 
 def bleu_of_counts(counts: Floats, *, effective_order: bool) -> Floats:
     """BLEU (Papineni et al. 2002) with exponential smoothing: (..., 10) -> (...), 0–100.
 
-    BP · exp(mean of log pₙ); the j-th order without a match gets pₙ = 100 / (2ʲ · totalₙ). `effective_order` averages over the orders
-    that the prediction is long enough for; without it one missing order makes the score 0. So does having no match at all.
+    BP · exp(mean of log pₙ), where the j-th order without a match has pₙ = 100 / (2ʲ · totalₙ). With `effective_order` the mean
+    is over the orders for which the prediction is long enough; without it, one missing order makes the score 0. A prediction
+    without any match scores 0.
     """
     predicted, expected = counts[..., 0], counts[..., 1]
     matched, total = counts[..., 2 : 2 + ORDER], counts[..., 2 + ORDER :]
     present = total > 0
     smoothing = 2.0 ** np.cumsum((matched == 0) & present, axis=-1)
-    # Absent orders get a precision of 1 here and are dealt with below.
+    # Missing orders get a placeholder here and are handled below.
     precision = 100.0 * np.where(matched > 0, matched, 1 / smoothing) / np.where(present, total, 1.0)
     logarithms = np.where(present, np.log(precision), 0.0)
     orders = np.maximum(present.sum(axis=-1), 1) if effective_order else ORDER

@@ -1,6 +1,6 @@
-"""Embeddings of many texts by one encoder, in batches of like length, on every processor at once.
+"""Embeddings of many texts from one encoder, in batches of similar length, on all CPU cores in parallel.
 
-It knows no metric and tokenizes nothing; `bert-score` does the forward pass.
+`bert-score` does the forward pass; texts must already be tokenized.
 """
 
 from collections import deque
@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from bert_score.utils import bert_encode, padding
 
-# On a CPU the activations of a batch should stay in the cache, on a GPU its launches should not be felt.
+# On a CPU the activations of a batch should fit the cache; on a GPU a batch should be large compared with launch overhead.
 BATCH_TOKENS_CPU, BATCH_TOKENS_GPU = 512, 16384
-# Batches that are ahead of the reader, for each thread: what an early batch costs in memory, against waiting.
+# Batches per thread computed ahead of the reader: more need memory, fewer make threads wait.
 _AHEAD = 2
 
 
 def embeddings(model: Any, token_ids: Sequence[list[int]], pad_token_id: int, device: str) -> Iterator[torch.Tensor]:
-    """Last hidden states (tokens, dim) of each text, in the order given, which should be by length: neighbours share a batch.
+    """Yield the last hidden states (tokens, dim) of each text, in the given order. Texts should be sorted by length.
 
-    On a CPU each thread that torch may use takes batches of its own: one thread is nearly as fast on a batch as all of them are.
-    Errors of a thread are raised here; nothing runs on after that, or once the iterator is closed.
+    On a CPU, each torch thread processes its own batches, because one thread is nearly as fast on one batch as all threads
+    together. An error in a thread is raised here. After an error, or when the iterator is closed, the remaining batches are
+    cancelled.
     """
     on_cpu = torch.device(device).type == "cpu"
     batches = token_batches(token_ids, BATCH_TOKENS_CPU if on_cpu else BATCH_TOKENS_GPU)
@@ -30,7 +31,7 @@ def embeddings(model: Any, token_ids: Sequence[list[int]], pad_token_id: int, de
         for batch in batches:
             yield from _encode(model, batch, pad_token_id, device)
         return
-    # The initializer concerns the pool's own threads alone.
+    # The initializer affects only the threads of this pool.
     pool = ThreadPoolExecutor(threads, "encoder", initializer=torch.set_num_threads, initargs=(1,))
     running: deque[Future[list[torch.Tensor]]] = deque()
     try:
@@ -45,7 +46,7 @@ def embeddings(model: Any, token_ids: Sequence[list[int]], pad_token_id: int, de
 
 
 def token_batches(token_ids: Sequence[list[int]], limit: int) -> list[list[list[int]]]:
-    """Cut into runs of at most `limit` tokens, padding included; a text that is longer is a batch alone."""
+    """Split into batches of at most `limit` tokens, padding included; a longer text is a batch on its own."""
     batches: list[list[list[int]]] = []
     longest = 0
     for ids in token_ids:

@@ -1,6 +1,6 @@
-"""The metrics as `evaluate.Metric` classes, for code that speaks that interface.
+"""The metrics as `evaluate.Metric` classes, for code that uses the interface of Hugging Face `evaluate`.
 
-They give the numbers of `score_all` and need no network, unlike `evaluate.load`; they bring no intervals.
+They give the same values as `score_all`, without intervals, and need no network, unlike `evaluate.load`.
 """
 
 from functools import lru_cache
@@ -15,15 +15,15 @@ from cora_cli.evaluation.metrics.base import Metric
 
 @lru_cache(maxsize=8)
 def _shared_metrics(names: tuple[str, ...], **options: Any) -> dict[str, Metric]:
-    """Keeps an encoder in memory from one `compute` to the next."""
+    """Create metrics once, so that an encoder stays in memory between calls of `compute`."""
     return build_metrics(names, **options)
 
 
 class _LocalMetric(evaluate.Metric):
-    """Adds texts through `evaluate`, computes them with our own metrics.
+    """Collects texts with `evaluate` and scores them with the metrics of this package.
 
-    As in every `evaluate.Metric`, `cache_dir` says where added examples wait for `compute` (by default `HF_METRICS_CACHE`), and
-    `keep_in_memory=True` keeps them off the disk.
+    As in every `evaluate.Metric`, added examples are stored in `cache_dir` until `compute` (by default `HF_METRICS_CACHE`), or
+    in memory with `keep_in_memory=True`.
     """
 
     names: ClassVar[tuple[str, ...]]

@@ -1,6 +1,6 @@
-"""What is looked up word by word, the Porter stem and the synsets of WordNet, remembered: most words of a text come again and again.
+"""Cached Porter stems and WordNet synsets, because most words of a text occur many times.
 
-Both give exactly what `nltk` gives and have the methods that `rouge-score` and `nltk` call; they score nothing.
+Both classes return exactly what `nltk` returns and have the methods that `rouge-score` and `nltk` call.
 """
 
 from functools import lru_cache
@@ -8,19 +8,19 @@ from functools import lru_cache
 from nltk.corpus.reader import WordNetCorpusReader
 from nltk.stem.porter import PorterStemmer
 
-# Far more words than a language uses in a set of predictions, and bounded where the text is noise.
+# Far more than the distinct words of a set of predictions; a bound on memory if the text is noise.
 WORDS_KEPT = 1 << 17
 
 
 class RememberingStemmer:
-    """A Porter stemmer; `stem(word)` is that of `nltk`."""
+    """A Porter stemmer with a cache; `stem(word)` returns what `nltk` returns."""
 
     def __init__(self) -> None:
         self.stem = lru_cache(maxsize=WORDS_KEPT)(PorterStemmer().stem)
 
 
 class RememberingWordNet:
-    """The one method of a WordNet that METEOR needs; `synsets(word)` is that of the reader, and must not be changed by who gets it."""
+    """WordNet with a cache, for METEOR: `synsets(word)` returns the reader's list, which callers must not modify."""
 
     def __init__(self, reader: WordNetCorpusReader) -> None:
         self.synsets = lru_cache(maxsize=WORDS_KEPT)(reader.synsets)

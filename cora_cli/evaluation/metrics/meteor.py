@@ -1,7 +1,7 @@
-"""METEOR as NLTK has it (Lavie & Agarwal 2007: exact, stem and WordNet matches), mean over examples.
+"""METEOR as NLTK implements it (Lavie & Agarwal 2007: exact, stem and WordNet matches), mean over examples.
 
-This is not METEOR 1.5 (no paraphrases, no weights per language), and NLTK looks synonyms up by stem: "car" matches "auto" but never
-"automobile". Its numbers compare with those of NLTK alone.
+This is not METEOR 1.5: it has no paraphrases and no language-specific weights, and NLTK looks up synonyms by stem, so "car"
+matches "auto" but not "automobile". The values are comparable only with NLTK's.
 """
 
 import threading
@@ -22,20 +22,20 @@ from cora_cli.evaluation.metrics.lookups import RememberingStemmer, RememberingW
 
 ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5
 
-# The reader seeks in files that it shares between all its users.
+# The reader is not thread-safe: all its users share the positions in its open files.
 _reader_lock = threading.Lock()
 _readers: dict[Path, WordNetCorpusReader] = {}
 
 
 def wordnet_reader(directory: Path) -> WordNetCorpusReader:
-    """Load the WordNet of an `nltk_data` directory, once a process.
+    """Load the WordNet of an `nltk_data` directory, once per process.
 
-    A reader of its own rather than `nltk.corpus.wordnet`, which takes whatever version comes first on the data path.
+    `nltk.corpus.wordnet` is not used, because it loads whichever version comes first on the data path.
     """
     with _reader_lock:
         if directory not in _readers:
             if str(directory) not in nltk.data.path:
-                # NLTK opens no file outside its data path.
+                # NLTK refuses files outside its data path.
                 nltk.data.path.insert(0, str(directory))
             root = nltk.data.find("corpora/wordnet", paths=[str(directory)])
             with warnings.catch_warnings():
@@ -58,7 +58,7 @@ class Meteor(Metric):
         return RememberingStemmer(), RememberingWordNet(self._wordnet)
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
-        """METEOR of each example: (n, 1). An empty text, or no word in common, scores 0."""
+        """METEOR of each example: (n, 1). An empty text, or a pair without a common word, scores 0."""
         check_texts(predictions, references)
         tokenizer = NLTKWordTokenizer()
         stemmer, wordnet = self._lookups

@@ -1,6 +1,6 @@
 """ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004): F-measures of `rouge-score` with its Porter stemmer, mean over examples.
 
-Tokens are runs of [a-z0-9], as `rouge-score` has it: weak on code and 0 on text in other scripts. There is no ROUGE-Lsum here.
+Tokens are runs of [a-z0-9], as in `rouge-score`: this ignores most of the syntax of code, and scores other scripts as 0.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ COLUMNS = ("rouge1", "rouge2", "rougeL")
 
 
 class _Tokens:
-    """Lets `RougeScorer` take token lists, so that each text is tokenized once for all three."""
+    """Lets `RougeScorer` accept token lists, so that each text is tokenized once for all three variants."""
 
     def tokenize(self, tokens: list[str]) -> list[str]:
         return tokens
 
 
 class RougeScores:
-    """F-measures of all three variants; remembers its last input, which the three metrics share."""
+    """F-measures of all three variants, with the result for the last input cached for the three metrics that share it."""
 
     def __init__(self) -> None:
         self._stemmer = RememberingStemmer()
@@ -50,8 +50,8 @@ class RougeScores:
 def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence, by bit-parallel dynamic programming (Hyyrö 2004).
 
-    A row of the table is one integer. `rouge-score` keeps the whole table as Python lists: the same length, but gigabytes and minutes
-    for two texts of 20,000 words.
+    Each row of the table is one integer. `rouge-score` stores the full table as Python lists, which for two texts of 20,000
+    words takes gigabytes and minutes.
     """
     shorter, longer = sorted((first, second), key=len)
     matches: dict[str, int] = {}
@@ -79,7 +79,7 @@ class Rouge(Metric):
         return self._scores.f_measures(predictions, references)[:, [self._column]]
 
     def signature(self) -> str:
-        """Package versions, tokens, stemmer, aggregation."""
+        """Package versions, tokenization, stemmer and aggregation."""
         return format_signature(
             self.name,
             score="f1",
