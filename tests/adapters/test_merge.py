@@ -89,7 +89,7 @@ def test_an_output_that_exists_is_refused_and_left_alone(make, adapters, tmp_pat
 
 
 def test_a_whole_model_is_refused(tiny_model, tmp_path):
-    with pytest.raises(CoraError, match="is a whole model: there is nothing to merge"):
+    with pytest.raises(CoraError, match="is a complete model: there is nothing to merge"):
         merge_adapter(resolve_model(str(tiny_model)), tmp_path / "merged")
 
 

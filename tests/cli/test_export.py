@@ -90,8 +90,7 @@ def test_a_method_of_which_peft_makes_no_lora_is_refused_by_its_name(
     result = cora("export", tmp_path / "adapter", "-o", tmp_path / "lora")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.strip().splitlines()[-1] == (
-        f"cora: error: PEFT does not convert {method}, the method of {tmp_path}/adapter, to LoRA, so no LoRA of its effect can be "
-        "made; `cora merge` writes it as a plain model"
+        f"cora: error: {tmp_path}/adapter uses {method}, which has no equivalent LoRA; `cora merge` writes it as a plain model"
     )
     assert "Traceback" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -105,8 +104,8 @@ def test_refusals_are_one_line_and_write_nothing(trained: dict[str, Path], tiny_
     weights.write_bytes(weights.read_bytes()[:-100])
     out = tmp_path / "lora"
     for arguments, code, message in (
-        ((trained["full"], "-o", out), 1, "is a whole model: there is no adapter to export"),
-        ((trained["dora"], "-o", out), 1, "so no LoRA of its effect can be made; `cora merge` writes it as a plain model"),
+        ((trained["full"], "-o", out), 1, "is a complete model: there is no adapter to export"),
+        ((trained["dora"], "-o", out), 1, "which has no equivalent LoRA; `cora merge` writes it as a plain model"),
         ((trained["pissa"], "-o", tmp_path / "there"), 1, "exists already; choose a new directory"),
         ((trained["pissa"], "-o", out, "--base", trained["dora"]), 1, "is an adapter, not a complete model"),
         ((unfinished, "-o", out), 1, "has neither config.json nor adapter_config.json"),

@@ -397,7 +397,7 @@ def test_draws_of_a_random_b_are_one_basis_and_losses_are_compared_over_the_seed
     ("arguments", "code", "message"),
     [
         (["MODEL", "--rank=0"], 2, "--rank must be at least 1, not 0"),
-        (["MODEL"], 2, "one model alone has nothing to be compared with"),
+        (["MODEL"], 2, "one model alone cannot be compared"),
         (["MODEL", "MODEL"], 2, "is named twice"),
         (["MODEL", "BASE", "--runs=RUN"], 2, "--runs needs models and their --base"),
         (["MODEL", "--base=BASE", "--runs=BASE"], 1, "holds no plan.json, run.json or metrics.json"),

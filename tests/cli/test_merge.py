@@ -155,7 +155,7 @@ def test_refusals_are_one_line_and_write_nothing(
     out = tmp_path / "merged"
     for arguments, code, message in (
         ((trained["lora"], "-o", tmp_path / "there"), 1, "exists already; choose a new directory"),
-        ((tiny_model, "-o", out), 1, "is a whole model: there is nothing to merge"),
+        ((tiny_model, "-o", out), 1, "is a complete model: there is nothing to merge"),
         ((tmp_path / "empty", "-o", out), 1, "neither config.json nor adapter_config.json"),
         ((tmp_path / "nowhere", "-o", out), 1, "neither a directory on this disk nor a hub id"),
         ((trained["lora"], "-o", out, "--base", trained["fb"]), 1, "is an adapter, not a complete model"),

@@ -106,8 +106,8 @@ def assert_refused(result: Any, code: int, message: str) -> None:
         ),
         (["--mode=peft"], 2, "mode peft needs --peft-config FILE"),
         (["--mode=peft", "--peft-config=/missing.json"], 1, "/missing.json does not exist"),
-        (["--mode=vera", "--alpha=4"], 2, "--alpha does not go with mode vera"),
-        (["--outer-rank=8"], 2, "--outer-rank does not go with mode lora"),
+        (["--mode=vera", "--alpha=4"], 2, "--alpha does not apply to mode vera"),
+        (["--outer-rank=8"], 2, "--outer-rank does not apply to mode lora"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -215,7 +215,7 @@ def test_any_method_of_peft_trains_by_its_own_file(
     [
         ('{"peft_type": "LOHA", "rang": 2}', 1, "PEFT refuses the configuration of LOHA"),
         ('{"peft_type": "LOHA", "r": "two"}', 1, "PEFT refuses the configuration of LOHA"),
-        ('{"peft_type": "LOHA", "r": "eight"}', 1, 'configuration of LOHA: r must be a whole number, not "eight"'),
+        ('{"peft_type": "LOHA", "r": "eight"}', 1, 'configuration of LOHA: r must be an integer, not "eight"'),
         ('{"peft_type": "LOHA", "alpha": null}', 1, "configuration of LOHA: alpha must be a number, not null"),
         ('{"peft_type": "LOHA", "target_modules": 3}', 2, "--peft-config: target_modules must be a list of names"),
         ('{"peft_type": "OFT", "r": 3, "oft_block_size": 16}', 1, "PEFT refuses the configuration of OFT"),
@@ -243,7 +243,7 @@ def test_a_damaged_or_invalid_model_is_refused(usual: list[str], tiny_model: Pat
     model.mkdir()
     refused(f"{model} is not a model: {model} has neither config.json nor adapter_config.json")
     (model / "adapter_config.json").write_text("{}")
-    refused(f"{model} is an adapter; training needs a whole model: write one with `cora merge` first")
+    refused(f"{model} is an adapter; training needs a complete model: write one with `cora merge")
     shutil.rmtree(model)
     shutil.copytree(tiny_model, model)
     weights = load_file(model / "model.safetensors")
@@ -267,14 +267,14 @@ def test_a_damaged_or_invalid_model_is_refused(usual: list[str], tiny_model: Pat
 def test_an_output_directory_that_is_taken_is_left_alone(usual: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     assert_refused(
-        cora_train(*usual, f"--output-dir={tmp_path / 'file'}"), 1, "holds other files; choose an empty or a new one"
+        cora_train(*usual, f"--output-dir={tmp_path / 'file'}"), 1, "contains other files; choose a new or empty directory"
     )
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "file").unlink()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"status": "finished"}')
-    assert_refused(cora_train(*usual), 1, f"output directory {tmp_path / 'run'} holds another run")
-    assert_refused(cora_train(*usual, "--resume"), 1, "it was started with other inputs: ")
+    assert_refused(cora_train(*usual), 1, f"output directory {tmp_path / 'run'} already contains a run")
+    assert_refused(cora_train(*usual, "--resume"), 1, "other inputs than it was started with: ")
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "run.json"]
 
 

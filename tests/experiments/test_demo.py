@@ -174,7 +174,9 @@ def test_a_stopped_demo_repeats_no_finished_run(finished: Finished) -> None:
 
 
 def test_a_seed_that_differs_is_refused(finished: Finished) -> None:
-    with pytest.raises(CoraError, match=r"cannot be resumed: it was started with other inputs: seed \(0 there, 1 here\)"):
+    with pytest.raises(
+        CoraError, match=r"cannot be resumed with other inputs than it was started with: seed \(0 in the run, 1 now\)"
+    ):
         run_demo(finished.root, 1, "cpu", "fp32")
 
 

@@ -159,14 +159,14 @@ def test_autocast_does_not_lower_the_precision_of_the_inputs():
 
 def test_the_form_for_gpus_refuses_dropout_in_the_same_words():
     inputs = make_inputs(4, 2, 1)
-    with pytest.raises(CoraError, match="has dropout, which packed rows do not have"):
+    with pytest.raises(CoraError, match="has dropout, which packed rows do not support"):
         block_mask_attention(torch.nn.Module(), *inputs, None, lay_out([[1, 2, 3, 4]], None)[0], dropout=0.1)
 
 
 @pytest.mark.parametrize("extra", [{"dropout": 0.1}, {"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(2, 4, 4)}])
 def test_what_it_cannot_compute_is_refused(extra):
     layout = lay_out([[1, 2, 3, 4]], 1)[0]
-    with pytest.raises(CoraError, match=r"has (dropout|sinks or a position bias), which packed rows do not have"):
+    with pytest.raises(CoraError, match=r"has (dropout|sinks or a position bias), which packed rows do not support"):
         segment_attention(torch.nn.Module(), *make_inputs(4, 2, 1), None, layout, **extra)
 
 

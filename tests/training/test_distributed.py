@@ -87,7 +87,7 @@ def test_every_process_learns_that_the_directory_is_taken(tiny_model: Path, tiny
     (tmp_path / "thesis.tex").write_text("years of work")
     ends = run_together(config_for(tiny_model, tiny_data, tmp_path))
     assert [code for code, _ in ends] == [1, 1]
-    assert all("holds other files" in message for _, message in ends)
+    assert all("contains other files" in message for _, message in ends)
 
 
 def test_divergence_stops_every_process(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

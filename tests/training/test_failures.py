@@ -24,10 +24,10 @@ def test_divergence_stops_the_run_and_names_step_and_checkpoint(tiny_model: Path
     lines = log_lines(tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / f"checkpoint-{lines[-1]['step']}"
     assert f"at step {lines[-1]['step'] + 1} is " in str(caught.value)
-    assert f"the last whole checkpoint is {last}, --resume continues from it" in str(caught.value)
+    assert f"the last complete checkpoint is {last}; --resume continues from it" in str(caught.value)
     record = record_of(tmp_path / "run")
     assert record["status"] == "failed"
-    assert "stopped before the weights could take it up" in record["error"]
+    assert "stopped before the weights changed" in record["error"]
     assert all(line["loss"] is not None for line in lines)
     model = AutoModelForCausalLM.from_pretrained(last)
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
@@ -47,7 +47,7 @@ def test_an_infinite_gradient_stops_the_run_with_and_without_clipping(
 
     monkeypatch.setattr(torch.Tensor, "backward", overflowing)
     with pytest.raises(
-        CoraError, match=r"the gradient norm at step 2 is (nan|inf): .*the last whole checkpoint is .*checkpoint-1"
+        CoraError, match=r"the gradient norm at step 2 is (nan|inf): .*the last complete checkpoint is .*checkpoint-1"
     ):
         train(config)
     assert len(losses(tmp_path / "run")) == 1
@@ -57,7 +57,7 @@ def test_a_result_that_is_no_number_fails_the_run(tiny_model: Path, tiny_data: P
     # The only step makes the weights huge, which nothing but the held-out loss can notice any more.
     config = config_for(tiny_model, tiny_data, tmp_path / "run", learning_rate=1e30, max_steps=1, warmup_ratio=0)
     with pytest.raises(
-        CoraError, match=r"held-out loss after training is (nan|inf): .*last whole checkpoint is .*checkpoint-1"
+        CoraError, match=r"held-out loss after training is (nan|inf): .*last complete checkpoint is .*checkpoint-1"
     ):
         train(config)
     assert record_of(tmp_path / "run")["status"] == "failed"
@@ -154,7 +154,7 @@ def test_a_model_with_an_attention_of_its_own_is_refused_before_anything_is_writ
     bloom = BloomForCausalLM(BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=1, n_head=2))
     bloom.save_pretrained(model)
     with pytest.raises(
-        CoraError, match=r"BloomForCausalLM\) has an attention of its own, which packed training does not support"
+        CoraError, match=r"BloomForCausalLM\) implements attention itself, which packed training does not support"
     ):
         train(config_for(model, tiny_data, tmp_path / "run", target_modules=("query_key_value",)))
     assert not (tmp_path / "run").exists()

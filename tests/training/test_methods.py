@@ -120,7 +120,7 @@ def test_plain_peft_reads_what_is_stored_and_merging_gives_the_same_model(finish
 def test_what_is_exported_is_a_plain_lora_of_the_same_effect(finished: Run, tmp_path: Path) -> None:
     config, output, _ = finished
     if METHODS[config.mode].lora_rank is None:
-        with pytest.raises(CoraError, match="no LoRA of its effect can be made; `cora merge` writes it as a plain model"):
+        with pytest.raises(CoraError, match="has no equivalent LoRA; `cora merge` writes it as a plain model"):
             export_adapter(resolve_model(str(output)), tmp_path / "exported")
         assert not list(tmp_path.iterdir())
         return

@@ -158,7 +158,9 @@ def test_the_trained_set_is_asserted_again_on_resume(
         assert train(replace(config, resume=True))["parameters"]["trained"] == 1536
         assert_b_is_basis(tmp_path / "run", tiny_basis)
     else:
-        with pytest.raises(CoraError, match=r"the trained set is not that of mode fb: 2 differ, such as \S+base_layer"):
+        with pytest.raises(
+            CoraError, match=r"mode fb does not train the parameters it should: 2 differ, such as \S+base_layer"
+        ):
             train(replace(config, resume=True))
         assert log_lines(tmp_path / "run")[-1]["step"] == 2
 
@@ -179,17 +181,17 @@ def test_resuming_a_finished_run_does_nothing(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"learning_rate": 5e-3}, r"learning_rate \(0.01 there, 0.005 here\)"),
-        ({"seed": 1, "rank": 2}, r"rank \(4 there, 2 here\), seed \(0 there, 1 here\)"),
+        ({"learning_rate": 5e-3}, r"learning_rate \(0.01 in the run, 0.005 now\)"),
+        ({"seed": 1, "rank": 2}, r"rank \(4 in the run, 2 now\), seed \(0 in the run, 1 now\)"),
         ({"split_seed": 1}, "data_sha256 .*, split_seed"),
-        ({"dtype": "bf16"}, r"dtype \(fp32 there, bf16 here\)"),
+        ({"dtype": "bf16"}, r"dtype \(fp32 in the run, bf16 now\)"),
     ],
 )
 def test_resuming_with_other_settings_is_refused_by_name(
     changes: dict[str, Any], named: str, uninterrupted: tuple[TrainConfig, Path]
 ) -> None:
     config, output = uninterrupted
-    with pytest.raises(CoraError, match=f"cannot be resumed: it was started with other inputs: {named}"):
+    with pytest.raises(CoraError, match=f"cannot be resumed with other inputs than it was started with: {named}"):
         train(replace(config, resume=True, **changes))
     assert record_of(output)["status"] == "finished"
 
@@ -216,14 +218,17 @@ def test_resuming_with_other_inputs_under_the_same_name_is_refused(
             [resolve_model(str(paths["model"]))], paths["basis"], BasisChoices(rank=6), None, torch.device("cpu"), True
         )
 
-    with pytest.raises(CoraError, match=rf"other inputs: {what}_sha256 \([0-9a-f]{{64}} there, [0-9a-f]{{64}} here\)$"):
+    with pytest.raises(
+        CoraError,
+        match=rf"other inputs than it was started with: {what}_sha256 \([0-9a-f]{{64}} in the run, [0-9a-f]{{64}} now\)$",
+    ):
         train(replace(config, resume=True))
 
 
 def test_another_run_is_refused_without_resume_and_left_alone(uninterrupted: tuple[TrainConfig, Path]) -> None:
     config, output = uninterrupted
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    with pytest.raises(CoraError, match="holds another run; choose a new one, or continue that run with --resume"):
+    with pytest.raises(CoraError, match="already contains a run; choose a new directory, or continue that run with --resume"):
         train(config)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
@@ -233,7 +238,7 @@ def test_a_directory_with_foreign_files_is_refused_and_left_alone(
     resume: bool, uninterrupted: tuple[TrainConfig, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(CoraError, match="holds other files; choose an empty or a new one"):
+    with pytest.raises(CoraError, match="contains other files; choose a new or empty directory"):
         train(replace(uninterrupted[0], output_dir=str(tmp_path), resume=resume))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -182,7 +182,7 @@ def test_a_frozen_zero_b_spends_no_step_and_says_so(
     assert (record["status"], record["is_base_model"], record["speed"]["steps"]) == ("finished", True, 0)
     assert record["heldout"]["before"] == record["heldout"]["after"]
     assert record["heldout"]["change"] == {"value": 0.0, "ci95": [0.0, 0.0]}
-    assert "this run is the base model, so no step is taken" in capsys.readouterr().err
+    assert "this run equals the base model and takes no step" in capsys.readouterr().err
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     load_adapter(base, resolve_model(str(tmp_path / "run")))
 

@@ -98,7 +98,7 @@ def _in_words(expected: Any) -> str:
     if origin is Literal:
         return " or ".join(json.dumps(one) for one in inner)
     if origin is list:
-        return f"a list of {word.removeprefix('a ')}s" if (word := _WORDS.get(inner[0])) else "a list"
+        return f"a list of {word.removeprefix('a ').removeprefix('an ')}s" if (word := _WORDS.get(inner[0])) else "a list"
     return _WORDS.get(origin or expected, getattr(expected, "__name__", str(expected)))
 
 
