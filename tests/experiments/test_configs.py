@@ -33,7 +33,7 @@ def paper_grid(name: str, preset: str | None = None, model: str | None = None) -
 
 
 def test_all_grids_were_found() -> None:
-    assert {path.stem for path in GRIDS} == {*TABLES, "figure-variance", "quick", "honest", "rivals"}
+    assert {path.stem for path in GRIDS} == {*TABLES, "figure-variance", "quick", "honest", "baselines"}
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
@@ -105,8 +105,8 @@ def test_the_honest_grid_sweeps_every_mode_and_has_every_control() -> None:
     assert grid.train["validation_size"] >= 48
 
 
-def test_the_grid_of_rivals_has_every_mode_at_equal_trained_parameters_and_at_equal_rank(smollm2_shapes: ModelFacts) -> None:
-    grid = load_grid(CONFIGS / "rivals.yaml")
+def test_the_grid_of_baselines_has_every_mode_at_equal_trained_parameters_and_at_equal_rank(smollm2_shapes: ModelFacts) -> None:
+    grid = load_grid(CONFIGS / "baselines.yaml")
     assert {row.mode for row in grid.rows} == {"base", *MODES} - {"peft"}
     methods = {(row.label, row.rank): row for row in grid.rows if row.mode != "base"}
     counts = {method: trained_parameters(row, smollm2_shapes) for method, row in methods.items()}
@@ -128,7 +128,7 @@ def test_the_grid_of_rivals_has_every_mode_at_equal_trained_parameters_and_at_eq
 
 @pytest.mark.parametrize("mode", [mode for mode, spec in MODES.items() if spec.trained and mode != "vera"])
 def test_no_other_rank_comes_nearer_to_the_trained_parameters_of_fb(mode: Mode, smollm2_shapes: ModelFacts) -> None:
-    grid = load_grid(CONFIGS / "rivals.yaml")
+    grid = load_grid(CONFIGS / "baselines.yaml")
     row = next(row for row in grid.rows if row.mode == mode)
     wanted = trained_parameters(next(row for row in grid.rows if row.mode == "fb"), smollm2_shapes) or 0
     off = [
