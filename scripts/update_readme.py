@@ -16,7 +16,7 @@ from cora_cli.render.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PARETO = ROOT / "docs" / "rivals-pareto.png"
+PARETO = ROOT / "docs" / "baselines-pareto.png"
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         "--inspect", type=Path, default=ROOT / "inspection" / "inspect.md", help="`cora inspect demo/models/* … -o inspection`"
     )
     parser.add_argument(
-        "--rivals", type=Path, default=ROOT / "rivals", help="the directory that `cora report runs/rivals -o rivals` wrote"
+        "--baselines", type=Path, default=ROOT / "baselines", help="the directory that `cora report runs/baselines -o baselines` wrote"
     )
     options = parser.parse_args()
     replace("modes", methods_table())
@@ -43,10 +43,10 @@ def main() -> None:
         replace("honest", verdict_and_scores(options.honest.read_text(encoding="utf-8")))
     if options.inspect.exists():
         replace("inspect", verdict_and_captures(options.inspect.read_text(encoding="utf-8")))
-    if options.rivals.exists():
-        replace("rivals", scores_and_costs((options.rivals / "report.md").read_text(encoding="utf-8")))
+    if options.baselines.exists():
+        replace("baselines", scores_and_costs((options.baselines / "report.md").read_text(encoding="utf-8")))
         PARETO.parent.mkdir(exist_ok=True)
-        [plot] = (options.rivals / "plots").glob("*pareto.png")
+        [plot] = (options.baselines / "plots").glob("*pareto.png")
         shutil.copyfile(plot, PARETO)
 
 

@@ -36,7 +36,7 @@ def paper_grid(name: str, preset: str | None = None, model: str | None = None) -
 
 
 def test_all_grids_were_found() -> None:
-    assert {path.stem for path in GRIDS} == {*TABLES, "figure-variance", "quick", "honest", "rivals"}
+    assert {path.stem for path in GRIDS} == {*TABLES, "figure-variance", "quick", "honest", "baselines"}
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
@@ -107,7 +107,7 @@ def test_the_honest_grid_sweeps_every_mode_and_has_every_control() -> None:
 
 
 def test_the_grid_of_baselines_has_every_mode_at_equal_trained_parameters_and_at_equal_rank(smollm2_shapes: ModelFacts) -> None:
-    grid = load_grid(CONFIGS / "rivals.yaml")
+    grid = load_grid(CONFIGS / "baselines.yaml")
     assert {row.mode for row in grid.rows} == {"base", *BASELINES}
     methods = {(row.label, row.rank): row for row in grid.rows if row.mode != "base"}
     counts = {method: trained_parameters(row, smollm2_shapes) for method, row in methods.items()}
@@ -129,7 +129,7 @@ def test_the_grid_of_baselines_has_every_mode_at_equal_trained_parameters_and_at
 
 @pytest.mark.parametrize("mode", [mode for mode in BASELINES if mode != "vera"])
 def test_no_other_rank_is_closer_to_the_trained_parameters_of_fb(mode: str, smollm2_shapes: ModelFacts) -> None:
-    grid = load_grid(CONFIGS / "rivals.yaml")
+    grid = load_grid(CONFIGS / "baselines.yaml")
     row = next(row for row in grid.rows if row.mode == mode)
     wanted = trained_parameters(next(row for row in grid.rows if row.mode == "fb"), smollm2_shapes) or 0
     off = [
