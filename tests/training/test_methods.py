@@ -55,7 +55,7 @@ def finished(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
     """A run of four steps with dropout, and its record."""
-    output = tmp_path_factory.mktemp("rivals") / "run"
+    output = tmp_path_factory.mktemp("runs") / "run"
     loha = output.parent / "loha.json"
     loha.write_text('{"peft_type": "LOHA", "r": 2, "alpha": 4}')
     settings = settings_of(request.param, tiny_basis, tiny_input_basis, loha)
