@@ -129,7 +129,7 @@ class Basis:
     ) -> None:
         """Raise `CoraError` unless this basis fits a model as its B, or as its A if `side` is `input`.
 
-        `architecture` is the model's (see `sources.architecture_of`), `module_shapes` the (out, in) of the modules to adapt,
+        `architecture` is the model's (see `weights.sources.architecture_of`), `module_shapes` the (out, in) of the modules to adapt,
         and `flag` the option that sets `rank`. The vocabulary may differ, because fine-tuning can add tokens.
         """
         for key in sorted((self.architecture.keys() & architecture.keys()) - {"vocab_size"}):

@@ -59,7 +59,10 @@ def command(app: typer.Typer, name: str, config_class: type[Config], run: Callab
         with clean_errors(debug):
             run(config_class(**{field.name: _to_field(hints[field.name], values[field.name]) for field in fields}))
 
-    parameters = [_parameter(field, hints[field.name]) for field in fields]
+    # `--help` shows a panel's flags together, wherever their fields stand.
+    panels = list(dict.fromkeys(field.metadata["panel"] for field in fields))
+    grouped = sorted(fields, key=lambda field: panels.index(field.metadata["panel"]))
+    parameters = [_parameter(field, hints[field.name]) for field in grouped]
     entry.__signature__ = inspect.Signature([*parameters, *_common_parameters()])  # type: ignore[attr-defined]
     entry.__doc__ = run.__doc__
     app.command(name, no_args_is_help=any(field.default is dataclasses.MISSING for field in fields))(entry)
