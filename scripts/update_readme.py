@@ -1,5 +1,5 @@
-"""Puts the table of modes, and what `make demo`, `make bench`, `cora report` and `cora inspect` printed, between the README's markers: no
-table is typed by hand.
+"""Writes the table of methods, and the output of `make demo`, `make bench`, `cora report` and `cora inspect`, between the markers in
+README.md and docs/, so that no table is typed by hand.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from cora_cli.methods.registry import methods_table
 from cora_cli.render.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PARETO = ROOT / "docs" / "baselines-pareto.png"
 
 
 def main() -> None:
-    """Replace the marked parts of README.md for which there are results."""
+    """Replace the marked parts for which there are results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, default=ROOT / "demo" / "report.md", help="what `make demo` wrote")
     parser.add_argument("--bench", type=Path, default=ROOT / "benchmarks" / "results.json", help="what `make bench` wrote")
@@ -31,14 +31,19 @@ def main() -> None:
         "--inspect", type=Path, default=ROOT / "inspection" / "inspect.md", help="`cora inspect demo/models/* … -o inspection`"
     )
     parser.add_argument(
-        "--baselines", type=Path, default=ROOT / "baselines", help="the directory that `cora report runs/baselines -o baselines` wrote"
+        "--baselines",
+        type=Path,
+        default=ROOT / "baselines",
+        help="the directory that `cora report runs/baselines -o baselines` wrote",
     )
     options = parser.parse_args()
     replace("modes", methods_table())
     if options.demo.exists():
         replace("demo", options.demo.read_text(encoding="utf-8").partition("\n")[2].strip())
     if options.bench.exists():
-        replace("bench", benchmark_table(json.loads(options.bench.read_text(encoding="utf-8"))))
+        results = json.loads(options.bench.read_text(encoding="utf-8"))
+        replace("bench", benchmark_summary(results))
+        replace("bench-details", benchmark_details(results))
     if options.honest.exists():
         replace("honest", verdict_and_scores(options.honest.read_text(encoding="utf-8")))
     if options.inspect.exists():
@@ -51,12 +56,13 @@ def main() -> None:
 
 
 def replace(name: str, body: str) -> None:
-    """Put `body` between the markers of `name`."""
+    """Put `body` between the markers of `name`, in the one page that has them."""
     marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-    text, replaced = marked.subn(lambda match: f"{match[1]}{body}\n{match[2]}", README.read_text(encoding="utf-8"))
-    if replaced != 1:
-        sys.exit(f"README.md has no part between <!-- {name}:begin --> and <!-- {name}:end -->")
-    README.write_text(text, encoding="utf-8")
+    found = [page for page in PAGES if marked.search(page.read_text(encoding="utf-8"))]
+    if len(found) != 1:
+        sys.exit(f"{len(found)} pages have a part between <!-- {name}:begin --> and <!-- {name}:end -->, not one")
+    text = found[0].read_text(encoding="utf-8")
+    found[0].write_text(marked.sub(lambda match: f"{match[1]}{body}\n{match[2]}", text), encoding="utf-8")
 
 
 def verdict_and_scores(report: str) -> str:
@@ -82,17 +88,22 @@ def verdict_and_captures(inspection: str) -> str:
     return "\n\n".join([verdict.strip(), captures.strip()])
 
 
-def benchmark_table(results: Mapping[str, Any]) -> str:
-    """The summary of every stage, the machine, and each stage's own table and notes in a folded part."""
-    stages = {name: result for name, result in results.items() if name != "machine"}
+def benchmark_summary(results: Mapping[str, Any]) -> str:
+    """One row for each peer of each stage, and the machine."""
     headers = ["stage", "peer", "ours ÷ peer, speed", "target", "ours ÷ peer, memory"]
-    rows = [row for result in stages.values() for row in result["summary"]]
+    rows = [row for name, result in results.items() if name != "machine" for row in result["summary"]]
     machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-    lines = [markdown_table(headers, rows), "", f"Median [min, max] over rounds. Machine: {machine}.", ""]
-    for name, result in stages.items():
+    return "\n".join([markdown_table(headers, rows), "", f"Median [min, max] over rounds. Machine: {machine}."])
+
+
+def benchmark_details(results: Mapping[str, Any]) -> str:
+    """Each stage's own table and notes under its name."""
+    lines = []
+    for name, result in results.items():
+        if name == "machine":
+            continue
         table, _, notes = result["markdown"].partition("\n\n")
-        listed = "\n".join(f"- {line}" for line in notes.splitlines())
-        lines += [f"<details><summary>{name}</summary>", "", table, "", listed, "", "</details>", ""]
+        lines += [f"### {name}", "", table, "", *(f"- {line}" for line in notes.splitlines()), ""]
     return "\n".join(lines).rstrip()
 
 
