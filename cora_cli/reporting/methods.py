@@ -74,9 +74,9 @@ def _basis(results: Sequence[Result]) -> list[str]:
     found = {result.record["basis"]["sha256"]: result.record["basis"] for result in results if result.record.get("basis")}
     if not found:
         return []
-    choices = _listed({_choice(basis["choices"]) for basis in found.values()})
+    choices = _listed(_choice(basis["choices"]) for basis in found.values())
     sources = _listed(
-        {f"{len(basis['sources'])} ({', '.join(_source(s) for s in basis['sources'])})" for basis in found.values()}
+        f"{len(basis['sources'])} ({', '.join(_source(s) for s in basis['sources'])})" for basis in found.values()
     )
     hashes = _listed(_short(sha256) for sha256 in found)
     return [f"{len(found)} basis file{'s' if len(found) > 1 else ''} (sha256 {hashes}): {choices}; from {sources}."]
@@ -96,7 +96,7 @@ def _machine(results: Sequence[Result]) -> list[str]:
 
 def _evaluation(results: Sequence[Result]) -> str:
     def of(name: str) -> str:
-        return _listed({_shown(value) for r in results if (value := r.generation["settings"].get(name)) is not None})
+        return _listed(_shown(value) for r in results if (value := r.generation["settings"].get(name)) is not None)
 
     cut = sum(int(result.generation.get("prompts_cut") or 0) for result in results)
     return (
