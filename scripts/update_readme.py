@@ -1,5 +1,5 @@
-"""Puts the table of modes, and what `make demo`, `make bench`, `cora report` and `cora inspect` printed, between the README's markers: no
-table is typed by hand.
+"""Put the table of modes and the output of `make demo`, `make bench`, `cora report` and `cora inspect` between the markers of the README and
+of the pages in docs/, so that no table is typed by hand.
 """
 
 import argparse
@@ -16,11 +16,12 @@ from cora_cli.render.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "results.md", ROOT / "docs" / "performance.md")
 PARETO = ROOT / "docs" / "baselines-pareto.png"
 
 
 def main() -> None:
-    """Replace the marked parts of README.md for which there are results."""
+    """Replace the marked parts for which there are results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, default=ROOT / "demo" / "report.md", help="what `make demo` wrote")
     parser.add_argument("--bench", type=Path, default=ROOT / "benchmarks" / "results.json", help="what `make bench` wrote")
@@ -31,14 +32,19 @@ def main() -> None:
         "--inspect", type=Path, default=ROOT / "inspection" / "inspect.md", help="`cora inspect demo/models/* … -o inspection`"
     )
     parser.add_argument(
-        "--baselines", type=Path, default=ROOT / "baselines", help="the directory that `cora report runs/baselines -o baselines` wrote"
+        "--baselines",
+        type=Path,
+        default=ROOT / "baselines",
+        help="the directory that `cora report runs/baselines -o baselines` wrote",
     )
     options = parser.parse_args()
     replace("modes", modes_table())
     if options.demo.exists():
         replace("demo", options.demo.read_text(encoding="utf-8").partition("\n")[2].strip())
     if options.bench.exists():
-        replace("bench", benchmark_table(json.loads(options.bench.read_text(encoding="utf-8"))))
+        results = json.loads(options.bench.read_text(encoding="utf-8"))
+        replace("bench", benchmark_summary(results))
+        replace("bench-details", benchmark_details(results))
     if options.honest.exists():
         replace("honest", verdict_and_scores(options.honest.read_text(encoding="utf-8")))
     if options.inspect.exists():
@@ -51,16 +57,18 @@ def main() -> None:
 
 
 def replace(name: str, body: str) -> None:
-    """Put `body` between the markers of `name`."""
+    """Put `body` between the markers of `name`, which one of the pages must have once."""
     marked = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-    text, replaced = marked.subn(lambda match: f"{match[1]}{body}\n{match[2]}", README.read_text(encoding="utf-8"))
-    if replaced != 1:
-        sys.exit(f"README.md has no part between <!-- {name}:begin --> and <!-- {name}:end -->")
-    README.write_text(text, encoding="utf-8")
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    found = [page for page, text in texts.items() for _ in marked.findall(text)]
+    if len(found) != 1:
+        sys.exit(f"<!-- {name}:begin --> … <!-- {name}:end --> must occur once in README.md and docs/, not {len(found)} times")
+    text = marked.sub(lambda match: f"{match[1]}{body}\n{match[2]}", texts[found[0]])
+    found[0].write_text(text, encoding="utf-8")
 
 
 def verdict_and_scores(report: str) -> str:
-    """Of a report in Markdown, how much is finished, the verdict, and the first table with its notes."""
+    """The progress, the verdict and the first table with its notes, from a report in Markdown."""
     head, _, rest = report.partition("## Tables\n")
     progress, _, verdict = head.partition("## Verdict\n")
     first = rest.strip().split("\n### ")[0]
@@ -68,32 +76,44 @@ def verdict_and_scores(report: str) -> str:
 
 
 def scores_and_costs(report: str) -> str:
-    """Of a report in Markdown, how much is finished, and the tables of scores and of costs with their notes."""
+    """The progress and the tables of scores and costs with their notes, from a report in Markdown."""
     head, _, rest = report.partition("## Tables\n")
     scores, costs = (table.partition("\n")[2].strip() for table in rest.strip().split("\n### ")[:2])
     return "\n\n".join([head.partition("## Verdict\n")[0].strip().splitlines()[-1], scores, costs])
 
 
 def verdict_and_captures(inspection: str) -> str:
-    """Of an inspection in Markdown, the verdict with its rule, and the table of leave-one-out capture with its notes."""
+    """The verdict with its rule and the table of leave-one-out capture with its notes, from an inspection in Markdown."""
     tables, _, rest = inspection.partition("## Verdict\n")
     verdict = rest.partition("\n\nRead ")[0]
     captures = tables.partition("### Leave-one-out capture\n")[2].partition("\n### ")[0]
     return "\n\n".join([verdict.strip(), captures.strip()])
 
 
-def benchmark_table(results: Mapping[str, Any]) -> str:
-    """The summary of every stage, the machine, and each stage's own table and notes in a folded part."""
-    stages = {name: result for name, result in results.items() if name != "machine"}
+def benchmark_summary(results: Mapping[str, Any]) -> str:
+    """One table with the summary of every stage, and the machine."""
     headers = ["stage", "peer", "ours ÷ peer, speed", "target", "ours ÷ peer, memory"]
-    rows = [row for result in stages.values() for row in result["summary"]]
-    machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
-    lines = [markdown_table(headers, rows), "", f"Median [min, max] over rounds. Machine: {machine}.", ""]
-    for name, result in stages.items():
+    rows = [row for _, result in _stages(results) for row in result["summary"]]
+    return f"{markdown_table(headers, rows)}\n\n{_conditions(results)}"
+
+
+def benchmark_details(results: Mapping[str, Any]) -> str:
+    """The machine, and the table and notes of each stage under a heading."""
+    lines = [_conditions(results)]
+    for name, result in _stages(results):
         table, _, notes = result["markdown"].partition("\n\n")
         listed = "\n".join(f"- {line}" for line in notes.splitlines())
-        lines += [f"<details><summary>{name}</summary>", "", table, "", listed, "", "</details>", ""]
-    return "\n".join(lines).rstrip()
+        lines += [f"### {name}", table, listed]
+    return "\n\n".join(lines)
+
+
+def _stages(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, result) for name, result in results.items() if name != "machine"]
+
+
+def _conditions(results: Mapping[str, Any]) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    return f"Median [min, max] over rounds. Machine: {machine}."
 
 
 if __name__ == "__main__":
