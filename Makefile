@@ -1,4 +1,4 @@
-# `make demo` and `make test` do their own set-up; PYTHON names the interpreter (3.11 or newer) that makes the environment.
+# `make demo` and `make test` set up .venv on their own. PYTHON names the interpreter (3.11 or newer) that creates it.
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.set-up
@@ -26,7 +26,7 @@ lint: $(SETUP)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
-# 45 minutes, on a machine that does nothing else; each script takes --help.
+# Takes 45 minutes on an otherwise idle machine. Each script has --help.
 bench: $(SETUP)
 	for stage in $(STAGES); do $(BIN)/python benchmarks/$$stage.py || exit 1; done
 

@@ -1,7 +1,8 @@
-"""Extraction speed and memory beside the full decomposition that people use today, with 1, 3 and 5 models, in turn on one machine.
+"""Extraction speed and memory compared with the full SVD that people use today, with 1, 3 and 5 models, in turn on one machine.
 
-Peer, as `mergekit-extract-lora` does: for each matrix load it from every model, average, `torch.linalg.svd(full_matrices=False)`. The
-work is synthetic checkpoints of hidden size 4096 in bf16 shards; nothing here says how good a basis is.
+The peer works like `mergekit-extract-lora`: it loads each matrix from every model, averages them and calls
+`torch.linalg.svd(full_matrices=False)`. The models are synthetic checkpoints of hidden size 4096 in bf16 shards. The benchmark does not
+measure how good a basis is.
 """
 
 import argparse
@@ -21,9 +22,9 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 MATRICES = LAYERS * len(PROJECTIONS)
 COUNTS = (1, 3, 5)
 OURS = ("ours_1", "ours_3", "ours")
-# Singular values fall as k^-1/2 over this many directions, above a floor of noise.
+# Singular values fall as k^-1/2 over this many directions, above a noise floor.
 SPECTRUM, NOISE, DELTA_RANK, DELTA = 256, 0.02, 16, 0.1
-# All matrices have one size, so the peer, which takes many seconds for each, does this one of the twelve.
+# All twelve matrices have the same size. The peer takes many seconds for each, so it decomposes only this one.
 PEER_MATRIX = "model.layers.0.self_attn.q_proj"
 _LAST_FILE = f"{max(COUNTS) - 1}/model.safetensors.index.json"
 LLAMA_13B = {"matrices": 120, "hidden": 5120, "models": 5}
@@ -46,7 +47,7 @@ STAGE = Stage(
 
 
 def make_checkpoints(scratch: Path) -> None:
-    """Write the synthetic models, `scratch`/0 to 4: one shard a layer, with tensors beside the targets that nobody should read."""
+    """Write the synthetic models, `scratch`/0 to 4: one shard per layer, with further tensors that extraction should not read."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig
@@ -91,7 +92,7 @@ def _low_rank(rank: int, random: Any) -> Any:
 
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Merged matrices per second and peak memory of one side; ours also says where its time went."""
+    """Merged matrices per second and peak memory of one side; for ours also where the time went."""
     count = int(side.partition("_")[2] or max(COUNTS))
     directories = [Path(options.scratch) / str(model) for model in range(count)]
     _into_page_cache(directories)
@@ -99,7 +100,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _into_page_cache(directories: Sequence[Path]) -> None:
-    """Read all files once, so that no side waits for the disk where another does not."""
+    """Read all files once, so that no side waits longer for the disk than another."""
     for directory in directories:
         for path in directory.glob("*.safetensors"):
             with path.open("rb") as file:
@@ -176,48 +177,48 @@ def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespac
     """Memory, where the time goes, and what Llama-2-13B would cost."""
     del options
     lines = [
-        f"Ours does all {MATRICES} matrices of {HIDDEN} x {HIDDEN} and writes the file, the peer one of them in float32. Singular values "
-        f"fall as k^-1/2 over {SPECTRUM} directions above noise. All files are in the page cache, for both."
+        f"Ours decomposes all {MATRICES} matrices of {HIDDEN} x {HIDDEN} and writes the file; the peer decomposes one of them in float32. Singular values "
+        f"fall as k^-1/2 over {SPECTRUM} directions above noise. All files are in the page cache for both sides."
     ]
     for count, ours in zip(COUNTS, OURS, strict=True):
         middle = {key: statistics.median(result[key] for result in rounds[ours]) for key in rounds[ours][0]}
         lines.append(
             f"{count} model{'s' if count > 1 else ''}: peak {middle['peak_bytes'] / 2**20:.0f} MiB; of {middle['seconds']:.1f} s, "
-            f"{middle['seconds_reading']:.2f} s ({middle['seconds_reading'] / middle['seconds']:.0%}) are reading "
-            f"{middle['bytes_read'] / 1e9:.2f} GB, {middle['seconds_decomposing']:.1f} s decomposing, the rest checking, hashing and merging."
+            f"{middle['seconds_reading']:.2f} s ({middle['seconds_reading'] / middle['seconds']:.0%}) went into reading "
+            f"{middle['bytes_read'] / 1e9:.2f} GB, {middle['seconds_decomposing']:.1f} s into decomposing, the rest into checking, hashing and merging."
         )
     points = [(run["bytes_read"], run["seconds"] - run["seconds_decomposing"]) for side in OURS for run in rounds[side]]
     slope, fixed = statistics.linear_regression([x for x, _ in points], [y for _, y in points])
     distance = max(abs(fixed + slope * x - y) / y for x, y in points)
     lines.append(
-        f"Beside the decomposition, which does not depend on the number of models: {fixed:.1f} s + {slope * 1e9:.2f} s per GB; no run is "
-        f"further than {distance:.0%} from that line."
+        f"Time without the decomposition, which does not depend on the number of models: {fixed:.1f} s + {slope * 1e9:.2f} s per GB; no run is "
+        f"more than {distance:.0%} away from that line."
     )
     return [*lines, _projection(rounds, slope)]
 
 
 def _projection(rounds: Mapping[str, list[dict[str, Any]]], slope: float) -> str:
-    """Llama-2-13B from these figures: decomposing grows with hidden³, the rest with the bytes."""
+    """The time for Llama-2-13B, extrapolated from these figures: decomposing grows with hidden³, the rest with the bytes."""
     matrices, hidden, models = (LLAMA_13B[key] for key in ("matrices", "hidden", "models"))
     growth = matrices * (hidden / HIDDEN) ** 3
     decomposing = statistics.median(result["seconds_decomposing"] for result in rounds["ours"]) / MATRICES
     peer = statistics.median(1 / result["rate"] for result in rounds["peer"])
     read = models * matrices * hidden**2 * 2
     return (
-        f"Llama-2-13B, computed from these figures: {matrices} matrices of {hidden} x {hidden} from {models} models, {read / 1e9:.0f} GB: "
+        f"Llama-2-13B, extrapolated from these figures: {matrices} matrices of {hidden} x {hidden} from {models} models, {read / 1e9:.0f} GB: "
         f"{growth * decomposing / 60:.1f} min to decompose, {read * slope / 60:.1f} min to read and merge from the page cache (a disk "
         f"of 1 GB/s takes {read / 1e9 / 60:.1f} min); the peer {growth * peer / 60:.0f} min."
     )
 
 
 def main() -> None:
-    """Make the checkpoints, once, and run the sides on them."""
+    """Create the checkpoints once and run the sides on them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scratch", help="directory for 3 GB of synthetic models (default: a temporary one)")
     options, _ = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as directory:
         if options.scratch is None:
-            sys.argv += ["--scratch", directory]  # which the processes of the sides inherit
+            sys.argv += ["--scratch", directory]  # the processes of the sides inherit it
         scratch = Path(options.scratch or directory)
         if not (scratch / _LAST_FILE).exists():
             make_checkpoints(scratch)

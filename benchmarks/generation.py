@@ -1,8 +1,8 @@
-"""Greedy generation beside what people use today: transformers' `generate` on held-out prompts in file order, padded on the left.
+"""Greedy generation compared with what people use today: transformers' `generate` on held-out prompts in file order, padded on the left.
 
-The peer answers in batches of 16 with its PEFT adapter unmerged; ours does what `cora evaluate` does by default, merging included. The
-model is the embedded one with LoRA r = 48 on q, k, v and a small random B, the prompts are Alpaca's. New tokens up to and including the
-end token count, on both sides.
+The peer answers in batches of 16 with its PEFT adapter unmerged. Ours does what `cora evaluate` does by default, and its time includes the
+merge. The model is the embedded one with LoRA r = 48 on q, k, v and a small random B; the prompts use Alpaca's template. Both sides count new
+tokens up to and including the end token.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import harness
 
 RANK, PEER_BATCH, PROMPTS, NEW_TOKENS = 48, 16, 96, 64
 B_STD = 0.002
-"""Small, so that the model still speaks sense, and some answers end early."""
+"""Small, so that answers stay sensible and some of them end early."""
 STAGE = harness.Stage(
     name="generation",
     script=__file__,
@@ -55,7 +55,7 @@ def load_work(dtype: str, dataset: str | None) -> tuple[Any, Any, list[list[int]
 
 
 def answer_as_cora(model: Any, tokenizer: Any, prompts: Sequence[list[int]], ends: list[int]) -> tuple[list[list[int]], float]:
-    """Answers as `cora evaluate` has them with its default settings, and the seconds that merging took."""
+    """The answers of `cora evaluate` with its default settings, and the seconds that merging took."""
     from cora_cli.evaluation.config import EvaluateConfig
     from cora_cli.evaluation.generate import Request, generate, transformers_engine
     from cora_cli.rundir import EvaluationDirectory
@@ -100,7 +100,7 @@ def answer_as_stock(
 
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Answer all prompts, after a short one to warm up."""
+    """Answer all prompts, after a short prompt as warm-up."""
     model, tokenizer, prompts, ends = load_work(options.dtype, options.dataset)
     answer_as_stock(model, tokenizer, [prompts[0][:8]], [*range(len(tokenizer))], 1)
     merging = 0.0
@@ -122,7 +122,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
-    """Tokens of ours, in fp32, against one prompt at a time with the adapter unmerged."""
+    """Our tokens in fp32, compared with one prompt at a time with the adapter unmerged."""
     model, tokenizer, prompts, ends = load_work("fp32", options.dataset)
     alone = answer_as_stock(model, tokenizer, prompts, ends, 1)
     ours, _ = answer_as_cora(model, tokenizer, prompts, ends)
@@ -138,7 +138,7 @@ def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
 
 
 def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespace) -> list[str]:
-    """The work, and how much of it there was."""
+    """What was generated, and how much."""
     from cora_cli.device import select_hardware
     from cora_cli.evaluation.config import EvaluateConfig
 
@@ -149,7 +149,7 @@ def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespac
     precision = select_hardware("auto", "fp32" if options.dtype == "fp32" else "auto").dtype_name
     return [
         f"{PROMPTS} held-out prompts of {options.dataset or 'builtin:code'}, up to {NEW_TOKENS} new tokens each, {precision}; "
-        f"batch size of ours {EvaluateConfig.batch_size} (its default).",
+        f"our batch size is {EvaluateConfig.batch_size} (the default).",
         f"All rounds, ours: {ours['tokens']} tokens in {ours['seconds']:.1f} s, of which {ours['merging_seconds']:.1f} s to merge; "
         f"stock: {stock['tokens']} in {stock['seconds']:.1f} s. Answers that ended by themselves: "
         f"{ours['stopped']} and {stock['stopped']}.",
@@ -159,7 +159,9 @@ def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespac
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="bf16: where the hardware multiplies it")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="bf16: only where the hardware supports it, else fp32"
+    )
     parser.add_argument("--dataset", help="Alpaca records to answer instead of builtin:code")
     harness.run(STAGE, measure, lambda options: list(agreement(options)), parser, notes)
 

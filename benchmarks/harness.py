@@ -1,6 +1,6 @@
-"""What every benchmark shares: sides that run in turn, each in a process of its own; medians, spreads, ratios; one file of results.
+"""What all benchmarks share: sides that run in turn, each in its own process; medians, ranges and ratios; one file of results.
 
-A benchmark script calls `main` with how to measure one side and how to check that the sides agree. What is measured is the script's.
+A benchmark script calls `run` with a function that measures one side and a function that checks that the sides agree.
 """
 
 import argparse
@@ -23,9 +23,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One benchmark: its sides (name → description), what its rates count, and the ratio to reach of each peer.
+    """One benchmark: its sides (name → description), the unit of its rates, and the target ratio for each peer.
 
-    A peer is compared with the side that `against` names for it, else with `ours`.
+    A peer is compared with the side that `against` names for it, or with `ours`.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """One check that ours computes what the peer computes: the largest difference found, and the largest that is allowed."""
+    """One check that both sides compute the same: the largest difference found, and the largest one allowed."""
 
     what: str
     found: float
@@ -48,7 +48,7 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is allowed; NaN is not."""
+        """Whether the difference is allowed. NaN is not."""
         return self.found <= self.allowed
 
 
@@ -81,8 +81,8 @@ def run(
 ) -> None:
     """Run the sides in turn, `--rounds` times, print the table and add it to `results.json`; exit 1 where the sides disagree.
 
-    `measure` runs in a process of its own, with `options.round` counted from 0, and returns `rate` (stage.unit) and `peak_bytes`, with whatever else is worth recording.
-    `notes` are the lines under the table.
+    `measure` runs in its own process, with `options.round` counted from 0. It returns `rate` (in stage.unit), `peak_bytes` and anything
+    else worth recording. `notes` returns the lines under the table.
     """
     parser.add_argument("--rounds", type=int, default=stage.rounds, help="how often every side is measured")
     parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
@@ -134,7 +134,7 @@ def _report(
         markdown_table(headers, rows),
         "",
         *(f"{'agrees' if c.holds else 'DISAGREES'}: {c.what}: {c.found:.1e} (allowed {c.allowed:.0e})" for c in checks),
-        f"{options.rounds} rounds, {os.cpu_count()} cores; a ratio is that of one round, then the median.",
+        f"{options.rounds} rounds, {os.cpu_count()} cores; each ratio is the median of the ratios of the rounds.",
         *notes,
     ]
     text = "\n".join(lines)
@@ -160,7 +160,7 @@ def _verdict(target: float, reached: bool) -> str:
 
 
 def record(name: str, result: dict[str, Any]) -> None:
-    """Put one stage into the file of results and leave the others as they are."""
+    """Store one stage in the file of results and keep the other stages."""
     from cora_cli.rundir import read_json, write_json
 
     existing = read_json(RESULTS) if RESULTS.exists() else {}
@@ -168,7 +168,7 @@ def record(name: str, result: dict[str, Any]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What was measured on: processor, cores, versions."""
+    """The machine of the measurement: processor, cores, versions."""
     import importlib.metadata
 
     cpuinfo = Path("/proc/cpuinfo")

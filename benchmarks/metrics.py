@@ -1,11 +1,10 @@
-"""The metrics of `cora evaluate` with their 1,000-fold bootstrap, beside the libraries called as the `evaluate` package calls them.
+"""The metrics of `cora evaluate` with their bootstrap of 1,000 resamples, compared with the libraries called as the `evaluate` package does.
 
-The peer is one process with the loops of `evaluate`'s own metric scripts: `rouge_score` and `nltk` get one example after the other,
-`bert_score` and `sacrebleu` get the whole list in one call (so the encoder works in bert-score's own batches of 64 distinct, sorted
-texts, never on one text at a time). Tokens, stemmer, WordNet, encoder, float32 and threads are the same on both sides. Intervals come
-from what the libraries have for it: `BootstrapAggregator` (which `evaluate` calls for ROUGE anyway), `corpus_score(n_bootstrap=...)`,
-and `scipy.stats.bootstrap` for the two metrics whose libraries have none. Both sides load WordNet and the encoder inside the measured
-time, and import libraries before it.
+The peer is one process with the loops of `evaluate`'s own metric scripts. `rouge_score` and `nltk` get one example at a time; `bert_score`
+and `sacrebleu` get the complete list in one call, so that the encoder works in bert-score's own batches of 64 distinct, sorted texts. Both sides
+use the same tokens, stemmer, WordNet, encoder, float32 and threads. The peer's intervals come from what the libraries offer:
+`BootstrapAggregator` (which `evaluate` calls for ROUGE anyway), `corpus_score(n_bootstrap=...)`, and `scipy.stats.bootstrap` for the two
+metrics whose libraries have none. Both sides load WordNet and the encoder inside the measured time and import libraries before it.
 """
 
 import argparse
@@ -27,9 +26,9 @@ from harness import OURS, Agreement, Stage, matmul_rate, peak_bytes, run
 PEER = "libraries"
 PARTS = ("rouge", "meteor", "bleu", "bertscore", "bootstrap")
 BOOTSTRAP = 1000
-# Names the directory in which the measured processes leave their values for the comparison.
+# The environment variable with the directory where the measured processes store their values for the comparison.
 VALUES = "CORA_BENCHMARK_VALUES"
-# How often a word of the response is left out, exchanged with the next one, or replaced by another response's.
+# How often a word of the response is dropped, swapped with the next one, or replaced by a word of another response.
 DROPPED, SWAPPED, REPLACED = 0.10, 0.05, 0.12
 
 Texts = list[str]
@@ -45,7 +44,7 @@ STAGE = Stage(
 
 
 def make_pairs(count: int) -> tuple[Texts, Texts]:
-    """Predictions and references: responses of builtin:instruct and builtin:code, distinct as far as they go, and seeded changes."""
+    """References, responses of builtin:instruct and builtin:code that are distinct as far as possible; predictions, seeded changes of them."""
     from cora_cli.data.builtin import load_builtin
 
     sets = [load_builtin(name) for name in ("instruct", "code")]
@@ -59,7 +58,7 @@ def make_pairs(count: int) -> tuple[Texts, Texts]:
 
 
 def _changed(text: str, vocabulary: Sequence[str], generator: random.Random) -> str:
-    """`text` with some words dropped, swapped or replaced; its white space, and so the form of code, stays."""
+    """`text` with some words dropped, swapped or replaced. White space stays, and with it the layout of code."""
     pieces = re.findall(r"(\S+)(\s*)", text)
     words, spaces = [piece[0] for piece in pieces], [piece[1] for piece in pieces]
     for index in range(len(words)):
@@ -72,7 +71,7 @@ def _changed(text: str, vocabulary: Sequence[str], generator: random.Random) -> 
 
 
 def ours(predictions: Texts, references: Texts, clock: "Clock") -> dict[str, Any]:
-    """What `cora evaluate` does with finished predictions; each part of it is timed by a clock around what it calls."""
+    """What `cora evaluate` does with finished predictions. A clock around the called functions times each part."""
     from cora_cli import intervals
     from cora_cli.evaluation.metrics import NAMES, score_all
     from cora_cli.evaluation.metrics.bertscore import BertScore
@@ -96,7 +95,7 @@ def ours(predictions: Texts, references: Texts, clock: "Clock") -> dict[str, Any
 
 
 def libraries(predictions: Texts, references: Texts, clock: "Clock") -> dict[str, Any]:
-    """The same numbers by the libraries."""
+    """The same numbers from the libraries."""
     import numpy as np
     import scipy.stats
     from bert_score import BERTScorer
@@ -126,7 +125,7 @@ def libraries(predictions: Texts, references: Texts, clock: "Clock") -> dict[str
     with clock.part("bertscore"):
         encoder = BERTScorer(model_type=str(embedded.encoder_directory()), num_layers=EMBEDDED_LAYER, device="cpu")
         found["bertscore_f1"] = encoder.score(predictions, references)[2].tolist()
-    with clock.part("bleu"):  # with its intervals: sacrebleu has one call for both
+    with clock.part("bleu"):  # includes the intervals: sacrebleu computes both in one call
         found["sacrebleu"] = BLEU().corpus_score(predictions, [references], n_bootstrap=BOOTSTRAP).score
     with clock.part("bootstrap"):
         for scores in rouge:
@@ -151,7 +150,7 @@ class Clock:
         self.seconds[name] += time.perf_counter() - began
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose calls count under `name`."""
+        """`function`, with the time of its calls counted under `name`."""
 
         def counted(*arguments: Any) -> Any:
             with self.part(name):
@@ -160,7 +159,7 @@ class Clock:
         return counted
 
     def timed_stream(self, name: str, function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        """`function`, which is a generator whose whole life counts under `name`."""
+        """`function`, a generator, with the time from its first to its last item counted under `name`."""
 
         def counted(*arguments: Any) -> Iterator[Any]:
             with self.part(name):
@@ -170,7 +169,7 @@ class Clock:
 
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Score all pairs once by one side."""
+    """Score all pairs once with one side."""
     for name in (
         "bert_score",
         "nltk",
@@ -191,10 +190,10 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def agreement(options: argparse.Namespace) -> list[Agreement]:
-    """The values of the last round: every example's, and for SacreBLEU the corpus value.
+    """Compare the values of the last round: one per example, and for SacreBLEU the corpus value.
 
-    `bert_score` gives padding a similarity of 0, which beats a negative one: its value of such an example depends on what shares the
-    batch. Examples that differ are therefore compared with `bert_score` on that pair alone, and counted.
+    `bert_score` gives padding a similarity of 0, which is larger than a negative similarity. Its value for such an example depends on the other
+    examples in the batch. Examples that differ are therefore counted, and compared with `bert_score` on that pair alone.
     """
     mine, theirs = (json.loads((Path(os.environ[VALUES]) / f"{side}.json").read_text()) for side in (OURS, PEER))
     checks = [Agreement("sacrebleu", abs(mine.pop("sacrebleu") - theirs.pop("sacrebleu")), 1e-9)]
@@ -204,7 +203,7 @@ def agreement(options: argparse.Namespace) -> list[Agreement]:
             allowed = 1e-5
             moved = [i for i, (a, b) in enumerate(zip(mine[name], expected, strict=True)) if abs(a - b) > allowed]
             what += (
-                f" ({len(moved)} of {len(expected)} against bert-score on the pair alone, as its padding moved them)"
+                f" ({len(moved)} of {len(expected)} compared with bert-score on the pair alone, since its padding changed them)"
                 if moved
                 else ""
             )
@@ -214,7 +213,7 @@ def agreement(options: argparse.Namespace) -> list[Agreement]:
 
 
 def _score_alone(examples: list[int], values: list[float], count: int) -> None:
-    """Replace the BERTScore of some examples by what `bert_score` gives without padding."""
+    """Replace the BERTScore of some examples with the value that `bert_score` gives without padding."""
     from bert_score import BERTScorer
 
     from cora_cli import embedded
@@ -231,25 +230,25 @@ def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespac
     predictions, references = make_pairs(options.pairs)
     texts = predictions + references
     lines = [
-        f"{options.pairs} pairs, {sum(len(text.split()) for text in texts) / len(texts):.0f} words a text, "
-        f"{len(set(texts)) / len(texts):.0%} of the texts are distinct; loading of WordNet and encoder is inside, imports are not."
+        f"{options.pairs} pairs, {sum(len(text.split()) for text in texts) / len(texts):.0f} words per text, "
+        f"{len(set(texts)) / len(texts):.0%} of the texts are distinct; the time includes loading WordNet and the encoder, but not imports."
     ]
     for side, results in rounds.items():
         parts = {part: statistics.median(result["parts"][part] for result in results) for part in PARTS}
         shown = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items())
-        whole = statistics.median(result["seconds"] for result in results)
-        lines.append(f"{STAGE.sides[side]}: {whole:.1f} s; {shown}.")
+        total = statistics.median(result["seconds"] for result in results)
+        lines.append(f"{STAGE.sides[side]}: {total:.1f} s; {shown}.")
     needed, rate = encoder_operations(texts)
     peer = statistics.median(result["seconds"] for result in rounds[PEER])
     lines.append(
         f"Arithmetic floor of BERTScore: {needed / 1e12:.1f} TFLOP in float32 for the distinct texts without padding, {needed / rate:.1f} s at "
-        f"this machine's {rate / 1e9:.0f} GFLOP/s: if all else took no time, ours could be {peer * rate / needed:.1f} times as fast."
+        f"this machine's {rate / 1e9:.0f} GFLOP/s. If everything else took no time, ours could be {peer * rate / needed:.1f} times as fast."
     )
     return lines
 
 
 def encoder_operations(texts: Texts) -> tuple[float, float]:
-    """Operations of the encoder's matrix products on every distinct text once, without padding; the machine's rate for them."""
+    """The operations of the encoder's matrix products on every distinct text once, without padding, and the machine's rate for them."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 

@@ -1,6 +1,6 @@
-"""How long `cora --help` and every `cora X --help` take beside `python -c "import typer"`, in turn, each the best of several.
+"""How long `cora --help` and every `cora X --help` take compared with `python -c "import typer"`: in turn, the best of several runs.
 
-Every side is a process of this Python, from its start to its end. The commands come from the program itself.
+Every side is a process of this Python, timed from start to end. The program itself lists its commands.
 """
 
 import argparse
@@ -17,7 +17,7 @@ PEER = 'python -c "import typer"'
 
 
 def sides() -> dict[str, list[str]]:
-    """Name -> arguments of Python; the peer is first."""
+    """Name -> arguments of Python. The peer comes first."""
     import typer
 
     from cora_cli.cli import app
@@ -30,7 +30,7 @@ def sides() -> dict[str, list[str]]:
 
 
 def seconds(arguments: list[str]) -> float:
-    """Wall-clock time of one process, which has to succeed."""
+    """Wall-clock seconds of one process, which must succeed."""
     began = time.perf_counter()
     subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - began
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="how often every side is timed")
     options = parser.parse_args()
     measured = sides()
-    for arguments in measured.values():  # files into the page cache
+    for arguments in measured.values():  # fills the page cache
         seconds(arguments)
     times: dict[str, list[float]] = {name: [] for name in measured}
     for _ in range(options.rounds):

@@ -1,9 +1,9 @@
-"""Training speed beside what people use today: PEFT LoRA on the stock Trainer with DataCollatorForSeq2Seq.
+"""Training speed compared with what people use today: PEFT LoRA on the stock Trainer with DataCollatorForSeq2Seq.
 
-Peer 1 samples as the Trainer does by default, peer 2 groups by length. Every side trains LoRA r = 48 on q, k, v of the embedded model in
-batches of 16 with Alpaca's template. Of the batches that a side would draw in an epoch it runs a few, evenly spread from its lightest to
-its heaviest, others in each round; ours and peer 1 run the same ones. Real tokens count, padding does not. One more batch before them
-warms up, on every side.
+Peer 1 samples as the Trainer does by default; peer 2 groups by length. Every side trains LoRA r = 48 on q, k, v of the embedded model in
+batches of 16 with Alpaca's template. Each round takes a few of the batches that a side would draw in one epoch, evenly spread from the
+smallest to the largest, and every round takes different ones. Ours and peer 1 run the same batches. Rates count real tokens, not padding. Every side
+runs one more batch first as warm-up.
 """
 
 import argparse
@@ -27,8 +27,8 @@ STAGE = harness.Stage(
     targets={"random": 2.5, "group_by_length": 1.8},
     memory_targets={"random": 0.5, "group_by_length": 0.5},
 )
-# Quantiles of the token counts of a public text-to-code set of 2,017 Alpaca records (sahil280114/codealpaca, code_alpaca_2k), half of which
-# have an input: the profile of the stand-in.
+# The generated data follow these quantiles of token counts. They come from a public text-to-code set of 2,017 Alpaca records
+# (sahil280114/codealpaca, code_alpaca_2k), half of which have an input.
 RECORDS, SHARE_WITH_INPUT = 2017, 0.5
 QUANTILES = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 LENGTHS = {
@@ -39,7 +39,7 @@ LENGTHS = {
 
 
 def stand_in(tokenizer: Any) -> list[dict[str, str]]:
-    """Records of the profile above, out of random words of the vocabulary: speed depends on lengths, not on sense."""
+    """Records with the lengths above, from random words of the vocabulary. Speed depends on lengths, not on meaning."""
     import numpy as np
 
     random = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def load_work(attention: str, dtype: str, dataset: str | None) -> tuple[Any, Any
 
 
 def chosen_batches(examples: Sequence[Any], side: str, steps: int, number: int) -> list[list[int]]:
-    """`steps` of the full batches of the side's epoch `number`, evenly spread over their sizes, in the order of the epoch."""
+    """`steps` full batches of the side's epoch `number`, evenly spread over batch sizes in tokens, in the order of the epoch."""
     import torch
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -176,13 +176,13 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def row(example: Any) -> dict[str, list[int]]:
-    """An example as DataCollatorForSeq2Seq takes it."""
+    """An example in the form that DataCollatorForSeq2Seq expects."""
     masked = [-100] * example.prompt_length + example.input_ids[example.prompt_length :]
     return {"input_ids": example.input_ids, "labels": masked, "attention_mask": [1] * len(example.input_ids)}
 
 
 def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
-    """Loss and gradients of one batch in fp32, ours against those of the peer's logits."""
+    """Loss and gradients of one batch in fp32: ours compared with those from the peer's logits."""
     import torch
     from transformers import DataCollatorForSeq2Seq
 
@@ -193,7 +193,7 @@ def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
     for attention in ("cora_segments", "sdpa"):
         model, _, examples, tokenizer = load_work(attention, "fp32", options.dataset)
         for name, parameter in model.named_parameters():
-            if ".lora_B." in name:  # at B = 0 half of the gradients would be zero
+            if ".lora_B." in name:  # with B = 0 half of the gradients would be zero
                 torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(len(name)))
         members = examples[:BATCH]
         if attention == "cora_segments":
@@ -201,7 +201,7 @@ def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
         else:
             padded = DataCollatorForSeq2Seq(tokenizer, padding=True)([row(member) for member in members])
             labels = padded.pop("labels")[:, 1:].flatten()
-            # In float64: torch's float32 log_softmax over 49,152 classes is off by 1e-5 itself, and its gradients by 2e-4.
+            # In float64, because torch's float32 log_softmax over 49,152 classes has an error of 1e-5, and its gradients one of 2e-4.
             loss = torch.nn.functional.cross_entropy(model(**padded).logits[:, :-1].flatten(0, 1).double(), labels)
         loss.backward()
         found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
@@ -214,7 +214,7 @@ def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
 
 
 def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespace) -> list[str]:
-    """The work, and how far ours is from the least time that its matrix products alone would take."""
+    """What was trained on, and our time compared with the least time that the matrix products alone would take."""
     import torch
 
     model, _, examples, _ = load_work("cora_segments", "fp32", options.dataset)
@@ -226,8 +226,8 @@ def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespac
         spent += result["seconds"]
     lengths = [len(example.input_ids) for example in examples]
     return [
-        f"{options.steps} batches of {BATCH} a round, {options.dtype}, from "
-        + (options.dataset or "a generated stand-in with the lengths of code_alpaca_2k")
+        f"{options.steps} batches of {BATCH} per round, {options.dtype}, from "
+        + (options.dataset or "generated records with the lengths of code_alpaca_2k")
         + f": {len(examples)} examples of {sum(lengths) / len(lengths):.0f} tokens on average (longest {max(lengths)}).",
         f"Arithmetic floor of ours: {needed / rate:.1f} s of matrix products at {rate / 1e9:.0f} GFLOP/s against {spent:.1f} s spent: "
         f"{needed / rate / spent:.0%}.",
@@ -235,9 +235,9 @@ def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespac
 
 
 def operations(model: Any, examples: Sequence[Any]) -> float:
-    """Floating-point operations of the matrix products of one step of ours: a packed row forward and backward.
+    """Floating-point operations of the matrix products in one of our steps: forward and backward pass of a packed row.
 
-    A frozen weight takes part in two products (forward, and the gradient of its input), a trained one in three. Attention's are left out.
+    A frozen weight takes part in two products (forward, and the gradient of its input), a trained one in three. Attention is not counted.
     """
     from cora_cli.data.pack import pack
 
@@ -254,9 +254,9 @@ def operations(model: Any, examples: Sequence[Any]) -> float:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6, help="batches of a round")
+    parser.add_argument("--steps", type=int, default=6, help="batches per round")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--dataset", help="Alpaca records to train on instead of the stand-in")
+    parser.add_argument("--dataset", help="Alpaca records to train on instead of the generated ones")
     harness.run(STAGE, measure, lambda options: list(agreement(options)), parser, notes)
 
 

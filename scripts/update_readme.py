@@ -66,7 +66,7 @@ def replace(name: str, body: str) -> None:
 
 
 def verdict_and_scores(report: str) -> str:
-    """Of a report in Markdown, how much is finished, the verdict, and the first table with its notes."""
+    """The progress, the verdict and the first table with its notes, from a report in Markdown."""
     head, _, rest = report.partition("## Tables\n")
     progress, _, verdict = head.partition("## Verdict\n")
     first = rest.strip().split("\n### ")[0]
@@ -74,14 +74,14 @@ def verdict_and_scores(report: str) -> str:
 
 
 def scores_and_costs(report: str) -> str:
-    """Of a report in Markdown, how much is finished, and the tables of scores and of costs with their notes."""
+    """The progress and the tables of scores and costs with their notes, from a report in Markdown."""
     head, _, rest = report.partition("## Tables\n")
     scores, costs = (table.partition("\n")[2].strip() for table in rest.strip().split("\n### ")[:2])
     return "\n\n".join([head.partition("## Verdict\n")[0].strip().splitlines()[-1], scores, costs])
 
 
 def verdict_and_captures(inspection: str) -> str:
-    """Of an inspection in Markdown, the verdict with its rule, and the table of leave-one-out capture with its notes."""
+    """The verdict with its rule and the table of leave-one-out capture with its notes, from an inspection in Markdown."""
     tables, _, rest = inspection.partition("## Verdict\n")
     verdict = rest.partition("\n\nRead ")[0]
     captures = tables.partition("### Leave-one-out capture\n")[2].partition("\n### ")[0]
