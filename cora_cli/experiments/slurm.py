@@ -97,7 +97,7 @@ class SlurmLauncher:
         try:
             import submitit
         except ImportError as error:
-            raise CoraError("--launcher slurm needs the package submitit: pip install 'cora[slurm]'") from error
+            raise CoraError("--launcher slurm needs the package submitit: pip install 'cora-cli[slurm]'") from error
         self.slots = jobs or _MOST_JOBS
         self._folder, self._resources = folder, resources
         self._states = _Cached(states or squeue)
