@@ -7,7 +7,7 @@ from cora_cli.methods.method import Method, Shapes
 
 
 class Full(Method):
-    """The upper bound of what adapters are compared with."""
+    """The reference that adapters are compared with."""
 
     name = "full"
     paper = "–"

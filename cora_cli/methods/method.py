@@ -1,4 +1,4 @@
-"""What every training method states of itself, as one base class whose defaults describe plain LoRA.
+"""The interface of a training method: one base class whose defaults describe plain LoRA.
 
 A method is a subclass in a file of this package; `registry` finds it there, and everything else (flags, checks, counts, estimates,
 export, the table in the documentation) follows from it. The command line imports these files, so torch and PEFT are imported
@@ -56,7 +56,7 @@ class Method:
     summary: ClassVar[str]
     """Starts and frozen parts in one line."""
     prefix: ClassVar[str] = ""
-    """What stands before the name in the names of a grid's rows."""
+    """Prefix of the name in the names of a grid's rows."""
     is_adapter: ClassVar[bool] = True
     """Whether the base model stays frozen; False for full fine-tuning."""
 
@@ -79,6 +79,8 @@ class Method:
     a_init: ClassVar[str]
     trained: ClassVar[Shapes]
     """Empty where a file decides."""
+    trained_in_words: ClassVar[str | None] = None
+    """For the documentation, where `trained` alone would mislead because layers share a tensor."""
     peft_options: ClassVar[Mapping[str, Any]] = {}
     """Entries of PEFT's `LoraConfig` that differ from plain LoRA's."""
     reads_weights: ClassVar[bool] = False
@@ -90,7 +92,7 @@ class Method:
 
     # Storage
     stored_as: ClassVar[str] = "LoRA"
-    """The form on disk, in the word that PEFT has for it. Plain PEFT loads each of them unchanged."""
+    """The form on disk, as PEFT calls it. Plain PEFT loads each of them unchanged."""
     lora_rank: ClassVar[str | None] = "r"
     """The rank at which the trained adapter equals a plain LoRA; None where no LoRA equals it."""
 

@@ -97,5 +97,7 @@ def methods_table() -> str:
 def _trained(method: Method) -> str:
     if not method.is_adapter:
         return "all weights"
+    if method.trained_in_words:
+        return method.trained_in_words
     parts = [f"{_SYMBOLS.get(key, key)} {'·'.join(shape)}" for key, shape in method.trained.items()]
     return " + ".join(parts) or AS_THE_FILE_SAYS

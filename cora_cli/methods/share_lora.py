@@ -24,6 +24,7 @@ class ShareLoraA(Method):
     paper = "2406.10785"
     summary = "as lora, with one A for all layers of a projection"
     b_init, a_init, trained = "zeros", "kaiming", A_AND_B
+    trained_in_words = "A r·in (once per projection) + B out·r"
 
     def starts(
         self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "torch.nn.Linear"

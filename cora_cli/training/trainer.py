@@ -86,7 +86,10 @@ class CoraTrainer(Trainer):
         Gradients are averaged over processes afterwards, hence the factor. A method's own loss term is added.
         """
         loss = response_losses(model, inputs).sum() / num_items_in_batch * self.accelerator.num_processes
-        if self._method is None or self._plan is None or (added := self._method.added_loss(model, self._plan)) is None:
+        if self._method is None or self._plan is None:
+            return loss
+        added = self._method.added_loss(self.accelerator.unwrap_model(model), self._plan)
+        if added is None:
             return loss
         return loss + added / self.args.gradient_accumulation_steps
 
