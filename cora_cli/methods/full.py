@@ -14,7 +14,6 @@ class Full(Method):
     summary = "no adapter"
     is_adapter = False
     takes = frozenset()
-    trains_on_four_bit = False
     b_init, a_init = "none", "none"
     trained: ClassVar[Shapes] = {}
     stored_as = "a complete model"

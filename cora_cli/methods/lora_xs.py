@@ -24,7 +24,6 @@ class LoraXs(Method):
     paper = "2405.17604"
     summary = "A = V_rᵀ and U_r Σ_r of W, frozen; B = U_r Σ_r R with R = 0"
     takes = frozenset({"alpha", "rslora"})
-    trains_on_four_bit = False
     b_init, a_init = "principal", "principal"
     trained: ClassVar[Shapes] = {B_INNER: ("r", "r")}
     reads_weights = True

@@ -71,8 +71,6 @@ class Method:
     """Whether B starts as the basis when there is one, and as `b_init` otherwise."""
     has_compact_form: ClassVar[bool] = False
     """Whether `--compact` applies: B is frozen and can be rebuilt from the basis file or the seed."""
-    trains_on_four_bit: ClassVar[bool] = True
-    """Whether the base may be held in 4 bits; not where the start is computed from W."""
 
     # Starts and trained tensors
     b_init: ClassVar[str]
@@ -100,6 +98,11 @@ class Method:
     def file_stem(self) -> str:
         """The name as the names of files and rows contain it."""
         return self.prefix + self.name.replace("+", "-plus")
+
+    @property
+    def trains_on_four_bit(self) -> bool:
+        """Whether the base may be held in 4 bits; not where the start is computed from W, or W itself is trained."""
+        return self.is_adapter and not self.reads_weights
 
     def problems(self, settings: Mapping[str, Any]) -> list[str]:
         """Sentences on values of `cora train` that this method cannot work with."""

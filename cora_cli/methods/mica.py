@@ -14,7 +14,6 @@ class Mica(Method):
     paper = "2604.01694"
     summary = "B = W's last left singular vectors, frozen; A = 0"
     takes = frozenset({"alpha", "rslora"})
-    trains_on_four_bit = False
     b_init, a_init, trained = "minor", "zeros", A_ALONE
     peft_options: ClassVar[Mapping[str, Any]] = {"init_lora_weights": "mica"}
     reads_weights = True

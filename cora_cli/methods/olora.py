@@ -13,7 +13,6 @@ class Olora(Method):
     paper = "2406.01775"
     summary = "B·A = Q·R of W, first r; s·B·A is subtracted from W"
     takes = frozenset({"alpha", "rslora"})
-    trains_on_four_bit = False
     b_init, a_init, trained = "qr", "qr", A_AND_B
     peft_options: ClassVar[Mapping[str, Any]] = {"init_lora_weights": "olora"}
     reads_weights = True

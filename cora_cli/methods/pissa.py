@@ -20,7 +20,6 @@ class Pissa(Method):
     paper = "2404.02948"
     summary = "s·B·A = W's first r singular directions, subtracted from W"
     takes = frozenset({"alpha", "rslora"})
-    trains_on_four_bit = False
     b_init, a_init, trained = "principal", "principal", A_AND_B
     peft_options: ClassVar[Mapping[str, Any]] = {"init_lora_weights": "pissa"}
     reads_weights = True
@@ -43,7 +42,6 @@ class Milora(Method):
     paper = "2406.09044"
     summary = "s·B·A = W's last r singular directions, subtracted from W"
     takes = frozenset({"alpha", "rslora"})
-    trains_on_four_bit = False
     b_init, a_init, trained = "minor", "minor", A_AND_B
     reads_weights = True
     subtracts_start = True
