@@ -112,7 +112,7 @@ def _report(
     notes: Sequence[str],
     options: argparse.Namespace,
 ) -> None:
-    from cora_cli.render.tables import markdown_table
+    from cora_cli.render.markdown_table import markdown_table
 
     memory = {side: statistics.median(result["peak_bytes"] for result in results) for side, results in rounds.items()}
     rows, summary = [], []

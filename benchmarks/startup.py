@@ -38,7 +38,7 @@ def seconds(arguments: list[str]) -> float:
 
 def main() -> None:
     """Time all sides in turn, print the table and add it to the results."""
-    from cora_cli.render.tables import markdown_table
+    from cora_cli.render.markdown_table import markdown_table
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="how often every side is timed")

@@ -60,7 +60,7 @@ def select_hardware(device: str, dtype: DtypeName) -> Hardware:
         chosen, reason = torch.device("cuda", rank), torch.cuda.get_device_name(rank)
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        chosen, reason = torch.device("cpu"), "asked for" if device == "cpu" else "no CUDA device here"
+        chosen, reason = torch.device("cpu"), "requested" if device == "cpu" else "no CUDA device here"
         has_bf16 = cpu_has_bf16()
     torch_dtype, dtype_reason = select_dtype(dtype, has_bf16, chosen.type)
     return Hardware(chosen, torch_dtype, reason, dtype_reason)
@@ -87,7 +87,7 @@ def _show_one_gpu(device: str) -> None:
 def select_dtype(dtype: DtypeName, has_bf16: bool, device_type: str) -> tuple[torch.dtype, str]:
     """The dtype for `--dtype`, and the reason; `auto` chooses bfloat16 only if the hardware multiplies it natively."""
     if dtype != "auto":
-        return _DTYPES[dtype], "asked for"
+        return _DTYPES[dtype], "requested"
     part = "GPU" if device_type == "cuda" else "processor"
     if has_bf16:
         return torch.bfloat16, f"the {part} has bfloat16 instructions"

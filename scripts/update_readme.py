@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli.methods.registry import methods_table
-from cora_cli.render.tables import markdown_table
+from cora_cli.render.markdown_table import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

@@ -36,8 +36,8 @@ def gpus(environment):
 @pytest.mark.parametrize(
     ("asked", "has_bf16", "device", "dtype", "reason"),
     [
-        ("bf16", False, "cpu", torch.bfloat16, "asked for"),
-        ("fp32", True, "cuda", torch.float32, "asked for"),
+        ("bf16", False, "cpu", torch.bfloat16, "requested"),
+        ("fp32", True, "cuda", torch.float32, "requested"),
         ("auto", True, "cpu", torch.bfloat16, "the processor has bfloat16 instructions"),
         ("auto", False, "cpu", torch.float32, "the processor has no bfloat16 instructions"),
         ("auto", True, "cuda", torch.bfloat16, "the GPU has bfloat16 instructions"),
@@ -115,9 +115,9 @@ def test_an_index_beyond_the_last_gpu_is_refused(gpus):
 def test_cpu_leaves_the_gpus_alone(gpus):
     gpus(2)
     found = select_hardware("cpu", "bf16")
-    assert found == Hardware(torch.device("cpu"), torch.bfloat16, "asked for", "asked for")
+    assert found == Hardware(torch.device("cpu"), torch.bfloat16, "requested", "requested")
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
-    assert found.describe() == "device cpu (asked for), bf16 (asked for)"
+    assert found.describe() == "device cpu (requested), bf16 (requested)"
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
     try:
         with torch.no_grad():
             factors = {name: _factors(layer.get_delta_weight(ADAPTER)) for name, layer in layers}
-    except (TypeError, NotImplementedError) as error:  # a layer whose ΔW PEFT does not give, or not without an input
+    except (TypeError, NotImplementedError) as error:  # PEFT cannot compute this layer's ΔW, or needs an input for it
         raise none from error
     rank = max(len(a) for a, _ in factors.values())
     state = {}

@@ -1,4 +1,4 @@
-"""What `cora.json` says of an adapter beyond PEFT's own configuration, and the frozen B that a compact adapter is rebuilt from."""
+"""What `cora.json` records about an adapter beyond PEFT's own configuration, and the frozen B that a compact adapter is rebuilt from."""
 
 import dataclasses
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def read_facts(directory: Path) -> AdapterFacts | None:
 
 
 def starting_b(
-    adapter: ModelPath, facts: AdapterFacts, basis_path: Path | None = None, remedy: str = "name it with --basis"
+    adapter: ModelPath, facts: AdapterFacts, basis_path: Path | None = None, remedy: str = "pass its path with --basis"
 ) -> Callable[[str, int], torch.Tensor]:
     """The B (out, r) float32 of a compact adapter, by a layer's name and out-dimension: from the recorded basis or seed.
 

@@ -1,4 +1,4 @@
-"""Installs an adapter in a model: PEFT's layers with A and B started as the plan's method says, and exactly its tensors trained.
+"""Installs an adapter in a model: PEFT's layers with A and B started by the method, which also names the tensors that train.
 
 The forward pass of every method is PEFT's own; where A or B is a product, only the linear map in its place is ours. `storage` reads
 and writes adapters.
@@ -63,7 +63,7 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
             raise
         raise explained from error
     if isinstance(config, LoraConfig):
-        # PEFT computes its own starts once: whoever loads the adapter must not compute them again.
+        # PEFT computes its own starts once; loading the adapter must not compute them again.
         config.init_lora_weights = True
     with torch.no_grad():
         for name, layer in lora_layers(wrapped):
@@ -79,9 +79,7 @@ def _starts(
     """A and B before training; None where PEFT computes them. Raises `CoraError` where W has too few singular directions."""
     method, smaller = method_of(plan.mode), min(linear.in_features, linear.out_features)
     if method.reads_weights and plan.rank > smaller:
-        raise CoraError(
-            f"{name} has only {smaller} singular directions, fewer than the --rank {plan.rank} that mode {plan.mode} would take"
-        )
+        raise CoraError(f"mode {plan.mode} needs --rank ≤ {smaller} for {name}, not {plan.rank}")
     return method.starts(plan, basis, name, linear)
 
 
@@ -127,7 +125,7 @@ def check_trained_set(model: PeftModel, plan: AdapterPlan) -> None:
         base: Any = model.base_model
         if not trained or not all(base.prefix in name for name in trained):
             raise CoraError(
-                f"the method of --peft-config trains {min(trained, default='nothing')}, not only tensors of its own"
+                f"the method of --peft-config also trains {min(trained, default='nothing')}, which is not part of the adapter"
             )
         return
     if wrong := sorted(expected ^ trained):
@@ -147,7 +145,7 @@ class AngleMeter:
             start = factors_of(layer)[1].detach().double()
             frame, triangle = torch.linalg.qr(start)
             if triangle.diagonal().abs().min() <= 1e-9 * triangle.diagonal().abs().max():
-                raise CoraError(f"B of {name} starts with dependent columns: no angle to it is defined")
+                raise CoraError(f"B of {name} starts with linearly dependent columns, so no angle to it is defined")
             self._frames.append((layer, frame))
 
     def largest(self) -> float:

@@ -44,7 +44,7 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
     if method.subtracts_start:
         config.r, config.lora_alpha, config.use_rslora = 2 * facts.plan.rank, 2 * facts.plan.rank * facts.plan.scaling, False
     if isinstance(config, LoraConfig) and float(config.lora_alpha).is_integer():
-        config.lora_alpha = int(config.lora_alpha)  # the type of PEFT's field, which other readers may insist on
+        config.lora_alpha = int(config.lora_alpha)  # the type of PEFT's field, which other readers may require
     # Copies, since safetensors refuses one tensor under two names, and layers may share matrices.
     state = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in state.items()}
     config.base_model_name_or_path = facts.base.partition("@")[0] if facts.base_revision else facts.base
@@ -87,7 +87,7 @@ def load_adapter(
     facts = read_facts(adapter.path)
     if trainable and facts is not None and not method_of(facts.plan.mode).stored_as_trained:
         raise CoraError(
-            f"adapter {adapter.path} of mode {facts.plan.mode} is stored as an equivalent plain LoRA; to train on, resume from the run's "
+            f"adapter {adapter.path} of mode {facts.plan.mode} is stored as an equivalent plain LoRA; to continue training, resume from the run's "
             "checkpoints"
         )
     try:
@@ -134,7 +134,7 @@ def check_base(adapter: ModelPath, base: ModelPath) -> None:
 
 
 def changes_model(model: PeftModel) -> bool:
-    """Whether any layer's ΔW = s·B·A is non-zero; a method of PEFT that has no such factors is taken at its word."""
+    """Whether any layer's ΔW = s·B·A is non-zero; a method of PEFT that has no such factors counts as a change."""
     pairs = [factors_of(layer) for _, layer in lora_layers(model)]
     return not pairs or any(bool((b.detach().float() @ a.detach().float()).any()) for a, b in pairs)
 

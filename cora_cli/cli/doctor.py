@@ -33,7 +33,7 @@ class DoctorConfig:
 
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto")
     dtype: DtypeName = setting("auto: bf16 where the hardware supports it, else fp32.", "auto")
-    seed: int = setting("No effect; every command accepts a seed.", 0)
+    seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
 
 
 def register(app: typer.Typer) -> None:

@@ -6,7 +6,8 @@ import typer
 
 from cora_cli.cli.command import command
 from cora_cli.evaluation.config import EvaluateConfig
-from cora_cli.render.tables import markdown_table, with_interval
+from cora_cli.render.markdown_table import markdown_table
+from cora_cli.render.table import with_interval
 
 if TYPE_CHECKING:
     from cora_cli.evaluation.evaluate import Evaluation

@@ -17,7 +17,7 @@ class ExportConfig:
     output: str = setting("Output directory; must not exist yet.", flags=("--output", "-o"))
     base: str | None = setting("Base model. Default: the one recorded in the adapter.", None)
     basis: str | None = setting("Basis file of a compact adapter. Default: the path recorded in the adapter.", None)
-    seed: int = setting("No effect; every command accepts a seed.", 0)
+    seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
     trust_remote_code: bool = setting("Run Python code that comes with the model. Use only if you trust its author.", False)
 
 

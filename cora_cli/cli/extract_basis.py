@@ -60,7 +60,7 @@ class ExtractConfig:
     )
     base: str | None = setting("Base model: --source delta subtracts it, and adapters are applied to it.", None, panel=_CHOICES)
     device: str = setting("Device for the decompositions: auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
-    seed: int = setting("No effect; every command accepts a seed.", 0, panel=_RUN)
+    seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0, panel=_RUN)
     overwrite: bool = setting("Replace an existing file.", False, panel=_RUN)
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ class InspectConfig:
         "Directory for a copy of the report in all formats, with plots as SVG and PNG.", None, flags=("--output-dir", "-o")
     )
     device: str = setting("Device for the decompositions: auto, cpu, cuda or cuda:<index>.", "auto")
-    seed: int = setting("No effect; every command accepts a seed.", 0)
+    seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
 
     def __post_init__(self) -> None:
         """Check the values that need no file to check."""

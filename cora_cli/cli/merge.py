@@ -22,7 +22,7 @@ class MergeConfig:
         "Precision of the merged weights. stored: that of the base checkpoint; fp32 keeps small updates that bf16 rounds away.",
         "stored",
     )
-    seed: int = setting("No effect; every command accepts a seed.", 0)
+    seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
     trust_remote_code: bool = setting("Run Python code that comes with the model. Use only if you trust its author.", False)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 
 from cora_cli.cli.command import command
-from cora_cli.render.tables import with_interval
+from cora_cli.render.table import with_interval
 from cora_cli.training.config import TrainConfig
 
 

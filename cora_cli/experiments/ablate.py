@@ -30,7 +30,7 @@ from cora_cli.experiments.slurm import SlurmLauncher, left_jobs
 from cora_cli.experiments.steps import Kind, Plan, make_plan
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
-from cora_cli.render.tables import markdown_table
+from cora_cli.render.markdown_table import markdown_table
 from cora_cli.settings import DtypeName
 
 _HASHES = "hashes.json"

@@ -19,7 +19,8 @@ from cora_cli.experiments.tasks import LEARNING_RATE, TASK_BATCH, TASK_EVAL_LIMI
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
 from cora_cli.progress import say
-from cora_cli.render.tables import markdown_table, with_interval
+from cora_cli.render.markdown_table import markdown_table
+from cora_cli.render.table import with_interval
 from cora_cli.settings import DtypeName
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train

@@ -1,6 +1,6 @@
 """Reads grid files (YAML) and expands them to the rows of an experiment; checks every row before anything runs.
 
-It checks settings and names only. `inputs` finds models and data sets, `steps` plans the commands, `ledger` knows what is done.
+It checks settings and names only. `inputs` finds models and data sets, `steps` plans the commands, `ledger` tells which steps are complete.
 """
 
 import dataclasses

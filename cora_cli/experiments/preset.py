@@ -65,7 +65,7 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
         "batch_size": TASK_BATCH,
         "eval_limit": TASK_EVAL_LIMIT,
     }
-    made = f"The {len(pool)} source models are fine-tunes made here, {TASK_STEPS} steps each on {', '.join(renamed.values())}."
+    made = f"The {len(pool)} source models were fine-tuned here, {TASK_STEPS} steps each on {', '.join(renamed.values())}."
     conditions = [
         *(values.get("conditions") or ()),
         f"The base model is {model} instead of {values.get('model')}.",
@@ -187,7 +187,7 @@ class _Shapes:
             for share in sorted(self._shares)
         ]
         return found + [
-            f"A basis of rank {rank} was asked for; this model's narrowest weight allows {self._most}."
+            f"The basis has rank {self._most} instead of {rank}: this model's narrowest weight allows no more."
             for rank in sorted(self._ranks)
         ]
 

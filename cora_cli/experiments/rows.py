@@ -109,7 +109,7 @@ def build_row(settings: Values, varied: Collection[str], scope: Scope, where: st
 
 
 def _needs_basis(method: Method, values: Values) -> bool:
-    """Whether a row trains on a basis; where its mode can do without, it does unless the row says something of a basis."""
+    """Whether a row trains on a basis; if its mode does not require one, only if the row sets a basis or its sources."""
     return method.needs_basis(values.get("b_init")) or (
         method.uses_basis_if_given and not values.keys().isdisjoint(_SOURCE_KEYS | BASIS_KEYS)
     )

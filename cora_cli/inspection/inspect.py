@@ -15,7 +15,7 @@ from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side, m
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.inspection.measure import BASE, Directions, Findings, measure
 from cora_cli.inspection.prediction import Prediction, predict, used_bases
-from cora_cli.inspection.sharing import Verdict, judge
+from cora_cli.inspection.sharing_verdict import Verdict, judge
 from cora_cli.inspection.starts import known_starts
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.weights.sources import WeightSource, open_source

@@ -24,10 +24,11 @@ from cora_cli.inspection.measure import (
     Overlap,
     chance_of,
 )
-from cora_cli.inspection.sharing import RULE, shares_of
+from cora_cli.inspection.sharing_verdict import RULE, shares_of
 from cora_cli.inspection.spectra import LEVELS, needed, paper_note
 from cora_cli.render.canvas import Figure
-from cora_cli.render.document import Block, Cell, Heading, Items, Table, Text
+from cora_cli.render.document import Block, Heading, Items, Text
+from cora_cli.render.table import Cell, Table
 
 SHARES = (POOLED, MEAN, PAPER, OWN, START, CHANCE, CEILING, ALONG)
 _MOST_PAIRS = 28

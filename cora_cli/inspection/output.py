@@ -16,7 +16,7 @@ from cora_cli import __version__, rundir
 from cora_cli.errors import CoraError
 from cora_cli.inspection.inspect import Inspection
 from cora_cli.inspection.inspection_document import build_document
-from cora_cli.inspection.sharing import RULE
+from cora_cli.inspection.sharing_verdict import RULE
 from cora_cli.progress import say
 from cora_cli.render.canvas import Figure, write_plots
 from cora_cli.render.html import page

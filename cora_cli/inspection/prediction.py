@@ -21,9 +21,10 @@ from cora_cli.inspection.starts import start_of
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.reporting.collect import Result, collect
+from cora_cli.reporting.learning_rate_sweep import choose_learning_rates
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import find_experiments
-from cora_cli.reporting.statistics import Method, choose_learning_rates
+from cora_cli.reporting.statistics import MethodResults
 from cora_cli.weights.sources import WeightSource
 
 FEWEST = 4
@@ -105,7 +106,7 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
                 width = _width(plan)
                 stratum = f"{row.group}, {row.mode} r={row.rank}{'' if width == f'r={plan.rank}' else f', {width}'}"
                 rates = found.setdefault((stratum, key), {})
-                rates.setdefault((Method((result,)).identity, row.learning_rate), []).append(result)
+                rates.setdefault((MethodResults((result,)).identity, row.learning_rate), []).append(result)
     if not found:
         raise CoraError(
             f"no finished run in {', '.join(outputs)} has both a basis and a held-out loss; name other runs or leave --runs out"
@@ -113,7 +114,7 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
     return [
         _used(stratum, key, [result for method in chosen for result in method.results])
         for (stratum, key), rates in found.items()
-        for chosen, _ in [choose_learning_rates([Method(tuple(results)) for results in rates.values()])]
+        for chosen, _ in [choose_learning_rates([MethodResults(tuple(results)) for results in rates.values()])]
     ]
 
 

@@ -34,7 +34,8 @@ class LoraXs(Method):
         """V_rᵀ, and the product of U_r Σ_r with R = 0."""
         import torch
 
-        from cora_cli.methods.parts.factored import Factored, principal_factors
+        from cora_cli.methods.parts.factored import Factored
+        from cora_cli.methods.parts.singular import principal_factors
 
         a, outer_b = principal_factors(linear.weight, plan.rank)
         return a, Factored(torch.zeros(plan.rank, plan.rank), outer_b, outer_first=False)

@@ -140,7 +140,7 @@ class Method:
         )
 
     def needs_basis(self, b_init: str | None = None) -> bool:
-        """Whether a factor starts as a basis, given the start of B that was asked for."""
+        """Whether a factor starts as a basis, given the requested start of B."""
         return "basis" in (b_init or self.b_init, self.a_init)
 
     def inputs(self, plan: AdapterPlan) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Milora(Method):
         self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "torch.nn.Linear"
     ) -> "tuple[torch.Tensor, torch.Tensor]":
         """√(Σ_r / s) V_rᵀ and U_r √(Σ_r / s)."""
-        from cora_cli.methods.parts.factored import minor_factors
+        from cora_cli.methods.parts.singular import minor_factors
 
         return minor_factors(linear.weight, plan.rank, plan.scaling)
 

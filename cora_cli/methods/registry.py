@@ -12,7 +12,7 @@ from cora_cli import methods
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.methods.method import A_INNER, AS_THE_FILE_SAYS, B_INNER, SHARED_SETTINGS, A, B, Method, MethodSetting
 from cora_cli.methods.plan import AdapterPlan, AdapterRequest
-from cora_cli.render.tables import markdown_table
+from cora_cli.render.markdown_table import markdown_table
 
 BASELINE = "lora"
 """The method that every other one is compared with."""

@@ -6,6 +6,7 @@ Reports and inspections build a list of blocks, and `text`, `html` and `latex` e
 import dataclasses
 
 from cora_cli.render.canvas import Figure
+from cora_cli.render.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,43 +30,6 @@ class Items:
     """A list of sentences."""
 
     items: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A table cell: `text`, or a number with its `interval` (`± 0.012` or `[0.381, 0.405]`).
-
-    `published` is the number in a paper for the same quantity, shown in parentheses.
-    """
-
-    text: str = "–"
-    interval: str = ""
-    published: float | None = None
-    bold: bool = False
-
-    @property
-    def is_number(self) -> bool:
-        """Whether the text is a number with an interval."""
-        return bool(self.interval)
-
-    @property
-    def printed(self) -> str:
-        """The published number in parentheses, or an empty string."""
-        return "" if self.published is None else f"({self.published:g})"
-
-    def plain(self) -> str:
-        """All parts on one line."""
-        return " ".join(part for part in (self.text, self.interval, self.printed) if part)
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Rows of cells under headers, with notes below; the first column names the row."""
-
-    title: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    notes: tuple[str, ...]
 
 
 Block = Heading | Text | Items | Table | Figure

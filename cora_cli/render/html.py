@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from cora_cli.render.canvas import INK, Figure
-from cora_cli.render.document import Block, Cell, Heading, Items, Table, Text
+from cora_cli.render.document import Block, Heading, Items, Text
+from cora_cli.render.table import Cell, Table
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --ground: #fff; --raised: #f6f8fa; --accent: #0072b2; }

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from cora_cli.render.canvas import Figure
-from cora_cli.render.document import Block, Cell, Heading, Items, Table, Text
+from cora_cli.render.document import Block, Heading, Items, Text
+from cora_cli.render.table import Cell, Table
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",

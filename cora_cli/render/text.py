@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from cora_cli.render.canvas import Figure
-from cora_cli.render.document import Block, Cell, Heading, Items, Table, Text
-from cora_cli.render.tables import markdown_table
+from cora_cli.render.document import Block, Heading, Items, Text
+from cora_cli.render.markdown_table import markdown_table
+from cora_cli.render.table import Cell, Table
 
 
 def markdown(blocks: Iterable[Block]) -> str:

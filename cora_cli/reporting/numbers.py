@@ -19,7 +19,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from cora_cli.reporting.methods import methods_paragraphs
+from cora_cli.reporting.methods_section import methods_paragraphs
 from cora_cli.reporting.summary import Group, Line, Summary
 from cora_cli.reporting.verdict import Verdict
 

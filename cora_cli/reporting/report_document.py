@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from cora_cli.render.canvas import Figure
 from cora_cli.render.document import Block, Heading, Items, Text
-from cora_cli.reporting.methods import methods_paragraphs
+from cora_cli.reporting.methods_section import methods_paragraphs
 from cora_cli.reporting.summary import Group, Summary
 from cora_cli.reporting.tables import costs_table, scores_table, sweep_table, verdict_table
 from cora_cli.reporting.verdict import BASE

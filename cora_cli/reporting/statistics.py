@@ -20,7 +20,6 @@ LEVEL = 0.05
 """Differences with a corrected p-value below this level count as supported."""
 RESAMPLES = 4999
 """Resamples per paired test. `resamples_for` raises the number if many tests are corrected together."""
-VALIDATION, HELD_OUT = "validation loss", "held-out loss"
 SEEDS, EXAMPLES = "t-interval over seeds", "bootstrap over examples"
 
 
@@ -42,7 +41,7 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Method:
+class MethodResults:
     """Results that differ only by seed, sorted by seed."""
 
     results: tuple[Result, ...]
@@ -90,11 +89,11 @@ class Method:
         return Estimate(mean, mean - half, mean + half, SEEDS, measures[0].n, len(measures))
 
 
-def group_methods(results: Sequence[Result]) -> list[Method]:
+def group_methods(results: Sequence[Result]) -> list[MethodResults]:
     """Methods in the order of their first rows. Raises `CoraError` if two rows have the same settings and the same seed."""
     found: dict[tuple[object, ...], list[Result]] = {}
     for result in results:
-        found.setdefault((*Method((result,)).identity, result.row.learning_rate), []).append(result)
+        found.setdefault((*MethodResults((result,)).identity, result.row.learning_rate), []).append(result)
     methods = []
     for members in found.values():
         members.sort(key=lambda result: result.row.seed)
@@ -104,7 +103,7 @@ def group_methods(results: Sequence[Result]) -> list[Method]:
                     f"{one.row.name} and {other.row.name} are the same method with the same seed {one.row.seed}, so they would count "
                     "twice; report one of them, or give them different labels"
                 )
-        methods.append(Method(tuple(members)))
+        methods.append(MethodResults(tuple(members)))
     return methods
 
 
@@ -135,7 +134,9 @@ def resamples_for(tests: int) -> int:
     return max(RESAMPLES, 40 * tests - 1)
 
 
-def compare(one: Method, other: Method, name: str, seed: int = 0, resamples: int = RESAMPLES) -> PairedDifference | None:
+def compare(
+    one: MethodResults, other: MethodResults, name: str, seed: int = 0, resamples: int = RESAMPLES
+) -> PairedDifference | None:
     """`one` minus `other` over the same examples; the outputs of all seeds for one example stay together.
 
     The compared value is the mean over seeds of the corpus values. Returns None if either method lacks the measure.
@@ -157,13 +158,13 @@ def compare(one: Method, other: Method, name: str, seed: int = 0, resamples: int
     return paired_difference(first, second, value, resamples, seed)
 
 
-def best_methods(methods: Sequence[Method], names: Sequence[str], seed: int = 0) -> dict[str, tuple[int, float, bool]]:
+def best_methods(methods: Sequence[MethodResults], names: Sequence[str], seed: int = 0) -> dict[str, tuple[int, float, bool]]:
     """For each measure: the index of the best method, the largest p-value of its paired tests against every other method with the
     measure, Holm-corrected over all measures together, and whether it is better than each of them at every seed.
 
     Measures of fewer than two methods are left out. The best is supported if that p-value is below `LEVEL` and the seeds agree.
     """
-    pairs: list[tuple[str, int, Method]] = []
+    pairs: list[tuple[str, int, MethodResults]] = []
     places: dict[str, int] = {}
     for name in names:
         estimates = {index: estimate for index, method in enumerate(methods) if (estimate := method.estimate(name))}
@@ -182,7 +183,7 @@ def best_methods(methods: Sequence[Method], names: Sequence[str], seed: int = 0)
     return {name: (place, largest[name], agree[name]) for name, place in places.items()}
 
 
-def differences_by_seed(one: Method, other: Method, name: str) -> list[float]:
+def differences_by_seed(one: MethodResults, other: MethodResults, name: str) -> list[float]:
     """`one` minus `other` for every seed that both have. A base model has no seed and is compared with every seed."""
     ours, theirs = (
         {result.row.seed: result.measures[name].value for result in method.with_measure(name)} for method in (one, other)
@@ -192,39 +193,3 @@ def differences_by_seed(one: Method, other: Method, name: str) -> list[float]:
     elif one.first.row.run is None:
         ours = dict.fromkeys(theirs, next(iter(ours.values())))
     return [ours[key] - theirs[key] for key in sorted(ours.keys() & theirs.keys())]
-
-
-def choose_learning_rates(methods: Sequence[Method]) -> tuple[list[Method], str | None]:
-    """For each method trained at several learning rates, choose the rate with the lowest loss (mean over seeds).
-
-    The loss is the validation loss if every run of the sweep has one, else the held-out loss. Returns the chosen methods, and VALIDATION
-    or HELD_OUT, or None if there was nothing to choose. If the held-out loss is missing as well, all rates are kept.
-    """
-    rates: dict[tuple[object, ...], list[Method]] = {}
-    for method in methods:
-        rates.setdefault(method.identity, []).append(method)
-    swept = [method for candidates in rates.values() if len(candidates) > 1 for method in candidates]
-    validated = all(result.validation_loss is not None for method in swept for result in method.results)
-    chosen, any_choice = [], False
-    for candidates in rates.values():
-        losses = {index: loss for index, one in enumerate(candidates) if (loss := _selection_loss(one, validated)) is not None}
-        if len(candidates) > 1 and len(losses) == len(candidates):
-            any_choice = True
-            chosen.append(candidates[min(losses, key=losses.__getitem__)])
-        else:
-            chosen += candidates
-    return chosen, (VALIDATION if validated else HELD_OUT) if any_choice else None
-
-
-def _selection_loss(method: Method, validated: bool) -> float | None:
-    if validated:
-        losses = [loss for result in method.results if (loss := result.validation_loss) is not None]
-        return float(np.mean(losses)) if losses else None
-    estimate = method.estimate(LOSS)
-    return estimate.value if estimate else None
-
-
-def at_edge(method: Method, methods: Sequence[Method]) -> bool:
-    """Whether the method's learning rate is the lowest or the highest of its sweep; `methods` holds all rates of the sweep."""
-    rates = [other.first.row.learning_rate or 0.0 for other in methods if other.identity == method.identity]
-    return len(rates) > 1 and method.first.row.learning_rate in (min(rates), max(rates))

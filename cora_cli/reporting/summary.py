@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.experiments.paper import paper_row
 from cora_cli.reporting.collect import Collection, Result
+from cora_cli.reporting.learning_rate_sweep import choose_learning_rates
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.statistics import LEVEL, Estimate, Method, best_methods, choose_learning_rates, group_methods
+from cora_cli.reporting.statistics import LEVEL, Estimate, MethodResults, best_methods, group_methods
 from cora_cli.reporting.verdict import Verdict, judge
 
 
@@ -18,7 +19,7 @@ from cora_cli.reporting.verdict import Verdict, judge
 class Line:
     """One method of a group with its estimates and the paper's numbers, by measure. The main table shows the `chosen` lines."""
 
-    method: Method
+    method: MethodResults
     estimates: dict[str, Estimate]
     paper: dict[str, float]
     chosen: bool

@@ -6,8 +6,9 @@
 from collections.abc import Sequence
 
 from cora_cli.experiments.paper import paper, paper_tables
-from cora_cli.render.document import Cell, Table
-from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, VALIDATION, Estimate, at_edge
+from cora_cli.render.table import Cell, Table
+from cora_cli.reporting.learning_rate_sweep import VALIDATION, at_edge
+from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.verdict import Test, digits, title
 

@@ -11,7 +11,7 @@ from cora_cli.methods.registry import BASELINE
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import (
     LEVEL,
-    Method,
+    MethodResults,
     compare,
     differences_by_seed,
     higher_is_better,
@@ -54,8 +54,8 @@ class Test:
 class Comparison:
     """`one` minus `other` in every measure that both have; `other` is a control of the kind `role`."""
 
-    one: Method
-    other: Method
+    one: MethodResults
+    other: MethodResults
     role: str
     tests: tuple[Test, ...]
 
@@ -89,7 +89,7 @@ class Verdict:
     rule: str
 
 
-def judge(methods: Sequence[Method], measures: Sequence[str], seed: int = 0) -> Verdict:
+def judge(methods: Sequence[MethodResults], measures: Sequence[str], seed: int = 0) -> Verdict:
     """The verdict on one group of methods with the same data and evaluation; `seed` draws the resamples of the tests."""
     pairs = [(one, other, role) for one in methods if _informed(one) for other, role in _controls(one, methods)]
     planned = [
@@ -117,15 +117,15 @@ def judge(methods: Sequence[Method], measures: Sequence[str], seed: int = 0) -> 
     return Verdict(_headline(methods, comparisons), comparisons, rule)
 
 
-def _plan(method: Method) -> dict[str, object]:
+def _plan(method: MethodResults) -> dict[str, object]:
     return method.first.record.get("plan") or {}
 
 
-def _informed(method: Method) -> bool:
+def _informed(method: MethodResults) -> bool:
     return _plan(method).get("b_init") == "basis" and method.first.row.n_models != 0
 
 
-def _controls(one: Method, methods: Sequence[Method]) -> list[tuple[Method, str]]:
+def _controls(one: MethodResults, methods: Sequence[MethodResults]) -> list[tuple[MethodResults, str]]:
     row, trained = one.first.row, one.first.trained
     found = []
     for role in (RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE):
@@ -149,7 +149,7 @@ def _controls(one: Method, methods: Sequence[Method]) -> list[tuple[Method, str]
     return found
 
 
-def _test(one: Method, other: Method, name: str, paired: PairedDifference, p_holm: float) -> Test:
+def _test(one: MethodResults, other: MethodResults, name: str, paired: PairedDifference, p_holm: float) -> Test:
     sign = 1 if higher_is_better(name) else -1
     by_seed = differences_by_seed(one, other, name)
     agreeing = sum(difference * paired.difference > 0 for difference in by_seed)
@@ -160,7 +160,7 @@ def _test(one: Method, other: Method, name: str, paired: PairedDifference, p_hol
     return Test(name, paired, p_holm, outcome, agreeing, len(by_seed), over_seeds)
 
 
-def _headline(methods: Sequence[Method], comparisons: Sequence[Comparison]) -> str:
+def _headline(methods: Sequence[MethodResults], comparisons: Sequence[Comparison]) -> str:
     informed = [method.first.row for method in methods if _informed(method)]
     if not informed:
         return "No conclusion about an informed B: no method here takes its B from fine-tuned models. Train one with --mode fb --basis FILE."

@@ -42,7 +42,7 @@ class _SharedSettings:
         None,
         panel=_WHAT,
     )
-    rank: int = setting("Rank r of the adapter: the first r columns of the basis, so at most its rank R.", 48, panel=_WHAT)
+    rank: int = setting("Rank r of the adapter; it uses the first r columns of the basis, so r ≤ R.", 48, panel=_WHAT)
     alpha: float | None = setting("Numerator of the scaling s = alpha / r. Default: 2 r.", None, panel=_WHAT)
     rslora: bool = setting("Scale by alpha / √r instead of alpha / r.", False, panel=_WHAT)
     a_init: AInit | None = setting("Start of A, instead of the mode's default.", None, panel=_WHAT)
@@ -73,7 +73,7 @@ class _SharedSettings:
     max_length: int = setting(
         "Maximum length of an example in tokens; longer prompts are cut from the left.", 1024, panel=_DATA
     )
-    learning_rate: float = setting("Peak learning rate; sweep it for each mode.", 3e-4, panel=_OPTIM)
+    learning_rate: float = setting("Peak learning rate; tune it separately for each mode.", 3e-4, panel=_OPTIM)
     epochs: float = setting("Passes over the training records.", 1.0, panel=_OPTIM)
     max_steps: int | None = setting("Optimizer steps, instead of --epochs.", None, panel=_OPTIM)
     batch_size: int = setting("Examples per process and micro-batch, packed into one row.", 16, panel=_OPTIM)
@@ -85,7 +85,7 @@ class _SharedSettings:
         "Learning-rate schedule after warm-up.", "linear", panel=_OPTIM
     )
     weight_decay: float = setting("AdamW's weight decay.", 0.0, panel=_OPTIM)
-    max_grad_norm: float = setting("Clip the gradient norm to this value; 0: never.", 1.0, panel=_OPTIM)
+    max_grad_norm: float = setting("Clip the gradient norm to this value; 0 disables clipping.", 1.0, panel=_OPTIM)
     gradient_checkpointing: bool = setting(
         "Recompute activations in the backward pass: less memory, more time.", False, panel=_OPTIM
     )
@@ -161,8 +161,8 @@ class _SharedSettings:
     def _check_b(self, method: Method, plan: AdapterPlan) -> None:
         """Raise `UsageError` where `--compact` or `--basis` contradicts the start of B."""
         if self.compact and plan.trains_b:
-            too = "B too" if A in method.trained else "B"
-            raise UsageError(f"--compact stores A alone, but mode {self.mode} trains {too}; leave it out")
+            also = "also trains B" if A in method.trained else "trains B"
+            raise UsageError(f"--compact stores only A, but mode {self.mode} {also}; leave out --compact")
         if self.compact and not method.has_compact_form:
             raise UsageError(f"--compact needs a B that is frozen from a basis or a seed, which mode {self.mode} does not have")
         if plan.needs_basis and not self.basis:
@@ -199,7 +199,7 @@ class _SharedSettings:
         return {name: value for name, value in values.items() if value is not None}
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that determine the result; a resumed run must have the same ones. Runs recorded before `load_in_4bit` existed count as without it."""
+        """The settings that determine the result; a resumed run must have the same ones. A run recorded before `load_in_4bit` existed counts as trained without it."""
         left_out = NOT_PART_OF_THE_RESULT | frozenset(() if self.load_in_4bit else ("load_in_4bit",))
         return {name: value for name, value in self.as_dict().items() if name not in left_out}
 

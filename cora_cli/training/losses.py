@@ -1,6 +1,6 @@
 """Losses of the response tokens of a packed row, at the cost of their own logits and one pass over them.
 
-What they are summed to is the caller's: `trainer` for an optimizer batch, `heldout` for each record.
+The caller sums them: `trainer` over an optimizer batch, `heldout` over each record.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """The gradient, softmax minus one-hot, is made in the forward pass, where the exponentials are at hand."""
+    """The gradient, softmax minus one-hot, is computed in the forward pass, where the exponentials already exist."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -188,9 +188,11 @@ class AdapterSource(WeightSource):
     def _open_base(self) -> WeightSource:
         name, revision = self._own.config.get("base_model_name_or_path"), self._own.config.get("revision")
         if not name:
-            raise CoraError(f"{self.reference} does not name its base model; name it with --base")
+            raise CoraError(f"{self.reference} does not name its base model; pass it with --base")
         try:
             found = resolve_model(f"{name}@{revision}" if revision else name)
         except CoraError as error:
-            raise CoraError(f"cannot find the base model of adapter {self.reference} (name it with --base): {error}") from error
+            raise CoraError(
+                f"cannot find the base model of adapter {self.reference} (pass its path with --base): {error}"
+            ) from error
         return open_source(found)

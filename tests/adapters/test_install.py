@@ -319,5 +319,5 @@ def test_the_angle_meter_agrees_with_scipy_over_all_layers(scale, model, basis):
 
 @pytest.mark.parametrize("b_init", ["zeros", "ones"])
 def test_a_b_without_a_frame_has_no_angle(b_init, model):
-    with pytest.raises(CoraError, match=r"q_proj starts with dependent columns"):
+    with pytest.raises(CoraError, match=r"q_proj starts with linearly dependent columns"):
         AngleMeter(install_adapter(model, plan("tb", b_init=b_init), None))

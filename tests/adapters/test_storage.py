@@ -203,7 +203,7 @@ def test_a_compact_adapter_finds_a_basis_that_moved_and_refuses_without_it(copie
     facts = json.loads((copied_compact / SIDE_FILE).read_text())
     (copied_compact / SIDE_FILE).write_text(json.dumps({**facts, "basis": str(tmp_path / "gone.safetensors")}))
     assert "its B comes from the basis" in (message := failure(load(), copied_compact))
-    assert "gone.safetensors, which does not exist; name it with --basis" in message
+    assert "gone.safetensors, which does not exist; pass its path with --basis" in message
     moved = shutil.copy(tiny_basis, tmp_path / "moved.safetensors")
     wrapped = load_adapter(load(), resolve_model(str(copied_compact)), Path(moved))
     assert torch.equal(logits(wrapped), compact[1])

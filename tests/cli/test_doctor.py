@@ -22,14 +22,14 @@ def test_it_names_versions_device_precision_and_reasons() -> None:
     assert lines[0].startswith(f"cora {__version__}, Python 3.")
     for package in doctor.REQUIRED:
         assert any(re.fullmatch(rf"  {re.escape(package)} +\d+\.\d+\S*", line) for line in lines)
-    assert re.search(r"device cpu \(asked for\), (bf16|fp32) \(the processor has (no )?bfloat16 instructions\)", result.stdout)
+    assert re.search(r"device cpu \(requested\), (bf16|fp32) \(the processor has (no )?bfloat16 instructions\)", result.stdout)
     assert "packed attention cora_segments (CPU: causal attention per segment, shared prefixes once)" in result.stdout
     for name, use in doctor.OPTIONAL.items():
         assert any(line.split()[0] == name and line.endswith(use) for line in lines if line.startswith("  "))
 
 
 def test_a_precision_that_is_asked_for_is_named_as_such() -> None:
-    assert "fp32 (asked for)" in cora_doctor("--device=cpu", "--dtype=fp32").stdout
+    assert "fp32 (requested)" in cora_doctor("--device=cpu", "--dtype=fp32").stdout
 
 
 def test_missing_packages_are_listed_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:

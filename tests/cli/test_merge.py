@@ -139,7 +139,7 @@ def test_a_moved_basis_of_a_compact_run_is_named_by_its_flag(
     side.write_text(side.read_text().replace(str(tiny_basis), str(tmp_path / "gone.safetensors")))
     refused = cora_merge(run, "-o", tmp_path / "merged")
     assert refused.exit_code == 1
-    assert "name it with --basis" in refused.stderr
+    assert "pass its path with --basis" in refused.stderr
     assert not (tmp_path / "merged").exists()
     assert cora_merge(run, "-o", tmp_path / "merged", "--basis", tiny_basis).exit_code == 0
 

@@ -71,7 +71,7 @@ def test_a_compact_run_finds_a_moved_basis_by_its_flag_only(
     basis = Path(shutil.copy(tiny_basis, tmp_path / "basis.safetensors"))
     run = make_run(tiny_model, tiny_data, tmp_path / "run", mode="fb", rank=8, basis=str(basis), compact=True)
     moved = basis.rename(tmp_path / "moved.safetensors")
-    with pytest.raises(CoraError, match="name it with --basis"):
+    with pytest.raises(CoraError, match="pass its path with --basis"):
         evaluate_run(run)
     assert evaluate_run(run, basis=str(moved)).record["metrics"]["rouge1"]["n"] == HELD_OUT
 

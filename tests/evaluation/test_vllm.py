@@ -30,7 +30,7 @@ from cora_cli.rundir import RunDirectory
 
 from .helpers import FAST
 
-CPU = Hardware(torch.device("cpu"), torch.float32, "no CUDA device here", "asked for")
+CPU = Hardware(torch.device("cpu"), torch.float32, "no CUDA device here", "requested")
 GPU = Hardware(torch.device("cuda", 0), torch.bfloat16, "a GPU", "it has bf16")
 END = 7
 

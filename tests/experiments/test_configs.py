@@ -171,7 +171,7 @@ def test_the_small_preset_reports_where_grouped_queries_prevent_the_paper_s_sett
 def test_the_small_preset_limits_ranks_to_the_model_and_reports_it(tiny_model: Path) -> None:
     grid = paper_grid("figure-variance", "small", str(tiny_model))
     assert [row.basis_rank for row in grid.rows] == [31, 31]
-    assert "A basis of rank 4096 was asked for; this model's narrowest weight allows 31." in grid.conditions
+    assert "The basis has rank 31 instead of 4096: this model's narrowest weight allows no more." in grid.conditions
 
 
 def test_the_small_preset_gives_full_fine_tuning_its_own_learning_rate(tiny_model: Path) -> None:

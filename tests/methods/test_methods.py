@@ -116,7 +116,7 @@ def test_a_basis_of_the_other_side_is_refused(load, basis_for):
 
 
 @pytest.mark.parametrize("mode", OF_WEIGHTS)
-def test_starts_made_of_a_weight_are_its_singular_or_qr_factors(mode, load):
+def test_starts_computed_from_a_weight_equal_its_svd_or_qr_factors(mode, load):
     weights = {name: parameter.detach().double().numpy() for name, parameter in load().named_parameters()}
     made = plan(mode)
     for name, layer in lora_layers(install_adapter(load(), made, None)):
@@ -147,9 +147,7 @@ def test_starts_made_of_a_weight_are_its_singular_or_qr_factors(mode, load):
 @pytest.mark.parametrize("mode", OF_WEIGHTS)
 def test_a_rank_above_the_directions_of_a_weight_is_refused_before_the_model_is_touched(mode, load):
     model = load()
-    with pytest.raises(
-        CoraError, match=f"k_proj has only 32 singular directions, fewer than the --rank 33 that mode {mode} would take"
-    ):
+    with pytest.raises(CoraError, match=f"mode {mode} needs --rank ≤ 32 for .*k_proj, not 33"):
         install_adapter(model, plan(mode, rank=33), None)
     assert not any("lora" in name for name, _ in model.named_modules())
 
@@ -226,7 +224,8 @@ def test_a_stored_equivalent_is_not_trained_on(mode, load, tiny_model, tmp_path)
     move(wrapped)
     save_adapter(wrapped, tmp_path / "adapter", facts_of(made, tiny_model))
     with pytest.raises(
-        CoraError, match=f"of mode {mode} is stored as an equivalent plain LoRA; to train on, resume from the run's checkpoints"
+        CoraError,
+        match=f"of mode {mode} is stored as an equivalent plain LoRA; to continue training, resume from the run's checkpoints",
     ):
         load_adapter(load(), resolve_model(str(tmp_path / "adapter")), trainable=True)
 
@@ -255,19 +254,22 @@ def test_a_lora_from_a_file_trains_both_of_its_factors(load):
     ("values", "said"),
     [
         ({"peft_type": "LOHAA"}, "peft_type 'LOHAA' is none of .*LOHA"),
-        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING adapts no weights but what goes into the model"),
+        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING does not adapt linear layers"),
         ({"peft_type": "ADALORA"}, "ADALORA needs a call in each step"),
         ({"peft_type": "LORA", "rank": 3}, "PEFT refuses the configuration of LORA: .*rank"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "pissa, olora and mica are modes of their own"),
-        ({"peft_type": "SHADOW"}, "SHADOW adapts no weights but what goes into the model"),
-        ({"peft_type": "TRAINABLE_TOKENS"}, "TRAINABLE_TOKENS adapts no weights but what goes into the model"),
+        ({"peft_type": "SHADOW"}, "SHADOW does not adapt linear layers"),
+        ({"peft_type": "TRAINABLE_TOKENS"}, "TRAINABLE_TOKENS does not adapt linear layers"),
         ({"peft_type": "LILY"}, "LILY mixes its factors anew for each input, so that the adapter could not be merged"),
         ({"peft_type": "BEFT"}, "BEFT adds to the bias and not to the weight, so that the adapter could not be merged"),
-        ({"peft_type": "LORA", "target_parameters": ["x"]}, "target_parameters names parameters that are no linear layers"),
+        ({"peft_type": "LORA", "target_parameters": ["x"]}, "target_parameters names parameters outside linear layers"),
         ({"peft_type": "LORA", "lora_bias": True}, "lora_bias changes more than the weight"),
-        ({"peft_type": "LORA", "alora_invocation_tokens": [5]}, "alora_invocation_tokens changes a part of the tokens alone"),
-        ({"peft_type": "LORA", "task_type": "SEQ_CLS"}, "task_type 'SEQ_CLS' is another task than CAUSAL_LM"),
-        ({"peft_type": "LORA", "modules_to_save": ["lm_head"]}, "trains .*lm_head.*, not only tensors of its own"),
+        ({"peft_type": "LORA", "alora_invocation_tokens": [5]}, "alora_invocation_tokens applies to some tokens only"),
+        (
+            {"peft_type": "LORA", "task_type": "SEQ_CLS"},
+            "task_type must be CAUSAL_LM, the only task that `cora train` trains, not 'SEQ_CLS'",
+        ),
+        ({"peft_type": "LORA", "modules_to_save": ["lm_head"]}, "also trains .*lm_head.*, which is not part of the adapter"),
     ],
 )
 def test_a_file_that_describes_no_adapter_of_weights_is_refused_with_the_reason(values, said, load):
@@ -303,14 +305,14 @@ def test_a_value_of_the_wrong_type_is_refused_naming_the_field_and_what_it_takes
 @pytest.mark.parametrize(
     "kind", ["C3A", "FOURIERFT", "GRALORA", "HIRA", "HRA", "IA3", "LOHA", "LOKR", "LORA", "MISS", "OFT", "VBLORA"]
 )
-def test_a_configuration_as_peft_itself_writes_it_is_taken(kind, tmp_path):
+def test_a_configuration_written_by_peft_itself_is_accepted(kind, tmp_path):
     PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]().save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert None in written.values()
     assert configured(plan("peft", peft=written)).peft_type == kind
 
 
-def test_numbers_that_json_writes_without_a_point_and_alphas_with_one_are_taken():
+def test_integers_count_as_floats_and_alphas_may_have_a_decimal_point():
     made = configured(plan("peft", peft={**FOREIGN, "rank_dropout": 0, "alpha": 2.5}))
     assert (made.rank_dropout, made.alpha) == (0.0, 2.5)
 

@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cora_cli.render.document import Cell, Heading, Items, Table, Text
+from cora_cli.render.document import Heading, Items, Text
 from cora_cli.render.latex import escape, latex, latex_table
+from cora_cli.render.table import Cell, Table
 from tests.render.strict_latex import LatexError, check
 
 HARD = r"50 % of \a_{b} & #1 $x^2$ ~ <b> | ± – 日本 “x” é"

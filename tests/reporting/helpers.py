@@ -10,6 +10,9 @@ from cora_cli import rundir
 from cora_cli.evaluation.metrics import score_all
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.steps import Step
+from cora_cli.reporting.collect import Result
+from cora_cli.reporting.measures import LOSS, Measure
+from cora_cli.reporting.report_rows import Row
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.heldout import HeldOutLoss
 
@@ -34,6 +37,9 @@ WORDS = [
 ]
 METRICS = ("rouge1", "rougeL", "sacrebleu")
 B_INIT = {"lora": "zeros", "fb": "basis", "tb": "basis", "full": None, "base": None}
+
+
+ROW = Row("row", None, "g", "fb", "fb", 4, 1, (), 1e-3, 0, "m", "d", None, None, None)
 
 
 @dataclasses.dataclass
@@ -181,7 +187,7 @@ def write_run(path: Path, made: Made, generator: np.random.Generator, records: i
                 "device": "cpu",
                 "device_reason": "no GPU",
                 "dtype": "fp32",
-                "dtype_reason": "asked for",
+                "dtype_reason": "requested",
                 "threads": 1,
                 "processes": 1,
             },
@@ -234,3 +240,17 @@ def ladder(seeds: int = 2) -> list[Made]:
             Made("fb orthonormal", "fb", seed, 0.5, 1.0, b_init="orthonormal"),
         ]
     return rows
+
+
+def result(
+    label: str = "fb", seed: int = 0, rate: float | None = 1e-3, record: dict[str, Any] | None = None, **statistics: Any
+) -> Result:
+    """One finished row whose measures have these per-example statistics."""
+    measures: dict[str, Measure] = {}
+    for name, rows in statistics.items():
+        wide = np.asarray(rows, dtype=float)
+        wide = wide[:, None] if wide.ndim == 1 else wide
+        value = wide[:, 0].sum() / wide[:, 1].sum() if name == LOSS else wide[:, 0].mean()
+        measures[name] = Measure(float(value), (value - 0.1, value + 0.2), len(wide), "signature", wide)
+    row = dataclasses.replace(ROW, name=f"{label}-{rate}-{seed}", label=label, seed=seed, learning_rate=rate)
+    return Result(row, measures, record or {}, {}, [], "r", 10, 10)

@@ -1,5 +1,3 @@
-import dataclasses
-
 import numpy as np
 import pytest
 import sacrebleu
@@ -9,16 +7,12 @@ from hypothesis import strategies as st
 
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics.bleu import SacreBleu
-from cora_cli.reporting.collect import Result
-from cora_cli.reporting.measures import LOSS, Measure
-from cora_cli.reporting.report_rows import Row
+from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import (
     EXAMPLES,
     SEEDS,
-    Method,
-    at_edge,
+    MethodResults,
     best_methods,
-    choose_learning_rates,
     compare,
     group_methods,
     holm,
@@ -26,18 +20,7 @@ from cora_cli.reporting.statistics import (
     t_interval,
 )
 
-ROW = Row("row", None, "g", "fb", "fb", 4, 1, (), 1e-3, 0, "m", "d", None, None, None)
-
-
-def result(label="fb", seed=0, rate=1e-3, record=None, **statistics):
-    measures = {}
-    for name, rows in statistics.items():
-        wide = np.asarray(rows, dtype=float)
-        wide = wide[:, None] if wide.ndim == 1 else wide
-        value = wide[:, 0].sum() / wide[:, 1].sum() if name == LOSS else wide[:, 0].mean()
-        measures[name] = Measure(float(value), (value - 0.1, value + 0.2), len(wide), "signature", wide)
-    row = dataclasses.replace(ROW, name=f"{label}-{rate}-{seed}", label=label, seed=seed, learning_rate=rate)
-    return Result(row, measures, record or {}, {}, [], "r", 10, 10)
+from .helpers import result
 
 
 def scores(mean, n=50, seed=0):
@@ -74,21 +57,21 @@ def test_holm_lies_between_no_correction_and_bonferronis_and_keeps_the_order(p_v
 
 
 def test_one_seed_keeps_the_recorded_bootstrap_interval_and_several_get_a_t_interval():
-    one = Method((result(rouge1=[0.2, 0.4]),)).estimate("rouge1")
+    one = MethodResults((result(rouge1=[0.2, 0.4]),)).estimate("rouge1")
     assert (one.kind, one.low, one.high, one.seeds) == (EXAMPLES, pytest.approx(0.2), pytest.approx(0.5), 1)
-    several = Method((result(rouge1=[0.2, 0.4]), result(seed=1, rouge1=[0.4, 0.6]))).estimate("rouge1")
+    several = MethodResults((result(rouge1=[0.2, 0.4]), result(seed=1, rouge1=[0.4, 0.6]))).estimate("rouge1")
     assert (several.kind, several.value, several.seeds, several.n) == (SEEDS, pytest.approx(0.4), 2, 2)
     assert several.half_width == pytest.approx(12.7062 * 0.1, rel=1e-4)
 
 
 def test_runs_that_cannot_train_have_no_spread_over_seeds():
     frozen = {"is_base_model": True}
-    both = Method((result(record=frozen, rouge1=[0.2, 0.4]), result(seed=1, record=frozen, rouge1=[0.2, 0.4])))
+    both = MethodResults((result(record=frozen, rouge1=[0.2, 0.4]), result(seed=1, record=frozen, rouge1=[0.2, 0.4])))
     assert both.estimate("rouge1").kind == EXAMPLES
 
 
 def test_a_measure_that_no_seed_has_gives_no_estimate():
-    assert Method((result(),)).estimate("rouge1") is None
+    assert MethodResults((result(),)).estimate("rouge1") is None
 
 
 def test_rows_that_differ_only_by_seed_are_one_method():
@@ -106,8 +89,8 @@ def test_two_rows_of_one_method_and_seed_are_refused_by_name():
 
 
 def test_the_paired_test_is_that_of_the_means_over_seeds():
-    one = Method((result(rouge1=scores(0.5, seed=1)), result(seed=1, rouge1=scores(0.5, seed=2))))
-    other = Method((result(rouge1=scores(0.46, seed=3)),))
+    one = MethodResults((result(rouge1=scores(0.5, seed=1)), result(seed=1, rouge1=scores(0.5, seed=2))))
+    other = MethodResults((result(rouge1=scores(0.46, seed=3)),))
     found = compare(one, other, "rouge1")
     difference = (scores(0.5, seed=1) + scores(0.5, seed=2)) / 2 - scores(0.46, seed=3)
     reference = scipy.stats.permutation_test((difference,), np.mean, permutation_type="samples", n_resamples=9999, rng=0)
@@ -116,8 +99,8 @@ def test_the_paired_test_is_that_of_the_means_over_seeds():
 
 
 def test_the_held_out_loss_is_compared_as_a_ratio_of_sums():
-    one = Method((result(**{LOSS: [[2.0, 2], [9.0, 3]]}),))
-    other = Method((result(**{LOSS: [[1.0, 2], [3.0, 3]]}),))
+    one = MethodResults((result(**{LOSS: [[2.0, 2], [9.0, 3]]}),))
+    other = MethodResults((result(**{LOSS: [[1.0, 2], [3.0, 3]]}),))
     assert compare(one, other, LOSS).difference == pytest.approx(11 / 5 - 4 / 5)
 
 
@@ -131,14 +114,14 @@ def test_corpus_bleu_is_the_mean_over_seeds_of_each_seeds_own_corpus_value():
     bleu = SacreBleu()
     rows = [bleu.statistics(texts, references) for texts in answers]
     values = [sacrebleu.corpus_bleu(texts, [references]).score for texts in answers]
-    one = Method((result(sacrebleu=rows[0]), result(seed=1, sacrebleu=rows[1])))
-    found = compare(one, Method((result(sacrebleu=rows[2]),)), "sacrebleu")
+    one = MethodResults((result(sacrebleu=rows[0]), result(seed=1, sacrebleu=rows[1])))
+    found = compare(one, MethodResults((result(sacrebleu=rows[2]),)), "sacrebleu")
     assert found.difference == pytest.approx((values[0] + values[1]) / 2 - values[2])
 
 
 def test_the_best_is_supported_only_where_it_differs_from_every_other():
     low, high, near = (
-        Method((result(name, rouge1=scores(mean, seed=seed)),))
+        MethodResults((result(name, rouge1=scores(mean, seed=seed)),))
         for name, mean, seed in (("low", 0.2, 1), ("high", 0.8, 2), ("near", 0.79, 3))
     )
     assert best_methods([low, high], ["rouge1"]) == {"rouge1": (1, 1 / 5000, True)}
@@ -149,7 +132,7 @@ def test_the_best_is_supported_only_where_it_differs_from_every_other():
 
 def test_tests_of_all_measures_are_corrected_together():
     methods = [
-        Method((result(str(place), rouge1=scores(mean, seed=place), rougeL=scores(mean, seed=place + 10)),))
+        MethodResults((result(str(place), rouge1=scores(mean, seed=place), rougeL=scores(mean, seed=place + 10)),))
         for place, mean in enumerate((0.2, 0.8))
     ]
     found = best_methods(methods, ["rouge1", "rougeL"])
@@ -157,57 +140,24 @@ def test_tests_of_all_measures_are_corrected_together():
 
 
 def test_a_method_that_one_seed_puts_behind_is_not_the_supported_best():
-    high = Method(
+    high = MethodResults(
         tuple(result(f"high{seed}", seed=seed, rouge1=scores(mean, seed=seed)) for seed, mean in ((0, 0.95), (1, 0.3)))
     )
-    low = Method(tuple(result(f"low{seed}", seed=seed, rouge1=scores(0.4, seed=5 + seed)) for seed in (0, 1)))
+    low = MethodResults(tuple(result(f"low{seed}", seed=seed, rouge1=scores(0.4, seed=5 + seed)) for seed in (0, 1)))
     place, p_holm, seeds_agree = best_methods([high, low], ["rouge1"])["rouge1"]
     assert (place, p_holm < 0.05, seeds_agree) == (0, True, False)
 
 
 def test_of_losses_the_least_is_the_best():
-    methods = [Method((result(name, **{LOSS: [[loss * 2, 2], [loss * 3, 3]]}),)) for name, loss in (("a", 2.0), ("b", 1.0))]
+    methods = [
+        MethodResults((result(name, **{LOSS: [[loss * 2, 2], [loss * 3, 3]]}),)) for name, loss in (("a", 2.0), ("b", 1.0))
+    ]
     assert best_methods(methods, [LOSS])[LOSS][0] == 1
 
 
 def test_a_method_alone_is_not_the_best_of_anything():
-    assert best_methods([Method((result(rouge1=[0.1, 0.2]),))], ["rouge1"]) == {}
+    assert best_methods([MethodResults((result(rouge1=[0.1, 0.2]),))], ["rouge1"]) == {}
 
 
 def test_the_smallest_p_value_survives_the_correction_of_any_number_of_tests():
     assert all(tests / (1 + resamples_for(tests)) < 0.05 for tests in (1, 100, 250, 1000, 5000))
-
-
-def test_learning_rates_are_chosen_by_the_mean_held_out_loss_of_the_seeds():
-    def at(rate, seed, loss, label="fb"):
-        return result(label, seed, rate, **{LOSS: [[loss * 5, 5]]})
-
-    methods = group_methods([at(1e-4, 0, 1.0), at(1e-4, 1, 1.2), at(1e-3, 0, 0.9), at(1e-3, 1, 1.4), at(1e-3, 0, 2.0, "lora")])
-    chosen, selected_by = choose_learning_rates(methods)
-    assert [(m.first.row.label, m.first.row.learning_rate) for m in chosen] == [("fb", 1e-4), ("lora", 1e-3)]
-    assert selected_by == "held-out loss"
-
-
-def test_without_held_out_losses_every_learning_rate_stays():
-    methods = group_methods([result(rate=1e-4, rouge1=[0.1]), result(rate=1e-3, rouge1=[0.2])])
-    assert choose_learning_rates(methods) == (methods, None)
-
-
-def test_learning_rates_are_chosen_by_the_validation_loss_where_every_swept_run_has_one():
-    def at(rate, heldout, validation, label="fb"):
-        record = {"validation": {"loss": validation}} if validation else {}
-        return result(label, 0, rate, record, **{LOSS: [[heldout * 5, 5]]})
-
-    swept = [at(1e-4, 1.0, 2.0), at(1e-3, 2.0, 1.0)]
-    methods = group_methods([*swept, at(1e-3, 1.0, None, "lora")])
-    chosen, selected_by = choose_learning_rates(methods)
-    assert [method.first.row.learning_rate for method in chosen] == [1e-3, 1e-3]
-    assert selected_by == "validation loss"
-    chosen, selected_by = choose_learning_rates(group_methods([swept[0], at(1e-3, 2.0, None)]))
-    assert [method.first.row.learning_rate for method in chosen] == [1e-4]
-    assert selected_by == "held-out loss"
-
-
-def test_only_the_ends_of_a_sweep_are_its_edge():
-    methods = group_methods([result(rate=rate) for rate in (1e-4, 1e-3, 1e-2)] + [result("lora", rate=1e-4)])
-    assert [at_edge(method, methods) for method in methods] == [True, False, True, False]

@@ -68,8 +68,11 @@ NEEDED: dict[str, Any] = {"model": "m", "dataset": "d.jsonl", "output_dir": "o"}
             "--outer-rank must be at least --rank 48, not 47: the product cannot have a higher rank than k",
         ),
         ({"mode": "fa-basis"}, "mode fa-basis needs --basis FILE, written by `cora extract-basis --side input`"),
-        ({"mode": "tb", "basis": "b", "compact": True}, "--compact stores A alone, but mode tb trains B too; leave it out"),
-        ({"mode": "lora-fa", "compact": True}, "--compact stores A alone, but mode lora-fa trains B; leave it out"),
+        (
+            {"mode": "tb", "basis": "b", "compact": True},
+            "--compact stores only A, but mode tb also trains B; leave out --compact",
+        ),
+        ({"mode": "lora-fa", "compact": True}, "--compact stores only A, but mode lora-fa trains B; leave out --compact"),
         (
             {"mode": "mica", "compact": True},
             "--compact needs a B that is frozen from a basis or a seed, which mode mica does not have",

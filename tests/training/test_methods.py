@@ -76,7 +76,7 @@ def test_training_lowers_the_loss_and_trains_as_much_as_the_table_says(finished:
     assert record["parameters"]["trained"] == (METHODS[config.mode].parameters(shapes, plan) or by_hand)
 
 
-def test_a_resumed_run_is_the_run_that_was_not_stopped(finished: Run, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(finished: Run, tmp_path: Path) -> None:
     config, output, _ = finished
     again = tmp_path / "run"
     shutil.copytree(output, again)
@@ -92,7 +92,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(finished: Run, tmp_path: 
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_what_is_frozen_is_at_the_end_what_it_was_at_the_start(finished: Run) -> None:
+def test_frozen_weights_do_not_change_in_training(finished: Run) -> None:
     config, output, _ = finished
     plan = config.adapter_plan()
     assert plan is not None

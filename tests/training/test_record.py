@@ -1,4 +1,4 @@
-"""What a run's record says of the machine."""
+"""What a run's record says about the machine."""
 
 import subprocess
 import sys

@@ -113,7 +113,9 @@ def test_a_bin_adapter_reads_like_the_safetensors_one(copy, plain):
 
 def test_a_given_base_takes_the_place_of_a_stale_path(copy, grouped_models):
     change_config(copy, base_model_name_or_path="/nowhere/at/all")
-    with pytest.raises(CoraError, match=r"cannot find the base model of adapter .*copy \(name it with --base\): .*nowhere"):
+    with pytest.raises(
+        CoraError, match=r"cannot find the base model of adapter .*copy \(pass its path with --base\): .*nowhere"
+    ):
         open_source(local(copy))
     assert open_source(local(copy), open_source(local(grouped_models[0]))).shapes[Q0] == (16, 16)
 

@@ -36,26 +36,24 @@ def peft_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
     if kind not in known:
         raise CoraError(f"--peft-config: peft_type {values['peft_type']!r} is none of {', '.join(sorted(known))}")
     if kind in _OWN_LOOP:
-        raise CoraError(f"--peft-config: {kind} needs {_OWN_LOOP[kind]}, which `cora train` does not give")
-    made = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind]]
-    if "target_modules" not in {field.name for field in dataclasses.fields(made)} or kind in _NO_LINEAR_LAYER:
-        raise CoraError(
-            f"--peft-config: {kind} adapts no weights but what goes into the model, which `cora train` does not train"
-        )
+        raise CoraError(f"--peft-config: {kind} needs {_OWN_LOOP[kind]}, which `cora train` does not provide")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind]]
+    if "target_modules" not in {field.name for field in dataclasses.fields(config_class)} or kind in _NO_LINEAR_LAYER:
+        raise CoraError(f"--peft-config: {kind} does not adapt linear layers, the only ones that `cora train` adapts")
     if kind in _NOT_MERGED:
         raise CoraError(f"--peft-config: {kind} {_NOT_MERGED[kind]}, so that the adapter could not be merged")
     if values.get("task_type") not in (None, "CAUSAL_LM"):
         raise CoraError(
-            f"--peft-config: task_type {values['task_type']!r} is another task than CAUSAL_LM, which `cora train` trains"
+            f"--peft-config: task_type must be CAUSAL_LM, the only task that `cora train` trains, not {values['task_type']!r}"
         )
-    has_rank = "r" in {field.name for field in dataclasses.fields(made)}
+    has_rank = "r" in {field.name for field in dataclasses.fields(config_class)}
     settings = ({"r": rank} if has_rank else {}) | {
         key: value for key, value in values.items() if key not in ("peft_type", "inference_mode")
     }
-    types = get_type_hints(made)
+    types = get_type_hints(config_class)
     try:
         settings = {key: _typed(key, value, types.get(key, Any)) for key, value in settings.items()}
-        config = made(**{**settings, "task_type": "CAUSAL_LM"})
+        config = config_class(**{**settings, "task_type": "CAUSAL_LM"})
     except (TypeError, ValueError, ImportError) as error:
         raise refused(kind, error) from error
     if isinstance(config, LoraConfig) and config.init_lora_weights not in _STARTS:
@@ -65,13 +63,13 @@ def peft_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
         )
     if isinstance(config, LoraConfig) and config.target_parameters:
         raise CoraError(
-            "--peft-config: target_parameters names parameters that are no linear layers, which are not adapted here"
+            "--peft-config: target_parameters names parameters outside linear layers, which `cora train` does not adapt"
         )
     if isinstance(config, LoraConfig) and config.lora_bias:
         raise CoraError("--peft-config: lora_bias changes more than the weight, so that the adapter could not be merged")
     if isinstance(config, LoraConfig) and config.alora_invocation_tokens:
         raise CoraError(
-            "--peft-config: alora_invocation_tokens changes a part of the tokens alone, so that the adapter could not be merged"
+            "--peft-config: alora_invocation_tokens applies to some tokens only, so that the adapter could not be merged"
         )
     return config
 
@@ -103,5 +101,5 @@ def _in_words(expected: Any) -> str:
 
 
 def refused(kind: str, error: Exception) -> CoraError:
-    """What to raise where PEFT takes a file for wrong, when it reads it or when it builds the layers."""
+    """The error to raise when PEFT refuses a configuration, on reading it or on building the layers."""
     return CoraError(f"--peft-config: PEFT refuses the configuration of {kind}: {' '.join(str(error).split())}")

@@ -3,7 +3,7 @@
 import pytest
 
 from cora_cli.inspection.measure import BASE, CEILING, CHANCE, OWN, PAPER, POOLED, START, WEIGHTS, Capture, Findings, Overlap
-from cora_cli.inspection.sharing import RULE, judge
+from cora_cli.inspection.sharing_verdict import RULE, judge
 
 
 def findings(

@@ -16,9 +16,3 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
     return "\n".join([line(headers), rule, *map(line, rows)])
-
-
-def with_interval(value: float, interval: Sequence[float], digits: int) -> str:
-    """Value and interval as text: `0.123 [0.100, 0.150]`."""
-    low, high = interval
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cora_cli.render.tables import markdown_table, with_interval
+from cora_cli.render.markdown_table import markdown_table
+from cora_cli.render.table import with_interval
 
 cells = st.text("abc012 .", max_size=6)
 

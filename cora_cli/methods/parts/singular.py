@@ -1,0 +1,20 @@
+"""LoRA factors computed from the singular value decomposition of a weight matrix."""
+
+import torch
+
+
+def minor_factors(weight: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in) and B (out, r) with s·B·A = U_r Σ_r V_rᵀ, the part of the r smallest singular values of `weight` (out, in).
+
+    It is divided between them as PiSSA does with the largest: A = √(Σ_r / s) V_rᵀ, B = U_r √(Σ_r / s) (MiLoRA, arXiv 2406.09044,
+    section 3).
+    """
+    u, values, v = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    root = (values[-rank:] / scaling).sqrt()
+    return root[:, None] * v[-rank:], u[:, -rank:] * root
+
+
+def principal_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """V_rᵀ (r, in) and U_r Σ_r (out, r) of the r largest singular values of `weight` (out, in) (LoRA-XS, arXiv 2405.17604)."""
+    u, values, v = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    return v[:rank].contiguous(), u[:, :rank] * values[:rank]

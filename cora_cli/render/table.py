@@ -1,0 +1,50 @@
+"""A table and its cells: a number with its interval and, where a paper printed one, the published number.
+
+`text`, `html` and `latex` each write a cell in one format; `with_interval` is the one-line form of the commands' own output.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A table cell: `text`, or a number with its `interval` (`± 0.012` or `[0.381, 0.405]`).
+
+    `published` is the number in a paper for the same quantity, shown in parentheses.
+    """
+
+    text: str = "–"
+    interval: str = ""
+    published: float | None = None
+    bold: bool = False
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the text is a number with an interval."""
+        return bool(self.interval)
+
+    @property
+    def printed(self) -> str:
+        """The published number in parentheses, or an empty string."""
+        return "" if self.published is None else f"({self.published:g})"
+
+    def plain(self) -> str:
+        """All parts on one line."""
+        return " ".join(part for part in (self.text, self.interval, self.printed) if part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of cells under headers, with notes below; the first column names the row."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...]
+
+
+def with_interval(value: float, interval: Sequence[float], digits: int) -> str:
+    """Value and interval as text: `0.123 [0.100, 0.150]`."""
+    low, high = interval
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
