@@ -33,7 +33,7 @@ def load_work(dtype: str, dataset: str | None) -> tuple[Any, Any, list[list[int]
 
     from cora_cli.data.encode import encode_prompt
     from cora_cli.data.formats import load_split, load_test_records
-    from cora_cli.data.templates import render
+    from cora_cli.data.templates import Template
     from cora_cli.device import select_hardware
     from cora_cli.evaluation.generate import end_tokens
     from cora_cli.models.loading import load_model, load_tokenizer
@@ -43,7 +43,8 @@ def load_work(dtype: str, dataset: str | None) -> tuple[Any, Any, list[list[int]
     hardware = select_hardware("auto", "fp32" if dtype == "fp32" else "auto")
     tokenizer = load_tokenizer(path)
     records = load_split(dataset, PROMPTS, 0).test if dataset else load_test_records("builtin:code")[0][:PROMPTS]
-    prompts = [encode_prompt(render(record, "alpaca", "alpaca", tokenizer), tokenizer) for record in records]
+    template = Template("alpaca", "alpaca", tokenizer)
+    prompts = [encode_prompt(template.render(record), tokenizer) for record in records]
     model = load_model(path, hardware.dtype, hardware.device, "sdpa")
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -51,7 +52,7 @@ def load_work(dtype: str, dataset: str | None) -> tuple[Any, Any, list[list[int]
     for name, parameter in wrapped.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=B_STD)
-    return wrapped, tokenizer, prompts, end_tokens(model.generation_config.eos_token_id, tokenizer)
+    return wrapped, tokenizer, prompts, end_tokens(model.generation_config.eos_token_id, template.ends)
 
 
 def answer_as_cora(model: Any, tokenizer: Any, prompts: Sequence[list[int]], ends: list[int]) -> tuple[list[list[int]], float]:

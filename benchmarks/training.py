@@ -69,7 +69,8 @@ def load_work(attention: str, dtype: str, dataset: str | None) -> tuple[Any, Any
     from transformers import set_seed
 
     from cora_cli.data.encode import encode_records
-    from cora_cli.data.formats import load_split
+    from cora_cli.data.formats import Record, load_split
+    from cora_cli.data.templates import Template
     from cora_cli.device import select_hardware
     from cora_cli.models.loading import load_model, load_tokenizer
     from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
@@ -80,7 +81,9 @@ def load_work(attention: str, dtype: str, dataset: str | None) -> tuple[Any, Any
     path = resolve_model(EMBEDDED_MODEL)
     tokenizer = load_tokenizer(path)
     records = load_split(dataset, None, 0).train if dataset else stand_in(tokenizer)
-    examples = encode_records(records, "alpaca", "alpaca", tokenizer, MAX_LENGTH, "benchmark").examples
+    examples = encode_records(
+        [Record(record) for record in records], Template("alpaca", "alpaca", tokenizer), MAX_LENGTH, "benchmark"
+    ).examples
     model = load_model(path, hardware.dtype, hardware.device, attention)
     model.config.use_cache = False
     set_seed(0)

@@ -36,7 +36,7 @@ def merge_adapter(
     if base is None:
         base = base_of(adapter)
         check_base(adapter, base)
-    tokenizer = load_tokenizer(base, trust_remote_code)
+    tokenizer = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code)
     model = load_model(base, _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(adapted_layers(wrapped)))

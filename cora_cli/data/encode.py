@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from cora_cli.data.formats import Record, Schema
-from cora_cli.data.templates import Rendered, TemplateName, render
+from cora_cli.data.formats import Record, place_of
+from cora_cli.data.templates import Rendered, Template
 from cora_cli.errors import CoraError
 
 
@@ -22,14 +22,18 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedSet:
-    """Examples in the order of their records, and how many were changed to fit `max_length`.
+    """Examples in the order of their records, and how many of them need a word to the user.
 
-    `truncated` counts the prompts that lost their beginning, `dropped` the records whose response does not fit at all.
+    `truncated` counts the prompts that lost their beginning to fit `max_length`, `dropped` the records whose response does not fit
+    at all, `control_tokens` the records whose text spells a control token, and `apart` those that the chat template renders
+    otherwise than prompt and answer (`Rendered.own_turn`).
     """
 
     examples: list[Example]
     truncated: int
     dropped: int
+    control_tokens: int = 0
+    apart: int = 0
 
     @property
     def tokens(self) -> int:
@@ -43,37 +47,72 @@ class EncodedSet:
 
 
 def encode_records(
-    records: Sequence[Record], schema: Schema, template: TemplateName, tokenizer: Any, max_length: int, what: str
+    records: Sequence[Record], template: Template, max_length: int, what: str, rows: int | None = None
 ) -> EncodedSet:
     """Encode records for training.
 
     Examples longer than `max_length` lose prompt tokens from the left, except for the start token. An example is dropped if its
-    response and end token leave no room for a prompt token. Raises `CoraError` if all of `records` were dropped; `what` names
-    them in the message.
+    response and end token leave no room for a prompt token. `rows` is the number of rows of the model's embedding. Raises
+    `CoraError` if all of `records` were dropped (`what` names them in the message), and for a token without a row.
     """
     examples: list[Example] = []
-    truncated = dropped = 0
+    truncated = dropped = apart = 0
     for record in records:
-        rendered = render(record, schema, template, tokenizer)
-        prompt, response = split_tokens(rendered, tokenizer)
+        rendered = template.render(record)
+        prompt, response = split_tokens(rendered, template.tokenizer)
+        apart += not rendered.own_turn
+        if rows is not None:
+            check_rows([*prompt, *response], rows, place_of(record), template.tokenizer)
         room = max_length - len(response)
         if room < 1 or not prompt:
             dropped += 1
             continue
         if len(prompt) > room:
             truncated += 1
-            prompt = shorten_prompt(prompt, room, tokenizer)
+            prompt = shorten_prompt(prompt, room, template.tokenizer)
         examples.append(Example([*prompt, *response], len(prompt)))
     if records and not examples:
         raise CoraError(
             f"all {len(records)} {what} records were dropped: no response fits into --max-length {max_length}; "
             f"use a larger --max-length"
         )
-    return EncodedSet(examples, truncated, dropped)
+    return EncodedSet(examples, truncated, dropped, sum(map(template.spells_control_tokens, records)), apart)
+
+
+def notices(encoded: EncodedSet) -> list[str]:
+    """What the user should know about an encoded set, one phrase per fact."""
+    facts = (
+        (
+            encoded.truncated or encoded.dropped,
+            f"{encoded.truncated} prompts truncated, {encoded.dropped} records dropped as too long",
+        ),
+        (encoded.control_tokens, control_tokens_notice(encoded.control_tokens)),
+        (
+            encoded.apart,
+            f"{encoded.apart} answers trained as they are in the data, because the chat template renders the conversation otherwise "
+            "than its prompt followed by the answer",
+        ),
+    )
+    return [text for holds, text in facts if holds]
+
+
+def control_tokens_notice(count: int) -> str:
+    """Says that `count` records spell control tokens in their text."""
+    return f"{count} with control tokens spelled in their text, which the tokenizer takes for the tokens themselves"
+
+
+def check_rows(ids: Sequence[int], rows: int, where: str, tokenizer: Any) -> None:
+    """Raise `CoraError` naming the first token of `ids` that an embedding of `rows` rows does not have."""
+    if ids and max(ids) >= rows:
+        token = next(token for token in ids if token >= rows)
+        raise CoraError(
+            f"{where}: the token {tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, but the model's embedding has only "
+            f"{rows} rows; use the tokenizer that belongs to the model, or a model whose embedding was resized for this one"
+        )
 
 
 def split_tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokenize a rendered record into prompt ids and response ids; the response ends with the end token.
+    """Tokenize a rendered record into prompt ids and response ids; the response ends with its end token.
 
     If the boundary between them falls on a token boundary, both are tokenized as one text, so the response has the tokens that
     the model would generate. Otherwise each is tokenized separately, as in generation.
@@ -82,7 +121,7 @@ def split_tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[in
     joined = encode_prompt(dataclasses.replace(rendered, prompt=rendered.prompt + rendered.response), tokenizer)
     on_boundary = joined[: len(prompt)] == prompt
     response = joined[len(prompt) :] if on_boundary else _tokens(rendered.response, tokenizer)
-    end = [tokenizer.eos_token_id]
+    end = [tokenizer.eos_token_id if rendered.end is None else rendered.end]
     return prompt, response if response[-1:] == end else response + end  # the data may already contain the end token
 
 

@@ -1,25 +1,19 @@
-"""Read records from a built-in set, a local JSON, JSONL, CSV or Parquet file, or a hub id, and split off the held-out part.
+"""Recognise and check the records of a data set, and split off the held-out part.
 
-A record stays a plain dictionary in one of three schemas, recognised by its columns. `templates` turns records into text,
-`encode` into tokens.
+A record is a dictionary in one of three schemas, recognised by its columns. `readers` reads it from a file, `templates` turns it
+into text, `encode` into tokens.
 """
 
-import csv
 import dataclasses
-import io
 import json
 import random
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from cora_cli import rundir
+from cora_cli.data.readers import read_located
 from cora_cli.errors import CoraError, UsageError
 
-if TYPE_CHECKING:
-    from cora_cli.data.builtin import BuiltinSplit
-
-Record = dict[str, Any]
 Schema = Literal["alpaca", "prompt", "messages"]
 BUILTIN_PREFIX = "builtin:"
 SCHEMAS: dict[Schema, tuple[str, ...]] = {
@@ -27,6 +21,16 @@ SCHEMAS: dict[Schema, tuple[str, ...]] = {
     "prompt": ("prompt", "completion"),
     "messages": ("messages",),
 }
+TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
+"""Columns next to `messages` that the chat template receives as variables of the same name (the last one: as its entries)."""
+
+
+class Record(dict[str, Any]):
+    """One record by column name; `where` is its file and line, for messages."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = "a record") -> None:
+        super().__init__(values)
+        self.where = where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +57,17 @@ def schema_of(columns: set[str], where: str) -> Schema:
     for schema, needed in SCHEMAS.items():
         if columns >= set(needed):
             return schema
-    found = ", ".join(sorted(columns)) or "none"
+    found = f"the columns {', '.join(sorted(columns))}" if columns else "no columns"
     raise CoraError(
-        f"{where}: found the columns {found}; a record needs instruction, output (and input), or prompt, completion, "
-        f"or messages"
+        f"{where}: found {found}; a record needs instruction, output (and input), or prompt, completion, or messages"
     )
 
 
 def prompt_key(record: Record, schema: Schema) -> str:
     """A key that identifies a record's prompt, independent of its answer and its other columns."""
     if schema == "messages":
-        return json.dumps(record["messages"][:-1], sort_keys=True, ensure_ascii=False)
+        prompt = [record["messages"][:-1], *([extra] if (extra := template_values(record)) else [])]
+        return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
     if schema == "prompt":
         return str(record["prompt"])
     return json.dumps([record["instruction"], record["input"]], ensure_ascii=False)
@@ -77,11 +81,28 @@ def load_records(dataset: str) -> tuple[list[Record], Schema]:
     if dataset.startswith(BUILTIN_PREFIX):
         split = _builtin(dataset)
         return [*split.train, *split.test], "alpaca"
-    located = list(_read(dataset))
+    located = list(read_located(dataset))
     if not located:
         raise CoraError(f"{dataset} holds no records")
     schema = schema_of(_columns(*located[0]), located[0][0])
     return [_checked(record, schema, where) for where, record in located], schema
+
+
+def place_of(record: Mapping[str, Any]) -> str:
+    """The file and line of a record, for messages."""
+    return record.where if isinstance(record, Record) else "a record"
+
+
+def unused_columns(records: Iterable[Mapping[str, Any]], schema: Schema) -> list[str]:
+    """The columns of `records` that no template reads, sorted."""
+    used = {*SCHEMAS[schema], *(("input",) if schema == "alpaca" else TEMPLATE_COLUMNS if schema == "messages" else ())}
+    return sorted({name for record in records for name in record} - used)
+
+
+def template_values(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables that a record gives to the chat template besides its messages."""
+    found = {name: record[name] for name in TEMPLATE_COLUMNS if record.get(name)}
+    return {**{name: value for name, value in found.items() if isinstance(value, list)}, **found.get(TEMPLATE_COLUMNS[2], {})}
 
 
 def load_test_records(dataset: str) -> tuple[list[Record], Schema]:
@@ -123,8 +144,7 @@ def _split(dataset: str, test_size: float | None, seed: int) -> DataSplit:
     if test_size is not None and not (0 <= test_size < 1 or (test_size >= 1 and float(test_size).is_integer())):
         raise UsageError(f"--test-size must be a count, or a share between 0 and 1, not {test_size}")
     if dataset.startswith(BUILTIN_PREFIX) and test_size is None:
-        split = _builtin(dataset)
-        return DataSplit(split.train, split.test, "alpaca")
+        return _builtin(dataset)
     records, schema = load_records(dataset)
     size = 0.1 if test_size is None else test_size
     count = int(size) if size >= 1 else round(size * len(records))
@@ -143,120 +163,16 @@ def _split(dataset: str, test_size: float | None, seed: int) -> DataSplit:
     return DataSplit(train, test, schema, overlapping=len(rest) - len(train))
 
 
-def _builtin(dataset: str) -> "BuiltinSplit":
+def _builtin(dataset: str) -> DataSplit:
     from cora_cli.data.builtin import load_builtin
 
-    return load_builtin(dataset.removeprefix(BUILTIN_PREFIX))
-
-
-def _read(dataset: str) -> Iterator[tuple[str, Any]]:
-    path = Path(dataset).expanduser()
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-    if path.is_file():
-        reader = readers.get(path.suffix.lower())
-        if reader is None:
-            raise CoraError(f"{dataset} has the ending {path.suffix or '(none)'}; supported endings are {', '.join(readers)}")
-        return reader(path)
-    # The hub client would silently load a directory of that name.
-    if path.is_dir() or path.suffix.lower() in readers or path.is_absolute() or dataset.startswith((".", "~")):
-        raise CoraError(f"dataset {dataset} {'is a directory, not a file' if path.is_dir() else 'does not exist'}")
-    return _read_hub(dataset)
-
-
-def _text(path: Path) -> str:
-    try:
-        # Keep line ends unchanged: a quoted CSV field may contain any of them.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise CoraError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the elements of an array, each with the line on which it starts."""
-    text, decoder = _text(path), json.JSONDecoder()
-    end = _skip(text, 0)
-    if text[end : end + 1] != "[":
-        raise CoraError(f"{path}, line 1: expected an array of records, found {text[end : end + 20]!r}")
-    end, line, counted = _skip(text, end + 1), 1, 0
-    while text[end : end + 1] != "]":
-        line, counted = line + text.count("\n", counted, end), end
-        try:
-            record, end = decoder.raw_decode(text, end)
-        except json.JSONDecodeError as error:
-            raise CoraError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-        yield f"{path}, line {line}", record
-        end = _skip(text, end)
-        if text[end : end + 1] not in (",", "]"):
-            line += text.count("\n", counted, end)
-            raise CoraError(f"{path}, line {line}: not valid JSON (',' or ']' expected, found {text[end : end + 20]!r})")
-        if text[end] == ",":
-            end = _skip(text, end + 1)
-    rest = _skip(text, end + 1)
-    if rest < len(text):
-        line += text.count("\n", counted, rest)
-        raise CoraError(f"{path}, line {line}: not valid JSON (nothing may follow the array, found {text[rest : rest + 20]!r})")
-
-
-def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CoraError(f"{path}, line {number}: not valid JSON ({error.msg}): {line.strip()[:60]!r}") from error
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield rows as dictionaries by the header's names, with the line on which each starts; a quoted field may span lines."""
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    header: list[str] = []
-    while True:
-        where = f"{path}, line {reader.line_num + 1}"
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise CoraError(f"{where}: not valid CSV ({error})") from error
-        if row and not header:
-            header = row
-        elif row:
-            if len(row) != len(header):
-                raise CoraError(f"{where}: the row has {len(row)} columns, but the header has {len(header)}")
-            yield where, dict(zip(header, row, strict=True))
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise CoraError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row
-
-
-def _read_hub(dataset: str) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    name, _, revision = dataset.partition("@")
-    try:
-        rows = datasets.load_dataset(name, revision=revision or None, split="train")
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CoraError(f"dataset {dataset!r} is not a local file and could not be loaded from the hub: {reason}") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{dataset}, record {number}", row
+    split = load_builtin(dataset.removeprefix(BUILTIN_PREFIX))
+    parts = (("training", split.train), ("held-out", split.test))
+    train, test = (
+        [Record(record, f"{dataset}, {part} record {number}") for number, record in enumerate(records, start=1)]
+        for part, records in parts
+    )
+    return DataSplit(train, test, "alpaca")
 
 
 def _columns(where: str, record: Any) -> set[str]:
@@ -268,11 +184,14 @@ def _columns(where: str, record: Any) -> set[str]:
 def _checked(record: Any, schema: Schema, where: str) -> Record:
     columns = _columns(where, record)
     if missing := [name for name in SCHEMAS[schema] if name not in columns]:
-        found = ", ".join(sorted(columns)) or "none"
+        found = ", ".join(sorted(columns)) or "no columns"
         raise CoraError(f"{where}: column {', '.join(missing)} is missing; found {found}")
-    checked = {name: value for name, value in record.items() if name in SCHEMAS[schema] or _is_json(value)}
+    checked = Record({name: value for name, value in record.items() if name in SCHEMAS[schema] or _is_json(value)}, where)
     if schema == "messages":
         _check_messages(record["messages"], where)
+        for name in TEMPLATE_COLUMNS:
+            if name in record:
+                checked[name] = _template_value(name, record[name], where)
         return checked
     texts = SCHEMAS[schema]
     if schema == "alpaca":
@@ -285,6 +204,22 @@ def _checked(record: Any, schema: Schema, where: str) -> Record:
     return checked
 
 
+def _template_value(name: str, value: Any, where: str) -> Any:
+    """A column for the chat template; many data sets store it as JSON text, because its schema varies from row to row."""
+    found = value
+    if isinstance(value, str) and value.strip():
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            found = value
+    wanted, words = (dict, "an object") if name == "chat_template_kwargs" else (list, "a list")
+    if found is None or found == "":
+        return None
+    if not isinstance(found, wanted) or not _is_json(found):
+        raise CoraError(f"{where}: {name} must be {words}, or JSON text of one, not {json.dumps(value, default=str)[:60]}")
+    return found
+
+
 def _is_json(value: Any) -> bool:
     """Whether JSON can store a value: a date, NaN or half of an escaped surrogate pair cannot be stored."""
     try:
@@ -295,12 +230,19 @@ def _is_json(value: Any) -> bool:
 
 
 def _check_messages(messages: Any, where: str) -> None:
-    shape_ok = isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
+    shape_ok = (
+        isinstance(messages, list)
+        and len(messages) >= 2
+        and all(isinstance(one, dict) and isinstance(one.get("role"), str) and _has_content(one) for one in messages)
     )
-    if not shape_ok or len(messages) < 2 or messages[-1]["role"] != "assistant" or not _is_json(messages):
+    if not shape_ok or messages[-1]["role"] != "assistant" or not _is_json(messages):
         raise CoraError(
             f"{where}: messages must be a list of {{role, content}} that ends with the assistant's answer, not "
             f"{json.dumps(messages, default=str)[:120]}"
         )
+
+
+def _has_content(message: Mapping[str, Any]) -> bool:
+    """Whether a message says something: text, or the calls of an assistant whose text may then be missing."""
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))

@@ -5,10 +5,13 @@ is). Tokenization is done by `encode`.
 """
 
 import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
-from cora_cli.data.formats import Record, Schema
-from cora_cli.errors import CoraError
+from cora_cli.data.formats import Record, Schema, place_of, template_values
+from cora_cli.errors import CoraError, reason
 
 TemplateName = Literal["auto", "alpaca", "chat", "plain"]
 
@@ -21,15 +24,30 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
+_PROBE = "answer"
 
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A record as text. `special_tokens` says whether the tokenizer still has to add its start token before `prompt`."""
+    """A record as text.
+
+    `special_tokens` says whether the tokenizer still has to add its start token before `prompt`. `end` is the id of the token that
+    ends the response, None for the tokenizer's end token. `lead` is the part of `response` that the template, not the record, puts before the answer, such as an empty
+    block of thoughts. `own_turn` is False where the template renders the conversation with its answer otherwise than the prompt
+    followed by the answer, so that the answer is trained as the record has it.
+    """
 
     prompt: str
     response: str
     special_tokens: bool
+    end: int | None = None
+    lead: str = ""
+    own_turn: bool = True
+
+    @property
+    def answer(self) -> str:
+        """The response without `lead`: what a prediction is compared with."""
+        return self.response.removeprefix(self.lead)
 
 
 def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> TemplateName:
@@ -49,29 +67,137 @@ def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> T
     return template
 
 
-def render(record: Record, schema: Schema, template: TemplateName, tokenizer: Any) -> Rendered:
-    """Render one record with a template from `choose_template`.
+class Template:
+    """Renders the records of one schema; `name` is a template from `choose_template`."""
 
-    In a conversation of several turns the last answer is the response, and everything before it is the prompt.
-    """
-    if template == "chat":
-        messages, response = _as_messages(record, schema)
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return Rendered(prompt, response, special_tokens=False)
-    if schema == "prompt":
-        instruction, given, response = record["prompt"], "", record["completion"]
-    else:
-        instruction, given, response = record["instruction"], record["input"], record["output"]
-    if template == "plain":
-        return Rendered(f"{instruction}\n{given}" if given else instruction, response, special_tokens=True)
-    form = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
-    return Rendered(form.format(instruction=instruction, input=given), response, special_tokens=True)
+    def __init__(self, name: TemplateName, schema: Schema, tokenizer: Any) -> None:
+        self.name, self.schema, self.tokenizer = name, schema, tokenizer
+
+    @property
+    def ends(self) -> set[int]:
+        """Ids of the tokens that end an answer: the tokenizer's end token, and the one by which the chat template ends a turn."""
+        turn = {self._turn_end.token} if self.name == "chat" and self._turn_end else set()
+        return {self.tokenizer.eos_token_id, *turn}
+
+    def turns(self, record: Record) -> Iterator[Record]:
+        """The record as one record per answer: for each answer of a conversation, the conversation up to it."""
+        if self.schema != "messages":
+            yield record
+            return
+        for place, message in enumerate(record["messages"]):
+            if message["role"] == "assistant" and place > 0:
+                yield Record({**record, "messages": record["messages"][: place + 1]}, record.where)
+
+    def render(self, record: Mapping[str, Any]) -> Rendered:
+        """Render one record. In a conversation of several turns the last answer is the response, everything before it the prompt.
+
+        Raises `CoraError` naming the record's place if the chat template refuses it.
+        """
+        if self.name == "chat":
+            return self._render_chat(record)
+        if self.schema == "prompt":
+            instruction, given, response = record["prompt"], "", record["completion"]
+        else:
+            instruction, given, response = record["instruction"], record["input"], record["output"]
+        if self.name == "plain":
+            return Rendered(f"{instruction}\n{given}" if given else instruction, response, special_tokens=True)
+        form = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
+        return Rendered(form.format(instruction=instruction, input=given), response, special_tokens=True)
+
+    def spells_control_tokens(self, record: Mapping[str, Any]) -> bool:
+        """Whether a text of the record spells a control token, which the tokenizer takes for the token itself.
+
+        An end token at the end of the answer does not count.
+        """
+        messages = self._messages(record)
+        texts = [*(str(message.get("content") or "") for message in messages)]
+        texts[-1] = texts[-1].rstrip()
+        for end in map(self.tokenizer.convert_ids_to_tokens, sorted(self.ends)):
+            texts[-1] = texts[-1].removesuffix(end)
+        return any(self._control_tokens.search(text) for text in texts)
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        """The id of each special token by its text, the longest text first."""
+        added = {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        own = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        found = {text: index for text, index in {**added, **own}.items() if text.strip()}
+        return dict(sorted(found.items(), key=lambda pair: (-len(pair[0]), pair[0])))
+
+    @cached_property
+    def _turn_end(self) -> "_TurnEnd | None":
+        """How the chat template ends an answer; None where it refuses a conversation of two plain messages."""
+        try:
+            text = self._apply([{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}], {})
+        except Exception:  # templates raise what they like; `render` reports it for the records themselves
+            return None
+        tail = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
+        # Some checkpoints list their turn's end among the added tokens without calling it special.
+        added = {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        ends = {**added, **self._special}
+        places = {name: tail.find(name) for name in sorted(ends, key=len, reverse=True) if name in tail}
+        if not places:
+            return None
+        first = min(places, key=lambda name: (places[name], -len(name)))
+        return _TurnEnd(ends[first], first, tail[places[first] + len(first) :])
+
+    def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
+        messages, extra = self._messages(record), template_values(record) if self.schema == "messages" else {}
+        where = place_of(record)
+        try:
+            prompt = self._apply(messages[:-1], extra, add_generation_prompt=True)
+            whole = self._apply(messages, extra)
+        except Exception as error:  # templates raise what they like
+            raise CoraError(f"{where}: the chat template refuses the conversation: {reason(error)}") from error
+        content = messages[-1].get("content")
+        if not whole.startswith(prompt):
+            if not isinstance(content, str):
+                raise CoraError(f"{where}: the chat template gives the last message no text after the prompt")
+            end = self._turn_end.token if self._turn_end else None
+            return Rendered(prompt, content, special_tokens=False, end=end, own_turn=False)
+        response, end = self._without_end(whole[len(prompt) :])
+        lead = ""
+        if (
+            messages[-1].keys() <= {"role", "content"}
+            and isinstance(content, str)
+            and response.rstrip().endswith(content.strip())
+        ):
+            lead = response[: len(response.rstrip()) - len(content.strip())]
+        return Rendered(prompt, response, special_tokens=False, end=end, lead=lead)
+
+    def _without_end(self, rest: str) -> tuple[str, int | None]:
+        """The rendered answer without its end, and the id of the token that ends it (None: the tokenizer's end token)."""
+        if (turn := self._turn_end) and (rest.endswith(turn.text + turn.after)):
+            return rest.removesuffix(turn.text + turn.after), turn.token
+        # Another end than usual, such as Llama 3.1's after a call of a tool.
+        for text, token in self._special.items():
+            if rest.rstrip().endswith(text):
+                return rest.rstrip().removesuffix(text), token
+        return rest, None
+
+    def _apply(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], **options: bool) -> str:
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options, **extra))
+
+    def _messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The record as a conversation that ends with the answer."""
+        if self.schema == "messages":
+            return list(record["messages"])
+        if self.schema == "prompt":
+            user, answer = record["prompt"], record["completion"]
+        else:
+            user = f"{record['instruction']}\n\n{record['input']}" if record["input"] else record["instruction"]
+            answer = record["output"]
+        return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
 
 
-def _as_messages(record: Record, schema: Schema) -> tuple[list[dict[str, str]], str]:
-    if schema == "messages":
-        return record["messages"][:-1], record["messages"][-1]["content"]
-    if schema == "prompt":
-        return [{"role": "user", "content": record["prompt"]}], record["completion"]
-    user = f"{record['instruction']}\n\n{record['input']}" if record["input"] else record["instruction"]
-    return [{"role": "user", "content": user}], record["output"]
+@dataclasses.dataclass(frozen=True)
+class _TurnEnd:
+    """The token that ends an answer in a chat template: its id, its text, and what the template writes after it."""
+
+    token: int
+    text: str
+    after: str

@@ -5,7 +5,7 @@ It only loads models: `evaluate` selects the records, and the engine generates t
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +25,44 @@ from cora_cli.models.references import ModelPath
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """A model ready to generate: its context length in tokens, its end-token ids, and a function from prompts to an engine."""
+    """A model ready to generate: its context length in tokens, the rows of its embedding, its end-token ids, and a function from
+    prompts to an engine."""
 
     context: int
+    rows: int
     ends: list[int]
     start: Callable[[Sequence[Tokens]], Engine]
 
 
 def open_transformers(
-    config: EvaluateConfig, base: ModelPath, adapter: ModelPath | None, hardware: Hardware, tokenizer: Any
+    config: EvaluateConfig,
+    base: ModelPath,
+    adapter: ModelPath | None,
+    hardware: Hardware,
+    tokenizer: Any,
+    template_ends: Collection[int],
 ) -> Backend:
     """Load base and adapter with transformers. Raises `CoraError` if one of them cannot be loaded."""
     model: Any = load_model(base, hardware.dtype, hardware.device, None, config.trust_remote_code)
     if adapter is not None:
         wrapped = load_adapter(model, adapter, Path(config.basis) if config.basis else None)
         model = merged_into_base(wrapped, adapter) if config.merge else wrapped
-    ends = end_tokens(model.generation_config.eos_token_id, tokenizer)
+    ends = end_tokens(model.generation_config.eos_token_id, template_ends)
     return Backend(
         context_length(model.config),
+        model.get_input_embeddings().weight.shape[0],
         ends,
         lambda prompts: transformers_engine(model, tokenizer, ends, prompts, config.batch_size, config.max_new_tokens),
     )
 
 
 def open_vllm(
-    config: EvaluateConfig, base: ModelPath, adapter: ModelPath | None, hardware: Hardware, tokenizer: Any, scratch: Path
+    config: EvaluateConfig,
+    base: ModelPath,
+    adapter: ModelPath | None,
+    hardware: Hardware,
+    template_ends: Collection[int],
+    scratch: Path,
 ) -> Backend:
     """Prepare base and adapter for vLLM. `Backend.start` loads the model, with an adapter from a merged copy in `scratch`.
 
@@ -63,7 +76,7 @@ def open_vllm(
         own = GenerationConfig.from_pretrained(base.path).eos_token_id
     except OSError:  # generation_config.json is optional
         own = getattr(model_config, "eos_token_id", None)
-    ends = end_tokens(own, tokenizer)
+    ends = end_tokens(own, template_ends)
 
     def start(prompts: Sequence[Tokens]) -> Engine:
         longest = max(map(len, prompts)) + config.max_new_tokens
@@ -88,4 +101,4 @@ def open_vllm(
             )
             return engine(merged, None)
 
-    return Backend(context_length(model_config), ends, start)
+    return Backend(context_length(model_config), model_config.get_text_config(decoder=True).vocab_size, ends, start)

@@ -7,14 +7,15 @@ This module selects models and records, reuses complete predictions, and writes 
 import dataclasses
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
 from cora_cli.adapters.storage import base_of, check_base
-from cora_cli.data.encode import encode_prompt, shorten_prompt
-from cora_cli.data.formats import load_test_records
-from cora_cli.data.templates import choose_template, render
+from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
+from cora_cli.data.formats import BUILTIN_PREFIX, Record, load_test_records, place_of, unused_columns
+from cora_cli.data.templates import Template, choose_template
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import open_transformers, open_vllm
@@ -41,6 +42,11 @@ class Target:
     dataset: str
     template: str
     output: EvaluationDirectory
+
+    @property
+    def tokenizer(self) -> ModelPath:
+        """Where the tokenizer is: with the adapter if its directory holds one of its own, else with the base model."""
+        return self.adapter if self.adapter is not None and self.adapter.has_tokenizer else self.base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +131,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
     settings = {
         "model": target.base.reference,
         "model_sha256": base_sha256,
+        "tokenizer_sha256": target.tokenizer.tokenizer_hash(),
         "adapter_sha256": target.adapter and target.adapter.content_hash(),
         "merged": bool(target.adapter) and config.merge,
         "records_sha256": rundir.sha256_json(records),
@@ -137,16 +144,19 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
     out = target.output
     if not _predictions_are_complete(out, settings, config.overwrite):
         say(f"{target.name}: {hardware.describe()}")
-        tokenizer = load_tokenizer(target.base, config.trust_remote_code)
-        template = choose_template(target.template, schema, tokenizer)  # type: ignore[arg-type]
-        rendered = [render(record, schema, template, tokenizer) for record in records]
+        tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code)
+        template = Template(choose_template(target.template, schema, tokenizer), schema, tokenizer)  # type: ignore[arg-type]
+        rendered = [template.render(record) for record in records]
         ids = [encode_prompt(text, tokenizer) for text in rendered]
+        _say_about_records(target, records, template)
         if [] in ids:
             raise CoraError(f"{target.dataset}, record {ids.index([]) + 1}: the prompt is empty; remove the record")
         if config.backend == "vllm":
-            backend = open_vllm(config, target.base, target.adapter, hardware, tokenizer, out.root)
+            backend = open_vllm(config, target.base, target.adapter, hardware, template.ends, out.root)
         else:
-            backend = open_transformers(config, target.base, target.adapter, hardware, tokenizer)
+            backend = open_transformers(config, target.base, target.adapter, hardware, tokenizer, template.ends)
+        for record, prompt in zip(records, ids, strict=True):
+            check_rows(prompt, backend.rows, place_of(record), tokenizer)
         room = backend.context - config.max_new_tokens
         if room < 1:
             raise CoraError(
@@ -154,7 +164,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
                 "tokens"
             )
         requests = [
-            Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.response)
+            Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead)
             for prompt, text in zip(ids, rendered, strict=True)
         ]
         cut = sum(len(prompt) > room for prompt in ids)
@@ -176,6 +186,13 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
     return _score(config, target.name, out.predictions, out, hardware, rundir.read_json(out.generation))
 
 
+def _say_about_records(target: Target, records: Sequence[Record], template: Template) -> None:
+    if not target.dataset.startswith(BUILTIN_PREFIX) and (unused := unused_columns(records, template.schema)):
+        say(f"{target.dataset}: columns that are not used: {', '.join(unused)}")
+    if count := sum(map(template.spells_control_tokens, records)):
+        say(f"{target.dataset} has {len(records)} records, {control_tokens_notice(count)}")
+
+
 def _backend_settings(config: EvaluateConfig, target: Target, hardware: Hardware) -> dict[str, Any]:
     """Backend settings that can change the tokens. Raises `CoraError` if vLLM is requested but cannot run this target."""
     if config.backend == "transformers":
@@ -195,6 +212,8 @@ def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]
         raise CoraError(f"output directory {out.root} is a file; choose a new or empty directory")
     recorded = rundir.read_json(out.generation) if out.generation.exists() else {}
     theirs = recorded.get("settings", {})
+    if theirs and "tokenizer_sha256" not in theirs:  # written before the tokenizer's files were hashed
+        settings = {name: value for name, value in settings.items() if name != "tokenizer_sha256"}
     if theirs == settings:
         expected = recorded.get("predictions_sha256")
         if expected is None:  # interrupted: `generate` continues

@@ -7,7 +7,7 @@ repeats an unfinished wave completely, and so gives the same tokens as an uninte
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +22,15 @@ from cora_cli.rundir import EvaluationDirectory
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt to answer: its tokens, its text, and the reference answer."""
+    """One prompt to answer: its tokens, its text, and the reference answer.
+
+    `lead` is what the chat template puts before every answer (`templates.Rendered`); it is no part of a prediction.
+    """
 
     input_ids: list[int]
     prompt: str
     reference: str
+    lead: str = ""
 
 
 class Engine(Protocol):
@@ -87,9 +91,9 @@ def transformers_engine(
     return BatchedGenerate(model, ends, tokenizer.pad_token_id, batch_size, max_new_tokens)
 
 
-def end_tokens(own: int | list[int] | None, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's end token, and the model's `own` from its generation configuration."""
-    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
+def end_tokens(own: int | list[int] | None, ends: Collection[int]) -> list[int]:
+    """Ids that end an answer: the template's `ends`, and the model's `own` from its generation configuration."""
+    return sorted({*ends, *(own if isinstance(own, list) else [own] if own is not None else [])})
 
 
 def _earlier_lines(path: Path) -> dict[int, dict[str, Any]]:
@@ -107,7 +111,7 @@ def _line(index: int, request: Request, tokenizer: Any, ends: Sequence[int], ids
         "index": index,
         "prompt": request.prompt,
         "reference": request.reference,
-        "prediction": tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True),
+        "prediction": tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True).removeprefix(request.lead),
         "finish_reason": "stop" if stopped else "length",
         "new_tokens": len(ids),
     }

@@ -96,4 +96,5 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False) -> Any:
 
 def context_length(config: Any) -> int:
     """The longest sequence that the model supports, in tokens, according to its configuration."""
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
+    text = config.get_text_config(decoder=True)
+    return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2**31)

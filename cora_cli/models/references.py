@@ -14,6 +14,18 @@ from cora_cli.errors import CoraError
 
 EMBEDDED_MODEL = "builtin:smollm2"
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+)
 _SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -40,6 +52,16 @@ class ModelPath:
     def adapter_config(self) -> dict[str, Any]:
         """The adapter's `adapter_config.json`. Raises `CoraError` if it is missing or malformed."""
         return rundir.read_json(self.path / "adapter_config.json")
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the directory holds a tokenizer."""
+        return any((self.path / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
+
+    def tokenizer_hash(self) -> str:
+        """SHA-256 over the files that decide how text becomes tokens and which tokens end an answer."""
+        names = [*_TOKENIZER_FILES, "generation_config.json"]
+        return rundir.sha256_files(self.path / name for name in names if (self.path / name).exists())
 
     def weight_files(self) -> list[Path]:
         """The weight files: safetensors if there are any, else `.bin`. Raises `CoraError` if there are none.

@@ -19,7 +19,7 @@ from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import match_targets
 from cora_cli.data.encode import EncodedSet, encode_records
 from cora_cli.data.formats import DataSplit, load_split
-from cora_cli.data.templates import TemplateName, choose_template
+from cora_cli.data.templates import Template, choose_template
 from cora_cli.device import Hardware, PackedAttention, select_hardware, select_packed_attention
 from cora_cli.errors import CoraError
 from cora_cli.methods.plan import AdapterPlan
@@ -39,7 +39,7 @@ class Prepared:
     attention: PackedAttention
     model_path: ModelPath
     tokenizer: Any
-    template: TemplateName
+    template: Template
     data: DataSplit
     train: EncodedSet
     test: EncodedSet
@@ -88,7 +88,7 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.load_in_4bit:
         require_four_bit(hardware.device)
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)
-    template = choose_template(config.template, data.schema, tokenizer)
+    template = Template(choose_template(config.template, data.schema, tokenizer), data.schema, tokenizer)
     model_config = transformers.AutoConfig.from_pretrained(model_path.path, trust_remote_code=config.trust_remote_code)
     with torch.device("meta"):
         skeleton = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
@@ -97,9 +97,10 @@ def prepare(config: TrainConfig) -> Prepared:
         method.configuration(plan)
         target_linears(skeleton, plan.target_modules)
     longest = min(config.max_length, context_length(model_config))
-    train_set = encode_records(data.train, data.schema, template, tokenizer, longest, "training")
-    test_set = encode_records(data.test, data.schema, template, tokenizer, longest, "held-out")
-    validation_set = encode_records(data.validation, data.schema, template, tokenizer, longest, "validation")
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    train_set = encode_records(data.train, template, longest, "training", rows)
+    test_set = encode_records(data.test, template, longest, "held-out", rows)
+    validation_set = encode_records(data.validation, template, longest, "validation", rows)
     if config.eval_limit:
         test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
     attention = select_packed_attention(hardware.device.type)

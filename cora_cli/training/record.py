@@ -45,7 +45,7 @@ def first_record(config: TrainConfig, prepared: Prepared, fingerprint: dict[str,
         },
         "data": {
             "dataset": config.dataset,
-            "template": prepared.template,
+            "template": prepared.template.name,
             "train": _counts(prepared.train),
             "test": _counts(prepared.test),
             "validation": _counts(prepared.validation),

@@ -20,7 +20,8 @@ from cora_cli import rundir
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import AngleMeter, install_adapter
 from cora_cli.adapters.storage import save_adapter
-from cora_cli.data.encode import EncodedSet
+from cora_cli.data.encode import EncodedSet, notices
+from cora_cli.data.formats import unused_columns
 from cora_cli.errors import CoraError
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
@@ -128,10 +129,11 @@ def _load(config: TrainConfig, prepared: Prepared) -> torch.nn.Module:
 
 def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, record: dict[str, Any]) -> None:
     """Write the files that a run starts with; a resumption writes the same bytes again, except for the record's history."""
-    for name, key in (("training", "train"), ("held-out", "test"), ("validation", "validation")):
-        counts = record["data"][key]
-        if counts["truncated"] or counts["dropped"]:
-            say(f"{name} records: {counts['truncated']} prompts truncated, {counts['dropped']} records dropped as too long")
+    for name, encoded in (("training", prepared.train), ("held-out", prepared.test), ("validation", prepared.validation)):
+        for notice in notices(encoded):
+            say(f"{name} records: {notice}")
+    if unused := unused_columns([*prepared.data.train, *prepared.data.test], prepared.data.schema):
+        say(f"{config.dataset}: columns that are not used: {', '.join(unused)}")
     if prepared.data.overlapping:
         say(f"{prepared.data.overlapping} training records dropped: their prompts are also in the held-out or validation set")
     if run.exists():

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cora_cli import embedded
 from cora_cli.data.encode import encode_prompt, encode_records, split_tokens
-from cora_cli.data.templates import Rendered, choose_template
+from cora_cli.data.templates import Rendered, Template, choose_template
 from cora_cli.errors import CoraError
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=60)
@@ -80,7 +80,7 @@ def test_a_response_is_written_as_in_one_text_where_the_seam_is_a_token_boundary
 def test_the_loss_is_on_the_response_and_its_end_whatever_ids_they_hold(name):
     tokenizer = TOKENIZERS[name]
     records = prompt_records(("x</s>y</s>", "b</s>x"), ("x", ""), ("x", "ab</s>"))
-    encoded = encode_records(records, "prompt", "plain", tokenizer, 100, "training")
+    encoded = encode_records(records, Template("plain", "prompt", tokenizer), 100, "training")
     answers = [tokenizer.decode(example.input_ids[example.prompt_length :]) for example in encoded.examples]
     assert answers == ["b</s>x</s>", "</s>", "ab</s>"]
     assert encoded.response_tokens == 4 + 1 + 2
@@ -90,7 +90,7 @@ def test_the_loss_is_on_the_response_and_its_end_whatever_ids_they_hold(name):
 
 def test_a_chat_prompt_has_the_templates_own_start_tokens_only(embedded_tokenizer):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    encoded = encode_records([{"messages": messages}], "messages", "chat", embedded_tokenizer, 100, "training")
+    encoded = encode_records([{"messages": messages}], Template("chat", "messages", embedded_tokenizer), 100, "training")
     text = embedded_tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")
     assert embedded_tokenizer.decode(encoded.examples[0].input_ids) == text
 
@@ -99,7 +99,7 @@ def test_a_tokenizer_without_a_chat_template_gets_alpaca():
     tokenizer = TOKENIZERS["bos"]
     template = choose_template("auto", "alpaca", tokenizer)
     record = {"instruction": "Go.", "input": "", "output": "ok"}
-    example = encode_records([record], "alpaca", template, tokenizer, 1000, "training").examples[0]
+    example = encode_records([record], Template(template, "alpaca", tokenizer), 1000, "training").examples[0]
     text = tokenizer.decode(example.input_ids)
     assert text.startswith("<s>Below is an instruction")
     assert text.endswith("### Response:\nok</s>")
@@ -111,7 +111,7 @@ def test_what_is_too_long_loses_the_prompts_beginning_and_a_response_that_does_n
     tokenizer = TOKENIZERS["nothing"]
     short = {"prompt": "x", "completion": ""}
     long = {"prompt": "".join("cdefghijklmn"[:prompt]), "completion": "y" * response}
-    encoded = encode_records([short, long], "prompt", "plain", tokenizer, longest, "training")
+    encoded = encode_records([short, long], Template("plain", "prompt", tokenizer), longest, "training")
     room = longest - (response + 1)
     if room < 1:
         assert (len(encoded.examples), encoded.truncated, encoded.dropped) == (1, 0, 1)
@@ -127,7 +127,7 @@ def test_a_prompt_that_loses_its_beginning_keeps_its_start_token():
     record = {"prompt": "cdefgh", "completion": "y"}
     kept = []
     for longest in (9, 8, 5, 4, 3):
-        encoded = encode_records([record], "prompt", "plain", tokenizer, longest, "training")
+        encoded = encode_records([record], Template("plain", "prompt", tokenizer), longest, "training")
         assert len(encoded.examples[0].input_ids) == longest
         kept.append((tokenizer.decode(encoded.examples[0].input_ids), encoded.truncated))
     assert kept == [("<s>cdefghy</s>", 0), ("<s>defghy</s>", 1), ("<s>ghy</s>", 1), ("<s>hy</s>", 1), ("hy</s>", 1)]
@@ -135,12 +135,12 @@ def test_a_prompt_that_loses_its_beginning_keeps_its_start_token():
 
 def test_a_record_without_a_single_prompt_token_is_dropped():
     records = prompt_records(("", "a"), ("x", "a"))
-    assert encode_records(records, "prompt", "plain", TOKENIZERS["nothing"], 10, "training").dropped == 1
-    assert encode_records(records, "prompt", "plain", TOKENIZERS["bos"], 10, "training").dropped == 0
+    assert encode_records(records, Template("plain", "prompt", TOKENIZERS["nothing"]), 10, "training").dropped == 1
+    assert encode_records(records, Template("plain", "prompt", TOKENIZERS["bos"]), 10, "training").dropped == 0
 
 
 def test_nothing_left_is_an_error_that_names_the_records_and_the_length():
     records = prompt_records(("x", "y" * 20), ("x", "y" * 30))
     with pytest.raises(CoraError, match=r"all 2 training records were dropped.*--max-length 8"):
-        encode_records(records, "prompt", "plain", TOKENIZERS["nothing"], 8, "training")
-    assert encode_records([], "prompt", "plain", TOKENIZERS["nothing"], 8, "held-out").examples == []
+        encode_records(records, Template("plain", "prompt", TOKENIZERS["nothing"]), 8, "training")
+    assert encode_records([], Template("plain", "prompt", TOKENIZERS["nothing"]), 8, "held-out").examples == []

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cora_cli.data.formats import load_records, load_split, load_test_records, prompt_key, schema_of
+from cora_cli.data.formats import Record, load_records, load_split, load_test_records, prompt_key, schema_of, unused_columns
 from cora_cli.errors import CoraError, UsageError
 
 repeatable = settings(
@@ -208,7 +208,7 @@ def test_unknown_columns_are_named_with_the_supported_ones(tmp_path):
     message = failure(write(tmp_path / "a.csv", [{"question": "a", "answer": "b"}]))
     assert "found the columns answer, question" in message
     assert "instruction, output (and input), or prompt, completion, or messages" in message
-    with pytest.raises(CoraError, match="found the columns none"):
+    with pytest.raises(CoraError, match="found no columns"):
         schema_of(set(), "here")
 
 
@@ -383,3 +383,82 @@ def test_a_directory_is_not_handed_to_the_hub(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CoraError, match="dataset folder is a directory, not a file"):
         load_records("folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "instruction,output,output\n2+2?,4,\n", "line 1: two columns are named 'output'"),
+        (
+            "a.jsonl",
+            '{"prompt": "x", "completion": "y"}\n{"prompt": "a", "prompt": "b", "completion": "c"}\n',
+            "line 2: the key 'prompt' occurs",
+        ),
+        (
+            "a.json",
+            '[{"prompt": "x", "completion": "y"},\n {"prompt": "a", "completion": "c", "completion": ""}]',
+            "line 2: the key 'completion' occurs",
+        ),
+        (
+            "b.jsonl",
+            '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+            "line 1: the key 'content' occurs twice",
+        ),
+    ],
+)
+def test_a_column_or_key_that_is_named_twice_is_refused_by_name(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert message in failure(tmp_path / name)
+
+
+def test_a_parquet_column_that_is_named_twice_is_refused_by_name(tmp_path):
+    column = pyarrow.array(["a"])
+    table = pyarrow.Table.from_arrays([column, column, column], names=["prompt", "completion", "completion"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert "two columns are named 'completion'" in failure(tmp_path / "a.parquet")
+
+
+def test_cells_that_mean_missing_elsewhere_stay_text(tmp_path):
+    words = ["null", "NA", "None", "nan", "01234", "1.10", "true"]
+    (tmp_path / "a.csv").write_text("prompt,completion\n" + "".join(f"q,{word}\n" for word in words))
+    assert [record["completion"] for record in load_records(str(tmp_path / "a.csv"))[0]] == words
+
+
+def test_calls_read_from_parquet_have_their_own_arguments_only(tmp_path):
+    def call(**arguments):
+        return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+    records = [
+        {"messages": [{"role": "user", "content": "a"}, call(city="Rome")]},
+        {"messages": [{"role": "user", "content": "b"}, call(zone=3)]},
+    ]
+    found = load_records(str(write(tmp_path / "a.parquet", records)))[0]
+    functions = [record["messages"][-1]["tool_calls"][0]["function"] for record in found]
+    assert [function["arguments"] for function in functions] == [{"city": "Rome"}, {"zone": 3}]
+
+
+def test_tools_written_as_json_text_are_read_and_other_values_are_refused_with_their_line(tmp_path):
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    record = {**talk, "tools": json.dumps([{"name": "clock"}])}
+    assert load_records(str(write(tmp_path / "a.jsonl", [record])))[0][0]["tools"] == [{"name": "clock"}]
+    assert "line 1: tools must be a list" in failure(write(tmp_path / "b.jsonl", [{**talk, "tools": 7}]))
+
+
+def test_prompts_that_differ_only_in_their_tools_are_different(tmp_path):
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    keys = {
+        prompt_key(Record({**talk, **tools}), "messages")
+        for tools in ({}, {"tools": [{"name": "x"}]}, {"tools": [{"name": "y"}]})
+    }
+    assert len(keys) == 3
+
+
+def test_columns_that_no_template_reads_are_listed():
+    records = [{**ALPACA, "id": 1}, {**ALPACA, "source": "x"}]
+    assert unused_columns(records, "alpaca") == ["id", "source"]
+    assert unused_columns([{"messages": [], "tools": [], "chosen": 1}], "messages") == ["chosen"]
+
+
+def test_records_know_their_file_and_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", [ALPACA, ALPACA])
+    assert [record.where for record in load_records(str(path))[0]] == [f"{path}, line 1", f"{path}, line 2"]

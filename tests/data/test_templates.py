@@ -2,7 +2,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from cora_cli import embedded
-from cora_cli.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Rendered, choose_template, render
+from cora_cli.data.encode import encode_records
+from cora_cli.data.formats import Record
+from cora_cli.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Rendered, Template, choose_template
 from cora_cli.errors import CoraError
 
 
@@ -65,25 +67,27 @@ def test_a_conversation_fits_no_other_template(template, chat):
 
 
 def test_alpaca_has_two_forms_and_braces_of_the_data_are_only_text():
-    with_input = render(ALPACA, "alpaca", "alpaca", Plain())
+    with_input = Template("alpaca", "alpaca", Plain()).render(ALPACA)
     assert with_input.prompt == ALPACA_WITH_INPUT.replace("{instruction}", "Translate {this}.").replace("{input}", "a {b} {")
     assert "### Input:\na {b} {\n\n### Response:\n" in with_input.prompt
-    bare = render(BARE, "alpaca", "alpaca", Plain())
+    bare = Template("alpaca", "alpaca", Plain()).render(BARE)
     assert bare.prompt == ALPACA_WITHOUT_INPUT.replace("{instruction}", "Translate {this}.")
     assert "Input" not in bare.prompt
     assert with_input.response == bare.response == "c"
     assert with_input.special_tokens
-    assert render(PAIR, "prompt", "alpaca", Plain()).prompt == ALPACA_WITHOUT_INPUT.replace("{instruction}", "Once upon")
+    assert Template("alpaca", "prompt", Plain()).render(PAIR).prompt == ALPACA_WITHOUT_INPUT.replace(
+        "{instruction}", "Once upon"
+    )
 
 
 def test_plain_leaves_a_pair_as_it_is_and_joins_instruction_and_input():
-    assert render(PAIR, "prompt", "plain", Plain()) == Rendered("Once upon", " a time", special_tokens=True)
-    assert render(ALPACA, "alpaca", "plain", Plain()).prompt == "Translate {this}.\na {b} {"
-    assert render(BARE, "alpaca", "plain", Plain()).prompt == "Translate {this}."
+    assert Template("plain", "prompt", Plain()).render(PAIR) == Rendered("Once upon", " a time", special_tokens=True)
+    assert Template("plain", "alpaca", Plain()).render(ALPACA).prompt == "Translate {this}.\na {b} {"
+    assert Template("plain", "alpaca", Plain()).render(BARE).prompt == "Translate {this}."
 
 
 def test_the_last_answer_of_a_conversation_is_the_response_and_all_before_is_the_prompt(chat):
-    rendered = render(TALK, "messages", "chat", chat)
+    rendered = Template("chat", "messages", chat).render(TALK)
     assert rendered.response == "2"
     assert rendered.prompt == chat.apply_chat_template(TALK["messages"][:-1], tokenize=False, add_generation_prompt=True)
     assert rendered.prompt.endswith("<|im_start|>assistant\n")
@@ -97,4 +101,107 @@ def test_the_last_answer_of_a_conversation_is_the_response_and_all_before_is_the
 )
 def test_other_records_become_one_question_of_the_user(record, schema, user, chat):
     expected = chat.apply_chat_template([{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True)
-    assert render(record, schema, "chat", chat).prompt == expected
+    assert Template("chat", schema, chat).render(record).prompt == expected
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+BLOCK = "<think>\n\n</think>\n\n"
+
+
+def with_template(text, eos="<|endoftext|>"):
+    tokenizer = AutoTokenizer.from_pretrained(embedded.model_directory())
+    tokenizer.chat_template, tokenizer.eos_token = text, eos
+    return tokenizer
+
+
+def test_an_answer_ends_with_the_token_by_which_the_template_ends_a_turn():
+    tokenizer = with_template(CHATML)
+    template = Template("chat", "messages", tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    rendered = template.render(TALK)
+    assert (rendered.response, rendered.end) == ("2", end)
+    assert template.ends == {end, tokenizer.eos_token_id}
+    assert Template("alpaca", "alpaca", tokenizer).ends == {tokenizer.eos_token_id}
+    assert encode_records([TALK], template, 200, "training").examples[0].input_ids[-1] == end
+
+
+def test_a_template_without_an_end_of_a_turn_leaves_the_tokenizers_end_token():
+    template = Template(
+        "chat", "messages", with_template("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    )
+    assert template.ends == {template.tokenizer.eos_token_id}
+    assert template.render(TALK).end is None
+
+
+def test_another_end_than_usual_is_the_end_of_that_answer():
+    called = "{% if m['tool_calls'] %}call<|endoftext|>{% else %}{{ m['content'] }}<|im_end|>{% endif %}"
+    tokenizer = with_template(CHATML.replace("{{ m['content'] }}<|im_end|>", called))
+    record = {"messages": [TALK["messages"][1], {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}]}
+    rendered = Template("chat", "messages", tokenizer).render(record)
+    assert (rendered.response, rendered.answer, rendered.end) == ("call", "call", tokenizer.eos_token_id)
+
+
+def test_tools_documents_and_template_arguments_reach_the_template():
+    tokenizer = with_template(TOOLS + "{{ documents }}{{ style }}" + CHATML)
+    record = {**TALK, "tools": [{"name": "clock"}], "documents": [{"text": "d"}], "chat_template_kwargs": {"style": "terse"}}
+    prompt = Template("chat", "messages", tokenizer).render(record).prompt
+    assert '"clock"' in prompt
+    assert "[{'text': 'd'}]terse" in prompt
+
+
+def test_a_block_that_the_template_puts_before_an_answer_is_trained_but_no_part_of_the_reference():
+    thinking = CHATML.replace(
+        "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}" + BLOCK + "{% endif %}{{ m['content'] }}"
+    )
+    rendered = Template("chat", "messages", with_template(thinking)).render(TALK)
+    assert (rendered.response, rendered.lead, rendered.answer) == (BLOCK + "2", BLOCK, "2")
+    assert rendered.own_turn
+
+
+def test_an_answer_that_the_template_renders_otherwise_is_trained_as_written_and_counted():
+    opened = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    template = Template("chat", "messages", with_template(opened))
+    rendered = template.render(TALK)
+    assert rendered.prompt.endswith("assistant\n<think>\n")
+    assert (rendered.response, rendered.own_turn) == ("2", False)
+    assert encode_records([TALK], template, 200, "training").apart == 1
+
+
+def test_a_template_that_refuses_a_conversation_is_quoted_with_the_records_place():
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML
+    template = Template("chat", "messages", with_template(refusing))
+    with pytest.raises(CoraError, match=r"a\.jsonl, line 7: the chat template refuses the conversation: no system role here"):
+        template.render(Record(TALK, "a.jsonl, line 7"))
+
+
+def test_control_tokens_spelled_in_a_text_are_counted_but_not_the_end_of_an_answer(chat):
+    template = Template("chat", "prompt", chat)
+    spelled = [
+        {"prompt": "what does <|im_end|> mean?", "completion": "a"},
+        {"prompt": "q", "completion": "it is <|im_start|>."},
+        {"prompt": "q", "completion": "a<|im_end|>"},
+        {"prompt": "q", "completion": "a"},
+    ]
+    assert [template.spells_control_tokens(record) for record in spelled] == [True, True, False, False]
+    assert encode_records(spelled, template, 200, "training").control_tokens == 2
+
+
+def test_every_answer_of_a_conversation_is_a_turn(chat):
+    turns = list(Template("chat", "messages", chat).turns(Record(TALK, "here")))
+    assert [turn["messages"] for turn in turns] == [TALK["messages"][:3], TALK["messages"]]
+    assert {turn.where for turn in turns} == {"here"}
+
+
+def test_a_token_without_an_embedding_row_is_refused_by_name(chat):
+    record = Record({"prompt": "x", "completion": "y"}, "a.jsonl, line 2")
+    template = Template("plain", "prompt", chat)
+    rows = chat.eos_token_id
+    with pytest.raises(
+        CoraError, match=rf"a.jsonl, line 2: the token .* has the id \d+, but the model's embedding has only {rows} rows"
+    ):
+        encode_records([record], template, 200, "training", rows)
+    assert encode_records([record], template, 200, "training", len(chat)).examples

@@ -46,7 +46,7 @@ def answer_all(
 ) -> dict[str, Any]:
     """`generate` with the pool, or with transformers' own loop."""
     prompts = [request.input_ids for request in requests]
-    ends = end_tokens(model.generation_config.eos_token_id, tokenizer)
+    ends = end_tokens(model.generation_config.eos_token_id, [tokenizer.eos_token_id])
     if kind == "pool":
         engine: Engine = transformers_engine(model, tokenizer, ends, prompts, batch_size, max_new_tokens)
         assert isinstance(engine, PooledDecoder)

@@ -18,6 +18,7 @@ from cora_cli.adapters.storage import load_adapter
 from cora_cli.data.batches import GlobalBatches
 from cora_cli.data.encode import Example, encode_records
 from cora_cli.data.formats import load_split
+from cora_cli.data.templates import Template
 from cora_cli.methods.parts.starts import start_a
 from cora_cli.models.references import resolve_model
 from cora_cli.training.config import TrainConfig
@@ -48,7 +49,7 @@ def settings_of(mode: str, basis: Path) -> dict[str, Any]:
 def encoded(config: TrainConfig, part: str) -> list[Example]:
     data = load_split(config.dataset, config.test_size, config.split_seed, config.validation_size)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
-    return encode_records(getattr(data, part), data.schema, "chat", tokenizer, 512, part).examples
+    return encode_records(getattr(data, part), Template("chat", data.schema, tokenizer), 512, part).examples
 
 
 def padded(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
