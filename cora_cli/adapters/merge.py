@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from cora_cli import rundir
 from cora_cli.adapters.storage import base_of, check_base, load_adapter
 from cora_cli.errors import CoraError, reason
 from cora_cli.methods.parts.layers import adapted_layers
-from cora_cli.models.loading import load_model, load_tokenizer
+from cora_cli.models.loading import load_model, load_tokenizer, stored_types
 from cora_cli.models.references import ModelPath
 
 _DTYPES: dict[str, torch.dtype | str] = {"stored": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -27,7 +28,7 @@ def merge_adapter(
 ) -> int:
     """Write W + s·B·A in place of W for every adapted layer, with the tokenizer; returns the number of those layers.
 
-    A given `base` is used as it is; it may be the same model in another precision. `dtype` is `stored` (the base's own), `bf16` or `fp32`. Raises `CoraError` where `output` exists or the adapter does not fit.
+    A given `base` is used as it is; it may be the same model in another precision. `dtype` is `stored` (that of each weight in the base's files), `bf16` or `fp32`. Raises `CoraError` where `output` exists or the adapter does not fit.
     """
     if output.exists():
         raise CoraError(f"{output} exists already; choose a new directory")
@@ -37,10 +38,15 @@ def merge_adapter(
         base = base_of(adapter)
         check_base(adapter, base)
     tokenizer = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code)
-    model = load_model(base, _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
+    stored = stored_types(base, trust_remote_code) if dtype == "stored" else {}
+    widest = max(stored.values(), key=lambda kind: torch.finfo(kind).bits, default=None)
+    model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(adapted_layers(wrapped)))
     merged = merged_into_base(wrapped, adapter, safe=True)
+    for name, parameter in merged.named_parameters():
+        if name in stored:
+            parameter.data = parameter.data.to(stored[name])
     try:
         with rundir.atomic_path(output) as temporary:
             merged.save_pretrained(temporary)
@@ -57,7 +63,26 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
 
     Raises `CoraError` for a method of PEFT that has no change of the weights to merge.
     """
+    _separate_tied_weights(wrapped)
     try:
-        return wrapped.merge_and_unload(safe_merge=safe)
+        merged: Any = wrapped.merge_and_unload(safe_merge=safe)
     except (ValueError, NotImplementedError) as error:
         raise CoraError(f"adapter {adapter.reference} cannot be merged: {reason(error)}") from error
+    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
+    if head is not None and embedding.weight is not head.weight:
+        merged.config.get_text_config(decoder=True).tie_word_embeddings = merged.config.tie_word_embeddings = False
+    return merged
+
+
+def _separate_tied_weights(wrapped: PeftModel) -> None:
+    """Give embedding and head a weight each where they share one and the adapter changes only one of them.
+
+    PEFT adds such an update to one of the two; merged into the shared weight it would reach both.
+    """
+    base: Any = wrapped.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    adapted = [isinstance(end, BaseTunerLayer) for end in ends]
+    layers: list[Any] = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    if None not in layers and adapted[0] != adapted[1] and layers[0].weight is layers[1].weight:
+        other = layers[adapted.index(False)]
+        other.weight = torch.nn.Parameter(other.weight.detach().clone(), requires_grad=False)

@@ -22,6 +22,7 @@ from cora_cli.adapters.install import apply_trained_set
 from cora_cli.errors import CoraError, reason
 from cora_cli.methods.parts.layers import ADAPTER, factors_of, lora_layers
 from cora_cli.methods.registry import method_of
+from cora_cli.models.checkpoint import finite
 from cora_cli.models.references import ModelPath, resolve_model
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -43,6 +44,9 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
         state = _plain_state(model)
     if method.subtracts_start:
         config.r, config.lora_alpha, config.use_rslora = 2 * facts.plan.rank, 2 * facts.plan.rank * facts.plan.scaling, False
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # PEFT would write it in the order of Python's hash seed
+            setattr(config, name, sorted(value))
     if isinstance(config, LoraConfig) and float(config.lora_alpha).is_integer():
         config.lora_alpha = int(config.lora_alpha)  # the type of PEFT's field, which other readers may require
     # Copies, since safetensors refuses one tensor under two names, and layers may share matrices.
@@ -97,9 +101,10 @@ def load_adapter(
             if facts is not None and facts.compact:
                 wrapped = _load_compact(model, adapter, facts, basis_path, trainable)
             else:
-                adapter.weight_files()  # PEFT would look for missing ones on the hub
+                state = _stored_tensors(adapter)
+                _resize_embeddings(model, state)
                 wrapped = PeftModel.from_pretrained(model, str(adapter.path), is_trainable=trainable)
-                _check_arrived(wrapped, load_peft_weights(str(adapter.path), device="cpu"), adapter)
+                _check_arrived(wrapped, state, adapter)
     except CoraError:
         raise
     except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -114,6 +119,29 @@ def load_adapter(
     return wrapped.eval()
 
 
+def _stored_tensors(adapter: ModelPath) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's files. Raises `CoraError` if it has none; PEFT would look for them on the hub."""
+    adapter.weight_files()
+    state: dict[str, torch.Tensor] = load_peft_weights(str(adapter.path), device="cpu")
+    return state
+
+
+def _resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+    """Give the model as many embedding rows as the embeddings that an adapter stores because it was trained with added tokens."""
+    embedding: Any = model.get_input_embeddings()
+    ends = (embedding, model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    rows = {len(state[key]) for name in names for key in _weight_keys(name) if key in state}
+    if len(rows) == 1 and (needed := rows.pop()) > len(embedding.weight):
+        model.resize_token_embeddings(needed, mean_resizing=False)
+
+
+def _weight_keys(name: str) -> tuple[str, ...]:
+    """PEFT's keys for the complete weight of the module `name`."""
+    prefix = f"base_model.model.{name}"
+    return (f"{prefix}.weight", f"{prefix}.base_layer.weight", f"{prefix}.modules_to_save.weight")
+
+
 def base_of(adapter: ModelPath) -> ModelPath:
     """The base model that an adapter names. Raises `CoraError` where it names none, or where that cannot be found."""
     config = adapter.adapter_config()
@@ -126,9 +154,10 @@ def base_of(adapter: ModelPath) -> ModelPath:
 def check_base(adapter: ModelPath, base: ModelPath) -> None:
     """Raise `CoraError` where `base` is not the model that a `cora` adapter was trained on; others do not record it."""
     facts = read_facts(adapter.path)
-    if facts is not None and facts.base_sha256 != (found := base.content_hash()):
+    if facts is not None and facts.base_sha256 not in base.content_hashes():
         raise CoraError(
-            f"{adapter.reference} was trained on {facts.base} with content hash {facts.base_sha256}, but {base.path} has {found}: "
+            f"{adapter.reference} was trained on {facts.base} with content hash {facts.base_sha256}, but {base.path} has "
+            f"{base.content_hash()}: "
             "it is another model, or it has changed"
         )
 
@@ -140,8 +169,15 @@ def changes_model(model: PeftModel) -> bool:
 
 
 def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: ModelPath) -> None:
+    """Raise `CoraError` for a tensor that the model lacks or does not take, or that is not finite.
+
+    PEFT may or may not store the embeddings next to the adapter of an embedding.
+    """
     expected = set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False))
-    if lost := sorted(expected ^ set(state)):
+    allowed = expected | set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=True))
+    for key in sorted(allowed & set(state)):
+        finite(state[key], adapter.reference, key)
+    if lost := sorted((expected - set(state)) | (set(state) - allowed)):
         kind = "is missing" if lost[0] in expected else "belongs to no layer of this model"
         raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
 

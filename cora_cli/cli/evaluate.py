@@ -30,9 +30,25 @@ def run(config: EvaluateConfig) -> None:
     print(f"\nvalue [95 % bootstrap interval over the n = {n} records]; sacrebleu 0-100, the others 0-1")
     for name, metric in results[0].record["metrics"].items():
         print(f"{name}: {metric['signature']}")
+    for sentence in unscorable_references(results):
+        print(sentence)
     if len(results) > 1:
         print(f"\npaired differences from {results[0].name}, with two-sided p-values (not corrected for multiple comparisons)")
         print(differences_table(results, config.seed))
+
+
+def unscorable_references(results: "list[Evaluation]") -> list[str]:
+    """One sentence for each kind of reference on which a metric's value says nothing."""
+    from cora_cli.evaluation.metrics import build_metrics
+
+    found: dict[str, None] = {}
+    for result in results:
+        for name, metric in build_metrics(result.record["metrics"]).items():
+            if count := result.record["metrics"][name]["unscorable"]:
+                found[
+                    f"note: {result.name}: {count} of {result.record['metrics'][name]['n']} references are {metric.blind_spot}"
+                ] = None
+    return list(found)
 
 
 def metrics_table(results: "list[Evaluation]") -> str:

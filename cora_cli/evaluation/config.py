@@ -58,6 +58,11 @@ class EvaluateConfig:
     bertscore_layer: int | None = setting(
         "Layer of the BERTScore encoder. Default: the layer that bert-score recommends.", None, panel=_METRICS
     )
+    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = setting(
+        "Tokenizer of SacreBLEU: 13a for languages with spaces between words, zh for Chinese, char for other languages without them.",
+        "13a",
+        panel=_METRICS,
+    )
     bootstrap: int = setting("Number of bootstrap resamples for each interval.", 1000, panel=_METRICS)
     seed: int = setting("Seed for the bootstrap; greedy decoding uses none.", 0, panel=_METRICS)
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)

@@ -253,6 +253,7 @@ def _score(
         seed=config.seed,
         bertscore_model=config.bertscore_model,
         bertscore_layer=config.bertscore_layer,
+        bleu_tokenize=config.bleu_tokenize,
         device=str(hardware.device),
     )
     finished = [line.get("finish_reason") for line in lines]

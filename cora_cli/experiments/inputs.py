@@ -16,8 +16,8 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.rows import SPLIT_KEYS
 from cora_cli.experiments.values import Values
+from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, resolve_model
-from cora_cli.weights.checkpoint import Checkpoint
 
 _HUB_SECONDS = 10.0
 

@@ -4,14 +4,21 @@ Only this module calls `from_pretrained` of a base model. `references` finds the
 loaded model.
 """
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from cora_cli.errors import CoraError, reason
+from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type
 from cora_cli.models.references import ModelPath
+from cora_cli.models.skeleton import skeleton_of
+from cora_cli.progress import say
 
 
 def require_four_bit(device: torch.device) -> None:
@@ -46,6 +53,7 @@ def load_model(
         raise CoraError(
             f"{model.reference} is an adapter, not a complete model; merge it first with `cora merge {model.reference}`"
         )
+    _check_types(model)
     options: dict[str, Any] = {}
     if four_bit:
         kind: dict[str, Any] = {
@@ -57,24 +65,61 @@ def load_model(
     try:
         loaded: Any
         report: Any
-        loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
-            model.path,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            weights_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        with _without_adapter(model) as path:
+            loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
+                path,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+                weights_only=True,
+                output_loading_info=True,
+                **options,
+            )
+        loaded.config.name_or_path = str(model.path)
     except Exception as error:  # transformers and safetensors raise unrelated types for damaged files
         raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
-    missing = sorted(report["missing_keys"])
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
+        rest = f", while {len(unused)} tensors of its files fit no weight, such as {unused[0]}" if unused else ""
         raise CoraError(
             f"model {model.reference} is incomplete: {len(missing)} weights that its config.json requires are missing, such as "
-            f"{missing[0]}"
+            f"{missing[0]}{rest}"
+        )
+    if unused:
+        say(
+            f"{model.reference}: {len(unused)} tensors of its files are not used by {type(loaded).__name__}, such as {unused[0]}"
         )
     return (loaded if four_bit else loaded.to(device)).eval()
+
+
+def _check_types(model: ModelPath) -> None:
+    """Raise `CoraError` for weights that are stored with scales of which the configuration does not tell transformers."""
+    if model.config().get("quantization_config"):
+        return
+    checkpoint = Checkpoint(model)
+    for name, shape in checkpoint.shapes.items():
+        if len(shape) >= 2 and name.endswith("weight"):
+            check_type(checkpoint.types[name], model.reference, name)
+
+
+@contextlib.contextmanager
+def _without_adapter(model: ModelPath) -> Iterator[Path]:
+    """The directory of a complete model, as links if it holds an adapter's configuration, which transformers would follow."""
+    if not (model.path / "adapter_config.json").exists():
+        yield model.path
+        return
+    with tempfile.TemporaryDirectory(prefix="cora-model-") as directory:
+        for file in model.path.iterdir():
+            if file.name != "adapter_config.json":
+                (Path(directory) / file.name).symlink_to(file.resolve())
+        yield Path(directory)
+
+
+def stored_types(model: ModelPath, trust_remote_code: bool = False) -> dict[str, torch.dtype]:
+    """The type in the files of every weight that the loaded model takes unchanged, by its name in the loaded model."""
+    types = Checkpoint(model).types
+    names = skeleton_of(model, trust_remote_code).loaded_names(types)
+    return {name: getattr(torch, types[key]) for key, name in names.items() if types[key] in PLAIN_TYPES}
 
 
 def load_tokenizer(model: ModelPath, trust_remote_code: bool = False) -> Any:

@@ -26,6 +26,11 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "spiece.model",
 )
+_LAYOUTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin"})
 _SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -42,12 +47,17 @@ class ModelPath:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether this is a PEFT adapter rather than a complete model."""
-        return (self.path / "adapter_config.json").exists()
+        """Whether this is a PEFT adapter rather than a complete model; the weights decide, not a leftover configuration."""
+        return (self.path / "adapter_config.json").exists() and bool(self._adapter_files() or not self._complete_files())
 
     def config(self) -> dict[str, Any]:
         """The model's `config.json`. Raises `CoraError` if it is missing or malformed."""
         return rundir.read_json(self.path / "config.json")
+
+    def language_config(self) -> dict[str, Any]:
+        """The entries of `config.json`, with those of a nested text model where the top level has none of that name."""
+        config = self.config()
+        return {**(config.get("text_config") or {}), **config}
 
     def adapter_config(self) -> dict[str, Any]:
         """The adapter's `adapter_config.json`. Raises `CoraError` if it is missing or malformed."""
@@ -64,24 +74,78 @@ class ModelPath:
         return rundir.sha256_files(self.path / name for name in names if (self.path / name).exists())
 
     def weight_files(self) -> list[Path]:
-        """The weight files: safetensors if there are any, else `.bin`. Raises `CoraError` if there are none.
+        """The weight files that are read: safetensors if there are any, else `.bin`. Raises `CoraError` if there are none.
 
-        For an adapter these are `adapter_model.*`, or the file of `cora`'s compact form, which holds only A.
+        For an adapter these are `adapter_model.*`, or the file of `cora`'s compact form, which holds only A. For a complete model
+        the precedence is that of transformers: the single file, the files of the index, any others.
         """
-        stem = "adapter_*" if self.is_adapter else "*"
-        for ending in ("safetensors", "bin"):
-            found = sorted(file for file in self.path.glob(f"{stem}.{ending}") if file.name != "training_args.bin")
-            if found:
-                return found
+        if found := self._adapter_files() if self.is_adapter else self._complete_files():
+            return found
         raise CoraError(f"{self.path} holds no weights: it has no *.safetensors or *.bin file")
+
+    def weight_index(self) -> dict[str, str]:
+        """Tensor name -> file name of a sharded model's index; empty where the model has none, or a single file as well."""
+        for single, index in _LAYOUTS:
+            if (self.path / single).exists():
+                return {}
+            if (self.path / index).exists():
+                named: dict[str, str] = rundir.read_json(self.path / index).get("weight_map", {})
+                return named
+        return {}
+
+    def check_unambiguous(self) -> None:
+        """Raise `CoraError` for a directory with the weights of both a complete model and an adapter."""
+        if (self.path / "adapter_config.json").exists() and (own := self._adapter_files()) and (model := self._named_files()):
+            raise CoraError(
+                f"{self.reference} holds both a complete model ({model[0].name}) and an adapter ({own[0].name}); move one of them to a "
+                "directory of its own"
+            )
+
+    def _adapter_files(self) -> list[Path]:
+        return next(
+            (found for ending in ("safetensors", "bin") if (found := sorted(self.path.glob(f"adapter_*.{ending}")))), []
+        )
+
+    def _complete_files(self) -> list[Path]:
+        return self._named_files() or self._loose_files()
+
+    def _named_files(self) -> list[Path]:
+        """The weight files by which transformers recognises a complete model."""
+        for single, index in _LAYOUTS:
+            if (self.path / single).exists():
+                return [self.path / single]
+            if (self.path / index).exists():
+                files = [self.path / name for name in sorted(set(self.weight_index().values()))]
+                for file in files:
+                    if file.parent != self.path or not file.exists():
+                        raise CoraError(
+                            f"{self.path / index} lists {file.name}, which is not in that directory; download the model again"
+                        )
+                return files
+        return []
+
+    def _loose_files(self) -> list[Path]:
+        """Every weight file of the directory that is no adapter's."""
+        for ending in ("safetensors", "bin"):
+            names = (file for file in self.path.glob(f"*.{ending}") if not file.name.startswith("adapter_"))
+            if found := sorted(file for file in names if file.name not in _NO_WEIGHTS):
+                return found
+        return []
 
     def content_hash(self) -> str:
         """SHA-256 over the names and contents of the weight files and the configuration.
 
         For an adapter it includes `cora.json`, from which the B of a compact adapter is recomputed.
         """
+        return self._hash(self.weight_files())
+
+    def content_hashes(self) -> set[str]:
+        """`content_hash`, and the hash that versions before 0.2 recorded, which covered weight files that are never read."""
+        return {self.content_hash(), self._hash(self._adapter_files() if self.is_adapter else self._loose_files())}
+
+    def _hash(self, files: list[Path]) -> str:
         names = ("adapter_config.json", "cora.json") if self.is_adapter else ("config.json",)
-        return rundir.sha256_files([*self.weight_files(), *(self.path / name for name in names if (self.path / name).exists())])
+        return rundir.sha256_files([*files, *(self.path / name for name in names if (self.path / name).exists())])
 
 
 def resolve_model(reference: str) -> ModelPath:
@@ -103,7 +167,9 @@ def resolve_model(reference: str) -> ModelPath:
             path = run.model if run.model.exists() else run.adapter
         if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise CoraError(f"{reference} is not a model: {path} has neither config.json nor adapter_config.json")
-        return ModelPath(reference, path, None)
+        found = ModelPath(reference, path, None)
+        found.check_unambiguous()
+        return found
     hub_id, _, revision = reference.partition("@")
     if path.is_absolute() or reference.startswith((".", "~")) or not _HUB_ID.match(hub_id):
         raise CoraError(f"model {reference!r} is neither a directory on this disk nor a hub id such as org/name@revision")
@@ -137,4 +203,6 @@ def _fetch(reference: str, hub_id: str, revision: str | None) -> ModelPath:
         raise CoraError(
             f"model {reference!r} is not a local directory and could not be downloaded from the hub: {reason}"
         ) from error
-    return ModelPath(reference, path, path.name)
+    found = ModelPath(reference, path, path.name)
+    found.check_unambiguous()
+    return found

@@ -5,6 +5,7 @@ This module knows the files of a single run or evaluation; `collect` goes over t
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 class Measure:
     """One measure of one row: its value, its recorded 95 % bootstrap interval over n examples, and its (n, k) statistics.
 
+    `unscorable` counts the references of which the value says nothing (`Metric.unscorable`).
+
     The statistics are those of `evaluation.metrics`; for the held-out loss they are the nats and the tokens of each record.
     """
 
@@ -38,6 +41,7 @@ class Measure:
     n: int
     signature: str
     statistics: Floats
+    unscorable: int = 0
 
 
 def read_loss(run: RunDirectory, record: dict[str, Any], when: str) -> Measure:
@@ -73,28 +77,30 @@ def read_evaluation(
             if name not in record["metrics"] or (wanted and name not in wanted):
                 continue
             metric = record["metrics"][name]
-            statistics = _statistics(name, scores, lines)
+            signature = clean(metric["signature"])
+            statistics = _statistics(name, signature, scores, lines)
             value = _value(name, statistics)
             if len(statistics) != metric["n"] or not math.isclose(value, metric["value"], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
                 raise CoraError(
                     f"{evaluation.scores} was altered after it was written: it does not give the {name} in metrics.json"
                 )
-            measures[name] = Measure(
-                float(metric["value"]), _interval(metric["ci95"]), len(statistics), clean(metric["signature"]), statistics
-            )
+            value, unscorable = float(metric["value"]), int(metric.get("unscorable", 0))
+            measures[name] = Measure(value, _interval(metric["ci95"]), len(statistics), signature, statistics, unscorable)
         references = rundir.sha256_json([line["reference"] for line in lines])
         return measures, dict(record["generation"]), references
     except DAMAGE as error:
         raise damaged(evaluation.root, error) from error
 
 
-def _statistics(name: str, scores: list[dict[str, Any]], lines: list[dict[str, Any]]) -> Floats:
+def _statistics(name: str, signature: str, scores: list[dict[str, Any]], lines: list[dict[str, Any]]) -> Floats:
     if name != "sacrebleu":
         return np.array([[float(score[name])] for score in scores])
     from cora_cli.evaluation.metrics.bleu import SacreBleu
 
     # The stored scores are sentence BLEU. Corpus BLEU needs n-gram counts, which are recomputed from the texts.
-    return SacreBleu().statistics([line["prediction"] for line in lines], [line["reference"] for line in lines])
+    tokenize = re.search(r"\|tok:(\w+)", signature)
+    metric = SacreBleu(tokenize[1]) if tokenize else SacreBleu()
+    return metric.statistics([line["prediction"] for line in lines], [line["reference"] for line in lines])
 
 
 def _value(name: str, statistics: Floats) -> float:

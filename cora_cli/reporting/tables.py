@@ -5,9 +5,11 @@
 
 from collections.abc import Sequence
 
+from cora_cli.evaluation.metrics import build_metrics
 from cora_cli.experiments.paper import paper, paper_tables
 from cora_cli.render.table import Cell, Table
 from cora_cli.reporting.learning_rate_sweep import VALIDATION, at_edge
+from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.verdict import Test, digits, title
@@ -151,7 +153,18 @@ def _score_notes(group: Group) -> list[str]:
         notes.append(f"Bold: the best value of its column, if it is {meaning}.")
     elif group.best:
         notes.append(f"Nothing is in bold: no column has a value that is {meaning}.")
-    return notes + _selection_notes(group)
+    return notes + _unscorable_notes(group) + _selection_notes(group)
+
+
+def _unscorable_notes(group: Group) -> list[str]:
+    """One sentence for each measure with references of which it says nothing."""
+    notes = []
+    for name, metric in build_metrics(name for name in group.measures if name != LOSS).items():
+        found = [result.measures[name] for line in group.chosen for result in line.method.with_measure(name)]
+        worst = max(found, key=lambda measure: measure.unscorable, default=None)
+        if worst is not None and worst.unscorable:
+            notes.append(f"{title(name)}: {worst.unscorable} of {worst.n} references are {metric.blind_spot}.")
+    return notes
 
 
 def _selection_notes(group: Group) -> list[str]:

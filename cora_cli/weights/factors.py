@@ -12,8 +12,8 @@ import torch
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import ModelPath
-from cora_cli.weights.checkpoint import Checkpoint, finite
 
 _ADAPTER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
 _FULL_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?:\.base_layer)?\.weight$")
@@ -93,6 +93,19 @@ class AdapterFactors:
             self._out[module] = out_features
             self._scale[module] = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
+    def check_full(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise `CoraError` for a saved weight of a module that neither the base nor the adapter's configuration names.
+
+        `shapes` holds the base's modules. A head that shares the embedding's weight is not among them.
+        """
+        named = {*_names(self.config.get("modules_to_save")), *_names(self.config.get("target_modules")), "lm_head"}
+        for module, key in self._full_keys.items():
+            if module not in shapes and not {module, module.rpartition(".")[2]} & named:
+                raise CoraError(
+                    f"{self.reference}: {key} belongs to no module of its base, and is neither a lora_A or lora_B matrix nor the weight "
+                    "of a module in modules_to_save; it must be named as PEFT's save_pretrained names it"
+                )
+
     def read(self, module: str) -> tuple[float, torch.Tensor, torch.Tensor]:
         """The s, B (out, r) and A (r, in) of an updated module, both float64; ΔW = s·B·A. Call `check` first."""
         a = self._read_factor(module, "A")
@@ -155,6 +168,10 @@ def _starting_b(model: ModelPath) -> Callable[[str, int], torch.Tensor] | None:
     if facts is None:
         raise CoraError(f"{model.reference} stores only A, and cora.json, which describes its B, is missing")
     return starting_b(model, facts, remedy="put it back, or write a complete model with `cora merge --basis` and use that")
+
+
+def _names(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value] if isinstance(value, str) else []
 
 
 def _pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:

@@ -11,8 +11,9 @@ import torch
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import ModelPath, resolve_model
-from cora_cli.weights.checkpoint import Checkpoint, finite
+from cora_cli.models.skeleton import skeleton_of
 from cora_cli.weights.factors import AdapterFactors
 
 _ARCHITECTURE_KEYS = (
@@ -24,8 +25,7 @@ _ARCHITECTURE_KEYS = (
     "intermediate_size",
     "vocab_size",
 )
-# Their Conv1D layers store (in, out), so "output side" would silently mean the input side.
-_TRANSPOSED_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+_COMPILED = "_orig_mod."
 
 
 def architecture_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def architecture_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class WeightSource(abc.ABC):
-    """One model's weight matrices; `shapes` maps module names (as in the checkpoint) to (out, in)."""
+    """One model's weight matrices; `shapes` maps module names (as in the loaded model) to (out, in)."""
 
     reference: str
     revision: str | None
@@ -90,29 +90,38 @@ def open_source(model: ModelPath, base: WeightSource | None = None) -> WeightSou
 
 
 class ModelSource(WeightSource):
-    """A complete model: every two-dimensional `*.weight` of its checkpoint, in the stored type."""
+    """A complete model: every two-dimensional `*.weight` of its checkpoint, in the stored type, by its name in the loaded model.
+
+    `skipped` lists the names in the files of weights that the loaded model does not take as they are, such as fused experts.
+    """
 
     def __init__(self, model: ModelPath) -> None:
         config = model.config()
         self.reference, self.revision = model.reference, model.revision
-        self.architecture = architecture_of(config)
-        if (model_type := config.get("model_type")) in _TRANSPOSED_TYPES:
-            raise CoraError(
-                f"{model.reference} is a {model_type} model, which is not supported: its weights are stored as (in, out)"
-            )
+        self.architecture = architecture_of(model.language_config())
         if config.get("quantization_config"):
             raise CoraError(f"{model.reference} is stored quantised; use a copy with weights in bf16, fp16 or fp32")
         self._checkpoint = Checkpoint(model)
         self._digests: dict[str, str] = {}
+        if compiled := next((name for name in self._checkpoint.shapes if _COMPILED in name), None):
+            raise CoraError(
+                f"{model.reference} was saved from a compiled model: its tensors have names such as {compiled}, which no model has; "
+                f"save it again from the model without torch.compile ({_COMPILED.rstrip('.')})"
+            )
+        stored = [name for name, shape in self._checkpoint.shapes.items() if name.endswith(".weight") and len(shape) == 2]
+        names, self._transposed = _loaded(model, stored)
+        self.skipped = sorted(set(stored) - set(names))
+        self._keys = {name.removesuffix(".weight"): key for key, name in names.items()}
+        shapes = {module: self._checkpoint.shapes[key] for module, key in self._keys.items()}
         self.shapes = {
-            name.removesuffix(".weight"): (shape[0], shape[1])
-            for name, shape in self._checkpoint.shapes.items()
-            if name.endswith(".weight") and len(shape) == 2
+            module: (shape[1], shape[0]) if module in self._transposed else (shape[0], shape[1])
+            for module, shape in shapes.items()
         }
 
     def read(self, module: str) -> torch.Tensor:
         """The weight of `module`, (out, in), as stored."""
-        weight = finite(self._checkpoint.read(f"{module}.weight"), self.reference, module)
+        weight = finite(self._checkpoint.read(self._keys[module]), self.reference, module)
+        weight = weight.T.contiguous() if module in self._transposed else weight
         self._digests.setdefault(module, rundir.tensor_digest(module, weight))
         return weight
 
@@ -139,6 +148,7 @@ class AdapterSource(WeightSource):
         self._base_is_own = base is None
         self.base = base or self._open_base()
         self.architecture = self.base.architecture
+        self._own.check_full(self.base.shapes)
         # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
         shapes = self.base.shapes | self._own.full
         self._own.check(shapes, self.base.reference)
@@ -196,3 +206,15 @@ class AdapterSource(WeightSource):
                 f"cannot find the base model of adapter {self.reference} (pass its path with --base): {error}"
             ) from error
         return open_source(found)
+
+
+def _loaded(model: ModelPath, keys: list[str]) -> tuple[dict[str, str], frozenset[str]]:
+    """The names in the loaded model of the tensors `keys`, and the modules that store their weight as (in, out).
+
+    A model that transformers does not know without code of its own keeps the names of its files.
+    """
+    try:
+        skeleton = skeleton_of(model)
+    except CoraError:
+        return {key: key for key in keys}, frozenset()
+    return skeleton.loaded_names(keys), skeleton.transposed

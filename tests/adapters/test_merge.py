@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, PeftType, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from cora_cli.adapters.facts import AdapterFacts
@@ -131,3 +132,96 @@ def test_a_disk_that_fills_up_leaves_nothing_and_says_so(adapters, tmp_path, mon
     with pytest.raises(CoraError, match=r"the disk is full: .*merged could not be written"):
         merge_adapter(adapters["standard"][0], tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+def foreign(base: Path, target: Path, rows: int | None = None, **settings) -> torch.Tensor:
+    """A LoRA adapter as PEFT itself saves it, on embeddings of `rows` rows; returns the logits of base and adapter."""
+    model = LlamaForCausalLM.from_pretrained(base)
+    if rows:
+        model.resize_token_embeddings(rows)
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **settings})
+    wrapped = get_peft_model(model, config).eval()
+    wrapped.save_pretrained(target, save_embedding_layers=bool(rows) or "auto")
+    return logits(wrapped)
+
+
+def copy_of(model: Path, target: Path, kind: torch.dtype, **config) -> Path:
+    """The model stored in `kind`, with other entries in its configuration."""
+    shutil.copytree(model, target)
+    LlamaForCausalLM.from_pretrained(model).to(kind).save_pretrained(target)
+    file = target / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return target
+
+
+@pytest.mark.parametrize(("kind", "said"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")])
+def test_stored_means_the_type_in_the_files_whatever_the_configuration_says(kind, said, tiny_model, tmp_path):
+    base = copy_of(tiny_model, tmp_path / "base", kind, dtype=said)
+    foreign(base, tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    assert {tensor.dtype for tensor in after.values()} == {kind}
+    untouched = [name for name in after if "q_proj" not in name]
+    assert all(torch.equal(after[name], before[name]) for name in untouched)
+
+
+def test_weights_of_several_types_keep_theirs(tiny_model, tmp_path):
+    base = copy_of(tiny_model, tmp_path / "base", torch.bfloat16)
+    tensors = load_file(base / "model.safetensors")
+    mixed = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
+    save_file(mixed, base / "model.safetensors", metadata={"format": "pt"})
+    foreign(base, tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in merged.items()} == {name: tensor.dtype for name, tensor in mixed.items()}
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_of_one_of_two_tied_weights_changes_that_one_only(settings, tiny_model, tmp_path):
+    expected = foreign(tiny_model, tmp_path / "adapter", **settings)
+    if "modules_to_save" in settings:
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        tensors["base_model.model.lm_head.weight"] *= 2
+        save_file(tensors, file, metadata={"format": "pt"})
+        expected = logits(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "adapter"))
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_an_adapter_of_embeddings_with_which_peft_stores_their_weights_is_merged(tiny_model, tmp_path):
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.clone())
+    base.config.tie_word_embeddings = False
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "base")
+    expected = foreign(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj", "embed_tokens", "lm_head"])
+    assert any("base_layer" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-5
+    )
+
+
+def test_an_adapter_with_added_tokens_brings_its_rows_and_its_tokenizer(tiny_model, tmp_path):
+    rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size + 1
+    expected = foreign(tiny_model, tmp_path / "adapter", rows)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert len(merged.get_input_embeddings().weight) == rows
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
+    assert "<call>" in AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
+
+
+def test_an_adapter_that_is_not_finite_is_refused_by_key(tiny_model, tmp_path):
+    foreign(tiny_model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CoraError, match=r"lora_A\.weight holds values that are not finite"):
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")

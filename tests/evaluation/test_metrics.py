@@ -423,3 +423,23 @@ def test_the_evaluate_classes_need_no_network_and_write_only_to_their_cache(tmp_
     found = HubRouge(cache_dir=str(tmp_path / "given")).compute(predictions=["a b c"], references=["a b c"])
     assert found == {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
+
+
+@pytest.mark.parametrize("text", ["今天天气很不错。", "สวัสดีครับ", "👍🏽"])
+def test_a_perfect_answer_without_a_token_that_a_metric_compares_counts_as_unscorable(text):
+    report = score_all(["rouge1", "sacrebleu"], [text, "Hello"], [text, "Hello"], bootstrap=100)
+    assert report.metrics["rouge1"]["value"] == 0.5
+    assert report.metrics["rouge1"]["unscorable"] == 1
+    assert report.metrics["sacrebleu"]["unscorable"] == 2, "no reference has four tokens, so corpus BLEU is 0"
+
+
+def test_the_tokenizer_of_bleu_can_be_chosen_and_is_in_the_signature():
+    text = "今天天气很不错，我们去公园散步吧。"
+    metric = score_all(["sacrebleu"], [text], [text], bootstrap=100, bleu_tokenize="zh").metrics["sacrebleu"]
+    assert (round(metric["value"], 6), metric["unscorable"]) == (100.0, 0)
+    assert "|tok:zh|" in metric["signature"]
+
+
+def test_texts_that_the_encoder_does_not_know_are_unscorable():
+    metric = build_metrics(["bertscore_f1"])["bertscore_f1"]
+    assert metric.unscorable(["\u1400\u1401", "word", ""]) == 2

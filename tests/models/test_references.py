@@ -32,6 +32,45 @@ def test_a_directory_with_an_adapter_configuration_is_an_adapter(tmp_path):
     assert [file.name for file in found.weight_files()] == ["adapter_model.safetensors"]
 
 
+def test_the_weights_decide_between_model_and_adapter(tmp_path):
+    merged = resolve_model(str(make(tmp_path / "merged", "config.json", "model.safetensors", "adapter_config.json")))
+    assert not merged.is_adapter
+    assert [file.name for file in merged.weight_files()] == ["model.safetensors"]
+    both = make(tmp_path / "both", "config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors")
+    with pytest.raises(
+        CoraError, match=r"both a complete model \(model.safetensors\) and an adapter \(adapter_model.safetensors\)"
+    ):
+        resolve_model(str(both))
+
+
+def test_the_weights_that_are_hashed_are_those_that_are_read(tmp_path):
+    directory = make(tmp_path / "model", "config.json", "model.safetensors", "consolidated.safetensors")
+    model = resolve_model(str(directory))
+    before, everything = model.content_hash(), model.content_hashes()
+    assert [file.name for file in model.weight_files()] == ["model.safetensors"]
+    (directory / "consolidated.safetensors").write_text("other")
+    assert model.content_hash() == before
+    assert before in everything
+    assert len(everything) == 2, "earlier versions hashed both files"
+
+
+def test_a_nested_language_model_states_what_the_top_level_does_not(tmp_path):
+    directory = make(tmp_path / "model", "model.safetensors")
+    (directory / "config.json").write_text(
+        '{"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 64}}'
+    )
+    config = resolve_model(str(directory)).language_config()
+    assert (config["model_type"], config["hidden_size"]) == ("gemma3", 64)
+
+
+def test_the_tokenizers_hash_covers_its_template(tmp_path):
+    model = resolve_model(str(make(tmp_path / "model", "config.json", "tokenizer.json", "chat_template.jinja")))
+    assert model.has_tokenizer
+    before = model.tokenizer_hash()
+    (tmp_path / "model" / "chat_template.jinja").write_text("other")
+    assert model.tokenizer_hash() != before
+
+
 def test_the_weights_of_a_compact_adapter_are_its_a_alone_and_its_hash_covers_them(tmp_path):
     directory = make(tmp_path / "adapter", "adapter_config.json", "adapter_a_only.safetensors")
     found = resolve_model(str(directory))

@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cora_cli.basis.choices import BasisChoices
+from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.references import ModelPath
-from cora_cli.weights.checkpoint import Checkpoint
 from cora_cli.weights.sources import WeightSource, open_source
 
 CPU = torch.device("cpu")

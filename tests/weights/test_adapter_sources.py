@@ -245,3 +245,13 @@ def test_an_a_alone_without_its_record_is_refused(frozen_pair):
     (compact / "cora.json").unlink()
     with pytest.raises(CoraError, match=r"stores only A, and cora\.json, which describes its B, is missing"):
         open_source(local(compact))
+
+
+def test_factors_under_other_names_than_pefts_are_refused_by_key(copy):
+    def rename(tensors):
+        for key in list(tensors):
+            tensors[key.replace(".weight", ".default.weight")] = tensors.pop(key)
+
+    change_tensors(copy, rename)
+    with pytest.raises(CoraError, match=r"lora_A\.default\.weight belongs to no module of its base"):
+        open_source(local(copy))

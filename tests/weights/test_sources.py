@@ -4,8 +4,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cora_cli.errors import CoraError
+from cora_cli.models.loading import load_model
 from cora_cli.weights.sources import architecture_of, open_source
 from tests.weights.helpers import make_llama
 
@@ -95,11 +97,62 @@ def test_integer_weights_are_refused(copy):
         open_source(local(copy)).read(Q0)
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [({"model_type": "gpt2"}, r"stored as \(in, out\)"), ({"quantization_config": {"bits": 4}}, "quantised")],
-)
-def test_models_whose_weights_mean_something_else_are_refused(copy, changed, said):
-    change_config(copy, **changed)
-    with pytest.raises(CoraError, match=said):
+def test_quantised_models_are_refused(copy):
+    change_config(copy, quantization_config={"bits": 4})
+    with pytest.raises(CoraError, match="quantised"):
         open_source(local(copy))
+
+
+def change_tensors(directory, change):
+    file = directory / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def test_weights_of_a_type_that_needs_scales_are_refused_by_name(copy):
+    change_tensors(copy, lambda tensors: {**tensors, f"{Q0}.weight": tensors[f"{Q0}.weight"].to(torch.float8_e4m3fn)})
+    with pytest.raises(CoraError, match=f"copy: {Q0} is stored as float8_e4m3fn; use a copy .* bf16, fp16 or fp32"):
+        open_source(local(copy)).read(Q0)
+    with pytest.raises(CoraError, match=rf"copy: {Q0}\.weight is stored as float8_e4m3fn"):
+        load_model(local(copy), torch.float32, torch.device("cpu"), None)
+
+
+def test_the_names_are_those_of_the_loaded_model(copy, square_models):
+    change_tensors(copy, lambda tensors: {key.removeprefix("model."): tensor for key, tensor in tensors.items()})
+    source, usual = open_source(local(copy)), open_source(local(square_models[0]))
+    assert source.shapes == usual.shapes
+    assert torch.equal(source.read(Q0), usual.read(Q0))
+    assert source.content_hash([Q0]) == usual.content_hash([Q0])
+
+
+def test_a_checkpoint_of_a_compiled_model_is_refused_by_its_prefix(copy):
+    change_tensors(copy, lambda tensors: {f"_orig_mod.{key}": tensor for key, tensor in tensors.items()})
+    with pytest.raises(CoraError, match=r"saved from a compiled model: .* such as _orig_mod"):
+        open_source(local(copy))
+    with pytest.raises(CoraError, match=r"incomplete: .* tensors of its files fit no weight, such as _orig_mod"):
+        load_model(local(copy), torch.float32, torch.device("cpu"), None)
+
+
+def test_tensors_that_the_model_does_not_take_are_no_modules_of_it(copy, capfd):
+    change_tensors(copy, lambda tensors: {**tensors, "mtp.proj.weight": torch.ones(4, 4)})
+    source = open_source(local(copy))
+    assert "mtp.proj" not in source.shapes
+    assert source.skipped == ["mtp.proj.weight"]
+    load_model(local(copy), torch.float32, torch.device("cpu"), None)
+    assert "1 tensors of its files are not used by LlamaForCausalLM, such as mtp.proj.weight" in capfd.readouterr().err
+
+
+def test_gpt2_weights_are_read_as_out_by_in(tmp_path):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path)
+    source = open_source(local(tmp_path))
+    assert source.shapes["transformer.h.0.attn.c_attn"] == (48, 16)
+    assert torch.equal(source.read("transformer.h.0.attn.c_attn"), model.transformer.h[0].attn.c_attn.weight.T)
+
+
+def test_a_model_with_a_left_over_adapter_configuration_is_loaded_from_its_own_weights(copy, square_models):
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "/nowhere"}')
+    loaded = load_model(local(copy), torch.float32, torch.device("cpu"), None)
+    usual = load_file(square_models[0] / "model.safetensors")
+    assert torch.equal(loaded.state_dict()[f"{Q0}.weight"], usual[f"{Q0}.weight"])
+    assert loaded.config.name_or_path == str(copy)

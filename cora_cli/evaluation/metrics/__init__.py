@@ -31,7 +31,7 @@ _EXAMPLES_PER_STEP = 256
 class ScoreReport:
     """Metrics of one set of predictions.
 
-    `metrics` maps each name to `value`, `ci95`, `n` and `signature`, as in `metrics.json`. `per_example` has one score per
+    `metrics` maps each name to `value`, `ci95`, `n`, `unscorable` (`Metric.unscorable`) and `signature`, as in `metrics.json`. `per_example` has one score per
     example, in input order; for `sacrebleu` this is sentence BLEU, whose mean is not the corpus value. `statistics` has the
     (n, k) arrays for `intervals.paired_difference`.
     """
@@ -60,11 +60,17 @@ def parse_metrics(text: str) -> tuple[str, ...]:
 
 
 def build_metrics(
-    names: Iterable[str], *, bertscore_model: str | None = None, bertscore_layer: int | None = None, device: str = "cpu"
+    names: Iterable[str],
+    *,
+    bertscore_model: str | None = None,
+    bertscore_layer: int | None = None,
+    bleu_tokenize: str = "13a",
+    device: str = "cpu",
 ) -> "dict[str, Metric]":
     """Create metric objects by name; models and word lists are loaded on first use.
 
-    `bertscore_model` and `bertscore_layer` select the BERTScore encoder, which runs on `device` (a torch device).
+    `bertscore_model` and `bertscore_layer` select the BERTScore encoder, which runs on `device` (a torch device), and
+    `bleu_tokenize` sacrebleu's tokenizer.
     Raises `UsageError` if a name is unknown.
     """
     built: dict[str, Metric] = {}
@@ -82,7 +88,7 @@ def build_metrics(
         elif name == "sacrebleu":
             from cora_cli.evaluation.metrics.bleu import SacreBleu
 
-            built[name] = SacreBleu()
+            built[name] = SacreBleu(bleu_tokenize)
         elif name == "bertscore_f1":
             from cora_cli.evaluation.metrics.bertscore import BertScore
 
@@ -102,6 +108,7 @@ def score_all(
     confidence: float = 0.95,
     bertscore_model: str | None = None,
     bertscore_layer: int | None = None,
+    bleu_tokenize: str = "13a",
     device: str = "cpu",
 ) -> ScoreReport:
     """Compute metrics with percentile bootstrap intervals over examples.
@@ -115,7 +122,9 @@ def score_all(
     from cora_cli import intervals
     from cora_cli.evaluation.metrics.base import check_texts
 
-    metrics = build_metrics(names, bertscore_model=bertscore_model, bertscore_layer=bertscore_layer, device=device)
+    metrics = build_metrics(
+        names, bertscore_model=bertscore_model, bertscore_layer=bertscore_layer, bleu_tokenize=bleu_tokenize, device=device
+    )
     if not metrics:
         raise UsageError(f"no metric is named; {_allowed()}")
     if bootstrap < 1 or not 0 < confidence < 1:
@@ -136,6 +145,7 @@ def score_all(
             "value": float(metric.value(own.sum(axis=0), n)),
             f"ci{100 * confidence:g}": list(intervals.interval_of_sums(own, own_sums, metric.value, confidence)),
             "n": n,
+            "unscorable": metric.unscorable(references),
             "signature": f"{metric.signature()}|{resampling}",
         }
         per_example[name] = metric.example_scores(own).tolist()

@@ -31,6 +31,13 @@ class Metric(ABC):
     def signature(self) -> str:
         """Everything that affects the value, as `name|key:value|...`."""
 
+    blind_spot: str
+    """What `unscorable` references have in common, to end a sentence with."""
+
+    @abstractmethod
+    def unscorable(self, references: Sequence[str]) -> int:
+        """The number of references in which the metric sees nothing to compare, so that their scores say nothing."""
+
     def value(self, sums: Floats, n: int) -> Floats:
         """The metric of n examples whose statistics sum to `sums`: (..., k) -> (...). By default the mean over examples."""
         return np.asarray(sums[..., 0] / n)

@@ -54,6 +54,7 @@ class BertScore(StreamingMetric):
     """
 
     name = "bertscore_f1"
+    blind_spot = "whose tokens the BERTScore encoder does not know, so that it takes every such text for the same"
 
     def __init__(self, model: str | None = None, layer: int | None = None, device: str = "cpu") -> None:
         self._model, self._layer, self._device = model, layer, device
@@ -116,6 +117,13 @@ class BertScore(StreamingMetric):
         special = torch.tensor([-1, *(i for i in (tokenizer.cls_token_id, tokenizer.sep_token_id) if i is not None)])
         weight = ~torch.isin(ids, special.to(self._device))
         return pad_sequence([known[text] for text in texts], batch_first=True), ids != -1, weight
+
+    def unscorable(self, references: Sequence[str]) -> int:
+        """References that are nothing but unknown tokens to the encoder, and empty ones."""
+        tokenizer = self._encoder.tokenizer
+        framing = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+        nothing = framing | {tokenizer.unk_token_id}
+        return sum(not text.strip() or set(sent_encode(tokenizer, text)) <= nothing for text in references)
 
     def signature(self) -> str:
         """Encoder, layer and content hash first, then tokenization, weighting and versions. Loads the encoder."""

@@ -1,4 +1,4 @@
-"""Corpus BLEU of `sacrebleu` with its defaults (13a tokenization, exponential smoothing, mixed case), 0–100.
+"""Corpus BLEU of `sacrebleu` with its defaults (13a tokenization unless told otherwise, exponential smoothing, mixed case), 0–100.
 
 `sacrebleu` counts the n-grams of each example once; the corpus value is computed from their sums and equals `corpus_bleu`.
 Scores of single examples are sentence BLEU, whose mean is not the corpus value.
@@ -18,9 +18,14 @@ class SacreBleu(Metric):
     """Corpus BLEU, 0–100."""
 
     name = "sacrebleu"
+    blind_spot = (
+        "with fewer tokens than the four that BLEU counts together, which leaves nothing to count: even perfect answers score 0; for a "
+        "language without spaces choose --bleu-tokenize"
+    )
 
-    def __init__(self) -> None:
-        self._sentence = BLEU(effective_order=True)
+    def __init__(self, tokenize: str = "13a") -> None:
+        self._tokenize = tokenize
+        self._sentence = BLEU(effective_order=True, tokenize=tokenize)
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
         """Counts of each example (n, 10): lengths of prediction and reference, matched 1- to 4-grams, all 1- to 4-grams.
@@ -42,9 +47,14 @@ class SacreBleu(Metric):
         """Sentence BLEU with effective order, as `sacrebleu.sentence_bleu`: (n, 10) -> (n,)."""
         return bleu_of_counts(statistics, effective_order=True)
 
+    def unscorable(self, references: Sequence[str]) -> int:
+        """All references if none has the n-grams of the highest order, without which corpus BLEU is 0; else none of them."""
+        totals = self.statistics(references, references)[:, -1]
+        return 0 if totals.any() else len(references)
+
     def signature(self) -> str:
         """The signature that `sacrebleu` itself prints for the corpus value."""
-        corpus = BLEU()
+        corpus = BLEU(tokenize=self._tokenize)
         corpus.corpus_score(["a"], [["a"]])  # sacrebleu needs a scored corpus to know the number of references
         return f"{self.name}|{corpus.get_signature()}"
 

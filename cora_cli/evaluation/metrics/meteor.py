@@ -48,6 +48,7 @@ class Meteor(Metric):
     """Mean METEOR, 0–1."""
 
     name = "meteor"
+    blind_spot = "without a token for METEOR: even a perfect answer scores 0"
 
     @cached_property
     def _wordnet(self) -> WordNetCorpusReader:
@@ -76,6 +77,10 @@ class Meteor(Metric):
                 for prediction, reference in zip(predictions, references, strict=True)
             ]
         return np.array(scores, dtype=np.float64)[:, None]
+
+    def unscorable(self, references: Sequence[str]) -> int:
+        """Empty references; every other character belongs to a token."""
+        return sum(not reference.strip() for reference in references)
 
     def signature(self) -> str:
         """Package version, tokenizer, stemmer, WordNet version, weights. Loads WordNet."""

@@ -69,6 +69,8 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
 class Rouge(Metric):
     """One of the three variants, 0–1."""
 
+    blind_spot = "without a token of the letters a-z and the digits that ROUGE compares: even a perfect answer scores 0"
+
     def __init__(self, name: str, scores: RougeScores | None = None) -> None:
         self.name = name
         self._column = COLUMNS.index(name)
@@ -77,6 +79,10 @@ class Rouge(Metric):
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
         """F-measure of each example: (n, 1). An empty text scores 0."""
         return self._scores.f_measures(predictions, references)[:, [self._column]]
+
+    def unscorable(self, references: Sequence[str]) -> int:
+        """References without a token of [a-z0-9]."""
+        return sum(not tokenize.tokenize(reference, None) for reference in references)
 
     def signature(self) -> str:
         """Package versions, tokenization, stemmer and aggregation."""

@@ -13,38 +13,44 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cora_cli import rundir
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.references import ModelPath
 
-_LAYOUTS = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
+PLAIN_TYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
+"""Types whose numbers are the weights themselves. Others need scales or codebooks that a plain read would leave out."""
+_SAFETENSORS_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+}
 
 
 class Checkpoint:
     """Maps each tensor of a model or adapter to its file.
 
-    `shapes` maps each tensor's name to its shape. Raises `CoraError` naming the file if one is missing, truncated, or a pickle
+    `shapes` maps each tensor's name to its shape, `types` to the name of its torch type. Raises `CoraError` naming the file if one is missing, truncated, or a pickle
     that contains more than tensors.
     """
 
     def __init__(self, model: ModelPath) -> None:
         self.path = model.path
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.types: dict[str, str] = {}
         self.bytes_read = 0
         self.seconds_reading = 0.0
         self._files: dict[str, Path] = {}
-        files, promised = _weight_files(model)
-        for file in files:
-            for name, shape in _list_tensors(file).items():
+        for file in model.weight_files():
+            for name, (shape, kind) in _list_tensors(file).items():
                 if name in self._files:
                     raise CoraError(
                         f"tensor {name} is stored twice, in {self._files[name]} and in {file.name}; remove one of the files"
                     )
-                self.shapes[name], self._files[name] = shape, file
-        for name, promised_file in promised.items():
+                self.shapes[name], self.types[name], self._files[name] = shape, kind, file
+        for name, promised_file in ({} if model.is_adapter else model.weight_index()).items():
             if name not in self.shapes:
                 raise CoraError(f"the index of {model.path} lists {name} in {promised_file}, but that file does not contain it")
 
@@ -62,13 +68,18 @@ class Checkpoint:
         return tensor
 
 
+def check_type(kind: str, reference: str, name: str) -> None:
+    """Raise `CoraError` for a tensor whose numbers alone are not its weights, such as float8 or integers."""
+    if kind not in PLAIN_TYPES:
+        raise CoraError(f"{reference}: {name} is stored as {kind}; use a copy of the model with weights in bf16, fp16 or fp32")
+
+
 def finite(tensor: torch.Tensor, reference: str, name: str) -> torch.Tensor:
-    """Return `tensor` unchanged if it is floating-point without NaN or infinity.
+    """Return `tensor` unchanged if it is of a plain floating-point type without NaN or infinity.
 
     Otherwise raise a `CoraError` that names the model and the tensor.
     """
-    if not tensor.is_floating_point():
-        raise CoraError(f"{reference}: {name} is stored as {tensor.dtype}; use a copy of the model with floating-point weights")
+    check_type(str(tensor.dtype).removeprefix("torch."), reference, name)
     # The extremes are NaN if any entry is; finding them is forty times faster than testing every entry.
     if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
         raise CoraError(
@@ -77,32 +88,19 @@ def finite(tensor: torch.Tensor, reference: str, name: str) -> torch.Tensor:
     return tensor
 
 
-def _weight_files(model: ModelPath) -> tuple[list[Path], dict[str, str]]:
-    """The files to read, and the index's tensor name -> file name. The precedence of formats is that of transformers."""
-    if model.is_adapter:
-        return model.weight_files(), {}
-    for single, index in _LAYOUTS:
-        if (model.path / single).exists():
-            return [model.path / single], {}
-        if (model.path / index).exists():
-            weight_map = rundir.read_json(model.path / index).get("weight_map", {})
-            files = [model.path / name for name in sorted(set(weight_map.values()))]
-            for file in files:
-                if file.parent != model.path or not file.exists():
-                    raise CoraError(
-                        f"{model.path / index} lists {file.name}, which is not in that directory; download the model again"
-                    )
-            return files, weight_map
-    return model.weight_files(), {}
-
-
-def _list_tensors(file: Path) -> dict[str, tuple[int, ...]]:
+def _list_tensors(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The shape and the torch type of each tensor of a file, by name."""
     with _read_errors(file):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as opened:
-                return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-        loaded = _load_pickle(file)
-        return {name: tuple(value.shape) for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                return {
+                    name: (tuple(one.get_shape()), _SAFETENSORS_TYPES.get(one.get_dtype(), one.get_dtype()))
+                    for name, one in slices.items()
+                }
+        loaded = _load_pickle(file).items()
+        tensors = {name: value for name, value in loaded if isinstance(value, torch.Tensor)}
+        return {name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in tensors.items()}
 
 
 def _load_pickle(file: Path) -> dict[str, Any]:

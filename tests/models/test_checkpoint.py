@@ -9,10 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from cora_cli.errors import CoraError
-from cora_cli.weights.checkpoint import Checkpoint
-from tests.weights.helpers import make_llama
-
-from .helpers import local
+from cora_cli.models.checkpoint import Checkpoint
+from tests.weights.helpers import local, make_llama
 
 
 @pytest.fixture(scope="module")

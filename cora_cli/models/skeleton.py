@@ -1,0 +1,59 @@
+"""The causal model that transformers builds from a configuration, without weights: the names and kinds of its modules.
+
+A checkpoint's tensors may have other names in their file than in the loaded model; transformers' own rules give the latter.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from cora_cli.errors import CoraError, reason
+from cora_cli.models.references import ModelPath
+
+
+@dataclasses.dataclass(frozen=True)
+class Skeleton:
+    """A causal language model on the meta device."""
+
+    model: PreTrainedModel
+
+    def loaded_names(self, keys: Iterable[str]) -> dict[str, str]:
+        """The name in the loaded model of each tensor that it takes unchanged, by the tensor's name in the files.
+
+        Tensors that the model does not take, or takes only as a part of a fused one, are absent.
+        """
+        rules = get_model_conversion_mapping(self.model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        own: Any = self.model.state_dict()
+        found = {}
+        for key in keys:
+            name, converter = rename_source_key(key, renamings, converters, self.model.base_model_prefix, own)
+            if converter is None and name in own:
+                found[key] = name
+        return found
+
+    @functools.cached_property
+    def transposed(self) -> frozenset[str]:
+        """The modules that store their weight as (in, out), GPT-2's Conv1D."""
+        return frozenset(name for name, module in self.model.named_modules() if isinstance(module, Conv1D))
+
+
+def skeleton_of(model: ModelPath, trust_remote_code: bool = False) -> Skeleton:
+    """The skeleton of the model in a directory; building it takes up to a second.
+
+    Raises `CoraError` if its configuration is damaged, or describes no causal language model that transformers knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return Skeleton(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    except Exception as error:  # transformers raises many unrelated types for damaged or unknown configurations
+        raise CoraError(f"config.json of {model.reference} describes no causal language model: {reason(error)}") from error
