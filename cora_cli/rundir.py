@@ -85,7 +85,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """Write one JSON document per line, atomically."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
+    write_text(path, jsonl_text(records))
+
+
+def jsonl_text(records: Iterable[Any]) -> str:
+    """The content of a file with one JSON document per line."""
+    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
 def read_json(path: Path) -> Any:
@@ -247,6 +252,25 @@ class RunDirectory:
     def exists(self) -> bool:
         """Whether this directory holds a run, complete or not."""
         return self.record.exists()
+
+    @property
+    def result(self) -> Path:
+        """What the run trained: `model/` in mode `full`, else `adapter/`."""
+        return self.model if self.model.exists() else self.adapter
+
+    def result_hash(self) -> str:
+        """SHA-256 over the files of the result; of no files where there is none."""
+        result = self.result
+        return sha256_files(path for path in (result.iterdir() if result.is_dir() else ()) if path.is_file())
+
+    def check_result(self) -> None:
+        """Raise `CoraError` unless the result is the one whose hash a finished run recorded."""
+        expected = read_json(self.record).get("result_sha256")
+        if expected is not None and expected != self.result_hash():
+            raise CoraError(
+                f"{self.result} was changed after its training had finished: its files do not have the hash in {self.record}; restore "
+                "them, or write them again with the same `cora train` command and --resume"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from cora_cli import rundir
 from cora_cli.adapters.facts import read_facts
-from cora_cli.adapters.storage import WEIGHTS_FILE, base_of, check_base, load_adapter
+from cora_cli.adapters.storage import WEIGHTS_FILE, base_of, check_base, load_adapter, order_names
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import AS_THE_FILE_SAYS
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers
@@ -57,6 +57,7 @@ def export_adapter(
     config, state = _as_lora(load_adapter(model, adapter, basis_path), adapter)
     config.base_model_name_or_path, config.revision = reference, revision
     config.task_type, config.inference_mode = "CAUSAL_LM", True
+    order_names(config)
     with rundir.atomic_path(output) as temporary:
         config.save_pretrained(str(temporary))
         save_file(

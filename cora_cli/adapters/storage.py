@@ -44,9 +44,7 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
         state = _plain_state(model)
     if method.subtracts_start:
         config.r, config.lora_alpha, config.use_rslora = 2 * facts.plan.rank, 2 * facts.plan.rank * facts.plan.scaling, False
-    for name, value in vars(config).items():
-        if isinstance(value, set):  # PEFT would write it in the order of Python's hash seed
-            setattr(config, name, sorted(value))
+    order_names(config)
     if isinstance(config, LoraConfig) and float(config.lora_alpha).is_integer():
         config.lora_alpha = int(config.lora_alpha)  # the type of PEFT's field, which other readers may require
     # Copies, since safetensors refuses one tensor under two names, and layers may share matrices.
@@ -64,6 +62,13 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
             rundir.write_json(temporary / SIDE_FILE, facts.as_dict())
     except SafetensorError as error:
         raise CoraError(f"{directory} cannot be written: {error}") from error
+
+
+def order_names(config: Any) -> None:
+    """Sort the sets of names in a configuration, which PEFT would write in the order of Python's hash seed."""
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
 
 
 def _plain_state(model: PeftModel) -> dict[str, torch.Tensor]:

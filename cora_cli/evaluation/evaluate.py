@@ -99,6 +99,8 @@ def _targets(config: EvaluateConfig) -> list[Target]:
                 f"{name} is not finished (status {record['status']}); complete it with the same `cora train` "
                 "command and --resume"
             )
+        if not config.dataset:
+            _check_test_records(run, record)
         path = resolve_model(name)
         base, adapter = (base_of(path), path) if path.is_adapter else (path, None)
         template = record["data"]["template"] if config.template == "auto" else config.template
@@ -113,11 +115,26 @@ def _targets(config: EvaluateConfig) -> list[Target]:
     return targets
 
 
+def _check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
+    """Raise `CoraError` if the held-out records are not those of the training; earlier versions did not record their hash."""
+    expected = record["data"].get("test_sha256")
+    if expected is not None and (not run.test_records.is_file() or rundir.sha256_file(run.test_records) != expected):
+        raise CoraError(
+            f"{run.test_records} was changed after it was written: it does not have the hash in {run.record.name}; restore it, or name "
+            "the records to answer with --dataset"
+        )
+
+
 def _recorded_generation(path: Path) -> dict[str, Any]:
     """The `generation.json` next to the predictions at `path`; empty if it describes other predictions."""
     source = EvaluationDirectory(path.parent).generation
     recorded: dict[str, Any] = rundir.read_json(source) if source.exists() else {}
-    return recorded if recorded.get("predictions_sha256") == rundir.sha256_file(path) else {}
+    if recorded and recorded.get("predictions_sha256") != rundir.sha256_file(path):
+        say(
+            f"{path} is not the file that {source.name} describes: it was changed after it was generated, so its settings are left out"
+        )
+        return {}
+    return recorded
 
 
 def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware) -> Evaluation:

@@ -164,7 +164,11 @@ def resolve_model(reference: str) -> ModelPath:
     if path.is_dir():
         run = rundir.RunDirectory(path)
         if run.exists():
-            path = run.model if run.model.exists() else run.adapter
+            path = run.result
+        elif rundir.RunDirectory(path.parent).exists() and path.resolve().name in ("adapter", "model"):
+            run = rundir.RunDirectory(path.parent)
+        if run.exists() and path.is_dir():
+            run.check_result()
         if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise CoraError(f"{reference} is not a model: {path} has neither config.json nor adapter_config.json")
         found = ModelPath(reference, path, None)

@@ -17,7 +17,6 @@ import torch
 from cora_cli import __version__, rundir
 from cora_cli.basis.artifact import Basis
 from cora_cli.data.encode import EncodedSet
-from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.prepare import Prepared
 
@@ -50,6 +49,7 @@ def first_record(config: TrainConfig, prepared: Prepared, fingerprint: dict[str,
             "test": _counts(prepared.test),
             "validation": _counts(prepared.validation),
             "overlapping_dropped": prepared.data.overlapping,
+            "test_sha256": rundir.sha256_text(rundir.jsonl_text(prepared.data.test)),
         },
         "hardware": {
             "device": str(prepared.hardware.device),
@@ -91,12 +91,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},
     }
-
-
-def result_hash(run: RunDirectory) -> str:
-    """SHA-256 over the files of `adapter/`, or of `model/` in mode `full`; of no files where neither exists."""
-    result = run.model if run.model.exists() else run.adapter
-    return rundir.sha256_files(path for path in (result.iterdir() if result.is_dir() else ()) if path.is_file())
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -29,11 +29,12 @@ from cora_cli.models.loading import load_model
 from cora_cli.progress import progress, say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.attention import register_packed_attention
+from cora_cli.training.checkpoints import checkpoints_in, newest_intact, step_of
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
-from cora_cli.training.record import FAILED, FINISHED, first_record, peak_memory_bytes, result_hash
-from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line, checkpoints_in
+from cora_cli.training.record import FAILED, FINISHED, first_record, peak_memory_bytes
+from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     fingerprint = prepared.fingerprint(config)
     if _agree(arguments, lambda: _open_directory(run, fingerprint, config.resume)):
         record = rundir.read_json(run.record)
-        if record["status"] == FINISHED and record.get("result_sha256") == result_hash(run):
+        if record["status"] == FINISHED and record.get("result_sha256") == run.result_hash():
             say(f"{run.root} is already finished")
             return record
         if record["status"] == FINISHED:
@@ -68,7 +69,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             _mark_failed(run, error)
         raise _explained(error, run) from error
     if main:
-        record = {**rundir.read_json(run.record), **outcome, "result_sha256": result_hash(run), "status": FINISHED}
+        record = {**rundir.read_json(run.record), **outcome, "result_sha256": run.result_hash(), "status": FINISHED}
         rundir.write_json(run.record, record)
     _barrier(arguments)
     return rundir.read_json(run.record)
@@ -153,8 +154,7 @@ def _train_and_save(
     main = arguments.process_index == 0
     if main:
         shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
-    existing = checkpoints_in(run.checkpoints)
-    checkpoint = existing[-1] if existing else None
+    checkpoint = newest_intact(run.checkpoints)
     before = _measure(model, prepared, arguments, "held-out loss before training", prepared.test)
     frozen_for_good = prepared.plan is not None and not method_of(prepared.plan.mode).can_train(prepared.plan)
     if frozen_for_good:
@@ -207,7 +207,7 @@ def _fit(
     config: TrainConfig,
     prepared: Prepared,
 ) -> dict[str, Any]:
-    done = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
+    done = step_of(checkpoint) if checkpoint else 0
     if trainer.is_world_process_zero():
         lines = rundir.read_jsonl(run.log, drop_partial_tail=True) if run.log.exists() else []
         rundir.write_jsonl(run.log, [line for line in lines if line["step"] <= done])

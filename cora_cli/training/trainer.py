@@ -25,6 +25,7 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import Progress
 from cora_cli.rundir import RunDirectory
+from cora_cli.training.checkpoints import checkpoints_in, seal
 from cora_cli.training.losses import response_losses
 
 PARTIAL = ".partial"
@@ -161,17 +162,12 @@ class CoraTrainer(Trainer):
             root = self._root
             if (root / name).exists():
                 shutil.rmtree(root / name)
+            seal(root / PARTIAL / name)
             (root / PARTIAL / name).rename(root / name)
             for old in checkpoints_in(root)[: -self._keep]:
                 # Renamed first: a half-deleted checkpoint must not look complete.
                 shutil.rmtree(old.rename(root / PARTIAL / old.name))
         self.accelerator.wait_for_everyone()
-
-
-def checkpoints_in(root: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = root.glob("checkpoint-*") if root.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 class RunLog(TrainerCallback):

@@ -372,3 +372,8 @@ def test_an_adapter_whose_pickle_wants_to_run_code_is_refused_and_does_not_run_i
     with pytest.raises(CoraError, match="contains more than tensors and could run code"):
         load_adapter(model, resolve_model(str(tmp_path / "evil")))
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_target_modules_of_the_configuration_are_in_alphabetical_order(standard):
+    written = json.loads((standard[0] / "adapter_config.json").read_text())["target_modules"]
+    assert written == sorted(written)

@@ -16,6 +16,7 @@ from cora_cli.evaluation import evaluate as module
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import Evaluation, evaluate, paired_differences
 from cora_cli.evaluation.metrics import NAMES
+from cora_cli.models.references import resolve_model
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 from .helpers import FAST, HELD_OUT, answers, evaluate_model, evaluate_run, make_run
@@ -164,8 +165,8 @@ def test_two_runs_of_one_name_are_not_written_to_one_directory(run: Path, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["missing", "foreign"])
-def test_an_adapter_with_keys_that_cannot_be_loaded_is_refused(run: Path, damage: str) -> None:
-    path = RunDirectory(run).adapter / "adapter_model.safetensors"
+def test_an_adapter_with_keys_that_cannot_be_loaded_is_refused(run: Path, records: Path, tmp_path: Path, damage: str) -> None:
+    path = shutil.copytree(RunDirectory(run).adapter, tmp_path / "alone") / "adapter_model.safetensors"
     state = load_file(path)
     key = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     tensor = state.pop(key)
@@ -173,7 +174,7 @@ def test_an_adapter_with_keys_that_cannot_be_loaded_is_refused(run: Path, damage
         state |= {key: tensor, key.replace("layers.1", "layers.7"): tensor.clone()}
     save_file(state, path)
     with pytest.raises(CoraError, match=r"1 keys do not fit the model, the first, .*q_proj\.lora_B"):
-        evaluate_run(run)
+        evaluate_model(path.parent, records, tmp_path / "out")
 
 
 @pytest.mark.usefixtures("no_model")
@@ -256,7 +257,37 @@ def test_metrics_are_recomputed_from_predictions_without_a_model(
         assert (tmp_path / "elsewhere" / name).read_bytes() == (run / "eval" / name).read_bytes()
 
 
-def test_edited_predictions_are_scored_without_a_generation_record(run: Path) -> None:
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def change_alpha(file: Path) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 80}))
+
+
+@pytest.mark.parametrize(("name", "damage"), [("adapter_model.safetensors", flip_a_bit), ("adapter_config.json", change_alpha)])
+@pytest.mark.parametrize("part", ["", "adapter"])
+def test_a_result_that_was_changed_after_the_training_is_refused_by_every_command(
+    run: Path, name: str, damage: Any, part: str
+) -> None:
+    damage(run / "adapter" / name)
+    with pytest.raises(CoraError, match=r"adapter was changed after its training had finished"):
+        resolve_model(str(run / part))  # what evaluate, merge, export, extract-basis and inspect call first
+
+
+def test_held_out_records_that_were_changed_are_refused(run: Path) -> None:
+    lines = (run / "test.jsonl").read_text().splitlines(keepends=True)
+    (run / "test.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    with pytest.raises(CoraError, match=r"test.jsonl was changed after it was written"):
+        evaluate_run(run)
+    assert evaluate_run(run, dataset=str(run / "test.jsonl")).record["metrics"]["rouge1"]["n"] == len(lines) // 2
+
+
+def test_edited_predictions_are_scored_without_a_generation_record_and_it_says_so(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     evaluate_run(run)
     path = run / "eval" / "predictions.jsonl"
     rundir.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in rundir.read_jsonl(path)])
@@ -264,6 +295,7 @@ def test_edited_predictions_are_scored_without_a_generation_record(run: Path) ->
     assert edited.record["metrics"]["rouge1"]["value"] == 1
     assert edited.record["generation"] == {}
     assert edited.name == "eval"
+    assert "predictions.jsonl is not the file that generation.json describes" in capfd.readouterr().err
 
 
 def from_lines(directory: Path, text: str, **settings: Any) -> Evaluation:
@@ -325,7 +357,7 @@ def test_every_metric_of_empty_and_endless_predictions_has_value_interval_n_and_
     scores = rundir.read_jsonl(tmp_path / "scores.jsonl")
     assert [tuple(line) for line in scores] == [NAMES] * 5
     for name, metric in result.record["metrics"].items():
-        assert set(metric) == {"value", "ci95", "n", "signature"}
+        assert set(metric) == {"value", "ci95", "n", "unscorable", "signature"}
         assert metric["ci95"][0] <= metric["value"] <= metric["ci95"][1]
         assert metric["n"] == 5
         assert metric["signature"].startswith(f"{name}|")

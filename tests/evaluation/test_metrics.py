@@ -305,7 +305,7 @@ def test_the_report_has_every_metric_with_value_interval_n_and_signature(bertsco
     report = score_all(NAMES, PREDICTIONS, REFERENCES, bootstrap=50)
     assert tuple(report.metrics) == NAMES
     for name, entry in report.metrics.items():
-        assert set(entry) == {"value", "ci95", "n", "signature"}
+        assert set(entry) == {"value", "ci95", "n", "unscorable", "signature"}
         assert entry["n"] == len(report.per_example[name]) == len(report.statistics[name]) == 6
         assert entry["ci95"][0] <= entry["ci95"][1]
         assert entry["signature"].startswith(f"{name}|")

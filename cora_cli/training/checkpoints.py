@@ -1,0 +1,61 @@
+"""Complete checkpoints of a run: each carries the hashes of its files, and only an intact one is resumed from."""
+
+import re
+from pathlib import Path
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+from cora_cli.progress import say
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+
+
+def checkpoints_in(root: Path) -> list[Path]:
+    """The checkpoints in `root`, oldest first; directories of other names are not ours."""
+    found = [path for path in root.iterdir() if _NAME.match(path.name)] if root.is_dir() else []
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(checkpoint.name.partition("-")[2])
+
+
+def seal(directory: Path) -> None:
+    """Write the hash of every file of a checkpoint to its manifest."""
+    rundir.write_json(directory / MANIFEST, _hashes(directory))
+
+
+def newest_intact(root: Path) -> Path | None:
+    """The newest checkpoint whose files have the hashes in its manifest; says which newer ones do not.
+
+    Checkpoints of versions before 0.2 have no manifest and count as intact.
+    """
+    for checkpoint in reversed(checkpoints_in(root)):
+        if (problem := _problem(checkpoint)) is None:
+            return checkpoint
+        say(f"{checkpoint} is damaged and is not used: {problem}")
+    return None
+
+
+def _problem(checkpoint: Path) -> str | None:
+    if not (checkpoint / MANIFEST).exists():
+        return None
+    try:
+        recorded, found = rundir.read_json(checkpoint / MANIFEST), _hashes(checkpoint)
+    except CoraError as error:
+        return str(error)
+    if not isinstance(recorded, dict):
+        return f"{MANIFEST} is not a list of files"
+    for name in sorted(recorded.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if recorded.get(name) != found[name]:
+            return f"{name} was changed after it was written"
+    return None
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {str(path.relative_to(directory)): rundir.sha256_file(path) for path in sorted(files)}
