@@ -135,7 +135,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     )
     trainer: Trainer
     if side == harness.OURS:
-        from cora_cli.data.batches import GlobalBatches
+        from cora_cli.data.batches import BatchForm, GlobalBatches
         from cora_cli.training.trainer import CoraTrainer
 
         class Chosen(GlobalBatches):
@@ -148,7 +148,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
             def __iter__(self) -> Iterator[list[int]]:
                 return iter(self._chosen)
 
-        trainer = CoraTrainer(model, arguments, examples, None, Path("unused"), 1, share_prefixes=True)
+        trainer = CoraTrainer(model, arguments, examples, None, Path("unused"), 1, BatchForm("packed", True))
         trainer.batches = Chosen(batches)
     else:
         order = [index for batch in batches for index in batch]

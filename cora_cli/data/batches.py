@@ -1,16 +1,18 @@
 """Distribute the examples of a data set into batches: any number of processes sees the same optimizer batches in one order.
 
-`pack` turns a batch into tensors.
+`pack` and `pad` turn a batch, or the examples of it that one forward pass may hold, into tensors.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from cora_cli.data.encode import Example
 from cora_cli.data.pack import pack
+from cora_cli.data.pad import pad
 
 GHOST = -1
 """Index of a batch member without a loss. It keeps processes in step when the last batch has fewer examples than processes."""
@@ -30,15 +32,53 @@ class ExampleSet(Dataset):
         return (self._shortest, True) if index == GHOST else (self.examples[index], False)
 
 
-class Collator:
-    """Packs members of an `ExampleSet`."""
+@dataclasses.dataclass(frozen=True)
+class BatchForm:
+    """How the examples of a batch go through a model.
 
-    def __init__(self, share_prefixes: bool) -> None:
-        self._share_prefixes = share_prefixes
+    `kind`: "packed" is one row without padding, "padded" a row each, "single" a forward pass each. `shares_prefixes`: whether a packed
+    row stores shared prefixes once. `switch`: examples of up to and of above so many tokens never share a pass. `arguments`: those of
+    the model's forward pass, for rows that are not packed.
+    """
+
+    kind: Literal["packed", "padded", "single"]
+    shares_prefixes: bool = False
+    switch: int | None = None
+    arguments: frozenset[str] = frozenset()
+
+    def passes(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The indices of the examples of each forward pass; in order where the examples are sorted by length, or single."""
+        if self.kind == "single":
+            return [[index] for index in range(len(examples))]
+        sides: dict[bool, list[int]] = {}
+        for index, example in enumerate(examples):
+            sides.setdefault(self.switch is not None and len(example.input_ids) > self.switch, []).append(index)
+        return [sides[side] for side in sorted(sides)]
+
+    def collate(self, examples: Sequence[Example], ghosts: Sequence[bool] | None = None) -> dict[str, Any]:
+        """The tensors of one forward pass; see `pack` and `pad`."""
+        if self.kind == "packed":
+            return pack(examples, ghosts, self.shares_prefixes)
+        return pad(examples, ghosts or [False] * len(examples), self.arguments)
+
+
+class Collator:
+    """Collates members of an `ExampleSet`."""
+
+    def __init__(self, form: BatchForm) -> None:
+        self._form = form
 
     def __call__(self, items: Sequence[tuple[Example, bool]]) -> dict[str, Any]:
-        """One packed row; see `pack`."""
-        return pack([example for example, _ in items], [ghost for _, ghost in items], self._share_prefixes)
+        """`passes`, the tensors of each forward pass; `labels` and `shift_labels` (labels,), those of all passes, which the Trainer
+        counts; and `real_tokens`, the number of tokens of all examples but ghosts.
+        """
+        passes = []
+        for indices in self._form.passes([example for example, _ in items]):
+            members = [items[index] for index in indices]
+            passes.append(self._form.collate([example for example, _ in members], [ghost for _, ghost in members]))
+        labels = torch.cat([each["labels"] for each in passes])
+        real_tokens = sum(len(example.input_ids) for example, ghost in items if not ghost)
+        return {"passes": passes, "labels": labels, "shift_labels": labels, "real_tokens": real_tokens}
 
 
 class GlobalBatches(Sampler[list[int]]):

@@ -69,8 +69,8 @@ def pack(examples: Sequence[Example], ghosts: Sequence[bool] | None = None, shar
     """Collate examples into one row.
 
     Returns `input_ids` and `position_ids` (1, tokens); `logits_to_keep` (labels,), the position in the row before each response
-    token, one example after the other; `labels` and `shift_labels` (labels,), those tokens; and `real_tokens`, the number of
-    tokens of all examples without sharing. A ghost has tokens but no labels and is not counted. With `share_prefixes` there is
+    token, one example after the other; `labels` and `shift_labels` (labels,), those tokens; `real_tokens`, the number of
+    tokens of all examples without sharing; and `use_cache`, which is off. A ghost has tokens but no labels and is not counted. With `share_prefixes` there is
     also a `layout`; without it, FlashAttention's varlen arguments `cu_seq_lens_q/k` (examples + 1,) int32 and `max_length_q/k`.
     """
     hidden = ghosts or [False] * len(examples)
@@ -94,6 +94,7 @@ def pack(examples: Sequence[Example], ghosts: Sequence[bool] | None = None, shar
         "labels": targets,
         "shift_labels": targets,  # tells the Trainer, which counts labels, that these are already shifted
         "real_tokens": sum(len(example.input_ids) for example, ghost in zip(examples, hidden, strict=True) if not ghost),
+        "use_cache": False,
     }
     if share_prefixes:
         return {**batch, "layout": layout}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type
@@ -34,6 +34,24 @@ def require_four_bit(device: torch.device) -> None:
         )
 
 
+def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any:
+    """The configuration of a causal language model.
+
+    Raises `CoraError` where it cannot be read, and for a type that transformers does not load as a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises unrelated types for damaged files
+        raise CoraError(f"config.json of {model.reference} cannot be read: {reason(error)}") from error
+    by_remote_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not by_remote_code:
+        raise CoraError(
+            f"{model.reference} is a {config.model_type} model, which transformers does not load as a causal language model; use a model "
+            "that predicts the next token of a text"
+        )
+    return config
+
+
 def load_model(
     model: ModelPath,
     dtype: torch.dtype | str,
@@ -41,27 +59,28 @@ def load_model(
     attention: str | None,
     trust_remote_code: bool = False,
     four_bit: bool = False,
+    config: Any = None,
 ) -> PreTrainedModel:
     """Load a complete causal language model in evaluation mode.
 
     `dtype` is a torch dtype, or "auto" for the stored one. `attention` names transformers' attention implementation; None is
     transformers' default, which is SDPA for models that support it (models with soft-capped logits do not). `four_bit` holds
     the linear layers in NF4 with double quantization and multiplies in `dtype` (QLoRA, arXiv 2305.14314); see
-    `require_four_bit`. Raises `CoraError` for an adapter directory and for damaged or missing weights.
+    `require_four_bit`. `config` replaces the stored configuration. Raises `CoraError` for an adapter directory and for damaged or missing weights.
     """
     if model.is_adapter:
         raise CoraError(
             f"{model.reference} is an adapter, not a complete model; merge it first with `cora merge {model.reference}`"
         )
     _check_types(model)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"config": config or load_configuration(model, trust_remote_code)}
     if four_bit:
         kind: dict[str, Any] = {
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": dtype,
         }
-        options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **kind), "device_map": {"": device}}
+        options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **kind), "device_map": {"": device}}
     try:
         loaded: Any
         report: Any

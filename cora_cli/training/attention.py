@@ -153,7 +153,7 @@ def _weights(
         bounded = torch.tanh(scores / softcap)
         scores, slope = bounded * softcap, 1 - bounded**2
     rows, columns = part.bias.shape
-    scores.unflatten(1, (-1, rows))[..., -columns:].add_(part.bias)
+    scores.unflatten(1, (-1, rows))[..., -columns:].add_(part.bias.to(scores.device))
     return scores.softmax(-1), slope
 
 

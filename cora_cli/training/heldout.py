@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
+from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import Example
-from cora_cli.data.pack import pack
 from cora_cli.device import Hardware
 from cora_cli.intervals import bootstrap_interval
 from cora_cli.progress import progress
@@ -52,22 +52,20 @@ def held_out_loss(
     model: torch.nn.Module,
     examples: Sequence[Example],
     hardware: Hardware,
-    share_prefixes: bool,
+    form: BatchForm,
     rank: int = 0,
     world_size: int = 1,
     label: str = "",
 ) -> HeldOutLoss:
-    """Measure every example, packed into rows of similar lengths; each of several processes measures its share.
-
-    `share_prefixes` says whether the model's attention supports rows in which examples share their prefixes.
-    """
+    """Measure every example, in batches of similar lengths and of `form`; each of several processes measures its share."""
     mine = sorted(range(rank, len(examples), world_size), key=lambda index: len(examples[index].input_ids))
     measured: list[tuple[int, float, int]] = []
     training = model.training
     model.eval()
     with torch.inference_mode(), progress(label or "held-out loss", len(mine), "records") as shown:
         for row in _rows(examples, mine):
-            measured += _measure(model, examples, row, hardware, share_prefixes)
+            for members in form.passes([examples[index] for index in row]):
+                measured += _measure(model, examples, [row[member] for member in members], hardware, form)
             shown.advance(len(row))
     model.train(training)
     if world_size > 1:
@@ -90,10 +88,10 @@ def _rows(examples: Sequence[Example], indices: Sequence[int]) -> list[list[int]
 
 
 def _measure(
-    model: torch.nn.Module, examples: Sequence[Example], row: list[int], hardware: Hardware, share_prefixes: bool
+    model: torch.nn.Module, examples: Sequence[Example], row: list[int], hardware: Hardware, form: BatchForm
 ) -> list[tuple[int, float, int]]:
     members = [examples[index] for index in row]
-    row_batch = pack(members, share_prefixes=share_prefixes)
+    row_batch = form.collate(members)
     batch = {name: value.to(hardware.device) if isinstance(value, torch.Tensor) else value for name, value in row_batch.items()}
     with torch.autocast(hardware.device.type, torch.bfloat16, enabled=hardware.dtype == torch.bfloat16):
         losses = response_losses(model, batch)

@@ -1,4 +1,4 @@
-"""Losses of the response tokens of a packed row, at the cost of their own logits and one pass over them.
+"""Losses of the response tokens of a batch, at the cost of their own logits and one pass over them.
 
 The caller sums them: `trainer` over an optimizer batch, `heldout` over each record.
 """
@@ -11,11 +11,20 @@ CHUNK = 1 << 20
 """Logits that are taken to float32 at a time, so that they stay in a processor's cache."""
 
 
+NOT_ARGUMENTS = frozenset({"labels", "shift_labels", "real_tokens", "label_rows", "label_columns"})
+"""Entries of a collated pass that are not for the model."""
+
+
+def batch_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """Negative log-likelihood of every response token of a batch from `Collator`: (labels,), in nats, in the order of `labels`."""
+    return torch.cat([response_losses(model, each) for each in batch["passes"]])
+
+
 def response_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Negative log-likelihood of every response token of a row from `pack`: (labels,), in nats."""
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels", "real_tokens")}
-    logits = model(**inputs, use_cache=False).logits[0]
-    return token_losses(logits, batch["shift_labels"])
+    """Negative log-likelihood of every response token of one forward pass, from `pack` or `pad`: (labels,), in nats."""
+    logits = model(**{name: value for name, value in batch.items() if name not in NOT_ARGUMENTS}).logits
+    predicting = logits[batch["label_rows"], batch["label_columns"]] if "label_rows" in batch else logits[0]
+    return token_losses(predicting, batch["shift_labels"])
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

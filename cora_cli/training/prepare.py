@@ -24,8 +24,10 @@ from cora_cli.device import Hardware, PackedAttention, select_hardware, select_p
 from cora_cli.errors import CoraError
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.models.loading import context_length, load_tokenizer, require_four_bit
+from cora_cli.models.configuration import remove_dropout
+from cora_cli.models.loading import context_length, load_configuration, load_tokenizer, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
 from cora_cli.weights.sources import open_source
@@ -33,11 +35,12 @@ from cora_cli.weights.sources import open_source
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """The checked inputs of a run."""
+    """The checked inputs of a run. `attention` is that of packed rows, which `batching` checks; `model_config` has no dropout."""
 
     hardware: Hardware
     attention: PackedAttention
     model_path: ModelPath
+    model_config: Any
     tokenizer: Any
     template: Template
     data: DataSplit
@@ -89,10 +92,10 @@ def prepare(config: TrainConfig) -> Prepared:
         require_four_bit(hardware.device)
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)
     template = Template(choose_template(config.template, data.schema, tokenizer), data.schema, tokenizer)
-    model_config = transformers.AutoConfig.from_pretrained(model_path.path, trust_remote_code=config.trust_remote_code)
+    model_config = load_configuration(model_path, config.trust_remote_code)
+    removed = remove_dropout(model_config)
     with torch.device("meta"):
         skeleton = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
-    _check_packable(skeleton, config.model)
     if plan is not None:
         method.configuration(plan)
         target_linears(skeleton, plan.target_modules)
@@ -103,23 +106,13 @@ def prepare(config: TrainConfig) -> Prepared:
     validation_set = encode_records(data.validation, template, longest, "validation", rows)
     if config.eval_limit:
         test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
+    if removed:
+        say(
+            f"{config.model} is trained without its own dropout: {', '.join(f'{name} {value:g}' for name, value in removed.items())} set to 0"
+        )
     attention = select_packed_attention(hardware.device.type)
     sets = (train_set, test_set, validation_set)
-    return Prepared(hardware, attention, model_path, tokenizer, template, data, *sets, basis, plan)
-
-
-def _check_packable(model: Any, name: str) -> None:
-    """Raise `CoraError` for a model in which examples of one row would attend to each other, or whose attention has dropout."""
-    config = model.config.get_text_config(decoder=True)
-    if not model._supports_attention_backend:  # its own attention would ignore the layout of the row, silently
-        raise CoraError(f"{name} ({type(model).__name__}) implements attention itself, which packed training does not support")
-    foreign = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
-    if foreign:
-        raise CoraError(
-            f"{name} has {foreign[0]} layers, which packed training does not support; it supports full and sliding attention"
-        )
-    if getattr(config, "attention_dropout", 0.0):
-        raise CoraError(f"{name} has attention_dropout, which packed training does not support; set it to 0 in its config.json")
+    return Prepared(hardware, attention, model_path, model_config, tokenizer, template, data, *sets, basis, plan)
 
 
 def total_steps(config: TrainConfig, examples: int) -> int:

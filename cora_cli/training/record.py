@@ -17,13 +17,16 @@ import torch
 from cora_cli import __version__, rundir
 from cora_cli.basis.artifact import Basis
 from cora_cli.data.encode import EncodedSet
+from cora_cli.training.batching import Batching
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.prepare import Prepared
 
 FINISHED, RUNNING, FAILED = "finished", "running", "failed"
 
 
-def first_record(config: TrainConfig, prepared: Prepared, fingerprint: dict[str, Any], model: Any) -> dict[str, Any]:
+def first_record(
+    config: TrainConfig, prepared: Prepared, fingerprint: dict[str, Any], model: Any, batching: Batching
+) -> dict[str, Any]:
     """The record of a run that is about to start; `fingerprint` is `Prepared.fingerprint`, `model` the model to train."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
@@ -59,6 +62,7 @@ def first_record(config: TrainConfig, prepared: Prepared, fingerprint: dict[str,
             "threads": torch.get_num_threads(),
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
         },
+        "attention": {"name": batching.attention, "batches": batching.form.kind, "reason": batching.reason},
         "versions": versions(),
         "seeds": {"seed": config.seed, "split_seed": config.split_seed},
     }

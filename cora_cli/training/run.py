@@ -20,6 +20,7 @@ from cora_cli import rundir
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import AngleMeter, install_adapter
 from cora_cli.adapters.storage import save_adapter
+from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
 from cora_cli.data.formats import unused_columns
 from cora_cli.errors import CoraError
@@ -28,7 +29,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import load_model
 from cora_cli.progress import progress, say
 from cora_cli.rundir import RunDirectory
-from cora_cli.training.attention import register_packed_attention
+from cora_cli.training.batching import Batching, choose_batching
 from cora_cli.training.checkpoints import checkpoints_in, newest_intact, step_of
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
@@ -55,13 +56,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
             return record
         if record["status"] == FINISHED:
             say(f"the result in {run.root} was damaged after it was written: writing it again from the last checkpoint")
-    model = _load(config, prepared)
+    model, batching = _load(config, prepared)
     if main:
-        record = first_record(config, prepared, fingerprint, model)
+        record = first_record(config, prepared, fingerprint, model, batching)
         _write_start(run, config, prepared, record)
     _barrier(arguments)
     try:
-        outcome = _train_and_save(config, prepared, run, arguments, model)
+        outcome = _train_and_save(config, prepared, run, arguments, model, batching.form)
     except Exception as error:
         if main:
             # An incomplete checkpoint is useless, and on a full disk it takes the space that the record needs.
@@ -115,17 +116,28 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
     return True
 
 
-def _load(config: TrainConfig, prepared: Prepared) -> torch.nn.Module:
-    say(f"{prepared.hardware.describe()}; attention {prepared.attention.name} ({prepared.attention.reason})")
+def _load(config: TrainConfig, prepared: Prepared) -> tuple[torch.nn.Module, Batching]:
+    """The model to train, and how examples go through it."""
+    say(prepared.hardware.describe())
     dtype = torch.float32 if prepared.plan is None else prepared.hardware.dtype
-    register_packed_attention()
-    where = (prepared.hardware.device, prepared.attention.name)
-    model = load_model(prepared.model_path, dtype, *where, config.trust_remote_code, config.load_in_4bit)
+    loaded = load_model(
+        prepared.model_path,
+        dtype,
+        prepared.hardware.device,
+        None,
+        config.trust_remote_code,
+        config.load_in_4bit,
+        prepared.model_config,
+    )
+    sets = (prepared.train, prepared.test, prepared.validation)
+    examples = [example for encoded in sets for example in encoded.examples]
+    batching = choose_batching(loaded, prepared.attention, examples, prepared.hardware)
+    say(batching.describe())
     # Starts are seeded by module name; this seeds dropout.
     set_seed(config.seed)
     if prepared.plan is None:
-        return model
-    return install_adapter(model, prepared.plan, prepared.basis)
+        return loaded, batching
+    return install_adapter(loaded, prepared.plan, prepared.basis), batching
 
 
 def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, record: dict[str, Any]) -> None:
@@ -149,13 +161,13 @@ def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, rec
 
 
 def _train_and_save(
-    config: TrainConfig, prepared: Prepared, run: RunDirectory, arguments: TrainingArguments, model: Any
+    config: TrainConfig, prepared: Prepared, run: RunDirectory, arguments: TrainingArguments, model: Any, form: BatchForm
 ) -> dict[str, Any]:
     main = arguments.process_index == 0
     if main:
         shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
     checkpoint = newest_intact(run.checkpoints)
-    before = _measure(model, prepared, arguments, "held-out loss before training", prepared.test)
+    before = _measure(model, form, prepared, arguments, "held-out loss before training", prepared.test)
     frozen_for_good = prepared.plan is not None and not method_of(prepared.plan.mode).can_train(prepared.plan)
     if frozen_for_good:
         say("a frozen factor is zero, so all gradients are zero: this run equals the base model and takes no step")
@@ -168,12 +180,12 @@ def _train_and_save(
             prepared.plan,
             run.checkpoints,
             config.keep_checkpoints,
-            prepared.attention.shares_prefixes,
+            form,
         )
         meter = _angle_meter(model, prepared.plan)
-        speed = _fit(trainer, run, meter, checkpoint, config, prepared)
-        after = _measure(model, prepared, arguments, "held-out loss after training", prepared.test)
-    validation = _measure(model, prepared, arguments, "validation loss after training", prepared.validation)
+        speed = _fit(trainer, run, meter, checkpoint, config, prepared, form)
+        after = _measure(model, form, prepared, arguments, "held-out loss after training", prepared.test)
+    validation = _measure(model, form, prepared, arguments, "validation loss after training", prepared.validation)
     if main:
         _save_result(config, prepared, run, model)
         if before is not None and after is not None:
@@ -206,6 +218,7 @@ def _fit(
     checkpoint: Path | None,
     config: TrainConfig,
     prepared: Prepared,
+    form: BatchForm,
 ) -> dict[str, Any]:
     done = step_of(checkpoint) if checkpoint else 0
     if trainer.is_world_process_zero():
@@ -217,7 +230,7 @@ def _fit(
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(RunLog(run, trainer, meter, shown))
         if config.eval_steps:
-            trainer.add_callback(_HeldOutEvery(config.eval_steps, run, trainer, prepared))
+            trainer.add_callback(_HeldOutEvery(config.eval_steps, run, trainer, prepared, form))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # From the log, since a resumed run was trained by several processes.
     log = rundir.read_jsonl(run.log) if trainer.is_world_process_zero() else []
@@ -234,26 +247,31 @@ def _fit(
 class _HeldOutEvery(transformers.TrainerCallback):
     """Measures the held-out loss during training."""
 
-    def __init__(self, every: int, run: RunDirectory, trainer: CoraTrainer, prepared: Prepared) -> None:
-        self._every, self._run, self._trainer, self._prepared = every, run, trainer, prepared
+    def __init__(self, every: int, run: RunDirectory, trainer: CoraTrainer, prepared: Prepared, form: BatchForm) -> None:
+        self._every, self._run, self._trainer, self._prepared, self._form = every, run, trainer, prepared, form
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self._every or control.should_training_stop:
             return
         loss = _measure(
-            self._trainer.model, self._prepared, args, f"held-out loss at step {state.global_step}", self._prepared.test
+            self._trainer.model,
+            self._form,
+            self._prepared,
+            args,
+            f"held-out loss at step {state.global_step}",
+            self._prepared.test,
         )
         if state.is_world_process_zero and loss is not None:
             append_line(self._run.log, {"step": state.global_step, "epoch": state.epoch, "heldout_loss": loss.mean})
 
 
 def _measure(
-    model: Any, prepared: Prepared, arguments: TrainingArguments, label: str, records: EncodedSet
+    model: Any, form: BatchForm, prepared: Prepared, arguments: TrainingArguments, label: str, records: EncodedSet
 ) -> HeldOutLoss | None:
     if not records.examples:
         return None
     rank, world = arguments.process_index, arguments.world_size
-    loss = held_out_loss(model, records.examples, prepared.hardware, prepared.attention.shares_prefixes, rank, world, label)
+    loss = held_out_loss(model, records.examples, prepared.hardware, form, rank, world, label)
     if not math.isfinite(loss.mean):
         raise Diverged(f"the {label} is {loss.mean}: the model's output is not finite")
     return loss

@@ -1,4 +1,4 @@
-"""The transformers Trainer with packed rows, a verified set of trained parameters, complete checkpoints, and a stop at NaN.
+"""The transformers Trainer with batches of any form, a verified set of trained parameters, complete checkpoints, and a stop at NaN.
 
 Optimizer, schedule, precision, distribution and reporting are the Trainer's own. `run` starts and ends the training.
 """
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cora_cli.adapters.install import AngleMeter, apply_trained_set
-from cora_cli.data.batches import Collator, ExampleSet, GlobalBatches
+from cora_cli.data.batches import BatchForm, Collator, ExampleSet, GlobalBatches
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
 from cora_cli.methods.plan import AdapterPlan
@@ -26,7 +26,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.progress import Progress
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.checkpoints import checkpoints_in, seal
-from cora_cli.training.losses import response_losses
+from cora_cli.training.losses import batch_losses
 
 PARTIAL = ".partial"
 
@@ -36,11 +36,7 @@ class Diverged(CoraError):
 
 
 class CoraTrainer(Trainer):
-    """Trains on packed rows and keeps the `keep` newest checkpoints in `root`.
-
-    `plan` is None for full fine-tuning. `share_prefixes` says whether the model's attention supports rows in which examples share
-    their prefixes.
-    """
+    """Trains on batches of `form` and keeps the `keep` newest checkpoints in `root`. `plan` is None for full fine-tuning."""
 
     def __init__(
         self,
@@ -50,10 +46,12 @@ class CoraTrainer(Trainer):
         plan: AdapterPlan | None,
         root: Path,
         keep: int,
-        share_prefixes: bool,
+        form: BatchForm,
     ) -> None:
         self._examples, self._root = ExampleSet(examples), root
-        super().__init__(model=model, args=args, train_dataset=self._examples, data_collator=Collator(share_prefixes))
+        super().__init__(model=model, args=args, train_dataset=self._examples, data_collator=Collator(form))
+        # Of a class that cannot divide by the tokens of a batch itself; `compute_loss` does it for every class.
+        self.model_accepts_loss_kwargs = True
         self._plan, self._keep = plan, keep
         self._method = method_of(plan.mode) if plan is not None else None
         for module in model.modules():
@@ -71,7 +69,7 @@ class CoraTrainer(Trainer):
         self.tokens = 0
 
     def get_train_dataloader(self) -> DataLoader:
-        """The packed batches of this process; `GlobalBatches` has already distributed them, so nothing else may shard them."""
+        """The batches of this process; `GlobalBatches` has already distributed them, so nothing else may shard them."""
         return DataLoader(
             self._examples,
             batch_sampler=self.batches,
@@ -86,7 +84,7 @@ class CoraTrainer(Trainer):
 
         Gradients are averaged over processes afterwards, hence the factor. A method's own loss term is added.
         """
-        loss = response_losses(model, inputs).sum() / num_items_in_batch * self.accelerator.num_processes
+        loss = batch_losses(model, inputs).sum() / num_items_in_batch * self.accelerator.num_processes
         if self._method is None or self._plan is None:
             return loss
         added = self._method.added_loss(self.accelerator.unwrap_model(model), self._plan)

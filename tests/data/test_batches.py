@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cora_cli.data.batches import GHOST, Collator, ExampleSet, GlobalBatches
+from cora_cli.data.batches import GHOST, BatchForm, Collator, ExampleSet, GlobalBatches
 from cora_cli.data.encode import Example
 from cora_cli.training.attention import register_packed_attention
-from cora_cli.training.losses import response_losses
+from cora_cli.training.losses import batch_losses
 
 VOCABULARY = 48
 
@@ -29,17 +29,17 @@ def test_the_ghost_of_a_set_is_its_shortest_example_without_labels(share_prefixe
     assert len(data) == 3
     assert data[0] == (examples[0], False)
     assert data[GHOST] == (examples[1], True)
-    row = Collator(share_prefixes)([data[GHOST]])
-    assert row["input_ids"][0].tolist() == examples[1].input_ids
-    assert row["labels"].numel() == row["real_tokens"] == 0
+    batch = Collator(BatchForm("packed", share_prefixes))([data[GHOST]])
+    assert batch["passes"][0]["input_ids"][0].tolist() == examples[1].input_ids
+    assert batch["labels"].numel() == batch["real_tokens"] == 0
 
 
 def test_the_collator_shares_prefixes_where_it_is_told_to():
     stem = list(range(20))
     items = [(Example([*stem, 30], 20), False), (Example([*stem, 31, 32], 20), False)]
-    shared, unshared = Collator(True)(items), Collator(False)(items)
-    assert shared["input_ids"].shape == (1, 23)
-    assert unshared["input_ids"].shape == (1, 43)
+    shared, unshared = (Collator(BatchForm("packed", shares))(items) for shares in (True, False))
+    assert shared["passes"][0]["input_ids"].shape == (1, 23)
+    assert unshared["passes"][0]["input_ids"].shape == (1, 43)
     assert shared["labels"].tolist() == unshared["labels"].tolist() == [30, 31, 32]
 
 
@@ -94,25 +94,46 @@ def test_a_short_last_batch_is_dealt_out_evenly_and_the_rest_gets_ghosts():
     assert [batches[-1] for batches in processes].count([GHOST]) == 3
 
 
-@pytest.mark.parametrize("share_prefixes", [True, False])
+FORMS = {
+    "packed, sharing prefixes": BatchForm("packed", True),
+    "packed": BatchForm("packed"),
+    "packed on two sides of a length": BatchForm("packed", switch=5),
+    "padded": BatchForm("padded", arguments=frozenset({"attention_mask", "logits_to_keep", "use_cache"})),
+    "padded without any argument": BatchForm("padded"),
+    "single": BatchForm("single", arguments=frozenset({"logits_to_keep"})),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("batch_size", "accumulation", "world"), [(2, 2, 3), (3, 1, 4), (1, 4, 3)])
-def test_the_gradient_of_an_epoch_dealt_over_processes_is_that_of_one_process(batch_size, accumulation, world, share_prefixes):
+def test_the_gradient_of_an_epoch_dealt_over_processes_is_that_of_one_process(batch_size, accumulation, world, form):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.3, **sizes)).double()
     register_packed_attention()
-    model.set_attn_implementation("cora_segments" if share_prefixes else "sdpa")
     examples = make_examples([(1 + n % 4, 1 + n % 5) for n in range(14)])
 
-    def gradients(parts):
+    def gradients(parts, form):
+        model.set_attn_implementation("cora_segments" if form.shares_prefixes else "sdpa")
+        collator = Collator(form)
         model.zero_grad(set_to_none=True)
         for batches in parts:
-            for row in DataLoader(ExampleSet(examples), batch_sampler=batches, collate_fn=Collator(share_prefixes)):
-                response_losses(model, row).sum().backward()
+            for batch in DataLoader(ExampleSet(examples), batch_sampler=batches, collate_fn=collator):
+                batch_losses(model, batch).sum().backward()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
-    whole = gradients([GlobalBatches(14, 14, 1, 0, 1, seed=3)])
-    dealt_out = gradients([GlobalBatches(14, batch_size, accumulation, rank, world, seed=3) for rank in range(world)])
+    whole = gradients([GlobalBatches(14, 14, 1, 0, 1, seed=3)], FORMS["packed, sharing prefixes"])
+    dealt_out = gradients(
+        [GlobalBatches(14, batch_size, accumulation, rank, world, seed=3) for rank in range(world)], FORMS[form]
+    )
     for name, wanted in whole.items():
         # Norms compute in float32 whatever the model's dtype is.
         assert (dealt_out[name] - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+
+
+def test_examples_on_both_sides_of_a_length_never_share_a_pass():
+    examples = make_examples([(3, 4), (2, 3), (4, 4), (1, 1)])
+    for kind in ("packed", "padded"):
+        assert BatchForm(kind, switch=6).passes(examples) == [[1, 3], [0, 2]]
+        assert BatchForm(kind).passes(examples) == [[0, 1, 2, 3]]
+    assert BatchForm("single", switch=6).passes(examples) == [[0], [1], [2], [3]]

@@ -1,0 +1,55 @@
+"""What a model's configuration says about dropout and sequence lengths, under all the names that families use."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PretrainedConfig
+
+NOISE = ("drop", "jitter")
+"""Parts of the names of settings that make a model in training random."""
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention", "attention_window")
+"""Names of settings beyond whose value, in tokens, a token no longer attends to the first one."""
+
+
+def parts_of(config: Any) -> Iterator[Any]:
+    """A configuration and all configurations in it."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            yield from parts_of(value)
+
+
+def remove_dropout(config: Any) -> dict[str, float]:
+    """Set every dropout of a configuration, and every noise on the routing of experts, to 0. Returns what was above it, by name."""
+    found: dict[str, float] = {}
+    for part in parts_of(config):
+        for name, value in vars(part).items():
+            if any(noise in name for noise in NOISE) and type(value) in (int, float) and value > 0:
+                found[name] = float(value)
+                setattr(part, name, 0.0)
+    return found
+
+
+def length_limits(config: Any) -> set[int]:
+    """The lengths in tokens at which a model's attention or positions change."""
+    decoder = config.get_text_config(decoder=True)
+    limits = {value for part in parts_of(decoder) for name in WINDOWS if type(value := getattr(part, name, None)) is int}
+    switch = rope_switch(config)
+    return {limit for limit in limits if limit > 0} | ({switch} if switch is not None else set())
+
+
+def rope_switch(config: Any) -> int | None:
+    """The length above which the rotary embedding of *all* tokens of a forward pass changes; None where none does.
+
+    Such a model (LongRoPE, arXiv 2402.13753, or dynamic NTK) takes the length from the largest position of the pass, so examples on
+    both sides of it do not go together.
+    """
+    decoder = config.get_text_config(decoder=True)
+    rope = getattr(decoder, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):
+        kind = parameters.get("rope_type") if isinstance(parameters, dict) else None
+        if kind == "longrope":
+            return int(parameters["original_max_position_embeddings"])
+        if kind == "dynamic":
+            return int(decoder.max_position_embeddings)
+    return None

@@ -1,0 +1,53 @@
+"""Compute with a model in a higher precision than that of its weights, without a copy of them all."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+LARGEST_IN_FLOAT64 = 1 << 27
+"""Elements of the largest weight up to which double precision is affordable: 1 GiB while its layer computes."""
+
+
+@contextmanager
+def computing_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Each module computes with its own weights in `dtype` while it runs, and has the stored ones again afterwards, bit for bit.
+
+    Quantized weights stay as they are.
+    """
+    stored: dict[torch.nn.Module, dict[torch.nn.Parameter, torch.Tensor]] = {}
+
+    def widen(module: torch.nn.Module, *_: object) -> None:
+        own = {weight: weight.data for weight in module.parameters(recurse=False) if weight.is_floating_point()}
+        stored[module] = own
+        for weight, data in own.items():
+            weight.data = data.to(dtype)
+
+    def restore(module: torch.nn.Module, *_: object) -> None:
+        for weight, data in stored.pop(module, {}).items():
+            weight.data = data
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                hooks.enter_context(_removed(module.register_forward_pre_hook(widen)))
+                hooks.enter_context(_removed(module.register_forward_hook(restore, always_call=True)))
+        try:
+            yield
+        finally:
+            for module in list(stored):
+                restore(module)
+
+
+@contextmanager
+def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def precisions(model: torch.nn.Module) -> list[torch.dtype]:
+    """The precisions to compare computations of `model` in, the most exact first."""
+    affordable = max(weight.numel() for weight in model.parameters()) <= LARGEST_IN_FLOAT64
+    return [torch.float64, torch.float32] if affordable else [torch.float32]
