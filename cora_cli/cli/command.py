@@ -20,6 +20,7 @@ import typer
 from cora_cli import rundir
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.settings import comma_separated
+from cora_cli.terminal import CLOSED_PIPE, complain
 
 Config = TypeVar("Config")
 
@@ -29,23 +30,34 @@ def clean_errors(debug: bool) -> Iterator[None]:
     """Report an exception as one sentence on stderr and exit with its code; with `debug`, let the traceback through."""
     try:
         yield
+        sys.stdout.flush()
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt as error:
-        print("cora: interrupted", file=sys.stderr, flush=True)
+        complain("cora: interrupted")
         raise typer.Exit(130) from error
+    except BrokenPipeError as error:
+        raise typer.Exit(CLOSED_PIPE) from error
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, CoraError):
-            message, code = str(error), error.exit_code
-        else:
-            detail = " ".join(str(error).split())[:400]
-            message, code = f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)", 1
+        message, code = (str(error), error.exit_code) if isinstance(error, CoraError) else (_described(error), 1)
         rank = os.environ.get("RANK", "0")
         process = "" if rank == "0" else f" (process {rank})"
-        print(f"cora: error{process}: {message}", file=sys.stderr, flush=True)
+        complain(f"cora: error{process}: {message}")
         raise typer.Exit(code) from error
+
+
+def _described(error: Exception) -> str:
+    """What an exception of Python or of a library says to a user: the file of an operating system's error, or what is exhausted."""
+    detail = " ".join(str(error).split())[:400]
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename} cannot be used: {error.strerror}"
+    if rundir.is_disk_full(error):
+        return f"the disk is full: {detail}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in detail:
+        return f"not enough memory; use smaller settings or a smaller model{f' ({detail})' if detail else ''}"
+    return f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)"
 
 
 def command(app: typer.Typer, name: str, config_class: type[Config], run: Callable[[Config], None]) -> None:

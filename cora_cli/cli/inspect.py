@@ -8,6 +8,7 @@ import typer
 from cora_cli.cli.command import command
 from cora_cli.errors import UsageError
 from cora_cli.settings import setting
+from cora_cli.terminal import show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,4 +66,4 @@ def run(config: InspectConfig) -> None:
     check_output(output_dir)
     device = select_hardware(config.device, "auto").device
     found = inspect(config.inputs, config.base, config.rank, config.side, config.target_modules, config.runs, device)
-    print(report(found, config.format, output_dir), end="")
+    show(report(found, config.format, output_dir), end="")

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.storage import base_of, check_base
 from cora_cli.data.encode import encode_prompt, shorten_prompt
@@ -87,7 +88,7 @@ def _targets(config: EvaluateConfig) -> list[Target]:
                 f"{name} is not a cora run (no {run.record.name}). To evaluate a model or adapter: "
                 f"cora evaluate --model {name} --dataset FILE -o DIR."
             )
-        record = rundir.read_json(run.record)
+        record = shapes.read_run(run)
         if record["status"] != "finished":
             raise CoraError(
                 f"{name} is not finished (status {record['status']}); complete it with the same `cora train` "
@@ -109,8 +110,7 @@ def _targets(config: EvaluateConfig) -> list[Target]:
 
 def _recorded_generation(path: Path) -> dict[str, Any]:
     """The `generation.json` next to the predictions at `path`; empty if it describes other predictions."""
-    source = EvaluationDirectory(path.parent).generation
-    recorded: dict[str, Any] = rundir.read_json(source) if source.exists() else {}
+    recorded = shapes.read_generation(EvaluationDirectory(path.parent))
     return recorded if recorded.get("predictions_sha256") == rundir.sha256_file(path) else {}
 
 
@@ -173,7 +173,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
                 **speed,
             },
         )
-    return _score(config, target.name, out.predictions, out, hardware, rundir.read_json(out.generation))
+    return _score(config, target.name, out.predictions, out, hardware, shapes.read_generation(out))
 
 
 def _backend_settings(config: EvaluateConfig, target: Target, hardware: Hardware) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]
     """
     if out.root.exists() and not out.root.is_dir():
         raise CoraError(f"output directory {out.root} is a file; choose a new or empty directory")
-    recorded = rundir.read_json(out.generation) if out.generation.exists() else {}
+    recorded = shapes.read_generation(out)
     theirs = recorded.get("settings", {})
     if theirs == settings:
         expected = recorded.get("predictions_sha256")

@@ -11,6 +11,7 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.records import AdapterConfig, ModelConfig
 
 EMBEDDED_MODEL = "builtin:smollm2"
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -35,11 +36,11 @@ class ModelPath:
 
     def config(self) -> dict[str, Any]:
         """The model's `config.json`. Raises `CoraError` if it is missing or malformed."""
-        return rundir.read_json(self.path / "config.json")
+        return rundir.read_json(self.path / "config.json", ModelConfig)
 
     def adapter_config(self) -> dict[str, Any]:
         """The adapter's `adapter_config.json`. Raises `CoraError` if it is missing or malformed."""
-        return rundir.read_json(self.path / "adapter_config.json")
+        return rundir.read_json(self.path / "adapter_config.json", AdapterConfig)
 
     def weight_files(self) -> list[Path]:
         """The weight files: safetensors if there are any, else `.bin`. Raises `CoraError` if there are none.

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from cora_cli import rundir
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.references import ModelPath
+from cora_cli.records import WeightIndex
 
 _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -85,7 +86,7 @@ def _weight_files(model: ModelPath) -> tuple[list[Path], dict[str, str]]:
         if (model.path / single).exists():
             return [model.path / single], {}
         if (model.path / index).exists():
-            weight_map = rundir.read_json(model.path / index).get("weight_map", {})
+            weight_map = rundir.read_json(model.path / index, WeightIndex)["weight_map"]
             files = [model.path / name for name in sorted(set(weight_map.values()))]
             for file in files:
                 if file.parent != model.path or not file.exists():
