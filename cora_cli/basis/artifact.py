@@ -196,11 +196,14 @@ def read_basis(path: Path) -> Basis:
         raise _altered(path, "its metadata does not match its digest")
     if fault := fault_of(record, BasisFile):
         raise _altered(path, f"in its metadata, {fault}")
+    choices = BasisChoices.from_json(record["choices"])
+    if (record["group_pattern"], record["group_template"]) != dataclasses.astuple(choices.mapping):
+        raise _altered(path, f"its groups are not those of --share {choices.share}")
     groups = sorted(record["gaps"], key=natural_order)
     basis = Basis(
         path=path,
-        choices=BasisChoices.from_json(record["choices"]),
-        mapping=GroupMapping(record["group_pattern"], record["group_template"]),
+        choices=choices,
+        mapping=choices.mapping,
         **{
             field: {group: _take(path, tensors, f"{kind}/{group}") for group in groups}
             for field, kind in zip(("directions", "singular_values", "total_energy"), _KINDS, strict=True)

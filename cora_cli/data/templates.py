@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from cora_cli.data.formats import Record, Schema
 from cora_cli.errors import CoraError
+from cora_cli.limits import bounded
 
 TemplateName = Literal["auto", "alpaca", "chat", "plain"]
 
@@ -56,7 +57,8 @@ def render(record: Record, schema: Schema, template: TemplateName, tokenizer: An
     """
     if template == "chat":
         messages, response = _as_messages(record, schema)
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        with bounded("the chat template"):
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return Rendered(prompt, response, special_tokens=False)
     if schema == "prompt":
         instruction, given, response = record["prompt"], "", record["completion"]

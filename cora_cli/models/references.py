@@ -15,6 +15,8 @@ from cora_cli.records import AdapterConfig, ModelConfig
 
 EMBEDDED_MODEL = "builtin:smollm2"
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+_FILE_ENDINGS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jsonl", ".yaml", ".yml"})
+"""Endings of files, which no name on the hub has."""
 _SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -83,6 +85,10 @@ def resolve_model(reference: str) -> ModelPath:
         if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise CoraError(f"{reference} is not a model: {path} has neither config.json nor adapter_config.json")
         return ModelPath(reference, path, None)
+    if path.is_file():
+        raise CoraError(f"{reference} is a file; name the directory of the model that holds it")
+    if path.suffix in _FILE_ENDINGS:
+        raise CoraError(f"{reference} does not exist")
     hub_id, _, revision = reference.partition("@")
     if path.is_absolute() or reference.startswith((".", "~")) or not _HUB_ID.match(hub_id):
         raise CoraError(f"model {reference!r} is neither a directory on this disk nor a hub id such as org/name@revision")
