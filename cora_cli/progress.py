@@ -9,13 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cora_cli.terminal import printable
+
 LINE_INTERVAL_SECONDS = 10.0
 
 
 def say(message: str) -> None:
     """Print one status line on stderr, which leaves stdout for results; with several processes, only the first prints."""
     if _is_first_process():
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 def _is_first_process() -> bool:
@@ -26,14 +28,14 @@ class Progress:
     """Counts finished units of work and displays the count; created by `progress`."""
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
-        self._label, self._total, self._unit = label, total, unit
+        self._label, self._total, self._unit = printable(label), total, unit
         self._done = self._start = done
         self._began = self._spoke = time.monotonic()
         self._bar = None
         if sys.stderr.isatty() and _is_first_process():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True, leave=False)
+            self._bar = tqdm(total=total, initial=done, desc=self._label, unit=unit, dynamic_ncols=True, leave=False)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Add `count` finished units; `note` is shown after the count."""

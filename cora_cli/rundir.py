@@ -1,7 +1,7 @@
 """File names, atomic writes and content hashes of everything `cora` writes to disk.
 
 A file under its final name is complete: writers use `atomic_path`, and readers verify hashes. This module does not depend on
-any command; from the package it imports only `errors`.
+any command; from the package it imports only `errors` and `reading`, whose functions it passes on.
 """
 
 import contextlib
@@ -18,7 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cora_cli.errors import CoraError, UsageError
+from cora_cli.errors import CoraError
+from cora_cli.reading import read_json as read_json  # noqa: PLC0414  # passed on
+from cora_cli.reading import read_jsonl as read_jsonl  # noqa: PLC0414
+from cora_cli.reading import read_yaml as read_yaml  # noqa: PLC0414
 
 HASH_CHUNK = 1 << 20
 COMPACT_ADAPTER = "adapter_a_only.safetensors"
@@ -70,10 +73,19 @@ def holds_files(directory: Path) -> bool:
     return any(not (entry.name.startswith(".") and entry.name.endswith(".tmp")) for entry in directory.iterdir())
 
 
+def utf8(text: str) -> str:
+    """`text` as UTF-8 can store it.
+
+    Where the locale is not UTF-8, Python gives the bytes of a file name as surrogates. Here they become the characters again that the
+    user typed, or escapes such as `\\xff` where they are no text.
+    """
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically: readers see the old file or the new one, never a partial file."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(utf8(text))
         file.flush()
         os.fsync(file.fileno())
 
@@ -93,75 +105,9 @@ def jsonl_text(records: Iterable[Any]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises `CoraError` naming the file (and the line) if it is missing or malformed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CoraError(f"{path} does not exist") from error
-    except OSError as error:
-        raise CoraError(f"{path} cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CoraError(f"{path} is not valid JSON: {error}") from error
-
-
-def read_jsonl(path: Path, *, drop_partial_tail: bool = False) -> list[Any]:
-    """Read one JSON document per line, skipping blank lines.
-
-    With `drop_partial_tail`, a last line without a newline is ignored: a killed writer leaves one.
-    Raises `CoraError` naming the file and the line if one is malformed.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8", errors="replace" if drop_partial_tail else "strict")
-    except FileNotFoundError as error:
-        raise CoraError(f"{path} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise CoraError(f"{path} is not UTF-8 text: {error}") from error
-    lines = text.split("\n")
-    if drop_partial_tail:
-        lines.pop()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise CoraError(f"{path}, line {number}: not valid JSON ({error.msg}): {line.strip()[:60]!r}") from error
-    return records
-
-
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """Read a user's YAML file of `name: value` lines; an empty file gives an empty dictionary.
-
-    `what` describes the file and starts every error message. Raises `UsageError` if the file cannot be read, is not valid YAML
-    or is not a mapping.
-    """
-    import yaml
-
-    class Strict(yaml.SafeLoader):
-        """Refuses duplicate keys in a mapping; plain YAML would silently keep the last one."""
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-            if repeated := sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
-                raise UsageError(f"{what} {path} has the key {repeated[0]!r} twice in the same mapping; remove one of them")
-            return super().construct_mapping(node, deep)
-
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Strict)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if values is not None and not isinstance(values, dict):
-        raise UsageError(f"{what} {path} must hold `name: value` lines, not a {type(values).__name__}")
-    return values or {}
-
-
 def sha256_text(text: str) -> str:
-    """Hex digest of a string's UTF-8 bytes."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Hex digest of a string's UTF-8 bytes; bytes of a file name that are not text enter as they are."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def tensor_digest(name: str, tensor: Any) -> str:

@@ -5,9 +5,15 @@ once. Parsing happens there, not here.
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 DtypeName = Literal["auto", "bf16", "fp32"]
+LARGEST_RANK = 65_536
+"""Above the width of any model."""
+_LARGEST = 2**63 - 1
+MOST = 10**9
+"""For counts that nothing else bounds: larger ones overflow in libraries."""
 
 
 def setting(
@@ -18,15 +24,30 @@ def setting(
     flags: tuple[str, ...] = (),
     argument: bool = False,
     repeated: bool = False,
+    most: int | None = None,
 ) -> Any:
     """Declare one field of a command's configuration.
 
     `flags` replaces the flag derived from the field's name, `argument` makes the setting positional, and `panel` is its heading
     in `--help`. A setting without a `default` is required. With `repeated`, a tuple is given by repeating the flag instead of
-    as one comma-separated value.
+    as one comma-separated value. A number above `most` is refused (see `range_problems`): no machine could work with it.
     """
-    metadata = {"help": help, "panel": panel, "flags": flags, "argument": argument, "repeated": repeated}
+    metadata = {"help": help, "panel": panel, "flags": flags, "argument": argument, "repeated": repeated, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def range_problems(config: Any) -> list[str]:
+    """Sentences on numbers of a configuration that are not finite, above the `most` of their field, or no seeds."""
+    problems = []
+    for field in dataclasses.fields(config):
+        value, most, flag = getattr(config, field.name), field.metadata["most"], f"--{field.name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{flag} must be a finite number, not {value}")
+        elif field.name == "seed" and not 0 <= value < 2**32:
+            problems.append(f"{flag} must be at least 0 and below 2^32, not {value}")
+        elif type(value) in (int, float) and abs(value) > (most or _LARGEST):
+            problems.append(f"{flag} must be at most {most or _LARGEST:,}, not {value:,}")
+    return problems
 
 
 def comma_separated(text: str) -> tuple[str, ...]:

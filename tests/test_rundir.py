@@ -160,13 +160,11 @@ def test_a_missing_file_is_named(read, tmp_path):
         read(tmp_path / "gone.json")
 
 
-@pytest.mark.parametrize("content", [b'{"a": 1,\n "b": }', b'\xff\xfe{"a"'])
-def test_malformed_json_is_named(content, tmp_path):
-    (tmp_path / "a.json").write_bytes(content)
+def test_malformed_json_is_named(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"a": 1,\n "b": }')
     with pytest.raises(CoraError, match=r"a.json is not valid JSON: ") as caught:
         rundir.read_json(tmp_path / "a.json")
-    if b"\n" in content:
-        assert "line 2" in str(caught.value)
+    assert "line 2" in str(caught.value)
 
 
 def test_a_malformed_line_is_named_by_its_number_in_the_file(tmp_path):

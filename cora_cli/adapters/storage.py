@@ -4,6 +4,7 @@ After every load it verifies that all keys arrived and that a trained adapter ch
 """
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,6 +21,7 @@ from cora_cli import rundir
 from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set
 from cora_cli.errors import CoraError, reason
+from cora_cli.limits import bounded
 from cora_cli.methods.parts.layers import ADAPTER, factors_of, lora_layers
 from cora_cli.methods.registry import method_of
 from cora_cli.models.checkpoint import finite
@@ -99,6 +101,7 @@ def load_adapter(
             f"adapter {adapter.path} of mode {facts.plan.mode} is stored as an equivalent plain LoRA; to continue training, resume from the run's "
             "checkpoints"
         )
+    _check_patterns(model, adapter)
     try:
         with warnings.catch_warnings():
             # PEFT only warns of missing keys; `_check_arrived` turns that into an error.
@@ -112,7 +115,17 @@ def load_adapter(
                 _check_arrived(wrapped, state, adapter)
     except CoraError:
         raise
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (
+        SafetensorError,
+        UnpicklingError,
+        OSError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise CoraError(f"adapter {adapter.path} cannot be loaded: {reason(error)}") from error
     if facts is not None:
         method = method_of(facts.plan.mode)
@@ -145,6 +158,21 @@ def _weight_keys(name: str) -> tuple[str, ...]:
     """PEFT's keys for the complete weight of the module `name`."""
     prefix = f"base_model.model.{name}"
     return (f"{prefix}.weight", f"{prefix}.base_layer.weight", f"{prefix}.modules_to_save.weight")
+
+
+def _check_patterns(model: PreTrainedModel, adapter: ModelPath) -> None:
+    """Raise `CoraError` where a regular expression of the adapter is invalid, or takes too long on this model's names as PEFT matches it."""
+    config = adapter.adapter_config()
+    complete = [pattern for key in ("target_modules", "exclude_modules") if isinstance(pattern := config.get(key), str)]
+    endings = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    with bounded(f"adapter {adapter.path}: matching the patterns of adapter_config.json"):
+        for pattern in (*complete, *(rf"(.*\.)?({ending})$" for ending in endings)):
+            try:
+                matches = re.compile(pattern).fullmatch
+            except (re.error, OverflowError) as error:
+                raise CoraError(f"adapter {adapter.path}: {pattern[:60]!r} is no regular expression: {error}") from error
+            for name, _ in model.named_modules():
+                matches(name)
 
 
 def base_of(adapter: ModelPath) -> ModelPath:

@@ -17,6 +17,8 @@ import torch
 from cora_cli import __version__, rundir
 from cora_cli.basis.choices import BasisChoices, GroupMapping, Side, natural_order
 from cora_cli.errors import CoraError
+from cora_cli.reading import Malformed, fault_of, parse_json
+from cora_cli.records import BasisFile
 
 FORMAT_VERSION = 1
 # A single metadata entry: safetensors writes several in no fixed order, and equal bases should give equal files.
@@ -192,11 +194,16 @@ def read_basis(path: Path) -> Basis:
     stated = record.pop("digest", None)
     if rundir.sha256_json(record) != stated:
         raise _altered(path, "its metadata does not match its digest")
+    if fault := fault_of(record, BasisFile):
+        raise _altered(path, f"in its metadata, {fault}")
+    choices = BasisChoices.from_json(record["choices"])
+    if (record["group_pattern"], record["group_template"]) != dataclasses.astuple(choices.mapping):
+        raise _altered(path, f"its groups are not those of --share {choices.share}")
     groups = sorted(record["gaps"], key=natural_order)
     basis = Basis(
         path=path,
-        choices=BasisChoices.from_json(record["choices"]),
-        mapping=GroupMapping(record["group_pattern"], record["group_template"]),
+        choices=choices,
+        mapping=choices.mapping,
         **{
             field: {group: _take(path, tensors, f"{kind}/{group}") for group in groups}
             for field, kind in zip(("directions", "singular_values", "total_energy"), _KINDS, strict=True)
@@ -245,8 +252,8 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if _METADATA_KEY not in metadata:
         raise CoraError(f"{path} is a safetensors file but not a basis: its metadata has no {_METADATA_KEY}")
     try:
-        record = json.loads(metadata[_METADATA_KEY])
-    except json.JSONDecodeError as error:
+        record = parse_json(metadata[_METADATA_KEY])
+    except Malformed as error:
         raise _altered(path, f"its metadata is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise _altered(path, "its metadata is not a JSON object")

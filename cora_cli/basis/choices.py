@@ -88,7 +88,7 @@ class BasisChoices:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "BasisChoices":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. Raises `UsageError` for a value that is not allowed."""
         return cls(**{**value, "target_modules": tuple(value["target_modules"])})
 
 

@@ -7,9 +7,11 @@ import typer
 
 from cora_cli.cli import ablate, demo, doctor, evaluate, export, extract_basis, inspect, merge, report, train
 from cora_cli.cli.command import quiet_libraries
+from cora_cli.cli.usage import Group
 
 app = typer.Typer(
     name="cora",
+    cls=Group,
     help="Experiments with CoRA (arXiv 2409.02119): LoRA whose B is a common subspace of fine-tuned models.",
     no_args_is_help=True,
     add_completion=False,

@@ -13,6 +13,7 @@ import typer
 from cora_cli.cli.command import command
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.settings import DtypeName, setting
+from cora_cli.terminal import show
 
 _WHAT, _RUN = "What to run", "Run"
 
@@ -98,7 +99,7 @@ def run(config: AblateConfig) -> None:
         dtype=config.dtype,
     )
     if config.dry_run:
-        print(dry_run(request))
+        show(dry_run(request))
         return
     outcome = ablate(request)
     if outcome.failed or outcome.blocked:

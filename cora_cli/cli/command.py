@@ -6,6 +6,7 @@ All commands share the same precedence (a flag overrides the file, the file over
 import contextlib
 import dataclasses
 import inspect
+import logging
 import os
 import sys
 import types
@@ -19,7 +20,8 @@ import typer
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.settings import comma_separated
+from cora_cli.settings import comma_separated, range_problems
+from cora_cli.terminal import CLOSED_PIPE, complain
 
 Config = TypeVar("Config")
 
@@ -29,23 +31,38 @@ def clean_errors(debug: bool) -> Iterator[None]:
     """Report an exception as one sentence on stderr and exit with its code; with `debug`, let the traceback through."""
     try:
         yield
+        sys.stdout.flush()
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt as error:
-        print("cora: interrupted", file=sys.stderr, flush=True)
+        complain("cora: interrupted")
         raise typer.Exit(130) from error
+    except BrokenPipeError as error:
+        raise typer.Exit(CLOSED_PIPE) from error
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, CoraError):
-            message, code = str(error), error.exit_code
-        else:
-            detail = " ".join(str(error).split())[:400]
-            message, code = f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)", 1
+        message, code = (str(error), error.exit_code) if isinstance(error, CoraError) else (_described(error), 1)
         rank = os.environ.get("RANK", "0")
         process = "" if rank == "0" else f" (process {rank})"
-        print(f"cora: error{process}: {message}", file=sys.stderr, flush=True)
+        complain(f"cora: error{process}: {message}")
         raise typer.Exit(code) from error
+
+
+def _described(error: Exception) -> str:
+    """What an exception of Python or of a library says to a user: the file of an operating system's error, or what is exhausted."""
+    detail = " ".join(str(error).split())[:400]
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename} cannot be used: {error.strerror}"
+    if isinstance(error, UnicodeEncodeError):
+        return (
+            f"a library cannot use the name {rundir.utf8(error.object)[:200]!r} where the locale is not UTF-8; set PYTHONUTF8=1"
+        )
+    if rundir.is_disk_full(error):
+        return f"the disk is full: {detail}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in detail:
+        return f"not enough memory; use smaller settings or a smaller model{f' ({detail})' if detail else ''}"
+    return f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)"
 
 
 def command(app: typer.Typer, name: str, config_class: type[Config], run: Callable[[Config], None]) -> None:
@@ -57,7 +74,10 @@ def command(app: typer.Typer, name: str, config_class: type[Config], run: Callab
         debug = values.pop("debug")
         del values["config"]
         with clean_errors(debug):
-            run(config_class(**{field.name: _to_field(hints[field.name], values[field.name]) for field in fields}))
+            config = config_class(**{field.name: _to_field(hints[field.name], values[field.name]) for field in fields})
+            if problems := range_problems(config):
+                raise UsageError("; ".join(problems))
+            run(config)
 
     # `--help` shows a panel's flags together, wherever their fields stand.
     panels = list(dict.fromkeys(field.metadata["panel"] for field in fields))
@@ -172,5 +192,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # matplotlib complains about a home directory that it cannot write to, and then works without it.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # A user cannot fix one library's use of a deprecated function in another.
     warnings.filterwarnings("ignore", category=FutureWarning)

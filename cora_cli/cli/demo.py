@@ -6,6 +6,7 @@ import typer
 
 from cora_cli.cli.command import command
 from cora_cli.settings import DtypeName, setting
+from cora_cli.terminal import show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,8 @@ def run(config: DemoConfig) -> None:
     """Fine-tune five models, extract their basis, train four adapters and print a table: about ten minutes on two CPU cores."""
     from pathlib import Path
 
+    from cora_cli.device import select_hardware
     from cora_cli.experiments.demo import run_demo
 
-    print(run_demo(Path(config.output_dir), config.seed, config.device, config.dtype))
+    select_hardware(config.device, config.dtype)  # a wrong flag is refused before the first line is shown
+    show(run_demo(Path(config.output_dir), config.seed, config.device, config.dtype))

@@ -4,12 +4,12 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import platform
-import sys
 
 import typer
 
 from cora_cli.cli.command import command
 from cora_cli.settings import DtypeName, setting
+from cora_cli.terminal import complain, show
 
 REQUIRED = (
     "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "rouge-score", "sacrebleu", "bert-score", "nltk",
@@ -48,24 +48,24 @@ def run(config: DoctorConfig) -> None:
     from cora_cli import __version__, embedded
     from cora_cli.device import select_hardware, select_packed_attention
 
-    print(f"cora {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    hardware = select_hardware(config.device, config.dtype)
+    show(f"cora {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     missing = []
     for name in REQUIRED:
         try:
-            print(f"  {name:<14} {importlib.metadata.version(name)}")
+            show(f"  {name:<14} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            print(f"  {name:<14} missing: pip install {name}")
+            show(f"  {name:<14} missing: pip install {name}")
             missing.append(name)
-    hardware = select_hardware(config.device, config.dtype)
     attention = select_packed_attention(hardware.device.type)
-    print(hardware.describe())
-    print(f"packed attention {attention.name} ({attention.reason}); {torch.get_num_threads()} threads")
+    show(hardware.describe())
+    show(f"packed attention {attention.name} ({attention.reason}); {torch.get_num_threads()} threads")
     for module, use in OPTIONAL.items():
-        print(f"  {module:<14} {'installed' if importlib.util.find_spec(module) else 'not installed'}: {use}")
-    print(f"embedded models and data, in {embedded.cache_directory()}")
+        show(f"  {module:<14} {'installed' if importlib.util.find_spec(module) else 'not installed'}: {use}")
+    show(f"embedded models and data, in {embedded.cache_directory()}")
     for asset in embedded.status():
         state = f"complete, {asset.bytes / 1e6:.0f} MB" if asset.present else f"not downloaded yet; {asset.how}"
-        print(f"  {asset.name}: {state}")
+        show(f"  {asset.name}: {state}")
     if missing:
-        print(f"missing packages: pip install {' '.join(missing)}", file=sys.stderr)
+        complain(f"missing packages: pip install {' '.join(missing)}")
         raise typer.Exit(1)

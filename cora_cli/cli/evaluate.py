@@ -8,6 +8,7 @@ from cora_cli.cli.command import command
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.render.table import with_interval
+from cora_cli.terminal import show
 
 if TYPE_CHECKING:
     from cora_cli.evaluation.evaluate import Evaluation
@@ -25,16 +26,16 @@ def run(config: EvaluateConfig) -> None:
     from cora_cli.evaluation.evaluate import evaluate
 
     results = evaluate(config)
-    print(metrics_table(results))
+    show(metrics_table(results))
     n = results[0].record["metrics"][config.metric_names[0]]["n"]
-    print(f"\nvalue [95 % bootstrap interval over the n = {n} records]; sacrebleu 0-100, the others 0-1")
+    show(f"\nvalue [95 % bootstrap interval over the n = {n} records]; sacrebleu 0-100, the others 0-1")
     for name, metric in results[0].record["metrics"].items():
-        print(f"{name}: {metric['signature']}")
+        show(f"{name}: {metric['signature']}")
     for sentence in unscorable_references(results):
-        print(sentence)
+        show(sentence)
     if len(results) > 1:
-        print(f"\npaired differences from {results[0].name}, with two-sided p-values (not corrected for multiple comparisons)")
-        print(differences_table(results, config.seed))
+        show(f"\npaired differences from {results[0].name}, with two-sided p-values (not corrected for multiple comparisons)")
+        show(differences_table(results, config.seed))
 
 
 def unscorable_references(results: "list[Evaluation]") -> list[str]:

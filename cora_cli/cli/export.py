@@ -7,6 +7,7 @@ import typer
 
 from cora_cli.cli.command import command
 from cora_cli.settings import setting
+from cora_cli.terminal import show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,4 +39,4 @@ def run(config: ExportConfig) -> None:
         basis_path=Path(config.basis) if config.basis else None,
         trust_remote_code=config.trust_remote_code,
     )
-    print(f"{config.output}: a LoRA of rank {rank}")
+    show(f"{config.output}: a LoRA of rank {rank}")

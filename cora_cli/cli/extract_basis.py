@@ -18,6 +18,7 @@ from cora_cli.basis.choices import (
 )
 from cora_cli.cli.command import command
 from cora_cli.settings import setting
+from cora_cli.terminal import show
 
 _CHOICES, _RUN = "Choices (the first value is the default)", "Run"
 
@@ -87,4 +88,4 @@ def run(config: ExtractConfig) -> None:
     device = select_hardware(config.device, "auto").device
     models = [resolve_model(reference) for reference in config.models]
     base = resolve_model(config.base) if config.base else None
-    print(extract_basis(models, Path(config.output), choices, base, device, config.overwrite).render())
+    show(extract_basis(models, Path(config.output), choices, base, device, config.overwrite).render())

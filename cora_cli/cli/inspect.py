@@ -7,7 +7,8 @@ import typer
 
 from cora_cli.cli.command import command
 from cora_cli.errors import UsageError
-from cora_cli.settings import setting
+from cora_cli.settings import LARGEST_RANK, setting
+from cora_cli.terminal import show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,9 @@ class InspectConfig:
         "adapters of one.",
         None,
     )
-    rank: int | None = setting("Number of directions r to compare. Default: the rank of the basis file, else 48.", None)
+    rank: int | None = setting(
+        "Number of directions r to compare. Default: the rank of the basis file, else 48.", None, most=LARGEST_RANK
+    )
     side: Literal["output", "input"] | None = setting(
         "Side of the weights whose directions are compared. Default: the side of the basis file, else output.", None
     )
@@ -65,4 +68,4 @@ def run(config: InspectConfig) -> None:
     check_output(output_dir)
     device = select_hardware(config.device, "auto").device
     found = inspect(config.inputs, config.base, config.rank, config.side, config.target_modules, config.runs, device)
-    print(report(found, config.format, output_dir), end="")
+    show(report(found, config.format, output_dir), end="")

@@ -8,6 +8,7 @@ import typer
 
 from cora_cli.cli.command import command
 from cora_cli.settings import setting
+from cora_cli.terminal import show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,4 +45,4 @@ def run(config: MergeConfig) -> None:
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
-    print(f"{config.output}: {written} layers changed")
+    show(f"{config.output}: {written} layers changed")

@@ -7,6 +7,7 @@ import typer
 
 from cora_cli.cli.command import command
 from cora_cli.settings import setting
+from cora_cli.terminal import show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,4 +42,4 @@ def run(config: ReportConfig) -> None:
 
     metrics = parse_metrics(",".join(config.metrics)) if config.metrics else None
     output_dir = Path(config.output_dir) if config.output_dir else None
-    print(report(config.outputs, config.format, output_dir, metrics, config.seed), end="")
+    show(report(config.outputs, config.format, output_dir, metrics, config.seed), end="")

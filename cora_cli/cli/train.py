@@ -7,6 +7,7 @@ import typer
 
 from cora_cli.cli.command import command
 from cora_cli.render.table import with_interval
+from cora_cli.terminal import show
 from cora_cli.training.config import TrainConfig
 
 
@@ -21,7 +22,7 @@ def run(config: TrainConfig) -> None:
 
     record = train(config)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(summary(record))
+        show(summary(record))
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -5,13 +5,13 @@
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cora_cli.errors import CoraError
+from cora_cli.reading import Malformed, decode_json, parse_json, read_text
 
 
 def read_located(dataset: str) -> Iterator[tuple[str, Any]]:
@@ -33,17 +33,13 @@ def read_located(dataset: str) -> Iterator[tuple[str, Any]]:
 
 
 def _text(path: Path) -> str:
-    try:
-        # Keep line ends unchanged: a quoted CSV field may contain any of them.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise CoraError(f"{path} is not UTF-8 text: {error}") from error
+    """The text of a data file with its line ends unchanged, since a quoted CSV field may contain any of them."""
+    return read_text(path).removeprefix("\ufeff")
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the elements of an array, each with the line on which it starts."""
-    text, decoder = _text(path), json.JSONDecoder(object_pairs_hook=_unique)
+    text = _text(path)
     end = _skip(text, 0)
     if text[end : end + 1] != "[":
         raise CoraError(f"{path}, line 1: expected an array of records, found {text[end : end + 20]!r}")
@@ -51,11 +47,9 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     while text[end : end + 1] != "]":
         line, counted = line + text.count("\n", counted, end), end
         try:
-            record, end = decoder.raw_decode(text, end)
-        except json.JSONDecodeError as error:
-            raise CoraError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-        except _Repeated as error:
-            raise CoraError(f"{path}, line {line}: {error}") from error
+            record, end = decode_json(text, end)
+        except Malformed as error:
+            raise CoraError(f"{path}, line {error.line or line}: not valid JSON ({error})") from error
         yield f"{path}, line {line}", record
         end = _skip(text, end)
         if text[end : end + 1] not in (",", "]"):
@@ -79,11 +73,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                yield f"{path}, line {number}", json.loads(line, object_pairs_hook=_unique)
-            except json.JSONDecodeError as error:
-                raise CoraError(f"{path}, line {number}: not valid JSON ({error.msg}): {line.strip()[:60]!r}") from error
-            except _Repeated as error:
-                raise CoraError(f"{path}, line {number}: {error}") from error
+                yield f"{path}, line {number}", parse_json(line)
+            except Malformed as error:
+                raise CoraError(f"{path}, line {number}: not valid JSON ({error}): {line.strip()[:60]!r}") from error
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -132,18 +124,6 @@ def _read_hub(dataset: str) -> Iterator[tuple[str, Any]]:
         raise CoraError(f"dataset {dataset!r} is not a local file and could not be loaded from the hub: {reason}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{dataset}, record {number}", _without_nulls(row)
-
-
-class _Repeated(Exception):
-    """An object that names one key twice."""
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dictionary, which alone would silently keep the last of two values."""
-    names = Counter(name for name, _ in pairs)
-    if repeated := next((name for name, count in names.items() if count > 1), None):
-        raise _Repeated(f"the key {repeated!r} occurs twice in one object; remove one of them")
-    return dict(pairs)
 
 
 def _check_header(columns: Sequence[str], where: str) -> None:

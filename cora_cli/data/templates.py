@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from cora_cli.data.formats import Record, Schema, place_of, template_values
 from cora_cli.errors import CoraError, reason
+from cora_cli.limits import bounded
 
 TemplateName = Literal["auto", "alpaca", "chat", "plain"]
 
@@ -132,7 +133,8 @@ class Template:
     def _turn_end(self) -> "_TurnEnd | None":
         """How the chat template ends an answer; None where it refuses a conversation of two plain messages."""
         try:
-            text = self._apply([{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}], {})
+            with bounded("the chat template"):
+                text = self._apply([{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}], {})
         except Exception:  # templates raise what they like; `render` reports it for the records themselves
             return None
         tail = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
@@ -149,8 +151,11 @@ class Template:
         messages, extra = self._messages(record), template_values(record) if self.schema == "messages" else {}
         where = place_of(record)
         try:
-            prompt = self._apply(messages[:-1], extra, add_generation_prompt=True)
-            whole = self._apply(messages, extra)
+            with bounded(f"{where}: the chat template"):
+                prompt = self._apply(messages[:-1], extra, add_generation_prompt=True)
+                whole = self._apply(messages, extra)
+        except CoraError:
+            raise
         except Exception as error:  # templates raise what they like
             raise CoraError(f"{where}: the chat template refuses the conversation: {reason(error)}") from error
         content = messages[-1].get("content")

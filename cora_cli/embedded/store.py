@@ -60,7 +60,11 @@ def publish(folder: Path, build: Callable[[Path, Path], dict[str, Any]]) -> None
             _write_manifest(content, facts)
             _rename(content, folder, facts["package_sha256"], aside=Path(temporary, "damaged"))
     except OSError as error:
-        raise rundir.disk_error(error, folder) from error
+        if rundir.is_disk_full(error):
+            raise rundir.disk_error(error, folder) from error
+        raise CoraError(
+            f"{folder} cannot be written: {error.strerror or error}; set CORA_CACHE to a folder that can"
+        ) from error
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,7 +6,7 @@ from typing import Literal
 from cora_cli.data.templates import TemplateName
 from cora_cli.errors import UsageError
 from cora_cli.evaluation.metrics import parse_metrics
-from cora_cli.settings import DtypeName, setting
+from cora_cli.settings import MOST, DtypeName, range_problems, setting
 
 ALL_METRICS = ("rouge", "meteor", "bleu", "bertscore")
 _WHAT, _GENERATION, _METRICS, _RUN = "What to evaluate", "Generation", "Metrics", "Run"
@@ -39,8 +39,8 @@ class EvaluateConfig:
         "transformers",
         panel=_GENERATION,
     )
-    batch_size: int = setting("Prompts decoded together; a smaller batch needs less memory.", 48, panel=_GENERATION)
-    max_new_tokens: int = setting("Maximum length of an answer, in tokens.", 256, panel=_GENERATION)
+    batch_size: int = setting("Prompts decoded together; a smaller batch needs less memory.", 48, panel=_GENERATION, most=MOST)
+    max_new_tokens: int = setting("Maximum length of an answer, in tokens.", 256, panel=_GENERATION, most=MOST)
     template: TemplateName = setting(
         "Prompt template. auto: the run's template; with --model, the tokenizer's chat template, else Alpaca's.",
         "auto",
@@ -63,7 +63,7 @@ class EvaluateConfig:
         "13a",
         panel=_METRICS,
     )
-    bootstrap: int = setting("Number of bootstrap resamples for each interval.", 1000, panel=_METRICS)
+    bootstrap: int = setting("Number of bootstrap resamples for each interval.", 1000, panel=_METRICS, most=1_000_000)
     seed: int = setting("Seed for the bootstrap; greedy decoding uses none.", 0, panel=_METRICS)
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
     dtype: DtypeName = setting("auto: bf16 where the hardware supports it, else fp32.", "auto", panel=_RUN)
@@ -90,6 +90,8 @@ class EvaluateConfig:
         for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("bootstrap", 100)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        if problems := range_problems(self):
+            raise UsageError("; ".join(problems))
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit must be at least 1, not {self.limit}")
         parse_metrics(",".join(self.metrics))

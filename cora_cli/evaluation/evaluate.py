@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.storage import base_of, check_base
 from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
@@ -93,7 +94,7 @@ def _targets(config: EvaluateConfig) -> list[Target]:
                 f"{name} is not a cora run (no {run.record.name}). To evaluate a model or adapter: "
                 f"cora evaluate --model {name} --dataset FILE -o DIR."
             )
-        record = rundir.read_json(run.record)
+        record = shapes.read_run(run)
         if record["status"] != "finished":
             raise CoraError(
                 f"{name} is not finished (status {record['status']}); complete it with the same `cora train` "
@@ -127,11 +128,11 @@ def _check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
 
 def _recorded_generation(path: Path) -> dict[str, Any]:
     """The `generation.json` next to the predictions at `path`; empty if it describes other predictions."""
-    source = EvaluationDirectory(path.parent).generation
-    recorded: dict[str, Any] = rundir.read_json(source) if source.exists() else {}
+    out = EvaluationDirectory(path.parent)
+    recorded = shapes.read_generation(out)
     if recorded and recorded.get("predictions_sha256") != rundir.sha256_file(path):
         say(
-            f"{path} is not the file that {source.name} describes: it was changed after it was generated, so its settings are left out"
+            f"{path} is not the file that {out.generation.name} describes: it was changed after it was generated, so its settings are left out"
         )
         return {}
     return recorded
@@ -200,7 +201,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
                 **speed,
             },
         )
-    return _score(config, target.name, out.predictions, out, hardware, rundir.read_json(out.generation))
+    return _score(config, target.name, out.predictions, out, hardware, shapes.read_generation(out))
 
 
 def _say_about_records(target: Target, records: Sequence[Record], template: Template) -> None:
@@ -227,7 +228,7 @@ def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]
     """
     if out.root.exists() and not out.root.is_dir():
         raise CoraError(f"output directory {out.root} is a file; choose a new or empty directory")
-    recorded = rundir.read_json(out.generation) if out.generation.exists() else {}
+    recorded = shapes.read_generation(out)
     theirs = recorded.get("settings", {})
     if theirs and "tokenizer_sha256" not in theirs:  # written before the tokenizer's files were hashed
         settings = {name: value for name, value in settings.items() if name != "tokenizer_sha256"}

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from cora_cli import rundir
 from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
 from cora_cli.progress import progress, say
+from cora_cli.records import PartialPrediction
 from cora_cli.rundir import EvaluationDirectory
 
 
@@ -100,7 +101,7 @@ def _earlier_lines(path: Path) -> dict[int, dict[str, Any]]:
     """Read the complete lines of an interrupted evaluation, and remove a partial last line from the file."""
     if not path.exists():
         return {}
-    lines = rundir.read_jsonl(path, drop_partial_tail=True)
+    lines = rundir.read_jsonl(path, PartialPrediction, drop_partial_tail=True)
     rundir.write_jsonl(path, lines)
     return {line["index"]: line for line in lines}
 

@@ -5,6 +5,7 @@ It checks settings and names only. `inputs` finds models and data sets, `steps` 
 
 import dataclasses
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ EVALUATE_KEYS = fields_of(
 _TOP_KEYS = ("name", "title", "paper_table", "conditions", "model", "models", "datasets", "defaults", "resources", "grid")
 # Settings whose single value is a list: they vary only with a list of lists.
 _LIST_SETTINGS = frozenset({"target_modules", "sources"})
+_MOST_ROWS = 10_000
 _NAME = re.compile(r"^[A-Za-z0-9][\w.+=-]*$")
 
 
@@ -230,6 +232,9 @@ def _combinations(block: Mapping[str, Any], where: str, problems: list[str]) -> 
         problems.append(f"{where}: {', '.join(empty)} must not be an empty list; give at least one value, or leave it out")
         return
     choices: Sequence[list[Any]] = [lists[key] if key in axes else [lists[key]] for key in lists]
+    if (count := len(explicit) * math.prod(map(len, choices))) > _MOST_ROWS:
+        problems.append(f"{where}: its lists combine to {count:,} rows, more than the {_MOST_ROWS:,} that a grid can have")
+        return
     for row in explicit:
         for values in itertools.product(*choices):
             yield axes | row.keys(), {**dict(zip(lists, values, strict=True)), **row}

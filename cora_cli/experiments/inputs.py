@@ -18,6 +18,7 @@ from cora_cli.experiments.rows import SPLIT_KEYS
 from cora_cli.experiments.values import Values
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, resolve_model
+from cora_cli.records import KnownHash
 
 _HUB_SECONDS = 10.0
 
@@ -185,7 +186,7 @@ class _Digests:
     def __init__(self, memory: Path) -> None:
         self._memory = memory
         try:
-            self._known: dict[str, Any] = rundir.read_json(memory) if memory.exists() else {}
+            self._known: dict[str, Any] = rundir.read_json(memory, dict[str, KnownHash]) if memory.exists() else {}
         except CoraError:
             self._known = {}  # only a cache: hashes are computed again
 
@@ -193,7 +194,7 @@ class _Digests:
         state = _state([*model.weight_files(), *(model.path.glob("*config.json")), *model.path.glob("cora.json")])
         key = str(model.path.resolve())
         known = self._known.get(key)
-        if isinstance(known, dict) and known.get("state") == state:
+        if known is not None and known["state"] == state:
             return str(known["sha256"])
         self._known[key] = {"state": state, "sha256": model.content_hash()}
         rundir.write_json(self._memory, self._known)

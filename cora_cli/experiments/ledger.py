@@ -13,6 +13,9 @@ from typing import Any
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.steps import SCORING, Step
+from cora_cli.reading import checked
+from cora_cli.records import FinishedStep, StepRecord, read_run
+from cora_cli.rundir import RunDirectory
 
 STARTED, FINISHED, FAILED = "started", "finished", "failed"
 _RESULTS = ("adapter/", "model/", "test.jsonl", "predictions.jsonl")
@@ -122,7 +125,7 @@ class Ledger:
         files = self._files(step)
         if not files:
             raise CoraError(f"{step.name} exited without an error, but wrote nothing to {self._out / step.output}")
-        if step.kind in ("model", "train") and rundir.read_json(self._out / step.output / "run.json").get("status") != FINISHED:
+        if step.kind in ("model", "train") and read_run(RunDirectory(self._out / step.output))["status"] != FINISHED:
             raise CoraError(
                 f"{step.name} exited without an error, but the status in {self._out / step.output}/run.json is not finished"
             )
@@ -138,13 +141,11 @@ class Ledger:
     def record(self, step: Step) -> dict[str, Any]:
         """The record of a step; empty if it is missing or damaged."""
         try:
-            record: dict[str, Any] = rundir.read_json(self._place(step))
-            complete = {"key", "facts", "status", "results_of_needs"} <= record.keys()
-            return (
-                record if complete and (record["status"] != FINISHED or {"files", "result", "seconds"} <= record.keys()) else {}
-            )
-        except (CoraError, AttributeError):
+            record: dict[str, Any] = rundir.read_json(self._place(step), StepRecord)
+            checked(record, FinishedStep if record["status"] == FINISHED else StepRecord, self._place(step))
+        except CoraError:
             return {}
+        return record
 
     def _place(self, step: Step) -> Path:
         return self._out / "steps" / f"{step.name}.json"

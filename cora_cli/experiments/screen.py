@@ -13,6 +13,9 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.steps import Plan, Step
 from cora_cli.progress import say
+from cora_cli.records import Metrics, read_run
+from cora_cli.rundir import RunDirectory
+from cora_cli.terminal import fitted, printable
 
 _REDRAW_SECONDS = 0.5
 
@@ -69,7 +72,7 @@ class Screen:
         for name, log in logs.items():
             lines.append(f"  {name} {duration(now - self._began[name])}  {_last_line(log)}")
         self._wipe()
-        sys.stderr.write("".join(line[:width] + "\n" for line in lines))
+        sys.stderr.write("".join(fitted(printable(line), width) + "\n" for line in lines))
         sys.stderr.flush()
         self._drawn = len(lines)
 
@@ -98,7 +101,7 @@ class Screen:
             if expected is None:
                 return ""
             left += max(expected - (now - self._began[name]), 0.0) if name in self._began else expected
-        return f", about {duration(left / min(self._slots, len(self._left)))} left"
+        return f", about {duration(left / min(self._slots, len(self._left)))} left" if self._left else ""
 
 
 def duration(seconds: float) -> str:
@@ -112,8 +115,8 @@ def duration(seconds: float) -> str:
 
 def _metrics(plan: Plan, step: Step) -> str:
     try:
-        metrics = rundir.read_json(plan.out / step.output / "metrics.json")["metrics"]
-    except (CoraError, KeyError, TypeError):
+        metrics = rundir.read_json(plan.out / step.output / "metrics.json", Metrics)["metrics"]
+    except CoraError:
         return ""
     return "; " + ", ".join(f"{name} {value['value']:.{2 if name == 'sacrebleu' else 3}f}" for name, value in metrics.items())
 
@@ -122,10 +125,10 @@ def _loss(plan: Plan, step: Step) -> str:
     if step.kind not in ("model", "train"):
         return ""
     try:
-        heldout = rundir.read_json(plan.out / step.output / "run.json")["heldout"]
-        return f"; held-out loss {heldout['before']['loss']:.3f} -> {heldout['after']['loss']:.3f}"
-    except (CoraError, KeyError, TypeError):
+        heldout = read_run(RunDirectory(plan.out / step.output)).get("heldout")
+    except CoraError:
         return ""
+    return f"; held-out loss {heldout['before']['loss']:.3f} -> {heldout['after']['loss']:.3f}" if heldout else ""
 
 
 def _last_line(log: Path) -> str:

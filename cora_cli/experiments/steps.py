@@ -270,7 +270,6 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 
 def read_steps(record: Mapping[str, Any]) -> dict[str, Step]:
     """The steps of a `plan_record` by name, each after its dependencies; empty if the record has none."""
-    entries = record.get("steps")
-    if not isinstance(entries, list):
-        return {}
+    keys = [field.name for field in dataclasses.fields(Step)]
+    entries = [{key: entry[key] for key in keys} for entry in record.get("steps", ())]
     return {entry["name"]: Step(**{**entry, "needs": tuple(entry["needs"]), "argv": tuple(entry["argv"])}) for entry in entries}

@@ -41,10 +41,10 @@ else:
     Mode = Literal[tuple(METHODS)]
 
 
-def method_of(mode: str) -> Method:
-    """The method named `mode`. Raises `CoraError` for an unknown name, as a record of a later version may hold."""
+def method_of(mode: str, where: object = None) -> Method:
+    """The method named `mode`. Raises `CoraError` for an unknown name, as a record of a later version may hold; it starts with `where`."""
     if mode not in METHODS:
-        raise CoraError(f"mode must be one of {', '.join(METHODS)}, not {mode!r}")
+        raise CoraError(f"{f'{where}: ' if where else ''}mode must be one of {', '.join(METHODS)}, not {mode!r}")
     return METHODS[mode]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.records import AdapterConfig, ModelConfig, WeightIndex
 
 EMBEDDED_MODEL = "builtin:smollm2"
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -31,6 +32,8 @@ _LAYOUTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin"})
+_FILE_ENDINGS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jsonl", ".yaml", ".yml"})
+"""Endings of files, which no name on the hub has."""
 _SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -52,7 +55,7 @@ class ModelPath:
 
     def config(self) -> dict[str, Any]:
         """The model's `config.json`. Raises `CoraError` if it is missing or malformed."""
-        return rundir.read_json(self.path / "config.json")
+        return rundir.read_json(self.path / "config.json", ModelConfig)
 
     def language_config(self) -> dict[str, Any]:
         """The entries of `config.json`, with those of a nested text model where the top level has none of that name."""
@@ -61,7 +64,7 @@ class ModelPath:
 
     def adapter_config(self) -> dict[str, Any]:
         """The adapter's `adapter_config.json`. Raises `CoraError` if it is missing or malformed."""
-        return rundir.read_json(self.path / "adapter_config.json")
+        return rundir.read_json(self.path / "adapter_config.json", AdapterConfig)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -89,7 +92,7 @@ class ModelPath:
             if (self.path / single).exists():
                 return {}
             if (self.path / index).exists():
-                named: dict[str, str] = rundir.read_json(self.path / index).get("weight_map", {})
+                named: dict[str, str] = rundir.read_json(self.path / index, WeightIndex)["weight_map"]
                 return named
         return {}
 
@@ -174,6 +177,10 @@ def resolve_model(reference: str) -> ModelPath:
         found = ModelPath(reference, path, None)
         found.check_unambiguous()
         return found
+    if path.is_file():
+        raise CoraError(f"{reference} is a file; name the directory of the model that holds it")
+    if path.suffix in _FILE_ENDINGS:
+        raise CoraError(f"{reference} does not exist")
     hub_id, _, revision = reference.partition("@")
     if path.is_absolute() or reference.startswith((".", "~")) or not _HUB_ID.match(hub_id):
         raise CoraError(f"model {reference!r} is neither a directory on this disk nor a hub id such as org/name@revision")

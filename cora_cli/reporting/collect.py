@@ -7,12 +7,12 @@ import dataclasses
 import re
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.methods.registry import METHODS
 from cora_cli.progress import progress
-from cora_cli.reporting.measures import DAMAGE, LOSS, Measure, damaged, read_evaluation, read_loss
+from cora_cli.reporting.measures import LOSS, Measure, read_evaluation, read_loss
 from cora_cli.reporting.report_rows import Experiment, Row, StepRecords, clean
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
@@ -112,8 +112,8 @@ def _each_once(rows: tuple[Row, ...]) -> list[Row]:
     return kept
 
 
-def _read_row(row: Row, wanted: tuple[str, ...] | None, records: StepRecords | None) -> tuple[Result, list[Missing]]:
-    """One row and its missing parts. Raises `CoraError` with the reason if its run is unusable or differs from the step `records`."""
+def _read_row(row: Row, wanted: tuple[str, ...] | None, step_records: StepRecords | None) -> tuple[Result, list[Missing]]:
+    """One row and its missing parts. Raises `CoraError` with the reason if its run is unusable or differs from the `step_records`."""
     missing: list[Missing] = []
     measures: dict[str, Measure] = {}
     record, log = {}, []
@@ -122,20 +122,13 @@ def _read_row(row: Row, wanted: tuple[str, ...] | None, records: StepRecords | N
     if row.run is not None:
         run = RunDirectory(row.run)
         record = _finished_record(run, row)
-        if records:
-            records.require(row.run)
-        log = rundir.read_jsonl(run.log) if run.log.exists() else []
-        try:
-            trained = 0 if record.get("is_base_model") else int(record["parameters"]["trained"])
-            adapter_bytes = _adapter_bytes(run, record)
-            if record.get("validation"):
-                float(record["validation"]["loss"])
-            if run.heldout.exists():
-                measures[LOSS] = read_loss(run, record, "after")
-            for line in log:
-                float(line.get("loss", 0.0)), int(line["step"])
-        except DAMAGE as error:
-            raise damaged(run.record.parent, error) from error
+        if step_records:
+            step_records.require(row.run)
+        log = rundir.read_jsonl(run.log, records.LogLine) if run.log.exists() else []
+        trained = 0 if record["is_base_model"] else record["parameters"]["trained"]
+        adapter_bytes = _adapter_bytes(run, record)
+        if run.heldout.exists():
+            measures[LOSS] = read_loss(run, record, "after")
     generation: dict[str, Any] = {}
     references = None
     if row.evaluation is None:
@@ -146,8 +139,8 @@ def _read_row(row: Row, wanted: tuple[str, ...] | None, records: StepRecords | N
             started = evaluation.root.is_dir() and rundir.holds_files(evaluation.root)
             raise CoraError(_failure(row) or ("the evaluation is not finished" if started else "not evaluated yet"))
         found, generation, references = read_evaluation(evaluation, wanted)
-        if records:
-            records.require(row.evaluation)
+        if step_records:
+            step_records.require(row.evaluation)
         measures |= found
     except CoraError as error:
         if not measures:
@@ -159,10 +152,8 @@ def _read_row(row: Row, wanted: tuple[str, ...] | None, records: StepRecords | N
 def _finished_record(run: RunDirectory, row: Row) -> dict[str, Any]:
     if not run.exists():
         raise CoraError(_failure(row) or "not started")
-    record = rundir.read_json(run.record)
-    if not isinstance(record, dict):
-        raise CoraError(f"{run.record} is damaged: expected a JSON object, not {type(record).__name__}")
-    status = record.get("status")
+    record = records.read_run(run)
+    status = record["status"]
     if status == "failed":
         raise CoraError(f"failed: {clean(str(record.get('error', 'no reason was recorded')))}")
     if status != "finished":

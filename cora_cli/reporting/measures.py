@@ -6,13 +6,12 @@ This module knows the files of a single run or evaluation; `collect` goes over t
 import dataclasses
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cora_cli import rundir
+from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.reporting.report_rows import clean
@@ -23,8 +22,6 @@ LOSS = "heldout_loss"
 """The name of the held-out loss among the measures: nats per response token."""
 # Recomputed means agree up to rounding in the last digits stored in JSON.
 _ROUNDING = 1e-9
-DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)
-"""The exceptions that reading a file edited by hand can raise."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,11 +43,12 @@ class Measure:
 
 def read_loss(run: RunDirectory, record: dict[str, Any], when: str) -> Measure:
     """The held-out loss "before" or "after" training. Raises `CoraError` if the per-record losses do not give the value in `record`."""
-    lines = rundir.read_jsonl(run.heldout)
+    lines = rundir.read_jsonl(run.heldout, records.HeldOutLine)
     statistics = np.array([[float(line[when]), float(line["tokens"])] for line in lines]).reshape(-1, 2)
-    summary = record["heldout"][when]
-    value = float(statistics[:, 0].sum() / statistics[:, 1].sum())
-    if len(lines) != summary["n"] or not math.isclose(value, summary["loss"], rel_tol=_ROUNDING):
+    summary = (record["heldout"] or {}).get(when)
+    tokens = statistics[:, 1].sum()
+    value = float(statistics[:, 0].sum() / tokens) if tokens else math.nan
+    if summary is None or len(lines) != summary["n"] or not math.isclose(value, summary["loss"], rel_tol=_ROUNDING):
         raise CoraError(
             f"{run.heldout} was altered after it was written: its {len(lines)} records do not give the loss in run.json"
         )
@@ -64,32 +62,31 @@ def read_evaluation(
 
     `wanted` restricts the metrics. Raises `CoraError` if a file is damaged or does not give the values in `metrics.json`.
     """
-    record = rundir.read_json(evaluation.metrics)
+    record = rundir.read_json(evaluation.metrics, records.Metrics)
     if not evaluation.predictions.exists():
         raise CoraError(f"{evaluation.predictions} does not exist, so {evaluation.metrics.name} cannot be checked")
-    lines = rundir.read_jsonl(evaluation.predictions)
-    scores = rundir.read_jsonl(evaluation.scores)
-    try:
-        if rundir.sha256_file(evaluation.predictions) != record["predictions_sha256"]:
-            raise CoraError(f"{evaluation.predictions} was altered after it was scored; run `cora evaluate` again")
-        measures = {}
-        for name in NAMES:
-            if name not in record["metrics"] or (wanted and name not in wanted):
-                continue
-            metric = record["metrics"][name]
-            signature = clean(metric["signature"])
-            statistics = _statistics(name, signature, scores, lines)
-            value = _value(name, statistics)
-            if len(statistics) != metric["n"] or not math.isclose(value, metric["value"], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
-                raise CoraError(
-                    f"{evaluation.scores} was altered after it was written: it does not give the {name} in metrics.json"
-                )
-            value, unscorable = float(metric["value"]), int(metric.get("unscorable", 0))
-            measures[name] = Measure(value, _interval(metric["ci95"]), len(statistics), signature, statistics, unscorable)
-        references = rundir.sha256_json([line["reference"] for line in lines])
-        return measures, dict(record["generation"]), references
-    except DAMAGE as error:
-        raise damaged(evaluation.root, error) from error
+    lines = rundir.read_jsonl(evaluation.predictions, records.Prediction)
+    scores = rundir.read_jsonl(evaluation.scores, records.Scores)
+    if rundir.sha256_file(evaluation.predictions) != record["predictions_sha256"]:
+        raise CoraError(f"{evaluation.predictions} was altered after it was scored; run `cora evaluate` again")
+    measures = {}
+    for name in NAMES:
+        if name not in record["metrics"] or (wanted and name not in wanted):
+            continue
+        metric = record["metrics"][name]
+        signature = clean(metric["signature"])
+        if name != "sacrebleu" and not all(name in score for score in scores):
+            raise CoraError(f"{evaluation.scores} was altered after it was written: a line of it has no {name}")
+        statistics = _statistics(name, signature, scores, lines)
+        value = _value(name, statistics) if len(statistics) else math.nan
+        if len(statistics) != metric["n"] or not math.isclose(value, metric["value"], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
+            raise CoraError(
+                f"{evaluation.scores} was altered after it was written: it does not give the {name} in metrics.json"
+            )
+        value, unscorable = float(metric["value"]), metric.get("unscorable", 0)
+        measures[name] = Measure(value, _interval(metric["ci95"]), len(statistics), signature, statistics, unscorable)
+    references = rundir.sha256_json([line["reference"] for line in lines])
+    return measures, dict(record["generation"]), references
 
 
 def _statistics(name: str, signature: str, scores: list[dict[str, Any]], lines: list[dict[str, Any]]) -> Floats:
@@ -121,8 +118,3 @@ def value_function(name: str) -> Any:
 def _interval(values: Any) -> tuple[float, float]:
     low, high = values
     return float(low), float(high)
-
-
-def damaged(path: Path, error: BaseException) -> CoraError:
-    """The `CoraError` for one of the `DAMAGE` exceptions, raised while reading `path`."""
-    return CoraError(f"{path} is damaged or from another version of cora ({type(error).__name__}: {clean(str(error))[:80]})")

@@ -9,42 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.steps import Step, read_steps
 from cora_cli.methods.registry import method_of
+from cora_cli.reading import checked
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 PLAN_VERSION = 1
 PLAIN = "finished runs"
 """The name of the experiment that collects all plain directories."""
-_NULL = type(None)
-_PLAN_KEYS: dict[str, tuple[type, ...]] = {
-    "name": (str,),
-    "title": (str,),
-    "paper_table": (str, _NULL),
-    "preset": (str, _NULL),
-    "conditions": (list,),
-    "rows": (list,),
-}
-_ROW_KEYS: dict[str, tuple[type, ...]] = {
-    "name": (str,),
-    "printed": (str, _NULL),
-    "group": (str, _NULL),  # a row that only extracts a basis has no data
-    "mode": (str,),
-    "label": (str,),
-    "rank": (int, _NULL),
-    "n_models": (int, _NULL),
-    "sources": (list,),
-    "learning_rate": (float, int, _NULL),
-    "seed": (int,),
-    "model": (str,),
-    "dataset": (str, dict, _NULL),
-    "run": (str, _NULL),
-    "evaluation": (str, _NULL),
-    "basis": (str, _NULL),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,25 +105,19 @@ def read_plan(root: Path) -> Experiment:
     """The experiment described by `root/plan.json`. Raises `CoraError` with the file and the fault."""
     path = root / "plan.json"
     try:
-        plan = rundir.read_json(path)
+        plan = rundir.read_json(path, dict[str, Any])
+        if (version := plan.get("format_version")) == PLAN_VERSION:
+            checked(plan, records.GridPlan, path)
     except CoraError as error:
         raise CoraError(f"{error}; run `cora ablate` again") from error
-    if not isinstance(plan, dict):
-        raise CoraError(f"{path} is damaged: a JSON object was expected, not {type(plan).__name__}; run `cora ablate` again")
-    if plan.get("format_version") != PLAN_VERSION:
-        raise CoraError(f"{path} has format version {plan.get('format_version')}, but this cora reads version {PLAN_VERSION}")
-    _check(path, "the plan", plan, _PLAN_KEYS)
-    rows = []
-    for number, entry in enumerate(plan["rows"], start=1):
-        if not isinstance(entry, dict):
-            raise CoraError(f"{path} is damaged: row {number} is not a JSON object; run `cora ablate` again")
-        _check(path, f"row {number}", entry, _ROW_KEYS)
-        rows.append(_row_of_plan(root, entry))
+    if version != PLAN_VERSION:
+        raise CoraError(f"{path} has format version {version}, but this cora reads version {PLAN_VERSION}")
+    rows = [_row_of_plan(root, entry) for entry in plan["rows"]]
     names = [row.name for row in rows]
-    records = _step_records(root, plan)
+    steps = read_steps(plan)
     unchecked = (
         ()
-        if records
+        if steps
         else ("These rows were not checked against the records of `cora ablate`, because plan.json lists no steps.",)
     )
     if not rows:
@@ -163,31 +132,13 @@ def read_plan(root: Path) -> Experiment:
         (*(clean(str(sentence)) for sentence in plan["conditions"]), *unchecked),
         tuple(rows),
         tuple(sorted((root / "bases").glob("*.safetensors"))),
-        records,
+        StepRecords(root, steps) if steps else None,
     )
-
-
-def _step_records(root: Path, plan: dict[str, Any]) -> StepRecords | None:
-    try:
-        steps = read_steps(plan)
-    except (TypeError, KeyError) as error:
-        raise CoraError(
-            f"{root / 'plan.json'} is damaged: its steps are incomplete ({error}); run `cora ablate` again"
-        ) from error
-    return StepRecords(root, steps) if steps else None
 
 
 def clean(text: str) -> str:
     """`text` on one line without control characters, which are invalid in SVG and LaTeX."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]+", " ", text).strip()
-
-
-def _check(path: Path, where: str, found: dict[str, Any], keys: dict[str, tuple[type, ...]]) -> None:
-    for key, types in keys.items():
-        value = found.get(key, ...)
-        if value is ... or not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            what = "is missing" if value is ... else f"is {str(value)[:40]!r}"
-            raise CoraError(f"{path} is damaged: {key} of {where} {what}; run `cora ablate` again")
 
 
 def _row_of_plan(root: Path, entry: dict[str, Any]) -> Row:
@@ -209,45 +160,35 @@ def _row_of_plan(root: Path, entry: dict[str, Any]) -> Row:
 
 
 def _row_of_run(run: RunDirectory) -> Row:
-    record = rundir.read_json(run.record)
-    try:
-        settings, plan = record["fingerprint"]["settings"], record["plan"]
-        unusual = plan["b_init"] if plan and plan["b_init"] != method_of(plan["mode"]).b_init else ""
-        basis = record["basis"]
-        candidates = (run.evaluation, run.root / "evaluation")
-        return Row(
-            name=clean(str(run.root)),
-            printed=None,
-            group=clean(f"{record['model']['reference']} on {record['data']['dataset']}"),
-            mode=record["mode"],
-            label=f"{record['mode']} {unusual}".strip(),
-            rank=plan["rank"] if plan else None,
-            n_models=len(basis["sources"]) if basis else None,
-            sources=tuple(clean(str(source["reference"])) for source in basis["sources"]) if basis else (),
-            learning_rate=settings["learning_rate"],
-            seed=record["seeds"]["seed"],
-            model=clean(record["model"]["reference"]),
-            dataset=clean(record["data"]["dataset"]),
-            run=run.root,
-            evaluation=next((path for path in candidates if path.is_dir()), run.evaluation),
-            basis=Path(basis["path"]) if basis and Path(basis["path"]).is_file() else None,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CoraError(
-            f"{run.record} is damaged or from another version of cora: {error} is missing or has the wrong type"
-        ) from error
+    record = records.read_run(run)
+    settings, plan = record["fingerprint"]["settings"], record["plan"]
+    unusual = plan["b_init"] if plan and plan["b_init"] != method_of(plan["mode"], run.record).b_init else ""
+    basis = record["basis"]
+    candidates = (run.evaluation, run.root / "evaluation")
+    return Row(
+        name=clean(str(run.root)),
+        printed=None,
+        group=clean(f"{record['model']['reference']} on {record['data']['dataset']}"),
+        mode=record["mode"],
+        label=f"{record['mode']} {unusual}".strip(),
+        rank=plan["rank"] if plan else None,
+        n_models=len(basis["sources"]) if basis else None,
+        sources=tuple(clean(str(source["reference"])) for source in basis["sources"]) if basis else (),
+        learning_rate=settings["learning_rate"],
+        seed=record["seeds"]["seed"],
+        model=clean(record["model"]["reference"]),
+        dataset=clean(record["data"]["dataset"]),
+        run=run.root,
+        evaluation=next((path for path in candidates if path.is_dir()), run.evaluation),
+        basis=Path(basis["path"]) if basis and Path(basis["path"]).is_file() else None,
+    )
 
 
 def _row_of_evaluation(evaluation: EvaluationDirectory) -> Row:
-    record = rundir.read_json(evaluation.metrics)
-    try:
-        settings = record["generation"].get("settings", {})
-        name = clean(str(record["name"]))
-        tuned = bool(settings.get("adapter_sha256"))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CoraError(
-            f"{evaluation.metrics} is damaged or from another version of cora: {error} is missing or has the wrong type"
-        ) from error
+    record = rundir.read_json(evaluation.metrics, records.Metrics)
+    settings = record["generation"].get("settings", {})
+    name = clean(str(record["name"]))
+    tuned = bool(settings.get("adapter_sha256"))
     return Row(
         name=clean(str(evaluation.root)),
         printed=None,
@@ -272,11 +213,11 @@ def _distinct(rows: list[Row]) -> list[Row]:
     groups = {row.model: row.group for row in rows if row.group}
     only = next(iter(groups.values())) if len(groups) == 1 else "evaluations"
     rows = [row if row.group else dataclasses.replace(row, group=groups.get(row.model, only)) for row in rows]
-    records = {row.name: rundir.read_json(RunDirectory(row.run).record) if row.run is not None else {} for row in rows}
-    settings = {name: record["fingerprint"]["settings"] if record else {} for name, record in records.items()}
-    bases = {name: record["basis"]["sha256"] for name, record in records.items() if record.get("basis")}
+    runs = {row.name: records.read_run(RunDirectory(row.run)) if row.run is not None else {} for row in rows}
+    settings = {name: record["fingerprint"]["settings"] if record else {} for name, record in runs.items()}
+    bases = {name: record["basis"]["sha256"] for name, record in runs.items() if record.get("basis")}
     # Copies of one basis file share one name.
-    paths = {record["basis"]["sha256"]: record["basis"]["path"] for record in records.values() if record.get("basis")}
+    paths = {record["basis"]["sha256"]: record["basis"]["path"] for record in runs.values() if record.get("basis")}
     found = []
     for row in rows:
         alike = [other for other in rows if (other.group, other.label) == (row.group, row.label)]

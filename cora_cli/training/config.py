@@ -4,7 +4,6 @@ One frozen object holds the complete request; a run directory records it as `con
 """
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from cora_cli.data.templates import TemplateName
@@ -12,7 +11,7 @@ from cora_cli.errors import UsageError
 from cora_cli.methods.method import A, AInit, BInit, Method
 from cora_cli.methods.plan import AdapterPlan, AdapterRequest
 from cora_cli.methods.registry import DEFAULT, METHODS, OPTIONAL_SETTINGS, OWN_SETTINGS, Mode, plan_adapter, taken_settings
-from cora_cli.settings import DtypeName, setting
+from cora_cli.settings import LARGEST_RANK, MOST, DtypeName, range_problems, setting
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 Reporter = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -42,7 +41,9 @@ class _SharedSettings:
         None,
         panel=_WHAT,
     )
-    rank: int = setting("Rank r of the adapter; it uses the first r columns of the basis, so r ≤ R.", 48, panel=_WHAT)
+    rank: int = setting(
+        "Rank r of the adapter; it uses the first r columns of the basis, so r ≤ R.", 48, panel=_WHAT, most=LARGEST_RANK
+    )
     alpha: float | None = setting("Numerator of the scaling s = alpha / r. Default: 2 r.", None, panel=_WHAT)
     rslora: bool = setting("Scale by alpha / √r instead of alpha / r.", False, panel=_WHAT)
     a_init: AInit | None = setting("Start of A, instead of the mode's default.", None, panel=_WHAT)
@@ -71,14 +72,14 @@ class _SharedSettings:
         "Prompt template; auto: the tokenizer's chat template if it has one, otherwise Alpaca's.", "auto", panel=_DATA
     )
     max_length: int = setting(
-        "Maximum length of an example in tokens; longer prompts are cut from the left.", 1024, panel=_DATA
+        "Maximum length of an example in tokens; longer prompts are cut from the left.", 1024, panel=_DATA, most=MOST
     )
     learning_rate: float = setting("Peak learning rate; tune it separately for each mode.", 3e-4, panel=_OPTIM)
-    epochs: float = setting("Passes over the training records.", 1.0, panel=_OPTIM)
-    max_steps: int | None = setting("Optimizer steps, instead of --epochs.", None, panel=_OPTIM)
-    batch_size: int = setting("Examples per process and micro-batch, packed into one row.", 16, panel=_OPTIM)
+    epochs: float = setting("Passes over the training records.", 1.0, panel=_OPTIM, most=MOST)
+    max_steps: int | None = setting("Optimizer steps, instead of --epochs.", None, panel=_OPTIM, most=MOST)
+    batch_size: int = setting("Examples per process and micro-batch, packed into one row.", 16, panel=_OPTIM, most=MOST)
     gradient_accumulation: int = setting(
-        "Micro-batches per optimizer step; the loss is the mean over all their tokens.", 1, panel=_OPTIM
+        "Micro-batches per optimizer step; the loss is the mean over all their tokens.", 1, panel=_OPTIM, most=MOST
     )
     warmup_ratio: float = setting("Fraction of the steps over which the learning rate warms up.", 0.03, panel=_OPTIM)
     lr_schedule: Literal["linear", "cosine", "constant"] = setting(
@@ -93,8 +94,8 @@ class _SharedSettings:
         "Also measure the held-out loss every N steps, not only before and after training.", None, panel=_RUN
     )
     eval_limit: int | None = setting("Measure the held-out loss only on the first N held-out records.", None, panel=_RUN)
-    save_steps: int = setting("Write a checkpoint every N steps.", 50, panel=_RUN)
-    keep_checkpoints: int = setting("Number of most recent checkpoints to keep.", 2, panel=_RUN)
+    save_steps: int = setting("Write a checkpoint every N steps.", 50, panel=_RUN, most=MOST)
+    keep_checkpoints: int = setting("Number of most recent checkpoints to keep.", 2, panel=_RUN, most=MOST)
     seed: int = setting("Seed of random starts, data order and dropout.", 0, panel=_RUN)
     resume: bool = setting(
         "Continue the run in --output-dir from its last complete checkpoint; start a new run if there is none.",
@@ -115,11 +116,7 @@ class _SharedSettings:
 
     def __post_init__(self) -> None:
         """Check everything that needs no file or model, and report all problems together."""
-        problems = [
-            f"--{field.name.replace('_', '-')} must be a finite number, not {value}"
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), float) and not math.isfinite(value)
-        ]
+        problems = range_problems(self)
         problems += [
             f"--{name.replace('_', '-')} must be {need}, not {getattr(self, name)}"
             for name, ok, need in (
@@ -138,7 +135,6 @@ class _SharedSettings:
                 ("eval_limit", self.eval_limit is None or self.eval_limit >= 1, "at least 1"),
                 ("save_steps", self.save_steps >= 1, "at least 1"),
                 ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
-                ("seed", 0 <= self.seed < 2**32, "at least 0 and below 2^32"),
             )
             if not ok
         ]

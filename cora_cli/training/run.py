@@ -28,6 +28,7 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import load_model
 from cora_cli.progress import progress, say
+from cora_cli.records import LogLine, read_run
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import Batching, choose_batching
 from cora_cli.training.checkpoints import checkpoints_in, newest_intact, step_of
@@ -50,7 +51,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     main = arguments.process_index == 0
     fingerprint = prepared.fingerprint(config)
     if _agree(arguments, lambda: _open_directory(run, fingerprint, config.resume)):
-        record = rundir.read_json(run.record)
+        record = read_run(run)
         if record["status"] == FINISHED and record.get("result_sha256") == run.result_hash():
             say(f"{run.root} is already finished")
             return record
@@ -107,7 +108,7 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
         raise CoraError(
             f"output directory {run.root} already contains a run; choose a new directory, or continue that run with --resume"
         )
-    recorded = rundir.read_json(run.record).get("fingerprint", {})
+    recorded = read_run(run)["fingerprint"]
     if recorded != fingerprint:
         theirs, ours = ({**part.get("settings", {}), **part} for part in (recorded, fingerprint))
         names = sorted(name for name in {*theirs, *ours} - {"settings"} if theirs.get(name) != ours.get(name))
@@ -150,7 +151,7 @@ def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, rec
     if prepared.data.overlapping:
         say(f"{prepared.data.overlapping} training records dropped: their prompts are also in the held-out or validation set")
     if run.exists():
-        earlier = rundir.read_json(run.record)
+        earlier = read_run(run)
         record = {**record, "started": earlier["started"], "resumed": earlier.get("resumed", 0) + 1}
     # The record comes first: it makes the directory a run, which --resume can complete.
     rundir.write_json(run.record, record)
@@ -222,7 +223,7 @@ def _fit(
 ) -> dict[str, Any]:
     done = step_of(checkpoint) if checkpoint else 0
     if trainer.is_world_process_zero():
-        lines = rundir.read_jsonl(run.log, drop_partial_tail=True) if run.log.exists() else []
+        lines = rundir.read_jsonl(run.log, LogLine, drop_partial_tail=True) if run.log.exists() else []
         rundir.write_jsonl(run.log, [line for line in lines if line["step"] <= done])
     if checkpoint:
         say(f"resuming after step {done}")
@@ -233,7 +234,7 @@ def _fit(
             trainer.add_callback(_HeldOutEvery(config.eval_steps, run, trainer, prepared, form))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # From the log, since a resumed run was trained by several processes.
-    log = rundir.read_jsonl(run.log) if trainer.is_world_process_zero() else []
+    log = rundir.read_jsonl(run.log, LogLine) if trainer.is_world_process_zero() else []
     lines = [line for line in log if "loss" in line]
     tokens, seconds = sum(line["tokens"] for line in lines), sum(line["seconds"] for line in lines)
     return {

@@ -12,6 +12,7 @@ import torch
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.limits import bounded
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import ModelPath
 
@@ -76,6 +77,10 @@ class AdapterFactors:
 
     def check(self, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
         """Raise `CoraError` unless every update fits the base model. `shapes` maps its modules to (out, in); `base` names it."""
+        with bounded(f"{self.reference}: matching rank_pattern and alpha_pattern"):
+            self._check_factors(shapes, base)
+
+    def _check_factors(self, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
         for module, keys in self._keys.items():
             if module not in shapes:
                 raise CoraError(
@@ -91,6 +96,8 @@ class AdapterFactors:
                 )
             alpha = _pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
             self._out[module] = out_features
+            if alpha is None:
+                raise CoraError(f"{self.reference}: adapter_config.json has no lora_alpha")
             self._scale[module] = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
     def check_full(self, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -176,4 +183,7 @@ def _names(value: Any) -> list[str]:
 
 def _pattern_value(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first matching key, else `default`; keys match as in PEFT, as a regex on the end of the name."""
-    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    try:
+        return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    except (re.error, OverflowError) as error:
+        raise CoraError(f"adapter_config.json has a pattern that is no regular expression: {error}") from error

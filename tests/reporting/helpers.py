@@ -14,7 +14,7 @@ from cora_cli.reporting.collect import Result
 from cora_cli.reporting.measures import LOSS, Measure
 from cora_cli.reporting.report_rows import Row
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
-from cora_cli.training.heldout import HeldOutLoss
+from cora_cli.training.heldout import HeldOutLoss, loss_change
 
 WORDS = [
     "the",
@@ -170,7 +170,13 @@ def write_run(path: Path, made: Made, generator: np.random.Generator, records: i
                 "mode": made.mode,
                 "b_init": b_init,
                 "a_init": "kaiming" if made.mode == "lora" else "zeros",
+                "trains_b": made.mode != "fb",
                 "rank": made.rank,
+                "alpha": 8.0,
+                "rslora": False,
+                "target_modules": ["q_proj"],
+                "dropout": 0.0,
+                "seed": made.seed,
             },
             "fingerprint": {"settings": settings, "model_sha256": "aa" * 32, "data_sha256": "bb" * 32, "basis_sha256": None},
             "model": {"reference": "tiny-model", "revision": None},
@@ -195,7 +201,8 @@ def write_run(path: Path, made: Made, generator: np.random.Generator, records: i
             "seeds": {"seed": made.seed, "split_seed": 0},
             "speed": {"steps": steps, "seconds": 10.0, "tokens": 5000, "tokens_per_second": 500.0 + made.seed},
             "peak_memory_bytes": 1_500_000_000,
-            "heldout": {"before": losses[0].summary(), "after": losses[1].summary(), "change": {}},
+            "heldout": {"before": losses[0].summary(), "after": losses[1].summary(), "change": loss_change(*losses)},
+            "largest_angle_rad": None,
             "is_base_model": False,
             "result_sha256": rundir.sha256_files(run.adapter.iterdir()),
         },

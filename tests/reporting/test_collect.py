@@ -193,10 +193,10 @@ def test_rows_of_a_group_that_answered_other_records_are_refused(tmp_path):
     ("change", "message"),
     [
         ({"format_version": 2}, "has format version 2, but this cora reads version 1"),
-        ({"rows": None}, "rows of the plan is 'None'"),
+        ({"rows": None}, "rows must be a list, not null"),
         ({"rows": []}, "plans no rows"),
-        ({"rows": [3]}, "row 1 is not a JSON object"),
-        ({"title": 5}, "title of the plan is '5'"),
+        ({"rows": [3]}, r"rows\[0\] must be a JSON object, not 3"),
+        ({"title": 5}, "title must be text, not 5"),
     ],
 )
 def test_a_damaged_plan_is_refused_with_the_place(grid, change, message):
@@ -206,12 +206,20 @@ def test_a_damaged_plan_is_refused_with_the_place(grid, change, message):
         read_plan(grid)
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", "0"), ("rank", 1.5), ("mode", None), ("seed", True)])
-def test_a_row_of_a_plan_with_a_wrong_type_is_refused_by_its_number(grid, key, value):
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("seed", "0", 'an integer, not "0"'),
+        ("rank", 1.5, "an integer or null, not 1.5"),
+        ("mode", None, "text, not null"),
+        ("seed", True, "an integer, not true"),
+    ],
+)
+def test_a_row_of_a_plan_with_a_wrong_type_is_refused_by_its_number(grid, key, value, words):
     plan = rundir.read_json(grid / "plan.json")
     plan["rows"][2][key] = value
     rundir.write_json(grid / "plan.json", plan)
-    with pytest.raises(CoraError, match=f"{key} of row 3 is '{value}'"):
+    with pytest.raises(CoraError, match=rf"rows\[2\].{key} must be {words}"):
         read_plan(grid)
 
 
@@ -340,5 +348,5 @@ def test_a_plan_with_damaged_steps_is_refused(recorded):
     plan = rundir.read_json(recorded / "plan.json")
     del plan["steps"][0]["facts"]
     rundir.write_json(recorded / "plan.json", plan)
-    with pytest.raises(CoraError, match="its steps are incomplete"):
+    with pytest.raises(CoraError, match=r"steps\[0\].facts is missing"):
         read_plan(recorded)

@@ -1,0 +1,266 @@
+"""Read text, JSON, JSON Lines and YAML files: the result is a value of the expected shape, or one sentence that names the file.
+
+Whatever valid or invalid content a file holds (wrong types, nesting without end, numbers of 5,000 digits, half a surrogate pair, one
+key twice), no other exception than `CoraError` leaves this module. `records` holds the shapes of our own files.
+"""
+
+import json
+import math
+import re
+import types
+import typing
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from cora_cli.errors import CoraError, UsageError
+
+_HALF_PAIR = re.compile(r"[\ud800-\udfff]")
+_LARGEST_INTEGER = 2**63
+_MOST_YAML_VALUES = 100_000
+"""More values than any configuration has; aliases of aliases reach billions in a few lines."""
+
+
+class Malformed(ValueError):
+    """Text that is not valid JSON. `line` is the line of the fault within the text, if known."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON document. Raises `Malformed` with the reason, also for a key that an object names twice."""
+    value, end = decode_json(text, _first(text, 0))
+    if (rest := _first(text, end)) < len(text):
+        raise Malformed(f"nothing may follow the value, found {text[rest : rest + 20]!r}", text.count("\n", 0, rest) + 1)
+    return value
+
+
+def decode_json(text: str, start: int = 0) -> tuple[Any, int]:
+    """The JSON value that starts at `start`, and where it ends. Raises `Malformed` with the reason."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        raise Malformed(error.msg, error.lineno) from error
+    except RecursionError as error:
+        raise Malformed("it is nested too deeply") from error
+    except Malformed:
+        raise
+    except ValueError as error:  # Python refuses to convert integers of more than 4,300 digits
+        raise Malformed("it holds a number with too many digits") from error
+    if "\\u" in text and (half := _half_pair(value)):
+        raise Malformed(f"it holds {half!a}, which is half of a character and no text")
+    return value, end
+
+
+def _first(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object as a dictionary, which alone would silently keep the last of two values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise Malformed(f"the key {repeated[:60]!r} occurs twice in one object; remove one of them")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _half_pair(value: Any) -> str | None:
+    """The first lone surrogate in the texts of a value, which no file can store."""
+    if isinstance(value, str):
+        found = _HALF_PAIR.search(value)
+        return found.group() if found else None
+    parts: list[Any] = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((half for part in parts if (half := _half_pair(part))), None)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises `CoraError` naming the file if it is missing, unreadable or not text."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        raise CoraError(f"{path} does not exist") from error
+    except OSError as error:
+        raise CoraError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise CoraError(f"{path} is not UTF-8 text: {error}") from error
+    except ValueError as error:  # a name with a zero byte
+        raise CoraError(f"{str(path)!r} cannot be the name of a file: {error}") from error
+
+
+def read_json(path: Path, shape: Any = Any) -> Any:
+    """Read a JSON file whose value has `shape`, a type such as `dict[str, float]` or one of `records`.
+
+    Raises `CoraError` naming the file and the place in it if it is missing, malformed or of another shape.
+    """
+    try:
+        value = parse_json(read_text(path))
+    except Malformed as error:
+        line = f"line {error.line}: " if error.line else ""
+        raise CoraError(f"{path} is not valid JSON: {line}{error}") from error
+    return checked(value, shape, path)
+
+
+def read_jsonl(path: Path, shape: Any = Any, *, drop_partial_tail: bool = False) -> list[Any]:
+    """Read one JSON document of `shape` per line, skipping blank lines.
+
+    With `drop_partial_tail`, a last line without a newline is ignored: a killed writer leaves one.
+    Raises `CoraError` naming the file and the line if one is malformed or of another shape.
+    """
+    if drop_partial_tail:
+        # Half a character at the end belongs to the line that is dropped.
+        try:
+            text = path.read_bytes().rpartition(b"\n")[0].decode("utf-8")
+        except (OSError, ValueError):
+            text = read_text(path)
+    else:
+        text = read_text(path)
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+        except Malformed as error:
+            raise CoraError(f"{path}, line {number}: not valid JSON ({error}): {line.strip()[:60]!r}") from error
+        records.append(checked(record, shape, f"{path}, line {number},"))
+    return records
+
+
+def checked(value: Any, shape: Any, where: object) -> Any:
+    """`value` itself. Raises `CoraError` that starts with `where` and names the part that does not have `shape`."""
+    if fault := fault_of(value, shape):
+        raise CoraError(f"{where} is damaged or from another version of cora: {fault}")
+    return value
+
+
+def fault_of(value: Any, shape: Any, place: str = "") -> str | None:
+    """What keeps a JSON value from having the type `shape`, such as "plan.rank must be an integer, not 'x'"; None if it has it."""
+    origin = typing.get_origin(shape)
+    if origin in (types.UnionType, typing.Union):
+        return _fault_of_union(value, shape, place)
+    wrong = f"{place or 'it'} must be {_in_words(shape)}, not {_shown(value)}"
+    if (found := _parts(value, shape)) is not None:
+        inside = f"{place}." if place and isinstance(value, dict) else place
+        if typing.is_typeddict(shape) and (missing := sorted(shape.__required_keys__ - value.keys())):
+            return f"{inside}{missing[0]} is missing"
+        return next(filter(None, (fault_of(part, kind, f"{inside}{key}") for key, part, kind in found)), None)
+    if shape is Any or (value in typing.get_args(shape) if origin is Literal else origin is None and _fits(value, shape)):
+        return None
+    return wrong
+
+
+def _fault_of_union(value: Any, shape: Any, place: str) -> str | None:
+    faults = [fault_of(value, part, place) for part in typing.get_args(shape)]
+    # The alternative of the value's own kind says where in it the fault is.
+    inner = [fault for fault in faults if fault and not fault.startswith(f"{place or 'it'} must be")]
+    wrong = f"{place or 'it'} must be {_in_words(shape)}, not {_shown(value)}"
+    return None if None in faults else inner[0] if inner else wrong
+
+
+def _parts(value: Any, shape: Any) -> list[tuple[str, Any, Any]] | None:
+    """Name, value and expected type of each part of a list or an object; None if `shape` is neither, or `value` another kind."""
+    origin, kinds = typing.get_origin(shape), typing.get_args(shape)
+    if typing.is_typeddict(shape) and isinstance(value, dict):
+        return [(key, value[key], kind) for key, kind in typing.get_type_hints(shape).items() if key in value]
+    if origin is dict and isinstance(value, dict):
+        return [(key, part, kinds[1]) for key, part in value.items()]
+    if isinstance(value, list) and (origin is list or (origin is tuple and len(kinds) == len(value))):
+        each = kinds if origin is tuple else kinds * len(value)
+        return [(f"[{index}]", part, kind) for index, (part, kind) in enumerate(zip(value, each, strict=True))]
+    return None
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind in (int, float) and type(value) is int:
+        return -_LARGEST_INTEGER <= value < _LARGEST_INTEGER
+    if kind is float:
+        return type(value) is float and math.isfinite(value)
+    return type(value) is kind
+
+
+def _in_words(shape: Any) -> str:
+    origin, parts = typing.get_origin(shape), typing.get_args(shape)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_in_words(part) for part in parts)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin is tuple:
+        return f"a list of {len(parts)} values"
+    names = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}
+    return names.get(shape, "a list" if origin is list else "a JSON object")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "a JSON object" if isinstance(value, dict) else f"a list of {len(value)} values"
+    if isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
+        return "an integer of more than 63 bits"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """Read a user's YAML file of `name: value` lines; an empty file gives an empty dictionary.
+
+    `what` describes the file and starts every error message. Raises `UsageError` if the file cannot be read, is not valid YAML
+    or is not a mapping.
+    """
+    import yaml
+
+    def refuse(reason: str, error: Exception | None = None) -> NoReturn:
+        raise UsageError(f"{what} {path} is not valid YAML: {reason}") from error
+
+    class Strict(yaml.SafeLoader):
+        """Refuses duplicate keys in a mapping; plain YAML would silently keep the last one."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            if repeated := sorted({name for name in names if isinstance(name, str) and names.count(name) > 1}):
+                raise UsageError(f"{what} {path} has the key {repeated[0]!r} twice in the same mapping; remove one of them")
+            return super().construct_mapping(node, deep)
+
+    try:
+        loader = Strict(read_text(path))
+        node = loader.get_single_node()
+        # Before any value is made: merging `<<` already copies what an alias stands for.
+        if node is not None and _count_values(node, {}) > _MOST_YAML_VALUES:
+            refuse(f"its aliases stand for more than {_MOST_YAML_VALUES:,} values")
+        values = None if node is None else loader.construct_document(node)
+    except UsageError:
+        raise
+    except CoraError as error:
+        raise UsageError(f"{what} {error}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        refuse(f"{f'line {mark.line + 1}, column {mark.column + 1}: ' if mark else ''}{error.problem or error.context}", error)
+    except yaml.YAMLError as error:
+        # The reader's own message names a "<unicode string>" instead of the file.
+        refuse(f"it holds a control character or another that YAML forbids ({getattr(error, 'reason', error)})", error)
+    except RecursionError as error:
+        refuse("it is nested too deeply", error)
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a date that is none, an odd tag
+        refuse(f"a value cannot be read ({' '.join(str(error).split())[:120]})", error)
+    if half := _half_pair(values):
+        refuse(f"it holds {half!a}, which is half of a character and no text")
+    if values is not None and not isinstance(values, dict):
+        raise UsageError(f"{what} {path} must hold `name: value` lines, not a {type(values).__name__}")
+    return values or {}
+
+
+def _count_values(node: Any, known: dict[int, float]) -> float:
+    """The number of values that a YAML node stands for, aliases written out; infinite if it contains itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = node.value if isinstance(node.value, list) else []
+        flat = [part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_count_values(part, known) for part in flat)
+    return known[id(node)]

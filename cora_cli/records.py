@@ -1,0 +1,396 @@
+"""The shapes of the JSON files that `cora` reads: its own records, and those parts of other programs' files that it uses.
+
+`reading` compares a file with its shape and names the key that differs, so the code behind it can use every required key. Keys that
+came with a later version are not required: old directories stay readable.
+"""
+
+from typing import Any, NotRequired, TypedDict
+
+from cora_cli import rundir
+from cora_cli.reading import checked
+from cora_cli.rundir import EvaluationDirectory, RunDirectory
+
+
+class Plan(TypedDict):
+    """An adapter's plan (`methods.plan`), without the settings of single methods."""
+
+    mode: str
+    b_init: str
+    a_init: str
+    trains_b: bool
+    rank: int
+    alpha: float
+    rslora: bool
+    target_modules: list[str]
+    dropout: float
+    seed: int
+
+
+class Source(TypedDict):
+    """A source model of a basis."""
+
+    reference: str
+    revision: NotRequired[str | None]
+
+
+class UsedBasis(TypedDict):
+    """The basis of a run."""
+
+    path: str
+    sha256: str
+    choices: dict[str, Any]
+    sources: list[Source]
+
+
+class Counts(TypedDict):
+    """Records and tokens of one part of the data."""
+
+    records: int
+    tokens: int
+    response_tokens: int
+    truncated: int
+    dropped: int
+
+
+class Data(TypedDict):
+    """The data of a run."""
+
+    dataset: str
+    template: str
+    train: Counts
+    test: Counts
+    validation: NotRequired[Counts]
+    overlapping_dropped: NotRequired[int]
+
+
+class Loss(TypedDict):
+    """A mean loss with its interval, over n records."""
+
+    loss: float
+    ci95: tuple[float, float]
+    n: int
+
+
+class Change(TypedDict):
+    """The change of a loss with its interval."""
+
+    value: float
+    ci95: tuple[float, float]
+
+
+class HeldOut(TypedDict):
+    """The held-out loss around training."""
+
+    before: Loss
+    after: Loss
+    change: Change
+
+
+class Settings(TypedDict):
+    """The settings of a run that other parts of the program read; the rest are only compared and listed."""
+
+    learning_rate: float
+
+
+class Fingerprint(TypedDict):
+    """What determines the result of a run."""
+
+    settings: Settings
+    model_sha256: str
+    data_sha256: str
+
+
+class Model(TypedDict):
+    """The base model of a run."""
+
+    reference: str
+    revision: str | None
+
+
+class Parameters(TypedDict):
+    """Numbers of parameters."""
+
+    trained: int
+    total: int
+
+
+class Seeds(TypedDict):
+    """The seeds of a run."""
+
+    seed: int
+    split_seed: int
+
+
+class Run(TypedDict):
+    """`run.json` from the start of a run on."""
+
+    status: str
+    started: str
+    mode: str
+    plan: Plan | None
+    fingerprint: Fingerprint
+    model: Model
+    basis: UsedBasis | None
+    parameters: Parameters
+    data: Data
+    hardware: dict[str, str | int]
+    versions: dict[str, str]
+    seeds: Seeds
+    resumed: NotRequired[int]
+    error: NotRequired[str]
+
+
+class Speed(TypedDict):
+    """Steps and their speed."""
+
+    steps: int
+    tokens_per_second: float | None
+
+
+class FinishedRun(Run):
+    """`run.json` of a finished run."""
+
+    finished: str
+    result_sha256: str
+    speed: Speed
+    peak_memory_bytes: int
+    heldout: HeldOut | None
+    largest_angle_rad: float | None
+    is_base_model: bool
+    validation: NotRequired[Loss | None]
+
+
+class LogLine(TypedDict):
+    """A line of `log.jsonl`."""
+
+    step: int
+    loss: NotRequired[float]
+    tokens: NotRequired[int]
+    seconds: NotRequired[float]
+    heldout_loss: NotRequired[float]
+
+
+class HeldOutLine(TypedDict):
+    """A line of `heldout.jsonl`: one record's negative log-likelihood before and after training, and its response tokens."""
+
+    before: float
+    after: float
+    tokens: int
+
+
+class Generation(TypedDict):
+    """`generation.json`, and its copy in `metrics.json`, which is empty where the predictions came without it."""
+
+    name: NotRequired[str]
+    settings: NotRequired[dict[str, Any]]
+    predictions_sha256: NotRequired[str]
+    prompts_cut: NotRequired[int]
+
+
+class Prediction(TypedDict):
+    """A line of `predictions.jsonl`, by whichever program."""
+
+    prediction: str
+    reference: str
+    finish_reason: NotRequired[str | None]
+
+
+class PartialPrediction(TypedDict):
+    """A line of `predictions.partial.jsonl`."""
+
+    index: int
+    prompt: str
+    reference: str
+    prediction: str
+    finish_reason: str
+    new_tokens: int
+
+
+class Metric(TypedDict):
+    """A metric with its interval, over n records."""
+
+    value: float
+    ci95: tuple[float, float]
+    n: int
+    signature: str
+
+
+class Metrics(TypedDict):
+    """`metrics.json`."""
+
+    name: str
+    metrics: dict[str, Metric]
+    predictions_sha256: str
+    generation: Generation
+
+
+Scores = dict[str, float]
+"""A line of `scores.jsonl`."""
+
+
+class Adapter(TypedDict):
+    """`cora.json`."""
+
+    plan: Plan
+    base: str
+    base_revision: str | None
+    base_sha256: str
+    basis: str | None
+    basis_sha256: str | None
+    compact: bool
+
+
+class BasisSource(TypedDict):
+    """A source model of a basis, in the basis file."""
+
+    reference: str
+    revision: str | None
+    hash: str
+
+
+class Choices(TypedDict):
+    """The choices about a basis; `basis.choices` checks their values."""
+
+    share: str
+    merge: str
+    source: str
+    side: str
+    method: str
+    component: str
+    rank: int
+    target_modules: list[str]
+
+
+class BasisFile(TypedDict):
+    """The metadata of a basis file."""
+
+    choices: Choices
+    group_pattern: str
+    group_template: str
+    gaps: dict[str, bool]
+    modules: dict[str, tuple[int, int]]
+    sources: list[BasisSource]
+    base: BasisSource | None
+    architecture: dict[str, Any]
+    cora_version: str
+    sha256: str
+
+
+class PlannedRow(TypedDict):
+    """A row of a grid's `plan.json`; one that only extracts a basis has no data."""
+
+    name: str
+    printed: str | None
+    group: str | None
+    mode: str
+    label: str
+    rank: int | None
+    n_models: int | None
+    sources: list[str]
+    learning_rate: float | None
+    seed: int
+    model: str
+    dataset: str | dict[str, Any] | None
+    run: str | None
+    evaluation: str | None
+    basis: str | None
+
+
+class PlannedStep(TypedDict):
+    """A step of a grid's `plan.json`."""
+
+    name: str
+    kind: str
+    output: str
+    facts: dict[str, Any]
+    needs: list[str]
+    argv: list[str]
+
+
+class GridPlan(TypedDict):
+    """A grid's `plan.json`; `steps` came later."""
+
+    name: str
+    title: str
+    paper_table: str | None
+    preset: str | None
+    conditions: list[str]
+    rows: list[PlannedRow]
+    steps: NotRequired[list[PlannedStep]]
+
+
+class StepRecord(TypedDict):
+    """The record of a step of a grid."""
+
+    key: str
+    facts: dict[str, Any]
+    status: str
+    results_of_needs: dict[str, str | None]
+    error: NotRequired[str]
+
+
+class FinishedStep(StepRecord):
+    """The record of a finished step."""
+
+    files: dict[str, str]
+    result: str
+    seconds: float
+
+
+class KnownHash(TypedDict):
+    """An entry of a grid's `hashes.json`."""
+
+    state: list[list[Any]]
+    sha256: str
+
+
+class Job(TypedDict):
+    """The record of a job of a cluster."""
+
+    job: str
+    argv: list[str]
+
+
+class ModelConfig(TypedDict, total=False):
+    """The entries of a model's `config.json` that decide about its weights; transformers reads the rest."""
+
+    model_type: str | None
+    hidden_size: int | None
+    num_hidden_layers: int | None
+    vocab_size: int | None
+    quantization_config: dict[str, Any] | None
+    text_config: dict[str, Any] | None
+
+
+class AdapterConfig(TypedDict, total=False):
+    """The entries of `adapter_config.json` that weights are computed from; PEFT reads the rest."""
+
+    peft_type: str | None
+    base_model_name_or_path: str | None
+    revision: str | None
+    r: int | None
+    lora_alpha: float | None
+    use_rslora: bool | None
+    target_modules: list[str] | str | None
+    modules_to_save: list[str] | None
+    rank_pattern: dict[str, int] | None
+    alpha_pattern: dict[str, float] | None
+
+
+class WeightIndex(TypedDict):
+    """The index of a model in several files."""
+
+    weight_map: dict[str, str]
+
+
+def read_run(run: RunDirectory) -> dict[str, Any]:
+    """`run.json`. Raises `CoraError` naming the file and the key if it is missing or damaged."""
+    record: dict[str, Any] = rundir.read_json(run.record, Run)
+    checked(record, FinishedRun if record["status"] == "finished" else Run, run.record)
+    return record
+
+
+def read_generation(evaluation: EvaluationDirectory) -> dict[str, Any]:
+    """`generation.json`; empty if there is none. Raises `CoraError` naming the file and the key if it is damaged."""
+    found: dict[str, Any] = rundir.read_json(evaluation.generation, Generation) if evaluation.generation.exists() else {}
+    return found

@@ -1,0 +1,61 @@
+"""The one way to the screen: text without control characters, in whatever encoding the terminal has, quiet once nobody reads.
+
+Names, prompts and messages come from files. An escape sequence in one of them must not reach the terminal, where it could clear the
+screen or rewrite a line.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+import unicodedata
+
+# All but the tab and the newline; the second range holds the one-byte forms of the escape sequences.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+CLOSED_PIPE = 141
+"""Exit code of a program whose reader is gone, as the shell reports it: 128 + SIGPIPE."""
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, and marks that reverse its direction, written as escapes such as `\\x1b`."""
+    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Print a command's result on stdout. `say` of `progress` prints everything else."""
+    print(printable(text), end=end, flush=True)
+
+
+def complain(text: str) -> None:
+    """Print one line on stderr, whatever process this is."""
+    print(printable(text).replace("\n", " "), file=sys.stderr, flush=True)
+
+
+def accept_any_text() -> None:
+    """Print a replacement for characters that the terminal's encoding lacks: what was computed must not depend on it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def abandon_closed_pipes() -> None:
+    """Drop what is still to be printed after a reader has gone, such as `head`; Python would complain about it at the end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            with contextlib.suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
+
+
+def fitted(line: str, columns: int) -> str:
+    """The beginning of one line that fits into `columns` cells, of which a Chinese character, for example, takes two."""
+    used = 0
+    for place, sign in enumerate(line):
+        used += 0 if unicodedata.combining(sign) else 2 if unicodedata.east_asian_width(sign) in "WF" else 1
+        if used > columns:
+            return line[:place]
+    return line
