@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from cora_cli.errors import CoraError, UsageError
 
 Floats = NDArray[np.float64]
+Interval = tuple[float, float] | None
+"""Both ends of an interval; None for a single example, which says nothing about the spread."""
 ValueFunction = Callable[[Floats, int], Floats]
 """`value(sums (..., k), n) -> (...)`: the metric of n examples whose statistics add up to `sums`."""
 
@@ -30,7 +32,7 @@ class PairedDifference:
     """
 
     difference: float
-    ci95: tuple[float, float]
+    ci95: Interval
     p_value: float
     n: int
 
@@ -65,19 +67,20 @@ def percentile_interval(values: Floats, confidence: float = 0.95) -> tuple[float
 
 def bootstrap_interval(
     statistics: Floats, value: ValueFunction, resamples: int = 1000, seed: int = 0, confidence: float = 0.95
-) -> tuple[float, float]:
+) -> Interval:
     """Percentile bootstrap interval over examples (Efron & Tibshirani 1993, chapter 13).
 
-    `statistics`: (n, k). A single example, or identical examples, say nothing about the spread; both ends then equal the value
-    exactly. Raises `CoraError` without examples and `UsageError` for invalid settings.
+    `statistics`: (n, k). A single example has none; with identical examples, both ends equal the value exactly. Raises `CoraError` without examples and `UsageError` for invalid settings.
     """
     sums = bootstrap_sums(statistics, resamples, seed)
     return interval_of_sums(statistics, sums, value, confidence)
 
 
-def interval_of_sums(statistics: Floats, sums: Floats, value: ValueFunction, confidence: float = 0.95) -> tuple[float, float]:
+def interval_of_sums(statistics: Floats, sums: Floats, value: ValueFunction, confidence: float = 0.95) -> Interval:
     """`bootstrap_interval` from the sums (resamples, k) that `bootstrap_sums` computed from `statistics` (n, k)."""
     n = len(statistics)
+    if n == 1:
+        return None
     if (statistics == statistics[0]).all():
         # Rounding in the sums must not look like a spread.
         sums = statistics.sum(axis=0, keepdims=True)

@@ -67,7 +67,7 @@ class Loss(TypedDict):
     """A mean loss with its interval, over n records."""
 
     loss: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
     n: int
 
 
@@ -75,7 +75,7 @@ class Change(TypedDict):
     """The change of a loss with its interval."""
 
     value: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
 
 
 class HeldOut(TypedDict):
@@ -210,7 +210,7 @@ class Metric(TypedDict):
     """A metric with its interval, over n records."""
 
     value: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
     n: int
     signature: str
 

@@ -75,11 +75,15 @@ def test_many_examples_need_bounded_memory():
     assert peak < 300e6  # in one block the draws, their counts and those as floats would be 160 MB each
 
 
-@pytest.mark.parametrize("n", [1, 7])
-def test_without_variance_the_interval_is_the_value(n):
-    statistics = np.full((n, 1), 0.1)
-    value = float(mean(statistics.sum(axis=0), n))
+def test_without_variance_the_interval_is_the_value():
+    statistics = np.full((7, 1), 0.1)
+    value = float(mean(statistics.sum(axis=0), 7))
     assert bootstrap_interval(statistics, mean, resamples=20) == (value, value)
+
+
+def test_a_single_example_has_no_interval():
+    assert bootstrap_interval(np.full((1, 1), 0.1), mean, resamples=20) is None
+    assert paired_difference(np.ones((1, 1)), np.zeros((1, 1)), mean, resamples=20).ci95 is None
 
 
 def test_seeds_repeat_and_differ():
@@ -145,7 +149,7 @@ def test_one_example_decides_nothing():
     for a, b in sample(100):
         result = paired_difference(np.array([[a]]), np.array([[b]]), mean, resamples=20)
         assert result.p_value == 1.0
-        assert result.ci95 == (result.difference, result.difference)
+        assert result.ci95 is None
 
 
 def test_pairing_gives_a_narrower_interval_than_the_two_systems_have():
@@ -164,7 +168,8 @@ def test_exchanging_the_two_systems_mirrors_the_result(pairs):
     other = paired_difference(both[:, 1:], both[:, :1], mean, resamples=40)
     assert one.p_value == other.p_value
     assert one.difference == -other.difference
-    assert one.ci95 == pytest.approx((-other.ci95[1], -other.ci95[0]), abs=1e-12)
+    if len(pairs) > 1:
+        assert one.ci95 == pytest.approx((-other.ci95[1], -other.ci95[0]), abs=1e-12)
 
 
 def test_different_numbers_of_examples_are_refused_with_both_shapes():

@@ -47,9 +47,14 @@ class EncodedSet:
 
 
 def encode_records(
-    records: Sequence[Record], template: Template, max_length: int, what: str, rows: int | None = None
+    records: Sequence[Record],
+    template: Template,
+    max_length: int,
+    what: str,
+    rows: int | None = None,
+    every_answer: bool = False,
 ) -> EncodedSet:
-    """Encode records for training.
+    """Encode records for training: one example per record, or with `every_answer` one per answer of a conversation.
 
     Examples longer than `max_length` lose prompt tokens from the left, except for the start token. An example is dropped if its
     response and end token leave no room for a prompt token. `rows` is the number of rows of the model's embedding. Raises
@@ -57,6 +62,7 @@ def encode_records(
     """
     examples: list[Example] = []
     truncated = dropped = apart = 0
+    records = [turn for record in records for turn in template.turns(record)] if every_answer else records
     for record in records:
         rendered = template.render(record)
         prompt, response = split_tokens(rendered, template.tokenizer)

@@ -93,6 +93,11 @@ def place_of(record: Mapping[str, Any]) -> str:
     return record.where if isinstance(record, Record) else "a record"
 
 
+def earlier_answers(record: Mapping[str, Any]) -> bool:
+    """Whether a record is a conversation with answers before the last one."""
+    return any(message["role"] == "assistant" for message in (record.get("messages") or [])[1:-1])
+
+
 def unused_columns(records: Iterable[Mapping[str, Any]], schema: Schema) -> list[str]:
     """The columns of `records` that no template reads, sorted."""
     used = {*SCHEMAS[schema], *(("input",) if schema == "alpaca" else TEMPLATE_COLUMNS if schema == "messages" else ())}

@@ -44,7 +44,9 @@ class Table:
     notes: tuple[str, ...]
 
 
-def with_interval(value: float, interval: Sequence[float], digits: int) -> str:
-    """Value and interval as text: `0.123 [0.100, 0.150]`."""
+def with_interval(value: float, interval: Sequence[float] | None, digits: int) -> str:
+    """Value and interval as text: `0.123 [0.100, 0.150]`, or `0.123 (one record)`, which has no interval."""
+    if interval is None:
+        return f"{value:.{digits}f} (one record)"
     low, high = interval
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

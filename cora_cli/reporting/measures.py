@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
+from cora_cli.intervals import Interval
 from cora_cli.reporting.report_rows import clean
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
@@ -34,7 +35,7 @@ class Measure:
     """
 
     value: float
-    ci95: tuple[float, float]
+    ci95: Interval
     n: int
     signature: str
     statistics: Floats
@@ -52,7 +53,7 @@ def read_loss(run: RunDirectory, record: dict[str, Any], when: str) -> Measure:
         raise CoraError(
             f"{run.heldout} was altered after it was written: its {len(lines)} records do not give the loss in run.json"
         )
-    return Measure(value, _interval(summary["ci95"]), len(lines), "nats per response token", statistics)
+    return Measure(value, _interval(summary["ci95"], len(lines)), len(lines), "nats per response token", statistics)
 
 
 def read_evaluation(
@@ -84,7 +85,9 @@ def read_evaluation(
                 f"{evaluation.scores} was altered after it was written: it does not give the {name} in metrics.json"
             )
         value, unscorable = float(metric["value"]), metric.get("unscorable", 0)
-        measures[name] = Measure(value, _interval(metric["ci95"]), len(statistics), signature, statistics, unscorable)
+        measures[name] = Measure(
+            value, _interval(metric["ci95"], metric["n"]), len(statistics), signature, statistics, unscorable
+        )
     references = rundir.sha256_json([line["reference"] for line in lines])
     return measures, dict(record["generation"]), references
 
@@ -115,6 +118,9 @@ def value_function(name: str) -> Any:
     return lambda sums, n: sums[..., 0] / n
 
 
-def _interval(values: Any) -> tuple[float, float]:
+def _interval(values: Any, n: int) -> Interval:
+    """The recorded interval; earlier versions recorded one of width zero for a single record."""
+    if values is None or n == 1:
+        return None
     low, high = values
     return float(low), float(high)

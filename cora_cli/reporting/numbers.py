@@ -87,8 +87,8 @@ def _csv_rows(experiment: str, group: Group, line: Line) -> list[dict[str, Any]]
                 **common,
                 "measure": measure,
                 "value": repr(found.value),
-                "low": repr(found.low),
-                "high": repr(found.high),
+                "low": repr(found.low) if found.has_interval else "",
+                "high": repr(found.high) if found.has_interval else "",
                 "kind": found.kind,
                 "n": found.n,
                 "seeds": found.seeds,
@@ -177,8 +177,8 @@ def _line(line: Line) -> dict[str, Any]:
         "measures": {
             name: {
                 "value": found.value,
-                "low": found.low,
-                "high": found.high,
+                "low": found.low if found.has_interval else None,
+                "high": found.high if found.has_interval else None,
                 "kind": found.kind,
                 "n": found.n,
                 "seeds": found.seeds,
@@ -203,7 +203,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
                     {
                         "measure": test.measure,
                         "difference": test.paired.difference,
-                        "ci95": list(test.paired.ci95),
+                        "ci95": test.paired.ci95 and list(test.paired.ci95),
                         "p": test.paired.p_value,
                         "p_holm": test.p_holm,
                         "n": test.paired.n,

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from cora_cli.errors import CoraError
-from cora_cli.intervals import Floats, PairedDifference, paired_difference
+from cora_cli.intervals import Floats, Interval, PairedDifference, paired_difference
 from cora_cli.reporting.collect import Result
 from cora_cli.reporting.measures import LOSS, value_function
 
@@ -25,7 +25,10 @@ SEEDS, EXAMPLES = "t-interval over seeds", "bootstrap over examples"
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its 95 % interval. `kind` is SEEDS or EXAMPLES, `n` the examples, `seeds` the number of runs."""
+    """A mean over seeds with its 95 % interval. `kind` is SEEDS or EXAMPLES, `n` the examples, `seeds` the number of runs.
+
+    A single example has no interval: both ends are then the value, and `has_interval` is False.
+    """
 
     value: float
     low: float
@@ -33,6 +36,16 @@ class Estimate:
     kind: str
     n: int
     seeds: int
+
+    @classmethod
+    def over_examples(cls, value: float, interval: Interval, n: int, seeds: int) -> "Estimate":
+        """A value with its bootstrap interval over n examples."""
+        return cls(value, *(interval or (value, value)), EXAMPLES, n, seeds)
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether there is more than one value to take an interval from."""
+        return self.kind == SEEDS or self.n > 1
 
     @property
     def half_width(self) -> float:
@@ -84,7 +97,7 @@ class MethodResults:
         # Runs that cannot train all give the base model, so their seeds have no spread.
         if len(measures) == 1 or all(result.record.get("is_base_model") for result in measured):
             only = measures[0]
-            return Estimate(only.value, *only.ci95, EXAMPLES, only.n, len(measures))
+            return Estimate.over_examples(only.value, only.ci95, only.n, len(measures))
         mean, half = t_interval([measure.value for measure in measures])
         return Estimate(mean, mean - half, mean + half, SEEDS, measures[0].n, len(measures))
 

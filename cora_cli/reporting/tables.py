@@ -62,7 +62,7 @@ def verdict_table(group: Group) -> Table:
     for comparison in group.verdict.comparisons:
         for test in comparison.tests:
             paired = test.paired
-            difference = Estimate(paired.difference, *paired.ci95, EXAMPLES, paired.n, test.seeds)
+            difference = Estimate.over_examples(paired.difference, paired.ci95, paired.n, test.seeds)
             rows.append(
                 (
                     Cell(f"{comparison.one.name} minus {comparison.other.name}"),
@@ -128,6 +128,8 @@ def _estimated(estimate: Estimate | None, places: int, published: float | None =
     """`0.393 ± 0.012` over seeds, `0.393 [0.381, 0.405]` from the bootstrap, or a dash; with the published number, if any."""
     if estimate is None:
         return Cell(published=published, bold=bold)
+    if not estimate.has_interval:
+        return Cell(f"{estimate.value:.{places}f}", "(one record)", published, bold)
     interval = (
         f"± {estimate.half_width:.{places}f}"
         if estimate.kind == SEEDS

@@ -203,5 +203,7 @@ def digits(measure: str) -> int:
 
 def _amount(test: Test) -> str:
     places, paired = digits(test.measure), test.paired
+    if paired.ci95 is None:
+        return f"{paired.difference:+.{places}f} (one record)"
     low, high = paired.ci95
     return f"{paired.difference:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]"

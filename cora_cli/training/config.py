@@ -71,6 +71,12 @@ class _SharedSettings:
     template: TemplateName = setting(
         "Prompt template; auto: the tokenizer's chat template if it has one, otherwise Alpaca's.", "auto", panel=_DATA
     )
+    train_on: Literal["last", "all"] = setting(
+        "Answers of a conversation that carry loss: only the last one, or each after the conversation up to it. Held-out and validation "
+        "loss are always those of the last answer.",
+        "last",
+        panel=_DATA,
+    )
     max_length: int = setting(
         "Maximum length of an example in tokens; longer prompts are cut from the left.", 1024, panel=_DATA, most=MOST
     )
@@ -195,8 +201,12 @@ class _SharedSettings:
         return {name: value for name, value in values.items() if value is not None}
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that determine the result; a resumed run must have the same ones. A run recorded before `load_in_4bit` existed counts as trained without it."""
-        left_out = NOT_PART_OF_THE_RESULT | frozenset(() if self.load_in_4bit else ("load_in_4bit",))
+        """The settings that determine the result; a resumed run must have the same ones.
+
+        Settings that came after the first version are left out at their defaults, as in the records of runs from before.
+        """
+        later = {"load_in_4bit": False, "train_on": "last"}
+        left_out = NOT_PART_OF_THE_RESULT | {name for name, default in later.items() if getattr(self, name) == default}
         return {name: value for name, value in self.as_dict().items() if name not in left_out}
 
 

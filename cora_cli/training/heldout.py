@@ -38,14 +38,14 @@ class HeldOutLoss:
         """Value, 95 % bootstrap interval over records, and sizes."""
         statistics = np.stack([self.nll, self.tokens], axis=1)
         interval = bootstrap_interval(statistics, _ratio, resamples=RESAMPLES, seed=0)
-        return {"loss": self.mean, "ci95": list(interval), "n": len(self.nll), "tokens": int(self.tokens.sum())}
+        return {"loss": self.mean, "ci95": interval and list(interval), "n": len(self.nll), "tokens": int(self.tokens.sum())}
 
 
 def loss_change(before: HeldOutLoss, after: HeldOutLoss) -> dict[str, object]:
     """After minus before, with its 95 % bootstrap interval over the same records."""
     statistics = np.stack([after.nll - before.nll, after.tokens], axis=1)
     interval = bootstrap_interval(statistics, _ratio, resamples=RESAMPLES, seed=0)
-    return {"value": after.mean - before.mean, "ci95": list(interval)}
+    return {"value": after.mean - before.mean, "ci95": interval and list(interval)}
 
 
 def held_out_loss(

@@ -92,6 +92,10 @@ def prepare(config: TrainConfig) -> Prepared:
         require_four_bit(hardware.device)
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)
     template = Template(choose_template(config.template, data.schema, tokenizer), data.schema, tokenizer)
+    if config.train_on == "all" and data.schema != "messages":
+        raise CoraError(
+            f"--train-on all needs conversations (a column messages), which {config.dataset} does not have; leave it out"
+        )
     model_config = load_configuration(model_path, config.trust_remote_code)
     removed = remove_dropout(model_config)
     with torch.device("meta"):
@@ -101,7 +105,7 @@ def prepare(config: TrainConfig) -> Prepared:
         target_linears(skeleton, plan.target_modules)
     longest = min(config.max_length, context_length(model_config))
     rows = skeleton.get_input_embeddings().weight.shape[0]
-    train_set = encode_records(data.train, template, longest, "training", rows)
+    train_set = encode_records(data.train, template, longest, "training", rows, config.train_on == "all")
     test_set = encode_records(data.test, template, longest, "held-out", rows)
     validation_set = encode_records(data.validation, template, longest, "validation", rows)
     if config.eval_limit:

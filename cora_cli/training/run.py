@@ -22,7 +22,7 @@ from cora_cli.adapters.install import AngleMeter, install_adapter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
-from cora_cli.data.formats import unused_columns
+from cora_cli.data.formats import earlier_answers, unused_columns
 from cora_cli.errors import CoraError
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
@@ -148,6 +148,8 @@ def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, rec
             say(f"{name} records: {notice}")
     if unused := unused_columns([*prepared.data.train, *prepared.data.test], prepared.data.schema):
         say(f"{config.dataset}: columns that are not used: {', '.join(unused)}")
+    if config.train_on == "last" and (several := sum(map(earlier_answers, prepared.data.train))):
+        say(f"{several} training conversations have earlier answers, which carry no loss; --train-on all trains on each answer")
     if prepared.data.overlapping:
         say(f"{prepared.data.overlapping} training records dropped: their prompts are also in the held-out or validation set")
     if run.exists():

@@ -205,3 +205,12 @@ def test_a_token_without_an_embedding_row_is_refused_by_name(chat):
     ):
         encode_records([record], template, 200, "training", rows)
     assert encode_records([record], template, 200, "training", len(chat)).examples
+
+
+def test_every_answer_is_an_example_after_the_conversation_up_to_it(chat):
+    template = Template("chat", "messages", chat)
+    encoded = encode_records([Record(TALK)], template, 200, "training", every_answer=True)
+    answers = [chat.decode(example.input_ids[example.prompt_length :]) for example in encoded.examples]
+    assert answers == ["1<|im_end|>", "2<|im_end|>"]
+    prompt = chat.apply_chat_template(TALK["messages"][:2], tokenize=False, add_generation_prompt=True)
+    assert chat.decode(encoded.examples[0].input_ids[: encoded.examples[0].prompt_length]) == prompt

@@ -175,7 +175,7 @@ def test_damage_is_one_sentence_that_names_the_place_and_spares_the_others(grid,
 
 def test_rows_that_were_measured_in_two_ways_are_refused(grid):
     path = first_run(grid).root / "evaluation" / "metrics.json"
-    path.write_text(path.read_text().replace("tok:13a", "tok:char"))
+    path.write_text(path.read_text().replace("smooth:exp", "smooth:floor"))
     with pytest.raises(CoraError, match=r"measured sacrebleu with different settings .* exclude it with --metrics"):
         collect(read_plan(grid))
     assert collect(read_plan(grid), ("rouge1",)).results

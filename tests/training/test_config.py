@@ -136,3 +136,11 @@ def test_paper_runs_have_rank_48_on_queries_keys_and_values() -> None:
 def test_comma_separated_ignores_spaces_and_empty_parts() -> None:
     assert comma_separated(" q_proj, v_proj,,") == ("q_proj", "v_proj")
     assert comma_separated("") == ()
+
+
+def test_settings_that_came_later_do_not_stop_the_resumption_of_earlier_runs_at_their_defaults():
+    config = TrainConfig(model="m", dataset="d", output_dir="o", mode="lora")
+    assert config.result_settings().keys() & {"load_in_4bit", "train_on"} == set()
+    changed = dataclasses.replace(config, train_on="all", load_in_4bit=True)
+    assert changed.result_settings()["train_on"] == "all"
+    assert changed.result_settings()["load_in_4bit"] is True

@@ -141,9 +141,10 @@ def score_all(
         own = statistics[name]
         own_sums = sums[:, first : first + own.shape[1]]
         first += own.shape[1]
+        interval = intervals.interval_of_sums(own, own_sums, metric.value, confidence)
         results[name] = {
             "value": float(metric.value(own.sum(axis=0), n)),
-            f"ci{100 * confidence:g}": list(intervals.interval_of_sums(own, own_sums, metric.value, confidence)),
+            f"ci{100 * confidence:g}": interval and list(interval),
             "n": n,
             "unscorable": metric.unscorable(references),
             "signature": f"{metric.signature()}|{resampling}",
