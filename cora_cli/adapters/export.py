@@ -18,7 +18,7 @@ from cora_cli.adapters.facts import read_facts
 from cora_cli.adapters.storage import WEIGHTS_FILE, base_of, check_base, load_adapter, order_names
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import AS_THE_FILE_SAYS
-from cora_cli.methods.parts.layers import ADAPTER, adapted_layers
+from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, stores_transposed
 from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import load_model
 from cora_cli.models.references import ModelPath
@@ -81,7 +81,7 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
     layers: list[tuple[str, Any]] = list(adapted_layers(wrapped))
     try:
         with torch.no_grad():
-            factors = {name: _factors(layer.get_delta_weight(ADAPTER)) for name, layer in layers}
+            factors = {name: _factors(_delta(layer)) for name, layer in layers}
     except (TypeError, NotImplementedError) as error:  # PEFT cannot compute this layer's ΔW, or needs an input for it
         raise none from error
     rank = max(len(a) for a, _ in factors.values())
@@ -90,7 +90,15 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
     for name, (a, b) in factors.items():
         state[f"base_model.model.{name}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a)))
         state[f"base_model.model.{name}.lora_B.weight"] = pad(b, (0, rank - len(a)))
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=copy.copy(config.target_modules)), state
+    transposed = any(stores_transposed(layer) for _, layer in layers)
+    targets = copy.copy(config.target_modules)
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), state
+
+
+def _delta(layer: Any) -> torch.Tensor:
+    """ΔW (out, in) of a layer; PEFT gives it as the layer stores its weight."""
+    delta: torch.Tensor = layer.get_delta_weight(ADAPTER)
+    return delta.T if stores_transposed(layer) else delta
 
 
 def _factors(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ The forward pass of every method is PEFT's own; where A or B is a product, only 
 and writes adapters.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,37 +12,52 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import _register_frozen_peft_weight
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from cora_cli.basis.artifact import Basis
 from cora_cli.errors import CoraError
 from cora_cli.methods.parts.factored import Factored
-from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, factors_of, lora_layers
+from cora_cli.methods.parts.layers import (
+    ADAPTER,
+    LinearWeight,
+    adapted_layers,
+    factors_of,
+    linear_weight,
+    lora_layers,
+    stores_transposed,
+)
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
+from cora_cli.models.skeleton import other_modalities
 
 
-def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> dict[str, torch.nn.Linear]:
+def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> dict[str, LinearWeight]:
     """The linear layers that `target_modules` names (full names, or their last parts as in PEFT), by full name.
 
-    Raises `CoraError` for a target that matches nothing, for one that is not an `nn.Linear`, and for one whose weight is shared with
-    another module: merging the adapter would change both.
+    Of a model that also takes images or sound, these are layers of the language model only. Raises `CoraError` for a target that
+    matches nothing, for one that is not linear, and for one whose weight is shared with another module: merging the adapter would
+    change both.
     """
-    found: dict[str, torch.nn.Linear] = {}
+    found: dict[str, LinearWeight] = {}
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
-    modules = dict(model.named_modules())
+    others = other_modalities(model)
+    modules = {name: module for name, module in model.named_modules() if name not in others}
     for target in target_modules:
         matches = {name: module for name, module in modules.items() if name == target or name.endswith(f".{target}")}
-        linears = {name: module for name, module in matches.items() if isinstance(module, torch.nn.Linear)}
+        linears = {name: weight for name, module in matches.items() if (weight := linear_weight(module)) is not None}
         if not linears:
-            known = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)})
-            problem = f"is a {type(next(iter(matches.values()))).__name__}, not an nn.Linear" if matches else "matches nothing"
+            known = sorted({name.rpartition(".")[2] for name, module in modules.items() if linear_weight(module) is not None})
+            problem = (
+                f"is a {type(next(iter(matches.values()))).__name__}, not a linear layer" if matches else "matches nothing"
+            )
             raise CoraError(f"target module {target!r} {problem} in this model; its linear layers are {', '.join(known)}")
-        for name, linear in linears.items():
-            if others := [other for other in shared.get(id(linear.weight), ()) if other != f"{name}.weight"]:
+        for name in linears:
+            sharing = shared.get(id(model.get_submodule(name).weight), ())
+            if also := [other for other in sharing if other != f"{name}.weight"]:
                 raise CoraError(
-                    f"target module {target!r}: {name} shares its weight with {others[0]}, so it cannot be adapted alone"
+                    f"target module {target!r}: {name} shares its weight with {also[0]}, so it cannot be adapted alone"
                 )
         found |= linears
     return {name: found[name] for name in modules if name in found}
@@ -55,7 +71,8 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
     linears = target_linears(model, plan.target_modules)
     starts = {name: _starts(plan, basis, name, linear) for name, linear in linears.items()}
     method = method_of(plan.mode)
-    config = method.configuration(plan)
+    config: Any = method.configuration(plan)
+    _name_targets(config, model, plan.target_modules, linears)
     try:
         wrapped = get_peft_model(model, config)
     except (TypeError, ValueError, AssertionError, NotImplementedError, ImportError) as error:
@@ -73,11 +90,24 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
     return wrapped
 
 
+def _name_targets(config: Any, model: PreTrainedModel, targets: tuple[str, ...], linears: Collection[str]) -> None:
+    """Tell PEFT the layers to adapt by full name where `targets` also match others, and whether they store W as (in, out)."""
+    matched = {name for name, _ in model.named_modules() if any(name == one or name.endswith(f".{one}") for one in targets)}
+    if matched != set(linears):
+        config.target_modules = set(linears)
+    if any(isinstance(model.get_submodule(name), Conv1D) for name in linears) and "fan_in_fan_out" in vars(config):
+        config.fan_in_fan_out = True
+
+
 def _starts(
-    plan: AdapterPlan, basis: Basis | None, name: str, linear: torch.nn.Linear
+    plan: AdapterPlan, basis: Basis | None, name: str, linear: LinearWeight
 ) -> tuple[torch.Tensor | Factored, torch.Tensor | Factored] | None:
     """A and B before training; None where PEFT computes them. Raises `CoraError` where W has too few singular directions."""
     method, smaller = method_of(plan.mode), min(linear.in_features, linear.out_features)
+    if not method.takes_transposed and linear.transposed:
+        raise CoraError(
+            f"mode {plan.mode} does not apply to {name}, a layer that stores its weight as (in, out); choose another mode"
+        )
     if method.reads_weights and plan.rank > smaller:
         raise CoraError(f"mode {plan.mode} needs --rank ≤ {smaller} for {name}, not {plan.rank}")
     return method.starts(plan, basis, name, linear)
@@ -97,7 +127,8 @@ def _start(layer: LoraLayer, plan: AdapterPlan, starts: tuple[torch.Tensor | Fac
     a, b = factors_of(layer)
     if starts is not None:
         weight = layer.get_base_layer().get_parameter("weight")
-        weight.copy_(weight.float() - plan.scaling * b @ a)
+        change = plan.scaling * b @ a
+        weight.copy_(weight.float() - (change.T if stores_transposed(layer) else change))
     for linear, value in ((layer.lora_A[ADAPTER], a), (layer.lora_B[ADAPTER], b)):
         linear.register_buffer("start", value.detach().clone())
 

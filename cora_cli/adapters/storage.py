@@ -22,7 +22,7 @@ from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_
 from cora_cli.adapters.install import apply_trained_set
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
-from cora_cli.methods.parts.layers import ADAPTER, factors_of, lora_layers
+from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
 from cora_cli.methods.registry import method_of
 from cora_cli.models.checkpoint import finite
 from cora_cli.models.references import ModelPath, resolve_model
@@ -221,7 +221,8 @@ def _load_compact(
     b_of = starting_b(adapter, facts, basis_path)
     factors = load_file(adapter.path / COMPACT_FILE)
     full = dict(factors)
-    outputs = {name: module.out_features for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    weights = {name: linear_weight(module) for name, module in model.named_modules()}
+    outputs = {name: weight.out_features for name, weight in weights.items() if weight is not None}
     for key in factors:
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         if name not in outputs:

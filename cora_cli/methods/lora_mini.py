@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from cora_cli.basis.artifact import Basis
     from cora_cli.methods.parts.factored import Factored
+    from cora_cli.methods.parts.layers import LinearWeight
 
 
 class LoraMini(Method):
@@ -65,7 +66,7 @@ class LoraMini(Method):
         return {"k": self.b_width(plan)}
 
     def starts(
-        self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "torch.nn.Linear"
+        self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"
     ) -> "tuple[Factored, Factored]":
         """Both factors as products."""
         import torch

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from cora_cli.basis.artifact import Basis
     from cora_cli.methods.parts.factored import Factored
+    from cora_cli.methods.parts.layers import LinearWeight
 
 
 class LoraXs(Method):
@@ -29,7 +30,7 @@ class LoraXs(Method):
     reads_weights = True
 
     def starts(
-        self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "torch.nn.Linear"
+        self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"
     ) -> "tuple[torch.Tensor, Factored]":
         """V_rᵀ, and the product of U_r Σ_r with R = 0."""
         import torch

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from cora_cli.basis.artifact import Basis
     from cora_cli.methods.parts.factored import Factored
+    from cora_cli.methods.parts.layers import LinearWeight
 
 AInit = Literal["zeros", "gaussian", "kaiming"]
 BInit = Literal["basis", "zeros", "ones", "random", "orthonormal"]
@@ -59,6 +60,8 @@ class Method:
     """Prefix of the name in the names of a grid's rows."""
     is_adapter: ClassVar[bool] = True
     """Whether the base model stays frozen; False for full fine-tuning."""
+    takes_transposed: ClassVar[bool] = True
+    """Whether it applies to layers that store W as (in, out), GPT-2's."""
 
     # Settings
     takes: ClassVar[frozenset[str]] = SHARED_SETTINGS
@@ -206,7 +209,7 @@ class Method:
         )
 
     def starts(
-        self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "torch.nn.Linear"
+        self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"
     ) -> "tuple[torch.Tensor | Factored, torch.Tensor | Factored] | None":
         """A (r, in) and B (out, r) of the layer `name` before training; None where PEFT computes them."""
         from cora_cli.methods.parts.starts import start_a, start_b

@@ -16,6 +16,7 @@ class Olora(Method):
     b_init, a_init, trained = "qr", "qr", A_AND_B
     peft_options: ClassVar[Mapping[str, Any]] = {"init_lora_weights": "olora"}
     reads_weights = True
+    takes_transposed = False  # PEFT decomposes the stored matrix, whichever way round it is
     subtracts_start = True
     step_0_is_base = "up to rounding"
     lora_rank = "2r"

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from cora_cli.basis.artifact import Basis
+    from cora_cli.methods.parts.layers import LinearWeight
 
 
 class Pissa(Method):
@@ -49,7 +50,7 @@ class Milora(Method):
     lora_rank = "2r"
 
     def starts(
-        self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "torch.nn.Linear"
+        self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"
     ) -> "tuple[torch.Tensor, torch.Tensor]":
         """√(Σ_r / s) V_rᵀ and U_r √(Σ_r / s)."""
         from cora_cli.methods.parts.singular import minor_factors

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from cora_cli.basis.artifact import Basis
+    from cora_cli.methods.parts.layers import LinearWeight
 
 
 class ShareLoraA(Method):
@@ -27,7 +28,7 @@ class ShareLoraA(Method):
     trained_in_words = "A r·in (once per projection) + B out·r"
 
     def starts(
-        self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "torch.nn.Linear"
+        self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"
     ) -> "tuple[torch.Tensor, torch.Tensor]":
         """A drawn from the seed and the projection's name, so that it is the same in each layer; B = 0."""
         from cora_cli.methods.parts.starts import start_a, start_b

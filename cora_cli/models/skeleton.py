@@ -46,6 +46,20 @@ class Skeleton:
         return frozenset(name for name, module in self.model.named_modules() if isinstance(module, Conv1D))
 
 
+def other_modalities(model: Any) -> frozenset[str]:
+    """The modules of a model of several modalities that are neither in its language model nor its embedding or head."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return frozenset()
+    modules = dict(model.named_modules())
+    decoder, ends = model.get_decoder(), (model.get_input_embeddings(), model.get_output_embeddings())
+    prefix = next(name for name, module in modules.items() if module is decoder)
+    return frozenset(
+        name
+        for name, module in modules.items()
+        if not f"{name}.".startswith(f"{prefix}.") and not any(module is end for end in ends)
+    )
+
+
 def skeleton_of(model: ModelPath, trust_remote_code: bool = False) -> Skeleton:
     """The skeleton of the model in a directory; building it takes up to a second.
 

@@ -22,7 +22,6 @@ _OTHER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)\.(?:lora_embedding
 # Settings under which a LoRA adapter's weight is not W + s·B·A.
 _OTHER_FORMS = (
     "use_dora",
-    "fan_in_fan_out",
     "use_qalora",
     "use_bdlora",
     "arrow_config",

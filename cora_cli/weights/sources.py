@@ -13,7 +13,7 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import ModelPath, resolve_model
-from cora_cli.models.skeleton import skeleton_of
+from cora_cli.models.skeleton import other_modalities, skeleton_of
 from cora_cli.weights.factors import AdapterFactors
 
 _ARCHITECTURE_KEYS = (
@@ -34,11 +34,15 @@ def architecture_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class WeightSource(abc.ABC):
-    """One model's weight matrices; `shapes` maps module names (as in the loaded model) to (out, in)."""
+    """One model's weight matrices; `shapes` maps module names (as in the loaded model) to (out, in).
+
+    `transposed` holds the modules whose layer stores its weight as (in, out).
+    """
 
     reference: str
     revision: str | None
     architecture: dict[str, Any]
+    transposed: frozenset[str] = frozenset()
     shapes: dict[str, tuple[int, int]]
 
     @abc.abstractmethod
@@ -92,7 +96,8 @@ def open_source(model: ModelPath, base: WeightSource | None = None) -> WeightSou
 class ModelSource(WeightSource):
     """A complete model: every two-dimensional `*.weight` of its checkpoint, in the stored type, by its name in the loaded model.
 
-    `skipped` lists the names in the files of weights that the loaded model does not take as they are, such as fused experts.
+    `skipped` lists the names in the files of weights that are no module of the language model: those of other modalities, and those
+    that the loaded model does not take as they are, such as fused experts.
     """
 
     def __init__(self, model: ModelPath) -> None:
@@ -109,19 +114,19 @@ class ModelSource(WeightSource):
                 f"save it again from the model without torch.compile ({_COMPILED.rstrip('.')})"
             )
         stored = [name for name, shape in self._checkpoint.shapes.items() if name.endswith(".weight") and len(shape) == 2]
-        names, self._transposed = _loaded(model, stored)
+        names, self.transposed = _loaded(model, stored)
         self.skipped = sorted(set(stored) - set(names))
         self._keys = {name.removesuffix(".weight"): key for key, name in names.items()}
         shapes = {module: self._checkpoint.shapes[key] for module, key in self._keys.items()}
         self.shapes = {
-            module: (shape[1], shape[0]) if module in self._transposed else (shape[0], shape[1])
+            module: (shape[1], shape[0]) if module in self.transposed else (shape[0], shape[1])
             for module, shape in shapes.items()
         }
 
     def read(self, module: str) -> torch.Tensor:
         """The weight of `module`, (out, in), as stored."""
         weight = finite(self._checkpoint.read(self._keys[module]), self.reference, module)
-        weight = weight.T.contiguous() if module in self._transposed else weight
+        weight = weight.T.contiguous() if module in self.transposed else weight
         self._digests.setdefault(module, rundir.tensor_digest(module, weight))
         return weight
 
@@ -149,6 +154,10 @@ class AdapterSource(WeightSource):
         self.base = base or self._open_base()
         self.architecture = self.base.architecture
         self._own.check_full(self.base.shapes)
+        if self._own.config.get("fan_in_fan_out") and (wrong := sorted(self._own.ranks.keys() - self.base.transposed)):
+            raise CoraError(
+                f"{self.reference} has fan_in_fan_out, but its base {self.base.reference} stores {wrong[0]} as (out, in); merge it first"
+            )
         # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
         shapes = self.base.shapes | self._own.full
         self._own.check(shapes, self.base.reference)
@@ -209,7 +218,7 @@ class AdapterSource(WeightSource):
 
 
 def _loaded(model: ModelPath, keys: list[str]) -> tuple[dict[str, str], frozenset[str]]:
-    """The names in the loaded model of the tensors `keys`, and the modules that store their weight as (in, out).
+    """The names in the loaded language model of the tensors `keys`, and the modules that store their weight as (in, out).
 
     A model that transformers does not know without code of its own keeps the names of its files.
     """
@@ -217,4 +226,6 @@ def _loaded(model: ModelPath, keys: list[str]) -> tuple[dict[str, str], frozense
         skeleton = skeleton_of(model)
     except CoraError:
         return {key: key for key in keys}, frozenset()
-    return skeleton.loaded_names(keys), skeleton.transposed
+    others = other_modalities(skeleton.model)
+    names = skeleton.loaded_names(keys).items()
+    return {key: name for key, name in names if name.removesuffix(".weight") not in others}, skeleton.transposed

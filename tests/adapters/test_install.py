@@ -204,8 +204,8 @@ def test_targets_are_whole_names_or_last_parts_in_the_models_order(model):
     [
         ("query", "target module 'query' matches nothing in this model; its linear layers are .*down_proj.*q_proj"),
         ("proj", "target module 'proj' matches nothing"),
-        ("embed_tokens", "target module 'embed_tokens' is a Embedding, not an nn.Linear"),
-        ("self_attn", "target module 'self_attn' is a LlamaAttention, not an nn.Linear"),
+        ("embed_tokens", "target module 'embed_tokens' is a Embedding, not a linear layer"),
+        ("self_attn", "target module 'self_attn' is a LlamaAttention, not a linear layer"),
         ("lm_head", "lm_head shares its weight with model.embed_tokens.weight, so it cannot be adapted alone"),
     ],
 )

@@ -1,5 +1,6 @@
 """The layers of a PEFT model that an adapter changes, and their factors A and B."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,8 +8,34 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.pytorch_utils import Conv1D
 
 ADAPTER = "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearWeight:
+    """The weight W (out, in) of a linear layer, whichever way round the layer stores it."""
+
+    weight: torch.Tensor
+    in_features: int
+    out_features: int
+    transposed: bool = False
+
+
+def linear_weight(module: torch.nn.Module) -> LinearWeight | None:
+    """The weight of an `nn.Linear` or of GPT-2's Conv1D, which stores (in, out); None for other modules."""
+    if isinstance(module, torch.nn.Linear):
+        return LinearWeight(module.weight, module.in_features, module.out_features)
+    if isinstance(module, Conv1D):
+        inside, outside = module.weight.shape
+        return LinearWeight(module.weight.T, inside, outside, transposed=True)
+    return None
+
+
+def stores_transposed(layer: BaseTunerLayer) -> bool:
+    """Whether the layer that an adapter changes stores its weight as (in, out)."""
+    return isinstance(layer.get_base_layer(), Conv1D)
 
 
 def adapted_layers(model: PeftModel) -> Iterator[tuple[str, BaseTunerLayer]]:

@@ -1,0 +1,143 @@
+"""Adapters on models whose linear layers are stored as (in, out), and on the language model of one that also takes images."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel
+
+from cora_cli.adapters.facts import AdapterFacts
+from cora_cli.adapters.install import install_adapter, target_linears
+from cora_cli.adapters.merge import merged_into_base
+from cora_cli.adapters.storage import load_adapter, save_adapter
+from cora_cli.basis.artifact import Basis, read_basis
+from cora_cli.basis.choices import BasisChoices
+from cora_cli.errors import CoraError
+from cora_cli.extraction.extract import extract_basis
+from cora_cli.methods.parts.layers import adapted_layers
+from cora_cli.methods.registry import METHODS
+from cora_cli.models.references import resolve_model
+from cora_cli.weights.sources import open_source
+from tests.methods.helpers import plan_of
+
+IDS = torch.tensor([[1, 5, 9, 7, 3, 2]])
+SETTINGS = {"rank": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "seed": 0}
+PLAIN = sorted(name for name, method in METHODS.items() if method.is_adapter and method.takes_transposed and name != "peft")
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16, initializer_range=0.3)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    directory = tmp_path_factory.mktemp("gpt2")
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "sliding_window": 8,
+        "initializer_range": 0.3,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "patch_size": 14}, mm_tokens_per_image=4)
+    directory = tmp_path_factory.mktemp("gemma3")
+    Gemma3ForConditionalGeneration(config).save_pretrained(directory)
+    return directory
+
+
+def basis_of(model: Path, target: str, side: str, directory: Path) -> Basis:
+    choices = BasisChoices(rank=4, target_modules=(target,), side=side)
+    extract_basis([resolve_model(str(model))], directory / f"{side}.safetensors", choices, None, torch.device("cpu"))
+    return read_basis(directory / f"{side}.safetensors")
+
+
+def moved(wrapped) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+
+
+@pytest.mark.parametrize("mode", PLAIN)
+def test_every_method_starts_stores_and_merges_on_layers_that_store_in_by_out(mode, gpt2, tmp_path):
+    plan = plan_of(mode, **{**SETTINGS, "has_basis": mode in ("fb", "tb", "fa-basis")}, target_modules=("c_attn",))
+    basis = basis_of(gpt2, "c_attn", plan.basis_side or "output", tmp_path) if plan.needs_basis else None
+    base = AutoModelForCausalLM.from_pretrained(gpt2)
+    expected = logits(base)
+    wrapped = install_adapter(base, plan, basis).eval()
+    torch.testing.assert_close(logits(wrapped), expected, atol=1e-4, rtol=1e-4)
+    moved(wrapped)
+    trained = logits(wrapped)
+    assert not torch.allclose(trained, expected, atol=1e-3)
+    path = str(basis.path) if basis else None
+    facts = AdapterFacts(plan, str(gpt2), None, "0" * 64, path, basis.sha256 if basis else None, compact=False)
+    save_adapter(wrapped, tmp_path / "adapter", facts)
+    adapter = resolve_model(str(tmp_path / "adapter"))
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(gpt2), adapter)
+    torch.testing.assert_close(logits(loaded), trained, atol=1e-4, rtol=1e-4)
+    merged = merged_into_base(loaded, adapter)
+    torch.testing.assert_close(logits(merged), trained, atol=1e-4, rtol=1e-4)
+
+
+def test_the_directions_of_layers_that_store_in_by_out_are_those_of_their_outputs(gpt2, tmp_path):
+    basis = basis_of(gpt2, "c_attn", "output", tmp_path)
+    weight = AutoModelForCausalLM.from_pretrained(gpt2).transformer.h[0].attn.c_attn.weight.T.double()
+    u = torch.linalg.svd(weight).U[:, :4]
+    found = basis.for_module("transformer.h.0.attn.c_attn", 4, 48).double()
+    assert torch.linalg.matrix_norm(found - u @ (u.T @ found), 2) < 1e-5
+
+
+def test_an_adapter_of_such_layers_gives_the_weights_that_it_is_merged_to(gpt2, tmp_path):
+    wrapped = install_adapter(
+        AutoModelForCausalLM.from_pretrained(gpt2), plan_of("lora", **SETTINGS, target_modules=("c_attn",)), None
+    )
+    moved(wrapped)
+    wrapped.peft_config["default"].base_model_name_or_path = str(gpt2)
+    wrapped.save_pretrained(tmp_path)
+    merged = wrapped.merge_and_unload().transformer.h[1].attn.c_attn.weight.T.double()
+    found = open_source(resolve_model(str(tmp_path))).read("transformer.h.1.attn.c_attn")
+    torch.testing.assert_close(found, merged, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["lora", "fb"])
+def test_only_the_language_model_of_an_image_model_is_adapted(mode, gemma3, tmp_path):
+    plan = plan_of(mode, **SETTINGS, target_modules=("q_proj", "v_proj"))
+    choices = BasisChoices(rank=4, target_modules=("q_proj", "v_proj"))
+    extract_basis([resolve_model(str(gemma3))], tmp_path / "basis.safetensors", choices, None, torch.device("cpu"))
+    basis = read_basis(tmp_path / "basis.safetensors") if mode == "fb" else None
+    wrapped = install_adapter(AutoModelForCausalLM.from_pretrained(gemma3), plan, basis)
+    names = [name for name, _ in adapted_layers(wrapped)]
+    assert len(names) == 4
+    assert all(name.startswith("model.language_model.layers.") for name in names)
+    facts = AdapterFacts(plan, str(gemma3), None, "0" * 64, basis and str(basis.path), basis and basis.sha256, compact=False)
+    moved(wrapped)
+    save_adapter(wrapped, tmp_path / "adapter", facts)
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(gemma3), resolve_model(str(tmp_path / "adapter")))
+    assert [name for name, _ in adapted_layers(loaded)] == names
+    torch.testing.assert_close(logits(loaded), logits(wrapped.eval()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_module_of_the_images_alone_is_no_target(gemma3):
+    with pytest.raises(CoraError, match="target module 'out_proj' matches nothing in this model"):
+        target_linears(AutoModelForCausalLM.from_pretrained(gemma3), ("out_proj",))
+
+
+def test_a_method_that_peft_starts_the_wrong_way_round_is_refused(gpt2):
+    with pytest.raises(CoraError, match=r"mode olora does not apply to transformer.h.0.attn.c_attn"):
+        install_adapter(
+            AutoModelForCausalLM.from_pretrained(gpt2), plan_of("olora", **SETTINGS, target_modules=("c_attn",)), None
+        )
