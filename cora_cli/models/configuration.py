@@ -53,3 +53,13 @@ def rope_switch(config: Any) -> int | None:
         if kind == "dynamic":
             return int(decoder.max_position_embeddings)
     return None
+
+
+def depends_on_batch(config: Any) -> bool:
+    """Whether attention depends on the length of the batch, padding included: where it is sparse in blocks, or chooses keys by content."""
+    decoder = config.get_text_config(decoder=True)
+    return (
+        getattr(decoder, "attention_type", None) == "block_sparse"
+        or hasattr(decoder, "lsh_attn_chunk_length")
+        or hasattr(decoder, "keep_window_size")
+    )

@@ -1,6 +1,5 @@
 """How training runs fail: divergence, full disks, and models that packed rows do not suit."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
