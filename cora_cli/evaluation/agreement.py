@@ -22,7 +22,8 @@ def make_probes(prompts: Sequence[Tokens], limits: set[int]) -> list[list[int]]:
     by_length = sorted(map(list, prompts), key=len)
     shortest, longest = by_length[0], by_length[-1]
     beyond = [longest[: limit + 16] for limit in sorted(limits) if limit < len(longest)]
-    return [longest[:64], shortest[:8], longest[:40] + shortest[:8], *beyond]
+    # None is longer than the longest prompt, so that all fit the model's context.
+    return [longest[:64], shortest[:8], (longest[:40] + shortest[:8])[: len(longest)], *beyond]
 
 
 class Agreement:

@@ -82,7 +82,8 @@ def make_probes(examples: Sequence[Example], limits: set[int]) -> list[Example]:
     longest = max(examples, key=lambda example: len(example.input_ids)).input_ids
     shortest = min(examples, key=lambda example: len(example.input_ids)).input_ids
     beyond = [longest[: limit + max(64, limit // 8)] for limit in limits if limit < len(longest)]
-    found = [shortest[:SHORT], longest[:PROBE], longest[:SHORT] + shortest[:SHORT], *beyond]
+    alike = (longest[:SHORT] + shortest[:SHORT])[: len(longest)]  # fits the model's context as the longest example does
+    found = [shortest[:SHORT], longest[:PROBE], alike, *beyond]
     return [Example(ids, max(1, len(ids) - COMPARED)) for ids in sorted(found, key=len)]
 
 
