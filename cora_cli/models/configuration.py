@@ -26,7 +26,7 @@ def remove_dropout(config: Any) -> dict[str, float]:
         for name, value in vars(part).items():
             if any(noise in name for noise in NOISE) and type(value) in (int, float) and value > 0:
                 found[name] = float(value)
-                setattr(part, name, 0.0)
+                setattr(part, name, type(value)())  # some configurations insist on the type
     return found
 
 
