@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.set-up
 STAGES := startup metrics generation extraction training
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench families clean
 
 setup: $(SETUP)
 
@@ -29,6 +29,11 @@ test: lint
 # Takes 45 minutes on an otherwise idle machine. Each script has --help.
 bench: $(SETUP)
 	for stage in $(STAGES); do $(BIN)/python benchmarks/$$stage.py || exit 1; done
+
+# The table of docs/families.md; takes a few minutes.
+families: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.families families.md
+	$(BIN)/python scripts/update_readme.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

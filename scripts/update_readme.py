@@ -1,4 +1,4 @@
-"""Writes the table of methods, and the output of `make demo`, `make bench`, `cora report` and `cora inspect`, between the markers in
+"""Writes the table of methods, and the output of `make demo`, `make bench`, `make families`, `cora report` and `cora inspect`, between the markers in
 README.md and docs/, so that no table is typed by hand.
 """
 
@@ -24,6 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, default=ROOT / "demo" / "report.md", help="what `make demo` wrote")
     parser.add_argument("--bench", type=Path, default=ROOT / "benchmarks" / "results.json", help="what `make bench` wrote")
+    parser.add_argument("--families", type=Path, default=ROOT / "families.md", help="what `make families` wrote")
     parser.add_argument(
         "--honest", type=Path, default=ROOT / "report" / "report.md", help="`cora report runs/honest -o report`"
     )
@@ -44,6 +45,8 @@ def main() -> None:
         results = json.loads(options.bench.read_text(encoding="utf-8"))
         replace("bench", benchmark_summary(results))
         replace("bench-details", benchmark_details(results))
+    if options.families.exists():
+        replace("families", options.families.read_text(encoding="utf-8").strip())
     if options.honest.exists():
         replace("honest", verdict_and_scores(options.honest.read_text(encoding="utf-8")))
     if options.inspect.exists():

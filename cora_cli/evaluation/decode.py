@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from cora_cli.models.configuration import depends_on_batch, rope_switch
+
 WAVE = 4
 """Prompts per wave, as a multiple of the batch size: see `PooledDecoder`."""
 GROWTH = 64
@@ -23,9 +25,6 @@ PASS_COST = 32
 """Overhead of one more forward pass, in tokens: a shared prefix must save more than this."""
 MOST_BRANCHINGS = 16
 """Maximum depth in the prefix tree, in branchings, at which shared prefixes are searched."""
-LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-"""Rotary embeddings that depend on the longest row of a batch, so that the answer would depend on the batch."""
-
 Tokens = Sequence[int]
 
 
@@ -35,6 +34,8 @@ def unsupported(model: Any, longest: int) -> str | None:
     config = inner.config.get_text_config(decoder=True)
     if config.is_encoder_decoder or not inner._supports_attention_backend or config._attn_implementation != "sdpa":
         return "its attention accepts no custom mask"
+    if depends_on_batch(config):
+        return "its attention depends on the length of the batch"
     missing = {"position_ids", "past_key_values"} - set(inspect.signature(inner.forward).parameters)
     if missing:
         return f"its forward pass has no argument {min(missing)}"
@@ -42,10 +43,9 @@ def unsupported(model: Any, longest: int) -> str | None:
         within = type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= longest
         if not (type(layer) is DynamicLayer or within):
             return f"it has a layer other than full attention ({type(layer).__name__})"
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {str(parameters.get("rope_type")) for parameters in (rope, *rope.values()) if isinstance(parameters, dict)}
-    if changing := kinds & LENGTH_DEPENDENT_ROPE:
-        return f"its {min(changing)} rotary embedding depends on the longest sequence of the batch"
+    switch = rope_switch(config)
+    if switch is not None and longest > switch:
+        return f"its rotary embedding depends on the longest sequence of the batch above {switch} tokens"
     return None
 
 
@@ -227,15 +227,38 @@ class PooledDecoder:
             active = self._compact_rows(active, ended)
         return answers
 
+    @torch.inference_mode()
+    def logits(self, prompts: Sequence[Tokens], following: Sequence[Tokens]) -> list[torch.Tensor]:
+        """What `answer` chooses from in its first steps, where the tokens `following` are chosen: (steps, vocabulary) each.
+
+        The pool must have a row for every prompt.
+        """
+        rows = [Row(index, list(prompt), len(prompt)) for index, prompt in enumerate(prompts)]
+        for prefix in dict.fromkeys(self._prefix_of[tuple(prompt)] for prompt in prompts):
+            self._compute_prefix(prefix)
+        active = self._admit(0, list(rows))
+        steps = []
+        for step in zip(*following, strict=True):
+            by_place = self._last_logits(active)
+            steps.append({row.index: logits for row, logits in zip(active, by_place, strict=True)})
+            for row, token in zip(rows, step, strict=True):
+                row.tokens.append(token)
+        return [torch.stack([step[index] for step in steps]) for index in range(len(rows))]
+
     def _has_ended(self, row: Row) -> bool:
         return row.tokens[-1] in self._ends or len(row.tokens) - row.prompt_length == self._max_new_tokens
 
     def _next_tokens(self, active: list[Row]) -> list[int]:
         """Run the last token of every row, and choose the most likely next token."""
+        chosen: list[int] = self._last_logits(active).float().argmax(dim=-1).tolist()
+        return chosen
+
+    def _last_logits(self, active: list[Row]) -> torch.Tensor:
+        """Run the last token of every row: (rows, vocabulary)."""
         starts = [len(row.tokens) - 1 for row in active]
         output = self._forward(self._model, 0, [row.tokens[-1:] for row in active], starts, max(starts) + 1)
-        chosen: list[int] = output.logits[:, -1].float().argmax(dim=-1).tolist()
-        return chosen
+        last: torch.Tensor = output.logits[:, -1]
+        return last
 
     def _compute_prefix(self, prefix: tuple[int, ...]) -> None:
         """Compute a shared prefix alone in an empty pool, so that it does not depend on the wave that needs it first."""

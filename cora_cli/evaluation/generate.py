@@ -15,7 +15,9 @@ import torch
 from transformers import GenerationConfig
 
 from cora_cli import rundir
+from cora_cli.evaluation.agreement import Agreement
 from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
+from cora_cli.models.configuration import depends_on_batch, rope_switch
 from cora_cli.progress import progress, say
 from cora_cli.records import PartialPrediction
 from cora_cli.rundir import EvaluationDirectory
@@ -81,15 +83,28 @@ def generate(
 def transformers_engine(
     model: Any, tokenizer: Any, ends: Sequence[int], prompts: Sequence[Tokens], batch_size: int, max_new_tokens: int
 ) -> Engine:
-    """`PooledDecoder` if it supports the model, else `BatchedGenerate`, with a line on stderr that says why."""
-    reason = unsupported(model, max(map(len, prompts)) + max_new_tokens)
-    if reason is None:
-        return PooledDecoder(model, prompts, ends, batch_size, max_new_tokens)
+    """`PooledDecoder` if it supports the model, else `BatchedGenerate`, with a line on stderr that says why.
+
+    Both are checked with a few of the prompts. Where padding changes what a prompt gives alone, only prompts of one length are answered
+    together.
+    """
+    batched = BatchedGenerate(model, ends, tokenizer.pad_token_id, batch_size, max_new_tokens)
+    agreement = Agreement(model, prompts, batched.logits)
+    probes = agreement.probes
+    why = unsupported(model, max(map(len, prompts)) + max_new_tokens)
+    if why is None:
+        fault = agreement.fault(lambda: PooledDecoder(model, probes, ends, len(probes), 1).logits(probes, agreement.following))
+        if fault is None:
+            return PooledDecoder(model, prompts, ends, batch_size, max_new_tokens)
+        why = f"there {fault}"
+    alike = ""
+    if batch_size > 1 and (not batched.pads or agreement.fault(lambda: batched.logits(probes))):
+        batched.pads, alike = False, " of prompts of one length, since padding changes its logits"
     say(
-        "using transformers' generate, one batch at a time: the faster pooled decoder does not support this model, because "
-        f"{reason}"
+        f"using transformers' generate, one batch at a time{alike}: the faster pooled decoder does not support this model, "
+        f"because {why}"
     )
-    return BatchedGenerate(model, ends, tokenizer.pad_token_id, batch_size, max_new_tokens)
+    return batched
 
 
 def end_tokens(own: int | list[int] | None, ends: Collection[int]) -> list[int]:
@@ -124,27 +139,62 @@ def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
 
 
 class BatchedGenerate:
-    """Greedy decoding by transformers' `generate`, padded on the left, one batch at a time. It supports every causal model."""
+    """Greedy decoding by transformers' `generate`, one batch at a time. It supports every causal model.
+
+    Prompts that go together are padded on the left, or have one length where `pads` is off. They never are on both sides of a length at
+    which the rotary embedding of all of them changes; those that cross it while they are answered have one length.
+    """
 
     name = "generate"
 
     def __init__(self, model: Any, ends: Sequence[int], pad: int, batch_size: int, max_new_tokens: int) -> None:
-        self._model, self._ends, self._pad, self.wave = model, ends, pad, batch_size
-        self._config = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=pad, use_cache=True
-        )
+        self._model, self._ends, self.wave, self._new = model, ends, batch_size, max_new_tokens
+        self.pads = not depends_on_batch(model.config)
+        self._switch = rope_switch(model.config)
+        # Only ever behind the mask, so any id will do that has an embedding row; that of a tokenizer may have none.
+        self._pad = pad if pad < model.get_input_embeddings().weight.shape[0] else 0
 
     @torch.inference_mode()
     def answer(self, wave: Sequence[Tokens], finished: Callable[[], None]) -> list[list[int]]:
         """See `Engine`."""
-        model, longest = self._model, max(map(len, wave))
-        ids = torch.tensor([[self._pad] * (longest - len(prompt)) + list(prompt) for prompt in wave])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in wave])
+        answers: list[list[int]] = [[] for _ in wave]
+        for indices in self._batches(wave):
+            batch = [wave[index] for index in indices]
+            output = self._generate(batch, eos_token_id=list(self._ends), max_new_tokens=self._new)
+            for index, row in zip(indices, output[:, max(map(len, batch)) :].tolist(), strict=True):
+                answers[index] = until_end(row, self._ends)
+                finished()
+        return answers
+
+    @torch.inference_mode()
+    def logits(self, prompts: Sequence[Tokens]) -> list[torch.Tensor]:
+        """What `answer` chooses from in its first two steps: (2, vocabulary) for each prompt."""
+        found: dict[int, torch.Tensor] = {}
+        for indices in self._batches(prompts):
+            batch = [prompts[index] for index in indices]
+            output = self._generate(batch, max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
+            found |= {index: torch.stack([step[row] for step in output.logits]) for row, index in enumerate(indices)}
+        return [found[index] for index in range(len(prompts))]
+
+    def _batches(self, wave: Sequence[Tokens]) -> list[list[int]]:
+        """The indices of prompts that go together."""
+        batches: dict[int, list[int]] = {}
+        for index, prompt in enumerate(wave):
+            apart = not self.pads
+            if self._switch is not None and not apart:
+                apart = len(prompt) <= self._switch < len(prompt) + self._new
+            side = -1 if self._switch is not None and len(prompt) > self._switch else 0
+            batches.setdefault(len(prompt) if apart else side, []).append(index)
+        return list(batches.values())
+
+    def _generate(self, batch: Sequence[Tokens], **settings: Any) -> Any:
+        model, longest = self._model, max(map(len, batch))
+        ids = torch.tensor([[self._pad] * (longest - len(prompt)) + list(prompt) for prompt in batch])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
         own = model.generation_config
         # Replace the model's configuration: it may sample or penalize repetition, and `generate` fills unset options from it.
-        model.generation_config = self._config
-        output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-        model.generation_config = own
-        for _ in wave:
-            finished()
-        return [until_end(row, self._ends) for row in output[:, longest:].tolist()]
+        model.generation_config = GenerationConfig(do_sample=False, pad_token_id=self._pad, use_cache=True, **settings)
+        try:
+            return model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+        finally:
+            model.generation_config = own

@@ -26,7 +26,7 @@ def remove_dropout(config: Any) -> dict[str, float]:
         for name, value in vars(part).items():
             if any(noise in name for noise in NOISE) and type(value) in (int, float) and value > 0:
                 found[name] = float(value)
-                setattr(part, name, 0.0)
+                setattr(part, name, type(value)())  # some configurations insist on the type
     return found
 
 
@@ -53,3 +53,13 @@ def rope_switch(config: Any) -> int | None:
         if kind == "dynamic":
             return int(decoder.max_position_embeddings)
     return None
+
+
+def depends_on_batch(config: Any) -> bool:
+    """Whether attention depends on the length of the batch, padding included: where it is sparse in blocks, or chooses keys by content."""
+    decoder = config.get_text_config(decoder=True)
+    return (
+        getattr(decoder, "attention_type", None) == "block_sparse"
+        or hasattr(decoder, "lsh_attn_chunk_length")
+        or hasattr(decoder, "keep_window_size")
+    )

@@ -16,7 +16,7 @@ from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import Example
 from cora_cli.device import Hardware, PackedAttention
 from cora_cli.errors import CoraError, reason
-from cora_cli.models.configuration import length_limits, rope_switch
+from cora_cli.models.configuration import depends_on_batch, length_limits, rope_switch
 from cora_cli.models.precision import computing_in, precisions
 from cora_cli.training.attention import register_packed_attention
 from cora_cli.training.losses import response_losses, token_losses
@@ -27,8 +27,8 @@ COMPARED = 32
 """Tokens at the end of a probe whose losses are compared."""
 SHORT = 24
 """Tokens of the short probe, and of the prefix that two probes share."""
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 5e-2}
-"""The largest mean difference of a probe's losses, relative to one more than their mean."""
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 3e-5, None: 5e-2}
+"""The largest mean difference of a probe's losses, relative to one more than their mean; None is the precision of the training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +52,23 @@ def choose_batching(model: Any, packed: PackedAttention, examples: Sequence[Exam
 
     `packed` is the attention for packed rows on this hardware. Raises `CoraError` for a model that computes no losses from token ids alone.
     """
-    own = model.config._attn_implementation
     switch = rope_switch(model.config)
     arguments = frozenset(inspect.signature(model.forward).parameters)
     packs = BatchForm("packed", packed.shares_prefixes, switch)
     pads, singles = (BatchForm(kind, False, switch, arguments) for kind in ("padded", "single"))
-    probes = make_probes(examples, length_limits(model.config))
-    why = cannot_pack(model)
     training = model.training
     model.eval()
     with torch.no_grad():
-        reference, dtype = _reference(model, probes, arguments)
-        why = why or _packing_fault(model, packs, packed.name, own, (probes, reference, dtype), hardware)
-        apart = cannot_pad(model) if why else None
-        if why and apart is None:
-            apart = _disagreement(model, pads, probes, reference, dtype, "a padded batch")
+        check = _Check(model, make_probes(examples, length_limits(model.config)), hardware)
+        apart = None
+        if why := cannot_pack(model) or check.packing_fault(packs, packed.name):
+            check.prefer_eager()
+            apart = "its attention depends on the length of the batch" if depends_on_batch(model.config) else None
+            apart = apart or check.disagreement(pads, "a padded batch")
     model.train(training)
     if why is None:
         return Batching(packs, packed.name, packed.reason)
+    own = model.config._attn_implementation
     return Batching(pads, own, why) if apart is None else Batching(singles, own, f"{why}, and {apart}")
 
 
@@ -83,7 +82,8 @@ def make_probes(examples: Sequence[Example], limits: set[int]) -> list[Example]:
     longest = max(examples, key=lambda example: len(example.input_ids)).input_ids
     shortest = min(examples, key=lambda example: len(example.input_ids)).input_ids
     beyond = [longest[: limit + max(64, limit // 8)] for limit in limits if limit < len(longest)]
-    found = [shortest[:SHORT], longest[:PROBE], longest[:SHORT] + shortest[:SHORT], *beyond]
+    alike = (longest[:SHORT] + shortest[:SHORT])[: len(longest)]  # fits the model's context as the longest example does
+    found = [shortest[:SHORT], longest[:PROBE], alike, *beyond]
     return [Example(ids, max(1, len(ids) - COMPARED)) for ids in sorted(found, key=len)]
 
 
@@ -99,98 +99,105 @@ def cannot_pack(model: Any) -> str | None:
     return f"it has {foreign[0]} layers" if foreign else None
 
 
-def cannot_pad(model: Any) -> str | None:
-    """Why padding would change a model's results at lengths that no probe may have; None if it would not."""
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "attention_type", None) == "block_sparse" or hasattr(config, "lsh_attn_chunk_length"):
-        return "its attention depends on the length of the batch"
-    return None
+class _Check:
+    """The losses of each probe alone in the model's own attention, to compare other ways of computing them with."""
 
+    def __init__(self, model: Any, probes: Sequence[Example], hardware: Hardware) -> None:
+        self._model, self._probes, self._hardware = model, probes, hardware
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        failure: Exception
+        for self._dtype in (*precisions(model), None):
+            try:
+                self._reference = self._alone()
+            except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+                # Some families compute parts in a precision of their own, which does not go with double precision.
+                failure = error
+            else:
+                return
+        raise CoraError(
+            f"{type(model).__name__} computes no next-token losses from token ids alone, so it cannot be trained: {reason(failure)}"
+        ) from failure
 
-def _reference(
-    model: Any, probes: Sequence[Example], arguments: frozenset[str]
-) -> tuple[list[torch.Tensor], torch.dtype | None]:
-    """Losses of the last tokens of each probe alone, by the model as it is, and the precision in which it could compute them.
+    def packing_fault(self, form: BatchForm, name: str) -> str | None:
+        """Set the packed attention in the model, or return why its losses differ and leave the model's own.
 
-    None is the model's own.
-    """
-
-    def alone(probe: Example) -> torch.Tensor:
-        ids = torch.tensor([probe.input_ids], device=model.device)
-        responses = len(probe.input_ids) - probe.prompt_length
-        kept = {"logits_to_keep": responses + 1} if "logits_to_keep" in arguments else {}
-        return token_losses(model(input_ids=ids, **kept).logits[0, -responses - 1 : -1], ids[0, -responses:])
-
-    failure: Exception
-    for dtype in (*precisions(model), None):
-        try:
-            with computing_in(model, dtype) if dtype else nullcontext():
-                return [alone(probe) for probe in probes], dtype
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-            # Some families compute parts in a precision of their own, which does not go with double precision.
-            failure = error
-    raise CoraError(
-        f"{type(model).__name__} computes no next-token losses from token ids alone, so it cannot be trained: {reason(failure)}"
-    ) from failure
-
-
-def _packing_fault(
-    model: Any,
-    form: BatchForm,
-    name: str,
-    own: str,
-    reference: tuple[Sequence[Example], list[torch.Tensor], torch.dtype | None],
-    hardware: Hardware,
-) -> str | None:
-    """Set the packed attention in the model, or return why its losses differ and leave the model's own.
-
-    What a family hands to attention is checked in the precision of `reference` with the implementation for CPUs, which takes any; that
-    of the hardware then runs in the precision of the training.
-    """
-    register_packed_attention()
-    probes, losses, dtype = reference
-    fault = None
-    for implementation, precision, shares in (("cora_segments", dtype, True), (name, None, form.shares_prefixes)):
-        try:
-            model.set_attn_implementation(implementation)
-        except Exception as error:  # transformers raises many unrelated types for what a class does not support
-            fault = reason(error)
-        else:
-            rows = dataclasses.replace(form, shares_prefixes=shares)
-            with torch.autocast(hardware.device.type, torch.bfloat16, enabled=precision is None):
-                fault = _disagreement(model, rows, probes, losses, precision, "a packed row")
+        What a family hands to attention is checked with the implementation for CPUs, which takes any precision; that of the hardware
+        then runs in the precision of the training.
+        """
+        register_packed_attention()
+        own = self._model.config._attn_implementation
+        fault = self._set_attention("cora_segments") or self.disagreement(
+            dataclasses.replace(form, shares_prefixes=True), "a packed row"
+        )
+        if fault is None and name != "cora_segments":
+            fault = self._set_attention(name) or self.disagreement(form, "a packed row", native=True)
         if fault is not None:
-            model.set_attn_implementation(own)
-            break
-        if name == "cora_segments":
-            break
-    return fault
+            self._model.set_attn_implementation(own)
+        return fault
 
+    def prefer_eager(self) -> None:
+        """Set the model's plain attention where its default one gives other losses, as where it loses a family's own mask."""
+        own, default = self._model.config._attn_implementation, self._reference
+        if own == "eager" or self._set_attention("eager"):
+            return
+        self._reference = self._alone()
+        if self._worst(default) <= TOLERANCES[self._dtype]:
+            self._model.set_attn_implementation(own)
+            self._reference = default
 
-def _disagreement(
-    model: Any,
-    form: BatchForm,
-    probes: Sequence[Example],
-    reference: list[torch.Tensor],
-    dtype: torch.dtype | None,
-    where: str,
-) -> str | None:
-    """How the losses of probes in batches of `form` differ from those of single ones; None where they agree to rounding."""
-    worst = 0.0
-    try:
-        with computing_in(model, dtype) if dtype else nullcontext():
-            for indices in form.passes(probes):
-                batch = form.collate([probes[index] for index in indices])
-                on_device = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-                found = response_losses(model, on_device).split([len(reference[index]) for index in indices])
-                for losses, wanted in zip(found, (reference[index] for index in indices), strict=True):
-                    difference = (losses - wanted).abs().mean() / (1 + wanted.abs().mean())
-                    if wanted.isfinite().all():  # else the first loss of the run says so
-                        worst = max(worst, difference.nan_to_num(torch.inf).item())
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a class that was not made for these arguments raises
-        return f"{where} ends in {type(error).__name__} ({reason(error)[:120]})"
-    if worst <= TOLERANCES.get(dtype or torch.bfloat16, 5e-2):
+    def disagreement(self, form: BatchForm, where: str, native: bool = False) -> str | None:
+        """How the losses of probes in batches of `form` differ from those of single ones; None where they agree to rounding.
+
+        `native`: in the precision of the training.
+        """
+        found: list[torch.Tensor] = [torch.empty(0)] * len(self._probes)
+        model, device = self._model, self._model.device
+        mixed = native and self._hardware.dtype == torch.bfloat16
+        try:
+            with self._precision(None if native else self._dtype), torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+                for indices in form.passes(self._probes):
+                    batch = form.collate([self._probes[index] for index in indices])
+                    there = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+                    losses = response_losses(model, there).split([len(self._reference[index]) for index in indices])
+                    for index, each in zip(indices, losses, strict=True):
+                        found[index] = each
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a class that was not made for these arguments raises
+            return f"{where} ends in {type(error).__name__} ({reason(error)[:120]})"
+        worst = self._worst(found)
+        if worst <= TOLERANCES[None if native else self._dtype]:
+            return None
+        return f"{where} has other losses than single examples (by {worst:.1e})"
+
+    def _alone(self) -> list[torch.Tensor]:
+        """Losses of the last tokens of each probe alone, by the model as transformers calls it."""
+        found = []
+        with self._precision(self._dtype):
+            for probe in self._probes:
+                ids = torch.tensor([probe.input_ids], device=self._model.device)
+                responses = len(probe.input_ids) - probe.prompt_length
+                kept = {"logits_to_keep": responses + 1} if self._keeps_logits else {}
+                logits = self._model(input_ids=ids, **kept).logits[0, -responses - 1 : -1]
+                found.append(token_losses(logits, ids[0, -responses:]))
+        return found
+
+    def _worst(self, found: Sequence[torch.Tensor]) -> float:
+        """The largest mean difference of a probe's losses from the reference, relative to one more than their mean."""
+        worst = 0.0
+        for losses, wanted in zip(found, self._reference, strict=True):
+            if wanted.isfinite().all():  # else the first loss of the run says so
+                difference = (losses - wanted).abs().mean() / (1 + wanted.abs().mean())
+                worst = max(worst, difference.nan_to_num(torch.inf).item())
+        return worst
+
+    def _set_attention(self, name: str) -> str | None:
+        """Set an attention implementation of the model, or return why it does not take it."""
+        try:
+            self._model.set_attn_implementation(name)
+        except Exception as error:  # transformers raises many unrelated types for what a class does not support
+            return reason(error)
         return None
-    return f"{where} has other losses than single examples (by {worst:.1e})"
+
+    def _precision(self, dtype: torch.dtype | None) -> Any:
+        return computing_in(self._model, dtype) if dtype else nullcontext()

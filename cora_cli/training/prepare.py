@@ -159,4 +159,6 @@ def training_arguments(config: TrainConfig, prepared: Prepared, run: RunDirector
         remove_unused_columns=False,
         average_tokens_across_devices=True,
         ddp_find_unused_parameters=False,
+        # Buffers are equal everywhere, and processes may need different numbers of forward passes for a step.
+        ddp_broadcast_buffers=False,
     )

@@ -99,7 +99,14 @@ def _barrier(arguments: TrainingArguments) -> None:
 
 
 def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool) -> bool:
-    """Whether the directory holds a run with this configuration to continue. Raises `CoraError` for another run or other files."""
+    """Whether the directory holds a run with this configuration to continue. Raises `CoraError` for another run or other files.
+
+    A run that failed before its first step holds nothing to continue and is replaced.
+    """
+    if run.exists() and _took_no_step(run):
+        for path in (run.record, run.config, run.test_records, run.log):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
     if not run.exists():
         if run.root.exists() and (not run.root.is_dir() or rundir.holds_files(run.root)):
             raise CoraError(f"output directory {run.root} contains other files; choose a new or empty directory")
@@ -115,6 +122,13 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
         detail = ", ".join(f"{name} ({theirs.get(name)} in the run, {ours.get(name)} now)" for name in names)
         raise CoraError(f"{run.root} cannot be resumed with other inputs than it was started with: {detail}")
     return True
+
+
+def _took_no_step(run: RunDirectory) -> bool:
+    """Whether a run failed before its first step."""
+    if rundir.read_json(run.record).get("status") != FAILED or checkpoints_in(run.checkpoints):
+        return False
+    return not run.log.exists() or not any("loss" in line for line in rundir.read_jsonl(run.log, drop_partial_tail=True))
 
 
 def _load(config: TrainConfig, prepared: Prepared) -> tuple[torch.nn.Module, Batching]:

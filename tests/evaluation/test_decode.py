@@ -206,25 +206,31 @@ def gpt2() -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64))
 
 
+def longrope(switch: int) -> Any:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0, 3.0, 2.0, 5.0],
+        "original_max_position_embeddings": switch,
+    }
+    return LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=rope))
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
         (lambda: mistral(16), "a layer other than full attention"),
         (lambda: BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=2, n_head=4)), "accepts no custom mask"),
-        (
-            lambda: LlamaForCausalLM(
-                LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
-            ),
-            "its dynamic rotary embedding depends on the longest sequence of the batch",
-        ),
+        (lambda: longrope(63), "its rotary embedding depends on the longest sequence of the batch above 63 tokens"),
     ],
 )
 def test_models_of_other_kinds_are_left_to_transformers(build: Callable[[], Any], reason: str) -> None:
     assert reason in str(unsupported(build().eval(), 64))
 
 
-@pytest.mark.parametrize("build", [lambda: mistral(64), gpt2])
-def test_a_wide_window_and_learned_positions_are_supported_equally(
+@pytest.mark.parametrize("build", [lambda: mistral(64), gpt2, lambda: longrope(64)])
+def test_a_wide_window_learned_positions_and_an_unreached_rotary_limit_are_supported_equally(
     build: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)

@@ -1,8 +1,32 @@
-"""Small configurations of real model families: two layers of hidden size 32, with random weights."""
+"""Small models of real families, two layers of hidden size 32 with random weights, and how training and evaluation treat each.
 
+`python -m tests.training.families FILE` measures all of them and writes the table of docs/families.md (`make families`).
+"""
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, logging
+
+from cora_cli.adapters.install import install_adapter
+from cora_cli.data.batches import Collator
+from cora_cli.data.encode import Example
+from cora_cli.device import Hardware, select_packed_attention
+from cora_cli.evaluation.generate import transformers_engine
+from cora_cli.methods.parts.layers import factors_of, lora_layers
+from cora_cli.models.configuration import remove_dropout
+from cora_cli.render.markdown_table import markdown_table
+from cora_cli.training.batching import choose_batching
+from cora_cli.training.heldout import held_out_loss
+from cora_cli.training.losses import batch_losses
+from tests.methods.helpers import plan_of
 
 LAYERS = 2
 COMMON: dict[str, Any] = {
@@ -198,3 +222,157 @@ def build(family: str) -> Any:
     """The configuration of a family, or of a variant named after its `model_type`."""
     settings = {name: value for name, value in {**COMMON, **FAMILIES[family]}.items() if value is not None}
     return AutoConfig.for_model(settings.pop("model_type", family), **settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """How a family is trained and evaluated, and how far that is from plain attention, one example or prompt at a time.
+
+    `loss`: the largest relative difference of a record's held-out loss, and of the loss of a training batch. `answers`: the share of
+    greedy answers that are those of `generate` alone. `merged`: the largest difference of the logits of adapter and merged model, relative
+    to the largest logit; None where no linear layer takes an adapter.
+    """
+
+    batches: str
+    reason: str
+    loss: float
+    engine: str
+    answers: float
+    merged: float | None
+
+
+END, NEW = 2, 4
+HARDWARE = Hardware(torch.device("cpu"), torch.float32, "", "")
+# State-space models apply the weights of these without calling the layers.
+NOT_ADAPTED = ("out_proj", "dt_proj")
+
+
+def measure(family: str) -> Measured:
+    """Treat a family as `train`, `evaluate` and `merge` do, in float32, and compare."""
+    examples, prompts = _examples(), _prompts()
+    config = build(family)
+    remove_dropout(config)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    answers, engine = _answers(model, prompts)
+    alone = [_answers_alone(model, prompt) for prompt in prompts]
+
+    batching = choose_batching(model, select_packed_attention("cpu"), examples, HARDWARE)
+    plain = _plain(model, build(family), "eager" if batching.form.kind == "packed" else batching.attention)
+    expected = [_loss_alone(plain, example) for example in examples]
+    held_out = held_out_loss(model, examples, HARDWARE, batching.form).nll
+    model.train()
+    with torch.no_grad():
+        trained = batch_losses(model, Collator(batching.form)([(example, False) for example in examples])).double().sum().item()
+    differences = [abs(found - wanted) / wanted for found, wanted in zip(held_out, expected, strict=True)]
+    return Measured(
+        batching.form.kind,
+        batching.reason,
+        max(*differences, abs(trained - sum(expected)) / sum(expected)),
+        engine,
+        sum(found == wanted for found, wanted in zip(answers, alone, strict=True)) / len(prompts),
+        _merged(plain.eval(), examples[0]),
+    )
+
+
+def _examples() -> list[Example]:
+    """Records on both sides of every window and length above; three begin alike."""
+    generator = torch.Generator().manual_seed(0)
+    stem = _random(20, generator)
+    lengths = ((30, 5, 0), (7, 3, 0), (60, 30, 20), (25, 22, 20), (44, 2, 0), (12, 11, 0), (90, 40, 20))
+    return [Example(stem[:shared] + _random(length - shared, generator), prompt) for length, prompt, shared in lengths]
+
+
+def _prompts() -> list[list[int]]:
+    """Prompts, longest first, of which three begin alike, on both sides of every window and length; one crosses a length."""
+    generator = torch.Generator().manual_seed(1)
+    stem = _random(40, generator)
+    lengths = ((70, 0), (60, 40), (55, 40), (48, 40), (38, 0), (30, 0), (12, 0), (7, 0))
+    return [stem[:shared] + _random(length - shared, generator) for length, shared in lengths]
+
+
+def _random(tokens: int, generator: torch.Generator) -> list[int]:
+    found: list[int] = torch.randint(3, COMMON["vocab_size"], (tokens,), generator=generator).tolist()
+    return found
+
+
+def _plain(model: Any, config: Any, attention: str) -> Any:
+    """The same model in an attention of transformers."""
+    remove_dropout(config)
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+@torch.no_grad()
+def _loss_alone(model: Any, example: Example) -> float:
+    ids = torch.tensor([example.input_ids])
+    logits = model(input_ids=ids).logits[0, example.prompt_length - 1 : -1].double()
+    return functional.cross_entropy(logits, ids[0, example.prompt_length :], reduction="sum").item()
+
+
+class _Tokenizer:
+    """What the engines ask of a tokenizer; its padding has no embedding row."""
+
+    pad_token_id, eos_token_id = 100_000, END
+
+
+def _answers(model: Any, prompts: Sequence[list[int]]) -> tuple[list[list[int]], str]:
+    """The answers of the chosen engine in batches of four, and its name."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        engine = transformers_engine(model, _Tokenizer, [END], prompts, 4, NEW)
+    waves = [prompts[start : start + engine.wave] for start in range(0, len(prompts), engine.wave)]
+    name = f"{engine.name}, one length" if "of one length" in said.getvalue() else engine.name
+    return [answer for wave in waves for answer in engine.answer(wave, lambda: None)], name
+
+
+@torch.inference_mode()
+def _answers_alone(model: Any, prompt: list[int]) -> list[int]:
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=END, pad_token_id=0)
+    ids = torch.tensor([prompt])
+    found: list[int] = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[0, len(prompt) :].tolist()
+    return found
+
+
+def _merged(model: Any, example: Example) -> float | None:
+    """Adapt every linear layer but the head, with random factors, and compare logits before and after the merge."""
+    head = model.get_output_embeddings()
+    linears = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and module is not head]
+    # PEFT also adapts the fused weights of experts where a target has the name of one of their projections.
+    fused = hasattr(model.config, "n_routed_experts")
+    targets = tuple(
+        name
+        for name in linears
+        if name.rpartition(".")[2] not in NOT_ADAPTED and "expert" not in name and not (fused and ".mlp." in name)
+    )
+    if not targets:
+        return None
+    plan = plan_of("lora", rank=2, alpha=2.0, rslora=False, dropout=0.0, seed=0, target_modules=targets)
+    adapted = install_adapter(model, plan, None).eval()
+    ids = torch.tensor([example.input_ids])
+    with torch.no_grad():
+        for number, (_, layer) in enumerate(lora_layers(adapted)):
+            torch.nn.init.normal_(factors_of(layer)[1], std=0.1, generator=torch.Generator().manual_seed(number))
+        before = adapted(input_ids=ids).logits
+        after = adapted.merge_and_unload()(input_ids=ids).logits
+    return ((before - after).abs().max() / before.abs().max()).item()
+
+
+def table() -> str:
+    """How many families there are and are packed, and a row for each."""
+    rows = []
+    for family in FAMILIES:
+        found = measure(family)
+        why = "" if found.batches == "packed" else found.reason
+        merged = "–" if found.merged is None else f"{found.merged:.0e}"
+        rows.append([family, f"{found.loss:.0e}", merged, f"{found.engine}, {found.answers:.0%} equal", found.batches, why])
+    packed = sum(cells[4] == "packed" for cells in rows)
+    headers = ["family", "loss", "merged", "answers", "batches", "because"]
+    return f"{len(rows)} configurations, {packed} of them packed.\n\n{markdown_table(headers, rows)}\n"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    Path(sys.argv[1]).write_text(table(), encoding="utf-8")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -80,6 +81,24 @@ def test_a_killed_group_resumes_to_the_losses_of_one_process(tiny_model: Path, t
     assert run_together(replace(two, resume=True)) == [(0, ""), (0, "")]
 
     assert record_of(tmp_path / "two")["resumed"] == 1
+    assert_same_results(tmp_path / "two", tmp_path / "one")
+
+
+def test_processes_may_need_different_numbers_of_forward_passes(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "longrope"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_text())
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0, 3.0, 2.0, 5.0] * 2,
+        "original_max_position_embeddings": 60,
+    }
+    (model / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    one = config_for(model, tiny_data, tmp_path / "one", **LONG)
+    train(one)
+    assert run_together(replace(one, output_dir=str(tmp_path / "two"), batch_size=2)) == [(0, ""), (0, "")]
     assert_same_results(tmp_path / "two", tmp_path / "one")
 
 

@@ -1,0 +1,66 @@
+"""Check that an engine that answers prompts together gives every prompt the logits that it has alone.
+
+Families differ in how they number positions behind padding and in what they read from a mask; the first steps of a few prompts show it.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from cora_cli.evaluation.decode import Tokens
+from cora_cli.models.configuration import length_limits
+from cora_cli.models.precision import computing_in
+
+TOLERANCES = {torch.float32: 1e-4, None: 5e-2}
+"""The largest mean difference of the logits of one step, relative to their mean size; None is the precision of the model."""
+
+
+def make_probes(prompts: Sequence[Tokens], limits: set[int]) -> list[list[int]]:
+    """Beginnings of prompts: a short one, a longer one, one that shares a prefix with it, and one beyond each limit that is reached."""
+    by_length = sorted(map(list, prompts), key=len)
+    shortest, longest = by_length[0], by_length[-1]
+    beyond = [longest[: limit + 16] for limit in sorted(limits) if limit < len(longest)]
+    # None is longer than the longest prompt, so that all fit the model's context.
+    return [longest[:64], shortest[:8], (longest[:40] + shortest[:8])[: len(longest)], *beyond]
+
+
+class Agreement:
+    """What each of a few prompts gives alone, as logits (steps, vocabulary), in float32 where the model can compute in it."""
+
+    def __init__(self, model: Any, prompts: Sequence[Tokens], alone: Callable[[Sequence[Tokens]], list[torch.Tensor]]) -> None:
+        self._model, self.probes = model, make_probes(prompts, length_limits(model.config))
+        for self._dtype in TOLERANCES:
+            try:
+                with self._precision():
+                    self._wanted = [alone([probe])[0] for probe in self.probes]
+            except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):
+                # Some families compute parts in the precision of their weights.
+                if self._dtype is None:
+                    raise
+            else:
+                return
+
+    @property
+    def following(self) -> list[list[int]]:
+        """The first tokens that follow each probe."""
+        return [logits.argmax(-1).tolist() for logits in self._wanted]
+
+    def fault(self, together: Callable[[], list[torch.Tensor]]) -> str | None:
+        """Why `together`, which computes all probes at once, does not give the same logits; None if it does."""
+        try:
+            with self._precision():
+                found = together()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a class that was not made for these arguments raises
+            return f"it ends in {type(error).__name__}"
+        worst = 0.0
+        for logits, wanted in zip(found, self._wanted, strict=True):
+            difference = (logits - wanted).abs().mean(-1) / wanted.abs().mean(-1)
+            worst = max(worst, difference.nan_to_num(torch.inf).max().item() if wanted.isfinite().all() else 0.0)
+        return None if worst <= TOLERANCES[self._dtype] else f"its logits are not those of single prompts (by {worst:.1e})"
+
+    def _precision(self) -> Any:
+        return computing_in(self._model, self._dtype) if self._dtype else nullcontext()

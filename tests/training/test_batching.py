@@ -1,0 +1,39 @@
+import torch
+from transformers import AutoModelForCausalLM
+
+from cora_cli.data.encode import Example
+from cora_cli.device import select_packed_attention
+from cora_cli.training.batching import Batching, choose_batching, make_probes
+
+from .families import HARDWARE, build
+
+EXAMPLES = [Example(list(range(3, 3 + tokens)), 2) for tokens in (5, 40, 60)]
+
+
+def choose(family: str, examples: list[Example]) -> Batching:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(build(family)).eval()
+    return choose_batching(model, select_packed_attention("cpu"), examples, HARDWARE)
+
+
+def test_probes_lie_on_both_sides_of_every_limit_that_the_data_reach() -> None:
+    lengths = [len(probe.input_ids) for probe in make_probes(EXAMPLES, {30, 70})]
+    assert lengths == [5, 29, 60, 60]
+    assert make_probes([], {30}) == []
+    assert all(0 < probe.prompt_length < len(probe.input_ids) for probe in make_probes([Example([1, 2], 1)], {1}))
+
+
+def test_a_family_that_loses_its_window_in_packed_rows_is_padded_where_examples_are_longer_than_the_window() -> None:
+    found = choose("qwen2_moe", EXAMPLES)
+    assert found.form.kind == "padded"
+    assert "padded batches with the model's own attention (sdpa), because a packed row has other losses" in found.describe()
+    assert choose("qwen2_moe", [Example([5, 6, 7, 8], 1)]).form.kind == "packed"
+
+
+def test_a_class_that_computes_attention_by_itself_is_padded() -> None:
+    found = choose("bloom", EXAMPLES)
+    assert (found.form.kind, found.reason) == ("padded", "BloomForCausalLM computes attention by itself")
+
+
+def test_attention_that_depends_on_the_length_of_the_batch_gets_one_example_at_a_time() -> None:
+    assert choose("big_bird", EXAMPLES).describe().startswith("one example at a time with the model's own attention (eager)")
