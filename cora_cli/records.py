@@ -4,7 +4,7 @@
 came with a later version are not required: old directories stay readable.
 """
 
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from cora_cli import rundir
 from cora_cli.reading import checked
@@ -179,11 +179,21 @@ class HeldOutLine(TypedDict):
 
 
 class Generation(TypedDict):
-    """`generation.json`, and its copy in `metrics.json`, which is empty where the predictions came without it."""
+    """`generation.json`."""
 
-    name: NotRequired[str]
-    settings: NotRequired[dict[str, Any]]
+    name: str
+    settings: dict[str, Any]
     predictions_sha256: NotRequired[str]
+    prompts_cut: NotRequired[int]
+    engine: NotRequired[str]
+    new_tokens: NotRequired[int]
+    seconds: NotRequired[float]
+
+
+class UsedGeneration(TypedDict):
+    """The copy of `generation.json` in `metrics.json`; empty where the predictions came without it."""
+
+    settings: NotRequired[dict[str, Any]]
     prompts_cut: NotRequired[int]
 
 
@@ -221,7 +231,7 @@ class Metrics(TypedDict):
     name: str
     metrics: dict[str, Metric]
     predictions_sha256: str
-    generation: Generation
+    generation: UsedGeneration
 
 
 Scores = dict[str, float]
@@ -313,7 +323,7 @@ class GridPlan(TypedDict):
     name: str
     title: str
     paper_table: str | None
-    preset: str | None
+    preset: Literal["small"] | None
     conditions: list[str]
     rows: list[PlannedRow]
     steps: NotRequired[list[PlannedStep]]
@@ -351,15 +361,15 @@ class Job(TypedDict):
     argv: list[str]
 
 
-class ModelConfig(TypedDict, total=False):
+class ModelConfig(TypedDict):
     """The entries of a model's `config.json` that decide about its weights; transformers reads the rest."""
 
-    model_type: str | None
-    hidden_size: int | None
-    num_hidden_layers: int | None
-    vocab_size: int | None
-    quantization_config: dict[str, Any] | None
-    text_config: dict[str, Any] | None
+    model_type: str
+    hidden_size: NotRequired[int | None]
+    num_hidden_layers: NotRequired[int | list[int] | None]
+    vocab_size: NotRequired[int | None]
+    quantization_config: NotRequired[dict[str, Any] | None]
+    text_config: NotRequired[dict[str, Any] | None]
 
 
 class AdapterConfig(TypedDict, total=False):

@@ -149,6 +149,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # some of its settings are read only now
     except Exception as error:  # as above
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     if tokenizer.eos_token_id is None:

@@ -1,0 +1,146 @@
+"""What a command shows on a terminal: at 80 and 200 columns, on Ctrl-C, into a closed pipe, in ASCII, and with hostile names."""
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.fuzzing import EVALUATE, TRAIN, make_workspace
+
+ROOT = Path(__file__).parents[2]
+CORA = [sys.executable, "-P", "-m", "cora_cli"]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    before, place = Path.cwd(), tmp_path_factory.mktemp("screen")
+    os.chdir(place)
+    make_workspace(place)
+    yield place
+    os.chdir(before)
+
+
+def on_terminal(words: list[str], columns: int, interrupt_at: bytes | None = None, **env: str) -> tuple[int, str]:
+    """The exit code of `cora WORDS` on a pseudo-terminal, and what it showed; Ctrl-C once `interrupt_at` has appeared."""
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        [*CORA, *words], stdin=side, stdout=side, stderr=side, env={**ENV, **env}, start_new_session=True
+    )
+    os.close(side)
+    shown = b""
+    while True:
+        ready, _, _ = select.select([main], [], [], 120)
+        assert ready, f"nothing happened for two minutes; shown so far: {shown[-500:]!r}"
+        try:
+            part = os.read(main, 65536)
+        except OSError:  # the process has closed its side
+            break
+        if not part:
+            break
+        shown += part
+        if interrupt_at is not None and interrupt_at in shown:
+            os.kill(process.pid, signal.SIGINT)
+            interrupt_at = None
+    os.close(main)
+    return process.wait(), shown.decode(errors="replace")
+
+
+def assert_clean(screen: str) -> None:
+    for sign in ("Traceback", "unexpected ", "ZeroDivisionError", "Exception ignored"):
+        assert sign not in screen, screen[-2000:]
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["doctor", "--device", "cpu"],
+        ["extract-basis", "base", "--rank", "2", "-o", "screen.safetensors", "--overwrite"],
+        ["inspect", "basis.safetensors"],
+        ["train", *TRAIN, "--model", "base", "--dataset", "pairs.jsonl", "--output-dir", "trained-{columns}"],
+        ["evaluate", "run", *EVALUATE, "-o", "evaluated-{columns}"],
+        ["report", "run"],
+        ["merge", "run", "-o", "merged-{columns}"],
+        ["export", "run", "-o", "exported-{columns}"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_ends_well_on_a_terminal(workspace: Path, words: list[str], columns: int) -> None:
+    code, screen = on_terminal([word.format(columns=columns) for word in words], columns)
+    assert code == 0, screen[-2000:]
+    assert_clean(screen)
+
+
+def test_ablate_draws_its_status_to_the_end_and_takes_control_c(workspace: Path) -> None:
+    grid = "name: screen\nmodel: base\ndatasets: {pairs: pairs.jsonl}\ndefaults: {train: {max_steps: 1, rank: 2, test_size: 2}, evaluate: false}\ngrid: [{mode: lora, seed: [0]}]\n"
+    Path("screen.yaml").write_text(grid)
+    words = ["ablate", "screen.yaml", "-o", "ablated", "--device", "cpu", "--dtype", "fp32"]
+    code, screen = on_terminal(words, 80, interrupt_at=b"0 of 1 steps")
+    assert code == 130, screen[-2000:]
+    assert_clean(screen)
+    code, screen = on_terminal(words, 80)
+    assert code == 0, screen[-2000:]
+    assert "1 steps completed" in screen
+    assert_clean(screen)
+
+
+@pytest.mark.parametrize(
+    ("words", "sign"),
+    [
+        (["train", *TRAIN[:-6], "--max-steps", "100000", "--test-size", "2", "--device", "cpu", "--model", "base", "--dataset", "pairs.jsonl", "--output-dir", "stopped"], b"training: "),
+        (["evaluate", "run", *EVALUATE, "--metrics", "rouge", "--bootstrap", "1000000", "-o", "stopped-too"], b"scoring"),
+    ],
+    ids=["train", "evaluate"],
+)  # fmt: skip
+def test_control_c_ends_long_work_with_one_line(workspace: Path, words: list[str], sign: bytes) -> None:
+    code, screen = on_terminal(words, 80, interrupt_at=sign)
+    assert code == 130, screen[-2000:]
+    assert "cora: interrupted" in screen
+    assert_clean(screen)
+
+
+@pytest.mark.parametrize("words", ["train --help", "doctor --device cpu", "report run", "--version", "frobnicate"])
+def test_a_closed_pipe_ends_a_command_quietly(workspace: Path, words: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*CORA, *words.split()], stdout=writer, stderr=subprocess.PIPE, env=ENV, check=False)
+    os.close(writer)
+    assert b"Broken" not in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_of_another_encoding_shows_replacements(workspace: Path, encoding: str) -> None:
+    code, screen = on_terminal(["report", "run"], 80, PYTHONIOENCODING=encoding, PYTHONUTF8="0", LC_ALL="C")
+    assert code == 0, screen[-2000:]
+    assert_clean(screen)
+
+
+def test_an_escape_sequence_in_a_name_does_not_reach_the_terminal(workspace: Path) -> None:
+    hostile = "gone\x1b[2J\x9b2J\r.jsonl"
+    for words in (
+        ["evaluate", "--from", hostile],
+        ["report", hostile],
+        ["merge", hostile, "-o", "x"],
+        ["train", "--model", hostile, "--dataset", hostile, "--output-dir", "x"],
+        ["report", "run", "--format", hostile],
+        [hostile],
+        [f"--{hostile}"],
+    ):
+        done = subprocess.run([*CORA, *words], capture_output=True, env=ENV, check=False)
+        assert done.returncode in (1, 2)
+        assert b"\x1b" not in done.stdout + done.stderr
+        assert "\x9b".encode() not in done.stdout + done.stderr
+        assert b"\r" not in done.stdout + done.stderr
