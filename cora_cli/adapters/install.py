@@ -28,7 +28,7 @@ from cora_cli.methods.parts.layers import (
 )
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.models.skeleton import other_modalities
+from cora_cli.models.skeleton import fused_experts, other_modalities
 
 
 def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> dict[str, LinearWeight]:
@@ -49,10 +49,14 @@ def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> d
         linears = {name: weight for name, module in matches.items() if (weight := linear_weight(module)) is not None}
         if not linears:
             known = sorted({name.rpartition(".")[2] for name, module in modules.items() if linear_weight(module) is not None})
+            experts = fused_experts(model)
+            fused = f"; its experts are fused tensors such as {experts[0]}, which are not adapted" if experts else ""
             problem = (
                 f"is a {type(next(iter(matches.values()))).__name__}, not a linear layer" if matches else "matches nothing"
             )
-            raise CoraError(f"target module {target!r} {problem} in this model; its linear layers are {', '.join(known)}")
+            raise CoraError(
+                f"target module {target!r} {problem} in this model; its linear layers are {', '.join(known)}{fused}"
+            )
         for name in linears:
             sharing = shared.get(id(model.get_submodule(name).weight), ())
             if also := [other for other in sharing if other != f"{name}.weight"]:
@@ -73,12 +77,18 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
     method = method_of(plan.mode)
     config: Any = method.configuration(plan)
     _name_targets(config, model, plan.target_modules, linears)
+    experts = fused_experts(model)
     try:
         wrapped = get_peft_model(model, config)
     except (TypeError, ValueError, AssertionError, NotImplementedError, ImportError) as error:
-        if (explained := method.install_error(plan, error)) is None:
+        if (explained := method.install_error(plan, error)) is None and experts:
+            explained = _reaches_experts(plan, experts[0])
+        if explained is None:
             raise
         raise explained from error
+    # For some families PEFT extends the names of layers to the tensors in which transformers fuses the experts.
+    if experts and {name for name, _ in adapted_layers(wrapped)} - linears.keys():
+        raise _reaches_experts(plan, experts[0])
     if isinstance(config, LoraConfig):
         # PEFT computes its own starts once; loading the adapter must not compute them again.
         config.init_lora_weights = True
@@ -88,6 +98,13 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
         method.after_install(wrapped, plan)
     apply_trained_set(wrapped, plan)
     return wrapped
+
+
+def _reaches_experts(plan: AdapterPlan, expert: str) -> CoraError:
+    return CoraError(
+        f"PEFT applies --target-modules {','.join(plan.target_modules)} to the fused experts of this model too, such as {expert}, which "
+        "are not adapted here; name layers of the attention only"
+    )
 
 
 def _name_targets(config: Any, model: PreTrainedModel, targets: tuple[str, ...], linears: Collection[str]) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cora_cli.basis.choices import BasisChoices, match_targets
+from cora_cli.basis.choices import BasisChoices, is_target, match_targets
 from cora_cli.errors import CoraError
 from cora_cli.extraction.gram import EPS, add_gram, empty_gram
 from cora_cli.extraction.lowrank import Pair, gram_factor, mean_factor
+from cora_cli.progress import say
 from cora_cli.weights.sources import WeightSource
 
 # The largest Gram matrix, 8 GiB in float64. Weights with more rows are embeddings and would exhaust the memory.
@@ -218,6 +219,15 @@ def _common_targets(sources: Sequence[WeightSource], choices: BasisChoices) -> d
     """Target module -> (out, in). Raises `CoraError` naming the difference if two sources differ in these."""
     first, *others = sources
     modules = match_targets(list(first.shapes), choices.target_modules, first.reference)
+    for source in sources:
+        left_out = [
+            key for key in source.skipped if any(is_target(key.removesuffix(".weight"), t) for t in choices.target_modules)
+        ]
+        if left_out:
+            say(
+                f"{source.reference}: {len(left_out)} weights are left out, such as {left_out[0]}: they are no layers of the language model "
+                "that an adapter changes"
+            )
     for other in others:
         names = set(match_targets(list(other.shapes), choices.target_modules, other.reference))
         if different := names.symmetric_difference(modules):

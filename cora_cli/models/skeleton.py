@@ -46,6 +46,11 @@ class Skeleton:
         return frozenset(name for name, module in self.model.named_modules() if isinstance(module, Conv1D))
 
 
+def fused_experts(model: torch.nn.Module) -> list[str]:
+    """The parameters that hold a matrix for each expert of a mixture, (experts, out, in) or (experts, in, out)."""
+    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and ".experts." in name]
+
+
 def other_modalities(model: Any) -> frozenset[str]:
     """The modules of a model of several modalities that are neither in its language model nor its embedding or head."""
     if model.config.get_text_config(decoder=True) is model.config:

@@ -27,6 +27,7 @@ from cora_cli.errors import CoraError
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import load_model
+from cora_cli.models.skeleton import fused_experts
 from cora_cli.progress import progress, say
 from cora_cli.records import LogLine, read_run
 from cora_cli.rundir import RunDirectory
@@ -152,6 +153,8 @@ def _load(config: TrainConfig, prepared: Prepared) -> tuple[torch.nn.Module, Bat
     set_seed(config.seed)
     if prepared.plan is None:
         return loaded, batching
+    if experts := fused_experts(loaded):
+        say(f"the experts of {config.model} are not adapted: they are fused tensors such as {experts[0]}")
     return install_adapter(loaded, prepared.plan, prepared.basis), batching
 
 

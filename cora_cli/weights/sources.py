@@ -4,7 +4,7 @@ Complete models and LoRA adapters on a base share one interface. `extraction.mer
 """
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,13 +36,16 @@ def architecture_of(config: dict[str, Any]) -> dict[str, Any]:
 class WeightSource(abc.ABC):
     """One model's weight matrices; `shapes` maps module names (as in the loaded model) to (out, in).
 
-    `transposed` holds the modules whose layer stores its weight as (in, out).
+    `transposed` holds the modules whose layer stores its weight as (in, out), `skipped` the names in the files of weights that are no
+    module of the language model: those of other modalities, and those that the loaded model does not take as they are, such as fused
+    experts.
     """
 
     reference: str
     revision: str | None
     architecture: dict[str, Any]
     transposed: frozenset[str] = frozenset()
+    skipped: Sequence[str] = ()
     shapes: dict[str, tuple[int, int]]
 
     @abc.abstractmethod
@@ -94,11 +97,7 @@ def open_source(model: ModelPath, base: WeightSource | None = None) -> WeightSou
 
 
 class ModelSource(WeightSource):
-    """A complete model: every two-dimensional `*.weight` of its checkpoint, in the stored type, by its name in the loaded model.
-
-    `skipped` lists the names in the files of weights that are no module of the language model: those of other modalities, and those
-    that the loaded model does not take as they are, such as fused experts.
-    """
+    """A complete model: every two-dimensional `*.weight` of its checkpoint, in the stored type, by its name in the loaded model."""
 
     def __init__(self, model: ModelPath) -> None:
         config = model.config()

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+)
 
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter, target_linears
@@ -141,3 +149,26 @@ def test_a_method_that_peft_starts_the_wrong_way_round_is_refused(gpt2):
         install_adapter(
             AutoModelForCausalLM.from_pretrained(gpt2), plan_of("olora", **SETTINGS, target_modules=("c_attn",)), None
         )
+
+
+def test_fused_experts_are_named_as_not_adapted():
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**shape, num_key_value_heads=1, num_local_experts=2))
+    with pytest.raises(
+        CoraError, match=r"'w1' matches nothing .* experts are fused tensors such as model.layers.0.mlp.experts"
+    ):
+        target_linears(model, ("w1",))
+    wrapped = install_adapter(model, plan_of("lora", **SETTINGS, target_modules=("q_proj",)), None)
+    assert [name for name, _ in adapted_layers(wrapped)] == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_targets_that_peft_extends_to_fused_experts_are_refused():
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"moe_intermediate_size": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    config = DeepseekV3Config(**shape, **latent, **experts, num_key_value_heads=2, first_k_dense_replace=1)
+    for targets in (("gate_proj",), ("gate_proj", "up_proj")):
+        with pytest.raises(
+            CoraError, match=r"PEFT applies --target-modules gate_proj.* to the fused experts of this model too"
+        ):
+            install_adapter(AutoModelForCausalLM.from_config(config), plan_of("lora", **SETTINGS, target_modules=targets), None)
