@@ -42,7 +42,7 @@ def merge_adapter(
     layers = len(list(adapted_layers(wrapped)))
     merged = merged_into_base(wrapped, adapter, safe=True)
     try:
-        with rundir.atomic_path(output) as temporary:
+        with rundir.atomic_path(output, replace=False) as temporary:
             merged.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     except Exception as error:
