@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json as read_json  # noqa: PLC0414  # passed on
@@ -45,17 +45,23 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that replaces it on success and vanishes on failure.
 
-    The caller may write the sibling as a file or create it as a directory. Raises `CoraError` if the disk write fails.
+    The caller may write the sibling as a file or create it as a directory. Raises `CoraError` if the disk write fails, if `path` is a
+    symbolic link, and, without `replace`, if another program created `path` meanwhile.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        refuse_link(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if temporary.is_dir() and path.exists():
-            shutil.rmtree(path)
+        give_usual_modes(temporary)
+        if path.exists():
+            if not replace:
+                raise CoraError(f"{path} was created by another program meanwhile; choose a new name")
+            if temporary.is_dir():
+                shutil.rmtree(path)
         temporary.replace(path)
     except OSError as error:
         raise disk_error(error, path) from error
@@ -68,9 +74,35 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
+def give_usual_modes(path: Path) -> None:
+    """Give a file, or all files below a directory, the mode that the user's umask asks for; libraries create some as 0600."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise `CoraError` if `path` is a symbolic link: what a command writes must not end up elsewhere."""
+    if path.is_symlink():
+        raise CoraError(
+            f"{path} is a symbolic link to {path.readlink()}, and cora does not write through links; remove it, or name the place itself"
+        )
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a log to append to. Raises `CoraError` if it is a symbolic link or cannot be opened."""
+    refuse_link(path)
+    try:
+        return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "ab")
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
 def holds_files(directory: Path) -> bool:
-    """Whether `directory` holds anything other than the temporary files of a killed `atomic_path`."""
-    return any(not (entry.name.startswith(".") and entry.name.endswith(".tmp")) for entry in directory.iterdir())
+    """Whether `directory` holds anything other than the locks and temporary files of commands, which a killed one leaves."""
+    return any(not (entry.name.startswith(".") and entry.name.endswith((".tmp", ".lock"))) for entry in directory.iterdir())
 
 
 def utf8(text: str) -> str:
@@ -130,13 +162,20 @@ def sha256_file(path: Path) -> str:
     A file in the hub's cache is a link to a blob whose name is its digest. That name is returned without reading the file, so
     hashing does not have to read 26 GB of weights.
     """
-    if path.is_symlink() and _SHA256_NAME.match(path.resolve().name):
-        return path.resolve().name
+    if path.is_symlink() and _SHA256_NAME.match((blob := path.resolve()).name) and _is_hub_blob(blob):
+        return blob.name
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(HASH_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _is_hub_blob(path: Path) -> bool:
+    """Whether a file lies among the blobs of the hub's own cache; elsewhere a name that looks like a hash proves nothing."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return path.parent.name == "blobs" and Path(HF_HUB_CACHE).resolve() in path.parents
 
 
 def sha256_files(paths: Iterable[Path]) -> str:

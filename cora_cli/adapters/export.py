@@ -45,20 +45,15 @@ def export_adapter(
     if not adapter.is_adapter:
         raise CoraError(f"{adapter.reference} is a complete model: there is no adapter to export")
     if base is None:
-        try:
-            base = base_of(adapter)
-        except CoraError as error:
-            raise CoraError(f"{error}; name where it is with --base") from error
-        reference, revision = adapter.adapter_config().get("base_model_name_or_path"), adapter.adapter_config().get("revision")
-    else:
-        reference, revision = base.reference, base.revision
+        base = base_of(adapter)
     check_base(adapter, base)
     model = load_model(base, torch.float32, torch.device("cpu"), None, trust_remote_code)
     config, state = _as_lora(load_adapter(model, adapter, basis_path), adapter)
-    config.base_model_name_or_path, config.revision = reference, revision
+    config.base_model_name_or_path = base.reference.partition("@")[0] if base.revision else base.reference
+    config.revision = base.revision
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     order_names(config)
-    with rundir.atomic_path(output) as temporary:
+    with rundir.atomic_path(output, replace=False) as temporary:
         config.save_pretrained(str(temporary))
         save_file(
             {key: tensor.contiguous() for key, tensor in state.items()}, temporary / WEIGHTS_FILE, metadata={"format": "pt"}

@@ -48,7 +48,7 @@ def merge_adapter(
         if name in stored:
             parameter.data = parameter.data.to(stored[name])
     try:
-        with rundir.atomic_path(output) as temporary:
+        with rundir.atomic_path(output, replace=False) as temporary:
             merged.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     except Exception as error:

@@ -25,7 +25,7 @@ from cora_cli.limits import bounded
 from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
 from cora_cli.methods.registry import method_of
 from cora_cli.models.checkpoint import finite
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -177,11 +177,25 @@ def _check_patterns(model: PreTrainedModel, adapter: ModelPath) -> None:
 
 def base_of(adapter: ModelPath) -> ModelPath:
     """The base model that an adapter names. Raises `CoraError` where it names none, or where that cannot be found."""
-    config = adapter.adapter_config()
-    reference, revision = config.get("base_model_name_or_path"), config.get("revision")
+    reference, facts = recorded_base(adapter.adapter_config()), read_facts(adapter.path)
     if not reference:
-        raise CoraError(f"adapter {adapter.path} does not say what its base model is")
-    return resolve_model(f"{reference}@{revision}" if revision else reference)
+        raise CoraError(f"adapter {adapter.path} does not say what its base model is; pass its path with --base")
+    if (
+        facts is not None
+        and not facts.base_revision
+        and reference != EMBEDDED_MODEL
+        and not Path(reference).expanduser().is_dir()
+    ):
+        # A model of the hub would have a revision, so this one is not searched for there.
+        raise CoraError(
+            f"adapter {adapter.path} was trained on the model in the directory {reference}, which is not there; pass its path with --base"
+        )
+    try:
+        return resolve_model(reference)
+    except CoraError as error:
+        raise CoraError(
+            f"the base model of adapter {adapter.path} cannot be found (pass its path with --base): {error}"
+        ) from error
 
 
 def check_base(adapter: ModelPath, base: ModelPath) -> None:

@@ -3,11 +3,15 @@
 Nothing heavy is imported here: `--help` must be fast, so each command imports its dependencies when it runs.
 """
 
+import os
+import sys
+
 import typer
 
 from cora_cli.cli import ablate, demo, doctor, evaluate, export, extract_basis, inspect, merge, report, train
-from cora_cli.cli.command import quiet_libraries
+from cora_cli.cli.command import clean_errors, quiet_libraries
 from cora_cli.cli.usage import Group
+from cora_cli.environment import forget_settings
 
 app = typer.Typer(
     name="cora",
@@ -42,4 +46,11 @@ def _root(
 def main() -> None:
     """Entry point of the `cora` command."""
     quiet_libraries()
+    # Python programs that this one starts, however they are started, do not import modules from the working directory.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        with clean_errors("--debug" in sys.argv):
+            forget_settings()
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
     app(prog_name="cora")

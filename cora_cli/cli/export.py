@@ -30,13 +30,15 @@ def register(app: typer.Typer) -> None:
 def run(config: ExportConfig) -> None:
     """Convert a trained adapter to a plain PEFT LoRA with the same weight update."""
     from cora_cli.adapters.export import export_adapter
+    from cora_cli.lock import own_output
     from cora_cli.models.references import resolve_base, resolve_model
 
-    rank = export_adapter(
-        resolve_model(config.adapter),
-        Path(config.output),
-        base=resolve_base(config.base),
-        basis_path=Path(config.basis) if config.basis else None,
-        trust_remote_code=config.trust_remote_code,
-    )
+    with own_output(Path(config.output)):
+        rank = export_adapter(
+            resolve_model(config.adapter),
+            Path(config.output),
+            base=resolve_base(config.base),
+            basis_path=Path(config.basis) if config.basis else None,
+            trust_remote_code=config.trust_remote_code,
+        )
     show(f"{config.output}: a LoRA of rank {rank}")

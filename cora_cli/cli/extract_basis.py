@@ -82,10 +82,13 @@ def run(config: ExtractConfig) -> None:
     """Extract the common subspace of fine-tuned models. Reads only the target weights, one matrix at a time."""
     from cora_cli.device import select_hardware
     from cora_cli.extraction.extract import extract_basis
+    from cora_cli.lock import own_output
     from cora_cli.models.references import resolve_model
 
     choices = config.choices()
     device = select_hardware(config.device, "auto").device
     models = [resolve_model(reference) for reference in config.models]
     base = resolve_model(config.base) if config.base else None
-    show(extract_basis(models, Path(config.output), choices, base, device, config.overwrite).render())
+    with own_output(Path(config.output)):
+        summary = extract_basis(models, Path(config.output), choices, base, device, config.overwrite)
+    show(summary.render())

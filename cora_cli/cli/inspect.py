@@ -1,5 +1,6 @@
 """`cora inspect`: measure whether models, adapters and bases share a subspace, and report numbers, plots and a verdict."""
 
+import contextlib
 import dataclasses
 from typing import Literal
 
@@ -62,10 +63,12 @@ def run(config: InspectConfig) -> None:
 
     from cora_cli.device import select_hardware
     from cora_cli.inspection.inspect import inspect
-    from cora_cli.inspection.output import check_output, report
+    from cora_cli.inspection.output import report
+    from cora_cli.lock import own_directory
 
     output_dir = Path(config.output_dir) if config.output_dir else None
-    check_output(output_dir)
-    device = select_hardware(config.device, "auto").device
-    found = inspect(config.inputs, config.base, config.rank, config.side, config.target_modules, config.runs, device)
-    show(report(found, config.format, output_dir), end="")
+    with own_directory(output_dir, "plots") if output_dir else contextlib.nullcontext():
+        device = select_hardware(config.device, "auto").device
+        found = inspect(config.inputs, config.base, config.rank, config.side, config.target_modules, config.runs, device)
+        text = report(found, config.format, output_dir)
+    show(text, end="")

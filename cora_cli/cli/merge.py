@@ -35,14 +35,16 @@ def register(app: typer.Typer) -> None:
 def run(config: MergeConfig) -> None:
     """Merge an adapter into its base model and save a plain model for transformers."""
     from cora_cli.adapters.merge import merge_adapter
+    from cora_cli.lock import own_output
     from cora_cli.models.references import resolve_base, resolve_model
 
-    written = merge_adapter(
-        resolve_model(config.adapter),
-        Path(config.output),
-        base=resolve_base(config.base),
-        basis_path=Path(config.basis) if config.basis else None,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-    )
+    with own_output(Path(config.output)):
+        written = merge_adapter(
+            resolve_model(config.adapter),
+            Path(config.output),
+            base=resolve_base(config.base),
+            basis_path=Path(config.basis) if config.basis else None,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+        )
     show(f"{config.output}: {written} layers changed")

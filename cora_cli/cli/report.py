@@ -1,5 +1,6 @@
 """`cora report`: summarize finished runs and grids in tables, plots and one HTML page."""
 
+import contextlib
 import dataclasses
 from typing import Literal
 
@@ -38,8 +39,11 @@ def run(config: ReportConfig) -> None:
     from pathlib import Path
 
     from cora_cli.evaluation.metrics import parse_metrics
+    from cora_cli.lock import own_directory
     from cora_cli.reporting.report import report
 
     metrics = parse_metrics(",".join(config.metrics)) if config.metrics else None
     output_dir = Path(config.output_dir) if config.output_dir else None
-    show(report(config.outputs, config.format, output_dir, metrics, config.seed), end="")
+    with own_directory(output_dir, "plots") if output_dir else contextlib.nullcontext():
+        text = report(config.outputs, config.format, output_dir, metrics, config.seed)
+    show(text, end="")

@@ -87,7 +87,6 @@ def open_vllm(
 
         if adapter is None or not config.merge:
             return engine(base.path, adapter)
-        scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=scratch, prefix=".merged.", suffix=".tmp") as directory:
             merged = Path(directory) / "model"
             basis = Path(config.basis) if config.basis else None

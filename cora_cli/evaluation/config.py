@@ -31,6 +31,7 @@ class EvaluateConfig:
         panel=_RUN,
     )
     limit: int | None = setting("Answer only the first N records.", None, panel=_WHAT)
+    base: str | None = setting("Base model of the adapter. Default: the one recorded in it.", None, panel=_WHAT)
     basis: str | None = setting(
         "Basis file of a compact adapter. Default: the path recorded in the adapter.", None, panel=_WHAT
     )
@@ -78,7 +79,7 @@ class EvaluateConfig:
         if sum(given) != 1:
             raise UsageError("give exactly one of: run directories, --model, or --from predictions.jsonl")
         if self.from_predictions and (
-            useless := [name for name in ("dataset", "limit", "basis") if getattr(self, name) is not None]
+            useless := [name for name in ("dataset", "limit", "base", "basis") if getattr(self, name) is not None]
         ):
             raise UsageError(f"--{useless[0]} has no effect with --from, which scores existing predictions; leave it out")
         if self.from_predictions and self.backend != "transformers":

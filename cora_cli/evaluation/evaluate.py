@@ -4,9 +4,11 @@ This module selects models and records, reuses complete predictions, and writes 
 `generate` produces the tokens, and `metrics` computes the scores.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,14 @@ from cora_cli.evaluation.generate import Request, generate
 from cora_cli.evaluation.metrics import build_metrics, score_all
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
+from cora_cli.lock import own_directory
 from cora_cli.models.loading import load_tokenizer
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.references import ModelPath, resolve_base, resolve_model
 from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
+REPLACEMENT = ".replacement"
+"""The folder in an evaluation's directory where the one that is to replace it is worked on."""
 PREDICTION_KEYS = ("prediction", "reference")
 
 
@@ -71,16 +76,20 @@ def evaluate(config: EvaluateConfig) -> list[Evaluation]:
         if not path.is_file():
             raise CoraError(f"{path} is not a file; --from needs the predictions.jsonl of an evaluation")
         out = EvaluationDirectory(Path(config.output_dir) if config.output_dir else path.parent)
-        generation = _recorded_generation(path)
-        return [_score(config, generation.get("name") or path.parent.name or path.name, path, out, hardware, generation)]
-    return [_evaluate_target(config, target, hardware) for target in _targets(config)]
+        with own_directory(out.root):
+            generation = _recorded_generation(path)
+            return [_score(config, generation.get("name") or path.parent.name or path.name, path, out, hardware, generation)]
+    targets = _targets(config)
+    with contextlib.ExitStack() as held:
+        for target in targets:
+            held.enter_context(own_directory(target.output.root, target.output.partial_predictions.name, REPLACEMENT))
+        return [_evaluate_target(config, target, hardware) for target in targets]
 
 
 def _targets(config: EvaluateConfig) -> list[Target]:
     """Find every model, and raise `CoraError` for those that cannot be evaluated before any model is loaded."""
     if config.model:
-        path = resolve_model(config.model)
-        base, adapter = (base_of(path), path) if path.is_adapter else (path, None)
+        base, adapter = _base_and_adapter(config, resolve_model(config.model))
         assert config.dataset is not None
         assert config.output_dir is not None
         out = EvaluationDirectory(Path(config.output_dir))
@@ -102,12 +111,11 @@ def _targets(config: EvaluateConfig) -> list[Target]:
             )
         if not config.dataset:
             _check_test_records(run, record)
-        path = resolve_model(name)
-        base, adapter = (base_of(path), path) if path.is_adapter else (path, None)
+        base, adapter = _base_and_adapter(config, resolve_model(name))
         template = record["data"]["template"] if config.template == "auto" else config.template
         root = run.evaluation
         if config.output_dir:
-            root = Path(config.output_dir) / run.root.name if len(names) > 1 else Path(config.output_dir)
+            root = Path(config.output_dir) / run.root.resolve().name if len(names) > 1 else Path(config.output_dir)
         targets.append(
             Target(name, base, adapter, config.dataset or str(run.test_records), template, EvaluationDirectory(root))
         )
@@ -124,6 +132,15 @@ def _check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
             f"{run.test_records} was changed after it was written: it does not have the hash in {run.record.name}; restore it, or name "
             "the records to answer with --dataset"
         )
+
+
+def _base_and_adapter(config: EvaluateConfig, model: ModelPath) -> tuple[ModelPath, ModelPath | None]:
+    """The base model, and the adapter if `model` is one. Raises `CoraError` for `--base` with a complete model."""
+    if model.is_adapter:
+        return resolve_base(config.base) or base_of(model), model
+    if config.base:
+        raise CoraError(f"{model.reference} is a complete model, which has no base; leave out --base")
+    return model, None
 
 
 def _recorded_generation(path: Path) -> dict[str, Any]:
@@ -159,8 +176,8 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
         "dtype": hardware.dtype_name,
         **_backend_settings(config, target, hardware),
     }
-    out = target.output
-    if not _predictions_are_complete(out, settings, config.overwrite):
+    out = _place_of_work(target.output, settings, config.overwrite)
+    if not _predictions_are_complete(out, settings):
         say(f"{target.name}: {hardware.describe()}")
         tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code)
         template = Template(choose_template(target.template, schema, tokenizer), schema, tokenizer)  # type: ignore[arg-type]
@@ -201,7 +218,11 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
                 **speed,
             },
         )
-    return _score(config, target.name, out.predictions, out, hardware, shapes.read_generation(out))
+    evaluation = _score(config, target.name, out.predictions, out, hardware, shapes.read_generation(out))
+    if out != target.output:
+        _replace(target.output, out)
+    shutil.rmtree(target.output.root / REPLACEMENT, ignore_errors=True)
+    return evaluation
 
 
 def _say_about_records(target: Target, records: Sequence[Record], template: Template) -> None:
@@ -221,33 +242,50 @@ def _backend_settings(config: EvaluateConfig, target: Target, hardware: Hardware
     return {"backend": "vllm", "vllm": version, "batch_size": None, "attention": "vllm"}
 
 
-def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the predictions on disk are complete and belong to `settings`.
+def _differing(out: EvaluationDirectory, settings: dict[str, Any]) -> list[str]:
+    """The names of recorded settings that differ from `settings`. The model is compared by its hash, not by where it lies."""
+    theirs = shapes.read_generation(out).get("settings", {})
+    # Evaluations from before the tokenizer's files were hashed do not have that setting.
+    ignored = {"model", *(() if "tokenizer_sha256" in theirs else ("tokenizer_sha256",))}
+    return sorted(name for name in {*theirs, *settings} - ignored if theirs.get(name) != settings.get(name))
 
-    Removes outdated files. Raises `CoraError` if the directory holds other results or files and `overwrite` is off.
+
+def _place_of_work(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> EvaluationDirectory:
+    """Where to work: `out`, or a folder in it if `out` holds something else, which stays whole until its replacement is complete.
+
+    Raises `CoraError` if the directory holds other results or files and `overwrite` is off.
     """
-    if out.root.exists() and not out.root.is_dir():
-        raise CoraError(f"output directory {out.root} is a file; choose a new or empty directory")
+    differing = _differing(out, settings)
+    if not differing or not rundir.holds_files(out.root):
+        return out
+    if overwrite:
+        return EvaluationDirectory(out.root / REPLACEMENT)
+    if out.generation.exists():
+        raise CoraError(
+            f"{out.root} holds an evaluation with other settings ({', '.join(differing)}); choose another --output-dir, "
+            "or replace it with --overwrite"
+        )
+    raise CoraError(f"output directory {out.root} holds other files; choose a new or empty directory")
+
+
+def _replace(out: EvaluationDirectory, new: EvaluationDirectory) -> None:
+    with contextlib.ExitStack() as stack:
+        for name in ("generation", "metrics", "scores", "predictions"):
+            # All copies are made before the first one takes its place, at the end of this block.
+            shutil.copyfile(getattr(new, name), stack.enter_context(rundir.atomic_path(getattr(out, name))))
+    out.partial_predictions.unlink(missing_ok=True)
+
+
+def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]) -> bool:
+    """Whether the predictions on disk are complete and belong to `settings`. Removes outdated files."""
     recorded = shapes.read_generation(out)
-    theirs = recorded.get("settings", {})
-    if theirs and "tokenizer_sha256" not in theirs:  # written before the tokenizer's files were hashed
-        settings = {name: value for name, value in settings.items() if name != "tokenizer_sha256"}
-    if theirs == settings:
+    if not _differing(out, settings):
         expected = recorded.get("predictions_sha256")
         if expected is None:  # interrupted: `generate` continues
             return False
         if out.predictions.exists() and rundir.sha256_file(out.predictions) == expected:
             return True
         say(f"{out.predictions} was changed or removed after it was written: generating it again")
-    elif not overwrite:
-        if theirs:
-            names = sorted(name for name in {*theirs, *settings} if theirs.get(name) != settings.get(name))
-            raise CoraError(
-                f"{out.root} holds an evaluation with other settings ({', '.join(names)}); choose another --output-dir, "
-                "or replace it with --overwrite"
-            )
-        if out.root.exists() and rundir.holds_files(out.root):
-            raise CoraError(f"output directory {out.root} holds other files; choose a new or empty directory")
     for path in (out.predictions, out.partial_predictions, out.metrics, out.scores):
         path.unlink(missing_ok=True)
     return False

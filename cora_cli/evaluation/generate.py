@@ -70,8 +70,8 @@ def generate(
             new = [_line(index, requests[index], tokenizer, ends, ids) for index, ids in zip(wave, answers, strict=True)]
             tokens += sum(line["new_tokens"] for line in new)
             try:
-                with out.partial_predictions.open("a", encoding="utf-8") as file:
-                    file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in new))
+                with rundir.open_to_append(out.partial_predictions) as file:
+                    file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in new).encode())
             except OSError as error:
                 raise rundir.disk_error(error, out.partial_predictions) from error
             lines |= {line["index"]: line for line in new}

@@ -18,7 +18,6 @@ from cora_cli.experiments.execute import (
     last_lines,
     log_of,
     refuse_conflicts,
-    sole_owner,
     write_plan,
 )
 from cora_cli.experiments.grid import Grid, load_grid
@@ -27,7 +26,8 @@ from cora_cli.experiments.launch import Launcher, LocalLauncher
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.slurm import SlurmLauncher, left_jobs
-from cora_cli.experiments.steps import Kind, Plan, make_plan
+from cora_cli.experiments.steps import FOLDERS, Kind, Plan, make_plan
+from cora_cli.lock import own_directory
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
 from cora_cli.render.markdown_table import markdown_table
@@ -90,9 +90,7 @@ def ablate(request: Request) -> Outcome:
     """
     grid = request.load()
     out = request.place(grid)
-    if out.exists() and not out.is_dir():
-        raise CoraError(f"output directory {out} is a file; choose a new or empty directory")
-    with sole_owner(out) as lock:
+    with own_directory(out, *FOLDERS) as held:
         say(f"{grid.title}: checking models and data")
         require_on_hub(grid)
         inputs = find_inputs(grid, out / _HASHES)
@@ -102,18 +100,18 @@ def ablate(request: Request) -> Outcome:
         wanted = plan.needed_for(_chosen(request, plan))
         refuse_conflicts(plan, wanted, request.overwrite)
         write_plan(plan)
-        launcher = _launcher(request, grid, out, lock)
+        launcher = _launcher(request, grid, out, held)
         expected = {}
         if not all(done for name, done in done_steps(plan).items() if name in wanted):
             rate, _ = matmul_rate(request.device)
             expected = {name: estimate.seconds for name, estimate in estimate_steps(plan, inputs, rate).items()}
         screen = Screen(plan, wanted, launcher.slots, expected)
-        outcome = Execution(plan, wanted, launcher, screen, lock).run()
+        outcome = Execution(plan, wanted, launcher, screen, held).run()
         say(summary(plan, outcome))
     return outcome
 
 
-def _launcher(request: Request, grid: Grid, out: Path, lock: int) -> Launcher:
+def _launcher(request: Request, grid: Grid, out: Path, held: int) -> Launcher:
     """The launcher for the steps. Raises `CoraError` if jobs of a cluster may still write to the output directory."""
     folder = out / "slurm"
     if request.launcher == "slurm":
@@ -123,7 +121,7 @@ def _launcher(request: Request, grid: Grid, out: Path, lock: int) -> Launcher:
             f"Slurm jobs {', '.join(jobs)} were queued for {out} and may still run; continue with --launcher slurm, or stop "
             f"them with scancel and remove {folder}"
         )
-    return LocalLauncher(request.jobs, request.device, keep_open=(lock,))
+    return LocalLauncher(request.jobs, request.device, keep_open=(held,))
 
 
 def _chosen(request: Request, plan: Plan) -> list[str]:

@@ -17,6 +17,7 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import Evaluation, evaluate, paired_differences
 from cora_cli.experiments.tasks import LEARNING_RATE, TASK_BATCH, TASK_EVAL_LIMIT, TASK_RANK, TASK_STEPS, TASKS
 from cora_cli.extraction.extract import extract_basis
+from cora_cli.lock import own_directory, own_output
 from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
 from cora_cli.progress import say
 from cora_cli.render.markdown_table import markdown_table
@@ -50,8 +51,12 @@ def run_demo(root: Path, seed: int, device: str, dtype: DtypeName) -> str:
 
     Raises `CoraError` if `root` holds a demo with other settings.
     """
-    began = time.monotonic()
-    chain = _Chain(root, seed, device, dtype)
+    with own_directory(root, "models", "runs", "base-eval"):
+        return _run(_Chain(root, seed, device, dtype))
+
+
+def _run(chain: "_Chain") -> str:
+    began, root, seed = time.monotonic(), chain.root, chain.seed
     models = [chain.fine_tune(task, number) for number, task in enumerate(TASKS, start=1)]
     basis, explained = chain.extract(models)
     runs = {name: chain.adapt(name, basis) for name in METHODS}
@@ -105,7 +110,8 @@ class _Chain:
         paths = [resolve_model(str(model)) for model in models]
         if not _is_up_to_date(path, choices, models):
             device = select_hardware(self.device, self.dtype).device
-            say(extract_basis(paths, path, choices, None, device, overwrite=True).render())
+            with own_output(path):
+                say(extract_basis(paths, path, choices, None, device, overwrite=True).render())
         shares = read_basis(path).explained_variance
         kinds = {name.rpartition(".")[2] for name in shares}
         return path, {kind: _mean([share for name, share in shares.items() if name.endswith(kind)]) for kind in sorted(kinds)}

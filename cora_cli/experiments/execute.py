@@ -4,19 +4,16 @@ It can be interrupted at any time: finished steps stay finished, and the next ca
 `ledger` decides which steps are done, and `screen` shows progress.
 """
 
-import contextlib
 import dataclasses
-import fcntl
-import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
 import yaml
 
-from cora_cli import rundir
+from cora_cli import lock, rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.launch import Job, Launcher
 from cora_cli.experiments.ledger import Ledger
@@ -40,40 +37,6 @@ class Outcome:
     blocked: dict[str, str]
 
 
-@contextlib.contextmanager
-def sole_owner(out: Path) -> Iterator[int]:
-    """Hold the lock of an output directory; yields its file descriptor, for steps to inherit.
-
-    The operating system releases the lock when the last process that holds it ends, so a lock is never stale. A step that
-    outlives a killed `ablate` keeps the lock. Raises `CoraError` if another process holds it.
-    """
-    path = out / ".lock"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise rundir.disk_error(error, path) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        holders = path.read_text(encoding="utf-8").strip() or "unknown"
-        os.close(descriptor)
-        raise CoraError(
-            f"{out} is in use by another cora ablate, or by a step that it left running (processes {holders}); wait until they "
-            "end, or stop them"
-        ) from error
-    try:
-        _note_holders(descriptor, [])
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _note_holders(descriptor: int, steps: list[int]) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, ", ".join(map(str, [os.getpid(), *steps])).encode(), 0)
-
-
 def write_plan(plan: Plan) -> None:
     """Write `plan.json`, `grid.yaml` (the resolved grid), and the held-out records for evaluating the base model."""
     rundir.write_json(plan.out / "plan.json", plan_record(plan))
@@ -92,9 +55,9 @@ class _Running:
 class Execution:
     """One run of a plan."""
 
-    def __init__(self, plan: Plan, wanted: set[str], launcher: Launcher, screen: Screen, lock: int) -> None:
-        """`wanted` names the steps to complete; `lock` is the descriptor from `sole_owner`."""
-        self._plan, self._launcher, self._screen, self._lock = plan, launcher, screen, lock
+    def __init__(self, plan: Plan, wanted: set[str], launcher: Launcher, screen: Screen, held: int) -> None:
+        """`wanted` names the steps to complete; `held` is the descriptor of the lock on the output directory."""
+        self._plan, self._launcher, self._screen, self._held = plan, launcher, screen, held
         self._ledger = Ledger(plan.out)
         # A plan lists each step after its dependencies.
         self._waiting = [step for step in plan.steps.values() if step.name in wanted]
@@ -153,11 +116,11 @@ class Execution:
             self._start(step)
 
     def _start(self, step: Step) -> None:
-        if cleared := self._ledger.clear(step, self._results):
-            self._screen.note(cleared)
-        self._ledger.start(step, self._results)
         log = log_of(self._plan, step)
         try:
+            if cleared := self._ledger.clear(step, self._results):
+                self._screen.note(cleared)
+            self._ledger.start(step, self._results)
             job = self._launcher.submit(step.kind, step.argv, log)
         except CoraError as error:
             self._fail(step, str(error))
@@ -190,7 +153,7 @@ class Execution:
         self._screen.failed(step, f"failed: {error}")
 
     def _note(self) -> None:
-        _note_holders(self._lock, [pid for running in self._running.values() if (pid := running.job.pid) is not None])
+        lock.note_holders(self._held, [pid for running in self._running.values() if (pid := running.job.pid) is not None])
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -26,7 +26,7 @@ from cora_cli.models.references import EMBEDDED_MODEL
 EVALUATE_KEYS = fields_of(
     EvaluateConfig,
     leave_out=(
-        *("runs", "model", "from_predictions", "dataset", "output_dir", "basis"),  # set for each step
+        *("runs", "model", "from_predictions", "dataset", "output_dir", "base", "basis"),  # set for each step
         *("device", "dtype", "overwrite"),  # flags of `ablate` itself
     ),
 )
@@ -109,6 +109,11 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
         for name, count in Counter(row.name for row in rows).items()
         if count > 1
     ]
+    problems += [
+        f"the row {row.name!r} cannot name a folder; the values that tell rows apart must consist of letters, digits and . _ + = -"
+        for row in rows
+        if not _NAME.fullmatch(row.name)
+    ]
     resources = read_resources(values.get("resources"), problems)
     table = _text(values, "paper_table", problems, None)
     problems += _check_printed(table, rows)
@@ -168,7 +173,7 @@ def _named(values: object, what: str, problems: list[str]) -> dict[str, str]:
 
 
 def _is_name(name: object, what: str, problems: list[str]) -> bool:
-    if isinstance(name, str) and _NAME.match(name):
+    if isinstance(name, str) and _NAME.fullmatch(name):
         return True
     problems.append(
         f"{what}: {name!r} is not a valid name; use letters and digits, then also . _ + = -, and quote names that YAML does "

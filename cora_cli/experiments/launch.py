@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import cora_cli
+from cora_cli import rundir
 from cora_cli.errors import CoraError
 
 _GRACE_SECONDS = 10.0
@@ -88,10 +89,10 @@ class LocalJob:
     ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._done: Callable[[], None] | None = done
-        with log.open("ab") as file:
+        with rundir.open_to_append(log) as file:
             file.write(f"$ cora {' '.join(argv)}\n".encode())
             file.flush()
-            command = [sys.executable, "-m", "cora_cli", *argv]
+            command = [sys.executable, "-P", "-m", "cora_cli", *argv]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, pass_fds=tuple(keep_open)
             )

@@ -13,6 +13,7 @@ from typing import Any
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.steps import SCORING, Step
+from cora_cli.lock import own_directory
 from cora_cli.reading import checked
 from cora_cli.records import FinishedStep, StepRecord, read_run
 from cora_cli.rundir import RunDirectory
@@ -96,8 +97,15 @@ class Ledger:
             return None
         other_origin = record["results_of_needs"] != {name: results.get(name) for name in step.needs}
         if record["key"] != step.key or other_origin:
-            shutil.rmtree(place)
-            return f"{place} was created with other settings or another basis: training it again"
+            kept = ""
+            with own_directory(place):
+                if record["status"] == FINISHED:
+                    shutil.rmtree(_aside(place), ignore_errors=True)
+                    place.rename(_aside(place))
+                    kept = f"; the old one is in {_aside(place)} until that is done"
+                else:
+                    shutil.rmtree(place)
+            return f"{place} was created with other settings or another basis: training it again{kept}"
         if record["status"] != FINISHED:
             return None
         altered = self._altered(step, record)
@@ -129,6 +137,7 @@ class Ledger:
             raise CoraError(
                 f"{step.name} exited without an error, but the status in {self._out / step.output}/run.json is not finished"
             )
+        shutil.rmtree(_aside(self._out / step.output), ignore_errors=True)
         own = {name: digest for name, digest in files.items() if name.startswith(_RESULTS) or step.kind == "basis"}
         result = rundir.sha256_json(sorted(own.values()) if step.kind == "basis" else own)
         self._write(step, results, {"status": FINISHED, "seconds": seconds, "files": files, "result": result})
@@ -174,6 +183,11 @@ class Ledger:
         files = self._files(step, but)
         known = {name: digest for name, digest in record["files"].items() if but is None or not name.startswith(but)}
         return sorted(name for name, digest in known.items() if files.get(name) != digest)
+
+
+def _aside(place: Path) -> Path:
+    """Where a run stays while the one that replaces it is trained."""
+    return place.with_name(f".{place.name}.replaced")
 
 
 def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

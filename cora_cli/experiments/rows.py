@@ -6,6 +6,7 @@ A row is one method with one seed. `steps` plans the commands that it needs.
 import dataclasses
 import random
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cora_cli.basis.choices import DEFAULT_RANK, BasisChoices
@@ -248,6 +249,8 @@ def _told_apart(values: Values, varied: Collection[str], shown: Collection[str])
     found = []
     for key in sorted({*varied} & values.keys() - _ALWAYS_NAMED - {*shown}):
         value = values[key]
+        if key == "peft_config":
+            value = Path(value).name  # a path would lead out of the row's place
         text = "+".join(value) if isinstance(value, tuple) else short(value) if isinstance(value, float) else str(value).lower()
         found.append((key, text))
     return found

@@ -49,10 +49,10 @@ class StepCall:
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
             # By default torch uses all processors of the node, not only those of the job.
             environment["OMP_NUM_THREADS"] = cpus
-        with self.log.open("ab") as file:
+        with rundir.open_to_append(self.log) as file:
             file.write(f"$ cora {' '.join(self.argv)}\n".encode())
             file.flush()
-            command = [sys.executable, "-m", "cora_cli", *self.argv]
+            command = [sys.executable, "-P", "-m", "cora_cli", *self.argv]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
         # Not `wait`: it holds a lock that `checkpoint`, called from a signal handler, also needs.
         while (code := self._process.poll()) is None:
@@ -108,7 +108,11 @@ class SlurmLauncher:
             raise CoraError(
                 "--launcher slurm needs sbatch, which is not installed here; run on a Slurm login node, or use --launcher local"
             )
-        self._setup = [f"export PYTHONPATH={Path(cora_cli.__file__).parents[1]}${{PYTHONPATH:+:$PYTHONPATH}}"]
+        # submitit starts Python with `-m` in the working directory, whose modules must not be imported.
+        self._setup = [
+            "export PYTHONSAFEPATH=1",
+            f"export PYTHONPATH={Path(cora_cli.__file__).parents[1]}${{PYTHONPATH:+:$PYTHONPATH}}",
+        ]
 
     def submit(self, kind: str, argv: Sequence[str], log: Path) -> "SlurmJob":
         """Queue `cora ARGV`, or return the job that an earlier `ablate` queued for the same command if it is still alive.
@@ -170,8 +174,8 @@ class SlurmJob:
         self._record.unlink(missing_ok=True)
 
     def _note(self, what: str) -> int:
-        with self._log.open("a", encoding="utf-8") as file:
-            file.write(f"Slurm job {self._job.job_id} ended before its step: {what}\n")
+        with rundir.open_to_append(self._log) as file:
+            file.write(f"Slurm job {self._job.job_id} ended before its step: {what}\n".encode())
         return 1
 
 

@@ -22,6 +22,8 @@ from cora_cli.training.config import TrainConfig
 Kind = Literal["model", "basis", "train", "evaluate"]
 COMMANDS: dict[Kind, str] = {"model": "train", "basis": "extract-basis", "train": "train", "evaluate": "evaluate"}
 PLAN_FORMAT = 1
+FOLDERS = ("runs", "models", "bases", "evaluations", "records", "steps", "logs", "slurm")
+"""The folders in the output directory of a grid."""
 SCORING = frozenset({"metrics", "bertscore_model", "bertscore_layer", "bootstrap", "seed"})
 """Settings of an evaluation that do not affect predictions: after a change, only the metrics are computed again."""
 

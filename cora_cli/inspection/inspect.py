@@ -17,7 +17,7 @@ from cora_cli.inspection.measure import BASE, Directions, Findings, measure
 from cora_cli.inspection.prediction import Prediction, predict, used_bases
 from cora_cli.inspection.sharing_verdict import Verdict, judge
 from cora_cli.inspection.starts import known_starts
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.references import ModelPath, recorded_base, resolve_model
 from cora_cli.weights.sources import WeightSource, open_source
 
 
@@ -152,12 +152,8 @@ def _common_base(models: Sequence[ModelPath]) -> str | None:
     """The base model that all of `models` name, if they are all adapters of the same one."""
     if not models or not all(model.is_adapter for model in models):
         return None
-    configs = [model.adapter_config() for model in models]
-    named = {(config.get("base_model_name_or_path"), config.get("revision")) for config in configs}
-    if len(named) > 1:
-        return None
-    [(reference, revision)] = named
-    return f"{reference}@{revision}" if reference and revision else reference
+    named = {recorded_base(model.adapter_config()) for model in models}
+    return named.pop() if len(named) == 1 else None
 
 
 def _first_columns(basis: Basis, rank: int, side: Side) -> Directions:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cora_cli import __version__, rundir
-from cora_cli.errors import CoraError
 from cora_cli.inspection.inspect import Inspection
 from cora_cli.inspection.inspection_document import build_document
 from cora_cli.inspection.sharing_verdict import RULE
@@ -25,12 +24,6 @@ from cora_cli.render.text import markdown, terminal
 FORMAT_VERSION = 1
 FILES = {"terminal": "inspect.txt", "markdown": "inspect.md", "json": "inspect.json", "html": "inspect.html"}
 """The formats and their file names in the output directory."""
-
-
-def check_output(output_dir: Path | None) -> None:
-    """Raise `CoraError` if `output_dir` is a file. This runs before the inspection, which may take hours."""
-    if output_dir is not None and output_dir.exists() and not output_dir.is_dir():
-        raise CoraError(f"output directory {output_dir} is a file; choose another one")
 
 
 def report(inspection: Inspection, format: str, output_dir: Path | None) -> str:

@@ -5,7 +5,9 @@ This module finds the directory and lists the files of the model. Reading weight
 """
 
 import dataclasses
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,8 @@ _SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
 class ModelPath:
     """A model on the local disk.
 
-    `reference` is what the user wrote, `revision` the hub commit (None for local directories).
+    `reference` is what the user wrote, but absolute for a local directory, so that records of it hold in every folder. `revision` is
+    the hub commit (None for local directories).
     """
 
     reference: str
@@ -165,6 +168,7 @@ def resolve_model(reference: str) -> ModelPath:
         return ModelPath(reference, embedded.model_directory(), None)
     path = Path(reference).expanduser()
     if path.is_dir():
+        reference = absolute(reference)
         run = rundir.RunDirectory(path)
         if run.exists():
             path = run.result
@@ -185,6 +189,19 @@ def resolve_model(reference: str) -> ModelPath:
     if path.is_absolute() or reference.startswith((".", "~")) or not _HUB_ID.match(hub_id):
         raise CoraError(f"model {reference!r} is neither a directory on this disk nor a hub id such as org/name@revision")
     return _fetch(reference, hub_id, revision or None)
+
+
+def absolute(reference: str) -> str:
+    """A reference to record: the absolute path of a local file or directory; any other reference unchanged."""
+    path = Path(reference).expanduser()
+    # Links stay: in the hub's cache they lead to files without an ending.
+    return os.path.abspath(path) if path.exists() else reference  # noqa: PTH100
+
+
+def recorded_base(config: Mapping[str, Any]) -> str | None:
+    """The reference of the base model that an `adapter_config.json` names; a local directory has no revision. None if it names none."""
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return f"{name}@{revision}" if name and revision and not Path(name).expanduser().is_dir() else name
 
 
 def resolve_base(reference: str | None) -> ModelPath | None:

@@ -47,8 +47,6 @@ def report(
     `metrics` restricts the metrics by name; `seed` draws the resamples of the tests. Raises `CoraError` if a directory was not written
     by cora, if nothing in them is finished, or if none of the `metrics` was measured.
     """
-    if output_dir is not None and output_dir.exists() and not output_dir.is_dir():
-        raise CoraError(f"output directory {output_dir} is a file; choose another one")
     collections = [collect(experiment, metrics) for experiment in find_experiments(outputs)]
     has_bases = any(row.basis and row.basis.is_file() for c in collections for row in c.experiment.rows if row.run is None)
     if not has_bases and not any(collection.results for collection in collections):

@@ -3,6 +3,8 @@
 Everything a user can get wrong is checked before the first file is written. `trainer` holds the training loop.
 """
 
+import contextlib
+import dataclasses
 import datetime
 import math
 import shutil
@@ -23,10 +25,13 @@ from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
 from cora_cli.data.formats import earlier_answers, unused_columns
+from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
+from cora_cli.lock import own_directory
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import load_model
+from cora_cli.models.references import absolute
 from cora_cli.models.skeleton import fused_experts
 from cora_cli.progress import progress, say
 from cora_cli.records import LogLine, read_run
@@ -46,12 +51,24 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises `CoraError` for anything a user can cause. Nothing is written before all inputs have been checked, and an interrupted run
     keeps its last complete checkpoint.
     """
-    run = RunDirectory(Path(config.output_dir))
+    inputs: dict[str, Any] = {name: absolute(path) for name in ("model", "dataset", "basis") if (path := getattr(config, name))}
+    with contextlib.ExitStack() as held:
+        return _train(dataclasses.replace(config, **inputs), RunDirectory(Path(config.output_dir)), held)
+
+
+def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -> dict[str, Any]:
+    """As `train`; `held` keeps the lock of the run directory, which the main process takes for all."""
+    forget_settings()
     prepared = prepare(config)
     arguments = training_arguments(config, prepared, run)
     main = arguments.process_index == 0
     fingerprint = prepared.fingerprint(config)
-    if _agree(arguments, lambda: _open_directory(run, fingerprint, config.resume)):
+
+    def open_directory() -> bool:
+        held.enter_context(own_directory(run.root, run.checkpoints.name, run.log.name))
+        return _open_directory(run, fingerprint, config.resume)
+
+    if _agree(arguments, open_directory):
         record = read_run(run)
         if record["status"] == FINISHED and record.get("result_sha256") == run.result_hash():
             say(f"{run.root} is already finished")
@@ -109,7 +126,7 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
             path.unlink(missing_ok=True)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     if not run.exists():
-        if run.root.exists() and (not run.root.is_dir() or rundir.holds_files(run.root)):
+        if rundir.holds_files(run.root):
             raise CoraError(f"output directory {run.root} contains other files; choose a new or empty directory")
         return False
     if not resume:
@@ -306,7 +323,7 @@ def _save_result(config: TrainConfig, prepared: Prepared, run: RunDirectory, mod
     assert isinstance(model, PeftModel)
     facts = AdapterFacts(
         plan=prepared.plan,
-        base=config.model,
+        base=prepared.model_path.reference,
         base_revision=prepared.model_path.revision,
         base_sha256=prepared.model_path.content_hash(),
         basis=str(Path(config.basis).resolve()) if config.basis else None,

@@ -24,7 +24,7 @@ from cora_cli.errors import CoraError
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import Progress
-from cora_cli.rundir import RunDirectory
+from cora_cli.rundir import RunDirectory, give_usual_modes, open_to_append
 from cora_cli.training.checkpoints import checkpoints_in, seal
 from cora_cli.training.losses import batch_losses
 
@@ -160,6 +160,7 @@ class CoraTrainer(Trainer):
             root = self._root
             if (root / name).exists():
                 shutil.rmtree(root / name)
+            give_usual_modes(root / PARTIAL / name)
             seal(root / PARTIAL / name)
             (root / PARTIAL / name).rename(root / name)
             for old in checkpoints_in(root)[: -self._keep]:
@@ -218,8 +219,8 @@ class RunLog(TrainerCallback):
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Append one JSON line and hand it to the operating system, so that a killed process loses no line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({key: _plain(value) for key, value in line.items()}) + "\n")
+    with open_to_append(path) as file:
+        file.write((json.dumps({key: _plain(value) for key, value in line.items()}) + "\n").encode())
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint, finite
-from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.references import ModelPath, recorded_base, resolve_model
 from cora_cli.models.skeleton import other_modalities, skeleton_of
 from cora_cli.weights.factors import AdapterFactors
 
@@ -204,11 +204,11 @@ class AdapterSource(WeightSource):
         return scale * (b @ a)
 
     def _open_base(self) -> WeightSource:
-        name, revision = self._own.config.get("base_model_name_or_path"), self._own.config.get("revision")
+        name = recorded_base(self._own.config)
         if not name:
             raise CoraError(f"{self.reference} does not name its base model; pass it with --base")
         try:
-            found = resolve_model(f"{name}@{revision}" if revision else name)
+            found = resolve_model(name)
         except CoraError as error:
             raise CoraError(
                 f"cannot find the base model of adapter {self.reference} (pass its path with --base): {error}"

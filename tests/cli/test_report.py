@@ -52,7 +52,7 @@ def test_the_output_directory_gets_every_format_besides_the_printed_one(grid, tm
         (["GRID", "--format", "pdf"], 2, "'pdf' is not one of"),
         (["GRID", "--metrics", "wer"], 2, "unknown metric 'wer'"),
         (["GRID", "--metrics", "bertscore"], 1, "none of the metrics bertscore_f1 was measured"),
-        (["GRID", "-o", "GRID/plan.json"], 1, "plan.json is a file; choose another one"),
+        (["GRID", "-o", "GRID/plan.json"], 1, "plan.json is a file; choose a new or empty directory"),
     ],
 )
 def test_a_bad_request_is_one_sentence_on_stderr(grid, arguments, code, message):

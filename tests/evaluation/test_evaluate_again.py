@@ -1,3 +1,4 @@
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import pytest
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation import backend
+from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.decode import PooledDecoder
+from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.rundir import EvaluationDirectory
 
-from .helpers import answers, evaluate_model, evaluate_run
+from .helpers import FAST, answers, evaluate_model, evaluate_run
 
 KILLED = """
 import sys, time
@@ -124,3 +127,66 @@ def test_predictions_that_were_changed_afterwards_are_generated_again(
     assert path.read_bytes() == whole
     assert again.record["metrics"] == first.record["metrics"]
     assert "was changed or removed after it was written" in capsys.readouterr().err
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("stage", ["generation", "scoring"])
+def test_an_evaluation_stays_whole_until_its_replacement_is_complete(
+    stage: str, tiny_model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    evaluate_model(tiny_model, records, out)
+    before = contents(out)
+    waves = 0
+    real = PooledDecoder.answer
+
+    def interrupted(self: PooledDecoder, wave: Any, finished: Any) -> Any:
+        nonlocal waves
+        waves += 1
+        if waves == 2:
+            raise KeyboardInterrupt
+        return real(self, wave, finished)
+
+    def unscored(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if stage == "generation":
+        monkeypatch.setattr(PooledDecoder, "answer", interrupted)
+    else:
+        monkeypatch.setattr("cora_cli.evaluation.evaluate.score_all", unscored)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(tiny_model, records, out, max_new_tokens=4, batch_size=1, overwrite=True)
+    assert contents(out) == before
+    monkeypatch.undo()
+
+    evaluate_model(tiny_model, records, out, max_new_tokens=4, batch_size=1, overwrite=True)
+    evaluate_model(tiny_model, records, tmp_path / "whole", max_new_tokens=4, batch_size=1)
+    for name in ("predictions.jsonl", "scores.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in out.iterdir()) == sorted(before)
+    assert rundir.read_json(out / "metrics.json")["generation"] == rundir.read_json(out / "generation.json")
+
+
+def test_an_old_evaluation_that_names_its_model_by_a_relative_path_is_reused(
+    tiny_model: Path, records: Path, tmp_path: Path
+) -> None:
+    evaluate_model(tiny_model, records, tmp_path / "out")
+    out = EvaluationDirectory(tmp_path / "out")
+    recorded = rundir.read_json(out.generation)
+    assert recorded["settings"]["model"] == str(tiny_model)
+    rundir.write_json(out.generation, {**recorded, "settings": {**recorded["settings"], "model": "models/tiny"}})
+    before = out.predictions.stat().st_mtime_ns
+    evaluate_model(tiny_model, records, tmp_path / "out")
+    assert out.predictions.stat().st_mtime_ns == before
+
+
+def test_runs_are_written_below_the_output_directory_by_their_real_names(trained: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "runs" / "lora" / "inner").mkdir(parents=True)
+    shutil.copytree(trained["lora"], tmp_path / "runs" / "lora", dirs_exist_ok=True)
+    names = (str(tmp_path / "runs" / "lora" / "inner" / ".."), str(trained["fb"]))
+    evaluate(EvaluateConfig(runs=names, output_dir=str(tmp_path / "out"), **FAST))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fb", "lora"]

@@ -1,8 +1,4 @@
-import fcntl
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +8,11 @@ import pytest
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ablate import summary
-from cora_cli.experiments.execute import Execution, Outcome, done_steps, refuse_conflicts, sole_owner, write_plan
+from cora_cli.experiments.execute import Execution, Outcome, done_steps, refuse_conflicts, write_plan
 from cora_cli.experiments.launch import LocalLauncher
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.steps import Plan
+from cora_cli.lock import own_directory
 from tests.experiments.helpers import BASE, PretendLauncher, grid_of, plan_of
 
 ROWS = ({"mode": "base"}, {"mode": ["fb", "lora"]})
@@ -31,7 +28,7 @@ def carry_out(plan: Plan, launcher: PretendLauncher | None = None, rows: list[st
     """The outcome, and the names of the steps that were started."""
     launcher = launcher or PretendLauncher()
     wanted = plan.needed_for(rows) if rows else set(plan.steps)
-    with sole_owner(plan.out) as lock:
+    with own_directory(plan.out) as lock:
         outcome = Execution(plan, wanted, launcher, Screen(plan, wanted, launcher.slots, {}), lock).run()
     return outcome, [described(plan, argv) for argv in launcher.submitted]
 
@@ -214,28 +211,6 @@ def test_the_plan_its_grid_and_the_base_model_s_records_are_written(plan: Plan) 
     assert "cora-fb" in (plan.out / "grid.yaml").read_text()
 
 
-def test_two_ablations_never_work_in_one_directory(tmp_path: Path) -> None:
-    with (
-        sole_owner(tmp_path),
-        pytest.raises(CoraError, match=rf"another cora ablate, .*processes {os.getpid()}\b"),
-        sole_owner(tmp_path),
-    ):
-        pass
-    with sole_owner(tmp_path):
-        pass
-
-
-def test_the_lock_of_a_killed_ablation_is_free_once_its_step_has_ended(tmp_path: Path) -> None:
-    with sole_owner(tmp_path) as lock:
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
-    # The owner has released the lock (as a killed one does), but its step still runs there.
-    with pytest.raises(CoraError, match="a step that it left running"), sole_owner(tmp_path):
-        pass
-    child.communicate(b"\n")
-    with sole_owner(tmp_path) as lock:
-        fcntl.flock(lock, fcntl.LOCK_UN)
-
-
 def test_an_interruption_stops_running_steps_and_keeps_finished_ones(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = PretendLauncher()
 
@@ -278,3 +253,16 @@ def test_a_process_is_logged_and_its_exit_code_returned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(41.4, "41 s"), (420, "7 min"), (12_600, "3.5 h"), (1_036_800, "12 days")])
 def test_durations_are_round(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_run_is_kept_until_the_one_that_replaces_it_is_finished(plan: Plan) -> None:
+    carry_out(plan)
+    before = {path.name: path.read_bytes() for path in (plan.out / "runs" / LORA).iterdir() if path.is_file()}
+    changed = plan_of(grid_of(*ROWS), plan.out, records="other")
+    outcome, _ = carry_out(changed, PretendLauncher(fails=lambda argv: "no" if argv[0] == "train" else None))
+    assert f"train-{LORA}" in outcome.failed
+    aside = plan.out / "runs" / f".{LORA}.replaced"
+    assert {name: (aside / name).read_bytes() for name in before} == before
+    outcome, _ = carry_out(changed)
+    assert not outcome.failed
+    assert sorted(path.name for path in (plan.out / "runs").iterdir()) == sorted([FB, LORA])

@@ -265,3 +265,12 @@ def test_baselines_are_ordinary_rows_and_fa_basis_gets_a_basis_of_the_input_side
     assert [row.basis["side"] if row.basis else None for row in grid.rows] == [None, None, None, "input", None]
     with pytest.raises(UsageError, match="lora_plus_ratio has no effect in mode pissa"):
         grid_of({"mode": "pissa", "lora_plus_ratio": 2.0})
+
+
+def test_a_row_s_name_is_one_folder_s_name() -> None:
+    block = {"mode": "peft", "peft_config": ["../one/loha.json", "/tmp/lokr.json"]}
+    names = [row.name for row in grid_of(block).rows]
+    assert [name for name in names if "/" in name] == []
+    assert "peft-config-loha.json" in names[0]
+    with pytest.raises(UsageError, match=r"cannot name a folder; the values that tell rows apart must consist of letters"):
+        grid_of({"mode": "lora", "target_modules": [["q_proj"], ["a/../../k_proj"]]})

@@ -1,0 +1,42 @@
+"""The environment decides nothing: variables by which libraries would change a result are removed, or refused by name.
+
+What a result depends on is in the command's settings and in its record. The variables of a launcher (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`,
+`MASTER_ADDR`, …) stay, as they say which process this is.
+"""
+
+import os
+
+from cora_cli.errors import CoraError
+
+# Precision, accumulation, compilation and device of accelerate, some of which the Trainer itself leaves behind for the next one.
+_PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+_OTHERS = (
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),  # products of float32 matrices in fewer bits
+    *("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"),  # what a pickle may contain
+    *("XLA_USE_BF16", "XLA_DOWNCAST_BF16", "TRANSFORMERS_SDPA_FORCE_GQA"),
+)
+_OTHER_TRAININGS = {
+    "ACCELERATE_USE_FSDP": "sharded training (FSDP)",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "another kind of parallelism",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's training",
+}
+# Cluster software sets these for its own purposes; torchrun and accelerate always set LOCAL_RANK too.
+_PROCESS_COUNTS = ("RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def forget_settings() -> None:
+    """Remove the variables from this process and from those that it starts.
+
+    Raises `CoraError` for one that asks for a kind of training that `cora` does not have.
+    """
+    for name, kind in _OTHER_TRAININGS.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
+            raise CoraError(f"the environment variable {name} asks for {kind}, which cora does not support; unset it")
+    for name in [*os.environ]:
+        if name.startswith(_PREFIXES) or name in _OTHERS:
+            del os.environ[name]
+    if "LOCAL_RANK" not in os.environ:
+        for name in _PROCESS_COUNTS:
+            os.environ.pop(name, None)

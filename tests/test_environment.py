@@ -1,0 +1,92 @@
+"""No variable of the environment changes a result; a launcher's own keep working (`training/test_distributed.py`)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cora_cli.environment import forget_settings
+from cora_cli.errors import CoraError
+from cora_cli.experiments.launch import LocalLauncher
+from cora_cli.training.run import train
+from tests.training.helpers import config_for, losses, record_of
+
+ROOT = Path(__file__).parents[1]
+CHANGING = {
+    "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    "ACCELERATE_DYNAMO_BACKEND": "eager",
+    "ACCELERATE_TORCH_DEVICE": "meta",
+    "ACCELERATE_USE_CPU": "false",
+    "FSDP_OFFLOAD_PARAMS": "true",
+    # Cluster software sets it without being a launcher; it would change the warm-up.
+    "WORLD_SIZE": "4",
+}
+
+
+def test_training_is_the_same_with_every_variable_that_could_change_it(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"epochs": 2.0, "max_steps": None, "warmup_ratio": 0.5, "gradient_accumulation": 2}
+    train(config_for(tiny_model, tiny_data, tmp_path / "plain", **options))
+    for name, value in CHANGING.items():
+        monkeypatch.setenv(name, value)
+    train(config_for(tiny_model, tiny_data, tmp_path / "other", **options))
+    assert losses(tmp_path / "other") == losses(tmp_path / "plain")
+    assert record_of(tmp_path / "other")["hardware"]["processes"] == 1
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "other"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_training_leaves_no_precision_behind_for_the_next(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    train(config_for(tiny_model, tiny_data, tmp_path / "before"))
+    train(config_for(tiny_model, tiny_data, tmp_path / "bf16", dtype="bf16"))
+    train(config_for(tiny_model, tiny_data, tmp_path / "after"))
+    assert losses(tmp_path / "after") == losses(tmp_path / "before") != losses(tmp_path / "bf16")
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"])
+def test_another_kind_of_training_is_refused_by_the_variable_s_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(CoraError, match=f"the environment variable {name} asks for .*; unset it"):
+        forget_settings()
+
+
+def test_a_launcher_s_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
+    for name, value in ours.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    forget_settings()
+    assert ours.items() <= os.environ.items()
+
+
+def test_a_module_in_the_working_directory_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('executed')\n")
+    monkeypatch.chdir(tmp_path)
+    job = LocalLauncher(1, "cpu").submit("train", ["--version"], tmp_path / "step.log")
+    while (code := job.ended()) is None:
+        pass
+    assert code == 0, (tmp_path / "step.log").read_text()
+
+
+def test_programs_that_a_command_starts_do_not_import_from_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("print('executed')\n")
+    code = (
+        "import subprocess, sys, cora_cli.cli\n"
+        "cora_cli.cli.app = lambda **_: subprocess.run([sys.executable, '-c', 'import random'])\n"
+        "cora_cli.cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "executed" not in done.stdout
