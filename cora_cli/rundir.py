@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json as read_json  # noqa: PLC0414  # passed on
 from cora_cli.reading import read_jsonl as read_jsonl  # noqa: PLC0414
+from cora_cli.reading import read_text as read_text  # noqa: PLC0414
 from cora_cli.reading import read_yaml as read_yaml  # noqa: PLC0414
 
 HASH_CHUNK = 1 << 20
@@ -223,6 +224,11 @@ class RunDirectory:
     def test_records(self) -> Path:
         """`test.jsonl`: the held-out records, never trained on."""
         return self.root / "test.jsonl"
+
+    @cached_property
+    def trained_prompts(self) -> Path:
+        """`trained_prompts.txt`: a hash of each prompt that was trained on, one per line."""
+        return self.root / "trained_prompts.txt"
 
     @cached_property
     def heldout(self) -> Path:

@@ -209,10 +209,13 @@ def test_a_files_hash_is_that_of_all_its_bytes(tmp_path):
     assert rundir.sha256_file(path) == hashlib.sha256(content).hexdigest()
 
 
-def test_a_link_to_a_blob_that_is_named_by_its_digest_is_not_read(tmp_path):
+def test_a_link_to_a_blob_that_is_named_by_its_digest_is_not_read_in_the_hubs_cache_only(tmp_path, monkeypatch):
     digest = hashlib.sha256(b"content").hexdigest()
-    (tmp_path / digest).write_bytes(b"not the content, so that reading would show")
-    (tmp_path / "model.safetensors").symlink_to(tmp_path / digest)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / digest).write_bytes(b"not the content, so that reading would show")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / digest)
+    assert rundir.sha256_file(tmp_path / "model.safetensors") != digest
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert rundir.sha256_file(tmp_path / "model.safetensors") == digest
     (tmp_path / "other").write_bytes(b"content")
     (tmp_path / "link").symlink_to(tmp_path / "other")

@@ -73,6 +73,18 @@ def prompt_key(record: Record, schema: Schema) -> str:
     return json.dumps([record["instruction"], record["input"]], ensure_ascii=False)
 
 
+def prompt_hash(record: Mapping[str, Any], schema: Schema) -> str:
+    """32 hex digits that are equal for equal prompts, whichever schema they are stored in."""
+    if schema == "messages":
+        said = [[message["role"], message.get("content") or ""] for message in record["messages"][:-1]]
+        prompt = [*said, *([extra] if (extra := template_values(record)) else [])]
+    elif schema == "prompt":
+        prompt = [["user", record["prompt"]]]
+    else:
+        prompt = [["user", f"{record['instruction']}\n\n{record['input']}" if record["input"] else record["instruction"]]]
+    return rundir.sha256_json(prompt)[:32]
+
+
 def load_records(dataset: str) -> tuple[list[Record], Schema]:
     """Read and check every record of `dataset` (for a built-in set: its held-out part after its training part).
 

@@ -30,6 +30,13 @@ class EvaluateConfig:
         flags=("--output-dir", "-o"),
         panel=_RUN,
     )
+    with_base: bool = setting("Also evaluate the base model of the runs, on the same records.", False, panel=_WHAT)
+    exclude_trained: bool | None = setting(
+        "Leave out records whose prompts the runs were trained on. Default: only where they come from the data set of the training.",
+        None,
+        panel=_WHAT,
+        flags=("--exclude-trained/--no-exclude-trained",),
+    )
     limit: int | None = setting("Answer only the first N records.", None, panel=_WHAT)
     base: str | None = setting("Base model of the adapter. Default: the one recorded in it.", None, panel=_WHAT)
     basis: str | None = setting(
@@ -82,10 +89,14 @@ class EvaluateConfig:
             useless := [name for name in ("dataset", "limit", "base", "basis") if getattr(self, name) is not None]
         ):
             raise UsageError(f"--{useless[0]} has no effect with --from, which scores existing predictions; leave it out")
+        if self.from_predictions and self.exclude_trained is not None:
+            raise UsageError("--exclude-trained has no effect with --from, which scores existing predictions; leave it out")
         if self.from_predictions and self.backend != "transformers":
             raise UsageError(
                 f"--backend {self.backend} has no effect with --from, which scores existing predictions; leave it out"
             )
+        if self.with_base and not self.runs:
+            raise UsageError("--with-base needs run directories, whose base model it evaluates; leave it out")
         if self.model and not (self.dataset and self.output_dir):
             raise UsageError("--model needs --dataset FILE (the records to answer) and --output-dir DIR (where to write)")
         for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("bootstrap", 100)):

@@ -1,6 +1,6 @@
 """One evaluation, from a model or saved predictions to `metrics.json`.
 
-This module selects models and records, reuses complete predictions, and writes the results; `backend` opens the model,
+This module reuses complete predictions and writes the results; `targets` finds models and records, `backend` opens the model,
 `generate` produces the tokens, and `metrics` computes the scores.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from cora_cli import records as shapes
 from cora_cli import rundir
-from cora_cli.adapters.storage import base_of, check_base
+from cora_cli.adapters.storage import check_base
 from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
 from cora_cli.data.formats import BUILTIN_PREFIX, Record, load_test_records, place_of, unused_columns
 from cora_cli.data.templates import Template, choose_template
@@ -25,34 +25,17 @@ from cora_cli.evaluation.backend import open_transformers, open_vllm
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.generate import Request, generate
 from cora_cli.evaluation.metrics import build_metrics, score_all
+from cora_cli.evaluation.targets import Target, TrainedPrompts, find_targets, trained_prompts
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.lock import own_directory
 from cora_cli.models.loading import load_tokenizer
-from cora_cli.models.references import ModelPath, resolve_base, resolve_model
 from cora_cli.progress import say
-from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from cora_cli.rundir import EvaluationDirectory
 
 REPLACEMENT = ".replacement"
 """The folder in an evaluation's directory where the one that is to replace it is worked on."""
 PREDICTION_KEYS = ("prediction", "reference")
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """One thing to evaluate: a base model with or without an adapter, the records to answer, and the output directory."""
-
-    name: str
-    base: ModelPath
-    adapter: ModelPath | None
-    dataset: str
-    template: str
-    output: EvaluationDirectory
-
-    @property
-    def tokenizer(self) -> ModelPath:
-        """Where the tokenizer is: with the adapter if its directory holds one of its own, else with the base model."""
-        return self.adapter if self.adapter is not None and self.adapter.has_tokenizer else self.base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,68 +62,12 @@ def evaluate(config: EvaluateConfig) -> list[Evaluation]:
         with own_directory(out.root):
             generation = _recorded_generation(path)
             return [_score(config, generation.get("name") or path.parent.name or path.name, path, out, hardware, generation)]
-    targets = _targets(config)
+    targets = find_targets(config)
+    trained = trained_prompts(targets)
     with contextlib.ExitStack() as held:
         for target in targets:
             held.enter_context(own_directory(target.output.root, target.output.partial_predictions.name, REPLACEMENT))
-        return [_evaluate_target(config, target, hardware) for target in targets]
-
-
-def _targets(config: EvaluateConfig) -> list[Target]:
-    """Find every model, and raise `CoraError` for those that cannot be evaluated before any model is loaded."""
-    if config.model:
-        base, adapter = _base_and_adapter(config, resolve_model(config.model))
-        assert config.dataset is not None
-        assert config.output_dir is not None
-        out = EvaluationDirectory(Path(config.output_dir))
-        return [Target(config.model, base, adapter, config.dataset, config.template, out)]
-    targets = []
-    names = config.runs or ()
-    for name in names:
-        run = RunDirectory(Path(name))
-        if not run.exists():
-            raise CoraError(
-                f"{name} is not a cora run (no {run.record.name}). To evaluate a model or adapter: "
-                f"cora evaluate --model {name} --dataset FILE -o DIR."
-            )
-        record = shapes.read_run(run)
-        if record["status"] != "finished":
-            raise CoraError(
-                f"{name} is not finished (status {record['status']}); complete it with the same `cora train` "
-                "command and --resume"
-            )
-        if not config.dataset:
-            _check_test_records(run, record)
-        base, adapter = _base_and_adapter(config, resolve_model(name))
-        template = record["data"]["template"] if config.template == "auto" else config.template
-        root = run.evaluation
-        if config.output_dir:
-            root = Path(config.output_dir) / run.root.resolve().name if len(names) > 1 else Path(config.output_dir)
-        targets.append(
-            Target(name, base, adapter, config.dataset or str(run.test_records), template, EvaluationDirectory(root))
-        )
-    if len({target.output.root for target in targets}) < len(targets):
-        raise CoraError("two runs have the same name and would be written to the same directory; evaluate them separately")
-    return targets
-
-
-def _check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
-    """Raise `CoraError` if the held-out records are not those of the training; earlier versions did not record their hash."""
-    expected = record["data"].get("test_sha256")
-    if expected is not None and (not run.test_records.is_file() or rundir.sha256_file(run.test_records) != expected):
-        raise CoraError(
-            f"{run.test_records} was changed after it was written: it does not have the hash in {run.record.name}; restore it, or name "
-            "the records to answer with --dataset"
-        )
-
-
-def _base_and_adapter(config: EvaluateConfig, model: ModelPath) -> tuple[ModelPath, ModelPath | None]:
-    """The base model, and the adapter if `model` is one. Raises `CoraError` for `--base` with a complete model."""
-    if model.is_adapter:
-        return resolve_base(config.base) or base_of(model), model
-    if config.base:
-        raise CoraError(f"{model.reference} is a complete model, which has no base; leave out --base")
-    return model, None
+        return [_evaluate_target(config, target, hardware, trained) for target in targets]
 
 
 def _recorded_generation(path: Path) -> dict[str, Any]:
@@ -155,8 +82,9 @@ def _recorded_generation(path: Path) -> dict[str, Any]:
     return recorded
 
 
-def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware) -> Evaluation:
+def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware, trained: TrainedPrompts) -> Evaluation:
     records, schema = load_test_records(target.dataset)
+    records, trained_on = trained.separate(records, schema, target, config.exclude_trained)
     records = records[: config.limit]
     if not records:
         raise CoraError(f"{target.dataset} has no records to answer")
@@ -214,6 +142,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware)
                 "name": target.name,
                 "settings": settings,
                 "prompts_cut": cut,
+                "prompts_trained_on": trained_on,
                 "predictions_sha256": rundir.sha256_file(out.predictions),
                 **speed,
             },

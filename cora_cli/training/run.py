@@ -24,7 +24,7 @@ from cora_cli.adapters.install import AngleMeter, install_adapter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
-from cora_cli.data.formats import earlier_answers, unused_columns
+from cora_cli.data.formats import earlier_answers, prompt_hash, unused_columns
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
 from cora_cli.lock import own_directory
@@ -193,6 +193,8 @@ def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, rec
     rundir.write_json(run.record, record)
     rundir.write_text(run.config, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
     rundir.write_jsonl(run.test_records, prepared.data.test)
+    hashes = dict.fromkeys(prompt_hash(record, prepared.data.schema) for record in prepared.data.train)
+    rundir.write_text(run.trained_prompts, "".join(f"{digest}\n" for digest in hashes))
     parameters = record["parameters"]
     say(f"mode {config.mode}: training {parameters['trained']:,} of {parameters['total']:,} parameters")
 

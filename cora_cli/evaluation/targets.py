@@ -1,0 +1,175 @@
+"""What one evaluation consists of: models, the records that each answers, and where the results go.
+
+It also tells which of the records a run was trained on, whose scores say nothing about new ones.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cora_cli import records as shapes
+from cora_cli import rundir
+from cora_cli.adapters.storage import base_of
+from cora_cli.data.formats import Record, Schema, prompt_hash
+from cora_cli.errors import CoraError
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.models.references import ModelPath, resolve_base, resolve_model
+from cora_cli.progress import say
+from cora_cli.rundir import EvaluationDirectory, RunDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One thing to evaluate: a base model with or without an adapter, the records to answer, and the output directory.
+
+    `run` is the directory of the training that produced it, None for models from elsewhere.
+    """
+
+    name: str
+    base: ModelPath
+    adapter: ModelPath | None
+    dataset: str
+    template: str
+    output: EvaluationDirectory
+    run: RunDirectory | None = None
+
+    @property
+    def tokenizer(self) -> ModelPath:
+        """Where the tokenizer is: with the adapter if its directory holds one of its own, else with the base model."""
+        return self.adapter if self.adapter is not None and self.adapter.has_tokenizer else self.base
+
+
+def find_targets(config: EvaluateConfig) -> list[Target]:
+    """Find every model, and raise `CoraError` for those that cannot be evaluated before any model is loaded.
+
+    With `config.with_base`, the base model of each run answers the same records and comes before it.
+    """
+    if config.model:
+        model = resolve_model(config.model)
+        base, adapter = _base_and_adapter(config, model)
+        assert config.dataset is not None
+        assert config.output_dir is not None
+        out = EvaluationDirectory(Path(config.output_dir))
+        run = next((run for path in (model.path, model.path.parent) if (run := RunDirectory(path)).exists()), None)
+        return [Target(config.model, base, adapter, config.dataset, config.template, out, run)]
+    targets: list[Target] = []
+    for name in config.runs or ():
+        own, compared = _targets_of_run(config, name)
+        if compared is not None and not any(_same_answers(compared, other) for other in targets):
+            targets.append(compared)
+        targets.append(own)
+    if len({target.output.root for target in targets}) < len(targets):
+        raise CoraError("two runs have the same name and would be written to the same directory; evaluate them separately")
+    return targets
+
+
+def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target | None]:
+    """A run, and its base model if that is wanted."""
+    run = RunDirectory(Path(name))
+    if not run.exists():
+        raise CoraError(
+            f"{name} is not a cora run (no {run.record.name}). To evaluate a model or adapter: "
+            f"cora evaluate --model {name} --dataset FILE -o DIR."
+        )
+    record = shapes.read_run(run)
+    if record["status"] != "finished":
+        raise CoraError(
+            f"{name} is not finished (status {record['status']}); complete it with the same `cora train` command and --resume"
+        )
+    if not config.dataset:
+        _check_test_records(run, record)
+    base, adapter = _base_and_adapter(config, resolve_model(name))
+    template = record["data"]["template"] if config.template == "auto" else config.template
+    dataset, root, base_root = config.dataset or str(run.test_records), run.evaluation, run.root / "eval-base"
+    if config.output_dir:
+        place = Path(config.output_dir)
+        root = place / run.root.resolve().name if len(config.runs or ()) > 1 or config.with_base else place
+        base_root = place / "base"
+    own = Target(name, base, adapter, dataset, template, EvaluationDirectory(root), run)
+    if not config.with_base:
+        return own, None
+    if adapter is None:  # a complete model; its base is the one that the training started from
+        reference, revision = record["model"]["reference"], record["model"].get("revision")
+        base = resolve_base(config.base) or resolve_model(
+            f"{reference.partition('@')[0]}@{revision}" if revision else reference
+        )
+    return own, Target(f"{base.reference} (base)", base, None, dataset, template, EvaluationDirectory(base_root))
+
+
+def _same_answers(one: Target, other: Target) -> bool:
+    """Whether two targets would give the same answers."""
+    return (one.base.path, one.adapter, one.dataset, one.template) == (
+        other.base.path,
+        other.adapter,
+        other.dataset,
+        other.template,
+    )
+
+
+def _check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
+    """Raise `CoraError` if the held-out records are not those of the training; earlier versions did not record their hash."""
+    expected = record["data"].get("test_sha256")
+    if expected is not None and (not run.test_records.is_file() or rundir.sha256_file(run.test_records) != expected):
+        raise CoraError(
+            f"{run.test_records} was changed after it was written: it does not have the hash in {run.record.name}; restore it, or name "
+            "the records to answer with --dataset"
+        )
+
+
+def _base_and_adapter(config: EvaluateConfig, model: ModelPath) -> tuple[ModelPath, ModelPath | None]:
+    """The base model, and the adapter if `model` is one. Raises `CoraError` for `--base` with a complete model."""
+    if model.is_adapter:
+        return resolve_base(config.base) or base_of(model), model
+    if config.base and not config.with_base:
+        raise CoraError(f"{model.reference} is a complete model, which has no base; leave out --base")
+    return model, None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedPrompts:
+    """The hashes of the prompts that the evaluated runs were trained on, and the data sets that they came from."""
+
+    hashes: frozenset[str]
+    datasets: frozenset[str]
+
+    def separate(
+        self, records: Sequence[Record], schema: Schema, target: Target, exclude: bool | None
+    ) -> tuple[list[Record], int]:
+        """The records to answer, and how many of them were trained on; says so.
+
+        `exclude` leaves those out; None does so where the records come from the data set of a training.
+        """
+        found = [record for record in records if prompt_hash(record, schema) in self.hashes]
+        if not found:
+            return list(records), 0
+        leave_out = target.dataset in self.datasets if exclude is None else exclude
+        what = "they are left out" if leave_out else "--exclude-trained leaves them out"
+        say(f"{len(found)} of {len(records)} prompts of {target.dataset} were trained on; {what}")
+        if not leave_out:
+            return list(records), len(found)
+        rest = [record for record in records if prompt_hash(record, schema) not in self.hashes]
+        if not rest:
+            raise CoraError(
+                f"all {len(records)} prompts of {target.dataset} were trained on, which leaves none to answer; --no-exclude-trained answers them"
+            )
+        return rest, 0
+
+
+def trained_prompts(targets: Sequence[Target]) -> TrainedPrompts:
+    """What the runs among `targets` were trained on; all of them answer the same records, so that they can be compared."""
+    hashes: set[str] = set()
+    datasets: set[str] = set()
+    for run in {target.run.root: target.run for target in targets if target.run is not None}.values():
+        dataset = shapes.read_run(run)["data"]["dataset"]
+        datasets |= {
+            dataset,
+            *(target.dataset for target in targets if Path(target.dataset).resolve() == Path(dataset).resolve()),
+        }
+        if run.trained_prompts.exists():
+            hashes |= set(rundir.read_text(run.trained_prompts).split())
+        elif any(target.dataset != str(run.test_records) for target in targets if target.run == run):
+            say(
+                f"{run.root} was trained by a version that did not record its prompts: whether it was trained on these is not known"
+            )
+    return TrainedPrompts(frozenset(hashes), frozenset(datasets))

@@ -1,0 +1,94 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from cora_cli import rundir
+from cora_cli.cli.evaluate import metrics_table
+from cora_cli.data.formats import prompt_hash
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.evaluate import evaluate, paired_differences
+from cora_cli.rundir import EvaluationDirectory, RunDirectory
+
+from .helpers import FAST, HELD_OUT, evaluate_model, evaluate_run
+
+
+def test_a_prompt_has_one_hash_in_every_schema():
+    pair = {"prompt": "Say hi", "completion": "hi"}
+    alpaca = {"instruction": "Say hi", "input": "", "output": "hi"}
+    talk = {"messages": [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "hi"}]}
+    hashes = {prompt_hash(pair, "prompt"), prompt_hash(alpaca, "alpaca"), prompt_hash(talk, "messages")}
+    assert len(hashes) == 1
+    assert prompt_hash({**talk, "tools": [{"name": "x"}]}, "messages") not in hashes
+    assert prompt_hash({**alpaca, "input": "now"}, "alpaca") not in hashes
+
+
+def test_a_run_records_the_prompts_that_it_was_trained_on(run: Path, tiny_data: Path):
+    hashes = (run / "trained_prompts.txt").read_text().split()
+    held_out = {prompt_hash(record, "alpaca") for record in rundir.read_jsonl(run / "test.jsonl")}
+    assert len(hashes) == len(set(hashes)) > 0
+    assert held_out.isdisjoint(hashes)
+
+
+def test_records_of_the_training_are_left_out_where_the_file_is_the_runs_own(run: Path, tiny_data: Path, tmp_path: Path, capfd):
+    result = evaluate_run(run, dataset=str(tiny_data), output_dir=str(tmp_path / "out"))
+    total = len(rundir.read_jsonl(tiny_data))
+    assert result.record["metrics"]["rouge1"]["n"] == HELD_OUT
+    message = " ".join(capfd.readouterr().err.split())
+    assert f"{total - HELD_OUT} of {total} prompts of {tiny_data} were trained on; they are left out" in message
+
+
+def test_in_another_file_they_are_counted_and_left_out_on_request(run: Path, tiny_data: Path, tmp_path: Path, capfd):
+    copy = tmp_path / "copy.jsonl"
+    rundir.write_jsonl(copy, rundir.read_jsonl(tiny_data)[:8])
+    everything = evaluate_run(run, dataset=str(copy), output_dir=str(tmp_path / "all"))
+    known = json.loads((tmp_path / "all" / "generation.json").read_text())["prompts_trained_on"]
+    assert everything.record["metrics"]["rouge1"]["n"] == 8
+    assert known > 0
+    assert f"{known} of 8 prompts of {copy} were trained on; --exclude-trained leaves them out" in " ".join(
+        capfd.readouterr().err.split()
+    )
+    rest = evaluate_run(run, dataset=str(copy), output_dir=str(tmp_path / "rest"), exclude_trained=True)
+    assert rest.record["metrics"]["rouge1"]["n"] == 8 - known
+
+
+def test_a_file_of_training_records_alone_leaves_nothing_to_answer(run: Path, tiny_data: Path, tmp_path: Path):
+    held_out = {prompt_hash(record, "alpaca") for record in rundir.read_jsonl(run / "test.jsonl")}
+    trained = [record for record in rundir.read_jsonl(tiny_data) if prompt_hash(record, "alpaca") not in held_out]
+    rundir.write_jsonl(tmp_path / "trained.jsonl", trained[:3])
+    given = {"dataset": str(tmp_path / "trained.jsonl"), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(CoraError, match=r"all 3 prompts .* were trained on, which leaves none to answer; --no-exclude-trained"):
+        evaluate_run(run, **given, exclude_trained=True)
+    assert evaluate_run(run, **given).record["metrics"]["rouge1"]["n"] == 3
+
+
+def test_an_adapter_directory_of_a_run_knows_its_prompts_too(run: Path, tiny_data: Path, tmp_path: Path):
+    result = evaluate_model(run / "adapter", tiny_data, tmp_path / "out")
+    assert result.record["metrics"]["rouge1"]["n"] == HELD_OUT
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_base_model_answers_the_same_records_first(trained: dict[str, Path], tiny_model: Path, tmp_path: Path, kind: str):
+    config = EvaluateConfig(runs=(str(trained[kind]),), with_base=True, output_dir=str(tmp_path / "out"), **FAST)
+    base, run = evaluate(config)
+    assert base.name == f"{tiny_model} (base)"
+    assert paired_differences(run, base, 0)["rouge1"].n == HELD_OUT
+    assert base.name in metrics_table([base, run])
+    alone = evaluate_model(tiny_model, RunDirectory(trained[kind]).test_records, tmp_path / "alone", template="chat")
+    answers = [EvaluationDirectory(tmp_path / place).predictions.read_bytes() for place in ("out/base", "alone")]
+    assert answers[0] == answers[1]
+    assert alone.record["metrics"] == base.record["metrics"]
+
+
+def test_several_runs_of_one_base_share_its_evaluation(trained: dict[str, Path], tmp_path: Path):
+    runs = (str(trained["lora"]), str(trained["fb"]))
+    given = {"dataset": str(RunDirectory(trained["lora"]).test_records), "output_dir": str(tmp_path / "out")}
+    results = evaluate(EvaluateConfig(runs=runs, with_base=True, **given, **FAST))
+    assert len(results) == 3
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["base", "fb", "lora"]
+
+
+def test_with_base_needs_runs():
+    with pytest.raises(UsageError, match="--with-base needs run directories"):
+        EvaluateConfig(model="m", dataset="d", output_dir="o", with_base=True)
