@@ -111,6 +111,7 @@ def load_adapter(
         OSError,
         ArithmeticError,
         AttributeError,
+        ImportError,
         LookupError,
         RuntimeError,
         TypeError,

@@ -4,6 +4,8 @@ Only this module calls `from_pretrained` of a base model. `references` finds the
 loaded model.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,6 +27,17 @@ def require_four_bit(device: torch.device) -> None:
         raise CoraError(
             f"--load-in-4bit needs {' and '.join(missing)}, not found on this machine; omit it to train on the stored weights"
         )
+
+
+@contextmanager
+def loading(model: ModelPath) -> Iterator[None]:
+    """Turn every exception of the block into a `CoraError` that names the model: libraries raise unrelated types for damaged files."""
+    try:
+        yield
+    except CoraError:
+        raise
+    except Exception as error:
+        raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
 
 
 def load_model(
@@ -54,9 +67,9 @@ def load_model(
             "bnb_4bit_compute_dtype": dtype,
         }
         options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **kind), "device_map": {"": device}}
-    try:
-        loaded: Any
-        report: Any
+    loaded: Any
+    report: Any
+    with loading(model):
         loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
             model.path,
             dtype=dtype,
@@ -66,8 +79,6 @@ def load_model(
             output_loading_info=True,
             **options,
         )
-    except Exception as error:  # transformers and safetensors raise unrelated types for damaged files
-        raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise CoraError(
@@ -86,7 +97,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
         tokenizer("a")  # some of its settings are read only now
-    except Exception as error:  # as above
+    except Exception as error:  # unrelated types, as in `loading`
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so generation would never stop")

@@ -24,7 +24,7 @@ from cora_cli.device import Hardware, PackedAttention, select_hardware, select_p
 from cora_cli.errors import CoraError
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.models.loading import context_length, load_tokenizer, require_four_bit
+from cora_cli.models.loading import context_length, load_tokenizer, loading, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
@@ -89,9 +89,10 @@ def prepare(config: TrainConfig) -> Prepared:
         require_four_bit(hardware.device)
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)
     template = choose_template(config.template, data.schema, tokenizer)
-    model_config = transformers.AutoConfig.from_pretrained(model_path.path, trust_remote_code=config.trust_remote_code)
-    with torch.device("meta"):
-        skeleton = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    with loading(model_path):
+        model_config = transformers.AutoConfig.from_pretrained(model_path.path, trust_remote_code=config.trust_remote_code)
+        with torch.device("meta"):
+            skeleton = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
     _check_packable(skeleton, config.model)
     if plan is not None:
         method.configuration(plan)
