@@ -121,6 +121,7 @@ def load_adapter(
         OSError,
         ArithmeticError,
         AttributeError,
+        ImportError,
         LookupError,
         RuntimeError,
         TypeError,

@@ -52,6 +52,17 @@ def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any
     return config
 
 
+@contextlib.contextmanager
+def loading(model: ModelPath) -> Iterator[None]:
+    """Turn every exception of the block into a `CoraError` that names the model: libraries raise unrelated types for damaged files."""
+    try:
+        yield
+    except CoraError:
+        raise
+    except Exception as error:
+        raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
+
+
 def load_model(
     model: ModelPath,
     dtype: torch.dtype | str,
@@ -81,22 +92,19 @@ def load_model(
             "bnb_4bit_compute_dtype": dtype,
         }
         options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **kind), "device_map": {"": device}}
-    try:
-        loaded: Any
-        report: Any
-        with _without_adapter(model) as path:
-            loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
-                path,
-                dtype=dtype,
-                attn_implementation=attention,
-                trust_remote_code=trust_remote_code,
-                weights_only=True,
-                output_loading_info=True,
-                **options,
-            )
+    loaded: Any
+    report: Any
+    with loading(model), _without_adapter(model) as path:
+        loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            weights_only=True,
+            output_loading_info=True,
+            **options,
+        )
         loaded.config.name_or_path = str(model.path)
-    except Exception as error:  # transformers and safetensors raise unrelated types for damaged files
-        raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
         rest = f", while {len(unused)} tensors of its files fit no weight, such as {unused[0]}" if unused else ""
@@ -150,7 +158,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
         tokenizer("a")  # some of its settings are read only now
-    except Exception as error:  # as above
+    except Exception as error:  # unrelated types, as in `loading`
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so generation would never stop")

@@ -25,7 +25,7 @@ from cora_cli.errors import CoraError
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import remove_dropout
-from cora_cli.models.loading import context_length, load_configuration, load_tokenizer, require_four_bit
+from cora_cli.models.loading import context_length, load_configuration, load_tokenizer, loading, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
@@ -98,7 +98,7 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     model_config = load_configuration(model_path, config.trust_remote_code)
     removed = remove_dropout(model_config)
-    with torch.device("meta"):
+    with loading(model_path), torch.device("meta"):
         skeleton = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
     if plan is not None:
         method.configuration(plan)
