@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.set-up
 STAGES := startup metrics generation extraction training
 
-.PHONY: setup demo test lint bench families clean
+.PHONY: setup demo test test-slow families lint bench families clean
 
 setup: $(SETUP)
 
@@ -25,6 +25,10 @@ lint: $(SETUP)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+
+# What `make test` leaves out to stay quick: every model family, and further moments at which processes are killed.
+test-slow: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m slow
 
 # Takes 45 minutes on an otherwise idle machine. Each script has --help.
 bench: $(SETUP)
