@@ -57,6 +57,7 @@ def publish(folder: Path, build: Callable[[Path, Path], dict[str, Any]]) -> None
             content.mkdir()
             scratch.mkdir()
             facts = build(content, scratch)
+            rundir.give_usual_modes(content)
             _write_manifest(content, facts)
             _rename(content, folder, facts["package_sha256"], aside=Path(temporary, "damaged"))
     except OSError as error:

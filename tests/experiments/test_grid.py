@@ -267,10 +267,12 @@ def test_baselines_are_ordinary_rows_and_fa_basis_gets_a_basis_of_the_input_side
         grid_of({"mode": "pissa", "lora_plus_ratio": 2.0})
 
 
-def test_a_row_s_name_is_one_folder_s_name() -> None:
-    block = {"mode": "peft", "peft_config": ["../one/loha.json", "/tmp/lokr.json"]}
-    names = [row.name for row in grid_of(block).rows]
+def test_a_row_s_name_is_one_folder_s_name(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("loha.json", "lokr.json")]
+    for file in files:
+        file.write_text(f'{{"peft_type": "{file.stem.upper()}"}}')
+    names = [row.name for row in grid_of({"mode": "peft", "peft_config": list(map(str, files))}).rows]
     assert [name for name in names if "/" in name] == []
-    assert "peft-config-loha.json" in names[0]
+    assert ["peft-config-loha.json" in name for name in names] == [True, False]
     with pytest.raises(UsageError, match=r"cannot name a folder; the values that tell rows apart must consist of letters"):
         grid_of({"mode": "lora", "target_modules": [["q_proj"], ["a/../../k_proj"]]})

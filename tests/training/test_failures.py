@@ -98,7 +98,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_leaves_whole_files(
     assert (code, message.partition(":")[0]) == (1, "CoraError")
     assert "the disk is full" in message
     assert "\n" not in message
-    assert {path.name for path in output.iterdir()} == written
+    assert {path.name for path in output.glob("*")} == written
     assert checkpoint_names(output) == []
     if written:
         assert record_of(output)["status"] == "failed"
