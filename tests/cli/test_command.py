@@ -108,7 +108,7 @@ def test_files_may_write_names_with_dashes_numbers_as_text_and_leave_values_empt
         ("flour: [", "is not valid YAML: "),
         ("flour: {a: b}\n", "flour must be a single value or a list, not {'a': 'b'}"),
         ("flour: !!python/object/apply:os.getcwd []\n", "is not valid YAML: "),
-        (None, "cannot be read: "),
+        (None, "missing.yaml does not exist"),
     ],
 )
 def test_an_invalid_file_is_a_usage_error(text: str | None, message: str, tmp_path: Path) -> None:

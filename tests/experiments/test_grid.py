@@ -180,11 +180,11 @@ def test_a_file_includes_another_and_its_own_values_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot be read: No such file"),
+        (None, "own.yaml does not exist"),
         ("a: [", "is not valid YAML"),
         ("- a", "must hold `name: value` lines, not a list"),
         ("include: own.yaml", "includes itself"),
-        ("include: other.yaml", "other.yaml cannot be read"),
+        ("include: other.yaml", "other.yaml does not exist"),
         ("include: [a]", "include must name one file"),
         ("model: !!python/object/apply:os.getcwd []", "is not valid YAML"),
     ],

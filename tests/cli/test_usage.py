@@ -1,0 +1,38 @@
+"""A wrong command line is one sentence with the offending value, and exit code 2."""
+
+import pytest
+from typer.testing import CliRunner
+
+from cora_cli.cli import app
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("train --rank x", "--rank must be an integer, not 'x'"),
+        ("train --alpha x", "--alpha must be a number, not 'x'"),
+        ("train --rnk 3", "there is no option --rnk; did you mean --rank?"),
+        ("train --rank", "--rank needs a value"),
+        ("train --resume=3", "--resume takes no value"),
+        ("merge a", "--output is missing; see `cora merge --help`"),
+        ("merge a b -o c", "there is no place for the argument b; see `cora merge --help`"),
+        ("trian", "there is no command 'trian'; did you mean train?"),
+        ("frobnicate", "there is no command 'frobnicate'; see `cora --help`"),
+        ("report a --format x", "--format must be one of terminal, markdown, latex, csv, json, html, not 'x'"),
+        ("report a --seed -1", "--seed must be at least 0 and below 2^32, not -1"),
+        ("evaluate --from a --bootstrap 1000000000", "--bootstrap must be at most 1,000,000, not 1,000,000,000"),
+        ("inspect gone.safetensors", "gone.safetensors does not exist"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(line: str, sentence: str) -> None:
+    result = CliRunner().invoke(app, line.split())
+    assert result.stderr == f"cora: error: {sentence}\n"
+    assert result.stdout == ""
+    assert result.exit_code == (1 if "does not exist" in sentence else 2)
+
+
+@pytest.mark.parametrize("command", ["doctor", "demo"])
+def test_a_wrong_device_is_refused_before_anything_is_shown(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--device", "abacus"])
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
