@@ -330,7 +330,6 @@ def test_the_base_of_an_adapter_is_the_one_that_it_was_trained_on(standard, tiny
         ("org/base", "abc123", "org/base@abc123"),
         ("org/base@main", "abc123", "org/base@abc123"),
         ("builtin:smollm2", None, "builtin:smollm2"),
-        ("./odd@name/model", None, "./odd@name/model"),
     ],
 )
 def test_the_base_is_looked_up_at_the_revision_that_was_trained_on(

@@ -109,7 +109,7 @@ def test_refusals_are_one_line_and_write_nothing(trained: dict[str, Path], tiny_
         ((trained["pissa"], "-o", tmp_path / "there"), 1, "exists already; choose a new directory"),
         ((trained["pissa"], "-o", out, "--base", trained["dora"]), 1, "is an adapter, not a complete model"),
         ((unfinished, "-o", out), 1, "has neither config.json nor adapter_config.json"),
-        ((damaged, "-o", out), 1, "cannot be loaded"),
+        ((damaged, "-o", out), 1, "was changed after its training had finished"),
         ((tmp_path / "nowhere", "-o", out), 1, "neither a directory on this disk nor a hub id"),
         ((trained["pissa"],), 2, "--output"),
     ):

@@ -300,7 +300,7 @@ def finished_run(path: Path, loss: float, basis: Path | None, seed: int = 0, out
     if basis:
         made = read_basis(basis)
         sources = [{"reference": s.reference, "revision": s.revision, "hash": s.hash} for s in made.sources]
-        record["basis"] = {"path": str(basis), "sha256": made.sha256, "sources": sources}
+        record["basis"] = {"path": str(basis), "sha256": made.sha256, "choices": made.choices.to_json(), "sources": sources}
     rundir.write_json(path / "run.json", record)
     return ["--runs", str(path)]
 
