@@ -101,7 +101,7 @@ def test_an_output_that_is_a_link_is_refused(name: str, arguments: dict[str, lis
 def test_of_two_trainings_started_at_once_one_runs_and_one_is_refused(arguments: dict[str, list[str]], tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["train", *arguments["train"], "--test-size", "4", "--rank", "4", "--batch-size", "2", "--output-dir", str(out)]
-    command = [sys.executable, "-P", "-m", "cora_cli", *words, "--max-steps", "150"]
+    command = [sys.executable, "-P", "-m", "cora_cli", *words, "--max-steps", "30"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": environment, "text": True}
     both = [subprocess.Popen([*command, "--seed", str(seed)], **pipes) for seed in range(2)]
@@ -112,4 +112,4 @@ def test_of_two_trainings_started_at_once_one_runs_and_one_is_refused(arguments:
     # A holder that has already finished leaves a run, which a new one may not take either.
     assert f"(process {both[winner].pid})" in errors[1 - winner] or "already contains a run" in errors[1 - winner]
     record = json.loads((out / "run.json").read_text())
-    assert (record["status"], record["seeds"]["seed"], len(losses(out))) == ("finished", winner, 150)
+    assert (record["status"], record["seeds"]["seed"], len(losses(out))) == ("finished", winner, 30)

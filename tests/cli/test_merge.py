@@ -13,6 +13,7 @@ from cora_cli.cli import app
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
+from tests.training.helpers import record_result
 
 RANK, ALPHA = 8, 24.0
 KINDS: dict[str, dict[str, Any]] = {
@@ -137,6 +138,7 @@ def test_a_moved_basis_of_a_compact_run_is_named_by_its_flag(
     run = Path(shutil.copytree(trained["compact"], tmp_path / "run"))
     side = run / "adapter" / "cora.json"
     side.write_text(side.read_text().replace(str(tiny_basis), str(tmp_path / "gone.safetensors")))
+    record_result(run)
     refused = cora_merge(run, "-o", tmp_path / "merged")
     assert refused.exit_code == 1
     assert "pass its path with --basis" in refused.stderr
@@ -160,7 +162,7 @@ def test_refusals_are_one_line_and_write_nothing(
         ((tmp_path / "nowhere", "-o", out), 1, "neither a directory on this disk nor a hub id"),
         ((trained["lora"], "-o", out, "--base", trained["fb"]), 1, "is an adapter, not a complete model"),
         ((trained["lora"], "-o", out, "--base", tiny_multihead_model), 1, "cannot be loaded"),
-        ((damaged, "-o", out), 1, "cannot be loaded"),
+        ((damaged, "-o", out), 1, "was changed after its training had finished"),
         ((trained["lora"],), 2, "--output"),
         ((trained["lora"], "-o", out, "--dtype", "int8"), 2, "--dtype"),
     ):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from cora_cli.basis.artifact import read_basis
 from cora_cli.cli import app
+from tests.training.helpers import record_result
 
 TRAIN = ["--rank", "4", "--max-steps", "1", "--batch-size", "4", "--test-size", "4", "--device", "cpu", "--dtype", "fp32"]
 EVALUATE = ["--metrics", "rouge", "--bootstrap", "100", "--max-new-tokens", "2", "--device", "cpu", "--dtype", "fp32"]
@@ -90,6 +91,7 @@ def test_an_old_run_with_a_relative_path_names_the_option_and_asks_no_hub(folder
     for name, key in (("cora.json", "base"), ("adapter_config.json", "base_model_name_or_path")):
         path = folder / "run" / "adapter" / name
         path.write_text(json.dumps({**json.loads(path.read_text()), key: "base"}))
+    record_result(folder / "run")
     refused = cora("merge", folder / "run", "-o", "merged")
     assert refused.exit_code == 1
     assert "in the directory base, which is not there; pass its path with --base" in refused.stderr

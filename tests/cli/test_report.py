@@ -49,7 +49,7 @@ def test_the_output_directory_gets_every_format_besides_the_printed_one(grid, tm
     ("arguments", "code", "message"),
     [
         (["nowhere"], 1, "nowhere does not exist"),
-        (["GRID", "--format", "pdf"], 2, "'pdf' is not one of"),
+        (["GRID", "--format", "pdf"], 2, "--format must be one of terminal, markdown, latex, csv, json, html, not 'pdf'"),
         (["GRID", "--metrics", "wer"], 2, "unknown metric 'wer'"),
         (["GRID", "--metrics", "bertscore"], 1, "none of the metrics bertscore_f1 was measured"),
         (["GRID", "-o", "GRID/plan.json"], 1, "plan.json is a file; choose a new or empty directory"),

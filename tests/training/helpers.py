@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from cora_cli import rundir
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
 
@@ -40,6 +41,12 @@ def config_for(model: Path, data: Path, output: Path, **changes: Any) -> TrainCo
         "dtype": "fp32",
     }
     return TrainConfig(**{**settings, **changes})
+
+
+def record_result(output: Path) -> None:
+    """Let the record of a run that a test has changed hold the hash of its result."""
+    run = RunDirectory(output)
+    rundir.write_json(run.record, {**rundir.read_json(run.record), "result_sha256": run.result_hash()})
 
 
 def log_lines(output: Path) -> list[dict[str, Any]]:
