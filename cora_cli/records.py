@@ -61,6 +61,7 @@ class Data(TypedDict):
     test: Counts
     validation: NotRequired[Counts]
     overlapping_dropped: NotRequired[int]
+    test_sha256: NotRequired[str]
 
 
 class Loss(TypedDict):
@@ -185,6 +186,7 @@ class Generation(TypedDict):
     settings: dict[str, Any]
     predictions_sha256: NotRequired[str]
     prompts_cut: NotRequired[int]
+    prompts_trained_on: NotRequired[int]
     engine: NotRequired[str]
     new_tokens: NotRequired[int]
     seconds: NotRequired[float]
@@ -195,6 +197,7 @@ class UsedGeneration(TypedDict):
 
     settings: NotRequired[dict[str, Any]]
     prompts_cut: NotRequired[int]
+    prompts_trained_on: NotRequired[int]
 
 
 class Prediction(TypedDict):
@@ -222,6 +225,7 @@ class Metric(TypedDict):
     value: float
     ci95: tuple[float, float] | None
     n: int
+    unscorable: NotRequired[int]
     signature: str
 
 
@@ -337,6 +341,12 @@ class StepRecord(TypedDict):
     status: str
     results_of_needs: dict[str, str | None]
     error: NotRequired[str]
+
+
+class RunStatus(TypedDict):
+    """What a grid needs to know of the run that a step wrote."""
+
+    status: str
 
 
 class FinishedStep(StepRecord):

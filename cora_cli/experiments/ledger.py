@@ -15,7 +15,7 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.steps import SCORING, Step
 from cora_cli.lock import own_directory
 from cora_cli.reading import checked
-from cora_cli.records import FinishedStep, StepRecord, read_run
+from cora_cli.records import FinishedStep, RunStatus, StepRecord
 from cora_cli.rundir import RunDirectory
 
 STARTED, FINISHED, FAILED = "started", "finished", "failed"
@@ -133,7 +133,10 @@ class Ledger:
         files = self._files(step)
         if not files:
             raise CoraError(f"{step.name} exited without an error, but wrote nothing to {self._out / step.output}")
-        if step.kind in ("model", "train") and read_run(RunDirectory(self._out / step.output))["status"] != FINISHED:
+        if (
+            step.kind in ("model", "train")
+            and rundir.read_json(RunDirectory(self._out / step.output).record, RunStatus)["status"] != FINISHED
+        ):
             raise CoraError(
                 f"{step.name} exited without an error, but the status in {self._out / step.output}/run.json is not finished"
             )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.cli.fuzzing import CASES, Case, Outcome, damage, fault_of, make_workspace, put, restore, run
 
-EXAMPLES = int(os.environ.get("CORA_FUZZ_EXAMPLES", "80"))
+EXAMPLES = int(os.environ.get("CORA_FUZZ_EXAMPLES", "60"))
 TEXT = (".json", ".jsonl", ".yaml")
 
 

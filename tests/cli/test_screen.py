@@ -81,7 +81,7 @@ def assert_clean(screen: str) -> None:
         assert sign not in screen, screen[-2000:]
 
 
-@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("columns", [80, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "words",
     [

@@ -90,7 +90,7 @@ def assert_refused(result: Any, code: int, message: str) -> None:
             "all 36 training records were dropped: no response fits into --max-length 2",
         ),
         (["--target-modules=q_proj,query"], 1, "target module 'query' matches nothing in this model; its linear layers are"),
-        (["--mode=fb", "--b-init=ones", "--target-modules=mlp"], 1, "target module 'mlp' is a LlamaMLP, not an nn.Linear"),
+        (["--mode=fb", "--b-init=ones", "--target-modules=mlp"], 1, "target module 'mlp' is a LlamaMLP, not a linear layer"),
         (["--mode=fb", "--b-init=orthonormal", "--rank=33"], 1, "has 32 outputs, fewer than --rank 33"),
         (["--b-init=random"], 2, "--b-init applies to the modes fb and tb"),
         (["--model=/missing/model"], 1, "model '/missing/model' is neither a directory on this disk nor a hub id"),
@@ -219,7 +219,7 @@ def test_any_method_of_peft_trains_by_its_own_file(
         ('{"peft_type": "LOHA", "alpha": null}', 1, "configuration of LOHA: alpha must be a number, not null"),
         ('{"peft_type": "LOHA", "target_modules": 3}', 2, "--peft-config: target_modules must be a list of names"),
         ('{"peft_type": "OFT", "r": 3, "oft_block_size": 16}', 1, "PEFT refuses the configuration of OFT"),
-        ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}', 1, "PREFIX_TUNING adapts no weights"),
+        ('{"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}', 1, "PREFIX_TUNING does not adapt linear layers"),
         ('{"peft_type": "LOHA",', 1, "method.json is not valid JSON"),
         ("[]", 2, '--peft-config must hold a JSON object with a "peft_type"'),
     ],
@@ -257,7 +257,7 @@ def test_a_damaged_or_invalid_model_is_refused(usual: list[str], tiny_model: Pat
     )
     refused(f"model {model} cannot be loaded: ")
     (model / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:-1])
-    refused(f"model {model} cannot be loaded: ")
+    refused(f"{model}/model.safetensors is damaged or truncated and cannot be read as safetensors")
     (model / "model.safetensors").unlink()
     refused(f"{model} holds no weights")
     (model / "config.json").write_text('{"model_type": ')
@@ -267,7 +267,7 @@ def test_a_damaged_or_invalid_model_is_refused(usual: list[str], tiny_model: Pat
 def test_an_output_directory_that_is_taken_is_left_alone(usual: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     assert_refused(
-        cora_train(*usual, f"--output-dir={tmp_path / 'file'}"), 1, "contains other files; choose a new or empty directory"
+        cora_train(*usual, f"--output-dir={tmp_path / 'file'}"), 1, "file is a file; choose a new or empty directory"
     )
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "file").unlink()

@@ -247,7 +247,7 @@ def test_a_process_is_logged_and_its_exit_code_returned(tmp_path: Path) -> None:
     assert code == 2
     text = (tmp_path / "logs" / "step.log").read_text()
     assert text.startswith("$ cora no-such-command\n")
-    assert "No such command" in text
+    assert "there is no command" in text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(41.4, "41 s"), (420, "7 min"), (12_600, "3.5 h"), (1_036_800, "12 days")])

@@ -41,7 +41,7 @@ def test_a_step_runs_as_a_job_with_its_log_and_exit_code(tmp_path: Path) -> None
     assert left_jobs(tmp_path / "slurm") == []
     text = log.read_text()
     assert text.startswith("$ cora no-such-command\n")
-    assert "No such command" in text
+    assert "there is no command" in text
 
 
 class Left:
