@@ -45,8 +45,10 @@ def range_problems(config: Any) -> list[str]:
             problems.append(f"{flag} must be a finite number, not {value}")
         elif field.name == "seed" and not 0 <= value < 2**32:
             problems.append(f"{flag} must be at least 0 and below 2^32, not {value}")
-        elif type(value) in (int, float) and abs(value) > (most or _LARGEST):
+        elif type(value) is int and abs(value) > (most or _LARGEST):
             problems.append(f"{flag} must be at most {most or _LARGEST:,}, not {value:,}")
+        elif type(value) is float and most is not None and abs(value) > most:
+            problems.append(f"{flag} must be at most {most:,}, not {value:,}")
     return problems
 
 

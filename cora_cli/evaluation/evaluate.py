@@ -147,7 +147,8 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
                 **speed,
             },
         )
-    evaluation = _score(config, target.name, out.predictions, out, hardware, shapes.read_generation(out))
+    generation = {**shapes.read_generation(out), "name": target.name, "settings": settings}
+    evaluation = _score(config, target.name, out.predictions, out, hardware, generation)
     if out != target.output:
         _replace(target.output, out)
     shutil.rmtree(target.output.root / REPLACEMENT, ignore_errors=True)

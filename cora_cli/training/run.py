@@ -122,7 +122,7 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
     A run that failed before its first step holds nothing to continue and is replaced.
     """
     if run.exists() and _took_no_step(run):
-        for path in (run.record, run.config, run.test_records, run.log):
+        for path in (run.record, run.config, run.test_records, run.trained_prompts, run.log):
             path.unlink(missing_ok=True)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     if not run.exists():

@@ -317,7 +317,7 @@ GOOD = json.dumps({"prediction": "a b", "reference": "a c"}) + "\n"
         (GOOD + '{"prediction": "a", "reference": null}\n', r"record 2: .* found \{.*\"reference\": null\}"),
         (GOOD + '{"prediction": 7, "reference": "a"}\n', r"record 2: .* found \{\"prediction\": 7"),
         (GOOD + '["a", "b"]\n', r"predictions\.jsonl, record 2: .* found \[\"a\", \"b\"\]"),
-        (GOOD + '{"prediction": "\\ud800", "reference": "a"}\n', "prediction 1 is not valid Unicode"),
+        (GOOD + '{"prediction": "\\ud800", "reference": "a"}\n', "half of a character and no text"),
         ("", "nothing to score: there are 0 predictions"),
     ],
 )

@@ -88,7 +88,7 @@ def test_an_unfinished_evaluation_with_other_settings_is_not_continued(tiny_mode
     evaluate_model(tiny_model, records, out.root)
     lines = rundir.read_jsonl(out.predictions)
     settings = rundir.read_json(out.generation)["settings"]
-    for recorded in ({"settings": {**settings, "max_new_tokens": 1}}, None):
+    for recorded in ({"name": "x", "settings": {**settings, "max_new_tokens": 1}}, None):
         out.predictions.unlink()
         rundir.write_jsonl(out.partial_predictions, [{**line, "prediction": "of another time"} for line in lines])
         out.generation.unlink()

@@ -215,15 +215,12 @@ def test_a_full_disk_is_reported_and_keeps_finished_waves(
     model: Any, out: EvaluationDirectory, whole: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(model, out, 1)
-    real = Path.open
 
-    def full(self: Path, mode: str = "r", **options: Any) -> Any:
-        if mode == "a":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(self, mode, **options)
+    def full(path: Path) -> Any:
+        raise rundir.disk_error(OSError(errno.ENOSPC, "No space left on device"), path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", full)
+        patch.setattr(rundir, "open_to_append", full)
         with pytest.raises(CoraError, match=r"disk is full.*predictions\.partial\.jsonl"):
             answer_all(model, Numbers(), requests_of(*LENGTHS), 1, 5, out)
     assert len(rundir.read_jsonl(out.partial_predictions)) == 4

@@ -15,6 +15,9 @@ from cora_cli.training.run import train
 
 from .helpers import RunProcess, checkpoint_names, config_for, log_lines, losses, record_of
 
+START = {"run.json", "config.yaml", "test.jsonl", "trained_prompts.txt"}
+"""The files that a run writes before its first step."""
+
 
 def test_divergence_stops_the_run_and_names_step_and_checkpoint(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="full", learning_rate=1e30, max_steps=9, save_steps=1)
@@ -84,10 +87,8 @@ def test_a_model_that_computes_no_numbers_is_not_trained(
     ("mode", "limit", "written"),
     [
         pytest.param("lora", 1_000, set(), id="before the first file"),
-        pytest.param(
-            "lora", 8_000, {"run.json", "config.yaml", "test.jsonl", "log.jsonl", "checkpoints"}, id="in a checkpoint"
-        ),
-        pytest.param("full", 100_000, {"run.json", "config.yaml", "test.jsonl", "log.jsonl", "checkpoints"}, id="in the model"),
+        pytest.param("lora", 8_000, START | {"log.jsonl", "checkpoints"}, id="in a checkpoint"),
+        pytest.param("full", 100_000, START | {"log.jsonl", "checkpoints"}, id="in the model"),
     ],
 )
 def test_a_full_disk_ends_the_run_with_one_sentence_and_leaves_whole_files(
@@ -124,7 +125,7 @@ def test_a_result_that_does_not_fit_on_the_disk_is_not_left_half_written(
     with pytest.raises(CoraError, match="the disk is full"):
         train(config)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"run.json", "config.yaml", "test.jsonl", "log.jsonl", "checkpoints"}
+    assert names == START | {"log.jsonl", "checkpoints"}
     assert record_of(tmp_path / "run")["status"] == "failed"
     assert checkpoint_names(tmp_path / "run") == ["checkpoint-1"]
 
