@@ -256,7 +256,7 @@ class RunDirectory:
 
     def check_result(self) -> None:
         """Raise `CoraError` unless the result is the one whose hash a finished run recorded."""
-        expected = read_json(self.record).get("result_sha256")
+        expected = read_json(self.record, dict[str, Any]).get("result_sha256")
         if expected is not None and expected != self.result_hash():
             raise CoraError(
                 f"{self.result} was changed after its training had finished: its files do not have the hash in {self.record}; restore "

@@ -34,7 +34,7 @@ from cora_cli.models.loading import load_model
 from cora_cli.models.references import absolute
 from cora_cli.models.skeleton import fused_experts
 from cora_cli.progress import progress, say
-from cora_cli.records import LogLine, read_run
+from cora_cli.records import LogLine, RunStatus, read_run
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import Batching, choose_batching
 from cora_cli.training.checkpoints import checkpoints_in, newest_intact, step_of
@@ -144,9 +144,11 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
 
 def _took_no_step(run: RunDirectory) -> bool:
     """Whether a run failed before its first step."""
-    if rundir.read_json(run.record).get("status") != FAILED or checkpoints_in(run.checkpoints):
+    if rundir.read_json(run.record, RunStatus)["status"] != FAILED or checkpoints_in(run.checkpoints):
         return False
-    return not run.log.exists() or not any("loss" in line for line in rundir.read_jsonl(run.log, drop_partial_tail=True))
+    return not run.log.exists() or not any(
+        "loss" in line for line in rundir.read_jsonl(run.log, LogLine, drop_partial_tail=True)
+    )
 
 
 def _load(config: TrainConfig, prepared: Prepared) -> tuple[torch.nn.Module, Batching]:

@@ -82,7 +82,7 @@ def test_every_mode_leaves_a_whole_run(mode: str, tiny_model: Path, tiny_data: P
 
     result = "model" if config.mode == "full" else "adapter"
     assert {path.name for path in output.iterdir()} == {
-        "config.yaml", "run.json", "log.jsonl", "checkpoints", "test.jsonl", "heldout.jsonl", result,
+        "config.yaml", "run.json", "log.jsonl", "checkpoints", "test.jsonl", "trained_prompts.txt", "heldout.jsonl", result,
     }  # fmt: skip
     assert record == record_of(output)
     assert (record["status"], record["mode"], record["is_base_model"]) == ("finished", config.mode, False)
