@@ -98,13 +98,14 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
 
 
 def _same_answers(one: Target, other: Target) -> bool:
-    """Whether two targets would give the same answers."""
-    return (one.base.path, one.adapter, one.dataset, one.template) == (
-        other.base.path,
-        other.adapter,
-        other.dataset,
-        other.template,
-    )
+    """Whether two targets would give the same answers; runs of one split have equal files of held-out records."""
+
+    def identity(target: Target) -> tuple[Path, ModelPath | None, str, str]:
+        records = Path(target.dataset)
+        content = rundir.sha256_file(records) if records.is_file() else target.dataset
+        return target.base.path, target.adapter, content, target.template
+
+    return identity(one) == identity(other)
 
 
 def _check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:

@@ -83,8 +83,7 @@ def test_the_base_model_answers_the_same_records_first(trained: dict[str, Path],
 
 def test_several_runs_of_one_base_share_its_evaluation(trained: dict[str, Path], tmp_path: Path):
     runs = (str(trained["lora"]), str(trained["fb"]))
-    given = {"dataset": str(RunDirectory(trained["lora"]).test_records), "output_dir": str(tmp_path / "out")}
-    results = evaluate(EvaluateConfig(runs=runs, with_base=True, **given, **FAST))
+    results = evaluate(EvaluateConfig(runs=runs, with_base=True, output_dir=str(tmp_path / "out"), **FAST))
     assert len(results) == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["base", "fb", "lora"]
 
