@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.set-up
 STAGES := startup metrics generation extraction training
 
-.PHONY: setup demo test test-slow families lint bench families clean
+.PHONY: setup demo test test-slow lint bench families clean
 
 setup: $(SETUP)
 
@@ -26,7 +26,7 @@ lint: $(SETUP)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
 
-# What `make test` leaves out to stay quick: every model family, and further moments at which processes are killed.
+# What `make test` leaves out to stay quick: every model family, wide terminals, real races and more kinds of damage.
 test-slow: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m slow
 

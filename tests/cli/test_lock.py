@@ -98,6 +98,7 @@ def test_an_output_that_is_a_link_is_refused(name: str, arguments: dict[str, lis
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_of_two_trainings_started_at_once_one_runs_and_one_is_refused(arguments: dict[str, list[str]], tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["train", *arguments["train"], "--test-size", "4", "--rank", "4", "--batch-size", "2", "--output-dir", str(out)]

@@ -75,6 +75,7 @@ def test_a_run_is_resumed_evaluated_and_merged_from_another_folder(folder: Path,
     succeed("merge", folder / "run", "-o", "merged")
 
 
+@pytest.mark.slow
 def test_what_was_moved_away_is_asked_for_by_its_option(folder: Path, tmp_path: Path) -> None:
     moved = folder.rename(tmp_path / "moved")
     run, base, basis = moved / "run", moved / "base", moved / "basis.safetensors"

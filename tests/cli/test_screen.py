@@ -102,6 +102,7 @@ def test_a_command_ends_well_on_a_terminal(workspace: Path, words: list[str], co
     assert_clean(screen)
 
 
+@pytest.mark.slow
 def test_ablate_draws_its_status_to_the_end_and_takes_control_c(workspace: Path) -> None:
     grid = "name: screen\nmodel: base\ndatasets: {pairs: pairs.jsonl}\ndefaults: {train: {max_steps: 1, rank: 2, test_size: 2}, evaluate: false}\ngrid: [{mode: lora, seed: [0]}]\n"
     Path("screen.yaml").write_text(grid)

@@ -219,7 +219,9 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if place else ()) for place, name in enumerate(DAMAGE)]
+)
 def test_only_damaged_parts_run_again(
     finished: Finished, root: Path, work: Work, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -238,6 +240,7 @@ def test_only_damaged_parts_run_again(
         assert (f"{root / run} is already finished" in said) == (run not in damaged)
 
 
+@pytest.mark.slow
 def test_a_run_without_result_and_checkpoints_is_trained_again_to_the_same_weights(root: Path, work: Work) -> None:
     before = contents(root)
     shutil.rmtree(root / "runs" / "tb" / "adapter")

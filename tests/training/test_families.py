@@ -9,11 +9,11 @@ from .families import FAMILIES, measure
 
 REPRESENTATIVES = frozenset(
     {
-        *("llama", "gemma2", "mixtral", "opt"),  # packed
-        *("phimoe", "qwen2_moe", "doge", "roberta", "gpt_oss"),  # whose packed rows have other losses
+        *("llama", "gemma2"),  # packed
+        *("phimoe", "roberta", "gpt_oss"),  # whose packed rows have other losses
         *("bert", "phi3-longrope"),  # positions or embeddings that depend on the row
-        *("bloom", "falcon-alibi", "gptj", "mamba", "qwen3_next"),  # which compute attention by themselves
-        *("bart", "big_bird"),  # whose answers depend on padding
+        *("bloom", "gptj", "mamba"),  # which compute attention by themselves
+        *("bart",),  # whose answers depend on padding
     }
 )
 
