@@ -1,7 +1,7 @@
 """One command at a time for each output: a lock of the operating system, and what the command before it left behind.
 
 The lock is `flock` on a small file that names its holder: `OUT/.lock` for a command that writes files into the directory OUT, and
-`.NAME.lock` beside an output that appears all at once. A killed holder releases it. The file is removed by its holder, so after
+`.NAME.lock` next to an output that appears all at once. A killed holder releases it. The file is removed by its holder, so after
 opening it one must check that it is still in its place.
 """
 
@@ -36,8 +36,8 @@ def own_directory(out: Path, *parts: str) -> Iterator[int]:
     if out.exists() and not out.is_dir():
         raise CoraError(f"output directory {out} is a file; choose a new or empty directory")
     with _hold(out / ".lock", out) as descriptor:
-        # A command that writes `out` all at once, such as `cora merge`, holds the file beside it.
-        if pids := _holder_of(_beside(out)):
+        # A command that writes `out` all at once, such as `cora merge`, holds the file next to it.
+        if pids := _holder_of(_next_to(out)):
             raise _in_use(out, pids)
         for folder in (out, *(out / part for part in parts)):
             _remove_leftovers(folder)
@@ -48,7 +48,7 @@ def own_directory(out: Path, *parts: str) -> Iterator[int]:
 def own_output(path: Path) -> Iterator[None]:
     """Hold a file or directory that the command writes all at once. Raises `CoraError` as `own_directory` does."""
     rundir.refuse_link(path)
-    with _hold(_beside(path), path):
+    with _hold(_next_to(path), path):
         if path.parent.is_dir():
             _remove_leftovers(path.parent, path.name)
         yield
@@ -60,9 +60,9 @@ def note_holders(descriptor: int, pids: list[int]) -> None:
     os.pwrite(descriptor, ", ".join(map(str, [os.getpid(), *pids])).encode(), 0)
 
 
-def _beside(path: Path) -> Path:
-    whole = Path(os.path.abspath(path))  # noqa: PTH100  # `..` must go, but the links of the parents may stay
-    return whole.with_name(f".{whole.name}.lock") if whole.name else whole / ".lock"
+def _next_to(path: Path) -> Path:
+    path = rundir.absolute(path)
+    return path.with_name(f".{path.name}.lock") if path.name else path / ".lock"
 
 
 @contextlib.contextmanager
@@ -154,13 +154,13 @@ def _in_use(output: Path, pids: str) -> CoraError:
 def _remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove the temporary files of killed commands in `folder`; with `name`, only those of that output.
 
-    Another command may be writing one output into this folder all at once; it holds the file beside it.
+    Another command may be writing one output into this folder all at once; it holds the file next to it.
     """
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         found = _LEFTOVER.fullmatch(entry.name)
         if found is None or (name is not None and found["name"] != name):
             continue
-        if name is None and _holder_of(_beside(folder / found["name"])):
+        if name is None and _holder_of(_next_to(folder / found["name"])):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)

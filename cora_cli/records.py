@@ -6,8 +6,7 @@ came with a later version are not required: old directories stay readable.
 
 from typing import Any, Literal, NotRequired, TypedDict
 
-from cora_cli import rundir
-from cora_cli.reading import checked
+from cora_cli.reading import checked, read_json
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 
@@ -405,12 +404,12 @@ class WeightIndex(TypedDict):
 
 def read_run(run: RunDirectory) -> dict[str, Any]:
     """`run.json`. Raises `CoraError` naming the file and the key if it is missing or damaged."""
-    record: dict[str, Any] = rundir.read_json(run.record, Run)
+    record: dict[str, Any] = read_json(run.record, Run)
     checked(record, FinishedRun if record["status"] == "finished" else Run, run.record)
     return record
 
 
 def read_generation(evaluation: EvaluationDirectory) -> dict[str, Any]:
     """`generation.json`; empty if there is none. Raises `CoraError` naming the file and the key if it is damaged."""
-    found: dict[str, Any] = rundir.read_json(evaluation.generation, Generation) if evaluation.generation.exists() else {}
+    found: dict[str, Any] = read_json(evaluation.generation, Generation) if evaluation.generation.exists() else {}
     return found

@@ -1,7 +1,7 @@
 """File names, atomic writes and content hashes of everything `cora` writes to disk.
 
 A file under its final name is complete: writers use `atomic_path`, and readers verify hashes. This module does not depend on
-any command; from the package it imports only `errors` and `reading`, whose functions it passes on.
+any command; from the package it imports only `errors` and `reading`.
 """
 
 import contextlib
@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cora_cli.errors import CoraError
-from cora_cli.reading import read_json as read_json  # noqa: PLC0414  # passed on
-from cora_cli.reading import read_jsonl as read_jsonl  # noqa: PLC0414
-from cora_cli.reading import read_text as read_text  # noqa: PLC0414
-from cora_cli.reading import read_yaml as read_yaml  # noqa: PLC0414
+from cora_cli.reading import read_json
 
 HASH_CHUNK = 1 << 20
 COMPACT_ADAPTER = "adapter_a_only.safetensors"
 """The weights of an adapter in compact form: only A, because B can be recomputed from a basis file or a seed."""
 _SHA256_NAME = re.compile(r"^[0-9a-f]{64}$")
+
+
+def absolute(path: Path) -> Path:
+    """The absolute path without `..`; links stay, since in the hub's cache they lead to files without an ending."""
+    return Path(os.path.abspath(path))  # noqa: PTH100  # `Path.absolute` keeps `..`, and `Path.resolve` follows links
 
 
 def disk_error(error: OSError, path: Path) -> CoraError:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory, atomic_path
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=50)
@@ -136,9 +137,9 @@ def test_a_disk_that_fills_up_gives_one_sentence_and_keeps_the_old_file(call, tm
 def test_json_and_its_lines_come_back(value, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "value.json"
     rundir.write_json(path, value)
-    assert rundir.read_json(path) == value
+    assert read_json(path) == value
     rundir.write_jsonl(path, [value, value])
-    assert rundir.read_jsonl(path) == [value, value]
+    assert read_jsonl(path) == [value, value]
     assert path.read_bytes().count(b"\n") == 2
 
 
@@ -151,10 +152,10 @@ def test_nan_is_refused_and_nothing_is_written(write, tmp_path):
 
 def test_a_json_file_that_cannot_be_read_is_refused_by_its_name(tmp_path):
     with pytest.raises(CoraError, match=f"{tmp_path} cannot be read: Is a directory"):
-        rundir.read_json(tmp_path)
+        read_json(tmp_path)
 
 
-@pytest.mark.parametrize("read", [rundir.read_json, rundir.read_jsonl])
+@pytest.mark.parametrize("read", [read_json, read_jsonl])
 def test_a_missing_file_is_named(read, tmp_path):
     with pytest.raises(CoraError, match=r"gone.json does not exist"):
         read(tmp_path / "gone.json")
@@ -163,7 +164,7 @@ def test_a_missing_file_is_named(read, tmp_path):
 def test_malformed_json_is_named(tmp_path):
     (tmp_path / "a.json").write_bytes(b'{"a": 1,\n "b": }')
     with pytest.raises(CoraError, match=r"a.json is not valid JSON: ") as caught:
-        rundir.read_json(tmp_path / "a.json")
+        read_json(tmp_path / "a.json")
     assert "line 2" in str(caught.value)
 
 
@@ -171,10 +172,10 @@ def test_a_malformed_line_is_named_by_its_number_in_the_file(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": \n{"a": 3}\n')
     for drop in (False, True):
         with pytest.raises(CoraError, match=r"a.jsonl, line 3: not valid JSON \(.*\): '\{\"a\":'"):
-            rundir.read_jsonl(tmp_path / "a.jsonl", drop_partial_tail=drop)
+            read_jsonl(tmp_path / "a.jsonl", drop_partial_tail=drop)
     (tmp_path / "b.jsonl").write_bytes(b'"\xff"\n')
     with pytest.raises(CoraError, match=r"b.jsonl is not UTF-8 text"):
-        rundir.read_jsonl(tmp_path / "b.jsonl")
+        read_jsonl(tmp_path / "b.jsonl")
 
 
 @given(records=st.lists(values, max_size=4), data=st.data())
@@ -185,7 +186,7 @@ def test_a_file_cut_anywhere_gives_back_its_whole_lines(records, data, tmp_path_
     content = path.read_bytes()
     kept = content[: data.draw(st.integers(0, len(content)))]
     path.write_bytes(kept)
-    assert rundir.read_jsonl(path, drop_partial_tail=True) == records[: kept.count(b"\n")]
+    assert read_jsonl(path, drop_partial_tail=True) == records[: kept.count(b"\n")]
 
 
 def test_what_a_killed_writer_left_does_not_count_as_files(tmp_path):

@@ -14,6 +14,7 @@ from cora_cli.methods.parts.starts import start_b
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.references import ModelPath
+from cora_cli.reading import read_json
 from cora_cli.records import Adapter
 
 SIDE_FILE = "cora.json"
@@ -42,7 +43,7 @@ def read_facts(directory: Path) -> AdapterFacts | None:
     path = directory / SIDE_FILE
     if not path.exists():
         return None
-    values = rundir.read_json(path, Adapter)
+    values = read_json(path, Adapter)
     if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(AdapterFacts)}):
         raise CoraError(f"{path} is from another version of cora: this one does not know its key {unknown[0]!r}")
     method_of(values["plan"]["mode"], path)

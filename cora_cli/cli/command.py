@@ -20,6 +20,7 @@ import typer
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError, UsageError
+from cora_cli.reading import read_yaml
 from cora_cli.settings import comma_separated, range_problems
 from cora_cli.terminal import CLOSED_PIPE, complain
 
@@ -146,7 +147,7 @@ def _load_file(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def _read_file(path: Path, context: typer.Context) -> dict[str, Any]:
-    values = rundir.read_yaml(path, "configuration file")
+    values = read_yaml(path, "configuration file")
     names = _names_of_flags(context)
     known = set(names)
     given = {str(key).replace("-", "_"): value for key, value in values.items()}

@@ -63,26 +63,26 @@ def schema_of(columns: set[str], where: str) -> Schema:
     )
 
 
-def prompt_key(record: Record, schema: Schema) -> str:
-    """A key that identifies a record's prompt, independent of its answer and its other columns."""
+def prompt_key(record: Mapping[str, Any], schema: Schema) -> str:
+    """The prompt of a record as JSON, equal for equal prompts in whichever schema; its answer and other columns do not enter."""
     if schema == "messages":
-        prompt = [record["messages"][:-1], *([extra] if (extra := template_values(record)) else [])]
-        return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
-    if schema == "prompt":
-        return str(record["prompt"])
-    return json.dumps([record["instruction"], record["input"]], ensure_ascii=False)
-
-
-def prompt_hash(record: Mapping[str, Any], schema: Schema) -> str:
-    """32 hex digits that are equal for equal prompts, whichever schema they are stored in."""
-    if schema == "messages":
-        said = [[message["role"], message.get("content") or ""] for message in record["messages"][:-1]]
-        prompt = [*said, *([extra] if (extra := template_values(record)) else [])]
+        said = [_said(message) for message in record["messages"][:-1]]
+        prompt: list[Any] = [*said, *([extra] if (extra := template_values(record)) else [])]
     elif schema == "prompt":
         prompt = [["user", record["prompt"]]]
     else:
         prompt = [["user", f"{record['instruction']}\n\n{record['input']}" if record["input"] else record["instruction"]]]
-    return rundir.sha256_json(prompt)[:32]
+    return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+
+
+def _said(message: Mapping[str, Any]) -> Any:
+    """A message of a role and a text as a pair, one with more (calls of tools, a name) as it is."""
+    return [message["role"], message["content"]] if message.keys() == {"role", "content"} else message
+
+
+def prompt_hash(record: Mapping[str, Any], schema: Schema) -> str:
+    """32 hex digits of the hash of `prompt_key`."""
+    return rundir.sha256_text(prompt_key(record, schema))[:32]
 
 
 def load_records(dataset: str) -> tuple[list[Record], Schema]:
@@ -117,7 +117,7 @@ def unused_columns(records: Iterable[Mapping[str, Any]], schema: Schema) -> list
 
 
 def template_values(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables that a record gives to the chat template besides its messages."""
+    """The variables that a record gives to the chat template in addition to its messages."""
     found = {name: record[name] for name in TEMPLATE_COLUMNS if record.get(name)}
     return {**{name: value for name, value in found.items() if isinstance(value, list)}, **found.get(TEMPLATE_COLUMNS[2], {})}
 

@@ -153,18 +153,18 @@ class Template:
         try:
             with bounded(f"{where}: the chat template"):
                 prompt = self._apply(messages[:-1], extra, add_generation_prompt=True)
-                whole = self._apply(messages, extra)
+                rendered = self._apply(messages, extra)
         except CoraError:
             raise
         except Exception as error:  # templates raise what they like
             raise CoraError(f"{where}: the chat template refuses the conversation: {reason(error)}") from error
         content = messages[-1].get("content")
-        if not whole.startswith(prompt):
+        if not rendered.startswith(prompt):
             if not isinstance(content, str):
                 raise CoraError(f"{where}: the chat template gives the last message no text after the prompt")
             end = self._turn_end.token if self._turn_end else None
             return Rendered(prompt, content, special_tokens=False, end=end, own_turn=False)
-        response, end = self._without_end(whole[len(prompt) :])
+        response, end = self._without_end(rendered[len(prompt) :])
         lead = ""
         if (
             messages[-1].keys() <= {"role", "content"}

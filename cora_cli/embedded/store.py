@@ -15,6 +15,7 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.reading import read_json
 
 MANIFEST = "cora-manifest.json"
 _SCRATCH_PREFIX = ".building-"
@@ -28,7 +29,7 @@ def complete_size(folder: Path, package_sha256: str) -> int | None:
     This takes about 0.2 s for 270 MB, once per process: a file with unchanged size and time is not read twice.
     """
     try:
-        manifest = rundir.read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST)
         if manifest["package_sha256"] != package_sha256:
             return None
         found = {name: (folder / name).stat() for name in manifest["files"]}

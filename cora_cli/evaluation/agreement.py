@@ -11,7 +11,7 @@ import torch
 
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.models.configuration import length_limits
-from cora_cli.models.precision import computing_in
+from cora_cli.models.precision import UNSUPPORTED, computing_in
 
 TOLERANCES = {torch.float32: 1e-4, None: 5e-2}
 """The largest mean difference of the logits of one step, relative to their mean size; None is the precision of the model."""
@@ -35,8 +35,7 @@ class Agreement:
             try:
                 with self._precision():
                     self._wanted = [alone([probe])[0] for probe in self.probes]
-            except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError):
-                # Some families compute parts in the precision of their weights.
+            except UNSUPPORTED:
                 if self._dtype is None:
                     raise
             else:

@@ -9,16 +9,16 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from cora_cli.adapters.merge import merge_adapter, merged_into_base
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.device import Hardware
-from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.evaluation.generate import Engine, end_tokens, transformers_engine
 from cora_cli.evaluation.vllm import VllmEngine, engine_arguments
+from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import context_length, load_model
 from cora_cli.models.references import ModelPath
 
@@ -68,10 +68,7 @@ def open_vllm(
 
     The copy is deleted once vLLM has loaded it. Raises `CoraError` if the model's configuration cannot be read.
     """
-    try:
-        model_config = AutoConfig.from_pretrained(base.path, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers raises many unrelated types for damaged files
-        raise CoraError(f"config.json of {base.reference} cannot be read: {reason(error)}") from error
+    model_config = load_configuration(base, config.trust_remote_code)
     try:
         own = GenerationConfig.from_pretrained(base.path).eos_token_id
     except OSError:  # generation_config.json is optional

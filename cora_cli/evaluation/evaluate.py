@@ -31,6 +31,7 @@ from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.lock import own_directory
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.progress import say
+from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
 REPLACEMENT = ".replacement"
@@ -108,7 +109,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
     if not _predictions_are_complete(out, settings):
         say(f"{target.name}: {hardware.describe()}")
         tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code)
-        template = Template(choose_template(target.template, schema, tokenizer), schema, tokenizer)  # type: ignore[arg-type]
+        template = Template(choose_template(target.template, schema, tokenizer), schema, tokenizer)
         rendered = [template.render(record) for record in records]
         ids = [encode_prompt(text, tokenizer) for text in rendered]
         _say_about_records(target, records, template)
@@ -181,7 +182,7 @@ def _differing(out: EvaluationDirectory, settings: dict[str, Any]) -> list[str]:
 
 
 def _place_of_work(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> EvaluationDirectory:
-    """Where to work: `out`, or a folder in it if `out` holds something else, which stays whole until its replacement is complete.
+    """Where to work: `out`, or a folder in it if `out` holds something else, which stays untouched until its replacement is complete.
 
     Raises `CoraError` if the directory holds other results or files and `overwrite` is off.
     """
@@ -224,7 +225,7 @@ def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]
 def _score(
     config: EvaluateConfig, name: str, path: Path, out: EvaluationDirectory, hardware: Hardware, generation: dict[str, Any]
 ) -> Evaluation:
-    lines = rundir.read_jsonl(path)
+    lines = read_jsonl(path)
     for number, line in enumerate(lines, start=1):
         if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in PREDICTION_KEYS):
             found = json.dumps(line, ensure_ascii=False)[:80]

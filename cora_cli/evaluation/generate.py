@@ -19,6 +19,7 @@ from cora_cli.evaluation.agreement import Agreement
 from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 from cora_cli.progress import progress, say
+from cora_cli.reading import read_jsonl
 from cora_cli.records import PartialPrediction
 from cora_cli.rundir import EvaluationDirectory
 
@@ -116,7 +117,7 @@ def _earlier_lines(path: Path) -> dict[int, dict[str, Any]]:
     """Read the complete lines of an interrupted evaluation, and remove a partial last line from the file."""
     if not path.exists():
         return {}
-    lines = rundir.read_jsonl(path, PartialPrediction, drop_partial_tail=True)
+    lines = read_jsonl(path, PartialPrediction, drop_partial_tail=True)
     rundir.write_jsonl(path, lines)
     return {line["index"]: line for line in lines}
 

@@ -12,10 +12,12 @@ from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.storage import base_of
 from cora_cli.data.formats import Record, Schema, prompt_hash
+from cora_cli.data.templates import TemplateName
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.models.references import ModelPath, resolve_base, resolve_model
 from cora_cli.progress import say
+from cora_cli.reading import read_text
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 
@@ -30,7 +32,7 @@ class Target:
     base: ModelPath
     adapter: ModelPath | None
     dataset: str
-    template: str
+    template: TemplateName
     output: EvaluationDirectory
     run: RunDirectory | None = None
 
@@ -168,7 +170,7 @@ def trained_prompts(targets: Sequence[Target]) -> TrainedPrompts:
             *(target.dataset for target in targets if Path(target.dataset).resolve() == Path(dataset).resolve()),
         }
         if run.trained_prompts.exists():
-            hashes |= set(rundir.read_text(run.trained_prompts).split())
+            hashes |= set(read_text(run.trained_prompts).split())
         elif any(target.dataset != str(run.test_records) for target in targets if target.run == run):
             say(
                 f"{run.root} was trained by a version that did not record its prompts: whether it was trained on these is not known"

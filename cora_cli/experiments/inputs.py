@@ -18,7 +18,9 @@ from cora_cli.experiments.rows import SPLIT_KEYS
 from cora_cli.experiments.values import Values
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, resolve_model
+from cora_cli.reading import read_json
 from cora_cli.records import KnownHash
+from cora_cli.weights.sources import loaded_matrices
 
 _HUB_SECONDS = 10.0
 
@@ -146,13 +148,9 @@ def _model_facts(model: ModelPath, digests: "_Digests | None") -> ModelFacts:
     sha256 = digests.of(model) if digests else None
     if model.is_adapter:
         return ModelFacts(model.reference, sha256, {}, 0, 0)
-    shapes = Checkpoint(model).shapes
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    matrices = {
-        name.removesuffix(".weight"): (shape[0], shape[1])
-        for name, shape in shapes.items()
-        if len(shape) == 2 and name.endswith(".weight")
-    }
+    checkpoint = Checkpoint(model)
+    sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
+    _, matrices, _ = loaded_matrices(model, checkpoint)
     embedded = sum(size for name, size in sizes.items() if "embed" in name or ".wte" in name)
     # A tied head is stored once, but still costs a matrix product.
     return ModelFacts(model.reference, sha256, matrices, sum(sizes.values()), embedded)
@@ -186,7 +184,7 @@ class _Digests:
     def __init__(self, memory: Path) -> None:
         self._memory = memory
         try:
-            self._known: dict[str, Any] = rundir.read_json(memory, dict[str, KnownHash]) if memory.exists() else {}
+            self._known: dict[str, Any] = read_json(memory, dict[str, KnownHash]) if memory.exists() else {}
         except CoraError:
             self._known = {}  # only a cache: hashes are computed again
 

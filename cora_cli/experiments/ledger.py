@@ -14,7 +14,7 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.steps import SCORING, Step
 from cora_cli.lock import own_directory
-from cora_cli.reading import checked
+from cora_cli.reading import checked, read_json
 from cora_cli.records import FinishedStep, RunStatus, StepRecord
 from cora_cli.rundir import RunDirectory
 
@@ -135,7 +135,7 @@ class Ledger:
             raise CoraError(f"{step.name} exited without an error, but wrote nothing to {self._out / step.output}")
         if (
             step.kind in ("model", "train")
-            and rundir.read_json(RunDirectory(self._out / step.output).record, RunStatus)["status"] != FINISHED
+            and read_json(RunDirectory(self._out / step.output).record, RunStatus)["status"] != FINISHED
         ):
             raise CoraError(
                 f"{step.name} exited without an error, but the status in {self._out / step.output}/run.json is not finished"
@@ -153,7 +153,7 @@ class Ledger:
     def record(self, step: Step) -> dict[str, Any]:
         """The record of a step; empty if it is missing or damaged."""
         try:
-            record: dict[str, Any] = rundir.read_json(self._place(step), StepRecord)
+            record: dict[str, Any] = read_json(self._place(step), StepRecord)
             checked(record, FinishedStep if record["status"] == FINISHED else StepRecord, self._place(step))
         except CoraError:
             return {}

@@ -9,10 +9,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.steps import Plan, Step
 from cora_cli.progress import say
+from cora_cli.reading import read_json
 from cora_cli.records import Metrics, read_run
 from cora_cli.rundir import RunDirectory
 from cora_cli.terminal import fitted, printable
@@ -115,7 +115,7 @@ def duration(seconds: float) -> str:
 
 def _metrics(plan: Plan, step: Step) -> str:
     try:
-        metrics = rundir.read_json(plan.out / step.output / "metrics.json", Metrics)["metrics"]
+        metrics = read_json(plan.out / step.output / "metrics.json", Metrics)["metrics"]
     except CoraError:
         return ""
     return "; " + ", ".join(f"{name} {value['value']:.{2 if name == 'sacrebleu' else 3}f}" for name, value in metrics.items())

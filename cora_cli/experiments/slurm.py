@@ -18,6 +18,7 @@ import cora_cli
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.resources import Resources
+from cora_cli.reading import read_json
 from cora_cli.records import Job
 
 States = Callable[[], Mapping[str, str]]
@@ -121,7 +122,7 @@ class SlurmLauncher:
         """
         record = self._folder / f"{log.stem}.json"
         if record.exists():
-            earlier = rundir.read_json(record, Job)
+            earlier = read_json(record, Job)
             job = SlurmJob(self._job_class(self._folder / "jobs", earlier["job"]), record, log, self._states)
             if tuple(earlier["argv"]) == tuple(argv) and job.ended() is None:
                 return job
@@ -217,4 +218,4 @@ def _last_line_of_trace(text: str) -> str:
 
 def left_jobs(folder: Path) -> list[str]:
     """Ids of jobs that an earlier `ablate` queued and that it did not see end."""
-    return sorted(rundir.read_json(record, Job)["job"] for record in folder.glob("*.json"))
+    return sorted(read_json(record, Job)["job"] for record in folder.glob("*.json"))

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import reading
 from cora_cli.errors import UsageError
 
 Values = dict[str, Any]
@@ -103,7 +103,7 @@ def read_yaml(path: Path) -> Values:
 def _read(path: Path, including: tuple[Path, ...]) -> Values:
     if path.resolve() in including:
         raise UsageError(f"grid file {path} includes itself; remove its include line")
-    values = rundir.read_yaml(path, "grid file")
+    values = reading.read_yaml(path, "grid file")
     included = values.pop("include", None)
     if included is None:
         return values

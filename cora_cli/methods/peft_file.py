@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cora_cli import rundir
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.methods.method import AS_THE_FILE_SAYS, Method, MethodSetting, Shapes
 from cora_cli.methods.plan import AdapterPlan, AdapterRequest
+from cora_cli.reading import read_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -46,7 +46,7 @@ class PeftFile(Method):
 
     def resolve(self, request: AdapterRequest) -> AdapterRequest:
         """Read the file; `own` becomes {"peft": its values}."""
-        values = rundir.read_json(Path(request.own["peft_config"]))
+        values = read_json(Path(request.own["peft_config"]))
         if not isinstance(values, dict) or not isinstance(values.get("peft_type"), str):
             raise UsageError('--peft-config must hold a JSON object with a "peft_type", as PEFT\'s adapter_config.json does')
         targets = values.get("target_modules")

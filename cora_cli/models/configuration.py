@@ -1,14 +1,35 @@
-"""What a model's configuration says about dropout and sequence lengths, under all the names that families use."""
+"""Read a model's configuration, and what it says about dropout and sequence lengths under all the names that families use."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from cora_cli.errors import CoraError, reason
+from cora_cli.models.references import ModelPath
 
 NOISE = ("drop", "jitter")
 """Parts of the names of settings that make a model in training random."""
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention", "attention_window")
 """Names of settings beyond whose value, in tokens, a token no longer attends to the first one."""
+
+
+def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any:
+    """The configuration of a causal language model.
+
+    Raises `CoraError` where it cannot be read, and for a type that transformers does not load as a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises unrelated types for damaged files
+        raise CoraError(f"config.json of {model.reference} cannot be read: {reason(error)}") from error
+    by_remote_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not by_remote_code:
+        raise CoraError(
+            f"{model.reference} is a {config.model_type} model, which transformers does not load as a causal language model; use a model "
+            "that predicts the next token of a text"
+        )
+    return config
 
 
 def parts_of(config: Any) -> Iterator[Any]:

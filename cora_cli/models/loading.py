@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type
+from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import skeleton_of
 from cora_cli.progress import say
@@ -32,35 +33,6 @@ def require_four_bit(device: torch.device) -> None:
         raise CoraError(
             f"--load-in-4bit needs {' and '.join(missing)}, not found on this machine; omit it to train on the stored weights"
         )
-
-
-def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any:
-    """The configuration of a causal language model.
-
-    Raises `CoraError` where it cannot be read, and for a type that transformers does not load as a causal language model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises unrelated types for damaged files
-        raise CoraError(f"config.json of {model.reference} cannot be read: {reason(error)}") from error
-    by_remote_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in AutoModelForCausalLM._model_mapping and not by_remote_code:
-        raise CoraError(
-            f"{model.reference} is a {config.model_type} model, which transformers does not load as a causal language model; use a model "
-            "that predicts the next token of a text"
-        )
-    return config
-
-
-@contextlib.contextmanager
-def loading(model: ModelPath) -> Iterator[None]:
-    """Turn every exception of the block into a `CoraError` that names the model: libraries raise unrelated types for damaged files."""
-    try:
-        yield
-    except CoraError:
-        raise
-    except Exception as error:
-        raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
 
 
 def load_model(
@@ -94,17 +66,20 @@ def load_model(
         options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **kind), "device_map": {"": device}}
     loaded: Any
     report: Any
-    with loading(model), _without_adapter(model) as path:
-        loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
-            path,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            weights_only=True,
-            output_loading_info=True,
-            **options,
-        )
-        loaded.config.name_or_path = str(model.path)
+    try:
+        with _without_adapter(model) as path:
+            loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
+                path,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+                weights_only=True,
+                output_loading_info=True,
+                **options,
+            )
+            loaded.config.name_or_path = str(model.path)
+    except Exception as error:  # libraries raise many unrelated types for damaged files
+        raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
         rest = f", while {len(unused)} tensors of its files fit no weight, such as {unused[0]}" if unused else ""

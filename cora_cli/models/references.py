@@ -5,7 +5,6 @@ This module finds the directory and lists the files of the model. Reading weight
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.reading import read_json
 from cora_cli.records import AdapterConfig, ModelConfig, WeightIndex
 
 EMBEDDED_MODEL = "builtin:smollm2"
@@ -58,7 +58,7 @@ class ModelPath:
 
     def config(self) -> dict[str, Any]:
         """The model's `config.json`. Raises `CoraError` if it is missing or malformed."""
-        return rundir.read_json(self.path / "config.json", ModelConfig)
+        return read_json(self.path / "config.json", ModelConfig)
 
     def language_config(self) -> dict[str, Any]:
         """The entries of `config.json`, with those of a nested text model where the top level has none of that name."""
@@ -67,7 +67,7 @@ class ModelPath:
 
     def adapter_config(self) -> dict[str, Any]:
         """The adapter's `adapter_config.json`. Raises `CoraError` if it is missing or malformed."""
-        return rundir.read_json(self.path / "adapter_config.json", AdapterConfig)
+        return read_json(self.path / "adapter_config.json", AdapterConfig)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -95,7 +95,7 @@ class ModelPath:
             if (self.path / single).exists():
                 return {}
             if (self.path / index).exists():
-                named: dict[str, str] = rundir.read_json(self.path / index, WeightIndex)["weight_map"]
+                named: dict[str, str] = read_json(self.path / index, WeightIndex)["weight_map"]
                 return named
         return {}
 
@@ -146,7 +146,7 @@ class ModelPath:
         return self._hash(self.weight_files())
 
     def content_hashes(self) -> set[str]:
-        """`content_hash`, and the hash that versions before 0.2 recorded, which covered weight files that are never read."""
+        """`content_hash`, and the hash that earlier versions recorded, which covered weight files that are never read."""
         return {self.content_hash(), self._hash(self._adapter_files() if self.is_adapter else self._loose_files())}
 
     def _hash(self, files: list[Path]) -> str:
@@ -194,8 +194,7 @@ def resolve_model(reference: str) -> ModelPath:
 def absolute(reference: str) -> str:
     """A reference to record: the absolute path of a local file or directory; any other reference unchanged."""
     path = Path(reference).expanduser()
-    # Links stay: in the hub's cache they lead to files without an ending.
-    return os.path.abspath(path) if path.exists() else reference  # noqa: PTH100
+    return str(rundir.absolute(path)) if path.exists() else reference
 
 
 def recorded_base(config: Mapping[str, Any]) -> str | None:

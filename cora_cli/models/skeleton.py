@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from cora_cli.errors import CoraError, reason
+from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
 
 
@@ -65,14 +66,19 @@ def other_modalities(model: Any) -> frozenset[str]:
     )
 
 
-def skeleton_of(model: ModelPath, trust_remote_code: bool = False) -> Skeleton:
-    """The skeleton of the model in a directory; building it takes up to a second.
+def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal model of a configuration on the meta device, which takes up to a second.
 
-    Raises `CoraError` if its configuration is damaged, or describes no causal language model that transformers knows.
+    Raises `CoraError` for a configuration that its class does not accept.
     """
     try:
-        config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return Skeleton(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    except Exception as error:  # transformers raises many unrelated types for damaged or unknown configurations
-        raise CoraError(f"config.json of {model.reference} describes no causal language model: {reason(error)}") from error
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many unrelated types
+        raise CoraError(f"config.json of a {config.model_type} model does not describe one: {reason(error)}") from error
+    return built
+
+
+def skeleton_of(model: ModelPath, trust_remote_code: bool = False) -> Skeleton:
+    """The skeleton of the model in a directory. Raises `CoraError` as `load_configuration` and `build_skeleton` do."""
+    return Skeleton(build_skeleton(load_configuration(model, trust_remote_code), trust_remote_code))

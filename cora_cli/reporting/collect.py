@@ -12,6 +12,7 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.methods.registry import METHODS
 from cora_cli.progress import progress
+from cora_cli.reading import read_jsonl
 from cora_cli.reporting.measures import LOSS, Measure, read_evaluation, read_loss
 from cora_cli.reporting.report_rows import Experiment, Row, StepRecords, clean
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
@@ -124,7 +125,7 @@ def _read_row(row: Row, wanted: tuple[str, ...] | None, step_records: StepRecord
         record = _finished_record(run, row)
         if step_records:
             step_records.require(row.run)
-        log = rundir.read_jsonl(run.log, records.LogLine) if run.log.exists() else []
+        log = read_jsonl(run.log, records.LogLine) if run.log.exists() else []
         trained = 0 if record["is_base_model"] else record["parameters"]["trained"]
         adapter_bytes = _adapter_bytes(run, record)
         if run.heldout.exists():

@@ -15,6 +15,7 @@ from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.intervals import Interval
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.report_rows import clean
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
@@ -44,7 +45,7 @@ class Measure:
 
 def read_loss(run: RunDirectory, record: dict[str, Any], when: str) -> Measure:
     """The held-out loss "before" or "after" training. Raises `CoraError` if the per-record losses do not give the value in `record`."""
-    lines = rundir.read_jsonl(run.heldout, records.HeldOutLine)
+    lines = read_jsonl(run.heldout, records.HeldOutLine)
     statistics = np.array([[float(line[when]), float(line["tokens"])] for line in lines]).reshape(-1, 2)
     summary = (record["heldout"] or {}).get(when)
     tokens = statistics[:, 1].sum()
@@ -63,11 +64,11 @@ def read_evaluation(
 
     `wanted` restricts the metrics. Raises `CoraError` if a file is damaged or does not give the values in `metrics.json`.
     """
-    record = rundir.read_json(evaluation.metrics, records.Metrics)
+    record = read_json(evaluation.metrics, records.Metrics)
     if not evaluation.predictions.exists():
         raise CoraError(f"{evaluation.predictions} does not exist, so {evaluation.metrics.name} cannot be checked")
-    lines = rundir.read_jsonl(evaluation.predictions, records.Prediction)
-    scores = rundir.read_jsonl(evaluation.scores, records.Scores)
+    lines = read_jsonl(evaluation.predictions, records.Prediction)
+    scores = read_jsonl(evaluation.scores, records.Scores)
     if rundir.sha256_file(evaluation.predictions) != record["predictions_sha256"]:
         raise CoraError(f"{evaluation.predictions} was altered after it was scored; run `cora evaluate` again")
     measures = {}

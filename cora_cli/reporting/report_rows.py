@@ -14,7 +14,7 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.steps import Step, read_steps
 from cora_cli.methods.registry import method_of
-from cora_cli.reading import checked
+from cora_cli.reading import checked, read_json
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 PLAN_VERSION = 1
@@ -105,7 +105,7 @@ def read_plan(root: Path) -> Experiment:
     """The experiment described by `root/plan.json`. Raises `CoraError` with the file and the fault."""
     path = root / "plan.json"
     try:
-        plan = rundir.read_json(path, dict[str, Any])
+        plan = read_json(path, dict[str, Any])
         if (version := plan.get("format_version")) == PLAN_VERSION:
             checked(plan, records.GridPlan, path)
     except CoraError as error:
@@ -185,7 +185,7 @@ def _row_of_run(run: RunDirectory) -> Row:
 
 
 def _row_of_evaluation(evaluation: EvaluationDirectory) -> Row:
-    record = rundir.read_json(evaluation.metrics, records.Metrics)
+    record = read_json(evaluation.metrics, records.Metrics)
     settings = record["generation"].get("settings", {})
     name = clean(str(record["name"]))
     tuned = bool(settings.get("adapter_sha256"))

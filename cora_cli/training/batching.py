@@ -17,7 +17,7 @@ from cora_cli.data.encode import Example
 from cora_cli.device import Hardware, PackedAttention
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.configuration import depends_on_batch, length_limits, rope_switch
-from cora_cli.models.precision import computing_in, precisions
+from cora_cli.models.precision import UNSUPPORTED, computing_in, precisions
 from cora_cli.training.attention import register_packed_attention
 from cora_cli.training.losses import response_losses, token_losses
 
@@ -109,8 +109,7 @@ class _Check:
         for self._dtype in (*precisions(model), None):
             try:
                 self._reference = self._alone()
-            except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-                # Some families compute parts in a precision of their own, which does not go with double precision.
+            except UNSUPPORTED as error:
                 failure = error
             else:
                 return

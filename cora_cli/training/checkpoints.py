@@ -6,6 +6,7 @@ from pathlib import Path
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
+from cora_cli.reading import read_json
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -30,7 +31,7 @@ def seal(directory: Path) -> None:
 def newest_intact(root: Path) -> Path | None:
     """The newest checkpoint whose files have the hashes in its manifest; says which newer ones do not.
 
-    Checkpoints of versions before 0.2 have no manifest and count as intact.
+    Checkpoints of earlier versions have no manifest and count as intact.
     """
     for checkpoint in reversed(checkpoints_in(root)):
         if (problem := _problem(checkpoint)) is None:
@@ -43,7 +44,7 @@ def _problem(checkpoint: Path) -> str | None:
     if not (checkpoint / MANIFEST).exists():
         return None
     try:
-        recorded, found = rundir.read_json(checkpoint / MANIFEST), _hashes(checkpoint)
+        recorded, found = read_json(checkpoint / MANIFEST), _hashes(checkpoint)
     except CoraError as error:
         return str(error)
     if not isinstance(recorded, dict):

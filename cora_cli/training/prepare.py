@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import TrainingArguments
 
 from cora_cli.adapters.install import target_linears
@@ -24,9 +23,10 @@ from cora_cli.device import Hardware, PackedAttention, select_hardware, select_p
 from cora_cli.errors import CoraError
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.models.configuration import remove_dropout
-from cora_cli.models.loading import context_length, load_configuration, load_tokenizer, loading, require_four_bit
+from cora_cli.models.configuration import load_configuration, remove_dropout
+from cora_cli.models.loading import context_length, load_tokenizer, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.skeleton import build_skeleton
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
@@ -98,8 +98,7 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     model_config = load_configuration(model_path, config.trust_remote_code)
     removed = remove_dropout(model_config)
-    with loading(model_path), torch.device("meta"):
-        skeleton = transformers.AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
     if plan is not None:
         method.configuration(plan)
         target_linears(skeleton, plan.target_modules)

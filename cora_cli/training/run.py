@@ -34,6 +34,7 @@ from cora_cli.models.loading import load_model
 from cora_cli.models.references import absolute
 from cora_cli.models.skeleton import fused_experts
 from cora_cli.progress import progress, say
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import LogLine, RunStatus, read_run
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import Batching, choose_batching
@@ -89,10 +90,10 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             _mark_failed(run, error)
         raise _explained(error, run) from error
     if main:
-        record = {**rundir.read_json(run.record), **outcome, "result_sha256": run.result_hash(), "status": FINISHED}
+        record = {**read_json(run.record), **outcome, "result_sha256": run.result_hash(), "status": FINISHED}
         rundir.write_json(run.record, record)
     _barrier(arguments)
-    return rundir.read_json(run.record)
+    return read_json(run.record)
 
 
 def _agree(arguments: TrainingArguments, decide: Any) -> bool:
@@ -144,11 +145,9 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
 
 def _took_no_step(run: RunDirectory) -> bool:
     """Whether a run failed before its first step."""
-    if rundir.read_json(run.record, RunStatus)["status"] != FAILED or checkpoints_in(run.checkpoints):
+    if read_json(run.record, RunStatus)["status"] != FAILED or checkpoints_in(run.checkpoints):
         return False
-    return not run.log.exists() or not any(
-        "loss" in line for line in rundir.read_jsonl(run.log, LogLine, drop_partial_tail=True)
-    )
+    return not run.log.exists() or not any("loss" in line for line in read_jsonl(run.log, LogLine, drop_partial_tail=True))
 
 
 def _load(config: TrainConfig, prepared: Prepared) -> tuple[torch.nn.Module, Batching]:
@@ -263,7 +262,7 @@ def _fit(
 ) -> dict[str, Any]:
     done = step_of(checkpoint) if checkpoint else 0
     if trainer.is_world_process_zero():
-        lines = rundir.read_jsonl(run.log, LogLine, drop_partial_tail=True) if run.log.exists() else []
+        lines = read_jsonl(run.log, LogLine, drop_partial_tail=True) if run.log.exists() else []
         rundir.write_jsonl(run.log, [line for line in lines if line["step"] <= done])
     if checkpoint:
         say(f"resuming after step {done}")
@@ -274,7 +273,7 @@ def _fit(
             trainer.add_callback(_HeldOutEvery(config.eval_steps, run, trainer, prepared, form))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # From the log, since a resumed run was trained by several processes.
-    log = rundir.read_jsonl(run.log, LogLine) if trainer.is_world_process_zero() else []
+    log = read_jsonl(run.log, LogLine) if trainer.is_world_process_zero() else []
     lines = [line for line in log if "loss" in line]
     tokens, seconds = sum(line["tokens"] for line in lines), sum(line["seconds"] for line in lines)
     return {
@@ -340,7 +339,7 @@ def _save_result(config: TrainConfig, prepared: Prepared, run: RunDirectory, mod
 def _mark_failed(run: RunDirectory, error: Exception) -> None:
     """Record the failure if the disk allows it; the error itself matters more than its record."""
     try:
-        rundir.write_json(run.record, {**rundir.read_json(run.record), "status": FAILED, "error": str(error)[:500]})
+        rundir.write_json(run.record, {**read_json(run.record), "status": FAILED, "error": str(error)[:500]})
     except CoraError:
         say(f"{run.record} could not be updated")
 

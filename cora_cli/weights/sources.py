@@ -4,6 +4,7 @@ Complete models and LoRA adapters on a base share one interface. `extraction.mer
 """
 
 import abc
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -112,15 +113,8 @@ class ModelSource(WeightSource):
                 f"{model.reference} was saved from a compiled model: its tensors have names such as {compiled}, which no model has; "
                 f"save it again from the model without torch.compile ({_COMPILED.rstrip('.')})"
             )
-        stored = [name for name, shape in self._checkpoint.shapes.items() if name.endswith(".weight") and len(shape) == 2]
-        names, self.transposed = _loaded(model, stored)
-        self.skipped = sorted(set(stored) - set(names))
-        self._keys = {name.removesuffix(".weight"): key for key, name in names.items()}
-        shapes = {module: self._checkpoint.shapes[key] for module, key in self._keys.items()}
-        self.shapes = {
-            module: (shape[1], shape[0]) if module in self.transposed else (shape[0], shape[1])
-            for module, shape in shapes.items()
-        }
+        self._keys, self.shapes, self.transposed = loaded_matrices(model, self._checkpoint)
+        self.skipped = sorted(set(_matrices(self._checkpoint)) - set(self._keys.values()))
 
     def read(self, module: str) -> torch.Tensor:
         """The weight of `module`, (out, in), as stored."""
@@ -216,15 +210,30 @@ class AdapterSource(WeightSource):
         return open_source(found)
 
 
-def _loaded(model: ModelPath, keys: list[str]) -> tuple[dict[str, str], frozenset[str]]:
-    """The names in the loaded language model of the tensors `keys`, and the modules that store their weight as (in, out).
+def loaded_matrices(
+    model: ModelPath, checkpoint: Checkpoint
+) -> tuple[dict[str, str], dict[str, tuple[int, int]], frozenset[str]]:
+    """The key in the files and the shape (out, in) of each weight matrix of the loaded language model, by module; and the modules that
+    store their weight as (in, out).
 
     A model that transformers does not know without code of its own keeps the names of its files.
     """
-    try:
+    stored = _matrices(checkpoint)
+    names, transposed = {key: key for key in stored}, frozenset[str]()
+    with contextlib.suppress(CoraError):
         skeleton = skeleton_of(model)
-    except CoraError:
-        return {key: key for key in keys}, frozenset()
-    others = other_modalities(skeleton.model)
-    names = skeleton.loaded_names(keys).items()
-    return {key: name for key, name in names if name.removesuffix(".weight") not in others}, skeleton.transposed
+        others = other_modalities(skeleton.model)
+        loaded = skeleton.loaded_names(stored).items()
+        names, transposed = (
+            {key: name for key, name in loaded if name.removesuffix(".weight") not in others},
+            skeleton.transposed,
+        )
+    keys = {name.removesuffix(".weight"): key for key, name in names.items()}
+    shapes = {module: checkpoint.shapes[key] for module, key in keys.items()}
+    oriented = {module: (a, b) if module not in transposed else (b, a) for module, (a, b) in shapes.items()}
+    return keys, oriented, transposed
+
+
+def _matrices(checkpoint: Checkpoint) -> list[str]:
+    """The keys of the weights with two dimensions."""
+    return [key for key, shape in checkpoint.shapes.items() if key.endswith(".weight") and len(shape) == 2]

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cora_cli import rundir
 from cora_cli.cli import app
 from cora_cli.experiments.launch import LocalLauncher
+from cora_cli.reading import read_json, read_jsonl
 
 FB, LORA = "cora-fb_r4_n1_lr1e-3_seed0", "lora_r4_lr1e-3_seed0"
 ROOT = Path(__file__).parents[2]
@@ -98,17 +98,17 @@ def test_a_killed_grid_is_completed_and_loses_only_the_step_in_flight(killed: Ki
 
 
 def test_every_row_ends_with_a_run_and_an_evaluation(killed: Killed) -> None:
-    plan = rundir.read_json(killed.out / "plan.json")
+    plan = read_json(killed.out / "plan.json")
     assert [row["name"] for row in plan["rows"]] == [FB, LORA, "base"]
     references = set()
     for row in plan["rows"]:
         place = killed.out / row["evaluation"]
-        assert rundir.read_json(place / "metrics.json")["metrics"]["rouge1"]["n"] == 2
-        references.add(tuple(line["reference"] for line in rundir.read_jsonl(place / "predictions.jsonl")))
+        assert read_json(place / "metrics.json")["metrics"]["rouge1"]["n"] == 2
+        references.add(tuple(line["reference"] for line in read_jsonl(place / "predictions.jsonl")))
         if row["run"]:
-            assert rundir.read_json(killed.out / row["run"] / "run.json")["status"] == "finished"
+            assert read_json(killed.out / row["run"] / "run.json")["status"] == "finished"
     assert len(references) == 1
-    basis = rundir.read_json(killed.out / plan["rows"][0]["run"] / "run.json")["basis"]
+    basis = read_json(killed.out / plan["rows"][0]["run"] / "run.json")["basis"]
     assert Path(basis["path"]) == (killed.out / plan["rows"][0]["basis"]).resolve()
     assert (killed.out / "logs" / f"train-{LORA}.log").exists()
     assert f"evaluate-{LORA}: done in" in killed.second.stderr

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from cora_cli import rundir
 from cora_cli.cli import app
 from cora_cli.evaluation import backend
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
@@ -60,8 +61,8 @@ def favourable(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     """Records whose references are the answers of the first run, which it therefore gives exactly."""
     directory = tmp_path_factory.mktemp("favourable")
     assert cora(runs[0], "-o", directory / "eval", *FAST).exit_code == 0
-    records = rundir.read_jsonl(RunDirectory(runs[0]).test_records)
-    answers = rundir.read_jsonl(directory / "eval" / "predictions.jsonl")
+    records = read_jsonl(RunDirectory(runs[0]).test_records)
+    answers = read_jsonl(directory / "eval" / "predictions.jsonl")
     answered = [{**record, "output": line["prediction"]} for record, line in zip(records, answers, strict=True)]
     rundir.write_jsonl(directory / "records.jsonl", answered)
     return directory / "records.jsonl"
@@ -87,7 +88,7 @@ def test_one_run_prints_a_row_with_intervals_and_every_signature(runs: list[Path
     assert result.exit_code == 0, result.stderr
     header, _, *body = rows(result.stdout)
     assert header == ["run", "rouge1", "rouge2", "rougeL", "sacrebleu"]
-    metrics = rundir.read_json(tmp_path / "out" / "metrics.json")["metrics"]
+    metrics = read_json(tmp_path / "out" / "metrics.json")["metrics"]
     (row,) = body
     assert row[0] == str(runs[0])
     for name, cell in zip(header[1:], row[1:], strict=True):
@@ -109,7 +110,7 @@ def test_several_runs_print_a_row_each_and_their_differences_from_the_first(
     assert [row[0] for row in rows(table)[2:]] == [str(run) for run in runs]
     header, _, row = rows(differences)
     assert row[0] == str(runs[1])
-    metrics = [rundir.read_json(tmp_path / run.name / "metrics.json")["metrics"] for run in runs]
+    metrics = [read_json(tmp_path / run.name / "metrics.json")["metrics"] for run in runs]
     assert metrics[0]["rouge1"]["value"] == 1 > metrics[1]["rouge1"]["value"]
     for name, cell in zip(header[1:], row[1:], strict=True):
         shown = re.fullmatch(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\] p=([\d.]+)", cell)
@@ -153,7 +154,7 @@ def test_a_configuration_file_names_the_runs_and_a_flag_overrides_it(runs: list[
     result = cora("--config", tmp_path / "evaluate.yaml", "--limit", 2, *numbers)
     assert result.exit_code == 0, result.stderr
     assert rows(result.stdout)[0] == ["run", "rouge1", "sacrebleu"]
-    assert len(rundir.read_jsonl(tmp_path / "out" / "seed1" / "predictions.jsonl")) == 2
+    assert len(read_jsonl(tmp_path / "out" / "seed1" / "predictions.jsonl")) == 2
 
 
 def test_a_bare_model_and_finished_predictions_give_the_same_table(tiny_model: Path, runs: list[Path], tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_the_seed_affects_only_the_intervals(predictions: Path) -> None:
     for seed in (0, 0, 1):
         result = cora("--from", predictions, "--metrics", "rouge1", "--bootstrap", 101, "--seed", seed)
         assert result.exit_code == 0, result.stderr
-        results.append(rundir.read_json(predictions.parent / "metrics.json")["metrics"]["rouge1"])
+        results.append(read_json(predictions.parent / "metrics.json")["metrics"]["rouge1"])
     assert results[0] == results[1]
     assert results[0]["value"] == results[2]["value"]
     assert "seed:1" in results[2]["signature"]

@@ -462,3 +462,13 @@ def test_columns_that_no_template_reads_are_listed():
 def test_records_know_their_file_and_line(tmp_path):
     path = write(tmp_path / "a.jsonl", [ALPACA, ALPACA])
     assert [record.where for record in load_records(str(path))[0]] == [f"{path}, line 1", f"{path}, line 2"]
+
+
+def test_conversations_that_differ_in_an_earlier_call_or_a_name_have_different_prompts():
+    answer = {"role": "assistant", "content": "b"}
+
+    def key(**extra):
+        first = {"role": "assistant", "content": "", **extra}
+        return prompt_key(Record({"messages": [{"role": "user", "content": "a"}, first, answer]}), "messages")
+
+    assert len({key(), key(tool_calls=[{"name": "x"}]), key(tool_calls=[{"name": "y"}]), key(name="z")}) == 4

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from cora_cli import rundir
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import Evaluation, evaluate
 from cora_cli.evaluation.generate import Request
+from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
@@ -95,4 +95,4 @@ def evaluate_model(model: Path | str, dataset: Path | str, output: Path, **setti
 
 
 def answers(directory: Path) -> list[str]:
-    return [line["prediction"] for line in rundir.read_jsonl(EvaluationDirectory(directory).predictions)]
+    return [line["prediction"] for line in read_jsonl(EvaluationDirectory(directory).predictions)]

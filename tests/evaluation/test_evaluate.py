@@ -17,6 +17,7 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import Evaluation, evaluate, paired_differences
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.models.references import resolve_model
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 from .helpers import FAST, HELD_OUT, answers, evaluate_model, evaluate_run, make_run
@@ -27,8 +28,8 @@ from .helpers import FAST, HELD_OUT, answers, evaluate_model, evaluate_run, make
 @pytest.mark.parametrize("kind", ["lora", "fb", "compact", "full"])
 def test_every_kind_of_run_answers_its_own_held_out_records(trained: dict[str, Path], tmp_path: Path, kind: str) -> None:
     result = evaluate_run(trained[kind], output_dir=str(tmp_path / "out"))
-    held_out = rundir.read_jsonl(RunDirectory(trained[kind]).test_records)
-    lines = rundir.read_jsonl(EvaluationDirectory(tmp_path / "out").predictions)
+    held_out = read_jsonl(RunDirectory(trained[kind]).test_records)
+    lines = read_jsonl(EvaluationDirectory(tmp_path / "out").predictions)
     assert [line["reference"] for line in lines] == [record["output"] for record in held_out]
     assert all(record["instruction"] in line["prompt"] for record, line in zip(held_out, lines, strict=True))
     assert result.record["metrics"]["rouge1"]["n"] == HELD_OUT == len(lines)
@@ -54,9 +55,7 @@ def test_merged_and_unmerged_adapters_answer_equally_and_differ_from_the_base(
     evaluate_model(tiny_model, test, tmp_path / "base")
     assert answers(tmp_path / "merged") == answers(tmp_path / "unmerged")
     assert answers(tmp_path / "merged") != answers(tmp_path / "base")
-    merged = [
-        rundir.read_json(tmp_path / name / "generation.json")["settings"]["merged"] for name in ("merged", "unmerged", "base")
-    ]
+    merged = [read_json(tmp_path / name / "generation.json")["settings"]["merged"] for name in ("merged", "unmerged", "base")]
     assert merged == [True, False, False]
 
 
@@ -92,7 +91,7 @@ def test_another_data_set_and_a_built_in_one_replace_the_held_out_records(
     built_in = evaluate_run(trained["lora"], dataset="builtin:task-sql", limit=3, output_dir=str(tmp_path / "builtin"))
     assert built_in.record["metrics"]["rouge1"]["n"] == 3
     expected = load_test_records("builtin:task-sql")[0][:3]
-    lines = rundir.read_jsonl(tmp_path / "builtin" / "predictions.jsonl")
+    lines = read_jsonl(tmp_path / "builtin" / "predictions.jsonl")
     assert [line["reference"] for line in lines] == [record["output"] for record in expected]
 
 
@@ -106,7 +105,7 @@ def test_prompts_longer_than_the_context_are_cut_at_the_start_and_counted(
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     ids = [tokenizer(f"{text}what")["input_ids"] for text in words]
     assert [len(prompt) > 500 for prompt in ids] == [False, False, True, True]
-    assert rundir.read_json(tmp_path / "out" / "generation.json")["prompts_cut"] == 2
+    assert read_json(tmp_path / "out" / "generation.json")["prompts_cut"] == 2
     assert "2 prompts were cut at the start" in capsys.readouterr().err
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     kept = torch.tensor([ids[-1][-500:]])
@@ -121,7 +120,7 @@ def test_a_model_without_sdpa_answers_too(tiny_model: Path, records: Path, tmp_p
     Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).save_pretrained(tmp_path / "gemma")
     tokenizer.save_pretrained(tmp_path / "gemma")
     evaluate_model(tmp_path / "gemma", records, tmp_path / "out")
-    assert len(rundir.read_jsonl(tmp_path / "out" / "predictions.jsonl")) > 0
+    assert len(read_jsonl(tmp_path / "out" / "predictions.jsonl")) > 0
 
 
 def test_no_room_for_any_prompt_is_refused(tiny_model: Path, records: Path, tmp_path: Path) -> None:
@@ -151,7 +150,7 @@ def test_directories_without_a_finished_run_are_refused_before_a_model_is_loaded
         ):
             evaluate(EvaluateConfig(runs=(str(trained["fb"]), str(tmp_path / name)), **FAST))
     record = RunDirectory(run).record
-    rundir.write_json(record, {**rundir.read_json(record), "status": "failed"})
+    rundir.write_json(record, {**read_json(record), "status": "failed"})
     with pytest.raises(CoraError, match=r"is not finished \(status failed\).*--resume"):
         evaluate(EvaluateConfig(runs=(str(trained["fb"]), str(run)), **FAST))
     assert not (trained["fb"] / "eval").exists()
@@ -228,7 +227,7 @@ def test_invalid_requests_are_usage_errors(given: dict[str, Any], message: str) 
 
 def test_a_result_records_its_predictions_and_settings(tiny_model: Path, records: Path, tmp_path: Path) -> None:
     result = evaluate_model(tiny_model, records, tmp_path / "out")
-    assert rundir.read_json(tmp_path / "out" / "metrics.json") == result.record
+    assert read_json(tmp_path / "out" / "metrics.json") == result.record
     settings = result.record["generation"]["settings"]
     assert (settings["batch_size"], settings["dtype"], settings["attention"]) == (4, "fp32", "transformers' default")
     assert (settings["model"], settings["adapter_sha256"], settings["decoding"]) == (str(tiny_model), None, "greedy")
@@ -238,9 +237,9 @@ def test_a_result_records_its_predictions_and_settings(tiny_model: Path, records
         == result.record["generation"]["predictions_sha256"]
         == rundir.sha256_file(predictions)
     )
-    reasons = [line["finish_reason"] for line in rundir.read_jsonl(predictions)]
+    reasons = [line["finish_reason"] for line in read_jsonl(predictions)]
     assert result.record["stopped_share"] == reasons.count("stop") / 7
-    assert len(rundir.read_jsonl(tmp_path / "out" / "scores.jsonl")) == 7
+    assert len(read_jsonl(tmp_path / "out" / "scores.jsonl")) == 7
 
 
 def test_metrics_are_recomputed_from_predictions_without_a_model(
@@ -290,7 +289,7 @@ def test_edited_predictions_are_scored_without_a_generation_record_and_it_says_s
 ) -> None:
     evaluate_run(run)
     path = run / "eval" / "predictions.jsonl"
-    rundir.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in rundir.read_jsonl(path)])
+    rundir.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in read_jsonl(path)])
     edited = evaluate(EvaluateConfig(from_predictions=str(path), **FAST))[0]
     assert edited.record["metrics"]["rouge1"]["value"] == 1
     assert edited.record["generation"] == {}
@@ -354,7 +353,7 @@ def test_every_metric_of_empty_and_endless_predictions_has_value_interval_n_and_
     lines = "".join(json.dumps({"prediction": p, "reference": r}) + "\n" for p, r in pairs)
     result = from_lines(tmp_path, lines, metrics=("rouge", "meteor", "bleu", "bertscore"))
     assert tuple(result.record["metrics"]) == NAMES == ("rouge1", "rouge2", "rougeL", "meteor", "sacrebleu", "bertscore_f1")
-    scores = rundir.read_jsonl(tmp_path / "scores.jsonl")
+    scores = read_jsonl(tmp_path / "scores.jsonl")
     assert [tuple(line) for line in scores] == [NAMES] * 5
     for name, metric in result.record["metrics"].items():
         assert set(metric) == {"value", "ci95", "n", "unscorable", "signature"}

@@ -14,6 +14,7 @@ from cora_cli.evaluation import backend
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.decode import PooledDecoder
 from cora_cli.evaluation.evaluate import evaluate
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
 from .helpers import FAST, answers, evaluate_model, evaluate_run
@@ -79,15 +80,15 @@ def test_other_settings_are_refused_by_name_and_replaced_on_request(tiny_model: 
     assert answers(tmp_path / "out") == before
     replaced = evaluate_model(tiny_model, records, tmp_path / "out", limit=3, max_new_tokens=4, overwrite=True)
     assert replaced.record["metrics"]["rouge1"]["n"] == 3
-    new = rundir.read_jsonl(tmp_path / "out" / "predictions.jsonl")
+    new = read_jsonl(tmp_path / "out" / "predictions.jsonl")
     assert [line["new_tokens"] for line in new] == [4, 4, 4]
 
 
 def test_an_unfinished_evaluation_with_other_settings_is_not_continued(tiny_model: Path, records: Path, tmp_path: Path) -> None:
     out = EvaluationDirectory(tmp_path / "out")
     evaluate_model(tiny_model, records, out.root)
-    lines = rundir.read_jsonl(out.predictions)
-    settings = rundir.read_json(out.generation)["settings"]
+    lines = read_jsonl(out.predictions)
+    settings = read_json(out.generation)["settings"]
     for recorded in ({"name": "x", "settings": {**settings, "max_new_tokens": 1}}, None):
         out.predictions.unlink()
         rundir.write_jsonl(out.partial_predictions, [{**line, "prediction": "of another time"} for line in lines])
@@ -97,7 +98,7 @@ def test_an_unfinished_evaluation_with_other_settings_is_not_continued(tiny_mode
         with pytest.raises(CoraError, match="other settings" if recorded else "other files"):
             evaluate_model(tiny_model, records, out.root)
         evaluate_model(tiny_model, records, out.root, overwrite=True)
-        assert rundir.read_jsonl(out.predictions) == lines
+        assert read_jsonl(out.predictions) == lines
 
 
 def test_a_finished_evaluation_is_scored_again_without_its_model(
@@ -119,7 +120,7 @@ def test_predictions_that_were_changed_afterwards_are_generated_again(
     path = tmp_path / "out" / "predictions.jsonl"
     whole = path.read_bytes()
     if damage == "edited":
-        lines = rundir.read_jsonl(path)
+        lines = read_jsonl(path)
         rundir.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in lines])
     else:
         path.unlink()
@@ -167,7 +168,7 @@ def test_an_evaluation_stays_whole_until_its_replacement_is_complete(
     for name in ("predictions.jsonl", "scores.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in out.iterdir()) == sorted(before)
-    assert rundir.read_json(out / "metrics.json")["generation"] == rundir.read_json(out / "generation.json")
+    assert read_json(out / "metrics.json")["generation"] == read_json(out / "generation.json")
 
 
 def test_an_old_evaluation_that_names_its_model_by_a_relative_path_is_reused(
@@ -175,7 +176,7 @@ def test_an_old_evaluation_that_names_its_model_by_a_relative_path_is_reused(
 ) -> None:
     evaluate_model(tiny_model, records, tmp_path / "out")
     out = EvaluationDirectory(tmp_path / "out")
-    recorded = rundir.read_json(out.generation)
+    recorded = read_json(out.generation)
     assert recorded["settings"]["model"] == str(tiny_model)
     rundir.write_json(out.generation, {**recorded, "settings": {**recorded["settings"], "model": "models/tiny"}})
     before = out.predictions.stat().st_mtime_ns

@@ -15,6 +15,7 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import PooledDecoder
 from cora_cli.evaluation.generate import BatchedGenerate, Engine, Request, end_tokens, generate, transformers_engine
+from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
 from .helpers import UNUSED, Answers, Numbers, requests_of
@@ -56,7 +57,7 @@ def answer_all(
 
 
 def predictions(out: EvaluationDirectory) -> list[dict[str, Any]]:
-    return rundir.read_jsonl(out.predictions)
+    return read_jsonl(out.predictions)
 
 
 @settings(derandomize=True, deadline=None, max_examples=12)
@@ -190,7 +191,7 @@ def interrupt(model: Any, out: EvaluationDirectory, waves: int) -> None:
 def test_an_interrupted_generation_continues_to_the_same_bytes(model: Any, out: EvaluationDirectory, whole: bytes) -> None:
     interrupt(model, out, 2)
     assert not out.predictions.exists()
-    assert len(rundir.read_jsonl(out.partial_predictions)) == 8
+    assert len(read_jsonl(out.partial_predictions)) == 8
     done = answer_all(model, Numbers(), requests_of(*LENGTHS), 1, 5, out)
     assert out.predictions.read_bytes() == whole
     assert done["new_tokens"] == 2 * 5
@@ -223,7 +224,7 @@ def test_a_full_disk_is_reported_and_keeps_finished_waves(
         patch.setattr(rundir, "open_to_append", full)
         with pytest.raises(CoraError, match=r"disk is full.*predictions\.partial\.jsonl"):
             answer_all(model, Numbers(), requests_of(*LENGTHS), 1, 5, out)
-    assert len(rundir.read_jsonl(out.partial_predictions)) == 4
+    assert len(read_jsonl(out.partial_predictions)) == 4
     answer_all(model, Numbers(), requests_of(*LENGTHS), 1, 5, out)
     assert out.predictions.read_bytes() == whole
 

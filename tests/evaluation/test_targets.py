@@ -9,6 +9,7 @@ from cora_cli.data.formats import prompt_hash
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate, paired_differences
+from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 from .helpers import FAST, HELD_OUT, evaluate_model, evaluate_run
@@ -26,14 +27,14 @@ def test_a_prompt_has_one_hash_in_every_schema():
 
 def test_a_run_records_the_prompts_that_it_was_trained_on(run: Path, tiny_data: Path):
     hashes = (run / "trained_prompts.txt").read_text().split()
-    held_out = {prompt_hash(record, "alpaca") for record in rundir.read_jsonl(run / "test.jsonl")}
+    held_out = {prompt_hash(record, "alpaca") for record in read_jsonl(run / "test.jsonl")}
     assert len(hashes) == len(set(hashes)) > 0
     assert held_out.isdisjoint(hashes)
 
 
 def test_records_of_the_training_are_left_out_where_the_file_is_the_runs_own(run: Path, tiny_data: Path, tmp_path: Path, capfd):
     result = evaluate_run(run, dataset=str(tiny_data), output_dir=str(tmp_path / "out"))
-    total = len(rundir.read_jsonl(tiny_data))
+    total = len(read_jsonl(tiny_data))
     assert result.record["metrics"]["rouge1"]["n"] == HELD_OUT
     message = " ".join(capfd.readouterr().err.split())
     assert f"{total - HELD_OUT} of {total} prompts of {tiny_data} were trained on; they are left out" in message
@@ -41,7 +42,7 @@ def test_records_of_the_training_are_left_out_where_the_file_is_the_runs_own(run
 
 def test_in_another_file_they_are_counted_and_left_out_on_request(run: Path, tiny_data: Path, tmp_path: Path, capfd):
     copy = tmp_path / "copy.jsonl"
-    rundir.write_jsonl(copy, rundir.read_jsonl(tiny_data)[:8])
+    rundir.write_jsonl(copy, read_jsonl(tiny_data)[:8])
     everything = evaluate_run(run, dataset=str(copy), output_dir=str(tmp_path / "all"))
     known = json.loads((tmp_path / "all" / "generation.json").read_text())["prompts_trained_on"]
     assert everything.record["metrics"]["rouge1"]["n"] == 8
@@ -54,8 +55,8 @@ def test_in_another_file_they_are_counted_and_left_out_on_request(run: Path, tin
 
 
 def test_a_file_of_training_records_alone_leaves_nothing_to_answer(run: Path, tiny_data: Path, tmp_path: Path):
-    held_out = {prompt_hash(record, "alpaca") for record in rundir.read_jsonl(run / "test.jsonl")}
-    trained = [record for record in rundir.read_jsonl(tiny_data) if prompt_hash(record, "alpaca") not in held_out]
+    held_out = {prompt_hash(record, "alpaca") for record in read_jsonl(run / "test.jsonl")}
+    trained = [record for record in read_jsonl(tiny_data) if prompt_hash(record, "alpaca") not in held_out]
     rundir.write_jsonl(tmp_path / "trained.jsonl", trained[:3])
     given = {"dataset": str(tmp_path / "trained.jsonl"), "output_dir": str(tmp_path / "out")}
     with pytest.raises(CoraError, match=r"all 3 prompts .* were trained on, which leaves none to answer; --no-exclude-trained"):

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from cora_cli import rundir
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation import evaluate as module
@@ -26,6 +25,7 @@ from cora_cli.evaluation.vllm import (
     token_prompts,
 )
 from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.reading import read_json
 from cora_cli.rundir import RunDirectory
 
 from .helpers import FAST
@@ -177,7 +177,7 @@ def test_a_run_is_evaluated_merged_or_with_its_adapter(
     assert (Path(loaded["model"]).exists(), lora is None) == (not merge, merge)  # the merged copy is deleted after loading
     assert loaded["max_model_len"] == max(len(prompt["prompt_token_ids"]) for prompt in prompts) + sampling.max_tokens
     assert 2 in sampling.stop_token_ids
-    recorded = rundir.read_json(tmp_path / "out" / "generation.json")
+    recorded = read_json(tmp_path / "out" / "generation.json")
     assert recorded["engine"] == recorded["settings"]["backend"] == "vllm"
     assert recorded["settings"]["vllm"] == version("pytest")
     assert recorded["settings"]["merged"] is merge

@@ -15,6 +15,7 @@ from cora_cli.evaluation import evaluate as evaluation
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.experiments import demo
 from cora_cli.experiments.demo import run_demo
+from cora_cli.reading import read_json
 from cora_cli.rundir import RunDirectory
 from cora_cli.training import run as training
 from tests.training.helpers import log_lines
@@ -149,12 +150,12 @@ def test_every_part_is_on_disk_and_built_from_the_previous_one(finished: Finishe
     basis = read_basis(root / "basis.safetensors")
     assert [source.reference for source in basis.sources] == [str(root / "models" / task) for task in TASKS]
     for name in demo.METHODS:
-        record = rundir.read_json(RunDirectory(root / "runs" / name).record)
+        record = read_json(RunDirectory(root / "runs" / name).record)
         assert record["status"] == "finished"
         assert record["model"]["reference"] == str(tiny_model)
         used = record["basis"] and record["basis"]["sha256"]
         assert used == (basis.sha256 if name in ("fb", "tb") else None)
-    metrics = [rundir.read_json(root / place / "metrics.json") for place in EVALUATIONS]
+    metrics = [read_json(root / place / "metrics.json") for place in EVALUATIONS]
     assert {record["metrics"]["rouge1"]["n"] for record in metrics} == {PROMPTS}
     assert len({record["generation"]["settings"]["records_sha256"] for record in metrics}) == 1
 

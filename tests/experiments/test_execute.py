@@ -13,6 +13,7 @@ from cora_cli.experiments.launch import LocalLauncher
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.steps import Plan
 from cora_cli.lock import own_directory
+from cora_cli.reading import read_json, read_jsonl
 from tests.experiments.helpers import BASE, PretendLauncher, grid_of, plan_of
 
 ROWS = ({"mode": "base"}, {"mode": ["fb", "lora"]})
@@ -151,7 +152,7 @@ def test_dependents_run_again_if_the_result_of_a_step_changes(plan: Plan, capsys
 def test_a_step_that_was_killed_is_continued(plan: Plan) -> None:
     carry_out(plan, rows=[LORA])
     record = plan.out / "steps" / f"train-{LORA}.json"
-    rundir.write_json(record, {**rundir.read_json(record), "status": "started"})
+    rundir.write_json(record, {**read_json(record), "status": "started"})
     kept = plan.out / "runs" / LORA / "checkpoints" / "step"
     rundir.write_text(kept, "half of the way")
     assert f"train-{LORA}" in carry_out(plan, rows=[LORA])[1]
@@ -206,8 +207,8 @@ def test_done_steps_are_found_without_changing_anything(plan: Plan) -> None:
 
 def test_the_plan_its_grid_and_the_base_model_s_records_are_written(plan: Plan) -> None:
     write_plan(plan)
-    assert [row["name"] for row in rundir.read_json(plan.out / "plan.json")["rows"]] == ["base", FB, LORA]
-    assert rundir.read_jsonl(plan.out / "records" / "data.jsonl") == plan.records["records/data.jsonl"]
+    assert [row["name"] for row in read_json(plan.out / "plan.json")["rows"]] == ["base", FB, LORA]
+    assert read_jsonl(plan.out / "records" / "data.jsonl") == plan.records["records/data.jsonl"]
     assert "cora-fb" in (plan.out / "grid.yaml").read_text()
 
 

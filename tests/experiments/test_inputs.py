@@ -4,6 +4,7 @@ from unittest.mock import MagicMock
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
@@ -76,3 +77,11 @@ def test_an_unreachable_hub_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(HfApi, "model_info", unreachable)
     require_on_hub(grid_of({"mode": "fb"}, model="org/base"))
+
+
+def test_a_models_shapes_are_out_by_in_whichever_way_round_its_layers_store_them(tiny_data: Path, tmp_path: Path) -> None:
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    inputs = find_inputs(grid_of({"mode": "base"}, model=str(tmp_path / "gpt2"), datasets={"data": str(tiny_data)}), None)
+    assert inputs.models[str(tmp_path / "gpt2")].targets(("c_attn",)) == {"transformer.h.0.attn.c_attn": (48, 16)}

@@ -10,6 +10,7 @@ from cora_cli import rundir
 from cora_cli.evaluation.metrics import score_all
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.steps import Step
+from cora_cli.reading import read_json
 from cora_cli.reporting.collect import Result
 from cora_cli.reporting.measures import LOSS, Measure
 from cora_cli.reporting.report_rows import Row
@@ -93,7 +94,7 @@ def write_plan(root: Path, entries: list[dict[str, Any]], **changes: Any) -> Non
 
 def record_steps(root: Path, **facts: Any) -> None:
     """Make the grid one whose steps were carried out as planned: what lies there now is what they made from `facts`."""
-    plan = rundir.read_json(root / "plan.json")
+    plan = read_json(root / "plan.json")
     steps = []
     for row in plan["rows"]:
         run = Step(f"train-{row['name']}", "train", row["run"], {"row": row["name"], **facts}, (), ()) if row["run"] else None

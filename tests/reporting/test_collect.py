@@ -6,6 +6,7 @@ import pytest
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import find_experiments, read_plan
@@ -33,7 +34,7 @@ def test_a_complete_grid_is_read_completely(made_grid):
     lora = next(result for result in found.results if result.row.mode == "lora")
     assert set(lora.measures) == {LOSS, "rouge1", "rougeL", "sacrebleu"}
     assert (lora.trained, lora.adapter_bytes, lora.tokens_per_second, lora.peak_memory_bytes) == (2000, 700, 500.0, 1.5e9)
-    recorded = rundir.read_json(EvaluationDirectory(lora.row.evaluation).metrics)["metrics"]["sacrebleu"]
+    recorded = read_json(EvaluationDirectory(lora.row.evaluation).metrics)["metrics"]["sacrebleu"]
     assert lora.measures["sacrebleu"].value == recorded["value"]
 
 
@@ -46,7 +47,7 @@ def test_a_base_model_has_the_loss_that_its_runs_had_before_their_first_step(mad
 
 
 def without_evaluations(grid):
-    plan = rundir.read_json(grid / "plan.json")
+    plan = read_json(grid / "plan.json")
     rundir.write_json(grid / "plan.json", plan | {"rows": [row | {"evaluation": None} for row in plan["rows"]]})
     return read_plan(grid)
 
@@ -68,7 +69,7 @@ def test_a_base_model_that_no_run_has_measured_is_missing(grid):
 
 def test_a_run_that_does_not_start_as_the_base_model_lends_it_no_loss(grid):
     for path in (grid / "runs").iterdir():
-        record = rundir.read_json(path / "run.json")
+        record = read_json(path / "run.json")
         rundir.write_json(path / "run.json", record | {"plan": record["plan"] | {"a_init": "kaiming", "b_init": "orthonormal"}})
     base = next(result for result in collect(read_plan(grid)).results if result.row.mode == "base")
     assert LOSS not in base.measures
@@ -87,9 +88,9 @@ def test_a_base_model_that_a_grid_lists_once_a_seed_counts_once(tmp_path):
 def test_what_is_not_finished_is_missing_with_its_reason_and_the_rest_is_reported(grid):
     runs = sorted((grid / "runs").iterdir())
     shutil.rmtree(runs[0])
-    failed = rundir.read_json(runs[1] / "run.json") | {"status": "failed", "error": "the disk is full"}
+    failed = read_json(runs[1] / "run.json") | {"status": "failed", "error": "the disk is full"}
     rundir.write_json(runs[1] / "run.json", failed)
-    rundir.write_json(runs[2] / "run.json", rundir.read_json(runs[2] / "run.json") | {"status": "running"})
+    rundir.write_json(runs[2] / "run.json", read_json(runs[2] / "run.json") | {"status": "running"})
     shutil.rmtree(runs[3] / "evaluation")
     found = collect(read_plan(grid))
     assert {(entry.row.name, entry.part, entry.reason) for entry in found.missing} == {
@@ -116,19 +117,19 @@ def cut(path):
 
 
 def edit_scores(path):
-    lines = rundir.read_jsonl(path)
+    lines = read_jsonl(path)
     lines[0]["rouge1"] += 0.25
     rundir.write_jsonl(path, lines)
 
 
 def edit_prediction(path):
-    lines = rundir.read_jsonl(path)
+    lines = read_jsonl(path)
     lines[0]["prediction"] = "better"
     rundir.write_jsonl(path, lines)
 
 
 def edit_loss(path):
-    lines = rundir.read_jsonl(path)
+    lines = read_jsonl(path)
     lines[0]["after"] -= 1
     rundir.write_jsonl(path, lines)
 
@@ -200,7 +201,7 @@ def test_rows_of_a_group_that_answered_other_records_are_refused(tmp_path):
     ],
 )
 def test_a_damaged_plan_is_refused_with_the_place(grid, change, message):
-    plan = rundir.read_json(grid / "plan.json")
+    plan = read_json(grid / "plan.json")
     rundir.write_json(grid / "plan.json", plan | change)
     with pytest.raises(CoraError, match=message):
         read_plan(grid)
@@ -216,7 +217,7 @@ def test_a_damaged_plan_is_refused_with_the_place(grid, change, message):
     ],
 )
 def test_a_row_of_a_plan_with_a_wrong_type_is_refused_by_its_number(grid, key, value, words):
-    plan = rundir.read_json(grid / "plan.json")
+    plan = read_json(grid / "plan.json")
     plan["rows"][2][key] = value
     rundir.write_json(grid / "plan.json", plan)
     with pytest.raises(CoraError, match=rf"rows\[2\].{key} must be {words}"):
@@ -224,7 +225,7 @@ def test_a_row_of_a_plan_with_a_wrong_type_is_refused_by_its_number(grid, key, v
 
 
 def test_two_rows_of_one_name_are_refused(grid):
-    plan = rundir.read_json(grid / "plan.json")
+    plan = read_json(grid / "plan.json")
     rundir.write_json(grid / "plan.json", plan | {"rows": [*plan["rows"], plan["rows"][0]]})
     with pytest.raises(CoraError, match="two rows are named tiny-base"):
         read_plan(grid)
@@ -251,7 +252,7 @@ def test_plain_runs_and_evaluations_make_one_experiment(trained_grid):
 def test_unlike_plain_runs_of_one_mode_get_unlike_labels(trained_grid, tmp_path):
     run = next(path for path in sorted((trained_grid / "runs").iterdir()) if "lora" in path.name)
     other = shutil.copytree(run, tmp_path / "longer")
-    record = rundir.read_json(other / "run.json")
+    record = read_json(other / "run.json")
     record["fingerprint"]["settings"]["max_steps"] = 9
     rundir.write_json(other / "run.json", record)
     (experiment,) = find_experiments([str(run), str(other)])
@@ -266,7 +267,7 @@ def test_the_label_of_a_plain_run_names_its_start_only_where_it_is_not_the_modes
     mode, b_init, label, trained_grid, tmp_path
 ):
     run = shutil.copytree(next(iter(sorted((trained_grid / "runs").iterdir()))), tmp_path / "run")
-    record = rundir.read_json(run / "run.json")
+    record = read_json(run / "run.json")
     changed = {"mode": mode, "plan": record["plan"] | {"mode": mode, "b_init": b_init}}
     rundir.write_json(run / "run.json", record | changed)
     (experiment,) = find_experiments([str(run)])
@@ -276,7 +277,7 @@ def test_the_label_of_a_plain_run_names_its_start_only_where_it_is_not_the_modes
 def test_plain_runs_on_two_bases_of_as_many_models_are_two_methods(trained_grid, tmp_path):
     run = next(path for path in sorted((trained_grid / "runs").iterdir()) if "fb_" in path.name)
     other, again = (shutil.copytree(run, tmp_path / name) for name in ("other", "again"))
-    changed = rundir.read_json(other / "run.json")
+    changed = read_json(other / "run.json")
     changed["basis"] |= {"path": "other.safetensors", "sha256": "0" * 64}
     rundir.write_json(other / "run.json", changed)
     rundir.write_json(again / "run.json", changed | {"basis": {**changed["basis"], "path": "copy.safetensors"}})
@@ -325,7 +326,7 @@ def test_numbers_that_were_edited_so_that_they_still_agree_are_noticed(recorded,
 
 
 def test_a_run_of_other_settings_than_the_plans_is_not_shown_among_its_rows(recorded):
-    plan = rundir.read_json(recorded / "plan.json")
+    plan = read_json(recorded / "plan.json")
     for step in plan["steps"]:
         step["facts"] |= {"max_steps": 7} if "lora" in step["name"] else {}
     rundir.write_json(recorded / "plan.json", plan)
@@ -335,7 +336,7 @@ def test_a_run_of_other_settings_than_the_plans_is_not_shown_among_its_rows(reco
 def test_an_evaluation_of_a_run_that_was_made_again_is_not_shown(recorded):
     name = Made("lora", "lora").name
     path = recorded / "steps" / f"train-{name}.json"
-    rundir.write_json(path, rundir.read_json(path) | {"result": "0" * 64})
+    rundir.write_json(path, read_json(path) | {"result": "0" * 64})
     assert missing_of(recorded) == {"lora": "its inputs have changed since it ran; run `cora ablate` again"}
 
 
@@ -345,7 +346,7 @@ def test_a_step_without_its_record_is_no_evidence(recorded):
 
 
 def test_a_plan_with_damaged_steps_is_refused(recorded):
-    plan = rundir.read_json(recorded / "plan.json")
+    plan = read_json(recorded / "plan.json")
     del plan["steps"][0]["facts"]
     rundir.write_json(recorded / "plan.json", plan)
     with pytest.raises(CoraError, match=r"steps\[0\].facts is missing"):

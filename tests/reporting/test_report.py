@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.paper import paper, paper_row
+from cora_cli.reading import read_json
 from cora_cli.reporting.numbers import COLUMNS
 from cora_cli.reporting.plots import side_by_side
 from cora_cli.reporting.report import FILES, report
@@ -98,7 +99,7 @@ def written(paper_grid, tmp_path_factory):
 
 def test_a_grid_of_losses_alone_is_reported_in_every_format(made_grid, tmp_path):
     grid = Path(shutil.copytree(made_grid, tmp_path / "grid"))
-    plan = rundir.read_json(grid / "plan.json")
+    plan = read_json(grid / "plan.json")
     rundir.write_json(grid / "plan.json", plan | {"rows": [row | {"evaluation": None} for row in plan["rows"]]})
     text = report([str(grid)], "markdown", tmp_path / "report")
     assert "held-out loss" in text
@@ -178,7 +179,7 @@ def test_the_csv_is_tidy_and_in_full_precision(written, paper_grid):
     keys = [(row["row"], row["learning_rate"], row["measure"]) for row in rows]
     assert len(keys) == len(set(keys))
     base = next(row for row in rows if row["mode"] == "base" and row["measure"] == "rougeL")
-    recorded = rundir.read_json(paper_grid / "evaluations" / "base" / "metrics.json")["metrics"]["rougeL"]
+    recorded = read_json(paper_grid / "evaluations" / "base" / "metrics.json")["metrics"]["rougeL"]
     assert float(base["value"]) == recorded["value"]
     assert [float(base["low"]), float(base["high"])] == recorded["ci95"]
     paper = next(row for row in rows if row["row"] == "LoRA_code_8" and row["measure"] == "sacrebleu")
@@ -231,7 +232,7 @@ def test_nothing_is_bold_where_the_best_two_are_alike(tmp_path):
 def test_the_note_under_a_table_names_every_unit_though_its_first_row_lacks_one(tmp_path):
     grid = make_grid(tmp_path / "grid", [Made("base", "base", rank=None, rate=None), Made("fb", "fb", n_models=2)])
     record = grid / "runs" / Made("fb", "fb", n_models=2).name / "run.json"
-    changed = rundir.read_json(record)
+    changed = read_json(record)
     changed["plan"]["a_init"] = "gaussian"  # does not start as the base model, so lends it no loss
     rundir.write_json(record, changed)
     assert "held-out loss in nats per response token over 30 records" in report([str(grid)])
@@ -242,7 +243,7 @@ def test_really_trained_runs_give_a_report_with_their_own_records(trained_grid, 
     parse(page)
     assert "variance" in {path.stem for path in (tmp_path / "plots").iterdir()}
     text = (tmp_path / "report.txt").read_text()
-    record = rundir.read_json(next((trained_grid / "runs").iterdir()) / "run.json")
+    record = read_json(next((trained_grid / "runs").iterdir()) / "run.json")
     for expected in (
         "6 runs trained",
         f"torch {record['versions']['torch']}",

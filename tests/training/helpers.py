@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from cora_cli import rundir
+from cora_cli.reading import read_json
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
 
@@ -46,7 +47,7 @@ def config_for(model: Path, data: Path, output: Path, **changes: Any) -> TrainCo
 def record_result(output: Path) -> None:
     """Let the record of a run that a test has changed hold the hash of its result."""
     run = RunDirectory(output)
-    rundir.write_json(run.record, {**rundir.read_json(run.record), "result_sha256": run.result_hash()})
+    rundir.write_json(run.record, {**read_json(run.record), "result_sha256": run.result_hash()})
 
 
 def log_lines(output: Path) -> list[dict[str, Any]]:
