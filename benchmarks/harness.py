@@ -52,22 +52,27 @@ class Agreement:
         return self.found <= self.allowed
 
 
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    from cora_cli.training.record import peak_resident_bytes
+def peak_bytes(device: Any = None) -> int:
+    """Largest memory of this process so far: on `device` if that is a GPU, otherwise resident."""
+    import torch
 
-    return peak_resident_bytes()
+    from cora_cli.training.record import peak_memory_bytes
+
+    return peak_memory_bytes(torch.device("cpu") if device is None else device)
 
 
-def matmul_rate(dtype: Any, rows: int, inner: int, columns: int) -> float:
+def matmul_rate(dtype: Any, rows: int, inner: int, columns: int, device: Any = "cpu") -> float:
     """Operations per second of this machine's product of (rows, inner) and (inner, columns) matrices: the best of many."""
     import torch
 
-    left, right = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+    on_gpu = torch.device(device).type == "cuda"
+    left, right = (torch.randn(size, inner, dtype=dtype, device=device) for size in (rows, columns))
     best = float("inf")
     for _ in range(50):
         began = time.perf_counter()
         torch.nn.functional.linear(left, right)
+        if on_gpu:
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
     return 2 * rows * inner * columns / best
 

@@ -63,22 +63,23 @@ def stand_in(tokenizer: Any) -> list[dict[str, str]]:
     ]
 
 
-def load_work(attention: str, dtype: str, dataset: str | None) -> tuple[Any, Any, list[Any], Any]:
-    """The model with a fresh LoRA adapter, the hardware, all examples, and the tokenizer."""
+def load_work(side: str, options: argparse.Namespace, dtype: str) -> tuple[Any, Any, list[Any], Any]:
+    """The model with a fresh LoRA adapter and the side's attention, the hardware, all examples, and the tokenizer."""
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
     from cora_cli.data.encode import encode_records
     from cora_cli.data.formats import Record, load_split
     from cora_cli.data.templates import Template
-    from cora_cli.device import select_hardware
+    from cora_cli.device import select_hardware, select_packed_attention
     from cora_cli.models.loading import load_model, load_tokenizer
     from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
     from cora_cli.training.attention import register_packed_attention
 
     register_packed_attention()
     hardware = select_hardware("auto", "bf16" if dtype == "bf16" else "fp32")
-    path = resolve_model(EMBEDDED_MODEL)
+    attention = select_packed_attention(hardware.device.type).name if side == harness.OURS else "sdpa"
+    path, dataset = resolve_model(options.model or EMBEDDED_MODEL), options.dataset
     tokenizer = load_tokenizer(path)
     records = load_split(dataset, None, 0).train if dataset else stand_in(tokenizer)
     examples = encode_records(
@@ -116,8 +117,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-    attention = "cora_segments" if side == harness.OURS else "sdpa"
-    model, hardware, examples, tokenizer = load_work(attention, options.dtype, options.dataset)
+    model, hardware, examples, tokenizer = load_work(side, options, options.dtype)
     measured = chosen_batches(examples, side, options.steps, options.round)
     batches = [measured[len(measured) // 2], *measured]
     arguments = TrainingArguments(
@@ -136,7 +136,10 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     trainer: Trainer
     if side == harness.OURS:
         from cora_cli.data.batches import BatchForm, GlobalBatches
+        from cora_cli.device import select_packed_attention
         from cora_cli.training.trainer import CoraTrainer
+
+        shares = select_packed_attention(hardware.device.type).shares_prefixes
 
         class Chosen(GlobalBatches):
             def __init__(self, chosen: list[list[int]]) -> None:
@@ -148,7 +151,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
             def __iter__(self) -> Iterator[list[int]]:
                 return iter(self._chosen)
 
-        trainer = CoraTrainer(model, arguments, examples, None, Path("unused"), 1, BatchForm("packed", True))
+        trainer = CoraTrainer(model, arguments, examples, None, Path("unused"), 1, BatchForm("packed", shares))
         trainer.batches = Chosen(batches)
     else:
         order = [index for batch in batches for index in batch]
@@ -171,7 +174,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     tokens = sum(len(examples[index].input_ids) for batch in measured for index in batch)
     return {
         "rate": tokens / seconds,
-        "peak_bytes": harness.peak_bytes(),
+        "peak_bytes": harness.peak_bytes(hardware.device),
         "tokens": tokens,
         "seconds": seconds,
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
@@ -193,16 +196,17 @@ def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
     from cora_cli.training.losses import response_losses
 
     found = []
-    for attention in ("cora_segments", "sdpa"):
-        model, _, examples, tokenizer = load_work(attention, "fp32", options.dataset)
+    for side in (harness.OURS, "random"):
+        model, hardware, examples, tokenizer = load_work(side, options, "fp32")
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:  # with B = 0 half of the gradients would be zero
-                torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+                drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                parameter.data.copy_(0.02 * drawn)
         members = examples[:BATCH]
-        if attention == "cora_segments":
-            loss = response_losses(model, pack(members)).mean()
+        if side == harness.OURS:
+            loss = response_losses(model, moved(pack(members), hardware.device)).mean()
         else:
-            padded = DataCollatorForSeq2Seq(tokenizer, padding=True)([row(member) for member in members])
+            padded = moved(DataCollatorForSeq2Seq(tokenizer, padding=True)([row(m) for m in members]), hardware.device)
             labels = padded.pop("labels")[:, 1:].flatten()
             # In float64, because torch's float32 log_softmax over 49,152 classes has an error of 1e-5, and its gradients one of 2e-4.
             loss = torch.nn.functional.cross_entropy(model(**padded).logits[:, :-1].flatten(0, 1).double(), labels)
@@ -216,19 +220,27 @@ def agreement(options: argparse.Namespace) -> Iterator[harness.Agreement]:
     yield harness.Agreement("largest gradient difference of any trained tensor, relative", worst, 1e-5)
 
 
+def moved(batch: Mapping[str, Any], device: Any) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+
+
 def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespace) -> list[str]:
     """What was trained on, and our time compared with the least time that the matrix products alone would take."""
     import torch
 
-    model, _, examples, _ = load_work("cora_segments", "fp32", options.dataset)
+    model, hardware, examples, _ = load_work(harness.OURS, options, "bf16")
     needed, spent = 0.0, 0.0
-    rate = harness.matmul_rate(torch.bfloat16 if options.dtype == "bf16" else torch.float32, 2048, 576, 1536)
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    size = model.config.hidden_size, model.config.intermediate_size
+    rate = harness.matmul_rate(dtype, 2048, *size, hardware.device)
     for number, result in enumerate(rounds[harness.OURS]):
         for batch in chosen_batches(examples, harness.OURS, options.steps, number):
             needed += operations(model, [examples[index] for index in batch])
         spent += result["seconds"]
     lengths = [len(example.input_ids) for example in examples]
     return [
+        f"{options.model or 'The embedded model'} on {hardware.device_reason if hardware.device.type == 'cuda' else 'the processor'}: "
         f"{options.steps} batches of {BATCH} per round, {options.dtype}, from "
         + (options.dataset or "generated records with the lengths of code_alpaca_2k")
         + f": {len(examples)} examples of {sum(lengths) / len(lengths):.0f} tokens on average (longest {max(lengths)}).",
@@ -259,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=6, help="batches per round")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--model", help="a model's directory, instead of the embedded model; see random_model.py")
     parser.add_argument("--dataset", help="Alpaca records to train on instead of the generated ones")
     harness.run(STAGE, measure, lambda options: list(agreement(options)), parser, notes)
 

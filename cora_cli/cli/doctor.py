@@ -1,13 +1,20 @@
-"""`cora doctor`: report installed and missing packages, hardware, and embedded models, and how to get what is missing."""
+"""`cora doctor`: report installed and missing packages, hardware, and embedded models, and how to get what is missing.
+
+With `--gpu-check` it also computes on the hardware and compares the results with the processor's.
+"""
 
 import dataclasses
 import importlib.metadata
 import importlib.util
 import platform
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import typer
 
 from cora_cli.cli.command import command
+from cora_cli.errors import UsageError
 from cora_cli.settings import DtypeName, setting
 from cora_cli.terminal import complain, show
 
@@ -33,6 +40,10 @@ class DoctorConfig:
 
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto")
     dtype: DtypeName = setting("auto: bf16 where the hardware supports it, else fp32.", "auto")
+    gpu_check: bool = setting(
+        "Also train, answer and decompose on the device, and compare with the processor; takes minutes.", False
+    )
+    output: str | None = setting("Write what --gpu-check found to this JSON file.", None)
     seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
 
 
@@ -42,8 +53,14 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: DoctorConfig) -> None:
-    """Report installed and missing packages, the device and precision that would be used, and why. Downloads nothing."""
+    """Report installed and missing packages, the device and precision that would be used, and why. Downloads nothing.
+
+    --gpu-check computes on the embedded model, and downloads that where it is missing.
+    """
     import torch
+
+    if config.output is not None and not config.gpu_check:
+        raise UsageError("--output is for what --gpu-check finds; add --gpu-check")
 
     from cora_cli import __version__, embedded
     from cora_cli.device import select_hardware, select_packed_attention
@@ -68,4 +85,33 @@ def run(config: DoctorConfig) -> None:
         show(f"  {asset.name}: {state}")
     if missing:
         complain(f"missing packages: pip install {' '.join(missing)}")
+        raise typer.Exit(1)
+    if config.gpu_check:
+        _check(config)
+
+
+def _check(config: DoctorConfig) -> None:
+    """Run the checks, show them as they end, and exit with 1 if one failed."""
+    import torch
+
+    from cora_cli import __version__, rundir
+    from cora_cli.experiments.hardware_check import check_hardware
+
+    checks = []
+    with tempfile.TemporaryDirectory(prefix="cora-check-") as folder:
+        for check in check_hardware(config.device, config.dtype, Path(folder)):
+            show(check.line())
+            checks.append(check)
+    if config.output is not None:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        found: dict[str, Any] = {
+            "cora": __version__,
+            "gpu": gpu,
+            "cuda": torch.version.cuda,
+            "packages": {name: importlib.metadata.version(name) for name in REQUIRED},
+            "checks": [dataclasses.asdict(check) for check in checks],
+        }
+        rundir.write_json(Path(config.output), found)
+    if failed := [check.name for check in checks if check.passed is False]:
+        complain(f"failed on this machine: {', '.join(failed)}")
         raise typer.Exit(1)

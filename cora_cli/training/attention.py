@@ -6,11 +6,11 @@ There is one implementation for CPUs and one for GPUs, both registered with tran
 
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 
@@ -19,6 +19,13 @@ from cora_cli.errors import CoraError
 
 LONGEST_PIECE = 128
 """Queries per piece: short enough to skip most later keys, long enough for efficient matrix products."""
+
+COMPILATIONS = 64
+"""FlexAttention kernels per process."""
+BLOCK = 128
+"""Queries and keys per block of a block mask, which is FlexAttention's default."""
+BLOCKS_AT_ONCE = 4
+"""Blocks of queries whose mask exists at one time while a block mask is made: memory grows with the row's length, not with its square."""
 
 
 def register_packed_attention() -> None:
@@ -185,9 +192,19 @@ def block_mask_attention(
     Raises `CoraError` for a model whose attention has dropout.
     """
     _refuse_dropout(kwargs)
+    _allow_compilations()
     query, key = _in_dtype_of(value, query, key)
     mask = layout_block_mask(layout, sliding_window, query.device)
     return flex_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+@cache
+def _allow_compilations() -> None:
+    """Let FlexAttention compile for every precision, gradient mode, window and kind of length that a run needs.
+
+    Beyond torch's limit of 8 it would fall back, with a warning only, to code that holds the scores of all pairs of tokens.
+    """
+    torch._dynamo.config.recompile_limit = max(COMPILATIONS, torch._dynamo.config.recompile_limit)
 
 
 def _in_dtype_of(value: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,4 +239,26 @@ def layout_mask(layout: Layout, window: int | None, device: torch.device) -> Cal
 @lru_cache(maxsize=2)
 def layout_block_mask(layout: Layout, window: int | None, device: torch.device) -> BlockMask:
     """The row's `layout_mask` as a block mask, created once for all layers."""
-    return create_block_mask(layout_mask(layout, window, device), None, None, layout.tokens, layout.tokens, device=device)
+    sees = layout_mask(layout, window, device)
+    blocks = -(-layout.tokens // BLOCK)
+    # Behind the row nothing is seen. The index of its last token stands in, so that every index is valid.
+    places = torch.arange(blocks * BLOCK, device=device)
+    inside, places = places < layout.tokens, places.clamp(max=layout.tokens - 1)
+    counts = []
+    for start in range(0, blocks, BLOCKS_AT_ONCE):
+        rows = slice(start * BLOCK, (start + BLOCKS_AT_ONCE) * BLOCK)
+        none = places[:1]  # the batch and the head, which the mask ignores
+        seen = sees(none, none, places[rows, None], places) & inside[rows, None] & inside
+        counts.append(seen.unflatten(0, (-1, BLOCK)).unflatten(2, (blocks, BLOCK)).sum((1, 3)))
+    count = torch.cat(counts)[None, None]
+    whole = count == BLOCK * BLOCK
+    some = (count > 0) & ~whole
+    return BlockMask.from_kv_blocks(
+        *_listed(some), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(layout.tokens, layout.tokens)
+    )
+
+
+def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks of keys each block of queries uses, and their indices, those first: (1, 1, blocks) and (1, 1, blocks, blocks) int32."""
+    order = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)

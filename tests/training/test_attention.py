@@ -376,3 +376,16 @@ def test_a_model_has_the_same_losses_in_both_forms(architecture, uncompiled, mod
             model.set_attn_implementation(name)
             found[name] = response_losses(model, row)
     torch.testing.assert_close(found["cora_flex"], found["cora_segments"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 48, 300])
+@pytest.mark.parametrize("shared", [16, None])
+def test_the_block_mask_is_the_one_that_torch_makes_from_all_pairs_of_tokens(shared, window):
+    stem = [1] * 300
+    layout = lay_out([stem + [2] * 400, stem + [3] * 90, [4] * 170, [5] * 7], shared)[0]
+    found = layout_block_mask(layout, window, CPU)
+    expected = torch_flex.create_block_mask(
+        layout_mask(layout, window, CPU), None, None, layout.tokens, layout.tokens, device="cpu"
+    )
+    for found_part, part in zip(found.as_tuple()[:-1], expected.as_tuple()[:-1], strict=True):  # without the mask function
+        assert torch.equal(found_part, part) if torch.is_tensor(part) else found_part == part

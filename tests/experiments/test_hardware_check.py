@@ -1,0 +1,73 @@
+"""`check_hardware` runs its whole list on a processor, and a wrong result fails the check that compares it."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cora_cli.cli import app
+from cora_cli.experiments import hardware_check
+from cora_cli.experiments.hardware_check import Check, check_hardware
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(hardware_check, "RANK", 4)
+    monkeypatch.setattr(hardware_check, "TIMED_RANK", 4)
+
+
+def run(tmp_path, model) -> dict[str, Check]:
+    return {check.name: check for check in check_hardware("cpu", "fp32", tmp_path, str(model))}
+
+
+def test_every_check_passes_on_a_processor_or_says_what_it_needs(tiny_model, tmp_path):
+    found = run(tmp_path, tiny_model)
+    assert {name: check.passed for name, check in found.items()} == {
+        "attention": True,
+        "layouts": None,
+        "packing": True,
+        "training": True,
+        "answers": True,
+        "4-bit": None,
+        "extraction": True,
+        "speed": True,
+    }
+    assert found["4-bit"].found.startswith("needs a CUDA GPU")
+    assert found["training"].figures["fb"]["cosine"] == pytest.approx(1)
+    assert all(figures["tokens_per_second"] > 0 for figures in found["speed"].figures.values())
+    assert all(json.dumps(check.figures) for check in found.values())
+
+
+def test_an_attention_that_ignores_the_layout_fails_its_check(tmp_path, monkeypatch):
+    def causal(module, query, key, value, mask, **_):
+        keys, values = (tensor.repeat_interleave(3, dim=1) for tensor in (key, value))
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True).transpose(1, 2), None
+
+    monkeypatch.setattr(hardware_check, "segment_attention", causal)
+    attention = next(check_hardware("cpu", "fp32", tmp_path))
+    assert attention.passed is False
+    assert attention.line().startswith("FAILED   attention")
+
+
+def test_a_check_that_raises_has_failed_and_the_next_one_runs(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr(hardware_check, "segment_attention", lambda *_, **__: 1 / 0)
+    checks = check_hardware("cpu", "fp32", tmp_path, str(tiny_model))
+    assert next(checks).found == "ZeroDivisionError: division by zero"
+    assert next(checks).name == "layouts"
+
+
+def test_the_command_writes_what_it_found_and_exits_with_1_where_a_check_failed(tmp_path, monkeypatch):
+    found = [Check("attention", True, "fine", {"error": 0.0}, 1.0), Check("answers", False, "1 of 8", {}, 2.0)]
+    monkeypatch.setattr(hardware_check, "check_hardware", lambda *_: iter(found))
+    output = tmp_path / "found.json"
+    result = CliRunner().invoke(app, ["doctor", "--device=cpu", "--gpu-check", "--output", str(output)])
+    assert result.exit_code == 1
+    assert result.stderr == "failed on this machine: answers\n"
+    assert [check["name"] for check in json.loads(output.read_text())["checks"]] == ["attention", "answers"]
+
+
+def test_an_output_without_the_check_is_refused():
+    result = CliRunner().invoke(app, ["doctor", "--output=found.json"])
+    assert result.exit_code == 2
+    assert "--gpu-check" in result.stderr
