@@ -45,7 +45,18 @@ def settings_of(mode: Mode, basis: Path, input_basis: Path, loha: Path) -> dict[
     return {"mode": mode, "basis": str(input_basis if spec.a_init == "basis" else basis) if spec.needs_basis() else None}
 
 
-@pytest.fixture(scope="module", params=[mode for mode, method in METHODS.items() if method.is_adapter])
+# One mode of each kind of start, storage and optimizer; the others differ from one of these in their start only.
+QUICK = ("lora", "fb", "tb", "fa-basis", "lora+", "dora", "vera", "lora-xs", "lora-mini", "peft")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(mode, marks=() if mode in QUICK else pytest.mark.slow)
+        for mode, method in METHODS.items()
+        if method.is_adapter
+    ],
+)
 def finished(
     request: pytest.FixtureRequest,
     tiny_model: Path,
