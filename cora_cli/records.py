@@ -225,6 +225,7 @@ class Metric(TypedDict):
     ci95: tuple[float, float] | None
     n: int
     unscorable: NotRequired[int]
+    evaluate_prints: NotRequired[float]
     signature: str
 
 
@@ -232,6 +233,7 @@ class Metrics(TypedDict):
     """`metrics.json`."""
 
     name: str
+    metric_variant: NotRequired[str]
     metrics: dict[str, Metric]
     predictions_sha256: str
     generation: UsedGeneration
