@@ -276,6 +276,14 @@ class Choices(TypedDict):
     target_modules: list[str]
 
 
+class LayerEnergy(TypedDict):
+    """How much of one weight's energy a pooled basis keeps (`basis.artifact.LayerEnergy`)."""
+
+    kept: float
+    chance: float
+    own: float
+
+
 class BasisFile(TypedDict):
     """The metadata of a basis file."""
 
@@ -284,6 +292,7 @@ class BasisFile(TypedDict):
     group_template: str
     gaps: dict[str, bool]
     modules: dict[str, tuple[int, int]]
+    layers: NotRequired[dict[str, LayerEnergy]]
     sources: list[BasisSource]
     base: BasisSource | None
     architecture: dict[str, Any]
