@@ -225,6 +225,7 @@ class Metric(TypedDict):
     ci95: tuple[float, float] | None
     n: int
     unscorable: NotRequired[int]
+    evaluate_prints: NotRequired[float]
     signature: str
 
 
@@ -232,6 +233,7 @@ class Metrics(TypedDict):
     """`metrics.json`."""
 
     name: str
+    metric_variant: NotRequired[str]
     metrics: dict[str, Metric]
     predictions_sha256: str
     generation: UsedGeneration
@@ -274,6 +276,14 @@ class Choices(TypedDict):
     target_modules: list[str]
 
 
+class LayerEnergy(TypedDict):
+    """How much of one weight's energy a pooled basis keeps (`basis.artifact.LayerEnergy`)."""
+
+    kept: float
+    chance: float
+    own: float
+
+
 class BasisFile(TypedDict):
     """The metadata of a basis file."""
 
@@ -282,6 +292,7 @@ class BasisFile(TypedDict):
     group_template: str
     gaps: dict[str, bool]
     modules: dict[str, tuple[int, int]]
+    layers: NotRequired[dict[str, LayerEnergy]]
     sources: list[BasisSource]
     base: BasisSource | None
     architecture: dict[str, Any]

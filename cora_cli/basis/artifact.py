@@ -36,6 +36,19 @@ class SourceRecord:
     hash: str
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerEnergy:
+    """Shares (0-1) of the energy ‖M‖_F² of one weight: `kept` in the pooled directions of its group, `chance` (R / rows) what random
+    directions keep, and `own` in as many directions of that weight alone, the most that any can keep.
+
+    Under `--component bottom`, `own` is what the weight's own bottom directions hold.
+    """
+
+    kept: float
+    chance: float
+    own: float
+
+
 class TargetWeights(Protocol):
     """What `Basis.check_base` needs from a model: its shapes, and the hash of some of its weights."""
 
@@ -52,7 +65,8 @@ class Basis:
 
     `directions` maps each group to its B, (out, R) float32 with orthonormal columns, or (in, R) for the input side;
     `singular_values` to σ, (R,) float64; `total_energy` to ‖M‖_F², a float64 scalar; and `gaps` to whether its subspace is
-    unique. `modules` maps each module's name to its (out, in), and `mapping` any module's name to its group.
+    unique. `modules` maps each module's name to its (out, in), and `mapping` any module's name to its group. `layers` has the
+    energies of each module whose group has several; it is empty if none has, and for bases of earlier versions.
     """
 
     path: Path
@@ -67,6 +81,7 @@ class Basis:
     base: SourceRecord | None
     architecture: dict[str, Any]
     cora_version: str = __version__
+    layers: dict[str, LayerEnergy] = dataclasses.field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -214,6 +229,7 @@ def read_basis(path: Path) -> Basis:
         base=SourceRecord(**record["base"]) if record["base"] else None,
         architecture=record["architecture"],
         cora_version=record["cora_version"],
+        layers={name: LayerEnergy(**energy) for name, energy in record.get("layers", {}).items()},
     )
     if tensors:
         raise _altered(path, f"it holds {min(tensors)}, which its metadata does not list")
@@ -235,6 +251,8 @@ def _record(basis: Basis) -> dict[str, Any]:
         "architecture": basis.architecture,
         "modules": {name: list(shape) for name, shape in basis.modules.items()},
         "gaps": basis.gaps,
+        # Left out where it is empty, so that such bases equal those of earlier versions.
+        **({"layers": {name: dataclasses.asdict(energy) for name, energy in basis.layers.items()}} if basis.layers else {}),
         "cora_version": basis.cora_version,
         "sha256": basis.sha256,
     }

@@ -1,10 +1,10 @@
-"""The embedded defaults: a small language model, an encoder for BERTScore, and WordNet. None of them needs a model hub.
+"""The embedded defaults: a small language model, an encoder for BERTScore, and NLTK's WordNet and Punkt. None needs a model hub.
 
 Each part is downloaded once from the package registry, pinned by SHA-256, and kept in a cache in converted form. `packages`
 downloads, `store` keeps the cache consistent, and one module per part converts it.
 
 The parts are third-party work and are stored with a NOTICE and their licence: SmolLM2-135M-Instruct and all-MiniLM-L6-v2 under
-Apache-2.0, WordNet 3.0 under the WordNet licence.
+Apache-2.0, WordNet 3.0 under the WordNet licence, Punkt under the MIT licence.
 """
 
 import dataclasses
@@ -70,6 +70,12 @@ def _convert_wordnet(sdist: Path, target: Path) -> None:
     wordnet.convert_sdist(sdist, target)
 
 
+def _convert_punkt(wheel: Path, target: Path) -> None:
+    from cora_cli.embedded import punkt
+
+    punkt.convert_wheel(wheel, target)
+
+
 def _download_wordnet(target: Path) -> bool:
     from cora_cli.embedded import wordnet
 
@@ -117,6 +123,20 @@ _WORDNET = _Part(
     convert=_convert_wordnet,
     fallback=_download_wordnet,
 )
+_PUNKT = _Part(
+    title="Punkt (English)",
+    folder_name="nltk_punkt",
+    package=Package(
+        "llama-index-core",
+        "0.14.25",
+        sha256="caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1",
+        size=11_928_254,
+    ),
+    notice="Punkt, the English sentence splitter of NLTK's data (punkt_tab), by Tibor Kiss and Jan Strunk, MIT licence; see\n"
+    "tokenizers/punkt_tab/README. Taken from the Python package llama-index-core 0.14.25, also under the MIT licence\n"
+    "(LICENSE). Files unchanged.\n",
+    convert=_convert_punkt,
+)
 
 
 def cache_directory() -> Path:
@@ -153,6 +173,14 @@ def wordnet_directory() -> Path:
     return _ensure(_WORDNET)
 
 
+def punkt_directory() -> Path:
+    """An `nltk_data` root that holds the English model of Punkt in `tokenizers/punkt_tab/english`.
+
+    Downloaded on the first call (12 MB), which only `--metric-variant hf-evaluate` makes. Raises `CoraError` as `model_directory` does.
+    """
+    return _ensure(_PUNKT)
+
+
 def use_wordnet() -> Path:
     """Put the embedded WordNet first on NLTK's data path and return the `nltk_data` root. Raises as `wordnet_directory`."""
     import nltk
@@ -166,7 +194,7 @@ def use_wordnet() -> Path:
 def status() -> list[AssetStatus]:
     """Which parts are complete in the cache, and how each is obtained. Downloads and writes nothing."""
     found = []
-    for part in (_MODEL, _ENCODER, _WORDNET):
+    for part in (_MODEL, _ENCODER, _WORDNET, _PUNKT):
         size = store.complete_size(part.folder, part.package.sha256)
         how = f"fetched when first needed, from the package {part.package.requirement} ({part.package.megabytes} MB)"
         found.append(AssetStatus(part.title, size is not None, part.folder, size or 0, how))

@@ -5,7 +5,7 @@ from typing import Literal
 
 from cora_cli.data.templates import TemplateName
 from cora_cli.errors import UsageError
-from cora_cli.evaluation.metrics import parse_metrics
+from cora_cli.evaluation.metrics import Variant, parse_metrics, variant_problem
 from cora_cli.settings import MOST, DtypeName, range_problems, setting
 
 ALL_METRICS = ("rouge", "meteor", "bleu", "bertscore")
@@ -60,6 +60,11 @@ class EvaluateConfig:
         panel=_GENERATION,
     )
     metrics: tuple[str, ...] = setting("Comma-separated: rouge, meteor, bleu, bertscore.", ALL_METRICS, panel=_METRICS)
+    metric_variant: Variant = setting(
+        "ours, or hf-evaluate: what evaluate.load(...) of Hugging Face computes by default (ROUGE without stemming, METEOR with word_tokenize).",
+        "ours",
+        panel=_METRICS,
+    )
     bertscore_model: str | None = setting(
         "BERTScore encoder, such as roberta-large. Default: the embedded MiniLM-L6.", None, panel=_METRICS
     )
@@ -107,6 +112,8 @@ class EvaluateConfig:
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit must be at least 1, not {self.limit}")
         parse_metrics(",".join(self.metrics))
+        if problem := variant_problem(self.metric_variant, self.bleu_tokenize):
+            raise UsageError(problem)
 
     @property
     def metric_names(self) -> tuple[str, ...]:

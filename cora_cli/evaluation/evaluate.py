@@ -242,11 +242,13 @@ def _score(
         bertscore_layer=config.bertscore_layer,
         bleu_tokenize=config.bleu_tokenize,
         device=str(hardware.device),
+        variant=config.metric_variant,
     )
     finished = [line.get("finish_reason") for line in lines]
     record = {
         "format": 1,
         "name": name,
+        "metric_variant": config.metric_variant,
         "metrics": report.metrics,
         "predictions_sha256": rundir.sha256_file(path),
         "generation": generation,

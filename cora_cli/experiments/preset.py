@@ -53,7 +53,7 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
     train |= {"learning_rate": LEARNING_RATE, "max_steps": STEPS, "batch_size": BATCH, "eval_limit": HELD_OUT}
     evaluate: Any = defaults.get("evaluate")
     if evaluate is not False:
-        evaluate = {key: value for key, value in (evaluate or {}).items() if key == "metrics"}
+        evaluate = {key: value for key, value in (evaluate or {}).items() if key in ("metrics", "metric_variant")}
         evaluate |= {"limit": PROMPTS, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPT_BATCH}
     shapes = _Shapes(model)
     basis = shapes.adapted((defaults.get("basis") if has_bases else None) or {}, "rank")

@@ -24,7 +24,7 @@ COMMANDS: dict[Kind, str] = {"model": "train", "basis": "extract-basis", "train"
 PLAN_FORMAT = 1
 FOLDERS = ("runs", "models", "bases", "evaluations", "records", "steps", "logs", "slurm")
 """The folders in the output directory of a grid."""
-SCORING = frozenset({"metrics", "bertscore_model", "bertscore_layer", "bootstrap", "seed"})
+SCORING = frozenset({"metrics", "metric_variant", "bertscore_model", "bertscore_layer", "bootstrap", "seed"})
 """Settings of an evaluation that do not affect predictions: after a change, only the metrics are computed again."""
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from cora_cli.basis.artifact import Basis, SourceRecord, write_basis
+from cora_cli.basis.artifact import Basis, LayerEnergy, SourceRecord, write_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.extraction.decompose import decompose
 from cora_cli.extraction.gram import one_thread_pool
 from cora_cli.extraction.merge import Group, merge_group, plan
+from cora_cli.extraction.pooled import layer_energies
 from cora_cli.models.references import ModelPath
 from cora_cli.progress import progress
 from cora_cli.weights.sources import WeightSource, open_source
@@ -34,6 +35,19 @@ class KindSummary:
 
 
 @dataclasses.dataclass(frozen=True)
+class PooledSummary:
+    """How much of their own energy the `weights` of one kind keep in the pooled directions (shares, 0-1; see `LayerEnergy`)."""
+
+    kind: str
+    weights: int
+    kept: float
+    minimum: float
+    maximum: float
+    chance: float
+    own: float
+
+
+@dataclasses.dataclass(frozen=True)
 class ExtractionSummary:
     """The result of `extract_basis`; `without_gap` lists the groups whose subspace is not unique.
 
@@ -46,6 +60,7 @@ class ExtractionSummary:
     models: int
     choices: BasisChoices
     kinds: tuple[KindSummary, ...]
+    pooled: tuple[PooledSummary, ...]
     without_gap: tuple[str, ...]
     bytes_read: int
     seconds: float
@@ -68,6 +83,15 @@ class ExtractionSummary:
         for kind in self.kinds:
             values = "  ".join(f"{value:7.2%}" for value in (kind.mean, kind.minimum, kind.maximum))
             lines.append(f"{kind.kind:<{width}}  {kind.groups:>5}  {values}")
+        if self.pooled:
+            lines += [
+                "",
+                "each weight's own energy: what the pooled directions keep of it, what random ones would, and a basis of that weight alone",
+                f"{'group':<{width}}  {'count':>5}  {'kept':>7}  {'min':>7}  {'max':>7}  {'chance':>7}  {'own':>7}",
+            ]
+        for pool in self.pooled:
+            values = "  ".join(f"{share:7.2%}" for share in (pool.kept, pool.minimum, pool.maximum, pool.chance, pool.own))
+            lines.append(f"{pool.kind:<{width}}  {pool.weights:>5}  {values}")
         lines.append("")
         for name in self.without_gap:
             lines.append(f"{name}: no spectral gap at rank {choices.rank}, so this subspace is not unique in float64")
@@ -113,6 +137,7 @@ def extract_basis(
         models=len(models),
         choices=choices,
         kinds=_summarise(basis),
+        pooled=_summarise_pooled(basis),
         without_gap=tuple(name for name, gap in basis.gaps.items() if not gap),
         bytes_read=sum(source.bytes_read for source in read),
         seconds=time.perf_counter() - began,
@@ -131,11 +156,14 @@ def _extract(
 ) -> tuple[Basis, float]:
     """The basis, and how many seconds its decompositions took."""
     directions, values, energies, gaps = {}, {}, {}, {}
+    layers: dict[str, LayerEnergy] = {}
     seconds = 0.0
     modules = {module: shape for group in groups for module, shape in group.modules.items()}
     # Progress counts matrices rather than groups, because `--share global` has a single group.
     most_rows = max(group.rows for group in groups)
-    with one_thread_pool(device, most_rows), progress("extracting", len(modules) * len(sources), "matrices") as shown:
+    pooled = sum(len(group.modules) for group in groups if len(group.modules) > 1)
+    matrices = (len(modules) + pooled) * len(sources)
+    with one_thread_pool(device, most_rows), progress("extracting", matrices, "matrices") as shown:
         for group in groups:
             merged = merge_group(group, sources, base, choices, device, partial(shown.advance, note=group.name))
             began = time.perf_counter()
@@ -146,6 +174,9 @@ def _extract(
             values[group.name] = found.singular_values
             energies[group.name] = torch.tensor(found.total_energy, dtype=torch.float64)
             gaps[group.name] = found.gap
+            if len(group.modules) > 1:
+                advance = partial(shown.advance, note=f"{group.name}: energy kept")
+                layers |= layer_energies(group, directions[group.name], sources, base, choices, device, advance)
     basis = Basis(
         path=output,
         choices=choices,
@@ -158,6 +189,7 @@ def _extract(
         sources=tuple(_record(source, modules) for source in sources),
         base=_record(base, modules) if base else None,
         architecture=sources[0].architecture,
+        layers=layers,
     )
     return basis, seconds
 
@@ -166,11 +198,26 @@ def _record(source: WeightSource, modules: dict[str, tuple[int, int]]) -> Source
     return SourceRecord(source.reference, source.revision, source.content_hash(modules))
 
 
+def _kind(basis: Basis, group: str) -> str:
+    return "layer" if basis.choices.share == "layer" else group.rpartition(".")[2]
+
+
+def _summarise_pooled(basis: Basis) -> tuple[PooledSummary, ...]:
+    kinds: dict[str, list[LayerEnergy]] = {}
+    for module, energy in basis.layers.items():
+        kinds.setdefault(_kind(basis, basis.mapping.group_of(module) or module), []).append(energy)
+    found = []
+    for kind, energies in kinds.items():
+        kept, chance, own = zip(*(dataclasses.astuple(energy) for energy in energies), strict=True)
+        n = len(energies)
+        found.append(PooledSummary(kind, n, sum(kept) / n, min(kept), max(kept), sum(chance) / n, sum(own) / n))
+    return tuple(found)
+
+
 def _summarise(basis: Basis) -> tuple[KindSummary, ...]:
     kinds: dict[str, list[float]] = {}
     for group, share in basis.explained_variance.items():
-        kind = "layer" if basis.choices.share == "layer" else group.rpartition(".")[2]
-        kinds.setdefault(kind, []).append(share)
+        kinds.setdefault(_kind(basis, group), []).append(share)
     return tuple(
         KindSummary(kind, len(shares), sum(shares) / len(shares), min(shares), max(shares)) for kind, shares in kinds.items()
     )

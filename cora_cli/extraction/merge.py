@@ -85,6 +85,26 @@ def merge_group(
     if `base` is given, and is transposed under `--side input`. Under `pca` the columns are centred (equation 7). `advance` is
     called after each tensor. Raises `CoraError` if the merged matrix is zero.
     """
+    merged = merge_weights(group, sources, base, choices, device, advance)
+    if merged is None:
+        reasons = {
+            "delta": "either the models equal the base there (exclude it with --target-modules) or their differences cancel "
+            "(use --merge gram)",
+            "weights": "all its weights are zero" if choices.method == "svd" else "all its columns are equal",
+        }
+        raise CoraError(f"the merged matrix of group {group.name} is zero; {reasons[choices.source]}")
+    return merged
+
+
+def merge_weights(
+    group: Group,
+    sources: Sequence[WeightSource],
+    base: WeightSource | None,
+    choices: BasisChoices,
+    device: torch.device,
+    advance: Callable[[], None] = lambda: None,
+) -> Merged | None:
+    """As `merge_group`; None if the merged matrix is zero."""
     low_rank = base is not None and _is_low_rank(group, sources, base, choices)
     pool: _Mean | _Gram | _LowRank = _LowRank(choices) if low_rank else _Mean() if choices.merge == "mean" else _Gram()
     for module in group.modules:
@@ -104,14 +124,7 @@ def merge_group(
             delta = None  # free it before the next tensor is read
             advance()
     merged = pool.result(group, centred=choices.method == "pca")
-    if merged.energy <= pool.rounding(group) * (merged.energy + merged.removed):
-        reasons = {
-            "delta": "either the models equal the base there (exclude it with --target-modules) or their differences cancel "
-            "(use --merge gram)",
-            "weights": "all its weights are zero" if choices.method == "svd" else "all its columns are equal",
-        }
-        raise CoraError(f"the merged matrix of group {group.name} is zero; {reasons[choices.source]}")
-    return merged
+    return None if merged.energy <= pool.rounding(group) * (merged.energy + merged.removed) else merged
 
 
 class _Mean:

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class LoraXs(Method):
-    """B = U_r Σ_r R and A = V_rᵀ of W, with R (r, r) trained.
+    """A = Σ_r V_rᵀ and B = U_r R of W, with R (r, r) trained: ΔW = s·U_r R Σ_r V_rᵀ, as in the authors' code.
 
     The paper starts R at N(0, 10⁻⁵), which Adam's first step outweighs; from R = 0 training begins at the base model.
     """
 
     name = "lora-xs"
     paper = "2405.17604"
-    summary = "A = V_rᵀ and U_r Σ_r of W, frozen; B = U_r Σ_r R with R = 0"
+    summary = "A = Σ_r V_rᵀ and U_r of W, frozen; B = U_r R with R = 0"
     takes = frozenset({"alpha", "rslora"})
     b_init, a_init = "principal", "principal"
     trained: ClassVar[Shapes] = {B_INNER: ("r", "r")}
@@ -32,7 +32,7 @@ class LoraXs(Method):
     def starts(
         self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"
     ) -> "tuple[torch.Tensor, Factored]":
-        """V_rᵀ, and the product of U_r Σ_r with R = 0."""
+        """Σ_r V_rᵀ, and the product of U_r with R = 0."""
         import torch
 
         from cora_cli.methods.parts.factored import Factored
@@ -42,7 +42,7 @@ class LoraXs(Method):
         return a, Factored(torch.zeros(plan.rank, plan.rank), outer_b, outer_first=False)
 
     def holds_start(self, side: Side) -> bool:
-        """The stored B = U_r Σ_r R spans what U_r does."""
+        """The stored B = U_r R spans what U_r does."""
         return True
 
     def start_flops(self, out: int, inside: int) -> float:

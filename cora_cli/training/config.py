@@ -87,7 +87,9 @@ class _SharedSettings:
     gradient_accumulation: int = setting(
         "Micro-batches per optimizer step; the loss is the mean over all their tokens.", 1, panel=_OPTIM, most=MOST
     )
-    warmup_ratio: float = setting("Fraction of the steps over which the learning rate warms up.", 0.03, panel=_OPTIM)
+    warmup_ratio: float = setting(
+        "Fraction of the steps over which the learning rate warms up, rounded up to a step.", 0.03, panel=_OPTIM
+    )
     lr_schedule: Literal["linear", "cosine", "constant"] = setting(
         "Learning-rate schedule after warm-up.", "linear", panel=_OPTIM
     )

@@ -125,6 +125,14 @@ def total_steps(config: TrainConfig, examples: int) -> int:
     return config.max_steps or math.ceil(config.epochs * per_epoch)
 
 
+def warmup_steps(ratio: float, steps: int) -> int:
+    """Steps of a run of `steps` over which the learning rate rises from 0, rounded up as `TrainingArguments.get_warmup_steps` does.
+
+    The only step of a run is none of them: it would have learning rate 0.
+    """
+    return math.ceil(steps * ratio) if steps > 1 else 0
+
+
 def training_arguments(config: TrainConfig, prepared: Prepared, run: RunDirectory) -> TrainingArguments:
     """The configuration as the Trainer's arguments; under a launcher, creating them also starts the process group."""
     hardware = prepared.hardware
@@ -136,8 +144,7 @@ def training_arguments(config: TrainConfig, prepared: Prepared, run: RunDirector
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
-        # A number of steps, rounded down: the Trainer rounds a ratio up, and a run of one step would have learning rate 0.
-        warmup_steps=int(config.warmup_ratio * total_steps(config, len(prepared.train.examples))),
+        warmup_steps=warmup_steps(config.warmup_ratio, total_steps(config, len(prepared.train.examples))),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch_fused",

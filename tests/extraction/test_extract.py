@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cora_cli.basis.artifact import read_basis
+from cora_cli.basis.artifact import read_basis, write_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.extraction.extract import extract_basis
@@ -174,3 +175,59 @@ def test_a_subspace_that_is_not_unique_is_reported_and_recorded(grouped_models, 
     assert summary.without_gap == ("model.layers.0.self_attn.q_proj",)
     assert "model.layers.0.self_attn.q_proj: no spectral gap at rank 4, so this subspace is not unique" in summary.render()
     assert read_basis(tmp_path / "b").gaps["model.layers.0.self_attn.q_proj"] is False
+
+
+@pytest.mark.parametrize("component", ["top", "bottom"])
+@pytest.mark.parametrize("method", ["svd", "pca"])
+@pytest.mark.parametrize("merge", ["mean", "gram"])
+@pytest.mark.parametrize(("share", "side"), [("projection", "output"), ("projection", "input"), ("layer", "input")])
+def test_a_pooled_basis_records_what_it_keeps_of_each_weight(grouped_models, tmp_path, share, side, merge, method, component):
+    if share == "layer":
+        merge = "gram"  # k and v are smaller
+    choices = {"share": share, "side": side, "merge": merge, "method": method, "component": component}
+    summary = run(grouped_models, tmp_path / "b", **choices)
+    basis, dense = read_basis(tmp_path / "b"), list(map(dense_weights, grouped_models))
+    assert set(basis.layers) == set(basis.modules)
+    for module, found in basis.layers.items():
+        m = reference_matrix([one[module] for one in dense], basis.choices)
+        directions = basis.directions[basis.mapping.group_of(module)].double().numpy()
+        _, values = reference_directions(m, basis.choices)
+        energy = (m**2).sum()
+        assert found.kept == pytest.approx(((directions.T @ m) ** 2).sum() / energy, rel=1e-6)
+        assert found.own == pytest.approx((values**2).sum() / energy, rel=1e-6, abs=1e-12)
+        assert found.chance == 4 / len(m)
+        assert component == "bottom" or found.kept <= found.own + 1e-9
+    text = summary.render()
+    for pool in summary.pooled:
+        kept = [energy.kept for module, energy in basis.layers.items() if share == "layer" or module.endswith(pool.kind)]
+        assert (pool.weights, pool.kept) == (len(kept), pytest.approx(np.mean(kept)))
+        assert (
+            f"{pool.weights}  {pool.kept:7.2%}  {min(kept):7.2%}  {max(kept):7.2%}  {pool.chance:7.2%}  {pool.own:7.2%}" in text
+        )
+
+
+def test_a_basis_of_each_weight_alone_and_one_of_an_earlier_version_record_nothing_of_the_kind(grouped_models, tmp_path):
+    assert not run(grouped_models, tmp_path / "own").pooled
+    assert b'"layers"' not in (tmp_path / "own").read_bytes()
+    run(grouped_models, tmp_path / "pooled", share="projection")
+    pooled = read_basis(tmp_path / "pooled")
+    assert pooled.layers
+    write_basis(tmp_path / "earlier", dataclasses.replace(pooled, layers={}))
+    earlier = read_basis(tmp_path / "earlier")
+    assert (earlier.layers, earlier.sha256) == ({}, pooled.sha256)
+
+
+def test_differences_of_low_rank_and_weights_without_any_are_measured_too(grouped_models, tmp_path):
+    base = grouped_models[0]
+    changed = shutil.copytree(base, tmp_path / "changed")
+    tensors = load_file(changed / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for layer in (0, 1):
+        change = torch.randn(16, 2, generator=generator) @ torch.randn(2, 16, generator=generator)
+        tensors[f"model.layers.{layer}.self_attn.q_proj.weight"] += change
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    choices = {"share": "global", "source": "delta", "merge": "gram", "rank": 3, "side": "input"}
+    run([changed], tmp_path / "b", base=base, **choices)
+    layers = read_basis(tmp_path / "b").layers
+    assert sorted(layers) == [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    assert all(energy.own == pytest.approx(1) and energy.kept < 1 for energy in layers.values())

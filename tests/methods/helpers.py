@@ -5,6 +5,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cora_cli.methods.plan import AdapterPlan, AdapterRequest
 from cora_cli.methods.registry import OWN_SETTINGS, plan_adapter
 
@@ -19,3 +21,9 @@ def plan_of(mode: str, **values: Any) -> AdapterPlan:
         made = plan_adapter(mode, AdapterRequest(**values, own=own))
     assert made is not None
     return made
+
+
+def older_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The frozen factors of lora-xs in earlier versions: V_rᵀ and U_r Σ_r."""
+    u, values, v = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    return v[:rank].contiguous(), u[:, :rank] * values[:rank]

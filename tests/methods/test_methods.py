@@ -20,7 +20,7 @@ from cora_cli.methods.parts.layers import factors_of, lora_layers
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import resolve_model
-from tests.methods.helpers import plan_of
+from tests.methods.helpers import older_factors, plan_of
 
 RANK = 4
 SHAPES = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64)}
@@ -127,6 +127,7 @@ def test_starts_computed_from_a_weight_equal_its_svd_or_qr_factors(mode, load):
         kept = slice(None, RANK) if made.b_init == "principal" else slice(-RANK, None)
         if mode == "lora-xs":
             outer = layer.lora_B["default"].outer.double().numpy()
+            assert np.allclose(np.abs(outer), np.abs(u[:, kept]), atol=1e-4)
             assert np.allclose(outer @ a, (u[:, kept] * values[kept]) @ v[kept], atol=1e-4)
             assert not b.any()
             continue
@@ -142,6 +143,39 @@ def test_starts_computed_from_a_weight_equal_its_svd_or_qr_factors(mode, load):
         assert np.allclose(b @ a, taken, atol=1e-4)
         left = layer.get_base_layer().weight.detach().double().numpy()
         assert np.allclose(left + made.scaling * b @ a, w, atol=1e-5)
+
+
+def test_the_first_adam_step_of_lora_xs_is_that_of_the_authors_factors(load):
+    """B = U_r, A = Σ_r V_rᵀ, ΔW = s·U_r R Σ_r V_rᵀ (initialization_utils.py of MohammadrezaBanaei/LoRA-XS), in float64."""
+    made, rate = plan("lora-xs"), 0.01
+    wrapped = install_adapter(load(), made, None)
+    generator = torch.Generator().manual_seed(3)
+    for _, layer in lora_layers(wrapped):
+        x, pull = (torch.randn(9, width, generator=generator) for width in (64, layer.out_features))
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        (layer.scaling["default"] * b(a(x)) * pull).sum().backward()
+        torch.optim.Adam([b.inner], lr=rate).step()
+        found = made.scaling * (b.weight @ a.weight).double().numpy()
+
+        gradient = pull.double().numpy().T @ x.double().numpy()  # with respect to W
+        u, values, v = np.linalg.svd(layer.get_base_layer().weight.detach().double().numpy(), full_matrices=False)
+        theirs_b, theirs_a = u[:, :RANK], values[:RANK, None] * v[:RANK]
+        step = -rate * np.sign(made.scaling * theirs_b.T @ gradient @ theirs_a.T)  # Adam's first step, up to its epsilon
+        expected = made.scaling * theirs_b @ step @ theirs_a
+        assert np.allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_an_adapter_of_lora_xs_from_an_earlier_version_keeps_its_stored_factors(load, tiny_model, tmp_path, monkeypatch):
+    made = plan("lora-xs")
+    with monkeypatch.context() as earlier:
+        earlier.setattr("cora_cli.methods.parts.singular.principal_factors", older_factors)
+        wrapped = install_adapter(load(), made, None)
+    move(wrapped)
+    save_adapter(wrapped, tmp_path / "adapter", facts_of(made, tiny_model))
+    loaded = load_adapter(load(), resolve_model(str(tmp_path / "adapter")))
+    assert torch.allclose(logits(loaded), logits(wrapped), atol=1e-5)
+    for (_, one), (_, other) in zip(lora_layers(loaded), lora_layers(wrapped), strict=True):
+        assert all(torch.equal(found, kept) for found, kept in zip(factors_of(one), factors_of(other), strict=True))
 
 
 @pytest.mark.parametrize("mode", OF_WEIGHTS)

@@ -182,6 +182,13 @@ def test_rows_that_were_measured_in_two_ways_are_refused(grid):
     assert collect(read_plan(grid), ("rouge1",)).results
 
 
+def test_rows_in_two_variants_of_the_metrics_are_refused(grid):
+    path = first_run(grid).root / "evaluation" / "metrics.json"
+    path.write_text(path.read_text().replace('"sacrebleu|', '"sacrebleu|variant:hf-evaluate|'))
+    with pytest.raises(CoraError, match=r"measured sacrebleu with different settings .*variant:hf-evaluate"):
+        collect(read_plan(grid))
+
+
 def test_rows_of_a_group_that_answered_other_records_are_refused(tmp_path):
     grid = make_grid(tmp_path, [Made("lora", "lora")], prompts=10)
     make_grid(grid, [Made("fb", "fb")], prompts=12)

@@ -18,6 +18,7 @@ from cora_cli.models.references import resolve_model
 from cora_cli.training import run as run_module
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
+from tests.methods.helpers import older_factors
 
 from .helpers import KILLED, RunProcess, assert_b_is_basis, checkpoint_names, config_for, log_lines, record_of
 
@@ -194,6 +195,24 @@ def test_resuming_with_other_settings_is_refused_by_name(
     with pytest.raises(CoraError, match=f"cannot be resumed with other inputs than it was started with: {named}"):
         train(replace(config, resume=True, **changes))
     assert record_of(output)["status"] == "finished"
+
+
+def test_a_run_of_lora_xs_goes_on_with_the_factors_in_its_checkpoint(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions had Σ in the other frozen factor."""
+    config = config_for(tiny_model, tiny_data, tmp_path / "expected", mode="lora-xs", rank=4, max_steps=4, save_steps=2)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("cora_cli.methods.parts.singular.principal_factors", older_factors)
+        train(config)
+        config = replace(config, output_dir=str(tmp_path / "run"))
+        shutil.copytree(tmp_path / "expected", tmp_path / "run")
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record_of(tmp_path / "run"), "status": "running"}))
+    train(replace(config, resume=True))
+    found, wanted = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "expected"))
+    assert all(torch.allclose(found[key], wanted[key], atol=1e-7) for key in wanted)
 
 
 @pytest.mark.parametrize("what", ["model", "data", "basis"])

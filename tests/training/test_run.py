@@ -12,7 +12,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TrainingArguments
 
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.data.batches import GlobalBatches
@@ -22,6 +22,7 @@ from cora_cli.data.templates import Template
 from cora_cli.methods.parts.starts import start_a
 from cora_cli.models.references import resolve_model
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.prepare import warmup_steps
 from cora_cli.training.run import train
 
 from .helpers import assert_b_is_basis, checkpoint_names, config_for, log_lines, losses, record_of
@@ -224,7 +225,7 @@ def reference_run(config: TrainConfig, batches: list[list[int]]) -> tuple[list[f
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, fused=False)
     examples, steps = encoded(config, "train"), len(batches)
-    warmup = int(config.warmup_ratio * steps)
+    warmup = math.ceil(config.warmup_ratio * steps)
     step_losses, norms = [], []
     for step, batch in enumerate(batches):
         rising, falling = step / max(1, warmup), (steps - step) / max(1, steps - warmup)
@@ -260,7 +261,7 @@ def test_losses_and_gradients_are_those_of_a_plain_torch_loop(
     lines = log_lines(tmp_path / "run")
     assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-5)
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
-    warmed = [0, 1, 0.8, 0.6, 0.4, 0.2]
+    warmed = [0, 0.5, 1, 0.75, 0.5, 0.25]  # 0.2 of six steps is rounded up to two
     assert [line["learning_rate"] for line in lines] == pytest.approx([3e-3 * share for share in warmed])
 
 
@@ -332,6 +333,13 @@ def test_epochs_and_limit_decide_the_number_of_steps(tiny_model: Path, tiny_data
     assert record["data"]["train"]["records"] == 12
     assert record["heldout"] is None
     assert (tmp_path / "run" / "test.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.03, 0.07, 0.1, 0.5, 0.99])
+def test_warm_up_has_as_many_steps_as_the_trainer_gives_a_ratio(ratio: float) -> None:
+    arguments = TrainingArguments(warmup_steps=ratio, use_cpu=True)
+    for steps in (2, 3, 10, 16, 100, 101, 1000):
+        assert warmup_steps(ratio, steps) == arguments.get_warmup_steps(steps)
 
 
 def test_a_run_of_a_single_step_takes_it(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

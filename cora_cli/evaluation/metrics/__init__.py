@@ -5,7 +5,7 @@ Importing this module is fast: the dependencies of a metric are imported when th
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cora_cli.errors import UsageError
 
@@ -23,6 +23,10 @@ GROUPS = {
 NAMES = tuple(name for names in GROUPS.values() for name in names)
 """Every metric, in the order of the columns in tables."""
 
+Variant = Literal["ours", "hf-evaluate"]
+"""`hf-evaluate` has what `evaluate.load` of Hugging Face computes by default: ROUGE without stemming, METEOR on NLTK's `word_tokenize`,
+sacrebleu's defaults, and BERTScore without idf and without rescaling, on the encoder that is set."""
+
 # Small enough that the progress bar moves.
 _EXAMPLES_PER_STEP = 256
 
@@ -31,7 +35,8 @@ _EXAMPLES_PER_STEP = 256
 class ScoreReport:
     """Metrics of one set of predictions.
 
-    `metrics` maps each name to `value`, `ci95`, `n`, `unscorable` (`Metric.unscorable`) and `signature`, as in `metrics.json`. `per_example` has one score per
+    `metrics` maps each name to `value`, `ci95`, `n`, `unscorable` (`Metric.unscorable`) and `signature`, as in `metrics.json`, and to
+    `evaluate_prints` where `evaluate` prints a random number instead of `value` (`Metric.as_evaluate_prints`). `per_example` has one score per
     example, in input order; for `sacrebleu` this is sentence BLEU, whose mean is not the corpus value. `statistics` has the
     (n, k) arrays for `intervals.paired_difference`.
     """
@@ -66,36 +71,49 @@ def build_metrics(
     bertscore_layer: int | None = None,
     bleu_tokenize: str = "13a",
     device: str = "cpu",
+    variant: Variant = "ours",
 ) -> "dict[str, Metric]":
     """Create metric objects by name; models and word lists are loaded on first use.
 
     `bertscore_model` and `bertscore_layer` select the BERTScore encoder, which runs on `device` (a torch device), and
     `bleu_tokenize` sacrebleu's tokenizer.
-    Raises `UsageError` if a name is unknown.
+    Raises `UsageError` if a name or the variant is unknown, or the variant does not have that tokenizer.
     """
+    if problem := variant_problem(variant, bleu_tokenize):
+        raise UsageError(problem)
+    as_evaluate = variant != "ours"
     built: dict[str, Metric] = {}
     rouge_scores = None
     for name in names:
         if name in GROUPS["rouge"]:
             from cora_cli.evaluation.metrics.rouge import Rouge, RougeScores
 
-            rouge_scores = rouge_scores or RougeScores()
-            built[name] = Rouge(name, rouge_scores)
+            rouge_scores = rouge_scores or RougeScores(stem=not as_evaluate)
+            built[name] = Rouge(name, rouge_scores, as_evaluate)
         elif name == "meteor":
             from cora_cli.evaluation.metrics.meteor import Meteor
 
-            built[name] = Meteor()
+            built[name] = Meteor(as_evaluate)
         elif name == "sacrebleu":
             from cora_cli.evaluation.metrics.bleu import SacreBleu
 
-            built[name] = SacreBleu(bleu_tokenize)
+            built[name] = SacreBleu(bleu_tokenize, as_evaluate)
         elif name == "bertscore_f1":
             from cora_cli.evaluation.metrics.bertscore import BertScore
 
-            built[name] = BertScore(bertscore_model, bertscore_layer, device)
+            built[name] = BertScore(bertscore_model, bertscore_layer, device, as_evaluate)
         else:
             raise UsageError(f"metric must be one of {', '.join(NAMES)}, not {name!r}")
     return built
+
+
+def variant_problem(variant: str, bleu_tokenize: str) -> str | None:
+    """Why a variant of the metrics cannot be computed; None if it can."""
+    if variant not in get_args(Variant):
+        return f"--metric-variant must be one of {', '.join(get_args(Variant))}, not {variant!r}"
+    if variant != "ours" and bleu_tokenize != "13a":
+        return f"--bleu-tokenize {bleu_tokenize} contradicts --metric-variant {variant}, whose tokenizer is 13a"
+    return None
 
 
 def score_all(
@@ -110,6 +128,7 @@ def score_all(
     bertscore_layer: int | None = None,
     bleu_tokenize: str = "13a",
     device: str = "cpu",
+    variant: Variant = "ours",
 ) -> ScoreReport:
     """Compute metrics with percentile bootstrap intervals over examples.
 
@@ -123,7 +142,12 @@ def score_all(
     from cora_cli.evaluation.metrics.base import check_texts
 
     metrics = build_metrics(
-        names, bertscore_model=bertscore_model, bertscore_layer=bertscore_layer, bleu_tokenize=bleu_tokenize, device=device
+        names,
+        bertscore_model=bertscore_model,
+        bertscore_layer=bertscore_layer,
+        bleu_tokenize=bleu_tokenize,
+        device=device,
+        variant=variant,
     )
     if not metrics:
         raise UsageError(f"no metric is named; {_allowed()}")
@@ -149,6 +173,8 @@ def score_all(
             "unscorable": metric.unscorable(references),
             "signature": f"{metric.signature()}|{resampling}",
         }
+        if (printed := metric.as_evaluate_prints(own, seed)) is not None:
+            results[name]["evaluate_prints"] = printed
         per_example[name] = metric.example_scores(own).tolist()
     return ScoreReport(results, per_example, statistics)
 

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from cora_cli.errors import CoraError
 
 Floats = NDArray[np.float64]
+HF_EVALUATE = "hf-evaluate"
+"""The variant in which each metric is what `evaluate.load(...)` of Hugging Face computes by default."""
 
 
 class Metric(ABC):
@@ -37,6 +39,10 @@ class Metric(ABC):
     @abstractmethod
     def unscorable(self, references: Sequence[str]) -> int:
         """The number of references in which the metric sees nothing to compare, so that their scores say nothing."""
+
+    def as_evaluate_prints(self, statistics: Floats, seed: int) -> float | None:
+        """The number that `evaluate` prints, where that is a random one (ROUGE); else None, because it is `value`."""
+        return None
 
     def value(self, sums: Floats, n: int) -> Floats:
         """The metric of n examples whose statistics sum to `sums`: (..., k) -> (...). By default the mean over examples."""
@@ -97,6 +103,7 @@ def package_version(package: str) -> str:
     return importlib.metadata.version(package)
 
 
-def format_signature(name: str, **fields: object) -> str:
-    """`name|key:value|...`; underscores in keys become hyphens."""
-    return "|".join([name, *(f"{key.replace('_', '-')}:{value}" for key, value in fields.items())])
+def format_signature(name: str, as_evaluate: bool, **fields: object) -> str:
+    """`name|key:value|...`; underscores in keys become hyphens. A signature that names no variant is of the variant `ours`."""
+    variant = [f"variant:{HF_EVALUATE}"] if as_evaluate else []
+    return "|".join([name, *variant, *(f"{key.replace('_', '-')}:{value}" for key, value in fields.items())])

@@ -33,6 +33,7 @@ PAPER_ENCODER, PAPER_LAYER = "roberta-large", 17
 _UNKNOWN_LENGTH = 512
 # Tokens on one side of a batch of pairs: enough to keep a GPU busy, about 25 MB at 768 dimensions.
 _MATCHED_TOKENS = 8192
+_EVALUATE_BATCH = 64
 _TOKENIZER_FILES = re.compile(r"tokenizer.*\.json|special_tokens_map\.json|vocab\..*|merges\.txt|.*\.model")
 
 
@@ -56,8 +57,10 @@ class BertScore(StreamingMetric):
     name = "bertscore_f1"
     blind_spot = "whose tokens the BERTScore encoder does not know, so that it takes every such text for the same"
 
-    def __init__(self, model: str | None = None, layer: int | None = None, device: str = "cpu") -> None:
-        self._model, self._layer, self._device = model, layer, device
+    def __init__(
+        self, model: str | None = None, layer: int | None = None, device: str = "cpu", as_evaluate: bool = False
+    ) -> None:
+        self._model, self._layer, self._device, self._as_evaluate = model, layer, device, as_evaluate
 
     @cached_property
     def _source(self) -> tuple[ModelPath, int]:
@@ -85,6 +88,7 @@ class BertScore(StreamingMetric):
         uses = Counter(text for i, pair in enumerate(pairs) if i not in empty for text in pair)
         encoder = self._encoder
         tokens = {text: sent_encode(encoder.tokenizer, text) for text in uses}
+        padded = self._padded_by_evaluate(pairs, tokens) if self._as_evaluate else None
         # Texts of equal length are sorted by content, so that the order does not depend on the hash seed.
         texts = sorted(uses, key=lambda text: (len(tokens[text]), text))
         place = {text: position for position, text in enumerate(texts)}
@@ -102,11 +106,20 @@ class BertScore(StreamingMetric):
                 size = max(1, _MATCHED_TOKENS // len(tokens[text]))
                 matched, group = group[:size], group[size:]
                 sides = [self._padded([pairs[i][side] for i in matched], known, tokens) for side in (0, 1)]
-                yield matched, greedy_f1(*sides).cpu().numpy().astype(np.float64)[:, None]
+                f1 = greedy_f1(sides[0], sides[1], padded[matched].to(self._device) if padded is not None else None)
+                yield matched, f1.cpu().numpy().astype(np.float64)[:, None]
                 for done in (text for i in matched for text in pairs[i]):
                     uses[done] -= 1
                     if not uses[done]:
                         del known[done]
+
+    def _padded_by_evaluate(self, pairs: list[tuple[str, str]], tokens: dict[str, list[int]]) -> torch.Tensor:
+        """Whether `bert-score` pads the prediction and the reference of each pair in its batches of 64, in the order given: (n, 2)."""
+        others = {text for pair in pairs for text in pair if text.strip()} - tokens.keys()
+        lengths = {text: len(ids) for text, ids in tokens.items()}
+        lengths |= {text: len(sent_encode(self._encoder.tokenizer, text)) for text in others}
+        counts = torch.tensor([[lengths.get(text, 0) for text in pair] for pair in pairs])
+        return torch.cat([batch < batch.amax(dim=0) for batch in counts.split(_EVALUATE_BATCH)])
 
     def _padded(
         self, texts: list[str], known: dict[str, torch.Tensor], tokens: dict[str, list[int]]
@@ -132,6 +145,7 @@ class BertScore(StreamingMetric):
         paper = _model_name(source.reference) == PAPER_ENCODER and layer == PAPER_LAYER
         return format_signature(
             self.name,
+            self._as_evaluate,
             encoder=source.reference if source.revision is None else f"{source.reference.partition('@')[0]}@{source.revision}",
             layer=layer,
             scale=f"{PAPER_ENCODER}-L{PAPER_LAYER}" if paper else f"NOT-{PAPER_ENCODER}-L{PAPER_LAYER}",
@@ -141,6 +155,7 @@ class BertScore(StreamingMetric):
             prefix_space="yes" if encoder.prefix_space else "no",
             idf="no",
             rescale="no",
+            **({"padding": f"0-in-batches-of-{_EVALUATE_BATCH}"} if self._as_evaluate else {}),
             dtype="fp32",
             aggregate="mean",
             empty=0,
@@ -151,19 +166,25 @@ class BertScore(StreamingMetric):
 
 
 def greedy_f1(
-    hypothesis: tuple[torch.Tensor, torch.Tensor, torch.Tensor], reference: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    hypothesis: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    reference: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    padded: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """F1 of greedy matching (BERTScore, section 3): (batch,).
 
     Each side is embeddings (batch, tokens, dim), mask (batch, tokens) and token weights (batch, tokens). In `bert-score`,
-    padding has a similarity of 0, which exceeds every negative one, so its values depend on the batch; here padding is never
-    matched.
+    padding has a similarity of 0, which exceeds every negative one, so its values depend on the batch. Here padding is never
+    matched, unless `padded` (batch, 2) says which hypotheses and references have some to match.
     """
     (hyp, hyp_mask, hyp_weight), (ref, ref_mask, ref_weight) = hypothesis, reference
     similarity = normalize(hyp, dim=-1) @ normalize(ref, dim=-1).transpose(1, 2)
     similarity = similarity.masked_fill(ref_mask[:, None, :] == 0, -2.0).masked_fill(hyp_mask[:, :, None] == 0, -2.0)
-    precision = (similarity.amax(dim=2) * hyp_weight.to(similarity)).sum(dim=1) / hyp_weight.to(similarity).sum(dim=1)
-    recall = (similarity.amax(dim=1) * ref_weight.to(similarity)).sum(dim=1) / ref_weight.to(similarity).sum(dim=1)
+    best_of_hyp, best_of_ref = similarity.amax(dim=2), similarity.amax(dim=1)
+    if padded is not None:
+        best_of_hyp = torch.where(padded[:, 1:], best_of_hyp.clamp_min(0.0), best_of_hyp)
+        best_of_ref = torch.where(padded[:, :1], best_of_ref.clamp_min(0.0), best_of_ref)
+    precision = (best_of_hyp * hyp_weight.to(similarity)).sum(dim=1) / hyp_weight.to(similarity).sum(dim=1)
+    recall = (best_of_ref * ref_weight.to(similarity)).sum(dim=1) / ref_weight.to(similarity).sum(dim=1)
     # A text of only control characters has no tokens, so the weights sum to 0.
     return (2 * precision * recall / (precision + recall)).nan_to_num(0.0, 0.0, 0.0)
 

@@ -1,7 +1,8 @@
 """Corpus BLEU of `sacrebleu` with its defaults (13a tokenization unless told otherwise, exponential smoothing, mixed case), 0–100.
 
 `sacrebleu` counts the n-grams of each example once; the corpus value is computed from their sums and equals `corpus_bleu`.
-Scores of single examples are sentence BLEU, whose mean is not the corpus value.
+Scores of single examples are sentence BLEU, whose mean is not the corpus value. Hugging Face `evaluate` calls `corpus_bleu` with the
+same defaults, so both variants have the same value.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 
-from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts
+from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format_signature
 
 ORDER = 4
 
@@ -23,8 +24,8 @@ class SacreBleu(Metric):
         "language without spaces choose --bleu-tokenize"
     )
 
-    def __init__(self, tokenize: str = "13a") -> None:
-        self._tokenize = tokenize
+    def __init__(self, tokenize: str = "13a", as_evaluate: bool = False) -> None:
+        self._tokenize, self._as_evaluate = tokenize, as_evaluate
         self._sentence = BLEU(effective_order=True, tokenize=tokenize)
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
@@ -56,7 +57,8 @@ class SacreBleu(Metric):
         """The signature that `sacrebleu` itself prints for the corpus value."""
         corpus = BLEU(tokenize=self._tokenize)
         corpus.corpus_score(["a"], [["a"]])  # sacrebleu needs a scored corpus to know the number of references
-        return f"{self.name}|{corpus.get_signature()}"
+        name = format_signature(self.name, self._as_evaluate)
+        return f"{name}|{corpus.get_signature()}"
 
 
 def bleu_of_counts(counts: Floats, *, effective_order: bool) -> Floats:

@@ -1,19 +1,21 @@
 """METEOR as NLTK implements it (Lavie & Agarwal 2007: exact, stem and WordNet matches), mean over examples.
 
 This is not METEOR 1.5: it has no paraphrases and no language-specific weights, and NLTK looks up synonyms by stem, so "car"
-matches "auto" but not "automobile". The values are comparable only with NLTK's.
+matches "auto" but not "automobile". The values are comparable only with NLTK's. Ours tokenizes a text as one sentence, so that a period inside it stays with
+its word; Hugging Face `evaluate` calls NLTK's `word_tokenize`, which splits it into sentences first.
 """
 
 import threading
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import nltk
 import numpy as np
 from nltk.corpus.reader import WordNetCorpusReader
-from nltk.tokenize import NLTKWordTokenizer
+from nltk.tokenize import NLTKWordTokenizer, PunktSentenceTokenizer
+from nltk.tokenize.punkt import load_punkt_params
 from nltk.translate.meteor_score import single_meteor_score
 
 from cora_cli import embedded
@@ -21,6 +23,7 @@ from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format
 from cora_cli.evaluation.metrics.lookups import RememberingStemmer, RememberingWordNet
 
 ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5
+_WORDS = NLTKWordTokenizer()
 
 # The reader is not thread-safe: all its users share the positions in its open files.
 _reader_lock = threading.Lock()
@@ -44,10 +47,24 @@ def wordnet_reader(directory: Path) -> WordNetCorpusReader:
         return _readers[directory]
 
 
+@lru_cache
+def punkt(directory: Path) -> PunktSentenceTokenizer:
+    """Load the English sentence splitter of an `nltk_data` directory, whichever others lie on NLTK's data path."""
+    if str(directory) not in nltk.data.path:
+        nltk.data.path.append(str(directory))
+    splitter = PunktSentenceTokenizer()
+    splitter._params = load_punkt_params(nltk.data.find("tokenizers/punkt_tab/english/", paths=[str(directory)]))
+    return splitter
+
+
 class Meteor(Metric):
     """Mean METEOR, 0–1."""
 
     name = "meteor"
+
+    def __init__(self, as_evaluate: bool = False) -> None:
+        self._as_evaluate = as_evaluate
+
     blind_spot = "without a token for METEOR: even a perfect answer scores 0"
 
     @cached_property
@@ -61,13 +78,12 @@ class Meteor(Metric):
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
         """METEOR of each example: (n, 1). An empty text, or a pair without a common word, scores 0."""
         check_texts(predictions, references)
-        tokenizer = NLTKWordTokenizer()
         stemmer, wordnet = self._lookups
         with _reader_lock:
             scores = [
                 single_meteor_score(
-                    tokenizer.tokenize(reference),
-                    tokenizer.tokenize(prediction),
+                    self._tokens(reference),
+                    self._tokens(prediction),
                     stemmer=stemmer,
                     wordnet=wordnet,
                     alpha=ALPHA,
@@ -78,6 +94,15 @@ class Meteor(Metric):
             ]
         return np.array(scores, dtype=np.float64)[:, None]
 
+    @cached_property
+    def _splitter(self) -> PunktSentenceTokenizer | None:
+        return punkt(embedded.punkt_directory()) if self._as_evaluate else None
+
+    def _tokens(self, text: str) -> list[str]:
+        """The words of a text; under `hf-evaluate` what NLTK's `word_tokenize` returns."""
+        sentences = self._splitter.tokenize(text) if self._splitter else [text]
+        return [token for sentence in sentences for token in _WORDS.tokenize(sentence)]
+
     def unscorable(self, references: Sequence[str]) -> int:
         """Empty references; every other character belongs to a token."""
         return sum(not reference.strip() for reference in references)
@@ -86,8 +111,9 @@ class Meteor(Metric):
         """Package version, tokenizer, stemmer, WordNet version, weights. Loads WordNet."""
         return format_signature(
             self.name,
+            self._as_evaluate,
             aggregate="mean",
-            tok="NLTKWordTokenizer",
+            tok="word_tokenize-punkt_tab-english" if self._as_evaluate else "NLTKWordTokenizer",
             case="lower",
             stemmer="porter",
             wordnet=self._wordnet.get_version(),

@@ -1,6 +1,7 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004): F-measures of `rouge-score` with its Porter stemmer, mean over examples.
+"""ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004): F-measures of `rouge-score`, mean over examples; ours with its Porter stemmer.
 
-Tokens are runs of [a-z0-9], as in `rouge-score`: this ignores most of the syntax of code, and scores other scripts as 0.
+Tokens are runs of [a-z0-9], as in `rouge-score`: this ignores most of the syntax of code, and scores other scripts as 0. Hugging Face
+`evaluate` does not stem, and prints the median of 1000 bootstrap means, drawn without a seed, in place of the mean that they estimate.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format
 from cora_cli.evaluation.metrics.lookups import RememberingStemmer
 
 COLUMNS = ("rouge1", "rouge2", "rougeL")
+_AGGREGATOR_RESAMPLES = 1000
 
 
 class _Tokens:
@@ -24,8 +26,8 @@ class _Tokens:
 class RougeScores:
     """F-measures of all three variants, with the result for the last input cached for the three metrics that share it."""
 
-    def __init__(self) -> None:
-        self._stemmer = RememberingStemmer()
+    def __init__(self, stem: bool = True) -> None:
+        self._stemmer = RememberingStemmer() if stem else None
         self._ngrams = rouge_scorer.RougeScorer(["rouge1", "rouge2"], tokenizer=_Tokens())
         self._last: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         self._scores = np.empty((0, len(COLUMNS)))
@@ -71,14 +73,26 @@ class Rouge(Metric):
 
     blind_spot = "without a token of the letters a-z and the digits that ROUGE compares: even a perfect answer scores 0"
 
-    def __init__(self, name: str, scores: RougeScores | None = None) -> None:
-        self.name = name
+    def __init__(self, name: str, scores: RougeScores | None = None, as_evaluate: bool = False) -> None:
+        self.name, self._as_evaluate = name, as_evaluate
         self._column = COLUMNS.index(name)
-        self._scores = scores or RougeScores()
+        self._scores = scores or RougeScores(stem=not as_evaluate)
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
         """F-measure of each example: (n, 1). An empty text scores 0."""
         return self._scores.f_measures(predictions, references)[:, [self._column]]
+
+    def as_evaluate_prints(self, statistics: Floats, seed: int) -> float | None:
+        """In the variant `hf-evaluate`, the median of `BootstrapAggregator`, after `numpy.random.seed(seed)`.
+
+        `evaluate` draws for one variant of ROUGE after the other, in the order of `COLUMNS`.
+        """
+        if not self._as_evaluate:
+            return None
+        generator, scores = np.random.RandomState(seed), statistics[:, 0]
+        for _ in range(self._column + 1):
+            means = [scores[generator.choice(len(scores), size=len(scores))].mean() for _ in range(_AGGREGATOR_RESAMPLES)]
+        return float(np.median(means))
 
     def unscorable(self, references: Sequence[str]) -> int:
         """References without a token of [a-z0-9]."""
@@ -88,11 +102,12 @@ class Rouge(Metric):
         """Package versions, tokenization, stemmer and aggregation."""
         return format_signature(
             self.name,
+            self._as_evaluate,
             score="f1",
             aggregate="mean",
             tok="[a-z0-9]+",
             case="lower",
-            stemmer=f"porter-nltk-{package_version('nltk')}",
+            stemmer="none" if self._as_evaluate else f"porter-nltk-{package_version('nltk')}",
             empty=0,
             rouge_score=package_version("rouge-score"),
         )

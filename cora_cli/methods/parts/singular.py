@@ -15,6 +15,6 @@ def minor_factors(weight: torch.Tensor, rank: int, scaling: float) -> tuple[torc
 
 
 def principal_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """V_rᵀ (r, in) and U_r Σ_r (out, r) of the r largest singular values of `weight` (out, in) (LoRA-XS, arXiv 2405.17604)."""
+    """Σ_r V_rᵀ (r, in) and U_r (out, r) of the r largest singular values of `weight` (out, in) (LoRA-XS, arXiv 2405.17604)."""
     u, values, v = torch.linalg.svd(weight.detach().float(), full_matrices=False)
-    return v[:rank].contiguous(), u[:, :rank] * values[:rank]
+    return values[:rank, None] * v[:rank], u[:, :rank].contiguous()
