@@ -169,11 +169,15 @@ def _basis(model: ModelFacts, row: Row, plan: Plan, step: Step, rate: float) -> 
     assert row.basis is not None
     targets = model.targets(row.basis.get("target_modules") or DEFAULT_TARGET_MODULES)
     share: Share = row.basis.get("share", "module")
-    groups = _groups(targets, share)
+    groups, weights = _groups(targets, share), list(targets.values())
     if row.basis.get("side") == "input":
-        groups = [(inside, out) for out, inside in groups]
-    read = 2 * max(1, len(row.sources)) * sum(out * inside for out, inside in targets.values())
-    flops = sum(2 * out * out * inside + 9 * out**3 for out, inside in groups)
+        groups, weights = ([(inside, out) for out, inside in shapes] for shapes in (groups, weights))
+    read = 2 * max(1, len(row.sources)) * sum(out * inside for out, inside in weights)
+    decomposed = list(groups)
+    if len(groups) < len(weights):  # what a pooled basis keeps of each weight is measured in a second pass
+        read *= 2
+        decomposed += weights
+    flops = sum(2 * out * out * inside + 9 * out**3 for out, inside in decomposed)
     # Reading, hashing and adding in float64 run at about 0.3 GB/s together; float64 products are much slower than 16-bit ones.
     seconds = START_SECONDS["basis"] + read / 3e8 + flops / (rate * WIDE_SHARE)
     rank = int(step.facts["rank"])

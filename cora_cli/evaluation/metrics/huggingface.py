@@ -1,6 +1,7 @@
 """The metrics as `evaluate.Metric` classes, for code that uses the interface of Hugging Face `evaluate`.
 
-They give the same values as `score_all`, without intervals, and need no network, unlike `evaluate.load`.
+They give the same values as `score_all`, without intervals, and need no network, unlike `evaluate.load`. With
+`compute(variant="hf-evaluate")` they compute what `evaluate.load` does by default.
 """
 
 from functools import lru_cache
