@@ -76,9 +76,11 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             return record
         if record["status"] == FINISHED:
             say(f"the result in {run.root} was damaged after it was written: writing it again from the last checkpoint")
+        if "warmup_steps" not in record and checkpoints_in(run.checkpoints):  # an earlier version, which rounded down, began it
+            arguments.warmup_steps = int(config.warmup_ratio * total_steps(config, len(prepared.train.examples)))
     model, batching = _load(config, prepared)
     if main:
-        record = first_record(config, prepared, fingerprint, model, batching)
+        record = {**first_record(config, prepared, fingerprint, model, batching), "warmup_steps": arguments.warmup_steps}
         _write_start(run, config, prepared, record)
     _barrier(arguments)
     try:

@@ -266,3 +266,20 @@ def test_resume_starts_a_run_that_is_not_there(tiny_model: Path, tiny_data: Path
     record = train(config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=1, resume=True))
     assert record["status"] == "finished"
     assert "resumed" not in record
+
+
+def test_a_run_that_an_earlier_version_began_keeps_its_warm_up(tiny_model, tiny_data, tmp_path, monkeypatch):
+    """Earlier versions rounded the warm-up down and did not record it."""
+    output = tmp_path / "run"
+    config = config_for(tiny_model, tiny_data, output, max_steps=7, warmup_ratio=0.2, save_steps=3)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("cora_cli.training.prepare.warmup_steps", lambda ratio, steps: int(ratio * steps))
+        train(config)
+    expected = log_lines(output)
+    record = record_of(output)
+    assert record.pop("warmup_steps") == 1
+    (output / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    shutil.rmtree(output / "adapter")
+    shutil.rmtree(output / "checkpoints" / "checkpoint-7")
+    assert train(replace(config, resume=True))["warmup_steps"] == 1
+    assert log_lines(output) == expected
