@@ -272,6 +272,7 @@ class Choices(TypedDict):
     component: str
     rank: int
     target_modules: list[str]
+    normalize: NotRequired[bool]
 
 
 class BasisFile(TypedDict):
