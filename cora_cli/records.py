@@ -274,6 +274,7 @@ class Choices(TypedDict):
     component: str
     rank: int
     target_modules: list[str]
+    normalize: NotRequired[bool]
 
 
 class LayerEnergy(TypedDict):

@@ -51,7 +51,10 @@ _MAPPINGS: dict[Share, GroupMapping] = {
 
 @dataclasses.dataclass(frozen=True)
 class BasisChoices:
-    """Every choice that determines a basis. Raises `UsageError` for a value that is not allowed."""
+    """Every choice that determines a basis. Raises `UsageError` for a value that is not allowed.
+
+    `normalize` divides each weight's ΔW by its Frobenius norm, model by model, before they are merged; it needs `source` "delta".
+    """
 
     share: Share = "module"
     merge: Merge = "mean"
@@ -61,11 +64,16 @@ class BasisChoices:
     component: Component = "top"
     rank: int = DEFAULT_RANK
     target_modules: tuple[str, ...] = DEFAULT_TARGET_MODULES
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
             if (value := getattr(self, name)) not in allowed:
                 raise UsageError(f"--{name} must be one of {', '.join(allowed)}, not {value!r}")
+        if type(self.normalize) is not bool:
+            raise UsageError(f"--normalize must be true or false, not {self.normalize!r}")
+        if self.normalize and self.source != "delta":
+            raise UsageError("--normalize divides the changes ΔW by their norms, so it needs --source delta")
         if type(self.rank) is not int or self.rank < 1:
             raise UsageError(f"--rank must be an integer of at least 1, not {self.rank!r}")
         targets = self.target_modules
@@ -83,8 +91,12 @@ class BasisChoices:
             raise UsageError("--source delta needs --base: the model that the others were fine-tuned from")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-serialisable form; `from_json` reads it."""
-        return {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
+        """A JSON-serialisable form; `from_json` reads it.
+
+        `normalize` is left out if it is off, so that bases from before it existed keep their content hash.
+        """
+        values = {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
+        return values if self.normalize else {key: value for key, value in values.items() if key != "normalize"}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "BasisChoices":

@@ -46,6 +46,12 @@ class ExtractConfig:
         panel=_CHOICES,
     )
     source: Source = setting("weights: the weights themselves; delta: their difference from --base.", "weights", panel=_CHOICES)
+    normalize: bool = setting(
+        "With --source delta: divide each weight's difference by its Frobenius norm, so that a model that was trained further does not "
+        "count more than the others.",
+        False,
+        panel=_CHOICES,
+    )
     side: Side = setting(
         "output: left singular vectors, for B; input: right singular vectors, for A in mode fa-basis, or for B if the weights "
         "are square.",

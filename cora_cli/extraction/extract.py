@@ -74,7 +74,7 @@ class ExtractionSummary:
         width = max(len("group"), *(len(kind.kind) for kind in self.kinds))
         lines = [
             f"{self.path}: {groups} groups of rank {choices.rank} from {self.models} model{'s' if self.models > 1 else ''} "
-            f"(share {choices.share}, merge {choices.merge}, source {choices.source}, side {choices.side}, "
+            f"(share {choices.share}, merge {choices.merge}, source {choices.source}{', normalized' if choices.normalize else ''}, side {choices.side}, "
             f"method {choices.method}, component {choices.component})",
             "",
             "explained variance of the kept directions",

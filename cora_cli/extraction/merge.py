@@ -82,7 +82,8 @@ def merge_group(
 
     For LoRA adapters of one base under `--source delta`, only their factors are held if that takes no more memory. `mean` gives
     M = (1/n) Σ Wᵢ over all weights of the group (equation 2), `gram` M = [W1 … Wn] through Σ Wᵢ Wᵢᵀ; Wᵢ has W_base subtracted
-    if `base` is given, and is transposed under `--side input`. Under `pca` the columns are centred (equation 7). `advance` is
+    if `base` is given, and is transposed under `--side input`. With `--normalize` each difference is divided by its Frobenius norm, so
+    that all models, and in a shared group all weights, count alike however much they changed; one of zero stays zero. Under `pca` the columns are centred (equation 7). `advance` is
     called after each tensor. Raises `CoraError` if the merged matrix is zero.
     """
     merged = merge_weights(group, sources, base, choices, device, advance)
@@ -112,15 +113,16 @@ def merge_weights(
         for source in sources:
             if isinstance(pool, _LowRank):
                 assert base is not None
-                pool.add(*(factor.to(device) for factor in source.own_factors(module, base)))
+                left, right = (factor.to(device) for factor in source.own_factors(module, base))
+                pool.add(*_scaled_pair(left, right, choices))
             elif base is None:
                 pool.add(_oriented(source.read(module).to(device), choices))
             elif (delta := source.own_delta(module, base)) is not None:
-                pool.add(_oriented(delta.to(device), choices))
+                pool.add(_scaled(_oriented(delta.to(device), choices), choices))
             else:
                 if base_weight is None:
                     base_weight = base.read(module).to(device)
-                pool.add(_oriented(source.read(module).to(device).double() - base_weight, choices))
+                pool.add(_scaled(_oriented(source.read(module).to(device).double() - base_weight, choices), choices))
             delta = None  # free it before the next tensor is read
             advance()
     merged = pool.result(group, centred=choices.method == "pca")
@@ -222,6 +224,18 @@ def _is_low_rank(group: Group, sources: Sequence[WeightSource], base: WeightSour
 
 def _energy(matrix: torch.Tensor) -> float:
     return torch.linalg.vector_norm(matrix).item() ** 2
+
+
+def _scaled(delta: torch.Tensor, choices: BasisChoices) -> torch.Tensor:
+    """`delta` / ‖`delta`‖_F under `--normalize`, else `delta`."""
+    norm = torch.linalg.vector_norm(delta).item() if choices.normalize else 0.0
+    return delta / norm if norm > 0 else delta
+
+
+def _scaled_pair(left: torch.Tensor, right: torch.Tensor, choices: BasisChoices) -> Pair:
+    """`_scaled` of L R, as factors."""
+    norm = torch.linalg.vector_norm(gram_factor([(left, right)], centred=False)[0]).item() if choices.normalize else 0.0
+    return (left / norm if norm > 0 else left), right
 
 
 def _oriented(weight: torch.Tensor, choices: BasisChoices) -> torch.Tensor:

@@ -8,15 +8,32 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from cora_cli.inspection.inspect import Inspection
-from cora_cli.inspection.measure import BASE, CEILING, CHANCE, DELTA, MEAN, OWN, PAPER, POOLED, START, WEIGHTS, Findings
+from cora_cli.inspection.measure import (
+    BASE,
+    CEILING,
+    CHANCE,
+    DELTA,
+    MEAN,
+    OWN,
+    PAPER,
+    POOLED,
+    START,
+    WEIGHTS,
+    Findings,
+    Overlap,
+)
 from cora_cli.inspection.prediction import Prediction
-from cora_cli.render.canvas import Figure, Palette, render
+from cora_cli.render.canvas import INK, PALETTE, Figure, Palette, render
 from cora_cli.reporting.plots import draw_variance, legend_above
 from cora_cli.reporting.variance import Spectrum, read_spectra
 
 Value = Callable[[Findings], list[float]]
 _COLUMNS = 3
+_MOST_LABELLED = 12
+"""The most models for which the heat map prints its numbers."""
 _ITS_CHANCE = f": {CHANCE}"
 """Ends the label of a chance line. It is dashed, has the colour of the line that it belongs to, and is not in the legend."""
 
@@ -25,10 +42,21 @@ def draw(inspection: Inspection) -> Iterator[Figure]:
     """Every figure for which there is data."""
     r = inspection.rank
     series: dict[str, Value] = {}
-    for kind in (WEIGHTS, DELTA):
-        for who, with_base in (("pairs of models", False), ("with base W", True)):
-            series[f"{kind}, {who}"] = _overlaps(kind, with_base, "value")
-            series[f"{kind}, {who}{_ITS_CHANCE}"] = _overlaps(kind, with_base, "chance")
+    groups = [set(group.models) for group in inspection.verdict.groups]
+    split = bool(groups) and groups[0] != set(inspection.models)
+    for kind, who, which in (
+        (WEIGHTS, "pairs of models", lambda o: o.other != BASE),
+        (WEIGHTS, "with base W", lambda o: o.other == BASE),
+        (
+            DELTA,
+            "pairs within groups" if split else "pairs of models",
+            lambda o: o.other != BASE and (not split or _together(o, groups)),
+        ),
+        (DELTA, "other pairs", lambda o: split and o.other != BASE and not _together(o, groups)),
+        (DELTA, "with base W", lambda o: o.other == BASE),
+    ):
+        series[f"{kind}, {who}"] = _overlaps(kind, which, "value")
+        series[f"{kind}, {who}{_ITS_CHANCE}"] = _overlaps(kind, which, "chance")
     yield from _by_layer(
         inspection,
         series,
@@ -47,6 +75,16 @@ def draw(inspection: Inspection) -> Iterator[Figure]:
         "Dashed: chance.",
         "captured share",
     )
+    if inspection.grouping.pairs:
+        side = 1.6 + 0.45 * len(inspection.grouping.order)
+        yield render(
+            "groups",
+            "What each model recovers of each other one",
+            f"Row: model; column: the model whose {r} leading directions of ΔW are the basis. Value: the recovered share of the gap between control and "
+            "ceiling, in percent, over all weight matrices that both changed. Frames: the groups that share a subspace.",
+            lambda figure: _heat_map(figure, inspection),
+            (min(7.2, max(3.6, side + 0.8)), min(6.4, max(2.8, side))),
+        )
     if spectra := _spectra(inspection):
         yield draw_variance(spectra, "weights-", "Explained variance of the models' mean W, by SVD and by PCA")
     if inspection.bases:
@@ -62,8 +100,13 @@ def draw(inspection: Inspection) -> Iterator[Figure]:
         )
 
 
-def _overlaps(kind: str, with_base: bool, field: str) -> Value:
-    return lambda found: [getattr(o, field) for o in found.overlaps if o.kind == kind and (o.other == BASE) is with_base]
+def _overlaps(kind: str, which: Callable[[Overlap], bool], field: str) -> Value:
+    return lambda found: [getattr(o, field) for o in found.overlaps if o.kind == kind and which(o)]
+
+
+def _together(overlap: Overlap, groups: Sequence[set[str]]) -> bool:
+    """Whether both models of the pair are in one of `groups`."""
+    return any({overlap.one, overlap.other} <= group for group in groups)
 
 
 def _shares(share: str) -> Value:
@@ -114,6 +157,39 @@ def _lines(figure: Any, curves: dict[str, dict[str, list[tuple[int, float]]]], p
     for ax in axes[:, 0]:
         ax.set_ylabel(axis)
     legend_above(figure, axes)
+
+
+def _heat_map(figure: Any, inspection: Inspection) -> None:
+    """The recovered shares of all pairs, with the models of a group together and a frame around each group."""
+    from matplotlib.patches import Rectangle
+
+    order, pairs = inspection.grouping.order, inspection.grouping.pairs
+    count = len(order)
+    values = np.full((count, count), np.nan)
+    for (model, by), found in pairs.items():
+        values[order.index(model), order.index(by)] = found.share
+    ax = figure.subplots()
+    image = ax.imshow(np.clip(values, 0, 1), vmin=0, vmax=1, cmap="Blues")
+    for (row, column), value in np.ndenumerate(values) if count <= _MOST_LABELLED else ():
+        if not np.isnan(value):
+            ax.text(
+                column,
+                row,
+                f"{100 * value + 0.0:.0f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if value > 0.6 else INK,
+            )
+    for group in inspection.verdict.groups:
+        places = [order.index(name) for name in group.models]
+        start, size = min(places) - 0.5, len(places)
+        ax.add_patch(Rectangle((start, start), size, size, fill=False, edgecolor=PALETTE[1], linewidth=2, clip_on=False))
+    ax.set_xticks(range(count), order, rotation=45, ha="right")
+    ax.set_yticks(range(count), order)
+    ax.grid(False)
+    ax.set(xlabel="basis from", ylabel="of")
+    figure.colorbar(image, ax=ax, label="recovered share", shrink=0.8)
 
 
 def _spectra(inspection: Inspection) -> list[Spectrum]:

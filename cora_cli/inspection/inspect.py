@@ -5,7 +5,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +13,11 @@ import torch
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side, match_targets
 from cora_cli.errors import CoraError, UsageError
+from cora_cli.inspection.group_measure import measure_groups
+from cora_cli.inspection.groups import Grouping, find_groups
 from cora_cli.inspection.measure import BASE, Directions, Findings, measure
-from cora_cli.inspection.prediction import Prediction, predict, used_bases
-from cora_cli.inspection.sharing_verdict import Verdict, judge
+from cora_cli.inspection.prediction import Prediction, is_unscaled, predict, used_bases
+from cora_cli.inspection.sharing_verdict import Verdict, group_names, judge, pooled_already, unjudged_models
 from cora_cli.inspection.starts import known_starts
 from cora_cli.models.references import ModelPath, recorded_base, resolve_model
 from cora_cli.weights.sources import WeightSource, open_source
@@ -23,7 +25,7 @@ from cora_cli.weights.sources import WeightSource, open_source
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """The inspected models and bases with all results.
+    """The inspected models and bases with all results; `grouping` is that of the judged models.
 
     `models` (short name -> reference) and `bases` are keyed by short names; `base` is the reference of the base model. `predictions` is
     None if no runs were given.
@@ -36,6 +38,7 @@ class Inspection:
     side: Side
     findings: tuple[Findings, ...]
     predictions: tuple[Prediction, ...] | None
+    grouping: Grouping
     verdict: Verdict
     bytes_read: int
     seconds: float
@@ -100,8 +103,10 @@ def inspect(
         {name: directions for one in used for name, directions in one.directions.items()},
         compared,
         starts,
+        unscaled=any(is_unscaled(one.basis.choices) for one in used if one.basis),
     )
     predictions = tuple(predict(used, models, findings)) if runs else None
+    grouping, verdict = group_and_judge(findings, models, base_source, predictions, lost, rank, targets, device, compared)
     read = [*models.values(), *([base_source] if base_source else [])]
     return Inspection(
         models=dict(zip(models, named, strict=True)),
@@ -111,10 +116,35 @@ def inspect(
         side=compared,
         findings=tuple(findings),
         predictions=predictions,
-        verdict=judge(findings, list(models), base_source is not None, predictions, lost),
+        grouping=grouping,
+        verdict=verdict,
         bytes_read=sum(source.bytes_read for source in read),
         seconds=time.perf_counter() - began,
     )
+
+
+def group_and_judge(
+    findings: Sequence[Findings],
+    models: Mapping[str, WeightSource],
+    base: WeightSource | None,
+    predictions: Sequence[Prediction] | None,
+    lost: Sequence[str],
+    rank: int,
+    target_modules: tuple[str, ...],
+    device: torch.device,
+    side: Side,
+) -> tuple[Grouping, Verdict]:
+    """The groups among the `models` that can be judged, and the verdict; `findings` are those of `measure` with the same arguments.
+
+    Groups other than all models are measured in a second pass over the weights. `lost` as in `unjudged_models`.
+    """
+    unjudged = unjudged_models(findings, list(models), lost) if base else {}
+    judged = {name: model for name, model in models.items() if base and name not in unjudged}
+    grouping = find_groups(findings, list(judged))
+    measured = None
+    if base and len(judged) > 1 and not pooled_already(findings, grouping):
+        measured = measure_groups(judged, base, group_names(grouping), rank, target_modules, device, side)
+    return grouping, judge(findings, list(models), base is not None, predictions, unjudged, grouping, measured)
 
 
 def _refuse_copies(models: dict[str, WeightSource], targets: tuple[str, ...]) -> None:

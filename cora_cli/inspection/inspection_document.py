@@ -6,6 +6,7 @@
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
+from cora_cli.inspection.group_tables import MOST_PAIRS, groups_table, pairs_table
 from cora_cli.inspection.inspect import Inspection
 from cora_cli.inspection.measure import (
     ALONG,
@@ -31,7 +32,6 @@ from cora_cli.render.document import Block, Heading, Items, Text
 from cora_cli.render.table import Cell, Table
 
 SHARES = (POOLED, MEAN, PAPER, OWN, START, CHANCE, CEILING, ALONG)
-_MOST_PAIRS = 28
 _SUBSPACES = {WEIGHTS: "weights W", DELTA: "changes ΔW = W − W_base", FILE: "basis files"}
 
 
@@ -82,6 +82,8 @@ def _tables(inspection: Inspection) -> Iterator[Table]:
         yield _overlaps(inspection, kind)
     yield _angles(inspection)
     yield _captures(inspection)
+    yield pairs_table(inspection.grouping)
+    yield groups_table(inspection.verdict)
     yield _spectra(inspection)
     yield _bases(inspection)
     yield _points(inspection)
@@ -112,7 +114,7 @@ def _overlaps(inspection: Inspection, subspace: str) -> Table:
                 if overlap.kind == subspace and (overlap.other == BASE) is with_base:
                     found.setdefault((overlap.one, overlap.other), {}).setdefault(one.kind, []).append(overlap)
         by_kind = [[pair[kind] for pair in found.values() if kind in pair] for kind in inspection.kinds]
-        if len(found) <= _MOST_PAIRS:
+        if len(found) <= MOST_PAIRS:
             for (name, other), pair in found.items():
                 cells = (_mean([o.value for o in pair.get(kind, ())]) for kind in inspection.kinds)
                 rows.append((Cell(f"{name} – {other}"), *cells))
@@ -168,7 +170,8 @@ def _captures(inspection: Inspection) -> Table:
     start = START in columns
     notes = (
         f"Capture: the share of the left-out model's ‖ΔW‖_F² inside a basis of at most {inspection.rank} directions, mean over weight matrices. "
-        f"{POOLED}, {MEAN}, {PAPER} (the paper's basis): leading directions computed from the other models. {OWN}: leading directions of the base "
+        f"{POOLED}, {MEAN}, {PAPER} (the paper's basis): leading directions computed from the other models; for the first two, each ΔW is divided by "
+        f"its Frobenius norm first. {OWN}: leading directions of the base "
         "model. "
         + (
             f"{START}: the best directions from which both this adapter and another one started, filled up with random ones. "

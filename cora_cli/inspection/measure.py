@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping
 import torch
 
 from cora_cli.basis.choices import BasisChoices, Side
-from cora_cli.errors import CoraError
 from cora_cli.extraction.gram import one_thread_pool
 from cora_cli.extraction.merge import plan
-from cora_cli.inspection.changes import Change, leave_one_out
+from cora_cli.inspection.changes import Change, change_of, leave_one_out, not_zero, read_matrix
 from cora_cli.inspection.spectra import Spectra, spectra
-from cora_cli.inspection.subspaces import chance, energy, gram, in_common, leading, overlap, principal_angles
+from cora_cli.inspection.subspaces import chance, chance_deviation, energy, gram, in_common, leading, overlap, principal_angles
 from cora_cli.progress import progress
 from cora_cli.weights.sources import WeightSource
 
@@ -25,6 +24,7 @@ BASE = "base model"
 WEIGHTS, DELTA, FILE = "W", "ΔW", "basis"
 """The kinds of subspaces that are compared: of the weights, of their changes from the base model, and of basis files."""
 POOLED, MEAN, PAPER, ALONG = "pooled ΔW", "mean ΔW", "mean W", "along mean"
+UNSCALED_POOLED, UNSCALED_MEAN = "pooled ΔW, not normalized", "mean ΔW, not normalized"
 OWN, START, CHANCE, CEILING = "base W", "common start", "chance", "ceiling"
 """The bases whose captures are measured, as they are named in tables and in JSON; see `Capture`."""
 
@@ -53,26 +53,47 @@ class Overlap:
 
 
 @dataclasses.dataclass(frozen=True)
+class Held:
+    """How much of the ΔW of `model` a basis from other models holds in one weight matrix.
+
+    `by` names the source of the basis: a model (its leading directions of ΔW) or a group of models. All numbers are shares (0-1) of
+    ‖ΔW‖_F²: `value` in the basis, `own` in as many leading directions of the base model's W, `chance` and `deviation` the mean and the
+    standard deviation for as many random directions, `ceiling` in the leading directions of ΔW itself.
+    """
+
+    model: str
+    by: str
+    value: float
+    own: float
+    chance: float
+    deviation: float
+    ceiling: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Capture:
     """Captures: shares (0-1) of the energy ‖ΔW‖_F² of the model `left_out` inside several bases, by the name of the basis.
 
-    - POOLED: leading directions of Σ ΔWⱼΔWⱼᵀ over the other models.
-    - MEAN: leading directions of the mean ΔW of the other models.
+    - POOLED: leading directions of Σ ΔWⱼΔWⱼᵀ / ‖ΔWⱼ‖_F² over the other models.
+    - MEAN: leading directions of the mean of ΔWⱼ / ‖ΔWⱼ‖_F over the other models.
+    - UNSCALED_POOLED, UNSCALED_MEAN: the same without dividing by ‖ΔWⱼ‖_F, as `cora extract-basis --source delta` computes them; only
+      where runs used such a basis.
     - PAPER: leading directions of the mean W of the other models (equation 2 of arXiv 2409.02119).
     - OWN: leading directions of the base model's W.
     - START: the best directions among those from which both this adapter and another one are known to have started. If there are
       fewer than k, random directions fill up the rest.
     - CHANCE: k / d, the mean for a random basis of k directions in d dimensions.
     - CEILING: leading directions of the model's own ΔW; no basis of this rank captures more.
-    - ALONG: the share along the mean ΔW of the other models, taken as one direction in the space of matrices.
+    - ALONG: the share along the mean of MEAN, taken as one direction in the space of matrices.
     - `chance_of(name)`: random directions, as many as the basis file `name` has.
 
     PAPER, OWN, START and CHANCE use k directions, as many as POOLED has; k is below the rank if the changes have a lower rank. Every
-    other name is a basis that the caller gave.
+    other name is a basis that the caller gave. `deviation` is the standard deviation (0-1) whose mean is CHANCE.
     """
 
     left_out: str
     shares: dict[str, float]
+    deviation: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +101,8 @@ class Findings:
     """All measurements of the weight matrix `module`, stored as (out, in) = `shape`; `rank` is the largest number of directions used.
 
     `kind` is the last part of the module's name, `layer` the first number in it. `sizes` is ‖W − W_base‖_F / ‖W_base‖_F by model,
-    empty without a base model. `spectra` belongs to the mean of the models' W and is None without models.
+    empty without a base model. `pairs` holds what each model's directions hold of each other one, in both directions.
+    `spectra` belongs to the mean of the models' W and is None without models.
     """
 
     module: str
@@ -91,6 +113,7 @@ class Findings:
     sizes: dict[str, float]
     overlaps: tuple[Overlap, ...]
     captures: tuple[Capture, ...]
+    pairs: tuple[Held, ...]
     spectra: Spectra | None
 
 
@@ -104,8 +127,12 @@ def measure(
     hidden: Mapping[str, Directions],
     side: Side = "output",
     starts: Mapping[str, Directions] | None = None,
+    unscaled: bool = False,
 ) -> list[Findings]:
     """Measure every target matrix; for the input side, its transpose.
+
+    Each ΔW is divided by its Frobenius norm, matrix by matrix, before models are pooled: otherwise one model with a large change would
+    be most of every pool. Only PAPER is computed from the weights as they are, and with `unscaled` also UNSCALED_POOLED and UNSCALED_MEAN.
 
     `bases` are given bases, for which overlaps and captures are reported. Of the bases in `hidden` only the captures are measured.
     `starts` are the known starting directions of models. Raises `CoraError` if the models differ in shape, if `rank` is more than a
@@ -121,9 +148,23 @@ def measure(
         for group in groups:
             [shape] = group.modules.values()
             given, only, started = (_frames(some, group.name, group.rows, device) for some in (bases, hidden, starts or {}))
-            found.append(_measure(group.name, shape, models, base, given, only, started, rank, device, side))
+            found.append(_measure(group.name, shape, models, base, given, only, started, rank, device, side, unscaled))
             shown.advance(note=group.name)
     return found
+
+
+def held_by(model: str, by: str, change: Change, basis: torch.Tensor, of_base: torch.Tensor, ceiling: float) -> Held:
+    """What `basis` (rows, k), computed from `by`, holds of the `change` of `model`; `of_base` are the base model's directions."""
+    rows, size = basis.shape
+    return Held(
+        model,
+        by,
+        change.captured_by(basis),
+        change.captured_by(of_base[:, :size]),
+        chance(1, size, rows),
+        chance_deviation(size, rows, change.concentration),
+        ceiling,
+    )
 
 
 def _frames(bases: Mapping[str, Directions], module: str, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -142,22 +183,23 @@ def _measure(
     rank: int,
     device: torch.device,
     side: Side,
+    unscaled: bool,
 ) -> Findings:
-    base_weight = _not_zero(_read(base, module, device, side), module, BASE) if base else None
+    base_weight = not_zero(read_matrix(base, module, device, side), module, BASE) if base else None
     changes: dict[str, Change] = {}
     sizes: dict[str, float] = {}
     of_weights: dict[str, torch.Tensor] = {}
     mean: torch.Tensor | None = None
     for name, source in models.items():  # keep every change, but of the weights only their mean
         if base is None or base_weight is None:
-            weight = _read(source, module, device, side)
+            weight = read_matrix(source, module, device, side)
         else:
-            change = _change(source, module, base, base_weight, side)
+            change = change_of(source, module, base, base_weight, side)
             weight = change.add_to(base_weight.clone())
             sizes[name] = math.sqrt(change.energy / energy(base_weight))
             if sizes[name] > 0:  # a zero change has no directions
                 changes[name] = change
-        of_weights[name] = leading(gram(_not_zero(weight, module, name)), rank)
+        of_weights[name] = leading(gram(not_zero(weight, module, name)), rank)
         mean = weight / len(models) if mean is None else mean.add_(weight, alpha=1 / len(models))
     of_changes = {name: change.leading(rank) for name, change in changes.items()}
     of_base = leading(gram(base_weight), rank) if base_weight is not None else None
@@ -166,70 +208,72 @@ def _measure(
         for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_changes), (FILE, bases))
         for one, other in itertools.combinations(frames, 2)
     ]
-    captures = []
+    captures, pairs = [], []
     if base_weight is not None and of_base is not None:
         overlaps += [
             _overlap(kind, name, frame, BASE, of_base)
             for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_changes), (FILE, bases))
             for name, frame in frames.items()
         ]
-        for name, others in leave_one_out(changes, base_weight.shape):
-            change, size = changes[name], rank
-            shares = {CEILING: change.captured_by(of_changes[name])}
-            if others is not None:
-                pooled = others.leading(rank)
-                size = pooled.shape[1]
-                shares[POOLED] = change.captured_by(pooled)
-                shares |= _in_mean(change, others.mean, base_weight, rank, size)
-                if (start := in_common(name, starts)) is not None:
-                    shares[START] = _within(start, change, size)
+        of_others = _by_other_models(changes, base_weight, rank, unscaled)
+        for name, change in changes.items():
+            ceiling = change.captured_by(of_changes[name])
+            shares, size = {CEILING: ceiling, **of_others[name][0]}, of_others[name][1]
+            if POOLED in shares and (start := in_common(name, starts)) is not None:
+                shares[START] = _within(start, change, size)
             shares |= {CHANCE: chance(1, size, len(base_weight)), OWN: change.captured_by(of_base[:, :size])}
             shares |= {given: change.captured_by(frame) for given, frame in {**hidden, **bases}.items()}
             shares |= {chance_of(given): chance(1, frame.shape[1], len(frame)) for given, frame in bases.items()}
-            captures.append(Capture(name, shares))
-    layer = re.search(r"\d+", module)
+            captures.append(Capture(name, shares, chance_deviation(size, len(base_weight), change.concentration)))
+            pairs += [
+                held_by(name, other, change, frame, of_base, ceiling) for other, frame in of_changes.items() if other != name
+            ]
     return Findings(
         module=module,
         kind=module.rpartition(".")[2],
-        layer=int(layer[0]) if layer else None,
+        layer=layer_of(module),
         shape=shape,
         rank=rank,
         sizes=sizes,
         overlaps=tuple(overlaps),
         captures=tuple(captures),
+        pairs=tuple(pairs),
         spectra=spectra(mean) if mean is not None and energy(mean) > 0 else None,
     )
 
 
-def _not_zero(weight: torch.Tensor, module: str, name: str) -> torch.Tensor:
-    if not energy(weight) > 0:
-        raise CoraError(f"{module} of {name} is zero and has no directions; exclude it with --target-modules")
-    return weight
+def layer_of(module: str) -> int | None:
+    """The first number in a module's name, or None."""
+    number = re.search(r"\d+", module)
+    return int(number[0]) if number else None
 
 
-def _read(source: WeightSource, module: str, device: torch.device, side: Side) -> torch.Tensor:
-    return _oriented(source.read(module).to(device).double(), side)
+def _by_other_models(
+    changes: Mapping[str, Change], base_weight: torch.Tensor, rank: int, unscaled: bool
+) -> dict[str, tuple[dict[str, float], int]]:
+    """Per model, its captures by bases from the other models (none if there is no other), and the number of directions of POOLED.
 
-
-def _oriented(matrix: torch.Tensor, side: Side) -> torch.Tensor:
-    return matrix.T if side == "input" else matrix
-
-
-def _change(source: WeightSource, module: str, base: WeightSource, base_weight: torch.Tensor, side: Side) -> Change:
-    """W − W_base of one model, as low-rank factors if they are known and smaller than the matrix."""
-    device, known = base_weight.device, source.own_rank(module, base)
-    if known is not None and known < min(base_weight.shape):
-        left, right = (factor.to(device) for factor in source.own_factors(module, base))
-        return Change(right.T, left.T) if side == "input" else Change(left, right)
-    delta = source.own_delta(module, base)
-    return Change(_read(source, module, device, side) - base_weight if delta is None else _oriented(delta.to(device), side))
-
-
-def _in_mean(change: Change, mean: Change, base_weight: torch.Tensor, rank: int, size: int) -> dict[str, float]:
-    """The captures of `change` by the `mean` ΔW of the other models and by `size` directions of their mean W."""
-    found = {PAPER: change.captured_by(leading(gram(mean.add_to(base_weight.clone())), size))}
-    if mean.energy > 0:
-        found |= {MEAN: change.captured_by(mean.leading(rank)), ALONG: change.aligned_with(mean)}
+    PAPER uses that number of directions. It alone needs the mean of the changes as they are.
+    """
+    found: dict[str, tuple[dict[str, float], int]] = {}
+    for name, others in leave_one_out(changes, base_weight.shape):
+        if others is None:
+            found[name] = {}, rank
+            continue
+        change, pooled = changes[name], others.leading(rank)
+        found[name] = {POOLED: change.captured_by(pooled)}, pooled.shape[1]
+        if others.mean.energy > 0:
+            found[name][0].update(
+                {MEAN: change.captured_by(others.mean.leading(rank)), ALONG: change.aligned_with(others.mean)}
+            )
+    for name, others in leave_one_out(changes, base_weight.shape, normalize=False):
+        if others is not None:
+            (shares, size), change = found[name], changes[name]
+            shares[PAPER] = change.captured_by(leading(gram(others.mean.add_to(base_weight.clone())), size))
+            if unscaled:
+                shares[UNSCALED_POOLED] = change.captured_by(others.leading(rank))
+                if others.mean.energy > 0:
+                    shares[UNSCALED_MEAN] = change.captured_by(others.mean.leading(rank))
     return found
 
 

@@ -1,9 +1,11 @@
 """Writes an inspection as terminal text, Markdown, JSON and one HTML page, printed or into a directory.
 
-JSON: `{"format_version": 1, "models", "base", "bases", "rank", "side", "findings", "foresight", "verdict", "bytes_read", "seconds"}`. `models` maps
+JSON: `{"format_version": 2, "models", "base", "bases", "rank", "side", "findings", "foresight", "verdict", "bytes_read", "seconds"}`. `models` maps
 short names to references, `bases` to paths and hashes. A finding has the fields of `measure.Findings`, with its overlaps, captures and
 spectra. `foresight` is a list with the fields of `prediction.Prediction`, or null if no runs were given. `verdict` has `headline`, `sentences`,
-`ways` (the recovered shares by model), `unjudged` and `rule`. Programs may read these files, so keys keep their names even where the code now
+`ways` (the recovered shares by model), `intervals` (theirs, by model: `[low, high]` or null), `groups` (each with `models`, `partly` and the
+`recovered` shares by model, in the fields of `groups.Recovered`), `outside` (judged models in no group), `between`, `pairs` (what the directions of
+the model `by` recover of `model`), `order` (groups together), `unjudged` and `rule`. Version 1 had no groups, and its `pooled ΔW` was not normalised. Programs may read these files, so keys keep their names even where the code now
 uses another: `foresight` for predictions, `ways` for recovered shares.
 """
 
@@ -21,7 +23,7 @@ from cora_cli.render.canvas import Figure, write_plots
 from cora_cli.render.html import page
 from cora_cli.render.text import markdown, terminal
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILES = {"terminal": "inspect.txt", "markdown": "inspect.md", "json": "inspect.json", "html": "inspect.html"}
 """The formats and their file names in the output directory."""
 
@@ -63,7 +65,15 @@ def to_json(inspection: Inspection) -> str:
         "verdict": {
             "headline": verdict.headline,
             "sentences": verdict.sentences,
-            "ways": verdict.recovered,
+            "ways": {name: one.share for name, one in verdict.recovered.items()},
+            "intervals": {name: one.interval for name, one in verdict.recovered.items()},
+            "groups": [dataclasses.asdict(group) for group in verdict.groups],
+            "outside": verdict.outside,
+            "between": verdict.between,
+            "pairs": [
+                {"model": model, "by": by, **dataclasses.asdict(one)} for (model, by), one in inspection.grouping.pairs.items()
+            ],
+            "order": inspection.grouping.order,
             "unjudged": verdict.unjudged,
             "rule": RULE,
         },

@@ -16,7 +16,7 @@ from scipy.special import ndtri
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
-from cora_cli.inspection.measure import CHANCE, MEAN, PAPER, POOLED, Directions, Findings
+from cora_cli.inspection.measure import CHANCE, MEAN, PAPER, POOLED, UNSCALED_MEAN, UNSCALED_POOLED, Directions, Findings
 from cora_cli.inspection.starts import start_of
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
@@ -30,8 +30,14 @@ from cora_cli.weights.sources import WeightSource
 FEWEST = 4
 """The fewest bases for which the interval exists: its standard error divides by √(n − 3)."""
 
-_LIKE_FILE = {("weights", "mean"): PAPER, ("delta", "mean"): MEAN, ("delta", "gram"): POOLED}
-"""The leave-one-out basis of `measure` that is computed like a basis file of this source and merge."""
+_LIKE_FILE = {
+    ("weights", "mean", False): PAPER,
+    ("delta", "mean", False): UNSCALED_MEAN,
+    ("delta", "gram", False): UNSCALED_POOLED,
+    ("delta", "mean", True): MEAN,
+    ("delta", "gram", True): POOLED,
+}
+"""The leave-one-out basis of `measure` that is computed like a basis file of this source, merge and `normalize`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +124,11 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
     ]
 
 
+def is_unscaled(choices: BasisChoices) -> bool:
+    """Whether a basis of these choices pools changes of the sizes that they have; see `measure`."""
+    return choices.source == "delta" and not choices.normalize
+
+
 def predict(used: Sequence[UsedBasis], models: dict[str, WeightSource], findings: Sequence[Findings]) -> list[Prediction]:
     """Correlate, per stratum, the mean capture of each basis with the mean loss of its runs.
 
@@ -149,11 +160,15 @@ def _captures(one: UsedBasis, models: dict[str, WeightSource], findings: Sequenc
         }
         choices = one.basis.choices
         plain = BasisChoices(
-            merge=choices.merge, source=choices.source, rank=choices.rank, target_modules=choices.target_modules
+            merge=choices.merge,
+            source=choices.source,
+            normalize=choices.normalize,
+            rank=choices.rank,
+            target_modules=choices.target_modules,
         )
         as_wide = all(round(c.shares[CHANCE] * found.shape[0]) == one.rank for found in findings for c in found.captures)
         if not unseen and len(behind) == len(models) and choices == plain and as_wide:
-            names, unseen = {_LIKE_FILE.get((choices.source, choices.merge), "")}, set(models)
+            names, unseen = {_LIKE_FILE.get((choices.source, choices.merge, choices.normalize), "")}, set(models)
     return [
         share
         for found in findings

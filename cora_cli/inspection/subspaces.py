@@ -55,6 +55,20 @@ def chance(one: int, other: int, rows: int) -> float:
     return max(one, other) / rows
 
 
+def chance_deviation(directions: int, rows: int, concentration: float) -> float:
+    """The standard deviation of the share (0-1) of ‖X‖_F² that a uniformly random subspace captures, of which `chance` is the mean.
+
+    With P the projector on `directions` = k of `rows` = d dimensions and A = XXᵀ / ‖X‖_F², the share is tr(PA). P − (k/d)·I is a
+    rotationally distributed traceless symmetric matrix of squared norm k(d − k) / d, in a space of dimension (d − 1)(d + 2) / 2 on which
+    the rotations act irreducibly, so by Schur's lemma Var tr(PA) = 2k(d − k) / (d(d − 1)(d + 2)) · (tr A² − 1/d). `concentration` is
+    tr A² (`Change.concentration`).
+    """
+    if directions >= rows:
+        return 0.0
+    spread = 2.0 * directions * (rows - directions) / (rows * (rows - 1) * (rows + 2))
+    return math.sqrt(spread * max(0.0, concentration - 1.0 / rows))
+
+
 def in_common(name: str, frames: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """The directions (rows, k) of the basis `name` that also lie in another basis of `frames`, or None if there are none.
 

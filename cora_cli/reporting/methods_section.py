@@ -133,7 +133,8 @@ def _listed(values: Iterable[str]) -> str:
 
 def _choice(choices: dict[str, Any]) -> str:
     names = ("share", "merge", "source", "side", "method", "component", "rank")
-    return ", ".join(f"{name} {choices[name]}" for name in names if name in choices)
+    said = [f"{name} {choices[name]}" for name in names if name in choices]
+    return ", ".join([*said, "each ΔW normalized to norm 1"] if choices.get("normalize") else said)
 
 
 def _source(source: dict[str, Any]) -> str:

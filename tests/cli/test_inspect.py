@@ -1,5 +1,6 @@
 """`cora inspect` from its command line, on five tiny fine-tunes whose common subspace is planted, or not there."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.cli import app
 from cora_cli.extraction.extract import extract_basis
-from cora_cli.inspection.measure import CEILING, MEAN, PAPER, POOLED, START
+from cora_cli.inspection.measure import CEILING, MEAN, PAPER, POOLED, START, UNSCALED_MEAN, UNSCALED_POOLED
 from cora_cli.methods.parts.starts import start_a
 from cora_cli.methods.registry import Mode
 from cora_cli.models.references import resolve_model
@@ -77,9 +78,14 @@ def test_a_planted_subspace_is_found_and_every_format_is_written(related: list[P
     ):
         assert table in before
     assert verdict.lstrip().startswith("Shared: the other models recover ")
-    assert "Rule: each model in turn is left out" in verdict
+    assert "Rule: every ΔW is first divided by its Frobenius norm" in verdict
     assert {path.name for path in (tmp_path / "out").iterdir()} == FORMATS | {"plots"}
-    assert {path.stem for path in (tmp_path / "out" / "plots").iterdir()} == {"overlap", "capture", "weights-variance"}
+    assert {path.stem for path in (tmp_path / "out" / "plots").iterdir()} == {
+        "overlap",
+        "capture",
+        "groups",
+        "weights-variance",
+    }
     found = json.loads((tmp_path / "out" / "inspect.json").read_text())
     assert list(found["models"]) == [f"model-{n}" for n in range(5)]
     assert len(found["findings"]) == 6
@@ -88,7 +94,7 @@ def test_a_planted_subspace_is_found_and_every_format_is_written(related: list[P
         for capture in finding["captures"]:
             assert capture["shares"][POOLED] == pytest.approx(capture["shares"][CEILING], abs=1e-5)
     page = (tmp_path / "out" / "inspect.html").read_text()
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert "Shared: the other models recover " in page
 
 
@@ -107,6 +113,27 @@ def test_changes_without_a_common_subspace_are_reported_as_such(unrelated: list[
     result = cora_inspect(*models, "--base", base, "--rank=2")
     assert result.exit_code == 0, result.stderr
     assert "\nNo shared subspace found: " in result.stdout
+
+
+def test_one_unrelated_model_is_outside_of_the_group_in_every_format(
+    related: list[Path], unrelated: list[Path], tmp_path: Path
+) -> None:
+    base, *models = related
+    odd = Path(shutil.copytree(unrelated[1], tmp_path / "odd"))
+    result = cora_inspect(odd, *models[:3], "--base", base, "--rank=2", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    said = "Common to three of four models (model-0, model-1 and model-2): the others of them recover "
+    for name in FORMATS - {"inspect.txt"}:
+        assert said in (tmp_path / "out" / name).read_text().replace("\\", ""), name
+    verdict = json.loads((tmp_path / "out" / "inspect.json").read_text())["verdict"]
+    assert [group["models"] for group in verdict["groups"]] == [["model-0", "model-1", "model-2"]]
+    assert verdict["outside"] == ["odd"]
+    assert verdict["order"] == ["model-0", "model-1", "model-2", "odd"]
+    assert verdict["ways"].keys() == verdict["intervals"].keys() == set(verdict["order"])
+    assert all(low <= verdict["ways"][name] <= high for name, (low, high) in verdict["intervals"].items())
+    assert {(pair["model"], pair["by"]) for pair in verdict["pairs"]} == set(itertools.permutations(verdict["order"], 2))
+    for table in ("Groups", "What the models of a pair recover of each other"):
+        assert f"### {table}\n" in (tmp_path / "out" / "inspect.md").read_text()
 
 
 def test_a_basis_file_is_described_alone_and_compared_with_models(related: list[Path], tmp_path: Path) -> None:
@@ -338,7 +365,14 @@ def test_runs_show_whether_capture_predicts_their_loss(related: list[Path], tmp_
 
 @pytest.mark.parametrize(
     ("choices", "same_kind"),
-    [({}, PAPER), ({"source": "delta"}, MEAN), ({"source": "delta", "merge": "gram"}, POOLED), ({"method": "pca"}, None)],
+    [
+        ({}, PAPER),
+        ({"source": "delta"}, UNSCALED_MEAN),
+        ({"source": "delta", "merge": "gram"}, UNSCALED_POOLED),
+        ({"source": "delta", "normalize": True}, MEAN),
+        ({"source": "delta", "merge": "gram", "normalize": True}, POOLED),
+        ({"method": "pca"}, None),
+    ],
 )
 def test_a_basis_of_all_models_gets_the_capture_of_the_leave_one_out_bases_of_its_kind(
     related: list[Path], tmp_path: Path, choices: dict[str, Any], same_kind: str | None

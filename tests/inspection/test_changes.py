@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cora_cli.inspection.changes import Change, leave_one_out
+from cora_cli.inspection.changes import Change, leave_one_out, pooled_directions
 
 
 def random_change(generator: np.random.Generator, shape: tuple[int, int], rank: int | None) -> tuple[Change, np.ndarray]:
@@ -40,11 +40,18 @@ def test_in_factors_or_not_every_number_is_that_of_the_dense_matrix(rows, column
         top = change.leading(1).numpy()
         assert np.linalg.norm(top.T @ dense) == pytest.approx(np.linalg.norm(dense, 2))
         np.testing.assert_allclose(change.add_to(torch.from_numpy(other.copy())), other + dense)
+        square = np.linalg.norm(dense @ dense.T) ** 2
+        assert change.concentration == pytest.approx(square / energy**2)
     shape = torch.Size((rows, columns))
-    seen = list(leave_one_out({name: change for name, (change, _) in known.items()}, shape))
-    assert [name for name, _ in seen] == list(known)
-    for name, together in seen:
-        others = [dense for key, (_, dense) in known.items() if key != name]
+    changes = {name: change for name, (change, _) in known.items()}
+    scaled = [dense / np.linalg.norm(dense) for _, dense in known.values()]
+    both = pooled_directions(list(changes.values()), 2).numpy()
+    values = np.linalg.svd(np.hstack(scaled), compute_uv=False)[: both.shape[1]]
+    assert np.linalg.norm(both.T @ np.hstack(scaled)) ** 2 == pytest.approx((values**2).sum())
+    seen = [(normalize, *one) for normalize in (True, False) for one in leave_one_out(changes, shape, normalize)]
+    assert [name for _, name, _ in seen] == [*known, *known]
+    for normalize, name, together in seen:
+        others = [dense / np.linalg.norm(dense) if normalize else dense for key, (_, dense) in known.items() if key != name]
         if together is None:
             assert not others
             continue
@@ -66,7 +73,7 @@ def test_what_is_left_out_leaves_no_trace_in_what_the_others_have(rows):
     known = {name: random_change(generator, shape, 1) for name in "ab"}
     huge, _ = random_change(generator, shape, 1)
     changes = {"a": known["a"][0], "huge": Change(1e9 * huge.left, huge.right), "b": known["b"][0]}
-    others = dict(leave_one_out(changes, torch.Size(shape)))["huge"]
+    others = dict(leave_one_out(changes, torch.Size(shape), normalize=False))["huge"]
     assert others is not None
     mean = others.mean.add_to(torch.zeros(shape, dtype=torch.float64)).numpy()
     np.testing.assert_allclose(mean, (known["a"][1] + known["b"][1]) / 2, atol=1e-14)

@@ -23,6 +23,8 @@ from cora_cli.inspection.measure import (
     PAPER,
     POOLED,
     START,
+    UNSCALED_MEAN,
+    UNSCALED_POOLED,
     WEIGHTS,
     chance_of,
     measure,
@@ -40,6 +42,13 @@ def share(basis: np.ndarray, matrix: np.ndarray) -> float:
     return float(np.linalg.norm(basis.T @ matrix) ** 2 / np.linalg.norm(matrix) ** 2)
 
 
+def deviation(matrix: np.ndarray, rank: int) -> float:
+    """That of the share in `rank` random directions, from the second moments of a Haar-distributed projector."""
+    d = len(matrix)
+    concentration = np.linalg.norm(matrix @ matrix.T) ** 2 / np.linalg.norm(matrix) ** 4
+    return float(np.sqrt(2 * rank * (d - rank) / (d * (d - 1) * (d + 2)) * (concentration - 1 / d)))
+
+
 def found_of(base, models, rank, bases=None, side="output"):
     """What is found of matrices whose rows are what is compared: for the input side, weights are stored transposed."""
 
@@ -48,7 +57,7 @@ def found_of(base, models, rank, bases=None, side="output"):
 
     sources = {name: source(matrix, name) for name, matrix in models.items()}
     of_base = None if base is None else source(base, BASE)
-    [found] = measure(sources, of_base, bases or {}, rank, ("q_proj",), CPU, {}, side)
+    [found] = measure(sources, of_base, bases or {}, rank, ("q_proj",), CPU, {}, side, unscaled=True)
     return found
 
 
@@ -102,16 +111,25 @@ def test_every_number_equals_the_dense_reference(rows, columns, models, side, se
             chance_of("file"): rank / rows,
         }
         if others:
-            pooled = np.hstack([deltas[name] for name in others])
-            mean = np.mean([deltas[name] for name in others], axis=0)
+            scaled = [deltas[name] / np.linalg.norm(deltas[name]) for name in others]
+            mean, plain = np.mean(scaled, axis=0), np.mean([deltas[name] for name in others], axis=0)
             expected |= {
-                POOLED: share(left(pooled, rank), delta),
+                POOLED: share(left(np.hstack(scaled), rank), delta),
                 MEAN: share(left(mean, rank), delta),
-                PAPER: share(left(base + mean, rank), delta),
+                PAPER: share(left(base + plain, rank), delta),
+                UNSCALED_POOLED: share(left(np.hstack([deltas[name] for name in others]), rank), delta),
+                UNSCALED_MEAN: share(left(plain, rank), delta),
                 ALONG: (delta * mean).sum() ** 2 / np.linalg.norm(delta) ** 2 / np.linalg.norm(mean) ** 2,
             }
         assert capture.shares == pytest.approx(expected, abs=1e-7)
+        assert capture.deviation == pytest.approx(deviation(delta, rank))
     assert len(found.captures) == models
+    assert {(pair.model, pair.by) for pair in found.pairs} == set(itertools.permutations(deltas, 2))
+    for pair in found.pairs:
+        delta = deltas[pair.model]
+        numbers = (pair.value, pair.own, pair.chance, pair.deviation, pair.ceiling)
+        known = (share(left(deltas[pair.by], rank), delta), share(own, delta), rank / rows, deviation(delta, rank))
+        assert numbers == pytest.approx((*known, share(left(delta, rank), delta)), abs=1e-7)
 
 
 def test_a_model_that_equals_the_base_has_a_size_of_zero_and_no_directions_of_change():
@@ -195,7 +213,7 @@ def test_adapters_of_one_base_are_held_in_factors_and_measured_as_if_they_were_w
         for name, size in (("a", 2), ("b", 3), ("c", 2), ("untouched", 0))
     }
     adapters = {name: FactoredSource(base, pair) for name, pair in factors.items()}
-    [found] = measure(adapters, ArraySource({NAME: base}, BASE), {}, 4, ("q_proj",), CPU, {}, side)
+    [found] = measure(adapters, ArraySource({NAME: base}, BASE), {}, 4, ("q_proj",), CPU, {}, side, unscaled=True)
     full = {name: base + left @ right for name, (left, right) in factors.items()}
     if side == "input":
         base, full = base.T, {name: weight.T for name, weight in full.items()}
