@@ -37,6 +37,11 @@ def forget_settings() -> None:
     for name in [*os.environ]:
         if name.startswith(_PREFIXES) or name in _OTHERS:
             del os.environ[name]
+    if "LOCAL_RANK" in os.environ and "MASTER_ADDR" not in os.environ:
+        raise CoraError(
+            "the environment variable LOCAL_RANK says that a launcher started this process, but MASTER_ADDR is missing; unset LOCAL_RANK, or "
+            "start it with torchrun"
+        )
     if "LOCAL_RANK" not in os.environ:
         for name in _PROCESS_COUNTS:
             os.environ.pop(name, None)

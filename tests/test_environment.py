@@ -90,3 +90,10 @@ def test_programs_that_a_command_starts_do_not_import_from_the_working_directory
         check=True,
     )
     assert "executed" not in done.stdout
+
+
+def test_a_launcher_that_left_out_the_address_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(CoraError, match=r"LOCAL_RANK.*MASTER_ADDR is missing"):
+        forget_settings()

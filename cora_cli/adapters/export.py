@@ -20,7 +20,8 @@ from cora_cli.errors import CoraError
 from cora_cli.methods.method import AS_THE_FILE_SAYS
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, stores_transposed
 from cora_cli.methods.registry import method_of
-from cora_cli.models.loading import load_model
+from cora_cli.models.checkpoint import Checkpoint
+from cora_cli.models.loading import load_model, load_tokenizer
 from cora_cli.models.references import ModelPath
 
 _NEGLIGIBLE = 1e-6
@@ -58,6 +59,8 @@ def export_adapter(
         save_file(
             {key: tensor.contiguous() for key, tensor in state.items()}, temporary / WEIGHTS_FILE, metadata={"format": "pt"}
         )
+        if adapter.has_tokenizer or adapter.chat_template.is_file():
+            load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter).save_pretrained(temporary)
     return int(config.r)
 
 
@@ -66,7 +69,9 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
     facts = read_facts(adapter.path)
     ours = method_of(facts.plan.mode).lora_rank if facts is not None else AS_THE_FILE_SAYS
     if isinstance(config, LoraConfig) and not config.use_dora:
-        return copy.copy(config), get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
+        # Complete embeddings are part of an adapter whose file holds them, such as one that was trained with added tokens.
+        whole = any(key.endswith(".weight") and ".lora_" not in key and "embed" in key for key in Checkpoint(adapter).shapes)
+        return copy.copy(config), get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=whole)
     method = "DoRA" if isinstance(config, LoraConfig) else config.peft_type.value
     none = CoraError(
         f"{adapter.reference} uses {method}, which has no equivalent LoRA; `cora merge` writes it as a plain model"

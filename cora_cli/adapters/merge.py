@@ -37,7 +37,7 @@ def merge_adapter(
     if base is None:
         base = base_of(adapter)
         check_base(adapter, base)
-    tokenizer = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code)
+    tokenizer = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter)
     stored = stored_types(base, trust_remote_code) if dtype == "stored" else {}
     widest = max(stored.values(), key=lambda kind: torch.finfo(kind).bits, default=None)
     model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
@@ -66,8 +66,10 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
     _separate_tied_weights(wrapped)
     try:
         merged: Any = wrapped.merge_and_unload(safe_merge=safe)
-    except (ValueError, NotImplementedError) as error:
-        raise CoraError(f"adapter {adapter.reference} cannot be merged: {reason(error)}") from error
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        raise CoraError(
+            f"adapter {adapter.reference} cannot be merged: {reason(error)}; `cora evaluate --no-merge` evaluates it as it is"
+        ) from error
     embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
     if head is not None and embedding.weight is not head.weight:
         merged.config.get_text_config(decoder=True).tie_word_embeddings = merged.config.tie_word_embeddings = False

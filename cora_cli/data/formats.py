@@ -7,12 +7,13 @@ into text, `encode` into tokens.
 import dataclasses
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from cora_cli import rundir
 from cora_cli.data.readers import read_located
 from cora_cli.errors import CoraError, UsageError
+from cora_cli.reading import Malformed, parse_json
 
 Schema = Literal["alpaca", "prompt", "messages"]
 BUILTIN_PREFIX = "builtin:"
@@ -85,6 +86,23 @@ def prompt_hash(record: Mapping[str, Any], schema: Schema) -> str:
     return rundir.sha256_text(prompt_key(record, schema))[:32]
 
 
+def turns(record: Record, schema: Schema) -> Iterator[Record]:
+    """The record as one record per answer: for each answer of a conversation, the conversation up to it."""
+    if schema != "messages":
+        yield record
+        return
+    for place, message in enumerate(record["messages"]):
+        if message["role"] == "assistant" and place > 0:
+            yield Record({**record, "messages": record["messages"][: place + 1]}, record.where)
+
+
+def prompt_hashes(records: Iterable[Record], schema: Schema, every_answer: bool) -> Iterator[str]:
+    """`prompt_hash` of each prompt that is trained on: with `every_answer`, those before earlier answers too."""
+    for record in records:
+        for turn in turns(record, schema) if every_answer else [record]:
+            yield prompt_hash(turn, schema)
+
+
 def load_records(dataset: str) -> tuple[list[Record], Schema]:
     """Read and check every record of `dataset` (for a built-in set: its held-out part after its training part).
 
@@ -129,26 +147,34 @@ def load_test_records(dataset: str) -> tuple[list[Record], Schema]:
     return load_records(dataset)
 
 
-def load_split(dataset: str, test_size: float | None, seed: int, validation_size: int | None = None) -> DataSplit:
+def load_split(
+    dataset: str, test_size: float | None, seed: int, validation_size: int | None = None, every_answer: bool = False
+) -> DataSplit:
     """Read `dataset` and hold out `test_size` records: a count if at least 1, a share if below 1, None for the set's own split.
 
     A data set without its own split holds out a tenth. `validation_size` of the remaining records are set aside for selecting
     settings. The held-out records depend only on `seed`, the validation records on `seed` and the held-out ones.
+    With `every_answer`, training records are also dropped where an earlier turn of theirs is a held-out prompt.
     Raises `CoraError` if no records would remain to train on.
     """
-    split = _split(dataset, test_size, seed)
-    return _split_validation(split, validation_size, seed, dataset) if validation_size else split
+    split = _split(dataset, test_size, seed, every_answer)
+    return _split_validation(split, validation_size, seed, dataset, every_answer) if validation_size else split
 
 
-def _split_validation(split: DataSplit, count: int, seed: int, dataset: str) -> DataSplit:
+def _apart(records: Sequence[Record], others: Sequence[Record], schema: Schema, every_answer: bool) -> list[Record]:
+    """The records of which no prompt that is trained on is a prompt of `others`."""
+    known = {prompt_hash(record, schema) for record in others}
+    return [record for record in records if known.isdisjoint(prompt_hashes([record], schema, every_answer))]
+
+
+def _split_validation(split: DataSplit, count: int, seed: int, dataset: str, every_answer: bool) -> DataSplit:
     if count >= len(split.train):
         raise CoraError(
             f"{dataset} has {len(split.train)} training records, so {count} for validation leave none to train on; use fewer"
         )
     chosen = sorted(random.Random(f"validation {seed}").sample(range(len(split.train)), count))
     validation = [split.train[index] for index in chosen]
-    known = {prompt_key(record, split.schema) for record in validation}
-    train = [record for record in split.train if prompt_key(record, split.schema) not in known]
+    train = _apart(split.train, validation, split.schema, every_answer)
     if not train:
         raise CoraError(
             f"{dataset}: every training prompt also occurs in the validation records, which leaves none to train on"
@@ -157,7 +183,7 @@ def _split_validation(split: DataSplit, count: int, seed: int, dataset: str) -> 
     return dataclasses.replace(split, train=train, validation=validation, overlapping=overlapping)
 
 
-def _split(dataset: str, test_size: float | None, seed: int) -> DataSplit:
+def _split(dataset: str, test_size: float | None, seed: int, every_answer: bool) -> DataSplit:
     if test_size is not None and not (0 <= test_size < 1 or (test_size >= 1 and float(test_size).is_integer())):
         raise UsageError(f"--test-size must be a count, or a share between 0 and 1, not {test_size}")
     if dataset.startswith(BUILTIN_PREFIX) and test_size is None:
@@ -172,9 +198,8 @@ def _split(dataset: str, test_size: float | None, seed: int) -> DataSplit:
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
     test = [records[index] for index in sorted(order[:count])]
-    held_out = {prompt_key(record, schema) for record in test}
     rest = [records[index] for index in sorted(order[count:])]
-    train = [record for record in rest if prompt_key(record, schema) not in held_out]
+    train = _apart(rest, test, schema, every_answer)
     if not train:
         raise CoraError(f"{dataset}: every training prompt also occurs in the held-out records, which leaves none to train on")
     return DataSplit(train, test, schema, overlapping=len(rest) - len(train))
@@ -226,9 +251,9 @@ def _template_value(name: str, value: Any, where: str) -> Any:
     found = value
     if isinstance(value, str) and value.strip():
         try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            found = value
+            found = parse_json(value)
+        except Malformed as error:
+            raise CoraError(f"{where}: {name} must be JSON, or JSON text: {error}: {value[:60]!r}") from error
     wanted, words = (dict, "an object") if name == "chat_template_kwargs" else (list, "a list")
     if found is None or found == "":
         return None

@@ -5,12 +5,13 @@ is). Tokenization is done by `encode`.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from cora_cli.data.formats import Record, Schema, place_of, template_values
+from cora_cli.data.formats import Record, Schema, place_of, template_values, turns
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 
@@ -81,13 +82,8 @@ class Template:
         return {self.tokenizer.eos_token_id, *turn}
 
     def turns(self, record: Record) -> Iterator[Record]:
-        """The record as one record per answer: for each answer of a conversation, the conversation up to it."""
-        if self.schema != "messages":
-            yield record
-            return
-        for place, message in enumerate(record["messages"]):
-            if message["role"] == "assistant" and place > 0:
-                yield Record({**record, "messages": record["messages"][: place + 1]}, record.where)
+        """The record as one record per answer; see `formats.turns`."""
+        return turns(record, self.schema)
 
     def render(self, record: Mapping[str, Any]) -> Rendered:
         """Render one record. In a conversation of several turns the last answer is the response, everything before it the prompt.
@@ -111,15 +107,19 @@ class Template:
         An end token at the end of the answer does not count.
         """
         messages = self._messages(record)
-        texts = [*(str(message.get("content") or "") for message in messages)]
+        texts = [str(message.get("content") or "") for message in messages]
         texts[-1] = texts[-1].rstrip()
         for end in map(self.tokenizer.convert_ids_to_tokens, sorted(self.ends)):
             texts[-1] = texts[-1].removesuffix(end)
+        rest = [{key: value for key, value in message.items() if key not in ("role", "content")} for message in messages]
+        others = [*rest, template_values(record) if self.schema == "messages" else {}]
+        texts += [json.dumps(value, ensure_ascii=False, default=str) for value in others if value]
         return any(self._control_tokens.search(text) for text in texts)
 
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+        turn = [self._turn_end.text] if self.name == "chat" and self._turn_end else []
+        return re.compile("|".join(map(re.escape, [*self._special, *turn])) or r"(?!)")
 
     @cached_property
     def _special(self) -> dict[str, int]:

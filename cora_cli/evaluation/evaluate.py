@@ -95,7 +95,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
     settings = {
         "model": target.base.reference,
         "model_sha256": base_sha256,
-        "tokenizer_sha256": target.tokenizer.tokenizer_hash(),
+        "tokenizer_sha256": target.tokenizer_hash(),
         "adapter_sha256": target.adapter and target.adapter.content_hash(),
         "merged": bool(target.adapter) and config.merge,
         "records_sha256": rundir.sha256_json(records),
@@ -108,7 +108,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
     out = _place_of_work(target.output, settings, config.overwrite)
     if not _predictions_are_complete(out, settings):
         say(f"{target.name}: {hardware.describe()}")
-        tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code)
+        tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
         template = Template(choose_template(target.template, schema, tokenizer), schema, tokenizer)
         rendered = [template.render(record) for record in records]
         ids = [encode_prompt(text, tokenizer) for text in rendered]

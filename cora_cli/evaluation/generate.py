@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from cora_cli import rundir
+from cora_cli.errors import CoraError
 from cora_cli.evaluation.agreement import Agreement
 from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
 from cora_cli.models.configuration import depends_on_batch, rope_switch
@@ -110,7 +111,10 @@ def transformers_engine(
 
 def end_tokens(own: int | list[int] | None, ends: Collection[int]) -> list[int]:
     """Ids that end an answer: the template's `ends`, and the model's `own` from its generation configuration."""
-    return sorted({*ends, *(own if isinstance(own, list) else [own] if own is not None else [])})
+    listed = own if isinstance(own, list) else [own] if own is not None else []
+    if wrong := next((one for one in listed if isinstance(one, bool) or not isinstance(one, int)), None):
+        raise CoraError(f"the model's generation_config.json has an eos_token_id that is no token id: {wrong!r}")
+    return sorted({*ends, *listed})
 
 
 def _earlier_lines(path: Path) -> dict[int, dict[str, Any]]:
@@ -128,10 +132,19 @@ def _line(index: int, request: Request, tokenizer: Any, ends: Sequence[int], ids
         "index": index,
         "prompt": request.prompt,
         "reference": request.reference,
-        "prediction": tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=True).removeprefix(request.lead),
+        "prediction": _answer(tokenizer, ids[:-1] if stopped else ids, request.lead),
         "finish_reason": "stop" if stopped else "length",
         "new_tokens": len(ids),
     }
+
+
+def _answer(tokenizer: Any, ids: Sequence[int], lead: str) -> str:
+    """The text of an answer without special tokens and without `lead`, which may hold some."""
+    start = tokenizer(lead, add_special_tokens=False)["input_ids"] if lead else []
+    if list(ids[: len(start)]) == start:
+        return str(tokenizer.decode(ids[len(start) :], skip_special_tokens=True))
+    # The end of the lead and the beginning of the answer may share a token.
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).removeprefix(tokenizer.decode(start, skip_special_tokens=True))
 
 
 def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:

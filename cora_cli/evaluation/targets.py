@@ -41,6 +41,14 @@ class Target:
         """Where the tokenizer is: with the adapter if its directory holds one of its own, else with the base model."""
         return self.adapter if self.adapter is not None and self.adapter.has_tokenizer else self.base
 
+    def tokenizer_hash(self) -> str:
+        """SHA-256 over what decides how text becomes tokens, also where that is a chat template beside the adapter."""
+        own = self.adapter is not None and not self.adapter.has_tokenizer and self.adapter.chat_template.is_file()
+        found = self.tokenizer.tokenizer_hash()
+        if not own or self.adapter is None:
+            return found
+        return rundir.sha256_json([found, rundir.sha256_file(self.adapter.chat_template)])
+
 
 def find_targets(config: EvaluateConfig) -> list[Target]:
     """Find every model, and raise `CoraError` for those that cannot be evaluated before any model is loaded.
@@ -53,7 +61,7 @@ def find_targets(config: EvaluateConfig) -> list[Target]:
         assert config.dataset is not None
         assert config.output_dir is not None
         out = EvaluationDirectory(Path(config.output_dir))
-        run = next((run for path in (model.path, model.path.parent) if (run := RunDirectory(path)).exists()), None)
+        run = next((run for path in (model.path, *model.path.parents[:2]) if (run := RunDirectory(path)).exists()), None)
         return [Target(config.model, base, adapter, config.dataset, config.template, out, run)]
     targets: list[Target] = []
     for name in config.runs or ():
@@ -164,7 +172,12 @@ def trained_prompts(targets: Sequence[Target]) -> TrainedPrompts:
     hashes: set[str] = set()
     datasets: set[str] = set()
     for run in {target.run.root: target.run for target in targets if target.run is not None}.values():
-        dataset = shapes.read_run(run)["data"]["dataset"]
+        data = shapes.read_run(run)["data"]
+        dataset, recorded = data["dataset"], data.get("trained_prompts_sha256")
+        if recorded is not None and (not run.trained_prompts.is_file() or rundir.sha256_file(run.trained_prompts) != recorded):
+            raise CoraError(
+                f"{run.trained_prompts} was changed after it was written, so it does not tell which prompts were trained on; restore it"
+            )
         datasets |= {
             dataset,
             *(target.dataset for target in targets if Path(target.dataset).resolve() == Path(dataset).resolve()),

@@ -20,6 +20,19 @@ from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import skeleton_of
 from cora_cli.progress import say
+from cora_cli.reading import read_text
+
+_POSITIONS_BEHIND_PADDING = (
+    "roberta",
+    "camembert",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "data2vec-text",
+    "roberta-prelayernorm",
+    "xmod",
+)
+_BUFFERS = ("bias", "mask", "ids")
+"""Endings of the names of masks and positions that older checkpoints store."""
 
 
 def require_four_bit(device: torch.device) -> None:
@@ -100,8 +113,11 @@ def _check_types(model: ModelPath) -> None:
         return
     checkpoint = Checkpoint(model)
     for name, shape in checkpoint.shapes.items():
-        if len(shape) >= 2 and name.endswith("weight"):
-            check_type(checkpoint.types[name], model.reference, name)
+        kind = checkpoint.types[name]
+        # Buffers such as masks and positions hold integers; a matrix of 8-bit integers, such as fused experts, has scales elsewhere.
+        packed = kind.startswith("float8") or (kind in ("int8", "uint8", "I8", "U8") and len(shape) >= 2)
+        if name.endswith("weight") or (packed and not name.endswith(_BUFFERS)):
+            check_type(kind, model.reference, name)
 
 
 @contextlib.contextmanager
@@ -124,8 +140,8 @@ def stored_types(model: ModelPath, trust_remote_code: bool = False) -> dict[str,
     return {name: getattr(torch, types[key]) for key, name in names.items() if types[key] in PLAIN_TYPES}
 
 
-def load_tokenizer(model: ModelPath, trust_remote_code: bool = False) -> Any:
-    """Load a model's tokenizer.
+def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: ModelPath | None = None) -> Any:
+    """Load a model's tokenizer, with the chat template of `adapter` if its directory holds one without a tokenizer.
 
     Without a padding token it pads with the end token, which is safe because no loss mask depends on token ids. Raises
     `CoraError` if the tokenizer cannot be loaded or has no end token.
@@ -135,6 +151,8 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False) -> Any:
         tokenizer("a")  # some of its settings are read only now
     except Exception as error:  # unrelated types, as in `loading`
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
+    if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
+        tokenizer.chat_template = read_text(adapter.chat_template)
     if tokenizer.eos_token_id is None:
         raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so generation would never stop")
     if tokenizer.pad_token_id is None:
@@ -145,4 +163,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False) -> Any:
 def context_length(config: Any) -> int:
     """The longest sequence that the model supports, in tokens, according to its configuration."""
     text = config.get_text_config(decoder=True)
-    return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or 2**31)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+    stated = next((length for name in names if isinstance(length := getattr(text, name, None), int) and length > 0), 2**31)
+    # These number positions from behind the padding token's id.
+    return stated - text.pad_token_id - 1 if text.model_type in _POSITIONS_BEHIND_PADDING else stated

@@ -74,6 +74,11 @@ class ModelPath:
         """Whether the directory holds a tokenizer."""
         return any((self.path / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
 
+    @property
+    def chat_template(self) -> Path:
+        """Where the directory keeps a chat template as a file of its own."""
+        return self.path / "chat_template.jinja"
+
     def tokenizer_hash(self) -> str:
         """SHA-256 over the files that decide how text becomes tokens and which tokens end an answer."""
         names = [*_TOKENIZER_FILES, "generation_config.json"]

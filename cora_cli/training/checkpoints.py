@@ -28,21 +28,21 @@ def seal(directory: Path) -> None:
     rundir.write_json(directory / MANIFEST, _hashes(directory))
 
 
-def newest_intact(root: Path) -> Path | None:
+def newest_intact(root: Path, sealed: bool = False) -> Path | None:
     """The newest checkpoint whose files have the hashes in its manifest; says which newer ones do not.
 
-    Checkpoints of earlier versions have no manifest and count as intact.
+    Checkpoints of earlier versions have no manifest and count as intact, unless the run has `sealed` ones only.
     """
     for checkpoint in reversed(checkpoints_in(root)):
-        if (problem := _problem(checkpoint)) is None:
+        if (problem := _problem(checkpoint, sealed)) is None:
             return checkpoint
         say(f"{checkpoint} is damaged and is not used: {problem}")
     return None
 
 
-def _problem(checkpoint: Path) -> str | None:
+def _problem(checkpoint: Path, sealed: bool) -> str | None:
     if not (checkpoint / MANIFEST).exists():
-        return None
+        return f"{MANIFEST} is missing" if sealed else None
     try:
         recorded, found = read_json(checkpoint / MANIFEST), _hashes(checkpoint)
     except CoraError as error:

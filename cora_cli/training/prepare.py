@@ -66,7 +66,7 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise CoraError(f"--report-to {config.report_to} needs the package {config.report_to}: pip install {config.report_to}")
     plan = config.adapter_plan()
-    data = load_split(config.dataset, config.test_size, config.split_seed, config.validation_size)
+    data = load_split(config.dataset, config.test_size, config.split_seed, config.validation_size, config.train_on == "all")
     if config.limit:
         data = dataclasses.replace(data, train=data.train[: config.limit])
     basis = read_basis(Path(config.basis)) if plan is not None and config.basis else None

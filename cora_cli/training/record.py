@@ -32,6 +32,7 @@ def first_record(
     return {
         "format": 1,
         "status": RUNNING,
+        "sealed_checkpoints": True,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "mode": config.mode,
         "plan": prepared.plan.as_dict() if prepared.plan else None,

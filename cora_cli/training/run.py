@@ -24,7 +24,7 @@ from cora_cli.adapters.install import AngleMeter, install_adapter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
-from cora_cli.data.formats import earlier_answers, prompt_hash, unused_columns
+from cora_cli.data.formats import earlier_answers, prompt_hashes, unused_columns
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
 from cora_cli.lock import own_directory
@@ -191,13 +191,16 @@ def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, rec
         say(f"{prepared.data.overlapping} training records dropped: their prompts are also in the held-out or validation set")
     if run.exists():
         earlier = read_run(run)
-        record = {**record, "started": earlier["started"], "resumed": earlier.get("resumed", 0) + 1}
+        kept = {"started": earlier["started"], "sealed_checkpoints": earlier.get("sealed_checkpoints", False)}
+        record = {**record, **kept, "resumed": earlier.get("resumed", 0) + 1}
+    hashes = dict.fromkeys(prompt_hashes(prepared.data.train, prepared.data.schema, config.train_on == "all"))
+    listed = "".join(f"{digest}\n" for digest in hashes)
+    record["data"]["trained_prompts_sha256"] = rundir.sha256_text(listed)
     # The record comes first: it makes the directory a run, which --resume can complete.
     rundir.write_json(run.record, record)
     rundir.write_text(run.config, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
     rundir.write_jsonl(run.test_records, prepared.data.test)
-    hashes = dict.fromkeys(prompt_hash(record, prepared.data.schema) for record in prepared.data.train)
-    rundir.write_text(run.trained_prompts, "".join(f"{digest}\n" for digest in hashes))
+    rundir.write_text(run.trained_prompts, listed)
     parameters = record["parameters"]
     say(f"mode {config.mode}: training {parameters['trained']:,} of {parameters['total']:,} parameters")
 
@@ -208,7 +211,7 @@ def _train_and_save(
     main = arguments.process_index == 0
     if main:
         shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
-    checkpoint = newest_intact(run.checkpoints)
+    checkpoint = newest_intact(run.checkpoints, sealed=read_run(run).get("sealed_checkpoints", False))
     before = _measure(model, form, prepared, arguments, "held-out loss before training", prepared.test)
     frozen_for_good = prepared.plan is not None and not method_of(prepared.plan.mode).can_train(prepared.plan)
     if frozen_for_good:

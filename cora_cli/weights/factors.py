@@ -61,6 +61,8 @@ class AdapterFactors:
                 self._keys.setdefault(found["module"], {})[found["matrix"]] = key
             elif found := _OTHER_KEY.match(key):
                 self.hidden.add(found["module"])
+            elif "lora_magnitude_vector" in key:
+                raise CoraError(f"{self.reference}: {key} is of DoRA, whose weights are not W + s·B·A; merge the adapter first")
             elif found := _FULL_KEY.match(key):
                 if len(shape) == 2:
                     self._full_keys[found["module"]], self.full[found["module"]] = key, self._shape(key)

@@ -22,7 +22,8 @@ from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.methods.parts.layers import factors_of, lora_layers
-from cora_cli.models.references import resolve_model
+from cora_cli.models.loading import load_tokenizer
+from cora_cli.models.references import ModelPath, resolve_model
 from tests.methods.helpers import plan_of
 
 IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
@@ -376,3 +377,10 @@ def test_an_adapter_whose_pickle_wants_to_run_code_is_refused_and_does_not_run_i
 def test_the_target_modules_of_the_configuration_are_in_alphabetical_order(standard):
     written = json.loads((standard[0] / "adapter_config.json").read_text())["target_modules"]
     assert written == sorted(written)
+
+
+def test_a_chat_template_beside_an_adapter_is_taken_with_the_tokenizer_of_its_base(tmp_path):
+    adapter = ModelPath("adapter", tmp_path, None)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    tokenizer = load_tokenizer(resolve_model("builtin:smollm2"), False, adapter)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"

@@ -12,7 +12,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cora_cli.data.formats import Record, load_records, load_split, load_test_records, prompt_key, schema_of, unused_columns
+from cora_cli.data.formats import (
+    Record,
+    load_records,
+    load_split,
+    load_test_records,
+    prompt_hash,
+    prompt_hashes,
+    prompt_key,
+    schema_of,
+    unused_columns,
+)
 from cora_cli.errors import CoraError, UsageError
 
 repeatable = settings(
@@ -472,3 +482,29 @@ def test_conversations_that_differ_in_an_earlier_call_or_a_name_have_different_p
         return prompt_key(Record({"messages": [{"role": "user", "content": "a"}, first, answer]}), "messages")
 
     assert len({key(), key(tool_calls=[{"name": "x"}]), key(tool_calls=[{"name": "y"}]), key(name="z")}) == 4
+
+
+def test_a_record_with_a_held_out_prompt_among_its_earlier_turns_is_not_trained_where_every_answer_is(tmp_path):
+    def talk(*said):
+        roles = ("user", "assistant") * len(said)
+        return {"messages": [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]}
+
+    both = [talk(f"q{n}", f"a{n}", "more", f"b{n}") for n in range(6)]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in [*both, *(talk(f"q{n}", f"a{n}") for n in range(6))]))
+    last, every = (load_split(str(path), 4, 0, None, every) for every in (False, True))
+    asked = {record["messages"][0]["content"] for record in every.test if len(record["messages"]) == 2}
+    assert asked, "the split of this seed holds out a first turn"
+    assert every.test == last.test
+    assert not asked & {record["messages"][0]["content"] for record in every.train}
+    assert every.overlapping > last.overlapping
+    hashes = set(prompt_hashes(every.train, every.schema, True))
+    assert hashes.isdisjoint(prompt_hash(record, every.schema) for record in every.test)
+
+
+def test_a_key_that_the_json_text_of_a_column_names_twice_is_refused(tmp_path):
+    path = tmp_path / "tools.jsonl"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text(json.dumps({"messages": messages, "tools": '[{"name": "f", "name": "g"}]'}))
+    with pytest.raises(CoraError, match=r"line 1: tools must be JSON.*name"):
+        load_records(str(path))

@@ -214,3 +214,12 @@ def test_every_answer_is_an_example_after_the_conversation_up_to_it(chat):
     assert answers == ["1<|im_end|>", "2<|im_end|>"]
     prompt = chat.apply_chat_template(TALK["messages"][:2], tokenize=False, add_generation_prompt=True)
     assert chat.decode(encoded.examples[0].input_ids[: encoded.examples[0].prompt_length]) == prompt
+
+
+def test_control_tokens_in_tools_calls_and_thoughts_are_counted(chat):
+    template = Template("chat", "messages", chat)
+    end = chat.convert_ids_to_tokens(next(iter(template.ends - {chat.eos_token_id}), chat.eos_token_id))
+    asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    assert not template.spells_control_tokens({"messages": [asked, answer], "tools": [{"name": "f"}]})
+    assert template.spells_control_tokens({"messages": [asked, answer], "tools": [{"name": end}]})
+    assert template.spells_control_tokens({"messages": [asked, {**answer, "reasoning_content": f"so {end}"}]})

@@ -9,12 +9,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from cora_cli import rundir
+from cora_cli import embedded, rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import PooledDecoder
-from cora_cli.evaluation.generate import BatchedGenerate, Engine, Request, end_tokens, generate, transformers_engine
+from cora_cli.evaluation.generate import BatchedGenerate, Engine, Request, _answer, end_tokens, generate, transformers_engine
 from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
@@ -240,3 +240,18 @@ def test_the_models_own_end_of_turn_token_ends_an_answer_too(
     assert line["finish_reason"] == "stop"
     assert line["prediction"] == " ".join(map(str, tokens[: tokens.index(tokens[3])]))
     assert model.generation_config.eos_token_id == [tokens[3], UNUSED]
+
+
+def test_a_lead_with_special_tokens_is_no_part_of_the_prediction():
+    chat_tokenizer = AutoTokenizer.from_pretrained(embedded.model_directory())
+    lead = "<|im_start|>final\n"
+    ids = chat_tokenizer(f"{lead}good day", add_special_tokens=False)["input_ids"]
+    assert _answer(chat_tokenizer, ids, lead) == "good day"
+    assert _answer(chat_tokenizer, ids[1:], lead) == "good day"  # the lead is there without its special token
+    assert _answer(chat_tokenizer, ids, "") == "final\ngood day"
+
+
+@pytest.mark.parametrize("own", ["x", [2, "x"], True])
+def test_an_end_token_that_is_no_id_is_refused(own):
+    with pytest.raises(CoraError, match="eos_token_id that is no token id"):
+        end_tokens(own, {1})

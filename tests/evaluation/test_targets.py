@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from cora_cli.data.formats import prompt_hash
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate, paired_differences
+from cora_cli.evaluation.targets import find_targets, trained_prompts
 from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
@@ -92,3 +94,12 @@ def test_several_runs_of_one_base_share_its_evaluation(trained: dict[str, Path],
 def test_with_base_needs_runs():
     with pytest.raises(UsageError, match="--with-base needs run directories"):
         EvaluateConfig(model="m", dataset="d", output_dir="o", with_base=True)
+
+
+def test_a_changed_list_of_trained_prompts_is_refused(run: Path, tiny_data: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    lines = (copy / "trained_prompts.txt").read_text().splitlines(keepends=True)
+    (copy / "trained_prompts.txt").write_text("".join(lines[:2]))
+    with pytest.raises(CoraError, match=r"trained_prompts.txt was changed after it was written"):
+        trained_prompts(find_targets(EvaluateConfig(runs=(str(copy),), dataset=str(tiny_data))))

@@ -1,15 +1,18 @@
 import json
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint
+from cora_cli.models.loading import load_model
+from cora_cli.models.references import resolve_model
 from tests.weights.helpers import local, make_llama
 
 
@@ -141,3 +144,26 @@ def test_a_bin_file_without_named_tensors_is_refused(tmp_path):
     torch.save([torch.ones(2, 2)], tmp_path / "pytorch_model.bin")
     with pytest.raises(CoraError, match="holds a list"):
         Checkpoint(local(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "refused"),
+    [
+        ("model.layers.0.mlp.experts.gate_up_proj", torch.float8_e4m3fn, True),
+        ("model.layers.0.mlp.experts.gate_up_proj", torch.int8, True),
+        ("model.norm.weight", torch.int8, True),
+        ("model.layers.0.attn.bias", torch.uint8, False),
+        ("model.embeddings.position_ids", torch.int64, False),
+    ],
+)
+def test_weights_without_their_scales_are_refused_and_buffers_are_not(name, kind, refused, tiny_model, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model, directory)
+    weights = load_file(directory / "model.safetensors")
+    weights[name] = torch.ones(2, 4).to(kind)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    if refused:
+        with pytest.raises(CoraError, match=f"{re.escape(name)} is stored as"):
+            load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)
+    else:
+        load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)

@@ -49,6 +49,14 @@ def test_a_checkpoint_of_an_earlier_version_has_no_manifest_and_is_used(tmp_path
     assert newest_intact(tmp_path) == checkpoint
 
 
+def test_a_checkpoint_that_lost_its_manifest_is_not_used_where_the_run_seals_all(tmp_path, capfd):
+    older, newer = make(tmp_path, 4), make(tmp_path, 8)
+    for name in ("manifest.json", "optimizer.pt"):
+        (newer / name).unlink()
+    assert newest_intact(tmp_path, sealed=True) == older
+    assert "manifest.json is missing" in capfd.readouterr().err
+
+
 def test_the_manifest_holds_a_hash_for_every_file(tmp_path):
     manifest = json.loads((make(tmp_path, 4) / "manifest.json").read_text())
     assert {name: len(digest) for name, digest in manifest.items()} == {
