@@ -175,7 +175,7 @@ def _heat_map(figure: Any, inspection: Inspection) -> None:
             ax.text(
                 column,
                 row,
-                f"{100 * value + 0.0:.0f}",
+                f"{round(100 * value) + 0:d}",
                 ha="center",
                 va="center",
                 fontsize=8,
@@ -188,7 +188,8 @@ def _heat_map(figure: Any, inspection: Inspection) -> None:
     ax.set_xticks(range(count), order, rotation=45, ha="right")
     ax.set_yticks(range(count), order)
     ax.grid(False)
-    ax.set(xlabel="basis from", ylabel="of")
+    ax.set(xlabel="basis from the ΔW of", ylabel="model", facecolor="#dddddd")  # a model is not its own basis
+    ax.spines[:].set_visible(False)
     figure.colorbar(image, ax=ax, label="recovered share", shrink=0.8)
 
 
