@@ -61,6 +61,7 @@ class Data(TypedDict):
     validation: NotRequired[Counts]
     overlapping_dropped: NotRequired[int]
     test_sha256: NotRequired[str]
+    trained_prompts_sha256: NotRequired[str]
 
 
 class Loss(TypedDict):
@@ -125,6 +126,8 @@ class Run(TypedDict):
     """`run.json` from the start of a run on."""
 
     status: str
+    warmup_steps: NotRequired[int]
+    sealed_checkpoints: NotRequired[bool]
     started: str
     mode: str
     plan: Plan | None

@@ -47,7 +47,6 @@ def _training(results: Sequence[Result]) -> list[str]:
         return of(f"fingerprint.settings.{name}")
 
     revision = of("model.revision") if any(result.record["model"]["revision"] for result in results) else ""
-    warmed = f" in {of('warmup_steps')} steps" if any("warmup_steps" in result.record for result in results) else ""
     model = f"{of('model.reference')}{f' at revision {revision}' if revision else ''} (weights sha256 {_short(of('fingerprint.model_sha256'))})"
     sentences = [
         f"{len(results)} runs trained {model} on {of('data.dataset')} (sha256 {_short(of('fingerprint.data_sha256'))}, template "
@@ -59,7 +58,7 @@ def _training(results: Sequence[Result]) -> list[str]:
         f"Modes {of('mode')}; rank {of('plan.rank')}, alpha {of('plan.alpha')}, B starts as {of('plan.b_init')}, A as {of('plan.a_init')}, "
         f"target modules {setting('target_modules')}.",
         f"{of('speed.steps')} optimizer steps of {setting('batch_size')} × {setting('gradient_accumulation')} examples per process, peak "
-        f"learning rate {setting('learning_rate')} ({setting('lr_schedule')}, warm-up {setting('warmup_ratio')}{warmed}), AdamW, weight decay "
+        f"learning rate {setting('learning_rate')} ({setting('lr_schedule')}, warm-up {setting('warmup_ratio')}), AdamW, weight decay "
         f"{setting('weight_decay')}, gradient norm clipped at {setting('max_grad_norm')}, maximum length {setting('max_length')} tokens; seeds "
         f"{of('seeds.seed')}, split seed {of('seeds.split_seed')}.",
     ]
