@@ -76,8 +76,10 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             return record
         if record["status"] == FINISHED:
             say(f"the result in {run.root} was damaged after it was written: writing it again from the last checkpoint")
-        if "warmup_steps" not in record and checkpoints_in(run.checkpoints):  # an earlier version, which rounded down, began it
-            arguments.warmup_steps = int(config.warmup_ratio * total_steps(config, len(prepared.train.examples)))
+        if checkpoints_in(run.checkpoints):
+            # Earlier versions rounded down and did not record it; the run goes on with what it began with, however often it is resumed.
+            rounded_down = int(config.warmup_ratio * total_steps(config, len(prepared.train.examples)))
+            arguments.warmup_steps = record.get("warmup_steps", rounded_down)
     model, batching = _load(config, prepared)
     if main:
         record = {**first_record(config, prepared, fingerprint, model, batching), "warmup_steps": arguments.warmup_steps}
