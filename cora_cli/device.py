@@ -15,7 +15,7 @@ import torch
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.settings import DtypeName
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16")
 
 
@@ -32,7 +32,7 @@ class Hardware:
     dtype_reason: str
 
     @property
-    def dtype_name(self) -> str:
+    def dtype_name(self) -> DtypeName:
         """`bf16` or `fp32`."""
         return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
 
@@ -125,12 +125,13 @@ def select_packed_attention(
     """
     if device_type != "cuda":
         return PackedAttention("cora_segments", True, "CPU: causal attention per segment, shared prefixes once")
-    if has_flash_attention if has_flash_attention is not None else _is_installed("flash_attn"):
+    if has_flash_attention if has_flash_attention is not None else is_installed("flash_attn"):
         return PackedAttention("flash_attention_2", False, "CUDA with flash-attn: varlen kernel")
-    if has_triton if has_triton is not None else _is_installed("triton"):
+    if has_triton if has_triton is not None else is_installed("triton"):
         return PackedAttention("cora_flex", True, "CUDA without flash-attn: FlexAttention, shared prefixes once")
     return PackedAttention("sdpa", False, "CUDA without flash-attn and Triton: SDPA with a block-diagonal mask")
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; it is not."""
     return importlib.util.find_spec(package) is not None

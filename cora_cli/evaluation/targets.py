@@ -42,7 +42,7 @@ class Target:
         return self.adapter if self.adapter is not None and self.adapter.has_tokenizer else self.base
 
     def tokenizer_hash(self) -> str:
-        """SHA-256 over what decides how text becomes tokens, also where that is a chat template beside the adapter."""
+        """SHA-256 over what decides how text becomes tokens, including a chat template that is stored with the adapter."""
         own = self.adapter is not None and not self.adapter.has_tokenizer and self.adapter.chat_template.is_file()
         found = self.tokenizer.tokenizer_hash()
         if not own or self.adapter is None:

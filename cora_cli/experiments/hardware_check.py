@@ -5,7 +5,6 @@ shares no kernel with them: float64 on the processor, or the same command on the
 """
 
 import dataclasses
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,12 +20,12 @@ from cora_cli.data.encode import Example, encode_records
 from cora_cli.data.formats import load_split
 from cora_cli.data.pack import Layout, lay_out
 from cora_cli.data.templates import Template
-from cora_cli.device import Hardware, PackedAttention, select_hardware, select_packed_attention
-from cora_cli.errors import reason
+from cora_cli.device import Hardware, PackedAttention, is_installed, select_hardware, select_packed_attention
+from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.extraction.extract import extract_basis
-from cora_cli.models.loading import load_model, load_tokenizer
+from cora_cli.models.loading import load_model, load_tokenizer, require_four_bit
 from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
 from cora_cli.progress import say
 from cora_cli.reading import read_jsonl
@@ -101,7 +100,6 @@ class _Bench:
 
     def __init__(self, hardware: Hardware, work: Path, model: str) -> None:
         self._hardware, self._work, self._model = hardware, work, model
-        self._dtype: DtypeName = "bf16" if hardware.dtype == torch.bfloat16 else "fp32"
         self._gpu = hardware.device.type == "cuda"
         # Ours, also where flash-attn is installed and preferred.
         self._packed = select_packed_attention(hardware.device.type, has_flash_attention=False)
@@ -115,21 +113,12 @@ class _Bench:
             return None, f"{name} is not ours", {}
         layout, _ = lay_out(_sequences(0), 16)
         figures = {
-            f"{str(dtype).removeprefix('torch.')}, {f'window {window}' if window else 'full'}": self._attention_error(
-                form, layout, window, dtype
-            )
+            str(dtype).removeprefix("torch."): max(self._attention_error(form, layout, window, dtype) for window in (None, 48))
             for dtype in ATTENTION_ERROR
-            for window in (None, 48)
         }
-        passed = all(
-            error <= ATTENTION_ERROR[torch.float32 if "float32" in name else torch.bfloat16] for name, error in figures.items()
-        )
-        worst = {kind: max(error for name, error in figures.items() if kind in name) for kind in ("float32", "bfloat16")}
-        return (
-            passed,
-            f"{name}: largest error {worst['float32']:.1e} in fp32, {worst['bfloat16']:.1e} in bf16",
-            figures,
-        )
+        passed = all(error <= allowed for error, allowed in zip(figures.values(), ATTENTION_ERROR.values(), strict=True))
+        worst = ", ".join(f"{error:.1e} in {kind}" for kind, error in figures.items())
+        return passed, f"{name}: largest error {worst}, with and without a window", figures
 
     def _attention_error(self, form: Callable[..., Any], layout: Layout, window: int | None, dtype: torch.dtype) -> float:
         generator = torch.Generator().manual_seed(0)
@@ -194,7 +183,7 @@ class _Bench:
         path = resolve_model(self._model)
         examples = self._examples()
         forms = [PackedAttention("sdpa", False, "")] if self._gpu else []
-        forms += [select_packed_attention(self._hardware.device.type, has, True) for has in (False, _has("flash_attn"))]
+        forms += [select_packed_attention(self._hardware.device.type, has, True) for has in (False, is_installed("flash_attn"))]
         figures = {}
         for form in {form.name: form for form in forms}.values():
             model = load_model(path, self._hardware.dtype, self._hardware.device, None)
@@ -277,9 +266,10 @@ class _Bench:
 
     def four_bit(self) -> Finding:
         """Training on a base model in 4 bits."""
-        missing = [what for what, there in (("a CUDA GPU", self._gpu), ("bitsandbytes", _has("bitsandbytes"))) if not there]
-        if missing:
-            return None, f"needs {' and '.join(missing)}", {}
+        try:
+            require_four_bit(self._hardware.device)
+        except CoraError as error:
+            return None, str(error), {}
         run = self._train("four-bit", self._name, "bf16", mode="lora", load_in_4bit=True)
         own = self._train(f"lora-{self._name}", self._name, "fp32", mode="lora")
         first, wanted = (next(line["loss"] for line in read_jsonl(each.log, LogLine) if "loss" in line) for each in (run, own))
@@ -319,7 +309,7 @@ class _Bench:
             run = self._train(
                 f"speed-{mode}",
                 self._name,
-                self._dtype,
+                self._hardware.dtype_name,
                 mode=mode,
                 max_steps=steps,
                 batch_size=16,
@@ -359,7 +349,3 @@ def _sequences(seed: int, more: int = 4) -> list[list[int]]:
 
 def _adapter(run: RunDirectory) -> dict[str, torch.Tensor]:
     return load_file(run.adapter / "adapter_model.safetensors")
-
-
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

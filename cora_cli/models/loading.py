@@ -141,7 +141,7 @@ def stored_types(model: ModelPath, trust_remote_code: bool = False) -> dict[str,
 
 
 def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: ModelPath | None = None) -> Any:
-    """Load a model's tokenizer, with the chat template of `adapter` if its directory holds one without a tokenizer.
+    """Load a model's tokenizer, with the chat template of `adapter` if its directory holds one but no tokenizer.
 
     Without a padding token it pads with the end token, which is safe because no loss mask depends on token ids. Raises
     `CoraError` if the tokenizer cannot be loaded or has no end token.
