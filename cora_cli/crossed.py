@@ -14,7 +14,7 @@ seed variance is therefore integrated over, as by Behrens and Fisher and in the 
 seed part of the variance is MS_seed·ν / χ²_ν less the interaction, and never below zero. Given it, the rest is Student's t with
 Satterthwaite's degrees of freedom, corrected for the kurtosis of the records. Where one component dominates, the result is Student's t with
 that component's degrees of freedom. Records are skewed, so the studentised difference first passes through Hall's (1992) cubic
-transformation. A hierarchical bootstrap would need tens of thousands of resamples for a p-value that survives the correction, and has only
+transformation. A hierarchical bootstrap would need thousands of resamples for a p-value that survives the correction, and has only
 S^S resamples of S seeds. `docs/verdict.md` has the measured sizes and coverages.
 """
 
