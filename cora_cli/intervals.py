@@ -1,26 +1,22 @@
-"""Bootstrap intervals and paired tests on per-example statistics.
+"""Bootstrap intervals and paired comparisons of two evaluations on per-example statistics.
 
 A metric enters as a function of statistics summed over examples. A resample is then a row of counts times the matrix of
 statistics, and no text is tokenized again. Whether a difference is significant is left to the caller.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
+from cora_cli.crossed import Floats, ValueFunction, crossed, pseudo_values
 from cora_cli.errors import CoraError, UsageError
 
-Floats = NDArray[np.float64]
 Interval = tuple[float, float] | None
 """Both ends of an interval; None for a single example, which says nothing about the spread."""
-ValueFunction = Callable[[Floats, int], Floats]
-"""`value(sums (..., k), n) -> (...)`: the metric of n examples whose statistics add up to `sums`."""
 
 # Memory limit for one block of resamples; three arrays of this size exist at once.
 BLOCK_BYTES = 64 << 20
-# Tolerance for two differences that are equal in exact arithmetic; values are on a scale of 1 or 100.
 _ROUNDING = 1e-12
 
 
@@ -28,7 +24,7 @@ _ROUNDING = 1e-12
 class PairedDifference:
     """The difference between systems a and b on the same n examples.
 
-    `difference` is value(a) − value(b), `ci95` its percentile bootstrap interval, `p_value` two-sided.
+    `difference` is value(a) − value(b), `ci95` its 95 % interval over examples, `p_value` two-sided. Neither includes training seeds.
     """
 
     difference: float
@@ -87,41 +83,30 @@ def interval_of_sums(statistics: Floats, sums: Floats, value: ValueFunction, con
     return percentile_interval(value(sums, n), confidence)
 
 
-def paired_difference(
-    statistics_a: Floats, statistics_b: Floats, value: ValueFunction, resamples: int = 1000, seed: int = 0
-) -> PairedDifference:
-    """Compare two systems on the same examples.
+def paired_difference(statistics_a: Floats, statistics_b: Floats, value: ValueFunction) -> PairedDifference:
+    """Compare two systems on the same examples, by the t-test with Hall's correction for skewness in `crossed`.
 
-    `statistics_a`, `statistics_b`: (n, k), row i of both from example i. The interval comes from the paired bootstrap, the
-    p-value from approximate randomisation (Noreen 1989; Riezler & Maxwell 2005): under the null hypothesis the two outputs of
-    an example can be swapped, p = (1 + #{|d*| ≥ |d|}) / (1 + resamples). With one example p is 1, because no swap can change
-    |d|. Raises `CoraError` if the shapes differ or there are no examples, `UsageError` without resamples.
+    `statistics_a`, `statistics_b`: (n, k), row i of both from example i. The percentile bootstrap that this replaces covered 90 % at n =
+    20. With one example there is no interval, and p is 1. If all examples contribute the same difference, both ends equal it, and p is
+    that of the sign test. Raises `CoraError` if the shapes differ or there are no examples.
     """
     if statistics_a.shape != statistics_b.shape:
         raise CoraError(
             f"a paired comparison needs the same examples on both sides, but the statistics have shapes "
             f"{statistics_a.shape} and {statistics_b.shape}"
         )
-    n, width = _shape(statistics_a)
-    both = np.hstack([statistics_a, statistics_b])
-    observed_a, observed_b = (float(value(side.sum(axis=0), n)) for side in (statistics_a, statistics_b))
-    difference = observed_a - observed_b
-
-    def difference_of(sums: Floats, count: int) -> Floats:
-        return value(sums[..., :width], count) - value(sums[..., width:], count)
-
-    interval = interval_of_sums(both, bootstrap_sums(both, resamples, seed), difference_of)
-    # A separate random stream, so that the swaps do not repeat the draws of the bootstrap.
-    generator = np.random.default_rng([seed, 1])
-    total_a, total_b = statistics_a.sum(axis=0), statistics_b.sum(axis=0)
-    tolerance = _ROUNDING * max(1.0, abs(observed_a), abs(observed_b))
-    as_extreme = 0
-    for start, stop in _blocks(resamples, n):
-        swapped = generator.integers(2, size=(stop - start, n))
-        moved = swapped.astype(np.float64) @ (statistics_b - statistics_a)
-        shuffled = value(total_a + moved, n) - value(total_b - moved, n)
-        as_extreme += int((np.abs(shuffled) >= abs(difference) - tolerance).sum())
-    return PairedDifference(difference, interval, (1 + as_extreme) / (1 + resamples), n)
+    n, _ = _shape(statistics_a)
+    contributions = pseudo_values(statistics_a, value) - pseudo_values(statistics_b, value)
+    difference = float(value(statistics_a.sum(axis=0), n) - value(statistics_b.sum(axis=0), n))
+    if n == 1:
+        return PairedDifference(difference, None, 1.0, n)
+    # Rounding must not look like a spread; values are on a scale of 1 or 100.
+    if np.ptp(contributions) <= _ROUNDING * max(1.0, float(np.abs(contributions).max())):
+        same = abs(difference) <= _ROUNDING
+        return PairedDifference(difference, (difference, difference), 1.0 if same else 0.5 ** (n - 1), n)
+    found = crossed([contributions[None]])
+    low, high = found.interval(0.95)
+    return PairedDifference(difference, (float(low), float(high)), float(found.p_value()), n)
 
 
 def _shape(statistics: Floats) -> tuple[int, int]:

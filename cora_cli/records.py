@@ -336,7 +336,7 @@ class PlannedStep(TypedDict):
 
 
 class GridPlan(TypedDict):
-    """A grid's `plan.json`; `steps` came later."""
+    """A grid's `plan.json`; `steps` and `margin` came later."""
 
     name: str
     title: str
@@ -345,6 +345,7 @@ class GridPlan(TypedDict):
     conditions: list[str]
     rows: list[PlannedRow]
     steps: NotRequired[list[PlannedStep]]
+    margin: NotRequired[float | dict[str, float] | None]
 
 
 class StepRecord(TypedDict):

@@ -70,7 +70,7 @@ def differences_table(results: "list[Evaluation]", seed: int) -> str:
     names = list(results[0].record["metrics"])
     rows = []
     for result in results[1:]:
-        differences = paired_differences(result, results[0], seed)
+        differences = paired_differences(result, results[0])
         cells = [
             f"{with_interval(difference.difference, difference.ci95, DIGITS.get(name, 3))} p={difference.p_value:.3f}"
             for name, difference in differences.items()

@@ -26,7 +26,6 @@ class ReportConfig:
         "Metrics to show, comma-separated: rouge, meteor, bleu, bertscore, or single metrics such as rougeL. Default: all.",
         None,
     )
-    seed: int = setting("Seed for the resampling of the paired tests.", 0)
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: ReportConfig) -> None:
-    """Summarize finished runs in tables and plots, with confidence intervals, paired tests and the paper's numbers."""
+    """Summarize finished runs in tables and plots, with confidence intervals, tests over seeds and records, and the paper's numbers."""
     from pathlib import Path
 
     from cora_cli.evaluation.metrics import parse_metrics
@@ -45,5 +44,5 @@ def run(config: ReportConfig) -> None:
     metrics = parse_metrics(",".join(config.metrics)) if config.metrics else None
     output_dir = Path(config.output_dir) if config.output_dir else None
     with own_directory(output_dir, "plots") if output_dir else contextlib.nullcontext():
-        text = report(config.outputs, config.format, output_dir, metrics, config.seed)
+        text = report(config.outputs, config.format, output_dir, metrics)
     show(text, end="")

@@ -264,7 +264,7 @@ def _score(
     return Evaluation(name, record, report.statistics, rundir.sha256_json(references))
 
 
-def paired_differences(one: Evaluation, other: Evaluation, seed: int) -> dict[str, PairedDifference]:
+def paired_differences(one: Evaluation, other: Evaluation) -> dict[str, PairedDifference]:
     """`one` minus `other` for each metric that both have, with a paired test over records (`intervals.paired_difference`).
 
     Raises `CoraError` if they did not answer the same records.
@@ -276,6 +276,5 @@ def paired_differences(one: Evaluation, other: Evaluation, seed: int) -> dict[st
         )
     metrics = build_metrics(name for name in one.statistics if name in other.statistics)
     return {
-        name: paired_difference(one.statistics[name], other.statistics[name], metric.value, seed=seed)
-        for name, metric in metrics.items()
+        name: paired_difference(one.statistics[name], other.statistics[name], metric.value) for name, metric in metrics.items()
     }

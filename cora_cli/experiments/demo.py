@@ -179,7 +179,7 @@ def _report(
         ]
         trained = f"{record['parameters']['trained']:,}" if record else "0"
         rows.append([method, trained, with_interval(loss["loss"], loss["ci95"], 3), *cells])
-    control = paired_differences(evaluations["fb"], evaluations["fb-orthonormal"], seed)
+    control = paired_differences(evaluations["fb"], evaluations["fb-orthonormal"])
     differences = [
         [name, with_interval(d.difference, d.ci95, 2 if name == "sacrebleu" else 3), f"{d.p_value:.3f}"]
         for name, d in control.items()

@@ -10,11 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import UsageError
 from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.metrics import NAMES
 from cora_cli.experiments.paper import paper_tables
 from cora_cli.experiments.preset import small
 from cora_cli.experiments.resources import Resources, read_resources
@@ -30,7 +31,21 @@ EVALUATE_KEYS = fields_of(
         *("device", "dtype", "overwrite"),  # flags of `ablate` itself
     ),
 )
-_TOP_KEYS = ("name", "title", "paper_table", "conditions", "model", "models", "datasets", "defaults", "resources", "grid")
+MEASURES = ("heldout_loss", *NAMES)
+"""The measures of a report, which `margin` can name."""
+_TOP_KEYS = (
+    "name",
+    "title",
+    "paper_table",
+    "conditions",
+    "margin",
+    "model",
+    "models",
+    "datasets",
+    "defaults",
+    "resources",
+    "grid",
+)
 # Settings whose single value is a list: they vary only with a list of lists.
 _LIST_SETTINGS = frozenset({"target_modules", "sources"})
 _MOST_ROWS = 10_000
@@ -43,7 +58,8 @@ class Grid:
 
     `models` maps the name of a source model to its reference, or to the training settings of a model that this grid fine-tunes.
     `datasets` maps names to references. `basis_rank` is R if the file sets it. `evaluate` is None if nothing is generated, so
-    that rows have only their losses. `resources` has the cluster resources for each kind of step.
+    that rows have only their losses. `margin` is the largest difference that counts as none: a share of what training gains, or a value
+    for each measure, None for the report's default. `resources` has the cluster resources for each kind of step.
     """
 
     name: str
@@ -51,6 +67,7 @@ class Grid:
     paper_table: str | None
     preset: str | None
     conditions: tuple[str, ...]
+    margin: float | dict[str, float] | None
     model: str
     models: dict[str, str | Values]
     datasets: dict[str, str]
@@ -123,6 +140,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
         paper_table=table,
         preset=preset,
         conditions=_sentences(values.get("conditions"), problems),
+        margin=_margin(values.get("margin"), problems),
         model=_text(values, "model", problems, None) or "",
         models=models,
         datasets=datasets,
@@ -187,6 +205,27 @@ def _sentences(values: object, problems: list[str]) -> tuple[str, ...]:
         return tuple(values or ())
     problems.append(f"conditions must be a list of sentences, not {values!r}")
     return ()
+
+
+def _margin(values: object, problems: list[str]) -> float | dict[str, float] | None:
+    """The margin of equivalence: one share of what training gains, or a value for each measure in its own unit."""
+    if values is None:
+        return None
+    if _is_positive(values) and float(values) <= 1:
+        return float(values)
+    if not isinstance(values, dict) or not values:
+        problems.append(
+            f"margin must be a share of what training gains, above 0 and at most 1, or `measure: value` lines, not {values!r}"
+        )
+        return None
+    problems += [unknown_key(str(name), MEASURES, "margin") for name in values if name not in MEASURES]
+    wrong = {name: value for name, value in values.items() if not _is_positive(value)}
+    problems += [f"margin: {name} must be a number above 0, not {value!r}" for name, value in wrong.items()]
+    return {str(name): float(value) for name, value in values.items() if name not in wrong}
+
+
+def _is_positive(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _models(values: object, problems: list[str]) -> dict[str, str | Values]:

@@ -265,6 +265,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "paper_table": grid.paper_table,
         "preset": grid.preset,
         "conditions": list(grid.conditions),
+        "margin": grid.margin,
         "rows": rows,
         "steps": [dataclasses.asdict(step) for step in plan.steps.values()],
     }

@@ -44,3 +44,18 @@ def at_edge(method: MethodResults, methods: Sequence[MethodResults]) -> bool:
     """Whether the method's learning rate is the lowest or the highest of its sweep; `methods` holds all rates of the sweep."""
     rates = [other.first.row.learning_rate or 0.0 for other in methods if other.identity == method.identity]
     return len(rates) > 1 and method.first.row.learning_rate in (min(rates), max(rates))
+
+
+def swept_alike(one: MethodResults, other: MethodResults, methods: Sequence[MethodResults]) -> bool:
+    """Whether the learning rates of two methods were chosen with equal care; `methods` holds all rates of all sweeps.
+
+    They were if both methods have the same several rates, or equally many with the chosen rate inside its range on both sides, since
+    methods of different scale need different ranges. A base model has no rate to choose.
+    """
+    first, second = (
+        {method.first.row.learning_rate for method in methods if method.identity == side.identity} for side in (one, other)
+    )
+    if None in (one.first.row.learning_rate, other.first.row.learning_rate):
+        return True
+    inside = not at_edge(one, methods) and not at_edge(other, methods)
+    return len(first) > 1 and (first == second or (len(first) == len(second) and inside))

@@ -1,14 +1,19 @@
 """Writes reports for other programs: a tidy CSV of all measures, and JSON with the complete report.
 
-JSON: `{"format_version": 1, "experiments": [...]}`. An experiment has `name`, `title`, `paper_table`, `preset`, `conditions`, `methods`
+JSON: `{"format_version": 2, "experiments": [...]}`. An experiment has `name`, `title`, `paper_table`, `preset`, `conditions`, `methods`
 (the paragraphs), `missing` (`row`, `part`, `reason`) and `groups`. A group has `name`, `measures`, `selected_by`, `lines`, `best` and `verdict`:
 
 - a line: `row` (title), `method`, `mode`, `label`, `printed`, `rank`, `n_models`, `learning_rate`, `chosen`, `seeds`, `rows` (names),
   `trained_parameters`, `adapter_bytes`, `tokens_per_second` and `peak_memory_bytes` (a value per seed), `paper` (measure -> number), and
   `measures`: measure -> `value`, `low`, `high`, `kind`, `n`, `seeds`, `by_seed`;
-- `best`: measure -> `row`, `p_holm`, `seeds_agree`, `supported`;
-- `verdict`: `headline`, `rule`, `comparisons`, each with `one`, `other`, `role`, `sentence` and `tests`: `measure`, `difference`, `ci95`, `p`,
-  `p_holm`, `n`, `outcome`, `seeds`, `seeds_agreeing`, `over_seeds` (mean and half-width, or null).
+- `best`: measure -> `row`, `p_holm` (null where a test has none), `supported`;
+- `verdict`: `headline`, `rule`, `comparisons`, each with `one`, `other`, `role`, `control` (whether it is the random control's line below a
+  LoRA), `sentence` and `tests`: `measure`, `difference`, `ci95`, `ci90`, `p`, `p_holm`, `n` (records), `outcome`, `obstacle` (why nothing can be
+  decided, or empty), `seeds` (of both sides, null for a model without seeds), `paired`, `kind`, `components` (the parts of the variance of
+  the difference: `seed`, `record`, `interaction`), `margin`, `more_seeds` and `more_records` (which would decide, or null).
+
+Version 2 replaced the tests over prompts (`seeds_agree`, `seeds_agreeing`, `over_seeds`) by those over seeds and records. In the CSV, a test
+has `outcome` and the other columns of its group at the end; its `row` is `one minus other`, and its `value` the difference.
 
 `heldout_loss` is in nats per response token, `sacrebleu` 0-100, the other measures 0-1.
 """
@@ -20,10 +25,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from cora_cli.reporting.methods_section import methods_paragraphs
+from cora_cli.reporting.outcomes import Test
 from cora_cli.reporting.summary import Group, Line, Summary
-from cora_cli.reporting.verdict import Verdict
+from cora_cli.reporting.verdict import Comparison, Verdict
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 COLUMNS = (
     "experiment",
     "group",
@@ -44,11 +50,26 @@ COLUMNS = (
     "paper",
     "best",
     "best_p_holm",
+    "role",
+    "low90",
+    "high90",
+    "p",
+    "p_holm",
+    "margin",
+    "outcome",
+    "more_seeds",
+    "more_records",
+    "seed_variance",
+    "record_variance",
+    "interaction_variance",
 )
 
 
 def to_csv(summaries: Sequence[Summary]) -> str:
-    """One line per method, learning rate and measure, in full precision. Costs count as measures, as means over seeds."""
+    """One line per method, learning rate and measure, then one per test of the verdict, in full precision.
+
+    Costs count as measures, as means over seeds.
+    """
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -56,6 +77,8 @@ def to_csv(summaries: Sequence[Summary]) -> str:
         for group in summary.groups:
             for line in group.lines:
                 writer.writerows(_csv_rows(summary.collection.experiment.name, group, line))
+            for comparison in group.verdict.comparisons:
+                writer.writerows(_csv_tests(summary.collection.experiment.name, group, comparison))
     return out.getvalue()
 
 
@@ -87,8 +110,8 @@ def _csv_rows(experiment: str, group: Group, line: Line) -> list[dict[str, Any]]
                 **common,
                 "measure": measure,
                 "value": repr(found.value),
-                "low": repr(found.low) if found.has_interval else "",
-                "high": repr(found.high) if found.has_interval else "",
+                "low": repr(found.ci95[0]) if found.ci95 else "",
+                "high": repr(found.ci95[1]) if found.ci95 else "",
                 "kind": found.kind,
                 "n": found.n,
                 "seeds": found.seeds,
@@ -103,6 +126,41 @@ def _csv_rows(experiment: str, group: Group, line: Line) -> list[dict[str, Any]]
             rows.append(
                 {**common, "measure": name, "value": repr(sum(known) / len(known)), "kind": "mean", "seeds": len(known)}
             )
+    return [{key: _safe(value) for key, value in entry.items()} for entry in rows]
+
+
+def _csv_tests(experiment: str, group: Group, comparison: Comparison) -> list[dict[str, Any]]:
+    rows = []
+    for test in comparison.tests:
+        found = test.found
+        low, high = found.ci95 or (None, None)
+        low90, high90 = found.ci90 or (None, None)
+        rows.append(
+            {
+                "experiment": experiment,
+                "group": group.name,
+                "row": f"{comparison.one.name} minus {comparison.other.name}",
+                "measure": test.measure,
+                "value": repr(found.difference),
+                "low": low,
+                "high": high,
+                "kind": found.kind,
+                "n": found.n,
+                "seeds": found.fewest_seeds,
+                "role": f"control: {comparison.role}" if comparison.control else comparison.role,
+                "low90": low90,
+                "high90": high90,
+                "p": found.p_value,
+                "p_holm": test.p_holm,
+                "margin": test.margin,
+                "outcome": test.outcome,
+                "more_seeds": test.more_seeds,
+                "more_records": test.more_records,
+                "seed_variance": found.seed_variance,
+                "record_variance": found.record_variance,
+                "interaction_variance": found.interaction_variance,
+            }
+        )
     return [{key: _safe(value) for key, value in entry.items()} for entry in rows]
 
 
@@ -145,7 +203,6 @@ def _group(group: Group) -> dict[str, Any]:
             measure: {
                 "row": group.chosen[best.place].title,
                 "p_holm": best.p_holm,
-                "seeds_agree": best.seeds_agree,
                 "supported": best.supported,
             }
             for measure, best in group.best.items()
@@ -177,8 +234,8 @@ def _line(line: Line) -> dict[str, Any]:
         "measures": {
             name: {
                 "value": found.value,
-                "low": found.low if found.has_interval else None,
-                "high": found.high if found.has_interval else None,
+                "low": found.ci95[0] if found.ci95 else None,
+                "high": found.ci95[1] if found.ci95 else None,
                 "kind": found.kind,
                 "n": found.n,
                 "seeds": found.seeds,
@@ -199,22 +256,35 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
                 "other": comparison.other.name,
                 "role": comparison.role,
                 "sentence": comparison.sentence(),
-                "tests": [
-                    {
-                        "measure": test.measure,
-                        "difference": test.paired.difference,
-                        "ci95": test.paired.ci95 and list(test.paired.ci95),
-                        "p": test.paired.p_value,
-                        "p_holm": test.p_holm,
-                        "n": test.paired.n,
-                        "outcome": test.outcome,
-                        "seeds": test.seeds,
-                        "seeds_agreeing": test.agreeing,
-                        "over_seeds": test.over_seeds,
-                    }
-                    for test in comparison.tests
-                ],
+                "control": comparison.control,
+                "tests": [_test(test) for test in comparison.tests],
             }
             for comparison in verdict.comparisons
         ],
+    }
+
+
+def _test(test: Test) -> dict[str, Any]:
+    found = test.found
+    return {
+        "measure": test.measure,
+        "difference": found.difference,
+        "ci95": found.ci95 and list(found.ci95),
+        "ci90": found.ci90 and list(found.ci90),
+        "p": found.p_value,
+        "p_holm": test.p_holm,
+        "n": found.n,
+        "outcome": test.outcome,
+        "obstacle": test.obstacle,
+        "seeds": list(found.seeds),
+        "paired": found.paired,
+        "kind": found.kind,
+        "components": {
+            "seed": found.seed_variance,
+            "record": found.record_variance,
+            "interaction": found.interaction_variance,
+        },
+        "margin": test.margin,
+        "more_seeds": test.more_seeds,
+        "more_records": test.more_records,
     }

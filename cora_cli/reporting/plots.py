@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from cora_cli.render.canvas import INK, Figure, Palette, render
+from cora_cli.reporting.forest import draw_forest
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
@@ -25,7 +26,9 @@ _ABOUT_ONE_SIZE = 1.15
 def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
     """Every figure of a group for which there is data; their names start with `prefix`."""
     palette = Palette([line.method.first.row.label for line in group.lines])
-    bars = "Intervals: 95 %, over seeds if a method has several, otherwise over examples. An interval much wider than the others is cut off at the edge of the panel."
+    if group.verdict.comparisons:
+        yield draw_forest(group, prefix)
+    bars = "Intervals: 95 %, over seeds and records if a method has several seeds, otherwise over records. An interval much wider than the others is cut off at the edge of the panel."
     sizes = _sizes(group)
     losses = [line for line in group.chosen if any("loss" in entry for r in line.method.results for entry in r.log)]
     if losses:
@@ -45,7 +48,7 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
             yield render(
                 f"{prefix}by-{what.replace(' ', '-')}",
                 f"{group.name}: scores against {what}",
-                f"Bands: 95 % intervals, over seeds if a method has several, otherwise over examples. A band much wider than the others is cut off. {sizes}",
+                f"Bands: 95 % intervals, over seeds and records if a method has several seeds, otherwise over records. A band much wider than the others is cut off. {sizes}",
                 partial(_against, series=series, measures=measures, attribute=attribute, axis=axis, palette=palette),
                 (7.2, 2.3 * math.ceil(len(measures) / 3) + 0.4),
             )

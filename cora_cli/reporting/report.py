@@ -40,11 +40,10 @@ def report(
     format: str = "terminal",
     output_dir: Path | None = None,
     metrics: tuple[str, ...] | None = None,
-    seed: int = 0,
 ) -> str:
     """Return the report on finished directories in one format. With `output_dir`, also write all formats and the plots there.
 
-    `metrics` restricts the metrics by name; `seed` draws the resamples of the tests. Raises `CoraError` if a directory was not written
+    `metrics` restricts the metrics by name. Raises `CoraError` if a directory was not written
     by cora, if nothing in them is finished, or if none of the `metrics` was measured.
     """
     collections = [collect(experiment, metrics) for experiment in find_experiments(outputs)]
@@ -55,7 +54,7 @@ def report(
         raise CoraError(
             f"nothing in {', '.join(outputs)} is finished, so there is nothing to report ({count} missing; {first.row.name}: {first.reason})"
         )
-    summaries = [summarise(collection, seed) for collection in collections]
+    summaries = [summarise(collection) for collection in collections]
     if (
         metrics
         and not has_bases

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cora_cli.render.canvas import Figure
 from cora_cli.render.document import Block, Heading, Items, Text
+from cora_cli.reporting.forest import FOREST
 from cora_cli.reporting.methods_section import methods_paragraphs
 from cora_cli.reporting.summary import Group, Summary
 from cora_cli.reporting.tables import costs_table, scores_table, sweep_table, verdict_table
@@ -27,13 +28,15 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
         blocks.append(Heading(2, "Verdict"))
         for group in summary.groups:
             blocks += _verdict(group, named=len(summary.groups) > 1)
+        blocks += [figure for figure in figures if figure.name.endswith(FOREST)]
         blocks.append(Heading(2, "Tables"))
         for group in summary.groups:
             blocks += [scores_table(group, experiment.paper_table), costs_table(group)]
             blocks += [sweep_table(group)] if group.selected_by else []
             blocks += [verdict_table(group)] if group.verdict.comparisons else []
-    if figures:
-        blocks += [Heading(2, "Figures"), *figures]
+    others = [figure for figure in figures if not figure.name.endswith(FOREST)]
+    if others:
+        blocks += [Heading(2, "Figures"), *others]
     if experiment.conditions:
         blocks += [Heading(2, "Conditions"), Items(experiment.conditions)]
     if summary.groups:
@@ -53,7 +56,8 @@ def _verdict(group: Group, named: bool) -> list[Block]:
         blocks += [Items(sentences)] if sentences else []
         blocks.append(
             Text(
-                "Paired, Holm-corrected tests decide what counts as better or worse. The table of tests below has every result and the rule.",
+                "Tests over seeds and records, Holm-corrected, decide what counts as better or worse. The table of tests below has every "
+                "result and the rule.",
                 "note",
             )
         )

@@ -50,7 +50,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A grid, or several plain directories. `conditions` are sentences on the differences from the paper."""
+    """A grid, or several plain directories. `conditions` are sentences on the differences from the paper.
+
+    `margin` is the grid's margin of equivalence: a share of what training gains, or margins by measure, or None for the default.
+    """
 
     name: str
     title: str
@@ -60,6 +63,7 @@ class Experiment:
     rows: tuple[Row, ...]
     bases: tuple[Path, ...] = ()
     records: "StepRecords | None" = None
+    margin: float | dict[str, float] | None = None
 
 
 class StepRecords:
@@ -133,6 +137,7 @@ def read_plan(root: Path) -> Experiment:
         tuple(rows),
         tuple(sorted((root / "bases").glob("*.safetensors"))),
         StepRecords(root, steps) if steps else None,
+        plan.get("margin"),
     )
 
 

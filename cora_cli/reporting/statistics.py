@@ -1,56 +1,82 @@
-"""Groups rows that differ only by seed into methods, and computes intervals, paired tests and Holm's correction.
+"""Groups rows that differ only by seed into methods, and computes their intervals, differences and Holm's correction.
 
-`summary` collects these numbers, and `tables` and `plots` show them.
+All inference is that of `crossed`: seeds and records are both random. `outcomes` turns the numbers into words.
 """
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import stdtrit
 
+from cora_cli.crossed import Crossed, Floats, crossed, pseudo_values
 from cora_cli.errors import CoraError
-from cora_cli.intervals import Floats, Interval, PairedDifference, paired_difference
+from cora_cli.intervals import Interval
 from cora_cli.reporting.collect import Result
-from cora_cli.reporting.measures import LOSS, value_function
+from cora_cli.reporting.measures import LOSS, Measure, value_function
 
 LEVEL = 0.05
-"""Differences with a corrected p-value below this level count as supported."""
-RESAMPLES = 4999
-"""Resamples per paired test. `resamples_for` raises the number if many tests are corrected together."""
-SEEDS, EXAMPLES = "t-interval over seeds", "bootstrap over examples"
+"""Differences with a corrected p-value below this level count as shown."""
+MIN_SEEDS = 3
+"""The fewest seeds on each side with which anything is decided; `docs/verdict.md` has the measurement."""
+SEEDS, EXAMPLES = "seeds and records", "records only"
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """A mean over seeds with its 95 % interval. `kind` is SEEDS or EXAMPLES, `n` the examples, `seeds` the number of runs.
 
-    A single example has no interval: both ends are then the value, and `has_interval` is False.
+    Both ends are None where there is no interval, as for a single example.
     """
 
     value: float
-    low: float
-    high: float
+    ci95: Interval
     kind: str
     n: int
     seeds: int
 
-    @classmethod
-    def over_examples(cls, value: float, interval: Interval, n: int, seeds: int) -> "Estimate":
-        """A value with its bootstrap interval over n examples."""
-        return cls(value, *(interval or (value, value)), EXAMPLES, n, seeds)
+    @property
+    def low(self) -> float:
+        """The lower end, or the value without an interval."""
+        return self.ci95[0] if self.ci95 else self.value
 
     @property
-    def has_interval(self) -> bool:
-        """Whether there is more than one value to take an interval from."""
-        return self.kind == SEEDS or self.n > 1
+    def high(self) -> float:
+        """The upper end, or the value without an interval."""
+        return self.ci95[1] if self.ci95 else self.value
 
     @property
     def half_width(self) -> float:
         """Half the length of the interval."""
         return (self.high - self.low) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The difference between two methods in one measure, over `n` records.
+
+    `seeds` has the number of seeds of both sides, None for a side without seeds, such as a base model. `paired` says whether they are the
+    same seeds. `kind` is SEEDS, or EXAMPLES if some side has one seed, so that the intervals exclude the spread over seeds and there is no
+    p-value. The parts of the variance of the difference are those that more seeds, more records, or either reduce.
+    """
+
+    difference: float
+    ci95: Interval
+    ci90: Interval
+    p_value: float | None
+    kind: str
+    n: int
+    seeds: tuple[int | None, int | None]
+    paired: bool
+    seed_variance: float
+    record_variance: float
+    interaction_variance: float
+
+    @property
+    def fewest_seeds(self) -> int | None:
+        """The smaller number of seeds, or None if neither side has seeds."""
+        known = [count for count in self.seeds if count is not None]
+        return min(known) if known else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,18 +114,31 @@ class MethodResults:
         """The results that have the measure `name`."""
         return tuple(result for result in self.results if name in result.measures)
 
-    def estimate(self, name: str) -> Estimate | None:
-        """Mean and 95 % interval of a measure, or None if no seed has it."""
+    def repeats(self, name: str) -> tuple[Result, ...]:
+        """The results that are different runs: all with the measure, or one where no seed changes the model."""
         measured = self.with_measure(name)
-        measures = [result.measures[name] for result in measured]
+        fixed = self.first.row.run is None and self.first.row.mode == "base"
+        return measured[:1] if fixed or all(result.record.get("is_base_model") for result in measured) else measured
+
+    def has_seeds(self) -> bool:
+        """Whether training depends on a seed. It does not for a base model and for a method that cannot train."""
+        base = self.first.row.run is None and self.first.row.mode == "base"
+        return not base and not all(result.record.get("is_base_model") for result in self.results)
+
+    def estimate(self, name: str) -> Estimate | None:
+        """Mean and 95 % interval of a measure, or None if no seed has it.
+
+        Several seeds are crossed with the records. One run keeps its recorded bootstrap interval over records.
+        """
+        measures = [result.measures[name] for result in self.repeats(name)]
         if not measures:
             return None
-        # Runs that cannot train all give the base model, so their seeds have no spread.
-        if len(measures) == 1 or all(result.record.get("is_base_model") for result in measured):
-            only = measures[0]
-            return Estimate.over_examples(only.value, only.ci95, only.n, len(measures))
-        mean, half = t_interval([measure.value for measure in measures])
-        return Estimate(mean, mean - half, mean + half, SEEDS, measures[0].n, len(measures))
+        first, runs = measures[0], len(self.with_measure(name))
+        if len(measures) == 1:
+            return Estimate(first.value, first.ci95, EXAMPLES, first.n, runs)
+        value = float(np.mean([measure.value for measure in measures]))
+        found = crossed([_contributions(measures, name)]) if first.n > 1 else None
+        return Estimate(value, _interval(found, 0.95), SEEDS, first.n, runs)
 
 
 def group_methods(results: Sequence[Result]) -> list[MethodResults]:
@@ -120,13 +159,6 @@ def group_methods(results: Sequence[Result]) -> list[MethodResults]:
     return methods
 
 
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Mean and half-width of Student's t-interval of k ≥ 2 values: t·s/√k with k − 1 degrees of freedom."""
-    k = len(values)
-    spread = float(np.std(values, ddof=1))
-    return float(np.mean(values)), float(stdtrit(k - 1, (1 + confidence) / 2)) * spread / math.sqrt(k)
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values of Holm (1979) in the given order: max over j ≤ i of (m − j + 1)·p₍ⱼ₎, at most 1."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
@@ -142,67 +174,55 @@ def higher_is_better(name: str) -> bool:
     return name != LOSS
 
 
-def resamples_for(tests: int) -> int:
-    """Resamples for each of `tests` tests: enough for the smallest p-value, 1 / (1 + resamples), to survive Holm's correction."""
-    return max(RESAMPLES, 40 * tests - 1)
+def compare(one: MethodResults, other: MethodResults, name: str) -> Difference | None:
+    """`one` minus `other` in one measure; None if either method lacks it.
 
-
-def compare(
-    one: MethodResults, other: MethodResults, name: str, seed: int = 0, resamples: int = RESAMPLES
-) -> PairedDifference | None:
-    """`one` minus `other` over the same examples; the outputs of all seeds for one example stay together.
-
-    The compared value is the mean over seeds of the corpus values. Returns None if either method lacks the measure.
+    The methods are paired over the seeds that both have if these are all seeds or at least MIN_SEEDS. Otherwise each side keeps all its
+    seeds and has its own seed variance. A side without seeds is subtracted from every seed of the other.
     """
-    sides = [[result.measures[name].statistics for result in method.with_measure(name)] for method in (one, other)]
+    sides = [{result.row.seed: result.measures[name] for result in method.repeats(name)} for method in (one, other)]
     if not all(sides):
         return None
-    value = value_function(name)
-    if name == "sacrebleu":
-        # Corpus BLEU is not a function of averaged counts. Each seed is a block of columns, and both sides get equally many blocks.
-        blocks = math.lcm(*map(len, sides))
-        first, second = (np.hstack(side * (blocks // len(side))) for side in sides)
-
-        def mean_over_seeds(sums: Floats, n: int) -> Floats:
-            return np.asarray(value(sums.reshape(*sums.shape[:-1], blocks, -1), n).mean(axis=-1))
-
-        return paired_difference(first, second, mean_over_seeds, resamples, seed)
-    first, second = (np.mean(side, axis=0) for side in sides)
-    return paired_difference(first, second, value, resamples, seed)
-
-
-def best_methods(methods: Sequence[MethodResults], names: Sequence[str], seed: int = 0) -> dict[str, tuple[int, float, bool]]:
-    """For each measure: the index of the best method, the largest p-value of its paired tests against every other method with the
-    measure, Holm-corrected over all measures together, and whether it is better than each of them at every seed.
-
-    Measures of fewer than two methods are left out. The best is supported if that p-value is below `LEVEL` and the seeds agree.
-    """
-    pairs: list[tuple[str, int, MethodResults]] = []
-    places: dict[str, int] = {}
-    for name in names:
-        estimates = {index: estimate for index, method in enumerate(methods) if (estimate := method.estimate(name))}
-        if len(estimates) > 1:
-            sign = 1 if higher_is_better(name) else -1
-            places[name] = max((sign * estimate.value, -index, index) for index, estimate in estimates.items())[-1]
-            pairs += [(name, places[name], methods[index]) for index in estimates if index != places[name]]
-    resamples = resamples_for(len(pairs))
-    found = [compare(methods[place], other, name, seed, resamples) for name, place, other in pairs]
-    corrected = holm([test.p_value if test else 1.0 for test in found])
-    largest, agree = dict.fromkeys(places, 0.0), dict.fromkeys(places, True)
-    for (name, place, other), p_holm in zip(pairs, corrected, strict=True):
-        sign = 1 if higher_is_better(name) else -1
-        largest[name] = max(largest[name], p_holm)
-        agree[name] &= all(sign * difference > 0 for difference in differences_by_seed(methods[place], other, name))
-    return {name: (place, largest[name], agree[name]) for name, place in places.items()}
-
-
-def differences_by_seed(one: MethodResults, other: MethodResults, name: str) -> list[float]:
-    """`one` minus `other` for every seed that both have. A base model has no seed and is compared with every seed."""
-    ours, theirs = (
-        {result.row.seed: result.measures[name].value for result in method.with_measure(name)} for method in (one, other)
+    seeded = (one.has_seeds(), other.has_seeds())
+    shared = sorted(sides[0].keys() & sides[1].keys())
+    paired = not all(seeded) or len(shared) >= MIN_SEEDS or sides[0].keys() == sides[1].keys()
+    if all(seeded) and paired:
+        sides = [{seed: side[seed] for seed in shared} for side in sides]
+    measures = [[side[seed] for seed in sorted(side)] for side in sides]
+    counts = [len(side) if has else None for side, has in zip(sides, seeded, strict=True)]
+    known = [count for count in counts if count is not None]
+    kind = EXAMPLES if known and min(known) < 2 else SEEDS
+    n = measures[0][0].n
+    first, second = (_contributions(side, name) for side in measures)
+    found = None
+    if n > 1:
+        found = crossed([first - second] if paired else [first, second])
+        found = None if _constant(found, first, second) else found
+    return Difference(
+        float(first.mean() - second.mean()),
+        _interval(found, 0.95),
+        _interval(found, 0.90),
+        float(found.p_value()) if found is not None and kind == SEEDS else None,
+        kind,
+        n,
+        (counts[0], counts[1]),
+        paired,
+        *((float(found.seed), float(found.record), float(found.interaction)) if found is not None else (0.0, 0.0, 0.0)),
     )
-    if other.first.row.run is None:
-        theirs = dict.fromkeys(ours, next(iter(theirs.values())))
-    elif one.first.row.run is None:
-        ours = dict.fromkeys(theirs, next(iter(ours.values())))
-    return [ours[key] - theirs[key] for key in sorted(ours.keys() & theirs.keys())]
+
+
+def _contributions(measures: Sequence[Measure], name: str) -> Floats:
+    return np.stack([pseudo_values(measure.statistics, value_function(name)) for measure in measures])
+
+
+def _constant(found: Crossed, *contributions: Floats) -> bool:
+    """Whether nothing varies but rounding, so that nothing can be inferred."""
+    scale = max(float(np.abs(values).max()) for values in contributions)
+    return float(found.variance) <= (1e-13 * scale) ** 2
+
+
+def _interval(found: Crossed | None, confidence: float) -> Interval:
+    if found is None:
+        return None
+    low, high = found.interval(confidence)
+    return None if np.isnan(low) else (float(low), float(high))

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.experiments.paper import paper_row
 from cora_cli.reporting.collect import Collection, Result
-from cora_cli.reporting.learning_rate_sweep import choose_learning_rates
+from cora_cli.reporting.learning_rate_sweep import choose_learning_rates, swept_alike
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.statistics import LEVEL, Estimate, MethodResults, best_methods, group_methods
-from cora_cli.reporting.verdict import Verdict, judge
+from cora_cli.reporting.outcomes import BETTER, decide
+from cora_cli.reporting.statistics import Estimate, MethodResults, compare, group_methods, higher_is_better
+from cora_cli.reporting.verdict import Margin, Verdict, judge
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,18 +33,13 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The best chosen line of a measure: its index among them, the largest corrected p of its tests against the others, and whether
-    it was better than each of them at every seed.
+    """The best chosen line of a measure: its index among them, the largest corrected p of its tests against the others (None if some test
+    has none), and whether it was shown to be better than each of them, by the rule of the verdict.
     """
 
     place: int
-    p_holm: float
-    seeds_agree: bool
-
-    @property
-    def supported(self) -> bool:
-        """Whether it was shown to be better than every other method."""
-        return self.p_holm < LEVEL and self.seeds_agree
+    p_holm: float | None
+    supported: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,18 +76,18 @@ class Summary:
     groups: tuple[Group, ...]
 
 
-def summarise(collection: Collection, seed: int = 0) -> Summary:
-    """The summary of one experiment; `seed` draws the resamples of all tests."""
+def summarise(collection: Collection) -> Summary:
+    """The summary of one experiment."""
     names = dict.fromkeys(row.group for row in collection.experiment.rows)
     groups = []
     for name in names:
         results = [result for result in collection.results if result.row.group == name]
         if results:
-            groups.append(_summarise_group(name, results, collection.experiment.paper_table, seed))
+            groups.append(_summarise_group(name, results, collection.experiment.paper_table, collection.experiment.margin))
     return Summary(collection, tuple(groups))
 
 
-def _summarise_group(name: str, results: Sequence[Result], paper_table: str | None, seed: int) -> Group:
+def _summarise_group(name: str, results: Sequence[Result], paper_table: str | None, margin: Margin) -> Group:
     measures = tuple(m for m in (LOSS, *NAMES) if any(m in result.measures for result in results))
     methods = group_methods(results)
     chosen, selected_by = choose_learning_rates(methods)
@@ -104,5 +100,36 @@ def _summarise_group(name: str, results: Sequence[Result], paper_table: str | No
         )
         for method in methods
     )
-    best = {measure: Best(*found) for measure, found in best_methods(chosen, measures, seed).items()}
-    return Group(name, lines, measures, best, selected_by, judge(chosen, measures, seed))
+    best = best_methods(chosen, measures, methods)
+    return Group(name, lines, measures, best, selected_by, judge(chosen, measures, methods, margin))
+
+
+def best_methods(
+    methods: Sequence[MethodResults], names: Sequence[str], swept: Sequence[MethodResults] | None = None
+) -> dict[str, Best]:
+    """The best method of each measure, tested against every other method, Holm-corrected over all measures together.
+
+    Measures of fewer than two methods are left out. `swept` holds every learning rate of the methods (default: `methods`).
+    """
+    swept = methods if swept is None else swept
+    pairs: list[tuple[str, int, MethodResults]] = []
+    places: dict[str, int] = {}
+    for name in names:
+        estimates = {index: estimate for index, method in enumerate(methods) if (estimate := method.estimate(name))}
+        if len(estimates) > 1:
+            sign = 1 if higher_is_better(name) else -1
+            places[name] = max((sign * estimate.value, -index, index) for index, estimate in estimates.items())[-1]
+            pairs += [(name, places[name], methods[index]) for index in estimates if index != places[name]]
+    planned = []
+    for name, place, other in pairs:
+        found = compare(methods[place], other, name)
+        if found is not None:
+            planned.append((name, found, None, swept_alike(methods[place], other, swept)))
+    tests = decide(planned)
+    best = {}
+    for name, place in places.items():
+        own = [test for test in tests if test.measure == name]
+        known = [test.p_holm for test in own if test.p_holm is not None]
+        largest = max(known) if len(known) == len(own) else None
+        best[name] = Best(place, largest, all(test.outcome == BETTER for test in own))
+    return best

@@ -10,9 +10,10 @@ from cora_cli.experiments.paper import paper, paper_tables
 from cora_cli.render.table import Cell, Table
 from cora_cli.reporting.learning_rate_sweep import VALIDATION, at_edge
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, Estimate
+from cora_cli.reporting.outcomes import Test
+from cora_cli.reporting.statistics import EXAMPLES, SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
-from cora_cli.reporting.verdict import Test, digits, title
+from cora_cli.reporting.verdict import digits, title
 
 
 def scores_table(group: Group, paper_table: str | None) -> Table:
@@ -57,32 +58,58 @@ def costs_table(group: Group) -> Table:
 
 
 def verdict_table(group: Group) -> Table:
-    """All tests behind the verdict."""
+    """All tests behind the verdict; below each comparison with LoRA stands that of the random control."""
     rows = []
     for comparison in group.verdict.comparisons:
+        lead = "control: " if comparison.control else ""
         for test in comparison.tests:
-            paired = test.paired
-            difference = Estimate.over_examples(paired.difference, paired.ci95, paired.n, test.seeds)
+            found, places = test.found, digits(test.measure)
+            star = "*" if found.kind == EXAMPLES else ""
+            difference = Cell(f"{found.difference:+.{places}f} –")
+            if found.ci95 is not None:
+                low, high = found.ci95
+                difference = Cell(f"{found.difference:+.{places}f}", f"[{low:+.{places}f}, {high:+.{places}f}]{star}")
+            seeds = "/".join("–" if count is None else str(count) for count in dict.fromkeys(found.seeds))
             rows.append(
                 (
-                    Cell(f"{comparison.one.name} minus {comparison.other.name}"),
+                    Cell(f"{lead}{comparison.one.name} minus {comparison.other.name}"),
                     Cell(title(test.measure)),
-                    _estimated(difference, digits(test.measure)),
-                    Cell(_over_seeds(test)),
-                    Cell("< 0.001" if test.p_holm < 0.001 else f"{test.p_holm:.3f}"),
-                    Cell(f"{test.agreeing} of {test.seeds}" if test.seeds > 1 else "–"),
+                    difference,
+                    Cell("–" if test.margin is None else f"± {test.margin:.{places + 1}f}"),
+                    Cell(_p_value(test.p_holm)),
+                    Cell(seeds),
                     Cell(test.outcome),
+                    Cell(_would_decide(test)),
                 )
             )
-    headers = ("comparison", "measure", "difference", "over seeds", "p (Holm)", "seeds that agree", "outcome")
-    return Table(f"{group.name} – the tests behind the verdict", headers, tuple(rows), (group.verdict.rule,))
+    headers = ("comparison", "measure", "difference", "margin", "p (Holm)", "seeds", "outcome", "would decide")
+    notes = [group.verdict.rule]
+    tests = [test for comparison in group.verdict.comparisons for test in comparison.tests]
+    if any(test.found.kind == EXAMPLES and test.found.ci95 for test in tests):
+        notes.append("* A side has one seed: the interval is over records only and excludes the spread over seeds.")
+    unswept = [
+        f"{comparison.one.name} and {comparison.other.name}"
+        for comparison in group.verdict.comparisons
+        if any(not test.alike for test in comparison.tests)
+    ]
+    if unswept:
+        notes.append(
+            f"Learning rates not swept alike, so neither better, worse nor equivalent: {'; '.join(dict.fromkeys(unswept))}."
+        )
+    return Table(f"{group.name} – the tests behind the verdict", headers, tuple(rows), tuple(notes))
 
 
-def _over_seeds(test: Test) -> str:
-    if test.over_seeds is None:
-        return "–"
-    mean, half = test.over_seeds
-    return f"{mean:.{digits(test.measure)}f} ± {half:.{digits(test.measure)}f}"
+def _p_value(p_holm: float | None) -> str:
+    return "–" if p_holm is None else "< 0.001" if p_holm < 0.001 else f"{p_holm:.3f}"
+
+
+def _would_decide(test: Test) -> str:
+    ways = [
+        f"{count:,} more {what}"
+        for count, what in ((test.more_seeds, "seeds"), (test.more_records, "records"))
+        if count is not None
+    ]
+    return " or ".join(ways) or "–"
 
 
 def sweep_table(group: Group) -> Table:
@@ -125,11 +152,13 @@ def _score(group: Group, line: Line, place: int | None, measure: str) -> Cell:
 
 
 def _estimated(estimate: Estimate | None, places: int, published: float | None = None, bold: bool = False) -> Cell:
-    """`0.393 ± 0.012` over seeds, `0.393 [0.381, 0.405]` from the bootstrap, or a dash; with the published number, if any."""
+    """`0.393 ± 0.012` over seeds and records, `0.393 [0.381, 0.405]` over records only, a value and a dash if it has no interval, or a dash;
+    with the published number, if any.
+    """
     if estimate is None:
         return Cell(published=published, bold=bold)
-    if not estimate.has_interval:
-        return Cell(f"{estimate.value:.{places}f}", "(one record)", published, bold)
+    if estimate.ci95 is None:
+        return Cell(f"{estimate.value:.{places}f} –", published=published, bold=bold)
     interval = (
         f"± {estimate.half_width:.{places}f}"
         if estimate.kind == SEEDS
@@ -147,10 +176,7 @@ def _score_notes(group: Group) -> list[str]:
             f"In parentheses: the number published in the paper ({source['source']}, {source['model']}, one seed, no interval)."
         )
     supported = [measure for measure in group.measures if measure in group.best and group.best[measure].supported]
-    meaning = (
-        f"better than all others in paired tests over the same prompts (p < {LEVEL:g}, Holm-corrected over the table) and at every seed. "
-        "The tests resample prompts, not training seeds"
-    )
+    meaning = "better than all others by the rule of the verdict, Holm-corrected over the table"
     if supported:
         notes.append(f"Bold: the best value of its column, if it is {meaning}.")
     elif group.best:
@@ -196,11 +222,15 @@ def _cell_note(lines: Sequence[Line]) -> str:
     parts = []
     counts = "/".join(map(str, sorted({e.seeds for e in estimates if e.kind == SEEDS})))
     if counts:
-        parts.append(f"value ± half-width: mean over {counts} seeds with its 95 % t-interval")
-    if any(e.kind == EXAMPLES for e in estimates):
+        parts.append(
+            f"value ± half the length of its 95 % interval: mean over {counts} seeds, which are crossed with the records"
+        )
+    if any(e.ci95 is None for e in estimates):
+        parts.append("–: no interval can be had, as from a single record")
+    if any(e.kind == EXAMPLES and e.ci95 for e in estimates):
         parts.append(
             "value [low, high]: a single run (or a model that does not depend on the seed) with its 95 % bootstrap interval over "
-            "examples, which excludes the spread over seeds"
+            "records only, which excludes the spread over seeds"
         )
     measures = {measure for line in lines for measure in line.estimates}
     sizes = {title(m): sorted({line.estimates[m].n for line in lines if m in line.estimates}) for m in measures}

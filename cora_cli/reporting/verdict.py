@@ -1,24 +1,16 @@
 """The verdict of `cora report`: does an informed B help, compared with its controls?
 
-A B is informed if it starts as the subspace of fine-tuned models. Paired tests decide by the rule that the report prints.
+A B is informed if it starts as the subspace of fine-tuned models. `outcomes` decides by the rule that the report prints.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from cora_cli.intervals import PairedDifference
-from cora_cli.methods.registry import BASELINE
+from cora_cli.methods.registry import BASELINE, METHODS
+from cora_cli.reporting.learning_rate_sweep import swept_alike
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.statistics import (
-    LEVEL,
-    MethodResults,
-    compare,
-    differences_by_seed,
-    higher_is_better,
-    holm,
-    resamples_for,
-    t_interval,
-)
+from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, FEW_SEEDS, UNDECIDED, WORSE, Test, decide
+from cora_cli.reporting.statistics import EXAMPLES, LEVEL, MIN_SEEDS, Difference, MethodResults, compare
 
 RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE = (
     "random orthonormal B",
@@ -29,55 +21,44 @@ RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE = (
 )
 # Ranks are integers, so the closest LoRA may differ by a few per cent in trained parameters and still count as equal.
 _EQUAL_SIZE = 0.05
-BETTER, WORSE, NONE = "better", "worse", "no difference could be shown"
-
-
-@dataclasses.dataclass(frozen=True)
-class Test:
-    """One measure of one comparison.
-
-    `p_holm` is Holm-corrected over all tests of the group's verdict, and `outcome` is BETTER, WORSE or NONE. Both sides share `seeds`
-    seeds, of which `agreeing` have a difference with the sign of the overall one. `over_seeds` is the mean difference of runs with the
-    same seed, which see the data in the same order, and the half-width of its 95 % t-interval; None for a single seed.
-    """
-
-    measure: str
-    paired: PairedDifference
-    p_holm: float
-    outcome: str
-    agreeing: int
-    seeds: int
-    over_seeds: tuple[float, float] | None
+DEFAULT_MARGIN = 0.1
+"""The margin of equivalence as a share of what training gains the control."""
+Margin = float | Mapping[str, float] | None
+"""A share of what training gains, or margins by measure (measures without one get the default), or None for the default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """`one` minus `other` in every measure that both have; `other` is a control of the kind `role`."""
+    """`one` minus `other` in every measure that both have; `other` is a control of the kind `role`.
+
+    `control` marks the line below an informed B's comparison with LoRA: the random B compared with the same LoRA.
+    """
 
     one: MethodResults
     other: MethodResults
     role: str
     tests: tuple[Test, ...]
+    control: bool = False
 
     def sentence(self) -> str:
         """The outcome in words, with the differences that were shown, and that of the held-out loss in any case."""
-        said = [
-            f"{word} in {', '.join(f'{title(test.measure)} ({_amount(test)})' for test in tests)}"
-            for word in (BETTER, WORSE)
-            if (tests := [test for test in self.tests if test.outcome == word])
-        ]
-        silent = [test for test in self.tests if test.outcome == NONE]
-        if len(silent) == 1:
-            said.append(f"{NONE} in {title(silent[0].measure)}")
-        elif silent:
-            where = "any of the" if len(silent) == len(self.tests) else "the other"
-            said.append(f"{NONE} in {where} {len(silent)} measures")
-        said += [
-            f"the {title(test.measure)} differs by {_amount(test)} (not corrected for multiple tests)"
-            for test in silent
-            if test.measure == LOSS
-        ]
-        return f"{self.one.name} compared with {self.other.name} ({self.role}): {'; '.join(said)}."
+        said = []
+        for word in (BETTER, WORSE, EQUIVALENT, UNDECIDED):
+            tests = [test for test in self.tests if test.outcome == word]
+            if word == UNDECIDED and len(tests) > 1:
+                where = "all" if len(tests) == len(self.tests) else "the other"
+                said.append(f"{word} in {where} {len(tests)} measures")
+                said += [f"{title(test.measure)} {_amount(test)}" for test in tests if test.measure == LOSS]
+            elif tests:
+                said.append(f"{word} in {', '.join(f'{title(test.measure)} ({_amount(test)})' for test in tests)}")
+        obstacles = "; ".join(dict.fromkeys(test.obstacle for test in self.tests if test.obstacle))
+        lead = "The random control, " if self.control else ""
+        tail = f" ({obstacles})" if obstacles else ""
+        return f"{lead}{self.one.name} compared with {self.other.name} ({self.role}): {'; '.join(said)}{tail}."
+
+    def test(self, measure: str) -> Test | None:
+        """The test in one measure, if both methods have it."""
+        return next((test for test in self.tests if test.measure == measure), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,32 +70,77 @@ class Verdict:
     rule: str
 
 
-def judge(methods: Sequence[MethodResults], measures: Sequence[str], seed: int = 0) -> Verdict:
-    """The verdict on one group of methods with the same data and evaluation; `seed` draws the resamples of the tests."""
-    pairs = [(one, other, role) for one in methods if _informed(one) for other, role in _controls(one, methods)]
-    planned = [
-        (place, name)
-        for place, (one, other, _) in enumerate(pairs)
-        for name in measures
-        if one.with_measure(name) and other.with_measure(name)
+def judge(
+    methods: Sequence[MethodResults],
+    measures: Sequence[str],
+    swept: Sequence[MethodResults] | None = None,
+    margin: Margin = None,
+) -> Verdict:
+    """The verdict on one group of methods with the same data and evaluation.
+
+    `swept` holds every learning rate of the methods (default: `methods`), `margin` is the grid's.
+    """
+    swept = methods if swept is None else swept
+    pairs = [pair for one in methods if _informed(one) for pair in _controls(one, methods)]
+    # A random control can stand under several informed methods; it counts as one family member.
+    planned: dict[tuple[int, int, str], tuple[str, Difference, float | None, bool]] = {}
+    for one, other, _, _ in pairs:
+        alike = swept_alike(one, other, swept)
+        for name in measures:
+            key = (id(one), id(other), name)
+            if key not in planned and (found := compare(one, other, name)) is not None:
+                planned[key] = (name, found, _margin(margin, other, name, methods), alike)
+    tests = dict(zip(planned, decide(list(planned.values())), strict=True))
+    judged = [
+        Comparison(
+            one, other, role, tuple(tests[key] for name in measures if (key := (id(one), id(other), name)) in tests), control
+        )
+        for one, other, role, control in pairs
     ]
-    resamples = resamples_for(len(planned))
-    found = [compare(*pairs[place][:2], name, seed, resamples) for place, name in planned]
-    paired = [difference for difference in found if difference is not None]
-    corrected = holm([difference.p_value for difference in paired])
-    tests: list[list[Test]] = [[] for _ in pairs]
-    for (place, name), difference, p_holm in zip(planned, paired, corrected, strict=True):
-        tests[place].append(_test(*pairs[place][:2], name, difference, p_holm))
-    comparisons = tuple(Comparison(*pair, tuple(found)) for pair, found in zip(pairs, tests, strict=True) if found)
-    rule = (
-        f"Rule: every test is a paired approximate randomisation over the same prompts (held-out loss: the same records) with {resamples:,} "
-        f"resamples; the outputs of all seeds for one prompt stay together. The p-values are Holm-corrected over the {len(planned)} tests of this "
-        f"verdict. The outcome is better or worse if the corrected p is below {LEVEL:g} and every seed differs in that direction. Otherwise "
-        f"{NONE}, which does not mean that there is none. Column difference: with its 95 % paired bootstrap interval over prompts, "
-        "which is not corrected for multiple tests and excludes the spread over training seeds. Column over seeds: the mean difference of runs "
-        "with the same seed, with its 95 % t-interval over seeds."
+    comparisons = tuple(comparison for comparison in judged if comparison.tests)
+    return Verdict(_headline(methods, comparisons), comparisons, _rule(len(tests), margin))
+
+
+def _rule(tests: int, margin: Margin) -> str:
+    share = margin if isinstance(margin, float | int) else DEFAULT_MARGIN
+    stated = ", ".join(f"{title(name)} {value:g}" for name, value in margin.items()) if isinstance(margin, Mapping) else ""
+    margins = f"{share:.0%} of the difference between the base model and the trained control"
+    margins = f"{stated} as the grid states, otherwise {margins}" if stated else margins
+    return (
+        "Rule: seeds and records are both random and crossed; a difference has the variance σ²(seed)/S + σ²(record)/R + "
+        f"σ²(interaction)/(S·R). Better or worse: p < {LEVEL:g} after Holm's correction over the {tests} tests of this verdict, "
+        f"however small the difference. Equivalent: otherwise, if the 90 % interval lies inside ± the margin ({margins}; without a base model there is none). Otherwise "
+        f"undecided, which does not mean equal. Nothing is decided with fewer than {MIN_SEEDS} seeds on a side, nor where the learning "
+        "rates were not swept alike: the same several rates on both sides, or equally many with the chosen one inside its range. The "
+        "intervals are not corrected for multiple tests. would decide: about how many more seeds per method, or more records, if the "
+        "difference and the variances stayed as estimated; – if neither would within reason. A B gets credit for its information only "
+        "where it is also better than a random B."
     )
-    return Verdict(_headline(methods, comparisons), comparisons, rule)
+
+
+def _margin(margin: Margin, other: MethodResults, name: str, methods: Sequence[MethodResults]) -> float | None:
+    if isinstance(margin, Mapping) and name in margin:
+        return float(margin[name])
+    base, trained = _base_value(other, name, methods), other.estimate(name)
+    if base is None or trained is None or other.first.row.mode == "base":
+        return None
+    share = margin if isinstance(margin, float | int) else DEFAULT_MARGIN
+    return abs(base - trained.value) * share or None
+
+
+def _base_value(trained: MethodResults, name: str, methods: Sequence[MethodResults]) -> float | None:
+    """The base model's value; that of the held-out loss is also the loss before training of a run that starts there."""
+    for method in methods:
+        estimate = method.estimate(name) if method.first.row.mode == "base" else None
+        if estimate is not None and method.first.row.model == trained.first.row.model:
+            return estimate.value
+    if name == LOSS:
+        for method in (trained, *methods):
+            row, heldout = method.first.row, method.first.record.get("heldout")
+            starts = row.mode in METHODS and METHODS[row.mode].starts_at_base(_plan(method))
+            if heldout and starts and row.model == trained.first.row.model:
+                return float(heldout["before"]["loss"])
+    return None
 
 
 def _plan(method: MethodResults) -> dict[str, object]:
@@ -125,18 +151,19 @@ def _informed(method: MethodResults) -> bool:
     return _plan(method).get("b_init") == "basis" and method.first.row.n_models != 0
 
 
-def _controls(one: MethodResults, methods: Sequence[MethodResults]) -> list[tuple[MethodResults, str]]:
+def _controls(one: MethodResults, methods: Sequence[MethodResults]) -> list[tuple[MethodResults, MethodResults, str, bool]]:
+    """(one, other, role, control) for each control of `one`; below each LoRA stands the random control against the same LoRA."""
     row, trained = one.first.row, one.first.trained
     found = []
+    random = [other for other in methods if _like(other, one) and _plan(other).get("b_init") == "orthonormal"]
     for role in (RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE):
         for other in methods:
-            theirs, start = other.first.row, _plan(other).get("b_init")
+            theirs = other.first.row
             same_rank = theirs.rank == row.rank
-            like = theirs.mode == row.mode and same_rank
             size = other.first.trained
             fits = {
-                RANDOM_B: like and start == "orthonormal",
-                BASE_B: like and start == "basis" and theirs.n_models == 0,
+                RANDOM_B: any(other is control for control in random),
+                BASE_B: _like(other, one) and _plan(other).get("b_init") == "basis" and theirs.n_models == 0,
                 LORA_RANK: theirs.mode == BASELINE and same_rank,
                 LORA_SIZE: theirs.mode == BASELINE
                 and not same_rank
@@ -145,19 +172,15 @@ def _controls(one: MethodResults, methods: Sequence[MethodResults]) -> list[tupl
                 BASE: theirs.mode == "base",
             }
             if fits[role] and theirs.model == row.model:
-                found.append((other, role))
+                found.append((one, other, role, False))
+                if role in (LORA_RANK, LORA_SIZE):
+                    found += [(control, other, role, True) for control in random]
     return found
 
 
-def _test(one: MethodResults, other: MethodResults, name: str, paired: PairedDifference, p_holm: float) -> Test:
-    sign = 1 if higher_is_better(name) else -1
-    by_seed = differences_by_seed(one, other, name)
-    agreeing = sum(difference * paired.difference > 0 for difference in by_seed)
-    outcome = NONE
-    if p_holm < LEVEL and paired.difference and agreeing == len(by_seed):
-        outcome = BETTER if sign * paired.difference > 0 else WORSE
-    over_seeds = t_interval(by_seed) if len(by_seed) > 1 else None
-    return Test(name, paired, p_holm, outcome, agreeing, len(by_seed), over_seeds)
+def _like(other: MethodResults, one: MethodResults) -> bool:
+    theirs, row = other.first.row, one.first.row
+    return (theirs.mode, theirs.rank, theirs.model) == (row.mode, row.rank, row.model)
 
 
 def _headline(methods: Sequence[MethodResults], comparisons: Sequence[Comparison]) -> str:
@@ -171,24 +194,67 @@ def _headline(methods: Sequence[MethodResults], comparisons: Sequence[Comparison
         (RANDOM_B, "a random orthonormal B", "the random control", f"--mode {modes} --rank {ranks} --b-init orthonormal"),
         (LORA_RANK, "LoRA at equal rank", "LoRA at equal rank", f"--mode lora --rank {ranks}"),
     ):
-        tests = [test for comparison in comparisons if comparison.role == role for test in comparison.tests]
+        found = [comparison for comparison in comparisons if comparison.role == role and not comparison.control]
+        tests = [test for comparison in found for test in comparison.tests]
         if not tests:
             sentences.append(f"No conclusion about {control}: there is no finished run of it. Train it with {flags}.")
             continue
-        better, worse = (sum(test.outcome == word for test in tests) for word in (BETTER, WORSE))
-        total = f"{len(tests)} tests"
-        if better and worse:
-            sentences.append(f"Compared with {claim}, the informed B was better in {better} and worse in {worse} of {total}.")
-        elif better or worse:
-            sentences.append(
-                f"Compared with {claim}, the informed B was {BETTER if better else WORSE} in {better or worse} of {total} and "
-                f"{WORSE if better else BETTER} in none."
-            )
-        else:
-            sentences.append(f"Compared with {claim}, the informed B made no difference that could be shown in any of {total}.")
-    if comparisons and all(test.seeds == 1 for comparison in comparisons for test in comparison.tests):
-        sentences.append("Each method was trained with only one seed, so the spread over seeds is unknown.")
+        sentence = f"Compared with {claim}, the informed B is {_tally(tests)}"
+        if role == LORA_RANK:
+            sentence += _credit(found, comparisons)
+        sentences.append(f"{sentence}.")
+    tests = [test for comparison in comparisons for test in comparison.tests]
+    if any(FEW_SEEDS in test.obstacle for test in tests):
+        sentences.append(f"A decision needs at least {MIN_SEEDS} seeds per method.")
+    if not all(test.alike for test in tests):
+        sentences.append("A decision needs learning rates that were swept alike.")
     return " ".join(sentences)
+
+
+def _tally(tests: Sequence[Test]) -> str:
+    """`better in 2 (rouge1, rouge2) and undecided in 5 of 7 tests`."""
+    parts = []
+    for word in (BETTER, WORSE, EQUIVALENT, UNDECIDED):
+        names = [title(test.measure) for test in tests if test.outcome == word]
+        if names:
+            named = f" ({', '.join(dict.fromkeys(names))})" if word in (BETTER, WORSE) and len(set(names)) <= 3 else ""
+            parts.append(f"{word} in {'all ' if len(names) == len(tests) > 1 else ''}{len(names)}{named}")
+    all_alike = len(parts) == 1 and len(tests) > 1
+    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"{listed} tests" if all_alike else f"{listed} of {len(tests)} tests" if len(tests) > 1 else f"{listed} test"
+
+
+def _credit(found: Sequence[Comparison], comparisons: Sequence[Comparison]) -> str:
+    """What the information in B deserves where an informed B is better than LoRA; empty where it never is."""
+    credited, shared, better = 0, 0, 0
+    for comparison in found:
+        for test in comparison.tests:
+            if test.outcome != BETTER:
+                continue
+            better += 1
+            random = [c for c in comparisons if c.one is comparison.one and c.role == RANDOM_B]
+            controls = [
+                c for c in comparisons if c.control and c.other is comparison.other and any(c.one is r.other for r in random)
+            ]
+            informed = [against for c in random if (against := c.test(test.measure))]
+            likewise = [against for c in controls if (against := c.test(test.measure))]
+            credited += bool(informed) and all(against.outcome == BETTER for against in informed)
+            shared += any(against.outcome == BETTER for against in likewise)
+    if not better or credited == better:
+        return ""
+    so_is = (
+        ", but so is a random B"
+        if shared == better
+        else f", but so is a random B in {shared} of these {better}"
+        if shared
+        else ""
+    )
+    credit = (
+        "no credit to the information in B"
+        if not credited
+        else f"the information in B gets credit in {credited} of these {better}"
+    )
+    return f"{so_is}: {credit}" if so_is else f", but it is not shown to be better than a random B: {credit}"
 
 
 def title(measure: str) -> str:
@@ -202,8 +268,9 @@ def digits(measure: str) -> int:
 
 
 def _amount(test: Test) -> str:
-    places, paired = digits(test.measure), test.paired
-    if paired.ci95 is None:
-        return f"{paired.difference:+.{places}f} (one record)"
-    low, high = paired.ci95
-    return f"{paired.difference:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]"
+    places, found = digits(test.measure), test.found
+    if found.ci95 is None:
+        return f"{found.difference:+.{places}f}, no interval"
+    low, high = found.ci95
+    over = " over records only" if found.kind == EXAMPLES else ""
+    return f"{found.difference:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]{over}"

@@ -76,7 +76,7 @@ def test_the_base_model_answers_the_same_records_first(trained: dict[str, Path],
     config = EvaluateConfig(runs=(str(trained[kind]),), with_base=True, output_dir=str(tmp_path / "out"), **FAST)
     base, run = evaluate(config)
     assert base.name == f"{tiny_model} (base)"
-    assert paired_differences(run, base, 0)["rouge1"].n == HELD_OUT
+    assert paired_differences(run, base)["rouge1"].n == HELD_OUT
     assert base.name in metrics_table([base, run])
     alone = evaluate_model(tiny_model, RunDirectory(trained[kind]).test_records, tmp_path / "alone", template="chat")
     answers = [EvaluationDirectory(tmp_path / place).predictions.read_bytes() for place in ("out/base", "alone")]

@@ -276,3 +276,23 @@ def test_a_row_s_name_is_one_folder_s_name(tmp_path: Path) -> None:
     assert ["peft-config-loha.json" in name for name in names] == [True, False]
     with pytest.raises(UsageError, match=r"cannot name a folder; the values that tell rows apart must consist of letters"):
         grid_of({"mode": "lora", "target_modules": [["q_proj"], ["a/../../k_proj"]]})
+
+
+@pytest.mark.parametrize("margin", [None, 0.2, {"heldout_loss": 0.01, "rouge1": 0.005}])
+def test_the_margin_of_equivalence_reaches_the_grid(margin: Any) -> None:
+    assert grid_of({"mode": "lora"}, margin=margin).margin == margin
+
+
+@pytest.mark.parametrize(
+    ("margin", "message"),
+    [
+        (0, "margin must be a share of what training gains, above 0 and at most 1"),
+        (1.5, "margin must be a share of what training gains, above 0 and at most 1"),
+        ("small", "margin must be a share of what training gains"),
+        ({"rouge1": -1}, "margin: rouge1 must be a number above 0, not -1"),
+        ({"rogue1": 0.1}, "rouge1"),
+    ],
+)
+def test_an_impossible_margin_is_refused(margin: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        grid_of({"mode": "lora"}, margin=margin)

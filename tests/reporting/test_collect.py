@@ -358,3 +358,10 @@ def test_a_plan_with_damaged_steps_is_refused(recorded):
     rundir.write_json(recorded / "plan.json", plan)
     with pytest.raises(CoraError, match=r"steps\[0\].facts is missing"):
         read_plan(recorded)
+
+
+def test_a_plan_carries_the_margin_and_one_from_before_margins_is_read_too(tmp_path):
+    rows = [Made("lora", "lora")]
+    assert read_plan(make_grid(tmp_path / "old", rows)).margin is None
+    assert read_plan(make_grid(tmp_path / "new", rows, margin={LOSS: 0.01})).margin == {LOSS: 0.01}
+    assert read_plan(make_grid(tmp_path / "share", rows, margin=0.2)).margin == 0.2

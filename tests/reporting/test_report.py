@@ -112,7 +112,7 @@ def test_a_grid_of_losses_alone_is_reported_in_every_format(made_grid, tmp_path)
 def test_every_format_and_every_plot_is_written(written):
     assert {path.name for path in written.iterdir()} == {*FILES.values(), "plots"}
     names = {path.name for path in (written / "plots").iterdir()}
-    assert names == {f"1-{name}.{kind}" for name in ("loss", "by-rank", "bars", "pareto") for kind in ("svg", "png")}
+    assert names == {f"1-{name}.{kind}" for name in ("forest", "loss", "by-rank", "bars", "pareto") for kind in ("svg", "png")}
 
 
 def test_the_papers_number_stands_beside_ours(written):
@@ -211,15 +211,59 @@ def test_the_same_directories_give_the_same_bytes(paper_grid, written, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def ladder_text(made_grid):
-    return report([str(made_grid)], "markdown")
+def swept_report(tmp_path_factory):
+    """Three seeds at two rates each: fb is clearly the best, lora and the random control are alike; all formats on disk."""
+    root = tmp_path_factory.mktemp("swept")
+    rows = [Made("base", "base", skill=0.2, rank=None, rate=None)]
+    for rate, handicap in ((1e-3, 0.0), (3e-3, 0.3)):
+        for seed in range(3):
+            rows += [
+                Made("lora", "lora", seed, 0.5, 1.0 + handicap, rate=rate, trained=2000),
+                Made("fb", "fb", seed, 0.9, 0.8 + handicap, n_models=2, rate=rate),
+                Made("fb orthonormal", "fb", seed, 0.5, 1.0 + handicap, b_init="orthonormal", rate=rate),
+            ]
+    report([str(make_grid(root / "grid", rows, margin={"heldout_loss": 0.05}))], output_dir=root / "report")
+    return root / "report"
 
 
-def test_the_best_is_bold_where_the_tests_support_it_and_the_note_says_what_bold_means(ladder_text):
-    (fb,) = [line for line in ladder_text.splitlines() if line.startswith("| **fb") or line.startswith("| fb r=4 n=2")][:1]
-    assert fb.count("**") == 2 * 4
-    assert ladder_text.count("Bold: the best value of its column") == 1
-    assert "Holm-corrected over the table" in ladder_text
+def test_the_best_is_bold_where_it_is_better_by_the_rule_and_the_note_says_what_bold_means(swept_report):
+    text = (swept_report / "report.md").read_text()
+    fb = next(line for line in text.splitlines() if line.startswith(("| **fb", "| fb r=4 n=2")))
+    assert fb.count("**") >= 2 * 3
+    assert text.count("Bold: the best value of its column") == 1
+    assert "Holm-corrected over the table" in text
+
+
+def test_the_page_opens_with_the_forest_plot_in_which_the_controls_row_is_under_the_informed_one(swept_report):
+    page = (swept_report / "report.html").read_text()
+    assert page.index("<figure") < page.index("<table")
+    svg = (swept_report / "plots" / "1-forest.svg").read_text()
+    labels = [element.text.strip() for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
+    informed = labels.index("fb r=4 n=2 − lora r=4")
+    assert labels[informed + 1] == "↳ fb orthonormal r=4 − lora r=4"
+    assert {"better", "equivalent", "undecided"} & set(labels)
+
+
+def test_the_json_and_the_csv_have_every_number_of_a_test(swept_report):
+    data = json.loads((swept_report / "report.json").read_text())
+    assert data["format_version"] == 2
+    comparisons = data["experiments"][0]["groups"][0]["verdict"]["comparisons"]
+    test = next(test for test in comparisons[0]["tests"] if test["measure"] == "heldout_loss")
+    assert test["outcome"] == "better"
+    assert test["margin"] == 0.05  # the grid's
+    assert test["ci95"][0] < test["ci90"][0] < test["difference"] < test["ci90"][1] < test["ci95"][1]
+    assert test["p"] <= test["p_holm"] < 0.05
+    assert test["seeds"] == [3, 3]
+    assert set(test["components"]) == {"seed", "record", "interaction"}
+    rows = csv.DictReader(io.StringIO((swept_report / "report.csv").read_text()))
+    row = next(row for row in rows if row["outcome"] and row["measure"] == "heldout_loss")
+    assert (float(row["value"]), float(row["p_holm"])) == (test["difference"], test["p_holm"])
+
+
+def test_two_seeds_never_print_an_interval_of_zero_width(made_grid):
+    text = report([str(made_grid)], "markdown")
+    assert "± 0.000" not in text
+    assert "A decision needs at least 3 seeds per method." in text
 
 
 def test_nothing_is_bold_where_the_best_two_are_alike(tmp_path):

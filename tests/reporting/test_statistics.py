@@ -1,10 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import sacrebleu
-import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cora_cli.crossed import crossed
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics.bleu import SacreBleu
 from cora_cli.reporting.measures import LOSS
@@ -12,32 +14,17 @@ from cora_cli.reporting.statistics import (
     EXAMPLES,
     SEEDS,
     MethodResults,
-    best_methods,
     compare,
     group_methods,
     holm,
-    resamples_for,
-    t_interval,
 )
+from cora_cli.reporting.summary import best_methods
 
 from .helpers import result
 
 
 def scores(mean, n=50, seed=0):
     return mean + 0.1 * np.random.default_rng(seed).standard_normal(n)
-
-
-@pytest.mark.parametrize("count", [2, 3, 10])
-def test_the_interval_over_seeds_is_scipys(count):
-    values = list(np.random.default_rng(count).standard_normal(count))
-    mean, half = t_interval(values)
-    low, high = scipy.stats.t.interval(0.95, count - 1, loc=np.mean(values), scale=scipy.stats.sem(values))
-    assert (mean - half, mean + half) == pytest.approx((low, high))
-
-
-def test_two_seeds_give_the_interval_computed_by_hand():
-    # t(0.975, 1) = 12.7062; the values differ by 2, so that s / √2 = 1.
-    assert t_interval([1.0, 3.0]) == pytest.approx((2.0, 12.7062), abs=1e-4)
 
 
 def test_holms_p_values_are_those_computed_by_hand():
@@ -56,12 +43,43 @@ def test_holm_lies_between_no_correction_and_bonferronis_and_keeps_the_order(p_v
     assert (np.diff(np.array(adjusted)[order]) >= 0).all()
 
 
-def test_one_seed_keeps_the_recorded_bootstrap_interval_and_several_get_a_t_interval():
-    one = MethodResults((result(rouge1=[0.2, 0.4]),)).estimate("rouge1")
-    assert (one.kind, one.low, one.high, one.seeds) == (EXAMPLES, pytest.approx(0.2), pytest.approx(0.5), 1)
-    several = MethodResults((result(rouge1=[0.2, 0.4]), result(seed=1, rouge1=[0.4, 0.6]))).estimate("rouge1")
-    assert (several.kind, several.value, several.seeds, several.n) == (SEEDS, pytest.approx(0.4), 2, 2)
-    assert several.half_width == pytest.approx(12.7062 * 0.1, rel=1e-4)
+def method(name="fb", seeds=(0, 1, 2), mean=0.5, deviation=0.0, n=50, record=None, **more):
+    """A method whose record scores share one draw, with a draw for each seed and record."""
+    runs = []
+    for seed in seeds:
+        own = np.random.default_rng([seed, *name.encode()])
+        shift = deviation * own.standard_normal()
+        runs.append(result(name, seed, record=record, rouge1=scores(mean, n) + shift + 0.01 * own.standard_normal(n), **more))
+    return MethodResults(tuple(runs))
+
+
+def test_one_seed_keeps_the_recorded_interval_over_records_and_says_so():
+    one = method(seeds=(0,)).estimate("rouge1")
+    assert (one.kind, one.seeds) == (EXAMPLES, 1)
+    assert one.ci95 == (pytest.approx(one.value - 0.1), pytest.approx(one.value + 0.2))
+
+
+def test_the_interval_of_several_seeds_includes_records_and_seeds():
+    records_only = method(seeds=(0, 1, 2)).estimate("rouge1")
+    assert (records_only.kind, records_only.seeds, records_only.n) == (SEEDS, 3, 50)
+    over_records = 2.01 * np.std(scores(0.5), ddof=1) / np.sqrt(50)
+    assert records_only.half_width == pytest.approx(over_records, rel=0.1)
+    assert method(seeds=(0, 1, 2), deviation=0.1).estimate("rouge1").half_width > 2 * over_records
+
+
+def test_two_seeds_that_agree_by_chance_have_no_interval_of_zero():
+    # The t-interval over the two values printed 0.444 ± 0.000.
+    x = scores(0.444)
+    both = MethodResults((result(rouge1=x), result(seed=1, rouge1=np.random.default_rng(5).permutation(x))))
+    estimate = both.estimate("rouge1")
+    assert estimate.half_width > 0.015
+
+
+def test_one_record_has_no_interval():
+    both = MethodResults((result(rouge1=[0.2]), result(seed=1, rouge1=[0.3])))
+    assert both.estimate("rouge1").ci95 is None
+    found = compare(both, MethodResults((result("lora", rouge1=[0.1]), result("lora", 1, rouge1=[0.1]))), "rouge1")
+    assert (found.ci95, found.ci90, found.p_value) == (None, None, None)
 
 
 def test_runs_that_cannot_train_have_no_spread_over_seeds():
@@ -88,14 +106,39 @@ def test_two_rows_of_one_method_and_seed_are_refused_by_name():
         group_methods([result(), result()])
 
 
-def test_the_paired_test_is_that_of_the_means_over_seeds():
-    one = MethodResults((result(rouge1=scores(0.5, seed=1)), result(seed=1, rouge1=scores(0.5, seed=2))))
-    other = MethodResults((result(rouge1=scores(0.46, seed=3)),))
+def test_with_the_same_seeds_the_differences_of_each_seed_are_compared():
+    one, other = method("fb", deviation=0.05), method("lora", deviation=0.05, mean=0.45)
     found = compare(one, other, "rouge1")
-    difference = (scores(0.5, seed=1) + scores(0.5, seed=2)) / 2 - scores(0.46, seed=3)
-    reference = scipy.stats.permutation_test((difference,), np.mean, permutation_type="samples", n_resamples=9999, rng=0)
-    assert found.difference == pytest.approx(difference.mean())
-    assert found.p_value == pytest.approx(reference.pvalue, abs=0.015)
+    stacked = [np.stack([run.measures["rouge1"].statistics[:, 0] for run in side.results]) for side in (one, other)]
+    reference = crossed([stacked[0] - stacked[1]])
+    assert (found.paired, found.seeds, found.kind) == (True, (3, 3), SEEDS)
+    assert found.difference == pytest.approx(float(reference.difference))
+    assert found.p_value == pytest.approx(float(reference.p_value()))
+    assert found.ci95 == pytest.approx([float(end) for end in reference.interval(0.95)])
+
+
+def test_methods_of_other_seeds_are_compared_with_a_seed_variance_for_each():
+    found = compare(method("fb", (0, 1, 2)), method("lora", (3, 4, 5, 6)), "rouge1")
+    assert (found.paired, found.seeds) == (False, (3, 4))
+
+
+def test_seeds_that_only_one_side_has_are_left_out_where_enough_are_shared():
+    found = compare(method("fb", (0, 1, 2)), method("lora", (0, 1, 2, 3)), "rouge1")
+    assert (found.paired, found.seeds) == (True, (3, 3))
+
+
+def test_a_base_model_has_no_seeds_and_is_compared_with_every_seed():
+    base = result("base", rouge1=scores(0.3))
+    base = MethodResults((dataclasses.replace(base, row=dataclasses.replace(base.row, mode="base", learning_rate=None)),))
+    found = compare(method("fb"), base, "rouge1")
+    assert (found.paired, found.seeds, found.kind) == (True, (3, None), SEEDS)
+    assert found.p_value < 1e-3
+
+
+def test_a_single_seed_has_an_interval_over_records_and_no_p_value():
+    found = compare(method("fb", (0,)), method("lora", (0,)), "rouge1")
+    assert (found.kind, found.p_value) == (EXAMPLES, None)
+    assert found.ci95 is not None
 
 
 def test_the_held_out_loss_is_compared_as_a_ratio_of_sums():
@@ -119,45 +162,35 @@ def test_corpus_bleu_is_the_mean_over_seeds_of_each_seeds_own_corpus_value():
     assert found.difference == pytest.approx((values[0] + values[1]) / 2 - values[2])
 
 
-def test_the_best_is_supported_only_where_it_differs_from_every_other():
-    low, high, near = (
-        MethodResults((result(name, rouge1=scores(mean, seed=seed)),))
-        for name, mean, seed in (("low", 0.2, 1), ("high", 0.8, 2), ("near", 0.79, 3))
-    )
-    assert best_methods([low, high], ["rouge1"]) == {"rouge1": (1, 1 / 5000, True)}
-    place, p_holm, _ = best_methods([low, high, near], ["rouge1"])["rouge1"]
-    assert place == 1
-    assert p_holm > 0.05
-
-
-def test_tests_of_all_measures_are_corrected_together():
-    methods = [
-        MethodResults((result(str(place), rouge1=scores(mean, seed=place), rougeL=scores(mean, seed=place + 10)),))
-        for place, mean in enumerate((0.2, 0.8))
+def swept(*methods):
+    """Every method at two learning rates, the second of which was chosen."""
+    other = [
+        MethodResults(tuple(dataclasses.replace(r, row=dataclasses.replace(r.row, learning_rate=9.0)) for r in one.results))
+        for one in methods
     ]
-    found = best_methods(methods, ["rouge1", "rougeL"])
-    assert [p_holm for _, p_holm, _ in found.values()] == [2 / 5000, 2 / 5000]
+    return [*methods, *other]
 
 
-def test_a_method_that_one_seed_puts_behind_is_not_the_supported_best():
-    high = MethodResults(
-        tuple(result(f"high{seed}", seed=seed, rouge1=scores(mean, seed=seed)) for seed, mean in ((0, 0.95), (1, 0.3)))
-    )
-    low = MethodResults(tuple(result(f"low{seed}", seed=seed, rouge1=scores(0.4, seed=5 + seed)) for seed in (0, 1)))
-    place, p_holm, seeds_agree = best_methods([high, low], ["rouge1"])["rouge1"]
-    assert (place, p_holm < 0.05, seeds_agree) == (0, True, False)
+def test_the_best_is_supported_only_where_it_is_better_than_every_other():
+    low, high, near = method("low", mean=0.2), method("high", mean=0.8), method("near", mean=0.799)
+    best = best_methods([low, high], ["rouge1"], swept(low, high))["rouge1"]
+    assert (best.place, best.supported) == (1, True)
+    assert best.p_holm < 0.001
+    assert not best_methods([low, high, near], ["rouge1"], swept(low, high, near))["rouge1"].supported
+    assert not best_methods([low, high], ["rouge1"])["rouge1"].supported  # one rate each was no sweep
+
+
+def test_a_best_method_whose_seeds_disagree_is_not_supported():
+    high, low = method("high", mean=0.6, deviation=0.3), method("low", mean=0.4)
+    assert not best_methods([high, low], ["rouge1"], swept(high, low))["rouge1"].supported
 
 
 def test_of_losses_the_least_is_the_best():
     methods = [
         MethodResults((result(name, **{LOSS: [[loss * 2, 2], [loss * 3, 3]]}),)) for name, loss in (("a", 2.0), ("b", 1.0))
     ]
-    assert best_methods(methods, [LOSS])[LOSS][0] == 1
+    assert best_methods(methods, [LOSS])[LOSS].place == 1
 
 
 def test_a_method_alone_is_not_the_best_of_anything():
     assert best_methods([MethodResults((result(rouge1=[0.1, 0.2]),))], ["rouge1"]) == {}
-
-
-def test_the_smallest_p_value_survives_the_correction_of_any_number_of_tests():
-    assert all(tests / (1 + resamples_for(tests)) < 0.05 for tests in (1, 100, 250, 1000, 5000))

@@ -1,0 +1,93 @@
+"""Turns the differences of one family of tests into the words better, worse, equivalent and undecided, by one rule.
+
+It also projects how many more seeds or records would decide, from the components of variance.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from scipy.special import stdtrit
+
+from cora_cli.reporting.statistics import LEVEL, MIN_SEEDS, SEEDS, Difference, higher_is_better, holm
+
+BETTER, WORSE, EQUIVALENT, UNDECIDED = "better", "worse", "equivalent", "undecided"
+FEW_SEEDS, UNSWEPT = f"fewer than {MIN_SEEDS} seeds", "learning rates not swept alike"
+_MOST_SEEDS, _MOST_RECORDS = 50, 10_000
+"""Projections beyond these totals are not worth printing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+    """One measure of one comparison with its outcome.
+
+    `p_holm` is corrected over the tests of the family, None without a p-value. `margin` is the largest difference that counts as none, or
+    None if it is unknown. `obstacle` is FEW_SEEDS, UNSWEPT, both, or empty; `alike` says whether the
+    learning rates were swept alike. `more_seeds` (per method) and `more_records` would each decide an
+    undecided test if the difference stayed as it is; None where neither more seeds nor more records would within reason.
+    """
+
+    measure: str
+    found: Difference
+    p_holm: float | None
+    margin: float | None
+    outcome: str
+    obstacle: str
+    more_seeds: int | None
+    more_records: int | None
+    alike: bool
+
+
+def decide(planned: Sequence[tuple[str, Difference, float | None, bool]]) -> list[Test]:
+    """The tests of one family: (measure, difference, margin, whether the learning rates were swept alike) each."""
+    corrected = iter(holm([found.p_value for _, found, _, _ in planned if found.p_value is not None]))
+    tests = []
+    for measure, found, margin, alike in planned:
+        p_holm = None if found.p_value is None else next(corrected)
+        few = found.fewest_seeds is not None and found.fewest_seeds < MIN_SEEDS
+        obstacle = " and ".join(reason for reason, holds in ((FEW_SEEDS, few), (UNSWEPT, not alike)) if holds)
+        outcome = UNDECIDED if obstacle else _outcome(measure, found, p_holm, margin)
+        more: tuple[int | None, int | None] = (None, None)
+        if outcome == UNDECIDED and alike:
+            more = needed(found, margin, len(planned))
+        tests.append(Test(measure, found, p_holm, margin, outcome, obstacle, *more, alike))
+    return tests
+
+
+def _outcome(measure: str, found: Difference, p_holm: float | None, margin: float | None) -> str:
+    if p_holm is not None and p_holm < LEVEL:
+        return BETTER if (found.difference > 0) == higher_is_better(measure) else WORSE
+    if margin is not None and found.ci90 is not None and -margin < found.ci90[0] and found.ci90[1] < margin:
+        return EQUIVALENT
+    return UNDECIDED
+
+
+def needed(found: Difference, margin: float | None, tests: int) -> tuple[int | None, int | None]:
+    """About how many more seeds per method, and how many more records, would each decide; None where they would not within reason.
+
+    The components of variance and the difference stay as estimated. Holm's correction counts as Bonferroni's over `tests`.
+    """
+    seeds, records = found.fewest_seeds, found.n
+    if found.kind != SEEDS or seeds is None or seeds < 2:
+        return None, None
+    more_seeds = range(max(seeds + 1, MIN_SEEDS), _MOST_SEEDS + 1)
+    by_seeds = next((total - seeds for total in more_seeds if _decides(found, total, records, margin, tests)), None)
+    by_records = None
+    if seeds >= MIN_SEEDS:
+        totals = (math.ceil(records * 1.1**step) for step in range(1, 60) if records * 1.1**step <= _MOST_RECORDS)
+        by_records = next((total - records for total in totals if _decides(found, seeds, total, margin, tests)), None)
+    return by_seeds, by_records
+
+
+def _decides(found: Difference, seeds: int, records: int, margin: float | None, tests: int) -> bool:
+    by_seed, by_record = (found.fewest_seeds or seeds) / seeds, found.n / records
+    interaction = found.interaction_variance * by_seed * by_record
+    over_seeds, over_records = found.seed_variance * by_seed + interaction, found.record_variance * by_record
+    variance = over_seeds + over_records
+    if variance <= 0:
+        return False
+    freedom = variance**2 / (over_seeds**2 / (seeds - 1) + over_records**2 / (records - 1))
+    error = math.sqrt(variance)
+    shown = abs(found.difference) > float(stdtrit(freedom, 1 - LEVEL / tests / 2)) * error
+    alike = margin is not None and abs(found.difference) + float(stdtrit(freedom, 1 - LEVEL)) * error < margin
+    return shown or alike
