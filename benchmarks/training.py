@@ -151,7 +151,9 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
             def __iter__(self) -> Iterator[list[int]]:
                 return iter(self._chosen)
 
-        trainer = CoraTrainer(model, arguments, examples, None, Path("unused"), 1, BatchForm("packed", shares))
+        trainer = CoraTrainer(
+            model, arguments, examples, None, Path("unused"), 1, BatchForm("packed", shares), arguments.max_steps
+        )
         trainer.batches = Chosen(batches)
     else:
         order = [index for batch in batches for index in batch]

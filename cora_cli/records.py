@@ -163,6 +163,13 @@ class FinishedRun(Run):
     validation: NotRequired[Loss | None]
 
 
+class Stop(TypedDict):
+    """`stops/<step>.json`: the validation loss of a run that stopped at a step."""
+
+    step: int
+    validation: Loss
+
+
 class LogLine(TypedDict):
     """A line of `log.jsonl`."""
 
@@ -362,6 +369,7 @@ class RunStatus(TypedDict):
     """What a grid needs to know of the run that a step wrote."""
 
     status: str
+    diverged: NotRequired[bool]
 
 
 class FinishedStep(StepRecord):

@@ -237,6 +237,10 @@ class RunDirectory:
         """`heldout.jsonl`: the token count of each held-out record and its negative log-likelihood before and after training."""
         return self.root / "heldout.jsonl"
 
+    def stop(self, step: int) -> Path:
+        """`stops/<step>.json`: the validation loss at which `--stop-at` left the run."""
+        return self.root / "stops" / f"{step}.json"
+
     @cached_property
     def evaluation(self) -> Path:
         """Default output directory of `cora evaluate RUN`."""

@@ -17,7 +17,7 @@ DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 Reporter = Literal["none", "tensorboard", "wandb", "trackio"]
 _WHAT, _DATA, _OPTIM, _RUN = "Method", "Data", "Optimisation", "Run"
 NOT_PART_OF_THE_RESULT = frozenset(
-    {"output_dir", "resume", "report_to", "device", "save_steps", "keep_checkpoints", "model", "dataset", "basis"}
+    {"output_dir", "resume", "stop_at", "report_to", "device", "save_steps", "keep_checkpoints", "model", "dataset", "basis"}
 )
 """Settings that may differ between a run and its resumption: they do not change the result, or they locate an input whose content
 hash is compared anyway."""
@@ -90,8 +90,10 @@ class _SharedSettings:
     warmup_ratio: float = setting(
         "Fraction of the steps over which the learning rate warms up, rounded up to a step.", 0.03, panel=_OPTIM
     )
-    lr_schedule: Literal["linear", "cosine", "constant"] = setting(
-        "Learning-rate schedule after warm-up.", "linear", panel=_OPTIM
+    lr_schedule: Literal["linear", "cosine", "constant", "constant-decay"] = setting(
+        "Learning-rate schedule after warm-up; constant-decay: constant, then linear to 0 over the last fifth of the steps.",
+        "linear",
+        panel=_OPTIM,
     )
     weight_decay: float = setting("AdamW's weight decay.", 0.0, panel=_OPTIM)
     max_grad_norm: float = setting("Clip the gradient norm to this value; 0 disables clipping.", 1.0, panel=_OPTIM)
@@ -108,6 +110,11 @@ class _SharedSettings:
     resume: bool = setting(
         "Continue the run in --output-dir from its last complete checkpoint; start a new run if there is none.",
         False,
+        panel=_RUN,
+    )
+    stop_at: int | None = setting(
+        "Stop after optimizer step N of the schedule with a checkpoint and the validation loss, stops/N.json; --resume continues.",
+        None,
         panel=_RUN,
     )
     report_to: Reporter = setting(
@@ -143,9 +150,12 @@ class _SharedSettings:
                 ("eval_limit", self.eval_limit is None or self.eval_limit >= 1, "at least 1"),
                 ("save_steps", self.save_steps >= 1, "at least 1"),
                 ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
+                ("stop_at", self.stop_at is None or self.stop_at >= 1, "at least 1"),
             )
             if not ok
         ]
+        if self.stop_at is not None and self.validation_size is None:
+            problems.append("--stop-at needs --validation-size: the validation loss is its result")
         method = METHODS[self.mode]
         allowed = taken_settings(method)
         if not method.is_adapter:

@@ -133,9 +133,24 @@ def warmup_steps(ratio: float, steps: int) -> int:
     return math.ceil(steps * ratio) if steps > 1 else 0
 
 
+_SCHEDULERS = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "constant": "constant_with_warmup",
+    "constant-decay": "warmup_stable_decay",
+}
+_DECAY_SHARE = 0.2
+
+
+def _decay(steps: int, warmup: int) -> dict[str, Any]:
+    """The Trainer's settings for a linear decay over the last fifth of a run of `steps`, or what the warm-up leaves of it."""
+    return {"num_decay_steps": min(math.ceil(_DECAY_SHARE * steps), steps - warmup), "decay_type": "linear"}
+
+
 def training_arguments(config: TrainConfig, prepared: Prepared, run: RunDirectory) -> TrainingArguments:
     """The configuration as the Trainer's arguments; under a launcher, creating them also starts the process group."""
-    hardware = prepared.hardware
+    hardware, steps = prepared.hardware, total_steps(config, len(prepared.train.examples))
+    warmup = warmup_steps(config.warmup_ratio, steps)
     return TrainingArguments(
         output_dir=str(run.checkpoints),
         per_device_train_batch_size=config.batch_size,
@@ -143,8 +158,9 @@ def training_arguments(config: TrainConfig, prepared: Prepared, run: RunDirector
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
-        warmup_steps=warmup_steps(config.warmup_ratio, total_steps(config, len(prepared.train.examples))),
+        lr_scheduler_type=_SCHEDULERS[config.lr_schedule],
+        lr_scheduler_kwargs=_decay(steps, warmup) if config.lr_schedule == "constant-decay" else None,
+        warmup_steps=warmup,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch_fused",

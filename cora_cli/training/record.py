@@ -21,7 +21,7 @@ from cora_cli.training.batching import Batching
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.prepare import Prepared
 
-FINISHED, RUNNING, FAILED = "finished", "running", "failed"
+FINISHED, RUNNING, FAILED, STOPPED = "finished", "running", "failed", "stopped"
 
 
 def first_record(

@@ -35,14 +35,14 @@ from cora_cli.models.references import absolute
 from cora_cli.models.skeleton import fused_experts
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_json, read_jsonl
-from cora_cli.records import LogLine, RunStatus, read_run
+from cora_cli.records import LogLine, RunStatus, Stop, read_run
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import Batching, choose_batching
 from cora_cli.training.checkpoints import checkpoints_in, newest_intact, step_of
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
-from cora_cli.training.record import FAILED, FINISHED, first_record, peak_memory_bytes
+from cora_cli.training.record import FAILED, FINISHED, STOPPED, first_record, peak_memory_bytes
 from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line
 
 
@@ -62,6 +62,9 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
     forget_settings()
     prepared = prepare(config)
     arguments = training_arguments(config, prepared, run)
+    steps = total_steps(config, len(prepared.train.examples))
+    if config.stop_at is not None and config.stop_at >= steps:
+        raise CoraError(f"--stop-at must be below the {steps} steps of the run, not {config.stop_at}")
     main = arguments.process_index == 0
     fingerprint = prepared.fingerprint(config)
 
@@ -71,6 +74,9 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
 
     if _agree(arguments, open_directory):
         record = read_run(run)
+        if config.stop_at and _has_stopped_at(run, config.stop_at):
+            say(f"{run.root} has already stopped at step {config.stop_at}")
+            return record
         if record["status"] == FINISHED and record.get("result_sha256") == run.result_hash():
             say(f"{run.root} is already finished")
             return record
@@ -78,7 +84,7 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             say(f"the result in {run.root} was damaged after it was written: writing it again from the last checkpoint")
         if checkpoints_in(run.checkpoints):
             # Earlier versions rounded down and did not record it; the run goes on with what it began with, however often it is resumed.
-            rounded_down = int(config.warmup_ratio * total_steps(config, len(prepared.train.examples)))
+            rounded_down = int(config.warmup_ratio * steps)
             arguments.warmup_steps = record.get("warmup_steps", rounded_down)
     model, batching = _load(config, prepared)
     if main:
@@ -94,8 +100,9 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             _mark_failed(run, error)
         raise _explained(error, run) from error
     if main:
-        record = {**read_json(run.record), **outcome, "result_sha256": run.result_hash(), "status": FINISHED}
-        rundir.write_json(run.record, record)
+        # A run that stops has no result; its record says how to read it.
+        result = {"result_sha256": run.result_hash(), "status": FINISHED} if "finished" in outcome else {"status": STOPPED}
+        rundir.write_json(run.record, {**read_json(run.record), **outcome, **result})
     _barrier(arguments)
     return read_json(run.record)
 
@@ -145,6 +152,17 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
         detail = ", ".join(f"{name} ({theirs.get(name)} in the run, {ours.get(name)} now)" for name in names)
         raise CoraError(f"{run.root} cannot be resumed with other inputs than it was started with: {detail}")
     return True
+
+
+def _has_stopped_at(run: RunDirectory, step: int) -> bool:
+    """Whether the validation loss at this step was measured. Raises `CoraError` if the run has passed the step without."""
+    if run.stop(step).exists():
+        return read_json(run.stop(step), Stop)["step"] == step
+    if any(step_of(checkpoint) > step for checkpoint in checkpoints_in(run.checkpoints)):
+        raise CoraError(
+            f"{run.root} cannot stop at step {step}, which it has already passed; train it again in a new directory"
+        )
+    return False
 
 
 def _took_no_step(run: RunDirectory) -> bool:
@@ -214,21 +232,15 @@ def _train_and_save(
     if main:
         shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
     checkpoint = newest_intact(run.checkpoints, sealed=read_run(run).get("sealed_checkpoints", False))
+    if config.stop_at is not None:
+        return _train_to_stop(config, prepared, run, arguments, model, form, checkpoint)
     before = _measure(model, form, prepared, arguments, "held-out loss before training", prepared.test)
     frozen_for_good = prepared.plan is not None and not method_of(prepared.plan.mode).can_train(prepared.plan)
     if frozen_for_good:
         say("a frozen factor is zero, so all gradients are zero: this run equals the base model and takes no step")
         meter, speed, after = None, {"steps": 0, "seconds": 0.0, "tokens": 0, "tokens_per_second": None}, before
     else:
-        trainer = CoraTrainer(
-            model,
-            arguments,
-            prepared.train.examples,
-            prepared.plan,
-            run.checkpoints,
-            config.keep_checkpoints,
-            form,
-        )
+        trainer = _trainer(config, prepared, run, arguments, model, form)
         meter = _angle_meter(model, prepared.plan)
         speed = _fit(trainer, run, meter, checkpoint, config, prepared, form)
         after = _measure(model, form, prepared, arguments, "held-out loss after training", prepared.test)
@@ -249,6 +261,35 @@ def _train_and_save(
         "largest_angle_rad": meter.largest() if meter else None,
         "is_base_model": frozen_for_good,
     }
+
+
+def _train_to_stop(
+    config: TrainConfig,
+    prepared: Prepared,
+    run: RunDirectory,
+    arguments: TrainingArguments,
+    model: Any,
+    form: BatchForm,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """Train up to `stop_at` and write the validation loss there. The result is for sweeps, so nothing else is measured."""
+    trainer = _trainer(config, prepared, run, arguments, model, form)
+    speed = _fit(trainer, run, _angle_meter(model, prepared.plan), checkpoint, config, prepared, form)
+    step = speed["steps"]
+    validation = _measure(model, form, prepared, arguments, f"validation loss at step {step}", prepared.validation)
+    if validation is None:
+        raise CoraError(f"{config.dataset} leaves no validation records, whose loss is the result of --stop-at")
+    if arguments.process_index == 0:
+        rundir.write_json(run.stop(step), {"step": step, "validation": validation.summary()})
+    return {"speed": speed}
+
+
+def _trainer(
+    config: TrainConfig, prepared: Prepared, run: RunDirectory, arguments: TrainingArguments, model: Any, form: BatchForm
+) -> CoraTrainer:
+    examples = prepared.train.examples
+    last = config.stop_at or total_steps(config, len(examples))
+    return CoraTrainer(model, arguments, examples, prepared.plan, run.checkpoints, config.keep_checkpoints, form, last)
 
 
 def _angle_meter(model: Any, plan: AdapterPlan | None) -> AngleMeter | None:
@@ -346,7 +387,8 @@ def _save_result(config: TrainConfig, prepared: Prepared, run: RunDirectory, mod
 def _mark_failed(run: RunDirectory, error: Exception) -> None:
     """Record the failure if the disk allows it; the error itself matters more than its record."""
     try:
-        rundir.write_json(run.record, {**read_json(run.record), "status": FAILED, "error": str(error)[:500]})
+        diverged = {"diverged": True} if isinstance(error, Diverged) else {}
+        rundir.write_json(run.record, {**read_json(run.record), "status": FAILED, "error": str(error)[:500], **diverged})
     except CoraError:
         say(f"{run.record} could not be updated")
 

@@ -36,7 +36,10 @@ class Diverged(CoraError):
 
 
 class CoraTrainer(Trainer):
-    """Trains on batches of `form` and keeps the `keep` newest checkpoints in `root`. `plan` is None for full fine-tuning."""
+    """Trains on batches of `form` up to `last_step`, and keeps the `keep` newest checkpoints in `root`.
+
+    `plan` is None for full fine-tuning. A last step before the schedule's end gets a checkpoint.
+    """
 
     def __init__(
         self,
@@ -47,12 +50,13 @@ class CoraTrainer(Trainer):
         root: Path,
         keep: int,
         form: BatchForm,
+        last_step: int,
     ) -> None:
         self._examples, self._root = ExampleSet(examples), root
         super().__init__(model=model, args=args, train_dataset=self._examples, data_collator=Collator(form))
         # Of a class that cannot divide by the tokens of a batch itself; `compute_loss` does it for every class.
         self.model_accepts_loss_kwargs = True
-        self._plan, self._keep = plan, keep
+        self._plan, self._keep, self._last_step = plan, keep, last_step
         self._method = method_of(plan.mode) if plan is not None else None
         for module in model.modules():
             if isinstance(module, LoraLayer):
@@ -117,6 +121,11 @@ class CoraTrainer(Trainer):
         if self._method is not None and self._plan is not None:
             self._method.before_step(self.accelerator.unwrap_model(self.model), self._plan, self.state.global_step + 1)
 
+    def stop_if_last(self) -> None:
+        """Save a checkpoint and stop after the last step."""
+        if self.state.global_step >= self._last_step < self.state.max_steps:
+            self.control.should_save = self.control.should_training_stop = True
+
     def after_step(self) -> None:
         """Let the method act on the weights of the optimizer step that has ended."""
         if self._method is not None and self._plan is not None:
@@ -130,7 +139,7 @@ class CoraTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run killed between its last checkpoint and its end has no step left; the Trainer would take one more.
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self._last_step:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -197,6 +206,7 @@ class RunLog(TrainerCallback):
         self._tokens, self._seen = self._trainer.tokens - self._seen, self._trainer.tokens
         if args.world_size > 1:
             self._tokens = int(self._trainer.accelerator.gather(torch.tensor([self._tokens], device=args.device)).sum())
+        self._trainer.stop_if_last()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Append the step's line."""
