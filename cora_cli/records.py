@@ -329,6 +329,7 @@ class PlannedRow(TypedDict):
     run: str | None
     evaluation: str | None
     basis: str | None
+    stage: NotRequired[str | None]
 
 
 class PlannedStep(TypedDict):
@@ -340,6 +341,18 @@ class PlannedStep(TypedDict):
     facts: dict[str, Any]
     needs: list[str]
     argv: list[str]
+    stop_at: NotRequired[int | None]
+
+
+class PlannedSweep(TypedDict):
+    """The sweep of a method in a grid's `plan.json`. The keys of `losses` are learning rates and optimizer steps as text."""
+
+    method: list[str | int | None]
+    planned: list[float]
+    losses: dict[str, dict[str, float | None]]
+    dropped: dict[str, int]
+    chosen: float | None
+    added: float | None
 
 
 class GridPlan(TypedDict):
@@ -353,6 +366,8 @@ class GridPlan(TypedDict):
     rows: list[PlannedRow]
     steps: NotRequired[list[PlannedStep]]
     margin: NotRequired[float | dict[str, float] | None]
+    looks: NotRequired[int | None]
+    sweeps: NotRequired[list[PlannedSweep]]
 
 
 class StepRecord(TypedDict):
@@ -363,6 +378,8 @@ class StepRecord(TypedDict):
     status: str
     results_of_needs: dict[str, str | None]
     error: NotRequired[str]
+    diverged: NotRequired[bool]
+    stops: NotRequired[dict[str, str]]
 
 
 class RunStatus(TypedDict):

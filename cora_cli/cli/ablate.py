@@ -84,6 +84,7 @@ def run(config: AblateConfig) -> None:
         # A plan must not wait for the hub. Set before the libraries read these variables at import.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     from cora_cli.experiments.ablate import Request, ablate, dry_run
+    from cora_cli.reporting.confirmation import seeds_wanted
 
     request = Request(
         grid=Path(config.grid),
@@ -101,7 +102,7 @@ def run(config: AblateConfig) -> None:
     if config.dry_run:
         show(dry_run(request))
         return
-    outcome = ablate(request)
+    outcome = ablate(request, seeds_wanted)
     if outcome.failed or outcome.blocked:
         missing = len(outcome.failed) + len(outcome.blocked)
         raise CoraError(

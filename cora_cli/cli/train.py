@@ -26,7 +26,14 @@ def run(config: TrainConfig) -> None:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """Summarize the record (`run.json`) of a finished run in a few lines."""
+    """Summarize the record (`run.json`) of a run that has finished, or stopped at `--stop-at`, in a few lines."""
+    if record["status"] == "stopped":
+        validation = record["validation"]
+        loss = with_interval(validation["loss"], validation["ci95"], 4)
+        return (
+            f"stopped at step {record['speed']['steps']}: validation loss {loss} (nats per token, 95 % bootstrap interval over n = "
+            f"{validation['n']} records); --resume continues"
+        )
     speed, memory = record["speed"], record["peak_memory_bytes"] / 2**30
     rate = f"{speed['tokens_per_second']:.0f} tokens/s, " if speed["tokens_per_second"] else ""
     lines = [f"mode {record['mode']}: {speed['steps']} steps, {rate}peak memory {memory:.2f} GiB"]

@@ -5,7 +5,7 @@ This is the entry point of `cora ablate`; `cora report` reads the results.
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
@@ -26,6 +26,8 @@ from cora_cli.experiments.launch import Launcher, LocalLauncher
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.slurm import SlurmLauncher, left_jobs
+from cora_cli.experiments.stage_rules import FEWEST_SEEDS
+from cora_cli.experiments.stages import SeedsWanted, Stages, news, stage_record, to_run
 from cora_cli.experiments.steps import FOLDERS, Kind, Plan, make_plan
 from cora_cli.lock import own_directory
 from cora_cli.methods.registry import method_of
@@ -82,8 +84,8 @@ def dry_run(request: Request) -> str:
     return render_plan(plan, inputs, done_steps(plan), estimate_steps(plan, inputs, rate), _chosen(request, plan), described)
 
 
-def ablate(request: Request) -> Outcome:
-    """Run the grid, or complete it.
+def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
+    """Run the grid, or complete it. `seeds_wanted` tells which methods of a grid with `confirm` are still undecided.
 
     Raises `CoraError` before anything runs if a model or data set cannot be found, a rank does not fit the weights, or the
     output directory holds results with other settings.
@@ -96,19 +98,74 @@ def ablate(request: Request) -> Outcome:
         inputs = find_inputs(grid, out / _HASHES)
         inputs.require_all()
         check_shapes(grid, inputs)
+        launcher = _launcher(request, grid, out, held)
+        if grid.sweep is not None or grid.confirm is not None:
+            return _run_stages(request, grid, out, inputs, launcher, held, seeds_wanted)
         plan = make_plan(grid, out, inputs, request.device, request.dtype)
         wanted = plan.needed_for(_chosen(request, plan))
         refuse_conflicts(plan, wanted, request.overwrite)
         write_plan(plan)
-        launcher = _launcher(request, grid, out, held)
-        expected = {}
-        if not all(done for name, done in done_steps(plan).items() if name in wanted):
-            rate, _ = matmul_rate(request.device)
-            expected = {name: estimate.seconds for name, estimate in estimate_steps(plan, inputs, rate).items()}
-        screen = Screen(plan, wanted, launcher.slots, expected)
-        outcome = Execution(plan, wanted, launcher, screen, held).run()
+        outcome = _execute(request, plan, wanted, inputs, launcher, held)
         say(summary(plan, outcome))
     return outcome
+
+
+def _execute(request: Request, plan: Plan, wanted: set[str], inputs: Inputs, launcher: Launcher, held: int) -> Outcome:
+    expected = {}
+    if not all(done for name, done in done_steps(plan).items() if name in wanted):
+        rate, _ = matmul_rate(request.device)
+        expected = {name: estimate.seconds for name, estimate in estimate_steps(plan, inputs, rate).items()}
+    screen = Screen(plan, wanted, launcher.slots, expected)
+    return Execution(plan, wanted, launcher, screen, held).run()
+
+
+def _run_stages(
+    request: Request, grid: Grid, out: Path, inputs: Inputs, launcher: Launcher, held: int, seeds_wanted: SeedsWanted
+) -> Outcome:
+    """Run a grid with stages, round by round, until nothing more is to be done or what is left has failed."""
+    if request.only:
+        raise UsageError("--only does not apply to a grid with sweep or confirm, whose rows depend on each other's results")
+    confirm = grid.confirm
+    assert confirm is not None
+    stages = Stages(grid, out, inputs, request.device, request.dtype)
+    methods = stages.methods()
+    seeds = {method.key: FEWEST_SEEDS for method in methods}
+    done: set[str] = set()
+    outcomes: list[Outcome] = []
+    while True:
+        rows = stages.rows(methods, seeds)
+        plan = stages.plan(rows)
+        chosen = to_run(rows, methods)
+        wanted = plan.needed_for(chosen)
+        refuse_conflicts(plan, wanted, request.overwrite)
+        write_plan(plan, stage_record(methods, grid))
+        # A training that stopped goes on under the same name.
+        fresh = {f"{name}@{plan.steps[name].stop_at}" for name in wanted}
+        if not fresh <= done:
+            done |= fresh
+            outcomes.append(_execute(request, plan, wanted, inputs, launcher, held))
+            before, methods = methods, stages.methods()
+            for sentence in news(methods, before):
+                say(sentence)
+            continue
+        asked = seeds_wanted(out, confirm.measures) if any(row.stage == "confirm" for row in rows) else seeds
+        more = {key: max(count, min(asked.get(key, count + 1), count + 1, len(confirm.seeds))) for key, count in seeds.items()}
+        if more == seeds:
+            break
+        seeds = more
+    lost = {name for row in rows if row.name not in chosen for name in plan.steps_of[row.name]}
+    outcome = _joined(outcomes, lost)
+    say(summary(plan, outcome))
+    return outcome
+
+
+def _joined(outcomes: Sequence[Outcome], lost: set[str]) -> Outcome:
+    """The outcome of all rounds together. The steps `lost` have diverged in a sweep, which is a result and no failure."""
+    completed = tuple(dict.fromkeys(name for outcome in outcomes for name in outcome.completed))
+    failed = {name: error for outcome in outcomes for name, error in outcome.failed.items() if name not in lost}
+    blocked = {name: culprit for outcome in outcomes for name, culprit in outcome.blocked.items()}
+    up_to_date = dict.fromkeys(name for outcome in outcomes for name in outcome.up_to_date if name not in completed)
+    return Outcome(tuple(up_to_date), completed, failed, blocked)
 
 
 def _launcher(request: Request, grid: Grid, out: Path, held: int) -> Launcher:

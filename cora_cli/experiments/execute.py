@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import yaml
 
@@ -37,9 +38,12 @@ class Outcome:
     blocked: dict[str, str]
 
 
-def write_plan(plan: Plan) -> None:
-    """Write `plan.json`, `grid.yaml` (the resolved grid), and the held-out records for evaluating the base model."""
-    rundir.write_json(plan.out / "plan.json", plan_record(plan))
+def write_plan(plan: Plan, stages: Mapping[str, Any] | None = None) -> None:
+    """Write `plan.json`, `grid.yaml` (the resolved grid), and the held-out records for evaluating the base model.
+
+    `stages` is what `stage_record` adds for a grid with stages.
+    """
+    rundir.write_json(plan.out / "plan.json", {**plan_record(plan), **(stages or {})})
     rundir.write_text(plan.out / "grid.yaml", yaml.safe_dump(plan.grid.resolved(), sort_keys=False, allow_unicode=True))
     for name, records in plan.records.items():
         rundir.write_jsonl(plan.out / name, records)

@@ -20,6 +20,8 @@ from cora_cli.experiments.paper import paper_tables
 from cora_cli.experiments.preset import small
 from cora_cli.experiments.resources import Resources, read_resources
 from cora_cli.experiments.rows import BASIS_KEYS, ROW_KEYS, TRAIN_KEYS, Row, Scope, build_row
+from cora_cli.experiments.stage_rules import ConfirmRule, read_confirm, read_sweep, stage_problems
+from cora_cli.experiments.sweep import SweepRule
 from cora_cli.experiments.values import Values, fields_of, read_yaml, typed, unknown_key
 from cora_cli.methods.registry import BASELINE, method_of
 from cora_cli.models.references import EMBEDDED_MODEL
@@ -39,6 +41,8 @@ _TOP_KEYS = (
     "paper_table",
     "conditions",
     "margin",
+    "sweep",
+    "confirm",
     "model",
     "models",
     "datasets",
@@ -59,7 +63,8 @@ class Grid:
     `models` maps the name of a source model to its reference, or to the training settings of a model that this grid fine-tunes.
     `datasets` maps names to references. `basis_rank` is R if the file sets it. `evaluate` is None if nothing is generated, so
     that rows have only their losses. `margin` is the largest difference that counts as none: a share of what training gains, or a value
-    for each measure, None for the report's default. `resources` has the cluster resources for each kind of step.
+    for each measure, None for the report's default. With `sweep` or `confirm`, `rows` has one row per method and learning rate, from which
+    `stages` makes those that run. `resources` has the cluster resources for each kind of step.
     """
 
     name: str
@@ -76,6 +81,8 @@ class Grid:
     basis_rank: int | None
     resources: dict[str, Resources]
     rows: tuple[Row, ...]
+    sweep: SweepRule | None = None
+    confirm: ConfirmRule | None = None
 
     def resolved(self) -> Values:
         """Everything as plain values, for the copy that is saved with the results."""
@@ -149,7 +156,10 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
         basis_rank=basis_rank,
         resources=resources,
         rows=tuple(rows),
+        sweep=read_sweep(values.get("sweep"), problems),
+        confirm=read_confirm(values.get("confirm"), MEASURES, problems),
     )
+    problems += stage_problems(grid.rows, grid.sweep, grid.confirm, grid.train, values.get("grid"))
     _is_name(grid.name, "name", problems)
     if not grid.model:
         problems.append("model is missing; set it to the base model that every row trains or evaluates")

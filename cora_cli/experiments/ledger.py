@@ -5,6 +5,7 @@ results before a step runs again.
 """
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +16,10 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.steps import SCORING, Step
 from cora_cli.lock import own_directory
 from cora_cli.reading import checked, read_json
-from cora_cli.records import FinishedStep, RunStatus, StepRecord
+from cora_cli.records import FinishedRun, FinishedStep, RunStatus, StepRecord, Stop
 from cora_cli.rundir import RunDirectory
 
-STARTED, FINISHED, FAILED = "started", "finished", "failed"
+STARTED, FINISHED, FAILED, STOPPED = "started", "finished", "failed", "stopped"
 _RESULTS = ("adapter/", "model/", "test.jsonl", "predictions.jsonl")
 _OUTPUTS = {
     "train": ("run.json", "config.yaml", "log.jsonl", "test.jsonl", "heldout.jsonl", "adapter", "model"),
@@ -48,17 +49,49 @@ class Ledger:
         `results` maps each dependency to the hash of its result.
         """
         record = self.record(step)
-        if not record:
-            return Verdict(False, "not started")
-        if record["key"] != step.key:
-            return Verdict(False, f"created with other settings ({', '.join(_differing(record['facts'], step.facts))})")
-        if record["status"] != FINISHED:
-            return Verdict(False, record.get("error") or "not finished")
+        if not record or record["key"] != step.key:
+            differing = ", ".join(_differing(record["facts"], step.facts)) if record else ""
+            return Verdict(False, f"created with other settings ({differing})" if record else "not started")
         if record["results_of_needs"] != {name: results.get(name) for name in step.needs}:
             return Verdict(False, "its inputs have changed since it ran")
+        if step.stop_at is not None:
+            digest = self._stops(step, record).get(str(step.stop_at))
+            return Verdict(digest is not None, f"has not stopped at step {step.stop_at}", result=digest)
+        if record["status"] != FINISHED:
+            return Verdict(False, record.get("error") or "not finished")
         if altered := self._altered(step, record):
             return Verdict(False, f"{altered[0]} was changed or removed after it was written")
         return Verdict(True, result=record["result"], seconds=record["seconds"])
+
+    def validation_loss(self, step: Step, stop: int | None, steps: Mapping[str, Step]) -> float | None:
+        """The validation loss (nats per token) of a training step where it stopped at optimizer step `stop`, or at its end.
+
+        Infinite if the training diverged, None if there is no loss that belongs to this step and to the results of its dependencies.
+        """
+        record = self.record(step)
+        if not record or record["key"] != step.key:
+            return None
+        if any(self.record(steps[name]).get("result") != result for name, result in record["results_of_needs"].items()):
+            return None
+        if stop is not None and str(stop) in self._stops(step, record):
+            loss: float = read_json(RunDirectory(self._out / step.output).stop(stop), Stop)["validation"]["loss"]
+            return loss
+        if record["status"] == FAILED and record.get("diverged"):
+            return math.inf
+        if stop is not None or record["status"] != FINISHED or self._altered(step, record, but="model/"):
+            return None
+        validation = read_json(RunDirectory(self._out / step.output).record, FinishedRun).get("validation")
+        return validation["loss"] if validation else None
+
+    def _stops(self, step: Step, record: Mapping[str, Any]) -> dict[str, str]:
+        """The hashes of the step's intact files in `stops/`, by optimizer step."""
+        run = RunDirectory(self._out / step.output)
+        known: dict[str, str] = record.get("stops", {})
+        return {
+            stop: digest
+            for stop, digest in known.items()
+            if run.stop(int(stop)).is_file() and rundir.sha256_file(run.stop(int(stop))) == digest
+        }
 
     def objection(self, step: Step, steps: Mapping[str, Step]) -> str | None:
         """Why the result of `step` cannot be reported for the plan with these `steps`; None if it can.
@@ -106,10 +139,10 @@ class Ledger:
                 else:
                     shutil.rmtree(place)
             return f"{place} was created with other settings or another basis: training it again{kept}"
-        if record["status"] != FINISHED:
-            return None
-        altered = self._altered(step, record)
-        if any(name in ("run.json", "log.jsonl") for name in altered):
+        stops = sorted(record.get("stops", {}).keys() - self._stops(step, record).keys())
+        altered = [f"stops/{stop}.json" for stop in stops]
+        altered += self._altered(step, record) if record["status"] == FINISHED else []
+        if any(name.startswith(("run.json", "log.jsonl", "stops/")) for name in altered):
             # Checkpoints do not contain these files, and a run without its record and log cannot be trusted.
             shutil.rmtree(place)
             return f"{place}/{altered[0]} was changed or removed after it was written: training the run again"
@@ -130,6 +163,8 @@ class Ledger:
 
         Raises `CoraError` if its files are missing, or if its own `run.json` does not have the status finished.
         """
+        if step.stop_at is not None:
+            return self._stop(step, results, step.stop_at, seconds)
         files = self._files(step)
         if not files:
             raise CoraError(f"{step.name} exited without an error, but wrote nothing to {self._out / step.output}")
@@ -146,9 +181,27 @@ class Ledger:
         self._write(step, results, {"status": FINISHED, "seconds": seconds, "files": files, "result": result})
         return result
 
+    def _stop(self, step: Step, results: Mapping[str, str], stop: int, seconds: float) -> str:
+        """Record that a training step has stopped at optimizer step `stop`; returns the hash of its loss."""
+        path = RunDirectory(self._out / step.output).stop(stop)
+        if not path.is_file():
+            raise CoraError(f"{step.name} exited without an error, but wrote no {path}")
+        digest = rundir.sha256_file(path)
+        stops = {**self.record(step).get("stops", {}), str(stop): digest}
+        self._write(step, results, {"status": STOPPED, "seconds": seconds, "stops": stops})
+        return digest
+
     def fail(self, step: Step, results: Mapping[str, str], error: str) -> None:
-        """Record that a step has failed, with its error message."""
-        self._write(step, results, {"status": FAILED, "error": error})
+        """Record that a step has failed, with its error message, and whether its training diverged."""
+        diverged = {"diverged": True} if step.kind == "train" and self._diverged(step) else {}
+        self._write(step, results, {"status": FAILED, "error": error, **diverged})
+
+    def _diverged(self, step: Step) -> bool:
+        try:
+            status = read_json(RunDirectory(self._out / step.output).record, RunStatus)
+        except CoraError:
+            return False
+        return status["status"] == FAILED and status.get("diverged", False)
 
     def record(self, step: Step) -> dict[str, Any]:
         """The record of a step; empty if it is missing or damaged."""
@@ -164,8 +217,13 @@ class Ledger:
 
     def _write(self, step: Step, results: Mapping[str, str], more: dict[str, Any]) -> None:
         common = {"step": step.name, "kind": step.kind, "key": step.key, "facts": step.facts, "output": step.output}
-        origin = {"results_of_needs": {name: results.get(name) for name in step.needs}, "command": list(step.argv)}
-        rundir.write_json(self._place(step), {**common, **origin, **more})
+        needed = {name: results.get(name) for name in step.needs}
+        earlier = self.record(step)
+        # The losses at earlier stops belong to the run as long as it goes on.
+        same = earlier and (earlier["key"], earlier["results_of_needs"]) == (step.key, needed)
+        kept = {"stops": earlier["stops"]} if same and "stops" in earlier else {}
+        origin = {"results_of_needs": needed, "command": list(step.argv)}
+        rundir.write_json(self._place(step), {**common, **origin, **kept, **more})
 
     def _files(self, step: Step, but: str | None = None) -> dict[str, str]:
         """SHA-256 of every output file of a step, by its path in the step's directory, without paths that begin with `but`."""

@@ -23,10 +23,11 @@ else:
 TRAIN_KEYS = fields_of(
     TrainConfig,
     leave_out=(
-        *("model", "dataset", "output_dir", "mode", "basis", "resume"),  # set for each step
+        *("model", "dataset", "output_dir", "mode", "basis", "resume", "stop_at"),  # set for each step
         *("device", "dtype", "trust_remote_code"),  # flags of `ablate` itself
     ),
 )
+Stage = Literal["sweep", "confirm"]
 BASIS_KEYS = fields_of(BasisChoices, leave_out=("rank", "target_modules"))
 _SOURCE_KEYS: dict[str, Any] = {"n_models": int, "sources": tuple[str, ...], "source_seed": int, "basis_rank": int}
 _SHOWN_KEYS: dict[str, Any] = {"mode": RowMode, "label": str, "printed": str}
@@ -56,7 +57,8 @@ class Row:
 
     `sources` names models of the pool; it is empty for the control with `n_models` 0, whose basis comes from the base model.
     `train` has settings of `TrainConfig`, and `basis` has settings of `BasisChoices` without the rank. `basis_rank` is the rank
-    that the row needs.
+    that the row needs. `stage` is the part of a grid with `sweep` and `confirm` to which the row belongs; `stop_at` is the optimizer step
+    at which its training stops, None for the end of the schedule.
     """
 
     name: str
@@ -73,6 +75,23 @@ class Row:
     train: Values | None = None
     basis: Values | None = None
     basis_rank: int | None = None
+    stage: Stage | None = None
+    stop_at: int | None = None
+
+    @property
+    def method(self) -> tuple[object, ...]:
+        """What identifies the row apart from its learning rate and its seed."""
+        return (self.dataset, self.label, self.printed, self.mode, self.rank, self.n_models)
+
+    def at(self, learning_rate: float, seed: int, stage: Stage, stop_at: int | None = None) -> "Row":
+        """The row of the same method with another learning rate and seed."""
+        assert self.train is not None
+        assert self.learning_rate is not None
+        name = self.name.replace(f"_lr{short(self.learning_rate)}", f"_lr{short(learning_rate)}", 1)
+        name = name.removesuffix(f"_seed{self.seed}") + f"_seed{seed}"
+        train = {**self.train, "learning_rate": learning_rate, "seed": seed}
+        changed: Values = {"learning_rate": learning_rate, "seed": seed, "stage": stage, "stop_at": stop_at}
+        return dataclasses.replace(self, name=name, train=train, **changed)
 
     def as_dict(self) -> Values:
         """The row as plain values for YAML."""

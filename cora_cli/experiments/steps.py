@@ -34,7 +34,8 @@ class Step:
 
     `output` is the directory or file that it writes, relative to the plan's output directory. `facts` has the settings and
     content hashes that determine the result, with the key of a step in place of a hash of its result; `key` is their hash.
-    `needs` names the steps that it depends on, and `argv` has the arguments of `cora`.
+    `needs` names the steps that it depends on, and `argv` has the arguments of `cora`. `stop_at` is the optimizer step at which a training
+    of a sweep stops, None for the end; it is no part of the key, since the training goes on from there.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Step:
     facts: dict[str, Any]
     needs: tuple[str, ...]
     argv: tuple[str, ...]
+    stop_at: int | None = None
 
     @property
     def key(self) -> str:
@@ -107,7 +109,7 @@ class _Planner:
                 way.append(self._basis(row, ranks[self._basis_facts(row)[0]]))
             if row.mode not in ("base", "basis"):
                 way.append(self._train(row, way[0] if way else None))
-            if row.mode != "basis" and self._grid.evaluate is not None:
+            if row.mode != "basis" and row.stage != "sweep" and self._grid.evaluate is not None:
                 way.append(self._evaluate(row, way[-1] if way else None, self._grid.evaluate))
             steps_of[row.name] = tuple(step.name for step in way)
         return Plan(self._grid, self._out, self._steps, steps_of, self._records)
@@ -187,9 +189,10 @@ class _Planner:
         output = f"runs/{row.name}"
         place = str(self._out / basis.output) if basis else None
         config = self._config(row.mode, row.train, self._grid.datasets[row.dataset], output, place)
+        config = dataclasses.replace(config, stop_at=row.stop_at)
         facts = self._training_facts(config, self._grid.train, basis.key if basis else None)
         needs = (basis.name,) if basis else ()
-        return self._add(Step(f"train-{row.name}", "train", output, facts, needs, words("train", config)))
+        return self._add(Step(f"train-{row.name}", "train", output, facts, needs, words("train", config), row.stop_at))
 
     def _evaluate(self, row: Row, run: Step | None, settings: Values) -> Step:
         # `overwrite` replaces results that `ledger` found outdated; predictions with equal settings are reused.
@@ -251,6 +254,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
                 "sources": sources,
                 "learning_rate": row.learning_rate,
                 "seed": row.seed,
+                "stage": row.stage,
                 "model": grid.model,
                 "dataset": row.dataset and grid.datasets[row.dataset],
                 "run": run and run.output,
@@ -274,5 +278,5 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 def read_steps(record: Mapping[str, Any]) -> dict[str, Step]:
     """The steps of a `plan_record` by name, each after its dependencies; empty if the record has none."""
     keys = [field.name for field in dataclasses.fields(Step)]
-    entries = [{key: entry[key] for key in keys} for entry in record.get("steps", ())]
+    entries = [{key: entry[key] for key in keys if key in entry} for entry in record.get("steps", ())]
     return {entry["name"]: Step(**{**entry, "needs": tuple(entry["needs"]), "argv": tuple(entry["argv"])}) for entry in entries}

@@ -76,8 +76,9 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
     """Read every row; `wanted` restricts the metrics. Raises `CoraError` if rows of one group cannot be compared."""
     results: list[Result] = []
     missing: list[Missing] = []
-    with progress("reading", len(experiment.rows), "rows") as shown:
-        for row in _each_once(experiment.rows):
+    rows = _each_once(experiment.rows)
+    with progress("reading", len(rows), "rows") as shown:
+        for row in rows:
             if row.run is None and row.evaluation is None and row.basis is not None:
                 # The result of a row that only extracts a basis is a figure.
                 if not row.basis.is_file():
@@ -102,12 +103,12 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
 
 
 def _each_once(rows: tuple[Row, ...]) -> list[Row]:
-    """The rows without duplicates of a base model, which a grid lists once per seed although it has no seed."""
+    """The rows to report: no runs of a sweep, and a base model once, which a grid lists once per seed although it has no seed."""
     seen = set()
     kept = []
     for row in rows:
         key = (row.group, row.label, row.evaluation, row.name if row.run is not None else None)
-        if key not in seen:
+        if key not in seen and row.stage != "sweep":
             kept.append(row)
         seen.add(key)
     return kept

@@ -1,6 +1,11 @@
-"""Chooses each method's learning rate from its sweep, by the lowest validation loss (held-out loss where a run has none)."""
+"""Chooses each method's learning rate from its sweep, by the lowest validation loss (held-out loss where a run has none).
 
-from collections.abc import Sequence
+A grid with the sections `sweep` and `confirm` has chosen already, and its plan says how.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +13,34 @@ from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import MethodResults
 
 VALIDATION, HELD_OUT = "validation loss", "held-out loss"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """The learning rates of a method: those that were planned, and all that were tried."""
+
+    planned: frozenset[float | None]
+    tried: frozenset[float | None]
+
+    def has_at_edge(self, rate: float | None) -> bool:
+        """Whether this rate is the lowest or the highest one that was tried."""
+        known = [other for other in self.tried if other is not None]
+        return len(known) > 1 and rate in (min(known), max(known))
+
+
+RatesByMethod = Mapping[tuple[object, ...], Rates]
+
+
+def rates_of(methods: Sequence[MethodResults], sweeps: Sequence[Mapping[str, Any]] = ()) -> dict[tuple[object, ...], Rates]:
+    """The rates of each method by `MethodResults.identity`: those in `methods`, or those of its sweep among the grid's `sweeps`."""
+    found: dict[tuple[object, ...], Rates] = {}
+    for method in methods:
+        rates = frozenset({other.first.row.learning_rate for other in methods if other.identity == method.identity})
+        found[method.identity] = Rates(rates, rates)
+        for swept in sweeps:
+            if tuple(swept["method"]) == method.planned_as:
+                found[method.identity] = Rates(frozenset(swept["planned"]), frozenset(map(float, swept["losses"])))
+    return found
 
 
 def choose_learning_rates(methods: Sequence[MethodResults]) -> tuple[list[MethodResults], str | None]:
@@ -40,22 +73,19 @@ def _selection_loss(method: MethodResults, validated: bool) -> float | None:
     return estimate.value if estimate else None
 
 
-def at_edge(method: MethodResults, methods: Sequence[MethodResults]) -> bool:
-    """Whether the method's learning rate is the lowest or the highest of its sweep; `methods` holds all rates of the sweep."""
-    rates = [other.first.row.learning_rate or 0.0 for other in methods if other.identity == method.identity]
-    return len(rates) > 1 and method.first.row.learning_rate in (min(rates), max(rates))
+def at_edge(method: MethodResults, rates: RatesByMethod) -> bool:
+    """Whether the method's learning rate is the lowest or the highest of its sweep."""
+    return rates[method.identity].has_at_edge(method.first.row.learning_rate)
 
 
-def swept_alike(one: MethodResults, other: MethodResults, methods: Sequence[MethodResults]) -> bool:
-    """Whether the learning rates of two methods were chosen with equal care; `methods` holds all rates of all sweeps.
+def swept_alike(one: MethodResults, other: MethodResults, rates: RatesByMethod) -> bool:
+    """Whether the learning rates of two methods were chosen with equal care.
 
-    They were if both methods have the same several rates, or equally many with the chosen rate inside its range on both sides, since
-    methods of different scale need different ranges. A base model has no rate to choose.
+    They were if both methods planned the same several rates, or equally many with the chosen rate inside what was tried on both sides,
+    since methods of different scale need different ranges. A base model has no rate to choose.
     """
-    first, second = (
-        {method.first.row.learning_rate for method in methods if method.identity == side.identity} for side in (one, other)
-    )
     if None in (one.first.row.learning_rate, other.first.row.learning_rate):
         return True
-    inside = not at_edge(one, methods) and not at_edge(other, methods)
+    first, second = rates[one.identity].planned, rates[other.identity].planned
+    inside = not at_edge(one, rates) and not at_edge(other, rates)
     return len(first) > 1 and (first == second or (len(first) == len(second) and inside))

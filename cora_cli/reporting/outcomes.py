@@ -13,6 +13,7 @@ from cora_cli.reporting.statistics import LEVEL, MIN_SEEDS, SEEDS, Difference, h
 
 BETTER, WORSE, EQUIVALENT, UNDECIDED = "better", "worse", "equivalent", "undecided"
 FEW_SEEDS, UNSWEPT = f"fewer than {MIN_SEEDS} seeds", "learning rates not swept alike"
+_LAST_LOOK = 0.6
 _MOST_SEEDS, _MOST_RECORDS = 50, 10_000
 """Projections beyond these totals are not worth printing."""
 
@@ -38,15 +39,36 @@ class Test:
     alike: bool
 
 
-def decide(planned: Sequence[tuple[str, Difference, float | None, bool]]) -> list[Test]:
-    """The tests of one family: (measure, difference, margin, whether the learning rates were swept alike) each."""
-    corrected = iter(holm([found.p_value for _, found, _, _ in planned if found.p_value is not None]))
+def level_at(seeds: int | None, looks: int | None) -> float:
+    """The level of a test after `seeds` seeds where a grid looks `looks` times, after MIN_SEEDS seeds and after each further one.
+
+    The levels of all looks add up to LEVEL, six tenths of it at the last one, so that the chance of an error at any look is at most
+    LEVEL, however the looks depend on each other (Bonferroni).
+    """
+    if looks is None or looks <= 1 or seeds is None:
+        return LEVEL
+    last = seeds >= MIN_SEEDS + looks - 1
+    return _LAST_LOOK * LEVEL if last else (1 - _LAST_LOOK) * LEVEL / (looks - 1)
+
+
+def decide(planned: Sequence[tuple[str, Difference, float | None, bool]], looks: int | None = None) -> list[Test]:
+    """The tests of one family: (measure, difference, margin, whether the learning rates were swept alike) each.
+
+    `looks` is the number of times that a grid looks at its confirming seeds, None if all seeds were planned at once.
+    """
+    levels = [level_at(found.fewest_seeds, looks) for _, found, _, _ in planned]
+    scaled = [
+        min(1.0, found.p_value * LEVEL / level)
+        for (_, found, _, _), level in zip(planned, levels, strict=True)
+        if found.p_value is not None
+    ]
+    corrected = iter(holm(scaled))
     tests = []
-    for measure, found, margin, alike in planned:
+    for (measure, found, margin, alike), level in zip(planned, levels, strict=True):
         p_holm = None if found.p_value is None else next(corrected)
         few = found.fewest_seeds is not None and found.fewest_seeds < MIN_SEEDS
         obstacle = " and ".join(reason for reason, holds in ((FEW_SEEDS, few), (UNSWEPT, not alike)) if holds)
-        outcome = UNDECIDED if obstacle else _outcome(measure, found, p_holm, margin)
+        outcome = UNDECIDED if obstacle else _outcome(measure, found, p_holm, margin, level)
         more: tuple[int | None, int | None] = (None, None)
         if outcome == UNDECIDED and alike:
             more = needed(found, margin, len(planned))
@@ -54,10 +76,11 @@ def decide(planned: Sequence[tuple[str, Difference, float | None, bool]]) -> lis
     return tests
 
 
-def _outcome(measure: str, found: Difference, p_holm: float | None, margin: float | None) -> str:
+def _outcome(measure: str, found: Difference, p_holm: float | None, margin: float | None, level: float) -> str:
     if p_holm is not None and p_holm < LEVEL:
         return BETTER if (found.difference > 0) == higher_is_better(measure) else WORSE
-    if margin is not None and found.ci90 is not None and -margin < found.ci90[0] and found.ci90[1] < margin:
+    inner = found.interval(1 - 2 * level) if margin is not None else None
+    if margin is not None and inner is not None and -margin < inner[0] and inner[1] < margin:
         return EQUIVALENT
     return UNDECIDED
 

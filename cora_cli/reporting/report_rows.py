@@ -27,7 +27,7 @@ class Row:
     """One planned run and its evaluation. Rows of one `group` share data and evaluation and are compared with each other.
 
     `n_models` is the number of models behind the basis, 0 for the base model alone. `run` is None if nothing was trained. `logs` is the
-    directory of log files that may explain a failure.
+    directory of log files that may explain a failure. `stage` is "sweep" for a run that only helped to choose a learning rate.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Row:
     evaluation: Path | None
     basis: Path | None
     logs: Path | None = None
+    stage: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Experiment:
     """A grid, or several plain directories. `conditions` are sentences on the differences from the paper.
 
     `margin` is the grid's margin of equivalence: a share of what training gains, or margins by measure, or None for the default.
+    `sweeps` has the sweep of each method, as `records.PlannedSweep`, of a grid that sweeps and then confirms, and `looks` the number of times
+    that it looks at its confirming seeds.
     """
 
     name: str
@@ -64,6 +67,8 @@ class Experiment:
     bases: tuple[Path, ...] = ()
     records: "StepRecords | None" = None
     margin: float | dict[str, float] | None = None
+    sweeps: tuple[dict[str, Any], ...] = ()
+    looks: int | None = None
 
 
 class StepRecords:
@@ -138,6 +143,8 @@ def read_plan(root: Path) -> Experiment:
         tuple(sorted((root / "bases").glob("*.safetensors"))),
         StepRecords(root, steps) if steps else None,
         plan.get("margin"),
+        tuple(plan.get("sweeps", ())),
+        plan.get("looks"),
     )
 
 
@@ -161,6 +168,7 @@ def _row_of_plan(root: Path, entry: dict[str, Any]) -> Row:
         learning_rate=entry["learning_rate"],
         seed=entry["seed"],
         logs=root / "logs",
+        stage=entry.get("stage"),
     )
 
 

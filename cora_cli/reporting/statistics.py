@@ -57,7 +57,8 @@ class Difference:
 
     `seeds` has the number of seeds of both sides, None for a side without seeds, such as a base model. `paired` says whether they are the
     same seeds. `kind` is SEEDS, or EXAMPLES if some side has one seed, so that the intervals exclude the spread over seeds and there is no
-    p-value. The parts of the variance of the difference are those that more seeds, more records, or either reduce.
+    p-value. The parts of the variance of the difference are those that more seeds, more records, or either reduce. `model` is the fit
+    behind the intervals.
     """
 
     difference: float
@@ -71,6 +72,11 @@ class Difference:
     seed_variance: float
     record_variance: float
     interaction_variance: float
+    model: Crossed | None = None
+
+    def interval(self, confidence: float) -> Interval:
+        """The interval at this confidence; None where there is none."""
+        return _interval(self.model, confidence)
 
     @property
     def fewest_seeds(self) -> int | None:
@@ -100,6 +106,11 @@ class MethodResults:
         """The settings that identify a method, without its learning rate."""
         row = self.first.row
         return (row.group, row.label, row.printed, row.mode, row.rank, row.n_models, row.model, row.dataset)
+
+    @property
+    def planned_as(self) -> tuple[object, ...]:
+        """What identifies the method in a grid's plan."""
+        return self.identity[:6]
 
     @property
     def name(self) -> str:
@@ -208,6 +219,7 @@ def compare(one: MethodResults, other: MethodResults, name: str) -> Difference |
         (counts[0], counts[1]),
         paired,
         *((float(found.seed), float(found.record), float(found.interaction)) if found is not None else (0.0, 0.0, 0.0)),
+        model=found,
     )
 
 

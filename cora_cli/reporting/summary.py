@@ -4,16 +4,18 @@ Tables, plots and the HTML page all show these numbers, so that they agree.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.experiments.paper import paper_row
 from cora_cli.reporting.collect import Collection, Result
-from cora_cli.reporting.learning_rate_sweep import choose_learning_rates, swept_alike
+from cora_cli.reporting.learning_rate_sweep import VALIDATION, RatesByMethod, choose_learning_rates, rates_of, swept_alike
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, decide
+from cora_cli.reporting.report_rows import Experiment
 from cora_cli.reporting.statistics import Estimate, MethodResults, compare, group_methods, higher_is_better
-from cora_cli.reporting.verdict import Margin, Verdict, judge
+from cora_cli.reporting.verdict import Verdict, judge
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +49,8 @@ class Group:
     """Methods with the same data and evaluation.
 
     `measures` are all measures that any of them has, the held-out loss first. `selected_by` names the loss that chose among learning
-    rates, or is None without a sweep.
+    rates, or is None without a sweep. `rates` has the rates of all sweeps, and `sweeps` those that the grid made before its
+    confirming seeds, as `records.PlannedSweep`.
     """
 
     name: str
@@ -56,6 +59,8 @@ class Group:
     best: dict[str, Best]
     selected_by: str | None
     verdict: Verdict
+    rates: RatesByMethod
+    sweeps: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def chosen(self) -> tuple[Line, ...]:
@@ -83,11 +88,11 @@ def summarise(collection: Collection) -> Summary:
     for name in names:
         results = [result for result in collection.results if result.row.group == name]
         if results:
-            groups.append(_summarise_group(name, results, collection.experiment.paper_table, collection.experiment.margin))
+            groups.append(_summarise_group(name, results, collection.experiment))
     return Summary(collection, tuple(groups))
 
 
-def _summarise_group(name: str, results: Sequence[Result], paper_table: str | None, margin: Margin) -> Group:
+def _summarise_group(name: str, results: Sequence[Result], experiment: Experiment) -> Group:
     measures = tuple(m for m in (LOSS, *NAMES) if any(m in result.measures for result in results))
     methods = group_methods(results)
     chosen, selected_by = choose_learning_rates(methods)
@@ -95,23 +100,26 @@ def _summarise_group(name: str, results: Sequence[Result], paper_table: str | No
         Line(
             method,
             {m: estimate for m in measures if (estimate := method.estimate(m))},
-            paper_row(paper_table, method.first.row.printed),
+            paper_row(experiment.paper_table, method.first.row.printed),
             any(method is one for one in chosen),
         )
         for method in methods
     )
-    best = best_methods(chosen, measures, methods)
-    return Group(name, lines, measures, best, selected_by, judge(chosen, measures, methods, margin))
+    sweeps = tuple(swept for swept in experiment.sweeps if swept["method"][0] == name)
+    rates = rates_of(methods, sweeps)
+    best = best_methods(chosen, measures, rates, experiment.looks)
+    verdict = judge(chosen, measures, rates, experiment.margin, experiment.looks)
+    return Group(name, lines, measures, best, VALIDATION if sweeps else selected_by, verdict, rates, sweeps)
 
 
 def best_methods(
-    methods: Sequence[MethodResults], names: Sequence[str], swept: Sequence[MethodResults] | None = None
+    methods: Sequence[MethodResults], names: Sequence[str], rates: RatesByMethod | None = None, looks: int | None = None
 ) -> dict[str, Best]:
     """The best method of each measure, tested against every other method, Holm-corrected over all measures together.
 
-    Measures of fewer than two methods are left out. `swept` holds every learning rate of the methods (default: `methods`).
+    Measures of fewer than two methods are left out. `rates` has the learning rates of the sweeps (default: those of `methods`).
     """
-    swept = methods if swept is None else swept
+    rates = rates_of(methods) if rates is None else rates
     pairs: list[tuple[str, int, MethodResults]] = []
     places: dict[str, int] = {}
     for name in names:
@@ -124,8 +132,8 @@ def best_methods(
     for name, place, other in pairs:
         found = compare(methods[place], other, name)
         if found is not None:
-            planned.append((name, found, None, swept_alike(methods[place], other, swept)))
-    tests = decide(planned)
+            planned.append((name, found, None, swept_alike(methods[place], other, rates)))
+    tests = decide(planned, looks)
     best = {}
     for name, place in places.items():
         own = [test for test in tests if test.measure == name]

@@ -114,6 +114,8 @@ def _would_decide(test: Test) -> str:
 
 def sweep_table(group: Group) -> Table:
     """Every method at every learning rate."""
+    if group.sweeps:
+        return _staged_sweep_table(group)
     rows = [
         (
             *_names(line, group.lines),
@@ -130,6 +132,37 @@ def sweep_table(group: Group) -> Table:
         tuple(rows),
         (
             f"chosen: the learning rate with the lowest {group.selected_by} of the method, mean over seeds. {_cell_note(group.lines)}",
+        ),
+    )
+
+
+def _staged_sweep_table(group: Group) -> Table:
+    """The sweeps before the confirming seeds: the validation loss of each rate at each step at which rates were dropped."""
+    steps = sorted({int(step) for swept in group.sweeps for losses in swept["losses"].values() for step in losses})
+    rows = []
+    for swept in group.sweeps:
+        label, printed, rank, n_models = swept["method"][1], swept["method"][2], swept["method"][4], swept["method"][5]
+        name = printed or " ".join(
+            [label, *([f"r={rank}"] if rank is not None else []), *([f"n={n_models}"] if n_models is not None else [])]
+        )
+        for rate, losses in swept["losses"].items():
+            cells = [
+                Cell("diverged" if losses[str(step)] is None else f"{losses[str(step)]:.4f}")
+                if str(step) in losses
+                else Cell("–")
+                for step in steps
+            ]
+            end = "chosen" if float(rate) == swept["chosen"] else "dropped" if rate in swept["dropped"] else ""
+            added = " (added)" if swept["added"] is not None and float(rate) == swept["added"] else ""
+            rows.append((Cell(str(name)), Cell(f"{float(rate):g}{added}"), *cells, Cell(end)))
+    return Table(
+        f"{group.name} – learning-rate sweep",
+        ("method", "learning rate", *(f"step {step}" for step in steps), "outcome"),
+        tuple(rows),
+        (
+            "Validation loss in nats per response token, mean over the sweep's seeds, at each step at which rates were compared; the "
+            "worse half was dropped there, except rates close to the best one. –: the rate was not trained so far. added: the best planned "
+            "rate was at the edge of the sweep.",
         ),
     )
 
@@ -206,15 +239,21 @@ def _selection_notes(group: Group) -> list[str]:
         if group.selected_by == VALIDATION
         else "This choice makes the held-out loss, and any measure on the same records, slightly too favourable for the swept methods."
     )
+    if group.sweeps:
+        notes = [
+            f"Learning rates were chosen by the validation loss, with other seeds than those shown: {rates}. The table of the sweep is below."
+        ]
+        return notes + _edge_notes(group)
     notes = [
         f"Learning-rate sweep: each method is shown at the learning rate with its lowest {group.selected_by} (mean over seeds): {rates}. "
         f"{caution} The table of all learning rates is below."
     ]
-    methods = [line.method for line in group.lines]
-    edges = [f"{line.method.name} {_rate(line)}" for line in group.chosen if at_edge(line.method, methods)]
-    if edges:
-        notes.append(f"At the edge of the sweep, so a better learning rate may lie outside it: {'; '.join(edges)}.")
-    return notes
+    return notes + _edge_notes(group)
+
+
+def _edge_notes(group: Group) -> list[str]:
+    edges = [f"{line.method.name} {_rate(line)}" for line in group.chosen if at_edge(line.method, group.rates)]
+    return [f"At the edge of the sweep, so a better learning rate may lie outside it: {'; '.join(edges)}."] if edges else []
 
 
 def _cell_note(lines: Sequence[Line]) -> str:

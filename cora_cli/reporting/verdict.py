@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from cora_cli.methods.registry import BASELINE, METHODS
-from cora_cli.reporting.learning_rate_sweep import swept_alike
+from cora_cli.reporting.learning_rate_sweep import RatesByMethod, rates_of, swept_alike
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, FEW_SEEDS, UNDECIDED, WORSE, Test, decide
+from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, FEW_SEEDS, UNDECIDED, WORSE, Test, decide, level_at
 from cora_cli.reporting.statistics import EXAMPLES, LEVEL, MIN_SEEDS, Difference, MethodResults, compare
 
 RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE = (
@@ -73,24 +73,25 @@ class Verdict:
 def judge(
     methods: Sequence[MethodResults],
     measures: Sequence[str],
-    swept: Sequence[MethodResults] | None = None,
+    rates: RatesByMethod | None = None,
     margin: Margin = None,
+    looks: int | None = None,
 ) -> Verdict:
     """The verdict on one group of methods with the same data and evaluation.
 
-    `swept` holds every learning rate of the methods (default: `methods`), `margin` is the grid's.
+    `rates` has the learning rates of the sweeps (default: those of `methods`), `margin` and `looks` are the grid's.
     """
-    swept = methods if swept is None else swept
+    rates = rates_of(methods) if rates is None else rates
     pairs = [pair for one in methods if _informed(one) for pair in _controls(one, methods)]
     # A random control can stand under several informed methods; it counts as one family member.
     planned: dict[tuple[int, int, str], tuple[str, Difference, float | None, bool]] = {}
     for one, other, _, _ in pairs:
-        alike = swept_alike(one, other, swept)
+        alike = swept_alike(one, other, rates)
         for name in measures:
             key = (id(one), id(other), name)
             if key not in planned and (found := compare(one, other, name)) is not None:
                 planned[key] = (name, found, _margin(margin, other, name, methods), alike)
-    tests = dict(zip(planned, decide(list(planned.values())), strict=True))
+    tests = dict(zip(planned, decide(list(planned.values()), looks), strict=True))
     judged = [
         Comparison(
             one, other, role, tuple(tests[key] for name in measures if (key := (id(one), id(other), name)) in tests), control
@@ -98,10 +99,10 @@ def judge(
         for one, other, role, control in pairs
     ]
     comparisons = tuple(comparison for comparison in judged if comparison.tests)
-    return Verdict(_headline(methods, comparisons), comparisons, _rule(len(tests), margin))
+    return Verdict(_headline(methods, comparisons), comparisons, _rule(len(tests), margin, looks))
 
 
-def _rule(tests: int, margin: Margin) -> str:
+def _rule(tests: int, margin: Margin, looks: int | None) -> str:
     share = margin if isinstance(margin, float | int) else DEFAULT_MARGIN
     stated = ", ".join(f"{title(name)} {value:g}" for name, value in margin.items()) if isinstance(margin, Mapping) else ""
     margins = f"{share:.0%} of the difference between the base model and the trained control"
@@ -114,7 +115,18 @@ def _rule(tests: int, margin: Margin) -> str:
         "rates were not swept alike: the same several rates on both sides, or equally many with the chosen one inside its range. The "
         "intervals are not corrected for multiple tests. would decide: about how many more seeds per method, or more records, if the "
         "difference and the variances stayed as estimated; – if neither would within reason. A B gets credit for its information only "
-        "where it is also better than a random B."
+        "where it is also better than a random B." + _looks_in_words(looks)
+    )
+
+
+def _looks_in_words(looks: int | None) -> str:
+    if looks is None or looks <= 1:
+        return ""
+    last = MIN_SEEDS + looks - 1
+    return (
+        f" The grid looked after {MIN_SEEDS} seeds and after each further one up to {last}, and trained no more seeds where the verdict was "
+        f"decided; so that all looks together have the level {LEVEL:g}, p-values were multiplied by {LEVEL / level_at(MIN_SEEDS, looks):.3g} before "
+        f"seed {last} and by {LEVEL / level_at(last, looks):.3g} there, and the intervals for equivalence widened alike."
     )
 
 

@@ -281,7 +281,7 @@ def _train_to_stop(
         raise CoraError(f"{config.dataset} leaves no validation records, whose loss is the result of --stop-at")
     if arguments.process_index == 0:
         rundir.write_json(run.stop(step), {"step": step, "validation": validation.summary()})
-    return {"speed": speed}
+    return {"speed": speed, "validation": validation.summary()}
 
 
 def _trainer(

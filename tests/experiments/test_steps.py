@@ -160,6 +160,7 @@ def test_the_record_describes_each_row_and_where_its_files_are() -> None:
         "run": f"runs/{fb['name']}",
         "evaluation": f"runs/{fb['name']}/evaluation",
         "basis": None,
+        "stage": None,
     }
     assert fb["basis"].startswith("bases/")
     assert (base["run"], base["basis"], base["rank"], base["learning_rate"]) == (None, None, None, None)

@@ -1,4 +1,4 @@
-from cora_cli.reporting.learning_rate_sweep import at_edge, choose_learning_rates, swept_alike
+from cora_cli.reporting.learning_rate_sweep import at_edge, choose_learning_rates, rates_of, swept_alike
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import group_methods
 
@@ -37,7 +37,7 @@ def test_learning_rates_are_chosen_by_the_validation_loss_where_every_swept_run_
 
 def test_only_the_ends_of_a_sweep_are_its_edge():
     methods = group_methods([result(rate=rate) for rate in (1e-4, 1e-3, 1e-2)] + [result("lora", rate=1e-4)])
-    assert [at_edge(method, methods) for method in methods] == [True, False, True, False]
+    assert [at_edge(method, rates_of(methods)) for method in methods] == [True, False, True, False]
 
 
 def test_methods_are_swept_alike_with_the_same_rates_or_with_as_many_around_the_chosen_ones():
@@ -51,12 +51,12 @@ def test_methods_are_swept_alike_with_the_same_rates_or_with_as_many_around_the_
         methods("single", 1e-3),
     )
     swept = [*fb, *same, *higher, *single]
-    assert swept_alike(fb[0], same[1], swept)
-    assert swept_alike(fb[1], higher[1], swept)
-    assert not swept_alike(fb[1], higher[0], swept)  # a lower rate may be better still
-    assert not swept_alike(fb[1], single[0], swept)
-    assert not swept_alike(single[0], single[0], swept)  # one rate is no sweep
-    assert swept_alike(fb[0], result_without_a_rate(), swept)
+    assert swept_alike(fb[0], same[1], rates_of(swept))
+    assert swept_alike(fb[1], higher[1], rates_of(swept))
+    assert not swept_alike(fb[1], higher[0], rates_of(swept))  # a lower rate may be better still
+    assert not swept_alike(fb[1], single[0], rates_of(swept))
+    assert not swept_alike(single[0], single[0], rates_of(swept))  # one rate is no sweep
+    assert swept_alike(fb[0], result_without_a_rate(), rates_of(swept))
 
 
 def result_without_a_rate():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from cora_cli.crossed import crossed
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics.bleu import SacreBleu
+from cora_cli.reporting.learning_rate_sweep import rates_of
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import (
     EXAMPLES,
@@ -173,16 +174,16 @@ def swept(*methods):
 
 def test_the_best_is_supported_only_where_it_is_better_than_every_other():
     low, high, near = method("low", mean=0.2), method("high", mean=0.8), method("near", mean=0.799)
-    best = best_methods([low, high], ["rouge1"], swept(low, high))["rouge1"]
+    best = best_methods([low, high], ["rouge1"], rates_of(swept(low, high)))["rouge1"]
     assert (best.place, best.supported) == (1, True)
     assert best.p_holm < 0.001
-    assert not best_methods([low, high, near], ["rouge1"], swept(low, high, near))["rouge1"].supported
+    assert not best_methods([low, high, near], ["rouge1"], rates_of(swept(low, high, near)))["rouge1"].supported
     assert not best_methods([low, high], ["rouge1"])["rouge1"].supported  # one rate each was no sweep
 
 
 def test_a_best_method_whose_seeds_disagree_is_not_supported():
     high, low = method("high", mean=0.6, deviation=0.3), method("low", mean=0.4)
-    assert not best_methods([high, low], ["rouge1"], swept(high, low))["rouge1"].supported
+    assert not best_methods([high, low], ["rouge1"], rates_of(swept(high, low)))["rouge1"].supported
 
 
 def test_of_losses_the_least_is_the_best():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cora_cli.reporting.collect import collect
+from cora_cli.reporting.learning_rate_sweep import rates_of
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, FEW_SEEDS, UNDECIDED, UNSWEPT, WORSE
 from cora_cli.reporting.report_rows import read_plan
@@ -47,7 +48,7 @@ def verdict_of(*groups, margin=None):
     swept = group_methods([one for group in groups for one in group])
     rates = [method.first.row.learning_rate for method in swept]
     chosen = [method for method, rate in zip(swept, rates, strict=True) if rate in (None, 1e-3)]
-    return judge(chosen, [LOSS], swept, margin)
+    return judge(chosen, [LOSS], rates_of(swept), margin)
 
 
 def outcomes(verdict):

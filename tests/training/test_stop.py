@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cora_cli.cli.train import summary
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
@@ -92,3 +93,8 @@ def test_the_rate_is_constant_and_then_decays_over_the_last_fifth(config: TrainC
     train(replace(config, max_steps=10, warmup_ratio=0.2))
     rates = [line["learning_rate"] / config.learning_rate for line in log_lines(tmp_path / "run")]
     assert rates == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 1, 1, 0.5])
+
+
+def test_the_command_says_where_it_stopped(config: TrainConfig) -> None:
+    record = train(replace(config, stop_at=3))
+    assert summary(record).startswith("stopped at step 3: validation loss ")

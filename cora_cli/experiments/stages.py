@@ -1,0 +1,192 @@
+"""Turns a grid with `sweep` and `confirm` into the rows that run next, from the results that are there.
+
+First each method's sweep chooses a learning rate; then the methods are trained at it with fresh seeds, one more for each method whose
+verdict is undecided. All decisions follow from files, so a killed grid goes on where it was.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cora_cli.experiments.grid import Grid
+from cora_cli.experiments.inputs import Inputs
+from cora_cli.experiments.ledger import Ledger
+from cora_cli.experiments.rows import Row, short
+from cora_cli.experiments.stage_rules import FEWEST_SEEDS
+from cora_cli.experiments.steps import Plan, make_plan
+from cora_cli.experiments.sweep import Sweep, SweepRule, beyond, sweep
+from cora_cli.settings import DtypeName
+
+SeedsWanted = Callable[[Path, Collection[str]], Mapping[tuple[object, ...], int]]
+"""How many seeds each method needs for its next verdict, by `Row.method`, from the results in a grid's directory and the measures that
+decide. A method without comparisons is left out and gets every seed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method of the grid: its rows at the planned learning rates, and the state of its sweep."""
+
+    rows: tuple[Row, ...]
+    sweep: Sweep | None
+    learning_rate: float | None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """See `Row.method`."""
+        return self.rows[0].method
+
+
+class Stages:
+    """The stages of one grid in one output directory."""
+
+    def __init__(self, grid: Grid, out: Path, inputs: Inputs, device: str, dtype: DtypeName) -> None:
+        self._grid, self._out, self._inputs, self._device, self._dtype = grid, out, inputs, device, dtype
+
+    def methods(self) -> list[Method]:
+        """The methods, with what their sweeps have measured."""
+        groups: dict[tuple[object, ...], list[Row]] = {}
+        for row in self._grid.rows:
+            if row.train is not None:
+                groups.setdefault(row.method, []).append(row)
+        rule = self._grid.sweep
+        if rule is None:
+            return [Method(tuple(rows), None, rows[0].learning_rate) for rows in groups.values()]
+        candidates = [
+            rows[0].at(rate, seed, "sweep")
+            for rows in groups.values()
+            for rate in dict.fromkeys([*_rates(rows), *_edges(_rates(rows))])
+            for seed in rule.seeds
+        ]
+        # All rows in one plan: the rank of a shared basis depends on all of them.
+        plan = self.plan([*self._untrained(), *candidates])
+        return [self._swept(tuple(rows), rule, plan) for rows in groups.values()]
+
+    def _swept(self, rows: tuple[Row, ...], rule: SweepRule, plan: Plan) -> Method:
+        first, ledger = rows[0], Ledger(self._out)
+        total = _total(first)
+
+        def loss(rate: float, stop: int) -> float | None:
+            found = []
+            for seed in rule.seeds:
+                step = plan.of_kind(first.at(rate, seed, "sweep").name, "train")
+                assert step is not None
+                found.append(ledger.validation_loss(step, stop if stop < total else None, plan.steps))
+            known = [value for value in found if value is not None]
+            return float(np.mean(known)) if len(known) == len(found) else None
+
+        state = sweep(_rates(rows), total, rule, loss)
+        return Method(rows, state, state.chosen)
+
+    def plan(self, rows: Sequence[Row]) -> Plan:
+        """The plan of these rows, at least one of every method."""
+        grid = dataclasses.replace(self._grid, rows=tuple(rows))
+        return make_plan(grid, self._out, self._inputs, self._device, self._dtype)
+
+    def rows(self, methods: Sequence[Method], seeds: Mapping[tuple[object, ...], int]) -> list[Row]:
+        """Every row that has run or runs next; `seeds` has the number of confirming seeds by method, for methods not to have all."""
+        found = self._untrained()
+        for method in methods:
+            found += self._sweep_rows(method)
+        if all(method.learning_rate is not None or _lost(method) for method in methods):
+            for method in methods:
+                found += self._confirm_rows(method, seeds)
+        return found
+
+    def _untrained(self) -> list[Row]:
+        return [row for row in self._grid.rows if row.train is None]
+
+    def _sweep_rows(self, method: Method) -> list[Row]:
+        if method.sweep is None or self._grid.sweep is None:
+            return []
+        found, total = [], _total(method.rows[0])
+        for rate in method.sweep.rates:
+            stops = [*method.sweep.losses[rate], *(step for other, step in method.sweep.pending if other == rate)]
+            stop = max(stops) if stops else 0
+            if stop:
+                stop_at = stop if stop < total else None
+                found += [method.rows[0].at(rate, seed, "sweep", stop_at) for seed in self._grid.sweep.seeds]
+        return found
+
+    def _confirm_rows(self, method: Method, seeds: Mapping[tuple[object, ...], int]) -> list[Row]:
+        rule = self._grid.confirm
+        if rule is None or method.learning_rate is None:
+            return []
+        count = min(seeds.get(method.key, len(rule.seeds)), len(rule.seeds))
+        return [method.rows[0].at(method.learning_rate, seed, "confirm") for seed in rule.seeds[:count]]
+
+
+def to_run(rows: Sequence[Row], methods: Sequence[Method]) -> list[str]:
+    """The names of the rows without those whose training diverged: it would diverge again."""
+    lost = {
+        (method.key, rate)
+        for method in methods
+        if method.sweep is not None
+        for rate, losses in method.sweep.losses.items()
+        if math.inf in losses.values()
+    }
+    return [row.name for row in rows if row.stage != "sweep" or (row.method, row.learning_rate) not in lost]
+
+
+def stage_record(methods: Sequence[Method], grid: Grid) -> dict[str, Any]:
+    """What `plan.json` says of the stages: each method's sweep, and the number of looks at the confirming seeds."""
+    looks = len(grid.confirm.seeds) - FEWEST_SEEDS + 1 if grid.confirm is not None else None
+    sweeps = [
+        {
+            "method": list(method.key),
+            "planned": list(state.planned),
+            "losses": {
+                repr(rate): {str(step): loss if math.isfinite(loss) else None for step, loss in state.losses[rate].items()}
+                for rate in state.rates
+            },
+            "dropped": {repr(rate): step for rate, step in state.dropped.items()},
+            "chosen": state.chosen,
+            "added": state.added,
+        }
+        for method in methods
+        if (state := method.sweep) is not None
+    ]
+    return {"looks": looks, "sweeps": sweeps}
+
+
+def news(methods: Sequence[Method], before: Sequence[Method]) -> list[str]:
+    """A sentence for each method whose sweep has ended or was widened since `before`."""
+    earlier = {method.key: method.sweep for method in before}
+    found = []
+    for method in methods:
+        state, old = method.sweep, earlier.get(method.key)
+        if state is None:
+            continue
+        name = method.rows[0].label
+        if state.added is not None and (old is None or old.added is None):
+            side = "highest" if state.added > max(state.planned) else "lowest"
+            found.append(f"{name}: the best learning rate is the {side} of its sweep, so {short(state.added)} is tried as well")
+        if state.chosen is not None and (old is None or old.chosen is None):
+            edge = ", still at the edge of its sweep" if state.at_edge else ""
+            found.append(f"{name}: learning rate {short(state.chosen)} chosen{edge}")
+        elif _lost(method) and (old is None or old.pending):
+            found.append(f"{name}: training diverged at every learning rate of its sweep")
+    return found
+
+
+def _rates(rows: Sequence[Row]) -> list[float]:
+    return [row.learning_rate for row in rows if row.learning_rate is not None]
+
+
+def _edges(rates: Sequence[float]) -> list[float]:
+    """The rates by which a sweep over `rates` may be widened."""
+    found = [beyond(sorted(rates), edge) for edge in (min(rates), max(rates))]
+    return [rate for rate in found if rate is not None]
+
+
+def _total(row: Row) -> int:
+    steps: int = (row.train or {})["max_steps"]
+    return steps
+
+
+def _lost(method: Method) -> bool:
+    """Whether every learning rate of the method diverged."""
+    return method.sweep is not None and not method.sweep.pending and method.sweep.chosen is None
