@@ -1,6 +1,7 @@
 """Measures the verdict of `cora report`: size, power and coverage over seeds, seed deviations and records.
 
     python benchmarks/verdict.py --families 2000      # the table of docs/verdict.md: 25 minutes on a busy core
+    python benchmarks/verdict.py --looks --seeds 5    # a grid with `confirm` that looks after 3, 4 and 5 seeds
 
 Each simulated family has 14 independent tests of a held-out loss. A record's tokens and nats are drawn, then read by the functions that the
 report calls: `pseudo_values`, `crossed`, `p_value`, `interval` (`covered`), `holm` and MIN_SEEDS.
@@ -12,16 +13,21 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cora_cli.crossed import Crossed, crossed, pseudo_values
+from cora_cli.crossed import Floats, crossed, pseudo_values
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.reporting.measures import LOSS, value_function
+from cora_cli.reporting.outcomes import level_at
 from cora_cli.reporting.statistics import LEVEL, MIN_SEEDS, holm
 
 SEEDS, DEVIATIONS, RECORDS = (1, 2, 3, 5, 10), (0.0, 0.004, 0.008, 0.016), (40, 200, 1000)
 TESTS = 14
 EFFECT = 0.02
 """The true difference for the power, in nats per token: about a twentieth of what training gains in the demo."""
+MARGIN = 0.038
+"""The margin of equivalence: a tenth of what training gains in the demo."""
+Bools = NDArray[np.bool_]
 # The differences between the demo's adapters on its 48 records: 0.04 nats per token; contributions with a skewness of up to 1.2 and an
 # excess kurtosis of up to 2.5; 44 ± 16 tokens. Records of gamma shape 6 and these token counts give contributions of 1.0 and about 2.7.
 RECORD_DEVIATION, INTERACTION_DEVIATION, SHAPE = 0.04, 0.02, 6.0
@@ -50,15 +56,15 @@ class Cell:
         ]
 
 
-def draw(generator: np.random.Generator, tests: int, seeds: int, deviation: float, records: int, shape: float) -> Crossed:
-    """Independent comparisons (tests,) of two methods without a true difference, paired over seeds."""
+def draw(generator: np.random.Generator, tests: int, seeds: int, deviation: float, records: int, shape: float) -> Floats:
+    """Contributions (tests, seeds, records) of independent comparisons of two methods without a true difference, paired over seeds."""
     tokens = np.round(generator.gamma(TOKEN_SHAPE, TOKENS / TOKEN_SHAPE, (tests, 1, records))) + 1
     record = (generator.gamma(shape, 1, (tests, 1, records)) - shape) / np.sqrt(shape)
     difference = RECORD_DEVIATION * record * generator.choice([-1.0, 1.0], (tests, 1, 1))
     difference = difference + deviation * generator.standard_normal((tests, seeds, 1))
     difference = difference + INTERACTION_DEVIATION * generator.standard_normal((tests, seeds, records))
     statistics = np.stack([tokens * difference, np.broadcast_to(tokens, difference.shape)], axis=-1)
-    return crossed([pseudo_values(statistics, value_function(LOSS))])
+    return pseudo_values(statistics, value_function(LOSS))
 
 
 def blocks(families: int, seeds: int, records: int) -> Iterator[int]:
@@ -74,7 +80,7 @@ def simulate(seeds: int, deviation: float, records: int, families: int, shape: f
     generator = np.random.default_rng([seeds, round(1000 * deviation), records, stream])
     cell = Cell()
     for count in blocks(families, seeds, records):
-        found = draw(generator, count * TESTS, seeds, deviation, records, shape)
+        found = crossed([draw(generator, count * TESTS, seeds, deviation, records, shape)])
         null, effect = (found.p_value(at).reshape(count, TESTS) for at in (0.0, -EFFECT))
         wrong = sum(min(holm(list(family))) < LEVEL for family in null)
         decides = seeds >= MIN_SEEDS
@@ -86,6 +92,99 @@ def simulate(seeds: int, deviation: float, records: int, families: int, shape: f
     return cell
 
 
+@dataclasses.dataclass
+class Stopped:
+    """What was counted for grids that stop where nothing is undecided."""
+
+    families: int = 0
+    wrong: int = 0
+    ever: int = 0
+    covered: int = 0
+    found: int = 0
+    decided: int = 0
+    seeds: int = 0
+
+    def row(self) -> list[str]:
+        """Error at the end, error at any look, coverage, power, tests decided without a difference (%), and their mean seeds."""
+        tests = self.families * TESTS
+        shares = (self.wrong / self.families, self.ever / self.families, self.covered / tests)
+        return [
+            *(f"{100 * share:.1f}" for share in shares),
+            *(f"{100 * count / tests:.0f}" for count in (self.found, self.decided)),
+            f"{self.seeds / tests:.2f}",
+        ]
+
+
+def stop_early(most: int, deviation: float, records: int, families: int, shape: float, stream: int) -> Stopped:
+    """One cell of the table of looks: tests that are decided keep the data of that look, the others get one more seed."""
+    generator = np.random.default_rng([most, round(1000 * deviation), records, stream, 1])
+    cell = Stopped()
+    for count in blocks(families, most, records):
+        contributions = draw(generator, count * TESTS, most, deviation, records, shape)
+        cell.families += count
+        for effect in (0.0, EFFECT):
+            looked = look(contributions + effect, most, effect)
+            shown = looked.shown.reshape(count, TESTS)
+            if effect:
+                cell.found += int(shown.sum())
+                continue
+            cell.wrong += int(shown.any(axis=1).sum())
+            cell.ever += int(looked.ever.reshape(count, TESTS).any(axis=1).sum())
+            cell.covered += int(looked.covered.sum())
+            cell.decided += int((looked.shown | looked.alike).sum())
+            cell.seeds += int(looked.seeds.sum())
+    return cell
+
+
+@dataclasses.dataclass
+class Looked:
+    """The tests (tests,) after all looks: shown to differ at the end or at any look, equivalent, true value covered, seeds used."""
+
+    shown: Bools
+    ever: Bools
+    alike: Bools
+    covered: Bools
+    seeds: Floats
+
+
+def look(contributions: Floats, most: int, truth: float) -> Looked:
+    """Look after MIN_SEEDS seeds and after each further one up to `most`, as the report of a growing grid does."""
+    tests, looks = len(contributions), most - MIN_SEEDS + 1
+    scaled, value = np.ones(tests), np.zeros(tests)
+    state = Looked(*(np.zeros(tests, bool) for _ in range(4)), np.full(tests, float(most)))
+    running = np.ones(tests, bool)
+    for seeds in range(MIN_SEEDS, most + 1):
+        found, level = crossed([contributions[running, :seeds]]), level_at(seeds, looks)
+        value[running] = contributions[running, :seeds].mean(axis=(1, 2))
+        scaled[running] = np.minimum(1.0, found.p_value() * LEVEL / level)
+        state.covered[running] = found.covered(truth, 0.95)
+        outside = [~found.covered(end, 1 - 2 * level) for end in (-MARGIN, MARGIN)]
+        state.alike[running] = outside[0] & outside[1] & (abs(value[running]) < MARGIN)
+        corrected = np.concatenate([holm(list(family)) for family in scaled.reshape(-1, TESTS)])
+        state.shown = corrected < LEVEL
+        state.ever |= state.shown
+        ends = running & (state.shown | state.alike)
+        state.seeds[ends] = seeds
+        running &= ~ends
+        if not running.any():
+            break
+    state.alike &= ~state.shown
+    return state
+
+
+def print_looks(options: argparse.Namespace) -> None:
+    """Print the table of grids that stop early."""
+    rows = []
+    for most in options.seeds:
+        for deviation in DEVIATIONS:
+            for records in options.records:
+                cell = stop_early(most, deviation, records, options.families, options.shape, options.stream)
+                rows.append([str(most), f"{deviation:g}", str(records), *cell.row()])
+    names = ("error", "error at any look", "coverage", "power", "decided", "mean seeds")
+    print(markdown_table(["most seeds", "seed deviation", "records", *names], rows))
+    print(f"\n{options.families} families of {TESTS} tests per cell, in per cent; margin {MARGIN:g} nats.")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,7 +193,13 @@ def main() -> None:
     parser.add_argument("--stream", type=int, default=0, help="seed of the simulation; another one gives independent draws")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="numbers of training seeds")
     parser.add_argument("--records", type=int, nargs="+", default=RECORDS, help="numbers of records")
+    parser.add_argument(
+        "--looks", action="store_true", help="simulate grids that look after 3 seeds and after each further one"
+    )
     options = parser.parse_args()
+    if options.looks:
+        print_looks(options)
+        return
     began, rows = time.monotonic(), []
     for seeds in options.seeds:
         for deviation in DEVIATIONS:
