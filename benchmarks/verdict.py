@@ -151,7 +151,9 @@ def look(contributions: Floats, most: int, truth: float) -> Looked:
     """Look after MIN_SEEDS seeds and after each further one up to `most`, as the report of a growing grid does."""
     tests, looks = len(contributions), most - MIN_SEEDS + 1
     scaled, value = np.ones(tests), np.zeros(tests)
-    state = Looked(*(np.zeros(tests, bool) for _ in range(4)), np.full(tests, float(most)))
+    state = Looked(
+        np.zeros(tests, bool), np.zeros(tests, bool), np.zeros(tests, bool), np.zeros(tests, bool), np.full(tests, float(most))
+    )
     running = np.ones(tests, bool)
     for seeds in range(MIN_SEEDS, most + 1):
         found, level = crossed([contributions[running, :seeds]]), level_at(seeds, looks)

@@ -27,7 +27,7 @@ from cora_cli.experiments.rows import Row
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.slurm import SlurmLauncher, left_jobs
 from cora_cli.experiments.stage_rules import FEWEST_SEEDS
-from cora_cli.experiments.stages import SeedsWanted, Stages, news, stage_record, to_run
+from cora_cli.experiments.stages import SeedsWanted, Stages, news, stage_lines, stage_record, to_run
 from cora_cli.experiments.steps import FOLDERS, Kind, Plan, make_plan
 from cora_cli.lock import own_directory
 from cora_cli.methods.registry import method_of
@@ -79,9 +79,23 @@ def dry_run(request: Request) -> str:
     # Without earlier steps nothing is done yet, so there is no need to hash weights.
     inputs = find_inputs(grid, out / _HASHES if (out / "steps").is_dir() else None)
     check_shapes(grid, inputs)
-    plan = make_plan(grid, out, inputs, request.device, request.dtype)
     rate, described = matmul_rate(request.device)
+    if grid.has_stages:
+        return _dry_run_stages(request, grid, out, inputs, rate, described)
+    plan = make_plan(grid, out, inputs, request.device, request.dtype)
     return render_plan(plan, inputs, done_steps(plan), estimate_steps(plan, inputs, rate), _chosen(request, plan), described)
+
+
+def _dry_run_stages(request: Request, grid: Grid, out: Path, inputs: Inputs, rate: float, described: str) -> str:
+    """The plan of what is known so far, and the most and the likely work of all stages."""
+    stages = Stages(grid, out, inputs, request.device, request.dtype)
+    methods = stages.methods()
+    rows = stages.rows(methods, {method.key: FEWEST_SEEDS for method in methods})
+    plan = stages.plan(rows)
+    estimates = estimate_steps(plan, inputs, rate)
+    shown = render_plan(plan, inputs, done_steps(plan), estimates, [row.name for row in rows], described)
+    complete = stages.plan([row for row in grid.rows if row.train is None] + [method.rows[0] for method in methods])
+    return "\n".join([shown, "", *stage_lines(grid, methods, complete, estimate_steps(complete, inputs, rate))])
 
 
 def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
@@ -99,7 +113,7 @@ def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
         inputs.require_all()
         check_shapes(grid, inputs)
         launcher = _launcher(request, grid, out, held)
-        if grid.sweep is not None or grid.confirm is not None:
+        if grid.has_stages:
             return _run_stages(request, grid, out, inputs, launcher, held, seeds_wanted)
         plan = make_plan(grid, out, inputs, request.device, request.dtype)
         wanted = plan.needed_for(_chosen(request, plan))

@@ -106,7 +106,9 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
             if step.kind == "basis":
                 found[name] = _basis(model, row, plan, step, rate)
             elif data is not None and step.kind == "train":
-                found[name] = _training(model, data, train_config(row), rate)
+                config = train_config(row)
+                config = dataclasses.replace(config, max_steps=row.stop_at) if row.stop_at else config
+                found[name] = _training(model, data, config, rate)
             elif data is not None:
                 found[name] = _evaluation(model, data, plan.grid.evaluate or {}, rate)
     for name, settings in plan.grid.models.items():

@@ -84,6 +84,11 @@ class Grid:
     sweep: SweepRule | None = None
     confirm: ConfirmRule | None = None
 
+    @property
+    def has_stages(self) -> bool:
+        """Whether rows depend on the results of others."""
+        return self.sweep is not None or self.confirm is not None
+
     def resolved(self) -> Values:
         """Everything as plain values, for the copy that is saved with the results."""
         values = dataclasses.asdict(self)
