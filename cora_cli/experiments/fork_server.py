@@ -24,13 +24,20 @@ from typing import Any, BinaryIO
 
 from cora_cli.environment import forget_settings, quiet_libraries
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.metrics import NAMES, build_metrics
 
 _LENGTH_BYTES = 4
 _MOST_DESCRIPTORS = 8
 _POLL_SECONDS = 0.02
-_MODULES = ("cora_cli.training.run", "cora_cli.evaluation.evaluate", "cora_cli.extraction.extract", "torch.utils.data")
+_MODULES = (
+    *("cora_cli.training.run", "cora_cli.evaluation.evaluate", "cora_cli.extraction.extract"),
+    *("cora_cli.cli", "pydantic.type_adapter", "torch.utils.data", "transformers.models.auto.modeling_auto"),
+)
 # It belongs to pyarrow's allocator, which is prepared for a fork.
 _HARMLESS_THREADS = frozenset({"jemalloc_bg_thd"})
+# Meant for the steps and for `cora ablate`, which ends the server by closing the socket.
+_FOR_STEPS = (signal.SIGINT, signal.SIGTERM)
+_PROGRAM = ("-P", "-m", __name__)
 _READY, _STARTED, _ENDED = "ready", "started", "ended"
 
 
@@ -43,7 +50,7 @@ class ForkServer:
     def __init__(self, environment: Mapping[str, str], output: BinaryIO) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-P", "-m", __name__, str(theirs.fileno())]
+            command = [sys.executable, *_PROGRAM, str(theirs.fileno())]
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -206,11 +213,15 @@ class _Server:
         return found if len(found) == count else b""
 
     def _start(self, message: Mapping[str, Any], descriptors: Sequence[int]) -> bool:
+        # A signal that arrives while the fork still ignores it must not be lost.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_STEPS)
         pid = os.fork()
         if pid == 0:
             self._socket.close()
             _become(message, descriptors)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return True
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for descriptor in descriptors:
             os.close(descriptor)
         self._children.add(pid)
@@ -262,6 +273,7 @@ def _import_libraries() -> None:
 
     for name in _MODULES:
         importlib.import_module(name)
+    build_metrics(NAMES)  # imports each metric's library, and loads nothing
     pid = os.fork()
     if pid == 0:
         os._exit(bool(torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork()))  # type: ignore[attr-defined]
@@ -277,9 +289,8 @@ def _import_libraries() -> None:
 
 
 def _serve(descriptor: int) -> bool:
-    # Both are meant for the steps and for `cora ablate`, which ends this process by closing the socket.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _FOR_STEPS:
+        signal.signal(number, signal.SIG_IGN)
     quiet_libraries()
     try:
         forget_settings()

@@ -159,13 +159,12 @@ class ForkedJob:
     def stop(self) -> None:
         """Terminate the process, and kill it after a grace period. A run keeps its last complete checkpoint in both cases."""
         for number in (signal.SIGTERM, signal.SIGKILL):
+            if self.ended() is not None:
+                return
             self._server.send(self._pid, number)
             until = time.monotonic() + _GRACE_SECONDS
-            while self._server.usable and self._server.ended(self._pid) is None and time.monotonic() < until:
+            while self.ended() is None and time.monotonic() < until:
                 time.sleep(_POLL_SECONDS)
-            if self._server.ended(self._pid) is not None:
-                return
-        stop_orphan(self._pid, _GRACE_SECONDS)
 
 
 def visible_gpus() -> list[str]:
