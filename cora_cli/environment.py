@@ -4,7 +4,9 @@ What a result depends on is in the command's settings and in its record. The var
 `MASTER_ADDR`, …) stay, as they say which process this is.
 """
 
+import logging
 import os
+import warnings
 
 from cora_cli.errors import CoraError
 
@@ -45,3 +47,16 @@ def forget_settings() -> None:
     if "LOCAL_RANK" not in os.environ:
         for name in _PROCESS_COUNTS:
             os.environ.pop(name, None)
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' progress bars and warnings; `cora` reports progress and problems itself."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # matplotlib complains about a home directory that it cannot write to, and then works without it.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    # A user cannot fix one library's use of a deprecated function in another.
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -40,15 +40,20 @@ def range_problems(config: Any) -> list[str]:
     """Sentences on numbers of a configuration that are not finite, above the `most` of their field, or no seeds."""
     problems = []
     for field in dataclasses.fields(config):
-        value, most, flag = getattr(config, field.name), field.metadata["most"], f"--{field.name.replace('_', '-')}"
+        value, most = getattr(config, field.name), field.metadata["most"]
+        if type(value) not in (int, float):
+            continue
+        need = ""
         if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{flag} must be a finite number, not {value}")
+            need = f"a finite number, not {value}"
         elif field.name == "seed" and not 0 <= value < 2**32:
-            problems.append(f"{flag} must be at least 0 and below 2^32, not {value}")
+            need = f"at least 0 and below 2^32, not {value}"
         elif type(value) is int and abs(value) > (most or _LARGEST):
-            problems.append(f"{flag} must be at most {most or _LARGEST:,}, not {value:,}")
+            need = f"at most {most or _LARGEST:,}, not {value:,}"
         elif type(value) is float and most is not None and abs(value) > most:
-            problems.append(f"{flag} must be at most {most:,}, not {value:,}")
+            need = f"at most {most:,}, not {value:,}"
+        if need:
+            problems.append(f"--{field.name.replace('_', '-')} must be {need}")
     return problems
 
 

@@ -9,9 +9,9 @@ import sys
 import typer
 
 from cora_cli.cli import ablate, demo, doctor, evaluate, export, extract_basis, inspect, merge, report, train
-from cora_cli.cli.command import clean_errors, quiet_libraries
+from cora_cli.cli.command import clean_errors
 from cora_cli.cli.usage import Group
-from cora_cli.environment import forget_settings
+from cora_cli.environment import forget_settings, quiet_libraries
 
 app = typer.Typer(
     name="cora",

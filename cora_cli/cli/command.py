@@ -6,12 +6,10 @@ All commands share the same precedence (a flag overrides the file, the file over
 import contextlib
 import dataclasses
 import inspect
-import logging
 import os
 import sys
 import types
 import typing
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -184,16 +182,3 @@ def _names_of_flags(context: typer.Context) -> dict[str, str]:
             names[str(parameter.name)] = str(parameter.name)
             names |= {flag[2:].replace("-", "_"): str(parameter.name) for flag in parameter.opts if flag.startswith("--")}
     return names
-
-
-def quiet_libraries() -> None:
-    """Silence the libraries' progress bars and warnings; `cora` reports progress and problems itself."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # matplotlib complains about a home directory that it cannot write to, and then works without it.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    # A user cannot fix one library's use of a deprecated function in another.
-    warnings.filterwarnings("ignore", category=FutureWarning)

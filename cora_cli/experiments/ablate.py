@@ -5,12 +5,13 @@ This is the entry point of `cora ablate`; `cora report` reads the results.
 
 import dataclasses
 import fnmatch
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.experiments.estimate import ESTIMATE_NOTE, Estimate, estimate_steps, matmul_rate, train_config, trained_parameters
+from cora_cli.experiments.estimate import ESTIMATE_NOTE, Estimate, estimate_steps, matmul_rate, trained_parameters
 from cora_cli.experiments.execute import (
     Execution,
     Outcome,
@@ -227,7 +228,7 @@ def check_shapes(grid: Grid, inputs: Inputs) -> None:
 def _shape_problems(row: Row, grid: Grid, model: ModelFacts, inputs: Inputs) -> Iterator[str]:
     names = (row.train or row.basis or {}).get("target_modules") or DEFAULT_TARGET_MODULES
     targets = model.targets(names)
-    adapter = train_config(row).adapter_plan() if row.train is not None else None
+    adapter = row.training.adapter_plan() if row.train is not None else None
     if adapter is None and row.basis is None:
         return
     if lacking := [name for name in names if not model.targets((name,))]:
@@ -267,9 +268,9 @@ def render_plan(
     """The plan as Markdown."""
     grid = plan.grid
     model = inputs.models.get(grid.model)
-    rows = []
+    rows, shown = [], set(chosen)
     for row in grid.rows:
-        if row.name not in chosen:
+        if row.name not in shown:
             continue
         trained = trained_parameters(row, model)
         known = [estimates[name] for name in plan.steps_of[row.name] if name in estimates]
@@ -285,11 +286,14 @@ def render_plan(
             ]
         )
     wanted = plan.needed_for(chosen)
+    users = Counter(name for row in grid.rows for name in plan.needed_for([row.name]))
     lines = [grid.title, f"base model {grid.model}, output in {plan.out}", ""]
     lines += [f"- {condition}" for condition in grid.conditions]
     lines += ["", markdown_table(["row", "printed as", "trained parameters", "time", "memory", "state"], rows), ""]
     lines += [
-        _step_line(plan, kind, wanted, done, estimates) for kind in _NOUNS if any(plan.steps[n].kind == kind for n in wanted)
+        _step_line(plan, kind, wanted, users, done, estimates)
+        for kind in _NOUNS
+        if any(plan.steps[n].kind == kind for n in wanted)
     ]
     todo = [name for name in plan.steps if name in wanted and not done[name]]
     if all(name in estimates for name in wanted):
@@ -305,10 +309,16 @@ def render_plan(
     return "\n".join(lines)
 
 
-def _step_line(plan: Plan, kind: Kind, wanted: set[str], done: Mapping[str, bool], estimates: Mapping[str, Estimate]) -> str:
+def _step_line(
+    plan: Plan,
+    kind: Kind,
+    wanted: set[str],
+    users: Mapping[str, int],
+    done: Mapping[str, bool],
+    estimates: Mapping[str, Estimate],
+) -> str:
     names = [name for name in plan.steps if name in wanted and plan.steps[name].kind == kind]
-    users = {name: sum(name in plan.needed_for([row.name]) for row in plan.grid.rows) for name in names}
-    shared = sum(count > 1 for count in users.values())
+    shared = sum(users[name] > 1 for name in names)
     time = (
         f", about {duration(sum(estimates[name].seconds for name in names))}"
         if all(name in estimates for name in names)

@@ -6,7 +6,7 @@ Estimates are right within a factor of about two, enough to tell minutes from we
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices, Share
 from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts, data_key
@@ -69,7 +69,7 @@ def trained_parameters(row: Row, model: ModelFacts | None) -> int | None:
         return 0
     if model is None:
         return None
-    return _trained(train_config(row), model)
+    return _trained(row.training, model)
 
 
 def _trained(config: TrainConfig, model: ModelFacts) -> int | None:
@@ -77,18 +77,6 @@ def _trained(config: TrainConfig, model: ModelFacts) -> int | None:
     if plan is None:
         return model.parameters
     return method.parameters(model.targets(plan.target_modules), plan) if method.can_train(plan) else 0
-
-
-def train_config(row: Row) -> TrainConfig:
-    """The training settings of a row, with placeholders for paths and references."""
-    place: Values = {
-        "mode": row.mode,
-        "model": "m",
-        "dataset": "d",
-        "output_dir": "o",
-        "basis": "b" if row.basis is not None else None,
-    }
-    return TrainConfig(**place, **(row.train or {}))
 
 
 def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimate]:
@@ -106,8 +94,7 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
             if step.kind == "basis":
                 found[name] = _basis(model, row, plan, step, rate)
             elif data is not None and step.kind == "train":
-                config = train_config(row)
-                config = dataclasses.replace(config, max_steps=row.stop_at) if row.stop_at else config
+                config = dataclasses.replace(row.training, max_steps=row.stop_at) if row.stop_at else row.training
                 found[name] = _training(model, data, config, rate)
             elif data is not None:
                 found[name] = _evaluation(model, data, plan.grid.evaluate or {}, rate)
@@ -139,7 +126,7 @@ def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: flo
     if adapter is not None and not method.can_train(adapter):
         flops = 0.0
     flops += 2 * body * per_example * measured
-    layers, hidden, vocabulary = _sizes(model)
+    layers, hidden, vocabulary = model.sizes
     shapes = [] if adapter is None else list(model.targets(adapter.target_modules).values())
     trained = _trained(config, model)
     if trained is None:
@@ -161,7 +148,7 @@ def _evaluation(model: ModelFacts, data: DataFacts, evaluate: Values, rate: floa
     prompt = data.characters / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
     body = 2 * (model.parameters - model.embedded)
     seconds = prompts * body * (answered / DECODING_SHARE + prompt / TRAINING_SHARE) / rate
-    layers, hidden, _ = _sizes(model)
+    layers, hidden, _ = model.sizes
     batch = min(prompts, evaluate.get("batch_size", 48))
     cache = batch * (prompt + new) * layers * hidden * 4
     return Estimate(START_SECONDS["evaluate"] + seconds, PROCESS_BYTES + 2 * model.parameters + cache)
@@ -187,13 +174,6 @@ def _basis(model: ModelFacts, row: Row, plan: Plan, step: Step, rate: float) -> 
     return Estimate(seconds, PROCESS_BYTES / 2 + kept)
 
 
-def _groups(targets: dict[str, tuple[int, int]], share: Share) -> Sequence[tuple[int, int]]:
+def _groups(targets: Mapping[str, tuple[int, int]], share: Share) -> Sequence[tuple[int, int]]:
     mapping = BasisChoices(share=share).mapping
     return list({mapping.group_of(name): shape for name, shape in targets.items()}.values())
-
-
-def _sizes(model: ModelFacts) -> tuple[int, int, int]:
-    """Number of layers, hidden size and vocabulary size, from the shapes."""
-    layers = len({part for name in model.shapes for part in name.split(".") if part.isdigit()}) or 1
-    vocabulary, hidden = max(model.shapes.values(), key=lambda shape: shape[0])
-    return layers, hidden, vocabulary

@@ -5,6 +5,7 @@ It can be interrupted at any time: finished steps stay finished, and the next ca
 """
 
 import dataclasses
+import heapq
 import signal
 import time
 from collections.abc import Mapping
@@ -63,9 +64,17 @@ class Execution:
         """`wanted` names the steps to complete; `held` is the descriptor of the lock on the output directory."""
         self._plan, self._launcher, self._screen, self._held = plan, launcher, screen, held
         self._ledger = Ledger(plan.out)
-        # A plan lists each step after its dependencies.
-        self._waiting = [step for step in plan.steps.values() if step.name in wanted]
-        self._checked: set[str] = set()
+        # A plan lists each step after its dependencies. A step enters `_unchecked` with its last dependency's result, and `_startable`
+        # once it is known not to be done; both are heaps, so that steps run in the order of the plan.
+        chosen = [step for step in plan.steps.values() if step.name in wanted]
+        self._places = {step.name: place for place, step in enumerate(chosen)}
+        self._lacking = {step.name: len(set(step.needs)) for step in chosen}
+        self._dependents: dict[str, list[Step]] = {}
+        for step in chosen:
+            for need in dict.fromkeys(step.needs):
+                self._dependents.setdefault(need, []).append(step)
+        self._unchecked = [(self._places[step.name], step) for step in chosen if not step.needs]
+        self._startable: list[tuple[int, Step]] = []
         self._running: dict[str, _Running] = {}
         self._results: dict[str, str] = {}
         self._up_to_date: list[str] = []
@@ -80,11 +89,11 @@ class Execution:
         """
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            while self._waiting or self._running:
+            while self._unchecked or self._startable or self._running:
                 self._advance()
                 self._reap()
                 self._screen.show({name: running.log for name, running in self._running.items()})
-                if self._running:
+                if self._running and not self._unchecked:
                     time.sleep(_POLL_SECONDS)
         finally:
             signal.signal(signal.SIGTERM, previous)
@@ -94,30 +103,33 @@ class Execution:
         return Outcome(tuple(self._up_to_date), tuple(self._completed), self._failed, self._blocked)
 
     def _advance(self) -> None:
-        """Skip steps that are up to date or blocked, and start steps that are ready while there are free slots."""
-        for step in list(self._waiting):
-            culprit = next((need for need in step.needs if need in self._failed or need in self._blocked), None)
-            if culprit is not None:
-                self._waiting.remove(step)
-                root = self._blocked.get(culprit, culprit)
-                self._blocked[step.name] = root
-                self._screen.failed(step, f"skipped, because {root} failed")
-            elif all(need in self._results for need in step.needs):
-                self._skip_or_start(step)
-
-    def _skip_or_start(self, step: Step) -> None:
-        if step.name not in self._checked:
-            self._checked.add(step.name)
-            verdict = self._ledger.check(step, self._results)
-            if verdict.done and verdict.result is not None:
-                self._waiting.remove(step)
-                self._results[step.name] = verdict.result
-                self._up_to_date.append(step.name)
-                self._screen.up_to_date(step)
+        """Start steps while there are free slots, and meanwhile check which steps are up to date, until it is time to poll."""
+        until = time.monotonic() + _POLL_SECONDS
+        while True:
+            free = len(self._running) < self._launcher.slots
+            if free and self._startable and (not self._unchecked or self._startable[0] < self._unchecked[0]):
+                self._start(heapq.heappop(self._startable)[1])
+            elif self._unchecked and (free or time.monotonic() < until):
+                self._check(*heapq.heappop(self._unchecked))
+            else:
                 return
-        if len(self._running) < self._launcher.slots:
-            self._waiting.remove(step)
-            self._start(step)
+
+    def _check(self, place: int, step: Step) -> None:
+        verdict = self._ledger.check(step, self._results)
+        if verdict.done and verdict.result is not None:
+            self._up_to_date.append(step.name)
+            self._screen.up_to_date(step)
+            self._settle(step, verdict.result)
+        else:
+            heapq.heappush(self._startable, (place, step))
+
+    def _settle(self, step: Step, result: str) -> None:
+        """Note the result of a step; steps for which it was the last missing one become ready."""
+        self._results[step.name] = result
+        for dependent in self._dependents.get(step.name, ()):
+            self._lacking[dependent.name] -= 1
+            if not self._lacking[dependent.name]:
+                heapq.heappush(self._unchecked, (self._places[dependent.name], dependent))
 
     def _start(self, step: Step) -> None:
         log = log_of(self._plan, step)
@@ -144,17 +156,31 @@ class Execution:
             try:
                 if code != 0:
                     raise CoraError(_error_in(running.log, code))
-                self._results[name] = self._ledger.finish(step, self._results, seconds)
+                result = self._ledger.finish(step, self._results, seconds)
             except CoraError as error:
                 self._fail(step, str(error))
             else:
                 self._completed.append(name)
                 self._screen.completed(step, seconds)
+                self._settle(step, result)
 
     def _fail(self, step: Step, error: str) -> None:
         self._failed[step.name] = error
         self._ledger.fail(step, self._results, error)
         self._screen.failed(step, f"failed: {error}")
+        for blocked in self._depending_on(step):
+            if blocked.name not in self._blocked:
+                self._blocked[blocked.name] = step.name
+                self._screen.failed(blocked, f"skipped, because {step.name} failed")
+
+    def _depending_on(self, step: Step) -> list[Step]:
+        """All steps that need `step`, directly or not, in the order of the plan."""
+        found, new = dict[str, Step](), [step]
+        while new:
+            nearest = {other.name: other for one in new for other in self._dependents.get(one.name, ())}
+            new = [other for name, other in nearest.items() if name not in found]
+            found |= nearest
+        return sorted(found.values(), key=lambda other: self._places[other.name])
 
     def _note(self) -> None:
         lock.note_holders(self._held, [pid for running in self._running.values() if (pid := running.job.pid) is not None])

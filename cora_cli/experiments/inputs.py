@@ -4,8 +4,9 @@ It reads checkpoint headers and records, and never loads weights. Missing inputs
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,24 @@ class ModelFacts:
     shapes: dict[str, tuple[int, int]]
     parameters: int
     embedded: int
+    _found: dict[tuple[str, ...], dict[str, tuple[int, int]]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
-    def targets(self, names: Sequence[str] = DEFAULT_TARGET_MODULES) -> dict[str, tuple[int, int]]:
-        """Shape (out, in) of every weight that the target modules `names` match."""
-        return {module: shape for module, shape in self.shapes.items() if any(is_target(module, name) for name in names)}
+    def targets(self, names: Sequence[str] = DEFAULT_TARGET_MODULES) -> Mapping[str, tuple[int, int]]:
+        """Shape (out, in) of every weight that the target modules `names` match. Every row of a grid asks for it."""
+        key = tuple(names)
+        if key not in self._found:
+            matching = {module: shape for module, shape in self.shapes.items() if any(is_target(module, name) for name in key)}
+            self._found[key] = matching
+        return self._found[key]
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, int, int]:
+        """Number of layers, hidden size and vocabulary size, from the shapes."""
+        layers = len({part for name in self.shapes for part in name.split(".") if part.isdigit()}) or 1
+        vocabulary, hidden = max(self.shapes.values(), key=lambda shape: shape[0])
+        return layers, hidden, vocabulary
 
 
 @dataclasses.dataclass(frozen=True)

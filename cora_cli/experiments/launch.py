@@ -4,17 +4,20 @@ A launcher starts `cora` commands and reports when they end; `slurm` has the lau
 """
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import cora_cli
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.experiments.fork_server import ForkServer, stop_orphan
 
-_GRACE_SECONDS = 10.0
+_GRACE_SECONDS, _POLL_SECONDS = 10.0, 0.02
 
 
 class Job(Protocol):
@@ -62,11 +65,25 @@ class LocalLauncher:
             )
         self._free = list(range(self.slots))
         self._keep_open = tuple(keep_open)
+        self._server: ForkServer | None = None
+        self._forks = ForkServer.exists_here()
 
-    def submit(self, kind: str, argv: Sequence[str], log: Path) -> "LocalJob":
-        """See `Launcher.submit`."""
+    def submit(self, kind: str, argv: Sequence[str], log: Path) -> Job:
+        """See `Launcher.submit`. The step is a fork of a process that has imported the libraries; where that fails, a new process."""
         slot = self._free.pop(0)
-        return LocalJob(argv, log, self._environment(slot), self._keep_open, lambda: self._free.append(slot))
+        environment = self._environment(slot)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with rundir.open_to_append(log) as file:
+            file.write(f"$ cora {' '.join(argv)}\n".encode())
+            file.flush()
+            if self._forks and (self._server is None or not self._server.usable):
+                self._server = ForkServer(environment, file)
+                self._forks = self._server.usable
+            if self._forks and self._server is not None:
+                pid = self._server.start(argv, environment, file, self._keep_open)
+                if pid is not None:
+                    return ForkedJob(self._server, pid, log, lambda: self._free.append(slot))
+            return LocalJob(argv, file, environment, self._keep_open, lambda: self._free.append(slot))
 
     def _environment(self, slot: int) -> dict[str, str]:
         root = str(Path(cora_cli.__file__).parents[1])
@@ -82,20 +99,21 @@ class LocalLauncher:
 
 
 class LocalJob:
-    """A process; see `Job`."""
+    """A process of its own; see `Job`."""
 
     def __init__(
-        self, argv: Sequence[str], log: Path, environment: dict[str, str], keep_open: Sequence[int], done: Callable[[], None]
+        self,
+        argv: Sequence[str],
+        output: BinaryIO,
+        environment: dict[str, str],
+        keep_open: Sequence[int],
+        done: Callable[[], None],
     ) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
         self._done: Callable[[], None] | None = done
-        with rundir.open_to_append(log) as file:
-            file.write(f"$ cora {' '.join(argv)}\n".encode())
-            file.flush()
-            command = [sys.executable, "-P", "-m", "cora_cli", *argv]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, pass_fds=tuple(keep_open)
-            )
+        command = [sys.executable, "-P", "-m", "cora_cli", *argv]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, pass_fds=tuple(keep_open)
+        )
         self.pid: int | None = self._process.pid
 
     def ended(self) -> int | None:
@@ -114,6 +132,39 @@ class LocalJob:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+class ForkedJob:
+    """A fork of the server; see `Job`."""
+
+    def __init__(self, server: ForkServer, pid: int, log: Path, done: Callable[[], None]) -> None:
+        self._server, self._log, self._done = server, log, done
+        self._pid = self.pid = pid
+        self._code: int | None = None
+
+    def ended(self) -> int | None:
+        """See `Job.ended`. Without the server nobody will know the exit code, so the step is stopped and has failed."""
+        if self._code is not None:
+            return self._code
+        self._code = self._server.ended(self._pid)
+        if self._code is None and not self._server.usable:
+            stop_orphan(self._pid, _GRACE_SECONDS)
+            with rundir.open_to_append(self._log) as file:
+                file.write(b"cora: error: the process that had started this step was killed\n")
+            self._code = 1
+        if self._code is not None:
+            self._done()
+        return self._code
+
+    def stop(self) -> None:
+        """Terminate the process, and kill it after a grace period. A run keeps its last complete checkpoint in both cases."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self.ended() is not None:
+                return
+            self._server.send(self._pid, number)
+            until = time.monotonic() + _GRACE_SECONDS
+            while self.ended() is None and time.monotonic() < until:
+                time.sleep(_POLL_SECONDS)
 
 
 def visible_gpus() -> list[str]:

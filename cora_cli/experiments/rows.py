@@ -4,6 +4,7 @@ A row is one method with one seed. `steps` plans the commands that it needs.
 """
 
 import dataclasses
+import functools
 import random
 from collections.abc import Collection
 from pathlib import Path
@@ -92,6 +93,12 @@ class Row:
         train = {**self.train, "learning_rate": learning_rate, "seed": seed}
         changed: Values = {"learning_rate": learning_rate, "seed": seed, "stage": stage, "stop_at": stop_at}
         return dataclasses.replace(self, name=name, train=train, **changed)
+
+    @functools.cached_property
+    def training(self) -> TrainConfig:
+        """The training settings of a row that trains, with placeholders for paths and references."""
+        place: Values = {"model": "m", "dataset": "d", "output_dir": "o", "basis": "b" if self.basis is not None else None}
+        return TrainConfig(**place, mode=self.mode, **(self.train or {}))
 
     def as_dict(self) -> Values:
         """The row as plain values for YAML."""

@@ -6,6 +6,7 @@ It reads the metrics and logs of steps and writes only to stderr.
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,32 +28,40 @@ class Screen:
         self._plan, self._slots, self._expected = plan, slots, expected
         self._left = {name: plan.steps[name] for name in plan.steps if name in wanted}
         self._total, self._failed = len(self._left), 0
-        self._measured: dict[str, list[float]] = {}
+        self._measured: dict[str, tuple[float, int]] = {}
         self._began: dict[str, float] = {}
+        # Of the steps that have not begun: their number, and how many have no estimate and the sum of the others', by kind.
+        self._ahead: Counter[str] = Counter(step.kind for step in self._left.values())
+        self._unknown: Counter[str] = Counter(step.kind for name, step in self._left.items() if name not in expected)
+        self._estimated: dict[str, float] = dict.fromkeys(self._ahead, 0.0)
+        for name, step in self._left.items():
+            self._estimated[step.kind] += expected.get(name, 0.0)
         self._live, self._drawn, self._drew = sys.stderr.isatty(), 0, 0.0
 
     def up_to_date(self, step: Step) -> None:
         """Report that a step was already complete."""
-        del self._left[step.name]
+        self._forget(step)
         if step.kind == "evaluate":
             self._line(f"{self._count()} {step.name}: up to date{_metrics(self._plan, step)}")
 
     def submitted(self, step: Step, how: str) -> None:
         """Report that a step was started or queued; `how` says which."""
+        self._leave(step)
         self._began[step.name] = time.monotonic()
         if not self._live:
             self._line(f"{self._count()} {step.name}: {how}{self._time_left()}")
 
     def completed(self, step: Step, seconds: float) -> None:
         """Report that a step has finished, with its metrics or held-out loss."""
-        del self._left[step.name]
-        self._measured.setdefault(step.kind, []).append(seconds)
+        self._forget(step)
+        total, count = self._measured.get(step.kind, (0.0, 0))
+        self._measured[step.kind] = (total + seconds, count + 1)
         note = _metrics(self._plan, step) if step.kind == "evaluate" else _loss(self._plan, step)
         self._line(f"{self._count()} {step.name}: done in {duration(seconds)}{note}")
 
     def failed(self, step: Step, reason: str) -> None:
         """Report that a step failed or was skipped, with the reason."""
-        del self._left[step.name]
+        self._forget(step)
         self._failed += 1
         self._line(f"{self._count()} {step.name}: {reason}")
 
@@ -92,15 +101,39 @@ class Screen:
     def _count(self) -> str:
         return f"[{self._total - len(self._left)}/{self._total}]"
 
+    def _forget(self, step: Step) -> None:
+        """Count a step that needs no more time."""
+        del self._left[step.name]
+        if self._began.pop(step.name, None) is None:
+            self._leave(step)
+
+    def _leave(self, step: Step) -> None:
+        """Count a step that is no longer ahead."""
+        self._ahead[step.kind] -= 1
+        self._unknown[step.kind] -= step.name not in self._expected
+        self._estimated[step.kind] -= self._expected.get(step.name, 0.0)
+
     def _time_left(self) -> str:
-        """Time left, from measured steps of the same kind if there are any, else from the estimates."""
+        """Time left, from measured steps of the same kind if there are any, else from the estimates.
+
+        It costs as much with ten thousand steps as with ten, since it is shown for every one of them.
+        """
+        means = {kind: total / count for kind, (total, count) in self._measured.items()}
         left, now = 0.0, time.monotonic()
-        for name, step in self._left.items():
-            measured = self._measured.get(step.kind)
-            expected = sum(measured) / len(measured) if measured else self._expected.get(name)
+        for kind, count in self._ahead.items():
+            if not count:
+                continue
+            if kind in means:
+                left += count * means[kind]
+            elif self._unknown[kind]:
+                return ""
+            else:
+                left += self._estimated[kind]
+        for name, began in self._began.items():
+            expected = means.get(self._left[name].kind, self._expected.get(name))
             if expected is None:
                 return ""
-            left += max(expected - (now - self._began[name]), 0.0) if name in self._began else expected
+            left += max(expected - (now - began), 0.0)
         return f", about {duration(left / min(self._slots, len(self._left)))} left" if self._left else ""
 
 

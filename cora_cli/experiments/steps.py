@@ -4,6 +4,7 @@ A step is one `cora` command. `ledger` decides whether it is done, and `execute`
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +47,7 @@ class Step:
     argv: tuple[str, ...]
     stop_at: int | None = None
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """SHA-256 of everything that determines the result."""
         return rundir.sha256_json([self.kind, self.facts])

@@ -209,7 +209,8 @@ class _SharedSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML, readable by `--config`; unset ones are left out."""
-        values = {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["target_modules"] = list(self.target_modules)
         return {name: value for name, value in values.items() if value is not None}
 
     def result_settings(self) -> dict[str, Any]:

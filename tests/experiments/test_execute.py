@@ -1,5 +1,5 @@
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.steps import Plan
 from cora_cli.lock import own_directory
 from cora_cli.reading import read_json, read_jsonl
+from tests.counting import assert_linear
 from tests.experiments.helpers import BASE, PretendLauncher, grid_of, plan_of
 
 ROWS = ({"mode": "base"}, {"mode": ["fb", "lora"]})
@@ -267,3 +268,43 @@ def test_a_run_is_kept_until_the_one_that_replaces_it_is_finished(plan: Plan) ->
     outcome, _ = carry_out(changed)
     assert not outcome.failed
     assert sorted(path.name for path in (plan.out / "runs").iterdir()) == sorted([FB, LORA])
+
+
+def test_running_a_grid_costs_in_proportion_to_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # its calls count, not the disk's time
+
+    def execution(rows: int, fails: bool) -> Callable[[], Outcome]:
+        plan = plan_of(grid_of({"mode": ["fb", "lora"], "seed": list(range(rows // 2))}), tmp_path / f"{rows}-{fails}")
+        launcher = PretendLauncher(4, fails=lambda argv: "no" if fails and argv[0] == "train" else None)
+        expected = dict.fromkeys(plan.steps, 1.0)
+
+        def work() -> Outcome:
+            with own_directory(plan.out) as lock:
+                screen = Screen(plan, set(plan.steps), launcher.slots, expected)
+                return Execution(plan, set(plan.steps), launcher, screen, lock).run()
+
+        return work
+
+    assert_linear(lambda rows: execution(rows, fails=False))
+    assert_linear(lambda rows: execution(rows, fails=True))
+
+
+def test_the_time_left_counts_waiting_and_running_steps(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("cora_cli.experiments.screen.time.monotonic", lambda: now[0])
+    screen = Screen(plan, set(plan.steps), 1, dict.fromkeys(plan.steps, 10.0))
+    steps = list(plan.steps.values())
+    screen.submitted(steps[0], "started")
+    assert "about 70 s left" in capsys.readouterr().err
+    now[0] = 4.0
+    screen.submitted(steps[1], "started")
+    assert "about 66 s left" in capsys.readouterr().err
+    train = [step for step in steps if step.kind == "train"]
+    screen.submitted(train[0], "started")
+    screen.completed(train[0], 30.0)  # what is measured replaces the estimate of its kind
+    screen.up_to_date(steps[1])
+    screen.submitted(train[1], "started")
+    # 6 s of the first step, 30 s of the other training, and 10 s of each of the other three.
+    assert "about 66 s left" in capsys.readouterr().err

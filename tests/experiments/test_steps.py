@@ -1,4 +1,5 @@
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.experiments.ablate import check_shapes, render_plan
 from cora_cli.experiments.estimate import estimate_steps, trained_parameters
+from cora_cli.experiments.execute import done_steps
 from cora_cli.experiments.inputs import data_key
-from cora_cli.experiments.steps import Plan, Step, plan_record
+from cora_cli.experiments.steps import Plan, Step, make_plan, plan_record
 from cora_cli.training.config import TrainConfig
+from tests.counting import assert_linear
 from tests.experiments.helpers import SHAPES, grid_of, inputs_of, plan_of
 
 
@@ -278,3 +281,29 @@ def test_a_grid_that_generates_nothing_has_no_evaluations_and_its_base_row_no_st
     shown = render_plan(plan, inputs_of(), dict.fromkeys(plan.steps, False), {}, [row.name for row in plan.grid.rows], "")
     assert "1 training runs" in shown
     assert "evaluations" not in shown
+
+
+def test_a_plan_costs_in_proportion_to_its_rows(tmp_path: Path) -> None:
+    def plan(rows: int) -> Callable[[], str]:
+        def work() -> str:
+            grid = grid_of({"mode": ["fb", "lora"], "seed": list(range(rows // 2))})
+            inputs = inputs_of()
+            check_shapes(grid, inputs)
+            plan = make_plan(grid, tmp_path, inputs, "cpu", "fp32")
+            plan_record(plan)
+            estimates = estimate_steps(plan, inputs, 1e11)
+            return render_plan(plan, inputs, done_steps(plan), estimates, [row.name for row in grid.rows], "a machine")
+
+        return work
+
+    assert_linear(plan)
+
+
+def test_a_shape_is_looked_up_once_for_all_rows_with_the_same_target_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("cora_cli.experiments.inputs.is_target", lambda module, name: asked.append(name) or name in module)
+    inputs = inputs_of()
+    check_shapes(grid_of({"mode": "lora", "seed": list(range(20))}), inputs)
+    once = len(asked)
+    check_shapes(grid_of({"mode": "lora", "seed": list(range(40))}), inputs)
+    assert (once > 0, len(asked)) == (True, once)
