@@ -82,12 +82,12 @@ def dry_run(request: Request) -> str:
     check_shapes(grid, inputs)
     rate, described = matmul_rate(request.device)
     if grid.has_stages:
-        return _dry_run_stages(request, grid, out, inputs, rate, described)
+        return _dryrun_stages(request, grid, out, inputs, rate, described)
     plan = make_plan(grid, out, inputs, request.device, request.dtype)
     return render_plan(plan, inputs, done_steps(plan), estimate_steps(plan, inputs, rate), _chosen(request, plan), described)
 
 
-def _dry_run_stages(request: Request, grid: Grid, out: Path, inputs: Inputs, rate: float, described: str) -> str:
+def _dryrun_stages(request: Request, grid: Grid, out: Path, inputs: Inputs, rate: float, described: str) -> str:
     """The plan of what is known so far, and the most and the likely work of all stages."""
     stages = Stages(grid, out, inputs, request.device, request.dtype)
     methods = stages.methods()
@@ -115,7 +115,7 @@ def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
         check_shapes(grid, inputs)
         launcher = _launcher(request, grid, out, held)
         if grid.has_stages:
-            return _run_stages(request, grid, out, inputs, launcher, held, seeds_wanted)
+            return run_stages(request, grid, out, inputs, launcher, held, seeds_wanted)
         plan = make_plan(grid, out, inputs, request.device, request.dtype)
         wanted = plan.needed_for(_chosen(request, plan))
         refuse_conflicts(plan, wanted, request.overwrite)
@@ -134,7 +134,7 @@ def _execute(request: Request, plan: Plan, wanted: set[str], inputs: Inputs, lau
     return Execution(plan, wanted, launcher, screen, held).run()
 
 
-def _run_stages(
+def run_stages(
     request: Request, grid: Grid, out: Path, inputs: Inputs, launcher: Launcher, held: int, seeds_wanted: SeedsWanted
 ) -> Outcome:
     """Run a grid with stages, round by round, until nothing more is to be done or what is left has failed."""

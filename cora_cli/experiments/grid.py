@@ -164,7 +164,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
         sweep=read_sweep(values.get("sweep"), problems),
         confirm=read_confirm(values.get("confirm"), MEASURES, problems),
     )
-    problems += stage_problems(grid.rows, grid.sweep, grid.confirm, grid.train, values.get("grid"))
+    problems += stage_problems(grid.rows, grid.sweep, grid.confirm, grid.train, generates, values.get("grid"))
     _is_name(grid.name, "name", problems)
     if not grid.model:
         problems.append("model is missing; set it to the base model that every row trains or evaluates")

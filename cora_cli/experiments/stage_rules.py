@@ -64,9 +64,9 @@ def _lists(values: object, names: Collection[str], where: str, problems: list[st
 
 
 def stage_problems(
-    rows: Sequence[Row], sweep: SweepRule | None, confirm: ConfirmRule | None, train: Values, blocks: object
+    rows: Sequence[Row], sweep: SweepRule | None, confirm: ConfirmRule | None, train: Values, generates: bool, blocks: object
 ) -> list[str]:
-    """Sentences on rows that cannot be swept or confirmed."""
+    """Sentences on rows that cannot be swept or confirmed; `generates` says whether their answers are scored."""
     if sweep is None and confirm is None:
         return []
     trained = [row for row in rows if row.train is not None]
@@ -77,6 +77,9 @@ def stage_problems(
         found.append(f"confirm: its seeds must be fresh, but seed {shared[0]} is also in sweep")
     if any("seed" in part for part in _parts(blocks)) or "seed" in train:
         found.append("leave seed out of the grid's blocks and of defaults: train; the seeds are those of sweep and confirm")
+    if confirm is not None and not generates:
+        scores = [name for name in confirm.measures if name != "heldout_loss"]
+        found += [f"confirm: {name} is not measured, since evaluate is false" for name in scores]
     if confirm is not None and sweep is None:
         rates: dict[tuple[object, ...], set[float | None]] = {}
         for row in trained:

@@ -1,0 +1,247 @@
+"""Grids that sweep and then confirm: what runs, in which order, and how often; after a kill, too."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cora_cli import rundir
+from cora_cli.errors import UsageError
+from cora_cli.experiments.ablate import Request, run_stages
+from cora_cli.experiments.execute import Outcome
+from cora_cli.experiments.grid import Grid
+from cora_cli.experiments.stages import Stages, stage_lines
+from cora_cli.lock import own_directory
+
+from .helpers import PretendLauncher, grid_of, inputs_of
+
+TRAIN = {"max_steps": 8, "rank": 4, "validation_size": 6}
+SWEEP = {"seeds": [100], "rungs": [2, 4]}
+CONFIRM = {"seeds": [0, 1, 2, 3, 4]}
+RATES = [1e-3, 3e-3, 1e-2]
+Loss = Callable[[str, float, int], float]
+Asked = Mapping[tuple[object, ...], int]
+
+
+def staged(*blocks: Any, **changes: Any) -> Grid:
+    values: dict[str, Any] = {"sweep": SWEEP, "confirm": CONFIRM, "defaults": {"train": TRAIN, "evaluate": False}, **changes}
+    return grid_of(*(blocks or ({"mode": "base"}, {"mode": ["lora", "dora"], "learning_rate": RATES})), **values)
+
+
+def value(argv: Sequence[str], flag: str, default: str = "") -> str:
+    return argv[argv.index(flag) + 1] if flag in argv else default
+
+
+class SweepLauncher(PretendLauncher):
+    """A pretended training has the validation loss `loss(mode, learning rate, step)`."""
+
+    def __init__(self, loss: Loss, **options: Any) -> None:
+        super().__init__(**options)
+        self._loss = loss
+
+    def _make(self, argv: Sequence[str]) -> None:
+        super()._make(argv)
+        place, rate = Path(value(argv, "--output-dir")), float(value(argv, "--learning-rate", "3e-4"))
+        step = int(value(argv, "--stop-at", "8"))
+        validation = {"loss": self._loss(value(argv, "--mode", "fb"), rate, step), "ci95": [0, 1], "tokens": 9, "n": 6}
+        if "--stop-at" in argv:
+            rundir.write_json(place / "stops" / f"{step}.json", {"step": step, "validation": validation})
+        status = "stopped" if "--stop-at" in argv else "finished"
+        rundir.write_json(place / "run.json", {"status": status, "validation": validation})
+
+    def trained(self) -> list[tuple[str, str, str, str]]:
+        """(mode, learning rate, seed, step at which it stops) of each training, in order."""
+        return [
+            (value(argv, "--mode"), value(argv, "--learning-rate"), value(argv, "--seed", "0"), value(argv, "--stop-at", "end"))
+            for argv in self.submitted
+            if argv[0] == "train"
+        ]
+
+
+def distance(mode: str, rate: float, step: int) -> float:
+    """3e-3 is best, and no rate is within the slack of it."""
+    return 1 + abs(RATES.index(rate) - 1) / 2 - step / 100 if rate in RATES else 9.0
+
+
+def run(
+    grid: Grid, out: Path, launcher: PretendLauncher, asked: Callable[[], Asked] = dict, overwrite: bool = False
+) -> Outcome:
+    request = Request(Path("tiny.yaml"), device="cpu", dtype="fp32", overwrite=overwrite)
+    with own_directory(out) as held:
+        return run_stages(request, grid, out, inputs_of(), launcher, held, lambda place, measures: asked())
+
+
+def test_losers_stop_early_and_the_winner_is_confirmed_with_fresh_seeds(tmp_path: Path) -> None:
+    launcher = SweepLauncher(distance)
+    outcome = run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, launcher, lambda: {})
+    assert launcher.trained() == [
+        ("lora", "0.001", "100", "2"),
+        ("lora", "0.003", "100", "2"),
+        ("lora", "0.01", "100", "2"),
+        ("lora", "0.001", "100", "4"),
+        ("lora", "0.003", "100", "4"),
+        *(("lora", "0.003", str(seed), "end") for seed in range(5)),
+    ]
+    assert not outcome.failed
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["looks"] == 3
+    assert plan["sweeps"] == [
+        {
+            "method": ["data", "lora", None, "lora", 4, None],
+            "planned": RATES,
+            "losses": {"0.001": {"2": 1.48, "4": 1.46}, "0.003": {"2": 0.98, "4": 0.96}, "0.01": {"2": 1.48}},
+            "dropped": {"0.01": 2, "0.001": 4},
+            "chosen": 3e-3,
+            "added": None,
+        }
+    ]
+    stages = [(row["stage"], row["seed"]) for row in plan["rows"]]
+    assert stages == [("sweep", 100)] * 3 + [("confirm", seed) for seed in range(5)]
+
+
+def test_a_second_call_has_nothing_to_do(tmp_path: Path) -> None:
+    run(staged(), tmp_path, SweepLauncher(distance))
+    again = SweepLauncher(distance)
+    run(staged(), tmp_path, again)
+    assert again.submitted == []
+
+
+def test_only_undecided_methods_get_another_seed(tmp_path: Path) -> None:
+    launcher = SweepLauncher(distance)
+    lora, dora = ("data", "lora", None, "lora", 4, None), ("data", "dora", None, "dora", 4, None)
+    answers = iter([{lora: 4, dora: 3}, {lora: 5, dora: 3}, {lora: 5, dora: 3}])
+    run(staged(), tmp_path, launcher, lambda: next(answers))
+    confirmed = [(mode, seed) for mode, _, seed, stop in launcher.trained() if stop == "end"]
+    assert [seed for mode, seed in confirmed if mode == "lora"] == ["0", "1", "2", "3", "4"]
+    assert [seed for mode, seed in confirmed if mode == "dora"] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("after", range(1, 16, 2))
+def test_a_grid_that_is_cut_off_goes_on_where_it_was(after: int, tmp_path: Path) -> None:
+    whole = SweepLauncher(distance)
+    run(staged(), tmp_path / "whole", whole)
+
+    class CutOff(SweepLauncher):
+        def submit(self, kind: str, argv: Sequence[str], log: Path) -> Any:
+            if len(self.submitted) == after:
+                raise KeyboardInterrupt
+            return super().submit(kind, argv, log)
+
+    first, second = CutOff(distance), SweepLauncher(distance)
+    with pytest.raises(KeyboardInterrupt):
+        run(staged(), tmp_path / "cut", first)
+    run(staged(), tmp_path / "cut", second)
+    done = [*first.trained(), *second.trained()]
+    assert sorted(set(done)) == sorted(whole.trained())
+    assert len(done) - len(set(done)) <= 1, "only the step in flight runs again"
+    assert (tmp_path / "cut" / "plan.json").read_text() == (tmp_path / "whole" / "plan.json").read_text().replace(
+        str(tmp_path / "whole"), str(tmp_path / "cut")
+    )
+
+
+def test_a_rate_at_the_edge_adds_one_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launcher = SweepLauncher(lambda mode, rate, step: 1 / rate)
+    run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, launcher)
+    assert ("lora", "0.0333", "100", "4") in launcher.trained()
+    assert {rate for _, rate, _, stop in launcher.trained() if stop == "end"} == {"0.0333"}
+    said = capsys.readouterr().err
+    assert "lora: the best learning rate is the highest of its sweep, so 0.0333 is tried as well" in said
+    assert "lora: learning rate 0.0333 chosen, still at the edge of its sweep" in said
+
+
+def test_training_that_diverges_loses_the_sweep_and_does_not_fail_the_grid(tmp_path: Path) -> None:
+    class Diverging(SweepLauncher):
+        def submit(self, kind: str, argv: Sequence[str], log: Path) -> Any:
+            job = super().submit(kind, argv, log)
+            if value(argv, "--learning-rate") == "0.01":
+                rundir.write_json(
+                    Path(value(argv, "--output-dir")) / "run.json",
+                    {"status": "failed", "diverged": True, "error": "the loss is nan"},
+                )
+            return job
+
+    launcher = Diverging(distance, fails=lambda argv: "the loss is nan" if value(argv, "--learning-rate") == "0.01" else None)
+    outcome = run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, launcher)
+    assert outcome.failed == {}
+    assert json.loads((tmp_path / "plan.json").read_text())["sweeps"][0]["losses"]["0.01"] == {"2": None}
+    again = Diverging(distance)
+    run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, again)
+    assert again.submitted == []
+
+
+def test_a_sweep_that_fails_ends_the_call_and_is_tried_again_by_the_next(tmp_path: Path) -> None:
+    def no_disk(argv: Sequence[str]) -> str | None:
+        return "the disk is full" if value(argv, "--mode") == "dora" else None
+
+    outcome = run(staged(), tmp_path, SweepLauncher(distance, fails=no_disk))
+    assert sorted(outcome.failed) == [f"train-dora_r4_lr{rate}_seed100" for rate in ("0.01", "1e-3", "3e-3")]
+    launcher = SweepLauncher(distance)
+    assert not run(staged(), tmp_path, launcher).failed
+    assert ("dora", "0.001", "100", "2") in launcher.trained()
+    assert ("lora", "0.001", "100", "2") not in launcher.trained()
+
+
+def test_a_changed_loss_file_is_measured_again(tmp_path: Path) -> None:
+    run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, SweepLauncher(distance))
+    path = tmp_path / "runs" / "lora_r4_lr0.01_seed100" / "stops" / "2.json"
+    path.write_text(path.read_text().replace("1.48", "0.10"))
+    again = SweepLauncher(distance)
+    run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, again)
+    assert again.trained() == [("lora", "0.01", "100", "2")]
+    assert json.loads(path.read_text())["validation"]["loss"] == 1.48
+
+
+def test_the_dry_run_counts_the_most_and_the_likely_runs() -> None:
+    grid = staged()
+    stages = Stages(grid, Path("out"), inputs_of(), "cpu", "fp32")
+    plan = stages.plan([row for row in grid.rows if row.train is None] + [method.rows[0] for method in stages.methods()])
+    rungs, confirming, work = stage_lines(grid, stages.methods(), plan, {})
+    assert rungs == "sweep: at steps 2, 4 the worse half of the learning rates is dropped (seeds 100)"
+    assert confirming.startswith("confirm: 3 to 5 seeds of each method (0, 1, 2, 3, 4)")
+    assert work.startswith("at most 18 training runs, unknown time; likely 14, unknown time")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"confirm": None}, "sweep needs a section confirm"),
+        ({"sweep": {"seeds": []}}, r"sweep: seeds must be one or two integers, not \[\]"),
+        ({"sweep": {"seeds": ["a"]}}, r"sweep: seeds must be one or two integers, not \['a'\]"),
+        (
+            {"sweep": {"seeds": [100], "rungs": [4, 2]}},
+            r"sweep: rungs must be steps in rising order, each at least 1, not \[4, 2\]",
+        ),
+        ({"sweep": {"seeds": [100], "rungs": [4, 20]}}, "sweep: the rung at step 20 is beyond the 8 steps of the row lora"),
+        ({"sweep": {"seeds": [100], "slack": 2}}, "sweep: slack must be at least 0 and below 1, not 2"),
+        ({"sweep": {"seeds": [100], "rung": [4]}}, "sweep: unknown key 'rung'"),
+        ({"sweep": 3}, "sweep must hold `name: value` lines, not 3"),
+        ({"sweep": {"seeds": [1]}}, "confirm: its seeds must be fresh, but seed 1 is also in sweep"),
+        ({"confirm": {"seeds": [0, 1]}}, r"confirm: seeds must be at least 3 integers, not \[0, 1\]"),
+        ({"confirm": {"seeds": [0, 1, 1]}}, r"confirm: seeds must be different integers of at least 0, not \[0, 1, 1\]"),
+        ({"confirm": {"seeds": [0, 1, 2], "measures": ["rouge"]}}, "confirm: measures must be among heldout_loss, rouge1"),
+        ({"confirm": {"seeds": [0, 1, 2], "measures": ["rouge1"]}}, "confirm: rouge1 is not measured, since evaluate is false"),
+        ({"sweep": None}, "lora has several learning rates; add a section sweep, or choose one"),
+        ({"defaults": {"train": {"max_steps": 8}, "evaluate": False}}, "sweep needs validation_size in defaults: train"),
+        ({"defaults": {"train": {"validation_size": 6}, "evaluate": False}}, "sweep needs max_steps, which the row lora"),
+        ({"defaults": {"train": {**TRAIN, "seed": 3}, "evaluate": False}}, "leave seed out of the grid's blocks"),
+    ],
+)
+def test_sections_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        staged(**changes)
+
+
+def test_a_block_with_seeds_is_refused() -> None:
+    with pytest.raises(UsageError, match="leave seed out of the grid's blocks"):
+        staged({"mode": "lora", "learning_rate": RATES, "seed": [0, 1]})
+
+
+def test_rows_of_such_a_grid_cannot_be_picked(tmp_path: Path) -> None:
+    request = Request(Path("tiny.yaml"), only="lora*")
+    with (
+        own_directory(tmp_path) as held,
+        pytest.raises(UsageError, match="--only does not apply to a grid with sweep or confirm"),
+    ):
+        run_stages(request, staged(), tmp_path, inputs_of(), SweepLauncher(distance), held, lambda place, measures: {})
