@@ -30,21 +30,42 @@ class Skeleton:
 
         Tensors that the model does not take, or takes only as a part of a fused one, are absent.
         """
+        return {key: name for key, (name, converted) in self.names(keys).items() if name in self._own and not converted}
+
+    def names(self, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
+        """For each tensor of the files, the name that it gets in the loaded model, and whether others go into the same tensor.
+
+        A tensor that the model does not take has a name that is none of `model.state_dict()`.
+        """
         rules = get_model_conversion_mapping(self.model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        own: Any = self.model.state_dict()
         found = {}
         for key in keys:
-            name, converter = rename_source_key(key, renamings, converters, self.model.base_model_prefix, own)
-            if converter is None and name in own:
-                found[key] = name
+            name, converter = rename_source_key(key, renamings, converters, self.model.base_model_prefix, self._own)
+            found[key] = (name, converter is not None)
         return found
+
+    @functools.cached_property
+    def _own(self) -> dict[str, Any]:
+        own: dict[str, Any] = self.model.state_dict()
+        return own
 
     @functools.cached_property
     def transposed(self) -> frozenset[str]:
         """The modules that store their weight as (in, out), GPT-2's Conv1D."""
         return frozenset(name for name, module in self.model.named_modules() if isinstance(module, Conv1D))
+
+
+def layer_of(model: Any, tensor: str) -> str | None:
+    """The linear layer whose name begins that of a tensor, such as `….q_proj` for `….q_proj.weight_scale`; None where there is none."""
+    modules = dict(model.named_modules())
+    parts = tensor.split(".")
+    for prefix in ("", f"{model.base_model_prefix}."):
+        for end in range(len(parts) - 1, 0, -1):
+            if isinstance(modules.get(name := prefix + ".".join(parts[:end])), torch.nn.Linear | Conv1D):
+                return name
+    return None
 
 
 def fused_experts(model: torch.nn.Module) -> list[str]:

@@ -15,7 +15,6 @@ from transformers import TrainingArguments
 
 from cora_cli.adapters.install import target_linears
 from cora_cli.basis.artifact import Basis, read_basis
-from cora_cli.basis.choices import match_targets
 from cora_cli.data.encode import EncodedSet, encode_records
 from cora_cli.data.formats import DataSplit, load_split
 from cora_cli.data.templates import Template, choose_template
@@ -78,7 +77,7 @@ def prepare(config: TrainConfig) -> Prepared:
     method = method_of(config.mode)
     if basis is not None and plan is not None:
         source = open_source(model_path)
-        targets = match_targets(list(source.shapes), plan.target_modules, config.model)
+        targets = source.targets(plan.target_modules)
         basis.check_model(
             source.architecture,
             {name: source.shapes[name] for name in targets},
