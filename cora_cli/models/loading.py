@@ -19,7 +19,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, is_wrapped, load_pickle
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import layer_of, skeleton_of
+from cora_cli.models.skeleton import Skeleton, layer_of, skeleton_of
 from cora_cli.progress import say
 from cora_cli.reading import read_text
 
@@ -103,6 +103,8 @@ def load_model(
         raise CoraError(
             f"{model.reference}: {name} has the shape {tuple(stored)}, but its config.json describes {tuple(expected)}; correct one of them"
         )
+    for name, same in Skeleton(loaded).stored_twice(checkpoint.shapes).items():
+        raise CoraError(f"{model.reference}: {' and '.join(same)} are both {name} of the model; remove one of them")
     if missing:
         rest = f", while {len(unused)} tensors of its files fit no weight, such as {unused[0]}" if unused else ""
         raise CoraError(

@@ -46,6 +46,13 @@ class Skeleton:
             found[key] = (name, converter is not None)
         return found
 
+    def stored_twice(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        """The tensors of the loaded model that each of several tensors of the files would be, with those tensors."""
+        found: dict[str, list[str]] = {}
+        for key, name in self.loaded_names(keys).items():
+            found.setdefault(name, []).append(key)
+        return {name: sorted(same) for name, same in found.items() if len(same) > 1}
+
     @functools.cached_property
     def _own(self) -> dict[str, Any]:
         own: dict[str, Any] = self.model.state_dict()

@@ -154,7 +154,7 @@ class AdapterSource(WeightSource):
         self._base_is_own = base is None
         self.base = base or self._open_base()
         self.architecture = self.base.architecture
-        self._own.check_full(self.base.shapes)
+        self._own.check_full(self.base.shapes, self.base.transposed)
         if self._own.config.get("fan_in_fan_out") and (wrong := sorted(self._own.ranks.keys() - self.base.transposed)):
             raise CoraError(
                 f"{self.reference} has fan_in_fan_out, but its base {self.base.reference} stores {wrong[0]} as (out, in); merge it first"
@@ -162,6 +162,7 @@ class AdapterSource(WeightSource):
         # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
         shapes = self.base.shapes | self._own.full
         self._own.check(shapes, self.base.reference)
+        self._own.check_complete(self.base.shapes, self.base.reference)
         self.shapes = {module: shape for module, shape in shapes.items() if module not in self._own.hidden}
         self.faults = {module: fault for module, fault in self.base.faults.items() if module not in self._own.full}
 
@@ -273,7 +274,7 @@ def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) 
             rest = f", and its files hold {beside[module]}, which the model does not take" if module in beside else ""
             found[module] = f"its files hold no weight for {module}, which its config.json describes as {expected}{rest}"
         elif len(stored) > 1:
-            found[module] = f"{' and '.join(stored)} are both the weight of {module}; remove one of them"
+            found[module] = f"{' and '.join(sorted(stored))} are both the weight of {module}; remove one of them"
         elif stored and (shape := checkpoint.shapes[stored[0]]) != expected:
             found[module] = f"{stored[0]} has the shape {shape}, but its config.json describes {expected}"
         elif module in beside:
