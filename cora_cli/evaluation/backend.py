@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-
 from cora_cli.adapters.merge import merge_adapter, merged_into_base
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.device import Hardware

@@ -19,7 +19,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, is_wrapped, load_pickle
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import Skeleton, layer_of, skeleton_of
+from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, skeleton_of
 from cora_cli.progress import say
 from cora_cli.reading import read_text
 
@@ -98,6 +98,7 @@ def load_model(
             loaded.config.name_or_path = str(model.path)
     except Exception as error:  # libraries raise many unrelated types for damaged files
         raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
+    require_causal(loaded, model.reference)
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     for name, stored, expected in sorted(report["mismatched_keys"]):
         raise CoraError(

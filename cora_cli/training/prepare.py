@@ -25,7 +25,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import load_configuration, remove_dropout
 from cora_cli.models.loading import context_length, load_tokenizer, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
-from cora_cli.models.skeleton import build_skeleton
+from cora_cli.models.skeleton import build_skeleton, require_causal
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
@@ -98,6 +98,7 @@ def prepare(config: TrainConfig) -> Prepared:
     model_config = load_configuration(model_path, config.trust_remote_code)
     removed = remove_dropout(model_config)
     skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
+    require_causal(skeleton, model_path.reference)
     if plan is not None:
         method.configuration(plan)
         target_linears(skeleton, plan.target_modules)

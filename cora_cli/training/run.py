@@ -20,7 +20,7 @@ from transformers import TrainingArguments, set_seed
 
 from cora_cli import rundir
 from cora_cli.adapters.facts import AdapterFacts
-from cora_cli.adapters.install import AngleMeter, install_adapter
+from cora_cli.adapters.install import AngleMeter, check_applied, install_adapter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
@@ -177,6 +177,7 @@ def _load(config: TrainConfig, prepared: Prepared) -> tuple[torch.nn.Module, Bat
         return loaded, batching
     if experts := fused_experts(loaded):
         say(f"the experts of {config.model} are not adapted: they are fused tensors such as {experts[0]}")
+    check_applied(loaded, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
     return install_adapter(loaded, prepared.plan, prepared.basis), batching
 
 
