@@ -169,6 +169,8 @@ def _load(config: TrainConfig, prepared: Prepared) -> tuple[torch.nn.Module, Bat
     )
     sets = (prepared.train, prepared.test, prepared.validation)
     examples = [example for encoded in sets for example in encoded.examples]
+    if prepared.plan is not None:
+        check_applied(loaded, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
     batching = choose_batching(loaded, prepared.attention, examples, prepared.hardware)
     say(batching.describe())
     # Starts are seeded by module name; this seeds dropout.
@@ -177,7 +179,6 @@ def _load(config: TrainConfig, prepared: Prepared) -> tuple[torch.nn.Module, Bat
         return loaded, batching
     if experts := fused_experts(loaded):
         say(f"the experts of {config.model} are not adapted: they are fused tensors such as {experts[0]}")
-    check_applied(loaded, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
     return install_adapter(loaded, prepared.plan, prepared.basis), batching
 
 
