@@ -422,6 +422,23 @@ class ModelConfig(TypedDict):
     text_config: NotRequired[dict[str, Any] | None]
 
 
+class GenerationConfig(TypedDict, total=False):
+    """The entries of `generation_config.json` that decide how a model answers, or that transformers computes with."""
+
+    bos_token_id: int | list[int] | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+    do_sample: bool | None
+    max_length: int | None
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float | None
+    num_beams: int | None
+    use_cache: bool | None
+
+
 class AdapterConfig(TypedDict, total=False):
     """The entries of `adapter_config.json` that weights are computed from; PEFT reads the rest."""
 

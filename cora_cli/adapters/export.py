@@ -56,9 +56,9 @@ def export_adapter(
     order_names(config)
     with rundir.atomic_path(output, replace=False) as temporary:
         config.save_pretrained(str(temporary))
-        save_file(
-            {key: tensor.contiguous() for key, tensor in state.items()}, temporary / WEIGHTS_FILE, metadata={"format": "pt"}
-        )
+        # Copies, since safetensors refuses one tensor under two names, and embedding and head may share theirs.
+        copies = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
+        save_file(copies, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         if adapter.has_tokenizer or adapter.chat_template.is_file():
             load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter).save_pretrained(temporary)
     return int(config.r)

@@ -4,7 +4,8 @@ The forward pass of every method is PEFT's own; where A or B is a product, only 
 and writes adapters.
 """
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cora_cli.basis.artifact import Basis
-from cora_cli.errors import CoraError
+from cora_cli.basis.choices import is_target
+from cora_cli.errors import CoraError, reason
 from cora_cli.methods.parts.factored import Factored
 from cora_cli.methods.parts.layers import (
     ADAPTER,
@@ -67,6 +69,27 @@ def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> d
     return {name: found[name] for name in modules if name in found}
 
 
+def check_applied(model: Any, target_modules: tuple[str, ...], tokens: Sequence[int]) -> None:
+    """Raise `CoraError` for a target whose layers a forward pass over `tokens` never calls, as with Mamba's dt_proj: their weights are
+    applied in another way, which would leave out the adapter."""
+    called: set[str] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: called.add(name)
+
+    linears = target_linears(model, target_modules)
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name in linears:
+            hooks.callback(model.get_submodule(name).register_forward_hook(note(name)).remove)
+        model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False)
+    for target in target_modules:
+        if not any(is_target(name, target) for name in called):
+            raise CoraError(
+                f"target module {target!r} would train nothing: {type(model).__name__} applies the weight of such layers without calling "
+                "them, which leaves out an adapter; leave it out of --target-modules"
+            )
+
+
 def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | None) -> PeftModel:
     """Wrap `model` with an adapter that follows `plan`, in float32 on any base precision.
 
@@ -83,6 +106,8 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
     except (TypeError, ValueError, AssertionError, NotImplementedError, ImportError) as error:
         if (explained := method.install_error(plan, error)) is None and experts:
             explained = _reaches_experts(plan, experts[0])
+        if explained is None and isinstance(error, ValueError) and "incompatible with" in str(error):  # Mamba's out_proj
+            explained = CoraError(f"--target-modules {','.join(plan.target_modules)} cannot be adapted: {reason(error)}")
         if explained is None:
             raise
         raise explained from error

@@ -24,7 +24,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
 from cora_cli.methods.registry import method_of
-from cora_cli.models.checkpoint import finite
+from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -139,8 +139,8 @@ def load_adapter(
 
 
 def _stored_tensors(adapter: ModelPath) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter's files. Raises `CoraError` if it has none; PEFT would look for them on the hub."""
-    adapter.weight_files()
+    """The tensors of an adapter's files. Raises `CoraError` as `Checkpoint` does, and if it has none; PEFT would look for them on the hub."""
+    Checkpoint(adapter)
     state: dict[str, torch.Tensor] = load_peft_weights(str(adapter.path), device="cpu")
     return state
 

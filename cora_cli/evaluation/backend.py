@@ -9,8 +9,6 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
-
 from cora_cli.adapters.merge import merge_adapter, merged_into_base
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.device import Hardware
@@ -69,11 +67,8 @@ def open_vllm(
     The copy is deleted once vLLM has loaded it. Raises `CoraError` if the model's configuration cannot be read.
     """
     model_config = load_configuration(base, config.trust_remote_code)
-    try:
-        own = GenerationConfig.from_pretrained(base.path).eos_token_id
-    except OSError:  # generation_config.json is optional
-        own = getattr(model_config, "eos_token_id", None)
-    ends = end_tokens(own, template_ends)
+    own = base.generation_config() or {"eos_token_id": getattr(model_config, "eos_token_id", None)}
+    ends = end_tokens(own.get("eos_token_id"), template_ends)
 
     def start(prompts: Sequence[Tokens]) -> Engine:
         longest = max(map(len, prompts)) + config.max_new_tokens

@@ -125,8 +125,8 @@ def extract_basis(
         remedy = "name a file instead" if output.is_dir() else "use --overwrite to replace it"
         raise CoraError(f"{output} {'is a directory' if output.is_dir() else 'exists already'}; {remedy}")
     for model in (*models, *([base] if base else [])):
-        if output.resolve() in {file.resolve() for file in model.weight_files()}:
-            raise CoraError(f"{output} holds the weights of {model.reference}, which is read; write the basis to another file")
+        if output.resolve() in {file.resolve() for file in [*model.weight_files(), *model.path.glob("*.json")]}:
+            raise CoraError(f"{output} is a file of {model.reference}, which is read; write the basis to another file")
     base_source = open_source(base) if base else None
     sources = [open_source(model, base_source) for model in models]
     subtracted = base_source if choices.source == "delta" else None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cora_cli.basis.choices import BasisChoices, is_target, match_targets
+from cora_cli.basis.choices import BasisChoices, is_target
 from cora_cli.errors import CoraError
 from cora_cli.extraction.gram import EPS, add_gram, empty_gram
 from cora_cli.extraction.lowrank import Pair, gram_factor, mean_factor
@@ -245,7 +245,7 @@ def _oriented(weight: torch.Tensor, choices: BasisChoices) -> torch.Tensor:
 def _common_targets(sources: Sequence[WeightSource], choices: BasisChoices) -> dict[str, tuple[int, int]]:
     """Target module -> (out, in). Raises `CoraError` naming the difference if two sources differ in these."""
     first, *others = sources
-    modules = match_targets(list(first.shapes), choices.target_modules, first.reference)
+    modules = first.targets(choices.target_modules)
     for source in sources:
         left_out = [
             key for key in source.skipped if any(is_target(key.removesuffix(".weight"), t) for t in choices.target_modules)
@@ -256,7 +256,7 @@ def _common_targets(sources: Sequence[WeightSource], choices: BasisChoices) -> d
                 "that an adapter changes"
             )
     for other in others:
-        names = set(match_targets(list(other.shapes), choices.target_modules, other.reference))
+        names = set(other.targets(choices.target_modules))
         if different := names.symmetric_difference(modules):
             module = min(different)
             has, lacks = (first, other) if module in first.shapes else (other, first)

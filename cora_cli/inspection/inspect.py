@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cora_cli.basis.artifact import Basis, read_basis
-from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side, match_targets
+from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.inspection.group_measure import measure_groups
 from cora_cli.inspection.groups import Grouping, find_groups
@@ -154,7 +154,7 @@ def _refuse_copies(models: dict[str, WeightSource], targets: tuple[str, ...]) ->
     """
     alike: dict[str, list[tuple[str, list[str]]]] = {}
     for name, source in models.items():
-        modules = match_targets(list(source.shapes), targets, source.reference)
+        modules = source.targets(targets)
         alike.setdefault(source.content_hash(modules[:1]), []).append((name, modules))
     for suspects in alike.values():
         known: dict[str, str] = {}

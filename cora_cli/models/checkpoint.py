@@ -27,13 +27,22 @@ _SAFETENSORS_TYPES = {
     "F8_E5M2": "float8_e5m2",
     "F8_E8M0": "float8_e8m0fnu",
 }
+_WRAPPERS = {
+    "_orig_mod": "a compiled model",
+    "module": "a DistributedDataParallel or DataParallel wrapper",
+    "_fsdp_wrapped_module": "an FSDP wrapper",
+    "_checkpoint_wrapped_module": "a wrapper for activation checkpointing",
+}
+"""The names by which training wrappers hold the model that they wrap."""
+_ENTRIES = ("state_dict", "model", "model_state_dict", "module")
+"""The names under which training programs store a model's tensors next to other state."""
 
 
 class Checkpoint:
     """Maps each tensor of a model or adapter to its file.
 
     `shapes` maps each tensor's name to its shape, `types` to the name of its torch type. Raises `CoraError` naming the file if one is missing, truncated, or a pickle
-    that contains more than tensors.
+    that contains more than tensors, and where a wrapper of the training has renamed the tensors.
     """
 
     def __init__(self, model: ModelPath) -> None:
@@ -42,27 +51,32 @@ class Checkpoint:
         self.types: dict[str, str] = {}
         self.bytes_read = 0
         self.seconds_reading = 0.0
-        self._files: dict[str, Path] = {}
+        self.files: dict[str, Path] = {}
         for file in model.weight_files():
             for name, (shape, kind) in _list_tensors(file).items():
-                if name in self._files:
+                if name in self.files:
                     raise CoraError(
-                        f"tensor {name} is stored twice, in {self._files[name]} and in {file.name}; remove one of the files"
+                        f"tensor {name} is stored twice, in {self.files[name]} and in {file.name}; remove one of the files"
                     )
-                self.shapes[name], self.types[name], self._files[name] = shape, kind, file
+                if wrapper := next((part for part in name.split(".") if part in _WRAPPERS), None):
+                    raise CoraError(
+                        f"{model.reference} was saved from {_WRAPPERS[wrapper]}: its tensors have names such as {name}, which no model has; "
+                        f"save it again from the model inside ({wrapper})"
+                    )
+                self.shapes[name], self.types[name], self.files[name] = shape, kind, file
         for name, promised_file in ({} if model.is_adapter else model.weight_index()).items():
             if name not in self.shapes:
                 raise CoraError(f"the index of {model.path} lists {name} in {promised_file}, but that file does not contain it")
 
     def read(self, name: str) -> torch.Tensor:
         """A copy of tensor `name` in its stored type and shape."""
-        file, began = self._files[name], time.perf_counter()
+        file, began = self.files[name], time.perf_counter()
         with _read_errors(file):
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt") as opened:
                     tensor = opened.get_tensor(name).clone()
             else:
-                tensor = _load_pickle(file)[name].clone()
+                tensor = load_pickle(file)[name].clone()
         self.seconds_reading += time.perf_counter() - began
         self.bytes_read += tensor.nbytes
         return tensor
@@ -98,17 +112,41 @@ def _list_tensors(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
                     name: (tuple(one.get_shape()), _SAFETENSORS_TYPES.get(one.get_dtype(), one.get_dtype()))
                     for name, one in slices.items()
                 }
-        loaded = _load_pickle(file).items()
+        loaded = load_pickle(file).items()
         tensors = {name: value for name, value in loaded if isinstance(value, torch.Tensor)}
         return {name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in tensors.items()}
 
 
-def _load_pickle(file: Path) -> dict[str, Any]:
-    """A `.bin` file's tensors as views of a memory map, which stays open as long as they exist."""
+def load_pickle(file: Path) -> dict[str, Any]:
+    """A `.bin` file's tensors as views of a memory map, which stays open as long as they exist.
+
+    Tensors that are all in one entry, such as `state_dict`, are taken from there. Raises `CoraError` where they are in several places.
+    """
     loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(loaded, dict):
         raise CoraError(f"{file} holds a {type(loaded).__name__}, not a dictionary of named tensors")
-    return loaded
+    entries = {name: value for name, value in loaded.items() if isinstance(value, dict) and _holds_tensors(value)}
+    if not entries:
+        return loaded
+    (name, tensors), *more = entries.items()
+    if more or _holds_tensors(loaded) or name not in _ENTRIES:
+        found = ", ".join(map(repr, entries))
+        raise CoraError(
+            f"{file} holds tensors in {found}{' and beside it' if _holds_tensors(loaded) else ''}, so it is not clear which are the model's; "
+            "save the model's state_dict alone"
+        )
+    return tensors
+
+
+def is_wrapped(file: Path) -> bool:
+    """Whether the tensors of a `.bin` file are in an entry of their own, where transformers does not look for them."""
+    with _read_errors(file):
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return isinstance(loaded, dict) and not _holds_tensors(loaded)
+
+
+def _holds_tensors(values: dict[str, Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in values.values())
 
 
 @contextlib.contextmanager

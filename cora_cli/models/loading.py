@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from cora_cli import rundir
 from cora_cli.errors import CoraError, reason
-from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type
+from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, is_wrapped, load_pickle
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import skeleton_of
+from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, skeleton_of
 from cora_cli.progress import say
 from cora_cli.reading import read_text
 
@@ -68,7 +69,10 @@ def load_model(
         raise CoraError(
             f"{model.reference} is an adapter, not a complete model; merge it first with `cora merge {model.reference}`"
         )
-    _check_types(model)
+    checkpoint = Checkpoint(model)
+    _check_types(model, checkpoint)
+    model.generation_config()
+    quantized = four_bit or bool(model.config().get("quantization_config"))
     options: dict[str, Any] = {"config": config or load_configuration(model, trust_remote_code)}
     if four_bit:
         kind: dict[str, Any] = {
@@ -80,7 +84,7 @@ def load_model(
     loaded: Any
     report: Any
     try:
-        with _without_adapter(model) as path:
+        with _for_transformers(model, checkpoint) as path:
             loaded, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # output_loading_info returns a pair
                 path,
                 dtype=dtype,
@@ -88,17 +92,31 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 weights_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with both shapes
                 **options,
             )
             loaded.config.name_or_path = str(model.path)
     except Exception as error:  # libraries raise many unrelated types for damaged files
         raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
+    require_causal(loaded, model.reference)
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        raise CoraError(
+            f"{model.reference}: {name} has the shape {tuple(stored)}, but its config.json describes {tuple(expected)}; correct one of them"
+        )
+    for name, same in Skeleton(loaded).stored_twice(checkpoint.shapes).items():
+        raise CoraError(f"{model.reference}: {' and '.join(same)} are both {name} of the model; remove one of them")
     if missing:
         rest = f", while {len(unused)} tensors of its files fit no weight, such as {unused[0]}" if unused else ""
         raise CoraError(
             f"model {model.reference} is incomplete: {len(missing)} weights that its config.json requires are missing, such as "
             f"{missing[0]}{rest}"
+        )
+    beside = [] if quantized else [(name, layer) for name in unused if (layer := layer_of(loaded, name)) is not None]
+    if beside:
+        raise CoraError(
+            f"{model.reference}: its files hold {beside[0][0]}, which {type(loaded).__name__} does not take, beside the weight of {beside[0][1]}: "
+            "that layer would not compute what it was trained to; merge it into the weight, or correct config.json"
         )
     if unused:
         say(
@@ -107,11 +125,10 @@ def load_model(
     return (loaded if four_bit else loaded.to(device)).eval()
 
 
-def _check_types(model: ModelPath) -> None:
+def _check_types(model: ModelPath, checkpoint: Checkpoint) -> None:
     """Raise `CoraError` for weights that are stored with scales of which the configuration does not tell transformers."""
     if model.config().get("quantization_config"):
         return
-    checkpoint = Checkpoint(model)
     for name, shape in checkpoint.shapes.items():
         kind = checkpoint.types[name]
         # Buffers such as masks and positions hold integers; a matrix of 8-bit integers, such as fused experts, has scales elsewhere.
@@ -121,16 +138,26 @@ def _check_types(model: ModelPath) -> None:
 
 
 @contextlib.contextmanager
-def _without_adapter(model: ModelPath) -> Iterator[Path]:
-    """The directory of a complete model, as links if it holds an adapter's configuration, which transformers would follow."""
-    if not (model.path / "adapter_config.json").exists():
+def _for_transformers(model: ModelPath, checkpoint: Checkpoint) -> Iterator[Path]:
+    """The directory of a complete model; or links to its files, where transformers would follow the configuration of an adapter in it,
+    not find the weights for lack of an index, or not find the tensors in a `.bin` file's entry `state_dict`."""
+    files = model.weight_files()
+    wrapped = [file for file in files if file.suffix == ".bin" and is_wrapped(file)]
+    if model.has_known_layout and not wrapped and not (model.path / "adapter_config.json").exists():
         yield model.path
         return
-    with tempfile.TemporaryDirectory(prefix="cora-model-") as directory:
+    with tempfile.TemporaryDirectory(prefix="cora-model-") as name:
+        directory = Path(name)
         for file in model.path.iterdir():
-            if file.name != "adapter_config.json":
-                (Path(directory) / file.name).symlink_to(file.resolve())
-        yield Path(directory)
+            if file in wrapped:
+                torch.save(load_pickle(file), directory / file.name)
+            elif file.name != "adapter_config.json":
+                (directory / file.name).symlink_to(file.resolve())
+        if not model.has_known_layout:
+            index = "model.safetensors.index.json" if files[0].suffix == ".safetensors" else "pytorch_model.bin.index.json"
+            places = {tensor: file.name for tensor, file in checkpoint.files.items()}
+            rundir.write_json(directory / index, {"metadata": {}, "weight_map": places})
+        yield directory
 
 
 def stored_types(model: ModelPath, trust_remote_code: bool = False) -> dict[str, torch.dtype]:

@@ -13,7 +13,7 @@ from typing import Any
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
-from cora_cli.records import AdapterConfig, ModelConfig, WeightIndex
+from cora_cli.records import AdapterConfig, GenerationConfig, ModelConfig, WeightIndex
 
 EMBEDDED_MODEL = "builtin:smollm2"
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -69,6 +69,12 @@ class ModelPath:
         """The adapter's `adapter_config.json`. Raises `CoraError` if it is missing or malformed."""
         return read_json(self.path / "adapter_config.json", AdapterConfig)
 
+    def generation_config(self) -> dict[str, Any]:
+        """The model's `generation_config.json`; empty if there is none. Raises `CoraError` if it is malformed."""
+        path = self.path / "generation_config.json"
+        found: dict[str, Any] = read_json(path, GenerationConfig) if path.exists() else {}
+        return found
+
     @property
     def has_tokenizer(self) -> bool:
         """Whether the directory holds a tokenizer."""
@@ -93,6 +99,11 @@ class ModelPath:
         if found := self._adapter_files() if self.is_adapter else self._complete_files():
             return found
         raise CoraError(f"{self.path} holds no weights: it has no *.safetensors or *.bin file")
+
+    @property
+    def has_known_layout(self) -> bool:
+        """Whether transformers finds the weights of the complete model by itself: under the usual name, or through an index."""
+        return bool(self._named_files())
 
     def weight_index(self) -> dict[str, str]:
         """Tensor name -> file name of a sharded model's index; empty where the model has none, or a single file as well."""

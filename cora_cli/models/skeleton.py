@@ -5,6 +5,7 @@ A checkpoint's tensors may have other names in their file than in the loaded mod
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +19,9 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
 
+_CROSS = re.compile(r"cross|encoder_attn")
+"""Attention to an encoder's states, which has no order."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
@@ -30,21 +34,49 @@ class Skeleton:
 
         Tensors that the model does not take, or takes only as a part of a fused one, are absent.
         """
+        return {key: name for key, (name, converted) in self.names(keys).items() if name in self._own and not converted}
+
+    def names(self, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
+        """For each tensor of the files, the name that it gets in the loaded model, and whether others go into the same tensor.
+
+        A tensor that the model does not take has a name that is none of `model.state_dict()`.
+        """
         rules = get_model_conversion_mapping(self.model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        own: Any = self.model.state_dict()
         found = {}
         for key in keys:
-            name, converter = rename_source_key(key, renamings, converters, self.model.base_model_prefix, own)
-            if converter is None and name in own:
-                found[key] = name
+            name, converter = rename_source_key(key, renamings, converters, self.model.base_model_prefix, self._own)
+            found[key] = (name, converter is not None)
         return found
+
+    def stored_twice(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        """The tensors of the loaded model that each of several tensors of the files would be, with those tensors."""
+        found: dict[str, list[str]] = {}
+        for key, name in self.loaded_names(keys).items():
+            found.setdefault(name, []).append(key)
+        return {name: sorted(same) for name, same in found.items() if len(same) > 1}
+
+    @functools.cached_property
+    def _own(self) -> dict[str, Any]:
+        own: dict[str, Any] = self.model.state_dict()
+        return own
 
     @functools.cached_property
     def transposed(self) -> frozenset[str]:
         """The modules that store their weight as (in, out), GPT-2's Conv1D."""
         return frozenset(name for name, module in self.model.named_modules() if isinstance(module, Conv1D))
+
+
+def layer_of(model: Any, tensor: str) -> str | None:
+    """The linear layer whose name begins that of a tensor, such as `….q_proj` for `….q_proj.weight_scale`; None where there is none."""
+    modules = dict(model.named_modules())
+    parts = tensor.split(".")
+    for prefix in ("", f"{model.base_model_prefix}."):
+        for end in range(len(parts) - 1, 0, -1):
+            if isinstance(modules.get(name := prefix + ".".join(parts[:end])), torch.nn.Linear | Conv1D):
+                return name
+    return None
 
 
 def fused_experts(model: torch.nn.Module) -> list[str]:
@@ -64,6 +96,23 @@ def other_modalities(model: Any) -> frozenset[str]:
         for name, module in modules.items()
         if not f"{name}.".startswith(f"{prefix}.") and not any(module is end for end in ends)
     )
+
+
+def require_causal(model: Any, reference: str) -> None:
+    """Raise `CoraError` for a model whose tokens attend to later ones, such as a BERT that is not configured as a decoder.
+
+    Such a model sees the token that it is to predict.
+    """
+    others = other_modalities(model)
+    own = [(name, module) for name, module in model.named_modules() if name not in others and not _CROSS.search(name)]
+    flags = {flag for _, module in own if type(flag := getattr(module, "is_causal", None)) is bool}
+    if False in flags or (getattr(model.config, "is_decoder", True) is False and True not in flags):
+        named = "use_bidirectional_attention" if getattr(model.config, "use_bidirectional_attention", None) else "is_decoder"
+        needed = "false" if named == "use_bidirectional_attention" else "true"
+        raise CoraError(
+            f"{reference} is a {model.config.model_type} model whose tokens attend to later ones, so it cannot learn to predict the next token; "
+            f"set {named} to {needed} in its config.json, or use a causal language model"
+        )
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -15,7 +15,6 @@ from transformers import TrainingArguments
 
 from cora_cli.adapters.install import target_linears
 from cora_cli.basis.artifact import Basis, read_basis
-from cora_cli.basis.choices import match_targets
 from cora_cli.data.encode import EncodedSet, encode_records
 from cora_cli.data.formats import DataSplit, load_split
 from cora_cli.data.templates import Template, choose_template
@@ -26,7 +25,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import load_configuration, remove_dropout
 from cora_cli.models.loading import context_length, load_tokenizer, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
-from cora_cli.models.skeleton import build_skeleton
+from cora_cli.models.skeleton import build_skeleton, require_causal
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
@@ -78,7 +77,7 @@ def prepare(config: TrainConfig) -> Prepared:
     method = method_of(config.mode)
     if basis is not None and plan is not None:
         source = open_source(model_path)
-        targets = match_targets(list(source.shapes), plan.target_modules, config.model)
+        targets = source.targets(plan.target_modules)
         basis.check_model(
             source.architecture,
             {name: source.shapes[name] for name in targets},
@@ -99,6 +98,7 @@ def prepare(config: TrainConfig) -> Prepared:
     model_config = load_configuration(model_path, config.trust_remote_code)
     removed = remove_dropout(model_config)
     skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
+    require_causal(skeleton, model_path.reference)
     if plan is not None:
         method.configuration(plan)
         target_linears(skeleton, plan.target_modules)

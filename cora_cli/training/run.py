@@ -20,7 +20,7 @@ from transformers import TrainingArguments, set_seed
 
 from cora_cli import rundir
 from cora_cli.adapters.facts import AdapterFacts
-from cora_cli.adapters.install import AngleMeter, install_adapter
+from cora_cli.adapters.install import AngleMeter, check_applied, install_adapter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
@@ -187,6 +187,8 @@ def _load(config: TrainConfig, prepared: Prepared) -> tuple[torch.nn.Module, Bat
     )
     sets = (prepared.train, prepared.test, prepared.validation)
     examples = [example for encoded in sets for example in encoded.examples]
+    if prepared.plan is not None:
+        check_applied(loaded, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
     batching = choose_batching(loaded, prepared.attention, examples, prepared.hardware)
     say(batching.describe())
     # Starts are seeded by module name; this seeds dropout.

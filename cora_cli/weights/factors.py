@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
@@ -17,6 +20,7 @@ from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import ModelPath
 
 _ADAPTER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
+_IN_LAYER = re.compile(r"\.\d+\.")
 _FULL_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?:\.base_layer)?\.weight$")
 _OTHER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)\.(?:lora_embedding_[AB]|token_adapter\..+)$")
 # Settings under which a LoRA adapter's weight is not W + s·B·A.
@@ -54,6 +58,7 @@ class AdapterFactors:
         self.hidden: set[str] = set()
         self._digests: dict[str, str] = {}
         self._full_keys: dict[str, str] = {}
+        self._transposed: frozenset[str] = frozenset()
         self._scale: dict[str, float] = {}
         self._keys: dict[str, dict[str, str]] = {}
         for key, shape in self.checkpoint.shapes.items():
@@ -64,8 +69,9 @@ class AdapterFactors:
             elif "lora_magnitude_vector" in key:
                 raise CoraError(f"{self.reference}: {key} is of DoRA, whose weights are not W + s·B·A; merge the adapter first")
             elif found := _FULL_KEY.match(key):
+                self._full_keys[found["module"]] = key
                 if len(shape) == 2:
-                    self._full_keys[found["module"]], self.full[found["module"]] = key, self._shape(key)
+                    self.full[found["module"]] = self._shape(key)
             elif not key.endswith(".bias"):
                 raise CoraError(
                     f"{self.reference}: {key} is neither a lora_A or lora_B matrix nor the weight of a fully saved module"
@@ -101,11 +107,37 @@ class AdapterFactors:
                 raise CoraError(f"{self.reference}: adapter_config.json has no lora_alpha")
             self._scale[module] = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
-    def check_full(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Raise `CoraError` for a saved weight of a module that neither the base nor the adapter's configuration names.
+    def check_complete(self, modules: Iterable[str], base: str) -> None:
+        """Raise `CoraError` unless the adapter holds an update for each of the base's `modules` that its target_modules name."""
+        settings = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+        named = LoraConfig(**{name: self.config[name] for name in settings if self.config.get(name) is not None})
+        known = self.ranks.keys() | self._full_keys.keys() | self.hidden
+        if named.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            named.target_modules = {module.rpartition(".")[2] for module in self.ranks}
+        with bounded(f"{self.reference}: matching target_modules"):
+            lacking = [module for module in modules if module not in known and check_target_module_exists(named, module)]
+        if named.target_modules and lacking:
+            raise CoraError(
+                f"{self.reference} holds no lora_A and lora_B for {len(lacking)} layers of its base {base} that its target_modules name, such "
+                f"as {lacking[0]}; the adapter is incomplete"
+            )
 
-        `shapes` holds the base's modules. A head that shares the embedding's weight is not among them.
+    def check_full(self, shapes: Mapping[str, tuple[int, int]], transposed: frozenset[str]) -> None:
+        """Raise `CoraError` for a saved weight that does not fit the base's, or of a module that neither the base nor the adapter's
+        configuration names.
+
+        `shapes` holds the base's modules. A head that shares the embedding's weight is not among them. Only weights outside the numbered
+        layers, those of embedding and head, may have other numbers of rows. `transposed` holds the modules that store theirs as (in, out).
         """
+        self._transposed = transposed & self.full.keys()
+        self.full |= {module: (out, inside) for module in self._transposed for inside, out in [self.full[module]]}
+        for module, key in self._full_keys.items():
+            stored, expected = self.full.get(module, self.checkpoint.shapes[key]), shapes.get(module)
+            same = expected == stored or (expected is not None and expected[1:] == stored[1:] and not _IN_LAYER.search(module))
+            if expected is not None and not same:
+                raise CoraError(
+                    f"{self.reference}: {key} has the shape {stored}, which does not fit the weight {expected} of its base"
+                )
         named = {*_names(self.config.get("modules_to_save")), *_names(self.config.get("target_modules")), "lm_head"}
         for module, key in self._full_keys.items():
             if module not in shapes and not {module, module.rpartition(".")[2]} & named:
@@ -123,8 +155,9 @@ class AdapterFactors:
         return self._scale[module], b.double(), a.double()
 
     def read_full(self, module: str) -> torch.Tensor:
-        """The weight (out, in), as stored, that replaces the base's."""
+        """The weight (out, in), in the stored type, that replaces the base's."""
         weight = finite(self.checkpoint.read(self._full_keys[module]), self.reference, module)
+        weight = weight.T.contiguous() if module in self._transposed else weight
         self._digests.setdefault(module, rundir.tensor_digest(module, weight))
         return weight
 

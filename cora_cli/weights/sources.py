@@ -4,17 +4,19 @@ Complete models and LoRA adapters on a base share one interface. `extraction.mer
 """
 
 import abc
-import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from cora_cli import rundir
+from cora_cli.basis.choices import is_target, match_targets, natural_order
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import ModelPath, recorded_base, resolve_model
-from cora_cli.models.skeleton import other_modalities, skeleton_of
+from cora_cli.models.skeleton import Skeleton, layer_of, other_modalities, skeleton_of
 from cora_cli.weights.factors import AdapterFactors
 
 _ARCHITECTURE_KEYS = (
@@ -26,7 +28,6 @@ _ARCHITECTURE_KEYS = (
     "intermediate_size",
     "vocab_size",
 )
-_COMPILED = "_orig_mod."
 
 
 def architecture_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +40,8 @@ class WeightSource(abc.ABC):
 
     `transposed` holds the modules whose layer stores its weight as (in, out), `skipped` the names in the files of weights that are no
     module of the language model: those of other modalities, and those that the loaded model does not take as they are, such as fused
-    experts.
+    experts. `faults` says by module what keeps a layer's weight from being read: missing, of another shape, or with tensors beside
+    it that would change it.
     """
 
     reference: str
@@ -47,7 +49,18 @@ class WeightSource(abc.ABC):
     architecture: dict[str, Any]
     transposed: frozenset[str] = frozenset()
     skipped: Sequence[str] = ()
+    faults: Mapping[str, str] = MappingProxyType({})
     shapes: dict[str, tuple[int, int]]
+
+    def targets(self, target_modules: Sequence[str]) -> list[str]:
+        """The modules that `target_modules` match, layers in numerical order.
+
+        Raises `CoraError` if a target matches none, or a layer that cannot be read.
+        """
+        for module in sorted(self.faults, key=natural_order):
+            if any(is_target(module, target) for target in target_modules):
+                raise CoraError(f"{self.reference}: {self.faults[module]}")
+        return match_targets(list(self.shapes), target_modules, self.reference)
 
     @abc.abstractmethod
     def read(self, module: str) -> torch.Tensor:
@@ -108,12 +121,7 @@ class ModelSource(WeightSource):
             raise CoraError(f"{model.reference} is stored quantised; use a copy with weights in bf16, fp16 or fp32")
         self._checkpoint = Checkpoint(model)
         self._digests: dict[str, str] = {}
-        if compiled := next((name for name in self._checkpoint.shapes if _COMPILED in name), None):
-            raise CoraError(
-                f"{model.reference} was saved from a compiled model: its tensors have names such as {compiled}, which no model has; "
-                f"save it again from the model without torch.compile ({_COMPILED.rstrip('.')})"
-            )
-        self._keys, self.shapes, self.transposed = loaded_matrices(model, self._checkpoint)
+        self._keys, self.shapes, self.transposed, self.faults = loaded_matrices(model, self._checkpoint)
         self.skipped = sorted(set(_matrices(self._checkpoint)) - set(self._keys.values()))
 
     def read(self, module: str) -> torch.Tensor:
@@ -146,7 +154,7 @@ class AdapterSource(WeightSource):
         self._base_is_own = base is None
         self.base = base or self._open_base()
         self.architecture = self.base.architecture
-        self._own.check_full(self.base.shapes)
+        self._own.check_full(self.base.shapes, self.base.transposed)
         if self._own.config.get("fan_in_fan_out") and (wrong := sorted(self._own.ranks.keys() - self.base.transposed)):
             raise CoraError(
                 f"{self.reference} has fan_in_fan_out, but its base {self.base.reference} stores {wrong[0]} as (out, in); merge it first"
@@ -154,7 +162,9 @@ class AdapterSource(WeightSource):
         # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
         shapes = self.base.shapes | self._own.full
         self._own.check(shapes, self.base.reference)
+        self._own.check_complete(self.base.shapes, self.base.reference)
         self.shapes = {module: shape for module, shape in shapes.items() if module not in self._own.hidden}
+        self.faults = {module: fault for module, fault in self.base.faults.items() if module not in self._own.full}
 
     def read(self, module: str) -> torch.Tensor:
         """The weight of `module`, (out, in) float64."""
@@ -212,18 +222,22 @@ class AdapterSource(WeightSource):
 
 def loaded_matrices(
     model: ModelPath, checkpoint: Checkpoint
-) -> tuple[dict[str, str], dict[str, tuple[int, int]], frozenset[str]]:
-    """The key in the files and the shape (out, in) of each weight matrix of the loaded language model, by module; and the modules that
-    store their weight as (in, out).
+) -> tuple[dict[str, str], dict[str, tuple[int, int]], frozenset[str], dict[str, str]]:
+    """The key in the files and the shape (out, in) of each weight matrix of the loaded language model, by module; the modules that
+    store their weight as (in, out); and what keeps layers from being read, by module.
 
     A model that transformers does not know without code of its own keeps the names of its files.
     """
     stored = _matrices(checkpoint)
     names, transposed = {key: key for key in stored}, frozenset[str]()
-    with contextlib.suppress(CoraError):
+    try:
         skeleton = skeleton_of(model)
+    except CoraError:
+        faults = _faults_of_unknown(checkpoint)
+    else:
         others = other_modalities(skeleton.model)
         loaded = skeleton.loaded_names(stored).items()
+        faults = _faults(skeleton, checkpoint, others)
         names, transposed = (
             {key: name for key, name in loaded if name.removesuffix(".weight") not in others},
             skeleton.transposed,
@@ -231,7 +245,59 @@ def loaded_matrices(
     keys = {name.removesuffix(".weight"): key for key, name in names.items()}
     shapes = {module: checkpoint.shapes[key] for module, key in keys.items()}
     oriented = {module: (a, b) if module not in transposed else (b, a) for module, (a, b) in shapes.items()}
-    return keys, oriented, transposed
+    return keys, oriented, transposed, faults
+
+
+def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) -> dict[str, str]:
+    """What keeps the linear layers of a known model from being read."""
+    names = skeleton.names(checkpoint.shapes)
+    keys: dict[str, list[str]] = {}
+    for key, (name, _) in names.items():
+        keys.setdefault(name, []).append(key)
+    converted = {name for name, together in names.values() if together}
+    own = skeleton.model.state_dict()
+    sharing: dict[int, list[str]] = {}
+    for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
+        sharing.setdefault(id(parameter), []).append(name)
+    shared = {name for same in sharing.values() if any(name in keys for name in same) for name in same}
+    beside: dict[str, str] = {}
+    for name in keys.keys() - own.keys() - converted:
+        if (layer := layer_of(skeleton.model, name)) is not None:
+            beside[layer] = min(beside.get(layer, keys[name][0]), keys[name][0])
+    found = {}
+    for module, layer in skeleton.model.named_modules():
+        name = f"{module}.weight"
+        if not isinstance(layer, torch.nn.Linear | Conv1D) or module in others or name in converted:
+            continue
+        stored, expected = keys.get(name, []), tuple(own[name].shape)
+        if not stored and name not in shared:
+            rest = f", and its files hold {beside[module]}, which the model does not take" if module in beside else ""
+            found[module] = f"its files hold no weight for {module}, which its config.json describes as {expected}{rest}"
+        elif len(stored) > 1:
+            found[module] = f"{' and '.join(sorted(stored))} are both the weight of {module}; remove one of them"
+        elif stored and (shape := checkpoint.shapes[stored[0]]) != expected:
+            found[module] = f"{stored[0]} has the shape {shape}, but its config.json describes {expected}"
+        elif module in beside:
+            found[module] = _beside(module, beside[module])
+    return found
+
+
+def _faults_of_unknown(checkpoint: Checkpoint) -> dict[str, str]:
+    """What keeps weights from being read of a model whose configuration transformers does not know."""
+    found = {}
+    for key, shape in checkpoint.shapes.items():
+        if key.endswith(".weight") and (len(shape) != 2 or 0 in shape):
+            found[key.removesuffix(".weight")] = f"{key} has the shape {shape}; a matrix of two dimensions is required"
+    for matrix in _matrices(checkpoint):
+        module = matrix.removesuffix(".weight")
+        known = {f"{module}.weight", f"{module}.bias"}
+        if extra := min((key for key in checkpoint.shapes if key.startswith(f"{module}.") and key not in known), default=None):
+            found.setdefault(module, _beside(module, extra))
+    return found
+
+
+def _beside(module: str, key: str) -> str:
+    return f"its files hold {key} beside the weight of {module}, which alone is not what that layer computes; merge it into the weight first"
 
 
 def _matrices(checkpoint: Checkpoint) -> list[str]:

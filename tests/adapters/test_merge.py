@@ -8,6 +8,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, PeftType, g
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
 from cora_cli.adapters.merge import merge_adapter
@@ -215,6 +216,50 @@ def test_an_adapter_with_added_tokens_brings_its_rows_and_its_tokenizer(tiny_mod
     assert len(merged.get_input_embeddings().weight) == rows
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
     assert "<call>" in AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
+
+
+def test_an_adapter_with_added_tokens_is_exported_with_its_rows_and_its_tokenizer(tiny_model, tmp_path):
+    rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size + 1
+    expected = foreign(tiny_model, tmp_path / "adapter", rows)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    base.resize_token_embeddings(rows, mean_resizing=False)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "exported")
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
+    assert "<call>" in AutoTokenizer.from_pretrained(tmp_path / "exported").get_vocab()
+
+
+def test_a_failure_of_peft_while_merging_is_one_sentence(tiny_model, tmp_path):
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
+    torch.nn.init.normal_(wrapped.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].bias)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        CoraError, match=r"adapter .*adapter cannot be merged: .*; `cora evaluate --no-merge` evaluates it as it is"
+    ):
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged", base=resolve_model(str(tiny_model)))
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("write", [merge_adapter, export_adapter])
+def test_an_output_that_is_an_input_is_refused_and_left_alone(write, tiny_model, tmp_path):
+    foreign(tiny_model, tmp_path / "adapter")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}
+    with pytest.raises(CoraError, match="exists already; choose a new directory"):
+        write(resolve_model(str(tmp_path / "adapter")), tmp_path / "adapter", base=resolve_model(str(tiny_model)))
+    assert {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()} == before
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.5, "do_sample": False}, {"max_length": 64}])
+def test_a_generation_configuration_that_transformers_would_not_write_is_merged(settings, tiny_model, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **settings}))
+    foreign(base, tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
 def test_an_adapter_that_is_not_finite_is_refused_by_key(tiny_model, tmp_path):

@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from cora_cli.adapters.facts import AdapterFacts
-from cora_cli.adapters.install import install_adapter, target_linears
+from cora_cli.adapters.install import check_applied, install_adapter, target_linears
 from cora_cli.adapters.merge import merged_into_base
 from cora_cli.adapters.storage import load_adapter, save_adapter
 from cora_cli.basis.artifact import Basis, read_basis
-from cora_cli.basis.choices import BasisChoices
+from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.methods.parts.layers import adapted_layers
@@ -27,6 +27,7 @@ from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import resolve_model
 from cora_cli.weights.sources import open_source
 from tests.methods.helpers import plan_of
+from tests.training.families import build
 
 IDS = torch.tensor([[1, 5, 9, 7, 3, 2]])
 SETTINGS = {"rank": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "seed": 0}
@@ -172,3 +173,28 @@ def test_targets_that_peft_extends_to_fused_experts_are_refused():
             CoraError, match=r"PEFT applies --target-modules gate_proj.* to the fused experts of this model too"
         ):
             install_adapter(AutoModelForCausalLM.from_config(config), plan_of("lora", **SETTINGS, target_modules=targets), None)
+
+
+@pytest.mark.parametrize(("family", "named"), [("mamba", "dt_proj"), ("falcon_mamba", "dt_proj"), ("jamba", "dt_proj")])
+def test_a_target_whose_layers_are_never_called_is_refused_by_name(family, named):
+    model = AutoModelForCausalLM.from_config(build(family)).eval()
+    with pytest.raises(CoraError, match=f"target module '{named}' would train nothing: .* leave it out of --target-modules"):
+        check_applied(model, ("in_proj", named), [1, 5, 7])
+    check_applied(model, ("in_proj", "x_proj"), [1, 5, 7])
+
+
+def test_a_target_that_peft_does_not_adapt_is_refused_in_one_sentence():
+    model = AutoModelForCausalLM.from_config(build("mamba"))
+    plan = plan_of("lora", rank=2, alpha=2.0, rslora=False, dropout=0.0, seed=0, target_modules=("out_proj",))
+    with pytest.raises(CoraError, match=r"--target-modules out_proj cannot be adapted: .*out_proj"):
+        install_adapter(model, plan, None)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "mamba"])
+def test_default_targets_that_a_family_lacks_are_refused_with_its_linear_layers(family):
+    model = AutoModelForCausalLM.from_config(build(family))
+    known = "in_proj" if family == "mamba" else "kv_a_proj_with_mqa, kv_b_proj"
+    with pytest.raises(
+        CoraError, match=f"target module '[qk]_proj' matches nothing in this model; its linear layers are .*{known}"
+    ):
+        target_linears(model, DEFAULT_TARGET_MODULES)

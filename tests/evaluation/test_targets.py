@@ -103,3 +103,14 @@ def test_a_changed_list_of_trained_prompts_is_refused(run: Path, tiny_data: Path
     (copy / "trained_prompts.txt").write_text("".join(lines[:2]))
     with pytest.raises(CoraError, match=r"trained_prompts.txt was changed after it was written"):
         trained_prompts(find_targets(EvaluateConfig(runs=(str(copy),), dataset=str(tiny_data))))
+
+
+def test_a_checkpoint_in_a_run_directory_knows_the_prompts_of_its_run(run: Path, tiny_data: Path, tmp_path: Path):
+    checkpoint = shutil.copytree(run / "adapter", run / "checkpoints" / "checkpoint-7")
+    config = EvaluateConfig(model=str(checkpoint), dataset=str(tiny_data), output_dir=str(tmp_path / "out"))
+    (target,) = find_targets(config)
+    assert target.adapter is not None
+    assert target.adapter.path == checkpoint
+    assert target.run is not None
+    assert target.run.root == run
+    assert trained_prompts([target]).hashes

@@ -231,3 +231,12 @@ def test_differences_of_low_rank_and_weights_without_any_are_measured_too(groupe
     layers = read_basis(tmp_path / "b").layers
     assert sorted(layers) == [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
     assert all(energy.own == pytest.approx(1) and energy.kept < 1 for energy in layers.values())
+
+
+def test_an_output_that_is_a_file_of_a_source_is_refused_and_left_alone(square_models, tmp_path):
+    model = shutil.copytree(square_models[0], tmp_path / "model")
+    for name in ("model.safetensors", "config.json"):
+        before = (model / name).read_bytes()
+        with pytest.raises(CoraError, match=f"{name} is a file of .*model, which is read; write the basis to another file"):
+            extract_basis([local(model)], model / name, BasisChoices(rank=4), None, CPU, overwrite=True)
+        assert (model / name).read_bytes() == before

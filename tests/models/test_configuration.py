@@ -1,6 +1,20 @@
-from transformers import Gemma3Config, GPT2Config, LlamaConfig, MistralConfig, PhimoeConfig
+from typing import Any
+
+import pytest
+from transformers import (
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    MptConfig,
+    PhimoeConfig,
+    RobertaConfig,
+    RwkvConfig,
+    WhisperConfig,
+)
 
 from cora_cli.models.configuration import length_limits, remove_dropout, rope_switch
+from cora_cli.models.loading import context_length
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -25,6 +39,21 @@ def test_lengths_at_which_attention_or_positions_change() -> None:
     assert length_limits(MistralConfig(sliding_window=8)) == {8}
     assert length_limits(Gemma3Config(text_config={"sliding_window": 16})) == {16}
     assert length_limits(LlamaConfig(hidden_size=32, num_attention_heads=4, rope_parameters=LONGROPE)) == {40}
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (MptConfig(max_seq_len=160), 160),
+        (WhisperConfig(max_target_positions=48, max_source_positions=1500), 48),
+        (RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (GPT2Config(n_positions=64), 64),
+        (RwkvConfig(context_length=128), 128),
+        (Gemma3Config(text_config={"max_position_embeddings": 256}), 256),
+    ],
+)
+def test_the_context_length_under_the_names_of_several_families(config: Any, length: int) -> None:
+    assert context_length(config) == length
 
 
 def test_the_rotary_embedding_of_a_complete_pass_changes_where_the_configuration_says() -> None:

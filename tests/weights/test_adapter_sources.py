@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
@@ -255,3 +256,63 @@ def test_factors_under_other_names_than_pefts_are_refused_by_key(copy):
     change_tensors(copy, rename)
     with pytest.raises(CoraError, match=r"lora_A\.default\.weight belongs to no module of its base"):
         open_source(local(copy))
+
+
+def test_an_adapter_without_a_layer_that_its_configuration_names_is_refused(copy):
+    change_tensors(copy, lambda tensors: [tensors.pop(f"base_model.model.{V1}.lora_{matrix}.weight") for matrix in "AB"])
+    with pytest.raises(
+        CoraError, match=f"copy holds no lora_A and lora_B for 1 layers of its base .* such as {V1}; .* incomplete"
+    ):
+        open_source(local(copy))
+    change_config(copy, target_modules="all-linear")
+    with pytest.raises(CoraError, match=f"such as {V1}"):
+        open_source(local(copy))
+    change_config(copy, target_modules=["q_proj", "layers.0.self_attn.v_proj"])
+    assert open_source(local(copy)).shapes[V1] == (8, 16)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers_to_transform": [1]},
+        {"target_modules": r".*layers\.0\..*_proj"},
+        {"target_modules": "all-linear"},
+        {"exclude_modules": ["layers.1.self_attn.v_proj"]},
+        {"modules_to_save": ["v_proj"]},
+    ],
+)
+def test_an_adapter_of_some_layers_is_complete_where_its_configuration_says_so(grouped_models, tmp_path, settings):
+    adapter = make_adapter(grouped_models[0], tmp_path / "a", **settings)
+    assert Q0 in open_source(local(adapter)).shapes
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (128,), (8, 4, 4)])
+def test_a_saved_weight_of_another_shape_than_the_layers_is_refused(grouped_models, tmp_path, shape):
+    adapter = make_adapter(grouped_models[0], tmp_path / "a", target_modules=["q_proj"], modules_to_save=["v_proj"])
+    change_tensors(adapter, lambda tensors: tensors.update({f"base_model.model.{V1}.weight": torch.ones(shape)}))
+    with pytest.raises(CoraError, match=rf"{V1}\.weight has the shape .*, which does not fit the weight \(8, 16\) of its base"):
+        open_source(local(adapter))
+
+
+def test_a_saved_weight_of_a_layer_that_stores_in_by_out_is_read_as_out_by_in(tmp_path):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    settings = {"target_modules": ["c_fc"], "modules_to_save": ["c_attn"], "fan_in_fan_out": True}
+    wrapped = get_peft_model(model, LoraConfig(r=2, **settings))
+    saved = torch.randn(16, 48)
+    wrapped.base_model.model.transformer.h[0].attn.c_attn.modules_to_save["default"].weight.data = saved.clone()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    source = open_source(local(tmp_path / "adapter"))
+    assert source.shapes["transformer.h.0.attn.c_attn"] == (48, 16)
+    assert torch.equal(source.read("transformer.h.0.attn.c_attn"), saved.T.double())
+
+
+def test_dora_magnitudes_are_refused_by_name(grouped_models, tmp_path):
+    adapter = make_adapter(grouped_models[0], tmp_path / "a", use_dora=True)
+    base = open_source(local(grouped_models[0]))
+    with pytest.raises(CoraError, match=r"a was trained with use_dora, so its weights are not W \+ s·B·A; merge it first"):
+        open_source(local(adapter), base)
+    change_config(adapter, use_dora=False)
+    with pytest.raises(CoraError, match=r"lora_magnitude_vector.* is of DoRA, whose weights are not W \+ s·B·A"):
+        open_source(local(adapter), base)

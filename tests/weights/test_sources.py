@@ -13,7 +13,7 @@ from tests.weights.helpers import make_llama
 
 from .helpers import local
 
-Q0 = "model.layers.0.self_attn.q_proj"
+Q0, V1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 
 
 @pytest.fixture
@@ -126,9 +126,11 @@ def test_the_names_are_those_of_the_loaded_model(copy, square_models):
 
 def test_a_checkpoint_of_a_compiled_model_is_refused_by_its_prefix(copy):
     change_tensors(copy, lambda tensors: {f"_orig_mod.{key}": tensor for key, tensor in tensors.items()})
-    with pytest.raises(CoraError, match=r"saved from a compiled model: .* such as _orig_mod"):
+    with pytest.raises(
+        CoraError, match=r"saved from a compiled model: .* such as _orig_mod.*save it again from the model inside"
+    ):
         open_source(local(copy))
-    with pytest.raises(CoraError, match=r"incomplete: .* tensors of its files fit no weight, such as _orig_mod"):
+    with pytest.raises(CoraError, match=r"saved from a compiled model: .* such as _orig_mod"):
         load_model(local(copy), torch.float32, torch.device("cpu"), None)
 
 
@@ -139,6 +141,142 @@ def test_tensors_that_the_model_does_not_take_are_no_modules_of_it(copy, capfd):
     assert source.skipped == ["mtp.proj.weight"]
     load_model(local(copy), torch.float32, torch.device("cpu"), None)
     assert "1 tensors of its files are not used by LlamaForCausalLM, such as mtp.proj.weight" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weight: {}, rf"hold no weight for {Q0}, which its config.json describes as \(16, 16\)"),
+        (
+            lambda weight: {f"{Q0}.weight": weight.flatten()},
+            rf"{Q0}\.weight has the shape \(256,\), but .* describes \(16, 16\)",
+        ),
+        (lambda weight: {f"{Q0}.weight": weight.view(4, 4, 16)}, r"has the shape \(4, 4, 16\), but .* describes \(16, 16\)"),
+        (lambda weight: {f"{Q0}.weight": weight[:0]}, r"has the shape \(0, 16\), but .* describes \(16, 16\)"),
+        (lambda weight: {f"{Q0}.weight": weight[:8]}, r"has the shape \(8, 16\), but .* describes \(16, 16\)"),
+        (
+            lambda weight: {f"{Q0}.base_layer.weight": weight},
+            rf"hold no weight for {Q0}, .* and its files hold {Q0}\.base_layer\.weight",
+        ),
+        (
+            lambda weight: {f"{Q0}.weight": weight, f"{Q0}.weight_scale": torch.ones(1)},
+            rf"hold {Q0}\.weight_scale beside the weight",
+        ),
+        (
+            lambda weight: {f"{Q0}.weight": weight, f"{Q0}.lora_A.weight": weight[:2]},
+            rf"hold {Q0}\.lora_A\.weight beside the weight",
+        ),
+        (lambda weight: {f"{Q0}.weight": weight, f"{Q0}.bias": weight[0]}, rf"hold {Q0}\.bias beside the weight"),
+        (
+            lambda weight: {f"{Q0}.weight": weight, f"{Q0.removeprefix('model.')}.weight": weight.clone()},
+            rf"layers.0.* and {Q0}\.weight are both the weight of {Q0}",
+        ),
+    ],
+)
+def test_a_layer_whose_weight_cannot_be_read_is_refused_where_it_is_a_target(copy, change, said):
+    def changed(tensors):
+        weight = tensors.pop(f"{Q0}.weight")
+        return {**tensors, **{key: tensor.clone() for key, tensor in change(weight).items()}}
+
+    change_tensors(copy, changed)
+    with pytest.raises(CoraError, match=f"copy: .*{said}"):
+        open_source(local(copy)).targets(["q_proj"])
+    assert len(open_source(local(copy)).targets(["v_proj"])) == 2
+    with pytest.raises(CoraError, match="copy"):
+        load_model(local(copy), torch.float32, torch.device("cpu"), None)
+
+
+def test_a_weight_of_another_shape_and_a_tensor_beside_a_weight_are_refused_on_loading(copy):
+    change_tensors(copy, lambda tensors: {**tensors, f"{Q0}.bias": torch.ones(16)})
+    with pytest.raises(CoraError, match=rf"hold {Q0}\.bias, which LlamaForCausalLM does not take, beside the weight of {Q0}"):
+        load_model(local(copy), torch.float32, torch.device("cpu"), None)
+    change_tensors(
+        copy, lambda tensors: {key: tensor[:8] if key == f"{Q0}.weight" else tensor for key, tensor in tensors.items()}
+    )
+    with pytest.raises(CoraError, match=rf"copy: {Q0}\.weight has the shape \(8, 16\), but .* describes \(16, 16\)"):
+        load_model(local(copy), torch.float32, torch.device("cpu"), None)
+
+
+def test_weights_of_a_model_that_transformers_does_not_know_are_matrices_with_nothing_beside_them(copy):
+    change_config(copy, model_type="of-its-own")
+    change_tensors(copy, lambda tensors: {**tensors, f"{Q0}.weight": tensors[f"{Q0}.weight"].flatten()})
+    with pytest.raises(CoraError, match=rf"copy: {Q0}\.weight has the shape \(256,\); a matrix of two dimensions is required"):
+        open_source(local(copy)).targets(["q_proj"])
+    change_tensors(copy, lambda tensors: {**tensors, V1 + ".lora_A.weight": torch.ones(2, 16)})
+    with pytest.raises(CoraError, match=rf"copy: its files hold {V1}\.lora_A\.weight beside the weight of {V1}"):
+        open_source(local(copy)).targets(["v_proj"])
+
+
+@pytest.mark.parametrize("wrapper", ["module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"])
+@pytest.mark.parametrize("place", ["", "model.layers.0."])
+def test_a_checkpoint_of_a_training_wrapper_is_refused_alike_by_all(copy, wrapper, place):
+    change_tensors(
+        copy, lambda tensors: {key.replace(place, f"{place}{wrapper}.", 1): tensor for key, tensor in tensors.items()}
+    )
+    for read in (open_source, lambda model: load_model(model, torch.float32, torch.device("cpu"), None)):
+        with pytest.raises(CoraError, match=rf"copy was saved from .* such as .*{wrapper}\..*the model inside \({wrapper}\)"):
+            read(local(copy))
+
+
+def as_bin(directory, wrap):
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(wrap(tensors), directory / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("entry", ["state_dict", "model"])
+def test_tensors_in_an_entry_of_a_bin_file_are_read_by_all(copy, square_models, entry):
+    as_bin(copy, lambda tensors: {entry: tensors, "epoch": 3})
+    usual = load_file(square_models[0] / "model.safetensors")
+    assert torch.equal(open_source(local(copy)).read(Q0), usual[f"{Q0}.weight"])
+    loaded = load_model(local(copy), torch.float32, torch.device("cpu"), None).state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in usual.items())
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda tensors: {"model": tensors, "ema": tensors}, "holds tensors in 'model', 'ema', so it is not clear"),
+        (lambda tensors: {"model": tensors, **tensors}, "holds tensors in 'model' and beside it, so it is not clear"),
+        (lambda tensors: {"optimizer": tensors}, "holds tensors in 'optimizer', so it is not clear"),
+    ],
+)
+def test_a_bin_file_with_tensors_in_several_places_is_refused_by_name(copy, wrap, said):
+    as_bin(copy, wrap)
+    for read in (open_source, lambda model: load_model(model, torch.float32, torch.device("cpu"), None)):
+        with pytest.raises(CoraError, match=f"pytorch_model.bin {said}.*; save the model's state_dict alone"):
+            read(local(copy))
+
+
+@pytest.mark.parametrize(
+    "names", [("model.fp16.safetensors",), ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")]
+)
+def test_weights_without_the_usual_name_or_an_index_are_read_by_all(copy, square_models, names):
+    usual = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    for number, name in enumerate(names):
+        part = {key: tensor for place, (key, tensor) in enumerate(usual.items()) if place % len(names) == number}
+        save_file(part, copy / name, metadata={"format": "pt"})
+    assert torch.equal(open_source(local(copy)).read(Q0), usual[f"{Q0}.weight"])
+    loaded = load_model(local(copy), torch.float32, torch.device("cpu"), None).state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in usual.items())
+    assert not (copy / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is not valid JSON"),
+        ('{"eos_token_id": "2"}', 'eos_token_id must be an integer or a list or null, not "2"'),
+        ('{"eos_token_id": [2, true]}', "must be an integer, not true"),
+        ('{"temperature": "hot"}', "temperature must be a finite number or null"),
+        ("[]", "must be a JSON object"),
+    ],
+)
+def test_a_malformed_generation_configuration_is_refused_by_its_entry(copy, text, said):
+    (copy / "generation_config.json").write_text(text)
+    with pytest.raises(CoraError, match=f"generation_config.json .*{said}"):
+        load_model(local(copy), torch.float32, torch.device("cpu"), None)
 
 
 def test_gpt2_weights_are_read_as_out_by_in(tmp_path):
