@@ -105,11 +105,17 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
         "dtype": hardware.dtype_name,
         **_backend_settings(config, target, hardware),
     }
+    tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
+    name = choose_template(target.template, schema, tokenizer)
+    template = Template(name, schema, tokenizer, target.date or _recorded_date(target.output, settings))
+    if template.reads_clock:
+        settings["template_date"] = template.date
+        say(f"{target.name}: the chat template writes the date into its prompts: {template.date}")
+    elif config.template_date:
+        raise CoraError(f"--template-date has no effect: the template {name} of {target.name} writes no date; leave it out")
     out = _place_of_work(target.output, settings, config.overwrite)
     if not _predictions_are_complete(out, settings):
         say(f"{target.name}: {hardware.describe()}")
-        tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
-        template = Template(choose_template(target.template, schema, tokenizer), schema, tokenizer)
         rendered = [template.render(record) for record in records]
         ids = [encode_prompt(text, tokenizer) for text in rendered]
         _say_about_records(target, records, template)
@@ -179,6 +185,15 @@ def _differing(out: EvaluationDirectory, settings: dict[str, Any]) -> list[str]:
     # Evaluations from before the tokenizer's files were hashed do not have that setting.
     ignored = {"model", *(() if "tokenizer_sha256" in theirs else ("tokenizer_sha256",))}
     return sorted(name for name in {*theirs, *settings} - ignored if theirs.get(name) != settings.get(name))
+
+
+def _recorded_date(out: EvaluationDirectory, settings: dict[str, Any]) -> str | None:
+    """The date in the prompts of an evaluation in `out` that has the same other settings, to continue or to reuse; None if there is none."""
+    for place in (out, EvaluationDirectory(out.root / REPLACEMENT)):
+        if _differing(place, settings) == ["template_date"]:
+            date: str = shapes.read_generation(place)["settings"]["template_date"]
+            return date
+    return None
 
 
 def _place_of_work(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> EvaluationDirectory:

@@ -35,7 +35,7 @@ from cora_cli.models.references import absolute
 from cora_cli.models.skeleton import fused_experts
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_json, read_jsonl
-from cora_cli.records import LogLine, RunStatus, read_run
+from cora_cli.records import LogLine, RunStatus, read_run, template_date
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import Batching, choose_batching
 from cora_cli.training.checkpoints import checkpoints_in, newest_intact, step_of
@@ -60,7 +60,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -> dict[str, Any]:
     """As `train`; `held` keeps the lock of the run directory, which the main process takes for all."""
     forget_settings()
-    prepared = prepare(config)
+    started = read_run(run) if config.resume and run.exists() else None
+    prepared = prepare(config, template_date(started) if started else None)
+    if prepared.template.reads_clock:
+        config = dataclasses.replace(config, template_date=prepared.template.date)
+        say(
+            f"the chat template writes the date into its prompts: {prepared.template.date}, here and in evaluations of this run"
+        )
     arguments = training_arguments(config, prepared, run)
     main = arguments.process_index == 0
     fingerprint = prepared.fingerprint(config)
@@ -69,7 +75,7 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
         held.enter_context(own_directory(run.root, run.checkpoints.name, run.log.name))
         return _open_directory(run, fingerprint, config.resume)
 
-    if _agree(arguments, open_directory):
+    if _agree(arguments, open_directory, fingerprint):
         record = read_run(run)
         if record["status"] == FINISHED and record.get("result_sha256") == run.result_hash():
             say(f"{run.root} is already finished")
@@ -100,18 +106,24 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
     return read_json(run.record)
 
 
-def _agree(arguments: TrainingArguments, decide: Any) -> bool:
-    """Let the main process decide about the directory and tell the others, so that no process reads while another writes."""
-    answer: list[Any] = [None]
+def _agree(arguments: TrainingArguments, decide: Any, fingerprint: dict[str, Any]) -> bool:
+    """Let the main process decide about the directory and tell the others, so that no process reads while another writes.
+
+    Raises `CoraError` also where processes have different inputs, as when the day ends between their starts.
+    """
+    answer: list[Any] = [None, fingerprint]
     if arguments.process_index == 0:
         try:
-            answer = [decide()]
+            answer[0] = decide()
         except CoraError as error:
-            answer = [error]
+            answer[0] = error
     if arguments.world_size > 1:
         broadcast_object_list(answer)
     if isinstance(answer[0], CoraError):
         raise answer[0]
+    if answer[1] != fingerprint:
+        difference = _difference(answer[1], fingerprint, "in the first process", "in this one")
+        raise CoraError(f"the processes of this training have different inputs: {difference}; start it again")
     return bool(answer[0])
 
 
@@ -138,13 +150,21 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
         raise CoraError(
             f"output directory {run.root} already contains a run; choose a new directory, or continue that run with --resume"
         )
-    recorded = read_run(run)["fingerprint"]
+    record = read_run(run)
+    recorded = record["fingerprint"]
+    if "template_date" in fingerprint["settings"]:  # which earlier versions did not record
+        recorded["settings"].setdefault("template_date", template_date(record))
     if recorded != fingerprint:
-        theirs, ours = ({**part.get("settings", {}), **part} for part in (recorded, fingerprint))
-        names = sorted(name for name in {*theirs, *ours} - {"settings"} if theirs.get(name) != ours.get(name))
-        detail = ", ".join(f"{name} ({theirs.get(name)} in the run, {ours.get(name)} now)" for name in names)
+        detail = _difference(recorded, fingerprint, "in the run", "now")
         raise CoraError(f"{run.root} cannot be resumed with other inputs than it was started with: {detail}")
     return True
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any], there: str, here: str) -> str:
+    """The settings and inputs in which two fingerprints differ, with both values."""
+    theirs, ours = ({**part.get("settings", {}), **part} for part in (one, other))
+    names = sorted(name for name in {*theirs, *ours} - {"settings"} if theirs.get(name) != ours.get(name))
+    return ", ".join(f"{name} ({theirs.get(name)} {there}, {ours.get(name)} {here})" for name in names)
 
 
 def _took_no_step(run: RunDirectory) -> bool:
