@@ -68,6 +68,15 @@ class Data(TypedDict):
     trained_prompts_sha256: NotRequired[str]
 
 
+class CarriedTraining(TypedDict):
+    """`trained_on.json`, the record of their training that `cora merge` and `cora export` write next to the weights."""
+
+    datasets: list[str]
+    trained_prompts_sha256: str
+    complete: bool
+    template_date: str | None
+
+
 class Loss(TypedDict):
     """A mean loss with its interval, over n records."""
 

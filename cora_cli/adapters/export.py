@@ -23,6 +23,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.loading import load_model, load_tokenizer
 from cora_cli.models.references import ModelPath
+from cora_cli.models.trained_on import carry_record
 
 _NEGLIGIBLE = 1e-6
 """Singular values of ΔW below this fraction of the largest are rounding errors of its float32 factors."""
@@ -61,6 +62,7 @@ def export_adapter(
         )
         if adapter.has_tokenizer or adapter.chat_template.is_file():
             load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter).save_pretrained(temporary)
+        carry_record(temporary, adapter)
     return int(config.r)
 
 

@@ -13,6 +13,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.methods.parts.layers import adapted_layers
 from cora_cli.models.loading import load_model, load_tokenizer, stored_types
 from cora_cli.models.references import ModelPath
+from cora_cli.models.trained_on import carry_record
 
 _DTYPES: dict[str, torch.dtype | str] = {"stored": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -51,6 +52,7 @@ def merge_adapter(
         with rundir.atomic_path(output, replace=False) as temporary:
             merged.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            carry_record(temporary, adapter, base)
     except Exception as error:
         if rundir.is_disk_full(error):
             raise rundir.disk_error(OSError(28, "No space left on device"), output) from error

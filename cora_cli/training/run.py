@@ -24,7 +24,7 @@ from cora_cli.adapters.install import AngleMeter, install_adapter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
-from cora_cli.data.formats import earlier_answers, prompt_hashes, unused_columns
+from cora_cli.data.formats import earlier_answers, prompt_hash, prompt_hashes, unused_columns
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
 from cora_cli.lock import own_directory
@@ -33,6 +33,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import load_model
 from cora_cli.models.references import absolute
 from cora_cli.models.skeleton import fused_experts
+from cora_cli.models.trained_on import trained_on
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import LogLine, RunStatus, read_run, template_date
@@ -216,6 +217,13 @@ def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, rec
         kept = {"started": earlier["started"], "sealed_checkpoints": earlier.get("sealed_checkpoints", False)}
         record = {**record, **kept, "resumed": earlier.get("resumed", 0) + 1}
     hashes = dict.fromkeys(prompt_hashes(prepared.data.train, prepared.data.schema, config.train_on == "all"))
+    if earlier := trained_on(prepared.model_path):
+        known = sum(prompt_hash(record, prepared.data.schema) in earlier.prompts for record in prepared.data.test)
+        if known:
+            say(
+                f"{known} of {len(prepared.data.test)} held-out records have prompts that {config.model} was already trained on"
+            )
+        hashes |= dict.fromkeys(sorted(earlier.prompts))
     listed = "".join(f"{digest}\n" for digest in hashes)
     record["data"]["trained_prompts_sha256"] = rundir.sha256_text(listed)
     # The record comes first: it makes the directory a run, which --resume can complete.
