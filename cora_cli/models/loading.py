@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from cora_cli.errors import CoraError, reason
+from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
@@ -92,6 +92,8 @@ def load_model(
             )
             loaded.config.name_or_path = str(model.path)
     except Exception as error:  # libraries raise many unrelated types for damaged files
+        if is_out_of_memory(error):
+            raise
         raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
