@@ -202,6 +202,7 @@ class Generation(TypedDict):
     predictions_sha256: NotRequired[str]
     prompts_cut: NotRequired[int]
     prompts_trained_on: NotRequired[int]
+    not_merged: NotRequired[str]
     engine: NotRequired[str]
     new_tokens: NotRequired[int]
     seconds: NotRequired[float]

@@ -31,7 +31,7 @@ from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.lock import own_directory
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.progress import say
-from cora_cli.reading import read_jsonl
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
 REPLACEMENT = ".replacement"
@@ -150,6 +150,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
                 "settings": settings,
                 "prompts_cut": cut,
                 **({"prompts_trained_on": trained_on} if trained_on else {}),
+                **({"not_merged": backend.not_merged} if backend.not_merged else {}),
                 "predictions_sha256": rundir.sha256_file(out.predictions),
                 **speed,
             },
@@ -237,9 +238,42 @@ def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]
     return False
 
 
+def _check_nothing_is_lost(config: EvaluateConfig, path: Path, out: EvaluationDirectory) -> None:
+    """Raise `CoraError` if the metrics of the predictions at `path` would replace others in `out`, unless `overwrite` is on.
+
+    A directory that holds predictions is never given the metrics of other ones.
+    """
+    sha256 = rundir.sha256_file(path)
+    recorded: dict[str, Any] = {}
+    if out.metrics.exists():
+        with contextlib.suppress(CoraError):  # a damaged file is replaced
+            recorded = read_json(out.metrics, shapes.Metrics)
+    if out.root.resolve() != path.parent.resolve():
+        if out.predictions.exists() and rundir.sha256_file(out.predictions) != sha256:
+            raise CoraError(f"{out.root} holds the evaluation of other predictions than {path}; choose another --output-dir")
+        there = [file.name for file in (out.metrics, out.scores) if file.exists()]
+        if there and recorded.get("predictions_sha256") != sha256 and not config.overwrite:
+            raise CoraError(
+                f"{out.root} holds {' and '.join(there)} of other predictions than {path}; choose another --output-dir, or replace them with "
+                "--overwrite"
+            )
+    if config.overwrite or recorded.get("predictions_sha256") != sha256:
+        return
+    if (variant := recorded.get("metric_variant", "ours")) != config.metric_variant:
+        raise CoraError(
+            f"{out.metrics} holds the metrics of the variant {variant}; choose another --output-dir, or replace them with --overwrite"
+        )
+    if lost := [name for name in recorded["metrics"] if name not in config.metric_names]:
+        raise CoraError(
+            f"{out.metrics} also holds {', '.join(lost)}, which --metrics {','.join(config.metrics)} leaves out; name them too, choose "
+            "another --output-dir, or drop them with --overwrite"
+        )
+
+
 def _score(
     config: EvaluateConfig, name: str, path: Path, out: EvaluationDirectory, hardware: Hardware, generation: dict[str, Any]
 ) -> Evaluation:
+    _check_nothing_is_lost(config, path, out)
     lines = read_jsonl(path)
     for number, line in enumerate(lines, start=1):
         if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in PREDICTION_KEYS):

@@ -108,11 +108,11 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None) -> Pr
     if plan is not None:
         method.configuration(plan)
         target_linears(skeleton, plan.target_modules)
-    longest = min(config.max_length, context_length(model_config))
+    length, context = config.max_length, context_length(model_config)
     rows = skeleton.get_input_embeddings().weight.shape[0]
-    train_set = encode_records(data.train, template, longest, "training", rows, config.train_on == "all")
-    test_set = encode_records(data.test, template, longest, "held-out", rows)
-    validation_set = encode_records(data.validation, template, longest, "validation", rows)
+    train_set = encode_records(data.train, template, length, "training", rows, config.train_on == "all", context)
+    test_set = encode_records(data.test, template, length, "held-out", rows, context=context)
+    validation_set = encode_records(data.validation, template, length, "validation", rows, context=context)
     if config.eval_limit:
         test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
     if removed:
