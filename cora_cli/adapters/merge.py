@@ -22,7 +22,9 @@ class CannotMerge(CoraError):
 
     def __init__(self, adapter: ModelPath, reason: str) -> None:
         self.reason = reason.rstrip(".")
-        super().__init__(f"adapter {adapter.reference} cannot be merged: {self.reason}; `cora evaluate` evaluates it as it is")
+        super().__init__(
+            f"adapter {adapter.reference} cannot be merged: {self.reason}; `cora evaluate`, on transformers, evaluates it as it is"
+        )
 
 
 _DTYPES: dict[str, torch.dtype | str] = {"stored": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}

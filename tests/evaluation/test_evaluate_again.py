@@ -108,8 +108,8 @@ def test_a_finished_evaluation_is_scored_again_without_its_model(
     monkeypatch.setattr(backend, "load_model", lambda *_: pytest.fail("a model was loaded"))
     again = evaluate_run(run)
     assert again.record == first.record
-    more = evaluate_run(run, metrics=("rouge1", "rougeL"), bootstrap=200)
-    assert list(more.record["metrics"]) == ["rouge1", "rougeL"]
+    more = evaluate_run(run, metrics=("rouge1", "rougeL", "sacrebleu"), bootstrap=200)
+    assert list(more.record["metrics"]) == ["rouge1", "rougeL", "sacrebleu"]
 
 
 @pytest.mark.parametrize("damage", ["edited", "removed"])
@@ -238,3 +238,34 @@ def test_a_date_for_a_template_without_one_is_refused(tiny_model: Path, records:
         evaluate_model(tiny_model, records, tmp_path / "out", template_date="2030-01-01")
     with pytest.raises(UsageError, match=r"--template-date must be a date such as 20.*, not 'tomorrow'"):
         evaluate_model(tiny_model, records, tmp_path / "out", template_date="tomorrow")
+
+
+def test_metrics_of_these_predictions_are_not_dropped_unasked(run: Path) -> None:
+    evaluate_run(run)
+    before = contents(run / "eval")
+    with pytest.raises(CoraError, match=r"metrics.json also holds sacrebleu, which --metrics rouge1 leaves out; .*--overwrite"):
+        evaluate_run(run, metrics=("rouge1",))
+    with pytest.raises(CoraError, match=r"metrics.json holds the metrics of the variant ours; .*--overwrite"):
+        evaluate_run(run, metric_variant="hf-evaluate")
+    assert contents(run / "eval") == before
+    assert list(evaluate_run(run, metrics=("rouge1",), overwrite=True).record["metrics"]) == ["rouge1"]
+
+
+def test_the_metrics_of_other_predictions_are_not_replaced_unasked(tmp_path: Path) -> None:
+    def scored(name: str, output: str, **settings: Any) -> None:
+        rundir.write_jsonl(tmp_path / name / "predictions.jsonl", [{"prediction": name, "reference": "one"}])
+        path = str(tmp_path / name / "predictions.jsonl")
+        evaluate(EvaluateConfig(from_predictions=path, output_dir=str(tmp_path / output), **{**FAST, **settings}))
+
+    scored("one", "out")
+    scored("one", "two")
+    before = contents(tmp_path / "out")
+    with pytest.raises(CoraError, match=r"out holds metrics.json and scores.jsonl of other predictions than .*--overwrite"):
+        scored("two", "out")
+    assert contents(tmp_path / "out") == before
+    scored("three", "three")
+    for overwrite in (False, True):
+        with pytest.raises(CoraError, match=r"three holds the evaluation of other predictions than .*another --output-dir"):
+            scored("one", "three", overwrite=overwrite)
+    scored("two", "out", overwrite=True)
+    assert contents(tmp_path / "out") != before

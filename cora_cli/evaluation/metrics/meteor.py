@@ -5,7 +5,7 @@ matches "auto" but not "automobile". The values are comparable only with NLTK's.
 its word; Hugging Face `evaluate` calls NLTK's `word_tokenize`, which splits it into sentences first.
 
 The penalty for fragments is γ (chunks / matches)^β, so a text of m words that equals its reference has one chunk and scores 1 − 0.5 / m³: a
-single word 0.5, two words 0.94. That is the published definition, which has no exception for equal texts; METEOR 1.5 added one.
+single word 0.5, two words 0.94. That is the published definition, which has no exception for equal texts.
 """
 
 import threading
