@@ -54,9 +54,12 @@ def merge_adapter(
     stored = stored_types(base, trust_remote_code) if dtype == "stored" else {}
     widest = max(stored.values(), key=lambda kind: torch.finfo(kind).bits, default=None)
     model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
+    tied = model.config.get_text_config(decoder=True).tie_word_embeddings
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(adapted_layers(wrapped)))
     merged = merged_into_base(wrapped, adapter, safe=True)
+    if tied and not merged.config.get_text_config(decoder=True).tie_word_embeddings:
+        say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
     for name, parameter in merged.named_parameters():
         if name in stored:
             parameter.data = parameter.data.to(stored[name])
@@ -88,8 +91,6 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
         raise CannotMerge(adapter, reason(error)) from error
     embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
     if head is not None and embedding.weight is not head.weight:
-        if merged.config.tie_word_embeddings:
-            say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
         merged.config.get_text_config(decoder=True).tie_word_embeddings = merged.config.tie_word_embeddings = False
     return merged
 

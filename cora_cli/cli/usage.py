@@ -38,10 +38,9 @@ class Group(TyperGroup):
                 print(error, file=sys.stderr)
             else:
                 complain(f"cora: error: {usage_sentence(error)}")
-        except typer.Abort as error:
-            interrupted = isinstance(error.__cause__, KeyboardInterrupt)
-            code = 130 if interrupted else 1
-            complain(f"cora: {'interrupted' if interrupted else 'aborted'}")
+        except typer.Abort:
+            code = 1
+            complain("cora: aborted")
         except BrokenPipeError:
             code = CLOSED_PIPE
         if code == CLOSED_PIPE:

@@ -4,10 +4,8 @@ import subprocess
 import sys
 
 import pytest
-import typer
 
 from cora_cli.cli import app
-from cora_cli.cli.usage import Group
 
 # Runs `cora` with the arguments after the first, then writes the names of all modules that were imported.
 _CORA = """
@@ -108,15 +106,3 @@ main()
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "cora: interrupted\n")
-
-
-def test_an_interrupt_outside_a_command_ends_as_one_in_it(capsys):
-    interrupted = typer.Typer(cls=Group)
-
-    @interrupted.command()
-    def stop():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as ended:
-        interrupted([])
-    assert (ended.value.code, capsys.readouterr().err.strip()) == (130, "cora: interrupted")
