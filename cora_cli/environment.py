@@ -60,3 +60,7 @@ def quiet_libraries() -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # A user cannot fix one library's use of a deprecated function in another.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT warns of shapes and ties in words about its own calls; what matters to a user is said by the commands.
+    for library in ("peft", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{library}\.")
+    logging.getLogger("peft").setLevel(logging.ERROR)

@@ -26,3 +26,8 @@ def reason(error: BaseException) -> str:
     if "weights_only" in text or "Weights only load failed" in text:
         return "the pickle contains more than tensors and could run code, so it was not loaded; use a safetensors copy"
     return text[:300] or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the memory of this machine or its GPU does not suffice; torch raises a bare `RuntimeError` on a CPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -4,8 +4,11 @@
 came with a later version are not required: old directories stay readable.
 """
 
+import datetime
+from collections.abc import Mapping
 from typing import Any, Literal, NotRequired, TypedDict
 
+from cora_cli.errors import CoraError
 from cora_cli.reading import checked, read_json
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
@@ -56,12 +59,22 @@ class Data(TypedDict):
 
     dataset: str
     template: str
+    template_date: NotRequired[str]
     train: Counts
     test: Counts
     validation: NotRequired[Counts]
     overlapping_dropped: NotRequired[int]
     test_sha256: NotRequired[str]
     trained_prompts_sha256: NotRequired[str]
+
+
+class CarriedTraining(TypedDict):
+    """`trained_on.json`, the record of their training that `cora merge` and `cora export` write next to the weights."""
+
+    datasets: list[str]
+    trained_prompts_sha256: str
+    complete: bool
+    template_date: str | None
 
 
 class Loss(TypedDict):
@@ -196,6 +209,7 @@ class Generation(TypedDict):
     predictions_sha256: NotRequired[str]
     prompts_cut: NotRequired[int]
     prompts_trained_on: NotRequired[int]
+    not_merged: NotRequired[str]
     engine: NotRequired[str]
     new_tokens: NotRequired[int]
     seconds: NotRequired[float]
@@ -465,6 +479,17 @@ def read_run(run: RunDirectory) -> dict[str, Any]:
     record: dict[str, Any] = read_json(run.record, Run)
     checked(record, FinishedRun if record["status"] == "finished" else Run, run.record)
     return record
+
+
+def template_date(run: Mapping[str, Any]) -> str:
+    """The date for a chat template that writes one, by the `run.json` of a run; earlier versions took that of the day on which it started."""
+    recorded: str | None = run["data"].get("template_date")
+    try:
+        return recorded or datetime.datetime.fromisoformat(run["started"]).astimezone().date().isoformat()
+    except ValueError as error:
+        raise CoraError(
+            f"a run.json is damaged: started must be a time such as 2026-11-26T09:00:00+00:00, not {run['started']!r}"
+        ) from error
 
 
 def read_generation(evaluation: EvaluationDirectory) -> dict[str, Any]:

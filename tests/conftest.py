@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -50,6 +51,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_multihead_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model whose q_proj, k_proj and v_proj are all 64 × 64."""
     return make_model(tmp_path_factory.mktemp("models") / "tiny-multihead", seed=1, key_value_heads=4)
+
+
+@pytest.fixture(scope="session")
+def dated_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a chat template that writes the date into every prompt, as Llama 3.1's does."""
+    path = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("models") / "dated"))
+    template = path / "chat_template.jinja"
+    template.write_text("{{ 'Today: ' + strftime_now('%d %b %Y') }}\n" + template.read_text(encoding="utf-8"), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")

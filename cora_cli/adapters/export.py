@@ -23,6 +23,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.loading import load_model, load_tokenizer
 from cora_cli.models.references import ModelPath
+from cora_cli.models.trained_on import carry_record
 
 _NEGLIGIBLE = 1e-6
 """Singular values of ΔW below this fraction of the largest are rounding errors of its float32 factors."""
@@ -61,6 +62,7 @@ def export_adapter(
         save_file(copies, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         if adapter.has_tokenizer or adapter.chat_template.is_file():
             load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter).save_pretrained(temporary)
+        carry_record(temporary, adapter)
     return int(config.r)
 
 
@@ -70,8 +72,12 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
     ours = method_of(facts.plan.mode).lora_rank if facts is not None else AS_THE_FILE_SAYS
     if isinstance(config, LoraConfig) and not config.use_dora:
         # Complete embeddings are part of an adapter whose file holds them, such as one that was trained with added tokens.
-        whole = any(key.endswith(".weight") and ".lora_" not in key and "embed" in key for key in Checkpoint(adapter).shapes)
-        return copy.copy(config), get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=whole)
+        stored = Checkpoint(adapter).shapes
+        state = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
+        if any(key.endswith(".weight") and ".lora_" not in key and "embed" in key for key in stored):
+            complete = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=True)
+            state |= {key: tensor for key, tensor in complete.items() if key in stored}
+        return copy.copy(config), state
     method = "DoRA" if isinstance(config, LoraConfig) else config.peft_type.value
     none = CoraError(
         f"{adapter.reference} uses {method}, which has no equivalent LoRA; `cora merge` writes it as a plain model"

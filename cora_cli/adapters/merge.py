@@ -9,10 +9,23 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from cora_cli import rundir
 from cora_cli.adapters.storage import base_of, check_base, load_adapter
-from cora_cli.errors import CoraError, reason
+from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import adapted_layers
 from cora_cli.models.loading import load_model, load_tokenizer, stored_types
 from cora_cli.models.references import ModelPath
+from cora_cli.models.trained_on import carry_record
+from cora_cli.progress import say
+
+
+class CannotMerge(CoraError):
+    """An adapter that PEFT cannot merge, with the `reason`."""
+
+    def __init__(self, adapter: ModelPath, reason: str) -> None:
+        self.reason = reason.rstrip(".")
+        super().__init__(
+            f"adapter {adapter.reference} cannot be merged: {self.reason}; `cora evaluate`, on transformers, evaluates it as it is"
+        )
+
 
 _DTYPES: dict[str, torch.dtype | str] = {"stored": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -41,9 +54,12 @@ def merge_adapter(
     stored = stored_types(base, trust_remote_code) if dtype == "stored" else {}
     widest = max(stored.values(), key=lambda kind: torch.finfo(kind).bits, default=None)
     model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
+    tied = model.config.get_text_config(decoder=True).tie_word_embeddings
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(adapted_layers(wrapped)))
     merged = merged_into_base(wrapped, adapter, safe=True)
+    if tied and not merged.config.get_text_config(decoder=True).tie_word_embeddings:
+        say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
     for name, parameter in merged.named_parameters():
         if name in stored:
             parameter.data = parameter.data.to(stored[name])
@@ -51,6 +67,7 @@ def merge_adapter(
         with rundir.atomic_path(output, replace=False) as temporary:
             merged.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            carry_record(temporary, adapter, base)
     except Exception as error:
         if rundir.is_disk_full(error):
             raise rundir.disk_error(OSError(28, "No space left on device"), output) from error
@@ -61,15 +78,17 @@ def merge_adapter(
 def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False) -> Any:
     """The base model of `wrapped` with the adapter in its weights; `safe` also refuses weights that would not be finite.
 
-    Raises `CoraError` for a method of PEFT that has no change of the weights to merge.
+    Raises `CannotMerge` for an adapter that is no change of the weights; some layers of `wrapped` may then be merged.
     """
+    if wrapped.active_peft_config.is_prompt_learning:
+        raise CannotMerge(adapter, f"{wrapped.active_peft_config.peft_type.value} changes the input, not the weights")
     _separate_tied_weights(wrapped)
     try:
         merged: Any = wrapped.merge_and_unload(safe_merge=safe)
     except (ValueError, RuntimeError) as error:  # RuntimeError: such as a bias for a layer that has none
-        raise CoraError(
-            f"adapter {adapter.reference} cannot be merged: {reason(error)}; `cora evaluate --no-merge` evaluates it as it is"
-        ) from error
+        if is_out_of_memory(error):
+            raise
+        raise CannotMerge(adapter, reason(error)) from error
     embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
     if head is not None and embedding.weight is not head.weight:
         merged.config.get_text_config(decoder=True).tie_word_embeddings = merged.config.tie_word_embeddings = False

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from cora_cli import rundir
 from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set
-from cora_cli.errors import CoraError, reason
+from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.limits import bounded
 from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
 from cora_cli.methods.registry import method_of
@@ -127,6 +127,8 @@ def load_adapter(
         TypeError,
         ValueError,
     ) as error:
+        if is_out_of_memory(error):
+            raise
         raise CoraError(f"adapter {adapter.path} cannot be loaded: {reason(error)}") from error
     if facts is not None:
         method = method_of(facts.plan.mode)

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from cora_cli import rundir
-from cora_cli.errors import CoraError, UsageError
+from cora_cli.errors import CoraError, UsageError, is_out_of_memory
 from cora_cli.reading import read_yaml
 from cora_cli.settings import comma_separated, range_problems
 from cora_cli.terminal import CLOSED_PIPE, complain
@@ -59,7 +59,7 @@ def _described(error: Exception) -> str:
         )
     if rundir.is_disk_full(error):
         return f"the disk is full: {detail}"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in detail:
+    if is_out_of_memory(error):
         return f"not enough memory; use smaller settings or a smaller model{f' ({detail})' if detail else ''}"
     return f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)"
 

@@ -53,13 +53,15 @@ def encode_records(
     what: str,
     rows: int | None = None,
     every_answer: bool = False,
+    context: int | None = None,
 ) -> EncodedSet:
     """Encode records for training: one example per record, or with `every_answer` one per answer of a conversation.
 
-    Examples longer than `max_length` lose prompt tokens from the left, except for the start token. An example is dropped if its
+    Examples longer than `max_length`, and than the `context` of the model, lose prompt tokens from the left, except for the start token. An example is dropped if its
     response and end token leave no room for a prompt token. `rows` is the number of rows of the model's embedding. Raises
     `CoraError` if all of `records` were dropped (`what` names them in the message), and for a token without a row.
     """
+    longest = max_length if context is None else min(max_length, context)
     examples: list[Example] = []
     truncated = dropped = apart = 0
     records = [turn for record in records for turn in template.turns(record)] if every_answer else records
@@ -69,7 +71,7 @@ def encode_records(
         apart += not rendered.own_turn
         if rows is not None:
             check_rows([*prompt, *response], rows, place_of(record), template.tokenizer)
-        room = max_length - len(response)
+        room = longest - len(response)
         if room < 1 or not prompt:
             dropped += 1
             continue
@@ -78,10 +80,10 @@ def encode_records(
             prompt = shorten_prompt(prompt, room, template.tokenizer)
         examples.append(Example([*prompt, *response], len(prompt)))
     if records and not examples:
-        raise CoraError(
-            f"all {len(records)} {what} records were dropped: no response fits into --max-length {max_length}; "
-            f"use a larger --max-length"
-        )
+        limit, remedy = f"--max-length {max_length}", "use a larger --max-length"
+        if longest < max_length:
+            limit, remedy = f"the model's context of {context} tokens", "use shorter records, or a model with a longer context"
+        raise CoraError(f"all {len(records)} {what} records were dropped: no response fits into {limit}; {remedy}")
     return EncodedSet(examples, truncated, dropped, sum(map(template.spells_control_tokens, records)), apart)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli.errors import CoraError
+from cora_cli.progress import say
 from cora_cli.reading import Malformed, decode_json, parse_json, read_text
 
 
@@ -79,25 +80,40 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield rows as dictionaries by the header's names, with the line on which each starts; a quoted field may span lines."""
+    """Yield rows as dictionaries by the header's names, with the line on which each starts; a quoted field may span lines.
+
+    Columns without a name are left out: the first one, where pandas writes its index, and empty ones, such as those of a spreadsheet.
+    """
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     header: list[str] = []
+    unnamed: set[int] = set()
     while True:
         where = f"{path}, line {reader.line_num + 1}"
         try:
             row = next(reader)
         except StopIteration:
+            if unnamed:
+                say(f"{path}: columns without a name are left out ({', '.join(str(place + 1) for place in sorted(unnamed))})")
             return
         except csv.Error as error:
             raise CoraError(f"{where}: not valid CSV ({error})") from error
         if row and not header:
             header = row
-            _check_header(header, where)
+            unnamed = {place for place, name in enumerate(header) if not name.strip()}
+            _check_header([name for place, name in enumerate(header) if place not in unnamed], where)
         elif row:
-            if len(row) != len(header):
+            if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
                 raise CoraError(f"{where}: the row has {len(row)} columns, but the header has {len(header)}")
-            yield where, dict(zip(header, row, strict=True))
+            unnamed |= set(range(len(header), len(row)))
+            if lost := next((place for place in sorted(unnamed) if 0 < place < len(row) and row[place].strip()), None):
+                raise CoraError(
+                    f"{where}: column {lost + 1} has no name but holds {row[lost][:40]!r}; name it in the header, or quote text with commas"
+                )
+            yield (
+                where,
+                {name: cell for place, (name, cell) in enumerate(zip(header, row, strict=False)) if place not in unnamed},
+            )
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -127,7 +143,8 @@ def _read_hub(dataset: str) -> Iterator[tuple[str, Any]]:
 
 
 def _check_header(columns: Sequence[str], where: str) -> None:
-    if repeated := next((name for name, count in Counter(columns).items() if count > 1), None):
+    repeated = next((name for name, count in Counter(columns).items() if count > 1), None)
+    if repeated is not None:
         raise CoraError(f"{where}: two columns are named {repeated!r}; rename or remove one of them")
 
 

@@ -4,7 +4,9 @@ There are three templates: `alpaca` (Stanford Alpaca's two forms), `chat` (the t
 is). Tokenization is done by `encode`.
 """
 
+import contextlib
 import dataclasses
+import datetime
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +29,8 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 _PROBE = "answer"
+_CLOCK = "strftime_now"
+"""The function by which a chat template reads the clock; transformers' own name for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +73,26 @@ def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> T
     return template
 
 
-class Template:
-    """Renders the records of one schema; `name` is a template from `choose_template`."""
+def reads_clock(template: TemplateName, tokenizer: Any) -> bool:
+    """Whether prompts depend on the date: where the tokenizer's chat template reads the clock, as Llama 3.1's does."""
+    return template == "chat" and _CLOCK in str(tokenizer.chat_template)
 
-    def __init__(self, name: TemplateName, schema: Schema, tokenizer: Any) -> None:
+
+class Template:
+    """Renders the records of one schema; `name` is a template from `choose_template`.
+
+    A chat template may write the date into its prompts (`reads_clock`). Then it is `date`, as YYYY-MM-DD, whatever the day is; None stands
+    for today.
+    """
+
+    def __init__(self, name: TemplateName, schema: Schema, tokenizer: Any, date: str | None = None) -> None:
         self.name, self.schema, self.tokenizer = name, schema, tokenizer
+        self.date = date or today()
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether the prompts depend on `date`."""
+        return reads_clock(self.name, self.tokenizer)
 
     @property
     def ends(self) -> set[int]:
@@ -185,7 +204,8 @@ class Template:
         return rest, None
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], **options: bool) -> str:
-        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options, **extra))
+        with _clock_at(self.date):
+            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options, **extra))
 
     def _messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The record as a conversation that ends with the answer."""
@@ -206,3 +226,39 @@ class _TurnEnd:
     token: int
     text: str
     after: str
+
+
+def today() -> str:
+    """The date of this day here, as YYYY-MM-DD."""
+    return datetime.datetime.now().date().isoformat()
+
+
+def check_date(text: str | None) -> str | None:
+    """What is wrong with a date for a template; None if nothing is."""
+    with contextlib.suppress(ValueError):
+        if text is None or datetime.date.fromisoformat(text).isoformat() == text:
+            return None
+    return f"--template-date must be a date such as {today()}, not {text!r}"
+
+
+@contextlib.contextmanager
+def _clock_at(date: str) -> Iterator[None]:
+    """Let chat templates read midnight of `date` from the clock.
+
+    transformers neither takes a clock nor hands a function on to the template, so the class whose `now` it calls is replaced.
+    """
+    from transformers.utils import chat_template_utils
+
+    module: Any = chat_template_utils
+
+    class Midnight(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> "Midnight":
+            return cls.fromisoformat(date)
+
+    real = module.datetime
+    module.datetime = Midnight
+    try:
+        yield
+    finally:
+        module.datetime = real

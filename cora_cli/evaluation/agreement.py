@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cora_cli.errors import is_out_of_memory
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.models.configuration import length_limits
 from cora_cli.models.precision import UNSUPPORTED, computing_in
@@ -51,9 +52,9 @@ class Agreement:
         try:
             with self._precision():
                 found = together()
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever a class that was not made for these arguments raises
+            if is_out_of_memory(error):
+                raise
             return f"it ends in {type(error).__name__}"
         worst = 0.0
         for logits, wanted in zip(found, self._wanted, strict=True):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli.adapters.merge import merge_adapter, merged_into_base
+from cora_cli.adapters.merge import CannotMerge, merge_adapter, merged_into_base
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.device import Hardware
 from cora_cli.evaluation.config import EvaluateConfig
@@ -19,17 +19,19 @@ from cora_cli.evaluation.vllm import VllmEngine, engine_arguments
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import context_length, load_model
 from cora_cli.models.references import ModelPath
+from cora_cli.progress import say
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """A model ready to generate: its context length in tokens, the rows of its embedding, its end-token ids, and a function from
-    prompts to an engine."""
+    prompts to an engine. `not_merged` says why the adapter was not merged although that was wanted."""
 
     context: int
     rows: int
     ends: list[int]
     start: Callable[[Sequence[Tokens]], Engine]
+    not_merged: str | None = None
 
 
 def open_transformers(
@@ -40,17 +42,32 @@ def open_transformers(
     tokenizer: Any,
     template_ends: Collection[int],
 ) -> Backend:
-    """Load base and adapter with transformers. Raises `CoraError` if one of them cannot be loaded."""
-    model: Any = load_model(base, hardware.dtype, hardware.device, None, config.trust_remote_code)
-    if adapter is not None:
-        wrapped = load_adapter(model, adapter, Path(config.basis) if config.basis else None)
-        model = merged_into_base(wrapped, adapter) if config.merge else wrapped
+    """Load base and adapter with transformers; an adapter that PEFT cannot merge stays as it is.
+
+    Raises `CoraError` if one of them cannot be loaded.
+    """
+
+    def load() -> Any:
+        model = load_model(base, hardware.dtype, hardware.device, None, config.trust_remote_code)
+        return load_adapter(model, adapter, Path(config.basis) if config.basis else None) if adapter is not None else model
+
+    model, not_merged = load(), None
+    if adapter is not None and config.merge:
+        try:
+            model = merged_into_base(model, adapter)
+        except CannotMerge as error:
+            say(f"{adapter.reference} is evaluated without merging it, which is slower: {error.reason}")
+            not_merged = error.reason
+    if not_merged:
+        del model  # some of its layers may be merged already
+        model = load()
     ends = end_tokens(model.generation_config.eos_token_id, template_ends)
     return Backend(
         context_length(model.config),
         model.get_input_embeddings().weight.shape[0],
         ends,
         lambda prompts: transformers_engine(model, tokenizer, ends, prompts, config.batch_size, config.max_new_tokens),
+        not_merged,
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from cora_cli.data.templates import TemplateName
+from cora_cli.data.templates import TemplateName, check_date
 from cora_cli.errors import UsageError
 from cora_cli.evaluation.metrics import Variant, parse_metrics, variant_problem
 from cora_cli.settings import MOST, DtypeName, range_problems, setting
@@ -54,6 +54,12 @@ class EvaluateConfig:
         "auto",
         panel=_GENERATION,
     )
+    template_date: str | None = setting(
+        "Date, as YYYY-MM-DD, for a chat template that writes the current one into its prompts. Default: that of the run's training; "
+        "with --model, today.",
+        None,
+        panel=_GENERATION,
+    )
     merge: bool = setting(
         "Merge the adapter into the weights before decoding. Faster; exact in fp32, rounded once in bf16.",
         True,
@@ -91,9 +97,13 @@ class EvaluateConfig:
         if sum(given) != 1:
             raise UsageError("give exactly one of: run directories, --model, or --from predictions.jsonl")
         if self.from_predictions and (
-            useless := [name for name in ("dataset", "limit", "base", "basis") if getattr(self, name) is not None]
+            useless := [
+                name for name in ("dataset", "limit", "base", "basis", "template_date") if getattr(self, name) is not None
+            ]
         ):
-            raise UsageError(f"--{useless[0]} has no effect with --from, which scores existing predictions; leave it out")
+            raise UsageError(
+                f"--{useless[0].replace('_', '-')} has no effect with --from, which scores existing predictions; leave it out"
+            )
         if self.from_predictions and self.exclude_trained is not None:
             raise UsageError("--exclude-trained has no effect with --from, which scores existing predictions; leave it out")
         if self.from_predictions and self.backend != "transformers":
@@ -107,7 +117,7 @@ class EvaluateConfig:
         for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("bootstrap", 100)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
-        if problems := range_problems(self):
+        if problems := [*range_problems(self), *filter(None, [check_date(self.template_date)])]:
             raise UsageError("; ".join(problems))
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit must be at least 1, not {self.limit}")

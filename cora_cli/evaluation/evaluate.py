@@ -31,7 +31,7 @@ from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.lock import own_directory
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.progress import say
-from cora_cli.reading import read_jsonl
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
 REPLACEMENT = ".replacement"
@@ -105,11 +105,17 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
         "dtype": hardware.dtype_name,
         **_backend_settings(config, target, hardware),
     }
+    tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
+    name = choose_template(target.template, schema, tokenizer)
+    template = Template(name, schema, tokenizer, target.date or _recorded_date(target.output, settings))
+    if template.reads_clock:
+        settings["template_date"] = template.date
+        say(f"{target.name}: the chat template writes the date into its prompts: {template.date}")
+    elif config.template_date:
+        raise CoraError(f"--template-date has no effect: the template {name} of {target.name} writes no date; leave it out")
     out = _place_of_work(target.output, settings, config.overwrite)
     if not _predictions_are_complete(out, settings):
         say(f"{target.name}: {hardware.describe()}")
-        tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
-        template = Template(choose_template(target.template, schema, tokenizer), schema, tokenizer)
         rendered = [template.render(record) for record in records]
         ids = [encode_prompt(text, tokenizer) for text in rendered]
         _say_about_records(target, records, template)
@@ -144,6 +150,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
                 "settings": settings,
                 "prompts_cut": cut,
                 **({"prompts_trained_on": trained_on} if trained_on else {}),
+                **({"not_merged": backend.not_merged} if backend.not_merged else {}),
                 "predictions_sha256": rundir.sha256_file(out.predictions),
                 **speed,
             },
@@ -179,6 +186,15 @@ def _differing(out: EvaluationDirectory, settings: dict[str, Any]) -> list[str]:
     # Evaluations from before the tokenizer's files were hashed do not have that setting.
     ignored = {"model", *(() if "tokenizer_sha256" in theirs else ("tokenizer_sha256",))}
     return sorted(name for name in {*theirs, *settings} - ignored if theirs.get(name) != settings.get(name))
+
+
+def _recorded_date(out: EvaluationDirectory, settings: dict[str, Any]) -> str | None:
+    """The date in the prompts of an evaluation in `out` that has the same other settings, to continue or to reuse; None if there is none."""
+    for place in (out, EvaluationDirectory(out.root / REPLACEMENT)):
+        if _differing(place, settings) == ["template_date"]:
+            date: str = shapes.read_generation(place)["settings"]["template_date"]
+            return date
+    return None
 
 
 def _place_of_work(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> EvaluationDirectory:
@@ -222,9 +238,42 @@ def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]
     return False
 
 
+def _check_nothing_is_lost(config: EvaluateConfig, path: Path, out: EvaluationDirectory) -> None:
+    """Raise `CoraError` if the metrics of the predictions at `path` would replace others in `out`, unless `overwrite` is on.
+
+    A directory that holds predictions is never given the metrics of other ones.
+    """
+    sha256 = rundir.sha256_file(path)
+    recorded: dict[str, Any] = {}
+    if out.metrics.exists():
+        with contextlib.suppress(CoraError):  # a damaged file is replaced
+            recorded = read_json(out.metrics, shapes.Metrics)
+    if out.root.resolve() != path.parent.resolve():
+        if out.predictions.exists() and rundir.sha256_file(out.predictions) != sha256:
+            raise CoraError(f"{out.root} holds the evaluation of other predictions than {path}; choose another --output-dir")
+        there = [file.name for file in (out.metrics, out.scores) if file.exists()]
+        if there and recorded.get("predictions_sha256") != sha256 and not config.overwrite:
+            raise CoraError(
+                f"{out.root} holds {' and '.join(there)} of other predictions than {path}; choose another --output-dir, or replace them with "
+                "--overwrite"
+            )
+    if config.overwrite or recorded.get("predictions_sha256") != sha256:
+        return
+    if (variant := recorded.get("metric_variant", "ours")) != config.metric_variant:
+        raise CoraError(
+            f"{out.metrics} holds the metrics of the variant {variant}; choose another --output-dir, or replace them with --overwrite"
+        )
+    if lost := [name for name in recorded["metrics"] if name not in config.metric_names]:
+        raise CoraError(
+            f"{out.metrics} also holds {', '.join(lost)}, which --metrics {','.join(config.metrics)} leaves out; name them too, choose "
+            "another --output-dir, or drop them with --overwrite"
+        )
+
+
 def _score(
     config: EvaluateConfig, name: str, path: Path, out: EvaluationDirectory, hardware: Hardware, generation: dict[str, Any]
 ) -> Evaluation:
+    _check_nothing_is_lost(config, path, out)
     lines = read_jsonl(path)
     for number, line in enumerate(lines, start=1):
         if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in PREDICTION_KEYS):

@@ -12,12 +12,13 @@ from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.storage import base_of
 from cora_cli.data.formats import Record, Schema, prompt_hash
-from cora_cli.data.templates import TemplateName
+from cora_cli.data.templates import TemplateName, reads_clock
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.models.loading import load_tokenizer
 from cora_cli.models.references import ModelPath, resolve_base, resolve_model
+from cora_cli.models.trained_on import trained_on
 from cora_cli.progress import say
-from cora_cli.reading import read_text
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 
@@ -25,7 +26,8 @@ from cora_cli.rundir import EvaluationDirectory, RunDirectory
 class Target:
     """One thing to evaluate: a base model with or without an adapter, the records to answer, and the output directory.
 
-    `run` is the directory of the training that produced it, None for models from elsewhere.
+    `own_records` are those held out by the training that produced it. `date` is what a chat template that writes the date takes for it, None
+    where neither the user nor a training decides.
     """
 
     name: str
@@ -34,7 +36,8 @@ class Target:
     dataset: str
     template: TemplateName
     output: EvaluationDirectory
-    run: RunDirectory | None = None
+    own_records: Path | None = None
+    date: str | None = None
 
     @property
     def tokenizer(self) -> ModelPath:
@@ -61,12 +64,13 @@ def find_targets(config: EvaluateConfig) -> list[Target]:
         assert config.dataset is not None
         assert config.output_dir is not None
         out = EvaluationDirectory(Path(config.output_dir))
-        run = next((run for path in (model.path, *model.path.parents[:2]) if (run := RunDirectory(path)).exists()), None)
-        return [Target(config.model, base, adapter, config.dataset, config.template, out, run)]
+        record = trained_on(adapter or base)
+        date = config.template_date or (record.date if record else None)
+        return [Target(config.model, base, adapter, config.dataset, config.template, out, date=date)]
     targets: list[Target] = []
     for name in config.runs or ():
         own, compared = _targets_of_run(config, name)
-        if compared is not None and not any(_same_answers(compared, other) for other in targets):
+        if compared is not None and not any(_same_answers(compared, other, config.trust_remote_code) for other in targets):
             targets.append(compared)
         targets.append(own)
     if len({target.output.root for target in targets}) < len(targets):
@@ -96,7 +100,8 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
         place = Path(config.output_dir)
         root = place / run.root.resolve().name if len(config.runs or ()) > 1 or config.with_base else place
         base_root = place / "base"
-    own = Target(name, base, adapter, dataset, template, EvaluationDirectory(root), run)
+    date = config.template_date or shapes.template_date(record)
+    own = Target(name, base, adapter, dataset, template, EvaluationDirectory(root), run.test_records, date)
     if not config.with_base:
         return own, None
     if adapter is None:  # a complete model; its base is the one that the training started from
@@ -104,10 +109,10 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
         base = resolve_base(config.base) or resolve_model(
             f"{reference.partition('@')[0]}@{revision}" if revision else reference
         )
-    return own, Target(f"{base.reference} (base)", base, None, dataset, template, EvaluationDirectory(base_root))
+    return own, Target(f"{base.reference} (base)", base, None, dataset, template, EvaluationDirectory(base_root), date=date)
 
 
-def _same_answers(one: Target, other: Target) -> bool:
+def _same_answers(one: Target, other: Target, trust_remote_code: bool) -> bool:
     """Whether two targets would give the same answers; runs of one split have equal files of held-out records."""
 
     def identity(target: Target) -> tuple[Path, ModelPath | None, str, str]:
@@ -115,7 +120,9 @@ def _same_answers(one: Target, other: Target) -> bool:
         content = rundir.sha256_file(records) if records.is_file() else target.dataset
         return target.base.path, target.adapter, content, target.template
 
-    return identity(one) == identity(other)
+    if identity(one) != identity(other):
+        return False
+    return one.date == other.date or not reads_clock(one.template, load_tokenizer(one.tokenizer, trust_remote_code))
 
 
 def _check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
@@ -168,24 +175,20 @@ class TrainedPrompts:
 
 
 def trained_prompts(targets: Sequence[Target]) -> TrainedPrompts:
-    """What the runs among `targets` were trained on; all of them answer the same records, so that they can be compared."""
+    """What `targets` and their base models were trained on; all of them answer the same records, so that they can be compared."""
     hashes: set[str] = set()
     datasets: set[str] = set()
-    for run in {target.run.root: target.run for target in targets if target.run is not None}.values():
-        data = shapes.read_run(run)["data"]
-        dataset, recorded = data["dataset"], data.get("trained_prompts_sha256")
-        if recorded is not None and (not run.trained_prompts.is_file() or rundir.sha256_file(run.trained_prompts) != recorded):
-            raise CoraError(
-                f"{run.trained_prompts} was changed after it was written, so it does not tell which prompts were trained on; restore it"
-            )
-        datasets |= {
-            dataset,
-            *(target.dataset for target in targets if Path(target.dataset).resolve() == Path(dataset).resolve()),
-        }
-        if run.trained_prompts.exists():
-            hashes |= set(read_text(run.trained_prompts).split())
-        elif any(target.dataset != str(run.test_records) for target in targets if target.run == run):
-            say(
-                f"{run.root} was trained by a version that did not record its prompts: whether it was trained on these is not known"
-            )
+    unknown: set[Path] = set()
+    for target in targets:
+        for model in (target.adapter, target.base):
+            if model is None or (record := trained_on(model)) is None:
+                continue
+            hashes |= record.prompts
+            datasets |= set(record.datasets)
+            if not record.complete and target.dataset != str(target.own_records):
+                unknown.add(record.place)
+    for place in sorted(unknown):
+        say(f"{place} was trained by a version that did not record its prompts: whether it was trained on these is not known")
+    files = {Path(dataset).resolve() for dataset in datasets}
+    datasets |= {target.dataset for target in targets if Path(target.dataset).resolve() in files}
     return TrainedPrompts(frozenset(hashes), frozenset(datasets))

@@ -177,7 +177,8 @@ class _Server:
         signal.set_wakeup_fd(woken)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         while True:
-            ready, _, _ = select.select([self._socket, wake], [], [])
+            watched: list[Any] = [self._socket, wake]
+            ready, _, _ = select.select(watched, [], [])
             if wake in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(wake, 4096)
@@ -276,7 +277,7 @@ def _import_libraries() -> None:
     build_metrics(NAMES)  # imports each metric's library, and loads nothing
     pid = os.fork()
     if pid == 0:
-        os._exit(bool(torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork()))  # type: ignore[attr-defined]
+        os._exit(bool(torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork()))
     if os.waitpid(pid, 0)[1] != 0:
         raise CoraError("importing the libraries started CUDA, which does not survive a fork")
     # OpenBLAS stops its threads before a fork, and starts them again when it needs them.

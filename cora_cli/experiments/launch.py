@@ -139,7 +139,8 @@ class ForkedJob:
 
     def __init__(self, server: ForkServer, pid: int, log: Path, done: Callable[[], None]) -> None:
         self._server, self._log, self._done = server, log, done
-        self._pid = self.pid = pid
+        self._pid = pid
+        self.pid: int | None = pid
         self._code: int | None = None
 
     def ended(self) -> int | None:

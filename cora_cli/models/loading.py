@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from cora_cli import rundir
-from cora_cli.errors import CoraError, reason
+from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, is_wrapped, load_pickle
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
@@ -97,6 +97,8 @@ def load_model(
             )
             loaded.config.name_or_path = str(model.path)
     except Exception as error:  # libraries raise many unrelated types for damaged files
+        if is_out_of_memory(error):
+            raise
         raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
     require_causal(loaded, model.reference)
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])

@@ -15,7 +15,7 @@ import torch
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import Example
 from cora_cli.device import Hardware, PackedAttention
-from cora_cli.errors import CoraError, reason
+from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.configuration import depends_on_batch, length_limits, rope_switch
 from cora_cli.models.precision import UNSUPPORTED, computing_in, precisions
 from cora_cli.training.attention import register_packed_attention
@@ -99,23 +99,24 @@ def cannot_pack(model: Any) -> str | None:
     return f"it has {foreign[0]} layers" if foreign else None
 
 
+class _Unsupported(Exception):
+    """What the model itself cannot compute; other exceptions are faults of this program."""
+
+
 class _Check:
     """The losses of each probe alone in the model's own attention, to compare other ways of computing them with."""
 
     def __init__(self, model: Any, probes: Sequence[Example], hardware: Hardware) -> None:
         self._model, self._probes, self._hardware = model, probes, hardware
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        failure: Exception
         for self._dtype in (*precisions(model), None):
             try:
                 self._reference = self._alone()
-            except UNSUPPORTED as error:
-                failure = error
+            except _Unsupported as error:
+                if self._dtype is None:
+                    raise CoraError(f"{type(model).__name__} cannot be trained: {error}") from error
             else:
                 return
-        raise CoraError(
-            f"{type(model).__name__} computes no next-token losses from token ids alone, so it cannot be trained: {reason(failure)}"
-        ) from failure
 
     def packing_fault(self, form: BatchForm, name: str) -> str | None:
         """Set the packed attention in the model, or return why its losses differ and leave the model's own.
@@ -160,9 +161,9 @@ class _Check:
                     losses = response_losses(model, there).split([len(self._reference[index]) for index in indices])
                     for index, each in zip(indices, losses, strict=True):
                         found[index] = each
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # whatever a class that was not made for these arguments raises
+            if is_out_of_memory(error):
+                raise
             return f"{where} ends in {type(error).__name__} ({reason(error)[:120]})"
         worst = self._worst(found)
         if worst <= TOLERANCES[None if native else self._dtype]:
@@ -177,9 +178,22 @@ class _Check:
                 ids = torch.tensor([probe.input_ids], device=self._model.device)
                 responses = len(probe.input_ids) - probe.prompt_length
                 kept = {"logits_to_keep": responses + 1} if self._keeps_logits else {}
-                logits = self._model(input_ids=ids, **kept).logits[0, -responses - 1 : -1]
-                found.append(token_losses(logits, ids[0, -responses:]))
+                found.append(token_losses(self._logits(ids, **kept)[0, -responses - 1 : -1], ids[0, -responses:]))
         return found
+
+    def _logits(self, ids: torch.Tensor, **kept: int) -> torch.Tensor:
+        """The logits (1, tokens, vocabulary) of one example. Raises `_Unsupported` where the model computes none from token ids."""
+        try:
+            logits = getattr(self._model(input_ids=ids, **kept), "logits", None)
+        except UNSUPPORTED as error:
+            if self._dtype is None and is_out_of_memory(error):  # a lower precision may fit
+                raise
+            raise _Unsupported(
+                f"its forward pass on the token ids of an example ends in {type(error).__name__} ({reason(error)})"
+            ) from error
+        if not isinstance(logits, torch.Tensor):
+            raise _Unsupported("it computes no logits of next tokens")
+        return logits
 
     def _worst(self, found: Sequence[torch.Tensor]) -> float:
         """The largest mean difference of a probe's losses from the reference, relative to one more than their mean."""

@@ -6,7 +6,7 @@ One frozen object holds the complete request; a run directory records it as `con
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
-from cora_cli.data.templates import TemplateName
+from cora_cli.data.templates import TemplateName, check_date
 from cora_cli.errors import UsageError
 from cora_cli.methods.method import A, AInit, BInit, Method
 from cora_cli.methods.plan import AdapterPlan, AdapterRequest
@@ -71,6 +71,12 @@ class _SharedSettings:
     template: TemplateName = setting(
         "Prompt template; auto: the tokenizer's chat template if it has one, otherwise Alpaca's.", "auto", panel=_DATA
     )
+    template_date: str | None = setting(
+        "Date, as YYYY-MM-DD, for a chat template that writes the current one into its prompts. Default: today; a resumption and the "
+        "evaluation of the run use it again.",
+        None,
+        panel=_DATA,
+    )
     train_on: Literal["last", "all"] = setting(
         "Answers of a conversation that carry loss: only the last one, or each after the conversation up to it. Held-out and validation "
         "loss are always those of the last answer.",
@@ -132,6 +138,8 @@ class _SharedSettings:
     def __post_init__(self) -> None:
         """Check everything that needs no file or model, and report all problems together."""
         problems = range_problems(self)
+        if problem := check_date(self.template_date):
+            problems.append(problem)
         problems += [
             f"--{name.replace('_', '-')} must be {need}, not {getattr(self, name)}"
             for name, ok, need in (

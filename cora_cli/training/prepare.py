@@ -60,8 +60,11 @@ class Prepared:
         }
 
 
-def prepare(config: TrainConfig) -> Prepared:
-    """Check everything that needs no weights in memory, the cheapest first."""
+def prepare(config: TrainConfig, date_of_earlier_start: str | None = None) -> Prepared:
+    """Check everything that needs no weights in memory, the cheapest first.
+
+    A resumed run keeps the date that its template wrote into the prompts.
+    """
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise CoraError(f"--report-to {config.report_to} needs the package {config.report_to}: pip install {config.report_to}")
     plan = config.adapter_plan()
@@ -90,7 +93,10 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.load_in_4bit:
         require_four_bit(hardware.device)
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)
-    template = Template(choose_template(config.template, data.schema, tokenizer), data.schema, tokenizer)
+    name = choose_template(config.template, data.schema, tokenizer)
+    template = Template(name, data.schema, tokenizer, config.template_date or date_of_earlier_start)
+    if config.template_date and not template.reads_clock:
+        raise CoraError(f"--template-date has no effect: the template {name} of {config.model} writes no date; leave it out")
     if config.train_on == "all" and data.schema != "messages":
         raise CoraError(
             f"--train-on all needs conversations (a column messages), which {config.dataset} does not have; leave it out"
@@ -102,11 +108,11 @@ def prepare(config: TrainConfig) -> Prepared:
     if plan is not None:
         method.configuration(plan)
         target_linears(skeleton, plan.target_modules)
-    longest = min(config.max_length, context_length(model_config))
+    length, context = config.max_length, context_length(model_config)
     rows = skeleton.get_input_embeddings().weight.shape[0]
-    train_set = encode_records(data.train, template, longest, "training", rows, config.train_on == "all")
-    test_set = encode_records(data.test, template, longest, "held-out", rows)
-    validation_set = encode_records(data.validation, template, longest, "validation", rows)
+    train_set = encode_records(data.train, template, length, "training", rows, config.train_on == "all", context)
+    test_set = encode_records(data.test, template, length, "held-out", rows, context=context)
+    validation_set = encode_records(data.validation, template, length, "validation", rows, context=context)
     if config.eval_limit:
         test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
     if removed:

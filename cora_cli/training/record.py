@@ -49,6 +49,7 @@ def first_record(
         "data": {
             "dataset": config.dataset,
             "template": prepared.template.name,
+            **({"template_date": prepared.template.date} if prepared.template.reads_clock else {}),
             "train": _counts(prepared.train),
             "test": _counts(prepared.test),
             "validation": _counts(prepared.validation),

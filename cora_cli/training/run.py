@@ -24,7 +24,7 @@ from cora_cli.adapters.install import AngleMeter, check_applied, install_adapter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
-from cora_cli.data.formats import earlier_answers, prompt_hashes, unused_columns
+from cora_cli.data.formats import earlier_answers, prompt_hash, prompt_hashes, unused_columns
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
 from cora_cli.lock import own_directory
@@ -33,9 +33,10 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import load_model
 from cora_cli.models.references import absolute
 from cora_cli.models.skeleton import fused_experts
+from cora_cli.models.trained_on import trained_on
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_json, read_jsonl
-from cora_cli.records import LogLine, RunStatus, Stop, read_run
+from cora_cli.records import LogLine, RunStatus, Stop, read_run, template_date
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import Batching, choose_batching
 from cora_cli.training.checkpoints import checkpoints_in, newest_intact, step_of
@@ -60,7 +61,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -> dict[str, Any]:
     """As `train`; `held` keeps the lock of the run directory, which the main process takes for all."""
     forget_settings()
-    prepared = prepare(config)
+    started = read_run(run) if config.resume and run.exists() else None
+    prepared = prepare(config, template_date(started) if started else None)
+    if prepared.template.reads_clock:
+        config = dataclasses.replace(config, template_date=prepared.template.date)
+        say(
+            f"the chat template writes the date into its prompts: {prepared.template.date}, here and in evaluations of this run"
+        )
     arguments = training_arguments(config, prepared, run)
     steps = total_steps(config, len(prepared.train.examples))
     if config.stop_at is not None and config.stop_at >= steps:
@@ -72,7 +79,7 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
         held.enter_context(own_directory(run.root, run.checkpoints.name, run.log.name))
         return _open_directory(run, fingerprint, config.resume)
 
-    if _agree(arguments, open_directory):
+    if _agree(arguments, open_directory, fingerprint):
         record = read_run(run)
         if config.stop_at and _has_stopped_at(run, config.stop_at):
             say(f"{run.root} has already stopped at step {config.stop_at}")
@@ -107,18 +114,24 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
     return read_json(run.record)
 
 
-def _agree(arguments: TrainingArguments, decide: Any) -> bool:
-    """Let the main process decide about the directory and tell the others, so that no process reads while another writes."""
-    answer: list[Any] = [None]
+def _agree(arguments: TrainingArguments, decide: Any, fingerprint: dict[str, Any]) -> bool:
+    """Let the main process decide about the directory and tell the others, so that no process reads while another writes.
+
+    Raises `CoraError` also where processes have different inputs, as when the day ends between their starts.
+    """
+    answer: list[Any] = [None, fingerprint]
     if arguments.process_index == 0:
         try:
-            answer = [decide()]
+            answer[0] = decide()
         except CoraError as error:
-            answer = [error]
+            answer[0] = error
     if arguments.world_size > 1:
         broadcast_object_list(answer)
     if isinstance(answer[0], CoraError):
         raise answer[0]
+    if answer[1] != fingerprint:
+        difference = _difference(answer[1], fingerprint, "in the first process", "in this one")
+        raise CoraError(f"the processes of this training have different inputs: {difference}; start it again")
     return bool(answer[0])
 
 
@@ -145,11 +158,12 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
         raise CoraError(
             f"output directory {run.root} already contains a run; choose a new directory, or continue that run with --resume"
         )
-    recorded = read_run(run)["fingerprint"]
+    record = read_run(run)
+    recorded = record["fingerprint"]
+    if "template_date" in fingerprint["settings"]:  # which earlier versions did not record
+        recorded["settings"].setdefault("template_date", template_date(record))
     if recorded != fingerprint:
-        theirs, ours = ({**part.get("settings", {}), **part} for part in (recorded, fingerprint))
-        names = sorted(name for name in {*theirs, *ours} - {"settings"} if theirs.get(name) != ours.get(name))
-        detail = ", ".join(f"{name} ({theirs.get(name)} in the run, {ours.get(name)} now)" for name in names)
+        detail = _difference(recorded, fingerprint, "in the run", "now")
         raise CoraError(f"{run.root} cannot be resumed with other inputs than it was started with: {detail}")
     return True
 
@@ -163,6 +177,13 @@ def _has_stopped_at(run: RunDirectory, step: int) -> bool:
             f"{run.root} cannot stop at step {step}, which it has already passed; train it again in a new directory"
         )
     return False
+
+
+def _difference(one: dict[str, Any], other: dict[str, Any], there: str, here: str) -> str:
+    """The settings and inputs in which two fingerprints differ, with both values."""
+    theirs, ours = ({**part.get("settings", {}), **part} for part in (one, other))
+    names = sorted(name for name in {*theirs, *ours} - {"settings"} if theirs.get(name) != ours.get(name))
+    return ", ".join(f"{name} ({theirs.get(name)} {there}, {ours.get(name)} {here})" for name in names)
 
 
 def _took_no_step(run: RunDirectory) -> bool:
@@ -216,6 +237,13 @@ def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, rec
         kept = {"started": earlier["started"], "sealed_checkpoints": earlier.get("sealed_checkpoints", False)}
         record = {**record, **kept, "resumed": earlier.get("resumed", 0) + 1}
     hashes = dict.fromkeys(prompt_hashes(prepared.data.train, prepared.data.schema, config.train_on == "all"))
+    if base := trained_on(prepared.model_path):
+        known = sum(prompt_hash(record, prepared.data.schema) in base.prompts for record in prepared.data.test)
+        if known:
+            say(
+                f"{known} of {len(prepared.data.test)} held-out records have prompts that {config.model} was already trained on"
+            )
+        hashes |= dict.fromkeys(sorted(base.prompts))
     listed = "".join(f"{digest}\n" for digest in hashes)
     record["data"]["trained_prompts_sha256"] = rundir.sha256_text(listed)
     # The record comes first: it makes the directory a run, which --resume can complete.

@@ -113,7 +113,7 @@ class AdapterFactors:
         named = LoraConfig(**{name: self.config[name] for name in settings if self.config.get(name) is not None})
         known = self.ranks.keys() | self._full_keys.keys() | self.hidden
         if named.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            named.target_modules = {module.rpartition(".")[2] for module in self.ranks}
+            named.target_modules = list({module.rpartition(".")[2] for module in self.ranks})
         with bounded(f"{self.reference}: matching target_modules"):
             lacking = [module for module in modules if module not in known and check_target_module_exists(named, module)]
         if named.target_modules and lacking:

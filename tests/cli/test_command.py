@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from cora_cli.cli import app
-from cora_cli.cli.command import command
+from cora_cli.cli.command import command, quiet_libraries
 from cora_cli.cli.extract_basis import ExtractConfig
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
@@ -245,3 +246,12 @@ def test_every_shipped_configuration_parses_as_its_first_line_says(path: Path) -
     result = CliRunner().invoke(parser, [words[0], "--config", str(path), *words[3:]])
     assert result.exit_code == 0, result.stderr
     assert isinstance(seen[0], classes[words[0]])
+
+
+def test_warnings_of_the_libraries_that_only_this_program_could_heed_stay_off_the_screen():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        for module in ("peft.tuners.lora", "transformers.modeling_utils", "numpy.linalg"):
+            warnings.warn_explicit("odd", UserWarning, "file.py", 1, module=module, registry={})
+    assert len(caught) == 1

@@ -120,3 +120,29 @@ def test_refusals_are_one_line_and_write_nothing(trained: dict[str, Path], tiny_
         assert result.stdout == ""
         assert {path.name for path in tmp_path.iterdir()} == {"there", "unfinished", "damaged"}
     assert not list((tmp_path / "there").iterdir())
+
+
+def test_an_adapter_that_saves_embedding_and_head_is_exported_and_merged_in_our_words(tiny_model: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA]
+    saved = config(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted: Any = get_peft_model(base, saved)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "modules_to_save" in name:
+                weight.add_(0.1 * torch.randn_like(weight))
+    adapted.save_pretrained(tmp_path / "adapter")
+    wanted = logits(adapted.eval())
+
+    result = cora("export", tmp_path / "adapter", "-o", tmp_path / "lora")
+    assert result.exit_code == 0, result.stderr
+    again = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(again, str(tmp_path / "lora")).eval()), wanted)
+
+    result = cora("merge", tmp_path / "adapter", "-o", tmp_path / "merged")
+    assert result.exit_code == 0, result.stderr
+    said = f"{tmp_path / 'adapter'} changes the embedding or the head, which were one weight: merged, each has its own"
+    assert said in result.stderr.splitlines()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)

@@ -89,3 +89,20 @@ def test_training_imports_no_metric_no_decomposition_and_no_generation(tiny_mode
 
 def test_json_data_is_read_without_the_data_set_library(tiny_data, tmp_path):
     assert not imported(_JSON_DATA, tmp_path, tiny_data) & {"datasets", "pandas", "pyarrow"}
+
+
+@pytest.mark.parametrize("module", ["typer", "cora_cli.cli.train", "cora_cli.evaluation.evaluate"])
+def test_an_interrupt_while_modules_are_imported_ends_quietly(module):
+    script = f"""
+import sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from cora_cli.__main__ import main
+sys.argv = ["cora", "evaluate", "--from", "none.jsonl"]
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "cora: interrupted\n")

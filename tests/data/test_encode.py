@@ -144,3 +144,14 @@ def test_nothing_left_is_an_error_that_names_the_records_and_the_length():
     with pytest.raises(CoraError, match=r"all 2 training records were dropped.*--max-length 8"):
         encode_records(records, Template("plain", "prompt", TOKENIZERS["nothing"]), 8, "training")
     assert encode_records([], Template("plain", "prompt", TOKENIZERS["nothing"]), 8, "held-out").examples == []
+
+
+def test_where_the_models_context_is_the_limit_it_is_named_instead_of_the_setting():
+    records = prompt_records(("x", "y" * 20))
+    template = Template("plain", "prompt", TOKENIZERS["nothing"])
+    with pytest.raises(
+        CoraError, match=r"no response fits into the model's context of 8 tokens; use shorter records, or a model"
+    ):
+        encode_records(records, template, 1024, "training", context=8)
+    with pytest.raises(CoraError, match=r"no response fits into --max-length 8; use a larger --max-length"):
+        encode_records(records, template, 8, "training", context=512)

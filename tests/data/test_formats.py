@@ -508,3 +508,41 @@ def test_a_key_that_the_json_text_of_a_column_names_twice_is_refused(tmp_path):
     path.write_text(json.dumps({"messages": messages, "tools": '[{"name": "f", "name": "g"}]'}))
     with pytest.raises(CoraError, match=r"line 1: tools must be JSON.*name"):
         load_records(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "left_out"),
+    [
+        ("prompt,completion,,\nq,a,,\nr,b,,\n", "3, 4"),
+        ("prompt,completion\nq,a,,\nr,b, \n", "3, 4"),
+        ("prompt,completion,\nq,a,\nr,b,,\n", "3, 4"),
+        (",prompt,completion\n0,q,a\n1,r,b\n", "1"),
+    ],
+)
+def test_csv_columns_without_a_name_are_left_out_and_named_once(content, left_out, tmp_path, capfd):
+    (tmp_path / "a.csv").write_text(content)
+    records, _ = load_records(str(tmp_path / "a.csv"))
+    assert records == [{"prompt": "q", "completion": "a"}, {"prompt": "r", "completion": "b"}]
+    assert capfd.readouterr().err == f"{tmp_path / 'a.csv'}: columns without a name are left out ({left_out})\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("prompt,completion,,\nq,a,,\nr,b,, and c\n", "line 3: column 4 has no name but holds ' and c'"),
+        ("prompt,completion\nq,a\nr,b, and c\n", "line 3: the row has 3 columns, but the header has 2"),
+        ("prompt,completion,\nq\n", "line 2: the row has 1 columns, but the header has 3"),
+    ],
+)
+def test_text_in_a_csv_column_without_a_name_is_not_dropped(content, found, tmp_path):
+    assert found in failure(tmp_path / "a.csv", content)
+
+
+def test_a_parquet_struct_that_names_a_field_twice_is_refused(tmp_path):
+    said = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()), ("content", pyarrow.string())])
+    fields = [pyarrow.array([word]) for word in ("user", "one text", "another")]
+    message = pyarrow.StructArray.from_arrays(fields, fields=list(said))
+    messages = pyarrow.ListArray.from_arrays([0, 1], message)
+    pyarrow.parquet.write_table(pyarrow.table({"messages": messages}), tmp_path / "a.parquet")
+    with pytest.raises(CoraError, match=r"a\.parquet cannot be read as Parquet: .*duplicate field names"):
+        load_records(str(tmp_path / "a.parquet"))

@@ -223,3 +223,24 @@ def test_control_tokens_in_tools_calls_and_thoughts_are_counted(chat):
     assert not template.spells_control_tokens({"messages": [asked, answer], "tools": [{"name": "f"}]})
     assert template.spells_control_tokens({"messages": [asked, answer], "tools": [{"name": end}]})
     assert template.spells_control_tokens({"messages": [asked, {**answer, "reasoning_content": f"so {end}"}]})
+
+
+CLOCK = "{{ strftime_now('%d %b %Y %H:%M') }} " + CHATML
+
+
+def test_a_template_that_writes_the_date_writes_the_given_one():
+    tokenizer = with_template(CLOCK)
+    template = Template("chat", "messages", tokenizer, "2024-02-29")
+    assert template.reads_clock
+    assert template.render(TALK).prompt.startswith("29 Feb 2024 00:00 <|im_start|>")
+    assert Template("chat", "messages", tokenizer, "2025-01-01").render(TALK).prompt.startswith("01 Jan 2025 00:00 ")
+
+
+def test_without_a_date_it_writes_that_of_today(monkeypatch):
+    monkeypatch.setattr("cora_cli.data.templates.today", lambda: "2031-07-09")
+    assert Template("chat", "messages", with_template(CLOCK)).render(TALK).prompt.startswith("09 Jul 2031 ")
+
+
+def test_other_templates_read_no_clock(chat):
+    assert not Template("chat", "messages", chat).reads_clock
+    assert not Template("alpaca", "alpaca", with_template(CLOCK)).reads_clock

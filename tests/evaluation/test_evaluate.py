@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from cora_cli import embedded, rundir
 from cora_cli.data.formats import load_test_records
@@ -385,3 +386,23 @@ def test_runs_are_compared_on_the_same_records_only(trained: dict[str, Path], re
     fewer = evaluate_run(trained["fb"], output_dir=str(tmp_path / "fewer"), limit=3)
     with pytest.raises(CoraError, match="did not answer the same records"):
         paired_differences(fewer, one)
+
+
+def test_an_adapter_that_cannot_be_merged_is_evaluated_as_it_is(
+    tiny_model: Path, records: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False, lora_bias=True)
+    torch.manual_seed(0)
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if name.endswith("lora_B.default.bias"):
+                weight.fill_(3.0)
+    adapted.save_pretrained(tmp_path / "adapter")
+    evaluate_model(tmp_path / "adapter", records, tmp_path / "merged")
+    said = f"{tmp_path / 'adapter'} is evaluated without merging it, which is slower: "
+    assert said in capfd.readouterr().err
+    assert "no bias" in json.loads((tmp_path / "merged" / "generation.json").read_text())["not_merged"]
+    evaluate_model(tmp_path / "adapter", records, tmp_path / "apart", merge=False)
+    evaluate_model(tiny_model, records, tmp_path / "base")
+    assert answers(tmp_path / "merged") == answers(tmp_path / "apart") != answers(tmp_path / "base")

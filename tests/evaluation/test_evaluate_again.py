@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cora_cli import rundir
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation import backend
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.decode import PooledDecoder
@@ -17,7 +17,7 @@ from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
-from .helpers import FAST, answers, evaluate_model, evaluate_run
+from .helpers import FAST, answers, evaluate_model, evaluate_run, make_run
 
 KILLED = """
 import sys, time
@@ -108,8 +108,8 @@ def test_a_finished_evaluation_is_scored_again_without_its_model(
     monkeypatch.setattr(backend, "load_model", lambda *_: pytest.fail("a model was loaded"))
     again = evaluate_run(run)
     assert again.record == first.record
-    more = evaluate_run(run, metrics=("rouge1", "rougeL"), bootstrap=200)
-    assert list(more.record["metrics"]) == ["rouge1", "rougeL"]
+    more = evaluate_run(run, metrics=("rouge1", "rougeL", "sacrebleu"), bootstrap=200)
+    assert list(more.record["metrics"]) == ["rouge1", "rougeL", "sacrebleu"]
 
 
 @pytest.mark.parametrize("damage", ["edited", "removed"])
@@ -191,3 +191,81 @@ def test_runs_are_written_below_the_output_directory_by_their_real_names(trained
     evaluate(EvaluateConfig(runs=names, output_dir=str(tmp_path / "out"), **FAST))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fb", "lora"]
+
+
+def prompts(directory: Path) -> list[str]:
+    return [line["prompt"] for line in read_jsonl(directory / "predictions.jsonl")]
+
+
+def test_a_run_and_its_base_answer_prompts_with_the_date_of_the_training(
+    dated_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cora_cli.data.templates.today", lambda: "2030-01-01")
+    run = make_run(dated_model, tiny_data, tmp_path / "run", mode="lora", rank=8)
+    monkeypatch.setattr("cora_cli.data.templates.today", lambda: "2030-01-02")
+    evaluate(EvaluateConfig(runs=(str(run),), with_base=True, **FAST))
+    evaluate_model(run / "adapter", run / "test.jsonl", tmp_path / "adapter")
+    for place in (run / "eval", run / "eval-base", tmp_path / "adapter"):
+        assert all("Today: 01 Jan 2030\n" in prompt for prompt in prompts(place))
+        assert read_json(place / "generation.json")["settings"]["template_date"] == "2030-01-01"
+
+
+def test_a_model_answers_prompts_with_the_date_on_which_its_evaluation_began(
+    dated_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = tmp_path / "records.jsonl"
+    rundir.write_jsonl(records, [{"instruction": f"say {n}", "output": "it"} for n in range(3)])
+    monkeypatch.setattr("cora_cli.data.templates.today", lambda: "2030-01-01")
+    evaluate_model(dated_model, records, tmp_path / "out")
+    assert "the chat template writes the date into its prompts: 2030-01-01" in capsys.readouterr().err
+    first = prompts(tmp_path / "out")
+    monkeypatch.setattr("cora_cli.data.templates.today", lambda: "2030-01-02")
+    with monkeypatch.context() as later:
+        later.setattr(backend, "load_model", lambda *_: pytest.fail("a model was loaded"))
+        evaluate_model(dated_model, records, tmp_path / "out")
+    (tmp_path / "out" / "predictions.jsonl").unlink()
+    evaluate_model(dated_model, records, tmp_path / "out")
+    assert prompts(tmp_path / "out") == first
+    evaluate_model(dated_model, records, tmp_path / "same", template_date="2030-01-01")
+    evaluate_model(dated_model, records, tmp_path / "later")
+    assert prompts(tmp_path / "same") == first != prompts(tmp_path / "later")
+    with pytest.raises(CoraError, match=r"other settings \(template_date\)"):
+        evaluate_model(dated_model, records, tmp_path / "out", template_date="2030-01-03")
+
+
+def test_a_date_for_a_template_without_one_is_refused(tiny_model: Path, records: Path, tmp_path: Path) -> None:
+    with pytest.raises(CoraError, match="--template-date has no effect"):
+        evaluate_model(tiny_model, records, tmp_path / "out", template_date="2030-01-01")
+    with pytest.raises(UsageError, match=r"--template-date must be a date such as 20.*, not 'tomorrow'"):
+        evaluate_model(tiny_model, records, tmp_path / "out", template_date="tomorrow")
+
+
+def test_metrics_of_these_predictions_are_not_dropped_unasked(run: Path) -> None:
+    evaluate_run(run)
+    before = contents(run / "eval")
+    with pytest.raises(CoraError, match=r"metrics.json also holds sacrebleu, which --metrics rouge1 leaves out; .*--overwrite"):
+        evaluate_run(run, metrics=("rouge1",))
+    with pytest.raises(CoraError, match=r"metrics.json holds the metrics of the variant ours; .*--overwrite"):
+        evaluate_run(run, metric_variant="hf-evaluate")
+    assert contents(run / "eval") == before
+    assert list(evaluate_run(run, metrics=("rouge1",), overwrite=True).record["metrics"]) == ["rouge1"]
+
+
+def test_the_metrics_of_other_predictions_are_not_replaced_unasked(tmp_path: Path) -> None:
+    def scored(name: str, output: str, **settings: Any) -> None:
+        rundir.write_jsonl(tmp_path / name / "predictions.jsonl", [{"prediction": name, "reference": "one"}])
+        path = str(tmp_path / name / "predictions.jsonl")
+        evaluate(EvaluateConfig(from_predictions=path, output_dir=str(tmp_path / output), **{**FAST, **settings}))
+
+    scored("one", "out")
+    scored("one", "two")
+    before = contents(tmp_path / "out")
+    with pytest.raises(CoraError, match=r"out holds metrics.json and scores.jsonl of other predictions than .*--overwrite"):
+        scored("two", "out")
+    assert contents(tmp_path / "out") == before
+    scored("three", "three")
+    for overwrite in (False, True):
+        with pytest.raises(CoraError, match=r"three holds the evaluation of other predictions than .*another --output-dir"):
+            scored("one", "three", overwrite=overwrite)
+    scored("two", "out", overwrite=True)
+    assert contents(tmp_path / "out") != before

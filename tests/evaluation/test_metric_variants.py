@@ -195,3 +195,11 @@ def test_a_change_of_the_variant_generates_nothing_again() -> None:
 def test_a_variant_that_cannot_be_computed_is_a_usage_error(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         EvaluateConfig(from_predictions="p", **settings)
+
+
+@pytest.mark.filterwarnings("ignore:The multilingual functions")
+def test_meteor_gives_an_equal_text_of_few_words_less_than_one_as_nltk_and_evaluate_do() -> None:
+    texts = ["yes", "blue sky", "a very blue sky"]
+    for which in ("ours", "hf-evaluate"):
+        found = build_metrics(["meteor"], variant=which)["meteor"].statistics(texts, texts)[:, 0]
+        assert found.tolist() == pytest.approx([1 - 0.5 / words**3 for words in (1, 2, 4)])

@@ -5,16 +5,20 @@ from pathlib import Path
 import pytest
 
 from cora_cli import rundir
+from cora_cli.adapters.export import export_adapter
+from cora_cli.adapters.merge import merge_adapter
 from cora_cli.cli.evaluate import metrics_table
 from cora_cli.data.formats import prompt_hash
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate, paired_differences
 from cora_cli.evaluation.targets import find_targets, trained_prompts
+from cora_cli.models.references import resolve_model
+from cora_cli.models.trained_on import trained_on
 from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
-from .helpers import FAST, HELD_OUT, evaluate_model, evaluate_run
+from .helpers import FAST, HELD_OUT, evaluate_model, evaluate_run, make_run
 
 
 def test_a_prompt_has_one_hash_in_every_schema():
@@ -114,3 +118,53 @@ def test_a_checkpoint_in_a_run_directory_knows_the_prompts_of_its_run(run: Path,
     assert target.run is not None
     assert target.run.root == run
     assert trained_prompts([target]).hashes
+
+
+@pytest.fixture
+def merged(run: Path, tmp_path: Path) -> Path:
+    """The run merged into its base, outside the run's directory."""
+    merge_adapter(resolve_model(str(run)), tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+def test_a_merged_run_and_an_exported_adapter_know_what_they_were_trained_on(
+    run: Path, merged: Path, tiny_data: Path, tmp_path: Path
+):
+    export_adapter(resolve_model(str(run)), tmp_path / "exported")
+    hashes = set((run / "trained_prompts.txt").read_text().split())
+    for model in (merged, tmp_path / "exported"):
+        shutil.move(model, tmp_path / "elsewhere")
+        found = trained_prompts(
+            find_targets(EvaluateConfig(model=str(tmp_path / "elsewhere"), dataset=str(tiny_data), output_dir="out"))
+        )
+        assert found.hashes == hashes
+        assert str(tiny_data) in found.datasets, "its prompts are left out by default"
+        shutil.rmtree(tmp_path / "elsewhere")
+
+
+def test_a_model_that_was_trained_again_knows_the_prompts_of_both_trainings(
+    merged: Path, tiny_data: Path, records: Path, tmp_path: Path, capfd
+):
+    earlier = set((merged / "trained_prompts.txt").read_text().split())
+    mixed = tmp_path / "mixed.jsonl"
+    rundir.write_jsonl(mixed, [*read_jsonl(tiny_data), *({"instruction": f"new {n}", "output": "x"} for n in range(3))])
+    again = make_run(merged, mixed, tmp_path / "again", mode="lora", rank=8, split_seed=1)
+    held_out = [prompt_hash(record, "alpaca") for record in read_jsonl(again / "test.jsonl")]
+    known = sum(digest in earlier for digest in held_out)
+    assert known > 0
+    said = f"{known} of {HELD_OUT} held-out records have prompts that {merged} was already trained on"
+    assert said in " ".join(capfd.readouterr().err.split())
+    new = {prompt_hash({"instruction": f"new {n}", "input": "", "output": ""}, "alpaca") for n in range(3)}
+    assert set((again / "trained_prompts.txt").read_text().split()) >= earlier | (new - set(held_out))
+    shutil.rmtree(merged)
+    assert trained_on(resolve_model(str(again))).prompts >= earlier
+
+
+def test_a_merged_run_of_an_early_version_says_that_its_prompts_are_not_known(run: Path, records: Path, tmp_path: Path, capfd):
+    record = json.loads((run / "run.json").read_text())
+    del record["data"]["trained_prompts_sha256"]
+    (run / "run.json").write_text(json.dumps(record))
+    (run / "trained_prompts.txt").unlink()
+    merge_adapter(resolve_model(str(run)), tmp_path / "merged")
+    trained_prompts(find_targets(EvaluateConfig(model=str(tmp_path / "merged"), dataset=str(records), output_dir="out")))
+    assert "merged was trained by a version that did not record its prompts" in " ".join(capfd.readouterr().err.split())

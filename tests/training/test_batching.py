@@ -1,8 +1,14 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from cora_cli.data.encode import Example
 from cora_cli.device import select_packed_attention
+from cora_cli.errors import CoraError
+from cora_cli.training import batching
 from cora_cli.training.batching import Batching, choose_batching, make_probes
 
 from .families import HARDWARE, build
@@ -37,3 +43,39 @@ def test_a_class_that_computes_attention_by_itself_is_padded() -> None:
 
 def test_attention_that_depends_on_the_length_of_the_batch_gets_one_example_at_a_time() -> None:
     assert choose("big_bird", EXAMPLES).describe().startswith("one example at a time with the model's own attention (eager)")
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def forward(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return forward
+
+
+def choose_for(forward: Callable[..., Any]) -> Batching:
+    """The batching of a model whose forward pass is `forward`."""
+    model = AutoModelForCausalLM.from_config(build("llama")).eval()
+    model.forward = forward
+    return choose_batching(model, select_packed_attention("cpu"), EXAMPLES, HARDWARE)
+
+
+def test_a_model_that_needs_more_than_token_ids_is_refused_with_what_it_raised() -> None:
+    message = (
+        r"LlamaForCausalLM cannot be trained: its forward pass on the token ids of an example ends in TypeError \(no pixels\)"
+    )
+    with pytest.raises(CoraError, match=message):
+        choose_for(failing(TypeError("no pixels")))
+    with pytest.raises(CoraError, match="LlamaForCausalLM cannot be trained: it computes no logits of next tokens"):
+        choose_for(lambda *_, **__: object())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_no_fault_of_the_model(error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)):
+        choose_for(failing(error))
+
+
+def test_a_fault_of_this_program_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "token_losses", failing(TypeError("ours")))
+    with pytest.raises(TypeError, match="ours"):
+        choose("llama", EXAMPLES)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
@@ -285,3 +286,45 @@ def test_a_run_that_an_earlier_version_began_keeps_its_warm_up(tiny_model, tiny_
         record = train(replace(config, resume=True))
         assert record["warmup_steps"] == 1
         assert log_lines(output) == expected
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "begun by an earlier version"])
+def test_a_run_resumed_on_another_day_keeps_the_date_in_its_prompts(
+    recorded: bool, dated_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    config = config_for(dated_model, tiny_data, output, max_steps=4, save_steps=2)
+    monkeypatch.setattr("cora_cli.data.templates.today", lambda: "2030-01-01")
+    record = train(config)
+    assert record["data"]["template_date"] == record["fingerprint"]["settings"]["template_date"] == "2030-01-01"
+    expected = log_lines(output)
+
+    record |= {"status": "running", "started": "2030-01-01T12:00:00+00:00"}
+    if not recorded:
+        del record["data"]["template_date"], record["fingerprint"]["settings"]["template_date"]
+    (output / "run.json").write_text(json.dumps(record))
+    shutil.rmtree(output / "adapter")
+    shutil.rmtree(output / "checkpoints" / "checkpoint-4")
+    monkeypatch.setattr("cora_cli.data.templates.today", lambda: "2030-01-02")
+    with pytest.raises(CoraError, match=r"template_date \(2030-01-01 in the run, 2030-01-02 now\)"):
+        train(replace(config, resume=True, template_date="2030-01-02"))
+    assert train(replace(config, resume=True))["data"]["template_date"] == "2030-01-01"
+    assert log_lines(output) == expected
+
+
+def test_a_run_is_repeated_on_another_day_from_its_configuration(
+    dated_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cora_cli.data.templates.today", lambda: "2030-01-01")
+    train(config_for(dated_model, tiny_data, tmp_path / "run", max_steps=1))
+    date = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["template_date"]
+    monkeypatch.setattr("cora_cli.data.templates.today", lambda: "2030-01-02")
+    for name, given in (("again", {"template_date": date}), ("other", {})):
+        train(config_for(dated_model, tiny_data, tmp_path / name, max_steps=1, **given))
+    assert log_lines(tmp_path / "again") == log_lines(tmp_path / "run") != log_lines(tmp_path / "other")
+
+
+def test_a_date_is_refused_where_the_template_writes_none(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(CoraError, match=r"--template-date has no effect: the template chat of .* writes no date"):
+        train(config_for(tiny_model, tiny_data, tmp_path / "run", template_date="2030-01-01"))
+    assert not (tmp_path / "run").exists()

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, Ro
 from transformers.utils import logging as transformers_logging
 
 from cora_cli import embedded, rundir
-from cora_cli.errors import CoraError, reason
+from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.evaluation.metrics.base import Floats, StreamingMetric, check_texts, format_signature, package_version
 from cora_cli.evaluation.metrics.encoding import embeddings
 from cora_cli.models.references import ModelPath, resolve_model
@@ -218,6 +218,8 @@ def load_encoder(source: ModelPath, layer: int, device: str) -> Encoder:
         if prefix_space:
             tokenizer = AutoTokenizer.from_pretrained(source.path, add_prefix_space=True)
     except Exception as error:  # transformers and safetensors raise many unrelated types for damaged files
+        if is_out_of_memory(error):
+            raise
         raise CoraError(f"encoder {source.reference} cannot be loaded: {reason(error)}") from error
     # The pooler comes after the last layer and is not used; many checkpoints have none.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))

@@ -3,6 +3,9 @@
 This is not METEOR 1.5: it has no paraphrases and no language-specific weights, and NLTK looks up synonyms by stem, so "car"
 matches "auto" but not "automobile". The values are comparable only with NLTK's. Ours tokenizes a text as one sentence, so that a period inside it stays with
 its word; Hugging Face `evaluate` calls NLTK's `word_tokenize`, which splits it into sentences first.
+
+The penalty for fragments is γ (chunks / matches)^β, so a text of m words that equals its reference has one chunk and scores 1 − 0.5 / m³: a
+single word 0.5, two words 0.94. That is the published definition, which has no exception for equal texts.
 """
 
 import threading

@@ -1,0 +1,70 @@
+"""What a model was trained on: recorded in its run directory, or next to its weights by `cora merge` and `cora export`.
+
+Scores on prompts of the training say nothing about new ones, so the record must follow the weights. It holds hashes of prompts
+(`data.formats.prompt_hash`), not the prompts.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+from cora_cli.models.references import ModelPath
+from cora_cli.reading import read_json, read_text
+from cora_cli.records import CarriedTraining, read_run, template_date
+from cora_cli.rundir import RunDirectory
+
+RECORD, PROMPTS = "trained_on.json", "trained_prompts.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedOn:
+    """The hashes of the prompts that a model was trained on, the data sets that they came from, and the date in a template that writes one.
+
+    `place` is the directory with the record. It is not `complete` where an early version trained, which recorded no prompts.
+    """
+
+    place: Path
+    prompts: frozenset[str]
+    complete: bool
+    datasets: tuple[str, ...]
+    date: str | None
+
+
+def trained_on(model: ModelPath) -> TrainedOn | None:
+    """The record of a model's training, None for a model from elsewhere. Raises `CoraError` if the record was changed."""
+    if (model.path / RECORD).exists():
+        carried = read_json(model.path / RECORD, CarriedTraining)
+        prompts = _read_prompts(model.path / PROMPTS, carried["trained_prompts_sha256"])
+        return TrainedOn(model.path, prompts, carried["complete"], tuple(carried["datasets"]), carried["template_date"])
+    run = next((run for path in (model.path, *model.path.parents[:2]) if (run := RunDirectory(path)).exists()), None)
+    if run is None:
+        return None
+    record = read_run(run)
+    data = record["data"]
+    prompts = _read_prompts(run.trained_prompts, data.get("trained_prompts_sha256"))
+    return TrainedOn(run.root, prompts, run.trained_prompts.exists(), (data["dataset"],), template_date(record))
+
+
+def _read_prompts(path: Path, expected: str | None) -> frozenset[str]:
+    if expected is not None and (not path.is_file() or rundir.sha256_file(path) != expected):
+        raise CoraError(
+            f"{path} was changed after it was written, so it does not tell which prompts were trained on; restore it"
+        )
+    return frozenset(read_text(path).split() if path.exists() else ())
+
+
+def carry_record(directory: Path, *models: ModelPath) -> None:
+    """Write what `models` were trained on into `directory`, which holds a model that was made of them; nothing if none has a record."""
+    found = [each for model in models if (each := trained_on(model))]
+    if not found:
+        return
+    listed = "".join(f"{digest}\n" for digest in sorted({digest for each in found for digest in each.prompts}))
+    record: CarriedTraining = {
+        "datasets": list(dict.fromkeys(name for each in found for name in each.datasets)),
+        "trained_prompts_sha256": rundir.sha256_text(listed),
+        "complete": all(each.complete for each in found),
+        "template_date": next((each.date for each in found if each.date), None),
+    }
+    rundir.write_json(directory / RECORD, record)
+    rundir.write_text(directory / PROMPTS, listed)
