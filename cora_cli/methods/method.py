@@ -7,7 +7,7 @@ inside the functions that use them.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cora_cli.basis.choices import Side
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
     from cora_cli.basis.artifact import Basis
-    from cora_cli.methods.parts.factored import Factored
     from cora_cli.methods.parts.layers import LinearWeight
 
 AInit = Literal["zeros", "gaussian", "kaiming"]
@@ -45,6 +44,20 @@ class MethodSetting:
     name: str
     type: type
     help: str
+
+    @property
+    def flag(self) -> str:
+        """As the command line spells it."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An optimizer step of a run: its number, from 1 to `total`, and the optimizer that takes it."""
+
+    number: int
+    total: int
+    optimizer: "torch.optim.Optimizer"
 
 
 class Method:
@@ -146,6 +159,9 @@ class Method:
         """Whether a factor starts as a basis, given the requested start of B."""
         return "basis" in (b_init or self.b_init, self.a_init)
 
+    def check_run(self, plan: AdapterPlan, layers: Collection[str], steps: int) -> None:
+        """Raise `CoraError` where the method cannot run for so many optimizer steps on the adapted `layers`."""
+
     def inputs(self, plan: AdapterPlan) -> dict[str, Any]:
         """Values that were read from the user's files and determine the result; part of a run's fingerprint."""
         return {}
@@ -210,8 +226,11 @@ class Method:
 
     def starts(
         self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"
-    ) -> "tuple[torch.Tensor | Factored, torch.Tensor | Factored] | None":
-        """A (r, in) and B (out, r) of the layer `name` before training; None where PEFT computes them."""
+    ) -> "tuple[torch.Tensor | torch.nn.Module, torch.Tensor | torch.nn.Module] | None":
+        """A (r, in) and B (out, r) of the layer `name` before training; None where PEFT computes them.
+
+        A module takes the place of PEFT's linear layer; its `weight` is the matrix that it multiplies by outside of training.
+        """
         from cora_cli.methods.parts.starts import start_a, start_b
 
         width = self.b_width(plan)
@@ -265,11 +284,15 @@ class Method:
         """A scalar that is added to the mean response loss of each micro-batch; None for nothing."""
         return None
 
-    def before_step(self, model: "torch.nn.Module", plan: AdapterPlan, step: int) -> None:
-        """Called before the first micro-batch of optimizer step `step`, counted from 1."""
+    def before_step(self, model: "torch.nn.Module", plan: AdapterPlan, step: Step) -> None:
+        """Called before the first micro-batch of a step."""
 
-    def after_step(self, model: "torch.nn.Module", plan: AdapterPlan, step: int) -> None:
-        """Called after the optimizer has taken step `step`."""
+    def after_step(self, model: "torch.nn.Module", plan: AdapterPlan, step: Step) -> None:
+        """Called after the optimizer has taken a step and before a checkpoint of it is written.
+
+        A method keeps what it remembers from step to step in buffers of the adapter's layers, which checkpoints contain, and draws
+        random numbers from the seed and the step, so that a resumed run and every process have the same ones.
+        """
 
 
 def common_options(plan: AdapterPlan) -> dict[str, Any]:

@@ -101,12 +101,14 @@ def prepare(config: TrainConfig) -> Prepared:
     skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
     if plan is not None:
         method.configuration(plan)
-        target_linears(skeleton, plan.target_modules)
+        layers = target_linears(skeleton, plan.target_modules)
     longest = min(config.max_length, context_length(model_config))
     rows = skeleton.get_input_embeddings().weight.shape[0]
     train_set = encode_records(data.train, template, longest, "training", rows, config.train_on == "all")
     test_set = encode_records(data.test, template, longest, "held-out", rows)
     validation_set = encode_records(data.validation, template, longest, "validation", rows)
+    if plan is not None:
+        method.check_run(plan, layers, total_steps(config, len(train_set.examples)))
     if config.eval_limit:
         test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
     if removed:

@@ -21,6 +21,7 @@ from cora_cli.adapters.install import AngleMeter, apply_trained_set
 from cora_cli.data.batches import BatchForm, Collator, ExampleSet, GlobalBatches
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
+from cora_cli.methods.method import Step
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import Progress
@@ -115,12 +116,17 @@ class CoraTrainer(Trainer):
     def before_step(self) -> None:
         """Let the method prepare the optimizer step that begins."""
         if self._method is not None and self._plan is not None:
-            self._method.before_step(self.accelerator.unwrap_model(self.model), self._plan, self.state.global_step + 1)
+            self._method.before_step(
+                self.accelerator.unwrap_model(self.model), self._plan, self._step(self.state.global_step + 1)
+            )
 
     def after_step(self) -> None:
         """Let the method act on the weights of the optimizer step that has ended."""
         if self._method is not None and self._plan is not None:
-            self._method.after_step(self.accelerator.unwrap_model(self.model), self._plan, self.state.global_step)
+            self._method.after_step(self.accelerator.unwrap_model(self.model), self._plan, self._step(self.state.global_step))
+
+    def _step(self, number: int) -> Step:
+        return Step(number, self.state.max_steps, getattr(self.optimizer, "optimizer", self.optimizer))
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         # The last hook before the optimizer, called whether gradients are clipped or not.
