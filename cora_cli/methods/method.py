@@ -284,10 +284,10 @@ class Method:
         """A scalar that is added to the mean response loss of each micro-batch; None for nothing."""
         return None
 
-    def before_step(self, model: "torch.nn.Module", plan: AdapterPlan, step: Step) -> None:
+    def before_step(self, model: "PeftModel", plan: AdapterPlan, step: Step) -> None:
         """Called before the first micro-batch of a step."""
 
-    def after_step(self, model: "torch.nn.Module", plan: AdapterPlan, step: Step) -> None:
+    def after_step(self, model: "PeftModel", plan: AdapterPlan, step: Step) -> None:
         """Called after the optimizer has taken a step and before a checkpoint of it is written.
 
         A method keeps what it remembers from step to step in buffers of the adapter's layers, which checkpoints contain, and draws

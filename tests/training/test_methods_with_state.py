@@ -16,6 +16,8 @@ from .helpers import KILLED, RunProcess, config_for, log_lines, record_of, run_t
 LONG: dict[str, Any] = {"test_size": 2.0, "max_steps": 12, "batch_size": 4, "save_steps": 5, "dropout": 0.1}
 RUNS: dict[str, dict[str, Any]] = {
     "clora": {"clora_weight": 0.1, "clora_rank": 16},
+    "flat-lora": {},
+    "lora-rite": {},
 }
 
 
