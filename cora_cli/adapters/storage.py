@@ -23,7 +23,7 @@ from cora_cli.adapters.install import apply_trained_set
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
-from cora_cli.methods.registry import method_of
+from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import finite
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 
@@ -88,14 +88,22 @@ def _plain_state(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def load_adapter(
-    model: PreTrainedModel, adapter: ModelPath, basis_path: Path | None = None, trainable: bool = False
+    model: PreTrainedModel,
+    adapter: ModelPath,
+    basis_path: Path | None = None,
+    trainable: bool = False,
+    rank: int | None = None,
 ) -> PeftModel:
     """Wrap `model` with the adapter at `adapter`, standard or compact; B is frozen again where its method freezes it.
+
+    `rank` cuts it to its first pairs; see `check_rank`.
 
     Raises `CoraError` where keys are missing or unknown, where a needed basis differs from the recorded one, where a trained adapter
     changes nothing, and, if `trainable`, where the stored tensors are not the trained ones.
     """
     facts = read_facts(adapter.path)
+    if rank is not None:
+        check_rank(adapter, rank)
     if trainable and facts is not None and not method_of(facts.plan.mode).stored_as_trained:
         raise CoraError(
             f"adapter {adapter.path} of mode {facts.plan.mode} is stored as an equivalent plain LoRA; to continue training, resume from the run's "
@@ -135,7 +143,32 @@ def load_adapter(
             apply_trained_set(wrapped, facts.plan)
         if method.can_train(facts.plan) and not changes_model(wrapped):
             raise CoraError(f"adapter {adapter.path} was trained, but changes no weight: B·A is zero in every layer")
+    if rank is not None:
+        _cut(wrapped, rank)
     return wrapped.eval()
+
+
+def check_rank(adapter: ModelPath, rank: int) -> None:
+    """Raise `CoraError` unless the adapter was trained by a method that works at lower ranks too, and `rank` is one of its ranks."""
+    facts = read_facts(adapter.path)
+    if facts is None or not method_of(facts.plan.mode).nested_ranks:
+        nested = ", ".join(method.name for method in METHODS.values() if method.nested_ranks)
+        kind = f"mode {facts.plan.mode}" if facts is not None else "another program"
+        raise CoraError(
+            f"{adapter.reference} cannot be cut to rank {rank}: only mode {nested} trains for lower ranks, not {kind}"
+        )
+    if not 1 <= rank <= facts.plan.rank:
+        raise CoraError(f"{adapter.reference} has the ranks 1 to {facts.plan.rank}, not {rank}")
+
+
+def _cut(wrapped: PeftModel, rank: int) -> None:
+    """Keep the first `rank` pairs of every layer, scaled by alpha / rank."""
+    config: Any = wrapped.peft_config[ADAPTER]
+    config.r = rank
+    for _, layer in lora_layers(wrapped):
+        for factor, dim in ((layer.lora_A[ADAPTER], 0), (layer.lora_B[ADAPTER], 1)):
+            factor.weight = torch.nn.Parameter(factor.weight.detach().narrow(dim, 0, rank).contiguous(), requires_grad=False)
+        layer.r[ADAPTER], layer.scaling[ADAPTER] = rank, config.lora_alpha / rank
 
 
 def _stored_tensors(adapter: ModelPath) -> dict[str, torch.Tensor]:

@@ -41,11 +41,12 @@ def open_transformers(
     hardware: Hardware,
     tokenizer: Any,
     template_ends: Collection[int],
+    rank: int | None = None,
 ) -> Backend:
-    """Load base and adapter with transformers. Raises `CoraError` if one of them cannot be loaded."""
+    """Load base and adapter, cut to `rank`, with transformers. Raises `CoraError` if one of them cannot be loaded."""
     model: Any = load_model(base, hardware.dtype, hardware.device, None, config.trust_remote_code)
     if adapter is not None:
-        wrapped = load_adapter(model, adapter, Path(config.basis) if config.basis else None)
+        wrapped = load_adapter(model, adapter, Path(config.basis) if config.basis else None, rank=rank)
         model = merged_into_base(wrapped, adapter) if config.merge else wrapped
     ends = end_tokens(model.generation_config.eos_token_id, template_ends)
     return Backend(

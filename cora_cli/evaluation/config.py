@@ -42,6 +42,11 @@ class EvaluateConfig:
     basis: str | None = setting(
         "Basis file of a compact adapter. Default: the path recorded in the adapter.", None, panel=_WHAT
     )
+    ranks: tuple[str, ...] | None = setting(
+        "Comma-separated ranks to cut runs of mode dylora to, such as 1,2,4; each is evaluated on its own. Default: the full rank.",
+        None,
+        panel=_WHAT,
+    )
     backend: Literal["transformers", "vllm"] = setting(
         "Generation backend. vllm needs a GPU and the package vllm, and ignores --batch-size.",
         "transformers",
@@ -99,6 +104,14 @@ class EvaluateConfig:
         if self.from_predictions and self.backend != "transformers":
             raise UsageError(
                 f"--backend {self.backend} has no effect with --from, which scores existing predictions; leave it out"
+            )
+        if self.ranks is not None and not all(rank.isdecimal() and int(rank) for rank in self.ranks or ("",)):
+            raise UsageError(f"--ranks must be positive integers, separated by commas, not {','.join(self.ranks)!r}")
+        if self.ranks and self.from_predictions:
+            raise UsageError("--ranks has no effect with --from, which scores existing predictions; leave it out")
+        if self.ranks and self.backend == "vllm":
+            raise UsageError(
+                "--ranks needs --backend transformers; for vllm, write an adapter of each rank with `cora export --rank`"
             )
         if self.with_base and not self.runs:
             raise UsageError("--with-base needs run directories, whose base model it evaluates; leave it out")

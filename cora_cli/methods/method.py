@@ -109,6 +109,8 @@ class Method:
     """The form on disk, as PEFT calls it. Plain PEFT loads each of them unchanged."""
     lora_rank: ClassVar[str | None] = "r"
     """The rank at which the trained adapter equals a plain LoRA; None where no LoRA equals it."""
+    nested_ranks: ClassVar[bool] = False
+    """Whether the first b pairs of A and B with s = alpha / b are an adapter of their own, for every b ≤ r."""
 
     @property
     def file_stem(self) -> str:

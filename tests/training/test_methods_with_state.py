@@ -18,6 +18,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "clora": {"clora_weight": 0.1, "clora_rank": 16},
     "flat-lora": {},
     "lora-rite": {},
+    "dylora": {},
 }
 
 
