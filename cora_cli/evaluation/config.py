@@ -105,14 +105,7 @@ class EvaluateConfig:
             raise UsageError(
                 f"--backend {self.backend} has no effect with --from, which scores existing predictions; leave it out"
             )
-        if self.ranks is not None and not all(rank.isdecimal() and int(rank) for rank in self.ranks or ("",)):
-            raise UsageError(f"--ranks must be positive integers, separated by commas, not {','.join(self.ranks)!r}")
-        if self.ranks and self.from_predictions:
-            raise UsageError("--ranks has no effect with --from, which scores existing predictions; leave it out")
-        if self.ranks and self.backend == "vllm":
-            raise UsageError(
-                "--ranks needs --backend transformers; for vllm, write an adapter of each rank with `cora export --rank`"
-            )
+        self._check_ranks()
         if self.with_base and not self.runs:
             raise UsageError("--with-base needs run directories, whose base model it evaluates; leave it out")
         if self.model and not (self.dataset and self.output_dir):
@@ -127,6 +120,16 @@ class EvaluateConfig:
         parse_metrics(",".join(self.metrics))
         if problem := variant_problem(self.metric_variant, self.bleu_tokenize):
             raise UsageError(problem)
+
+    def _check_ranks(self) -> None:
+        if self.ranks is not None and not all(rank.isdecimal() and int(rank) for rank in self.ranks or ("",)):
+            raise UsageError(f"--ranks must be positive integers, separated by commas, not {','.join(self.ranks)!r}")
+        if self.ranks and self.from_predictions:
+            raise UsageError("--ranks has no effect with --from, which scores existing predictions; leave it out")
+        if self.ranks and self.backend == "vllm":
+            raise UsageError(
+                "--ranks needs --backend transformers; for vllm, write an adapter of each rank with `cora export --rank`"
+            )
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -27,11 +27,14 @@ BInit = Literal["basis", "zeros", "ones", "random", "orthonormal"]
 A, B = "lora_A.weight", "lora_B.weight"
 A_INNER, B_INNER = "lora_A.inner", "lora_B.inner"
 """The trained part of a factor that is a product with a frozen outer part (`parts.factored.Factored`)."""
+A_LINK, B_LINK = "lora_A.link", "lora_B.link"
+"""The trained part of a factor that is a chain of frozen links and a trained one (`parts.links.Links`)."""
 Shapes = Mapping[str, tuple[str, ...]]
 """Trained tensors of a layer, named as PEFT stores them, with their shapes in the symbols `out`, `in`, `r` and a method's own."""
 A_ALONE: Shapes = {A: ("r", "in")}
 B_ALONE: Shapes = {B: ("out", "r")}
 A_AND_B: Shapes = {**A_ALONE, **B_ALONE}
+LINKS: Shapes = {A_LINK: ("r", "in"), B_LINK: ("out", "r")}
 AS_THE_FILE_SAYS = "as the file says"
 SHARED_SETTINGS = frozenset({"alpha", "rslora", "a_init"})
 """Settings of `cora train` that several methods take and others do not; `Method.takes` names a method's own choice of them."""
@@ -75,6 +78,9 @@ class Method:
     """Whether the base model stays frozen; False for full fine-tuning."""
     takes_transposed: ClassVar[bool] = True
     """Whether it applies to layers that store W as (in, out), GPT-2's."""
+
+    runs_in_several_processes: ClassVar[bool] = True
+    """Whether PyTorch's data parallelism can train it; not where the number of parameters changes."""
 
     # Settings
     takes: ClassVar[frozenset[str]] = SHARED_SETTINGS
@@ -273,8 +279,8 @@ class Method:
 
     @property
     def stored_as_trained(self) -> bool:
-        """Whether the stored tensors are the trained ones; not for a product of factors or a difference from the start."""
-        return not self.subtracts_start and self.trained.keys().isdisjoint((A_INNER, B_INNER))
+        """Whether the stored tensors are the trained ones; not for a product of factors, a chain of them, or a difference from the start."""
+        return not self.subtracts_start and self.trained.keys().isdisjoint((A_INNER, B_INNER, A_LINK, B_LINK))
 
     def optimizer(
         self, model: "PeftModel", kind: Any, options: dict[str, Any], weight_decay: float, plan: AdapterPlan

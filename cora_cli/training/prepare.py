@@ -76,6 +76,8 @@ def prepare(config: TrainConfig) -> Prepared:
             f"{config.model} is an adapter; training needs a complete model: write one with `cora merge {config.model}` first"
         )
     method = method_of(config.mode)
+    if not method.runs_in_several_processes and (processes := _processes()) > 1:
+        raise CoraError(f"mode {config.mode} changes its number of parameters and runs in one process only, not in {processes}")
     if basis is not None and plan is not None:
         source = open_source(model_path)
         targets = match_targets(list(source.shapes), plan.target_modules, config.model)
@@ -122,9 +124,12 @@ def prepare(config: TrainConfig) -> Prepared:
 
 def total_steps(config: TrainConfig, examples: int) -> int:
     """Optimizer steps of the complete run."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    per_epoch = math.ceil(examples / (config.batch_size * config.gradient_accumulation * processes))
+    per_epoch = math.ceil(examples / (config.batch_size * config.gradient_accumulation * _processes()))
     return config.max_steps or math.ceil(config.epochs * per_epoch)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def warmup_steps(ratio: float, steps: int) -> int:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cora_cli.adapters.install import AngleMeter, apply_trained_set
+from cora_cli.adapters.storage import make_room
 from cora_cli.data.batches import BatchForm, Collator, ExampleSet, GlobalBatches
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
@@ -112,6 +113,11 @@ class CoraTrainer(Trainer):
             return super().create_optimizer(model)
         self.optimizer = own
         return own
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if isinstance(self.model, PeftModel):
+            make_room(self.model, Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def before_step(self) -> None:
         """Let the method prepare the optimizer step that begins."""

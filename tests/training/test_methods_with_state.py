@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cora_cli.errors import CoraError
+from cora_cli.methods.registry import METHODS
 from cora_cli.training.run import train
 
 from .helpers import KILLED, RunProcess, config_for, log_lines, record_of, run_together
@@ -19,6 +21,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "flat-lora": {},
     "lora-rite": {},
     "dylora": {},
+    "cola": {},
+    "xgblora": {"rank": 1, "booster_steps": 3, "booster_blocks": 1, "booster_penalty": 0.01},
+    "increlora": {"growth_warmup": 2, "growth_interval": 2, "growth_layers": 3},
 }
 
 
@@ -47,7 +52,7 @@ def test_a_killed_run_resumes_to_the_same_bits(mode: str, tiny_model: Path, tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", RUNS)
+@pytest.mark.parametrize("mode", [mode for mode in RUNS if METHODS[mode].runs_in_several_processes])
 def test_two_processes_and_micro_batches_are_one_batch(mode: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     one = config_for(tiny_model, tiny_data, tmp_path / "one", **{**LONG, "mode": mode, "dropout": 0.0, **RUNS[mode]})
     train(one)
@@ -59,3 +64,13 @@ def test_two_processes_and_micro_batches_are_one_batch(mode: str, tiny_model: Pa
         assert [line[key] for line in lines] == pytest.approx([line[key] for line in wanted], rel=1e-4)
     losses = (record_of(tmp_path / name)["heldout"]["after"]["loss"] for name in ("two", "one"))
     assert next(losses) == pytest.approx(next(losses), rel=1e-4)
+
+
+def test_a_method_that_grows_refuses_several_processes(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        CoraError, match="mode increlora changes its number of parameters and runs in one process only, not in 2"
+    ):
+        train(config_for(tiny_model, tiny_data, tmp_path / "run", mode="increlora"))
