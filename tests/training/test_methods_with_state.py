@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cora_cli.errors import CoraError
 from cora_cli.methods.registry import METHODS
 from cora_cli.training.run import train
 
