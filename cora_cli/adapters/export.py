@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from cora_cli import rundir
 from cora_cli.adapters.facts import read_facts
-from cora_cli.adapters.storage import WEIGHTS_FILE, base_of, check_base, load_adapter, order_names
+from cora_cli.adapters.storage import WEIGHTS_FILE, base_of, check_base, check_rank, load_adapter, order_names
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import AS_THE_FILE_SAYS
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, stores_transposed
@@ -35,9 +35,10 @@ def export_adapter(
     *,
     base: ModelPath | None = None,
     basis_path: Path | None = None,
+    rank: int | None = None,
     trust_remote_code: bool = False,
 ) -> int:
-    """Write the LoRA to `output` and return its rank.
+    """Write the LoRA to `output` and return its rank; `rank` cuts it to its first pairs where it was trained for that.
 
     A LoRA keeps its A and B (a compact one gets its B back). For any other method the ΔW of each layer is decomposed, and all layers
     get the largest rank. Raises `CoraError` where `output` exists, where the adapter does not fit, and where no LoRA is equivalent.
@@ -46,11 +47,13 @@ def export_adapter(
         raise CoraError(f"{output} exists already; choose a new directory")
     if not adapter.is_adapter:
         raise CoraError(f"{adapter.reference} is a complete model: there is no adapter to export")
+    if rank is not None:
+        check_rank(adapter, rank)
     if base is None:
         base = base_of(adapter)
     check_base(adapter, base)
     model = load_model(base, torch.float32, torch.device("cpu"), None, trust_remote_code)
-    config, state = _as_lora(load_adapter(model, adapter, basis_path), adapter)
+    config, state = _as_lora(load_adapter(model, adapter, basis_path, rank=rank), adapter)
     config.base_model_name_or_path = base.reference.partition("@")[0] if base.revision else base.reference
     config.revision = base.revision
     config.task_type, config.inference_mode = "CAUSAL_LM", True

@@ -1,6 +1,6 @@
 """Installs an adapter in a model: PEFT's layers with A and B started by the method, which also names the tensors that train.
 
-The forward pass of every method is PEFT's own; where A or B is a product, only the linear map in its place is ours. `storage` reads
+The forward pass of every method is PEFT's own; where A or B is not simply a matrix, only the linear map in its place is ours. `storage` reads
 and writes adapters.
 """
 
@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from cora_cli.basis.artifact import Basis
 from cora_cli.basis.choices import is_target
 from cora_cli.errors import CoraError, reason
-from cora_cli.methods.parts.factored import Factored
 from cora_cli.methods.parts.layers import (
     ADAPTER,
     LinearWeight,
@@ -143,7 +142,7 @@ def _name_targets(config: Any, model: PreTrainedModel, targets: tuple[str, ...],
 
 def _starts(
     plan: AdapterPlan, basis: Basis | None, name: str, linear: LinearWeight
-) -> tuple[torch.Tensor | Factored, torch.Tensor | Factored] | None:
+) -> tuple[torch.Tensor | torch.nn.Module, torch.Tensor | torch.nn.Module] | None:
     """A and B before training; None where PEFT computes them. Raises `CoraError` where W has too few singular directions."""
     method, smaller = method_of(plan.mode), min(linear.in_features, linear.out_features)
     if not method.takes_transposed and linear.transposed:
@@ -155,12 +154,14 @@ def _starts(
     return method.starts(plan, basis, name, linear)
 
 
-def _start(layer: LoraLayer, plan: AdapterPlan, starts: tuple[torch.Tensor | Factored, torch.Tensor | Factored] | None) -> None:
+def _start(
+    layer: LoraLayer, plan: AdapterPlan, starts: tuple[torch.Tensor | torch.nn.Module, torch.Tensor | torch.nn.Module] | None
+) -> None:
     """Put the starts into a layer. Where the method subtracts them from W, do that and keep them as buffers `start` of A and B, so
     that checkpoints contain them."""
     for factors, start in zip((layer.lora_A, layer.lora_B), starts or (None, None), strict=True):
         linear: Any = factors[ADAPTER]
-        if isinstance(start, Factored):
+        if isinstance(start, torch.nn.Module):
             factors[ADAPTER] = start.to(linear.weight.device)
         elif start is not None:
             linear.weight.copy_(start)

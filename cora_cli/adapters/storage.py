@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -22,8 +22,8 @@ from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_
 from cora_cli.adapters.install import apply_trained_set
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.limits import bounded
-from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
-from cora_cli.methods.registry import method_of
+from cora_cli.methods.parts.layers import ADAPTER, Resizable, factors_of, linear_weight, lora_layers
+from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 
@@ -44,8 +44,7 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
     config: Any = copy.copy(model.peft_config[ADAPTER])
     if not method.stored_as_trained:
         state = _plain_state(model)
-    if method.subtracts_start:
-        config.r, config.lora_alpha, config.use_rslora = 2 * facts.plan.rank, 2 * facts.plan.rank * facts.plan.scaling, False
+        _name_ranks(config, model, state)
     order_names(config)
     if isinstance(config, LoraConfig) and float(config.lora_alpha).is_integer():
         config.lora_alpha = int(config.lora_alpha)  # the type of PEFT's field, which other readers may require
@@ -87,15 +86,35 @@ def _plain_state(model: PeftModel) -> dict[str, torch.Tensor]:
     return state
 
 
+def _name_ranks(config: Any, model: PeftModel, state: dict[str, torch.Tensor]) -> None:
+    """Let a LoRA's configuration state the ranks of the tensors in `state`, with the scaling of each layer as it is."""
+    ranks = {name: len(state[f"base_model.model.{name}.lora_A.weight"]) for name, _ in lora_layers(model)}
+    alphas = {name: ranks[name] * layer.scaling[ADAPTER] for name, layer in lora_layers(model)}
+    if set(ranks.values()) == {config.r}:
+        return
+    config.r, config.use_rslora = max(ranks.values()), False
+    config.lora_alpha = max(alphas.values())
+    if len(set(ranks.values())) > 1:
+        config.rank_pattern, config.alpha_pattern = ranks, alphas
+
+
 def load_adapter(
-    model: PreTrainedModel, adapter: ModelPath, basis_path: Path | None = None, trainable: bool = False
+    model: PreTrainedModel,
+    adapter: ModelPath,
+    basis_path: Path | None = None,
+    trainable: bool = False,
+    rank: int | None = None,
 ) -> PeftModel:
     """Wrap `model` with the adapter at `adapter`, standard or compact; B is frozen again where its method freezes it.
+
+    `rank` cuts it to its first pairs; see `check_rank`.
 
     Raises `CoraError` where keys are missing or unknown, where a needed basis differs from the recorded one, where a trained adapter
     changes nothing, and, if `trainable`, where the stored tensors are not the trained ones.
     """
     facts = read_facts(adapter.path)
+    if rank is not None:
+        check_rank(adapter, rank)
     if trainable and facts is not None and not method_of(facts.plan.mode).stored_as_trained:
         raise CoraError(
             f"adapter {adapter.path} of mode {facts.plan.mode} is stored as an equivalent plain LoRA; to continue training, resume from the run's "
@@ -137,7 +156,32 @@ def load_adapter(
             apply_trained_set(wrapped, facts.plan)
         if method.can_train(facts.plan) and not changes_model(wrapped):
             raise CoraError(f"adapter {adapter.path} was trained, but changes no weight: B·A is zero in every layer")
+    if rank is not None:
+        _cut(wrapped, rank)
     return wrapped.eval()
+
+
+def check_rank(adapter: ModelPath, rank: int) -> None:
+    """Raise `CoraError` unless the adapter was trained by a method that works at lower ranks too, and `rank` is one of its ranks."""
+    facts = read_facts(adapter.path)
+    if facts is None or not method_of(facts.plan.mode).nested_ranks:
+        nested = ", ".join(method.name for method in METHODS.values() if method.nested_ranks)
+        kind = f"mode {facts.plan.mode}" if facts is not None else "another program"
+        raise CoraError(
+            f"{adapter.reference} cannot be cut to rank {rank}: only mode {nested} trains for lower ranks, not {kind}"
+        )
+    if not 1 <= rank <= facts.plan.rank:
+        raise CoraError(f"{adapter.reference} has the ranks 1 to {facts.plan.rank}, not {rank}")
+
+
+def _cut(wrapped: PeftModel, rank: int) -> None:
+    """Keep the first `rank` pairs of every layer, scaled by alpha / rank."""
+    config: Any = wrapped.peft_config[ADAPTER]
+    config.r = rank
+    for _, layer in lora_layers(wrapped):
+        for factor, dim in ((layer.lora_A[ADAPTER], 0), (layer.lora_B[ADAPTER], 1)):
+            factor.weight = torch.nn.Parameter(factor.weight.detach().narrow(dim, 0, rank).contiguous(), requires_grad=False)
+        layer.r[ADAPTER], layer.scaling[ADAPTER] = rank, config.lora_alpha / rank
 
 
 def _stored_tensors(adapter: ModelPath) -> dict[str, torch.Tensor]:
@@ -210,6 +254,22 @@ def check_base(adapter: ModelPath, base: ModelPath) -> None:
             f"{base.content_hash()}: "
             "it is another model, or it has changed"
         )
+
+
+def make_room(model: PeftModel, checkpoint: Path) -> None:
+    """Give the adapter's tensors the shapes that they have in the directory `checkpoint`, where a method changes them in training."""
+    found = [
+        (f"base_model.model.{name}.{factor}.", module)
+        for name, layer in lora_layers(model)
+        for factor in ("lora_A", "lora_B")
+        if isinstance(module := getattr(layer, factor)[ADAPTER], Resizable)
+    ]
+    if not found:
+        return
+    with safe_open(checkpoint / WEIGHTS_FILE, framework="pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a dictionary
+    for prefix, module in found:
+        module.resize({key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)})
 
 
 def changes_model(model: PeftModel) -> bool:

@@ -117,7 +117,9 @@ def _parameter(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
         info = typer.Argument(**options)
     else:
         # `--no-x` exists even where the default is off: a flag must be able to override a file that says true.
-        info = typer.Option(*(meta["flags"] or (f"{flag}/--no-{flag[2:]}" if hint is bool else flag,)), **options)
+        info = typer.Option(
+            *(meta["flags"] or (f"{flag}/--no-{flag[2:]}" if hint in (bool, bool | None) else flag,)), **options
+        )
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
     if isinstance(default, tuple):
         default = list(default) if flag_type == list[str] else ",".join(default)

@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 
 from cora_cli.cli.command import command
-from cora_cli.settings import setting
+from cora_cli.settings import LARGEST_RANK, setting
 from cora_cli.terminal import show
 
 
@@ -18,6 +18,7 @@ class ExportConfig:
     output: str = setting("Output directory; must not exist yet.", flags=("--output", "-o"))
     base: str | None = setting("Base model. Default: the one recorded in the adapter.", None)
     basis: str | None = setting("Basis file of a compact adapter. Default: the path recorded in the adapter.", None)
+    rank: int | None = setting("Keep only the first pairs of A and B, of a run of mode dylora.", None, most=LARGEST_RANK)
     seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
     trust_remote_code: bool = setting("Run Python code that comes with the model. Use only if you trust its author.", False)
 
@@ -39,6 +40,7 @@ def run(config: ExportConfig) -> None:
             Path(config.output),
             base=resolve_base(config.base),
             basis_path=Path(config.basis) if config.basis else None,
+            rank=config.rank,
             trust_remote_code=config.trust_remote_code,
         )
     show(f"{config.output}: a LoRA of rank {rank}")

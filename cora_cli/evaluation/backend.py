@@ -41,15 +41,20 @@ def open_transformers(
     hardware: Hardware,
     tokenizer: Any,
     template_ends: Collection[int],
+    rank: int | None = None,
 ) -> Backend:
-    """Load base and adapter with transformers; an adapter that PEFT cannot merge stays as it is.
+    """Load base and adapter, cut to `rank`, with transformers; an adapter that PEFT cannot merge stays as it is.
 
     Raises `CoraError` if one of them cannot be loaded.
     """
 
     def load() -> Any:
         model = load_model(base, hardware.dtype, hardware.device, None, config.trust_remote_code)
-        return load_adapter(model, adapter, Path(config.basis) if config.basis else None) if adapter is not None else model
+        return (
+            load_adapter(model, adapter, Path(config.basis) if config.basis else None, rank=rank)
+            if adapter is not None
+            else model
+        )
 
     model, not_merged = load(), None
     if adapter is not None and config.merge:

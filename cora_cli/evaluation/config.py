@@ -42,6 +42,11 @@ class EvaluateConfig:
     basis: str | None = setting(
         "Basis file of a compact adapter. Default: the path recorded in the adapter.", None, panel=_WHAT
     )
+    ranks: tuple[str, ...] | None = setting(
+        "Comma-separated ranks to cut runs of mode dylora to, such as 1,2,4; each is evaluated on its own. Default: the full rank.",
+        None,
+        panel=_WHAT,
+    )
     backend: Literal["transformers", "vllm"] = setting(
         "Generation backend. vllm needs a GPU and the package vllm, and ignores --batch-size.",
         "transformers",
@@ -110,6 +115,7 @@ class EvaluateConfig:
             raise UsageError(
                 f"--backend {self.backend} has no effect with --from, which scores existing predictions; leave it out"
             )
+        self._check_ranks()
         if self.with_base and not self.runs:
             raise UsageError("--with-base needs run directories, whose base model it evaluates; leave it out")
         if self.model and not (self.dataset and self.output_dir):
@@ -124,6 +130,16 @@ class EvaluateConfig:
         parse_metrics(",".join(self.metrics))
         if problem := variant_problem(self.metric_variant, self.bleu_tokenize):
             raise UsageError(problem)
+
+    def _check_ranks(self) -> None:
+        if self.ranks is not None and not all(rank.isdecimal() and int(rank) for rank in self.ranks or ("",)):
+            raise UsageError(f"--ranks must be positive integers, separated by commas, not {','.join(self.ranks)!r}")
+        if self.ranks and self.from_predictions:
+            raise UsageError("--ranks has no effect with --from, which scores existing predictions; leave it out")
+        if self.ranks and self.backend == "vllm":
+            raise UsageError(
+                "--ranks needs --backend transformers; for vllm, write an adapter of each rank with `cora export --rank`"
+            )
 
     @property
     def metric_names(self) -> tuple[str, ...]:

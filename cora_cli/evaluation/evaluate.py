@@ -98,6 +98,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
         "tokenizer_sha256": target.tokenizer_hash(),
         "adapter_sha256": target.adapter and target.adapter.content_hash(),
         "merged": bool(target.adapter) and config.merge,
+        **({"rank": target.rank} if target.rank is not None else {}),
         "records_sha256": rundir.sha256_json(records),
         "template": target.template,
         "max_new_tokens": config.max_new_tokens,
@@ -124,7 +125,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
         if config.backend == "vllm":
             backend = open_vllm(config, target.base, target.adapter, hardware, template.ends, out.root)
         else:
-            backend = open_transformers(config, target.base, target.adapter, hardware, tokenizer, template.ends)
+            backend = open_transformers(config, target.base, target.adapter, hardware, tokenizer, template.ends, target.rank)
         for record, prompt in zip(records, ids, strict=True):
             check_rows(prompt, backend.rows, place_of(record), tokenizer)
         room = backend.context - config.max_new_tokens

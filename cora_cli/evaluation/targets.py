@@ -10,7 +10,7 @@ from typing import Any
 
 from cora_cli import records as shapes
 from cora_cli import rundir
-from cora_cli.adapters.storage import base_of
+from cora_cli.adapters.storage import base_of, check_rank
 from cora_cli.data.formats import Record, Schema, prompt_hash
 from cora_cli.data.templates import TemplateName, reads_clock
 from cora_cli.errors import CoraError
@@ -27,7 +27,7 @@ class Target:
     """One thing to evaluate: a base model with or without an adapter, the records to answer, and the output directory.
 
     `own_records` are those held out by the training that produced it. `date` is what a chat template that writes the date takes for it, None
-    where neither the user nor a training decides.
+    where neither the user nor a training decides. `rank` is what the adapter is cut to.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Target:
     output: EvaluationDirectory
     own_records: Path | None = None
     date: str | None = None
+    rank: int | None = None
 
     @property
     def tokenizer(self) -> ModelPath:
@@ -66,16 +67,30 @@ def find_targets(config: EvaluateConfig) -> list[Target]:
         out = EvaluationDirectory(Path(config.output_dir))
         record = trained_on(adapter or base)
         date = config.template_date or (record.date if record else None)
-        return [Target(config.model, base, adapter, config.dataset, config.template, out, date=date)]
+        return _at_ranks(config, Target(config.model, base, adapter, config.dataset, config.template, out, date=date))
     targets: list[Target] = []
     for name in config.runs or ():
         own, compared = _targets_of_run(config, name)
         if compared is not None and not any(_same_answers(compared, other, config.trust_remote_code) for other in targets):
             targets.append(compared)
-        targets.append(own)
+        targets += _at_ranks(config, own)
     if len({target.output.root for target in targets}) < len(targets):
         raise CoraError("two runs have the same name and would be written to the same directory; evaluate them separately")
     return targets
+
+
+def _at_ranks(config: EvaluateConfig, target: Target) -> list[Target]:
+    """The target at each of `--ranks`, with a directory for each; the target itself where there are none."""
+    if not config.ranks:
+        return [target]
+    if target.adapter is None:
+        raise CoraError(f"{target.name} is a complete model, which has no rank; leave out --ranks")
+    found, root = [], target.output.root
+    for rank in dict.fromkeys(map(int, config.ranks)):
+        check_rank(target.adapter, rank)
+        out = root / f"rank-{rank}" if config.output_dir else root.with_name(f"{root.name}-rank-{rank}")
+        found.append(dataclasses.replace(target, name=f"{target.name} rank {rank}", output=EvaluationDirectory(out), rank=rank))
+    return found
 
 
 def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target | None]:

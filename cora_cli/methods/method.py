@@ -7,7 +7,7 @@ inside the functions that use them.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cora_cli.basis.choices import Side
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
     from cora_cli.basis.artifact import Basis
-    from cora_cli.methods.parts.factored import Factored
     from cora_cli.methods.parts.layers import LinearWeight
 
 AInit = Literal["zeros", "gaussian", "kaiming"]
@@ -28,11 +27,14 @@ BInit = Literal["basis", "zeros", "ones", "random", "orthonormal"]
 A, B = "lora_A.weight", "lora_B.weight"
 A_INNER, B_INNER = "lora_A.inner", "lora_B.inner"
 """The trained part of a factor that is a product with a frozen outer part (`parts.factored.Factored`)."""
+A_LINK, B_LINK = "lora_A.link", "lora_B.link"
+"""The trained part of a factor that is a chain of frozen links and a trained one (`parts.links.Links`)."""
 Shapes = Mapping[str, tuple[str, ...]]
 """Trained tensors of a layer, named as PEFT stores them, with their shapes in the symbols `out`, `in`, `r` and a method's own."""
 A_ALONE: Shapes = {A: ("r", "in")}
 B_ALONE: Shapes = {B: ("out", "r")}
 A_AND_B: Shapes = {**A_ALONE, **B_ALONE}
+LINKS: Shapes = {A_LINK: ("r", "in"), B_LINK: ("out", "r")}
 AS_THE_FILE_SAYS = "as the file says"
 SHARED_SETTINGS = frozenset({"alpha", "rslora", "a_init"})
 """Settings of `cora train` that several methods take and others do not; `Method.takes` names a method's own choice of them."""
@@ -45,6 +47,20 @@ class MethodSetting:
     name: str
     type: type
     help: str
+
+    @property
+    def flag(self) -> str:
+        """As the command line spells it."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An optimizer step of a run: its number, from 1 to `total`, and the optimizer that takes it."""
+
+    number: int
+    total: int
+    optimizer: "torch.optim.Optimizer"
 
 
 class Method:
@@ -62,6 +78,9 @@ class Method:
     """Whether the base model stays frozen; False for full fine-tuning."""
     takes_transposed: ClassVar[bool] = True
     """Whether it applies to layers that store W as (in, out), GPT-2's."""
+
+    runs_in_several_processes: ClassVar[bool] = True
+    """Whether PyTorch's data parallelism can train it; not where the number of parameters changes."""
 
     # Settings
     takes: ClassVar[frozenset[str]] = SHARED_SETTINGS
@@ -96,6 +115,8 @@ class Method:
     """The form on disk, as PEFT calls it. Plain PEFT loads each of them unchanged."""
     lora_rank: ClassVar[str | None] = "r"
     """The rank at which the trained adapter equals a plain LoRA; None where no LoRA equals it."""
+    nested_ranks: ClassVar[bool] = False
+    """Whether the first b pairs of A and B with s = alpha / b are an adapter of their own, for every b ≤ r."""
 
     @property
     def file_stem(self) -> str:
@@ -145,6 +166,9 @@ class Method:
     def needs_basis(self, b_init: str | None = None) -> bool:
         """Whether a factor starts as a basis, given the requested start of B."""
         return "basis" in (b_init or self.b_init, self.a_init)
+
+    def check_run(self, plan: AdapterPlan, layers: Collection[str], steps: int) -> None:
+        """Raise `CoraError` where the method cannot run for so many optimizer steps on the adapted `layers`."""
 
     def inputs(self, plan: AdapterPlan) -> dict[str, Any]:
         """Values that were read from the user's files and determine the result; part of a run's fingerprint."""
@@ -210,8 +234,11 @@ class Method:
 
     def starts(
         self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"
-    ) -> "tuple[torch.Tensor | Factored, torch.Tensor | Factored] | None":
-        """A (r, in) and B (out, r) of the layer `name` before training; None where PEFT computes them."""
+    ) -> "tuple[torch.Tensor | torch.nn.Module, torch.Tensor | torch.nn.Module] | None":
+        """A (r, in) and B (out, r) of the layer `name` before training; None where PEFT computes them.
+
+        A module takes the place of PEFT's linear layer; its `weight` is the matrix that it multiplies by outside of training.
+        """
         from cora_cli.methods.parts.starts import start_a, start_b
 
         width = self.b_width(plan)
@@ -252,8 +279,8 @@ class Method:
 
     @property
     def stored_as_trained(self) -> bool:
-        """Whether the stored tensors are the trained ones; not for a product of factors or a difference from the start."""
-        return not self.subtracts_start and self.trained.keys().isdisjoint((A_INNER, B_INNER))
+        """Whether the stored tensors are the trained ones; not for a product of factors, a chain of them, or a difference from the start."""
+        return not self.subtracts_start and self.trained.keys().isdisjoint((A_INNER, B_INNER, A_LINK, B_LINK))
 
     def optimizer(
         self, model: "PeftModel", kind: Any, options: dict[str, Any], weight_decay: float, plan: AdapterPlan
@@ -265,11 +292,15 @@ class Method:
         """A scalar that is added to the mean response loss of each micro-batch; None for nothing."""
         return None
 
-    def before_step(self, model: "torch.nn.Module", plan: AdapterPlan, step: int) -> None:
-        """Called before the first micro-batch of optimizer step `step`, counted from 1."""
+    def before_step(self, model: "PeftModel", plan: AdapterPlan, step: Step) -> None:
+        """Called before the first micro-batch of a step."""
 
-    def after_step(self, model: "torch.nn.Module", plan: AdapterPlan, step: int) -> None:
-        """Called after the optimizer has taken step `step`."""
+    def after_step(self, model: "PeftModel", plan: AdapterPlan, step: Step) -> None:
+        """Called after the optimizer has taken a step and before a checkpoint of it is written.
+
+        A method keeps what it remembers from step to step in buffers of the adapter's layers, which checkpoints contain, and draws
+        random numbers from the seed and the step, so that a resumed run and every process have the same ones.
+        """
 
 
 def common_options(plan: AdapterPlan) -> dict[str, Any]:

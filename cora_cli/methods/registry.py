@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cora_cli import methods
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.methods.method import A_INNER, AS_THE_FILE_SAYS, B_INNER, SHARED_SETTINGS, A, B, Method, MethodSetting
+from cora_cli.methods.method import (
+    A_INNER,
+    A_LINK,
+    AS_THE_FILE_SAYS,
+    B_INNER,
+    B_LINK,
+    SHARED_SETTINGS,
+    A,
+    B,
+    Method,
+    MethodSetting,
+)
 from cora_cli.methods.plan import AdapterPlan, AdapterRequest
 from cora_cli.render.markdown_table import markdown_table
 
@@ -64,7 +75,7 @@ def taken_settings(method: Method) -> frozenset[str]:
 
 _SYMBOLS: dict[str, Any] = {
     **{A: "A", B: "B", "lora_magnitude_vector.weight": "magnitudes", "vera_lambda_b": "b", "vera_lambda_d": "d"},
-    **{A_INNER: "inner A", B_INNER: "inner B"},
+    **{A_INNER: "inner A", B_INNER: "inner B", A_LINK: "A", B_LINK: "B"},
 }
 
 

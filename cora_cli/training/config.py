@@ -16,6 +16,7 @@ from cora_cli.settings import LARGEST_RANK, MOST, DtypeName, range_problems, set
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 Reporter = Literal["none", "tensorboard", "wandb", "trackio"]
 _WHAT, _DATA, _OPTIM, _RUN = "Method", "Data", "Optimisation", "Run"
+_OF_METHODS = frozenset(own.name for own in OWN_SETTINGS)
 NOT_PART_OF_THE_RESULT = frozenset(
     {"output_dir", "resume", "stop_at", "report_to", "device", "save_steps", "keep_checkpoints", "model", "dataset", "basis"}
 )
@@ -195,8 +196,8 @@ class _SharedSettings:
             raise UsageError(f"--basis has no effect where B starts as {plan.b_init}; leave it out")
 
     def _asked_for(self, name: str) -> bool:
-        """Whether an optional setting was given, even as 0."""
-        return getattr(self, name) is not None and getattr(self, name) is not False
+        """Whether an optional setting was given, even as 0; a method's own may also be given as false."""
+        return getattr(self, name) is not None and (name in _OF_METHODS or getattr(self, name) is not False)
 
     def adapter_plan(self) -> AdapterPlan | None:
         """The adapter that this configuration asks for; None for full fine-tuning. Raises `UsageError` for contradictions."""

@@ -78,6 +78,8 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None) -> Pr
             f"{config.model} is an adapter; training needs a complete model: write one with `cora merge {config.model}` first"
         )
     method = method_of(config.mode)
+    if not method.runs_in_several_processes and (processes := _processes()) > 1:
+        raise CoraError(f"mode {config.mode} changes its number of parameters and runs in one process only, not in {processes}")
     if basis is not None and plan is not None:
         source = open_source(model_path)
         targets = source.targets(plan.target_modules)
@@ -107,12 +109,14 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None) -> Pr
     require_causal(skeleton, model_path.reference)
     if plan is not None:
         method.configuration(plan)
-        target_linears(skeleton, plan.target_modules)
+        layers = target_linears(skeleton, plan.target_modules)
     length, context = config.max_length, context_length(model_config)
     rows = skeleton.get_input_embeddings().weight.shape[0]
     train_set = encode_records(data.train, template, length, "training", rows, config.train_on == "all", context)
     test_set = encode_records(data.test, template, length, "held-out", rows, context=context)
     validation_set = encode_records(data.validation, template, length, "validation", rows, context=context)
+    if plan is not None:
+        method.check_run(plan, layers, total_steps(config, len(train_set.examples)))
     if config.eval_limit:
         test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
     if removed:
@@ -126,9 +130,12 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None) -> Pr
 
 def total_steps(config: TrainConfig, examples: int) -> int:
     """Optimizer steps of the complete run."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    per_epoch = math.ceil(examples / (config.batch_size * config.gradient_accumulation * processes))
+    per_epoch = math.ceil(examples / (config.batch_size * config.gradient_accumulation * _processes()))
     return config.max_steps or math.ceil(config.epochs * per_epoch)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def warmup_steps(ratio: float, steps: int) -> int:

@@ -17,6 +17,7 @@ import torch
 from cora_cli import __version__, rundir
 from cora_cli.basis.artifact import Basis
 from cora_cli.data.encode import EncodedSet
+from cora_cli.methods.plan import AdapterPlan
 from cora_cli.training.batching import Batching
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.prepare import Prepared
@@ -28,7 +29,6 @@ def first_record(
     config: TrainConfig, prepared: Prepared, fingerprint: dict[str, Any], model: Any, batching: Batching
 ) -> dict[str, Any]:
     """The record of a run that is about to start; `fingerprint` is `Prepared.fingerprint`, `model` the model to train."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return {
         "format": 1,
         "status": RUNNING,
@@ -39,13 +39,7 @@ def first_record(
         "fingerprint": fingerprint,
         "model": {"reference": config.model, "revision": prepared.model_path.revision},
         "basis": _describe(prepared.basis) if prepared.basis else None,
-        "parameters": {
-            "trained": trained,
-            "total": sum(parameter.numel() for parameter in model.parameters()),
-            "adapter": sum(
-                p.numel() for name, p in model.named_parameters() if prepared.plan and model.base_model.prefix in name
-            ),
-        },
+        "parameters": parameter_counts(model, prepared.plan),
         "data": {
             "dataset": config.dataset,
             "template": prepared.template.name,
@@ -67,6 +61,15 @@ def first_record(
         "attention": {"name": batching.attention, "batches": batching.form.kind, "reason": batching.reason},
         "versions": versions(),
         "seeds": {"seed": config.seed, "split_seed": config.split_seed},
+    }
+
+
+def parameter_counts(model: Any, plan: AdapterPlan | None) -> dict[str, int]:
+    """Numbers of parameters that train, of all, and of those in an adapter."""
+    return {
+        "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "total": sum(parameter.numel() for parameter in model.parameters()),
+        "adapter": sum(p.numel() for name, p in model.named_parameters() if plan and model.base_model.prefix in name),
     }
 
 

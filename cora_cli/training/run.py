@@ -43,7 +43,7 @@ from cora_cli.training.checkpoints import checkpoints_in, newest_intact, step_of
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
-from cora_cli.training.record import FAILED, FINISHED, STOPPED, first_record, peak_memory_bytes
+from cora_cli.training.record import FAILED, FINISHED, STOPPED, first_record, parameter_counts, peak_memory_bytes
 from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line
 
 
@@ -282,6 +282,8 @@ def _train_and_save(
             rundir.write_jsonl(run.heldout, [{"before": b, "after": a, "tokens": int(t)} for b, a, t in rows])
     return {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        # Again, since the method may have changed them.
+        "parameters": parameter_counts(model, prepared.plan),
         "speed": speed,
         "peak_memory_bytes": peak_memory_bytes(prepared.hardware.device),
         "heldout": {"before": before.summary(), "after": after.summary(), "change": loss_change(before, after)}

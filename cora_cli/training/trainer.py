@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cora_cli.adapters.install import AngleMeter, apply_trained_set
+from cora_cli.adapters.storage import make_room
 from cora_cli.data.batches import BatchForm, Collator, ExampleSet, GlobalBatches
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
+from cora_cli.methods.method import Step
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import Progress
@@ -116,10 +118,17 @@ class CoraTrainer(Trainer):
         self.optimizer = own
         return own
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if isinstance(self.model, PeftModel):
+            make_room(self.model, Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def before_step(self) -> None:
         """Let the method prepare the optimizer step that begins."""
         if self._method is not None and self._plan is not None:
-            self._method.before_step(self.accelerator.unwrap_model(self.model), self._plan, self.state.global_step + 1)
+            self._method.before_step(
+                self.accelerator.unwrap_model(self.model), self._plan, self._step(self.state.global_step + 1)
+            )
 
     def stop_if_last(self) -> None:
         """Save a checkpoint and stop after the last step."""
@@ -129,7 +138,11 @@ class CoraTrainer(Trainer):
     def after_step(self) -> None:
         """Let the method act on the weights of the optimizer step that has ended."""
         if self._method is not None and self._plan is not None:
-            self._method.after_step(self.accelerator.unwrap_model(self.model), self._plan, self.state.global_step)
+            self._method.after_step(self.accelerator.unwrap_model(self.model), self._plan, self._step(self.state.global_step))
+
+    def _step(self, number: int) -> Step:
+        optimizer: Any = self.optimizer
+        return Step(number, self.state.max_steps, getattr(optimizer, "optimizer", optimizer))
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         # The last hook before the optimizer, called whether gradients are clipped or not.

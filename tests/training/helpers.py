@@ -123,6 +123,16 @@ class RunProcess:
         return self.process.exitcode, message
 
 
+def run_together(config: TrainConfig, kill_at: tuple[str, int] | None = None) -> list[tuple[int | None, str]]:
+    """Run `config` in two processes that meet as under torchrun; `kill_at` ends the first, and the second is killed after it."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    processes = [RunProcess(config, kill_at if rank == 0 else None, rank=rank, world=2, store=store) for rank in range(2)]
+    first = processes[0].wait()
+    if kill_at is not None:
+        processes[1].process.kill()
+    return [first, processes[1].wait()]
+
+
 def _run(
     config: TrainConfig,
     kill_at: tuple[str, int] | None,

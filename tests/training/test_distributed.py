@@ -14,26 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
 from cora_cli.training.trainer import CoraTrainer, Diverged
 
-from .helpers import KILLED, RunProcess, config_for, log_lines, record_of
+from .helpers import KILLED, config_for, log_lines, record_of, run_together
 
 # 37 training records in optimizer batches of 4: ten steps an epoch, the last with one record, which leaves the second process a
 # ghost; the held-out ones are 3, so that the processes have unequal shares of them.
 STEPS = 12
 LONG = {"test_size": 3.0, "max_steps": STEPS, "batch_size": 4, "save_steps": 5, "learning_rate": 3e-3}
-
-
-def run_together(config: TrainConfig, kill_at: tuple[str, int] | None = None) -> list[tuple[int | None, str]]:
-    """Run `config` in two processes that meet as under torchrun; `kill_at` ends the first, and the second is killed after it."""
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    processes = [RunProcess(config, kill_at if rank == 0 else None, rank=rank, world=2, store=store) for rank in range(2)]
-    first = processes[0].wait()
-    if kill_at is not None:
-        processes[1].process.kill()
-    return [first, processes[1].wait()]
 
 
 def assert_same_results(output: Path, expected: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from cora_cli.methods.lora import Lora
+from cora_cli.methods.method import Step
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import METHODS
 from cora_cli.training.run import train
@@ -19,19 +20,20 @@ class Nudged(Lora):
     """LoRA with the sum of all entries of A in its loss."""
 
     name = "nudged"
-    seen: ClassVar[list[tuple[str, int]]] = []
+    seen: ClassVar[list[tuple[str, int, int]]] = []
 
     def added_loss(self, model: torch.nn.Module, plan: AdapterPlan) -> torch.Tensor:
         """Its gradient is 1 for every entry of A."""
         return torch.stack([p.sum() for name, p in model.named_parameters() if "lora_A" in name]).sum()
 
-    def before_step(self, model: torch.nn.Module, plan: AdapterPlan, step: int) -> None:
+    def before_step(self, model: torch.nn.Module, plan: AdapterPlan, step: Step) -> None:
         """Note the step."""
-        self.seen.append(("before", step))
+        self.seen.append(("before", step.number, step.total))
 
-    def after_step(self, model: torch.nn.Module, plan: AdapterPlan, step: int) -> None:
+    def after_step(self, model: torch.nn.Module, plan: AdapterPlan, step: Step) -> None:
         """Note the step."""
-        self.seen.append(("after", step))
+        assert step.optimizer.state
+        self.seen.append(("after", step.number, step.total))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -50,4 +52,4 @@ def test_an_added_loss_counts_once_per_step_and_the_hooks_see_every_step(
         assert torch.allclose(moved[key], start[key] - 0.25, atol=1e-6)
     entries = sum(tensor.sum().item() for key, tensor in start.items() if "lora_A" in key)
     assert losses(tmp_path / "nudged")[0] - losses(tmp_path / "plain")[0] == pytest.approx(entries, rel=1e-4, abs=1e-4)
-    assert Nudged.seen == [("before", 1), ("after", 1)]
+    assert Nudged.seen == [("before", 1, 1), ("after", 1, 1)]

@@ -1,7 +1,7 @@
 """The layers of a PEFT model that an adapter changes, and their factors A and B."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 ADAPTER = "default"
+
+
+class Resizable(torch.nn.Module):
+    """In the place of PEFT's linear layer for A or B, a module whose tensors change their number or shape during training."""
+
+    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Make room for a checkpoint in which its tensors have these names and shapes."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +54,8 @@ def adapted_layers(model: PeftModel) -> Iterator[tuple[str, BaseTunerLayer]]:
             yield name, module
 
 
-def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
-    """Every LoRA layer with the name that its linear layer has in the base model."""
+def lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
+    """Every LoRA layer (PEFT's `LoraLayer`) with the name that its linear layer has in the base model."""
     for name, module in adapted_layers(model):
         if isinstance(module, LoraLayer):
             yield name, module

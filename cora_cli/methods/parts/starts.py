@@ -25,7 +25,7 @@ def start_b(
     if plan.b_init in ("zeros", "ones"):
         return torch.full((out_features, width), float(plan.b_init == "ones"))
     if plan.b_init == "random":
-        return _kaiming_uniform((out_features, width), _generator(plan.seed, name, "B"))
+        return _kaiming_uniform((out_features, width), seeded(plan.seed, name, "B"))
     return orthonormal(plan, name, "B", out_features, width, flag)
 
 
@@ -36,7 +36,7 @@ def start_a(plan: AdapterPlan, name: str, in_features: int, basis: Basis | None 
         if basis is None:
             raise CoraError(f"mode {plan.mode} needs a basis to start A from")
         return basis.for_module(name, plan.rank, in_features, "input").T.contiguous()
-    generator = _generator(plan.seed, name, "A")
+    generator = seeded(plan.seed, name, "A")
     if plan.a_init == "zeros":
         return torch.zeros(shape)
     if plan.a_init == "gaussian":
@@ -49,7 +49,7 @@ def orthonormal(plan: AdapterPlan, name: str, factor: str, features: int, width:
     if width > features:
         side = "outputs" if factor == "B" else "inputs"
         raise CoraError(f"{name} has {features} {side}, fewer than {flag} {width}: no orthonormal {factor} of that rank exists")
-    gaussian = torch.randn((features, width), generator=_generator(plan.seed, name, factor), dtype=torch.float64)
+    gaussian = torch.randn((features, width), generator=seeded(plan.seed, name, factor), dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     return (q * r.diagonal().sign()).float()
 
@@ -59,6 +59,7 @@ def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> torc
     return torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
 
 
-def _generator(seed: int, name: str, factor: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}/{factor}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+def seeded(seed: int, name: str, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one purpose in the layer `name`: "A" and "B" are the starts of the factors."""
+    digest = hashlib.sha256(f"{seed}/{name}/{purpose}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
