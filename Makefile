@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.set-up
-STAGES := startup metrics generation extraction training
+STAGES := startup metrics generation extraction training grid
 
 .PHONY: setup demo test test-slow lint bench families clean
 

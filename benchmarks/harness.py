@@ -5,6 +5,7 @@ A benchmark script calls `run` with a function that measures one side and a func
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -25,7 +26,8 @@ GIB = 2**30
 class Stage:
     """One benchmark: its sides (name → description), the unit of its rates, and the target ratio for each peer.
 
-    A peer is compared with the side that `against` names for it, or with `ours`.
+    A peer is compared with the side that `against` names for it, or with `ours`. `needs` names the requirement (`package==version`) of a side
+    that is not measured where its package is missing.
     """
 
     name: str
@@ -35,7 +37,12 @@ class Stage:
     targets: Mapping[str, float]
     memory_targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
     against: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rounds: int = 3
+
+    def can_run(self, side: str) -> bool:
+        """Whether the package that the side needs, if any, is installed."""
+        return side not in self.needs or importlib.util.find_spec(self.needs[side].partition("==")[0]) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +104,7 @@ def run(
     if options.side:
         print(json.dumps(measure(options.side, options)))
         return
-    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in stage.sides}
+    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in stage.sides if stage.can_run(side)}
     for number in range(options.rounds):
         for side, results in rounds.items():
             command = [sys.executable, stage.script, "--side", side, "--round", str(number), *sys.argv[1:]]
@@ -134,6 +141,8 @@ def _report(
             share = f"{of_memory:.2f}" + ("" if limit is None else f" ({_verdict(limit, of_memory <= limit)})")
             summary.append([stage.name, stage.sides[side], ratio, reached, share])
         rows.append([*row, ratio, reached, f"{memory[side] / GIB:.2f}", share])
+    missing = [side for side in stage.sides if side not in rounds]
+    rows += [[stage.sides[side], f"not installed: pip install {stage.needs[side]}", "", "", "", ""] for side in missing]
     headers = [stage.name, f"{stage.unit}, median [min, max]", "ours ÷ this", "target", "peak GiB", "ours ÷ this, memory"]
     lines = [
         markdown_table(headers, rows),

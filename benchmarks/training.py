@@ -1,6 +1,9 @@
-"""Training speed compared with what people use today: PEFT LoRA on the stock Trainer with DataCollatorForSeq2Seq.
+"""Training speed compared with what people use today: PEFT LoRA on the stock Trainer with DataCollatorForSeq2Seq, and TRL's SFTTrainer.
 
-Peer 1 samples as the Trainer does by default; peer 2 groups by length. Every side trains LoRA r = 48 on q, k, v of the embedded model in
+Peer 1 samples as the Trainer does by default; peer 2 groups by length. Peer 3 is SFTTrainer with `packing=True`, its default strategy (`bfd`) and its
+default loss, which computes no logits where there is no label (`loss_type="nll"`; "chunked_nll" was the name before TRL 1.16). It needs TRL, which cora
+does not: `pip install trl==1.16.0`. Without it, the table says "not installed". Peer 3 gets the examples of peer 1's batches and packs them into rows of
+1,024 tokens; a step has as many rows as hold 16 examples on average. The script also measures whether packing changes its loss. Every side trains LoRA r = 48 on q, k, v of the embedded model in
 batches of 16 with Alpaca's template. Each round takes a few of the batches that a side would draw in one epoch, evenly spread from the
 smallest to the largest, and every round takes different ones. Ours and peer 1 run the same batches. Rates count real tokens, not padding. Every side
 runs one more batch first as warm-up.
@@ -22,10 +25,12 @@ STAGE = harness.Stage(
         harness.OURS: "cora train",
         "random": "PEFT + Trainer, default sampling",
         "group_by_length": "PEFT + Trainer, length grouping",
+        "trl": "TRL SFTTrainer 1.16, packing",
     },
     unit="real tokens/s",
-    targets={"random": 2.5, "group_by_length": 1.8},
+    targets={"random": 2.5, "group_by_length": 1.8, "trl": 1.0},
     memory_targets={"random": 0.5, "group_by_length": 0.5},
+    needs={"trl": "trl==1.16.0"},
 )
 # The generated data follow these quantiles of token counts. They come from a public text-to-code set of 2,017 Alpaca records
 # (sahil280114/codealpaca, code_alpaca_2k), half of which have an input.
@@ -120,21 +125,17 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     model, hardware, examples, tokenizer = load_work(side, options, options.dtype)
     measured = chosen_batches(examples, side, options.steps, options.round)
     batches = [measured[len(measured) // 2], *measured]
+    chosen = [[examples[index] for index in batch] for batch in batches]
     arguments = TrainingArguments(
-        output_dir="unused",
-        per_device_train_batch_size=BATCH,
-        max_steps=len(batches),
-        learning_rate=LEARNING_RATE,
-        bf16=hardware.dtype == torch.bfloat16,
-        use_cpu=hardware.device.type == "cpu",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        remove_unused_columns=False,
+        **settings(hardware), per_device_train_batch_size=BATCH, max_steps=len(batches), remove_unused_columns=False
     )
     trainer: Trainer
-    if side == harness.OURS:
+    tokens = sum(len(example.input_ids) for batch in chosen[1:] for example in batch)
+    if side == "trl":
+        trainer = trl_trainer(model, tokenizer, [example for batch in chosen for example in batch], hardware)
+        first = trainer.args.per_device_train_batch_size
+        tokens = sum(sum(row) for row in trainer.train_dataset["seq_lengths"][first:])
+    elif side == harness.OURS:
         from cora_cli.data.batches import BatchForm, GlobalBatches
         from cora_cli.device import select_packed_attention
         from cora_cli.training.trainer import CoraTrainer
@@ -156,8 +157,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
         )
         trainer.batches = Chosen(batches)
     else:
-        order = [index for batch in batches for index in batch]
-        rows = [row(examples[index]) for index in order]
+        rows = [row(example) for batch in chosen for example in batch]
 
         class InOrder(Trainer):
             def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -173,7 +173,6 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     trainer.add_callback(Clock())
     trainer.train()
     seconds = ends[-1] - ends[0]
-    tokens = sum(len(examples[index].input_ids) for batch in measured for index in batch)
     return {
         "rate": tokens / seconds,
         "peak_bytes": harness.peak_bytes(hardware.device),
@@ -181,6 +180,70 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
     }
+
+
+def settings(hardware: Any) -> dict[str, Any]:
+    """The arguments that the Trainer and SFTTrainer have in common."""
+    import torch
+
+    return {
+        "output_dir": "unused",
+        "learning_rate": LEARNING_RATE,
+        "bf16": hardware.dtype == torch.bfloat16,
+        "use_cpu": hardware.device.type == "cpu",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+
+
+def trl_trainer(model: Any, tokenizer: Any, examples: Sequence[Any], hardware: Any) -> Any:
+    """SFTTrainer for one pass over `examples`, packed, in the order of the packed rows."""
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from trl.data_utils import pack_dataset
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    dataset = Dataset.from_list([{name: row(example)[name] for name in ("input_ids", "labels")} for example in examples])
+    rows = len(pack_dataset(dataset, MAX_LENGTH, "bfd"))
+    arguments = SFTConfig(
+        **settings(hardware),
+        packing=True,
+        max_length=MAX_LENGTH,
+        gradient_checkpointing=False,  # as on all sides; SFTTrainer saves memory by default
+        num_train_epochs=1,
+        per_device_train_batch_size=max(1, round(rows * BATCH / len(examples))),
+    )
+    return InOrder(model, arguments, train_dataset=dataset, processing_class=tokenizer)
+
+
+def trl_packing_error(options: argparse.Namespace) -> float:
+    """How far the loss of one batch moves when SFTTrainer packs it, relative to the mean over its examples alone, in fp32."""
+    import torch
+
+    model, hardware, examples, tokenizer = load_work("trl", options, "fp32")
+    trainer = trl_trainer(model, tokenizer, examples[:BATCH], hardware)
+    packed = trainer.train_dataset.select_columns(["input_ids", "labels", "seq_lengths"])
+    singles = [{**row(example), "seq_lengths": [len(example.input_ids)]} for example in examples[:BATCH]]
+
+    def loss(rows: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
+        batch = moved(
+            trainer.data_collator([{k: v for k, v in one.items() if k != "attention_mask"} for one in rows]), hardware.device
+        )
+        labels = int((batch["labels"] != -100).sum())
+        with torch.no_grad():
+            return trainer.compute_loss(model, batch).item() * labels, labels
+
+    model.eval()
+    together, count = loss(list(packed))
+    alone = [loss([one]) for one in singles]
+    expected = sum(value for value, _ in alone) / sum(number for _, number in alone)
+    return abs(together / count - expected) / expected
 
 
 def row(example: Any) -> dict[str, list[int]]:
@@ -241,7 +304,14 @@ def notes(rounds: Mapping[str, list[dict[str, Any]]], options: argparse.Namespac
             needed += operations(model, [examples[index] for index in batch])
         spent += result["seconds"]
     lengths = [len(example.input_ids) for example in examples]
+    trl = []
+    if STAGE.can_run("trl"):
+        trl = [
+            f"SFTTrainer's loss of {BATCH} packed examples differs from that of the same examples one at a time by {trl_packing_error(options):.1e} "
+            f"(relative, fp32, PyTorch's attention); ours by the first figure above."
+        ]
     return [
+        *trl,
         f"{options.model or 'The embedded model'} on {hardware.device_reason if hardware.device.type == 'cuda' else 'the processor'}: "
         f"{options.steps} batches of {BATCH} per round, {options.dtype}, from "
         + (options.dataset or "generated records with the lengths of code_alpaca_2k")

@@ -5,7 +5,7 @@ routines. `decompose` decides whether a Gram matrix is accurate enough.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -65,42 +65,53 @@ def all_eigenpairs(gram: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     return values.flip(0).cpu().numpy(), vectors.flip(1).cpu().numpy()
 
 
+def lanczos_is_faster(rows: int, wanted: int) -> bool:
+    """Whether Lanczos finds the `wanted` largest eigenpairs of a (rows, rows) matrix faster than a direct solver."""
+    return rows > _LANCZOS_ROWS and wanted <= _LANCZOS_SHARE * rows
+
+
 def top_eigenpairs(gram: torch.Tensor, wanted: int) -> tuple[np.ndarray, np.ndarray]:
     """At least the `wanted` largest eigenvalues, descending, and their vectors, from the lower triangle of `gram` (rows, rows)."""
     if not on_cpu(gram):
         return all_eigenpairs(gram)
     from scipy.linalg import eigh
+    from scipy.linalg.blas import dsymm, dsymv
 
     rows, matrix = len(gram), gram.numpy()
-    found = None
-    if rows > _LANCZOS_ROWS and wanted <= _LANCZOS_SHARE * rows:
-        found = _lanczos(matrix, wanted)
-    values, vectors = found or eigh(matrix, subset_by_index=[rows - wanted, rows - 1], lower=True)
-    return values[::-1], vectors[:, ::-1]
+
+    def product(vectors: np.ndarray) -> np.ndarray:
+        return (dsymv if vectors.ndim == 1 else dsymm)(1.0, matrix.T, vectors, lower=0)
+
+    found = lanczos(rows, product, wanted) if lanczos_is_faster(rows, wanted) else None
+    if found is None:
+        values, vectors = eigh(matrix, subset_by_index=[rows - wanted, rows - 1], lower=True)
+        found = values[::-1], vectors[:, ::-1]
+    return found
 
 
-def _lanczos(gram: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """The `wanted` largest eigenpairs, ascending, from a fixed start; None if not all have converged to full precision."""
-    from scipy.linalg.blas import dsymm, dsymv
+def lanczos(rows: int, product: Callable[[np.ndarray], np.ndarray], wanted: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """The `wanted` largest eigenpairs, descending, from a fixed start; None if not all have converged to full precision.
+
+    `product` multiplies the symmetric (rows, rows) matrix, which has no negative eigenvalues, by a vector or by several columns.
+    """
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-    rows, upper = len(gram), gram.T
     starts = np.random.default_rng(0).standard_normal((2, rows))
 
-    def product(vector: np.ndarray) -> np.ndarray:
-        return dsymv(1.0, upper, vector.ravel(), lower=0)
+    def of_one(vector: np.ndarray) -> np.ndarray:
+        return product(vector.ravel())
 
     try:
-        values, vectors = eigsh(LinearOperator((rows, rows), product, dtype=float), k=wanted, v0=starts[0])
-        residual = np.linalg.norm(dsymm(1.0, upper, vectors, lower=0) - vectors * values, axis=0).max()
+        values, vectors = eigsh(LinearOperator((rows, rows), of_one, dtype=float), k=wanted, v0=starts[0])
+        residual = np.linalg.norm(product(vectors) - vectors * values, axis=0).max()
         if residual > SAFETY * EPS * rows**0.5 * values[-1]:
             return None
 
         def rest(vector: np.ndarray) -> np.ndarray:
-            return product(vector) - vectors @ (values * (vectors.T @ vector.ravel()))
+            return of_one(vector) - vectors @ (values * (vectors.T @ vector.ravel()))
 
         # A Krylov space can miss one copy of a repeated eigenvalue, so check that no larger eigenvalue remains.
         left = eigsh(LinearOperator((rows, rows), rest, dtype=float), k=1, v0=starts[1], tol=1e-3, return_eigenvectors=False)
     except ArpackNoConvergence:
         return None
-    return None if left[0] > values[0] * (1 + 1e-9) else (values, vectors)
+    return None if left[0] > values[0] * (1 + 1e-9) else (values[::-1], vectors[:, ::-1])

@@ -14,6 +14,7 @@ import torch
 from cora_cli.basis.choices import BasisChoices, Side
 from cora_cli.extraction.gram import one_thread_pool
 from cora_cli.extraction.merge import plan
+from cora_cli.inspection.around_mean import AroundMean, around_mean
 from cora_cli.inspection.changes import Change, change_of, leave_one_out, not_zero, read_matrix
 from cora_cli.inspection.spectra import Spectra, spectra
 from cora_cli.inspection.subspaces import chance, chance_deviation, energy, gram, in_common, leading, overlap, principal_angles
@@ -186,23 +187,35 @@ def _measure(
     unscaled: bool,
 ) -> Findings:
     base_weight = not_zero(read_matrix(base, module, device, side), module, BASE) if base else None
+    read: dict[str, Change] = {}
     changes: dict[str, Change] = {}
     sizes: dict[str, float] = {}
-    of_weights: dict[str, torch.Tensor] = {}
-    mean: torch.Tensor | None = None
-    for name, source in models.items():  # keep every change, but of the weights only their mean
-        if base is None or base_weight is None:
-            weight = read_matrix(source, module, device, side)
-        else:
-            change = change_of(source, module, base, base_weight, side)
-            weight = change.add_to(base_weight.clone())
-            sizes[name] = math.sqrt(change.energy / energy(base_weight))
-            if sizes[name] > 0:  # a zero change has no directions
-                changes[name] = change
-        of_weights[name] = leading(gram(not_zero(weight, module, name)), rank)
-        mean = weight / len(models) if mean is None else mean.add_(weight, alpha=1 / len(models))
+    around: AroundMean | None = None
+    if base is not None and base_weight is not None:
+        read = {name: change_of(source, module, base, base_weight, side) for name, source in models.items()}
+        sizes = {name: math.sqrt(change.energy / energy(base_weight)) for name, change in read.items()}
+        changes = {name: change for name, change in read.items() if sizes[name] > 0}  # a zero change has no directions
+        around = around_mean(base_weight, changes, len(models), rank)
+    of_base = None
+    if around is not None:
+        of_base = around.leading({}, rank)
+        of_weights = {name: around.leading({name: 1.0}, rank) if name in changes else of_base for name in models}
+        of_mean: Spectra | None = around.spectra()
+    else:
+        of_weights, of_mean = {}, None
+        mean: torch.Tensor | None = None
+        for name, source in models.items():  # of the weights only their mean is kept
+            if base_weight is None:
+                weight = read_matrix(source, module, device, side)
+            else:
+                weight = read[name].add_to(base_weight.clone())
+            of_weights[name] = leading(gram(not_zero(weight, module, name)), rank)
+            mean = weight / len(models) if mean is None else mean.add_(weight, alpha=1 / len(models))
+        if base_weight is not None:
+            of_base = leading(gram(base_weight), rank)
+        if mean is not None and energy(mean) > 0:
+            of_mean = spectra(mean)
     of_changes = {name: change.leading(rank) for name, change in changes.items()}
-    of_base = leading(gram(base_weight), rank) if base_weight is not None else None
     overlaps = [
         _overlap(kind, one, frames[one], other, frames[other])
         for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_changes), (FILE, bases))
@@ -215,7 +228,7 @@ def _measure(
             for kind, frames in ((WEIGHTS, of_weights), (DELTA, of_changes), (FILE, bases))
             for name, frame in frames.items()
         ]
-        of_others = _by_other_models(changes, base_weight, rank, unscaled)
+        of_others = _by_other_models(changes, base_weight, around, rank, unscaled)
         for name, change in changes.items():
             ceiling = change.captured_by(of_changes[name])
             shares, size = {CEILING: ceiling, **of_others[name][0]}, of_others[name][1]
@@ -238,7 +251,7 @@ def _measure(
         overlaps=tuple(overlaps),
         captures=tuple(captures),
         pairs=tuple(pairs),
-        spectra=spectra(mean) if mean is not None and energy(mean) > 0 else None,
+        spectra=of_mean,
     )
 
 
@@ -249,7 +262,7 @@ def layer_of(module: str) -> int | None:
 
 
 def _by_other_models(
-    changes: Mapping[str, Change], base_weight: torch.Tensor, rank: int, unscaled: bool
+    changes: Mapping[str, Change], base_weight: torch.Tensor, around: AroundMean | None, rank: int, unscaled: bool
 ) -> dict[str, tuple[dict[str, float], int]]:
     """Per model, its captures by bases from the other models (none if there is no other), and the number of directions of POOLED.
 
@@ -269,7 +282,11 @@ def _by_other_models(
     for name, others in leave_one_out(changes, base_weight.shape, normalize=False):
         if others is not None:
             (shares, size), change = found[name], changes[name]
-            shares[PAPER] = change.captured_by(leading(gram(others.mean.add_to(base_weight.clone())), size))
+            if around is None:
+                paper = leading(gram(others.mean.add_to(base_weight.clone())), size)
+            else:
+                paper = around.leading({other: 1 / (len(changes) - 1) for other in changes if other != name}, size)
+            shares[PAPER] = change.captured_by(paper)
             if unscaled:
                 shares[UNSCALED_POOLED] = change.captured_by(others.leading(rank))
                 if others.mean.energy > 0:

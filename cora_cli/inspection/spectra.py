@@ -35,7 +35,18 @@ def spectra(matrix: torch.Tensor) -> Spectra:
     """Both spectra of `matrix`, (rows, columns) float64, which must not be zero."""
     centred = matrix - matrix.mean(dim=1, keepdim=True)
     directions = min(matrix.shape)
-    return Spectra(_shares(matrix, directions), _shares(centred, directions), max(0.0, 1.0 - energy(centred) / energy(matrix)))
+    svd, pca = (cumulative(torch.linalg.eigvalsh(gram(one), UPLO="L"), directions) for one in (matrix, centred))
+    return Spectra(svd, pca, max(0.0, 1.0 - energy(centred) / energy(matrix)))
+
+
+def cumulative(values: torch.Tensor, directions: int) -> tuple[float, ...]:
+    """The shares (0-1) of the sum of all that the 1, 2, … largest of the eigenvalues `values`, ascending, of a Gram matrix have.
+
+    The matrix has no more than `directions` non-zero ones.
+    """
+    values = values.flip(0)[:directions].clamp(min=0.0)
+    total = values.sum()
+    return tuple((values.cumsum(0) / total if total > 0 else torch.ones_like(values)).tolist())
 
 
 def needed(shares: tuple[float, ...], level: float) -> int:
@@ -68,9 +79,3 @@ def paper_note(largest_mean_share: float) -> str:
         f"{PAPER_SVD} directions for all of the variance, PCA needs {PAPER_SVD} or {PAPER_SVD - 1}. If 100% is a rounded share, the mean column must "
         f"hold more than {bound:.0%} of the energy of a matrix with {PAPER_DIRECTIONS} directions; here it holds at most {largest_mean_share:.2%}."
     )
-
-
-def _shares(matrix: torch.Tensor, directions: int) -> tuple[float, ...]:
-    values = torch.linalg.eigvalsh(gram(matrix), UPLO="L").flip(0)[:directions].clamp(min=0.0)
-    total = values.sum()
-    return tuple((values.cumsum(0) / total if total > 0 else torch.ones_like(values)).tolist())

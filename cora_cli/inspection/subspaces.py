@@ -6,6 +6,7 @@ All tensors are float64 and all bases have orthonormal columns; no result depend
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from cora_cli.extraction.gram import EPS, add_gram, empty_gram, top_eigenpairs
@@ -25,8 +26,13 @@ def leading(of_gram: torch.Tensor, rank: int) -> torch.Tensor:
     k is `rank`, or the numerical rank of M if that is lower: singular vectors beyond it are arbitrary.
     """
     values, vectors = top_eigenpairs(of_gram, rank)
-    kept = int((values[:rank] > EPS * len(of_gram) * max(values[0], 0.0)).sum())
+    kept = numerical_rank(values[:rank], len(of_gram))
     return torch.from_numpy(vectors[:, :kept].copy()).to(of_gram.device)
+
+
+def numerical_rank(values: np.ndarray, rows: int) -> int:
+    """How many of the largest eigenvalues `values`, descending, of a Gram matrix of that many `rows` are more than rounding errors."""
+    return int((values > EPS * rows * max(values[0], 0.0)).sum())
 
 
 def leading_of_tall(matrix: torch.Tensor, rank: int) -> torch.Tensor:

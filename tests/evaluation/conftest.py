@@ -8,8 +8,17 @@ import pytest
 
 from cora_cli import rundir
 from cora_cli.evaluation import backend
+from cora_cli.evaluation.metrics import reference_cache
 
 from .helpers import make_run
+
+
+@pytest.fixture(autouse=True)
+def no_kept_references(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of reference embeddings for each test."""
+    folder = tmp_path_factory.mktemp("references")
+    monkeypatch.setattr(reference_cache, "directory", lambda: folder)
+    return folder
 
 
 @pytest.fixture(scope="package")

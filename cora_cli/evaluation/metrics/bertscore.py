@@ -4,6 +4,7 @@ Texts are encoded by `bert-score`, with workarounds for its problems under trans
 layers are not comparable, so the signature starts with both.
 """
 
+import platform
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from cora_cli import embedded, rundir
 from cora_cli.errors import CoraError, is_out_of_memory, reason
+from cora_cli.evaluation.metrics import reference_cache
 from cora_cli.evaluation.metrics.base import Floats, StreamingMetric, check_texts, format_signature, package_version
 from cora_cli.evaluation.metrics.encoding import embeddings
 from cora_cli.models.references import ModelPath, resolve_model
@@ -77,8 +79,9 @@ class BertScore(StreamingMetric):
         """Yield indices of examples and their F1 (m, 1). An empty text scores 0; long texts are truncated.
 
         Each distinct text is encoded once, in order of length, and an example is scored when the longer of its two texts is
-        encoded. This keeps padding small, and only the shorter embeddings are kept in memory. Raises `CoraError` as
-        `check_texts` does, and if the encoder cannot be loaded.
+        encoded. This keeps padding small, and only the shorter embeddings are kept in memory. References share no batch with
+        predictions, whose length would move their last digits, so that their embeddings can be kept in `reference_cache`. Raises
+        `CoraError` as `check_texts` does, and if the encoder cannot be loaded.
         """
         check_texts(predictions, references)
         pairs = list(zip(predictions, references, strict=True))
@@ -86,11 +89,14 @@ class BertScore(StreamingMetric):
         if empty:
             yield sorted(empty), np.zeros((len(empty), 1))
         uses = Counter(text for i, pair in enumerate(pairs) if i not in empty for text in pair)
+        if not uses:
+            return
         encoder = self._encoder
-        tokens = {text: sent_encode(encoder.tokenizer, text) for text in uses}
+        expected = {text for text in references if text.strip()}
+        tokens = {text: sent_encode(encoder.tokenizer, text) for text in uses.keys() | expected}
         padded = self._padded_by_evaluate(pairs, tokens) if self._as_evaluate else None
         # Texts of equal length are sorted by content, so that the order does not depend on the hash seed.
-        texts = sorted(uses, key=lambda text: (len(tokens[text]), text))
+        texts = sorted(tokens, key=lambda text: (len(tokens[text]), text))
         place = {text: position for position, text in enumerate(texts)}
         due: defaultdict[str, list[int]] = defaultdict(list)
         for i, pair in enumerate(pairs):
@@ -98,9 +104,12 @@ class BertScore(StreamingMetric):
                 due[max(pair, key=place.__getitem__)].append(i)
         known: dict[str, torch.Tensor] = {}
         group: list[int] = []
-        encoded = embeddings(encoder.model, [tokens[text] for text in texts], encoder.tokenizer.pad_token_id, self._device)
-        for text, embedding in zip(texts, encoded, strict=True):
-            known[text] = embedding
+        of_references = self._of_references([text for text in texts if text in expected], tokens)
+        of_predictions = self._encode([tokens[text] for text in texts if text not in expected])
+        for text in texts:
+            embedding = next(of_references if text in expected else of_predictions)
+            if text in uses:  # the only predictions for other references are empty
+                known[text] = embedding
             group += due[text]
             while group and (text == texts[-1] or len(group) * len(tokens[text]) >= _MATCHED_TOKENS):
                 size = max(1, _MATCHED_TOKENS // len(tokens[text]))
@@ -112,6 +121,30 @@ class BertScore(StreamingMetric):
                     uses[done] -= 1
                     if not uses[done]:
                         del known[done]
+
+    def _encode(self, token_ids: list[list[int]]) -> Iterator[torch.Tensor]:
+        return embeddings(self._encoder.model, token_ids, self._encoder.tokenizer.pad_token_id, self._device)
+
+    def _of_references(self, texts: list[str], tokens: dict[str, list[int]]) -> Iterator[torch.Tensor]:
+        """The embeddings of the references, in the order given: kept ones, or new ones, which are kept if they are not too large."""
+        ids = [tokens[text] for text in texts]
+        lengths, width = [len(one) for one in ids], self._encoder.model.config.hidden_size
+        if not reference_cache.fits(lengths, width):
+            yield from self._encode(ids)
+            return
+        on_gpu = torch.device(self._device).type == "cuda"
+        processor = torch.cuda.get_device_name(self._device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+        made_by = [self.signature(), self._device, processor, torch.get_num_threads(), platform.machine()]
+        key = rundir.sha256_json([made_by, texts])
+        if (found := reference_cache.read(key, lengths, width)) is not None:
+            yield from (embedding.to(self._device) for embedding in found)
+            return
+        new = []
+        for embedding in self._encode(ids):
+            new.append(embedding)
+            if len(new) == len(ids):
+                reference_cache.write(key, new)
+            yield embedding
 
     def _padded_by_evaluate(self, pairs: list[tuple[str, str]], tokens: dict[str, list[int]]) -> torch.Tensor:
         """Whether `bert-score` pads the prediction and the reference of each pair in its batches of 64, in the order given: (n, 2)."""

@@ -1,0 +1,277 @@
+"""Time and peak memory of each stage at 1, 10 and 100 times the work: shows where a stage grows faster than its work.
+
+Every cell is a process of its own on tiny models. The time is that of the work alone, without imports and without the preparation of models and
+data; the memory is the largest resident size of the process, which includes them. Takes about five minutes on an otherwise idle machine.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness import GIB, peak_bytes, record
+
+Work = Callable[[], Any]
+FACTORS = (1, 10, 100)
+HIDDEN, RANK, BATCH = 128, 8, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Growing:
+    """A stage: what is counted, how much of it 1× is, and the function that prepares the work for a count in an empty directory."""
+
+    unit: str
+    least: int
+    prepare: Callable[[int, Path], Work]
+
+
+def matrices(count: int, directory: Path) -> Work:
+    """`cora extract-basis` of two models with `count` matrices each."""
+    return _extract(2, count, directory)
+
+
+def models(count: int, directory: Path) -> Work:
+    """`cora extract-basis` of `count` models with three matrices each."""
+    return _extract(count, 3, directory)
+
+
+def _extract(model_count: int, matrix_count: int, directory: Path) -> Work:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    from cora_cli.basis.choices import BasisChoices
+    from cora_cli.extraction.extract import extract_basis
+    from cora_cli.models.references import resolve_model
+
+    layers, random = matrix_count // 3, torch.Generator().manual_seed(0)
+    config = LlamaConfig(hidden_size=HIDDEN, num_hidden_layers=layers, intermediate_size=HIDDEN, vocab_size=64)
+    names = [f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in range(layers) for kind in "qkv"]
+    paths = [directory / str(number) for number in range(model_count)]
+    for path in paths:
+        config.save_pretrained(path)
+        save_file(
+            {name: torch.randn(HIDDEN, HIDDEN, generator=random).bfloat16() for name in names}, path / "model.safetensors"
+        )
+    found = [resolve_model(str(path)) for path in paths]
+    return lambda: extract_basis(
+        found, directory / "basis.safetensors", BasisChoices(rank=RANK), None, torch.device("cpu"), overwrite=True
+    )
+
+
+def records(count: int, directory: Path) -> Work:
+    """Encoding of `count` records and packing of batches of 16."""
+    del directory
+    from cora_cli.data.encode import encode_records
+    from cora_cli.data.formats import Record
+    from cora_cli.data.pack import pack
+    from cora_cli.data.templates import Template
+    from cora_cli.models.loading import load_tokenizer
+    from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
+
+    tokenizer = load_tokenizer(resolve_model(EMBEDDED_MODEL))
+    template, chosen = Template("alpaca", "alpaca", tokenizer), [Record(one) for one in _code(count)]
+
+    def work() -> None:
+        examples = encode_records(chosen, template, 1024, "growth").examples
+        for start in range(0, len(examples), BATCH):
+            pack(examples[start : start + BATCH])
+
+    return work
+
+
+def _code(count: int) -> list[dict[str, Any]]:
+    from cora_cli.data.builtin import load_builtin
+
+    known = load_builtin("code").train
+    return [known[number % len(known)] for number in range(count)]
+
+
+def steps(count: int, directory: Path) -> Work:
+    """`cora train` for `count` steps, with loading, the held-out loss and the files of the run."""
+    return lambda: _train(directory, directory / "run", count)
+
+
+def _train(directory: Path, output: Path, count: int) -> None:
+    from cora_cli.training.config import TrainConfig
+    from cora_cli.training.run import train
+
+    train(
+        TrainConfig(
+            model=str(_tiny_model(directory)),
+            dataset=str(_data(directory)),
+            output_dir=str(output),
+            mode="lora",
+            rank=RANK,
+            max_steps=count,
+            batch_size=4,
+            test_size=4,
+            dtype="fp32",
+            device="cpu",
+        )
+    )
+
+
+def _data(directory: Path) -> Path:
+    path = directory / "data.json"
+    path.write_text(json.dumps(_code(200)), encoding="utf-8")
+    return path
+
+
+def _tiny_model(directory: Path) -> Path:
+    """A two-layer Llama with random weights and the embedded model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from cora_cli.models.loading import load_tokenizer
+    from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
+
+    path = directory / "model"
+    if path.exists():
+        return path
+    tokenizer = load_tokenizer(resolve_model(EMBEDDED_MODEL))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def prompts(count: int, directory: Path) -> Work:
+    """`cora evaluate` of `count` prompts with 8 new tokens each, scored by ROUGE."""
+    from cora_cli.evaluation.config import EvaluateConfig
+    from cora_cli.evaluation.evaluate import evaluate
+
+    model, data = _tiny_model(directory), directory / "prompts.json"
+    data.write_text(json.dumps(_code(count)), encoding="utf-8")
+    config = EvaluateConfig(
+        model=str(model),
+        dataset=str(data),
+        output_dir=str(directory / "evaluation"),
+        max_new_tokens=8,
+        metrics=("rouge",),
+        dtype="fp32",
+        device="cpu",
+    )
+    return lambda: evaluate(config)
+
+
+def pairs(count: int, directory: Path) -> Work:
+    """All metrics of `count` pairs, with their intervals; no reference embeddings are kept from earlier runs."""
+    from cora_cli.evaluation.metrics import NAMES, reference_cache, score_all
+
+    folder = "directory"
+    setattr(reference_cache, folder, lambda: directory)
+    references = [one["output"] for one in _code(count)]
+    predictions = [text[::-1] if number % 3 == 0 else f"{text} more" for number, text in enumerate(references)]
+    score_all(NAMES, ["a b"], ["a c"])  # loads WordNet and the encoder's files
+    return lambda: score_all(NAMES, predictions, references)
+
+
+def planned_rows(count: int, directory: Path) -> Work:
+    """`cora ablate --dry-run` of `count` rows."""
+    from cora_cli.experiments.ablate import Request, dry_run
+
+    file = directory / "grid.json"
+    train = {"max_steps": 2, "rank": RANK, "batch_size": 4}
+    grid = {
+        "name": "growth",
+        "model": str(_tiny_model(directory)),
+        "datasets": {"code": str(_data(directory))},
+        "defaults": {"train": {**train, "test_size": 4}, "evaluate": False},
+        "grid": [{"mode": "lora", "seed": list(range(count))}],
+    }
+    file.write_text(json.dumps(grid), encoding="utf-8")
+    return lambda: dry_run(Request(file, directory / "out", device="cpu", dtype="fp32"))
+
+
+def reported_rows(count: int, directory: Path) -> Work:
+    """`cora report` of `count` finished runs: copies of one run with other seeds."""
+    from cora_cli.reporting.report import report
+
+    first = directory / "run-0"
+    _train(directory, first, 1)
+    for number in range(1, count):
+        copy = directory / f"run-{number}"
+        shutil.copytree(first, copy)
+        found = json.loads((copy / "run.json").read_text(encoding="utf-8"))
+        found["seeds"]["seed"] = number
+        (copy / "run.json").write_text(json.dumps(found), encoding="utf-8")
+    runs = [str(directory / f"run-{number}") for number in range(count)]
+    return lambda: report(runs, "markdown")
+
+
+STAGES = {
+    "extract-basis, matrices of 2 models": Growing("matrices", 3, matrices),
+    "extract-basis, models of 3 matrices": Growing("models", 1, models),
+    "encode and pack": Growing("records", 20, records),
+    "train": Growing("steps", 2, steps),
+    "evaluate": Growing("prompts", 4, prompts),
+    "score, all metrics": Growing("pairs", 4, pairs),
+    "ablate --dry-run": Growing("rows", 6, planned_rows),
+    "report": Growing("rows", 2, reported_rows),
+}
+
+
+def measure(stage: Growing, factor: int) -> dict[str, float]:
+    """Seconds of the work and peak bytes of this process."""
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(sys.stderr):
+        work = stage.prepare(stage.least * factor, Path(directory))
+        began = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - began
+    return {"seconds": seconds, "peak_bytes": peak_bytes()}
+
+
+def main() -> None:
+    """Measure every stage at every factor and print the table."""
+    from cora_cli.render.markdown_table import markdown_table
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stages", nargs="+", choices=tuple(STAGES), default=tuple(STAGES), metavar="STAGE", help="only these")
+    parser.add_argument("--factors", nargs="+", type=int, default=FACTORS, help="multiples of the least work")
+    parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cell:
+        print(json.dumps(measure(STAGES[options.cell[0]], int(options.cell[1]))))
+        return
+    rows, measured = [], {}
+    for name in options.stages:
+        found = []
+        for factor in options.factors:
+            command = [sys.executable, __file__, "--cell", name, str(factor)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found.append(json.loads(output.strip().splitlines()[-1]))
+            print(f"{name}, {factor}×: {found[-1]['seconds']:.2f} s", file=sys.stderr)
+        stage = STAGES[name]
+        counts = " / ".join(str(stage.least * factor) for factor in options.factors)
+        times = [f"{one['seconds']:.2f}" for one in found]
+        grown = [f"{one['peak_bytes'] / GIB:.2f}" for one in found]
+        growth = found[-1]["seconds"] / found[0]["seconds"]
+        rows.append([name, f"{counts} {stage.unit}", *times, f"{growth:.1f}", " / ".join(grown)])
+        measured[name] = found
+    multiples = [f"{factor}×, s" for factor in options.factors]
+    headers = ["stage", "work", *multiples, f"{options.factors[-1]}× ÷ {options.factors[0]}×", "peak GiB"]
+    table = markdown_table(headers, rows)
+    print(table)
+    record("growth", {"markdown": table, "summary": [], "options": {"factors": list(options.factors)}, "cells": measured})
+
+
+if __name__ == "__main__":
+    main()
