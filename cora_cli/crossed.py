@@ -19,6 +19,7 @@ S^S resamples of S seeds. `docs/verdict.md` has the measured sizes and coverages
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -96,7 +97,7 @@ class Crossed:
         `tilt` 0 leaves the seed variance the prior 1/σ², which makes tests cautious where neither component dominates. A larger one
         multiplies the prior by (1 + record part / seed part)^tilt, which prefers a small seed part where the records' is large.
         """
-        ratio, weights = _nodes(float(self.seed_df.flat[0])) if np.ptp(self.seed_df) == 0 else _nodes(self.seed_df)
+        ratio, weights = _nodes_of_one(float(self.seed_df.flat[0])) if np.ptp(self.seed_df) == 0 else _nodes(self.seed_df)
         records, interaction = self.record_mean_square[..., None], self.interaction[..., None]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             seeds = self.seed_mean_square[..., None] / ratio
@@ -191,3 +192,9 @@ def _nodes(freedom: Floats | float) -> tuple[Floats, Floats]:
     """Nodes χ²_ν / ν and weights of an integral over χ² with `freedom` ν (...); ν of 0 stands for no seeds, so any will do."""
     half = np.asarray(np.where(np.asarray(freedom) > 0, freedom, 1.0))[..., None] / 2
     return gammaincinv(half, _UNIFORM) / half, _WEIGHTS
+
+
+@functools.lru_cache(maxsize=1024)
+def _nodes_of_one(freedom: float) -> tuple[Floats, Floats]:
+    """`_nodes` of a single number of degrees of freedom, for which the ends of an interval ask a hundred times."""
+    return _nodes(freedom)

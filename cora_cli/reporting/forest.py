@@ -18,12 +18,16 @@ FOREST = "forest"
 _COLORS = {BETTER: PALETTE[2], WORSE: PALETTE[1], EQUIVALENT: PALETTE[0], UNDECIDED: "#777777"}
 _COLUMNS = 2
 _LONGEST = 46
+MOST_SHOWN = 60
+"""The most comparisons, or methods, that one plot can show legibly."""
 
 
 def draw_forest(group: Group, prefix: str) -> Figure:
     """One panel per measure, one row per comparison; the random control's row is indented below each comparison with LoRA."""
     comparisons = [comparison for comparison in group.verdict.comparisons if comparison.role != BASE]
     comparisons = comparisons or list(group.verdict.comparisons)
+    left_out = len(comparisons) - MOST_SHOWN
+    comparisons = comparisons[:MOST_SHOWN]
     measures = [measure for measure in group.measures if any(comparison.test(measure) for comparison in comparisons)]
     columns = min(_COLUMNS, len(measures))
     rows = math.ceil(len(measures) / columns)
@@ -34,7 +38,12 @@ def draw_forest(group: Group, prefix: str) -> Figure:
         "Points: first method minus second, with 95 % intervals over seeds and records, not corrected for multiple tests. "
         + ("Dashed: one seed, so over records only. " if dashed else "")
         + "Grey band: the margin of equivalence. Indented rows: the random control compared with the same LoRA. An interval much wider than the "
-        "others ends in an arrow at the edge of the panel. The word is the outcome by the rule of the table of tests.",
+        "others ends in an arrow at the edge of the panel. The word is the outcome by the rule of the table of tests."
+        + (
+            f" The plot shows the first {MOST_SHOWN} comparisons; the table of tests has {left_out} more."
+            if left_out > 0
+            else ""
+        ),
         lambda figure: _forest(figure, comparisons, measures, rows, columns),
         (9.0, rows * (0.27 * len(comparisons) + 0.7)),
     )

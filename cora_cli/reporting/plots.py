@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from cora_cli.render.canvas import INK, Figure, Palette, render
-from cora_cli.reporting.forest import draw_forest
+from cora_cli.reporting.forest import MOST_SHOWN, draw_forest
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
@@ -37,8 +37,8 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
             f"{group.name}: loss during training",
             f"Left: loss on the training batches, mean over seeds, smoothed over a twentieth of the steps. Right: held-out loss before, "
             f"during (if measured) and after training; the band is the range over seeds. One line per method at its chosen learning rate. Methods "
-            f"of one colour are solid, dashed, dotted and dash-dotted, in the order of the tables. {sizes}",
-            lambda figure: _losses(figure, losses, palette),
+            f"of one colour are solid, dashed, dotted and dash-dotted, in the order of the tables. {_cut(losses)}{sizes}",
+            lambda figure: _losses(figure, losses[:MOST_SHOWN], palette),
             (7.2, 3.2),
         )
     for attribute, axis, what in (("rank", "rank r", "rank"), ("n_models", "models behind the basis", "number of models")):
@@ -58,9 +58,9 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
         yield render(
             f"{prefix}bars",
             f"{group.name}: every method",
-            f"{bars} {sizes}",
+            f"{bars} {_cut(group.chosen)}{sizes}",
             lambda figure: _bars(figure, group, palette, rows, columns),
-            (7.2, rows * (0.24 * len(group.chosen) + 0.75)),
+            (7.2, rows * (0.24 * min(len(group.chosen), MOST_SHOWN) + 0.75)),
         )
     points = [line for line in group.chosen if line.method.first.trained]
     if len({line.method.first.trained for line in points}) > 1:
@@ -175,7 +175,7 @@ def _against(
 
 def _bars(figure: Any, group: Group, palette: Palette, rows: int, columns: int) -> None:
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    lines = group.chosen
+    lines = group.chosen[:MOST_SHOWN]
     for place, ax in enumerate(axes.flat):
         if place >= len(group.measures):
             ax.axis("off")
@@ -188,7 +188,7 @@ def _bars(figure: Any, group: Group, palette: Palette, rows: int, columns: int) 
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0)
         ax.set(title=_titled(measure))
-        known = [line.estimates[measure] for line in lines if measure in line.estimates]
+        known = [line.estimates[measure] for line in group.chosen if measure in line.estimates]
         ax.set_xlim(0, max(min(max(e.high for e in known), 1.35 * max(e.value for e in known)), 1e-6))
     axes[0, 0].set_yticks(range(len(lines)), [_short(line.title) for line in lines])
     axes[0, 0].invert_yaxis()
@@ -293,6 +293,12 @@ def _sizes(group: Group) -> str:
     counted += [f"{'/'.join(map(str, records))} held-out records"] if records else []
     counted += [f"seeds per method: {'/'.join(map(str, seeds))}"]
     return f"{'; '.join(counted)}."
+
+
+def _cut(lines: Sequence[Line]) -> str:
+    """A sentence on the methods that a plot of many leaves out."""
+    left_out = len(lines) - MOST_SHOWN
+    return f"The plot shows the first {MOST_SHOWN} methods; the tables have {left_out} more. " if left_out > 0 else ""
 
 
 def _titled(measure: str) -> str:

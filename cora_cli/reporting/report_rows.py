@@ -5,6 +5,7 @@ It reads plans and the settings in records; `collect` reads the numbers.
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def read_plan(root: Path) -> Experiment:
     if version != PLAN_VERSION:
         raise CoraError(f"{path} has format version {version}, but this cora reads version {PLAN_VERSION}")
     rows = [_row_of_plan(root, entry) for entry in plan["rows"]]
-    names = [row.name for row in rows]
+    names = Counter(row.name for row in rows)
     steps = read_steps(plan)
     unchecked = (
         ()
@@ -131,7 +132,7 @@ def read_plan(root: Path) -> Experiment:
     )
     if not rows:
         raise CoraError(f"{path} plans no rows, so there is nothing to report")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    if repeated := sorted(name for name, count in names.items() if count > 1):
         raise CoraError(f"{path} is damaged: two rows are named {repeated[0]}; run `cora ablate` again")
     return Experiment(
         clean(plan["name"]),

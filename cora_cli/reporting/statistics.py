@@ -4,6 +4,7 @@ All inference is that of `crossed`: seeds and records are both random. `outcomes
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -90,6 +91,7 @@ class MethodResults:
     """Results that differ only by seed, sorted by seed."""
 
     results: tuple[Result, ...]
+    _estimates: dict[str, Estimate | None] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @property
     def first(self) -> Result:
@@ -101,7 +103,7 @@ class MethodResults:
         """The seeds of the runs that finished."""
         return tuple(result.row.seed for result in self.results)
 
-    @property
+    @functools.cached_property
     def identity(self) -> tuple[object, ...]:
         """The settings that identify a method, without its learning rate."""
         row = self.first.row
@@ -139,8 +141,14 @@ class MethodResults:
     def estimate(self, name: str) -> Estimate | None:
         """Mean and 95 % interval of a measure, or None if no seed has it.
 
-        Several seeds are crossed with the records. One run keeps its recorded bootstrap interval over records.
+        Several seeds are crossed with the records. One run keeps its recorded bootstrap interval over records. Tables, plots and every
+        comparison ask for it, so it is computed once.
         """
+        if name not in self._estimates:
+            self._estimates[name] = self._estimate(name)
+        return self._estimates[name]
+
+    def _estimate(self, name: str) -> Estimate | None:
         measures = [result.measures[name] for result in self.repeats(name)]
         if not measures:
             return None

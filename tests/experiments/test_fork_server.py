@@ -21,6 +21,13 @@ pytestmark = pytest.mark.skipif(not ForkServer.exists_here(), reason="steps are 
 # The server as it is, except that a step runs Python code instead of a command of `cora`.
 RUNS_CODE = "import sys\nfrom cora_cli.experiments.fork_server import _serve\nif _serve(int(sys.argv[1])): exec(sys.argv[1])"
 
+# Where the libraries do not matter, the server need not import them.
+RUNS_CODE_AT_ONCE = f"from cora_cli.experiments import fork_server\nfork_server._import_libraries = lambda: None\n{RUNS_CODE}"
+SETTINGS = (
+    *("--mode", "lora", "--rank", "4", "--dropout", "0.1", "--max-steps", "2", "--batch-size", "2", "--test-size", "4"),
+    *("--device", "cpu"),
+)
+
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLauncher]:
@@ -162,9 +169,10 @@ def test_ctrl_c_reaches_steps_and_not_the_server(launcher: LocalLauncher, tmp_pa
     assert run(launcher, "print('fine')", tmp_path / "next") == (0, "fine\n")
 
 
-def test_a_step_whose_server_was_killed_is_stopped_and_the_next_one_starts(launcher: LocalLauncher, tmp_path: Path) -> None:
+def test_a_step_whose_server_was_killed_is_stopped_and_the_next_one_starts(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cora_cli.experiments.fork_server._PROGRAM", ("-P", "-c", RUNS_CODE))
+        patch.setattr("cora_cli.experiments.fork_server._PROGRAM", ("-P", "-c", RUNS_CODE_AT_ONCE))
+        launcher = LocalLauncher(1, "cpu")
         job, log = start(launcher, "import time; time.sleep(60)", tmp_path)
         assert launcher._server is not None
         launcher._server._process.kill()
@@ -179,7 +187,7 @@ def test_a_step_goes_on_if_cora_ablate_is_killed(tmp_path: Path) -> None:
     code = f"import time, pathlib; time.sleep(1); pathlib.Path({str(done)!r}).write_text('done')"
     parent = (
         "import os, pathlib\nfrom cora_cli.experiments import fork_server\nfrom cora_cli.experiments.launch import LocalLauncher\n"
-        f"fork_server._PROGRAM = ('-P', '-c', {RUNS_CODE!r})\nlauncher = LocalLauncher(1, 'cpu')\n"
+        f"fork_server._PROGRAM = ('-P', '-c', {RUNS_CODE_AT_ONCE!r})\nlauncher = LocalLauncher(1, 'cpu')\n"
         f"launcher.submit('train', [{code!r}], pathlib.Path({str(tmp_path / 'step.log')!r}))\n"
         "print(launcher._server._process.pid, flush=True)\nos.kill(os.getpid(), 9)"
     )
@@ -210,14 +218,7 @@ def test_forks_and_new_processes_write_the_same_bytes(tmp_path: Path, tiny_model
     for forks in (True, False):
         launcher._forks = forks
         out = tmp_path / str(forks)
-        settings = [
-            *("--rank", "4", "--max-steps", "2", "--batch-size", "2", "--test-size", "4"),
-            "--dropout",
-            "0.1",
-            "--device",
-            "cpu",
-        ]
-        argv = ["train", "--model", str(tiny_model), "--dataset", str(tiny_data), "--output-dir", str(out), *settings]
+        argv = ["train", "--model", str(tiny_model), "--dataset", str(tiny_data), "--output-dir", str(out), *SETTINGS]
         for command in (argv, ["evaluate", str(out), "--metrics", "rouge", "--max-new-tokens", "4", "--device", "cpu"]):
             job = launcher.submit("train", command, tmp_path / f"{forks}.log")
             wait_for(lambda job=job: job.ended() is not None)

@@ -376,3 +376,13 @@ def test_methods_of_about_one_size_share_a_mark_in_their_middle():
     places, groups = side_by_side([1000, 31, 1100, 1000])
     assert places == [3, 1, 5, 4]
     assert groups == [(1, 31, 31), (4, 1000, 1100)]
+
+
+def test_a_plot_of_many_methods_is_cut_and_says_so(made_grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("forest", "plots"):
+        monkeypatch.setattr(f"cora_cli.reporting.{module}.MOST_SHOWN", 2)
+    page = report([str(made_grid)], "html")
+    assert "The plot shows the first 2 methods; the tables have 2 more." in page
+    assert re.search(r"The plot shows the first 2 comparisons; the table of tests has \d+ more\.", page)
+    monkeypatch.undo()
+    assert "The plot shows the first" not in report([str(made_grid)], "html")
