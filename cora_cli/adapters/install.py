@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cora_cli.basis.artifact import Basis
 from cora_cli.errors import CoraError
-from cora_cli.methods.parts.factored import Factored
+from cora_cli.methods.parts.computed import Computed
 from cora_cli.methods.parts.layers import (
     ADAPTER,
     LinearWeight,
@@ -70,11 +70,13 @@ def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> d
 def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | None) -> PeftModel:
     """Wrap `model` with an adapter that follows `plan`, in float32 on any base precision.
 
-    Raises `CoraError` where the targets match nothing, or the basis does not fit (see `Basis.for_module`).
+    Raises `CoraError` where the targets match nothing, the method cannot adapt one of them, or the basis does not fit (see
+    `Basis.for_module`).
     """
-    linears = target_linears(model, plan.target_modules)
-    starts = {name: _starts(plan, basis, name, linear) for name, linear in linears.items()}
-    method = method_of(plan.mode)
+    linears, method = target_linears(model, plan.target_modules), method_of(plan.mode)
+    for name, linear in linears.items():
+        method.check_layer(plan, name, linear)
+    starts = {name: method.starts(plan, basis, name, linear) for name, linear in linears.items()}
     config: Any = method.configuration(plan)
     _name_targets(config, model, plan.target_modules, linears)
     experts = fused_experts(model)
@@ -116,26 +118,12 @@ def _name_targets(config: Any, model: PreTrainedModel, targets: tuple[str, ...],
         config.fan_in_fan_out = True
 
 
-def _starts(
-    plan: AdapterPlan, basis: Basis | None, name: str, linear: LinearWeight
-) -> tuple[torch.Tensor | Factored, torch.Tensor | Factored] | None:
-    """A and B before training; None where PEFT computes them. Raises `CoraError` where W has too few singular directions."""
-    method, smaller = method_of(plan.mode), min(linear.in_features, linear.out_features)
-    if not method.takes_transposed and linear.transposed:
-        raise CoraError(
-            f"mode {plan.mode} does not apply to {name}, a layer that stores its weight as (in, out); choose another mode"
-        )
-    if method.reads_weights and plan.rank > smaller:
-        raise CoraError(f"mode {plan.mode} needs --rank ≤ {smaller} for {name}, not {plan.rank}")
-    return method.starts(plan, basis, name, linear)
-
-
-def _start(layer: LoraLayer, plan: AdapterPlan, starts: tuple[torch.Tensor | Factored, torch.Tensor | Factored] | None) -> None:
+def _start(layer: LoraLayer, plan: AdapterPlan, starts: tuple[torch.Tensor | Computed, torch.Tensor | Computed] | None) -> None:
     """Put the starts into a layer. Where the method subtracts them from W, do that and keep them as buffers `start` of A and B, so
     that checkpoints contain them."""
     for factors, start in zip((layer.lora_A, layer.lora_B), starts or (None, None), strict=True):
         linear: Any = factors[ADAPTER]
-        if isinstance(start, Factored):
+        if isinstance(start, Computed):
             factors[ADAPTER] = start.to(linear.weight.device)
         elif start is not None:
             linear.weight.copy_(start)

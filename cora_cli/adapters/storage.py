@@ -6,6 +6,7 @@ After every load it verifies that all keys arrived and that a trained adapter ch
 import copy
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from cora_cli import rundir
@@ -33,8 +35,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None:
     """Write the adapter of `model` to `directory` in one step.
 
-    PEFT and others load the standard form unchanged: A and B, with products multiplied out. A method that subtracted its start from W
-    is stored as the difference from that start, a LoRA of twice the rank on W itself. The compact form (`facts.compact`) holds A alone;
+    PEFT and others load the standard form unchanged: A and B, with computed factors as matrices. A method that subtracted its start
+    from W is stored as the difference from that start, a LoRA of twice the rank on W itself. The compact form (`facts.compact`) holds A alone;
     B is rebuilt from the basis file or the seed. Raises `CoraError` for the compact form of a trained B.
     """
     method = method_of(facts.plan.mode)
@@ -43,9 +45,9 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     config: Any = copy.copy(model.peft_config[ADAPTER])
     if not method.stored_as_trained:
-        state = _plain_state(model)
-    if method.subtracts_start:
-        config.r, config.lora_alpha, config.use_rslora = 2 * facts.plan.rank, 2 * facts.plan.rank * facts.plan.scaling, False
+        state, rank = _plain_state(model)
+        if rank != config.r:
+            config.r, config.lora_alpha, config.use_rslora = rank, rank * facts.plan.scaling, False
     order_names(config)
     if isinstance(config, LoraConfig) and float(config.lora_alpha).is_integer():
         config.lora_alpha = int(config.lora_alpha)  # the type of PEFT's field, which other readers may require
@@ -73,18 +75,30 @@ def order_names(config: Any) -> None:
             setattr(config, name, sorted(value))
 
 
-def _plain_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """A (r, in) and B (out, r) of every layer with products multiplied out; where the start was subtracted from W, A' (2r, in) and
-    B' (out, 2r) with B'·A' = B·A − B₀·A₀, as PEFT converts its own adapters of this kind (`LoraModel.subtract_mutated_init`)."""
-    state = {}
+def _plain_state(model: PeftModel) -> tuple[dict[str, torch.Tensor], int]:
+    """A (k, in) and B (out, k) of every layer with computed factors as matrices, and their rank k, the largest of any layer.
+
+    Where the start was subtracted from W, they are A' (2r, in) and B' (out, 2r) with B'·A' = B·A − B₀·A₀, as PEFT converts its own
+    adapters of this kind (`LoraModel.subtract_mutated_init`).
+    """
+    factors = {}
     for name, layer in lora_layers(model):
         starts = [dict(linear.named_buffers()).get("start") for linear in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])]
         a, b = factors_of(layer)
         if starts[0] is not None and starts[1] is not None:
             a, b = torch.cat([a, starts[0]], dim=0), torch.cat([b, -starts[1]], dim=1)
-        state[f"base_model.model.{name}.lora_A.weight"] = a
-        state[f"base_model.model.{name}.lora_B.weight"] = b
-    return state
+        factors[name] = a, b
+    return plain_factors(factors)
+
+
+def plain_factors(factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], int]:
+    """A (k, in) and B (out, k) of every layer by PEFT's names, and k. Zeros beyond a layer's own rank change nothing."""
+    rank = max(len(a) for a, _ in factors.values())
+    state = {}
+    for name, (a, b) in factors.items():
+        state[f"base_model.model.{name}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a)))
+        state[f"base_model.model.{name}.lora_B.weight"] = pad(b, (0, rank - len(a)))
+    return state, rank
 
 
 def load_adapter(

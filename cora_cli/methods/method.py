@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
     from cora_cli.basis.artifact import Basis
-    from cora_cli.methods.parts.factored import Factored
+    from cora_cli.methods.parts.computed import Computed
     from cora_cli.methods.parts.layers import LinearWeight
 
 AInit = Literal["zeros", "gaussian", "kaiming"]
@@ -27,7 +27,8 @@ BInit = Literal["basis", "zeros", "ones", "random", "orthonormal"]
 
 A, B = "lora_A.weight", "lora_B.weight"
 A_INNER, B_INNER = "lora_A.inner", "lora_B.inner"
-"""The trained part of a factor that is a product with a frozen outer part (`parts.factored.Factored`)."""
+"""The trained part of a factor that is a product with a frozen outer part (`parts.factored.Factored`). Other computed factors
+(`parts.computed.Computed`) have names of their own for their trained tensors."""
 Shapes = Mapping[str, tuple[str, ...]]
 """Trained tensors of a layer, named as PEFT stores them, with their shapes in the symbols `out`, `in`, `r` and a method's own."""
 A_ALONE: Shapes = {A: ("r", "in")}
@@ -43,7 +44,7 @@ class MethodSetting:
     """A flag of one method. Its default is always None, so that runs recorded before it existed stay resumable."""
 
     name: str
-    type: type
+    type: Any
     help: str
 
 
@@ -96,6 +97,8 @@ class Method:
     """The form on disk, as PEFT calls it. Plain PEFT loads each of them unchanged."""
     lora_rank: ClassVar[str | None] = "r"
     """The rank at which the trained adapter equals a plain LoRA; None where no LoRA equals it."""
+    notes: ClassVar[str] = ""
+    """For the documentation: what the paper leaves open, and where this method differs from the authors' code or from PEFT's."""
 
     @property
     def file_stem(self) -> str:
@@ -165,6 +168,16 @@ class Method:
             return (0, 1)
         return (0,) if plan.b_init == "orthonormal" else ()
 
+    def check_layer(self, plan: AdapterPlan, name: str, linear: "LinearWeight") -> None:
+        """Raise `CoraError` where the method cannot adapt the layer `name` as planned. Only shapes are known yet, no values."""
+        if linear.transposed and not self.takes_transposed:
+            raise CoraError(
+                f"mode {self.name} does not apply to {name}, a layer that stores its weight as (in, out); choose another mode"
+            )
+        smaller = min(linear.in_features, linear.out_features)
+        if self.reads_weights and plan.rank > smaller:
+            raise CoraError(f"mode {self.name} needs --rank ≤ {smaller} for {name}, not {plan.rank}")
+
     def can_train(self, plan: AdapterPlan) -> bool:
         """False where the gradient stays zero: ∂L/∂A = s·Bᵀ(∂L/∂W) with B = 0 frozen, ∂L/∂B with A = 0 frozen, both with A = B = 0."""
         if not self.trained or not self.trained.keys() <= {A, B}:
@@ -210,7 +223,7 @@ class Method:
 
     def starts(
         self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"
-    ) -> "tuple[torch.Tensor | Factored, torch.Tensor | Factored] | None":
+    ) -> "tuple[torch.Tensor | Computed, torch.Tensor | Computed] | None":
         """A (r, in) and B (out, r) of the layer `name` before training; None where PEFT computes them."""
         from cora_cli.methods.parts.starts import start_a, start_b
 
@@ -252,8 +265,9 @@ class Method:
 
     @property
     def stored_as_trained(self) -> bool:
-        """Whether the stored tensors are the trained ones; not for a product of factors or a difference from the start."""
-        return not self.subtracts_start and self.trained.keys().isdisjoint((A_INNER, B_INNER))
+        """Whether the stored tensors are the trained ones; not for a computed factor or a difference from the start."""
+        computed = any(key.startswith(("lora_A.", "lora_B.")) for key in self.trained.keys() - {A, B})
+        return not self.subtracts_start and not computed
 
     def optimizer(
         self, model: "PeftModel", kind: Any, options: dict[str, Any], weight_decay: float, plan: AdapterPlan

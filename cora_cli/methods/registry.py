@@ -64,7 +64,7 @@ def taken_settings(method: Method) -> frozenset[str]:
 
 _SYMBOLS: dict[str, Any] = {
     **{A: "A", B: "B", "lora_magnitude_vector.weight": "magnitudes", "vera_lambda_b": "b", "vera_lambda_d": "d"},
-    **{A_INNER: "inner A", B_INNER: "inner B"},
+    **{A_INNER: "inner A", B_INNER: "inner B", "lora_A.blocks": "blocks of A", "lora_B.blocks": "blocks of B"},
 }
 
 
@@ -92,6 +92,11 @@ def methods_table() -> str:
         for method in METHODS.values()
     ]
     return markdown_table(headers, rows)
+
+
+def method_notes() -> str:
+    """What the documentation says about single methods, as a list in Markdown."""
+    return "\n".join(f"- **`{method.name}`** ({method.paper}). {method.notes}" for method in METHODS.values() if method.notes)
 
 
 def _trained(method: Method) -> str:

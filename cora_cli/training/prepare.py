@@ -101,7 +101,8 @@ def prepare(config: TrainConfig) -> Prepared:
     skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
     if plan is not None:
         method.configuration(plan)
-        target_linears(skeleton, plan.target_modules)
+        for name, linear in target_linears(skeleton, plan.target_modules).items():
+            method.check_layer(plan, name, linear)
     longest = min(config.max_length, context_length(model_config))
     rows = skeleton.get_input_embeddings().weight.shape[0]
     train_set = encode_records(data.train, template, longest, "training", rows, config.train_on == "all")
