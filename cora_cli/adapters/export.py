@@ -67,11 +67,13 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
     config: Any = wrapped.peft_config[ADAPTER]
     facts = read_facts(adapter.path)
     ours = method_of(facts.plan.mode).lora_rank if facts is not None else AS_THE_FILE_SAYS
-    if isinstance(config, LoraConfig) and not config.use_dora:
+    if ours is not None and isinstance(config, LoraConfig) and not config.use_dora:
         # Complete embeddings are part of an adapter whose file holds them, such as one that was trained with added tokens.
         whole = any(key.endswith(".weight") and ".lora_" not in key and "embed" in key for key in Checkpoint(adapter).shapes)
         return copy.copy(config), get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=whole)
-    method = "DoRA" if isinstance(config, LoraConfig) else config.peft_type.value
+    method = config.peft_type.value
+    if isinstance(config, LoraConfig):
+        method = "DoRA" if facts is None or config.use_dora else f"mode {facts.plan.mode}"
     none = CoraError(
         f"{adapter.reference} uses {method}, which has no equivalent LoRA; `cora merge` writes it as a plain model"
     )

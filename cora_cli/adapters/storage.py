@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from cora_cli import rundir
 from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts, starting_b
-from cora_cli.adapters.install import apply_trained_set
+from cora_cli.adapters.install import apply_trained_set, install_adapter
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
@@ -30,13 +30,16 @@ from cora_cli.models.checkpoint import finite
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_OWN_TYPE = "CORA_"
+"""What the type of an adapter that only `cora` loads begins with."""
 
 
 def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None:
     """Write the adapter of `model` to `directory` in one step.
 
     PEFT and others load the standard form unchanged: A and B, with computed factors as matrices. A method that subtracted its start
-    from W is stored as the difference from that start, a LoRA of twice the rank on W itself. The compact form (`facts.compact`) holds A alone;
+    from W is stored as the difference from that start, a LoRA of twice the rank on W itself. A method without an equivalent LoRA is
+    stored as its trained tensors, which only `load_adapter` reads. The compact form (`facts.compact`) holds A alone;
     B is rebuilt from the basis file or the seed. Raises `CoraError` for the compact form of a trained B.
     """
     method = method_of(facts.plan.mode)
@@ -48,6 +51,9 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
         state, rank = _plain_state(model)
         if rank != config.r:
             config.r, config.lora_alpha, config.use_rslora = rank, rank * facts.plan.scaling, False
+    if not method.plain_peft_loads:
+        # A type that PEFT does not know: it would load a LoRA with foreign names as one without effect.
+        config.peft_type = f"{_OWN_TYPE}{facts.plan.mode}"
     order_names(config)
     if isinstance(config, LoraConfig) and float(config.lora_alpha).is_integer():
         config.lora_alpha = int(config.lora_alpha)  # the type of PEFT's field, which other readers may require
@@ -122,6 +128,8 @@ def load_adapter(
             warnings.simplefilter("ignore")
             if facts is not None and facts.compact:
                 wrapped = _load_compact(model, adapter, facts, basis_path, trainable)
+            elif facts is not None and not method_of(facts.plan.mode).plain_peft_loads:
+                wrapped = _load_own(model, adapter, facts, trainable)
             else:
                 state = _stored_tensors(adapter)
                 _resize_embeddings(model, state)
@@ -243,6 +251,14 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
     if lost := sorted((expected - set(state)) | (set(state) - allowed)):
         kind = "is missing" if lost[0] in expected else "belongs to no layer of this model"
         raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
+
+
+def _load_own(model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts, trainable: bool) -> PeftModel:
+    state = _stored_tensors(adapter)
+    wrapped = install_adapter(model, facts.plan, None)
+    set_peft_model_state_dict(wrapped, state)
+    _check_arrived(wrapped, state, adapter)
+    return wrapped if trainable else wrapped.requires_grad_(False)
 
 
 def _load_compact(

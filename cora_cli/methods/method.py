@@ -94,7 +94,9 @@ class Method:
 
     # Storage
     stored_as: ClassVar[str] = "LoRA"
-    """The form on disk, as PEFT calls it. Plain PEFT loads each of them unchanged."""
+    """The form on disk, as PEFT calls it."""
+    plain_peft_loads: ClassVar[bool] = True
+    """Whether plain PEFT loads what is stored. Otherwise the trained tensors are stored, and plain PEFT refuses their type."""
     lora_rank: ClassVar[str | None] = "r"
     """The rank at which the trained adapter equals a plain LoRA; None where no LoRA equals it."""
     notes: ClassVar[str] = ""
@@ -265,7 +267,9 @@ class Method:
 
     @property
     def stored_as_trained(self) -> bool:
-        """Whether the stored tensors are the trained ones; not for a computed factor or a difference from the start."""
+        """Whether the stored tensors are the trained ones; not for a LoRA of computed factors or a difference from the start."""
+        if not self.plain_peft_loads:
+            return True
         computed = any(key.startswith(("lora_A.", "lora_B.")) for key in self.trained.keys() - {A, B})
         return not self.subtracts_start and not computed
 

@@ -65,6 +65,7 @@ def taken_settings(method: Method) -> frozenset[str]:
 _SYMBOLS: dict[str, Any] = {
     **{A: "A", B: "B", "lora_magnitude_vector.weight": "magnitudes", "vera_lambda_b": "b", "vera_lambda_d": "d"},
     **{A_INNER: "inner A", B_INNER: "inner B", "lora_A.blocks": "blocks of A", "lora_B.blocks": "blocks of B"},
+    "lora_B.square": "M",
 }
 
 
@@ -75,7 +76,7 @@ def methods_table() -> str:
         "start; what is frozen",
         "trained where W is out × in",
         "step 0 is the base model",
-        "stored as (plain PEFT loads it)",
+        "stored as",
         "equals a LoRA of rank",
         "paper",
     ]
