@@ -95,7 +95,7 @@ class MoraSix(_Mora):
     plain_peft_loads = False
     lora_rank = None
     notes = (
-        f"Type 6 of the paper (RoPE with base 10,000), the type of the authors' scripts. q is rounded down to an even number. Where "
-        f"in > out, the outputs of the later blocks are cut, so that inputs past ⌈out / q⌉·q have no effect: so it is in the authors' code. "
-        f"Otherwise as `mora-1`."
+        "Type 6 of the paper (RoPE with base 10,000), the type of the authors' scripts. q is rounded down to an even number. Where "
+        "in > out, the outputs of the later blocks are cut, so that inputs past ⌈out / q⌉·q have no effect: so it is in the authors' code. "
+        "Otherwise as `mora-1`."
     )

@@ -66,6 +66,8 @@ _SYMBOLS: dict[str, Any] = {
     **{A: "A", B: "B", "lora_magnitude_vector.weight": "magnitudes", "vera_lambda_b": "b", "vera_lambda_d": "d"},
     **{A_INNER: "inner A", B_INNER: "inner B", "lora_A.blocks": "blocks of A", "lora_B.blocks": "blocks of B"},
     "lora_B.square": "M",
+    **{"lora_A.own": "A's own", "lora_A.chunk": "A's chunk", "lora_B.own": "B's own", "lora_B.chunk": "B's chunk"},
+    "lora_A.columns": "A",
 }
 
 

@@ -58,6 +58,11 @@ def kaiming_uniform(plan: AdapterPlan, name: str, factor: str, shape: tuple[int,
     return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=_generator(plan.seed, name, factor))
 
 
+def xavier_uniform(plan: AdapterPlan, name: str, factor: str, shape: tuple[int, int]) -> torch.Tensor:
+    """U(±√(6 / (rows + columns))) from the seed, the layer's name and the factor's."""
+    return torch.nn.init.xavier_uniform_(torch.empty(shape), generator=_generator(plan.seed, name, factor))
+
+
 def _generator(seed: int, name: str, factor: str) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{name}/{factor}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
