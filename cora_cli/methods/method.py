@@ -147,6 +147,10 @@ class Method:
             own=dict(request.own),
         )
 
+    def for_model(self, plan: AdapterPlan, heads: int | None) -> AdapterPlan:
+        """The plan with what the model decides filled in; `heads` is its number of attention heads, None where it states none."""
+        return plan
+
     def needs_basis(self, b_init: str | None = None) -> bool:
         """Whether a factor starts as a basis, given the requested start of B."""
         return "basis" in (b_init or self.b_init, self.a_init)

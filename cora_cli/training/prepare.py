@@ -100,6 +100,7 @@ def prepare(config: TrainConfig) -> Prepared:
     removed = remove_dropout(model_config)
     skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
     if plan is not None:
+        plan = method.for_model(plan, model_path.attention_heads())
         method.configuration(plan)
         for name, linear in target_linears(skeleton, plan.target_modules).items():
             method.check_layer(plan, name, linear)

@@ -32,7 +32,7 @@ CHANGED = [mode for mode, spec in METHODS.items() if spec.subtracts_start]
 
 def plan(mode, **changes) -> AdapterPlan:
     defaults = {"rank": RANK, "alpha": 8.0, "rslora": False, "target_modules": tuple(SHAPES), "dropout": 0.0, "seed": 0}
-    return plan_of(mode, **{**defaults, **changes})
+    return METHODS[mode].for_model(plan_of(mode, **{**defaults, **changes}), 4)
 
 
 def configured(made: AdapterPlan):

@@ -28,7 +28,7 @@ LONG = {"test_size": 3.0, "max_steps": STEPS, "batch_size": 4, "save_steps": 5, 
 
 
 # Methods whose factors are computed from trained tensors of other shapes, or that layers share.
-COMPUTED = ("melora", "mora-1", "mora-6", "prolora", "qa-lora", "sharelora-a")
+COMPUTED = ("lorta", "melora", "mora-1", "mora-6", "prolora", "qa-lora", "sharelora-a")
 
 
 def run_together(config: TrainConfig, kill_at: tuple[str, int] | None = None) -> list[tuple[int | None, str]]:

@@ -53,9 +53,11 @@ def orthonormal(plan: AdapterPlan, name: str, factor: str, features: int, width:
     return (q * r.diagonal().sign()).float()
 
 
-def kaiming_uniform(plan: AdapterPlan, name: str, factor: str, shape: tuple[int, int]) -> torch.Tensor:
-    """U(±1/√columns) from the seed, the layer's name and the factor's."""
-    return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=_generator(plan.seed, name, factor))
+def kaiming_uniform(
+    plan: AdapterPlan, name: str, factor: str, shape: tuple[int, int], slope: float = math.sqrt(5)
+) -> torch.Tensor:
+    """U(±√(6 / ((1 + slope²)·columns))), by default U(±1/√columns), from the seed, the layer's name and the factor's."""
+    return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=slope, generator=_generator(plan.seed, name, factor))
 
 
 def xavier_uniform(plan: AdapterPlan, name: str, factor: str, shape: tuple[int, int]) -> torch.Tensor:
