@@ -89,7 +89,7 @@ def prepare(config: TrainConfig) -> Prepared:
         basis.check_base(source)
     hardware = select_hardware(config.device, config.dtype)
     if config.load_in_4bit:
-        require_four_bit(hardware.device)
+        require_four_bit()
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)
     template = Template(choose_template(config.template, data.schema, tokenizer), data.schema, tokenizer)
     if config.train_on == "all" and data.schema != "messages":
