@@ -39,7 +39,7 @@ def start_a(plan: AdapterPlan, name: str, in_features: int, basis: Basis | None 
     if plan.a_init == "zeros":
         return torch.zeros(shape)
     if plan.a_init == "gaussian":
-        return torch.randn(shape, generator=_generator(plan.seed, name, "A")) / plan.rank
+        return gaussian(plan, name, "A", shape) / plan.rank
     return kaiming_uniform(plan, name, "A", shape)
 
 
@@ -58,6 +58,11 @@ def kaiming_uniform(
 ) -> torch.Tensor:
     """U(±√(6 / ((1 + slope²)·columns))), by default U(±1/√columns), from the seed, the layer's name and the factor's."""
     return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=slope, generator=_generator(plan.seed, name, factor))
+
+
+def gaussian(plan: AdapterPlan, name: str, factor: str, shape: tuple[int, int]) -> torch.Tensor:
+    """N(0, 1) from the seed, the layer's name and the factor's."""
+    return torch.randn(shape, generator=_generator(plan.seed, name, factor))
 
 
 def xavier_uniform(plan: AdapterPlan, name: str, factor: str, shape: tuple[int, int]) -> torch.Tensor:
