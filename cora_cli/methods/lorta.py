@@ -90,7 +90,7 @@ class LoRta(Method):
         from cora_cli.methods.parts.cp_tensor import InputFactor, OutputFactor
         from cora_cli.methods.parts.layers import ADAPTER, lora_layers
 
-        found = dict(lora_layers(model))
+        found: dict[str, Any] = dict(lora_layers(model))
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in found.items()}
         for shape in dict.fromkeys(shapes.values()):
             places = {name: _place(name) for name in shapes if shapes[name] == shape}

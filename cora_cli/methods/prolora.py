@@ -37,9 +37,9 @@ class ProLora(Method):
     b_init, a_init = "zeros", "kaiming"
     trained: ClassVar[Shapes] = {
         "lora_A.own": ("u", "in"),
-        "lora_A.chunk": ("r - u", "⌈in/m⌉"),
+        "lora_A.chunk": ("(r − u)", "⌈in/m⌉"),
         "lora_B.own": ("out", "u"),
-        "lora_B.chunk": ("⌈out/n⌉", "r - u"),
+        "lora_B.chunk": ("⌈out/n⌉", "(r − u)"),
     }
     notes = (
         "`--unshared-rank` is u, `--a-copies` is m and `--b-copies` is n. The authors' scripts take all three from the command line, so that "
