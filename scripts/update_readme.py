@@ -1,4 +1,4 @@
-"""Writes the table of methods, and the output of `make demo`, `make bench`, `make families`, `cora report` and `cora inspect`, between the markers in
+"""Writes the table of methods, the notes on them, and the output of `make demo`, `make bench`, `make families`, `cora report` and `cora inspect`, between the markers in
 README.md and docs/, so that no table is typed by hand.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cora_cli.methods.registry import methods_table
+from cora_cli.methods.registry import method_notes, methods_table
 from cora_cli.render.markdown_table import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +39,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     replace("modes", methods_table())
+    replace("method-notes", method_notes())
     if options.demo.exists():
         replace("demo", options.demo.read_text(encoding="utf-8").partition("\n")[2].strip())
     if options.bench.exists():

@@ -11,11 +11,18 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch.nn.functional import pad
 
 from cora_cli import rundir
 from cora_cli.adapters.facts import read_facts
-from cora_cli.adapters.storage import WEIGHTS_FILE, base_of, check_base, check_rank, load_adapter, order_names
+from cora_cli.adapters.storage import (
+    WEIGHTS_FILE,
+    base_of,
+    check_base,
+    check_rank,
+    load_adapter,
+    order_names,
+    plain_factors,
+)
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import AS_THE_FILE_SAYS
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, stores_transposed
@@ -73,7 +80,7 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
     config: Any = wrapped.peft_config[ADAPTER]
     facts = read_facts(adapter.path)
     ours = method_of(facts.plan.mode).lora_rank if facts is not None else AS_THE_FILE_SAYS
-    if isinstance(config, LoraConfig) and not config.use_dora:
+    if ours is not None and isinstance(config, LoraConfig) and not config.use_dora:
         # Complete embeddings are part of an adapter whose file holds them, such as one that was trained with added tokens.
         stored = Checkpoint(adapter).shapes
         state = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -81,7 +88,9 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
             complete = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=True)
             state |= {key: tensor for key, tensor in complete.items() if key in stored}
         return copy.copy(config), state
-    method = "DoRA" if isinstance(config, LoraConfig) else config.peft_type.value
+    method = config.peft_type.value
+    if isinstance(config, LoraConfig):
+        method = "DoRA" if facts is None or config.use_dora else f"mode {facts.plan.mode}"
     none = CoraError(
         f"{adapter.reference} uses {method}, which has no equivalent LoRA; `cora merge` writes it as a plain model"
     )
@@ -93,12 +102,8 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
             factors = {name: _factors(_delta(layer)) for name, layer in layers}
     except (TypeError, NotImplementedError) as error:  # PEFT cannot compute this layer's ΔW, or needs an input for it
         raise none from error
-    rank = max(len(a) for a, _ in factors.values())
-    state = {}
-    # PEFT's own conversion wants one rank that no layer's dimensions are below; zeros beyond a layer's rank change nothing.
-    for name, (a, b) in factors.items():
-        state[f"base_model.model.{name}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a)))
-        state[f"base_model.model.{name}.lora_B.weight"] = pad(b, (0, rank - len(a)))
+    # PEFT's own conversion wants one rank that no layer's dimensions are below.
+    state, rank = plain_factors(factors)
     transposed = any(stores_transposed(layer) for _, layer in layers)
     targets = copy.copy(config.target_modules)
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), state

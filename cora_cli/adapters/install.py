@@ -92,11 +92,13 @@ def check_applied(model: Any, target_modules: tuple[str, ...], tokens: Sequence[
 def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | None) -> PeftModel:
     """Wrap `model` with an adapter that follows `plan`, in float32 on any base precision.
 
-    Raises `CoraError` where the targets match nothing, or the basis does not fit (see `Basis.for_module`).
+    Raises `CoraError` where the targets match nothing, the method cannot adapt one of them, or the basis does not fit (see
+    `Basis.for_module`).
     """
-    linears = target_linears(model, plan.target_modules)
-    starts = {name: _starts(plan, basis, name, linear) for name, linear in linears.items()}
-    method = method_of(plan.mode)
+    linears, method = target_linears(model, plan.target_modules), method_of(plan.mode)
+    for name, linear in linears.items():
+        method.check_layer(plan, name, linear)
+    starts = {name: method.starts(plan, basis, name, linear) for name, linear in linears.items()}
     config: Any = method.configuration(plan)
     _name_targets(config, model, plan.target_modules, linears)
     experts = fused_experts(model)
@@ -138,20 +140,6 @@ def _name_targets(config: Any, model: PreTrainedModel, targets: tuple[str, ...],
         config.target_modules = set(linears)
     if any(isinstance(model.get_submodule(name), Conv1D) for name in linears) and "fan_in_fan_out" in vars(config):
         config.fan_in_fan_out = True
-
-
-def _starts(
-    plan: AdapterPlan, basis: Basis | None, name: str, linear: LinearWeight
-) -> tuple[torch.Tensor | torch.nn.Module, torch.Tensor | torch.nn.Module] | None:
-    """A and B before training; None where PEFT computes them. Raises `CoraError` where W has too few singular directions."""
-    method, smaller = method_of(plan.mode), min(linear.in_features, linear.out_features)
-    if not method.takes_transposed and linear.transposed:
-        raise CoraError(
-            f"mode {plan.mode} does not apply to {name}, a layer that stores its weight as (in, out); choose another mode"
-        )
-    if method.reads_weights and plan.rank > smaller:
-        raise CoraError(f"mode {plan.mode} needs --rank ≤ {smaller} for {name}, not {plan.rank}")
-    return method.starts(plan, basis, name, linear)
 
 
 def _start(

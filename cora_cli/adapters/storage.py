@@ -6,6 +6,7 @@ After every load it verifies that all keys arrived and that a trained adapter ch
 import copy
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,26 +16,31 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from cora_cli import rundir
 from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts, starting_b
-from cora_cli.adapters.install import apply_trained_set
+from cora_cli.adapters.install import apply_trained_set, install_adapter
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.limits import bounded
-from cora_cli.methods.parts.layers import ADAPTER, Resizable, factors_of, linear_weight, lora_layers
+from cora_cli.methods.parts.computed import Computed
+from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_OWN_TYPE = "CORA_"
+"""What the type of an adapter that only `cora` loads begins with."""
 
 
 def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None:
     """Write the adapter of `model` to `directory` in one step.
 
-    PEFT and others load the standard form unchanged: A and B, with products multiplied out. A method that subtracted its start from W
-    is stored as the difference from that start, a LoRA of twice the rank on W itself. The compact form (`facts.compact`) holds A alone;
+    PEFT and others load the standard form unchanged: A and B, with computed factors as matrices. A method that subtracted its start
+    from W is stored as the difference from that start, a LoRA of twice the rank on W itself. A method without an equivalent LoRA is
+    stored as its trained tensors, which only `load_adapter` reads. The compact form (`facts.compact`) holds A alone;
     B is rebuilt from the basis file or the seed. Raises `CoraError` for the compact form of a trained B.
     """
     method = method_of(facts.plan.mode)
@@ -43,8 +49,13 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     config: Any = copy.copy(model.peft_config[ADAPTER])
     if not method.stored_as_trained:
-        state = _plain_state(model)
-        _name_ranks(config, model, state)
+        state, rank = _plain_state(model)
+        if rank != config.r:
+            scaling = next(layer.scaling[ADAPTER] for _, layer in lora_layers(model))
+            config.r, config.lora_alpha, config.use_rslora = rank, rank * scaling, False
+    if not method.plain_peft_loads:
+        # A type that PEFT does not know: it would load a LoRA with foreign names as one without effect.
+        config.peft_type = f"{_OWN_TYPE}{facts.plan.mode}"
     order_names(config)
     if isinstance(config, LoraConfig) and float(config.lora_alpha).is_integer():
         config.lora_alpha = int(config.lora_alpha)  # the type of PEFT's field, which other readers may require
@@ -72,30 +83,30 @@ def order_names(config: Any) -> None:
             setattr(config, name, sorted(value))
 
 
-def _plain_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """A (r, in) and B (out, r) of every layer with products multiplied out; where the start was subtracted from W, A' (2r, in) and
-    B' (out, 2r) with B'·A' = B·A − B₀·A₀, as PEFT converts its own adapters of this kind (`LoraModel.subtract_mutated_init`)."""
-    state = {}
+def _plain_state(model: PeftModel) -> tuple[dict[str, torch.Tensor], int]:
+    """A (k, in) and B (out, k) of every layer with computed factors as matrices, and their rank k, the largest of any layer.
+
+    Where the start was subtracted from W, they are A' (2r, in) and B' (out, 2r) with B'·A' = B·A − B₀·A₀, as PEFT converts its own
+    adapters of this kind (`LoraModel.subtract_mutated_init`).
+    """
+    factors = {}
     for name, layer in lora_layers(model):
         starts = [dict(linear.named_buffers()).get("start") for linear in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])]
         a, b = factors_of(layer)
         if starts[0] is not None and starts[1] is not None:
             a, b = torch.cat([a, starts[0]], dim=0), torch.cat([b, -starts[1]], dim=1)
-        state[f"base_model.model.{name}.lora_A.weight"] = a
-        state[f"base_model.model.{name}.lora_B.weight"] = b
-    return state
+        factors[name] = a, b
+    return plain_factors(factors)
 
 
-def _name_ranks(config: Any, model: PeftModel, state: dict[str, torch.Tensor]) -> None:
-    """Let a LoRA's configuration state the ranks of the tensors in `state`, with the scaling of each layer as it is."""
-    ranks = {name: len(state[f"base_model.model.{name}.lora_A.weight"]) for name, _ in lora_layers(model)}
-    alphas = {name: ranks[name] * layer.scaling[ADAPTER] for name, layer in lora_layers(model)}
-    if set(ranks.values()) == {config.r}:
-        return
-    config.r, config.use_rslora = max(ranks.values()), False
-    config.lora_alpha = max(alphas.values())
-    if len(set(ranks.values())) > 1:
-        config.rank_pattern, config.alpha_pattern = ranks, alphas
+def plain_factors(factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], int]:
+    """A (k, in) and B (out, k) of every layer by PEFT's names, and k. Zeros beyond a layer's own rank change nothing."""
+    rank = max(len(a) for a, _ in factors.values())
+    state = {}
+    for name, (a, b) in factors.items():
+        state[f"base_model.model.{name}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a)))
+        state[f"base_model.model.{name}.lora_B.weight"] = pad(b, (0, rank - len(a)))
+    return state, rank
 
 
 def load_adapter(
@@ -127,6 +138,8 @@ def load_adapter(
             warnings.simplefilter("ignore")
             if facts is not None and facts.compact:
                 wrapped = _load_compact(model, adapter, facts, basis_path, trainable)
+            elif facts is not None and not method_of(facts.plan.mode).plain_peft_loads:
+                wrapped = _load_own(model, adapter, facts, trainable)
             else:
                 state = _stored_tensors(adapter)
                 _resize_embeddings(model, state)
@@ -262,7 +275,7 @@ def make_room(model: PeftModel, checkpoint: Path) -> None:
         (f"base_model.model.{name}.{factor}.", module)
         for name, layer in lora_layers(model)
         for factor in ("lora_A", "lora_B")
-        if isinstance(module := getattr(layer, factor)[ADAPTER], Resizable)
+        if isinstance(module := getattr(layer, factor)[ADAPTER], Computed)
     ]
     if not found:
         return
@@ -291,6 +304,14 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
     if lost := sorted((expected - set(state)) | (set(state) - allowed)):
         kind = "is missing" if lost[0] in expected else "belongs to no layer of this model"
         raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
+
+
+def _load_own(model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts, trainable: bool) -> PeftModel:
+    state = _stored_tensors(adapter)
+    wrapped = install_adapter(model, facts.plan, None)
+    set_peft_model_state_dict(wrapped, state)
+    _check_arrived(wrapped, state, adapter)
+    return wrapped if trainable else wrapped.requires_grad_(False)
 
 
 def _load_compact(

@@ -26,7 +26,7 @@ OPTIONAL = {
     "flash_attn": "faster packed training on CUDA (pip install flash-attn)",
     "triton": "packed training on CUDA that computes shared prefixes once (included in torch's CUDA builds)",
     "vllm": "cora evaluate --backend vllm (pip install vllm)",
-    "bitsandbytes": "cora train --load-in-4bit on CUDA (pip install bitsandbytes)",
+    "bitsandbytes": "cora train --load-in-4bit (pip install 'cora-cli[four-bit]')",
     "submitit": "cora ablate --launcher slurm (pip install submitit)",
     "tensorboard": "--report-to tensorboard (pip install tensorboard)",
     "wandb": "--report-to wandb (pip install wandb)",

@@ -76,6 +76,7 @@ def _trained(config: TrainConfig, model: ModelFacts) -> int | None:
     plan, method = config.adapter_plan(), method_of(config.mode)
     if plan is None:
         return model.parameters
+    plan = method.for_model(plan, model.heads)
     return method.parameters(model.targets(plan.target_modules), plan) if method.can_train(plan) else 0
 
 

@@ -267,7 +267,7 @@ class _Bench:
     def four_bit(self) -> Finding:
         """Training on a base model in 4 bits."""
         try:
-            require_four_bit(self._hardware.device)
+            require_four_bit()
         except CoraError as error:
             return None, str(error), {}
         run = self._train("four-bit", self._name, "bf16", mode="lora", load_in_4bit=True)

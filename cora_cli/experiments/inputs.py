@@ -31,8 +31,8 @@ class ModelFacts:
     """A model on this disk.
 
     `shapes` maps the full name of every two-dimensional weight to (out, in); `parameters` counts all parameters and `embedded`
-    those of the input embedding. For an adapter `shapes` is empty and both counts are 0. `sha256` is None if it was not
-    requested.
+    those of the input embedding; `heads` is the number of attention heads, if stated. For an adapter `shapes` is empty and both counts
+    are 0. `sha256` is None if it was not requested.
     """
 
     reference: str
@@ -40,6 +40,7 @@ class ModelFacts:
     shapes: dict[str, tuple[int, int]]
     parameters: int
     embedded: int
+    heads: int | None = None
     _found: dict[tuple[str, ...], dict[str, tuple[int, int]]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -168,7 +169,7 @@ def _model_facts(model: ModelPath, digests: "_Digests | None") -> ModelFacts:
     _, matrices, _, _ = loaded_matrices(model, checkpoint)
     embedded = sum(size for name, size in sizes.items() if "embed" in name or ".wte" in name)
     # A tied head is stored once, but still costs a matrix product.
-    return ModelFacts(model.reference, sha256, matrices, sum(sizes.values()), embedded)
+    return ModelFacts(model.reference, sha256, matrices, sum(sizes.values()), embedded, model.attention_heads())
 
 
 def _data_facts(reference: str, split: DataSplit) -> DataFacts:

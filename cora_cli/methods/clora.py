@@ -30,6 +30,12 @@ class Clora(Method):
         MethodSetting("clora_rank", int, f"Mode clora: number k of random directions on each side; default {DEFAULT_RANK}."),
     )
     b_init, a_init, trained = "zeros", "kaiming", A_AND_B
+    notes = (
+        "The loss has the term λ·Σ(½‖A·V‖² + ½‖Bᵀ·U‖²) over all layers, with V (in, k) and U (out, k) random orthonormal. λ "
+        "is `--clora-weight` and k is `--clora-rank`. The paper's λ and k, and whether it has the ½, are not established; λ = "
+        "1 and k = 128 are those of others' implementations. In a layer with fewer than k inputs or outputs, V or U spans all "
+        "of them."
+    )
 
     def problems(self, settings: Mapping[str, Any]) -> list[str]:
         """λ is not negative and there is a direction."""

@@ -32,6 +32,14 @@ class Cola(Method):
     settings = (MethodSetting("chain_length", int, f"Mode cola: number of links M; default {DEFAULT_LENGTH}."),)
     b_init, a_init, trained = "zeros", "kaiming", LINKS
     lora_rank = "M·r"
+    notes = (
+        "M links of rank r one after the other, divided evenly over the steps; M is `--chain-length`. At a knot, the "
+        "optimizer forgets its moments, A is drawn anew and B is 0. A finished link is not added to W but kept next to it, "
+        "which is the same function without rounding; it gets no dropout, as if it were in W. The stored adapter is the links "
+        "side by side, a plain LoRA of rank M·r. The authors' code is not available. Where their knots are and whether the "
+        "schedule restarts is not established: here the learning-rate schedule goes on over all links. The paper's option of "
+        "a lower rank after the first link is left out."
+    )
 
     def problems(self, settings: Mapping[str, Any]) -> list[str]:
         """There is a link."""

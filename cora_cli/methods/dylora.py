@@ -32,6 +32,13 @@ class DyLora(Method):
     )
     b_init, a_init, trained = "zeros", "kaiming", A_AND_B
     nested_ranks = True
+    notes = (
+        "Each step draws b from 1, …, r for all layers, and s = alpha / b. By default only pair b learns, as in the authors' "
+        "runs; `--no-dylora-frozen` trains the first b. The other pairs have the gradient zero, so that AdamW still moves "
+        "them by their momentum, as in the authors' code. Held-out losses and the stored adapter are those of rank r. One run "
+        "gives adapters of all lower ranks: `cora evaluate RUN --ranks 1,2,4,8` evaluates each, in eval-rank-1, eval-rank-2, "
+        "…, and `cora export RUN --rank 2 -o DIR` writes one."
+    )
 
     def starts(
         self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"

@@ -55,6 +55,17 @@ class IncreLora(Method):
     step_0_is_base = "to about 1e-5"
     lora_rank = "ρ of each layer"
     runs_in_several_processes = False
+    notes = (
+        "ΔW = s·B·diag(E)·A with s = alpha / (ρ + 1e-5) at each layer's own rank ρ. `--rank` is the mean of the ranks at the "
+        "end. A run whose steps do not suffice to reach it is refused, with the step at which it would be reached. It differs "
+        "from the authors' code in four points. The last growth takes just as many ranks as are left; there, the ranks can "
+        "exceed the budget, after which the reserve is never dropped. The importance of a step is that of its complete "
+        "gradient, not of its last micro-batch. Layers grow in order of their scores; there, all layers with the score of the "
+        "last one grow as well. The orthogonality term is ‖P·Pᵀ − I‖ of all pairs of a layer; there, pairs are separate "
+        "parameters, and only the norm of each counts. `run.json` has the number of parameters that train at the end. The "
+        "stored LoRA has E and s multiplied into A, and the largest ρ of any layer, with zeros in the others. The mode runs "
+        "in one process only."
+    )
 
     def problems(self, settings: Mapping[str, Any]) -> list[str]:
         """Counts are positive and the weight is not negative."""
@@ -138,7 +149,7 @@ class IncreLora(Method):
         distances = []
         for _, a, b in _growing(model):
             with torch.autocast(a.born.device.type, enabled=False):
-                for p in (a.matrix(), b.matrix().T):
+                for p in (a.unscaled(), b.matrix().T):
                     distances.append((p @ p.T - torch.eye(len(p), device=p.device)).norm())
         return weight * torch.stack(distances).mean()
 

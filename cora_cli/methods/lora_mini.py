@@ -33,6 +33,11 @@ class LoraMini(Method):
     uses_basis_if_given = True
     b_init, a_init = "orthonormal", "kaiming"
     trained: ClassVar[Shapes] = {A_INNER: ("r", "k"), B_INNER: ("k", "r")}
+    notes = (
+        "The paper's starts and its s are not established, and its code could not be obtained. Here the outer factors are orthonormal, or the "
+        "outer B is the basis; inner A starts as LoRA's A does and inner B at zero, so that step 0 is the base model; s = alpha / r. Both outer "
+        "factors have the same rank, `--outer-rank`, where the paper allows two."
+    )
 
     def problems(self, settings: Mapping[str, Any]) -> list[str]:
         """The outer rank is positive."""

@@ -29,6 +29,14 @@ class LoraRite(Method):
         ),
     )
     b_init, a_init, trained = "zeros", "kaiming", A_AND_B
+    notes = (
+        "Plain LoRA, trained by an optimizer whose path of B·A does not depend on how B·A is divided. It follows the authors' "
+        "code: the first moment averages the preconditioned gradient, a gradient with a root mean square above 1 counts as "
+        "zero, and the term for mass that leaves the basis, off by default there, is left out. Eigenvalues that rounding "
+        "makes negative count as zero; there, they would drop the step. `--rite-clip` bounds the norm of all unmagnified "
+        "gradients, which is part of the method. `--max-grad-norm` clips the plain gradients before that, which does depend "
+        "on the division; 0 disables it. While B = 0, A does not move."
+    )
 
     def problems(self, settings: Mapping[str, Any]) -> list[str]:
         """The norm is not negative."""

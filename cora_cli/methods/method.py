@@ -28,7 +28,8 @@ A, B = "lora_A.weight", "lora_B.weight"
 A_INNER, B_INNER = "lora_A.inner", "lora_B.inner"
 """The trained part of a factor that is a product with a frozen outer part (`parts.factored.Factored`)."""
 A_LINK, B_LINK = "lora_A.link", "lora_B.link"
-"""The trained part of a factor that is a chain of frozen links and a trained one (`parts.links.Links`)."""
+"""The trained part of a factor that is a chain of frozen links and a trained one (`parts.links.Links`). Other computed factors
+(`parts.computed.Computed`) have names of their own for their trained tensors."""
 Shapes = Mapping[str, tuple[str, ...]]
 """Trained tensors of a layer, named as PEFT stores them, with their shapes in the symbols `out`, `in`, `r` and a method's own."""
 A_ALONE: Shapes = {A: ("r", "in")}
@@ -45,7 +46,7 @@ class MethodSetting:
     """A flag of one method. Its default is always None, so that runs recorded before it existed stay resumable."""
 
     name: str
-    type: type
+    type: Any
     help: str
 
     @property
@@ -112,11 +113,15 @@ class Method:
 
     # Storage
     stored_as: ClassVar[str] = "LoRA"
-    """The form on disk, as PEFT calls it. Plain PEFT loads each of them unchanged."""
+    """The form on disk, as PEFT calls it."""
+    plain_peft_loads: ClassVar[bool] = True
+    """Whether plain PEFT loads what is stored. Otherwise the trained tensors are stored, and plain PEFT refuses their type."""
     lora_rank: ClassVar[str | None] = "r"
     """The rank at which the trained adapter equals a plain LoRA; None where no LoRA equals it."""
     nested_ranks: ClassVar[bool] = False
     """Whether the first b pairs of A and B with s = alpha / b are an adapter of their own, for every b ≤ r."""
+    notes: ClassVar[str] = ""
+    """For the documentation: what the paper leaves open, and where this method differs from the authors' code or from PEFT's."""
 
     @property
     def file_stem(self) -> str:
@@ -163,6 +168,10 @@ class Method:
             own=dict(request.own),
         )
 
+    def for_model(self, plan: AdapterPlan, heads: int | None) -> AdapterPlan:
+        """The plan with what the model decides filled in; `heads` is its number of attention heads, None where it states none."""
+        return plan
+
     def needs_basis(self, b_init: str | None = None) -> bool:
         """Whether a factor starts as a basis, given the requested start of B."""
         return "basis" in (b_init or self.b_init, self.a_init)
@@ -188,6 +197,16 @@ class Method:
         if self.reads_weights:
             return (0, 1)
         return (0,) if plan.b_init == "orthonormal" else ()
+
+    def check_layer(self, plan: AdapterPlan, name: str, linear: "LinearWeight") -> None:
+        """Raise `CoraError` where the method cannot adapt the layer `name` as planned. Only shapes are known yet, no values."""
+        if linear.transposed and not self.takes_transposed:
+            raise CoraError(
+                f"mode {self.name} does not apply to {name}, a layer that stores its weight as (in, out); choose another mode"
+            )
+        smaller = min(linear.in_features, linear.out_features)
+        if self.reads_weights and plan.rank > smaller:
+            raise CoraError(f"mode {self.name} needs --rank ≤ {smaller} for {name}, not {plan.rank}")
 
     def can_train(self, plan: AdapterPlan) -> bool:
         """False where the gradient stays zero: ∂L/∂A = s·Bᵀ(∂L/∂W) with B = 0 frozen, ∂L/∂B with A = 0 frozen, both with A = B = 0."""
@@ -279,8 +298,11 @@ class Method:
 
     @property
     def stored_as_trained(self) -> bool:
-        """Whether the stored tensors are the trained ones; not for a product of factors, a chain of them, or a difference from the start."""
-        return not self.subtracts_start and self.trained.keys().isdisjoint((A_INNER, B_INNER, A_LINK, B_LINK))
+        """Whether the stored tensors are the trained ones; not for a LoRA of computed factors or a difference from the start."""
+        if not self.plain_peft_loads:
+            return True
+        computed = any(key.startswith(("lora_A.", "lora_B.")) for key in self.trained.keys() - {A, B})
+        return not self.subtracts_start and not computed
 
     def optimizer(
         self, model: "PeftModel", kind: Any, options: dict[str, Any], weight_decay: float, plan: AdapterPlan

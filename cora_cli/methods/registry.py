@@ -76,6 +76,9 @@ def taken_settings(method: Method) -> frozenset[str]:
 _SYMBOLS: dict[str, Any] = {
     **{A: "A", B: "B", "lora_magnitude_vector.weight": "magnitudes", "vera_lambda_b": "b", "vera_lambda_d": "d"},
     **{A_INNER: "inner A", B_INNER: "inner B", A_LINK: "A", B_LINK: "B"},
+    **{"lora_A.blocks": "blocks of A", "lora_B.blocks": "blocks of B", "lora_B.square": "M"},
+    **{"lora_A.own": "A's own", "lora_A.chunk": "A's chunk", "lora_B.own": "B's own", "lora_B.chunk": "B's chunk"},
+    "lora_A.columns": "A",
 }
 
 
@@ -86,7 +89,7 @@ def methods_table() -> str:
         "start; what is frozen",
         "trained where W is out × in",
         "step 0 is the base model",
-        "stored as (plain PEFT loads it)",
+        "stored as",
         "equals a LoRA of rank",
         "paper",
     ]
@@ -103,6 +106,11 @@ def methods_table() -> str:
         for method in METHODS.values()
     ]
     return markdown_table(headers, rows)
+
+
+def method_notes() -> str:
+    """What the documentation says about single methods, as a list in Markdown."""
+    return "\n".join(f"- **`{method.name}`** ({method.paper}). {method.notes}" for method in METHODS.values() if method.notes)
 
 
 def _trained(method: Method) -> str:

@@ -37,6 +37,15 @@ class XgbLora(Method):
     b_init, a_init, trained = "zeros", "kaiming", LINKS
     trained_in_words = "A r·in + B out·r, in L_s blocks at a time"
     lora_rank = "r for each draw of a layer"
+    notes = (
+        "Boosters in L_s random blocks for κ steps each, kept as `cola` keeps its links. The paper's boosters have rank 1; "
+        "`--rank` is their rank here, so use `--rank 1` for the paper's method. A block is what shares a layer's name up to "
+        "its first number, such as `model.layers.3`. In blocks that are not drawn, A and B are zero, so that their gradients "
+        "and steps are zero: they count as trained parameters in `run.json`, since each is trained in turn. The authors' code "
+        "is not available; κ, s, and the weight of the penalty on A and B are not established. The penalty is λ·Σ(‖A‖² + "
+        "‖B‖²) of the booster and off by default: while B = 0, it alone would decide Adam's step of A. The paper's best L_s "
+        "was 11 of 32. The stored LoRA has the largest rank of any layer's draws, with zeros in the others."
+    )
 
     def problems(self, settings: Mapping[str, Any]) -> list[str]:
         """Counts are positive and the penalty is not negative."""

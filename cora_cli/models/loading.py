@@ -36,16 +36,11 @@ _BUFFERS = ("bias", "mask", "ids")
 """Endings of the names of masks and positions that older checkpoints store."""
 
 
-def require_four_bit(device: torch.device) -> None:
-    """Raise `CoraError` unless this machine can hold weights in 4 bits, which takes a CUDA GPU and bitsandbytes."""
-    missing = [
-        what
-        for what, there in (("a CUDA GPU", device.type == "cuda"), ("bitsandbytes", find_spec("bitsandbytes")))
-        if not there
-    ]
-    if missing:
+def require_four_bit() -> None:
+    """Raise `CoraError` unless bitsandbytes, which holds weights in 4 bits on CUDA GPUs and processors, is installed."""
+    if find_spec("bitsandbytes") is None:
         raise CoraError(
-            f"--load-in-4bit needs {' and '.join(missing)}, not found on this machine; omit it to train on the stored weights"
+            "--load-in-4bit needs the package bitsandbytes: pip install 'cora-cli[four-bit]'; omit the flag to train on the stored weights"
         )
 
 

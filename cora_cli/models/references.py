@@ -65,6 +65,12 @@ class ModelPath:
         config = self.config()
         return {**(config.get("text_config") or {}), **config}
 
+    def attention_heads(self) -> int | None:
+        """The number of attention heads in `config.json`, under the names that families use; None where it states none."""
+        config = self.language_config()
+        stated = (config.get(name) for name in ("num_attention_heads", "n_head", "n_heads", "num_heads"))
+        return next((heads for heads in stated if type(heads) is int and heads > 0), None)
+
     def adapter_config(self) -> dict[str, Any]:
         """The adapter's `adapter_config.json`. Raises `CoraError` if it is missing or malformed."""
         return read_json(self.path / "adapter_config.json", AdapterConfig)

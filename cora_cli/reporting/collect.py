@@ -37,6 +37,13 @@ class Result:
     adapter_bytes: int | None
 
     @property
+    def starts_at_base(self) -> bool:
+        """Whether the held-out loss before training is the base model's; a base in 4 bits is another model."""
+        settings = self.record.get("fingerprint", {}).get("settings", {})
+        known = self.row.mode in METHODS and METHODS[self.row.mode].starts_at_base(self.record.get("plan") or {})
+        return known and not settings.get("load_in_4bit")
+
+    @property
     def validation_loss(self) -> float | None:
         """Loss on the validation records (nats per response token), which are set aside for choosing settings."""
         validation = self.record.get("validation")
@@ -204,10 +211,8 @@ def _with_base_losses(results: list[Result]) -> list[Result]:
 
 def _loss_before_training(base: Row, results: list[Result]) -> Measure | None:
     for result in results:
-        plan = result.record.get("plan") or {}
-        starts_as_base = result.row.mode in METHODS and METHODS[result.row.mode].starts_at_base(plan)
         same = (base.group, base.model) == (result.row.group, result.row.model)
-        if same and starts_as_base and result.row.run is not None and LOSS in result.measures:
+        if same and result.starts_at_base and result.row.run is not None and LOSS in result.measures:
             return read_loss(RunDirectory(result.row.run), result.record, "before")
     return None
 

@@ -6,7 +6,7 @@ A B is informed if it starts as the subspace of fine-tuned models. `outcomes` de
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from cora_cli.methods.registry import BASELINE, METHODS
+from cora_cli.methods.registry import BASELINE
 from cora_cli.reporting.learning_rate_sweep import RatesByMethod, rates_of, swept_alike
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, FEW_SEEDS, UNDECIDED, WORSE, Test, decide, level_at
@@ -149,8 +149,7 @@ def _base_value(trained: MethodResults, name: str, methods: Sequence[MethodResul
     if name == LOSS:
         for method in (trained, *methods):
             row, heldout = method.first.row, method.first.record.get("heldout")
-            starts = row.mode in METHODS and METHODS[row.mode].starts_at_base(_plan(method))
-            if heldout and starts and row.model == trained.first.row.model:
+            if heldout and method.first.starts_at_base and row.model == trained.first.row.model:
                 return float(heldout["before"]["loss"])
     return None
 

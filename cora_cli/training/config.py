@@ -130,7 +130,7 @@ class _SharedSettings:
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
     dtype: DtypeName = setting("auto: bf16 where the hardware supports it, otherwise fp32.", "auto", panel=_RUN)
     load_in_4bit: bool = setting(
-        "Keep the base model in 4 bits while the adapter is trained (QLoRA); needs bitsandbytes and a CUDA GPU.",
+        "Keep the base model in 4 bits (NF4) while the adapter is trained, as QLoRA does; needs the package bitsandbytes.",
         False,
         panel=_RUN,
     )

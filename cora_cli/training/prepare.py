@@ -20,6 +20,7 @@ from cora_cli.data.formats import DataSplit, load_split
 from cora_cli.data.templates import Template, choose_template
 from cora_cli.device import Hardware, PackedAttention, select_hardware, select_packed_attention
 from cora_cli.errors import CoraError
+from cora_cli.methods.method import Method
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import load_configuration, remove_dropout
@@ -93,7 +94,7 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None) -> Pr
         basis.check_base(source)
     hardware = select_hardware(config.device, config.dtype)
     if config.load_in_4bit:
-        require_four_bit(hardware.device)
+        require_four_bit()
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)
     name = choose_template(config.template, data.schema, tokenizer)
     template = Template(name, data.schema, tokenizer, config.template_date or date_of_earlier_start)
@@ -108,8 +109,9 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None) -> Pr
     skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
     require_causal(skeleton, model_path.reference)
     if plan is not None:
+        plan = method.for_model(plan, model_path.attention_heads())
         method.configuration(plan)
-        layers = target_linears(skeleton, plan.target_modules)
+        layers = _checked_targets(skeleton, method, plan)
     length, context = config.max_length, context_length(model_config)
     rows = skeleton.get_input_embeddings().weight.shape[0]
     train_set = encode_records(data.train, template, length, "training", rows, config.train_on == "all", context)
@@ -126,6 +128,14 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None) -> Pr
     attention = select_packed_attention(hardware.device.type)
     sets = (train_set, test_set, validation_set)
     return Prepared(hardware, attention, model_path, model_config, tokenizer, template, data, *sets, basis, plan)
+
+
+def _checked_targets(skeleton: Any, method: Method, plan: AdapterPlan) -> list[str]:
+    """The layers to adapt, by name. Raises `CoraError` for one that the method cannot adapt."""
+    linears = target_linears(skeleton, plan.target_modules)
+    for name, linear in linears.items():
+        method.check_layer(plan, name, linear)
+    return list(linears)
 
 
 def total_steps(config: TrainConfig, examples: int) -> int:

@@ -6,6 +6,7 @@
 import dataclasses
 import datetime
 import importlib.metadata
+import math
 import os
 import platform
 import resource
@@ -59,7 +60,7 @@ def first_record(
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
         },
         "attention": {"name": batching.attention, "batches": batching.form.kind, "reason": batching.reason},
-        "versions": versions(),
+        "versions": versions(config.load_in_4bit),
         "seeds": {"seed": config.seed, "split_seed": config.split_seed},
     }
 
@@ -68,9 +69,15 @@ def parameter_counts(model: Any, plan: AdapterPlan | None) -> dict[str, int]:
     """Numbers of parameters that train, of all, and of those in an adapter."""
     return {
         "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "total": sum(parameter.numel() for parameter in model.parameters()),
+        "total": sum(map(_numbers, model.parameters())),
         "adapter": sum(p.numel() for name, p in model.named_parameters() if plan and model.base_model.prefix in name),
     }
+
+
+def _numbers(parameter: torch.nn.Parameter) -> int:
+    """Numbers in a parameter; one of 4 bits holds two in each of its bytes."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def _describe(basis: Basis) -> dict[str, Any]:
@@ -92,9 +99,9 @@ def _counts(encoded: EncodedSet) -> dict[str, int]:
     }
 
 
-def versions() -> dict[str, str]:
+def versions(four_bit: bool) -> dict[str, str]:
     """Versions of the packages that can change a number."""
-    names = ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors")
+    names = ["torch", "transformers", "peft", "accelerate", "numpy", "safetensors", *(["bitsandbytes"] if four_bit else [])]
     return {
         "cora": __version__,
         "python": platform.python_version(),

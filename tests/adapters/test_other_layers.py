@@ -83,7 +83,9 @@ def moved(wrapped) -> None:
 
 @pytest.mark.parametrize("mode", PLAIN)
 def test_every_method_starts_stores_and_merges_on_layers_that_store_in_by_out(mode, gpt2, tmp_path):
-    plan = plan_of(mode, **{**SETTINGS, "has_basis": mode in ("fb", "tb", "fa-basis")}, target_modules=("c_attn",))
+    own = {"group_size": 4} if mode == "qa-lora" else {}
+    plan = plan_of(mode, **{**SETTINGS, **own, "has_basis": mode in ("fb", "tb", "fa-basis")}, target_modules=("c_attn",))
+    plan = METHODS[mode].for_model(plan, resolve_model(str(gpt2)).attention_heads())
     basis = basis_of(gpt2, "c_attn", plan.basis_side or "output", tmp_path) if plan.needs_basis else None
     base = AutoModelForCausalLM.from_pretrained(gpt2)
     expected = logits(base)

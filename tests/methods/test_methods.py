@@ -20,6 +20,7 @@ from cora_cli.methods.parts.layers import factors_of, lora_layers
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import resolve_model
+from cora_cli.training.config import TrainConfig
 from tests.methods.helpers import older_factors, plan_of
 
 RANK = 4
@@ -32,7 +33,7 @@ CHANGED = [mode for mode, spec in METHODS.items() if spec.subtracts_start]
 
 def plan(mode, **changes) -> AdapterPlan:
     defaults = {"rank": RANK, "alpha": 8.0, "rslora": False, "target_modules": tuple(SHAPES), "dropout": 0.0, "seed": 0}
-    return plan_of(mode, **{**defaults, **changes})
+    return METHODS[mode].for_model(plan_of(mode, **{**defaults, **changes}), 4)
 
 
 def configured(made: AdapterPlan):
@@ -163,6 +164,43 @@ def test_the_first_adam_step_of_lora_xs_is_that_of_the_authors_factors(load):
         step = -rate * np.sign(made.scaling * theirs_b.T @ gradient @ theirs_a.T)  # Adam's first step, up to its epsilon
         expected = made.scaling * theirs_b @ step @ theirs_a
         assert np.allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_gradient_of_r_in_lora_xs_is_that_of_the_weight_between_the_frozen_factors(load):
+    """∂L/∂R = s·Bᵀ (∂L/∂W) Aᵀ with B = U_r."""
+    generator = torch.Generator().manual_seed(3)
+    for _, layer in lora_layers(install_adapter(load(), plan("lora-xs"), None)):
+        x, pull = (torch.randn(9, width, generator=generator) for width in (64, layer.out_features))
+        (layer(x) * pull).sum().backward()
+        a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"]
+        expected = 2.0 * b.outer.double().T @ (pull.double().T @ x.double()) @ a.T
+        assert torch.allclose(b.inner.grad.double(), expected, atol=1e-4 * expected.abs().max())
+        assert [name for name, one in layer.named_parameters() if one.requires_grad] == ["lora_B.default.inner"]
+
+
+def test_r_in_lora_xs_starts_at_zero_or_as_the_authors_start_it(load):
+    before = logits(load())
+    wrapped = install_adapter(load(), plan("lora-xs", r_init_std=1e-5), None)
+    drawn = torch.cat([layer.lora_B["default"].inner.flatten() for _, layer in lora_layers(wrapped)])
+    assert drawn.std().item() == pytest.approx(1e-5, rel=0.3)
+    assert not torch.equal(logits(wrapped), before)
+    assert torch.allclose(logits(wrapped), before, atol=1e-3)
+    with pytest.raises(UsageError, match=r"--r-init-std must be at least 0, not -1\.0"):
+        TrainConfig(mode="lora-xs", r_init_std=-1.0, model="m", dataset="d", output_dir="o")
+
+
+def test_lora_mini_with_identities_outside_is_lora(load):
+    mini = dict(lora_layers(install_adapter(load(), plan("lora-mini", target_modules=("q_proj",), outer_rank=64), None)))
+    plain = dict(lora_layers(install_adapter(load(), plan("lora", target_modules=("q_proj",)), None)))
+    for name, layer in mini.items():
+        for factor in ("lora_A", "lora_B"):
+            of_mini, of_lora = getattr(layer, factor)["default"], getattr(plain[name], factor)["default"]
+            of_mini.outer.copy_(torch.eye(64))
+            torch.nn.init.normal_(of_lora.weight)
+            with torch.no_grad():
+                of_mini.inner.copy_(of_lora.weight)
+        x = torch.randn(3, 64)
+        assert torch.allclose(layer(x), plain[name](x), rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_of_lora_xs_from_an_earlier_version_keeps_its_stored_factors(load, tiny_model, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from cora_cli.errors import UsageError
 from cora_cli.methods.plan import AdapterPlan
-from cora_cli.methods.registry import METHODS, OPTIONAL_SETTINGS, Mode, methods_table, taken_settings
+from cora_cli.methods.registry import METHODS, OPTIONAL_SETTINGS, Mode, method_notes, methods_table, taken_settings
 from tests.methods.helpers import plan_of
 
 DEFAULTS = {
@@ -100,3 +100,8 @@ def test_a_plan_survives_json():
 def test_the_readme_holds_the_table_as_it_is():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert f"<!-- modes:begin -->\n{methods_table()}\n<!-- modes:end -->" in readme, "run scripts/update_readme.py"
+
+
+def test_the_page_on_methods_holds_the_notes_as_they_are():
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert f"<!-- method-notes:begin -->\n{method_notes()}\n<!-- method-notes:end -->" in page, "run scripts/update_readme.py"

@@ -75,6 +75,15 @@ def test_a_run_that_does_not_start_as_the_base_model_lends_it_no_loss(grid):
     assert LOSS not in base.measures
 
 
+def test_a_run_on_a_base_in_four_bits_lends_it_no_loss(grid):
+    for path in (grid / "runs").iterdir():
+        record = read_json(path / "run.json")
+        settings = record["fingerprint"]["settings"] | {"load_in_4bit": True}
+        rundir.write_json(path / "run.json", record | {"fingerprint": record["fingerprint"] | {"settings": settings}})
+    base = next(result for result in collect(read_plan(grid)).results if result.row.mode == "base")
+    assert LOSS not in base.measures
+
+
 def test_only_the_metrics_that_are_wanted_are_read(made_grid):
     found = collect(read_plan(made_grid), ("rougeL",))
     assert all(set(result.measures) <= {LOSS, "rougeL"} for result in found.results)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from cora_cli.methods.registry import Mode
 from cora_cli.training.run import train
 from cora_cli.training.trainer import CoraTrainer, Diverged
 
@@ -23,6 +24,10 @@ from .helpers import KILLED, config_for, log_lines, record_of, run_together
 # ghost; the held-out ones are 3, so that the processes have unequal shares of them.
 STEPS = 12
 LONG = {"test_size": 3.0, "max_steps": STEPS, "batch_size": 4, "save_steps": 5, "learning_rate": 3e-3}
+
+
+# Methods whose factors are computed from trained tensors of other shapes, or that layers share.
+COMPUTED = ("lorta", "melora", "mora-1", "mora-6", "prolora", "qa-lora", "sharelora-a")
 
 
 def assert_same_results(output: Path, expected: Path) -> None:
@@ -59,8 +64,11 @@ def test_torchrun_gives_the_losses_of_one_process_with_the_whole_batch(
     assert finished.stdout.count("held-out loss") == 1
 
 
-def test_a_killed_group_resumes_to_the_losses_of_one_process(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    one = config_for(tiny_model, tiny_data, tmp_path / "one", **LONG)
+@pytest.mark.parametrize("mode", ["lora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in COMPUTED)])
+def test_a_killed_group_resumes_to_the_losses_of_one_process(
+    mode: Mode, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    one = config_for(tiny_model, tiny_data, tmp_path / "one", mode=mode, **LONG)
     train(one)
     two = replace(one, output_dir=str(tmp_path / "two"), batch_size=1, gradient_accumulation=2)
     (first, _), _ = run_together(two, kill_at=("cora_cli.training.trainer.append_line", 9))

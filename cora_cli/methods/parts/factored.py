@@ -3,9 +3,11 @@
 import torch
 from torch.nn import functional
 
+from cora_cli.methods.parts.computed import Computed
 
-class Factored(torch.nn.Module):
-    """Replaces PEFT's linear layer for A or B; its weight is the product of a trained `inner` and a frozen `outer` matrix.
+
+class Factored(Computed):
+    """The product of a trained `inner` and a frozen `outer` matrix.
 
     A = inner·outer, (r, k)·(k, in), or B = outer·inner, (out, k)·(k, r). The outer one is a buffer: it is stored in checkpoints, and
     nothing in PEFT can make it trainable.
@@ -22,13 +24,12 @@ class Factored(torch.nn.Module):
     def _in_turn(self) -> tuple[torch.Tensor, torch.Tensor]:
         return (self.outer, self.inner) if self._outer_first else (self.inner, self.outer)
 
+    def matrix(self) -> torch.Tensor:
+        """The product."""
+        first, second = self._in_turn()
+        return second @ first
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in of the product) -> (..., out of the product), as two thin products."""
         first, second = self._in_turn()
         return functional.linear(functional.linear(x, first), second)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The product, without a gradient; PEFT reads it when merging, and for its dtype."""
-        first, second = self._in_turn()
-        return second.detach() @ first.detach()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn import functional
 
-from cora_cli.methods.parts.layers import Resizable
+from cora_cli.methods.parts.computed import Computed
 
 RESERVE = 1e-5
 """E of a pair in reserve."""
@@ -36,7 +36,7 @@ class Watch:
         return ((b @ a) * gradient).abs().sum() / math.sqrt(gradient.numel())
 
 
-class _Lists(Resizable):
+class _Lists(Computed):
     """A module with lists of parameters, named `rows_0`, `rows_1`, …: PEFT finds no parameters in a module's own modules."""
 
     def listed(self, name: str) -> list[torch.Tensor]:
@@ -89,7 +89,7 @@ class GrowingA(_Lists):
         """ρ: the number of pairs in use."""
         return len(self.woken)
 
-    def matrix(self) -> torch.Tensor:
+    def unscaled(self) -> torch.Tensor:
         """A (pairs, in)."""
         return torch.cat([*self.listed("rows")])
 
@@ -99,16 +99,14 @@ class GrowingA(_Lists):
         reserve = values[0].new_full((len(self.born) - len(values), 1), RESERVE)
         return self._alpha / (len(values) + 1e-5) * torch.cat([*values, reserve])
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """s·diag(E)·A, without a gradient; PEFT reads it when merging, and for its dtype."""
-        with torch.no_grad():
-            return self._scales() * self.matrix()
+    def matrix(self) -> torch.Tensor:
+        """s·diag(E)·A (pairs, in)."""
+        return self._scales() * self.unscaled()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., pairs)."""
         self.watch.input = x
-        return functional.linear(x, self.matrix()) * self._scales()[:, 0]
+        return functional.linear(x, self.unscaled()) * self._scales()[:, 0]
 
     def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Have as many pairs, in use and in reserve, as a checkpoint."""
@@ -129,14 +127,9 @@ class GrowingB(_Lists):
         """B (out, pairs)."""
         return torch.cat([*self.listed("columns")], 1)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """B, without a gradient."""
-        return self.matrix().detach()
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., pairs) -> (..., out)."""
-        result = functional.linear(x, self.matrix())
+        result = super().forward(x)
         seen, self.watch.input = self.watch.input, None
         if self.watch.change is not None and result.requires_grad and seen is not None:
             result.register_hook(lambda upstream: self.watch.take(seen, upstream))

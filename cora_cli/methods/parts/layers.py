@@ -1,7 +1,7 @@
 """The layers of a PEFT model that an adapter changes, and their factors A and B."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,14 +11,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
 
 ADAPTER = "default"
-
-
-class Resizable(torch.nn.Module):
-    """In the place of PEFT's linear layer for A or B, a module whose tensors change their number or shape during training."""
-
-    def resize(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Make room for a checkpoint in which its tensors have these names and shapes."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +54,7 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
 
 
 def factors_of(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in) and B (out, r) of a LoRA layer: the parameters themselves, or the product where a factor is one."""
+    """A (r, in) and B (out, r) of a LoRA layer: the parameters themselves, or what a factor is computed as."""
     a: Any = layer.lora_A[ADAPTER]
     b: Any = layer.lora_B[ADAPTER]
     return a.weight, b.weight

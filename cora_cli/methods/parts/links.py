@@ -7,10 +7,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
-from cora_cli.methods.parts.layers import ADAPTER, Resizable
+from cora_cli.methods.parts.computed import Computed
+from cora_cli.methods.parts.layers import ADAPTER
 
 
-class Links(Resizable):
+class Links(Computed):
     """Takes the place of PEFT's linear layer for A (rows of links below each other) or B (columns next to each other).
 
     W + s·B₁·A₁ + s·B₂·A₂ + … is W + s·[B₁ B₂ …]·[A₁; A₂; …], so that a link is merged by keeping it: exactly, in any precision of W,
@@ -30,17 +31,19 @@ class Links(Resizable):
         self.dropout: torch.nn.Module = torch.nn.Identity()
         self._dim = dim
 
+    def matrix(self) -> torch.Tensor:
+        """All links, the trained one also where it is left out."""
+        return self.link if self.earlier is None else torch.cat([self.earlier, self.link], self._dim)
+
     @property
     def weight(self) -> torch.Tensor:
-        """All links, without a gradient; PEFT reads it when merging, and for its dtype."""
-        if self.earlier is None:
-            return self.link.detach()
-        return torch.cat([self.earlier, self.link.detach()], self._dim) if self.used else self.earlier
+        """All links without a gradient, the trained one only where it is one."""
+        return self.matrix().detach() if self.earlier is None or self.used else self.earlier
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in or all ranks) -> (..., all ranks or out)."""
         if self._dim == 1:
-            return functional.linear(x, self.link if self.earlier is None else torch.cat([self.earlier, self.link], 1))
+            return super().forward(x)
         new = functional.linear(self.dropout(x), self.link)
         return new if self.earlier is None else torch.cat([functional.linear(x, self.earlier), new], -1)
 

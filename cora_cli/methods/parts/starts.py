@@ -25,7 +25,7 @@ def start_b(
     if plan.b_init in ("zeros", "ones"):
         return torch.full((out_features, width), float(plan.b_init == "ones"))
     if plan.b_init == "random":
-        return _kaiming_uniform((out_features, width), seeded(plan.seed, name, "B"))
+        return kaiming_uniform(plan, name, "B", (out_features, width))
     return orthonormal(plan, name, "B", out_features, width, flag)
 
 
@@ -36,12 +36,11 @@ def start_a(plan: AdapterPlan, name: str, in_features: int, basis: Basis | None 
         if basis is None:
             raise CoraError(f"mode {plan.mode} needs a basis to start A from")
         return basis.for_module(name, plan.rank, in_features, "input").T.contiguous()
-    generator = seeded(plan.seed, name, "A")
     if plan.a_init == "zeros":
         return torch.zeros(shape)
     if plan.a_init == "gaussian":
-        return torch.randn(shape, generator=generator) / plan.rank
-    return _kaiming_uniform(shape, generator)
+        return gaussian(plan, name, "A", shape) / plan.rank
+    return kaiming_uniform(plan, name, "A", shape)
 
 
 def orthonormal(plan: AdapterPlan, name: str, factor: str, features: int, width: int, flag: str = "--rank") -> torch.Tensor:
@@ -54,9 +53,21 @@ def orthonormal(plan: AdapterPlan, name: str, factor: str, features: int, width:
     return (q * r.diagonal().sign()).float()
 
 
-def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    weight = torch.empty(shape)
-    return torch.nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+def kaiming_uniform(
+    plan: AdapterPlan, name: str, factor: str, shape: tuple[int, int], slope: float = math.sqrt(5)
+) -> torch.Tensor:
+    """U(±√(6 / ((1 + slope²)·columns))), by default U(±1/√columns), from the seed, the layer's name and the factor's."""
+    return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=slope, generator=seeded(plan.seed, name, factor))
+
+
+def gaussian(plan: AdapterPlan, name: str, factor: str, shape: tuple[int, int]) -> torch.Tensor:
+    """N(0, 1) from the seed, the layer's name and the factor's."""
+    return torch.randn(shape, generator=seeded(plan.seed, name, factor))
+
+
+def xavier_uniform(plan: AdapterPlan, name: str, factor: str, shape: tuple[int, int]) -> torch.Tensor:
+    """U(±√(6 / (rows + columns))) from the seed, the layer's name and the factor's."""
+    return torch.nn.init.xavier_uniform_(torch.empty(shape), generator=seeded(plan.seed, name, factor))
 
 
 def seeded(seed: int, name: str, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:

@@ -1,0 +1,145 @@
+"""Adapters on a base held in NF4: it equals its dequantised weights, stays as it is, and trains as any other base does."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cora_cli.adapters.install import install_adapter
+from cora_cli.adapters.merge import merge_adapter
+from cora_cli.adapters.storage import load_adapter
+from cora_cli.methods.parts.layers import adapted_layers
+from cora_cli.methods.registry import METHODS, Mode
+from cora_cli.models.loading import load_model
+from cora_cli.models.references import resolve_model
+from cora_cli.training.run import train
+from tests.methods.helpers import plan_of
+
+from .helpers import config_for, log_lines, losses, record_of
+from .test_distributed import run_together
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
+PLAN = {"rank": 4, "alpha": 8.0, "rslora": False, "target_modules": ("q_proj", "k_proj"), "dropout": 0.0, "seed": 0}
+TRAINED_ON_FOUR_BIT: list[Mode] = ["lora", "melora", "mora-6", "prolora", "lorta", "qa-lora", "lora-mini", "dora"]
+
+
+def load(model: Path, four_bit: bool = True) -> Any:
+    return load_model(resolve_model(str(model)), torch.float32, torch.device("cpu"), None, four_bit=four_bit)
+
+
+def dequantised(layer: Any) -> torch.Tensor:
+    return bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def packed(model: Any) -> dict[str, torch.Tensor]:
+    return {
+        name.removesuffix(".base_layer"): module.weight.detach().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, bitsandbytes.nn.Linear4bit)
+    }
+
+
+@torch.no_grad()
+def test_the_linear_layers_are_nf4_with_double_quantisation_and_multiply_by_the_dequantised_weight(tiny_model: Path) -> None:
+    model, plain = load(tiny_model), load(tiny_model, four_bit=False)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    assert len(layers) == 2 * 7
+    for name, layer in layers.items():
+        state, stored = layer.weight.quant_state, plain.get_submodule(name).weight
+        assert (state.quant_type, state.nested, layer.weight.dtype) == ("nf4", True, torch.uint8)
+        weight = dequantised(layer)
+        x = torch.randn(3, layer.in_features)
+        assert torch.allclose(layer(x), x @ weight.T, rtol=1e-4, atol=1e-4)
+        assert 0 < (weight - stored).norm() / stored.norm() < 0.15
+
+
+@pytest.mark.parametrize("mode", [mode for mode in TRAINED_ON_FOUR_BIT if mode != "dora"])
+def test_step_0_is_the_quantised_base_and_a_step_moves_the_adapter_alone(mode: Mode, tiny_model: Path) -> None:
+    model = load(tiny_model)
+    with torch.no_grad():
+        base, before = model(IDS).logits, packed(model)
+    wrapped = install_adapter(model, METHODS[mode].for_model(plan_of(mode, **PLAN), 4), None)
+    with torch.no_grad():
+        assert torch.equal(wrapped(IDS).logits, base)
+    optimizer = torch.optim.Adam([parameter for parameter in wrapped.parameters() if parameter.requires_grad], lr=0.1)
+    wrapped(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    after = packed(wrapped.get_base_model())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    with torch.no_grad():
+        assert not torch.allclose(wrapped(IDS).logits, base, atol=1e-3)
+        # The layer is the dequantised weight and the adapter's own change.
+        for _, layer in adapted_layers(wrapped):
+            x = torch.randn(3, layer.in_features)
+            change = layer.get_delta_weight("default")
+            assert torch.allclose(layer(x), x @ (dequantised(layer.get_base_layer()) + change).T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(mode, marks=() if mode == "lora" else pytest.mark.slow) for mode in TRAINED_ON_FOUR_BIT],
+)
+def finished(
+    request: pytest.FixtureRequest, tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    output = tmp_path_factory.mktemp("runs") / "run"
+    settings: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "dropout": 0.1, "warmup_ratio": 0.0, "load_in_4bit": True}
+    config = config_for(tiny_model, tiny_data, output, mode=request.param, **settings)
+    return config, output, train(config)
+
+
+def test_a_run_learns_and_its_record_counts_all_numbers_of_the_base(finished: Any, tiny_model: Path) -> None:
+    _, output, record = finished
+    assert record["heldout"]["change"]["value"] < 0
+    assert losses(output)[-1] < losses(output)[0]
+    counts = record["parameters"]
+    assert counts["total"] - counts["adapter"] == sum(p.numel() for p in load(tiny_model, four_bit=False).parameters())
+    assert record["versions"]["bitsandbytes"] == bitsandbytes.__version__
+
+
+def test_a_resumed_run_equals_an_uninterrupted_run(finished: Any, tmp_path: Path) -> None:
+    config, output, _ = finished
+    again = tmp_path / "run"
+    shutil.copytree(output, again)
+    for name in ("checkpoints/checkpoint-4", "adapter"):
+        shutil.rmtree(again / name)
+    (again / "run.json").write_text(json.dumps({**record_of(again), "status": "running"}))
+    assert train(replace(config, output_dir=str(again), resume=True))["resumed"] == 1
+    assert log_lines(again) == log_lines(output)
+    found, wanted = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (again, output))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@torch.no_grad()
+def test_the_adapter_is_one_for_the_stored_weights_too_and_merges_into_them(
+    finished: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    config, output, _ = finished
+    ours = load_adapter(load(tiny_model, four_bit=False), resolve_model(str(output)))(IDS).logits
+    if METHODS[config.mode].plain_peft_loads:
+        plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        assert torch.equal(PeftModel.from_pretrained(plain, str(output / "adapter")).eval()(IDS).logits, ours)
+    merge_adapter(resolve_model(str(output)), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(IDS).logits
+    assert torch.allclose(merged, ours, rtol=1e-4, atol=1e-4 * ours.abs().max())
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "batch_size": 4, "learning_rate": 3e-3, "load_in_4bit": True}
+    one = config_for(tiny_model, tiny_data, tmp_path / "one", **settings)
+    train(one)
+    assert run_together(replace(one, output_dir=str(tmp_path / "two"), batch_size=2)) == [(0, ""), (0, "")]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert all(map(math.isfinite, losses(tmp_path / "one")))
