@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROWS = (100, 1_000, 10_000)
 
@@ -26,7 +27,7 @@ def tiny_model(directory: Path) -> Path:
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer(resolve_model(EMBEDDED_MODEL))
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer))).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
