@@ -134,7 +134,8 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     if side == "trl":
         trainer = trl_trainer(model, tokenizer, [example for batch in chosen for example in batch], hardware)
         first = trainer.args.per_device_train_batch_size
-        tokens = sum(sum(row) for row in trainer.train_dataset["seq_lengths"][first:])
+        packed: Any = trainer.train_dataset
+        tokens = sum(int(sum(row)) for row in packed["seq_lengths"][first:])
     elif side == harness.OURS:
         from cora_cli.data.batches import BatchForm, GlobalBatches
         from cora_cli.device import select_packed_attention

@@ -199,9 +199,7 @@ def test_a_method_alone_is_not_the_best_of_anything():
 
 def test_an_interval_is_computed_once_however_often_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     computed = []
-    monkeypatch.setattr(
-        "cora_cli.reporting.statistics.crossed", lambda sides: computed.append(len(sides)) or crossed_module.crossed(sides)
-    )
+    monkeypatch.setattr("cora_cli.reporting.statistics.crossed", lambda sides: computed.append(len(sides)) or crossed(sides))
     (method,) = group_methods([result(seed=seed, rouge1=[0.1, 0.4, 0.2, 0.9 - seed / 10]) for seed in range(3)])
     assert method.estimate("rouge1") == method.estimate("rouge1")
     assert computed == [1]
