@@ -76,8 +76,12 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
         *([made] if pool else []),
         *shapes.conditions(),
     ]
+    sweep = values.get("sweep")
+    # Its rungs are steps of the complete scale; without them they are shares of the steps here.
+    stages = {"sweep": {key: value for key, value in sweep.items() if key != "rungs"}} if isinstance(sweep, dict) else {}
     return {
-        **{key: values[key] for key in ("name", "title", "paper_table") if key in values},
+        **{key: values[key] for key in ("name", "title", "paper_table", "margin", "confirm") if key in values},
+        **stages,
         "conditions": conditions,
         "model": model,
         "models": {

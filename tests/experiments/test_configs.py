@@ -129,16 +129,23 @@ def test_the_tables_follow_the_text_of_the_paper(name: str) -> None:
 
 def test_the_honest_grid_sweeps_every_mode_and_has_every_control() -> None:
     grid = load_grid(CONFIGS / "honest.yaml")
-    swept: dict[str, set[tuple[float | None, int]]] = {}
+    swept: dict[str, set[float | None]] = {}
     for row in grid.rows:
-        swept.setdefault(row.label, set()).add((row.learning_rate, row.seed))
-    assert swept.keys() == {"base", "lora", "fb", "tb", "fb orthonormal", "tb orthonormal", "fb n=0", "lora r=31"}
+        swept.setdefault(row.label, set()).add(row.learning_rate)
+    assert swept.keys() == {"base", "lora", "fb", "tb", "fb orthonormal", "tb orthonormal", "fb n=0", "lora r=31", "full"}
     swept.pop("base")
-    for runs in swept.values():
-        rates, seeds = ({run[part] for run in runs} for part in (0, 1))
-        assert len(rates) == len(seeds) == 3
-        assert len(runs) == 9
+    assert all(len(rates) == 3 for rates in swept.values())
+    assert grid.sweep is not None
+    assert grid.confirm is not None
+    assert len(grid.confirm.seeds) == 5
     assert grid.train["validation_size"] >= 48
+
+
+def test_a_grid_with_stages_keeps_them_at_the_small_scale() -> None:
+    small = load_grid(CONFIGS / "honest.yaml", "small")
+    assert small.sweep is not None
+    assert small.sweep.rungs is None, "the rungs of the complete scale may lie beyond the steps of the small one"
+    assert small.confirm == load_grid(CONFIGS / "honest.yaml").confirm
 
 
 def test_the_grid_of_baselines_has_every_mode_at_equal_trained_parameters_and_at_equal_rank(smollm2_shapes: ModelFacts) -> None:
