@@ -238,7 +238,7 @@ def test_a_failure_of_peft_while_merging_is_one_sentence(tiny_model, tmp_path):
     torch.nn.init.normal_(wrapped.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].bias)
     wrapped.save_pretrained(tmp_path / "adapter")
     with pytest.raises(
-        CoraError, match=r"adapter .*adapter cannot be merged: .*; `cora evaluate --no-merge` evaluates it as it is"
+        CoraError, match=r"adapter .*adapter cannot be merged: .*; `cora evaluate`, on transformers, evaluates it as it is"
     ):
         merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged", base=resolve_model(str(tiny_model)))
     assert not (tmp_path / "merged").exists()

@@ -30,7 +30,10 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 
 IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
 PLAN = {"rank": 4, "alpha": 8.0, "rslora": False, "target_modules": ("q_proj", "k_proj"), "dropout": 0.0, "seed": 0}
-TRAINED_ON_FOUR_BIT: list[Mode] = ["lora", "melora", "mora-6", "prolora", "lorta", "qa-lora", "lora-mini", "dora"]
+TRAINED_ON_FOUR_BIT: list[Mode] = [
+    *("lora", "melora", "mora-6", "prolora", "lorta", "qa-lora", "lora-mini", "dora"),
+    *("clora", "cola", "dylora", "lora-rite"),
+]
 
 
 def load(model: Path, four_bit: bool = True) -> Any:

@@ -172,7 +172,7 @@ def test_what_is_exported_is_a_plain_lora_of_the_same_effect(finished: Run, tmp_
     assert export_adapter(resolve_model(str(output)), tmp_path / "exported") == rank
     exported = PeftModel.from_pretrained(base_of(config), str(tmp_path / "exported")).eval()
     assert exported.peft_config["default"].peft_type == "LORA"
-    assert {path.suffix for path in (tmp_path / "exported").iterdir()} <= {".json", ".safetensors", ".md"}
+    assert {path.suffix for path in (tmp_path / "exported").iterdir()} <= {".json", ".safetensors", ".md", ".txt"}
     assert not (tmp_path / "exported" / "cora.json").exists()
     ours = logits(load_adapter(base_of(config), resolve_model(str(output))))
     assert torch.allclose(logits(exported), ours, rtol=1e-4, atol=1e-4 * ours.abs().max())
