@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-OTHERS = {"vllm", "flash-attn", "bitsandbytes", "submitit", "tensorboard", "wandb", "trackio"}
+OTHERS = {"vllm", "flash-attn", "bitsandbytes", "submitit", "tensorboard", "wandb", "trackio", "trl"}
 COMMAND = re.compile(r"pip install((?: +(?:-[ce] +)?[^ `\"')#(]*(?:'[^']*'|\"[^\"]*\")?)+)")
 
 
@@ -25,6 +25,7 @@ def test_install_commands_name_this_distribution_its_extras_or_known_packages():
         options_removed = re.sub(r"-c +\S+|--constraint +\S+|-e\b|--editable\b|--quiet\b", "", arguments)
         for requirement in re.findall(r"[^\s'\"]+", options_removed):
             name, _, extras = requirement.rstrip("].").partition("[") if requirement != "." else (".", "", "")
+            name = name.partition("==")[0]
             assert name in {"", ".", PROJECT["name"], *OTHERS}, f"{file}: pip install {arguments}"
             assert set(filter(None, extras.split(","))) <= set(PROJECT["optional-dependencies"]), f"{file}: {arguments}"
             assert not extras or name in {"", ".", PROJECT["name"]}, f"{file}: {arguments}"
