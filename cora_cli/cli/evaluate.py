@@ -7,7 +7,7 @@ import typer
 from cora_cli.cli.command import command
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.render.markdown_table import markdown_table
-from cora_cli.render.table import with_interval
+from cora_cli.render.table import p_value_text, with_interval
 from cora_cli.terminal import show
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def differences_table(results: "list[Evaluation]", seed: int) -> str:
     for result in results[1:]:
         differences = paired_differences(result, results[0])
         cells = [
-            f"{with_interval(difference.difference, difference.ci95, DIGITS.get(name, 3))} p={difference.p_value:.3f}"
+            f"{with_interval(difference.difference, difference.ci95, DIGITS.get(name, 3))} p{p_value_text(difference.p_value)}"
             for name, difference in differences.items()
         ]
         rows.append([result.name, *cells])

@@ -26,6 +26,7 @@ class ReportConfig:
         "Metrics to show, comma-separated: rouge, meteor, bleu, bertscore, or single metrics such as rougeL. Default: all.",
         None,
     )
+    seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
 
 
 def register(app: typer.Typer) -> None:

@@ -120,16 +120,15 @@ def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
         wanted = plan.needed_for(_chosen(request, plan))
         refuse_conflicts(plan, wanted, request.overwrite)
         write_plan(plan)
-        outcome = _execute(request, plan, wanted, inputs, launcher, held)
+        rate = 0.0 if all(done for name, done in done_steps(plan).items() if name in wanted) else matmul_rate(request.device)[0]
+        outcome = _execute(plan, wanted, inputs, launcher, held, rate)
         say(summary(plan, outcome))
     return outcome
 
 
-def _execute(request: Request, plan: Plan, wanted: set[str], inputs: Inputs, launcher: Launcher, held: int) -> Outcome:
-    expected = {}
-    if not all(done for name, done in done_steps(plan).items() if name in wanted):
-        rate, _ = matmul_rate(request.device)
-        expected = {name: estimate.seconds for name, estimate in estimate_steps(plan, inputs, rate).items()}
+def _execute(plan: Plan, wanted: set[str], inputs: Inputs, launcher: Launcher, held: int, rate: float) -> Outcome:
+    """Run the wanted steps; `rate` is the machine's in FLOPs per second, 0 where nothing is left to estimate."""
+    expected = {name: estimate.seconds for name, estimate in estimate_steps(plan, inputs, rate).items()} if rate else {}
     screen = Screen(plan, wanted, launcher.slots, expected)
     return Execution(plan, wanted, launcher, screen, held).run()
 
@@ -147,6 +146,7 @@ def run_stages(
     seeds = {method.key: FEWEST_SEEDS for method in methods}
     done: set[str] = set()
     outcomes: list[Outcome] = []
+    rate, _ = matmul_rate(request.device)
     while True:
         rows = stages.rows(methods, seeds)
         plan = stages.plan(rows)
@@ -158,7 +158,7 @@ def run_stages(
         fresh = {f"{name}@{plan.steps[name].stop_at}" for name in wanted}
         if not fresh <= done:
             done |= fresh
-            outcomes.append(_execute(request, plan, wanted, inputs, launcher, held))
+            outcomes.append(_execute(plan, wanted, inputs, launcher, held, rate))
             before, methods = methods, stages.methods()
             for sentence in news(methods, before):
                 say(sentence)

@@ -21,7 +21,7 @@ from cora_cli.lock import own_directory, own_output
 from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
 from cora_cli.progress import say
 from cora_cli.render.markdown_table import markdown_table
-from cora_cli.render.table import with_interval
+from cora_cli.render.table import p_value_text, with_interval
 from cora_cli.settings import DtypeName
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
@@ -181,7 +181,7 @@ def _report(
         rows.append([method, trained, with_interval(loss["loss"], loss["ci95"], 3), *cells])
     control = paired_differences(evaluations["fb"], evaluations["fb-orthonormal"])
     differences = [
-        [name, with_interval(d.difference, d.ci95, 2 if name == "sacrebleu" else 3), f"{d.p_value:.3f}"]
+        [name, with_interval(d.difference, d.ci95, 2 if name == "sacrebleu" else 3), p_value_text(d.p_value).removeprefix("=")]
         for name, d in control.items()
     ]
     hardware = runs["lora"]["hardware"]

@@ -44,6 +44,11 @@ class Table:
     notes: tuple[str, ...]
 
 
+def p_value_text(p_value: float) -> str:
+    """A p-value with three decimals, as `=0.042` or `<0.001`."""
+    return "<0.001" if p_value < 0.0005 else f"={p_value:.3f}"
+
+
 def with_interval(value: float, interval: Sequence[float] | None, digits: int) -> str:
     """Value and interval as text: `0.123 [0.100, 0.150]`, or `0.123 (one record)`, which has no interval."""
     if interval is None:

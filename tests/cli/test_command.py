@@ -15,8 +15,9 @@ import typer
 from typer.testing import CliRunner
 
 from cora_cli.cli import app
-from cora_cli.cli.command import command, quiet_libraries
+from cora_cli.cli.command import command
 from cora_cli.cli.extract_basis import ExtractConfig
+from cora_cli.environment import quiet_libraries
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.settings import setting

@@ -254,7 +254,9 @@ def test_a_damaged_or_invalid_model_is_refused(usual: list[str], tiny_model: Pat
     save_file(
         {**weights, "model.layers.1.self_attn.k_proj.weight": gone[:16].clone()}, model / "model.safetensors", {"format": "pt"}
     )
-    refused(f"model {model} cannot be loaded: ")
+    refused(
+        f"{model}: model.layers.1.self_attn.k_proj.weight has the shape (16, 64), but its config.json describes (32, 64); correct one of them"
+    )
     (model / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:-1])
     refused(f"{model}/model.safetensors is damaged or truncated and cannot be read as safetensors")
     (model / "model.safetensors").unlink()

@@ -19,6 +19,7 @@ from cora_cli.cli import app
         ("trian", "there is no command 'trian'; did you mean train?"),
         ("frobnicate", "there is no command 'frobnicate'; see `cora --help`"),
         ("report a --format x", "--format must be one of terminal, markdown, latex, csv, json, html, not 'x'"),
+        ("report a --seed -1", "--seed must be at least 0 and below 2^32, not -1"),
         ("evaluate --from a --bootstrap 1000000000", "--bootstrap must be at most 1,000,000, not 1,000,000,000"),
         ("inspect gone.safetensors", "gone.safetensors does not exist"),
     ],

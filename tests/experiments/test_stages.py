@@ -21,6 +21,14 @@ TRAIN = {"max_steps": 8, "rank": 4, "validation_size": 6}
 SWEEP = {"seeds": [100], "rungs": [2, 4]}
 CONFIRM = {"seeds": [0, 1, 2, 3, 4]}
 RATES = [1e-3, 3e-3, 1e-2]
+
+
+@pytest.fixture(autouse=True)
+def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the rate of this machine takes half a second."""
+    monkeypatch.setattr("cora_cli.experiments.ablate.matmul_rate", lambda device: (1e11, "a known rate"))
+
+
 Loss = Callable[[str, float, int], float]
 Asked = Mapping[tuple[object, ...], int]
 
