@@ -84,6 +84,7 @@ def killed(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathF
     return Killed(grid, out, before, second)
 
 
+@pytest.mark.slow
 def test_a_killed_grid_is_completed_and_loses_only_the_step_in_flight(killed: Killed) -> None:
     assert killed.second.returncode == 0, killed.second.stderr
     assert "4 steps completed, 2 already up to date" in killed.second.stderr
@@ -97,6 +98,7 @@ def test_a_killed_grid_is_completed_and_loses_only_the_step_in_flight(killed: Ki
     assert {name: killed.before[name] for name in kept} == {name: after[name] for name in kept}
 
 
+@pytest.mark.slow
 def test_every_row_ends_with_a_run_and_an_evaluation(killed: Killed) -> None:
     plan = read_json(killed.out / "plan.json")
     assert [row["name"] for row in plan["rows"]] == [FB, LORA, "base"]
@@ -115,6 +117,7 @@ def test_every_row_ends_with_a_run_and_an_evaluation(killed: Killed) -> None:
     assert "rouge1" in killed.second.stderr
 
 
+@pytest.mark.slow
 def test_a_third_call_does_nothing(killed: Killed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalLauncher, "submit", lambda *_: pytest.fail("finished work was done again"))
     before = times(killed.out)
@@ -124,6 +127,7 @@ def test_a_third_call_does_nothing(killed: Killed, monkeypatch: pytest.MonkeyPat
     assert times(killed.out) == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_what_is_done_and_writes_nothing(killed: Killed) -> None:
     before = times(killed.out)
     result = run(killed.grid, "--output-dir", killed.out, "--device", "cpu", "--dry-run")
@@ -140,6 +144,7 @@ def test_a_dry_run_shows_what_is_done_and_writes_nothing(killed: Killed) -> None
     assert times(killed.out) == before
 
 
+@pytest.mark.slow
 def test_a_changed_grid_is_refused_before_anything_runs(
     killed: Killed, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ def _sentence(model: torch.nn.Module, tokens: PreTrainedTokenizerBase, text: str
         return model(**tokens(text, return_tensors="pt")).last_hidden_state[0].mean(0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The multilingual functions")
 def test_wordnet_is_version_3_0_and_nltk_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import nltk

@@ -35,6 +35,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_an_evaluation_killed_by_the_system_continues_to_the_same_bytes(
     tiny_model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,7 @@ def test_every_part_is_on_disk_and_built_from_the_previous_one(finished: Finishe
     assert len({record["generation"]["settings"]["records_sha256"] for record in metrics}) == 1
 
 
+@pytest.mark.slow
 def test_a_second_call_reuses_every_complete_part(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     for place, name in ((training, "CoraTrainer"), (backend, "load_model"), (demo, "extract_basis")):
         monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("finished work was done again"))

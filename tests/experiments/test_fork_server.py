@@ -212,6 +212,7 @@ def test_a_server_that_cannot_import_the_libraries_leaves_steps_to_new_processes
     assert (job.ended(), "no_such_module" in text, "there is no command" in text) == (2, True, True)
 
 
+@pytest.mark.slow
 def test_forks_and_new_processes_write_the_same_bytes(tmp_path: Path, tiny_model: Path, tiny_data: Path) -> None:
     launcher = LocalLauncher(1, "cpu")
     kinds: dict[type, dict[str, Any]] = {}

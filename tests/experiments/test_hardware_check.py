@@ -22,6 +22,7 @@ def run(tmp_path, model) -> dict[str, Check]:
     return {check.name: check for check in check_hardware("cpu", "fp32", tmp_path, str(model))}
 
 
+@pytest.mark.slow
 def test_every_check_passes_on_a_processor_or_says_what_it_needs(tiny_model, tmp_path):
     found = run(tmp_path, tiny_model)
     assert {name: check.passed for name, check in found.items()} == {

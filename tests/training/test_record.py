@@ -6,6 +6,7 @@ import sys
 from cora_cli.training.record import peak_resident_bytes
 
 
+@pytest.mark.slow
 def test_the_peak_does_not_begin_with_that_of_the_process_that_started_this_one() -> None:
     ballast = b"x" * (1 << 30)
     script = "from cora_cli.training.record import peak_resident_bytes; print(peak_resident_bytes())"
