@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from cora_cli.training.record import peak_resident_bytes
 
 
