@@ -7,6 +7,8 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from cora_cli.data.templates import Template, choose_template
 from cora_cli.device import Hardware, PackedAttention, select_hardware, select_packed_attention
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import Method
+from cora_cli.methods.parts.layers import linear_weight
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import load_configuration, remove_dropout
@@ -135,7 +138,28 @@ def _checked_targets(skeleton: Any, method: Method, plan: AdapterPlan) -> list[s
     linears = target_linears(skeleton, plan.target_modules)
     for name, linear in linears.items():
         method.check_layer(plan, name, linear)
+    every = [name for name, module in skeleton.named_modules() if linear_weight(module) is not None]
+    if without := layers_without(list(linears), every):
+        say(
+            f"{len(without)} layers have none of the target modules {', '.join(plan.target_modules)} and are not adapted, such as {without[0]}"
+        )
     return list(linears)
+
+
+def layers_without(adapted: Sequence[str], every: Sequence[str]) -> list[str]:
+    """The numbered layers of a stack, such as `model.layers.3`, that hold linear layers of which none is adapted while others of the stack are.
+
+    `every` names all linear layers of the model. Models that mix kinds of attention have such layers.
+    """
+
+    def layer(name: str) -> tuple[str, int] | None:
+        found = re.match(r"(.*?)\.(\d+)\.", name)
+        return (found[1], int(found[2])) if found else None
+
+    with_adapter = {found for name in adapted if (found := layer(name))}
+    stacks = {stack for stack, _ in with_adapter}
+    lacking = {found for name in every if (found := layer(name)) and found[0] in stacks} - with_adapter
+    return [f"{stack}.{number}" for stack, number in sorted(lacking)]
 
 
 def total_steps(config: TrainConfig, examples: int) -> int:
