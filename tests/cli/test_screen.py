@@ -133,7 +133,7 @@ def test_control_c_ends_long_work_with_one_line(workspace: Path, words: list[str
     assert_clean(screen)
 
 
-@pytest.mark.parametrize("words", ["train --help", "report run", "frobnicate"])
+@pytest.mark.parametrize("words", ["train --help", pytest.param("report run", marks=pytest.mark.slow), "frobnicate"])
 def test_a_closed_pipe_ends_a_command_quietly(workspace: Path, words: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -124,6 +124,7 @@ def test_a_step_holds_the_lock_that_it_was_given(tmp_path: Path, launcher: Local
     os.close(read)
 
 
+@pytest.mark.slow
 def test_a_step_starts_from_chance_like_a_new_process_and_from_a_seed_exactly_like_one(
     launcher: LocalLauncher, tmp_path: Path
 ) -> None:

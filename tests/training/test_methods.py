@@ -59,8 +59,8 @@ def settings_of(mode: Mode, basis: Path, input_basis: Path, loha: Path) -> dict[
 
 # One mode of each kind of start, storage and optimizer; the others differ from one of these in their start only.
 QUICK = (
-    *("lora", "fb", "tb", "fa-basis", "lora+", "dora", "vera", "lora-xs", "lora-mini", "peft"),
-    *("dylora", "cola", "mora-6", "lorta"),
+    *("lora", "fb", "fa-basis", "dora", "vera", "lora-mini", "peft"),
+    *("dylora", "cola", "mora-6"),
 )
 
 

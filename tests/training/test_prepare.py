@@ -6,7 +6,12 @@ LINEARS = [f"model.layers.{n}.{part}" for n in range(3) for part in ("mlp.expert
 
 
 def test_layers_of_another_kind_that_no_target_matches_are_named() -> None:
-    every = [*LINEARS, "model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.q_proj", "model.layers.1.linear_attn.in_proj"]
+    every = [
+        *LINEARS,
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.2.self_attn.q_proj",
+        "model.layers.1.linear_attn.in_proj",
+    ]
     assert layers_without(["model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.q_proj"], every) == ["model.layers.1"]
 
 
