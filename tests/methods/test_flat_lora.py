@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from cora_cli.adapters.install import install_adapter
 from cora_cli.errors import UsageError
@@ -68,6 +68,38 @@ def test_the_noise_is_that_of_the_seed_the_step_and_the_layer_and_w_comes_back(w
         METHOD.after_step(wrapped, made, step(number))
         assert all(torch.equal(one, other) for one, other in zip(weights_of(wrapped), before, strict=True))
     assert not torch.equal(seen[4][0], seen[5][0])
+
+
+def test_the_gradients_are_those_at_the_weights_with_the_noise(wrapped, tiny_model):
+    """Against plain LoRA on a model that has these weights from the start."""
+    ids = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
+    METHOD.before_step(wrapped, plan_of("flat-lora", **COMMON), step(7))
+    wrapped(ids, labels=ids).loss.backward()
+    model = LlamaForCausalLM.from_pretrained(tiny_model)
+    for name, layer in lora_layers(wrapped):
+        model.get_parameter(f"{name}.weight").data = layer.get_base_layer().weight.detach().clone()
+    plain = install_adapter(model, plan_of("lora", **COMMON), None)
+    for (_, ours), (_, theirs) in zip(lora_layers(wrapped), lora_layers(plain), strict=True):
+        theirs.lora_B["default"].weight.data = ours.lora_B["default"].weight.detach().clone()
+    plain(ids, labels=ids).loss.backward()
+    for ours, theirs in zip(wrapped.parameters(), plain.parameters(), strict=True):
+        if ours.requires_grad:
+            assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_row_is_an_output_where_a_layer_stores_in_by_out():
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(n_embd=128, n_layer=1, n_head=2, vocab_size=32, n_positions=16))
+    layer = base.transformer.h[0].attn.c_attn  # 128 inputs, 384 outputs
+    layer.weight.data *= torch.linspace(0.1, 3, 384)
+    before = layer.weight.detach().clone()
+    made = plan_of("flat-lora", **{**COMMON, "target_modules": ("c_attn",)}, flat_sigma=1.0)
+    wrapped = install_adapter(base, made, None)
+    METHOD.before_step(wrapped, made, step(10))
+    noise = next(layer for _, layer in lora_layers(wrapped)).get_base_layer().weight - before
+    assert torch.allclose(noise.std(0), before.norm(dim=0) / math.sqrt(128), rtol=0.4)
+    METHOD.after_step(wrapped, made, step(10))
+    assert torch.equal(next(layer for _, layer in lora_layers(wrapped)).get_base_layer().weight, before)
 
 
 def test_without_noise_it_is_lora_and_with_noise_the_stored_adapter_has_the_loss_of_the_run(tiny_model, tiny_data, tmp_path):
