@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cora_cli.crossed import Floats, crossed, pseudo_values
+from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.reporting.measures import LOSS, value_function
 from cora_cli.reporting.outcomes import level_at
-from cora_cli.reporting.statistics import LEVEL, MIN_SEEDS, holm
+from cora_cli.reporting.statistics import LEVEL, holm
 
 SEEDS, DEVIATIONS, RECORDS = (1, 2, 3, 5, 10), (0.0, 0.004, 0.008, 0.016), (40, 200, 1000)
 TESTS = 14

@@ -27,8 +27,9 @@ from cora_cli.experiments.launch import Launcher, LocalLauncher
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.slurm import SlurmLauncher, left_jobs
-from cora_cli.experiments.stage_rules import FEWEST_SEEDS
-from cora_cli.experiments.stages import SeedsWanted, Stages, news, stage_lines, stage_record, to_run
+from cora_cli.experiments.stage_rules import MIN_SEEDS
+from cora_cli.experiments.stage_work import stage_lines
+from cora_cli.experiments.stages import SeedsWanted, Stages, news, stage_record, to_run
 from cora_cli.experiments.steps import FOLDERS, Kind, Plan, make_plan
 from cora_cli.lock import own_directory
 from cora_cli.methods.registry import method_of
@@ -91,7 +92,7 @@ def _dryrun_stages(request: Request, grid: Grid, out: Path, inputs: Inputs, rate
     """The plan of what is known so far, and the most and the likely work of all stages."""
     stages = Stages(grid, out, inputs, request.device, request.dtype)
     methods = stages.methods()
-    rows = stages.rows(methods, {method.key: FEWEST_SEEDS for method in methods})
+    rows = stages.rows(methods, {method.key: MIN_SEEDS for method in methods})
     plan = stages.plan(rows)
     estimates = estimate_steps(plan, inputs, rate)
     shown = render_plan(plan, inputs, done_steps(plan), estimates, [row.name for row in rows], described)
@@ -143,7 +144,7 @@ def run_stages(
     assert confirm is not None
     stages = Stages(grid, out, inputs, request.device, request.dtype)
     methods = stages.methods()
-    seeds = {method.key: FEWEST_SEEDS for method in methods}
+    seeds = {method.key: MIN_SEEDS for method in methods}
     done: set[str] = set()
     outcomes: list[Outcome] = []
     rate, _ = matmul_rate(request.device)

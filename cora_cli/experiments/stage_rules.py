@@ -8,8 +8,8 @@ from cora_cli.experiments.rows import Row
 from cora_cli.experiments.sweep import SweepRule
 from cora_cli.experiments.values import Values, typed
 
-FEWEST_SEEDS = 3
-"""The report decides nothing with fewer seeds."""
+MIN_SEEDS = 3
+"""The fewest seeds on each side with which anything is decided; `docs/verdict.md` has the measurement."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ def read_confirm(values: object, known: Collection[str], problems: list[str]) ->
     rest = {key: value for key, value in values.items() if key not in lists} if isinstance(values, dict) else values
     others = typed(rest, {"measures": tuple[str, ...], "seeds": list}, "confirm", problems)
     seeds, measures = lists.get("seeds", ()), others.get("measures", ("heldout_loss",))
-    if isinstance(values, dict) and len(seeds) < FEWEST_SEEDS:
-        problems.append(f"confirm: seeds must be at least {FEWEST_SEEDS} integers, not {values.get('seeds')!r}")
+    if isinstance(values, dict) and len(seeds) < MIN_SEEDS:
+        problems.append(f"confirm: seeds must be at least {MIN_SEEDS} integers, not {values.get('seeds')!r}")
     problems += [f"confirm: measures must be among {', '.join(known)}, not {name!r}" for name in measures if name not in known]
     return ConfirmRule(seeds, measures)
 

@@ -1,4 +1,4 @@
-"""How much of each weight's own energy a basis keeps that is shared by several weights, beside a basis of that weight alone.
+"""How much of each weight's own energy a basis keeps that is shared by several weights, next to a basis of that weight alone.
 
 A pooled basis explains the merged matrix of its group, which says little about the weights in it: their directions differ.
 """

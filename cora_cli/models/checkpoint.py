@@ -132,7 +132,7 @@ def load_pickle(file: Path) -> dict[str, Any]:
     if more or _holds_tensors(loaded) or name not in _ENTRIES:
         found = ", ".join(map(repr, entries))
         raise CoraError(
-            f"{file} holds tensors in {found}{' and beside it' if _holds_tensors(loaded) else ''}, so it is not clear which are the model's; "
+            f"{file} holds tensors in {found}{' and next to it' if _holds_tensors(loaded) else ''}, so it is not clear which are the model's; "
             "save the model's state_dict alone"
         )
     return tensors

@@ -112,7 +112,7 @@ def load_model(
     beside = [] if quantized else [(name, layer) for name in unused if (layer := layer_of(loaded, name)) is not None]
     if beside:
         raise CoraError(
-            f"{model.reference}: its files hold {beside[0][0]}, which {type(loaded).__name__} does not take, beside the weight of {beside[0][1]}: "
+            f"{model.reference}: its files hold {beside[0][0]}, which {type(loaded).__name__} does not take, next to the weight of {beside[0][1]}: "
             "that layer would not compute what it was trained to; merge it into the weight, or correct config.json"
         )
     if unused:

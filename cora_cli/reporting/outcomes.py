@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from scipy.special import stdtrit
 
-from cora_cli.reporting.statistics import LEVEL, MIN_SEEDS, SEEDS, Difference, higher_is_better, holm
+from cora_cli.experiments.stage_rules import MIN_SEEDS
+from cora_cli.reporting.statistics import LEVEL, SEEDS, Difference, higher_is_better, holm
 
 BETTER, WORSE, EQUIVALENT, UNDECIDED = "better", "worse", "equivalent", "undecided"
 FEW_SEEDS, UNSWEPT = f"fewer than {MIN_SEEDS} seeds", "learning rates not swept alike"

@@ -12,14 +12,13 @@ import numpy as np
 
 from cora_cli.crossed import Crossed, Floats, crossed, pseudo_values
 from cora_cli.errors import CoraError
+from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.intervals import Interval
 from cora_cli.reporting.collect import Result
 from cora_cli.reporting.measures import LOSS, Measure, value_function
 
 LEVEL = 0.05
 """Differences with a corrected p-value below this level count as shown."""
-MIN_SEEDS = 3
-"""The fewest seeds on each side with which anything is decided; `docs/verdict.md` has the measurement."""
 SEEDS, EXAMPLES = "seeds and records", "records only"
 
 

@@ -6,11 +6,12 @@ A B is informed if it starts as the subspace of fine-tuned models. `outcomes` de
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.methods.registry import BASELINE
 from cora_cli.reporting.learning_rate_sweep import RatesByMethod, rates_of, swept_alike
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, FEW_SEEDS, UNDECIDED, WORSE, Test, decide, level_at
-from cora_cli.reporting.statistics import EXAMPLES, LEVEL, MIN_SEEDS, Difference, MethodResults, compare
+from cora_cli.reporting.statistics import EXAMPLES, LEVEL, Difference, MethodResults, compare
 
 RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE = (
     "random orthonormal B",

@@ -40,7 +40,7 @@ class WeightSource(abc.ABC):
 
     `transposed` holds the modules whose layer stores its weight as (in, out), `skipped` the names in the files of weights that are no
     module of the language model: those of other modalities, and those that the loaded model does not take as they are, such as fused
-    experts. `faults` says by module what keeps a layer's weight from being read: missing, of another shape, or with tensors beside
+    experts. `faults` says by module what keeps a layer's weight from being read: missing, of another shape, or with tensors next to
     it that would change it.
     """
 
@@ -297,7 +297,7 @@ def _faults_of_unknown(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _beside(module: str, key: str) -> str:
-    return f"its files hold {key} beside the weight of {module}, which alone is not what that layer computes; merge it into the weight first"
+    return f"its files hold {key} next to the weight of {module}, which alone is not what that layer computes; merge it into the weight first"
 
 
 def _matrices(checkpoint: Checkpoint) -> list[str]:

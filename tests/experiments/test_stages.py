@@ -12,7 +12,8 @@ from cora_cli.errors import UsageError
 from cora_cli.experiments.ablate import Request, run_stages
 from cora_cli.experiments.execute import Outcome
 from cora_cli.experiments.grid import Grid
-from cora_cli.experiments.stages import Stages, stage_lines
+from cora_cli.experiments.stage_work import stage_lines
+from cora_cli.experiments.stages import Stages
 from cora_cli.lock import own_directory
 
 from .helpers import PretendLauncher, grid_of, inputs_of

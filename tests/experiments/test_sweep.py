@@ -102,5 +102,5 @@ def test_a_sweep_that_measures_what_it_asks_for_ends_and_never_asks_twice(table:
     assert not state.pending
     if state.chosen is not None:
         last = max(state.losses[state.chosen])
-        rivals = [losses[last] for losses in state.losses.values() if last in losses]
-        assert state.losses[state.chosen][last] == min(rivals)
+        others = [losses[last] for losses in state.losses.values() if last in losses]
+        assert state.losses[state.chosen][last] == min(others)

@@ -160,13 +160,13 @@ def test_tensors_that_the_model_does_not_take_are_no_modules_of_it(copy, capfd):
         ),
         (
             lambda weight: {f"{Q0}.weight": weight, f"{Q0}.weight_scale": torch.ones(1)},
-            rf"hold {Q0}\.weight_scale beside the weight",
+            rf"hold {Q0}\.weight_scale next to the weight",
         ),
         (
             lambda weight: {f"{Q0}.weight": weight, f"{Q0}.lora_A.weight": weight[:2]},
-            rf"hold {Q0}\.lora_A\.weight beside the weight",
+            rf"hold {Q0}\.lora_A\.weight next to the weight",
         ),
-        (lambda weight: {f"{Q0}.weight": weight, f"{Q0}.bias": weight[0]}, rf"hold {Q0}\.bias beside the weight"),
+        (lambda weight: {f"{Q0}.weight": weight, f"{Q0}.bias": weight[0]}, rf"hold {Q0}\.bias next to the weight"),
         (
             lambda weight: {f"{Q0}.weight": weight, f"{Q0.removeprefix('model.')}.weight": weight.clone()},
             rf"layers.0.* and {Q0}\.weight are both the weight of {Q0}",
@@ -188,7 +188,7 @@ def test_a_layer_whose_weight_cannot_be_read_is_refused_where_it_is_a_target(cop
 
 def test_a_weight_of_another_shape_and_a_tensor_beside_a_weight_are_refused_on_loading(copy):
     change_tensors(copy, lambda tensors: {**tensors, f"{Q0}.bias": torch.ones(16)})
-    with pytest.raises(CoraError, match=rf"hold {Q0}\.bias, which LlamaForCausalLM does not take, beside the weight of {Q0}"):
+    with pytest.raises(CoraError, match=rf"hold {Q0}\.bias, which LlamaForCausalLM does not take, next to the weight of {Q0}"):
         load_model(local(copy), torch.float32, torch.device("cpu"), None)
     change_tensors(
         copy, lambda tensors: {key: tensor[:8] if key == f"{Q0}.weight" else tensor for key, tensor in tensors.items()}
@@ -203,7 +203,7 @@ def test_weights_of_a_model_that_transformers_does_not_know_are_matrices_with_no
     with pytest.raises(CoraError, match=rf"copy: {Q0}\.weight has the shape \(256,\); a matrix of two dimensions is required"):
         open_source(local(copy)).targets(["q_proj"])
     change_tensors(copy, lambda tensors: {**tensors, V1 + ".lora_A.weight": torch.ones(2, 16)})
-    with pytest.raises(CoraError, match=rf"copy: its files hold {V1}\.lora_A\.weight beside the weight of {V1}"):
+    with pytest.raises(CoraError, match=rf"copy: its files hold {V1}\.lora_A\.weight next to the weight of {V1}"):
         open_source(local(copy)).targets(["v_proj"])
 
 
@@ -237,7 +237,7 @@ def test_tensors_in_an_entry_of_a_bin_file_are_read_by_all(copy, square_models, 
     ("wrap", "said"),
     [
         (lambda tensors: {"model": tensors, "ema": tensors}, "holds tensors in 'model', 'ema', so it is not clear"),
-        (lambda tensors: {"model": tensors, **tensors}, "holds tensors in 'model' and beside it, so it is not clear"),
+        (lambda tensors: {"model": tensors, **tensors}, "holds tensors in 'model' and next to it, so it is not clear"),
         (lambda tensors: {"optimizer": tensors}, "holds tensors in 'optimizer', so it is not clear"),
     ],
 )

@@ -1,0 +1,90 @@
+"""Says how much work a grid with stages is: its rungs, and the most and the likely number of runs with their time."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from cora_cli.experiments.estimate import Estimate
+from cora_cli.experiments.grid import Grid
+from cora_cli.experiments.rows import Row
+from cora_cli.experiments.screen import duration
+from cora_cli.experiments.stage_rules import MIN_SEEDS
+from cora_cli.experiments.stages import Method, total_steps
+from cora_cli.experiments.steps import Kind, Plan
+
+
+def stage_lines(grid: Grid, methods: Sequence[Method], plan: Plan, estimates: Mapping[str, Estimate]) -> list[str]:
+    """The rungs, and the most and the likely number of runs with their time; `plan` has one complete run of each method."""
+    confirm = grid.confirm
+    assert confirm is not None
+    lines = []
+    most, likely = _Work(), _Work()
+    middle = math.ceil((MIN_SEEDS + len(confirm.seeds)) / 2)
+    for method in methods:
+        training, scoring = (_seconds(plan, estimates, method.rows[0], kind) for kind in _EACH_RUN)
+        complete = None if training is None or scoring is None else training + scoring
+        if grid.sweep is not None:
+            total, count = total_steps(method.rows[0]), len(grid.sweep.seeds)
+            rungs = grid.sweep.steps(total)
+            most.add(count * (len(method.rows) + grid.sweep.widen), rungs[-1] / total, training)
+            likely.add(count * len(method.rows), _likely_share(len(method.rows), rungs, total), training)
+        most.add(len(confirm.seeds), 1, complete)
+        likely.add(middle, 1, complete)
+    if grid.sweep is not None:
+        every = sorted({grid.sweep.steps(total_steps(method.rows[0])) for method in methods})
+        shown = "; ".join(_listed(steps) for steps in every)
+        lines.append(
+            f"sweep: at steps {shown} the worse half of the learning rates is dropped (seeds {_listed(grid.sweep.seeds)})"
+        )
+    lines.append(
+        f"confirm: {MIN_SEEDS} to {len(confirm.seeds)} seeds of each method ({_listed(confirm.seeds)}), until its verdict on "
+        f"{', '.join(confirm.measures)} is not undecided"
+    )
+    lines.append(
+        f"at most {most.runs} training runs, {most.time()}; likely {likely.runs}, {likely.time()}, if every rung drops half, no sweep is "
+        f"widened and {middle} seeds decide"
+    )
+    return lines
+
+
+_EACH_RUN: tuple[Kind, ...] = ("train", "evaluate")
+
+
+@dataclasses.dataclass
+class _Work:
+    """Training runs and their time, None if it is unknown."""
+
+    runs: int = 0
+    seconds: float | None = 0.0
+
+    def add(self, runs: int, share: float, seconds: float | None) -> None:
+        """Add `runs` of which each takes a `share` of `seconds`."""
+        self.runs += runs
+        self.seconds = None if self.seconds is None or seconds is None else self.seconds + runs * share * seconds
+
+    def time(self) -> str:
+        """The time in words."""
+        return "unknown time" if self.seconds is None else f"about {duration(self.seconds)}"
+
+
+def _likely_share(rates: int, rungs: Sequence[int], total: int) -> float:
+    """The share of a complete run that each of these rates gets on average if every rung drops half of them."""
+    steps, left, before = 0, rates, 0
+    for rung in rungs:
+        steps += left * (rung - before)
+        left, before = math.ceil(left / 2), rung
+        if left == 1:
+            break
+    return steps / total / rates
+
+
+def _seconds(plan: Plan, estimates: Mapping[str, Estimate], row: Row, kind: Kind) -> float | None:
+    """The estimated time of a row's step; 0 if it has no such step, None if it is unknown."""
+    step = plan.of_kind(row.name, kind)
+    if step is None:
+        return 0.0
+    return estimates[step.name].seconds if step.name in estimates else None
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
