@@ -91,6 +91,8 @@ class Row:
         name = self.name.replace(f"_lr{short(self.learning_rate)}", f"_lr{short(learning_rate)}", 1)
         name = name.removesuffix(f"_seed{self.seed}") + f"_seed{seed}"
         train = {**self.train, "learning_rate": learning_rate, "seed": seed}
+        if stage == "confirm":
+            train["validation_loss"] = False  # which would choose the learning rate that is known by now
         changed: Values = {"learning_rate": learning_rate, "seed": seed, "stage": stage, "stop_at": stop_at}
         return dataclasses.replace(self, name=name, train=train, **changed)
 

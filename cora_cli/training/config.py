@@ -18,7 +18,19 @@ Reporter = Literal["none", "tensorboard", "wandb", "trackio"]
 _WHAT, _DATA, _OPTIM, _RUN = "Method", "Data", "Optimisation", "Run"
 _OF_METHODS = frozenset(own.name for own in OWN_SETTINGS)
 NOT_PART_OF_THE_RESULT = frozenset(
-    {"output_dir", "resume", "stop_at", "report_to", "device", "save_steps", "keep_checkpoints", "model", "dataset", "basis"}
+    {
+        "output_dir",
+        "resume",
+        "stop_at",
+        "report_to",
+        "device",
+        "save_steps",
+        "keep_checkpoints",
+        "validation_loss",
+        "model",
+        "dataset",
+        "basis",
+    }
 )
 """Settings that may differ between a run and its resumption: they do not change the result, or they locate an input whose content
 hash is compared anyway."""
@@ -64,6 +76,9 @@ class _SharedSettings:
         "not by the held-out records.",
         None,
         panel=_DATA,
+    )
+    validation_loss: bool = setting(
+        "Measure the loss on the validation records after training; without it they are only kept apart.", True, panel=_DATA
     )
     split_seed: int = setting(
         "Seed of the split into training and held-out records; use the same one for all runs that you compare.", 0, panel=_DATA
@@ -165,6 +180,8 @@ class _SharedSettings:
         ]
         if self.stop_at is not None and self.validation_size is None:
             problems.append("--stop-at needs --validation-size: the validation loss is its result")
+        if self.stop_at is not None and not self.validation_loss:
+            problems.append("--stop-at has the validation loss as its result; leave out --no-validation-loss")
         method = METHODS[self.mode]
         allowed = taken_settings(method)
         if not method.is_adapter:

@@ -274,7 +274,9 @@ def _train_and_save(
         meter = _angle_meter(model, prepared.plan)
         speed = _fit(trainer, run, meter, checkpoint, config, prepared, form)
         after = _measure(model, form, prepared, arguments, "held-out loss after training", prepared.test)
-    validation = _measure(model, form, prepared, arguments, "validation loss after training", prepared.validation)
+    validation = None
+    if config.validation_loss:
+        validation = _measure(model, form, prepared, arguments, "validation loss after training", prepared.validation)
     if main:
         _save_result(config, prepared, run, model)
         if before is not None and after is not None:

@@ -94,6 +94,8 @@ def test_losers_stop_early_and_the_winner_is_confirmed_with_fresh_seeds(tmp_path
         *(("lora", "0.003", str(seed), "end") for seed in range(5)),
     ]
     assert not outcome.failed
+    trainings = [argv for argv in launcher.submitted if argv[0] == "train"]
+    assert ["--no-validation-loss" in argv for argv in trainings] == [False] * 5 + [True] * 5
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["looks"] == 3
     assert plan["sweeps"] == [

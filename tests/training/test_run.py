@@ -145,6 +145,10 @@ def test_validation_records_are_measured_after_training_and_neither_trained_on_n
         sums, tokens = summed_losses(model.eval(), validation)
     assert record["validation"]["n"] == 6
     assert record["validation"]["loss"] == pytest.approx(sums.sum().item() / tokens, rel=1e-5)
+    unmeasured = train(replace(config, output_dir=str(tmp_path / "unmeasured"), validation_loss=False))
+    assert unmeasured["data"] == record["data"]
+    assert unmeasured["validation"] is None
+    assert unmeasured["heldout"] == record["heldout"]
 
 
 def test_fb_trains_with_b_equal_to_the_basis(tiny_model: Path, tiny_data: Path, tiny_basis: Path, tmp_path: Path) -> None:

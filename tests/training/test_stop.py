@@ -87,6 +87,8 @@ def test_stops_that_cannot_be(config: TrainConfig) -> None:
         replace(config, stop_at=0)
     with pytest.raises(UsageError, match="--stop-at needs --validation-size"):
         replace(config, stop_at=2, validation_size=None)
+    with pytest.raises(UsageError, match="leave out --no-validation-loss"):
+        replace(config, stop_at=2, validation_loss=False)
 
 
 def test_the_rate_is_constant_and_then_decays_over_the_last_fifth(config: TrainConfig, tmp_path: Path) -> None:
