@@ -116,7 +116,9 @@ def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: flo
     per_step = config.batch_size * config.gradient_accumulation
     steps = config.max_steps or math.ceil(config.epochs * math.ceil(examples / per_step))
     adapter = config.adapter_plan()
-    measured = 2 * min(len(data.test), config.eval_limit or len(data.test)) + ((config.validation_size or 0) if config.validation_loss else 0)
+    measured = 2 * min(len(data.test), config.eval_limit or len(data.test)) + (
+        (config.validation_size or 0) if config.validation_loss else 0
+    )
     body = model.parameters - model.embedded
     flops = (
         body
