@@ -1,5 +1,5 @@
-"""Writes the table of methods, the notes on them, and the output of `make demo`, `make bench`, `make families`, `cora report` and `cora inspect`, between the markers in
-README.md and docs/, so that no table is typed by hand.
+"""Writes the table of methods, the notes on them, and what `make demo`, `make bench`, `make families`, `cora report` and `cora inspect`
+printed, between the markers in README.md and docs/, so that no table is typed by hand.
 """
 
 import argparse

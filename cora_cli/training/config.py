@@ -44,8 +44,8 @@ class _SharedSettings:
     dataset: str = setting("Hub id, a .json/.jsonl/.csv/.parquet file, or builtin:instruct, builtin:code, …", panel=_DATA)
     output_dir: str = setting("Run directory; must not contain another run.", panel=_RUN)
     mode: Mode = setting(
-        "Training method: lora, fb (B = basis, frozen), tb (B = basis, trained), full (all weights, no adapter), or a baseline; the "
-        "README describes each.",
+        "Training method: lora, fb (B = basis, frozen), tb (B = basis, trained), full (all weights, no adapter), or a baseline; "
+        "docs/methods.md describes each.",
         DEFAULT,
         panel=_WHAT,
     )

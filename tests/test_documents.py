@@ -1,10 +1,12 @@
-"""Every install command that the project prints or documents names this distribution, one of its extras, or another project's package."""
+"""What the documents and the messages say exists: install commands name this distribution or a known package, links lead somewhere."""
 
 import re
 import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)\)")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OTHERS = {"vllm", "flash-attn", "bitsandbytes", "submitit", "tensorboard", "wandb", "trackio", "trl"}
 COMMAND = re.compile(r"pip install((?: +(?:-[ce] +)?[^ `\"')#(]*(?:'[^']*'|\"[^\"]*\")?)+)")
@@ -33,3 +35,22 @@ def test_install_commands_name_this_distribution_its_extras_or_known_packages():
 
 def test_a_command_that_installs_a_namesake_would_be_found():
     assert COMMAND.findall("install it with `pip install 'cora[slurm]'`")[0].strip() == "'cora[slurm]'"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_of_a_document_leads_to_a_file_and_a_heading():
+    links = [(page, *link) for page in PAGES for link in LINK.findall(page.read_text(encoding="utf-8"))]
+    assert len(links) >= 20
+    for page, target, anchor in links:
+        place = page.parent / target if target else page
+        assert place.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(place), f"{page.name}: {target}#{anchor}"
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
