@@ -8,7 +8,7 @@ JSON: `{"format_version": 2, "experiments": [...]}`. An experiment has `name`, `
   `measures`: measure -> `value`, `low`, `high`, `kind`, `n`, `seeds`, `by_seed`;
 - `best`: measure -> `row`, `p_holm` (null where a test has none), `supported`;
 - `verdict`: `headline`, `rule`, `comparisons`, each with `one`, `other`, `role`, `control` (whether it is the random control's line below a
-  LoRA), `sentence` and `tests`: `measure`, `difference`, `ci95`, `ci90`, `p`, `p_holm`, `n` (records), `outcome`, `obstacle` (why nothing can be
+  LoRA), `baseline` (whether it compares another method with LoRA), `sentence` and `tests`: `measure`, `difference`, `ci95`, `ci90`, `p`, `p_holm`, `n` (records), `outcome`, `obstacle` (why nothing can be
   decided, or empty), `seeds` (of both sides, null for a model without seeds), `paired`, `kind`, `components` (the parts of the variance of
   the difference: `seed`, `record`, `interaction`), `margin`, `more_seeds` and `more_records` (which would decide, or null).
 
@@ -257,6 +257,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
                 "role": comparison.role,
                 "sentence": comparison.sentence(),
                 "control": comparison.control,
+                "baseline": comparison.baseline,
                 "tests": [_test(test) for test in comparison.tests],
             }
             for comparison in verdict.comparisons

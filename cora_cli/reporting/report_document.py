@@ -52,8 +52,11 @@ def _verdict(group: Group, named: bool) -> list[Block]:
     blocks: list[Block] = [Text(f"{group.name}: {verdict.headline}" if named else verdict.headline, "verdict")]
     if verdict.comparisons:
         # The comparison with the untrained base model is only in the table.
-        sentences = tuple(comparison.sentence() for comparison in verdict.comparisons if comparison.role != BASE)
-        blocks += [Items(sentences)] if sentences else []
+        shown = [comparison for comparison in verdict.comparisons if comparison.role != BASE]
+        informed = tuple(comparison.sentence() for comparison in shown if not comparison.baseline)
+        others = tuple(comparison.sentence() for comparison in shown if comparison.baseline)
+        blocks += [Items(informed)] if informed else []
+        blocks += [Text("Other methods compared with LoRA:"), Items(others)] if others else []
         blocks.append(
             Text(
                 "Tests over seeds and records, Holm-corrected, decide what counts as better or worse. The table of tests below has every "

@@ -32,7 +32,8 @@ Margin = float | Mapping[str, float] | None
 class Comparison:
     """`one` minus `other` in every measure that both have; `other` is a control of the kind `role`.
 
-    `control` marks the line below an informed B's comparison with LoRA: the random B compared with the same LoRA.
+    `control` marks the line below an informed B's comparison with LoRA: the random B compared with the same LoRA. `baseline` marks the
+    comparison of another method with LoRA, which says nothing about an informed B.
     """
 
     one: MethodResults
@@ -40,6 +41,7 @@ class Comparison:
     role: str
     tests: tuple[Test, ...]
     control: bool = False
+    baseline: bool = False
 
     def sentence(self) -> str:
         """The outcome in words, with the differences that were shown, and that of the held-out loss in any case."""
@@ -84,6 +86,30 @@ def judge(
     """
     rates = rates_of(methods) if rates is None else rates
     pairs = [pair for one in methods if _informed(one) for pair in _controls(one, methods)]
+    controls = {id(other) for _, other, _, _ in pairs}
+    others = [
+        pair
+        for one in methods
+        if not _informed(one) and id(one) not in controls and one.first.row.mode not in (BASELINE, "base")
+        for pair in _controls(one, methods)
+        if pair[2] in (LORA_RANK, LORA_SIZE) and not pair[3]
+    ]
+    (informed, tests), (baselines, other_tests) = (
+        _compared(family, methods, measures, rates, margin, looks) for family in (pairs, others)
+    )
+    baselines = [dataclasses.replace(comparison, baseline=True) for comparison in baselines]
+    return Verdict(_headline(methods, informed), (*informed, *baselines), _rule(tests, other_tests, margin, looks))
+
+
+def _compared(
+    pairs: Sequence[tuple[MethodResults, MethodResults, str, bool]],
+    methods: Sequence[MethodResults],
+    measures: Sequence[str],
+    rates: RatesByMethod,
+    margin: Margin,
+    looks: int | None,
+) -> tuple[list[Comparison], int]:
+    """The comparisons of one family of tests, and the number of its tests."""
     # A random control can stand under several informed methods; it counts as one family member.
     planned: dict[tuple[int, int, str], tuple[str, Difference, float | None, bool]] = {}
     for one, other, _, _ in pairs:
@@ -99,18 +125,21 @@ def judge(
         )
         for one, other, role, control in pairs
     ]
-    comparisons = tuple(comparison for comparison in judged if comparison.tests)
-    return Verdict(_headline(methods, comparisons), comparisons, _rule(len(tests), margin, looks))
+    return [comparison for comparison in judged if comparison.tests], len(tests)
 
 
-def _rule(tests: int, margin: Margin, looks: int | None) -> str:
+def _rule(tests: int, other_tests: int, margin: Margin, looks: int | None) -> str:
     share = margin if isinstance(margin, float | int) else DEFAULT_MARGIN
     stated = ", ".join(f"{title(name)} {value:g}" for name, value in margin.items()) if isinstance(margin, Mapping) else ""
     margins = f"{share:.0%} of the difference between the base model and the trained control"
     margins = f"{stated} as the grid states, otherwise {margins}" if stated else margins
+    family = f"the {tests} tests of this verdict"
+    if other_tests:
+        others = f"the {other_tests} that compare other methods with LoRA"
+        family = f"{family}, and separately over {others}" if tests else others
     return (
         "Rule: seeds and records are both random and crossed; a difference has the variance σ²(seed)/S + σ²(record)/R + "
-        f"σ²(interaction)/(S·R). Better or worse: p < {LEVEL:g} after Holm's correction over the {tests} tests of this verdict, "
+        f"σ²(interaction)/(S·R). Better or worse: p < {LEVEL:g} after Holm's correction over {family}, "
         f"however small the difference. Equivalent: otherwise, if the 90 % interval lies inside ± the margin ({margins}; without a base model there is none). Otherwise "
         f"undecided, which does not mean equal. Nothing is decided with fewer than {MIN_SEEDS} seeds on a side, nor where the learning "
         "rates were not swept alike: the same several rates on both sides, or equally many with the chosen one inside its range. The "

@@ -190,6 +190,20 @@ def test_without_an_informed_b_nothing_is_claimed():
     assert not verdict.comparisons
 
 
+def test_other_methods_are_compared_with_lora_in_a_family_of_their_own():
+    groups = base(), runs("fb", FB, 0.5), random(0.6), lora(0.6)
+    dora = runs("dora", {"b_init": "zeros"}, 0.5, mode="dora", n_models=None)
+    alone, joined = verdict_of(*groups), verdict_of(*groups, dora)
+    *informed, other = joined.comparisons
+    assert (other.one.name, other.role, other.baseline, other.tests[0].outcome) == ("dora r=4", LORA_RANK, True, BETTER)
+    assert not any(comparison.baseline for comparison in informed)
+    assert joined.headline == alone.headline
+    assert [c.tests[0].p_holm for c in informed] == [c.tests[0].p_holm for c in alone.comparisons]
+    assert other.tests[0].p_holm == other.tests[0].found.p_value
+    assert "the 4 tests of this verdict, and separately over the 1 that compare other methods with LoRA" in joined.rule
+    assert verdict_of(lora(0.6), dora).comparisons[0].baseline
+
+
 def test_all_tests_of_a_verdict_are_corrected_together_and_a_shared_control_counts_once():
     five = runs("fb five", FB, 0.5, n_models=5)
     verdict = verdict_of(base(), runs("fb", FB, 0.5), five, random(0.6), lora(0.6))
