@@ -14,10 +14,11 @@ from cora_cli.experiments.preset import small
 from cora_cli.experiments.steps import make_plan, plan_record
 from cora_cli.experiments.tasks import TASKS
 
-BASELINES = (
-    *("lora", "fb", "tb", "rslora", "lora+", "dora", "lora-fa", "fa-basis", "mica", "pissa", "milora", "olora", "vera"),
+STARTS = (
+    *("lora", "fb", "tb", "rslora", "lora+", "dora", "lora-fa", "fa-basis", "mica", "pissa", "milora", "olora"),
     *("lora-xs", "lora-mini"),
 )
+PARTS = ("rank", "forms", "small")
 CONFIGS = Path(__file__).parents[2] / "configs"
 GRIDS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "grid" in yaml.safe_load(path.read_text())]
 TABLES = ["table1", "table2", "table3", "table4"]
@@ -36,7 +37,7 @@ def paper_grid(name: str, preset: str | None = None, model: str | None = None) -
 
 
 def test_all_grids_were_found() -> None:
-    assert {path.stem for path in GRIDS} == {*TABLES, "figure-variance", "quick", "honest", "baselines"}
+    assert {path.stem for path in GRIDS} == {*TABLES, "figure-variance", "quick", "honest", "baselines", *PARTS}
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
@@ -148,30 +149,55 @@ def test_a_grid_with_stages_keeps_them_at_the_small_scale() -> None:
     assert small.confirm == load_grid(CONFIGS / "honest.yaml").confirm
 
 
-def test_the_grid_of_baselines_has_every_mode_at_equal_trained_parameters_and_at_equal_rank(smollm2_shapes: ModelFacts) -> None:
-    grid = load_grid(CONFIGS / "baselines.yaml")
-    assert {row.mode for row in grid.rows} == {"base", *BASELINES}
-    methods = {(row.label, row.rank): row for row in grid.rows if row.mode != "base"}
-    counts = {method: trained_parameters(row, smollm2_shapes) for method, row in methods.items()}
-    wanted = counts[("fb", 48)]
-    near = {method: count for method, count in counts.items() if count == pytest.approx(wanted, rel=0.02)}
-    labels = {label for label, _ in methods}
-    assert {label for label, _ in near} == labels - {"vera"}
-    assert {label for label, rank in methods if rank == 31} == labels
-    assert methods.keys() == {*near, ("vera", 576), *((label, 31) for label in labels)}
-    assert counts[("vera", 576)] == 80_640
+def baselines(part: str | None = None) -> Grid:
+    return load_grid(CONFIGS / "baselines" / f"{part}.yaml" if part else CONFIGS / "baselines.yaml")
+
+
+def counts_of(grid: Grid, shapes: ModelFacts) -> dict[tuple[str, int | None], int | None]:
+    return {(row.label, row.rank): trained_parameters(row, shapes) for row in grid.rows if row.mode != "base"}
+
+
+def test_the_grid_of_baselines_has_equal_trained_parameters(smollm2_shapes: ModelFacts) -> None:
+    grid = baselines()
+    assert {row.mode for row in grid.rows} == {"base", *STARTS}
+    counts = counts_of(grid, smollm2_shapes)
+    assert all(count == pytest.approx(counts["fb", 48], rel=0.02) for count in counts.values())
     said = " ".join(grid.conditions)
-    assert all(f"{count:,}" in said for count in {80_640, *near.values()})
-    swept = {
-        method: {(row.learning_rate, row.seed) for row in grid.rows if (row.label, row.rank) == method} for method in methods
-    }
-    assert {len(runs) for runs in swept.values()} == {6, 8}
-    assert {seed for runs in swept.values() for _, seed in runs} == {0, 1}
+    assert all(f"{count:,}" in said for count in counts.values())
 
 
-@pytest.mark.parametrize("mode", [mode for mode in BASELINES if mode != "vera"])
+def test_other_forms_have_equal_trained_parameters_where_they_have_one_count(smollm2_shapes: ModelFacts) -> None:
+    counts = counts_of(baselines("forms"), smollm2_shapes)
+    unlike = {label for (label, _), count in counts.items() if count != pytest.approx(counts["fb", 48], rel=0.02)}
+    assert unlike == {"cola", "increlora"}
+
+
+def test_the_parts_at_equal_rank_and_at_small_budgets_are_that(smollm2_shapes: ModelFacts) -> None:
+    rank, small_budgets = baselines("rank"), baselines("small")
+    assert {row.rank for row in rank.rows if row.mode != "base"} == {31}
+    for grid in (rank, small_budgets):
+        said = " ".join(grid.conditions)
+        assert all(f"{count:,}" in said for count in counts_of(grid, smollm2_shapes).values() if count is not None)
+    assert all((count or 0) <= 104_000 for count in counts_of(small_budgets, smollm2_shapes).values())
+
+
+@pytest.mark.parametrize("part", [None, *PARTS])
+def test_every_baseline_is_swept_and_confirmed_like_lora(part: str | None) -> None:
+    grid = baselines(part)
+    methods: dict[tuple[str, int | None], int] = {}
+    for row in grid.rows:
+        if row.mode != "base":
+            methods[row.label, row.rank] = methods.get((row.label, row.rank), 0) + 1
+    assert set(methods.values()) == {3}
+    assert {"lora", "fb", "fb orthonormal"} <= {label for label, _ in methods}
+    assert grid.sweep is not None
+    assert grid.confirm is not None
+    assert len(grid.confirm.seeds) == 3
+
+
+@pytest.mark.parametrize("mode", STARTS)
 def test_no_other_rank_is_closer_to_the_trained_parameters_of_fb(mode: str, smollm2_shapes: ModelFacts) -> None:
-    grid = load_grid(CONFIGS / "baselines.yaml")
+    grid = baselines()
     row = next(row for row in grid.rows if row.mode == mode)
     wanted = trained_parameters(next(row for row in grid.rows if row.mode == "fb"), smollm2_shapes) or 0
     off = [
