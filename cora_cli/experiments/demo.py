@@ -57,11 +57,16 @@ def run_demo(root: Path, seed: int, device: str, dtype: DtypeName) -> str:
 
 def _run(chain: "_Chain") -> str:
     began, root, seed = time.monotonic(), chain.root, chain.seed
+    trainings = [*(root / "models" / task for task in TASKS), *(root / "runs" / name for name in METHODS)]
+    earlier = sum(rundir.RunDirectory(path).result.is_dir() for path in trainings)
     models = [chain.fine_tune(task, number) for number, task in enumerate(TASKS, start=1)]
     basis, explained = chain.extract(models)
     runs = {name: chain.adapt(name, basis) for name in METHODS}
     evaluations = chain.evaluate()
-    report = _report(runs, evaluations, explained, seed, time.monotonic() - began)
+    duration = f"This run of the demo took {(time.monotonic() - began) / 60:.1f} minutes."
+    if earlier:
+        duration = f"{duration} {earlier} of its {len(trainings)} trainings were finished before."
+    report = _report(runs, evaluations, explained, seed, duration)
     rundir.write_text(root / "report.md", report + "\n")
     say(f"report written to {root / 'report.md'}")
     return report
@@ -165,7 +170,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _report(
-    runs: dict[str, dict[str, Any]], evaluations: dict[str, Evaluation], explained: dict[str, float], seed: int, seconds: float
+    runs: dict[str, dict[str, Any]], evaluations: dict[str, Evaluation], explained: dict[str, float], seed: int, duration: str
 ) -> str:
     names = list(evaluations["base"].record["metrics"])
     before = runs["lora"]["heldout"]["before"]
@@ -206,7 +211,7 @@ def _report(
             "",
             f"The basis: {len(TASKS)} models ({', '.join(TASKS)}), rank {RANK}, explained variance {shares}.",
             f"Each adapter: {STEPS} steps of {BATCH} records of {DATASET}, learning rate {LEARNING_RATE:g}, {hardware['dtype']} on "
-            f"{hardware['device']}. This run of the demo took {seconds / 60:.1f} minutes.",
+            f"{hardware['device']}. {duration}",
             "",
             f"This demo shows that the pipeline works, and how {STEPS} steps change the held-out loss in each mode. It does "
             f"not show which mode is better: one seed, one untuned learning rate, a 135M model and {STEPS * BATCH} training "

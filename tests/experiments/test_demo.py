@@ -166,7 +166,9 @@ def test_a_second_call_reuses_every_complete_part(finished: Finished, monkeypatc
         monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("finished work was done again"))
     root, report = finished.root, finished.report
     before = contents(root)
-    assert without_time(run_demo(root, 0, "cpu", "fp32")) == without_time(report)
+    again = run_demo(root, 0, "cpu", "fp32")
+    assert without_time(again) == without_time(report)
+    assert "6 of its 6 trainings were finished before." in again
     assert contents(root) == before
 
 
