@@ -23,6 +23,12 @@ def main() -> None:
     """Replace the marked parts for which there are results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, default=ROOT / "demo" / "report.md", help="what `make demo` wrote")
+    parser.add_argument(
+        "--demo-report",
+        type=Path,
+        default=ROOT / "demo-report" / "report.md",
+        help="`cora report demo/runs/{lora,fb,tb,fb-orthonormal} -o demo-report`",
+    )
     parser.add_argument("--bench", type=Path, default=ROOT / "benchmarks" / "results.json", help="what `make bench` wrote")
     parser.add_argument("--families", type=Path, default=ROOT / "families.md", help="what `make families` wrote")
     parser.add_argument(
@@ -42,6 +48,8 @@ def main() -> None:
     replace("method-notes", method_notes())
     if options.demo.exists():
         replace("demo", options.demo.read_text(encoding="utf-8").partition("\n")[2].strip())
+    if options.demo_report.exists():
+        replace("demo-report", progress_and_verdict(options.demo_report.read_text(encoding="utf-8")))
     if options.bench.exists():
         results = json.loads(options.bench.read_text(encoding="utf-8"))
         replace("bench", benchmark_summary(results))
@@ -69,12 +77,16 @@ def replace(name: str, body: str) -> None:
     found[0].write_text(marked.sub(lambda match: f"{match[1]}{body}\n{match[2]}", text), encoding="utf-8")
 
 
+def progress_and_verdict(report: str) -> str:
+    """The progress and the verdict without its plot, from a report in Markdown."""
+    progress, _, verdict = report.partition("## Tables\n")[0].partition("## Verdict\n")
+    return "\n\n".join([progress.strip().splitlines()[-1], verdict.partition("\n![")[0].strip()])
+
+
 def verdict_and_scores(report: str) -> str:
     """The progress, the verdict and the first table with its notes, from a report in Markdown."""
-    head, _, rest = report.partition("## Tables\n")
-    progress, _, verdict = head.partition("## Verdict\n")
-    first = rest.strip().split("\n### ")[0]
-    return "\n\n".join([progress.strip().splitlines()[-1], verdict.strip(), first.partition("\n")[2].strip()])
+    first = report.partition("## Tables\n")[2].strip().split("\n### ")[0]
+    return "\n\n".join([progress_and_verdict(report), first.partition("\n")[2].strip()])
 
 
 def scores_and_costs(report: str) -> str:
