@@ -4,7 +4,7 @@ BIN := .venv/bin
 SETUP := .venv/.set-up
 STAGES := startup metrics generation extraction training grid
 
-.PHONY: setup demo test test-slow lint bench families clean
+.PHONY: setup demo test test-slow lint bench families docs clean
 
 setup: $(SETUP)
 
@@ -39,5 +39,10 @@ families: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.families families.md
 	$(BIN)/python scripts/update_readme.py
 
+# A site of the pages in docs/, in site/; fails on a dead link.
+docs: $(SETUP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

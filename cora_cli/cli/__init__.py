@@ -23,7 +23,7 @@ app = typer.Typer(
     # Plain text: `--help` takes twice as long with rich.
     rich_markup_mode=None,
     # Without a default, typer converts the value of the group's own `--help` and imports pydantic to do so.
-    context_settings={"default_map": {"help": False}},
+    context_settings={"default_map": {"help": False}, "help_option_names": ["-h", "--help"]},
 )
 for module in (extract_basis, inspect, train, evaluate, ablate, report, merge, export, demo, doctor):
     module.register(app)
@@ -31,16 +31,29 @@ for module in (extract_basis, inspect, train, evaluate, ablate, report, merge, e
 
 @app.callback(invoke_without_command=True)
 def _root(
-    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True)
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the versions and exit.", is_eager=True)
 ) -> None:
     if version:
-        from cora_cli import __version__
-
-        print(__version__)
+        print(_versions())
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)
+
+
+def _versions() -> str:
+    """The version on the first line, then those of what decides results; a package that is missing is left out."""
+    import contextlib
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as version_of
+
+    from cora_cli import __version__
+
+    found = [f"Python {sys.version.split()[0]}"]
+    for package in ("torch", "transformers", "peft", "accelerate", "datasets"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version_of(package)}")
+    return f"cora {__version__}\n{', '.join(found)}"
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ It parses the flags and prints the outcome; planning and running are in `cora_cl
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,11 @@ _WHAT, _RUN = "What to run", "Run"
 class AblateConfig:
     """Every setting of `cora ablate`."""
 
-    grid: str = setting("Grid file, YAML.", argument=True)
+    grid: str | None = setting(
+        "Grid file, YAML, or the name of a grid that comes with cora, such as honest or paper/table4.", None, argument=True
+    )
+    list: bool = setting("List the grids that come with cora, and exit.", False, panel=_WHAT)
+    write_config: str | None = setting("Write the grid file to this path, to start from, and exit.", None, panel=_WHAT)
     output_dir: str | None = setting(
         "Output directory; complete results in it are kept. Default: runs/NAME, with NAME from the grid.",
         None,
@@ -64,7 +69,9 @@ class AblateConfig:
     dtype: DtypeName = setting("auto: bf16 where the hardware supports it, else fp32.", "auto", panel=_RUN)
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the numbers, and that there is something to run."""
+        if self.grid is None and not self.list:
+            raise UsageError("name a grid file or a grid that comes with cora; --list shows those")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"--jobs must be at least 1, not {self.jobs}")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -80,6 +87,17 @@ def register(app: typer.Typer) -> None:
 
 def run(config: AblateConfig) -> None:
     """Run all experiments of a grid. Shared steps run once, other rows continue after a failure, and results are kept."""
+    from cora_cli.experiments.shipped import find_grid, shipped_grids, write_copy
+
+    if config.list:
+        show(_listed(shipped_grids()))
+        return
+    assert config.grid is not None  # checked with the settings
+    grid = find_grid(config.grid)
+    if config.write_config:
+        write_copy(grid, Path(config.write_config))
+        show(f"wrote {config.write_config}; `cora ablate {config.write_config} --dry-run` shows its rows")
+        return
     if config.dry_run:
         # A plan must not wait for the hub. Set before the libraries read these variables at import.
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -87,7 +105,7 @@ def run(config: AblateConfig) -> None:
     from cora_cli.reporting.confirmation import seeds_wanted
 
     request = Request(
-        grid=Path(config.grid),
+        grid=grid,
         output_dir=Path(config.output_dir) if config.output_dir else None,
         preset=config.preset,
         model=config.model,
@@ -109,3 +127,10 @@ def run(config: AblateConfig) -> None:
             f"{missing} of {missing + len(outcome.completed) + len(outcome.up_to_date)} steps are not done; run the same "
             "command to try them again"
         )
+
+
+def _listed(grids: Mapping[str, Path]) -> str:
+    from cora_cli.experiments.values import read_yaml
+
+    width = max(map(len, grids))
+    return "\n".join(f"{name:{width}}  {read_yaml(path).get('title', '')}" for name, path in grids.items())

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.estimate import trained_parameters
 from cora_cli.experiments.grid import Grid, build_grid, load_grid
 from cora_cli.experiments.inputs import Inputs, ModelFacts
 from cora_cli.experiments.paper import paper_tables
 from cora_cli.experiments.preset import small
+from cora_cli.experiments.shipped import find_grid, shipped_grids, write_copy
 from cora_cli.experiments.steps import make_plan, plan_record
 from cora_cli.experiments.tasks import TASKS
 
@@ -38,6 +40,29 @@ def paper_grid(name: str, preset: str | None = None, model: str | None = None) -
 
 def test_all_grids_were_found() -> None:
     assert {path.stem for path in GRIDS} == {*TABLES, "figure-variance", "quick", "honest", "baselines", *PARTS}
+
+
+def test_a_shipped_grid_is_found_by_its_name_and_a_file_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name: path.resolve() for name, path in shipped_grids().items()} == {
+        path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in GRIDS
+    }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "honest").mkdir()  # such as an output directory
+    (tmp_path / "quick").write_text("name: mine\n")
+    assert find_grid("honest").resolve() == CONFIGS / "honest.yaml"
+    assert find_grid("quick") == Path("quick")
+    with pytest.raises(
+        UsageError, match="there is no grid file honst, and no grid of that name comes with cora; it has baselines, honest"
+    ):
+        find_grid("honst")
+
+
+@pytest.mark.parametrize("name", ["honest", "baselines/forms"])
+def test_a_copy_of_a_shipped_grid_has_the_same_rows(name: str, tmp_path: Path) -> None:
+    write_copy(find_grid(name), tmp_path / "mine.yaml")
+    assert load_grid(tmp_path / "mine.yaml") == load_grid(find_grid(name))
+    with pytest.raises(CoraError, match="exists; choose another name"):
+        write_copy(find_grid(name), tmp_path / "mine.yaml")
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
