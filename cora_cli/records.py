@@ -370,7 +370,7 @@ class PlannedSweep(TypedDict):
 
 
 class GridPlan(TypedDict):
-    """A grid's `plan.json`; `steps` and `margin` came later."""
+    """A grid's `plan.json`; `steps`, `margin` and `template_date` came later."""
 
     name: str
     title: str
@@ -380,6 +380,7 @@ class GridPlan(TypedDict):
     rows: list[PlannedRow]
     steps: NotRequired[list[PlannedStep]]
     margin: NotRequired[float | dict[str, float] | None]
+    template_date: NotRequired[str]
     looks: NotRequired[int | None]
     sweeps: NotRequired[list[PlannedSweep]]
 

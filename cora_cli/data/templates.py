@@ -29,7 +29,7 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 _PROBE = "answer"
-_CLOCK = "strftime_now"
+CLOCK = "strftime_now"
 """The function by which a chat template reads the clock; transformers' own name for it."""
 
 
@@ -56,16 +56,22 @@ class Rendered:
         return self.response.removeprefix(self.lead)
 
 
+def resolve_auto(template: TemplateName, schema: Schema, has_chat: bool) -> TemplateName:
+    """The template that `auto` stands for; `has_chat` says whether the tokenizer has a chat template."""
+    if template != "auto":
+        return template
+    if schema == "prompt":
+        return "plain"
+    return "chat" if schema == "messages" or has_chat else "alpaca"
+
+
 def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> TemplateName:
     """Resolve `auto`: the tokenizer's chat template if it has one, else Alpaca's; `plain` for prompt/completion pairs.
 
     Raises `CoraError` if `chat` is needed and the tokenizer has no template, or if chat messages get another template.
     """
     has_chat = bool(getattr(tokenizer, "chat_template", None))
-    if template == "auto":
-        template = "chat" if schema == "messages" or (schema == "alpaca" and has_chat) else "alpaca"
-        if schema == "prompt":
-            template = "plain"
+    template = resolve_auto(template, schema, has_chat)
     if template == "chat" and not has_chat:
         raise CoraError("this needs a chat template (template chat, or data with chat messages), but the tokenizer has none")
     if schema == "messages" and template != "chat":
@@ -75,7 +81,7 @@ def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> T
 
 def reads_clock(template: TemplateName, tokenizer: Any) -> bool:
     """Whether prompts depend on the date: where the tokenizer's chat template reads the clock, as Llama 3.1's does."""
-    return template == "chat" and _CLOCK in str(tokenizer.chat_template)
+    return template == "chat" and CLOCK in str(tokenizer.chat_template)
 
 
 class Template:
