@@ -9,7 +9,7 @@ import dataclasses
 import datetime
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -126,6 +126,17 @@ class Template:
         form = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
         return Rendered(form.format(instruction=instruction, input=given), response, special_tokens=True)
 
+    def unread(self, records: Iterable[Record]) -> list[str]:
+        """The names in `records` that the chat template does not mention: variables such as `tools`, and entries of messages."""
+        if self.name != "chat" or self.schema != "messages":
+            return []
+        given: set[str] = set()
+        for record in records:
+            given |= template_values(record).keys()
+            given |= {name for message in record["messages"] for name, value in message.items() if value is not None}
+        text = str(self.tokenizer.chat_template)
+        return sorted(name for name in given - {"role", "content"} if not re.search(rf"\b{re.escape(name)}\b", text))
+
     def spells_control_tokens(self, record: Mapping[str, Any]) -> bool:
         """Whether a text of the record spells a control token, which the tokenizer takes for the token itself.
 
@@ -232,6 +243,11 @@ class _TurnEnd:
     token: int
     text: str
     after: str
+
+
+def unread_notice(names: Sequence[str]) -> str:
+    """Says that `Template.unread` found `names`."""
+    return f"the chat template does not mention {', '.join(names)}, so the prompts and answers have nothing of it"
 
 
 def today() -> str:

@@ -205,7 +205,7 @@ def _data_facts(reference: str, split: DataSplit) -> DataFacts:
 def _texts(record: Record) -> tuple[str, str]:
     """Approximate text of a record's prompt and response, for estimating lengths only."""
     if "messages" in record:
-        contents = [message["content"] for message in record["messages"]]
+        contents = [str(message.get("content") or message.get("tool_calls") or "") for message in record["messages"]]
         return "".join(contents[:-1]), contents[-1]
     response = "output" if "output" in record else "completion"
     return "".join(str(record.get(key, "")) for key in ("instruction", "input", "prompt")), str(record[response])

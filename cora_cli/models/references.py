@@ -33,7 +33,8 @@ _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin"})
+_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states)[\w-]*\.(bin|pt|pth|pkl)")
+"""What training programs keep next to the weights."""
 _FILE_ENDINGS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jsonl", ".yaml", ".yml"})
 """Endings of files, which no name on the hub has."""
 _SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -97,14 +98,14 @@ class ModelPath:
         return rundir.sha256_files(self.path / name for name in names if (self.path / name).exists())
 
     def weight_files(self) -> list[Path]:
-        """The weight files that are read: safetensors if there are any, else `.bin`. Raises `CoraError` if there are none.
+        """The weight files that are read: safetensors if there are any, else `.bin`, else `.pt`, else `.pth`. Raises `CoraError` if there are none.
 
         For an adapter these are `adapter_model.*`, or the file of `cora`'s compact form, which holds only A. For a complete model
         the precedence is that of transformers: the single file, the files of the index, any others.
         """
         if found := self._adapter_files() if self.is_adapter else self._complete_files():
             return found
-        raise CoraError(f"{self.path} holds no weights: it has no *.safetensors or *.bin file")
+        raise CoraError(f"{self.path} holds no weights: it has no file *.safetensors, *.bin, *.pt or *.pth")
 
     @property
     def has_known_layout(self) -> bool:
@@ -154,9 +155,9 @@ class ModelPath:
 
     def _loose_files(self) -> list[Path]:
         """Every weight file of the directory that is no adapter's."""
-        for ending in ("safetensors", "bin"):
+        for ending in ("safetensors", "bin", "pt", "pth"):
             names = (file for file in self.path.glob(f"*.{ending}") if not file.name.startswith("adapter_"))
-            if found := sorted(file for file in names if file.name not in _NO_WEIGHTS):
+            if found := sorted(file for file in names if not _NO_WEIGHTS.fullmatch(file.name)):
                 return found
         return []
 

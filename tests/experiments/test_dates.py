@@ -45,7 +45,7 @@ def test_all_steps_of_a_grid_get_the_date_of_its_first_day(day: list[str], tmp_p
     write_plan(dated_plan(grid_of(*ROWS), tmp_path))
     day.append("2030-01-02")
     plan = dated_plan(grid_of(*ROWS), tmp_path)
-    found = {name: date_in(step.argv) for name, step in plan.steps.items() if step.kind == "train" or step.kind == "model"}
+    found = {name: date_in(step.argv) for name, step in plan.steps.items() if step.kind in {"train", "model"}}
     found |= {name: date_in(step.argv) for name, step in plan.steps.items() if name.startswith("evaluate-base")}
     assert len(found) == 5
     assert set(found.values()) == {"2030-01-01"}
