@@ -111,6 +111,7 @@ class Fingerprint(TypedDict):
 
     settings: Settings
     model_sha256: str
+    tokenizer_sha256: NotRequired[str]
     data_sha256: str
 
 

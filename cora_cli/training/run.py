@@ -161,7 +161,9 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
         )
     record = read_run(run)
     recorded = record["fingerprint"]
-    if "template_date" in fingerprint["settings"]:  # which earlier versions did not record
+    # Earlier versions recorded neither.
+    recorded.setdefault("tokenizer_sha256", fingerprint["tokenizer_sha256"])
+    if "template_date" in fingerprint["settings"]:
         recorded["settings"].setdefault("template_date", template_date(record))
     if recorded != fingerprint:
         detail = _difference(recorded, fingerprint, "in the run", "now")
