@@ -371,7 +371,7 @@ class PlannedSweep(TypedDict):
 
 
 class GridPlan(TypedDict):
-    """A grid's `plan.json`; `steps`, `margin` and `template_date` came later."""
+    """A grid's `plan.json`; `steps`, `margin`, `template_date` and `tokenizer_sha256` came later."""
 
     name: str
     title: str
@@ -382,6 +382,7 @@ class GridPlan(TypedDict):
     steps: NotRequired[list[PlannedStep]]
     margin: NotRequired[float | dict[str, float] | None]
     template_date: NotRequired[str]
+    tokenizer_sha256: NotRequired[str]
     looks: NotRequired[int | None]
     sweeps: NotRequired[list[PlannedSweep]]
 

@@ -51,7 +51,7 @@ def test_a_directory_that_is_about_to_appear_all_at_once_is_held_too(tmp_path: P
 
 
 def test_the_root_of_the_file_system_is_no_output_directory() -> None:
-    with pytest.raises(CoraError, match="^/ cannot be an output directory"), own_directory(Path("/")):
+    with pytest.raises(CoraError, match=r"^/ cannot be an output directory"), own_directory(Path("/")):
         pass
 
 

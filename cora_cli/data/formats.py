@@ -29,7 +29,7 @@ TEMPLATE_ARGUMENTS = frozenset(
     {
         *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
         *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
-        *("tokenizer_kwargs",),
+        *("tokenizer_kwargs", "sanitize_control_tokens"),
     }
 )
 """What `cora` itself, or transformers, passes to a chat template, so that no variable of a record may have such a name."""

@@ -35,7 +35,7 @@ class ModelFacts:
 
     `shapes` maps the full name of every two-dimensional weight to (out, in); `parameters` counts all parameters and `embedded`
     those of the input embedding; `heads` is the number of attention heads, if stated. `dated` says whether its chat template writes the date
-    into prompts. For an adapter `shapes` is empty and both counts are 0. `sha256` is None if it was not requested.
+    into prompts, `tokenizer_sha256` is the hash of what decides how text becomes tokens. For an adapter `shapes` is empty and both counts are 0. `sha256` is None if it was not requested.
     """
 
     reference: str
@@ -45,6 +45,7 @@ class ModelFacts:
     embedded: int
     heads: int | None = None
     dated: bool = False
+    tokenizer_sha256: str | None = None
     _found: dict[tuple[str, ...], dict[str, tuple[int, int]]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -175,7 +176,7 @@ def _model_facts(model: ModelPath, digests: "_Digests | None") -> ModelFacts:
     embedded = sum(size for name, size in sizes.items() if "embed" in name or ".wte" in name)
     # A tied head is stored once, but still costs a matrix product.
     total, heads = sum(sizes.values()), model.attention_heads()
-    return ModelFacts(model.reference, sha256, matrices, total, embedded, heads, _is_dated(model))
+    return ModelFacts(model.reference, sha256, matrices, total, embedded, heads, _is_dated(model), model.text_hash())
 
 
 def _is_dated(model: ModelPath) -> bool:

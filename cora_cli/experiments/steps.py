@@ -61,7 +61,7 @@ class Plan:
     """All steps of a grid, each after its dependencies. `steps_of` names the steps of each row in the order in which they run.
 
     `records` maps files to write before anything runs, relative to `out`, to the held-out records for the base model. `date` is what a chat
-    template that writes the date takes for it in every step.
+    template that writes the date takes for it in every step, `tokenizer` the hash of the base model's tokenizer, None where it is not known.
     """
 
     grid: Grid
@@ -70,6 +70,7 @@ class Plan:
     steps_of: dict[str, tuple[str, ...]]
     records: dict[str, list[Any]]
     date: str
+    tokenizer: str | None
 
     def of_kind(self, row: str, kind: Kind) -> Step | None:
         """The row's step of this kind, or None."""
@@ -119,7 +120,9 @@ class _Planner:
             if row.mode != "basis" and row.stage != "sweep" and self._grid.evaluate is not None:
                 way.append(self._evaluate(row, way[-1] if way else None, self._grid.evaluate))
             steps_of[row.name] = tuple(step.name for step in way)
-        return Plan(self._grid, self._out, self._steps, steps_of, self._records, self._date)
+        model = self._inputs.models.get(self._grid.model)
+        tokenizer = model.tokenizer_sha256 if model else None
+        return Plan(self._grid, self._out, self._steps, steps_of, self._records, self._date, tokenizer)
 
     def _add(self, step: Step) -> Step:
         return self._steps.setdefault(step.name, step)
@@ -297,6 +300,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "conditions": list(grid.conditions),
         "margin": grid.margin,
         "template_date": plan.date,
+        **({"tokenizer_sha256": plan.tokenizer} if plan.tokenizer else {}),
         "rows": rows,
         "steps": [dataclasses.asdict(step) for step in plan.steps.values()],
     }
