@@ -33,6 +33,8 @@ _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+_ENDINGS = ("safetensors", "bin", "pt", "pth")
+"""Endings of weight files, the first ones preferred."""
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states)[\w-]*\.(bin|pt|pth|pkl)")
 """What training programs keep next to the weights."""
 _FILE_ENDINGS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jsonl", ".yaml", ".yml"})
@@ -163,7 +165,7 @@ class ModelPath:
 
     def _loose_files(self) -> list[Path]:
         """Every weight file of the directory that is no adapter's."""
-        for ending in ("safetensors", "bin", "pt", "pth"):
+        for ending in _ENDINGS:
             names = (file for file in self.path.glob(f"*.{ending}") if not file.name.startswith("adapter_"))
             if found := sorted(file for file in names if not _NO_WEIGHTS.fullmatch(file.name)):
                 return found
@@ -253,9 +255,10 @@ def _fetch(reference: str, hub_id: str, revision: str | None) -> ModelPath:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SHARED_PATTERNS, *patterns]))
 
     try:
-        path = snapshot("*.safetensors")
-        if not list(path.glob("*.safetensors")):
-            path = snapshot("*.bin")
+        for ending in _ENDINGS:
+            path = snapshot(f"*.{ending}")
+            if any(path.glob(f"*.{ending}")):
+                break
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CoraError(

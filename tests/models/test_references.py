@@ -136,6 +136,7 @@ def test_a_hub_id_that_cannot_be_fetched_gives_one_sentence(reference):
         ("org/name", None, "model.safetensors", ["*.safetensors"]),
         ("org/name@v2", "v2", "model.safetensors", ["*.safetensors"]),
         ("org/name@v2", "v2", "pytorch_model.bin", ["*.safetensors", "*.bin"]),
+        ("org/name", None, "model.pth", ["*.safetensors", "*.bin", "*.pt", "*.pth"]),
     ],
 )
 def test_a_hub_model_is_fetched_at_its_revision_and_pickles_only_where_there_is_nothing_else(
