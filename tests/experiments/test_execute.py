@@ -323,3 +323,14 @@ def test_a_grid_is_not_continued_with_another_tokenizer(plan: Plan) -> None:
         refuse_conflicts(other, set(plan.steps), overwrite=True)
     write_plan(plan)  # as an earlier version does
     refuse_conflicts(other, set(plan.steps), overwrite=False)
+
+
+def test_a_link_in_the_place_of_a_run_fails_that_run_by_name_and_is_not_followed(plan: Plan, tmp_path: Path) -> None:
+    carry_out(plan, rows=[LORA])
+    place = plan.out / "runs" / LORA
+    place.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "run.json").write_text("{}")
+    place.symlink_to(tmp_path / "elsewhere")
+    outcome, _ = carry_out(plan, rows=[LORA])
+    assert f"{place} is a symbolic link to" in outcome.failed[f"train-{LORA}"]
+    assert (tmp_path / "elsewhere" / "log.jsonl").exists()
