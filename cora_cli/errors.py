@@ -25,6 +25,8 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if "weights_only" in text or "Weights only load failed" in text:
         return "the pickle contains more than tensors and could run code, so it was not loaded; use a safetensors copy"
+    if isinstance(error, KeyError) and text:
+        return f"there is no {text[:280]}"
     return text[:300] or type(error).__name__
 
 

@@ -33,6 +33,8 @@ def own_directory(out: Path, *parts: str) -> Iterator[int]:
     """
     for place in (out, *(out / part for part in parts)):
         rundir.refuse_link(place)
+    if not rundir.absolute(out).name:
+        raise CoraError(f"{out} cannot be an output directory; choose a new or empty one")
     if out.exists() and not out.is_dir():
         raise CoraError(f"output directory {out} is a file; choose a new or empty directory")
     with _hold(out / ".lock", out) as descriptor:

@@ -228,6 +228,24 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
                 raise UsageError(f"{what} {path} has the key {repeated[0]!r} twice in the same mapping; remove one of them")
             return super().construct_mapping(node, deep)
 
+        def number(self, node: yaml.ScalarNode) -> int | float:
+            """A number as it reads: YAML 1.1 takes 010 for the octal number 8, and 1:30 for 90."""
+            integer = node.tag.endswith(":int")
+            value = self.construct_yaml_int(node) if integer else self.construct_yaml_float(node)
+            written = node.value.replace("_", "")
+            if ":" in written or (integer and written.lstrip("+-").isdecimal() and int(written) != value):
+                refuse(
+                    f"line {node.start_mark.line + 1}: YAML reads {node.value} as {value}; write {value} if you mean that, or quote it"
+                )
+            return value
+
+        def text(self, node: yaml.ScalarNode) -> str:
+            """A date as it is written: no setting is a moment in time."""
+            return str(node.value)
+
+    Strict.add_constructor("tag:yaml.org,2002:int", Strict.number)
+    Strict.add_constructor("tag:yaml.org,2002:float", Strict.number)
+    Strict.add_constructor("tag:yaml.org,2002:timestamp", Strict.text)
     try:
         loader = Strict(read_text(path))
         node = loader.get_single_node()

@@ -111,6 +111,7 @@ class Fingerprint(TypedDict):
 
     settings: Settings
     model_sha256: str
+    tokenizer_sha256: NotRequired[str]
     data_sha256: str
 
 
@@ -370,7 +371,7 @@ class PlannedSweep(TypedDict):
 
 
 class GridPlan(TypedDict):
-    """A grid's `plan.json`; `steps` and `margin` came later."""
+    """A grid's `plan.json`; `steps`, `margin`, `template_date` and `tokenizer_sha256` came later."""
 
     name: str
     title: str
@@ -380,6 +381,8 @@ class GridPlan(TypedDict):
     rows: list[PlannedRow]
     steps: NotRequired[list[PlannedStep]]
     margin: NotRequired[float | dict[str, float] | None]
+    template_date: NotRequired[str]
+    tokenizer_sha256: NotRequired[str]
     looks: NotRequired[int | None]
     sweeps: NotRequired[list[PlannedSweep]]
 

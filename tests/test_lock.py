@@ -50,6 +50,11 @@ def test_a_directory_that_is_about_to_appear_all_at_once_is_held_too(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_root_of_the_file_system_is_no_output_directory() -> None:
+    with pytest.raises(CoraError, match=r"^/ cannot be an output directory"), own_directory(Path("/")):
+        pass
+
+
 def test_nothing_is_left_of_a_lock(tmp_path: Path) -> None:
     with own_directory(tmp_path / "new" / "out"):
         assert (tmp_path / "new" / "out").is_dir()

@@ -1,5 +1,6 @@
 """Every content of a file is a value of the expected shape or one sentence."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -95,7 +96,9 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         (LAUGHS, "more than 100,000 values"),
         ("a: &a [*a]", "more than 100,000 values"),
-        ("a: 2024-13-45", "month must be in 1..12"),
+        ("a: 1\nb: [3, 010]", "line 2: YAML reads 010 as 8; write 8 if you mean that, or quote it"),
+        ("a: -1:30", "line 1: YAML reads -1:30 as -90;"),
+        ("a: 1:30.5", "line 1: YAML reads 1:30.5 as 90.5;"),
         ("a: " + "9" * 5_000, "4300 digits"),
         ("[" * 5_000, "nested too deeply"),
         (r'a: "\ud800"', "half of a character"),
@@ -112,3 +115,9 @@ def test_yaml_that_cannot_be_used_is_refused_once_and_by_its_file(text: str, wor
     assert words in str(caught.value)
     assert str(caught.value).startswith(f"grid file {path} is not valid YAML: ")
     assert "<unicode string>" not in str(caught.value)
+
+
+def test_numbers_in_yaml_that_read_one_way_only_are_numbers_and_dates_are_text(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("[0, 007, -3, 1_000, 0x10, 0.5, 1.e+3, .inf, 2026-01-05, 2024-13-45]".join(("a: ", "")))
+    found = read_yaml(tmp_path / "own.yaml", "grid file")["a"]
+    assert found == [0, 7, -3, 1000, 16, 0.5, 1000.0, math.inf, "2026-01-05", "2024-13-45"]

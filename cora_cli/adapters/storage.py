@@ -29,6 +29,7 @@ from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lo
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
+from cora_cli.progress import say
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _OWN_TYPE = "CORA_"
@@ -162,16 +163,23 @@ def load_adapter(
         if is_out_of_memory(error):
             raise
         raise CoraError(f"adapter {adapter.path} cannot be loaded: {reason(error)}") from error
-    if facts is not None:
-        method = method_of(facts.plan.mode)
-        if trainable:
-            method.after_install(wrapped, facts.plan)
-            apply_trained_set(wrapped, facts.plan)
-        if method.can_train(facts.plan) and not changes_model(wrapped):
-            raise CoraError(f"adapter {adapter.path} was trained, but changes no weight: B·A is zero in every layer")
+    if facts is not None and trainable:
+        method_of(facts.plan.mode).after_install(wrapped, facts.plan)
+        apply_trained_set(wrapped, facts.plan)
+    _check_effect(wrapped, facts, adapter)
     if rank is not None:
         _cut(wrapped, rank)
     return wrapped.eval()
+
+
+def _check_effect(wrapped: PeftModel, facts: AdapterFacts | None, adapter: ModelPath) -> None:
+    """Raise `CoraError` where an adapter that `cora` trained changes nothing; say so of another program's, which may be untrained."""
+    if changes_model(wrapped):
+        return
+    if facts is None:
+        say(f"adapter {adapter.path} changes no weight of its layers: s·B·A is zero in all of them, as before any training")
+    elif method_of(facts.plan.mode).can_train(facts.plan):
+        raise CoraError(f"adapter {adapter.path} was trained, but changes no weight: B·A is zero in every layer")
 
 
 def check_rank(adapter: ModelPath, rank: int) -> None:
@@ -287,8 +295,9 @@ def make_room(model: PeftModel, checkpoint: Path) -> None:
 
 def changes_model(model: PeftModel) -> bool:
     """Whether any layer's ΔW = s·B·A is non-zero; a method of PEFT that has no such factors counts as a change."""
-    pairs = [factors_of(layer) for _, layer in lora_layers(model)]
-    return not pairs or any(bool((b.detach().float() @ a.detach().float()).any()) for a, b in pairs)
+    layers = [layer for _, layer in lora_layers(model)]
+    pairs = [factors_of(layer) for layer in layers if layer.scaling[ADAPTER]]
+    return not layers or any(bool((b.detach().float() @ a.detach().float()).any()) for a, b in pairs)
 
 
 def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: ModelPath) -> None:

@@ -150,12 +150,11 @@ def _read_file(path: Path, context: typer.Context) -> dict[str, Any]:
     values = read_yaml(path, "configuration file")
     names = _names_of_flags(context)
     known = set(names)
-    given = {str(key).replace("-", "_"): value for key, value in values.items()}
-    if unknown := sorted(set(given) - known):
+    if unknown := sorted({_plain(key) for key in values} - known):
         raise UsageError(
             f"configuration file {path} has unknown keys: {', '.join(unknown)}; known keys: {', '.join(sorted(known))}"
         )
-    given = {names[key]: value for key, value in given.items()}
+    given = _by_parameter(values, names, path)
     repeated = {
         str(parameter.name)
         for parameter in context.command.params
@@ -174,6 +173,23 @@ def _read_file(path: Path, context: typer.Context) -> dict[str, Any]:
             # As text, a value passes the same checks as a flag's: `rank: true` is refused rather than read as 1.
             given[key] = str(value)
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _plain(key: object) -> str:
+    """A key of a file as flags are named in Python: `learning-rate` and `learning_rate` are one."""
+    return str(key).replace("-", "_")
+
+
+def _by_parameter(values: dict[str, Any], names: dict[str, str], path: Path) -> dict[str, Any]:
+    """The values of a file by parameter. Raises `UsageError` for one that the file names twice, under different spellings."""
+    given: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for key, value in values.items():
+        parameter = names[_plain(key)]
+        if (other := spelled.setdefault(parameter, str(key))) != str(key):
+            raise UsageError(f"configuration file {path} sets the same option as {other!r} and as {key!r}; remove one of them")
+        given[parameter] = value
+    return given
 
 
 def _names_of_flags(context: typer.Context) -> dict[str, str]:

@@ -25,7 +25,7 @@ class EncodedSet:
     """Examples in the order of their records, and how many of them need a word to the user.
 
     `truncated` counts the prompts that lost their beginning to fit `max_length`, `dropped` the records whose response does not fit
-    at all, `control_tokens` the records whose text spells a control token, and `apart` those that the chat template renders
+    at all and the `promptless` ones, `empty` those with an empty answer, `control_tokens` the records whose text spells a control token, and `apart` those that the chat template renders
     otherwise than prompt and answer (`Rendered.own_turn`).
     """
 
@@ -34,6 +34,8 @@ class EncodedSet:
     dropped: int
     control_tokens: int = 0
     apart: int = 0
+    promptless: int = 0
+    empty: int = 0
 
     @property
     def tokens(self) -> int:
@@ -63,7 +65,7 @@ def encode_records(
     """
     longest = max_length if context is None else min(max_length, context)
     examples: list[Example] = []
-    truncated = dropped = apart = 0
+    truncated = dropped = apart = promptless = empty = 0
     records = [turn for record in records for turn in template.turns(record)] if every_answer else records
     for record in records:
         rendered = template.render(record)
@@ -74,26 +76,33 @@ def encode_records(
         room = longest - len(response)
         if room < 1 or not prompt:
             dropped += 1
+            promptless += not prompt
             continue
+        empty += not rendered.answer.strip()
         if len(prompt) > room:
             truncated += 1
             prompt = shorten_prompt(prompt, room, template.tokenizer)
         examples.append(Example([*prompt, *response], len(prompt)))
     if records and not examples:
+        if promptless == dropped:
+            raise CoraError(f"all {len(records)} {what} records were dropped: their prompts are empty")
         limit, remedy = f"--max-length {max_length}", "use a larger --max-length"
         if longest < max_length:
             limit, remedy = f"the model's context of {context} tokens", "use shorter records, or a model with a longer context"
         raise CoraError(f"all {len(records)} {what} records were dropped: no response fits into {limit}; {remedy}")
-    return EncodedSet(examples, truncated, dropped, sum(map(template.spells_control_tokens, records)), apart)
+    spelled = sum(map(template.spells_control_tokens, records))
+    return EncodedSet(examples, truncated, dropped, spelled, apart, promptless, empty)
 
 
 def notices(encoded: EncodedSet) -> list[str]:
     """What the user should know about an encoded set, one phrase per fact."""
     facts = (
         (
-            encoded.truncated or encoded.dropped,
-            f"{encoded.truncated} prompts truncated, {encoded.dropped} records dropped as too long",
+            encoded.truncated or encoded.dropped > encoded.promptless,
+            f"{encoded.truncated} prompts truncated, {encoded.dropped - encoded.promptless} records dropped as too long",
         ),
+        (encoded.promptless, f"{encoded.promptless} dropped because their prompt is empty"),
+        (encoded.empty, f"{encoded.empty} with an empty answer, of which only the end is trained"),
         (encoded.control_tokens, control_tokens_notice(encoded.control_tokens)),
         (
             encoded.apart,

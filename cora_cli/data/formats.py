@@ -25,6 +25,15 @@ SCHEMAS: dict[Schema, tuple[str, ...]] = {
 TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 """Columns next to `messages` that the chat template receives as variables of the same name (the last one: as its entries)."""
 
+TEMPLATE_ARGUMENTS = frozenset(
+    {
+        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("tokenizer_kwargs", "sanitize_control_tokens"),
+    }
+)
+"""What `cora` itself, or transformers, passes to a chat template, so that no variable of a record may have such a name."""
+
 
 class Record(dict[str, Any]):
     """One record by column name; `where` is its file and line, for messages."""
@@ -259,6 +268,8 @@ def _template_value(name: str, value: Any, where: str) -> Any:
         return None
     if not isinstance(found, wanted) or not _is_json(found):
         raise CoraError(f"{where}: {name} must be {words}, or JSON text of one, not {json.dumps(value, default=str)[:60]}")
+    if isinstance(found, dict) and (taken := sorted(found.keys() & TEMPLATE_ARGUMENTS)):
+        raise CoraError(f"{where}: {name} must not set {taken[0]!r}, which is no variable of the chat template; remove it")
     return found
 
 

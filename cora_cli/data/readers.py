@@ -122,8 +122,14 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         _check_header(pyarrow.parquet.read_schema(path).names, str(path))
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:  # such as a struct that names a field twice
+        rows = pyarrow.parquet.read_table(path).to_pylist(maps_as_pydicts="strict")
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+    ) as error:  # such as a struct that names a field twice
         raise CoraError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}") from error
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", _without_nulls(row)

@@ -9,7 +9,7 @@ import dataclasses
 import datetime
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 _PROBE = "answer"
-_CLOCK = "strftime_now"
+CLOCK = "strftime_now"
 """The function by which a chat template reads the clock; transformers' own name for it."""
 
 
@@ -56,16 +56,22 @@ class Rendered:
         return self.response.removeprefix(self.lead)
 
 
+def resolve_auto(template: TemplateName, schema: Schema, has_chat: bool) -> TemplateName:
+    """The template that `auto` stands for; `has_chat` says whether the tokenizer has a chat template."""
+    if template != "auto":
+        return template
+    if schema == "prompt":
+        return "plain"
+    return "chat" if schema == "messages" or has_chat else "alpaca"
+
+
 def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> TemplateName:
     """Resolve `auto`: the tokenizer's chat template if it has one, else Alpaca's; `plain` for prompt/completion pairs.
 
     Raises `CoraError` if `chat` is needed and the tokenizer has no template, or if chat messages get another template.
     """
     has_chat = bool(getattr(tokenizer, "chat_template", None))
-    if template == "auto":
-        template = "chat" if schema == "messages" or (schema == "alpaca" and has_chat) else "alpaca"
-        if schema == "prompt":
-            template = "plain"
+    template = resolve_auto(template, schema, has_chat)
     if template == "chat" and not has_chat:
         raise CoraError("this needs a chat template (template chat, or data with chat messages), but the tokenizer has none")
     if schema == "messages" and template != "chat":
@@ -75,7 +81,7 @@ def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> T
 
 def reads_clock(template: TemplateName, tokenizer: Any) -> bool:
     """Whether prompts depend on the date: where the tokenizer's chat template reads the clock, as Llama 3.1's does."""
-    return template == "chat" and _CLOCK in str(tokenizer.chat_template)
+    return template == "chat" and CLOCK in str(tokenizer.chat_template)
 
 
 class Template:
@@ -119,6 +125,17 @@ class Template:
             return Rendered(f"{instruction}\n{given}" if given else instruction, response, special_tokens=True)
         form = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
         return Rendered(form.format(instruction=instruction, input=given), response, special_tokens=True)
+
+    def unread(self, records: Iterable[Record]) -> list[str]:
+        """The names in `records` that the chat template does not mention: variables such as `tools`, and entries of messages."""
+        if self.name != "chat" or self.schema != "messages":
+            return []
+        given: set[str] = set()
+        for record in records:
+            given |= template_values(record).keys()
+            given |= {name for message in record["messages"] for name, value in message.items() if value is not None}
+        text = str(self.tokenizer.chat_template)
+        return sorted(name for name in given - {"role", "content"} if not re.search(rf"\b{re.escape(name)}\b", text))
 
     def spells_control_tokens(self, record: Mapping[str, Any]) -> bool:
         """Whether a text of the record spells a control token, which the tokenizer takes for the token itself.
@@ -226,6 +243,11 @@ class _TurnEnd:
     token: int
     text: str
     after: str
+
+
+def unread_notice(names: Sequence[str]) -> str:
+    """Says that `Template.unread` found `names`."""
+    return f"the chat template does not mention {', '.join(names)}, so the prompts and answers have nothing of it"
 
 
 def today() -> str:

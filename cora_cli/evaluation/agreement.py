@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cora_cli.errors import is_out_of_memory
-from cora_cli.evaluation.decode import Tokens
+from cora_cli.evaluation.decode import Tokens, best_tokens
 from cora_cli.models.configuration import length_limits
 from cora_cli.models.precision import UNSUPPORTED, computing_in
 
@@ -46,6 +46,11 @@ class Agreement:
     def following(self) -> list[list[int]]:
         """The first tokens that follow each probe."""
         return [logits.argmax(-1).tolist() for logits in self._wanted]
+
+    def require_finite(self) -> None:
+        """Raise `CoraError` where the largest logit of a step, and so the answer, is no number."""
+        for logits in self._wanted:
+            best_tokens(logits)
 
     def fault(self, together: Callable[[], list[torch.Tensor]]) -> str | None:
         """Why `together`, which computes all probes at once, does not give the same logits; None if it does."""

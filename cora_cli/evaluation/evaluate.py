@@ -18,7 +18,7 @@ from cora_cli import rundir
 from cora_cli.adapters.storage import check_base
 from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
 from cora_cli.data.formats import BUILTIN_PREFIX, Record, load_test_records, place_of, unused_columns
-from cora_cli.data.templates import Template, choose_template
+from cora_cli.data.templates import Template, choose_template, unread_notice
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import open_transformers, open_vllm
@@ -167,6 +167,8 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
 def _say_about_records(target: Target, records: Sequence[Record], template: Template) -> None:
     if not target.dataset.startswith(BUILTIN_PREFIX) and (unused := unused_columns(records, template.schema)):
         say(f"{target.dataset}: columns that are not used: {', '.join(unused)}")
+    if unread := template.unread(records):
+        say(f"{target.dataset}: {unread_notice(unread)}")
     if count := sum(map(template.spells_control_tokens, records)):
         say(f"{target.dataset} has {len(records)} records, {control_tokens_notice(count)}")
 

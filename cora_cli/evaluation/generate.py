@@ -92,6 +92,7 @@ def transformers_engine(
     """
     batched = BatchedGenerate(model, ends, tokenizer.pad_token_id, batch_size, max_new_tokens)
     agreement = Agreement(model, prompts, batched.logits)
+    agreement.require_finite()
     probes = agreement.probes
     why = unsupported(model, max(map(len, prompts)) + max_new_tokens)
     if why is None:

@@ -74,8 +74,10 @@ def find_targets(config: EvaluateConfig) -> list[Target]:
         if compared is not None and not any(_same_answers(compared, other, config.trust_remote_code) for other in targets):
             targets.append(compared)
         targets += _at_ranks(config, own)
-    if len({target.output.root for target in targets}) < len(targets):
-        raise CoraError("two runs have the same name and would be written to the same directory; evaluate them separately")
+    if len({target.output.root.resolve() for target in targets}) < len(targets):
+        raise CoraError(
+            "a run is named twice, or two runs have the same name, so that they would be written to the same directory; evaluate them separately"
+        )
     return targets
 
 
@@ -110,6 +112,12 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
         _check_test_records(run, record)
     base, adapter = _base_and_adapter(config, resolve_model(name))
     template = record["data"]["template"] if config.template == "auto" else config.template
+    trained_with = record["fingerprint"].get("tokenizer_sha256")
+    if trained_with is not None and adapter is not None and not adapter.has_tokenizer and base.text_hash() != trained_with:
+        say(
+            f"the tokenizer of {base.reference}, or its chat template, is not the one that {name} was trained with, so its prompts and answers "
+            "may be others; restore it, or train again"
+        )
     dataset, root, base_root = config.dataset or str(run.test_records), run.evaluation, run.root / "eval-base"
     if config.output_dir:
         place = Path(config.output_dir)

@@ -4,6 +4,7 @@ It can be interrupted at any time: finished steps stay finished, and the next ca
 `ledger` decides which steps are done, and `screen` shows progress.
 """
 
+import contextlib
 import dataclasses
 import heapq
 import signal
@@ -18,9 +19,10 @@ import yaml
 from cora_cli import lock, rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.launch import Job, Launcher
-from cora_cli.experiments.ledger import Ledger
+from cora_cli.experiments.ledger import FINISHED, Ledger
 from cora_cli.experiments.screen import Screen
 from cora_cli.experiments.steps import Plan, Step, plan_record
+from cora_cli.reading import read_json
 
 _POLL_SECONDS = 0.1
 _LAST_LINES = 6
@@ -210,8 +212,18 @@ def _error_in(log: Path, code: int) -> str:
 
 
 def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool) -> None:
-    """Raise `CoraError` that lists results of `wanted` steps created with other settings, unless `overwrite` is set."""
+    """Raise `CoraError` that lists results of `wanted` steps created with other settings, unless `overwrite` is set.
+
+    Also raises it where the tokenizer has changed since other rows were finished, which then could not be compared.
+    """
     ledger = Ledger(plan.out)
+    if plan.tokenizer and _recorded_tokenizer(plan.out) not in (None, plan.tokenizer):
+        others = (step for step in plan.steps.values() if step.kind != "basis")
+        if finished := next((step for step in others if ledger.record(step).get("status") == FINISHED), None):
+            raise CoraError(
+                f"the tokenizer of {plan.grid.model}, or its chat template, has changed since {finished.output} was finished, so further rows "
+                "could not be compared with it; restore it, or choose another --output-dir"
+            )
     found = [(step, differing) for name, step in plan.steps.items() if name in wanted and (differing := ledger.conflict(step))]
     if found and not overwrite:
         shown = "; ".join(f"{step.output} ({differing})" for step, differing in found[:5])
@@ -220,6 +232,12 @@ def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool) -> None:
             f"{plan.out} holds results that were created with other settings: {shown}{more}; choose another --output-dir, or "
             "replace them with --overwrite"
         )
+
+
+def _recorded_tokenizer(out: Path) -> object:
+    with contextlib.suppress(CoraError):  # a damaged plan is written again
+        return read_json(out / "plan.json", dict[str, Any]).get("tokenizer_sha256")
+    return None
 
 
 def done_steps(plan: Plan) -> Mapping[str, bool]:

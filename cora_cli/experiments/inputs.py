@@ -3,6 +3,7 @@
 It reads checkpoint headers and records, and never loads weights. Missing inputs are listed in `Inputs.unresolved`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,12 +13,14 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, is_target
-from cora_cli.data.formats import DataSplit, Record, load_split
+from cora_cli.data.formats import DataSplit, Record, Schema, load_split
+from cora_cli.data.templates import CLOCK, reads_clock
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.rows import SPLIT_KEYS
 from cora_cli.experiments.values import Values
 from cora_cli.models.checkpoint import Checkpoint
+from cora_cli.models.loading import load_tokenizer
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, resolve_model
 from cora_cli.reading import read_json
 from cora_cli.records import KnownHash
@@ -31,8 +34,8 @@ class ModelFacts:
     """A model on this disk.
 
     `shapes` maps the full name of every two-dimensional weight to (out, in); `parameters` counts all parameters and `embedded`
-    those of the input embedding; `heads` is the number of attention heads, if stated. For an adapter `shapes` is empty and both counts
-    are 0. `sha256` is None if it was not requested.
+    those of the input embedding; `heads` is the number of attention heads, if stated. `dated` says whether its chat template writes the date
+    into prompts, `tokenizer_sha256` is the hash of what decides how text becomes tokens. For an adapter `shapes` is empty and both counts are 0. `sha256` is None if it was not requested.
     """
 
     reference: str
@@ -41,6 +44,8 @@ class ModelFacts:
     parameters: int
     embedded: int
     heads: int | None = None
+    dated: bool = False
+    tokenizer_sha256: str | None = None
     _found: dict[tuple[str, ...], dict[str, tuple[int, int]]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -63,10 +68,11 @@ class ModelFacts:
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """A data set that was read: the hash of its split, its held-out records, and the mean lengths of records in characters."""
+    """A data set that was read: the hash of its split, its schema, its held-out records, and the mean lengths of records in characters."""
 
     reference: str
     sha256: str
+    schema: Schema
     train: int
     test: list[Record]
     characters: float
@@ -169,7 +175,18 @@ def _model_facts(model: ModelPath, digests: "_Digests | None") -> ModelFacts:
     _, matrices, _, _ = loaded_matrices(model, checkpoint)
     embedded = sum(size for name, size in sizes.items() if "embed" in name or ".wte" in name)
     # A tied head is stored once, but still costs a matrix product.
-    return ModelFacts(model.reference, sha256, matrices, sum(sizes.values()), embedded, model.attention_heads())
+    total, heads = sum(sizes.values()), model.attention_heads()
+    return ModelFacts(model.reference, sha256, matrices, total, embedded, heads, _is_dated(model), model.text_hash())
+
+
+def _is_dated(model: ModelPath) -> bool:
+    """Whether the model's chat template writes the date into prompts; a tokenizer that cannot be loaded is for the steps to report."""
+    files = [model.path / "tokenizer_config.json", *model.path.rglob("*.jinja")]
+    if not any(CLOCK.encode() in file.read_bytes() for file in files if file.is_file()):
+        return False
+    with contextlib.suppress(CoraError):
+        return reads_clock("chat", load_tokenizer(model))
+    return False
 
 
 def _data_facts(reference: str, split: DataSplit) -> DataFacts:
@@ -178,6 +195,7 @@ def _data_facts(reference: str, split: DataSplit) -> DataFacts:
     return DataFacts(
         reference,
         split.content_hash(),
+        split.schema,
         len(split.train),
         split.test,
         sum(len(prompt) + len(response) for prompt, response in texts) / len(texts),
@@ -188,7 +206,7 @@ def _data_facts(reference: str, split: DataSplit) -> DataFacts:
 def _texts(record: Record) -> tuple[str, str]:
     """Approximate text of a record's prompt and response, for estimating lengths only."""
     if "messages" in record:
-        contents = [message["content"] for message in record["messages"]]
+        contents = [str(message.get("content") or message.get("tool_calls") or "") for message in record["messages"]]
         return "".join(contents[:-1]), contents[-1]
     response = "output" if "output" in record else "completion"
     return "".join(str(record.get(key, "")) for key in ("instruction", "input", "prompt")), str(record[response])

@@ -123,9 +123,10 @@ class Ledger:
     def clear(self, step: Step, results: Mapping[str, str]) -> str | None:
         """Remove outdated files that would stop a training step from running again.
 
-        Returns a message, or None if nothing was removed.
+        Returns a message, or None if nothing was removed. Raises `CoraError` where a link stands in the step's place.
         """
         record, place = self.record(step), self._out / step.output
+        rundir.refuse_link(place)
         if step.kind not in ("model", "train") or not record or not place.exists():
             return None
         other_origin = record["results_of_needs"] != {name: results.get(name) for name in step.needs}

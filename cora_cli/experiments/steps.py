@@ -11,12 +11,15 @@ from typing import Any, Literal
 
 from cora_cli import rundir
 from cora_cli.basis.choices import BasisChoices
+from cora_cli.data.templates import TemplateName, resolve_auto
 from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.experiments.dates import date_of_grid, date_of_run
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import Inputs, data_key, used_sources
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.values import Values
 from cora_cli.methods.registry import method_of
+from cora_cli.rundir import RunDirectory
 from cora_cli.settings import DtypeName
 from cora_cli.training.config import TrainConfig
 
@@ -57,7 +60,8 @@ class Step:
 class Plan:
     """All steps of a grid, each after its dependencies. `steps_of` names the steps of each row in the order in which they run.
 
-    `records` maps files to write before anything runs, relative to `out`, to the held-out records for the base model.
+    `records` maps files to write before anything runs, relative to `out`, to the held-out records for the base model. `date` is what a chat
+    template that writes the date takes for it in every step, `tokenizer` the hash of the base model's tokenizer, None where it is not known.
     """
 
     grid: Grid
@@ -65,6 +69,8 @@ class Plan:
     steps: dict[str, Step]
     steps_of: dict[str, tuple[str, ...]]
     records: dict[str, list[Any]]
+    date: str
+    tokenizer: str | None
 
     def of_kind(self, row: str, kind: Kind) -> Step | None:
         """The row's step of this kind, or None."""
@@ -92,6 +98,7 @@ class _Planner:
         self._steps: dict[str, Step] = {}
         self._records: dict[str, list[Any]] = {}
         self._fine_tunes: dict[str, Step] = {}
+        self._date = date_of_grid(out)
 
     def plan(self) -> Plan:
         for name in used_sources(self._grid):
@@ -113,7 +120,9 @@ class _Planner:
             if row.mode != "basis" and row.stage != "sweep" and self._grid.evaluate is not None:
                 way.append(self._evaluate(row, way[-1] if way else None, self._grid.evaluate))
             steps_of[row.name] = tuple(step.name for step in way)
-        return Plan(self._grid, self._out, self._steps, steps_of, self._records)
+        model = self._inputs.models.get(self._grid.model)
+        tokenizer = model.tokenizer_sha256 if model else None
+        return Plan(self._grid, self._out, self._steps, steps_of, self._records, self._date, tokenizer)
 
     def _add(self, step: Step) -> Step:
         return self._steps.setdefault(step.name, step)
@@ -135,6 +144,22 @@ class _Planner:
         place: Values = {"model": self._grid.model, "dataset": dataset, "output_dir": str(self._out / output)}
         return TrainConfig(**place, mode=mode, basis=basis, resume=True, **self._hardware, **settings)
 
+    def _writes_date(self, data: str, template: TemplateName) -> bool:
+        """Whether the prompts of a data set, by its key, hold a date."""
+        model, facts = self._inputs.models.get(self._grid.model), self._inputs.datasets.get(data)
+        if model is None or facts is None or not model.dated:
+            return False
+        return resolve_auto(template, facts.schema, has_chat=True) == "chat"
+
+    def _dated(self, config: TrainConfig, settings: Values) -> TrainConfig:
+        """With the date of the grid, where prompts hold one and the file gives none. It is no part of a step's key: it never changes.
+
+        A run that an earlier version of cora began on another day keeps that date.
+        """
+        if config.template_date or not self._writes_date(data_key(config.dataset, settings), config.template):
+            return config
+        return dataclasses.replace(config, template_date=date_of_run(RunDirectory(Path(config.output_dir))) or self._date)
+
     def _training_facts(self, config: TrainConfig, settings: Values, basis: str | None = None) -> dict[str, Any]:
         """`settings` determine the split of the data: those of the file, or of the source model."""
         data = self._data_hash(data_key(config.dataset, settings))
@@ -148,7 +173,7 @@ class _Planner:
         config = self._config(settings["mode"], own, settings["dataset"], "")
         step = self._keyed(f"model-{name}", "model", self._training_facts(config, settings), ())
         output = f"models/{step.name.removeprefix('model-')}"
-        config = dataclasses.replace(config, output_dir=str(self._out / output))
+        config = self._dated(dataclasses.replace(config, output_dir=str(self._out / output)), settings)
         return self._add(dataclasses.replace(step, output=output, argv=words("train", config)))
 
     def _basis_facts(self, row: Row) -> tuple[str, dict[str, Any], tuple[str, ...]]:
@@ -193,7 +218,8 @@ class _Planner:
         config = dataclasses.replace(config, stop_at=row.stop_at)
         facts = self._training_facts(config, self._grid.train, basis.key if basis else None)
         needs = (basis.name,) if basis else ()
-        return self._add(Step(f"train-{row.name}", "train", output, facts, needs, words("train", config), row.stop_at))
+        argv = words("train", self._dated(config, self._grid.train))
+        return self._add(Step(f"train-{row.name}", "train", output, facts, needs, argv, row.stop_at))
 
     def _evaluate(self, row: Row, run: Step | None, settings: Values) -> Step:
         # `overwrite` replaces results that `ledger` found outdated; predictions with equal settings are reused.
@@ -214,6 +240,8 @@ class _Planner:
         if data in self._inputs.datasets:
             self._records[records] = self._inputs.datasets[data].test
         place: Values = {"model": self._grid.model, "dataset": str(self._out / records), "output_dir": str(self._out / output)}
+        if self._writes_date(data, common["template"]):
+            common.setdefault("template_date", self._grid.train.get("template_date", self._date))
         argv = words("evaluate", EvaluateConfig(**place, **common))
         return self._add(dataclasses.replace(step, output=output, argv=argv, facts=facts))
 
@@ -271,6 +299,8 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "preset": grid.preset,
         "conditions": list(grid.conditions),
         "margin": grid.margin,
+        "template_date": plan.date,
+        **({"tokenizer_sha256": plan.tokenizer} if plan.tokenizer else {}),
         "rows": rows,
         "steps": [dataclasses.asdict(step) for step in plan.steps.values()],
     }

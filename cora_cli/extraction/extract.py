@@ -4,6 +4,7 @@ This is the entry point of `cora extract-basis`; the mathematics is in `merge` a
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from cora_cli.extraction.gram import one_thread_pool
 from cora_cli.extraction.merge import Group, merge_group, plan
 from cora_cli.extraction.pooled import layer_energies
 from cora_cli.models.references import ModelPath
-from cora_cli.progress import progress
+from cora_cli.progress import progress, say
 from cora_cli.weights.sources import WeightSource, open_source
 
 
@@ -120,6 +121,7 @@ def extract_basis(
     began = time.perf_counter()
     if not models:
         raise UsageError("no model was given; name at least one to extract a basis from")
+    _refuse_repeated(models)
     choices.require_base(base is not None)
     if output.is_dir() or (output.exists() and not overwrite):
         remedy = "name a file instead" if output.is_dir() else "use --overwrite to replace it"
@@ -132,6 +134,9 @@ def extract_basis(
     subtracted = base_source if choices.source == "delta" else None
     groups = plan(sources, subtracted, choices)
     basis, seconds_decomposing = _extract(groups, sources, subtracted, choices, output, device)
+    for one, other in itertools.combinations(basis.sources, 2):
+        if one.hash == other.hash:
+            say(f"{one.reference} and {other.reference} hold the same weights there, which count twice")
     write_basis(output, basis)
     read = [*sources, *([base_source] if base_source else [])]
     return ExtractionSummary(
@@ -147,6 +152,15 @@ def extract_basis(
         seconds_reading=sum(source.seconds_reading for source in read),
         seconds_decomposing=seconds_decomposing,
     )
+
+
+def _refuse_repeated(models: Sequence[ModelPath]) -> None:
+    """Raise `UsageError` for a model that would count twice."""
+    places: set[Path] = set()
+    for model in models:
+        if (place := model.path.resolve()) in places:
+            raise UsageError(f"{model.reference} is named twice; name it once")
+        places.add(place)
 
 
 def _extract(

@@ -1,6 +1,6 @@
 """List the tensors of a checkpoint directory without reading their data, and read them one at a time.
 
-Supports safetensors and `.bin` files, sharded or not. No file or memory map stays open between reads, so memory does not grow
+Supports safetensors and torch's `.bin`, `.pt` and `.pth` files, sharded or not. No file or memory map stays open between reads, so memory does not grow
 with the number of models. `sources` and `factors` interpret the tensors.
 """
 
@@ -84,8 +84,15 @@ class Checkpoint:
 
 def check_type(kind: str, reference: str, name: str) -> None:
     """Raise `CoraError` for a tensor whose numbers alone are not its weights, such as float8 or integers."""
-    if kind not in PLAIN_TYPES:
-        raise CoraError(f"{reference}: {name} is stored as {kind}; use a copy of the model with weights in bf16, fp16 or fp32")
+    if fault := type_fault(kind, name):
+        raise CoraError(f"{reference}: {fault}")
+
+
+def type_fault(kind: str, name: str) -> str | None:
+    """Why the numbers of a tensor of a type are not its weights; None if they are."""
+    if kind in PLAIN_TYPES:
+        return None
+    return f"{name} is stored as {kind}; use a copy of the model with weights in bf16, fp16 or fp32"
 
 
 def finite(tensor: torch.Tensor, reference: str, name: str) -> torch.Tensor:
@@ -118,7 +125,7 @@ def _list_tensors(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def load_pickle(file: Path) -> dict[str, Any]:
-    """A `.bin` file's tensors as views of a memory map, which stays open as long as they exist.
+    """The tensors of a file of torch as views of a memory map, which stays open as long as they exist.
 
     Tensors that are all in one entry, such as `state_dict`, are taken from there. Raises `CoraError` where they are in several places.
     """
@@ -139,7 +146,7 @@ def load_pickle(file: Path) -> dict[str, Any]:
 
 
 def is_wrapped(file: Path) -> bool:
-    """Whether the tensors of a `.bin` file are in an entry of their own, where transformers does not look for them."""
+    """Whether the tensors of a file of torch are in an entry of their own, where transformers does not look for them."""
     with _read_errors(file):
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     return isinstance(loaded, dict) and not _holds_tensors(loaded)

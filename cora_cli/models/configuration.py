@@ -1,6 +1,6 @@
 """Read a model's configuration, and what it says about dropout and sequence lengths under all the names that families use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -17,12 +17,14 @@ WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_atten
 def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any:
     """The configuration of a causal language model.
 
-    Raises `CoraError` where it cannot be read, and for a type that transformers does not load as a causal language model.
+    Raises `CoraError` where it cannot be read or contradicts itself, and for a type that transformers does not load as a causal language model.
     """
     try:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises unrelated types for damaged files
         raise CoraError(f"config.json of {model.reference} cannot be read: {reason(error)}") from error
+    if contradiction := _contradiction(model.config(), config):
+        raise CoraError(f"config.json of {model.reference} contradicts itself: {contradiction}; remove the wrong one")
     by_remote_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForCausalLM._model_mapping and not by_remote_code:
         raise CoraError(
@@ -30,6 +32,28 @@ def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any
             "that predicts the next token of a text"
         )
     return config
+
+
+def _contradiction(stated: Mapping[str, Any], config: Any) -> str | None:
+    """One setting that `config.json` states twice with different values, of which transformers would silently take one; None if none is.
+
+    Settings have several names: those of a family, and those of different versions for the rotary embedding.
+    """
+    rope, scaling = stated.get("rope_parameters"), stated.get("rope_scaling")
+    if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
+        beside = {name: stated[name] for name in ("rope_theta", "partial_rotary_factor") if stated.get(name) is not None}
+        if isinstance(scaling, dict) and scaling:  # transformers takes it in place of all of `rope_parameters`
+            beside = {**dict.fromkeys(rope), **beside, **scaling, "rope_type": scaling.get("rope_type", scaling.get("type"))}
+        for name, value in rope.items():
+            if name in beside and beside[name] != value:
+                return (
+                    f"rope_parameters has {name} {value!r}, but {'rope_scaling' if scaling else 'next to it'} {beside[name]!r}"
+                )
+    for alias, name in config.attribute_map.items():
+        if alias in stated and name in stated and stated[alias] != stated[name]:
+            return f"{alias} is {stated[alias]!r}, but {name}, another name for it, is {stated[name]!r}"
+    text = stated.get("text_config")
+    return _contradiction(text, config.get_text_config(decoder=True)) if isinstance(text, dict) else None
 
 
 def parts_of(config: Any) -> Iterator[Any]:

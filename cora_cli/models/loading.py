@@ -19,7 +19,7 @@ from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, is_wrapped, load_pickle
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, skeleton_of
+from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, skeleton_of, surplus_fault
 from cora_cli.progress import say
 from cora_cli.reading import read_text
 
@@ -103,6 +103,8 @@ def load_model(
         )
     for name, same in Skeleton(loaded).stored_twice(checkpoint.shapes).items():
         raise CoraError(f"{model.reference}: {' and '.join(same)} are both {name} of the model; remove one of them")
+    if surplus := Skeleton(loaded).surplus_layers(checkpoint.shapes):
+        raise CoraError(f"{model.reference}: {surplus_fault(surplus)}")
     if missing:
         rest = f", while {len(unused)} tensors of its files fit no weight, such as {unused[0]}" if unused else ""
         raise CoraError(
@@ -137,9 +139,9 @@ def _check_types(model: ModelPath, checkpoint: Checkpoint) -> None:
 @contextlib.contextmanager
 def _for_transformers(model: ModelPath, checkpoint: Checkpoint) -> Iterator[Path]:
     """The directory of a complete model; or links to its files, where transformers would follow the configuration of an adapter in it,
-    not find the weights for lack of an index, or not find the tensors in a `.bin` file's entry `state_dict`."""
+    not find the weights for lack of an index, or not find the tensors in a pickle's entry `state_dict`."""
     files = model.weight_files()
-    wrapped = [file for file in files if file.suffix == ".bin" and is_wrapped(file)]
+    wrapped = [file for file in files if file.suffix != ".safetensors" and is_wrapped(file)]
     if model.has_known_layout and not wrapped and not (model.path / "adapter_config.json").exists():
         yield model.path
         return
@@ -174,6 +176,8 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
         tokenizer("a")  # some of its settings are read only now
     except Exception as error:  # unrelated types, as in `loading`
+        if (model.path / "config.json").exists():
+            load_configuration(model, trust_remote_code)  # which transformers reads to find the kind of tokenizer
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
         tokenizer.chat_template = read_text(adapter.chat_template)

@@ -33,7 +33,10 @@ _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin"})
+_ENDINGS = ("safetensors", "bin", "pt", "pth")
+"""Endings of weight files, the first ones preferred."""
+_NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states)[\w-]*\.(bin|pt|pth|pkl)")
+"""What training programs keep next to the weights."""
 _FILE_ENDINGS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jsonl", ".yaml", ".yml"})
 """Endings of files, which no name on the hub has."""
 _SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -91,20 +94,28 @@ class ModelPath:
         """Where the directory keeps a chat template as a file of its own."""
         return self.path / "chat_template.jinja"
 
+    def _tokenizer_files(self) -> list[Path]:
+        own = [self.path / name for name in _TOKENIZER_FILES if (self.path / name).exists()]
+        return [*own, *sorted(self.path.glob("additional_chat_templates/*.jinja"))]
+
+    def text_hash(self) -> str:
+        """SHA-256 over the files that decide how text becomes tokens."""
+        return rundir.sha256_files(self._tokenizer_files())
+
     def tokenizer_hash(self) -> str:
         """SHA-256 over the files that decide how text becomes tokens and which tokens end an answer."""
-        names = [*_TOKENIZER_FILES, "generation_config.json"]
-        return rundir.sha256_files(self.path / name for name in names if (self.path / name).exists())
+        ends = self.path / "generation_config.json"
+        return rundir.sha256_files([*self._tokenizer_files(), *([ends] if ends.exists() else [])])
 
     def weight_files(self) -> list[Path]:
-        """The weight files that are read: safetensors if there are any, else `.bin`. Raises `CoraError` if there are none.
+        """The weight files that are read: safetensors if there are any, else `.bin`, else `.pt`, else `.pth`. Raises `CoraError` if there are none.
 
         For an adapter these are `adapter_model.*`, or the file of `cora`'s compact form, which holds only A. For a complete model
         the precedence is that of transformers: the single file, the files of the index, any others.
         """
         if found := self._adapter_files() if self.is_adapter else self._complete_files():
             return found
-        raise CoraError(f"{self.path} holds no weights: it has no *.safetensors or *.bin file")
+        raise CoraError(f"{self.path} holds no weights: it has no file *.safetensors, *.bin, *.pt or *.pth")
 
     @property
     def has_known_layout(self) -> bool:
@@ -154,9 +165,9 @@ class ModelPath:
 
     def _loose_files(self) -> list[Path]:
         """Every weight file of the directory that is no adapter's."""
-        for ending in ("safetensors", "bin"):
+        for ending in _ENDINGS:
             names = (file for file in self.path.glob(f"*.{ending}") if not file.name.startswith("adapter_"))
-            if found := sorted(file for file in names if file.name not in _NO_WEIGHTS):
+            if found := sorted(file for file in names if not _NO_WEIGHTS.fullmatch(file.name)):
                 return found
         return []
 
@@ -244,9 +255,10 @@ def _fetch(reference: str, hub_id: str, revision: str | None) -> ModelPath:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SHARED_PATTERNS, *patterns]))
 
     try:
-        path = snapshot("*.safetensors")
-        if not list(path.glob("*.safetensors")):
-            path = snapshot("*.bin")
+        for ending in _ENDINGS:
+            path = snapshot(f"*.{ending}")
+            if any(path.glob(f"*.{ending}")):
+                break
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CoraError(

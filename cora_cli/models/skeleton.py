@@ -19,6 +19,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
 
+_NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
 _CROSS = re.compile(r"cross|encoder_attn")
 """Attention to an encoder's states, which has no order."""
 
@@ -57,6 +58,23 @@ class Skeleton:
             found.setdefault(name, []).append(key)
         return {name: sorted(same) for name, same in found.items() if len(same) > 1}
 
+    def surplus_layers(self, keys: Iterable[str]) -> list[str]:
+        """The numbered layers of the files, such as `model.layers.32`, that the model lacks although they are like one of its own.
+
+        Layers of another kind, such as those that predict several tokens ahead, are none of them.
+        """
+        found: dict[tuple[str, int], set[str]] = {}
+        for name, _ in self.names(keys).values():
+            if numbered := _NUMBERED.match(name):
+                found.setdefault((numbered["stack"], int(numbered["number"])), set()).add(numbered["rest"])
+        own = {layer for layer, parts in found.items() if any(f"{layer[0]}.{layer[1]}.{part}" in self._own for part in parts)}
+        kinds = {(stack, frozenset(found[stack, number])) for stack, number in own}
+        return [
+            f"{stack}.{n}"
+            for (stack, n), parts in sorted(found.items())
+            if (stack, n) not in own and (stack, frozenset(parts)) in kinds
+        ]
+
     @functools.cached_property
     def _own(self) -> dict[str, Any]:
         own: dict[str, Any] = self.model.state_dict()
@@ -66,6 +84,14 @@ class Skeleton:
     def transposed(self) -> frozenset[str]:
         """The modules that store their weight as (in, out), GPT-2's Conv1D."""
         return frozenset(name for name, module in self.model.named_modules() if isinstance(module, Conv1D))
+
+
+def surplus_fault(layers: list[str]) -> str:
+    """Says that the files hold `layers`, at least one, that the configuration leaves out."""
+    return (
+        f"its files hold {len(layers)} more layers, such as {layers[0]}, than its config.json describes, so the model would not be the one "
+        "that was stored; correct the number of layers in config.json"
+    )
 
 
 def layer_of(model: Any, tensor: str) -> str | None:

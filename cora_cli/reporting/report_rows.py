@@ -6,7 +6,7 @@ It reads plans and the settings in records; `collect` reads the numbers.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,12 @@ class StepRecords:
 def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
     """The experiments in the directories: one per grid, and one for all plain runs and evaluations together.
 
-    Raises `CoraError` if a directory is none of these, or if a plan is damaged.
+    A directory counts once, however often and by whichever path it is named. Raises `CoraError` if one is none of these, if a plan is
+    damaged, and for copies of one run.
     """
     grids: list[Experiment] = []
     plain: list[Row] = []
-    for name in dict.fromkeys(str(Path(output)) for output in outputs):
-        root = Path(name)
+    for root in _distinct_directories(outputs):
         if (root / "plan.json").is_file():
             grids.append(read_plan(root))
         elif RunDirectory(root).exists():
@@ -109,6 +109,13 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
     if plain:
         grids.append(Experiment(PLAIN, "Finished runs", None, None, (), tuple(_distinct(plain))))
     return grids
+
+
+def _distinct_directories(outputs: Sequence[str]) -> list[Path]:
+    found: dict[Path, Path] = {}
+    for output in map(Path, outputs):
+        found.setdefault(output.resolve(), output)
+    return list(found.values())
 
 
 def read_plan(root: Path) -> Experiment:
@@ -229,6 +236,7 @@ def _distinct(rows: list[Row]) -> list[Row]:
     rows = [row if row.group else dataclasses.replace(row, group=groups.get(row.model, only)) for row in rows]
     runs = {row.name: records.read_run(RunDirectory(row.run)) if row.run is not None else {} for row in rows}
     settings = {name: record["fingerprint"]["settings"] if record else {} for name, record in runs.items()}
+    _refuse_copies(runs)
     bases = {name: record["basis"]["sha256"] for name, record in runs.items() if record.get("basis")}
     # Copies of one basis file share one name.
     paths = {record["basis"]["sha256"]: record["basis"]["path"] for record in runs.values() if record.get("basis")}
@@ -246,6 +254,19 @@ def _distinct(rows: list[Row]) -> list[Row]:
             extra.append(row.name)
         found.append(dataclasses.replace(row, label=clean(" ".join([row.label, *extra]))))
     return found
+
+
+def _refuse_copies(runs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `CoraError` for two runs, by name, with one seed and equal inputs: as two seeds they would feign certainty."""
+    known: dict[str, str] = {}
+    for name, record in runs.items():
+        if record:
+            same = rundir.sha256_json([record[key] for key in ("mode", "plan", "fingerprint", "seeds")])
+            if (other := known.setdefault(same, name)) != name:
+                raise CoraError(
+                    f"{other} and {name} are the same training, with the same seed and the same inputs, so they would count as two seeds; "
+                    "report only one of them"
+                )
 
 
 def _what_it_is(root: Path) -> str:

@@ -58,6 +58,7 @@ class Prepared:
         return {
             "settings": {**config.result_settings(), "dtype": self.hardware.dtype_name},
             "model_sha256": self.model_path.content_hash(),
+            "tokenizer_sha256": self.model_path.text_hash(),
             "data_sha256": self.data.content_hash(),
             "basis_sha256": self.basis.sha256 if self.basis else None,
             **(method_of(self.plan.mode).inputs(self.plan) if self.plan else {}),

@@ -25,6 +25,7 @@ from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
 from cora_cli.data.formats import earlier_answers, prompt_hash, prompt_hashes, unused_columns
+from cora_cli.data.templates import unread_notice
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
 from cora_cli.lock import own_directory
@@ -160,7 +161,9 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
         )
     record = read_run(run)
     recorded = record["fingerprint"]
-    if "template_date" in fingerprint["settings"]:  # which earlier versions did not record
+    # Earlier versions recorded neither.
+    recorded.setdefault("tokenizer_sha256", fingerprint["tokenizer_sha256"])
+    if "template_date" in fingerprint["settings"]:
         recorded["settings"].setdefault("template_date", template_date(record))
     if recorded != fingerprint:
         detail = _difference(recorded, fingerprint, "in the run", "now")
@@ -226,8 +229,11 @@ def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, rec
     for name, encoded in (("training", prepared.train), ("held-out", prepared.test), ("validation", prepared.validation)):
         for notice in notices(encoded):
             say(f"{name} records: {notice}")
-    if unused := unused_columns([*prepared.data.train, *prepared.data.test], prepared.data.schema):
+    records = [*prepared.data.train, *prepared.data.test]
+    if unused := unused_columns(records, prepared.data.schema):
         say(f"{config.dataset}: columns that are not used: {', '.join(unused)}")
+    if unread := prepared.template.unread(records):
+        say(f"{config.dataset}: {unread_notice(unread)}")
     if config.train_on == "last" and (several := sum(map(earlier_answers, prepared.data.train))):
         say(f"{several} training conversations have earlier answers, which carry no loss; --train-on all trains on each answer")
     if prepared.data.overlapping:

@@ -101,14 +101,17 @@ class AdapterFactors:
                     f"{self.reference}: {module} has lora_A {(rank, in_features)} and lora_B {(out_features, rank_of_b)}, "
                     f"which do not fit r = {stated} and the weight {shapes[module]} of its base {base}"
                 )
+            if rank < 1:
+                raise CoraError(f"{self.reference}: {module} has rank 0; the adapter is empty or damaged")
             alpha = _pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha"))
             self._out[module] = out_features
-            if alpha is None:
-                raise CoraError(f"{self.reference}: adapter_config.json has no lora_alpha")
+            if not alpha:
+                stated = "no lora_alpha" if alpha is None else f"lora_alpha 0 for {module}, which leaves its weight as it is"
+                raise CoraError(f"{self.reference}: adapter_config.json has {stated}; the adapter is damaged")
             self._scale[module] = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
     def check_complete(self, modules: Iterable[str], base: str) -> None:
-        """Raise `CoraError` unless the adapter holds an update for each of the base's `modules` that its target_modules name."""
+        """Raise `CoraError` unless the adapter holds updates for those of the base's `modules` that its configuration names, and no others."""
         settings = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
         named = LoraConfig(**{name: self.config[name] for name in settings if self.config.get(name) is not None})
         known = self.ranks.keys() | self._full_keys.keys() | self.hidden
@@ -116,6 +119,12 @@ class AdapterFactors:
             named.target_modules = list({module.rpartition(".")[2] for module in self.ranks})
         with bounded(f"{self.reference}: matching target_modules"):
             lacking = [module for module in modules if module not in known and check_target_module_exists(named, module)]
+            unnamed = [module for module in self.ranks if not check_target_module_exists(named, module)]
+        if named.target_modules and unnamed:
+            raise CoraError(
+                f"{self.reference} holds lora_A and lora_B for {len(unnamed)} layers that its adapter_config.json does not name, such as "
+                f"{unnamed[0]}; PEFT would leave them out: correct target_modules, exclude_modules or layers_to_transform there"
+            )
         if named.target_modules and lacking:
             raise CoraError(
                 f"{self.reference} holds no lora_A and lora_B for {len(lacking)} layers of its base {base} that its target_modules name, such "

@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from cora_cli import rundir
 from cora_cli.basis.choices import is_target, match_targets, natural_order
 from cora_cli.errors import CoraError
-from cora_cli.models.checkpoint import Checkpoint, finite
+from cora_cli.models.checkpoint import Checkpoint, finite, type_fault
 from cora_cli.models.references import ModelPath, recorded_base, resolve_model
-from cora_cli.models.skeleton import Skeleton, layer_of, other_modalities, skeleton_of
+from cora_cli.models.skeleton import Skeleton, layer_of, other_modalities, skeleton_of, surplus_fault
 from cora_cli.weights.factors import AdapterFactors
 
 _ARCHITECTURE_KEYS = (
@@ -264,7 +264,9 @@ def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) 
     for name in keys.keys() - own.keys() - converted:
         if (layer := layer_of(skeleton.model, name)) is not None:
             beside[layer] = min(beside.get(layer, keys[name][0]), keys[name][0])
-    found = {}
+    surplus = skeleton.surplus_layers(checkpoint.shapes)
+    left_out = [name.removesuffix(".weight") for name in keys if any(name.startswith(f"{layer}.") for layer in surplus)]
+    found = dict.fromkeys(left_out, surplus_fault(surplus)) if surplus else {}
     for module, layer in skeleton.model.named_modules():
         name = f"{module}.weight"
         if not isinstance(layer, torch.nn.Linear | Conv1D) or module in others or name in converted:
@@ -275,6 +277,8 @@ def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) 
             found[module] = f"its files hold no weight for {module}, which its config.json describes as {expected}{rest}"
         elif len(stored) > 1:
             found[module] = f"{' and '.join(sorted(stored))} are both the weight of {module}; remove one of them"
+        elif stored and (fault := type_fault(checkpoint.types[stored[0]], stored[0])):
+            found[module] = fault
         elif stored and (shape := checkpoint.shapes[stored[0]]) != expected:
             found[module] = f"{stored[0]} has the shape {shape}, but its config.json describes {expected}"
         elif module in beside:
@@ -286,7 +290,9 @@ def _faults_of_unknown(checkpoint: Checkpoint) -> dict[str, str]:
     """What keeps weights from being read of a model whose configuration transformers does not know."""
     found = {}
     for key, shape in checkpoint.shapes.items():
-        if key.endswith(".weight") and (len(shape) != 2 or 0 in shape):
+        if key.endswith(".weight") and (fault := type_fault(checkpoint.types[key], key)):
+            found[key.removesuffix(".weight")] = fault
+        elif key.endswith(".weight") and (len(shape) != 2 or 0 in shape):
             found[key.removesuffix(".weight")] = f"{key} has the shape {shape}; a matrix of two dimensions is required"
     for matrix in _matrices(checkpoint):
         module = matrix.removesuffix(".weight")

@@ -122,6 +122,20 @@ def test_an_invalid_file_is_a_usage_error(text: str | None, message: str, tmp_pa
     assert result.stderr.count("\n") == 1
 
 
+def test_a_file_that_names_one_option_under_two_spellings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("flour: rye\nto: oven\neggs: 1\n")
+    assert baked("me", "--config", str(path)).to == "oven"
+
+    toy = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+    toy.callback()(lambda: None)
+    command(toy, "train", TrainConfig, lambda config: None)
+    path.write_text("learning_rate: 1e-4\nlearning-rate: 2e-4\n")
+    result = CliRunner().invoke(toy, ["train", "--config", str(path)])
+    assert result.exit_code == 2
+    assert "sets the same option as 'learning_rate' and as 'learning-rate'; remove one of them" in result.output
+
+
 @pytest.mark.parametrize(
     "text", ["eggs: 2.5", "eggs: true", "eggs: many", "sugar: sweet", "iced: 7", "shape: oval", "eggs: [1, 2]"]
 )

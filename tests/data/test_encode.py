@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cora_cli import embedded
-from cora_cli.data.encode import encode_prompt, encode_records, split_tokens
+from cora_cli.data.encode import encode_prompt, encode_records, notices, split_tokens
 from cora_cli.data.templates import Rendered, Template, choose_template
 from cora_cli.errors import CoraError
 
@@ -155,3 +155,18 @@ def test_where_the_models_context_is_the_limit_it_is_named_instead_of_the_settin
         encode_records(records, template, 1024, "training", context=8)
     with pytest.raises(CoraError, match=r"no response fits into --max-length 8; use a larger --max-length"):
         encode_records(records, template, 8, "training", context=512)
+
+
+def test_empty_prompts_and_empty_answers_are_counted_apart_from_long_records():
+    template = Template("plain", "prompt", TOKENIZERS["nothing"])
+    pairs = [("a", "b"), ("", "b"), ("a", " "), ("a", "b " * 40)]
+    records = prompt_records(*pairs)
+    encoded = encode_records(records, template, 20, "training")
+    assert (len(encoded.examples), encoded.dropped, encoded.promptless, encoded.empty) == (2, 2, 1, 1)
+    assert notices(encoded) == [
+        "0 prompts truncated, 1 records dropped as too long",
+        "1 dropped because their prompt is empty",
+        "1 with an empty answer, of which only the end is trained",
+    ]
+    with pytest.raises(CoraError, match="all 1 training records were dropped: their prompts are empty"):
+        encode_records(records[1:2], template, 20, "training")

@@ -1,5 +1,6 @@
 import csv
 import datetime
+import inspect
 import itertools
 import json
 import math
@@ -11,8 +12,10 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
 from cora_cli.data.formats import (
+    TEMPLATE_ARGUMENTS,
     Record,
     load_records,
     load_split,
@@ -445,6 +448,33 @@ def test_calls_read_from_parquet_have_their_own_arguments_only(tmp_path):
     found = load_records(str(write(tmp_path / "a.parquet", records)))[0]
     functions = [record["messages"][-1]["tool_calls"][0]["function"] for record in found]
     assert [function["arguments"] for function in functions] == [{"city": "Rome"}, {"zone": 3}]
+
+
+def test_a_parquet_map_is_an_object_and_one_that_names_a_key_twice_is_refused(tmp_path):
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string()), ("arguments", kind)])
+
+    def file(arguments):
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "arguments": arguments}]
+        table = pyarrow.table({"messages": pyarrow.array([talk], type=pyarrow.list_(message))})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        return tmp_path / "a.parquet"
+
+    found = load_records(str(file([("city", "Rome")])))[0]
+    assert found[0]["messages"][-1]["arguments"] == {"city": "Rome"}
+    assert "cannot be read as Parquet" in failure(file([("city", "Rome"), ("city", "Oslo")]))
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "max_length"])
+def test_template_arguments_that_are_no_variables_of_the_template_are_refused(name, tmp_path):
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    path = write(tmp_path / "a.jsonl", [{**talk, "chat_template_kwargs": {"style": "terse", name: 1}}])
+    assert f"line 1: chat_template_kwargs must not set '{name}', which is no variable of the chat template" in failure(path)
+
+
+def test_the_arguments_of_transformers_are_no_variables_of_a_template():
+    own = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"self", "kwargs"}
+    assert own <= TEMPLATE_ARGUMENTS
 
 
 def test_tools_written_as_json_text_are_read_and_other_values_are_refused_with_their_line(tmp_path):

@@ -153,6 +153,15 @@ def test_tools_documents_and_template_arguments_reach_the_template():
     assert "[{'text': 'd'}]terse" in prompt
 
 
+def test_what_the_chat_template_does_not_mention_is_listed():
+    answer = {"role": "assistant", "content": "2", "weight": 0, "name": None, "reasoning": "r"}
+    records = [Record({**TALK, "messages": [*TALK["messages"][:-1], answer]}), Record({**TALK, "tools": [{"name": "clock"}]})]
+    assert Template("chat", "messages", with_template(CHATML)).unread(records) == ["reasoning", "tools", "weight"]
+    mentioned = with_template(TOOLS + "{{ messages[-1].reasoning }}" + CHATML)
+    assert Template("chat", "messages", mentioned).unread(records) == ["weight"]
+    assert Template("alpaca", "alpaca", mentioned).unread([Record({"instruction": "a", "output": "b"})]) == []
+
+
 def test_a_block_that_the_template_puts_before_an_answer_is_trained_but_no_part_of_the_reference():
     thinking = CHATML.replace(
         "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}" + BLOCK + "{% endif %}{{ m['content'] }}"

@@ -124,6 +124,16 @@ def test_a_model_without_sdpa_answers_too(tiny_model: Path, records: Path, tmp_p
     assert len(read_jsonl(tmp_path / "out" / "predictions.jsonl")) > 0
 
 
+def test_a_model_whose_output_is_no_number_has_no_answers(tiny_model: Path, records: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CoraError, match=r"the model's output is not finite \(NaN or infinity\), so it has no answers"):
+        evaluate_model(model, records, tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
 def test_no_room_for_any_prompt_is_refused(tiny_model: Path, records: Path, tmp_path: Path) -> None:
     with pytest.raises(CoraError, match="--max-new-tokens 512 leaves no room"):
         evaluate_model(tiny_model, records, tmp_path / "out", max_new_tokens=512)
@@ -162,6 +172,8 @@ def test_two_runs_of_one_name_are_not_written_to_one_directory(run: Path, tmp_pa
     other = shutil.copytree(run, tmp_path / "other" / "run")
     with pytest.raises(CoraError, match="two runs have the same name"):
         evaluate(EvaluateConfig(runs=(str(run), str(other)), output_dir=str(tmp_path / "out"), **FAST))
+    with pytest.raises(CoraError, match="a run is named twice"):
+        evaluate(EvaluateConfig(runs=(str(run), f"{run}/../{run.name}"), **FAST))
 
 
 @pytest.mark.parametrize("damage", ["missing", "foreign"])

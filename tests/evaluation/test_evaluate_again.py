@@ -14,6 +14,7 @@ from cora_cli.evaluation import backend
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.decode import PooledDecoder
 from cora_cli.evaluation.evaluate import evaluate
+from cora_cli.evaluation.targets import find_targets
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
@@ -270,3 +271,17 @@ def test_the_metrics_of_other_predictions_are_not_replaced_unasked(tmp_path: Pat
             scored("one", "three", overwrite=overwrite)
     scored("two", "out", overwrite=True)
     assert contents(tmp_path / "out") != before
+
+
+def test_a_chat_template_that_changed_after_the_training_is_said(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    run = make_run(model, tiny_data, tmp_path / "run", mode="lora", rank=8)
+    said = f"the tokenizer of {model}, or its chat template, is not the one that {run} was trained with"
+    find_targets(EvaluateConfig(runs=(str(run),)))
+    assert said not in capsys.readouterr().err
+    template = model / "chat_template.jinja"
+    template.write_text("Answer. " + template.read_text())
+    find_targets(EvaluateConfig(runs=(str(run),)))
+    assert said in capsys.readouterr().err

@@ -29,7 +29,10 @@ def inputs_of(**hashes: str) -> Inputs:
         name: ModelFacts(name, hashes.get(name, f"hash of {name}"), SHAPES, 10**6, 10**5) for name in ("base", "org/a", "org/b")
     }
     test = [{"instruction": "Count.", "input": "", "output": "1 2 3"}] * 4
-    data = {name: DataFacts(name, hashes.get(name, f"hash of {name}"), 100, test, 80.0, 40.0) for name in ("records", "tasks")}
+    data = {
+        name: DataFacts(name, hashes.get(name, f"hash of {name}"), "alpaca", 100, test, 80.0, 40.0)
+        for name in ("records", "tasks")
+    }
     return Inputs(models, data, {})
 
 

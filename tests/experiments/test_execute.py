@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -308,3 +309,28 @@ def test_the_time_left_counts_waiting_and_running_steps(
     screen.submitted(train[1], "started")
     # 6 s of the first step, 30 s of the other training, and 10 s of each of the other three.
     assert "about 66 s left" in capsys.readouterr().err
+
+
+def test_a_grid_is_not_continued_with_another_tokenizer(plan: Plan) -> None:
+    first, other = (dataclasses.replace(plan, tokenizer=digest) for digest in ("one", "other"))
+    write_plan(first)
+    refuse_conflicts(other, set(plan.steps), overwrite=False)  # nothing is finished yet
+    carry_out(first, rows=[LORA])
+    refuse_conflicts(first, set(plan.steps), overwrite=False)
+    with pytest.raises(
+        CoraError, match=rf"the tokenizer of base, .* has changed since runs/{LORA} was finished, .*; restore it, or"
+    ):
+        refuse_conflicts(other, set(plan.steps), overwrite=True)
+    write_plan(plan)  # as an earlier version does
+    refuse_conflicts(other, set(plan.steps), overwrite=False)
+
+
+def test_a_link_in_the_place_of_a_run_fails_that_run_by_name_and_is_not_followed(plan: Plan, tmp_path: Path) -> None:
+    carry_out(plan, rows=[LORA])
+    place = plan.out / "runs" / LORA
+    place.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "run.json").write_text("{}")
+    place.symlink_to(tmp_path / "elsewhere")
+    outcome, _ = carry_out(plan, rows=[LORA])
+    assert f"{place} is a symbolic link to" in outcome.failed[f"train-{LORA}"]
+    assert (tmp_path / "elsewhere" / "log.jsonl").exists()

@@ -122,6 +122,15 @@ def test_no_model_and_a_delta_without_base_are_usage_errors(grouped_models, tmp_
         run(grouped_models, tmp_path / "b", source="delta")
 
 
+def test_a_model_that_is_named_twice_is_refused_and_a_copy_of_one_is_named(grouped_models, tmp_path, capfd):
+    one, other = grouped_models[:2]
+    with pytest.raises(UsageError, match="is named twice; name it once"):
+        run([one, other, one / ".." / one.name], tmp_path / "b.safetensors")
+    copied = shutil.copytree(one, tmp_path / "copied")
+    run([one, other, copied], tmp_path / "b.safetensors")
+    assert f"{one} and {copied} hold the same weights there, which count twice" in capfd.readouterr().err
+
+
 def test_a_model_with_damaged_weights_stops_the_command_and_leaves_nothing(grouped_models, tmp_path):
     bad = shutil.copytree(grouped_models[0], tmp_path / "bad")
     tensors = load_file(bad / "model.safetensors")

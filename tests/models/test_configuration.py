@@ -1,3 +1,5 @@
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,10 @@ from transformers import (
     WhisperConfig,
 )
 
-from cora_cli.models.configuration import length_limits, remove_dropout, rope_switch
-from cora_cli.models.loading import context_length
+from cora_cli.errors import CoraError
+from cora_cli.models.configuration import length_limits, load_configuration, remove_dropout, rope_switch
+from cora_cli.models.loading import context_length, load_tokenizer
+from cora_cli.models.references import ModelPath
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -61,3 +65,58 @@ def test_the_rotary_embedding_of_a_complete_pass_changes_where_the_configuration
     assert rope_switch(LlamaConfig(hidden_size=32, num_attention_heads=4, rope_parameters=LONGROPE)) == 40
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert rope_switch(LlamaConfig(max_position_embeddings=128, rope_parameters=dynamic)) == 128
+
+
+def stored(config: Any, directory: Path, **changes: Any) -> ModelPath:
+    """A directory with the configuration, as transformers writes it, and changes to its text as a user makes them."""
+    config.save_pretrained(directory)
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return ModelPath(str(directory), directory, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "said"),
+    [
+        (LlamaConfig(), {"rope_theta": 77.0}, r"rope_parameters has rope_theta 10000\.0, but next to it 77\.0"),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+            {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            r"rope_parameters has rope_theta 1000000\.0, but rope_scaling None",
+        ),
+        (
+            LlamaConfig(),
+            {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type 'default', .* 'linear'",
+        ),
+        (GPT2Config(), {"num_hidden_layers": 3}, "num_hidden_layers is 3, but n_layer, another name for it, is 12"),
+        (
+            Gemma3Config(text_config={"num_hidden_layers": 2}),
+            {"text_config": {"model_type": "gemma3_text", "rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}},
+            r"rope_theta 6\.0, but next to it 5\.0",
+        ),
+    ],
+)
+def test_a_configuration_that_contradicts_itself_is_refused(
+    config: Any, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CoraError, match=f"config.json of .* contradicts itself: .*{said}; remove the wrong one"):
+        load_configuration(stored(config, tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (LlamaConfig(), {"rope_theta": 10000.0}),
+        (LlamaConfig(), {"rope_parameters": None, "rope_theta": 5.0, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+        (GPT2Config(), {"num_hidden_layers": 12}),
+        (Gemma3Config(), {}),
+    ],
+)
+def test_a_configuration_that_states_one_value_twice_is_read(config: Any, changes: dict[str, Any], tmp_path: Path) -> None:
+    assert load_configuration(stored(config, tmp_path, **changes)).model_type == config.model_type
+
+
+def test_a_fault_of_the_configuration_is_not_laid_on_the_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CoraError, match=r"^config.json of .* cannot be read: .*rms_norm_eps"):
+        load_tokenizer(stored(LlamaConfig(), tmp_path, rms_norm_eps="1e-5"))

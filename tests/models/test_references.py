@@ -136,6 +136,7 @@ def test_a_hub_id_that_cannot_be_fetched_gives_one_sentence(reference):
         ("org/name", None, "model.safetensors", ["*.safetensors"]),
         ("org/name@v2", "v2", "model.safetensors", ["*.safetensors"]),
         ("org/name@v2", "v2", "pytorch_model.bin", ["*.safetensors", "*.bin"]),
+        ("org/name", None, "model.pth", ["*.safetensors", "*.bin", "*.pt", "*.pth"]),
     ],
 )
 def test_a_hub_model_is_fetched_at_its_revision_and_pickles_only_where_there_is_nothing_else(
@@ -161,17 +162,20 @@ def test_a_hub_model_is_fetched_at_its_revision_and_pickles_only_where_there_is_
     [
         (["b.safetensors", "a.safetensors", "a.bin"], ["a.safetensors", "b.safetensors"]),
         (["pytorch_model.bin", "training_args.bin"], ["pytorch_model.bin"]),
+        (["model.pt", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"], ["model.pt"]),
+        (["part-2.pth", "part-1.pth", "scaler.pt"], ["part-1.pth", "part-2.pth"]),
+        (["model.pt", "pytorch_model.bin"], ["pytorch_model.bin"]),
     ],
 )
-def test_weights_are_the_safetensors_or_else_the_bin_files(files, found, tmp_path):
+def test_weights_are_the_safetensors_or_else_files_of_torch(files, found, tmp_path):
     model = resolve_model(str(make(tmp_path / "model", "config.json", *files)))
     assert [file.name for file in model.weight_files()] == found
 
 
-@pytest.mark.parametrize("files", [[], ["training_args.bin"]])
+@pytest.mark.parametrize("files", [[], ["training_args.bin"], ["optimizer.pt", "rng_state.pth"]])
 def test_a_model_without_weights_says_so(files, tmp_path):
     model = resolve_model(str(make(tmp_path / "model", "config.json", *files)))
-    with pytest.raises(CoraError, match=r"model holds no weights: it has no \*.safetensors or \*.bin file"):
+    with pytest.raises(CoraError, match=r"model holds no weights: it has no file \*.safetensors, \*.bin, \*.pt or \*.pth"):
         model.weight_files()
 
 

@@ -84,6 +84,17 @@ def test_a_run_on_a_base_in_four_bits_lends_it_no_loss(grid):
     assert LOSS not in base.measures
 
 
+def test_a_run_counts_once_by_whichever_path_it_is_named_and_a_copy_of_it_is_refused(grid, tmp_path):
+    one, other = sorted((grid / "runs").iterdir())[:2]
+    (experiment,) = find_experiments([str(one), str(one / ".." / one.name), str(other)])
+    assert [row.run for row in experiment.rows] == [one, other]
+    copied = shutil.copytree(one, tmp_path / "copied")
+    with pytest.raises(
+        CoraError, match=rf"{one} and {copied} are the same training, .* would count as two seeds; report only one"
+    ):
+        find_experiments([str(one), str(other), str(copied)])
+
+
 def test_only_the_metrics_that_are_wanted_are_read(made_grid):
     found = collect(read_plan(made_grid), ("rougeL",))
     assert all(set(result.measures) <= {LOSS, "rougeL"} for result in found.results)

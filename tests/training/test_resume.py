@@ -288,6 +288,19 @@ def test_a_run_that_an_earlier_version_began_keeps_its_warm_up(tiny_model, tiny_
         assert log_lines(output) == expected
 
 
+def test_a_run_is_not_resumed_with_another_chat_template(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = config_for(model, tiny_data, tmp_path / "run", max_steps=1)
+    record = train(config)
+    template = model / "chat_template.jinja"
+    template.write_text("Answer. " + template.read_text())
+    with pytest.raises(CoraError, match=r"cannot be resumed with other inputs .*: tokenizer_sha256 \("):
+        train(replace(config, resume=True))
+    del record["fingerprint"]["tokenizer_sha256"]  # as earlier versions wrote it
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    assert train(replace(config, resume=True))["status"] == "finished"
+
+
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "begun by an earlier version"])
 def test_a_run_resumed_on_another_day_keeps_the_date_in_its_prompts(
     recorded: bool, dated_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

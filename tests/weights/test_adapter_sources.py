@@ -148,11 +148,31 @@ def test_the_content_hash_covers_factors_scale_and_base(copy, plain, grouped_mod
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
         ({"r": 5}, "do not fit r = 5"),
         ({"rank_pattern": {"q_proj": 2}}, "do not fit r = 2"),
+        ({"lora_alpha": 0}, f"lora_alpha 0 for {Q0}, which leaves its weight as it is; the adapter is damaged"),
+        (
+            {"layers_to_transform": [0]},
+            "for 2 layers that its adapter_config.json does not name, such as .*layers.1.*; PEFT would",
+        ),
+        (
+            {"exclude_modules": ["v_proj"]},
+            "for 2 layers that its adapter_config.json does not name, such as .*v_proj; PEFT would",
+        ),
     ],
 )
 def test_adapters_that_are_not_w_plus_scaled_b_a_are_refused(copy, changed, said):
     change_config(copy, **changed)
     with pytest.raises(CoraError, match=said):
+        open_source(local(copy))
+
+
+def test_an_adapter_of_rank_0_is_refused(copy):
+    def empty(tensors):
+        for key in tensors:
+            tensors[key] = (tensors[key][:0] if "lora_A" in key else tensors[key][:, :0]).contiguous()
+
+    change_tensors(copy, empty)
+    change_config(copy, r=0)
+    with pytest.raises(CoraError, match=r"copy: .*_proj has rank 0; the adapter is empty or damaged"):
         open_source(local(copy))
 
 

@@ -166,6 +166,14 @@ def test_tensors_that_the_model_does_not_take_are_no_modules_of_it(copy, capfd):
             lambda weight: {f"{Q0}.weight": weight, f"{Q0}.lora_A.weight": weight[:2]},
             rf"hold {Q0}\.lora_A\.weight next to the weight",
         ),
+        (
+            lambda weight: {f"{Q0}.weight": weight.to(torch.float8_e4m3fn), f"{Q0}.weight_scale_inv": torch.ones(1, 1)},
+            rf"{Q0}\.weight is stored as float8_e4m3fn; use a copy of the model with weights in bf16, fp16 or fp32",
+        ),
+        (
+            lambda weight: {f"{Q0}.weight": weight[:8].to(torch.uint8), f"{Q0}.weight.absmax": torch.ones(4)},
+            rf"{Q0}\.weight is stored as (U8|uint8); use a copy of the model with weights in bf16, fp16 or fp32",
+        ),
         (lambda weight: {f"{Q0}.weight": weight, f"{Q0}.bias": weight[0]}, rf"hold {Q0}\.bias next to the weight"),
         (
             lambda weight: {f"{Q0}.weight": weight, f"{Q0.removeprefix('model.')}.weight": weight.clone()},
@@ -184,6 +192,25 @@ def test_a_layer_whose_weight_cannot_be_read_is_refused_where_it_is_a_target(cop
     assert len(open_source(local(copy)).targets(["v_proj"])) == 2
     with pytest.raises(CoraError, match="copy"):
         load_model(local(copy), torch.float32, torch.device("cpu"), None)
+
+
+def test_layers_that_the_configuration_leaves_out_are_refused_alike_by_all(copy):
+    change_config(copy, num_hidden_layers=1)
+    said = r"copy: its files hold 1 more layers, such as model\.layers\.1, than its config.json describes"
+    with pytest.raises(CoraError, match=said):
+        open_source(local(copy)).targets(["q_proj"])
+    with pytest.raises(CoraError, match=said):
+        load_model(local(copy), torch.float32, torch.device("cpu"), None)
+
+
+def test_a_layer_of_another_kind_behind_the_last_one_is_left_out(copy):
+    def with_prediction_of_further_tokens(tensors):
+        further = {key.replace("layers.1", "layers.2"): tensor.clone() for key, tensor in tensors.items() if "layers.1" in key}
+        return {**tensors, **further, "model.layers.2.eh_proj.weight": torch.ones(4, 4)}
+
+    change_tensors(copy, with_prediction_of_further_tokens)
+    assert len(open_source(local(copy)).targets(["q_proj"])) == 2
+    load_model(local(copy), torch.float32, torch.device("cpu"), None)
 
 
 def test_a_weight_of_another_shape_and_a_tensor_beside_a_weight_are_refused_on_loading(copy):
@@ -218,15 +245,17 @@ def test_a_checkpoint_of_a_training_wrapper_is_refused_alike_by_all(copy, wrappe
             read(local(copy))
 
 
-def as_bin(directory, wrap):
+def as_bin(directory, wrap, name="pytorch_model.bin"):
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
-    torch.save(wrap(tensors), directory / "pytorch_model.bin")
+    torch.save(wrap(tensors), directory / name)
 
 
-@pytest.mark.parametrize("entry", ["state_dict", "model"])
-def test_tensors_in_an_entry_of_a_bin_file_are_read_by_all(copy, square_models, entry):
-    as_bin(copy, lambda tensors: {entry: tensors, "epoch": 3})
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+@pytest.mark.parametrize("entry", ["state_dict", "model", None])
+def test_the_tensors_of_a_file_of_torch_are_read_by_all_also_in_an_entry(copy, square_models, entry, name):
+    as_bin(copy, lambda tensors: {entry: tensors, "epoch": 3} if entry else tensors, name)
+    torch.save({"step": torch.ones(1)}, copy / "optimizer.pt")
     usual = load_file(square_models[0] / "model.safetensors")
     assert torch.equal(open_source(local(copy)).read(Q0), usual[f"{Q0}.weight"])
     loaded = load_model(local(copy), torch.float32, torch.device("cpu"), None).state_dict()
