@@ -23,8 +23,12 @@ from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import open_transformers, open_vllm
 from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.execution.problems import Problem, problem_columns, problem_of
+from cora_cli.evaluation.execution.sandbox import require_sandbox
+from cora_cli.evaluation.execution.score import CONDITIONS, Executor, count_fates
 from cora_cli.evaluation.generate import Request, generate
 from cora_cli.evaluation.metrics import build_metrics, score_all
+from cora_cli.evaluation.metrics.pass_at import Attempts
 from cora_cli.evaluation.targets import Target, TrainedPrompts, find_targets, trained_prompts
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
@@ -55,6 +59,10 @@ def evaluate(config: EvaluateConfig) -> list[Evaluation]:
     Raises `CoraError` if a model, run, data set or predictions file cannot be read, or if other results are in the way.
     """
     hardware = select_hardware(config.device, config.dtype)
+    executor = None
+    if config.execute_code:
+        require_sandbox()
+        executor = Executor()
     if config.from_predictions:
         path = Path(config.from_predictions)
         if not path.is_file():
@@ -62,13 +70,17 @@ def evaluate(config: EvaluateConfig) -> list[Evaluation]:
         out = EvaluationDirectory(Path(config.output_dir) if config.output_dir else path.parent)
         with own_directory(out.root):
             generation = _recorded_generation(path)
-            return [_score(config, generation.get("name") or path.parent.name or path.name, path, out, hardware, generation)]
+            return [
+                _score(
+                    config, generation.get("name") or path.parent.name or path.name, path, out, hardware, generation, executor
+                )
+            ]
     targets = find_targets(config)
     trained = trained_prompts(targets)
     with contextlib.ExitStack() as held:
         for target in targets:
             held.enter_context(own_directory(target.output.root, target.output.partial_predictions.name, REPLACEMENT))
-        return [_evaluate_target(config, target, hardware, trained) for target in targets]
+        return [_evaluate_target(config, target, hardware, trained, executor) for target in targets]
 
 
 def _recorded_generation(path: Path) -> dict[str, Any]:
@@ -83,12 +95,19 @@ def _recorded_generation(path: Path) -> dict[str, Any]:
     return recorded
 
 
-def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware, trained: TrainedPrompts) -> Evaluation:
+def _evaluate_target(
+    config: EvaluateConfig, target: Target, hardware: Hardware, trained: TrainedPrompts, executor: Executor | None
+) -> Evaluation:
     records, schema = load_test_records(target.dataset)
     records, trained_on = trained.separate(records, schema, target, config.exclude_trained)
     records = records[: config.limit]
     if not records:
         raise CoraError(f"{target.dataset} has no records to answer")
+    columns = [problem_columns(record) for record in records]
+    problems = None
+    if executor is not None:
+        problems = [problem_of(own, place_of(record)) for own, record in zip(columns, records, strict=True)]
+        executor.calibrate(problems)
     base_sha256 = target.base.content_hash()
     if target.adapter is not None:
         check_base(target.adapter, target.base)
@@ -102,7 +121,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
         "records_sha256": rundir.sha256_json(records),
         "template": target.template,
         "max_new_tokens": config.max_new_tokens,
-        "decoding": "greedy",
+        "decoding": _decoding(config),
         "dtype": hardware.dtype_name,
         **_backend_settings(config, target, hardware),
     }
@@ -135,15 +154,16 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
                 "tokens"
             )
         requests = [
-            Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead)
-            for prompt, text in zip(ids, rendered, strict=True)
+            Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead, stream, own)
+            for place, (prompt, text, own) in enumerate(zip(ids, rendered, columns, strict=True))
+            for stream in _streams(config, place)
         ]
         cut = sum(len(prompt) > room for prompt in ids)
         if cut:
             say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
         rundir.write_json(out.generation, {"name": target.name, "settings": settings})
         engine = backend.start([request.input_ids for request in requests])
-        speed = generate(engine, tokenizer, backend.ends, requests, out)
+        speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples)
         rundir.write_json(
             out.generation,
             {
@@ -157,7 +177,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
             },
         )
     generation = {**shapes.read_generation(out), "name": target.name, "settings": settings}
-    evaluation = _score(config, target.name, out.predictions, out, hardware, generation)
+    evaluation = _score(config, target.name, out.predictions, out, hardware, generation, executor, problems)
     if out != target.output:
         _replace(target.output, out)
     shutil.rmtree(target.output.root / REPLACEMENT, ignore_errors=True)
@@ -169,6 +189,17 @@ def _say_about_records(target: Target, records: Sequence[Record], template: Temp
         say(f"{target.dataset}: columns that are not used: {', '.join(unused)}")
     if count := sum(map(template.spells_control_tokens, records)):
         say(f"{target.dataset} has {len(records)} records, {control_tokens_notice(count)}")
+
+
+def _decoding(config: EvaluateConfig) -> str:
+    if not config.temperature:
+        return "greedy"
+    return f"sampled at temperature {config.temperature:g}, {config.samples} per record, seed {config.seed}"
+
+
+def _streams(config: EvaluateConfig, place: int) -> list[str]:
+    """The names of the draws of each sample of a record; an empty one for greedy decoding."""
+    return [f"{place} {sample}" if config.temperature else "" for sample in range(config.samples)]
 
 
 def _backend_settings(config: EvaluateConfig, target: Target, hardware: Hardware) -> dict[str, Any]:
@@ -218,7 +249,10 @@ def _place_of_work(out: EvaluationDirectory, settings: dict[str, Any], overwrite
 
 def _replace(out: EvaluationDirectory, new: EvaluationDirectory) -> None:
     with contextlib.ExitStack() as stack:
-        for name in ("generation", "metrics", "scores", "predictions"):
+        for name in ("generation", "metrics", "scores", "predictions", "executions"):
+            if not getattr(new, name).exists():  # no code was run
+                out.executions.unlink(missing_ok=True)
+                continue
             # All copies are made before the first one takes its place, at the end of this block.
             shutil.copyfile(getattr(new, name), stack.enter_context(rundir.atomic_path(getattr(out, name))))
     out.partial_predictions.unlink(missing_ok=True)
@@ -234,7 +268,7 @@ def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]
         if out.predictions.exists() and rundir.sha256_file(out.predictions) == expected:
             return True
         say(f"{out.predictions} was changed or removed after it was written: generating it again")
-    for path in (out.predictions, out.partial_predictions, out.metrics, out.scores):
+    for path in (out.predictions, out.partial_predictions, out.metrics, out.scores, out.executions):
         path.unlink(missing_ok=True)
     return False
 
@@ -272,7 +306,14 @@ def _check_nothing_is_lost(config: EvaluateConfig, path: Path, out: EvaluationDi
 
 
 def _score(
-    config: EvaluateConfig, name: str, path: Path, out: EvaluationDirectory, hardware: Hardware, generation: dict[str, Any]
+    config: EvaluateConfig,
+    name: str,
+    path: Path,
+    out: EvaluationDirectory,
+    hardware: Hardware,
+    generation: dict[str, Any],
+    executor: Executor | None,
+    problems: list[Problem] | None = None,
 ) -> Evaluation:
     _check_nothing_is_lost(config, path, out)
     lines = read_jsonl(path)
@@ -282,6 +323,7 @@ def _score(
             raise CoraError(f'{path}, record {number}: expected text under "prediction" and "reference", found {found}')
     predictions, references = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     say(f"{name}: scoring {len(lines)} predictions")
+    attempts, fates = _execute(executor, problems, lines, path, out) if executor is not None else (None, None)
     report = score_all(
         config.metric_names,
         predictions,
@@ -293,6 +335,7 @@ def _score(
         bleu_tokenize=config.bleu_tokenize,
         device=str(hardware.device),
         variant=config.metric_variant,
+        attempts=attempts,
     )
     finished = [line.get("finish_reason") for line in lines]
     record = {
@@ -303,6 +346,7 @@ def _score(
         "predictions_sha256": rundir.sha256_file(path),
         "generation": generation,
         "stopped_share": finished.count("stop") / len(finished) if None not in finished else None,
+        **({"fates": fates} if fates else {}),
         "empty_predictions": sum(not text.strip() for text in predictions),
         "bootstrap": {"resamples": config.bootstrap, "seed": config.seed},
         "versions": {name: importlib.metadata.version(name) for name in ("cora-cli", "torch", "transformers")},
@@ -312,6 +356,31 @@ def _score(
     )
     rundir.write_json(out.metrics, record)
     return Evaluation(name, record, report.statistics, rundir.sha256_json(references))
+
+
+def _execute(
+    executor: Executor, problems: list[Problem] | None, lines: Sequence[dict[str, Any]], path: Path, out: EvaluationDirectory
+) -> tuple[Attempts, dict[str, int]]:
+    """Run the programs in predictions, of which `lines` has one per record, and write what became of each.
+
+    Without `problems`, the tests are those that were kept with the predictions.
+    """
+    if problems is None:
+        problems = [problem_of(line.get("problem"), f"{path}, record {number}") for number, line in enumerate(lines, start=1)]
+    answers = [[sample["prediction"] for sample in line.get("samples") or [line]] for line in lines]
+    outcomes = executor.run(problems, answers)
+    rundir.write_jsonl(
+        out.executions,
+        [
+            {
+                "limit_seconds": executor.limit(problem),
+                "programs": [{"fate": outcome.fate, "detail": outcome.detail} for outcome in samples],
+            }
+            for problem, samples in zip(problems, outcomes, strict=True)
+        ],
+    )
+    passed = [sum(outcome.fate == "passed" for outcome in samples) for samples in outcomes]
+    return Attempts([len(samples) for samples in outcomes], passed, CONDITIONS), count_fates(outcomes)
 
 
 def paired_differences(one: Evaluation, other: Evaluation) -> dict[str, PairedDifference]:

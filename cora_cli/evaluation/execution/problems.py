@@ -5,10 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from cora_cli.data.formats import TEST_COLUMNS
 from cora_cli.errors import CoraError
 
-COLUMNS = ("test", "entry_point", "task_id", "test_list", "test_setup_code", "test_imports", "assertions")
-"""The columns of a record that hold its tests."""
 SHAPES = "assertions (as in builtin:code), test and entry_point (HumanEval), or test_list (MBPP)"
 _STOPS = re.compile(r"\n(?:class|def|#|if|print)")
 """Where an answer that continues a function ends (Chen et al. 2021, 2107.03374)."""
@@ -54,7 +53,7 @@ def problem_columns(record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The columns that `problem_of` needs, to be kept with an answer; None if the record carries no tests."""
     if not any(record.get(name) for name in ("test", "test_list", "assertions")):
         return None
-    kept = {name: record[name] for name in COLUMNS if record.get(name)}
+    kept = {name: record[name] for name in TEST_COLUMNS if record.get(name)}
     texts = ("prompt",) if "test" in kept else ()
     return kept | {name: record[name] for name in (*texts, "completion", "output") if name in record}
 

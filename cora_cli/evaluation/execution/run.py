@@ -182,4 +182,6 @@ def _outcome(fate: str, detail: str, watch: _Watch, status: int | None, seconds:
     if number > 0:
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         return outcome("exception", f"ended by {name}")
-    return outcome("exception", f"ended with exit status {status}" if detail.endswith("closed") else f"broke the connection: {detail}")
+    return outcome(
+        "exception", f"ended with exit status {status}" if detail.endswith("closed") else f"broke the connection: {detail}"
+    )

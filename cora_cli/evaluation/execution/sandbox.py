@@ -45,7 +45,13 @@ def require_sandbox() -> None:
     if sys.platform != "linux" or shutil.which("bwrap") is None:
         raise CoraError(f"{'bwrap is not installed' if sys.platform == 'linux' else 'this is not Linux'}; {_REMEDY}")
     try:
-        with started("import confine, json, sys; confine.confine((), **json.loads(sys.argv[1]))", {}, limits(5), (), stderr=subprocess.PIPE) as process:
+        with started(
+            "import confine, json, sys; confine.confine((), **json.loads(sys.argv[1]))",
+            {},
+            limits(5),
+            (),
+            stderr=subprocess.PIPE,
+        ) as process:
             _, said = process.communicate(timeout=60)
     except (CoraError, OSError, subprocess.TimeoutExpired) as error:
         raise CoraError(f"the sandbox does not start ({error}); {_REMEDY}") from error
@@ -64,7 +70,12 @@ def started(
     code: str, files: Mapping[str, str], options: object, descriptors: Sequence[int], stderr: int = subprocess.DEVNULL
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """Run `code` in a sandbox with `files` in /cora, `options` as JSON in its first argument, and open `descriptors`; kill it at the end."""
-    files = {**files, "confine.py": script("confine.py"), "wire.py": script("wire.py"), "main.py": f"import sys; sys.path.insert(0, '/cora')\n{code}"}
+    files = {
+        **files,
+        "confine.py": script("confine.py"),
+        "wire.py": script("wire.py"),
+        "main.py": f"import sys; sys.path.insert(0, '/cora')\n{code}",
+    }
     with contextlib.ExitStack() as stack:
         command = [shutil.which("bwrap") or "bwrap", *_mounts()]
         passed = list(descriptors)

@@ -55,10 +55,17 @@ def filter_program(machine: str | None = None) -> bytes:
     """
     machine = machine or platform.machine()
     if machine not in _ARCHITECTURES:
-        raise CoraError(f"generated code can be run on {' and '.join(_ARCHITECTURES)} only, not on {machine}: its system calls are not known")
+        raise CoraError(
+            f"generated code can be run on {' and '.join(_ARCHITECTURES)} only, not on {machine}: its system calls are not known"
+        )
     place = list(_ARCHITECTURES).index(machine)
     # A test jumps over `return kill` or `return errno` where it does not hold; the accumulator keeps the call's number.
-    lines = [(_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 1, 0, _ARCHITECTURES[machine]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _NUMBER)]
+    lines = [
+        (_LOAD, 0, 0, _ARCHITECTURE),
+        (_EQUAL, 1, 0, _ARCHITECTURES[machine]),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, _NUMBER),
+    ]
     if machine == "x86_64":
         lines += [(_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _KILL)]
     for numbers in _KILLED.values():
@@ -67,7 +74,12 @@ def filter_program(machine: str | None = None) -> bytes:
     for missing in _MISSING.values():
         lines += [(_EQUAL, 0, 1, missing[place]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
     # clone(flags, …): processes and threads, but no namespaces
-    lines += [(_EQUAL, 0, 4, _CLONE[place]), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_ANY_BIT, 0, 1, _NEW_NAMESPACE), (_RETURN, 0, 0, _KILL)]
+    lines += [
+        (_EQUAL, 0, 4, _CLONE[place]),
+        (_LOAD, 0, 0, _FIRST_ARGUMENT),
+        (_ANY_BIT, 0, 1, _NEW_NAMESPACE),
+        (_RETURN, 0, 0, _KILL),
+    ]
     lines += [(_RETURN, 0, 0, _ALLOW)]
     # socket(family, …): the C library asks name services through AF_UNIX, and takes an error for an answer
     lines += [(_EQUAL, 0, 4, _SOCKET[place]), (_LOAD, 0, 0, _FIRST_ARGUMENT), (_EQUAL, 1, 0, _AF_UNIX), (_RETURN, 0, 0, _KILL)]

@@ -18,10 +18,48 @@ from wire import Broken, Peer
 
 _PLAIN = (list, dict, set, frozenset, tuple, str, bytes, bytearray, int, float, complex)
 _OPERATIONS: dict[str, Any] = {
-    **{name: getattr(operator, name) for name in ("add sub mul truediv floordiv mod pow lshift rshift and_ or_ xor matmul").split()},
-    **{name: getattr(operator, name) for name in ("iadd isub imul iand ior ixor").split()},
-    **{name: getattr(operator, name) for name in ("eq ne lt le gt ge contains neg pos invert index getitem setitem delitem").split()},
-    **{one.__name__: one for one in (len, iter, next, bool, str, repr, format, int, float, complex, round, abs, hash, reversed, divmod)},
+    **{
+        name: getattr(operator, name)
+        for name in [
+            "add",
+            "sub",
+            "mul",
+            "truediv",
+            "floordiv",
+            "mod",
+            "pow",
+            "lshift",
+            "rshift",
+            "and_",
+            "or_",
+            "xor",
+            "matmul",
+        ]
+    },
+    **{name: getattr(operator, name) for name in ["iadd", "isub", "imul", "iand", "ior", "ixor"]},
+    **{
+        name: getattr(operator, name)
+        for name in [
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "contains",
+            "neg",
+            "pos",
+            "invert",
+            "index",
+            "getitem",
+            "setitem",
+            "delitem",
+        ]
+    },
+    **{
+        one.__name__: one
+        for one in (len, iter, next, bool, str, repr, format, int, float, complex, round, abs, hash, reversed, divmod)
+    },
     **{one.__name__: one for one in (getattr, setattr, delattr, isinstance, issubclass)},
 }
 

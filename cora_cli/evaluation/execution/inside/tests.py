@@ -19,7 +19,20 @@ from wire import Broken, Peer, Unsupported
 
 _REFUSED = {
     getattr(errno, name)
-    for name in ("EPERM", "EACCES", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EMFILE", "ENFILE", "EAGAIN", "ENOSYS", "ENETUNREACH", "ENETDOWN")
+    for name in (
+        "EPERM",
+        "EACCES",
+        "EROFS",
+        "ENOSPC",
+        "EDQUOT",
+        "EFBIG",
+        "EMFILE",
+        "ENFILE",
+        "EAGAIN",
+        "ENOSYS",
+        "ENETUNREACH",
+        "ENETDOWN",
+    )
 }
 
 
@@ -96,17 +109,55 @@ def _binary(operation: str, reflected: bool = False) -> Any:
     def method(self: Remote, other: Any) -> Any:
         if not _may_see(self, other):
             kind = self._remote_facts.get("class")
-            raise TypeError(f"{operation}: the program returned an object of its class {kind!r} where a plain value is expected")
+            raise TypeError(
+                f"{operation}: the program returned an object of its class {kind!r} where a plain value is expected"
+            )
         return self._remote_peer.request(operation, *((other, self) if reflected else (self, other)))
 
     return method
 
 
-for _name in "len iter next bool str repr format int float complex round abs neg pos invert index reversed getitem setitem delitem".split():
+for _name in [
+    "len",
+    "iter",
+    "next",
+    "bool",
+    "str",
+    "repr",
+    "format",
+    "int",
+    "float",
+    "complex",
+    "round",
+    "abs",
+    "neg",
+    "pos",
+    "invert",
+    "index",
+    "reversed",
+    "getitem",
+    "setitem",
+    "delitem",
+]:
     setattr(Remote, f"__{_name}__", _unary(_name))
-for _name in "lt le gt ge iadd isub imul iand ior ixor".split():
+for _name in ["lt", "le", "gt", "ge", "iadd", "isub", "imul", "iand", "ior", "ixor"]:
     setattr(Remote, f"__{_name}__", _binary(_name))
-for _name in "add sub mul truediv floordiv mod pow lshift rshift and_ or_ xor matmul divmod".split():
+for _name in [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "lshift",
+    "rshift",
+    "and_",
+    "or_",
+    "xor",
+    "matmul",
+    "divmod",
+]:
     setattr(Remote, f"__{_name.strip('_')}__", _binary(_name))
     setattr(Remote, f"__r{_name.strip('_')}__", _binary(_name, reflected=True))
 

@@ -18,12 +18,52 @@ LARGEST_FRAME = 32 << 20
 _EXACT = 2**53
 _SHARED = {
     one.__name__: one
-    for one in (list, dict, set, bytearray, collections.deque, collections.Counter, collections.OrderedDict, collections.defaultdict)
+    for one in (
+        list,
+        dict,
+        set,
+        bytearray,
+        collections.deque,
+        collections.Counter,
+        collections.OrderedDict,
+        collections.defaultdict,
+    )
 }
-_FUNCTIONS = ("abs all any ascii bin chr divmod format hash hex id iter len max min next oct ord pow print repr round sorted sum").split()
+_FUNCTIONS = [
+    "abs",
+    "all",
+    "any",
+    "ascii",
+    "bin",
+    "chr",
+    "divmod",
+    "format",
+    "hash",
+    "hex",
+    "id",
+    "iter",
+    "len",
+    "max",
+    "min",
+    "next",
+    "oct",
+    "ord",
+    "pow",
+    "print",
+    "repr",
+    "round",
+    "sorted",
+    "sum",
+]
 _BUILTIN = {name: one for name, one in vars(builtins).items() if isinstance(one, type) or name in _FUNCTIONS}
 _CONSTANTS = {"Ellipsis": Ellipsis, "NotImplemented": NotImplemented}
-_TEXTUAL = {("datetime", "date"), ("datetime", "datetime"), ("datetime", "time"), ("decimal", "Decimal"), ("fractions", "Fraction")}
+_TEXTUAL = {
+    ("datetime", "date"),
+    ("datetime", "datetime"),
+    ("datetime", "time"),
+    ("decimal", "Decimal"),
+    ("fractions", "Fraction"),
+}
 
 
 class Broken(Exception):
@@ -110,7 +150,16 @@ class Peer:
         message |= {"contents": self._changes(), "dropped": dropped}
         frame = json.dumps(message).encode()
         if len(frame) > LARGEST_FRAME:
-            frame = json.dumps({"error": {"classes": [("", "ValueTooLarge"), ("builtins", "Exception")], "args": [], "text": "", "errno": None}}).encode()
+            frame = json.dumps(
+                {
+                    "error": {
+                        "classes": [("", "ValueTooLarge"), ("builtins", "Exception")],
+                        "args": [],
+                        "text": "",
+                        "errno": None,
+                    }
+                }
+            ).encode()
         frame = struct.pack(">I", len(frame)) + frame
         while frame:
             try:
@@ -220,7 +269,7 @@ class Peer:
 
     # Values
 
-    def encode(self, value: Any) -> Any:
+    def encode(self, value: Any) -> Any:  # noqa: PLR0911  # one return for each kind of value
         """A value as JSON: itself, or a list of its kind and parts. Raises `Unsupported`."""
         kind = type(value)
         if value is None or kind is bool or kind is str or kind is float:
@@ -337,5 +386,5 @@ def _is_plain_named_tuple(kind: type) -> bool:
 def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
     """A named tuple class; two of one name and fields are the same."""
     if (name, fields) not in _named_tuples:
-        _named_tuples[name, fields] = collections.namedtuple(name, fields)  # noqa: PYI024  # which checks that all of them are identifiers
+        _named_tuples[name, fields] = collections.namedtuple(name, fields)  # which checks that all of them are identifiers
     return _named_tuples[name, fields]
