@@ -17,7 +17,7 @@ from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.storage import check_base
 from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
-from cora_cli.data.formats import BUILTIN_PREFIX, Record, load_test_records, place_of, unused_columns
+from cora_cli.data.formats import BUILTIN_PREFIX, Record, Schema, load_test_records, place_of, unused_columns
 from cora_cli.data.templates import Template, choose_template
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
@@ -25,10 +25,10 @@ from cora_cli.evaluation.backend import open_transformers, open_vllm
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.execution.problems import Problem, problem_columns, problem_of
 from cora_cli.evaluation.execution.sandbox import require_sandbox
-from cora_cli.evaluation.execution.score import CONDITIONS, Executor, count_fates
+from cora_cli.evaluation.execution.score import Executor, execute
 from cora_cli.evaluation.generate import Request, generate
 from cora_cli.evaluation.metrics import build_metrics, score_all
-from cora_cli.evaluation.metrics.pass_at import Attempts
+from cora_cli.evaluation.sampling import describe, streams
 from cora_cli.evaluation.targets import Target, TrainedPrompts, find_targets, trained_prompts
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
@@ -98,11 +98,7 @@ def _recorded_generation(path: Path) -> dict[str, Any]:
 def _evaluate_target(
     config: EvaluateConfig, target: Target, hardware: Hardware, trained: TrainedPrompts, executor: Executor | None
 ) -> Evaluation:
-    records, schema = load_test_records(target.dataset)
-    records, trained_on = trained.separate(records, schema, target, config.exclude_trained)
-    records = records[: config.limit]
-    if not records:
-        raise CoraError(f"{target.dataset} has no records to answer")
+    records, schema, trained_on = _records(config, target, trained)
     columns = [problem_columns(record) for record in records]
     problems = None
     if executor is not None:
@@ -121,7 +117,7 @@ def _evaluate_target(
         "records_sha256": rundir.sha256_json(records),
         "template": target.template,
         "max_new_tokens": config.max_new_tokens,
-        "decoding": _decoding(config),
+        "decoding": describe(config.temperature, config.samples, config.seed),
         "dtype": hardware.dtype_name,
         **_backend_settings(config, target, hardware),
     }
@@ -156,7 +152,7 @@ def _evaluate_target(
         requests = [
             Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead, stream, own)
             for place, (prompt, text, own) in enumerate(zip(ids, rendered, columns, strict=True))
-            for stream in _streams(config, place)
+            for stream in streams(place, config.temperature, config.samples)
         ]
         cut = sum(len(prompt) > room for prompt in ids)
         if cut:
@@ -184,22 +180,21 @@ def _evaluate_target(
     return evaluation
 
 
+def _records(config: EvaluateConfig, target: Target, trained: TrainedPrompts) -> tuple[list[Record], Schema, int]:
+    """The records to answer, their schema, and how many of them were trained on. Raises `CoraError` if there are none."""
+    records, schema = load_test_records(target.dataset)
+    records, trained_on = trained.separate(records, schema, target, config.exclude_trained)
+    records = records[: config.limit]
+    if not records:
+        raise CoraError(f"{target.dataset} has no records to answer")
+    return records, schema, trained_on
+
+
 def _say_about_records(target: Target, records: Sequence[Record], template: Template) -> None:
     if not target.dataset.startswith(BUILTIN_PREFIX) and (unused := unused_columns(records, template.schema)):
         say(f"{target.dataset}: columns that are not used: {', '.join(unused)}")
     if count := sum(map(template.spells_control_tokens, records)):
         say(f"{target.dataset} has {len(records)} records, {control_tokens_notice(count)}")
-
-
-def _decoding(config: EvaluateConfig) -> str:
-    if not config.temperature:
-        return "greedy"
-    return f"sampled at temperature {config.temperature:g}, {config.samples} per record, seed {config.seed}"
-
-
-def _streams(config: EvaluateConfig, place: int) -> list[str]:
-    """The names of the draws of each sample of a record; an empty one for greedy decoding."""
-    return [f"{place} {sample}" if config.temperature else "" for sample in range(config.samples)]
 
 
 def _backend_settings(config: EvaluateConfig, target: Target, hardware: Hardware) -> dict[str, Any]:
@@ -323,7 +318,7 @@ def _score(
             raise CoraError(f'{path}, record {number}: expected text under "prediction" and "reference", found {found}')
     predictions, references = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     say(f"{name}: scoring {len(lines)} predictions")
-    attempts, fates = _execute(executor, problems, lines, path, out) if executor is not None else (None, None)
+    attempts, fates = execute(executor, problems, lines, path, out) if executor is not None else (None, None)
     report = score_all(
         config.metric_names,
         predictions,
@@ -356,31 +351,6 @@ def _score(
     )
     rundir.write_json(out.metrics, record)
     return Evaluation(name, record, report.statistics, rundir.sha256_json(references))
-
-
-def _execute(
-    executor: Executor, problems: list[Problem] | None, lines: Sequence[dict[str, Any]], path: Path, out: EvaluationDirectory
-) -> tuple[Attempts, dict[str, int]]:
-    """Run the programs in predictions, of which `lines` has one per record, and write what became of each.
-
-    Without `problems`, the tests are those that were kept with the predictions.
-    """
-    if problems is None:
-        problems = [problem_of(line.get("problem"), f"{path}, record {number}") for number, line in enumerate(lines, start=1)]
-    answers = [[sample["prediction"] for sample in line.get("samples") or [line]] for line in lines]
-    outcomes = executor.run(problems, answers)
-    rundir.write_jsonl(
-        out.executions,
-        [
-            {
-                "limit_seconds": executor.limit(problem),
-                "programs": [{"fate": outcome.fate, "detail": outcome.detail} for outcome in samples],
-            }
-            for problem, samples in zip(problems, outcomes, strict=True)
-        ],
-    )
-    passed = [sum(outcome.fate == "passed" for outcome in samples) for samples in outcomes]
-    return Attempts([len(samples) for samples in outcomes], passed, CONDITIONS), count_fates(outcomes)
 
 
 def paired_differences(one: Evaluation, other: Evaluation) -> dict[str, PairedDifference]:

@@ -26,6 +26,16 @@ class Sampling:
         return chosen
 
 
+def describe(temperature: float, samples: int, seed: int) -> str:
+    """The decoding of an evaluation, in words."""
+    return f"sampled at temperature {temperature:g}, {samples} per record, seed {seed}" if temperature else "greedy"
+
+
+def streams(record: int, temperature: float, samples: int) -> list[str]:
+    """The names of the draws of each sample of a record; empty for greedy decoding, which draws nothing."""
+    return [f"{record} {sample}" if temperature else "" for sample in range(samples)]
+
+
 class Draws(LogitsProcessor):
     """Lets transformers' greedy `generate` choose what `Sampling` draws for the rows of a batch, whose prompts have `length` tokens."""
 

@@ -174,14 +174,17 @@ def _outcome(fate: str, detail: str, watch: _Watch, status: int | None, seconds:
         return outcome(watch.killed)
     if fate == "tests ended":
         return outcome("exception", "the tests could not go on")
-    number = (status or 0) - 128  # bwrap's status for a signal
-    if number == signal.SIGXCPU or (number == signal.SIGKILL and watch.used >= seconds):
-        return outcome("timeout")
+    return outcome(*_ending(status or 0, detail, watch.used >= seconds))
+
+
+def _ending(status: int, detail: str, at_limit: bool) -> tuple[Fate, str]:
+    """The fate of a program that ended, or closed its connection, before its tests did."""
+    number = status - 128  # bwrap's status for a signal
+    if number == signal.SIGXCPU or (number == signal.SIGKILL and at_limit):
+        return "timeout", ""
     if number == signal.SIGSYS:
-        return outcome("refused", "a system call")
+        return "refused", "a system call"
     if number > 0:
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        return outcome("exception", f"ended by {name}")
-    return outcome(
-        "exception", f"ended with exit status {status}" if detail.endswith("closed") else f"broke the connection: {detail}"
-    )
+        return "exception", f"ended by {name}"
+    return "exception", f"ended with exit status {status}" if detail.endswith("closed") else f"broke the connection: {detail}"

@@ -5,11 +5,18 @@ import os
 import platform
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
+from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.evaluation.execution.problems import Problem
+from cora_cli.evaluation.execution.problems import Problem, problem_of
 from cora_cli.evaluation.execution.run import FATES, Outcome, run
+from cora_cli.evaluation.metrics.pass_at import Attempts
 from cora_cli.progress import progress
+from cora_cli.reading import checked
+from cora_cli.records import Prediction
+from cora_cli.rundir import EvaluationDirectory
 
 LEAST_SECONDS, TIMES_REFERENCE = 4, 10
 """A program may take this many times the processor seconds of the reference solution, rounded up, and no less than the first number."""
@@ -60,6 +67,38 @@ class Executor:
     def limit(self, problem: Problem) -> int:
         """The time limit of a problem that was calibrated, in processor seconds."""
         return self._limits[problem]
+
+
+def execute(
+    executor: Executor,
+    problems: Sequence[Problem] | None,
+    lines: Sequence[dict[str, Any]],
+    path: Path,
+    out: EvaluationDirectory,
+) -> tuple[Attempts, dict[str, int]]:
+    """Run the programs in the predictions at `path`, of which `lines` has one per record, and write what became of each.
+
+    Without `problems`, the tests are those that were kept with the predictions. Returns what pass@k counts, and the number of programs of
+    each fate.
+    """
+    for number, line in enumerate(lines, start=1):
+        checked(line, Prediction, f"{path}, record {number}")
+    if problems is None:
+        problems = [problem_of(line.get("problem"), f"{path}, record {number}") for number, line in enumerate(lines, start=1)]
+    answers = [[sample["prediction"] for sample in line.get("samples") or [line]] for line in lines]
+    outcomes = executor.run(problems, answers)
+    rundir.write_jsonl(
+        out.executions,
+        [
+            {
+                "limit_seconds": executor.limit(problem),
+                "programs": [{"fate": outcome.fate, "detail": outcome.detail} for outcome in samples],
+            }
+            for problem, samples in zip(problems, outcomes, strict=True)
+        ],
+    )
+    passed = [sum(outcome.fate == "passed" for outcome in samples) for samples in outcomes]
+    return Attempts([len(samples) for samples in outcomes], passed, CONDITIONS), count_fates(outcomes)
 
 
 def count_fates(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, int]:

@@ -46,7 +46,7 @@ class Remote:
         object.__setattr__(self, "_remote_name", name)
         object.__setattr__(self, "_remote_facts", facts)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         return self._remote_peer.request("call", self, args, tuple(kwargs.items()))
 
     def __getattr__(self, name: str) -> Any:
