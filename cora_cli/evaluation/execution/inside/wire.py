@@ -80,6 +80,7 @@ class Peer:
     def __init__(self, receiving: int, sending: int, prefix: str) -> None:
         self._receiving, self._sending, self._prefix = receiving, sending, prefix
         self._given = 0
+        self._met: list[str] = []
         self._objects: dict[str, Any] = {}
         """Objects by name: containers that both sides have, and others that this side has given a name."""
         self._names: dict[int, str] = {}
@@ -222,13 +223,12 @@ class Peer:
 
     def _changes(self) -> dict[str, Any]:
         changes: dict[str, Any] = {}
-        waiting = list(self._contents)
-        while waiting:
-            for name in waiting:
-                contents = self._contents_of(self._objects[name])
-                if contents != self._contents[name]:
-                    self._contents[name] = changes[name] = contents
-            waiting = [name for name in self._contents if self._contents[name] is None]  # those first met on the way
+        self._met = list(self._contents)
+        while self._met:  # `encode` adds what it meets for the first time
+            name = self._met.pop()
+            contents = self._contents_of(self._objects[name])
+            if contents != self._contents[name]:
+                self._contents[name] = changes[name] = contents
         return changes
 
     def _contents_of(self, value: Any) -> list[Any]:
@@ -276,7 +276,9 @@ class Peer:
             return value
         if kind.__name__ in _SHARED and _SHARED[kind.__name__] is kind:
             name = self.name(value)
-            self._contents.setdefault(name, None)
+            if name not in self._contents:
+                self._contents[name] = None
+                self._met.append(name)
             return ["shared", name]
         if (name_there := self.name_of_stand_in(value)) is not None:
             return ["yours", name_there]
