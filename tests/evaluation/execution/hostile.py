@@ -45,7 +45,9 @@ def _system_call(name: str, number: int, *arguments: str) -> Hostile:
 
 
 def _lie(name: str, tries: str, message: str) -> Hostile:
-    return Hostile(name, tries, f"{_FRAMES}def f(x):\n    for _ in range(20): tell({message})\n    return x", ("wrong", "exception"))
+    return Hostile(
+        name, tries, f"{_FRAMES}def f(x):\n    for _ in range(20): tell({message})\n    return x", ("wrong", "exception")
+    )
 
 
 EXHAUSTION = [
@@ -159,9 +161,9 @@ PRETENCE = [
     Hostile("patches the runner", "replace the runner's own functions", "import __main__\n__main__.Program.answer = lambda self, request: True\n__main__.Program._plain = staticmethod(lambda value: (2,))\ndef f(x): return x", ("wrong", "exception")),
     Hostile("traces the runner", "change results with a trace function", "import sys, wire\nsys.setprofile(lambda *args: None)\nwire._SHARED.clear()\nwire.struct.pack = lambda *args: b'\\0\\0\\0\\2'\ndef f(x): return x", ("wrong", "exception")),
     Hostile("endless iterator", "return what never ends", "import itertools\ndef f(x): return itertools.count()", ("wrong",)),
-    Hostile("endless recursion in the answer", "return a list that contains itself", "def f(x):\n    found = []\n    found.append(found)\n    return found", ("wrong", "exception")),
-    Hostile("deep answer", "return a very deep list", "def f(x):\n    found = []\n    for _ in range(100000): found = [found]\n    return found", ("wrong", "exception")),
-    Hostile("large answer", "return 100 MB", "def f(x): return 'x' * (100 << 20)", ("exception", "memory")),
+    Hostile("endless recursion in the answer", "return a list that contains itself", "def f(x):\n    found = []\n    found.append(found)\n    return found", ("wrong", "exception", "timeout")),
+    Hostile("deep answer", "return a very deep list", "def f(x):\n    found = []\n    for _ in range(100000): found = [found]\n    return found", ("wrong", "exception", "timeout")),
+    Hostile("large answer", "return 100 MB", "def f(x): return 'x' * (100 << 20)", ("exception", "memory", "timeout")),
     Hostile("prose", "answer in words", "Certainly! Here is the function that you asked for.", ("not code",)),
     Hostile("comment", "answer with a comment", "# def f(x): return x + 1", ("not code",)),
 ]  # fmt: skip

@@ -145,10 +145,10 @@ class Peer:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message with the containers that changed since the last one."""
-        dropped = [name for name in self._contents if self._is_forgotten(name)]
+        message["contents"] = self._changes()
+        message["dropped"] = dropped = [name for name in self._contents if self._is_forgotten(name)]
         for name in dropped:
             self._forget(name)
-        message |= {"contents": self._changes(), "dropped": dropped}
         frame = json.dumps(message).encode()
         if len(frame) > LARGEST_FRAME:
             frame = json.dumps(
@@ -175,9 +175,9 @@ class Peer:
             raise Broken("a message is too long")
         try:
             message = json.loads(self._read(length))
+            self._apply(message.pop("contents", {}))
             for name in message.pop("dropped", ()):
                 self._forget(name)
-            self._apply(message.pop("contents", {}))
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise Broken(f"a message is malformed ({type(error).__name__})") from error
         if not isinstance(message, dict) or not {"do", "error", "value", "loaded"} & message.keys():
@@ -237,7 +237,7 @@ class Peer:
             return [kind, bytes(value).hex()]
         if isinstance(value, dict):
             extra = [self.encode(value.default_factory)] if isinstance(value, collections.defaultdict) else []
-            return [kind, [[self.encode(key), self.encode(one)] for key, one in dict.items(value)], *extra]
+            return [kind, [[self.encode(key), self.encode(one)] for key, one in value.items()], *extra]
         extra = [value.maxlen] if isinstance(value, collections.deque) else []
         return [kind, [self.encode(one) for one in value], *extra]
 
@@ -255,9 +255,9 @@ class Peer:
                 value[:] = bytes.fromhex(inside)
             elif isinstance(value, dict):
                 pairs = [(self.decode(key), self.decode(one)) for key, one in inside]
-                dict.clear(value)
+                value.clear()
                 for key, one in pairs:
-                    dict.__setitem__(value, key, one)
+                    value[key] = one
                 if isinstance(value, collections.defaultdict):
                     value.default_factory = self.decode(rest[0])
             elif kind == "list":
