@@ -1,8 +1,12 @@
-"""Run the hostile programs beside a server on loopback and a secret, and look at the machine before and after."""
+"""Run the hostile programs beside a server on loopback and a secret, and look at the machine before and after.
+
+`python -m tests.evaluation.execution.campaign docs/execution.md` runs all of them and writes the tables of that page.
+"""
 
 import dataclasses
 import os
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cora_cli.evaluation.execution.run import Outcome, run
-from tests.evaluation.execution.hostile import BREACH, PROBLEM, SECRET, Hostile
+from cora_cli.render.markdown_table import markdown_table
+from tests.evaluation.execution.hostile import BREACH, ESCAPE, EXHAUSTION, HOSTILE, PRETENCE, PROBLEM, SECRET, Hostile
 
 SECONDS = 1
+BEGIN, END = "<!-- campaign: begin -->\n", "<!-- campaign: end -->\n"
 
 
 @dataclasses.dataclass
@@ -94,3 +100,35 @@ def _server() -> Iterator[tuple[int, list[object]]]:
         finally:
             stop.set()
             thread.join()
+
+
+def tables(campaign: Campaign) -> str:
+    """What became of every program, in Markdown."""
+    found = dict(campaign.outcomes)
+    passed = sum(outcome.fate == "passed" for outcome in found.values())
+    text = (
+        f"{len(found)} programs, each with a limit of {SECONDS} s: {passed} passed, {campaign.connections} connections reached the host, "
+        f"{len(campaign.left)} processes were left behind, and {len(campaign.changed)} of the watched files and directories changed. "
+        f"{len(campaign.faults())} of the results differ from what the tests expect.\n"
+    )
+    for title, programs in (
+        ("Exhaust the machine", EXHAUSTION),
+        ("Reach what is outside", ESCAPE),
+        ("Pass without being right", PRETENCE),
+    ):
+        rows = [[one.name, one.tries, found[one].fate, found[one].detail.replace("|", "\\|")[:80]] for one in programs]
+        text += f"\n{title}:\n\n{markdown_table(['program', 'tries to', 'fate', 'detail'], rows)}\n"
+    return text
+
+
+def main(page: Path) -> None:
+    """Run all programs and replace the tables of `page`; ends with status 1 and the reasons if a result is not as expected."""
+    campaign = run_campaign(HOSTILE, at_once=2)
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    page.write_text(before + BEGIN + tables(campaign) + END + rest.partition(END)[2], encoding="utf-8")
+    if faults := campaign.faults():
+        sys.exit("\n".join(faults))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
