@@ -244,13 +244,13 @@ def _place_of_work(out: EvaluationDirectory, settings: dict[str, Any], overwrite
 
 def _replace(out: EvaluationDirectory, new: EvaluationDirectory) -> None:
     with contextlib.ExitStack() as stack:
-        for name in ("generation", "metrics", "scores", "predictions", "executions"):
-            if not getattr(new, name).exists():  # no code was run
-                out.executions.unlink(missing_ok=True)
-                continue
+        executed = ("executions",) if new.executions.exists() else ()
+        for name in ("generation", "metrics", "scores", "predictions", *executed):
             # All copies are made before the first one takes its place, at the end of this block.
             shutil.copyfile(getattr(new, name), stack.enter_context(rundir.atomic_path(getattr(out, name))))
     out.partial_predictions.unlink(missing_ok=True)
+    if not executed:
+        out.executions.unlink(missing_ok=True)
 
 
 def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]) -> bool:

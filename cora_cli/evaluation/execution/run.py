@@ -104,8 +104,10 @@ class _Ends:
 def _lines(result: int, watch: "_Watch") -> list[list[str]]:
     """What the tests reported, until they close their end or the program was killed."""
     text = b""
+    poll = select.poll()
+    poll.register(result, select.POLLIN)
     while True:
-        ready, _, _ = select.select([result], [], [], _TICK)
+        ready = poll.poll(1000 * _TICK)
         watch.look()
         if ready:
             part = os.read(result, 1 << 16)
