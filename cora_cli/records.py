@@ -270,6 +270,7 @@ class Metrics(TypedDict):
     predictions_sha256: str
     generation: UsedGeneration
     fates: NotRequired[dict[str, int]]
+    readability_proxies: NotRequired[dict[str, Any]]
 
 
 Scores = dict[str, float]

@@ -37,6 +37,8 @@ def run(config: EvaluateConfig) -> None:
         if fates := result.record.get("fates"):
             counts = ", ".join(f"{count} {fate}" for fate, count in fates.items())
             show(f"{result.name}: {sum(fates.values())} programs: {counts}")
+        for proxy in result.record.get("readability_proxies", {}).values():
+            show(f"{result.name}: proxy of readability: {proxy['what']}: {with_interval(proxy['value'], proxy['ci95'], 3)}")
     if len(results) > 1:
         show(f"\npaired differences from {results[0].name}, with two-sided p-values (not corrected for multiple comparisons)")
         show(differences_table(results, config.seed))

@@ -98,6 +98,9 @@ class EvaluateConfig:
         "13a",
         panel=_METRICS,
     )
+    readability: bool = setting(
+        "Also count proxies of readability in answers that are Python programs, without running them.", False, panel=_METRICS
+    )
     bootstrap: int = setting("Number of bootstrap resamples for each interval.", 1000, panel=_METRICS, most=1_000_000)
     seed: int = setting("Seed for the bootstrap and for sampling; greedy decoding uses none.", 0, panel=_METRICS)
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)

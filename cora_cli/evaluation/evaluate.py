@@ -23,11 +23,12 @@ from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import open_transformers, open_vllm
 from cora_cli.evaluation.config import EvaluateConfig
-from cora_cli.evaluation.execution.problems import Problem, problem_columns, problem_of
+from cora_cli.evaluation.execution.problems import Problem, problem_columns, problem_of, programs_of
 from cora_cli.evaluation.execution.sandbox import require_sandbox
 from cora_cli.evaluation.execution.score import Executor, execute
 from cora_cli.evaluation.generate import Request, generate
 from cora_cli.evaluation.metrics import build_metrics, score_all
+from cora_cli.evaluation.readability import readability
 from cora_cli.evaluation.sampling import describe, streams
 from cora_cli.evaluation.targets import Target, TrainedPrompts, find_targets, trained_prompts
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
@@ -332,6 +333,7 @@ def _score(
         variant=config.metric_variant,
         attempts=attempts,
     )
+    proxies = readability(list(map(programs_of, lines)), config.bootstrap, config.seed) if config.readability else None
     finished = [line.get("finish_reason") for line in lines]
     record = {
         "format": 1,
@@ -342,6 +344,7 @@ def _score(
         "generation": generation,
         "stopped_share": finished.count("stop") / len(finished) if None not in finished else None,
         **({"fates": fates} if fates else {}),
+        **({"readability_proxies": proxies} if config.readability else {}),
         "empty_predictions": sum(not text.strip() for text in predictions),
         "bootstrap": {"resamples": config.bootstrap, "seed": config.seed},
         "versions": {name: importlib.metadata.version(name) for name in ("cora-cli", "torch", "transformers")},

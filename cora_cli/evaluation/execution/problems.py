@@ -76,6 +76,12 @@ def problem_of(columns: Mapping[str, Any] | None, where: str) -> Problem:
     raise CoraError(f"{where} carries no tests, which pass@k needs: {SHAPES}")
 
 
+def programs_of(line: Mapping[str, Any]) -> list[str]:
+    """The programs in a line of `predictions.jsonl`, whose record may carry no tests."""
+    problem = problem_of(line["problem"], "a prediction") if line.get("problem") else Problem("", "", "")
+    return [problem.program(sample["prediction"]) for sample in line.get("samples") or [line]]
+
+
 def _text(columns: Mapping[str, Any], name: str, where: str) -> str:
     value = columns.get(name, "")
     if not isinstance(value, str):

@@ -222,4 +222,6 @@ def _statistics(metrics: "dict[str, Metric]", predictions: Sequence[str], refere
 
 
 def _allowed() -> str:
-    return f"choose from {', '.join(GROUPS)} (or single metrics: {', '.join(TEXT_NAMES)}), and {', '.join(PASS_AT)} for programs"
+    return (
+        f"choose from {', '.join(GROUPS)} (or single metrics: {', '.join(TEXT_NAMES)}), and {', '.join(PASS_AT)} for programs"
+    )
