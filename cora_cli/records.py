@@ -224,12 +224,20 @@ class UsedGeneration(TypedDict):
     prompts_trained_on: NotRequired[int]
 
 
+class Sample(TypedDict):
+    """One of several answers in a line of `predictions.jsonl`."""
+
+    prediction: str
+
+
 class Prediction(TypedDict):
     """A line of `predictions.jsonl`, by whichever program."""
 
     prediction: str
     reference: str
     finish_reason: NotRequired[str | None]
+    samples: NotRequired[list[Sample]]
+    problem: NotRequired[dict[str, Any]]
 
 
 class PartialPrediction(TypedDict):
@@ -262,6 +270,8 @@ class Metrics(TypedDict):
     metrics: dict[str, Metric]
     predictions_sha256: str
     generation: UsedGeneration
+    fates: NotRequired[dict[str, int]]
+    readability_proxies: NotRequired[dict[str, Any]]
 
 
 Scores = dict[str, float]

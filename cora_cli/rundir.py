@@ -300,3 +300,8 @@ class EvaluationDirectory:
     def scores(self) -> Path:
         """`scores.jsonl`: per-example score of each metric, in dataset order."""
         return self.root / "scores.jsonl"
+
+    @cached_property
+    def executions(self) -> Path:
+        """`executions.jsonl`: per record the time limit and the fate of each of its programs, where generated code was run."""
+        return self.root / "executions.jsonl"

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: EvaluateConfig) -> None:
-    """Generate answers to held-out records by greedy decoding and score them with ROUGE, METEOR, SacreBLEU and BERTScore."""
+    """Generate answers to held-out records, and score them with ROUGE, METEOR, SacreBLEU, BERTScore, or by running them as code."""
     from cora_cli.evaluation.evaluate import evaluate
 
     results = evaluate(config)
@@ -33,6 +33,12 @@ def run(config: EvaluateConfig) -> None:
         show(f"{name}: {metric['signature']}")
     for sentence in unscorable_references(results):
         show(sentence)
+    for result in results:
+        if fates := result.record.get("fates"):
+            counts = ", ".join(f"{count} {fate}" for fate, count in fates.items())
+            show(f"{result.name}: {sum(fates.values())} programs: {counts}")
+        for proxy in result.record.get("readability_proxies", {}).values():
+            show(f"{result.name}: proxy of readability: {proxy['what']}: {with_interval(proxy['value'], proxy['ci95'], 3)}")
     if len(results) > 1:
         show(f"\npaired differences from {results[0].name}, with two-sided p-values (not corrected for multiple comparisons)")
         show(differences_table(results, config.seed))

@@ -24,6 +24,17 @@ SCHEMAS: dict[Schema, tuple[str, ...]] = {
 }
 TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 """Columns next to `messages` that the chat template receives as variables of the same name (the last one: as its entries)."""
+TEST_COLUMNS = (
+    "task_id",
+    "test",
+    "entry_point",
+    "test_list",
+    "test_setup_code",
+    "test_imports",
+    "challenge_test_list",
+    "assertions",
+)
+"""Columns with the tests of a record that asks for code; they are no part of its prompt."""
 
 TEMPLATE_ARGUMENTS = frozenset(
     {
@@ -120,7 +131,7 @@ def load_records(dataset: str) -> tuple[list[Record], Schema]:
     if dataset.startswith(BUILTIN_PREFIX):
         split = _builtin(dataset)
         return [*split.train, *split.test], "alpaca"
-    located = list(read_located(dataset))
+    located = [(where, _published(record, where)) for where, record in read_located(dataset)]
     if not located:
         raise CoraError(f"{dataset} holds no records")
     schema = schema_of(_columns(*located[0]), located[0][0])
@@ -140,7 +151,7 @@ def earlier_answers(record: Mapping[str, Any]) -> bool:
 def unused_columns(records: Iterable[Mapping[str, Any]], schema: Schema) -> list[str]:
     """The columns of `records` that no template reads, sorted."""
     used = {*SCHEMAS[schema], *(("input",) if schema == "alpaca" else TEMPLATE_COLUMNS if schema == "messages" else ())}
-    return sorted({name for record in records for name in record} - used)
+    return sorted({name for record in records for name in record} - used - set(TEST_COLUMNS))
 
 
 def template_values(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,6 +235,26 @@ def _builtin(dataset: str) -> DataSplit:
         for part, records in parts
     )
     return DataSplit(train, test, "alpaca")
+
+
+def _published(record: Any, where: str) -> Any:
+    """A record of HumanEval or MBPP under the names of the schemas; any other as it is.
+
+    MBPP's prompt is its text and its tests, without which no model could know the function's name (Austin et al. 2021, 2108.07732).
+    """
+    columns = set(record) if isinstance(record, dict) else set()
+    if columns >= {"prompt", "canonical_solution", "test"} and "completion" not in columns:
+        return {"completion" if name == "canonical_solution" else name: value for name, value in record.items()}
+    if not columns >= {"code", "test_list"} or not columns & {"text", "prompt"} or columns & {"instruction", "completion"}:
+        return record
+    text, tests = record.get("text") or record.get("prompt"), record["test_list"]
+    if not isinstance(text, str) or not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+        raise CoraError(
+            f"{where}: a record of MBPP needs a text and test_list, a list of assertions, not {json.dumps(tests, default=str)[:60]}"
+        )
+    rest = {name: value for name, value in record.items() if name not in ("text", "prompt", "code")}
+    prompt = f"{text} Your code should pass these tests:\n\n" + "\n".join(tests)
+    return {"instruction": prompt, "input": "", "output": record["code"], **rest}
 
 
 def _columns(where: str, record: Any) -> set[str]:

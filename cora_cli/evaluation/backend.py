@@ -15,6 +15,7 @@ from cora_cli.device import Hardware
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.evaluation.generate import Engine, end_tokens, transformers_engine
+from cora_cli.evaluation.sampling import Sampling
 from cora_cli.evaluation.vllm import VllmEngine, engine_arguments
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import context_length, load_model
@@ -32,6 +33,11 @@ class Backend:
     ends: list[int]
     start: Callable[[Sequence[Tokens]], Engine]
     not_merged: str | None = None
+
+
+def sampling_of(config: EvaluateConfig) -> Sampling | None:
+    """How answers are drawn; None for greedy decoding."""
+    return Sampling(config.temperature, config.seed) if config.temperature else None
 
 
 def open_transformers(
@@ -71,7 +77,9 @@ def open_transformers(
         context_length(model.config),
         model.get_input_embeddings().weight.shape[0],
         ends,
-        lambda prompts: transformers_engine(model, tokenizer, ends, prompts, config.batch_size, config.max_new_tokens),
+        lambda prompts: transformers_engine(
+            model, tokenizer, ends, prompts, config.batch_size, config.max_new_tokens, sampling_of(config)
+        ),
         not_merged,
     )
 
@@ -97,7 +105,7 @@ def open_vllm(
 
         def engine(path: Path, unmerged: ModelPath | None) -> Engine:
             arguments = engine_arguments(path, hardware.dtype_name, longest, unmerged, config.trust_remote_code)
-            return VllmEngine(arguments, ends, config.max_new_tokens, unmerged)
+            return VllmEngine(arguments, ends, config.max_new_tokens, unmerged, sampling_of(config))
 
         if adapter is None or not config.merge:
             return engine(base.path, adapter)

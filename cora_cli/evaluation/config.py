@@ -5,7 +5,7 @@ from typing import Literal
 
 from cora_cli.data.templates import TemplateName, check_date
 from cora_cli.errors import UsageError
-from cora_cli.evaluation.metrics import Variant, parse_metrics, variant_problem
+from cora_cli.evaluation.metrics import PASS_AT, Variant, parse_metrics, variant_problem
 from cora_cli.settings import MOST, DtypeName, range_problems, setting
 
 ALL_METRICS = ("rouge", "meteor", "bleu", "bertscore")
@@ -54,6 +54,13 @@ class EvaluateConfig:
     )
     batch_size: int = setting("Prompts decoded together; a smaller batch needs less memory.", 48, panel=_GENERATION, most=MOST)
     max_new_tokens: int = setting("Maximum length of an answer, in tokens.", 256, panel=_GENERATION, most=MOST)
+    samples: int = setting("Answers to each record, drawn at --temperature, for pass@k.", 1, panel=_GENERATION, most=1000)
+    temperature: float = setting(
+        "Sampling temperature, such as 0.8. 0: greedy decoding, which always gives the same answer.",
+        0.0,
+        panel=_GENERATION,
+        most=100,
+    )
     template: TemplateName = setting(
         "Prompt template. auto: the run's template; with --model, the tokenizer's chat template, else Alpaca's.",
         "auto",
@@ -70,7 +77,11 @@ class EvaluateConfig:
         True,
         panel=_GENERATION,
     )
-    metrics: tuple[str, ...] = setting("Comma-separated: rouge, meteor, bleu, bertscore.", ALL_METRICS, panel=_METRICS)
+    metrics: tuple[str, ...] = setting(
+        "Comma-separated: rouge, meteor, bleu, bertscore; for records that carry tests also pass@1, pass@10 and the like.",
+        ALL_METRICS,
+        panel=_METRICS,
+    )
     metric_variant: Variant = setting(
         "ours, or hf-evaluate: what evaluate.load(...) of Hugging Face computes by default (ROUGE without stemming, METEOR with word_tokenize).",
         "ours",
@@ -87,11 +98,19 @@ class EvaluateConfig:
         "13a",
         panel=_METRICS,
     )
+    readability: bool = setting(
+        "Also count proxies of readability in answers that are Python programs, without running them.", False, panel=_METRICS
+    )
     bootstrap: int = setting("Number of bootstrap resamples for each interval.", 1000, panel=_METRICS, most=1_000_000)
-    seed: int = setting("Seed for the bootstrap; greedy decoding uses none.", 0, panel=_METRICS)
+    seed: int = setting("Seed for the bootstrap and for sampling; greedy decoding uses none.", 0, panel=_METRICS)
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
     dtype: DtypeName = setting("auto: bf16 where the hardware supports it, else fp32.", "auto", panel=_RUN)
     overwrite: bool = setting("Replace an evaluation that was created with other settings.", False, panel=_RUN)
+    execute_code: bool = setting(
+        "Run the generated programs for pass@k, in a sandbox (bubblewrap) without network, home or environment.",
+        False,
+        panel="Risky",
+    )
     trust_remote_code: bool = setting(
         "Run Python code that comes with the model. Use only if you trust its author.", False, panel="Risky"
     )
@@ -116,6 +135,7 @@ class EvaluateConfig:
                 f"--backend {self.backend} has no effect with --from, which scores existing predictions; leave it out"
             )
         self._check_ranks()
+        self._check_samples()
         if self.with_base and not self.runs:
             raise UsageError("--with-base needs run directories, whose base model it evaluates; leave it out")
         if self.model and not (self.dataset and self.output_dir):
@@ -130,6 +150,25 @@ class EvaluateConfig:
         parse_metrics(",".join(self.metrics))
         if problem := variant_problem(self.metric_variant, self.bleu_tokenize):
             raise UsageError(problem)
+
+    def _check_samples(self) -> None:
+        if self.samples < 1 or self.temperature < 0:
+            name = "samples" if self.samples < 1 else "temperature"
+            raise UsageError(f"--{name} must be at least {1 if name == 'samples' else 0}, not {getattr(self, name)}")
+        if self.from_predictions and (self.samples, self.temperature) != (1, 0.0):
+            name = "samples" if self.samples != 1 else "temperature"
+            raise UsageError(f"--{name} has no effect with --from, which scores existing predictions; leave it out")
+        if self.samples > 1 and not self.temperature:
+            raise UsageError(f"--samples {self.samples} needs --temperature, such as 0.8: greedy decoding gives one answer")
+        largest = max((PASS_AT[name] for name in self.metric_names if name in PASS_AT), default=0)
+        if largest > self.samples and not self.from_predictions:
+            raise UsageError(
+                f"pass@{largest} needs at least {largest} answers to each record; use --samples {largest} --temperature 0.8"
+            )
+        if largest and not self.execute_code:
+            raise UsageError(f"pass@{largest} runs the programs that the model writes; allow it with --execute-code")
+        if self.execute_code and not largest:
+            raise UsageError("--execute-code has no effect without pass@1 or the like among --metrics; leave it out")
 
     def _check_ranks(self) -> None:
         if self.ranks is not None and not all(rank.isdecimal() and int(rank) for rank in self.ranks or ("",)):

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts with continuous batching: when a row ends, a waiting prompt takes its place.
+"""Decoding of many prompts, greedy or sampled, with continuous batching: when a row ends, a waiting prompt takes its place.
 
 Prefixes that several prompts share are computed once. Every layer must be full attention; for other models `unsupported` gives
 the reason, and `generate` falls back to transformers.
@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.sampling import Sampling
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 
 WAVE = 4
@@ -186,11 +187,12 @@ class PoolLayer(CacheLayerMixin):
 
 @dataclasses.dataclass
 class Row:
-    """One prompt that is being decoded: its index in the wave, its tokens so far, and its prompt length in tokens."""
+    """One prompt that is being decoded: its index in the wave, its tokens so far, its prompt length in tokens, and its stream of draws."""
 
     index: int
     tokens: list[int]
     prompt_length: int
+    stream: str = ""
 
 
 class PooledDecoder:
@@ -204,9 +206,15 @@ class PooledDecoder:
     name = "pool"
 
     def __init__(
-        self, model: Any, prompts: Sequence[Tokens], ends: Iterable[int], batch_size: int, max_new_tokens: int
+        self,
+        model: Any,
+        prompts: Sequence[Tokens],
+        ends: Iterable[int],
+        batch_size: int,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
     ) -> None:
-        self._model, self._ends = model, frozenset(ends)
+        self._model, self._ends, self._sampling = model, frozenset(ends), sampling
         # Without the head: prefill needs no logits, and the head is a third of a small model's computation.
         self._decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
         self._rows, self._max_new_tokens = batch_size, max_new_tokens
@@ -219,8 +227,12 @@ class PooledDecoder:
         self._states: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @torch.inference_mode()
-    def answer(self, wave: Sequence[Tokens], finished: Callable[[], None]) -> list[list[int]]:
-        """The new tokens of every prompt of `wave`, with the end token if there is one; calls `finished` once per prompt."""
+    def answer(self, wave: Sequence[Tokens], finished: Callable[[], None], streams: Sequence[str] = ()) -> list[list[int]]:
+        """The new tokens of every prompt of `wave`, with the end token if there is one; calls `finished` once per prompt.
+
+        With `sampling`, `streams` names the draws of each prompt (`Sampling.choose`).
+        """
+        streams = streams or [""] * len(wave)
         answers: list[list[int]] = [[] for _ in wave]
         waiting = list(range(len(wave)))
         active: list[Row] = []
@@ -230,7 +242,9 @@ class PooledDecoder:
             free = self._pool.rows - len(active)
             if waiting and (not active or free >= min(len(waiting), max(1, self._rows // 8))):
                 entering, waiting = waiting[:free], waiting[free:]
-                active += self._admit(len(active), [Row(index, list(wave[index]), len(wave[index])) for index in entering])
+                active += self._admit(
+                    len(active), [Row(index, list(wave[index]), len(wave[index]), streams[index]) for index in entering]
+                )
             for row, token in zip(active, self._next_tokens(active), strict=True):
                 row.tokens.append(token)
             ended = [number for number, row in enumerate(active) if self._has_ended(row)]
@@ -262,8 +276,12 @@ class PooledDecoder:
         return row.tokens[-1] in self._ends or len(row.tokens) - row.prompt_length == self._max_new_tokens
 
     def _next_tokens(self, active: list[Row]) -> list[int]:
-        """Run the last token of every row, and choose the most likely next token."""
-        return best_tokens(self._last_logits(active))
+        """Run the last token of every row, and choose the most likely next token, or draw one."""
+        logits = self._last_logits(active)
+        if self._sampling is not None:
+            places = [len(row.tokens) - row.prompt_length for row in active]
+            return self._sampling.choose(logits, [row.stream for row in active], places)
+        return best_tokens(logits)
 
     def _last_logits(self, active: list[Row]) -> torch.Tensor:
         """Run the last token of every row: (rows, vocabulary)."""

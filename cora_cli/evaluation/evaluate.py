@@ -17,14 +17,19 @@ from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.storage import check_base
 from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
-from cora_cli.data.formats import BUILTIN_PREFIX, Record, load_test_records, place_of, unused_columns
+from cora_cli.data.formats import BUILTIN_PREFIX, Record, Schema, load_test_records, place_of, unused_columns
 from cora_cli.data.templates import Template, choose_template, unread_notice
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import open_transformers, open_vllm
 from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.execution.problems import Problem, problem_columns, problem_of, programs_of
+from cora_cli.evaluation.execution.sandbox import require_sandbox
+from cora_cli.evaluation.execution.score import Executor, execute
 from cora_cli.evaluation.generate import Request, generate
 from cora_cli.evaluation.metrics import build_metrics, score_all
+from cora_cli.evaluation.readability import readability
+from cora_cli.evaluation.sampling import describe, streams
 from cora_cli.evaluation.targets import Target, TrainedPrompts, find_targets, trained_prompts
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
@@ -55,6 +60,10 @@ def evaluate(config: EvaluateConfig) -> list[Evaluation]:
     Raises `CoraError` if a model, run, data set or predictions file cannot be read, or if other results are in the way.
     """
     hardware = select_hardware(config.device, config.dtype)
+    executor = None
+    if config.execute_code:
+        require_sandbox()
+        executor = Executor()
     if config.from_predictions:
         path = Path(config.from_predictions)
         if not path.is_file():
@@ -62,13 +71,17 @@ def evaluate(config: EvaluateConfig) -> list[Evaluation]:
         out = EvaluationDirectory(Path(config.output_dir) if config.output_dir else path.parent)
         with own_directory(out.root):
             generation = _recorded_generation(path)
-            return [_score(config, generation.get("name") or path.parent.name or path.name, path, out, hardware, generation)]
+            return [
+                _score(
+                    config, generation.get("name") or path.parent.name or path.name, path, out, hardware, generation, executor
+                )
+            ]
     targets = find_targets(config)
     trained = trained_prompts(targets)
     with contextlib.ExitStack() as held:
         for target in targets:
             held.enter_context(own_directory(target.output.root, target.output.partial_predictions.name, REPLACEMENT))
-        return [_evaluate_target(config, target, hardware, trained) for target in targets]
+        return [_evaluate_target(config, target, hardware, trained, executor) for target in targets]
 
 
 def _recorded_generation(path: Path) -> dict[str, Any]:
@@ -83,12 +96,15 @@ def _recorded_generation(path: Path) -> dict[str, Any]:
     return recorded
 
 
-def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware, trained: TrainedPrompts) -> Evaluation:
-    records, schema = load_test_records(target.dataset)
-    records, trained_on = trained.separate(records, schema, target, config.exclude_trained)
-    records = records[: config.limit]
-    if not records:
-        raise CoraError(f"{target.dataset} has no records to answer")
+def _evaluate_target(
+    config: EvaluateConfig, target: Target, hardware: Hardware, trained: TrainedPrompts, executor: Executor | None
+) -> Evaluation:
+    records, schema, trained_on = _records(config, target, trained)
+    columns = [problem_columns(record) for record in records]
+    problems = None
+    if executor is not None:
+        problems = [problem_of(own, place_of(record)) for own, record in zip(columns, records, strict=True)]
+        executor.calibrate(problems)
     base_sha256 = target.base.content_hash()
     if target.adapter is not None:
         check_base(target.adapter, target.base)
@@ -102,7 +118,7 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
         "records_sha256": rundir.sha256_json(records),
         "template": target.template,
         "max_new_tokens": config.max_new_tokens,
-        "decoding": "greedy",
+        "decoding": describe(config.temperature, config.samples, config.seed),
         "dtype": hardware.dtype_name,
         **_backend_settings(config, target, hardware),
     }
@@ -135,15 +151,16 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
                 "tokens"
             )
         requests = [
-            Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead)
-            for prompt, text in zip(ids, rendered, strict=True)
+            Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead, stream, own)
+            for place, (prompt, text, own) in enumerate(zip(ids, rendered, columns, strict=True))
+            for stream in streams(place, config.temperature, config.samples)
         ]
         cut = sum(len(prompt) > room for prompt in ids)
         if cut:
             say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
         rundir.write_json(out.generation, {"name": target.name, "settings": settings})
         engine = backend.start([request.input_ids for request in requests])
-        speed = generate(engine, tokenizer, backend.ends, requests, out)
+        speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples)
         rundir.write_json(
             out.generation,
             {
@@ -157,11 +174,21 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
             },
         )
     generation = {**shapes.read_generation(out), "name": target.name, "settings": settings}
-    evaluation = _score(config, target.name, out.predictions, out, hardware, generation)
+    evaluation = _score(config, target.name, out.predictions, out, hardware, generation, executor, problems)
     if out != target.output:
         _replace(target.output, out)
     shutil.rmtree(target.output.root / REPLACEMENT, ignore_errors=True)
     return evaluation
+
+
+def _records(config: EvaluateConfig, target: Target, trained: TrainedPrompts) -> tuple[list[Record], Schema, int]:
+    """The records to answer, their schema, and how many of them were trained on. Raises `CoraError` if there are none."""
+    records, schema = load_test_records(target.dataset)
+    records, trained_on = trained.separate(records, schema, target, config.exclude_trained)
+    records = records[: config.limit]
+    if not records:
+        raise CoraError(f"{target.dataset} has no records to answer")
+    return records, schema, trained_on
 
 
 def _say_about_records(target: Target, records: Sequence[Record], template: Template) -> None:
@@ -220,10 +247,13 @@ def _place_of_work(out: EvaluationDirectory, settings: dict[str, Any], overwrite
 
 def _replace(out: EvaluationDirectory, new: EvaluationDirectory) -> None:
     with contextlib.ExitStack() as stack:
-        for name in ("generation", "metrics", "scores", "predictions"):
+        executed = ("executions",) if new.executions.exists() else ()
+        for name in ("generation", "metrics", "scores", "predictions", *executed):
             # All copies are made before the first one takes its place, at the end of this block.
             shutil.copyfile(getattr(new, name), stack.enter_context(rundir.atomic_path(getattr(out, name))))
     out.partial_predictions.unlink(missing_ok=True)
+    if not executed:
+        out.executions.unlink(missing_ok=True)
 
 
 def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]) -> bool:
@@ -236,7 +266,7 @@ def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]
         if out.predictions.exists() and rundir.sha256_file(out.predictions) == expected:
             return True
         say(f"{out.predictions} was changed or removed after it was written: generating it again")
-    for path in (out.predictions, out.partial_predictions, out.metrics, out.scores):
+    for path in (out.predictions, out.partial_predictions, out.metrics, out.scores, out.executions):
         path.unlink(missing_ok=True)
     return False
 
@@ -274,7 +304,14 @@ def _check_nothing_is_lost(config: EvaluateConfig, path: Path, out: EvaluationDi
 
 
 def _score(
-    config: EvaluateConfig, name: str, path: Path, out: EvaluationDirectory, hardware: Hardware, generation: dict[str, Any]
+    config: EvaluateConfig,
+    name: str,
+    path: Path,
+    out: EvaluationDirectory,
+    hardware: Hardware,
+    generation: dict[str, Any],
+    executor: Executor | None,
+    problems: list[Problem] | None = None,
 ) -> Evaluation:
     _check_nothing_is_lost(config, path, out)
     lines = read_jsonl(path)
@@ -284,6 +321,7 @@ def _score(
             raise CoraError(f'{path}, record {number}: expected text under "prediction" and "reference", found {found}')
     predictions, references = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     say(f"{name}: scoring {len(lines)} predictions")
+    attempts, fates = execute(executor, problems, lines, path, out) if executor is not None else (None, None)
     report = score_all(
         config.metric_names,
         predictions,
@@ -295,7 +333,9 @@ def _score(
         bleu_tokenize=config.bleu_tokenize,
         device=str(hardware.device),
         variant=config.metric_variant,
+        attempts=attempts,
     )
+    proxies = readability(list(map(programs_of, lines)), config.bootstrap, config.seed) if config.readability else None
     finished = [line.get("finish_reason") for line in lines]
     record = {
         "format": 1,
@@ -305,6 +345,8 @@ def _score(
         "predictions_sha256": rundir.sha256_file(path),
         "generation": generation,
         "stopped_share": finished.count("stop") / len(finished) if None not in finished else None,
+        **({"fates": fates} if fates else {}),
+        **({"readability_proxies": proxies} if config.readability else {}),
         "empty_predictions": sum(not text.strip() for text in predictions),
         "bootstrap": {"resamples": config.bootstrap, "seed": config.seed},
         "versions": {name: importlib.metadata.version(name) for name in ("cora-cli", "torch", "transformers")},

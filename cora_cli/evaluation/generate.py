@@ -1,4 +1,4 @@
-"""Greedy decoding of prompts, streamed to disk in waves so that an interrupted evaluation continues where it stopped.
+"""Greedy decoding of prompts, or sampling at a temperature, streamed to disk in waves so that an interrupted evaluation continues where it stopped.
 
 A wave is a fixed slice of the prompts sorted by length, and its computation depends on no other prompt. A continued evaluation
 repeats an unfinished wave completely, and so gives the same tokens as an uninterrupted one.
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.agreement import Agreement
 from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
+from cora_cli.evaluation.sampling import Draws, Sampling
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
@@ -29,13 +30,16 @@ from cora_cli.rundir import EvaluationDirectory
 class Request:
     """One prompt to answer: its tokens, its text, and the reference answer.
 
-    `lead` is what the chat template puts before every answer (`templates.Rendered`); it is no part of a prediction.
+    `lead` is what the chat template puts before every answer (`templates.Rendered`); it is no part of a prediction. `stream` names the draws
+    of a sample (`sampling.Sampling`). `problem` has the tests of the record, to be kept with its answer.
     """
 
     input_ids: list[int]
     prompt: str
     reference: str
     lead: str = ""
+    stream: str = ""
+    problem: dict[str, Any] | None = None
 
 
 class Engine(Protocol):
@@ -44,16 +48,20 @@ class Engine(Protocol):
     name: str
     wave: int
 
-    def answer(self, wave: Sequence[Tokens], finished: Callable[[], None]) -> list[list[int]]:
-        """The new tokens of every prompt, including the end token if there is one; calls `finished` once per prompt."""
+    def answer(self, wave: Sequence[Tokens], finished: Callable[[], None], streams: Sequence[str] = ()) -> list[list[int]]:
+        """The new tokens of every prompt, including the end token if there is one; calls `finished` once per prompt.
+
+        `streams` names the draws of each prompt, for an engine that samples.
+        """
         ...
 
 
 def generate(
-    engine: Engine, tokenizer: Any, ends: Sequence[int], requests: Sequence[Request], out: EvaluationDirectory
+    engine: Engine, tokenizer: Any, ends: Sequence[int], requests: Sequence[Request], out: EvaluationDirectory, samples: int = 1
 ) -> dict[str, Any]:
     """Answer every request, longest first, and write `predictions.jsonl` in the order of `requests`.
 
+    Each record has `samples` requests in a row, whose answers are in one line; its `prediction` is the first of them.
     Complete waves in `predictions.partial.jsonl` from an earlier call are reused. Returns the engine's name, and the number of
     new tokens and the seconds of this call. Raises `CoraError` if a file cannot be written.
     """
@@ -68,7 +76,8 @@ def generate(
         for wave in waves:
             if wave[0] in lines:
                 continue
-            answers = engine.answer([requests[index].input_ids for index in wave], shown.advance)
+            prompts, streams = [requests[index].input_ids for index in wave], [requests[index].stream for index in wave]
+            answers = engine.answer(prompts, shown.advance, *([streams] if any(streams) else []))
             new = [_line(index, requests[index], tokenizer, ends, ids) for index, ids in zip(wave, answers, strict=True)]
             tokens += sum(line["new_tokens"] for line in new)
             try:
@@ -77,20 +86,30 @@ def generate(
             except OSError as error:
                 raise rundir.disk_error(error, out.partial_predictions) from error
             lines |= {line["index"]: line for line in new}
-    rundir.write_jsonl(out.predictions, [lines[index] for index in range(len(requests))])
+    records = range(0, len(requests), samples)
+    of_record = ([lines[index] for index in range(first, first + samples)] for first in records)
+    rundir.write_jsonl(
+        out.predictions, [_record_line(place, own, requests[own[0]["index"]]) for place, own in enumerate(of_record)]
+    )
     out.partial_predictions.unlink(missing_ok=True)
     return {"engine": engine.name, "new_tokens": tokens, "seconds": time.monotonic() - began}
 
 
 def transformers_engine(
-    model: Any, tokenizer: Any, ends: Sequence[int], prompts: Sequence[Tokens], batch_size: int, max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    ends: Sequence[int],
+    prompts: Sequence[Tokens],
+    batch_size: int,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
 ) -> Engine:
     """`PooledDecoder` if it supports the model, else `BatchedGenerate`, with a line on stderr that says why.
 
     Both are checked with a few of the prompts. Where padding changes what a prompt gives alone, only prompts of one length are answered
     together.
     """
-    batched = BatchedGenerate(model, ends, tokenizer.pad_token_id, batch_size, max_new_tokens)
+    batched = BatchedGenerate(model, ends, tokenizer.pad_token_id, batch_size, max_new_tokens, sampling)
     agreement = Agreement(model, prompts, batched.logits)
     agreement.require_finite()
     probes = agreement.probes
@@ -98,7 +117,7 @@ def transformers_engine(
     if why is None:
         fault = agreement.fault(lambda: PooledDecoder(model, probes, ends, len(probes), 1).logits(probes, agreement.following))
         if fault is None:
-            return PooledDecoder(model, prompts, ends, batch_size, max_new_tokens)
+            return PooledDecoder(model, prompts, ends, batch_size, max_new_tokens, sampling)
         why = f"there {fault}"
     alike = ""
     if batch_size > 1 and (not batched.pads or agreement.fault(lambda: batched.logits(probes))):
@@ -139,6 +158,14 @@ def _line(index: int, request: Request, tokenizer: Any, ends: Sequence[int], ids
     }
 
 
+def _record_line(index: int, lines: Sequence[dict[str, Any]], request: Request) -> dict[str, Any]:
+    """The line of a record: that of its answer, or of the first of several, which are then in `samples`."""
+    line = {**lines[0], "index": index}
+    if len(lines) > 1:
+        line["samples"] = [{key: one[key] for key in ("prediction", "finish_reason", "new_tokens")} for one in lines]
+    return line | ({"problem": request.problem} if request.problem else {})
+
+
 def _answer(tokenizer: Any, ids: Sequence[int], lead: str) -> str:
     """The text of an answer without special tokens and without `lead`, which may hold some."""
     start = tokenizer(lead, add_special_tokens=False)["input_ids"] if lead else []
@@ -154,7 +181,7 @@ def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
 
 
 class BatchedGenerate:
-    """Greedy decoding by transformers' `generate`, one batch at a time. It supports every causal model.
+    """Decoding by transformers' `generate`, one batch at a time. It supports every causal model.
 
     Prompts that go together are padded on the left, or have one length where `pads` is off. They never are on both sides of a length at
     which the rotary embedding of all of them changes; those that cross it while they are answered have one length.
@@ -162,7 +189,10 @@ class BatchedGenerate:
 
     name = "generate"
 
-    def __init__(self, model: Any, ends: Sequence[int], pad: int, batch_size: int, max_new_tokens: int) -> None:
+    def __init__(
+        self, model: Any, ends: Sequence[int], pad: int, batch_size: int, max_new_tokens: int, sampling: Sampling | None = None
+    ) -> None:
+        self._sampling = sampling
         self._model, self._ends, self.wave, self._new = model, ends, batch_size, max_new_tokens
         self.pads = not depends_on_batch(model.config)
         self._switch = rope_switch(model.config)
@@ -170,12 +200,15 @@ class BatchedGenerate:
         self._pad = pad if pad < model.get_input_embeddings().weight.shape[0] else 0
 
     @torch.inference_mode()
-    def answer(self, wave: Sequence[Tokens], finished: Callable[[], None]) -> list[list[int]]:
+    def answer(self, wave: Sequence[Tokens], finished: Callable[[], None], streams: Sequence[str] = ()) -> list[list[int]]:
         """See `Engine`."""
         answers: list[list[int]] = [[] for _ in wave]
         for indices in self._batches(wave):
             batch = [wave[index] for index in indices]
-            output = self._generate(batch, eos_token_id=list(self._ends), max_new_tokens=self._new)
+            draws = []
+            if self._sampling is not None:
+                draws = [Draws(self._sampling, [streams[index] for index in indices], max(map(len, batch)))]
+            output = self._generate(batch, draws, eos_token_id=list(self._ends), max_new_tokens=self._new)
             for index, row in zip(indices, output[:, max(map(len, batch)) :].tolist(), strict=True):
                 answers[index] = until_end(row, self._ends)
                 finished()
@@ -187,7 +220,7 @@ class BatchedGenerate:
         found: dict[int, torch.Tensor] = {}
         for indices in self._batches(prompts):
             batch = [prompts[index] for index in indices]
-            output = self._generate(batch, max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
+            output = self._generate(batch, [], max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
             found |= {index: torch.stack([step[row] for step in output.logits]) for row, index in enumerate(indices)}
         return [found[index] for index in range(len(prompts))]
 
@@ -202,7 +235,7 @@ class BatchedGenerate:
             batches.setdefault(len(prompt) if apart else side, []).append(index)
         return list(batches.values())
 
-    def _generate(self, batch: Sequence[Tokens], **settings: Any) -> Any:
+    def _generate(self, batch: Sequence[Tokens], draws: list[Draws], **settings: Any) -> Any:
         model, longest = self._model, max(map(len, batch))
         ids = torch.tensor([[self._pad] * (longest - len(prompt)) + list(prompt) for prompt in batch])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
@@ -210,6 +243,10 @@ class BatchedGenerate:
         # Replace the model's configuration: it may sample or penalize repetition, and `generate` fills unset options from it.
         model.generation_config = GenerationConfig(do_sample=False, pad_token_id=self._pad, use_cache=True, **settings)
         try:
-            return model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+            return model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                logits_processor=LogitsProcessorList(draws),
+            )
         finally:
             model.generation_config = own

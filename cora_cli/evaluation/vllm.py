@@ -1,4 +1,4 @@
-"""vLLM as an engine for greedy decoding: on a GPU it batches and caches better than a loop over a plain model.
+"""vLLM as an engine for decoding: on a GPU it batches and caches better than a loop over a plain model.
 
 vLLM is optional: functions without vLLM build its arguments, and only `VllmEngine` imports it. Its kernels and batches differ
 from transformers', so its logits differ in the last bits and its tokens can differ too.
@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cora_cli import rundir
 from cora_cli.adapters.facts import read_facts
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.evaluation.generate import until_end
+from cora_cli.evaluation.sampling import Sampling
 from cora_cli.models.references import ModelPath
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -78,6 +80,12 @@ def sampling_arguments(ends: Sequence[int], max_new_tokens: int) -> dict[str, An
     return {"temperature": 0.0, "max_tokens": max_new_tokens, "stop_token_ids": list(ends), "detokenize": False}
 
 
+def drawing_arguments(ends: Sequence[int], max_new_tokens: int, sampling: Sampling, stream: str) -> dict[str, Any]:
+    """Arguments of `vllm.SamplingParams` for one prompt whose tokens are drawn, with a seed of its own, from the complete vocabulary."""
+    seed = int(rundir.sha256_text(f"{sampling.seed} {stream}")[:8], 16)
+    return {**sampling_arguments(ends, max_new_tokens), "temperature": sampling.temperature, "seed": seed}
+
+
 def lora_arguments(adapter: ModelPath) -> dict[str, Any]:
     """Arguments of `vllm.lora.request.LoRARequest`."""
     return {"lora_name": adapter.path.name or "adapter", "lora_int_id": 1, "lora_path": str(adapter.path.resolve())}
@@ -94,18 +102,30 @@ class VllmEngine:
     name = "vllm"
     wave = WAVE
 
-    def __init__(self, arguments: dict[str, Any], ends: Sequence[int], max_new_tokens: int, adapter: ModelPath | None) -> None:
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        ends: Sequence[int],
+        max_new_tokens: int,
+        adapter: ModelPath | None,
+        sampling: Sampling | None = None,
+    ) -> None:
         vllm = importlib.import_module("vllm")
         self._ends = list(ends)
         self._model = vllm.LLM(**arguments)
-        self._sampling = vllm.SamplingParams(**sampling_arguments(ends, max_new_tokens))
+        greedy = vllm.SamplingParams(**sampling_arguments(ends, max_new_tokens))
+        self._parameters = lambda streams: (
+            [vllm.SamplingParams(**drawing_arguments(ends, max_new_tokens, sampling, stream)) for stream in streams]
+            if sampling is not None
+            else greedy
+        )
         self._lora = None
         if adapter is not None:
             self._lora = importlib.import_module("vllm.lora.request").LoRARequest(**lora_arguments(adapter))
 
-    def answer(self, wave: Sequence[Tokens], finished: Callable[[], None]) -> list[list[int]]:
+    def answer(self, wave: Sequence[Tokens], finished: Callable[[], None], streams: Sequence[str] = ()) -> list[list[int]]:
         """See `generate.Engine`."""
-        outputs = self._model.generate(token_prompts(wave), self._sampling, use_tqdm=False, lora_request=self._lora)
+        outputs = self._model.generate(token_prompts(wave), self._parameters(streams), use_tqdm=False, lora_request=self._lora)
         for _ in outputs:
             finished()
         return [until_end(output.outputs[0].token_ids, self._ends) for output in outputs]

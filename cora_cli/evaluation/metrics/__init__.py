@@ -11,6 +11,7 @@ from cora_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from cora_cli.evaluation.metrics.base import Floats, Metric
+    from cora_cli.evaluation.metrics.pass_at import Attempts
 
 GROUPS = {
     "rouge": ("rouge1", "rouge2", "rougeL"),
@@ -20,7 +21,11 @@ GROUPS = {
 }
 """Names that `--metrics` accepts, and the metrics that each stands for."""
 
-NAMES = tuple(name for names in GROUPS.values() for name in names)
+TEXT_NAMES = tuple(name for names in GROUPS.values() for name in names)
+"""The metrics that compare texts."""
+PASS_AT = {f"pass@{k}": k for k in (1, 2, 3, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100)}
+"""The metrics that need the programs to be run, and the number of programs that each is about."""
+NAMES = (*TEXT_NAMES, *PASS_AT)
 """Every metric, in the order of the columns in tables."""
 
 Variant = Literal["ours", "hf-evaluate"]
@@ -72,11 +77,12 @@ def build_metrics(
     bleu_tokenize: str = "13a",
     device: str = "cpu",
     variant: Variant = "ours",
+    attempts: "Attempts | None" = None,
 ) -> "dict[str, Metric]":
     """Create metric objects by name; models and word lists are loaded on first use.
 
     `bertscore_model` and `bertscore_layer` select the BERTScore encoder, which runs on `device` (a torch device), and
-    `bleu_tokenize` sacrebleu's tokenizer.
+    `bleu_tokenize` sacrebleu's tokenizer. `attempts` is what became of the programs, which pass@k counts.
     Raises `UsageError` if a name or the variant is unknown, or the variant does not have that tokenizer.
     """
     if problem := variant_problem(variant, bleu_tokenize):
@@ -102,8 +108,12 @@ def build_metrics(
             from cora_cli.evaluation.metrics.bertscore import BertScore
 
             built[name] = BertScore(bertscore_model, bertscore_layer, device, as_evaluate)
+        elif name in PASS_AT:
+            from cora_cli.evaluation.metrics.pass_at import PassAt
+
+            built[name] = PassAt(PASS_AT[name], attempts)
         else:
-            raise UsageError(f"metric must be one of {', '.join(NAMES)}, not {name!r}")
+            raise UsageError(f"metric must be one of {', '.join(TEXT_NAMES)} or pass@k, not {name!r}")
     return built
 
 
@@ -129,6 +139,7 @@ def score_all(
     bleu_tokenize: str = "13a",
     device: str = "cpu",
     variant: Variant = "ours",
+    attempts: "Attempts | None" = None,
 ) -> ScoreReport:
     """Compute metrics with percentile bootstrap intervals over examples.
 
@@ -148,6 +159,7 @@ def score_all(
         bleu_tokenize=bleu_tokenize,
         device=device,
         variant=variant,
+        attempts=attempts,
     )
     if not metrics:
         raise UsageError(f"no metric is named; {_allowed()}")
@@ -210,4 +222,6 @@ def _statistics(metrics: "dict[str, Metric]", predictions: Sequence[str], refere
 
 
 def _allowed() -> str:
-    return f"choose from {', '.join(GROUPS)} (or single metrics: {', '.join(NAMES)})"
+    return (
+        f"choose from {', '.join(GROUPS)} (or single metrics: {', '.join(TEXT_NAMES)}), and {', '.join(PASS_AT)} for programs"
+    )

@@ -1,0 +1,96 @@
+"""Read the tests of a record, and turn an answer into a program: HumanEval's shape, MBPP's, and the assertions of `builtin:code`."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from cora_cli.data.formats import TEST_COLUMNS
+from cora_cli.errors import CoraError
+
+SHAPES = "assertions (as in builtin:code), test and entry_point (HumanEval), or test_list (MBPP)"
+_STOPS = re.compile(r"\n(?:class|def|#|if|print)")
+"""Where an answer that continues a function ends (Chen et al. 2021, 2107.03374)."""
+_FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\r?\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The tests of one record.
+
+    `reference` is a program that should pass, `given` what precedes an answer that continues a function (HumanEval's prompt), and `entry_point` the function that it is about.
+    """
+
+    where: str
+    reference: str
+    tests: str
+    given: str = ""
+    entry_point: str | None = None
+
+    def program(self, answer: str) -> str:
+        """The program in an answer: its first fenced block if it has one, after the prompt if it continues the prompt's function."""
+        fenced = _FENCED.search(answer)
+        code = fenced[1] if fenced else answer
+        if self.entry_point is None:
+            return code
+        definition = re.compile(rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{re.escape(self.entry_point)}\b", re.MULTILINE)
+        if definition.search(code):
+            own = definition.search(self.given)
+            return (self.given[: own.start()] if own else "") + code
+        return self.given + (code if fenced else _STOPS.split(code)[0])
+
+    def for_tests(self) -> dict[str, Any]:
+        """What the sandbox of the tests needs (`inside.tests`)."""
+        return {
+            "reference": self.reference,
+            "tests": self.tests,
+            "entry_point": self.entry_point,
+            "given_lines": len(self.given.splitlines()),
+        }
+
+
+def problem_columns(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The columns that `problem_of` needs, to be kept with an answer; None if the record carries no tests."""
+    if not any(record.get(name) for name in ("test", "test_list", "assertions")):
+        return None
+    kept = {name: record[name] for name in TEST_COLUMNS if record.get(name)}
+    texts = ("prompt",) if "test" in kept else ()
+    return kept | {name: record[name] for name in (*texts, "completion", "output") if name in record}
+
+
+def problem_of(columns: Mapping[str, Any] | None, where: str) -> Problem:
+    """The problem of a record, by its `problem_columns`. Raises `CoraError` naming the place if it carries no tests, or malformed ones."""
+    columns = columns or {}
+    reference = _text(columns, "completion" if "completion" in columns else "output", where) if columns else ""
+    if columns.get("test"):
+        given, test, entry = (_text(columns, name, where) for name in ("prompt", "test", "entry_point"))
+        if not entry.isidentifier():
+            raise CoraError(f"{where}: entry_point must be the name of a function, not {entry!r}")
+        call = f"\n\ncheck({entry})\n" if re.search(r"^def check\(", test, re.MULTILINE) else ""
+        return Problem(where, given + reference, test + call, given, entry)
+    if columns.get("test_list"):
+        before = [*_texts(columns, "test_imports", where), _text(columns, "test_setup_code", where)]
+        return Problem(where, reference, "\n".join([*before, *_texts(columns, "test_list", where)]))
+    if columns.get("assertions"):
+        return Problem(where, reference, "\n".join(_texts(columns, "assertions", where)))
+    raise CoraError(f"{where} carries no tests, which pass@k needs: {SHAPES}")
+
+
+def programs_of(line: Mapping[str, Any]) -> list[str]:
+    """The programs in a line of `predictions.jsonl`, whose record may carry no tests."""
+    problem = problem_of(line["problem"], "a prediction") if line.get("problem") else Problem("", "", "")
+    return [problem.program(sample["prediction"]) for sample in line.get("samples") or [line]]
+
+
+def _text(columns: Mapping[str, Any], name: str, where: str) -> str:
+    value = columns.get(name, "")
+    if not isinstance(value, str):
+        raise CoraError(f"{where}: {name} must be text, not {str(value)[:60]}")
+    return value
+
+
+def _texts(columns: Mapping[str, Any], name: str, where: str) -> list[str]:
+    values = columns.get(name, [])
+    if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+        raise CoraError(f"{where}: {name} must be a list of texts, not {str(values)[:60]}")
+    return values

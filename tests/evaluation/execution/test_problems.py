@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+
+from cora_cli.data.formats import load_records, load_test_records
+from cora_cli.errors import CoraError
+from cora_cli.evaluation.execution.problems import Problem, problem_columns, problem_of
+from cora_cli.evaluation.execution.score import Executor
+from tests.evaluation.execution.helpers import needs_sandbox
+
+HERE = Path(__file__).parent
+
+
+def problems(dataset: str) -> list[Problem]:
+    records, _ = load_test_records(dataset)
+    return [problem_of(problem_columns(record), record.where) for record in records]
+
+
+@needs_sandbox
+@pytest.mark.parametrize("name", ["humaneval.jsonl", "mbpp.jsonl"])
+def test_the_reference_solutions_of_the_published_shapes_pass(name: str):
+    found = problems(str(HERE / name))
+    assert len(found) == 10
+    executor = Executor()
+    executor.calibrate(found)
+    assert {executor.limit(problem) for problem in found} == {4}
+
+
+@needs_sandbox
+@pytest.mark.slow
+def test_the_reference_solutions_of_builtin_code_pass():
+    records, _ = load_records("builtin:code")
+    assert len(records) == 2640
+    Executor().calibrate([problem_of(problem_columns(record), record.where) for record in records])
+
+
+@needs_sandbox
+def test_a_reference_solution_that_fails_is_named():
+    wrong = Problem("data.jsonl, line 3", "def f(): return 1", "assert f() == 2")
+    with pytest.raises(
+        CoraError, match=r"data.jsonl, line 3: the reference solution does not pass .*: wrong \(assert f\(\) == 2\)"
+    ):
+        Executor().calibrate([wrong])
+
+
+def test_the_published_columns_become_records():
+    records, schema = load_records(str(HERE / "humaneval.jsonl"))
+    assert schema == "prompt"
+    assert records[3]["completion"].startswith("    middle = ")
+    records, schema = load_records(str(HERE / "mbpp.jsonl"))
+    assert schema == "alpaca"
+    assert records[1]["output"].startswith("import math")
+    assert records[1]["instruction"] == (
+        "Write a python function to tell whether a number is not prime. Your code should pass these tests:\n\n"
+        "assert is_not_prime(2) == False\nassert is_not_prime(35) == True"
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"instruction": "x", "output": "y"}, "line 1 carries no tests"),
+        (
+            {"prompt": "def f():", "completion": "", "test": "x", "entry_point": "f()"},
+            "entry_point must be the name of a function",
+        ),
+        ({"output": "x", "assertions": "assert f"}, "assertions must be a list of texts"),
+        ({"output": "x", "test_list": [1]}, "test_list must be a list of texts"),
+    ],
+)
+def test_malformed_tests_are_refused(columns: dict, message: str):
+    with pytest.raises(CoraError, match=message):
+        problem_of(problem_columns(columns), "line 1")
+
+
+PROMPT = 'import math\n\n\ndef half(x):\n    return x / 2\n\n\ndef area(r):\n    """The area of a circle."""\n'
+CIRCLE = Problem("here", PROMPT + "    return math.pi * r * r\n", "", PROMPT, "area")
+
+
+@pytest.mark.parametrize(
+    ("answer", "program"),
+    [
+        ("    return 1\n", PROMPT + "    return 1\n"),
+        ("    return 1\n\ndef other():\n    pass", PROMPT + "    return 1\n"),
+        ("    return 1\nprint(area(2))", PROMPT + "    return 1"),
+        ("def area(r):\n    return 1", PROMPT[: PROMPT.index("def area")] + "def area(r):\n    return 1"),
+        (
+            "Here it is:\n```python\ndef area(r):\n    return 1\n```\nIt works.",
+            PROMPT[: PROMPT.index("def area")] + "def area(r):\n    return 1",
+        ),
+        ("```\n    return 1\n```", PROMPT + "    return 1"),
+    ],
+)
+def test_the_program_in_an_answer_to_a_function_s_beginning(answer: str, program: str):
+    assert CIRCLE.program(answer) == program
+
+
+@pytest.mark.parametrize(
+    ("answer", "program"),
+    [
+        ("def f(): pass", "def f(): pass"),
+        ("Sure!\n```python\ndef f(): pass\n```\nUse it so:\n```\nf()\n```", "def f(): pass"),
+        ("```py\ndef f(): pass", "def f(): pass"),
+    ],
+)
+def test_the_program_in_an_answer(answer: str, program: str):
+    assert Problem("here", "", "").program(answer) == program
