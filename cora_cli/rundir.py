@@ -300,3 +300,20 @@ class EvaluationDirectory:
     def scores(self) -> Path:
         """`scores.jsonl`: per-example score of each metric, in dataset order."""
         return self.root / "scores.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeDirectory:
+    """The path of each file of a judging."""
+
+    root: Path
+
+    @cached_property
+    def judgments(self) -> Path:
+        """`judgments.jsonl`: one line for each outcome of a request, appended as it comes; never rewritten, since it may have been paid for."""
+        return self.root / "judgments.jsonl"
+
+    @cached_property
+    def result(self) -> Path:
+        """`judge.json`: scores, preferences and what the anchors say about the judge."""
+        return self.root / "judge.json"
