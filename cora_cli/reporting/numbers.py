@@ -1,7 +1,7 @@
 """Writes reports for other programs: a tidy CSV of all measures, and JSON with the complete report.
 
 JSON: `{"format_version": 2, "experiments": [...]}`. An experiment has `name`, `title`, `paper_table`, `preset`, `conditions`, `methods`
-(the paragraphs), `missing` (`row`, `part`, `reason`) and `groups`. A group has `name`, `measures`, `selected_by`, `lines`, `best` and `verdict`:
+(the paragraphs), `missing` (`row`, `part`, `reason`), `judged` (each `judge.json`) and `groups`. A group has `name`, `measures`, `selected_by`, `lines`, `best` and `verdict`:
 
 - a line: `row` (title), `method`, `mode`, `label`, `printed`, `rank`, `n_models`, `learning_rate`, `chosen`, `seeds`, `rows` (names),
   `trained_parameters`, `adapter_bytes`, `tokens_per_second` and `peak_memory_bytes` (a value per seed), `paper` (measure -> number), and
@@ -190,6 +190,7 @@ def _experiment(summary: Summary) -> dict[str, Any]:
         "methods": methods_paragraphs(summary),
         "missing": [{"row": e.row.name, "part": e.part, "reason": e.reason} for e in summary.collection.missing],
         "groups": [_group(group) for group in summary.groups],
+        "judged": [judged.record for judged in summary.collection.judged],
     }
 
 

@@ -64,7 +64,9 @@ class Answers:
 
 def load_answers(config: JudgeConfig) -> Answers:
     """Read all predictions. Raises `CoraError` if they are not of the same records, or too few to shuffle their references."""
-    places = [Path(config.from_predictions)] if config.from_predictions else [_predictions_of(name) for name in config.runs or ()]
+    places = (
+        [Path(config.from_predictions)] if config.from_predictions else [_predictions_of(name) for name in config.runs or ()]
+    )
     base = Path(config.base) if config.base else None
     if base is not None and base.is_dir():
         base = EvaluationDirectory(base).predictions
@@ -152,7 +154,9 @@ def _read(name: str, path: Path, limit: int | None) -> System:
     for number, line in enumerate(lines, start=1):
         if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in KEYS):
             found = json.dumps(line, ensure_ascii=False)[:80]
-            raise CoraError(f'{path}, record {number}: expected text under "prompt", "reference" and "prediction", found {found}')
+            raise CoraError(
+                f'{path}, record {number}: expected text under "prompt", "reference" and "prediction", found {found}'
+            )
     lines = lines[:limit]
     if len(lines) < 2:
         raise CoraError(f"{path} has {len(lines)} records; judging needs at least two, since anchors are shuffled references")

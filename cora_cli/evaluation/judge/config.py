@@ -71,7 +71,7 @@ class JudgeConfig:
     price_in: float | None = setting("Price of a million input tokens.", None, panel=_LIMITS, most=MOST)
     price_out: float | None = setting("Price of a million output tokens.", None, panel=_LIMITS, most=MOST)
     max_cost: float | None = setting(
-        "Send no request that could exceed this cost, with all earlier ones in the output directory; needs both prices.",
+        "Send no request that by estimate exceeds this cost, all earlier ones in the output directory included; needs both prices.",
         None,
         panel=_LIMITS,
         most=MOST,
@@ -104,7 +104,14 @@ class JudgeConfig:
         self._check_judge()
         if problems := range_problems(self):
             raise UsageError("; ".join(problems))
-        for name, least in (("concurrency", 1), ("tries", 1), ("retries", 0), ("max_tokens", 1), ("batch_size", 1), ("limit", 2)):
+        for name, least in (
+            ("concurrency", 1),
+            ("tries", 1),
+            ("retries", 0),
+            ("max_tokens", 1),
+            ("batch_size", 1),
+            ("limit", 2),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")

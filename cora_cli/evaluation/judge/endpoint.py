@@ -62,7 +62,11 @@ class Endpoint:
         assert config.endpoint is not None
         self._url = f"{config.endpoint.rstrip('/')}/chat/completions"
         self._key = os.environ.get(config.key_variable, "").strip()
-        self._config, self._draw = config, random.Random()
+        self._config = config
+        if not all("!" <= sign <= "~" for sign in self._key):
+            raise CoraError(
+                f"the key in {config.key_variable} holds a space or a character that no key has; set the variable again"
+            )
         body: dict[str, Any] = {"model": config.judge, "temperature": 0, "max_tokens": config.max_tokens, "stream": False}
         body |= config.request_parameters()
         self._body = {name: value for name, value in body.items() if value is not None}
@@ -70,78 +74,24 @@ class Endpoint:
         host = urlsplit(self._url).hostname or ""
         own = _is_loopback(host)
         if self._key and not own and self._url.startswith("http:"):
-            say(f"the key in {config.key_variable} is sent to {host} without encryption, because the address is http, not https")
+            say(
+                f"the key in {config.key_variable} is sent to {host} without encryption, because the address is http, not https"
+            )
         # A proxy of the environment cannot reach this machine's own server.
         proxies = [urllib.request.ProxyHandler({})] if own else []
         self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
 
     def ask(self, calls: Sequence[Call], allowed: Callable[[Call], bool]) -> Iterator[tuple[Call, Reply | NoReply]]:
         """See `Judge`."""
-        todo: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
-        done: queue.SimpleQueue[tuple[Call, Reply | Exception]] = queue.SimpleQueue()
-        threads = min(self._config.concurrency, len(calls))
-        for _ in range(threads):
-            # Daemons: an interrupted command does not wait for replies.
-            threading.Thread(target=self._work, args=(todo, done), daemon=True).start()
-        waiting = [(0.0, place, 0, call) for place, call in enumerate(calls)]
-        flying: dict[int, tuple[int, int]] = {}
-        pause, failed_in_a_row, stop = 0.0, 0, False
-        fatal: CoraError | None = None
+        traffic = _Traffic(self._config, calls, self._request)
         try:
-            while flying or (waiting and not stop):
-                now = time.monotonic()
-                while not stop and waiting and len(flying) < threads and max(waiting[0][0], pause) <= now:
-                    if not allowed(waiting[0][3]):
-                        stop = True
-                        break
-                    _, place, tries, call = heapq.heappop(waiting)
-                    flying[call.number] = (place, tries)
-                    todo.put(call)
-                if stop and not flying:
-                    break
-                idle = not stop and waiting and len(flying) < threads
-                try:
-                    call, outcome = done.get(timeout=max(max(waiting[0][0], pause) - now, 0.0) if idle else None)
-                except queue.Empty:
-                    continue
-                place, tries = flying.pop(call.number)
-                if isinstance(outcome, Reply):
-                    failed_in_a_row = 0
-                    yield call, outcome
-                    continue
-                if not isinstance(outcome, Unavailable):
-                    stop = True
-                    fatal = fatal or _fatal(outcome)
-                    continue
-                last = tries >= self._config.retries
-                yield call, NoReply(str(outcome), outcome.paid, last)
-                failed_in_a_row += last
-                if failed_in_a_row >= FAILURES_IN_A_ROW and fatal is None:
-                    stop = True
-                    fatal = CoraError(
-                        f"{self._url} gave no reply to {failed_in_a_row} calls in a row ({outcome}); what was judged is kept: run the same "
-                        "command again once it answers"
-                    )
-                if outcome.after is not None:
-                    pause = max(pause, time.monotonic() + outcome.after)
-                if not last:
-                    wait = min(self._config.backoff * 2 ** min(tries, 30), LONGEST_WAIT) * 2 * self._draw.random()
-                    heapq.heappush(waiting, (time.monotonic() + wait, place, tries + 1, call))
+            while traffic.send(allowed):
+                if (arrived := traffic.arrived()) is not None and (seen := traffic.judge(*arrived)) is not None:
+                    yield arrived[0], seen
         finally:
-            for _ in range(threads):
-                todo.put(None)
-        if fatal is not None:
-            raise fatal
-
-    def _work(
-        self, todo: "queue.SimpleQueue[Call | None]", done: "queue.SimpleQueue[tuple[Call, Reply | Exception]]"
-    ) -> None:
-        while (call := todo.get()) is not None:
-            try:
-                outcome: Reply | Exception = self._request(call.message)
-            except Exception as error:  # whatever it is, the caller's thread decides
-                outcome = error
-            done.put((call, outcome))
+            traffic.close()
+        if traffic.fatal is not None:
+            raise traffic.fatal
 
     def _request(self, message: str) -> Reply:
         """One request. Raises `Unavailable` if another may succeed, else `Refused`."""
@@ -202,12 +152,100 @@ class Endpoint:
         model = value.get("model")
         return Reply(
             self._without_key(content) if isinstance(content, str) else "",
-            *known,
+            known[0],
+            known[1],
             self._without_key(model)[:200] if isinstance(model, str) else None,
         )
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "<key>") if self._key else text
+
+
+class _Traffic:
+    """The calls of one `ask`: those that wait for their time, those that are under way, and whether anything more is sent.
+
+    `fatal` is the reason why no call can succeed, raised once all replies under way have come.
+    """
+
+    def __init__(self, config: JudgeConfig, calls: Sequence[Call], request: Callable[[str], Reply]) -> None:
+        self._config, self._request, self._draw = config, request, random.Random()
+        self._threads = min(config.concurrency, len(calls))
+        self._todo: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[Call, Reply | Exception]] = queue.SimpleQueue()
+        for _ in range(self._threads):
+            # Daemons: an interrupted command does not wait for replies.
+            threading.Thread(target=self._work, daemon=True).start()
+        # The time of the next try, the place in line, how often it was tried, the call.
+        self._waiting = [(0.0, place, 0, call) for place, call in enumerate(calls)]
+        self._under_way: dict[int, tuple[int, int]] = {}
+        self._pause, self._failed_in_a_row, self._stopped = 0.0, 0, False
+        self.fatal: CoraError | None = None
+
+    def send(self, allowed: Callable[[Call], bool]) -> bool:
+        """Send what is due and allowed. Returns whether there is anything to wait for."""
+        while self._has_room and self._due() <= time.monotonic():
+            if not allowed(self._waiting[0][3]):
+                self._stopped = True
+                break
+            _, place, tries, call = heapq.heappop(self._waiting)
+            self._under_way[call.number] = (place, tries)
+            self._todo.put(call)
+        return bool(self._under_way) or self._has_room
+
+    @property
+    def _has_room(self) -> bool:
+        return bool(self._waiting) and not self._stopped and len(self._under_way) < self._threads
+
+    def _due(self) -> float:
+        return max(self._waiting[0][0], self._pause)
+
+    def arrived(self) -> tuple[Call, Reply | Exception] | None:
+        """The next outcome; None if it is time to send another request first."""
+        try:
+            return self._done.get(timeout=max(self._due() - time.monotonic(), 0.0) if self._has_room else None)
+        except queue.Empty:
+            return None
+
+    def judge(self, call: Call, outcome: Reply | Exception) -> Reply | NoReply | None:
+        """What an outcome means for the caller, and when the call is tried again; None where no call can succeed."""
+        place, tries = self._under_way.pop(call.number)
+        if isinstance(outcome, Reply):
+            self._failed_in_a_row = 0
+            return outcome
+        if not isinstance(outcome, Unavailable):
+            self._stop(_fatal(outcome))
+            return None
+        last = tries >= self._config.retries
+        self._failed_in_a_row += last
+        if self._failed_in_a_row >= FAILURES_IN_A_ROW:
+            self._stop(
+                CoraError(
+                    f"{self._config.endpoint} gave no reply to {self._failed_in_a_row} calls in a row ({outcome}); what was judged is kept: run "
+                    "the same command again once it answers"
+                )
+            )
+        if outcome.after is not None:
+            self._pause = max(self._pause, time.monotonic() + outcome.after)
+        if not last:
+            wait = min(self._config.backoff * 2 ** min(tries, 30), LONGEST_WAIT) * 2 * self._draw.random()
+            heapq.heappush(self._waiting, (time.monotonic() + wait, place, tries + 1, call))
+        return NoReply(str(outcome), outcome.paid, last)
+
+    def _stop(self, why: CoraError) -> None:
+        self._stopped, self.fatal = True, self.fatal or why
+
+    def _work(self) -> None:
+        while (call := self._todo.get()) is not None:
+            try:
+                outcome: Reply | Exception = self._request(call.message)
+            except Exception as error:  # whatever it is, the caller's thread decides
+                outcome = error
+            self._done.put((call, outcome))
+
+    def close(self) -> None:
+        """End the threads that wait for work."""
+        for _ in range(self._threads):
+            self._todo.put(None)
 
 
 def retry_after(value: str | None) -> float | None:

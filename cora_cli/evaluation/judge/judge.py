@@ -13,7 +13,7 @@ from typing import Any
 from cora_cli import rundir
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.judge.answers import Answers, load_answers
-from cora_cli.evaluation.judge.asking import Call, Judge, NoReply, Reply
+from cora_cli.evaluation.judge.asking import Call, Judge, NoReply
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.evaluation.judge.endpoint import Endpoint
 from cora_cli.evaluation.judge.judgments import Judgments, estimated_tokens
@@ -135,9 +135,8 @@ def _ask_all(work: _Work, judgments: Judgments) -> None:
         while pending:
             calls: dict[int, tuple[Question, int, Call]] = {}
             for number, question in enumerate(pending):
-                attempt = judgments.attempts(question.request_sha256)
-                again = judgments.last_reason(question.request_sha256) if attempt else ""
-                calls[number] = (question, attempt, Call(number, question.message(again)))
+                useless = judgments.malformed(question.request_sha256)
+                calls[number] = (question, len(useless), Call(number, question.message(useless[-1] if useless else "")))
             before = len(judgments.lines)
             settled = set()
             for call, result in work.judge.ask([call for *_, call in calls.values()], budget.allows):
@@ -207,7 +206,8 @@ def _result(work: _Work, judgments: Judgments) -> dict[str, Any]:
             for system in work.answers.systems
         ],
         "rubrics": {
-            rubric.name: measure_rubric(rubric, work.answers, _judged(work.questions, rubric, judgments)) for rubric in work.rubrics
+            rubric.name: measure_rubric(rubric, work.answers, _judged(work.questions, rubric, judgments))
+            for rubric in work.rubrics
         },
         "tokens": {key: sum(line[f"tokens_{key}"] for line in judgments.lines) for key in ("in", "out")},
         "cost": judgments.cost(config.price_in or 0.0, config.price_out or 0.0) if known else None,

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
@@ -32,10 +32,11 @@ class Judgments:
     """The judgments in a file, by the hash of their request."""
 
     def __init__(self, path: Path, rubrics: dict[str, Rubric]) -> None:
-        self._path, self._file = path, None
+        self._path = path
+        self._file: BinaryIO | None = None
         self.lines: list[dict[str, Any]] = read_jsonl(path, Judgment, drop_partial_tail=True) if path.exists() else []
         self.judged: dict[str, dict[str, Any]] = {}
-        self._attempts: dict[str, int] = {}
+        self._malformed: dict[str, list[str]] = {}
         for number, line in enumerate(self.lines, start=1):
             self._check(line, rubrics, number)
             self._count(line)
@@ -51,24 +52,22 @@ class Judgments:
             said = None
         # A rubric of the same name with other criteria has other requests, so its line is of no use here and does no harm.
         if said is not None and said != line["judgment"]:
-            raise CoraError(f"{self._path}, line {number}: the judgment is not what its reply says; the line was changed, remove it")
+            raise CoraError(
+                f"{self._path}, line {number}: the judgment is not what its reply says; the line was changed, remove it"
+            )
 
     def _count(self, line: dict[str, Any]) -> None:
         key = line["request_sha256"]
         if line["outcome"] == "judged":
             self.judged[key] = line
         elif line["outcome"] == "malformed":
-            self._attempts[key] = line["attempt"] + 1
+            self._malformed.setdefault(key, []).append(line["reason"] or "")
         elif line["outcome"] == "failed":
-            self._attempts.pop(key, None)
+            self._malformed.pop(key, None)
 
-    def attempts(self, key: str) -> int:
-        """How many malformed replies there are to a request since it last failed."""
-        return self._attempts.get(key, 0)
-
-    def last_reason(self, key: str) -> str:
-        """Why the last reply to a request was of no use."""
-        return next((line["reason"] or "" for line in reversed(self.lines) if line["request_sha256"] == key), "")
+    def malformed(self, key: str) -> list[str]:
+        """Why each reply to a request was of no use, since the request last failed."""
+        return self._malformed.get(key, [])
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ Those shipped are in `rubrics/`; a user's own has the same keys.
 
 import dataclasses
 import importlib.resources
+import re
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -88,21 +89,29 @@ def _read(path: Path, name: str) -> Rubric:
 
 
 def _fault(values: dict[str, Any]) -> str | None:
-    known, of_criterion = _RubricFile.__annotations__.keys(), _CriterionFile.__annotations__.keys()
-    if unknown := sorted(map(str, values.keys() - known)):
-        return f"unknown keys: {', '.join(unknown)}; known keys: {', '.join(sorted(known))}"
+    """What is wrong with a rubric whose values have the right types."""
     criteria = values.get("criteria", {})
+    faults = [_unknown("it", values, _RubricFile), *(_fault_of_criterion(*entry) for entry in criteria.items())]
     if values["kind"] == "preference":
-        return "a preference has no criteria and no pass_mark; leave them out" if criteria or "pass_mark" in values else None
-    if not criteria:
-        return "scores need at least one entry in criteria"
-    for name, entry in criteria.items():
-        if not isinstance(name, str) or not name.isidentifier() or name == "reason":
-            return f"a criterion needs a name of letters, digits and underscores other than reason, not {name!r}"
-        if unknown := sorted(map(str, entry.keys() - of_criterion)):
-            return f"criteria.{name} has unknown keys: {', '.join(unknown)}; known keys: {', '.join(sorted(of_criterion))}"
-    if not any(entry.get("anchored", True) for entry in criteria.values()):
-        return "at least one criterion must be anchored, or nothing shows whether the judge can judge"
-    if not LOWEST < values.get("pass_mark", 60) <= HIGHEST:
-        return f"pass_mark must be above {LOWEST:g} and at most {HIGHEST:g}, not {values['pass_mark']:g}"
-    return None
+        faults.append(
+            "a preference has no criteria and no pass_mark; leave them out" if criteria or "pass_mark" in values else None
+        )
+    elif not criteria:
+        faults.append("scores need at least one entry in criteria")
+    elif not any(entry.get("anchored", True) for entry in criteria.values()):
+        faults.append("at least one criterion must be anchored, or nothing shows whether the judge can judge")
+    elif not LOWEST < values.get("pass_mark", 60) <= HIGHEST:
+        faults.append(f"pass_mark must be above {LOWEST:g} and at most {HIGHEST:g}, not {values['pass_mark']:g}")
+    return next(filter(None, faults), None)
+
+
+def _fault_of_criterion(name: Any, entry: dict[str, Any]) -> str | None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or name == "reason":
+        return f"a criterion needs a name of letters, digits and underscores other than reason, not {name!r}"
+    return _unknown(f"criteria.{name}", entry, _CriterionFile)
+
+
+def _unknown(place: str, values: dict[str, Any], shape: Any) -> str | None:
+    known = shape.__annotations__.keys()
+    unknown = sorted(map(str, values.keys() - known))
+    return f"{place} has unknown keys: {', '.join(unknown)}; known keys: {', '.join(sorted(known))}" if unknown else None
