@@ -135,10 +135,10 @@ def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> 
                 continue
             try:
                 judged = _judged_in(place, names)
-                predictions = EvaluationDirectory(row.evaluation).predictions if row.evaluation else None
+                own = EvaluationDirectory(row.evaluation).predictions if row.evaluation else None
                 sums = {system["predictions_sha256"] for system in judged.record["systems"]}
-                if predictions and predictions.is_file() and rundir.sha256_file(predictions) not in sums:
-                    raise CoraError(f"{place.result} is about other answers than {predictions}; run `cora judge` again")
+                if own and own.is_file() and rundir.sha256_file(own) not in sums:
+                    raise CoraError(f"{place.result} is about other answers than {own}; run `cora judge` again")
             except CoraError as error:
                 missing.append(Missing(row, "judge", str(error)))
             else:

@@ -85,6 +85,7 @@ def _score_tables(title: str, name: str, rubric: Mapping[str, Any], printed: Map
         f"{rubric['pass_mark']:g} points; specificity: shuffled ones that do not. What is not anchored need not tell them apart.",
     )
     blocks.append(Table(f"{title}: the judge", (*headers, "sensitivity", "specificity"), tuple(anchors), explained))
+    columns = ("answers", "criterion", "observed", "corrected")
     shares = [
         (Cell(answers), Cell(key), _cell(share["observed"], 2), _cell(share["corrected"], 2))
         for key, entry in criteria.items()
@@ -94,10 +95,9 @@ def _score_tables(title: str, name: str, rubric: Mapping[str, Any], printed: Map
         "observed: as judged. corrected: for the judge's measured sensitivity and specificity, which enter the interval; it supposes that the judge "
         "errs on the models' answers as often as on the anchors. –: the judge cannot be corrected.",
     )
-    headers = ("answers", "criterion", "observed", "corrected")
     return [
         *blocks,
-        Table(f"{title}: share of answers of {rubric['pass_mark']:g} points or more", headers, tuple(shares), note),
+        Table(f"{title}: share of answers of {rubric['pass_mark']:g} points or more", columns, tuple(shares), note),
     ]
 
 

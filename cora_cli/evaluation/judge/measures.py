@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from cora_cli.crossed import Floats, crossed, pseudo_values
+from cora_cli.crossed import Floats, ValueFunction, crossed, pseudo_values
 from cora_cli.evaluation.judge.answers import REFERENCE, SHUFFLED, Answers
 from cora_cli.evaluation.judge.questions import Question
 from cora_cli.evaluation.judge.rubrics import FIRST, SECOND, TIE, Criterion, Rubric
 from cora_cli.evaluation.judge.wording import PREFERENCE_KEY
-from cora_cli.intervals import ValueFunction
 
 Z = 1.959963984540054
 _ROUNDING = 1e-12
@@ -247,7 +246,8 @@ def _retest_of_scores(scores: Mapping[str, Sequence[Sequence[float | None]]]) ->
 def _pairs(answers: Answers, judged: Judged) -> dict[str, Any]:
     """See `records.JudgedPairs`."""
     said: dict[tuple[tuple[str, ...], int, int], str | None] = {
-        (question.names, question.record, question.repeat): found and found[PREFERENCE_KEY] for question, found in judged
+        (question.names, question.record, question.repeat): str(found[PREFERENCE_KEY]) if found else None
+        for question, found in judged
     }
     worth = {FIRST: 1.0, TIE: 0.5, SECOND: 0.0}
     records, repeats = range(len(answers.prompts)), sorted({repeat for *_, repeat in said})

@@ -42,7 +42,8 @@ def all_questions(
     found = []
     for rubric in rubrics:
         pairs = answers.pairs() if rubric.is_preference else []
-        shown = [names for pair in pairs for names in (pair, pair[::-1])] or [(name,) for name in answers.names]
+        shown: list[tuple[str, ...]] = [names for pair in pairs for names in (pair, pair[::-1])]
+        shown = shown or [(name,) for name in answers.names]
         for names in shown:
             texts = [answers.of(name) for name in names]
             for record, prompt in enumerate(answers.prompts):
