@@ -10,7 +10,6 @@ import http.server
 import json
 import random
 import re
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
+from cora_cli.evaluation.judge.config import JudgeConfig
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Biases:
     first: float = 0.0
     longer: float = 0.0
     misjudged: float = 0.0
+    seed: int = 1
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Request:
     message: str
     body: dict[str, Any]
     headers: dict[str, str]
+    at: float
     answered: bool = False
 
 
@@ -65,7 +67,7 @@ class Server:
     def reply(self, message: str) -> str:
         with self.lock:
             self._seen[message] += 1
-            draw = random.Random(f"{message}{self._seen[message]}")
+            draw = random.Random(f"{self.biases.seed} {self._seen[message]} {message}")
         texts, outside = split(message)
         if self.say:
             return self.say(message)
@@ -107,7 +109,7 @@ def _handler(state: Server) -> type[http.server.BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            request = Request(body["messages"][-1]["content"], body, dict(self.headers))
+            request = Request(body["messages"][-1]["content"], body, dict(self.headers), time.monotonic())
             with state.lock:
                 fault = state.fault(len(state.requests))
                 state.requests.append(request)
@@ -199,5 +201,7 @@ def write_answers(folder: Path, count: int, good: float = 1.0, seed: int = 0) ->
     return folder / "predictions.jsonl"
 
 
-def mean(values: list[float]) -> float:
-    return statistics.fmean(values)
+def judge_of(server: Server, predictions: Path, out: Path, **settings: Any) -> JudgeConfig:
+    """The settings of a judging by a server, without pauses after errors."""
+    fast: dict[str, Any] = {"backoff": 0.001, "judge": "planted", **settings}
+    return JudgeConfig(from_predictions=str(predictions), endpoint=server.url, output_dir=str(out), **fast)
