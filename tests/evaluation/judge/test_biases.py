@@ -42,6 +42,7 @@ def test_the_length_slope_and_the_noise_are_recovered(tmp_path, slope, noise) ->
     assert found["disqualified"] == []
 
 
+@pytest.mark.slow
 def test_the_intervals_cover_what_is_planted_in_about_95_of_100_judgings(tmp_path) -> None:
     """The server's judge without the server, many times: noise of scores, slope, difference of the anchors, and both biases of pairs."""
     path = write_answers(tmp_path / "answers", 30)
