@@ -112,14 +112,14 @@ def shuffled(references: Sequence[str], seed: int) -> list[int | None]:
 
 
 def _predictions_of(name: str) -> Path:
-    """The predictions of a run or of an evaluation directory."""
+    """The predictions of a run, of `cora train` or of a grid, or of an evaluation directory."""
     run = RunDirectory(Path(name))
-    evaluation = run.evaluation if run.exists() else Path(name)
-    path = EvaluationDirectory(evaluation).predictions
-    if not path.is_file():
-        what = "is not evaluated" if run.exists() else "is neither a run of cora nor an evaluation"
-        raise CoraError(f"{name} {what} (no {path}); run `cora evaluate` first, or judge a file with --from")
-    return path
+    places = [run.evaluation, run.root / "evaluation"] if run.exists() else [Path(name)]
+    paths = [EvaluationDirectory(place).predictions for place in places]
+    if (path := next((path for path in paths if path.is_file()), None)) is not None:
+        return path
+    what = "is not evaluated" if run.exists() else "is neither a run of cora nor an evaluation"
+    raise CoraError(f"{name} {what} (no {paths[0]}); run `cora evaluate` first, or judge a file with --from")
 
 
 def _answers_of_base(runs: Sequence[str]) -> Path:
