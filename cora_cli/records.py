@@ -339,12 +339,12 @@ class JudgedPairs(TypedDict):
 
 
 class JudgedRubric(TypedDict):
-    """The results of a rubric; `criteria` or `pairs`. `failed` counts judgments that were not obtained, by name."""
+    """The results of a rubric: `criteria`, or `pairs` where it asks for preferences. `failed` counts judgments that were not obtained, by name."""
 
     sha256: str
-    pass_mark: NotRequired[float]
-    criteria: NotRequired[dict[str, JudgedCriterion]]
-    pairs: NotRequired[JudgedPairs]
+    pass_mark: float
+    criteria: dict[str, JudgedCriterion]
+    pairs: JudgedPairs | None
     asked: int
     failed: dict[str, int]
     disqualified: list[str]
@@ -358,11 +358,17 @@ class JudgedSystem(TypedDict):
     predictions_sha256: str
 
 
+class JudgeIdentity(TypedDict):
+    """What decides about a judge's replies besides the message; the rest is only compared."""
+
+    model: str
+
+
 class Judging(TypedDict):
     """`judge.json`."""
 
     format: int
-    judge: dict[str, Any]
+    judge: JudgeIdentity
     served_models: list[str]
     records: int
     retest: bool

@@ -7,6 +7,7 @@ from cora_cli.evaluation.judge.rubrics import SHIPPED
 from cora_cli.experiments.paper import paper_row
 from cora_cli.render.document import Block, Text
 from cora_cli.render.table import Cell, Table
+from cora_cli.reporting.report_rows import clean
 
 _PAPER_TABLES = {"paper": "gpt4_judge", "readability": "code_review"}
 """The paper's table with the criteria of a shipped rubric."""
@@ -14,17 +15,17 @@ _PAPER_TABLES = {"paper": "gpt4_judge", "readability": "code_review"}
 
 def judge_section(record: Mapping[str, Any], printed: Mapping[str, str] | None = None) -> list[Block]:
     """The blocks for one `judge.json`. `printed` has the paper's name of a judged system; its own name is tried otherwise."""
-    judge = record["judge"]
-    served = [name for name in record["served_models"] if name != judge["model"]]
+    judge = clean(record["judge"]["model"])
+    served = [name for name in map(clean, record["served_models"]) if name != judge]
     answered_as = f", which answered as {', '.join(served)}" if served else ""
     blocks: list[Block] = []
     for name, rubric in record["rubrics"].items():
-        title = f"{judge['model']}{answered_as}, rubric {name}"
-        blocks.append(Text(_verdict(judge["model"], name, rubric), "verdict"))
+        title = f"{judge}{answered_as}, rubric {clean(name)}"
+        blocks.append(Text(_verdict(judge, clean(name), rubric), "verdict"))
         if failed := sum(rubric["failed"].values()):
-            where = ", ".join(f"{count} of {names}" for names, count in rubric["failed"].items())
+            where = ", ".join(f"{count} of {clean(names)}" for names, count in rubric["failed"].items())
             blocks.append(Text(f"{failed} of {rubric['asked']} judgments were not obtained ({where}); they count as missing."))
-        if "pairs" in rubric:
+        if rubric["pairs"]:
             blocks += _pair_tables(title, rubric["pairs"])
         else:
             blocks += _score_tables(title, name, rubric, printed or {})
@@ -34,13 +35,13 @@ def judge_section(record: Mapping[str, Any], printed: Mapping[str, str] | None =
 def _verdict(model: str, name: str, rubric: Mapping[str, Any]) -> str:
     anchors = (
         {"preference": rubric["pairs"]["gold_over_shuffled"]}
-        if "pairs" in rubric
+        if rubric["pairs"]
         else {key: entry["gold_minus_shuffled"] for key, entry in rubric["criteria"].items() if entry["anchored"]}
     )
 
     def shown(names: Sequence[str]) -> str:
-        digits = 2 if "pairs" in rubric else 1
-        return "; ".join(f"{key} {_cell(anchors[key], digits).plain()}" for key in names)
+        digits = 2 if rubric["pairs"] else 1
+        return "; ".join(f"{key} {_cell(anchors.get(key), digits).plain()}" for key in names)
 
     if out := rubric["disqualified"]:
         return (
@@ -55,19 +56,21 @@ def _verdict(model: str, name: str, rubric: Mapping[str, Any]) -> str:
 
 def _score_tables(title: str, name: str, rubric: Mapping[str, Any], printed: Mapping[str, str]) -> list[Block]:
     criteria = rubric["criteria"]
-    names = list(next(iter(criteria.values()))["scores"])
+    names = dict.fromkeys(answers for entry in criteria.values() for answers in entry["scores"])
     table = _PAPER_TABLES.get(name) if name in SHIPPED else None
     rows = []
     for answers in names:
         paper = paper_row(table, printed.get(answers, answers))
-        rows.append((Cell(answers), *(_cell(entry["scores"][answers], 1, paper.get(key)) for key, entry in criteria.items())))
+        rows.append(
+            (Cell(clean(answers)), *(_cell(entry["scores"].get(answers), 1, paper.get(key)) for key, entry in criteria.items()))
+        )
     compared = [cell for row in rows for cell in row if cell.published is not None]
     notes = ["0-100, mean [95 % interval over records]; the last two rows are the anchors."]
     notes += ["In parentheses: the paper's GPT-4, or its reviewers, on its own models and data."] if compared else []
     blocks: list[Block] = [Table(f"{title}: scores", ("answers", *criteria), tuple(rows), tuple(notes))]
     anchors = [
         (
-            Cell(f"{key}{'' if entry['anchored'] else ' (not anchored)'}"),
+            Cell(f"{clean(key)}{'' if entry['anchored'] else ' (not anchored)'}"),
             _cell(entry["gold_minus_shuffled"], 1),
             *_retest_cells(entry["retest"]),
             _cell((entry["retest"] or {}).get("noise"), 1),
@@ -87,7 +90,7 @@ def _score_tables(title: str, name: str, rubric: Mapping[str, Any], printed: Map
     blocks.append(Table(f"{title}: the judge", (*headers, "sensitivity", "specificity"), tuple(anchors), explained))
     columns = ("answers", "criterion", "observed", "corrected")
     shares = [
-        (Cell(answers), Cell(key), _cell(share["observed"], 2), _cell(share["corrected"], 2))
+        (Cell(clean(answers)), Cell(clean(key)), _cell(share["observed"], 2), _cell(share["corrected"], 2))
         for key, entry in criteria.items()
         for answers, share in (entry["accepted"] or {}).items()
     ]
@@ -103,7 +106,8 @@ def _score_tables(title: str, name: str, rubric: Mapping[str, Any], printed: Map
 
 def _pair_tables(title: str, pairs: Mapping[str, Any]) -> list[Block]:
     wins = tuple(
-        (Cell(names), _cell(share["observed"], 2), _cell(share["corrected"], 2)) for names, share in pairs["wins"].items()
+        (Cell(clean(names)), _cell(share["observed"], 2), _cell(share["corrected"], 2))
+        for names, share in pairs["wins"].items()
     )
     note = (
         "Share of wins of the first answer over the second, ties as halves, in both orders. corrected: for how often the judge prefers a reference "

@@ -29,13 +29,20 @@ Judged = Sequence[tuple[Question, Mapping[str, Any] | None]]
 def measure_rubric(rubric: Rubric, answers: Answers, judged: Judged) -> dict[str, Any]:
     """The `records.JudgedRubric` of all judgments by one rubric; None stands for a judgment that was not obtained."""
     failed = collections.Counter(" / ".join(question.names) for question, said in judged if said is None)
-    found: dict[str, Any] = {"sha256": rubric.sha256, "asked": len(judged), "failed": dict(sorted(failed.items()))}
+    found: dict[str, Any] = {
+        "sha256": rubric.sha256,
+        "asked": len(judged),
+        "failed": dict(sorted(failed.items())),
+        "pass_mark": rubric.pass_mark,
+        "criteria": {},
+        "pairs": None,
+    }
     if rubric.is_preference:
         pairs = _pairs(answers, judged)
         return {**found, "pairs": pairs, "disqualified": _disqualified({"preference": pairs["gold_over_shuffled"]})}
     criteria = {criterion.name: _criterion(rubric, criterion, answers, judged) for criterion in rubric.criteria}
     anchors = {name: entry["gold_minus_shuffled"] for name, entry in criteria.items() if entry["anchored"]}
-    return {**found, "pass_mark": rubric.pass_mark, "criteria": criteria, "disqualified": _disqualified(anchors)}
+    return {**found, "criteria": criteria, "disqualified": _disqualified(anchors)}
 
 
 def _disqualified(anchors: Mapping[str, Any]) -> list[str]:

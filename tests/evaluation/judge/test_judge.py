@@ -11,6 +11,9 @@ from cora_cli.cli import app
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.judge.judge import judge
 from cora_cli.reading import read_json, read_jsonl
+from cora_cli.records import Judging
+from cora_cli.render.latex import latex
+from cora_cli.reporting.judge_section import judge_section
 from tests.evaluation.judge.server import Biases, judge_of, serving, write_answers
 from tests.reporting.helpers import Made, make_grid
 
@@ -198,6 +201,33 @@ def test_a_report_refuses_judgments_that_were_changed(server, answers) -> None:
     result = cora("report", out)
     assert result.exit_code == 1
     assert "is not the file that judge.json describes" in result.output
+
+
+def test_a_damaged_result_is_refused_in_one_sentence(server, answers) -> None:
+    """Whatever one of its values is replaced by."""
+    _, out = judge(judge_of(server, answers, answers.parent / "judge", retest=False))
+    whole = out.result.read_text()
+
+    def places(value, path=()):
+        yield path
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+            yield from places(part, (*path, key))
+
+    messages = []
+    for number, path in enumerate(places(json.loads(whole))):
+        holder = {"root": json.loads(whole)}
+        *way, last = ("root", *path)
+        place = holder
+        for key in way:
+            place = place[key]
+        place[last] = (None, "\x1b[2J", -1.5, [], {})[number % 5]
+        out.result.write_text(json.dumps(holder["root"]))
+        try:
+            latex(judge_section(read_json(out.result, Judging)))
+        except CoraError as error:
+            messages.append(str(error))
+    assert len(messages) > 100
+    assert all("judge.json is damaged or from another version" in message for message in messages)
 
 
 def test_two_judges_of_one_model_are_told_apart(answers, tmp_path) -> None:
