@@ -32,6 +32,11 @@ def judge_section(record: Mapping[str, Any], printed: Mapping[str, str] | None =
     return blocks
 
 
+def papers_scores(rubric: str, printed: str) -> dict[str, float]:
+    """The paper's scores of a row by criterion, for the shipped rubrics that have its criteria; empty where it has none."""
+    return paper_row(_PAPER_TABLES.get(rubric) if rubric in SHIPPED else None, printed)
+
+
 def _verdict(model: str, name: str, rubric: Mapping[str, Any]) -> str:
     anchors = (
         {"preference": rubric["pairs"]["gold_over_shuffled"]}
@@ -57,10 +62,9 @@ def _verdict(model: str, name: str, rubric: Mapping[str, Any]) -> str:
 def _score_tables(title: str, name: str, rubric: Mapping[str, Any], printed: Mapping[str, str]) -> list[Block]:
     criteria = rubric["criteria"]
     names = dict.fromkeys(answers for entry in criteria.values() for answers in entry["scores"])
-    table = _PAPER_TABLES.get(name) if name in SHIPPED else None
     rows = []
     for answers in names:
-        paper = paper_row(table, printed.get(answers, answers))
+        paper = papers_scores(name, printed.get(answers, answers))
         rows.append(
             (Cell(clean(answers)), *(_cell(entry["scores"].get(answers), 1, paper.get(key)) for key, entry in criteria.items()))
         )

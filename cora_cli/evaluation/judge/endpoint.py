@@ -14,6 +14,8 @@ import os
 import queue
 import random
 import re
+import socket
+import ssl
 import threading
 import time
 import urllib.error
@@ -106,6 +108,8 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             raise self._of_status(error) from error
         except urllib.error.URLError as error:
+            if isinstance(error.reason, ssl.SSLCertVerificationError):
+                raise Refused(f"its certificate is not valid: {error.reason.verify_message}") from error
             # Nothing was sent, or the connection ended before any answer: the server may still have computed one.
             raise Unavailable(self._without_key(f"no connection: {error.reason}"), paid=_was_sent(error.reason)) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -264,9 +268,7 @@ def retry_after(value: str | None) -> float | None:
 
 def _was_sent(reason: object) -> bool:
     """Whether a request may have reached the server although there is no connection any more."""
-    return not isinstance(reason, ConnectionRefusedError) and not (
-        isinstance(reason, OSError) and type(reason).__name__ in ("gaierror", "SSLCertVerificationError")
-    )
+    return not isinstance(reason, ConnectionRefusedError | socket.gaierror)
 
 
 def _is_loopback(host: str) -> bool:

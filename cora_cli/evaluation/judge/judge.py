@@ -69,7 +69,6 @@ def judge(config: JudgeConfig) -> tuple[dict[str, Any], JudgeDirectory]:
     with own_directory(work.out.root, work.out.judgments.name):
         _check_nothing_is_lost(work)
         judgments = Judgments(work.out.judgments, {rubric.name: rubric for rubric in work.rubrics})
-        work.out.result.unlink(missing_ok=True)  # it describes the file that is about to grow
         with judgments.open():
             _ask_all(work, judgments)
         record = _result(work, judgments)
@@ -141,6 +140,7 @@ def _ask_all(work: _Work, judgments: Judgments) -> None:
             settled = set()
             for call, result in work.judge.ask([call for *_, call in calls.values()], budget.allows):
                 question, attempt, _ = calls[call.number]
+                work.out.result.unlink(missing_ok=True)  # it describes the file without this line
                 line = judgments.add(question, attempt, call.message, result, config.max_tokens)
                 budget.settle(call)
                 out_of_tries = line["outcome"] == "malformed" and attempt + 1 >= config.tries

@@ -1,5 +1,7 @@
 """What `cora judge` reads and writes, what it refuses, and how its results come into a report."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -170,7 +172,11 @@ def test_a_report_of_a_judging_has_its_tables_in_every_format(server, answers) -
     assert printed in result.stdout
     found = json.loads(cora("report", out, "--format", "json").stdout)
     assert found["experiments"][0]["judged"] == [read_json(out / "judge.json")]
-    for format in ("markdown", "latex", "csv", "html"):
+    rows = list(csv.DictReader(io.StringIO(cora("report", out, "--format", "csv").stdout)))
+    own = {row["measure"]: (row["value"], row["paper"], row["kind"]) for row in rows if row["row"] == "CoRA_yahma_TB_5"}
+    assert own["paper.relevance"] == ("60.0", "83.9", "judge")
+    assert [row["value"] for row in rows if row["measure"] == "preference.wins"] == ["0.5"]
+    for format in ("markdown", "latex", "html"):
         assert cora("report", out, "--format", format).exit_code == 0
 
 
@@ -191,6 +197,15 @@ def test_a_report_leaves_out_judgments_that_do_not_belong_to_the_answers(server,
     text = cora("report", grid).stdout
     assert "is about other answers than" in text
     assert "rubric paper: scores" not in text
+
+
+def test_a_run_that_cannot_start_leaves_the_result_in_place(server, answers, tmp_path) -> None:
+    assert cora("judge", "--from", answers, *at(server)).exit_code == 0
+    result, other = answers.parent / "judge" / "judge.json", write_answers(tmp_path / "other", 8, seed=3)
+    before = result.read_bytes()
+    server.fault = lambda n: "401"
+    assert cora("judge", answers.parent, other.parent, "-o", result.parent, *at(server)).exit_code == 1
+    assert result.read_bytes() == before
 
 
 def test_a_report_refuses_judgments_that_were_changed(server, answers) -> None:
