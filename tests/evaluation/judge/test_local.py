@@ -91,7 +91,7 @@ def test_the_protocol_of_transformers_serve(tmp_path: Path) -> None:
                 except OSError:
                     time.sleep(0.2)
             path = write_answers(tmp_path / "answers", 2)
-            settings = {"max_tokens": 30, "tries": 2, "concurrency": 1, "retest": False, "rubric": ("paper",), "timeout": 300.0}
+            settings = {"max_tokens": 30, "tries": 1, "concurrency": 1, "retest": False, "rubric": ("paper",), "timeout": 300.0}
             config = JudgeConfig(from_predictions=str(path), endpoint=f"http://127.0.0.1:{port}/v1", judge=model, **settings)
             _, out = judge(config)
         finally:
