@@ -305,3 +305,19 @@ class EvaluationDirectory:
     def executions(self) -> Path:
         """`executions.jsonl`: per record the time limit and the fate of each of its programs, where generated code was run."""
         return self.root / "executions.jsonl"
+
+@dataclasses.dataclass(frozen=True)
+class JudgeDirectory:
+    """The path of each file of a judging."""
+
+    root: Path
+
+    @cached_property
+    def judgments(self) -> Path:
+        """`judgments.jsonl`: one line for each outcome of a request, appended as it comes; never rewritten, since it may have been paid for."""
+        return self.root / "judgments.jsonl"
+
+    @cached_property
+    def result(self) -> Path:
+        """`judge.json`: scores, preferences and what the anchors say about the judge."""
+        return self.root / "judge.json"

@@ -16,7 +16,8 @@ class ReportConfig:
     """Every setting of `cora report`."""
 
     outputs: tuple[str, ...] = setting(
-        "Output directories of `cora ablate`, run directories of `cora train`, or evaluation directories.", argument=True
+        "Output directories of `cora ablate`, run directories of `cora train`, evaluation directories, or directories of `cora judge`.",
+        argument=True,
     )
     format: Literal["terminal", "markdown", "latex", "csv", "json", "html"] = setting("Output format on stdout.", "terminal")
     output_dir: str | None = setting(

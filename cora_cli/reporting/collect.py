@@ -12,10 +12,10 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.methods.registry import METHODS
 from cora_cli.progress import progress
-from cora_cli.reading import read_jsonl
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.measures import LOSS, Measure, read_evaluation, read_loss
 from cora_cli.reporting.report_rows import Experiment, Row, StepRecords, clean
-from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,12 +71,21 @@ class Missing:
 
 
 @dataclasses.dataclass(frozen=True)
+class Judged:
+    """A `judge.json`, and the paper's names of the systems that it judged, as far as they are rows with one."""
+
+    record: dict[str, Any]
+    printed: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Collection:
-    """The results and the missing rows of one experiment."""
+    """The results, the missing rows and the judgments of one experiment."""
 
     experiment: Experiment
     results: list[Result]
     missing: list[Missing]
+    judged: list[Judged] = dataclasses.field(default_factory=list)
 
 
 def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Collection:
@@ -106,7 +115,50 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
     results = [result for result in results if result not in unmeasured]
     for group in {result.row.group for result in results}:
         _check_comparable([result for result in results if result.row.group == group])
-    return Collection(experiment, results, missing)
+    return Collection(experiment, results, missing, _judged(experiment, rows, missing))
+
+
+def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> list[Judged]:
+    """The judgments inside the rows' directories, and those that were named; a row whose judgments cannot be used is added to `missing`.
+
+    Raises `CoraError` for a named directory that cannot be used.
+    """
+    names: dict[str, str] = {}
+    for row in rows:
+        if row.printed and row.evaluation and (predictions := EvaluationDirectory(row.evaluation).predictions).is_file():
+            names[rundir.sha256_file(predictions)] = row.printed
+    found = [_judged_in(JudgeDirectory(place), names) for place in experiment.judgings]
+    for row in rows:
+        for folder in (row.run, row.evaluation):
+            place = JudgeDirectory(folder / "judge") if folder else None
+            if place is None or not place.result.is_file() or place.root in experiment.judgings:
+                continue
+            try:
+                judged = _judged_in(place, names)
+                own = EvaluationDirectory(row.evaluation).predictions if row.evaluation else None
+                sums = {system["predictions_sha256"] for system in judged.record["systems"]}
+                if own and own.is_file() and rundir.sha256_file(own) not in sums:
+                    raise CoraError(f"{place.result} is about other answers than {own}; run `cora judge` again")
+            except CoraError as error:
+                missing.append(Missing(row, "judge", str(error)))
+            else:
+                found.append(judged)
+    return found
+
+
+def _judged_in(place: JudgeDirectory, names: dict[str, str]) -> Judged:
+    record = read_json(place.result, records.Judging)
+    if not place.judgments.is_file() or rundir.sha256_file(place.judgments) != record["judgments_sha256"]:
+        raise CoraError(
+            f"{place.judgments} is not the file that {place.result.name} describes; run the same `cora judge` command again, which asks for "
+            "nothing that is answered"
+        )
+    printed = {
+        system["name"]: names[system["predictions_sha256"]]
+        for system in record["systems"]
+        if system["predictions_sha256"] in names
+    }
+    return Judged(record, printed)
 
 
 def _each_once(rows: tuple[Row, ...]) -> list[Row]:

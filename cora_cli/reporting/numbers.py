@@ -1,7 +1,7 @@
 """Writes reports for other programs: a tidy CSV of all measures, and JSON with the complete report.
 
 JSON: `{"format_version": 2, "experiments": [...]}`. An experiment has `name`, `title`, `paper_table`, `preset`, `conditions`, `methods`
-(the paragraphs), `missing` (`row`, `part`, `reason`) and `groups`. A group has `name`, `measures`, `selected_by`, `lines`, `best` and `verdict`:
+(the paragraphs), `missing` (`row`, `part`, `reason`), `judged` (each `judge.json`) and `groups`. A group has `name`, `measures`, `selected_by`, `lines`, `best` and `verdict`:
 
 - a line: `row` (title), `method`, `mode`, `label`, `printed`, `rank`, `n_models`, `learning_rate`, `chosen`, `seeds`, `rows` (names),
   `trained_parameters`, `adapter_bytes`, `tokens_per_second` and `peak_memory_bytes` (a value per seed), `paper` (measure -> number), and
@@ -13,7 +13,8 @@ JSON: `{"format_version": 2, "experiments": [...]}`. An experiment has `name`, `
   the difference: `seed`, `record`, `interaction`), `margin`, `more_seeds` and `more_records` (which would decide, or null).
 
 Version 2 replaced the tests over prompts (`seeds_agree`, `seeds_agreeing`, `over_seeds`) by those over seeds and records. In the CSV, a test
-has `outcome` and the other columns of its group at the end; its `row` is `one minus other`, and its `value` the difference.
+has `outcome` and the other columns of its group at the end; its `row` is `one minus other`, and its `value` the difference. A judge's scores have the judge as
+`method` and `RUBRIC.CRITERION` as `measure`.
 
 `heldout_loss` is in nats per response token, `sacrebleu` 0-100, the other measures 0-1.
 """
@@ -24,6 +25,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from cora_cli.reporting.collect import Judged
+from cora_cli.reporting.judge_section import papers_scores
 from cora_cli.reporting.methods_section import methods_paragraphs
 from cora_cli.reporting.outcomes import Test
 from cora_cli.reporting.summary import Group, Line, Summary
@@ -79,6 +82,8 @@ def to_csv(summaries: Sequence[Summary]) -> str:
                 writer.writerows(_csv_rows(summary.collection.experiment.name, group, line))
             for comparison in group.verdict.comparisons:
                 writer.writerows(_csv_tests(summary.collection.experiment.name, group, comparison))
+        for judged in summary.collection.judged:
+            writer.writerows(_csv_judged(summary.collection.experiment.name, judged))
     return out.getvalue()
 
 
@@ -164,6 +169,28 @@ def _csv_tests(experiment: str, group: Group, comparison: Comparison) -> list[di
     return [{key: _safe(value) for key, value in entry.items()} for entry in rows]
 
 
+def _csv_judged(experiment: str, judged: Judged) -> list[dict[str, Any]]:
+    """Scores and win rates, as the judge gave them; a disqualified judge's are told by the `kind`."""
+    found: list[tuple[str, str, str, Any, float | None]] = []
+    for name, rubric in judged.record["rubrics"].items():
+        kind = "disqualified judge" if rubric["disqualified"] else "judge"
+        for key, entry in rubric["criteria"].items():
+            for answers, score in entry["scores"].items():
+                paper = papers_scores(name, judged.printed.get(answers, answers)).get(key)
+                found.append((kind, answers, f"{name}.{key}", score, paper))
+        for names, share in (rubric["pairs"] or {"wins": {}})["wins"].items():
+            found.append((kind, names, f"{name}.wins", share["observed"], None))
+    rows = []
+    for kind, answers, measure, score, paper in found:
+        if score is not None:
+            low, high = score["ci95"] or (None, None)
+            row = {"experiment": experiment, "row": answers, "method": judged.record["judge"]["model"], "measure": measure}
+            rows.append(
+                {**row, "value": score["value"], "low": low, "high": high, "kind": kind, "n": score["n"], "paper": paper}
+            )
+    return [{key: _safe(value) for key, value in row.items()} for row in rows]
+
+
 def _safe(value: Any) -> Any:
     """Quote text that a spreadsheet would take for a formula."""
     return f"'{value}" if isinstance(value, str) and value[:1] in "=+@" else value
@@ -190,6 +217,7 @@ def _experiment(summary: Summary) -> dict[str, Any]:
         "methods": methods_paragraphs(summary),
         "missing": [{"row": e.row.name, "part": e.part, "reason": e.reason} for e in summary.collection.missing],
         "groups": [_group(group) for group in summary.groups],
+        "judged": [judged.record for judged in summary.collection.judged],
     }
 
 

@@ -48,7 +48,8 @@ def report(
     """
     collections = [collect(experiment, metrics) for experiment in find_experiments(outputs)]
     has_bases = any(row.basis and row.basis.is_file() for c in collections for row in c.experiment.rows if row.run is None)
-    if not has_bases and not any(collection.results for collection in collections):
+    has_judged = any(collection.judged for collection in collections)
+    if not has_bases and not has_judged and not any(collection.results for collection in collections):
         first = next(entry for collection in collections for entry in collection.missing)
         count = sum(len(collection.missing) for collection in collections)
         raise CoraError(
@@ -58,6 +59,7 @@ def report(
     if (
         metrics
         and not has_bases
+        and not has_judged
         and not any(set(group.measures) & set(metrics) for summary in summaries for group in summary.groups)
     ):
         raise CoraError(
@@ -99,8 +101,7 @@ def _draw(summary: Summary, prefix: str) -> list[Figure]:
         if row.basis is not None and row.basis.is_file():
             paths[row.basis] = row.n_models
     spectra, damaged = read_spectra(paths)
-    owner = experiment.rows[0]
-    missing += [Missing(dataclasses.replace(owner, name=experiment.name), "basis", sentence) for sentence in damaged]
+    missing += [Missing(dataclasses.replace(experiment.rows[0], name=experiment.name), "basis", text) for text in damaged]
     figures = [draw_variance(spectra, prefix)] if spectra else []
     for number, group in enumerate(summary.groups, start=1):
         figures += draw_figures(group, f"{prefix}{_file_name(group.name) if len(summary.groups) > 1 else ''}{number}-")

@@ -16,7 +16,7 @@ from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.steps import Step, read_steps
 from cora_cli.methods.registry import method_of
 from cora_cli.reading import checked, read_json
-from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 
 PLAN_VERSION = 1
 PLAIN = "finished runs"
@@ -56,7 +56,7 @@ class Experiment:
 
     `margin` is the grid's margin of equivalence: a share of what training gains, or margins by measure, or None for the default.
     `sweeps` has the sweep of each method, as `records.PlannedSweep`, of a grid that sweeps and then confirms, and `looks` the number of times
-    that it looks at its confirming seeds.
+    that it looks at its confirming seeds. `judgings` are directories of `cora judge` that were named themselves; rows have theirs inside.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Experiment:
     margin: float | dict[str, float] | None = None
     sweeps: tuple[dict[str, Any], ...] = ()
     looks: int | None = None
+    judgings: tuple[Path, ...] = ()
 
 
 class StepRecords:
@@ -95,6 +96,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
     """
     grids: list[Experiment] = []
     plain: list[Row] = []
+    judgings: list[Path] = []
     for root in _distinct_directories(outputs):
         if (root / "plan.json").is_file():
             grids.append(read_plan(root))
@@ -102,12 +104,18 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
             plain.append(_row_of_run(RunDirectory(root)))
         elif EvaluationDirectory(root).metrics.is_file():
             plain.append(_row_of_evaluation(EvaluationDirectory(root)))
+        elif JudgeDirectory(root).result.is_file():
+            judgings.append(root)
         else:
             raise CoraError(
-                f"{root} {_what_it_is(root)}; name the output directory of `cora ablate`, `cora train` or `cora evaluate`"
+                f"{root} {_what_it_is(root)}; name the output directory of `cora ablate`, `cora train`, `cora evaluate` or `cora judge`"
             )
-    if plain:
-        grids.append(Experiment(PLAIN, "Finished runs", None, None, (), tuple(_distinct(plain))))
+    if len(grids) == 1 and not plain:
+        # Judgments of a grid's models are reported with their rows, which know the paper's names.
+        return [dataclasses.replace(grids[0], judgings=tuple(judgings))]
+    if plain or judgings:
+        title = "Finished runs" if plain else "Judged answers"
+        grids.append(Experiment(PLAIN, title, None, None, (), tuple(_distinct(plain)), judgings=tuple(judgings)))
     return grids
 
 
@@ -274,4 +282,4 @@ def _what_it_is(root: Path) -> str:
         return "does not exist"
     if not root.is_dir():
         return "is a file"
-    return "holds no plan.json, run.json or metrics.json" if rundir.holds_files(root) else "is empty"
+    return "holds no plan.json, run.json, metrics.json or judge.json" if rundir.holds_files(root) else "is empty"

@@ -434,7 +434,7 @@ def test_draws_of_a_random_b_are_one_basis_and_losses_are_compared_over_the_seed
         (["MODEL"], 2, "one model alone cannot be compared"),
         (["MODEL", "MODEL"], 2, "is named twice"),
         (["MODEL", "BASE", "--runs=RUN"], 2, "--runs needs models and their --base"),
-        (["MODEL", "--base=BASE", "--runs=BASE"], 1, "holds no plan.json, run.json or metrics.json"),
+        (["MODEL", "--base=BASE", "--runs=BASE"], 1, "holds no plan.json, run.json, metrics.json or judge.json"),
         (["MODEL", "--base=BASE", "--rank=9"], 1, "--rank 9 is more than the 8 directions"),
         (["MODEL", "--base=BASE", "-o", "BASE/config.json"], 1, "config.json is a file; choose a new or empty directory"),
         (["MODEL", "BASE/config.json"], 1, "config.json is not a complete safetensors file"),

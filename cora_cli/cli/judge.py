@@ -1,0 +1,32 @@
+"""`cora judge`: have a language model score or compare answers, among anchors that show what the judge is worth."""
+
+import typer
+
+from cora_cli.cli.command import command
+from cora_cli.evaluation.judge.config import JudgeConfig
+from cora_cli.progress import say
+from cora_cli.terminal import show
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    command(app, "judge", JudgeConfig, run)
+
+
+def run(config: JudgeConfig) -> None:
+    """Have a language model judge answers by a rubric, with reference answers, shuffled ones and repetitions blind among them."""
+    from cora_cli.evaluation.judge.judge import judge, price
+
+    if config.dry_run:
+        found = price(config)
+        cost = "no price is given" if found.cost is None else f"at most about {found.cost:.4g}"
+        show(f"requests: {found.requests} ({found.answered} more are answered already)")
+        show(f"tokens: about {found.tokens_in:,} in, at most {found.tokens_out:,} out")
+        show(f"price: {cost}")
+        return
+    from cora_cli.render.text import terminal
+    from cora_cli.reporting.judge_section import judge_section
+
+    record, out = judge(config)
+    show(terminal(judge_section(record)), end="")
+    say(f"{out.result} and {out.judgments.name} are written")

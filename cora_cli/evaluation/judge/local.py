@@ -1,0 +1,78 @@
+"""A judge that is a model on this machine, decoded greedily."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from cora_cli.data.encode import encode_prompt
+from cora_cli.data.templates import Rendered
+from cora_cli.device import select_hardware
+from cora_cli.errors import CoraError
+from cora_cli.evaluation.generate import end_tokens, transformers_engine
+from cora_cli.evaluation.judge.asking import Call, NoReply, Reply
+from cora_cli.evaluation.judge.config import JudgeConfig
+from cora_cli.models.loading import context_length, load_model, load_tokenizer
+from cora_cli.models.references import resolve_model
+from cora_cli.progress import say
+
+_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+class LocalJudge:
+    """See the module. The model is loaded with the first call."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        assert config.judge_model is not None
+        self._config, self._model = config, resolve_model(config.judge_model)
+        if self._model.is_adapter:
+            raise CoraError(
+                f"{config.judge_model} is an adapter, not a complete model; merge it first with `cora merge {config.judge_model}`"
+            )
+        self._hardware = select_hardware(config.device, config.dtype)
+        self._tokenizer = load_tokenizer(self._model, config.trust_remote_code)
+        self._loaded: Any = None
+        self.identity = {
+            "model": self._model.reference,
+            "model_sha256": self._model.content_hash(),
+            "tokenizer_sha256": self._model.tokenizer_hash(),
+            "dtype": self._hardware.dtype_name,
+            "max_tokens": config.max_tokens,
+        }
+
+    def ask(self, calls: Sequence[Call], allowed: Callable[[Call], bool]) -> Iterator[tuple[Call, Reply | NoReply]]:
+        """See `Judge`; the calls of one batch are answered together."""
+        if self._loaded is None:
+            say(f"{self._model.reference}: {self._hardware.describe()}")
+            self._loaded = load_model(
+                self._model, self._hardware.dtype, self._hardware.device, None, self._config.trust_remote_code
+            )
+        room = context_length(self._loaded.config) - self._config.max_tokens
+        prompts = [self._encode(call.message) for call in calls]
+        fitting = [place for place, ids in enumerate(prompts) if len(ids) <= room and allowed(calls[place])]
+        for call, ids in zip(calls, prompts, strict=True):
+            if len(ids) > room:
+                reason = f"the message of {len(ids)} tokens and a reply of {self._config.max_tokens} exceed the judge's context"
+                yield call, NoReply(reason, paid=False, last=True)
+        if not fitting:
+            return
+        ends = end_tokens(self._loaded.generation_config.eos_token_id, {self._tokenizer.eos_token_id})
+        settings = (self._config.batch_size, self._config.max_tokens)
+        engine = transformers_engine(self._loaded, self._tokenizer, ends, [prompts[place] for place in fitting], *settings)
+        for start in range(0, len(fitting), engine.wave):
+            wave = fitting[start : start + engine.wave]
+            answers = engine.answer([prompts[place] for place in wave], lambda: None)
+            for place, ids in zip(wave, answers, strict=True):
+                text = self._tokenizer.decode(ids, skip_special_tokens=True)
+                yield calls[place], Reply(text, len(prompts[place]), len(ids), self._model.reference)
+
+    def _encode(self, message: str) -> list[int]:
+        """The tokens of a conversation with this message, whose text is never taken for the template's control tokens."""
+        if not self._tokenizer.chat_template:
+            return encode_prompt(Rendered(f"{message}\n\n", "", special_tokens=True, end=None), self._tokenizer)
+        conversation = [{"role": "user", "content": _PLACE}]
+        shown = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        before, found, after = shown.partition(_PLACE)
+        if not found:
+            raise CoraError(f"the chat template of {self._model.reference} does not write the message of the user")
+        plain = self._tokenizer(message, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        around = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after)]
+        return [*around[0], *plain, *around[1]]

@@ -1,0 +1,227 @@
+"""Faults of an endpoint, the limits on requests and cost, and what is sent and kept."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.evaluation.judge import endpoint
+from cora_cli.evaluation.judge.config import JudgeConfig
+from cora_cli.evaluation.judge.endpoint import retry_after
+from cora_cli.evaluation.judge.judge import judge, price
+from cora_cli.reading import read_jsonl
+from tests.evaluation.judge.server import judge_of, serving, write_answers
+
+FAULTS = ["429", "500", "503", "hang up", "half", "not json", "garbage", "range", None, None, None]
+
+
+@pytest.fixture
+def answers(tmp_path) -> Path:
+    return write_answers(tmp_path / "answers", 8)
+
+
+def outcomes(out):
+    return [line["outcome"] for line in read_jsonl(out.judgments)]
+
+
+def test_faulty_replies_change_no_number(tmp_path, answers) -> None:
+    with serving() as server:
+        expected, _ = judge(judge_of(server, answers, tmp_path / "calm"))
+    with serving(fault=lambda n: FAULTS[n * 7 % len(FAULTS)]) as server:
+        # One fault of each kind can hit one request in a row; malformed replies get as many tries as it takes.
+        found, out = judge(judge_of(server, answers, tmp_path / "faulty", retries=30, tries=20))
+    assert found["rubrics"] == expected["rubrics"]
+    seen = outcomes(out)
+    assert seen.count("judged") == 112
+    assert {"lost", "malformed"} <= set(seen)
+    assert "failed" not in seen
+    reasons = {line["reason"] for line in read_jsonl(out.judgments) if line["outcome"] == "lost"}
+    assert any("429" in reason for reason in reasons)
+    assert any("cut off" in reason for reason in reasons)
+    assert any("no chat completion" in reason for reason in reasons)
+
+
+def test_a_malformed_reply_is_asked_again_without_being_quoted(tmp_path, answers) -> None:
+    with serving(fault=lambda n: "garbage" if n == 0 else None) as server:
+        judge(judge_of(server, answers, tmp_path / "out", concurrency=1, rubric=("paper",)))
+    first = server.requests[0].message
+    (again,) = [request.message for request in server.requests if request.message.startswith(first + "\n\n")]
+    assert again == f"{first}\n\nYour last reply could not be used: it was not one JSON object."
+
+
+def test_a_failure_is_kept_as_a_failure_and_asked_again_next_time(tmp_path, answers) -> None:
+    with serving(fault=lambda n: "500" if n < 3 else None) as server:
+        config = judge_of(server, answers, tmp_path / "out", concurrency=1, retries=0, rubric=("paper",))
+        record, out = judge(config)
+        assert outcomes(out).count("failed") == 3
+        assert sum(record["rubrics"]["paper"]["failed"].values()) == 3
+        sent = len(server.requests)
+        record, out = judge(config)
+        assert len(server.requests) == sent + 3
+        assert record["rubrics"]["paper"]["failed"] == {}
+
+
+def test_a_judge_that_never_makes_sense_gives_failures(tmp_path, answers) -> None:
+    with serving(fault=lambda n: "range") as server:
+        record, out = judge(judge_of(server, answers, tmp_path / "out", tries=2, rubric=("paper",)))
+    paper = record["rubrics"]["paper"]
+    assert sum(paper["failed"].values()) == paper["asked"] == 48
+    assert outcomes(out) == ["malformed"] * 48 + outcomes(out)[48:]
+    assert outcomes(out).count("failed") == 48
+    assert paper["criteria"]["fluency"]["scores"]["answers"] is None
+    assert paper["disqualified"] == ["relevance", "accuracy"]
+
+
+def test_a_retry_after_holds_back_every_request(tmp_path, answers) -> None:
+    with serving(fault=lambda n: "429 1" if n == 0 else None) as server:
+        judge(judge_of(server, answers, tmp_path / "out", concurrency=1))
+    assert server.requests[1].at - server.requests[0].at >= 1.0
+
+
+def test_retry_after_is_a_number_or_a_date() -> None:
+    assert [retry_after(value) for value in (None, "7", " 0.5 ", "soon", "-3")] == [None, 7.0, 0.5, None, None]
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert retry_after("Wed, 21 Oct 2065 07:28:00 GMT") > 1e8
+
+
+def test_a_very_long_retry_after_ends_the_command(tmp_path, answers) -> None:
+    with serving(fault=lambda n: "429 86400") as server, pytest.raises(CoraError, match="asks to wait for 86400 s"):
+        judge(judge_of(server, answers, tmp_path / "out", concurrency=1))
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_no_more_requests_are_in_flight_than_allowed(tmp_path, answers, concurrency) -> None:
+    with serving(seconds=0.01) as server:
+        judge(judge_of(server, answers, tmp_path / "out", concurrency=concurrency, rubric=("preference",)))
+    assert 1 <= server.most_at_once <= concurrency
+
+
+@pytest.mark.parametrize("status", ["400", "401", "403", "404", "302"])
+def test_a_refusal_ends_the_command_with_its_reason_and_keeps_what_was_judged(tmp_path, answers, status) -> None:
+    with serving(fault=lambda n: status if n >= 5 else None) as server:
+        config = judge_of(server, answers, tmp_path / "out", concurrency=1)
+        with pytest.raises(CoraError, match=rf"refuses the request \(status {status}"):
+            judge(config)
+        assert len(server.requests) == 6
+        assert price(config).answered == 5
+    assert not (tmp_path / "out" / "judge.json").exists()
+
+
+def test_an_endpoint_that_is_down_is_given_up(tmp_path, answers, monkeypatch) -> None:
+    monkeypatch.setattr(endpoint, "FAILURES_IN_A_ROW", 3)
+    with serving() as server:
+        config = judge_of(server, answers, tmp_path / "out", retries=1, concurrency=2)
+    with pytest.raises(CoraError, match="gave no reply to 3 calls in a row"):
+        judge(config)
+
+
+def test_the_key_is_sent_and_written_nowhere(tmp_path, answers, monkeypatch, capfd) -> None:
+    monkeypatch.setenv("CORA_JUDGE_KEY", "sk-very-secret")
+
+    def say(message):
+        return '{"fluency": 1, "relevance": 2, "accuracy": 3, "reason": "sk-very-secret"}'
+
+    with serving(say=say, fault=lambda n: "500" if n == 1 else None) as server:
+        judge(judge_of(server, answers, tmp_path / "out", rubric=("paper",)))
+    assert {request.headers["Authorization"] for request in server.requests} == {"Bearer sk-very-secret"}
+    for path in (tmp_path / "out").rglob("*"):
+        assert b"secret" not in path.read_bytes()
+    assert "secret" not in "".join(capfd.readouterr())
+
+
+def test_without_a_key_none_is_sent_and_other_variables_are_not_read(tmp_path, answers, monkeypatch) -> None:
+    monkeypatch.delenv("CORA_JUDGE_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
+    with serving() as server:
+        judge(judge_of(server, answers, tmp_path / "out", rubric=("preference",), retest=False))
+    assert not any("Authorization" in request.headers for request in server.requests)
+
+
+def test_parameters_are_merged_into_the_request(tmp_path, answers) -> None:
+    with serving() as server:
+        own = '{"temperature": null, "max_tokens": null, "max_completion_tokens": 50}'
+        judge(judge_of(server, answers, tmp_path / "out", parameters=own, rubric=("preference",)))
+    body = server.requests[0].body
+    assert {key: value for key, value in body.items() if key != "messages"} == {
+        "model": "planted",
+        "stream": False,
+        "max_completion_tokens": 50,
+    }
+
+
+def test_the_judge_sees_nothing_that_tells_whose_answer_it_is(tmp_path, answers) -> None:
+    base = write_answers(tmp_path / "elsewhere", 8, seed=1)
+    with serving() as server:
+        judge(judge_of(server, answers, tmp_path / "out", base=str(base)))
+    text = json.dumps([request.body for request in server.requests])
+    assert not re.search(r"elsewhere|shuffled|base\b|retest|predictions", text)
+    # Requests are mixed: the first ones are not all of one kind.
+    assert len({request.message.split("\n")[0] for request in server.requests[:20]}) == 2
+
+
+def test_the_cost_stays_below_its_limit_and_a_higher_one_continues(tmp_path, answers) -> None:
+    prices = {"price_in": 1000.0, "price_out": 1000.0, "max_tokens": 20, "retest": False}
+    with serving() as server:
+        config = judge_of(server, answers, tmp_path / "out", max_cost=3.0, **prices)
+        with pytest.raises(CoraError, match=r"could exceed --max-cost 3 .* a higher --max-cost continues"):
+            judge(config)
+        sent = len(server.requests)
+        # Each answered request cost 110 tokens at 1000 per million.
+        assert 0 < sent * 0.11 <= 3.0
+        record, _ = judge(judge_of(server, answers, tmp_path / "out", max_cost=1000.0, **prices))
+        assert len(server.requests) == len({request.message for request in server.requests})
+    assert record["cost"] == pytest.approx(len(server.requests) * 0.11)
+    assert record["tokens"] == {"in": 100 * len(server.requests), "out": 10 * len(server.requests)}
+
+
+def test_lost_replies_count_as_paid(tmp_path, answers) -> None:
+    with serving(fault=lambda n: "half" if n < 4 else None) as server:
+        prices = {"price_in": 1.0, "price_out": 1.0, "max_tokens": 20}
+        record, out = judge(judge_of(server, answers, tmp_path / "out", concurrency=1, **prices))
+    lost = [line for line in read_jsonl(out.judgments) if line["outcome"] == "lost"]
+    assert len(lost) == 4
+    assert {(line["tokens_out"], line["estimated"]) for line in lost} == {(20, True)}
+    assert record["tokens"]["out"] == 4 * 20 + 10 * outcomes(out).count("judged")
+
+
+def test_a_dry_run_sends_and_writes_nothing(tmp_path, answers) -> None:
+    with serving() as server:
+        config = judge_of(server, answers, tmp_path / "out", price_in=10.0, price_out=30.0, max_tokens=50)
+        found = price(config)
+        assert server.requests == []
+        assert not (tmp_path / "out").exists()
+        judge(config)
+        assert found.requests == len(server.requests)
+        assert found.cost == pytest.approx((found.tokens_in * 10 + found.tokens_out * 30) / 1e6)
+        assert price(config).requests == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"endpoint": "ftp://x"}, "--endpoint must be an address"),
+        ({"endpoint": "http://user:secret@x/v1"}, "without user, password or query, not 'x/v1'"),
+        ({"endpoint": "https://x/v1?key=secret"}, "not 'https://x/v1'"),
+        ({"endpoint": "http://x/v1", "judge": None}, "--judge names the model"),
+        ({"endpoint": None, "judge": None}, "give one judge"),
+        ({"judge_model": "m"}, "give one judge"),
+        ({"endpoint": None, "judge": None, "judge_model": "m", "max_cost": 1.0}, "no effect on a local judge"),
+        ({"max_cost": 1.0}, "--max-cost needs --price-in"),
+        ({"concurrency": 0}, "--concurrency must be at least 1"),
+        ({"limit": 1}, "--limit must be at least 2"),
+        ({"timeout": 0.0}, "--timeout must be above 0"),
+        ({"parameters": "[1]"}, "--parameters must be a JSON object"),
+        ({"parameters": "{"}, "--parameters must be a JSON object"),
+        ({"parameters": '{"model": "x"}'}, "cannot set model"),
+        ({"runs": ("a", "b")}, "give either run directories or --from"),
+        ({"runs": ("a", "b"), "from_predictions": None}, "several runs need --output-dir"),
+        ({"with_base": True}, "--with-base needs run directories"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_sentence(settings, words) -> None:
+    with pytest.raises(UsageError, match=re.escape(words)) as refused:
+        JudgeConfig(**{"from_predictions": "p.jsonl", "endpoint": "http://x/v1", "judge": "j", **settings})
+    assert "secret" not in str(refused.value)

@@ -1,0 +1,255 @@
+"""What `cora judge` reads and writes, what it refuses, and how its results come into a report."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cora_cli import rundir
+from cora_cli.cli import app
+from cora_cli.errors import CoraError
+from cora_cli.evaluation.judge.judge import judge
+from cora_cli.reading import read_json, read_jsonl
+from cora_cli.records import Judging
+from cora_cli.render.latex import latex
+from cora_cli.reporting.judge_section import judge_section
+from tests.evaluation.judge.server import Biases, judge_of, serving, write_answers
+from tests.reporting.helpers import Made, make_grid
+
+
+def cora(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def answers(tmp_path) -> Path:
+    return write_answers(tmp_path / "CoRA_yahma_TB_5", 8)
+
+
+@pytest.fixture
+def server():
+    with serving() as running:
+        yield running
+
+
+def at(server, *more):
+    return ("--endpoint", server.url, "--judge", "planted", "--backoff", "0.001", *more)
+
+
+def test_the_command_prints_tables_with_the_papers_columns_beside_them(server, answers) -> None:
+    result = cora("judge", "--from", answers, *at(server))
+    assert result.exit_code == 0, result.output
+    assert "60.0 [60.0, 60.0] (90.39)" in result.stdout
+    assert "the judge planted tells reference answers from references of other prompts" in result.stdout
+    out = answers.parent / "judge"
+    record = read_json(out / "judge.json")
+    assert record["judgments_sha256"] == rundir.sha256_file(out / "judgments.jsonl")
+    assert record["served_models"] == ["planted-1"]
+    assert record["systems"][0]["predictions_sha256"] == rundir.sha256_file(answers)
+
+
+def test_asked_again_it_sends_nothing_and_gives_the_same(server, answers) -> None:
+    first = cora("judge", "--from", answers, *at(server))
+    sent = len(server.requests)
+    assert cora("judge", "--from", answers, *at(server)).stdout == first.stdout
+    assert cora("judge", "--from", answers, *at(server, "--dry-run")).stdout.startswith(
+        f"requests: 0 ({sent} more are answered"
+    )
+    assert len(server.requests) == sent
+
+
+def test_more_records_and_more_models_reuse_what_is_judged(server, answers, tmp_path) -> None:
+    other = write_answers(tmp_path / "other", 8, seed=5)
+    cora("judge", "--from", answers, "-o", tmp_path / "out", *at(server))
+    sent = len(server.requests)
+    result = cora("judge", answers.parent, other.parent, "-o", tmp_path / "out", *at(server))
+    assert result.exit_code == 0, result.output
+    # Two requests for each record's score and four for its pair with the reference.
+    assert len(server.requests) == sent + 8 * 6
+    assert list(read_json(tmp_path / "out" / "judge.json")["rubrics"]["preference"]["pairs"]["wins"]) == [
+        "CoRA_yahma_TB_5 / reference",
+        "other / reference",
+    ]
+
+
+def test_the_base_model_is_judged_and_compared(server, answers, tmp_path) -> None:
+    base = write_answers(tmp_path / "b", 8, good=0.0)
+    result = cora("judge", "--from", answers, "--base", base.parent, *at(server))
+    assert result.exit_code == 0, result.output
+    found = read_json(answers.parent / "judge" / "judge.json")
+    assert [system["name"] for system in found["systems"]] == ["base", "CoRA_yahma_TB_5"]
+    assert found["rubrics"]["paper"]["criteria"]["accuracy"]["scores"]["base"]["value"] == 20
+    wins = found["rubrics"]["preference"]["pairs"]["wins"]
+    assert {name: share["observed"]["value"] for name, share in wins.items()} == {"CoRA_yahma_TB_5 / base": 1.0}
+
+
+def test_with_base_finds_the_answers_next_to_those_of_the_run(server, answers, tmp_path) -> None:
+    run = tmp_path / "run"
+    write_answers(run / "eval", 8)
+    (run / "run.json").write_text("{}")
+    missing = cora("judge", run, "--with-base", *at(server))
+    assert missing.exit_code == 1
+    assert "run `cora evaluate" in missing.output
+    write_answers(run / "eval-base", 8, good=0.0)
+    result = cora("judge", run, "--with-base", *at(server))
+    assert result.exit_code == 0, result.output
+    assert [system["name"] for system in read_json(run / "judge" / "judge.json")["systems"]] == ["base", "run"]
+
+
+def test_another_judge_or_rubric_is_not_mixed_in_without_overwrite(server, answers) -> None:
+    cora("judge", "--from", answers, "--rubric", "paper", *at(server))
+    out, sent = answers.parent / "judge", len(server.requests)
+    other = ("judge", "--from", answers, "--rubric", "readability", *at(server))
+    refused = cora(*other)
+    assert refused.exit_code == 1
+    assert "other rubrics; choose another --output-dir, or replace it with --overwrite" in refused.output
+    assert len(server.requests) == sent
+    assert cora(*other, "--overwrite").exit_code == 0
+    assert set(read_json(out / "judge.json")["rubrics"]) == {"readability"}
+    # What was judged before is kept, and costs nothing again.
+    sent = len(server.requests)
+    assert cora("judge", "--from", answers, "--rubric", "paper", "--overwrite", *at(server)).exit_code == 0
+    assert len(server.requests) == sent
+
+
+def test_a_judgment_that_was_edited_is_refused(server, answers) -> None:
+    cora("judge", "--from", answers, *at(server))
+    path = answers.parent / "judge" / "judgments.jsonl"
+    lines = read_jsonl(path)
+    place = next(number for number, line in enumerate(lines) if line["rubric"] == "paper")
+    lines[place]["judgment"]["accuracy"] = 99.0
+    rundir.write_jsonl(path, lines)
+    result = cora("judge", "--from", answers, *at(server))
+    assert result.exit_code == 1
+    assert f"line {place + 1}: the judgment is not what its reply says" in result.output
+
+
+def test_predictions_that_were_edited_are_refused(server, answers) -> None:
+    rundir.write_json(answers.parent / "generation.json", {"name": "m", "settings": {}, "predictions_sha256": "0" * 64})
+    result = cora("judge", "--from", answers, *at(server))
+    assert result.exit_code == 1
+    assert "was changed after it was generated" in result.output
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([{"prediction": "a", "reference": "b"}] * 3, 'record 1: expected text under "prompt"'),
+        ([{"prompt": "p", "prediction": "a", "reference": "b"}], "has 1 records; judging needs at least two"),
+        ([{"prompt": "p", "prediction": "a", "reference": "b"}] * 3, "no two different references"),
+    ],
+)
+def test_predictions_that_cannot_be_judged_are_refused(server, tmp_path, lines, words) -> None:
+    rundir.write_jsonl(tmp_path / "own.jsonl", lines)
+    result = cora("judge", "--from", tmp_path / "own.jsonl", *at(server))
+    assert result.exit_code == 1
+    assert words in result.output
+
+
+def test_models_that_answered_other_records_are_refused(server, answers, tmp_path) -> None:
+    other = write_answers(tmp_path / "other", 9)
+    result = cora("judge", answers.parent, other.parent, "-o", tmp_path / "out", *at(server))
+    assert result.exit_code == 1
+    assert "do not hold the same records" in result.output
+
+
+def test_a_directory_with_other_files_is_left_alone(server, answers, tmp_path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(CoraError, match="holds other files"):
+        judge(judge_of(server, answers, tmp_path / "full"))
+
+
+def test_a_report_of_a_judging_has_its_tables_in_every_format(server, answers) -> None:
+    printed = cora("judge", "--from", answers, *at(server)).stdout
+    out = answers.parent / "judge"
+    result = cora("report", out)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("Judged answers\n")
+    assert printed in result.stdout
+    found = json.loads(cora("report", out, "--format", "json").stdout)
+    assert found["experiments"][0]["judged"] == [read_json(out / "judge.json")]
+    rows = list(csv.DictReader(io.StringIO(cora("report", out, "--format", "csv").stdout)))
+    own = {row["measure"]: (row["value"], row["paper"], row["kind"]) for row in rows if row["row"] == "CoRA_yahma_TB_5"}
+    assert own["paper.relevance"] == ("60.0", "83.9", "judge")
+    assert [row["value"] for row in rows if row["measure"] == "preference.wins"] == ["0.5"]
+    for format in ("markdown", "latex", "html"):
+        assert cora("report", out, "--format", format).exit_code == 0
+
+
+def test_a_report_of_a_grid_names_the_papers_rows(server, tmp_path) -> None:
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb", printed="CoRA_code_FB_5", n_models=5)], prompts=6)
+    (run,) = (grid / "runs").iterdir()
+    result = cora("judge", run, *at(server))
+    assert result.exit_code == 0, result.output
+    text = cora("report", grid).stdout
+    assert "20.0 [20.0, 20.0] (87.53)" in text
+    assert "the judge planted is disqualified" in text
+
+
+def test_a_report_leaves_out_judgments_that_do_not_belong_to_the_answers(server, tmp_path) -> None:
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb")], prompts=6)
+    (metrics,) = grid.rglob("metrics.json")
+    judge(judge_of(server, write_answers(tmp_path / "other", 8), metrics.parent / "judge"))
+    text = cora("report", grid).stdout
+    assert "is about other answers than" in text
+    assert "rubric paper: scores" not in text
+
+
+def test_a_run_that_cannot_start_leaves_the_result_in_place(server, answers, tmp_path) -> None:
+    assert cora("judge", "--from", answers, *at(server)).exit_code == 0
+    result, other = answers.parent / "judge" / "judge.json", write_answers(tmp_path / "other", 8, seed=3)
+    before = result.read_bytes()
+    server.fault = lambda n: "401"
+    assert cora("judge", answers.parent, other.parent, "-o", result.parent, *at(server)).exit_code == 1
+    assert result.read_bytes() == before
+
+
+def test_a_report_refuses_judgments_that_were_changed(server, answers) -> None:
+    cora("judge", "--from", answers, *at(server))
+    out = answers.parent / "judge"
+    with (out / "judgments.jsonl").open("a") as file:
+        file.write("\n")
+    result = cora("report", out)
+    assert result.exit_code == 1
+    assert "is not the file that judge.json describes" in result.output
+
+
+def test_a_damaged_result_is_refused_in_one_sentence(server, answers) -> None:
+    """Whatever one of its values is replaced by."""
+    _, out = judge(judge_of(server, answers, answers.parent / "judge", retest=False))
+    whole = out.result.read_text()
+
+    def places(value, path=()):
+        yield path
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+            yield from places(part, (*path, key))
+
+    messages = []
+    for number, path in enumerate(places(json.loads(whole))):
+        holder = {"root": json.loads(whole)}
+        *way, last = ("root", *path)
+        place = holder
+        for key in way:
+            place = place[key]
+        place[last] = (None, "\x1b[2J", -1.5, [], {})[number % 5]
+        out.result.write_text(json.dumps(holder["root"]))
+        try:
+            latex(judge_section(read_json(out.result, Judging)))
+        except CoraError as error:
+            messages.append(str(error))
+    assert len(messages) > 100
+    assert all("judge.json is damaged or from another version" in message for message in messages)
+
+
+def test_two_judges_of_one_model_are_told_apart(answers, tmp_path) -> None:
+    """A report of both has the verdict of each."""
+    for name, biases in (("fair", Biases()), ("blind", Biases(good=50, bad=50))):
+        with serving(biases=biases) as server:
+            judge(judge_of(server, answers, tmp_path / name, judge=name, rubric=("paper",)))
+    text = cora("report", tmp_path / "fair", tmp_path / "blind").stdout
+    assert "the judge fair tells" in text
+    assert "the judge blind is disqualified" in text
