@@ -211,6 +211,7 @@ def _load(config: TrainConfig, prepared: Prepared) -> tuple[torch.nn.Module, Bat
     if prepared.plan is not None:
         check_applied(loaded, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
     batching = choose_batching(loaded, prepared.attention, examples, prepared.hardware)
+    batching = dataclasses.replace(batching, form=dataclasses.replace(batching.form, tokens_per_row=config.tokens_per_row))
     say(batching.describe())
     # Starts are seeded by module name; this seeds dropout.
     set_seed(config.seed)
@@ -325,7 +326,7 @@ def _trainer(
 
 
 def _angle_meter(model: Any, plan: AdapterPlan | None) -> AngleMeter | None:
-    if plan is None or not plan.trains_b or plan.b_init not in ("basis", "orthonormal", "random"):
+    if not AngleMeter.applies(plan):
         return None
     assert isinstance(model, PeftModel)
     return AngleMeter(model)
