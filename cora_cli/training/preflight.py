@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,6 @@ from cora_cli.data.batches import GHOST, BatchForm, Collator, GlobalBatches
 from cora_cli.data.encode import Example
 from cora_cli.data.pack import Layout
 from cora_cli.device import planned_hardware
-from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import factors_of, lora_layers
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
@@ -58,6 +58,8 @@ _NEED_VALUES = (
     UnsupportedOperatorException,
 )
 """What fake tensors raise where the computation depends on numbers."""
+EPOCHS = 3
+"""Epochs that are searched for the largest micro-batch."""
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -118,11 +120,8 @@ def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:
             measured: Measured | str = _measure(config, prepared, form, work, processes, place)
         except _NEED_VALUES as error:
             measured = f"the memory of {config.model} in mode {config.mode} depends on its numbers ({type(error).__name__})"
-    largest = [examples[index] for index in work.passes[0]]
-    labels = sum(map(_responses, largest))
-    return Preflight(
-        config, prepared, form, steps, processes, work.tokens, work.labels, form.tokens(largest), labels, measured
-    )
+    counts = (steps, processes, work.tokens, work.labels, work.largest, work.largest_labels)
+    return Preflight(config, prepared, form, *counts, measured)
 
 
 def _planned_form(config: TrainConfig, prepared: Prepared) -> BatchForm:
@@ -139,43 +138,58 @@ def _responses(example: Example) -> int:
 
 
 class _Work:
-    """All micro-batches of a run: the `tokens` and `labels` of their examples, and the `passes` of the one that takes most memory, which
-    come largest first."""
+    """The `tokens` and `labels` of all micro-batches of a run, and the `passes` of the one that takes most memory, the largest first:
+    `largest` and `largest_labels` are the tokens and labels of that one."""
 
     def __init__(self, config: TrainConfig, prepared: Prepared, form: BatchForm, steps: int, processes: int) -> None:
         self._form, self._examples = form, prepared.train.examples
         text = prepared.model_config.get_text_config(decoder=True)
         layers = 1 if config.gradient_checkpointing else int(text.num_hidden_layers)
         self._per_token, self._per_label = 34 * layers * int(text.hidden_size), 8 * int(text.vocab_size)
-        micro = [batch for rank in range(processes) for batch in self._batches(config, steps, rank, processes)]
-        self.tokens = sum(len(self._examples[index].input_ids) for batch in micro for index in batch)
-        self.labels = sum(_responses(self._examples[index]) for batch in micro for index in batch)
+        every = [
+            GlobalBatches(len(self._examples), config.batch_size, config.gradient_accumulation, rank, processes, config.seed)
+            for rank in range(processes)
+        ]
+        epochs, rest = divmod(steps * config.gradient_accumulation, len(every[0]))
+        last = self._epoch(every, epochs, rest)
+        self.tokens = epochs * prepared.train.tokens + self._sum(last, lambda example: len(example.input_ids))
+        self.labels = epochs * prepared.train.response_tokens + self._sum(last, _responses)
+        micro = [batch for epoch in range(min(epochs, EPOCHS)) for batch in self._epoch(every, epoch, len(every[0]))]
         # Sums overestimate rows that share prefixes, so the largest few are laid out.
-        found = sorted({tuple(sorted(batch)) for batch in micro}, key=self._upper, reverse=True)[:8]
+        found = sorted(
+            {tuple(sorted(batch)) for batch in (*micro, *last)},
+            key=lambda batch: self._upper(self.members(batch)),
+            reverse=True,
+        )[:8]
         self.passes = max((self.split(list(batch)) for batch in found), key=lambda parts: self._size(parts[0]))
         # Two passes are as many as ever exist at once: one, and the gradients of those before.
-        self.batch = Collator(form)([(self._examples[index], False) for index in self.passes[0]])
+        self.batch = Collator(form)([(example, False) for example in self.members(self.passes[0])])
         self.batch["passes"] *= min(2, len(self.passes))
 
-    def _batches(self, config: TrainConfig, steps: int, rank: int, processes: int) -> Iterator[list[int]]:
-        count, accumulation = len(self._examples), config.gradient_accumulation
-        batches = GlobalBatches(count, config.batch_size, accumulation, rank, processes, config.seed)
-        left = steps * accumulation
-        while left > 0:
-            for batch in batches:
-                if left > 0 and batch != [GHOST]:
-                    yield batch
-                left -= 1
-            batches.set_epoch(batches.epoch + 1)
+        largest = self.members(self.passes[0])
+        self.largest, self.largest_labels = form.tokens(largest), sum(map(_responses, largest))
 
-    def _upper(self, batch: Sequence[int]) -> int:
-        return sum(
-            len(self._examples[index].input_ids) * self._per_token + _responses(self._examples[index]) * self._per_label
-            for index in batch
-        )
+    def members(self, part: Sequence[int]) -> list[Example]:
+        """The examples of a batch or pass."""
+        return [self._examples[index] for index in part]
+
+    @staticmethod
+    def _epoch(every: Sequence[GlobalBatches], epoch: int, count: int) -> list[list[int]]:
+        """The first `count` micro-batches of an epoch, of all processes."""
+        found = []
+        for batches in every:
+            batches.set_epoch(epoch)
+            found += [batch for batch in itertools.islice(batches, count) if batch != [GHOST]]
+        return found
+
+    def _sum(self, batches: Sequence[list[int]], number: Callable[[Example], int]) -> int:
+        return sum(number(example) for batch in batches for example in self.members(batch))
+
+    def _upper(self, members: Sequence[Example]) -> int:
+        return sum(len(each.input_ids) * self._per_token + _responses(each) * self._per_label for each in members)
 
     def _size(self, part: Sequence[int]) -> int:
-        members = [self._examples[index] for index in part]
+        members = self.members(part)
         return self._form.tokens(members) * self._per_token + sum(map(_responses, members)) * self._per_label
 
     def split(self, batch: list[int]) -> list[list[int]]:
@@ -183,14 +197,14 @@ class _Work:
         parts = self._form.passes([self._examples[index] for index in batch])
         return sorted(([batch[member] for member in part] for part in parts), key=self._size, reverse=True)
 
-    def largest_of(self, records: Sequence[Example]) -> list[Example]:
-        """The examples of the largest pass in which the held-out loss of `records` is measured."""
-        order = sorted(range(len(records)), key=lambda index: len(records[index].input_ids))
-        rows = [[records[index] for index in row] for row in rows_of(records, order)]
-        passes = [[row[member] for member in part] for row in rows for part in self._form.passes(row)]
-        return max(
-            passes, key=lambda part: sum(len(e.input_ids) * self._per_token + _responses(e) * self._per_label for e in part)
-        )
+    def held_out(self, *sets: Sequence[Example]) -> Iterator[list[Example]]:
+        """The largest pass in which the held-out loss of each set is measured; none for an empty set."""
+        for records in sets:
+            order = sorted(range(len(records)), key=lambda index: len(records[index].input_ids))
+            rows = [[records[index] for index in row] for row in rows_of(records, order)]
+            passes = [[row[member] for member in part] for row in rows for part in self._form.passes(row)]
+            if passes:
+                yield max(passes, key=self._upper)
 
 
 class _FakeTrainer(CoraTrainer):
@@ -248,10 +262,12 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
     arguments.max_steps, arguments.gradient_accumulation_steps, arguments.report_to = 1, accumulation, []
     arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs, arguments.warmup_steps = "constant", None, 0
     meter = StorageMeter(int(prepared.model_config.get_text_config(decoder=True).vocab_size))
-    with fakes(), meter, _gpu_autocast() if on_gpu else contextlib.nullcontext():
+    with fakes(), meter, contextlib.ExitStack() as precision:
         dtype = torch.float32 if plan is None else prepared.hardware.dtype
         model = fake_model(prepared.model_config, config.trust_remote_code, dtype)
         meter.assign((*model.parameters(), *model.buffers()), "weights")
+        if on_gpu and any(isinstance(module, torch.nn.LayerNorm) for module in model.modules()):
+            precision.enter_context(_WideLayerNorm())
         if form.kind == "packed":
             AttentionInterface.register(_STAND_IN, _gpu_attention(prepared.attention.name) if on_gpu else _cpu_attention())
             model.set_attn_implementation(_STAND_IN)
@@ -273,13 +289,15 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
                 frames = _frames(model, plan)
             trainer.train()
             found.append(Memory(_with_buckets(meter.peak, parameters["trained"], processes), "a training step"))
-        for records in (prepared.test.examples, prepared.validation.examples):
-            if records:
-                meter.restart()
-                model.eval()
-                with torch.inference_mode():
-                    row_losses(model, work.largest_of(records), hardware, form)
-                found.append(Memory(dict(meter.peak), "measuring the held-out loss"))
+        for members in work.held_out(prepared.test.examples, prepared.validation.examples):
+            # A forward pass alone takes less than a training step with as many tokens.
+            if found and form.tokens(members) <= work.largest and sum(map(_responses, members)) <= work.largest_labels:
+                continue
+            meter.restart()
+            model.eval()
+            with torch.inference_mode():
+                row_losses(model, members, hardware, form)
+            found.append(Memory(dict(meter.peak), "measuring the held-out loss"))
         del frames
     return Measured(parameters, stored, max(found, key=lambda memory: memory.total))
 
@@ -312,10 +330,12 @@ def _alone() -> Iterator[Path]:
             state.update(saved)
 
 
-class _gpu_autocast(TorchFunctionMode):  # noqa: N801  # used like a function
+class _WideLayerNorm(TorchFunctionMode):
     """Autocast of CUDA computes LayerNorm in float32, which that of CPUs does not."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run a function of torch."""
         if func is torch.nn.functional.layer_norm and torch.is_autocast_enabled("cpu"):
             args = tuple(value.float() if isinstance(value, torch.Tensor) else value for value in args)

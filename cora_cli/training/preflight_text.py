@@ -30,7 +30,9 @@ def _work(plan: Preflight) -> list[str]:
         )
     together = config.batch_size * config.gradient_accumulation * plan.processes
     spread = f" in {plan.processes} processes" if plan.processes > 1 else ""
-    lines.append(f"{plan.steps:,} steps of {together:,} examples{spread}: {plan.tokens:,} tokens, of which {plan.labels:,} carry loss")
+    lines.append(
+        f"{plan.steps:,} steps of {together:,} examples{spread}: {plan.tokens:,} tokens, of which {plan.labels:,} carry loss"
+    )
     return lines
 
 
@@ -48,7 +50,9 @@ def _memory(plan: Preflight) -> list[str]:
     ]
     if hardware.device.type == "cuda":
         lines.append("  ".join(["fits a card of", *(f"{card} GB: {'yes' if fits(memory, card) else 'no'}" for card in CARDS)]))
-        lines.append(f"(a card counts as full at {100 * USABLE:.0f} %: the CUDA context and gaps between tensors take the rest)")
+        lines.append(
+            f"(a card counts as full at {100 * USABLE:.0f} %: the CUDA context and gaps between tensors take the rest)"
+        )
     else:
         lines.append("(tensors only: Python and its libraries take about 0.6 GiB more)")
     return lines

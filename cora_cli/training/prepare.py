@@ -86,16 +86,7 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
     if not method.runs_in_several_processes and (processes := number_of_processes()) > 1:
         raise CoraError(f"mode {config.mode} changes its number of parameters and runs in one process only, not in {processes}")
     if basis is not None and plan is not None and (planned is None or model_path.has_weights):
-        source = open_source(model_path)
-        targets = source.targets(plan.target_modules)
-        basis.check_model(
-            source.architecture,
-            {name: source.shapes[name] for name in targets},
-            plan.rank if plan.basis_side == "input" else method.b_width(plan),
-            plan.basis_side,
-            method.width_flag,
-        )
-        basis.check_base(source)
+        _check_basis(basis, model_path, method, plan)
     hardware = planned or select_hardware(config.device, config.dtype)
     if config.load_in_4bit:
         require_four_bit()
@@ -121,12 +112,7 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
     train_set = encode_records(data.train, template, length, "training", rows, config.train_on == "all", context)
     test_set = encode_records(data.test, template, length, "held-out", rows, context=context)
     validation_set = encode_records(data.validation, template, length, "validation", rows, context=context)
-    longest = max((len(example.input_ids) for example in train_set.examples), default=0)
-    if config.tokens_per_row is not None and longest > config.tokens_per_row:
-        raise CoraError(
-            f"--tokens-per-row must be at least {longest}, the tokens of the longest training example, not {config.tokens_per_row}; a smaller "
-            "--max-length shortens it"
-        )
+    _check_row(config.tokens_per_row, train_set)
     if plan is not None:
         method.check_run(plan, layers, total_steps(config, len(train_set.examples)))
     if config.eval_limit:
@@ -139,6 +125,30 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
     attention = select_packed_attention(hardware.device.type, has_triton=None if torch.cuda.is_available() else True)
     sets = (train_set, test_set, validation_set)
     return Prepared(hardware, attention, model_path, model_config, tokenizer, template, data, *sets, basis, plan)
+
+
+def _check_basis(basis: Basis, model: ModelPath, method: Method, plan: AdapterPlan) -> None:
+    """Raise `CoraError` for a basis that does not fit the weights of the model."""
+    source = open_source(model)
+    targets = source.targets(plan.target_modules)
+    basis.check_model(
+        source.architecture,
+        {name: source.shapes[name] for name in targets},
+        plan.rank if plan.basis_side == "input" else method.b_width(plan),
+        plan.basis_side,
+        method.width_flag,
+    )
+    basis.check_base(source)
+
+
+def _check_row(tokens: int | None, train: EncodedSet) -> None:
+    """Raise `CoraError` where an example alone is longer than the row that the user allows."""
+    longest = max((len(example.input_ids) for example in train.examples), default=0)
+    if tokens is not None and longest > tokens:
+        raise CoraError(
+            f"--tokens-per-row must be at least {longest}, the tokens of the longest training example, not {tokens}; a smaller --max-length "
+            "shortens it"
+        )
 
 
 def _checked_targets(skeleton: Any, method: Method, plan: AdapterPlan) -> list[str]:
