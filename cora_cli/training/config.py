@@ -19,11 +19,21 @@ _WHAT, _DATA, _OPTIM, _RUN = "Method", "Data", "Optimisation", "Run"
 _OF_METHODS = frozenset(own.name for own in OWN_SETTINGS)
 NOT_PART_OF_THE_RESULT = frozenset(
     {
-        *("output_dir", "resume", "stop_at", "report_to", "device", "save_steps", "keep_checkpoints", "dry_run"),
+        *(
+            "output_dir",
+            "resume",
+            "stop_at",
+            "report_to",
+            "device",
+            "save_steps",
+            "keep_checkpoints",
+            "dry_run",
+            "tokens_per_row",
+        ),
         *("model", "dataset", "basis"),
     }
 )
-"""Settings that may differ between a run and its resumption: they do not change the result, or they locate an input whose content
+"""Settings that may differ between a run and its resumption: they do not change the result beyond rounding, or they locate an input whose content
 hash is compared anyway."""
 
 

@@ -275,9 +275,10 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
             model = install_adapter(model, plan, prepared.basis)
         parameters = parameter_counts(model, plan)
         stored = None if plan is None else sum(t.nbytes for t in stored_state(model, plan, config.compact)[0].values())
-        found = []
-        if plan is None or method_of(plan.mode).can_train(plan):
-            meter.restart()
+        meter.restart()
+        found, frames = [Memory(dict(meter.peak), "holding the model")], []
+        trains = plan is None or method_of(plan.mode).can_train(plan)
+        if trains:
             trainer = _FakeTrainer(
                 meter,
                 [work.batch] * accumulation,
@@ -291,7 +292,7 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
             found.append(Memory(_with_buckets(meter.peak, parameters["trained"], processes), "a training step"))
         for members in work.held_out(prepared.test.examples, prepared.validation.examples):
             # A forward pass alone takes less than a training step with as many tokens.
-            if found and form.tokens(members) <= work.largest and sum(map(_responses, members)) <= work.largest_labels:
+            if trains and form.tokens(members) <= work.largest and sum(map(_responses, members)) <= work.largest_labels:
                 continue
             meter.restart()
             model.eval()

@@ -3,13 +3,12 @@
 from typing import Any
 
 from cora_cli.data.encode import Example
+from cora_cli.training.fitting import USABLE, fits
 from cora_cli.training.memory import PARTS
-from cora_cli.training.preflight import Measured, Memory, Preflight
+from cora_cli.training.preflight import Measured, Preflight
 
 CARDS = (16, 24, 40, 48, 80, 141)
 """Memory of common GPUs, in GB as their makers write it."""
-USABLE = 0.92
-"""The part of a card that tensors get: the CUDA context takes 0.3 to 0.6 GB, and the allocator cannot use every gap."""
 SHOWN = 60
 """Tokens of a long prompt that are shown at each of its ends."""
 
@@ -49,18 +48,17 @@ def _memory(plan: Preflight) -> list[str]:
         *(f"  {part:<12}{_size(memory.parts[part]):>10}" for part in PARTS),
     ]
     if hardware.device.type == "cuda":
-        lines.append("  ".join(["fits a card of", *(f"{card} GB: {'yes' if fits(memory, card) else 'no'}" for card in CARDS)]))
+        lines.append(
+            "  ".join(
+                ["fits a card of", *(f"{card} GB: {'yes' if fits(memory.total, card * 2**30) else 'no'}" for card in CARDS)]
+            )
+        )
         lines.append(
             f"(a card counts as full at {100 * USABLE:.0f} %: the CUDA context and gaps between tensors take the rest)"
         )
     else:
         lines.append("(tensors only: Python and its libraries take about 0.6 GiB more)")
     return lines
-
-
-def fits(memory: Memory, gigabytes: float) -> bool:
-    """Whether a GPU with so much memory can hold the peak."""
-    return memory.total <= USABLE * gigabytes * 2**30
 
 
 def _size(size: int) -> str:
