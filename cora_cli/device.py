@@ -46,8 +46,7 @@ def select_hardware(device: str, dtype: DtypeName) -> Hardware:
 
     Raises `UsageError` for an unknown device name and `CoraError` if the device does not exist on this machine.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:<index>, not {device!r}")
+    _check_name(device)
     if device != "cpu":
         _show_one_gpu(device)
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
@@ -64,6 +63,20 @@ def select_hardware(device: str, dtype: DtypeName) -> Hardware:
         has_bf16 = cpu_has_bf16()
     torch_dtype, dtype_reason = select_dtype(dtype, has_bf16, chosen.type)
     return Hardware(chosen, torch_dtype, reason, dtype_reason)
+
+
+def planned_hardware(device: str, dtype: DtypeName) -> Hardware:
+    """The hardware of a plan: as `select_hardware`, but unless `device` is cpu, a CUDA GPU with bfloat16 where this machine has none."""
+    if device == "cpu" or torch.cuda.is_available():
+        return select_hardware(device, dtype)
+    _check_name(device)
+    torch_dtype, dtype_reason = select_dtype(dtype, True, "cuda")
+    return Hardware(torch.device("cuda"), torch_dtype, "planned, there is none here", dtype_reason)
+
+
+def _check_name(device: str) -> None:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:<index>, not {device!r}")
 
 
 def _show_one_gpu(device: str) -> None:

@@ -306,6 +306,7 @@ class EvaluationDirectory:
         """`executions.jsonl`: per record the time limit and the fate of each of its programs, where generated code was run."""
         return self.root / "executions.jsonl"
 
+
 @dataclasses.dataclass(frozen=True)
 class JudgeDirectory:
     """The path of each file of a judging."""

@@ -210,6 +210,11 @@ class AngleMeter:
                 raise CoraError(f"B of {name} starts with linearly dependent columns, so no angle to it is defined")
             self._frames.append((layer, frame))
 
+    @staticmethod
+    def applies(plan: AdapterPlan | None) -> bool:
+        """Whether B trains from a start that spans a subspace."""
+        return plan is not None and plan.trains_b and plan.b_init in ("basis", "orthonormal", "random")
+
     def largest(self) -> float:
         """Largest principal angle in radians between span(B) now and at the start: arcsin ‖(I − QQᵀ)orth(B)‖₂."""
         sines = []

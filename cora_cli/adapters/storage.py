@@ -26,6 +26,7 @@ from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.limits import bounded
 from cora_cli.methods.parts.computed import Computed
 from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
+from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
@@ -47,13 +48,11 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
     method = method_of(facts.plan.mode)
     if facts.compact and facts.plan.trains_b:
         raise CoraError(f"mode {facts.plan.mode} trains B, which the compact form would lose; leave out --compact")
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    state, rank = stored_state(model, facts.plan, facts.compact)
     config: Any = copy.copy(model.peft_config[ADAPTER])
-    if not method.stored_as_trained:
-        state, rank = _plain_state(model)
-        if rank != config.r:
-            scaling = next(layer.scaling[ADAPTER] for _, layer in lora_layers(model))
-            config.r, config.lora_alpha, config.use_rslora = rank, rank * scaling, False
+    if rank is not None and rank != config.r:
+        scaling = next(layer.scaling[ADAPTER] for _, layer in lora_layers(model))
+        config.r, config.lora_alpha, config.use_rslora = rank, rank * scaling, False
     if not method.plain_peft_loads:
         # A type that PEFT does not know: it would load a LoRA with foreign names as one without effect.
         config.peft_type = f"{_OWN_TYPE}{facts.plan.mode}"
@@ -65,9 +64,7 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
     config.base_model_name_or_path = facts.base.partition("@")[0] if facts.base_revision else facts.base
     config.revision = facts.base_revision
     config.inference_mode = True
-    name = WEIGHTS_FILE
-    if facts.compact:
-        name, state = COMPACT_FILE, {key: tensor for key, tensor in state.items() if ".lora_A." in key}
+    name = COMPACT_FILE if facts.compact else WEIGHTS_FILE
     try:
         with rundir.atomic_path(directory) as temporary:
             config.save_pretrained(str(temporary))
@@ -75,6 +72,15 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
             rundir.write_json(temporary / SIDE_FILE, facts.as_dict())
     except SafetensorError as error:
         raise CoraError(f"{directory} cannot be written: {error}") from error
+
+
+def stored_state(model: PeftModel, plan: AdapterPlan, compact: bool) -> tuple[dict[str, torch.Tensor], int | None]:
+    """The tensors that `save_adapter` writes, by name, and the rank of the plain LoRA that they are; None where they are the trained ones."""
+    if method_of(plan.mode).stored_as_trained:
+        state, rank = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False), None
+    else:
+        state, rank = _plain_state(model)
+    return {key: tensor for key, tensor in state.items() if not compact or ".lora_A." in key}, rank
 
 
 def order_names(config: Any) -> None:

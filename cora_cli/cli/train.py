@@ -18,6 +18,14 @@ def register(app: typer.Typer) -> None:
 
 def run(config: TrainConfig) -> None:
     """Fine-tune a model with CoRA (LoRA whose B is a basis, frozen or trained), with a baseline method, or in full."""
+    if config.dry_run:
+        from cora_cli.training.preflight import preflight
+        from cora_cli.training.preflight_text import describe
+
+        plan = preflight(config)
+        if int(os.environ.get("RANK", "0")) == 0:
+            show(describe(plan))
+        return
     from cora_cli.training.run import train
 
     record = train(config)

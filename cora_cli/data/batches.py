@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from cora_cli.data.encode import Example
-from cora_cli.data.pack import pack
+from cora_cli.data.pack import SHORTEST_SHARED, lay_out, pack
 from cora_cli.data.pad import pad
 
 GHOST = -1
@@ -38,22 +38,45 @@ class BatchForm:
 
     `kind`: "packed" is one row without padding, "padded" a row each, "single" a forward pass each. `shares_prefixes`: whether a packed
     row stores shared prefixes once. `switch`: examples of up to and of above so many tokens never share a pass. `arguments`: those of
-    the model's forward pass, for rows that are not packed.
+    the model's forward pass, for rows that are not packed. `tokens_per_row`: the most tokens of a pass, unless one example has more.
     """
 
     kind: Literal["packed", "padded", "single"]
     shares_prefixes: bool = False
     switch: int | None = None
     arguments: frozenset[str] = frozenset()
+    tokens_per_row: int | None = None
 
     def passes(self, examples: Sequence[Example]) -> list[list[int]]:
-        """The indices of the examples of each forward pass; in order where the examples are sorted by length, or single."""
+        """The indices of the examples of each forward pass."""
         if self.kind == "single":
             return [[index] for index in range(len(examples))]
         sides: dict[bool, list[int]] = {}
         for index, example in enumerate(examples):
             sides.setdefault(self.switch is not None and len(example.input_ids) > self.switch, []).append(index)
-        return [sides[side] for side in sorted(sides)]
+        return [part for side in sorted(sides) for part in self._split(sides[side], examples)]
+
+    def tokens(self, examples: Sequence[Example]) -> int:
+        """The tokens of one forward pass over the examples, padding included."""
+        lengths = [len(example.input_ids) for example in examples]
+        if self.kind != "packed":
+            return len(lengths) * max(lengths)
+        if not self.shares_prefixes:
+            return sum(lengths)
+        return lay_out([example.input_ids for example in examples], SHORTEST_SHARED)[0].tokens
+
+    def _split(self, indices: list[int], examples: Sequence[Example]) -> list[list[int]]:
+        """The examples `indices` in passes of at most `tokens_per_row` tokens each."""
+        if self.tokens_per_row is None or self.tokens([examples[index] for index in indices]) <= self.tokens_per_row:
+            return [indices]
+        parts: list[list[int]] = []
+        # Sorted, so that examples with a common prefix share a row.
+        for index in sorted(indices, key=lambda index: examples[index].input_ids):
+            if parts and self.tokens([examples[member] for member in (*parts[-1], index)]) <= self.tokens_per_row:
+                parts[-1].append(index)
+            else:
+                parts.append([index])
+        return parts
 
     def collate(self, examples: Sequence[Example], ghosts: Sequence[bool] | None = None) -> dict[str, Any]:
         """The tensors of one forward pass; see `pack` and `pad`."""

@@ -118,6 +118,11 @@ class ModelPath:
         raise CoraError(f"{self.path} holds no weights: it has no file *.safetensors, *.bin, *.pt or *.pth")
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the directory holds weights, of a complete model or of an adapter."""
+        return bool(self._adapter_files() or self._complete_files())
+
+    @property
     def has_known_layout(self) -> bool:
         """Whether transformers finds the weights of the complete model by itself: under the usual name, or through an index."""
         return bool(self._named_files())
@@ -187,11 +192,12 @@ class ModelPath:
         return rundir.sha256_files([*files, *(self.path / name for name in names if (self.path / name).exists())])
 
 
-def resolve_model(reference: str) -> ModelPath:
+def resolve_model(reference: str, weights: bool = True) -> ModelPath:
     """Find a model on the local disk; download it first if `reference` is a hub id.
 
     `reference` is a directory, a `cora train` run directory, `builtin:smollm2`, or a hub id with an optional `@revision`.
-    Raises `CoraError` if it does not name a model or the download fails.
+    Without `weights` a download has only the configuration and the tokenizer. Raises `CoraError` if it does not name a model or the
+    download fails.
     """
     if not reference.strip():
         raise CoraError("the model name is empty; give a directory, a hub id or builtin:smollm2")
@@ -221,7 +227,7 @@ def resolve_model(reference: str) -> ModelPath:
     hub_id, _, revision = reference.partition("@")
     if path.is_absolute() or reference.startswith((".", "~")) or not _HUB_ID.match(hub_id):
         raise CoraError(f"model {reference!r} is neither a directory on this disk nor a hub id such as org/name@revision")
-    return _fetch(reference, hub_id, revision or None)
+    return _fetch(reference, hub_id, revision or None, weights)
 
 
 def absolute(reference: str) -> str:
@@ -247,7 +253,7 @@ def resolve_base(reference: str | None) -> ModelPath | None:
     return base
 
 
-def _fetch(reference: str, hub_id: str, revision: str | None) -> ModelPath:
+def _fetch(reference: str, hub_id: str, revision: str | None, weights: bool) -> ModelPath:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -255,9 +261,10 @@ def _fetch(reference: str, hub_id: str, revision: str | None) -> ModelPath:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SHARED_PATTERNS, *patterns]))
 
     try:
-        for ending in _ENDINGS:
-            path = snapshot(f"*.{ending}")
-            if any(path.glob(f"*.{ending}")):
+        path = snapshot()
+        for pattern in [f"*.{ending}" for ending in _ENDINGS] if weights else []:
+            path = snapshot(pattern)
+            if any(path.glob(pattern)):
                 break
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

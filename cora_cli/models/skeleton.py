@@ -141,14 +141,16 @@ def require_causal(model: Any, reference: str) -> None:
         )
 
 
-def build_skeleton(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_skeleton(config: Any, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The causal model of a configuration on the meta device, which takes up to a second.
 
-    Raises `CoraError` for a configuration that its class does not accept.
+    Its weights have the type of the configuration, or `dtype`. Raises `CoraError` for a configuration that its class does not accept.
     """
     try:
         with torch.device("meta"):
-            built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, **({} if dtype is None else {"dtype": dtype})
+            )
     except Exception as error:  # transformers raises many unrelated types
         raise CoraError(f"config.json of a {config.model_type} model does not describe one: {reason(error)}") from error
     return built

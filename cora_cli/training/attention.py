@@ -44,12 +44,13 @@ def segment_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    cut: "Callable[[Layout, int | None], tuple[Piece, ...]] | None" = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention segment by segment, for CPUs, where a mask over the complete row would waste most of the work.
 
     query: (1, heads, tokens, head_dim); key, value: (1, key_value_heads, tokens, head_dim), where values may have a
-    head_dim of their own. Returns (1, tokens, heads, head_dim of the values). Raises `CoraError` for a model whose attention has dropout, sinks or a position bias.
+    head_dim of their own. `cut` replaces `pieces`. Returns (1, tokens, heads, head_dim of the values). Raises `CoraError` for a model whose attention has dropout, sinks or a position bias.
     """
     _refuse_dropout(kwargs)
     if any(kwargs.get(name) is not None for name in ("s_aux", "position_bias")):
@@ -57,7 +58,9 @@ def segment_attention(
     query, key = _in_dtype_of(value, query, key)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
-        output: torch.Tensor = _PiecewiseAttention.apply(query, key, value, pieces(layout, sliding_window), scale, softcap)
+        output: torch.Tensor = _PiecewiseAttention.apply(
+            query, key, value, (cut or pieces)(layout, sliding_window), scale, softcap
+        )
     return output, None
 
 
@@ -74,9 +77,8 @@ class Piece:
     bias: torch.Tensor
 
 
-@lru_cache(maxsize=2)
-def pieces(layout: Layout, window: int | None) -> tuple[Piece, ...]:
-    """Cut the queries of every segment into pieces of at most `LONGEST_PIECE`, created once for all layers of a pass.
+def cut_pieces(layout: Layout, window: int | None) -> tuple[Piece, ...]:
+    """Cut the queries of every segment into pieces of at most `LONGEST_PIECE`.
 
     A piece needs no keys behind its own last query, so a long segment costs about half of its square.
     """
@@ -93,6 +95,10 @@ def pieces(layout: Layout, window: int | None) -> tuple[Piece, ...]:
                 hidden |= torch.ones_like(hidden).tril(keys - (end - start) - window)
             found.append(Piece(start, end, spans, torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)))
     return tuple(found)
+
+
+pieces = lru_cache(maxsize=2)(cut_pieces)
+"""As `cut_pieces`, created once for all layers of a pass."""
 
 
 class _PiecewiseAttention(torch.autograd.Function):

@@ -22,17 +22,19 @@ NOT_PART_OF_THE_RESULT = frozenset(
         "output_dir",
         "resume",
         "stop_at",
+        "dry_run",
         "report_to",
         "device",
         "save_steps",
         "keep_checkpoints",
         "validation_loss",
+        "tokens_per_row",
         "model",
         "dataset",
         "basis",
     }
 )
-"""Settings that may differ between a run and its resumption: they do not change the result, or they locate an input whose content
+"""Settings that may differ between a run and its resumption: they do not change the result beyond rounding, or they locate an input whose content
 hash is compared anyway."""
 
 
@@ -106,6 +108,13 @@ class _SharedSettings:
     epochs: float = setting("Passes over the training records.", 1.0, panel=_OPTIM, most=MOST)
     max_steps: int | None = setting("Optimizer steps, instead of --epochs.", None, panel=_OPTIM, most=MOST)
     batch_size: int = setting("Examples per process and micro-batch, packed into one row.", 16, panel=_OPTIM, most=MOST)
+    tokens_per_row: int | None = setting(
+        "Split a micro-batch whose row is longer into rows of at most N tokens, one after the other: less memory, the same gradients up to "
+        "rounding.",
+        None,
+        panel=_OPTIM,
+        most=MOST,
+    )
     gradient_accumulation: int = setting(
         "Micro-batches per optimizer step; the loss is the mean over all their tokens.", 1, panel=_OPTIM, most=MOST
     )
@@ -139,6 +148,12 @@ class _SharedSettings:
         None,
         panel=_RUN,
     )
+    dry_run: bool = setting(
+        "Print parameters, steps, tokens, peak memory by part, the cards that it fits, and one example, then exit. Needs the model's "
+        "configuration and tokenizer, but no weights and no GPU; --device cpu plans for a processor.",
+        False,
+        panel=_RUN,
+    )
     report_to: Reporter = setting(
         "Also report to this tracker, through the transformers Trainer; log.jsonl is always written.", "none", panel=_RUN
     )
@@ -163,6 +178,7 @@ class _SharedSettings:
                 ("epochs", self.epochs > 0, "positive"),
                 ("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
+                ("tokens_per_row", self.tokens_per_row is None or self.tokens_per_row >= 1, "at least 1"),
                 ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
                 ("warmup_ratio", 0 <= self.warmup_ratio < 1, "at least 0 and below 1"),
                 ("weight_decay", self.weight_decay >= 0, "at least 0"),
@@ -234,8 +250,8 @@ class _SharedSettings:
         return plan_adapter(self.mode, request)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for YAML, readable by `--config`; unset ones are left out."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Plain values for YAML, readable by `--config`; unset ones are left out, and so is `dry_run`, which no run has."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "dry_run"}
         values["target_modules"] = list(self.target_modules)
         return {name: value for name, value in values.items() if value is not None}
 

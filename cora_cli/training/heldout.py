@@ -63,7 +63,7 @@ def held_out_loss(
     training = model.training
     model.eval()
     with torch.inference_mode(), progress(label or "held-out loss", len(mine), "records") as shown:
-        for row in _rows(examples, mine):
+        for row in rows_of(examples, mine):
             for members in form.passes([examples[index] for index in row]):
                 measured += _measure(model, examples, [row[member] for member in members], hardware, form)
             shown.advance(len(row))
@@ -74,7 +74,8 @@ def held_out_loss(
     return HeldOutLoss(np.array([nll for _, nll, _ in measured]), np.array([tokens for _, _, tokens in measured], dtype=float))
 
 
-def _rows(examples: Sequence[Example], indices: Sequence[int]) -> list[list[int]]:
+def rows_of(examples: Sequence[Example], indices: Sequence[int]) -> list[list[int]]:
+    """The examples `indices`, shortest first, in groups of at most `ROW_TOKENS` tokens or one example."""
     rows: list[list[int]] = []
     room = 0
     for index in indices:
@@ -91,13 +92,18 @@ def _measure(
     model: torch.nn.Module, examples: Sequence[Example], row: list[int], hardware: Hardware, form: BatchForm
 ) -> list[tuple[int, float, int]]:
     members = [examples[index] for index in row]
-    row_batch = form.collate(members)
-    batch = {name: value.to(hardware.device) if isinstance(value, torch.Tensor) else value for name, value in row_batch.items()}
-    with torch.autocast(hardware.device.type, torch.bfloat16, enabled=hardware.dtype == torch.bfloat16):
-        losses = response_losses(model, batch)
+    losses = row_losses(model, members, hardware, form)
     counts = [len(member.input_ids) - member.prompt_length for member in members]
     sums = [part.double().sum().item() for part in losses.split(counts)]
     return list(zip(row, sums, counts, strict=True))
+
+
+def row_losses(model: torch.nn.Module, members: list[Example], hardware: Hardware, form: BatchForm) -> torch.Tensor:
+    """Negative log-likelihood of every response token of the examples of one forward pass, one example after the other: (labels,)."""
+    row_batch = form.collate(members)
+    batch = {name: value.to(hardware.device) if isinstance(value, torch.Tensor) else value for name, value in row_batch.items()}
+    with torch.autocast(hardware.device.type, torch.bfloat16, enabled=hardware.dtype == torch.bfloat16):
+        return response_losses(model, batch)
 
 
 def _ratio(sums: np.ndarray, count: int) -> np.ndarray:

@@ -65,10 +65,11 @@ class Prepared:
         }
 
 
-def prepare(config: TrainConfig, date_of_earlier_start: str | None = None) -> Prepared:
+def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, planned: Hardware | None = None) -> Prepared:
     """Check everything that needs no weights in memory, the cheapest first.
 
-    A resumed run keeps the date that its template wrote into the prompts.
+    A resumed run keeps the date that its template wrote into the prompts. For a plan only, `planned` is the hardware, and the model
+    needs no weights.
     """
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise CoraError(f"--report-to {config.report_to} needs the package {config.report_to}: pip install {config.report_to}")
@@ -77,26 +78,17 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None) -> Pr
     if config.limit:
         data = dataclasses.replace(data, train=data.train[: config.limit])
     basis = read_basis(Path(config.basis)) if plan is not None and config.basis else None
-    model_path = resolve_model(config.model)
+    model_path = resolve_model(config.model, weights=planned is None)
     if model_path.is_adapter:
         raise CoraError(
             f"{config.model} is an adapter; training needs a complete model: write one with `cora merge {config.model}` first"
         )
     method = method_of(config.mode)
-    if not method.runs_in_several_processes and (processes := _processes()) > 1:
+    if not method.runs_in_several_processes and (processes := number_of_processes()) > 1:
         raise CoraError(f"mode {config.mode} changes its number of parameters and runs in one process only, not in {processes}")
-    if basis is not None and plan is not None:
-        source = open_source(model_path)
-        targets = source.targets(plan.target_modules)
-        basis.check_model(
-            source.architecture,
-            {name: source.shapes[name] for name in targets},
-            plan.rank if plan.basis_side == "input" else method.b_width(plan),
-            plan.basis_side,
-            method.width_flag,
-        )
-        basis.check_base(source)
-    hardware = select_hardware(config.device, config.dtype)
+    if basis is not None and plan is not None and (planned is None or model_path.has_weights):
+        _check_basis(basis, model_path, method, plan)
+    hardware = planned or select_hardware(config.device, config.dtype)
     if config.load_in_4bit:
         require_four_bit()
     tokenizer = load_tokenizer(model_path, config.trust_remote_code)
@@ -121,6 +113,7 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None) -> Pr
     train_set = encode_records(data.train, template, length, "training", rows, config.train_on == "all", context)
     test_set = encode_records(data.test, template, length, "held-out", rows, context=context)
     validation_set = encode_records(data.validation, template, length, "validation", rows, context=context)
+    _check_row(config.tokens_per_row, train_set)
     if plan is not None:
         method.check_run(plan, layers, total_steps(config, len(train_set.examples)))
     if config.eval_limit:
@@ -129,9 +122,34 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None) -> Pr
         say(
             f"{config.model} is trained without its own dropout: {', '.join(f'{name} {value:g}' for name, value in removed.items())} set to 0"
         )
-    attention = select_packed_attention(hardware.device.type)
+    # A planned GPU that is not here will have Triton, which every CUDA build of torch brings.
+    attention = select_packed_attention(hardware.device.type, has_triton=None if torch.cuda.is_available() else True)
     sets = (train_set, test_set, validation_set)
     return Prepared(hardware, attention, model_path, model_config, tokenizer, template, data, *sets, basis, plan)
+
+
+def _check_basis(basis: Basis, model: ModelPath, method: Method, plan: AdapterPlan) -> None:
+    """Raise `CoraError` for a basis that does not fit the weights of the model."""
+    source = open_source(model)
+    targets = source.targets(plan.target_modules)
+    basis.check_model(
+        source.architecture,
+        {name: source.shapes[name] for name in targets},
+        plan.rank if plan.basis_side == "input" else method.b_width(plan),
+        plan.basis_side,
+        method.width_flag,
+    )
+    basis.check_base(source)
+
+
+def _check_row(tokens: int | None, train: EncodedSet) -> None:
+    """Raise `CoraError` where an example alone is longer than the row that the user allows."""
+    longest = max((len(example.input_ids) for example in train.examples), default=0)
+    if tokens is not None and longest > tokens:
+        raise CoraError(
+            f"--tokens-per-row must be at least {longest}, the tokens of the longest training example, not {tokens}; a smaller --max-length "
+            "shortens it"
+        )
 
 
 def _checked_targets(skeleton: Any, method: Method, plan: AdapterPlan) -> list[str]:
@@ -165,11 +183,12 @@ def layers_without(adapted: Sequence[str], every: Sequence[str]) -> list[str]:
 
 def total_steps(config: TrainConfig, examples: int) -> int:
     """Optimizer steps of the complete run."""
-    per_epoch = math.ceil(examples / (config.batch_size * config.gradient_accumulation * _processes()))
+    per_epoch = math.ceil(examples / (config.batch_size * config.gradient_accumulation * number_of_processes()))
     return config.max_steps or math.ceil(config.epochs * per_epoch)
 
 
-def _processes() -> int:
+def number_of_processes() -> int:
+    """Processes of this training, as the launcher counts them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -42,6 +42,7 @@ from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import Batching, choose_batching
 from cora_cli.training.checkpoints import checkpoints_in, newest_intact, step_of
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.fitting import out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
 from cora_cli.training.record import FAILED, FINISHED, STOPPED, first_record, parameter_counts, peak_memory_bytes
@@ -94,7 +95,10 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             # Earlier versions rounded down and did not record it; the run goes on with what it began with, however often it is resumed.
             rounded_down = int(config.warmup_ratio * steps)
             arguments.warmup_steps = record.get("warmup_steps", rounded_down)
-    model, batching = _load(config, prepared)
+    try:
+        model, batching = _load(config, prepared)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(config, prepared) from error
     if main:
         record = {**first_record(config, prepared, fingerprint, model, batching), "warmup_steps": arguments.warmup_steps}
         _write_start(run, config, prepared, record)
@@ -106,7 +110,7 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             # An incomplete checkpoint is useless, and on a full disk it takes the space that the record needs.
             shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
             _mark_failed(run, error)
-        raise _explained(error, run) from error
+        raise _explained(error, run, config, prepared) from error
     if main:
         # A run that stops has no result; its record says how to read it.
         result = {"result_sha256": run.result_hash(), "status": FINISHED} if "finished" in outcome else {"status": STOPPED}
@@ -214,6 +218,7 @@ def _load(config: TrainConfig, prepared: Prepared) -> tuple[torch.nn.Module, Bat
     if prepared.plan is not None:
         check_applied(loaded, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
     batching = choose_batching(loaded, prepared.attention, examples, prepared.hardware)
+    batching = dataclasses.replace(batching, form=dataclasses.replace(batching.form, tokens_per_row=config.tokens_per_row))
     say(batching.describe())
     # Starts are seeded by module name; this seeds dropout.
     set_seed(config.seed)
@@ -333,7 +338,7 @@ def _trainer(
 
 
 def _angle_meter(model: Any, plan: AdapterPlan | None) -> AngleMeter | None:
-    if plan is None or not plan.trains_b or plan.b_init not in ("basis", "orthonormal", "random"):
+    if not AngleMeter.applies(plan):
         return None
     assert isinstance(model, PeftModel)
     return AngleMeter(model)
@@ -433,14 +438,16 @@ def _mark_failed(run: RunDirectory, error: Exception) -> None:
         say(f"{run.record} could not be updated")
 
 
-def _explained(error: Exception, run: RunDirectory) -> Exception:
-    """Add where the last complete checkpoint is, and name a full disk whichever library reported it."""
+def _explained(error: Exception, run: RunDirectory, config: TrainConfig, prepared: Prepared) -> Exception:
+    """Add where the last complete checkpoint is, name a full disk whichever library reported it, and say what fits a full GPU."""
     kept = checkpoints_in(run.checkpoints)
     where = f"the last complete checkpoint is {kept[-1]}; --resume continues from it" if kept else "there was no checkpoint yet"
     if isinstance(error, Diverged):
         return Diverged(f"{error}; {where}")
     if isinstance(error, CoraError):
         return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return CoraError(f"{out_of_memory(config, prepared)}; {where}")
     if rundir.is_disk_full(error):
         return CoraError(f"the disk is full or not writable: {run.root}; {where}")
     return error

@@ -88,20 +88,30 @@ class CoraTrainer(Trainer):
     ) -> torch.Tensor:
         """Sum of the response losses divided by the response tokens of the complete optimizer batch, over all processes.
 
-        Gradients are averaged over processes afterwards, hence the factor. A method's own loss term is added.
+        Gradients are averaged over processes afterwards, hence the factor. A method's own loss term is added once per micro-batch.
         """
         loss = batch_losses(model, inputs).sum() / num_items_in_batch * self.accelerator.num_processes
         if self._method is None or self._plan is None:
             return loss
-        added = self._method.added_loss(self.accelerator.unwrap_model(model), self._plan)
+        added = self._method.added_loss(self.accelerator.unwrap_model(model), self._plan) if inputs["is_last"] else None
         if added is None:
             return loss
         return loss + added / self.args.gradient_accumulation_steps
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-batch forward and backward. Raises `Diverged` before the optimizer uses a gradient that is not finite."""
+        """One micro-batch forward and backward, one pass after the other, so that only one of them takes memory.
+
+        Raises `Diverged` before the optimizer uses a gradient that is not finite.
+        """
         self.tokens += inputs["real_tokens"]
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        *earlier, last = inputs["passes"]
+        parts = []
+        for each in earlier:
+            # Processes may have different numbers of passes, so they only meet at the last one.
+            with self.accelerator.no_sync(model):
+                parts.append(super().training_step(model, {"passes": [each], "is_last": False}, num_items_in_batch))
+        parts.append(super().training_step(model, {"passes": [last], "is_last": True}, num_items_in_batch))
+        loss = torch.stack(parts).sum() if earlier else parts[0]
         self._require_finite(loss, "loss")
         return loss
 

@@ -1,0 +1,144 @@
+"""Count the bytes of all tensors that are alive while a model trains, by what they are for, on real tensors or on fake ones.
+
+Fake tensors have shapes but no values (torch's `FakeTensorMode`), so the training of any model can be measured within seconds and without
+its memory. `preflight` does that.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from cora_cli.models.skeleton import build_skeleton
+
+Part = Literal["weights", "adapter", "gradients", "optimizer", "activations", "logits"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+class StorageMeter(TorchDispatchMode):
+    """Counts the storages that operations create while it is active, from their creation until they are freed.
+
+    `peak` has the bytes of each part at the moment of their largest sum. Results whose last dimension is the vocabulary are logits, a
+    converted copy of a weight is a weight, and everything else is an activation unless `assign` or `creating` says otherwise.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self._vocabulary = vocabulary
+        self._storages: dict[int, tuple[Part, int]] = {}
+        self._now: dict[Part, int] = dict.fromkeys(PARTS, 0)
+        self._total = self._largest = 0
+        self._usual: Part = "activations"
+        self.peak = dict(self._now)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count what it returns."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in (result,) if isinstance(result, torch.Tensor) else tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor, func, args)
+        return result
+
+    def _count(self, tensor: torch.Tensor, func: Any, args: tuple[Any, ...]) -> None:
+        if tensor.untyped_storage()._cdata in self._storages:
+            return
+        part = self._usual
+        if func is torch.ops.aten._to_copy.default:
+            source = self._storages.get(args[0].untyped_storage()._cdata)
+            part = source[0] if source is not None and source[0] in ("weights", "adapter") else part
+        if part == "activations" and tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary:
+            part = "logits"
+        self.assign([tensor], part)
+
+    def assign(self, tensors: Iterable[torch.Tensor], part: Part) -> None:
+        """Count the storages of `tensors` as this part, whether they are known already or not."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._storages:
+                self._forget(key)
+            else:
+                weakref.finalize(storage, self._forget, key).atexit = False
+            self._storages[key] = part, storage.nbytes()
+            self._now[part] += storage.nbytes()
+            self._total += storage.nbytes()
+        if self._total > self._largest:
+            self._largest, self.peak = self._total, dict(self._now)
+
+    def restart(self) -> None:
+        """Look for the largest sum from now on."""
+        self._largest, self.peak = self._total, dict(self._now)
+
+    def _forget(self, key: int) -> None:
+        part, size = self._storages.pop(key)
+        self._now[part] -= size
+        self._total -= size
+
+    @contextlib.contextmanager
+    def creating(self, part: Part) -> Iterator[None]:
+        """Count what operations create in the block as this part."""
+        usual, self._usual = self._usual, part
+        try:
+            yield
+        finally:
+            self._usual = usual
+
+
+def follow_training(meter: StorageMeter, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Let the meter know weights, adapter, gradients and the optimizer's state by name."""
+    prefix = getattr(model.base_model, "prefix", None)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        meter.assign([tensor], "adapter" if prefix and prefix in name else "weights")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda tensor: meter.assign([tensor.grad], "gradients"))
+    step = contextlib.ExitStack()
+    optimizer.register_step_pre_hook(lambda *_: step.enter_context(meter.creating("optimizer")) and None)
+    optimizer.register_step_post_hook(lambda *_: step.close())
+
+
+def fake_model(config: Any, trust_remote_code: bool, dtype: torch.dtype) -> Any:
+    """The causal model of a configuration with fake weights of `dtype`; to be called, and used, under `fakes`."""
+    model: Any = build_skeleton(config, trust_remote_code, dtype)
+    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu"))
+    model.tie_weights()
+    return model.eval()
+
+
+@contextlib.contextmanager
+def fakes() -> Iterator[None]:
+    """Make every new tensor a fake one.
+
+    Modules are moved and converted by new parameters in the place of the old ones: torch would swap their contents, which fake tensors
+    do not support.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    swapping = torch.nn.Module._apply
+    torch.nn.Module._apply = _apply_plainly  # type: ignore[method-assign, assignment]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        torch.nn.Module._apply = swapping  # type: ignore[method-assign]
+
+
+def _apply_plainly(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+    for child in self.children() if recurse else ():
+        child._apply(fn)
+    for name, parameter in self._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                changed = fn(parameter)
+            if changed is not parameter:
+                self._parameters[name] = torch.nn.Parameter(changed, parameter.requires_grad)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = fn(buffer)
+    return self

@@ -1,0 +1,396 @@
+"""What a training run will take, measured before it: its largest step is taken on fake tensors, which need neither weights nor a GPU.
+
+Model class, row, loss, backward pass, optimizer and the Trainer's loop are those of the run. Three things stand in: attention kernels of
+GPUs, by one that keeps the same tensors; the pieces of a CPU's attention, by the largest one; and autocast of GPUs, by that of CPUs.
+`memory` counts the bytes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, PrinterCallback, TrainerCallback
+from transformers.integrations.flex_attention import repeat_kv
+
+from cora_cli.adapters.install import AngleMeter, install_adapter
+from cora_cli.adapters.storage import stored_state
+from cora_cli.data.batches import GHOST, BatchForm, Collator, GlobalBatches
+from cora_cli.data.encode import Example
+from cora_cli.data.pack import Layout
+from cora_cli.device import planned_hardware
+from cora_cli.methods.parts.layers import factors_of, lora_layers
+from cora_cli.methods.plan import AdapterPlan
+from cora_cli.methods.registry import method_of
+from cora_cli.models.configuration import rope_switch
+from cora_cli.models.skeleton import build_skeleton
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.attention import Piece, cut_pieces, segment_attention
+from cora_cli.training.batching import cannot_pack
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.heldout import row_losses, rows_of
+from cora_cli.training.memory import Part, StorageMeter, fake_model, fakes, follow_training
+from cora_cli.training.prepare import Prepared, number_of_processes, prepare, total_steps, training_arguments
+from cora_cli.training.record import parameter_counts
+from cora_cli.training.trainer import CoraTrainer
+
+_STAND_IN = "cora_planned"
+_NEED_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+"""What fake tensors raise where the computation depends on numbers."""
+EPOCHS = 3
+"""Epochs that are searched for the largest micro-batch."""
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """The bytes of each part at the peak, and the stage that reaches it. `total` is their sum."""
+
+    parts: dict[Part, int]
+    stage: str
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What the fake run has: parameters as in `run.json`, the bytes of the stored adapter (None in mode full), and its memory."""
+
+    parameters: dict[str, int]
+    adapter_bytes: int | None
+    memory: Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """The plan of a run. `tokens` and `labels` are those of all its steps, `largest` and `largest_labels` those of its largest pass.
+
+    `measured` is a sentence where memory cannot be measured without values.
+    """
+
+    config: TrainConfig
+    prepared: Prepared
+    form: BatchForm
+    steps: int
+    processes: int
+    tokens: int
+    labels: int
+    largest: int
+    largest_labels: int
+    measured: Measured | str
+
+
+def preflight(config: TrainConfig) -> Preflight:
+    """Check the inputs of a run and measure what it will take. Writes nothing. Raises `CoraError` as the run would."""
+    return plan_run(config, prepare(config, planned=planned_hardware(config.device, config.dtype)))
+
+
+def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:
+    """As `preflight`, from inputs that are already checked."""
+    processes, examples = number_of_processes(), prepared.train.examples
+    steps = total_steps(config, len(examples))
+    form = _planned_form(config, prepared)
+    work = _Work(config, prepared, form, steps, processes)
+    with _alone() as place:
+        try:
+            measured: Measured | str = _measure(config, prepared, form, work, processes, place)
+        except _NEED_VALUES as error:
+            measured = f"the memory of {config.model} in mode {config.mode} depends on its numbers ({type(error).__name__})"
+    counts = (steps, processes, work.tokens, work.labels, work.largest, work.largest_labels)
+    return Preflight(config, prepared, form, *counts, measured)
+
+
+def _planned_form(config: TrainConfig, prepared: Prepared) -> BatchForm:
+    """The form of batches that `choose_batching` will choose, as far as the model's class tells."""
+    skeleton: Any = build_skeleton(prepared.model_config, config.trust_remote_code)
+    switch = rope_switch(prepared.model_config)
+    if cannot_pack(skeleton) is None:
+        return BatchForm("packed", prepared.attention.shares_prefixes, switch, tokens_per_row=config.tokens_per_row)
+    return BatchForm("padded", False, switch, frozenset(inspect.signature(skeleton.forward).parameters), config.tokens_per_row)
+
+
+def _responses(example: Example) -> int:
+    return len(example.input_ids) - example.prompt_length
+
+
+class _Work:
+    """The `tokens` and `labels` of all micro-batches of a run, and the `passes` of the one that takes most memory, the largest first:
+    `largest` and `largest_labels` are the tokens and labels of that one."""
+
+    def __init__(self, config: TrainConfig, prepared: Prepared, form: BatchForm, steps: int, processes: int) -> None:
+        self._form, self._examples = form, prepared.train.examples
+        text = prepared.model_config.get_text_config(decoder=True)
+        layers = 1 if config.gradient_checkpointing else int(text.num_hidden_layers)
+        self._per_token, self._per_label = 34 * layers * int(text.hidden_size), 8 * int(text.vocab_size)
+        every = [
+            GlobalBatches(len(self._examples), config.batch_size, config.gradient_accumulation, rank, processes, config.seed)
+            for rank in range(processes)
+        ]
+        epochs, rest = divmod(steps * config.gradient_accumulation, len(every[0]))
+        last = self._epoch(every, epochs, rest)
+        self.tokens = epochs * prepared.train.tokens + self._sum(last, lambda example: len(example.input_ids))
+        self.labels = epochs * prepared.train.response_tokens + self._sum(last, _responses)
+        micro = [batch for epoch in range(min(epochs, EPOCHS)) for batch in self._epoch(every, epoch, len(every[0]))]
+        # Sums overestimate rows that share prefixes, so the largest few are laid out.
+        found = sorted(
+            {tuple(sorted(batch)) for batch in (*micro, *last)},
+            key=lambda batch: self._upper(self.members(batch)),
+            reverse=True,
+        )[:8]
+        self.passes = max((self.split(list(batch)) for batch in found), key=lambda parts: self._size(parts[0]))
+        # Two passes are as many as ever exist at once: one, and the gradients of those before.
+        self.batch = Collator(form)([(example, False) for example in self.members(self.passes[0])])
+        self.batch["passes"] *= min(2, len(self.passes))
+
+        largest = self.members(self.passes[0])
+        self.largest, self.largest_labels = form.tokens(largest), sum(map(_responses, largest))
+
+    def members(self, part: Sequence[int]) -> list[Example]:
+        """The examples of a batch or pass."""
+        return [self._examples[index] for index in part]
+
+    @staticmethod
+    def _epoch(every: Sequence[GlobalBatches], epoch: int, count: int) -> list[list[int]]:
+        """The first `count` micro-batches of an epoch, of all processes."""
+        found = []
+        for batches in every:
+            batches.set_epoch(epoch)
+            found += [batch for batch in itertools.islice(batches, count) if batch != [GHOST]]
+        return found
+
+    def _sum(self, batches: Sequence[list[int]], number: Callable[[Example], int]) -> int:
+        return sum(number(example) for batch in batches for example in self.members(batch))
+
+    def _upper(self, members: Sequence[Example]) -> int:
+        return sum(len(each.input_ids) * self._per_token + _responses(each) * self._per_label for each in members)
+
+    def _size(self, part: Sequence[int]) -> int:
+        members = self.members(part)
+        return self._form.tokens(members) * self._per_token + sum(map(_responses, members)) * self._per_label
+
+    def split(self, batch: list[int]) -> list[list[int]]:
+        """The passes of a micro-batch, the largest first."""
+        parts = self._form.passes([self._examples[index] for index in batch])
+        return sorted(([batch[member] for member in part] for part in parts), key=self._size, reverse=True)
+
+    def held_out(self, *sets: Sequence[Example]) -> Iterator[list[Example]]:
+        """The largest pass in which the held-out loss of each set is measured; none for an empty set."""
+        for records in sets:
+            order = sorted(range(len(records)), key=lambda index: len(records[index].input_ids))
+            rows = [[records[index] for index in row] for row in rows_of(records, order)]
+            passes = [[row[member] for member in part] for row in rows for part in self._form.passes(row)]
+            if passes:
+                yield max(passes, key=self._upper)
+
+
+class _FakeTrainer(CoraTrainer):
+    """A Trainer of one step on fake tensors, which have no values to check or log."""
+
+    def __init__(self, meter: StorageMeter, batches: list[dict[str, Any]], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._meter, self._fake_batches = meter, batches
+
+    def get_train_dataloader(self) -> Any:
+        return self._fake_batches
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer with the state that it has after its first step."""
+        optimizer = super().create_optimizer(model)
+        follow_training(self._meter, self.model, optimizer)
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        self._meter.assign([parameter.grad for parameter in trained], "gradients")
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer
+
+    def _require_finite(self, value: torch.Tensor, what: str) -> None:
+        pass
+
+    def _maybe_log_save_evaluate(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def _finalize_training(self, *_: Any) -> None:
+        pass
+
+
+class _AroundSteps(TrainerCallback):
+    """What the method does around an optimizer step."""
+
+    def __init__(self, trainer: CoraTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer.before_step()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._trainer.after_step()
+
+
+def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Work, processes: int, place: Path) -> Measured:
+    """Train one step on fake tensors, then measure a held-out loss on them. `place` is an empty directory."""
+    on_gpu, plan = prepared.hardware.device.type == "cuda", prepared.plan
+    # Without a device index, all tensors are a CPU's.
+    hardware = dataclasses.replace(prepared.hardware, device=torch.device("cpu"))
+    accumulation = min(2, config.gradient_accumulation)
+    arguments = training_arguments(config, dataclasses.replace(prepared, hardware=hardware), RunDirectory(place))
+    arguments.max_steps, arguments.gradient_accumulation_steps, arguments.report_to = 1, accumulation, []
+    arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs, arguments.warmup_steps = "constant", None, 0
+    meter = StorageMeter(int(prepared.model_config.get_text_config(decoder=True).vocab_size))
+    with fakes(), meter, contextlib.ExitStack() as precision:
+        dtype = torch.float32 if plan is None else prepared.hardware.dtype
+        model = fake_model(prepared.model_config, config.trust_remote_code, dtype)
+        meter.assign((*model.parameters(), *model.buffers()), "weights")
+        if on_gpu and any(isinstance(module, torch.nn.LayerNorm) for module in model.modules()):
+            precision.enter_context(_WideLayerNorm())
+        if form.kind == "packed":
+            AttentionInterface.register(_STAND_IN, _gpu_attention(prepared.attention.name) if on_gpu else _cpu_attention())
+            model.set_attn_implementation(_STAND_IN)
+        if plan is not None:
+            model = install_adapter(model, plan, prepared.basis)
+        parameters = parameter_counts(model, plan)
+        stored = None if plan is None else sum(t.nbytes for t in stored_state(model, plan, config.compact)[0].values())
+        meter.restart()
+        found, frames = [Memory(dict(meter.peak), "holding the model")], []
+        trains = plan is None or method_of(plan.mode).can_train(plan)
+        if trains:
+            trainer = _FakeTrainer(
+                meter,
+                [work.batch] * accumulation,
+                *(model, arguments, prepared.train.examples, plan, RunDirectory(place).checkpoints, 1, form, 1),
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(_AroundSteps(trainer))
+            with meter.creating("optimizer"):
+                frames = _frames(model, plan)
+            trainer.train()
+            found.append(Memory(_with_buckets(meter.peak, parameters["trained"], processes), "a training step"))
+        for members in work.held_out(prepared.test.examples, prepared.validation.examples):
+            # A forward pass alone takes less than a training step with as many tokens.
+            if trains and form.tokens(members) <= work.largest and sum(map(_responses, members)) <= work.largest_labels:
+                continue
+            meter.restart()
+            model.eval()
+            with torch.inference_mode():
+                row_losses(model, members, hardware, form)
+            found.append(Memory(dict(meter.peak), "measuring the held-out loss"))
+        del frames
+    return Measured(parameters, stored, max(found, key=lambda memory: memory.total))
+
+
+def _frames(model: Any, plan: AdapterPlan | None) -> list[torch.Tensor]:
+    """What `AngleMeter` keeps of every B."""
+    return [factors_of(layer)[1].detach().double() for _, layer in lora_layers(model)] if AngleMeter.applies(plan) else []
+
+
+def _with_buckets(peak: dict[Part, int], trained: int, processes: int) -> dict[Part, int]:
+    """With several processes, DistributedDataParallel keeps a second copy of the gradients to exchange them."""
+    return {**peak, "gradients": peak["gradients"] + (4 * trained if processes > 1 else 0)}
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[Path]:
+    """An empty directory, and accelerate's state of a single process on a CPU, whatever a launcher or an earlier training set up."""
+    launcher = {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
+    states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in states]
+    for state in states:
+        state.clear()
+    try:
+        with tempfile.TemporaryDirectory(prefix="cora-plan-") as place:
+            yield Path(place)
+    finally:
+        os.environ.update(launcher)
+        for state, saved in zip(states, before, strict=True):
+            state.clear()
+            state.update(saved)
+
+
+class _WideLayerNorm(TorchFunctionMode):
+    """Autocast of CUDA computes LayerNorm in float32, which that of CPUs does not."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch."""
+        if func is torch.nn.functional.layer_norm and torch.is_autocast_enabled("cpu"):
+            args = tuple(value.float() if isinstance(value, torch.Tensor) else value for value in args)
+            kwargs = {k: value.float() if isinstance(value, torch.Tensor) else value for k, value in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _cpu_attention() -> Callable[..., Any]:
+    """A CPU's attention over the largest piece of a row only: pieces follow one another, and each frees what it takes."""
+
+    @cache
+    def largest(layout: Layout, window: int | None) -> tuple[Piece, ...]:
+        pieces = cut_pieces(layout, window)
+        return (max(pieces, key=lambda piece: (piece.end - piece.start) * sum(last - first for first, last in piece.spans)),)
+
+    return functools.partial(segment_attention, cut=largest)
+
+
+def _gpu_attention(name: str) -> Callable[..., Any]:
+    """An attention kernel that keeps its inputs, its output and one float32 number per query, as FlashAttention and FlexAttention do."""
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        heads, tokens = query.shape[1], query.shape[2]
+        if name == "cora_flex" and heads & (heads - 1):  # transformers does the same
+            key, value = (repeat_kv(each, heads // each.shape[1]) for each in (key, value))
+        # SDPA converts the mask of all pairs of tokens in every layer.
+        mask = query.new_empty(tokens, tokens) if name == "sdpa" else None
+        return _Kernel.apply(query, key, value, mask), None
+
+    return attend
+
+
+class _Kernel(torch.autograd.Function):
+    """The memory of a fused attention kernel, without its numbers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Shapes as in `segment_attention`."""
+        batch, heads, tokens, _ = query.shape
+        output = query.new_empty(batch, tokens, heads, value.shape[3])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(batch, heads, tokens, dtype=torch.float32), mask)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """upstream: as the output."""
+        query, key, value, _, sums, _ = ctx.saved_tensors
+        products = torch.empty_like(sums)
+        found = [torch.empty_like(each) for each in (query, key, value)]
+        del products
+        return *found, None

@@ -1,0 +1,218 @@
+"""The plan of a run: its memory is that of the real one, its counts are those of the record, and nothing is needed but the configuration."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cora_cli.data.batches import BatchForm, Collator
+from cora_cli.data.encode import Example
+from cora_cli.errors import CoraError
+from cora_cli.training import fitting
+from cora_cli.training import run as training
+from cora_cli.training.memory import StorageMeter, follow_training
+from cora_cli.training.preflight import Measured, Preflight, preflight
+from cora_cli.training.preflight_text import describe, marked
+from tests.training.helpers import config_for, log_lines, losses, record_of
+
+
+class _Metered(training.CoraTrainer):
+    """A Trainer that counts the storages of a real run."""
+
+    meter: StorageMeter
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        follow_training(self.meter, self.model, optimizer)
+        return optimizer
+
+    def train(self, **arguments: Any) -> Any:
+        with self.meter:
+            return super().train(**arguments)
+
+
+def real_peak(config: Any, vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    monkeypatch.setattr(_Metered, "meter", StorageMeter(vocabulary), raising=False)
+    monkeypatch.setattr(training, "CoraTrainer", _Metered)
+    training.train(config)
+    return dict(_Metered.meter.peak)
+
+
+def measured(plan: Preflight) -> Measured:
+    assert isinstance(plan.measured, Measured), plan.measured
+    return plan.measured
+
+
+def without_weights(model: Path, to: Path) -> Path:
+    shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors"))
+    return to
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "an adapter in bf16": {"mode": "lora", "dtype": "bf16", "max_steps": 1},
+    "a frozen B with checkpointing and accumulation": {
+        **{"mode": "fb", "b_init": "random", "compact": True, "max_steps": 2},
+        **{"gradient_checkpointing": True, "gradient_accumulation": 2},
+    },
+    "all weights in short rows": {"mode": "full", "tokens_per_row": 150, "max_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_peak_is_that_of_the_real_training(
+    name: str, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", **SETTINGS[name], eval_limit=1)
+    plan = preflight(config)
+    found = measured(plan)
+    peak = real_peak(config, 49152, monkeypatch)
+    assert found.memory.stage == "a training step"
+    assert found.memory.total == pytest.approx(sum(peak.values()), rel=0.1)
+    assert found.memory.parts["weights"] == peak["weights"]
+    assert found.parameters == record_of(tmp_path / "run")["parameters"]
+    assert plan.steps == record_of(tmp_path / "run")["speed"]["steps"]
+    assert plan.tokens == sum(line["tokens"] for line in log_lines(tmp_path / "run") if "loss" in line)
+    if found.adapter_bytes is not None:
+        (stored,) = (tmp_path / "run" / "adapter").glob("*.safetensors")
+        header = int.from_bytes(stored.read_bytes()[:8], "little") + 8
+        assert found.adapter_bytes == stored.stat().st_size - header
+
+
+def test_a_plan_needs_no_weights_and_writes_nothing(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    model = without_weights(tiny_model, tmp_path / "bare")
+    with_weights = preflight(config_for(tiny_model, tiny_data, tmp_path / "run"))
+    plan = preflight(config_for(model, tiny_data, tmp_path / "run"))
+    assert measured(plan) == measured(with_weights)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(CoraError, match="holds no weights"):
+        training.train(config_for(model, tiny_data, tmp_path / "run"))
+
+
+def test_a_basis_is_planned_without_the_weights_that_it_came_from(
+    tiny_model: Path, tiny_data: Path, tiny_basis: Path, tmp_path: Path
+) -> None:
+    model = without_weights(tiny_model, tmp_path / "bare")
+    plan = preflight(config_for(model, tiny_data, tmp_path / "run", mode="fb", basis=str(tiny_basis)))
+    assert measured(plan).parameters["trained"] == 2 * 3 * 4 * 64
+    with pytest.raises(CoraError, match="holds 8 directions"):
+        preflight(config_for(model, tiny_data, tmp_path / "run", mode="fb", basis=str(tiny_basis), rank=9))
+
+
+def test_a_plan_for_a_gpu_counts_no_copy_of_the_scores(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    usual = config_for(tiny_model, tiny_data, tmp_path / "run", device="auto", dtype="auto")
+    if torch.cuda.is_available():
+        pytest.skip("the plan is for the GPU that is here")
+    plan = preflight(usual)
+    assert (plan.prepared.hardware.device.type, plan.prepared.hardware.dtype) == ("cuda", torch.bfloat16)
+    assert measured(plan).memory.parts["weights"] == pytest.approx(2 * measured(plan).parameters["total"], rel=0.01)
+    page = describe(plan)
+    assert "fits a card of  16 GB: yes" in page
+    assert "141 GB: yes" in page
+    several = preflight(dataclasses.replace(usual, gradient_accumulation=2, batch_size=4))
+    assert (several.steps, several.largest < plan.largest) == (3, True)
+
+
+def test_several_processes_exchange_a_second_copy_of_the_gradients(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="full", max_steps=None, batch_size=4)
+    alone = preflight(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plan = preflight(config)
+    assert (alone.steps, plan.steps, plan.processes, plan.tokens) == (9, 5, 2, alone.tokens)
+    trained = measured(plan).parameters["trained"]
+    assert measured(plan).memory.parts["gradients"] == measured(alone).memory.parts["gradients"] + 4 * trained
+
+
+def test_the_example_shows_each_token_and_which_of_them_carry_loss(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    plan = preflight(config_for(tiny_model, tiny_data, tmp_path / "run"))
+    example = plan.prepared.train.examples[0]
+    lines = marked(example, plan.prepared.tokenizer)
+    response = plan.prepared.tokenizer.decode(example.input_ids[example.prompt_length :])
+    shown = "".join(line.removeprefix("> ").replace("|", "") for line in lines if line.startswith("> "))
+    assert shown == response.replace("|", "").replace("\n", "\\n")
+    ids = plan.prepared.tokenizer("Grüße 日本語 🙂")["input_ids"]
+    assert "".join(marked(Example([0, *ids], 1), plan.prepared.tokenizer)[1:]).replace("|", "") == "> Grüße 日本語 🙂"
+
+
+def test_a_run_without_gradient_plans_no_optimizer(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    plan = preflight(config_for(tiny_model, tiny_data, tmp_path / "run", mode="fb", b_init="zeros"))
+    assert measured(plan).memory.stage == "measuring the held-out loss"
+    assert measured(plan).memory.parts["optimizer"] == 0
+
+
+def test_rows_of_fewer_tokens_give_the_same_gradients(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, torch.Tensor]] = []
+
+    class Kept(training.CoraTrainer):
+        def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            return super()._get_grad_norm(model, grad_norm)
+
+    monkeypatch.setattr(training, "CoraTrainer", Kept)
+    for mode in ("lora", "full"):
+        found.clear()
+        for number, tokens in enumerate((None, 120)):
+            own = {"mode": mode, "max_grad_norm": 0.0, "max_steps": 1, "tokens_per_row": tokens}
+            training.train(config_for(tiny_model, tiny_data, tmp_path / f"{mode}{number}", **own))
+        assert losses(tmp_path / f"{mode}0") == pytest.approx(losses(tmp_path / f"{mode}1"), rel=1e-6)
+        for name, gradient in found[0].items():
+            assert torch.allclose(found[1][name], gradient, rtol=0, atol=1e-6 * gradient.abs().max().item()), name
+
+
+@pytest.mark.parametrize("form", [BatchForm("packed", True), BatchForm("packed"), BatchForm("padded")], ids=str)
+def test_a_long_batch_is_split_into_rows_of_at_most_so_many_tokens(form: BatchForm) -> None:
+    prefix = list(range(100, 130))
+    examples = [Example([*(prefix if n % 2 else []), *range(n, n + 10 + n)], 5) for n in range(12)]
+    short = dataclasses.replace(form, tokens_per_row=70)
+    parts = short.passes(examples)
+    assert sorted(index for part in parts for index in part) == list(range(12))
+    assert len(parts) > 1
+    assert max(form.tokens([examples[index] for index in part]) for part in parts) <= 70
+    batch = Collator(short)([(example, False) for example in examples])
+    assert len(batch["passes"]) == len(parts)
+    assert len(batch["labels"]) == sum(len(example.input_ids) - 5 for example in examples)
+
+
+def test_a_row_shorter_than_an_example_is_refused(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        CoraError, match=r"--tokens-per-row must be at least \d+, the tokens of the longest training example, not 9"
+    ):
+        training.train(config_for(tiny_model, tiny_data, tmp_path / "run", tokens_per_row=9))
+
+
+def test_a_full_gpu_ends_in_the_setting_that_would_fit(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", batch_size=16)
+    needed = measured(preflight(config)).memory.total
+
+    class Full(training.CoraTrainer):
+        def compute_loss(self, *_: Any, **__: Any) -> torch.Tensor:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(training, "CoraTrainer", Full)
+    monkeypatch.setattr(fitting, "_capacity", lambda device: needed * 0.8 / fitting.USABLE)
+    with pytest.raises(
+        CoraError, match=r"--tokens-per-row \d+ would fit with 0\.\d GiB; there was no checkpoint yet"
+    ) as caught:
+        training.train(config)
+    assert "\n" not in str(caught.value)
+    tokens = int(str(caught.value).partition("--tokens-per-row ")[2].split()[0])
+    assert measured(preflight(dataclasses.replace(config, tokens_per_row=tokens))).memory.total <= needed * 0.8
+    monkeypatch.setattr(fitting, "_capacity", lambda device: 2**20)
+    with pytest.raises(CoraError, match="no length of its rows fits"):
+        training.train(dataclasses.replace(config, output_dir=str(tmp_path / "smaller")))
+
+
+def test_nothing_of_the_fakes_remains(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    swapping = torch.nn.Module._apply
+    preflight(config_for(tiny_model, tiny_data, tmp_path / "run"))
+    assert torch.nn.Module._apply is swapping
+    training.train(config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=1))
+    assert record_of(tmp_path / "run")["status"] == "finished"
