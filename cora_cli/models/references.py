@@ -261,10 +261,9 @@ def _fetch(reference: str, hub_id: str, revision: str | None, weights: bool) -> 
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SHARED_PATTERNS, *patterns]))
 
     try:
-        path = snapshot()
-        for pattern in [f"*.{ending}" for ending in _ENDINGS] if weights else []:
-            path = snapshot(pattern)
-            if any(path.glob(pattern)):
+        for patterns in [[f"*.{ending}"] for ending in _ENDINGS] if weights else [[]]:
+            path = snapshot(*patterns)
+            if all(any(path.glob(pattern)) for pattern in patterns):
                 break
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
