@@ -223,12 +223,26 @@ class UsedGeneration(TypedDict):
     prompts_trained_on: NotRequired[int]
 
 
+class ReferenceTokens(TypedDict):
+    """What a model predicts where a record's reference stands: four lists with an entry for each reference token, the end token included.
+
+    `nll` is −log p of the token in nats, `brier` the squared distance of the probabilities from certainty in it, `confidence` the
+    probability of the most likely token, and `correct` whether that is the reference's.
+    """
+
+    nll: list[float]
+    brier: list[float]
+    confidence: list[float]
+    correct: list[bool]
+
+
 class Prediction(TypedDict):
     """A line of `predictions.jsonl`, by whichever program."""
 
     prediction: str
     reference: str
     finish_reason: NotRequired[str | None]
+    reference_tokens: NotRequired[ReferenceTokens]
 
 
 class PartialPrediction(TypedDict):

@@ -25,13 +25,14 @@ from cora_cli.progress import say
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """A model ready to generate: its context length in tokens, the rows of its embedding, its end-token ids, and a function from
-    prompts to an engine. `not_merged` says why the adapter was not merged although that was wanted."""
+    prompts to an engine. `not_merged` says why the adapter was not merged although that was wanted. `model` is None with vLLM."""
 
     context: int
     rows: int
     ends: list[int]
     start: Callable[[Sequence[Tokens]], Engine]
     not_merged: str | None = None
+    model: Any = None
 
 
 def open_transformers(
@@ -73,6 +74,7 @@ def open_transformers(
         ends,
         lambda prompts: transformers_engine(model, tokenizer, ends, prompts, config.batch_size, config.max_new_tokens),
         not_merged,
+        model,
     )
 
 

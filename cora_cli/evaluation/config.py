@@ -5,7 +5,7 @@ from typing import Literal
 
 from cora_cli.data.templates import TemplateName, check_date
 from cora_cli.errors import UsageError
-from cora_cli.evaluation.metrics import Variant, parse_metrics, variant_problem
+from cora_cli.evaluation.metrics import GROUPS, Variant, parse_metrics, variant_problem
 from cora_cli.settings import MOST, DtypeName, range_problems, setting
 
 ALL_METRICS = ("rouge", "meteor", "bleu", "bertscore")
@@ -70,7 +70,12 @@ class EvaluateConfig:
         True,
         panel=_GENERATION,
     )
-    metrics: tuple[str, ...] = setting("Comma-separated: rouge, meteor, bleu, bertscore.", ALL_METRICS, panel=_METRICS)
+    metrics: tuple[str, ...] = setting(
+        "Comma-separated: rouge, meteor, bleu, bertscore, calibration (NLL, Brier score and calibration error of the reference tokens). "
+        "Default: all but calibration.",
+        ALL_METRICS,
+        panel=_METRICS,
+    )
     metric_variant: Variant = setting(
         "ours, or hf-evaluate: what evaluate.load(...) of Hugging Face computes by default (ROUGE without stemming, METEOR with word_tokenize).",
         "ours",
@@ -128,6 +133,8 @@ class EvaluateConfig:
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit must be at least 1, not {self.limit}")
         parse_metrics(",".join(self.metrics))
+        if self.measures_calibration and self.backend == "vllm":
+            raise UsageError("--metrics calibration needs --backend transformers, which gives the probabilities of all tokens")
         if problem := variant_problem(self.metric_variant, self.bleu_tokenize):
             raise UsageError(problem)
 
@@ -140,6 +147,11 @@ class EvaluateConfig:
             raise UsageError(
                 "--ranks needs --backend transformers; for vllm, write an adapter of each rank with `cora export --rank`"
             )
+
+    @property
+    def measures_calibration(self) -> bool:
+        """Whether a metric needs the model's probabilities of the reference tokens."""
+        return not set(GROUPS["calibration"]).isdisjoint(self.metric_names)
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -18,13 +18,15 @@ from cora_cli import rundir
 from cora_cli.adapters.storage import check_base
 from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
 from cora_cli.data.formats import BUILTIN_PREFIX, Record, load_test_records, place_of, unused_columns
-from cora_cli.data.templates import Template, choose_template
+from cora_cli.data.templates import Rendered, Template, choose_template
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
-from cora_cli.evaluation.backend import open_transformers, open_vllm
+from cora_cli.evaluation.backend import Backend, open_transformers, open_vllm
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.generate import Request, generate
 from cora_cli.evaluation.metrics import build_metrics, score_all
+from cora_cli.evaluation.metrics.calibration import tokens_of
+from cora_cli.evaluation.reference_tokens import add_reference_tokens, reference_examples, reference_tokens
 from cora_cli.evaluation.targets import Target, TrainedPrompts, find_targets, trained_prompts
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
@@ -115,53 +117,88 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
     elif config.template_date:
         raise CoraError(f"--template-date has no effect: the template {name} of {target.name} writes no date; leave it out")
     out = _place_of_work(target.output, settings, config.overwrite)
-    if not _predictions_are_complete(out, settings):
+    complete = _predictions_are_complete(out, settings)
+    if complete:
+        _check_nothing_is_lost(config, out.predictions, out)
+    measured = not config.measures_calibration or (complete and _tokens(out.predictions) is not None)
+    if not (complete and measured):
         say(f"{target.name}: {hardware.describe()}")
         rendered = [template.render(record) for record in records]
-        ids = [encode_prompt(text, tokenizer) for text in rendered]
-        _say_about_records(target, records, template)
-        if [] in ids:
-            raise CoraError(f"{target.dataset}, record {ids.index([]) + 1}: the prompt is empty; remove the record")
-        if config.backend == "vllm":
-            backend = open_vllm(config, target.base, target.adapter, hardware, template.ends, out.root)
-        else:
-            backend = open_transformers(config, target.base, target.adapter, hardware, tokenizer, template.ends, target.rank)
-        for record, prompt in zip(records, ids, strict=True):
-            check_rows(prompt, backend.rows, place_of(record), tokenizer)
-        room = backend.context - config.max_new_tokens
-        if room < 1:
-            raise CoraError(
-                f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {backend.context} "
-                "tokens"
-            )
-        requests = [
-            Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead)
-            for prompt, text in zip(ids, rendered, strict=True)
-        ]
-        cut = sum(len(prompt) > room for prompt in ids)
-        if cut:
-            say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
-        rundir.write_json(out.generation, {"name": target.name, "settings": settings})
-        engine = backend.start([request.input_ids for request in requests])
-        speed = generate(engine, tokenizer, backend.ends, requests, out)
-        rundir.write_json(
-            out.generation,
-            {
-                "name": target.name,
-                "settings": settings,
-                "prompts_cut": cut,
-                **({"prompts_trained_on": trained_on} if trained_on else {}),
-                **({"not_merged": backend.not_merged} if backend.not_merged else {}),
-                "predictions_sha256": rundir.sha256_file(out.predictions),
-                **speed,
-            },
-        )
+        backend = _open(config, target, hardware, tokenizer, template, out)
+        if not measured:
+            examples = reference_examples(records, rendered, tokenizer, backend.rows, backend.context)
+        if not complete:
+            _say_about_records(target, records, template)
+            _answer(config, target, settings, trained_on, records, rendered, tokenizer, backend, out)
+        if not measured:
+            add_reference_tokens(out, reference_tokens(backend.model, examples))
+            now = {**shapes.read_generation(out), "predictions_sha256": rundir.sha256_file(out.predictions)}
+            rundir.write_json(out.generation, now)
     generation = {**shapes.read_generation(out), "name": target.name, "settings": settings}
     evaluation = _score(config, target.name, out.predictions, out, hardware, generation)
     if out != target.output:
         _replace(target.output, out)
     shutil.rmtree(target.output.root / REPLACEMENT, ignore_errors=True)
     return evaluation
+
+
+def _open(
+    config: EvaluateConfig, target: Target, hardware: Hardware, tokenizer: Any, template: Template, out: EvaluationDirectory
+) -> Backend:
+    if config.backend == "vllm":
+        return open_vllm(config, target.base, target.adapter, hardware, template.ends, out.root)
+    return open_transformers(config, target.base, target.adapter, hardware, tokenizer, template.ends, target.rank)
+
+
+def _answer(
+    config: EvaluateConfig,
+    target: Target,
+    settings: dict[str, Any],
+    trained_on: int,
+    records: Sequence[Record],
+    rendered: Sequence[Rendered],
+    tokenizer: Any,
+    backend: Backend,
+    out: EvaluationDirectory,
+) -> None:
+    """Write the answers to all records, and how they came about."""
+    ids = [encode_prompt(text, tokenizer) for text in rendered]
+    if [] in ids:
+        raise CoraError(f"{target.dataset}, record {ids.index([]) + 1}: the prompt is empty; remove the record")
+    for record, prompt in zip(records, ids, strict=True):
+        check_rows(prompt, backend.rows, place_of(record), tokenizer)
+    room = backend.context - config.max_new_tokens
+    if room < 1:
+        raise CoraError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {backend.context} tokens"
+        )
+    requests = [
+        Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead)
+        for prompt, text in zip(ids, rendered, strict=True)
+    ]
+    cut = sum(len(prompt) > room for prompt in ids)
+    if cut:
+        say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
+    rundir.write_json(out.generation, {"name": target.name, "settings": settings})
+    engine = backend.start([request.input_ids for request in requests])
+    speed = generate(engine, tokenizer, backend.ends, requests, out)
+    rundir.write_json(
+        out.generation,
+        {
+            "name": target.name,
+            "settings": settings,
+            "prompts_cut": cut,
+            **({"prompts_trained_on": trained_on} if trained_on else {}),
+            **({"not_merged": backend.not_merged} if backend.not_merged else {}),
+            "predictions_sha256": rundir.sha256_file(out.predictions),
+            **speed,
+        },
+    )
+
+
+def _tokens(predictions: Path) -> Sequence[shapes.ReferenceTokens] | None:
+    """What the predictions hold of the reference tokens; None where they hold nothing."""
+    return tokens_of(read_jsonl(predictions), predictions)
 
 
 def _say_about_records(target: Target, records: Sequence[Record], template: Template) -> None:
@@ -293,6 +330,7 @@ def _score(
         bleu_tokenize=config.bleu_tokenize,
         device=str(hardware.device),
         variant=config.metric_variant,
+        tokens=tokens_of(lines, path) if config.measures_calibration else None,
     )
     finished = [line.get("finish_reason") for line in lines]
     record = {

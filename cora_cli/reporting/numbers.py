@@ -15,7 +15,7 @@ JSON: `{"format_version": 2, "experiments": [...]}`. An experiment has `name`, `
 Version 2 replaced the tests over prompts (`seeds_agree`, `seeds_agreeing`, `over_seeds`) by those over seeds and records. In the CSV, a test
 has `outcome` and the other columns of its group at the end; its `row` is `one minus other`, and its `value` the difference.
 
-`heldout_loss` is in nats per response token, `sacrebleu` 0-100, the other measures 0-1.
+`heldout_loss` and `nll` are in nats per response token, `sacrebleu` 0-100, `brier` 0-2, the other measures 0-1.
 """
 
 import csv

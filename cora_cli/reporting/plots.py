@@ -12,7 +12,7 @@ from typing import Any
 from cora_cli.render.canvas import INK, Figure, Palette, render
 from cora_cli.reporting.forest import MOST_SHOWN, draw_forest
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.statistics import SEEDS, Estimate
+from cora_cli.reporting.statistics import SEEDS, Estimate, higher_is_better
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.variance import Spectrum
 from cora_cli.reporting.verdict import title
@@ -302,7 +302,7 @@ def _cut(lines: Sequence[Line]) -> str:
 
 
 def _titled(measure: str) -> str:
-    return "held-out loss (lower is better)" if measure == LOSS else title(measure)
+    return title(measure) if higher_is_better(measure) else f"{title(measure)} (lower is better)"
 
 
 def _rounded(count: float) -> str:

@@ -11,17 +11,21 @@ from cora_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from cora_cli.evaluation.metrics.base import Floats, Metric
+    from cora_cli.records import ReferenceTokens
 
 GROUPS = {
     "rouge": ("rouge1", "rouge2", "rougeL"),
     "meteor": ("meteor",),
     "bleu": ("sacrebleu",),
     "bertscore": ("bertscore_f1",),
+    "calibration": ("nll", "brier", "ece"),
 }
 """Names that `--metrics` accepts, and the metrics that each stands for."""
 
 NAMES = tuple(name for names in GROUPS.values() for name in names)
 """Every metric, in the order of the columns in tables."""
+
+LOWER_IS_BETTER = frozenset(GROUPS["calibration"])
 
 Variant = Literal["ours", "hf-evaluate"]
 """`hf-evaluate` has what `evaluate.load` of Hugging Face computes by default: ROUGE without stemming, METEOR on NLTK's `word_tokenize`,
@@ -64,6 +68,13 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     return tuple(name for name in NAMES if name in wanted)
 
 
+def scales(names: Iterable[str]) -> str:
+    """The scales of metrics, for the line below a table."""
+    if LOWER_IS_BETTER.isdisjoint(names):
+        return "sacrebleu 0-100, the others 0-1"
+    return "sacrebleu 0-100, nll in nats per reference token, brier 0-2, the others 0-1; nll, brier and ece: lower is better"
+
+
 def build_metrics(
     names: Iterable[str],
     *,
@@ -72,11 +83,12 @@ def build_metrics(
     bleu_tokenize: str = "13a",
     device: str = "cpu",
     variant: Variant = "ours",
+    tokens: "Sequence[ReferenceTokens] | None" = None,
 ) -> "dict[str, Metric]":
     """Create metric objects by name; models and word lists are loaded on first use.
 
     `bertscore_model` and `bertscore_layer` select the BERTScore encoder, which runs on `device` (a torch device), and
-    `bleu_tokenize` sacrebleu's tokenizer.
+    `bleu_tokenize` sacrebleu's tokenizer. `tokens` has what calibration is computed from, for each example.
     Raises `UsageError` if a name or the variant is unknown, or the variant does not have that tokenizer.
     """
     if problem := variant_problem(variant, bleu_tokenize):
@@ -102,6 +114,10 @@ def build_metrics(
             from cora_cli.evaluation.metrics.bertscore import BertScore
 
             built[name] = BertScore(bertscore_model, bertscore_layer, device, as_evaluate)
+        elif name in GROUPS["calibration"]:
+            from cora_cli.evaluation.metrics.calibration import Calibration
+
+            built[name] = Calibration(name, tokens)
         else:
             raise UsageError(f"metric must be one of {', '.join(NAMES)}, not {name!r}")
     return built
@@ -129,10 +145,11 @@ def score_all(
     bleu_tokenize: str = "13a",
     device: str = "cpu",
     variant: Variant = "ours",
+    tokens: "Sequence[ReferenceTokens] | None" = None,
 ) -> ScoreReport:
     """Compute metrics with percentile bootstrap intervals over examples.
 
-    Prediction i is compared with reference i. All metrics use the same `bootstrap` resamples, drawn with `seed`. The interval's
+    Prediction i is compared with reference i; calibration is that of the reference's `tokens`. All metrics use the same `bootstrap` resamples, drawn with `seed`. The interval's
     key follows `confidence`: `ci95`, `ci90`. Raises `CoraError` if the counts differ, nothing is given or an entry is not text,
     and `UsageError` for unknown names and invalid settings.
     """
@@ -148,6 +165,7 @@ def score_all(
         bleu_tokenize=bleu_tokenize,
         device=device,
         variant=variant,
+        tokens=tokens,
     )
     if not metrics:
         raise UsageError(f"no metric is named; {_allowed()}")
