@@ -30,6 +30,9 @@ class EvaluateConfig:
         flags=("--output-dir", "-o"),
         panel=_RUN,
     )
+    ensemble: bool = setting(
+        "Evaluate the runs as one model whose probabilities are the mean of theirs; needs --output-dir.", False, panel=_WHAT
+    )
     with_base: bool = setting("Also evaluate the base model of the runs, on the same records.", False, panel=_WHAT)
     exclude_trained: bool | None = setting(
         "Leave out records whose prompts the runs were trained on. Default: only where they come from the data set of the training.",
@@ -121,6 +124,7 @@ class EvaluateConfig:
                 f"--backend {self.backend} has no effect with --from, which scores existing predictions; leave it out"
             )
         self._check_ranks()
+        self._check_ensemble()
         if self.with_base and not self.runs:
             raise UsageError("--with-base needs run directories, whose base model it evaluates; leave it out")
         if self.model and not (self.dataset and self.output_dir):
@@ -137,6 +141,18 @@ class EvaluateConfig:
             raise UsageError("--metrics calibration needs --backend transformers, which gives the probabilities of all tokens")
         if problem := variant_problem(self.metric_variant, self.bleu_tokenize):
             raise UsageError(problem)
+
+    def _check_ensemble(self) -> None:
+        if not self.ensemble:
+            return
+        if len(self.runs or ()) < 2:
+            raise UsageError(f"--ensemble needs at least two run directories, not {len(self.runs or ())}")
+        if not self.output_dir:
+            raise UsageError("--ensemble needs --output-dir DIR, since its results belong to none of the runs alone")
+        if self.ranks:
+            raise UsageError("--ranks has no effect with --ensemble, whose members keep their ranks; leave it out")
+        if self.backend == "vllm":
+            raise UsageError("--ensemble needs --backend transformers, which gives the probabilities of all tokens")
 
     def _check_ranks(self) -> None:
         if self.ranks is not None and not all(rank.isdecimal() and int(rank) for rank in self.ranks or ("",)):

@@ -92,14 +92,16 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
     if not records:
         raise CoraError(f"{target.dataset} has no records to answer")
     base_sha256 = target.base.content_hash()
-    if target.adapter is not None:
-        check_base(target.adapter, target.base)
+    for member in target.members:
+        if member.adapter is not None:
+            check_base(member.adapter, member.base)
     settings = {
         "model": target.base.reference,
         "model_sha256": base_sha256,
         "tokenizer_sha256": target.tokenizer_hash(),
         "adapter_sha256": target.adapter and target.adapter.content_hash(),
-        "merged": bool(target.adapter) and config.merge,
+        **_ensemble_settings(target),
+        "merged": config.merge and any(member.adapter for member in target.members),
         **({"rank": target.rank} if target.rank is not None else {}),
         "records_sha256": rundir.sha256_json(records),
         "template": target.template,
@@ -124,12 +126,15 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
     if not (complete and measured):
         say(f"{target.name}: {hardware.describe()}")
         rendered = [template.render(record) for record in records]
+        prompts = [encode_prompt(text, tokenizer) for text in rendered]
+        if [] in prompts:
+            raise CoraError(f"{target.dataset}, record {prompts.index([]) + 1}: the prompt is empty; remove the record")
         backend = _open(config, target, hardware, tokenizer, template, out)
         if not measured:
             examples = reference_examples(records, rendered, tokenizer, backend.rows, backend.context)
         if not complete:
             _say_about_records(target, records, template)
-            _answer(config, target, settings, trained_on, records, rendered, tokenizer, backend, out)
+            _answer(config, target, settings, trained_on, records, rendered, prompts, tokenizer, backend, out)
         if not measured:
             add_reference_tokens(out, reference_tokens(backend.model, examples))
             now = {**shapes.read_generation(out), "predictions_sha256": rundir.sha256_file(out.predictions)}
@@ -142,12 +147,20 @@ def _evaluate_target(config: EvaluateConfig, target: Target, hardware: Hardware,
     return evaluation
 
 
+def _ensemble_settings(target: Target) -> dict[str, Any]:
+    """The members of an ensemble by the hashes of base and adapter; their order can change the last bits."""
+    if not target.others:
+        return {}
+    members = [[one.base.content_hash(), one.adapter and one.adapter.content_hash()] for one in target.members]
+    return {"adapter_sha256": rundir.sha256_json(members), "members": members}
+
+
 def _open(
     config: EvaluateConfig, target: Target, hardware: Hardware, tokenizer: Any, template: Template, out: EvaluationDirectory
 ) -> Backend:
     if config.backend == "vllm":
         return open_vllm(config, target.base, target.adapter, hardware, template.ends, out.root)
-    return open_transformers(config, target.base, target.adapter, hardware, tokenizer, template.ends, target.rank)
+    return open_transformers(config, target, hardware, tokenizer, template.ends)
 
 
 def _answer(
@@ -157,15 +170,13 @@ def _answer(
     trained_on: int,
     records: Sequence[Record],
     rendered: Sequence[Rendered],
+    prompts: Sequence[list[int]],
     tokenizer: Any,
     backend: Backend,
     out: EvaluationDirectory,
 ) -> None:
     """Write the answers to all records, and how they came about."""
-    ids = [encode_prompt(text, tokenizer) for text in rendered]
-    if [] in ids:
-        raise CoraError(f"{target.dataset}, record {ids.index([]) + 1}: the prompt is empty; remove the record")
-    for record, prompt in zip(records, ids, strict=True):
+    for record, prompt in zip(records, prompts, strict=True):
         check_rows(prompt, backend.rows, place_of(record), tokenizer)
     room = backend.context - config.max_new_tokens
     if room < 1:
@@ -174,9 +185,9 @@ def _answer(
         )
     requests = [
         Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead)
-        for prompt, text in zip(ids, rendered, strict=True)
+        for prompt, text in zip(prompts, rendered, strict=True)
     ]
-    cut = sum(len(prompt) > room for prompt in ids)
+    cut = sum(len(prompt) > room for prompt in prompts)
     if cut:
         say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
     rundir.write_json(out.generation, {"name": target.name, "settings": settings})

@@ -83,9 +83,15 @@ def generate(
 
 
 def transformers_engine(
-    model: Any, tokenizer: Any, ends: Sequence[int], prompts: Sequence[Tokens], batch_size: int, max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    ends: Sequence[int],
+    prompts: Sequence[Tokens],
+    batch_size: int,
+    max_new_tokens: int,
+    why: str | None = None,
 ) -> Engine:
-    """`PooledDecoder` if it supports the model, else `BatchedGenerate`, with a line on stderr that says why.
+    """`PooledDecoder` if it supports the model, else `BatchedGenerate`, with a line on stderr that says `why`.
 
     Both are checked with a few of the prompts. Where padding changes what a prompt gives alone, only prompts of one length are answered
     together.
@@ -93,7 +99,7 @@ def transformers_engine(
     batched = BatchedGenerate(model, ends, tokenizer.pad_token_id, batch_size, max_new_tokens)
     agreement = Agreement(model, prompts, batched.logits)
     probes = agreement.probes
-    why = unsupported(model, max(map(len, prompts)) + max_new_tokens)
+    why = why or unsupported(model, max(map(len, prompts)) + max_new_tokens)
     if why is None:
         fault = agreement.fault(lambda: PooledDecoder(model, probes, ends, len(probes), 1).logits(probes, agreement.following))
         if fault is None:

@@ -27,7 +27,8 @@ class Target:
     """One thing to evaluate: a base model with or without an adapter, the records to answer, and the output directory.
 
     `own_records` are those held out by the training that produced it. `date` is what a chat template that writes the date takes for it, None
-    where neither the user nor a training decides. `rank` is what the adapter is cut to.
+    where neither the user nor a training decides. `rank` is what the adapter is cut to. `others` are the further members of an ensemble, whose
+    first one is `base` with `adapter`.
     """
 
     name: str
@@ -39,6 +40,12 @@ class Target:
     own_records: Path | None = None
     date: str | None = None
     rank: int | None = None
+    others: tuple["Target", ...] = ()
+
+    @property
+    def members(self) -> tuple["Target", ...]:
+        """The models behind it: itself, and the others of an ensemble."""
+        return (self, *self.others)
 
     @property
     def tokenizer(self) -> ModelPath:
@@ -74,9 +81,52 @@ def find_targets(config: EvaluateConfig) -> list[Target]:
         if compared is not None and not any(_same_answers(compared, other, config.trust_remote_code) for other in targets):
             targets.append(compared)
         targets += _at_ranks(config, own)
+    if config.ensemble:
+        return _as_ensemble(config, targets)
     if len({target.output.root for target in targets}) < len(targets):
         raise CoraError("two runs have the same name and would be written to the same directory; evaluate them separately")
     return targets
+
+
+def _as_ensemble(config: EvaluateConfig, targets: Sequence[Target]) -> list[Target]:
+    """The runs among `targets` as one, after the base model if that is wanted.
+
+    Raises `CoraError` for runs that cannot be averaged: one twice, other tokens, or other prompts or records.
+    """
+    bases, runs = ([one for one in targets if (one.own_records is None) is wanted] for wanted in (True, False))
+    if len(bases) > 1:
+        raise CoraError(f"--with-base needs one base model, but the runs have {' and '.join(one.name for one in bases)}")
+    first = runs[0]
+    weights: dict[str | None, str] = {}
+    for run in runs:
+        own = (run.adapter or run.base).content_hash()
+        if own in weights:
+            raise CoraError(
+                f"{weights[own]} and {run.name} have the same weights; an ensemble needs runs that were trained independently, such as with "
+                "other seeds"
+            )
+        weights[own] = run.name
+        for what, of in (
+            ("tokenizers", Target.tokenizer_hash),
+            ("templates", lambda one: one.template),
+            ("dates in their prompts", lambda one: one.date if reads_clock(one.template, _tokenizer(one, config)) else None),
+        ):
+            if of(run) != of(first):
+                raise CoraError(f"{first.name} and {run.name} cannot be one ensemble: they have different {what}")
+        if not config.dataset and rundir.sha256_file(Path(run.dataset)) != rundir.sha256_file(Path(first.dataset)):
+            raise CoraError(
+                f"{first.name} and {run.name} hold out different records: train them with one --split-seed, or name the records to answer "
+                "with --dataset"
+            )
+    assert config.output_dir is not None
+    root = Path(config.output_dir)
+    name = f"ensemble of {', '.join(Path(run.name).resolve().name for run in runs)}"
+    out = EvaluationDirectory(root / "ensemble" if config.with_base else root)
+    return [*bases, dataclasses.replace(first, name=name, output=out, others=tuple(runs[1:]))]
+
+
+def _tokenizer(target: Target, config: EvaluateConfig) -> Any:
+    return load_tokenizer(target.tokenizer, config.trust_remote_code)
 
 
 def _at_ranks(config: EvaluateConfig, target: Target) -> list[Target]:
@@ -194,7 +244,7 @@ def trained_prompts(targets: Sequence[Target]) -> TrainedPrompts:
     hashes: set[str] = set()
     datasets: set[str] = set()
     unknown: set[Path] = set()
-    for target in targets:
+    for target in [member for one in targets for member in one.members]:
         for model in (target.adapter, target.base):
             if model is None or (record := trained_on(model)) is None:
                 continue
