@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 
 from cora_cli.adapters.merge import CannotMerge, merge_adapter, merged_into_base
+from cora_cli.adapters.posterior import drawn_models
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
@@ -47,22 +48,22 @@ def open_transformers(
 
     The members of an ensemble become one model. Raises `CoraError` if one of them cannot be loaded, or they cannot be averaged.
     """
-    loaded = []
+    loaded: list[Any] = []
     not_merged = None
     for member in target.members:
         model, reason = _load(config, member, hardware)
         not_merged = not_merged or reason
-        if target.others:
+        if target.others or member.draws:
             model = _member(model, member)
-            if loaded:
-                share_equal_weights(loaded[0], model)
-        loaded.append(model)
-    model = mixture(loaded) if target.others else loaded[0]
+        if loaded:
+            share_equal_weights(loaded[0], model)
+        loaded += drawn_models(model, member.adapter, member.draws) if member.draws and member.adapter else [model]
+    model = mixture(loaded) if len(loaded) > 1 else loaded[0]
     sizes = {one.config.get_text_config(decoder=True).vocab_size for one in loaded}
     if len(sizes) > 1:
         raise CoraError(f"{target.name}: the members have vocabularies of {' and '.join(map(str, sorted(sizes)))} tokens")
     ends = end_tokens(model.generation_config.eos_token_id, template_ends)
-    averages = "it averages several models" if target.others else None
+    averages = "it averages several models" if len(loaded) > 1 else None
     return Backend(
         min(context_length(one.config) for one in loaded),
         min(one.get_input_embeddings().weight.shape[0] for one in loaded),
@@ -85,7 +86,7 @@ def _load(config: EvaluateConfig, target: Target, hardware: Hardware) -> tuple[A
         return load_adapter(model, adapter, basis, rank=target.rank) if adapter is not None else model
 
     model = load()
-    if adapter is None or not config.merge:
+    if adapter is None or not config.merge or target.draws:
         return model, None
     try:
         return merged_into_base(model, adapter), None
@@ -102,7 +103,9 @@ def _member(model: Any, target: Target) -> Any:
         return model
     if model.active_peft_config.is_prompt_learning:
         kind = model.active_peft_config.peft_type.value
-        raise CoraError(f"{target.name} cannot be part of an ensemble: its adapter ({kind}) changes the input, not the weights")
+        raise CoraError(
+            f"{target.name} cannot be averaged with others: its adapter ({kind}) changes the input, not the weights"
+        )
     return model.get_base_model()
 
 

@@ -50,6 +50,12 @@ class EvaluateConfig:
         None,
         panel=_WHAT,
     )
+    draws: int | None = setting(
+        "Draws of the weights of an adapter with a distribution (mode scalabl), whose probabilities are averaged; 0: its mean. Default: 10.",
+        None,
+        panel=_WHAT,
+        most=10_000,
+    )
     backend: Literal["transformers", "vllm"] = setting(
         "Generation backend. vllm needs a GPU and the package vllm, and ignores --batch-size.",
         "transformers",
@@ -111,7 +117,9 @@ class EvaluateConfig:
             raise UsageError("give exactly one of: run directories, --model, or --from predictions.jsonl")
         if self.from_predictions and (
             useless := [
-                name for name in ("dataset", "limit", "base", "basis", "template_date") if getattr(self, name) is not None
+                name
+                for name in ("dataset", "limit", "base", "basis", "template_date", "draws")
+                if getattr(self, name) is not None
             ]
         ):
             raise UsageError(
@@ -129,13 +137,11 @@ class EvaluateConfig:
             raise UsageError("--with-base needs run directories, whose base model it evaluates; leave it out")
         if self.model and not (self.dataset and self.output_dir):
             raise UsageError("--model needs --dataset FILE (the records to answer) and --output-dir DIR (where to write)")
-        for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("bootstrap", 100)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("bootstrap", 100), ("limit", 1), ("draws", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         if problems := [*range_problems(self), *filter(None, [check_date(self.template_date)])]:
             raise UsageError("; ".join(problems))
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(f"--limit must be at least 1, not {self.limit}")
         parse_metrics(",".join(self.metrics))
         if self.measures_calibration and self.backend == "vllm":
             raise UsageError("--metrics calibration needs --backend transformers, which gives the probabilities of all tokens")

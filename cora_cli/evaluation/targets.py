@@ -10,6 +10,7 @@ from typing import Any
 
 from cora_cli import records as shapes
 from cora_cli import rundir
+from cora_cli.adapters.posterior import has_posterior
 from cora_cli.adapters.storage import base_of, check_rank
 from cora_cli.data.formats import Record, Schema, prompt_hash
 from cora_cli.data.templates import TemplateName, reads_clock
@@ -21,6 +22,9 @@ from cora_cli.models.trained_on import trained_on
 from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
+DEFAULT_DRAWS = 10
+"""As in the experiments of ScalaBL."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -28,7 +32,7 @@ class Target:
 
     `own_records` are those held out by the training that produced it. `date` is what a chat template that writes the date takes for it, None
     where neither the user nor a training decides. `rank` is what the adapter is cut to. `others` are the further members of an ensemble, whose
-    first one is `base` with `adapter`.
+    first one is `base` with `adapter`. `draws` are those from the distribution of the adapter, 0 for its mean.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Target:
     date: str | None = None
     rank: int | None = None
     others: tuple["Target", ...] = ()
+    draws: int = 0
 
     @property
     def members(self) -> tuple["Target", ...]:
@@ -74,18 +79,43 @@ def find_targets(config: EvaluateConfig) -> list[Target]:
         out = EvaluationDirectory(Path(config.output_dir))
         record = trained_on(adapter or base)
         date = config.template_date or (record.date if record else None)
-        return _at_ranks(config, Target(config.model, base, adapter, config.dataset, config.template, out, date=date))
+        draws = _draws(config, adapter)
+        target = Target(config.model, base, adapter, config.dataset, config.template, out, date=date, draws=draws)
+        _check_draws(config, [target])
+        return _at_ranks(config, target)
     targets: list[Target] = []
     for name in config.runs or ():
         own, compared = _targets_of_run(config, name)
         if compared is not None and not any(_same_answers(compared, other, config.trust_remote_code) for other in targets):
             targets.append(compared)
         targets += _at_ranks(config, own)
+    _check_draws(config, targets)
     if config.ensemble:
         return _as_ensemble(config, targets)
     if len({target.output.root for target in targets}) < len(targets):
         raise CoraError("two runs have the same name and would be written to the same directory; evaluate them separately")
     return targets
+
+
+def _draws(config: EvaluateConfig, adapter: ModelPath | None) -> int:
+    """How many draws from the adapter's distribution to average; 0 where it has none."""
+    if not has_posterior(adapter):
+        return 0
+    draws = DEFAULT_DRAWS if config.draws is None else config.draws
+    if draws and config.backend == "vllm":
+        raise CoraError(
+            f"{adapter.reference if adapter else ''} has a distribution of weights, whose draws only --backend transformers averages; "
+            "--draws 0 evaluates its mean"
+        )
+    return draws
+
+
+def _check_draws(config: EvaluateConfig, targets: Sequence[Target]) -> None:
+    """Raise `CoraError` where draws are wanted and there is nothing to draw from."""
+    if config.draws and not any(target.draws for target in targets):
+        raise CoraError(
+            f"{targets[-1].name} has no distribution of weights: --draws applies to adapters of mode scalabl; leave it out"
+        )
 
 
 def _as_ensemble(config: EvaluateConfig, targets: Sequence[Target]) -> list[Target]:
@@ -166,7 +196,8 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
         root = place / run.root.resolve().name if len(config.runs or ()) > 1 or config.with_base else place
         base_root = place / "base"
     date = config.template_date or shapes.template_date(record)
-    own = Target(name, base, adapter, dataset, template, EvaluationDirectory(root), run.test_records, date)
+    out = EvaluationDirectory(root)
+    own = Target(name, base, adapter, dataset, template, out, run.test_records, date, draws=_draws(config, adapter))
     if not config.with_base:
         return own, None
     if adapter is None:  # a complete model; its base is the one that the training started from
