@@ -153,6 +153,7 @@ class Run(TypedDict):
     versions: dict[str, str]
     seeds: Seeds
     resumed: NotRequired[int]
+    laplace: NotRequired[dict[str, Any]]
     error: NotRequired[str]
 
 

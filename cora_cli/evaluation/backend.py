@@ -63,7 +63,7 @@ def open_transformers(
     if len(sizes) > 1:
         raise CoraError(f"{target.name}: the members have vocabularies of {' and '.join(map(str, sorted(sizes)))} tokens")
     ends = end_tokens(model.generation_config.eos_token_id, template_ends)
-    averages = "it averages several models" if len(loaded) > 1 else None
+    averages = "it averages several models" if target.others or target.draws else None
     return Backend(
         min(context_length(one.config) for one in loaded),
         min(one.get_input_embeddings().weight.shape[0] for one in loaded),

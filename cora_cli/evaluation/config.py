@@ -51,7 +51,8 @@ class EvaluateConfig:
         panel=_WHAT,
     )
     draws: int | None = setting(
-        "Draws of the weights of an adapter with a distribution (mode scalabl), whose probabilities are averaged; 0: its mean. Default: 10.",
+        "Draws of the weights of an adapter with a distribution (mode scalabl, `cora laplace`), whose probabilities are averaged; 0: its mean. "
+        "Default: 10.",
         None,
         panel=_WHAT,
         most=10_000,

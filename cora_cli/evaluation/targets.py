@@ -114,7 +114,7 @@ def _check_draws(config: EvaluateConfig, targets: Sequence[Target]) -> None:
     """Raise `CoraError` where draws are wanted and there is nothing to draw from."""
     if config.draws and not any(target.draws for target in targets):
         raise CoraError(
-            f"{targets[-1].name} has no distribution of weights: --draws applies to adapters of mode scalabl; leave it out"
+            f"{targets[-1].name} has no distribution of weights: --draws applies to runs of mode scalabl and of `cora laplace`; leave it out"
         )
 
 

@@ -184,7 +184,7 @@ def _row_of_run(run: RunDirectory) -> Row:
         printed=None,
         group=clean(f"{record['model']['reference']} on {record['data']['dataset']}"),
         mode=record["mode"],
-        label=f"{record['mode']} {unusual}".strip(),
+        label=f"{'laplace ' if 'laplace' in record else ''}{record['mode']} {unusual}".strip(),
         rank=plan["rank"] if plan else None,
         n_models=len(basis["sources"]) if basis else None,
         sources=tuple(clean(str(source["reference"])) for source in basis["sources"]) if basis else (),

@@ -210,5 +210,7 @@ def test_what_makes_no_sense_is_refused(run: Path, tmp_path: Path, tiny_model: P
     with pytest.raises(CoraError, match=r"mode scalabl needs --rank ≤ 64 for model.layers.0.self_attn.q_proj, not 65"):
         train(config_for(tiny_model, tiny_data, tmp_path / "wide", mode="scalabl", rank=65))
     train(config_for(tiny_model, tiny_data, tmp_path / "lora"))
-    with pytest.raises(CoraError, match="lora has no distribution of weights: --draws applies to adapters of mode scalabl"):
+    with pytest.raises(
+        CoraError, match="lora has no distribution of weights: --draws applies to runs of mode scalabl and of `cora laplace`"
+    ):
         evaluated(tmp_path / "lora", tmp_path / "out", draws=2)
