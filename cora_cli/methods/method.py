@@ -125,6 +125,8 @@ class Method:
     """The rank at which the trained adapter equals a plain LoRA; None where no LoRA equals it."""
     nested_ranks: ClassVar[bool] = False
     """Whether the first b pairs of A and B with s = alpha / b are an adapter of their own, for every b ≤ r."""
+    learns_distribution: ClassVar[bool] = False
+    """Whether `posterior` has something to store, so that `cora evaluate` averages draws."""
     notes: ClassVar[str] = ""
     """For the documentation: what the paper leaves open, and where this method differs from the authors' code or from PEFT's."""
 

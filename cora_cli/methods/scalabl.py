@@ -57,6 +57,7 @@ class ScalaBl(Method):
     }
     trained_in_words = "V r·in + a r + b r + B out·r"
     stored_as = "LoRA (the mean) and e^b"
+    learns_distribution = True
     notes = (
         "The size of row k of A is Gaussian with mean e^a_k and standard deviation e^b_k. V and e^a start as the right singular vectors and "
         "the singular values of A ~ U(±1/√in), e^b between ε/√2 and ε with ε `--scalabl-deviation`. One z is drawn in each step from the seed, "
