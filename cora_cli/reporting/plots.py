@@ -195,12 +195,13 @@ def _bars(figure: Any, group: Group, palette: Palette, rows: int, columns: int) 
 
 
 def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette) -> None:
-    preferred = [m for m in ("rougeL", "sacrebleu", "bertscore_f1", "meteor", "rouge1", "rouge2") if m in group.measures][:1]
+    order = ("rougeL", "sacrebleu", "bertscore_f1", "meteor", "rouge1", "rouge2", "nll", "brier", "ece")
+    preferred = [m for m in order if m in group.measures][:1]
     measures = [*preferred, *(m for m in group.measures if m == LOSS)]
     places, ticks = side_by_side([line.method.first.trained or 0 for line in points])
     axes = figure.subplots(1, len(measures), squeeze=False)[0]
     for ax, measure in zip(axes, measures, strict=True):
-        sign = -1 if measure == LOSS else 1
+        sign = 1 if higher_is_better(measure) else -1
         front: list[tuple[int | None, float, float]] = []
         base = [
             line.estimates[measure].value
