@@ -154,6 +154,7 @@ class Run(TypedDict):
     versions: dict[str, str]
     seeds: Seeds
     resumed: NotRequired[int]
+    laplace: NotRequired[dict[str, Any]]
     error: NotRequired[str]
 
 
@@ -230,6 +231,19 @@ class Sample(TypedDict):
     prediction: str
 
 
+class ReferenceTokens(TypedDict):
+    """What a model predicts where a record's reference stands: four lists with an entry for each reference token, the end token included.
+
+    `nll` is −log p of the token in nats, `brier` the squared distance of the probabilities from certainty in it, `confidence` the
+    probability of the most likely token, and `correct` whether that is the reference's.
+    """
+
+    nll: list[float]
+    brier: list[float]
+    confidence: list[float]
+    correct: list[bool]
+
+
 class Prediction(TypedDict):
     """A line of `predictions.jsonl`, by whichever program."""
 
@@ -238,6 +252,7 @@ class Prediction(TypedDict):
     finish_reason: NotRequired[str | None]
     samples: NotRequired[list[Sample]]
     problem: NotRequired[dict[str, Any]]
+    reference_tokens: NotRequired[ReferenceTokens]
 
 
 class PartialPrediction(TypedDict):

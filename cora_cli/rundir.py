@@ -24,6 +24,8 @@ from cora_cli.reading import read_json
 HASH_CHUNK = 1 << 20
 COMPACT_ADAPTER = "adapter_a_only.safetensors"
 """The weights of an adapter in compact form: only A, because B can be recomputed from a basis file or a seed."""
+POSTERIOR = "posterior.safetensors"
+"""The file of an adapter that says how far its weights can be from those that it stores; see `adapters.posterior`."""
 _SHA256_NAME = re.compile(r"^[0-9a-f]{64}$")
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from cora_cli import rundir
 from cora_cli.adapters.facts import read_facts
+from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import (
     WEIGHTS_FILE,
     base_of,
@@ -56,6 +57,7 @@ def export_adapter(
         raise CoraError(f"{adapter.reference} is a complete model: there is no adapter to export")
     if rank is not None:
         check_rank(adapter, rank)
+    say_mean(adapter)
     if base is None:
         base = base_of(adapter)
     check_base(adapter, base)

@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from cora_cli import rundir
+from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import base_of, check_base, load_adapter
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import adapted_layers
@@ -50,6 +51,7 @@ def merge_adapter(
     if base is None:
         base = base_of(adapter)
         check_base(adapter, base)
+    say_mean(adapter)
     tokenizer = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter)
     stored = stored_types(base, trust_remote_code) if dtype == "stored" else {}
     widest = max(stored.values(), key=lambda kind: torch.finfo(kind).bits, default=None)

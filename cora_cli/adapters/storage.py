@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from cora_cli import rundir
 from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set, install_adapter
+from cora_cli.adapters.posterior import write_row_noise
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.limits import bounded
 from cora_cli.methods.parts.computed import Computed
@@ -65,10 +66,13 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
     config.revision = facts.base_revision
     config.inference_mode = True
     name = COMPACT_FILE if facts.compact else WEIGHTS_FILE
+    posterior = method.posterior(model, facts.plan)
     try:
         with rundir.atomic_path(directory) as temporary:
             config.save_pretrained(str(temporary))
             save_file(state, temporary / name, metadata={"format": "pt"})
+            if posterior is not None:
+                write_row_noise(temporary, posterior)
             rundir.write_json(temporary / SIDE_FILE, facts.as_dict())
     except SafetensorError as error:
         raise CoraError(f"{directory} cannot be written: {error}") from error

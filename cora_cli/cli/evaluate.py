@@ -6,6 +6,7 @@ import typer
 
 from cora_cli.cli.command import command
 from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.metrics import scales
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.render.table import p_value_text, with_interval
 from cora_cli.terminal import show
@@ -22,13 +23,16 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: EvaluateConfig) -> None:
-    """Generate answers to held-out records, and score them with ROUGE, METEOR, SacreBLEU, BERTScore, or by running them as code."""
+    """Generate answers to held-out records, and score them with ROUGE, METEOR, SacreBLEU, BERTScore, or by running them as code.
+
+    --metrics calibration measures the probabilities of the reference answers' tokens: NLL, Brier score and calibration error.
+    """
     from cora_cli.evaluation.evaluate import evaluate
 
     results = evaluate(config)
     show(metrics_table(results))
     n = results[0].record["metrics"][config.metric_names[0]]["n"]
-    show(f"\nvalue [95 % bootstrap interval over the n = {n} records]; sacrebleu 0-100, the others 0-1")
+    show(f"\nvalue [95 % bootstrap interval over the n = {n} records]; {scales(config.metric_names)}")
     for name, metric in results[0].record["metrics"].items():
         show(f"{name}: {metric['signature']}")
     for sentence in unscorable_references(results):

@@ -24,7 +24,7 @@ class ReportConfig:
         "Directory for a copy of the report in all formats, with plots as SVG and PNG.", None, flags=("--output-dir", "-o")
     )
     metrics: tuple[str, ...] | None = setting(
-        "Metrics to show, comma-separated: rouge, meteor, bleu, bertscore, or single metrics such as rougeL. Default: all.",
+        "Metrics to show, comma-separated: rouge, meteor, bleu, bertscore, calibration, or single metrics such as rougeL. Default: all.",
         None,
     )
     seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)

@@ -14,6 +14,8 @@ from cora_cli.data.encode import Example
 from cora_cli.data.pack import SHORTEST_SHARED, lay_out, pack
 from cora_cli.data.pad import pad
 
+NOT_ARGUMENTS = frozenset({"labels", "shift_labels", "real_tokens", "label_rows", "label_columns"})
+"""Entries of a collated pass that are not for the model."""
 GHOST = -1
 """Index of a batch member without a loss. It keeps processes in step when the last batch has fewer examples than processes."""
 
@@ -83,6 +85,13 @@ class BatchForm:
         if self.kind == "packed":
             return pack(examples, ghosts, self.shares_prefixes)
         return pad(examples, ghosts or [False] * len(examples), self.arguments)
+
+
+def predicting_logits(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    """The logits (labels, vocabulary) that predict the `labels` of one forward pass, from `pack` or `pad`."""
+    logits = model(**{name: value for name, value in batch.items() if name not in NOT_ARGUMENTS}).logits
+    found: torch.Tensor = logits[batch["label_rows"], batch["label_columns"]] if "label_rows" in batch else logits[0]
+    return found
 
 
 class Collator:

@@ -9,13 +9,19 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from cora_cli.adapters.merge import CannotMerge, merge_adapter, merged_into_base
+from cora_cli.adapters.posterior import drawn_models
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.device import Hardware
+from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.evaluation.generate import Engine, end_tokens, transformers_engine
+from cora_cli.evaluation.mixture import mixture, share_equal_weights
 from cora_cli.evaluation.sampling import Sampling
+from cora_cli.evaluation.targets import Target
 from cora_cli.evaluation.vllm import VllmEngine, engine_arguments
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import context_length, load_model
@@ -26,13 +32,14 @@ from cora_cli.progress import say
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """A model ready to generate: its context length in tokens, the rows of its embedding, its end-token ids, and a function from
-    prompts to an engine. `not_merged` says why the adapter was not merged although that was wanted."""
+    prompts to an engine. `not_merged` says why the adapter was not merged although that was wanted. `model` is None with vLLM."""
 
     context: int
     rows: int
     ends: list[int]
     start: Callable[[Sequence[Tokens]], Engine]
     not_merged: str | None = None
+    model: Any = None
 
 
 def sampling_of(config: EvaluateConfig) -> Sampling | None:
@@ -41,47 +48,71 @@ def sampling_of(config: EvaluateConfig) -> Sampling | None:
 
 
 def open_transformers(
-    config: EvaluateConfig,
-    base: ModelPath,
-    adapter: ModelPath | None,
-    hardware: Hardware,
-    tokenizer: Any,
-    template_ends: Collection[int],
-    rank: int | None = None,
+    config: EvaluateConfig, target: Target, hardware: Hardware, tokenizer: Any, template_ends: Collection[int]
 ) -> Backend:
-    """Load base and adapter, cut to `rank`, with transformers; an adapter that PEFT cannot merge stays as it is.
+    """Load base and adapter, cut to the target's rank, with transformers; an adapter that PEFT cannot merge stays as it is.
 
-    Raises `CoraError` if one of them cannot be loaded.
+    The members of an ensemble become one model. Raises `CoraError` if one of them cannot be loaded, or they cannot be averaged.
     """
-
-    def load() -> Any:
-        model = load_model(base, hardware.dtype, hardware.device, None, config.trust_remote_code)
-        return (
-            load_adapter(model, adapter, Path(config.basis) if config.basis else None, rank=rank)
-            if adapter is not None
-            else model
-        )
-
-    model, not_merged = load(), None
-    if adapter is not None and config.merge:
-        try:
-            model = merged_into_base(model, adapter)
-        except CannotMerge as error:
-            say(f"{adapter.reference} is evaluated without merging it, which is slower: {error.reason}")
-            not_merged = error.reason
-    if not_merged:
-        del model  # some of its layers may be merged already
-        model = load()
+    loaded: list[Any] = []
+    not_merged = None
+    for member in target.members:
+        model, reason = _load(config, member, hardware)
+        not_merged = not_merged or reason
+        if target.others or member.draws:
+            model = _member(model, member)
+        if loaded:
+            share_equal_weights(loaded[0], model)
+        loaded += drawn_models(model, member.adapter, member.draws) if member.draws and member.adapter else [model]
+    model = mixture(loaded) if len(loaded) > 1 else loaded[0]
+    sizes = {one.config.get_text_config(decoder=True).vocab_size for one in loaded}
+    if len(sizes) > 1:
+        raise CoraError(f"{target.name}: the members have vocabularies of {' and '.join(map(str, sorted(sizes)))} tokens")
     ends = end_tokens(model.generation_config.eos_token_id, template_ends)
+    averages = "it averages several models" if target.others or target.draws else None
     return Backend(
-        context_length(model.config),
-        model.get_input_embeddings().weight.shape[0],
+        min(context_length(one.config) for one in loaded),
+        min(one.get_input_embeddings().weight.shape[0] for one in loaded),
         ends,
         lambda prompts: transformers_engine(
-            model, tokenizer, ends, prompts, config.batch_size, config.max_new_tokens, sampling_of(config)
+            model, tokenizer, ends, prompts, config.batch_size, config.max_new_tokens, sampling_of(config), averages
         ),
         not_merged,
+        model,
     )
+
+
+def _load(config: EvaluateConfig, target: Target, hardware: Hardware) -> tuple[Any, str | None]:
+    """The model of one member, and why its adapter was not merged although that was wanted."""
+    adapter = target.adapter
+
+    def load() -> Any:
+        model = load_model(target.base, hardware.dtype, hardware.device, None, config.trust_remote_code)
+        basis = Path(config.basis) if config.basis else None
+        return load_adapter(model, adapter, basis, rank=target.rank) if adapter is not None else model
+
+    model = load()
+    if adapter is None or not config.merge or target.draws:
+        return model, None
+    try:
+        return merged_into_base(model, adapter), None
+    except CannotMerge as error:
+        say(f"{adapter.reference} is evaluated without merging it, which is slower: {error.reason}")
+        reason = error.reason
+    del model  # some of its layers may be merged already
+    return load(), reason
+
+
+def _member(model: Any, target: Target) -> Any:
+    """The model as transformers knows it. Raises `CoraError` for an adapter that is not inside of it."""
+    if not isinstance(model, PeftModel):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        kind = model.active_peft_config.peft_type.value
+        raise CoraError(
+            f"{target.name} cannot be averaged with others: its adapter ({kind}) changes the input, not the weights"
+        )
+    return model.get_base_model()
 
 
 def open_vllm(

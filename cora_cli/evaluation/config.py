@@ -5,7 +5,7 @@ from typing import Literal
 
 from cora_cli.data.templates import TemplateName, check_date
 from cora_cli.errors import UsageError
-from cora_cli.evaluation.metrics import PASS_AT, Variant, parse_metrics, variant_problem
+from cora_cli.evaluation.metrics import GROUPS, PASS_AT, Variant, parse_metrics, variant_problem
 from cora_cli.settings import MOST, DtypeName, range_problems, setting
 
 ALL_METRICS = ("rouge", "meteor", "bleu", "bertscore")
@@ -30,6 +30,9 @@ class EvaluateConfig:
         flags=("--output-dir", "-o"),
         panel=_RUN,
     )
+    ensemble: bool = setting(
+        "Evaluate the runs as one model whose probabilities are the mean of theirs; needs --output-dir.", False, panel=_WHAT
+    )
     with_base: bool = setting("Also evaluate the base model of the runs, on the same records.", False, panel=_WHAT)
     exclude_trained: bool | None = setting(
         "Leave out records whose prompts the runs were trained on. Default: only where they come from the data set of the training.",
@@ -46,6 +49,13 @@ class EvaluateConfig:
         "Comma-separated ranks to cut runs of mode dylora to, such as 1,2,4; each is evaluated on its own. Default: the full rank.",
         None,
         panel=_WHAT,
+    )
+    draws: int | None = setting(
+        "Draws of the weights of an adapter with a distribution (mode scalabl, `cora laplace`), whose probabilities are averaged; 0: its mean. "
+        "Default: 10.",
+        None,
+        panel=_WHAT,
+        most=10_000,
     )
     backend: Literal["transformers", "vllm"] = setting(
         "Generation backend. vllm needs a GPU and the package vllm, and ignores --batch-size.",
@@ -78,7 +88,8 @@ class EvaluateConfig:
         panel=_GENERATION,
     )
     metrics: tuple[str, ...] = setting(
-        "Comma-separated: rouge, meteor, bleu, bertscore; for records that carry tests also pass@1, pass@10 and the like.",
+        "Comma-separated: rouge, meteor, bleu, bertscore, calibration (NLL, Brier score and calibration error of the reference tokens); for "
+        "records that carry tests also pass@1, pass@10 and the like. Default: the first four.",
         ALL_METRICS,
         panel=_METRICS,
     )
@@ -122,7 +133,9 @@ class EvaluateConfig:
             raise UsageError("give exactly one of: run directories, --model, or --from predictions.jsonl")
         if self.from_predictions and (
             useless := [
-                name for name in ("dataset", "limit", "base", "basis", "template_date") if getattr(self, name) is not None
+                name
+                for name in ("dataset", "limit", "base", "basis", "template_date", "draws")
+                if getattr(self, name) is not None
             ]
         ):
             raise UsageError(
@@ -136,18 +149,19 @@ class EvaluateConfig:
             )
         self._check_ranks()
         self._check_samples()
+        self._check_ensemble()
         if self.with_base and not self.runs:
             raise UsageError("--with-base needs run directories, whose base model it evaluates; leave it out")
         if self.model and not (self.dataset and self.output_dir):
             raise UsageError("--model needs --dataset FILE (the records to answer) and --output-dir DIR (where to write)")
-        for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("bootstrap", 100)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name)}")
+        for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("bootstrap", 100), ("limit", 1), ("draws", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         if problems := [*range_problems(self), *filter(None, [check_date(self.template_date)])]:
             raise UsageError("; ".join(problems))
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(f"--limit must be at least 1, not {self.limit}")
         parse_metrics(",".join(self.metrics))
+        if self.measures_calibration and self.backend == "vllm":
+            raise UsageError("--metrics calibration needs --backend transformers, which gives the probabilities of all tokens")
         if problem := variant_problem(self.metric_variant, self.bleu_tokenize):
             raise UsageError(problem)
 
@@ -170,6 +184,18 @@ class EvaluateConfig:
         if self.execute_code and not largest:
             raise UsageError("--execute-code has no effect without pass@1 or the like among --metrics; leave it out")
 
+    def _check_ensemble(self) -> None:
+        if not self.ensemble:
+            return
+        if len(self.runs or ()) < 2:
+            raise UsageError(f"--ensemble needs at least two run directories, not {len(self.runs or ())}")
+        if not self.output_dir:
+            raise UsageError("--ensemble needs --output-dir DIR, since its results belong to none of the runs alone")
+        if self.ranks:
+            raise UsageError("--ranks has no effect with --ensemble, whose members keep their ranks; leave it out")
+        if self.backend == "vllm":
+            raise UsageError("--ensemble needs --backend transformers, which gives the probabilities of all tokens")
+
     def _check_ranks(self) -> None:
         if self.ranks is not None and not all(rank.isdecimal() and int(rank) for rank in self.ranks or ("",)):
             raise UsageError(f"--ranks must be positive integers, separated by commas, not {','.join(self.ranks)!r}")
@@ -179,6 +205,11 @@ class EvaluateConfig:
             raise UsageError(
                 "--ranks needs --backend transformers; for vllm, write an adapter of each rank with `cora export --rank`"
             )
+
+    @property
+    def measures_calibration(self) -> bool:
+        """Whether a metric needs the model's probabilities of the reference tokens."""
+        return not set(GROUPS["calibration"]).isdisjoint(self.metric_names)
 
     @property
     def metric_names(self) -> tuple[str, ...]:

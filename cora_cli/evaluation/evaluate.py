@@ -18,17 +18,19 @@ from cora_cli import rundir
 from cora_cli.adapters.storage import check_base
 from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
 from cora_cli.data.formats import BUILTIN_PREFIX, Record, Schema, load_test_records, place_of, unused_columns
-from cora_cli.data.templates import Template, choose_template, unread_notice
+from cora_cli.data.templates import Rendered, Template, choose_template, unread_notice
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
-from cora_cli.evaluation.backend import open_transformers, open_vllm
+from cora_cli.evaluation.backend import Backend, open_transformers, open_vllm
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.execution.problems import Problem, problem_columns, problem_of, programs_of
 from cora_cli.evaluation.execution.sandbox import require_sandbox
 from cora_cli.evaluation.execution.score import Executor, execute
 from cora_cli.evaluation.generate import Request, generate
 from cora_cli.evaluation.metrics import build_metrics, score_all
+from cora_cli.evaluation.metrics.calibration import tokens_of
 from cora_cli.evaluation.readability import readability
+from cora_cli.evaluation.reference_tokens import add_reference_tokens, reference_examples, reference_tokens
 from cora_cli.evaluation.sampling import describe, streams
 from cora_cli.evaluation.targets import Target, TrainedPrompts, find_targets, trained_prompts
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
@@ -106,14 +108,17 @@ def _evaluate_target(
         problems = [problem_of(own, place_of(record)) for own, record in zip(columns, records, strict=True)]
         executor.calibrate(problems)
     base_sha256 = target.base.content_hash()
-    if target.adapter is not None:
-        check_base(target.adapter, target.base)
+    for member in target.members:
+        if member.adapter is not None:
+            check_base(member.adapter, member.base)
     settings = {
         "model": target.base.reference,
         "model_sha256": base_sha256,
         "tokenizer_sha256": target.tokenizer_hash(),
         "adapter_sha256": target.adapter and target.adapter.content_hash(),
-        "merged": bool(target.adapter) and config.merge,
+        **_ensemble_settings(target),
+        "merged": config.merge and any(member.adapter and not member.draws for member in target.members),
+        **({"draws": [member.draws for member in target.members]} if any(member.draws for member in target.members) else {}),
         **({"rank": target.rank} if target.rank is not None else {}),
         "records_sha256": rundir.sha256_json(records),
         "template": target.template,
@@ -131,48 +136,26 @@ def _evaluate_target(
     elif config.template_date:
         raise CoraError(f"--template-date has no effect: the template {name} of {target.name} writes no date; leave it out")
     out = _place_of_work(target.output, settings, config.overwrite)
-    if not _predictions_are_complete(out, settings):
+    complete = _predictions_are_complete(out, settings)
+    if complete:
+        _check_nothing_is_lost(config, out.predictions, out)
+    measured = not config.measures_calibration or (complete and _tokens(out.predictions) is not None)
+    if not (complete and measured):
         say(f"{target.name}: {hardware.describe()}")
         rendered = [template.render(record) for record in records]
-        ids = [encode_prompt(text, tokenizer) for text in rendered]
-        _say_about_records(target, records, template)
-        if [] in ids:
-            raise CoraError(f"{target.dataset}, record {ids.index([]) + 1}: the prompt is empty; remove the record")
-        if config.backend == "vllm":
-            backend = open_vllm(config, target.base, target.adapter, hardware, template.ends, out.root)
-        else:
-            backend = open_transformers(config, target.base, target.adapter, hardware, tokenizer, template.ends, target.rank)
-        for record, prompt in zip(records, ids, strict=True):
-            check_rows(prompt, backend.rows, place_of(record), tokenizer)
-        room = backend.context - config.max_new_tokens
-        if room < 1:
-            raise CoraError(
-                f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {backend.context} "
-                "tokens"
-            )
-        requests = [
-            Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead, stream, own)
-            for place, (prompt, text, own) in enumerate(zip(ids, rendered, columns, strict=True))
-            for stream in streams(place, config.temperature, config.samples)
-        ]
-        cut = sum(len(prompt) > room for prompt in ids)
-        if cut:
-            say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
-        rundir.write_json(out.generation, {"name": target.name, "settings": settings})
-        engine = backend.start([request.input_ids for request in requests])
-        speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples)
-        rundir.write_json(
-            out.generation,
-            {
-                "name": target.name,
-                "settings": settings,
-                "prompts_cut": cut,
-                **({"prompts_trained_on": trained_on} if trained_on else {}),
-                **({"not_merged": backend.not_merged} if backend.not_merged else {}),
-                "predictions_sha256": rundir.sha256_file(out.predictions),
-                **speed,
-            },
-        )
+        prompts = [encode_prompt(text, tokenizer) for text in rendered]
+        if [] in prompts:
+            raise CoraError(f"{target.dataset}, record {prompts.index([]) + 1}: the prompt is empty; remove the record")
+        backend = _open(config, target, hardware, tokenizer, template, out)
+        if not measured:
+            examples = reference_examples(records, rendered, tokenizer, backend.rows, backend.context)
+        if not complete:
+            _say_about_records(target, records, template)
+            _answer(config, target, settings, trained_on, records, columns, rendered, prompts, tokenizer, backend, out)
+        if not measured:
+            add_reference_tokens(out, reference_tokens(backend.model, examples))
+            now = {**shapes.read_generation(out), "predictions_sha256": rundir.sha256_file(out.predictions)}
+            rundir.write_json(out.generation, now)
     generation = {**shapes.read_generation(out), "name": target.name, "settings": settings}
     evaluation = _score(config, target.name, out.predictions, out, hardware, generation, executor, problems)
     if out != target.output:
@@ -189,6 +172,73 @@ def _records(config: EvaluateConfig, target: Target, trained: TrainedPrompts) ->
     if not records:
         raise CoraError(f"{target.dataset} has no records to answer")
     return records, schema, trained_on
+
+
+def _ensemble_settings(target: Target) -> dict[str, Any]:
+    """The members of an ensemble by the hashes of base and adapter; their order can change the last bits."""
+    if not target.others:
+        return {}
+    members = [[one.base.content_hash(), one.adapter and one.adapter.content_hash()] for one in target.members]
+    return {"adapter_sha256": rundir.sha256_json(members), "members": members}
+
+
+def _open(
+    config: EvaluateConfig, target: Target, hardware: Hardware, tokenizer: Any, template: Template, out: EvaluationDirectory
+) -> Backend:
+    if config.backend == "vllm":
+        return open_vllm(config, target.base, target.adapter, hardware, template.ends, out.root)
+    return open_transformers(config, target, hardware, tokenizer, template.ends)
+
+
+def _answer(
+    config: EvaluateConfig,
+    target: Target,
+    settings: dict[str, Any],
+    trained_on: int,
+    records: Sequence[Record],
+    columns: Sequence[dict[str, Any] | None],
+    rendered: Sequence[Rendered],
+    prompts: Sequence[list[int]],
+    tokenizer: Any,
+    backend: Backend,
+    out: EvaluationDirectory,
+) -> None:
+    """Write the answers to all records, and how they came about."""
+    for record, prompt in zip(records, prompts, strict=True):
+        check_rows(prompt, backend.rows, place_of(record), tokenizer)
+    room = backend.context - config.max_new_tokens
+    if room < 1:
+        raise CoraError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {backend.context} tokens"
+        )
+    requests = [
+        Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead, stream, own)
+        for place, (prompt, text, own) in enumerate(zip(prompts, rendered, columns, strict=True))
+        for stream in streams(place, config.temperature, config.samples)
+    ]
+    cut = sum(len(prompt) > room for prompt in prompts)
+    if cut:
+        say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
+    rundir.write_json(out.generation, {"name": target.name, "settings": settings})
+    engine = backend.start([request.input_ids for request in requests])
+    speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples)
+    rundir.write_json(
+        out.generation,
+        {
+            "name": target.name,
+            "settings": settings,
+            "prompts_cut": cut,
+            **({"prompts_trained_on": trained_on} if trained_on else {}),
+            **({"not_merged": backend.not_merged} if backend.not_merged else {}),
+            "predictions_sha256": rundir.sha256_file(out.predictions),
+            **speed,
+        },
+    )
+
+
+def _tokens(predictions: Path) -> Sequence[shapes.ReferenceTokens] | None:
+    """What the predictions hold of the reference tokens; None where they hold nothing."""
+    return tokens_of(read_jsonl(predictions), predictions)
 
 
 def _say_about_records(target: Target, records: Sequence[Record], template: Template) -> None:
@@ -334,6 +384,7 @@ def _score(
         device=str(hardware.device),
         variant=config.metric_variant,
         attempts=attempts,
+        tokens=tokens_of(lines, path) if config.measures_calibration else None,
     )
     proxies = readability(list(map(programs_of, lines)), config.bootstrap, config.seed) if config.readability else None
     finished = [line.get("finish_reason") for line in lines]

@@ -103,8 +103,9 @@ def transformers_engine(
     batch_size: int,
     max_new_tokens: int,
     sampling: Sampling | None = None,
+    why: str | None = None,
 ) -> Engine:
-    """`PooledDecoder` if it supports the model, else `BatchedGenerate`, with a line on stderr that says why.
+    """`PooledDecoder` if it supports the model, else `BatchedGenerate`, with a line on stderr that says `why`.
 
     Both are checked with a few of the prompts. Where padding changes what a prompt gives alone, only prompts of one length are answered
     together.
@@ -113,7 +114,7 @@ def transformers_engine(
     agreement = Agreement(model, prompts, batched.logits)
     agreement.require_finite()
     probes = agreement.probes
-    why = unsupported(model, max(map(len, prompts)) + max_new_tokens)
+    why = why or unsupported(model, max(map(len, prompts)) + max_new_tokens)
     if why is None:
         fault = agreement.fault(lambda: PooledDecoder(model, probes, ends, len(probes), 1).logits(probes, agreement.following))
         if fault is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from cora_cli import records as shapes
 from cora_cli import rundir
+from cora_cli.adapters.posterior import has_posterior
 from cora_cli.adapters.storage import base_of, check_rank
 from cora_cli.data.formats import Record, Schema, prompt_hash
 from cora_cli.data.templates import TemplateName, reads_clock
@@ -21,13 +22,17 @@ from cora_cli.models.trained_on import trained_on
 from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
+DEFAULT_DRAWS = 10
+"""As in the experiments of ScalaBL."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
     """One thing to evaluate: a base model with or without an adapter, the records to answer, and the output directory.
 
     `own_records` are those held out by the training that produced it. `date` is what a chat template that writes the date takes for it, None
-    where neither the user nor a training decides. `rank` is what the adapter is cut to.
+    where neither the user nor a training decides. `rank` is what the adapter is cut to. `others` are the further members of an ensemble, whose
+    first one is `base` with `adapter`. `draws` are those from the distribution of the adapter, 0 for its mean.
     """
 
     name: str
@@ -39,6 +44,13 @@ class Target:
     own_records: Path | None = None
     date: str | None = None
     rank: int | None = None
+    others: tuple["Target", ...] = ()
+    draws: int = 0
+
+    @property
+    def members(self) -> tuple["Target", ...]:
+        """The models behind it: itself, and the others of an ensemble."""
+        return (self, *self.others)
 
     @property
     def tokenizer(self) -> ModelPath:
@@ -67,18 +79,86 @@ def find_targets(config: EvaluateConfig) -> list[Target]:
         out = EvaluationDirectory(Path(config.output_dir))
         record = trained_on(adapter or base)
         date = config.template_date or (record.date if record else None)
-        return _at_ranks(config, Target(config.model, base, adapter, config.dataset, config.template, out, date=date))
+        draws = _draws(config, adapter)
+        target = Target(config.model, base, adapter, config.dataset, config.template, out, date=date, draws=draws)
+        _check_draws(config, [target])
+        return _at_ranks(config, target)
     targets: list[Target] = []
     for name in config.runs or ():
         own, compared = _targets_of_run(config, name)
         if compared is not None and not any(_same_answers(compared, other, config.trust_remote_code) for other in targets):
             targets.append(compared)
         targets += _at_ranks(config, own)
+    _check_draws(config, targets)
+    if config.ensemble:
+        return _as_ensemble(config, targets)
     if len({target.output.root.resolve() for target in targets}) < len(targets):
         raise CoraError(
             "a run is named twice, or two runs have the same name, so that they would be written to the same directory; evaluate them separately"
         )
     return targets
+
+
+def _draws(config: EvaluateConfig, adapter: ModelPath | None) -> int:
+    """How many draws from the adapter's distribution to average; 0 where it has none."""
+    if not has_posterior(adapter):
+        return 0
+    draws = DEFAULT_DRAWS if config.draws is None else config.draws
+    if draws and config.backend == "vllm":
+        raise CoraError(
+            f"{adapter.reference if adapter else ''} has a distribution of weights, whose draws only --backend transformers averages; "
+            "--draws 0 evaluates its mean"
+        )
+    return draws
+
+
+def _check_draws(config: EvaluateConfig, targets: Sequence[Target]) -> None:
+    """Raise `CoraError` where draws are wanted and there is nothing to draw from."""
+    if config.draws and not any(target.draws for target in targets):
+        raise CoraError(
+            f"{targets[-1].name} has no distribution of weights: --draws applies to runs of mode scalabl and of `cora laplace`; leave it out"
+        )
+
+
+def _as_ensemble(config: EvaluateConfig, targets: Sequence[Target]) -> list[Target]:
+    """The runs among `targets` as one, after the base model if that is wanted.
+
+    Raises `CoraError` for runs that cannot be averaged: one twice, other tokens, or other prompts or records.
+    """
+    bases, runs = ([one for one in targets if (one.own_records is None) is wanted] for wanted in (True, False))
+    if len(bases) > 1:
+        raise CoraError(f"--with-base needs one base model, but the runs have {' and '.join(one.name for one in bases)}")
+    first = runs[0]
+    weights: dict[str | None, str] = {}
+    for run in runs:
+        own = (run.adapter or run.base).content_hash()
+        if own in weights:
+            raise CoraError(
+                f"{weights[own]} and {run.name} have the same weights; an ensemble needs runs that were trained independently, such as with "
+                "other seeds"
+            )
+        weights[own] = run.name
+        for what, of in (
+            ("tokenizers", Target.tokenizer_hash),
+            ("templates", lambda one: one.template),
+            ("dates in their prompts", lambda one: one.date if reads_clock(one.template, _tokenizer(one, config)) else None),
+        ):
+            if of(run) != of(first):
+                raise CoraError(f"{first.name} and {run.name} cannot be one ensemble: they have different {what}")
+        if not config.dataset and rundir.sha256_file(Path(run.dataset)) != rundir.sha256_file(Path(first.dataset)):
+            raise CoraError(
+                f"{first.name} and {run.name} hold out different records: train them with one --split-seed, or name the records to answer "
+                "with --dataset"
+            )
+    assert config.output_dir is not None
+    root = Path(config.output_dir)
+    name = f"ensemble of {', '.join(Path(run.name).resolve().name for run in runs)}"
+    out = EvaluationDirectory(root / "ensemble" if config.with_base else root)
+    return [*bases, dataclasses.replace(first, name=name, output=out, others=tuple(runs[1:]))]
+
+
+def _tokenizer(target: Target, config: EvaluateConfig) -> Any:
+    return load_tokenizer(target.tokenizer, config.trust_remote_code)
 
 
 def _at_ranks(config: EvaluateConfig, target: Target) -> list[Target]:
@@ -124,7 +204,8 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
         root = place / run.root.resolve().name if len(config.runs or ()) > 1 or config.with_base else place
         base_root = place / "base"
     date = config.template_date or shapes.template_date(record)
-    own = Target(name, base, adapter, dataset, template, EvaluationDirectory(root), run.test_records, date)
+    out = EvaluationDirectory(root)
+    own = Target(name, base, adapter, dataset, template, out, run.test_records, date, draws=_draws(config, adapter))
     if not config.with_base:
         return own, None
     if adapter is None:  # a complete model; its base is the one that the training started from
@@ -202,7 +283,7 @@ def trained_prompts(targets: Sequence[Target]) -> TrainedPrompts:
     hashes: set[str] = set()
     datasets: set[str] = set()
     unknown: set[Path] = set()
-    for target in targets:
+    for target in [member for one in targets for member in one.members]:
         for model in (target.adapter, target.base):
             if model is None or (record := trained_on(model)) is None:
                 continue

@@ -18,7 +18,7 @@ from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import Inputs, data_key, used_sources
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.values import Values
-from cora_cli.methods.registry import method_of
+from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.rundir import RunDirectory
 from cora_cli.settings import DtypeName
 from cora_cli.training.config import TrainConfig
@@ -222,6 +222,8 @@ class _Planner:
         return self._add(Step(f"train-{row.name}", "train", output, facts, needs, argv, row.stop_at))
 
     def _evaluate(self, row: Row, run: Step | None, settings: Values) -> Step:
+        if not (row.mode in METHODS and METHODS[row.mode].learns_distribution):
+            settings = {key: value for key, value in settings.items() if key != "draws"}
         # `overwrite` replaces results that `ledger` found outdated; predictions with equal settings are reused.
         common = {**self._hardware, "overwrite": True, **settings}
         facts: dict[str, Any] = dict(settings)

@@ -57,11 +57,16 @@ class MethodSetting:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """An optimizer step of a run: its number, from 1 to `total`, and the optimizer that takes it."""
+    """An optimizer step of a run: its number, from 1 to `total`, and the optimizer that takes it.
+
+    `examples` are those of the training set, `batch` those of a complete step.
+    """
 
     number: int
     total: int
     optimizer: "torch.optim.Optimizer"
+    examples: int = 1
+    batch: int = 1
 
 
 class Method:
@@ -120,6 +125,8 @@ class Method:
     """The rank at which the trained adapter equals a plain LoRA; None where no LoRA equals it."""
     nested_ranks: ClassVar[bool] = False
     """Whether the first b pairs of A and B with s = alpha / b are an adapter of their own, for every b ≤ r."""
+    learns_distribution: ClassVar[bool] = False
+    """Whether `posterior` has something to store, so that `cora evaluate` averages draws."""
     notes: ClassVar[str] = ""
     """For the documentation: what the paper leaves open, and where this method differs from the authors' code or from PEFT's."""
 
@@ -308,6 +315,10 @@ class Method:
         self, model: "PeftModel", kind: Any, options: dict[str, Any], weight_decay: float, plan: AdapterPlan
     ) -> "torch.optim.Optimizer | None":
         """An optimizer of class `kind` with `options` (learning rate, betas, …); None for the Trainer's own choice of groups."""
+        return None
+
+    def posterior(self, model: "PeftModel", plan: AdapterPlan) -> "dict[str, torch.Tensor] | None":
+        """By layer, the standard deviation (r,) of each row of A, relative to the row; None for a method that learns no distribution."""
         return None
 
     def added_loss(self, model: "torch.nn.Module", plan: AdapterPlan) -> "torch.Tensor | None":

@@ -179,7 +179,7 @@ class ModelPath:
     def content_hash(self) -> str:
         """SHA-256 over the names and contents of the weight files and the configuration.
 
-        For an adapter it includes `cora.json`, from which the B of a compact adapter is recomputed.
+        For an adapter it includes `cora.json`, from which the B of a compact adapter is recomputed, and a posterior.
         """
         return self._hash(self.weight_files())
 
@@ -188,7 +188,7 @@ class ModelPath:
         return {self.content_hash(), self._hash(self._adapter_files() if self.is_adapter else self._loose_files())}
 
     def _hash(self, files: list[Path]) -> str:
-        names = ("adapter_config.json", "cora.json") if self.is_adapter else ("config.json",)
+        names = ("adapter_config.json", "cora.json", rundir.POSTERIOR) if self.is_adapter else ("config.json",)
         return rundir.sha256_files([*files, *(self.path / name for name in names if (self.path / name).exists())])
 
 

@@ -7,9 +7,8 @@ import math
 from typing import Any
 
 from cora_cli.render.canvas import INK, PALETTE, Figure, render
-from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, UNDECIDED, WORSE, Test
-from cora_cli.reporting.statistics import EXAMPLES
+from cora_cli.reporting.statistics import EXAMPLES, higher_is_better
 from cora_cli.reporting.summary import Group
 from cora_cli.reporting.verdict import BASE, Comparison, title
 
@@ -65,7 +64,7 @@ def _forest(figure: Any, comparisons: list[Comparison], measures: list[str], row
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0)
         ax.set(xlim=(low, high), ylim=(len(comparisons) - 0.5, -0.5))
-        ax.set_title(f"{title(measure)} ({'lower' if measure == LOSS else 'higher'} is better)", loc="left")
+        ax.set_title(f"{title(measure)} ({'higher' if higher_is_better(measure) else 'lower'} is better)", loc="left")
         ax.locator_params(axis="x", nbins=5)
     axes[0, 0].set_yticks(range(len(comparisons)), [_label(comparison) for comparison in comparisons])
     for ax in axes[:, 0]:

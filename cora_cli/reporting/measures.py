@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cora_cli import records, rundir
 from cora_cli.errors import CoraError
-from cora_cli.evaluation.metrics import NAMES
+from cora_cli.evaluation.metrics import LOWER_IS_BETTER, NAMES
 from cora_cli.intervals import Interval
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.report_rows import clean
@@ -22,6 +22,8 @@ from cora_cli.rundir import EvaluationDirectory, RunDirectory
 Floats = NDArray[np.float64]
 LOSS = "heldout_loss"
 """The name of the held-out loss among the measures: nats per response token."""
+_RECOMPUTED = LOWER_IS_BETTER | {"sacrebleu"}
+"""Metrics that are no mean of the stored scores; they are computed again from the predictions."""
 # Recomputed means agree up to rounding in the last digits stored in JSON.
 _ROUNDING = 1e-9
 
@@ -77,9 +79,9 @@ def read_evaluation(
             continue
         metric = record["metrics"][name]
         signature = clean(metric["signature"])
-        if name != "sacrebleu" and not all(name in score for score in scores):
+        if name not in _RECOMPUTED and not all(name in score for score in scores):
             raise CoraError(f"{evaluation.scores} was altered after it was written: a line of it has no {name}")
-        statistics = _statistics(name, signature, scores, lines)
+        statistics = _statistics(name, signature, scores, lines, evaluation)
         value = _value(name, statistics) if len(statistics) else math.nan
         if len(statistics) != metric["n"] or not math.isclose(value, metric["value"], rel_tol=_ROUNDING, abs_tol=_ROUNDING):
             raise CoraError(
@@ -93,15 +95,23 @@ def read_evaluation(
     return measures, dict(record["generation"]), references
 
 
-def _statistics(name: str, signature: str, scores: list[dict[str, Any]], lines: list[dict[str, Any]]) -> Floats:
-    if name != "sacrebleu":
+def _statistics(
+    name: str, signature: str, scores: list[dict[str, Any]], lines: list[dict[str, Any]], evaluation: EvaluationDirectory
+) -> Floats:
+    if name not in _RECOMPUTED:
         return np.array([[float(score[name])] for score in scores])
+    texts = [line["prediction"] for line in lines], [line["reference"] for line in lines]
+    if name in LOWER_IS_BETTER:
+        from cora_cli.evaluation.metrics.calibration import Calibration, tokens_of
+
+        # The stored scores are values of single records; the value of all is over their tokens.
+        return Calibration(name, tokens_of(lines, evaluation.predictions)).statistics(*texts)
     from cora_cli.evaluation.metrics.bleu import SacreBleu
 
     # The stored scores are sentence BLEU. Corpus BLEU needs n-gram counts, which are recomputed from the texts.
     tokenize = re.search(r"\|tok:(\w+)", signature)
     metric = SacreBleu(tokenize[1]) if tokenize else SacreBleu()
-    return metric.statistics([line["prediction"] for line in lines], [line["reference"] for line in lines])
+    return metric.statistics(*texts)
 
 
 def _value(name: str, statistics: Floats) -> float:
@@ -114,6 +124,10 @@ def value_function(name: str) -> Any:
         from cora_cli.evaluation.metrics.bleu import SacreBleu
 
         return SacreBleu().value
+    if name in LOWER_IS_BETTER:
+        from cora_cli.evaluation.metrics.calibration import Calibration
+
+        return Calibration(name, None).value
     if name == LOSS:
         return lambda sums, n: sums[..., 0] / sums[..., 1]
     return lambda sums, n: sums[..., 0] / n

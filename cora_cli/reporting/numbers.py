@@ -16,7 +16,7 @@ Version 2 replaced the tests over prompts (`seeds_agree`, `seeds_agreeing`, `ove
 has `outcome` and the other columns of its group at the end; its `row` is `one minus other`, and its `value` the difference. A judge's scores have the judge as
 `method` and `RUBRIC.CRITERION` as `measure`.
 
-`heldout_loss` is in nats per response token, `sacrebleu` 0-100, the other measures 0-1.
+`heldout_loss` and `nll` are in nats per response token, `sacrebleu` 0-100, `brier` 0-2, the other measures 0-1.
 """
 
 import csv

@@ -12,7 +12,7 @@ from typing import Any
 from cora_cli.render.canvas import INK, Figure, Palette, render
 from cora_cli.reporting.forest import MOST_SHOWN, draw_forest
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.statistics import SEEDS, Estimate
+from cora_cli.reporting.statistics import SEEDS, Estimate, higher_is_better
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.variance import Spectrum
 from cora_cli.reporting.verdict import title
@@ -195,12 +195,13 @@ def _bars(figure: Any, group: Group, palette: Palette, rows: int, columns: int) 
 
 
 def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette) -> None:
-    preferred = [m for m in ("rougeL", "sacrebleu", "bertscore_f1", "meteor", "rouge1", "rouge2") if m in group.measures][:1]
+    order = ("rougeL", "sacrebleu", "bertscore_f1", "meteor", "rouge1", "rouge2", "nll", "brier", "ece")
+    preferred = [m for m in order if m in group.measures][:1]
     measures = [*preferred, *(m for m in group.measures if m == LOSS)]
     places, ticks = side_by_side([line.method.first.trained or 0 for line in points])
     axes = figure.subplots(1, len(measures), squeeze=False)[0]
     for ax, measure in zip(axes, measures, strict=True):
-        sign = -1 if measure == LOSS else 1
+        sign = 1 if higher_is_better(measure) else -1
         front: list[tuple[int | None, float, float]] = []
         base = [
             line.estimates[measure].value
@@ -302,7 +303,7 @@ def _cut(lines: Sequence[Line]) -> str:
 
 
 def _titled(measure: str) -> str:
-    return "held-out loss (lower is better)" if measure == LOSS else title(measure)
+    return title(measure) if higher_is_better(measure) else f"{title(measure)} (lower is better)"
 
 
 def _rounded(count: float) -> str:

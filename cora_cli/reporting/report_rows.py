@@ -193,13 +193,15 @@ def _row_of_run(run: RunDirectory) -> Row:
     settings, plan = record["fingerprint"]["settings"], record["plan"]
     unusual = plan["b_init"] if plan and plan["b_init"] != method_of(plan["mode"], run.record).b_init else ""
     basis = record["basis"]
+    # A Laplace approximation of a LoRA is no LoRA that others can be compared with.
+    mode = f"laplace {record['mode']}" if "laplace" in record else record["mode"]
     candidates = (run.evaluation, run.root / "evaluation")
     return Row(
         name=clean(str(run.root)),
         printed=None,
         group=clean(f"{record['model']['reference']} on {record['data']['dataset']}"),
-        mode=record["mode"],
-        label=f"{record['mode']} {unusual}".strip(),
+        mode=mode,
+        label=f"{mode} {unusual}".strip(),
         rank=plan["rank"] if plan else None,
         n_models=len(basis["sources"]) if basis else None,
         sources=tuple(clean(str(source["reference"])) for source in basis["sources"]) if basis else (),

@@ -12,6 +12,7 @@ import numpy as np
 
 from cora_cli.crossed import Crossed, Floats, crossed, pseudo_values
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.metrics import LOWER_IS_BETTER
 from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.intervals import Interval
 from cora_cli.reporting.collect import Result
@@ -189,7 +190,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def higher_is_better(name: str) -> bool:
     """Whether a higher value of the measure is better."""
-    return name != LOSS
+    return name != LOSS and name not in LOWER_IS_BETTER
 
 
 def compare(one: MethodResults, other: MethodResults, name: str) -> Difference | None:

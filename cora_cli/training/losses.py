@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
+from cora_cli.data.batches import predicting_logits
+
 CHUNK = 1 << 20
 """Logits that are taken to float32 at a time, so that they stay in a processor's cache."""
-
-
-NOT_ARGUMENTS = frozenset({"labels", "shift_labels", "real_tokens", "label_rows", "label_columns"})
-"""Entries of a collated pass that are not for the model."""
 
 
 def batch_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
@@ -22,9 +20,7 @@ def batch_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 def response_losses(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Negative log-likelihood of every response token of one forward pass, from `pack` or `pad`: (labels,), in nats."""
-    logits = model(**{name: value for name, value in batch.items() if name not in NOT_ARGUMENTS}).logits
-    predicting = logits[batch["label_rows"], batch["label_columns"]] if "label_rows" in batch else logits[0]
-    return token_losses(predicting, batch["shift_labels"])
+    return token_losses(predicting_logits(model, batch), batch["shift_labels"])
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

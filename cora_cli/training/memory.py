@@ -121,7 +121,7 @@ def fakes() -> Iterator[None]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     swapping = torch.nn.Module._apply
-    torch.nn.Module._apply = _apply_plainly  # type: ignore[method-assign, assignment]
+    torch.nn.Module._apply = _apply_plainly  # type: ignore[method-assign]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield

@@ -152,7 +152,8 @@ class CoraTrainer(Trainer):
 
     def _step(self, number: int) -> Step:
         optimizer: Any = self.optimizer
-        return Step(number, self.state.max_steps, getattr(optimizer, "optimizer", optimizer))
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return Step(number, self.state.max_steps, getattr(optimizer, "optimizer", optimizer), len(self._examples), batch)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         # The last hook before the optimizer, called whether gradients are clipped or not.

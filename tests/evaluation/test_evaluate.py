@@ -16,12 +16,16 @@ from cora_cli.evaluation import backend
 from cora_cli.evaluation import evaluate as module
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import Evaluation, evaluate, paired_differences
-from cora_cli.evaluation.metrics import NAMES
+from cora_cli.evaluation.metrics import LOWER_IS_BETTER
+from cora_cli.evaluation.metrics import NAMES as ALL_NAMES
 from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 from .helpers import FAST, HELD_OUT, answers, evaluate_model, evaluate_run, make_run
+
+NAMES = tuple(name for name in ALL_NAMES if name not in LOWER_IS_BETTER)
+"""The metrics that compare texts."""
 
 # What can be evaluated
 

@@ -307,3 +307,12 @@ def test_a_shape_is_looked_up_once_for_all_rows_with_the_same_target_modules(mon
     once = len(asked)
     check_shapes(grid_of({"mode": "lora", "seed": list(range(40))}), inputs)
     assert (once > 0, len(asked)) == (True, once)
+
+
+def test_draws_are_those_of_the_rows_that_learn_a_distribution() -> None:
+    grid = grid_of({"mode": ["lora", "scalabl"]}, {"mode": "base"}, defaults={"train": {}, "evaluate": {"draws": 3}})
+    steps = {step.name: parsed(step).draws for step in plan_of(grid).steps.values() if step.kind == "evaluate"}
+    assert len(steps) == 3
+    assert {name: draws for name, draws in steps.items() if draws is not None} == {
+        next(name for name in steps if "scalabl" in name): 3
+    }

@@ -19,6 +19,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "clora": {"clora_weight": 0.1, "clora_rank": 16},
     "flat-lora": {},
     "lora-rite": {},
+    "scalabl": {"kl_learning_rate": 5.0},
     "dylora": {},
     "cola": {},
     "xgblora": {"rank": 1, "booster_steps": 3, "booster_blocks": 1, "booster_penalty": 0.01},

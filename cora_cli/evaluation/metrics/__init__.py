@@ -12,21 +12,24 @@ from cora_cli.errors import UsageError
 if TYPE_CHECKING:
     from cora_cli.evaluation.metrics.base import Floats, Metric
     from cora_cli.evaluation.metrics.pass_at import Attempts
+    from cora_cli.records import ReferenceTokens
 
 GROUPS = {
     "rouge": ("rouge1", "rouge2", "rougeL"),
     "meteor": ("meteor",),
     "bleu": ("sacrebleu",),
     "bertscore": ("bertscore_f1",),
+    "calibration": ("nll", "brier", "ece"),
 }
 """Names that `--metrics` accepts, and the metrics that each stands for."""
 
-TEXT_NAMES = tuple(name for names in GROUPS.values() for name in names)
-"""The metrics that compare texts."""
+_SINGLE = tuple(name for names in GROUPS.values() for name in names)
 PASS_AT = {f"pass@{k}": k for k in (1, 2, 3, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100)}
 """The metrics that need the programs to be run, and the number of programs that each is about."""
-NAMES = (*TEXT_NAMES, *PASS_AT)
+NAMES = (*_SINGLE, *PASS_AT)
 """Every metric, in the order of the columns in tables."""
+
+LOWER_IS_BETTER = frozenset(GROUPS["calibration"])
 
 Variant = Literal["ours", "hf-evaluate"]
 """`hf-evaluate` has what `evaluate.load` of Hugging Face computes by default: ROUGE without stemming, METEOR on NLTK's `word_tokenize`,
@@ -69,6 +72,13 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     return tuple(name for name in NAMES if name in wanted)
 
 
+def scales(names: Iterable[str]) -> str:
+    """The scales of metrics, for the line below a table."""
+    if LOWER_IS_BETTER.isdisjoint(names):
+        return "sacrebleu 0-100, the others 0-1"
+    return "sacrebleu 0-100, nll in nats per reference token, brier 0-2, the others 0-1; nll, brier and ece: lower is better"
+
+
 def build_metrics(
     names: Iterable[str],
     *,
@@ -78,11 +88,13 @@ def build_metrics(
     device: str = "cpu",
     variant: Variant = "ours",
     attempts: "Attempts | None" = None,
+    tokens: "Sequence[ReferenceTokens] | None" = None,
 ) -> "dict[str, Metric]":
     """Create metric objects by name; models and word lists are loaded on first use.
 
     `bertscore_model` and `bertscore_layer` select the BERTScore encoder, which runs on `device` (a torch device), and
-    `bleu_tokenize` sacrebleu's tokenizer. `attempts` is what became of the programs, which pass@k counts.
+    `bleu_tokenize` sacrebleu's tokenizer. `attempts` is what became of the programs, which pass@k counts. `tokens` has what calibration is
+    computed from, for each example.
     Raises `UsageError` if a name or the variant is unknown, or the variant does not have that tokenizer.
     """
     if problem := variant_problem(variant, bleu_tokenize):
@@ -112,8 +124,12 @@ def build_metrics(
             from cora_cli.evaluation.metrics.pass_at import PassAt
 
             built[name] = PassAt(PASS_AT[name], attempts)
+        elif name in GROUPS["calibration"]:
+            from cora_cli.evaluation.metrics.calibration import Calibration
+
+            built[name] = Calibration(name, tokens)
         else:
-            raise UsageError(f"metric must be one of {', '.join(TEXT_NAMES)} or pass@k, not {name!r}")
+            raise UsageError(f"metric must be one of {', '.join(_SINGLE)} or pass@k, not {name!r}")
     return built
 
 
@@ -140,10 +156,11 @@ def score_all(
     device: str = "cpu",
     variant: Variant = "ours",
     attempts: "Attempts | None" = None,
+    tokens: "Sequence[ReferenceTokens] | None" = None,
 ) -> ScoreReport:
     """Compute metrics with percentile bootstrap intervals over examples.
 
-    Prediction i is compared with reference i. All metrics use the same `bootstrap` resamples, drawn with `seed`. The interval's
+    Prediction i is compared with reference i; calibration is that of the reference's `tokens`. All metrics use the same `bootstrap` resamples, drawn with `seed`. The interval's
     key follows `confidence`: `ci95`, `ci90`. Raises `CoraError` if the counts differ, nothing is given or an entry is not text,
     and `UsageError` for unknown names and invalid settings.
     """
@@ -160,6 +177,7 @@ def score_all(
         device=device,
         variant=variant,
         attempts=attempts,
+        tokens=tokens,
     )
     if not metrics:
         raise UsageError(f"no metric is named; {_allowed()}")
@@ -222,6 +240,4 @@ def _statistics(metrics: "dict[str, Metric]", predictions: Sequence[str], refere
 
 
 def _allowed() -> str:
-    return (
-        f"choose from {', '.join(GROUPS)} (or single metrics: {', '.join(TEXT_NAMES)}), and {', '.join(PASS_AT)} for programs"
-    )
+    return f"choose from {', '.join(GROUPS)} (or single metrics: {', '.join(_SINGLE)}), and {', '.join(PASS_AT)} for programs"

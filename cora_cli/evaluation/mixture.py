@@ -1,0 +1,60 @@
+"""Several models as one that predicts the mean of their probabilities, for the loss of given tokens and for generation."""
+
+import copy
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+_CACHES = ("past_key_values", "cache_params")
+"""What transformers calls the state that a forward pass continues, by family."""
+
+
+def mixture(members: Sequence[Any]) -> Any:
+    """The first member, changed so that its logits are log (1/M)·Σ_m softmax(logits of member m), in float32 at least.
+
+    It is used like any model of transformers. Every member keeps a state of its own: the first has the caller's, which must be empty
+    when it is first seen, and each other one has a copy.
+    """
+    first, others = members[0], members[1:]
+    alone = first.forward
+    states: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()
+
+    @functools.wraps(alone)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs[name] for name in _CACHES if kwargs.get(name) is not None}
+        for state in given.values():
+            if state not in states:
+                states[state] = [copy.deepcopy(state) for _ in others]
+        output = alone(*args, **kwargs)
+        log_p = _log_probabilities(output.logits)
+        theirs = []
+        for place, member in enumerate(others):
+            own = {name: states[state][place] for name, state in given.items()}
+            theirs.append(member(*args, **{**kwargs, **own}))
+            log_p = torch.logaddexp(log_p, _log_probabilities(theirs[-1].logits))
+        for name in _CACHES:
+            # A family may create its state in the first forward pass.
+            if name not in given and (created := getattr(output, name, None)) is not None:
+                states[created] = [getattr(other, name) for other in theirs]
+        output.logits = log_p - math.log(len(members))
+        return output
+
+    first.forward = forward
+    return first
+
+
+def share_equal_weights(model: Any, other: Any) -> None:
+    """Let `other` use the memory of `model` for weights of the same name and the same bits, so that members cost what they change."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in other.named_parameters(remove_duplicate=False):
+        same = known.get(name)
+        if same is not None and same.dtype == parameter.dtype and torch.equal(same, parameter):
+            parameter.data = same.data
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -1,0 +1,187 @@
+"""Laplace-LoRA: a Gaussian around the trained weights of a finished run, from the curvature of the loss on its training records.
+
+Nothing is trained. The result is a run directory like the first, whose adapter has a distribution (`adapters.posterior`).
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from cora_cli import rundir
+from cora_cli.adapters.kronecker import Kronecker, best_precision
+from cora_cli.adapters.posterior import has_posterior, write_kronecker
+from cora_cli.adapters.storage import load_adapter
+from cora_cli.data.encode import Example
+from cora_cli.errors import CoraError
+from cora_cli.methods.method import A_AND_B
+from cora_cli.methods.parts.layers import ADAPTER, lora_layers
+from cora_cli.methods.registry import METHODS, method_of
+from cora_cli.models.loading import load_model
+from cora_cli.models.references import resolve_model
+from cora_cli.progress import progress, say
+from cora_cli.reading import read_yaml
+from cora_cli.records import read_run, template_date
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.prepare import prepare
+from cora_cli.training.record import FINISHED
+
+Factor = tuple[str, str]
+"""A layer's name, and A or B."""
+
+
+class CurvatureSums:
+    """While it is open, the sums of K-FAC over every position of the forward and backward passes of a PEFT model.
+
+    For the A and the B of each layer: Σ x·xᵀ of their inputs and Σ g·gᵀ of the gradients with respect to their outputs, in float32.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self._model = model
+        self.activations: dict[Factor, torch.Tensor] = {}
+        self.gradients: dict[Factor, torch.Tensor] = {}
+        self.count = 0
+        """Positions seen: rows of the inputs of one layer."""
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Collect from every pass within."""
+        with contextlib.ExitStack() as hooks:
+            for place, (name, layer) in enumerate(lora_layers(self._model)):
+                for factor in ("A", "B"):
+                    module = getattr(layer, f"lora_{factor}")[ADAPTER]
+                    counts = place == 0 and factor == "A"
+                    hooks.callback(module.register_forward_hook(self._hook((name, factor), counts)).remove)
+            yield
+
+    def curvatures(self, share: float, most: int) -> dict[Factor, Kronecker]:
+        """The curvature of each matrix, with `most` directions on either side; what was seen is this `share` of the data."""
+        return {
+            key: Kronecker.of_sums(self.gradients[key] / share, activations, self.count, most)
+            for key, activations in self.activations.items()
+        }
+
+    def _hook(self, key: Factor, counts: bool) -> Any:
+        def forward(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            x = inputs[0].detach().flatten(0, -2).float()
+            self.activations[key] = self.activations.get(key, 0) + x.T @ x
+            self.count += len(x) if counts else 0
+
+            def backward(gradient: torch.Tensor) -> None:
+                g = gradient.flatten(0, -2).float()
+                self.gradients[key] = self.gradients.get(key, 0) + g.T @ g
+
+            output.register_hook(backward)
+
+        return forward
+
+
+def laplace(
+    run: str,
+    output: Path,
+    *,
+    prior_precision: float | None = None,
+    directions: int = 64,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Write the run with its distribution to `output` and return what `run.json` says of it.
+
+    The curvature is the Fisher information of the tokens that the model itself would answer with, sampled by `seed`, at every response
+    token of the training records, or of the first `limit` of them, scaled up. The prior precision maximises the marginal likelihood unless
+    it is given. Raises `CoraError` for a run that is not finished, that cannot be read, or whose adapter is not A and B alone.
+    """
+    source = RunDirectory(Path(run))
+    record = _checked_record(source, run)
+    config = _config_of(source, device)
+    prepared = prepare(config, template_date(record))
+    for key in ("model_sha256", "data_sha256"):
+        if prepared.fingerprint(config)[key] != record["fingerprint"][key]:
+            what = "base model" if key == "model_sha256" else "data set"
+            raise CoraError(f"the {what} of {run} is not the one that it was trained with; restore it")
+    adapter = resolve_model(run)
+    examples = prepared.train.examples[:limit]
+    say(prepared.hardware.describe())
+    base = load_model(prepared.model_path, prepared.hardware.dtype, prepared.hardware.device, None, config.trust_remote_code)
+    model = load_adapter(base, adapter, trainable=True)
+    sums = _measured(model, examples, seed)
+    curvatures = sums.curvatures(len(examples) / len(prepared.train.examples), directions)
+    weights = [parameter.detach().double() for parameter in model.parameters() if parameter.requires_grad]
+    norm_squared = float(sum(weight.square().sum() for weight in weights))
+    precision = prior_precision or best_precision(list(curvatures.values()), norm_squared)
+    decided = sum(float((one.eigenvalues / (one.eigenvalues + precision)).sum()) for one in curvatures.values())
+    found = {
+        "prior_precision": precision,
+        "chosen_by": "the user" if prior_precision else "marginal likelihood",
+        "records": len(examples),
+        "directions": directions,
+        "seed": seed,
+        "decided_directions": decided,
+        "parameters": sum(weight.numel() for weight in weights),
+    }
+    with rundir.atomic_path(output, replace=False) as temporary:
+        new = RunDirectory(temporary)
+        for kept in ("config", "log", "test_records", "trained_prompts", "heldout"):
+            if (path := getattr(source, kept)).exists():
+                temporary.mkdir(exist_ok=True)
+                shutil.copyfile(path, getattr(new, kept))
+        shutil.copytree(source.adapter, new.adapter)
+        write_kronecker(new.adapter, curvatures, precision)
+        rundir.write_json(new.record, {**record, "result_sha256": new.result_hash(), "laplace": found})
+    return found
+
+
+def _checked_record(source: RunDirectory, run: str) -> dict[str, Any]:
+    if not source.exists():
+        raise CoraError(
+            f"{run} is not a cora run (no {source.record.name}); `cora laplace` needs a finished run of `cora train`"
+        )
+    record = read_run(source)
+    if record["status"] != FINISHED:
+        raise CoraError(f"{run} is not finished (status {record['status']}); complete it with --resume")
+    source.check_result()
+    method = method_of(record["mode"], source.record)
+    if method.trained != A_AND_B or method.subtracts_start or record["fingerprint"]["settings"].get("load_in_4bit"):
+        fitting = ", ".join(one.name for one in METHODS.values() if one.trained == A_AND_B and not one.subtracts_start)
+        raise CoraError(
+            f"cora laplace needs a run that trained A and B as they are on a base that is not in 4 bits (mode {fitting}), not {run} of mode "
+            f"{method.name}"
+        )
+    if has_posterior(resolve_model(run)):
+        raise CoraError(f"{run} has a distribution of weights already; name the run that it was made of")
+    if record["is_base_model"]:
+        raise CoraError(f"{run} equals its base model, since nothing in it could train")
+    return record
+
+
+def _config_of(source: RunDirectory, device: str) -> Any:
+    values = read_yaml(source.config, "configuration of the run")
+    try:
+        return TrainConfig(**{**values, "target_modules": tuple(values["target_modules"]), "device": device})
+    except (TypeError, KeyError) as error:
+        raise CoraError(f"{source.config} is damaged: {error}") from error
+
+
+def _measured(model: PeftModel, examples: Sequence[Example], seed: int) -> CurvatureSums:
+    """The sums over the examples, one at a time, with answers sampled from the model."""
+    sums = CurvatureSums(model)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    with sums.watching(), progress("curvature", len(examples), "records") as shown:
+        for example in examples:
+            ids = torch.tensor([example.input_ids], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, example.prompt_length - 1 : -1].float()
+            answers = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            loss = torch.nn.functional.cross_entropy(logits, answers, reduction="sum")
+            # For its hooks alone; no gradient is kept.
+            torch.autograd.grad(loss, trained)
+            shown.advance()
+    return sums

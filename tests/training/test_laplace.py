@@ -1,0 +1,160 @@
+"""Laplace-LoRA of a finished run: its curvature, its linearised draws, and what it refuses."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from cora_cli import rundir
+from cora_cli.adapters.merge import merge_adapter
+from cora_cli.adapters.posterior import drawn_models
+from cora_cli.adapters.storage import load_adapter
+from cora_cli.cli import app
+from cora_cli.errors import CoraError
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.evaluate import evaluate
+from cora_cli.evaluation.generate import BatchedGenerate
+from cora_cli.evaluation.mixture import mixture
+from cora_cli.models.references import resolve_model
+from cora_cli.reading import read_json
+from cora_cli.reporting.report import report
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.laplace import laplace
+from cora_cli.training.run import train
+
+from .helpers import config_for, record_of
+
+IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("map") / "run"
+    train(config_for(tiny_model, tiny_data, output, max_steps=4, target_modules=("q_proj", "v_proj")))
+    return output
+
+
+@pytest.fixture(scope="module")
+def fitted(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("laplace") / "laplace"
+    laplace(str(run), output, limit=8, directions=16, prior_precision=20.0, device="cpu")
+    return output
+
+
+def evaluated(run: Path, output: Path, **settings: Any) -> dict[str, Any]:
+    common = {"dtype": "fp32", "device": "cpu", "max_new_tokens": 3, "metrics": ("calibration",), "bootstrap": 100}
+    return evaluate(EvaluateConfig(runs=(str(run),), output_dir=str(output), **{**common, **settings}))[0].record
+
+
+def loaded(run: Path, tiny_model: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    return load_adapter(base, resolve_model(str(run))).get_base_model()
+
+
+def test_the_result_is_the_run_with_a_distribution_around_it(run: Path, fitted: Path, tiny_model: Path, tmp_path: Path):
+    assert record_of(fitted)["laplace"]["prior_precision"] == 20
+    assert record_of(fitted)["result_sha256"] == RunDirectory(fitted).result_hash() != record_of(run)["result_sha256"]
+    loss = record_of(run)["heldout"]["after"]["loss"]
+    mean = evaluated(fitted, tmp_path / "mean", draws=0)["metrics"]["nll"]["value"]
+    drawn = evaluated(fitted, tmp_path / "drawn", draws=4)
+    assert mean == pytest.approx(loss, rel=1e-5)
+    assert drawn["metrics"]["nll"]["value"] != pytest.approx(loss, rel=1e-4)
+    assert drawn["generation"]["settings"]["draws"] == [4]
+    evaluated(run, run / "eval")
+    evaluated(fitted, fitted / "eval", draws=4)
+    text = report([str(run), str(fitted)], "markdown")
+    assert "| laplace lora r=4" in text
+    merge_adapter(resolve_model(str(fitted)), tmp_path / "merged")
+    assert not (tmp_path / "merged" / "posterior.safetensors").exists()
+
+
+def test_a_precision_without_bound_gives_the_trained_model(run: Path, tmp_path: Path):
+    laplace(str(run), tmp_path / "sure", limit=2, prior_precision=1e14, device="cpu")
+    loss = record_of(run)["heldout"]["after"]["loss"]
+    assert evaluated(tmp_path / "sure", tmp_path / "out", draws=2)["metrics"]["nll"]["value"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_draws_are_linear_in_the_weights_by_a_central_difference(fitted: Path, tiny_model: Path):
+    model = loaded(fitted, tiny_model)
+    [draw] = drawn_models(model, resolve_model(str(fitted)), 1)
+    with torch.no_grad():
+        value = model(IDS).logits
+        change = draw(IDS).logits - value
+    tangents = {}
+    for name, module in draw.named_modules():
+        if name.endswith((".lora_A.default", ".lora_B.default")):
+            tangents[name] = torch.autograd.forward_ad.unpack_dual(module.weight).tangent
+    assert len(tangents) == 8
+    model = model.double()
+    ends = []
+    for sign in (1e-4, -1e-4):
+        with torch.no_grad():
+            for name, tangent in tangents.items():
+                model.get_submodule(name).weight += sign * tangent
+            ends.append(model(IDS).logits)
+            for name, tangent in tangents.items():
+                model.get_submodule(name).weight -= sign * tangent
+    expected = (ends[0] - ends[1]) / 2e-4
+    assert change.abs().max() > 0.01
+    assert torch.allclose(change.double(), expected, atol=1e-3 * expected.abs().max().item())
+
+
+def test_generation_takes_the_most_likely_token_of_the_averaged_draws(fitted: Path, tiny_model: Path):
+    adapter = resolve_model(str(fitted))
+    mixed = mixture(drawn_models(loaded(fitted, tiny_model), adapter, 3))
+    prompt = [5, 9, 100, 7]
+    [answer] = BatchedGenerate(mixed, [49151], 49151, 1, 4).answer([prompt], lambda: None)
+    draws = drawn_models(loaded(fitted, tiny_model), adapter, 3)
+    for place, token in enumerate(answer):
+        ids = torch.tensor([prompt + answer[:place]])
+        p = torch.stack([one(ids, use_cache=False).logits[0, -1].softmax(-1) for one in draws]).mean(0)
+        assert p[token] > p.max() * 0.999
+
+
+def test_the_curvature_is_reproducible_and_a_part_of_the_records_stands_for_all(run: Path, tmp_path: Path):
+    first = laplace(str(run), tmp_path / "first", limit=6, device="cpu")
+    assert first == laplace(str(run), tmp_path / "second", limit=6, device="cpu")
+    assert RunDirectory(tmp_path / "first").result_hash() == RunDirectory(tmp_path / "second").result_hash()
+    every = laplace(str(run), tmp_path / "all", device="cpu", directions=1000)
+    some = laplace(str(run), tmp_path / "half", device="cpu", directions=1000, limit=18)
+    assert every["records"] == 36
+    assert 0 < every["decided_directions"] < every["parameters"]
+    assert some["prior_precision"] == pytest.approx(every["prior_precision"], rel=0.2)
+
+
+def test_what_has_no_laplace_approximation_is_refused(
+    run: Path, fitted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
+):
+    def refused(said: str, name: str) -> None:
+        with pytest.raises(CoraError, match=said):
+            laplace(name, tmp_path / "out", device="cpu")
+        assert not (tmp_path / "out").exists()
+
+    refused("is not a cora run", str(tiny_model))
+    refused("has a distribution of weights already; name the run that it was made of", str(fitted))
+    train(config_for(tiny_model, tiny_data, tmp_path / "xs", mode="lora-xs", max_steps=1))
+    refused(r"needs a run that trained A and B as they are .* \(mode lora, .*\), not .* of mode lora-xs", str(tmp_path / "xs"))
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    text = (other / "config.yaml").read_text()
+    assert "split_seed: 0" in text
+    (other / "config.yaml").write_text(text.replace("split_seed: 0", "split_seed: 3"))
+    refused("the data set of .* is not the one that it was trained with", str(other))
+    for arguments, said in (
+        (["--prior-precision", "0"], "--prior-precision must be positive, not 0"),
+        (["--directions", "0"], "--directions must be at least 1, not 0"),
+        (["--limit", "0"], "--limit must be at least 1, not 0"),
+    ):
+        result = CliRunner().invoke(app, ["laplace", str(run), "-o", str(tmp_path / "out"), *arguments])
+        assert result.exit_code == 2
+        assert said in result.stderr
+    damaged = Path(shutil.copytree(fitted, tmp_path / "damaged"))
+    (damaged / "adapter" / "posterior.safetensors").write_bytes(b"no")
+    record = read_json(damaged / "run.json")
+
+    rundir.write_json(damaged / "run.json", {**record, "result_sha256": RunDirectory(damaged).result_hash()})
+    with pytest.raises(CoraError, match=r"posterior.safetensors cannot be read"):
+        evaluated(damaged, tmp_path / "evaluation")
