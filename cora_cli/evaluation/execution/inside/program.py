@@ -16,7 +16,7 @@ from typing import Any
 from confine import confine
 from wire import Broken, Peer
 
-_PLAIN = (list, dict, set, frozenset, tuple, str, bytes, bytearray, int, float, complex)
+_PLAIN: tuple[Any, ...] = (list, dict, set, frozenset, tuple, str, bytes, bytearray, int, float, complex)
 _OPERATIONS: dict[str, Any] = {
     **{
         name: getattr(operator, name)

@@ -244,7 +244,7 @@ class Peer:
     def _apply(self, changes: dict[str, list[Any]]) -> None:
         for name, (kind, *rest) in changes.items():
             if name not in self._objects:  # empty first, because containers may hold each other
-                made = collections.deque(maxlen=rest[1]) if kind == "deque" else _SHARED[kind]()
+                made: Any = collections.deque(maxlen=rest[1]) if kind == "deque" else _SHARED[kind]()
                 self._objects[name], self._names[id(made)] = made, name
             elif type(self._objects[name]) is not _SHARED[kind]:
                 raise ValueError(kind)
