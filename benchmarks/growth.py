@@ -1,18 +1,20 @@
-"""Time and peak memory of each stage at 1, 10 and 100 times the work: shows where a stage grows faster than its work.
+"""Processor time and peak memory of each stage at 1, 10 and 100 times the work: shows where a stage grows faster than its work.
 
-Every cell is a process of its own on tiny models. The time is that of the work alone, without imports and without the preparation of models and
-data; the memory is the largest resident size of the process, which includes them. Takes about five minutes on an otherwise idle machine.
+Every cell is a process of its own on tiny models. The time is the processor time of the work and of the processes that it starts, without the
+preparation of models and data; other load on the machine changes it little. The memory is the largest resident size of the process, which
+includes the preparation.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,12 +47,22 @@ def models(count: int, directory: Path) -> Work:
 
 def _extract(model_count: int, matrix_count: int, directory: Path) -> Work:
     import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
 
     from cora_cli.basis.choices import BasisChoices
     from cora_cli.extraction.extract import extract_basis
     from cora_cli.models.references import resolve_model
+
+    found = [resolve_model(str(path)) for path in _matrices(model_count, matrix_count, directory)]
+    return lambda: extract_basis(
+        found, directory / "basis.safetensors", BasisChoices(rank=RANK), None, torch.device("cpu"), overwrite=True
+    )
+
+
+def _matrices(model_count: int, matrix_count: int, directory: Path) -> list[Path]:
+    """Models that hold nothing but projections of random numbers."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
 
     layers, random = matrix_count // 3, torch.Generator().manual_seed(0)
     config = LlamaConfig(hidden_size=HIDDEN, num_hidden_layers=layers, intermediate_size=HIDDEN, vocab_size=64)
@@ -61,10 +73,17 @@ def _extract(model_count: int, matrix_count: int, directory: Path) -> Work:
         save_file(
             {name: torch.randn(HIDDEN, HIDDEN, generator=random).bfloat16() for name in names}, path / "model.safetensors"
         )
-    found = [resolve_model(str(path)) for path in paths]
-    return lambda: extract_basis(
-        found, directory / "basis.safetensors", BasisChoices(rank=RANK), None, torch.device("cpu"), overwrite=True
-    )
+    return paths
+
+
+def inspected(count: int, directory: Path) -> Work:
+    """`cora inspect` of three models with `count` matrices each."""
+    import torch
+
+    from cora_cli.inspection.inspect import inspect
+
+    paths = [str(path) for path in _matrices(3, count, directory)]
+    return lambda: inspect(paths, None, RANK, "output", ("q_proj", "k_proj", "v_proj"), (), torch.device("cpu"))
 
 
 def records(count: int, directory: Path) -> Work:
@@ -188,54 +207,106 @@ def planned_rows(count: int, directory: Path) -> Work:
     """`cora ablate --dry-run` of `count` rows."""
     from cora_cli.experiments.ablate import Request, dry_run
 
-    file = directory / "grid.json"
-    train = {"max_steps": 2, "rank": RANK, "batch_size": 4}
-    grid = {
-        "name": "growth",
-        "model": str(_tiny_model(directory)),
-        "datasets": {"code": str(_data(directory))},
-        "defaults": {"train": {**train, "test_size": 4}, "evaluate": False},
-        "grid": [{"mode": "lora", "seed": list(range(count))}],
-    }
-    file.write_text(json.dumps(grid), encoding="utf-8")
+    file = _grid(directory, [{"mode": "lora", "seed": list(range(count))}])
     return lambda: dry_run(Request(file, directory / "out", device="cpu", dtype="fp32"))
 
 
-def reported_rows(count: int, directory: Path) -> Work:
-    """`cora report` of `count` finished runs: copies of one run with other seeds."""
-    from cora_cli.reporting.report import report
+def executed_rows(count: int, directory: Path) -> Work:
+    """`cora ablate` of `count` near-empty trainings, with the imports of the process that they are forks of."""
+    return lambda: _run_grid(_grid(directory, [{"mode": "lora", "seed": list(range(count))}]), directory / "out")
 
-    first = directory / "run-0"
-    _train(directory, first, 1)
-    for number in range(1, count):
-        copy = directory / f"run-{number}"
-        shutil.copytree(first, copy)
-        found = json.loads((copy / "run.json").read_text(encoding="utf-8"))
-        found["seeds"]["seed"] = number
-        (copy / "run.json").write_text(json.dumps(found), encoding="utf-8")
-    runs = [str(directory / f"run-{number}") for number in range(count)]
-    return lambda: report(runs, "markdown")
+
+def _grid(directory: Path, blocks: list[dict[str, Any]], evaluate: Any = False) -> Path:
+    file = directory / "grid.json"
+    train = {"max_steps": 2, "rank": RANK, "batch_size": 4}
+    model = str(_tiny_model(directory))
+    grid = {
+        "name": "growth",
+        "model": model,
+        "models": {"itself": model},
+        "datasets": {"code": str(_data(directory))},
+        "defaults": {"train": {**train, "test_size": 40}, "evaluate": evaluate},
+        "grid": blocks,
+    }
+    file.write_text(json.dumps(grid), encoding="utf-8")
+    return file
+
+
+def _run_grid(file: Path, out: Path) -> None:
+    from cora_cli.experiments.ablate import Request, ablate
+    from cora_cli.reporting.confirmation import seeds_wanted
+
+    ablate(Request(file, out, device="cpu", dtype="fp32"), seeds_wanted)
+
+
+def reported_rows(count: int, directory: Path) -> Work:
+    """`cora report` of `count` finished rows in all formats: a tiny grid with three seeds whose LoRA is copied under other labels."""
+    from cora_cli.reporting.report import report
+    from cora_cli.rundir import write_json
+
+    root = directory / "out"
+    blocks = [{"mode": ["lora", "fb"], "seed": [0, 1, 2]}, {"mode": "fb", "b_init": "orthonormal", "seed": [0, 1, 2]}]
+    metrics = {"limit": 40, "max_new_tokens": 4, "metrics": ["rouge", "bleu"]}
+    _run_grid(_grid(directory, [{"mode": "base"}, *blocks], metrics), root)
+    plan = json.loads((root / "plan.json").read_text(encoding="utf-8"))
+    originals = [row for row in plan["rows"] if row["mode"] == "lora"]
+    for number in range(count - len(plan["rows"])):
+        _copy_row(root, plan, originals[number % len(originals)], f"copy-{number // len(originals)}")
+    write_json(root / "plan.json", plan)
+    return lambda: report([str(root)], "markdown", directory / "report")
+
+
+def _copy_row(root: Path, plan: dict[str, Any], row: dict[str, Any], label: str) -> None:
+    """Add a copy of a finished row to the plan, with its files and the records of its steps, under a label of its own."""
+    from cora_cli.rundir import write_json
+
+    moved = {row["run"]: f"{row['run']}-{label}"}
+    shutil.copytree(root / row["run"], root / moved[row["run"]])
+    inside = row["evaluation"].startswith(f"{row['run']}/")
+    moved[row["evaluation"]] = (
+        row["evaluation"].replace(row["run"], moved[row["run"]]) if inside else f"{row['evaluation']}-{label}"
+    )
+    if not inside:
+        shutil.copytree(root / row["evaluation"], root / moved[row["evaluation"]])
+    names = {step["name"]: f"{step['name']}-{label}" for step in plan["steps"] if step["output"] in moved}
+    for step in [step for step in plan["steps"] if step["name"] in names]:
+        needs = [names.get(need, need) for need in step["needs"]]
+        plan["steps"].append({**step, "name": names[step["name"]], "output": moved[step["output"]], "needs": needs})
+        found = json.loads((root / "steps" / f"{step['name']}.json").read_text(encoding="utf-8"))
+        found["results_of_needs"] = {names.get(need, need): result for need, result in found["results_of_needs"].items()}
+        write_json(root / "steps" / f"{names[step['name']]}.json", found)
+    renamed = {"name": f"{row['name']}-{label}", "label": f"{row['label']} {label}"}
+    plan["rows"].append({**row, **renamed, "run": moved[row["run"]], "evaluation": moved[row["evaluation"]]})
 
 
 STAGES = {
     "extract-basis, matrices of 2 models": Growing("matrices", 3, matrices),
     "extract-basis, models of 3 matrices": Growing("models", 1, models),
+    "inspect, matrices of 3 models": Growing("matrices", 3, inspected),
     "encode and pack": Growing("records", 20, records),
     "train": Growing("steps", 2, steps),
     "evaluate": Growing("prompts", 4, prompts),
     "score, all metrics": Growing("pairs", 4, pairs),
     "ablate --dry-run": Growing("rows", 6, planned_rows),
-    "report": Growing("rows", 2, reported_rows),
+    "ablate, near-empty trainings": Growing("rows", 1, executed_rows),
+    "report": Growing("rows", 20, reported_rows),
 }
 
 
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def measure(stage: Growing, factor: int) -> dict[str, float]:
-    """Seconds of the work and peak bytes of this process."""
+    """Processor seconds of the work and peak bytes of this process."""
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(sys.stderr):
         work = stage.prepare(stage.least * factor, Path(directory))
-        began = time.perf_counter()
+        before = processor_seconds()
         work()
-        seconds = time.perf_counter() - began
+        gc.collect()  # ends the process that steps are forks of, whose time then counts
+        seconds = processor_seconds() - before
     return {"seconds": seconds, "peak_bytes": peak_bytes()}
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaincinv, stdtr
+from scipy.special import gammaincinv, ndtri, stdtr
 
 from cora_cli.errors import CoraError
 
@@ -39,6 +39,7 @@ _UNIFORM, _WEIGHTS = ((_PLACES + 1) / 2) ** 4, 2 * ((_PLACES + 1) / 2) ** 3 * _W
 _TILT = 0.5
 # Bisections of an interval's end; each halves the error, which starts at about twenty standard errors or less.
 _BISECTIONS = 50
+_SECANTS = 12
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +74,10 @@ class Crossed:
         """The variance of the difference. It is at least the larger of the two mean squares, since each estimates a part of it."""
         return self.record_mean_square + self.seed
 
+    @functools.cached_property
+    def _nodes(self) -> tuple[Floats, Floats]:
+        return _nodes(self.seed_df.flat[0] if np.ptp(self.seed_df) == 0 else self.seed_df)
+
     def p_value(self, at: Floats | float = 0.0) -> Floats:
         """Two-sided p-values (...) of the hypotheses that the true differences are `at`; NaN where nothing varies.
 
@@ -97,7 +102,7 @@ class Crossed:
         `tilt` 0 leaves the seed variance the prior 1/σ², which makes tests cautious where neither component dominates. A larger one
         multiplies the prior by (1 + record part / seed part)^tilt, which prefers a small seed part where the records' is large.
         """
-        ratio, weights = _nodes_of_one(float(self.seed_df.flat[0])) if np.ptp(self.seed_df) == 0 else _nodes(self.seed_df)
+        ratio, weights = self._nodes
         records, interaction = self.record_mean_square[..., None], self.interaction[..., None]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             seeds = self.seed_mean_square[..., None] / ratio
@@ -113,15 +118,50 @@ class Crossed:
             return np.asarray((stdtr(np.where(np.isnan(freedom), 1e10, freedom), shifted) * weights).sum(axis=-1))
 
     def _quantile(self, share: float) -> Floats:
-        """The true differences (...) at which `_below` is `share`."""
+        """The true differences (...) at which `_below` is `share`, by bisection.
+
+        `_below` never rises with the true difference, so a step of the bisection outside of `_enclosed` has a known outcome.
+        """
         scale = np.sqrt(self.variance)
         reach = np.where(self.seed_df > 0, 1e3, 30.0) * scale
         low, high = self.difference - reach, self.difference + reach
+        above_until, below_from = self._enclosed(share, scale, 4 * reach * 0.5**_BISECTIONS)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            above = self._below(middle, _TILT) > share
+            above = middle <= above_until
+            if not (above | (middle >= below_from)).all():
+                above = np.where(above | (middle >= below_from), above, self._below(middle, _TILT) > share)
             low, high = np.where(above, middle, low), np.where(above, high, middle)
         return np.where(scale > 0, (low + high) / 2, np.nan)
+
+    def _enclosed(self, share: float, scale: Floats, width: Floats) -> tuple[Floats, Floats]:
+        """True differences (...) at which `_below` was found to be above `share`, and not above; mostly about `width` apart.
+
+        The secant method on the normal quantile of `_below`, which is nearly a straight line.
+        """
+        target = float(ndtri(share))
+        above_until, below_from = np.full_like(scale, -np.inf), np.full_like(scale, np.inf)
+        at, last = self.difference - target * scale, self.difference
+        value = np.zeros_like(scale)  # of `last`, where the probability is about one half
+
+        def look(place: Floats) -> Floats:
+            nonlocal above_until, below_from
+            found = self._below(place, _TILT)
+            above_until = np.where(found > share, np.maximum(above_until, place), above_until)
+            below_from = np.where(found > share, below_from, np.minimum(below_from, place))
+            return np.asarray(ndtri(found))
+
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            for _ in range(_SECANTS):
+                found = look(at)
+                step = (target - found) * (at - last) / (found - value)
+                if not (np.abs(step) > width / 8).any():
+                    break
+                last, value = at, found
+                at = np.where(np.isfinite(step), at + np.clip(step, -10 * scale, 10 * scale), at)
+            for side in (-1, 1):
+                look(at + side * width)
+        return above_until, below_from
 
 
 def crossed(sides: Sequence[Floats]) -> Crossed:
@@ -158,6 +198,12 @@ def crossed(sides: Sequence[Floats]) -> Crossed:
     return Crossed(difference, seeds, record_mean_square, interaction, third, seed_df, _record_df(centred))
 
 
+def stacked(comparisons: Sequence[Crossed]) -> Crossed:
+    """Single comparisons as one array of them, whose intervals take far less time than those of one after another."""
+    names = [field.name for field in dataclasses.fields(Crossed)]
+    return Crossed(*(np.array([getattr(one, name) for one in comparisons]) for name in names))
+
+
 def pseudo_values(statistics: Floats, value: ValueFunction) -> Floats:
     """What each record contributes to a value: (..., R, k) statistics -> (..., R) numbers whose mean is exactly the value.
 
@@ -192,9 +238,3 @@ def _nodes(freedom: Floats | float) -> tuple[Floats, Floats]:
     """Nodes χ²_ν / ν and weights of an integral over χ² with `freedom` ν (...); ν of 0 stands for no seeds, so any will do."""
     half = np.asarray(np.where(np.asarray(freedom) > 0, freedom, 1.0))[..., None] / 2
     return gammaincinv(half, _UNIFORM) / half, _WEIGHTS
-
-
-@functools.lru_cache(maxsize=1024)
-def _nodes_of_one(freedom: float) -> tuple[Floats, Floats]:
-    """`_nodes` of a single number of degrees of freedom, for which the ends of an interval ask a hundred times."""
-    return _nodes(freedom)

@@ -4,6 +4,7 @@ Whatever valid or invalid content a file holds (wrong types, nesting without end
 key twice), no other exception than `CoraError` leaves this module. `records` holds the shapes of our own files.
 """
 
+import functools
 import json
 import math
 import re
@@ -144,39 +145,66 @@ def checked(value: Any, shape: Any, where: object) -> Any:
 
 def fault_of(value: Any, shape: Any, place: str = "") -> str | None:
     """What keeps a JSON value from having the type `shape`, such as "plan.rank must be an integer, not 'x'"; None if it has it."""
-    origin = typing.get_origin(shape)
-    if origin in (types.UnionType, typing.Union):
+    known = _anatomy(shape)
+    if known.origin in (types.UnionType, typing.Union):
         return _fault_of_union(value, shape, place)
-    wrong = f"{place or 'it'} must be {_in_words(shape)}, not {_shown(value)}"
-    if (found := _parts(value, shape)) is not None:
+    if (found := _parts(value, known)) is not None:
         inside = f"{place}." if place and isinstance(value, dict) else place
-        if typing.is_typeddict(shape) and (missing := sorted(shape.__required_keys__ - value.keys())):
+        if missing := sorted(known.required - value.keys()) if known.required else ():
             return f"{inside}{missing[0]} is missing"
-        return next(filter(None, (fault_of(part, kind, f"{inside}{key}") for key, part, kind in found)), None)
-    if shape is Any or (value in typing.get_args(shape) if origin is Literal else origin is None and _fits(value, shape)):
+        for key, part, kind in found:
+            if fault := fault_of(part, kind, f"{inside}{key}"):
+                return fault
         return None
-    return wrong
+    one_of = known.origin is Literal
+    if shape is Any or (value in known.arguments if one_of else known.origin is None and _fits(value, shape)):
+        return None
+    return _wrong(value, shape, place)
 
 
 def _fault_of_union(value: Any, shape: Any, place: str) -> str | None:
-    faults = [fault_of(value, part, place) for part in typing.get_args(shape)]
+    faults = []
+    for part in _anatomy(shape).arguments:
+        if (fault := fault_of(value, part, place)) is None:
+            return None
+        faults.append(fault)
     # The alternative of the value's own kind says where in it the fault is.
-    inner = [fault for fault in faults if fault and not fault.startswith(f"{place or 'it'} must be")]
-    wrong = f"{place or 'it'} must be {_in_words(shape)}, not {_shown(value)}"
-    return None if None in faults else inner[0] if inner else wrong
+    inner = [fault for fault in faults if not fault.startswith(f"{place or 'it'} must be")]
+    return inner[0] if inner else _wrong(value, shape, place)
 
 
-def _parts(value: Any, shape: Any) -> list[tuple[str, Any, Any]] | None:
+class _Anatomy(typing.NamedTuple):
+    """A type taken apart: `hints` and `required` keys are those of a typed dictionary."""
+
+    origin: Any
+    arguments: tuple[Any, ...]
+    hints: dict[str, Any] | None
+    required: frozenset[str]
+
+
+@functools.cache
+def _anatomy(shape: Any) -> _Anatomy:
+    """The parts of a type, which a file of many lines asks for again and again."""
+    typed = typing.is_typeddict(shape)
+    hints, required = (typing.get_type_hints(shape), shape.__required_keys__) if typed else (None, frozenset())
+    return _Anatomy(typing.get_origin(shape), typing.get_args(shape), hints, required)
+
+
+def _parts(value: Any, shape: _Anatomy) -> list[tuple[str, Any, Any]] | None:
     """Name, value and expected type of each part of a list or an object; None if `shape` is neither, or `value` another kind."""
-    origin, kinds = typing.get_origin(shape), typing.get_args(shape)
-    if typing.is_typeddict(shape) and isinstance(value, dict):
-        return [(key, value[key], kind) for key, kind in typing.get_type_hints(shape).items() if key in value]
-    if origin is dict and isinstance(value, dict):
-        return [(key, part, kinds[1]) for key, part in value.items()]
+    origin, kinds = shape.origin, shape.arguments
+    if isinstance(value, dict):
+        if shape.hints is not None:
+            return [(key, value[key], kind) for key, kind in shape.hints.items() if key in value]
+        return [(key, part, kinds[1]) for key, part in value.items()] if origin is dict else None
     if isinstance(value, list) and (origin is list or (origin is tuple and len(kinds) == len(value))):
         each = kinds if origin is tuple else kinds * len(value)
         return [(f"[{index}]", part, kind) for index, (part, kind) in enumerate(zip(value, each, strict=True))]
     return None
+
+
+def _wrong(value: Any, shape: Any, place: str) -> str:
+    return f"{place or 'it'} must be {_in_words(shape)}, not {_shown(value)}"
 
 
 def _fits(value: Any, kind: type) -> bool:

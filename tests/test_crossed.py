@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from cora_cli.crossed import Crossed, crossed, pseudo_values
+from cora_cli.crossed import _BISECTIONS, _TILT, Crossed, crossed, pseudo_values, stacked
 from cora_cli.errors import CoraError
 
 
@@ -122,3 +122,33 @@ def test_the_pseudo_values_of_a_ratio_are_the_jackknifes_around_its_value():
     without = np.array([np.delete(x, place, axis=0).sum(axis=0) for place in range(9)])
     jackknife = 9 * values.mean() - 8 * without[:, 0] / without[:, 1]
     assert values - values.mean() == pytest.approx(jackknife - jackknife.mean())
+
+
+def several():
+    """Comparisons of few and many seeds and records, with skewed records, without a seed part, and with hardly anything else."""
+    rng = np.random.default_rng(7)
+    sizes = [(1, 5), (2, 3), (3, 40), (6, 20)]
+    normal = [crossed([layout(seeds, records, rng)]) for seeds, records in sizes]
+    skewed = [crossed([1e-3 * rng.exponential(size=size) ** 3 + 7]) for size in sizes]
+    by_seed = [crossed([layout(3, 20, rng, 1.0, 1e-6, 1e-6)]), crossed([layout(3, 20, rng, 1e-6, 1.0, 1e-6)])]
+    return [*normal, *skewed, *by_seed]
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.999])
+def test_an_end_is_that_of_a_plain_bisection_to_the_last_digit(confidence):
+    for found in several():
+        scale = np.sqrt(found.variance)
+        reach = (1e3 if found.seed_df > 0 else 30.0) * scale
+        ends = []
+        for share in ((1 + confidence) / 2, (1 - confidence) / 2):
+            low, high = found.difference - reach, found.difference + reach
+            for _ in range(_BISECTIONS):
+                middle = (low + high) / 2
+                low, high = (middle, high) if found._below(middle, _TILT) > share else (low, middle)
+            ends.append((low + high) / 2)
+        assert [float(end) for end in found.interval(confidence)] == [float(end) for end in ends]
+
+
+def test_intervals_computed_together_are_those_of_each_alone():
+    together = stacked(several()).interval(0.95)
+    assert [list(map(float, one.interval(0.95))) for one in several()] == np.stack(together, axis=-1).tolist()

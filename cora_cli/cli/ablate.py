@@ -53,8 +53,13 @@ class AblateConfig:
         panel=_WHAT,
     )
     jobs: int | None = setting(
-        "Number of steps to run at the same time. Default: one per visible GPU, or one without GPUs; with slurm, up to 1000 "
+        "Number of steps to run at the same time. Default: one per visible GPU (see --jobs-per-gpu), or one without GPUs; with slurm, up to 1000 "
         "queued jobs.",
+        None,
+        panel=_RUN,
+    )
+    jobs_per_gpu: str | None = setting(
+        "Number of steps that share each GPU, or auto: as many as fit its free memory by the estimates of the plan. Default: 1.",
         None,
         panel=_RUN,
     )
@@ -65,7 +70,7 @@ class AblateConfig:
         panel=_RUN,
     )
     overwrite: bool = setting("Replace results in --output-dir that were created with other settings.", False, panel=_RUN)
-    device: str = setting("auto, cpu or cuda. Each step uses one GPU.", "auto", panel=_RUN)
+    device: str = setting("auto, cpu or cuda. Each step uses at most one GPU.", "auto", panel=_RUN)
     dtype: DtypeName = setting("auto: bf16 where the hardware supports it, else fp32.", "auto", panel=_RUN)
 
     def __post_init__(self) -> None:
@@ -74,10 +79,23 @@ class AblateConfig:
             raise UsageError("name a grid file or a grid that comes with cora; --list shows those")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"--jobs must be at least 1, not {self.jobs}")
+        shared = self.jobs_per_gpu
+        if shared is not None and shared != "auto" and not (shared.isdecimal() and int(shared) > 0):
+            raise UsageError(f"--jobs-per-gpu must be a positive number or auto, not {self.jobs_per_gpu!r}")
+        if self.jobs_per_gpu is not None and self.launcher == "slurm":
+            raise UsageError(
+                "--jobs-per-gpu applies to --launcher local; a Slurm job has the GPUs that resources in the grid ask for"
+            )
         if self.device not in ("auto", "cpu", "cuda"):
             raise UsageError(
                 f"--device must be one of auto, cpu, cuda, not {self.device!r}; to select GPUs, set CUDA_VISIBLE_DEVICES"
             )
+
+
+def _number(jobs_per_gpu: str | None) -> int | Literal["auto"] | None:
+    if jobs_per_gpu == "auto":
+        return "auto"
+    return None if jobs_per_gpu is None else int(jobs_per_gpu)
 
 
 def register(app: typer.Typer) -> None:
@@ -112,6 +130,7 @@ def run(config: AblateConfig) -> None:
         only=config.only,
         source_seed=config.seed,
         jobs=config.jobs,
+        jobs_per_gpu=_number(config.jobs_per_gpu),
         launcher=config.launcher,
         overwrite=config.overwrite,
         device=config.device,

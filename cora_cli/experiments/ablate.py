@@ -8,10 +8,18 @@ import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.experiments.estimate import ESTIMATE_NOTE, Estimate, estimate_steps, matmul_rate, trained_parameters
+from cora_cli.experiments.estimate import (
+    ESTIMATE_NOTE,
+    Estimate,
+    estimate_steps,
+    matmul_rate,
+    steps_that_fit,
+    trained_parameters,
+)
 from cora_cli.experiments.execute import (
     Execution,
     Outcome,
@@ -23,7 +31,7 @@ from cora_cli.experiments.execute import (
 )
 from cora_cli.experiments.grid import Grid, load_grid
 from cora_cli.experiments.inputs import Inputs, ModelFacts, find_inputs, require_on_hub
-from cora_cli.experiments.launch import Launcher, LocalLauncher
+from cora_cli.experiments.launch import Launcher, LocalLauncher, free_gpu_bytes, visible_gpus
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.slurm import SlurmLauncher, left_jobs
@@ -57,6 +65,7 @@ class Request:
     only: str | None = None
     source_seed: int = 0
     jobs: int | None = None
+    jobs_per_gpu: int | Literal["auto"] | None = None
     launcher: str = "local"
     overwrite: bool = False
     device: str = "auto"
@@ -114,7 +123,7 @@ def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
         inputs = find_inputs(grid, out / _HASHES)
         inputs.require_all()
         check_shapes(grid, inputs)
-        launcher = _launcher(request, grid, out, held)
+        launcher = _launcher(request, grid, out, inputs, held)
         if grid.has_stages:
             return run_stages(request, grid, out, inputs, launcher, held, seeds_wanted)
         plan = make_plan(grid, out, inputs, request.device, request.dtype)
@@ -184,8 +193,11 @@ def _joined(outcomes: Sequence[Outcome], lost: set[str]) -> Outcome:
     return Outcome(tuple(up_to_date), completed, failed, blocked)
 
 
-def _launcher(request: Request, grid: Grid, out: Path, held: int) -> Launcher:
-    """The launcher for the steps. Raises `CoraError` if jobs of a cluster may still write to the output directory."""
+def _launcher(request: Request, grid: Grid, out: Path, inputs: Inputs, held: int) -> Launcher:
+    """The launcher for the steps.
+
+    Raises `CoraError` if jobs of a cluster may still write to the output directory, or if steps should share a GPU and none is visible.
+    """
     folder = out / "slurm"
     if request.launcher == "slurm":
         return SlurmLauncher(folder, grid.resources, request.jobs)
@@ -194,7 +206,22 @@ def _launcher(request: Request, grid: Grid, out: Path, held: int) -> Launcher:
             f"Slurm jobs {', '.join(jobs)} were queued for {out} and may still run; continue with --launcher slurm, or stop "
             f"them with scancel and remove {folder}"
         )
-    return LocalLauncher(request.jobs, request.device, keep_open=(held,))
+    per_gpu = request.jobs_per_gpu or 1
+    if request.jobs_per_gpu is not None and (request.device == "cpu" or not visible_gpus()):
+        raise CoraError(
+            f"--jobs-per-gpu {request.jobs_per_gpu} needs a GPU, and none is visible; use --jobs to run several steps on the processor"
+        )
+    if per_gpu == "auto":
+        # The memory does not depend on the rate.
+        estimates = estimate_steps(make_plan(grid, out, inputs, request.device, request.dtype), inputs, rate=1.0)
+        free = free_gpu_bytes()
+        per_gpu = steps_that_fit(estimates.values(), free)
+        largest = max(estimate.bytes for estimate in estimates.values())
+        say(
+            f"--jobs-per-gpu auto: {per_gpu}, since the largest step needs about {largest / 2**30:.1f} GiB and each GPU has at least "
+            f"{free / 2**30:.1f} GiB free, half of which the estimates may fill"
+        )
+    return LocalLauncher(request.jobs, request.device, keep_open=(held,), per_gpu=per_gpu)
 
 
 def _chosen(request: Request, plan: Plan) -> list[str]:

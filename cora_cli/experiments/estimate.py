@@ -1,12 +1,13 @@
 """Estimates time and memory of each step on this machine, from shapes, record lengths and a measured rate of matrix products.
 
-Estimates are right within a factor of about two, enough to tell minutes from weeks. They are only displayed.
+Estimates are right within a factor of about two, enough to tell minutes from weeks. They are displayed, and
+decide how many steps share a GPU with `--jobs-per-gpu auto`.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices, Share
 from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts, data_key
@@ -23,6 +24,8 @@ TEMPLATE_TOKENS = 35
 TRAINING_SHARE, DECODING_SHARE, WIDE_SHARE = 0.35, 0.1, 0.1
 START_SECONDS = {"model": 12.0, "train": 12.0, "basis": 5.0, "evaluate": 14.0}
 PROCESS_BYTES = 0.8e9
+# How much of a GPU's free memory the estimates of the steps that share it may add up to, since they can be half of the truth.
+SHARED_PART = 0.5
 # Bytes kept for the backward pass per token, layer and hidden unit in 16-bit precision, without attention.
 ACTIVATION_BYTES = 34
 ESTIMATE_NOTE = (
@@ -104,6 +107,11 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
         if steps and not isinstance(settings, str) and (data := inputs.datasets.get(data_key(settings["dataset"], settings))):
             found[steps[0].name] = _training(model, data, _source_config(settings), rate)
     return found
+
+
+def steps_that_fit(estimates: Iterable[Estimate], gpu_bytes: float) -> int:
+    """How many steps can share a GPU with `gpu_bytes` of free memory, if all were as large as the largest; at least 1."""
+    return max(1, int(gpu_bytes * SHARED_PART / max(estimate.bytes for estimate in estimates)))
 
 
 def _source_config(settings: Values) -> TrainConfig:

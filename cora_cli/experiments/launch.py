@@ -1,4 +1,4 @@
-"""Runs steps as processes on this machine, each with its own log and with one GPU or a share of the CPU threads.
+"""Runs steps as processes on this machine, each with its own log and with one GPU, a share of one, or a share of the CPU threads.
 
 A launcher starts `cora` commands and reports when they end; `slurm` has the launcher for clusters.
 """
@@ -47,22 +47,25 @@ class Launcher(Protocol):
 
 
 class LocalLauncher:
-    """Runs steps as processes on this machine. Each has one GPU or, without GPUs, an equal share of the CPU threads."""
+    """Runs steps as processes on this machine. Each has one GPU, which others may share, or an equal share of the CPU threads."""
 
     how = "started"
 
-    def __init__(self, jobs: int | None, device: str, keep_open: Sequence[int] = ()) -> None:
+    def __init__(self, jobs: int | None, device: str, keep_open: Sequence[int] = (), per_gpu: int = 1) -> None:
         """`keep_open` has file descriptors for the processes to inherit, such as a lock to hold while they run.
 
-        Raises `CoraError` if `jobs` exceeds the number of visible GPUs.
+        `per_gpu` is the number of steps that share a GPU. Raises `CoraError` if `jobs` exceeds the number that all GPUs run together.
         """
         self._gpus = visible_gpus() if device in ("auto", "cuda") else []
-        self.slots = jobs or max(1, len(self._gpus))
-        if self._gpus and self.slots > len(self._gpus):
-            raise CoraError(
-                f"--jobs must be at most {len(self._gpus)}, the number of visible GPUs, not {self.slots}: each step uses one "
-                "GPU"
+        most = len(self._gpus) * per_gpu
+        self.slots = jobs or max(1, most)
+        if self._gpus and self.slots > most:
+            each = (
+                "each step uses one GPU; --jobs-per-gpu lets several share one"
+                if per_gpu == 1
+                else f"{per_gpu} steps share each"
             )
+            raise CoraError(f"--jobs must be at most {most} with {len(self._gpus)} visible GPUs, not {self.slots}: {each}")
         self._free = list(range(self.slots))
         self._keep_open = tuple(keep_open)
         self._server: ForkServer | None = None
@@ -90,7 +93,7 @@ class LocalLauncher:
         paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         if self._gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot]
+            environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
         elif self.slots > 1:
             processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             threads = int(os.environ.get("OMP_NUM_THREADS") or processors)
@@ -176,3 +179,10 @@ def visible_gpus() -> list[str]:
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def free_gpu_bytes() -> int:
+    """The free memory of the visible GPU that has the least."""
+    import torch
+
+    return min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))

@@ -5,6 +5,8 @@ A row that is unfinished or damaged becomes a `Missing` with its reason, and the
 
 import dataclasses
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from cora_cli import records, rundir
@@ -93,16 +95,17 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
     results: list[Result] = []
     missing: list[Missing] = []
     rows = _each_once(experiment.rows)
+    logs = [path for place in {row.logs for row in rows if row.logs is not None} for path in place.glob("*.log")]
     with progress("reading", len(rows), "rows") as shown:
         for row in rows:
             if row.run is None and row.evaluation is None and row.basis is not None:
                 # The result of a row that only extracts a basis is a figure.
                 if not row.basis.is_file():
-                    missing.append(Missing(row, "basis", _failure(row) or "not extracted yet"))
+                    missing.append(Missing(row, "basis", _failure(row, logs) or "not extracted yet"))
                 shown.advance()
                 continue
             try:
-                result, lacking = _read_row(row, wanted, experiment.records)
+                result, lacking = _read_row(row, wanted, experiment.records, logs)
             except CoraError as error:
                 missing.append(Missing(row, "run", str(error)))
             else:
@@ -110,9 +113,8 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
                 missing += lacking
             shown.advance()
     results = _with_base_losses(results)
-    unmeasured = [result for result in results if not result.measures and result.row.evaluation is None]
-    missing += [Missing(result.row, "run", "no measurements found") for result in unmeasured]
-    results = [result for result in results if result not in unmeasured]
+    missing += [Missing(result.row, "run", "no measurements found") for result in results if _is_empty(result)]
+    results = [result for result in results if not _is_empty(result)]
     for group in {result.row.group for result in results}:
         _check_comparable([result for result in results if result.row.group == group])
     return Collection(experiment, results, missing, _judged(experiment, rows, missing))
@@ -161,6 +163,10 @@ def _judged_in(place: JudgeDirectory, names: dict[str, str]) -> Judged:
     return Judged(record, printed)
 
 
+def _is_empty(result: Result) -> bool:
+    return not result.measures and result.row.evaluation is None
+
+
 def _each_once(rows: tuple[Row, ...]) -> list[Row]:
     """The rows to report: no runs of a sweep, and a base model once, which a grid lists once per seed although it has no seed."""
     seen = set()
@@ -173,7 +179,9 @@ def _each_once(rows: tuple[Row, ...]) -> list[Row]:
     return kept
 
 
-def _read_row(row: Row, wanted: tuple[str, ...] | None, step_records: StepRecords | None) -> tuple[Result, list[Missing]]:
+def _read_row(
+    row: Row, wanted: tuple[str, ...] | None, step_records: StepRecords | None, logs: Sequence[Path]
+) -> tuple[Result, list[Missing]]:
     """One row and its missing parts. Raises `CoraError` with the reason if its run is unusable or differs from the `step_records`."""
     missing: list[Missing] = []
     measures: dict[str, Measure] = {}
@@ -182,7 +190,7 @@ def _read_row(row: Row, wanted: tuple[str, ...] | None, step_records: StepRecord
     adapter_bytes: int | None = trained
     if row.run is not None:
         run = RunDirectory(row.run)
-        record = _finished_record(run, row)
+        record = _finished_record(run, row, logs)
         if step_records:
             step_records.require(row.run)
         log = read_jsonl(run.log, records.LogLine) if run.log.exists() else []
@@ -198,7 +206,7 @@ def _read_row(row: Row, wanted: tuple[str, ...] | None, step_records: StepRecord
         evaluation = EvaluationDirectory(row.evaluation)
         if not evaluation.metrics.exists():
             started = evaluation.root.is_dir() and rundir.holds_files(evaluation.root)
-            raise CoraError(_failure(row) or ("the evaluation is not finished" if started else "not evaluated yet"))
+            raise CoraError(_failure(row, logs) or ("the evaluation is not finished" if started else "not evaluated yet"))
         found, generation, references = read_evaluation(evaluation, wanted)
         if step_records:
             step_records.require(row.evaluation)
@@ -210,26 +218,24 @@ def _read_row(row: Row, wanted: tuple[str, ...] | None, step_records: StepRecord
     return Result(row, measures, record, generation, log, references, trained, adapter_bytes), missing
 
 
-def _finished_record(run: RunDirectory, row: Row) -> dict[str, Any]:
+def _finished_record(run: RunDirectory, row: Row, logs: Sequence[Path]) -> dict[str, Any]:
     if not run.exists():
-        raise CoraError(_failure(row) or "not started")
+        raise CoraError(_failure(row, logs) or "not started")
     record = records.read_run(run)
     status = record["status"]
     if status == "failed":
         raise CoraError(f"failed: {clean(str(record.get('error', 'no reason was recorded')))}")
     if status != "finished":
-        raise CoraError(_failure(row) or f"not finished (status {clean(str(status))})")
+        raise CoraError(_failure(row, logs) or f"not finished (status {clean(str(status))})")
     return record
 
 
-def _failure(row: Row) -> str | None:
-    """The last line of the row's newest log file, or None without one."""
-    if row.logs is None or not row.logs.is_dir():
-        return None
+def _failure(row: Row, logs: Sequence[Path]) -> str | None:
+    """The last line of the row's newest log file among `logs`, or None without one."""
     # `seed1` must not match `seed10`, nor `fb_r8` match `cora_fb_r8`.
     own = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(row.name)}(?![0-9])")
-    logs = [path for path in row.logs.glob("*.log") if own.search(path.stem)]
-    for path in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True):
+    its = [path for path in logs if row.name in path.stem and path.parent == row.logs and own.search(path.stem)]
+    for path in sorted(its, key=lambda path: path.stat().st_mtime, reverse=True):
         lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         if lines:
             return f"not finished; the last line of {path.name}: {clean(lines[-1])[:300]}"

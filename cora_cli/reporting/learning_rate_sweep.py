@@ -33,13 +33,14 @@ RatesByMethod = Mapping[tuple[object, ...], Rates]
 
 def rates_of(methods: Sequence[MethodResults], sweeps: Sequence[Mapping[str, Any]] = ()) -> dict[tuple[object, ...], Rates]:
     """The rates of each method by `MethodResults.identity`: those in `methods`, or those of its sweep among the grid's `sweeps`."""
-    found: dict[tuple[object, ...], Rates] = {}
+    trained: dict[tuple[object, ...], set[float | None]] = {}
     for method in methods:
-        rates = frozenset({other.first.row.learning_rate for other in methods if other.identity == method.identity})
-        found[method.identity] = Rates(rates, rates)
-        for swept in sweeps:
-            if tuple(swept["method"]) == method.planned_as:
-                found[method.identity] = Rates(frozenset(swept["planned"]), frozenset(map(float, swept["losses"])))
+        trained.setdefault(method.identity, set()).add(method.first.row.learning_rate)
+    found = {identity: Rates(frozenset(rates), frozenset(rates)) for identity, rates in trained.items()}
+    by_plan = {tuple(swept["method"]): swept for swept in sweeps}
+    for method in methods:
+        if swept := by_plan.get(method.planned_as):
+            found[method.identity] = Rates(frozenset(swept["planned"]), frozenset(map(float, swept["losses"])))
     return found
 
 

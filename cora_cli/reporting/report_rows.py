@@ -250,20 +250,27 @@ def _distinct(rows: list[Row]) -> list[Row]:
     bases = {name: record["basis"]["sha256"] for name, record in runs.items() if record.get("basis")}
     # Copies of one basis file share one name.
     paths = {record["basis"]["sha256"]: record["basis"]["path"] for record in runs.values() if record.get("basis")}
-    found = []
+    labels: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        alike = [other for other in rows if (other.group, other.label) == (row.group, row.label)]
+        labels.setdefault((row.group, row.label), []).append(row)
+    renamed = {}
+    for alike in labels.values():
         # Settings with a column of their own in the tables are left out of the label.
-        names = sorted({name for other in alike for name in settings[other.name]} - {"rank", "alpha", "learning_rate", "seed"})
-        differing = [name for name in names if len({str(settings[other.name].get(name)) for other in alike}) > 1]
-        extra = [f"{name}={settings[row.name].get(name)}" for name in differing]
-        # The number of source models has a column, but two bases from equally many models are two methods.
-        if len({bases.get(other.name) for other in alike if other.n_models == row.n_models}) > 1 and row.name in bases:
-            extra.append(f"basis={paths[bases[row.name]]}")
-        if row.run is None and len([other for other in alike if other.run is None]) > 1:
-            extra.append(row.name)
-        found.append(dataclasses.replace(row, label=clean(" ".join([row.label, *extra]))))
-    return found
+        names = sorted({name for row in alike for name in settings[row.name]} - {"rank", "alpha", "learning_rate", "seed"})
+        differing = [name for name in names if len({str(settings[row.name].get(name)) for row in alike}) > 1]
+        used: dict[int | None, set[str | None]] = {}
+        for row in alike:
+            used.setdefault(row.n_models, set()).add(bases.get(row.name))
+        without_run = sum(row.run is None for row in alike)
+        for row in alike:
+            extra = [f"{name}={settings[row.name].get(name)}" for name in differing]
+            # The number of source models has a column, but two bases from equally many models are two methods.
+            if len(used[row.n_models]) > 1 and row.name in bases:
+                extra.append(f"basis={paths[bases[row.name]]}")
+            if row.run is None and without_run > 1:
+                extra.append(row.name)
+            renamed[row.name] = dataclasses.replace(row, label=clean(" ".join([row.label, *extra])))
+    return [renamed[row.name] for row in rows]
 
 
 def _refuse_copies(runs: Mapping[str, Mapping[str, Any]]) -> None:

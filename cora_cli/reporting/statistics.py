@@ -6,11 +6,12 @@ All inference is that of `crossed`: seeds and records are both random. `outcomes
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from cora_cli.crossed import Crossed, Floats, crossed, pseudo_values
+from cora_cli.crossed import Crossed, Floats, crossed, pseudo_values, stacked
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER
 from cora_cli.experiments.stage_rules import MIN_SEEDS
@@ -21,6 +22,8 @@ from cora_cli.reporting.measures import LOSS, Measure, value_function
 LEVEL = 0.05
 """Differences with a corrected p-value below this level count as shown."""
 SEEDS, EXAMPLES = "seeds and records", "records only"
+_AT_ONCE = 1024
+"""Intervals computed together, which bounds the memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +66,6 @@ class Difference:
     """
 
     difference: float
-    ci95: Interval
-    ci90: Interval
     p_value: float | None
     kind: str
     n: int
@@ -74,10 +75,23 @@ class Difference:
     record_variance: float
     interaction_variance: float
     model: Crossed | None = None
+    _intervals: dict[float, Interval] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def interval(self, confidence: float) -> Interval:
         """The interval at this confidence; None where there is none."""
-        return _interval(self.model, confidence)
+        if confidence not in self._intervals:
+            compute_intervals([self], confidence)
+        return self._intervals[confidence]
+
+    @property
+    def ci95(self) -> Interval:
+        """The 95 % interval."""
+        return self.interval(0.95)
+
+    @property
+    def ci90(self) -> Interval:
+        """The 90 % interval, which decides about equivalence."""
+        return self.interval(0.90)
 
     @property
     def fewest_seeds(self) -> int | None:
@@ -145,19 +159,26 @@ class MethodResults:
         comparison ask for it, so it is computed once.
         """
         if name not in self._estimates:
-            self._estimates[name] = self._estimate(name)
+            compute_estimates([self], [name])
         return self._estimates[name]
 
-    def _estimate(self, name: str) -> Estimate | None:
-        measures = [result.measures[name] for result in self.repeats(name)]
-        if not measures:
-            return None
-        first, runs = measures[0], len(self.with_measure(name))
-        if len(measures) == 1:
-            return Estimate(first.value, first.ci95, EXAMPLES, first.n, runs)
+
+def compute_estimates(methods: Sequence[MethodResults], names: Sequence[str]) -> None:
+    """Compute the estimates of all methods in all measures together, which takes far less time than one after another."""
+    several: list[tuple[MethodResults, str, list[Measure]]] = []
+    for method, name in itertools.product(methods, names):
+        measures = [result.measures[name] for result in method.repeats(name)]
+        if len(measures) > 1:
+            several.append((method, name, measures))
+        elif measures:
+            only, runs = measures[0], len(method.with_measure(name))
+            method._estimates[name] = Estimate(only.value, only.ci95, EXAMPLES, only.n, runs)
+        else:
+            method._estimates[name] = None
+    models = [crossed([_contributions(measures, name)]) if measures[0].n > 1 else None for _, name, measures in several]
+    for (method, name, measures), interval in zip(several, _intervals(models, 0.95), strict=True):
         value = float(np.mean([measure.value for measure in measures]))
-        found = crossed([_contributions(measures, name)]) if first.n > 1 else None
-        return Estimate(value, _interval(found, 0.95), SEEDS, first.n, runs)
+        method._estimates[name] = Estimate(value, interval, SEEDS, measures[0].n, len(method.with_measure(name)))
 
 
 def group_methods(results: Sequence[Result]) -> list[MethodResults]:
@@ -219,8 +240,6 @@ def compare(one: MethodResults, other: MethodResults, name: str) -> Difference |
         found = None if _constant(found, first, second) else found
     return Difference(
         float(first.mean() - second.mean()),
-        _interval(found, 0.95),
-        _interval(found, 0.90),
         float(found.p_value()) if found is not None and kind == SEEDS else None,
         kind,
         n,
@@ -241,8 +260,17 @@ def _constant(found: Crossed, *contributions: Floats) -> bool:
     return float(found.variance) <= (1e-13 * scale) ** 2
 
 
-def _interval(found: Crossed | None, confidence: float) -> Interval:
-    if found is None:
-        return None
-    low, high = found.interval(confidence)
-    return None if np.isnan(low) else (float(low), float(high))
+def compute_intervals(differences: Sequence[Difference], confidence: float) -> None:
+    """Compute the intervals of all differences together, which takes far less time than one after another."""
+    for one, interval in zip(differences, _intervals([one.model for one in differences], confidence), strict=True):
+        one._intervals[confidence] = interval
+
+
+def _intervals(models: Sequence[Crossed | None], confidence: float) -> list[Interval]:
+    ends: list[tuple[float, float]] = []
+    known = [model for model in models if model is not None]
+    for start in range(0, len(known), _AT_ONCE):
+        low, high = stacked(known[start : start + _AT_ONCE]).interval(confidence)
+        ends += zip(low.tolist(), high.tolist(), strict=True)
+    found = iter(ends)
+    return [None if model is None or math.isnan((pair := next(found))[0]) else pair for model in models]

@@ -14,7 +14,7 @@ from cora_cli.reporting.learning_rate_sweep import VALIDATION, RatesByMethod, ch
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, decide
 from cora_cli.reporting.report_rows import Experiment
-from cora_cli.reporting.statistics import Estimate, MethodResults, compare, group_methods, higher_is_better
+from cora_cli.reporting.statistics import Estimate, MethodResults, compare, compute_estimates, group_methods, higher_is_better
 from cora_cli.reporting.verdict import Verdict, judge
 
 
@@ -95,6 +95,7 @@ def summarise(collection: Collection) -> Summary:
 def _summarise_group(name: str, results: Sequence[Result], experiment: Experiment) -> Group:
     measures = tuple(m for m in (LOSS, *NAMES) if any(m in result.measures for result in results))
     methods = group_methods(results)
+    compute_estimates(methods, measures)
     chosen, selected_by = choose_learning_rates(methods)
     lines = tuple(
         Line(

@@ -11,7 +11,7 @@ from cora_cli.methods.registry import BASELINE
 from cora_cli.reporting.learning_rate_sweep import RatesByMethod, rates_of, swept_alike
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, FEW_SEEDS, UNDECIDED, WORSE, Test, decide, level_at
-from cora_cli.reporting.statistics import EXAMPLES, LEVEL, Difference, MethodResults, compare
+from cora_cli.reporting.statistics import EXAMPLES, LEVEL, Difference, MethodResults, compare, compute_intervals
 
 RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE = (
     "random orthonormal B",
@@ -118,6 +118,8 @@ def _compared(
             key = (id(one), id(other), name)
             if key not in planned and (found := compare(one, other, name)) is not None:
                 planned[key] = (name, found, _margin(margin, other, name, methods), alike)
+    for confidence in (0.95, 0.90):
+        compute_intervals([found for _, found, _, _ in planned.values()], confidence)
     tests = dict(zip(planned, decide(list(planned.values()), looks), strict=True))
     judged = [
         Comparison(

@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cora_cli.cli import app
+from cora_cli.experiments.execute import Outcome
 from cora_cli.experiments.launch import LocalLauncher
 from cora_cli.reading import read_json, read_jsonl
 
@@ -206,3 +207,30 @@ def test_an_invalid_grid_is_a_usage_error(tmp_path: Path) -> None:
     result = run(tmp_path / "grid.yaml")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", ["2", "auto"])
+def test_steps_that_should_share_a_gpu_are_refused_where_there_is_none(
+    number: str, tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    ended = run(write_grid(tmp_path, tiny_model, tiny_data), "-o", tmp_path / "out", "--jobs-per-gpu", number)
+    assert ended.exit_code == 1
+    assert f"--jobs-per-gpu {number} needs a GPU, and none is visible; use --jobs" in ended.stderr
+
+
+def test_auto_lets_as_many_steps_share_a_gpu_as_fit(
+    tmp_path: Path, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("cora_cli.experiments.ablate.free_gpu_bytes", lambda: 7e9)
+    slots: list[int] = []
+    monkeypatch.setattr("cora_cli.experiments.ablate.Screen", lambda plan, wanted, number, expected: slots.append(number))
+    monkeypatch.setattr("cora_cli.experiments.ablate.Execution.run", lambda execution: Outcome((), (), {}, {}))
+    ended = run(write_grid(tmp_path, tiny_model, tiny_data), "-o", tmp_path / "out", "--jobs-per-gpu", "auto")
+    assert ended.exit_code == 0, ended.output
+    assert (
+        "--jobs-per-gpu auto: 4, since the largest step needs about 0.8 GiB and each GPU has at least 6.5 GiB free"
+        in ended.stderr
+    )
+    assert slots == [8]

@@ -21,6 +21,11 @@ from cora_cli.cli import app
         ("report a --format x", "--format must be one of terminal, markdown, latex, csv, json, html, not 'x'"),
         ("report a --seed -1", "--seed must be at least 0 and below 2^32, not -1"),
         ("evaluate --from a --bootstrap 1000000000", "--bootstrap must be at most 1,000,000, not 1,000,000,000"),
+        ("ablate a.yaml --jobs-per-gpu 0", "--jobs-per-gpu must be a positive number or auto, not '0'"),
+        (
+            "ablate a.yaml --jobs-per-gpu auto --launcher slurm",
+            "--jobs-per-gpu applies to --launcher local; a Slurm job has the GPUs that resources in the grid ask for",
+        ),
         ("inspect gone.safetensors", "gone.safetensors does not exist"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ablate import summary
+from cora_cli.experiments.estimate import Estimate, steps_that_fit
 from cora_cli.experiments.execute import Execution, Outcome, done_steps, refuse_conflicts, write_plan
 from cora_cli.experiments.launch import LocalLauncher
 from cora_cli.experiments.screen import Screen, duration
@@ -234,12 +235,28 @@ def test_processes_get_a_gpu_each_or_share_the_threads(monkeypatch: pytest.Monke
     gpus = LocalLauncher(None, "auto")
     assert gpus.slots == 2
     assert [gpus._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(2)] == ["3", "5"]
-    with pytest.raises(CoraError, match="at most 2, the number of visible GPUs"):
+    with pytest.raises(CoraError, match="at most 2 with 2 visible GPUs, not 3"):
         LocalLauncher(3, "auto")
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     threads = LocalLauncher(3, "cpu")
     assert threads._environment(0)["OMP_NUM_THREADS"] == "2"
     assert LocalLauncher(None, "cpu").slots == 1
+
+
+def test_several_processes_share_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    shared = LocalLauncher(None, "auto", per_gpu=2)
+    assert shared.slots == 4
+    assert [shared._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["3", "5", "3", "5"]
+    fewer = LocalLauncher(3, "auto", per_gpu=2)
+    assert [fewer._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(fewer.slots)] == ["3", "5", "3"]
+    with pytest.raises(CoraError, match="at most 4 with 2 visible GPUs, not 5: 2 steps share each"):
+        LocalLauncher(5, "auto", per_gpu=2)
+
+
+def test_as_many_steps_share_a_gpu_as_half_of_its_memory_holds_of_the_largest() -> None:
+    steps = [Estimate(1.0, 3e9), Estimate(1.0, 5e9)]
+    assert [steps_that_fit(steps, gib) for gib in (4e9, 19e9, 20e9, 80e9)] == [1, 1, 2, 8]
 
 
 def test_a_process_is_logged_and_its_exit_code_returned(tmp_path: Path) -> None:

@@ -21,21 +21,23 @@ pytestmark = pytest.mark.skipif(not ForkServer.exists_here(), reason="steps are 
 # The server as it is, except that a step runs Python code instead of a command of `cora`.
 RUNS_CODE = "import sys\nfrom cora_cli.experiments.fork_server import _serve\nif _serve(int(sys.argv[1])): exec(sys.argv[1])"
 
-# Where the libraries do not matter, the server need not import them.
-RUNS_CODE_AT_ONCE = f"from cora_cli.experiments import fork_server\nfork_server._import_libraries = lambda: None\n{RUNS_CODE}"
+# Where the other libraries do not matter, the server need not import them; torch is needed by every step.
+RUNS_CODE_SOON = (
+    f"from cora_cli.experiments import fork_server\nfork_server._import_libraries = lambda: __import__('torch')\n{RUNS_CODE}"
+)
 SETTINGS = (
     *("--mode", "lora", "--rank", "4", "--dropout", "0.1", "--max-steps", "2", "--batch-size", "2", "--test-size", "4"),
     *("--device", "cpu"),
 )
 
 
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLauncher]:
+@pytest.fixture(scope="module", params=[RUNS_CODE_SOON, pytest.param(RUNS_CODE, marks=pytest.mark.slow)], ids=["torch", "all"])
+def launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLauncher]:
     """A launcher whose steps are Python code. Its server was started in a directory with a `random.py`."""
     directory = tmp_path_factory.mktemp("hostile")
     (directory / "random.py").write_text("raise RuntimeError('imported from the working directory')")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cora_cli.experiments.fork_server._PROGRAM", ("-P", "-c", RUNS_CODE))
+        patch.setattr("cora_cli.experiments.fork_server._PROGRAM", ("-P", "-c", request.param))
         patch.chdir(directory)
         made = LocalLauncher(1, "cpu")
         run(made, "pass", tmp_path_factory.mktemp("first"))
@@ -172,7 +174,7 @@ def test_ctrl_c_reaches_steps_and_not_the_server(launcher: LocalLauncher, tmp_pa
 
 def test_a_step_whose_server_was_killed_is_stopped_and_the_next_one_starts(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cora_cli.experiments.fork_server._PROGRAM", ("-P", "-c", RUNS_CODE_AT_ONCE))
+        patch.setattr("cora_cli.experiments.fork_server._PROGRAM", ("-P", "-c", RUNS_CODE_SOON))
         launcher = LocalLauncher(1, "cpu")
         job, log = start(launcher, "import time; time.sleep(60)", tmp_path)
         assert launcher._server is not None
@@ -188,7 +190,7 @@ def test_a_step_goes_on_if_cora_ablate_is_killed(tmp_path: Path) -> None:
     code = f"import time, pathlib; time.sleep(1); pathlib.Path({str(done)!r}).write_text('done')"
     parent = (
         "import os, pathlib\nfrom cora_cli.experiments import fork_server\nfrom cora_cli.experiments.launch import LocalLauncher\n"
-        f"fork_server._PROGRAM = ('-P', '-c', {RUNS_CODE_AT_ONCE!r})\nlauncher = LocalLauncher(1, 'cpu')\n"
+        f"fork_server._PROGRAM = ('-P', '-c', {RUNS_CODE_SOON!r})\nlauncher = LocalLauncher(1, 'cpu')\n"
         f"launcher.submit('train', [{code!r}], pathlib.Path({str(tmp_path / 'step.log')!r}))\n"
         "print(launcher._server._process.pid, flush=True)\nos.kill(os.getpid(), 9)"
     )

@@ -7,7 +7,7 @@ from cora_cli.reporting.statistics import LEVEL, SEEDS, Difference
 
 
 def found(seeds: int, p_value: float) -> Difference:
-    return Difference(0.1, None, None, p_value, SEEDS, 40, (seeds, seeds), True, 0.0, 0.0, 0.0)
+    return Difference(0.1, p_value, SEEDS, 40, (seeds, seeds), True, 0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("looks", [1, 2, 3, 8])
