@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-OTHERS = {"vllm", "flash-attn", "bitsandbytes", "submitit", "tensorboard", "wandb", "trackio", "trl"}
+OTHERS = {"vllm", "flash-attn", "bitsandbytes", "submitit", "tensorboard", "wandb", "trackio", "trl", "ruff"}
 COMMAND = re.compile(r"pip install((?: +(?:-[ce] +)?[^ `\"')#(]*(?:'[^']*'|\"[^\"]*\")?)+)")
 
 
