@@ -38,7 +38,7 @@ from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.lock import own_directory
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.progress import say
-from cora_cli.reading import read_json, read_jsonl
+from cora_cli.reading import checked, read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
 REPLACEMENT = ".replacement"
@@ -369,6 +369,7 @@ def _score(
         if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in PREDICTION_KEYS):
             found = json.dumps(line, ensure_ascii=False)[:80]
             raise CoraError(f'{path}, record {number}: expected text under "prediction" and "reference", found {found}')
+        checked(line, shapes.Prediction, f"{path}, record {number}")
     predictions, references = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     say(f"{name}: scoring {len(lines)} predictions")
     attempts, fates = execute(executor, problems, lines, path, out) if executor is not None else (None, None)

@@ -14,8 +14,6 @@ from cora_cli.evaluation.execution.problems import Problem, problem_of
 from cora_cli.evaluation.execution.run import FATES, Outcome, run
 from cora_cli.evaluation.metrics.pass_at import Attempts
 from cora_cli.progress import progress
-from cora_cli.reading import checked
-from cora_cli.records import Prediction
 from cora_cli.rundir import EvaluationDirectory
 
 LEAST_SECONDS, TIMES_REFERENCE = 4, 10
@@ -81,8 +79,6 @@ def execute(
     Without `problems`, the tests are those that were kept with the predictions. Returns what pass@k counts, and the number of programs of
     each fate.
     """
-    for number, line in enumerate(lines, start=1):
-        checked(line, Prediction, f"{path}, record {number}")
     if problems is None:
         problems = [problem_of(line.get("problem"), f"{path}, record {number}") for number, line in enumerate(lines, start=1)]
     answers = [[sample["prediction"] for sample in line.get("samples") or [line]] for line in lines]

@@ -112,6 +112,16 @@ def test_predictions_without_tests_are_refused(tmp_path: Path):
         evaluate(EvaluateConfig(from_predictions=str(path), metrics=("pass@1",), execute_code=True, device="cpu"))
 
 
+@pytest.mark.parametrize("damage", [{"problem": "assert f()"}, {"samples": [3]}])
+def test_damaged_predictions_are_refused(tmp_path: Path, damage: dict):
+    path = tmp_path / "predictions.jsonl"
+    rundir.write_jsonl(path, [{"reference": "y", "prediction": "z", **damage}])
+    with pytest.raises(
+        CoraError, match=f"predictions.jsonl, record 1 is damaged or from another version of cora: {next(iter(damage))}"
+    ):
+        evaluate(EvaluateConfig(from_predictions=str(path), metrics=("rouge1",), readability=True, device="cpu"))
+
+
 @needs_sandbox
 def test_a_model_s_samples_are_run_and_a_second_evaluation_draws_the_same(tiny_model: Path, tmp_path: Path):
     data = tmp_path / "data.jsonl"
