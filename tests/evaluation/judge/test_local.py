@@ -79,9 +79,24 @@ def test_the_protocol_of_transformers_serve(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     model = str(embedded.model_directory())
     start = "from transformers.cli.transformers import main; main()"
-    words = [sys.executable, "-c", start, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    words = [
+        sys.executable,
+        "-c",
+        start,
+        "serve",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        server = subprocess.Popen(
+            words, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        )
         try:
             for _ in range(600):
                 assert server.poll() is None, (tmp_path / "log").read_text()
