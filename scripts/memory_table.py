@@ -19,15 +19,17 @@ from cora_cli.training.fitting import fits
 from cora_cli.training.preflight import Measured, preflight
 from cora_cli.training.preflight_text import CARDS
 
+VOCABULARY = 49152
+"""That of the embedded tokenizer, in the place of the 32,000 of Llama 2."""
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "1B": ("Llama-3.2-1B", {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True}),
     "7B": ("Llama-2-7B", {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 32000}),
+        "num_key_value_heads": 32, "vocab_size": VOCABULARY}),
     "13B": ("Llama-2-13B", {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
-        "num_key_value_heads": 40, "vocab_size": 32000}),
+        "num_key_value_heads": 40, "vocab_size": VOCABULARY}),
     "34B": ("CodeLlama-34B", {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 48, "num_attention_heads": 64,
-        "num_key_value_heads": 8, "vocab_size": 32000}),
+        "num_key_value_heads": 8, "vocab_size": VOCABULARY}),
     "70B": ("Llama-3.1-70B", {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
         "num_key_value_heads": 8, "vocab_size": 128256}),
 }  # fmt: skip
