@@ -69,13 +69,16 @@ def load_model(
     model.generation_config()
     quantized = four_bit or bool(model.config().get("quantization_config"))
     options: dict[str, Any] = {"config": config or load_configuration(model, trust_remote_code)}
+    if four_bit or device.type != "cpu":
+        # Each tensor goes to the device as it is read, so that the host never holds the model.
+        options["device_map"] = {"": device}
     if four_bit:
         kind: dict[str, Any] = {
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": dtype,
         }
-        options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **kind), "device_map": {"": device}}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **kind)
     loaded: Any
     report: Any
     try:
@@ -121,7 +124,7 @@ def load_model(
         say(
             f"{model.reference}: {len(unused)} tensors of its files are not used by {type(loaded).__name__}, such as {unused[0]}"
         )
-    return (loaded if four_bit else loaded.to(device)).eval()
+    return loaded.eval()
 
 
 def _check_types(model: ModelPath, checkpoint: Checkpoint) -> None:

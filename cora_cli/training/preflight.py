@@ -115,12 +115,14 @@ def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:
     steps = total_steps(config, len(examples))
     form = _planned_form(config, prepared)
     work = _Work(config, prepared, form, steps, processes)
+    counts = (steps, processes, work.tokens, work.labels, work.largest, work.largest_labels)
+    if config.load_in_4bit:
+        return Preflight(config, prepared, form, *counts, "weights in 4 bits cannot be measured without values")
     with _alone() as place:
         try:
             measured: Measured | str = _measure(config, prepared, form, work, processes, place)
         except _NEED_VALUES as error:
             measured = f"the memory of {config.model} in mode {config.mode} depends on its numbers ({type(error).__name__})"
-    counts = (steps, processes, work.tokens, work.labels, work.largest, work.largest_labels)
     return Preflight(config, prepared, form, *counts, measured)
 
 

@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import datetime
 import math
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,8 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             rounded_down = int(config.warmup_ratio * steps)
             arguments.warmup_steps = record.get("warmup_steps", rounded_down)
     try:
-        model, batching = _load(config, prepared)
+        with _in_turn(arguments):
+            model, batching = _load(config, prepared)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config, prepared) from error
     if main:
@@ -144,6 +147,19 @@ def _barrier(arguments: TrainingArguments) -> None:
     """Wait for the other processes, where there are any."""
     if arguments.world_size > 1:
         torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def _in_turn(arguments: TrainingArguments) -> Iterator[None]:
+    """Let the processes of a host enter one after the other, also where one of them fails: together they would take several times its memory."""
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", str(arguments.world_size)))
+    for _ in range(arguments.local_process_index):
+        _barrier(arguments)
+    try:
+        yield
+    finally:
+        for _ in range(arguments.local_process_index, together):
+            _barrier(arguments)
 
 
 def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool) -> bool:

@@ -50,6 +50,25 @@ def test_a_run_prints_its_summary_and_can_be_repeated_from_its_configuration(usu
     assert finished.stdout == first.stdout
 
 
+def test_a_dry_run_prints_the_plan_and_writes_nothing(usual: list[str], tmp_path: Path) -> None:
+    result = cora_train(*usual, "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("mode lora: training 2,560 of 3,210,048 parameters (0.08 %); the adapter takes ")
+    assert lines[1].startswith("2 steps of 4 examples: ")
+    assert lines[3].startswith("peak memory on the processor, fp32, computed: ")
+    assert [line.split()[0] for line in lines[4:10]] == [
+        "weights",
+        "adapter",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+    ]
+    assert any(line.startswith("> ") for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_cannot_train_says_so(usual: list[str]) -> None:
     result = cora_train(*usual, "--mode=fb", "--b-init=zeros")
     assert result.exit_code == 0, result.stderr
