@@ -245,7 +245,10 @@ def reported_rows(count: int, directory: Path) -> Work:
     from cora_cli.rundir import write_json
 
     root = directory / "out"
-    blocks = [{"mode": ["lora", "fb"], "seed": [0, 1, 2]}, {"mode": "fb", "b_init": "orthonormal", "seed": [0, 1, 2]}]
+    blocks: list[dict[str, Any]] = [
+        {"mode": ["lora", "fb"], "seed": [0, 1, 2]},
+        {"mode": "fb", "b_init": "orthonormal", "seed": [0, 1, 2]},
+    ]
     metrics = {"limit": 40, "max_new_tokens": 4, "metrics": ["rouge", "bleu"]}
     _run_grid(_grid(directory, [{"mode": "base"}, *blocks], metrics), root)
     plan = json.loads((root / "plan.json").read_text(encoding="utf-8"))
