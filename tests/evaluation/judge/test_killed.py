@@ -27,9 +27,9 @@ def kill_at(tmp_path, moments, count):
         command = [sys.executable, "-m", "cora_cli", *words, "--concurrency", str(CONCURRENCY), "--backoff", "0.001"]
         repeated = 0
         for moment in moments:
-            known, sent = kept(out), len(server.requests)
+            known, sent, answered = kept(out), len(server.requests), len(server.answered)
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            while len(server.answered) < sent + moment and process.poll() is None:
+            while len(server.answered) < answered + moment and process.poll() is None:
                 time.sleep(0.005)
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
