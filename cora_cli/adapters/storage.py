@@ -304,10 +304,13 @@ def make_room(model: PeftModel, checkpoint: Path) -> None:
 
 
 def changes_model(model: PeftModel) -> bool:
-    """Whether any layer's ΔW = s·B·A is non-zero; a method of PEFT that has no such factors counts as a change."""
+    """Whether any layer's ΔW = s·B·A is non-zero; a layer without such matrices, as of an embedding, counts as a change."""
     layers = [layer for _, layer in lora_layers(model)]
-    pairs = [factors_of(layer) for layer in layers if layer.scaling[ADAPTER]]
-    return not layers or any(bool((b.detach().float() @ a.detach().float()).any()) for a, b in pairs)
+    scaled = [layer for layer in layers if layer.scaling[ADAPTER]]
+    pairs = [factors_of(layer) for layer in scaled if ADAPTER in layer.lora_A]
+    matrices = [(a, b) for a, b in pairs if a.ndim == 2]
+    changed = not layers or len(matrices) < len(scaled)
+    return changed or any(bool((b.detach().float() @ a.detach().float()).any()) for a, b in matrices)
 
 
 def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: ModelPath) -> None:

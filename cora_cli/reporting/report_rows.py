@@ -278,7 +278,9 @@ def _refuse_copies(runs: Mapping[str, Mapping[str, Any]]) -> None:
     known: dict[str, str] = {}
     for name, record in runs.items():
         if record:
-            same = rundir.sha256_json([record[key] for key in ("mode", "plan", "fingerprint", "seeds")])
+            basis = (record.get("basis") or {}).get("sha256")
+            facts = [record.get(key) for key in ("mode", "plan", "fingerprint", "seeds", "result_sha256")]
+            same = rundir.sha256_json([*facts, basis])
             if (other := known.setdefault(same, name)) != name:
                 raise CoraError(
                     f"{other} and {name} are the same training, with the same seed and the same inputs, so they would count as two seeds; "

@@ -21,12 +21,11 @@ from cora_cli import embedded
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
-from cora_cli.evaluation.metrics import GROUPS, LOWER_IS_BETTER, build_metrics, score_all
-from cora_cli.evaluation.metrics import NAMES as ALL_NAMES
+from cora_cli.evaluation.metrics import GROUPS, build_metrics, score_all
+from cora_cli.evaluation.metrics import TEXT_NAMES as NAMES
 from cora_cli.evaluation.metrics.huggingface import Meteor as HubMeteor
 from cora_cli.experiments.steps import SCORING
 
-NAMES = tuple(name for name in ALL_NAMES if name not in LOWER_IS_BETTER)
 """The metrics that compare texts."""
 PREDICTIONS = [
     "The cats were running. They sat on the mats, e.g. at 5 p.m. sharp.",

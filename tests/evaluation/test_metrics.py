@@ -16,15 +16,14 @@ from rouge_score import rouge_scorer
 
 from cora_cli import embedded
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.evaluation.metrics import GROUPS, LOWER_IS_BETTER, build_metrics, parse_metrics, score_all
-from cora_cli.evaluation.metrics import NAMES as ALL_NAMES
+from cora_cli.evaluation.metrics import GROUPS, build_metrics, parse_metrics, score_all
+from cora_cli.evaluation.metrics import TEXT_NAMES as NAMES
 from cora_cli.evaluation.metrics.bertscore import BertScore, recommended_layer
 from cora_cli.evaluation.metrics.bleu import SacreBleu
 from cora_cli.evaluation.metrics.meteor import Meteor, wordnet_reader
 from cora_cli.evaluation.metrics.rouge import Rouge, RougeScores, longest_common_subsequence
 from cora_cli.intervals import bootstrap_interval, paired_difference
 
-NAMES = tuple(name for name in ALL_NAMES if name not in LOWER_IS_BETTER)
 """The metrics that compare texts."""
 FEW = settings(derandomize=True, deadline=None, max_examples=60)
 WORDS = st.lists(st.sampled_from(["the", "cats", "cat", "running", "run", "on", "mat", "猫", "x=1;", "."]), max_size=12).map(

@@ -23,7 +23,9 @@ GROUPS = {
 }
 """Names that `--metrics` accepts, and the metrics that each stands for."""
 
-_SINGLE = tuple(name for names in GROUPS.values() for name in names)
+TEXT_NAMES = tuple(name for group, names in GROUPS.items() if group != "calibration" for name in names)
+"""The metrics that compare texts."""
+_SINGLE = (*TEXT_NAMES, *GROUPS["calibration"])
 PASS_AT = {f"pass@{k}": k for k in (1, 2, 3, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100)}
 """The metrics that need the programs to be run, and the number of programs that each is about."""
 NAMES = (*_SINGLE, *PASS_AT)

@@ -77,7 +77,7 @@ EXHAUSTION = [
 ]  # fmt: skip
 
 ESCAPE = [
-    Hostile("home", "read the home", "import os, pathlib\nfound = [path for top in ('/root', '/home', '/work', '/mnt', '/var') if os.path.isdir(top) for path, _, files in os.walk(top) if files and '/lib' not in path and '/bin' not in path and '/include' not in path and '/share' not in path and '/versions/' not in path]\nraise Exception('BREACH' if found else 'nothing')", ("exception",)),
+    Hostile("home", "read the home", "import os\nfor top in ('/root', '/home', '/work', '/mnt', '/var'):\n    for path, folders, files in os.walk(top):\n        folders[:] = set(folders) - {'lib', 'bin', 'include', 'share', 'versions'}\n        if files: raise Exception('BREACH')\nraise Exception('nothing')", ("exception",)),
     Hostile("environment", "read the environment", "import os\ntext = repr(os.environ)\nfor name in os.listdir('/proc'):\n    if name.isdigit():\n        try: text += open(f'/proc/{name}/environ').read()\n        except OSError: pass\nraise Exception('BREACH' if 'secret' in text or 'PATH' in text else 'nothing')", ("exception",)),
     Hostile("passwords", "read /etc/shadow", "open('/etc/shadow').read()\nraise Exception('BREACH')", ("exception",)),
     Hostile("passwd", "read /etc/passwd", "open('/etc/passwd').read()\nraise Exception('BREACH')", ("exception",)),
