@@ -307,7 +307,10 @@ def test_plain_runs_on_two_bases_of_as_many_models_are_two_methods(trained_grid,
     changed = read_json(other / "run.json")
     changed["basis"] |= {"path": "other.safetensors", "sha256": "0" * 64}
     rundir.write_json(other / "run.json", changed)
-    rundir.write_json(again / "run.json", changed | {"basis": {**changed["basis"], "path": "copy.safetensors"}})
+    rundir.write_json(
+        again / "run.json",
+        changed | {"basis": {**changed["basis"], "path": "copy.safetensors"}, "seeds": {"seed": 9, "split_seed": 0}},
+    )
     (experiment,) = find_experiments([str(run), str(other), str(again)])
     labels = [row.label for row in experiment.rows]
     assert labels[0] != labels[1] == labels[2]

@@ -45,6 +45,7 @@ def assert_same_results(output: Path, expected: Path) -> None:
     assert (output / "test.jsonl").read_bytes() == (expected / "test.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_losses_of_one_process_with_the_whole_batch(
     tiny_model: Path, tiny_data: Path, tiny_basis: Path, tmp_path: Path
 ) -> None:

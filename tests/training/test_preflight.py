@@ -186,6 +186,7 @@ def test_a_row_shorter_than_an_example_is_refused(tiny_model: Path, tiny_data: P
         training.train(config_for(tiny_model, tiny_data, tmp_path / "run", tokens_per_row=9))
 
 
+@pytest.mark.slow
 def test_a_full_gpu_ends_in_the_setting_that_would_fit(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

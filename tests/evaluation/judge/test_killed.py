@@ -50,6 +50,7 @@ def kept(out):
     return {json.loads(line)["request_sha256"] for line in lines}
 
 
+@pytest.mark.slow
 def test_three_kills(tmp_path) -> None:
     kill_at(tmp_path, [1, 7, 20], 12)
 
