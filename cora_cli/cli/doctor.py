@@ -53,7 +53,9 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: DoctorConfig) -> None:
-    """Report installed and missing packages, the device and precision that would be used, and why. Downloads nothing.
+    """Show versions, device, precision and what is missing.
+
+    Also the reason for the device and the precision. Downloads nothing.
 
     --gpu-check computes on the embedded model, and downloads that where it is missing.
     """

@@ -23,7 +23,9 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: EvaluateConfig) -> None:
-    """Generate answers to held-out records, and score them with ROUGE, METEOR, SacreBLEU, BERTScore, or by running them as code.
+    """Answer held-out records and score the answers.
+
+    The metrics are ROUGE, METEOR, SacreBLEU and BERTScore; pass@1 and the like run the answers as code.
 
     --metrics calibration measures the probabilities of the reference answers' tokens: NLL, Brier score and calibration error.
     """

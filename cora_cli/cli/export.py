@@ -29,7 +29,10 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: ExportConfig) -> None:
-    """Convert a trained adapter to a plain PEFT LoRA with the same weight update."""
+    """Write an adapter as a plain PEFT LoRA.
+
+    It has the same weight update, where a LoRA with that exists.
+    """
     from cora_cli.adapters.export import export_adapter
     from cora_cli.lock import own_output
     from cora_cli.models.references import resolve_base, resolve_model

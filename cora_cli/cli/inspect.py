@@ -58,7 +58,10 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: InspectConfig) -> None:
-    """Measure whether models share a subspace: overlaps, leave-one-out capture and spectra, compared with chance."""
+    """Measure whether models share a subspace.
+
+    Overlaps, leave-one-out capture and spectra are compared with chance, and a verdict follows from a printed rule.
+    """
     from pathlib import Path
 
     from cora_cli.device import select_hardware

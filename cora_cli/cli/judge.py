@@ -14,7 +14,10 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: JudgeConfig) -> None:
-    """Have a language model judge answers by a rubric, with reference answers, shuffled ones and repetitions blind among them."""
+    """Have a language model judge answers by a rubric.
+
+    Reference answers, shuffled ones and repetitions are blind among them, and show what the judge is worth.
+    """
     from cora_cli.evaluation.judge.judge import judge, price
 
     if config.dry_run:

@@ -44,7 +44,10 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: LaplaceConfig) -> None:
-    """Fit a Gaussian around the LoRA of a finished run (Laplace-LoRA); `cora evaluate` averages the probabilities of its draws."""
+    """Fit a Gaussian around the LoRA of a finished run.
+
+    This is Laplace-LoRA; `cora evaluate` averages the probabilities of its draws.
+    """
     from cora_cli.lock import own_output
     from cora_cli.training.laplace import laplace
 

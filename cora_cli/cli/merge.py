@@ -33,7 +33,10 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: MergeConfig) -> None:
-    """Merge an adapter into its base model and save a plain model for transformers."""
+    """Merge an adapter into its base model.
+
+    The result is a plain model for transformers and others.
+    """
     from cora_cli.adapters.merge import merge_adapter
     from cora_cli.lock import own_output
     from cora_cli.models.references import resolve_base, resolve_model

@@ -36,7 +36,10 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: ReportConfig) -> None:
-    """Summarize finished runs in tables and plots, with confidence intervals, tests over seeds and records, and the paper's numbers."""
+    """Write tables, plots and a verdict on finished runs.
+
+    Intervals and tests are over seeds and records; the paper's numbers stand next to ours.
+    """
     from pathlib import Path
 
     from cora_cli.evaluation.metrics import parse_metrics

@@ -17,7 +17,10 @@ def register(app: typer.Typer) -> None:
 
 
 def run(config: TrainConfig) -> None:
-    """Fine-tune a model with CoRA (LoRA whose B is a basis, frozen or trained), with a baseline method, or in full."""
+    """Fine-tune a model with CoRA or a baseline.
+
+    CoRA is LoRA whose B is a basis, frozen (fb) or trained (tb). --dry-run shows what a run would take.
+    """
     if config.dry_run:
         from cora_cli.training.preflight import preflight
         from cora_cli.training.preflight_text import describe
