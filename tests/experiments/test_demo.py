@@ -226,6 +226,7 @@ DAMAGE = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if place else ()) for place, name in enumerate(DAMAGE)]
 )
+@pytest.mark.slow
 def test_only_damaged_parts_run_again(
     finished: Finished, root: Path, work: Work, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

@@ -122,6 +122,7 @@ def test_a_kept_checkpoint_interval_is_that_of_the_resumption(uninterrupted: tup
     assert checkpoint_names(tmp_path / "run") == [f"checkpoint-{step}" for step in (12, 14, 4, 6, 9)]
 
 
+@pytest.mark.slow
 def test_fb_keeps_b_and_full_its_losses_when_resumed(
     tiny_model: Path, tiny_data: Path, tiny_basis: Path, tmp_path: Path
 ) -> None:

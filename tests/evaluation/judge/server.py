@@ -115,13 +115,12 @@ def _handler(state: Server) -> type[http.server.BaseHTTPRequestHandler]:
                 state.requests.append(request)
                 state._now += 1
                 state.most_at_once = max(state.most_at_once, state._now)
-            try:
-                if state.seconds:
-                    time.sleep(state.seconds)
-                self.answer(request, fault)
-            finally:
-                with state.lock:
-                    state._now -= 1
+            if state.seconds:
+                time.sleep(state.seconds)
+            # Before the reply, after which the client may send its next request.
+            with state.lock:
+                state._now -= 1
+            self.answer(request, fault)
 
         def answer(self, request: Request, fault: str | None) -> None:
             if fault and fault[:3].isdecimal():
