@@ -385,7 +385,7 @@ class JudgedSystem(TypedDict):
 
 
 class JudgeIdentity(TypedDict):
-    """What decides about a judge's replies besides the message; the rest is only compared."""
+    """What decides about a judge's replies apart from the message; the rest is only compared."""
 
     model: str
 

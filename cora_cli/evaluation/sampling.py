@@ -1,4 +1,4 @@
-"""Draw tokens at a temperature, so that a draw depends on its record, sample and place alone and not on what is decoded beside it."""
+"""Draw tokens at a temperature, so that a draw depends on its record, sample and place alone and not on what is decoded with it."""
 
 import dataclasses
 import random

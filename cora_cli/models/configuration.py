@@ -41,14 +41,17 @@ def _contradiction(stated: Mapping[str, Any], config: Any) -> str | None:
     """
     rope, scaling = stated.get("rope_parameters"), stated.get("rope_scaling")
     if isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values()):
-        beside = {name: stated[name] for name in ("rope_theta", "partial_rotary_factor") if stated.get(name) is not None}
+        stated_apart = {name: stated[name] for name in ("rope_theta", "partial_rotary_factor") if stated.get(name) is not None}
         if isinstance(scaling, dict) and scaling:  # transformers takes it in place of all of `rope_parameters`
-            beside = {**dict.fromkeys(rope), **beside, **scaling, "rope_type": scaling.get("rope_type", scaling.get("type"))}
+            stated_apart = {
+                **dict.fromkeys(rope),
+                **stated_apart,
+                **scaling,
+                "rope_type": scaling.get("rope_type", scaling.get("type")),
+            }
         for name, value in rope.items():
-            if name in beside and beside[name] != value:
-                return (
-                    f"rope_parameters has {name} {value!r}, but {'rope_scaling' if scaling else 'next to it'} {beside[name]!r}"
-                )
+            if name in stated_apart and stated_apart[name] != value:
+                return f"rope_parameters has {name} {value!r}, but {'rope_scaling' if scaling else 'next to it'} {stated_apart[name]!r}"
     for alias, name in config.attribute_map.items():
         if alias in stated and name in stated and stated[alias] != stated[name]:
             return f"{alias} is {stated[alias]!r}, but {name}, another name for it, is {stated[name]!r}"

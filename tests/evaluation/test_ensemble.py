@@ -51,16 +51,16 @@ def alone(members: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory) -
 def test_probabilities_are_the_means_of_the_members_and_so_the_nll_is_at_most_their_mean(
     members: tuple[Path, ...], alone: list[Path], tmp_path: Path, merge: bool
 ):
-    [whole] = ensemble(members, tmp_path, merge=merge)
+    [average] = ensemble(members, tmp_path, merge=merge)
     of_members = [tokens(place, "nll") for place in alone]
     for record, found in enumerate(tokens(tmp_path, "nll")):
         for place, nll in enumerate(found):
             mean = sum(math.exp(-one[record][place]) for one in of_members) / 3
             assert nll == pytest.approx(-math.log(mean), rel=1e-4)
     values = [read_json(place / "metrics.json")["metrics"]["nll"]["value"] for place in alone]
-    assert whole.record["metrics"]["nll"]["value"] < sum(values) / 3
-    assert whole.record["generation"]["settings"]["merged"] is merge
-    assert len(whole.record["generation"]["settings"]["members"]) == 3
+    assert average.record["metrics"]["nll"]["value"] < sum(values) / 3
+    assert average.record["generation"]["settings"]["merged"] is merge
+    assert len(average.record["generation"]["settings"]["members"]) == 3
 
 
 def test_it_answers_with_the_most_likely_token_of_the_mean(members: tuple[Path, ...], tiny_model: Path, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""One date in the prompts of a whole grid, on whichever days its steps run."""
+"""One date in the prompts of a complete grid, on whichever days its steps run."""
 
 import dataclasses
 from pathlib import Path

@@ -21,7 +21,7 @@ LEAST_SECONDS, TIMES_REFERENCE = 4, 10
 REFERENCE_SECONDS = 60
 MOST_AT_ONCE = 16
 CONDITIONS = f"limit:max({LEAST_SECONDS}s,{TIMES_REFERENCE}xreference)|sandbox:bubblewrap|python:{'.'.join(platform.python_version_tuple()[:2])}"
-"""What moves pass@k beside the programs, for its signature."""
+"""What moves pass@k apart from the programs, for its signature."""
 
 
 class Executor:

@@ -36,7 +36,7 @@ class Judge(Protocol):
     """Answers calls in any order; an endpoint answers several at a time."""
 
     identity: dict[str, Any]
-    """What decides about its replies besides the message."""
+    """What decides about its replies apart from the message."""
 
     def ask(self, calls: Sequence[Call], allowed: Callable[[Call], bool]) -> Iterator[tuple[Call, Reply | NoReply]]:
         """The replies as they come. `allowed` is asked before each request; once it refuses, no further one is sent.

@@ -76,8 +76,8 @@ def tokens_of(lines: Sequence[dict[str, object]], where: object) -> Sequence[Ref
             return None
         keys = get_type_hints(ReferenceTokens)
         lists = [tokens.get(key) for key in keys] if isinstance(tokens, dict) else []
-        whole = [one for one in lists if isinstance(one, list) and one and len(one) == len(lists[0] or ())]
-        if len(whole) < len(keys) or not all(isinstance(value, (int, float)) for one in whole for value in one):
+        complete = [one for one in lists if isinstance(one, list) and one and len(one) == len(lists[0] or ())]
+        if len(complete) < len(keys) or not all(isinstance(value, (int, float)) for one in complete for value in one):
             raise CoraError(
                 f"{where}, record {number}: reference_tokens must have lists of numbers of equal length: {', '.join(keys)}"
             )

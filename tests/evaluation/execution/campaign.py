@@ -1,4 +1,4 @@
-"""Run the hostile programs beside a server on loopback and a secret, and look at the machine before and after.
+"""Run the hostile programs next to a server on loopback and a secret, and look at the machine before and after.
 
 `python -m tests.evaluation.execution.campaign docs/execution.md` runs all of them and writes the tables of that page.
 """
@@ -66,15 +66,25 @@ def _state(path: Path) -> object:
 
 
 def _sandboxed() -> set[int]:
-    """The processes of this machine that run the script of a sandbox."""
+    """The processes that run the script of a sandbox: those of this process and orphans, not those of tests that run at the same time."""
     found = set()
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:
                 if b"/cora/main.py" in (process / "cmdline").read_bytes():
-                    found.add(int(process.name))
+                    above = _ancestors(int(process.name))
+                    if os.getpid() in above or os.getppid() not in above:
+                        found.add(int(process.name))
             except OSError:
                 continue
+    return found
+
+
+def _ancestors(process: int) -> list[int]:
+    found = []
+    while process > 1:
+        process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        found.append(process)
     return found
 
 

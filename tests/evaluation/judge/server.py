@@ -134,7 +134,7 @@ def _handler(state: Server) -> type[http.server.BaseHTTPRequestHandler]:
             text = {"garbage": "I would say 80.", "range": '{"fluency": 400, "relevance": 1, "accuracy": 1}'}.get(
                 fault or "", ""
             ) or state.reply(request.message)
-            whole = json.dumps(
+            complete = json.dumps(
                 {
                     "model": "planted-1",
                     "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
@@ -142,14 +142,14 @@ def _handler(state: Server) -> type[http.server.BaseHTTPRequestHandler]:
                 }
             ).encode()
             if fault == "half":
-                self.send(200, whole[: len(whole) // 2], {"Content-Length": str(len(whole))})
+                self.send(200, complete[: len(complete) // 2], {"Content-Length": str(len(complete))})
                 self.close_connection = True
                 return
             if fault == "not json":
                 self.send(200, b"<html>busy</html>", {})
                 return
             try:
-                self.send(200, whole, {})
+                self.send(200, complete, {})
             except OSError:
                 return  # the client is gone
             request.answered = fault is None

@@ -221,7 +221,7 @@ def test_a_report_refuses_judgments_that_were_changed(server, answers) -> None:
 def test_a_damaged_result_is_refused_in_one_sentence(server, answers) -> None:
     """Whatever one of its values is replaced by."""
     _, out = judge(judge_of(server, answers, answers.parent / "judge", retest=False))
-    whole = out.result.read_text()
+    complete = out.result.read_text()
 
     def places(value, path=()):
         yield path
@@ -229,8 +229,8 @@ def test_a_damaged_result_is_refused_in_one_sentence(server, answers) -> None:
             yield from places(part, (*path, key))
 
     messages = []
-    for number, path in enumerate(places(json.loads(whole))):
-        holder = {"root": json.loads(whole)}
+    for number, path in enumerate(places(json.loads(complete))):
+        holder = {"root": json.loads(complete)}
         *way, last = ("root", *path)
         place = holder
         for key in way:

@@ -65,9 +65,9 @@ def test_half_a_line_of_a_killed_command_is_dropped(tmp_path) -> None:
     with serving() as server:
         config = judge_of(server, path, tmp_path / "out", rubric=("paper",))
         expected, out = judge(config)
-        whole = out.judgments.read_bytes()
-        for cut in (1, 40, len(whole.splitlines()[-1])):
-            out.judgments.write_bytes(whole[:-cut])
+        complete = out.judgments.read_bytes()
+        for cut in (1, 40, len(complete.splitlines()[-1])):
+            out.judgments.write_bytes(complete[:-cut])
             sent = len(server.requests)
             found, _ = judge(config)
             assert len(server.requests) == sent + 1

@@ -14,29 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from confine import confine
-from wire import Broken, Peer
+from wire import BINARY, IN_PLACE, Broken, Peer
 
 _PLAIN: tuple[Any, ...] = (list, dict, set, frozenset, tuple, str, bytes, bytearray, int, float, complex)
 _OPERATIONS: dict[str, Any] = {
-    **{
-        name: getattr(operator, name)
-        for name in [
-            "add",
-            "sub",
-            "mul",
-            "truediv",
-            "floordiv",
-            "mod",
-            "pow",
-            "lshift",
-            "rshift",
-            "and_",
-            "or_",
-            "xor",
-            "matmul",
-        ]
-    },
-    **{name: getattr(operator, name) for name in ["iadd", "isub", "imul", "iand", "ior", "ixor"]},
+    **{name: getattr(operator, name) for name in (*BINARY, *IN_PLACE)},
     **{
         name: getattr(operator, name)
         for name in [

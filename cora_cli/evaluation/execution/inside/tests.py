@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from confine import confine
-from wire import Broken, Peer, Unsupported
+from wire import BINARY, IN_PLACE, Broken, Peer, Unsupported
 
 _REFUSED = {
     getattr(errno, name)
@@ -140,24 +140,9 @@ for _name in [
     "delitem",
 ]:
     setattr(Remote, f"__{_name}__", _unary(_name))
-for _name in ["lt", "le", "gt", "ge", "iadd", "isub", "imul", "iand", "ior", "ixor"]:
+for _name in ["lt", "le", "gt", "ge", *IN_PLACE]:
     setattr(Remote, f"__{_name}__", _binary(_name))
-for _name in [
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "lshift",
-    "rshift",
-    "and_",
-    "or_",
-    "xor",
-    "matmul",
-    "divmod",
-]:
+for _name in [*BINARY, "divmod"]:
     setattr(Remote, f"__{_name.strip('_')}__", _binary(_name))
     setattr(Remote, f"__r{_name.strip('_')}__", _binary(_name, reflected=True))
 

@@ -5,6 +5,7 @@ the contents of those that changed, so that a function may modify its arguments 
 other side gets a stand-in (see `Peer.stand_in`). Nothing that arrives is executed, so the tests can talk to a program that they do not trust.
 """
 
+import abc
 import builtins
 import collections
 import json
@@ -15,6 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 LARGEST_FRAME = 32 << 20
+BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift", "and_", "or_", "xor", "matmul")
+IN_PLACE = ("iadd", "isub", "imul", "iand", "ior", "ixor")
+"""The operations of `operator` that the tests may ask for on an object of the program."""
 _EXACT = 2**53
 _SHARED = {
     one.__name__: one
@@ -74,7 +78,7 @@ class Unsupported(Exception):
     """A value that cannot be sent to the other side."""
 
 
-class Peer:
+class Peer(abc.ABC):
     """One end of the connection. Subclasses decide what the other side may ask for (`answer`), and what represents its objects here."""
 
     def __init__(self, receiving: int, sending: int, prefix: str) -> None:
@@ -87,25 +91,25 @@ class Peer:
         self._contents: dict[str, Any] = {}
         """What the other side knows to be in each container, as sent or received last."""
 
+    @abc.abstractmethod
     def answer(self, request: dict[str, Any]) -> Any:
         """Do what the other side asks for, and return the value to send back."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stand_in(self, name: str, facts: dict[str, Any]) -> Any:
         """What represents an object of the other side here."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def name_of_stand_in(self, value: Any) -> str | None:
         """The name that the other side gave to what `value` represents; None if it represents nothing."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def facts(self, value: Any) -> dict[str, Any]:
         """What the other side needs to know of an object here. Raises `Unsupported` if it may not have it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def raised(self, error: dict[str, Any]) -> BaseException:
         """The exception for one that was raised on the other side."""
-        raise NotImplementedError
 
     def request(self, operation: str, *values: Any) -> Any:
         """Ask the other side to do something, and return its answer or raise its exception; it may ask back meanwhile."""
