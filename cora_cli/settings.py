@@ -5,6 +5,7 @@ once. Parsing happens there, not here.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -36,24 +37,30 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+@functools.cache
+def _bounds(configuration: type) -> dict[str, float | None]:
+    """The `most` of each field. Cached, since a grid of thousands of rows creates as many configurations with a hundred fields."""
+    return {field.name: field.metadata["most"] for field in dataclasses.fields(configuration)}
+
+
 def range_problems(config: Any) -> list[str]:
     """Sentences on numbers of a configuration that are not finite, above the `most` of their field, or no seeds."""
     problems = []
-    for field in dataclasses.fields(config):
-        value, most = getattr(config, field.name), field.metadata["most"]
-        if type(value) not in (int, float):
-            continue
+    bounds = _bounds(type(config))
+    numbers = {name: value for name, value in vars(config).items() if type(value) in (int, float) and name in bounds}
+    for name, value in numbers.items():
+        most = bounds[name]
         need = ""
         if isinstance(value, float) and not math.isfinite(value):
             need = f"a finite number, not {value}"
-        elif field.name == "seed" and not 0 <= value < 2**32:
+        elif name == "seed" and not 0 <= value < 2**32:
             need = f"at least 0 and below 2^32, not {value}"
         elif type(value) is int and abs(value) > (most or _LARGEST):
             need = f"at most {most or _LARGEST:,}, not {value:,}"
         elif type(value) is float and most is not None and abs(value) > most:
             need = f"at most {most:,}, not {value:,}"
         if need:
-            problems.append(f"--{field.name.replace('_', '-')} must be {need}")
+            problems.append(f"--{name.replace('_', '-')} must be {need}")
     return problems
 
 

@@ -7,6 +7,7 @@ decide how many steps share a GPU with `--jobs-per-gpu auto`.
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices, Share
@@ -138,16 +139,16 @@ def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: flo
         flops = 0.0
     flops += 2 * body * per_example * measured
     layers, hidden, vocabulary = model.sizes
-    shapes = [] if adapter is None else list(model.targets(adapter.target_modules).values())
+    layers_of = {} if adapter is None else Counter(model.targets(adapter.target_modules).values())
     trained = _trained(config, model)
     if trained is None:
-        trained = config.rank * sum(map(sum, shapes))
+        trained = config.rank * sum(sum(shape) * count for shape, count in layers_of.items())
     tokens = config.batch_size * per_example
     kept = tokens * hidden * layers * (ACTIVATION_BYTES if not config.gradient_checkpointing else 2)
     kept += config.batch_size * data.response_characters / CHARACTERS_PER_TOKEN * vocabulary * 12
     weights = 2 * model.parameters if adapter is not None else 0
     seconds = START_SECONDS["train"] + flops / (rate * TRAINING_SHARE)
-    seconds += sum(method.start_flops(out, inside) for out, inside in shapes) / (rate * WIDE_SHARE)
+    seconds += sum(method.start_flops(*shape) * count for shape, count in layers_of.items()) / (rate * WIDE_SHARE)
     return Estimate(seconds, PROCESS_BYTES + weights + 16 * trained + kept)
 
 

@@ -214,8 +214,8 @@ class _Planner:
         assert row.dataset is not None
         output = f"runs/{row.name}"
         place = str(self._out / basis.output) if basis else None
-        config = self._config(row.mode, row.train, self._grid.datasets[row.dataset], output, place)
-        config = dataclasses.replace(config, stop_at=row.stop_at)
+        settings = {**row.train, "stop_at": row.stop_at}
+        config = self._config(row.mode, settings, self._grid.datasets[row.dataset], output, place)
         facts = self._training_facts(config, self._grid.train, basis.key if basis else None)
         needs = (basis.name,) if basis else ()
         argv = words("train", self._dated(config, self._grid.train))
@@ -248,16 +248,30 @@ class _Planner:
         return self._add(dataclasses.replace(step, output=output, argv=argv, facts=facts))
 
 
+@functools.cache
+def _flags(configuration: type) -> list[tuple[str, Any, str | None]]:
+    """Name, default and flag of each field; the flag is None for a positional argument. Cached: every step of a grid asks."""
+    return [
+        (
+            field.name,
+            field.default,
+            None
+            if field.metadata.get("argument")
+            else (field.metadata.get("flags") or ("--" + field.name.replace("_", "-"),))[0],
+        )
+        for field in dataclasses.fields(configuration)
+    ]
+
+
 def words(command: str, config: Any) -> tuple[str, ...]:
     """The arguments of `cora` that give `config`; settings at their default are left out."""
     arguments: list[str] = []
     flags: list[str] = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.metadata.get("argument"):
+    for name, default, flag in _flags(type(config)):
+        value = getattr(config, name)
+        if flag is None:
             arguments += value or ()
-        elif value != field.default:
-            flag = (field.metadata.get("flags") or ("--" + field.name.replace("_", "-"),))[0]
+        elif value != default:
             if isinstance(value, bool):
                 flags.append(flag if value else f"--no-{flag[2:]}")
             else:

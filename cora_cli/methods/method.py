@@ -7,6 +7,7 @@ inside the functions that use them.
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -238,8 +239,10 @@ class Method:
 
     def parameters(self, shapes: Mapping[str, tuple[int, int]], plan: AdapterPlan) -> int | None:
         """Trained parameters of a model whose adapted layers have `shapes`, name -> (out, in); None where a file decides."""
-        counts = [self.layer_parameters(out, inside, plan) for out, inside in shapes.values()]
-        known = [count for count in counts if count is not None]
+        # A model has many layers but few shapes, and the plan of a grid asks once for every row.
+        layers = Counter(shapes.values())
+        counts = {shape: self.layer_parameters(*shape, plan) for shape in layers}
+        known = [count * layers[shape] for shape, count in counts.items() if count is not None]
         return sum(known) if len(known) == len(counts) else None
 
     def start_flops(self, out: int, inside: int) -> float:

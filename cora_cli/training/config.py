@@ -4,6 +4,7 @@ One frozen object holds the complete request; a run directory records it as `con
 """
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, Literal
 
 from cora_cli.data.templates import TemplateName, check_date
@@ -208,7 +209,7 @@ class _SharedSettings:
         problems += [f"--{name.replace('_', '-')} {reason}" for name in inapplicable if self._asked_for(name)]
         if self.load_in_4bit and not method.trains_on_four_bit:
             problems.append(f"--load-in-4bit does not apply to mode {self.mode}, which needs the weights themselves")
-        problems += method.problems({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        problems += method.problems(vars(self))
         if problems:
             raise UsageError("; ".join(problems))
         if (plan := self.adapter_plan()) is not None:
@@ -234,6 +235,10 @@ class _SharedSettings:
 
     def adapter_plan(self) -> AdapterPlan | None:
         """The adapter that this configuration asks for; None for full fine-tuning. Raises `UsageError` for contradictions."""
+        return self._adapter_plan
+
+    @functools.cached_property
+    def _adapter_plan(self) -> AdapterPlan | None:
         own = {setting.name: getattr(self, setting.name) for setting in METHODS[self.mode].settings}
         request = AdapterRequest(
             rank=self.rank,
