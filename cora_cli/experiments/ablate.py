@@ -51,6 +51,7 @@ _NOUNS: dict[Kind, str] = {
     "basis": "bases",
     "train": "training runs",
     "evaluate": "evaluations",
+    "judge": "judgings",
 }
 
 

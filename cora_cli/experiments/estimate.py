@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices, Share
+from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts, data_key
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.steps import Plan, Step
@@ -23,8 +24,10 @@ TEMPLATE_TOKENS = 35
 # Share of the measured rate that complete steps reach, and fixed costs of a process; measured on two CPU cores with
 # SmolLM2-135M.
 TRAINING_SHARE, DECODING_SHARE, WIDE_SHARE = 0.35, 0.1, 0.1
-START_SECONDS = {"model": 12.0, "train": 12.0, "basis": 5.0, "evaluate": 14.0}
+START_SECONDS = {"model": 12.0, "train": 12.0, "basis": 5.0, "evaluate": 14.0, "judge": 12.0}
 PROCESS_BYTES = 0.8e9
+# A judge's instructions and its reply, and how long an endpoint takes for one.
+RUBRIC_TOKENS, REPLY_TOKENS, ENDPOINT_SECONDS = 300, 40, 2.0
 # How much of a GPU's free memory the estimates of the steps that share it may add up to, since they can be half of the truth.
 SHARED_PART = 0.5
 # Bytes kept for the backward pass per token, layer and hidden unit in 16-bit precision, without attention.
@@ -103,6 +106,10 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
                 found[name] = _training(model, data, config, rate)
             elif data is not None:
                 found[name] = _evaluation(model, data, plan.grid.evaluate or {}, rate)
+    for step in plan.steps.values():
+        if step.kind == "judge" and all(need in found for need in step.needs):
+            data = inputs.datasets[data_key(plan.grid.datasets[step.name.removeprefix("judge-")], plan.grid.train)]
+            found[step.name] = _judging(model, data, plan, step, rate)
     for name, settings in plan.grid.models.items():
         steps = [step for step in plan.steps.values() if step.name.rpartition("-")[0] == f"model-{name}"]
         if steps and not isinstance(settings, str) and (data := inputs.datasets.get(data_key(settings["dataset"], settings))):
@@ -164,6 +171,20 @@ def _evaluation(model: ModelFacts, data: DataFacts, evaluate: Values, rate: floa
     batch = min(prompts, evaluate.get("batch_size", 48))
     cache = batch * (prompt + new) * layers * hidden * 4
     return Estimate(START_SECONDS["evaluate"] + seconds, PROCESS_BYTES + 2 * model.parameters + cache)
+
+
+def _judging(model: ModelFacts, data: DataFacts, plan: Plan, step: Step, rate: float) -> Estimate:
+    """Each answer and each anchor is judged once or twice by each rubric. A local judge counts as being of the base model's size."""
+    judge, evaluate = plan.grid.judge or {}, plan.grid.evaluate or {}
+    records = min(len(data.test), evaluate.get("limit") or len(data.test), judge.get("limit") or len(data.test))
+    judgments = records * (len(step.needs) + 2) * len(step.facts["rubrics"]) * (2 if judge.get("retest", True) else 1)
+    if "endpoint" in judge:
+        seconds = judgments * ENDPOINT_SECONDS / judge.get("concurrency", JudgeConfig.concurrency)
+        return Estimate(START_SECONDS["judge"] + seconds, PROCESS_BYTES / 2)
+    question = (data.characters + data.response_characters) / CHARACTERS_PER_TOKEN + RUBRIC_TOKENS
+    body = 2 * (model.parameters - model.embedded)
+    flops = judgments * body * (question / TRAINING_SHARE + REPLY_TOKENS / DECODING_SHARE)
+    return Estimate(START_SECONDS["judge"] + flops / rate, PROCESS_BYTES + 2 * model.parameters)
 
 
 def _basis(model: ModelFacts, row: Row, plan: Plan, step: Step, rate: float) -> Estimate:

@@ -15,6 +15,8 @@ from typing import Any, TypeGuard
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import UsageError
 from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.judge.config import JudgeConfig
+from cora_cli.evaluation.judge.rubrics import load_rubric
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.experiments.paper import paper_tables
 from cora_cli.experiments.preset import small
@@ -30,6 +32,13 @@ EVALUATE_KEYS = fields_of(
     EvaluateConfig,
     leave_out=(
         *("runs", "model", "from_predictions", "dataset", "output_dir", "base", "basis"),  # set for each step
+        *("device", "dtype", "overwrite"),  # flags of `ablate` itself
+    ),
+)
+JUDGE_KEYS = fields_of(
+    JudgeConfig,
+    leave_out=(
+        *("runs", "from_predictions", "base", "with_base", "output_dir", "dry_run"),  # set for each step
         *("device", "dtype", "overwrite"),  # flags of `ablate` itself
     ),
 )
@@ -62,7 +71,7 @@ class Grid:
 
     `models` maps the name of a source model to its reference, or to the training settings of a model that this grid fine-tunes.
     `datasets` maps names to references. `basis_rank` is R if the file sets it. `evaluate` is None if nothing is generated, so
-    that rows have only their losses. `margin` is the largest difference that counts as none: a share of what training gains, or a value
+    that rows have only their losses. `judge` has the settings of a judge of all answers to a data set, None for no judge. `margin` is the largest difference that counts as none: a share of what training gains, or a value
     for each measure, None for the report's default. With `sweep` or `confirm`, `rows` has one row per method and learning rate, from which
     `stages` makes those that run. `resources` has the cluster resources for each kind of step.
     """
@@ -78,6 +87,7 @@ class Grid:
     datasets: dict[str, str]
     train: Values
     evaluate: Values | None
+    judge: Values | None
     basis_rank: int | None
     resources: dict[str, Resources]
     rows: tuple[Row, ...]
@@ -119,8 +129,8 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     problems: list[str] = [unknown_key(key, _TOP_KEYS, "top level") for key in values if key not in _TOP_KEYS]
     defaults = values.get("defaults") or {}
     if not isinstance(defaults, dict):
-        raise UsageError(f"grid file {where}: defaults must hold train, basis and evaluate, not {defaults!r}")
-    problems += [unknown_key(key, ("train", "basis", "evaluate"), "defaults") for key in defaults.keys() - _SECTIONS]
+        raise UsageError(f"grid file {where}: defaults must hold train, basis, evaluate and judge, not {defaults!r}")
+    problems += [unknown_key(key, _SECTIONS, "defaults") for key in defaults if key not in _SECTIONS]
     train = typed(defaults.get("train"), TRAIN_KEYS, "defaults: train", problems)
     basis = typed(defaults.get("basis"), {**BASIS_KEYS, "rank": int}, "defaults: basis", problems)
     basis_rank = basis.pop("rank", None)
@@ -130,6 +140,9 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     models, datasets = _models(values.get("models"), problems), _named(values.get("datasets"), "datasets", problems)
     _check(problems, "defaults: basis", lambda: BasisChoices(**basis))
     _check(problems, "defaults: evaluate", lambda: EvaluateConfig(model="m", dataset="d", output_dir="o", **evaluate))
+    judge = typed(defaults["judge"], JUDGE_KEYS, "defaults: judge", problems) if defaults.get("judge") is not None else None
+    if judge is not None:
+        _check(problems, "defaults: judge", lambda: _check_judge(judge, generates, "sweep" in values or "confirm" in values))
     scope = Scope(tuple(models), tuple(datasets), train, basis, basis_rank, source_seed)
     rows = list(_rows(values.get("grid"), scope, problems))
     problems += [
@@ -158,6 +171,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
         datasets=datasets,
         train=train,
         evaluate=evaluate if generates else None,
+        judge=judge,
         basis_rank=basis_rank,
         resources=resources,
         rows=tuple(rows),
@@ -173,7 +187,17 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     return grid
 
 
-_SECTIONS = {"train", "basis", "evaluate"}
+_SECTIONS = ("train", "basis", "evaluate", "judge")
+
+
+def _check_judge(judge: Values, generates: bool, has_stages: bool) -> None:
+    """Raise `UsageError` for settings of a judge that has nothing to judge, is no judge, or has no such rubric."""
+    if not generates:
+        raise UsageError("there are no answers to judge, since evaluate is false")
+    if has_stages:
+        raise UsageError("a grid with sweep and confirm cannot judge; run `cora judge` on its confirmed runs")
+    for rubric in JudgeConfig(runs=("r",), output_dir="o", **judge).rubric:
+        load_rubric(rubric)
 
 
 def _check(problems: list[str], where: str, make: Any) -> None:

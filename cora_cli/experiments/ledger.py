@@ -13,17 +13,18 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.experiments.steps import SCORING, Step
+from cora_cli.experiments.steps import COMMANDS, SCORING, Step
 from cora_cli.lock import own_directory
 from cora_cli.reading import checked, read_json
 from cora_cli.records import FinishedRun, FinishedStep, RunStatus, StepRecord, Stop
 from cora_cli.rundir import RunDirectory
 
 STARTED, FINISHED, FAILED, STOPPED = "started", "finished", "failed", "stopped"
-_RESULTS = ("adapter/", "model/", "test.jsonl", "predictions.jsonl")
+_RESULTS = ("adapter/", "model/", "test.jsonl", "predictions.jsonl", "judge.json")
 _OUTPUTS = {
     "train": ("run.json", "config.yaml", "log.jsonl", "test.jsonl", "heldout.jsonl", "adapter", "model"),
     "evaluate": ("predictions.jsonl", "generation.json", "metrics.json", "scores.jsonl"),
+    "judge": ("judge.json", "judgments.jsonl"),
 }
 
 
@@ -114,8 +115,8 @@ class Ledger:
     def conflict(self, step: Step) -> str | None:
         """Settings in which an existing result in this step's place differs from the step; None if nothing would be lost."""
         record = self.record(step)
-        if not record or record["key"] == step.key or record["status"] == FAILED:
-            return None
+        if not record or record["key"] == step.key or record["status"] == FAILED or step.kind == "judge":
+            return None  # no judgment is ever removed
         names = [name for name in _differing(record["facts"], step.facts) if step.kind != "evaluate" or name not in SCORING]
         # A run that conflicts is reported itself; its evaluation is outdated only because of it.
         return ", ".join(names) if names and names != ["run"] else None
@@ -232,7 +233,7 @@ class Ledger:
         if step.kind == "basis":
             return {place.name: rundir.sha256_file(place)} if place.is_file() else {}
         found: dict[str, str] = {}
-        for name in _OUTPUTS["evaluate" if step.kind == "evaluate" else "train"]:
+        for name in _OUTPUTS[COMMANDS[step.kind]]:
             path = place / name
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 inside = file.relative_to(place).as_posix()

@@ -13,6 +13,7 @@ from cora_cli.experiments.values import Values
 from cora_cli.methods.registry import BASELINE, METHODS, OPTIONAL_SETTINGS
 from cora_cli.models.references import resolve_model
 
+JUDGED, REPLY_TOKENS = 8, 64
 STEPS, BATCH, HELD_OUT, PROMPTS, NEW_TOKENS, PROMPT_BATCH = 12, 8, 40, 40, 48, 20
 # A step of Adam changes each weight by about this much; adapters tolerate twenty times more.
 FULL_LEARNING_RATE = 5e-5
@@ -53,8 +54,18 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
     train |= {"learning_rate": LEARNING_RATE, "max_steps": STEPS, "batch_size": BATCH, "eval_limit": HELD_OUT}
     evaluate: Any = defaults.get("evaluate")
     if evaluate is not False:
-        evaluate = {key: value for key, value in (evaluate or {}).items() if key in ("metrics", "metric_variant")}
+        evaluate = {
+            key: value
+            for key, value in (evaluate or {}).items()
+            if key in ("metrics", "metric_variant", "execute_code", "readability")
+        }
         evaluate |= {"limit": PROMPTS, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPT_BATCH}
+    judge: Any = defaults.get("judge")
+    if judge is not None:
+        # One request a judgment: a model of this size answers in no other form when it is asked again.
+        judge = {"judge_model": model, "limit": JUDGED, "max_tokens": REPLY_TOKENS, "tries": 1} | {
+            key: judge[key] for key in ("rubric", "retest") if key in judge
+        }
     shapes = _Shapes(model)
     basis = shapes.adapted((defaults.get("basis") if has_bases else None) or {}, "rank")
     blocks = [shapes.adapted(_block(part, renamed), "basis_rank") for block in values["grid"] for part in _by_rate(block)]
@@ -74,6 +85,7 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
         "are trained, and as the grid says where it sweeps it).",
         *([] if evaluate is False else _EVALUATED),
         *([made] if pool else []),
+        *([f"The judge is {model} and judges {JUDGED} records. A judge this small is usually disqualified."] if judge else []),
         *shapes.conditions(),
     ]
     sweep = values.get("sweep")
@@ -89,7 +101,7 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
         },
         "datasets": datasets,
         "resources": {"all": RESOURCES},
-        "defaults": {"train": train, "basis": basis, "evaluate": evaluate},
+        "defaults": {"train": train, "basis": basis, "evaluate": evaluate, "judge": judge},
         "grid": blocks,
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from cora_cli.experiments.values import Values, fields_of, typed, unknown_key
 
-KINDS = ("model", "basis", "train", "evaluate")
+KINDS = ("model", "basis", "train", "evaluate", "judge")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,8 @@ from cora_cli import rundir
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.data.templates import TemplateName, resolve_auto
 from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.judge.config import JudgeConfig
+from cora_cli.evaluation.judge.rubrics import load_rubric
 from cora_cli.experiments.dates import date_of_grid, date_of_run
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import Inputs, data_key, used_sources
@@ -23,10 +25,16 @@ from cora_cli.rundir import RunDirectory
 from cora_cli.settings import DtypeName
 from cora_cli.training.config import TrainConfig
 
-Kind = Literal["model", "basis", "train", "evaluate"]
-COMMANDS: dict[Kind, str] = {"model": "train", "basis": "extract-basis", "train": "train", "evaluate": "evaluate"}
+Kind = Literal["model", "basis", "train", "evaluate", "judge"]
+COMMANDS: dict[Kind, str] = {
+    "model": "train",
+    "basis": "extract-basis",
+    "train": "train",
+    "evaluate": "evaluate",
+    "judge": "judge",
+}
 PLAN_FORMAT = 1
-FOLDERS = ("runs", "models", "bases", "evaluations", "records", "steps", "logs", "slurm")
+FOLDERS = ("runs", "models", "bases", "evaluations", "judgings", "records", "steps", "logs", "slurm")
 """The folders in the output directory of a grid."""
 SCORING = frozenset({"metrics", "metric_variant", "bertscore_model", "bertscore_layer", "bootstrap", "seed"})
 """Settings of an evaluation that do not affect predictions: after a change, only the metrics are computed again."""
@@ -58,7 +66,8 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All steps of a grid, each after its dependencies. `steps_of` names the steps of each row in the order in which they run.
+    """All steps of a grid, each after its dependencies. `steps_of` names the steps of each row in the order in which they run. A judging
+    belongs to no row: it needs the answers of all rows with one data set.
 
     `records` maps files to write before anything runs, relative to `out`, to the held-out records for the base model. `date` is what a chat
     template that writes the date takes for it in every step, `tokenizer` the hash of the base model's tokenizer, None where it is not known.
@@ -77,13 +86,17 @@ class Plan:
         return next((self.steps[name] for name in self.steps_of[row] if self.steps[name].kind == kind), None)
 
     def needed_for(self, rows: list[str]) -> set[str]:
-        """Names of all steps that these rows need, including dependencies."""
+        """Names of all steps that these rows need, including dependencies, and of the judgings whose answers are all among them."""
         wanted, found = [name for row in rows for name in self.steps_of[row]], set()
         while wanted:
             name = wanted.pop()
             found.add(name)
             wanted += [need for need in self.steps[name].needs if need not in found]
-        return found
+        return found | {step.name for step in self._judgings if found.issuperset(step.needs)}
+
+    @functools.cached_property
+    def _judgings(self) -> list[Step]:
+        return [step for step in self.steps.values() if step.kind == "judge"]
 
 
 def make_plan(grid: Grid, out: Path, inputs: Inputs, device: str, dtype: DtypeName) -> Plan:
@@ -120,6 +133,9 @@ class _Planner:
             if row.mode != "basis" and row.stage != "sweep" and self._grid.evaluate is not None:
                 way.append(self._evaluate(row, way[-1] if way else None, self._grid.evaluate))
             steps_of[row.name] = tuple(step.name for step in way)
+        if self._grid.judge is not None:
+            for dataset in dict.fromkeys(row.dataset for row in self._grid.rows if row.dataset is not None):
+                self._judge(dataset, self._grid.judge, [row for row in self._grid.rows if row.dataset == dataset], steps_of)
         model = self._inputs.models.get(self._grid.model)
         tokenizer = model.tokenizer_sha256 if model else None
         return Plan(self._grid, self._out, self._steps, steps_of, self._records, self._date, tokenizer)
@@ -246,6 +262,37 @@ class _Planner:
             common.setdefault("template_date", self._grid.train.get("template_date", self._date))
         argv = words("evaluate", EvaluateConfig(**place, **common))
         return self._add(dataclasses.replace(step, output=output, argv=argv, facts=facts))
+
+    def _judge(self, dataset: str, settings: Values, rows: list[Row], steps_of: Mapping[str, tuple[str, ...]]) -> None:
+        """One judging of the answers of all rows with one data set, which shares the anchors among them."""
+        answered = {self._steps[steps_of[row.name][-1]].name: row for row in rows if row.mode != "basis"}
+        evaluations = {name: self._steps[name] for name in answered}
+        places = {row.mode: str(self._out / evaluations[name].output) for name, row in answered.items() if row.mode == "base"}
+        runs = tuple(
+            str(self._out / evaluations[name].output).removesuffix("/evaluation")
+            for name, row in answered.items()
+            if row.mode != "base"
+        )
+        if not runs:
+            return
+        output = f"judgings/{dataset}"
+        # `overwrite` replaces a result that `ledger` found outdated; judgments of equal requests are reused.
+        config = JudgeConfig(
+            runs=runs,
+            base=places.get("base"),
+            output_dir=str(self._out / output),
+            overwrite=True,
+            **self._hardware,
+            **settings,
+        )
+        answers = {
+            name: rundir.sha256_json({key: value for key, value in step.facts.items() if key not in SCORING})
+            for name, step in evaluations.items()
+        }
+        rubrics = [load_rubric(rubric).sha256 for rubric in config.rubric]
+        facts = {**settings, "rubrics": rubrics, "answers": answers}
+        argv = words("judge", config)
+        self._add(Step(f"judge-{dataset}", "judge", output, facts, tuple(evaluations), argv))
 
 
 @functools.cache

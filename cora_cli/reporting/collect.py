@@ -120,15 +120,19 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
     return Collection(experiment, results, missing, _judged(experiment, rows, missing))
 
 
+_Names = dict[str, dict[str, str | None]]
+"""The printed name of each row by the name of its directory, for each hash of predictions."""
+
+
 def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> list[Judged]:
     """The judgments inside the rows' directories, and those that were named; a row whose judgments cannot be used is added to `missing`.
 
     Raises `CoraError` for a named directory that cannot be used.
     """
-    names: dict[str, str] = {}
+    names: _Names = {}
     for row in rows:
-        if row.printed and row.evaluation and (predictions := EvaluationDirectory(row.evaluation).predictions).is_file():
-            names[rundir.sha256_file(predictions)] = row.printed
+        if row.evaluation and (predictions := EvaluationDirectory(row.evaluation).predictions).is_file():
+            names.setdefault(rundir.sha256_file(predictions), {})[Path(row.name).name] = row.printed
     found = [_judged_in(JudgeDirectory(place), names) for place in experiment.judgings]
     for row in rows:
         for folder in (row.run, row.evaluation):
@@ -148,18 +152,20 @@ def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> 
     return found
 
 
-def _judged_in(place: JudgeDirectory, names: dict[str, str]) -> Judged:
+def _judged_in(place: JudgeDirectory, names: _Names) -> Judged:
     record = read_json(place.result, records.Judging)
     if not place.judgments.is_file() or rundir.sha256_file(place.judgments) != record["judgments_sha256"]:
         raise CoraError(
             f"{place.judgments} is not the file that {place.result.name} describes; run the same `cora judge` command again, which asks for "
             "nothing that is answered"
         )
-    printed = {
-        system["name"]: names[system["predictions_sha256"]]
-        for system in record["systems"]
-        if system["predictions_sha256"] in names
-    }
+    printed = {}
+    for system in record["systems"]:
+        rows = names.get(system["predictions_sha256"], {})
+        # Two models can give the same answers; then the name of the directory tells them apart.
+        name = next(iter(rows.values())) if len(rows) == 1 else rows.get(Path(system["name"]).name)
+        if name:
+            printed[system["name"]] = name
     return Judged(record, printed)
 
 

@@ -112,7 +112,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
             )
     if len(grids) == 1 and not plain:
         # Judgments of a grid's models are reported with their rows, which know the paper's names.
-        return [dataclasses.replace(grids[0], judgings=tuple(judgings))]
+        return [dataclasses.replace(grids[0], judgings=(*grids[0].judgings, *judgings))]
     if plain or judgings:
         title = "Finished runs" if plain else "Judged answers"
         grids.append(Experiment(PLAIN, title, None, None, (), tuple(_distinct(plain)), judgings=tuple(judgings)))
@@ -149,19 +149,34 @@ def read_plan(root: Path) -> Experiment:
         raise CoraError(f"{path} plans no rows, so there is nothing to report")
     if repeated := sorted(name for name, count in names.items() if count > 1):
         raise CoraError(f"{path} is damaged: two rows are named {repeated[0]}; run `cora ablate` again")
+    judgings, lacking = _own_judgings(root, steps)
     return Experiment(
         clean(plan["name"]),
         clean(plan["title"]),
         plan["paper_table"],
         plan["preset"],
-        (*(clean(str(sentence)) for sentence in plan["conditions"]), *unchecked),
+        (*(clean(str(sentence)) for sentence in plan["conditions"]), *unchecked, *lacking),
         tuple(rows),
         tuple(sorted((root / "bases").glob("*.safetensors"))),
         StepRecords(root, steps) if steps else None,
         plan.get("margin"),
         tuple(plan.get("sweeps", ())),
         plan.get("looks"),
+        tuple(judgings),
     )
+
+
+def _own_judgings(root: Path, steps: dict[str, Step]) -> tuple[list[Path], list[str]]:
+    """The judgings of a grid that belong to its answers, and a sentence for each of the others."""
+    places, lacking = [], []
+    for step in (step for step in steps.values() if step.kind == "judge"):
+        try:
+            StepRecords(root, steps).require(root / step.output)
+        except CoraError as error:
+            lacking.append(f"The scores of {step.output} are left out: {error}.")
+        else:
+            places.append(root / step.output)
+    return places, lacking
 
 
 def clean(text: str) -> str:
