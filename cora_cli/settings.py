@@ -46,7 +46,7 @@ def _bounds(configuration: type) -> dict[str, float | None]:
 def range_problems(config: Any) -> list[str]:
     """Sentences on numbers of a configuration that are not finite, above the `most` of their field, or no seeds."""
     problems = []
-    bounds = _bounds(type(config))
+    bounds = _bounds(config.__class__)
     numbers = {name: value for name, value in vars(config).items() if type(value) in (int, float) and name in bounds}
     for name, value in numbers.items():
         most = bounds[name]

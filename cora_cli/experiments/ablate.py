@@ -46,12 +46,12 @@ from cora_cli.render.markdown_table import markdown_table
 from cora_cli.settings import DtypeName
 
 _HASHES = "hashes.json"
-_NOUNS: dict[Kind, str] = {
-    "model": "fine-tunes for the bases",
-    "basis": "bases",
-    "train": "training runs",
-    "evaluate": "evaluations",
-    "judge": "judgings",
+_NOUNS: dict[Kind, tuple[str, str]] = {
+    "model": ("fine-tune for the bases", "fine-tunes for the bases"),
+    "basis": ("basis", "bases"),
+    "train": ("training run", "training runs"),
+    "evaluate": ("evaluation", "evaluations"),
+    "judge": ("judging", "judgings"),
 }
 
 
@@ -354,7 +354,8 @@ def _step_line(
         else ""
     )
     finished = sum(done[name] for name in names)
-    return f"{len(names)} {_NOUNS[kind]}{f' ({shared} shared by several rows)' if shared else ''}{time}; {finished} done"
+    noun = _NOUNS[kind][len(names) != 1]
+    return f"{len(names)} {noun}{f' ({shared} shared by several rows)' if shared else ''}{time}; {finished} done"
 
 
 def summary(plan: Plan, outcome: Outcome) -> str:

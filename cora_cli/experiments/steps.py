@@ -314,7 +314,7 @@ def words(command: str, config: Any) -> tuple[str, ...]:
     """The arguments of `cora` that give `config`; settings at their default are left out."""
     arguments: list[str] = []
     flags: list[str] = []
-    for name, default, flag in _flags(type(config)):
+    for name, default, flag in _flags(config.__class__):
         value = getattr(config, name)
         if flag is None:
             arguments += value or ()
