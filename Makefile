@@ -24,11 +24,11 @@ lint: $(SETUP)
 	$(BIN)/lint-imports --no-cache
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 # What `make test` leaves out to stay quick: every model family, wide terminals, real races and more kinds of damage.
 test-slow: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -m slow
 
 # Takes 45 minutes on an otherwise idle machine. Each script has --help.
 bench: $(SETUP)

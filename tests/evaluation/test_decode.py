@@ -54,7 +54,7 @@ def answer(decoder: PooledDecoder, prompts: list[list[int]]) -> list[list[int]]:
     return answers
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=20)
 @given(
     kind=st.sampled_from(["grouped", "multihead"]),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),

@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -263,7 +264,7 @@ def test_a_process_is_logged_and_its_exit_code_returned(tmp_path: Path) -> None:
     launcher = LocalLauncher(1, "cpu")
     job = launcher.submit("train", ["no-such-command"], tmp_path / "logs" / "step.log")
     while (code := job.ended()) is None:
-        pass
+        time.sleep(0.05)
     assert code == 2
     text = (tmp_path / "logs" / "step.log").read_text()
     assert text.startswith("$ cora no-such-command\n")
