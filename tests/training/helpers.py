@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from cora_cli import rundir
+from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.reading import read_json
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
@@ -23,7 +24,7 @@ from cora_cli.training.config import TrainConfig
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["cora_cli.training.run", "transformers.models.llama.modeling_llama"])
 
-Config = TrainConfig
+Config = TrainConfig | EvaluateConfig
 KILLED = -signal.SIGKILL
 
 
@@ -83,7 +84,7 @@ def assert_b_is_basis(output: Path, basis: Path, rank: int = 4) -> None:
 
 
 class RunProcess:
-    """Trainings by their configurations, one after the other, in a process of its own.
+    """Trainings and evaluations by their configurations, one after the other, in a process of its own.
 
     `kill_at` (target, n) ends it with SIGKILL as the function `target` is entered for the nth time; `file_limit` is the longest file
     in bytes that the system lets it write. With a `store` it is process `rank` of `world`, as torchrun would start it.
@@ -147,11 +148,15 @@ def _run(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if kill_at is not None:
         _die_in(*kill_at)
+    from cora_cli.evaluation.evaluate import evaluate
     from cora_cli.training.run import train
 
     try:
         for config in configs:
-            train(config)
+            if isinstance(config, EvaluateConfig):
+                evaluate(config)
+            else:
+                train(config)
     except Exception as error:
         errors.send(f"{type(error).__name__}: {error}")
         sys.exit(1)
