@@ -18,7 +18,7 @@ _OTHERS = (
     *("XLA_USE_BF16", "XLA_DOWNCAST_BF16", "TRANSFORMERS_SDPA_FORCE_GQA"),
 )
 _OTHER_TRAININGS = {
-    "ACCELERATE_USE_FSDP": "sharded training (FSDP)",
+    "ACCELERATE_USE_FSDP": "accelerate's own sharded training (use `cora train --shard fsdp` with torchrun)",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "another kind of parallelism",

@@ -215,6 +215,7 @@ class Generation(TypedDict):
     engine: NotRequired[str]
     new_tokens: NotRequired[int]
     seconds: NotRequired[float]
+    processes: NotRequired[int]
 
 
 class UsedGeneration(TypedDict):

@@ -26,6 +26,7 @@ from cora_cli.methods.parts.layers import (
     linear_weight,
     lora_layers,
     stores_transposed,
+    transformers_model,
 )
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
@@ -70,21 +71,22 @@ def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> d
 
 def check_applied(model: Any, target_modules: tuple[str, ...], tokens: Sequence[int]) -> None:
     """Raise `CoraError` for a target whose layers a forward pass over `tokens` never calls, as with Mamba's dt_proj: their weights are
-    applied in another way, which would leave out the adapter."""
+    applied in another way, which would leave out the adapter. The model may have its adapter already."""
     called: set[str] = set()
 
     def note(name: str) -> Callable[..., None]:
         return lambda *_: called.add(name)
 
-    linears = target_linears(model, target_modules)
+    inner = transformers_model(model)
+    names = target_linears(model, target_modules) if inner is model else [name for name, _ in adapted_layers(model)]
     with contextlib.ExitStack() as hooks, torch.no_grad():
-        for name in linears:
-            hooks.callback(model.get_submodule(name).register_forward_hook(note(name)).remove)
+        for name in names:
+            hooks.callback(inner.get_submodule(name).register_forward_hook(note(name)).remove)
         model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False)
     for target in target_modules:
         if not any(is_target(name, target) for name in called):
             raise CoraError(
-                f"target module {target!r} would train nothing: {type(model).__name__} applies the weight of such layers without calling "
+                f"target module {target!r} would train nothing: {type(inner).__name__} applies the weight of such layers without calling "
                 "them, which leaves out an adapter; leave it out of --target-modules"
             )
 

@@ -27,11 +27,15 @@ def run(config: EvaluateConfig) -> None:
 
     The metrics are ROUGE, METEOR, SacreBLEU and BERTScore; pass@1 and the like run the answers as code.
 
+    Started by torchrun, all processes answer, and the first one writes and scores.
+
     --metrics calibration measures the probabilities of the reference answers' tokens: NLL, Brier score and calibration error.
     """
     from cora_cli.evaluation.evaluate import evaluate
 
     results = evaluate(config)
+    if not results:  # under torchrun, the first process prints
+        return
     show(metrics_table(results))
     n = results[0].record["metrics"][config.metric_names[0]]["n"]
     show(f"\nvalue [95 % bootstrap interval over the n = {n} records]; {scales(config.metric_names)}")

@@ -49,6 +49,11 @@ class BatchForm:
     arguments: frozenset[str] = frozenset()
     tokens_per_row: int | None = None
 
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether any examples go through the model in one forward pass."""
+        return self.kind != "single" and self.switch is None and self.tokens_per_row is None
+
     def passes(self, examples: Sequence[Example]) -> list[list[int]]:
         """The indices of the examples of each forward pass."""
         if self.kind == "single":

@@ -6,10 +6,11 @@ This module reuses complete predictions and writes the results; `targets` finds 
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.execution.problems import Problem, problem_columns, problem_of, programs_of
 from cora_cli.evaluation.execution.sandbox import require_sandbox
 from cora_cli.evaluation.execution.score import Executor, execute
-from cora_cli.evaluation.generate import Request, generate
+from cora_cli.evaluation.generate import Engine, Request, Work, generate
 from cora_cli.evaluation.metrics import build_metrics, score_all
 from cora_cli.evaluation.metrics.calibration import tokens_of
+from cora_cli.evaluation.processes import Processes, launched
 from cora_cli.evaluation.readability import readability
 from cora_cli.evaluation.reference_tokens import add_reference_tokens, reference_examples, reference_tokens
 from cora_cli.evaluation.sampling import describe, streams
@@ -59,9 +61,44 @@ class Evaluation:
 def evaluate(config: EvaluateConfig) -> list[Evaluation]:
     """Evaluate everything that `config` names, in order, and return the results in the same order.
 
-    Raises `CoraError` if a model, run, data set or predictions file cannot be read, or if other results are in the way.
+    Of several processes under a launcher, the first does this, and the others, which return nothing, help it to answer. Raises
+    `CoraError` if a model, run, data set or predictions file cannot be read, or if other results are in the way.
     """
     hardware = select_hardware(config.device, config.dtype)
+    with launched() as processes:
+        if processes.is_first:
+            return _evaluate(config, hardware, processes)
+        _help(config, hardware, processes)
+        return []
+
+
+def _help(config: EvaluateConfig, hardware: Hardware, processes: Processes) -> None:
+    """Answer the waves that the first process deals out, until it needs no more help."""
+    while (told := processes.told()) is not None:
+        if isinstance(told, Work):
+            # Opened by the first wave, so that an error is the first process's as well, which ends the evaluation with it.
+            engine = functools.cache(functools.partial(_helping_engine, config, hardware, told))
+            answer = functools.partial(_answer_wave, told, engine)
+            waves = told.waves
+        else:
+            with contextlib.suppress(Exception):
+                processes.answer_round(waves, told, answer)
+
+
+def _helping_engine(config: EvaluateConfig, hardware: Hardware, work: Work) -> Engine:
+    target, ends = work.model
+    tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
+    return open_transformers(config, target, hardware, tokenizer, ends).start(work.prompts)
+
+
+def _answer_wave(work: Work, engine: Callable[[], Engine], wave: Sequence[int]) -> list[list[int]]:
+    return work.answer(engine(), wave, lambda: None)
+
+
+def _evaluate(config: EvaluateConfig, hardware: Hardware, processes: Processes) -> list[Evaluation]:
+    """As `evaluate`, in the first of the processes."""
+    if config.backend == "vllm" and processes.count > 1:
+        raise CoraError("--backend vllm runs in one process; start it without torchrun, or use --backend transformers")
     executor = None
     if config.execute_code:
         require_sandbox()
@@ -83,7 +120,7 @@ def evaluate(config: EvaluateConfig) -> list[Evaluation]:
     with contextlib.ExitStack() as held:
         for target in targets:
             held.enter_context(own_directory(target.output.root, target.output.partial_predictions.name, REPLACEMENT))
-        return [_evaluate_target(config, target, hardware, trained, executor) for target in targets]
+        return [_evaluate_target(config, target, hardware, trained, executor, processes) for target in targets]
 
 
 def _recorded_generation(path: Path) -> dict[str, Any]:
@@ -99,7 +136,12 @@ def _recorded_generation(path: Path) -> dict[str, Any]:
 
 
 def _evaluate_target(
-    config: EvaluateConfig, target: Target, hardware: Hardware, trained: TrainedPrompts, executor: Executor | None
+    config: EvaluateConfig,
+    target: Target,
+    hardware: Hardware,
+    trained: TrainedPrompts,
+    executor: Executor | None,
+    processes: Processes,
 ) -> Evaluation:
     records, schema, trained_on = _records(config, target, trained)
     columns = [problem_columns(record) for record in records]
@@ -151,7 +193,21 @@ def _evaluate_target(
             examples = reference_examples(records, rendered, tokenizer, backend.rows, backend.context)
         if not complete:
             _say_about_records(target, records, template)
-            _answer(config, target, settings, trained_on, records, columns, rendered, prompts, tokenizer, backend, out)
+            _answer(
+                config,
+                target,
+                settings,
+                trained_on,
+                records,
+                columns,
+                rendered,
+                prompts,
+                tokenizer,
+                template.ends,
+                backend,
+                out,
+                processes,
+            )
         if not measured:
             add_reference_tokens(out, reference_tokens(backend.model, examples))
             now = {**shapes.read_generation(out), "predictions_sha256": rundir.sha256_file(out.predictions)}
@@ -200,8 +256,10 @@ def _answer(
     rendered: Sequence[Rendered],
     prompts: Sequence[list[int]],
     tokenizer: Any,
+    template_ends: Collection[int],
     backend: Backend,
     out: EvaluationDirectory,
+    processes: Processes,
 ) -> None:
     """Write the answers to all records, and how they came about."""
     for record, prompt in zip(records, prompts, strict=True):
@@ -221,7 +279,7 @@ def _answer(
         say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
     rundir.write_json(out.generation, {"name": target.name, "settings": settings})
     engine = backend.start([request.input_ids for request in requests])
-    speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples)
+    speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples, processes, (target, template_ends))
     rundir.write_json(
         out.generation,
         {
@@ -232,6 +290,7 @@ def _answer(
             **({"not_merged": backend.not_merged} if backend.not_merged else {}),
             "predictions_sha256": rundir.sha256_file(out.predictions),
             **speed,
+            **({"processes": processes.count} if processes.count > 1 else {}),
         },
     )
 

@@ -18,6 +18,7 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.agreement import Agreement
 from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
+from cora_cli.evaluation.processes import ALONE, Processes
 from cora_cli.evaluation.sampling import Draws, Sampling
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 from cora_cli.progress import progress, say
@@ -56,14 +57,36 @@ class Engine(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a process needs to know to answer its part of the `waves`, which are indices of `prompts`: `model` says how to open the model."""
+
+    model: Any
+    prompts: list[list[int]]
+    streams: list[str]
+    waves: list[list[int]]
+
+    def answer(self, engine: Engine, wave: Sequence[int], finished: Callable[[], None]) -> list[list[int]]:
+        """The new tokens of the prompts of a wave."""
+        streams = [self.streams[index] for index in wave]
+        return engine.answer([self.prompts[index] for index in wave], finished, *([streams] if any(streams) else []))
+
+
 def generate(
-    engine: Engine, tokenizer: Any, ends: Sequence[int], requests: Sequence[Request], out: EvaluationDirectory, samples: int = 1
+    engine: Engine,
+    tokenizer: Any,
+    ends: Sequence[int],
+    requests: Sequence[Request],
+    out: EvaluationDirectory,
+    samples: int = 1,
+    processes: Processes = ALONE,
+    model: Any = None,
 ) -> dict[str, Any]:
     """Answer every request, longest first, and write `predictions.jsonl` in the order of `requests`.
 
     Each record has `samples` requests in a row, whose answers are in one line; its `prediction` is the first of them.
-    Complete waves in `predictions.partial.jsonl` from an earlier call are reused. Returns the engine's name, and the number of
-    new tokens and the seconds of this call. Raises `CoraError` if a file cannot be written.
+    Complete waves in `predictions.partial.jsonl` from an earlier call are reused. Other `processes` get `model` in their `Work`. Returns
+    the engine's name, and the number of new tokens and the seconds of this call. Raises `CoraError` if a file cannot be written.
     """
     order = sorted(range(len(requests)), key=lambda index: (-len(requests[index].input_ids), index))
     waves = [order[start : start + engine.wave] for start in range(0, len(order), engine.wave)]
@@ -72,13 +95,18 @@ def generate(
     complete = [index for wave in waves if all(index in lines for index in wave) for index in wave]
     lines = {index: lines[index] for index in complete}
     tokens, began = 0, time.monotonic()
+    left = [wave for wave in waves if wave[0] not in lines]
+    work = Work(model, [request.input_ids for request in requests], [request.stream for request in requests], left)
+    if left:
+        processes.tell(work)
     with progress("generating", len(requests), "prompts", done=len(lines)) as shown:
-        for wave in waves:
-            if wave[0] in lines:
-                continue
-            prompts, streams = [requests[index].input_ids for index in wave], [requests[index].stream for index in wave]
-            answers = engine.answer(prompts, shown.advance, *([streams] if any(streams) else []))
-            new = [_line(index, requests[index], tokenizer, ends, ids) for index, ids in zip(wave, answers, strict=True)]
+        for answered in processes.deal(left, lambda wave: work.answer(engine, wave, shown.advance)):
+            shown.advance(sum(len(wave) for wave, _ in answered[1:]))
+            new = [
+                _line(index, requests[index], tokenizer, ends, ids)
+                for wave, answers in answered
+                for index, ids in zip(wave, answers, strict=True)
+            ]
             tokens += sum(line["new_tokens"] for line in new)
             try:
                 with rundir.open_to_append(out.partial_predictions) as file:

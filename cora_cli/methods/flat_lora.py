@@ -30,13 +30,14 @@ class FlatLora(Method):
     settings = (
         MethodSetting("flat_sigma", float, f"Mode flat-lora: final strength σ of the noise; default {DEFAULT_SIGMA:g}."),
     )
+    needs_complete_base = True
     b_init, a_init, trained = "zeros", "kaiming", A_AND_B
     notes = (
         "The gradients of step t of T are those at W + s·B·A + ε, where row j of ε has the standard deviation σ_t‖(W + "
         "s·B·A)_j‖ / √in and σ_t = σ·½(1 − cos(π t / T)). All micro-batches of a step have the same ε. The authors add ε to W "
         "and subtract it again, which changes W by rounding, and draw it from a seed that the clock gives. Here W itself "
         "comes back after the step, at the price of a copy of the adapted layers' weights, and ε comes from the run's seed. "
-        "It needs W as numbers, so `--load-in-4bit` is refused."
+        "It needs W as numbers, so `--load-in-4bit` and `--shard` are refused."
     )
 
     @property

@@ -88,6 +88,8 @@ class Method:
 
     runs_in_several_processes: ClassVar[bool] = True
     """Whether PyTorch's data parallelism can train it; not where the number of parameters changes."""
+    needs_complete_base: ClassVar[bool] = False
+    """Whether it reads or changes W between forward passes, so that `--shard` cannot divide W among processes."""
 
     # Settings
     takes: ClassVar[frozenset[str]] = SHARED_SETTINGS

@@ -16,10 +16,12 @@ from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import Example
 from cora_cli.device import Hardware, PackedAttention
 from cora_cli.errors import CoraError, is_out_of_memory, reason
+from cora_cli.methods.parts.layers import transformers_model
 from cora_cli.models.configuration import depends_on_batch, length_limits, rope_switch
 from cora_cli.models.precision import UNSUPPORTED, computing_in, precisions
 from cora_cli.training.attention import register_packed_attention
 from cora_cli.training.losses import response_losses, token_losses
+from cora_cli.training.sharding import forget_failed_pass
 
 PROBE = 96
 """Tokens of the longest probe that crosses no limit."""
@@ -50,25 +52,26 @@ class Batching:
 def choose_batching(model: Any, packed: PackedAttention, examples: Sequence[Example], hardware: Hardware) -> Batching:
     """Check packing, then padding, with probes from `examples`; what agrees is set in `model`, which has its own attention before.
 
-    `packed` is the attention for packed rows on this hardware. Raises `CoraError` for a model that computes no losses from token ids alone.
+    `packed` is the attention for packed rows on this hardware. An adapter that the model may have takes no part. Raises `CoraError` for a model that computes no losses from token ids alone.
     """
-    switch = rope_switch(model.config)
-    arguments = frozenset(inspect.signature(model.forward).parameters)
+    inner = transformers_model(model)
+    switch = rope_switch(inner.config)
+    arguments = frozenset(inspect.signature(inner.forward).parameters)
     packs = BatchForm("packed", packed.shares_prefixes, switch)
     pads, singles = (BatchForm(kind, False, switch, arguments) for kind in ("padded", "single"))
     training = model.training
     model.eval()
-    with torch.no_grad():
-        check = _Check(model, make_probes(examples, length_limits(model.config)), hardware)
+    with torch.no_grad(), model.disable_adapter() if inner is not model else nullcontext():
+        check = _Check(model, make_probes(examples, length_limits(inner.config)), hardware)
         apart = None
-        if why := cannot_pack(model) or check.packing_fault(packs, packed.name):
+        if why := cannot_pack(inner) or check.packing_fault(packs, packed.name):
             check.prefer_eager()
-            apart = "its attention depends on the length of the batch" if depends_on_batch(model.config) else None
+            apart = "its attention depends on the length of the batch" if depends_on_batch(inner.config) else None
             apart = apart or check.disagreement(pads, "a padded batch")
     model.train(training)
     if why is None:
         return Batching(packs, packed.name, packed.reason)
-    own = model.config._attn_implementation
+    own = inner.config._attn_implementation
     return Batching(pads, own, why) if apart is None else Batching(singles, own, f"{why}, and {apart}")
 
 
@@ -107,14 +110,14 @@ class _Check:
     """The losses of each probe alone in the model's own attention, to compare other ways of computing them with."""
 
     def __init__(self, model: Any, probes: Sequence[Example], hardware: Hardware) -> None:
-        self._model, self._probes, self._hardware = model, probes, hardware
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._model, self._inner, self._probes, self._hardware = model, transformers_model(model), probes, hardware
+        self._keeps_logits = "logits_to_keep" in inspect.signature(self._inner.forward).parameters
         for self._dtype in (*precisions(model), None):
             try:
                 self._reference = self._alone()
             except _Unsupported as error:
                 if self._dtype is None:
-                    raise CoraError(f"{type(model).__name__} cannot be trained: {error}") from error
+                    raise CoraError(f"{type(self._inner).__name__} cannot be trained: {error}") from error
             else:
                 return
 
@@ -125,24 +128,24 @@ class _Check:
         then runs in the precision of the training.
         """
         register_packed_attention()
-        own = self._model.config._attn_implementation
+        own = self._inner.config._attn_implementation
         fault = self._set_attention("cora_segments") or self.disagreement(
             dataclasses.replace(form, shares_prefixes=True), "a packed row"
         )
         if fault is None and name != "cora_segments":
             fault = self._set_attention(name) or self.disagreement(form, "a packed row", native=True)
         if fault is not None:
-            self._model.set_attn_implementation(own)
+            self._inner.set_attn_implementation(own)
         return fault
 
     def prefer_eager(self) -> None:
         """Set the model's plain attention where its default one gives other losses, as where it loses a family's own mask."""
-        own, default = self._model.config._attn_implementation, self._reference
+        own, default = self._inner.config._attn_implementation, self._reference
         if own == "eager" or self._set_attention("eager"):
             return
         self._reference = self._alone()
         if self._worst(default) <= TOLERANCES[self._dtype]:
-            self._model.set_attn_implementation(own)
+            self._inner.set_attn_implementation(own)
             self._reference = default
 
     def disagreement(self, form: BatchForm, where: str, native: bool = False) -> str | None:
@@ -151,7 +154,7 @@ class _Check:
         `native`: in the precision of the training.
         """
         found: list[torch.Tensor] = [torch.empty(0)] * len(self._probes)
-        model, device = self._model, self._model.device
+        model, device = self._model, self._inner.device
         mixed = native and self._hardware.dtype == torch.bfloat16
         try:
             with self._precision(None if native else self._dtype), torch.autocast(device.type, torch.bfloat16, enabled=mixed):
@@ -164,6 +167,7 @@ class _Check:
         except Exception as error:  # whatever a class that was not made for these arguments raises
             if is_out_of_memory(error):
                 raise
+            forget_failed_pass(model)
             return f"{where} ends in {type(error).__name__} ({reason(error)[:120]})"
         worst = self._worst(found)
         if worst <= TOLERANCES[None if native else self._dtype]:
@@ -175,7 +179,7 @@ class _Check:
         found = []
         with self._precision(self._dtype):
             for probe in self._probes:
-                ids = torch.tensor([probe.input_ids], device=self._model.device)
+                ids = torch.tensor([probe.input_ids], device=self._inner.device)
                 responses = len(probe.input_ids) - probe.prompt_length
                 kept = {"logits_to_keep": responses + 1} if self._keeps_logits else {}
                 found.append(token_losses(self._logits(ids, **kept)[0, -responses - 1 : -1], ids[0, -responses:]))
@@ -188,6 +192,7 @@ class _Check:
         except UNSUPPORTED as error:
             if self._dtype is None and is_out_of_memory(error):  # a lower precision may fit
                 raise
+            forget_failed_pass(self._model)
             raise _Unsupported(
                 f"its forward pass on the token ids of an example ends in {type(error).__name__} ({reason(error)})"
             ) from error
@@ -207,7 +212,7 @@ class _Check:
     def _set_attention(self, name: str) -> str | None:
         """Set an attention implementation of the model, or return why it does not take it."""
         try:
-            self._model.set_attn_implementation(name)
+            self._inner.set_attn_implementation(name)
         except Exception as error:  # transformers raises many unrelated types for what a class does not support
             return reason(error)
         return None

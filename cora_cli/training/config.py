@@ -30,6 +30,7 @@ NOT_PART_OF_THE_RESULT = frozenset(
         "keep_checkpoints",
         "validation_loss",
         "tokens_per_row",
+        "shard",
         "model",
         "dataset",
         "basis",
@@ -165,6 +166,12 @@ class _SharedSettings:
         False,
         panel=_RUN,
     )
+    shard: Literal["none", "fsdp"] = setting(
+        "fsdp: divide the base model among the processes of torchrun, each layer gathered while it computes (FSDP2). Each takes less memory, and "
+        "the result is the same up to rounding.",
+        "none",
+        panel=_RUN,
+    )
     trust_remote_code: bool = setting("Run code from the model's repository. Only for authors you trust.", False, panel="Risky")
 
     def __post_init__(self) -> None:
@@ -209,6 +216,14 @@ class _SharedSettings:
         problems += [f"--{name.replace('_', '-')} {reason}" for name in inapplicable if self._asked_for(name)]
         if self.load_in_4bit and not method.trains_on_four_bit:
             problems.append(f"--load-in-4bit does not apply to mode {self.mode}, which needs the weights themselves")
+        if self.shard != "none" and self.load_in_4bit:
+            problems.append(
+                "--shard divides weights that are stored as numbers, not those of --load-in-4bit; leave out one of them"
+            )
+        if self.shard != "none" and method.needs_complete_base:
+            problems.append(
+                f"--shard does not apply to mode {self.mode}, which changes the weights of the base model in each step"
+            )
         problems += method.problems(vars(self))
         if problems:
             raise UsageError("; ".join(problems))

@@ -17,6 +17,7 @@ from cora_cli.device import Hardware
 from cora_cli.intervals import bootstrap_interval
 from cora_cli.progress import progress
 from cora_cli.training.losses import response_losses
+from cora_cli.training.sharding import is_sharded, most
 
 ROW_TOKENS = 4096
 RESAMPLES = 1000
@@ -62,11 +63,16 @@ def held_out_loss(
     measured: list[tuple[int, float, int]] = []
     training = model.training
     model.eval()
-    with torch.inference_mode(), progress(label or "held-out loss", len(mine), "records") as shown:
-        for row in rows_of(examples, mine):
-            for members in form.passes([examples[index] for index in row]):
-                measured += _measure(model, examples, [row[member] for member in members], hardware, form)
-            shown.advance(len(row))
+    rows = rows_of(examples, mine)
+    passes = [[row[member] for member in part] for row in rows for part in form.passes([examples[index] for index in row])]
+    # Not in inference mode, in which FSDP2 would create tensors that it cannot use in training.
+    with torch.no_grad(), progress(label or "held-out loss", len(mine), "records") as shown:
+        for members in passes:
+            measured += _measure(model, examples, members, hardware, form)
+            shown.advance(len(members))
+        if is_sharded(model):
+            for _ in range(most(len(passes), hardware.device) - len(passes)):
+                row_losses(model, [examples[0]], hardware, form)
     model.train(training)
     if world_size > 1:
         measured = gather_object(measured)

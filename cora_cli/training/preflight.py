@@ -118,6 +118,10 @@ def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:
     counts = (steps, processes, work.tokens, work.labels, work.largest, work.largest_labels)
     if config.load_in_4bit:
         return Preflight(config, prepared, form, *counts, "weights in 4 bits cannot be measured without values")
+    if config.shard != "none":
+        return Preflight(
+            config, prepared, form, *counts, f"the layers that --shard {config.shard} gathers at once are not counted"
+        )
     with _alone() as place:
         try:
             measured: Measured | str = _measure(config, prepared, form, work, processes, place)

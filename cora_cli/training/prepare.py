@@ -84,8 +84,7 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
             f"{config.model} is an adapter; training needs a complete model: write one with `cora merge {config.model}` first"
         )
     method = method_of(config.mode)
-    if not method.runs_in_several_processes and (processes := number_of_processes()) > 1:
-        raise CoraError(f"mode {config.mode} changes its number of parameters and runs in one process only, not in {processes}")
+    _check_processes(config, method)
     if basis is not None and plan is not None and (planned is None or model_path.has_weights):
         _check_basis(basis, model_path, method, plan)
     hardware = planned or select_hardware(config.device, config.dtype)
@@ -126,6 +125,18 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
     attention = select_packed_attention(hardware.device.type, has_triton=None if torch.cuda.is_available() else True)
     sets = (train_set, test_set, validation_set)
     return Prepared(hardware, attention, model_path, model_config, tokenizer, template, data, *sets, basis, plan)
+
+
+def _check_processes(config: TrainConfig, method: Method) -> None:
+    """Raise `CoraError` where the method or `--shard` needs another number of processes."""
+    processes = number_of_processes()
+    if not method.runs_in_several_processes and processes > 1:
+        raise CoraError(f"mode {config.mode} changes its number of parameters and runs in one process only, not in {processes}")
+    if config.shard != "none" and processes == 1:
+        raise CoraError(
+            f"--shard {config.shard} divides the model among processes, and there is only one; start several with `torchrun --nproc-per-node N -m "
+            "cora_cli train …`, or leave it out"
+        )
 
 
 def _check_basis(basis: Basis, model: ModelPath, method: Method, plan: AdapterPlan) -> None:

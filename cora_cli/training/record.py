@@ -58,6 +58,7 @@ def first_record(
             "dtype_reason": prepared.hardware.dtype_reason,
             "threads": torch.get_num_threads(),
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            **({"shard": config.shard} if config.shard != "none" else {}),
         },
         "attention": {"name": batching.attention, "batches": batching.form.kind, "reason": batching.reason},
         "versions": versions(config.load_in_4bit),

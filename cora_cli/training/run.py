@@ -22,7 +22,7 @@ from transformers import TrainingArguments, set_seed
 
 from cora_cli import rundir
 from cora_cli.adapters.facts import AdapterFacts
-from cora_cli.adapters.install import AngleMeter, check_applied, install_adapter
+from cora_cli.adapters.install import AngleMeter, apply_trained_set, check_applied, install_adapter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
@@ -48,6 +48,7 @@ from cora_cli.training.fitting import out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
 from cora_cli.training.record import FAILED, FINISHED, STOPPED, first_record, parameter_counts, peak_memory_bytes
+from cora_cli.training.sharding import complete_weights, is_sharded, process_mesh, shard, share_adapter
 from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line
 
 
@@ -98,8 +99,7 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             rounded_down = int(config.warmup_ratio * steps)
             arguments.warmup_steps = record.get("warmup_steps", rounded_down)
     try:
-        with _in_turn(arguments):
-            model, batching = _load(config, prepared)
+        model, batching = _load(config, prepared, arguments)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config, prepared) from error
     if main:
@@ -216,33 +216,61 @@ def _took_no_step(run: RunDirectory) -> bool:
     return not run.log.exists() or not any("loss" in line for line in read_jsonl(run.log, LogLine, drop_partial_tail=True))
 
 
-def _load(config: TrainConfig, prepared: Prepared) -> tuple[torch.nn.Module, Batching]:
+def _load(config: TrainConfig, prepared: Prepared, arguments: TrainingArguments) -> tuple[torch.nn.Module, Batching]:
     """The model to train, and how examples go through it."""
     say(prepared.hardware.describe())
+    device = prepared.hardware.device
+    if config.shard == "none":
+        with _in_turn(arguments):
+            loaded = _load_base(config, prepared, device)
+            batching = _check_passes(config, prepared, loaded)
+            return _install(config, prepared, loaded), batching
+    mesh = process_mesh(device, arguments.world_size)
+    with _in_turn(arguments):
+        # The host holds one complete model at a time, and the device none, which may be too small for it.
+        model = _install(config, prepared, _load_base(config, prepared, torch.device("cpu")))
+        shard(model, mesh, device)
+    share_adapter(model)
+    batching = _check_passes(config, prepared, model)
+    if prepared.plan is not None:
+        apply_trained_set(model, prepared.plan)
+    return model, batching
+
+
+def _load_base(config: TrainConfig, prepared: Prepared, device: torch.device) -> Any:
     dtype = torch.float32 if prepared.plan is None else prepared.hardware.dtype
-    loaded = load_model(
+    return load_model(
         prepared.model_path,
         dtype,
-        prepared.hardware.device,
+        device,
         None,
         config.trust_remote_code,
         config.load_in_4bit,
         prepared.model_config,
     )
+
+
+def _check_passes(config: TrainConfig, prepared: Prepared, model: Any) -> Batching:
+    """How examples go through the model. Raises `CoraError` where it does not call the layers to adapt."""
     sets = (prepared.train, prepared.test, prepared.validation)
     examples = [example for encoded in sets for example in encoded.examples]
     if prepared.plan is not None:
-        check_applied(loaded, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
-    batching = choose_batching(loaded, prepared.attention, examples, prepared.hardware)
+        check_applied(model, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
+    batching = choose_batching(model, prepared.attention, examples, prepared.hardware)
     batching = dataclasses.replace(batching, form=dataclasses.replace(batching.form, tokens_per_row=config.tokens_per_row))
     say(batching.describe())
+    return batching
+
+
+def _install(config: TrainConfig, prepared: Prepared, loaded: Any) -> Any:
+    """The model to train, with the adapter if it gets one."""
     # Starts are seeded by module name; this seeds dropout.
     set_seed(config.seed)
     if prepared.plan is None:
-        return loaded, batching
+        return loaded
     if experts := fused_experts(loaded):
         say(f"the experts of {config.model} are not adapted: they are fused tensors such as {experts[0]}")
-    return install_adapter(loaded, prepared.plan, prepared.basis), batching
+    return install_adapter(loaded, prepared.plan, prepared.basis)
 
 
 def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, record: dict[str, Any]) -> None:
@@ -304,8 +332,9 @@ def _train_and_save(
     validation = None
     if config.validation_loss:
         validation = _measure(model, form, prepared, arguments, "validation loss after training", prepared.validation)
+    weights = complete_weights(model, keep=main) if prepared.plan is None and is_sharded(model) else None
     if main:
-        _save_result(config, prepared, run, model)
+        _save_result(config, prepared, run, model, weights)
         if before is not None and after is not None:
             rows = zip(before.nll.tolist(), after.nll.tolist(), before.tokens.tolist(), strict=True)
             rundir.write_jsonl(run.heldout, [{"before": b, "after": a, "tokens": int(t)} for b, a, t in rows])
@@ -426,10 +455,13 @@ def _measure(
     return loss
 
 
-def _save_result(config: TrainConfig, prepared: Prepared, run: RunDirectory, model: Any) -> None:
+def _save_result(
+    config: TrainConfig, prepared: Prepared, run: RunDirectory, model: Any, weights: dict[str, Any] | None
+) -> None:
+    """Write the adapter, or the complete model; `weights` are those of one that is sharded."""
     if prepared.plan is None:
         with rundir.atomic_path(run.model) as temporary:
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=weights)
             prepared.tokenizer.save_pretrained(temporary)
         return
     assert isinstance(model, PeftModel)

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from cora_cli.adapters.install import AngleMeter, apply_trained_set
 from cora_cli.adapters.storage import make_room
-from cora_cli.data.batches import BatchForm, Collator, ExampleSet, GlobalBatches
+from cora_cli.data.batches import GHOST, BatchForm, Collator, ExampleSet, GlobalBatches
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import Step
@@ -29,6 +31,7 @@ from cora_cli.progress import Progress
 from cora_cli.rundir import RunDirectory, give_usual_modes, open_to_append
 from cora_cli.training.checkpoints import checkpoints_in, seal
 from cora_cli.training.losses import batch_losses
+from cora_cli.training.sharding import average_gradients, complete_weights, divided, gathered, is_sharded, load_weights, most
 
 PARTIAL = ".partial"
 
@@ -58,7 +61,8 @@ class CoraTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=self._examples, data_collator=Collator(form))
         # Of a class that cannot divide by the tokens of a batch itself; `compute_loss` does it for every class.
         self.model_accepts_loss_kwargs = True
-        self._plan, self._keep, self._last_step = plan, keep, last_step
+        self._plan, self._keep, self._last_step, self._form = plan, keep, last_step, form
+        self._divides_trained = plan is None and is_sharded(model)
         self._method = method_of(plan.mode) if plan is not None else None
         for module in model.modules():
             if isinstance(module, LoraLayer):
@@ -105,12 +109,18 @@ class CoraTrainer(Trainer):
         """
         self.tokens += inputs["real_tokens"]
         *earlier, last = inputs["passes"]
+        if is_sharded(model) and not self._form.is_one_pass:
+            # Every process gathers every layer in each pass, so all of them need as many; a ghost has no loss.
+            (ghost,) = self.data_collator([self._examples[GHOST]])["passes"]
+            earlier += [ghost] * (most(len(earlier), self.args.device) - len(earlier))
         parts = []
         for each in earlier:
             # Processes may have different numbers of passes, so they only meet at the last one.
             with self.accelerator.no_sync(model):
                 parts.append(super().training_step(model, {"passes": [each], "is_last": False}, num_items_in_batch))
         parts.append(super().training_step(model, {"passes": [last], "is_last": True}, num_items_in_batch))
+        if is_sharded(model) and self.accelerator.sync_gradients:
+            average_gradients(model)
         loss = torch.stack(parts).sum() if earlier else parts[0]
         self._require_finite(loss, "loss")
         return loss
@@ -128,7 +138,50 @@ class CoraTrainer(Trainer):
         self.optimizer = own
         return own
 
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        if is_sharded(model):
+            # Autocast only: accelerate would wrap it for data parallelism next.
+            self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        return super()._wrap_model(model, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the complete model or adapter, from the main process; all of them call this."""
+        if not self._divides_trained:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = complete_weights(self.model, self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._divides_trained:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Complete, so that any number of processes can resume, sharded or not.
+        state = gathered(self.optimizer.state_dict(), self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._divides_trained:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, values in state["state"].items():
+            values.update({name: divided(value, parameters[number]) for name, value in values.items()})
+        self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._divides_trained:
+            load_weights(self.model, Path(resume_from_checkpoint))
+            return
         if isinstance(self.model, PeftModel):
             make_room(self.model, Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -158,6 +211,7 @@ class CoraTrainer(Trainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         # The last hook before the optimizer, called whether gradients are clipped or not.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._require_finite(torch.as_tensor(norm, device=self.args.device), "gradient norm")
         return norm
 

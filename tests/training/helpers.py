@@ -7,7 +7,7 @@ import pkgutil
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from cora_cli import rundir
+from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.reading import read_json
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
@@ -23,6 +24,7 @@ from cora_cli.training.config import TrainConfig
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["cora_cli.training.run", "transformers.models.llama.modeling_llama"])
 
+Config = TrainConfig | EvaluateConfig
 KILLED = -signal.SIGKILL
 
 
@@ -82,7 +84,7 @@ def assert_b_is_basis(output: Path, basis: Path, rank: int = 4) -> None:
 
 
 class RunProcess:
-    """`train(config)` in a process of its own.
+    """Trainings and evaluations by their configurations, one after the other, in a process of its own.
 
     `kill_at` (target, n) ends it with SIGKILL as the function `target` is entered for the nth time; `file_limit` is the longest file
     in bytes that the system lets it write. With a `store` it is process `rank` of `world`, as torchrun would start it.
@@ -90,7 +92,7 @@ class RunProcess:
 
     def __init__(
         self,
-        config: TrainConfig,
+        configs: Config | Sequence[Config],
         kill_at: tuple[str, int] | None = None,
         file_limit: int | None = None,
         rank: int = 0,
@@ -109,7 +111,8 @@ class RunProcess:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
             }
         self._errors, theirs = _PROCESSES.Pipe(duplex=False)
-        self.process = _PROCESSES.Process(target=_run, args=(config, kill_at, file_limit, environment, theirs))
+        several = configs if isinstance(configs, Sequence) else [configs]
+        self.process = _PROCESSES.Process(target=_run, args=(several, kill_at, file_limit, environment, theirs))
         self.process.start()
         theirs.close()
 
@@ -123,10 +126,10 @@ class RunProcess:
         return self.process.exitcode, message
 
 
-def run_together(config: TrainConfig, kill_at: tuple[str, int] | None = None) -> list[tuple[int | None, str]]:
-    """Run `config` in two processes that meet as under torchrun; `kill_at` ends the first, and the second is killed after it."""
+def run_together(*configs: Config, kill_at: tuple[str, int] | None = None) -> list[tuple[int | None, str]]:
+    """Run `configs` in two processes that meet as under torchrun; `kill_at` ends the first, and the second is killed after it."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    processes = [RunProcess(config, kill_at if rank == 0 else None, rank=rank, world=2, store=store) for rank in range(2)]
+    processes = [RunProcess(configs, kill_at if rank == 0 else None, rank=rank, world=2, store=store) for rank in range(2)]
     first = processes[0].wait()
     if kill_at is not None:
         processes[1].process.kill()
@@ -134,7 +137,7 @@ def run_together(config: TrainConfig, kill_at: tuple[str, int] | None = None) ->
 
 
 def _run(
-    config: TrainConfig,
+    configs: Sequence[Config],
     kill_at: tuple[str, int] | None,
     file_limit: int | None,
     environment: dict[str, str],
@@ -145,10 +148,15 @@ def _run(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if kill_at is not None:
         _die_in(*kill_at)
+    from cora_cli.evaluation.evaluate import evaluate
     from cora_cli.training.run import train
 
     try:
-        train(config)
+        for config in configs:
+            if isinstance(config, EvaluateConfig):
+                evaluate(config)
+            else:
+                train(config)
     except Exception as error:
         errors.send(f"{type(error).__name__}: {error}")
         sys.exit(1)

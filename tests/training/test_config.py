@@ -56,6 +56,14 @@ NEEDED: dict[str, Any] = {"model": "m", "dataset": "d.jsonl", "output_dir": "o"}
             {"mode": "pissa", "load_in_4bit": True},
             "--load-in-4bit does not apply to mode pissa, which needs the weights themselves",
         ),
+        (
+            {"mode": "lora", "shard": "fsdp", "load_in_4bit": True},
+            "--shard divides weights that are stored as numbers, not those of --load-in-4bit; leave out one of them",
+        ),
+        (
+            {"mode": "flat-lora", "shard": "fsdp"},
+            "--shard does not apply to mode flat-lora, which changes the weights of the base model in each step",
+        ),
         ({"outer_rank": 64}, "--outer-rank does not apply to mode lora"),
         ({"outer_rank": 0}, "--outer-rank does not apply to mode lora"),
         ({"mode": "full", "alpha": 0.0}, "--alpha applies to adapters, not to mode full"),

@@ -38,6 +38,11 @@ def stores_transposed(layer: BaseTunerLayer) -> bool:
     return isinstance(layer.get_base_layer(), Conv1D)
 
 
+def transformers_model(model: Any) -> Any:
+    """The model of transformers, without the adapter that it may have."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def adapted_layers(model: PeftModel) -> Iterator[tuple[str, BaseTunerLayer]]:
     """Every layer that any of PEFT's methods adapts, with its name in the base model."""
     base: torch.nn.Module = model.get_base_model()

@@ -1,0 +1,97 @@
+"""`--shard fsdp` divides the weights among processes and changes nothing else: losses, results and checkpoints are those without it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cora_cli.errors import CoraError
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.run import train
+
+from .helpers import config_for, log_lines, losses, record_of, run_together
+
+# Nine examples are two optimizer batches of four and one of one, in which the second process has a ghost. The three held-out records
+# and rows of at most 60 tokens give the processes different numbers of forward passes.
+SHORT: dict[str, Any] = {
+    "limit": 9,
+    "test_size": 3.0,
+    "validation_size": 2,
+    "max_steps": 4,
+    "batch_size": 4,
+    "learning_rate": 3e-3,
+}
+MODES: dict[str, dict[str, Any]] = {
+    "lora": {"dropout": 0.1, "gradient_checkpointing": True},
+    "dora": {},
+    "pissa": {},
+    "vera": {},
+    "lora-rite": {},
+    "cola": {},
+    "lorta": {},
+    "clora": {},
+}
+
+
+def result_of(output: Path) -> dict[str, torch.Tensor]:
+    run = RunDirectory(output)
+    return load_file(next(path for root in (run.adapter, run.model) for path in root.glob("*.safetensors")))
+
+
+def test_a_sharded_run_stopped_and_resumed_is_that_of_one_process(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    runs = []
+    for mode in ("lora", "full"):
+        one = config_for(tiny_model, tiny_data, tmp_path / mode, mode=mode, **SHORT)
+        train(one)
+        rows: dict[str, Any] = {"tokens_per_row": 60} if mode == "lora" else {"gradient_checkpointing": True}
+        whole = replace(one, output_dir=str(tmp_path / f"{mode}-whole"), batch_size=2, shard="fsdp", **rows)
+        parts = replace(whole, output_dir=str(tmp_path / f"{mode}-parts"))
+        runs += [whole, replace(parts, stop_at=2), replace(parts, resume=True)]
+    # A checkpoint is that of a run that is not sharded.
+    other = replace(whole, output_dir=str(tmp_path / "other"))
+    runs += [replace(other, stop_at=2), replace(other, resume=True, shard="none")]
+    assert run_together(*runs) == [(0, ""), (0, "")]
+
+    for mode in ("lora", "full"):
+        one, whole, parts = (tmp_path / name for name in (mode, f"{mode}-whole", f"{mode}-parts"))
+        lines, wanted = log_lines(whole), log_lines(one)
+        for key in ("step", "loss", "grad_norm", "tokens"):
+            assert [line[key] for line in lines] == pytest.approx([line[key] for line in wanted], rel=1e-5), (mode, key)
+        record, expected = record_of(whole), record_of(one)
+        assert record["hardware"]["shard"] == "fsdp"
+        assert "shard" not in expected["hardware"]
+        assert record["parameters"] == expected["parameters"]
+        for when in ("before", "after"):
+            assert record["heldout"][when]["loss"] == pytest.approx(expected["heldout"][when]["loss"], rel=1e-5)
+        tensors, same = result_of(whole), result_of(one)
+        assert tensors.keys() == same.keys()
+        assert all(torch.allclose(tensors[key], same[key], rtol=1e-3, atol=1e-5) for key in same)
+        assert log_lines(parts) == lines
+        assert all(torch.equal(tensor, tensors[key]) for key, tensor in result_of(parts).items())
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "full"), rel=1e-5)
+    architectures = [json.loads((tmp_path / name / "model" / "config.json").read_text()) for name in ("full", "full-whole")]
+    assert architectures[0] == architectures[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_an_adapter_on_a_sharded_base_trains_to_the_same_bits(
+    mode: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    settings = {**SHORT, "batch_size": 2, "mode": mode, "dtype": "bf16", **MODES[mode]}
+    plain = config_for(tiny_model, tiny_data, tmp_path / "plain", **settings)
+    sharded = replace(plain, output_dir=str(tmp_path / "sharded"), shard="fsdp")
+    assert run_together(plain, sharded) == [(0, ""), (0, "")]
+    assert log_lines(tmp_path / "sharded") == log_lines(tmp_path / "plain")
+    tensors = result_of(tmp_path / "sharded")
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in result_of(tmp_path / "plain").items())
+
+
+def test_sharding_in_one_process_is_refused(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(CoraError, match="--shard fsdp divides the model among processes, and there is only one; start several"):
+        train(config_for(tiny_model, tiny_data, tmp_path / "run", shard="fsdp"))
+    assert not (tmp_path / "run").exists()
