@@ -29,13 +29,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PrinterCallback, TrainerCallback
 from transformers.integrations.flex_attention import repeat_kv
 
-from cora_cli.adapters.install import AngleMeter, install_adapter
+from cora_cli.adapters.install import AngleMeter, install_adapter, target_linears
 from cora_cli.adapters.storage import stored_state
 from cora_cli.data.batches import GHOST, BatchForm, Collator, GlobalBatches
 from cora_cli.data.encode import Example
 from cora_cli.data.pack import Layout
 from cora_cli.device import planned_hardware
-from cora_cli.methods.parts.layers import factors_of, lora_layers
+from cora_cli.methods.parts.layers import Observed, factors_of, lora_layers
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import rope_switch
@@ -274,7 +274,7 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
             AttentionInterface.register(_STAND_IN, _gpu_attention(prepared.attention.name) if on_gpu else _cpu_attention())
             model.set_attn_implementation(_STAND_IN)
         if plan is not None:
-            model = install_adapter(model, plan, prepared.basis)
+            model = install_adapter(model, plan, prepared.basis, _observed(model, plan, prepared))
         parameters = parameter_counts(model, plan)
         stored = None if plan is None else sum(t.nbytes for t in stored_state(model, plan, config.compact)[0].values())
         meter.restart()
@@ -303,6 +303,21 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
             found.append(Memory(dict(meter.peak), "measuring the held-out loss"))
         del frames
     return Measured(parameters, stored, max(found, key=lambda memory: memory.total))
+
+
+def _observed(model: Any, plan: AdapterPlan, prepared: Prepared) -> dict[str, Observed]:
+    """What the start is computed from, with fake matrices in place of those that are measured on data."""
+    if prepared.start_models:
+        return prepared.start_models.observed()
+    sides = {
+        name: (linear.out_features, linear.in_features) for name, linear in target_linears(model, plan.target_modules).items()
+    }
+    kind = method_of(plan.mode).start_from
+    if kind == "gradient":
+        return {name: Observed(gradient=torch.zeros(out, inside)) for name, (out, inside) in sides.items()}
+    return (
+        {name: Observed(inputs=torch.zeros(inside, inside)) for name, (_, inside) in sides.items()} if kind == "inputs" else {}
+    )
 
 
 def _frames(model: Any, plan: AdapterPlan | None) -> list[torch.Tensor]:
