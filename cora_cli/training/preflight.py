@@ -263,6 +263,7 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
     arguments = training_arguments(config, dataclasses.replace(prepared, hardware=hardware), RunDirectory(place))
     arguments.max_steps, arguments.gradient_accumulation_steps, arguments.report_to = 1, accumulation, []
     arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs, arguments.warmup_steps = "constant", None, 0
+    sources = prepared.start_models.observed() if prepared.start_models else {}
     meter = StorageMeter(int(prepared.model_config.get_text_config(decoder=True).vocab_size))
     with fakes(), meter, contextlib.ExitStack() as precision:
         dtype = torch.float32 if plan is None else prepared.hardware.dtype
@@ -274,7 +275,7 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
             AttentionInterface.register(_STAND_IN, _gpu_attention(prepared.attention.name) if on_gpu else _cpu_attention())
             model.set_attn_implementation(_STAND_IN)
         if plan is not None:
-            model = install_adapter(model, plan, prepared.basis, _observed(model, plan, prepared))
+            model = install_adapter(model, plan, prepared.basis, sources or _observed(model, plan))
         parameters = parameter_counts(model, plan)
         stored = None if plan is None else sum(t.nbytes for t in stored_state(model, plan, config.compact)[0].values())
         meter.restart()
@@ -305,10 +306,8 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
     return Measured(parameters, stored, max(found, key=lambda memory: memory.total))
 
 
-def _observed(model: Any, plan: AdapterPlan, prepared: Prepared) -> dict[str, Observed]:
-    """What the start is computed from, with fake matrices in place of those that are measured on data."""
-    if prepared.start_models:
-        return prepared.start_models.observed()
+def _observed(model: Any, plan: AdapterPlan) -> dict[str, Observed]:
+    """Fake matrices in place of what a start is computed from on data."""
     sides = {
         name: (linear.out_features, linear.in_features) for name, linear in target_linears(model, plan.target_modules).items()
     }

@@ -57,14 +57,14 @@ def test_hira_multiplies_w_by_a_product_of_low_rank_and_starts_its_a_as_lora(loa
         assert torch.equal(a, plain[name].lora_A["default"].weight)
         x, pull = torch.randn(9, 64), torch.randn(9, layer.out_features)
         (layer(x) * pull).sum().backward()
-        weight, gradient = layer.base_layer.weight.double(), pull.double().T @ x.double()
-        expected = (gradient * weight) @ a.double().T
+        weight, gradient = layer.base_layer.weight.detach().double(), pull.double().T @ x.double()
+        expected = (gradient * weight) @ a.detach().double().T
         assert torch.allclose(b.grad.double(), expected, atol=1e-4 * expected.abs().max())
         torch.nn.init.normal_(b)
         with torch.no_grad():
             found = (layer(x) - layer.base_layer(x)).double()
-        wanted = x.double() @ (weight * (b.double() @ a.double())).T
-        assert torch.allclose(found, wanted.detach(), rtol=1e-3, atol=1e-4 * wanted.abs().max())
+        wanted = x.double() @ (weight * (b.detach().double() @ a.detach().double())).T
+        assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max())
 
 
 @pytest.mark.parametrize("name", ["q_proj", "v_proj"])
@@ -80,13 +80,14 @@ def test_randlora_sums_scaled_random_pairs_to_more_than_their_rank(name, load):
     torch.nn.init.normal_(lambdas)
     torch.nn.init.normal_(gammas)
     a, b = (buffers["default"].double() for buffers in (layer.randlora_A, layer.randlora_B))
-    pairs = [
-        b[: max(out, 64), one, :] @ (lambdas[:, one, None] * a[:, 0, :smaller] * gammas[one]).double() for one in range(count)
-    ]
-    expected = 3.0 * sum(pairs)
+    expected = torch.zeros(max(out, 64), smaller, dtype=torch.float64)
+    for pair in range(count * 5):  # PEFT numbers the columns of all B_j by j and rank, and the rows of all A_j by rank and j
+        column = b[: max(out, 64), pair // 5, pair % 5]
+        rank, base = pair // count, pair % count
+        expected += 3.0 * torch.outer(column, (lambdas[rank, base] * a[rank, 0, :smaller] * gammas[base]).double().detach())
     expected = expected.T if out < 64 else expected
     change = layer.get_delta_weight("default").detach().double()
-    assert torch.allclose(change, expected.detach(), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(change, expected, rtol=1e-3, atol=1e-3)
     assert torch.linalg.matrix_rank(change, rtol=1e-6) > 5
 
 

@@ -52,8 +52,9 @@ def test_after_the_first_stage_the_largest_entries_of_all_layers_start_again_alo
     assert torch.equal(trained.bool(), masks)
 
 
-def test_a_is_that_of_lora_and_does_not_train(wrapped):
-    plain = dict(lora_layers(install_adapter(wrapped.unload(), plan_of("lora", **SETTINGS), None)))
+def test_a_is_that_of_lora_and_does_not_train(wrapped, tiny_model):
+    model = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    plain = dict(lora_layers(install_adapter(model, plan_of("lora", **SETTINGS), None)))
     for name, layer in lora_layers(wrapped):
         assert not layer.lora_A["default"].weight.requires_grad
         assert torch.equal(layer.lora_A["default"].weight, plain[name].lora_A["default"].weight)

@@ -121,9 +121,10 @@ def test_a_complete_model_counts_with_its_difference_from_the_base(tiny_model, t
     with pytest.raises(
         CoraError, match=r"mode eigenlorax starts from the factors of LoRA adapters, but .*complete is a complete model"
     ):
-        prepare(replace(config, mode="eigenlorax"))
+        prepare(replace(config, mode="eigenlorax", eigen_directions=4, eigen_random=4))
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_parameters_and_the_stored_rank(below, tiny_sources):
     config, output, record = below
     found = preflight(replace(config, output_dir=str(output.parent / "plan")))
