@@ -97,8 +97,8 @@ def install_adapter(
 ) -> PeftModel:
     """Wrap `model` with an adapter that follows `plan`, in float32 on any base precision.
 
-    `observed` has what the starts of a method with `start_from`, or of a plan with `start`, are computed from, by layer. Raises `CoraError` where the targets match nothing, the method cannot adapt one of them, or the basis does not fit (see
-    `Basis.for_module`).
+    `observed` has what the starts of a method with `start_from`, or of a plan with `start`, are computed from, by layer. Raises `CoraError`
+    where the targets match nothing, the method cannot adapt one of them, or the basis does not fit (see `Basis.for_module`).
     """
     linears, method = target_linears(model, plan.target_modules), method_of(plan.mode)
     for name, linear in linears.items():

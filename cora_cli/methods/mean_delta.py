@@ -37,6 +37,10 @@ class MeanDelta(Method):
         """It is the mean already."""
         return False
 
+    def problems(self, settings: Mapping[str, Any]) -> list[str]:
+        """Dropout acts in training alone."""
+        return ["--dropout does not apply to mode mean-delta, which trains nothing"] if settings["dropout"] else []
+
     def resolve(self, request: AdapterRequest) -> AdapterRequest:
         """One pair of zeros, which is not stored."""
         return dataclasses.replace(request, rank=1, alpha=1.0, start=self.name)

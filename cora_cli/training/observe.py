@@ -47,7 +47,7 @@ def observe(
     """Run the examples through the base model and collect `kind` of the `layers`.
 
     The gradient is that of the mean loss of a response token. It is taken to the CPU layer by layer, so that the device holds those of one
-    pass at most. Raises `CoraError` for a layer in which everything is zero.
+    pass at most. Raises `CoraError` for a layer in which everything is zero or anything is not finite.
     """
     began = time.monotonic()
     collect = _gradients if kind == "gradient" else _inputs
@@ -69,6 +69,8 @@ def observe(
                 f"the {kind} of {name} is zero in all {len(examples)} examples of the start; raise --start-examples, or leave the layer out of "
                 "--target-modules"
             )
+        if not sums[name].isfinite().all():
+            raise CoraError(f"the {kind} of {name} in the examples of the start is not finite; --dtype fp32 may help")
     found = {name: {kind: sums[name] if kind == "gradient" else sums[name] / tokens} for name in layers}
     digest = rundir.sha256_json([list(example.input_ids) for example in examples])
     return Observation(found, len(examples), tokens, round(time.monotonic() - began, 3), digest)
