@@ -137,7 +137,7 @@ class LoraGa(_GradientStart):
     notes = (
         "The gradient is that of the mean loss over the first 64 training examples (`--start-examples`), and γ is `--start-gamma`, 16. A and B are "
         "those of the authors' code (Outsider565/LoRA-GA), with an exact SVD. PEFT's `lora_ga` differs: it also multiplies B by its singular "
-        f"values, and scales B only. The authors' s is alpha / √r, which is `--rslora` here. {_COST}"
+        f"values, and scales B only. {_COST}"
     )
 
     def check_layer(self, plan: AdapterPlan, name: str, linear: "LinearWeight") -> None:

@@ -48,7 +48,7 @@ class VbLora(Method):
     notes = (
         "As in PEFT's `VBLoRAConfig` and the authors' code (leo-yangli/VB-LoRA): bank U(±0.02), logits N(0, 0.1²), k = 2, no scale (`--alpha` does not apply). Their "
         "learning rates are 1e-2 for the logits, which is `--learning-rate` here, and 1e-3 for the bank, which is `--bank-ratio` times it. Logits that are not "
-        "among the k largest have the gradient zero. The stored adapter is the LoRA itself, not the bank; the papers count the bank and the k indices and weights."
+        "among the k largest have the gradient zero. The stored adapter is the LoRA itself, not the bank; the paper counts the bank and the k indices and weights of each piece."
     )
 
     def problems(self, settings: Mapping[str, Any]) -> list[str]:
