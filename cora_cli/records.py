@@ -129,6 +129,15 @@ class Parameters(TypedDict):
     total: int
 
 
+class Start(TypedDict):
+    """What the start of an adapter was computed from: training examples, the SHA-256 of their tokens, and the time it took."""
+
+    examples: int
+    tokens: int
+    seconds: float
+    sha256: str
+
+
 class Seeds(TypedDict):
     """The seeds of a run."""
 
@@ -154,6 +163,7 @@ class Run(TypedDict):
     versions: dict[str, str]
     seeds: Seeds
     resumed: NotRequired[int]
+    start: NotRequired[Start]
     laplace: NotRequired[dict[str, Any]]
     error: NotRequired[str]
 

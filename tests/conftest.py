@@ -13,10 +13,17 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from cora_cli import embedded
+from cora_cli.adapters.facts import AdapterFacts
+from cora_cli.adapters.install import install_adapter
+from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.extraction.extract import extract_basis
+from cora_cli.methods.parts.layers import lora_layers
 from cora_cli.models.references import resolve_model
+from tests.methods.helpers import plan_of
 from tests.weights.helpers import make_llama
+
+TARGETS = ("q_proj", "k_proj", "v_proj")
 
 
 def make_model(directory: Path, seed: int, key_value_heads: int = 2) -> Path:
@@ -76,6 +83,21 @@ def tiny_input_basis(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory)
     path = tmp_path_factory.mktemp("basis") / "input.safetensors"
     extract_basis([resolve_model(str(tiny_model))], path, BasisChoices(rank=8, side="input"), None, torch.device("cpu"))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_sources(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Two LoRA adapters of rank 4 on q, k and v of the tiny model, with random factors."""
+    root = tmp_path_factory.mktemp("sources")
+    base_hash = resolve_model(str(tiny_model)).content_hash()
+    for seed in range(2):
+        plan = plan_of("lora", rank=4, alpha=8.0, rslora=False, target_modules=TARGETS, dropout=0.0, seed=seed)
+        wrapped = install_adapter(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), plan, None)
+        for _, layer in lora_layers(wrapped):
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.03, generator=torch.Generator().manual_seed(seed))
+        facts = AdapterFacts(plan, str(tiny_model), None, base_hash, None, None, compact=False)
+        save_adapter(wrapped, root / f"source-{seed}", facts)
+    return str(root / "source-0"), str(root / "source-1")
 
 
 @pytest.fixture(scope="session")

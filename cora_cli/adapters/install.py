@@ -5,7 +5,8 @@ and writes adapters.
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.methods.parts.layers import (
     ADAPTER,
     LinearWeight,
+    Observed,
     adapted_layers,
     factors_of,
     linear_weight,
@@ -28,6 +30,7 @@ from cora_cli.methods.parts.layers import (
     stores_transposed,
     transformers_model,
 )
+from cora_cli.methods.parts.mean_change import add_mean_change
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.skeleton import fused_experts, other_modalities
@@ -91,16 +94,20 @@ def check_applied(model: Any, target_modules: tuple[str, ...], tokens: Sequence[
             )
 
 
-def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | None) -> PeftModel:
+def install_adapter(
+    model: PreTrainedModel, plan: AdapterPlan, basis: Basis | None, observed: Mapping[str, Observed] | None = None
+) -> PeftModel:
     """Wrap `model` with an adapter that follows `plan`, in float32 on any base precision.
 
-    Raises `CoraError` where the targets match nothing, the method cannot adapt one of them, or the basis does not fit (see
-    `Basis.for_module`).
+    `observed` has what the starts of a method with `start_from`, or of a plan with `start`, are computed from, by layer. Raises `CoraError`
+    where the targets match nothing, the method cannot adapt one of them, or the basis does not fit (see `Basis.for_module`).
     """
     linears, method = target_linears(model, plan.target_modules), method_of(plan.mode)
     for name, linear in linears.items():
         method.check_layer(plan, name, linear)
-    starts = {name: method.starts(plan, basis, name, linear) for name, linear in linears.items()}
+    known = observed or {}
+    linears = {name: dataclasses.replace(one, observed=known.get(name, Observed())) for name, one in linears.items()}
+    starts = {name: one.observed.start or method.starts(plan, basis, name, one) for name, one in linears.items()}
     config: Any = method.configuration(plan)
     _name_targets(config, model, plan.target_modules, linears)
     experts = fused_experts(model)
@@ -123,6 +130,8 @@ def install_adapter(model: PreTrainedModel, plan: AdapterPlan, basis: Basis | No
     with torch.no_grad():
         for name, layer in lora_layers(wrapped):
             _start(layer, plan, starts[name])
+            if plan.own.get("start"):
+                add_mean_change(layer, linears[name].observed.sources)
         method.after_install(wrapped, plan)
     apply_trained_set(wrapped, plan)
     return wrapped
@@ -185,7 +194,7 @@ def check_trained_set(model: PeftModel, plan: AdapterPlan) -> None:
     expected = method_of(plan.mode).trained_names([name for name, _ in adapted_layers(model)], ADAPTER)
     # Under every name of a parameter that layers share.
     trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
-    if not expected:
+    if not expected and method_of(plan.mode).can_train(plan):
         base: Any = model.base_model
         if not trained or not all(base.prefix in name for name in trained):
             raise CoraError(

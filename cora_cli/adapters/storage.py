@@ -27,6 +27,7 @@ from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.limits import bounded
 from cora_cli.methods.parts.computed import Computed
 from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
+from cora_cli.methods.parts.mean_change import with_mean_change
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
@@ -80,11 +81,16 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
 
 def stored_state(model: PeftModel, plan: AdapterPlan, compact: bool) -> tuple[dict[str, torch.Tensor], int | None]:
     """The tensors that `save_adapter` writes, by name, and the rank of the plain LoRA that they are; None where they are the trained ones."""
-    if method_of(plan.mode).stored_as_trained:
+    if stores_trained(plan):
         state, rank = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False), None
     else:
-        state, rank = _plain_state(model)
+        state, rank = _plain_state(model, plan)
     return {key: tensor for key, tensor in state.items() if not compact or ".lora_A." in key}, rank
+
+
+def stores_trained(plan: AdapterPlan) -> bool:
+    """Whether the stored tensors are the trained ones: the method's are, and no mean of earlier changes stands next to them."""
+    return method_of(plan.mode).stored_as_trained and not plan.own.get("start")
 
 
 def order_names(config: Any) -> None:
@@ -94,11 +100,12 @@ def order_names(config: Any) -> None:
             setattr(config, name, sorted(value))
 
 
-def _plain_state(model: PeftModel) -> tuple[dict[str, torch.Tensor], int]:
+def _plain_state(model: PeftModel, plan: AdapterPlan) -> tuple[dict[str, torch.Tensor], int]:
     """A (k, in) and B (out, k) of every layer with computed factors as matrices, and their rank k, the largest of any layer.
 
     Where the start was subtracted from W, they are A' (2r, in) and B' (out, 2r) with B'·A' = B·A − B₀·A₀, as PEFT converts its own
-    adapters of this kind (`LoraModel.subtract_mutated_init`).
+    adapters of this kind (`LoraModel.subtract_mutated_init`). A mean of earlier changes makes up further pairs; a method that trains nothing
+    has no others.
     """
     factors = {}
     for name, layer in lora_layers(model):
@@ -106,7 +113,9 @@ def _plain_state(model: PeftModel) -> tuple[dict[str, torch.Tensor], int]:
         a, b = factors_of(layer)
         if starts[0] is not None and starts[1] is not None:
             a, b = torch.cat([a, starts[0]], dim=0), torch.cat([b, -starts[1]], dim=1)
-        factors[name] = a, b
+        if not method_of(plan.mode).can_train(plan):
+            a, b = a[:0], b[:, :0]
+        factors[name] = with_mean_change(layer, a, b)
     return plain_factors(factors)
 
 
@@ -137,7 +146,7 @@ def load_adapter(
     facts = read_facts(adapter.path)
     if rank is not None:
         check_rank(adapter, rank)
-    if trainable and facts is not None and not method_of(facts.plan.mode).stored_as_trained:
+    if trainable and facts is not None and not stores_trained(facts.plan):
         raise CoraError(
             f"adapter {adapter.path} of mode {facts.plan.mode} is stored as an equivalent plain LoRA; to continue training, resume from the run's "
             "checkpoints"
@@ -301,6 +310,19 @@ def make_room(model: PeftModel, checkpoint: Path) -> None:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a dictionary
     for prefix, module in found:
         module.resize({key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)})
+
+
+def starts_in(checkpoint: Path | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The A and B that were subtracted from W, by layer, in the directory `checkpoint`; empty for a method that subtracts none.
+
+    A start from gradients need not be the same when it is computed again.
+    """
+    if checkpoint is None:
+        return {}
+    state = load_file(checkpoint / WEIGHTS_FILE)
+    ends = ("base_model.model.", ".lora_A.start")
+    names = [key.removeprefix(ends[0]).removesuffix(ends[1]) for key in state if key.endswith(ends[1])]
+    return {name: (state[f"{ends[0]}{name}{ends[1]}"], state[f"{ends[0]}{name}.lora_B.start"]) for name in names}
 
 
 def changes_model(model: PeftModel) -> bool:

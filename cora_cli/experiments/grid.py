@@ -115,7 +115,7 @@ def load_grid(path: Path, preset: str | None = None, model: str | None = None, s
     if preset == "small":
         # First check the file as written, so that errors refer to its own settings.
         rows = build_grid(values, str(path), None, source_seed).rows
-        values = small(values, model or EMBEDDED_MODEL, any(row.basis is not None for row in rows))
+        values = small(values, model or EMBEDDED_MODEL, any(row.basis is not None or row.sources for row in rows))
     elif model is not None:
         values = {**values, "model": model}
     return build_grid(values, str(path), preset, source_seed)

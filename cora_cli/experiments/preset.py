@@ -19,7 +19,7 @@ STEPS, BATCH, HELD_OUT, PROMPTS, NEW_TOKENS, PROMPT_BATCH = 12, 8, 40, 40, 48, 2
 FULL_LEARNING_RATE = 5e-5
 # Resources per step, if the preset runs on a cluster.
 RESOURCES = {"cpus": 2, "mem_gb": 8, "timeout_min": 120}
-_METHOD = frozenset({"rank", "b_init", "target_modules", "dropout", "seed", "split_seed", *OPTIONAL_SETTINGS})
+_METHOD = frozenset({"rank", "b_init", "start", "target_modules", "dropout", "seed", "split_seed", *OPTIONAL_SETTINGS})
 _SCALE = frozenset(
     {
         *("epochs", "max_steps", "batch_size", "gradient_accumulation", "gradient_checkpointing", "max_length", "limit"),
@@ -36,7 +36,7 @@ _EVALUATED = (
 def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
     """Convert the values of a valid grid file to `model` and to a scale for two CPU cores.
 
-    `has_bases` says whether any row has a basis. Raises `UsageError` if the grid has more models or data sets than the built-in
+    `has_bases` says whether any row has a basis, or starts from source models. Raises `UsageError` if the grid has more models or data sets than the built-in
     ones that replace them, or if it varies a setting that the preset sets.
     """
     defaults = values.get("defaults") or {}

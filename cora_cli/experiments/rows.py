@@ -24,7 +24,17 @@ else:
 TRAIN_KEYS = fields_of(
     TrainConfig,
     leave_out=(
-        *("model", "dataset", "output_dir", "mode", "basis", "resume", "stop_at", "dry_run"),  # set for each step
+        *(
+            "model",
+            "dataset",
+            "output_dir",
+            "mode",
+            "basis",
+            "start_models",
+            "resume",
+            "stop_at",
+            "dry_run",
+        ),  # set for each step
         "shard",  # a step is one process
         *("device", "dtype", "trust_remote_code"),  # flags of `ablate` itself
     ),
@@ -37,8 +47,10 @@ _SHOWN_KEYS: dict[str, Any] = {"mode": RowMode, "label": str, "printed": str}
 SPLIT_KEYS = ("test_size", "split_seed", "validation_size")
 _OWN_TRAIN_KEYS = {name: hint for name, hint in TRAIN_KEYS.items() if name not in SPLIT_KEYS}
 ROW_KEYS: dict[str, Any] = {**_SHOWN_KEYS, "dataset": str, **_OWN_TRAIN_KEYS, **_SOURCE_KEYS, **BASIS_KEYS}
-_ADAPTER_KEYS = frozenset({"rank", "b_init", "target_modules", "dropout", "compact", *OPTIONAL_SETTINGS})
-_ALWAYS_NAMED = frozenset({*_SHOWN_KEYS, "dataset", "rank", "basis_rank", "n_models", "learning_rate", "seed", "b_init"})
+_ADAPTER_KEYS = frozenset({"rank", "b_init", "start", "target_modules", "dropout", "compact", *OPTIONAL_SETTINGS})
+_ALWAYS_NAMED = frozenset(
+    {*_SHOWN_KEYS, "dataset", "rank", "basis_rank", "n_models", "learning_rate", "seed", "b_init", "start"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +112,10 @@ class Row:
     @functools.cached_property
     def training(self) -> TrainConfig:
         """The training settings of a row that trains, with placeholders for paths and references."""
-        place: Values = {"model": "m", "dataset": "d", "output_dir": "o", "basis": "b" if self.basis is not None else None}
-        return TrainConfig(**place, mode=self.mode, **(self.train or {}))
+        train = self.train or {}
+        return TrainConfig(
+            **_placeholders(self.basis is not None, starts_from_models(self.mode, train)), mode=self.mode, **train
+        )
 
     def as_dict(self) -> Values:
         """The row as plain values for YAML."""
@@ -111,6 +125,17 @@ class Row:
             if part:
                 part.update({key: list(value) for key, value in part.items() if isinstance(value, tuple)})
         return values
+
+
+def starts_from_models(mode: str, train: Values) -> bool:
+    """Whether a row of `mode` with these settings of training starts from the source models themselves, and not from a basis of them."""
+    return bool(train.get("start")) or (mode in METHODS and METHODS[mode].start_from in ("models", "adapters"))
+
+
+def _placeholders(with_basis: bool, with_models: bool) -> Values:
+    """Paths and references of a training, of which only the presence matters."""
+    models = ("s",) if with_models else None
+    return {"model": "m", "dataset": "d", "output_dir": "o", "basis": "b" if with_basis else None, "start_models": models}
 
 
 def build_row(settings: Values, varied: Collection[str], scope: Scope, where: str, problems: list[str]) -> Row | None:
@@ -126,7 +151,8 @@ def build_row(settings: Values, varied: Collection[str], scope: Scope, where: st
     if len(problems) > found:
         return None
     needs_basis = mode == "basis" or (mode in METHODS and _needs_basis(METHODS[mode], values))
-    useless = values.keys() - _useful_keys(mode, needs_basis)
+    from_models = starts_from_models(mode, {**scope.train, **values})
+    useless = values.keys() - _useful_keys(mode, needs_basis, from_models)
     if useless:
         problems.append(f"{where}: {', '.join(sorted(useless))} has no effect in {_described(mode, values)}; leave it out")
         return None
@@ -145,11 +171,11 @@ def _needs_basis(method: Method, values: Values) -> bool:
     )
 
 
-def _useful_keys(mode: str, needs_basis: bool) -> set[str]:
+def _useful_keys(mode: str, needs_basis: bool, from_models: bool) -> set[str]:
     shown = {*_SHOWN_KEYS}
     if mode == "base":
         return {*shown, "dataset"}
-    about_basis = {*_SOURCE_KEYS, *BASIS_KEYS} if needs_basis else set()
+    about_basis = {*_SOURCE_KEYS, *BASIS_KEYS} if needs_basis else {*_SOURCE_KEYS} - {"basis_rank"} if from_models else set()
     if mode == "basis":
         return {*shown, *about_basis, "target_modules"}
     return {*shown, "dataset", *_OWN_TRAIN_KEYS, *about_basis} - _foreign_keys(mode)
@@ -171,15 +197,17 @@ def _described(mode: str, values: Values) -> str:
 def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where: str, problems: list[str]) -> Row:
     """The row without its name and label."""
     dataset = None if mode == "basis" else _dataset(values.get("dataset"), scope, where, problems)
-    sources = _sources(values, scope, where, problems) if needs_basis else ()
+    from_models = starts_from_models(mode, {**scope.train, **values})
+    sources = _sources(values, scope, where, problems) if needs_basis or from_models else ()
+    if from_models and not sources:
+        problems.append(f"{where}: a start from models needs at least one of them")
     train = None
     if mode not in ("base", "basis"):
         inherited = {key: value for key, value in scope.train.items() if key not in _foreign_keys(mode)}
         train = {**inherited, **{key: values[key] for key in values.keys() & TRAIN_KEYS.keys()}}
         train = {key: value for key, value in train.items() if key != "b_init" or value != "basis"}
         try:
-            place: Values = {"model": "m", "dataset": "d", "output_dir": "o", "basis": "b" if needs_basis else None}
-            config = TrainConfig(**place, mode=mode, **train)
+            config = TrainConfig(**_placeholders(needs_basis, from_models), mode=mode, **train)
         except UsageError as error:
             problems.append(f"{where}: {error}")
             train = None
@@ -212,7 +240,7 @@ def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where:
         printed=_filled(values.get("printed"), values, where, problems),
         dataset=dataset,
         rank=rank,
-        n_models=len(sources) if needs_basis else None,
+        n_models=len(sources) if needs_basis or from_models else None,
         source_seed=values.get("source_seed", scope.source_seed),
         sources=sources,
         learning_rate=config.learning_rate if train is not None else None,
@@ -269,8 +297,8 @@ def _label(row: Row) -> str:
     if row.mode == "basis":
         assert row.basis is not None
         return str(row.basis.get("method", "svd"))
-    start = (row.train or {}).get("b_init")
-    return row.mode + (f" {start}" if start else "") + (" n=0" if row.n_models == 0 else "")
+    starts = [(row.train or {}).get(key) for key in ("b_init", "start")]
+    return " ".join([row.mode, *filter(None, starts), *(["n=0"] if row.n_models == 0 else [])])
 
 
 def _told_apart(values: Values, varied: Collection[str], shown: Collection[str]) -> list[tuple[str, str]]:
@@ -286,13 +314,13 @@ def _told_apart(values: Values, varied: Collection[str], shown: Collection[str])
 
 
 def _name(row: Row, values: Values, varied: Collection[str], scope: Scope) -> str:
-    start = (row.train or {}).get("b_init")
+    starts = [(row.train or {}).get(key) for key in ("b_init", "start")]
     if row.mode == "basis":
         assert row.basis is not None
         parts = [f"basis-{row.basis.get('method', 'svd')}", row.basis.get("share", "module"), f"r{row.basis_rank}"]
     else:
         stem = METHODS[row.mode].file_stem if row.mode in METHODS else row.mode
-        parts = [stem + (f"-{start}" if start else "")]
+        parts = ["-".join([stem, *filter(None, starts)])]
         parts += [str(row.dataset)] if len(scope.datasets) > 1 else []
         parts += [f"r{row.rank}"] if row.rank is not None else []
     parts += [f"n{row.n_models}"] if row.n_models is not None else []

@@ -18,7 +18,7 @@ from cora_cli.evaluation.judge.rubrics import load_rubric
 from cora_cli.experiments.dates import date_of_grid, date_of_run
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import Inputs, data_key, used_sources
-from cora_cli.experiments.rows import Row
+from cora_cli.experiments.rows import Row, starts_from_models
 from cora_cli.experiments.values import Values
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.rundir import RunDirectory
@@ -156,9 +156,18 @@ class _Planner:
         facts = self._inputs.datasets.get(key)
         return facts.sha256 if facts else f"not read: {key}"
 
-    def _config(self, mode: Any, settings: Values, dataset: str, output: str, basis: str | None = None) -> TrainConfig:
+    def _config(
+        self,
+        mode: Any,
+        settings: Values,
+        dataset: str,
+        output: str,
+        basis: str | None = None,
+        models: tuple[str, ...] | None = None,
+    ) -> TrainConfig:
         place: Values = {"model": self._grid.model, "dataset": dataset, "output_dir": str(self._out / output)}
-        return TrainConfig(**place, mode=mode, basis=basis, resume=True, **self._hardware, **settings)
+        starts: Values = {"basis": basis, "start_models": models}
+        return TrainConfig(**place, **starts, mode=mode, resume=True, **self._hardware, **settings)
 
     def _writes_date(self, data: str, template: TemplateName) -> bool:
         """Whether the prompts of a data set, by its key, hold a date."""
@@ -195,20 +204,25 @@ class _Planner:
     def _basis_facts(self, row: Row) -> tuple[str, dict[str, Any], tuple[str, ...]]:
         """What identifies a row's basis apart from its rank: a hash, the facts, and the steps that it depends on."""
         assert row.basis is not None
-        tuned = [self._fine_tunes[name] for name in row.sources if name in self._fine_tunes]
-        hashes = [
-            self._fine_tunes[name].key if name in self._fine_tunes else self._model_hash(self._reference(name))
-            for name in row.sources
-        ]
+        hashes, needs = self._sources(row)
         choices = BasisChoices(**row.basis).to_json()
         del choices["rank"]
         facts = {**choices, "sources": hashes or [self._model_hash(self._grid.model)]}
         if choices["source"] == "delta":
             facts["base"] = self._model_hash(self._grid.model)
-        return rundir.sha256_json(facts), facts, tuple(step.name for step in tuned)
+        return rundir.sha256_json(facts), facts, needs
+
+    def _sources(self, row: Row) -> tuple[list[str], tuple[str, ...]]:
+        """What identifies a row's source models, in order, and the steps that fine-tune them."""
+        tuned = [self._fine_tunes[name] for name in row.sources if name in self._fine_tunes]
+        hashes = [
+            self._fine_tunes[name].key if name in self._fine_tunes else self._model_hash(self._reference(name))
+            for name in row.sources
+        ]
+        return hashes, tuple(step.name for step in tuned)
 
     def _reference(self, source: str) -> str:
-        """The argument of `cora extract-basis` for a source model: its reference, or the run that fine-tunes it."""
+        """The argument of `cora` for a source model: its reference, or the run that fine-tunes it."""
         value = self._grid.models[source]
         return value if isinstance(value, str) else str(self._out / self._fine_tunes[source].output)
 
@@ -230,10 +244,15 @@ class _Planner:
         assert row.dataset is not None
         output = f"runs/{row.name}"
         place = str(self._out / basis.output) if basis else None
+        from_models = starts_from_models(row.mode, row.train)
+        models = tuple(map(self._reference, row.sources)) if from_models else None
         settings = {**row.train, "stop_at": row.stop_at}
-        config = self._config(row.mode, settings, self._grid.datasets[row.dataset], output, place)
+        config = self._config(row.mode, settings, self._grid.datasets[row.dataset], output, place, models)
         facts = self._training_facts(config, self._grid.train, basis.key if basis else None)
         needs = (basis.name,) if basis else ()
+        if from_models:
+            hashes, tuned = self._sources(row)
+            facts, needs = {**facts, "start_models": hashes}, (*needs, *tuned)
         argv = words("train", self._dated(config, self._grid.train))
         return self._add(Step(f"train-{row.name}", "train", output, facts, needs, argv, row.stop_at))
 

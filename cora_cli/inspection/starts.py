@@ -40,7 +40,7 @@ def known_starts(
 ) -> tuple[dict[str, Directions], tuple[str, ...]]:
     """The starting directions of those `models` that are cora adapters on `base`, and the names of the models whose start is lost.
 
-    A start is lost if its basis file is neither at the recorded path nor among `bases`.
+    A start is lost if its basis file is neither at the recorded path nor among `bases`, or if it was a mean of other models' changes.
     """
     from cora_cli.adapters.facts import read_facts
 
@@ -49,6 +49,9 @@ def known_starts(
     for name, model in models.items():
         facts = read_facts(model.path) if base is not None and model.is_adapter else None
         if base is None or facts is None:
+            continue
+        if facts.plan.own.get("start"):
+            lost.append(name)
             continue
         start = facts.plan.b_init if side == "output" else facts.plan.a_init
         if start in ("zeros", "file"):

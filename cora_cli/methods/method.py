@@ -56,6 +56,13 @@ class MethodSetting:
         return f"--{self.name.replace('_', '-')}"
 
 
+START_EXAMPLES = MethodSetting(
+    "start_examples",
+    int,
+    "Modes that start from data: number of training examples for the start, the first ones of the training set; default: the mode's own.",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """An optimizer step of a run: its number, from 1 to `total`, and the optimizer that takes it.
@@ -114,6 +121,11 @@ class Method:
     """Entries of PEFT's `LoraConfig` that differ from plain LoRA's."""
     reads_weights: ClassVar[bool] = False
     """Whether a start is computed from W, so that r is at most the smaller dimension of W."""
+    start_from: ClassVar[Literal["models", "adapters", "gradient", "inputs"] | None] = None
+    """What else a start is computed from: the models of `--start-models`, which may have to be adapters, or the gradient of W or the inputs
+    of the layer in the first examples of the training data (`parts.layers.Observed`)."""
+    DEFAULT_EXAMPLES: ClassVar[int] = 64
+    """How many examples that are, unless `--start-examples` says it."""
     subtracts_start: ClassVar[bool] = False
     """Whether s·B₀·A₀ is subtracted from W, so that training begins at the base model."""
     step_0_is_base: ClassVar[str] = "yes"
@@ -141,7 +153,12 @@ class Method:
     @property
     def trains_on_four_bit(self) -> bool:
         """Whether the base may be held in 4 bits; not where the start is computed from W, or W itself is trained."""
-        return self.is_adapter and not self.reads_weights
+        return self.is_adapter and not self.reads_weights and self.start_from != "gradient"
+
+    @property
+    def takes_mean_start(self) -> bool:
+        """Whether `--start mean-delta` applies: the result is a plain LoRA next to which the mean can stand, and W is not read."""
+        return self.trains_on_four_bit and self.stored_as == "LoRA" and self.lora_rank is not None and not self.nested_ranks
 
     def problems(self, settings: Mapping[str, Any]) -> list[str]:
         """Sentences on values of `cora train` that this method cannot work with."""
@@ -175,8 +192,12 @@ class Method:
             target_modules=request.target_modules,
             dropout=request.dropout,
             seed=request.seed,
-            own=dict(request.own),
+            own={**request.own, **({"start": request.start} if request.start else {})},
         )
+
+    def for_run(self, plan: AdapterPlan, learning_rate: float, warmup: int) -> AdapterPlan:
+        """The plan with what the optimizer's settings decide filled in; `warmup` is the number of steps of the warm-up."""
+        return plan
 
     def for_model(self, plan: AdapterPlan, heads: int | None) -> AdapterPlan:
         """The plan with what the model decides filled in; `heads` is its number of attention heads, None where it states none."""
@@ -204,7 +225,7 @@ class Method:
 
     def bounded_sides(self, plan: AdapterPlan) -> tuple[int, ...]:
         """Dimensions of W (0: out, 1: in) that `b_width` cannot exceed, because a start needs as many directions."""
-        if self.reads_weights:
+        if self.reads_weights or self.start_from == "gradient":
             return (0, 1)
         return (0,) if plan.b_init == "orthonormal" else ()
 
@@ -215,7 +236,7 @@ class Method:
                 f"mode {self.name} does not apply to {name}, a layer that stores its weight as (in, out); choose another mode"
             )
         smaller = min(linear.in_features, linear.out_features)
-        if self.reads_weights and plan.rank > smaller:
+        if (self.reads_weights or self.start_from == "gradient") and plan.rank > smaller:
             raise CoraError(f"mode {self.name} needs --rank ≤ {smaller} for {name}, not {plan.rank}")
 
     def can_train(self, plan: AdapterPlan) -> bool:
@@ -228,7 +249,7 @@ class Method:
 
     def starts_at_base(self, plan: Mapping[str, Any]) -> bool:
         """Whether step 0 is exactly the base model, by the recorded plan: a factor of the product B·A is zero."""
-        return "zeros" in (plan.get("a_init"), plan.get("b_init"))
+        return "zeros" in (plan.get("a_init"), plan.get("b_init")) and not plan.get("start")
 
     def layer_parameters(self, out: int, inside: int, plan: AdapterPlan) -> int | None:
         """Trained parameters of one layer with W (out, in); None where a file decides."""

@@ -74,4 +74,5 @@ class AdapterRequest:
     b_init: str | None = None
     a_init: str | None = None
     has_basis: bool = False
+    start: str | None = None
     own: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -43,7 +43,9 @@ def _collect() -> dict[str, Method]:
 
 
 METHODS: dict[str, Method] = _collect()
-OWN_SETTINGS: tuple[MethodSetting, ...] = tuple(setting for method in METHODS.values() for setting in method.settings)
+OWN_SETTINGS: tuple[MethodSetting, ...] = tuple(
+    dict.fromkeys(setting for method in METHODS.values() for setting in method.settings)
+)
 OPTIONAL_SETTINGS = SHARED_SETTINGS | {setting.name for setting in OWN_SETTINGS}
 """Settings of `cora train` that not every method takes."""
 if TYPE_CHECKING:

@@ -46,6 +46,11 @@ class Result:
         return known and not settings.get("load_in_4bit")
 
     @property
+    def untrained(self) -> bool:
+        """Whether the row's run took no step, so that no seed changes its model."""
+        return bool(self.record) and (self.record.get("is_base_model") or self.record.get("speed", {}).get("steps") == 0)
+
+    @property
     def validation_loss(self) -> float | None:
         """Loss on the validation records (nats per response token), which are set aside for choosing settings."""
         validation = self.record.get("validation")

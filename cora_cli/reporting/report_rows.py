@@ -207,6 +207,8 @@ def _row_of_run(run: RunDirectory) -> Row:
     record = records.read_run(run)
     settings, plan = record["fingerprint"]["settings"], record["plan"]
     unusual = plan["b_init"] if plan and plan["b_init"] != method_of(plan["mode"], run.record).b_init else ""
+    # Of the mode mean-delta itself, the start is the mode.
+    start = plan.get("start") if plan and plan.get("start") != plan["mode"] else None
     basis = record["basis"]
     # A Laplace approximation of a LoRA is no LoRA that others can be compared with.
     mode = f"laplace {record['mode']}" if "laplace" in record else record["mode"]
@@ -216,7 +218,7 @@ def _row_of_run(run: RunDirectory) -> Row:
         printed=None,
         group=clean(f"{record['model']['reference']} on {record['data']['dataset']}"),
         mode=mode,
-        label=f"{mode} {unusual}".strip(),
+        label=" ".join(filter(None, (mode, unusual, start))),
         rank=plan["rank"] if plan else None,
         n_models=len(basis["sources"]) if basis else None,
         sources=tuple(clean(str(source["reference"])) for source in basis["sources"]) if basis else (),

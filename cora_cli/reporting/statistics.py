@@ -145,12 +145,12 @@ class MethodResults:
         """The results that are different runs: all with the measure, or one where no seed changes the model."""
         measured = self.with_measure(name)
         fixed = self.first.row.run is None and self.first.row.mode == "base"
-        return measured[:1] if fixed or all(result.record.get("is_base_model") for result in measured) else measured
+        return measured[:1] if fixed or all(result.untrained for result in measured) else measured
 
     def has_seeds(self) -> bool:
         """Whether training depends on a seed. It does not for a base model and for a method that cannot train."""
         base = self.first.row.run is None and self.first.row.mode == "base"
-        return not base and not all(result.record.get("is_base_model") for result in self.results)
+        return not base and not all(result.untrained for result in self.results)
 
     def estimate(self, name: str) -> Estimate | None:
         """Mean and 95 % interval of a measure, or None if no seed has it.

@@ -34,6 +34,7 @@ NOT_PART_OF_THE_RESULT = frozenset(
         "model",
         "dataset",
         "basis",
+        "start_models",
     }
 )
 """Settings that may differ between a run and its resumption: they do not change the result beyond rounding, or they locate an input whose content
@@ -55,6 +56,16 @@ class _SharedSettings:
     )
     basis: str | None = setting(
         "Basis file from `cora extract-basis`: required by fb and tb, of the input side by fa-basis, optional for lora-mini.",
+        None,
+        panel=_WHAT,
+    )
+    start: Literal["mean-delta"] | None = setting(
+        "What the base model is changed by before the adapter: mean-delta, the mean of the ΔW of --start-models, which stays frozen.",
+        None,
+        panel=_WHAT,
+    )
+    start_models: tuple[str, ...] | None = setting(
+        "Models fine-tuned from the base model, comma-separated, for --start mean-delta and for modes that start from models.",
         None,
         panel=_WHAT,
     )
@@ -209,7 +220,7 @@ class _SharedSettings:
         method = METHODS[self.mode]
         allowed = taken_settings(method)
         if not method.is_adapter:
-            inapplicable = ["basis", "b_init", "compact", *sorted(OPTIONAL_SETTINGS)]
+            inapplicable = ["basis", "b_init", "compact", "start", "start_models", *sorted(OPTIONAL_SETTINGS)]
             reason = f"applies to adapters, not to mode {self.mode}"
         else:
             inapplicable, reason = sorted(OPTIONAL_SETTINGS - allowed), f"does not apply to mode {self.mode}"
@@ -224,11 +235,38 @@ class _SharedSettings:
             problems.append(
                 f"--shard does not apply to mode {self.mode}, which changes the weights of the base model in each step"
             )
+        if self.shard != "none" and method.start_from in ("gradient", "inputs"):
+            problems.append(f"--shard does not apply to mode {self.mode}, whose start needs passes through the complete model")
+        if method.is_adapter:
+            problems += self._start_problems(method)
         problems += method.problems(vars(self))
         if problems:
             raise UsageError("; ".join(problems))
         if (plan := self.adapter_plan()) is not None:
             self._check_b(method, plan)
+
+    def _start_problems(self, method: Method) -> list[str]:
+        """Sentences on `--start`, `--start-models` and `--start-examples`."""
+        found, models = [], self.start_models or ()
+        if self.start is not None and not method.takes_mean_start:
+            taking = ", ".join(one.name for one in METHODS.values() if one.takes_mean_start)
+            found.append(
+                f"--start {self.start} needs a mode that is stored as a plain LoRA and does not read W ({taking}), not {self.mode}"
+            )
+        if self.start is not None and self.compact:
+            found.append(f"--compact stores only A, which would lose the models of --start {self.start}; leave out --compact")
+        needed = self.start is not None or method.start_from in ("models", "adapters")
+        if needed and not models:
+            what = f"--start {self.start}" if self.start is not None else f"mode {self.mode}"
+            found.append(f"{what} needs --start-models A,B,…: models that were fine-tuned from the base model")
+        if models and not needed:
+            found.append(f"--start-models has no effect in mode {self.mode} without --start mean-delta; leave it out")
+        if twice := next((one for one in models if models.count(one) > 1), None):
+            found.append(f"--start-models names {twice} twice")
+        examples = getattr(self, "start_examples", None)
+        if examples is not None and examples < 1:
+            found.append(f"--start-examples must be at least 1, not {examples}")
+        return found
 
     def _check_b(self, method: Method, plan: AdapterPlan) -> None:
         """Raise `UsageError` where `--compact` or `--basis` contradicts the start of B."""
@@ -265,6 +303,7 @@ class _SharedSettings:
             b_init=self.b_init,
             a_init=self.a_init,
             has_basis=bool(self.basis),
+            start=self.start,
             own={name: value for name, value in own.items() if value is not None},
         )
         return plan_adapter(self.mode, request)
@@ -272,7 +311,7 @@ class _SharedSettings:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for YAML, readable by `--config`; unset ones are left out, and so is `dry_run`, which no run has."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "dry_run"}
-        values["target_modules"] = list(self.target_modules)
+        values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
         return {name: value for name, value in values.items() if value is not None}
 
     def result_settings(self) -> dict[str, Any]:

@@ -29,13 +29,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PrinterCallback, TrainerCallback
 from transformers.integrations.flex_attention import repeat_kv
 
-from cora_cli.adapters.install import AngleMeter, install_adapter
+from cora_cli.adapters.install import AngleMeter, install_adapter, target_linears
 from cora_cli.adapters.storage import stored_state
 from cora_cli.data.batches import GHOST, BatchForm, Collator, GlobalBatches
 from cora_cli.data.encode import Example
 from cora_cli.data.pack import Layout
 from cora_cli.device import planned_hardware
-from cora_cli.methods.parts.layers import factors_of, lora_layers
+from cora_cli.methods.parts.layers import Observed, factors_of, lora_layers
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import rope_switch
@@ -267,6 +267,7 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
     arguments = training_arguments(config, dataclasses.replace(prepared, hardware=hardware), RunDirectory(place))
     arguments.max_steps, arguments.gradient_accumulation_steps, arguments.report_to = 1, accumulation, []
     arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs, arguments.warmup_steps = "constant", None, 0
+    sources = prepared.start_models.observed() if prepared.start_models else {}
     meter = StorageMeter(int(prepared.model_config.get_text_config(decoder=True).vocab_size))
     with fakes(), meter, contextlib.ExitStack() as precision:
         dtype = torch.float32 if plan is None else prepared.hardware.dtype
@@ -278,7 +279,7 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
             AttentionInterface.register(_STAND_IN, _gpu_attention(prepared.attention.name) if on_gpu else _cpu_attention())
             model.set_attn_implementation(_STAND_IN)
         if plan is not None:
-            model = install_adapter(model, plan, prepared.basis)
+            model = install_adapter(model, plan, prepared.basis, sources or _observed(model, plan))
         parameters = parameter_counts(model, plan)
         stored = None if plan is None else sum(t.nbytes for t in stored_state(model, plan, config.compact)[0].values())
         meter.restart()
@@ -307,6 +308,19 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
             found.append(Memory(dict(meter.peak), "measuring the held-out loss"))
         del frames
     return Measured(parameters, stored, max(found, key=lambda memory: memory.total))
+
+
+def _observed(model: Any, plan: AdapterPlan) -> dict[str, Observed]:
+    """Fake matrices in place of what a start is computed from on data."""
+    sides = {
+        name: (linear.out_features, linear.in_features) for name, linear in target_linears(model, plan.target_modules).items()
+    }
+    kind = method_of(plan.mode).start_from
+    if kind == "gradient":
+        return {name: Observed(gradient=torch.zeros(out, inside)) for name, (out, inside) in sides.items()}
+    return (
+        {name: Observed(inputs=torch.zeros(inside, inside)) for name, (_, inside) in sides.items()} if kind == "inputs" else {}
+    )
 
 
 def _frames(model: Any, plan: AdapterPlan | None) -> list[torch.Tensor]:

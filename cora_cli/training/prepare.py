@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from cora_cli.adapters.install import target_linears
 from cora_cli.basis.artifact import Basis, read_basis
-from cora_cli.data.encode import EncodedSet, encode_records
+from cora_cli.data.encode import EncodedSet, Example, encode_records
 from cora_cli.data.formats import DataSplit, load_split
 from cora_cli.data.templates import Template, choose_template
 from cora_cli.device import Hardware, PackedAttention, select_hardware, select_packed_attention
@@ -34,6 +34,7 @@ from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
 from cora_cli.weights.sources import open_source
+from cora_cli.weights.start_models import StartModels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Prepared:
     validation: EncodedSet
     basis: Basis | None
     plan: AdapterPlan | None
+    layers: tuple[str, ...] = ()
+    start_models: StartModels | None = None
 
     def fingerprint(self, config: TrainConfig) -> dict[str, Any]:
         """The settings and the content hash of every input: runs with equal fingerprints compute the same result."""
@@ -62,7 +65,15 @@ class Prepared:
             "data_sha256": self.data.content_hash(),
             "basis_sha256": self.basis.sha256 if self.basis else None,
             **(method_of(self.plan.mode).inputs(self.plan) if self.plan else {}),
+            **({"start_models_sha256": list(self.start_models.hashes.values())} if self.start_models else {}),
         }
+
+    @property
+    def start_examples(self) -> Sequence[Example]:
+        """The training examples that the start is computed from, for a method with such a start."""
+        assert self.plan is not None
+        method = method_of(self.plan.mode)
+        return self.train.examples[: self.plan.own.get("start_examples") or method.DEFAULT_EXAMPLES]
 
 
 def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, planned: Hardware | None = None) -> Prepared:
@@ -103,10 +114,9 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
     removed = remove_dropout(model_config)
     skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
     require_causal(skeleton, model_path.reference)
+    layers, start_models = [], None
     if plan is not None:
-        plan = method.for_model(plan, model_path.attention_heads())
-        method.configuration(plan)
-        layers = _checked_targets(skeleton, method, plan)
+        plan, layers, start_models = _fitted(plan, config, model_path, skeleton)
     length, context = config.max_length, context_length(model_config)
     rows = skeleton.get_input_embeddings().weight.shape[0]
     train_set = encode_records(data.train, template, length, "training", rows, config.train_on == "all", context)
@@ -114,7 +124,7 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
     validation_set = encode_records(data.validation, template, length, "validation", rows, context=context)
     _check_row(config.tokens_per_row, train_set)
     if plan is not None:
-        method.check_run(plan, layers, total_steps(config, len(train_set.examples)))
+        plan = _scheduled(plan, layers, config, len(train_set.examples))
     if config.eval_limit:
         test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
     if removed:
@@ -124,7 +134,8 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
     # A planned GPU that is not here will have Triton, which every CUDA build of torch brings.
     attention = select_packed_attention(hardware.device.type, has_triton=None if torch.cuda.is_available() else True)
     sets = (train_set, test_set, validation_set)
-    return Prepared(hardware, attention, model_path, model_config, tokenizer, template, data, *sets, basis, plan)
+    found = (hardware, attention, model_path, model_config, tokenizer, template, data, *sets, basis, plan)
+    return Prepared(*found, tuple(layers), start_models)
 
 
 def _check_processes(config: TrainConfig, method: Method) -> None:
@@ -151,6 +162,28 @@ def _check_basis(basis: Basis, model: ModelPath, method: Method, plan: AdapterPl
         method.width_flag,
     )
     basis.check_base(source)
+
+
+def _fitted(
+    plan: AdapterPlan, config: TrainConfig, model: ModelPath, skeleton: Any
+) -> tuple[AdapterPlan, list[str], StartModels | None]:
+    """The plan for a model, the layers to adapt, and the models to start from. Raises `CoraError` where they do not fit each other."""
+    method = method_of(plan.mode)
+    plan = method.for_model(plan, model.attention_heads())
+    method.configuration(plan)
+    layers = _checked_targets(skeleton, method, plan)
+    if not config.start_models:
+        return plan, layers, None
+    of_adapters = f"mode {plan.mode}" if method.start_from == "adapters" else None
+    models = StartModels(config.start_models, model, layers, of_adapters)
+    return dataclasses.replace(plan, own={**plan.own, "start_models": models.hashes}), layers, models
+
+
+def _scheduled(plan: AdapterPlan, layers: list[str], config: TrainConfig, examples: int) -> AdapterPlan:
+    """The plan for a number of training examples. Raises `CoraError` where the method cannot run for so many steps."""
+    method, steps = method_of(plan.mode), total_steps(config, examples)
+    method.check_run(plan, layers, steps)
+    return method.for_run(plan, config.learning_rate, warmup_steps(config.warmup_ratio, steps))
 
 
 def _check_row(tokens: int | None, train: EncodedSet) -> None:

@@ -21,13 +21,19 @@ from cora_cli.data.encode import EncodedSet
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.training.batching import Batching
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.observe import Observation
 from cora_cli.training.prepare import Prepared
 
 FINISHED, RUNNING, FAILED, STOPPED = "finished", "running", "failed", "stopped"
 
 
 def first_record(
-    config: TrainConfig, prepared: Prepared, fingerprint: dict[str, Any], model: Any, batching: Batching
+    config: TrainConfig,
+    prepared: Prepared,
+    fingerprint: dict[str, Any],
+    model: Any,
+    batching: Batching,
+    observation: Observation | None = None,
 ) -> dict[str, Any]:
     """The record of a run that is about to start; `fingerprint` is `Prepared.fingerprint`, `model` the model to train."""
     return {
@@ -62,6 +68,7 @@ def first_record(
         },
         "attention": {"name": batching.attention, "batches": batching.form.kind, "reason": batching.reason},
         "versions": versions(config.load_in_4bit),
+        **({"start": observation.record()} if observation is not None else {}),
         "seeds": {"seed": config.seed, "split_seed": config.split_seed},
     }
 

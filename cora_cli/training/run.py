@@ -23,7 +23,7 @@ from transformers import TrainingArguments, set_seed
 from cora_cli import rundir
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import AngleMeter, apply_trained_set, check_applied, install_adapter
-from cora_cli.adapters.storage import save_adapter
+from cora_cli.adapters.storage import save_adapter, starts_in
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
 from cora_cli.data.formats import earlier_answers, prompt_hash, prompt_hashes, unused_columns
@@ -31,6 +31,7 @@ from cora_cli.data.templates import unread_notice
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
 from cora_cli.lock import own_directory
+from cora_cli.methods.parts.layers import Observed
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import load_model
@@ -46,10 +47,14 @@ from cora_cli.training.checkpoints import checkpoints_in, newest_intact, step_of
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.fitting import out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
+from cora_cli.training.observe import Observation, observe
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
 from cora_cli.training.record import FAILED, FINISHED, STOPPED, first_record, parameter_counts, peak_memory_bytes
 from cora_cli.training.sharding import complete_weights, is_sharded, process_mesh, shard, share_adapter
 from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line
+
+_NO_STEP: dict[str, Any] = {"steps": 0, "seconds": 0.0, "tokens": 0, "tokens_per_second": None}
+"""The speed of a run that trains nothing."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -59,6 +64,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     keeps its last complete checkpoint.
     """
     inputs: dict[str, Any] = {name: absolute(path) for name in ("model", "dataset", "basis") if (path := getattr(config, name))}
+    if config.start_models:
+        inputs["start_models"] = tuple(map(absolute, config.start_models))
     with contextlib.ExitStack() as held:
         return _train(dataclasses.replace(config, **inputs), RunDirectory(Path(config.output_dir)), held)
 
@@ -99,11 +106,13 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             rounded_down = int(config.warmup_ratio * steps)
             arguments.warmup_steps = record.get("warmup_steps", rounded_down)
     try:
-        model, batching = _load(config, prepared, arguments)
+        model, batching, observation = _load(config, prepared, arguments, run)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config, prepared) from error
+    _share(model, arguments, observation)
     if main:
-        record = {**first_record(config, prepared, fingerprint, model, batching), "warmup_steps": arguments.warmup_steps}
+        first = first_record(config, prepared, fingerprint, model, batching, observation)
+        record = {**first, "warmup_steps": arguments.warmup_steps}
         _write_start(run, config, prepared, record)
     _barrier(arguments)
     try:
@@ -216,25 +225,36 @@ def _took_no_step(run: RunDirectory) -> bool:
     return not run.log.exists() or not any("loss" in line for line in read_jsonl(run.log, LogLine, drop_partial_tail=True))
 
 
-def _load(config: TrainConfig, prepared: Prepared, arguments: TrainingArguments) -> tuple[torch.nn.Module, Batching]:
-    """The model to train, and how examples go through it."""
+def _share(model: torch.nn.Module, arguments: TrainingArguments, observation: Observation | None) -> None:
+    """Give all processes the start that the first one computed from data: on a GPU, gradients may differ in the last bits."""
+    if observation is None or arguments.world_size == 1:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch.distributed.broadcast(tensor.data, 0)
+
+
+def _load(
+    config: TrainConfig, prepared: Prepared, arguments: TrainingArguments, run: RunDirectory
+) -> tuple[torch.nn.Module, Batching, Observation | None]:
+    """The model to train, how examples go through it, and what its start was computed from."""
     say(prepared.hardware.describe())
     device = prepared.hardware.device
     if config.shard == "none":
         with _in_turn(arguments):
             loaded = _load_base(config, prepared, device)
             batching = _check_passes(config, prepared, loaded)
-            return _install(config, prepared, loaded), batching
+            observation = _observation(loaded, config, prepared, batching.form)
+            return _install(config, prepared, loaded, run, observation), batching, observation
     mesh = process_mesh(device, arguments.world_size)
     with _in_turn(arguments):
         # The host holds one complete model at a time, and the device none, which may be too small for it.
-        model = _install(config, prepared, _load_base(config, prepared, torch.device("cpu")))
+        model = _install(config, prepared, _load_base(config, prepared, torch.device("cpu")), run, None)
         shard(model, mesh, device)
     share_adapter(model)
     batching = _check_passes(config, prepared, model)
     if prepared.plan is not None:
         apply_trained_set(model, prepared.plan)
-    return model, batching
+    return model, batching, None
 
 
 def _load_base(config: TrainConfig, prepared: Prepared, device: torch.device) -> Any:
@@ -262,7 +282,9 @@ def _check_passes(config: TrainConfig, prepared: Prepared, model: Any) -> Batchi
     return batching
 
 
-def _install(config: TrainConfig, prepared: Prepared, loaded: Any) -> Any:
+def _install(
+    config: TrainConfig, prepared: Prepared, loaded: Any, run: RunDirectory, observation: Observation | None
+) -> torch.nn.Module:
     """The model to train, with the adapter if it gets one."""
     # Starts are seeded by module name; this seeds dropout.
     set_seed(config.seed)
@@ -270,7 +292,29 @@ def _install(config: TrainConfig, prepared: Prepared, loaded: Any) -> Any:
         return loaded
     if experts := fused_experts(loaded):
         say(f"the experts of {config.model} are not adapted: they are fused tensors such as {experts[0]}")
-    return install_adapter(loaded, prepared.plan, prepared.basis)
+    observed = prepared.start_models.observed() if prepared.start_models else {}
+    if observation is not None:
+        kept = starts_in(_checkpoint(run))
+        observed = {
+            name: dataclasses.replace(observed.get(name, Observed()), **one, start=kept.get(name))
+            for name, one in observation.layers.items()
+        }
+    return install_adapter(loaded, prepared.plan, prepared.basis, observed)
+
+
+def _observation(loaded: Any, config: TrainConfig, prepared: Prepared, form: BatchForm) -> Observation | None:
+    """What the start is computed from, where the method needs data for it."""
+    kind = method_of(config.mode).start_from
+    if kind not in ("gradient", "inputs"):
+        return None
+    found = observe(loaded, kind, prepared.layers, prepared.start_examples, prepared.hardware, form)
+    say(f"the start is computed from the first {found.examples} training examples: {found.seconds:.1f} s")
+    return found
+
+
+def _checkpoint(run: RunDirectory) -> Path | None:
+    """The checkpoint from which a run goes on."""
+    return newest_intact(run.checkpoints, sealed=read_run(run).get("sealed_checkpoints", False)) if run.exists() else None
 
 
 def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, record: dict[str, Any]) -> None:
@@ -316,14 +360,16 @@ def _train_and_save(
     main = arguments.process_index == 0
     if main:
         shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
-    checkpoint = newest_intact(run.checkpoints, sealed=read_run(run).get("sealed_checkpoints", False))
+    checkpoint = _checkpoint(run)
     if config.stop_at is not None:
         return _train_to_stop(config, prepared, run, arguments, model, form, checkpoint)
     before = _measure(model, form, prepared, arguments, "held-out loss before training", prepared.test)
     frozen_for_good = prepared.plan is not None and not method_of(prepared.plan.mode).can_train(prepared.plan)
+    is_base = prepared.plan is not None and frozen_for_good and not prepared.plan.own.get("start")
     if frozen_for_good:
-        say("a frozen factor is zero, so all gradients are zero: this run equals the base model and takes no step")
-        meter, speed, after = None, {"steps": 0, "seconds": 0.0, "tokens": 0, "tokens_per_second": None}, before
+        zero = "a frozen factor is zero, so all gradients are zero: this run equals the base model and takes no step"
+        say(zero if is_base else f"mode {config.mode} trains nothing here: this run takes no step")
+        meter, speed, after = None, _NO_STEP, before
     else:
         trainer = _trainer(config, prepared, run, arguments, model, form)
         meter = _angle_meter(model, prepared.plan)
@@ -349,7 +395,7 @@ def _train_and_save(
         else None,
         "validation": validation.summary() if validation is not None else None,
         "largest_angle_rad": meter.largest() if meter else None,
-        "is_base_model": frozen_for_good,
+        "is_base_model": is_base,
     }
 
 
@@ -363,8 +409,11 @@ def _train_to_stop(
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """Train up to `stop_at` and write the validation loss there. The result is for sweeps, so nothing else is measured."""
-    trainer = _trainer(config, prepared, run, arguments, model, form)
-    speed = _fit(trainer, run, _angle_meter(model, prepared.plan), checkpoint, config, prepared, form)
+    if prepared.plan is not None and not method_of(prepared.plan.mode).can_train(prepared.plan):
+        speed = {**_NO_STEP, "steps": config.stop_at}
+    else:
+        trainer = _trainer(config, prepared, run, arguments, model, form)
+        speed = _fit(trainer, run, _angle_meter(model, prepared.plan), checkpoint, config, prepared, form)
     step = speed["steps"]
     validation = _measure(model, form, prepared, arguments, f"validation loss at step {step}", prepared.validation)
     if validation is None:

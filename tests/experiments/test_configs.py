@@ -20,7 +20,7 @@ STARTS = (
     *("lora", "fb", "tb", "rslora", "lora+", "dora", "lora-fa", "fa-basis", "mica", "pissa", "milora", "olora"),
     *("lora-xs", "lora-mini"),
 )
-PARTS = ("rank", "forms", "small")
+PARTS = ("rank", "forms", "small", "starts", "other-forms")
 CONFIGS = Path(__file__).parents[2] / "configs"
 GRIDS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "grid" in yaml.safe_load(path.read_text())]
 TABLES = ["table1", "table2", "table3", "table4", "table5", "table6"]
@@ -196,6 +196,31 @@ def test_other_forms_have_equal_trained_parameters_where_they_have_one_count(smo
     counts = counts_of(baselines("forms"), smollm2_shapes)
     unlike = {label for (label, _), count in counts.items() if count != pytest.approx(counts["fb", 48], rel=0.02)}
     assert unlike == {"cola", "increlora"}
+
+
+@pytest.mark.parametrize("part", ["starts", "other-forms"])
+def test_other_starts_and_more_forms_have_equal_trained_parameters_or_none(part: str, smollm2_shapes: ModelFacts) -> None:
+    grid = baselines(part)
+    counts = counts_of(grid, smollm2_shapes)
+    assert {label for (label, _), count in counts.items() if not count} == ({"mean-delta"} if part == "starts" else set())
+    assert all(count == pytest.approx(counts["fb", 48], rel=0.02) for count in counts.values() if count)
+    said = " ".join(grid.conditions)
+    assert all(f"{count:,}" in said for count in counts.values() if count)
+
+
+def test_rows_that_start_from_models_train_after_these_and_name_them() -> None:
+    grid = baselines("starts")
+    plan = make_plan(grid, Path("out"), Inputs({}, {}, {}), "auto", "auto")
+    row = next(row for row in grid.rows if row.label == "lora mean-delta")
+    assert row.name.startswith("lora-mean-delta_r31_n5_lr")
+    step = plan.of_kind(row.name, "train")
+    assert step is not None
+    models = step.argv[step.argv.index("--start-models") + 1].split(",")
+    assert len(models) == len(step.needs) == len(step.facts["start_models"]) == 5
+    assert all(plan.steps[need].kind == "model" for need in step.needs)
+    assert plan.of_kind(row.name, "basis") is None
+    both = next(row for row in grid.rows if row.label == "fb mean-delta")
+    assert len(plan.steps[f"train-{both.name}"].needs) == 6
 
 
 def test_the_parts_at_equal_rank_and_at_small_budgets_are_that(smollm2_shapes: ModelFacts) -> None:

@@ -7,8 +7,18 @@ from typing import Any
 
 import torch
 
+from cora_cli.adapters.install import target_linears
+from cora_cli.methods.parts.layers import Observed
 from cora_cli.methods.plan import AdapterPlan, AdapterRequest
 from cora_cli.methods.registry import OWN_SETTINGS, plan_adapter
+
+SMALL: dict[str, dict[str, Any]] = {
+    "eigenlorax": {"eigen_directions": 4, "eigen_random": 4, "eigen_init": 0.1},
+    "lora-sb": {"start_step": 0.01},
+    "uni-lora": {"theta_length": 500},
+    "vb-lora": {"bank_vectors": 20, "bank_length": 16},
+}
+"""Own settings of methods whose defaults are for larger models than those of the tests."""
 
 
 def plan_of(mode: str, **values: Any) -> AdapterPlan:
@@ -36,3 +46,19 @@ def first_adam_step(layer: Any, rate: float) -> tuple[torch.Tensor, torch.Tensor
     ((layer(x) - layer.base_layer(x)) * pull).sum().backward()
     torch.optim.Adam([one for one in layer.parameters() if one.requires_grad], lr=rate, eps=1e-30).step()
     return layer.get_delta_weight("default").detach().double(), pull.double().T @ x.double()
+
+
+def observed_in(model: torch.nn.Module, plan: AdapterPlan) -> dict[str, Observed]:
+    """Random factors of two sources, gradients and inputs for all layers that `plan` adapts."""
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    found = {}
+    for name, linear in target_linears(model, plan.target_modules).items():
+        out, inside = linear.out_features, linear.in_features
+        x = draw(100, inside)
+        sources = [(draw(out, 3), 0.01 * draw(3, inside)) for _ in range(2)]
+        found[name] = Observed(sources, gradient=draw(out, inside), inputs=x.T @ x / 100)
+    return found

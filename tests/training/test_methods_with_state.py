@@ -23,6 +23,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "dylora": {},
     "cola": {},
     "xgblora": {"rank": 1, "booster_steps": 3, "booster_blocks": 1, "booster_penalty": 0.01},
+    "lori": {},
+    "lora-sb": {"learning_rate": 3e-2},
+    "lora-ga": {"learning_rate": 3e-3, "start_examples": 12},
+    "vb-lora": {"bank_vectors": 20, "bank_length": 16},
     "increlora": {"growth_warmup": 2, "growth_interval": 2, "growth_layers": 3},
 }
 

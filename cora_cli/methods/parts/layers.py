@@ -1,7 +1,7 @@
 """The layers of a PEFT model that an adapter changes, and their factors A and B."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,29 @@ ADAPTER = "default"
 
 
 @dataclasses.dataclass(frozen=True)
+class Observed:
+    """What the start of a layer is computed from apart from W, as far as the method asks for it (`Method.start_from`).
+
+    `sources`: B (out, k) and A (k, in) with B·A = ΔW, of each model of --start-models. `gradient` (out, in): ∂L/∂W of the mean loss of the
+    start's examples. `inputs` (in, in): the mean of x·xᵀ over their tokens. `start`: the A and B that a resumed run
+    subtracted from W, in place of those computed again. All float32 on the CPU.
+    """
+
+    sources: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+    gradient: torch.Tensor | None = None
+    inputs: torch.Tensor | None = None
+    start: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class LinearWeight:
-    """The weight W (out, in) of a linear layer, whichever way round the layer stores it."""
+    """The weight W (out, in) of a linear layer, whichever way round the layer stores it, and what was observed for its start."""
 
     weight: torch.Tensor
     in_features: int
     out_features: int
     transposed: bool = False
+    observed: Observed = Observed()
 
 
 def linear_weight(module: torch.nn.Module) -> LinearWeight | None:

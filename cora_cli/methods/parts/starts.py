@@ -65,6 +65,11 @@ def gaussian(plan: AdapterPlan, name: str, factor: str, shape: tuple[int, int]) 
     return torch.randn(shape, generator=seeded(plan.seed, name, factor))
 
 
+def uniform(plan: AdapterPlan, name: str, factor: str, shape: tuple[int, int], bound: float) -> torch.Tensor:
+    """U(±bound) from the seed, the layer's name and the factor's."""
+    return torch.empty(shape).uniform_(-bound, bound, generator=seeded(plan.seed, name, factor))
+
+
 def xavier_uniform(plan: AdapterPlan, name: str, factor: str, shape: tuple[int, int]) -> torch.Tensor:
     """U(±√(6 / (rows + columns))) from the seed, the layer's name and the factor's."""
     return torch.nn.init.xavier_uniform_(torch.empty(shape), generator=seeded(plan.seed, name, factor))

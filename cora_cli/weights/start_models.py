@@ -1,0 +1,69 @@
+"""The changes that earlier models made to one base, layer by layer as products of factors: what adapters of `--start-models` start from."""
+
+from collections.abc import Sequence
+
+import torch
+
+from cora_cli.adapters.storage import check_base
+from cora_cli.errors import CoraError
+from cora_cli.methods.parts.layers import Observed
+from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.progress import say
+from cora_cli.weights.sources import WeightSource, open_source
+
+_NEGLIGIBLE = 1e-6
+"""Singular values of ΔW below this fraction of the largest are rounding errors of the weights."""
+
+
+class StartModels:
+    """Adapters on the model `base`, or complete models of its shapes. `observed` reads them.
+
+    Raises `CoraError` where one is another model's adapter or has other shapes in `layers`, and where two have the same content; complete
+    models only if `adapters_only` is off.
+    """
+
+    def __init__(
+        self, references: Sequence[str], base: ModelPath, layers: Sequence[str], adapters_only: str | None = None
+    ) -> None:
+        self._layers = layers
+        self._base = open_source(base)
+        self._sources: list[WeightSource] = []
+        self.hashes: dict[str, str] = {}
+        """SHA-256 of each model's files, by reference."""
+        for reference in references:
+            model = resolve_model(reference)
+            if adapters_only and not model.is_adapter:
+                raise CoraError(
+                    f"{adapters_only} starts from the factors of LoRA adapters, but {reference} is a complete model"
+                )
+            if model.is_adapter:
+                check_base(model, base)
+            digest = model.content_hash()
+            if digest in self.hashes.values():
+                raise CoraError(f"--start-models: {reference} has the same content as another of them")
+            self.hashes[model.reference] = digest
+            source = open_source(model, self._base if model.is_adapter else None)
+            for name in layers:
+                if source.shapes.get(name) != self._base.shapes[name]:
+                    raise CoraError(
+                        f"--start-models: {reference} has no weight {name} of the base model's shape {self._base.shapes[name]}"
+                    )
+            others = [name for name in self._base.shapes if name not in layers and source.own_rank(name, self._base)]
+            if others:
+                say(f"{reference} also changes {len(others)} layers that --target-modules leaves out, such as {others[0]}")
+            self._sources.append(source)
+
+    def observed(self) -> dict[str, Observed]:
+        """B (out, k) and A (k, in) of every model, by layer. Raises `CoraError` where no model changes any layer."""
+        found = {name: Observed(sources=[self._factors(source, name) for source in self._sources]) for name in self._layers}
+        if not any(len(a) for one in found.values() for _, a in one.sources):
+            raise CoraError("--start-models change none of the layers of --target-modules")
+        return found
+
+    def _factors(self, source: WeightSource, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if source.own_rank(name, self._base) is not None:
+            b, a = source.own_factors(name, self._base)
+            return b.float(), a.float()
+        u, values, v = torch.linalg.svd(source.read(name).double() - self._base.read(name).double(), full_matrices=False)
+        kept = int((values > _NEGLIGIBLE * values[0]).sum())
+        return (u[:, :kept] * values[:kept]).float(), v[:kept].float()

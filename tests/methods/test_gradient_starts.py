@@ -1,0 +1,174 @@
+"""Starts from gradients and inputs, against the papers' formulas in float64 and PEFT's own; the tests of all methods run on them too."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from transformers import LlamaForCausalLM
+
+from cora_cli.adapters.install import install_adapter
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.methods.parts.gradient import approximation_factors
+from cora_cli.methods.parts.layers import Observed, factors_of, lora_layers
+from cora_cli.methods.registry import METHODS
+from cora_cli.training.config import TrainConfig
+
+from .helpers import first_adam_step, observed_in, plan_of
+
+RANK = 4
+SETTINGS = {"rank": RANK, "alpha": 12.0, "rslora": False, "target_modules": ("q_proj", "v_proj"), "dropout": 0.0, "seed": 3}
+
+
+@pytest.fixture
+def load(tiny_model):
+    return lambda: LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+
+
+def layers_of(model, mode, **changes):
+    """By layer: the layer, what was observed for it in float64, and W before."""
+    plan = plan_of(mode, **{**SETTINGS, **changes})
+    observed = observed_in(model, plan)
+    weights = {name: model.get_submodule(name).weight.detach().double().numpy().copy() for name in observed}
+    return [(layer, observed[name], weights[name]) for name, layer in lora_layers(install_adapter(model, plan, None, observed))]
+
+
+def leading(matrix, rank):
+    u, values, v = np.linalg.svd(matrix, full_matrices=False)
+    return (u[:, :rank] * values[:rank]) @ v[:rank]
+
+
+def test_lora_sb_starts_as_the_best_approximation_of_a_sign_step_with_orthonormal_factors(load):
+    for layer, observed, _ in layers_of(load(), "lora-sb", start_step=0.02):
+        gradient = observed.gradient.double().numpy()
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"]
+        assert np.allclose(layer.get_delta_weight("default").detach(), leading(-0.02 * np.sign(gradient), RANK), atol=1e-5)
+        assert torch.allclose(a @ a.T, torch.eye(RANK), atol=1e-5)
+        assert torch.allclose(b.outer.T @ b.outer, torch.eye(RANK), atol=1e-5)
+        assert [name for name, one in layer.named_parameters() if one.requires_grad] == ["lora_B.default.inner"]
+
+
+def test_the_first_adam_step_of_lora_sb_is_a_sign_step_between_its_factors(load):
+    for layer, _, _ in layers_of(load(), "lora-sb", start_step=0.02):
+        before = layer.get_delta_weight("default").detach().double()
+        a, outer = layer.lora_A["default"].weight.double(), layer.lora_B["default"].outer.double()
+        after, gradient = first_adam_step(layer, 0.01)
+        expected = before - 0.01 * outer @ (outer.T @ gradient @ a.T).sign() @ a
+        assert torch.allclose(after, expected.detach(), atol=1e-5)
+
+
+def test_the_step_of_lora_sb_is_the_first_step_of_the_learning_rate_unless_it_is_given():
+    method = METHODS["lora-sb"]
+    assert method.for_run(plan_of("lora-sb", **SETTINGS), 1e-3, 4).own["start_step"] == 2.5e-4
+    assert method.for_run(plan_of("lora-sb", **SETTINGS), 1e-3, 0).own["start_step"] == 1e-3
+    assert method.for_run(plan_of("lora-sb", **SETTINGS, start_step=0.5), 1e-3, 4).own["start_step"] == 0.5
+
+
+def test_lora_one_starts_as_a_scaled_step_along_the_gradient_and_leaves_w_alone(load):
+    for layer, observed, weight in layers_of(load(), "lora-one", start_gamma=32.0):
+        gradient = observed.gradient.double().numpy()
+        scale = 12 / np.sqrt(RANK) / (32 * np.linalg.norm(gradient, 2))
+        assert np.allclose(layer.get_delta_weight("default").detach(), scale * leading(-gradient, RANK), atol=1e-6)
+        a, b = (factor.detach().double() for factor in factors_of(layer))
+        assert torch.allclose(a @ a.T, b.T @ b, atol=1e-6), "both take the root of the singular values"
+        assert np.array_equal(layer.base_layer.weight.detach().double().numpy(), weight)
+
+
+def test_lora_ga_takes_different_singular_vectors_for_a_and_b_and_subtracts_their_product(load):
+    for layer, observed, weight in layers_of(load(), "lora-ga"):
+        u, _, v = np.linalg.svd(observed.gradient.double().numpy(), full_matrices=False)
+        a, b = (factor.detach().double().numpy() for factor in factors_of(layer))
+        squared = len(weight) ** 0.5 / 16  # out^½ / γ
+        assert np.allclose(a.T @ a, squared * v[:RANK].T @ v[:RANK], atol=1e-5)
+        assert np.allclose(b @ b.T, squared * u[:, RANK : 2 * RANK] @ u[:, RANK : 2 * RANK].T, atol=1e-5)
+        assert np.allclose(layer.base_layer.weight.detach() + 3.0 * b @ a, weight, atol=1e-5)
+
+
+def test_the_directions_of_lora_ga_are_those_of_peft_which_scales_them_otherwise(load):
+    from peft.tuners.lora.config import LoraGAConfig
+
+    model = load()
+    config = LoraConfig(
+        r=RANK,
+        target_modules=["q_proj"],
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(direction="ArB2r"),
+        lora_alpha=12,
+    )
+    # Singular values far apart, since PEFT's decomposition is a randomised one.
+    gradients, generator = {}, torch.Generator().manual_seed(2)
+    for name, module in model.named_modules():
+        if name.endswith("q_proj"):
+            left, right = (torch.linalg.qr(torch.randn(64, 64, generator=generator))[0] for _ in "AB")
+            gradients[name] = module._peft_loraga_grad = (left * 0.5 ** torch.arange(64)) @ right
+    for name, layer in lora_layers(get_peft_model(model, config)):
+        theirs_a, theirs_b = factors_of(layer)
+        ours_a, ours_b = approximation_factors(gradients[name], RANK, 16.0)
+        for one, other in ((theirs_a.T, ours_a.T), (theirs_b, ours_b)):
+            cosines = (torch.nn.functional.normalize(one, dim=0) * torch.nn.functional.normalize(other, dim=0)).sum(0)
+            assert torch.allclose(cosines.abs(), torch.ones(RANK), atol=1e-3)
+
+
+@pytest.mark.parametrize(("part", "method"), [("first", "ipm"), ("last", "kpm")])
+def test_corda_starts_as_peft_starts_it(part, method, load):
+    model = load()
+    config = LoraConfig(
+        r=RANK,
+        target_modules=["q_proj"],
+        init_lora_weights="corda",
+        lora_alpha=12,
+        corda_config=CordaConfig(corda_method=method),
+    )
+    inputs = {}
+
+    def see(name):
+        return lambda _, given: inputs.__setitem__(name, given[0].detach()[0])
+
+    hooks = [module.register_forward_pre_hook(see(name)) for name, module in model.named_modules() if name.endswith("q_proj")]
+    tokens = torch.randint(3, 1000, (1, 200), generator=torch.Generator().manual_seed(0))
+    preprocess_corda(model, config, run_model=lambda: model(tokens))
+    for hook in hooks:
+        hook.remove()
+    theirs = dict(lora_layers(get_peft_model(model, config)))
+    plan = plan_of("corda", **{**SETTINGS, "target_modules": ("q_proj",)}, corda_part=part)
+    observed = {name: Observed(inputs=x.T @ x / len(x)) for name, x in inputs.items()}
+    ours = dict(lora_layers(install_adapter(load(), plan, None, observed)))
+    for name, layer in ours.items():
+        products = [(b @ a).detach() for a, b in map(factors_of, (layer, theirs[name]))]
+        assert torch.allclose(*products, atol=2e-3 * products[1].abs().max())
+        assert torch.allclose(layer.base_layer.weight, theirs[name].base_layer.weight, atol=1e-3)
+
+
+def test_all_directions_of_corda_together_are_w(load):
+    for layer, _, weight in layers_of(load(), "corda", rank=32, target_modules=("v_proj",)):
+        a, b = factors_of(layer)
+        assert np.allclose(12 / 32 * (b @ a).detach(), weight, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "rank", "said"),
+    [
+        ("lora-ga", 17, r"mode lora-ga needs --rank ≤ 16 for .*v_proj, half of its smaller dimension, not 17"),
+        ("lora-sb", 33, r"mode lora-sb needs --rank ≤ 32 for .*v_proj, not 33"),
+    ],
+)
+def test_a_rank_without_enough_directions_is_refused(mode, rank, said, load):
+    with pytest.raises(CoraError, match=said):
+        layers_of(load(), mode, rank=rank)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mode": "lora-one", "start_gamma": 0.0}, r"--start-gamma must be positive, not 0\.0"),
+        ({"mode": "lora-sb", "start_step": -1.0}, r"--start-step must be positive, not -1\.0"),
+        ({"mode": "lora-ga", "start_examples": 0}, "--start-examples must be at least 1, not 0"),
+        ({"mode": "lora", "start_examples": 4}, "--start-examples does not apply to mode lora"),
+        ({"mode": "lora-sb", "alpha": 4.0}, "--alpha does not apply to mode lora-sb"),
+        ({"mode": "lora-ga", "load_in_4bit": True}, "--load-in-4bit does not apply to mode lora-ga"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, said):
+    with pytest.raises(UsageError, match=said):
+        TrainConfig(**{"model": "m", "dataset": "d", "output_dir": "o", **settings})

@@ -1,0 +1,113 @@
+"""What starts are computed from: gradients against autograd, and inputs against those of single forward passes."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cora_cli.adapters.install import target_linears
+from cora_cli.data.batches import BatchForm
+from cora_cli.errors import CoraError
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.observe import observe
+from cora_cli.training.prepare import prepare
+from cora_cli.training.run import _load, train
+
+from .helpers import config_for, record_of
+
+SINGLE = BatchForm("padded", arguments=frozenset({"input_ids", "attention_mask", "position_ids"}))
+
+
+@pytest.fixture
+def prepared(tiny_model, tiny_data, tmp_path):
+    """A run of mode lora-one, and its base model with the batches that it chose."""
+    found = prepare(config_for(tiny_model, tiny_data, tmp_path / "run", mode="lora-one", start_examples=5))
+    return found, AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+def looked_at(prepared, kind, form):
+    found, model = prepared
+    examples = found.start_examples
+    assert len(examples) == 5
+    return observe(model, kind, found.layers, examples, found.hardware, form)
+
+
+def test_the_gradient_is_that_of_the_mean_loss_of_a_response_token(prepared):
+    found, model = prepared
+    seen = looked_at(prepared, "gradient", SINGLE)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    losses, tokens = 0.0, 0
+    for example in found.start_examples:
+        ids = torch.tensor([example.input_ids])
+        logits = model(ids).logits[0, example.prompt_length - 1 : -1]
+        targets = ids[0, example.prompt_length :]
+        losses = losses + torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        tokens += len(targets)
+    (losses / tokens).backward()
+    for name, linear in target_linears(model, found.plan.target_modules).items():
+        wanted = linear.weight.grad
+        assert torch.allclose(seen.layers[name]["gradient"], wanted, atol=1e-4 * wanted.abs().max())
+    assert seen.tokens == sum(len(example.input_ids) for example in found.start_examples)
+
+
+def test_the_inputs_are_those_of_every_token_once_without_padding_and_shared_prefixes(prepared):
+    found, model = prepared
+    sums = {}
+
+    def see(name):
+        return lambda _, given: sums.__setitem__(name, sums.get(name, 0) + given[0][0].T @ given[0][0])
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(see(name)) for name in found.layers]
+    with torch.no_grad():
+        for example in found.start_examples:
+            model(torch.tensor([example.input_ids]))
+    for hook in hooks:
+        hook.remove()
+    seen = looked_at(prepared, "inputs", SINGLE)
+    for name in found.layers:
+        wanted = sums[name] / seen.tokens
+        assert torch.allclose(seen.layers[name]["inputs"], wanted, atol=1e-4 * wanted.abs().max())
+
+
+def test_packed_rows_give_the_same_start(prepared, tiny_model, tiny_data, tmp_path):
+    config = config_for(tiny_model, tiny_data, tmp_path / "packed", mode="lora-one", start_examples=5)
+    found = prepare(config)
+    _, batching, packed = _load(config, found, RunDirectory(tmp_path / "packed"))
+    assert batching.form.kind == "packed"
+    single = looked_at(prepared, "gradient", SINGLE)
+    for name, one in packed.layers.items():
+        assert torch.allclose(one["gradient"], single.layers[name]["gradient"], atol=1e-4 * one["gradient"].abs().max())
+
+
+def test_a_layer_whose_gradient_is_zero_is_refused(prepared):
+    _, model = prepared
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name:
+                parameter.zero_()
+    with pytest.raises(
+        CoraError, match=r"the gradient of .*q_proj is zero in all 5 examples of the start; raise --start-examples"
+    ):
+        looked_at(prepared, "gradient", SINGLE)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_the_start_that_it_subtracted_from_w(tiny_model, tiny_data, tmp_path, monkeypatch):
+    """Gradients of a GPU differ in the last bits, and with them singular vectors in more than that."""
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="lora-ga", max_steps=4, save_steps=2, learning_rate=1e-3)
+    train(config)
+    first = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    import dataclasses
+    import json
+    import shutil
+
+    from cora_cli.methods.parts import gradient
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    record = record_of(tmp_path / "run")
+    assert record["start"]["examples"] == 36
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    whole = gradient.approximation_factors
+    monkeypatch.setattr(gradient, "approximation_factors", lambda *values: (-whole(*values)[0], whole(*values)[1]))
+    train(dataclasses.replace(config, resume=True))
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == first
