@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from cora_cli.data.formats import Record, place_of
+from cora_cli.data.records import Record, place_of
 from cora_cli.data.templates import Rendered, Template
 from cora_cli.errors import CoraError
 

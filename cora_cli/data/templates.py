@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from cora_cli.data.formats import Record, Schema, place_of, template_values, turns
+from cora_cli.data.records import Record, Schema, place_of, template_values, turns
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 
@@ -107,7 +107,7 @@ class Template:
         return {self.tokenizer.eos_token_id, *turn}
 
     def turns(self, record: Record) -> Iterator[Record]:
-        """The record as one record per answer; see `formats.turns`."""
+        """The record as one record per answer; see `records.turns`."""
         return turns(record, self.schema)
 
     def render(self, record: Mapping[str, Any]) -> Rendered:

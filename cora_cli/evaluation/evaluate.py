@@ -17,7 +17,8 @@ from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.storage import check_base
 from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
-from cora_cli.data.formats import BUILTIN_PREFIX, Record, Schema, load_test_records, place_of, unused_columns
+from cora_cli.data.records import Record, Schema, place_of, unused_columns
+from cora_cli.data.split import BUILTIN_PREFIX, load_test_records
 from cora_cli.data.templates import Rendered, Template, choose_template, unread_notice
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError

@@ -13,7 +13,8 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, is_target
-from cora_cli.data.formats import DataSplit, Record, Schema, load_split
+from cora_cli.data.records import Record, Schema
+from cora_cli.data.split import DataSplit, load_split
 from cora_cli.data.templates import CLOCK, reads_clock
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from cora_cli.adapters.install import target_linears
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.data.encode import EncodedSet, encode_records
-from cora_cli.data.formats import DataSplit, load_split
+from cora_cli.data.split import DataSplit, load_split
 from cora_cli.data.templates import Template, choose_template
 from cora_cli.device import Hardware, PackedAttention, select_hardware, select_packed_attention
 from cora_cli.errors import CoraError

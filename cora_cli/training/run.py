@@ -26,7 +26,7 @@ from cora_cli.adapters.install import AngleMeter, check_applied, install_adapter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
-from cora_cli.data.formats import earlier_answers, prompt_hash, prompt_hashes, unused_columns
+from cora_cli.data.records import earlier_answers, prompt_hash, prompt_hashes, unused_columns
 from cora_cli.data.templates import unread_notice
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError

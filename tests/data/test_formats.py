@@ -14,18 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from cora_cli.data.formats import (
-    TEMPLATE_ARGUMENTS,
-    Record,
-    load_records,
-    load_split,
-    load_test_records,
-    prompt_hash,
-    prompt_hashes,
-    prompt_key,
-    schema_of,
-    unused_columns,
-)
+from cora_cli.data.formats import TEMPLATE_ARGUMENTS, schema_of
+from cora_cli.data.records import Record, prompt_hash, prompt_hashes, prompt_key, unused_columns
+from cora_cli.data.split import load_records, load_split, load_test_records
 from cora_cli.errors import CoraError, UsageError
 
 repeatable = settings(
