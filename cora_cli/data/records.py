@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from cora_cli import rundir
 
-Schema = Literal["alpaca", "prompt", "messages"]
+Schema = Literal["alpaca", "prompt", "messages", "text"]
 SCHEMAS: dict[Schema, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "prompt": ("prompt", "completion"),
     "messages": ("messages",),
+    "text": ("text",),
 }
 TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
 """Columns next to `messages` that the chat template receives as variables of the same name (the last one: as its entries)."""
@@ -39,12 +40,17 @@ class Record(dict[str, Any]):
 
 
 def prompt_key(record: Mapping[str, Any], schema: Schema) -> str:
-    """The prompt of a record as JSON, equal for equal prompts in whichever schema; its answer and other columns do not enter."""
+    """The prompt of a record as JSON, equal for equal prompts in whichever schema; its answer and other columns do not enter.
+
+    A text without a prompt stands for itself.
+    """
     if schema == "messages":
         said = [_said(message) for message in record["messages"][:-1]]
         prompt: list[Any] = [*said, *([extra] if (extra := template_values(record)) else [])]
     elif schema == "prompt":
         prompt = [["user", record["prompt"]]]
+    elif schema == "text":
+        prompt = [["text", record["text"]]]
     else:
         prompt = [["user", f"{record['instruction']}\n\n{record['input']}" if record["input"] else record["instruction"]]]
     return json.dumps(prompt, sort_keys=True, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Recognise the shape of records by their columns, and check each record.
+"""Recognise the shape of records by their columns, and check each record. Each shape has a module; `columns` takes the user's choice.
 
 `readers` reads them from a file; `records` says what they become.
 """
@@ -7,6 +7,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from cora_cli.data.formats.alpaca import ALPACA
+from cora_cli.data.formats.columns import HOW_TO_CHOOSE
+from cora_cli.data.formats.dolly import DOLLY
+from cora_cli.data.formats.messages import MESSAGES
+from cora_cli.data.formats.prompt import COMPLETION, RESPONSE
+from cora_cli.data.formats.published_code import HUMANEVAL, MBPP, MBPP_SANITIZED
+from cora_cli.data.formats.question_answer import QUESTION_ANSWER
+from cora_cli.data.formats.shape import Raw, Shape
+from cora_cli.data.formats.sharegpt import SHAREGPT
+from cora_cli.data.formats.text import TEXT
 from cora_cli.data.records import SCHEMAS, TEMPLATE_COLUMNS, Record, Schema
 from cora_cli.errors import CoraError
 from cora_cli.reading import Malformed, parse_json
@@ -21,35 +31,49 @@ TEMPLATE_ARGUMENTS = frozenset(
 """What `cora` itself, or transformers, passes to a chat template, so that no variable of a record may have such a name."""
 
 
-def schema_of(columns: set[str], where: str) -> Schema:
-    """Recognise a schema by its columns. Raises a `CoraError` that names the columns found and those needed."""
+PUBLISHED = (HUMANEVAL, MBPP, MBPP_SANITIZED)
+"""Shapes whose columns are so particular that other columns next to them decide nothing."""
+SHAPES = (ALPACA, DOLLY, COMPLETION, RESPONSE, QUESTION_ANSWER, MESSAGES, SHAREGPT)
+KNOWN = "instruction and output (Alpaca), instruction and response (Dolly), prompt and completion, question and answer, messages, conversations (ShareGPT), or text alone"
+
+
+def shape_of(columns: set[str], where: str) -> Shape:
+    """Recognise a shape by its columns. Raises a `CoraError` that names the columns found and those needed, or what is ambiguous."""
+    found = f"the columns {', '.join(sorted(columns))}" if columns else "no columns"
+    if published := [shape for shape in PUBLISHED if shape.fits(columns)]:
+        return published[0]
+    candidates = [shape for shape in SHAPES if columns >= set(shape.needs)]
+    if len(candidates) > 1:
+        names = " or ".join(shape.name for shape in candidates)
+        raise CoraError(f"{where}: found {found}, which could be {names}; {HOW_TO_CHOOSE}")
+    if not candidates and columns >= set(TEXT.needs):
+        candidates = [TEXT]
+    if not candidates:
+        raise CoraError(f"{where}: found {found}; a record needs {KNOWN}; {HOW_TO_CHOOSE}")
+    if extra := sorted(columns & candidates[0].excluded):
+        raise CoraError(f"{where}: found {found}; records of {candidates[0].name} have no {', '.join(extra)}; {HOW_TO_CHOOSE}")
+    return candidates[0]
+
+
+def own_shape(columns: set[str], where: str) -> Shape:
+    """The shape of records that `cora` wrote itself: that of the first schema whose columns they have."""
     for schema, needed in SCHEMAS.items():
         if columns >= set(needed):
-            return schema
-    found = f"the columns {', '.join(sorted(columns))}" if columns else "no columns"
+            return Shape(schema, schema, needed)
     raise CoraError(
-        f"{where}: found {found}; a record needs instruction, output (and input), or prompt, completion, or messages"
+        f"{where}: found the columns {', '.join(sorted(columns)) or '(none)'}, which are those of no record of cora"
     )
 
 
-def published(record: Any, where: str) -> Any:
-    """A record of HumanEval or MBPP under the names of the schemas; any other as it is.
-
-    MBPP's prompt is its text and its tests, without which no model could know the function's name (Austin et al. 2021, 2108.07732).
-    """
-    columns = set(record) if isinstance(record, dict) else set()
-    if columns >= {"prompt", "canonical_solution", "test"} and "completion" not in columns:
-        return {"completion" if name == "canonical_solution" else name: value for name, value in record.items()}
-    if not columns >= {"code", "test_list"} or not columns & {"text", "prompt"} or columns & {"instruction", "completion"}:
-        return record
-    text, tests = record.get("text") or record.get("prompt"), record["test_list"]
-    if not isinstance(text, str) or not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-        raise CoraError(
-            f"{where}: a record of MBPP needs a text and test_list, a list of assertions, not {json.dumps(tests, default=str)[:60]}"
-        )
-    rest = {name: value for name, value in record.items() if name not in ("text", "prompt", "code")}
-    prompt = f"{text} Your code should pass these tests:\n\n" + "\n".join(tests)
-    return {"instruction": prompt, "input": "", "output": record["code"], **rest}
+def read_record(raw: Any, shape: Shape, where: str) -> Record:
+    """One raw record of a shape, checked. Raises `CoraError` that names its place and what is wrong."""
+    columns = columns_of(where, raw)
+    if missing := [name for name in shape.needs if name not in columns]:
+        found = ", ".join(sorted(columns)) or "no columns"
+        raise CoraError(f"{where}: column {', '.join(missing)} is missing; found {found}")
+    if extra := sorted(columns & shape.excluded):
+        raise CoraError(f"{where}: records of {shape.name} have no {', '.join(extra)}; {HOW_TO_CHOOSE}")
+    return _checked(shape.read(raw, where), shape.schema, where)
 
 
 def columns_of(where: str, record: Any) -> set[str]:
@@ -59,12 +83,7 @@ def columns_of(where: str, record: Any) -> set[str]:
     return set(record)
 
 
-def checked_record(record: Any, schema: Schema, where: str) -> Record:
-    """A raw record of a schema as a `Record`. Raises `CoraError` that names its place and what is wrong."""
-    columns = columns_of(where, record)
-    if missing := [name for name in SCHEMAS[schema] if name not in columns]:
-        found = ", ".join(sorted(columns)) or "no columns"
-        raise CoraError(f"{where}: column {', '.join(missing)} is missing; found {found}")
+def _checked(record: Raw, schema: Schema, where: str) -> Record:
     checked = Record({name: value for name, value in record.items() if name in SCHEMAS[schema] or _is_json(value)}, where)
     if schema == "messages":
         _check_messages(record["messages"], where)
