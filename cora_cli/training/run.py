@@ -47,7 +47,7 @@ from cora_cli.training.config import TrainConfig
 from cora_cli.training.fitting import out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
-from cora_cli.training.record import FAILED, FINISHED, STOPPED, first_record, parameter_counts, peak_memory_bytes
+from cora_cli.training.record import FAILED, FINISHED, INTERRUPTED, STOPPED, first_record, parameter_counts, peak_memory_bytes
 from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line
 
 
@@ -57,7 +57,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises `CoraError` for anything a user can cause. Nothing is written before all inputs have been checked, and an interrupted run
     keeps its last complete checkpoint.
     """
-    inputs: dict[str, Any] = {name: absolute(path) for name in ("model", "dataset", "basis") if (path := getattr(config, name))}
+    inputs: dict[str, Any] = {
+        name: absolute(path) for name in ("model", "dataset", "test_dataset", "basis") if (path := getattr(config, name))
+    }
     with contextlib.ExitStack() as held:
         return _train(dataclasses.replace(config, **inputs), RunDirectory(Path(config.output_dir)), held)
 
@@ -107,7 +109,8 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
         _write_start(run, config, prepared, record)
     _barrier(arguments)
     try:
-        outcome = _train_and_save(config, prepared, run, arguments, model, batching.form)
+        with _interrupts_recorded(run, main):
+            outcome = _train_and_save(config, prepared, run, arguments, model, batching.form)
     except Exception as error:
         if main:
             # An incomplete checkpoint is useless, and on a full disk it takes the space that the record needs.
@@ -443,6 +446,17 @@ def _save_result(config: TrainConfig, prepared: Prepared, run: RunDirectory, mod
         compact=config.compact,
     )
     save_adapter(model, run.adapter, facts)
+
+
+@contextlib.contextmanager
+def _interrupts_recorded(run: RunDirectory, main: bool) -> Iterator[None]:
+    """Let the record of a run say that it was interrupted by the user."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if main:
+            rundir.write_json(run.record, {**read_json(run.record), "status": INTERRUPTED})
+        raise
 
 
 def _mark_failed(run: RunDirectory, error: Exception) -> None:
