@@ -32,7 +32,7 @@ def load_work(dtype: str, dataset: str | None) -> tuple[Any, Any, list[list[int]
     from peft import LoraConfig, get_peft_model
 
     from cora_cli.data.encode import encode_prompt
-    from cora_cli.data.formats import load_split, load_test_records
+    from cora_cli.data.split import load_split, load_test_records
     from cora_cli.data.templates import Template
     from cora_cli.device import select_hardware
     from cora_cli.evaluation.generate import end_tokens

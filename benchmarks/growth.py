@@ -90,8 +90,8 @@ def records(count: int, directory: Path) -> Work:
     """Encoding of `count` records and packing of batches of 16."""
     del directory
     from cora_cli.data.encode import encode_records
-    from cora_cli.data.formats import Record
     from cora_cli.data.pack import pack
+    from cora_cli.data.records import Record
     from cora_cli.data.templates import Template
     from cora_cli.models.loading import load_tokenizer
     from cora_cli.models.references import EMBEDDED_MODEL, resolve_model

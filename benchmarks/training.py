@@ -74,7 +74,8 @@ def load_work(side: str, options: argparse.Namespace, dtype: str) -> tuple[Any, 
     from transformers import set_seed
 
     from cora_cli.data.encode import encode_records
-    from cora_cli.data.formats import Record, load_split
+    from cora_cli.data.records import Record
+    from cora_cli.data.split import load_split
     from cora_cli.data.templates import Template
     from cora_cli.device import select_hardware, select_packed_attention
     from cora_cli.models.loading import load_model, load_tokenizer

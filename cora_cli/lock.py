@@ -56,6 +56,11 @@ def own_output(path: Path) -> Iterator[None]:
         yield
 
 
+def is_held(out: Path) -> bool:
+    """Whether a command writes into the directory `out` at this moment."""
+    return _holder_of(out / ".lock") is not None
+
+
 def note_holders(descriptor: int, pids: list[int]) -> None:
     """Name further processes that inherited the lock of this one."""
     os.ftruncate(descriptor, 0)

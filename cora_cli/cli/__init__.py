@@ -8,7 +8,21 @@ import sys
 
 import typer
 
-from cora_cli.cli import ablate, demo, doctor, evaluate, export, extract_basis, inspect, judge, laplace, merge, report, train
+from cora_cli.cli import (
+    ablate,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    extract_basis,
+    inspect,
+    judge,
+    laplace,
+    list_outputs,
+    merge,
+    report,
+    train,
+)
 from cora_cli.cli.command import clean_errors
 from cora_cli.cli.usage import Group
 from cora_cli.environment import forget_settings, quiet_libraries
@@ -25,7 +39,21 @@ app = typer.Typer(
     # Without a default, typer converts the value of the group's own `--help` and imports pydantic to do so.
     context_settings={"default_map": {"help": False}, "help_option_names": ["-h", "--help"]},
 )
-for module in (extract_basis, inspect, train, laplace, evaluate, judge, ablate, report, merge, export, demo, doctor):
+for module in (
+    extract_basis,
+    inspect,
+    train,
+    laplace,
+    evaluate,
+    judge,
+    ablate,
+    report,
+    list_outputs,
+    merge,
+    export,
+    demo,
+    doctor,
+):
     module.register(app)
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import typer
 
 from cora_cli.cli.command import command
+from cora_cli.cli.next_step import say_next
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.settings import DtypeName, setting
 from cora_cli.terminal import show
@@ -100,7 +101,14 @@ def _number(jobs_per_gpu: str | None) -> int | Literal["auto"] | None:
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "ablate", AblateConfig, run)
+    command(app, "ablate", AblateConfig, run, what_is_saved)
+
+
+def what_is_saved(config: AblateConfig) -> str:
+    """What an interrupted grid leaves, and how it goes on."""
+    if config.list or config.write_config or config.dry_run:
+        return "nothing was written"
+    return "finished steps are kept, and the same command runs the others"
 
 
 def run(config: AblateConfig) -> None:
@@ -146,6 +154,8 @@ def run(config: AblateConfig) -> None:
             f"{missing} of {missing + len(outcome.completed) + len(outcome.up_to_date)} steps are not done; run the same "
             "command to try them again"
         )
+    place = request.place(request.load())
+    say_next(str(place), "report", place, "-o", "report")
 
 
 def _listed(grids: Mapping[str, Path]) -> str:

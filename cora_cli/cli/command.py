@@ -26,15 +26,18 @@ Config = TypeVar("Config")
 
 
 @contextlib.contextmanager
-def clean_errors(debug: bool) -> Iterator[None]:
-    """Report an exception as one sentence on stderr and exit with its code; with `debug`, let the traceback through."""
+def clean_errors(debug: bool, what_is_saved: Callable[[], str] | None = None) -> Iterator[None]:
+    """Report an exception as one sentence on stderr and exit with its code; with `debug`, let the traceback through.
+
+    `what_is_saved` tells the user of an interrupted command what is kept and how to go on.
+    """
     try:
         yield
         sys.stdout.flush()
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt as error:
-        complain("cora: interrupted")
+        complain(f"cora: interrupted; {what_is_saved()}" if what_is_saved else "cora: interrupted")
         raise typer.Exit(130) from error
     except BrokenPipeError as error:
         raise typer.Exit(CLOSED_PIPE) from error
@@ -64,8 +67,22 @@ def _described(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)"
 
 
-def command(app: typer.Typer, name: str, config_class: type[Config], run: Callable[[Config], None]) -> None:
-    """Register `cora NAME`: its flags are the fields of `config_class`, and it calls `run` with an instance of that class."""
+def nothing_is_saved(_: Any) -> str:
+    """What an interrupted command leaves whose output appears all at once."""
+    return "nothing was written"
+
+
+def command(
+    app: typer.Typer,
+    name: str,
+    config_class: type[Config],
+    run: Callable[[Config], None],
+    what_is_saved: Callable[[Config], str] | None = None,
+) -> None:
+    """Register `cora NAME`: its flags are the fields of `config_class`, and it calls `run` with an instance of that class.
+
+    `what_is_saved` says after an interrupt what is kept and how to go on.
+    """
     fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
     hints = typing.get_type_hints(config_class)
 
@@ -76,7 +93,8 @@ def command(app: typer.Typer, name: str, config_class: type[Config], run: Callab
             config = config_class(**{field.name: _to_field(hints[field.name], values[field.name]) for field in fields})
             if problems := range_problems(config):
                 raise UsageError("; ".join(problems))
-            run(config)
+            with clean_errors(debug, (lambda: what_is_saved(config)) if what_is_saved else None):
+                run(config)
 
     # `--help` shows a panel's flags together, wherever their fields stand.
     panels = list(dict.fromkeys(field.metadata["panel"] for field in fields))

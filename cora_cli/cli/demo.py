@@ -5,6 +5,7 @@ import dataclasses
 import typer
 
 from cora_cli.cli.command import command
+from cora_cli.cli.next_step import say_next
 from cora_cli.settings import DtypeName, setting
 from cora_cli.terminal import show
 
@@ -21,7 +22,12 @@ class DemoConfig:
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "demo", DemoConfig, run)
+    command(app, "demo", DemoConfig, run, what_is_saved)
+
+
+def what_is_saved(config: DemoConfig) -> str:
+    """What an interrupted demo leaves, and how it goes on."""
+    return f"what is complete in {config.output_dir} is kept, and the same command goes on"
 
 
 def run(config: DemoConfig) -> None:
@@ -37,3 +43,4 @@ def run(config: DemoConfig) -> None:
 
     select_hardware(config.device, config.dtype)  # a wrong flag is refused before the first line is shown
     show(run_demo(Path(config.output_dir), config.seed, config.device, config.dtype))
+    say_next(config.output_dir, "list", config.output_dir)

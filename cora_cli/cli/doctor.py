@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from cora_cli.cli.command import command
+from cora_cli.cli.next_step import say_next
 from cora_cli.errors import UsageError
 from cora_cli.settings import DtypeName, setting
 from cora_cli.terminal import complain, show
@@ -90,6 +91,8 @@ def run(config: DoctorConfig) -> None:
         raise typer.Exit(1)
     if config.gpu_check:
         _check(config)
+    else:
+        say_next(None, "demo")
 
 
 def _check(config: DoctorConfig) -> None:

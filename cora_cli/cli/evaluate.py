@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from cora_cli.cli.command import command
+from cora_cli.cli.next_step import say_next
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.metrics import scales
 from cora_cli.render.markdown_table import markdown_table
@@ -19,7 +20,12 @@ DIGITS = {"sacrebleu": 2}
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "evaluate", EvaluateConfig, run)
+    command(app, "evaluate", EvaluateConfig, run, what_is_saved)
+
+
+def what_is_saved(config: EvaluateConfig) -> str:
+    """What an interrupted evaluation leaves, and how it goes on."""
+    return "answers that are complete are kept, and the same command goes on with the others"
 
 
 def run(config: EvaluateConfig) -> None:
@@ -52,6 +58,9 @@ def run(config: EvaluateConfig) -> None:
     if len(results) > 1:
         show(f"\npaired differences from {results[0].name}, with two-sided p-values (not corrected for multiple comparisons)")
         show(differences_table(results, config.seed))
+    reported = config.runs if config.runs and not config.output_dir else (config.output_dir,)
+    if all(reported) and not config.ranks:
+        say_next(", ".join(str(out) for out in reported), "report", *reported, "-o", "report")
 
 
 def unscorable_references(results: "list[Evaluation]") -> list[str]:

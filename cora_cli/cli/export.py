@@ -5,7 +5,8 @@ from pathlib import Path
 
 import typer
 
-from cora_cli.cli.command import command
+from cora_cli.cli.command import command, nothing_is_saved
+from cora_cli.cli.next_step import say_next
 from cora_cli.settings import LARGEST_RANK, setting
 from cora_cli.terminal import show
 
@@ -25,7 +26,7 @@ class ExportConfig:
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "export", ExportConfig, run)
+    command(app, "export", ExportConfig, run, nothing_is_saved)
 
 
 def run(config: ExportConfig) -> None:
@@ -47,3 +48,4 @@ def run(config: ExportConfig) -> None:
             trust_remote_code=config.trust_remote_code,
         )
     show(f"{config.output}: a LoRA of rank {rank}")
+    say_next(config.output, "evaluate", "--model", config.output, "--dataset", "DATA", "-o", "EVALUATION")

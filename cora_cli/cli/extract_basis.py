@@ -16,7 +16,8 @@ from cora_cli.basis.choices import (
     Side,
     Source,
 )
-from cora_cli.cli.command import command
+from cora_cli.cli.command import command, nothing_is_saved
+from cora_cli.cli.next_step import say_next
 from cora_cli.settings import setting
 from cora_cli.terminal import show
 
@@ -81,7 +82,7 @@ class ExtractConfig:
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "extract-basis", ExtractConfig, run)
+    command(app, "extract-basis", ExtractConfig, run, nothing_is_saved)
 
 
 def run(config: ExtractConfig) -> None:
@@ -98,3 +99,18 @@ def run(config: ExtractConfig) -> None:
     with own_output(Path(config.output)):
         summary = extract_basis(models, Path(config.output), choices, base, device, config.overwrite)
     show(summary.render())
+    mode = ("fa-basis", "fb")[config.side == "output"]
+    say_next(
+        config.output,
+        "train",
+        "--mode",
+        mode,
+        "--basis",
+        config.output,
+        "--model",
+        "MODEL",
+        "--dataset",
+        "DATA",
+        "--output-dir",
+        "RUN",
+    )

@@ -7,6 +7,7 @@ from typing import Literal
 import typer
 
 from cora_cli.cli.command import command
+from cora_cli.cli.next_step import say_next
 from cora_cli.errors import UsageError
 from cora_cli.settings import LARGEST_RANK, setting
 from cora_cli.terminal import show
@@ -75,3 +76,7 @@ def run(config: InspectConfig) -> None:
         found = inspect(config.inputs, config.base, config.rank, config.side, config.target_modules, config.runs, device)
         text = report(found, config.format, output_dir)
     show(text, end="")
+    if output_dir is None:
+        say_next(None, "inspect", *config.inputs, *(("--base", config.base) if config.base else ()), "-o", "inspection")
+    elif not any(name.endswith(".safetensors") for name in config.inputs):
+        say_next(config.output_dir, "extract-basis", *config.inputs, "-o", "basis.safetensors")

@@ -3,6 +3,7 @@
 import typer
 
 from cora_cli.cli.command import command
+from cora_cli.cli.next_step import say_next
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.progress import say
 from cora_cli.terminal import show
@@ -10,7 +11,14 @@ from cora_cli.terminal import show
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "judge", JudgeConfig, run)
+    command(app, "judge", JudgeConfig, run, what_is_saved)
+
+
+def what_is_saved(config: JudgeConfig) -> str:
+    """What an interrupted judging leaves, and how it goes on."""
+    if config.dry_run:
+        return "nothing was written"
+    return "replies that have come are kept, and the same command asks for the others"
 
 
 def run(config: JudgeConfig) -> None:
@@ -33,3 +41,4 @@ def run(config: JudgeConfig) -> None:
     record, out = judge(config)
     show(terminal(judge_section(record)), end="")
     say(f"{out.result} and {out.judgments.name} are written")
+    say_next(None, "report", out.root, "-o", "report")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from cora_cli.cli.command import command
+from cora_cli.cli.command import command, nothing_is_saved
 from cora_cli.errors import UsageError
 from cora_cli.settings import MOST, range_problems, setting
 from cora_cli.terminal import show
@@ -40,7 +40,7 @@ class LaplaceConfig:
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "laplace", LaplaceConfig, run)
+    command(app, "laplace", LaplaceConfig, run, nothing_is_saved)
 
 
 def run(config: LaplaceConfig) -> None:

@@ -6,7 +6,8 @@ from typing import Literal
 
 import typer
 
-from cora_cli.cli.command import command
+from cora_cli.cli.command import command, nothing_is_saved
+from cora_cli.cli.next_step import say_next
 from cora_cli.settings import setting
 from cora_cli.terminal import show
 
@@ -29,7 +30,7 @@ class MergeConfig:
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "merge", MergeConfig, run)
+    command(app, "merge", MergeConfig, run, nothing_is_saved)
 
 
 def run(config: MergeConfig) -> None:
@@ -51,3 +52,4 @@ def run(config: MergeConfig) -> None:
             trust_remote_code=config.trust_remote_code,
         )
     show(f"{config.output}: {written} layers changed")
+    say_next(config.output, "evaluate", "--model", config.output, "--dataset", "DATA", "-o", "EVALUATION")

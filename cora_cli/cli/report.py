@@ -7,6 +7,7 @@ from typing import Literal
 import typer
 
 from cora_cli.cli.command import command
+from cora_cli.cli.next_step import say_next
 from cora_cli.settings import setting
 from cora_cli.terminal import show
 
@@ -16,7 +17,7 @@ class ReportConfig:
     """Every setting of `cora report`."""
 
     outputs: tuple[str, ...] = setting(
-        "Output directories of `cora ablate`, run directories of `cora train`, evaluation directories, or directories of `cora judge`.",
+        "Output directories of `cora ablate`, run directories of `cora train`, evaluation directories, directories of `cora judge`, or folders of these.",
         argument=True,
     )
     format: Literal["terminal", "markdown", "latex", "csv", "json", "html"] = setting("Output format on stdout.", "terminal")
@@ -51,3 +52,5 @@ def run(config: ReportConfig) -> None:
     with own_directory(output_dir, "plots") if output_dir else contextlib.nullcontext():
         text = report(config.outputs, config.format, output_dir, metrics)
     show(text, end="")
+    if output_dir is None:
+        say_next(None, "report", *config.outputs, "-o", "report")

@@ -1,19 +1,34 @@
 """`cora train`: train one base model on one data set in one mode, and write a run directory."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from cora_cli.cli.command import command
+from cora_cli.cli.next_step import say_next
 from cora_cli.render.table import with_interval
+from cora_cli.rundir import RunDirectory
 from cora_cli.terminal import show
 from cora_cli.training.config import TrainConfig
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "train", TrainConfig, run)
+    command(app, "train", TrainConfig, run, what_is_saved)
+
+
+def what_is_saved(config: TrainConfig) -> str:
+    """What an interrupted training leaves, and how it goes on."""
+    from cora_cli.training.checkpoints import checkpoints_in, step_of
+
+    out = RunDirectory(Path(config.output_dir))
+    if config.dry_run or not out.exists():
+        return "nothing was written"
+    kept = checkpoints_in(out.checkpoints)
+    point = f"step {step_of(kept[-1])}" if kept else "the start, since there is no checkpoint yet"
+    return f"{out.root} goes on from {point} with the same command and --resume"
 
 
 def run(config: TrainConfig) -> None:
@@ -34,6 +49,8 @@ def run(config: TrainConfig) -> None:
     record = train(config)
     if int(os.environ.get("RANK", "0")) == 0:
         show(summary(record))
+        if record["status"] == "finished":
+            say_next(config.output_dir, "evaluate", config.output_dir, "--with-base")
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from cora_cli.data.formats import Record, place_of
+from cora_cli.data.records import Record, place_of
 from cora_cli.data.templates import Rendered, Template
 from cora_cli.errors import CoraError
 
@@ -25,7 +25,7 @@ class EncodedSet:
     """Examples in the order of their records, and how many of them need a word to the user.
 
     `truncated` counts the prompts that lost their beginning to fit `max_length`, `dropped` the records whose response does not fit
-    at all and the `promptless` ones, `empty` those with an empty answer, `control_tokens` the records whose text spells a control token, and `apart` those that the chat template renders
+    at all and the `promptless` ones, `cut` the texts without prompt that lost their end, `empty` those with an empty answer, `control_tokens` the records whose text spells a control token, and `apart` those that the chat template renders
     otherwise than prompt and answer (`Rendered.own_turn`).
     """
 
@@ -36,6 +36,7 @@ class EncodedSet:
     apart: int = 0
     promptless: int = 0
     empty: int = 0
+    cut: int = 0
 
     @property
     def tokens(self) -> int:
@@ -65,7 +66,7 @@ def encode_records(
     """
     longest = max_length if context is None else min(max_length, context)
     examples: list[Example] = []
-    truncated = dropped = apart = promptless = empty = 0
+    truncated = dropped = apart = promptless = empty = cut = 0
     records = [turn for record in records for turn in template.turns(record)] if every_answer else records
     for record in records:
         rendered = template.render(record)
@@ -73,6 +74,11 @@ def encode_records(
         apart += not rendered.own_turn
         if rows is not None:
             check_rows([*prompt, *response], rows, place_of(record), template.tokenizer)
+        if template.schema == "text":
+            ids = [*prompt, *response]
+            # The first token predicts the others; a text that is too long keeps its beginning.
+            prompt, response = ids[:1] if len(ids) > 1 else [], ids[1:longest]
+            cut += len(ids) > longest
         room = longest - len(response)
         if room < 1 or not prompt:
             dropped += 1
@@ -91,7 +97,7 @@ def encode_records(
             limit, remedy = f"the model's context of {context} tokens", "use shorter records, or a model with a longer context"
         raise CoraError(f"all {len(records)} {what} records were dropped: no response fits into {limit}; {remedy}")
     spelled = sum(map(template.spells_control_tokens, records))
-    return EncodedSet(examples, truncated, dropped, spelled, apart, promptless, empty)
+    return EncodedSet(examples, truncated, dropped, spelled, apart, promptless, empty, cut)
 
 
 def notices(encoded: EncodedSet) -> list[str]:
@@ -101,6 +107,7 @@ def notices(encoded: EncodedSet) -> list[str]:
             encoded.truncated or encoded.dropped > encoded.promptless,
             f"{encoded.truncated} prompts truncated, {encoded.dropped - encoded.promptless} records dropped as too long",
         ),
+        (encoded.cut, f"{encoded.cut} texts cut at the end, which is beyond the maximum length"),
         (encoded.promptless, f"{encoded.promptless} dropped because their prompt is empty"),
         (encoded.empty, f"{encoded.empty} with an empty answer, of which only the end is trained"),
         (encoded.control_tokens, control_tokens_notice(encoded.control_tokens)),

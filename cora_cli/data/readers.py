@@ -1,12 +1,14 @@
-"""Read the raw records of a JSON, JSONL, CSV or Parquet file or of a hub data set, each with its place for messages.
+"""Read the raw records of a JSON, JSONL, CSV, TSV or Parquet file, a folder of `save_to_disk` or a hub data set, each with its place for messages.
 
 `formats` recognises the schema of the records and checks them.
 """
 
 import csv
+import gzip
 import io
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +17,67 @@ from cora_cli.progress import say
 from cora_cli.reading import Malformed, decode_json, parse_json, read_text
 
 
-def read_located(dataset: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place, record) for every record of `dataset`, a file or a hub id; a place is `FILE, line N`.
+def read_located(
+    dataset: str, subset: str | None = None, split: str | None = None, usual: str = "train"
+) -> Iterator[tuple[str, Any]]:
+    """Yield (place, record) for every record of `dataset`: a file, a folder of `save_to_disk`, or a hub id; a place is `FILE, line N`.
 
-    Raises `CoraError` naming the place if the file is malformed or names a key or column twice.
+    `subset` is a configuration of a hub data set, `split` one of the splits of a data set that has several, in which `usual` is taken
+    without it. Raises `CoraError` naming the place if the file is malformed or names a key or column twice.
     """
     path = Path(dataset).expanduser()
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    ending = _ending(path)
+    is_local = path.exists() or ending in _READERS or path.is_absolute() or dataset.startswith((".", "~"))
+    if subset is not None and is_local:
+        raise CoraError(f"--subset {subset} applies to data sets of the hub, which {dataset} is not; leave it out")
     if path.is_file():
-        reader = readers.get(path.suffix.lower())
-        if reader is None:
-            raise CoraError(f"{dataset} has the ending {path.suffix or '(none)'}; supported endings are {', '.join(readers)}")
-        return reader(path)
+        if ending not in _READERS:
+            raise CoraError(
+                f"{dataset} has the ending {path.suffix or '(none)'}; supported endings are {', '.join(_READERS)}, all but .parquet also with .gz"
+            )
+        if ending == ".json":
+            return _read_json(path, split)
+        if split is not None:
+            raise CoraError(f"--split {split} applies to data sets with several splits, which {dataset} is not; leave it out")
+        return _READERS[ending](path)
+    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+        return _read_folder(path, split, usual)
     # The hub client would silently load a directory of that name.
-    if path.is_dir() or path.suffix.lower() in readers or path.is_absolute() or dataset.startswith((".", "~")):
-        raise CoraError(f"dataset {dataset} {'is a directory, not a file' if path.is_dir() else 'does not exist'}")
-    return _read_hub(dataset)
+    if is_local:
+        wrong = "is a directory, not a file or a folder of datasets.save_to_disk" if path.is_dir() else "does not exist"
+        raise CoraError(f"dataset {dataset} {wrong}")
+    return _read_hub(dataset, subset, split or usual)
+
+
+def _ending(path: Path) -> str:
+    """The ending of a file's name that says how to read it, without that of its compression."""
+    ending = path.suffix.lower()
+    return (
+        path.with_suffix("").suffix.lower() if ending == ".gz" and path.with_suffix("").suffix.lower() != ".parquet" else ending
+    )
 
 
 def _text(path: Path) -> str:
     """The text of a data file with its line ends unchanged, since a quoted CSV field may contain any of them."""
-    return read_text(path).removeprefix("\ufeff")
+    if path.suffix.lower() != ".gz":
+        return read_text(path).removeprefix("\ufeff")
+    try:
+        return gzip.decompress(path.read_bytes()).decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise CoraError(f"{path} does not hold UTF-8 text: {error}") from error
+    except (EOFError, zlib.error, OSError) as error:  # BadGzipFile is an OSError
+        raise CoraError(f"{path} cannot be decompressed: {error}") from error
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the elements of an array, each with the line on which it starts."""
+def _read_json(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
+    """Yield the elements of an array, each with the line on which it starts; see `_read_object` for an object with arrays."""
     text = _text(path)
     end = _skip(text, 0)
+    if text[end : end + 1] == "{":
+        yield from _read_object(path, text, split)
+        return
+    if split is not None:
+        raise CoraError(f"--split {split} applies to data sets with several splits, which {path} is not; leave it out")
     if text[end : end + 1] != "[":
         raise CoraError(f"{path}, line 1: expected an array of records, found {text[end : end + 20]!r}")
     end, line, counted = _skip(text, end + 1), 1, 0
@@ -64,6 +100,34 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         raise CoraError(f"{path}, line {line}: not valid JSON (nothing may follow the array, found {text[rest : rest + 20]!r})")
 
 
+def _read_object(path: Path, text: str, split: str | None) -> Iterator[tuple[str, Any]]:
+    """Yield the records of an object with one array of them, such as `{"data": [...]}`, or with one for each split."""
+    try:
+        value = parse_json(text)
+    except Malformed as error:
+        raise CoraError(
+            f"{path}, line {error.line or 1}: not valid JSON ({error}); a file with one record per line has the ending .jsonl"
+        ) from error
+    arrays = {key: rows for key, rows in value.items() if isinstance(rows, list) and all(isinstance(row, dict) for row in rows)}
+    is_record = any(value.keys() >= {name} for name in ("messages", "conversations"))
+    if not arrays or is_record:
+        raise CoraError(f"{path}, line 1: expected an array of records, found {text.lstrip()[:20]!r}")
+    key = _one_of(arrays, split, None, str(path))
+    for number, row in enumerate(arrays[key], start=1):
+        yield f"{path}, {key}, record {number}", row
+
+
+def _one_of(splits: Iterable[str], split: str | None, usual: str | None, dataset: str) -> str:
+    """The split to read: the one that was asked for, the only one, or the usual one. Raises `CoraError` that names those there are."""
+    names = list(splits)
+    if split in names or (split is None and usual in names):
+        return str(split or usual)
+    if split is None and len(names) == 1:
+        return names[0]
+    asked = f"has no split {split}" if split else "has several splits"
+    raise CoraError(f"{dataset} {asked}; choose one with --split: {', '.join(names)}")
+
+
 def _skip(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
@@ -79,13 +143,13 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 raise CoraError(f"{path}, line {number}: not valid JSON ({error}): {line.strip()[:60]!r}") from error
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
     """Yield rows as dictionaries by the header's names, with the line on which each starts; a quoted field may span lines.
 
     Columns without a name are left out: the first one, where pandas writes its index, and empty ones, such as those of a spreadsheet.
     """
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, delimiter=delimiter)
     header: list[str] = []
     unnamed: set[int] = set()
     while True:
@@ -97,7 +161,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 say(f"{path}: columns without a name are left out ({', '.join(str(place + 1) for place in sorted(unnamed))})")
             return
         except csv.Error as error:
-            raise CoraError(f"{where}: not valid CSV ({error})") from error
+            raise CoraError(f"{where}: not valid {'CSV' if delimiter == ',' else 'TSV'} ({error})") from error
         if row and not header:
             header = row
             unnamed = {place for place, name in enumerate(header) if not name.strip()}
@@ -114,6 +178,10 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
                 where,
                 {name: cell for place, (name, cell) in enumerate(zip(header, row, strict=False)) if place not in unnamed},
             )
+
+
+def _read_tsv(path: Path) -> Iterator[tuple[str, Any]]:
+    return _read_csv(path, "\t")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -135,17 +203,38 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, row {number}", _without_nulls(row)
 
 
-def _read_hub(dataset: str) -> Iterator[tuple[str, Any]]:
+def _read_folder(path: Path, split: str | None, usual: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a folder that `save_to_disk` of the package datasets wrote, for one data set or a dictionary of splits."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # the package raises a dozen unrelated types
+        raise CoraError(f"{path} cannot be read as a folder of datasets.save_to_disk: {_first_line(error)}") from error
+    if isinstance(found, datasets.DatasetDict):
+        found = found[_one_of(map(str, found), split, usual, str(path))]
+    elif split is not None:
+        raise CoraError(f"--split {split} applies to data sets with several splits, which {path} is not; leave it out")
+    for number, row in enumerate(found, start=1):
+        yield f"{path}, record {number}", _without_nulls(row)
+
+
+def _read_hub(dataset: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
     name, _, revision = dataset.partition("@")
     try:
-        rows = datasets.load_dataset(name, revision=revision or None, split="train")
+        rows = datasets.load_dataset(name, subset, revision=revision or None, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CoraError(f"dataset {dataset!r} is not a local file and could not be loaded from the hub: {reason}") from error
+        raise CoraError(
+            f"dataset {dataset!r} is not a local file and could not be loaded from the hub: {_first_line(error)}"
+        ) from error
     for number, row in enumerate(rows, start=1):
         yield f"{dataset}, record {number}", _without_nulls(row)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _check_header(columns: Sequence[str], where: str) -> None:
@@ -166,3 +255,13 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
         return [strip(one) for one in value] if isinstance(value, list) else value
 
     return {name: strip(value) for name, value in row.items()}
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".json": lambda path: _read_json(path, None),
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
+"""How a file is read, by the ending of its name."""

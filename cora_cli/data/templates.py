@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from cora_cli.data.formats import Record, Schema, place_of, template_values, turns
+from cora_cli.data.records import Record, Schema, place_of, template_values, turns
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 
@@ -60,13 +60,13 @@ def resolve_auto(template: TemplateName, schema: Schema, has_chat: bool) -> Temp
     """The template that `auto` stands for; `has_chat` says whether the tokenizer has a chat template."""
     if template != "auto":
         return template
-    if schema == "prompt":
+    if schema in ("prompt", "text"):
         return "plain"
     return "chat" if schema == "messages" or has_chat else "alpaca"
 
 
 def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> TemplateName:
-    """Resolve `auto`: the tokenizer's chat template if it has one, else Alpaca's; `plain` for prompt/completion pairs.
+    """Resolve `auto`: the tokenizer's chat template if it has one, else Alpaca's; `plain` for prompt/completion pairs and for text.
 
     Raises `CoraError` if `chat` is needed and the tokenizer has no template, or if chat messages get another template.
     """
@@ -74,6 +74,8 @@ def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> T
     template = resolve_auto(template, schema, has_chat)
     if template == "chat" and not has_chat:
         raise CoraError("this needs a chat template (template chat, or data with chat messages), but the tokenizer has none")
+    if schema == "text" and template != "plain":
+        raise CoraError(f"text without prompts needs --template plain, not {template}")
     if schema == "messages" and template != "chat":
         raise CoraError(f"chat messages need --template chat, not {template}")
     return template
@@ -107,7 +109,7 @@ class Template:
         return {self.tokenizer.eos_token_id, *turn}
 
     def turns(self, record: Record) -> Iterator[Record]:
-        """The record as one record per answer; see `formats.turns`."""
+        """The record as one record per answer; see `records.turns`."""
         return turns(record, self.schema)
 
     def render(self, record: Mapping[str, Any]) -> Rendered:
@@ -117,6 +119,8 @@ class Template:
         """
         if self.name == "chat":
             return self._render_chat(record)
+        if self.schema == "text":
+            return Rendered("", record["text"], special_tokens=True)
         if self.schema == "prompt":
             instruction, given, response = record["prompt"], "", record["completion"]
         else:
@@ -228,6 +232,8 @@ class Template:
         """The record as a conversation that ends with the answer."""
         if self.schema == "messages":
             return list(record["messages"])
+        if self.schema == "text":
+            return [{"role": "assistant", "content": record["text"]}]
         if self.schema == "prompt":
             user, answer = record["prompt"], record["completion"]
         else:

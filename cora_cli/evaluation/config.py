@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from cora_cli.data.formats.columns import chosen_shape
 from cora_cli.data.templates import TemplateName, check_date
 from cora_cli.errors import UsageError
 from cora_cli.evaluation.metrics import GROUPS, PASS_AT, Variant, parse_metrics, variant_problem
@@ -24,6 +25,14 @@ class EvaluateConfig:
         "Recompute the metrics from this predictions.jsonl; needs no model.", None, panel=_WHAT, flags=("--from",)
     )
     dataset: str | None = setting("Records to answer. Default: the run's test.jsonl.", None, panel=_WHAT)
+    columns: tuple[str, ...] | None = setting(
+        "Columns to use where they are not recognised, comma-separated: prompt=COLUMN,response=COLUMN, with input=COLUMN if there is one, or "
+        "messages=COLUMN, or text=COLUMN.",
+        None,
+        panel=_WHAT,
+    )
+    subset: str | None = setting("Subset (configuration) of a hub data set.", None, panel=_WHAT)
+    split: str | None = setting("Split to read of a data set that has several. Default: train.", None, panel=_WHAT)
     output_dir: str | None = setting(
         "Output directory. Default: RUN/eval, or the directory of the --from file.",
         None,
@@ -147,6 +156,7 @@ class EvaluateConfig:
             raise UsageError(
                 f"--backend {self.backend} has no effect with --from, which scores existing predictions; leave it out"
             )
+        self._check_choice_of_records()
         self._check_ranks()
         self._check_samples()
         self._check_ensemble()
@@ -164,6 +174,12 @@ class EvaluateConfig:
             raise UsageError("--metrics calibration needs --backend transformers, which gives the probabilities of all tokens")
         if problem := variant_problem(self.metric_variant, self.bleu_tokenize):
             raise UsageError(problem)
+
+    def _check_choice_of_records(self) -> None:
+        if self.columns:
+            chosen_shape(self.columns)
+        if (given := [name for name in ("columns", "subset", "split") if getattr(self, name)]) and not self.dataset:
+            raise UsageError(f"--{given[0]} needs --dataset, whose records it chooses")
 
     def _check_samples(self) -> None:
         if self.samples < 1 or self.temperature < 0:

@@ -18,7 +18,8 @@ from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.storage import check_base
 from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
-from cora_cli.data.formats import BUILTIN_PREFIX, Record, Schema, load_test_records, place_of, unused_columns
+from cora_cli.data.records import Record, Schema, place_of, unused_columns
+from cora_cli.data.split import BUILTIN_PREFIX, Choice, load_test_records
 from cora_cli.data.templates import Rendered, Template, choose_template, unread_notice
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
@@ -222,7 +223,11 @@ def _evaluate_target(
 
 def _records(config: EvaluateConfig, target: Target, trained: TrainedPrompts) -> tuple[list[Record], Schema, int]:
     """The records to answer, their schema, and how many of them were trained on. Raises `CoraError` if there are none."""
-    records, schema = load_test_records(target.dataset)
+    records, schema = load_test_records(target.dataset, Choice(config.columns, config.subset, config.split))
+    if schema == "text":
+        raise CoraError(
+            f"{target.dataset} holds texts without prompts, so there is nothing to answer; compare runs by their held-out loss"
+        )
     records, trained_on = trained.separate(records, schema, target, config.exclude_trained)
     records = records[: config.limit]
     if not records:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from cora_cli import rundir
 from cora_cli.data.batches import BatchForm, predicting_logits
 from cora_cli.data.encode import Example, check_rows, shorten_prompt, split_tokens
-from cora_cli.data.formats import Record, place_of
+from cora_cli.data.records import Record, place_of
 from cora_cli.data.templates import Rendered
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import unsupported

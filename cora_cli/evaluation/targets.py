@@ -12,7 +12,7 @@ from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.posterior import has_posterior
 from cora_cli.adapters.storage import base_of, check_rank
-from cora_cli.data.formats import Record, Schema, prompt_hash
+from cora_cli.data.records import Record, Schema, prompt_hash
 from cora_cli.data.templates import TemplateName, reads_clock
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig

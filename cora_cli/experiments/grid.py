@@ -32,6 +32,7 @@ EVALUATE_KEYS = fields_of(
     EvaluateConfig,
     leave_out=(
         *("runs", "model", "from_predictions", "dataset", "output_dir", "base", "basis"),  # set for each step
+        *("columns", "subset", "split"),  # the grid writes the records to answer itself
         *("device", "dtype", "overwrite"),  # flags of `ablate` itself
     ),
 )

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.data.encode import Example, encode_records
-from cora_cli.data.formats import load_split
 from cora_cli.data.pack import Layout, lay_out
+from cora_cli.data.split import load_split
 from cora_cli.data.templates import Template
 from cora_cli.device import Hardware, PackedAttention, is_installed, select_hardware, select_packed_attention
 from cora_cli.errors import CoraError, reason

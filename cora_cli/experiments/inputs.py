@@ -13,7 +13,8 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, is_target
-from cora_cli.data.formats import DataSplit, Record, Schema, load_split
+from cora_cli.data.records import Record, Schema
+from cora_cli.data.split import Choice, DataSplit, load_split
 from cora_cli.data.templates import CLOCK, reads_clock
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
@@ -158,7 +159,12 @@ def find_inputs(grid: Grid, memory: Path | None) -> Inputs:
     for key, (reference, settings) in datasets.items():
         try:
             split = load_split(
-                reference, settings.get("test_size"), settings.get("split_seed", 0), settings.get("validation_size")
+                reference,
+                settings.get("test_size"),
+                settings.get("split_seed", 0),
+                settings.get("validation_size"),
+                choice=Choice(settings.get("columns"), settings.get("subset"), settings.get("split")),
+                test_dataset=settings.get("test_dataset"),
             )
             found_data[key] = _data_facts(reference, split)
         except CoraError as error:
@@ -208,7 +214,7 @@ def _texts(record: Record) -> tuple[str, str]:
     if "messages" in record:
         contents = [str(message.get("content") or message.get("tool_calls") or "") for message in record["messages"]]
         return "".join(contents[:-1]), contents[-1]
-    response = "output" if "output" in record else "completion"
+    response = next(name for name in ("output", "completion", "text") if name in record)
     return "".join(str(record.get(key, "")) for key in ("instruction", "input", "prompt")), str(record[response])
 
 

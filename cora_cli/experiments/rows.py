@@ -44,7 +44,7 @@ BASIS_KEYS = fields_of(BasisChoices, leave_out=("rank", "target_modules"))
 _SOURCE_KEYS: dict[str, Any] = {"n_models": int, "sources": tuple[str, ...], "source_seed": int, "basis_rank": int}
 _SHOWN_KEYS: dict[str, Any] = {"mode": RowMode, "label": str, "printed": str}
 # The split is set once per file, so that all rows are compared on the same held-out records.
-SPLIT_KEYS = ("test_size", "split_seed", "validation_size")
+SPLIT_KEYS = ("test_size", "split_seed", "validation_size", "columns", "subset", "split", "test_dataset")
 _OWN_TRAIN_KEYS = {name: hint for name, hint in TRAIN_KEYS.items() if name not in SPLIT_KEYS}
 ROW_KEYS: dict[str, Any] = {**_SHOWN_KEYS, "dataset": str, **_OWN_TRAIN_KEYS, **_SOURCE_KEYS, **BASIS_KEYS}
 _ADAPTER_KEYS = frozenset({"rank", "b_init", "start", "target_modules", "dropout", "compact", *OPTIONAL_SETTINGS})

@@ -1,7 +1,7 @@
 """What a model was trained on: recorded in its run directory, or next to its weights by `cora merge` and `cora export`.
 
 Scores on prompts of the training say nothing about new ones, so the record must follow the weights. It holds hashes of prompts
-(`data.formats.prompt_hash`), not the prompts.
+(`data.records.prompt_hash`), not the prompts.
 """
 
 import dataclasses

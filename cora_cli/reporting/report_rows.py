@@ -16,6 +16,7 @@ from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.steps import Step, read_steps
 from cora_cli.methods.registry import method_of
 from cora_cli.reading import checked, read_json
+from cora_cli.reporting.inventory import outputs_below
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 
 PLAN_VERSION = 1
@@ -97,7 +98,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
     grids: list[Experiment] = []
     plain: list[Row] = []
     judgings: list[Path] = []
-    for root in _distinct_directories(outputs):
+    for root in _distinct_directories(_opened(outputs)):
         if (root / "plan.json").is_file():
             grids.append(read_plan(root))
         elif RunDirectory(root).exists():
@@ -117,6 +118,16 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
         title = "Finished runs" if plain else "Judged answers"
         grids.append(Experiment(PLAIN, title, None, None, (), tuple(_distinct(plain)), judgings=tuple(judgings)))
     return grids
+
+
+def _opened(outputs: Sequence[str]) -> list[str]:
+    """The directories with a folder of outputs replaced by what is below it."""
+    opened: list[str] = []
+    for output in outputs:
+        root = Path(output)
+        below = outputs_below(root) if root.is_dir() else []
+        opened += [output] if not below or below == [root] else map(str, below)
+    return opened
 
 
 def _distinct_directories(outputs: Sequence[str]) -> list[Path]:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, Literal
 
+from cora_cli.data.formats.columns import chosen_shape
 from cora_cli.data.templates import TemplateName, check_date
 from cora_cli.errors import UsageError
 from cora_cli.methods.method import A, AInit, BInit, Method
@@ -33,6 +34,10 @@ NOT_PART_OF_THE_RESULT = frozenset(
         "shard",
         "model",
         "dataset",
+        "test_dataset",
+        "columns",
+        "subset",
+        "split",
         "basis",
         "start_models",
     }
@@ -46,7 +51,23 @@ class _SharedSettings:
     """The settings that are not one method's own."""
 
     model: str = setting("Base model: hub id with optional @revision, a directory, or builtin:smollm2.", panel=_WHAT)
-    dataset: str = setting("Hub id, a .json/.jsonl/.csv/.parquet file, or builtin:instruct, builtin:code, …", panel=_DATA)
+    dataset: str = setting(
+        "Hub id, a .json, .jsonl, .csv, .tsv or .parquet file, a folder of datasets.save_to_disk, or builtin:instruct, builtin:code, …",
+        panel=_DATA,
+    )
+    columns: tuple[str, ...] | None = setting(
+        "Columns to use where they are not recognised, comma-separated: prompt=COLUMN,response=COLUMN, with input=COLUMN if there is one, or "
+        "messages=COLUMN, or text=COLUMN.",
+        None,
+        panel=_DATA,
+    )
+    subset: str | None = setting("Subset (configuration) of a hub data set.", None, panel=_DATA)
+    split: str | None = setting("Split to read of a data set that has several. Default: train.", None, panel=_DATA)
+    test_dataset: str | None = setting(
+        "Data set whose records are held out, instead of a part of --dataset; of one with several splits, the split test.",
+        None,
+        panel=_DATA,
+    )
     output_dir: str = setting("Run directory; must not contain another run.", panel=_RUN)
     mode: Mode = setting(
         "Training method: lora, fb (B = basis, frozen), tb (B = basis, trained), full (all weights, no adapter), or a baseline; "
@@ -217,6 +238,8 @@ class _SharedSettings:
             problems.append("--stop-at needs --validation-size: the validation loss is its result")
         if self.stop_at is not None and not self.validation_loss:
             problems.append("--stop-at has the validation loss as its result; leave out --no-validation-loss")
+        if self.columns:
+            chosen_shape(self.columns)
         method = METHODS[self.mode]
         allowed = taken_settings(method)
         if not method.is_adapter:

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from cora_cli.adapters.install import target_linears
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.data.encode import EncodedSet, Example, encode_records
-from cora_cli.data.formats import DataSplit, load_split
+from cora_cli.data.split import Choice, DataSplit, load_split
 from cora_cli.data.templates import Template, choose_template
 from cora_cli.device import Hardware, PackedAttention, select_hardware, select_packed_attention
 from cora_cli.errors import CoraError
@@ -85,7 +85,15 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise CoraError(f"--report-to {config.report_to} needs the package {config.report_to}: pip install {config.report_to}")
     plan = config.adapter_plan()
-    data = load_split(config.dataset, config.test_size, config.split_seed, config.validation_size, config.train_on == "all")
+    data = load_split(
+        config.dataset,
+        config.test_size,
+        config.split_seed,
+        config.validation_size,
+        config.train_on == "all",
+        Choice(config.columns, config.subset, config.split),
+        config.test_dataset,
+    )
     if config.limit:
         data = dataclasses.replace(data, train=data.train[: config.limit])
     basis = read_basis(Path(config.basis)) if plan is not None and config.basis else None

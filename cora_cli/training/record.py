@@ -24,7 +24,7 @@ from cora_cli.training.config import TrainConfig
 from cora_cli.training.observe import Observation
 from cora_cli.training.prepare import Prepared
 
-FINISHED, RUNNING, FAILED, STOPPED = "finished", "running", "failed", "stopped"
+FINISHED, RUNNING, FAILED, STOPPED, INTERRUPTED = "finished", "running", "failed", "stopped", "interrupted"
 
 
 def first_record(

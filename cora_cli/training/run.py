@@ -26,7 +26,7 @@ from cora_cli.adapters.install import AngleMeter, apply_trained_set, check_appli
 from cora_cli.adapters.storage import save_adapter, starts_in
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
-from cora_cli.data.formats import earlier_answers, prompt_hash, prompt_hashes, unused_columns
+from cora_cli.data.records import earlier_answers, prompt_hash, prompt_hashes, unused_columns
 from cora_cli.data.templates import unread_notice
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
@@ -49,7 +49,7 @@ from cora_cli.training.fitting import out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
 from cora_cli.training.observe import Observation, observe
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
-from cora_cli.training.record import FAILED, FINISHED, STOPPED, first_record, parameter_counts, peak_memory_bytes
+from cora_cli.training.record import FAILED, FINISHED, INTERRUPTED, STOPPED, first_record, parameter_counts, peak_memory_bytes
 from cora_cli.training.sharding import complete_weights, is_sharded, process_mesh, shard, share_adapter
 from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line
 
@@ -63,7 +63,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises `CoraError` for anything a user can cause. Nothing is written before all inputs have been checked, and an interrupted run
     keeps its last complete checkpoint.
     """
-    inputs: dict[str, Any] = {name: absolute(path) for name in ("model", "dataset", "basis") if (path := getattr(config, name))}
+    inputs: dict[str, Any] = {
+        name: absolute(path) for name in ("model", "dataset", "test_dataset", "basis") if (path := getattr(config, name))
+    }
     if config.start_models:
         inputs["start_models"] = tuple(map(absolute, config.start_models))
     with contextlib.ExitStack() as held:
@@ -116,7 +118,8 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
         _write_start(run, config, prepared, record)
     _barrier(arguments)
     try:
-        outcome = _train_and_save(config, prepared, run, arguments, model, batching.form)
+        with _interrupts_recorded(run, main):
+            outcome = _train_and_save(config, prepared, run, arguments, model, batching.form)
     except Exception as error:
         if main:
             # An incomplete checkpoint is useless, and on a full disk it takes the space that the record needs.
@@ -524,6 +527,17 @@ def _save_result(
         compact=config.compact,
     )
     save_adapter(model, run.adapter, facts)
+
+
+@contextlib.contextmanager
+def _interrupts_recorded(run: RunDirectory, main: bool) -> Iterator[None]:
+    """Let the record of a run say that it was interrupted by the user."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if main:
+            rundir.write_json(run.record, {**read_json(run.record), "status": INTERRUPTED})
+        raise
 
 
 def _mark_failed(run: RunDirectory, error: Exception) -> None:

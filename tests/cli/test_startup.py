@@ -22,7 +22,7 @@ finally:
 """
 _JSON_DATA = """
 import json, sys
-from cora_cli.data.formats import load_split
+from cora_cli.data.split import load_split
 assert load_split(sys.argv[2], 4, 0).train
 json.dump(sorted(sys.modules), open(sys.argv[1], "w"))
 """

@@ -145,14 +145,14 @@ def test_wrong_flags_are_refused(flags: list[str], code: int, message: str, usua
         ),
         (
             "d.jsonl",
-            '{"question": "a", "answer": "b"}\n',
-            "d.jsonl, line 1: found the columns answer, question; a record needs",
+            '{"title": "a", "body": "b"}\n',
+            "d.jsonl, line 1: found the columns body, title; a record needs",
         ),
         ("d.jsonl", '{"instruction": "a", "output": 3}\n', "d.jsonl, line 1: output must be text, not 3"),
         ("d.jsonl", "[1]\n", "d.jsonl, line 1: expected a record with named columns, found [1]"),
         ("d.jsonl", "", "d.jsonl holds no records"),
         ("d.json", '[{"instruction": "a", "output": "b"},\n {"instruction" "a"}]', "d.json, line 2: not valid JSON"),
-        ("d.txt", "text", "d.txt has the ending .txt; supported endings are .json, .jsonl, .csv, .parquet"),
+        ("d.txt", "text", "d.txt has the ending .txt; supported endings are .json, .jsonl, .csv, .tsv, .parquet"),
         ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "d.jsonl, line 1: messages must be a list"),
     ],
 )

@@ -14,18 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from cora_cli.data.formats import (
-    TEMPLATE_ARGUMENTS,
-    Record,
-    load_records,
-    load_split,
-    load_test_records,
-    prompt_hash,
-    prompt_hashes,
-    prompt_key,
-    schema_of,
-    unused_columns,
-)
+from cora_cli.data.formats import TEMPLATE_ARGUMENTS, shape_of
+from cora_cli.data.records import Record, prompt_hash, prompt_hashes, prompt_key, unused_columns
+from cora_cli.data.split import load_records, load_split, load_test_records
 from cora_cli.errors import CoraError, UsageError
 
 repeatable = settings(
@@ -107,8 +98,8 @@ def test_an_absent_or_null_input_is_empty(record, tmp_path):
     assert load_records(str(write(tmp_path / "a.jsonl", [record])))[0] == [{"instruction": "a", "input": "", "output": "b"}]
 
 
-def test_alpaca_wins_over_other_columns_and_further_columns_are_kept(tmp_path):
-    record = {**ALPACA, "prompt": "p", "completion": "c", "id": 7, "tags": ["x"]}
+def test_further_columns_are_kept(tmp_path):
+    record = {**ALPACA, "prompt": "p", "text": "t", "id": 7, "tags": ["x"]}
     assert load_records(str(write(tmp_path / "a.json", [record]))) == ([record], "alpaca")
 
 
@@ -218,11 +209,12 @@ def test_a_conversation_without_an_answer_is_refused_with_what_was_found(talk, t
 
 
 def test_unknown_columns_are_named_with_the_supported_ones(tmp_path):
-    message = failure(write(tmp_path / "a.csv", [{"question": "a", "answer": "b"}]))
-    assert "found the columns answer, question" in message
-    assert "instruction, output (and input), or prompt, completion, or messages" in message
+    message = failure(write(tmp_path / "a.csv", [{"title": "a", "body": "b"}]))
+    assert "found the columns body, title" in message
+    assert "a record needs instruction and output (Alpaca), instruction and response (Dolly), prompt and completion" in message
+    assert message.endswith("--columns prompt=QUESTION,response=ANSWER")
     with pytest.raises(CoraError, match="found no columns"):
-        schema_of(set(), "here")
+        shape_of(set(), "here")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +248,7 @@ def test_an_empty_or_damaged_file_of_a_format_that_cannot_be_empty_says_so(tmp_p
     [
         ("gone.json", "does not exist"),
         ("folder", "is a directory, not a file"),
-        ("data.xml", "has the ending .xml; supported endings are .json, .jsonl, .csv, .parquet"),
+        ("data.xml", "has the ending .xml; supported endings are .json, .jsonl, .csv, .tsv, .parquet"),
         ("data", "has the ending (none); supported endings are"),
     ],
 )
@@ -553,7 +545,7 @@ def test_csv_columns_without_a_name_are_left_out_and_named_once(content, left_ou
     (tmp_path / "a.csv").write_text(content)
     records, _ = load_records(str(tmp_path / "a.csv"))
     assert records == [{"prompt": "q", "completion": "a"}, {"prompt": "r", "completion": "b"}]
-    assert capfd.readouterr().err == f"{tmp_path / 'a.csv'}: columns without a name are left out ({left_out})\n"
+    assert capfd.readouterr().err.splitlines()[0] == f"{tmp_path / 'a.csv'}: columns without a name are left out ({left_out})"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from transformers import AutoTokenizer
 
 from cora_cli import embedded
 from cora_cli.data.encode import encode_records
-from cora_cli.data.formats import Record
+from cora_cli.data.records import Record
 from cora_cli.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Rendered, Template, choose_template
 from cora_cli.errors import CoraError
 

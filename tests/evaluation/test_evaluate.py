@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from cora_cli import embedded, rundir
-from cora_cli.data.formats import load_test_records
+from cora_cli.data.split import load_test_records
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation import backend
 from cora_cli.evaluation import evaluate as module

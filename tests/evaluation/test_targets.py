@@ -8,7 +8,7 @@ from cora_cli import rundir
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.cli.evaluate import metrics_table
-from cora_cli.data.formats import prompt_hash
+from cora_cli.data.records import prompt_hash
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate, paired_differences

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.data.batches import GlobalBatches
 from cora_cli.data.encode import Example, encode_records
-from cora_cli.data.formats import load_split
+from cora_cli.data.split import load_split
 from cora_cli.data.templates import Template
 from cora_cli.methods.parts.starts import start_a
 from cora_cli.models.references import resolve_model

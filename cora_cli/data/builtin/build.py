@@ -1,6 +1,6 @@
 """Build every built-in set: draw records from families of generators, drop duplicates and hold out complete groups.
 
-The families are in the modules of their subject; files and hub data are read in `cora_cli.data.formats`.
+The families are in the modules of their subject; files and hub data are read by `cora_cli.data.split`.
 """
 
 import math

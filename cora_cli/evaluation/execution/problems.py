@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from cora_cli.data.formats import TEST_COLUMNS
+from cora_cli.data.records import TEST_COLUMNS
 from cora_cli.errors import CoraError
 
 SHAPES = "assertions (as in builtin:code), test and entry_point (HumanEval), or test_list (MBPP)"

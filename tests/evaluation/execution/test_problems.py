@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cora_cli.data.formats import load_records, load_test_records
+from cora_cli.data.split import load_records, load_test_records
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.execution.problems import Problem, problem_columns, problem_of
 from cora_cli.evaluation.execution.score import Executor

@@ -1,0 +1,148 @@
+"""Recognise the shape of records by their columns, and check each record. Each shape has a module; `columns` takes the user's choice.
+
+`readers` reads them from a file; `records` says what they become.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cora_cli.data.formats.alpaca import ALPACA
+from cora_cli.data.formats.columns import HOW_TO_CHOOSE
+from cora_cli.data.formats.dolly import DOLLY
+from cora_cli.data.formats.messages import MESSAGES
+from cora_cli.data.formats.prompt import COMPLETION, RESPONSE
+from cora_cli.data.formats.published_code import HUMANEVAL, MBPP, MBPP_SANITIZED
+from cora_cli.data.formats.question_answer import QUESTION_ANSWER
+from cora_cli.data.formats.shape import Raw, Shape
+from cora_cli.data.formats.sharegpt import SHAREGPT
+from cora_cli.data.formats.text import TEXT
+from cora_cli.data.records import SCHEMAS, TEMPLATE_COLUMNS, Record, Schema
+from cora_cli.errors import CoraError
+from cora_cli.reading import Malformed, parse_json
+
+TEMPLATE_ARGUMENTS = frozenset(
+    {
+        *("messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("tokenizer_kwargs", "sanitize_control_tokens"),
+    }
+)
+"""What `cora` itself, or transformers, passes to a chat template, so that no variable of a record may have such a name."""
+
+
+PUBLISHED = (HUMANEVAL, MBPP, MBPP_SANITIZED)
+"""Shapes whose columns are so particular that other columns next to them decide nothing."""
+SHAPES = (ALPACA, DOLLY, COMPLETION, RESPONSE, QUESTION_ANSWER, MESSAGES, SHAREGPT)
+KNOWN = "instruction and output (Alpaca), instruction and response (Dolly), prompt and completion, question and answer, messages, conversations (ShareGPT), or text alone"
+
+
+def shape_of(columns: set[str], where: str) -> Shape:
+    """Recognise a shape by its columns. Raises a `CoraError` that names the columns found and those needed, or what is ambiguous."""
+    found = f"the columns {', '.join(sorted(columns))}" if columns else "no columns"
+    if published := [shape for shape in PUBLISHED if shape.fits(columns)]:
+        return published[0]
+    candidates = [shape for shape in SHAPES if columns >= set(shape.needs)]
+    if len(candidates) > 1:
+        names = " or ".join(shape.name for shape in candidates)
+        raise CoraError(f"{where}: found {found}, which could be {names}; {HOW_TO_CHOOSE}")
+    if not candidates and columns >= set(TEXT.needs):
+        candidates = [TEXT]
+    if not candidates:
+        raise CoraError(f"{where}: found {found}; a record needs {KNOWN}; {HOW_TO_CHOOSE}")
+    if extra := sorted(columns & candidates[0].excluded):
+        raise CoraError(f"{where}: found {found}; records of {candidates[0].name} have no {', '.join(extra)}; {HOW_TO_CHOOSE}")
+    return candidates[0]
+
+
+def own_shape(columns: set[str], where: str) -> Shape:
+    """The shape of records that `cora` wrote itself: that of the first schema whose columns they have."""
+    for schema, needed in SCHEMAS.items():
+        if columns >= set(needed):
+            return Shape(schema, schema, needed)
+    raise CoraError(
+        f"{where}: found the columns {', '.join(sorted(columns)) or '(none)'}, which are those of no record of cora"
+    )
+
+
+def read_record(raw: Any, shape: Shape, where: str) -> Record:
+    """One raw record of a shape, checked. Raises `CoraError` that names its place and what is wrong."""
+    columns = columns_of(where, raw)
+    if missing := [name for name in shape.needs if name not in columns]:
+        found = ", ".join(sorted(columns)) or "no columns"
+        raise CoraError(f"{where}: column {', '.join(missing)} is missing; found {found}")
+    if extra := sorted(columns & shape.excluded):
+        raise CoraError(f"{where}: records of {shape.name} have no {', '.join(extra)}; {HOW_TO_CHOOSE}")
+    return _checked(shape.read(raw, where), shape.schema, where)
+
+
+def columns_of(where: str, record: Any) -> set[str]:
+    """The columns of one raw record. Raises `CoraError` for a value that has none."""
+    if not isinstance(record, dict):
+        raise CoraError(f"{where}: expected a record with named columns, found {json.dumps(record)[:60]}")
+    return set(record)
+
+
+def _checked(record: Raw, schema: Schema, where: str) -> Record:
+    checked = Record({name: value for name, value in record.items() if name in SCHEMAS[schema] or _is_json(value)}, where)
+    if schema == "messages":
+        _check_messages(record["messages"], where)
+        for name in TEMPLATE_COLUMNS:
+            if name in record:
+                checked[name] = _template_value(name, record[name], where)
+        return checked
+    texts = SCHEMAS[schema]
+    if schema == "alpaca":
+        given = record.get("input")
+        checked["input"] = "" if given is None else given
+        texts = (*texts, "input")
+    for name in texts:
+        if not isinstance(checked[name], str) or not _is_json(checked[name]):
+            raise CoraError(f"{where}: {name} must be text, not {json.dumps(checked[name], default=str)[:60]}")
+    return checked
+
+
+def _template_value(name: str, value: Any, where: str) -> Any:
+    """A column for the chat template; many data sets store it as JSON text, because its schema varies from row to row."""
+    found = value
+    if isinstance(value, str) and value.strip():
+        try:
+            found = parse_json(value)
+        except Malformed as error:
+            raise CoraError(f"{where}: {name} must be JSON, or JSON text: {error}: {value[:60]!r}") from error
+    wanted, words = (dict, "an object") if name == "chat_template_kwargs" else (list, "a list")
+    if found is None or found == "":
+        return None
+    if not isinstance(found, wanted) or not _is_json(found):
+        raise CoraError(f"{where}: {name} must be {words}, or JSON text of one, not {json.dumps(value, default=str)[:60]}")
+    if isinstance(found, dict) and (taken := sorted(found.keys() & TEMPLATE_ARGUMENTS)):
+        raise CoraError(f"{where}: {name} must not set {taken[0]!r}, which is no variable of the chat template; remove it")
+    return found
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON can store a value: a date, NaN or half of an escaped surrogate pair cannot be stored."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    shape_ok = (
+        isinstance(messages, list)
+        and len(messages) >= 2
+        and all(isinstance(one, dict) and isinstance(one.get("role"), str) and _has_content(one) for one in messages)
+    )
+    if not shape_ok or messages[-1]["role"] != "assistant" or not _is_json(messages):
+        raise CoraError(
+            f"{where}: messages must be a list of {{role, content}} that ends with the assistant's answer, not "
+            f"{json.dumps(messages, default=str)[:120]}"
+        )
+
+
+def _has_content(message: Mapping[str, Any]) -> bool:
+    """Whether a message says something: text, or the calls of an assistant whose text may then be missing."""
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))

@@ -1,0 +1,43 @@
+"""What every module of this folder describes: one shape in which data sets are published, and how a record of it is read."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cora_cli.data.records import SCHEMAS, Schema
+
+Raw = Mapping[str, Any]
+
+
+def _as_it_is(record: Raw, where: str) -> Raw:
+    return record
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Records with the columns `needs`, called `name` in messages; `read` turns one, found at a place, into one of `schema`.
+
+    `incomplete_with` are columns that belong to the prompt but have no place in this shape: next to one of them it is not recognised.
+    `is_chosen`: the user named the columns, so that others decide nothing.
+    """
+
+    name: str
+    schema: Schema
+    needs: tuple[str, ...]
+    read: Callable[[Raw, str], Raw] = _as_it_is
+    incomplete_with: frozenset[str] = frozenset()
+    is_chosen: bool = False
+
+    @property
+    def excluded(self) -> frozenset[str]:
+        """Columns that may not stand next to those of this shape: `incomplete_with`, and those whose place its new columns take."""
+        return frozenset() if self.is_chosen else self.incomplete_with | (set(SCHEMAS[self.schema]) - set(self.needs))
+
+    def fits(self, columns: set[str]) -> bool:
+        """Whether records with these columns have the shape."""
+        return columns >= set(self.needs) and not columns & self.excluded
+
+
+def renamed(record: Raw, names: Mapping[str, str]) -> Raw:
+    """The record with other names for some of its columns."""
+    return {names.get(name, name): value for name, value in record.items()}

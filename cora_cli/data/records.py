@@ -1,0 +1,105 @@
+"""What a record is once it is read: one of a few schemas, each with its columns, its prompt, and the hash of that prompt.
+
+`formats` turns the shapes in which data are published into these, `templates` turns them into text.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+from cora_cli import rundir
+
+Schema = Literal["alpaca", "prompt", "messages", "text"]
+SCHEMAS: dict[Schema, tuple[str, ...]] = {
+    "alpaca": ("instruction", "output"),
+    "prompt": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+TEMPLATE_COLUMNS = ("tools", "documents", "chat_template_kwargs")
+"""Columns next to `messages` that the chat template receives as variables of the same name (the last one: as its entries)."""
+TEST_COLUMNS = (
+    "task_id",
+    "test",
+    "entry_point",
+    "test_list",
+    "test_setup_code",
+    "test_imports",
+    "challenge_test_list",
+    "assertions",
+)
+"""Columns with the tests of a record that asks for code; they are no part of its prompt."""
+
+
+class Record(dict[str, Any]):
+    """One record by column name; `where` is its file and line, for messages."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = "a record") -> None:
+        super().__init__(values)
+        self.where = where
+
+
+def prompt_key(record: Mapping[str, Any], schema: Schema) -> str:
+    """The prompt of a record as JSON, equal for equal prompts in whichever schema; its answer and other columns do not enter.
+
+    A text without a prompt stands for itself.
+    """
+    if schema == "messages":
+        said = [_said(message) for message in record["messages"][:-1]]
+        prompt: list[Any] = [*said, *([extra] if (extra := template_values(record)) else [])]
+    elif schema == "prompt":
+        prompt = [["user", record["prompt"]]]
+    elif schema == "text":
+        prompt = [["text", record["text"]]]
+    else:
+        prompt = [["user", f"{record['instruction']}\n\n{record['input']}" if record["input"] else record["instruction"]]]
+    return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+
+
+def _said(message: Mapping[str, Any]) -> Any:
+    """A message of a role and a text as a pair, one with more (calls of tools, a name) as it is."""
+    return [message["role"], message["content"]] if message.keys() == {"role", "content"} else message
+
+
+def prompt_hash(record: Mapping[str, Any], schema: Schema) -> str:
+    """32 hex digits of the hash of `prompt_key`."""
+    return rundir.sha256_text(prompt_key(record, schema))[:32]
+
+
+def turns(record: Record, schema: Schema) -> Iterator[Record]:
+    """The record as one record per answer: for each answer of a conversation, the conversation up to it."""
+    if schema != "messages":
+        yield record
+        return
+    for place, message in enumerate(record["messages"]):
+        if message["role"] == "assistant" and place > 0:
+            yield Record({**record, "messages": record["messages"][: place + 1]}, record.where)
+
+
+def prompt_hashes(records: Iterable[Record], schema: Schema, every_answer: bool) -> Iterator[str]:
+    """`prompt_hash` of each prompt that is trained on: with `every_answer`, those before earlier answers too."""
+    for record in records:
+        for turn in turns(record, schema) if every_answer else [record]:
+            yield prompt_hash(turn, schema)
+
+
+def place_of(record: Mapping[str, Any]) -> str:
+    """The file and line of a record, for messages."""
+    return record.where if isinstance(record, Record) else "a record"
+
+
+def earlier_answers(record: Mapping[str, Any]) -> bool:
+    """Whether a record is a conversation with answers before the last one."""
+    return any(message["role"] == "assistant" for message in (record.get("messages") or [])[1:-1])
+
+
+def unused_columns(records: Iterable[Mapping[str, Any]], schema: Schema) -> list[str]:
+    """The columns of `records` that no template reads, sorted."""
+    used = {*SCHEMAS[schema], *(("input",) if schema == "alpaca" else TEMPLATE_COLUMNS if schema == "messages" else ())}
+    return sorted({name for record in records for name in record} - used - set(TEST_COLUMNS))
+
+
+def template_values(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables that a record gives to the chat template in addition to its messages."""
+    found = {name: record[name] for name in TEMPLATE_COLUMNS if record.get(name)}
+    return {**{name: value for name, value in found.items() if isinstance(value, list)}, **found.get(TEMPLATE_COLUMNS[2], {})}

@@ -1,0 +1,115 @@
+"""What lies below a folder: grids, runs, evaluations and bases, with the state of each, without reading weights."""
+
+import dataclasses
+import datetime
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cora_cli import records
+from cora_cli.errors import CoraError
+from cora_cli.lock import is_held
+from cora_cli.reading import Malformed, parse_json, read_json
+from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
+
+_OPAQUE = frozenset({"checkpoints", "adapter", "model", "plots", "logs", "judge"})
+"""Folders inside an output that hold no other outputs."""
+_LARGEST_HEADER = 1 << 20
+_BASIS_KEY = "cora_basis"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of `cora list`: `result` is a held-out loss or a score with its name, `when` the day and time of the last change here."""
+
+    path: Path
+    kind: str
+    status: str
+    method: str
+    result: str
+    when: str
+
+
+def inventory(root: Path) -> list[Entry]:
+    """All runs, evaluations and bases below `root`, by path. Raises `CoraError` if it is no directory."""
+    if not root.is_dir():
+        raise CoraError(f"{root} is {'a file' if root.exists() else 'not there'}; name a folder with runs")
+    found = []
+    for folder, files in _folders(root):
+        if RunDirectory(folder).exists():
+            found.append(_run(RunDirectory(folder)))
+        if (evaluation := EvaluationDirectory(folder)).generation.is_file() or evaluation.metrics.is_file():
+            found.append(_evaluation(evaluation))
+        found += [basis for name in files if name.endswith(".safetensors") if (basis := _basis(folder / name))]
+    return found
+
+
+def outputs_below(root: Path) -> list[Path]:
+    """The directories below `root` that `cora report` can read: grids, and runs, evaluations and judgings that are part of none of these."""
+    found: list[Path] = []
+    for folder, _ in _folders(root):
+        if any(parent in folder.parents for parent in found):
+            continue
+        is_output = (folder / "plan.json").is_file() or RunDirectory(folder).exists()
+        if is_output or EvaluationDirectory(folder).metrics.is_file() or JudgeDirectory(folder).result.is_file():
+            found.append(folder)
+    return found
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below `root` and its files, by name; links are not followed."""
+    for place, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in _OPAQUE and not name.startswith("."))
+        yield Path(place), sorted(files)
+
+
+def _run(run: RunDirectory) -> Entry:
+    try:
+        record: Any = records.read_run(run)
+    except CoraError:
+        return Entry(run.root, "run", "damaged", "", "", _time(run.record))
+    status = record["status"]
+    if status == "running" and not is_held(run.root):
+        status = "interrupted"  # killed before it could say so
+    heldout = record.get("heldout")
+    loss = f"loss {heldout['after']['loss']:.3f}" if heldout else ""
+    method = f"laplace {record['mode']}" if "laplace" in record else record["mode"]
+    return Entry(run.root, "run", status, method, loss, _time(run.record))
+
+
+def _evaluation(evaluation: EvaluationDirectory) -> Entry:
+    if not evaluation.metrics.is_file():
+        status = "running" if is_held(evaluation.root) else "interrupted"
+        return Entry(evaluation.root, "eval", status, "", "", _time(evaluation.generation))
+    try:
+        record = read_json(evaluation.metrics, records.Metrics)
+    except CoraError:
+        return Entry(evaluation.root, "eval", "damaged", "", "", _time(evaluation.metrics))
+    name = "rougeL" if "rougeL" in record["metrics"] else next(iter(record["metrics"]), None)
+    score = f"{name} {record['metrics'][name]['value']:.3f}" if name else ""
+    return Entry(evaluation.root, "eval", "finished", "", score, _time(evaluation.metrics))
+
+
+def _basis(path: Path) -> Entry | None:
+    """A basis file, told by the first bytes of the file; None for other weights."""
+    try:
+        with path.open("rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            header = parse_json(file.read(size).decode()) if size <= _LARGEST_HEADER else {}
+        metadata = header.get("__metadata__", {})
+        choices = parse_json(metadata[_BASIS_KEY])["choices"]
+        method = f"{choices['method']} r{choices['rank']}"
+    except (OSError, struct.error, UnicodeDecodeError, Malformed, KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        return None
+    return Entry(path, "basis", "finished", method, "", _time(path))
+
+
+def _time(path: Path) -> str:
+    try:
+        changed = path.stat().st_mtime
+    except OSError:
+        return ""
+    return datetime.datetime.fromtimestamp(changed).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,86 @@
+"""`cora list` on runs, evaluations and bases in every state, and the line that names the next command."""
+
+import fcntl
+import json
+import struct
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cora_cli.cli import app
+from cora_cli.cli.command import clean_errors
+from cora_cli.cli.list_outputs import table
+from cora_cli.cli.next_step import say_next
+from cora_cli.reporting.inventory import inventory, outputs_below
+from tests.reporting.helpers import Made, make_grid
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A grid with two finished runs, a basis, other weights, a damaged run, and one that says it is running."""
+    make_grid(tmp_path / "grid", [Made("lora", "lora"), Made("fb", "fb")], prompts=4)
+    header = {"__metadata__": {"cora_basis": json.dumps({"choices": {"method": "svd", "rank": 48}})}}
+    for name, content in (("basis", header), ("weights", {"__metadata__": {"format": "pt"}})):
+        data = json.dumps(content).encode()
+        (tmp_path / f"{name}.safetensors").write_bytes(struct.pack("<Q", len(data)) + data)
+    record = json.loads(next((tmp_path / "grid/runs").glob("*lora*/run.json")).read_text())
+    for name, text in (("bad", "{"), ("going", json.dumps({**record, "status": "running"}))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    return tmp_path
+
+
+def test_every_state_is_shown(folder):
+    with (folder / "going/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = {(entry.kind, str(entry.path.relative_to(folder))): entry for entry in inventory(folder)}
+    assert found["run", "bad"].status == "damaged"
+    assert found["run", "going"].status == "running"
+    assert found["basis", "basis.safetensors"].method == "svd r48"
+    assert ("basis", "weights.safetensors") not in found
+    runs = [entry for (kind, path), entry in found.items() if kind == "run" and path.startswith("grid")]
+    assert [entry.status for entry in runs] == ["finished", "finished"]
+    assert {entry.method for entry in runs} == {"lora", "fb"}
+    assert all(entry.result.startswith("loss ") for entry in runs)
+    assert sum(kind == "eval" for kind, _ in found) == 2
+
+
+def test_a_run_whose_process_is_gone_counts_as_interrupted(folder):
+    assert {entry.status for entry in inventory(folder) if entry.path.name == "going"} == {"interrupted"}
+
+
+def test_the_table_fits_eighty_columns_and_keeps_the_ends_of_paths(folder):
+    lines = table(inventory(folder), folder, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("…" in line for line in lines)
+    assert "basis.safetensors" in next(line for line in lines if line.startswith("basis"))
+
+
+def test_the_command_prints_complete_paths_to_a_file_and_refuses_what_is_no_folder(folder):
+    shown = CliRunner().invoke(app, ["list", str(folder)])
+    assert shown.exit_code == 0
+    assert "grid/runs/tiny-lora_r4_nNone_lr0.001_seed0" in shown.stdout
+    assert "next:" not in shown.output
+    assert CliRunner().invoke(app, ["list", str(folder / "gone")]).exit_code == 1
+
+
+def test_a_folder_of_outputs_is_what_is_below_it(folder):
+    assert outputs_below(folder) == [folder / "bad", folder / "going", folder / "grid"]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_next_command_is_named_in_a_terminal_only(is_terminal, capsys, monkeypatch):
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    say_next("my run", "evaluate", "my run")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == ("my run is written; next: cora evaluate 'my run'\n" if is_terminal else "")
+
+
+def test_an_interrupt_says_what_is_kept(capsys):
+    with pytest.raises(typer.Exit), clean_errors(False, lambda: "all is kept"):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "cora: interrupted; all is kept\n"

@@ -1,0 +1,202 @@
+"""The shapes in which data sets are published: how each is recognised, announced and read, and which are refused."""
+
+import gzip
+import json
+
+import pytest
+
+from cora_cli.data.records import prompt_key
+from cora_cli.data.split import Choice, load_records, load_split
+from cora_cli.errors import CoraError, UsageError
+
+TALK = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def jsonl(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "schema", "read"),
+    [
+        (
+            {"instruction": "i", "output": "o", "text": "t"},
+            "Alpaca",
+            "alpaca",
+            {"instruction": "i", "input": "", "output": "o"},
+        ),
+        (
+            {"instruction": "i", "context": "c", "response": "r"},
+            "Dolly",
+            "alpaca",
+            {"instruction": "i", "input": "c", "output": "r"},
+        ),
+        ({"question": "q", "answer": "a"}, "question/answer", "prompt", {"prompt": "q", "completion": "a"}),
+        ({"prompt": "q", "completion": "a"}, "prompt/completion", "prompt", {"prompt": "q", "completion": "a"}),
+        ({"prompt": "q", "response": "a"}, "prompt/response", "prompt", {"prompt": "q", "completion": "a"}),
+        ({"conversations": TALK}, "ShareGPT", "messages", {"messages": SAID}),
+        ({"conversations": SAID}, "ShareGPT", "messages", {"messages": SAID}),
+        (
+            {"conversations": TALK, "system": "s"},
+            "ShareGPT",
+            "messages",
+            {"messages": [{"role": "system", "content": "s"}, *SAID]},
+        ),
+        ({"messages": SAID, "tools": [{"name": "f"}]}, "messages", "messages", {"messages": SAID, "tools": [{"name": "f"}]}),
+        ({"text": "t"}, "text only", "text", {"text": "t"}),
+    ],
+)
+def test_a_known_shape_is_recognised_and_announced(record, name, schema, read, tmp_path, capfd):
+    dataset = jsonl(tmp_path / "a.jsonl", record, record)
+    records, found = load_records(dataset)
+    assert found == schema
+    assert {key: records[0][key] for key in read} == read
+    assert capfd.readouterr().err == f"{dataset}: read as {name}, 2 records\n"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"instruction": "i", "output": "o", "prompt": "p", "completion": "c"},
+            "found the columns completion, instruction, output, prompt, which could be Alpaca or prompt/completion",
+        ),
+        ({"messages": SAID, "conversations": TALK}, "could be messages or ShareGPT"),
+        ({"instruction": "i", "output": "o", "response": "r"}, "could be Alpaca or Dolly"),
+        ({"question": "q", "answer": "B", "choices": ["x"]}, "records of question/answer have no choices"),
+        ({"question": "q", "answer": "a", "prompt": "p"}, "records of question/answer have no prompt"),
+        ({"text": "t", "label": 1}, "records of text only have no label"),
+        ({"instruction": "i", "context": "c", "output": "o"}, "records of Alpaca have no context"),
+    ],
+)
+def test_columns_that_could_be_something_else_are_refused_with_the_way_to_choose(record, message, tmp_path):
+    with pytest.raises(CoraError) as caught:
+        load_records(jsonl(tmp_path / "a.jsonl", record))
+    assert message in str(caught.value)
+    assert "--columns" in str(caught.value)
+
+
+def test_a_later_record_with_more_of_a_prompt_is_refused_by_its_line(tmp_path):
+    plain = {"question": "q", "answer": "a"}
+    with pytest.raises(CoraError, match=r"line 2: records of question/answer have no context"):
+        load_records(jsonl(tmp_path / "a.jsonl", plain, {**plain, "context": "c"}))
+
+
+def test_an_unknown_speaker_is_refused_by_name(tmp_path):
+    with pytest.raises(CoraError, match=r'line 1: conversations has an entry from "alien"; known are human'):
+        load_records(jsonl(tmp_path / "a.jsonl", {"conversations": [{"from": "alien", "value": "x"}, TALK[1]]}))
+
+
+@pytest.mark.parametrize(
+    ("columns", "schema", "read"),
+    [
+        (("prompt=title", "response=body"), "prompt", {"prompt": "t", "completion": "b"}),
+        (("prompt=title", "input=note", "response=body"), "alpaca", {"instruction": "t", "input": "n", "output": "b"}),
+        (("messages=talk",), "messages", {"messages": SAID}),
+        (("text=body",), "text", {"text": "b"}),
+    ],
+)
+def test_chosen_columns_are_read_and_no_others_can_be_taken_for_the_record(columns, schema, read, tmp_path, capfd):
+    record = {"title": "t", "body": "b", "note": "n", "talk": TALK, "instruction": "wrong", "output": "wrong", "id": 3}
+    records, found = load_records(jsonl(tmp_path / "a.jsonl", record), Choice(columns))
+    assert found == schema
+    assert {**read, "id": 3}.items() <= records[0].items()
+    assert "instruction, output" in capfd.readouterr().err
+    assert load_records(jsonl(tmp_path / "again.jsonl", records[0]))[1] == schema
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (("prompt=a",), "must name one of these: prompt, response;"),
+        (("prompt",), "must be pairs such as prompt=question,response=answer, not 'prompt'"),
+        (("prompt=a", "response=a"), "uses one column twice"),
+        (("prompt=a", "answer=b"), "not prompt, answer"),
+    ],
+)
+def test_choices_that_make_no_record_are_refused(columns, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        load_records(jsonl(tmp_path / "a.jsonl", {"a": "x", "b": "y"}), Choice(columns))
+
+
+def test_a_chosen_column_that_is_missing_is_named(tmp_path):
+    with pytest.raises(CoraError, match="line 1: column body is missing; found title"):
+        load_records(jsonl(tmp_path / "a.jsonl", {"title": "t"}), Choice(("prompt=title", "response=body")))
+
+
+PAIR = {"prompt": "p, q", "completion": "c"}
+
+
+def test_compressed_files_tables_with_tabs_and_arrays_in_objects_are_read(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(PAIR).encode()))
+    (tmp_path / "b.tsv").write_text("prompt\tcompletion\np, q\tc\n")
+    (tmp_path / "c.json").write_text(json.dumps({"version": "1", "data": [PAIR]}))
+    for name in ("a.jsonl.gz", "b.tsv", "c.json"):
+        assert load_records(str(tmp_path / name)) == ([PAIR], "prompt")
+
+
+def test_a_damaged_compressed_file_is_refused(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(PAIR).encode())[:-9])
+    with pytest.raises(CoraError, match=r"a\.jsonl\.gz cannot be decompressed"):
+        load_records(str(tmp_path / "a.jsonl.gz"))
+
+
+def test_a_file_of_several_splits_needs_a_choice(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"train": [PAIR, PAIR], "test": [PAIR]}))
+    assert len(load_records(str(path), Choice(split="test"))[0]) == 1
+    with pytest.raises(CoraError, match="has several splits; choose one with --split: train, test"):
+        load_records(str(path))
+    with pytest.raises(CoraError, match="has no split dev; choose one with --split: train, test"):
+        load_records(str(path), Choice(split="dev"))
+
+
+def test_a_split_or_a_subset_of_what_has_none_is_refused(tmp_path):
+    dataset = jsonl(tmp_path / "a.jsonl", PAIR)
+    with pytest.raises(CoraError, match="--split test applies to data sets with several splits"):
+        load_records(dataset, Choice(split="test"))
+    with pytest.raises(CoraError, match="--subset main applies to data sets of the hub"):
+        load_records(dataset, Choice(subset="main"))
+    with pytest.raises(CoraError, match="--subset does not apply to builtin:code"):
+        load_records("builtin:code", Choice(subset="main"))
+
+
+def test_folders_of_save_to_disk_are_read_with_their_splits(tmp_path):
+    import datasets
+
+    one = datasets.Dataset.from_list([PAIR])
+    one.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([PAIR, {**PAIR, "prompt": "r"}]), "test": one}).save_to_disk(
+        str(tmp_path / "both")
+    )
+    assert load_records(str(tmp_path / "one"))[0] == [PAIR]
+    assert len(load_records(str(tmp_path / "both"))[0]) == 2
+    assert load_records(str(tmp_path / "both"), Choice(split="test"))[0] == [PAIR]
+    split = load_split(str(tmp_path / "both"), None, 0, test_dataset=str(tmp_path / "both"))
+    assert (split.test, split.train, split.overlapping) == ([PAIR], [{**PAIR, "prompt": "r"}], 1)
+
+
+def test_the_records_of_a_test_set_are_held_out_and_their_prompts_not_trained_on(tmp_path):
+    train = jsonl(tmp_path / "a.jsonl", *({"prompt": f"p{n}", "completion": "c"} for n in range(5)))
+    test = jsonl(tmp_path / "b.jsonl", {"question": "p3", "answer": "x"})
+    split = load_split(train, None, 0, test_dataset=test)
+    assert split.test == [{"prompt": "p3", "completion": "x"}]
+    assert [record["prompt"] for record in split.train] == ["p0", "p1", "p2", "p4"]
+    assert split.overlapping == 1
+    with pytest.raises(UsageError, match="--test-size 2 has no effect with --test-dataset"):
+        load_split(train, 2, 0, test_dataset=test)
+    with pytest.raises(CoraError, match=r"read as prompt and those of .* as messages"):
+        load_split(train, None, 0, test_dataset=jsonl(tmp_path / "c.jsonl", {"messages": SAID}))
+
+
+def test_the_held_out_records_of_a_run_of_any_version_are_read_by_their_schema(tmp_path, capfd):
+    record = {"instruction": "i", "input": "", "output": "o", "prompt": "p", "completion": "c"}
+    (tmp_path / "run.json").write_text("{}")
+    assert load_records(jsonl(tmp_path / "test.jsonl", record)) == ([record], "alpaca")
+    assert capfd.readouterr().err == ""
+
+
+def test_equal_texts_have_equal_prompts_and_other_texts_have_not():
+    assert prompt_key({"text": "a", "id": 1}, "text") == prompt_key({"text": "a"}, "text") != prompt_key({"text": "b"}, "text")
