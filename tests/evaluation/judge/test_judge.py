@@ -137,9 +137,13 @@ def test_predictions_that_were_edited_are_refused(server, answers) -> None:
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ([{"prediction": "a", "reference": "b"}] * 3, 'record 1: expected text under "prompt"'),
+        ([{"prediction": "a", "reference": "b"}] * 3, 'line 1: expected text under "prompt"'),
         ([{"prompt": "p", "prediction": "a", "reference": "b"}], "has 1 records; judging needs at least two"),
         ([{"prompt": "p", "prediction": "a", "reference": "b"}] * 3, "no two different references"),
+        (
+            [{"index": 1, "prompt": "p", "prediction": "a", "reference": "b"}] * 2,
+            "lines 1 and 2 both answer the record with index 1",
+        ),
     ],
 )
 def test_predictions_that_cannot_be_judged_are_refused(server, tmp_path, lines, words) -> None:
