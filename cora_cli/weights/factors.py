@@ -22,6 +22,7 @@ from cora_cli.models.references import ModelPath
 _ADAPTER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
 _IN_LAYER = re.compile(r"\.\d+\.")
 _FULL_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?:\.base_layer)?\.weight$")
+_BIAS_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?P<place>\.base_layer|\.lora_B)?\.bias$")
 _OTHER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)\.(?:lora_embedding_[AB]|token_adapter\..+)$")
 # Settings under which a LoRA adapter's weight is not W + s·B·A.
 _OTHER_FORMS = (
@@ -43,7 +44,7 @@ class AdapterFactors:
     """The tensors of a LoRA adapter.
 
     `ranks` maps each updated module to its r, and `full` each replaced module to its (out, in). `hidden` holds the modules that
-    the adapter changes in other ways than W + s·B·A. Raises `CoraError` if files are missing or damaged, or if the adapter's
+    the adapter changes in other ways than W + s·B·A, `biases` the keys of trained biases, which are no part of any W. Raises `CoraError` if files are missing or damaged, or if the adapter's
     weights cannot be computed from its factors alone.
     """
 
@@ -56,6 +57,7 @@ class AdapterFactors:
         self._out: dict[str, int] = {}
         self.full: dict[str, tuple[int, int]] = {}
         self.hidden: set[str] = set()
+        self.biases: list[str] = []
         self._digests: dict[str, str] = {}
         self._full_keys: dict[str, str] = {}
         self._transposed: frozenset[str] = frozenset()
@@ -72,10 +74,13 @@ class AdapterFactors:
                 self._full_keys[found["module"]] = key
                 if len(shape) == 2:
                     self.full[found["module"]] = self._shape(key)
-            elif not key.endswith(".bias"):
+            elif _BIAS_KEY.match(key):
+                self.biases.append(key)
+            else:
                 raise CoraError(
                     f"{self.reference}: {key} is neither a lora_A or lora_B matrix nor the weight of a fully saved module"
                 )
+        self._check_biases()
         if not self._keys and not self.full:
             raise CoraError(
                 f"{self.reference} holds no lora_A and lora_B matrices: the adapter in {self.checkpoint.path} is empty"
@@ -195,6 +200,21 @@ class AdapterFactors:
                 )
         if (start := self.config.get("init_lora_weights", True)) not in _INITIALISATIONS_THAT_KEEP_BASE:
             raise CoraError(f"{self.reference} has init_lora_weights {start!r}, which changes the base weights; merge it first")
+
+    def _check_biases(self) -> None:
+        """Raise `CoraError` for a bias that PEFT would leave out by the adapter's configuration."""
+        trained = self.config.get("bias") or "none"
+        for key in self.biases:
+            found = _BIAS_KEY.match(key)
+            assert found is not None
+            adapted = trained == "all" or (trained == "lora_only" and found["module"] in self._keys)
+            of_factor = found["place"] == ".lora_B"
+            if not (self.config.get("lora_bias") if of_factor else adapted or found["module"] in self._full_keys):
+                stated = f"lora_bias {bool(self.config.get('lora_bias'))}" if of_factor else f"bias {trained!r}"
+                raise CoraError(
+                    f"{self.reference} holds {key}, but its adapter_config.json has {stated}, with which PEFT would leave it out; correct one of "
+                    "them"
+                )
 
     def _rank(self, module: str, keys: dict[str, str]) -> int:
         if missing := ({"A"} if self._starting_b else {"A", "B"}) - keys.keys():

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -30,7 +31,6 @@ SETTINGS = {
     "rslora_patterns": {"use_rslora": True, "rank_pattern": {"v_proj": 7}},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
-    "biases": {"bias": "all"},
 }
 
 
@@ -82,6 +82,59 @@ def test_an_adapter_equals_the_model_that_peft_merges_it_into(grouped_models, tm
     for module in source.shapes:
         assert source.read(module).dtype == torch.float64
         np.testing.assert_allclose(source.read(module).numpy(), dense[module], atol=2e-5)
+
+
+def test_fan_in_fan_out_follows_the_layer_and_not_the_configuration_as_in_peft(copy, plain):
+    change_config(copy, fan_in_fan_out=True)
+    assert torch.equal(open_source(local(copy)).read(V1), open_source(local(plain)).read(V1))
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory) -> Path:
+    """An adapter that trained the biases of its layers, next to its base."""
+    root = tmp_path_factory.mktemp("biased")
+    model = make_llama(kv_heads=2, attention_bias=True)
+    model.save_pretrained(root / "base")
+    model.name_or_path = str(root / "base")
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], bias="lora_only"))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter)
+    wrapped.save_pretrained(root / "adapter")
+    wrapped.merge_and_unload().save_pretrained(root / "merged")
+    return root / "adapter"
+
+
+def test_trained_biases_are_no_part_of_the_weights_and_it_says_so(biased, capfd):
+    source, dense = open_source(local(biased)), dense_weights(biased.parent / "merged")
+    np.testing.assert_allclose(source.read(V1).numpy(), dense[V1], atol=2e-5)
+    extract_basis([local(biased)], biased.parent / "b.safetensors", BasisChoices(rank=4, target_modules=("q_proj",)), None, CPU)
+    said = capfd.readouterr().err
+    assert re.search(
+        r"adapter also trained 4 biases, such as base_model\.model\.model\.layers\.0\.\S+\.bias: they are no part", said
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "key", "said"),
+    [
+        (
+            {"bias": "none"},
+            None,
+            r"holds \S+q_proj\.base_layer\.bias, but its adapter_config\.json has bias 'none', with which PEFT would",
+        ),
+        ({}, "model.layers.0.self_attn.k_proj.bias", r"k_proj\.bias, but its adapter_config\.json has bias 'lora_only'"),
+        ({}, f"{Q0}.lora_B.bias", r"q_proj\.lora_B\.bias, but its adapter_config\.json has lora_bias False"),
+        ({"bias": "all"}, f"{Q0}.lora_C.bias.more", "is neither a lora_A or lora_B matrix nor"),
+    ],
+)
+def test_biases_that_peft_would_leave_out_are_refused_by_name(biased, tmp_path, changed, key, said):
+    damaged = shutil.copytree(biased, tmp_path / "damaged")
+    change_config(damaged, **changed)
+    if key:
+        change_tensors(damaged, lambda tensors: tensors.update({f"base_model.model.{key}": torch.ones(16)}))
+    with pytest.raises(CoraError, match=said):
+        open_source(local(damaged))
 
 
 def test_embeddings_that_an_adapter_changes_are_not_offered(grouped_models, tmp_path):
@@ -143,7 +196,6 @@ def test_the_content_hash_covers_factors_scale_and_base(copy, plain, grouped_mod
     [
         ({"peft_type": "LOHA"}, "LOHA adapter"),
         ({"use_dora": True}, "use_dora"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
         ({"r": 5}, "do not fit r = 5"),
