@@ -606,7 +606,12 @@ class AdapterConfig(TypedDict, total=False):
     lora_alpha: float | None
     use_rslora: bool | None
     target_modules: list[str] | str | None
+    exclude_modules: list[str] | str | None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: list[str] | str | None
     modules_to_save: list[str] | None
+    bias: str | None
+    lora_bias: bool | None
     rank_pattern: dict[str, int] | None
     alpha_pattern: dict[str, float] | None
 

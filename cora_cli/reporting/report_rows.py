@@ -210,7 +210,7 @@ def _row_of_run(run: RunDirectory) -> Row:
         model=clean(record["model"]["reference"]),
         dataset=clean(record["data"]["dataset"]),
         run=run.root,
-        evaluation=next((path for path in candidates if path.is_dir()), run.evaluation),
+        evaluation=max(candidates, key=lambda path: (EvaluationDirectory(path).metrics.is_file(), path.is_dir())),
         basis=Path(basis["path"]) if basis and Path(basis["path"]).is_file() else None,
     )
 

@@ -57,7 +57,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises `CoraError` for anything a user can cause. Nothing is written before all inputs have been checked, and an interrupted run
     keeps its last complete checkpoint.
     """
-    inputs: dict[str, Any] = {name: absolute(path) for name in ("model", "dataset", "basis") if (path := getattr(config, name))}
+    places = ("model", "dataset", "basis", "peft_config")
+    inputs: dict[str, Any] = {name: absolute(path) for name in places if (path := getattr(config, name))}
     with contextlib.ExitStack() as held:
         return _train(dataclasses.replace(config, **inputs), RunDirectory(Path(config.output_dir)), held)
 
@@ -183,6 +184,8 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
     recorded = record["fingerprint"]
     # Earlier versions recorded neither.
     recorded.setdefault("tokenizer_sha256", fingerprint["tokenizer_sha256"])
+    if "peft_config" in recorded["settings"]:  # its content is compared; earlier versions recorded the path as it was typed
+        recorded["settings"]["peft_config"] = fingerprint["settings"].get("peft_config")
     if "template_date" in fingerprint["settings"]:
         recorded["settings"].setdefault("template_date", template_date(record))
     if recorded != fingerprint:

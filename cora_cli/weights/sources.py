@@ -129,10 +129,9 @@ class ModelSource(WeightSource):
     """A complete model: every two-dimensional `*.weight` of its checkpoint, in the stored type, by its name in the loaded model."""
 
     def __init__(self, model: ModelPath) -> None:
-        config = model.config()
         self.reference, self.revision = model.reference, model.revision
         self.architecture = architecture_of(model.language_config())
-        if config.get("quantization_config"):
+        if model.quantization():
             raise CoraError(f"{model.reference} is stored quantised; use a copy with weights in bf16, fp16 or fp32")
         self._checkpoint = Checkpoint(model)
         self._digests: dict[str, str] = {}
@@ -174,7 +173,7 @@ class AdapterSource(WeightSource):
         # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
         shapes = self.base.shapes | self._own.full
         self._own.check(shapes, self.base.reference)
-        self._own.check_complete(self.base.shapes, self.base.reference)
+        self._own.check_complete(self.base.shapes, self.base.reference, self.architecture.get("model_type"))
         self.shapes = {module: shape for module, shape in shapes.items() if module not in self._own.hidden}
         self.faults = {module: fault for module, fault in self.base.faults.items() if module not in self._own.full}
 

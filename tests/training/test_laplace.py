@@ -143,6 +143,11 @@ def test_what_has_no_laplace_approximation_is_refused(
     assert "split_seed: 0" in text
     (other / "config.yaml").write_text(text.replace("split_seed: 0", "split_seed: 3"))
     refused("the data set of .* is not the one that it was trained with", str(other))
+    other = Path(shutil.copytree(run, tmp_path / "retokenized"))
+    record = read_json(other / "run.json")
+    record["fingerprint"]["tokenizer_sha256"] = "0" * 64
+    rundir.write_json(other / "run.json", record)
+    refused("the tokenizer of .* is not the one that it was trained with", str(other))
     for arguments, said in (
         (["--prior-precision", "0"], "--prior-precision must be positive, not 0"),
         (["--directions", "0"], "--directions must be at least 1, not 0"),

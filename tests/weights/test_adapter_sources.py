@@ -200,6 +200,11 @@ def test_the_content_hash_covers_factors_scale_and_base(copy, plain, grouped_mod
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
         ({"r": 5}, "do not fit r = 5"),
         ({"rank_pattern": {"q_proj": 2}}, "do not fit r = 2"),
+        ({"layers_pattern": "layers"}, "PEFT refuses its adapter_config.json: .*layers_to_transform"),
+        ({"exclude_modules": 3}, "exclude_modules must be a list or text or null, not 3"),
+        ({"layers_to_transform": "abc"}, 'layers_to_transform must be a list or an integer or null, not "abc"'),
+        ({"target_modules": []}, "adapter_config.json names no target_modules; PEFT would leave out the adapter"),
+        ({"bias": "some"}, "has bias 'some', which PEFT does not know"),
         ({"lora_alpha": 0}, f"lora_alpha 0 for {Q0}, which leaves its weight as it is; the adapter is damaged"),
         (
             {"layers_to_transform": [0]},
@@ -215,6 +220,20 @@ def test_adapters_that_are_not_w_plus_scaled_b_a_are_refused(copy, changed, said
     change_config(copy, **changed)
     with pytest.raises(CoraError, match=said):
         open_source(local(copy))
+
+
+def test_an_adapter_without_target_modules_is_that_of_pefts_own_for_the_type_of_model(copy):
+    change_config(copy, target_modules=None)
+    assert open_source(local(copy)).shapes[V1] == (8, 16)
+    change_tensors(copy, lambda tensors: [tensors.pop(f"base_model.model.{V1}.lora_{matrix}.weight") for matrix in "AB"])
+    with pytest.raises(CoraError, match=f"such as {V1}; the adapter is incomplete"):
+        open_source(local(copy))
+
+
+def test_a_setting_that_peft_does_not_know_is_said(copy, capfd):
+    change_config(copy, use_later=True)
+    open_source(local(copy))
+    assert "adapter_config.json sets use_later, which the installed PEFT" in capfd.readouterr().err
 
 
 def test_an_adapter_of_rank_0_is_refused(copy):
