@@ -30,6 +30,7 @@ EVALUATE_KEYS = fields_of(
     EvaluateConfig,
     leave_out=(
         *("runs", "model", "from_predictions", "dataset", "output_dir", "base", "basis"),  # set for each step
+        *("ensemble", "with_base", "ranks"),  # which answer with other models than the row's
         *("device", "dtype", "overwrite"),  # flags of `ablate` itself
     ),
 )

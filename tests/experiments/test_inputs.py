@@ -105,7 +105,9 @@ def test_weights_are_hashed_again_where_any_hashed_file_has_changed(tiny_model: 
     adapter = tmp_path / "adapter"
     model = LlamaForCausalLM.from_pretrained(tiny_model)
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
-    grid = grid_of({"mode": "fb", "sources": ["a"]}, model=str(tiny_model), models={"a": str(adapter)}, datasets={"d": "x.jsonl"})
+    grid = grid_of(
+        {"mode": "fb", "sources": ["a"]}, model=str(tiny_model), models={"a": str(adapter)}, datasets={"d": "x.jsonl"}
+    )
     first = find_inputs(grid, tmp_path / "hashes.json").models[str(adapter)]
     (adapter / rundir.POSTERIOR).write_bytes(b"a distribution")
     assert find_inputs(grid, tmp_path / "hashes.json").models[str(adapter)].sha256 != first.sha256

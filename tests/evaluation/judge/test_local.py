@@ -158,5 +158,7 @@ def test_a_token_without_a_row_in_the_judges_embedding_is_refused_by_name(tiny_m
     judge = _with_template(tiny_model, tmp_path / "m", None)
     judge._tokenizer = tokenizer
     tokenizer.chat_template = "<|judge|>{{ messages[0].content }}"
-    with pytest.raises(CoraError, match=r"m: the token '<\|judge\|>' has the id 49152, but the model's embedding has only 49152 rows"):
+    with pytest.raises(
+        CoraError, match=r"m: the token '<\|judge\|>' has the id 49152, but the model's embedding has only 49152 rows"
+    ):
         list(judge.ask([Call(0, "How good?")], lambda call: True))
