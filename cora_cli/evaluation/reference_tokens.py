@@ -100,8 +100,13 @@ def _groups(examples: Sequence[Example], most: int) -> Iterator[list[int]]:
 
 
 def _numbers(logits: torch.Tensor, targets: torch.Tensor) -> ReferenceTokens:
-    """logits: (tokens, vocabulary); targets: (tokens,)."""
+    """logits: (tokens, vocabulary); targets: (tokens,). Raises `CoraError` where they give a target no probability above 0."""
     log_p = logits.float().log_softmax(-1)
+    if not bool(torch.isfinite(log_p.gather(1, targets[:, None])).all()):
+        raise CoraError(
+            "the model gives a token of a reference no probability: its logits are not finite there; use fp32, another copy of the model, or "
+            "leave calibration out of --metrics"
+        )
     p = log_p.exp()
     confidence, best = p.max(-1)
     target = targets[:, None]

@@ -15,6 +15,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_M
 
 from cora_cli import rundir
 from cora_cli.adapters.facts import read_facts, starting_b
+from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import say_unknown_settings
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
@@ -55,6 +56,7 @@ class AdapterFactors:
         self.reference = model.reference
         self._check_form()
         say_unknown_settings(model)
+        say_mean(model)
         self.checkpoint = Checkpoint(model)
         self._starting_b = _starting_b(model)
         self._out: dict[str, int] = {}

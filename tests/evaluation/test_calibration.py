@@ -161,6 +161,13 @@ def test_a_report_shows_calibration_and_finds_numbers_that_were_changed(run: Pat
     assert "does not give the nll in metrics.json" in report([str(run)], "markdown")
 
 
+def test_a_model_whose_logits_are_not_finite_has_no_calibration(tiny_model: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(CoraError, match="gives a token of a reference no probability: its logits are not finite there"):
+        reference_tokens(model, [Example([5, 6, 7], 1)])
+
+
 def test_prompts_that_are_cut_for_their_references_are_counted(tiny_model: Path, tmp_path: Path, capfd):
     records = [{"prompt": "say " * 300, "completion": "so " * 300}, {"prompt": "say", "completion": "so"}]
     rundir.write_jsonl(tmp_path / "long.jsonl", records)
@@ -182,7 +189,9 @@ def test_what_cannot_be_measured_is_refused(run: Path, tiny_model: Path, tmp_pat
     lines = read_jsonl(run / "eval" / "predictions.jsonl")
     del lines[1]["reference_tokens"]["brier"][0]
     rundir.write_jsonl(tmp_path / "damaged.jsonl", lines)
-    rundir.write_jsonl(tmp_path / "part.jsonl", [*lines[:1], {**lines[1], "reference_tokens": None}])
+    rundir.write_jsonl(
+        tmp_path / "part.jsonl", [*lines[:1], {key: value for key, value in lines[1].items() if key != "reference_tokens"}]
+    )
     with pytest.raises(
         CoraError, match=r"part.jsonl, record 2 has no reference_tokens, although others have; evaluate the model"
     ):

@@ -230,6 +230,12 @@ def test_an_adapter_without_target_modules_is_that_of_pefts_own_for_the_type_of_
         open_source(local(copy))
 
 
+def test_the_distribution_of_an_adapter_is_said_to_be_left_out(copy, capfd):
+    (copy / "posterior.safetensors").write_bytes(b"")
+    open_source(local(copy))
+    assert "copy has a distribution of weights; what is written here is its mean" in capfd.readouterr().err
+
+
 def test_a_setting_that_peft_does_not_know_is_said(copy, capfd):
     change_config(copy, use_later=True)
     open_source(local(copy))

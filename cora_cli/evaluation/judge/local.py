@@ -69,12 +69,10 @@ class LocalJudge:
                 yield calls[place], Reply(text, len(prompts[place]), len(ids), self._model.reference)
 
     def _encode(self, message: str) -> list[int]:
-        """The tokens of a conversation with this message, whose text is never taken for the template's control tokens."""
-        if not self._tokenizer.chat_template:
-            return encode_prompt(Rendered(f"{message}\n\n", "", special_tokens=True, end=None), self._tokenizer)
-        plain = self._tokenizer(message, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        """The tokens of a conversation with this message, whose text is never taken for control tokens."""
+        text = message if self._tokenizer.chat_template else f"{message}\n\n"
         before, after = self._around
-        return [*before, *plain, *after]
+        return [*before, *self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], *after]
 
     @cached_property
     def _ends(self) -> set[int]:
@@ -85,7 +83,9 @@ class LocalJudge:
 
     @cached_property
     def _around(self) -> tuple[list[int], list[int]]:
-        """The tokens that the chat template puts before and after a message."""
+        """The tokens that the chat template puts before and after a message; without one, the tokenizer's start tokens."""
+        if not self._tokenizer.chat_template:
+            return encode_prompt(Rendered("", "", special_tokens=True), self._tokenizer), []
         conversation = [{"role": "user", "content": _PLACE}]
         whose = f"the chat template of {self._model.reference}"
         try:
