@@ -261,7 +261,7 @@ def _weight_keys(name: str) -> tuple[str, ...]:
 def say_unknown_settings(adapter: ModelPath) -> None:
     """Say which settings of an adapter the installed PEFT does not know: it loads the adapter as if they were not there."""
     config = adapter.adapter_config()
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(config.get("peft_type"))  # type: ignore[call-overload]
+    kind = {str(name.value): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(config.get("peft_type") or "")
     known = {field.name for field in dataclasses.fields(kind)} if kind is not None else config.keys()
     if unknown := sorted(name for name, value in config.items() if value and name not in known):
         say(

@@ -127,14 +127,14 @@ class AdapterFactors:
         """
         settings = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
         try:
-            named = LoraConfig(**{name: self.config[name] for name in settings if self.config.get(name) is not None})
+            named: Any = LoraConfig(**{name: self.config[name] for name in settings if self.config.get(name) is not None})
         except (TypeError, ValueError, AttributeError) as error:
             raise CoraError(f"{self.reference}: PEFT refuses its adapter_config.json: {reason(error)}") from error
         known = self.ranks.keys() | self._full_keys.keys() | self.hidden
         if named.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             named.target_modules = list({module.rpartition(".")[2] for module in self.ranks})
         if named.target_modules is None:
-            named.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+            named.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "")
         if not named.target_modules:
             raise CoraError(f"{self.reference}: adapter_config.json names no target_modules; PEFT would leave out the adapter")
         with bounded(f"{self.reference}: matching target_modules"):
