@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -116,6 +116,12 @@ def read_jsonl(path: Path, shape: Any = Any, *, drop_partial_tail: bool = False)
     With `drop_partial_tail`, a last line without a newline is ignored: a killed writer leaves one.
     Raises `CoraError` naming the file and the line if one is malformed or of another shape.
     """
+    found = read_numbered(path, drop_partial_tail=drop_partial_tail)
+    return [checked(record, shape, f"{path}, line {number},") for number, record in found]
+
+
+def read_numbered(path: Path, *, drop_partial_tail: bool = False) -> Iterator[tuple[int, Any]]:
+    """The JSON documents of a file with the numbers of their lines; see `read_jsonl`."""
     if drop_partial_tail:
         # Half a character at the end belongs to the line that is dropped.
         try:
@@ -124,16 +130,13 @@ def read_jsonl(path: Path, shape: Any = Any, *, drop_partial_tail: bool = False)
             text = read_text(path)
     else:
         text = read_text(path)
-    records = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = parse_json(line)
+            yield number, parse_json(line)
         except Malformed as error:
             raise CoraError(f"{path}, line {number}: not valid JSON ({error}): {line.strip()[:60]!r}") from error
-        records.append(checked(record, shape, f"{path}, line {number},"))
-    return records
 
 
 def checked(value: Any, shape: Any, where: object) -> Any:

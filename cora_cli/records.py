@@ -5,11 +5,13 @@ came with a later version are not required: old directories stay readable.
 """
 
 import datetime
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from cora_cli.errors import CoraError
-from cora_cli.reading import checked, read_json
+from cora_cli.reading import checked, read_json, read_numbered
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 
@@ -615,7 +617,12 @@ class AdapterConfig(TypedDict, total=False):
     lora_alpha: float | None
     use_rslora: bool | None
     target_modules: list[str] | str | None
+    exclude_modules: list[str] | str | None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: list[str] | str | None
     modules_to_save: list[str] | None
+    bias: str | None
+    lora_bias: bool | None
     rank_pattern: dict[str, int] | None
     alpha_pattern: dict[str, float] | None
 
@@ -648,3 +655,23 @@ def read_generation(evaluation: EvaluationDirectory) -> dict[str, Any]:
     """`generation.json`; empty if there is none. Raises `CoraError` naming the file and the key if it is damaged."""
     found: dict[str, Any] = read_json(evaluation.generation, Generation) if evaluation.generation.exists() else {}
     return found
+
+
+def read_predictions(path: Path, *texts: str) -> list[dict[str, Any]]:
+    """The lines of a `predictions.jsonl`, by whichever program, which all have text under the keys `texts`.
+
+    Raises `CoraError` naming the file and the lines if one is damaged, or if two answer the record with one `index`.
+    """
+    lines = []
+    places: dict[str, int] = {}
+    for number, line in read_numbered(path):
+        where = f"{path}, line {number}"
+        if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in texts):
+            wanted = " and ".join([", ".join(f'"{key}"' for key in texts[:-1]), f'"{texts[-1]}"'])
+            raise CoraError(f"{where}: expected text under {wanted}, found {json.dumps(line, ensure_ascii=False)[:80]}")
+        checked(line, Prediction, where)
+        index = json.dumps(line.get("index"))
+        if index != "null" and (first := places.setdefault(index, number)) != number:
+            raise CoraError(f"{path}: lines {first} and {number} both answer the record with index {index}; remove one of them")
+        lines.append(line)
+    return lines

@@ -3,17 +3,22 @@
 After every load it verifies that all keys arrived and that a trained adapter changes the model.
 """
 
+import contextlib
 import copy
+import dataclasses
 import re
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, get_peft_model
+from peft import __version__ as PEFT_VERSION
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
@@ -151,6 +156,7 @@ def load_adapter(
             f"adapter {adapter.path} of mode {facts.plan.mode} is stored as an equivalent plain LoRA; to continue training, resume from the run's "
             "checkpoints"
         )
+    say_unknown_settings(adapter)
     _check_patterns(model, adapter)
     try:
         with warnings.catch_warnings():
@@ -163,7 +169,8 @@ def load_adapter(
             else:
                 state = _stored_tensors(adapter)
                 _resize_embeddings(model, state)
-                wrapped = PeftModel.from_pretrained(model, str(adapter.path), is_trainable=trainable)
+                with _for_peft(adapter, state) as path:
+                    wrapped = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
                 _check_arrived(wrapped, state, adapter)
     except CoraError:
         raise
@@ -226,9 +233,22 @@ def _cut(wrapped: PeftModel, rank: int) -> None:
 
 def _stored_tensors(adapter: ModelPath) -> dict[str, torch.Tensor]:
     """The tensors of an adapter's files. Raises `CoraError` as `Checkpoint` does, and if it has none; PEFT would look for them on the hub."""
-    Checkpoint(adapter)
-    state: dict[str, torch.Tensor] = load_peft_weights(str(adapter.path), device="cpu")
-    return state
+    checkpoint = Checkpoint(adapter)
+    return {key: checkpoint.read(key) for key in checkpoint.shapes}
+
+
+@contextlib.contextmanager
+def _for_peft(adapter: ModelPath, state: dict[str, torch.Tensor]) -> Iterator[Path]:
+    """The directory of an adapter, or one for the time being with its tensors `state` where PEFT finds them: in one file of the usual name."""
+    files = adapter.weight_files()
+    if [file.name for file in files] == [WEIGHTS_FILE]:
+        yield adapter.path
+        return
+    with tempfile.TemporaryDirectory(prefix="cora-adapter-") as name:
+        shutil.copyfile(adapter.path / "adapter_config.json", Path(name) / "adapter_config.json")
+        # Copies, since safetensors refuses tensors that share memory.
+        save_file({key: tensor.clone().contiguous() for key, tensor in state.items()}, Path(name) / WEIGHTS_FILE)
+        yield Path(name)
 
 
 def _resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
@@ -245,6 +265,18 @@ def _weight_keys(name: str) -> tuple[str, ...]:
     """PEFT's keys for the complete weight of the module `name`."""
     prefix = f"base_model.model.{name}"
     return (f"{prefix}.weight", f"{prefix}.base_layer.weight", f"{prefix}.modules_to_save.weight")
+
+
+def say_unknown_settings(adapter: ModelPath) -> None:
+    """Say which settings of an adapter the installed PEFT does not know: it loads the adapter as if they were not there."""
+    config = adapter.adapter_config()
+    kind = {str(name.value): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(config.get("peft_type") or "")
+    known = {field.name for field in dataclasses.fields(kind)} if kind is not None else config.keys()
+    if unknown := sorted(name for name, value in config.items() if value and name not in known):
+        say(
+            f"adapter {adapter.path}: adapter_config.json sets {', '.join(unknown)}, which the installed PEFT {PEFT_VERSION} does not know and "
+            "leaves out; a newer one may compute something else"
+        )
 
 
 def _check_patterns(model: PreTrainedModel, adapter: ModelPath) -> None:

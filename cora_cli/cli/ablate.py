@@ -78,6 +78,16 @@ class AblateConfig:
         """Check the numbers, and that there is something to run."""
         if self.grid is None and not self.list:
             raise UsageError("name a grid file or a grid that comes with cora; --list shows those")
+        alone = "list" if self.list else "write_config" if self.write_config else None
+        useless = [
+            field.name
+            for field in dataclasses.fields(self)
+            if alone and field.name not in ("grid", alone) and getattr(self, field.name) != field.default
+        ]
+        if alone and useless:
+            what = "lists the grids" if self.list else "writes the grid file as it is"
+            flag, name = (one.replace("_", "-") for one in (alone, useless[0]))
+            raise UsageError(f"--{name} has no effect with --{flag}, which {what}; leave it out")
         if self.jobs is not None and self.jobs < 1:
             raise UsageError(f"--jobs must be at least 1, not {self.jobs}")
         shared = self.jobs_per_gpu

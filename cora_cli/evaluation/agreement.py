@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from cora_cli.errors import is_out_of_memory
-from cora_cli.evaluation.decode import Tokens, best_tokens
+from cora_cli.evaluation.decode import Tokens
+from cora_cli.evaluation.sampling import best_tokens
 from cora_cli.models.configuration import length_limits
 from cora_cli.models.precision import UNSUPPORTED, computing_in
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from cora_cli.errors import CoraError
-from cora_cli.evaluation.sampling import Sampling
+from cora_cli.evaluation.sampling import Sampling, best_tokens
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 
 WAVE = 4
@@ -81,18 +80,6 @@ def _split(members: list[tuple[int, Tokens]], lengths: list[int], branchings: in
     for index, _ in members:
         lengths[index] = depth
     return together
-
-
-def best_tokens(logits: torch.Tensor) -> list[int]:
-    """The most likely token of each row of `logits` (rows, vocabulary). Raises `CoraError` where the largest logit is no number."""
-    largest, chosen = logits.float().max(dim=-1)
-    if not bool(largest.isfinite().all()):
-        raise CoraError(
-            "the model's output is not finite (NaN or infinity), so it has no answers: its weights are damaged, or too large for this "
-            "precision; try --dtype fp32, or another copy of the model"
-        )
-    tokens: list[int] = chosen.tolist()
-    return tokens
 
 
 class PoolCache(Cache):

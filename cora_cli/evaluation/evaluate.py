@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -41,12 +40,11 @@ from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.lock import own_directory
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.progress import say
-from cora_cli.reading import checked, read_json, read_jsonl
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
 REPLACEMENT = ".replacement"
 """The folder in an evaluation's directory where the one that is to replace it is worked on."""
-PREDICTION_KEYS = ("prediction", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,12 +426,7 @@ def _score(
     problems: list[Problem] | None = None,
 ) -> Evaluation:
     _check_nothing_is_lost(config, path, out)
-    lines = read_jsonl(path)
-    for number, line in enumerate(lines, start=1):
-        if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in PREDICTION_KEYS):
-            found = json.dumps(line, ensure_ascii=False)[:80]
-            raise CoraError(f'{path}, record {number}: expected text under "prediction" and "reference", found {found}')
-        checked(line, shapes.Prediction, f"{path}, record {number}")
+    lines = shapes.read_predictions(path, "prediction", "reference")
     predictions, references = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     say(f"{name}: scoring {len(lines)} predictions")
     attempts, fates = execute(executor, problems, lines, path, out) if executor is not None else (None, None)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.agreement import Agreement
 from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
 from cora_cli.evaluation.processes import ALONE, Processes
-from cora_cli.evaluation.sampling import Draws, Sampling
+from cora_cli.evaluation.sampling import Draws, Finite, Sampling
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
@@ -234,7 +234,7 @@ class BatchedGenerate:
         answers: list[list[int]] = [[] for _ in wave]
         for indices in self._batches(wave):
             batch = [wave[index] for index in indices]
-            draws = []
+            draws: list[LogitsProcessor] = [Finite()]
             if self._sampling is not None:
                 draws = [Draws(self._sampling, [streams[index] for index in indices], max(map(len, batch)))]
             output = self._generate(batch, draws, eos_token_id=list(self._ends), max_new_tokens=self._new)
@@ -264,7 +264,7 @@ class BatchedGenerate:
             batches.setdefault(len(prompt) if apart else side, []).append(index)
         return list(batches.values())
 
-    def _generate(self, batch: Sequence[Tokens], draws: list[Draws], **settings: Any) -> Any:
+    def _generate(self, batch: Sequence[Tokens], draws: Sequence[LogitsProcessor], **settings: Any) -> Any:
         model, longest = self._model, max(map(len, batch))
         ids = torch.tensor([[self._pad] * (longest - len(prompt)) + list(prompt) for prompt in batch])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])

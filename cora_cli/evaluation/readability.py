@@ -130,7 +130,7 @@ def _ruff(programs: Sequence[str]) -> list[int]:
             Path(folder, f"program_{place}.py").write_text(program, encoding="utf-8", errors="replace")
         command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--ignore-noqa", "--exit-zero", "--quiet"]
         command += ["--select", RULES, "--output-format", "json", folder]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        ended = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if ended.returncode:
             raise CoraError(f"ruff failed: {ended.stderr.strip()[:200]}")
         found = [int(Path(finding["filename"]).stem.removeprefix("program_")) for finding in json.loads(ended.stdout)]

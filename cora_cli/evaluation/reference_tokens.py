@@ -15,7 +15,7 @@ from cora_cli.data.templates import Rendered
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import unsupported
 from cora_cli.models.configuration import rope_switch
-from cora_cli.progress import progress
+from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
 from cora_cli.records import ReferenceTokens
 from cora_cli.rundir import EvaluationDirectory
@@ -27,11 +27,12 @@ LOGITS = 1 << 25
 def reference_examples(
     records: Sequence[Record], rendered: Sequence[Rendered], tokenizer: Any, rows: int, context: int
 ) -> list[Example]:
-    """Prompt and reference of every record as tokens, as for training. A prompt loses its beginning where both do not fit the `context`.
+    """Prompt and reference of every record as tokens, as for training. A prompt loses its beginning where both do not fit the `context`;
+    says how many do.
 
     Raises `CoraError` for a reference that leaves no room for a prompt, and for a token without one of the embedding's `rows`.
     """
-    examples = []
+    examples, cut = [], 0
     for record, text in zip(records, rendered, strict=True):
         prompt, response = split_tokens(text, tokenizer)
         check_rows([*prompt, *response], rows, place_of(record), tokenizer)
@@ -40,8 +41,11 @@ def reference_examples(
                 f"{place_of(record)}: the reference has {len(response)} tokens, which leaves no room for a prompt in the context of {context} "
                 "tokens; remove the record, or leave calibration out of --metrics"
             )
+        cut += len(prompt) > room
         prompt = shorten_prompt(prompt, room, tokenizer)
         examples.append(Example([*prompt, *response], len(prompt)))
+    if cut:
+        say(f"{cut} prompts were cut at the start, so that they fit the context together with their references")
     return examples
 
 
@@ -96,8 +100,13 @@ def _groups(examples: Sequence[Example], most: int) -> Iterator[list[int]]:
 
 
 def _numbers(logits: torch.Tensor, targets: torch.Tensor) -> ReferenceTokens:
-    """logits: (tokens, vocabulary); targets: (tokens,)."""
+    """logits: (tokens, vocabulary); targets: (tokens,). Raises `CoraError` where they give a target no probability above 0."""
     log_p = logits.float().log_softmax(-1)
+    if not bool(torch.isfinite(log_p.gather(1, targets[:, None])).all()):
+        raise CoraError(
+            "the model gives a token of a reference no probability: its logits are not finite there; use fp32, another copy of the model, or "
+            "leave calibration out of --metrics"
+        )
     p = log_p.exp()
     confidence, best = p.max(-1)
     target = targets[:, None]

@@ -158,7 +158,7 @@ def _as_ensemble(config: EvaluateConfig, targets: Sequence[Target]) -> list[Targ
 
 
 def _tokenizer(target: Target, config: EvaluateConfig) -> Any:
-    return load_tokenizer(target.tokenizer, config.trust_remote_code)
+    return load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
 
 
 def _at_ranks(config: EvaluateConfig, target: Target) -> list[Target]:
@@ -226,7 +226,9 @@ def _same_answers(one: Target, other: Target, trust_remote_code: bool) -> bool:
 
     if identity(one) != identity(other):
         return False
-    return one.date == other.date or not reads_clock(one.template, load_tokenizer(one.tokenizer, trust_remote_code))
+    return one.date == other.date or not reads_clock(
+        one.template, load_tokenizer(one.tokenizer, trust_remote_code, one.adapter)
+    )
 
 
 def _check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ EVALUATE_KEYS = fields_of(
     leave_out=(
         *("runs", "model", "from_predictions", "dataset", "output_dir", "base", "basis"),  # set for each step
         *("columns", "subset", "split"),  # the grid writes the records to answer itself
+        *("ensemble", "with_base", "ranks"),  # which answer with other models than the row's
         *("device", "dtype", "overwrite"),  # flags of `ablate` itself
     ),
 )

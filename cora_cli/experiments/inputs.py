@@ -229,7 +229,7 @@ class _Digests:
             self._known = {}  # only a cache: hashes are computed again
 
     def of(self, model: ModelPath) -> str:
-        state = _state([*model.weight_files(), *(model.path.glob("*config.json")), *model.path.glob("cora.json")])
+        state = _state(model.hashed_files())
         key = str(model.path.resolve())
         known = self._known.get(key)
         if known is not None and known["state"] == state:

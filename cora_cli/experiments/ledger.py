@@ -117,7 +117,8 @@ class Ledger:
         record = self.record(step)
         if not record or record["key"] == step.key or record["status"] == FAILED or step.kind == "judge":
             return None  # no judgment is ever removed
-        names = [name for name in _differing(record["facts"], step.facts) if step.kind != "evaluate" or name not in SCORING]
+        scoring = SCORING - {"seed"} if step.facts.get("temperature") else SCORING
+        names = [name for name in _differing(record["facts"], step.facts) if step.kind != "evaluate" or name not in scoring]
         # A run that conflicts is reported itself; its evaluation is outdated only because of it.
         return ", ".join(names) if names and names != ["run"] else None
 

@@ -50,8 +50,8 @@ def write_copy(grid: Path, target: Path) -> None:
     """
     if target.exists() or target.is_symlink():
         raise CoraError(f"{target} exists; choose another name")
-    if "include" not in read_file(grid, "grid file"):
-        with rundir.atomic_path(target) as temporary:
+    with rundir.atomic_path(target, replace=False) as temporary:
+        if "include" not in read_file(grid, "grid file"):
             shutil.copyfile(grid, temporary)
-        return
-    rundir.write_text(target, yaml.safe_dump(read_yaml(grid), sort_keys=False, allow_unicode=True, width=128))
+        else:
+            rundir.write_text(temporary, yaml.safe_dump(read_yaml(grid), sort_keys=False, allow_unicode=True, width=128))

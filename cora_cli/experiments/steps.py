@@ -37,7 +37,8 @@ PLAN_FORMAT = 1
 FOLDERS = ("runs", "models", "bases", "evaluations", "judgings", "records", "steps", "logs", "slurm")
 """The folders in the output directory of a grid."""
 SCORING = frozenset({"metrics", "metric_variant", "bertscore_model", "bertscore_layer", "bootstrap", "seed"})
-"""Settings of an evaluation that do not affect predictions: after a change, only the metrics are computed again."""
+"""Settings of an evaluation that do not affect predictions (`seed` only without a temperature): after a change, only the metrics are computed
+again."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cora_cli.basis.choices import BasisChoices, is_target
+from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.extraction.gram import EPS, add_gram, empty_gram
 from cora_cli.extraction.lowrank import Pair, gram_factor, mean_factor
-from cora_cli.progress import say
 from cora_cli.weights.sources import WeightSource
 
 # The largest Gram matrix, 8 GiB in float64. Weights with more rows are embeddings and would exhaust the memory.
@@ -247,14 +246,7 @@ def _common_targets(sources: Sequence[WeightSource], choices: BasisChoices) -> d
     first, *others = sources
     modules = first.targets(choices.target_modules)
     for source in sources:
-        left_out = [
-            key for key in source.skipped if any(is_target(key.removesuffix(".weight"), t) for t in choices.target_modules)
-        ]
-        if left_out:
-            say(
-                f"{source.reference}: {len(left_out)} weights are left out, such as {left_out[0]}: they are no layers of the language model "
-                "that an adapter changes"
-            )
+        source.say_left_out(choices.target_modules)
     for other in others:
         names = set(other.targets(choices.target_modules))
         if different := names.symmetric_difference(modules):

@@ -90,6 +90,8 @@ def inspect(
     models = {name: open_source(path, base_source) for name, path in zip(short_names(named), paths, strict=True)}
     rank = rank or min((one.rank for one in bases.values()), default=DEFAULT_RANK)
     targets = target_modules or next((one.choices.target_modules for one in bases.values()), DEFAULT_TARGET_MODULES)
+    for source in models.values():
+        source.say_left_out(targets)
     _refuse_copies(models, targets)
     used = used_bases(runs) if runs else []
     starts, lost = known_starts(dict(zip(models, paths, strict=True)), models, base_source, compared, bases.values())

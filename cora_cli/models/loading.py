@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError, is_out_of_memory, reason
@@ -67,7 +68,7 @@ def load_model(
     checkpoint = Checkpoint(model)
     _check_types(model, checkpoint)
     model.generation_config()
-    quantized = four_bit or bool(model.config().get("quantization_config"))
+    quantized = four_bit or _is_dequantized(model)
     options: dict[str, Any] = {"config": config or load_configuration(model, trust_remote_code)}
     if four_bit or device.type != "cpu":
         # Each tensor goes to the device as it is read, so that the host never holds the model.
@@ -127,9 +128,20 @@ def load_model(
     return loaded.eval()
 
 
+def _is_dequantized(model: ModelPath) -> bool:
+    """Whether transformers applies the scales of quantized weights; it loads those of a method that it does not know as they are."""
+    stated = model.quantization()
+    try:
+        return stated is not None and AutoHfQuantizer.supports_quant_method(stated)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CoraError(
+            f"config.json of {model.reference} has a quantization_config that cannot be read: {reason(error)}"
+        ) from error
+
+
 def _check_types(model: ModelPath, checkpoint: Checkpoint) -> None:
     """Raise `CoraError` for weights that are stored with scales of which the configuration does not tell transformers."""
-    if model.config().get("quantization_config"):
+    if _is_dequantized(model):
         return
     for name, shape in checkpoint.shapes.items():
         kind = checkpoint.types[name]

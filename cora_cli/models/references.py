@@ -68,6 +68,11 @@ class ModelPath:
         config = self.config()
         return {**(config.get("text_config") or {}), **config}
 
+    def quantization(self) -> dict[str, Any] | None:
+        """How `config.json` says that the weights are quantized; transformers takes it from a nested text model too. None if it does not."""
+        config = self.config()
+        return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+
     def attention_heads(self) -> int | None:
         """The number of attention heads in `config.json`, under the names that families use; None where it states none."""
         config = self.language_config()
@@ -146,9 +151,7 @@ class ModelPath:
             )
 
     def _adapter_files(self) -> list[Path]:
-        return next(
-            (found for ending in ("safetensors", "bin") if (found := sorted(self.path.glob(f"adapter_*.{ending}")))), []
-        )
+        return next((found for ending in _ENDINGS if (found := sorted(self.path.glob(f"adapter_*.{ending}")))), [])
 
     def _complete_files(self) -> list[Path]:
         return self._named_files() or self._loose_files()
@@ -187,9 +190,16 @@ class ModelPath:
         """`content_hash`, and the hash that earlier versions recorded, which covered weight files that are never read."""
         return {self.content_hash(), self._hash(self._adapter_files() if self.is_adapter else self._loose_files())}
 
+    def hashed_files(self) -> list[Path]:
+        """The files that `content_hash` covers."""
+        return self._with_settings(self.weight_files())
+
     def _hash(self, files: list[Path]) -> str:
+        return rundir.sha256_files(self._with_settings(files))
+
+    def _with_settings(self, files: list[Path]) -> list[Path]:
         names = ("adapter_config.json", "cora.json", rundir.POSTERIOR) if self.is_adapter else ("config.json",)
-        return rundir.sha256_files([*files, *(self.path / name for name in names if (self.path / name).exists())])
+        return [*files, *(self.path / name for name in names if (self.path / name).exists())]
 
 
 def resolve_model(reference: str, weights: bool = True) -> ModelPath:

@@ -238,7 +238,7 @@ def _row_of_run(run: RunDirectory) -> Row:
         model=clean(record["model"]["reference"]),
         dataset=clean(record["data"]["dataset"]),
         run=run.root,
-        evaluation=next((path for path in candidates if path.is_dir()), run.evaluation),
+        evaluation=max(candidates, key=lambda path: (EvaluationDirectory(path).metrics.is_file(), path.is_dir())),
         basis=Path(basis["path"]) if basis and Path(basis["path"]).is_file() else None,
     )
 
@@ -273,7 +273,7 @@ def _distinct(rows: list[Row]) -> list[Row]:
     only = next(iter(groups.values())) if len(groups) == 1 else "evaluations"
     rows = [row if row.group else dataclasses.replace(row, group=groups.get(row.model, only)) for row in rows]
     runs = {row.name: records.read_run(RunDirectory(row.run)) if row.run is not None else {} for row in rows}
-    settings = {name: record["fingerprint"]["settings"] if record else {} for name, record in runs.items()}
+    settings = {name: _settings_of(record) if record else {} for name, record in runs.items()}
     _refuse_copies(runs)
     bases = {name: record["basis"]["sha256"] for name, record in runs.items() if record.get("basis")}
     # Copies of one basis file share one name.
@@ -299,6 +299,14 @@ def _distinct(rows: list[Row]) -> list[Row]:
                 extra.append(row.name)
             renamed[row.name] = dataclasses.replace(row, label=clean(" ".join([row.label, *extra])))
     return [renamed[row.name] for row in rows]
+
+
+def _settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by which a run differs from others of its method: those of its training, and those that a user chose for `cora laplace`."""
+    laplace = record.get("laplace") or {}
+    chosen = {"prior_precision"} if laplace.get("chosen_by") == "the user" else set()
+    own = {name: laplace.get(name) for name in ("directions", "records", *sorted(chosen))} if laplace else {}
+    return {**record["fingerprint"]["settings"], **own}
 
 
 def _refuse_copies(runs: Mapping[str, Mapping[str, Any]]) -> None:

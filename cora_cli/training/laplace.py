@@ -101,9 +101,9 @@ def laplace(
     record = _checked_record(source, run)
     config = _config_of(source, device)
     prepared = prepare(config, template_date(record))
-    for key in ("model_sha256", "data_sha256"):
-        if prepared.fingerprint(config)[key] != record["fingerprint"][key]:
-            what = "base model" if key == "model_sha256" else "data set"
+    now, then = prepared.fingerprint(config), record["fingerprint"]
+    for key, what in (("model_sha256", "base model"), ("data_sha256", "data set"), ("tokenizer_sha256", "tokenizer")):
+        if now[key] != then.get(key, now[key]):  # earlier versions did not record the tokenizer
             raise CoraError(f"the {what} of {run} is not the one that it was trained with; restore it")
     adapter = resolve_model(run)
     examples = prepared.train.examples[:limit]

@@ -63,9 +63,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises `CoraError` for anything a user can cause. Nothing is written before all inputs have been checked, and an interrupted run
     keeps its last complete checkpoint.
     """
-    inputs: dict[str, Any] = {
-        name: absolute(path) for name in ("model", "dataset", "test_dataset", "basis") if (path := getattr(config, name))
-    }
+    places = ("model", "dataset", "test_dataset", "basis", "peft_config")
+    inputs: dict[str, Any] = {name: absolute(path) for name in places if (path := getattr(config, name))}
     if config.start_models:
         inputs["start_models"] = tuple(map(absolute, config.start_models))
     with contextlib.ExitStack() as held:
@@ -195,6 +194,8 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
     recorded = record["fingerprint"]
     # Earlier versions recorded neither.
     recorded.setdefault("tokenizer_sha256", fingerprint["tokenizer_sha256"])
+    if "peft_config" in recorded["settings"]:  # its content is compared; earlier versions recorded the path as it was typed
+        recorded["settings"]["peft_config"] = fingerprint["settings"].get("peft_config")
     if "template_date" in fingerprint["settings"]:
         recorded["settings"].setdefault("template_date", template_date(record))
     if recorded != fingerprint:

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 from cora_cli import rundir
-from cora_cli.errors import CoraError
+from cora_cli.adapters.facts import read_facts, starting_b
+from cora_cli.adapters.posterior import say_mean
+from cora_cli.adapters.storage import say_unknown_settings
+from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import ModelPath
@@ -22,6 +25,7 @@ from cora_cli.models.references import ModelPath
 _ADAPTER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
 _IN_LAYER = re.compile(r"\.\d+\.")
 _FULL_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?:\.base_layer)?\.weight$")
+_BIAS_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?P<place>\.base_layer|\.lora_B)?\.bias$")
 _OTHER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)\.(?:lora_embedding_[AB]|token_adapter\..+)$")
 # Settings under which a LoRA adapter's weight is not W + s·B·A.
 _OTHER_FORMS = (
@@ -36,14 +40,14 @@ _OTHER_FORMS = (
     "monteclora_config",
 )
 # Every other initialisation (PiSSA, OLoRA, CorDA, LoftQ, …) changes the base weights, and the adapter applies to those.
-_INITIALISATIONS_THAT_KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+_INITIALISATIONS_THAT_KEEP_BASE = (True, "gaussian", "eva", "orthogonal", "mica")
 
 
 class AdapterFactors:
     """The tensors of a LoRA adapter.
 
     `ranks` maps each updated module to its r, and `full` each replaced module to its (out, in). `hidden` holds the modules that
-    the adapter changes in other ways than W + s·B·A. Raises `CoraError` if files are missing or damaged, or if the adapter's
+    the adapter changes in other ways than W + s·B·A, `biases` the keys of trained biases, which are no part of any W. Raises `CoraError` if files are missing or damaged, or if the adapter's
     weights cannot be computed from its factors alone.
     """
 
@@ -51,11 +55,14 @@ class AdapterFactors:
         self.config = model.adapter_config()
         self.reference = model.reference
         self._check_form()
+        say_unknown_settings(model)
+        say_mean(model)
         self.checkpoint = Checkpoint(model)
         self._starting_b = _starting_b(model)
         self._out: dict[str, int] = {}
         self.full: dict[str, tuple[int, int]] = {}
         self.hidden: set[str] = set()
+        self.biases: list[str] = []
         self._digests: dict[str, str] = {}
         self._full_keys: dict[str, str] = {}
         self._transposed: frozenset[str] = frozenset()
@@ -72,10 +79,13 @@ class AdapterFactors:
                 self._full_keys[found["module"]] = key
                 if len(shape) == 2:
                     self.full[found["module"]] = self._shape(key)
-            elif not key.endswith(".bias"):
+            elif _BIAS_KEY.match(key):
+                self.biases.append(key)
+            else:
                 raise CoraError(
                     f"{self.reference}: {key} is neither a lora_A or lora_B matrix nor the weight of a fully saved module"
                 )
+        self._check_biases()
         if not self._keys and not self.full:
             raise CoraError(
                 f"{self.reference} holds no lora_A and lora_B matrices: the adapter in {self.checkpoint.path} is empty"
@@ -110,22 +120,32 @@ class AdapterFactors:
                 raise CoraError(f"{self.reference}: adapter_config.json has {stated}; the adapter is damaged")
             self._scale[module] = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
-    def check_complete(self, modules: Iterable[str], base: str) -> None:
-        """Raise `CoraError` unless the adapter holds updates for those of the base's `modules` that its configuration names, and no others."""
+    def check_complete(self, modules: Iterable[str], base: str, model_type: str | None) -> None:
+        """Raise `CoraError` unless the adapter holds updates for those of the base's `modules` that its configuration names, and no others.
+
+        A configuration without target modules names those that PEFT adapts in models of the type.
+        """
         settings = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-        named = LoraConfig(**{name: self.config[name] for name in settings if self.config.get(name) is not None})
+        try:
+            named: Any = LoraConfig(**{name: self.config[name] for name in settings if self.config.get(name) is not None})
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CoraError(f"{self.reference}: PEFT refuses its adapter_config.json: {reason(error)}") from error
         known = self.ranks.keys() | self._full_keys.keys() | self.hidden
         if named.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             named.target_modules = list({module.rpartition(".")[2] for module in self.ranks})
+        if named.target_modules is None:
+            named.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "")
+        if not named.target_modules:
+            raise CoraError(f"{self.reference}: adapter_config.json names no target_modules; PEFT would leave out the adapter")
         with bounded(f"{self.reference}: matching target_modules"):
             lacking = [module for module in modules if module not in known and check_target_module_exists(named, module)]
             unnamed = [module for module in self.ranks if not check_target_module_exists(named, module)]
-        if named.target_modules and unnamed:
+        if unnamed:
             raise CoraError(
                 f"{self.reference} holds lora_A and lora_B for {len(unnamed)} layers that its adapter_config.json does not name, such as "
                 f"{unnamed[0]}; PEFT would leave them out: correct target_modules, exclude_modules or layers_to_transform there"
             )
-        if named.target_modules and lacking:
+        if lacking:
             raise CoraError(
                 f"{self.reference} holds no lora_A and lora_B for {len(lacking)} layers of its base {base} that its target_modules name, such "
                 f"as {lacking[0]}; the adapter is incomplete"
@@ -193,8 +213,25 @@ class AdapterFactors:
                 raise CoraError(
                     f"{self.reference} was trained with {setting}, so its weights are not W + s·B·A; merge it first"
                 )
-        if (start := self.config.get("init_lora_weights", True)) not in _INITIALISATIONS_THAT_KEEP_BASE:
+        if (start := self.config.get("init_lora_weights")) and start not in _INITIALISATIONS_THAT_KEEP_BASE:
             raise CoraError(f"{self.reference} has init_lora_weights {start!r}, which changes the base weights; merge it first")
+
+    def _check_biases(self) -> None:
+        """Raise `CoraError` for a bias that PEFT would leave out by the adapter's configuration."""
+        trained = self.config.get("bias") or "none"
+        if trained not in ("none", "all", "lora_only"):
+            raise CoraError(f"{self.reference}: adapter_config.json has bias {trained!r}, which PEFT does not know")
+        for key in self.biases:
+            found = _BIAS_KEY.match(key)
+            assert found is not None
+            adapted = trained == "all" or (trained == "lora_only" and found["module"] in self._keys)
+            of_factor = found["place"] == ".lora_B"
+            if not (self.config.get("lora_bias") if of_factor else adapted or found["module"] in self._full_keys):
+                stated = f"lora_bias {bool(self.config.get('lora_bias'))}" if of_factor else f"bias {trained!r}"
+                raise CoraError(
+                    f"{self.reference} holds {key}, but its adapter_config.json has {stated}, with which PEFT would leave it out; correct one of "
+                    "them"
+                )
 
     def _rank(self, module: str, keys: dict[str, str]) -> int:
         if missing := ({"A"} if self._starting_b else {"A", "B"}) - keys.keys():
@@ -212,8 +249,6 @@ def _starting_b(model: ModelPath) -> Callable[[str, int], torch.Tensor] | None:
     """The function (module, out-dimension) -> B of a compact adapter; None if the adapter stores its own B."""
     if not (model.path / rundir.COMPACT_ADAPTER).exists():
         return None
-    from cora_cli.adapters.facts import read_facts, starting_b
-
     facts = read_facts(model.path)
     if facts is None:
         raise CoraError(f"{model.reference} stores only A, and cora.json, which describes its B, is missing")

@@ -17,6 +17,7 @@ from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint, finite, type_fault
 from cora_cli.models.references import ModelPath, recorded_base, resolve_model
 from cora_cli.models.skeleton import Skeleton, layer_of, other_modalities, skeleton_of, surplus_fault
+from cora_cli.progress import say
 from cora_cli.weights.factors import AdapterFactors
 
 _ARCHITECTURE_KEYS = (
@@ -40,7 +41,7 @@ class WeightSource(abc.ABC):
 
     `transposed` holds the modules whose layer stores its weight as (in, out), `skipped` the names in the files of weights that are no
     module of the language model: those of other modalities, and those that the loaded model does not take as they are, such as fused
-    experts. `faults` says by module what keeps a layer's weight from being read: missing, of another shape, or with tensors next to
+    experts. `biases` names those that an adapter trained. `faults` says by module what keeps a layer's weight from being read: missing, of another shape, or with tensors next to
     it that would change it.
     """
 
@@ -49,6 +50,7 @@ class WeightSource(abc.ABC):
     architecture: dict[str, Any]
     transposed: frozenset[str] = frozenset()
     skipped: Sequence[str] = ()
+    biases: Sequence[str] = ()
     faults: Mapping[str, str] = MappingProxyType({})
     shapes: dict[str, tuple[int, int]]
 
@@ -61,6 +63,19 @@ class WeightSource(abc.ABC):
             if any(is_target(module, target) for target in target_modules):
                 raise CoraError(f"{self.reference}: {self.faults[module]}")
         return match_targets(list(self.shapes), target_modules, self.reference)
+
+    def say_left_out(self, target_modules: Sequence[str]) -> None:
+        """Say which weights that `target_modules` match are not read, and which changes are no part of any weight."""
+        if left_out := [key for key in self.skipped if any(is_target(key.removesuffix(".weight"), t) for t in target_modules)]:
+            say(
+                f"{self.reference}: {len(left_out)} weights are left out, such as {left_out[0]}: they are no layers of the language model "
+                "that an adapter changes"
+            )
+        if self.biases:
+            say(
+                f"{self.reference} also trained {len(self.biases)} biases, such as {self.biases[0]}: they are no part of the weights, and "
+                "nothing of their change is in what is computed here"
+            )
 
     @abc.abstractmethod
     def read(self, module: str) -> torch.Tensor:
@@ -114,10 +129,9 @@ class ModelSource(WeightSource):
     """A complete model: every two-dimensional `*.weight` of its checkpoint, in the stored type, by its name in the loaded model."""
 
     def __init__(self, model: ModelPath) -> None:
-        config = model.config()
         self.reference, self.revision = model.reference, model.revision
         self.architecture = architecture_of(model.language_config())
-        if config.get("quantization_config"):
+        if model.quantization():
             raise CoraError(f"{model.reference} is stored quantised; use a copy with weights in bf16, fp16 or fp32")
         self._checkpoint = Checkpoint(model)
         self._digests: dict[str, str] = {}
@@ -151,18 +165,15 @@ class AdapterSource(WeightSource):
     def __init__(self, model: ModelPath, base: WeightSource | None) -> None:
         self.reference, self.revision = model.reference, model.revision
         self._own = AdapterFactors(model)
+        self.biases = self._own.biases
         self._base_is_own = base is None
         self.base = base or self._open_base()
-        self.architecture = self.base.architecture
+        self.architecture, self.skipped = self.base.architecture, self.base.skipped
         self._own.check_full(self.base.shapes, self.base.transposed)
-        if self._own.config.get("fan_in_fan_out") and (wrong := sorted(self._own.ranks.keys() - self.base.transposed)):
-            raise CoraError(
-                f"{self.reference} has fan_in_fan_out, but its base {self.base.reference} stores {wrong[0]} as (out, in); merge it first"
-            )
         # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
         shapes = self.base.shapes | self._own.full
         self._own.check(shapes, self.base.reference)
-        self._own.check_complete(self.base.shapes, self.base.reference)
+        self._own.check_complete(self.base.shapes, self.base.reference, self.architecture.get("model_type"))
         self.shapes = {module: shape for module, shape in shapes.items() if module not in self._own.hidden}
         self.faults = {module: fault for module, fault in self.base.faults.items() if module not in self._own.full}
 

@@ -69,6 +69,16 @@ def test_the_merged_model_is_a_plain_one_with_the_logits_of_base_and_adapter(for
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+def test_fan_in_fan_out_of_an_adapter_follows_the_layer_and_not_the_configuration_as_in_peft(adapters, tmp_path):
+    adapter, expected = adapters["standard"]
+    copy = Path(shutil.copytree(adapter.path, tmp_path / "copy"))
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": True}))
+    merge_adapter(resolve_model(str(copy)), tmp_path / "merged")
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 def test_the_tokenizer_comes_along(adapters, tiny_model, tmp_path):
     merge_adapter(adapters["standard"][0], tmp_path / "merged")
     merged, base = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "merged", tiny_model))

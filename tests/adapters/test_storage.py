@@ -400,3 +400,28 @@ def test_a_chat_template_beside_an_adapter_is_taken_with_the_tokenizer_of_its_ba
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     tokenizer = load_tokenizer(resolve_model("builtin:smollm2"), False, adapter)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("adapter_model.pt", torch.save),
+        ("adapter_weights.safetensors", save_file),
+        ("adapter_model.bin", lambda state, path: torch.save({"state_dict": state}, path)),
+    ],
+)
+def test_the_tensors_of_an_adapter_are_found_in_any_file_that_is_read_as_an_adapters(name, write, standard, copied, load):
+    state = load_file(copied / WEIGHTS_FILE)
+    (copied / WEIGHTS_FILE).unlink()
+    write(state, copied / name)
+    adapter = resolve_model(str(copied))
+    assert torch.equal(logits(load_adapter(load(), adapter)), standard[1])
+    assert [file.name for file in adapter.weight_files()] == [name]
+
+
+def test_a_setting_that_peft_does_not_know_is_said(copied, load, capfd):
+    config = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps({**config, "use_later": True, "other_later": None}))
+    load_adapter(load(), resolve_model(str(copied)))
+    said = " ".join(capfd.readouterr().err.split())
+    assert "adapter_config.json sets use_later, which the installed PEFT" in said

@@ -193,6 +193,11 @@ def test_a_dry_run_lists_unresolved_inputs_and_does_not_fail(tiny_model: Path, t
         (["--jobs", "0"], "--jobs must be at least 1, not 0"),
         (["--device", "tpu"], "--device must be one of auto, cpu, cuda, not 'tpu'"),
         (["--only", "nothing*"], "--only 'nothing*' matches none of the 3 rows"),
+        (
+            ["--write-config", "mine.yaml"],
+            "--output-dir has no effect with --write-config, which writes the grid file as it is",
+        ),
+        (["--list"], "--output-dir has no effect with --list, which lists the grids; leave it out"),
     ],
 )
 def test_usage_errors_end_with_code_2(

@@ -161,6 +161,22 @@ def test_a_report_shows_calibration_and_finds_numbers_that_were_changed(run: Pat
     assert "does not give the nll in metrics.json" in report([str(run)], "markdown")
 
 
+def test_a_model_whose_logits_are_not_finite_has_no_calibration(tiny_model: Path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    model.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(CoraError, match="gives a token of a reference no probability: its logits are not finite there"):
+        reference_tokens(model, [Example([5, 6, 7], 1)])
+
+
+def test_prompts_that_are_cut_for_their_references_are_counted(tiny_model: Path, tmp_path: Path, capfd):
+    records = [{"prompt": "say " * 300, "completion": "so " * 300}, {"prompt": "say", "completion": "so"}]
+    rundir.write_jsonl(tmp_path / "long.jsonl", records)
+    evaluate_model(tiny_model, tmp_path / "long.jsonl", tmp_path / "out", metrics=("nll",), max_new_tokens=1)
+    assert (
+        "1 prompts were cut at the start, so that they fit the context together with their references" in capfd.readouterr().err
+    )
+
+
 def test_what_cannot_be_measured_is_refused(run: Path, tiny_model: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="--metrics calibration needs --backend transformers"):
         EvaluateConfig(runs=("run",), backend="vllm", metrics=("ece",))
@@ -173,6 +189,15 @@ def test_what_cannot_be_measured_is_refused(run: Path, tiny_model: Path, tmp_pat
     lines = read_jsonl(run / "eval" / "predictions.jsonl")
     del lines[1]["reference_tokens"]["brier"][0]
     rundir.write_jsonl(tmp_path / "damaged.jsonl", lines)
+    rundir.write_jsonl(
+        tmp_path / "part.jsonl", [*lines[:1], {key: value for key, value in lines[1].items() if key != "reference_tokens"}]
+    )
+    with pytest.raises(
+        CoraError, match=r"part.jsonl, record 2 has no reference_tokens, although others have; evaluate the model"
+    ):
+        evaluate(
+            EvaluateConfig(from_predictions=str(tmp_path / "part.jsonl"), metrics=("nll",), output_dir=str(tmp_path / "o"))
+        )
     with pytest.raises(
         CoraError, match=r"damaged.jsonl, record 2: reference_tokens must have lists of numbers of equal length"
     ):

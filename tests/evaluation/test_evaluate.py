@@ -326,13 +326,19 @@ GOOD = json.dumps({"prediction": "a b", "reference": "a c"}) + "\n"
         (GOOD + '{"prediction": \n', r"predictions\.jsonl, line 2: not valid JSON"),
         (
             GOOD + GOOD + '{"prediction": "a"}\n',
-            r"predictions\.jsonl, record 3: expected text under \"prediction\" and \"reference\"",
+            r"predictions\.jsonl, line 3: expected text under \"prediction\" and \"reference\"",
         ),
-        (GOOD + '{"prediction": "a", "reference": null}\n', r"record 2: .* found \{.*\"reference\": null\}"),
-        (GOOD + '{"prediction": 7, "reference": "a"}\n', r"record 2: .* found \{\"prediction\": 7"),
-        (GOOD + '["a", "b"]\n', r"predictions\.jsonl, record 2: .* found \[\"a\", \"b\"\]"),
+        (GOOD + '{"prediction": "a", "reference": null}\n', r"line 2: .* found \{.*\"reference\": null\}"),
+        (GOOD + '{"prediction": 7, "reference": "a"}\n', r"line 2: .* found \{\"prediction\": 7"),
+        (GOOD + '["a", "b"]\n', r"predictions\.jsonl, line 2: .* found \[\"a\", \"b\"\]"),
         (GOOD + '{"prediction": "\\ud800", "reference": "a"}\n', "half of a character and no text"),
         ("", "nothing to score: there are 0 predictions"),
+        (
+            '{"index": 4, "prediction": "a", "reference": "b"}\n\n'
+            + GOOD
+            + '{"index": 4, "prediction": "b", "reference": "b"}\n',
+            r"predictions\.jsonl: lines 1 and 4 both answer the record with index 4; remove one of them",
+        ),
     ],
 )
 def test_malformed_predictions_are_refused_naming_file_and_record(tmp_path: Path, text: str, message: str) -> None:

@@ -15,6 +15,7 @@ from cora_cli import embedded, rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import PooledDecoder
 from cora_cli.evaluation.generate import BatchedGenerate, Engine, Request, _answer, end_tokens, generate, transformers_engine
+from cora_cli.evaluation.sampling import Sampling
 from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
@@ -255,3 +256,17 @@ def test_a_lead_with_special_tokens_is_no_part_of_the_prediction():
 def test_an_end_token_that_is_no_id_is_refused(own):
     with pytest.raises(CoraError, match="eos_token_id that is no token id"):
         end_tokens(own, {1})
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(0.8, 0)])
+def test_logits_that_are_no_numbers_give_no_token_at_any_step(sampling, tiny_model: Path):
+    damaged = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    damaged.model.norm.weight.data.fill_(torch.nan)
+    engine = BatchedGenerate(damaged, [2], 2, 4, 3, sampling)
+    with pytest.raises(CoraError, match=r"the model's output is not finite \(NaN or infinity\), so it has no answers"):
+        engine.answer([[5, 6, 7]], lambda: None, ["0 0"])
+
+
+def test_a_temperature_near_zero_gives_the_most_likely_token():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-4.0, -5.0, -torch.inf]])
+    assert Sampling(5e-324, 0).choose(logits, ["0 0", "1 0"], [0, 0]) == [1, 0]

@@ -300,6 +300,61 @@ def test_an_encoder_that_lacks_weights_is_refused(tiny_roberta, tmp_path):
         BertScore(str(tmp_path), layer=2).signature()
 
 
+@pytest.fixture
+def bert(tmp_path):
+    """A function that makes an encoder with a tokenizer of 300 bytes and special tokens, changed in place."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    def made(rows=300, change=lambda model: None, **special):
+        vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **special).save_pretrained(tmp_path)
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+        model = BertModel(BertConfig(vocab_size=rows, max_position_embeddings=32, **sizes))
+        change(model)
+        model.save_pretrained(tmp_path)
+        return BertScore(str(tmp_path), layer=1)
+
+    return made
+
+
+@pytest.mark.parametrize("special", [{}, {"pad_token": "<pad>"}], ids=["without", "beyond the embedding"])
+def test_the_padding_token_of_an_encoder_does_not_matter(bert, special):
+    texts = ["a", "longer words", "two"], ["b", "c d e f g h", "three"]
+    metric = bert(rows=256, **special)
+    alone = [metric.statistics([one], [other])[0] for one, other in zip(*texts, strict=True)]
+    np.testing.assert_allclose(metric.statistics(*texts), alone, atol=1e-6)
+
+
+def test_a_token_without_a_row_in_the_encoders_embedding_is_refused_by_name(bert):
+    with pytest.raises(
+        CoraError, match=r"encoder \S+: the token 'z' has the id 89, but the model's embedding has only 80 rows"
+    ):
+        bert(rows=80).statistics(["z"], ["A"])
+
+
+def test_an_encoder_whose_weights_are_not_finite_is_refused_by_name(bert):
+    damaged = bert(change=lambda model: model.encoder.layer[0].attention.self.query.weight.data.fill_(torch.nan))
+    with pytest.raises(
+        CoraError, match=r"encoder \S+: encoder\.layer\.0\.attention\.self\.query\.weight holds values that are not finite"
+    ):
+        damaged.statistics(["a b"], ["a c"])
+
+
+def test_a_model_that_bert_score_does_not_support_is_refused_by_its_type(bert, tmp_path):
+    from transformers import GPT2Config, GPT2Model
+
+    metric = bert()
+    GPT2Model(GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=32)).save_pretrained(tmp_path)
+    with pytest.raises(
+        CoraError, match=r"encoder \S+ is a gpt2 model, which bert-score does not support; use an encoder such as"
+    ):
+        metric.statistics(["a"], ["b"])
+
+
 # --- all together ----------------------------------------------------------------------------------------------------
 
 

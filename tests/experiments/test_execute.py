@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -198,6 +199,18 @@ def test_another_choice_of_metrics_is_not_a_conflict_and_scores_again(tmp_path: 
     longer = plan_of(grid_of({"mode": "lora"}, defaults={"evaluate": {"max_new_tokens": 7}}), tmp_path / "out")
     with pytest.raises(CoraError, match=r"evaluation \(max_new_tokens\)"):
         refuse_conflicts(longer, set(longer.steps), overwrite=False)
+
+
+def test_another_seed_is_a_conflict_where_answers_are_drawn(tmp_path: Path) -> None:
+    def drawn(seed: int, **settings: Any) -> Plan:
+        evaluate = {"metrics": ["rouge"], "seed": seed, **settings}
+        return plan_of(grid_of({"mode": "lora"}, defaults={"evaluate": evaluate}), tmp_path / f"out{len(settings)}")
+
+    for settings in ({}, {"temperature": 0.8}):
+        carry_out(drawn(0, **settings))
+        other = drawn(1, **settings)
+        with pytest.raises(CoraError, match=r"evaluation \(seed\)") if settings else contextlib.nullcontext():
+            refuse_conflicts(other, set(other.steps), overwrite=False)
 
 
 def test_done_steps_are_found_without_changing_anything(plan: Plan) -> None:

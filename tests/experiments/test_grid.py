@@ -143,6 +143,7 @@ def test_an_invalid_block_is_refused(block: Any, message: str) -> None:
         ({"datasets": {"d": 3}}, "datasets: d must be a hub id, path or builtin name, not 3"),
         ({"defaults": {"trian": {}}}, "defaults: unknown key 'trian' (did you mean train?)"),
         ({"defaults": {"train": {"output_dir": "x"}}}, "unknown key 'output_dir'"),
+        ({"defaults": {"evaluate": {"ranks": ["1"]}}}, "defaults: evaluate: unknown key 'ranks'"),
         ({"defaults": {"evaluate": {"metrics": ["rogue"]}}}, "unknown metric 'rogue'"),
         ({"paper_table": "tabel"}, "paper_table must be one of number_of_models, main, rank, ablation"),
         ({"grid": []}, "grid must be a list of at least one block"),

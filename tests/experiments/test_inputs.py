@@ -4,7 +4,8 @@ from unittest.mock import MagicMock
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
-from transformers import GPT2Config, GPT2LMHeadModel
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
@@ -98,3 +99,15 @@ def test_answers_that_only_call_tools_are_measured_like_others(tiny_model: Path,
     inputs.require_all()
     (data,) = inputs.datasets.values()
     assert data.characters > data.response_characters > 20
+
+
+def test_weights_are_hashed_again_where_any_hashed_file_has_changed(tiny_model: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    model = LlamaForCausalLM.from_pretrained(tiny_model)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    grid = grid_of(
+        {"mode": "fb", "sources": ["a"]}, model=str(tiny_model), models={"a": str(adapter)}, datasets={"d": "x.jsonl"}
+    )
+    first = find_inputs(grid, tmp_path / "hashes.json").models[str(adapter)]
+    (adapter / rundir.POSTERIOR).write_bytes(b"a distribution")
+    assert find_inputs(grid, tmp_path / "hashes.json").models[str(adapter)].sha256 != first.sha256

@@ -13,6 +13,7 @@ from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.loading import load_model
 from cora_cli.models.references import resolve_model
+from cora_cli.weights.sources import open_source
 from tests.weights.helpers import local, make_llama
 
 
@@ -166,4 +167,38 @@ def test_weights_without_their_scales_are_refused_and_buffers_are_not(name, kind
         with pytest.raises(CoraError, match=f"{re.escape(name)} is stored as"):
             load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)
     else:
+        load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)
+
+
+def test_weights_of_a_quantization_that_transformers_does_not_know_are_refused_and_plain_ones_are_not(tiny_model, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "of_next_year"}}))
+    model = resolve_model(str(directory))
+    load_model(model, torch.float32, torch.device("cpu"), None)
+    weights = load_file(directory / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weights |= {name: weights[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1)}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CoraError, match=f"{re.escape(name)} is stored as float8_e4m3fn"):
+        load_model(model, torch.float32, torch.device("cpu"), None)
+
+
+def test_a_quantization_that_a_nested_configuration_states_counts(tiny_model, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    nested = {"text_config": {"quantization_config": {"quant_method": "fp8"}}}
+    (directory / "config.json").write_text(json.dumps({**config, **nested}))
+    with pytest.raises(CoraError, match=r"model is stored quantised; use a copy"):
+        open_source(resolve_model(str(directory)))
+
+
+def test_a_quantization_without_a_method_is_refused_by_name(tiny_model, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    with pytest.raises(CoraError, match=r"model has a quantization_config that cannot be read: .*no `quant_method`"):
         load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)

@@ -123,6 +123,14 @@ def test_what_is_not_finished_is_missing_with_its_reason_and_the_rest_is_reporte
     assert LOSS in next(result for result in found.results if result.row.name == runs[3].name).measures
 
 
+def test_a_run_of_a_grid_alone_is_reported_with_its_evaluation_where_another_one_was_begun(grid):
+    run = first_run(grid)
+    (run.root / "eval").mkdir()
+    (run.root / "eval" / "generation.json").write_text("{}")
+    [experiment] = find_experiments([str(run.root)])
+    assert experiment.rows[0].evaluation == run.root / "evaluation"
+
+
 def test_a_step_that_died_before_its_record_gives_the_last_line_of_its_log(grid):
     run = first_run(grid)
     shutil.rmtree(run.root)

@@ -68,6 +68,11 @@ def test_the_result_is_the_run_with_a_distribution_around_it(run: Path, fitted: 
     evaluated(fitted, fitted / "eval", draws=4)
     text = report([str(run), str(fitted)], "markdown")
     assert "| laplace lora r=4" in text
+    laplace(str(run), tmp_path / "other", limit=8, directions=16, prior_precision=40.0, device="cpu")
+    evaluated(tmp_path / "other", tmp_path / "other" / "eval", draws=4)
+    text = report([str(fitted), str(tmp_path / "other")], "markdown")
+    assert "| laplace lora prior_precision=20.0 r=4" in text
+    assert "| laplace lora prior_precision=40.0 r=4" in text
     merge_adapter(resolve_model(str(fitted)), tmp_path / "merged")
     assert not (tmp_path / "merged" / "posterior.safetensors").exists()
 
@@ -143,6 +148,11 @@ def test_what_has_no_laplace_approximation_is_refused(
     assert "split_seed: 0" in text
     (other / "config.yaml").write_text(text.replace("split_seed: 0", "split_seed: 3"))
     refused("the data set of .* is not the one that it was trained with", str(other))
+    other = Path(shutil.copytree(run, tmp_path / "retokenized"))
+    record = read_json(other / "run.json")
+    record["fingerprint"]["tokenizer_sha256"] = "0" * 64
+    rundir.write_json(other / "run.json", record)
+    refused("the tokenizer of .* is not the one that it was trained with", str(other))
     for arguments, said in (
         (["--prior-precision", "0"], "--prior-precision must be positive, not 0"),
         (["--directions", "0"], "--directions must be at least 1, not 0"),

@@ -209,3 +209,18 @@ def test_in_lora_plus_b_learns_at_the_ratios_rate(tiny_model: Path, tiny_data: P
         state = load_file(output / "adapter" / "adapter_model.safetensors")
         moved[ratio] = max(tensor.abs().max().item() for key, tensor in state.items() if ".lora_B." in key)
     assert moved == {None: pytest.approx(16e-4, rel=1e-3), 4.0: pytest.approx(4e-4, rel=1e-3)}
+
+
+def test_the_file_of_pefts_method_is_recorded_by_its_absolute_path_and_may_move(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loha.json").write_text('{"peft_type": "LOHA", "r": 2, "alpha": 4}')
+    monkeypatch.chdir(tmp_path)
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="peft", peft_config="loha.json", dropout=0.0, max_steps=1)
+    record = train(config)
+    assert f"peft_config: {tmp_path}/loha.json" in (tmp_path / "run" / "config.yaml").read_text()
+    # As earlier versions recorded it.
+    record["fingerprint"]["settings"]["peft_config"] = "loha.json"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    moved = (tmp_path / "loha.json").rename(tmp_path / "moved.json")
+    assert train(replace(config, peft_config=str(moved), resume=True))["status"] == "finished"

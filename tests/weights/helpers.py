@@ -67,7 +67,9 @@ def subspace_error(reference: np.ndarray, found: torch.Tensor) -> float:
     return float(np.linalg.norm(basis - reference @ (reference.T @ basis), 2))
 
 
-def make_llama(kv_heads: int = 4, seed: int = 0, vocab: int = 32, layers: int = 2) -> LlamaForCausalLM:
+def make_llama(
+    kv_heads: int = 4, seed: int = 0, vocab: int = 32, layers: int = 2, attention_bias: bool = False
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=16,
@@ -76,6 +78,7 @@ def make_llama(kv_heads: int = 4, seed: int = 0, vocab: int = 32, layers: int = 
         num_hidden_layers=layers,
         intermediate_size=24,
         vocab_size=vocab,
+        attention_bias=attention_bias,
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config)

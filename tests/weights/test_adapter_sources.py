@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -30,7 +31,6 @@ SETTINGS = {
     "rslora_patterns": {"use_rslora": True, "rank_pattern": {"v_proj": 7}},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
-    "biases": {"bias": "all"},
 }
 
 
@@ -82,6 +82,59 @@ def test_an_adapter_equals_the_model_that_peft_merges_it_into(grouped_models, tm
     for module in source.shapes:
         assert source.read(module).dtype == torch.float64
         np.testing.assert_allclose(source.read(module).numpy(), dense[module], atol=2e-5)
+
+
+def test_fan_in_fan_out_follows_the_layer_and_not_the_configuration_as_in_peft(copy, plain):
+    change_config(copy, fan_in_fan_out=True)
+    assert torch.equal(open_source(local(copy)).read(V1), open_source(local(plain)).read(V1))
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory) -> Path:
+    """An adapter that trained the biases of its layers, next to its base."""
+    root = tmp_path_factory.mktemp("biased")
+    model = make_llama(kv_heads=2, attention_bias=True)
+    model.save_pretrained(root / "base")
+    model.name_or_path = str(root / "base")
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], bias="lora_only"))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter)
+    wrapped.save_pretrained(root / "adapter")
+    wrapped.merge_and_unload().save_pretrained(root / "merged")
+    return root / "adapter"
+
+
+def test_trained_biases_are_no_part_of_the_weights_and_it_says_so(biased, capfd):
+    source, dense = open_source(local(biased)), dense_weights(biased.parent / "merged")
+    np.testing.assert_allclose(source.read(V1).numpy(), dense[V1], atol=2e-5)
+    extract_basis([local(biased)], biased.parent / "b.safetensors", BasisChoices(rank=4, target_modules=("q_proj",)), None, CPU)
+    said = capfd.readouterr().err
+    assert re.search(
+        r"adapter also trained 4 biases, such as base_model\.model\.model\.layers\.0\.\S+\.bias: they are no part", said
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "key", "said"),
+    [
+        (
+            {"bias": "none"},
+            None,
+            r"holds \S+q_proj\.base_layer\.bias, but its adapter_config\.json has bias 'none', with which PEFT would",
+        ),
+        ({}, "model.layers.0.self_attn.k_proj.bias", r"k_proj\.bias, but its adapter_config\.json has bias 'lora_only'"),
+        ({}, f"{Q0}.lora_B.bias", r"q_proj\.lora_B\.bias, but its adapter_config\.json has lora_bias False"),
+        ({"bias": "all"}, f"{Q0}.lora_C.bias.more", "is neither a lora_A or lora_B matrix nor"),
+    ],
+)
+def test_biases_that_peft_would_leave_out_are_refused_by_name(biased, tmp_path, changed, key, said):
+    damaged = shutil.copytree(biased, tmp_path / "damaged")
+    change_config(damaged, **changed)
+    if key:
+        change_tensors(damaged, lambda tensors: tensors.update({f"base_model.model.{key}": torch.ones(16)}))
+    with pytest.raises(CoraError, match=said):
+        open_source(local(damaged))
 
 
 def test_embeddings_that_an_adapter_changes_are_not_offered(grouped_models, tmp_path):
@@ -143,11 +196,15 @@ def test_the_content_hash_covers_factors_scale_and_base(copy, plain, grouped_mod
     [
         ({"peft_type": "LOHA"}, "LOHA adapter"),
         ({"use_dora": True}, "use_dora"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
         ({"r": 5}, "do not fit r = 5"),
         ({"rank_pattern": {"q_proj": 2}}, "do not fit r = 2"),
+        ({"layers_pattern": "layers"}, "PEFT refuses its adapter_config.json: .*layers_to_transform"),
+        ({"exclude_modules": 3}, "exclude_modules must be a list or text or null, not 3"),
+        ({"layers_to_transform": "abc"}, 'layers_to_transform must be a list or an integer or null, not "abc"'),
+        ({"target_modules": []}, "adapter_config.json names no target_modules; PEFT would leave out the adapter"),
+        ({"bias": "some"}, "has bias 'some', which PEFT does not know"),
         ({"lora_alpha": 0}, f"lora_alpha 0 for {Q0}, which leaves its weight as it is; the adapter is damaged"),
         (
             {"layers_to_transform": [0]},
@@ -163,6 +220,26 @@ def test_adapters_that_are_not_w_plus_scaled_b_a_are_refused(copy, changed, said
     change_config(copy, **changed)
     with pytest.raises(CoraError, match=said):
         open_source(local(copy))
+
+
+def test_an_adapter_without_target_modules_is_that_of_pefts_own_for_the_type_of_model(copy):
+    change_config(copy, target_modules=None)
+    assert open_source(local(copy)).shapes[V1] == (8, 16)
+    change_tensors(copy, lambda tensors: [tensors.pop(f"base_model.model.{V1}.lora_{matrix}.weight") for matrix in "AB"])
+    with pytest.raises(CoraError, match=f"such as {V1}; the adapter is incomplete"):
+        open_source(local(copy))
+
+
+def test_the_distribution_of_an_adapter_is_said_to_be_left_out(copy, capfd):
+    (copy / "posterior.safetensors").write_bytes(b"")
+    open_source(local(copy))
+    assert "copy has a distribution of weights; what is written here is its mean" in capfd.readouterr().err
+
+
+def test_a_setting_that_peft_does_not_know_is_said(copy, capfd):
+    change_config(copy, use_later=True)
+    open_source(local(copy))
+    assert "adapter_config.json sets use_later, which the installed PEFT" in capfd.readouterr().err
 
 
 def test_an_adapter_of_rank_0_is_refused(copy):

@@ -1,7 +1,6 @@
 """The answers to judge: those of runs, of the base model, and the anchors, which are the references in their places and shuffled."""
 
 import dataclasses
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.judge.config import JudgeConfig
-from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 REFERENCE, SHUFFLED, BASE = "reference", "shuffled reference", "base"
@@ -150,14 +148,7 @@ def _read(name: str, path: Path, limit: int | None) -> System:
             f"{path} is not the file that generation.json describes: it was changed after it was generated; restore it, run `cora evaluate` "
             "again, or judge a copy in another directory with --from"
         )
-    lines = read_jsonl(path)
-    for number, line in enumerate(lines, start=1):
-        if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in KEYS):
-            found = json.dumps(line, ensure_ascii=False)[:80]
-            raise CoraError(
-                f'{path}, record {number}: expected text under "prompt", "reference" and "prediction", found {found}'
-            )
-    lines = lines[:limit]
+    lines = shapes.read_predictions(path, *KEYS)[:limit]
     if len(lines) < 2:
         raise CoraError(f"{path} has {len(lines)} records; judging needs at least two, since anchors are shuffled references")
     return System(name, path, sha256, tuple({key: line[key] for key in KEYS} for line in lines))

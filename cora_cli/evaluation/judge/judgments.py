@@ -39,6 +39,9 @@ class Judgments:
         self._malformed: dict[str, list[str]] = {}
         for number, line in enumerate(self.lines, start=1):
             self._check(line, rubrics, number)
+            if line["outcome"] == "judged" and line["request_sha256"] in self.judged:
+                first = 1 + self.lines.index(self.judged[line["request_sha256"]])
+                raise CoraError(f"{path}: lines {first} and {number} both judge one request; remove one of them")
             self._count(line)
 
     def _check(self, line: dict[str, Any], rubrics: dict[str, Rubric], number: int) -> None:

@@ -1,15 +1,17 @@
 """A judge that is a model on this machine, decoded greedily."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
-from cora_cli.data.encode import encode_prompt
-from cora_cli.data.templates import Rendered
+from cora_cli.data.encode import check_rows, encode_prompt
+from cora_cli.data.templates import Rendered, Template
 from cora_cli.device import select_hardware
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.generate import end_tokens, transformers_engine
 from cora_cli.evaluation.judge.asking import Call, NoReply, Reply
 from cora_cli.evaluation.judge.config import JudgeConfig
+from cora_cli.limits import bounded
 from cora_cli.models.loading import context_length, load_model, load_tokenizer
 from cora_cli.models.references import resolve_model
 from cora_cli.progress import say
@@ -47,6 +49,8 @@ class LocalJudge:
             )
         room = context_length(self._loaded.config) - self._config.max_tokens
         prompts = [self._encode(call.message) for call in calls]
+        for ids in prompts:
+            check_rows(ids, self._loaded.get_input_embeddings().weight.shape[0], self._model.reference, self._tokenizer)
         fitting = [place for place, ids in enumerate(prompts) if len(ids) <= room and allowed(calls[place])]
         for call, ids in zip(calls, prompts, strict=True):
             if len(ids) > room:
@@ -54,7 +58,7 @@ class LocalJudge:
                 yield call, NoReply(reason, paid=False, last=True)
         if not fitting:
             return
-        ends = end_tokens(self._loaded.generation_config.eos_token_id, {self._tokenizer.eos_token_id})
+        ends = end_tokens(self._loaded.generation_config.eos_token_id, self._ends)
         settings = (self._config.batch_size, self._config.max_tokens)
         engine = transformers_engine(self._loaded, self._tokenizer, ends, [prompts[place] for place in fitting], *settings)
         for start in range(0, len(fitting), engine.wave):
@@ -65,14 +69,33 @@ class LocalJudge:
                 yield calls[place], Reply(text, len(prompts[place]), len(ids), self._model.reference)
 
     def _encode(self, message: str) -> list[int]:
-        """The tokens of a conversation with this message, whose text is never taken for the template's control tokens."""
+        """The tokens of a conversation with this message, whose text is never taken for control tokens."""
+        text = message if self._tokenizer.chat_template else f"{message}\n\n"
+        before, after = self._around
+        return [*before, *self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], *after]
+
+    @cached_property
+    def _ends(self) -> set[int]:
+        """Ids of the tokens that end a reply."""
         if not self._tokenizer.chat_template:
-            return encode_prompt(Rendered(f"{message}\n\n", "", special_tokens=True, end=None), self._tokenizer)
+            return {self._tokenizer.eos_token_id}
+        return Template("chat", "messages", self._tokenizer).ends
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The tokens that the chat template puts before and after a message; without one, the tokenizer's start tokens."""
+        if not self._tokenizer.chat_template:
+            return encode_prompt(Rendered("", "", special_tokens=True), self._tokenizer), []
         conversation = [{"role": "user", "content": _PLACE}]
-        shown = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        before, found, after = shown.partition(_PLACE)
-        if not found:
-            raise CoraError(f"the chat template of {self._model.reference} does not write the message of the user")
-        plain = self._tokenizer(message, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        around = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after)]
-        return [*around[0], *plain, *around[1]]
+        whose = f"the chat template of {self._model.reference}"
+        try:
+            with bounded(whose):
+                shown = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except CoraError:
+            raise
+        except Exception as error:  # templates raise what they like
+            raise CoraError(f"{whose} refuses a message of the user: {reason(error)}") from error
+        if (count := shown.count(_PLACE)) != 1:
+            raise CoraError(f"{whose} writes the message of the user {count} times, not once; use another judge")
+        before, after = (self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in shown.split(_PLACE))
+        return before, after

@@ -23,10 +23,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, Ro
 from transformers.utils import logging as transformers_logging
 
 from cora_cli import embedded, rundir
+from cora_cli.data.encode import check_rows
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.evaluation.metrics import reference_cache
 from cora_cli.evaluation.metrics.base import Floats, StreamingMetric, check_texts, format_signature, package_version
 from cora_cli.evaluation.metrics.encoding import embeddings
+from cora_cli.models.checkpoint import finite
 from cora_cli.models.references import ModelPath, resolve_model
 
 EMBEDDED_ENCODER = "builtin:all-MiniLM-L6-v2"
@@ -41,10 +43,11 @@ _TOKENIZER_FILES = re.compile(r"tokenizer.*\.json|special_tokens_map\.json|vocab
 
 @dataclass(frozen=True)
 class Encoder:
-    """A float32 model without the layers after `layer`, and its tokenizer, which truncates to `max_tokens`."""
+    """A float32 model without the layers after `layer`, and its tokenizer, which truncates to `max_tokens`; `pad` has a row in its embedding."""
 
     model: Any
     tokenizer: Any
+    pad: int
     max_tokens: int
     prefix_space: bool
 
@@ -94,6 +97,8 @@ class BertScore(StreamingMetric):
         encoder = self._encoder
         expected = {text for text in references if text.strip()}
         tokens = {text: sent_encode(encoder.tokenizer, text) for text in uses.keys() | expected}
+        for ids in tokens.values():
+            check_rows(ids, _rows(encoder.model), f"encoder {self._source[0].reference}", encoder.tokenizer)
         padded = self._padded_by_evaluate(pairs, tokens) if self._as_evaluate else None
         # Texts of equal length are sorted by content, so that the order does not depend on the hash seed.
         texts = sorted(tokens, key=lambda text: (len(tokens[text]), text))
@@ -123,7 +128,7 @@ class BertScore(StreamingMetric):
                         del known[done]
 
     def _encode(self, token_ids: list[list[int]]) -> Iterator[torch.Tensor]:
-        return embeddings(self._encoder.model, token_ids, self._encoder.tokenizer.pad_token_id, self._device)
+        return embeddings(self._encoder.model, token_ids, self._encoder.pad, self._device)
 
     def _of_references(self, texts: list[str], tokens: dict[str, list[int]]) -> Iterator[torch.Tensor]:
         """The embeddings of the references, in the order given: kept ones, or new ones, which are kept if they are not too large."""
@@ -270,11 +275,25 @@ def load_encoder(source: ModelPath, layer: int, device: str) -> Encoder:
     stack = getattr(getattr(model, "encoder", None), "layer", None)
     if stack is None:
         # Called only here: it treats every path that contains "t5" as a T5 model.
-        model = get_model(str(source.path), layer).float()
+        try:
+            model = get_model(str(source.path), layer).float()
+        except ValueError as error:
+            raise CoraError(
+                f"encoder {source.reference} is a {config.model_type} model, which bert-score does not support; use an encoder such as {PAPER_ENCODER}"
+            ) from error
     else:
         del stack[layer:]
     tokenizer.model_max_length = max_tokens = longest_input(model, config, tokenizer)
-    return Encoder(model.eval().to(device), tokenizer, max_tokens, prefix_space)
+    for name, weight in model.named_parameters():
+        finite(weight.detach(), f"encoder {source.reference}", name)
+    # Padding is masked, so any token with a row will do; but RoBERTa numbers its positions by its own.
+    pads = (tokenizer.pad_token_id, getattr(config, "pad_token_id", None))
+    pad = next((one for one in pads if isinstance(one, int) and 0 <= one < _rows(model)), 0)
+    return Encoder(model.eval().to(device), tokenizer, pad, max_tokens, prefix_space)
+
+
+def _rows(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def longest_input(model: Any, config: Any, tokenizer: Any) -> int:

@@ -69,11 +69,14 @@ class Calibration(StreamingMetric):
 
 
 def tokens_of(lines: Sequence[dict[str, object]], where: object) -> Sequence[ReferenceTokens] | None:
-    """The `reference_tokens` of predictions; None where not all have them. Raises `CoraError`, naming the file, where they are damaged."""
+    """The `reference_tokens` of predictions; None where none has them. Raises `CoraError`, naming the file, where they are damaged or only
+    some have them."""
     found: list[ReferenceTokens] = []
+    if all(line.get("reference_tokens") is None for line in lines):
+        return None
     for number, line in enumerate(lines, start=1):
         if (tokens := line.get("reference_tokens")) is None:
-            return None
+            raise CoraError(f"{where}, record {number} has no reference_tokens, although others have; evaluate the model again")
         keys = get_type_hints(ReferenceTokens)
         lists = [tokens.get(key) for key in keys] if isinstance(tokens, dict) else []
         complete = [one for one in lists if isinstance(one, list) and one and len(one) == len(lists[0] or ())]

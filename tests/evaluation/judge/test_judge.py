@@ -127,6 +127,17 @@ def test_a_judgment_that_was_edited_is_refused(server, answers) -> None:
     assert f"line {place + 1}: the judgment is not what its reply says" in result.output
 
 
+def test_a_request_that_two_lines_judge_is_refused(server, answers) -> None:
+    cora("judge", "--from", answers, *at(server))
+    path = answers.parent / "judge" / "judgments.jsonl"
+    lines = read_jsonl(path)
+    judged = next(number for number, line in enumerate(lines, start=1) if line["outcome"] == "judged")
+    rundir.write_jsonl(path, [*lines, lines[judged - 1]])
+    result = cora("judge", "--from", answers, *at(server))
+    assert result.exit_code == 1
+    assert f"judgments.jsonl: lines {judged} and {len(lines) + 1} both judge one request; remove one of them" in result.output
+
+
 def test_predictions_that_were_edited_are_refused(server, answers) -> None:
     rundir.write_json(answers.parent / "generation.json", {"name": "m", "settings": {}, "predictions_sha256": "0" * 64})
     result = cora("judge", "--from", answers, *at(server))
@@ -137,9 +148,13 @@ def test_predictions_that_were_edited_are_refused(server, answers) -> None:
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ([{"prediction": "a", "reference": "b"}] * 3, 'record 1: expected text under "prompt"'),
+        ([{"prediction": "a", "reference": "b"}] * 3, 'line 1: expected text under "prompt"'),
         ([{"prompt": "p", "prediction": "a", "reference": "b"}], "has 1 records; judging needs at least two"),
         ([{"prompt": "p", "prediction": "a", "reference": "b"}] * 3, "no two different references"),
+        (
+            [{"index": 1, "prompt": "p", "prediction": "a", "reference": "b"}] * 2,
+            "lines 1 and 2 both answer the record with index 1",
+        ),
     ],
 )
 def test_predictions_that_cannot_be_judged_are_refused(server, tmp_path, lines, words) -> None:
