@@ -13,7 +13,7 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.experiments.steps import COMMANDS, SCORING, Step
+from cora_cli.experiments.steps import COMMANDS, Step, of_answers
 from cora_cli.lock import own_directory
 from cora_cli.reading import checked, read_json
 from cora_cli.records import FinishedRun, FinishedStep, RunStatus, StepRecord, Stop
@@ -117,8 +117,8 @@ class Ledger:
         record = self.record(step)
         if not record or record["key"] == step.key or record["status"] == FAILED or step.kind == "judge":
             return None  # no judgment is ever removed
-        scoring = SCORING - {"seed"} if step.facts.get("temperature") else SCORING
-        names = [name for name in _differing(record["facts"], step.facts) if step.kind != "evaluate" or name not in scoring]
+        theirs, ours = record["facts"], step.facts
+        names = _differing(of_answers(theirs), of_answers(ours)) if step.kind == "evaluate" else _differing(theirs, ours)
         # A run that conflicts is reported itself; its evaluation is outdated only because of it.
         return ", ".join(names) if names and names != ["run"] else None
 

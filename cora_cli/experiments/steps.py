@@ -41,6 +41,13 @@ SCORING = frozenset({"metrics", "metric_variant", "bertscore_model", "bertscore_
 again."""
 
 
+def of_answers(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of an evaluation that determine its answers."""
+    return {
+        name: value for name, value in facts.items() if name not in SCORING or (name == "seed" and facts.get("temperature"))
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One `cora` command of a plan.
@@ -273,7 +280,7 @@ class _Planner:
         data = data_key(self._grid.datasets[row.dataset], self._grid.train)
         hashes = {"model": self._model_hash(self._grid.model), "dataset": self._data_hash(data)}
         facts = {**facts, "template": common["template"], **hashes}
-        step = self._keyed("evaluate-base", "evaluate", {key: facts[key] for key in facts.keys() - SCORING}, ())
+        step = self._keyed("evaluate-base", "evaluate", of_answers(facts), ())
         records, output = f"records/{row.dataset}.jsonl", f"evaluations/{step.key[:12]}"
         if data in self._inputs.datasets:
             self._records[records] = self._inputs.datasets[data].test
@@ -305,10 +312,7 @@ class _Planner:
             **self._hardware,
             **settings,
         )
-        answers = {
-            name: rundir.sha256_json({key: value for key, value in step.facts.items() if key not in SCORING})
-            for name, step in evaluations.items()
-        }
+        answers = {name: rundir.sha256_json(of_answers(step.facts)) for name, step in evaluations.items()}
         rubrics = [load_rubric(rubric).sha256 for rubric in config.rubric]
         facts = {**settings, "rubrics": rubrics, "answers": answers}
         argv = words("judge", config)

@@ -248,18 +248,7 @@ class _SharedSettings:
         else:
             inapplicable, reason = sorted(OPTIONAL_SETTINGS - allowed), f"does not apply to mode {self.mode}"
         problems += [f"--{name.replace('_', '-')} {reason}" for name in inapplicable if self._asked_for(name)]
-        if self.load_in_4bit and not method.trains_on_four_bit:
-            problems.append(f"--load-in-4bit does not apply to mode {self.mode}, which needs the weights themselves")
-        if self.shard != "none" and self.load_in_4bit:
-            problems.append(
-                "--shard divides weights that are stored as numbers, not those of --load-in-4bit; leave out one of them"
-            )
-        if self.shard != "none" and method.needs_complete_base:
-            problems.append(
-                f"--shard does not apply to mode {self.mode}, which changes the weights of the base model in each step"
-            )
-        if self.shard != "none" and method.start_from in ("gradient", "inputs"):
-            problems.append(f"--shard does not apply to mode {self.mode}, whose start needs passes through the complete model")
+        problems += self._hardware_problems(method)
         if method.is_adapter:
             problems += self._start_problems(method)
         problems += method.problems(vars(self))
@@ -267,6 +256,23 @@ class _SharedSettings:
             raise UsageError("; ".join(problems))
         if (plan := self.adapter_plan()) is not None:
             self._check_b(method, plan)
+
+    def _hardware_problems(self, method: Method) -> list[str]:
+        """Sentences on `--load-in-4bit` and `--shard`."""
+        found = []
+        if self.load_in_4bit and not method.trains_on_four_bit:
+            found.append(f"--load-in-4bit does not apply to mode {self.mode}, which needs the weights themselves")
+        if self.shard != "none" and self.load_in_4bit:
+            found.append(
+                "--shard divides weights that are stored as numbers, not those of --load-in-4bit; leave out one of them"
+            )
+        if self.shard != "none" and method.needs_complete_base:
+            found.append(
+                f"--shard does not apply to mode {self.mode}, which changes the weights of the base model in each step"
+            )
+        if self.shard != "none" and method.start_from in ("gradient", "inputs"):
+            found.append(f"--shard does not apply to mode {self.mode}, whose start needs passes through the complete model")
+        return found
 
     def _start_problems(self, method: Method) -> list[str]:
         """Sentences on `--start`, `--start-models` and `--start-examples`."""
