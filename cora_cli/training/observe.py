@@ -71,7 +71,9 @@ def observe(
             )
         if not sums[name].isfinite().all():
             raise CoraError(f"the {kind} of {name} in the examples of the start is not finite; --dtype fp32 may help")
-    found = {name: {kind: sums[name] if kind == "gradient" else sums[name] / tokens} for name in layers}
+    found: dict[str, dict[str, torch.Tensor]] = {
+        name: {kind: sums[name] if kind == "gradient" else sums[name] / tokens} for name in layers
+    }
     digest = rundir.sha256_json([list(example.input_ids) for example in examples])
     return Observation(found, len(examples), tokens, round(time.monotonic() - began, 3), digest)
 

@@ -286,9 +286,7 @@ def _check_passes(config: TrainConfig, prepared: Prepared, model: Any) -> Batchi
     return batching
 
 
-def _install(
-    config: TrainConfig, prepared: Prepared, loaded: Any, run: RunDirectory, observation: Observation | None
-) -> torch.nn.Module:
+def _install(config: TrainConfig, prepared: Prepared, loaded: Any, run: RunDirectory, observation: Observation | None) -> Any:
     """The model to train, with the adapter if it gets one."""
     # Starts are seeded by module name; this seeds dropout.
     set_seed(config.seed)
@@ -299,10 +297,9 @@ def _install(
     observed = prepared.start_models.observed() if prepared.start_models else {}
     if observation is not None:
         kept = starts_in(_checkpoint(run))
-        observed = {
-            name: dataclasses.replace(observed.get(name, Observed()), **one, start=kept.get(name))
-            for name, one in observation.layers.items()
-        }
+        for name, one in observation.layers.items():
+            seen: dict[str, Any] = {**one, "start": kept.get(name)}
+            observed[name] = dataclasses.replace(observed.get(name, Observed()), **seen)
     return install_adapter(loaded, prepared.plan, prepared.basis, observed)
 
 
