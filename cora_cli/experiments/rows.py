@@ -24,7 +24,7 @@ else:
 TRAIN_KEYS = fields_of(
     TrainConfig,
     leave_out=(
-        *("model", "dataset", "output_dir", "mode", "basis", "resume", "stop_at", "dry_run"),  # set for each step
+        *("model", "dataset", "output_dir", "mode", "basis", "resume", "stop_at", "dry_run", "rate_from"),  # set for each step
         "shard",  # a step is one process
         *("device", "dtype", "trust_remote_code"),  # flags of `ablate` itself
     ),
