@@ -24,17 +24,8 @@ else:
 TRAIN_KEYS = fields_of(
     TrainConfig,
     leave_out=(
-        *(
-            "model",
-            "dataset",
-            "output_dir",
-            "mode",
-            "basis",
-            "start_models",
-            "resume",
-            "stop_at",
-            "dry_run",
-        ),  # set for each step
+        *("model", "dataset", "output_dir", "mode", "basis", "start_models"),  # set for each step
+        *("resume", "stop_at", "dry_run", "rate_from"),
         "shard",  # a step is one process
         *("device", "dtype", "trust_remote_code"),  # flags of `ablate` itself
     ),

@@ -25,6 +25,7 @@ NOT_PART_OF_THE_RESULT = frozenset(
         "resume",
         "stop_at",
         "dry_run",
+        "rate_from",
         "report_to",
         "device",
         "save_steps",
@@ -188,6 +189,9 @@ class _SharedSettings:
         False,
         panel=_RUN,
     )
+    rate_from: str | None = setting(
+        "With --dry-run: also print the time that the steps will take at the rate of this finished run.", None, panel=_RUN
+    )
     report_to: Reporter = setting(
         "Also report to this tracker, through the transformers Trainer; log.jsonl is always written.", "none", panel=_RUN
     )
@@ -240,6 +244,8 @@ class _SharedSettings:
             problems.append("--stop-at has the validation loss as its result; leave out --no-validation-loss")
         if self.columns:
             chosen_shape(self.columns)
+        if self.rate_from is not None and not self.dry_run:
+            problems.append("--rate-from has no effect without --dry-run; leave it out")
         method = METHODS[self.mode]
         allowed = taken_settings(method)
         if not method.is_adapter:

@@ -47,6 +47,7 @@ from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import row_losses, rows_of
 from cora_cli.training.memory import Part, StorageMeter, fake_model, fakes, follow_training
 from cora_cli.training.prepare import Prepared, number_of_processes, prepare, total_steps, training_arguments
+from cora_cli.training.rate import Rate, rate_of
 from cora_cli.training.record import parameter_counts
 from cora_cli.training.trainer import CoraTrainer
 
@@ -89,7 +90,7 @@ class Measured:
 class Preflight:
     """The plan of a run. `tokens` and `labels` are those of all its steps, `largest` and `largest_labels` those of its largest pass.
 
-    `measured` is a sentence where memory cannot be measured without values.
+    `measured` is a sentence where memory cannot be measured without values, and `rate` that of the run of `--rate-from`.
     """
 
     config: TrainConfig
@@ -102,11 +103,14 @@ class Preflight:
     largest: int
     largest_labels: int
     measured: Measured | str
+    rate: Rate | None = None
 
 
 def preflight(config: TrainConfig) -> Preflight:
     """Check the inputs of a run and measure what it will take. Writes nothing. Raises `CoraError` as the run would."""
-    return plan_run(config, prepare(config, planned=planned_hardware(config.device, config.dtype)))
+    prepared = prepare(config, planned=planned_hardware(config.device, config.dtype))
+    rate = rate_of(config.rate_from, config, prepared) if config.rate_from is not None else None
+    return dataclasses.replace(plan_run(config, prepared), rate=rate)
 
 
 def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:

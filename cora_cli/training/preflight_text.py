@@ -32,7 +32,21 @@ def _work(plan: Preflight) -> list[str]:
     lines.append(
         f"{plan.steps:,} steps of {together:,} examples{spread}: {plan.tokens:,} tokens, of which {plan.labels:,} carry loss"
     )
+    if plan.rate is not None:
+        seconds, rate = plan.tokens / plan.rate.tokens_per_second, plan.rate
+        lines.append(
+            f"time of the steps: {duration(seconds)} at {rate.tokens_per_second:,.0f} tokens/s, the rate of {rate.directory}"
+        )
+        lines += [f"  which is another kind of run: {difference}" for difference in rate.differences]
     return lines
+
+
+def duration(seconds: float) -> str:
+    """A time to two places: `95 s`, `12 min`, `3 h 20 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _memory(plan: Preflight) -> list[str]:

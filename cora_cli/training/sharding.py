@@ -131,9 +131,9 @@ def divided(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def load_weights(model: torch.nn.Module, directory: Path) -> None:
-    """Put the weights of a checkpoint of the complete model in the place of a sharded model's. Raises `CoraError` if it lacks one."""
+    """Put the weights of a checkpoint in the place of the model's, which may be sharded. Raises `CoraError` if it lacks one."""
     missing = {id(parameter): name for name, parameter in model.named_parameters()}
-    weights = dict(model.named_parameters(remove_duplicate=False))
+    weights = model.state_dict(keep_vars=True)
     with torch.no_grad():
         for path in sorted(directory.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
@@ -142,4 +142,7 @@ def load_weights(model: torch.nn.Module, directory: Path) -> None:
                         weights[name].copy_(divided(file.get_tensor(name), weights[name]))
                         missing.pop(id(weights[name]), None)
     if missing:
-        raise CoraError(f"{directory} lacks {len(missing)} weights of the model, such as {min(missing.values())}")
+        raise CoraError(
+            f"{directory} lacks {len(missing)} weights of the model, such as {min(missing.values())}, so the run cannot go on from there; train "
+            "it again in a new directory"
+        )

@@ -149,13 +149,14 @@ class CoraTrainer(Trainer):
         return super()._wrap_model(model, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the complete model or adapter, from the main process; all of them call this."""
-        if not self._divides_trained:
+        """Write the adapter, or the complete model under its own names, from the main process; all of them call this."""
+        if self._plan is not None:
             super().save_model(output_dir, _internal_call)
             return
-        weights = complete_weights(self.model, self.args.should_save)
+        weights = complete_weights(self.model, self.args.should_save) if self._divides_trained else None
         if self.args.should_save:
-            self._save(output_dir, weights)
+            # In the original form, the experts that transformers fuses would have names that the model does not know.
+            self.model.save_pretrained(output_dir, state_dict=weights, save_original_format=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._divides_trained:
@@ -179,7 +180,7 @@ class CoraTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._divides_trained:
+        if self._plan is None:
             load_weights(self.model, Path(resume_from_checkpoint))
             return
         if isinstance(self.model, PeftModel):

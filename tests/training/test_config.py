@@ -64,6 +64,7 @@ NEEDED: dict[str, Any] = {"model": "m", "dataset": "d.jsonl", "output_dir": "o"}
             {"mode": "flat-lora", "shard": "fsdp"},
             "--shard does not apply to mode flat-lora, which changes the weights of the base model in each step",
         ),
+        ({"mode": "lora", "rate_from": "run"}, "--rate-from has no effect without --dry-run; leave it out"),
         ({"outer_rank": 64}, "--outer-rank does not apply to mode lora"),
         ({"outer_rank": 0}, "--outer-rank does not apply to mode lora"),
         ({"mode": "full", "alpha": 0.0}, "--alpha applies to adapters, not to mode full"),

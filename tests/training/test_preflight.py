@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from cora_cli import rundir
 from cora_cli.data.batches import BatchForm, Collator
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
@@ -15,7 +16,7 @@ from cora_cli.training import fitting
 from cora_cli.training import run as training
 from cora_cli.training.memory import StorageMeter, follow_training
 from cora_cli.training.preflight import Measured, Preflight, preflight
-from cora_cli.training.preflight_text import describe, marked
+from cora_cli.training.preflight_text import describe, duration, marked
 from tests.training.helpers import config_for, log_lines, losses, record_of
 
 
@@ -217,3 +218,37 @@ def test_nothing_of_the_fakes_remains(tiny_model: Path, tiny_data: Path, tmp_pat
     assert torch.nn.Module._apply is swapping
     training.train(config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=1))
     assert record_of(tmp_path / "run")["status"] == "finished"
+
+
+def test_the_time_is_that_of_the_tokens_at_the_rate_of_a_finished_run(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    finished = config_for(tiny_model, tiny_data, tmp_path / "run")
+    training.train(finished)
+    speed = record_of(tmp_path / "run")["speed"]
+    record = {**record_of(tmp_path / "run"), "speed": {**speed, "tokens_per_second": 0.5}}
+    rundir.write_json(tmp_path / "run" / "run.json", record)
+
+    planned = dataclasses.replace(finished, dry_run=True, rate_from=str(tmp_path / "run"), mode="full", max_steps=6)
+    page = describe(plan := preflight(planned))
+
+    assert plan.tokens > speed["tokens"]
+    assert f"time of the steps: {duration(2 * plan.tokens)} at 0 tokens/s, the rate of {tmp_path / 'run'}\n" in page
+    assert [line for line in page.splitlines() if "another kind" in line] == [
+        "  which is another kind of run: mode lora there, full here"
+    ]
+
+
+def test_a_run_without_a_rate_gives_no_time(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="fb", b_init="zeros")
+    training.train(config)
+    with pytest.raises(CoraError, match=r"--rate-from needs a finished run, and .*run has no rate: it took no step"):
+        preflight(dataclasses.replace(config, dry_run=True, rate_from=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(95.2, "95 s"), (720, "12 min"), (3570, "1 h 0 min"), (12_000, "3 h 20 min"), (400_000, "111 h 7 min")],
+)
+def test_a_duration_has_two_places(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,6 +1,7 @@
 """A run that stops at a step and continues later is, to the last bit, the run that did not stop."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from cora_cli.cli.train import summary
 from cora_cli.errors import CoraError, UsageError
@@ -48,6 +50,21 @@ def test_a_run_that_stops_twice_ends_as_the_run_that_did_not(config: TrainConfig
     assert finished["validation"] == record_of(tmp_path / "whole")["validation"]
     found, wanted = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole"))
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_all_weights_continue_where_transformers_fuses_the_experts(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    shape = MixtralConfig(vocab_size=49152, hidden_size=32, intermediate_size=48, initializer_range=0.2, **sizes)
+    torch.manual_seed(0)
+    MixtralForCausalLM(shape).save_pretrained(tmp_path / "experts")
+    for file in tiny_model.glob("*token*"):
+        shutil.copy(file, tmp_path / "experts")
+    settings = {**SETTINGS, "mode": "full", "max_steps": 4}
+    whole = config_for(tmp_path / "experts", tiny_data, tmp_path / "whole", **settings)
+    train(whole)
+    train(replace(whole, output_dir=str(tmp_path / "run"), stop_at=2))
+    train(replace(whole, output_dir=str(tmp_path / "run"), resume=True))
+    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "whole")
 
 
 def test_the_loss_at_a_stop_is_that_of_a_run_of_so_many_steps_at_a_constant_rate(config: TrainConfig, tmp_path: Path) -> None:
