@@ -71,8 +71,8 @@ def test_the_result_is_the_run_with_a_distribution_around_it(run: Path, fitted: 
     laplace(str(run), tmp_path / "other", limit=8, directions=16, prior_precision=40.0, device="cpu")
     evaluated(tmp_path / "other", tmp_path / "other" / "eval", draws=4)
     text = report([str(fitted), str(tmp_path / "other")], "markdown")
-    assert "| laplace lora prior_precision=20.0 r=4" in text
-    assert "| laplace lora prior_precision=40.0 r=4" in text
+    assert r"| laplace lora prior\_precision=20.0 r=4" in text
+    assert r"| laplace lora prior\_precision=40.0 r=4" in text
     merge_adapter(resolve_model(str(fitted)), tmp_path / "merged")
     assert not (tmp_path / "merged" / "posterior.safetensors").exists()
 
