@@ -115,7 +115,8 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
     removed = remove_dropout(model_config)
     skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
     require_causal(skeleton, model_path.reference)
-    layers, start_models = [], None
+    layers: list[str] = []
+    start_models: StartModels | None = None
     if plan is not None:
         plan, layers, start_models = _fitted(plan, config, model_path, skeleton)
     length, context = config.max_length, context_length(model_config)
