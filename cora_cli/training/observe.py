@@ -25,7 +25,7 @@ from cora_cli.training.heldout import row_losses, rows_of
 class Observation:
     """`layers` has what was observed, by layer and by the name it has in `Observed`; the rest says over what, and what it cost."""
 
-    layers: dict[str, dict[str, torch.Tensor]]
+    layers: dict[str, dict[str, Any]]
     examples: int
     tokens: int
     seconds: float
@@ -71,7 +71,7 @@ def observe(
             )
         if not sums[name].isfinite().all():
             raise CoraError(f"the {kind} of {name} in the examples of the start is not finite; --dtype fp32 may help")
-    found: dict[str, dict[str, torch.Tensor]] = {
+    found: dict[str, dict[str, Any]] = {
         name: {kind: sums[name] if kind == "gradient" else sums[name] / tokens} for name in layers
     }
     digest = rundir.sha256_json([list(example.input_ids) for example in examples])

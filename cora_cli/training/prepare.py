@@ -123,7 +123,7 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
     skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
     require_causal(skeleton, model_path.reference)
     layers: list[str] = []
-    start_models = None
+    start_models: StartModels | None = None
     if plan is not None:
         plan, layers, start_models = _fitted(plan, config, model_path, skeleton)
     length, context = config.max_length, context_length(model_config)

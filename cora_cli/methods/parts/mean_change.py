@@ -1,7 +1,7 @@
 """A frozen change of W that stands next to an adapter: the mean of the changes that earlier models made (`--start mean-delta`)."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -36,7 +36,7 @@ def add_mean_change(layer: LoraLayer, sources: Sequence[tuple[torch.Tensor, torc
     """Let the layer's base layer compute (W + mean of B_k·A_k)·x."""
     base: Any = layer.get_base_layer()
     mean = MeanChange(sources).to(base.weight.device)
-    cast(torch.nn.Module, layer).add_module(_NAME, mean)
+    setattr(layer, _NAME, mean)
     base.register_forward_hook(lambda _, inputs, output: output + mean(inputs[0]).to(output.dtype))
 
 
