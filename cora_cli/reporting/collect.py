@@ -74,10 +74,11 @@ class Missing:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """A `judge.json`, and the paper's names of the systems that it judged, as far as they are rows with one."""
+    """A `judge.json`, its directory, and the paper's names of the systems that it judged, as far as they are rows with one."""
 
     record: dict[str, Any]
     printed: dict[str, str]
+    place: JudgeDirectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _judged_in(place: JudgeDirectory, names: dict[str, str]) -> Judged:
         for system in record["systems"]
         if system["predictions_sha256"] in names
     }
-    return Judged(record, printed)
+    return Judged(record, printed, place)
 
 
 def _is_empty(result: Result) -> bool:

@@ -52,19 +52,6 @@ class _SharedSettings:
         "Hub id, a .json, .jsonl, .csv, .tsv or .parquet file, a folder of datasets.save_to_disk, or builtin:instruct, builtin:code, …",
         panel=_DATA,
     )
-    columns: tuple[str, ...] | None = setting(
-        "Columns to use where they are not recognised, comma-separated: prompt=COLUMN,response=COLUMN, with input=COLUMN if there is one, or "
-        "messages=COLUMN, or text=COLUMN.",
-        None,
-        panel=_DATA,
-    )
-    subset: str | None = setting("Subset (configuration) of a hub data set.", None, panel=_DATA)
-    split: str | None = setting("Split to read of a data set that has several. Default: train.", None, panel=_DATA)
-    test_dataset: str | None = setting(
-        "Data set whose records are held out, instead of a part of --dataset; of one with several splits, the split test.",
-        None,
-        panel=_DATA,
-    )
     output_dir: str = setting("Run directory; must not contain another run.", panel=_RUN)
     mode: Mode = setting(
         "Training method: lora, fb (B = basis, frozen), tb (B = basis, trained), full (all weights, no adapter), or a baseline; "
@@ -89,6 +76,19 @@ class _SharedSettings:
         "LoRA dropout on the input of A; examples that share a prompt prefix share its mask.", 0.0, panel=_WHAT
     )
     compact: bool = setting("Store only A and the hash of the basis; B is rebuilt from the basis file.", False, panel=_WHAT)
+    columns: tuple[str, ...] | None = setting(
+        "Columns to use where they are not recognised, comma-separated: prompt=COLUMN,response=COLUMN, with input=COLUMN if there is one, or "
+        "messages=COLUMN, or text=COLUMN.",
+        None,
+        panel=_DATA,
+    )
+    subset: str | None = setting("Subset (configuration) of a hub data set.", None, panel=_DATA)
+    split: str | None = setting("Split to read of a data set that has several. Default: train.", None, panel=_DATA)
+    test_dataset: str | None = setting(
+        "Data set whose records are held out, instead of a part of --dataset; of one with several splits, the split test.",
+        None,
+        panel=_DATA,
+    )
     test_size: float | None = setting(
         "Held-out records: a count, or a fraction below 1. Default: the built-in set's own split, otherwise 0.1.",
         None,
