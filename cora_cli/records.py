@@ -306,6 +306,20 @@ Scores = dict[str, float]
 """A line of `scores.jsonl`."""
 
 
+class Program(TypedDict):
+    """What became of one generated program."""
+
+    fate: str
+    detail: str
+
+
+class Executed(TypedDict):
+    """A line of `executions.jsonl`: the programs of one record."""
+
+    limit_seconds: int | float
+    programs: list[Program]
+
+
 class Judgment(TypedDict):
     """A line of `judgments.jsonl`: the outcome of one request.
 

@@ -1,61 +1,64 @@
-"""Writes documents as one self-contained HTML page: no network, no scripts, embedded figures, usable on a phone and in dark mode.
+"""Writes documents as one self-contained HTML page: no network, embedded figures and scripts, usable on a phone and in dark mode.
 
-All text is escaped; only the SVG of the figures, which this package drew, is inserted unchanged.
+All text is escaped or packed; only the SVG of the figures, which this package drew, and the files in `assets` are inserted unchanged.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
+from cora_cli.render import assets
+from cora_cli.render.answers import LARGEST_BYTES, AnswerSet, pack
 from cora_cli.render.canvas import INK, Figure
 from cora_cli.render.document import Block, Heading, Items, Text
 from cora_cli.render.table import Cell, Table
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d1d9e0; --ground: #fff; --raised: #f6f8fa; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9da7b1; --line: #3d444d; --ground: #0d1117; --raised: #151b23; --accent: #56b4e9; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 78rem; background: var(--ground); color: var(--ink);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 1rem 0 .5rem; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
-p, ul { margin: .5rem 0; max-width: 48rem; }
-ul { padding-left: 1.2rem; }
-li { margin: .3rem 0; }
-.verdict { border-left: 4px solid var(--accent); background: var(--raised); padding: .7rem 1rem; font-weight: 600; }
-.note, .notes, figcaption { color: var(--soft); font-size: .85rem; line-height: 1.45; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: .4rem .65rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); vertical-align: top; }
-thead th { border-top: 0; background: var(--raised); vertical-align: bottom; }
-th:first-child, .words { text-align: left; }
-tbody th { font-weight: 400; position: sticky; left: 0; background: var(--ground); max-width: 13rem; white-space: normal;
-  overflow-wrap: break-word; }
-thead th:first-child { position: sticky; left: 0; }
-td small { display: block; color: var(--soft); font-size: .78rem; }
-.table, figure { margin: 1.2rem 0 1.8rem; }
-.table h3, figure h3 { font-size: 1rem; margin: 0 0 .5rem; }
-figure .scroll { padding: .5rem; }
-figure svg { display: block; width: 100%; min-width: 34rem; max-width: 52rem; height: auto; margin: 0 auto;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-"""
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""A browser loads nothing from anywhere for the page."""
 
 
-def page(documents: Sequence[Iterable[Block]], title: str, version: str) -> str:
-    """One page with several documents, one after the other."""
-    body = "\n".join(f"<section>\n{''.join(_block(block) for block in blocks)}</section>" for blocks in documents)
+def page(documents: Sequence[Iterable[Block]], title: str, version: str, answers: Sequence[AnswerSet] = ()) -> str:
+    """One page with several documents, one after the other, and the answers of runs at the end."""
+    sections = [list(blocks) for blocks in documents]
+    headings = [block for blocks in sections for block in blocks if isinstance(block, Heading)]
+    if answers:
+        headings.append(Heading(2, "Answers"))
+    places = {id(heading): f"part-{number}" for number, heading in enumerate(headings, start=1)}
+    body = "\n".join(f"<section>\n{''.join(_block(block, places) for block in blocks)}</section>" for blocks in sections)
+    if answers:
+        body += f"\n<section>\n{_block(headings[-1], places)}{_answers(answers)}</section>"
+    scripts = [assets.read("tables.js"), *([assets.read("answers.js")] if answers else [])]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        f'<footer class="note">Created by cora {escape(version)}.</footer>\n</body>\n</html>\n'
+        f"<title>{escape(title)}</title>\n<style>\n{assets.read('page.css')}</style>\n</head>\n<body>\n{_contents(headings, places)}<main>\n{body}\n</main>\n"
+        f'<footer class="note">Created by cora {escape(version)}.</footer>\n'
+        + "".join(f"<script>\n{script}</script>\n" for script in scripts)
+        + "</body>\n</html>\n"
     )
 
 
-def _block(block: Block) -> str:
+def _contents(headings: Sequence[Heading], places: Mapping[int, str]) -> str:
+    """A list of links to the headings; none where there are fewer than three."""
+    if len(headings) < 3:
+        return ""
+    items = "".join(f'<li><a href="#{places[id(heading)]}">{escape(heading.text)}</a></li>\n' for heading in headings)
+    return f'<nav aria-label="Contents">\n<ol>\n{items}</ol>\n</nav>\n'
+
+
+def _answers(answers: Sequence[AnswerSet]) -> str:
+    """The packed answers, for the script to show; they share the room that the page has for them."""
+    room = LARGEST_BYTES // len(answers)
+    return "".join(
+        f'<h3>{escape(each.title)}</h3>\n<div class="answers" id="answers-{number}">\n<p class="note status">This part needs a script, which '
+        f'is in the page.</p>\n<script type="application/octet-stream">{pack(each, room)}</script>\n</div>\n'
+        for number, each in enumerate(answers, start=1)
+    )
+
+
+def _block(block: Block, places: Mapping[int, str]) -> str:
     if isinstance(block, Heading):
-        return f"<h{block.level}>{escape(block.text)}</h{block.level}>\n"
+        return f'<h{block.level} id="{places[id(block)]}">{escape(block.text)}</h{block.level}>\n'
     if isinstance(block, Text):
         return f'<p class="{block.kind}">{escape(block.text)}</p>\n'
     if isinstance(block, Items):

@@ -79,10 +79,11 @@ class Missing:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """A `judge.json`, and the paper's names of the systems that it judged, as far as they are rows with one."""
+    """A `judge.json`, its directory, and the paper's names of the systems that it judged, as far as they are rows with one."""
 
     record: dict[str, Any]
     printed: dict[str, str]
+    place: JudgeDirectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _judged_in(place: JudgeDirectory, names: _Names) -> Judged:
         name = next(iter(rows.values())) if len(rows) == 1 else rows.get(Path(system["name"]).name)
         if name:
             printed[system["name"]] = name
-    return Judged(record, printed)
+    return Judged(record, printed, place)
 
 
 def _is_empty(result: Result) -> bool:

@@ -16,6 +16,7 @@ from cora_cli.render.document import Block
 from cora_cli.render.html import page
 from cora_cli.render.latex import latex
 from cora_cli.render.text import markdown, terminal
+from cora_cli.reporting.answers import answer_sets
 from cora_cli.reporting.collect import Missing, collect
 from cora_cli.reporting.numbers import to_csv, to_json
 from cora_cli.reporting.plots import draw_figures, draw_variance
@@ -89,7 +90,7 @@ def _writers(summaries: Sequence[Summary], documents: Sequence[list[Block]]) -> 
         "latex": lambda: latex(blocks),
         "csv": lambda: to_csv(summaries),
         "json": lambda: to_json(summaries),
-        "html": lambda: page(documents, title, __version__),
+        "html": lambda: page(documents, title, __version__, [each for summary in summaries for each in answer_sets(summary)]),
     }
 
 

@@ -1,4 +1,6 @@
+import base64
 import csv
+import gzip
 import io
 import json
 import re
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.paper import paper, paper_row
-from cora_cli.reading import read_json
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.numbers import COLUMNS
 from cora_cli.reporting.plots import side_by_side
 from cora_cli.reporting.report import FILES, report
@@ -142,7 +144,10 @@ def test_what_is_missing_is_listed_with_its_reason(written):
 def test_the_page_needs_nothing_but_itself_and_fits_a_phone(written):
     page = (written / "report.html").read_text()
     parser = parse(page)
-    assert not [tag for tag, _ in parser.elements if tag in ("script", "link", "img", "iframe", "object")]
+    assert not [tag for tag, _ in parser.elements if tag in ("link", "img", "iframe", "object")]
+    assert not [attributes for tag, attributes in parser.elements if tag == "script" and "src" in attributes]
+    policy = next(attributes["content"] for tag, attributes in parser.elements if "http-equiv" in attributes)
+    assert policy.startswith("default-src 'none'")
     links = [
         value for _, attributes in parser.elements for key, value in attributes.items() if key in ("src", "href", "xlink:href")
     ]
@@ -157,8 +162,25 @@ def test_the_page_needs_nothing_but_itself_and_fits_a_phone(written):
 
 def test_what_comes_from_files_is_escaped_on_the_page(written):
     page = (written / "report.html").read_text()
-    assert "<script>" not in page
+    assert EVIL not in page
+    assert "<script>alert" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_the_page_has_the_answers_of_every_chosen_run_with_their_scores(written, paper_grid):
+    page = (written / "report.html").read_text()
+    packed = re.search(r'<script type="application/octet-stream">([^<]*)</script>', page)
+    data = json.loads(gzip.decompress(base64.b64decode(packed[1])))
+    assert data["total"] == len(data["prompts"]) == 40
+    assert {"LoRA_code_16, seed 0", "LoRA_code_16, seed 1"} <= set(data["runs"])
+    place = data["runs"].index("LoRA_code_16, seed 1")
+    evaluation = next((paper_grid / "runs").glob("*lora_r16*lr0.001_seed1")) / "evaluation"
+    lines, scores = read_jsonl(evaluation / "predictions.jsonl"), read_jsonl(evaluation / "scores.jsonl")
+    for (prompt, reference, answers), line, score in zip(data["prompts"], lines, scores, strict=True):
+        assert (prompt, reference) == (line["prompt"], line["reference"])
+        text, values, notes = answers[place]
+        assert (text, notes) == (line["prediction"], [])
+        assert values == [round(score[name], 4) for name in data["measures"]]
 
 
 def test_the_latex_is_well_formed_and_holds_every_table(written):
