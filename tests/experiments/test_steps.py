@@ -279,7 +279,7 @@ def test_a_grid_that_generates_nothing_has_no_evaluations_and_its_base_row_no_st
     assert kinds(plan) == ["train"]
     assert [(row["run"] is None, row["evaluation"]) for row in plan_record(plan)["rows"]] == [(True, None), (False, None)]
     shown = render_plan(plan, inputs_of(), dict.fromkeys(plan.steps, False), {}, [row.name for row in plan.grid.rows], "")
-    assert "1 training runs" in shown
+    assert "1 training run;" in shown
     assert "evaluations" not in shown
 
 
