@@ -22,6 +22,7 @@ class ListConfig:
     """Every setting of `cora list`."""
 
     folder: str = setting("Folder to search.", ".", argument=True)
+    seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
 
 
 def register(app: typer.Typer) -> None:
