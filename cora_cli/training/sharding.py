@@ -40,7 +40,7 @@ def shard(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
 
 
 def _in_adapter(model: Any, name: str) -> bool:
-    return isinstance(model, PeftModel) and model.base_model.prefix in name
+    return isinstance(model, PeftModel) and str(model.base_model.prefix) in name
 
 
 def _parts(model: Any) -> list[torch.nn.Module]:

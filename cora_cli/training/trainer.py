@@ -111,7 +111,8 @@ class CoraTrainer(Trainer):
         *earlier, last = inputs["passes"]
         if is_sharded(model) and not self._form.is_one_pass:
             # Every process gathers every layer in each pass, so all of them need as many; a ghost has no loss.
-            (ghost,) = self.data_collator([self._examples[GHOST]])["passes"]
+            collate: Any = self.data_collator
+            (ghost,) = collate([self._examples[GHOST]])["passes"]
             earlier += [ghost] * (most(len(earlier), self.args.device) - len(earlier))
         parts = []
         for each in earlier:
@@ -153,35 +154,42 @@ class CoraTrainer(Trainer):
         if self._plan is not None:
             super().save_model(output_dir, _internal_call)
             return
-        weights = complete_weights(self.model, self.args.should_save) if self._divides_trained else None
+        model: Any = self.model
+        weights = complete_weights(model, self.args.should_save) if self._divides_trained else None
         if self.args.should_save:
             # In the original form, the experts that transformers fuses would have names that the model does not know.
-            self.model.save_pretrained(output_dir, state_dict=weights, save_original_format=False)
+            model.save_pretrained(output_dir, state_dict=weights, save_original_format=False)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._divides_trained:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         # Complete, so that any number of processes can resume, sharded or not.
-        state = gathered(self.optimizer.state_dict(), self.args.should_save)
+        optimizer, scheduler = self._optimizer_and_scheduler()
+        state = gathered(optimizer.state_dict(), self.args.should_save)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._divides_trained:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        optimizer, scheduler = self._optimizer_and_scheduler()
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for number, values in state["state"].items():
             values.update({name: divided(value, parameters[number]) for name, value in values.items()})
-        self.optimizer.load_state_dict(state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        optimizer.load_state_dict(state)
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _optimizer_and_scheduler(self) -> tuple[Any, Any]:
+        return self.optimizer, self.lr_scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._plan is None:
-            load_weights(self.model, Path(resume_from_checkpoint))
+            loaded: Any = self.model
+            load_weights(loaded, Path(resume_from_checkpoint))
             return
         if isinstance(self.model, PeftModel):
             make_room(self.model, Path(resume_from_checkpoint))
