@@ -38,7 +38,10 @@
   const marked = (text, other) => {
     const block = element("pre", { dir: "auto" });
     const ours = words(text);
-    const same = other === null ? null : common(ours, words(other));
+    const isSpace = (word) => /^\s+$/.test(word);
+    const places = ours.map((_, place) => place).filter((place) => !isSpace(ours[place]));
+    const found = other === null ? null : common(places.map((place) => ours[place]), words(other).filter((word) => !isSpace(word)));
+    const same = found && new Set([...found].map((number) => places[number]));
     if (same === null || text === other) {
       block.textContent = visible(text);
       return block;
@@ -50,7 +53,9 @@
       run = "";
     };
     ours.forEach((word, place) => {
-      const now = same.has(place) || (/^\s+$/.test(word) && run !== "" && isSame);
+      // Space between two words that are marked is marked with them.
+      const isEdge = place === 0 || place === ours.length - 1;
+      const now = isSpace(word) ? isEdge || same.has(place - 1) || same.has(place + 1) : same.has(place);
       if (now !== isSame) flush();
       isSame = now;
       run += visible(word);
