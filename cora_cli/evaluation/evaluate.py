@@ -24,6 +24,14 @@ from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import Backend, open_transformers, open_vllm
 from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.directory import (
+    REPLACEMENT,
+    check_nothing_is_lost,
+    place_of_work,
+    predictions_are_complete,
+    put_in_place,
+    recorded_date,
+)
 from cora_cli.evaluation.execution.problems import Problem, problem_columns, problem_of, programs_of
 from cora_cli.evaluation.execution.sandbox import require_sandbox
 from cora_cli.evaluation.execution.score import Executor, execute
@@ -40,11 +48,8 @@ from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.lock import own_directory
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.progress import say
-from cora_cli.reading import read_json, read_jsonl
+from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory
-
-REPLACEMENT = ".replacement"
-"""The folder in an evaluation's directory where the one that is to replace it is worked on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,16 +175,16 @@ def _evaluate_target(
     }
     tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
     name = choose_template(target.template, schema, tokenizer)
-    template = Template(name, schema, tokenizer, target.date or _recorded_date(target.output, settings))
+    template = Template(name, schema, tokenizer, target.date or recorded_date(target.output, settings))
     if template.reads_clock:
         settings["template_date"] = template.date
         say(f"{target.name}: the chat template writes the date into its prompts: {template.date}")
     elif config.template_date:
         raise CoraError(f"--template-date has no effect: the template {name} of {target.name} writes no date; leave it out")
-    out = _place_of_work(target.output, settings, config.overwrite)
-    complete = _predictions_are_complete(out, settings)
+    out = place_of_work(target.output, settings, config.overwrite)
+    complete = predictions_are_complete(out, settings)
     if complete:
-        _check_nothing_is_lost(config, out.predictions, out)
+        check_nothing_is_lost(config, out.predictions, out)
     measured = not config.measures_calibration or (complete and _tokens(out.predictions) is not None)
     if not (complete and measured):
         say(f"{target.name}: {hardware.describe()}")
@@ -214,7 +219,7 @@ def _evaluate_target(
     generation = {**shapes.read_generation(out), "name": target.name, "settings": settings}
     evaluation = _score(config, target.name, out.predictions, out, hardware, generation, executor, problems)
     if out != target.output:
-        _replace(target.output, out)
+        put_in_place(target.output, out)
     shutil.rmtree(target.output.root / REPLACEMENT, ignore_errors=True)
     return evaluation
 
@@ -322,99 +327,6 @@ def _backend_settings(config: EvaluateConfig, target: Target, hardware: Hardware
     return {"backend": "vllm", "vllm": version, "batch_size": None, "attention": "vllm"}
 
 
-def _differing(out: EvaluationDirectory, settings: dict[str, Any]) -> list[str]:
-    """The names of recorded settings that differ from `settings`. The model is compared by its hash, not by where it lies."""
-    theirs = shapes.read_generation(out).get("settings", {})
-    # Evaluations from before the tokenizer's files were hashed do not have that setting.
-    ignored = {"model", *(() if "tokenizer_sha256" in theirs else ("tokenizer_sha256",))}
-    return sorted(name for name in {*theirs, *settings} - ignored if theirs.get(name) != settings.get(name))
-
-
-def _recorded_date(out: EvaluationDirectory, settings: dict[str, Any]) -> str | None:
-    """The date in the prompts of an evaluation in `out` that has the same other settings, to continue or to reuse; None if there is none."""
-    for place in (out, EvaluationDirectory(out.root / REPLACEMENT)):
-        if _differing(place, settings) == ["template_date"]:
-            date: str = shapes.read_generation(place)["settings"]["template_date"]
-            return date
-    return None
-
-
-def _place_of_work(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> EvaluationDirectory:
-    """Where to work: `out`, or a folder in it if `out` holds something else, which stays untouched until its replacement is complete.
-
-    Raises `CoraError` if the directory holds other results or files and `overwrite` is off.
-    """
-    differing = _differing(out, settings)
-    if not differing or not rundir.holds_files(out.root):
-        return out
-    if overwrite:
-        return EvaluationDirectory(out.root / REPLACEMENT)
-    if out.generation.exists():
-        raise CoraError(
-            f"{out.root} holds an evaluation with other settings ({', '.join(differing)}); choose another --output-dir, "
-            "or replace it with --overwrite"
-        )
-    raise CoraError(f"output directory {out.root} holds other files; choose a new or empty directory")
-
-
-def _replace(out: EvaluationDirectory, new: EvaluationDirectory) -> None:
-    with contextlib.ExitStack() as stack:
-        executed = ("executions",) if new.executions.exists() else ()
-        for name in ("generation", "metrics", "scores", "predictions", *executed):
-            # All copies are made before the first one takes its place, at the end of this block.
-            shutil.copyfile(getattr(new, name), stack.enter_context(rundir.atomic_path(getattr(out, name))))
-    out.partial_predictions.unlink(missing_ok=True)
-    if not executed:
-        out.executions.unlink(missing_ok=True)
-
-
-def _predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]) -> bool:
-    """Whether the predictions on disk are complete and belong to `settings`. Removes outdated files."""
-    recorded = shapes.read_generation(out)
-    if not _differing(out, settings):
-        expected = recorded.get("predictions_sha256")
-        if expected is None:  # interrupted: `generate` continues
-            return False
-        if out.predictions.exists() and rundir.sha256_file(out.predictions) == expected:
-            return True
-        say(f"{out.predictions} was changed or removed after it was written: generating it again")
-    for path in (out.predictions, out.partial_predictions, out.metrics, out.scores, out.executions):
-        path.unlink(missing_ok=True)
-    return False
-
-
-def _check_nothing_is_lost(config: EvaluateConfig, path: Path, out: EvaluationDirectory) -> None:
-    """Raise `CoraError` if the metrics of the predictions at `path` would replace others in `out`, unless `overwrite` is on.
-
-    A directory that holds predictions is never given the metrics of other ones.
-    """
-    sha256 = rundir.sha256_file(path)
-    recorded: dict[str, Any] = {}
-    if out.metrics.exists():
-        with contextlib.suppress(CoraError):  # a damaged file is replaced
-            recorded = read_json(out.metrics, shapes.Metrics)
-    if out.root.resolve() != path.parent.resolve():
-        if out.predictions.exists() and rundir.sha256_file(out.predictions) != sha256:
-            raise CoraError(f"{out.root} holds the evaluation of other predictions than {path}; choose another --output-dir")
-        there = [file.name for file in (out.metrics, out.scores) if file.exists()]
-        if there and recorded.get("predictions_sha256") != sha256 and not config.overwrite:
-            raise CoraError(
-                f"{out.root} holds {' and '.join(there)} of other predictions than {path}; choose another --output-dir, or replace them with "
-                "--overwrite"
-            )
-    if config.overwrite or recorded.get("predictions_sha256") != sha256:
-        return
-    if (variant := recorded.get("metric_variant", "ours")) != config.metric_variant:
-        raise CoraError(
-            f"{out.metrics} holds the metrics of the variant {variant}; choose another --output-dir, or replace them with --overwrite"
-        )
-    if lost := [name for name in recorded["metrics"] if name not in config.metric_names]:
-        raise CoraError(
-            f"{out.metrics} also holds {', '.join(lost)}, which --metrics {','.join(config.metrics)} leaves out; name them too, choose "
-            "another --output-dir, or drop them with --overwrite"
-        )
-
-
 def _score(
     config: EvaluateConfig,
     name: str,
@@ -425,7 +337,7 @@ def _score(
     executor: Executor | None,
     problems: list[Problem] | None = None,
 ) -> Evaluation:
-    _check_nothing_is_lost(config, path, out)
+    check_nothing_is_lost(config, path, out)
     lines = shapes.read_predictions(path, "prediction", "reference")
     predictions, references = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     say(f"{name}: scoring {len(lines)} predictions")

@@ -7,6 +7,8 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
 from cora_cli.reading import read_json
+from cora_cli.records import read_run
+from cora_cli.rundir import RunDirectory
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -16,6 +18,11 @@ def checkpoints_in(root: Path) -> list[Path]:
     """The checkpoints in `root`, oldest first; directories of other names are not ours."""
     found = [path for path in root.iterdir() if _NAME.match(path.name)] if root.is_dir() else []
     return sorted(found, key=step_of)
+
+
+def checkpoint_to_resume(run: RunDirectory) -> Path | None:
+    """The checkpoint from which a run goes on; None for one that starts."""
+    return newest_intact(run.checkpoints, sealed=read_run(run).get("sealed_checkpoints", False)) if run.exists() else None
 
 
 def step_of(checkpoint: Path) -> int:

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import datetime
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +17,12 @@ import transformers
 import yaml
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 
 from cora_cli import rundir
 from cora_cli.adapters.facts import AdapterFacts
-from cora_cli.adapters.install import AngleMeter, apply_trained_set, check_applied, install_adapter
-from cora_cli.adapters.storage import save_adapter, starts_in
+from cora_cli.adapters.install import AngleMeter
+from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
 from cora_cli.data.records import earlier_answers, prompt_hash, prompt_hashes, unused_columns
@@ -31,26 +30,22 @@ from cora_cli.data.templates import unread_notice
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
 from cora_cli.lock import own_directory
-from cora_cli.methods.parts.layers import Observed
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.models.loading import load_model
 from cora_cli.models.references import absolute
-from cora_cli.models.skeleton import fused_experts
 from cora_cli.models.trained_on import trained_on
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import LogLine, RunStatus, Stop, read_run, template_date
 from cora_cli.rundir import RunDirectory
-from cora_cli.training.batching import Batching, choose_batching
-from cora_cli.training.checkpoints import checkpoints_in, newest_intact, step_of
+from cora_cli.training.assemble import assemble, barrier, share_start
+from cora_cli.training.checkpoints import checkpoint_to_resume, checkpoints_in, step_of
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.fitting import out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
-from cora_cli.training.observe import Observation, observe
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
 from cora_cli.training.record import FAILED, FINISHED, INTERRUPTED, STOPPED, first_record, parameter_counts, peak_memory_bytes
-from cora_cli.training.sharding import complete_weights, is_sharded, process_mesh, shard, share_adapter
+from cora_cli.training.sharding import complete_weights, is_sharded
 from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line
 
 _NO_STEP: dict[str, Any] = {"steps": 0, "seconds": 0.0, "tokens": 0, "tokens_per_second": None}
@@ -107,15 +102,15 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             rounded_down = int(config.warmup_ratio * steps)
             arguments.warmup_steps = record.get("warmup_steps", rounded_down)
     try:
-        model, batching, observation = _load(config, prepared, arguments, run)
+        model, batching, observation = assemble(config, prepared, arguments, run)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config, prepared) from error
-    _share(model, arguments, observation)
+    share_start(model, arguments, observation)
     if main:
         first = first_record(config, prepared, fingerprint, model, batching, observation)
         record = {**first, "warmup_steps": arguments.warmup_steps}
         _write_start(run, config, prepared, record)
-    _barrier(arguments)
+    barrier(arguments)
     try:
         with _interrupts_recorded(run, main):
             outcome = _train_and_save(config, prepared, run, arguments, model, batching.form)
@@ -129,7 +124,7 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
         # A run that stops has no result; its record says how to read it.
         result = {"result_sha256": run.result_hash(), "status": FINISHED} if "finished" in outcome else {"status": STOPPED}
         rundir.write_json(run.record, {**read_json(run.record), **outcome, **result})
-    _barrier(arguments)
+    barrier(arguments)
     return read_json(run.record)
 
 
@@ -152,25 +147,6 @@ def _agree(arguments: TrainingArguments, decide: Any, fingerprint: dict[str, Any
         difference = _difference(answer[1], fingerprint, "in the first process", "in this one")
         raise CoraError(f"the processes of this training have different inputs: {difference}; start it again")
     return bool(answer[0])
-
-
-def _barrier(arguments: TrainingArguments) -> None:
-    """Wait for the other processes, where there are any."""
-    if arguments.world_size > 1:
-        torch.distributed.barrier()
-
-
-@contextlib.contextmanager
-def _in_turn(arguments: TrainingArguments) -> Iterator[None]:
-    """Let the processes of a host enter one after the other, also where one of them fails: together they would take several times its memory."""
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", str(arguments.world_size)))
-    for _ in range(arguments.local_process_index):
-        _barrier(arguments)
-    try:
-        yield
-    finally:
-        for _ in range(arguments.local_process_index, together):
-            _barrier(arguments)
 
 
 def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool) -> bool:
@@ -229,95 +205,6 @@ def _took_no_step(run: RunDirectory) -> bool:
     return not run.log.exists() or not any("loss" in line for line in read_jsonl(run.log, LogLine, drop_partial_tail=True))
 
 
-def _share(model: torch.nn.Module, arguments: TrainingArguments, observation: Observation | None) -> None:
-    """Give all processes the start that the first one computed from data: on a GPU, gradients may differ in the last bits."""
-    if observation is None or arguments.world_size == 1:
-        return
-    for tensor in (*model.parameters(), *model.buffers()):
-        torch.distributed.broadcast(tensor.data, 0)
-
-
-def _load(
-    config: TrainConfig, prepared: Prepared, arguments: TrainingArguments, run: RunDirectory
-) -> tuple[torch.nn.Module, Batching, Observation | None]:
-    """The model to train, how examples go through it, and what its start was computed from."""
-    say(prepared.hardware.describe())
-    device = prepared.hardware.device
-    if config.shard == "none":
-        with _in_turn(arguments):
-            loaded = _load_base(config, prepared, device)
-            batching = _check_passes(config, prepared, loaded)
-            observation = _observation(loaded, config, prepared, batching.form)
-            return _install(config, prepared, loaded, run, observation), batching, observation
-    mesh = process_mesh(device, arguments.world_size)
-    with _in_turn(arguments):
-        # The host holds one complete model at a time, and the device none, which may be too small for it.
-        model = _install(config, prepared, _load_base(config, prepared, torch.device("cpu")), run, None)
-        shard(model, mesh, device)
-    share_adapter(model)
-    batching = _check_passes(config, prepared, model)
-    if prepared.plan is not None:
-        apply_trained_set(model, prepared.plan)
-    return model, batching, None
-
-
-def _load_base(config: TrainConfig, prepared: Prepared, device: torch.device) -> Any:
-    dtype = torch.float32 if prepared.plan is None else prepared.hardware.dtype
-    return load_model(
-        prepared.model_path,
-        dtype,
-        device,
-        None,
-        config.trust_remote_code,
-        config.load_in_4bit,
-        prepared.model_config,
-    )
-
-
-def _check_passes(config: TrainConfig, prepared: Prepared, model: Any) -> Batching:
-    """How examples go through the model. Raises `CoraError` where it does not call the layers to adapt."""
-    sets = (prepared.train, prepared.test, prepared.validation)
-    examples = [example for encoded in sets for example in encoded.examples]
-    if prepared.plan is not None:
-        check_applied(model, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
-    batching = choose_batching(model, prepared.attention, examples, prepared.hardware)
-    batching = dataclasses.replace(batching, form=dataclasses.replace(batching.form, tokens_per_row=config.tokens_per_row))
-    say(batching.describe())
-    return batching
-
-
-def _install(config: TrainConfig, prepared: Prepared, loaded: Any, run: RunDirectory, observation: Observation | None) -> Any:
-    """The model to train, with the adapter if it gets one."""
-    # Starts are seeded by module name; this seeds dropout.
-    set_seed(config.seed)
-    if prepared.plan is None:
-        return loaded
-    if experts := fused_experts(loaded):
-        say(f"the experts of {config.model} are not adapted: they are fused tensors such as {experts[0]}")
-    observed = prepared.start_models.observed() if prepared.start_models else {}
-    if observation is not None:
-        kept = starts_in(_checkpoint(run))
-        for name, one in observation.layers.items():
-            seen: dict[str, Any] = {**one, "start": kept.get(name)}
-            observed[name] = dataclasses.replace(observed.get(name, Observed()), **seen)
-    return install_adapter(loaded, prepared.plan, prepared.basis, observed)
-
-
-def _observation(loaded: Any, config: TrainConfig, prepared: Prepared, form: BatchForm) -> Observation | None:
-    """What the start is computed from, where the method needs data for it."""
-    kind = method_of(config.mode).start_from
-    if kind not in ("gradient", "inputs"):
-        return None
-    found = observe(loaded, kind, prepared.layers, prepared.start_examples, prepared.hardware, form)
-    say(f"the start is computed from the first {found.examples} training examples: {found.seconds:.1f} s")
-    return found
-
-
-def _checkpoint(run: RunDirectory) -> Path | None:
-    """The checkpoint from which a run goes on."""
-    return newest_intact(run.checkpoints, sealed=read_run(run).get("sealed_checkpoints", False)) if run.exists() else None
-
-
 def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, record: dict[str, Any]) -> None:
     """Write the files that a run starts with; a resumption writes the same bytes again, except for the record's history."""
     for name, encoded in (("training", prepared.train), ("held-out", prepared.test), ("validation", prepared.validation)):
@@ -361,7 +248,7 @@ def _train_and_save(
     main = arguments.process_index == 0
     if main:
         shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
-    checkpoint = _checkpoint(run)
+    checkpoint = checkpoint_to_resume(run)
     if config.stop_at is not None:
         return _train_to_stop(config, prepared, run, arguments, model, form, checkpoint)
     before = _measure(model, form, prepared, arguments, "held-out loss before training", prepared.test)

@@ -8,9 +8,10 @@ from cora_cli.adapters.install import target_linears
 from cora_cli.data.batches import BatchForm
 from cora_cli.errors import CoraError
 from cora_cli.rundir import RunDirectory
+from cora_cli.training.assemble import assemble
 from cora_cli.training.observe import observe
-from cora_cli.training.prepare import prepare
-from cora_cli.training.run import _load, train
+from cora_cli.training.prepare import prepare, training_arguments
+from cora_cli.training.run import train
 
 from .helpers import config_for, record_of
 
@@ -71,7 +72,8 @@ def test_the_inputs_are_those_of_every_token_once_without_padding_and_shared_pre
 def test_packed_rows_give_the_same_start(prepared, tiny_model, tiny_data, tmp_path):
     config = config_for(tiny_model, tiny_data, tmp_path / "packed", mode="lora-one", start_examples=5)
     found = prepare(config)
-    _, batching, packed = _load(config, found, RunDirectory(tmp_path / "packed"))
+    run = RunDirectory(tmp_path / "packed")
+    _, batching, packed = assemble(config, found, training_arguments(config, found, run), run)
     assert batching.form.kind == "packed"
     single = looked_at(prepared, "gradient", SINGLE)
     for name, one in packed.layers.items():

@@ -173,7 +173,7 @@ def test_resuming_a_finished_run_does_nothing(
 ) -> None:
     config, output = uninterrupted
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    monkeypatch.setattr(run_module, "_load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(run_module, "assemble", lambda *_: pytest.fail("a model was loaded"))
 
     assert train(replace(config, resume=True)) == record_of(output)
 

@@ -1,0 +1,111 @@
+"""The directory of an evaluation: what it holds, whether that can be continued or reused, and how a new evaluation takes its place."""
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cora_cli import records as shapes
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.progress import say
+from cora_cli.reading import read_json
+from cora_cli.rundir import EvaluationDirectory
+
+REPLACEMENT = ".replacement"
+"""The folder in an evaluation's directory where the one that is to replace it is worked on."""
+
+
+def _differing(out: EvaluationDirectory, settings: dict[str, Any]) -> list[str]:
+    """The names of recorded settings that differ from `settings`. The model is compared by its hash, not by where it lies."""
+    theirs = shapes.read_generation(out).get("settings", {})
+    # Evaluations from before the tokenizer's files were hashed do not have that setting.
+    ignored = {"model", *(() if "tokenizer_sha256" in theirs else ("tokenizer_sha256",))}
+    return sorted(name for name in {*theirs, *settings} - ignored if theirs.get(name) != settings.get(name))
+
+
+def recorded_date(out: EvaluationDirectory, settings: dict[str, Any]) -> str | None:
+    """The date in the prompts of an evaluation in `out` that has the same other settings, to continue or to reuse; None if there is none."""
+    for place in (out, EvaluationDirectory(out.root / REPLACEMENT)):
+        if _differing(place, settings) == ["template_date"]:
+            date: str = shapes.read_generation(place)["settings"]["template_date"]
+            return date
+    return None
+
+
+def place_of_work(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> EvaluationDirectory:
+    """Where to work: `out`, or a folder in it if `out` holds something else, which stays untouched until its replacement is complete.
+
+    Raises `CoraError` if the directory holds other results or files and `overwrite` is off.
+    """
+    differing = _differing(out, settings)
+    if not differing or not rundir.holds_files(out.root):
+        return out
+    if overwrite:
+        return EvaluationDirectory(out.root / REPLACEMENT)
+    if out.generation.exists():
+        raise CoraError(
+            f"{out.root} holds an evaluation with other settings ({', '.join(differing)}); choose another --output-dir, "
+            "or replace it with --overwrite"
+        )
+    raise CoraError(f"output directory {out.root} holds other files; choose a new or empty directory")
+
+
+def put_in_place(out: EvaluationDirectory, new: EvaluationDirectory) -> None:
+    """Replace the evaluation in `out` by `new`, once all of its files are copied."""
+    with contextlib.ExitStack() as stack:
+        executed = ("executions",) if new.executions.exists() else ()
+        for name in ("generation", "metrics", "scores", "predictions", *executed):
+            # All copies are made before the first one takes its place, at the end of this block.
+            shutil.copyfile(getattr(new, name), stack.enter_context(rundir.atomic_path(getattr(out, name))))
+    out.partial_predictions.unlink(missing_ok=True)
+    if not executed:
+        out.executions.unlink(missing_ok=True)
+
+
+def predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]) -> bool:
+    """Whether the predictions on disk are complete and belong to `settings`. Removes outdated files."""
+    recorded = shapes.read_generation(out)
+    if not _differing(out, settings):
+        expected = recorded.get("predictions_sha256")
+        if expected is None:  # interrupted: `generate` continues
+            return False
+        if out.predictions.exists() and rundir.sha256_file(out.predictions) == expected:
+            return True
+        say(f"{out.predictions} was changed or removed after it was written: generating it again")
+    for path in (out.predictions, out.partial_predictions, out.metrics, out.scores, out.executions):
+        path.unlink(missing_ok=True)
+    return False
+
+
+def check_nothing_is_lost(config: EvaluateConfig, path: Path, out: EvaluationDirectory) -> None:
+    """Raise `CoraError` if the metrics of the predictions at `path` would replace others in `out`, unless `overwrite` is on.
+
+    A directory that holds predictions is never given the metrics of other ones.
+    """
+    sha256 = rundir.sha256_file(path)
+    recorded: dict[str, Any] = {}
+    if out.metrics.exists():
+        with contextlib.suppress(CoraError):  # a damaged file is replaced
+            recorded = read_json(out.metrics, shapes.Metrics)
+    if out.root.resolve() != path.parent.resolve():
+        if out.predictions.exists() and rundir.sha256_file(out.predictions) != sha256:
+            raise CoraError(f"{out.root} holds the evaluation of other predictions than {path}; choose another --output-dir")
+        there = [file.name for file in (out.metrics, out.scores) if file.exists()]
+        if there and recorded.get("predictions_sha256") != sha256 and not config.overwrite:
+            raise CoraError(
+                f"{out.root} holds {' and '.join(there)} of other predictions than {path}; choose another --output-dir, or replace them with "
+                "--overwrite"
+            )
+    if config.overwrite or recorded.get("predictions_sha256") != sha256:
+        return
+    if (variant := recorded.get("metric_variant", "ours")) != config.metric_variant:
+        raise CoraError(
+            f"{out.metrics} holds the metrics of the variant {variant}; choose another --output-dir, or replace them with --overwrite"
+        )
+    if lost := [name for name in recorded["metrics"] if name not in config.metric_names]:
+        raise CoraError(
+            f"{out.metrics} also holds {', '.join(lost)}, which --metrics {','.join(config.metrics)} leaves out; name them too, choose "
+            "another --output-dir, or drop them with --overwrite"
+        )

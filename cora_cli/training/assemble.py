@@ -1,0 +1,132 @@
+"""Builds the model of a run: the base model with its adapter, complete in every process or divided among them, and how examples go through it.
+
+`run` calls this once all inputs are checked; `adapters.install` creates the adapter.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from cora_cli.adapters.install import apply_trained_set, check_applied, install_adapter
+from cora_cli.adapters.storage import starts_in
+from cora_cli.data.batches import BatchForm
+from cora_cli.methods.parts.layers import Observed
+from cora_cli.methods.registry import method_of
+from cora_cli.models.loading import load_model
+from cora_cli.models.skeleton import fused_experts
+from cora_cli.progress import say
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.batching import Batching, choose_batching
+from cora_cli.training.checkpoints import checkpoint_to_resume
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.observe import Observation, observe
+from cora_cli.training.prepare import Prepared
+from cora_cli.training.sharding import process_mesh, shard, share_adapter
+
+
+def assemble(
+    config: TrainConfig, prepared: Prepared, arguments: TrainingArguments, run: RunDirectory
+) -> tuple[torch.nn.Module, Batching, Observation | None]:
+    """The model to train, how examples go through it, and what its start was computed from."""
+    say(prepared.hardware.describe())
+    device = prepared.hardware.device
+    if config.shard == "none":
+        with _in_turn(arguments):
+            loaded = _load_base(config, prepared, device)
+            batching = _check_passes(config, prepared, loaded)
+            observation = _observation(loaded, config, prepared, batching.form)
+            return _install(config, prepared, loaded, run, observation), batching, observation
+    mesh = process_mesh(device, arguments.world_size)
+    with _in_turn(arguments):
+        # The host holds one complete model at a time, and the device none, which may be too small for it.
+        model = _install(config, prepared, _load_base(config, prepared, torch.device("cpu")), run, None)
+        shard(model, mesh, device)
+    share_adapter(model)
+    batching = _check_passes(config, prepared, model)
+    if prepared.plan is not None:
+        apply_trained_set(model, prepared.plan)
+    return model, batching, None
+
+
+def _load_base(config: TrainConfig, prepared: Prepared, device: torch.device) -> Any:
+    dtype = torch.float32 if prepared.plan is None else prepared.hardware.dtype
+    return load_model(
+        prepared.model_path,
+        dtype,
+        device,
+        None,
+        config.trust_remote_code,
+        config.load_in_4bit,
+        prepared.model_config,
+    )
+
+
+def _check_passes(config: TrainConfig, prepared: Prepared, model: Any) -> Batching:
+    """How examples go through the model. Raises `CoraError` where it does not call the layers to adapt."""
+    sets = (prepared.train, prepared.test, prepared.validation)
+    examples = [example for encoded in sets for example in encoded.examples]
+    if prepared.plan is not None:
+        check_applied(model, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
+    batching = choose_batching(model, prepared.attention, examples, prepared.hardware)
+    batching = dataclasses.replace(batching, form=dataclasses.replace(batching.form, tokens_per_row=config.tokens_per_row))
+    say(batching.describe())
+    return batching
+
+
+def _install(config: TrainConfig, prepared: Prepared, loaded: Any, run: RunDirectory, observation: Observation | None) -> Any:
+    """The model to train, with the adapter if it gets one."""
+    # Starts are seeded by module name; this seeds dropout.
+    set_seed(config.seed)
+    if prepared.plan is None:
+        return loaded
+    if experts := fused_experts(loaded):
+        say(f"the experts of {config.model} are not adapted: they are fused tensors such as {experts[0]}")
+    observed = prepared.start_models.observed() if prepared.start_models else {}
+    if observation is not None:
+        kept = starts_in(checkpoint_to_resume(run))
+        for name, one in observation.layers.items():
+            seen: dict[str, Any] = {**one, "start": kept.get(name)}
+            observed[name] = dataclasses.replace(observed.get(name, Observed()), **seen)
+    return install_adapter(loaded, prepared.plan, prepared.basis, observed)
+
+
+def _observation(loaded: Any, config: TrainConfig, prepared: Prepared, form: BatchForm) -> Observation | None:
+    """What the start is computed from, where the method needs data for it."""
+    kind = method_of(config.mode).start_from
+    if kind not in ("gradient", "inputs"):
+        return None
+    found = observe(loaded, kind, prepared.layers, prepared.start_examples, prepared.hardware, form)
+    say(f"the start is computed from the first {found.examples} training examples: {found.seconds:.1f} s")
+    return found
+
+
+def share_start(model: torch.nn.Module, arguments: TrainingArguments, observation: Observation | None) -> None:
+    """Give all processes the start that the first one computed from data: on a GPU, gradients may differ in the last bits."""
+    if observation is None or arguments.world_size == 1:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        torch.distributed.broadcast(tensor.data, 0)
+
+
+def barrier(arguments: TrainingArguments) -> None:
+    """Wait for the other processes, where there are any."""
+    if arguments.world_size > 1:
+        torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def _in_turn(arguments: TrainingArguments) -> Iterator[None]:
+    """Let the processes of a host enter one after the other, also where one of them fails: together they would take several times its memory."""
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", str(arguments.world_size)))
+    for _ in range(arguments.local_process_index):
+        barrier(arguments)
+    try:
+        yield
+    finally:
+        for _ in range(arguments.local_process_index, together):
+            barrier(arguments)
