@@ -1,0 +1,140 @@
+"""The shapes of what an evaluation writes: predictions, how they were generated, metrics, and the fates of programs."""
+
+import json
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from cora_cli.errors import CoraError
+from cora_cli.reading import checked, read_json, read_numbered
+from cora_cli.rundir import EvaluationDirectory
+
+
+class Generation(TypedDict):
+    """`generation.json`."""
+
+    name: str
+    settings: dict[str, Any]
+    predictions_sha256: NotRequired[str]
+    prompts_cut: NotRequired[int]
+    prompts_trained_on: NotRequired[int]
+    not_merged: NotRequired[str]
+    engine: NotRequired[str]
+    new_tokens: NotRequired[int]
+    seconds: NotRequired[float]
+    processes: NotRequired[int]
+
+
+class UsedGeneration(TypedDict):
+    """The copy of `generation.json` in `metrics.json`; empty where the predictions came without it."""
+
+    settings: NotRequired[dict[str, Any]]
+    prompts_cut: NotRequired[int]
+    prompts_trained_on: NotRequired[int]
+
+
+class Sample(TypedDict):
+    """One of several answers in a line of `predictions.jsonl`."""
+
+    prediction: str
+
+
+class ReferenceTokens(TypedDict):
+    """What a model predicts where a record's reference stands: four lists with an entry for each reference token, the end token included.
+
+    `nll` is −log p of the token in nats, `brier` the squared distance of the probabilities from certainty in it, `confidence` the
+    probability of the most likely token, and `correct` whether that is the reference's.
+    """
+
+    nll: list[float]
+    brier: list[float]
+    confidence: list[float]
+    correct: list[bool]
+
+
+class Prediction(TypedDict):
+    """A line of `predictions.jsonl`, by whichever program."""
+
+    prediction: str
+    reference: str
+    finish_reason: NotRequired[str | None]
+    samples: NotRequired[list[Sample]]
+    problem: NotRequired[dict[str, Any]]
+    reference_tokens: NotRequired[ReferenceTokens]
+
+
+class PartialPrediction(TypedDict):
+    """A line of `predictions.partial.jsonl`."""
+
+    index: int
+    prompt: str
+    reference: str
+    prediction: str
+    finish_reason: str
+    new_tokens: int
+
+
+class Metric(TypedDict):
+    """A metric with its interval, over n records."""
+
+    value: float
+    ci95: tuple[float, float] | None
+    n: int
+    unscorable: NotRequired[int]
+    evaluate_prints: NotRequired[float]
+    signature: str
+
+
+class Metrics(TypedDict):
+    """`metrics.json`."""
+
+    name: str
+    metric_variant: NotRequired[str]
+    metrics: dict[str, Metric]
+    predictions_sha256: str
+    generation: UsedGeneration
+    fates: NotRequired[dict[str, int]]
+    readability_proxies: NotRequired[dict[str, Any]]
+
+
+Scores = dict[str, float]
+"""A line of `scores.jsonl`."""
+
+
+class Program(TypedDict):
+    """What became of one generated program."""
+
+    fate: str
+    detail: str
+
+
+class Executed(TypedDict):
+    """A line of `executions.jsonl`: the programs of one record."""
+
+    limit_seconds: int | float
+    programs: list[Program]
+
+
+def read_generation(evaluation: EvaluationDirectory) -> dict[str, Any]:
+    """`generation.json`; empty if there is none. Raises `CoraError` naming the file and the key if it is damaged."""
+    found: dict[str, Any] = read_json(evaluation.generation, Generation) if evaluation.generation.exists() else {}
+    return found
+
+
+def read_predictions(path: Path, *texts: str) -> list[dict[str, Any]]:
+    """The lines of a `predictions.jsonl`, by whichever program, which all have text under the keys `texts`.
+
+    Raises `CoraError` naming the file and the lines if one is damaged, or if two answer the record with one `index`.
+    """
+    lines = []
+    places: dict[str, int] = {}
+    for number, line in read_numbered(path):
+        where = f"{path}, line {number}"
+        if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in texts):
+            wanted = " and ".join([", ".join(f'"{key}"' for key in texts[:-1]), f'"{texts[-1]}"'])
+            raise CoraError(f"{where}: expected text under {wanted}, found {json.dumps(line, ensure_ascii=False)[:80]}")
+        checked(line, Prediction, where)
+        index = json.dumps(line.get("index"))
+        if index != "null" and (first := places.setdefault(index, number)) != number:
+            raise CoraError(f"{path}: lines {first} and {number} both answer the record with index {index}; remove one of them")
+        lines.append(line)
+    return lines
