@@ -4,14 +4,19 @@ On a terminal this is a bar with the rate and the time left; elsewhere it is a p
 """
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 from cora_cli.terminal import printable
 
 LINE_INTERVAL_SECONDS = 10.0
+_INTERRUPTED = threading.Event()
 
 
 def say(message: str) -> None:
@@ -38,7 +43,9 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, desc=self._label, unit=unit, dynamic_ncols=True, leave=False)
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Add `count` finished units; `note` is shown after the count."""
+        """Add `count` finished units; `note` is shown after the count. Raises `KeyboardInterrupt` if one was swallowed (`interrupts_kept`)."""
+        if _INTERRUPTED.is_set():
+            raise KeyboardInterrupt
         self._done += count
         if self._bar is not None:
             if note:
@@ -67,3 +74,27 @@ def progress(label: str, total: int, unit: str = "it", done: int = 0) -> Iterato
         yield shown
     finally:
         shown.close()
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Let an interrupt that a library swallows in the block end long work at its next unit.
+
+    A bare `except` in a module that is imported at that moment, as torch imports some for the first optimizer step, is enough to lose one.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _INTERRUPTED.clear()
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _INTERRUPTED.clear()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    _INTERRUPTED.set()
+    raise KeyboardInterrupt

@@ -18,6 +18,7 @@ import typer
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError, UsageError, is_out_of_memory
+from cora_cli.progress import interrupts_kept
 from cora_cli.reading import read_yaml
 from cora_cli.settings import comma_separated, range_problems
 from cora_cli.terminal import CLOSED_PIPE, complain
@@ -32,8 +33,9 @@ def clean_errors(debug: bool, what_is_saved: Callable[[], str] | None = None) ->
     `what_is_saved` tells the user of an interrupted command what is kept and how to go on.
     """
     try:
-        yield
-        sys.stdout.flush()
+        with interrupts_kept():
+            yield
+            sys.stdout.flush()
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt as error:

@@ -1,0 +1,40 @@
+"""Progress of long work, and interrupts that a library swallows."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+from cora_cli.progress import interrupts_kept, progress
+
+
+def swallow_an_interrupt() -> None:
+    with contextlib.suppress(BaseException):  # as a bare `except` in an imported module does
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.sigtimedwait([], 5)
+
+
+def test_a_swallowed_interrupt_ends_the_work_at_its_next_unit() -> None:
+    with interrupts_kept(), progress("work", 3) as shown:
+        shown.advance()
+        swallow_an_interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            shown.advance()
+
+
+def test_an_interrupt_of_earlier_work_does_not_end_the_next() -> None:
+    for _ in range(2):
+        with interrupts_kept(), progress("work", 3) as shown:
+            shown.advance()
+            swallow_an_interrupt()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_of_another_program_stays() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupts_kept():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
