@@ -115,9 +115,9 @@ def test_a_result_that_does_not_fit_on_the_disk_is_not_left_half_written(
 
     def full(*args: Any, **_: Any) -> None:
         directory = args[1].parent if mode == "lora" else Path(args[1])
+        directory.mkdir(parents=True, exist_ok=True)
         if "checkpoints" in str(directory):
             return
-        directory.mkdir(exist_ok=True)
         (directory / "half").write_text("half")
         raise OSError(28, "No space left on device")
 
