@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
-from cora_cli.experiments.launch import LocalLauncher
 from cora_cli.training.run import train
 from tests.training.helpers import config_for, losses, record_of
 
@@ -64,15 +62,6 @@ def test_a_launcher_s_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     forget_settings()
     assert ours.items() <= os.environ.items()
-
-
-def test_a_module_in_the_working_directory_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "random.py").write_text("raise SystemExit('executed')\n")
-    monkeypatch.chdir(tmp_path)
-    job = LocalLauncher(1, "cpu").submit("train", ["--version"], tmp_path / "step.log")
-    while (code := job.ended()) is None:
-        time.sleep(0.05)
-    assert code == 0, (tmp_path / "step.log").read_text()
 
 
 def test_programs_that_a_command_starts_do_not_import_from_the_working_directory(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_bertscore_encodes_every_distinct_text_once_and_from_short_to_long(score
     assert scores[3] == 0.0
 
 
-@pytest.mark.parametrize("matched_tokens", [1, 64, 8192])
+@pytest.mark.parametrize("matched_tokens", [64, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 8192))])
 def test_bertscore_does_not_depend_on_how_many_pairs_are_matched_together(scorer, monkeypatch, matched_tokens):
     predictions, references = builtin_pairs(24)
     predictions[3:6] = [predictions[2]] * 3

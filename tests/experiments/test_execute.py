@@ -2,7 +2,7 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.ablate import summary
 from cora_cli.experiments.estimate import Estimate, steps_that_fit
 from cora_cli.experiments.execute import Execution, Outcome, done_steps, refuse_conflicts, write_plan
-from cora_cli.experiments.launch import LocalLauncher
+from cora_cli.experiments.launch import Job, LocalLauncher
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.steps import Plan
 from cora_cli.lock import own_directory
@@ -273,15 +273,33 @@ def test_as_many_steps_share_a_gpu_as_half_of_its_memory_holds_of_the_largest() 
     assert [steps_that_fit(steps, gib) for gib in (4e9, 19e9, 20e9, 80e9)] == [1, 1, 2, 8]
 
 
-def test_a_process_is_logged_and_its_exit_code_returned(tmp_path: Path) -> None:
-    launcher = LocalLauncher(1, "cpu")
-    job = launcher.submit("train", ["no-such-command"], tmp_path / "logs" / "step.log")
+@pytest.fixture(scope="module")
+def started_among_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalLauncher]:
+    """A launcher in a working directory with a module of the standard library's name; it imports the libraries once for its steps."""
+    place = tmp_path_factory.mktemp("working")
+    (place / "random.py").write_text("raise SystemExit('executed')\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        yield LocalLauncher(1, "cpu")
+
+
+def ended(job: Job) -> int:
     while (code := job.ended()) is None:
         time.sleep(0.05)
-    assert code == 2
+    return code
+
+
+def test_a_process_is_logged_and_its_exit_code_returned(started_among_modules: LocalLauncher, tmp_path: Path) -> None:
+    job = started_among_modules.submit("train", ["no-such-command"], tmp_path / "logs" / "step.log")
+    assert ended(job) == 2
     text = (tmp_path / "logs" / "step.log").read_text()
     assert text.startswith("$ cora no-such-command\n")
     assert "there is no command" in text
+
+
+def test_a_module_in_the_working_directory_is_not_executed(started_among_modules: LocalLauncher, tmp_path: Path) -> None:
+    code = ended(started_among_modules.submit("train", ["--version"], tmp_path / "step.log"))
+    assert code == 0, (tmp_path / "step.log").read_text()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(41.4, "41 s"), (420, "7 min"), (12_600, "3.5 h"), (1_036_800, "12 days")])

@@ -65,7 +65,8 @@ def test_torchrun_gives_the_losses_of_one_process_with_the_whole_batch(
     assert finished.stdout.count("held-out loss") == 1
 
 
-@pytest.mark.parametrize("mode", ["lora", *(pytest.param(mode, marks=pytest.mark.slow) for mode in COMPUTED)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", *COMPUTED])
 def test_a_killed_group_resumes_to_the_losses_of_one_process(
     mode: Mode, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
