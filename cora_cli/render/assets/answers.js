@@ -87,6 +87,18 @@
       const scores = prompts[index][2].map((answer) => answer[1][place]).filter((score) => score !== null);
       return scores.length > 1 ? Math.max(...scores) - Math.min(...scores) : -1;
     };
+    // What tells a prompt from its neighbours: templates begin all of them alike.
+    const ownWords = (index) => {
+      const text = prompts[index][0];
+      const shared = [index - 1, index + 1].map((other) => {
+        const theirs = prompts[other]?.[0] ?? "";
+        let length = 0;
+        while (length < text.length && text[length] === theirs[length]) length += 1;
+        return length;
+      });
+      const start = text.lastIndexOf("\n", Math.max(...shared)) + 1;
+      return (text.slice(start).trim() || text).slice(0, 90);
+    };
     const differs = (index) => new Set(prompts[index][2].map((answer) => answer[0])).size > 1;
     const option = (value, text) => element("option", { value: String(value), textContent: visible(text) });
     const choose = (label, ...options) => {
@@ -164,7 +176,7 @@
       for (; drawn < Math.min(order.length, upTo); drawn++) {
         const index = order[drawn];
         const scores = prompts[index][2].map((answer) => scoreText(answer[1][place] ?? null)).join(" \u00b7 ");
-        const button = element("button", { type: "button" }, element("b", { textContent: `${index + 1} ` }), element("span", { textContent: visible(prompts[index][0].slice(-400).trim().slice(0, 90)), dir: "auto" }), element("small", { textContent: scores }));
+        const button = element("button", { type: "button" }, element("b", { textContent: `${index + 1} ` }), element("span", { textContent: visible(ownWords(index)), dir: "auto" }), element("small", { textContent: scores }));
         button.dataset.index = String(index);
         list.append(element("li", {}, button));
       }
