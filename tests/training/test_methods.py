@@ -65,8 +65,8 @@ def settings_of(mode: Mode, basis: Path, input_basis: Path, loha: Path, sources:
 
 # One mode of each kind of start, storage and optimizer; the others differ from one of these in their start only.
 QUICK = (
-    *("lora", "fb", "fa-basis", "dora", "vera", "lora-mini", "peft"),
-    *("dylora", "cola", "mora-6", "lora-sb", "eigenlorax"),
+    *("lora", "fb", "fa-basis", "dora", "vera", "peft"),
+    *("dylora", "cola", "lora-sb", "eigenlorax"),
 )
 
 
