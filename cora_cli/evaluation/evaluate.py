@@ -85,7 +85,7 @@ def _help(config: EvaluateConfig, hardware: Hardware, processes: Processes) -> N
             answer = functools.partial(_answer_wave, told, engine)
             waves = told.waves
         else:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # the first process has it too, and reports it
                 processes.answer_round(waves, told, answer)
 
 

@@ -106,10 +106,11 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
                 found[name] = _training(model, data, config, rate)
             elif data is not None:
                 found[name] = _evaluation(model, data, plan.grid.evaluate or {}, rate)
-    for step in plan.steps.values():
-        if step.kind == "judge" and all(need in found for need in step.needs):
-            data = inputs.datasets[data_key(plan.grid.datasets[step.name.removeprefix("judge-")], plan.grid.train)]
-            found[step.name] = _judging(model, data, plan, step, rate)
+    for dataset, reference in plan.grid.datasets.items():
+        judging = plan.steps.get(f"judge-{dataset}")
+        if judging is not None and all(need in found for need in judging.needs):
+            data = inputs.datasets[data_key(reference, plan.grid.train)]
+            found[judging.name] = _judging(model, data, plan, judging, rate)
     for name, settings in plan.grid.models.items():
         steps = [step for step in plan.steps.values() if step.name.rpartition("-")[0] == f"model-{name}"]
         if steps and not isinstance(settings, str) and (data := inputs.datasets.get(data_key(settings["dataset"], settings))):

@@ -292,21 +292,24 @@ class _Planner:
 
     def _judge(self, dataset: str, settings: Values, rows: list[Row], steps_of: Mapping[str, tuple[str, ...]]) -> None:
         """One judging of the answers of all rows with one data set, which shares the anchors among them."""
-        answered = {self._steps[steps_of[row.name][-1]].name: row for row in rows if row.mode != "basis"}
-        evaluations = {name: self._steps[name] for name in answered}
-        places = {row.mode: str(self._out / evaluations[name].output) for name, row in answered.items() if row.mode == "base"}
-        runs = tuple(
-            str(self._out / evaluations[name].output).removesuffix("/evaluation")
-            for name, row in answered.items()
-            if row.mode != "base"
-        )
+        evaluations: dict[str, Step] = {}
+        base, runs = None, []
+        for row in rows:
+            if row.mode == "basis":
+                continue
+            *before, evaluation = (self._steps[name] for name in steps_of[row.name])
+            evaluations[evaluation.name] = evaluation
+            if before:
+                runs.append(str(self._out / before[-1].output))
+            else:
+                base = str(self._out / evaluation.output)
         if not runs:
             return
         output = f"judgings/{dataset}"
         # `overwrite` replaces a result that `ledger` found outdated; judgments of equal requests are reused.
         config = JudgeConfig(
-            runs=runs,
-            base=places.get("base"),
+            runs=tuple(runs),
+            base=base,
             output_dir=str(self._out / output),
             overwrite=True,
             **self._hardware,

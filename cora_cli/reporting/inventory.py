@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 import os
 import struct
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 from cora_cli import records
 from cora_cli.errors import CoraError
 from cora_cli.lock import is_held
-from cora_cli.reading import Malformed, parse_json, read_json
+from cora_cli.reading import parse_json, read_json
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 
 _OPAQUE = frozenset({"checkpoints", "adapter", "model", "plots", "logs", "judge"})
@@ -102,7 +101,7 @@ def _basis(path: Path) -> Entry | None:
         metadata = header.get("__metadata__", {})
         choices = parse_json(metadata[_BASIS_KEY])["choices"]
         method = f"{choices['method']} r{choices['rank']}"
-    except (OSError, struct.error, UnicodeDecodeError, Malformed, KeyError, TypeError, AttributeError, json.JSONDecodeError):
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError):
         return None
     return Entry(path, "basis", "finished", method, "", _time(path))
 

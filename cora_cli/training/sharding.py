@@ -137,7 +137,8 @@ def load_weights(model: torch.nn.Module, directory: Path) -> None:
     with torch.no_grad():
         for path in sorted(directory.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dictionary
+                names: list[str] = file.keys()
+                for name in names:
                     if name in weights:
                         weights[name].copy_(divided(file.get_tensor(name), weights[name]))
                         missing.pop(id(weights[name]), None)

@@ -109,7 +109,7 @@ def test_a_resumed_run_keeps_the_start_that_it_subtracted_from_w(tiny_model, tin
     record = record_of(tmp_path / "run")
     assert record["start"]["examples"] == 36
     (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "running"}))
-    whole = gradient.approximation_factors
-    monkeypatch.setattr(gradient, "approximation_factors", lambda *values: (-whole(*values)[0], whole(*values)[1]))
+    complete = gradient.approximation_factors
+    monkeypatch.setattr(gradient, "approximation_factors", lambda *values: (-complete(*values)[0], complete(*values)[1]))
     train(dataclasses.replace(config, resume=True))
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == first

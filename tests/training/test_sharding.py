@@ -48,32 +48,32 @@ def test_a_sharded_run_stopped_and_resumed_is_that_of_one_process(tiny_model: Pa
         one = config_for(tiny_model, tiny_data, tmp_path / mode, mode=mode, **SHORT)
         train(one)
         rows: dict[str, Any] = {"tokens_per_row": 60} if mode == "lora" else {"gradient_checkpointing": True}
-        whole = replace(one, output_dir=str(tmp_path / f"{mode}-whole"), batch_size=2, shard="fsdp", **rows)
-        parts = replace(whole, output_dir=str(tmp_path / f"{mode}-parts"))
-        runs += [whole, replace(parts, stop_at=2), replace(parts, resume=True)]
+        complete = replace(one, output_dir=str(tmp_path / f"{mode}-complete"), batch_size=2, shard="fsdp", **rows)
+        parts = replace(complete, output_dir=str(tmp_path / f"{mode}-parts"))
+        runs += [complete, replace(parts, stop_at=2), replace(parts, resume=True)]
     # A checkpoint is that of a run that is not sharded.
-    other = replace(whole, output_dir=str(tmp_path / "other"))
+    other = replace(complete, output_dir=str(tmp_path / "other"))
     runs += [replace(other, stop_at=2), replace(other, resume=True, shard="none")]
     assert run_together(*runs) == [(0, ""), (0, "")]
 
     for mode in ("lora", "full"):
-        one, whole, parts = (tmp_path / name for name in (mode, f"{mode}-whole", f"{mode}-parts"))
-        lines, wanted = log_lines(whole), log_lines(one)
+        one, complete, parts = (tmp_path / name for name in (mode, f"{mode}-complete", f"{mode}-parts"))
+        lines, wanted = log_lines(complete), log_lines(one)
         for key in ("step", "loss", "grad_norm", "tokens"):
             assert [line[key] for line in lines] == pytest.approx([line[key] for line in wanted], rel=1e-5), (mode, key)
-        record, expected = record_of(whole), record_of(one)
+        record, expected = record_of(complete), record_of(one)
         assert record["hardware"]["shard"] == "fsdp"
         assert "shard" not in expected["hardware"]
         assert record["parameters"] == expected["parameters"]
         for when in ("before", "after"):
             assert record["heldout"][when]["loss"] == pytest.approx(expected["heldout"][when]["loss"], rel=1e-5)
-        tensors, same = result_of(whole), result_of(one)
+        tensors, same = result_of(complete), result_of(one)
         assert tensors.keys() == same.keys()
         assert all(torch.allclose(tensors[key], same[key], rtol=1e-3, atol=1e-5) for key in same)
         assert log_lines(parts) == lines
         assert all(torch.equal(tensor, tensors[key]) for key, tensor in result_of(parts).items())
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "full"), rel=1e-5)
-    architectures = [json.loads((tmp_path / name / "model" / "config.json").read_text()) for name in ("full", "full-whole")]
+    architectures = [json.loads((tmp_path / name / "model" / "config.json").read_text()) for name in ("full", "full-complete")]
     assert architectures[0] == architectures[1]
 
 

@@ -36,8 +36,8 @@ def config(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> TrainConfig:
 
 
 def test_a_run_that_stops_twice_ends_as_the_run_that_did_not(config: TrainConfig, tmp_path: Path) -> None:
-    whole = replace(config, output_dir=str(tmp_path / "whole"))
-    train(whole)
+    complete = replace(config, output_dir=str(tmp_path / "complete"))
+    train(complete)
     for stop in (2, 5):
         record = train(replace(config, stop_at=stop, resume=True))
         assert (record["status"], record["speed"]["steps"]) == ("stopped", stop)
@@ -46,9 +46,9 @@ def test_a_run_that_stops_twice_ends_as_the_run_that_did_not(config: TrainConfig
     assert losses[0] != losses[1]
     finished = train(replace(config, resume=True))
     assert finished["status"] == "finished"
-    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "whole")
-    assert finished["validation"] == record_of(tmp_path / "whole")["validation"]
-    found, wanted = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole"))
+    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "complete")
+    assert finished["validation"] == record_of(tmp_path / "complete")["validation"]
+    found, wanted = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "complete"))
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
@@ -60,11 +60,11 @@ def test_all_weights_continue_where_transformers_fuses_the_experts(tiny_model: P
     for file in tiny_model.glob("*token*"):
         shutil.copy(file, tmp_path / "experts")
     settings = {**SETTINGS, "mode": "full", "max_steps": 4}
-    whole = config_for(tmp_path / "experts", tiny_data, tmp_path / "whole", **settings)
-    train(whole)
-    train(replace(whole, output_dir=str(tmp_path / "run"), stop_at=2))
-    train(replace(whole, output_dir=str(tmp_path / "run"), resume=True))
-    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "whole")
+    complete = config_for(tmp_path / "experts", tiny_data, tmp_path / "complete", **settings)
+    train(complete)
+    train(replace(complete, output_dir=str(tmp_path / "run"), stop_at=2))
+    train(replace(complete, output_dir=str(tmp_path / "run"), resume=True))
+    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "complete")
 
 
 def test_the_loss_at_a_stop_is_that_of_a_run_of_so_many_steps_at_a_constant_rate(config: TrainConfig, tmp_path: Path) -> None:

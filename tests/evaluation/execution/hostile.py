@@ -94,7 +94,7 @@ ESCAPE = [
     Hostile("kernel settings", "write into /proc/sys", "open('/proc/sys/kernel/core_pattern', 'w').write('|/tmp/x')\nraise Exception('BREACH')", ("refused",)),
     Hostile("sysrq", "reboot the machine", "open('/proc/sysrq-trigger', 'w').write('b')\nraise Exception('BREACH')", ("refused", "exception")),
     Hostile("memory of process 1", "read another process's memory", "open('/proc/1/mem', 'rb').read(1)\nraise Exception('BREACH')", ("refused",)),
-    Hostile("root of process 1", "leave through /proc", "import os\nraise Exception('BREACH' if set(os.listdir('/proc/1/root/')) - set(os.listdir('/')) else 'nothing')", ("exception", "refused")),
+    Hostile("root of process 1", "leave through /proc", "import os\nraise Exception('BREACH' if set(os.listdir('/proc/1/root')) - set(os.listdir('/')) else 'nothing')", ("exception", "refused")),
     Hostile("files of process 1", "open the files of another process", "import os\nfor name in os.listdir('/proc/1/fd'): open(f'/proc/1/fd/{name}')\nraise Exception('BREACH')", ("refused",)),
     Hostile("processes", "find processes of the host", "import os\nfound = [open(f'/proc/{name}/cmdline').read() for name in os.listdir('/proc') if name.isdigit()]\nraise Exception('BREACH' if any('pytest' in one or 'hostile_campaign' in one or 'problem.json' in one and 'source.py' not in one for one in found) else 'nothing')", ("exception",)),
     Hostile("descriptors", "use a file that was left open", "import os\nfor number in range(3, 64):\n    try: target = os.readlink(f'/proc/self/fd/{number}')\n    except OSError: continue\n    if not target.startswith(('pipe:', '/proc/')): raise Exception('BREACH')\nraise Exception('nothing')", ("exception",)),
