@@ -35,8 +35,8 @@ _MODULES = (
 )
 # It belongs to pyarrow's allocator, which is prepared for a fork.
 _HARMLESS_THREADS = frozenset({"jemalloc_bg_thd"})
-# Meant for the steps and for `cora ablate`, which ends the server by closing the socket.
-_FOR_STEPS = (signal.SIGINT, signal.SIGTERM)
+# Meant for the steps and for what starts them, which ends the server by closing the socket. Slurm's warnings are SIGUSR2.
+_FOR_STEPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _PROGRAM = ("-P", "-m", __name__)
 _READY, _STARTED, _ENDED = "ready", "started", "ended"
 
@@ -244,7 +244,7 @@ class _Server:
 
 def _become(message: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     """Turn this fork into a process as it would be just after it had started and imported the libraries."""
-    for number in (signal.SIGCHLD, signal.SIGTERM):
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     output, *keep_open = descriptors

@@ -51,10 +51,13 @@ class LocalLauncher:
 
     how = "started"
 
-    def __init__(self, jobs: int | None, device: str, keep_open: Sequence[int] = (), per_gpu: int = 1) -> None:
+    def __init__(
+        self, jobs: int | None, device: str, keep_open: Sequence[int] = (), per_gpu: int = 1, forks: bool = True
+    ) -> None:
         """`keep_open` has file descriptors for the processes to inherit, such as a lock to hold while they run.
 
-        `per_gpu` is the number of steps that share a GPU. Raises `CoraError` if `jobs` exceeds the number that all GPUs run together.
+        `per_gpu` is the number of steps that share a GPU. `forks` says whether steps may be forks of a process that has imported the
+        libraries. Raises `CoraError` if `jobs` exceeds the number that all GPUs run together.
         """
         self._gpus = visible_gpus() if device in ("auto", "cuda") else []
         most = len(self._gpus) * per_gpu
@@ -69,10 +72,10 @@ class LocalLauncher:
         self._free = list(range(self.slots))
         self._keep_open = tuple(keep_open)
         self._server: ForkServer | None = None
-        self._forks = ForkServer.exists_here()
+        self._forks = forks and ForkServer.exists_here()
 
     def submit(self, kind: str, argv: Sequence[str], log: Path) -> Job:
-        """See `Launcher.submit`. The step is a fork of a process that has imported the libraries; where that fails, a new process."""
+        """See `Launcher.submit`. The step is a fork of a process that has imported the libraries, or else a new process."""
         slot = self._free.pop(0)
         environment = self._environment(slot)
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,9 @@ KINDS = ("model", "basis", "train", "evaluate", "judge")
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """Resources of one step. None means the cluster's default.
+    """Resources of one job. None means the cluster's default.
 
-    `sbatch` has further options of sbatch by their long names; `setup` has shell lines to run before the step, such as
+    A job runs up to `steps_per_job` steps one after the other, which import the libraries once; `timeout_min` is for all of them. `sbatch` has further options of sbatch by their long names; `setup` has shell lines to run before the step, such as
     `module load`.
     """
 
@@ -24,6 +24,7 @@ class Resources:
     cpus: int | None = None
     mem_gb: float | None = None
     gpus: int | None = None
+    steps_per_job: int = 1
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -65,6 +66,7 @@ def read_resources(values: object, problems: list[str]) -> dict[str, Resources]:
             f"resources: {kind}: {name} must be {need}, not {settings[name]}"
             for name, fits, need in (
                 ("timeout_min", settings.get("timeout_min", 1) >= 1, "at least 1"),
+                ("steps_per_job", settings.get("steps_per_job", 1) >= 1, "at least 1"),
                 ("cpus", settings.get("cpus") is None or settings["cpus"] >= 1, "at least 1"),
                 ("mem_gb", settings.get("mem_gb") is None or settings["mem_gb"] > 0, "positive"),
                 ("gpus", settings.get("gpus") in (None, 0, 1), "0 or 1, because a step is one process"),

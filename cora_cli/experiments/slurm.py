@@ -4,11 +4,11 @@ A job that is preempted or reaches its time limit is queued again and its step c
 and the next call finds them.
 """
 
+import dataclasses
 import functools
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +17,18 @@ from typing import Any
 import cora_cli
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.experiments import launch
+from cora_cli.experiments.fork_server import stop_orphan
+from cora_cli.experiments.launch import LocalLauncher
 from cora_cli.experiments.resources import Resources
 from cora_cli.reading import read_json
-from cora_cli.records import Job
+from cora_cli.records import EndedStep, Job
 
 States = Callable[[], Mapping[str, str]]
 _MOST_JOBS = 1000
 _POLL_SECONDS, _GRACE_SECONDS = 5.0, 20.0
+# A job that may run further steps is queued when none has come for so long.
+_BATCH_SECONDS = 2.0
 # Longer than Slurm's default of 30 seconds between SIGTERM and SIGKILL.
 _KILL_SECONDS = 60.0
 # Maximum delay until the result of a finished job is visible on a shared disk.
@@ -38,26 +43,39 @@ _ALIVE = frozenset(
 
 
 class StepCall:
-    """What runs on the node: one `cora` command whose output is appended to `log`."""
+    """What runs on the node: `cora` commands, one after the other, each with the log that its output is appended to.
 
-    def __init__(self, argv: Sequence[str], log: Path) -> None:
-        self.argv, self.log = tuple(argv), log
-        self._process: subprocess.Popen[bytes] | None = None
+    The exit code of each is written to the folder `codes` when it ends. A job that is queued again leaves out the steps with a code.
+    """
 
-    def __call__(self) -> int:
-        """Run the command and return its exit code."""
-        environment = dict(os.environ)
+    def __init__(self, steps: Sequence[tuple[Sequence[str], Path]], codes: Path) -> None:
+        self.steps, self.codes = tuple((tuple(argv), log) for argv, log in steps), codes
+        self._pid: int | None = None
+
+    def __call__(self) -> dict[str, int]:
+        """Run the commands and return the exit code of each by the name of its step."""
+        from submitit import JobEnvironment
+
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
             # By default torch uses all processors of the node, not only those of the job.
-            environment["OMP_NUM_THREADS"] = cpus
-        with rundir.open_to_append(self.log) as file:
-            file.write(f"$ cora {' '.join(self.argv)}\n".encode())
-            file.flush()
-            command = [sys.executable, "-P", "-m", "cora_cli", *self.argv]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
-        # Not `wait`: it holds a lock that `checkpoint`, called from a signal handler, also needs.
-        while (code := self._process.poll()) is None:
+            os.environ["OMP_NUM_THREADS"] = cpus
+        job_id = JobEnvironment().job_id
+        # With device "cpu" it leaves the GPUs as the cluster has assigned them.
+        launcher = LocalLauncher(1, "cpu", forks=len(self.steps) > 1)
+        codes = {}
+        for argv, log in self.steps:
+            code = _code(self.codes, log, job_id)
+            if code is None:
+                code = self._run(launcher.submit("", argv, log))
+                rundir.write_json(self.codes / f"{log.stem}.json", {"job": job_id, "code": code})
+            codes[log.stem] = code
+        return codes
+
+    def _run(self, job: launch.Job) -> int:
+        self._pid = job.pid
+        while (code := job.ended()) is None:
             time.sleep(0.2)
+        self._pid = None
         if code < 0:
             # Slurm signals the command before it cancels or requeues the job. Returning now would record a result, so wait.
             time.sleep(_KILL_SECONDS)
@@ -70,16 +88,38 @@ class StepCall:
         """
         from submitit.helpers import DelayedSubmission
 
-        if self._process is not None:
-            self._process.terminate()
-            until = time.monotonic() + _GRACE_SECONDS
-            while self._process.poll() is None and time.monotonic() < until:
-                time.sleep(0.2)
-        return DelayedSubmission(StepCall(self.argv, self.log))
+        if self._pid is not None:
+            # Not the job's own `stop`: this is a signal handler, which may have interrupted the job's code.
+            stop_orphan(self._pid, _GRACE_SECONDS)
+        return DelayedSubmission(StepCall(self.steps, self.codes))
+
+
+def _code(codes: Path, log: Path, job_id: str) -> int | None:
+    """The exit code of a step that a job ran, None if it has not ended."""
+    record = codes / f"{log.stem}.json"
+    if not record.exists():
+        return None
+    ended = read_json(record, EndedStep)
+    return ended["code"] if ended["job"] == job_id else None
+
+
+@dataclasses.dataclass
+class _Batch:
+    """Steps that one job runs. `steps` has the command, log and record of each; `job` is None until the job is queued."""
+
+    kind: str
+    steps: list[tuple[tuple[str, ...], Path, Path]] = dataclasses.field(default_factory=list)
+    began: float = dataclasses.field(default_factory=time.monotonic)
+    job: Any = None
+    refused: str | None = None
 
 
 class SlurmLauncher:
-    """Runs steps as jobs of a cluster; see `launch.Launcher`. The cluster decides how many jobs run at a time."""
+    """Runs steps as jobs of a cluster; see `launch.Launcher`. The cluster decides how many jobs run at a time.
+
+    A job runs up to `steps_per_job` steps of one kind, as the resources say. It is queued when it has all of them, or when no step
+    has come for a while.
+    """
 
     how = "queued"
 
@@ -101,8 +141,9 @@ class SlurmLauncher:
         except ImportError as error:
             raise CoraError("--launcher slurm needs the package submitit: pip install 'cora-cli[slurm]'") from error
         self.slots = jobs or _MOST_JOBS
-        self._folder, self._resources = folder, resources
-        self._states = _Cached(states or squeue)
+        self._folder, self._resources = folder.resolve(), resources
+        self._open: dict[str, _Batch] = {}
+        self.states = _Cached(states or squeue)
         self._job_class = submitit.SlurmJob if cluster == "slurm" else submitit.LocalJob
         self._new_executor = functools.partial(submitit.AutoExecutor, folder=folder / "jobs", cluster=cluster)
         if cluster == "slurm" and shutil.which("sbatch") is None:
@@ -115,68 +156,110 @@ class SlurmLauncher:
             f"export PYTHONPATH={Path(cora_cli.__file__).parents[1]}${{PYTHONPATH:+:$PYTHONPATH}}",
         ]
 
-    def submit(self, kind: str, argv: Sequence[str], log: Path) -> "SlurmJob":
-        """Queue `cora ARGV`, or return the job that an earlier `ablate` queued for the same command if it is still alive.
+    @property
+    def codes(self) -> Path:
+        """The folder with the exit codes of steps."""
+        return self._folder / "codes"
 
-        Raises `CoraError` if Slurm refuses the job.
-        """
+    def submit(self, kind: str, argv: Sequence[str], log: Path) -> "SlurmJob":
+        """Add `cora ARGV` to a job, or return the job that an earlier `ablate` queued for the same command if it is still alive."""
         record = self._folder / f"{log.stem}.json"
         if record.exists():
             earlier = read_json(record, Job)
-            job = SlurmJob(self._job_class(self._folder / "jobs", earlier["job"]), record, log, self._states)
+            queued = _Batch(kind, job=self._job_class(self._folder / "jobs", earlier["job"]))
+            job = SlurmJob(self, queued, record, log)
             if tuple(earlier["argv"]) == tuple(argv) and job.ended() is None:
                 return job
             job.stop()
         log.parent.mkdir(parents=True, exist_ok=True)
+        batch = self._open.setdefault(kind, _Batch(kind))
+        batch.steps.append((tuple(argv), log.resolve(), record))
+        batch.began = time.monotonic()
+        if len(batch.steps) >= self._resources[kind].steps_per_job:
+            self.queue(batch)
+        return SlurmJob(self, batch, record, log)
+
+    def queue(self, batch: _Batch) -> None:
+        """Queue the job of a batch. If Slurm refuses it, the batch says why."""
+        self._open.pop(batch.kind, None)
+        (_, first, _), *others = batch.steps
         try:
             executor = self._new_executor()  # a new one per job, because parameters of an executor persist
-            executor.update_parameters(name=log.stem, **self._resources[kind].executor_parameters(self._setup))
-            queued = executor.submit(StepCall(argv, log.resolve()))
+            name = f"{first.stem}+{len(others)}" if others else first.stem
+            executor.update_parameters(name=name, **self._resources[batch.kind].executor_parameters(self._setup))
+            batch.job = executor.submit(StepCall([(argv, log) for argv, log, _ in batch.steps], self.codes))
         except Exception as error:  # submitit raises sbatch's messages in its own exception classes
-            raise CoraError(f"Slurm refused the job: {' '.join(str(error).split())[-300:]}") from error
-        rundir.write_json(record, {"job": queued.job_id, "argv": list(argv)})
-        self._states.forget()
-        return SlurmJob(queued, record, log, self._states)
+            batch.refused = f"Slurm refused the job: {' '.join(str(error).split())[-300:]}"
+            return
+        for argv, _, record in batch.steps:
+            rundir.write_json(record, {"job": batch.job.job_id, "argv": list(argv)})
+        self.states.forget()
+
+    def withdraw(self, batch: _Batch, record: Path) -> None:
+        """Take a step out of a batch that is not queued."""
+        batch.steps = [step for step in batch.steps if step[2] != record]
+        if not batch.steps:
+            self._open.pop(batch.kind, None)
 
 
 class SlurmJob:
-    """A job of a cluster; see `launch.Job`. It has no process on this machine."""
+    """A step in a job of a cluster; see `launch.Job`. It has no process on this machine."""
 
     pid: int | None = None
 
-    def __init__(self, job: Any, record: Path, log: Path, states: "_Cached") -> None:
-        self._job, self._record, self._log, self._states = job, record, log, states
+    def __init__(self, launcher: SlurmLauncher, batch: _Batch, record: Path, log: Path) -> None:
+        self._launcher, self._batch, self._record, self._log = launcher, batch, record, log
         self._lost_since: float | None = None
 
     def ended(self) -> int | None:
-        """See `launch.Job.ended`. If a job ended without a result, the reason is added to the log."""
-        if self._job.paths.result_pickle.exists():
+        """See `launch.Job.ended`. If a job was refused or ended without the step's result, the reason is added to the log."""
+        batch, now = self._batch, time.monotonic()
+        if batch.job is None and batch.refused is None and now - batch.began >= _BATCH_SECONDS:
+            self._launcher.queue(batch)
+        if batch.refused is not None:
+            return self._note(batch.refused)
+        if batch.job is None:
+            return None
+        code = _code(self._launcher.codes, self._log, batch.job.job_id)
+        if code is None and batch.job.paths.result_pickle.exists():
+            if (error := batch.job.exception()) is not None:
+                return self._lost(_last_line_of_trace(str(error)))
+            result = batch.job.result()
+            # A job of an earlier version has one step, and returns its code.
+            code = result.get(self._log.stem) if isinstance(result, dict) else int(result)
+        if code is not None:
             self._record.unlink(missing_ok=True)
-            if (error := self._job.exception()) is not None:
-                return self._note(_last_line_of_trace(str(error)))
-            return int(self._job.result())
-        state = self._states().get(self._job.job_id, "")
+            return code
+        return self._ended_without_code(now)
+
+    def _ended_without_code(self, now: float) -> int | None:
+        state = self._launcher.states().get(self._batch.job.job_id, "")
         if state in _ALIVE:
             self._lost_since = None
             return None
-        now = time.monotonic()
         self._lost_since = self._lost_since or now
         if now - self._lost_since < (0 if state and state != "COMPLETED" else _LAG_SECONDS):
             return None
-        self._record.unlink(missing_ok=True)
-        return self._note(f"its state is {state}" if state else "it disappeared from the queue without a result")
+        return self._lost(f"its state is {state}" if state else "it disappeared from the queue without a result")
+
+    def _lost(self, why: str) -> int:
+        return self._note(f"Slurm job {self._batch.job.job_id} ended before its step: {why}")
 
     def stop(self) -> None:
         """Cancel the job, and return when the cluster reports its end."""
-        self._job.cancel(check=False)
+        if self._batch.job is None:
+            self._launcher.withdraw(self._batch, self._record)
+            return
+        self._batch.job.cancel(check=False)
         until = time.monotonic() + _LAG_SECONDS
-        while self._states(0).get(self._job.job_id, "") in _ALIVE and time.monotonic() < until:
+        while self._launcher.states(0).get(self._batch.job.job_id, "") in _ALIVE and time.monotonic() < until:
             time.sleep(0.5)
         self._record.unlink(missing_ok=True)
 
     def _note(self, what: str) -> int:
+        self._record.unlink(missing_ok=True)
         with rundir.open_to_append(self._log) as file:
-            file.write(f"Slurm job {self._job.job_id} ended before its step: {what}\n".encode())
+            file.write(f"{what}\n".encode())
         return 1
 
 
@@ -184,11 +267,12 @@ class _Cached:
     """The states of all jobs, cached for a few seconds."""
 
     def __init__(self, ask: States) -> None:
-        self._ask, self._known, self._asked = ask, dict[str, str](), float("-inf")
+        self._ask, self._asked = ask, float("-inf")
+        self._known: Mapping[str, str] = {}
 
     def __call__(self, most_seconds: float = _POLL_SECONDS) -> Mapping[str, str]:
         if time.monotonic() - self._asked >= most_seconds:
-            self._known, self._asked = dict(self._ask()), time.monotonic()
+            self._known, self._asked = self._ask(), time.monotonic()
         return self._known
 
     def forget(self) -> None:

@@ -21,6 +21,7 @@ from cora_cli.records.evaluations import (
     read_predictions,
 )
 from cora_cli.records.grids import (
+    EndedStep,
     FinishedStep,
     GridPlan,
     Job,
@@ -80,6 +81,7 @@ __all__ = [
     "Choices",
     "Counts",
     "Data",
+    "EndedStep",
     "Estimate",
     "Executed",
     "Fingerprint",

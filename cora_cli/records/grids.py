@@ -98,6 +98,13 @@ class KnownHash(TypedDict):
     sha256: str
 
 
+class EndedStep(TypedDict):
+    """The exit code of a step that a job of a cluster ran."""
+
+    job: str
+    code: int
+
+
 class Job(TypedDict):
     """The record of a job of a cluster."""
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import time
 from pathlib import Path
@@ -13,11 +14,10 @@ from cora_cli.experiments.resources import KINDS, Resources, read_resources
 from cora_cli.experiments.slurm import SlurmJob, SlurmLauncher, StepCall, left_jobs, squeue
 from tests.experiments.helpers import grid_of
 
-ANY = dict.fromkeys(KINDS, Resources())
 
-
-def launcher(folder: Path, states: dict[str, str]) -> SlurmLauncher:
-    return SlurmLauncher(folder, ANY, None, cluster="local", states=lambda: states)
+def launcher(folder: Path, states: dict[str, str], steps_per_job: int = 1) -> SlurmLauncher:
+    resources = dict.fromkeys(KINDS, Resources(steps_per_job=steps_per_job))
+    return SlurmLauncher(folder, resources, None, cluster="local", states=lambda: states)
 
 
 def ended(job: SlurmJob) -> int:
@@ -42,6 +42,40 @@ def test_a_step_runs_as_a_job_with_its_log_and_exit_code(tmp_path: Path) -> None
     text = log.read_text()
     assert text.startswith("$ cora no-such-command\n")
     assert "there is no command" in text
+
+
+def test_one_job_runs_several_steps_of_a_kind(tmp_path: Path) -> None:
+    several = launcher(tmp_path / "slurm", Alive(), steps_per_job=2)
+    commands = {"first": ["no-such-command"], "second": ["--version"], "third": ["--help"]}
+    jobs = [several.submit("train", argv, tmp_path / f"{name}.log") for name, argv in commands.items()]
+    first, second, third = jobs
+    assert third.ended() is None
+    assert third._batch.job is None
+    assert [ended(job) for job in jobs] == [2, 0, 0]
+    assert first._batch.job.job_id == second._batch.job.job_id != third._batch.job.job_id
+    assert left_jobs(tmp_path / "slurm") == []
+    assert "there is no command" in (tmp_path / "first.log").read_text()
+    assert (tmp_path / "second.log").read_text().startswith("$ cora --version\n")
+
+
+def test_a_step_that_waits_for_others_of_its_job_can_be_withdrawn(tmp_path: Path) -> None:
+    several = launcher(tmp_path / "slurm", Alive(), steps_per_job=2)
+    job = several.submit("train", ["--version"], tmp_path / "step.log")
+    job.stop()
+    assert several._open == {}
+    assert not (tmp_path / "slurm" / "jobs").exists()
+
+
+def test_a_refused_job_is_the_error_of_each_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = launcher(tmp_path / "slurm", Alive(), steps_per_job=2)
+
+    def refuse() -> None:
+        raise OSError("Invalid account")
+
+    monkeypatch.setattr(several, "_new_executor", refuse)
+    jobs = [several.submit("train", ["--version"], tmp_path / f"{name}.log") for name in ("a", "b")]
+    assert [job.ended() for job in jobs] == [1, 1]
+    assert (tmp_path / "b.log").read_text() == "Slurm refused the job: Invalid account\n"
 
 
 class Left:
@@ -72,7 +106,7 @@ def test_a_job_that_outlived_its_ablation_is_reused_and_not_queued_again(
 ) -> None:
     waiting, earlier = left(tmp_path, monkeypatch, {"12": "PENDING"}, ["train"])
     job = waiting.submit("train", ["train"], tmp_path / "step.log")
-    assert job._job is earlier
+    assert job._batch.job is earlier
     assert job.ended() is None
     assert left_jobs(tmp_path / "slurm") == ["12"]
 
@@ -85,7 +119,7 @@ def test_a_job_with_another_command_is_cancelled_before_the_step_is_queued(
     monkeypatch.setattr(earlier, "cancel", lambda check: states.clear() or setattr(earlier, "cancelled", True))
     job = waiting.submit("train", ["no-such-command"], tmp_path / "step.log")
     assert earlier.cancelled
-    assert job._job is not earlier
+    assert job._batch.job is not earlier
     assert ended(job) == 2
 
 
@@ -94,7 +128,7 @@ def test_a_job_that_the_cluster_ended_logs_its_state(state: str, tmp_path: Path,
     states = {"12": "RUNNING"}
     waiting, _ = left(tmp_path, monkeypatch, states, ["train"])
     job = waiting.submit("train", ["train"], tmp_path / "step.log")
-    waiting._states.forget()
+    waiting.states.forget()
     states["12"] = state
     assert job.ended() == 1
     assert (tmp_path / "step.log").read_text().endswith(f"Slurm job 12 ended before its step: its state is {state}\n")
@@ -108,7 +142,7 @@ def test_a_job_that_left_the_queue_is_given_time_for_its_result_to_appear(
     waiting, _ = left(tmp_path, monkeypatch, states, ["train"])
     job = waiting.submit("train", ["train"], tmp_path / "step.log")
     states.clear()
-    waiting._states.forget()
+    waiting.states.forget()
     assert job.ended() is None
     monkeypatch.setattr("cora_cli.experiments.slurm._LAG_SECONDS", 0.0)
     assert job.ended() == 1
@@ -116,24 +150,39 @@ def test_a_job_that_left_the_queue_is_given_time_for_its_result_to_appear(
 
 
 def test_a_command_ended_by_a_signal_waits_for_the_cluster_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    call, waited = StepCall(["evaluate"], tmp_path / "step.log"), list[float]()
+    call, waited = StepCall([(["evaluate"], tmp_path / "step.log")], tmp_path / "codes"), list[float]()
 
     def end_it(seconds: float) -> None:
         waited.append(seconds)
-        assert call._process is not None
-        call._process.kill()
-        call._process.wait()
+        if call._pid is not None:
+            os.kill(call._pid, signal.SIGKILL)
 
     monkeypatch.setattr("cora_cli.experiments.slurm.time.sleep", end_it)
-    assert call() == -9
+    assert call() == {"step": -9}
     assert waited[-1] >= 60
 
 
-def test_a_preempted_step_is_stopped_and_queued_again_unchanged(tmp_path: Path) -> None:
-    call = StepCall(["no-such-command"], tmp_path / "step.log")
-    assert call() == 2
-    again = call.checkpoint()
-    assert (again.function.argv, again.function.log) == (call.argv, call.log)
+def test_a_preempted_job_is_queued_again_without_the_steps_that_ended(tmp_path: Path) -> None:
+    call = StepCall([(["no-such-command"], tmp_path / "step.log")], tmp_path / "codes")
+    assert call() == {"step": 2}
+    again = call.checkpoint().function
+    assert (again.steps, again.codes) == (call.steps, call.codes)
+    assert again() == {"step": 2}
+    assert (tmp_path / "step.log").read_text().count("$ cora") == 1
+
+
+def test_the_exit_code_that_another_job_left_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = StepCall([(["no-such-command"], tmp_path / "step.log")], tmp_path / "codes")
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / "step.json").write_text('{"job": "11", "code": 0}')
+    assert call() == {"step": 2}
+
+
+@pytest.fixture(autouse=True)
+def on_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What submitit sets for a job."""
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "12")
 
 
 @pytest.fixture
@@ -161,7 +210,7 @@ def test_a_failing_squeue_is_an_error_that_says_the_jobs_continue(fake_squeue: P
 def test_without_sbatch_the_error_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CoraError, match="needs sbatch, which is not installed here"):
-        SlurmLauncher(tmp_path / "slurm", ANY, None)
+        SlurmLauncher(tmp_path / "slurm", dict.fromkeys(KINDS, Resources()), None)
 
 
 def test_resources_of_a_kind_override_those_of_all(tmp_path: Path) -> None:
@@ -186,6 +235,7 @@ def test_resources_of_a_kind_override_those_of_all(tmp_path: Path) -> None:
         ({"trian": {}}, "did you mean train?"),
         ({"train": {"gpu": 1}}, "did you mean gpus?"),
         ({"train": {"gpus": 2}}, "gpus must be 0 or 1"),
+        ({"train": {"steps_per_job": 0}}, "steps_per_job must be at least 1"),
         ({"all": {"cpus": 0}}, "cpus must be at least 1"),
         ({"all": {"mem_gb": -1}}, "mem_gb must be positive"),
         ({"all": {"timeout_min": "long"}}, "timeout_min must be an integer"),
