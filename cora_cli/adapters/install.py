@@ -107,6 +107,8 @@ def install_adapter(
         method.check_layer(plan, name, linear)
     known = observed or {}
     linears = {name: dataclasses.replace(one, observed=known.get(name, Observed())) for name, one in linears.items()}
+    ranks = method.ranks(plan, linears)
+    linears = {name: dataclasses.replace(one, rank=ranks.get(name)) for name, one in linears.items()}
     starts = {name: one.observed.start or method.starts(plan, basis, name, one) for name, one in linears.items()}
     config: Any = method.configuration(plan)
     _name_targets(config, model, plan.target_modules, linears)

@@ -284,6 +284,10 @@ class Method:
             }
         )
 
+    def ranks(self, plan: AdapterPlan, linears: "Mapping[str, LinearWeight]") -> dict[str, int]:
+        """The rank of each layer of a method that shares out ranks among them; empty where all have `--rank`."""
+        return {}
+
     def starts(
         self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"
     ) -> "tuple[torch.Tensor | torch.nn.Module, torch.Tensor | torch.nn.Module] | None":

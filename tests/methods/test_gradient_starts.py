@@ -166,9 +166,35 @@ def test_a_rank_without_enough_directions_is_refused(mode, rank, said, load):
         ({"mode": "lora-ga", "start_examples": 0}, "--start-examples must be at least 1, not 0"),
         ({"mode": "lora", "start_examples": 4}, "--start-examples does not apply to mode lora"),
         ({"mode": "lora-sb", "alpha": 4.0}, "--alpha does not apply to mode lora-sb"),
+        ({"mode": "eva", "eva_rho": 0.5}, r"--eva-rho must be at least 1, not 0\.5"),
         ({"mode": "lora-ga", "load_in_4bit": True}, "--load-in-4bit does not apply to mode lora-ga"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, said):
     with pytest.raises(UsageError, match=said):
         TrainConfig(**{"model": "m", "dataset": "d", "output_dir": "o", **settings})
+
+
+def test_eva_starts_as_the_principal_directions_of_the_inputs_and_shares_out_the_ranks(load):
+    model, plan = load(), plan_of("eva", **SETTINGS, eva_rho=1.5)
+    observed, spectra = {}, {}
+    for place, name in enumerate(observed_in(model, plan)):
+        directions = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(place)))[0]
+        spectra[name] = (0.95 - 0.2 * place) ** torch.arange(64)
+        observed[name] = Observed(inputs=(place + 1) * (directions * spectra[name]) @ directions.T)
+    layers = dict(lora_layers(install_adapter(model, plan, None, observed)))
+    shares = [(float(share), name) for name, values in spectra.items() for share in (values / values.sum())[:6]]
+    kept = [name for _, name in sorted(shares, reverse=True)[: RANK * len(layers)]]
+    ranks = {name: kept.count(name) for name in layers}
+    assert len(set(ranks.values())) > 1
+    for name, layer in layers.items():
+        a, b = factors_of(layer)
+        vectors = np.linalg.eigh(observed[name].inputs.double().numpy())[1][:, ::-1][:, : ranks[name]]
+        assert a.shape == (ranks[name], 64)
+        assert np.allclose((a.T @ a).detach(), vectors @ vectors.T, atol=1e-4)
+        assert not b.any()
+        assert layer.scaling["default"] == 12.0 / RANK
+
+
+def test_eva_gives_every_layer_the_same_rank_where_rho_is_one(load):
+    assert {len(factors_of(layer)[0]) for layer, *_ in layers_of(load(), "eva", eva_rho=1.0)} == {RANK}

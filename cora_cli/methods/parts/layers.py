@@ -30,13 +30,17 @@ class Observed:
 
 @dataclasses.dataclass(frozen=True)
 class LinearWeight:
-    """The weight W (out, in) of a linear layer, whichever way round the layer stores it, and what was observed for its start."""
+    """The weight W (out, in) of a linear layer, whichever way round the layer stores it, and what was observed for its start.
+
+    `rank` is the layer's own rank, where its method shares them out.
+    """
 
     weight: torch.Tensor
     in_features: int
     out_features: int
     transposed: bool = False
     observed: Observed = Observed()
+    rank: int | None = None
 
 
 def linear_weight(module: torch.nn.Module) -> LinearWeight | None:
