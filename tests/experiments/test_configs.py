@@ -202,7 +202,9 @@ def test_other_forms_have_equal_trained_parameters_where_they_have_one_count(smo
 def test_other_starts_and_more_forms_have_equal_trained_parameters_or_none(part: str, smollm2_shapes: ModelFacts) -> None:
     grid = baselines(part)
     counts = counts_of(grid, smollm2_shapes)
-    assert {label for (label, _), count in counts.items() if not count} == ({"mean-delta"} if part == "starts" else set())
+    assert {label for (label, _), count in counts.items() if not count} == (
+        {"mean-delta", "eva"} if part == "starts" else set()
+    )
     assert all(count == pytest.approx(counts["fb", 48], rel=0.02) for count in counts.values() if count)
     said = " ".join(grid.conditions)
     assert all(f"{count:,}" in said for count in counts.values() if count)
