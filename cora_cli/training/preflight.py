@@ -1,6 +1,6 @@
 """What a training run will take, measured before it: its largest step is taken on fake tensors, which need neither weights nor a GPU.
 
-Model class, row, loss, backward pass, optimizer and the Trainer's loop are those of the run, apart from what `stand_ins` has. `memory`
+Model class, row, loss, backward pass, optimizer and the Trainer's loop are those of the run, apart from what `stand_ins` has. `planning.memory`
 counts the bytes.
 """
 
@@ -34,14 +34,15 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import rope_switch
 from cora_cli.models.skeleton import build_skeleton
+from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, follow_training, follow_weights
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import cannot_pack
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import row_losses, rows_of
-from cora_cli.training.memory import Part, StorageMeter, fake_model, fakes, follow_training
 from cora_cli.training.prepare import Prepared, number_of_processes, prepare, total_steps, training_arguments
 from cora_cli.training.rate import Rate, rate_of
 from cora_cli.training.record import parameter_counts
+from cora_cli.training.sharding import planned_mesh, shard
 from cora_cli.training.stand_ins import WideLayerNorm, cpu_attention, gpu_attention
 from cora_cli.training.trainer import CoraTrainer
 
@@ -109,17 +110,16 @@ def preflight(config: TrainConfig) -> Preflight:
 
 def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:
     """As `preflight`, from inputs that are already checked."""
-    processes, examples = number_of_processes(), prepared.train.examples
+    processes, examples = number_of_processes(config), prepared.train.examples
     steps = total_steps(config, len(examples))
     form = _planned_form(config, prepared)
     work = _Work(config, prepared, form, steps, processes)
     counts = (steps, processes, work.tokens, work.labels, work.largest, work.largest_labels)
     if config.load_in_4bit:
         return Preflight(config, prepared, form, *counts, "weights in 4 bits cannot be measured without values")
-    if config.shard != "none":
-        return Preflight(
-            config, prepared, form, *counts, f"the layers that --shard {config.shard} gathers at once are not counted"
-        )
+    if config.shard != "none" and torch.distributed.is_initialized():
+        why = "only `cora train --dry-run` measures a divided model, not a run among other processes"
+        return Preflight(config, prepared, form, *counts, why)
     with _alone() as place:
         try:
             measured: Measured | str = _measure(config, prepared, form, work, processes, place)
@@ -236,6 +236,9 @@ class _FakeTrainer(CoraTrainer):
     def _require_finite(self, value: torch.Tensor, what: str) -> None:
         pass
 
+    def _most_passes(self, count: int) -> int:
+        return count
+
     def _maybe_log_save_evaluate(self, *_: Any, **__: Any) -> None:
         pass
 
@@ -267,12 +270,15 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
     arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs, arguments.warmup_steps = "constant", None, 0
     sources = prepared.start_models.observed() if prepared.start_models else {}
     meter = StorageMeter(int(prepared.model_config.get_text_config(decoder=True).vocab_size))
-    with fakes(), meter, contextlib.ExitStack() as precision:
+    with contextlib.ExitStack() as stack:
+        mesh = stack.enter_context(planned_mesh(processes)) if config.shard != "none" else None
+        stack.enter_context(fakes())
+        stack.enter_context(meter)
         dtype = torch.float32 if plan is None else prepared.hardware.dtype
         model = fake_model(prepared.model_config, config.trust_remote_code, dtype)
         meter.assign((*model.parameters(), *model.buffers()), "weights")
         if on_gpu and any(isinstance(module, torch.nn.LayerNorm) for module in model.modules()):
-            precision.enter_context(WideLayerNorm())
+            stack.enter_context(WideLayerNorm())
         if form.kind == "packed":
             AttentionInterface.register(_STAND_IN, gpu_attention(prepared.attention.name) if on_gpu else cpu_attention())
             model.set_attn_implementation(_STAND_IN)
@@ -280,6 +286,9 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
             model = install_adapter(model, plan, prepared.basis, sources or _observed(model, plan))
         parameters = parameter_counts(model, plan)
         stored = None if plan is None else sum(t.nbytes for t in stored_state(model, plan, config.compact)[0].values())
+        if mesh is not None:
+            shard(model, mesh, hardware.device)
+            follow_weights(meter, model)
         meter.restart()
         found, frames = [Memory(dict(meter.peak), "holding the model")], []
         trains = plan is None or method_of(plan.mode).can_train(plan)
@@ -294,7 +303,8 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
             with meter.creating("optimizer"):
                 frames = _frames(model, plan)
             trainer.train()
-            found.append(Memory(_with_buckets(meter.peak, parameters["trained"], processes), "a training step"))
+            copied = parameters["trained"] if mesh is None and processes > 1 else 0
+            found.append(Memory(_with_copies(meter.peak, copied), "a training step"))
         for members in work.held_out(prepared.test.examples, prepared.validation.examples):
             # A forward pass alone takes less than a training step with as many tokens.
             if trains and form.tokens(members) <= work.largest and sum(map(_responses, members)) <= work.largest_labels:
@@ -326,9 +336,9 @@ def _frames(model: Any, plan: AdapterPlan | None) -> list[torch.Tensor]:
     return [factors_of(layer)[1].detach().double() for _, layer in lora_layers(model)] if AngleMeter.applies(plan) else []
 
 
-def _with_buckets(peak: dict[Part, int], trained: int, processes: int) -> dict[Part, int]:
-    """With several processes, DistributedDataParallel keeps a second copy of the gradients to exchange them."""
-    return {**peak, "gradients": peak["gradients"] + (4 * trained if processes > 1 else 0)}
+def _with_copies(peak: dict[Part, int], copied: int) -> dict[Part, int]:
+    """With the copy of so many gradients that DistributedDataParallel keeps to exchange them."""
+    return {**peak, "gradients": peak["gradients"] + 4 * copied}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 Only the division and the gathering are here: `run` decides when a model is divided, and `trainer` trains it.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import transformers_model
@@ -20,6 +23,19 @@ from cora_cli.methods.parts.layers import transformers_model
 def process_mesh(device: torch.device, processes: int) -> DeviceMesh:
     """All processes in one row; every process calls this at the same time."""
     return init_device_mesh(device.type, (processes,))
+
+
+@contextlib.contextmanager
+def planned_mesh(processes: int) -> Iterator[DeviceMesh]:
+    """The first of so many processes, of which the others do not exist: nothing is exchanged. For plans on fake tensors.
+
+    No other process group may exist.
+    """
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        yield process_mesh(torch.device("cpu"), processes)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def shard(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
