@@ -5,10 +5,8 @@ and the next call finds them.
 """
 
 import functools
-import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +16,11 @@ import cora_cli
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.resources import Resources
+from cora_cli.experiments.spread import Spread
 from cora_cli.reading import read_json
 from cora_cli.records import Job
 
+ALONE = Spread()
 States = Callable[[], Mapping[str, str]]
 _MOST_JOBS = 1000
 _POLL_SECONDS, _GRACE_SECONDS = 5.0, 20.0
@@ -38,29 +38,27 @@ _ALIVE = frozenset(
 
 
 class StepCall:
-    """What runs on the node: one `cora` command whose output is appended to `log`."""
+    """What runs on each node: one `cora` command, in the processes of `spread`, whose output is appended to `log`."""
 
-    def __init__(self, argv: Sequence[str], log: Path) -> None:
-        self.argv, self.log = tuple(argv), log
+    spread = ALONE  # of jobs that an earlier version queued
+
+    def __init__(self, argv: Sequence[str], log: Path, spread: Spread = ALONE) -> None:
+        self.argv, self.log, self.spread = tuple(argv), log, spread
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
-        """Run the command and return its exit code."""
-        environment = dict(os.environ)
-        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
-            # By default torch uses all processors of the node, not only those of the job.
-            environment["OMP_NUM_THREADS"] = cpus
-        with rundir.open_to_append(self.log) as file:
-            file.write(f"$ cora {' '.join(self.argv)}\n".encode())
-            file.flush()
-            command = [sys.executable, "-P", "-m", "cora_cli", *self.argv]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+        """Run the command and return its exit code. Raises `CoraError` for a failure on a node that is not the first, whose code nobody reads."""
+        self._process = self.spread.start(self.argv, self.log)
         # Not `wait`: it holds a lock that `checkpoint`, called from a signal handler, also needs.
         while (code := self._process.poll()) is None:
             time.sleep(0.2)
-        if code < 0:
-            # Slurm signals the command before it cancels or requeues the job. Returning now would record a result, so wait.
+        if code < 0 or (code and self.spread != ALONE):
+            # Slurm signals the command before it cancels or requeues the job. Returning now would record a result, so wait. torchrun ends alike
+            # after a signal and after a failure.
             time.sleep(_KILL_SECONDS)
+        if code and self.spread.node:
+            log = self.spread.log_here(self.log)
+            raise CoraError(f"the step ended with exit code {code} on node {self.spread.node}; see {log}")
         return code
 
     def checkpoint(self, *_: Any, **__: Any) -> Any:
@@ -75,7 +73,7 @@ class StepCall:
             until = time.monotonic() + _GRACE_SECONDS
             while self._process.poll() is None and time.monotonic() < until:
                 time.sleep(0.2)
-        return DelayedSubmission(StepCall(self.argv, self.log))
+        return DelayedSubmission(StepCall(self.argv, self.log, self.spread))
 
 
 class SlurmLauncher:
@@ -130,8 +128,10 @@ class SlurmLauncher:
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
             executor = self._new_executor()  # a new one per job, because parameters of an executor persist
-            executor.update_parameters(name=log.stem, **self._resources[kind].executor_parameters(self._setup))
-            queued = executor.submit(StepCall(argv, log.resolve()))
+            resources = self._resources[kind]
+            executor.update_parameters(name=log.stem, **resources.executor_parameters(self._setup))
+            # The first node's result is that of the step.
+            queued = executor.submit(StepCall(argv, log.resolve(), resources.spread)).task(0)
         except Exception as error:  # submitit raises sbatch's messages in its own exception classes
             raise CoraError(f"Slurm refused the job: {' '.join(str(error).split())[-300:]}") from error
         rundir.write_json(record, {"job": queued.job_id, "argv": list(argv)})
@@ -154,7 +154,9 @@ class SlurmJob:
             self._record.unlink(missing_ok=True)
             if (error := self._job.exception()) is not None:
                 return self._note(_last_line_of_trace(str(error)))
-            return int(self._job.result())
+            if code := int(self._job.result()):
+                self._job.cancel(check=False)  # other nodes may wait for the first one
+            return code
         state = self._states().get(self._job.job_id, "")
         if state in _ALIVE:
             self._lost_since = None
