@@ -100,19 +100,21 @@ def _weight_bytes(model: ModelPath) -> float | None:
 def _memory(
     config: EvaluateConfig, target: Target, model_config: Any, hardware: Hardware, prompts: Sequence[Tokens]
 ) -> dict[Part, int] | str:
-    """The bytes of each part at the peak. Those of an adapter that is not merged are its weights in the precision of the model."""
+    """The bytes of each part at the peak, or why they are not known; an adapter that is merged takes none."""
     if config.backend == "vllm":
         return "vLLM fills the GPU with its cache"
     if target.others or target.draws:
         return "several models whose probabilities are averaged are not measured"
     meter = StorageMeter(int(model_config.get_text_config(decoder=True).vocab_size))
-    prompts = sorted(prompts, key=len, reverse=True)
+    prompts = sorted((prompt for prompt in prompts for _ in range(config.samples)), key=len, reverse=True)
+    apart = target.adapter if not config.merge else None
     with fakes(), meter, torch.inference_mode():
         model = fake_model(model_config, config.trust_remote_code, hardware.dtype)
         meter.assign((*model.parameters(), *model.buffers()), "weights")
         if why := unsupported(model, len(prompts[0]) + config.max_new_tokens):
             return f"only the pooled decoder is measured, which does not support this model, because {why}"
-        return _LargestSteps(model, prompts, config.batch_size, config.max_new_tokens).peak(meter)
+        peak = _LargestSteps(model, prompts, config.batch_size, config.max_new_tokens).peak(meter)
+    return {**peak, "adapter": int(_weight_bytes(apart) or 0) if apart is not None else 0}
 
 
 class _LargestSteps(PooledDecoder):

@@ -37,7 +37,7 @@ def preflight(
     passes = 2 if any(len(group.modules) > 1 for group in groups) else 1
     reads = {
         f"{len(modules):,} weights of {source.reference}{' twice' if passes > 1 else ''}": passes
-        * float(sum(stored_bytes(source, module) for module in modules))
+        * float(sum(stored_bytes(source, module, subtracted) for module in modules))
         for source in {*sources, *([subtracted] if subtracted else [])}
     }
     directions = sum(group.rows * choices.rank * 4 for group in groups)
@@ -56,9 +56,11 @@ def preflight(
     )
 
 
-def stored_bytes(source: WeightSource, module: str) -> int:
-    """The bytes of a weight in the files of its model."""
+def stored_bytes(source: WeightSource, module: str, base: WeightSource | None) -> int:
+    """The bytes of a weight in the files of its model, or of its factors where they are its difference from `base`."""
     rows, columns = source.shapes[module]
+    if base is not None and (rank := source.own_rank(module, base)) is not None:
+        return rank * (rows + columns) * 4
     return rows * columns * source.entry_bytes(module)
 
 

@@ -36,7 +36,7 @@ def preflight(
     read = {*sources, *([asked.base_source] if asked.base_source else [])}
     reads: dict[str, float | None] = {
         f"{len(modules):,} weights of {source.reference}{', at most twice' if passes > 1 else ''}": passes
-        * float(sum(stored_bytes(source, module) for module in modules))
+        * float(sum(stored_bytes(source, module, asked.base_source) for module in modules))
         for source in read
     }
     parts = max((_peak(group, asked, device) for group in groups), key=lambda one: sum(one.values()))
