@@ -152,6 +152,7 @@ def test_several_processes_exchange_a_second_copy_of_the_gradients(
 def test_the_peak_of_a_divided_model_is_that_of_each_process(
     mode: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
+    # The second process has no held-out record, and takes part in the pass of the first one.
     shards = {"shard": "fsdp", "batch_size": 2, "max_steps": 2, "eval_limit": 1}
     config = config_for(tiny_model, tiny_data, tmp_path / "run", mode=mode, **shards)
     found = measured(preflight(dataclasses.replace(config, dry_run=True, processes=2)))
