@@ -1,7 +1,7 @@
 """Prints the memory table of docs/hardware.md: the peak of one training step for models of common sizes, from `cora train --dry-run`'s measurement.
 
-Layers are alike, so models of more than 16 are measured with 4 and with 8 layers, and the peak is continued in a straight line;
---complete measures all layers. Takes a few minutes on an idle machine, needs no weights, and keeps finished measurements in --results.
+Layers are alike, so models are measured with 4 and with 6 layers, and the peak is continued in a straight line; --complete measures all
+layers. Takes a few minutes on an idle machine, needs no weights, and keeps finished measurements in --results.
 """
 
 import argparse
@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
 }
 CARD_COUNTS = (1, 2, 8)
 """With several cards, --shard fsdp divides the model among them."""
-FEWER_LAYERS, MOST_LAYERS = (4, 8), 16
+FEWER_LAYERS = (4, 6)
 
 
 def main() -> None:
@@ -66,8 +66,7 @@ def main() -> None:
 
 
 def _measured_layers(size: str, complete: bool) -> tuple[int, ...]:
-    layers = SHAPES[size][1]["num_hidden_layers"]
-    return (layers,) if complete or layers <= MOST_LAYERS else FEWER_LAYERS
+    return (SHAPES[size][1]["num_hidden_layers"],) if complete else FEWER_LAYERS
 
 
 def _key(size: str, mode: str, cards: int, layers: int) -> str:

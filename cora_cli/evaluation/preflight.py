@@ -108,7 +108,7 @@ def _memory(
     meter = StorageMeter(int(model_config.get_text_config(decoder=True).vocab_size))
     prompts = sorted((prompt for prompt in prompts for _ in range(config.samples)), key=len, reverse=True)
     apart = target.adapter if not config.merge else None
-    with fakes(), meter, torch.inference_mode():
+    with fakes(), meter:
         model = fake_model(model_config, config.trust_remote_code, hardware.dtype)
         meter.assign((*model.parameters(), *model.buffers()), "weights")
         if why := unsupported(model, len(prompts[0]) + config.max_new_tokens):
@@ -129,6 +129,7 @@ class _LargestSteps(PooledDecoder):
         shared = {tuple(prompt[:length]) for prompt, length in zip(prompts, shared_prefixes(prompts), strict=True)}
         self._shared = sum(map(len, shared))
 
+    @torch.inference_mode()
     def peak(self, meter: StorageMeter) -> dict[Part, int]:
         """The bytes of each part."""
         rows = [Row(place, list(prompt), len(prompt)) for place, prompt in enumerate(self._longest)]
