@@ -14,7 +14,6 @@ from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import transformers_model
@@ -31,6 +30,8 @@ def planned_mesh(processes: int) -> Iterator[DeviceMesh]:
 
     No other process group may exist.
     """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # only plans need torch's internals
+
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
         yield process_mesh(torch.device("cpu"), processes)
