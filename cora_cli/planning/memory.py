@@ -45,7 +45,7 @@ class StorageMeter(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # its operations on local tensors come here
         result = func(*args, **(kwargs or {}))
-        self._name_buffers(func, args, kwargs or {})
+        self._name_buffers(func, args, kwargs or {}, result)
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_iter(result):
             # A divided tensor finds the shapes of results on complete ones without memory.
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
@@ -63,12 +63,12 @@ class StorageMeter(TorchDispatchMode):
             part = "logits"
         self.assign([tensor], part)
 
-    def _name_buffers(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _name_buffers(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Give FSDP2's buffers their parts: it creates them as any tensor, and frees and refills them by resizing their storages."""
         if func.namespace == "fsdp":
             name = func._opname
             if name == "all_gather_copy_in":
-                self.assign([args[1]], "gathered")
+                self.assign([result[1]], "gathered")
             elif name == "split_with_sizes_copy":
                 self.assign(kwargs["out"], "gathered")
             elif name == "chunk_cat":
