@@ -82,8 +82,8 @@ def _measure(size: str, mode: str, cards: int, layers: int) -> dict[str, Any]:
         data.write_text("".join(json.dumps(_record(number)) + "\n" for number in range(records)))
         model = _configure(place / size, {**SHAPES[size][1], "num_hidden_layers": layers})
         several: dict[str, Any] = {"processes": cards, "shard": "fsdp"} if cards > 1 else {}
-        places = {"model": str(model), "dataset": str(data), "output_dir": str(place / "run")}
-        plan = preflight(TrainConfig(**places, mode=mode, dry_run=True, **several, **SETTINGS, **MODES[mode]))  # type: ignore[arg-type]
+        places: dict[str, Any] = {"model": str(model), "dataset": str(data), "output_dir": str(place / "run")}
+        plan = preflight(TrainConfig(**places, mode=mode, dry_run=True, **several, **SETTINGS, **MODES[mode]))
     if not isinstance(plan.measured, Measured):
         raise SystemExit(plan.measured)
     memory = plan.measured.memory

@@ -106,8 +106,10 @@ class StorageMeter(TorchDispatchMode):
                 self._enter(storage, known[0])
             return storage
 
-        self._plain_resize, torch.UntypedStorage.resize_ = plain, resize  # type: ignore[method-assign]
-        return super().__enter__()
+        self._plain_resize = plain
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        super().__enter__()
+        return self
 
     def __exit__(self, *error: object) -> None:
         """Count no more."""

@@ -1,6 +1,7 @@
 """The lines in which a dry run says what a command would read and write, its peak memory by part, and the GPUs that it fits."""
 
 from collections.abc import Mapping
+from typing import Any
 
 CARDS = (16, 24, 40, 48, 80, 141)
 """Memory of common GPUs, in GB as their makers write it."""
@@ -26,7 +27,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-def memory_lines(parts: Mapping[str, float], on_gpu: bool) -> list[str]:
+def memory_lines(parts: Mapping[Any, float], on_gpu: bool) -> list[str]:
     """The bytes of each part that takes some, and which cards hold all of them together. Marks are plain ASCII."""
     width = max(map(len, parts)) + 1
     lines = [f"  {part:<{width}}{size_text(size):>10}" for part, size in parts.items() if size]

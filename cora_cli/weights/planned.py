@@ -21,7 +21,8 @@ class PlannedSource(WeightSource):
     def __init__(self, model: ModelPath) -> None:
         self.reference, self.revision = model.reference, model.revision
         self.architecture = architecture_of(model.language_config())
-        self.shapes, self._bytes = {}, {}
+        self.shapes = {}
+        self._bytes: dict[str, int] = {}
         for name, module in skeleton_of(model).model.named_modules():
             if isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding):
                 rows, columns = module.weight.shape
