@@ -1,6 +1,7 @@
 """Prints the memory table of docs/hardware.md: the peak of one training step for models of common sizes, from `cora train --dry-run`'s measurement.
 
-Takes a minute or two per model on an idle machine and needs no weights. Finished rows are kept in --results and not measured again.
+Layers are alike, so models are measured with 4 and with 6 layers, and the peak is continued in a straight line; --complete measures all
+layers. Takes a few minutes on an idle machine, needs no weights, and keeps finished measurements in --results.
 """
 
 import argparse
@@ -13,11 +14,10 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from cora_cli import embedded
+from cora_cli.planning.page import CARDS, fits
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.training.config import TrainConfig
-from cora_cli.training.fitting import fits
 from cora_cli.training.preflight import Measured, preflight
-from cora_cli.training.preflight_text import CARDS
 
 VOCABULARY = 49152
 """That of the embedded tokenizer, in the place of the 32,000 of Llama 2."""
@@ -43,49 +43,47 @@ SETTINGS: dict[str, Any] = {
     "gradient_checkpointing": True,
 }
 CARD_COUNTS = (1, 2, 8)
+"""With several cards, --shard fsdp divides the model among them."""
+FEWER_LAYERS = (4, 6)
 
 
 def main() -> None:
     """Measure what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("memory.json"), help="rows that are already measured")
+    parser.add_argument("--results", type=Path, default=Path("memory.json"), help="measurements that are already made")
+    parser.add_argument("--complete", action="store_true", help="measure all layers")
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"measure only these of {', '.join(SHAPES)}")
     arguments = parser.parse_args()
     if unknown := sorted({*arguments.sizes} - {*SHAPES}):
         parser.error(f"there is no size {unknown[0]}; choose from {', '.join(SHAPES)}")
     found = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}
+    for size, mode, cards in itertools.product(arguments.sizes or SHAPES, MODES, CARD_COUNTS):
+        for layers in _measured_layers(size, arguments.complete):
+            if (key := _key(size, mode, cards, layers)) not in found:
+                found[key] = _measure(size, mode, cards, layers)
+                arguments.results.write_text(json.dumps(found, indent=1))
+    print(_table(found, arguments.complete))
+
+
+def _measured_layers(size: str, complete: bool) -> tuple[int, ...]:
+    return (SHAPES[size][1]["num_hidden_layers"],) if complete else FEWER_LAYERS
+
+
+def _key(size: str, mode: str, cards: int, layers: int) -> str:
+    return f"{size} {mode}, {cards} cards, {layers} layers"
+
+
+def _measure(size: str, mode: str, cards: int, layers: int) -> dict[str, Any]:
+    """The parts of the peak on each card, and the trained parameters."""
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         data = place / "data.jsonl"
-        data.write_text("".join(json.dumps(_record(number)) + "\n" for number in range(17)))
-        for size in arguments.sizes or SHAPES:
-            _, shape = SHAPES[size]
-            for mode, own in MODES.items():
-                if f"{size} {mode}" not in found:
-                    model = _configure(place / size, shape)
-                    config = TrainConfig(
-                        model=str(model), dataset=str(data), output_dir=str(place / "run"), mode=mode, **SETTINGS, **own
-                    )
-                    found[f"{size} {mode}"] = _row(config)
-                    arguments.results.write_text(json.dumps(found, indent=1))
-    print(_table(found))
-
-
-def _record(number: int) -> dict[str, str]:
-    """Some 512 tokens, of which 128 carry loss, with a beginning of their own."""
-    return {"instruction": f"{number}" + " the" * 340, "input": "", "output": " of" * 127}
-
-
-def _configure(place: Path, shape: dict[str, Any]) -> Path:
-    place.mkdir(exist_ok=True)
-    common = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8192}
-    (place / "config.json").write_text(json.dumps({**common, "bos_token_id": 1, "eos_token_id": 2, **shape}))
-    AutoTokenizer.from_pretrained(embedded.model_directory()).save_pretrained(place)
-    return place
-
-
-def _row(config: TrainConfig) -> dict[str, Any]:
-    plan = preflight(config)
+        records = SETTINGS["batch_size"] * cards + 1
+        data.write_text("".join(json.dumps(_record(number)) + "\n" for number in range(records)))
+        model = _configure(place / size, {**SHAPES[size][1], "num_hidden_layers": layers})
+        several: dict[str, Any] = {"processes": cards, "shard": "fsdp"} if cards > 1 else {}
+        places: dict[str, Any] = {"model": str(model), "dataset": str(data), "output_dir": str(place / "run")}
+        plan = preflight(TrainConfig(**places, mode=mode, dry_run=True, **several, **SETTINGS, **MODES[mode]))
     if not isinstance(plan.measured, Measured):
         raise SystemExit(plan.measured)
     memory = plan.measured.memory
@@ -98,21 +96,50 @@ def _row(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _table(found: dict[str, Any]) -> str:
-    headers = ["model", "mode", "trained", *(f"{part} GiB" for part in next(iter(found.values()))["parts"])]
-    headers += [f"{count} card{'s' if count > 1 else ''}: GiB on each" for count in CARD_COUNTS] + ["smallest card"]
+def _record(number: int) -> dict[str, str]:
+    """Some 512 tokens, of which 128 carry loss, with a beginning of their own."""
+    return {"instruction": f"{number:03}" + " the" * 340, "input": "", "output": " of" * 127}
+
+
+def _configure(place: Path, shape: dict[str, Any]) -> Path:
+    place.mkdir(exist_ok=True)
+    common = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 8192}
+    (place / "config.json").write_text(json.dumps({**common, "bos_token_id": 1, "eos_token_id": 2, **shape}))
+    AutoTokenizer.from_pretrained(embedded.model_directory()).save_pretrained(place)
+    return place
+
+
+def _peak(found: dict[str, Any], size: str, mode: str, cards: int, complete: bool) -> tuple[float, float] | None:
+    """Bytes on each card and trained parameters; None where they are not measured."""
+    measured = _measured_layers(size, complete)
+    rows = [found.get(_key(size, mode, cards, layers)) for layers in measured]
+    values = [(sum(row["parts"].values()), row["trained"]) for row in rows if row is not None]
+    if len(values) < len(measured):
+        return None
+    if len(measured) == 1:
+        return values[0]
+    (few, more), layers = measured, SHAPES[size][1]["num_hidden_layers"]
+    total, trained = (high + (high - low) * (layers - more) / (more - few) for low, high in zip(*values, strict=True))
+    return total, trained
+
+
+def _table(found: dict[str, Any], complete: bool) -> str:
+    several = CARD_COUNTS[1:]
+    headers = ["model", "mode", "1 card", "several, each complete", *(f"{cards} cards, divided" for cards in several)]
+    headers += ["smallest card: alone", *(f"of {cards}" for cards in several)]
     rows = []
     for size, mode in itertools.product(SHAPES, MODES):
-        if (row := found.get(f"{size} {mode}")) is None:
+        peaks = [_peak(found, size, mode, cards, complete) for cards in CARD_COUNTS]
+        if any(peak is None for peak in peaks):
             continue
-        total = sum(row["parts"].values())
+        (alone, trained), *divided = [peak for peak in peaks if peak is not None]
         # DistributedDataParallel keeps a second copy of the gradients on every card.
-        totals = [total + (4 * row["trained"] if count > 1 else 0) for count in CARD_COUNTS]
-        card = next((f"{card} GB" for card in CARDS if fits(max(totals), card * 2**30)), "none")
-        parts = [f"{part / 2**30:.2f}" for part in row["parts"].values()]
-        rows.append(
-            [SHAPES[size][0], mode, f"{row['trained'] / 1e6:,.1f} M", *parts, *(f"{t / 2**30:.1f}" for t in totals), card]
-        )
+        totals = [alone, alone + 4 * trained, *(total for total, _ in divided)]
+        smallest = [
+            next((f"{card} GB" for card in CARDS if fits(total, card * 2**30)), "none")
+            for total in (alone, *(total for total, _ in divided))
+        ]
+        rows.append([SHAPES[size][0], mode, *(f"{total / 2**30:.1f}" for total in totals), *smallest])
     return markdown_table(headers, rows)
 
 

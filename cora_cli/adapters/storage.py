@@ -294,8 +294,8 @@ def _check_patterns(model: PreTrainedModel, adapter: ModelPath) -> None:
                 matches(name)
 
 
-def base_of(adapter: ModelPath) -> ModelPath:
-    """The base model that an adapter names. Raises `CoraError` where it names none, or where that cannot be found."""
+def base_of(adapter: ModelPath, weights: bool = True) -> ModelPath:
+    """The base model that an adapter names; `weights` as in `resolve_model`. Raises `CoraError` where it names none, or where that cannot be found."""
     reference, facts = recorded_base(adapter.adapter_config()), read_facts(adapter.path)
     if not reference:
         raise CoraError(f"adapter {adapter.path} does not say what its base model is; pass its path with --base")
@@ -310,7 +310,7 @@ def base_of(adapter: ModelPath) -> ModelPath:
             f"adapter {adapter.path} was trained on the model in the directory {reference}, which is not there; pass its path with --base"
         )
     try:
-        return resolve_model(reference)
+        return resolve_model(reference, weights)
     except CoraError as error:
         raise CoraError(
             f"the base model of adapter {adapter.path} cannot be found (pass its path with --base): {error}"

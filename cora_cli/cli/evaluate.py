@@ -25,6 +25,8 @@ def register(app: typer.Typer) -> None:
 
 def what_is_saved(config: EvaluateConfig) -> str:
     """What an interrupted evaluation leaves, and how it goes on."""
+    if config.dry_run:
+        return "nothing was written"
     return "answers that are complete are kept, and the same command goes on with the others"
 
 
@@ -37,6 +39,11 @@ def run(config: EvaluateConfig) -> None:
 
     --metrics calibration measures the probabilities of the reference answers' tokens: NLL, Brier score and calibration error.
     """
+    if config.dry_run:
+        from cora_cli.evaluation.preflight import describe, preflight
+
+        show(describe(preflight(config)))
+        return
     from cora_cli.evaluation.evaluate import evaluate
 
     results = evaluate(config)

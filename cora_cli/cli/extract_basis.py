@@ -69,6 +69,11 @@ class ExtractConfig:
     base: str | None = setting("Base model: --source delta subtracts it, and adapters are applied to it.", None, panel=_CHOICES)
     device: str = setting("Device for the decompositions: auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
     seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0, panel=_RUN)
+    dry_run: bool = setting(
+        "Print what would be read and written and the peak memory by part, then exit. Needs no weights; without --device cpu, it plans for a GPU.",
+        False,
+        panel=_RUN,
+    )
     overwrite: bool = setting("Replace an existing file.", False, panel=_RUN)
 
     def __post_init__(self) -> None:
@@ -93,6 +98,15 @@ def run(config: ExtractConfig) -> None:
     from cora_cli.models.references import resolve_model
 
     choices = config.choices()
+    if config.dry_run:
+        from cora_cli.device import planned_hardware
+        from cora_cli.extraction.preflight import preflight
+
+        models = [resolve_model(reference, weights=False) for reference in config.models]
+        base = resolve_model(config.base, weights=False) if config.base else None
+        device = planned_hardware(config.device, "auto").device
+        show(preflight(models, Path(config.output), choices, base, device, config.overwrite))
+        return
     device = select_hardware(config.device, "auto").device
     models = [resolve_model(reference) for reference in config.models]
     base = resolve_model(config.base) if config.base else None

@@ -44,6 +44,10 @@ class InspectConfig:
     output_dir: str | None = setting(
         "Directory for a copy of the report in all formats, with plots as SVG and PNG.", None, flags=("--output-dir", "-o")
     )
+    dry_run: bool = setting(
+        "Print what would be read and written and the peak memory by part, then exit. Needs no weights; without --device cpu, it plans for a GPU.",
+        False,
+    )
     device: str = setting("Device for the decompositions: auto, cpu, cuda or cuda:<index>.", "auto")
     seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
 
@@ -65,15 +69,21 @@ def run(config: InspectConfig) -> None:
     """
     from pathlib import Path
 
-    from cora_cli.device import select_hardware
+    from cora_cli.device import planned_hardware, select_hardware
     from cora_cli.inspection.inspect import inspect
     from cora_cli.inspection.output import report
     from cora_cli.lock import own_directory
 
+    asked = (config.inputs, config.base, config.rank, config.side, config.target_modules, config.runs)
+    if config.dry_run:
+        from cora_cli.inspection.preflight import preflight
+
+        show(preflight(*asked, planned_hardware(config.device, "auto").device, config.output_dir))
+        return
     output_dir = Path(config.output_dir) if config.output_dir else None
     with own_directory(output_dir, "plots") if output_dir else contextlib.nullcontext():
         device = select_hardware(config.device, "auto").device
-        found = inspect(config.inputs, config.base, config.rank, config.side, config.target_modules, config.runs, device)
+        found = inspect(*asked, device)
         text = report(found, config.format, output_dir)
     show(text, end="")
     if output_dir is None:

@@ -125,6 +125,17 @@ class EvaluateConfig:
     seed: int = setting("Seed for the bootstrap and for sampling; greedy decoding uses none.", 0, panel=_METRICS)
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
     dtype: DtypeName = setting("auto: bf16 where the hardware supports it, else fp32.", "auto", panel=_RUN)
+    dry_run: bool = setting(
+        "Print the prompts, their tokens, the peak memory by part and the cards that it fits, then exit. Needs no weights of the base model and no "
+        "GPU; --device cpu plans for a processor.",
+        False,
+        panel=_RUN,
+    )
+    rate_from: str | None = setting(
+        "With --dry-run: also print the longest time that the answers can take at the rate of the finished evaluation in this directory.",
+        None,
+        panel=_RUN,
+    )
     overwrite: bool = setting("Replace an evaluation that was created with other settings.", False, panel=_RUN)
     execute_code: bool = setting(
         "Run the generated programs for pass@k, in a sandbox (bubblewrap) without network, home or environment.",
@@ -156,6 +167,7 @@ class EvaluateConfig:
             raise UsageError(
                 f"--backend {self.backend} has no effect with --from, which scores existing predictions; leave it out"
             )
+        self._check_dry_run()
         self._check_choice_of_records()
         self._check_ranks()
         self._check_samples()
@@ -174,6 +186,12 @@ class EvaluateConfig:
             raise UsageError("--metrics calibration needs --backend transformers, which gives the probabilities of all tokens")
         if problem := variant_problem(self.metric_variant, self.bleu_tokenize):
             raise UsageError(problem)
+
+    def _check_dry_run(self) -> None:
+        if self.dry_run and self.from_predictions:
+            raise UsageError("--dry-run has no effect with --from, which needs no model; leave it out")
+        if self.rate_from is not None and not self.dry_run:
+            raise UsageError("--rate-from has no effect without --dry-run; leave it out")
 
     def _check_choice_of_records(self) -> None:
         if self.columns:

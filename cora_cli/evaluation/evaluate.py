@@ -147,7 +147,7 @@ def _evaluate_target(
     executor: Executor | None,
     processes: Processes,
 ) -> Evaluation:
-    records, schema, trained_on = _records(config, target, trained)
+    records, schema, trained_on = records_to_answer(config, target, trained)
     columns = [problem_columns(record) for record in records]
     problems = None
     if executor is not None:
@@ -224,7 +224,7 @@ def _evaluate_target(
     return evaluation
 
 
-def _records(config: EvaluateConfig, target: Target, trained: TrainedPrompts) -> tuple[list[Record], Schema, int]:
+def records_to_answer(config: EvaluateConfig, target: Target, trained: TrainedPrompts) -> tuple[list[Record], Schema, int]:
     """The records to answer, their schema, and how many of them were trained on. Raises `CoraError` if there are none."""
     records, schema = load_test_records(target.dataset, Choice(config.columns, config.subset, config.split))
     if schema == "text":

@@ -72,7 +72,7 @@ def find_targets(config: EvaluateConfig) -> list[Target]:
     With `config.with_base`, the base model of each run answers the same records and comes before it.
     """
     if config.model:
-        model = resolve_model(config.model)
+        model = resolve_model(config.model, weights=not config.dry_run)
         base, adapter = _base_and_adapter(config, model)
         assert config.dataset is not None
         assert config.output_dir is not None
@@ -210,8 +210,8 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
         return own, None
     if adapter is None:  # a complete model; its base is the one that the training started from
         reference, revision = record["model"]["reference"], record["model"].get("revision")
-        base = resolve_base(config.base) or resolve_model(
-            f"{reference.partition('@')[0]}@{revision}" if revision else reference
+        base = resolve_base(config.base, not config.dry_run) or resolve_model(
+            f"{reference.partition('@')[0]}@{revision}" if revision else reference, not config.dry_run
         )
     return own, Target(f"{base.reference} (base)", base, None, dataset, template, EvaluationDirectory(base_root), date=date)
 
@@ -244,7 +244,7 @@ def _check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
 def _base_and_adapter(config: EvaluateConfig, model: ModelPath) -> tuple[ModelPath, ModelPath | None]:
     """The base model, and the adapter if `model` is one. Raises `CoraError` for `--base` with a complete model."""
     if model.is_adapter:
-        return resolve_base(config.base) or base_of(model), model
+        return resolve_base(config.base, not config.dry_run) or base_of(model, not config.dry_run), model
     if config.base and not config.with_base:
         raise CoraError(f"{model.reference} is a complete model, which has no base; leave out --base")
     return model, None

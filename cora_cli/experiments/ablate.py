@@ -197,11 +197,17 @@ def _joined(outcomes: Sequence[Outcome], lost: set[str]) -> Outcome:
 def _launcher(request: Request, grid: Grid, out: Path, inputs: Inputs, held: int) -> Launcher:
     """The launcher for the steps.
 
-    Raises `CoraError` if jobs of a cluster may still write to the output directory, or if steps should share a GPU and none is visible.
+    Raises `UsageError` where the local one does not start as many processes as the grid asks for, and `CoraError` if jobs of a cluster may still write to the output directory, or if steps should share a GPU and none is visible.
     """
     folder = out / "slurm"
     if request.launcher == "slurm":
         return SlurmLauncher(folder, grid.resources, request.jobs)
+    for kind, resources in grid.resources.items():
+        if resources.processes > 1:
+            raise UsageError(
+                f"resources: {kind} asks for {resources.processes} processes, and --launcher local runs each step in one; use --launcher "
+                "slurm, or leave out nodes and gpus"
+            )
     if jobs := left_jobs(folder):
         raise CoraError(
             f"Slurm jobs {', '.join(jobs)} were queued for {out} and may still run; continue with --launcher slurm, or stop "

@@ -103,9 +103,11 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
                 found[name] = _basis(model, row, plan, step, rate)
             elif data is not None and step.kind == "train":
                 config = dataclasses.replace(row.training, max_steps=row.stop_at) if row.stop_at else row.training
-                found[name] = _training(model, data, config, rate)
+                found[name] = _training(model, data, config, rate, plan.grid.resources["train"].processes)
             elif data is not None:
-                found[name] = _evaluation(model, data, plan.grid.evaluate or {}, rate)
+                found[name] = _evaluation(
+                    model, data, plan.grid.evaluate or {}, rate, plan.grid.resources["evaluate"].processes
+                )
     for dataset, reference in plan.grid.datasets.items():
         judging = plan.steps.get(f"judge-{dataset}")
         if judging is not None and all(need in found for need in judging.needs):
@@ -114,7 +116,8 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
     for name, settings in plan.grid.models.items():
         steps = [step for step in plan.steps.values() if step.name.rpartition("-")[0] == f"model-{name}"]
         if steps and not isinstance(settings, str) and (data := inputs.datasets.get(data_key(settings["dataset"], settings))):
-            found[steps[0].name] = _training(model, data, _source_config(settings), rate)
+            processes = plan.grid.resources["model"].processes
+            found[steps[0].name] = _training(model, data, _source_config(settings), rate, processes)
     return found
 
 
@@ -127,15 +130,17 @@ def _source_config(settings: Values) -> TrainConfig:
     return TrainConfig(model="m", output_dir="o", **settings)
 
 
-def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: float) -> Estimate:
+def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: float, processes: int) -> Estimate:
+    """One of the processes, which compute at the same time."""
     per_example = min(data.characters / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS, config.max_length)
     examples = min(data.train, config.limit or data.train)
     per_step = config.batch_size * config.gradient_accumulation
-    steps = config.max_steps or math.ceil(config.epochs * math.ceil(examples / per_step))
+    steps = config.max_steps or math.ceil(config.epochs * math.ceil(examples / (per_step * processes)))
     adapter = config.adapter_plan()
     measured = 2 * min(len(data.test), config.eval_limit or len(data.test)) + (
         (config.validation_size or 0) if config.validation_loss else 0
     )
+    measured = math.ceil(measured / processes)
     body = model.parameters - model.embedded
     flops = (
         body
@@ -160,8 +165,8 @@ def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: flo
     return Estimate(seconds, PROCESS_BYTES + weights + 16 * trained + kept)
 
 
-def _evaluation(model: ModelFacts, data: DataFacts, evaluate: Values, rate: float) -> Estimate:
-    prompts = min(len(data.test), evaluate.get("limit") or len(data.test))
+def _evaluation(model: ModelFacts, data: DataFacts, evaluate: Values, rate: float, processes: int) -> Estimate:
+    prompts = math.ceil(min(len(data.test), evaluate.get("limit") or len(data.test)) / processes)
     new = evaluate.get("max_new_tokens", 256)
     # Most answers end before the limit.
     answered = min(new, 1.2 * data.response_characters / CHARACTERS_PER_TOKEN)

@@ -40,7 +40,7 @@ EVALUATE_KEYS = fields_of(
 JUDGE_KEYS = fields_of(
     JudgeConfig,
     leave_out=(
-        *("runs", "from_predictions", "base", "with_base", "output_dir", "dry_run"),  # set for each step
+        *("runs", "from_predictions", "base", "with_base", "output_dir", "dry_run", "rate_from"),  # set for each step
         *("device", "dtype", "overwrite"),  # flags of `ablate` itself
     ),
 )

@@ -7,22 +7,28 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from cora_cli.experiments.spread import Spread
 from cora_cli.experiments.values import Values, fields_of, typed, unknown_key
 
 KINDS = ("model", "basis", "train", "evaluate", "judge")
+SPREAD = ("model", "train", "evaluate")
+"""Kinds of step that several processes can run together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
     """Resources of one job. None means the cluster's default.
 
-    A job runs up to `steps_per_job` steps one after the other, which import the libraries once; `timeout_min` is for all of them. `sbatch` has further options of sbatch by their long names; `setup` has shell lines to run before the step, such as
+    `gpus` are those of each of the `nodes`; a step has one process per GPU, and at least one per node. A job runs up to `steps_per_job` steps
+    one after the other, which import the libraries once; `timeout_min` is for all of them. `sbatch` has further options of sbatch by
+    their long names; `setup` has shell lines to run before the step, such as
     `module load`.
     """
 
     timeout_min: int = 1440
     cpus: int | None = None
     mem_gb: float | None = None
+    nodes: int | None = None
     gpus: int | None = None
     steps_per_job: int = 1
     partition: str | None = None
@@ -32,12 +38,27 @@ class Resources:
     setup: tuple[str, ...] = ()
     sbatch: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def spread(self) -> Spread:
+        """The processes of a step."""
+        return Spread(self.nodes or 1, max(1, self.gpus or 1))
+
+    @property
+    def processes(self) -> int:
+        """The number of them."""
+        return self.spread.nodes * self.spread.per_node
+
     def executor_parameters(self, setup: list[str]) -> dict[str, Any]:
-        """Parameters for submitit's `AutoExecutor`; `setup` has further shell lines."""
+        """Parameters for submitit's `AutoExecutor`; `setup` has further shell lines. On each of several nodes, one task starts the processes."""
+        several = self.nodes is not None and self.nodes > 1
         parameters = {
             "timeout_min": self.timeout_min,
             "cpus_per_task": self.cpus,
             "mem_gb": self.mem_gb,
+            "nodes": self.nodes if several else None,
+            "tasks_per_node": 1 if several else None,
+            # Otherwise the other nodes would wait for the one that failed.
+            "slurm_srun_args": ["--kill-on-bad-exit=1"] if several else None,
             "gpus_per_node": self.gpus or None,
             "slurm_partition": self.partition,
             "slurm_account": self.account,
@@ -47,6 +68,9 @@ class Resources:
             "slurm_additional_parameters": self.sbatch or None,
         }
         return {name: value for name, value in parameters.items() if value is not None}
+
+
+_AT_MOST_ONE = f"at most 1 here, because only the steps {', '.join(SPREAD)} run in several processes"
 
 
 def read_resources(values: object, problems: list[str]) -> dict[str, Resources]:
@@ -69,8 +93,16 @@ def read_resources(values: object, problems: list[str]) -> dict[str, Resources]:
                 ("steps_per_job", settings.get("steps_per_job", 1) >= 1, "at least 1"),
                 ("cpus", settings.get("cpus") is None or settings["cpus"] >= 1, "at least 1"),
                 ("mem_gb", settings.get("mem_gb") is None or settings["mem_gb"] > 0, "positive"),
-                ("gpus", settings.get("gpus") in (None, 0, 1), "0 or 1, because a step is one process"),
+                ("nodes", settings.get("nodes") is None or settings["nodes"] >= 1, "at least 1"),
+                ("gpus", settings.get("gpus") is None or settings["gpus"] >= 0, "at least 0"),
+                *((name, kind in SPREAD or (settings.get(name) or 0) <= 1, _AT_MOST_ONE) for name in ("nodes", "gpus")),
             )
             if not fits
         ]
-    return {kind: Resources(**{**read["all"], **read[kind]}) for kind in KINDS}
+    found = {kind: Resources(**{**read["all"], **read[kind]}) for kind in KINDS}
+    problems += [
+        f"resources: {kind}: steps_per_job must be 1 where a step has several processes, not {resources.steps_per_job}"
+        for kind, resources in found.items()
+        if kind in SPREAD and resources.processes > 1 and resources.steps_per_job > 1
+    ]
+    return found

@@ -17,13 +17,14 @@ from typing import Any
 import cora_cli
 from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.experiments import launch
 from cora_cli.experiments.fork_server import stop_orphan
 from cora_cli.experiments.launch import LocalLauncher
 from cora_cli.experiments.resources import Resources
+from cora_cli.experiments.spread import Spread
 from cora_cli.reading import read_json
 from cora_cli.records import EndedStep, Job
 
+ALONE = Spread()
 States = Callable[[], Mapping[str, str]]
 _MOST_JOBS = 1000
 _POLL_SECONDS, _GRACE_SECONDS = 5.0, 20.0
@@ -43,41 +44,56 @@ _ALIVE = frozenset(
 
 
 class StepCall:
-    """What runs on the node: `cora` commands, one after the other, each with the log that its output is appended to.
+    """What runs on each node: `cora` commands, one after the other, each with the log that its output is appended to.
 
-    The exit code of each is written to the folder `codes` when it ends. A job that is queued again leaves out the steps with a code.
+    The exit code of each is written to the folder `codes` when it ends. A job that is queued again leaves out the steps with a code. Steps
+    of several processes, those of `spread`, are alone in their job.
     """
 
-    def __init__(self, steps: Sequence[tuple[Sequence[str], Path]], codes: Path) -> None:
-        self.steps, self.codes = tuple((tuple(argv), log) for argv, log in steps), codes
+    def __init__(self, steps: Sequence[tuple[Sequence[str], Path]], codes: Path, spread: Spread = ALONE) -> None:
+        self.steps, self.codes, self.spread = tuple((tuple(argv), log) for argv, log in steps), codes, spread
         self._pid: int | None = None
 
     def __call__(self) -> dict[str, int]:
-        """Run the commands and return the exit code of each by the name of its step."""
+        """Run the commands and return the exit code of each by the name of its step.
+
+        Raises `CoraError` for a failure on a node that is not the first, whose code nobody reads.
+        """
         from submitit import JobEnvironment
 
-        if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
+        job_id = JobEnvironment().job_id
+        if self.spread == ALONE and (cpus := os.environ.get("SLURM_CPUS_PER_TASK")):
             # By default torch uses all processors of the node, not only those of the job.
             os.environ["OMP_NUM_THREADS"] = cpus
-        job_id = JobEnvironment().job_id
         # With device "cpu" it leaves the GPUs as the cluster has assigned them.
         launcher = LocalLauncher(1, "cpu", forks=len(self.steps) > 1)
         codes = {}
         for argv, log in self.steps:
             code = _code(self.codes, log, job_id)
             if code is None:
-                code = self._run(launcher.submit("", argv, log))
-                rundir.write_json(self.codes / f"{log.stem}.json", {"job": job_id, "code": code})
+                if self.spread == ALONE:
+                    job = launcher.submit("", argv, log)
+                    code = self._wait(job.pid, job.ended)
+                else:
+                    process = self.spread.start(argv, log)
+                    # Not `wait`: it holds a lock that `checkpoint`, called from a signal handler, also needs.
+                    code = self._wait(process.pid, process.poll)
+                if code and self.spread.node:
+                    here = self.spread.log_here(log)
+                    raise CoraError(f"the step ended with exit code {code} on node {self.spread.node}; see {here}")
+                if not self.spread.node:
+                    rundir.write_json(self.codes / f"{log.stem}.json", {"job": job_id, "code": code})
             codes[log.stem] = code
         return codes
 
-    def _run(self, job: launch.Job) -> int:
-        self._pid = job.pid
-        while (code := job.ended()) is None:
+    def _wait(self, pid: int | None, ended: Callable[[], int | None]) -> int:
+        self._pid = pid
+        while (code := ended()) is None:
             time.sleep(0.2)
         self._pid = None
-        if code < 0:
-            # Slurm signals the command before it cancels or requeues the job. Returning now would record a result, so wait.
+        if code < 0 or (code and self.spread != ALONE):
+            # Slurm signals the command before it cancels or requeues the job. Returning now would record a result, so wait. torchrun ends alike
+            # after a signal and after a failure.
             time.sleep(_KILL_SECONDS)
         return code
 
@@ -91,7 +107,7 @@ class StepCall:
         if self._pid is not None:
             # Not the job's own `stop`: this is a signal handler, which may have interrupted the job's code.
             stop_orphan(self._pid, _GRACE_SECONDS)
-        return DelayedSubmission(StepCall(self.steps, self.codes))
+        return DelayedSubmission(StepCall(self.steps, self.codes, self.spread))
 
 
 def _code(codes: Path, log: Path, job_id: str) -> int | None:
@@ -161,6 +177,10 @@ class SlurmLauncher:
         """The folder with the exit codes of steps."""
         return self._folder / "codes"
 
+    def spread(self, kind: str) -> Spread:
+        """The processes of a step."""
+        return self._resources[kind].spread
+
     def submit(self, kind: str, argv: Sequence[str], log: Path) -> "SlurmJob":
         """Add `cora ARGV` to a job, or return the job that an earlier `ablate` queued for the same command if it is still alive."""
         record = self._folder / f"{log.stem}.json"
@@ -186,8 +206,11 @@ class SlurmLauncher:
         try:
             executor = self._new_executor()  # a new one per job, because parameters of an executor persist
             name = f"{first.stem}+{len(others)}" if others else first.stem
-            executor.update_parameters(name=name, **self._resources[batch.kind].executor_parameters(self._setup))
-            batch.job = executor.submit(StepCall([(argv, log) for argv, log, _ in batch.steps], self.codes))
+            resources = self._resources[batch.kind]
+            executor.update_parameters(name=name, **resources.executor_parameters(self._setup))
+            call = StepCall([(argv, log) for argv, log, _ in batch.steps], self.codes, resources.spread)
+            # The first node's result is that of the step.
+            batch.job = executor.submit(call).task(0)
         except Exception as error:  # submitit raises sbatch's messages in its own exception classes
             batch.refused = f"Slurm refused the job: {' '.join(str(error).split())[-300:]}"
             return
@@ -229,6 +252,8 @@ class SlurmJob:
             code = result.get(self._log.stem) if isinstance(result, dict) else int(result)
         if code is not None:
             self._record.unlink(missing_ok=True)
+            if code and self._launcher.spread(batch.kind) != ALONE:
+                batch.job.cancel(check=False)  # other nodes may wait for the first one
             return code
         return self._ended_without_code(now)
 

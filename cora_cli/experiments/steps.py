@@ -193,18 +193,23 @@ class _Planner:
             return config
         return dataclasses.replace(config, template_date=date_of_run(RunDirectory(Path(config.output_dir))) or self._date)
 
-    def _training_facts(self, config: TrainConfig, settings: Values, basis: str | None = None) -> dict[str, Any]:
-        """`settings` determine the split of the data: those of the file, or of the source model."""
+    def _training_facts(self, config: TrainConfig, settings: Values, kind: Kind, basis: str | None = None) -> dict[str, Any]:
+        """`settings` determine the split of the data: those of the file, or of the source model.
+
+        Several processes together have larger batches, so their number is one of the facts.
+        """
+        processes = self._grid.resources[kind].processes
         data = self._data_hash(data_key(config.dataset, settings))
         hashes = {"model": self._model_hash(self._grid.model), "dataset": data}
         adapter = config.adapter_plan()
         read = method_of(config.mode).inputs(adapter) if adapter is not None else {}
-        return {**config.result_settings(), **hashes, **read, **({"basis": basis} if basis else {})}
+        others = {**({"basis": basis} if basis else {}), **({"processes": processes} if processes > 1 else {})}
+        return {**config.result_settings(), **hashes, **read, **others}
 
     def _fine_tune(self, name: str, settings: Values) -> Step:
         own = {key: value for key, value in settings.items() if key not in ("mode", "dataset")}
         config = self._config(settings["mode"], own, settings["dataset"], "")
-        step = self._keyed(f"model-{name}", "model", self._training_facts(config, settings), ())
+        step = self._keyed(f"model-{name}", "model", self._training_facts(config, settings, "model"), ())
         output = f"models/{step.name.removeprefix('model-')}"
         config = self._dated(dataclasses.replace(config, output_dir=str(self._out / output)), settings)
         return self._add(dataclasses.replace(step, output=output, argv=words("train", config)))
@@ -256,7 +261,7 @@ class _Planner:
         models = tuple(map(self._reference, row.sources)) if from_models else None
         settings = {**row.train, "stop_at": row.stop_at}
         config = self._config(row.mode, settings, self._grid.datasets[row.dataset], output, place, models)
-        facts = self._training_facts(config, self._grid.train, basis.key if basis else None)
+        facts = self._training_facts(config, self._grid.train, "train", basis.key if basis else None)
         needs = (basis.name,) if basis else ()
         if from_models:
             hashes, tuned = self._sources(row)

@@ -55,7 +55,7 @@ def decompose(merged: Merged, rank: int, component: Component) -> Decomposition:
     if merged.matrix is None:
         assert merged.gram is not None
         solution = _top_of_gram(merged.gram, rank) if component == "top" else _all_of_gram(merged.gram)
-    elif component == "bottom" or group.rows > _TALL * merged.matrix.shape[1]:
+    elif not decomposes_gram(group.rows, merged.matrix.shape[1], component):
         solution = _direct(merged.matrix)
     else:
         solution = _top_of_gram(add_gram(empty_gram(merged.matrix), merged.matrix), rank)
@@ -77,6 +77,11 @@ def decompose(merged: Merged, rank: int, component: Component) -> Decomposition:
         merged.energy,
         full_space or bool(_error(solution, merged, start, stop) <= DETERMINED),
     )
+
+
+def decomposes_gram(rows: int, columns: int, component: Component) -> bool:
+    """Whether the Gram matrix of an M of this shape is decomposed first, not M itself."""
+    return component == "top" and rows <= _TALL * columns
 
 
 def _error(solution: _Solution, merged: Merged, start: int, stop: int) -> float:

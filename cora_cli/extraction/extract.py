@@ -119,16 +119,7 @@ def extract_basis(
     not fit, or if `output` exists and `overwrite` is not set.
     """
     began = time.perf_counter()
-    if not models:
-        raise UsageError("no model was given; name at least one to extract a basis from")
-    _refuse_repeated(models)
-    choices.require_base(base is not None)
-    if output.is_dir() or (output.exists() and not overwrite):
-        remedy = "name a file instead" if output.is_dir() else "use --overwrite to replace it"
-        raise CoraError(f"{output} {'is a directory' if output.is_dir() else 'exists already'}; {remedy}")
-    for model in (*models, *([base] if base else [])):
-        if output.resolve() in {file.resolve() for file in [*model.weight_files(), *model.path.glob("*.json")]}:
-            raise CoraError(f"{output} is a file of {model.reference}, which is read; write the basis to another file")
+    check_place(models, output, choices, base, overwrite)
     base_source = open_source(base) if base else None
     sources = [open_source(model, base_source) for model in models]
     subtracted = base_source if choices.source == "delta" else None
@@ -152,6 +143,24 @@ def extract_basis(
         seconds_reading=sum(source.seconds_reading for source in read),
         seconds_decomposing=seconds_decomposing,
     )
+
+
+def check_place(
+    models: Sequence[ModelPath], output: Path, choices: BasisChoices, base: ModelPath | None, overwrite: bool
+) -> None:
+    """Raise `CoraError` for models, a base or an output that cannot be those of an extraction."""
+    if not models:
+        raise UsageError("no model was given; name at least one to extract a basis from")
+    _refuse_repeated(models)
+    choices.require_base(base is not None)
+    if output.is_dir() or (output.exists() and not overwrite):
+        remedy = "name a file instead" if output.is_dir() else "use --overwrite to replace it"
+        raise CoraError(f"{output} {'is a directory' if output.is_dir() else 'exists already'}; {remedy}")
+    for model in (*models, *([base] if base else [])):
+        if output.resolve() in {
+            file.resolve() for file in [*(model.weight_files() if model.has_weights else ()), *model.path.glob("*.json")]
+        }:
+            raise CoraError(f"{output} is a file of {model.reference}, which is read; write the basis to another file")
 
 
 def _refuse_repeated(models: Sequence[ModelPath]) -> None:

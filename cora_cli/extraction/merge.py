@@ -105,7 +105,7 @@ def merge_weights(
     advance: Callable[[], None] = lambda: None,
 ) -> Merged | None:
     """As `merge_group`; None if the merged matrix is zero."""
-    low_rank = base is not None and _is_low_rank(group, sources, base, choices)
+    low_rank = base is not None and is_low_rank(group, sources, base, choices)
     pool: _Mean | _Gram | _LowRank = _LowRank(choices) if low_rank else _Mean() if choices.merge == "mean" else _Gram()
     for module in group.modules:
         base_weight: torch.Tensor | None = None
@@ -211,7 +211,7 @@ class _LowRank:
         return (8 * EPS) ** 2 * group.directions
 
 
-def _is_low_rank(group: Group, sources: Sequence[WeightSource], base: WeightSource, choices: BasisChoices) -> bool:
+def is_low_rank(group: Group, sources: Sequence[WeightSource], base: WeightSource, choices: BasisChoices) -> bool:
     """Whether all differences are known low-rank products whose factors take no more memory than M and one difference.
 
     Not for `bottom`: minor directions lie outside all factors, so they need M itself.

@@ -20,6 +20,7 @@ from cora_cli.inspection.prediction import Prediction, is_unscaled, predict, use
 from cora_cli.inspection.sharing_verdict import Verdict, group_names, judge, pooled_already, unjudged_models
 from cora_cli.inspection.starts import known_starts
 from cora_cli.models.references import ModelPath, recorded_base, resolve_model
+from cora_cli.weights.planned import open_planned
 from cora_cli.weights.sources import WeightSource, open_source
 
 
@@ -49,6 +50,21 @@ class Inspection:
         return tuple(dict.fromkeys(found.kind for found in self.findings))
 
 
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """The inputs of an inspection, whose weights are not read yet. All dictionaries but `bases` are keyed by the models' short names."""
+
+    references: dict[str, str]
+    paths: dict[str, ModelPath]
+    models: dict[str, WeightSource]
+    base: str | None
+    base_source: WeightSource | None
+    bases: dict[str, Basis]
+    rank: int
+    side: Side
+    targets: tuple[str, ...]
+
+
 def inspect(
     references: Sequence[str],
     base: str | None,
@@ -64,41 +80,17 @@ def inspect(
     `UsageError` if there is nothing to compare, and `CoraError` if something cannot be read or does not match.
     """
     began = time.perf_counter()
-    if repeated := sorted({reference for reference in references if references.count(reference) > 1}):
-        raise UsageError(f"{repeated[0]} is named twice; name it once")
-    files = [reference for reference in references if Path(reference).is_file()]
-    bases = dict(zip(short_names(files), (read_basis(Path(file)) for file in files), strict=True))
-    sides: list[Side] = [one.choices.side for one in bases.values()]
-    compared = side or (sides[0] if sides else "output")
-    for name, one in bases.items():
-        if one.choices.side != compared:
-            raise CoraError(
-                f"{name} is a basis of the {one.choices.side} side, but this inspection compares the {compared} side; inspect it separately with --side {one.choices.side}"
-            )
-    named = [reference for reference in references if reference not in files]
-    paths = [resolve_model(reference) for reference in named]
-    base = base or _common_base(paths)
-    if runs and not (named and base):
-        raise UsageError(
-            "--runs needs models and their --base, because it compares losses with the capture of the models' changes"
-        )
-    if runs and compared == "input":
-        raise UsageError("--runs cannot be used with --side input, because the start of B consists of output directions")
-    if len(named) == 1 and not bases and base is None:
-        raise UsageError("one model alone cannot be compared; name other models, a basis file, or its --base")
-    base_source = open_source(resolve_model(base)) if base else None
-    models = {name: open_source(path, base_source) for name, path in zip(short_names(named), paths, strict=True)}
-    rank = rank or min((one.rank for one in bases.values()), default=DEFAULT_RANK)
-    targets = target_modules or next((one.choices.target_modules for one in bases.values()), DEFAULT_TARGET_MODULES)
+    asked = open_inputs(references, base, rank, side, target_modules, runs)
+    models, base_source, rank, compared, targets = asked.models, asked.base_source, asked.rank, asked.side, asked.targets
     for source in models.values():
         source.say_left_out(targets)
     _refuse_copies(models, targets)
     used = used_bases(runs) if runs else []
-    starts, lost = known_starts(dict(zip(models, paths, strict=True)), models, base_source, compared, bases.values())
+    starts, lost = known_starts(asked.paths, models, base_source, compared, asked.bases.values())
     findings = measure(
         models,
         base_source,
-        {name: _first_columns(one, rank, compared) for name, one in bases.items()},
+        {name: _first_columns(one, rank, compared) for name, one in asked.bases.items()},
         rank,
         targets,
         device,
@@ -111,9 +103,9 @@ def inspect(
     grouping, verdict = group_and_judge(findings, models, base_source, predictions, lost, rank, targets, device, compared)
     read = [*models.values(), *([base_source] if base_source else [])]
     return Inspection(
-        models=dict(zip(models, named, strict=True)),
-        base=base,
-        bases=bases,
+        models=asked.references,
+        base=asked.base,
+        bases=asked.bases,
         rank=rank,
         side=compared,
         findings=tuple(findings),
@@ -122,6 +114,56 @@ def inspect(
         verdict=verdict,
         bytes_read=sum(source.bytes_read for source in read),
         seconds=time.perf_counter() - began,
+    )
+
+
+def open_inputs(
+    references: Sequence[str],
+    base: str | None,
+    rank: int | None,
+    side: Side | None,
+    target_modules: tuple[str, ...] | None,
+    runs: Sequence[str],
+    weights: bool = True,
+) -> Opened:
+    """Open what `inspect` is given; arguments and errors are its own. Without `weights`, models need none."""
+    if repeated := sorted({reference for reference in references if references.count(reference) > 1}):
+        raise UsageError(f"{repeated[0]} is named twice; name it once")
+    files = [reference for reference in references if Path(reference).is_file()]
+    bases = dict(zip(short_names(files), (read_basis(Path(file)) for file in files), strict=True))
+    sides: list[Side] = [one.choices.side for one in bases.values()]
+    compared = side or (sides[0] if sides else "output")
+    for name, one in bases.items():
+        if one.choices.side != compared:
+            raise CoraError(
+                f"{name} is a basis of the {one.choices.side} side, but this inspection compares the {compared} side; inspect it separately with --side {one.choices.side}"
+            )
+    named = [reference for reference in references if reference not in files]
+    paths = [resolve_model(reference, weights) for reference in named]
+    base = base or _common_base(paths)
+    if runs and not (named and base):
+        raise UsageError(
+            "--runs needs models and their --base, because it compares losses with the capture of the models' changes"
+        )
+    if runs and compared == "input":
+        raise UsageError("--runs cannot be used with --side input, because the start of B consists of output directions")
+    if len(named) == 1 and not bases and base is None:
+        raise UsageError("one model alone cannot be compared; name other models, a basis file, or its --base")
+    opening = open_source if weights else open_planned
+    base_source = opening(resolve_model(base, weights)) if base else None
+    models = {name: opening(path, base_source) for name, path in zip(short_names(named), paths, strict=True)}
+    rank = rank or min((one.rank for one in bases.values()), default=DEFAULT_RANK)
+    targets = target_modules or next((one.choices.target_modules for one in bases.values()), DEFAULT_TARGET_MODULES)
+    return Opened(
+        dict(zip(models, named, strict=True)),
+        dict(zip(models, paths, strict=True)),
+        models,
+        base,
+        base_source,
+        bases,
+        rank,
+        compared,
+        targets,
     )
 
 

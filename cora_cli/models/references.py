@@ -252,12 +252,12 @@ def recorded_base(config: Mapping[str, Any]) -> str | None:
     return f"{name}@{revision}" if name and revision and not Path(name).expanduser().is_dir() else name
 
 
-def resolve_base(reference: str | None) -> ModelPath | None:
-    """The complete model that `--base` names, or None without `--base`.
+def resolve_base(reference: str | None, weights: bool = True) -> ModelPath | None:
+    """The complete model that `--base` names, or None without `--base`; `weights` as in `resolve_model`.
 
     Raises `CoraError` for an adapter, and as `resolve_model` does.
     """
-    base = resolve_model(reference) if reference else None
+    base = resolve_model(reference, weights) if reference else None
     if base is not None and base.is_adapter:
         raise CoraError(f"--base {reference} is an adapter, not a complete model; merge it first with `cora merge {reference}`")
     return base

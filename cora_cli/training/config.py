@@ -26,6 +26,7 @@ NOT_PART_OF_THE_RESULT = frozenset(
         "stop_at",
         "dry_run",
         "rate_from",
+        "processes",
         "report_to",
         "device",
         "save_steps",
@@ -192,6 +193,12 @@ class _SharedSettings:
     rate_from: str | None = setting(
         "With --dry-run: also print the time that the steps will take at the rate of this finished run.", None, panel=_RUN
     )
+    processes: int | None = setting(
+        "With --dry-run: plan for N processes, as torchrun would start them; the memory is that of each.",
+        None,
+        panel=_RUN,
+        most=MOST,
+    )
     report_to: Reporter = setting(
         "Also report to this tracker, through the transformers Trainer; log.jsonl is always written.", "none", panel=_RUN
     )
@@ -235,6 +242,7 @@ class _SharedSettings:
                 ("save_steps", self.save_steps >= 1, "at least 1"),
                 ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
                 ("stop_at", self.stop_at is None or self.stop_at >= 1, "at least 1"),
+                ("processes", self.processes is None or self.processes >= 1, "at least 1"),
             )
             if not ok
         ]
@@ -246,6 +254,10 @@ class _SharedSettings:
             chosen_shape(self.columns)
         if self.rate_from is not None and not self.dry_run:
             problems.append("--rate-from has no effect without --dry-run; leave it out")
+        if self.processes is not None and not self.dry_run:
+            problems.append(
+                "--processes is for --dry-run; `torchrun --nproc-per-node N -m cora_cli train …` trains in N processes"
+            )
         method = METHODS[self.mode]
         allowed = taken_settings(method)
         if not method.is_adapter:

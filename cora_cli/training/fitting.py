@@ -7,17 +7,10 @@ from typing import Any
 import torch
 
 from cora_cli.errors import CoraError
+from cora_cli.planning.page import fits
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, Preflight, plan_run
 from cora_cli.training.prepare import Prepared
-
-USABLE = 0.92
-"""The part of a card that tensors get: the CUDA context takes 0.3 to 0.6 GB, and the allocator cannot use every gap."""
-
-
-def fits(total: float, capacity: float) -> bool:
-    """Whether a peak of so many bytes fits a card of `capacity` bytes."""
-    return total <= USABLE * capacity
 
 
 def out_of_memory(config: TrainConfig, prepared: Prepared) -> CoraError:

@@ -65,14 +65,15 @@ def held_out_loss(
     model.eval()
     rows = rows_of(examples, mine)
     passes = [[row[member] for member in part] for row in rows for part in form.passes([examples[index] for index in row])]
+    # Every pass of a sharded model is one of all processes, so they agree on their number before the first one.
+    missing = most(len(passes), hardware.device) - len(passes) if is_sharded(model) else 0
     # Not in inference mode, in which FSDP2 would create tensors that it cannot use in training.
     with torch.no_grad(), progress(label or "held-out loss", len(mine), "records") as shown:
         for members in passes:
             measured += _measure(model, examples, members, hardware, form)
             shown.advance(len(members))
-        if is_sharded(model):
-            for _ in range(most(len(passes), hardware.device) - len(passes)):
-                row_losses(model, [examples[0]], hardware, form)
+        for _ in range(missing):
+            row_losses(model, [examples[0]], hardware, form)
     model.train(training)
     if world_size > 1:
         measured = gather_object(measured)

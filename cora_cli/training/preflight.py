@@ -1,19 +1,16 @@
 """What a training run will take, measured before it: its largest step is taken on fake tensors, which need neither weights nor a GPU.
 
-Model class, row, loss, backward pass, optimizer and the Trainer's loop are those of the run. Three things stand in: attention kernels of
-GPUs, by one that keeps the same tensors; the pieces of a CPU's attention, by the largest one; and autocast of GPUs, by that of CPUs.
-`memory` counts the bytes.
+Model class, row, loss, backward pass, optimizer and the Trainer's loop are those of the run, apart from what `stand_ins` has. `planning.memory`
+counts the bytes.
 """
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +22,28 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PrinterCallback, TrainerCallback
-from transformers.integrations.flex_attention import repeat_kv
 
 from cora_cli.adapters.install import AngleMeter, install_adapter, target_linears
 from cora_cli.adapters.storage import stored_state
 from cora_cli.data.batches import GHOST, BatchForm, Collator, GlobalBatches
 from cora_cli.data.encode import Example
-from cora_cli.data.pack import Layout
 from cora_cli.device import planned_hardware
 from cora_cli.methods.parts.layers import Observed, factors_of, lora_layers
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import rope_switch
 from cora_cli.models.skeleton import build_skeleton
+from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, follow_training, follow_weights
 from cora_cli.rundir import RunDirectory
-from cora_cli.training.attention import Piece, cut_pieces, segment_attention
 from cora_cli.training.batching import cannot_pack
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import row_losses, rows_of
-from cora_cli.training.memory import Part, StorageMeter, fake_model, fakes, follow_training
 from cora_cli.training.prepare import Prepared, number_of_processes, prepare, total_steps, training_arguments
 from cora_cli.training.rate import Rate, rate_of
 from cora_cli.training.record import parameter_counts
+from cora_cli.training.sharding import planned_mesh, shard
+from cora_cli.training.stand_ins import WideLayerNorm, cpu_attention, gpu_attention
 from cora_cli.training.trainer import CoraTrainer
 
 _STAND_IN = "cora_planned"
@@ -115,17 +110,16 @@ def preflight(config: TrainConfig) -> Preflight:
 
 def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:
     """As `preflight`, from inputs that are already checked."""
-    processes, examples = number_of_processes(), prepared.train.examples
+    processes, examples = number_of_processes(config), prepared.train.examples
     steps = total_steps(config, len(examples))
     form = _planned_form(config, prepared)
     work = _Work(config, prepared, form, steps, processes)
     counts = (steps, processes, work.tokens, work.labels, work.largest, work.largest_labels)
     if config.load_in_4bit:
         return Preflight(config, prepared, form, *counts, "weights in 4 bits cannot be measured without values")
-    if config.shard != "none":
-        return Preflight(
-            config, prepared, form, *counts, f"the layers that --shard {config.shard} gathers at once are not counted"
-        )
+    if config.shard != "none" and torch.distributed.is_initialized():
+        why = "only `cora train --dry-run` measures a divided model, not a run among other processes"
+        return Preflight(config, prepared, form, *counts, why)
     with _alone() as place:
         try:
             measured: Measured | str = _measure(config, prepared, form, work, processes, place)
@@ -242,6 +236,9 @@ class _FakeTrainer(CoraTrainer):
     def _require_finite(self, value: torch.Tensor, what: str) -> None:
         pass
 
+    def _most_passes(self, count: int) -> int:
+        return count
+
     def _maybe_log_save_evaluate(self, *_: Any, **__: Any) -> None:
         pass
 
@@ -273,19 +270,25 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
     arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs, arguments.warmup_steps = "constant", None, 0
     sources = prepared.start_models.observed() if prepared.start_models else {}
     meter = StorageMeter(int(prepared.model_config.get_text_config(decoder=True).vocab_size))
-    with fakes(), meter, contextlib.ExitStack() as precision:
+    with contextlib.ExitStack() as stack:
+        mesh = stack.enter_context(planned_mesh(processes)) if config.shard != "none" else None
+        stack.enter_context(fakes())
+        stack.enter_context(meter)
         dtype = torch.float32 if plan is None else prepared.hardware.dtype
         model = fake_model(prepared.model_config, config.trust_remote_code, dtype)
         meter.assign((*model.parameters(), *model.buffers()), "weights")
         if on_gpu and any(isinstance(module, torch.nn.LayerNorm) for module in model.modules()):
-            precision.enter_context(_WideLayerNorm())
+            stack.enter_context(WideLayerNorm())
         if form.kind == "packed":
-            AttentionInterface.register(_STAND_IN, _gpu_attention(prepared.attention.name) if on_gpu else _cpu_attention())
+            AttentionInterface.register(_STAND_IN, gpu_attention(prepared.attention.name) if on_gpu else cpu_attention())
             model.set_attn_implementation(_STAND_IN)
         if plan is not None:
             model = install_adapter(model, plan, prepared.basis, sources or _observed(model, plan))
         parameters = parameter_counts(model, plan)
         stored = None if plan is None else sum(t.nbytes for t in stored_state(model, plan, config.compact)[0].values())
+        if mesh is not None:
+            shard(model, mesh, hardware.device)
+            follow_weights(meter, model)
         meter.restart()
         found, frames = [Memory(dict(meter.peak), "holding the model")], []
         trains = plan is None or method_of(plan.mode).can_train(plan)
@@ -300,7 +303,8 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
             with meter.creating("optimizer"):
                 frames = _frames(model, plan)
             trainer.train()
-            found.append(Memory(_with_buckets(meter.peak, parameters["trained"], processes), "a training step"))
+            copied = parameters["trained"] if mesh is None and processes > 1 else 0
+            found.append(Memory(_with_copies(meter.peak, copied), "a training step"))
         for members in work.held_out(prepared.test.examples, prepared.validation.examples):
             # A forward pass alone takes less than a training step with as many tokens.
             if trains and form.tokens(members) <= work.largest and sum(map(_responses, members)) <= work.largest_labels:
@@ -332,9 +336,9 @@ def _frames(model: Any, plan: AdapterPlan | None) -> list[torch.Tensor]:
     return [factors_of(layer)[1].detach().double() for _, layer in lora_layers(model)] if AngleMeter.applies(plan) else []
 
 
-def _with_buckets(peak: dict[Part, int], trained: int, processes: int) -> dict[Part, int]:
-    """With several processes, DistributedDataParallel keeps a second copy of the gradients to exchange them."""
-    return {**peak, "gradients": peak["gradients"] + (4 * trained if processes > 1 else 0)}
+def _with_copies(peak: dict[Part, int], copied: int) -> dict[Part, int]:
+    """With the copy of so many gradients that DistributedDataParallel keeps to exchange them."""
+    return {**peak, "gradients": peak["gradients"] + 4 * copied}
 
 
 @contextlib.contextmanager
@@ -353,68 +357,3 @@ def _alone() -> Iterator[Path]:
         for state, saved in zip(states, before, strict=True):
             state.clear()
             state.update(saved)
-
-
-class _WideLayerNorm(TorchFunctionMode):
-    """Autocast of CUDA computes LayerNorm in float32, which that of CPUs does not."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run a function of torch."""
-        if func is torch.nn.functional.layer_norm and torch.is_autocast_enabled("cpu"):
-            args = tuple(value.float() if isinstance(value, torch.Tensor) else value for value in args)
-            kwargs = {k: value.float() if isinstance(value, torch.Tensor) else value for k, value in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
-
-
-def _cpu_attention() -> Callable[..., Any]:
-    """A CPU's attention over the largest piece of a row only: pieces follow one another, and each frees what it takes."""
-
-    @cache
-    def largest(layout: Layout, window: int | None) -> tuple[Piece, ...]:
-        pieces = cut_pieces(layout, window)
-        return (max(pieces, key=lambda piece: (piece.end - piece.start) * sum(last - first for first, last in piece.spans)),)
-
-    return functools.partial(segment_attention, cut=largest)
-
-
-def _gpu_attention(name: str) -> Callable[..., Any]:
-    """An attention kernel that keeps its inputs, its output and one float32 number per query, as FlashAttention and FlexAttention do."""
-
-    def attend(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **_: Any
-    ) -> tuple[torch.Tensor, None]:
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        heads, tokens = query.shape[1], query.shape[2]
-        if name == "cora_flex" and heads & (heads - 1):  # transformers does the same
-            key, value = (repeat_kv(each, heads // each.shape[1]) for each in (key, value))
-        # SDPA converts the mask of all pairs of tokens in every layer.
-        mask = query.new_empty(tokens, tokens) if name == "sdpa" else None
-        return _Kernel.apply(query, key, value, mask), None
-
-    return attend
-
-
-class _Kernel(torch.autograd.Function):
-    """The memory of a fused attention kernel, without its numbers."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Shapes as in `segment_attention`."""
-        batch, heads, tokens, _ = query.shape
-        output = query.new_empty(batch, tokens, heads, value.shape[3])
-        ctx.save_for_backward(query, key, value, output, query.new_empty(batch, heads, tokens, dtype=torch.float32), mask)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """upstream: as the output."""
-        query, key, value, _, sums, _ = ctx.saved_tensors
-        products = torch.empty_like(sums)
-        found = [torch.empty_like(each) for each in (query, key, value)]
-        del products
-        return *found, None

@@ -3,12 +3,9 @@
 from typing import Any
 
 from cora_cli.data.encode import Example
-from cora_cli.training.fitting import USABLE, fits
-from cora_cli.training.memory import PARTS
+from cora_cli.planning.page import duration, memory_lines, size_text
 from cora_cli.training.preflight import Measured, Preflight
 
-CARDS = (16, 24, 40, 48, 80, 141)
-"""Memory of common GPUs, in GB as their makers write it."""
 SHOWN = 60
 """Tokens of a long prompt that are shown at each of its ends."""
 
@@ -23,7 +20,7 @@ def _work(plan: Preflight) -> list[str]:
     lines = []
     if isinstance(measured, Measured):
         trained, total = measured.parameters["trained"], measured.parameters["total"]
-        stored = "" if measured.adapter_bytes is None else f"; the adapter takes {_size(measured.adapter_bytes)} on disk"
+        stored = "" if measured.adapter_bytes is None else f"; the adapter takes {size_text(measured.adapter_bytes)} on disk"
         lines.append(
             f"mode {config.mode}: training {trained:,} of {total:,} parameters ({100 * trained / total:.2g} %){stored}"
         )
@@ -41,14 +38,6 @@ def _work(plan: Preflight) -> list[str]:
     return lines
 
 
-def duration(seconds: float) -> str:
-    """A time to two places: `95 s`, `12 min`, `3 h 20 min`."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-
-
 def _memory(plan: Preflight) -> list[str]:
     if not isinstance(plan.measured, Measured):
         return [f"peak memory: unknown, because {plan.measured}"]
@@ -56,27 +45,11 @@ def _memory(plan: Preflight) -> list[str]:
     where = "on a CUDA GPU" if hardware.device.type == "cuda" else "on the processor"
     each = " of each process" if plan.processes > 1 else ""
     row = "row" if plan.form.kind == "packed" else "padded batch"
-    lines = [
-        f"peak memory{each} {where}, {hardware.dtype_name}, computed: {_size(memory.total)}, in {memory.stage} "
+    return [
+        f"peak memory{each} {where}, {hardware.dtype_name}, computed: {size_text(memory.total)}, in {memory.stage} "
         f"(largest {row}: {plan.largest:,} tokens, {plan.largest_labels:,} with loss)",
-        *(f"  {part:<12}{_size(memory.parts[part]):>10}" for part in PARTS),
+        *memory_lines(memory.parts, on_gpu=hardware.device.type == "cuda"),
     ]
-    if hardware.device.type == "cuda":
-        lines.append(
-            "  ".join(
-                ["fits a card of", *(f"{card} GB: {'yes' if fits(memory.total, card * 2**30) else 'no'}" for card in CARDS)]
-            )
-        )
-        lines.append(
-            f"(a card counts as full at {100 * USABLE:.0f} %: the CUDA context and gaps between tensors take the rest)"
-        )
-    else:
-        lines.append("(tensors only: Python and its libraries take about 0.6 GiB more)")
-    return lines
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 
 
 def _example(plan: Preflight) -> list[str]:

@@ -149,13 +149,14 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
 
 def _check_processes(config: TrainConfig, method: Method) -> None:
     """Raise `CoraError` where the method or `--shard` needs another number of processes."""
-    processes = number_of_processes()
+    processes = number_of_processes(config)
     if not method.runs_in_several_processes and processes > 1:
         raise CoraError(f"mode {config.mode} changes its number of parameters and runs in one process only, not in {processes}")
     if config.shard != "none" and processes == 1:
         raise CoraError(
-            f"--shard {config.shard} divides the model among processes, and there is only one; start several with `torchrun --nproc-per-node N -m "
-            "cora_cli train …`, or leave it out"
+            f"--shard {config.shard} divides the model among processes, and there is only one; "
+            f"{'plan for several with --processes N' if config.dry_run else 'start several with `torchrun --nproc-per-node N -m cora_cli train …`'}"
+            ", or leave it out"
         )
 
 
@@ -236,13 +237,13 @@ def layers_without(adapted: Sequence[str], every: Sequence[str]) -> list[str]:
 
 def total_steps(config: TrainConfig, examples: int) -> int:
     """Optimizer steps of the complete run."""
-    per_epoch = math.ceil(examples / (config.batch_size * config.gradient_accumulation * number_of_processes()))
+    per_epoch = math.ceil(examples / (config.batch_size * config.gradient_accumulation * number_of_processes(config)))
     return config.max_steps or math.ceil(config.epochs * per_epoch)
 
 
-def number_of_processes() -> int:
-    """Processes of this training, as the launcher counts them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def number_of_processes(config: TrainConfig) -> int:
+    """Processes of this training: those of a plan, or as the launcher counts them."""
+    return config.processes or int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def warmup_steps(ratio: float, steps: int) -> int:

@@ -54,7 +54,7 @@ def _planned(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
         "mode": config.mode,
         "device": prepared.hardware.device.type,
         "dtype": prepared.hardware.dtype_name,
-        "processes": number_of_processes(),
+        "processes": number_of_processes(config),
         "sharding": config.shard,
         "batch size": config.batch_size,
         "gradient checkpointing": config.gradient_checkpointing,

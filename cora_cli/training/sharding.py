@@ -3,6 +3,8 @@
 Only the division and the gathering are here: `run` decides when a model is divided, and `trainer` trains it.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,21 @@ from cora_cli.methods.parts.layers import transformers_model
 def process_mesh(device: torch.device, processes: int) -> DeviceMesh:
     """All processes in one row; every process calls this at the same time."""
     return init_device_mesh(device.type, (processes,))
+
+
+@contextlib.contextmanager
+def planned_mesh(processes: int) -> Iterator[DeviceMesh]:
+    """The first of so many processes, of which the others do not exist: nothing is exchanged. For plans on fake tensors.
+
+    No other process group may exist.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # only plans need torch's internals
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        yield process_mesh(torch.device("cpu"), processes)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def shard(model: Any, mesh: DeviceMesh, device: torch.device) -> None:

@@ -113,7 +113,7 @@ class CoraTrainer(Trainer):
             # Every process gathers every layer in each pass, so all of them need as many; a ghost has no loss.
             collate: Any = self.data_collator
             (ghost,) = collate([self._examples[GHOST]])["passes"]
-            earlier += [ghost] * (most(len(earlier), self.args.device) - len(earlier))
+            earlier += [ghost] * (self._most_passes(len(earlier)) - len(earlier))
         parts = []
         for each in earlier:
             # Processes may have different numbers of passes, so they only meet at the last one.
@@ -125,6 +125,9 @@ class CoraTrainer(Trainer):
         loss = torch.stack(parts).sum() if earlier else parts[0]
         self._require_finite(loss, "loss")
         return loss
+
+    def _most_passes(self, count: int) -> int:
+        return most(count, self.args.device)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Verify the trained set, then create the optimizer: the method's, or the Trainer's. Runs at every start and resume."""

@@ -88,6 +88,10 @@ class WeightSource(abc.ABC):
         Modules that were read before are not read again.
         """
 
+    @abc.abstractmethod
+    def entry_bytes(self, module: str) -> int:
+        """Bytes of a number of the weight of `module` in the files; of an adapter's base, since its own factors are small."""
+
     @property
     @abc.abstractmethod
     def checkpoints(self) -> list[Checkpoint]:
@@ -145,6 +149,11 @@ class ModelSource(WeightSource):
         self._digests.setdefault(module, rundir.tensor_digest(module, weight))
         return weight
 
+    def entry_bytes(self, module: str) -> int:
+        """See `WeightSource.entry_bytes`."""
+        kind: torch.dtype = getattr(torch, self._checkpoint.types[self._keys[module]])
+        return kind.itemsize
+
     def content_hash(self, modules: Iterable[str]) -> str:
         """See `WeightSource.content_hash`."""
         modules = list(modules)
@@ -201,6 +210,10 @@ class AdapterSource(WeightSource):
             return torch.zeros((out, 0), dtype=torch.float64), torch.zeros((0, inside), dtype=torch.float64)
         scale, b, a = self._own.read(module)
         return scale * b, a
+
+    def entry_bytes(self, module: str) -> int:
+        """See `WeightSource.entry_bytes`; 4 where the adapter holds the weight itself."""
+        return 4 if module in self._own.full else self.base.entry_bytes(module)
 
     def content_hash(self, modules: Iterable[str]) -> str:
         """See `WeightSource.content_hash`; covers the adapter's tensors, their scale, and the base."""

@@ -34,6 +34,14 @@ def test_defaults_and_models_arrive_in_the_file(tiny_model: Path, sibling: Path,
     assert basis.sha256 in result.stdout
 
 
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny_model: Path, sibling: Path, tmp_path: Path) -> None:
+    result = cora_extract(tiny_model, sibling, "--rank", 5, "-o", tmp_path / "basis", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("6 groups of rank 5 from 2 models\n")
+    assert "peak memory on the processor, about: " in result.stdout
+    assert not (tmp_path / "basis").exists()
+
+
 def test_every_choice_arrives_in_the_file(tiny_multihead_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "basis.safetensors"
     made = [

@@ -98,6 +98,15 @@ def test_a_planted_subspace_is_found_and_every_format_is_written(related: list[P
     assert "Shared: the other models recover " in page
 
 
+def test_a_dry_run_prints_the_plan_and_writes_nothing(related: list[Path], tmp_path: Path) -> None:
+    base, *others = related
+    result = cora_inspect(*others, "--base", base, "--rank", 4, "-o", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert f"weight matrices of {len(others)} models, 4 directions of the output side\n" in result.stdout
+    assert "  changes " in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
 def test_changes_of_low_rank_and_the_base_are_each_read_against_their_own_chance(related: list[Path], tmp_path: Path) -> None:
     adapters = [make_adapter(related[0], tmp_path / f"a{n}", seed=n, r=2) for n in range(2)]
     result = cora_inspect(*adapters, "--rank=4", "--target-modules=q_proj")

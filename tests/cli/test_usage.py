@@ -26,6 +26,10 @@ from cora_cli.cli import app
             "ablate a.yaml --jobs-per-gpu auto --launcher slurm",
             "--jobs-per-gpu applies to --launcher local; a Slurm job has the GPUs that resources in the grid ask for",
         ),
+        (
+            "train --processes 2 --model m --dataset d --output-dir o",
+            "--processes is for --dry-run; `torchrun --nproc-per-node N -m cora_cli train …` trains in N processes",
+        ),
         ("inspect gone.safetensors", "gone.safetensors does not exist"),
     ],
 )

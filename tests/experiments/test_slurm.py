@@ -2,17 +2,23 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.experiments.ablate import Request, ablate
 from cora_cli.experiments.resources import KINDS, Resources, read_resources
 from cora_cli.experiments.slurm import SlurmJob, SlurmLauncher, StepCall, left_jobs, squeue
-from tests.experiments.helpers import grid_of
+from cora_cli.experiments.spread import Spread
+from tests.experiments.helpers import grid_of, plan_of
 
 
 def launcher(folder: Path, states: dict[str, str], steps_per_job: int = 1) -> SlurmLauncher:
@@ -116,6 +122,7 @@ def test_a_job_with_another_command_is_cancelled_before_the_step_is_queued(
 ) -> None:
     states = {"12": "RUNNING"}
     waiting, earlier = left(tmp_path, monkeypatch, states, ["train", "--rank", "8"])
+    monkeypatch.setattr("cora_cli.experiments.slurm._LAG_SECONDS", float("inf"))  # the queue of this test knows only the earlier job
     monkeypatch.setattr(earlier, "cancel", lambda check: states.clear() or setattr(earlier, "cancelled", True))
     job = waiting.submit("train", ["no-such-command"], tmp_path / "step.log")
     assert earlier.cancelled
@@ -228,14 +235,153 @@ def test_resources_of_a_kind_override_those_of_all(tmp_path: Path) -> None:
     }
 
 
+def test_several_nodes_have_one_task_each_that_starts_a_process_per_gpu() -> None:
+    asked = {"all": {"cpus": 8}, "train": {"nodes": 2, "gpus": 4}, "evaluate": {"gpus": 2}}
+    resources = grid_of({"mode": "lora"}, resources=asked).resources
+    assert [resources[kind].processes for kind in ("train", "evaluate", "basis")] == [8, 2, 1]
+    parameters = resources["train"].executor_parameters([])
+    assert (parameters["nodes"], parameters["tasks_per_node"], parameters["gpus_per_node"]) == (2, 1, 4)
+    assert parameters["slurm_srun_args"] == ["--kill-on-bad-exit=1"]
+    assert not {"nodes", "tasks_per_node", "slurm_srun_args"} & resources["evaluate"].executor_parameters([]).keys()
+
+
+def test_processes_are_a_fact_of_a_training_and_not_of_its_evaluation(tmp_path: Path) -> None:
+    alone, several = (
+        plan_of(grid_of({"mode": "lora"}, resources={"train": {"gpus": gpus}, "evaluate": {"gpus": gpus}})) for gpus in (1, 4)
+    )
+    train, evaluate = (next(step for step in several.steps.values() if step.kind == kind) for kind in ("train", "evaluate"))
+    assert train.facts == {**alone.steps[train.name].facts, "processes": 4}
+    assert evaluate.facts.keys() == alone.steps[evaluate.name].facts.keys()
+
+
+def on_node(monkeypatch: pytest.MonkeyPatch, node: int) -> None:
+    """Let this process be the task of a job of two nodes."""
+    task = {
+        "SLURM_NODEID": node,
+        "SLURM_PROCID": node,
+        "SLURM_LOCALID": 0,
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+        "SLURM_NTASKS": 2,
+    }
+    for name, value in {**task, "SLURM_JOB_NUM_NODES": 2, "SLURM_JOB_ID": 40001, "SUBMITIT_EXECUTOR": "slurm"}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+class Started:
+    """In place of a process: what it was started with."""
+
+    code, pid = 0, None
+
+    def __init__(self, command: list[str], env: dict[str, str], **_: Any) -> None:
+        Started.last = self
+        self.command, self.environment = command, env
+
+    def poll(self) -> int:
+        return self.code
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_each_node_starts_its_processes_which_meet_on_the_first(
+    node: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_node(monkeypatch, node)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    monkeypatch.setattr("cora_cli.experiments.spread.subprocess.Popen", Started)
+    assert StepCall([(["train", "-m", "x"], tmp_path / "step.log")], tmp_path / "codes", Spread(2, 4))() == {"step": 0}
+    _, *command = Started.last.command
+    assert command == [
+        *(
+            "-P",
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=4",
+            "--nnodes=2",
+            f"--node-rank={node}",
+            "--master-addr=gpu07",
+        ),
+        *(f"--master-port={15000 + 40001 % 17000}", "-m", "cora_cli", "train", "-m", "x"),
+    ]
+    assert (Started.last.environment["OMP_NUM_THREADS"], Started.last.environment["PYTHONSAFEPATH"]) == ("3", "1")
+    assert [path.name for path in tmp_path.glob("*.log")] == [("step.log", "step.node1.log")[node]]
+
+
+def test_several_gpus_of_one_node_need_no_other_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cora_cli.experiments.spread.subprocess.Popen", Started)
+    assert StepCall([(["train"], tmp_path / "step.log")], tmp_path / "codes", Spread(per_node=2))() == {"step": 0}
+    assert Started.last.command[3:] == [
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        "-m",
+        "cora_cli",
+        "train",
+    ]
+
+
+def test_a_failure_on_another_node_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cora_cli.experiments.spread.subprocess.Popen", Started)
+    monkeypatch.setattr("cora_cli.experiments.slurm._KILL_SECONDS", 0.0)
+    monkeypatch.setattr(Started, "code", 1)
+    call = StepCall([(["train"], tmp_path / "step.log")], tmp_path / "codes", Spread(2))
+    on_node(monkeypatch, 0)
+    assert call() == {"step": 1}
+    shutil.rmtree(tmp_path / "codes")
+    on_node(monkeypatch, 1)
+    with pytest.raises(CoraError, match=r"exit code 1 on node 1; see .*step\.node1\.log"):
+        call()
+
+
+def test_the_local_launcher_refuses_steps_of_several_processes(tmp_path: Path) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(
+        "model: builtin:smollm2\ndatasets: {a: builtin:instruct}\nresources: {train: {gpus: 2}}\ngrid: [{mode: lora}]\n"
+        "defaults: {train: {max_steps: 1}, evaluate: false}\n"
+    )
+    with pytest.raises(UsageError, match="train asks for 2 processes, and --launcher local runs each step in one"):
+        ablate(Request(grid, tmp_path / "out"), lambda *_: {})
+
+
+@pytest.mark.slow
+def test_two_nodes_train_together(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    argv = ["train", "--model", str(tiny_model), "--dataset", str(tiny_data), "--output-dir", str(output), "--device", "cpu"]
+    argv += ["--max-steps", "2", "--batch-size", "4", "--rank", "4", "--test-size", "4"]
+    log = tmp_path / "step.log"
+    begin = (
+        "import sys; from pathlib import Path; from cora_cli.experiments.slurm import StepCall; from cora_cli.experiments.spread import Spread; "
+        f"sys.exit(sum(StepCall([({argv!r}, Path({str(log)!r}))], Path({str(tmp_path)!r}), Spread(2))().values()))"
+    )
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2", "SUBMITIT_EXECUTOR": "slurm"}
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", begin],
+            env={**os.environ, **job, "SLURM_JOB_ID": str(os.getpid()), "SLURM_NODEID": str(node), "SLURM_PROCID": str(node)},
+        )
+        for node in range(2)
+    ]
+    assert [task.wait() for task in tasks] == [0, 0], log.read_text()
+    record = json.loads((output / "run.json").read_text())
+    assert (record["status"], record["hardware"]["processes"]) == ("finished", 2)
+
+
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
         ("much", "resources must hold all, model, basis, train, evaluate"),
         ({"trian": {}}, "did you mean train?"),
         ({"train": {"gpu": 1}}, "did you mean gpus?"),
-        ({"train": {"gpus": 2}}, "gpus must be 0 or 1"),
         ({"train": {"steps_per_job": 0}}, "steps_per_job must be at least 1"),
+        (
+            {"train": {"steps_per_job": 4, "gpus": 2}},
+            "train: steps_per_job must be 1 where a step has several processes, not 4",
+        ),
+        ({"train": {"gpus": -1}}, "gpus must be at least 0"),
+        ({"evaluate": {"nodes": 0}}, "nodes must be at least 1"),
+        (
+            {"basis": {"gpus": 2}},
+            "gpus must be at most 1 here, because only the steps model, train, evaluate run in several processes, not 2",
+        ),
+        ({"all": {"nodes": 2}}, "nodes must be at most 1 here"),
         ({"all": {"cpus": 0}}, "cpus must be at least 1"),
         ({"all": {"mem_gb": -1}}, "mem_gb must be positive"),
         ({"all": {"timeout_min": "long"}}, "timeout_min must be an integer"),

@@ -202,6 +202,17 @@ def test_every_step_is_estimated_and_more_work_takes_longer() -> None:
     assert (many["basis"], many["evaluate"]) == (few["basis"], few["evaluate"])
 
 
+def test_several_processes_share_epochs_and_prompts() -> None:
+    def seconds(gpus: int) -> dict[str, float]:
+        asked = {"train": {"gpus": gpus}, "evaluate": {"gpus": gpus}}
+        plan = plan_of(grid_of({"mode": "lora"}, defaults={"train": {"epochs": 4.0, "rank": 4}}, resources=asked))
+        return {plan.steps[name].kind: each.seconds for name, each in estimate_steps(plan, inputs_of(), 1e7).items()}
+
+    alone, four = seconds(1), seconds(4)
+    assert four["train"] < 0.6 * alone["train"]
+    assert four["evaluate"] < 0.6 * alone["evaluate"]
+
+
 def test_decompositions_before_training_and_records_to_select_by_are_estimated_too() -> None:
     def seconds(mode: str, **changes: Any) -> float:
         plan = plan_of(grid_of({"mode": mode}, defaults={"train": {"max_steps": 1, "rank": 4, **changes}}))

@@ -87,7 +87,7 @@ class RunProcess:
     """Trainings and evaluations by their configurations, one after the other, in a process of its own.
 
     `kill_at` (target, n) ends it with SIGKILL as the function `target` is entered for the nth time; `file_limit` is the longest file
-    in bytes that the system lets it write. With a `store` it is process `rank` of `world`, as torchrun would start it.
+    in bytes that the system lets it write; `before` is called first, in the process. With a `store` it is process `rank` of `world`, as torchrun would start it.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class RunProcess:
         rank: int = 0,
         world: int = 1,
         store: torch.distributed.TCPStore | None = None,
+        before: Callable[[], None] | None = None,
     ) -> None:
         environment = {}
         if store is not None:
@@ -112,7 +113,7 @@ class RunProcess:
             }
         self._errors, theirs = _PROCESSES.Pipe(duplex=False)
         several = configs if isinstance(configs, Sequence) else [configs]
-        self.process = _PROCESSES.Process(target=_run, args=(several, kill_at, file_limit, environment, theirs))
+        self.process = _PROCESSES.Process(target=_run, args=(several, kill_at, file_limit, environment, before, theirs))
         self.process.start()
         theirs.close()
 
@@ -126,10 +127,17 @@ class RunProcess:
         return self.process.exitcode, message
 
 
-def run_together(*configs: Config, kill_at: tuple[str, int] | None = None) -> list[tuple[int | None, str]]:
-    """Run `configs` in two processes that meet as under torchrun; `kill_at` ends the first, and the second is killed after it."""
+def run_together(
+    *configs: Config, kill_at: tuple[str, int] | None = None, before: Callable[[], None] | None = None
+) -> list[tuple[int | None, str]]:
+    """Run `configs` in two processes that meet as under torchrun; `kill_at` ends the first, and the second is killed after it.
+
+    `before` is called in each process first.
+    """
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    processes = [RunProcess(configs, kill_at if rank == 0 else None, rank=rank, world=2, store=store) for rank in range(2)]
+    processes = [
+        RunProcess(configs, kill_at if rank == 0 else None, rank=rank, world=2, store=store, before=before) for rank in range(2)
+    ]
     first = processes[0].wait()
     if kill_at is not None:
         processes[1].process.kill()
@@ -141,9 +149,12 @@ def _run(
     kill_at: tuple[str, int] | None,
     file_limit: int | None,
     environment: dict[str, str],
+    before: Callable[[], None] | None,
     errors: Any,
 ) -> None:
     os.environ.update(environment)
+    if before is not None:
+        before()
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if kill_at is not None:

@@ -1,23 +1,28 @@
 """The plan of a run: its memory is that of the real one, its counts are those of the record, and nothing is needed but the configuration."""
 
 import dataclasses
+import functools
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from cora_cli import rundir
 from cora_cli.data.batches import BatchForm, Collator
 from cora_cli.data.encode import Example
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.planning.memory import StorageMeter, follow_training
+from cora_cli.planning.page import USABLE, duration
 from cora_cli.training import fitting
 from cora_cli.training import run as training
-from cora_cli.training.memory import StorageMeter, follow_training
 from cora_cli.training.preflight import Measured, Preflight, preflight
-from cora_cli.training.preflight_text import describe, duration, marked
-from tests.training.helpers import config_for, log_lines, losses, record_of
+from cora_cli.training.preflight_text import describe, marked
+from tests.training.helpers import config_for, log_lines, losses, record_of, run_together
 
 
 class _Metered(training.CoraTrainer):
@@ -40,6 +45,21 @@ def real_peak(config: Any, vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(training, "CoraTrainer", _Metered)
     training.train(config)
     return dict(_Metered.meter.peak)
+
+
+def meter_process(out: Path) -> None:
+    """Let this process of a divided training write its peak, and the bytes that it keeps of the divided weights, into the directory `out`."""
+
+    class Writing(_Metered):
+        meter = StorageMeter(49152)
+
+        def train(self, **arguments: Any) -> Any:
+            kept = [p.to_local().numel() * p.element_size() for p in self.model.parameters() if isinstance(p, DTensor)]
+            found = super().train(**arguments)
+            rundir.write_json(out / f"{os.environ['RANK']}.json", {"peak": self.meter.peak, "kept": sum(kept)})
+            return found
+
+    training.CoraTrainer = Writing
 
 
 def measured(plan: Preflight) -> Measured:
@@ -128,6 +148,40 @@ def test_several_processes_exchange_a_second_copy_of_the_gradients(
     assert measured(plan).memory.parts["gradients"] == measured(alone).memory.parts["gradients"] + 4 * trained
 
 
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_the_peak_of_a_divided_model_is_that_of_each_process(
+    mode: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    # The second process has no held-out record, and takes part in the pass of the first one.
+    shards = {"shard": "fsdp", "batch_size": 2, "max_steps": 2, "eval_limit": 1}
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode=mode, **shards)
+    found = measured(preflight(dataclasses.replace(config, dry_run=True, processes=2)))
+    complete = measured(preflight(dataclasses.replace(config, dry_run=True, processes=2, shard="none"))).memory
+    assert not torch.distributed.is_initialized()
+    assert run_together(config, before=functools.partial(meter_process, tmp_path)) == [(0, ""), (0, "")]
+    real = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    # The first process has the larger part of what two cannot share equally; buffers are complete everywhere.
+    assert found.memory.parts["weights"] == real[0]["peak"]["weights"]
+    assert real[1]["kept"] <= real[0]["kept"] <= found.memory.parts["weights"] < 0.6 * complete.parts["weights"]
+    assert found.memory.total == pytest.approx(max(sum(each["peak"].values()) for each in real), rel=0.1)
+    assert found.memory.parts["gathered"] > 0 == complete.parts["gathered"]
+    if mode == "full":
+        for part in ("gradients", "optimizer"):
+            assert found.memory.parts[part] < 0.6 * complete.parts[part], part
+
+
+def test_a_plan_for_several_processes_needs_none_of_them(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", dry_run=True, processes=8, shard="fsdp")
+    page = describe(preflight(config))
+    assert "in 8 processes" in page
+    assert "  gathered " in page
+    assert "  gathered " not in describe(preflight(dataclasses.replace(config, shard="none")))
+    with pytest.raises(CoraError, match="plan for several with --processes N, or leave it out"):
+        preflight(dataclasses.replace(config, processes=1))
+    with pytest.raises(UsageError, match="--processes is for --dry-run"):
+        config_for(tiny_model, tiny_data, tmp_path / "run", processes=2)
+
+
 def test_the_example_shows_each_token_and_which_of_them_carry_loss(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     plan = preflight(config_for(tiny_model, tiny_data, tmp_path / "run"))
     example = plan.prepared.train.examples[0]
@@ -199,7 +253,7 @@ def test_a_full_gpu_ends_in_the_setting_that_would_fit(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(training, "CoraTrainer", Full)
-    monkeypatch.setattr(fitting, "_capacity", lambda device: needed * 0.8 / fitting.USABLE)
+    monkeypatch.setattr(fitting, "_capacity", lambda device: needed * 0.8 / USABLE)
     with pytest.raises(
         CoraError, match=r"--tokens-per-row \d+ would fit with 0\.\d GiB; there was no checkpoint yet"
     ) as caught:

@@ -1,21 +1,23 @@
 """Count the bytes of all tensors that are alive while a model trains, by what they are for, on real tensors or on fake ones.
 
 Fake tensors have shapes but no values (torch's `FakeTensorMode`), so the training of any model can be measured within seconds and without
-its memory. `preflight` does that.
+its memory. The dry runs do that.
 """
 
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from cora_cli.models.skeleton import build_skeleton
 
-Part = Literal["weights", "adapter", "gradients", "optimizer", "activations", "logits"]
+Part = Literal["weights", "gathered", "adapter", "gradients", "optimizer", "cache", "activations", "logits"]
+"""`gathered`: the complete weights of the layers that compute, where the model is divided; `cache`: keys and values of earlier tokens."""
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -23,7 +25,8 @@ class StorageMeter(TorchDispatchMode):
     """Counts the storages that operations create while it is active, from their creation until they are freed.
 
     `peak` has the bytes of each part at the moment of their largest sum. Results whose last dimension is the vocabulary are logits, a
-    converted copy of a weight is a weight, and everything else is an activation unless `assign` or `creating` says otherwise.
+    converted copy of a weight is a weight, and everything else is an activation unless `assign` or `creating` says otherwise. FSDP2's
+    buffers are known by its operators.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -39,9 +42,13 @@ class StorageMeter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation and count what it returns."""
+        if DTensor in types:
+            return NotImplemented  # its operations on local tensors come here
         result = func(*args, **(kwargs or {}))
+        self._name_buffers(func, args, kwargs or {}, result)
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
+            # A divided tensor finds the shapes of results on complete ones without memory.
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 self._count(tensor, func, args)
         return result
 
@@ -56,20 +63,58 @@ class StorageMeter(TorchDispatchMode):
             part = "logits"
         self.assign([tensor], part)
 
+    def _name_buffers(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Give FSDP2's buffers their parts: it creates them as any tensor, and frees and refills them by resizing their storages."""
+        if func.namespace == "fsdp":
+            name = func._opname
+            if name == "all_gather_copy_in":
+                self.assign([result[1]], "gathered")
+            elif name == "split_with_sizes_copy":
+                self.assign(kwargs["out"], "gathered")
+            elif name == "chunk_cat":
+                self.assign([*args[0], kwargs["out"]], "gradients")
+        elif func.namespace == "c10d" and func._opname == "_reduce_scatter_base_":
+            self.assign([args[0]], "gradients")
+
     def assign(self, tensors: Iterable[torch.Tensor], part: Part) -> None:
-        """Count the storages of `tensors` as this part, whether they are known already or not."""
+        """Count the storages of `tensors` as this part, whether they are known already or not; of a divided one, this process's share."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
+            storage = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
             key = storage._cdata
             if key in self._storages:
                 self._forget(key)
             else:
                 weakref.finalize(storage, self._forget, key).atexit = False
-            self._storages[key] = part, storage.nbytes()
-            self._now[part] += storage.nbytes()
-            self._total += storage.nbytes()
+            self._enter(storage, part)
+
+    def _enter(self, storage: torch.UntypedStorage, part: Part) -> None:
+        self._storages[storage._cdata] = part, storage.nbytes()
+        self._now[part] += storage.nbytes()
+        self._total += storage.nbytes()
         if self._total > self._largest:
             self._largest, self.peak = self._total, dict(self._now)
+
+    def __enter__(self) -> Self:
+        """Count from now on, also where a storage is resized, which is no operation."""
+        plain = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            known = self._storages.get(storage._cdata)
+            plain(storage, size)
+            if known is not None:
+                self._forget(storage._cdata)
+                self._enter(storage, known[0])
+            return storage
+
+        self._plain_resize = plain
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Count no more."""
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._plain_resize  # type: ignore[method-assign]
 
     def restart(self) -> None:
         """Look for the largest sum from now on."""
@@ -90,11 +135,16 @@ class StorageMeter(TorchDispatchMode):
             self._usual = usual
 
 
-def follow_training(meter: StorageMeter, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Let the meter know weights, adapter, gradients and the optimizer's state by name."""
+def follow_weights(meter: StorageMeter, model: Any) -> None:
+    """Let the meter know weights and adapter by name."""
     prefix = getattr(model.base_model, "prefix", None)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         meter.assign([tensor], "adapter" if prefix and prefix in name else "weights")
+
+
+def follow_training(meter: StorageMeter, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Let the meter know weights, adapter, gradients and the optimizer's state by name."""
+    follow_weights(meter, model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda tensor: meter.assign([tensor.grad], "gradients"))

@@ -1,0 +1,55 @@
+"""The weight matrices of a model for a plan: their shapes are known, and their data need not be here.
+
+A model without weights is described by its configuration alone.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from cora_cli.errors import CoraError
+from cora_cli.models.checkpoint import Checkpoint
+from cora_cli.models.references import ModelPath, recorded_base, resolve_model
+from cora_cli.models.skeleton import skeleton_of
+from cora_cli.weights.sources import AdapterSource, ModelSource, WeightSource, architecture_of
+
+
+class PlannedSource(WeightSource):
+    """A complete model without weights: its linear layers and embeddings, in the type that its configuration names."""
+
+    def __init__(self, model: ModelPath) -> None:
+        self.reference, self.revision = model.reference, model.revision
+        self.architecture = architecture_of(model.language_config())
+        self.shapes = {}
+        self._bytes: dict[str, int] = {}
+        for name, module in skeleton_of(model).model.named_modules():
+            if isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding):
+                rows, columns = module.weight.shape
+                self.shapes[name] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+                self._bytes[name] = module.weight.element_size()
+
+    def entry_bytes(self, module: str) -> int:
+        """See `WeightSource.entry_bytes`."""
+        return self._bytes[module]
+
+    def read(self, module: str) -> torch.Tensor:
+        """Raises `CoraError`: there is nothing to read."""
+        raise CoraError(f"{self.reference} holds no weights")
+
+    def content_hash(self, modules: Iterable[str]) -> str:
+        """Raises `CoraError`, as `read` does."""
+        raise CoraError(f"{self.reference} holds no weights")
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """None."""
+        return []
+
+
+def open_planned(model: ModelPath, base: WeightSource | None = None) -> WeightSource:
+    """As `open_source`, also for a model, or the base of an adapter, that holds no weights."""
+    if model.is_adapter:
+        name = recorded_base(model.adapter_config()) if base is None else None
+        return AdapterSource(model, open_planned(resolve_model(name, weights=False)) if name else base)
+    return ModelSource(model) if model.has_weights else PlannedSource(model)
