@@ -122,7 +122,8 @@ def test_a_job_with_another_command_is_cancelled_before_the_step_is_queued(
 ) -> None:
     states = {"12": "RUNNING"}
     waiting, earlier = left(tmp_path, monkeypatch, states, ["train", "--rank", "8"])
-    monkeypatch.setattr("cora_cli.experiments.slurm._LAG_SECONDS", float("inf"))  # the queue of this test knows only the earlier job
+    # The queue of this test knows only the earlier job.
+    monkeypatch.setattr("cora_cli.experiments.slurm._LAG_SECONDS", float("inf"))
     monkeypatch.setattr(earlier, "cancel", lambda check: states.clear() or setattr(earlier, "cancelled", True))
     job = waiting.submit("train", ["no-such-command"], tmp_path / "step.log")
     assert earlier.cancelled
