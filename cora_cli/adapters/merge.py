@@ -12,6 +12,7 @@ from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import base_of, check_base, load_adapter
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import adapted_layers
+from cora_cli.models.checkpoint import is_finite
 from cora_cli.models.loading import load_model, load_tokenizer, stored_types
 from cora_cli.models.references import ModelPath
 from cora_cli.models.trained_on import carry_record
@@ -65,6 +66,11 @@ def merge_adapter(
     for name, parameter in merged.named_parameters():
         if name in stored:
             parameter.data = parameter.data.to(stored[name])
+            if not is_finite(parameter.data):
+                kind = str(stored[name]).removeprefix("torch.")
+                raise CoraError(
+                    f"{adapter.reference}: {name} is stored as {kind}, which the merged weight exceeds; use --dtype fp32"
+                )
     try:
         with rundir.atomic_path(output, replace=False) as temporary:
             merged.save_pretrained(temporary)

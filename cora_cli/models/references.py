@@ -188,7 +188,8 @@ class ModelPath:
 
     def content_hashes(self) -> set[str]:
         """`content_hash`, and the hash that earlier versions recorded, which covered weight files that are never read."""
-        return {self.content_hash(), self._hash(self._adapter_files() if self.is_adapter else self._loose_files())}
+        files, earlier = self.weight_files(), self._adapter_files() if self.is_adapter else self._loose_files()
+        return {self._hash(each) for each in ([files] if files == earlier else [files, earlier])}
 
     def hashed_files(self) -> list[Path]:
         """The files that `content_hash` covers."""

@@ -280,3 +280,16 @@ def test_an_adapter_that_is_not_finite_is_refused_by_key(tiny_model, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CoraError, match=r"lora_A\.weight holds values that are not finite"):
         merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+
+
+def test_a_merged_weight_that_the_type_of_the_base_cannot_hold_is_refused(tiny_model, tmp_path):
+    base = copy_of(tiny_model, tmp_path / "base", torch.float16)
+    tensors = load_file(base / "model.safetensors")
+    mixed = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
+    save_file(mixed, base / "model.safetensors", metadata={"format": "pt"})
+    foreign(base, tmp_path / "adapter", lora_alpha=10_000_000)
+    with pytest.raises(
+        CoraError, match=r"q_proj\.weight is stored as float16, which the merged weight exceeds; use --dtype fp32"
+    ):
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
