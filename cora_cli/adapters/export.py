@@ -19,6 +19,7 @@ from cora_cli.adapters.storage import (
     WEIGHTS_FILE,
     base_of,
     check_base,
+    check_basis,
     check_rank,
     load_adapter,
     order_names,
@@ -55,6 +56,7 @@ def export_adapter(
         raise CoraError(f"{output} exists already; choose a new directory")
     if not adapter.is_adapter:
         raise CoraError(f"{adapter.reference} is a complete model: there is no adapter to export")
+    check_basis([adapter], basis_path)
     if rank is not None:
         check_rank(adapter, rank)
     say_mean(adapter)

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -319,13 +319,33 @@ def base_of(adapter: ModelPath) -> ModelPath:
 
 def check_base(adapter: ModelPath, base: ModelPath) -> None:
     """Raise `CoraError` where `base` is not the model that a `cora` adapter was trained on; others do not record it."""
+    if other := _other_base(adapter, base):
+        raise CoraError(other)
+
+
+def say_other_base(adapter: ModelPath, base: ModelPath) -> None:
+    """Say so where the base that the user names is not the one of `check_base`; it may be the same model in another precision."""
+    if other := _other_base(adapter, base):
+        say(other)
+
+
+def _other_base(adapter: ModelPath, base: ModelPath) -> str | None:
     facts = read_facts(adapter.path)
-    if facts is not None and facts.base_sha256 not in base.content_hashes():
-        raise CoraError(
-            f"{adapter.reference} was trained on {facts.base} with content hash {facts.base_sha256}, but {base.path} has "
-            f"{base.content_hash()}: "
-            "it is another model, or it has changed"
-        )
+    if facts is None or facts.base_sha256 in base.content_hashes():
+        return None
+    return (
+        f"{adapter.reference} was trained on {facts.base} with content hash {facts.base_sha256}, but {base.path} has {base.content_hash()}: "
+        "it is another model, or it has changed"
+    )
+
+
+def check_basis(adapters: Iterable[ModelPath | None], basis_path: Path | None) -> None:
+    """Raise `CoraError` for a basis that the user names although no adapter's B comes from one."""
+    known = [adapter for adapter in adapters if adapter is not None]
+    facts = [read_facts(adapter.path) for adapter in known]
+    if basis_path is not None and not any(one is not None and one.compact and one.plan.needs_basis for one in facts):
+        what = f"{known[0].reference} stores its own B" if known else "there is no adapter"
+        raise CoraError(f"--basis {basis_path} has no effect, since {what}; leave it out")
 
 
 def make_room(model: PeftModel, checkpoint: Path) -> None:

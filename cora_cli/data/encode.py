@@ -4,11 +4,13 @@ The loss mask depends only on that length, never on a token's id, because the en
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from cora_cli.data.records import Record, place_of
-from cora_cli.data.templates import Rendered, Template
+from cora_cli.data.templates import Rendered, Template, left_out_notice
 from cora_cli.errors import CoraError
 
 
@@ -26,7 +28,7 @@ class EncodedSet:
 
     `truncated` counts the prompts that lost their beginning to fit `max_length`, `dropped` the records whose response does not fit
     at all and the `promptless` ones, `cut` the texts without prompt that lost their end, `empty` those with an empty answer, `control_tokens` the records whose text spells a control token, and `apart` those that the chat template renders
-    otherwise than prompt and answer (`Rendered.own_turn`).
+    otherwise than prompt and answer (`Rendered.own_turn`). `left_out` has by role the records with text that it does not write.
     """
 
     examples: list[Example]
@@ -37,6 +39,7 @@ class EncodedSet:
     promptless: int = 0
     empty: int = 0
     cut: int = 0
+    left_out: Mapping[str, int] = MappingProxyType({})
 
     @property
     def tokens(self) -> int:
@@ -67,11 +70,13 @@ def encode_records(
     longest = max_length if context is None else min(max_length, context)
     examples: list[Example] = []
     truncated = dropped = apart = promptless = empty = cut = 0
+    left_out: Counter[str] = Counter()
     records = [turn for record in records for turn in template.turns(record)] if every_answer else records
     for record in records:
         rendered = template.render(record)
         prompt, response = split_tokens(rendered, template.tokenizer)
         apart += not rendered.own_turn
+        left_out.update(rendered.left_out)
         if rows is not None:
             check_rows([*prompt, *response], rows, place_of(record), template.tokenizer)
         if template.schema == "text":
@@ -97,7 +102,7 @@ def encode_records(
             limit, remedy = f"the model's context of {context} tokens", "use shorter records, or a model with a longer context"
         raise CoraError(f"all {len(records)} {what} records were dropped: no response fits into {limit}; {remedy}")
     spelled = sum(map(template.spells_control_tokens, records))
-    return EncodedSet(examples, truncated, dropped, spelled, apart, promptless, empty, cut)
+    return EncodedSet(examples, truncated, dropped, spelled, apart, promptless, empty, cut, left_out)
 
 
 def notices(encoded: EncodedSet) -> list[str]:
@@ -116,6 +121,7 @@ def notices(encoded: EncodedSet) -> list[str]:
             f"{encoded.apart} answers trained as they are in the data, because the chat template renders the conversation otherwise "
             "than its prompt followed by the answer",
         ),
+        (encoded.left_out, left_out_notice(encoded.left_out)),
     )
     return [text for holds, text in facts if holds]
 

@@ -9,17 +9,18 @@ import dataclasses
 import functools
 import importlib.metadata
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from cora_cli import records as shapes
 from cora_cli import rundir
-from cora_cli.adapters.storage import check_base
+from cora_cli.adapters.storage import check_base, check_basis
 from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
 from cora_cli.data.records import Record, Schema, place_of, unused_columns
 from cora_cli.data.split import BUILTIN_PREFIX, Choice, load_test_records
-from cora_cli.data.templates import Rendered, Template, choose_template, unread_notice
+from cora_cli.data.templates import Rendered, Template, choose_template, left_out_notice, unread_notice
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import Backend, open_transformers, open_vllm
@@ -120,6 +121,8 @@ def _evaluate(config: EvaluateConfig, hardware: Hardware, processes: Processes) 
                 )
             ]
     targets = find_targets(config)
+    adapters = [member.adapter for target in targets for member in target.members]
+    check_basis(adapters, Path(config.basis) if config.basis else None)
     trained = trained_prompts(targets)
     with contextlib.ExitStack() as held:
         for target in targets:
@@ -196,7 +199,7 @@ def _evaluate_target(
         if not measured:
             examples = reference_examples(records, rendered, tokenizer, backend.rows, backend.context)
         if not complete:
-            _say_about_records(target, records, template)
+            _say_about_records(target, records, rendered, template)
             _answer(
                 config,
                 target,
@@ -308,11 +311,13 @@ def _tokens(predictions: Path) -> Sequence[shapes.ReferenceTokens] | None:
     return tokens_of(read_jsonl(predictions), predictions)
 
 
-def _say_about_records(target: Target, records: Sequence[Record], template: Template) -> None:
+def _say_about_records(target: Target, records: Sequence[Record], rendered: Sequence[Rendered], template: Template) -> None:
     if not target.dataset.startswith(BUILTIN_PREFIX) and (unused := unused_columns(records, template.schema)):
         say(f"{target.dataset}: columns that are not used: {', '.join(unused)}")
     if unread := template.unread(records):
         say(f"{target.dataset}: {unread_notice(unread)}")
+    if left_out := Counter(role for text in rendered for role in text.left_out):
+        say(f"{target.dataset}: {left_out_notice(left_out)}")
     if count := sum(map(template.spells_control_tokens, records)):
         say(f"{target.dataset} has {len(records)} records, {control_tokens_notice(count)}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from cora_cli.adapters.storage import check_base, say_other_base
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side
 from cora_cli.errors import CoraError, UsageError
@@ -77,7 +78,7 @@ def inspect(
             )
     named = [reference for reference in references if reference not in files]
     paths = [resolve_model(reference) for reference in named]
-    base = base or _common_base(paths)
+    named_base, base = base, base or _common_base(paths)
     if runs and not (named and base):
         raise UsageError(
             "--runs needs models and their --base, because it compares losses with the capture of the models' changes"
@@ -86,7 +87,11 @@ def inspect(
         raise UsageError("--runs cannot be used with --side input, because the start of B consists of output directions")
     if len(named) == 1 and not bases and base is None:
         raise UsageError("one model alone cannot be compared; name other models, a basis file, or its --base")
-    base_source = open_source(resolve_model(base)) if base else None
+    base_path = resolve_model(base) if base else None
+    for path in paths:
+        if base_path is not None and path.is_adapter:
+            (say_other_base if named_base else check_base)(path, base_path)
+    base_source = open_source(base_path) if base_path else None
     models = {name: open_source(path, base_source) for name, path in zip(short_names(named), paths, strict=True)}
     rank = rank or min((one.rank for one in bases.values()), default=DEFAULT_RANK)
     targets = target_modules or next((one.choices.target_modules for one in bases.values()), DEFAULT_TARGET_MODULES)
