@@ -62,6 +62,8 @@ def _described(error: Exception) -> str:
         return (
             f"a library cannot use the name {rundir.utf8(error.object)[:200]!r} where the locale is not UTF-8; set PYTHONUTF8=1"
         )
+    if "No usable temporary directory" in detail:
+        return "there is no directory for temporary files that can be written; set the environment variable TMPDIR to one"
     if rundir.is_disk_full(error):
         return f"the disk is full: {detail}"
     if is_out_of_memory(error):

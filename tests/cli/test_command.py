@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from cora_cli.cli import app
-from cora_cli.cli.command import command
+from cora_cli.cli.command import clean_errors, command
 from cora_cli.cli.extract_basis import ExtractConfig
 from cora_cli.environment import quiet_libraries
 from cora_cli.errors import CoraError, UsageError
@@ -270,3 +271,13 @@ def test_warnings_of_the_libraries_that_only_this_program_could_heed_stay_off_th
         for module in ("peft.tuners.lora", "transformers.modeling_utils", "numpy.linalg"):
             warnings.warn_explicit("odd", UserWarning, "file.py", 1, module=module, registry={})
     assert len(caught) == 1
+
+
+def test_a_machine_without_a_place_for_temporary_files_is_told_the_variable_that_helps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere/at/all"])
+    with pytest.raises(typer.Exit), clean_errors(debug=False):
+        tempfile.mkdtemp()
+    assert "set the environment variable TMPDIR to one" in capsys.readouterr().err

@@ -108,3 +108,25 @@ main()
     assert (ended.returncode, ended.stdout) == (130, "")
     assert ended.stderr.startswith("cora: interrupted")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_standard_stream_neither_fails_a_command_nor_gets_into_its_files(closed, tmp_path):
+    script = """
+import os, sys
+from cora_cli.terminal import open_missing_streams
+open_missing_streams()
+assert os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) > 2
+print("out", flush=True)
+print("err", file=sys.stderr, flush=True)
+sys.stdin.read()
+"""
+    ended = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, script, str(tmp_path / "file")],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (ended.stdout, ended.stderr) == ("" if closed == ">&-" else "out\n", "" if closed == "2>&-" else "err\n")
