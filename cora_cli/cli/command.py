@@ -62,13 +62,40 @@ def _described(error: Exception) -> str:
         return (
             f"a library cannot use the name {rundir.utf8(error.object)[:200]!r} where the locale is not UTF-8; set PYTHONUTF8=1"
         )
-    if "No usable temporary directory" in detail:
-        return "there is no directory for temporary files that can be written; set the environment variable TMPDIR to one"
-    if rundir.is_disk_full(error):
-        return f"the disk is full: {detail}"
-    if is_out_of_memory(error):
-        return f"not enough memory; use smaller settings or a smaller model{f' ({detail})' if detail else ''}"
+    if machine := _lacking(error, detail):
+        return machine
     return f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)"
+
+
+def _lacking(error: Exception, detail: str) -> str | None:
+    """What this machine lacks, with the remedy; None for an error of another kind."""
+    signs = (
+        (
+            isinstance(error, RuntimeError) and "home directory" in detail,
+            "the home directory of this user is not known; set the environment variable HOME",
+        ),
+        (
+            isinstance(error, FileNotFoundError) and not _has_working_directory(),
+            "the working directory was removed; change to another one",
+        ),
+        (
+            "No usable temporary directory" in detail,
+            "there is no directory for temporary files that can be written; set the environment variable TMPDIR to one",
+        ),
+        (rundir.is_disk_full(error), f"the disk is full: {detail}"),
+        (
+            is_out_of_memory(error),
+            f"not enough memory; use smaller settings or a smaller model{f' ({detail})' if detail else ''}",
+        ),
+    )
+    return next((sentence for holds, sentence in signs if holds), None)
+
+
+def _has_working_directory() -> bool:
+    try:
+        return bool(Path.cwd())
+    except FileNotFoundError:
+        return False
 
 
 def nothing_is_saved(_: Any) -> str:

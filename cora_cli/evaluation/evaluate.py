@@ -10,14 +10,21 @@ import functools
 import importlib.metadata
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.storage import check_base, check_basis
-from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
+from cora_cli.data.encode import (
+    check_rows,
+    control_tokens_notice,
+    encode_prompt,
+    has_unknown,
+    shorten_prompt,
+    unknown_notice,
+)
 from cora_cli.data.records import Record, Schema, place_of, unused_columns
 from cora_cli.data.split import BUILTIN_PREFIX, Choice, load_test_records
 from cora_cli.data.templates import Rendered, Template, choose_template, left_out_notice, unread_notice
@@ -199,7 +206,7 @@ def _evaluate_target(
         if not measured:
             examples = reference_examples(records, rendered, tokenizer, backend.rows, backend.context)
         if not complete:
-            _say_about_records(target, records, rendered, template)
+            _say_about_records(target, records, rendered, prompts, template)
             _answer(
                 config,
                 target,
@@ -210,7 +217,7 @@ def _evaluate_target(
                 rendered,
                 prompts,
                 tokenizer,
-                template.ends,
+                template,
                 backend,
                 out,
                 processes,
@@ -267,7 +274,7 @@ def _answer(
     rendered: Sequence[Rendered],
     prompts: Sequence[list[int]],
     tokenizer: Any,
-    template_ends: Collection[int],
+    template: Template,
     backend: Backend,
     out: EvaluationDirectory,
     processes: Processes,
@@ -290,12 +297,13 @@ def _answer(
         say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
     rundir.write_json(out.generation, {"name": target.name, "settings": settings})
     engine = backend.start([request.input_ids for request in requests])
-    speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples, processes, (target, template_ends))
+    speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples, processes, (target, template.ends))
     rundir.write_json(
         out.generation,
         {
             "name": target.name,
             "settings": settings,
+            "template": template.name,
             "prompts_cut": cut,
             **({"prompts_trained_on": trained_on} if trained_on else {}),
             **({"not_merged": backend.not_merged} if backend.not_merged else {}),
@@ -311,13 +319,21 @@ def _tokens(predictions: Path) -> Sequence[shapes.ReferenceTokens] | None:
     return tokens_of(read_jsonl(predictions), predictions)
 
 
-def _say_about_records(target: Target, records: Sequence[Record], rendered: Sequence[Rendered], template: Template) -> None:
+def _say_about_records(
+    target: Target,
+    records: Sequence[Record],
+    rendered: Sequence[Rendered],
+    prompts: Sequence[Sequence[int]],
+    template: Template,
+) -> None:
     if not target.dataset.startswith(BUILTIN_PREFIX) and (unused := unused_columns(records, template.schema)):
         say(f"{target.dataset}: columns that are not used: {', '.join(unused)}")
     if unread := template.unread(records):
         say(f"{target.dataset}: {unread_notice(unread)}")
     if left_out := Counter(role for text in rendered for role in text.left_out):
         say(f"{target.dataset}: {left_out_notice(left_out)}")
+    if count := sum(has_unknown(prompt, template.tokenizer) for prompt in prompts):
+        say(f"{target.dataset} has {len(records)} records, {unknown_notice(count)}")
     if count := sum(map(template.spells_control_tokens, records)):
         say(f"{target.dataset} has {len(records)} records, {control_tokens_notice(count)}")
 

@@ -76,7 +76,7 @@ def _fit(hint: Any, value: Any) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             return float(value) if isinstance(value, int | float | str) else None
-        except ValueError:
+        except (ValueError, OverflowError):  # an integer of hundreds of digits
             return None
     return value if type(value) is hint else None
 

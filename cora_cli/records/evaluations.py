@@ -13,11 +13,12 @@ _TOKENS = "reference_tokens"
 
 
 class Generation(TypedDict):
-    """`generation.json`."""
+    """`generation.json`; `template` is the one that `auto` in the settings became."""
 
     name: str
     settings: dict[str, Any]
     predictions_sha256: NotRequired[str]
+    template: NotRequired[str]
     prompts_cut: NotRequired[int]
     prompts_trained_on: NotRequired[int]
     not_merged: NotRequired[str]
@@ -31,6 +32,7 @@ class UsedGeneration(TypedDict):
     """The copy of `generation.json` in `metrics.json`; empty where the predictions came without it."""
 
     settings: NotRequired[dict[str, Any]]
+    template: NotRequired[str]
     prompts_cut: NotRequired[int]
     prompts_trained_on: NotRequired[int]
 

@@ -211,6 +211,10 @@ def _read_row(
         adapter_bytes = _adapter_bytes(run, record)
         if run.heldout.exists():
             measures[LOSS] = read_loss(run, record, "after")
+        elif record["heldout"] is not None:
+            missing.append(
+                Missing(row, "held-out loss", f"{run.heldout} does not exist, although the run measured it; restore it")
+            )
     generation: dict[str, Any] = {}
     references = None
     if row.evaluation is None:

@@ -281,3 +281,20 @@ def test_a_machine_without_a_place_for_temporary_files_is_told_the_variable_that
     with pytest.raises(typer.Exit), clean_errors(debug=False):
         tempfile.mkdtemp()
     assert "set the environment variable TMPDIR to one" in capsys.readouterr().err
+
+
+def test_a_working_directory_that_was_removed_and_a_home_that_is_not_known_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(typer.Exit), clean_errors(debug=False):
+        Path("run").absolute()
+    assert "the working directory was removed" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(typer.Exit), clean_errors(debug=False):
+        Path("~/cora").expanduser()
+    assert "set the environment variable HOME" in capsys.readouterr().err
