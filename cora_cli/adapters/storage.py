@@ -38,6 +38,7 @@ from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 from cora_cli.progress import say
+from cora_cli.records import read_run
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _OWN_TYPE = "CORA_"
@@ -98,6 +99,21 @@ def stores_trained(plan: AdapterPlan) -> bool:
     return method_of(plan.mode).stored_as_trained and not plan.own.get("start")
 
 
+def check_is_complete(adapter: ModelPath) -> None:
+    """Raise `CoraError` for a checkpoint of a run whose trained tensors are not all of the adapter, such as one beside a frozen mean."""
+    place = rundir.absolute(adapter.path)
+    run = rundir.RunDirectory(place.parent.parent)
+    if place.parent != run.checkpoints or not run.exists() or (plan := read_run(run)["plan"]) is None:
+        return
+    method_of(plan["mode"], run.record)
+    if not stores_trained(AdapterPlan.from_dict(plan)):
+        start = f" with --start {plan['start']}" if plan.get("start") else ""
+        raise CoraError(
+            f"{adapter.reference} is a checkpoint of a run of mode {plan['mode']}{start}, which holds only what is trained and not all that the "
+            f"adapter adds; complete the run with --resume, and name {run.root}"
+        )
+
+
 def order_names(config: Any) -> None:
     """Sort the sets of names in a configuration, which PEFT would write in the order of Python's hash seed."""
     for name, value in vars(config).items():
@@ -148,6 +164,7 @@ def load_adapter(
     Raises `CoraError` where keys are missing or unknown, where a needed basis differs from the recorded one, where a trained adapter
     changes nothing, and, if `trainable`, where the stored tensors are not the trained ones.
     """
+    check_is_complete(adapter)
     facts = read_facts(adapter.path)
     if rank is not None:
         check_rank(adapter, rank)

@@ -193,8 +193,8 @@ def stored_types(model: ModelPath, trust_remote_code: bool = False) -> dict[str,
 def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: ModelPath | None = None) -> Any:
     """Load a model's tokenizer, with the chat template of `adapter` if its directory holds one but no tokenizer.
 
-    Without a padding token it pads with the end token, which is safe because no loss mask depends on token ids. Raises
-    `CoraError` if the tokenizer cannot be loaded or has no end token.
+    It gets no padding token that it does not have, since it is written next to merged models. Raises `CoraError` if the tokenizer cannot
+    be loaded or has no end token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
@@ -207,8 +207,6 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         tokenizer.chat_template = read_text(adapter.chat_template)
     if tokenizer.eos_token_id is None:
         raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so generation would never stop")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

@@ -293,3 +293,13 @@ def test_a_merged_weight_that_the_type_of_the_base_cannot_hold_is_refused(tiny_m
     ):
         merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_tokenizer_without_a_padding_token_is_written_without_one(tiny_model, tmp_path):
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    foreign(base, tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(base).pad_token is AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token is None
