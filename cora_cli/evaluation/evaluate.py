@@ -55,6 +55,7 @@ from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.lock import own_directory
 from cora_cli.models.loading import load_tokenizer
+from cora_cli.models.trained_on import trained_on
 from cora_cli.progress import say
 from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory
@@ -157,7 +158,7 @@ def _evaluate_target(
     executor: Executor | None,
     processes: Processes,
 ) -> Evaluation:
-    records, schema, trained_on = _records(config, target, trained)
+    records, schema, also_trained = _records(config, target, trained)
     columns = [problem_columns(record) for record in records]
     problems = None
     if executor is not None:
@@ -184,13 +185,14 @@ def _evaluate_target(
         **_backend_settings(config, target, hardware),
     }
     tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
-    name = choose_template(target.template, schema, tokenizer)
-    template = Template(name, schema, tokenizer, target.date or recorded_date(target.output, settings))
+    template = _template(target, schema, tokenizer, recorded_date(target.output, settings))
     if template.reads_clock:
         settings["template_date"] = template.date
         say(f"{target.name}: the chat template writes the date into its prompts: {template.date}")
     elif config.template_date:
-        raise CoraError(f"--template-date has no effect: the template {name} of {target.name} writes no date; leave it out")
+        raise CoraError(
+            f"--template-date has no effect: the template {template.name} of {target.name} writes no date; leave it out"
+        )
     out = place_of_work(target.output, settings, config.overwrite)
     complete = predictions_are_complete(out, settings)
     if complete:
@@ -211,7 +213,7 @@ def _evaluate_target(
                 config,
                 target,
                 settings,
-                trained_on,
+                also_trained,
                 records,
                 columns,
                 rendered,
@@ -234,6 +236,15 @@ def _evaluate_target(
     return evaluation
 
 
+def _template(target: Target, schema: Schema, tokenizer: Any, recorded: str | None) -> Template:
+    """The template of the target's prompts, whose date may be a `recorded` one; says so where the training had another."""
+    name = choose_template(target.template, schema, tokenizer)
+    known = trained_on(target.adapter or target.base)
+    if known is not None and known.template not in (None, name):
+        say(f"{target.name} was trained with the template {known.template}, but these prompts have the template {name}")
+    return Template(name, schema, tokenizer, target.date or recorded)
+
+
 def _records(config: EvaluateConfig, target: Target, trained: TrainedPrompts) -> tuple[list[Record], Schema, int]:
     """The records to answer, their schema, and how many of them were trained on. Raises `CoraError` if there are none."""
     records, schema = load_test_records(target.dataset, Choice(config.columns, config.subset, config.split))
@@ -241,11 +252,11 @@ def _records(config: EvaluateConfig, target: Target, trained: TrainedPrompts) ->
         raise CoraError(
             f"{target.dataset} holds texts without prompts, so there is nothing to answer; compare runs by their held-out loss"
         )
-    records, trained_on = trained.separate(records, schema, target, config.exclude_trained)
+    records, also_trained = trained.separate(records, schema, target, config.exclude_trained)
     records = records[: config.limit]
     if not records:
         raise CoraError(f"{target.dataset} has no records to answer")
-    return records, schema, trained_on
+    return records, schema, also_trained
 
 
 def _ensemble_settings(target: Target) -> dict[str, Any]:
@@ -268,7 +279,7 @@ def _answer(
     config: EvaluateConfig,
     target: Target,
     settings: dict[str, Any],
-    trained_on: int,
+    also_trained: int,
     records: Sequence[Record],
     columns: Sequence[dict[str, Any] | None],
     rendered: Sequence[Rendered],
@@ -305,7 +316,7 @@ def _answer(
             "settings": settings,
             "template": template.name,
             "prompts_cut": cut,
-            **({"prompts_trained_on": trained_on} if trained_on else {}),
+            **({"prompts_trained_on": also_trained} if also_trained else {}),
             **({"not_merged": backend.not_merged} if backend.not_merged else {}),
             "predictions_sha256": rundir.sha256_file(out.predictions),
             **speed,
