@@ -2,9 +2,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import cora_cli
 from cora_cli.cli import app
 
 # Runs `cora` with the arguments after the first, then writes the names of all modules that were imported.
@@ -130,3 +132,14 @@ sys.stdin.read()
     )
     assert ended.returncode == 0, ended.stderr
     assert (ended.stdout, ended.stderr) == ("" if closed == ">&-" else "out\n", "" if closed == "2>&-" else "err\n")
+
+
+def test_a_file_in_the_working_directory_is_not_imported_in_place_of_a_module(tmp_path):
+    for name in ("typer", "random", "datasets"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the working directory was imported')")
+    source = str(Path(cora_cli.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": source, "PYTHONSAFEPATH": ""}
+    words = [sys.executable, "-m", "cora_cli", "--version"]
+    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("cora ")
