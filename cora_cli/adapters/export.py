@@ -100,6 +100,12 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
     )
     if ours is None or isinstance(config, LoraConfig) or not wrapped.supports_lora_conversion():
         raise none
+    also = [*(config.modules_to_save or ()), *(["biases"] if getattr(config, "bias", "none") != "none" else [])]
+    if also:
+        raise CoraError(
+            f"{adapter.reference} uses {method} and also trained {', '.join(also)}, which would be lost in a LoRA; `cora merge` writes it as a "
+            "plain model"
+        )
     layers: list[tuple[str, Any]] = list(adapted_layers(wrapped))
     try:
         with torch.no_grad():

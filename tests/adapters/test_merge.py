@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoHaConfig, LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -303,3 +303,10 @@ def test_a_tokenizer_without_a_padding_token_is_written_without_one(tiny_model, 
     foreign(base, tmp_path / "adapter")
     merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
     assert AutoTokenizer.from_pretrained(base).pad_token is AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token is None
+
+
+def test_complete_weights_next_to_an_adapter_that_becomes_a_lora_are_not_lost(tiny_model, tmp_path):
+    config = LoHaConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], init_weights=False)
+    get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CoraError, match="uses LOHA and also trained norm, which would be lost in a LoRA"):
+        export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
