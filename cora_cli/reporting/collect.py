@@ -266,7 +266,7 @@ def _adapter_bytes(run: RunDirectory, record: dict[str, Any]) -> int:
     """
     if run.model.is_dir():
         return sum(path.stat().st_size for path in run.model.glob("*.safetensors"))
-    files = [path for path in (run.adapter.iterdir() if run.adapter.is_dir() else ()) if path.is_file()]
+    files = rundir.own_files(run.adapter)
     if rundir.sha256_files(files) != record["result_sha256"]:
         raise CoraError(
             f"{run.adapter} was altered or removed after it was written; run `cora train --resume` to write it again"
