@@ -172,9 +172,9 @@ class ModelPath:
         return []
 
     def _loose_files(self) -> list[Path]:
-        """Every weight file of the directory that is no adapter's."""
+        """Every weight file of the directory that is neither an adapter's nor hidden."""
         for ending in _ENDINGS:
-            names = (file for file in self.path.glob(f"*.{ending}") if not file.name.startswith("adapter_"))
+            names = (file for file in self.path.glob(f"*.{ending}") if not file.name.startswith(("adapter_", ".")))
             if found := sorted(file for file in names if not _NO_WEIGHTS.fullmatch(file.name)):
                 return found
         return []
