@@ -310,3 +310,14 @@ def test_complete_weights_next_to_an_adapter_that_becomes_a_lora_are_not_lost(ti
     get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(CoraError, match="uses LOHA and also trained norm, which would be lost in a LoRA"):
         export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+
+
+@pytest.mark.parametrize(("alpha", "lost"), [(8, False), (0.001, True)])
+def test_a_change_that_the_type_of_the_weights_rounds_away_is_named(alpha, lost, tiny_model, tmp_path, capsys):
+    base = copy_of(tiny_model, tmp_path / "base", torch.bfloat16)
+    foreign(base, tmp_path / "adapter", lora_alpha=alpha)
+    adapter = resolve_model(str(tmp_path / "adapter"))
+    merge_adapter(adapter, tmp_path / "merged")
+    assert ("of it is lost where the merged weights are rounded to their type" in capsys.readouterr().err) is lost
+    merge_adapter(adapter, tmp_path / "exact", dtype="fp32")
+    assert "is lost" not in capsys.readouterr().err
