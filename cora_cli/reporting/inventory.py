@@ -72,9 +72,11 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
         opaque = _OPAQUE if _is_output(place) else ()
         folders[:] = sorted(folder for folder in folders if folder not in opaque and not folder.startswith("."))
         yield place, sorted(files)
-        for link in (place / folder for folder in folders):
-            if link.is_symlink():
+        for link in (place / folder for folder in folders if (place / folder).is_symlink()):
+            try:
                 yield link, sorted(entry.name for entry in link.iterdir())
+            except OSError as error:
+                unreadable(error)
 
 
 def _is_output(folder: Path) -> bool:
