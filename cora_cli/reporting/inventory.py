@@ -38,7 +38,7 @@ def inventory(root: Path) -> list[Entry]:
     if not root.is_dir():
         raise CoraError(f"{root} is {'a file' if root.exists() else 'not there'}; name a folder with runs")
     found = []
-    for folder, files in _folders(root):
+    for folder, files in sorted(_folders(root)):
         if RunDirectory(folder).exists():
             found.append(_run(RunDirectory(folder)))
         if (evaluation := EvaluationDirectory(folder)).generation.is_file() or evaluation.metrics.is_file():
@@ -50,7 +50,7 @@ def inventory(root: Path) -> list[Entry]:
 def outputs_below(root: Path) -> list[Path]:
     """The directories below `root` that `cora report` can read: grids, and runs, evaluations and judgings that are part of none of these."""
     found: list[Path] = []
-    for folder, _ in _folders(root):
+    for folder, _ in sorted(_folders(root)):
         if any(parent in folder.parents for parent in found):
             continue
         if _is_output(folder):
