@@ -29,8 +29,8 @@ class CannotMerge(CoraError):
         )
 
 
-_MUCH = 0.1
-"""The share of a change whose loss is worth a word."""
+_MUCH = 0.5
+"""The share of a change whose loss is worth a word. Rounding that loses less is small against the change in the few directions that it has."""
 _DTYPES: dict[str, torch.dtype | str] = {"stored": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -223,7 +223,8 @@ class Template:
             end = self._turn_end.token if self._turn_end else None
             left_out = tuple(sorted(missing))
             return Rendered(prompt, content, special_tokens=False, end=end, own_turn=False, left_out=left_out)
-        if isinstance(content, str) and content.strip() not in rendered:
+        # Some templates set thoughts apart anew.
+        if isinstance(content, str) and not all(part.strip() in rendered for part in re.split("</?think>", content)):
             missing.add(messages[-1]["role"])
         response, end = self._without_end(rendered[len(prompt) :])
         lead = ""

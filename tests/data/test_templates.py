@@ -271,6 +271,8 @@ def test_thoughts_that_the_template_removes_are_named_where_they_are_the_answers
     question = {"role": "user", "content": "one?"}
     assert template.render({"messages": [question, thought]}).left_out == ("assistant",)
     assert template.render({"messages": [question, thought, *TALK["messages"][1:]]}).left_out == ()
+    apart = CHATML.replace("{{ m['content'] }}", "{{ m['content'] | replace('</think>', '\n</think>\n\n') }}")
+    assert Template("chat", "messages", with_template(apart)).render({"messages": [question, thought]}).left_out == ()
 
 
 def test_results_of_tools_that_the_template_quotes_are_not_left_out():
