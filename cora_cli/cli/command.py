@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import re
 import sys
 import types
 import typing
@@ -182,8 +183,13 @@ def _is_tuple(hint: Any) -> bool:
 
 def _to_field(hint: Any, value: Any) -> Any:
     if not _is_tuple(hint) or value is None:
-        return value
-    return comma_separated(value) if isinstance(value, str) else tuple(value)
+        return _at_home(value)
+    return tuple(map(_at_home, comma_separated(value) if isinstance(value, str) else value))
+
+
+def _at_home(value: Any) -> Any:
+    """A path below `~`, which shells leave as it is in `--name=~/path` and a file always does; other values as they are."""
+    return str(Path(value).expanduser()) if isinstance(value, str) and re.match("~[^/]*/", value) else value
 
 
 def _load_file(context: typer.Context, path: Path | None) -> Path | None:
@@ -191,7 +197,7 @@ def _load_file(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     with clean_errors("--debug" in sys.argv):
-        context.default_map = {**(context.default_map or {}), **_read_file(path, context)}
+        context.default_map = {**(context.default_map or {}), **_read_file(path.expanduser(), context)}
     return path
 
 

@@ -96,6 +96,15 @@ def test_lists_come_repeated_from_flags_and_as_lists_from_files(tmp_path: Path) 
     assert baked("--config", written(tmp_path, "flour: x\nguests: bob")).guests == ("bob",)
 
 
+def test_a_path_below_the_home_directory_is_found_in_flags_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "cake.yaml").write_text("to: ~/shelf\nlayers: [~/a, b]\n")
+    cake = baked("--config", str(tmp_path / "cake.yaml"), "--flour=~", "--toppings=~/c", "~/guest")
+    home = f"{tmp_path / 'home'}"
+    assert (cake.to, cake.layers, cake.toppings) == (f"{home}/shelf", (f"{home}/a", "b"), (f"{home}/c",))
+    assert (cake.guests, cake.flour) == ((f"{home}/guest",), "~")
+
+
 def test_files_may_write_names_with_dashes_numbers_as_text_and_leave_values_empty(tmp_path: Path) -> None:
     cake = baked("a", "--config", written(tmp_path, "flour: 405\neggs: '7'\nsugar: null\nlayers:\n  - 1\n  - 2\n"))
     assert (cake.flour, cake.eggs, cake.sugar, cake.layers) == ("405", 7, None, ("1", "2"))
