@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -122,7 +122,9 @@ def command(
         debug = values.pop("debug")
         del values["config"]
         with clean_errors(debug):
-            config = config_class(**{field.name: _to_field(hints[field.name], values[field.name]) for field in fields})
+            given = {field.name: _to_field(hints[field.name], values[field.name]) for field in fields}
+            _refuse_empty(fields, given)
+            config = config_class(**given)
             if problems := range_problems(config):
                 raise UsageError("; ".join(problems))
             with clean_errors(debug, (lambda: what_is_saved(config)) if what_is_saved else None):
@@ -135,6 +137,15 @@ def command(
     entry.__signature__ = inspect.Signature([*parameters, *_common_parameters()])  # type: ignore[attr-defined]
     entry.__doc__ = run.__doc__
     app.command(name, no_args_is_help=any(field.default is dataclasses.MISSING for field in fields))(entry)
+
+
+def _refuse_empty(fields: Iterable[dataclasses.Field], given: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for an empty text, as an unset variable of a shell gives, which is neither a value nor the default."""
+    for field in fields:
+        value = given[field.name]
+        if any(isinstance(one, str) and not one.strip() for one in (value if isinstance(value, tuple) else (value,))):
+            name = field.name if field.metadata["argument"] else f"--{field.name.replace('_', '-')}"
+            raise UsageError(f"{name} is empty; give it a value, or leave it out")
 
 
 def _common_parameters() -> list[inspect.Parameter]:

@@ -105,6 +105,25 @@ def test_a_path_below_the_home_directory_is_found_in_flags_and_files(tmp_path: P
     assert (cake.guests, cake.flour) == ((f"{home}/guest",), "~")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--to=", "ann"], "--to"),
+        (["ann", " "], "guests"),
+        (["ann", "--toppings", ""], "--toppings"),
+        (["--config=cake.yaml", "ann"], "--to"),
+    ],
+)
+def test_an_empty_value_is_not_taken_for_none(
+    arguments: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, 'to: ""')
+    result, seen = invoke("--flour=rye", *arguments)
+    assert (result.exit_code, seen) == (2, [])
+    assert f"{name} is empty; give it a value, or leave it out" in result.stderr
+
+
 def test_files_may_write_names_with_dashes_numbers_as_text_and_leave_values_empty(tmp_path: Path) -> None:
     cake = baked("a", "--config", written(tmp_path, "flour: 405\neggs: '7'\nsugar: null\nlayers:\n  - 1\n  - 2\n"))
     assert (cake.flour, cake.eggs, cake.sugar, cake.layers) == ("405", 7, None, ("1", "2"))
