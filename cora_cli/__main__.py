@@ -18,4 +18,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        # `python -m` puts the working directory first, where a file that is named like a module would be imported in its place.
+        del sys.path[0]
     main()

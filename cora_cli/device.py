@@ -56,6 +56,11 @@ def select_hardware(device: str, dtype: DtypeName) -> Hardware:
         )
     if gpus:
         rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if rank >= gpus:
+            raise CoraError(
+                f"the launcher started more processes than there are GPUs here: this one has the local rank {rank}, and torch finds {gpus}; "
+                "start at most one process per GPU"
+            )
         chosen, reason = torch.device("cuda", rank), torch.cuda.get_device_name(rank)
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

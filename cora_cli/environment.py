@@ -47,6 +47,15 @@ def forget_settings() -> None:
     if "LOCAL_RANK" not in os.environ:
         for name in _PROCESS_COUNTS:
             os.environ.pop(name, None)
+        return
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        # Without the processes of this host, they are all of them.
+        value = os.environ.get(name, os.environ.get("WORLD_SIZE", "") if name == "LOCAL_WORLD_SIZE" else "")
+        if not (value.isascii() and value.isdecimal()):
+            raise CoraError(
+                f"the environment variable LOCAL_RANK says that a launcher started this process, but {name} is {value!r} and not a whole "
+                "number; unset LOCAL_RANK, or start it with torchrun"
+            )
 
 
 def quiet_libraries() -> None:

@@ -29,10 +29,12 @@ def own_directory(out: Path, *parts: str) -> Iterator[int]:
     """Hold the directory `out`, created if need be, and remove what killed commands left; yields the lock's descriptor.
 
     `parts` names the folders below which the command also writes and the files it appends to. A directory that it created and left
-    empty disappears again. Raises `CoraError` if another process holds `out`, and if `out` or a part is a symbolic link.
+    empty disappears again. Raises `CoraError` if another process holds `out`, if `out` or a part is a symbolic link, and for a place in the result of
+    a run.
     """
     for place in (out, *(out / part for part in parts)):
         rundir.refuse_link(place)
+    _refuse_result(out)
     if not rundir.absolute(out).name:
         raise CoraError(f"{out} cannot be an output directory; choose a new or empty one")
     if out.exists() and not out.is_dir():
@@ -50,10 +52,20 @@ def own_directory(out: Path, *parts: str) -> Iterator[int]:
 def own_output(path: Path) -> Iterator[None]:
     """Hold a file or directory that the command writes all at once. Raises `CoraError` as `own_directory` does."""
     rundir.refuse_link(path)
+    _refuse_result(path)
     with _hold(_next_to(path), path):
         if path.parent.is_dir():
             _remove_leftovers(path.parent, path.name)
         yield
+
+
+def _refuse_result(path: Path) -> None:
+    """Raise `CoraError` for a place in the result of a run, which must stay what its training wrote."""
+    place = rundir.absolute(path)
+    for folder in (place, *place.parents):
+        run = rundir.RunDirectory(folder.parent)
+        if folder in (run.adapter, run.model) and run.exists():
+            raise CoraError(f"{path} is in {folder}, where the run {run.root} keeps its result; choose another place")
 
 
 def is_held(out: Path) -> bool:

@@ -110,6 +110,11 @@ def holds_files(directory: Path) -> bool:
     return any(not (entry.name.startswith(".") and entry.name.endswith((".tmp", ".lock"))) for entry in directory.iterdir())
 
 
+def own_files(folder: Path) -> list[Path]:
+    """The files in `folder` without hidden ones, which file managers and network file systems leave; of no folder, none."""
+    return [path for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_file() and not path.name.startswith(".")]
+
+
 def utf8(text: str) -> str:
     """`text` as UTF-8 can store it.
 
@@ -259,8 +264,7 @@ class RunDirectory:
 
     def result_hash(self) -> str:
         """SHA-256 over the files of the result; of no files where there is none."""
-        result = self.result
-        return sha256_files(path for path in (result.iterdir() if result.is_dir() else ()) if path.is_file())
+        return sha256_files(own_files(self.result))
 
     def check_result(self) -> None:
         """Raise `CoraError` unless the result is the one whose hash a finished run recorded."""

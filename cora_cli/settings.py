@@ -7,7 +7,10 @@ once. Parsing happens there, not here.
 import dataclasses
 import functools
 import math
+from collections.abc import Collection
 from typing import Any, Literal
+
+from cora_cli.errors import UsageError
 
 DtypeName = Literal["auto", "bf16", "fp32"]
 LARGEST_RANK = 65_536
@@ -62,6 +65,23 @@ def range_problems(config: Any) -> list[str]:
         if need:
             problems.append(f"--{name.replace('_', '-')} must be {need}")
     return problems
+
+
+def given(config: Any, names: Collection[str]) -> list[str]:
+    """Those of the settings `names` that are not at their defaults, as they are written on the command line."""
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            flag = f"--{'no-' if value is False else ''}{field.name.replace('_', '-')}"
+            found.append(f"{flag} {value}" if isinstance(value, str) and field.default is not None else flag)
+    return found
+
+
+def refuse_useless(config: Any, names: Collection[str], where: str) -> None:
+    """Raise `UsageError` for the first of the settings `names` that was given although it has no effect `where`."""
+    if useless := given(config, names):
+        raise UsageError(f"{useless[0]} has no effect {where}; leave it out")
 
 
 def comma_separated(text: str) -> tuple[str, ...]:

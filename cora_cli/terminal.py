@@ -39,6 +39,19 @@ def accept_any_text() -> None:
             stream.reconfigure(errors="replace")
 
 
+def open_missing_streams() -> None:
+    """Open the null device in place of each standard stream that the caller has closed.
+
+    Otherwise the next file that is opened gets its number, and what a library prints there would be written into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest free number
+            setattr(sys, name, os.fdopen(null, "w" if number else "r", encoding="utf-8"))
+
+
 def abandon_closed_pipes() -> None:
     """Drop what is still to be printed after a reader has gone, such as `head`; Python would complain about it at the end."""
     for stream in (sys.stdout, sys.stderr):

@@ -166,6 +166,13 @@ def test_a_launcher_that_gives_each_process_its_gpu_is_believed(gpus, environmen
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
+def test_more_processes_than_gpus_are_refused(gpus, environment):
+    gpus(2)
+    environment.setenv("LOCAL_RANK", "2")
+    with pytest.raises(CoraError, match="local rank 2, and torch finds 2; start at most one process per GPU"):
+        select_hardware("auto", "auto")
+
+
 def test_a_process_whose_cuda_has_started_keeps_what_it_sees(gpus, environment):
     gpus(2)
     environment.setattr(torch.cuda, "is_initialized", lambda: True)

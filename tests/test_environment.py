@@ -1,6 +1,7 @@
 """No variable of the environment changes a result; a launcher's own keep working (`training/test_distributed.py`)."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,4 +87,15 @@ def test_a_launcher_that_left_out_the_address_is_refused_by_name(monkeypatch: py
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(CoraError, match=r"LOCAL_RANK.*MASTER_ADDR is missing"):
+        forget_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("LOCAL_RANK", "first"), ("RANK", ""), ("WORLD_SIZE", "2(x3)"), ("LOCAL_WORLD_SIZE", "²")]
+)
+def test_a_launcher_s_numbers_are_numbers(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for each, right in (theirs | {name: value}).items():
+        monkeypatch.setenv(each, right)
+    with pytest.raises(CoraError, match=rf"but {name} is {re.escape(repr(value))} and not a whole number"):
         forget_settings()

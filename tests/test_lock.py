@@ -166,3 +166,17 @@ def test_files_get_the_mode_of_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(previous)
     assert (tmp_path / "weights" / "model.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("own", [own_directory, own_output])
+@pytest.mark.parametrize("inside", ["model", "adapter", "adapter/basis.safetensors"])
+def test_nothing_is_written_into_the_result_of_a_run(own, inside, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with (
+        pytest.raises(CoraError, match=r"where the run \S+run keeps its result; choose another place"),
+        own(tmp_path / "run" / inside),
+    ):
+        pass
+    with own(tmp_path / "run" / "merged"), own(tmp_path / "model"):
+        pass

@@ -248,6 +248,18 @@ def test_constructing_directories_touches_nothing_and_a_run_exists_with_its_reco
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == {"status": "running"}
 
 
+def test_a_hidden_file_beside_the_result_of_a_run_changes_nothing_and_another_one_does(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").write_text("weights")
+    rundir.write_json(run.record, {"result_sha256": run.result_hash()})
+    (run.adapter / ".DS_Store").write_text("x")
+    run.check_result()
+    (run.adapter / "more.json").write_text("{}")
+    with pytest.raises(CoraError, match="was changed after its training had finished"):
+        run.check_result()
+
+
 @pytest.mark.parametrize(
     "error",
     [

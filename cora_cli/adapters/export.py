@@ -19,6 +19,7 @@ from cora_cli.adapters.storage import (
     WEIGHTS_FILE,
     base_of,
     check_base,
+    check_basis,
     check_rank,
     load_adapter,
     order_names,
@@ -55,6 +56,7 @@ def export_adapter(
         raise CoraError(f"{output} exists already; choose a new directory")
     if not adapter.is_adapter:
         raise CoraError(f"{adapter.reference} is a complete model: there is no adapter to export")
+    check_basis([adapter], basis_path)
     if rank is not None:
         check_rank(adapter, rank)
     say_mean(adapter)
@@ -98,6 +100,12 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
     )
     if ours is None or isinstance(config, LoraConfig) or not wrapped.supports_lora_conversion():
         raise none
+    also = [*(config.modules_to_save or ()), *(["biases"] if getattr(config, "bias", "none") != "none" else [])]
+    if also:
+        raise CoraError(
+            f"{adapter.reference} uses {method} and also trained {', '.join(also)}, which would be lost in a LoRA; `cora merge` writes it as a "
+            "plain model"
+        )
     layers: list[tuple[str, Any]] = list(adapted_layers(wrapped))
     try:
         with torch.no_grad():

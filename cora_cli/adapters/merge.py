@@ -11,7 +11,8 @@ from cora_cli import rundir
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import base_of, check_base, load_adapter
 from cora_cli.errors import CoraError, is_out_of_memory, reason
-from cora_cli.methods.parts.layers import adapted_layers
+from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, linear_weight, lora_layers
+from cora_cli.models.checkpoint import is_finite
 from cora_cli.models.loading import load_model, load_tokenizer, stored_types
 from cora_cli.models.references import ModelPath
 from cora_cli.models.trained_on import carry_record
@@ -28,6 +29,8 @@ class CannotMerge(CoraError):
         )
 
 
+_MUCH = 0.5
+"""The share of a change whose loss is worth a word. Rounding that loses less is small against the change in the few directions that it has."""
 _DTYPES: dict[str, torch.dtype | str] = {"stored": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -65,6 +68,11 @@ def merge_adapter(
     for name, parameter in merged.named_parameters():
         if name in stored:
             parameter.data = parameter.data.to(stored[name])
+            if not is_finite(parameter.data):
+                kind = str(stored[name]).removeprefix("torch.")
+                raise CoraError(
+                    f"{adapter.reference}: {name} is stored as {kind}, which the merged weight exceeds; use --dtype fp32"
+                )
     try:
         with rundir.atomic_path(output, replace=False) as temporary:
             merged.save_pretrained(temporary)
@@ -85,6 +93,11 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
     if wrapped.active_peft_config.is_prompt_learning:
         raise CannotMerge(adapter, f"{wrapped.active_peft_config.peft_type.value} changes the input, not the weights")
     _separate_tied_weights(wrapped)
+    if (lost := rounded_away(wrapped)) > _MUCH:
+        say(
+            f"{adapter.reference}: its change is so small that {lost:.0%} of it is lost where the merged weights are rounded to their type; "
+            "--dtype fp32 keeps it"
+        )
     try:
         merged: Any = wrapped.merge_and_unload(safe_merge=safe)
     except (ValueError, RuntimeError) as error:  # RuntimeError: such as a bias for a layer that has none
@@ -95,6 +108,26 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
     if head is not None and embedding.weight is not head.weight:
         merged.config.get_text_config(decoder=True).tie_word_embeddings = merged.config.tie_word_embeddings = False
     return merged
+
+
+@torch.no_grad()
+def rounded_away(wrapped: PeftModel) -> float:
+    """‖round(W + ΔW) − (W + ΔW)‖_F / ‖ΔW‖_F over the plain LoRA layers, at most 1: the share of the change that merging in W's type loses."""
+    errors = changes = 0.0
+    for _, layer in lora_layers(wrapped):
+        base = layer.get_base_layer()
+        if (
+            linear_weight(base) is None
+            or ADAPTER in layer.lora_variant
+            or base.weight.dtype not in (torch.bfloat16, torch.float16)
+        ):
+            continue
+        weight = base.weight
+        change = layer.get_delta_weight(ADAPTER).float()
+        exact = weight.float() + change
+        errors += (exact.to(weight.dtype).float() - exact).square().sum().item()
+        changes += change.square().sum().item()
+    return min(1.0, (errors / changes) ** 0.5) if changes else 0.0
 
 
 def _separate_tied_weights(wrapped: PeftModel) -> None:

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -38,6 +38,7 @@ from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 from cora_cli.progress import say
+from cora_cli.records import read_run
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _OWN_TYPE = "CORA_"
@@ -98,6 +99,21 @@ def stores_trained(plan: AdapterPlan) -> bool:
     return method_of(plan.mode).stored_as_trained and not plan.own.get("start")
 
 
+def check_is_complete(adapter: ModelPath) -> None:
+    """Raise `CoraError` for a checkpoint of a run whose trained tensors are not all of the adapter, such as one beside a frozen mean."""
+    place = rundir.absolute(adapter.path)
+    run = rundir.RunDirectory(place.parent.parent)
+    if place.parent != run.checkpoints or not run.exists() or (plan := read_run(run)["plan"]) is None:
+        return
+    method_of(plan["mode"], run.record)
+    if not stores_trained(AdapterPlan.from_dict(plan)):
+        start = f" with --start {plan['start']}" if plan.get("start") else ""
+        raise CoraError(
+            f"{adapter.reference} is a checkpoint of a run of mode {plan['mode']}{start}, which holds only what is trained and not all that the "
+            f"adapter adds; complete the run with --resume, and name {run.root}"
+        )
+
+
 def order_names(config: Any) -> None:
     """Sort the sets of names in a configuration, which PEFT would write in the order of Python's hash seed."""
     for name, value in vars(config).items():
@@ -148,6 +164,7 @@ def load_adapter(
     Raises `CoraError` where keys are missing or unknown, where a needed basis differs from the recorded one, where a trained adapter
     changes nothing, and, if `trainable`, where the stored tensors are not the trained ones.
     """
+    check_is_complete(adapter)
     facts = read_facts(adapter.path)
     if rank is not None:
         check_rank(adapter, rank)
@@ -319,13 +336,33 @@ def base_of(adapter: ModelPath, weights: bool = True) -> ModelPath:
 
 def check_base(adapter: ModelPath, base: ModelPath) -> None:
     """Raise `CoraError` where `base` is not the model that a `cora` adapter was trained on; others do not record it."""
+    if other := _other_base(adapter, base):
+        raise CoraError(other)
+
+
+def say_other_base(adapter: ModelPath, base: ModelPath) -> None:
+    """Say so where the base that the user names is not the one of `check_base`; it may be the same model in another precision."""
+    if other := _other_base(adapter, base):
+        say(other)
+
+
+def _other_base(adapter: ModelPath, base: ModelPath) -> str | None:
     facts = read_facts(adapter.path)
-    if facts is not None and facts.base_sha256 not in base.content_hashes():
-        raise CoraError(
-            f"{adapter.reference} was trained on {facts.base} with content hash {facts.base_sha256}, but {base.path} has "
-            f"{base.content_hash()}: "
-            "it is another model, or it has changed"
-        )
+    if facts is None or facts.base_sha256 in base.content_hashes():
+        return None
+    return (
+        f"{adapter.reference} was trained on {facts.base} with content hash {facts.base_sha256}, but {base.path} has {base.content_hash()}: "
+        "it is another model, or it has changed"
+    )
+
+
+def check_basis(adapters: Iterable[ModelPath | None], basis_path: Path | None) -> None:
+    """Raise `CoraError` for a basis that the user names although no adapter's B comes from one."""
+    known = [adapter for adapter in adapters if adapter is not None]
+    facts = [read_facts(adapter.path) for adapter in known]
+    if basis_path is not None and not any(one is not None and one.compact and one.plan.needs_basis for one in facts):
+        what = f"{known[0].reference} stores its own B" if known else "there is no adapter"
+        raise CoraError(f"--basis {basis_path} has no effect, since {what}; leave it out")
 
 
 def make_room(model: PeftModel, checkpoint: Path) -> None:

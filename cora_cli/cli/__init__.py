@@ -26,6 +26,7 @@ from cora_cli.cli import (
 from cora_cli.cli.command import clean_errors
 from cora_cli.cli.usage import Group
 from cora_cli.environment import forget_settings, quiet_libraries
+from cora_cli.terminal import open_missing_streams
 
 app = typer.Typer(
     name="cora",
@@ -86,6 +87,7 @@ def _versions() -> str:
 
 def main() -> None:
     """Entry point of the `cora` command."""
+    open_missing_streams()
     quiet_libraries()
     # Python programs that this one starts, however they are started, do not import modules from the working directory.
     os.environ["PYTHONSAFEPATH"] = "1"

@@ -7,10 +7,11 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -62,11 +63,40 @@ def _described(error: Exception) -> str:
         return (
             f"a library cannot use the name {rundir.utf8(error.object)[:200]!r} where the locale is not UTF-8; set PYTHONUTF8=1"
         )
-    if rundir.is_disk_full(error):
-        return f"the disk is full: {detail}"
-    if is_out_of_memory(error):
-        return f"not enough memory; use smaller settings or a smaller model{f' ({detail})' if detail else ''}"
+    if machine := _lacking(error, detail):
+        return machine
     return f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)"
+
+
+def _lacking(error: Exception, detail: str) -> str | None:
+    """What this machine lacks, with the remedy; None for an error of another kind."""
+    signs = (
+        (
+            isinstance(error, RuntimeError) and "home directory" in detail,
+            "the home directory of this user is not known; set the environment variable HOME",
+        ),
+        (
+            isinstance(error, FileNotFoundError) and not _has_working_directory(),
+            "the working directory was removed; change to another one",
+        ),
+        (
+            "No usable temporary directory" in detail,
+            "there is no directory for temporary files that can be written; set the environment variable TMPDIR to one",
+        ),
+        (rundir.is_disk_full(error), f"the disk is full: {detail}"),
+        (
+            is_out_of_memory(error),
+            f"not enough memory; use smaller settings or a smaller model{f' ({detail})' if detail else ''}",
+        ),
+    )
+    return next((sentence for holds, sentence in signs if holds), None)
+
+
+def _has_working_directory() -> bool:
+    try:
+        return bool(Path.cwd())
+    except FileNotFoundError:
+        return False
 
 
 def nothing_is_saved(_: Any) -> str:
@@ -92,7 +122,9 @@ def command(
         debug = values.pop("debug")
         del values["config"]
         with clean_errors(debug):
-            config = config_class(**{field.name: _to_field(hints[field.name], values[field.name]) for field in fields})
+            given = {field.name: _to_field(hints[field.name], values[field.name]) for field in fields}
+            _refuse_empty(fields, given)
+            config = config_class(**given)
             if problems := range_problems(config):
                 raise UsageError("; ".join(problems))
             with clean_errors(debug, (lambda: what_is_saved(config)) if what_is_saved else None):
@@ -105,6 +137,15 @@ def command(
     entry.__signature__ = inspect.Signature([*parameters, *_common_parameters()])  # type: ignore[attr-defined]
     entry.__doc__ = run.__doc__
     app.command(name, no_args_is_help=any(field.default is dataclasses.MISSING for field in fields))(entry)
+
+
+def _refuse_empty(fields: Iterable[dataclasses.Field], given: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for an empty text, as an unset variable of a shell gives, which is neither a value nor the default."""
+    for field in fields:
+        value = given[field.name]
+        if any(isinstance(one, str) and not one.strip() for one in (value if isinstance(value, tuple) else (value,))):
+            name = field.name if field.metadata["argument"] else f"--{field.name.replace('_', '-')}"
+            raise UsageError(f"{name} is empty; give it a value, or leave it out")
 
 
 def _common_parameters() -> list[inspect.Parameter]:
@@ -153,8 +194,13 @@ def _is_tuple(hint: Any) -> bool:
 
 def _to_field(hint: Any, value: Any) -> Any:
     if not _is_tuple(hint) or value is None:
-        return value
-    return comma_separated(value) if isinstance(value, str) else tuple(value)
+        return _at_home(value)
+    return tuple(map(_at_home, comma_separated(value) if isinstance(value, str) else value))
+
+
+def _at_home(value: Any) -> Any:
+    """A path below `~`, which shells leave as it is in `--name=~/path` and a file always does; other values as they are."""
+    return str(Path(value).expanduser()) if isinstance(value, str) and re.match("~[^/]*/", value) else value
 
 
 def _load_file(context: typer.Context, path: Path | None) -> Path | None:
@@ -162,7 +208,7 @@ def _load_file(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
     with clean_errors("--debug" in sys.argv):
-        context.default_map = {**(context.default_map or {}), **_read_file(path, context)}
+        context.default_map = {**(context.default_map or {}), **_read_file(path.expanduser(), context)}
     return path
 
 

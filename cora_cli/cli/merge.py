@@ -39,15 +39,18 @@ def run(config: MergeConfig) -> None:
     The result is a plain model for transformers and others.
     """
     from cora_cli.adapters.merge import merge_adapter
+    from cora_cli.adapters.storage import check_basis
     from cora_cli.lock import own_output
     from cora_cli.models.references import resolve_base, resolve_model
 
+    adapter, basis = resolve_model(config.adapter), Path(config.basis) if config.basis else None
+    check_basis([adapter], basis)
     with own_output(Path(config.output)):
         written = merge_adapter(
-            resolve_model(config.adapter),
+            adapter,
             Path(config.output),
             base=resolve_base(config.base),
-            basis_path=Path(config.basis) if config.basis else None,
+            basis_path=basis,
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
         )

@@ -4,11 +4,12 @@ The loss mask depends only on that length, never on a token's id, because the en
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cora_cli.data.records import Record, place_of
-from cora_cli.data.templates import Rendered, Template
+from cora_cli.data.templates import Rendered, Template, left_out_notice
 from cora_cli.errors import CoraError
 
 
@@ -26,7 +27,8 @@ class EncodedSet:
 
     `truncated` counts the prompts that lost their beginning to fit `max_length`, `dropped` the records whose response does not fit
     at all and the `promptless` ones, `cut` the texts without prompt that lost their end, `empty` those with an empty answer, `control_tokens` the records whose text spells a control token, and `apart` those that the chat template renders
-    otherwise than prompt and answer (`Rendered.own_turn`).
+    otherwise than prompt and answer (`Rendered.own_turn`). `left_out` has by role the records with text that it does not write, and `unknown` counts
+    those with text that the tokenizer does not know.
     """
 
     examples: list[Example]
@@ -37,6 +39,8 @@ class EncodedSet:
     promptless: int = 0
     empty: int = 0
     cut: int = 0
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    unknown: int = 0
 
     @property
     def tokens(self) -> int:
@@ -66,12 +70,15 @@ def encode_records(
     """
     longest = max_length if context is None else min(max_length, context)
     examples: list[Example] = []
-    truncated = dropped = apart = promptless = empty = cut = 0
+    truncated = dropped = apart = promptless = empty = cut = unknown = 0
+    left_out: Counter[str] = Counter()
     records = [turn for record in records for turn in template.turns(record)] if every_answer else records
     for record in records:
         rendered = template.render(record)
         prompt, response = split_tokens(rendered, template.tokenizer)
         apart += not rendered.own_turn
+        left_out.update(rendered.left_out)
+        unknown += has_unknown([*prompt, *response], template.tokenizer)
         if rows is not None:
             check_rows([*prompt, *response], rows, place_of(record), template.tokenizer)
         if template.schema == "text":
@@ -97,7 +104,7 @@ def encode_records(
             limit, remedy = f"the model's context of {context} tokens", "use shorter records, or a model with a longer context"
         raise CoraError(f"all {len(records)} {what} records were dropped: no response fits into {limit}; {remedy}")
     spelled = sum(map(template.spells_control_tokens, records))
-    return EncodedSet(examples, truncated, dropped, spelled, apart, promptless, empty, cut)
+    return EncodedSet(examples, truncated, dropped, spelled, apart, promptless, empty, cut, left_out, unknown)
 
 
 def notices(encoded: EncodedSet) -> list[str]:
@@ -116,6 +123,8 @@ def notices(encoded: EncodedSet) -> list[str]:
             f"{encoded.apart} answers trained as they are in the data, because the chat template renders the conversation otherwise "
             "than its prompt followed by the answer",
         ),
+        (encoded.left_out, left_out_notice(encoded.left_out)),
+        (encoded.unknown, unknown_notice(encoded.unknown)),
     )
     return [text for holds, text in facts if holds]
 
@@ -123,6 +132,17 @@ def notices(encoded: EncodedSet) -> list[str]:
 def control_tokens_notice(count: int) -> str:
     """Says that `count` records spell control tokens in their text."""
     return f"{count} with control tokens spelled in their text, which the tokenizer takes for the tokens themselves"
+
+
+def has_unknown(ids: Sequence[int], tokenizer: Any) -> bool:
+    """Whether tokens stand for text that the tokenizer does not know, which is lost in them."""
+    others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in others and tokenizer.unk_token_id in ids
+
+
+def unknown_notice(count: int) -> str:
+    """Says that `count` records hold text that the tokenizer does not know."""
+    return f"{count} with text that the tokenizer does not know and replaces by its unknown token"
 
 
 def check_rows(ids: Sequence[int], rows: int, where: str, tokenizer: Any) -> None:

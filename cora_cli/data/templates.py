@@ -16,6 +16,7 @@ from typing import Any, Literal
 from cora_cli.data.records import Record, Schema, place_of, template_values, turns
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
+from cora_cli.reading import Malformed, parse_json
 
 TemplateName = Literal["auto", "alpaca", "chat", "plain"]
 
@@ -40,7 +41,8 @@ class Rendered:
     `special_tokens` says whether the tokenizer still has to add its start token before `prompt`. `end` is the id of the token that
     ends the response, None for the tokenizer's end token. `lead` is the part of `response` that the template, not the record, puts before the answer, such as an empty
     block of thoughts. `own_turn` is False where the template renders the conversation with its answer otherwise than the prompt
-    followed by the answer, so that the answer is trained as the record has it.
+    followed by the answer, so that the answer is trained as the record has it. `left_out` has the roles of the messages whose text the
+    template does not write.
     """
 
     prompt: str
@@ -49,6 +51,7 @@ class Rendered:
     end: int | None = None
     lead: str = ""
     own_turn: bool = True
+    left_out: tuple[str, ...] = ()
 
     @property
     def answer(self) -> str:
@@ -187,6 +190,20 @@ class Template:
         first = min(places, key=lambda name: (places[name], -len(name)))
         return _TurnEnd(ends[first], first, tail[places[first] + len(first) :])
 
+    @cached_property
+    def _quotes_arguments(self) -> bool:
+        """Whether the chat template writes the arguments of a call of a tool, where they are JSON text as OpenAI has them, as a quoted string.
+
+        Such a template expects an object.
+        """
+        call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": '{"name": "value"}'}}
+        talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            with bounded("the chat template"):
+                return r"{\"name\"" in self._apply(talk, {})
+        except Exception:  # templates raise what they like; `render` reports it for the records themselves
+            return False
+
     def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
         messages, extra = self._messages(record), template_values(record) if self.schema == "messages" else {}
         where = place_of(record)
@@ -199,11 +216,16 @@ class Template:
         except Exception as error:  # templates raise what they like
             raise CoraError(f"{where}: the chat template refuses the conversation: {reason(error)}") from error
         content = messages[-1].get("content")
+        missing = {message["role"] for message in messages[:-1] if not _is_written(message, prompt)}
         if not rendered.startswith(prompt):
             if not isinstance(content, str):
                 raise CoraError(f"{where}: the chat template gives the last message no text after the prompt")
             end = self._turn_end.token if self._turn_end else None
-            return Rendered(prompt, content, special_tokens=False, end=end, own_turn=False)
+            left_out = tuple(sorted(missing))
+            return Rendered(prompt, content, special_tokens=False, end=end, own_turn=False, left_out=left_out)
+        # Some templates set thoughts apart anew.
+        if isinstance(content, str) and not all(part.strip() in rendered for part in re.split("</?think>", content)):
+            missing.add(messages[-1]["role"])
         response, end = self._without_end(rendered[len(prompt) :])
         lead = ""
         if (
@@ -212,7 +234,7 @@ class Template:
             and response.rstrip().endswith(content.strip())
         ):
             lead = response[: len(response.rstrip()) - len(content.strip())]
-        return Rendered(prompt, response, special_tokens=False, end=end, lead=lead)
+        return Rendered(prompt, response, special_tokens=False, end=end, lead=lead, left_out=tuple(sorted(missing)))
 
     def _without_end(self, rest: str) -> tuple[str, int | None]:
         """The rendered answer without its end, and the id of the token that ends it (None: the tokenizer's end token)."""
@@ -231,7 +253,9 @@ class Template:
     def _messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The record as a conversation that ends with the answer."""
         if self.schema == "messages":
-            return list(record["messages"])
+            messages: list[dict[str, Any]] = list(record["messages"])
+            calls = any(message.get("tool_calls") for message in messages)
+            return [_with_objects(message) for message in messages] if calls and self._quotes_arguments else messages
         if self.schema == "text":
             return [{"role": "assistant", "content": record["text"]}]
         if self.schema == "prompt":
@@ -249,6 +273,39 @@ class _TurnEnd:
     token: int
     text: str
     after: str
+
+
+def _is_written(message: Mapping[str, Any], text: str) -> bool:
+    """Whether the text of an earlier message is in a rendered conversation: as it is, without its thoughts, or quoted as JSON."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return True
+    said = content.strip()
+    quoted = (json.dumps(said, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+    return said in text or said.rpartition("</think>")[2].strip() in text or any(one in text for one in quoted)
+
+
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls of tools have objects for arguments in place of JSON text of objects."""
+
+    def converted(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(function := call.get("function"), dict):
+            return {**call, "function": converted(function)}
+        with contextlib.suppress(Malformed):
+            if isinstance(given := call.get("arguments"), str) and isinstance(found := parse_json(given), dict):
+                return {**call, "arguments": found}
+        return call
+
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [converted(call) for call in calls]} if isinstance(calls, list) else message
+
+
+def left_out_notice(counts: Mapping[str, int]) -> str:
+    """Says that the chat template does not write the text of messages; `counts` has the number of records by role."""
+    roles = ", ".join(f"{role} ({count} records)" for role, count in sorted(counts.items()))
+    return f"the chat template leaves out text of messages of the roles {roles}, so the prompts and answers have nothing of it"
 
 
 def unread_notice(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import GenerationConfig
 
 from cora_cli.adapters.merge import CannotMerge, merge_adapter, merged_into_base
 from cora_cli.adapters.posterior import drawn_models
@@ -128,7 +129,7 @@ def open_vllm(
     The copy is deleted once vLLM has loaded it. Raises `CoraError` if the model's configuration cannot be read.
     """
     model_config = load_configuration(base, config.trust_remote_code)
-    own = base.generation_config() or {"eos_token_id": getattr(model_config, "eos_token_id", None)}
+    own = base.generation_config() or vars(GenerationConfig.from_model_config(model_config))
     ends = end_tokens(own.get("eos_token_id"), template_ends)
 
     def start(prompts: Sequence[Tokens]) -> Engine:

@@ -7,7 +7,7 @@ from cora_cli.data.formats.columns import chosen_shape
 from cora_cli.data.templates import TemplateName, check_date
 from cora_cli.errors import UsageError
 from cora_cli.evaluation.metrics import GROUPS, PASS_AT, Variant, parse_metrics, variant_problem
-from cora_cli.settings import MOST, DtypeName, range_problems, setting
+from cora_cli.settings import MOST, DtypeName, range_problems, refuse_useless, setting
 
 ALL_METRICS = ("rouge", "meteor", "bleu", "bertscore")
 _WHAT, _GENERATION, _METRICS, _RUN = "What to evaluate", "Generation", "Metrics", "Run"
@@ -151,22 +151,9 @@ class EvaluateConfig:
         given = [bool(self.runs), bool(self.model), bool(self.from_predictions)]
         if sum(given) != 1:
             raise UsageError("give exactly one of: run directories, --model, or --from predictions.jsonl")
-        if self.from_predictions and (
-            useless := [
-                name
-                for name in ("dataset", "limit", "base", "basis", "template_date", "draws")
-                if getattr(self, name) is not None
-            ]
-        ):
-            raise UsageError(
-                f"--{useless[0].replace('_', '-')} has no effect with --from, which scores existing predictions; leave it out"
-            )
-        if self.from_predictions and self.exclude_trained is not None:
-            raise UsageError("--exclude-trained has no effect with --from, which scores existing predictions; leave it out")
-        if self.from_predictions and self.backend != "transformers":
-            raise UsageError(
-                f"--backend {self.backend} has no effect with --from, which scores existing predictions; leave it out"
-            )
+        if self.from_predictions:
+            refuse_useless(self, _WITHOUT_MODEL, "with --from, which scores existing predictions")
+        self._check_uses_of_metrics()
         self._check_dry_run()
         self._check_choice_of_records()
         self._check_ranks()
@@ -181,7 +168,6 @@ class EvaluateConfig:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         if problems := [*range_problems(self), *filter(None, [check_date(self.template_date)])]:
             raise UsageError("; ".join(problems))
-        parse_metrics(",".join(self.metrics))
         if self.measures_calibration and self.backend == "vllm":
             raise UsageError("--metrics calibration needs --backend transformers, which gives the probabilities of all tokens")
         if problem := variant_problem(self.metric_variant, self.bleu_tokenize):
@@ -193,6 +179,12 @@ class EvaluateConfig:
         if self.rate_from is not None and not self.dry_run:
             raise UsageError("--rate-from has no effect without --dry-run; leave it out")
 
+    def _check_uses_of_metrics(self) -> None:
+        """Raise `UsageError` for an unknown metric, and for settings of a metric that is not measured."""
+        for group, names in (("bertscore", ("bertscore_model", "bertscore_layer")), ("bleu", ("bleu_tokenize",))):
+            if set(GROUPS[group]).isdisjoint(self.metric_names):
+                refuse_useless(self, set(names), f"without {group} among --metrics")
+
     def _check_choice_of_records(self) -> None:
         if self.columns:
             chosen_shape(self.columns)
@@ -203,9 +195,6 @@ class EvaluateConfig:
         if self.samples < 1 or self.temperature < 0:
             name = "samples" if self.samples < 1 else "temperature"
             raise UsageError(f"--{name} must be at least {1 if name == 'samples' else 0}, not {getattr(self, name)}")
-        if self.from_predictions and (self.samples, self.temperature) != (1, 0.0):
-            name = "samples" if self.samples != 1 else "temperature"
-            raise UsageError(f"--{name} has no effect with --from, which scores existing predictions; leave it out")
         if self.samples > 1 and not self.temperature:
             raise UsageError(f"--samples {self.samples} needs --temperature, such as 0.8: greedy decoding gives one answer")
         largest = max((PASS_AT[name] for name in self.metric_names if name in PASS_AT), default=0)
@@ -233,8 +222,6 @@ class EvaluateConfig:
     def _check_ranks(self) -> None:
         if self.ranks is not None and not all(rank.isdecimal() and int(rank) for rank in self.ranks or ("",)):
             raise UsageError(f"--ranks must be positive integers, separated by commas, not {','.join(self.ranks)!r}")
-        if self.ranks and self.from_predictions:
-            raise UsageError("--ranks has no effect with --from, which scores existing predictions; leave it out")
         if self.ranks and self.backend == "vllm":
             raise UsageError(
                 "--ranks needs --backend transformers; for vllm, write an adapter of each rank with `cora export --rank`"
@@ -249,3 +236,11 @@ class EvaluateConfig:
     def metric_names(self) -> tuple[str, ...]:
         """Names of the single metrics, such as `rouge1`, in table order."""
         return parse_metrics(",".join(self.metrics))
+
+
+_WITHOUT_MODEL = {
+    field.name
+    for field in dataclasses.fields(EvaluateConfig)
+    if field.metadata["panel"] in (_WHAT, _GENERATION) or field.name in ("dtype", "trust_remote_code")
+} - {"from_predictions"}
+"""The settings that say which model answers which records, and how."""

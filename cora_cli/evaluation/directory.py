@@ -84,21 +84,21 @@ def check_nothing_is_lost(config: EvaluateConfig, path: Path, out: EvaluationDir
 
     A directory that holds predictions is never given the metrics of other ones.
     """
-    sha256 = rundir.sha256_file(path)
+    hashes = shapes.answers_hashes(path)
     recorded: dict[str, Any] = {}
     if out.metrics.exists():
         with contextlib.suppress(CoraError):  # a damaged file is replaced
             recorded = read_json(out.metrics, shapes.Metrics)
     if out.root.resolve() != path.parent.resolve():
-        if out.predictions.exists() and rundir.sha256_file(out.predictions) != sha256:
+        if out.predictions.exists() and rundir.sha256_file(out.predictions) != hashes[0]:
             raise CoraError(f"{out.root} holds the evaluation of other predictions than {path}; choose another --output-dir")
         there = [file.name for file in (out.metrics, out.scores) if file.exists()]
-        if there and recorded.get("predictions_sha256") != sha256 and not config.overwrite:
+        if there and recorded.get("predictions_sha256") not in hashes and not config.overwrite:
             raise CoraError(
                 f"{out.root} holds {' and '.join(there)} of other predictions than {path}; choose another --output-dir, or replace them with "
                 "--overwrite"
             )
-    if config.overwrite or recorded.get("predictions_sha256") != sha256:
+    if config.overwrite or recorded.get("predictions_sha256") not in hashes:
         return
     if (variant := recorded.get("metric_variant", "ours")) != config.metric_variant:
         raise CoraError(

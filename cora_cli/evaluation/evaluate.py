@@ -9,17 +9,25 @@ import dataclasses
 import functools
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cora_cli import records as shapes
 from cora_cli import rundir
-from cora_cli.adapters.storage import check_base
-from cora_cli.data.encode import check_rows, control_tokens_notice, encode_prompt, shorten_prompt
+from cora_cli.adapters.storage import check_base, check_basis
+from cora_cli.data.encode import (
+    check_rows,
+    control_tokens_notice,
+    encode_prompt,
+    has_unknown,
+    shorten_prompt,
+    unknown_notice,
+)
 from cora_cli.data.records import Record, Schema, place_of, unused_columns
 from cora_cli.data.split import BUILTIN_PREFIX, Choice, load_test_records
-from cora_cli.data.templates import Rendered, Template, choose_template, unread_notice
+from cora_cli.data.templates import Rendered, Template, choose_template, left_out_notice, unread_notice
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import Backend, open_transformers, open_vllm
@@ -47,6 +55,7 @@ from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.lock import own_directory
 from cora_cli.models.loading import load_tokenizer
+from cora_cli.models.trained_on import trained_on
 from cora_cli.progress import say
 from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory
@@ -120,6 +129,8 @@ def _evaluate(config: EvaluateConfig, hardware: Hardware, processes: Processes) 
                 )
             ]
     targets = find_targets(config)
+    adapters = [member.adapter for target in targets for member in target.members]
+    check_basis(adapters, Path(config.basis) if config.basis else None)
     trained = trained_prompts(targets)
     with contextlib.ExitStack() as held:
         for target in targets:
@@ -147,7 +158,7 @@ def _evaluate_target(
     executor: Executor | None,
     processes: Processes,
 ) -> Evaluation:
-    records, schema, trained_on = records_to_answer(config, target, trained)
+    records, schema, also_trained = records_to_answer(config, target, trained)
     columns = [problem_columns(record) for record in records]
     problems = None
     if executor is not None:
@@ -174,13 +185,14 @@ def _evaluate_target(
         **_backend_settings(config, target, hardware),
     }
     tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
-    name = choose_template(target.template, schema, tokenizer)
-    template = Template(name, schema, tokenizer, target.date or recorded_date(target.output, settings))
+    template = _template(target, schema, tokenizer, recorded_date(target.output, settings))
     if template.reads_clock:
         settings["template_date"] = template.date
         say(f"{target.name}: the chat template writes the date into its prompts: {template.date}")
     elif config.template_date:
-        raise CoraError(f"--template-date has no effect: the template {name} of {target.name} writes no date; leave it out")
+        raise CoraError(
+            f"--template-date has no effect: the template {template.name} of {target.name} writes no date; leave it out"
+        )
     out = place_of_work(target.output, settings, config.overwrite)
     complete = predictions_are_complete(out, settings)
     if complete:
@@ -196,18 +208,18 @@ def _evaluate_target(
         if not measured:
             examples = reference_examples(records, rendered, tokenizer, backend.rows, backend.context)
         if not complete:
-            _say_about_records(target, records, template)
+            _say_about_records(target, records, rendered, prompts, template)
             _answer(
                 config,
                 target,
                 settings,
-                trained_on,
+                also_trained,
                 records,
                 columns,
                 rendered,
                 prompts,
                 tokenizer,
-                template.ends,
+                template,
                 backend,
                 out,
                 processes,
@@ -224,6 +236,15 @@ def _evaluate_target(
     return evaluation
 
 
+def _template(target: Target, schema: Schema, tokenizer: Any, recorded: str | None) -> Template:
+    """The template of the target's prompts, whose date may be a `recorded` one; says so where the training had another."""
+    name = choose_template(target.template, schema, tokenizer)
+    known = trained_on(target.adapter or target.base)
+    if known is not None and known.template not in (None, name):
+        say(f"{target.name} was trained with the template {known.template}, but these prompts have the template {name}")
+    return Template(name, schema, tokenizer, target.date or recorded)
+
+
 def records_to_answer(config: EvaluateConfig, target: Target, trained: TrainedPrompts) -> tuple[list[Record], Schema, int]:
     """The records to answer, their schema, and how many of them were trained on. Raises `CoraError` if there are none."""
     records, schema = load_test_records(target.dataset, Choice(config.columns, config.subset, config.split))
@@ -231,11 +252,11 @@ def records_to_answer(config: EvaluateConfig, target: Target, trained: TrainedPr
         raise CoraError(
             f"{target.dataset} holds texts without prompts, so there is nothing to answer; compare runs by their held-out loss"
         )
-    records, trained_on = trained.separate(records, schema, target, config.exclude_trained)
+    records, also_trained = trained.separate(records, schema, target, config.exclude_trained)
     records = records[: config.limit]
     if not records:
         raise CoraError(f"{target.dataset} has no records to answer")
-    return records, schema, trained_on
+    return records, schema, also_trained
 
 
 def _ensemble_settings(target: Target) -> dict[str, Any]:
@@ -258,13 +279,13 @@ def _answer(
     config: EvaluateConfig,
     target: Target,
     settings: dict[str, Any],
-    trained_on: int,
+    also_trained: int,
     records: Sequence[Record],
     columns: Sequence[dict[str, Any] | None],
     rendered: Sequence[Rendered],
     prompts: Sequence[list[int]],
     tokenizer: Any,
-    template_ends: Collection[int],
+    template: Template,
     backend: Backend,
     out: EvaluationDirectory,
     processes: Processes,
@@ -287,14 +308,15 @@ def _answer(
         say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
     rundir.write_json(out.generation, {"name": target.name, "settings": settings})
     engine = backend.start([request.input_ids for request in requests])
-    speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples, processes, (target, template_ends))
+    speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples, processes, (target, template.ends))
     rundir.write_json(
         out.generation,
         {
             "name": target.name,
             "settings": settings,
+            "template": template.name,
             "prompts_cut": cut,
-            **({"prompts_trained_on": trained_on} if trained_on else {}),
+            **({"prompts_trained_on": also_trained} if also_trained else {}),
             **({"not_merged": backend.not_merged} if backend.not_merged else {}),
             "predictions_sha256": rundir.sha256_file(out.predictions),
             **speed,
@@ -308,11 +330,21 @@ def _tokens(predictions: Path) -> Sequence[shapes.ReferenceTokens] | None:
     return tokens_of(read_jsonl(predictions), predictions)
 
 
-def _say_about_records(target: Target, records: Sequence[Record], template: Template) -> None:
+def _say_about_records(
+    target: Target,
+    records: Sequence[Record],
+    rendered: Sequence[Rendered],
+    prompts: Sequence[Sequence[int]],
+    template: Template,
+) -> None:
     if not target.dataset.startswith(BUILTIN_PREFIX) and (unused := unused_columns(records, template.schema)):
         say(f"{target.dataset}: columns that are not used: {', '.join(unused)}")
     if unread := template.unread(records):
         say(f"{target.dataset}: {unread_notice(unread)}")
+    if left_out := Counter(role for text in rendered for role in text.left_out):
+        say(f"{target.dataset}: {left_out_notice(left_out)}")
+    if count := sum(has_unknown(prompt, template.tokenizer) for prompt in prompts):
+        say(f"{target.dataset} has {len(records)} records, {unknown_notice(count)}")
     if count := sum(map(template.spells_control_tokens, records)):
         say(f"{target.dataset} has {len(records)} records, {control_tokens_notice(count)}")
 

@@ -219,14 +219,20 @@ class BatchedGenerate:
     name = "generate"
 
     def __init__(
-        self, model: Any, ends: Sequence[int], pad: int, batch_size: int, max_new_tokens: int, sampling: Sampling | None = None
+        self,
+        model: Any,
+        ends: Sequence[int],
+        pad: int | None,
+        batch_size: int,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
     ) -> None:
         self._sampling = sampling
         self._model, self._ends, self.wave, self._new = model, ends, batch_size, max_new_tokens
         self.pads = not depends_on_batch(model.config)
         self._switch = rope_switch(model.config)
-        # Only ever behind the mask, so any id will do that has an embedding row; that of a tokenizer may have none.
-        self._pad = pad if pad < model.get_input_embeddings().weight.shape[0] else 0
+        # Only ever behind the mask, so any id will do that has an embedding row; that of a tokenizer may have none, or be missing.
+        self._pad = pad if pad is not None and pad < model.get_input_embeddings().weight.shape[0] else 0
 
     @torch.inference_mode()
     def answer(self, wave: Sequence[Tokens], finished: Callable[[], None], streams: Sequence[str] = ()) -> list[list[int]]:

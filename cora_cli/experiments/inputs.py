@@ -143,7 +143,7 @@ def require_on_hub(grid: Grid) -> None:
 def find_inputs(grid: Grid, memory: Path | None) -> Inputs:
     """Find every model and data set that the grid names.
 
-    `memory` is a file that caches the hashes of weights, valid while size and modification time of the files are unchanged.
+    `memory` is a file that caches the hashes of weights, valid while size and times of the files are unchanged.
     With None no weights are hashed.
     """
     models, datasets = references(grid)
@@ -219,7 +219,7 @@ def _texts(record: Record) -> tuple[str, str]:
 
 
 class _Digests:
-    """Content hashes of models, cached while size and modification time of their files are unchanged."""
+    """Content hashes of models, cached while size and times of their files are unchanged."""
 
     def __init__(self, memory: Path) -> None:
         self._memory = memory
@@ -240,4 +240,6 @@ class _Digests:
 
 
 def _state(files: Iterable[Path]) -> list[list[Any]]:
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)]
+    # Copying and unpacking can keep the time of modification of the original, but not that of the change on this disk.
+    found = [(file.name, file.stat()) for file in sorted(files)]
+    return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in found]

@@ -99,7 +99,9 @@ class LocalLauncher:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
         elif self.slots > 1:
             processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            threads = int(os.environ.get("OMP_NUM_THREADS") or processors)
+            # It may be a list, with the threads of each nested level.
+            given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+            threads = int(given) if given.isdecimal() else processors
             environment["OMP_NUM_THREADS"] = str(max(1, threads // self.slots))
         return environment
 

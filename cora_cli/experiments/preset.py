@@ -171,12 +171,19 @@ class _Shapes:
 
     def __init__(self, model: str) -> None:
         try:
-            config = resolve_model(model).config()
+            found = resolve_model(model)
+            config, heads = found.language_config(), found.attention_heads() or 1
         except CoraError as error:
             raise UsageError(f"preset small needs the configuration of its model: {error}") from error
-        heads = config.get("num_attention_heads") or 1
+        width = next(
+            (size for name in ("hidden_size", "n_embd", "d_model", "dim") if isinstance(size := config.get(name), int)), None
+        )
+        if width is None:
+            raise UsageError(
+                f"preset small needs the width of its model, which config.json of {model} does not state as hidden_size"
+            )
         key_value_heads = config.get("num_key_value_heads") or heads
-        head = config.get("head_dim") or config["hidden_size"] // heads
+        head = config.get("head_dim") or width // heads
         self._grouped = key_value_heads != heads
         # One less than the number of rows: a centred matrix has one direction less.
         self._most = key_value_heads * head - 1

@@ -317,7 +317,7 @@ class _Planner:
             base=base,
             output_dir=str(self._out / output),
             overwrite=True,
-            **self._hardware,
+            **(self._hardware if "judge_model" in settings else {}),
             **settings,
         )
         answers = {name: rundir.sha256_json(of_answers(step.facts)) for name, step in evaluations.items()}

@@ -57,6 +57,8 @@ def converted(hint: Any, value: Any) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if value is None and type(None) in options:
         return None
+    if str in options and isinstance(value, str) and not value.strip():
+        raise ValueError("text that is not empty, or left out")
     for option in options:
         if option is not type(None) and (found := _fit(option, value)) is not None:
             return found
@@ -76,7 +78,7 @@ def _fit(hint: Any, value: Any) -> Any:
     if hint is float and not isinstance(value, bool):
         try:
             return float(value) if isinstance(value, int | float | str) else None
-        except ValueError:
+        except (ValueError, OverflowError):  # an integer of hundreds of digits
             return None
     return value if type(value) is hint else None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from cora_cli.adapters.storage import say_other_base
 from cora_cli.basis.artifact import Basis, LayerEnergy, SourceRecord, write_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError, UsageError
@@ -120,6 +121,9 @@ def extract_basis(
     """
     began = time.perf_counter()
     check_place(models, output, choices, base, overwrite)
+    for model in models:
+        if base is not None and model.is_adapter:
+            say_other_base(model, base)
     base_source = open_source(base) if base else None
     sources = [open_source(model, base_source) for model in models]
     subtracted = base_source if choices.source == "delta" else None
@@ -161,6 +165,8 @@ def check_place(
             file.resolve() for file in [*(model.weight_files() if model.has_weights else ()), *model.path.glob("*.json")]
         }:
             raise CoraError(f"{output} is a file of {model.reference}, which is read; write the basis to another file")
+    if base is not None and choices.source == "weights" and not any(model.is_adapter for model in models):
+        raise UsageError("--base has no effect on complete models with --source weights; leave it out, or use --source delta")
 
 
 def _refuse_repeated(models: Sequence[ModelPath]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from cora_cli.adapters.storage import check_base, say_other_base
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side
 from cora_cli.errors import CoraError, UsageError
@@ -140,7 +141,7 @@ def open_inputs(
             )
     named = [reference for reference in references if reference not in files]
     paths = [resolve_model(reference, weights) for reference in named]
-    base = base or _common_base(paths)
+    named_base, base = base, base or _common_base(paths)
     if runs and not (named and base):
         raise UsageError(
             "--runs needs models and their --base, because it compares losses with the capture of the models' changes"
@@ -150,7 +151,11 @@ def open_inputs(
     if len(named) == 1 and not bases and base is None:
         raise UsageError("one model alone cannot be compared; name other models, a basis file, or its --base")
     opening = open_source if weights else open_planned
-    base_source = opening(resolve_model(base, weights)) if base else None
+    base_path = resolve_model(base, weights) if base else None
+    for path in paths:
+        if base_path is not None and path.is_adapter and weights:
+            (say_other_base if named_base else check_base)(path, base_path)
+    base_source = opening(base_path) if base_path else None
     models = {name: opening(path, base_source) for name, path in zip(short_names(named), paths, strict=True)}
     rank = rank or min((one.rank for one in bases.values()), default=DEFAULT_RANK)
     targets = target_modules or next((one.choices.target_modules for one in bases.values()), DEFAULT_TARGET_MODULES)

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError, is_out_of_memory, reason
-from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, is_wrapped, load_pickle
+from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, skeleton_of, surplus_fault
@@ -59,7 +59,8 @@ def load_model(
     `dtype` is a torch dtype, or "auto" for the stored one. `attention` names transformers' attention implementation; None is
     transformers' default, which is SDPA for models that support it (models with soft-capped logits do not). `four_bit` holds
     the linear layers in NF4 with double quantization and multiplies in `dtype` (QLoRA, arXiv 2305.14314); see
-    `require_four_bit`. `config` replaces the stored configuration. Raises `CoraError` for an adapter directory and for damaged or missing weights.
+    `require_four_bit`. `config` replaces the stored configuration. Raises `CoraError` for an adapter directory, for damaged or missing weights, and for
+    weights that are not finite.
     """
     if model.is_adapter:
         raise CoraError(
@@ -100,6 +101,15 @@ def load_model(
             raise
         raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
     require_causal(loaded, model.reference)
+    _check_complete(model, checkpoint, loaded, report, quantized)
+    for name, weight in loaded.named_parameters():
+        if str(weight.dtype).removeprefix("torch.") in PLAIN_TYPES:  # others have their scales apart
+            finite(weight.detach(), model.reference, name)
+    return loaded.eval()
+
+
+def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, report: Any, quantized: bool) -> None:
+    """Raise `CoraError` where the loaded model is not the one that its files hold; say which of their tensors it does not use."""
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     for name, stored, expected in sorted(report["mismatched_keys"]):
         raise CoraError(
@@ -125,7 +135,6 @@ def load_model(
         say(
             f"{model.reference}: {len(unused)} tensors of its files are not used by {type(loaded).__name__}, such as {unused[0]}"
         )
-    return loaded.eval()
 
 
 def _is_dequantized(model: ModelPath) -> bool:
@@ -184,8 +193,8 @@ def stored_types(model: ModelPath, trust_remote_code: bool = False) -> dict[str,
 def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: ModelPath | None = None) -> Any:
     """Load a model's tokenizer, with the chat template of `adapter` if its directory holds one but no tokenizer.
 
-    Without a padding token it pads with the end token, which is safe because no loss mask depends on token ids. Raises
-    `CoraError` if the tokenizer cannot be loaded or has no end token.
+    It gets no padding token that it does not have, since it is written next to merged models. Raises `CoraError` if the tokenizer cannot
+    be loaded or has no end token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
@@ -198,8 +207,6 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         tokenizer.chat_template = read_text(adapter.chat_template)
     if tokenizer.eos_token_id is None:
         raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so generation would never stop")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

@@ -172,9 +172,9 @@ class ModelPath:
         return []
 
     def _loose_files(self) -> list[Path]:
-        """Every weight file of the directory that is no adapter's."""
+        """Every weight file of the directory that is neither an adapter's nor hidden."""
         for ending in _ENDINGS:
-            names = (file for file in self.path.glob(f"*.{ending}") if not file.name.startswith("adapter_"))
+            names = (file for file in self.path.glob(f"*.{ending}") if not file.name.startswith(("adapter_", ".")))
             if found := sorted(file for file in names if not _NO_WEIGHTS.fullmatch(file.name)):
                 return found
         return []
@@ -188,7 +188,8 @@ class ModelPath:
 
     def content_hashes(self) -> set[str]:
         """`content_hash`, and the hash that earlier versions recorded, which covered weight files that are never read."""
-        return {self.content_hash(), self._hash(self._adapter_files() if self.is_adapter else self._loose_files())}
+        files, earlier = self.weight_files(), self._adapter_files() if self.is_adapter else self._loose_files()
+        return {self._hash(each) for each in ([files] if files == earlier else [files, earlier])}
 
     def hashed_files(self) -> list[Path]:
         """The files that `content_hash` covers."""

@@ -19,7 +19,7 @@ RECORD, PROMPTS = "trained_on.json", "trained_prompts.txt"
 
 @dataclasses.dataclass(frozen=True)
 class TrainedOn:
-    """The hashes of the prompts that a model was trained on, the data sets that they came from, and the date in a template that writes one.
+    """The hashes of the prompts that a model was trained on, the data sets that they came from, their template, and the date that it writes.
 
     `place` is the directory with the record. It is not `complete` where an early version trained, which recorded no prompts.
     """
@@ -29,6 +29,7 @@ class TrainedOn:
     complete: bool
     datasets: tuple[str, ...]
     date: str | None
+    template: str | None = None
 
 
 def trained_on(model: ModelPath) -> TrainedOn | None:
@@ -36,14 +37,16 @@ def trained_on(model: ModelPath) -> TrainedOn | None:
     if (model.path / RECORD).exists():
         carried = read_json(model.path / RECORD, CarriedTraining)
         prompts = _read_prompts(model.path / PROMPTS, carried["trained_prompts_sha256"])
-        return TrainedOn(model.path, prompts, carried["complete"], tuple(carried["datasets"]), carried["template_date"])
+        date, template = carried["template_date"], carried.get("template")
+        return TrainedOn(model.path, prompts, carried["complete"], tuple(carried["datasets"]), date, template)
     run = next((run for path in (model.path, *model.path.parents[:2]) if (run := RunDirectory(path)).exists()), None)
     if run is None:
         return None
     record = read_run(run)
     data = record["data"]
     prompts = _read_prompts(run.trained_prompts, data.get("trained_prompts_sha256"))
-    return TrainedOn(run.root, prompts, run.trained_prompts.exists(), (data["dataset"],), template_date(record))
+    date = template_date(record)
+    return TrainedOn(run.root, prompts, run.trained_prompts.exists(), (data["dataset"],), date, data["template"])
 
 
 def _read_prompts(path: Path, expected: str | None) -> frozenset[str]:
@@ -65,6 +68,7 @@ def carry_record(directory: Path, *models: ModelPath) -> None:
         "trained_prompts_sha256": rundir.sha256_text(listed),
         "complete": all(each.complete for each in found),
         "template_date": next((each.date for each in found if each.date), None),
+        "template": next((each.template for each in found if each.template), None),
     }
     rundir.write_json(directory / RECORD, record)
     rundir.write_text(directory / PROMPTS, listed)

@@ -17,6 +17,7 @@ from cora_cli.records.evaluations import (
     Sample,
     Scores,
     UsedGeneration,
+    answers_hashes,
     read_generation,
     read_predictions,
 )
@@ -133,6 +134,7 @@ __all__ = [
     "UsedBasis",
     "UsedGeneration",
     "WeightIndex",
+    "answers_hashes",
     "read_generation",
     "read_predictions",
     "read_run",

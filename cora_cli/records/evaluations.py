@@ -4,17 +4,21 @@ import json
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.reading import checked, read_json, read_numbered
+from cora_cli.reading import checked, read_json, read_jsonl, read_numbered
 from cora_cli.rundir import EvaluationDirectory
+
+_TOKENS = "reference_tokens"
 
 
 class Generation(TypedDict):
-    """`generation.json`."""
+    """`generation.json`; `template` is the one that `auto` in the settings became."""
 
     name: str
     settings: dict[str, Any]
     predictions_sha256: NotRequired[str]
+    template: NotRequired[str]
     prompts_cut: NotRequired[int]
     prompts_trained_on: NotRequired[int]
     not_merged: NotRequired[str]
@@ -28,6 +32,7 @@ class UsedGeneration(TypedDict):
     """The copy of `generation.json` in `metrics.json`; empty where the predictions came without it."""
 
     settings: NotRequired[dict[str, Any]]
+    template: NotRequired[str]
     prompts_cut: NotRequired[int]
     prompts_trained_on: NotRequired[int]
 
@@ -118,6 +123,20 @@ def read_generation(evaluation: EvaluationDirectory) -> dict[str, Any]:
     """`generation.json`; empty if there is none. Raises `CoraError` naming the file and the key if it is damaged."""
     found: dict[str, Any] = read_json(evaluation.generation, Generation) if evaluation.generation.exists() else {}
     return found
+
+
+def answers_hashes(predictions: Path) -> tuple[str, ...]:
+    """The SHA-256 by which the answers in a file are known: that of the file and, last, that of it without what calibration adds to finished
+    predictions. They are one where nothing was added, and for a damaged file."""
+    own = rundir.sha256_file(predictions)
+    if _TOKENS.encode() not in predictions.read_bytes():
+        return (own,)
+    try:
+        lines = read_jsonl(predictions, dict[str, Any])
+    except CoraError:
+        return (own,)
+    answers = [{key: value for key, value in line.items() if key != _TOKENS} for line in lines]
+    return own, rundir.sha256_text(rundir.jsonl_text(answers))
 
 
 def read_predictions(path: Path, *texts: str) -> list[dict[str, Any]]:

@@ -87,7 +87,7 @@ class JudgedRubric(TypedDict):
 
 
 class JudgedSystem(TypedDict):
-    """The answers of one model that were judged."""
+    """The answers of one model that were judged; the hash is one of `answers_hashes`."""
 
     name: str
     predictions: str

@@ -71,6 +71,7 @@ class CarriedTraining(TypedDict):
     trained_prompts_sha256: str
     complete: bool
     template_date: str | None
+    template: NotRequired[str | None]
 
 
 class Loss(TypedDict):

@@ -76,7 +76,10 @@ def _canvas(size: tuple[float, float]) -> Iterator[Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context():
+        # What a matplotlibrc of the user or of the working directory says is about other figures.
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
         figure = Canvas(figsize=size)
         FigureCanvasAgg(figure)
         yield figure

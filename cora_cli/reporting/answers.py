@@ -1,9 +1,9 @@
 """Collects the answers of the runs of a group to the same records, with their scores, the fates of their programs and their judgments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from cora_cli import records, rundir
+from cora_cli import records
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER
 from cora_cli.reading import read_jsonl
@@ -47,9 +47,9 @@ def _answers_of(result: Result, measures: Sequence[str], judged: Sequence[Judged
     if evaluation.executions.is_file():
         for note, executed in zip(notes, read_jsonl(evaluation.executions, records.Executed), strict=False):
             note += [_fate(program, number, executed) for number, program in enumerate(executed["programs"], start=1)]
-    sha256 = rundir.sha256_file(evaluation.predictions)
+    known_by = records.answers_hashes(evaluation.predictions)
     for judging in judged:
-        _add_judgments(notes, judging, sha256)
+        _add_judgments(notes, judging, known_by)
     answers = [
         Answer(line["prediction"], tuple(score.get(name) for name in measures), tuple(note))
         for line, score, note in zip(lines, scores, notes, strict=True)
@@ -63,9 +63,9 @@ def _fate(program: Mapping[str, Any], number: int, executed: Mapping[str, Any]) 
     return f"program: {several}{program['fate']}{detail}"
 
 
-def _add_judgments(notes: list[list[str]], judging: Judged, sha256: str) -> None:
-    """Add to each record's notes what a judge said about the answers with this hash."""
-    names = {system["name"] for system in judging.record["systems"] if system["predictions_sha256"] == sha256}
+def _add_judgments(notes: list[list[str]], judging: Judged, known_by: Collection[str]) -> None:
+    """Add to each record's notes what a judge said about the answers with one of these hashes."""
+    names = {system["name"] for system in judging.record["systems"] if system["predictions_sha256"] in known_by}
     try:
         lines = read_jsonl(judging.place.judgments, records.Judgment, drop_partial_tail=True)
     except CoraError:

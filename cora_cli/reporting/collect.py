@@ -138,7 +138,8 @@ def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> 
     names: _Names = {}
     for row in rows:
         if row.evaluation and (predictions := EvaluationDirectory(row.evaluation).predictions).is_file():
-            names.setdefault(rundir.sha256_file(predictions), {})[Path(row.name).name] = row.printed
+            for sha256 in records.answers_hashes(predictions):
+                names.setdefault(sha256, {})[Path(row.name).name] = row.printed
     found = [_judged_in(JudgeDirectory(place), names) for place in experiment.judgings]
     for row in rows:
         for folder in (row.run, row.evaluation):
@@ -149,7 +150,7 @@ def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> 
                 judged = _judged_in(place, names)
                 own = EvaluationDirectory(row.evaluation).predictions if row.evaluation else None
                 sums = {system["predictions_sha256"] for system in judged.record["systems"]}
-                if own and own.is_file() and rundir.sha256_file(own) not in sums:
+                if own and own.is_file() and sums.isdisjoint(records.answers_hashes(own)):
                     raise CoraError(f"{place.result} is about other answers than {own}; run `cora judge` again")
             except CoraError as error:
                 missing.append(Missing(row, "judge", str(error)))
@@ -210,6 +211,10 @@ def _read_row(
         adapter_bytes = _adapter_bytes(run, record)
         if run.heldout.exists():
             measures[LOSS] = read_loss(run, record, "after")
+        elif record["heldout"] is not None:
+            missing.append(
+                Missing(row, "held-out loss", f"{run.heldout} does not exist, although the run measured it; restore it")
+            )
     generation: dict[str, Any] = {}
     references = None
     if row.evaluation is None:
@@ -261,7 +266,7 @@ def _adapter_bytes(run: RunDirectory, record: dict[str, Any]) -> int:
     """
     if run.model.is_dir():
         return sum(path.stat().st_size for path in run.model.glob("*.safetensors"))
-    files = [path for path in (run.adapter.iterdir() if run.adapter.is_dir() else ()) if path.is_file()]
+    files = rundir.own_files(run.adapter)
     if rundir.sha256_files(files) != record["result_sha256"]:
         raise CoraError(
             f"{run.adapter} was altered or removed after it was written; run `cora train --resume` to write it again"

@@ -11,11 +11,12 @@ from typing import Any
 from cora_cli import records
 from cora_cli.errors import CoraError
 from cora_cli.lock import is_held
+from cora_cli.progress import say
 from cora_cli.reading import parse_json, read_json
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 
 _OPAQUE = frozenset({"checkpoints", "adapter", "model", "plots", "logs", "judge"})
-"""Folders inside an output that hold no other outputs."""
+"""Folders of an output that hold no other outputs."""
 _LARGEST_HEADER = 1 << 20
 _BASIS_KEY = "cora_basis"
 
@@ -37,7 +38,7 @@ def inventory(root: Path) -> list[Entry]:
     if not root.is_dir():
         raise CoraError(f"{root} is {'a file' if root.exists() else 'not there'}; name a folder with runs")
     found = []
-    for folder, files in _folders(root):
+    for folder, files in sorted(_folders(root)):
         if RunDirectory(folder).exists():
             found.append(_run(RunDirectory(folder)))
         if (evaluation := EvaluationDirectory(folder)).generation.is_file() or evaluation.metrics.is_file():
@@ -49,20 +50,39 @@ def inventory(root: Path) -> list[Entry]:
 def outputs_below(root: Path) -> list[Path]:
     """The directories below `root` that `cora report` can read: grids, and runs, evaluations and judgings that are part of none of these."""
     found: list[Path] = []
-    for folder, _ in _folders(root):
+    for folder, _ in sorted(_folders(root)):
         if any(parent in folder.parents for parent in found):
             continue
-        is_output = (folder / "plan.json").is_file() or RunDirectory(folder).exists()
-        if is_output or EvaluationDirectory(folder).metrics.is_file() or JudgeDirectory(folder).result.is_file():
+        if _is_output(folder):
             found.append(folder)
     return found
 
 
 def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below `root` and its files, by name; links are not followed."""
-    for place, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in _OPAQUE and not name.startswith("."))
-        yield Path(place), sorted(files)
+    """Every folder below `root` and its files, by name. A link to a folder is one of them, but what is below it is not searched.
+
+    Says which folders cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:
+        say(f"{error.filename} is left out, since it cannot be read: {error.strerror}")
+
+    for name, folders, files in os.walk(root, onerror=unreadable):
+        place = Path(name)
+        opaque = _OPAQUE if _is_output(place) else ()
+        folders[:] = sorted(folder for folder in folders if folder not in opaque and not folder.startswith("."))
+        yield place, sorted(files)
+        for link in (place / folder for folder in folders if (place / folder).is_symlink()):
+            try:
+                yield link, sorted(entry.name for entry in link.iterdir())
+            except OSError as error:
+                unreadable(error)
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a folder is a grid, a run, an evaluation or a judging."""
+    evaluated = EvaluationDirectory(folder).metrics.is_file() or JudgeDirectory(folder).result.is_file()
+    return (folder / "plan.json").is_file() or RunDirectory(folder).exists() or evaluated
 
 
 def _run(run: RunDirectory) -> Entry:

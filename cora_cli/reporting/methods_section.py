@@ -96,7 +96,8 @@ def _machine(results: Sequence[Result]) -> list[str]:
 
 def _evaluation(results: Sequence[Result]) -> str:
     def of(name: str) -> str:
-        return _listed(_shown(value) for r in results if (value := r.generation["settings"].get(name)) is not None)
+        found = ({**result.generation["settings"], **result.generation}.get(name) for result in results)
+        return _listed(_shown(value) for value in found if value is not None)
 
     cut = sum(int(result.generation.get("prompts_cut") or 0) for result in results)
     return (

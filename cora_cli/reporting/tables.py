@@ -11,9 +11,13 @@ from cora_cli.render.table import Cell, Table
 from cora_cli.reporting.learning_rate_sweep import VALIDATION, at_edge
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import Test
+from cora_cli.reporting.report_rows import clean
 from cora_cli.reporting.statistics import EXAMPLES, SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.verdict import digits, title
+
+_OF_ANSWERS = ("template", "template_date", "decoding", "max_new_tokens", "dtype")
+"""The settings of an evaluation by which the answers of one model differ beyond rounding."""
 
 
 def scores_table(group: Group, paper_table: str | None) -> Table:
@@ -214,7 +218,28 @@ def _score_notes(group: Group) -> list[str]:
         notes.append(f"Bold: the best value of its column, if it is {meaning}.")
     elif group.best:
         notes.append(f"Nothing is in bold: no column has a value that is {meaning}.")
-    return notes + _unscorable_notes(group) + _selection_notes(group)
+    return notes + _answer_notes(group) + _unscorable_notes(group) + _selection_notes(group)
+
+
+def _answer_notes(group: Group) -> list[str]:
+    """Sentences on rows whose answers cannot be compared with those of others: of trained prompts, or generated with other settings."""
+    results = [result for line in group.chosen for result in line.method.results]
+    notes = [
+        f"{result.row.name}: {known} of its prompts were trained on, so its scores say little about new ones."
+        for result in results
+        if (known := result.generation.get("prompts_trained_on"))
+    ]
+    differing = []
+    for name in _OF_ANSWERS:
+        found = [{**result.generation.get("settings", {}), **result.generation}.get(name) for result in results]
+        # Of earlier versions: `auto` became one of the others.
+        values = dict.fromkeys(clean(str(value)) for value in found if value not in (None, "auto"))
+        differing += [f"{name} ({', '.join(values)})"] if len(values) > 1 else []
+    if differing:
+        notes.append(
+            f"The answers were generated with different settings, from which differences between rows may come: {'; '.join(differing)}."
+        )
+    return notes
 
 
 def _unscorable_notes(group: Group) -> list[str]:

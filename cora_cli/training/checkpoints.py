@@ -65,5 +65,6 @@ def _problem(checkpoint: Path, sealed: bool) -> str | None:
 
 
 def _hashes(directory: Path) -> dict[str, str]:
-    files = (path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    folders = [directory, *(path for path in directory.rglob("*") if path.is_dir())]
+    files = (path for folder in folders for path in rundir.own_files(folder) if path.name != MANIFEST)
     return {str(path.relative_to(directory)): rundir.sha256_file(path) for path in sorted(files)}

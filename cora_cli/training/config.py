@@ -13,7 +13,7 @@ from cora_cli.errors import UsageError
 from cora_cli.methods.method import A, AInit, BInit, Method
 from cora_cli.methods.plan import AdapterPlan, AdapterRequest
 from cora_cli.methods.registry import DEFAULT, METHODS, OPTIONAL_SETTINGS, OWN_SETTINGS, Mode, plan_adapter, taken_settings
-from cora_cli.settings import LARGEST_RANK, MOST, DtypeName, range_problems, setting
+from cora_cli.settings import LARGEST_RANK, MOST, DtypeName, given, range_problems, setting
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 Reporter = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -336,6 +336,16 @@ class _SharedSettings:
     def adapter_plan(self) -> AdapterPlan | None:
         """The adapter that this configuration asks for; None for full fine-tuning. Raises `UsageError` for contradictions."""
         return self._adapter_plan
+
+    def notices(self) -> list[str]:
+        """Sentences on the settings of an adapter that have no effect; a user may keep them from another mode."""
+        if (plan := self.adapter_plan()) is None:
+            names, where = ["rank", "target_modules", "dropout"], f"in mode {self.mode}, which has no adapter"
+        else:
+            overruled = self.mode == "peft"
+            names = [name for name in ("rank", "target_modules") if overruled and getattr(plan, name) != getattr(self, name)]
+            where = "beside --peft-config, which states it"
+        return [f"{flag} has no effect {where}" for flag in given(self, names)]
 
     @functools.cached_property
     def _adapter_plan(self) -> AdapterPlan | None:

@@ -105,6 +105,12 @@ def laplace(
     for key, what in (("model_sha256", "base model"), ("data_sha256", "data set"), ("tokenizer_sha256", "tokenizer")):
         if now[key] != then.get(key, now[key]):  # earlier versions did not record the tokenizer
             raise CoraError(f"the {what} of {run} is not the one that it was trained with; restore it")
+    settings, trained_with = now["settings"], then["settings"]
+    for name in sorted((settings.keys() & trained_with.keys()) - {"dtype"}):
+        if settings[name] != trained_with[name]:
+            raise CoraError(
+                f"{source.config} has {name} {settings[name]}, but the run was trained with {trained_with[name]}; restore the file"
+            )
     adapter = resolve_model(run)
     examples = prepared.train.examples[:limit]
     say(prepared.hardware.describe())

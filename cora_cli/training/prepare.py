@@ -85,6 +85,8 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise CoraError(f"--report-to {config.report_to} needs the package {config.report_to}: pip install {config.report_to}")
     plan = config.adapter_plan()
+    for notice in config.notices():
+        say(notice)
     data = load_split(
         config.dataset,
         config.test_size,

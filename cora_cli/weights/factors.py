@@ -16,7 +16,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_M
 from cora_cli import rundir
 from cora_cli.adapters.facts import read_facts, starting_b
 from cora_cli.adapters.posterior import say_mean
-from cora_cli.adapters.storage import say_unknown_settings
+from cora_cli.adapters.storage import check_is_complete, say_unknown_settings
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.models.checkpoint import Checkpoint, finite
@@ -55,6 +55,7 @@ class AdapterFactors:
         self.config = model.adapter_config()
         self.reference = model.reference
         self._check_form()
+        check_is_complete(model)
         say_unknown_settings(model)
         say_mean(model)
         self.checkpoint = Checkpoint(model)

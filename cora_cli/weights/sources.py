@@ -12,10 +12,11 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from cora_cli import rundir
+from cora_cli.adapters.storage import base_of, check_base
 from cora_cli.basis.choices import is_target, match_targets, natural_order
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint, finite, type_fault
-from cora_cli.models.references import ModelPath, recorded_base, resolve_model
+from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import Skeleton, layer_of, other_modalities, skeleton_of, surplus_fault
 from cora_cli.progress import say
 from cora_cli.weights.factors import AdapterFactors
@@ -176,7 +177,7 @@ class AdapterSource(WeightSource):
         self._own = AdapterFactors(model)
         self.biases = self._own.biases
         self._base_is_own = base is None
-        self.base = base or self._open_base()
+        self.base = base or _open_base(model)
         self.architecture, self.skipped = self.base.architecture, self.base.skipped
         self._own.check_full(self.base.shapes, self.base.transposed)
         # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
@@ -231,17 +232,11 @@ class AdapterSource(WeightSource):
         scale, b, a = self._own.read(module)
         return scale * (b @ a)
 
-    def _open_base(self) -> WeightSource:
-        name = recorded_base(self._own.config)
-        if not name:
-            raise CoraError(f"{self.reference} does not name its base model; pass it with --base")
-        try:
-            found = resolve_model(name)
-        except CoraError as error:
-            raise CoraError(
-                f"cannot find the base model of adapter {self.reference} (pass its path with --base): {error}"
-            ) from error
-        return open_source(found)
+
+def _open_base(adapter: ModelPath) -> WeightSource:
+    base = base_of(adapter)
+    check_base(adapter, base)
+    return open_source(base)
 
 
 def loaded_matrices(

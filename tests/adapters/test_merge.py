@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoHaConfig, LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -280,3 +280,44 @@ def test_an_adapter_that_is_not_finite_is_refused_by_key(tiny_model, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CoraError, match=r"lora_A\.weight holds values that are not finite"):
         merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+
+
+def test_a_merged_weight_that_the_type_of_the_base_cannot_hold_is_refused(tiny_model, tmp_path):
+    base = copy_of(tiny_model, tmp_path / "base", torch.float16)
+    tensors = load_file(base / "model.safetensors")
+    mixed = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
+    save_file(mixed, base / "model.safetensors", metadata={"format": "pt"})
+    foreign(base, tmp_path / "adapter", lora_alpha=10_000_000)
+    with pytest.raises(
+        CoraError, match=r"q_proj\.weight is stored as float16, which the merged weight exceeds; use --dtype fp32"
+    ):
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_tokenizer_without_a_padding_token_is_written_without_one(tiny_model, tmp_path):
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    foreign(base, tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(base).pad_token is AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token is None
+
+
+def test_complete_weights_next_to_an_adapter_that_becomes_a_lora_are_not_lost(tiny_model, tmp_path):
+    config = LoHaConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"], init_weights=False)
+    get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CoraError, match="uses LOHA and also trained norm, which would be lost in a LoRA"):
+        export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+
+
+@pytest.mark.parametrize(("alpha", "lost"), [(8, False), (0.001, True)])
+def test_a_change_that_the_type_of_the_weights_rounds_away_is_named(alpha, lost, tiny_model, tmp_path, capsys):
+    base = copy_of(tiny_model, tmp_path / "base", torch.bfloat16)
+    foreign(base, tmp_path / "adapter", lora_alpha=alpha)
+    adapter = resolve_model(str(tmp_path / "adapter"))
+    merge_adapter(adapter, tmp_path / "merged")
+    assert ("of it is lost where the merged weights are rounded to their type" in capsys.readouterr().err) is lost
+    merge_adapter(adapter, tmp_path / "exact", dtype="fp32")
+    assert "is lost" not in capsys.readouterr().err

@@ -38,7 +38,8 @@ TRAIN = [
     "--dtype",
     "fp32",
 ]
-EVALUATE = ["--metrics", "rouge", "--bootstrap", "100", "--max-new-tokens", "2", "--device", "cpu", "--dtype", "fp32"]
+SCORE = ["--metrics", "rouge", "--bootstrap", "100", "--device", "cpu"]
+EVALUATE = [*SCORE, "--max-new-tokens", "2", "--dtype", "fp32"]
 JUNK: tuple[Any, ...] = (
     *(None, True, "x", "", -1, 0, 1.5, 10**400, [], {}, "\ud800", float("nan"), float("inf"), "\x1b[2J", "n" * 250),
     *([[[[]]]], {"a": {"b": None}}, "(a+)+$", "../..", "\0", [None], ["x", 3]),
@@ -66,7 +67,7 @@ CASES = (
     *(Case(f"run/eval/{name}", ("report", "run/eval")) for name in ("metrics.json", "scores.jsonl", "predictions.jsonl")),
     Case("run/run.json", ("evaluate", "run", *EVALUATE), "run/eval/metrics.json"),
     Case("run/eval/generation.json", ("evaluate", "run", *EVALUATE), "run/eval/metrics.json"),
-    Case("run/eval/predictions.jsonl", ("evaluate", "--from", "run/eval/predictions.jsonl", *EVALUATE), "run/eval/scores.jsonl"),
+    Case("run/eval/predictions.jsonl", ("evaluate", "--from", "run/eval/predictions.jsonl", *SCORE), "run/eval/scores.jsonl"),
     Case("run/run.json", RESUME, "run/adapter/adapter_model.safetensors"),
     Case("run/config.yaml", RESUME, "run/adapter/adapter_model.safetensors", settings=True),
     *(

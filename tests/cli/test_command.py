@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 from cora_cli.cli import app
-from cora_cli.cli.command import command
+from cora_cli.cli.command import clean_errors, command
 from cora_cli.cli.extract_basis import ExtractConfig
 from cora_cli.environment import quiet_libraries
 from cora_cli.errors import CoraError, UsageError
@@ -93,6 +94,34 @@ def test_lists_come_repeated_from_flags_and_as_lists_from_files(tmp_path: Path) 
     assert baked("a", "--config", written(tmp_path, "flour: x\ntoppings: [nut, fig]")).toppings == ("nut", "fig")
     assert baked("a", "--config", written(tmp_path, "flour: x\ntoppings: nut\nguests: bob")).toppings == ("nut",)
     assert baked("--config", written(tmp_path, "flour: x\nguests: bob")).guests == ("bob",)
+
+
+def test_a_path_below_the_home_directory_is_found_in_flags_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "cake.yaml").write_text("to: ~/shelf\nlayers: [~/a, b]\n")
+    cake = baked("--config", str(tmp_path / "cake.yaml"), "--flour=~", "--toppings=~/c", "~/guest")
+    home = f"{tmp_path / 'home'}"
+    assert (cake.to, cake.layers, cake.toppings) == (f"{home}/shelf", (f"{home}/a", "b"), (f"{home}/c",))
+    assert (cake.guests, cake.flour) == ((f"{home}/guest",), "~")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["--to=", "ann"], "--to"),
+        (["ann", " "], "guests"),
+        (["ann", "--toppings", ""], "--toppings"),
+        (["--config=cake.yaml", "ann"], "--to"),
+    ],
+)
+def test_an_empty_value_is_not_taken_for_none(
+    arguments: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, 'to: ""')
+    result, seen = invoke("--flour=rye", *arguments)
+    assert (result.exit_code, seen) == (2, [])
+    assert f"{name} is empty; give it a value, or leave it out" in result.stderr
 
 
 def test_files_may_write_names_with_dashes_numbers_as_text_and_leave_values_empty(tmp_path: Path) -> None:
@@ -270,3 +299,30 @@ def test_warnings_of_the_libraries_that_only_this_program_could_heed_stay_off_th
         for module in ("peft.tuners.lora", "transformers.modeling_utils", "numpy.linalg"):
             warnings.warn_explicit("odd", UserWarning, "file.py", 1, module=module, registry={})
     assert len(caught) == 1
+
+
+def test_a_machine_without_a_place_for_temporary_files_is_told_the_variable_that_helps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere/at/all"])
+    with pytest.raises(typer.Exit), clean_errors(debug=False):
+        tempfile.mkdtemp()
+    assert "set the environment variable TMPDIR to one" in capsys.readouterr().err
+
+
+def test_a_working_directory_that_was_removed_and_a_home_that_is_not_known_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(typer.Exit), clean_errors(debug=False):
+        Path("run").absolute()
+    assert "the working directory was removed" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(typer.Exit), clean_errors(debug=False):
+        Path("~/cora").expanduser()
+    assert "set the environment variable HOME" in capsys.readouterr().err

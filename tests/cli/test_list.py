@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import os
+import shutil
 import struct
 import sys
 
@@ -84,3 +86,22 @@ def test_an_interrupt_says_what_is_kept(capsys):
     with pytest.raises(typer.Exit), clean_errors(False, lambda: "all is kept"):
         raise KeyboardInterrupt
     assert capsys.readouterr().err == "cora: interrupted; all is kept\n"
+
+
+def test_runs_are_found_whatever_their_folder_is_called_and_through_links(folder, tmp_path, capsys, monkeypatch):
+    run = next((folder / "grid/runs").glob("*lora*"))
+    shutil.copytree(run, folder / "adapter")
+    (folder / "linked").symlink_to(run)
+    (folder / "closed").mkdir()
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = {str(entry.path.relative_to(folder)) for entry in inventory(folder)}
+    assert {"adapter", "linked"} <= found
+    assert {folder / "adapter", folder / "linked"} <= set(outputs_below(folder))
+    assert f"{folder / 'closed'} is left out, since it cannot be read: Permission denied" in capsys.readouterr().err

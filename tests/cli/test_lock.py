@@ -44,7 +44,7 @@ def arguments(run: Path, tiny_model: Path, tiny_basis: Path, tiny_data: Path, tm
         "train": ["--mode", "lora", "--model", tiny_model, "--dataset", tiny_data, *ON_CPU],
         "train --resume": ["--mode", "lora", "--model", tiny_model, "--dataset", tiny_data, "--resume", *ON_CPU],
         "evaluate": [run, *ON_CPU],
-        "evaluate --from": ["--from", tiny_data, *ON_CPU],
+        "evaluate --from": ["--from", tiny_data, "--device", "cpu"],
         "inspect": [tiny_basis, tiny_model, "--device", "cpu"],
         "report": [run],
         "ablate": [tmp_path / "grid.yaml", "--device", "cpu"],

@@ -20,7 +20,7 @@ import typer
 from typer.testing import CliRunner
 
 from cora_cli.cli import app
-from tests.cli.fuzzing import EVALUATE, TRAIN, make_workspace
+from tests.cli.fuzzing import EVALUATE, SCORE, TRAIN, make_workspace
 
 ROOT = Path(__file__).parents[2]
 # The server imports everything once and computes nothing, so that its forks start at once and are safe.
@@ -120,7 +120,7 @@ def test_ablate_draws_its_status_to_the_end_and_takes_control_c(workspace: Path)
     ("words", "sign"),
     [
         (["train", *TRAIN, "--max-steps", "100000", "--model", "base", "--dataset", "pairs.jsonl", "--output-dir", "stopped"], b"training: "),
-        (["evaluate", "--from", "long.jsonl", *EVALUATE, "-o", "stopped-too"], b"scoring"),
+        (["evaluate", "--from", "long.jsonl", *SCORE, "-o", "stopped-too"], b"scoring"),
     ],
     ids=["train", "evaluate"],
 )  # fmt: skip

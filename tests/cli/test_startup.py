@@ -2,9 +2,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import cora_cli
 from cora_cli.cli import app
 
 # Runs `cora` with the arguments after the first, then writes the names of all modules that were imported.
@@ -108,3 +110,36 @@ main()
     assert (ended.returncode, ended.stdout) == (130, "")
     assert ended.stderr.startswith("cora: interrupted")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_standard_stream_neither_fails_a_command_nor_gets_into_its_files(closed, tmp_path):
+    script = """
+import os, sys
+from cora_cli.terminal import open_missing_streams
+open_missing_streams()
+assert os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) > 2
+print("out", flush=True)
+print("err", file=sys.stderr, flush=True)
+sys.stdin.read()
+"""
+    ended = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" "$2" {closed}', sys.executable, script, str(tmp_path / "file")],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (ended.stdout, ended.stderr) == ("" if closed == ">&-" else "out\n", "" if closed == "2>&-" else "err\n")
+
+
+def test_a_file_in_the_working_directory_is_not_imported_in_place_of_a_module(tmp_path):
+    for name in ("typer", "random", "datasets"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the working directory was imported')")
+    source = str(Path(cora_cli.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": source, "PYTHONSAFEPATH": ""}
+    words = [sys.executable, "-m", "cora_cli", "--version"]
+    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("cora ")

@@ -2,7 +2,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cora_cli import embedded
-from cora_cli.data.encode import encode_records
+from cora_cli.data.encode import encode_records, notices
 from cora_cli.data.records import Record
 from cora_cli.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Rendered, Template, choose_template
 from cora_cli.errors import CoraError
@@ -253,3 +253,40 @@ def test_without_a_date_it_writes_that_of_today(monkeypatch):
 def test_other_templates_read_no_clock(chat):
     assert not Template("chat", "messages", chat).reads_clock
     assert not Template("alpaca", "alpaca", with_template(CLOCK)).reads_clock
+
+
+def test_messages_that_the_template_leaves_out_are_counted_by_role():
+    known = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] in ('user', 'assistant') %}")
+    template = Template("chat", "messages", with_template(known))
+    assert template.render(TALK).left_out == ("system",)
+    encoded = encode_records([TALK, {"messages": TALK["messages"][1:]}], template, 200, "training")
+    assert encoded.left_out == {"system": 1}
+    assert any("the roles system (1 records)" in notice for notice in notices(encoded))
+
+
+def test_thoughts_that_the_template_removes_are_named_where_they_are_the_answers_own():
+    removing = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
+    template = Template("chat", "messages", with_template(removing))
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>2"}
+    question = {"role": "user", "content": "one?"}
+    assert template.render({"messages": [question, thought]}).left_out == ("assistant",)
+    assert template.render({"messages": [question, thought, *TALK["messages"][1:]]}).left_out == ()
+    apart = CHATML.replace("{{ m['content'] }}", "{{ m['content'] | replace('</think>', '\n</think>\n\n') }}")
+    assert Template("chat", "messages", with_template(apart)).render({"messages": [question, thought]}).left_out == ()
+
+
+def test_results_of_tools_that_the_template_quotes_are_not_left_out():
+    quoting = CHATML.replace("{{ m['content'] }}", "{{ m['content'] | tojson }}")
+    record = {"messages": [{"role": "tool", "content": 'say "é"\n'}, *TALK["messages"][1:]]}
+    assert "tool" not in Template("chat", "messages", with_template(quoting)).render(record).left_out
+
+
+@pytest.mark.parametrize("written", ["{{ c['function']['arguments'] | tojson }}", "{{ c['function']['arguments'] }}"])
+def test_arguments_of_calls_as_json_text_are_never_written_as_a_quoted_string(written):
+    calling = CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}" + written + "{% endfor %}"
+    )
+    call = {"type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
+    record = {"messages": [TALK["messages"][1], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    assert Template("chat", "messages", with_template(calling)).render(record).response == '{"zone": "UTC"}'
+    assert call["function"]["arguments"] == '{"zone": "UTC"}'

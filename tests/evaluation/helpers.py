@@ -69,14 +69,8 @@ def requests_of(*lengths: int) -> list[Request]:
 
 
 HELD_OUT = 6
-FAST: dict[str, Any] = {
-    "dtype": "fp32",
-    "device": "cpu",
-    "batch_size": 4,
-    "max_new_tokens": 6,
-    "metrics": ("rouge1", "sacrebleu"),
-    "bootstrap": 100,
-}
+SCORING: dict[str, Any] = {"device": "cpu", "metrics": ("rouge1", "sacrebleu"), "bootstrap": 100}
+FAST: dict[str, Any] = {"dtype": "fp32", "batch_size": 4, "max_new_tokens": 6, **SCORING}
 
 
 def make_run(model: Path, data: Path, output: Path, **settings: Any) -> Path:

@@ -21,7 +21,7 @@ from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
-from .helpers import FAST, HELD_OUT, answers, evaluate_model, evaluate_run, make_run
+from .helpers import FAST, HELD_OUT, SCORING, answers, evaluate_model, evaluate_run, make_run
 
 """The metrics that compare texts."""
 
@@ -225,6 +225,15 @@ def test_other_files_in_the_output_directory_are_left_alone(tiny_model: Path, re
         ({"from_predictions": "a", "limit": 3}, "--limit has no effect with --from"),
         ({"from_predictions": "a", "dataset": "b"}, "--dataset has no effect with --from"),
         ({"from_predictions": "a", "backend": "vllm"}, "--backend vllm has no effect with --from"),
+        ({"from_predictions": "a", "template": "plain"}, "--template plain has no effect with --from"),
+        ({"from_predictions": "a", "max_new_tokens": 8}, "--max-new-tokens has no effect with --from"),
+        ({"from_predictions": "a", "batch_size": 8}, "--batch-size has no effect with --from"),
+        ({"from_predictions": "a", "merge": False}, "--no-merge has no effect with --from"),
+        ({"from_predictions": "a", "exclude_trained": False}, "--no-exclude-trained has no effect with --from"),
+        ({"from_predictions": "a", "dtype": "bf16"}, "--dtype bf16 has no effect with --from"),
+        ({"from_predictions": "a", "trust_remote_code": True}, "--trust-remote-code has no effect with --from"),
+        ({"runs": ("a",), "metrics": ("rouge",), "bertscore_layer": 3}, "--bertscore-layer has no effect without bertscore"),
+        ({"runs": ("a",), "metrics": ("rouge",), "bleu_tokenize": "zh"}, "--bleu-tokenize zh has no effect without bleu"),
         ({"runs": ("a",), "batch_size": 0}, "--batch-size must be at least 1, not 0"),
         ({"runs": ("a",), "max_new_tokens": -1}, "--max-new-tokens must be at least 1, not -1"),
         ({"runs": ("a",), "bootstrap": 99}, "--bootstrap must be at least 100, not 99"),
@@ -264,7 +273,7 @@ def test_metrics_are_recomputed_from_predictions_without_a_model(
     monkeypatch.setattr(backend, "load_model", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setattr(module, "load_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
     for output in (None, str(tmp_path / "elsewhere")):
-        config = EvaluateConfig(from_predictions=str(run / "eval" / "predictions.jsonl"), output_dir=output, **FAST)
+        config = EvaluateConfig(from_predictions=str(run / "eval" / "predictions.jsonl"), output_dir=output, **SCORING)
         # The full record: it still has the run and settings of the predictions.
         assert evaluate(config)[0].record == first.record
     for name in ("metrics.json", "scores.jsonl"):
@@ -305,7 +314,7 @@ def test_edited_predictions_are_scored_without_a_generation_record_and_it_says_s
     evaluate_run(run)
     path = run / "eval" / "predictions.jsonl"
     rundir.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in read_jsonl(path)])
-    edited = evaluate(EvaluateConfig(from_predictions=str(path), **FAST))[0]
+    edited = evaluate(EvaluateConfig(from_predictions=str(path), **SCORING))[0]
     assert edited.record["metrics"]["rouge1"]["value"] == 1
     assert edited.record["generation"] == {}
     assert edited.name == "eval"
@@ -314,7 +323,7 @@ def test_edited_predictions_are_scored_without_a_generation_record_and_it_says_s
 
 def from_lines(directory: Path, text: str, **settings: Any) -> Evaluation:
     (directory / "predictions.jsonl").write_text(text, encoding="utf-8")
-    return evaluate(EvaluateConfig(from_predictions=str(directory / "predictions.jsonl"), **{**FAST, **settings}))[0]
+    return evaluate(EvaluateConfig(from_predictions=str(directory / "predictions.jsonl"), **{**SCORING, **settings}))[0]
 
 
 GOOD = json.dumps({"prediction": "a b", "reference": "a c"}) + "\n"
@@ -350,7 +359,7 @@ def test_malformed_predictions_are_refused_naming_file_and_record(tmp_path: Path
 def test_predictions_must_be_a_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere.jsonl"):
         with pytest.raises(CoraError, match="is not a file; --from needs the predictions"):
-            evaluate(EvaluateConfig(from_predictions=str(path), **FAST))
+            evaluate(EvaluateConfig(from_predictions=str(path), **SCORING))
 
 
 @pytest.fixture

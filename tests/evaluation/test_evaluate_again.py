@@ -18,7 +18,7 @@ from cora_cli.evaluation.targets import find_targets
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
-from .helpers import FAST, answers, evaluate_model, evaluate_run, make_run
+from .helpers import FAST, SCORING, answers, evaluate_model, evaluate_run, make_run
 
 KILLED = """
 import sys, time
@@ -257,7 +257,7 @@ def test_the_metrics_of_other_predictions_are_not_replaced_unasked(tmp_path: Pat
     def scored(name: str, output: str, **settings: Any) -> None:
         rundir.write_jsonl(tmp_path / name / "predictions.jsonl", [{"prediction": name, "reference": "one"}])
         path = str(tmp_path / name / "predictions.jsonl")
-        evaluate(EvaluateConfig(from_predictions=path, output_dir=str(tmp_path / output), **{**FAST, **settings}))
+        evaluate(EvaluateConfig(from_predictions=path, output_dir=str(tmp_path / output), **{**SCORING, **settings}))
 
     scored("one", "out")
     scored("one", "two")

@@ -166,3 +166,11 @@ def test_a_merged_run_of_an_early_version_says_that_its_prompts_are_not_known(ru
     merge_adapter(resolve_model(str(run)), tmp_path / "merged")
     trained_prompts(find_targets(EvaluateConfig(model=str(tmp_path / "merged"), dataset=str(records), output_dir="out")))
     assert "merged was trained by a version that did not record its prompts" in " ".join(capfd.readouterr().err.split())
+
+
+def test_prompts_in_another_template_than_that_of_the_training_are_named(merged: Path, records: Path, tmp_path: Path, capfd):
+    evaluate_model(merged, records, tmp_path / "out", limit=1)
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"{merged} was trained with the template chat, but these prompts have the template plain" in said
+    evaluate_model(merged, records, tmp_path / "chat", limit=1, template="chat")
+    assert "was trained with the template" not in capfd.readouterr().err

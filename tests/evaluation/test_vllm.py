@@ -13,6 +13,7 @@ from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation import evaluate as module
 from cora_cli.evaluation import vllm
+from cora_cli.evaluation.backend import open_vllm
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.evaluation.vllm import (
@@ -55,6 +56,14 @@ def test_adapters_that_vllm_cannot_load_are_refused(trained: dict[str, Path], tm
         lora_rank(adapter_of(tmp_path / "adapter", r=600))
     with pytest.raises(CoraError, match="compact adapter, which vLLM cannot load: leave out --no-merge"):
         lora_rank(resolve_model(str(trained["compact"])))
+
+
+def test_the_end_tokens_of_a_nested_configuration_are_known(tmp_path: Path) -> None:
+    text = {"model_type": "gemma3_text", "eos_token_id": END}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "eos_token_id": None, "text_config": text}))
+    base = resolve_model(str(tmp_path), weights=False)
+    config = EvaluateConfig(model=str(tmp_path), dataset="d.jsonl", output_dir=str(tmp_path / "out"))
+    assert open_vllm(config, base, None, GPU, {3}, tmp_path).ends == [3, END]
 
 
 def test_vllm_gets_arguments_for_greedy_decoding_of_token_ids(tmp_path: Path) -> None:

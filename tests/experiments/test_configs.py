@@ -1,6 +1,7 @@
 """Every shipped grid file parses, can be planned, and has the settings of the paper."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -319,3 +320,12 @@ def test_the_grid_file_in_the_documents_is_valid() -> None:
     names = [row.name for row in build_grid(yaml.safe_load(text), "grids.md").rows]
     assert len(names) == 1 + 9 + 18 + 1 + 2
     assert "cora-fb_r48_n3_lr1e-3_seed0" in names
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_the_small_preset_reads_the_width_of_nested_configurations_and_of_other_families(nested: bool, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4} if nested else {"n_embd": 64, "n_head": 4}
+    config = {"model_type": "gemma3", "text_config": sizes} if nested else {"model_type": "gpt2", **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    grid = paper_grid("figure-variance", "small", str(tmp_path))
+    assert [row.basis_rank for row in grid.rows] == [63, 63]

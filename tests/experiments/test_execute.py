@@ -254,6 +254,8 @@ def test_processes_get_a_gpu_each_or_share_the_threads(monkeypatch: pytest.Monke
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     threads = LocalLauncher(3, "cpu")
     assert threads._environment(0)["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7,2")  # one number for each level of nesting
+    assert LocalLauncher(3, "cpu")._environment(0)["OMP_NUM_THREADS"] == "2"
     assert LocalLauncher(None, "cpu").slots == 1
 
 

@@ -99,6 +99,7 @@ def test_printed_names_are_filled_from_the_row() -> None:
         ({"mode": "lora", "rank": "many"}, "rank must be an integer, not 'many'"),
         ({"mode": "lora", "rank": True}, "rank must be an integer, not True"),
         ({"mode": "lora", "learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
+        ({"mode": "lora", "label": ""}, "label must be text that is not empty, or left out, not ''"),
         ({"mode": "lora", "learning_rate": -1.0}, "--learning-rate must be positive, not -1.0"),
         ({"mode": "lora", "n_models": 2}, "n_models has no effect in mode lora; leave it out"),
         ({"mode": "base", "seed": 1}, "seed has no effect in mode base"),

@@ -1,3 +1,5 @@
+import os
+import shutil
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -45,6 +47,20 @@ def test_weights_are_hashed_once_while_their_files_are_unchanged(
     (tmp_path / "hashes.json").write_text("damaged")
     assert find_inputs(grid, tmp_path / "hashes.json").models[str(tiny_model)] == first
     assert find_inputs(grid, None).models[str(tiny_model)].sha256 is None
+
+
+def test_other_weights_with_the_size_and_time_of_the_first_ones_are_hashed(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    grid = grid_of({"mode": "base"}, model=str(model), datasets={"data": str(tiny_data)})
+    first = find_inputs(grid, tmp_path / "hashes.json").models[str(model)].sha256
+    [weights] = model.glob("*.safetensors")
+    stat, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert find_inputs(grid, tmp_path / "hashes.json").models[str(model)].sha256 != first
 
 
 def test_all_missing_inputs_are_reported_at_once(tmp_path: Path) -> None:

@@ -249,3 +249,8 @@ def test_an_output_that_is_a_file_of_a_source_is_refused_and_left_alone(square_m
         with pytest.raises(CoraError, match=f"{name} is a file of .*model, which is read; write the basis to another file"):
             extract_basis([local(model)], model / name, BasisChoices(rank=4), None, CPU, overwrite=True)
         assert (model / name).read_bytes() == before
+
+
+def test_a_base_that_nothing_needs_is_refused(grouped_models, tmp_path):
+    with pytest.raises(UsageError, match="--base has no effect on complete models with --source weights"):
+        run(grouped_models[:1], tmp_path / "b", base=grouped_models[1])

@@ -202,3 +202,13 @@ def test_a_quantization_without_a_method_is_refused_by_name(tiny_model, tmp_path
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
     with pytest.raises(CoraError, match=r"model has a quantization_config that cannot be read: .*no `quant_method`"):
         load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_weight_that_is_not_finite_is_refused_by_name_when_the_model_is_loaded(value, tiny_model, tmp_path):
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "damaged"))
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CoraError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
+        load_model(local(directory), torch.float32, torch.device("cpu"), None)

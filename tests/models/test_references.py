@@ -165,6 +165,7 @@ def test_a_hub_model_is_fetched_at_its_revision_and_pickles_only_where_there_is_
         (["model.pt", "optimizer.pt", "scheduler.pt", "rng_state_0.pth"], ["model.pt"]),
         (["part-2.pth", "part-1.pth", "scaler.pt"], ["part-1.pth", "part-2.pth"]),
         (["model.pt", "pytorch_model.bin"], ["pytorch_model.bin"]),
+        (["a.safetensors", "._a.safetensors"], ["a.safetensors"]),
     ],
 )
 def test_weights_are_the_safetensors_or_else_files_of_torch(files, found, tmp_path):

@@ -288,6 +288,20 @@ def test_two_seeds_never_print_an_interval_of_zero_width(made_grid):
     assert "A decision needs at least 3 seeds per method." in text
 
 
+def test_rows_of_other_settings_and_of_trained_prompts_are_named_under_the_table(tmp_path):
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb"), Made("lora", "lora")], prompts=6)
+    text = report([str(grid)])
+    assert "were trained on" not in text
+    assert "different settings" not in text
+    metrics = next(path for path in sorted(grid.rglob("metrics.json")) if "lora" in str(path))
+    record = read_json(metrics)
+    settings = {**record["generation"]["settings"], "max_new_tokens": 64}
+    rundir.write_json(metrics, {**record, "generation": {"settings": settings, "prompts_trained_on": 2}})
+    text = " ".join(report([str(grid)]).split())
+    assert "2 of its prompts were trained on" in text
+    assert "different settings, from which differences between rows may come: max_new_tokens (16, 64)" in text
+
+
 def test_nothing_is_bold_where_the_best_two_are_alike(tmp_path):
     rows = [Made("lora", "lora", skill=0.5), Made("fb orthonormal", "fb", skill=0.5, b_init="orthonormal")]
     text = report([str(make_grid(tmp_path, rows))], "markdown")

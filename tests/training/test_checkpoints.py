@@ -64,3 +64,10 @@ def test_the_manifest_holds_a_hash_for_every_file(tmp_path):
         "trainer_state.json": 64,
         "part/rng_state.pth": 64,
     }
+
+
+def test_a_file_that_a_file_manager_leaves_damages_nothing(tmp_path):
+    checkpoint = make(tmp_path, 4)
+    (checkpoint / ".DS_Store").write_text("x")
+    (checkpoint / "part" / "._rng_state.pth").write_text("x")
+    assert newest_intact(tmp_path, sealed=True) == checkpoint

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,6 +125,25 @@ def test_alpha_is_twice_the_rank_unless_given() -> None:
     plans = [TrainConfig(**NEEDED, mode="lora", rank=12, **given).adapter_plan() for given in ({}, {"alpha": 12.0})]
     assert [plan.scaling for plan in plans if plan] == [2.0, 1.0]
     assert TrainConfig(**NEEDED, mode="full").adapter_plan() is None
+
+
+def test_settings_of_an_adapter_that_have_no_effect_are_named(tmp_path: Path) -> None:
+    def notices(**settings: Any) -> list[str]:
+        return TrainConfig(**NEEDED, **settings).notices()
+
+    (tmp_path / "loha.json").write_text('{"peft_type": "LOHA", "r": 2}')
+    assert notices(mode="full", rank=4, dropout=0.1) == [
+        "--rank has no effect in mode full, which has no adapter",
+        "--dropout has no effect in mode full, which has no adapter",
+    ]
+    file = str(tmp_path / "loha.json")
+    assert notices(mode="peft", peft_config=file, rank=4) == ["--rank has no effect beside --peft-config, which states it"]
+    unused = [
+        {"mode": "full"},
+        {"mode": "lora", "rank": 4},
+        {"mode": "peft", "peft_config": file, "target_modules": ("q_proj",)},
+    ]
+    assert not any(notices(**settings) for settings in unused)
 
 
 def test_only_settings_that_change_no_number_may_differ_on_resume() -> None:

@@ -20,6 +20,7 @@ from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import preflight
 from cora_cli.training.prepare import prepare
 from cora_cli.training.run import train
+from cora_cli.weights.sources import open_source
 
 from .helpers import config_for, record_of
 
@@ -169,3 +170,13 @@ def test_models_that_do_not_fit_are_refused(tiny_model, tiny_multihead_model, ti
 def test_settings_that_make_no_sense_are_refused(settings, said):
     with pytest.raises(UsageError, match=said):
         TrainConfig(**{"model": "m", "dataset": "d", "output_dir": "o", **settings})
+
+
+def test_a_checkpoint_which_lacks_the_mean_is_refused_as_a_model(below, tmp_path):
+    _, output, _ = below
+    checkpoint = resolve_model(str(output / "checkpoints" / "checkpoint-2"))
+    refusal = r"checkpoint-2 is a checkpoint of a run of mode lora with --start mean-delta, which holds only what is trained"
+    with pytest.raises(CoraError, match=refusal):
+        merge_adapter(checkpoint, tmp_path / "merged")
+    with pytest.raises(CoraError, match=refusal):
+        open_source(checkpoint)

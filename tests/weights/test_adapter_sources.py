@@ -17,6 +17,7 @@ from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
+from cora_cli.inspection.inspect import inspect
 from cora_cli.weights.sources import open_source
 from tests.methods.helpers import plan_of
 from tests.weights.helpers import make_llama
@@ -413,3 +414,27 @@ def test_dora_magnitudes_are_refused_by_name(grouped_models, tmp_path):
     change_config(adapter, use_dora=False)
     with pytest.raises(CoraError, match=r"lora_magnitude_vector.* is of DoRA, whose weights are not W \+ s·B·A"):
         open_source(local(adapter), base)
+
+
+@pytest.fixture
+def changed_base(tiny_sources, tiny_model, tmp_path) -> tuple[Path, Path]:
+    """An adapter that `cora` trained, and its base after another change."""
+    base, adapter = (
+        Path(shutil.copytree(path, tmp_path / name)) for path, name in ((tiny_model, "base"), (tiny_sources[0], "adapter"))
+    )
+    change_config(adapter, base_model_name_or_path=str(base))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][0] += 1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return adapter, base
+
+
+def test_a_base_that_changed_after_the_training_is_refused_unless_it_is_named(changed_base, tmp_path, capsys):
+    adapter, base = changed_base
+    with pytest.raises(CoraError, match="it is another model, or it has changed"):
+        open_source(local(adapter))
+    with pytest.raises(CoraError, match="it is another model, or it has changed"):
+        inspect([str(adapter)], None, 4, None, None, (), CPU)
+    choices = BasisChoices(rank=4, source="delta", target_modules=("q_proj",))
+    extract_basis([local(adapter)], tmp_path / "b", choices, local(base), CPU)
+    assert "it is another model, or it has changed" in capsys.readouterr().err

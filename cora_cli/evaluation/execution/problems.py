@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cora_cli.data.records import TEST_COLUMNS
 from cora_cli.errors import CoraError
+from cora_cli.progress import say
 
 SHAPES = "assertions (as in builtin:code), test and entry_point (HumanEval), or test_list (MBPP)"
 _STOPS = re.compile(r"\n(?:class|def|#|if|print)")
@@ -74,6 +75,14 @@ def problem_of(columns: Mapping[str, Any] | None, where: str) -> Problem:
     if columns.get("assertions"):
         return Problem(where, reference, "\n".join(_texts(columns, "assertions", where)))
     raise CoraError(f"{where} carries no tests, which pass@k needs: {SHAPES}")
+
+
+def say_what_is_not_run(columns: Iterable[Mapping[str, Any] | None], where: str) -> None:
+    """Say that the challenge tests of MBPP are left out: its published scores are those of `test_list` (Austin et al. 2021, 2108.07732)."""
+    if count := sum(bool(own and own.get("challenge_test_list")) for own in columns):
+        say(
+            f"{where}: {count} records also have a challenge_test_list, which is not run: the benchmark scores programs by test_list"
+        )
 
 
 def programs_of(line: Mapping[str, Any]) -> list[str]:

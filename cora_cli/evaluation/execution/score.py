@@ -10,7 +10,7 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.evaluation.execution.problems import Problem, problem_of
+from cora_cli.evaluation.execution.problems import Problem, problem_of, say_what_is_not_run
 from cora_cli.evaluation.execution.run import FATES, Outcome, run
 from cora_cli.evaluation.metrics.pass_at import Attempts
 from cora_cli.progress import progress
@@ -79,6 +79,7 @@ def execute(
     Without `problems`, the tests are those that were kept with the predictions. Returns what pass@k counts, and the number of programs of
     each fate.
     """
+    say_what_is_not_run([line.get("problem") for line in lines], str(path))
     if problems is None:
         problems = [problem_of(line.get("problem"), f"{path}, record {number}") for number, line in enumerate(lines, start=1)]
     answers = [[sample["prediction"] for sample in line.get("samples") or [line]] for line in lines]

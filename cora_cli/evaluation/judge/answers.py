@@ -18,7 +18,7 @@ KEYS = ("prompt", "reference", "prediction")
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """One model's answers. `sha256` is that of their file, `printed` the name of its directory, by which the paper's row is found."""
+    """One model's answers. `sha256` is that of their file, without what calibration adds to it."""
 
     name: str
     predictions: Path
@@ -151,4 +151,4 @@ def _read(name: str, path: Path, limit: int | None) -> System:
     lines = shapes.read_predictions(path, *KEYS)[:limit]
     if len(lines) < 2:
         raise CoraError(f"{path} has {len(lines)} records; judging needs at least two, since anchors are shuffled references")
-    return System(name, path, sha256, tuple({key: line[key] for key in KEYS} for line in lines))
+    return System(name, path, shapes.answers_hashes(path)[-1], tuple({key: line[key] for key in KEYS} for line in lines))

@@ -7,9 +7,13 @@ from urllib.parse import urlsplit
 
 from cora_cli.errors import UsageError
 from cora_cli.reading import Malformed, parse_json
-from cora_cli.settings import MOST, DtypeName, range_problems, setting
+from cora_cli.settings import MOST, DtypeName, range_problems, refuse_useless, setting
 
 _WHAT, _JUDGE, _ANCHORS, _LIMITS, _RUN = "What to judge", "Judge", "Anchors", "Limits", "Run"
+_OF_ENDPOINTS = frozenset(
+    {"key_variable", "parameters", "concurrency", "retries", "backoff", "timeout", "price_in", "price_out", "max_cost"}
+)
+_OF_LOCAL_JUDGES = frozenset({"batch_size", "device", "dtype", "trust_remote_code"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +140,9 @@ class JudgeConfig:
         if self.endpoint is not None:
             check_endpoint(self.endpoint)
         if self.judge_model is not None:
-            for name in ("parameters", "max_cost", "price_in", "price_out"):
-                if getattr(self, name) is not None:
-                    raise UsageError(f"--{name.replace('_', '-')} has no effect on a local judge; leave it out")
+            refuse_useless(self, _OF_ENDPOINTS, "on a local judge")
+        else:
+            refuse_useless(self, _OF_LOCAL_JUDGES, "on a judge at an endpoint")
         self.request_parameters()
 
     def request_parameters(self) -> dict[str, Any]:

@@ -209,6 +209,8 @@ def test_a_dry_run_sends_and_writes_nothing(tmp_path, answers) -> None:
         ({"endpoint": None, "judge": None}, "give one judge"),
         ({"judge_model": "m"}, "give one judge"),
         ({"endpoint": None, "judge": None, "judge_model": "m", "max_cost": 1.0}, "no effect on a local judge"),
+        ({"endpoint": None, "judge": None, "judge_model": "m", "retries": 1}, "--retries has no effect on a local judge"),
+        ({"batch_size": 2}, "--batch-size has no effect on a judge at an endpoint"),
         ({"max_cost": 1.0}, "--max-cost needs --price-in"),
         ({"concurrency": 0}, "--concurrency must be at least 1"),
         ({"limit": 1}, "--limit must be at least 2"),

@@ -214,6 +214,29 @@ def test_a_report_leaves_out_judgments_that_do_not_belong_to_the_answers(server,
     assert "rubric paper: scores" not in text
 
 
+@pytest.mark.parametrize("judged_first", [True, False])
+def test_calibration_that_is_added_to_finished_predictions_leaves_the_answers_that_were_judged(
+    judged_first, server, tmp_path
+) -> None:
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb")], prompts=6)
+    (metrics,) = grid.rglob("metrics.json")
+    predictions = metrics.parent / "predictions.jsonl"
+    tokens = {"nll": [1.0], "brier": [1.0], "confidence": [0.5], "correct": [False]}
+
+    def calibrate() -> None:
+        rundir.write_jsonl(predictions, [{**line, "reference_tokens": tokens} for line in read_jsonl(predictions)])
+        rundir.write_json(metrics, {**read_json(metrics), "predictions_sha256": rundir.sha256_file(predictions)})
+
+    if not judged_first:
+        calibrate()
+    judge(judge_of(server, predictions, metrics.parent / "judge"))
+    if judged_first:
+        calibrate()
+    text = cora("report", grid).stdout
+    assert "is about other answers than" not in text
+    assert "rubric paper: scores" in text
+
+
 def test_a_run_that_cannot_start_leaves_the_result_in_place(server, answers, tmp_path) -> None:
     assert cora("judge", "--from", answers, *at(server)).exit_code == 0
     result, other = answers.parent / "judge" / "judge.json", write_answers(tmp_path / "other", 8, seed=3)
