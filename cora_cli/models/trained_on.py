@@ -31,13 +31,18 @@ class TrainedOn:
     date: str | None
 
 
+def run_of(model: ModelPath) -> RunDirectory | None:
+    """The run that the model's files are part of; None for a model from elsewhere."""
+    return next((run for path in (model.path, *model.path.parents[:2]) if (run := RunDirectory(path)).exists()), None)
+
+
 def trained_on(model: ModelPath) -> TrainedOn | None:
     """The record of a model's training, None for a model from elsewhere. Raises `CoraError` if the record was changed."""
     if (model.path / RECORD).exists():
         carried = read_json(model.path / RECORD, CarriedTraining)
         prompts = _read_prompts(model.path / PROMPTS, carried["trained_prompts_sha256"])
         return TrainedOn(model.path, prompts, carried["complete"], tuple(carried["datasets"]), carried["template_date"])
-    run = next((run for path in (model.path, *model.path.parents[:2]) if (run := RunDirectory(path)).exists()), None)
+    run = run_of(model)
     if run is None:
         return None
     record = read_run(run)

@@ -30,6 +30,7 @@ NOT_PART_OF_THE_RESULT = frozenset(
         "device",
         "save_steps",
         "keep_checkpoints",
+        "save_tokenizer",
         "validation_loss",
         "tokens_per_row",
         "shard",
@@ -191,6 +192,9 @@ class _SharedSettings:
     )
     rate_from: str | None = setting(
         "With --dry-run: also print the time that the steps will take at the rate of this finished run.", None, panel=_RUN
+    )
+    save_tokenizer: bool = setting(
+        "Also store the tokenizer with the adapter, where others look for it; mode full always stores it.", False, panel=_RUN
     )
     report_to: Reporter = setting(
         "Also report to this tracker, through the transformers Trainer; log.jsonl is always written.", "none", panel=_RUN
