@@ -144,9 +144,14 @@ def jsonl_text(records: Iterable[Any]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
+def sha256_bytes(content: bytes) -> str:
+    """Hex digest of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def sha256_text(text: str) -> str:
     """Hex digest of a string's UTF-8 bytes; bytes of a file name that are not text enter as they are."""
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    return sha256_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def tensor_digest(name: str, tensor: Any) -> str:
@@ -262,9 +267,9 @@ class RunDirectory:
     @property
     def result(self) -> Path:
         """What the run trained: `model/` in mode `full`, else `adapter/`; of a published run, the directory itself holds its files."""
-        if self.sums.exists():
-            return self.root
-        return self.model if self.model.exists() else self.adapter
+        if self.model.exists():
+            return self.model
+        return self.root if self.sums.exists() and not self.adapter.exists() else self.adapter
 
     def result_files(self) -> dict[str, str]:
         """SHA-256 of each file of the result except its card, by name; of none where there is no result."""
