@@ -62,7 +62,9 @@ def run(config: PublishConfig) -> None:
 
 def listing(files: "Files") -> str:
     """The files by their path in the repository, with their sizes in bytes and where they come from."""
-    sizes = {path: len(content) if isinstance(content, bytes) else content.stat().st_size for path, content in files.items()}
+    from cora_cli.publishing.publish import size_of
+
+    sizes = {path: size_of(content) for path, content in files.items()}
     widths = max(map(len, files)), len(f"{max(sizes.values()):,}")
     return "\n".join(
         f"{path.ljust(widths[0])} {f'{sizes[path]:,}'.rjust(widths[1])}  {'written for it' if isinstance(content, bytes) else content}"

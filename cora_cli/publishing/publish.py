@@ -27,6 +27,11 @@ _PART = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
 _NAME = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 
 
+def size_of(content: Path | bytes) -> int:
+    """The size in bytes of what goes to one path."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
 def check_name(name: str) -> None:
     """Raise `UsageError` unless `name` is one that the hub allows for a repository."""
     if not _NAME.fullmatch(name) or ".." in name or "--" in name or name.endswith(".git") or len(name) > 96:
@@ -127,13 +132,17 @@ def upload(name: str, files: Files, private: bool, overwrite: bool) -> str:
         except RepositoryNotFoundError:
             others = []
             api.create_repo(name, private=private or None)
+        say(f"uploading {len(files)} files, {sum(map(size_of, files.values())):,} bytes")
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
         removed = [CommitOperationDelete(path) for path in others if path not in files]
         commit = api.create_commit(name, [*operations, *removed], commit_message="Upload a run with cora publish")
     except OfflineModeIsEnabled as error:
         raise CoraError("the hub is not asked for anything while HF_HUB_OFFLINE is set; unset it to publish") from error
-    except (HfHubHTTPError, ValueError) as error:
-        raise CoraError(f"the hub refused {name}: {reason(error)}") from error
+    except HfHubHTTPError as error:
+        said = " ".join((error.server_message or reason(error)).split())
+        raise CoraError(f"the hub refused {name}: {said} (status {error.response.status_code})") from error
+    except ValueError as error:
+        raise CoraError(f"{name} cannot be published: {reason(error)}") from error
     except (NoAnswer, OSError) as error:
         raise CoraError(f"the hub at {api.endpoint} cannot be reached: {reason(error)}") from error
     return str(commit.commit_url)

@@ -4,6 +4,7 @@ A published run lists the hash of every file in `SHA256SUMS`. A local one has it
 held-out records; its losses follow from `heldout.jsonl` and its metrics from the predictions.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -207,21 +208,25 @@ def _compare(name: str, recorded: dict[str, Any], again: ScoreReport, evaluation
     tolerance = _ENCODER_ROUNDING if name == "bertscore_f1" else _ROUNDING
     scores = [line[name] for line in read_jsonl(evaluation.scores, records.Scores)]
     pairs = [
-        (evaluation.metrics, [recorded["value"]], [found["value"]]),
+        (evaluation.metrics, f"the {name}", [recorded["value"]], [found["value"]]),
         # Earlier versions recorded an interval for a single record, which has none.
-        (evaluation.metrics, (recorded["ci95"] or []) if found["ci95"] else [], found["ci95"] or []),
-        (evaluation.scores, scores, again.per_example[name]),
+        (evaluation.metrics, f"the interval of {name}", (recorded["ci95"] or []) if found["ci95"] else [], found["ci95"] or []),
+        (evaluation.scores, f"the scores of {name}", scores, again.per_example[name]),
     ]
-    for path, theirs, ours in pairs:
-        if len(theirs) == len(ours) and all(
-            math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance) for a, b in zip(theirs, ours, strict=True)
-        ):
-            continue
-        other = (
-            ""
-            if recorded["signature"] == found["signature"]
-            else f" (measured with {recorded['signature']}, here {found['signature']})"
+    for path, what, theirs, ours in pairs:
+        wrong = next(
+            (
+                pair
+                for pair in itertools.zip_longest(theirs, ours)
+                if None in pair or not math.isclose(*pair, rel_tol=tolerance, abs_tol=tolerance)
+            ),
+            None,
         )
+        if wrong is None:
+            continue
+        other = ""
+        if recorded["signature"] != found["signature"]:
+            other = f" (measured with {recorded['signature']}; here {found['signature']})"
         raise CoraError(
-            f"{path} does not hold the {name} that {evaluation.predictions} gives{other}: {recorded['value']:g} is recorded, {found['value']:g} is computed"
+            f"{path} does not hold {what} that {evaluation.predictions} gives: {wrong[0]} is recorded, {wrong[1]} is computed{other}"
         )

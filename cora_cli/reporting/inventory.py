@@ -14,7 +14,7 @@ from cora_cli.lock import is_held
 from cora_cli.reading import parse_json, read_json
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 
-_OPAQUE = frozenset({"checkpoints", "adapter", "model", "plots", "logs", "judge"})
+OPAQUE = frozenset({"checkpoints", "adapter", "model", "plots", "logs", "judge"})
 """Folders inside an output that hold no other outputs."""
 _LARGEST_HEADER = 1 << 20
 _BASIS_KEY = "cora_basis"
@@ -37,7 +37,7 @@ def inventory(root: Path) -> list[Entry]:
     if not root.is_dir():
         raise CoraError(f"{root} is {'a file' if root.exists() else 'not there'}; name a folder with runs")
     found = []
-    for folder, files in _folders(root):
+    for folder, files in folders_below(root):
         if RunDirectory(folder).exists():
             found.append(_run(RunDirectory(folder)))
         if (evaluation := EvaluationDirectory(folder)).generation.is_file() or evaluation.metrics.is_file():
@@ -49,7 +49,7 @@ def inventory(root: Path) -> list[Entry]:
 def outputs_below(root: Path) -> list[Path]:
     """The directories below `root` that `cora report` can read: grids, and runs, evaluations and judgings that are part of none of these."""
     found: list[Path] = []
-    for folder, _ in _folders(root):
+    for folder, _ in folders_below(root):
         if any(parent in folder.parents for parent in found):
             continue
         is_output = (folder / "plan.json").is_file() or RunDirectory(folder).exists()
@@ -58,10 +58,10 @@ def outputs_below(root: Path) -> list[Path]:
     return found
 
 
-def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below `root` and its files, by name; links are not followed."""
+def folders_below(root: Path, opaque: frozenset[str] = OPAQUE) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below `root` except the `opaque` ones and its files, by name; links are not followed."""
     for place, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in _OPAQUE and not name.startswith("."))
+        folders[:] = sorted(name for name in folders if name not in opaque and not name.startswith("."))
         yield Path(place), sorted(files)
 
 

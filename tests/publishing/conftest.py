@@ -8,6 +8,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from cora_cli import rundir
+from cora_cli.reading import read_json, read_jsonl
+from cora_cli.rundir import EvaluationDirectory
 from cora_cli.training.run import train
 from tests.evaluation.helpers import evaluate_run
 from tests.training.helpers import config_for
@@ -20,7 +23,18 @@ def finished(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPat
     """A run with an evaluation; tests that change it copy it first."""
     output = tmp_path_factory.mktemp("finished") / "run"
     train(config_for(tiny_model, tiny_data, output))
-    evaluate_run(output, metrics=("rouge1", "rougeL", "sacrebleu", "nll"))
+    metrics = ("rouge1", "rougeL", "sacrebleu", "nll")
+    evaluate_run(output, metrics=metrics)
+    # Better answers than so small a model gives, so that the scores are not all 0.
+    place = EvaluationDirectory(output / "eval")
+    lines = read_jsonl(place.predictions)
+    rundir.write_jsonl(
+        place.predictions, [{**line, "prediction": line["reference"][:number] + " so"} for number, line in enumerate(lines, 3)]
+    )
+    generation = read_json(place.generation) | {"predictions_sha256": rundir.sha256_file(place.predictions)}
+    rundir.write_json(place.generation, generation)
+    evaluate_run(output, metrics=metrics, overwrite=True)
+    assert all(metric["value"] > 0 for metric in read_json(place.metrics)["metrics"].values())
     return output
 
 

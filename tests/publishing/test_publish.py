@@ -34,7 +34,7 @@ def cora(*arguments: object) -> Result:
 
 def test_what_is_published_verifies_and_loads_where_it_lies(finished: Path, hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
     result = cora("publish", finished, "--to", "org/name", "--private")
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0, result.stderr
     assert f"{hub.address}/org/name/commit/" in result.stdout
     found = hub.repositories["org/name"]
     assert found.private
@@ -158,7 +158,10 @@ def test_without_a_token_a_network_or_permission_one_sentence_says_so(
     finished: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    assert "the hub refused org/name: 401" in cora("publish", finished, "--to", "org/name").stderr
+    assert (
+        cora("publish", finished, "--to", "org/name").stderr
+        == "cora: error: the hub refused org/name: Invalid username or password. (status 401)\n"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "while HF_HUB_OFFLINE is set; unset it" in cora("publish", finished, "--to", "org/name").stderr
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -20,7 +20,7 @@ from tests.evaluation.helpers import evaluate_run
 
 def test_a_run_as_it_was_written_passes(finished: Path) -> None:
     result = CliRunner().invoke(app, ["verify", str(finished)])
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0, result.stderr
     assert f"{finished}/adapter: 3 files with the recorded hash" in result.stdout
     assert "heldout.jsonl: gives the recorded losses before and after training" in result.stdout
     assert f"{finished}/eval: rouge1, rougeL, sacrebleu, nll of 4 predictions computed again, as recorded" in result.stdout
@@ -71,7 +71,7 @@ def better_scores(path: Path) -> None:
         ("run.json", other_loss, "heldout.jsonl was altered after it was written"),
         ("eval/predictions.jsonl", flip, "eval/predictions.jsonl was altered after it was scored"),
         ("eval/metrics.json", other_value, "eval/scores.jsonl was altered"),
-        ("eval/metrics.json", other_interval, "eval/metrics.json does not hold the rougeL that"),
+        ("eval/metrics.json", other_interval, "eval/metrics.json does not hold the interval of rougeL that"),
         ("eval/scores.jsonl", better_scores, "eval/metrics.json does not hold the rouge1 that"),
     ],
 )
@@ -80,7 +80,7 @@ def test_what_is_not_as_recorded_is_named(run: Path, name: str, damage: Callable
     result = CliRunner().invoke(app, ["verify", str(run)])
     assert result.exit_code == 1
     assert says in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert "cora: error: " in result.stderr.splitlines()[-1]
 
 
 def test_an_evaluation_is_verified_alone(finished: Path) -> None:
