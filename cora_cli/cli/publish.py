@@ -1,17 +1,22 @@
 """`cora publish`: upload a finished run to the Hugging Face hub."""
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING
 
 import typer
 
 from cora_cli.cli.command import command
 from cora_cli.cli.next_step import say_next
+from cora_cli.errors import UsageError
 from cora_cli.settings import setting
 from cora_cli.terminal import show
 
 if TYPE_CHECKING:
     from cora_cli.publishing.publish import Files
+
+_PART = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
+_NAME = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,11 @@ class PublishConfig:
     overwrite: bool = setting("Replace all files of a repository that holds some already.", False)
     dry_run: bool = setting("List the files with their sizes; nothing is uploaded, and no network is needed.", False)
     seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
+
+    def __post_init__(self) -> None:
+        """Check the name, which needs no file."""
+        if not _NAME.fullmatch(self.to) or ".." in self.to or "--" in self.to or self.to.endswith(".git") or len(self.to) > 96:
+            raise UsageError(f"--to must be a name on the hub such as org/name, not {self.to!r}")
 
 
 def register(app: typer.Typer) -> None:
@@ -47,10 +57,9 @@ def run(config: PublishConfig) -> None:
     """
     from pathlib import Path
 
-    from cora_cli.publishing.publish import check_name, files_of, upload
+    from cora_cli.publishing.publish import files_of, upload
     from cora_cli.rundir import RunDirectory
 
-    check_name(config.to)
     files = files_of(RunDirectory(Path(config.run)), config.to, config.records, Path(config.report) if config.report else None)
     if config.dry_run:
         show(listing(files))

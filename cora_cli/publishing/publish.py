@@ -5,14 +5,13 @@ The result lies at the top of the repository, where PEFT, vLLM and transformers 
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
 from cora_cli.adapters.card import card
-from cora_cli.errors import CoraError, UsageError, reason
+from cora_cli.errors import CoraError, reason
 from cora_cli.progress import say
 from cora_cli.publishing.verify import check_run, evaluations_in
 from cora_cli.reading import read_json, read_text
@@ -23,19 +22,11 @@ Files = dict[str, Path | bytes]
 """What goes to each path of the repository: a file of this disk, or content."""
 _KEPT = ".gitattributes"
 """The hub's own file."""
-_PART = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?"
-_NAME = re.compile(rf"{_PART}/{_PART}", re.ASCII)
 
 
 def size_of(content: Path | bytes) -> int:
     """The size in bytes of what goes to one path."""
     return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def check_name(name: str) -> None:
-    """Raise `UsageError` unless `name` is one that the hub allows for a repository."""
-    if not _NAME.fullmatch(name) or ".." in name or "--" in name or name.endswith(".git") or len(name) > 96:
-        raise UsageError(f"--to must be a name on the hub such as org/name, not {name!r}")
 
 
 def files_of(run: RunDirectory, name: str, with_records: bool = True, report: Path | None = None) -> Files:
