@@ -14,14 +14,13 @@ from cora_cli.render.markdown_table import markdown_table
 class Cell:
     """A table cell: `text`, or a number with its `interval` (`± 0.012` or `[0.381, 0.405]`).
 
-    `published` is the number in a paper for the same quantity, shown in parentheses. `tail` follows it, such as a p-value.
+    `published` is the number in a paper for the same quantity, shown in parentheses.
     """
 
     text: str = "–"
     interval: str = ""
     published: float | None = None
     bold: bool = False
-    tail: str = ""
 
     @property
     def is_number(self) -> bool:
@@ -35,7 +34,7 @@ class Cell:
 
     def plain(self) -> str:
         """All parts on one line."""
-        return " ".join(part for part in (self.text, self.interval, self.printed, self.tail) if part)
+        return " ".join(part for part in (self.text, self.interval, self.printed) if part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +57,11 @@ def with_interval(value: float, interval: Sequence[float] | None, digits: int) -
     return number(value, interval, digits).plain()
 
 
-def number(value: float, interval: Sequence[float] | None, digits: int, tail: str = "") -> Cell:
-    """The same as a cell, which ends with `tail`."""
-    text = f"{value:.{digits}f}"
+def number(value: float, interval: Sequence[float] | None, digits: int, more: str = "") -> Cell:
+    """The same as a cell, in which `more` stands between the two."""
+    text = f"{value:.{digits}f} {more}".rstrip()
     found = "(one record)" if interval is None else "[{}, {}]".format(*(f"{end:.{digits}f}" for end in interval))
-    return Cell(text, found, tail=tail)
+    return Cell(text, found)
 
 
 def table_text(headers: Sequence[str], rows: Sequence[Sequence[Cell]], width: int | None = None) -> str:

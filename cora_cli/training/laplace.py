@@ -132,7 +132,9 @@ def laplace(
             if (path := getattr(source, kept)).exists():
                 temporary.mkdir(exist_ok=True)
                 shutil.copyfile(path, getattr(new, kept))
-        shutil.copytree(source.adapter, new.adapter)
+        new.adapter.mkdir()
+        for name in source.result_files():
+            shutil.copyfile(source.result / name, new.adapter / name)
         write_kronecker(new.adapter, curvatures, precision)
         files = new.result_files()
         now = {**record, "result_files": files, "result_sha256": rundir.sha256_json(files), "laplace": found}
