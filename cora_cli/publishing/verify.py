@@ -18,7 +18,7 @@ from cora_cli.evaluation.metrics.bertscore import EMBEDDED_ENCODER
 from cora_cli.evaluation.metrics.calibration import tokens_of
 from cora_cli.evaluation.metrics.pass_at import Attempts
 from cora_cli.evaluation.targets import check_test_records
-from cora_cli.models.references import ModelPath
+from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.trained_on import trained_on
 from cora_cli.reading import read_json, read_jsonl, read_text
 from cora_cli.reporting.measures import read_evaluation, read_loss
@@ -162,7 +162,11 @@ def _lacking(name: str, record: dict[str, Any]) -> str | None:
     elif name == "bertscore_f1":
         encoder, _ = _encoder(record)
         if encoder != EMBEDDED_ENCODER:
-            return None if Path(encoder).is_dir() else f"the encoder {encoder} is not a directory on this disk"
+            try:
+                resolve_model(encoder)
+            except CoraError:
+                return f"the encoder {encoder} is not on this disk"
+            return None
         parts = ["all-MiniLM-L6-v2"]
     there = {part.name for part in embedded.status() if part.present} if parts else set()
     return next((f"{part} is not in the cache of this machine" for part in parts if part not in there), None)

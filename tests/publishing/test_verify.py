@@ -120,7 +120,7 @@ def test_a_metric_that_only_a_download_could_compute_is_said_to_be_left_out(run:
     scores = run / "eval" / "scores.jsonl"
     scores.write_text(scores.read_text(encoding="utf-8").replace('"rouge1"', '"bertscore_f1"'), encoding="utf-8")
     found = "\n".join(verify(run))
-    assert "bertscore_f1 not computed again, since the encoder org/encoder@abc is not a directory on this disk" in found
+    assert "bertscore_f1 not computed again, since the encoder org/encoder@abc is not on this disk" in found
     assert "rougeL, sacrebleu, nll of 4 predictions computed again" in found
 
 
