@@ -10,11 +10,12 @@ from typing import Any
 
 import yaml
 
-from cora_cli import __version__, rundir
+from cora_cli import rundir
 from cora_cli.adapters.elsewhere import is_plain_lora, peft_loads, vllm_rank
 from cora_cli.adapters.facts import SIDE_FILE, read_facts
 from cora_cli.adapters.posterior import has_posterior
 from cora_cli.errors import CoraError
+from cora_cli.methods.method import AS_THE_FILE_SAYS
 from cora_cli.methods.registry import method_of
 from cora_cli.models.references import ModelPath
 from cora_cli.models.trained_on import run_of
@@ -61,7 +62,9 @@ def card(
         "## Losses\n\n" + _losses(record),
         *(["## Evaluation\n\n" + _evaluation(evaluations)] if evaluations else []),
         *(["## Verdict\n\n" + "\n\n".join(map(_plain, verdict))] if verdict else []),
-        "## How to load it\n\n" + _loading(found, record, name or "PATH"),
+        "## How to load it\n\n"
+        + ("" if name else "`PATH` is the directory with these files.\n\n")
+        + _loading(found, record, name or "PATH"),
         "## Versions and hashes\n\n" + _origin(record),
     ]
     return "\n\n".join(parts) + "\n"
@@ -126,7 +129,7 @@ def _facts(found: ModelPath, record: Mapping[str, Any]) -> str:
     rows.append(
         ("training", f"{steps} steps, learning rate {record['fingerprint']['settings']['learning_rate']:g}, seed {seed}")
     )
-    return markdown_table(["", ""], [[left, _cell(right)] for left, right in rows])
+    return "\n".join(f"- {what}: {text}" for what, text in rows)
 
 
 def _data(record: Mapping[str, Any]) -> str:
@@ -183,7 +186,7 @@ def _loading(found: ModelPath, record: Mapping[str, Any], name: str) -> str:
         lines.append("`BASE` is a local copy of the base model; its hash is below.")
     export = "`cora export` writes it as a plain LoRA for all of them"
     merge = "`cora merge` writes the base model with it as a plain model, which all of them load"
-    other = export if method_of(record["mode"]).lora_rank is not None else merge
+    other = merge if method_of(record["mode"]).lora_rank in (None, AS_THE_FILE_SAYS) else export
     if not peft_loads(found):
         lines.append(f"PEFT, transformers and vLLM cannot load it as it is stored; {other}.")
         if _is_compact(found):
@@ -209,7 +212,10 @@ def _loading(found: ModelPath, record: Mapping[str, Any], name: str) -> str:
     )
     try:
         rank = vllm_rank(ModelPath("This adapter", found.path, None))
-        lines.append(f"With vLLM:\n\n    vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={name}")
+        at = f" --revision {record['model']['revision']}" if record["model"]["revision"] else ""
+        lines.append(
+            f"With vLLM:\n\n    vllm serve {base}{at} --enable-lora --max-lora-rank {rank} --lora-modules adapter={name}"
+        )
     except CoraError as error:
         lines.append(f"{error}; `cora merge` writes the base model with it as a plain model.")
     if has_posterior(found):
@@ -229,7 +235,7 @@ def _origin(record: Mapping[str, Any]) -> str:
     hashes = {"base model": record["fingerprint"]["model_sha256"], "what the run trained": record["result_sha256"]}
     listed = "\n".join(f"- SHA-256 of {what}: {_code(digest)}" for what, digest in hashes.items())
     return (
-        f"Trained by {used}; this card is from cora {__version__}.\n\n{listed}\n\n"
+        f"Trained by {used}.\n\n{listed}\n\n"
         "These hashes are over names and hashes of files. `cora verify DIR` computes those of a published run again, and its losses and metrics."
     )
 
@@ -237,10 +243,6 @@ def _origin(record: Mapping[str, Any]) -> str:
 def _code(value: object) -> str:
     """A value as code, in which nothing acts as Markdown."""
     return f"`{' '.join(str(value).replace('`', chr(39)).split())}`"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def _plain(text: str) -> str:

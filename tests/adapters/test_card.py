@@ -82,7 +82,7 @@ def test_the_code_of_the_card_loads_the_adapter_in_peft_and_in_transformers(run:
     assert len(found) == 2
     assert torch.equal(*found)
     assert not torch.equal(found[0], base(IDS).logits)
-    assert "vllm serve org/base --enable-lora --max-lora-rank 8 --lora-modules adapter=" in text
+    assert "vllm serve org/base --revision 0123abc --enable-lora --max-lora-rank 8 --lora-modules adapter=" in text
 
 
 @pytest.mark.parametrize(
