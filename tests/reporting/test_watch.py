@@ -17,7 +17,7 @@ from .helpers import ladder, make_grid
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_grid(tmp_path_factory.mktemp("watched") / "grid", ladder(1), prompts=10)
+    return make_grid(tmp_path_factory.mktemp("watched") / "grid", ladder(1)[:2], prompts=5)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_a_finished_grid_is_reported_once(grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watch([str(grid)], tmp_path / "out", None, 5, Pauses())
+    watch([str(grid)], tmp_path / "out", ("rougeL",), 5, Pauses())
     rows = len(read_json(grid / "plan.json")["rows"])
     assert lines(capsys) == [f"{tmp_path}/out/report.html: {rows} of {rows} rows are finished"]
     assert (tmp_path / "out" / "report.json").is_file()
@@ -68,7 +68,7 @@ def test_the_report_is_written_again_only_when_a_row_has_finished(
         away.rename(run)
 
     pauses = Pauses(log, nothing, finish)
-    watch([str(grid)], tmp_path / "out", None, 5, pauses)
+    watch([str(grid)], tmp_path / "out", ("rougeL",), 5, pauses)
     assert pauses.seconds == [5, 5, 5]
     assert len(set(before)) == 1
     rows = len(read_json(grid / "plan.json")["rows"])
@@ -80,7 +80,7 @@ def test_it_goes_on_while_a_command_works_on_the_grid_and_ends_with_it(grid: Pat
     held = own_directory(grid)
     held.__enter__()
     pauses = Pauses(lambda: None, lambda: held.__exit__(None, None, None))
-    watch([str(grid)], tmp_path / "out", None, 1, pauses)
+    watch([str(grid)], tmp_path / "out", ("rougeL",), 1, pauses)
     assert not pauses.steps
 
 
@@ -88,7 +88,7 @@ def test_it_ends_with_a_grid_that_failed_in_part(grid: Path, tmp_path: Path, cap
     shutil.rmtree(next((grid / "runs").iterdir()))
     held = own_directory(grid)
     held.__enter__()
-    watch([str(grid)], tmp_path / "out", None, 1, Pauses(lambda: held.__exit__(None, None, None)))
+    watch([str(grid)], tmp_path / "out", ("rougeL",), 1, Pauses(lambda: held.__exit__(None, None, None)))
     rows = len(read_json(grid / "plan.json")["rows"])
     assert lines(capsys) == [f"{tmp_path}/out/report.html: {rows - 1} of {rows} rows are finished"]
 
@@ -97,7 +97,9 @@ def test_it_waits_for_the_first_row(grid: Path, tmp_path: Path, capsys: pytest.C
     parts = [path for path in grid.iterdir() if path.name != "plan.json"]
     for path in parts:
         path.rename(tmp_path / path.name)
-    watch([str(grid)], tmp_path / "out", None, 1, Pauses(lambda: [(tmp_path / path.name).rename(path) for path in parts]))
+    watch(
+        [str(grid)], tmp_path / "out", ("rougeL",), 1, Pauses(lambda: [(tmp_path / path.name).rename(path) for path in parts])
+    )
     found = lines(capsys)
     assert len(found) == 2
     assert found[0].startswith(f"waiting: nothing in {grid} is finished")
@@ -108,7 +110,7 @@ def test_a_report_inside_the_grid_does_not_count_as_a_change(grid: Path, capsys:
     shutil.rmtree(next((grid / "runs").iterdir()))
     one = [entry for entry in plan["rows"] if not entry["run"] or (grid / entry["run"]).is_dir()]
     pauses = Pauses(lambda: None, lambda: rundir.write_json(grid / "plan.json", {**plan, "rows": one}))
-    watch([str(grid)], grid / "report", None, 1, pauses)
+    watch([str(grid)], grid / "report", ("rougeL",), 1, pauses)
     assert len(lines(capsys)) == 2
 
 
