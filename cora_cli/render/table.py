@@ -94,8 +94,14 @@ def wrapped(text: str, width: int | None, first: str = "", others: str = "") -> 
     """`text` in lines of at most `width` characters, which begin with `first` and `others`; longer words, such as paths, stay whole."""
     if width is None:
         return first + text
-    whole = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(text, max(width, 20), initial_indent=first, subsequent_indent=others, **whole)  # type: ignore[arg-type]
+    return textwrap.fill(
+        text,
+        max(width, 20),
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _starred(cell: Cell) -> str:
