@@ -5,6 +5,7 @@ import dataclasses
 import typer
 
 from cora_cli.cli.command import command
+from cora_cli.cli.next_step import say_next
 from cora_cli.settings import setting
 from cora_cli.terminal import show
 
@@ -37,3 +38,4 @@ def run(config: VerifyConfig) -> None:
     for sentence in verify(Path(config.directory)):
         show(sentence)
     show(f"{config.directory} is as recorded")
+    say_next(None, "report", config.directory, "-o", "report")
