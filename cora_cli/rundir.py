@@ -26,6 +26,8 @@ COMPACT_ADAPTER = "adapter_a_only.safetensors"
 """The weights of an adapter in compact form: only A, because B can be recomputed from a basis file or a seed."""
 POSTERIOR = "posterior.safetensors"
 """The file of an adapter that says how far its weights can be from those that it stores; see `adapters.posterior`."""
+CARD = "README.md"
+"""The model card next to weights. No recorded hash covers it, since people edit it."""
 _SHA256_NAME = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -147,9 +149,14 @@ def jsonl_text(records: Iterable[Any]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
+def sha256_bytes(content: bytes) -> str:
+    """Hex digest of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def sha256_text(text: str) -> str:
     """Hex digest of a string's UTF-8 bytes; bytes of a file name that are not text enter as they are."""
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    return sha256_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def tensor_digest(name: str, tensor: Any) -> str:
@@ -253,27 +260,47 @@ class RunDirectory:
         """Default output directory of `cora evaluate RUN`."""
         return self.root / "eval"
 
+    @cached_property
+    def sums(self) -> Path:
+        """`SHA256SUMS`: the hash of every file of a run that `cora publish` uploaded, in the format of `sha256sum`."""
+        return self.root / "SHA256SUMS"
+
     def exists(self) -> bool:
         """Whether this directory holds a run, complete or not."""
         return self.record.exists()
 
     @property
     def result(self) -> Path:
-        """What the run trained: `model/` in mode `full`, else `adapter/`."""
-        return self.model if self.model.exists() else self.adapter
+        """What the run trained: `model/` in mode `full`, else `adapter/`; of a published run, the directory itself holds its files."""
+        if self.model.exists():
+            return self.model
+        return self.root if self.sums.exists() and not self.adapter.exists() else self.adapter
+
+    def result_files(self) -> dict[str, str]:
+        """SHA-256 of each file of the result except its card, by name; of none where there is no result."""
+        result = self.result
+        if result == self.root:  # next to other files
+            paths = [result / name for name in read_json(self.record, dict[str, Any]).get("result_files", {})]
+        else:
+            paths = sorted(own_files(result))
+        return {path.name: sha256_file(path) for path in paths if path.is_file() and path.name != CARD}
 
     def result_hash(self) -> str:
-        """SHA-256 over the files of the result; of no files where there is none."""
-        return sha256_files(own_files(self.result))
+        """SHA-256 over the files of the result except its card; of no files where there is none."""
+        return sha256_json(self.result_files())
 
     def check_result(self) -> None:
-        """Raise `CoraError` unless the result is the one whose hash a finished run recorded."""
-        expected = read_json(self.record, dict[str, Any]).get("result_sha256")
-        if expected is not None and expected != self.result_hash():
-            raise CoraError(
-                f"{self.result} was changed after its training had finished: its files do not have the hash in {self.record}; restore "
-                "them, or write them again with the same `cora train` command and --resume"
-            )
+        """Raise `CoraError`, with the file where that is known, unless the result is the one whose hash a finished run recorded."""
+        record = read_json(self.record, dict[str, Any])
+        expected, found = record.get("result_sha256"), self.result_files()
+        if expected is None or expected == sha256_json(found):
+            return
+        known = record.get("result_files") or found
+        changed = [name for name in sorted({*known, *found}) if known.get(name) != found.get(name)]
+        raise CoraError(
+            f"{self.result / changed[0] if changed else self.result} was changed after its training had finished: it does not have the hash in "
+            f"{self.record}; restore it, or write it again with the same `cora train` command and --resume"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import sys
 import unicodedata
 
@@ -62,6 +63,11 @@ def abandon_closed_pipes() -> None:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, stream.fileno())
                 os.close(null)
+
+
+def columns() -> int | None:
+    """The width of the terminal that results go to; None where they go to a file or to another program."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def fitted(line: str, columns: int) -> str:

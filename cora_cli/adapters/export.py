@@ -13,6 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from cora_cli import rundir
+from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.facts import read_facts
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import (
@@ -77,6 +78,7 @@ def export_adapter(
         if adapter.has_tokenizer or adapter.chat_template.is_file():
             load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter).save_pretrained(temporary)
         carry_record(temporary, adapter)
+        carry_card(temporary, adapter)
     return int(config.r)
 
 

@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from cora_cli import rundir
+from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import base_of, check_base, load_adapter
 from cora_cli.errors import CoraError, is_out_of_memory, reason
@@ -78,6 +79,7 @@ def merge_adapter(
             merged.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             carry_record(temporary, adapter, base)
+            carry_card(temporary, adapter)
     except Exception as error:
         if rundir.is_disk_full(error):
             raise rundir.disk_error(OSError(28, "No space left on device"), output) from error

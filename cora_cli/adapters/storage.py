@@ -45,8 +45,8 @@ _OWN_TYPE = "CORA_"
 """What the type of an adapter that only `cora` loads begins with."""
 
 
-def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None:
-    """Write the adapter of `model` to `directory` in one step.
+def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts, tokenizer: Any = None) -> None:
+    """Write the adapter of `model` to `directory` in one step, with a `tokenizer` if there is one.
 
     PEFT and others load the standard form unchanged: A and B, with computed factors as matrices. A method that subtracted its start
     from W is stored as the difference from that start, a LoRA of twice the rank on W itself. A method without an equivalent LoRA is
@@ -80,6 +80,8 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts) -> None
             save_file(state, temporary / name, metadata={"format": "pt"})
             if posterior is not None:
                 write_row_noise(temporary, posterior)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
             rundir.write_json(temporary / SIDE_FILE, facts.as_dict())
     except SafetensorError as error:
         raise CoraError(f"{directory} cannot be written: {error}") from error

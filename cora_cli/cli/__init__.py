@@ -20,8 +20,10 @@ from cora_cli.cli import (
     laplace,
     list_outputs,
     merge,
+    publish,
     report,
     train,
+    verify,
 )
 from cora_cli.cli.command import clean_errors
 from cora_cli.cli.usage import Group
@@ -52,6 +54,8 @@ for module in (
     list_outputs,
     merge,
     export,
+    publish,
+    verify,
     demo,
     doctor,
 ):

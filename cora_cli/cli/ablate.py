@@ -15,7 +15,7 @@ from cora_cli.cli.command import command
 from cora_cli.cli.next_step import say_next
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.settings import DtypeName, setting
-from cora_cli.terminal import show
+from cora_cli.terminal import columns, show
 
 _WHAT, _RUN = "What to run", "Run"
 
@@ -155,7 +155,7 @@ def run(config: AblateConfig) -> None:
         dtype=config.dtype,
     )
     if config.dry_run:
-        show(dry_run(request))
+        show(dry_run(request, columns()))
         return
     outcome = ablate(request, seeds_wanted)
     if outcome.failed or outcome.blocked:

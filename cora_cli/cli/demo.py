@@ -7,7 +7,7 @@ import typer
 from cora_cli.cli.command import command
 from cora_cli.cli.next_step import say_next
 from cora_cli.settings import DtypeName, setting
-from cora_cli.terminal import show
+from cora_cli.terminal import columns, show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,6 @@ def run(config: DemoConfig) -> None:
     from cora_cli.device import select_hardware
     from cora_cli.experiments.demo import run_demo
 
-    select_hardware(config.device, config.dtype)  # a wrong flag is refused before the first line is shown
+    select_hardware(config.device, config.dtype, columns())  # a wrong flag is refused before the first line is shown
     show(run_demo(Path(config.output_dir), config.seed, config.device, config.dtype))
     say_next(config.output_dir, "list", config.output_dir)

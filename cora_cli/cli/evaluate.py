@@ -8,9 +8,8 @@ from cora_cli.cli.command import command
 from cora_cli.cli.next_step import say_next
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.metrics import scales
-from cora_cli.render.markdown_table import markdown_table
-from cora_cli.render.table import p_value_text, with_interval
-from cora_cli.terminal import show
+from cora_cli.render.table import Cell, number, p_value_text, table_text, with_interval
+from cora_cli.terminal import columns, show
 
 if TYPE_CHECKING:
     from cora_cli.evaluation.evaluate import Evaluation
@@ -49,7 +48,7 @@ def run(config: EvaluateConfig) -> None:
     results = evaluate(config)
     if not results:  # under torchrun, the first process prints
         return
-    show(metrics_table(results))
+    show(metrics_table(results, columns()))
     n = results[0].record["metrics"][config.metric_names[0]]["n"]
     show(f"\nvalue [95 % bootstrap interval over the n = {n} records]; {scales(config.metric_names)}")
     for name, metric in results[0].record["metrics"].items():
@@ -64,7 +63,7 @@ def run(config: EvaluateConfig) -> None:
             show(f"{result.name}: proxy of readability: {proxy['what']}: {with_interval(proxy['value'], proxy['ci95'], 3)}")
     if len(results) > 1:
         show(f"\npaired differences from {results[0].name}, with two-sided p-values (not corrected for multiple comparisons)")
-        show(differences_table(results, config.seed))
+        show(differences_table(results, columns()))
     reported = config.runs if config.runs and not config.output_dir else (config.output_dir,)
     if all(reported) and not config.ranks:
         say_next(", ".join(str(out) for out in reported), "report", *reported, "-o", "report")
@@ -84,18 +83,18 @@ def unscorable_references(results: "list[Evaluation]") -> list[str]:
     return list(found)
 
 
-def metrics_table(results: "list[Evaluation]") -> str:
-    """One row per evaluated model, one column per metric."""
+def metrics_table(results: "list[Evaluation]", width: int | None = None) -> str:
+    """One row per evaluated model, one column per metric, in lines of at most `width` characters."""
     names = list(results[0].record["metrics"])
     rows = []
     for result in results:
         metrics = result.record["metrics"]
-        cells = [with_interval(metrics[name]["value"], metrics[name]["ci95"], DIGITS.get(name, 3)) for name in names]
-        rows.append([result.name, *cells])
-    return markdown_table(["run", *names], rows)
+        cells = [number(metrics[name]["value"], metrics[name]["ci95"], DIGITS.get(name, 3)) for name in names]
+        rows.append([Cell(result.name), *cells])
+    return table_text(["run", *names], rows, width)
 
 
-def differences_table(results: "list[Evaluation]", seed: int) -> str:
+def differences_table(results: "list[Evaluation]", width: int | None = None) -> str:
     """Each later evaluation minus the first, paired over the same records; one row per evaluation."""
     from cora_cli.evaluation.evaluate import paired_differences
 
@@ -104,8 +103,8 @@ def differences_table(results: "list[Evaluation]", seed: int) -> str:
     for result in results[1:]:
         differences = paired_differences(result, results[0])
         cells = [
-            f"{with_interval(difference.difference, difference.ci95, DIGITS.get(name, 3))} p{p_value_text(difference.p_value)}"
-            for name, difference in differences.items()
+            number(found.difference, found.ci95, DIGITS.get(name, 3), f"p{p_value_text(found.p_value)}")
+            for name, found in differences.items()
         ]
-        rows.append([result.name, *cells])
-    return markdown_table(["run", *names], rows)
+        rows.append([Cell(result.name), *cells])
+    return table_text(["run", *names], rows, width)

@@ -10,7 +10,7 @@ from cora_cli.cli.command import command
 from cora_cli.cli.next_step import say_next
 from cora_cli.errors import UsageError
 from cora_cli.settings import LARGEST_RANK, setting
-from cora_cli.terminal import show
+from cora_cli.terminal import columns, show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def run(config: InspectConfig) -> None:
     with own_directory(output_dir, "plots") if output_dir else contextlib.nullcontext():
         device = select_hardware(config.device, "auto").device
         found = inspect(*asked, device)
-        text = report(found, config.format, output_dir)
+        text = report(found, config.format, output_dir, columns())
     show(text, end="")
     if output_dir is None:
         say_next(None, "inspect", *config.inputs, *(("--base", config.base) if config.base else ()), "-o", "inspection")

@@ -6,7 +6,7 @@ from cora_cli.cli.command import command
 from cora_cli.cli.next_step import say_next
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.progress import say
-from cora_cli.terminal import show
+from cora_cli.terminal import columns, show
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +39,6 @@ def run(config: JudgeConfig) -> None:
     from cora_cli.reporting.judge_section import judge_section
 
     record, out = judge(config)
-    show(terminal(judge_section(record)), end="")
+    show(terminal(judge_section(record), columns()), end="")
     say(f"{out.result} and {out.judgments.name} are written")
     say_next(None, "report", out.root, "-o", "report")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
-from cora_cli.adapters.facts import read_facts
+from cora_cli.adapters.elsewhere import vllm_rank
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import Tokens
@@ -20,8 +20,6 @@ from cora_cli.evaluation.generate import until_end
 from cora_cli.evaluation.sampling import Sampling
 from cora_cli.models.references import ModelPath
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM accepts for `max_lora_rank`."""
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 WAVE = 1024
 """Prompts per call of vLLM: enough to keep a GPU busy, few enough that an interruption loses little work."""
@@ -60,19 +58,10 @@ def engine_arguments(
 
 def lora_rank(adapter: ModelPath) -> int:
     """The smallest value of `max_lora_rank` that fits `adapter`. Raises `CoraError` if vLLM cannot load the adapter."""
-    facts = read_facts(adapter.path)
-    if facts is not None and facts.compact:
-        raise CoraError(f"{adapter.reference} is a compact adapter, which vLLM cannot load: leave out --no-merge")
-    config = adapter.adapter_config()
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise CoraError(f"{adapter.reference} is not a plain LoRA, the only adapter that vLLM can load: leave out --no-merge")
-    rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), 0)
-    fitting = [size for size in LORA_RANKS if size >= rank]
-    if not fitting:
-        raise CoraError(
-            f"{adapter.reference} has rank {rank}, but vLLM supports ranks up to {LORA_RANKS[-1]}: leave out --no-merge"
-        )
-    return fitting[0]
+    try:
+        return vllm_rank(adapter)
+    except CoraError as error:
+        raise CoraError(f"{error}: leave out --no-merge") from error
 
 
 def sampling_arguments(ends: Sequence[int], max_new_tokens: int) -> dict[str, Any]:

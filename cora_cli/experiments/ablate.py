@@ -42,7 +42,7 @@ from cora_cli.experiments.steps import FOLDERS, Kind, Plan, make_plan
 from cora_cli.lock import own_directory
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
-from cora_cli.render.markdown_table import markdown_table
+from cora_cli.render.table import Cell, table_text
 from cora_cli.settings import DtypeName
 
 _HASHES = "hashes.json"
@@ -81,8 +81,10 @@ class Request:
         return self.output_dir or Path("runs") / (f"{grid.name}-{self.preset}" if self.preset else grid.name)
 
 
-def dry_run(request: Request) -> str:
+def dry_run(request: Request, width: int | None = None) -> str:
     """The plan as text: rows, steps, parameter counts, estimates, what is done, and unresolved inputs. Writes nothing.
+
+    Its table has lines of at most `width` characters.
 
     Raises `CoraError` if a rank or the setting `share` does not fit the weights.
     """
@@ -93,19 +95,22 @@ def dry_run(request: Request) -> str:
     check_shapes(grid, inputs)
     rate, described = matmul_rate(request.device)
     if grid.has_stages:
-        return _dryrun_stages(request, grid, out, inputs, rate, described)
+        return _dryrun_stages(request, grid, out, inputs, rate, described, width)
     plan = make_plan(grid, out, inputs, request.device, request.dtype)
-    return render_plan(plan, inputs, done_steps(plan), estimate_steps(plan, inputs, rate), _chosen(request, plan), described)
+    estimates = estimate_steps(plan, inputs, rate)
+    return render_plan(plan, inputs, done_steps(plan), estimates, _chosen(request, plan), described, width)
 
 
-def _dryrun_stages(request: Request, grid: Grid, out: Path, inputs: Inputs, rate: float, described: str) -> str:
+def _dryrun_stages(
+    request: Request, grid: Grid, out: Path, inputs: Inputs, rate: float, described: str, width: int | None
+) -> str:
     """The plan of what is known so far, and the most and the likely work of all stages."""
     stages = Stages(grid, out, inputs, request.device, request.dtype)
     methods = stages.methods()
     rows = stages.rows(methods, {method.key: MIN_SEEDS for method in methods})
     plan = stages.plan(rows)
     estimates = estimate_steps(plan, inputs, rate)
-    shown = render_plan(plan, inputs, done_steps(plan), estimates, [row.name for row in rows], described)
+    shown = render_plan(plan, inputs, done_steps(plan), estimates, [row.name for row in rows], described, width)
     complete = stages.plan([row for row in grid.rows if row.train is None] + [method.rows[0] for method in methods])
     return "\n".join([shown, "", *stage_lines(grid, methods, complete, estimate_steps(complete, inputs, rate))])
 
@@ -298,9 +303,15 @@ def _shape_problems(row: Row, grid: Grid, model: ModelFacts, inputs: Inputs) -> 
 
 
 def render_plan(
-    plan: Plan, inputs: Inputs, done: Mapping[str, bool], estimates: Mapping[str, Estimate], chosen: list[str], machine: str
+    plan: Plan,
+    inputs: Inputs,
+    done: Mapping[str, bool],
+    estimates: Mapping[str, Estimate],
+    chosen: list[str],
+    machine: str,
+    width: int | None = None,
 ) -> str:
-    """The plan as Markdown."""
+    """The plan as Markdown, whose table has lines of at most `width` characters."""
     grid = plan.grid
     model = inputs.models.get(grid.model)
     rows, shown = [], set(chosen)
@@ -324,7 +335,8 @@ def render_plan(
     users = Counter(name for row in grid.rows for name in plan.needed_for([row.name]))
     lines = [grid.title, f"base model {grid.model}, output in {plan.out}", ""]
     lines += [f"- {condition}" for condition in grid.conditions]
-    lines += ["", markdown_table(["row", "printed as", "trained parameters", "time", "memory", "state"], rows), ""]
+    headers = ("row", "printed as", "trained parameters", "time", "memory", "state")
+    lines += ["", table_text(headers, [list(map(Cell, row)) for row in rows], width), ""]
     lines += [
         _step_line(plan, kind, wanted, users, done, estimates)
         for kind in _NOUNS

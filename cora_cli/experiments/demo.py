@@ -20,8 +20,7 @@ from cora_cli.extraction.extract import extract_basis
 from cora_cli.lock import own_directory, own_output
 from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
 from cora_cli.progress import say
-from cora_cli.render.markdown_table import markdown_table
-from cora_cli.render.table import p_value_text, with_interval
+from cora_cli.render.table import Cell, number, p_value_text, table_text
 from cora_cli.settings import DtypeName
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
@@ -46,16 +45,18 @@ MEANING = {
 }
 
 
-def run_demo(root: Path, seed: int, device: str, dtype: DtypeName) -> str:
+def run_demo(root: Path, seed: int, device: str, dtype: DtypeName, width: int | None = None) -> str:
     """Run or complete the demo in `root`; returns the report, which is also written to `root/report.md`.
+
+    The tables of what is returned have lines of at most `width` characters.
 
     Raises `CoraError` if `root` holds a demo with other settings.
     """
     with own_directory(root, "models", "runs", "base-eval"):
-        return _run(_Chain(root, seed, device, dtype))
+        return _run(_Chain(root, seed, device, dtype), width)
 
 
-def _run(chain: "_Chain") -> str:
+def _run(chain: "_Chain", width: int | None) -> str:
     began, root, seed = time.monotonic(), chain.root, chain.seed
     trainings = [*(root / "models" / task for task in TASKS), *(root / "runs" / name for name in METHODS)]
     earlier = sum(rundir.RunDirectory(path).result.is_dir() for path in trainings)
@@ -66,10 +67,10 @@ def _run(chain: "_Chain") -> str:
     duration = f"This run of the demo took {(time.monotonic() - began) / 60:.1f} minutes."
     if earlier:
         duration = f"{duration} {earlier} of its {len(trainings)} trainings were finished before."
-    report = _report(runs, evaluations, explained, seed, duration)
-    rundir.write_text(root / "report.md", report + "\n")
+    written, shown = (_report(runs, evaluations, explained, seed, duration, limit) for limit in (None, width))
+    rundir.write_text(root / "report.md", written + "\n")
     say(f"report written to {root / 'report.md'}")
-    return report
+    return shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,12 @@ def _mean(values: list[float]) -> float:
 
 
 def _report(
-    runs: dict[str, dict[str, Any]], evaluations: dict[str, Evaluation], explained: dict[str, float], seed: int, duration: str
+    runs: dict[str, dict[str, Any]],
+    evaluations: dict[str, Evaluation],
+    explained: dict[str, float],
+    seed: int,
+    duration: str,
+    width: int | None,
 ) -> str:
     names = list(evaluations["base"].record["metrics"])
     before = runs["lora"]["heldout"]["before"]
@@ -179,14 +185,16 @@ def _report(
         record = runs.get(method)
         loss = record["heldout"]["after"] if record else before
         metrics = evaluation.record["metrics"]
-        cells = [
-            with_interval(metrics[name]["value"], metrics[name]["ci95"], 2 if name == "sacrebleu" else 3) for name in names
-        ]
+        cells = [number(metrics[name]["value"], metrics[name]["ci95"], 2 if name == "sacrebleu" else 3) for name in names]
         trained = f"{record['parameters']['trained']:,}" if record else "0"
-        rows.append([method, trained, with_interval(loss["loss"], loss["ci95"], 3), *cells])
+        rows.append([Cell(method), Cell(trained), number(loss["loss"], loss["ci95"], 3), *cells])
     control = paired_differences(evaluations["fb"], evaluations["fb-orthonormal"])
     differences = [
-        [name, with_interval(d.difference, d.ci95, 2 if name == "sacrebleu" else 3), p_value_text(d.p_value).removeprefix("=")]
+        [
+            Cell(name),
+            number(d.difference, d.ci95, 2 if name == "sacrebleu" else 3),
+            Cell(p_value_text(d.p_value).removeprefix("=")),
+        ]
         for name, d in control.items()
     ]
     hardware = runs["lora"]["hardware"]
@@ -196,7 +204,7 @@ def _report(
         [
             "# CoRA on the embedded model",
             "",
-            markdown_table(["method", "trained", "held-out loss", *names], rows),
+            table_text(["method", "trained", "held-out loss", *names], rows, width),
             "",
             f"{meaning}.",
             "",
@@ -207,7 +215,7 @@ def _report(
             "",
             "fb minus fb-orthonormal, paired over prompts (two-sided p-values, not corrected for six comparisons):",
             "",
-            markdown_table(["metric", "difference", "p"], differences),
+            table_text(["metric", "difference", "p"], differences, width),
             "",
             f"The basis: {len(TASKS)} models ({', '.join(TASKS)}), rank {RANK}, explained variance {shares}.",
             f"Each adapter: {STEPS} steps of {BATCH} records of {DATASET}, learning rate {LEARNING_RATE:g}, {hardware['dtype']} on "

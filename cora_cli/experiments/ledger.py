@@ -238,7 +238,7 @@ class Ledger:
             path = place / name
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 inside = file.relative_to(place).as_posix()
-                if file.is_file() and not (but and inside.startswith(but)):
+                if file.is_file() and file.name != rundir.CARD and not (but and inside.startswith(but)):
                     found[inside] = rundir.sha256_file(file)
         return found
 

@@ -28,16 +28,19 @@ FILES = {"terminal": "inspect.txt", "markdown": "inspect.md", "json": "inspect.j
 """The formats and their file names in the output directory."""
 
 
-def report(inspection: Inspection, format: str, output_dir: Path | None) -> str:
-    """Return the inspection in one format. With `output_dir`, also write all formats and the plots there."""
+def report(inspection: Inspection, format: str, output_dir: Path | None, width: int | None = None) -> str:
+    """Return the inspection in one format, its text for a terminal in lines of at most `width` characters.
+
+    With `output_dir`, also write all formats and the plots there.
+    """
     figures: list[Figure] = []
     if output_dir is not None or format == "html":
         from cora_cli.inspection.figures import draw
 
         figures = list(draw(inspection))
-    complete = build_document(inspection, figures, detail=True)
+    complete, short = build_document(inspection, figures, detail=True), build_document(inspection)
     writers: dict[str, Callable[[], str]] = {
-        "terminal": lambda: terminal(build_document(inspection)),
+        "terminal": lambda: terminal(short),
         "markdown": lambda: markdown(complete),
         "json": lambda: to_json(inspection),
         "html": lambda: page([complete], "cora inspect", __version__),
@@ -47,7 +50,7 @@ def report(inspection: Inspection, format: str, output_dir: Path | None) -> str:
             rundir.write_text(output_dir / FILES[name], write())
         write_plots(figures, output_dir / "plots")
         say(f"{output_dir}: {', '.join(FILES.values())} and {len(figures)} plots")
-    return writers[format]()
+    return terminal(short, width) if format == "terminal" else writers[format]()
 
 
 def to_json(inspection: Inspection) -> str:

@@ -39,7 +39,7 @@ _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng
 """What training programs keep next to the weights."""
 _FILE_ENDINGS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jsonl", ".yaml", ".yml"})
 """Endings of files, which no name on the hub has."""
-_SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja"]
+_SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "SHA256SUMS"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,11 @@ class TrainedOn:
     template: str | None = None
 
 
+def run_of(model: ModelPath) -> RunDirectory | None:
+    """The run that the model's files are part of; None for a model from elsewhere."""
+    return next((run for path in (model.path, *model.path.parents[:2]) if (run := RunDirectory(path)).exists()), None)
+
+
 def trained_on(model: ModelPath) -> TrainedOn | None:
     """The record of a model's training, None for a model from elsewhere. Raises `CoraError` if the record was changed."""
     if (model.path / RECORD).exists():
@@ -39,7 +44,7 @@ def trained_on(model: ModelPath) -> TrainedOn | None:
         prompts = _read_prompts(model.path / PROMPTS, carried["trained_prompts_sha256"])
         date, template = carried["template_date"], carried.get("template")
         return TrainedOn(model.path, prompts, carried["complete"], tuple(carried["datasets"]), date, template)
-    run = next((run for path in (model.path, *model.path.parents[:2]) if (run := RunDirectory(path)).exists()), None)
+    run = run_of(model)
     if run is None:
         return None
     record = read_run(run)

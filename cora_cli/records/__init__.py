@@ -46,6 +46,7 @@ from cora_cli.records.judgings import (
     Retest,
 )
 from cora_cli.records.models import AdapterConfig, GenerationConfig, ModelConfig, WeightIndex
+from cora_cli.records.reports import Report
 from cora_cli.records.runs import (
     CarriedTraining,
     Change,
@@ -119,6 +120,7 @@ __all__ = [
     "Prediction",
     "Program",
     "ReferenceTokens",
+    "Report",
     "Retest",
     "Run",
     "RunStatus",

@@ -96,6 +96,7 @@ class Metrics(TypedDict):
     metric_variant: NotRequired[str]
     metrics: dict[str, Metric]
     predictions_sha256: str
+    bootstrap: NotRequired[dict[str, int]]
     generation: UsedGeneration
     fates: NotRequired[dict[str, int]]
     readability_proxies: NotRequired[dict[str, Any]]

@@ -177,6 +177,7 @@ class FinishedRun(Run):
 
     finished: str
     result_sha256: str
+    result_files: NotRequired[dict[str, str]]
     speed: Speed
     peak_memory_bytes: int
     heldout: HeldOut | None

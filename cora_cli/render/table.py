@@ -4,7 +4,10 @@
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
+
+from cora_cli.render.markdown_table import markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,55 @@ def p_value_text(p_value: float) -> str:
 
 def with_interval(value: float, interval: Sequence[float] | None, digits: int) -> str:
     """Value and interval as text: `0.123 [0.100, 0.150]`, or `0.123 (one record)`, which has no interval."""
-    if interval is None:
-        return f"{value:.{digits}f} (one record)"
-    low, high = interval
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return number(value, interval, digits).plain()
+
+
+def number(value: float, interval: Sequence[float] | None, digits: int, more: str = "") -> Cell:
+    """The same as a cell, in which `more` stands between the two."""
+    text = f"{value:.{digits}f} {more}".rstrip()
+    found = "(one record)" if interval is None else "[{}, {}]".format(*(f"{end:.{digits}f}" for end in interval))
+    return Cell(text, found)
+
+
+def table_text(headers: Sequence[str], rows: Sequence[Sequence[Cell]], width: int | None = None) -> str:
+    """The table as aligned text, of lines of at most `width` characters where one is given.
+
+    A star marks a bold cell. What is too wide is transposed, or loses its intervals, which a line below says, or becomes a list of rows.
+    """
+    if width is None or not rows:
+        return markdown_table(headers, [[_starred(cell) for cell in row] for row in rows])
+    bare = [[dataclasses.replace(cell, interval="") for cell in row] for row in rows]
+    lost = f"The intervals do not fit into {width} columns."
+    for cells, note in ((rows, ""), (bare, lost)):
+        texts = [[_starred(cell) for cell in row] for row in cells]
+        lying = [headers, *texts]
+        standing = [list(column) for column in zip(*lying, strict=True)]
+        for first, *others in (lying, standing):
+            text = markdown_table(first, others)
+            if len(text.partition("\n")[0]) <= width:
+                return f"{text}\n{wrapped(note, width)}" if note and bare != rows else text
+    return "\n".join(_listed(headers, row, width) for row in rows)
+
+
+def _listed(headers: Sequence[str], row: Sequence[Cell], width: int) -> str:
+    """A row as the name of the row and a line for each of its cells."""
+    entries = [f"{header}: {_starred(cell)}" for header, cell in zip(headers[1:], row[1:], strict=True)]
+    return "\n".join([wrapped(_starred(row[0]), width), *(wrapped(entry, width, "  ", "    ") for entry in entries)])
+
+
+def wrapped(text: str, width: int | None, first: str = "", others: str = "") -> str:
+    """`text` in lines of at most `width` characters, which begin with `first` and `others`; longer words, such as paths, stay whole."""
+    if width is None:
+        return first + text
+    return textwrap.fill(
+        text,
+        max(width, 20),
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _starred(cell: Cell) -> str:
+    return cell.plain() + (" *" if cell.bold else "")

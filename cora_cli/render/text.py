@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from cora_cli.render.canvas import Figure
 from cora_cli.render.document import Block, Heading, Items, Text
 from cora_cli.render.markdown_table import markdown_table
-from cora_cli.render.table import Cell, Table
+from cora_cli.render.table import Table, table_text, wrapped
 
 
 def markdown(blocks: Iterable[Block]) -> str:
@@ -13,10 +13,13 @@ def markdown(blocks: Iterable[Block]) -> str:
     return "\n\n".join(_markdown_block(block) for block in blocks) + "\n"
 
 
-def terminal(blocks: Sequence[Block]) -> str:
-    """The document as aligned text. A star marks what is bold elsewhere, and figures are left out."""
+def terminal(blocks: Sequence[Block], width: int | None = None) -> str:
+    """The document as aligned text, of lines of at most `width` characters where one is given.
+
+    A star marks what is bold elsewhere, and figures are left out.
+    """
     shown = [block for block in blocks if not isinstance(block, Figure) and block != Heading(2, "Figures")]
-    return "\n\n".join(_terminal_block(block) for block in shown) + "\n"
+    return "\n\n".join(_terminal_block(block, width) for block in shown) + "\n"
 
 
 def _markdown_block(block: Block) -> str:
@@ -33,22 +36,17 @@ def _markdown_block(block: Block) -> str:
     return "\n\n".join([f"### {_escape(block.title)}", table, *map(_escape, block.notes)])
 
 
-def _terminal_block(block: Block) -> str:
+def _terminal_block(block: Block, width: int | None) -> str:
     if isinstance(block, Heading):
-        return f"{block.text}\n{('=' if block.level == 1 else '-') * len(block.text)}"
+        text = wrapped(block.text, width)
+        return f"{text}\n{('=' if block.level == 1 else '-') * max(map(len, text.splitlines()))}"
     if isinstance(block, Items):
-        return "\n".join(f"- {item}" for item in block.items)
+        return "\n".join(wrapped(item, width, "- ", "  ") for item in block.items)
     if isinstance(block, Table):
-        notes = [note.replace("Bold:", "Star:").replace("in bold", "starred") for note in block.notes]
-        return "\n".join(
-            [block.title, "", markdown_table(block.headers, [[_starred(c) for c in row] for row in block.rows]), *notes]
-        )
+        notes = [wrapped(note.replace("Bold:", "Star:").replace("in bold", "starred"), width) for note in block.notes]
+        return "\n".join([wrapped(block.title, width), "", table_text(block.headers, block.rows, width), *notes])
     assert isinstance(block, Text)
-    return block.text
-
-
-def _starred(cell: Cell) -> str:
-    return cell.plain() + (" *" if cell.bold else "")
+    return wrapped(block.text, width)
 
 
 def _escape(text: str) -> str:

@@ -208,7 +208,7 @@ def _read_row(
             step_records.require(row.run)
         log = read_jsonl(run.log, records.LogLine) if run.log.exists() else []
         trained = 0 if record["is_base_model"] else record["parameters"]["trained"]
-        adapter_bytes = _adapter_bytes(run, record)
+        adapter_bytes = _adapter_bytes(run)
         if run.heldout.exists():
             measures[LOSS] = read_loss(run, record, "after")
         elif record["heldout"] is not None:
@@ -259,19 +259,14 @@ def _failure(row: Row, logs: Sequence[Path]) -> str | None:
     return None
 
 
-def _adapter_bytes(run: RunDirectory, record: dict[str, Any]) -> int:
+def _adapter_bytes(run: RunDirectory) -> int:
     """Size in bytes of the saved adapter, or of the model in mode `full`. Raises `CoraError` if the adapter was altered.
 
     The hash of a full model is not checked, since that would read all of its weights.
     """
-    if run.model.is_dir():
-        return sum(path.stat().st_size for path in run.model.glob("*.safetensors"))
-    files = rundir.own_files(run.adapter)
-    if rundir.sha256_files(files) != record["result_sha256"]:
-        raise CoraError(
-            f"{run.adapter} was altered or removed after it was written; run `cora train --resume` to write it again"
-        )
-    return sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
+    if not run.model.is_dir():
+        run.check_result()
+    return sum(path.stat().st_size for path in run.result.glob("*.safetensors"))
 
 
 def _with_base_losses(results: list[Result]) -> list[Result]:

@@ -15,7 +15,7 @@ from cora_cli.progress import say
 from cora_cli.reading import parse_json, read_json
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 
-_OPAQUE = frozenset({"checkpoints", "adapter", "model", "plots", "logs", "judge"})
+OPAQUE = frozenset({"checkpoints", "adapter", "model", "plots", "logs", "judge"})
 """Folders of an output that hold no other outputs."""
 _LARGEST_HEADER = 1 << 20
 _BASIS_KEY = "cora_basis"
@@ -38,7 +38,7 @@ def inventory(root: Path) -> list[Entry]:
     if not root.is_dir():
         raise CoraError(f"{root} is {'a file' if root.exists() else 'not there'}; name a folder with runs")
     found = []
-    for folder, files in sorted(_folders(root)):
+    for folder, files in sorted(folders_below(root)):
         if RunDirectory(folder).exists():
             found.append(_run(RunDirectory(folder)))
         if (evaluation := EvaluationDirectory(folder)).generation.is_file() or evaluation.metrics.is_file():
@@ -50,7 +50,7 @@ def inventory(root: Path) -> list[Entry]:
 def outputs_below(root: Path) -> list[Path]:
     """The directories below `root` that `cora report` can read: grids, and runs, evaluations and judgings that are part of none of these."""
     found: list[Path] = []
-    for folder, _ in sorted(_folders(root)):
+    for folder, _ in sorted(folders_below(root)):
         if any(parent in folder.parents for parent in found):
             continue
         if _is_output(folder):
@@ -58,8 +58,8 @@ def outputs_below(root: Path) -> list[Path]:
     return found
 
 
-def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below `root` and its files, by name. A link to a folder is one of them, but what is below it is not searched.
+def folders_below(root: Path, opaque: frozenset[str] = OPAQUE) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below `root` except the `opaque` ones inside outputs, and its files, by name. A link to a folder is one of them, but what is below it is not searched.
 
     Says which folders cannot be read.
     """
@@ -69,8 +69,8 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
     for name, folders, files in os.walk(root, onerror=unreadable):
         place = Path(name)
-        opaque = _OPAQUE if _is_output(place) else ()
-        folders[:] = sorted(folder for folder in folders if folder not in opaque and not folder.startswith("."))
+        hidden = opaque if _is_output(place) else ()
+        folders[:] = sorted(folder for folder in folders if folder not in hidden and not folder.startswith("."))
         yield place, sorted(files)
         for link in (place / folder for folder in folders if (place / folder).is_symlink()):
             try:

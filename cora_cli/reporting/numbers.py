@@ -3,7 +3,8 @@
 JSON: `{"format_version": 2, "experiments": [...]}`. An experiment has `name`, `title`, `paper_table`, `preset`, `conditions`, `methods`
 (the paragraphs), `missing` (`row`, `part`, `reason`), `judged` (each `judge.json`) and `groups`. A group has `name`, `measures`, `selected_by`, `lines`, `best` and `verdict`:
 
-- a line: `row` (title), `method`, `mode`, `label`, `printed`, `rank`, `n_models`, `learning_rate`, `chosen`, `seeds`, `rows` (names),
+- a line: `row` (title), `method`, `mode`, `label`, `printed`, `rank`, `n_models`, `learning_rate`, `chosen`, `seeds`, `rows` (names), `results` (the `result_sha256` of
+  each row's run),
   `trained_parameters`, `adapter_bytes`, `tokens_per_second` and `peak_memory_bytes` (a value per seed), `paper` (measure -> number), and
   `measures`: measure -> `value`, `low`, `high`, `kind`, `n`, `seeds`, `by_seed`;
 - `best`: measure -> `row`, `p_holm` (null where a test has none), `supported`;
@@ -254,6 +255,7 @@ def _line(line: Line) -> dict[str, Any]:
         "chosen": line.chosen,
         "seeds": list(method.seeds),
         "rows": [result.row.name for result in method.results],
+        "results": [result.record.get("result_sha256") for result in method.results],
         "trained_parameters": costs["trained_parameters"][0],
         "adapter_bytes": costs["adapter_bytes"][0],
         "tokens_per_second": costs["tokens_per_second"],

@@ -36,16 +36,50 @@ FILES = {
 """The formats and their file names in the output directory."""
 
 
+class NothingToReport(CoraError):
+    """Nothing that a report could show is finished yet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Composed:
+    """A report before it is written: `texts` has a function for each format. Of `rows`, `finished` have all their parts."""
+
+    blocks: list[Block]
+    figures: list[Figure]
+    texts: dict[str, Callable[[], str]]
+    finished: int
+    rows: int
+
+    def write(self, output_dir: Path) -> None:
+        """Write all formats and the plots."""
+        for name, text in self.texts.items():
+            rundir.write_text(output_dir / FILES[name], text())
+        write_plots(self.figures, output_dir / "plots")
+
+
 def report(
     outputs: Sequence[str],
     format: str = "terminal",
     output_dir: Path | None = None,
     metrics: tuple[str, ...] | None = None,
+    width: int | None = None,
 ) -> str:
     """Return the report on finished directories in one format. With `output_dir`, also write all formats and the plots there.
 
-    `metrics` restricts the metrics by name. Raises `CoraError` if a directory was not written
-    by cora, if nothing in them is finished, or if none of the `metrics` was measured.
+    `width` limits the lines of the returned text for a terminal. Raises `CoraError` as `compose` does.
+    """
+    composed = compose(outputs, metrics, draws=output_dir is not None or format == "html")
+    if output_dir is not None:
+        composed.write(output_dir)
+        say(f"{output_dir}: {', '.join(FILES.values())} and {len(composed.figures)} plots")
+    return terminal(composed.blocks, width) if format == "terminal" else composed.texts[format]()
+
+
+def compose(outputs: Sequence[str], metrics: tuple[str, ...] | None = None, draws: bool = True) -> Composed:
+    """Read the directories and compose their report, with figures if it `draws`; `metrics` restricts the metrics by name.
+
+    Raises `CoraError` if a directory was not written by cora, and `NothingToReport` if nothing in them is finished, or if none of the
+    `metrics` was measured.
     """
     collections = [collect(experiment, metrics) for experiment in find_experiments(outputs)]
     has_bases = any(row.basis and row.basis.is_file() for c in collections for row in c.experiment.rows if row.run is None)
@@ -53,7 +87,7 @@ def report(
     if not has_bases and not has_judged and not any(collection.results for collection in collections):
         first = next(entry for collection in collections for entry in collection.missing)
         count = sum(len(collection.missing) for collection in collections)
-        raise CoraError(
+        raise NothingToReport(
             f"nothing in {', '.join(outputs)} is finished, so there is nothing to report ({count} missing; {first.row.name}: {first.reason})"
         )
     summaries = [summarise(collection) for collection in collections]
@@ -63,22 +97,24 @@ def report(
         and not has_judged
         and not any(set(group.measures) & set(metrics) for summary in summaries for group in summary.groups)
     ):
-        raise CoraError(
+        raise NothingToReport(
             f"none of the metrics {', '.join(metrics)} was measured in {', '.join(outputs)}; name others or leave --metrics out"
         )
     drawn: list[list[Figure]] = [[] for _ in summaries]
-    if output_dir is not None or format == "html":
+    if draws:
         drawn = [
             _draw(summary, f"{number}-" if len(summaries) > 1 else "") for number, summary in enumerate(summaries, start=1)
         ]
     documents = [build_document(summary, figures) for summary, figures in zip(summaries, drawn, strict=True)]
-    writers = _writers(summaries, documents)
-    if output_dir is not None:
-        for name, write in writers.items():
-            rundir.write_text(output_dir / FILES[name], write())
-        write_plots([figure for figures in drawn for figure in figures], output_dir / "plots")
-        say(f"{output_dir}: {', '.join(FILES.values())} and {sum(map(len, drawn))} plots")
-    return writers[format]()
+    results = {(place, result.row.name) for place, found in enumerate(collections) for result in found.results}
+    missing = {(place, entry.row.name) for place, found in enumerate(collections) for entry in found.missing}
+    return Composed(
+        [block for document in documents for block in document],
+        [figure for figures in drawn for figure in figures],
+        _writers(summaries, documents),
+        finished=len(results - missing),
+        rows=len(results | missing),
+    )
 
 
 def _writers(summaries: Sequence[Summary], documents: Sequence[list[Block]]) -> dict[str, Callable[[], str]]:

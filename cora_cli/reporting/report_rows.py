@@ -98,7 +98,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
     grids: list[Experiment] = []
     plain: list[Row] = []
     judgings: list[Path] = []
-    for root in _distinct_directories(_opened(outputs)):
+    for root in _distinct_directories(opened(outputs)):
         if (root / "plan.json").is_file():
             grids.append(read_plan(root))
         elif RunDirectory(root).exists():
@@ -120,7 +120,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
     return grids
 
 
-def _opened(outputs: Sequence[str]) -> list[str]:
+def opened(outputs: Sequence[str]) -> list[str]:
     """The directories with a folder of outputs replaced by what is below it."""
     opened: list[str] = []
     for output in outputs:

@@ -31,6 +31,7 @@ NOT_PART_OF_THE_RESULT = frozenset(
         "device",
         "save_steps",
         "keep_checkpoints",
+        "save_tokenizer",
         "validation_loss",
         "tokens_per_row",
         "shard",
@@ -198,6 +199,9 @@ class _SharedSettings:
         None,
         panel=_RUN,
         most=MOST,
+    )
+    save_tokenizer: bool = setting(
+        "Also store the tokenizer with the adapter, where others look for it; mode full always stores it.", False, panel=_RUN
     )
     report_to: Reporter = setting(
         "Also report to this tracker, through the transformers Trainer; log.jsonl is always written.", "none", panel=_RUN

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 
 from cora_cli import rundir
+from cora_cli.adapters.card import write_card
 from cora_cli.adapters.kronecker import Kronecker, best_precision
 from cora_cli.adapters.posterior import has_posterior, write_kronecker
 from cora_cli.adapters.storage import load_adapter
@@ -137,9 +138,14 @@ def laplace(
             if (path := getattr(source, kept)).exists():
                 temporary.mkdir(exist_ok=True)
                 shutil.copyfile(path, getattr(new, kept))
-        shutil.copytree(source.adapter, new.adapter)
+        new.adapter.mkdir()
+        for name in source.result_files():
+            shutil.copyfile(source.result / name, new.adapter / name)
         write_kronecker(new.adapter, curvatures, precision)
-        rundir.write_json(new.record, {**record, "result_sha256": new.result_hash(), "laplace": found})
+        files = new.result_files()
+        now = {**record, "result_files": files, "result_sha256": rundir.sha256_json(files), "laplace": found}
+        write_card(new.adapter, now)
+        rundir.write_json(new.record, now)
     return found
 
 

@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from cora_cli import rundir
+from cora_cli.adapters.card import write_card
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import AngleMeter
 from cora_cli.adapters.storage import save_adapter
@@ -121,11 +122,19 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             _mark_failed(run, error)
         raise _explained(error, run, config, prepared) from error
     if main:
-        # A run that stops has no result; its record says how to read it.
-        result = {"result_sha256": run.result_hash(), "status": FINISHED} if "finished" in outcome else {"status": STOPPED}
-        rundir.write_json(run.record, {**read_json(run.record), **outcome, **result})
+        _write_end(run, outcome)
     barrier(arguments)
     return read_json(run.record)
+
+
+def _write_end(run: RunDirectory, outcome: dict[str, Any]) -> None:
+    """Write the card of a finished run and its record, last; a run that stops has no result, and its record says how to read it."""
+    record = {**read_json(run.record), **outcome, "status": STOPPED}
+    if "finished" in outcome:
+        files = run.result_files()
+        record |= {"status": FINISHED, "result_files": files, "result_sha256": rundir.sha256_json(files)}
+        write_card(run.result, record)
+    rundir.write_json(run.record, record)
 
 
 def _agree(arguments: TrainingArguments, decide: Any, fingerprint: dict[str, Any]) -> bool:
@@ -411,7 +420,7 @@ def _save_result(
         basis_sha256=prepared.basis.sha256 if prepared.basis else None,
         compact=config.compact,
     )
-    save_adapter(model, run.adapter, facts)
+    save_adapter(model, run.adapter, facts, prepared.tokenizer if config.save_tokenizer else None)
 
 
 @contextlib.contextmanager

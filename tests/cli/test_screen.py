@@ -100,6 +100,7 @@ def test_a_command_ends_well_on_a_terminal(workspace: Path, words: list[str], co
     code, screen = on_terminal([word.format(columns=columns) for word in words], columns)
     assert code == 0, screen[-2000:]
     assert_clean(screen)
+    assert not [line for line in screen.splitlines() if line.startswith("|") and len(line) > columns]
 
 
 @pytest.mark.slow

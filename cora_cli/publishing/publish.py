@@ -1,0 +1,139 @@
+"""Chooses the files of a run for the hub, completes them with a card and their hashes, and uploads them in one commit.
+
+The result lies at the top of the repository, where PEFT, vLLM and transformers look for it, and the run's records next to it, so that
+`cora verify` can check a download.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cora_cli import rundir
+from cora_cli.adapters.card import card
+from cora_cli.errors import CoraError, reason
+from cora_cli.progress import say
+from cora_cli.publishing.verify import check_run, evaluations_in
+from cora_cli.reading import read_json, read_text
+from cora_cli.records import Metrics, Report, read_run
+from cora_cli.rundir import RunDirectory
+
+Files = dict[str, Path | bytes]
+"""What goes to each path of the repository: a file of this disk, or content."""
+_KEPT = ".gitattributes"
+"""The hub's own file."""
+
+
+def size_of(content: Path | bytes) -> int:
+    """The size in bytes of what goes to one path."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def files_of(run: RunDirectory, name: str, with_records: bool = True, report: Path | None = None) -> Files:
+    """The files of a finished run, by their path in the repository `name`.
+
+    Without `with_records`, held-out records and evaluations, which quote the data, are left out. `report` is a `report.json` whose verdict on
+    the run goes into the card. Raises `CoraError` if the run is not finished or a file is not as recorded.
+    """
+    if not run.exists():
+        raise CoraError(
+            f"{run.root} is not a cora run (no {run.record.name}); `cora publish` needs a finished run of `cora train`"
+        )
+    check_run(run)
+    record = read_run(run)
+    result = run.result_files()
+    files: Files = {own: run.result / own for own in result}
+    for path in (run.config, run.log, run.heldout, run.trained_prompts):
+        files |= {path.name: path} if path.exists() else {}
+    # Earlier versions did not list the files of the result, which now lie next to others.
+    complete = json.dumps({**record, "result_files": result}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    files[run.record.name] = run.record if "result_files" in record else complete.encode()
+    evaluations = evaluations_in(run) if with_records else []
+    if with_records and run.test_records.exists():
+        files[run.test_records.name] = run.test_records
+    for one in evaluations:
+        paths = (one.predictions, one.generation, one.metrics, one.scores, one.executions)
+        files |= {f"{one.root.name}/{path.name}": path for path in paths if path.exists()}
+    scores = {one.root.name: read_json(one.metrics, Metrics) for one in evaluations}
+    files[rundir.CARD] = _card(run, record, name, scores, verdict_of(report, record) if report else [])
+    return {**files, run.sums.name: _sums(files)}
+
+
+def _card(run: RunDirectory, record: Mapping[str, Any], name: str, scores: Mapping[str, Any], verdict: list[str]) -> bytes:
+    """The card with what came after the training, unless somebody has edited the one that is there."""
+    there = run.result / rundir.CARD
+    if there.exists() and read_text(there) != card(run.result, record):
+        if verdict:
+            raise CoraError(
+                f"{there} was edited, so --report cannot add to it; write the verdict into it, or remove it to have a new one"
+            )
+        say(f"{there} was edited, so it is published as it is")
+        return there.read_bytes()
+    return card(run.result, record, name, scores, verdict).encode()
+
+
+def _sums(files: Files) -> bytes:
+    lines = []
+    for name, content in sorted(files.items()):
+        # Resolved, so that a link into the hub's cache is read.
+        digest = rundir.sha256_bytes(content) if isinstance(content, bytes) else rundir.sha256_file(content.resolve())
+        lines.append(f"{digest}  {name}\n")
+    return "".join(lines).encode()
+
+
+def verdict_of(path: Path, record: Mapping[str, Any]) -> list[str]:
+    """The sentences of a `report.json` about the method of the run with this `run.json`. Raises `CoraError` if there are none."""
+    digest = record["result_sha256"]
+    for experiment in read_json(path, Report)["experiments"]:
+        for group in experiment["groups"]:
+            line = next((line for line in group["lines"] if digest in line.get("results", [])), None)
+            if line is None:
+                continue
+            shown = [each for each in group["verdict"]["comparisons"] if line["method"] in (each["one"], each["other"])]
+            return [group["verdict"]["headline"], *(each["sentence"] for each in shown)]
+    raise CoraError(
+        f"{path} has no verdict on this run; name the report.json that `cora report RUNS -o DIR` wrote about it as it is now"
+    )
+
+
+def upload(name: str, files: Files, private: bool, overwrite: bool) -> str:
+    """Create the repository if need be and put the files there in one commit; returns the address of the commit.
+
+    Raises `CoraError` without a token, if the hub cannot be reached or refuses, and if the repository holds other files and `overwrite` is off.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # of whichever library it uses
+
+    if get_token() is None:
+        raise CoraError("there is no Hugging Face token; run `hf auth login`, or set HF_TOKEN to a token that may write")
+    api = HfApi()
+    try:
+        try:
+            there = api.model_info(name)
+            others = sorted({file.rfilename for file in there.siblings or []} - {_KEPT})
+            if others and not overwrite:
+                raise CoraError(
+                    f"{name} holds files already, such as {others[0]}; choose another name, or replace all of them with --overwrite"
+                )
+            if private and not there.private:
+                raise CoraError(
+                    f"{name} exists and is public, so --private would have no effect; make it private on the hub, or choose another name"
+                )
+        except RepositoryNotFoundError:
+            others = []
+            api.create_repo(name, private=private or None)
+        say(f"uploading {len(files)} files, {sum(map(size_of, files.values())):,} bytes")
+        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        removed = [CommitOperationDelete(path) for path in others if path not in files]
+        commit = api.create_commit(name, [*operations, *removed], commit_message="Upload a run with cora publish")
+    except OfflineModeIsEnabled as error:
+        raise CoraError("the hub is not asked for anything while HF_HUB_OFFLINE is set; unset it to publish") from error
+    except HfHubHTTPError as error:
+        said = " ".join((error.server_message or reason(error)).split())
+        raise CoraError(f"the hub refused {name}: {said} (status {error.response.status_code})") from error
+    except ValueError as error:
+        raise CoraError(f"{name} cannot be published: {reason(error)}") from error
+    except (NoAnswer, OSError) as error:
+        raise CoraError(f"the hub at {api.endpoint} cannot be reached: {reason(error)}") from error
+    return str(commit.commit_url)

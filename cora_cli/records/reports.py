@@ -1,0 +1,44 @@
+"""The parts of a `report.json` that other commands use."""
+
+from typing import NotRequired, TypedDict
+
+
+class ReportedLine(TypedDict):
+    """A line of a report's table; `results` has the hash of what each of its runs trained, None for the base model."""
+
+    method: str
+    results: NotRequired[list[str | None]]
+
+
+class ReportedComparison(TypedDict):
+    """Two methods and the sentence about them."""
+
+    one: str
+    other: str
+    sentence: str
+
+
+class ReportedVerdict(TypedDict):
+    """The verdict of a group."""
+
+    headline: str
+    comparisons: list[ReportedComparison]
+
+
+class ReportedGroup(TypedDict):
+    """Runs that were compared with each other."""
+
+    lines: list[ReportedLine]
+    verdict: ReportedVerdict
+
+
+class ReportedExperiment(TypedDict):
+    """An experiment of a report."""
+
+    groups: list[ReportedGroup]
+
+
+class Report(TypedDict):
+    """`report.json`."""
+
+    experiments: list[ReportedExperiment]

@@ -1,0 +1,153 @@
+"""The model card next to what a run trained: what it says, who can load the files by it, and that no hash depends on it."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cora_cli import rundir
+from cora_cli.adapters.card import card
+from cora_cli.adapters.export import export_adapter
+from cora_cli.adapters.merge import merge_adapter
+from cora_cli.errors import CoraError
+from cora_cli.models.references import resolve_model
+from cora_cli.reading import read_json
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.run import train
+from tests.training.helpers import config_for
+
+IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("card") / "run"
+    train(config_for(tiny_model, tiny_data, output, save_tokenizer=True))
+    return output
+
+
+def metadata(text: str) -> dict[str, Any]:
+    return yaml.safe_load(re.match(r"---\n(.*?)---\n", text, re.DOTALL)[1])
+
+
+def from_hub(record: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The record as of a run whose base model came from the hub."""
+    return {**record, "model": {"reference": "org/base@main", "revision": "0123abc"}, **more}
+
+
+def card_of(run: Path) -> str:
+    return (run / "adapter" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_trained_adapter_has_a_card_of_its_record(run: Path) -> None:
+    text, record = card_of(run), read_json(run / "run.json")
+    assert metadata(text) == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["cora", "lora", "arxiv:2106.09685"],
+    }
+    assert "`lora`: B = 0, A random ([arXiv 2106.09685]" in text
+    loss = record["heldout"]["after"]
+    low, high = loss["ci95"]
+    assert f"{loss['loss']:.4f} [{low:.4f}, {high:.4f}]" in text
+    assert re.search(r"\| training +\| +36 \|", text)
+    for digest in (record["fingerprint"]["data_sha256"], record["fingerprint"]["model_sha256"], record["result_sha256"]):
+        assert digest in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in text
+    assert str(run.parent) not in text
+    assert "license" not in text
+
+
+def test_a_base_and_a_data_set_of_the_hub_are_named_in_the_metadata(run: Path) -> None:
+    record = read_json(run / "run.json")
+    text = card(run / "adapter", from_hub(record, data={**record["data"], "dataset": "org/data"}))
+    assert metadata(text)["base_model"] == "org/base"
+    assert metadata(text)["datasets"] == ["org/data"]
+    assert 'from_pretrained("org/base", revision="0123abc")' in text
+
+
+def test_the_code_of_the_card_loads_the_adapter_in_peft_and_in_transformers(run: Path, tiny_model: Path) -> None:
+    text = card(run / "adapter", from_hub(read_json(run / "run.json")), str(run / "adapter"))
+    found = []
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        names: dict[str, Any] = {"AutoModelForCausalLM": AutoModelForCausalLM}
+        exec(block.replace('"org/base", revision="0123abc"', f'"{tiny_model}"'), names)
+        found.append(names["model"].eval()(IDS).logits)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert len(found) == 2
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], base(IDS).logits)
+    assert "vllm serve org/base --revision 0123abc --enable-lora --max-lora-rank 8 --lora-modules adapter=" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "library", "says"),
+    [
+        ({"mode": "dora"}, "peft", "transformers alone and vLLM cannot load it as it is stored; `cora merge` writes the base"),
+        ({"mode": "vera"}, "peft", "transformers alone and vLLM cannot load it as it is stored; `cora export` writes it"),
+        ({"mode": "mora-6"}, "cora", "PEFT, transformers and vLLM cannot load it as it is stored; `cora merge` writes the base"),
+        ({"mode": "fb", "b_init": "orthonormal", "compact": True}, "cora", "cannot load it as it is stored; `cora export`"),
+        ({"mode": "full", "learning_rate": 1e-4}, "transformers", "vllm.LLM("),
+    ],
+)  # fmt: skip
+def test_the_card_says_which_programs_cannot_load_the_form(
+    settings: dict[str, Any], library: str, says: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    train(config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=1, **settings))
+    text = (RunDirectory(tmp_path / "run").result / "README.md").read_text(encoding="utf-8")
+    assert metadata(text)["library_name"] == library
+    assert says in text
+
+
+def test_no_hash_covers_the_card_so_that_people_may_edit_it(
+    run: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    record = read_json(run / "run.json")
+    assert record["result_sha256"] == rundir.sha256_json(record["result_files"])
+    assert "README.md" not in record["result_files"]
+    edited = card_of(run) + "\nMore about it.\n"
+    (run / "adapter" / "README.md").write_text(edited, encoding="utf-8")
+    resolve_model(str(run))
+    assert train(config_for(tiny_model, tiny_data, run, save_tokenizer=True, resume=True)) == record
+    assert card_of(run) == edited
+
+
+def test_a_changed_file_is_named(run: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "run"
+    shutil.copytree(run, damaged)
+    (damaged / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CoraError, match=r"adapter/adapter_config\.json was changed after its training had finished"):
+        resolve_model(str(damaged))
+
+
+def test_the_tokenizer_is_stored_on_request(run: Path, tiny_model: Path) -> None:
+    ours = AutoTokenizer.from_pretrained(run / "adapter")
+    assert ours("Count to 3.").input_ids == AutoTokenizer.from_pretrained(tiny_model)("Count to 3.").input_ids
+
+
+def test_files_are_readable_by_others(run: Path) -> None:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in (run / "adapter").iterdir()} == {0o666 & ~mask}
+
+
+def test_exports_and_merges_of_a_run_have_cards_of_their_own(run: Path, tmp_path: Path) -> None:
+    adapter = resolve_model(str(run))
+    export_adapter(adapter, tmp_path / "lora")
+    merge_adapter(adapter, tmp_path / "merged")
+    exported, merged = ((tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("lora", "merged"))
+    assert "# LoRA equal to a lora adapter of tiny" in exported
+    assert "# tiny with a merged lora adapter" in merged
+    assert metadata(merged)["library_name"] == "transformers"
+    assert 'AutoModelForCausalLM.from_pretrained("PATH")' in merged
+
+
+def test_an_adapter_of_another_program_is_exported_without_a_card(tiny_sources: tuple[str, str], tmp_path: Path) -> None:
+    export_adapter(resolve_model(tiny_sources[0]), tmp_path / "lora")
+    assert not (tmp_path / "lora" / "README.md").exists()

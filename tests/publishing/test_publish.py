@@ -1,0 +1,211 @@
+"""`cora publish`: what reaches a hub through the hub's own client, and what is refused before."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+from cora_cli import rundir
+from cora_cli.cli import app
+from cora_cli.errors import CoraError
+from cora_cli.models.references import resolve_model
+from cora_cli.models.trained_on import trained_on
+from cora_cli.publishing.publish import files_of
+from cora_cli.publishing.verify import verify
+from cora_cli.reading import read_json
+from cora_cli.reporting.report import report
+from cora_cli.rundir import RunDirectory
+
+from .hub import Hub, Repository
+
+IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
+
+
+def cora(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_what_is_published_verifies_and_loads_where_it_lies(finished: Path, hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
+    result = cora("publish", finished, "--to", "org/name", "--private")
+    assert result.exit_code == 0, result.stderr
+    assert f"{hub.address}/org/name/commit/" in result.stdout
+    found = hub.repositories["org/name"]
+    assert found.private
+    there = found.download(tmp_path / "there")
+    assert {path.name for path in there.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "cora.json", "README.md", "run.json", "config.yaml", "log.jsonl",
+        "heldout.jsonl", "test.jsonl", "trained_prompts.txt", "eval", "SHA256SUMS",
+    }  # fmt: skip
+    sentences = verify(there)
+    assert "SHA256SUMS: 14 files with the listed hashes" in sentences
+    assert any("rouge1, rougeL, sacrebleu, nll of 4 predictions computed again, as recorded" in each for each in sentences)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = PeftModel.from_pretrained(base, str(there)).eval()
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(finished / "adapter")).eval()
+    assert torch.equal(model(IDS).logits, expected(IDS).logits)
+    assert trained_on(resolve_model(str(there))).prompts == trained_on(resolve_model(str(finished))).prompts
+    text = report([str(there)], "markdown")
+    assert text.count("rougeL") == report([str(finished)], "markdown").count("rougeL") > 0
+
+
+def test_the_card_has_the_evaluation_and_the_name(finished: Path) -> None:
+    text = files_of(RunDirectory(finished), "org/name")["README.md"].decode()
+    metric = read_json(finished / "eval" / "metrics.json")["metrics"]["rougeL"]
+    low, high = metric["ci95"]
+    assert f"{metric['value']:.4f} [{low:.4f}, {high:.4f}]" in text
+    assert 'PeftModel.from_pretrained(base, "org/name")' in text
+    assert "Verdict" not in text
+
+
+def test_a_changed_byte_in_any_published_file_is_refused_by_its_name(finished: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    for name, content in files_of(RunDirectory(finished), "org/name").items():
+        (there / name).parent.mkdir(parents=True, exist_ok=True)
+        (there / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    verify(there)
+    for path in [path for path in there.rglob("*") if path.is_file()]:
+        before = path.read_bytes()
+        path.write_bytes(before[:20] + bytes([before[20] ^ 1]) + before[21:])
+        named = path.relative_to(there).as_posix() if path.name != "SHA256SUMS" else ""
+        with pytest.raises(
+            CoraError, match=rf"there/{re.escape(named)}.*(was changed after it was published|expected a SHA-256)"
+        ):
+            verify(there)
+        path.unlink()
+        if path.name not in ("SHA256SUMS", "run.json"):
+            with pytest.raises(CoraError, match=rf"there/{re.escape(named)} is missing"):
+                verify(there)
+        path.write_bytes(before)
+
+
+def test_the_records_can_stay_at_home(finished: Path, hub: Hub, tmp_path: Path) -> None:
+    assert cora("publish", finished, "--to", "org/name", "--no-records").exit_code == 0
+    files = hub.repositories["org/name"].files
+    assert not [name for name in files if name == "test.jsonl" or name.startswith("eval")]
+    secret = read_json_line(finished / "test.jsonl")["instruction"].encode()
+    assert not [name for name, content in files.items() if secret in content]
+    verify(hub.repositories["org/name"].download(tmp_path / "there"))
+
+
+def read_json_line(path: Path) -> dict[str, str]:
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+
+
+def test_files_that_are_there_are_replaced_only_on_request(finished: Path, hub: Hub) -> None:
+    hub.repositories["org/name"] = Repository(files={"old.bin": b"old"})
+    refused = cora("publish", finished, "--to", "org/name")
+    assert refused.exit_code == 1
+    assert (
+        "org/name holds files already, such as old.bin; choose another name, or replace all of them with --overwrite"
+        in refused.stderr
+    )
+    assert hub.repositories["org/name"].files == {"old.bin": b"old"}
+    assert cora("publish", finished, "--to", "org/name", "--overwrite").exit_code == 0
+    assert "old.bin" not in hub.repositories["org/name"].files
+    assert "run.json" in hub.repositories["org/name"].files
+
+
+def test_private_is_refused_where_the_repository_is_public(finished: Path, hub: Hub) -> None:
+    hub.repositories["org/name"] = Repository()
+    refused = cora("publish", finished, "--to", "org/name", "--private")
+    assert refused.exit_code == 1
+    assert "org/name exists and is public" in refused.stderr
+    assert not hub.repositories["org/name"].files
+
+
+def test_dry_run_lists_files_and_sizes_without_a_token_or_a_network(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    result = cora("publish", finished, "--to", "org/name", "--dry-run")
+    assert result.exit_code == 0
+    size = (finished / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert re.search(
+        rf"^adapter_model\.safetensors +{size:,}  .*/adapter/adapter_model\.safetensors$", result.stdout, re.MULTILINE
+    )
+    assert re.search(r"^README\.md +[\d,]+  written for it$", result.stdout, re.MULTILINE)
+    assert result.stdout.endswith("15 files would go to org/name; nothing was uploaded\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["name", "org/", "org/a b", "org/a--b", "a/b/c", "org/-a", "https://huggingface.co/org/name", ""]
+)
+def test_a_name_that_the_hub_does_not_allow_is_a_usage_error(name: str) -> None:
+    result = cora("publish", "anything", "--to", name)
+    assert result.exit_code == 2
+    assert f"--to must be a name on the hub such as org/name, not {name!r}" in result.stderr
+
+
+def test_a_run_that_is_not_as_recorded_is_refused(run: Path) -> None:
+    record = read_json(run / "run.json")
+    rundir.write_json(run / "run.json", {**record, "status": "interrupted"})
+    refused = cora("publish", run, "--to", "org/name", "--dry-run")
+    assert (refused.exit_code, "is not finished (status interrupted)" in refused.stderr) == (1, True)
+    rundir.write_json(run / "run.json", record)
+    (run / "adapter" / "cora.json").write_text("{}", encoding="utf-8")
+    refused = cora("publish", run, "--to", "org/name", "--dry-run")
+    assert (refused.exit_code, "adapter/cora.json was changed after its training" in refused.stderr) == (1, True)
+    refused = cora("publish", run / "adapter", "--to", "org/name", "--dry-run")
+    assert (refused.exit_code, "is not a cora run" in refused.stderr) == (1, True)
+
+
+def test_without_a_token_a_network_or_permission_one_sentence_says_so(
+    finished: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    assert (
+        cora("publish", finished, "--to", "org/name").stderr
+        == "cora: error: the hub refused org/name: Invalid username or password. (status 401)\n"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "while HF_HUB_OFFLINE is set; unset it" in cora("publish", finished, "--to", "org/name").stderr
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "the hub at http://127.0.0.1:9 cannot be reached" in cora("publish", finished, "--to", "org/name").stderr
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    refused = cora("publish", finished, "--to", "org/name")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("cora: error: there is no Hugging Face token; run `hf auth login`")
+    assert refused.stderr.count("\n") == 1
+    assert not hub.repositories
+
+
+def test_the_verdict_of_a_report_on_the_run_goes_into_the_card(finished: Path, run: Path, tmp_path: Path) -> None:
+    text = report([str(finished)], "json")
+    (tmp_path / "report.json").write_text(text, encoding="utf-8")
+    card = files_of(RunDirectory(finished), "org/name", report=tmp_path / "report.json")["README.md"].decode()
+    headline = json.loads(text)["experiments"][0]["groups"][0]["verdict"]["headline"]
+    section = card.partition("## Verdict\n\n")[2]
+    assert section.replace("\\", "").startswith(headline)
+    (run / "adapter" / "cora.json").write_text((run / "adapter" / "cora.json").read_text() + "\n")
+    changed = read_json(run / "run.json") | {"result_files": RunDirectory(run).result_files()}
+    rundir.write_json(run / "run.json", {**changed, "result_sha256": RunDirectory(run).result_hash()})
+    shutil.rmtree(run / "eval")
+    with pytest.raises(CoraError, match="has no verdict on this run"):
+        files_of(RunDirectory(run), "org/name", report=tmp_path / "report.json")
+
+
+def test_an_edited_card_is_published_as_it_is(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "adapter" / "README.md"
+    path.write_text(path.read_text(encoding="utf-8") + "\nMine.\n", encoding="utf-8")
+    assert files_of(RunDirectory(run), "org/name")["README.md"] == path.read_bytes()
+    assert "README.md was edited, so it is published as it is" in capsys.readouterr().err
+    (tmp_path / "report.json").write_text(report([str(run)], "json"), encoding="utf-8")
+    with pytest.raises(CoraError, match="was edited, so --report cannot add to it"):
+        files_of(RunDirectory(run), "org/name", report=tmp_path / "report.json")
+
+
+def test_a_run_of_an_earlier_version_is_published_with_a_card_and_verifies(run: Path, hub: Hub, tmp_path: Path) -> None:
+    record = read_json(run / "run.json")
+    rundir.write_json(run / "run.json", {key: value for key, value in record.items() if key != "result_files"})
+    (run / "adapter" / "README.md").unlink()
+    assert cora("publish", run, "--to", "org/name").exit_code == 0
+    there = hub.repositories["org/name"].download(tmp_path / "there")
+    verify(there)
+    assert (there / "README.md").read_text(encoding="utf-8").startswith("---\n")

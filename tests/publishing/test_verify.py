@@ -1,0 +1,151 @@
+"""`cora verify`: hashes, losses and metrics are computed again, and the file that is not as recorded is named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cora_cli import rundir
+from cora_cli.cli import app
+from cora_cli.errors import CoraError
+from cora_cli.evaluation.metrics import score_all
+from cora_cli.evaluation.metrics.pass_at import Attempts
+from cora_cli.publishing.verify import verify
+from cora_cli.reading import read_json, read_jsonl
+from tests.evaluation.helpers import evaluate_run
+
+
+def test_a_run_as_it_was_written_passes(finished: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", str(finished)])
+    assert result.exit_code == 0, result.stderr
+    assert f"{finished}/adapter: 3 files with the recorded hash" in result.stdout
+    assert "heldout.jsonl: gives the recorded losses before and after training" in result.stdout
+    assert f"{finished}/eval: rouge1, rougeL, sacrebleu, nll of 4 predictions computed again, as recorded" in result.stdout
+    assert result.stdout.endswith(f"{finished} is as recorded\n")
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+
+
+def other_loss(path: Path) -> None:
+    record = read_json(path)
+    record["heldout"]["after"]["loss"] += 0.01
+    rundir.write_json(path, record)
+
+
+def other_value(path: Path) -> None:
+    record = read_json(path)
+    record["metrics"]["rougeL"]["value"] += 0.01
+    rundir.write_json(path, record)
+
+
+def other_interval(path: Path) -> None:
+    record = read_json(path)
+    record["metrics"]["rougeL"]["ci95"][0] -= 0.01
+    rundir.write_json(path, record)
+
+
+def better_scores(path: Path) -> None:
+    """Raise the scores and the value in the record alike, so that the one gives the other."""
+    lines = read_jsonl(path)
+    rundir.write_jsonl(path, [{**line, "rouge1": line["rouge1"] + 0.1} for line in lines])
+    metrics = path.with_name("metrics.json")
+    record = read_json(metrics)
+    record["metrics"]["rouge1"]["value"] = sum(line["rouge1"] + 0.1 for line in lines) / len(lines)
+    rundir.write_json(metrics, record)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("adapter/adapter_model.safetensors", flip, "adapter/adapter_model.safetensors was changed after its training"),
+        ("adapter/adapter_config.json", Path.unlink, "adapter/adapter_config.json was changed after its training"),
+        ("test.jsonl", flip, "test.jsonl was changed after it was written"),
+        ("test.jsonl", Path.unlink, "test.jsonl was changed after it was written"),
+        ("trained_prompts.txt", flip, "trained_prompts.txt was changed after it was written"),
+        ("run.json", other_loss, "heldout.jsonl was altered after it was written"),
+        ("eval/predictions.jsonl", flip, "eval/predictions.jsonl was altered after it was scored"),
+        ("eval/metrics.json", other_value, "eval/scores.jsonl was altered"),
+        ("eval/metrics.json", other_interval, "eval/metrics.json does not hold the interval of rougeL that"),
+        ("eval/scores.jsonl", better_scores, "eval/metrics.json does not hold the rouge1 that"),
+    ],
+)
+def test_what_is_not_as_recorded_is_named(run: Path, name: str, damage: Callable[[Path], Any], says: str) -> None:
+    damage(run / name)
+    result = CliRunner().invoke(app, ["verify", str(run)])
+    assert result.exit_code == 1
+    assert says in result.stderr
+    assert "cora: error: " in result.stderr.splitlines()[-1]
+
+
+def test_an_evaluation_is_verified_alone(finished: Path) -> None:
+    assert len(verify(finished / "eval")) == 1
+
+
+def test_every_metric_of_texts_is_computed_again(run: Path) -> None:
+    evaluate_run(run, metrics=("rouge1", "meteor", "sacrebleu", "bertscore_f1"), output_dir=str(run / "all"))
+    assert f"{run}/all: rouge1, meteor, sacrebleu, bertscore_f1 of 4 predictions computed again, as recorded" in verify(run)
+
+
+def test_pass_at_k_follows_from_the_stored_fates(run: Path) -> None:
+    out, fates = run / "eval", [["passed", "failed"], ["failed"] * 2, ["passed"] * 2, ["failed", "passed"]]
+    lines = read_jsonl(out / "predictions.jsonl")
+    attempts = Attempts([2] * 4, [one.count("passed") for one in fates], "limit:1s|sandbox:none|python:3")
+    texts = [line["prediction"] for line in lines], [line["reference"] for line in lines]
+    scored = score_all(["pass@1"], *texts, bootstrap=100, attempts=attempts)
+    record = read_json(out / "metrics.json")
+    rundir.write_json(out / "metrics.json", {**record, "metrics": scored.metrics})
+    rundir.write_jsonl(out / "scores.jsonl", [{"pass@1": value} for value in scored.per_example["pass@1"]])
+    programs = [{"limit_seconds": 1, "programs": [{"fate": fate, "detail": ""} for fate in one]} for one in fates]
+    rundir.write_jsonl(out / "executions.jsonl", programs)
+    assert verify(out) == [f"{out}: pass@1 of 4 predictions computed again, as recorded"]
+    programs[1]["programs"][0]["fate"] = "passed"
+    rundir.write_jsonl(out / "executions.jsonl", programs)
+    with pytest.raises(CoraError, match="does not hold the pass@1"):
+        verify(out)
+
+
+def test_a_metric_that_only_a_download_could_compute_is_said_to_be_left_out(run: Path) -> None:
+    path = run / "eval" / "metrics.json"
+    record = read_json(path)
+    value = record["metrics"].pop("rouge1")
+    value["signature"] = "bertscore_f1|encoder:org/encoder@abc|layer:17|bs:100"
+    record["metrics"] = {"bertscore_f1": value, **record["metrics"]}
+    rundir.write_json(path, record)
+    scores = run / "eval" / "scores.jsonl"
+    scores.write_text(scores.read_text(encoding="utf-8").replace('"rouge1"', '"bertscore_f1"'), encoding="utf-8")
+    found = "\n".join(verify(run))
+    assert "bertscore_f1 not computed again, since the encoder org/encoder@abc is not on this disk" in found
+    assert "rougeL, sacrebleu, nll of 4 predictions computed again" in found
+
+
+def test_other_versions_are_said_where_the_values_agree(run: Path) -> None:
+    path = run / "eval" / "metrics.json"
+    record = read_json(path)
+    record["metrics"]["rouge1"]["signature"] += "|version:0"
+    rundir.write_json(path, record)
+    assert "rouge1 is as recorded, although it was measured with other versions" in "\n".join(verify(run))
+
+
+def test_an_evaluation_of_other_weights_in_the_run_is_refused(run: Path) -> None:
+    path = run / "eval" / "generation.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["settings"]["adapter_sha256"] = "0" * 64
+    rundir.write_json(path, record)
+    with pytest.raises(CoraError, match="eval is an evaluation of other weights than"):
+        verify(run)
+
+
+def test_a_run_that_is_not_finished_and_other_folders_are_refused(run: Path, tmp_path: Path) -> None:
+    rundir.write_json(run / "run.json", {**read_json(run / "run.json"), "status": "running"})
+    with pytest.raises(CoraError, match=r"is not finished \(status running\)"):
+        verify(run)
+    with pytest.raises(CoraError, match=r"holds neither run\.json nor metrics\.json"):
+        verify(tmp_path)
+    with pytest.raises(CoraError, match="is not a directory"):
+        verify(tmp_path / "none")
