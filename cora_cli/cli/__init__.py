@@ -32,7 +32,6 @@ app = typer.Typer(
     cls=Group,
     help="Experiments with CoRA (arXiv 2409.02119): LoRA whose B is a common subspace of fine-tuned models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     # Plain text: `--help` takes twice as long with rich.
     rich_markup_mode=None,

@@ -95,6 +95,9 @@ def command(
             config = config_class(**{field.name: _to_field(hints[field.name], values[field.name]) for field in fields})
             if problems := range_problems(config):
                 raise UsageError("; ".join(problems))
+            from cora_cli.cli.inputs import check_inputs
+
+            check_inputs(config)
             with clean_errors(debug, (lambda: what_is_saved(config)) if what_is_saved else None):
                 run(config)
 
