@@ -7,13 +7,12 @@ tensors.
 import dataclasses
 import importlib.util
 import os
-import re
 from pathlib import Path
 
 import torch
 
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.settings import DtypeName
+from cora_cli.settings import DtypeName, device_problem
 
 _DTYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16")
@@ -80,8 +79,8 @@ def planned_hardware(device: str, dtype: DtypeName) -> Hardware:
 
 
 def _check_name(device: str) -> None:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:<index>, not {device!r}")
+    if problem := device_problem(device):
+        raise UsageError(problem)
 
 
 def _show_one_gpu(device: str) -> None:

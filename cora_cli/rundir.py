@@ -107,6 +107,12 @@ def open_to_append(path: Path) -> BinaryIO:
         raise disk_error(error, path) from error
 
 
+def require_basis(path: Path) -> None:
+    """Raise `CoraError` if there is no basis file at `path`."""
+    if not path.is_file():
+        raise CoraError(f"basis {path} does not exist; create one with `cora extract-basis`")
+
+
 def holds_files(directory: Path) -> bool:
     """Whether `directory` holds anything other than the locks and temporary files of commands, which a killed one leaves."""
     return any(not (entry.name.startswith(".") and entry.name.endswith((".tmp", ".lock"))) for entry in directory.iterdir())

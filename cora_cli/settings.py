@@ -7,6 +7,7 @@ once. Parsing happens there, not here.
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from cora_cli.errors import UsageError
 DtypeName = Literal["auto", "bf16", "fp32"]
 LARGEST_RANK = 65_536
 """Above the width of any model."""
+Named = Literal["model", "model or basis", "dataset", "basis", "run", "predictions", "output"]
+"""What the value of a setting may have to name (see `cli.inputs`)."""
 _LARGEST = 2**63 - 1
 MOST = 10**9
 """For counts that nothing else bounds: larger ones overflow in libraries."""
@@ -29,14 +32,19 @@ def setting(
     argument: bool = False,
     repeated: bool = False,
     most: int | None = None,
+    names: Named | None = None,
 ) -> Any:
     """Declare one field of a command's configuration.
 
     `flags` replaces the flag derived from the field's name, `argument` makes the setting positional, and `panel` is its heading
     in `--help`. A setting without a `default` is required. With `repeated`, a tuple is given by repeating the flag instead of
-    as one comma-separated value. A number above `most` is refused (see `range_problems`): no machine could work with it.
+    as one comma-separated value. A number above `most` is refused (see `range_problems`): no machine could work with it. A value that
+    `names` something that cannot exist is refused before anything heavy is imported (see `cli.inputs`).
     """
-    metadata = {"help": help, "panel": panel, "flags": flags, "argument": argument, "repeated": repeated, "most": most}
+    metadata = {
+        **{"help": help, "panel": panel, "flags": flags, "argument": argument, "repeated": repeated},
+        **{"most": most, "names": names},
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -47,7 +55,7 @@ def _bounds(configuration: type) -> dict[str, float | None]:
 
 
 def range_problems(config: Any) -> list[str]:
-    """Sentences on numbers of a configuration that are not finite, above the `most` of their field, or no seeds."""
+    """Sentences on numbers of a configuration that are not finite, above the `most` of their field, or no seeds, and on its device."""
     problems = []
     bounds = _bounds(config.__class__)
     numbers = {name: value for name, value in vars(config).items() if type(value) in (int, float) and name in bounds}
@@ -64,6 +72,8 @@ def range_problems(config: Any) -> list[str]:
             need = f"at most {most:,}, not {value:,}"
         if need:
             problems.append(f"--{name.replace('_', '-')} must be {need}")
+    if problem := device_problem(getattr(config, "device", "auto")):
+        problems.append(problem)
     return problems
 
 
@@ -82,6 +92,13 @@ def refuse_useless(config: Any, names: Collection[str], where: str) -> None:
     """Raise `UsageError` for the first of the settings `names` that was given although it has no effect `where`."""
     if useless := given(config, names):
         raise UsageError(f"{useless[0]} has no effect {where}; leave it out")
+
+
+def device_problem(device: str) -> str | None:
+    """Why `device` is no value of `--device`; None if it is one, whether or not this machine has it."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        return None
+    return f"--device must be auto, cpu, cuda or cuda:<index>, not {device!r}"
 
 
 def comma_separated(text: str) -> tuple[str, ...]:

@@ -259,8 +259,7 @@ def _record(basis: Basis) -> dict[str, Any]:
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    if not path.is_file():
-        raise CoraError(f"basis {path} does not exist; create one with `cora extract-basis`")
+    rundir.require_basis(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

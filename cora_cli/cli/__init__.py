@@ -35,12 +35,14 @@ app = typer.Typer(
     cls=Group,
     help="Experiments with CoRA (arXiv 2409.02119): LoRA whose B is a common subspace of fine-tuned models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     # Plain text: `--help` takes twice as long with rich.
     rich_markup_mode=None,
-    # Without a default, typer converts the value of the group's own `--help` and imports pydantic to do so.
-    context_settings={"default_map": {"help": False}, "help_option_names": ["-h", "--help"]},
+    # Without a default, typer converts the values of the group's own options and imports pydantic to do so.
+    context_settings={
+        "default_map": {"help": False, "install_completion": False, "show_completion": False},
+        "help_option_names": ["-h", "--help"],
+    },
 )
 for module in (
     extract_basis,

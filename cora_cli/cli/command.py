@@ -127,6 +127,9 @@ def command(
             config = config_class(**given)
             if problems := range_problems(config):
                 raise UsageError("; ".join(problems))
+            from cora_cli.cli.inputs import check_inputs
+
+            check_inputs(config)
             with clean_errors(debug, (lambda: what_is_saved(config)) if what_is_saved else None):
                 run(config)
 

@@ -60,10 +60,10 @@ def run(config: DoctorConfig) -> None:
 
     --gpu-check computes on the embedded model, and downloads that where it is missing.
     """
-    import torch
-
     if config.output is not None and not config.gpu_check:
         raise UsageError("--output is for what --gpu-check finds; add --gpu-check")
+
+    import torch
 
     from cora_cli import __version__, embedded
     from cora_cli.device import select_hardware, select_packed_attention

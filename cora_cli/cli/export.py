@@ -15,10 +15,12 @@ from cora_cli.terminal import show
 class ExportConfig:
     """Every setting of `cora export`."""
 
-    adapter: str = setting("Run directory of `cora train`, or a PEFT adapter directory.", argument=True)
+    adapter: str = setting("Run directory of `cora train`, or a PEFT adapter directory.", argument=True, names="model")
     output: str = setting("Output directory; must not exist yet.", flags=("--output", "-o"))
-    base: str | None = setting("Base model. Default: the one recorded in the adapter.", None)
-    basis: str | None = setting("Basis file of a compact adapter. Default: the path recorded in the adapter.", None)
+    base: str | None = setting("Base model. Default: the one recorded in the adapter.", None, names="model")
+    basis: str | None = setting(
+        "Basis file of a compact adapter. Default: the path recorded in the adapter.", None, names="basis"
+    )
     rank: int | None = setting("Keep only the first pairs of A and B, of a run of mode dylora.", None, most=LARGEST_RANK)
     seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
     trust_remote_code: bool = setting("Run Python code that comes with the model. Use only if you trust its author.", False)

@@ -29,7 +29,9 @@ class ExtractConfig:
     """Every setting of `cora extract-basis`."""
 
     models: tuple[str, ...] = setting(
-        "Fine-tuned models: hub ids with optional @revision, model directories, adapters or cora runs.", argument=True
+        "Fine-tuned models: hub ids with optional @revision, model directories, adapters or cora runs.",
+        argument=True,
+        names="model",
     )
     output: str = setting("Basis file to write.", flags=("--output", "-o"), panel=_RUN)
     rank: int = setting(
@@ -66,7 +68,9 @@ class ExtractConfig:
     target_modules: tuple[str, ...] = setting(
         "Names of the weights to read, comma-separated.", DEFAULT_TARGET_MODULES, panel=_CHOICES
     )
-    base: str | None = setting("Base model: --source delta subtracts it, and adapters are applied to it.", None, panel=_CHOICES)
+    base: str | None = setting(
+        "Base model: --source delta subtracts it, and adapters are applied to it.", None, panel=_CHOICES, names="model"
+    )
     device: str = setting("Device for the decompositions: auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
     seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0, panel=_RUN)
     dry_run: bool = setting(

@@ -18,12 +18,13 @@ class InspectConfig:
     """Every setting of `cora inspect`."""
 
     inputs: tuple[str, ...] = setting(
-        "Models (hub ids, model directories, adapters or cora runs) and basis files.", argument=True
+        "Models (hub ids, model directories, adapters or cora runs) and basis files.", argument=True, names="model or basis"
     )
     base: str | None = setting(
         "Model that the others were fine-tuned from. Default: the base model recorded in the adapters, if all inputs are "
         "adapters of one.",
         None,
+        names="model",
     )
     rank: int | None = setting(
         "Number of directions r to compare. Default: the rank of the basis file, else 48.", None, most=LARGEST_RANK

@@ -16,10 +16,12 @@ from cora_cli.terminal import show
 class MergeConfig:
     """Every setting of `cora merge`."""
 
-    adapter: str = setting("Run directory of `cora train`, or a PEFT LoRA adapter directory.", argument=True)
+    adapter: str = setting("Run directory of `cora train`, or a PEFT LoRA adapter directory.", argument=True, names="model")
     output: str = setting("Output directory; must not exist yet.", flags=("--output", "-o"))
-    base: str | None = setting("Base model. Default: the one recorded in the adapter.", None)
-    basis: str | None = setting("Basis file of a compact adapter. Default: the path recorded in the adapter.", None)
+    base: str | None = setting("Base model. Default: the one recorded in the adapter.", None, names="model")
+    basis: str | None = setting(
+        "Basis file of a compact adapter. Default: the path recorded in the adapter.", None, names="basis"
+    )
     dtype: Literal["stored", "bf16", "fp32"] = setting(
         "Precision of the merged weights. stored: that of the base checkpoint; fp32 keeps small updates that bf16 rounds away.",
         "stored",

@@ -20,6 +20,7 @@ class ReportConfig:
     outputs: tuple[str, ...] = setting(
         "Output directories of `cora ablate`, run directories of `cora train`, evaluation directories, directories of `cora judge`, or folders of these.",
         argument=True,
+        names="output",
     )
     format: Literal["terminal", "markdown", "latex", "csv", "json", "html"] = setting("Output format on stdout.", "terminal")
     output_dir: str | None = setting(

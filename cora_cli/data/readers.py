@@ -27,8 +27,7 @@ def read_located(
     """
     path = Path(dataset).expanduser()
     ending = _ending(path)
-    is_local = path.exists() or ending in _READERS or path.is_absolute() or dataset.startswith((".", "~"))
-    if subset is not None and is_local:
+    if subset is not None and _is_local(dataset):
         raise CoraError(f"--subset {subset} applies to data sets of the hub, which {dataset} is not; leave it out")
     if path.is_file():
         if ending not in _READERS:
@@ -42,11 +41,23 @@ def read_located(
         return _READERS[ending](path)
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         return _read_folder(path, split, usual)
+    check_place(dataset)
     # The hub client would silently load a directory of that name.
-    if is_local:
-        wrong = "is a directory, not a file or a folder of datasets.save_to_disk" if path.is_dir() else "does not exist"
-        raise CoraError(f"dataset {dataset} {wrong}")
+    if path.exists():
+        kind = "a directory" if path.is_dir() else "a device or a pipe"
+        raise CoraError(f"dataset {dataset} is {kind}, not a file or a folder of datasets.save_to_disk")
     return _read_hub(dataset, subset, split or usual)
+
+
+def check_place(dataset: str) -> None:
+    """Raise `CoraError` for a file that does not exist; a name that the hub could have passes."""
+    if _is_local(dataset) and not Path(dataset).expanduser().exists():
+        raise CoraError(f"dataset {dataset} does not exist")
+
+
+def _is_local(dataset: str) -> bool:
+    path = Path(dataset).expanduser()
+    return path.exists() or _ending(path) in _READERS or path.is_absolute() or dataset.startswith((".", "~"))
 
 
 def _ending(path: Path) -> str:

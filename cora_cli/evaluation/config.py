@@ -1,30 +1,52 @@
 """The settings of `cora evaluate`, and the checks that need only their values."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 from cora_cli.data.formats.columns import chosen_shape
 from cora_cli.data.templates import TemplateName, check_date
-from cora_cli.errors import UsageError
+from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.metrics import GROUPS, PASS_AT, Variant, parse_metrics, variant_problem
+from cora_cli.rundir import RunDirectory
 from cora_cli.settings import MOST, DtypeName, range_problems, refuse_useless, setting
 
 ALL_METRICS = ("rouge", "meteor", "bleu", "bertscore")
 _WHAT, _GENERATION, _METRICS, _RUN = "What to evaluate", "Generation", "Metrics", "Run"
 
 
+def check_run(name: str) -> None:
+    """Raise `CoraError` if there is no run of `cora train` in the directory `name`."""
+    run = RunDirectory(Path(name))
+    if not run.exists():
+        raise CoraError(
+            f"{name} is not a cora run (no {run.record.name}). To evaluate a model or adapter: "
+            f"cora evaluate --model {name} --dataset FILE -o DIR."
+        )
+
+
+def check_predictions(name: str) -> None:
+    """Raise `CoraError` if there is no file `name` for `--from`."""
+    if not Path(name).is_file():
+        raise CoraError(f"{name} is not a file; --from needs the predictions.jsonl of an evaluation")
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """Every setting of `cora evaluate`."""
 
-    runs: tuple[str, ...] | None = setting("Run directories of `cora train`.", None, argument=True)
+    runs: tuple[str, ...] | None = setting("Run directories of `cora train`.", None, argument=True, names="run")
     model: str | None = setting(
-        "Model or PEFT adapter to evaluate instead of runs; needs --dataset and --output-dir.", None, panel=_WHAT
+        "Model or PEFT adapter to evaluate instead of runs; needs --dataset and --output-dir.", None, panel=_WHAT, names="model"
     )
     from_predictions: str | None = setting(
-        "Recompute the metrics from this predictions.jsonl; needs no model.", None, panel=_WHAT, flags=("--from",)
+        "Recompute the metrics from this predictions.jsonl; needs no model.",
+        None,
+        panel=_WHAT,
+        flags=("--from",),
+        names="predictions",
     )
-    dataset: str | None = setting("Records to answer. Default: the run's test.jsonl.", None, panel=_WHAT)
+    dataset: str | None = setting("Records to answer. Default: the run's test.jsonl.", None, panel=_WHAT, names="dataset")
     columns: tuple[str, ...] | None = setting(
         "Columns to use where they are not recognised, comma-separated: prompt=COLUMN,response=COLUMN, with input=COLUMN if there is one, or "
         "messages=COLUMN, or text=COLUMN.",
@@ -50,9 +72,9 @@ class EvaluateConfig:
         flags=("--exclude-trained/--no-exclude-trained",),
     )
     limit: int | None = setting("Answer only the first N records.", None, panel=_WHAT)
-    base: str | None = setting("Base model of the adapter. Default: the one recorded in it.", None, panel=_WHAT)
+    base: str | None = setting("Base model of the adapter. Default: the one recorded in it.", None, panel=_WHAT, names="model")
     basis: str | None = setting(
-        "Basis file of a compact adapter. Default: the path recorded in the adapter.", None, panel=_WHAT
+        "Basis file of a compact adapter. Default: the path recorded in the adapter.", None, panel=_WHAT, names="basis"
     )
     ranks: tuple[str, ...] | None = setting(
         "Comma-separated ranks to cut runs of mode dylora to, such as 1,2,4; each is evaluated on its own. Default: the full rank.",

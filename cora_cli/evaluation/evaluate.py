@@ -31,7 +31,7 @@ from cora_cli.data.templates import Rendered, Template, choose_template, left_ou
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import Backend, open_transformers, open_vllm
-from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.config import EvaluateConfig, check_predictions
 from cora_cli.evaluation.directory import (
     REPLACEMENT,
     check_nothing_is_lost,
@@ -117,9 +117,8 @@ def _evaluate(config: EvaluateConfig, hardware: Hardware, processes: Processes) 
         require_sandbox()
         executor = Executor()
     if config.from_predictions:
+        check_predictions(config.from_predictions)
         path = Path(config.from_predictions)
-        if not path.is_file():
-            raise CoraError(f"{path} is not a file; --from needs the predictions.jsonl of an evaluation")
         out = EvaluationDirectory(Path(config.output_dir) if config.output_dir else path.parent)
         with own_directory(out.root):
             generation = _recorded_generation(path)

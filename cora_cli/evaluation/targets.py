@@ -15,7 +15,7 @@ from cora_cli.adapters.storage import base_of, check_rank
 from cora_cli.data.records import Record, Schema, prompt_hash
 from cora_cli.data.templates import TemplateName, reads_clock
 from cora_cli.errors import CoraError
-from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.config import EvaluateConfig, check_run
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.models.references import ModelPath, resolve_base, resolve_model
 from cora_cli.models.trained_on import trained_on
@@ -177,12 +177,8 @@ def _at_ranks(config: EvaluateConfig, target: Target) -> list[Target]:
 
 def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target | None]:
     """A run, and its base model if that is wanted."""
+    check_run(name)
     run = RunDirectory(Path(name))
-    if not run.exists():
-        raise CoraError(
-            f"{name} is not a cora run (no {run.record.name}). To evaluate a model or adapter: "
-            f"cora evaluate --model {name} --dataset FILE -o DIR."
-        )
     record = shapes.read_run(run)
     if record["status"] != "finished":
         raise CoraError(

@@ -210,8 +210,6 @@ def resolve_model(reference: str, weights: bool = True) -> ModelPath:
     Without `weights` a download has only the configuration and the tokenizer. Raises `CoraError` if it does not name a model or the
     download fails.
     """
-    if not reference.strip():
-        raise CoraError("the model name is empty; give a directory, a hub id or builtin:smollm2")
     if reference == EMBEDDED_MODEL:
         from cora_cli import embedded
 
@@ -231,14 +229,24 @@ def resolve_model(reference: str, weights: bool = True) -> ModelPath:
         found = ModelPath(reference, path, None)
         found.check_unambiguous()
         return found
+    check_reference(reference)
+    hub_id, _, revision = reference.partition("@")
+    return _fetch(reference, hub_id, revision or None, weights)
+
+
+def check_reference(reference: str) -> None:
+    """Raise `CoraError` for a reference that cannot name a model: no directory on this disk, and no name that the hub could have."""
+    if not reference.strip():
+        raise CoraError("the model name is empty; give a directory, a hub id or builtin:smollm2")
+    path = Path(reference).expanduser()
+    if reference == EMBEDDED_MODEL or path.is_dir():
+        return
     if path.is_file():
         raise CoraError(f"{reference} is a file; name the directory of the model that holds it")
     if path.suffix in _FILE_ENDINGS:
         raise CoraError(f"{reference} does not exist")
-    hub_id, _, revision = reference.partition("@")
-    if path.is_absolute() or reference.startswith((".", "~")) or not _HUB_ID.match(hub_id):
+    if path.is_absolute() or reference.startswith((".", "~")) or not _HUB_ID.match(reference.partition("@")[0]):
         raise CoraError(f"model {reference!r} is neither a directory on this disk nor a hub id such as org/name@revision")
-    return _fetch(reference, hub_id, revision or None, weights)
 
 
 def absolute(reference: str) -> str:

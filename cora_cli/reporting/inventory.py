@@ -13,7 +13,7 @@ from cora_cli.errors import CoraError
 from cora_cli.lock import is_held
 from cora_cli.progress import say
 from cora_cli.reading import parse_json, read_json
-from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
+from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory, holds_files
 
 OPAQUE = frozenset({"checkpoints", "adapter", "model", "plots", "logs", "judge"})
 """Folders of an output that hold no other outputs."""
@@ -56,6 +56,19 @@ def outputs_below(root: Path) -> list[Path]:
         if _is_output(folder):
             found.append(folder)
     return found
+
+
+def not_an_output(root: Path) -> CoraError:
+    """The error for a place that holds nothing to report."""
+    if not root.exists():
+        found = "does not exist"
+    elif not root.is_dir():
+        found = "is a file"
+    else:
+        found = "holds no plan.json, run.json, metrics.json or judge.json" if holds_files(root) else "is empty"
+    return CoraError(
+        f"{root} {found}; name the output directory of `cora ablate`, `cora train`, `cora evaluate` or `cora judge`"
+    )
 
 
 def folders_below(root: Path, opaque: frozenset[str] = OPAQUE) -> Iterator[tuple[Path, list[str]]]:

@@ -16,7 +16,7 @@ from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.steps import Step, read_steps
 from cora_cli.methods.registry import method_of
 from cora_cli.reading import checked, read_json
-from cora_cli.reporting.inventory import outputs_below
+from cora_cli.reporting.inventory import not_an_output, outputs_below
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 
 PLAN_VERSION = 1
@@ -108,9 +108,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
         elif JudgeDirectory(root).result.is_file():
             judgings.append(root)
         else:
-            raise CoraError(
-                f"{root} {_what_it_is(root)}; name the output directory of `cora ablate`, `cora train`, `cora evaluate` or `cora judge`"
-            )
+            raise not_an_output(root)
     if len(grids) == 1 and not plain:
         # Judgments of a grid's models are reported with their rows, which know the paper's names.
         return [dataclasses.replace(grids[0], judgings=(*grids[0].judgings, *judgings))]
@@ -322,11 +320,3 @@ def _refuse_copies(runs: Mapping[str, Mapping[str, Any]]) -> None:
                     f"{other} and {name} are the same training, with the same seed and the same inputs, so they would count as two seeds; "
                     "report only one of them"
                 )
-
-
-def _what_it_is(root: Path) -> str:
-    if not root.exists():
-        return "does not exist"
-    if not root.is_dir():
-        return "is a file"
-    return "holds no plan.json, run.json, metrics.json or judge.json" if rundir.holds_files(root) else "is empty"

@@ -53,10 +53,13 @@ hash is compared anyway."""
 class _SharedSettings:
     """The settings that are not one method's own."""
 
-    model: str = setting("Base model: hub id with optional @revision, a directory, or builtin:smollm2.", panel=_WHAT)
+    model: str = setting(
+        "Base model: hub id with optional @revision, a directory, or builtin:smollm2.", panel=_WHAT, names="model"
+    )
     dataset: str = setting(
         "Hub id, a .json, .jsonl, .csv, .tsv or .parquet file, a folder of datasets.save_to_disk, or builtin:instruct, builtin:code, …",
         panel=_DATA,
+        names="dataset",
     )
     output_dir: str = setting("Run directory; must not contain another run.", panel=_RUN)
     mode: Mode = setting(
@@ -69,6 +72,7 @@ class _SharedSettings:
         "Basis file from `cora extract-basis`: required by fb and tb, of the input side by fa-basis, optional for lora-mini.",
         None,
         panel=_WHAT,
+        names="basis",
     )
     start: Literal["mean-delta"] | None = setting(
         "What the base model is changed by before the adapter: mean-delta, the mean of the ΔW of --start-models, which stays frozen.",
@@ -79,6 +83,7 @@ class _SharedSettings:
         "Models fine-tuned from the base model, comma-separated, for --start mean-delta and for modes that start from models.",
         None,
         panel=_WHAT,
+        names="model",
     )
     rank: int = setting(
         "Rank r of the adapter; it uses the first r columns of the basis, so r ≤ R.", 48, panel=_WHAT, most=LARGEST_RANK
@@ -104,6 +109,7 @@ class _SharedSettings:
         "Data set whose records are held out, instead of a part of --dataset; of one with several splits, the split test.",
         None,
         panel=_DATA,
+        names="dataset",
     )
     test_size: float | None = setting(
         "Held-out records: a count, or a fraction below 1. Default: the built-in set's own split, otherwise 0.1.",

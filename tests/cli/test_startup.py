@@ -22,6 +22,21 @@ except SystemExit as end:
 finally:
     json.dump(sorted(sys.modules), open(path, "w"))
 """
+# Runs `cora` once for each line of arguments, and writes what each refused with, and the names of all modules that were imported.
+_REFUSED = """
+import contextlib, io, json, sys
+from cora_cli.cli import main
+path, *lines = sys.argv[1:]
+found = []
+for line in lines:
+    sys.argv = ["cora", *line.split()]
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            main()
+        except SystemExit as end:
+            found.append([end.code, said.getvalue()])
+json.dump({"refused": found, "modules": sorted(sys.modules)}, open(path, "w"))
+"""
 _JSON_DATA = """
 import json, sys
 from cora_cli.data.split import load_split
@@ -59,6 +74,46 @@ def imported(script, tmp_path, *arguments):
 def test_help_imports_nothing_heavy(command, tmp_path):
     found = imported(_CORA, tmp_path, *([command] if command else []), "--help")
     assert not found & (HEAVY | METRICS)
+
+
+REFUSED = {
+    "train --rnk 3": "there is no option --rnk; did you mean --rank?",
+    "train --rank x": "--rank must be an integer, not 'x'",
+    "train --mode lora --model ./gone --dataset builtin:code --output-dir out": "model './gone' is neither a directory on this disk nor a hub id",
+    "train --mode lora --model builtin:smollm2 --dataset gone.jsonl --output-dir out": "dataset gone.jsonl does not exist",
+    "train --mode fb --basis gone.safetensors --model builtin:smollm2 --dataset builtin:code --output-dir out": "basis gone.safetensors does not",
+    "train --mode lora --model builtin:smollm2 --dataset builtin:code --output-dir out --device abacus": "--device must be auto, cpu, cuda or",
+    "extract-basis ./gone -o basis.safetensors": "model './gone' is neither",
+    "inspect gone.safetensors": "gone.safetensors does not exist",
+    "merge ./gone -o out": "model './gone' is neither",
+    "evaluate gone": "gone is not a cora run (no run.json)",
+    "evaluate --from gone.jsonl": "gone.jsonl is not a file; --from needs the predictions.jsonl of an evaluation",
+    "report gone": "gone does not exist; name the output directory",
+    "doctor --output out.json": "--output is for what --gpu-check finds; add --gpu-check",
+    "demo --device abacus": "--device must be auto, cpu, cuda or cuda:<index>, not 'abacus'",
+}
+
+
+def test_what_the_command_line_alone_shows_is_refused_before_anything_heavy_is_imported(tmp_path):
+    path = tmp_path / "found.json"
+    subprocess.run([sys.executable, "-c", _REFUSED, str(path), *REFUSED], check=True, cwd=tmp_path, capture_output=True)
+    found = json.loads(path.read_text())
+    for (line, sentence), (code, said) in zip(REFUSED.items(), found["refused"], strict=True):
+        assert said.startswith(f"cora: error: {sentence}"), line
+        assert said.count("\n") == 1, line
+        assert code in (1, 2), line
+    # A wrong type is described by pydantic; none of the others is needed to refuse.
+    assert not {*found["modules"]} & ((HEAVY | METRICS) - {"pydantic"})
+
+
+def test_shells_are_given_a_completion_that_imports_nothing_heavy(tmp_path, monkeypatch):
+    monkeypatch.setenv("_CORA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "cora train --gradient-acc")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    path = tmp_path / "modules.json"
+    done = subprocess.run([sys.executable, "-c", _CORA, str(path)], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["--gradient-accumulation"]
+    assert not set(json.loads(path.read_text())) & ((HEAVY | METRICS) - {"pydantic"})
 
 
 def test_training_imports_no_metric_no_decomposition_and_no_generation(tiny_model, tiny_data, tmp_path):

@@ -33,7 +33,15 @@ TEMPLATE_ARGUMENTS = frozenset(
 
 PUBLISHED = (HUMANEVAL, MBPP, MBPP_SANITIZED)
 """Shapes whose columns are so particular that other columns next to them decide nothing."""
-SHAPES = (ALPACA, DOLLY, COMPLETION, RESPONSE, QUESTION_ANSWER, MESSAGES, SHAREGPT)
+SHAPES = (
+    ALPACA,
+    DOLLY,
+    COMPLETION,
+    RESPONSE,
+    QUESTION_ANSWER,
+    MESSAGES,
+    SHAREGPT,
+)
 KNOWN = "instruction and output (Alpaca), instruction and response (Dolly), prompt and completion, question and answer, messages, conversations (ShareGPT), or text alone"
 
 

@@ -3,6 +3,7 @@
 Importing this module is fast: the dependencies of a metric are imported when that metric is created.
 """
 
+import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -30,6 +31,11 @@ PASS_AT = {f"pass@{k}": k for k in (1, 2, 3, 4, 5, 8, 10, 16, 20, 32, 50, 64, 10
 """The metrics that need the programs to be run, and the number of programs that each is about."""
 NAMES = (*_SINGLE, *PASS_AT)
 """Every metric, in the order of the columns in tables."""
+
+_PLAIN = {
+    "meteor": "Meteor",
+}
+"""The class of each metric that needs nothing but the variant, in the module of the metric's name."""
 
 LOWER_IS_BETTER = frozenset(GROUPS["calibration"])
 
@@ -110,10 +116,9 @@ def build_metrics(
 
             rouge_scores = rouge_scores or RougeScores(stem=not as_evaluate)
             built[name] = Rouge(name, rouge_scores, as_evaluate)
-        elif name == "meteor":
-            from cora_cli.evaluation.metrics.meteor import Meteor
-
-            built[name] = Meteor(as_evaluate)
+        elif name in _PLAIN:
+            module = importlib.import_module(f"{__name__}.{name}")
+            built[name] = getattr(module, _PLAIN[name])(as_evaluate)
         elif name == "sacrebleu":
             from cora_cli.evaluation.metrics.bleu import SacreBleu
 
