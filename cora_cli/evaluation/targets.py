@@ -189,7 +189,7 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
             f"{name} is not finished (status {record['status']}); complete it with the same `cora train` command and --resume"
         )
     if not config.dataset:
-        _check_test_records(run, record)
+        check_test_records(run, record)
     base, adapter = _base_and_adapter(config, resolve_model(name))
     template = record["data"]["template"] if config.template == "auto" else config.template
     trained_with = record["fingerprint"].get("tokenizer_sha256")
@@ -231,7 +231,7 @@ def _same_answers(one: Target, other: Target, trust_remote_code: bool) -> bool:
     )
 
 
-def _check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
+def check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
     """Raise `CoraError` if the held-out records are not those of the training; earlier versions did not record their hash."""
     expected = record["data"].get("test_sha256")
     if expected is not None and (not run.test_records.is_file() or rundir.sha256_file(run.test_records) != expected):
