@@ -36,6 +36,8 @@ Value = Callable[[Findings], list[float]]
 _COLUMNS = 3
 _MOST_LABELLED = 12
 """The most models for which the heat map prints its numbers."""
+_ENDS = (-1.0, 2.0)
+"""The farthest ends of the axis of shares of the function."""
 _ITS_CHANCE = f": {CHANCE}"
 """Ends the label of a chance line. It is dashed, has the colour of the line that it belongs to, and is not in the legend."""
 
@@ -106,7 +108,7 @@ def draw(inspection: Inspection) -> Iterator[Figure]:
             "What each replacement of ΔW keeps of the function, and of the norm",
             "Filled, with its 95 % interval over records: the share of what the model's own ΔW takes off the loss on its own data. Hollow: the share of "
             f"‖ΔW‖_F². Records: {', '.join(f'{one.model} {one.records}' for one in functions)}. Models whose ΔW is not shown to lower that loss are left "
-            "out.",
+            f"out. The axis ends at {_ENDS[0]:g} and {_ENDS[1]:g}; the table has what lies beyond.",
             lambda figure: _functions(figure, functions),
             (7.2, 1.0 + 1.1 * len(functions)),
         )
@@ -251,6 +253,8 @@ def _functions(figure: Any, functions: Sequence[Function]) -> None:
             ax.plot(found.energy, y, markerfacecolor="white", **style)
     for end in (0, 1):
         ax.axvline(end, color=INK, linewidth=0.8)
+    low, high = ax.get_xlim()
+    ax.set_xlim(max(low, _ENDS[0]), min(high, _ENDS[1]))
     ax.set_yticks(range(len(functions)), [one.model for one in functions])
     ax.set(xlabel="share of the function (filled) and of the norm (hollow)", ylim=(len(functions) - 0.5, -0.5))
     ax.grid(axis="y", visible=False)

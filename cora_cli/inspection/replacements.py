@@ -60,10 +60,11 @@ def replace_change(
 
 def kept_energy(own: Change, update: Update) -> float:
     """1 − ‖ΔW − X‖_F² / ‖ΔW‖_F², X being `update`: for a projection its capture (0-1), negative where X is farther from ΔW than zero is."""
-    rest = own.add_to(own.left.new_zeros(len(own.left), _columns(own)))
+    change = own.add_to(own.left.new_zeros(len(own.left), _columns(own)))
+    rest = change.clone()
     for left, right in update:
         rest -= left if right is None else left @ right
-    return 1.0 - energy(rest) / own.energy
+    return 1.0 - energy(rest) / energy(change)
 
 
 def as_stored(update: Update, side: Side, dtype: torch.dtype) -> Update:
