@@ -61,6 +61,8 @@ def read_own_data(
     model, and `CoraError` for data that cannot be read or hold no records, and for `target_modules` that are no linear layers.
     """
     found = _requests(requests, models)
+    if without := [name for name in models if name not in found]:
+        say(f"without --data, and so only among the others: {', '.join(without)}")
     target_linears(build_skeleton(load_configuration(base)), target_modules)
     known = {digest for model in (*models.values(), base) if (record := trained_on(model)) for digest in record.prompts}
     data = {}
