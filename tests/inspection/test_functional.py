@@ -36,7 +36,7 @@ from tests.training.helpers import config_for, record_of
 KINDS = ("q_proj", "k_proj", "v_proj")
 MODULES = [f"model.layers.{layer}.self_attn.{kind}" for layer in range(2) for kind in KINDS]
 RANK = 4
-STEP = 0.5
+STEP = 0.1
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
