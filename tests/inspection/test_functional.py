@@ -341,29 +341,29 @@ def pair(plant: Plant, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     ("arguments", "code", "message"),
     [
         (
-            ["M0", "M1", "--data=m9=DATA"],
+            ["M0", "M1", "--data=m9=FILE"],
             2,
-            "--data m9=DATA names no inspected model; write NAME=DATASET with a NAME of m0, m1",
+            "--data m9=FILE names no inspected model; write NAME=DATASET with a NAME of m0, m1",
         ),
-        (["M0", "M1", "--data=DATA"], 2, "--data DATA names no inspected model"),
+        (["M0", "M1", "--data=FILE"], 2, "--data FILE names no inspected model"),
         (["M0", "M1", "--data=m0="], 2, "--data m0= names no data set; write m0=DATASET"),
-        (["M0", "M1", "--data=m0=DATA", "--data=m0=DATA"], 2, "--data names m0 twice"),
+        (["M0", "M1", "--data=m0=FILE", "--data=m0=FILE"], 2, "--data names m0 twice"),
         (["M0", "M1", "--data=own"], 2, "--data own needs a run of `cora train` among the models"),
         (["M0", "M1", "--data=m0=/missing/data.jsonl"], 1, "/missing/data.jsonl"),
-        (["M0", "M1", "--data=m0=EMPTY"], 1, "holds no records"),
-        (["M0", "--data=m0=DATA"], 2, "--data needs at least two models and their --base"),
-        (["BASE", "M0/model", "--data=m0=DATA"], 1, "M0/model"),
+        (["M0", "M1", "--data=m0=VOID"], 1, "holds no records"),
+        (["M0", "--data=m0=FILE"], 2, "--data needs at least two models and their --base"),
+        (["BASE", "M0/model", "--data=m0=FILE"], 1, "M0/model"),
         (["M0", "M1", "--limit=3"], 2, "--limit applies to the losses on --data"),
-        (["M0", "M1", "--data=m0=DATA", "--limit=0"], 2, "--limit must be at least 1, not 0"),
+        (["M0", "M1", "--data=m0=FILE", "--limit=0"], 2, "--limit must be at least 1, not 0"),
         (["M0", "M1", "--dtype=fp32"], 2, "--dtype applies to the losses on --data"),
-        (["M0", "M1", "--data=m0=DATA", "--target-modules=q_proj,embed_tokens"], 1, "embed_tokens"),
+        (["M0", "M1", "--data=m0=FILE", "--target-modules=q_proj,embed_tokens"], 1, "embed_tokens"),
     ],
 )
 def test_invalid_requests_are_one_line(
     plant: Plant, pair: tuple[Path, Path], tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("")
-    places = {"M0": pair[0], "M1": pair[1], "BASE": plant.base, "DATA": plant.data, "EMPTY": tmp_path / "empty.jsonl"}
+    places = {"M0": pair[0], "M1": pair[1], "BASE": plant.base, "FILE": plant.data, "VOID": tmp_path / "empty.jsonl"}
 
     def filled(text: str) -> str:
         for word, path in places.items():
