@@ -78,12 +78,11 @@ def _matrices(model_count: int, matrix_count: int, directory: Path) -> list[Path
 
 def inspected(count: int, directory: Path) -> Work:
     """`cora inspect` of three models with `count` matrices each."""
-    import torch
-
+    from cora_cli.device import select_hardware
     from cora_cli.inspection.inspect import inspect
 
-    paths = [str(path) for path in _matrices(3, count, directory)]
-    return lambda: inspect(paths, None, RANK, "output", ("q_proj", "k_proj", "v_proj"), (), torch.device("cpu"))
+    paths, hardware = [str(path) for path in _matrices(3, count, directory)], select_hardware("cpu", "fp32")
+    return lambda: inspect(paths, None, RANK, "output", ("q_proj", "k_proj", "v_proj"), (), (), None, 0, hardware)
 
 
 def records(count: int, directory: Path) -> Work:

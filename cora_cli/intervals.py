@@ -5,9 +5,11 @@ statistics, and no text is tokenized again. Whether a difference is significant 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import numpy as np
+from scipy.special import stdtrit
 
 from cora_cli.crossed import Floats, ValueFunction, crossed, pseudo_values
 from cora_cli.errors import CoraError, UsageError
@@ -107,6 +109,25 @@ def paired_difference(statistics_a: Floats, statistics_b: Floats, value: ValueFu
     found = crossed([contributions[None]])
     low, high = found.interval(0.95)
     return PairedDifference(difference, (float(low), float(high)), float(found.p_value()), n)
+
+
+def ratio_interval(numerators: Floats, denominators: Floats, confidence: float = 0.95) -> Interval:
+    """The interval of the ratio of two means over the same n examples, (n,) each, by Fieller's theorem (1954).
+
+    It holds the ratios ρ for which the mean of numerator − ρ·denominator is not shown to differ from zero by Student's t. None where the
+    mean denominator itself is not shown to differ from zero, so that every ratio is possible, and for a single example.
+    """
+    n = len(denominators)
+    if n < 2:
+        return None
+    above, below = float(numerators.mean()), float(denominators.mean())
+    spread = np.cov(numerators, denominators) * (float(stdtrit(n - 1, (1 + confidence) / 2)) ** 2 / n)
+    # ρ²·a − 2ρ·b + c ≤ 0
+    a, b, c = below**2 - spread[1, 1], above * below - spread[0, 1], above**2 - spread[0, 0]
+    if a <= 0:
+        return None
+    half = math.sqrt(max(0.0, b * b - a * c))
+    return float((b - half) / a), float((b + half) / a)
 
 
 def _shape(statistics: Floats) -> tuple[int, int]:

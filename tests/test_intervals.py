@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cora_cli import intervals
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.intervals import bootstrap_interval, bootstrap_sums, paired_difference
+from cora_cli.intervals import bootstrap_interval, bootstrap_sums, paired_difference, ratio_interval
 
 
 def mean(sums, n):
@@ -165,3 +165,22 @@ def test_exchanging_the_two_systems_mirrors_the_result(pairs):
 def test_different_numbers_of_examples_are_refused_with_both_shapes():
     with pytest.raises(CoraError, match=r"\(3, 2\) and \(4, 2\)"):
         paired_difference(sample(3), sample(4), mean)
+
+
+@pytest.mark.parametrize("true", [0.0, 0.4, 1.2])
+def test_the_interval_of_a_ratio_holds_the_true_one_about_as_often_as_it_says(true):
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(1000):
+        below = 1 + generator.standard_normal(20)
+        found = ratio_interval(true * below + 0.5 * generator.standard_normal(20), below)
+        hits += found is None or found[0] <= true <= found[1]
+    assert 0.93 <= hits / 1000 <= 0.97
+
+
+def test_a_ratio_to_nothing_has_no_interval_and_one_to_itself_is_exact():
+    values = np.random.default_rng(0).standard_normal(20) + 2
+    assert ratio_interval(values, values) == (1.0, 1.0)
+    assert ratio_interval(0 * values, values) == (0.0, 0.0)
+    assert ratio_interval(values, values - values.mean()) is None
+    assert ratio_interval(values[:1], values[:1]) is None

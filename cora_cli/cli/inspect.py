@@ -9,7 +9,7 @@ import typer
 from cora_cli.cli.command import command
 from cora_cli.cli.next_step import say_next
 from cora_cli.errors import UsageError
-from cora_cli.settings import LARGEST_RANK, setting
+from cora_cli.settings import LARGEST_RANK, MOST, DtypeName, setting
 from cora_cli.terminal import columns, show
 
 
@@ -41,6 +41,16 @@ class InspectConfig:
         (),
         repeated=True,
     )
+    data: tuple[str, ...] = setting(
+        "NAME=DATASET: also replace the change of the model NAME by what the others have of it, and measure the loss on DATASET; can be "
+        "repeated. A run of `cora train` has its held-out records; own stands for those alone.",
+        (),
+        repeated=True,
+    )
+    limit: int | None = setting("Use the first N records of each model's --data.", None, most=MOST)
+    dtype: DtypeName = setting(
+        "Precision of the losses on --data: auto (bf16 where the hardware multiplies it natively), bf16 or fp32.", "auto"
+    )
     format: Literal["terminal", "markdown", "json", "html"] = setting("Output format on stdout.", "terminal")
     output_dir: str | None = setting(
         "Directory for a copy of the report in all formats, with plots as SVG and PNG.", None, flags=("--output-dir", "-o")
@@ -50,12 +60,19 @@ class InspectConfig:
         False,
     )
     device: str = setting("Device for the decompositions: auto, cpu, cuda or cuda:<index>.", "auto")
-    seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
+    seed: int = setting("Seed of the random directions that --data compares with.", 0)
 
     def __post_init__(self) -> None:
         """Check the values that need no file to check."""
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank must be at least 1, not {self.rank}")
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"--limit must be at least 1, not {self.limit}")
+        if self.dry_run and self.data:
+            raise UsageError("--dry-run plans the decompositions, not the losses on --data; leave --data out")
+        if not self.data and (self.limit is not None or self.dtype != "auto"):
+            flag = "--dtype" if self.limit is None else "--limit"
+            raise UsageError(f"{flag} applies to the losses on --data; name data with --data, or leave {flag} out")
 
 
 def register(app: typer.Typer) -> None:
@@ -66,7 +83,8 @@ def register(app: typer.Typer) -> None:
 def run(config: InspectConfig) -> None:
     """Measure whether models share a subspace.
 
-    Overlaps, leave-one-out capture and spectra are compared with chance, and a verdict follows from a printed rule.
+    Overlaps, leave-one-out capture and spectra are compared with chance, and a verdict follows from a printed rule. With --data, it also
+    says how much of what each model does for its own records lies in what the others share.
     """
     from pathlib import Path
 
@@ -83,11 +101,13 @@ def run(config: InspectConfig) -> None:
         return
     output_dir = Path(config.output_dir) if config.output_dir else None
     with own_directory(output_dir, "plots") if output_dir else contextlib.nullcontext():
-        device = select_hardware(config.device, "auto").device
-        found = inspect(*asked, device)
+        hardware = select_hardware(config.device, config.dtype)
+        found = inspect(*asked, config.data, config.limit, config.seed, hardware)
         text = report(found, config.format, output_dir, columns())
     show(text, end="")
     if output_dir is None:
-        say_next(None, "inspect", *config.inputs, *(("--base", config.base) if config.base else ()), "-o", "inspection")
+        base = ("--base", config.base) if config.base else ()
+        data = [word for one in config.data for word in ("--data", one)]
+        say_next(None, "inspect", *config.inputs, *base, *data, "-o", "inspection")
     elif not any(name.endswith(".safetensors") for name in config.inputs):
         say_next(config.output_dir, "extract-basis", *config.inputs, "-o", "basis.safetensors")

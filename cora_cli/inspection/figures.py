@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cora_cli.inspection.functional import Function
 from cora_cli.inspection.inspect import Inspection
 from cora_cli.inspection.measure import (
     BASE,
@@ -26,6 +27,7 @@ from cora_cli.inspection.measure import (
     Overlap,
 )
 from cora_cli.inspection.prediction import Prediction
+from cora_cli.inspection.replacements import ITSELF, NOTHING, REPLACEMENTS
 from cora_cli.render.canvas import INK, PALETTE, Figure, Palette, render
 from cora_cli.reporting.plots import draw_variance, legend_above
 from cora_cli.reporting.variance import Spectrum, read_spectra
@@ -34,6 +36,8 @@ Value = Callable[[Findings], list[float]]
 _COLUMNS = 3
 _MOST_LABELLED = 12
 """The most models for which the heat map prints its numbers."""
+_ENDS = (-1.0, 2.0)
+"""The farthest ends of the axis of shares of the function."""
 _ITS_CHANCE = f": {CHANCE}"
 """Ends the label of a chance line. It is dashed, has the colour of the line that it belongs to, and is not in the legend."""
 
@@ -97,6 +101,16 @@ def draw(inspection: Inspection) -> Iterator[Figure]:
             "One point per basis: its capture of the given models' ΔW, and the mean held-out loss of its runs. One panel per combination of data, mode and rank.",
             lambda figure: _scatter(figure, predictions),
             (7.2, 2.6 * math.ceil(len(predictions) / _COLUMNS) + 0.4),
+        )
+    if functions := [one for one in inspection.function or () if one.replaced[ITSELF].share is not None]:
+        yield render(
+            "function",
+            "What each replacement of ΔW keeps of the function, and of the norm",
+            "Filled, with its 95 % interval over records: the share of what the model's own ΔW takes off the loss on its own data. Hollow: the share of "
+            f"‖ΔW‖_F². Records: {', '.join(f'{one.model} {one.records}' for one in functions)}. Models whose ΔW is not shown to lower that loss are left "
+            f"out. The axis ends at {_ENDS[0]:g} and {_ENDS[1]:g}; the table has what lies beyond.",
+            lambda figure: _functions(figure, functions),
+            (7.2, 1.0 + 1.1 * len(functions)),
         )
 
 
@@ -221,3 +235,27 @@ def _scatter(figure: Any, predictions: Sequence[Prediction]) -> None:
         ax.margins(0.15)
         ax.set(title=found.stratum, xlabel="captured share of ΔW", ylabel="held-out loss (nats per token)")
     legend_above(figure, axes)
+
+
+def _functions(figure: Any, functions: Sequence[Function]) -> None:
+    """One row per model, and in it a line per replacement, in the order of the table."""
+    shown = [by for by in REPLACEMENTS if by not in (NOTHING, ITSELF)]
+    palette = Palette(shown)
+    ax = figure.subplots()
+    step = 0.8 / len(shown)
+    for row, function in enumerate(functions):
+        for place, by in enumerate(shown):
+            found, y = function.replaced[by], row + (place - (len(shown) - 1) / 2) * step
+            low, high = found.share_interval or (found.share, found.share)
+            style: Any = {"marker": palette.marker(by), "color": palette.color(by), "markersize": 4.5, "linestyle": "none"}
+            ax.plot([low, high], [y, y], color=palette.color(by), linewidth=1.4)
+            ax.plot(found.share, y, label=by if row == 0 else None, **style)
+            ax.plot(found.energy, y, markerfacecolor="white", **style)
+    for end in (0, 1):
+        ax.axvline(end, color=INK, linewidth=0.8)
+    low, high = ax.get_xlim()
+    ax.set_xlim(max(low, _ENDS[0]), min(high, _ENDS[1]))
+    ax.set_yticks(range(len(functions)), [one.model for one in functions])
+    ax.set(xlabel="share of the function (filled) and of the norm (hollow)", ylim=(len(functions) - 0.5, -0.5))
+    ax.grid(axis="y", visible=False)
+    legend_above(figure, np.array([[ax]]))

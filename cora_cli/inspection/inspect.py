@@ -13,10 +13,13 @@ import torch
 from cora_cli.adapters.storage import check_base, say_other_base
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side
+from cora_cli.device import Hardware
 from cora_cli.errors import CoraError, UsageError
+from cora_cli.inspection.functional import Function, measure_function
 from cora_cli.inspection.group_measure import measure_groups
 from cora_cli.inspection.groups import Grouping, find_groups
-from cora_cli.inspection.measure import BASE, Directions, Findings, measure
+from cora_cli.inspection.measure import BASE, Directions, Findings, Kept, measure
+from cora_cli.inspection.own_data import read_own_data
 from cora_cli.inspection.prediction import Prediction, is_unscaled, predict, used_bases
 from cora_cli.inspection.sharing_verdict import Verdict, group_names, judge, pooled_already, unjudged_models
 from cora_cli.inspection.starts import known_starts
@@ -30,7 +33,7 @@ class Inspection:
     """The inspected models and bases with all results; `grouping` is that of the judged models.
 
     `models` (short name -> reference) and `bases` are keyed by short names; `base` is the reference of the base model. `predictions` is
-    None if no runs were given.
+    None if no runs were given, and `function` if no data were.
     """
 
     models: dict[str, str]
@@ -40,6 +43,7 @@ class Inspection:
     side: Side
     findings: tuple[Findings, ...]
     predictions: tuple[Prediction, ...] | None
+    function: tuple[Function, ...] | None
     grouping: Grouping
     verdict: Verdict
     bytes_read: int
@@ -73,21 +77,33 @@ def inspect(
     side: Side | None,
     target_modules: tuple[str, ...] | None,
     runs: Sequence[str],
-    device: torch.device,
+    data: Sequence[str],
+    limit: int | None,
+    seed: int,
+    hardware: Hardware,
 ) -> Inspection:
     """Inspect basis files and models. Without `base`, the base model is the one that all given adapters name, if they agree.
 
-    `rank`, `side` and `target_modules` default to those of the basis files, or else to the defaults of `cora extract-basis`. Raises
+    `rank`, `side` and `target_modules` default to those of the basis files, or else to the defaults of `cora extract-basis`. `data` and
+    `limit` are those of `read_own_data`; `seed` draws the random basis that the models with data are compared with. Raises
     `UsageError` if there is nothing to compare, and `CoraError` if something cannot be read or does not match.
     """
-    began = time.perf_counter()
+    began, device = time.perf_counter(), hardware.device
     asked = open_inputs(references, base, rank, side, target_modules, runs)
-    models, base_source, rank, compared, targets = asked.models, asked.base_source, asked.rank, asked.side, asked.targets
+    of_models, models, base_source = asked.paths, asked.models, asked.base_source
+    rank, compared, targets = asked.rank, asked.side, asked.targets
+    if data and not (asked.base and len(models) > 1):
+        raise UsageError(
+            "--data needs at least two models and their --base, because it replaces the change of one by what the others have of it"
+        )
+    base_path = resolve_model(asked.base) if asked.base else None
     for source in models.values():
         source.say_left_out(targets)
     _refuse_copies(models, targets)
+    own_data = read_own_data(data, of_models, models, base_path, targets, limit) if data and base_path else {}
     used = used_bases(runs) if runs else []
-    starts, lost = known_starts(asked.paths, models, base_source, compared, asked.bases.values())
+    starts, lost = known_starts(of_models, models, base_source, compared, asked.bases.values())
+    kept: Kept | None = {} if own_data else None
     findings = measure(
         models,
         base_source,
@@ -99,9 +115,15 @@ def inspect(
         compared,
         starts,
         unscaled=any(is_unscaled(one.basis.choices) for one in used if one.basis),
+        kept=kept,
     )
     predictions = tuple(predict(used, models, findings)) if runs else None
     grouping, verdict = group_and_judge(findings, models, base_source, predictions, lost, rank, targets, device, compared)
+    function = None
+    if kept is not None and base_path is not None and base_source is not None:
+        modules = [found.module for found in findings]
+        sources = (of_models, models, base_path, base_source)
+        function = measure_function(own_data, *sources, modules, targets, kept, rank, compared, seed, hardware)
     read = [*models.values(), *([base_source] if base_source else [])]
     return Inspection(
         models=asked.references,
@@ -111,6 +133,7 @@ def inspect(
         side=compared,
         findings=tuple(findings),
         predictions=predictions,
+        function=None if function is None else tuple(function),
         grouping=grouping,
         verdict=verdict,
         bytes_read=sum(source.bytes_read for source in read),

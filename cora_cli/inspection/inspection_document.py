@@ -6,6 +6,7 @@
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
+from cora_cli.inspection.function_tables import function_sentences, function_table
 from cora_cli.inspection.group_tables import MOST_PAIRS, groups_table, pairs_table
 from cora_cli.inspection.inspect import Inspection
 from cora_cli.inspection.measure import (
@@ -51,7 +52,7 @@ def build_document(inspection: Inspection, figures: Sequence[Figure] = (), detai
     blocks += [
         Heading(2, "Verdict"),
         Text(verdict.headline, "verdict"),
-        Items(verdict.sentences),
+        Items((*verdict.sentences, *function_sentences(inspection.function or (), verdict.unjudged))),
         Text(RULE, "note"),
         Text(f"Read {inspection.bytes_read / 1e9:.2f} GB; took {inspection.seconds:.0f} s.", "note"),
     ]
@@ -87,6 +88,7 @@ def _tables(inspection: Inspection) -> Iterator[Table]:
     yield _spectra(inspection)
     yield _bases(inspection)
     yield _points(inspection)
+    yield function_table(inspection.function or ())
 
 
 def _of_kind(inspection: Inspection, kind: str) -> list[Findings]:

@@ -37,6 +37,8 @@ def chance_of(basis: str) -> str:
 
 Directions = Callable[[str, int], torch.Tensor | None]
 """Maps a module's name and its dimension on the inspected side to orthonormal directions (dimension, k) float64, or None if it has none."""
+Kept = dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]
+"""By left-out model and module: the directions (rows, k) of POOLED and of OWN in `Capture`, float64 on the CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +131,7 @@ def measure(
     side: Side = "output",
     starts: Mapping[str, Directions] | None = None,
     unscaled: bool = False,
+    kept: Kept | None = None,
 ) -> list[Findings]:
     """Measure every target matrix; for the input side, its transpose.
 
@@ -136,7 +139,7 @@ def measure(
     be most of every pool. Only PAPER is computed from the weights as they are, and with `unscaled` also UNSCALED_POOLED and UNSCALED_MEAN.
 
     `bases` are given bases, for which overlaps and captures are reported. Of the bases in `hidden` only the captures are measured.
-    `starts` are the known starting directions of models. Raises `CoraError` if the models differ in shape, if `rank` is more than a
+    `starts` are the known starting directions of models. The directions behind two of the captures are added to `kept`. Raises `CoraError` if the models differ in shape, if `rank` is more than a
     matrix has, or if a matrix is zero.
     """
     sources = list(models.values()) or ([base] if base else [])
@@ -149,7 +152,7 @@ def measure(
         for group in groups:
             [shape] = group.modules.values()
             given, only, started = (_frames(some, group.name, group.rows, device) for some in (bases, hidden, starts or {}))
-            found.append(_measure(group.name, shape, models, base, given, only, started, rank, device, side, unscaled))
+            found.append(_measure(group.name, shape, models, base, given, only, started, rank, device, side, unscaled, kept))
             shown.advance(note=group.name)
     return found
 
@@ -185,6 +188,7 @@ def _measure(
     device: torch.device,
     side: Side,
     unscaled: bool,
+    kept: Kept | None,
 ) -> Findings:
     base_weight = not_zero(read_matrix(base, module, device, side), module, BASE) if base else None
     read: dict[str, Change] = {}
@@ -231,7 +235,10 @@ def _measure(
         of_others = _by_other_models(changes, base_weight, around, rank, unscaled)
         for name, change in changes.items():
             ceiling = change.captured_by(of_changes[name])
-            shares, size = {CEILING: ceiling, **of_others[name][0]}, of_others[name][1]
+            shares, pooled = {CEILING: ceiling, **of_others[name][0]}, of_others[name][1]
+            size = rank if pooled is None else pooled.shape[1]
+            if kept is not None and pooled is not None:
+                kept[name, module] = pooled.cpu(), of_base[:, :size].cpu()
             if POOLED in shares and (start := in_common(name, starts)) is not None:
                 shares[START] = _within(start, change, size)
             shares |= {CHANCE: chance(1, size, len(base_weight)), OWN: change.captured_by(of_base[:, :size])}
@@ -263,25 +270,26 @@ def layer_of(module: str) -> int | None:
 
 def _by_other_models(
     changes: Mapping[str, Change], base_weight: torch.Tensor, around: AroundMean | None, rank: int, unscaled: bool
-) -> dict[str, tuple[dict[str, float], int]]:
-    """Per model, its captures by bases from the other models (none if there is no other), and the number of directions of POOLED.
+) -> dict[str, tuple[dict[str, float], torch.Tensor | None]]:
+    """Per model, its captures by bases from the other models (none if there is no other), and the directions of POOLED.
 
-    PAPER uses that number of directions. It alone needs the mean of the changes as they are.
+    PAPER uses as many directions. It alone needs the mean of the changes as they are.
     """
-    found: dict[str, tuple[dict[str, float], int]] = {}
+    found: dict[str, tuple[dict[str, float], torch.Tensor | None]] = {}
     for name, others in leave_one_out(changes, base_weight.shape):
         if others is None:
-            found[name] = {}, rank
+            found[name] = {}, None
             continue
         change, pooled = changes[name], others.leading(rank)
-        found[name] = {POOLED: change.captured_by(pooled)}, pooled.shape[1]
+        found[name] = {POOLED: change.captured_by(pooled)}, pooled
         if others.mean.energy > 0:
             found[name][0].update(
                 {MEAN: change.captured_by(others.mean.leading(rank)), ALONG: change.aligned_with(others.mean)}
             )
     for name, others in leave_one_out(changes, base_weight.shape, normalize=False):
-        if others is not None:
-            (shares, size), change = found[name], changes[name]
+        shares, directions = found[name]
+        if others is not None and directions is not None:
+            size, change = directions.shape[1], changes[name]
             if around is None:
                 paper = leading(gram(others.mean.add_to(base_weight.clone())), size)
             else:

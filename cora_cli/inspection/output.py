@@ -1,8 +1,8 @@
 """Writes an inspection as terminal text, Markdown, JSON and one HTML page, printed or into a directory.
 
-JSON: `{"format_version": 2, "models", "base", "bases", "rank", "side", "findings", "foresight", "verdict", "bytes_read", "seconds"}`. `models` maps
+JSON: `{"format_version": 2, "models", "base", "bases", "rank", "side", "findings", "foresight", "function", "verdict", "bytes_read", "seconds"}`. `models` maps
 short names to references, `bases` to paths and hashes. A finding has the fields of `measure.Findings`, with its overlaps, captures and
-spectra. `foresight` is a list with the fields of `prediction.Prediction`, or null if no runs were given. `verdict` has `headline`, `sentences`,
+spectra. `foresight` is a list with the fields of `prediction.Prediction`, or null if no runs were given, and `function` one with those of `functional.Function`, or null if no data were given. `verdict` has `headline`, `sentences`,
 `ways` (the recovered shares by model), `intervals` (theirs, by model: `[low, high]` or null), `groups` (each with `models`, `partly` and the
 `recovered` shares by model, in the fields of `groups.Recovered`), `outside` (judged models in no group), `between`, `pairs` (what the directions of
 the model `by` recover of `model`), `order` (groups together), `unjudged` and `rule`. Version 1 had no groups, and its `pooled ΔW` was not normalised. Programs may read these files, so keys keep their names even where the code now
@@ -65,6 +65,7 @@ def to_json(inspection: Inspection) -> str:
         "side": inspection.side,
         "findings": [dataclasses.asdict(found) for found in inspection.findings],
         "foresight": None if predictions is None else [dataclasses.asdict(found) for found in predictions],
+        "function": None if inspection.function is None else [dataclasses.asdict(found) for found in inspection.function],
         "verdict": {
             "headline": verdict.headline,
             "sentences": verdict.sentences,

@@ -93,6 +93,11 @@ class AdapterFactors:
             )
         self.ranks = {module: self._rank(module, keys) for module, keys in self._keys.items()}
 
+    @property
+    def changed(self) -> set[str]:
+        """Every module with a weight that the adapter changes, a weight vector included."""
+        return {*self._keys, *self._full_keys, *self.hidden}
+
     def check(self, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
         """Raise `CoraError` unless every update fits the base model. `shapes` maps its modules to (out, in); `base` names it."""
         with bounded(f"{self.reference}: matching rank_pattern and alpha_pattern"):

@@ -4,7 +4,7 @@ Complete models and LoRA adapters on a base share one interface. `extraction.mer
 """
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -120,6 +120,10 @@ class WeightSource(abc.ABC):
         """L (out, r) and R (r, in) float64 with L R = W − W_base, without reading `base`; only if `own_rank` is not None."""
         raise NotImplementedError
 
+    def changes_only(self, modules: Collection[str], base: "WeightSource") -> bool:
+        """Whether it is known that this model differs from `base` in nothing but the weights of `modules`."""
+        return False
+
 
 def open_source(model: ModelPath, base: WeightSource | None = None) -> WeightSource:
     """List the weight matrices of a model or of a LoRA adapter; reads headers only.
@@ -215,6 +219,10 @@ class AdapterSource(WeightSource):
     def entry_bytes(self, module: str) -> int:
         """See `WeightSource.entry_bytes`; 4 where the adapter holds the weight itself."""
         return 4 if module in self._own.full else self.base.entry_bytes(module)
+
+    def changes_only(self, modules: Collection[str], base: WeightSource) -> bool:
+        """See `WeightSource.changes_only`."""
+        return base is self.base and not self._own.biases and self._own.changed <= set(modules)
 
     def content_hash(self, modules: Iterable[str]) -> str:
         """See `WeightSource.content_hash`; covers the adapter's tensors, their scale, and the base."""
