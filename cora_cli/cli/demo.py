@@ -41,6 +41,6 @@ def run(config: DemoConfig) -> None:
     from cora_cli.device import select_hardware
     from cora_cli.experiments.demo import run_demo
 
-    select_hardware(config.device, config.dtype, columns())  # a wrong flag is refused before the first line is shown
-    show(run_demo(Path(config.output_dir), config.seed, config.device, config.dtype))
+    select_hardware(config.device, config.dtype)  # a wrong flag is refused before the first line is shown
+    show(run_demo(Path(config.output_dir), config.seed, config.device, config.dtype, columns()))
     say_next(config.output_dir, "list", config.output_dir)

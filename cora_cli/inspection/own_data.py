@@ -91,8 +91,8 @@ def _requests(requests: Sequence[str], models: Mapping[str, ModelPath]) -> dict[
         dataset = text.removeprefix(f"{name}=")
         if not dataset:
             raise UsageError(f"--data {text} names no data set; write {name}=DATASET")
-        run = RunDirectory(Path(dataset).expanduser())
-        given[name] = _held_out(run) if run.exists() else _Request(dataset, _run_of(models[name]), False)
+        source = RunDirectory(Path(dataset).expanduser())
+        given[name] = _held_out(source) if source.exists() else _Request(dataset, _run_of(models[name]), False)
     own = {name: _held_out(run) for name, model in models.items() if name not in given and (run := _run_of(model))}
     if not given and not own:
         raise UsageError(
