@@ -76,7 +76,8 @@ def _plan(config: EvaluateConfig, target: Target, hardware: Hardware, trained: T
     template = Template(choose_template(target.template, schema, tokenizer), schema, tokenizer, target.date)
     rendered = [template.render(record) for record in records]
     model_config = load_configuration(target.base, config.trust_remote_code)
-    rows = build_skeleton(model_config, config.trust_remote_code).get_input_embeddings().weight.shape[0]
+    skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
+    rows = skeleton.get_input_embeddings().weight.shape[0]
     room = context_length(model_config) - config.max_new_tokens
     if room < 1:
         raise CoraError(

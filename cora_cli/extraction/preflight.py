@@ -94,7 +94,7 @@ def _peak(
         wanted = min(choices.rank + 1, rows)
         decomposing = (gram if mean else 0) + solver_bytes(rows, wanted if choices.component == "top" else rows, device)
     phases: tuple[dict[str, float], ...] = (merging, {"merged matrix": kept, "decomposition": float(decomposing)})
-    return dict(max(phases, key=lambda phase: sum(phase.values())))
+    return max(phases, key=lambda phase: sum(phase.values()))
 
 
 def solver_bytes(rows: int, wanted: int, device: torch.device) -> int:

@@ -107,7 +107,7 @@ class StorageMeter(TorchDispatchMode):
             return storage
 
         self._plain_resize = plain
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
         super().__enter__()
         return self
 
