@@ -62,7 +62,7 @@ def read_loss(run: RunDirectory, record: dict[str, Any], when: str) -> Measure:
 def read_evaluation(
     evaluation: EvaluationDirectory, wanted: tuple[str, ...] | None
 ) -> tuple[dict[str, Measure], dict[str, Any], str]:
-    """Measures by metric, the generation settings, and a hash of the reference answers.
+    """Measures by metric, the generation settings with a hash of the prompts, and a hash of the reference answers.
 
     `wanted` restricts the metrics. Raises `CoraError` if a file is damaged or does not give the values in `metrics.json`.
     """
@@ -92,7 +92,11 @@ def read_evaluation(
             value, _interval(metric["ci95"], metric["n"]), len(statistics), signature, statistics, unscorable
         )
     references = rundir.sha256_json([line["reference"] for line in lines])
-    return measures, dict(record["generation"]), references
+    prompts = [line.get("prompt") for line in lines]
+    known = (
+        {} if None in prompts else {"prompts_sha256": rundir.sha256_json(prompts)}
+    )  # another program's answers may have none
+    return measures, {**record["generation"], **known}, references
 
 
 def _statistics(

@@ -235,6 +235,11 @@ def _answer_notes(group: Group) -> list[str]:
         # Of earlier versions: `auto` became one of the others.
         values = dict.fromkeys(clean(str(value)) for value in found if value not in (None, "auto"))
         differing += [f"{name} ({', '.join(values)})"] if len(values) > 1 else []
+    prompts = {known for result in results if (known := result.generation.get("prompts_sha256"))}
+    if len(prompts) > 1 and not any(name.startswith("template") for name in differing):
+        notes.append(
+            "The records have equal references, but not all rows were asked the same prompts, so their scores are of different tasks."
+        )
     if differing:
         notes.append(
             f"The answers were generated with different settings, from which differences between rows may come: {'; '.join(differing)}."

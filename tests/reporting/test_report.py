@@ -302,6 +302,16 @@ def test_rows_of_other_settings_and_of_trained_prompts_are_named_under_the_table
     assert "different settings, from which differences between rows may come: max_new_tokens (16, 64)" in text
 
 
+def test_rows_that_were_asked_other_prompts_with_equal_references_are_named(tmp_path):
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb"), Made("lora", "lora")], prompts=6)
+    assert "the same prompts" not in report([str(grid)])
+    path = next(path for path in sorted(grid.rglob("predictions.jsonl")) if "lora" in str(path))
+    path.write_text(path.read_text().replace("prompt 3", "prompt three"))
+    metrics = path.with_name("metrics.json")
+    rundir.write_json(metrics, {**read_json(metrics), "predictions_sha256": rundir.sha256_file(path)})
+    assert "not all rows were asked the same prompts" in " ".join(report([str(grid)]).split())
+
+
 def test_nothing_is_bold_where_the_best_two_are_alike(tmp_path):
     rows = [Made("lora", "lora", skill=0.5), Made("fb orthonormal", "fb", skill=0.5, b_init="orthonormal")]
     text = report([str(make_grid(tmp_path, rows))], "markdown")
