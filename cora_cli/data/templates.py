@@ -197,7 +197,10 @@ class Template:
         Such a template expects an object.
         """
         call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": '{"name": "value"}'}}
-        talk = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        talk: list[dict[str, Any]] = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
         try:
             with bounded("the chat template"):
                 return r"{\"name\"" in self._apply(talk, {})

@@ -118,7 +118,7 @@ class AdaLora(Method):
         """The optimizer of all methods, after whose steps the importance is measured, while the gradients are there."""
 
         def measure(*_: Any) -> None:
-            for _, a, b in _factors(model):
+            for _name, a, b in _factors(model):
                 a.measure(self.DECAY)
                 b.measure(self.DECAY)
 
