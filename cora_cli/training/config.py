@@ -84,7 +84,11 @@ class _SharedSettings:
     alpha: float | None = setting("Numerator of the scaling s = alpha / r. Default: 2 r.", None, panel=_WHAT)
     rslora: bool = setting("Scale by alpha / √r instead of alpha / r.", False, panel=_WHAT)
     a_init: AInit | None = setting("Start of A, instead of the mode's default.", None, panel=_WHAT)
-    b_init: BInit | None = setting("Start of B in fb and tb, instead of the basis.", None, panel=_WHAT)
+    b_init: BInit | None = setting(
+        "Start of B in fb and tb, instead of the basis; gradient: leading left singular vectors of ∂L/∂W in the first training examples.",
+        None,
+        panel=_WHAT,
+    )
     target_modules: tuple[str, ...] = setting("Linear layers to adapt, comma-separated.", DEFAULT_TARGETS, panel=_WHAT)
     dropout: float = setting(
         "LoRA dropout on the input of A; examples that share a prompt prefix share its mask.", 0.0, panel=_WHAT
@@ -265,9 +269,10 @@ class _SharedSettings:
 
     def _hardware_problems(self, method: Method) -> list[str]:
         """Sentences on `--load-in-4bit` and `--shard`."""
-        found = []
-        if self.load_in_4bit and not method.trains_on_four_bit:
-            found.append(f"--load-in-4bit does not apply to mode {self.mode}, which needs the weights themselves")
+        found, observed = [], method.observes(self.b_init)
+        mode = f"mode {self.mode} with --b-init {self.b_init}" if method.b_init_is_free and observed else f"mode {self.mode}"
+        if self.load_in_4bit and (not method.trains_on_four_bit or observed == "gradient"):
+            found.append(f"--load-in-4bit does not apply to {mode}, which needs the weights themselves")
         if self.shard != "none" and self.load_in_4bit:
             found.append(
                 "--shard divides weights that are stored as numbers, not those of --load-in-4bit; leave out one of them"
@@ -276,8 +281,8 @@ class _SharedSettings:
             found.append(
                 f"--shard does not apply to mode {self.mode}, which changes the weights of the base model in each step"
             )
-        if self.shard != "none" and method.start_from in ("gradient", "inputs"):
-            found.append(f"--shard does not apply to mode {self.mode}, whose start needs passes through the complete model")
+        if self.shard != "none" and observed:
+            found.append(f"--shard does not apply to {mode}, whose start needs passes through the complete model")
         return found
 
     def _start_problems(self, method: Method) -> list[str]:
@@ -308,6 +313,10 @@ class _SharedSettings:
         if self.compact and plan.trains_b:
             also = "also trains B" if A in method.trained else "trains B"
             raise UsageError(f"--compact stores only A, but mode {self.mode} {also}; leave out --compact")
+        if self.compact and plan.b_init == "gradient":
+            raise UsageError(
+                "--compact stores only A, and a B from the gradient cannot be rebuilt from a file or a seed; leave out --compact"
+            )
         if self.compact and not method.has_compact_form:
             raise UsageError(f"--compact needs a B that is frozen from a basis or a seed, which mode {self.mode} does not have")
         if plan.needs_basis and not self.basis:
