@@ -19,7 +19,7 @@ from cora_cli.training.observe import observe
 from cora_cli.training.prepare import prepare, training_arguments
 from cora_cli.training.run import train
 
-from .helpers import config_for, record_of
+from .helpers import config_for, record_of, run_together
 
 SINGLE = BatchForm("padded", arguments=frozenset({"input_ids", "attention_mask", "position_ids"}))
 
@@ -121,6 +121,19 @@ def test_a_b_from_the_gradient_is_recorded_stored_and_the_same_after_a_resumptio
     (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "running"}))
     train(dataclasses.replace(config, resume=True))
     assert adapter.read_bytes() == first
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_the_same_gradient_as_one(tiny_model, tiny_data, tmp_path):
+    one = config_for(tiny_model, tiny_data, tmp_path / "one", mode="fb", b_init="gradient", start_examples=5)
+    train(one)
+    two = dataclasses.replace(one, output_dir=str(tmp_path / "two"), batch_size=4)
+    assert run_together(two) == [(0, ""), (0, "")]
+    ours, theirs = record_of(tmp_path / "two")["start"], record_of(tmp_path / "one")["start"]
+    assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    states = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]) if "lora_B" in key else torch.allclose(value, states[1][key], atol=1e-4)
 
 
 @pytest.mark.slow
