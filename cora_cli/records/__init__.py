@@ -44,6 +44,7 @@ from cora_cli.records.judgings import (
     Retest,
 )
 from cora_cli.records.models import AdapterConfig, GenerationConfig, ModelConfig, WeightIndex
+from cora_cli.records.probes import Probe, read_probe
 from cora_cli.records.runs import (
     CarriedTraining,
     Change,
@@ -114,6 +115,7 @@ __all__ = [
     "PlannedStep",
     "PlannedSweep",
     "Prediction",
+    "Probe",
     "Program",
     "ReferenceTokens",
     "Retest",
@@ -133,6 +135,7 @@ __all__ = [
     "WeightIndex",
     "read_generation",
     "read_predictions",
+    "read_probe",
     "read_run",
     "template_date",
 ]

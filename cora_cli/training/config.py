@@ -196,6 +196,18 @@ class _SharedSettings:
     rate_from: str | None = setting(
         "With --dry-run: also print the time that the steps will take at the rate of this finished run.", None, panel=_RUN
     )
+    probe: str | None = setting(
+        "Instead of training, measure the run before its first step and write FILE (JSON): the gradient's energy in the span of B, and the "
+        "largest eigenvalue of the loss's Hessian in the trained parameters. Takes a gradient, and two for each Hessian-vector product.",
+        None,
+        panel=_RUN,
+    )
+    probe_examples: int | None = setting(
+        "With --probe: number of training examples to measure on, the last ones of the training set. Default: 32.",
+        None,
+        panel=_RUN,
+        most=MOST,
+    )
     report_to: Reporter = setting(
         "Also report to this tracker, through the transformers Trainer; log.jsonl is always written.", "none", panel=_RUN
     )
@@ -239,6 +251,7 @@ class _SharedSettings:
                 ("save_steps", self.save_steps >= 1, "at least 1"),
                 ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
                 ("stop_at", self.stop_at is None or self.stop_at >= 1, "at least 1"),
+                ("probe_examples", self.probe_examples is None or self.probe_examples >= 1, "at least 1"),
             )
             if not ok
         ]
@@ -250,6 +263,7 @@ class _SharedSettings:
             chosen_shape(self.columns)
         if self.rate_from is not None and not self.dry_run:
             problems.append("--rate-from has no effect without --dry-run; leave it out")
+        problems += self._probe_problems()
         method = METHODS[self.mode]
         allowed = taken_settings(method)
         if not method.is_adapter:
@@ -266,6 +280,19 @@ class _SharedSettings:
             raise UsageError("; ".join(problems))
         if (plan := self.adapter_plan()) is not None:
             self._check_b(method, plan)
+
+    def _probe_problems(self) -> list[str]:
+        """Sentences on `--probe` and `--probe-examples`."""
+        if self.probe is None:
+            unused = self.probe_examples is not None
+            return ["--probe-examples has no effect without --probe FILE; leave it out"] if unused else []
+        refused = {
+            "--dry-run, which needs no weights": self.dry_run,
+            "--dtype bf16: differences of its gradients have too few digits": self.dtype == "bf16",
+            "--load-in-4bit, which keeps no weights to take a gradient of": self.load_in_4bit,
+            "--shard": self.shard != "none",
+        }
+        return [f"--probe does not go with {what}; leave out one of them" for what, given in refused.items() if given]
 
     def _hardware_problems(self, method: Method) -> list[str]:
         """Sentences on `--load-in-4bit` and `--shard`."""
@@ -353,8 +380,9 @@ class _SharedSettings:
         return plan_adapter(self.mode, request)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for YAML, readable by `--config`; unset ones are left out, and so is `dry_run`, which no run has."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "dry_run"}
+        """Plain values for YAML, readable by `--config`; unset ones are left out, and so is what makes a command no run."""
+        others = ("dry_run", "probe", "probe_examples")
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in others}
         values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
         return {name: value for name, value in values.items() if value is not None}
 
