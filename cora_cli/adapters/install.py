@@ -226,7 +226,10 @@ class AngleMeter:
     @staticmethod
     def applies(plan: AdapterPlan | None) -> bool:
         """Whether B trains from a start that spans a subspace."""
-        return plan is not None and plan.trains_b and plan.b_init in ("basis", "orthonormal", "random")
+        if plan is None or not plan.trains_b:
+            return False
+        chosen = plan.b_init == "gradient" and method_of(plan.mode).b_init_is_free
+        return chosen or plan.b_init in ("basis", "orthonormal", "random")
 
     def largest(self) -> float:
         """Largest principal angle in radians between span(B) now and at the start: arcsin ‖(I − QQᵀ)orth(B)‖₂."""

@@ -24,7 +24,7 @@ def what_is_saved(config: TrainConfig) -> str:
     from cora_cli.training.checkpoints import checkpoints_in, step_of
 
     out = RunDirectory(Path(config.output_dir))
-    if config.dry_run or not out.exists():
+    if config.dry_run or config.probe is not None or not out.exists():
         return "nothing was written"
     kept = checkpoints_in(out.checkpoints)
     point = f"step {step_of(kept[-1])}" if kept else "the start, since there is no checkpoint yet"
@@ -34,7 +34,7 @@ def what_is_saved(config: TrainConfig) -> str:
 def run(config: TrainConfig) -> None:
     """Fine-tune a model with CoRA or a baseline.
 
-    CoRA is LoRA whose B is a basis, frozen (fb) or trained (tb). --dry-run shows what a run would take.
+    CoRA is LoRA whose B is a basis, frozen (fb) or trained (tb). --dry-run shows what a run would take, and --probe what it begins with.
     """
     if config.dry_run:
         from cora_cli.training.preflight import preflight
@@ -44,6 +44,9 @@ def run(config: TrainConfig) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             show(describe(plan))
         return
+    if config.probe is not None:
+        _probe(config)
+        return
     from cora_cli.training.run import train
 
     record = train(config)
@@ -51,6 +54,20 @@ def run(config: TrainConfig) -> None:
         show(summary(record))
         if record["status"] == "finished":
             say_next(config.output_dir, "evaluate", config.output_dir, "--with-base")
+
+
+def _probe(config: TrainConfig) -> None:
+    from cora_cli.errors import UsageError
+    from cora_cli.lock import own_output
+
+    assert config.probe is not None
+    output = Path(config.probe)
+    if output.exists():
+        raise UsageError(f"{output} exists already; choose a new file for --probe")
+    with own_output(output):
+        from cora_cli.training.probe import describe, write_probe
+
+        show(describe(write_probe(config)))
 
 
 def summary(record: dict[str, Any]) -> str:

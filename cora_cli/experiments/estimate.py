@@ -161,7 +161,8 @@ def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: flo
     kept += config.batch_size * data.response_characters / CHARACTERS_PER_TOKEN * vocabulary * 12
     weights = 2 * model.parameters if adapter is not None else 0
     seconds = START_SECONDS["train"] + flops / (rate * TRAINING_SHARE)
-    seconds += sum(method.start_flops(*shape) * count for shape, count in layers_of.items()) / (rate * WIDE_SHARE)
+    if adapter is not None:
+        seconds += sum(method.start_flops(*shape, adapter) * count for shape, count in layers_of.items()) / (rate * WIDE_SHARE)
     return Estimate(seconds, PROCESS_BYTES + weights + 16 * trained + kept)
 
 

@@ -54,6 +54,6 @@ class Corda(Method):
         last = plan.own.get("corda_part") == "last"
         return context_factors(linear.weight, linear.observed.inputs, plan.rank, plan.scaling, last)
 
-    def start_flops(self, out: int, inside: int) -> float:
+    def start_flops(self, out: int, inside: int, plan: AdapterPlan) -> float:
         """One SVD of W·C and one inverse of C."""
         return svd_flops(out, inside) + 2.0 * inside**3

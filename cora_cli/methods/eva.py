@@ -82,7 +82,7 @@ class Eva(Method):
             OwnRank(torch.zeros(linear.out_features, rank)),
         )
 
-    def start_flops(self, out: int, inside: int) -> float:
+    def start_flops(self, out: int, inside: int, plan: AdapterPlan) -> float:
         """The eigenvalues of C, and its eigenvectors."""
         return 12.0 * inside**3
 

@@ -35,7 +35,7 @@ class _GradientStart(Method):
         gamma = settings["start_gamma"]
         return [f"--start-gamma must be positive, not {gamma}"] if gamma is not None and not gamma > 0 else []
 
-    def start_flops(self, out: int, inside: int) -> float:
+    def start_flops(self, out: int, inside: int, plan: AdapterPlan) -> float:
         """One SVD of the gradient."""
         return svd_flops(out, inside)
 

@@ -62,6 +62,6 @@ class LoraXs(Method):
         """The stored B = U_r R spans what U_r does."""
         return True
 
-    def start_flops(self, out: int, inside: int) -> float:
+    def start_flops(self, out: int, inside: int, plan: AdapterPlan) -> float:
         """One SVD of W."""
         return svd_flops(out, inside)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cora_cli.methods.parts.layers import LinearWeight
 
 AInit = Literal["zeros", "gaussian", "kaiming"]
-BInit = Literal["basis", "zeros", "ones", "random", "orthonormal"]
+BInit = Literal["basis", "zeros", "ones", "random", "orthonormal", "gradient"]
 
 A, B = "lora_A.weight", "lora_B.weight"
 A_INNER, B_INNER = "lora_A.inner", "lora_B.inner"
@@ -59,7 +59,7 @@ class MethodSetting:
 START_EXAMPLES = MethodSetting(
     "start_examples",
     int,
-    "Modes that start from data: number of training examples for the start, the first ones of the training set; default: the mode's own.",
+    "Starts from data: number of training examples for the start, the first ones of the training set; default: the mode's own.",
 )
 
 
@@ -207,6 +207,12 @@ class Method:
         """Whether a factor starts as a basis, given the requested start of B."""
         return "basis" in (b_init or self.b_init, self.a_init)
 
+    def observes(self, b_init: str | None = None) -> Literal["gradient", "inputs"] | None:
+        """What of the layers a start is computed from in the first training examples, given the requested start of B."""
+        if b_init == "gradient":
+            return "gradient"
+        return self.start_from if self.start_from in ("gradient", "inputs") else None
+
     def check_run(self, plan: AdapterPlan, layers: Collection[str], steps: int) -> None:
         """Raise `CoraError` where the method cannot run for so many optimizer steps on the adapted `layers`."""
 
@@ -225,7 +231,7 @@ class Method:
 
     def bounded_sides(self, plan: AdapterPlan) -> tuple[int, ...]:
         """Dimensions of W (0: out, 1: in) that `b_width` cannot exceed, because a start needs as many directions."""
-        if self.reads_weights or self.start_from == "gradient":
+        if self.reads_weights or self.observes(plan.b_init) == "gradient":
             return (0, 1)
         return (0,) if plan.b_init == "orthonormal" else ()
 
@@ -236,8 +242,9 @@ class Method:
                 f"mode {self.name} does not apply to {name}, a layer that stores its weight as (in, out); choose another mode"
             )
         smaller = min(linear.in_features, linear.out_features)
-        if (self.reads_weights or self.start_from == "gradient") and plan.rank > smaller:
-            raise CoraError(f"mode {self.name} needs --rank ≤ {smaller} for {name}, not {plan.rank}")
+        if (self.reads_weights or self.observes(plan.b_init) == "gradient") and plan.rank > smaller:
+            start = f" with --b-init {plan.b_init}" if self.b_init_is_free else ""
+            raise CoraError(f"mode {self.name}{start} needs --rank ≤ {smaller} for {name}, not {plan.rank}")
 
     def can_train(self, plan: AdapterPlan) -> bool:
         """False where the gradient stays zero: ∂L/∂A = s·Bᵀ(∂L/∂W) with B = 0 frozen, ∂L/∂B with A = 0 frozen, both with A = B = 0."""
@@ -268,7 +275,7 @@ class Method:
         known = [count * layers[shape] for shape, count in counts.items() if count is not None]
         return sum(known) if len(known) == len(counts) else None
 
-    def start_flops(self, out: int, inside: int) -> float:
+    def start_flops(self, out: int, inside: int, plan: AdapterPlan) -> float:
         """Arithmetic of computing one layer's start, for time estimates."""
         return 0.0
 

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from cora_cli.methods.method import A_ALONE, Method
 from cora_cli.methods.parts.costs import svd_flops
+from cora_cli.methods.plan import AdapterPlan
 
 
 class Mica(Method):
@@ -21,6 +22,6 @@ class Mica(Method):
     def starts(self, *_: Any) -> None:
         """Left to PEFT."""
 
-    def start_flops(self, out: int, inside: int) -> float:
+    def start_flops(self, out: int, inside: int, plan: AdapterPlan) -> float:
         """One SVD of W."""
         return svd_flops(out, inside)

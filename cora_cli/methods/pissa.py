@@ -31,7 +31,7 @@ class Pissa(Method):
     def starts(self, *_: Any) -> None:
         """Left to PEFT."""
 
-    def start_flops(self, out: int, inside: int) -> float:
+    def start_flops(self, out: int, inside: int, plan: AdapterPlan) -> float:
         """One SVD of W."""
         return svd_flops(out, inside)
 
@@ -57,6 +57,6 @@ class Milora(Method):
 
         return minor_factors(linear.weight, plan.rank, plan.scaling)
 
-    def start_flops(self, out: int, inside: int) -> float:
+    def start_flops(self, out: int, inside: int, plan: AdapterPlan) -> float:
         """One SVD of W."""
         return svd_flops(out, inside)

@@ -46,6 +46,7 @@ from cora_cli.records.judgings import (
     Retest,
 )
 from cora_cli.records.models import AdapterConfig, GenerationConfig, ModelConfig, WeightIndex
+from cora_cli.records.probes import Probe, read_probe
 from cora_cli.records.reports import Report
 from cora_cli.records.runs import (
     CarriedTraining,
@@ -118,6 +119,7 @@ __all__ = [
     "PlannedStep",
     "PlannedSweep",
     "Prediction",
+    "Probe",
     "Program",
     "ReferenceTokens",
     "Report",
@@ -139,6 +141,7 @@ __all__ = [
     "answers_hashes",
     "read_generation",
     "read_predictions",
+    "read_probe",
     "read_run",
     "template_date",
 ]

@@ -1,13 +1,14 @@
 """The verdict of `cora report`: does an informed B help, compared with its controls?
 
-A B is informed if it starts as the subspace of fine-tuned models. `outcomes` decides by the rule that the report prints.
+A B is informed if it starts as the subspace of fine-tuned models. A B that starts from the gradient of the training data has the same
+controls, in a family of tests of its own. `outcomes` decides by the rule that the report prints.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
 from cora_cli.experiments.stage_rules import MIN_SEEDS
-from cora_cli.methods.registry import BASELINE
+from cora_cli.methods.registry import BASELINE, METHODS
 from cora_cli.reporting.learning_rate_sweep import RatesByMethod, rates_of, swept_alike
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, FEW_SEEDS, UNDECIDED, WORSE, Test, decide, level_at
@@ -87,18 +88,24 @@ def judge(
     rates = rates_of(methods) if rates is None else rates
     pairs = [pair for one in methods if _informed(one) for pair in _controls(one, methods)]
     controls = {id(other) for _, other, _, _ in pairs}
+    from_gradient = [
+        pair for one in methods if _of_gradient(one) for pair in _controls(one, methods) if pair[2] != BASE and not pair[3]
+    ]
+    chosen_b = [one for one in methods if _informed(one) or _of_gradient(one)]
     others = [
         pair
         for one in methods
-        if not _informed(one) and id(one) not in controls and one.first.row.mode not in (BASELINE, "base")
+        if one not in chosen_b and id(one) not in controls and one.first.row.mode not in (BASELINE, "base")
         for pair in _controls(one, methods)
         if pair[2] in (LORA_RANK, LORA_SIZE) and not pair[3]
     ]
-    (informed, tests), (baselines, other_tests) = (
-        _compared(family, methods, measures, rates, margin, looks) for family in (pairs, others)
+    (informed, tests), (data, data_tests), (baselines, other_tests) = (
+        _compared(family, methods, measures, rates, margin, looks) for family in (pairs, from_gradient, others)
     )
     baselines = [dataclasses.replace(comparison, baseline=True) for comparison in baselines]
-    return Verdict(_headline(methods, informed), (*informed, *baselines), _rule(tests, other_tests, margin, looks))
+    headline = " ".join(filter(None, (_headline(methods, informed), _gradient_headline(methods, data))))
+    rule = _rule(tests, data_tests, other_tests, margin, looks)
+    return Verdict(headline, (*informed, *data, *baselines), rule)
 
 
 def _compared(
@@ -130,15 +137,18 @@ def _compared(
     return [comparison for comparison in judged if comparison.tests], len(tests)
 
 
-def _rule(tests: int, other_tests: int, margin: Margin, looks: int | None) -> str:
+def _rule(tests: int, data_tests: int, other_tests: int, margin: Margin, looks: int | None) -> str:
     share = margin if isinstance(margin, float | int) else DEFAULT_MARGIN
     stated = ", ".join(f"{title(name)} {value:g}" for name, value in margin.items()) if isinstance(margin, Mapping) else ""
     margins = f"{share:.0%} of the difference between the base model and the trained control"
     margins = f"{stated} as the grid states, otherwise {margins}" if stated else margins
-    family = f"the {tests} tests of this verdict"
-    if other_tests:
-        others = f"the {other_tests} that compare other methods with LoRA"
-        family = f"{family}, and separately over {others}" if tests else others
+    families = {
+        "tests of this verdict": tests,
+        "of the B from the gradient": data_tests,
+        "that compare other methods with LoRA": other_tests,
+    }
+    counted = [f"the {count} {name}" for name, count in families.items() if count] or ["the 0 tests of this verdict"]
+    family = ", and separately over ".join(counted)
     return (
         "Rule: seeds and records are both random and crossed; a difference has the variance σ²(seed)/S + σ²(record)/R + "
         f"σ²(interaction)/(S·R). Better or worse: p < {LEVEL:g} after Holm's correction over {family}, "
@@ -192,6 +202,11 @@ def _plan(method: MethodResults) -> dict[str, object]:
 
 def _informed(method: MethodResults) -> bool:
     return _plan(method).get("b_init") == "basis" and method.first.row.n_models != 0
+
+
+def _of_gradient(method: MethodResults) -> bool:
+    mode = method.first.row.mode
+    return _plan(method).get("b_init") == "gradient" and mode in METHODS and METHODS[mode].b_init_is_free
 
 
 def _controls(one: MethodResults, methods: Sequence[MethodResults]) -> list[tuple[MethodResults, MethodResults, str, bool]]:
@@ -252,6 +267,20 @@ def _headline(methods: Sequence[MethodResults], comparisons: Sequence[Comparison
     if not all(test.alike for test in tests):
         sentences.append("A decision needs learning rates that were swept alike.")
     return " ".join(sentences)
+
+
+def _gradient_headline(methods: Sequence[MethodResults], comparisons: Sequence[Comparison]) -> str:
+    """What was found of a B from the gradient; empty without one."""
+    rows = [method.first.row for method in methods if _of_gradient(method)]
+    if not rows:
+        return ""
+    tests = [test for comparison in comparisons if comparison.role == RANDOM_B for test in comparison.tests]
+    if tests:
+        return f"Compared with a random orthonormal B, the B from the gradient is {_tally(tests)}."
+    flags = f"--mode {rows[0].mode} --rank {rows[0].rank} --b-init orthonormal"
+    return (
+        f"No conclusion about the B from the gradient: there is no finished run of its random control. Train it with {flags}."
+    )
 
 
 def _tally(tests: Sequence[Test]) -> str:

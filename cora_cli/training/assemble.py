@@ -97,8 +97,8 @@ def _install(config: TrainConfig, prepared: Prepared, loaded: Any, run: RunDirec
 
 def _observation(loaded: Any, config: TrainConfig, prepared: Prepared, form: BatchForm) -> Observation | None:
     """What the start is computed from, where the method needs data for it."""
-    kind = method_of(config.mode).start_from
-    if kind not in ("gradient", "inputs"):
+    kind = method_of(config.mode).observes(config.b_init)
+    if kind is None:
         return None
     found = observe(loaded, kind, prepared.layers, prepared.start_examples, prepared.hardware, form)
     say(f"the start is computed from the first {found.examples} training examples: {found.seconds:.1f} s")

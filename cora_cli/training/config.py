@@ -91,7 +91,11 @@ class _SharedSettings:
     alpha: float | None = setting("Numerator of the scaling s = alpha / r. Default: 2 r.", None, panel=_WHAT)
     rslora: bool = setting("Scale by alpha / √r instead of alpha / r.", False, panel=_WHAT)
     a_init: AInit | None = setting("Start of A, instead of the mode's default.", None, panel=_WHAT)
-    b_init: BInit | None = setting("Start of B in fb and tb, instead of the basis.", None, panel=_WHAT)
+    b_init: BInit | None = setting(
+        "Start of B in fb and tb, instead of the basis; gradient: leading left singular vectors of ∂L/∂W in the first training examples.",
+        None,
+        panel=_WHAT,
+    )
     target_modules: tuple[str, ...] = setting("Linear layers to adapt, comma-separated.", DEFAULT_TARGETS, panel=_WHAT)
     dropout: float = setting(
         "LoRA dropout on the input of A; examples that share a prompt prefix share its mask.", 0.0, panel=_WHAT
@@ -206,6 +210,18 @@ class _SharedSettings:
         panel=_RUN,
         most=MOST,
     )
+    probe: str | None = setting(
+        "Instead of training, measure the run before its first step and write FILE (JSON): the gradient's energy in the span of B, and the "
+        "largest eigenvalue of the loss's Hessian in the trained parameters. Takes a gradient, and two for each Hessian-vector product.",
+        None,
+        panel=_RUN,
+    )
+    probe_examples: int | None = setting(
+        "With --probe: number of training examples to measure on, the last ones of the training set. Default: 32.",
+        None,
+        panel=_RUN,
+        most=MOST,
+    )
     save_tokenizer: bool = setting(
         "Also store the tokenizer with the adapter, where others look for it; mode full always stores it.", False, panel=_RUN
     )
@@ -253,6 +269,7 @@ class _SharedSettings:
                 ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
                 ("stop_at", self.stop_at is None or self.stop_at >= 1, "at least 1"),
                 ("processes", self.processes is None or self.processes >= 1, "at least 1"),
+                ("probe_examples", self.probe_examples is None or self.probe_examples >= 1, "at least 1"),
             )
             if not ok
         ]
@@ -268,6 +285,7 @@ class _SharedSettings:
             problems.append(
                 "--processes is for --dry-run; `torchrun --nproc-per-node N -m cora_cli train …` trains in N processes"
             )
+        problems += self._probe_problems()
         method = METHODS[self.mode]
         allowed = taken_settings(method)
         if not method.is_adapter:
@@ -285,11 +303,25 @@ class _SharedSettings:
         if (plan := self.adapter_plan()) is not None:
             self._check_b(method, plan)
 
+    def _probe_problems(self) -> list[str]:
+        """Sentences on `--probe` and `--probe-examples`."""
+        if self.probe is None:
+            unused = self.probe_examples is not None
+            return ["--probe-examples has no effect without --probe FILE; leave it out"] if unused else []
+        refused = {
+            "--dry-run, which needs no weights": self.dry_run,
+            "--dtype bf16: differences of its gradients have too few digits": self.dtype == "bf16",
+            "--load-in-4bit, which keeps no weights to take a gradient of": self.load_in_4bit,
+            "--shard": self.shard != "none",
+        }
+        return [f"--probe does not go with {what}; leave out one of them" for what, given in refused.items() if given]
+
     def _hardware_problems(self, method: Method) -> list[str]:
         """Sentences on `--load-in-4bit` and `--shard`."""
-        found = []
-        if self.load_in_4bit and not method.trains_on_four_bit:
-            found.append(f"--load-in-4bit does not apply to mode {self.mode}, which needs the weights themselves")
+        found, observed = [], method.observes(self.b_init)
+        mode = f"mode {self.mode} with --b-init {self.b_init}" if method.b_init_is_free and observed else f"mode {self.mode}"
+        if self.load_in_4bit and (not method.trains_on_four_bit or observed == "gradient"):
+            found.append(f"--load-in-4bit does not apply to {mode}, which needs the weights themselves")
         if self.shard != "none" and self.load_in_4bit:
             found.append(
                 "--shard divides weights that are stored as numbers, not those of --load-in-4bit; leave out one of them"
@@ -298,8 +330,8 @@ class _SharedSettings:
             found.append(
                 f"--shard does not apply to mode {self.mode}, which changes the weights of the base model in each step"
             )
-        if self.shard != "none" and method.start_from in ("gradient", "inputs"):
-            found.append(f"--shard does not apply to mode {self.mode}, whose start needs passes through the complete model")
+        if self.shard != "none" and observed:
+            found.append(f"--shard does not apply to {mode}, whose start needs passes through the complete model")
         return found
 
     def _start_problems(self, method: Method) -> list[str]:
@@ -330,6 +362,10 @@ class _SharedSettings:
         if self.compact and plan.trains_b:
             also = "also trains B" if A in method.trained else "trains B"
             raise UsageError(f"--compact stores only A, but mode {self.mode} {also}; leave out --compact")
+        if self.compact and plan.b_init == "gradient":
+            raise UsageError(
+                "--compact stores only A, and a B from the gradient cannot be rebuilt from a file or a seed; leave out --compact"
+            )
         if self.compact and not method.has_compact_form:
             raise UsageError(f"--compact needs a B that is frozen from a basis or a seed, which mode {self.mode} does not have")
         if plan.needs_basis and not self.basis:
@@ -376,8 +412,9 @@ class _SharedSettings:
         return plan_adapter(self.mode, request)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for YAML, readable by `--config`; unset ones are left out, and so is `dry_run`, which no run has."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "dry_run"}
+        """Plain values for YAML, readable by `--config`; unset ones are left out, and so is what makes a command no run."""
+        others = ("dry_run", "probe", "probe_examples")
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in others}
         values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
         return {name: value for name, value in values.items() if value is not None}
 

@@ -1,6 +1,7 @@
 """What the starts of some methods are computed from: gradients of W, or inputs of the layers, over the first examples of the training data.
 
-The examples go through the model as in training, packed where it allows that; `adapters.install` hands the results to the method.
+The examples go through the model as in training, packed where it allows that; `adapters.install` hands the results to the method, and `probe`
+measures with the same gradients.
 """
 
 import contextlib
@@ -50,19 +51,16 @@ def observe(
     pass at most. Raises `CoraError` for a layer in which everything is zero or anything is not finite.
     """
     began = time.monotonic()
-    collect = _gradients if kind == "gradient" else _inputs
     tokens = sum(len(example.input_ids) for example in examples)
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
-    responses = sum(len(example.input_ids) - example.prompt_length for example in examples)
-    with collect(model, layers) as sums, progress("start of the adapter", len(examples), "examples") as shown:
-        for row in rows_of(examples, order):
-            # Inputs one example at a time: without padding, and without prefixes that stand for several tokens.
-            passes = form.passes([examples[index] for index in row]) if kind == "gradient" else [[at] for at in range(len(row))]
-            for members in passes:
-                losses = row_losses(model, [examples[row[member]] for member in members], hardware, form)
-                if kind == "gradient":
-                    (losses.sum() / responses).backward()
-            shown.advance(len(row))
+    label = "start of the adapter"
+    if kind == "gradient":
+        sums = weight_gradients(model, layers, examples, hardware, form, label)
+    else:
+        with _inputs(model, layers) as sums, progress(label, len(examples), "examples") as shown:
+            # One example at a time: without padding, and without prefixes that stand for several tokens.
+            for example in sorted(examples, key=lambda example: len(example.input_ids)):
+                row_losses(model, [example], hardware, form)
+                shown.advance()
     for name in layers:
         if name not in sums or not sums[name].any():
             raise CoraError(
@@ -74,8 +72,35 @@ def observe(
     found: dict[str, dict[str, Any]] = {
         name: {kind: sums[name] if kind == "gradient" else sums[name] / tokens} for name in layers
     }
-    digest = rundir.sha256_json([list(example.input_ids) for example in examples])
-    return Observation(found, len(examples), tokens, round(time.monotonic() - began, 3), digest)
+    return Observation(found, len(examples), tokens, round(time.monotonic() - began, 3), tokens_hash(examples))
+
+
+def tokens_hash(examples: Sequence[Example]) -> str:
+    """The SHA-256 of the tokens of the examples."""
+    return rundir.sha256_json([list(example.input_ids) for example in examples])
+
+
+def mean_loss(
+    model: Any, examples: Sequence[Example], hardware: Hardware, form: BatchForm
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """The mean loss of a response token, as one summand for each forward pass, with the number of its examples."""
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
+    responses = sum(len(example.input_ids) - example.prompt_length for example in examples)
+    for row in rows_of(examples, order):
+        for members in form.passes([examples[index] for index in row]):
+            losses = row_losses(model, [examples[row[member]] for member in members], hardware, form)
+            yield losses.sum() / responses, len(members)
+
+
+def weight_gradients(
+    model: Any, layers: Sequence[str], examples: Sequence[Example], hardware: Hardware, form: BatchForm, label: str
+) -> dict[str, torch.Tensor]:
+    """∂L/∂W (out, in) float32 on the CPU of the mean loss of a response token, by layer; none for a layer without a gradient."""
+    with _gradients(model, layers) as sums, progress(label, len(examples), "examples") as shown:
+        for part, count in mean_loss(model, examples, hardware, form):
+            part.backward()
+            shown.advance(count)
+    return sums
 
 
 @contextlib.contextmanager

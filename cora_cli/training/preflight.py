@@ -323,7 +323,13 @@ def _observed(model: Any, plan: AdapterPlan) -> dict[str, Observed]:
     sides = {
         name: (linear.out_features, linear.in_features) for name, linear in target_linears(model, plan.target_modules).items()
     }
-    kind = method_of(plan.mode).start_from
+    kind = method_of(plan.mode).observes(plan.b_init)
+    if kind == "gradient" and method_of(plan.mode).b_init_is_free:
+        # Its numerical rank is checked, and fake values have none.
+        return {
+            name: Observed(start=(torch.zeros(plan.rank, inside), torch.zeros(out, plan.rank)))
+            for name, (out, inside) in sides.items()
+        }
     if kind == "gradient":
         return {name: Observed(gradient=torch.zeros(out, inside)) for name, (out, inside) in sides.items()}
     return (

@@ -357,7 +357,7 @@ def test_the_base_is_looked_up_at_the_revision_that_was_trained_on(
     facts = AdapterFacts(read_facts(first).plan, base, revision, "0" * 64, None, None, compact=False)
     save_adapter(wrapped, tmp_path / "adapter", facts)
     seen = []
-    monkeypatch.setattr("cora_cli.adapters.storage.resolve_model", seen.append)
+    monkeypatch.setattr("cora_cli.adapters.storage.resolve_model", lambda reference, weights: seen.append(reference))
     base_of(resolve_model(str(tmp_path / "adapter")))
     assert seen == [asked]
 

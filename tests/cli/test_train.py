@@ -15,6 +15,7 @@ from cora_cli.basis.choices import BasisChoices
 from cora_cli.cli import app
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.models.references import resolve_model
+from cora_cli.records import read_probe
 from tests.training.helpers import log_lines
 
 
@@ -67,6 +68,21 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(usual: list[str], tmp_path
     ]
     assert any(line.startswith("> ") for line in lines)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_probe_prints_and_writes_its_measures_and_trains_nothing(usual: list[str], tmp_path: Path) -> None:
+    place = tmp_path / "probe.json"
+    result = cora_train(*usual, "--mode=fb", "--b-init=orthonormal", "--probe", place, "--probe-examples=2")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("mode fb before its first step, over 2 training examples (")
+    assert lines[1].startswith("gradient energy in the span of B: 0.")
+    assert lines[2].startswith("largest Hessian eigenvalue in ")
+    assert read_probe(place)["mode"] == "fb"
+    assert not (tmp_path / "run").exists()
+    again = cora_train(*usual, "--mode=fb", "--b-init=orthonormal", "--probe", place)
+    assert (again.exit_code, again.stdout) == (2, "")
+    assert f"{place} exists already; choose a new file for --probe" in again.stderr
 
 
 def test_a_run_that_cannot_train_says_so(usual: list[str]) -> None:

@@ -233,9 +233,18 @@ def test_a_basis_of_the_input_side_is_decomposed_in_the_input_dimension() -> Non
     assert by_side["input"].bytes > by_side["output"].bytes
 
 
+def test_a_b_from_the_gradient_takes_the_time_of_its_decomposition() -> None:
+    plan = plan_of(grid_of({"mode": "fb", "b_init": ["orthonormal", "gradient"]}))
+    estimates = estimate_steps(plan, inputs_of(), 1e6)
+    seconds = {name: one.seconds for name, one in estimates.items() if name.startswith("train-")}
+    drawn, computed = (next(value for name, value in seconds.items() if start in name) for start in ("orthonormal", "gradient"))
+    assert computed > drawn
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"mode": "fb", "b_init": "gradient", "rank": 33}, "rank 33 exceeds the 32 rows"),
         ({"mode": "fb", "rank": 33}, "rank 33 exceeds the 32 rows of model.layers.0.self_attn.k_proj"),
         ({"mode": "fb", "b_init": "orthonormal", "rank": 33}, "rank 33 exceeds the 32 rows"),
         ({"mode": "pissa", "rank": 33}, "rank 33 exceeds the 32 rows"),

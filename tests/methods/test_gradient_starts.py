@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from cora_cli.adapters.install import install_adapter
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.methods.parts.gradient import approximation_factors
+from cora_cli.methods.parts.gradient import approximation_factors, left_directions
 from cora_cli.methods.parts.layers import Observed, factors_of, lora_layers
 from cora_cli.methods.registry import METHODS
 from cora_cli.training.config import TrainConfig
@@ -18,6 +18,7 @@ from cora_cli.training.config import TrainConfig
 from .helpers import first_adam_step, observed_in, plan_of
 
 RANK = 4
+FB = {"mode": "fb", "b_init": "gradient"}
 SETTINGS = {"rank": RANK, "alpha": 12.0, "rslora": False, "target_modules": ("q_proj", "v_proj"), "dropout": 0.0, "seed": 3}
 
 
@@ -149,13 +150,14 @@ def test_all_directions_of_corda_together_are_w(load):
 @pytest.mark.parametrize(
     ("mode", "rank", "said"),
     [
+        ("fb", 33, r"mode fb with --b-init gradient needs --rank ≤ 32 for .*v_proj, not 33"),
         ("lora-ga", 17, r"mode lora-ga needs --rank ≤ 16 for .*v_proj, half of its smaller dimension, not 17"),
         ("lora-sb", 33, r"mode lora-sb needs --rank ≤ 32 for .*v_proj, not 33"),
     ],
 )
 def test_a_rank_without_enough_directions_is_refused(mode, rank, said, load):
     with pytest.raises(CoraError, match=said):
-        layers_of(load(), mode, rank=rank)
+        layers_of(load(), mode, rank=rank, **({"b_init": "gradient"} if mode == "fb" else {}))
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,17 @@ def test_a_rank_without_enough_directions_is_refused(mode, rank, said, load):
         ({"mode": "lora-sb", "alpha": 4.0}, "--alpha does not apply to mode lora-sb"),
         ({"mode": "eva", "eva_rho": 0.5}, r"--eva-rho must be at least 1, not 0\.5"),
         ({"mode": "lora-ga", "load_in_4bit": True}, "--load-in-4bit does not apply to mode lora-ga"),
+        (
+            {**FB, "load_in_4bit": True},
+            "--load-in-4bit does not apply to mode fb with --b-init gradient, which needs the weights",
+        ),
+        ({**FB, "shard": "fsdp"}, "--shard does not apply to mode fb with --b-init gradient, whose start needs passes"),
+        ({**FB, "compact": True}, "--compact stores only A, and a B from the gradient cannot be rebuilt"),
+        ({**FB, "basis": "b"}, "--basis has no effect where B starts as gradient"),
+        ({**FB, "start": "mean-delta", "start_models": ("a",)}, "gradient of the base model, not of --start mean-delta"),
+        ({**FB, "start_examples": 0}, "--start-examples must be at least 1, not 0"),
+        ({"mode": "fb", "basis": "b", "start_examples": 4}, "--start-examples has no effect where B starts as basis"),
+        ({"mode": "lora", "b_init": "gradient"}, "--b-init applies to the modes fb and tb"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, said):
@@ -198,3 +211,23 @@ def test_eva_starts_as_the_principal_directions_of_the_inputs_and_shares_out_the
 
 def test_eva_gives_every_layer_the_same_rank_where_rho_is_one(load):
     assert {len(factors_of(layer)[0]) for layer, *_ in layers_of(load(), "eva", eva_rho=1.0)} == {RANK}
+
+
+@pytest.mark.parametrize("mode", ["fb", "tb"])
+def test_b_from_the_gradient_is_its_leading_left_singular_vectors_with_the_signs_of_a_basis(mode, load):
+    for layer, observed, weight in layers_of(load(), mode, b_init="gradient"):
+        u, _, _ = np.linalg.svd(observed.gradient.double().numpy())
+        a, b = (factor.detach().double().numpy() for factor in factors_of(layer))
+        assert np.allclose(abs(u[:, :RANK].T @ b), np.eye(RANK), atol=1e-5)
+        assert (b[abs(b).argmax(0), range(RANK)] > 0).all()
+        assert not a.any()
+        assert np.array_equal(layer.base_layer.weight.detach().double().numpy(), weight)
+
+
+def test_a_gradient_with_fewer_directions_than_the_rank_is_refused():
+    thin = torch.randn(64, RANK - 1) @ torch.randn(RANK - 1, 32)
+    with pytest.raises(
+        CoraError, match=r"the gradient of some\.layer .* numerical rank of 3, less than --rank 4; raise --start-examples"
+    ):
+        left_directions(thin, RANK, "some.layer")
+    assert left_directions(thin, RANK - 1, "some.layer").shape == (64, RANK - 1)

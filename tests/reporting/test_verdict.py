@@ -17,6 +17,7 @@ TOKENS = np.random.default_rng(9).integers(20, 80, 48).astype(float)
 RECORDS = 0.04 * np.random.default_rng(10).standard_normal(48)
 FB = {"b_init": "basis"}
 RANDOM = {"b_init": "orthonormal"}
+GRADIENT = {"b_init": "gradient"}
 
 
 def runs(label, plan, loss, deviation=0.0, seeds=range(5), rates=(1e-3, 3e-3), mode="fb", stream=0, **row):
@@ -202,6 +203,32 @@ def test_other_methods_are_compared_with_lora_in_a_family_of_their_own():
     assert other.tests[0].p_holm == other.tests[0].found.p_value
     assert "the 4 tests of this verdict, and separately over the 1 that compare other methods with LoRA" in joined.rule
     assert verdict_of(lora(0.6), dora).comparisons[0].baseline
+
+
+def test_a_b_from_the_gradient_has_the_controls_of_an_informed_one_in_a_family_of_its_own():
+    groups = base(), runs("fb", FB, 0.55), random(0.6), lora(0.6)
+    gradient = runs("fb gradient", GRADIENT, 0.5, n_models=None)
+    alone, joined = verdict_of(*groups), verdict_of(*groups, gradient)
+    count = len(alone.comparisons)
+    assert [c.tests[0].p_holm for c in joined.comparisons[:count]] == [c.tests[0].p_holm for c in alone.comparisons]
+    assert [(c.one.first.row.label, c.role, c.control, c.baseline, c.tests[0].outcome) for c in joined.comparisons[count:]] == [
+        ("fb gradient", RANDOM_B, False, False, BETTER),
+        ("fb gradient", LORA_RANK, False, False, BETTER),
+    ]
+    said = "Compared with a random orthonormal B, the B from the gradient is better in 1 (held-out loss) test."
+    assert joined.headline == f"{alone.headline} {said}"
+    assert "the 4 tests of this verdict, and separately over the 2 of the B from the gradient" in joined.rule
+
+
+def test_a_b_from_the_gradient_without_its_control_or_in_a_mode_that_always_starts_there_claims_nothing():
+    gradient = runs("fb gradient", GRADIENT, 0.5, n_models=None)
+    headline = verdict_of(base(), gradient, lora(0.6)).headline
+    assert "No conclusion about the B from the gradient: there is no finished run of its random control" in headline
+    assert headline.endswith("--mode fb --rank 4 --b-init orthonormal.")
+    one = runs("lora-one", GRADIENT, 0.5, mode="lora-one", n_models=None)
+    verdict = verdict_of(base(), one, lora(0.6))
+    assert "gradient" not in verdict.headline
+    assert [comparison.baseline for comparison in verdict.comparisons] == [True]
 
 
 def test_all_tests_of_a_verdict_are_corrected_together_and_a_shared_control_counts_once():

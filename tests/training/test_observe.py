@@ -1,9 +1,15 @@
 """What starts are computed from: gradients against autograd, and inputs against those of single forward passes."""
 
+import dataclasses
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from cora_cli import rundir
 from cora_cli.adapters.install import target_linears
 from cora_cli.data.batches import BatchForm
 from cora_cli.errors import CoraError
@@ -13,7 +19,7 @@ from cora_cli.training.observe import observe
 from cora_cli.training.prepare import prepare, training_arguments
 from cora_cli.training.run import train
 
-from .helpers import config_for, record_of
+from .helpers import config_for, record_of, run_together
 
 SINGLE = BatchForm("padded", arguments=frozenset({"input_ids", "attention_mask", "position_ids"}))
 
@@ -92,16 +98,50 @@ def test_a_layer_whose_gradient_is_zero_is_refused(prepared):
         looked_at(prepared, "gradient", SINGLE)
 
 
+def test_a_b_from_the_gradient_is_recorded_stored_and_the_same_after_a_resumption(tiny_model, tiny_data, tmp_path):
+    settings = {"mode": "fb", "b_init": "gradient", "start_examples": 5, "max_steps": 4, "save_steps": 2}
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", **settings)
+    train(config)
+    adapter = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    first, record = adapter.read_bytes(), record_of(tmp_path / "run")
+    prepared = prepare(config)
+    assert record["start"] == {
+        **{"examples": 5, "tokens": sum(len(example.input_ids) for example in prepared.start_examples)},
+        **{"seconds": record["start"]["seconds"]},
+        "sha256": rundir.sha256_json([list(example.input_ids) for example in prepared.start_examples]),
+    }
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    gradients = observe(model, "gradient", prepared.layers, prepared.start_examples, prepared.hardware, SINGLE)
+    for name, one in gradients.layers.items():
+        b = load_file(adapter)[f"base_model.model.{name}.lora_B.weight"].double()
+        u, _, _ = torch.linalg.svd(one["gradient"].double())
+        assert torch.allclose((u[:, :4].T @ b).abs(), torch.eye(4, dtype=torch.float64), atol=1e-3)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    train(dataclasses.replace(config, resume=True))
+    assert adapter.read_bytes() == first
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_the_same_gradient_as_one(tiny_model, tiny_data, tmp_path):
+    one = config_for(tiny_model, tiny_data, tmp_path / "one", mode="fb", b_init="gradient", start_examples=5)
+    train(one)
+    two = dataclasses.replace(one, output_dir=str(tmp_path / "two"), batch_size=4)
+    assert run_together(two) == [(0, ""), (0, "")]
+    ours, theirs = record_of(tmp_path / "two")["start"], record_of(tmp_path / "one")["start"]
+    assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    states = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]) if "lora_B" in key else torch.allclose(value, states[1][key], atol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_resumed_run_keeps_the_start_that_it_subtracted_from_w(tiny_model, tiny_data, tmp_path, monkeypatch):
     """Gradients of a GPU differ in the last bits, and with them singular vectors in more than that."""
     config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="lora-ga", max_steps=4, save_steps=2, learning_rate=1e-3)
     train(config)
     first = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
-    import dataclasses
-    import json
-    import shutil
-
     from cora_cli.methods.parts import gradient
 
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "checkpoint-4")

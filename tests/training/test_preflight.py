@@ -73,6 +73,7 @@ def without_weights(model: Path, to: Path) -> Path:
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "a B from the gradient": {"mode": "tb", "b_init": "gradient", "start_examples": 2, "max_steps": 1},
     "an adapter in bf16": {"mode": "lora", "dtype": "bf16", "max_steps": 1},
     "a frozen B with checkpointing and accumulation": {
         **{"mode": "fb", "b_init": "random", "compact": True, "max_steps": 2},

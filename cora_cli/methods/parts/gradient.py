@@ -2,6 +2,23 @@
 
 import torch
 
+from cora_cli.errors import CoraError
+
+
+def left_directions(gradient: torch.Tensor, rank: int, name: str) -> torch.Tensor:
+    """U_r (out, r): the first r left singular vectors of the `gradient` (out, in) of the layer `name`, with the signs of a basis file:
+    each column's largest entry is positive. Raises `CoraError` where the gradient has fewer directions than r."""
+    u, values, _ = torch.linalg.svd(gradient, full_matrices=False)
+    floor = max(gradient.shape) * torch.finfo(gradient.dtype).eps * values[0]
+    if (found := int((values > floor).sum())) < rank:
+        raise CoraError(
+            f"the gradient of {name} in the examples of the start has a numerical rank of {found}, less than --rank {rank}; raise "
+            "--start-examples, or lower --rank"
+        )
+    directions = u[:, :rank]
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return directions * largest.sign()
+
 
 def sign_factors(gradient: torch.Tensor, rank: int, step: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """V_rᵀ (r, in), U_r (out, r) and diag(Σ_r) (r, r) of −`step`·sign(`gradient`), a step of Adam's size (LoRA-SB, arXiv 2411.19557)."""

@@ -18,8 +18,8 @@ class Observed:
     """What the start of a layer is computed from apart from W, as far as the method asks for it (`Method.start_from`).
 
     `sources`: B (out, k) and A (k, in) with B·A = ΔW, of each model of --start-models. `gradient` (out, in): ∂L/∂W of the mean loss of the
-    start's examples. `inputs` (in, in): the mean of x·xᵀ over their tokens. `start`: the A and B that a resumed run
-    subtracted from W, in place of those computed again. All float32 on the CPU.
+    start's examples. `inputs` (in, in): the mean of x·xᵀ over their tokens. `start`: A and B in place of those computed from the
+    others, as a resumed run subtracted them from W. All float32 on the CPU.
     """
 
     sources: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()

@@ -1,0 +1,214 @@
+"""What a run begins with, measured without a step of training: the gradient's energy inside the start of A and B, and the loss's curvature.
+
+It needs what the run needs, and goes through the model as training does. `cora train --probe FILE` writes the record.
+"""
+
+import dataclasses
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cora_cli import rundir
+from cora_cli.data.batches import BatchForm
+from cora_cli.data.encode import Example
+from cora_cli.errors import CoraError
+from cora_cli.methods.parts.layers import factors_of, lora_layers
+from cora_cli.methods.registry import method_of
+from cora_cli.progress import progress
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.assemble import assemble
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.curvature import Hessian, largest_eigenvalue
+from cora_cli.training.observe import mean_loss, tokens_hash, weight_gradients
+from cora_cli.training.prepare import Prepared, number_of_processes, prepare, training_arguments
+from cora_cli.training.record import first_record
+
+EXAMPLES = 32
+PRODUCTS, TOLERANCE = 20, 0.02
+"""The most products of the Hessian with a vector, and the relative error of the eigenvalue at which they end."""
+_OF_A_RUN = ("status", "sealed_checkpoints")
+
+
+def probe(config: TrainConfig, most_products: int = PRODUCTS) -> dict[str, Any]:
+    """Measure the run of `config` before its first step. Returns the record of `records.Probe`, and writes nothing.
+
+    All in float32, in which differences of gradients have enough digits. Raises `CoraError` as the run would, and where nothing can train.
+    """
+    if number_of_processes(config) > 1:
+        raise CoraError(f"--probe runs in one process, not in {number_of_processes(config)}")
+    config = dataclasses.replace(config, dtype="fp32")
+    prepared = prepare(config)
+    plan = prepared.plan
+    if plan is not None and not method_of(plan.mode).can_train(plan):
+        raise CoraError("--probe has nothing to measure: a frozen factor is zero, so all gradients are zero")
+    examples = probe_examples(prepared, config.probe_examples or EXAMPLES)
+    with tempfile.TemporaryDirectory(prefix="cora-probe-") as place:
+        # Nothing is written or resumed there.
+        run = RunDirectory(Path(place))
+        model, batching, observation = assemble(config, prepared, training_arguments(config, prepared, run), run)
+    model.eval()
+    record = first_record(config, prepared, prepared.fingerprint(config), model, batching, observation)
+    energy: dict[str, Any] | None = None
+    seconds: dict[str, float] = {}
+    if plan is not None and method_of(plan.mode).lora_rank is not None:
+        began = time.monotonic()
+        energy = gradient_energy(model, examples, prepared, batching.form)
+        seconds["gradient"] = round(time.monotonic() - began, 3)
+    began = time.monotonic()
+    curvature = largest_curvature(model, examples, prepared, batching.form, most_products, seed=config.seed)
+    seconds["curvature"] = round(time.monotonic() - began, 3)
+    return {
+        **{key: value for key, value in record.items() if key not in _OF_A_RUN},
+        "probe": {
+            "examples": len(examples),
+            "tokens": sum(len(example.input_ids) for example in examples),
+            "sha256": tokens_hash(examples),
+            "seconds": seconds,
+            "energy": energy,
+            "curvature": curvature,
+        },
+    }
+
+
+def probe_examples(prepared: Prepared, count: int) -> Sequence[Example]:
+    """The last training examples: the same for all methods, and others than those that a start is computed from.
+
+    Energy inside a B that was computed from the same examples would say nothing about others. Raises `CoraError` where there are too few.
+    """
+    examples, plan = prepared.train.examples, prepared.plan
+    observed = plan is not None and method_of(plan.mode).observes(plan.b_init) is not None
+    used = len(prepared.start_examples) if observed else 0
+    if len(examples) < used + count:
+        also = f" besides the {used} that the start is computed from" if used else ""
+        raise CoraError(f"--probe-examples {count} needs as many training examples{also}, and there are {len(examples)}")
+    return examples[len(examples) - count :]
+
+
+def gradient_energy(model: Any, examples: Sequence[Example], prepared: Prepared, form: BatchForm) -> dict[str, Any] | None:
+    """The share of ‖∂L/∂W‖² in the span of B (output) and in that of A's rows (input), of each matrix and of all together.
+
+    `chance` is what random directions of as many dimensions expect. A side is None where its factor is zero, and everything where PEFT keeps
+    the adapter in other layers than LoRA's. Only for methods that equal a LoRA.
+    """
+    factors = {name: factors_of(layer) for name, layer in lora_layers(model)}
+    if not factors:
+        return None
+    places = {name: f"base_model.model.{name}.base_layer" for name in factors}
+    found = weight_gradients(model, list(places.values()), examples, prepared.hardware, form, "gradient of W")
+    gradients = {name: found[place].double() for name, place in places.items() if place in found}
+    norms = {name: float(gradient.square().sum()) for name, gradient in gradients.items()}
+    if not sum(norms.values()):
+        raise CoraError(f"the gradient of W is zero in all {len(examples)} examples of the probe; raise --probe-examples")
+    output = {name: (gradient, factors[name][1]) for name, gradient in gradients.items()}
+    inside = {name: (gradient.T, factors[name][0].T) for name, gradient in gradients.items()}
+    return {"norms_squared": norms, "output": energy_inside(output), "input": energy_inside(inside)}
+
+
+def energy_inside(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any] | None:
+    """The share of the energy of gradients (features, k) in the span of factors (features, r); None where all factors are zero."""
+    norms = {name: float(gradient.square().sum()) for name, (gradient, _) in pairs.items()}
+    frames = {name: span(factor) for name, (_, factor) in pairs.items()}
+    if not any(frame.shape[1] for frame in frames.values()):
+        return None
+    held = {name: float((frames[name].T @ gradient).square().sum()) for name, (gradient, _) in pairs.items()}
+    expected = {name: norms[name] * frame.shape[1] / frame.shape[0] for name, frame in frames.items()}
+    total = sum(norms.values())
+    return {
+        "total": sum(held.values()) / total,
+        "chance": sum(expected.values()) / total,
+        "matrices": {name: held[name] / norm if norm else None for name, norm in norms.items()},
+    }
+
+
+def span(factor: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns (features, k) float64 that span those of `factor` (features, r)."""
+    vectors, values, _ = torch.linalg.svd(factor.detach().double().cpu(), full_matrices=False)
+    floor = max(factor.shape) * torch.finfo(factor.dtype).eps * values[0]
+    return vectors[:, values > floor]
+
+
+def loss_hessian(
+    model: Any, examples: Sequence[Example], prepared: Prepared, form: BatchForm, seen: Callable[[], None] = lambda: None
+) -> Hessian:
+    """The Hessian of the training loss over the examples in the trained parameters; `seen` is called after each gradient."""
+    plan = prepared.plan
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def gradient() -> torch.Tensor:
+        sums = [torch.zeros_like(parameter) for parameter in trained]
+        added = method_of(plan.mode).added_loss(model, plan) if plan is not None else None
+        parts = (part for part, _ in mean_loss(model, examples, prepared.hardware, form))
+        for part in itertools.chain(parts, () if added is None else (added,)):
+            # A part of the loss need not depend on every parameter.
+            for total, one in zip(sums, torch.autograd.grad(part, trained, allow_unused=True), strict=True):
+                if one is not None:
+                    total.add_(one)
+        seen()
+        return torch.cat([total.flatten() for total in sums])
+
+    return Hessian(trained, gradient)
+
+
+def largest_curvature(
+    model: Any,
+    examples: Sequence[Example],
+    prepared: Prepared,
+    form: BatchForm,
+    most: int = PRODUCTS,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """λmax of the training loss over the examples in the trained parameters, and the norm of its gradient there."""
+    with progress("curvature", 2 * most + 1, "gradients") as shown:
+        hessian = loss_hessian(model, examples, prepared, form, shown.advance)
+        gradient = hessian.at_start
+        norm = float(gradient.norm())
+        if not 0 < norm < math.inf:
+            raise CoraError(
+                f"the gradient of the trained parameters has norm {norm} over the examples of the probe; raise --probe-examples"
+            )
+        drawn = torch.randn(len(gradient), generator=torch.Generator().manual_seed(seed)).to(gradient)
+        # The gradient lies mostly along the directions of large curvature; a random part reaches all others.
+        found = largest_eigenvalue(hessian.product, gradient / norm + drawn / drawn.norm(), most, tolerance)
+    return {
+        "largest_eigenvalue": found.value,
+        "error": found.error,
+        "products": found.products,
+        "by": "central differences of gradients",
+        "parameters": len(gradient),
+        "gradient_norm": norm,
+    }
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """The measures of a probe in a few lines."""
+    found, lines = record["probe"], []
+    energy, curvature = found["energy"], found["curvature"]
+    lines.append(
+        f"mode {record['mode']} before its first step, over {found['examples']} training examples ({found['tokens']:,} tokens):"
+    )
+    for side, span_of in (("output", "B"), ("input", "A's rows")):
+        if energy is not None and (one := energy[side]) is not None:
+            lines.append(
+                f"gradient energy in the span of {span_of}: {one['total']:.4f} of ‖∂L/∂W‖² in {len(one['matrices'])} matrices; random directions "
+                f"expect {one['chance']:.4f}"
+            )
+    lines.append(
+        f"largest Hessian eigenvalue in {curvature['parameters']:,} trained parameters: {curvature['largest_eigenvalue']:.4g}, an eigenvalue "
+        f"within {curvature['error']:.2g} ({curvature['products']} Hessian-vector products by {curvature['by']})"
+    )
+    return "\n".join(lines)
+
+
+def write_probe(config: TrainConfig) -> dict[str, Any]:
+    """As `probe`, with its record in the file of `--probe`."""
+    assert config.probe is not None
+    record = probe(config)
+    rundir.write_json(Path(config.probe), record)
+    return record
