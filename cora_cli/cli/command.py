@@ -122,9 +122,8 @@ def command(
         debug = values.pop("debug")
         del values["config"]
         with clean_errors(debug):
-            given = {field.name: _to_field(hints[field.name], values[field.name]) for field in fields}
-            _refuse_empty(fields, given)
-            config = config_class(**given)
+            _refuse_empty(fields, values)
+            config = config_class(**{field.name: _to_field(hints[field.name], values[field.name]) for field in fields})
             if problems := range_problems(config):
                 raise UsageError("; ".join(problems))
             from cora_cli.cli.inputs import check_inputs
@@ -142,13 +141,13 @@ def command(
     app.command(name, no_args_is_help=any(field.default is dataclasses.MISSING for field in fields))(entry)
 
 
-def _refuse_empty(fields: Iterable[dataclasses.Field], given: Mapping[str, Any]) -> None:
+def _refuse_empty(fields: Iterable[dataclasses.Field], values: Mapping[str, Any]) -> None:
     """Raise `UsageError` for an empty text, as an unset variable of a shell gives, which is neither a value nor the default."""
     for field in fields:
-        value = given[field.name]
-        if any(isinstance(one, str) and not one.strip() for one in (value if isinstance(value, tuple) else (value,))):
-            name = field.name if field.metadata["argument"] else f"--{field.name.replace('_', '-')}"
-            raise UsageError(f"{name} is empty; give it a value, or leave it out")
+        value = values[field.name]
+        if any(isinstance(one, str) and not one.strip(" ,") for one in (value if isinstance(value, list) else [value])):
+            flag = (field.metadata["flags"] or (f"--{field.name.replace('_', '-')}",))[0]
+            raise UsageError(f"{field.name if field.metadata['argument'] else flag} is empty; give it a value, or leave it out")
 
 
 def _common_parameters() -> list[inspect.Parameter]:

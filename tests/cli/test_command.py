@@ -111,6 +111,7 @@ def test_a_path_below_the_home_directory_is_found_in_flags_and_files(tmp_path: P
         (["--to=", "ann"], "--to"),
         (["ann", " "], "guests"),
         (["ann", "--toppings", ""], "--toppings"),
+        (["ann", "--layers= ,"], "--layers"),
         (["--config=cake.yaml", "ann"], "--to"),
     ],
 )
