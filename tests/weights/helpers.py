@@ -28,6 +28,9 @@ class ArraySource(WeightSource):
         self.reads.append(module)
         return torch.from_numpy(self.weights[module].copy())
 
+    def entry_bytes(self, module: str) -> int:
+        return self.weights[module].itemsize
+
     def content_hash(self, modules: Iterable[str]) -> str:
         return "-".join(modules)
 
