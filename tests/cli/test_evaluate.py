@@ -113,9 +113,9 @@ def test_several_runs_print_a_row_each_and_their_differences_from_the_first(
     metrics = [read_json(tmp_path / run.name / "metrics.json")["metrics"] for run in runs]
     assert metrics[0]["rouge1"]["value"] == 1 > metrics[1]["rouge1"]["value"]
     for name, cell in zip(header[1:], row[1:], strict=True):
-        shown = re.fullmatch(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\] p[=<]([\d.]+)", cell)
+        shown = re.fullmatch(r"(-?[\d.]+) p[=<]([\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]", cell)
         assert shown
-        value, low, high, p = map(float, shown.groups())
+        value, p, low, high = map(float, shown.groups())
         assert value == pytest.approx(metrics[1][name]["value"] - metrics[0][name]["value"], abs=0.006)
         assert low <= value <= high
         assert 0 < p <= 1
