@@ -162,7 +162,7 @@ def test_refusals_are_one_line_and_write_nothing(
         ((tmp_path / "nowhere", "-o", out), 1, "neither a directory on this disk nor a hub id"),
         ((trained["lora"], "-o", out, "--base", trained["fb"]), 1, "is an adapter, not a complete model"),
         ((trained["lora"], "-o", out, "--base", tiny_multihead_model), 1, "cannot be loaded"),
-        ((trained["lora"], "-o", out, "--basis", "b"), 1, "--basis b has no effect, since"),
+        ((trained["lora"], "-o", out, "--basis", trained["lora"] / "run.json"), 1, "run.json has no effect, since"),
         ((damaged, "-o", out), 1, "was changed after its training had finished"),
         ((trained["lora"],), 2, "--output"),
         ((trained["lora"], "-o", out, "--dtype", "int8"), 2, "--dtype"),
