@@ -58,14 +58,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(usual: list[str], tmp_path
     assert lines[0].startswith("mode lora: training 2,560 of 3,210,048 parameters (0.08 %); the adapter takes ")
     assert lines[1].startswith("2 steps of 4 examples: ")
     assert lines[3].startswith("peak memory on the processor, fp32, computed: ")
-    assert [line.split()[0] for line in lines[4:10]] == [
-        "weights",
-        "adapter",
-        "gradients",
-        "optimizer",
-        "activations",
-        "logits",
-    ]
+    # At its peak, the largest forward pass, there are no gradients yet.
+    assert [line.split()[0] for line in lines[4:9]] == ["weights", "adapter", "optimizer", "activations", "logits"]
     assert any(line.startswith("> ") for line in lines)
     assert not (tmp_path / "run").exists()
 
