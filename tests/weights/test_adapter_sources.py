@@ -15,6 +15,7 @@ from cora_cli.adapters.install import install_adapter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
+from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.inspection.inspect import inspect
@@ -168,9 +169,8 @@ def test_a_bin_adapter_reads_like_the_safetensors_one(copy, plain):
 
 def test_a_given_base_takes_the_place_of_a_stale_path(copy, grouped_models):
     change_config(copy, base_model_name_or_path="/nowhere/at/all")
-    with pytest.raises(
-        CoraError, match=r"cannot find the base model of adapter .*copy \(pass its path with --base\): .*nowhere"
-    ):
+    missing = r"the base model of adapter .*copy cannot be found \(pass its path with --base\): .*nowhere"
+    with pytest.raises(CoraError, match=missing):
         open_source(local(copy))
     assert open_source(local(copy), open_source(local(grouped_models[0]))).shapes[Q0] == (16, 16)
 
@@ -311,7 +311,9 @@ def frozen_pair(grouped_models, tmp_path_factory):
         model = install_adapter(make_llama(kv_heads=2), plan, basis if plan.needs_basis else None)
         stated = (str(path), basis.sha256) if plan.needs_basis else (None, None)
         for form in ("full", "compact"):
-            facts = AdapterFacts(plan, str(grouped_models[0]), None, "0" * 64, *stated, compact=form == "compact")
+            facts = AdapterFacts(
+                plan, str(grouped_models[0]), None, local(grouped_models[0]).content_hash(), *stated, compact=form == "compact"
+            )
             save_adapter(model, root / form, facts)
         return root / "full", root / "compact", path
 
@@ -434,7 +436,7 @@ def test_a_base_that_changed_after_the_training_is_refused_unless_it_is_named(ch
     with pytest.raises(CoraError, match="it is another model, or it has changed"):
         open_source(local(adapter))
     with pytest.raises(CoraError, match="it is another model, or it has changed"):
-        inspect([str(adapter)], None, 4, None, None, (), CPU)
+        inspect([str(adapter)], None, 4, None, None, (), (), None, 0, select_hardware("cpu", "fp32"))
     choices = BasisChoices(rank=4, source="delta", target_modules=("q_proj",))
     extract_basis([local(adapter)], tmp_path / "b", choices, local(base), CPU)
     assert "it is another model, or it has changed" in capsys.readouterr().err
