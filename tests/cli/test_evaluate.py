@@ -201,7 +201,7 @@ def assert_one_line(result: Any, exit_code: int, message: str) -> None:
         (["--model", "m", "--dataset", "d"], "--output-dir DIR (where to write)"),
         (["--from", "p.jsonl", "--limit", "3"], "--limit has no effect with --from"),
         (["run", "--metrics", "rouge,chrf"], "unknown metric 'chrf'; choose from rouge, meteor, bleu, bertscore"),
-        (["run", "--metrics", ""], "--metrics names no metric"),
+        (["run", "--metrics", ""], "--metrics is empty; give it a value, or leave it out"),
         (["run", "--batch-size", "-4"], "--batch-size must be at least 1, not -4"),
         (["run", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
         (["run", "--limit", "-1"], "--limit must be at least 1, not -1"),

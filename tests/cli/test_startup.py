@@ -158,7 +158,7 @@ class Interrupt:
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupt())
 from cora_cli.__main__ import main
-sys.argv = ["cora", "evaluate", "--from", "none.jsonl"]
+sys.argv = ["cora", "evaluate", "--from", {__file__!r}]
 main()
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

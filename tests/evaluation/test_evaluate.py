@@ -296,7 +296,7 @@ def test_a_result_that_was_changed_after_the_training_is_refused_by_every_comman
     run: Path, name: str, damage: Any, part: str
 ) -> None:
     damage(run / "adapter" / name)
-    with pytest.raises(CoraError, match=r"adapter was changed after its training had finished"):
+    with pytest.raises(CoraError, match=rf"adapter.{name} was changed after its training had finished"):
         resolve_model(str(run / part))  # what evaluate, merge, export, extract-basis and inspect call first
 
 

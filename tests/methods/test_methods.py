@@ -83,7 +83,8 @@ def test_the_table_counts_the_parameters_that_train(mode, load, basis_for):
     wrapped = installed(load(), made, basis_for(made))
     trained = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
     shapes = {f"{layer}.{name}": shape for layer in range(2) for name, shape in SHAPES.items()}
-    assert trained == METHODS[mode].parameters(shapes, made) > 0
+    known = METHODS[mode].parameters(shapes, made)
+    assert (trained == known > 0) if known is not None else mode == "eva"  # the data decide where its ranks fall
 
 
 @pytest.mark.parametrize("mode", COUNTED)
