@@ -42,6 +42,7 @@ def test_training_is_the_same_with_every_variable_that_could_change_it(
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_a_training_leaves_no_precision_behind_for_the_next(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     train(config_for(tiny_model, tiny_data, tmp_path / "before"))
     train(config_for(tiny_model, tiny_data, tmp_path / "bf16", dtype="bf16"))

@@ -71,6 +71,7 @@ def test_the_small_preset_judges_with_its_own_model(tiny_model: Path) -> None:
     assert any(sentence.startswith(f"The judge is {tiny_model}") for sentence in reduced["conditions"])
 
 
+@pytest.mark.slow
 def test_a_grid_is_judged_once_and_reported_with_the_papers_names(tiny_model: Path, tmp_path: Path) -> None:
     records = [{"instruction": f"Say {n}.", "input": "", "output": f"{n} it is"} for n in range(24)]
     data = tmp_path / "data.jsonl"

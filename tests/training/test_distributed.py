@@ -83,6 +83,7 @@ def test_a_killed_group_resumes_to_the_losses_of_one_process(
     assert_same_results(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_processes_may_need_different_numbers_of_forward_passes(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     model = tmp_path / "longrope"
     shutil.copytree(tiny_model, model)

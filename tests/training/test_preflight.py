@@ -149,6 +149,7 @@ def test_several_processes_exchange_a_second_copy_of_the_gradients(
     assert measured(plan).memory.parts["gradients"] == measured(alone).memory.parts["gradients"] + 4 * trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_peak_of_a_divided_model_is_that_of_each_process(
     mode: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
@@ -165,10 +166,13 @@ def test_the_peak_of_a_divided_model_is_that_of_each_process(
     assert found.memory.parts["weights"] == real[0]["peak"]["weights"]
     assert real[1]["kept"] <= real[0]["kept"] <= found.memory.parts["weights"] < 0.6 * complete.parts["weights"]
     assert found.memory.total == pytest.approx(max(sum(each["peak"].values()) for each in real), rel=0.1)
-    assert found.memory.parts["gathered"] > 0 == complete.parts["gathered"]
-    if mode == "full":
-        for part in ("gradients", "optimizer"):
-            assert found.memory.parts[part] < 0.6 * complete.parts[part], part
+    assert complete.parts["gathered"] == 0
+    if mode == "lora":
+        assert found.memory.parts["gathered"] > 0
+    else:  # its peak is the optimizer's step, in which no layer is gathered
+        assert found.memory.parts["gradients"] < 0.6 * complete.parts["gradients"]
+        # Of divided tensors, the optimizer's step makes copies on its way, which count here as in the processes themselves.
+        assert found.memory.parts["optimizer"] == pytest.approx(real[0]["peak"]["optimizer"], rel=0.1)
 
 
 def test_a_plan_for_several_processes_needs_none_of_them(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

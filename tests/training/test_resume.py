@@ -112,6 +112,7 @@ def test_a_resumed_run_may_be_killed_again(uninterrupted: tuple[TrainConfig, Pat
     assert_same_run(tmp_path / "run", expected)
 
 
+@pytest.mark.slow
 def test_a_kept_checkpoint_interval_is_that_of_the_resumption(uninterrupted: tuple[TrainConfig, Path], tmp_path: Path) -> None:
     config, _ = uninterrupted
     config = replace(config, output_dir=str(tmp_path / "run"))

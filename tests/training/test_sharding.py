@@ -42,6 +42,7 @@ def result_of(output: Path) -> dict[str, torch.Tensor]:
     return load_file(next(path for root in (run.adapter, run.model) for path in root.glob("*.safetensors")))
 
 
+@pytest.mark.slow
 def test_a_sharded_run_stopped_and_resumed_is_that_of_one_process(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     runs = []
     for mode in ("lora", "full"):

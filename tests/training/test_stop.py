@@ -67,6 +67,7 @@ def test_all_weights_continue_where_transformers_fuses_the_experts(tiny_model: P
     assert log_lines(tmp_path / "run") == log_lines(tmp_path / "complete")
 
 
+@pytest.mark.slow
 def test_the_loss_at_a_stop_is_that_of_a_run_of_so_many_steps_at_a_constant_rate(config: TrainConfig, tmp_path: Path) -> None:
     train(replace(config, stop_at=4))
     short = replace(config, output_dir=str(tmp_path / "short"), max_steps=4, lr_schedule="constant")
@@ -74,6 +75,7 @@ def test_the_loss_at_a_stop_is_that_of_a_run_of_so_many_steps_at_a_constant_rate
     assert stopped["validation"] == train(short)["validation"]
 
 
+@pytest.mark.slow
 def test_a_stop_that_lost_its_file_is_measured_again(config: TrainConfig, tmp_path: Path) -> None:
     train(replace(config, stop_at=3))
     assert checkpoint_names(tmp_path / "run") == ["checkpoint-3"]
