@@ -346,7 +346,7 @@ def test_the_local_launcher_refuses_steps_of_several_processes(tmp_path: Path) -
 def test_two_nodes_train_together(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     argv = ["train", "--model", str(tiny_model), "--dataset", str(tiny_data), "--output-dir", str(output), "--device", "cpu"]
-    argv += ["--max-steps", "2", "--batch-size", "4", "--rank", "4", "--test-size", "4"]
+    argv += ["--mode", "lora", "--max-steps", "2", "--batch-size", "4", "--rank", "4", "--test-size", "4"]
     log = tmp_path / "step.log"
     begin = (
         "import sys; from pathlib import Path; from cora_cli.experiments.slurm import StepCall; from cora_cli.experiments.spread import Spread; "
