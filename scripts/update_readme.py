@@ -17,6 +17,7 @@ from cora_cli.render.markdown_table import markdown_table
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PARETO = ROOT / "docs" / "baselines-pareto.png"
+FOREST = ROOT / "docs" / "honest-forest.svg"
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--bench", type=Path, default=ROOT / "benchmarks" / "results.json", help="what `make bench` wrote")
     parser.add_argument("--families", type=Path, default=ROOT / "families.md", help="what `make families` wrote")
     parser.add_argument(
-        "--honest", type=Path, default=ROOT / "report" / "report.md", help="`cora report runs/honest -o report`"
+        "--honest", type=Path, default=ROOT / "report", help="the directory that `cora report runs/honest -o report` wrote"
     )
     parser.add_argument(
         "--inspect", type=Path, default=ROOT / "inspection" / "inspect.md", help="`cora inspect demo/models/* … -o inspection`"
@@ -57,7 +58,9 @@ def main() -> None:
     if options.families.exists():
         replace("families", options.families.read_text(encoding="utf-8").strip())
     if options.honest.exists():
-        replace("honest", verdict_and_scores(options.honest.read_text(encoding="utf-8")))
+        replace("honest", verdict_and_scores((options.honest / "report.md").read_text(encoding="utf-8")))
+        [plot] = (options.honest / "plots").glob("*forest.svg")
+        shutil.copyfile(plot, FOREST)
     if options.inspect.exists():
         replace("inspect", verdict_and_captures(options.inspect.read_text(encoding="utf-8")))
     if options.baselines.exists():
