@@ -53,8 +53,8 @@ def forget_settings() -> None:
         value = os.environ.get(name, os.environ.get("WORLD_SIZE", "") if name == "LOCAL_WORLD_SIZE" else "")
         if not (value.isascii() and value.isdecimal()):
             raise CoraError(
-                f"the environment variable LOCAL_RANK says that a launcher started this process, but {name} is {value!r} and not a whole "
-                "number; unset LOCAL_RANK, or start it with torchrun"
+                f"the environment variable LOCAL_RANK says that a launcher started this process, but {name} is {value!r} and not an "
+                "integer; unset LOCAL_RANK, or start it with torchrun"
             )
 
 

@@ -98,5 +98,5 @@ def test_a_launcher_s_numbers_are_numbers(name: str, value: str, monkeypatch: py
     theirs = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     for each, right in (theirs | {name: value}).items():
         monkeypatch.setenv(each, right)
-    with pytest.raises(CoraError, match=rf"but {name} is {re.escape(repr(value))} and not a whole number"):
+    with pytest.raises(CoraError, match=rf"but {name} is {re.escape(repr(value))} and not an integer"):
         forget_settings()

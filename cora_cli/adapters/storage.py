@@ -102,7 +102,7 @@ def stores_trained(plan: AdapterPlan) -> bool:
 
 
 def check_is_complete(adapter: ModelPath) -> None:
-    """Raise `CoraError` for a checkpoint of a run whose trained tensors are not all of the adapter, such as one beside a frozen mean."""
+    """Raise `CoraError` for a checkpoint of a run whose trained tensors are not all of the adapter, such as one next to a frozen mean."""
     place = rundir.absolute(adapter.path)
     run = rundir.RunDirectory(place.parent.parent)
     if place.parent != run.checkpoints or not run.exists() or (plan := read_run(run)["plan"]) is None:

@@ -202,7 +202,8 @@ def _joined(outcomes: Sequence[Outcome], lost: set[str]) -> Outcome:
 def _launcher(request: Request, grid: Grid, out: Path, inputs: Inputs, held: int) -> Launcher:
     """The launcher for the steps.
 
-    Raises `UsageError` where the local one does not start as many processes as the grid asks for, and `CoraError` if jobs of a cluster may still write to the output directory, or if steps should share a GPU and none is visible.
+    Raises `UsageError` where the local one does not start as many processes as the grid asks for, and `CoraError` if jobs of a cluster may
+    still write to the output directory, or if steps should share a GPU and none is visible.
     """
     folder = out / "slurm"
     if request.launcher == "slurm":

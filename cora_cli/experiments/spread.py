@@ -30,7 +30,7 @@ class Spread:
         return int(_task().node) if self.nodes > 1 else 0
 
     def log_here(self, log: Path) -> Path:
-        """Where this node writes: `log`, or a file beside it on a node that is not the first, since shared disks mix up appended lines."""
+        """Where this node writes: `log`, or a file next to it on a node that is not the first, since shared disks mix up appended lines."""
         return log.with_name(f"{log.stem}.node{self.node}{log.suffix}") if self.node else log
 
     def start(self, argv: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
@@ -46,9 +46,7 @@ class Spread:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
 
     def torchrun(self) -> list[str]:
-        """torchrun and its arguments, up to those of the module that it runs; nothing for a single process."""
-        if self.nodes * self.per_node == 1:
-            return []
+        """torchrun and its arguments, up to those of the module that it runs."""
         start = ["torch.distributed.run", f"--nproc-per-node={self.per_node}"]
         if self.nodes == 1:
             return [*start, "--standalone", "-m"]

@@ -98,7 +98,7 @@ def _peak(
 
 
 def solver_bytes(rows: int, wanted: int, device: torch.device) -> int:
-    """What the eigensolver of a Gram matrix with so many rows takes besides it, for its `wanted` largest eigenpairs."""
+    """What the eigensolver of a Gram matrix with so many rows takes in addition to it, for its `wanted` largest eigenpairs."""
     if device.type == "cuda" or wanted == rows:
         return 3 * rows * rows * WIDE
     if lanczos_is_faster(rows, wanted):

@@ -128,8 +128,10 @@ class _Host:
     ) -> None:
         self._hardware = hardware
         # As in training: frozen weights in the precision of the hardware, those of a complete model in float32.
-        whole = path is not base_path and not path.is_adapter
-        loaded = load_model(path if whole else base_path, torch.float32 if whole else hardware.dtype, hardware.device, None)
+        complete = path is not base_path and not path.is_adapter
+        loaded = load_model(
+            path if complete else base_path, torch.float32 if complete else hardware.dtype, hardware.device, None
+        )
         self.model: Any = load_adapter(loaded, path) if path.is_adapter else loaded
         inner = transformers_model(self.model)
         self._layers = {module: _plain_layer(inner, module) for module in modules}

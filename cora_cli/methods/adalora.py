@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cora_cli.basis.choices import Side
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import Method, MethodSetting, Shapes, Step, common_options
 from cora_cli.methods.plan import AdapterPlan
@@ -108,9 +107,6 @@ class AdaLora(Method):
         rows = 0.02 * torch.randn(start, linear.in_features, generator=generator)
         columns = 0.02 * torch.randn(linear.out_features, start, generator=generator)
         return Values(rows), Columns(columns)
-
-    def start_directions(self, plan: AdapterPlan, basis: "Basis | None", name: str, features: int, side: Side) -> None:
-        """None: the start is a part of the result only where it was kept."""
 
     def optimizer(
         self, model: "PeftModel", kind: Any, options: dict[str, Any], weight_decay: float, plan: AdapterPlan

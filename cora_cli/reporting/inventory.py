@@ -72,7 +72,8 @@ def not_an_output(root: Path) -> CoraError:
 
 
 def folders_below(root: Path, opaque: frozenset[str] = OPAQUE) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below `root` except the `opaque` ones inside outputs, and its files, by name. A link to a folder is one of them, but what is below it is not searched.
+    """Every folder below `root` except the `opaque` ones inside outputs, and its files, by name. A link to a folder is one of them, but
+    what is below it is not searched.
 
     Says which folders cannot be read.
     """

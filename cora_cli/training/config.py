@@ -390,7 +390,7 @@ class _SharedSettings:
         else:
             overruled = self.mode == "peft"
             names = [name for name in ("rank", "target_modules") if overruled and getattr(plan, name) != getattr(self, name)]
-            where = "beside --peft-config, which states it"
+            where = "with --peft-config, which states it"
         return [f"{flag} has no effect {where}" for flag in given(self, names)]
 
     @functools.cached_property

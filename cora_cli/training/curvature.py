@@ -76,19 +76,19 @@ def largest_eigenvalue(product: Callable[[Vector], Vector], start: Vector, most:
     It ends where the error is below `tolerance`·|λ|, or after `most` products. That the vectors lose orthogonality repeats eigenvalues and
     changes none. Unlike plain power iteration it finds the largest eigenvalue, not the one of largest magnitude.
     """
-    before, beside = torch.zeros_like(start), 0.0
+    before, coupling = torch.zeros_like(start), 0.0
     vector = start / start.norm()
     table = torch.zeros(most, most, dtype=torch.float64)
     value = error = 0.0
     for step in range(most):
-        image = product(vector) - beside * before
+        image = product(vector) - coupling * before
         table[step, step] = along = float(image @ vector)
         image -= along * vector
-        beside = float(image.norm())
+        coupling = float(image.norm())
         values, vectors = torch.linalg.eigh(table[: step + 1, : step + 1])
-        value, error = float(values[-1]), beside * abs(float(vectors[-1, -1]))
+        value, error = float(values[-1]), coupling * abs(float(vectors[-1, -1]))
         if error <= tolerance * abs(value) or step + 1 == most:
             return Eigenvalue(value, error, step + 1)
-        table[step, step + 1] = table[step + 1, step] = beside
-        before, vector = vector, image / beside
+        table[step, step + 1] = table[step + 1, step] = coupling
+        before, vector = vector, image / coupling
     raise AssertionError("a matrix has at least one product")

@@ -85,7 +85,7 @@ def probe_examples(prepared: Prepared, count: int) -> Sequence[Example]:
     observed = plan is not None and method_of(plan.mode).observes(plan.b_init) is not None
     used = len(prepared.start_examples) if observed else 0
     if len(examples) < used + count:
-        also = f" besides the {used} that the start is computed from" if used else ""
+        also = f" apart from the {used} that the start is computed from" if used else ""
         raise CoraError(f"--probe-examples {count} needs as many training examples{also}, and there are {len(examples)}")
     return examples[len(examples) - count :]
 

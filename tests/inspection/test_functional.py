@@ -334,7 +334,8 @@ def test_runs_are_scored_on_what_they_held_out_with_the_losses_that_they_recorde
 def pair(plant: Plant, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("pair")
     frames = {module: plant.left[module][:, :RANK] for module in MODULES}
-    return tuple(write_adapter(plant.base, root / f"m{n}", plant.inside(frames, n)) for n in range(2))  # type: ignore[return-value]
+    first, second = (write_adapter(plant.base, root / f"m{n}", plant.inside(frames, n)) for n in range(2))
+    return first, second
 
 
 @pytest.mark.parametrize(

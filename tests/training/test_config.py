@@ -137,7 +137,7 @@ def test_settings_of_an_adapter_that_have_no_effect_are_named(tmp_path: Path) ->
         "--dropout has no effect in mode full, which has no adapter",
     ]
     file = str(tmp_path / "loha.json")
-    assert notices(mode="peft", peft_config=file, rank=4) == ["--rank has no effect beside --peft-config, which states it"]
+    assert notices(mode="peft", peft_config=file, rank=4) == ["--rank has no effect with --peft-config, which states it"]
     unused = [
         {"mode": "full"},
         {"mode": "lora", "rank": 4},

@@ -79,7 +79,7 @@ def test_a_b_from_the_gradient_is_measured_on_other_examples_and_has_more_than_c
     count = len(prepared.train.examples)
     assert probe_examples(prepared, count - 8) == prepared.train.examples[8:]
     with pytest.raises(
-        CoraError, match=rf"--probe-examples {count - 7} needs as many training examples besides the 8 that the start"
+        CoraError, match=rf"--probe-examples {count - 7} needs as many training examples apart from the 8 that the start"
     ):
         probe_examples(prepared, count - 7)
     record = probe(dataclasses.replace(config, probe="unused", probe_examples=8), most_products=1)
