@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -36,6 +37,7 @@ class StorageMeter(TorchDispatchMode):
         self._now: dict[Part, int] = dict.fromkeys(PARTS, 0)
         self._total = self._largest = 0
         self._usual: Part = "activations"
+        self._paused = False
         self.peak = dict(self._now)
 
     def __torch_dispatch__(
@@ -45,9 +47,10 @@ class StorageMeter(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # its operations on local tensors come here
         result = func(*args, **(kwargs or {}))
+        if self._paused:
+            return result
         self._name_buffers(func, args, kwargs or {}, result)
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_iter(result):
-            # A divided tensor finds the shapes of results on complete ones without memory.
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 self._count(tensor, func, args)
         return result
@@ -106,15 +109,30 @@ class StorageMeter(TorchDispatchMode):
                 self._enter(storage, known[0])
             return storage
 
-        self._plain_resize = plain
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        infer: Any = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def infer_uncounted(*arguments: Any) -> Any:
+            """Let a divided tensor find the shape of a result: it computes on complete tensors, fake ones also where the others are real."""
+            before, self._paused = self._paused, True
+            try:
+                return infer(*arguments)
+            finally:
+                self._paused = before
+
+        self._patched = contextlib.ExitStack()
+        for owner, name, new in (
+            (torch.UntypedStorage, "resize_", resize),
+            (ShardingPropagator, "_propagate_tensor_meta_non_cached", infer_uncounted),
+        ):
+            self._patched.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, new)
         super().__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Count no more."""
         super().__exit__(*error)
-        torch.UntypedStorage.resize_ = self._plain_resize  # type: ignore[method-assign]
+        self._patched.close()
 
     def restart(self) -> None:
         """Look for the largest sum from now on."""

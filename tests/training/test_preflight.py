@@ -167,12 +167,18 @@ def test_the_peak_of_a_divided_model_is_that_of_each_process(
     assert real[1]["kept"] <= real[0]["kept"] <= found.memory.parts["weights"] < 0.6 * complete.parts["weights"]
     assert found.memory.total == pytest.approx(max(sum(each["peak"].values()) for each in real), rel=0.1)
     assert complete.parts["gathered"] == 0
-    if mode == "lora":
-        assert found.memory.parts["gathered"] > 0
-    else:  # its peak is the optimizer's step, in which no layer is gathered
+    assert found.memory.parts["gathered"] > 0
+    if mode == "full":
         assert found.memory.parts["gradients"] < 0.6 * complete.parts["gradients"]
-        # Of divided tensors, the optimizer's step makes copies on its way, which count here as in the processes themselves.
         assert found.memory.parts["optimizer"] == pytest.approx(real[0]["peak"]["optimizer"], rel=0.1)
+
+
+def test_a_divided_optimizer_keeps_two_numbers_for_each_trained_one_of_its_share(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="full", dry_run=True, processes=8, shard="fsdp")
+    plan = measured(preflight(config))
+    assert plan.memory.parts["optimizer"] == pytest.approx(2 * 4 * plan.parameters["trained"] / 8, rel=0.05)
 
 
 def test_a_plan_for_several_processes_needs_none_of_them(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
