@@ -109,7 +109,9 @@ def row_losses(model: torch.nn.Module, members: list[Example], hardware: Hardwar
     """Negative log-likelihood of every response token of the examples of one forward pass, one example after the other: (labels,)."""
     row_batch = form.collate(members)
     batch = {name: value.to(hardware.device) if isinstance(value, torch.Tensor) else value for name, value in row_batch.items()}
-    with torch.autocast(hardware.device.type, torch.bfloat16, enabled=hardware.dtype == torch.bfloat16):
+    mixed = hardware.dtype == torch.bfloat16
+    # The cache would keep the bfloat16 copy of every complete layer until the end of the pass.
+    with torch.autocast(hardware.device.type, torch.bfloat16, enabled=mixed, cache_enabled=not is_sharded(model)):
         return response_losses(model, batch)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.distributed.tensor import DTensor
@@ -63,6 +64,9 @@ class CoraTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._plan, self._keep, self._last_step, self._form = plan, keep, last_step, form
         self._divides_trained = plan is None and is_sharded(model)
+        if is_sharded(model):
+            # Autocast would keep the bfloat16 copy of every complete layer until the end of the forward pass.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self._method = method_of(plan.mode) if plan is not None else None
         for module in model.modules():
             if isinstance(module, LoraLayer):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cora_cli import rundir
 from cora_cli.data.batches import BatchForm, Collator
@@ -179,6 +180,24 @@ def test_a_divided_optimizer_keeps_two_numbers_for_each_trained_one_of_its_share
     config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="full", dry_run=True, processes=8, shard="fsdp")
     plan = measured(preflight(config))
     assert plan.memory.parts["optimizer"] == pytest.approx(2 * 4 * plan.parameters["trained"] / 8, rel=0.05)
+
+
+def test_a_divided_model_keeps_no_converted_copy_of_complete_layers(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast's cache would keep all of them to the end of the forward pass."""
+    seen = []
+    forward = LlamaMLP.forward
+
+    def look(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+        return forward(self, hidden)
+
+    monkeypatch.setattr(LlamaMLP, "forward", look)
+    several: dict[str, Any] = {"dry_run": True, "processes": 8, "shard": "fsdp", "dtype": "bf16"}
+    preflight(config_for(tiny_model, tiny_data, tmp_path / "run", mode="full", **several))
+    assert seen
+    assert set(seen) == {(True, False)}
 
 
 def test_a_plan_for_several_processes_needs_none_of_them(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
