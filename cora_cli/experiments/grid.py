@@ -161,6 +161,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     resources = read_resources(values.get("resources"), problems)
     table = _text(values, "paper_table", problems, None)
     problems += _check_printed(table, rows)
+    problems += _check_shards(rows, models, resources)
     grid = Grid(
         name=_text(values, "name", problems, Path(where).stem) or "",
         title=_text(values, "title", problems, values.get("name") or Path(where).stem) or "",
@@ -190,6 +191,17 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
 
 
 _SECTIONS = ("train", "basis", "evaluate", "judge")
+
+
+def _check_shards(rows: Sequence[Row], models: Mapping[str, str | Values], resources: Mapping[str, Resources]) -> list[str]:
+    """A sentence for each training of one process that is to divide its model among several."""
+    trained = [("train", row.label, row.train or {}) for row in rows]
+    trained += [("model", f"models: {name}", settings) for name, settings in models.items() if isinstance(settings, dict)]
+    return [
+        f"{what}: shard {settings['shard']} needs several processes; set nodes or gpus in resources: {kind}"
+        for kind, what, settings in trained
+        if settings.get("shard", "none") != "none" and resources[kind].processes == 1
+    ]
 
 
 def _check_judge(judge: Values, generates: bool, has_stages: bool) -> None:

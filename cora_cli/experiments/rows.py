@@ -26,7 +26,6 @@ TRAIN_KEYS = fields_of(
     leave_out=(
         *("model", "dataset", "output_dir", "mode", "basis", "start_models"),  # set for each step
         *("resume", "stop_at", "dry_run", "rate_from", "processes", "probe", "probe_examples"),
-        "shard",  # a step is one process
         *("device", "dtype", "trust_remote_code"),  # flags of `ablate` itself
     ),
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -304,11 +305,37 @@ def test_the_small_preset_trains_no_models_for_a_table_without_bases(tiny_model:
     assert not any("source models are fine-tunes" in sentence or "per projection" in sentence for sentence in grid.conditions)
 
 
+def documented(number: int) -> dict[str, Any]:
+    """A block of YAML from docs/grids.md."""
+    text = (CONFIGS.parent / "docs" / "grids.md").read_text(encoding="utf-8")
+    return yaml.safe_load(text.split("```yaml\n")[1:][number].partition("```")[0])
+
+
 def test_the_grid_file_in_the_documents_is_valid() -> None:
-    text = (CONFIGS.parent / "docs" / "grids.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
-    names = [row.name for row in build_grid(yaml.safe_load(text), "grids.md").rows]
+    names = [row.name for row in build_grid(documented(0), "grids.md").rows]
     assert len(names) == 1 + 9 + 18 + 1 + 2
     assert "cora-fb_r48_n3_lr1e-3_seed0" in names
+
+
+def test_what_the_documents_add_to_a_grid_file_is_valid() -> None:
+    whole = documented(0)
+    sharded, staged, judged, stages = (documented(number) for number in range(1, 5))
+    plain = {**whole, "grid": [{"mode": "base"}, {"mode": "lora", "learning_rate": [1.0e-4, 3.0e-4, 1.0e-3]}]}
+    defaults = {"train": {"max_steps": 200, "validation_size": 200}}
+    assert build_grid({**plain, **sharded}, "grids.md").rows[1].training.shard == "fsdp"
+    assert build_grid({**plain, "defaults": defaults, **staged}, "grids.md").confirm is not None
+    assert build_grid({**plain, **judged}, "grids.md").judge is not None
+    assert build_grid({**plain, **stages}, "grids.md").sweep is not None
+
+
+def test_a_divided_model_needs_a_grid_with_several_processes() -> None:
+    values = {"name": "g", "model": "m", "datasets": {"d": "data"}, "grid": [{"mode": "lora", "shard": "fsdp"}]}
+    with pytest.raises(UsageError, match="lora: shard fsdp needs several processes; set nodes or gpus in resources: train"):
+        build_grid(values, "g.yaml")
+    spread = {**values, "resources": {"train": {"gpus": 2}}}
+    assert build_grid(spread, "g.yaml").rows[0].training.shard == "fsdp"
+    with pytest.raises(UsageError, match="models: a: shard fsdp needs several processes; set nodes or gpus in resources: model"):
+        build_grid({**spread, "models": {"a": {"dataset": "data", "shard": "fsdp"}}}, "g.yaml")
 
 
 @pytest.mark.parametrize("nested", [True, False])
