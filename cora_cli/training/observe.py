@@ -145,7 +145,8 @@ def _inputs(model: Any, layers: Sequence[str]) -> Iterator[dict[str, torch.Tenso
     def seeing(name: str) -> Callable[..., None]:
         def see(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].flatten(0, -2).float()
-            _add(sums, name, (x.T @ x).cpu())
+            with torch.autocast(x.device.type, enabled=False):  # in the forward pass of a bf16 run it would round the product
+                _add(sums, name, (x.T @ x).cpu())
 
         return see
 

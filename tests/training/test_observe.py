@@ -75,6 +75,25 @@ def test_the_inputs_are_those_of_every_token_once_without_padding_and_shared_pre
         assert torch.allclose(seen.layers[name]["inputs"], wanted, atol=1e-4 * wanted.abs().max())
 
 
+def test_the_inputs_of_a_bf16_run_are_summed_in_float32(tiny_model, tiny_data, tmp_path):
+    found = prepare(config_for(tiny_model, tiny_data, tmp_path / "run", mode="eva", start_examples=1, dtype="bf16"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    inputs = {}
+
+    def see(name):
+        return lambda _, given: inputs.__setitem__(name, given[0].flatten(0, -2).double())
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(see(name)) for name in found.layers]
+    seen = observe(model, "inputs", found.layers, found.start_examples, found.hardware, SINGLE)
+    for hook in hooks:
+        hook.remove()
+    for name, x in inputs.items():
+        matrix = seen.layers[name]["inputs"]
+        assert matrix.dtype == torch.float32
+        wanted = x.T @ x / len(x)
+        assert torch.allclose(matrix.double(), wanted, atol=1e-6 * wanted.abs().max())
+
+
 def test_packed_rows_give_the_same_start(prepared, tiny_model, tiny_data, tmp_path):
     config = config_for(tiny_model, tiny_data, tmp_path / "packed", mode="lora-one", start_examples=5)
     found = prepare(config)
