@@ -101,8 +101,7 @@ def scores_and_costs(report: str) -> str:
 
 def verdict_and_captures(inspection: str) -> str:
     """The verdict with its rule and the table of leave-one-out capture with its notes, from an inspection in Markdown."""
-    tables, _, rest = inspection.partition("## Verdict\n")
-    verdict = rest.partition("\n\nRead ")[0]
+    verdict, _, tables = inspection.partition("## Verdict\n")[2].partition("## Tables\n")
     captures = tables.partition("### Leave-one-out capture\n")[2].partition("\n### ")[0]
     return "\n\n".join([verdict.strip(), captures.strip()])
 

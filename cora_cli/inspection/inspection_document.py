@@ -37,25 +37,26 @@ _SUBSPACES = {WEIGHTS: "weights W", DELTA: "changes ΔW = W − W_base", FILE: "
 
 
 def build_document(inspection: Inspection, figures: Sequence[Figure] = (), detail: bool = False) -> list[Block]:
-    """The complete document. `detail` adds the references of the models and a final table of every weight matrix."""
-    blocks: list[Block] = [
-        Heading(1, "Do these models share a subspace?"),
-        Text(_subject(inspection, detail)),
-        Heading(2, "Tables"),
-    ]
-    blocks += [table for table in _tables(inspection) if table.rows]
+    """The complete document.
+
+    `detail` is for a page: it leads with the verdict, names the references of the models, and ends with a table of every weight
+    matrix. On a terminal, the verdict comes last, where it is read.
+    """
+    tables: list[Block] = [Heading(2, "Tables"), *(table for table in _tables(inspection) if table.rows)]
     if found := [one.spectra.mean_share for one in inspection.findings if one.spectra]:
-        blocks.append(Text(paper_note(max(found)), "note"))
+        tables.append(Text(paper_note(max(found)), "note"))
     if figures:
-        blocks += [Heading(2, "Figures"), *figures]
+        tables += [Heading(2, "Figures"), *figures]
     verdict = inspection.verdict
-    blocks += [
+    answer: list[Block] = [
         Heading(2, "Verdict"),
         Text(verdict.headline, "verdict"),
         Items((*verdict.sentences, *function_sentences(inspection.function or (), verdict.unjudged))),
         Text(RULE, "note"),
-        Text(f"Read {inspection.bytes_read / 1e9:.2f} GB; took {inspection.seconds:.0f} s.", "note"),
     ]
+    blocks: list[Block] = [Heading(1, "Do these models share a subspace?"), Text(_subject(inspection, detail))]
+    blocks += [*answer, *tables] if detail else [*tables, *answer]
+    blocks.append(Text(f"Read {inspection.bytes_read / 1e9:.2f} GB; took {inspection.seconds:.0f} s.", "note"))
     if detail and inspection.findings:
         blocks += [Heading(2, "Details"), _matrices(inspection)]
     return blocks
