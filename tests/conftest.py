@@ -26,13 +26,13 @@ from tests.weights.helpers import make_llama
 TARGETS = ("q_proj", "k_proj", "v_proj")
 
 
-def make_model(directory: Path, seed: int, key_value_heads: int = 2) -> Path:
+def make_model(directory: Path, seed: int, key_value_heads: int = 2, intermediate: int = 96) -> Path:
     """A two-layer Llama with hidden size 64 and four heads, in float32, with the embedded model's tokenizer."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=key_value_heads,

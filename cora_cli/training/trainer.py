@@ -229,6 +229,11 @@ class CoraTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self._require_finite(torch.as_tensor(norm, device=self.args.device), "gradient norm")
+        if self.state.global_step == 0 and not norm:
+            raise CoraError(
+                "the gradient of everything that this run trains is exactly zero at step 1, so that it would learn nothing: the layers of "
+                "--target-modules do not change the loss, or a kernel without a backward pass is in the way; --dtype fp32 may help"
+            )
         return norm
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -334,7 +334,9 @@ def test_a_divided_model_needs_a_grid_with_several_processes() -> None:
         build_grid(values, "g.yaml")
     spread = {**values, "resources": {"train": {"gpus": 2}}}
     assert build_grid(spread, "g.yaml").rows[0].training.shard == "fsdp"
-    with pytest.raises(UsageError, match="models: a: shard fsdp needs several processes; set nodes or gpus in resources: model"):
+    with pytest.raises(
+        UsageError, match="models: a: shard fsdp needs several processes; set nodes or gpus in resources: model"
+    ):
         build_grid({**spread, "models": {"a": {"dataset": "data", "shard": "fsdp"}}}, "g.yaml")
 
 

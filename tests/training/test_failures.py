@@ -37,6 +37,19 @@ def test_divergence_stops_the_run_and_names_step_and_checkpoint(tiny_model: Path
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_run_that_no_gradient_reaches_is_refused_before_it_changes_anything(
+    max_grad_norm: float, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "deaf"))
+    weights = load_file(model / "model.safetensors")
+    silent = {name: torch.zeros_like(one) if "o_proj" in name else one for name, one in weights.items()}
+    save_file(silent, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CoraError, match="gradient of everything that this run trains is exactly zero at step 1"):
+        train(config_for(model, tiny_data, tmp_path / "run", max_grad_norm=max_grad_norm))
+    assert record_of(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 def test_an_infinite_gradient_stops_the_run_with_and_without_clipping(
     max_grad_norm: float, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 from cora_cli.adapters.install import install_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.adapters.storage import load_adapter
+from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import adapted_layers
 from cora_cli.methods.registry import METHODS, Mode
 from cora_cli.models.loading import load_model
 from cora_cli.models.references import resolve_model
 from cora_cli.training.run import train
+from tests.conftest import make_model
 from tests.methods.helpers import plan_of
 
 from .helpers import config_for, log_lines, losses, record_of
@@ -34,6 +36,12 @@ TRAINED_ON_FOUR_BIT: list[Mode] = [
     *("lora", "melora", "mora-6", "prolora", "lorta", "qa-lora", "lora-mini", "dora"),
     *("clora", "cola", "dylora", "lora-rite"),
 ]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the one of all tests, with widths that are multiples of the blocks of 64 numbers."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny", seed=0, intermediate=128)
 
 
 def load(model: Path, four_bit: bool = True) -> Any:
@@ -87,6 +95,38 @@ def test_step_0_is_the_quantised_base_and_a_step_moves_the_adapter_alone(mode: M
             x = torch.randn(3, layer.in_features)
             change = layer.get_delta_weight("default")
             assert torch.allclose(layer(x), x @ (dequantised(layer.get_base_layer()) + change).T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_without_gradients_leaves_the_weights_and_the_gradients_of_later_ones_alone(
+    dtype: torch.dtype, tiny_model: Path
+) -> None:
+    """bitsandbytes repacks the weights of a layer in such a pass where the processor has bfloat16 instructions."""
+
+    def gradients(evaluated: bool) -> dict[str, torch.Tensor]:
+        model = load_model(resolve_model(str(tiny_model)), dtype, torch.device("cpu"), None, four_bit=True)
+        wrapped = install_adapter(model, METHODS["lora"].for_model(plan_of("lora", **PLAN), 4), None)
+        if evaluated:
+            before = packed(wrapped.get_base_model())
+            with torch.no_grad():
+                wrapped.eval()(IDS)
+            after = packed(wrapped.get_base_model())
+            assert all(torch.equal(after[name], before[name]) for name in before)
+        wrapped.train()(IDS, labels=IDS).loss.backward()
+        return {name: one.grad for name, one in wrapped.named_parameters() if one.grad is not None}
+
+    fresh, later = gradients(False), gradients(True)
+    assert any(gradient.any() for gradient in fresh.values())
+    assert all(torch.equal(fresh[name], later[name]) for name in fresh)
+
+
+def test_a_width_that_comes_back_with_other_scales_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(tmp_path / "odd", seed=0)
+    right = bitsandbytes.functional.dequantize_4bit
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda *given: 1.3 * right(*given))
+    said = "cannot hold model.layers.0.mlp.down_proj in 4 bits on a processor: its 96 inputs are no multiple of 64"
+    with pytest.raises(CoraError, match=said):
+        load(model)
 
 
 @pytest.fixture(
