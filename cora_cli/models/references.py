@@ -28,7 +28,23 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "target_vocab.json",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "normalizer.json",
+    "byte_maps.json",
+    "prophetnet.tokenizer",
+    "tekken.json",
 )
+"""What the tokenizers of transformers read."""
 _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -39,7 +55,8 @@ _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng
 """What training programs keep next to the weights."""
 _FILE_ENDINGS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jsonl", ".yaml", ".yml"})
 """Endings of files, which no name on the hub has."""
-_SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "SHA256SUMS"]
+_VOCABULARIES = ("*.tiktoken", "*.spm", "*.codes", "*.tokenizer")
+_SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", *_VOCABULARIES, "*.py", "SHA256SUMS"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +118,12 @@ class ModelPath:
 
     def _tokenizer_files(self) -> list[Path]:
         own = [self.path / name for name in _TOKENIZER_FILES if (self.path / name).exists()]
-        return [*own, *sorted(self.path.glob("additional_chat_templates/*.jinja"))]
+        return [
+            *own,
+            *sorted(self.path.glob("*.tiktoken")),
+            *sorted(self.path.glob("additional_chat_templates/*.jinja")),
+            *self._code_files("tokenizer_config.json"),
+        ]
 
     def text_hash(self) -> str:
         """SHA-256 over the files that decide how text becomes tokens."""
@@ -180,16 +202,19 @@ class ModelPath:
         return []
 
     def content_hash(self) -> str:
-        """SHA-256 over the names and contents of the weight files and the configuration.
+        """SHA-256 over the names and contents of the weight files, the configuration, and the code that computes the model if it is its own.
 
         For an adapter it includes `cora.json`, from which the B of a compact adapter is recomputed, and a posterior.
         """
         return self._hash(self.weight_files())
 
     def content_hashes(self) -> set[str]:
-        """`content_hash`, and the hash that earlier versions recorded, which covered weight files that are never read."""
+        """`content_hash`, and what earlier versions recorded: they covered weight files that are never read, and no code."""
         files, earlier = self.weight_files(), self._adapter_files() if self.is_adapter else self._loose_files()
-        return {self._hash(each) for each in ([files] if files == earlier else [files, earlier])}
+        covered = [self._with_settings(each) for each in ([files] if files == earlier else [files, earlier])]
+        code = set(self._code_files())
+        without = [[file for file in each if file not in code] for each in covered] if code else []
+        return {rundir.sha256_files(each) for each in (*covered, *without)}
 
     def hashed_files(self) -> list[Path]:
         """The files that `content_hash` covers."""
@@ -200,7 +225,13 @@ class ModelPath:
 
     def _with_settings(self, files: list[Path]) -> list[Path]:
         names = ("adapter_config.json", "cora.json", rundir.POSTERIOR) if self.is_adapter else ("config.json",)
-        return [*files, *(self.path / name for name in names if (self.path / name).exists())]
+        return [*files, *(self.path / name for name in names if (self.path / name).exists()), *self._code_files()]
+
+    def _code_files(self, configuration: str = "config.json") -> list[Path]:
+        """The directory's own Python files, where a configuration in it names classes in them, which --trust-remote-code runs."""
+        path = self.path / configuration
+        stated = read_json(path) if path.exists() else None
+        return sorted(self.path.glob("*.py")) if isinstance(stated, dict) and stated.get("auto_map") else []
 
 
 def resolve_model(reference: str, weights: bool = True) -> ModelPath:

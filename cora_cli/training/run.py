@@ -26,7 +26,7 @@ from cora_cli.adapters.install import AngleMeter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet, notices
-from cora_cli.data.records import earlier_answers, prompt_hash, prompt_hashes, unused_columns
+from cora_cli.data.records import earlier_answers, is_among, prompt_hashes, unused_columns
 from cora_cli.data.templates import unread_notice
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
@@ -34,7 +34,7 @@ from cora_cli.lock import own_directory
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.references import absolute
-from cora_cli.models.trained_on import trained_on
+from cora_cli.models.trained_on import say_unrecorded, trained_on
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import LogLine, RunStatus, Stop, read_run, template_date
@@ -233,8 +233,9 @@ def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, rec
         kept = {"started": earlier["started"], "sealed_checkpoints": earlier.get("sealed_checkpoints", False)}
         record = {**record, **kept, "resumed": earlier.get("resumed", 0) + 1}
     hashes = dict.fromkeys(prompt_hashes(prepared.data.train, prepared.data.schema, config.train_on == "all"))
+    say_unrecorded(prepared.model_path)
     if base := trained_on(prepared.model_path):
-        known = sum(prompt_hash(record, prepared.data.schema) in base.prompts for record in prepared.data.test)
+        known = sum(is_among(record, prepared.data.schema, base.prompts) for record in prepared.data.test)
         if known:
             say(
                 f"{known} of {len(prepared.data.test)} held-out records have prompts that {config.model} was already trained on"

@@ -71,6 +71,29 @@ def test_the_tokenizers_hash_covers_its_template(tmp_path):
     assert model.tokenizer_hash() != before
 
 
+@pytest.mark.parametrize("name", ["sentencepiece.bpe.model", "qwen.tiktoken", "bpe.codes"])
+def test_the_tokenizers_hash_covers_a_vocabulary_of_any_kind(name, tmp_path):
+    model = resolve_model(str(make(tmp_path / "model", "config.json", "tokenizer_config.json", name)))
+    before = model.tokenizer_hash()
+    (tmp_path / "model" / name).write_text("other")
+    assert model.tokenizer_hash() != before
+
+
+def test_code_that_comes_with_a_model_is_part_of_its_hash(tmp_path):
+    directory = make(tmp_path / "model", "config.json", "tokenizer_config.json", "model.safetensors", "modeling_own.py")
+    model = resolve_model(str(directory))
+    without = model.content_hash()
+    (directory / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}')
+    (directory / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_own.Own", null]}}')
+    before, of_text = model.content_hash(), model.text_hash()
+    earlier = model.content_hashes() - {before}
+    (directory / "modeling_own.py").write_text("other")
+    assert without != model.content_hash() != before
+    assert model.text_hash() != of_text
+    assert earlier
+    assert earlier < model.content_hashes(), "earlier versions hashed no code, and still know the model"
+
+
 def test_the_weights_of_a_compact_adapter_are_its_a_alone_and_its_hash_covers_them(tmp_path):
     directory = make(tmp_path / "adapter", "adapter_config.json", "adapter_a_only.safetensors")
     found = resolve_model(str(directory))
