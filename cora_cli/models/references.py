@@ -165,7 +165,12 @@ class ModelPath:
         return {}
 
     def check_unambiguous(self) -> None:
-        """Raise `CoraError` for a directory with the weights of both a complete model and an adapter."""
+        """Raise `CoraError` for a directory with the weights of both a complete model and an adapter, or of an adapter that is not PEFT's."""
+        if (self.path / "adapter_config.json").exists() and not ((self.path / "config.json").exists() or self.is_adapter):
+            raise CoraError(
+                f"{self.reference} has an adapter_config.json, but {self._complete_files()[0].name} in place of the adapter_model.safetensors of "
+                "PEFT, as other programs write it (MLX); convert it to PEFT's form first"
+            )
         if (self.path / "adapter_config.json").exists() and (own := self._adapter_files()) and (model := self._named_files()):
             raise CoraError(
                 f"{self.reference} holds both a complete model ({model[0].name}) and an adapter ({own[0].name}); move one of them to a "
@@ -182,6 +187,7 @@ class ModelPath:
         """The weight files by which transformers recognises a complete model."""
         for single, index in _LAYOUTS:
             if (self.path / single).exists():
+                self._check_one_copy(single, index)
                 return [self.path / single]
             if (self.path / index).exists():
                 files = [self.path / name for name in sorted(set(self.weight_index().values()))]
@@ -192,6 +198,17 @@ class ModelPath:
                         )
                 return files
         return []
+
+    def _check_one_copy(self, single: str, index: str) -> None:
+        """Raise `CoraError` where the complete files of an index stand next to a single file: a program saved one over the other."""
+        if not (self.path / index).exists():
+            return
+        parts = set(read_json(self.path / index, WeightIndex)["weight_map"].values())
+        if single not in parts and all((self.path / name).exists() for name in parts):
+            raise CoraError(
+                f"{self.path} holds the weights twice, in {single} and in the {len(parts)} files of {index}, and they may differ; remove one of "
+                "the two"
+            )
 
     def _loose_files(self) -> list[Path]:
         """Every weight file of the directory that is neither an adapter's nor hidden."""

@@ -25,9 +25,8 @@ from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import AngleMeter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
-from cora_cli.data.encode import EncodedSet, notices
-from cora_cli.data.records import earlier_answers, is_among, prompt_hashes, unused_columns
-from cora_cli.data.templates import unread_notice
+from cora_cli.data.encode import EncodedSet
+from cora_cli.data.records import is_among, prompt_hashes
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
 from cora_cli.lock import own_directory
@@ -44,6 +43,7 @@ from cora_cli.training.checkpoints import checkpoint_to_resume, checkpoints_in, 
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.fitting import out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
+from cora_cli.training.notices import notices_on_records
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
 from cora_cli.training.record import FAILED, FINISHED, INTERRUPTED, STOPPED, first_record, parameter_counts, peak_memory_bytes
 from cora_cli.training.sharding import complete_weights, is_sharded
@@ -216,18 +216,8 @@ def _took_no_step(run: RunDirectory) -> bool:
 
 def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, record: dict[str, Any]) -> None:
     """Write the files that a run starts with; a resumption writes the same bytes again, except for the record's history."""
-    for name, encoded in (("training", prepared.train), ("held-out", prepared.test), ("validation", prepared.validation)):
-        for notice in notices(encoded):
-            say(f"{name} records: {notice}")
-    records = [*prepared.data.train, *prepared.data.test]
-    if unused := unused_columns(records, prepared.data.schema):
-        say(f"{config.dataset}: columns that are not used: {', '.join(unused)}")
-    if unread := prepared.template.unread(records):
-        say(f"{config.dataset}: {unread_notice(unread)}")
-    if config.train_on == "last" and (several := sum(map(earlier_answers, prepared.data.train))):
-        say(f"{several} training conversations have earlier answers, which carry no loss; --train-on all trains on each answer")
-    if prepared.data.overlapping:
-        say(f"{prepared.data.overlapping} training records dropped: their prompts are also in the held-out or validation set")
+    for notice in notices_on_records(config, prepared):
+        say(notice)
     if run.exists():
         earlier = read_run(run)
         kept = {"started": earlier["started"], "sealed_checkpoints": earlier.get("sealed_checkpoints", False)}

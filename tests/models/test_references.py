@@ -43,6 +43,26 @@ def test_the_weights_decide_between_model_and_adapter(tmp_path):
         resolve_model(str(both))
 
 
+def test_an_adapter_that_is_not_pefts_is_named(tmp_path):
+    mlx = make(tmp_path / "mlx", "adapter_config.json", "adapters.safetensors")
+    with pytest.raises(CoraError, match=r"but adapters.safetensors in place of the adapter_model.safetensors of PEFT"):
+        resolve_model(str(mlx))
+
+
+def test_weights_that_are_there_twice_are_refused(tmp_path):
+    directory = make(tmp_path / "model", "config.json", "model.safetensors", "part.safetensors")
+    index = directory / "model.safetensors.index.json"
+    for files, twice in (("part", True), ("gone", False), ("model", False)):
+        index.write_text(json.dumps({"weight_map": {"weight": f"{files}.safetensors"}}))
+        if twice:
+            with pytest.raises(
+                CoraError, match=r"holds the weights twice, in model.safetensors and in the 1 files of .*index.json"
+            ):
+                resolve_model(str(directory)).weight_files()
+        else:
+            assert [file.name for file in resolve_model(str(directory)).weight_files()] == ["model.safetensors"]
+
+
 def test_the_weights_that_are_hashed_are_those_that_are_read(tmp_path):
     directory = make(tmp_path / "model", "config.json", "model.safetensors", "consolidated.safetensors")
     model = resolve_model(str(directory))
