@@ -222,6 +222,11 @@ def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, rec
         earlier = read_run(run)
         kept = {"started": earlier["started"], "sealed_checkpoints": earlier.get("sealed_checkpoints", False)}
         record = {**record, **kept, "resumed": earlier.get("resumed", 0) + 1}
+        before, now = {**earlier["versions"], **earlier.get("versions_before", {})}, record["versions"]
+        if changed := {name: version for name, version in before.items() if now.get(name) != version}:
+            record["versions_before"] = changed
+            differing = ", ".join(f"{name} {version} (now {now.get(name)})" for name, version in sorted(changed.items()))
+            say(f"{run.root} was begun with {differing}; the same versions would give the result of an uninterrupted run")
     hashes = dict.fromkeys(prompt_hashes(prepared.data.train, prepared.data.schema, config.train_on == "all"))
     say_unrecorded(prepared.model_path)
     if base := trained_on(prepared.model_path):
