@@ -11,7 +11,7 @@ import re
 import types
 import typing
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -239,16 +239,28 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
+def read_yaml(path: Path, what: str, is_text: Callable[[str], bool] = lambda key: False) -> dict[str, Any]:
     """Read a user's YAML file of `name: value` lines; an empty file gives an empty dictionary.
 
-    `what` describes the file and starts every error message. Raises `UsageError` if the file cannot be read, is not valid YAML
+    `what` describes the file and starts every error message. Values of the keys that `is_text` are text: an integer is taken as it is
+    written (2026_11_26), since folders and data sets have such names, and what YAML would turn into something else (no, 1.10) is refused. Raises `UsageError` if the file cannot be read, is not valid YAML
     or is not a mapping.
     """
     import yaml
 
     def refuse(reason: str, error: Exception | None = None) -> NoReturn:
         raise UsageError(f"{what} {path} is not valid YAML: {reason}") from error
+
+    def as_text(key: str, node: yaml.Node) -> None:
+        for item in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            kind = item.tag.rpartition(":")[2]
+            if kind in ("bool", "float"):
+                raise UsageError(
+                    f"{what} {path}, line {item.start_mark.line + 1}: {key} must be text, but YAML reads {item.value} as "
+                    f"{'true or false' if kind == 'bool' else 'a number'}; quote it if you mean the text"
+                )
+            if kind == "int":
+                item.tag = "tag:yaml.org,2002:str"
 
     class Strict(yaml.SafeLoader):
         """Refuses duplicate keys in a mapping; plain YAML would silently keep the last one."""
@@ -283,6 +295,10 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         # Before any value is made: merging `<<` already copies what an alias stands for.
         if node is not None and _count_values(node, {}) > _MOST_YAML_VALUES:
             refuse(f"its aliases stand for more than {_MOST_YAML_VALUES:,} values")
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if isinstance(key.value, str) and is_text(key.value):
+                    as_text(key.value, value)
         values = None if node is None else loader.construct_document(node)
     except UsageError:
         raise

@@ -4,6 +4,7 @@ Unlike `merge` it writes no copy of the base model, and unlike the run's own ada
 """
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from cora_cli import rundir
 from cora_cli.adapters.card import carry_card
+from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import (
@@ -28,7 +30,7 @@ from cora_cli.adapters.storage import (
 )
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import AS_THE_FILE_SAYS
-from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, stores_transposed
+from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, factors_of, linear_weight, lora_layers, stores_transposed
 from cora_cli.methods.registry import method_of
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.loading import load_model, load_tokenizer
@@ -65,7 +67,11 @@ def export_adapter(
         base = base_of(adapter)
     check_base(adapter, base)
     model = load_model(base, torch.float32, torch.device("cpu"), None, trust_remote_code)
-    config, state = _as_lora(load_adapter(model, adapter, basis_path, rank=rank), adapter)
+    before: dict[str, torch.Tensor] = {}
+    if start_that_changes_base(adapter.adapter_config()) is not None:
+        linears = {name: module for name, module in model.named_modules() if linear_weight(module) is not None}
+        before = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    config, state = _as_lora(load_adapter(model, adapter, basis_path, rank=rank), adapter, before)
     config.base_model_name_or_path = base.reference.partition("@")[0] if base.revision else base.reference
     config.revision = base.revision
     config.task_type, config.inference_mode = "CAUSAL_LM", True
@@ -82,7 +88,8 @@ def export_adapter(
     return int(config.r)
 
 
-def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, torch.Tensor]]:
+def _as_lora(wrapped: PeftModel, adapter: ModelPath, before: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The configuration and the tensors of the LoRA; `before` has the weights that PEFT has changed to load the adapter."""
     config: Any = wrapped.peft_config[ADAPTER]
     facts = read_facts(adapter.path)
     ours = method_of(facts.plan.mode).lora_rank if facts is not None else AS_THE_FILE_SAYS
@@ -93,7 +100,10 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
         if any(key.endswith(".weight") and ".lora_" not in key and "embed" in key for key in stored):
             complete = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=True)
             state |= {key: tensor for key, tensor in complete.items() if key in stored}
-        return copy.copy(config), state
+        config = copy.copy(config)
+        if before or config.rank_pattern or config.alpha_pattern:
+            return config, _with_one_scale(wrapped, config, state, before)
+        return config, state
     method = config.peft_type.value
     if isinstance(config, LoraConfig):
         method = "DoRA" if facts is None or config.use_dora else f"mode {facts.plan.mode}"
@@ -121,10 +131,37 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath) -> tuple[Any, dict[str, tor
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), state
 
 
+@torch.no_grad()
+def _with_one_scale(
+    wrapped: PeftModel, config: Any, state: dict[str, torch.Tensor], before: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors `state` with factors of one rank and scale, relative to the weights `before`; `config` gets that rank and scale.
+
+    vLLM and others know neither ranks and scales that vary over the layers nor the starts that PEFT subtracts from the weights.
+    """
+    factors = {}
+    for name, layer in lora_layers(wrapped):
+        if ADAPTER not in layer.lora_A:
+            return state  # an embedding's factors have other shapes
+        a, b = factors_of(layer)
+        factors[name] = a, layer.scaling[ADAPTER] * b
+        if name in before:
+            delta = _delta(layer) + _oriented(layer, layer.get_base_layer().weight - before[name])
+            factors[name] = _factors(delta)
+    made, rank = plain_factors(factors)
+    config.r = config.lora_alpha = rank
+    config.use_rslora, config.init_lora_weights = False, True
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    return {key: tensor for key, tensor in state.items() if ".lora_A." not in key and ".lora_B." not in key} | made
+
+
+def _oriented(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    return weight.T if stores_transposed(layer) else weight
+
+
 def _delta(layer: Any) -> torch.Tensor:
     """ΔW (out, in) of a layer; PEFT gives it as the layer stores its weight."""
-    delta: torch.Tensor = layer.get_delta_weight(ADAPTER)
-    return delta.T if stores_transposed(layer) else delta
+    return _oriented(layer, layer.get_delta_weight(ADAPTER))
 
 
 def _factors(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from cora_cli import rundir
 from cora_cli.adapters.card import carry_card
@@ -94,7 +93,7 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
     """
     if wrapped.active_peft_config.is_prompt_learning:
         raise CannotMerge(adapter, f"{wrapped.active_peft_config.peft_type.value} changes the input, not the weights")
-    _separate_tied_weights(wrapped)
+    _separate_shared_weights(wrapped)
     if (lost := rounded_away(wrapped)) > _MUCH:
         say(
             f"{adapter.reference}: its change is so small that {lost:.0%} of it is lost where the merged weights are rounded to their type; "
@@ -132,15 +131,23 @@ def rounded_away(wrapped: PeftModel) -> float:
     return min(1.0, (errors / changes) ** 0.5) if changes else 0.0
 
 
-def _separate_tied_weights(wrapped: PeftModel) -> None:
-    """Give embedding and head a weight each where they share one and the adapter changes only one of them.
+def _separate_shared_weights(wrapped: PeftModel) -> None:
+    """Give each adapted layer parameters of its own where it shares them, as embedding and head do, and layers that PEFT has replicated.
 
-    PEFT adds such an update to one of the two; merged into the shared weight it would reach both.
+    PEFT adds each update to its own layer; merged into a shared weight, it would reach the others too. Replicated layers get all parameters for
+    themselves, since they are different layers from now on.
     """
     base: Any = wrapped.get_base_model()
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    adapted = [isinstance(end, BaseTunerLayer) for end in ends]
-    layers: list[Any] = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
-    if None not in layers and adapted[0] != adapted[1] and layers[0].weight is layers[1].weight:
-        other = layers[adapted.index(False)]
-        other.weight = torch.nn.Parameter(other.weight.detach().clone(), requires_grad=False)
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    everywhere = bool(getattr(wrapped.active_peft_config, "layer_replication", None))
+    adapted = {id(layer.get_base_layer()) for _, layer in adapted_layers(wrapped)}
+    taken: set[int] = set()
+    # The layers that are not adapted come first, and keep the shared ones.
+    for module in sorted(base.modules(), key=lambda module: id(module) in adapted):
+        for name, parameter in [*module._parameters.items()]:
+            if parameter is None:
+                continue
+            if id(parameter) not in taken:
+                taken.add(id(parameter))
+            elif id(module) in adapted or (everywhere and not any(module is end for end in ends)):
+                setattr(module, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))

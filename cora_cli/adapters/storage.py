@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from cora_cli import rundir
+from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set, install_adapter
 from cora_cli.adapters.posterior import write_row_noise
@@ -187,6 +188,7 @@ def load_adapter(
                 wrapped = _load_own(model, adapter, facts, trainable)
             else:
                 state = _stored_tensors(adapter)
+                _check_start(adapter)
                 _resize_embeddings(model, state)
                 with _for_peft(adapter, state) as path:
                     wrapped = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
@@ -215,6 +217,16 @@ def load_adapter(
     if rank is not None:
         _cut(wrapped, rank)
     return wrapped.eval()
+
+
+def _check_start(adapter: ModelPath) -> None:
+    """Raise `CoraError` for an adapter on a changed W that PEFT cannot compute again: it would draw at random, or take W itself."""
+    start = start_that_changes_base(adapter.adapter_config())
+    if start is not None and (start.startswith("pissa_niter_") or start == "lora_ga"):
+        raise CoraError(
+            f"adapter {adapter.path} has init_lora_weights {start!r}: it applies to weights that its training had changed, which cannot be computed "
+            "again; save it as a plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=…) of PEFT"
+        )
 
 
 def _check_effect(wrapped: PeftModel, facts: AdapterFacts | None, adapter: ModelPath) -> None:

@@ -136,7 +136,7 @@ def command(
     panels = list(dict.fromkeys(field.metadata["panel"] for field in fields))
     grouped = sorted(fields, key=lambda field: panels.index(field.metadata["panel"]))
     parameters = [_parameter(field, hints[field.name]) for field in grouped]
-    entry.__signature__ = inspect.Signature([*parameters, *_common_parameters()])  # type: ignore[attr-defined]
+    entry.__signature__ = inspect.Signature([*parameters, *_common_parameters(hints)])  # type: ignore[attr-defined]
     entry.__doc__ = run.__doc__
     app.command(name, no_args_is_help=any(field.default is dataclasses.MISSING for field in fields))(entry)
 
@@ -150,11 +150,14 @@ def _refuse_empty(fields: Iterable[dataclasses.Field], values: Mapping[str, Any]
             raise UsageError(f"{field.name if field.metadata['argument'] else flag} is empty; give it a value, or leave it out")
 
 
-def _common_parameters() -> list[inspect.Parameter]:
+def _common_parameters(hints: Mapping[str, Any]) -> list[inspect.Parameter]:
+    def load(context: typer.Context, path: Path | None) -> Path | None:
+        return _load_file(hints, context, path)
+
     config = typer.Option(
         "--config",
         help="YAML file with settings named like the flags; flags override it.",
-        callback=_load_file,
+        callback=load,
         is_eager=True,
         rich_help_panel="General",
     )
@@ -194,6 +197,10 @@ def _is_tuple(hint: Any) -> bool:
     return any(typing.get_origin(option) is tuple for option in options)
 
 
+def _is_text(hint: Any) -> bool:
+    return str in (typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,))
+
+
 def _to_field(hint: Any, value: Any) -> Any:
     if not _is_tuple(hint) or value is None:
         return _at_home(value)
@@ -205,18 +212,19 @@ def _at_home(value: Any) -> Any:
     return str(Path(value).expanduser()) if isinstance(value, str) and re.match("~[^/]*/", value) else value
 
 
-def _load_file(context: typer.Context, path: Path | None) -> Path | None:
+def _load_file(hints: Mapping[str, Any], context: typer.Context, path: Path | None) -> Path | None:
     """Use the values of a YAML file as defaults of the flags. Unknown names are an error."""
     if path is None:
         return None
     with clean_errors("--debug" in sys.argv):
-        context.default_map = {**(context.default_map or {}), **_read_file(path.expanduser(), context)}
+        context.default_map = {**(context.default_map or {}), **_read_file(path.expanduser(), hints, context)}
     return path
 
 
-def _read_file(path: Path, context: typer.Context) -> dict[str, Any]:
-    values = read_yaml(path, "configuration file")
+def _read_file(path: Path, hints: Mapping[str, Any], context: typer.Context) -> dict[str, Any]:
     names = _names_of_flags(context)
+    texts = {name for name, parameter in names.items() if _is_tuple(hints[parameter]) or _is_text(hints[parameter])}
+    values = read_yaml(path, "configuration file", lambda key: _plain(key) in texts)
     known = set(names)
     if unknown := sorted({_plain(key) for key in values} - known):
         raise UsageError(
@@ -232,6 +240,10 @@ def _read_file(path: Path, context: typer.Context) -> dict[str, Any]:
         if value is None:
             continue
         if isinstance(value, list):
+            if _is_text(hints[key]):
+                raise UsageError(f"configuration file {path}: {key} takes a single value, not a list of {len(value)}")
+            if odd := [item for item in value if not isinstance(item, bool | int | float | str)]:
+                raise UsageError(f"configuration file {path}: {key} must be a list of texts, and {odd[0]!r} is none")
             given[key] = [str(item) for item in value] if key in repeated else ",".join(map(str, value))
         elif key in repeated:
             given[key] = [str(value)]

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from cora_cli import rundir
@@ -39,31 +39,45 @@ class Record(dict[str, Any]):
         self.where = where
 
 
-def prompt_key(record: Mapping[str, Any], schema: Schema) -> str:
+def prompt_key(record: Mapping[str, Any], schema: Schema, as_written: bool = False) -> str:
     """The prompt of a record as JSON, equal for equal prompts in whichever schema; its answer and other columns do not enter.
 
-    A text without a prompt stands for itself.
+    Prompts that differ only in white space are equal, unless they are taken `as_written`. A text without a prompt stands for itself.
     """
+    text = (lambda value: value) if as_written else _collapsed
     if schema == "messages":
-        said = [_said(message) for message in record["messages"][:-1]]
+        said = [_said(message, text) for message in record["messages"][:-1]]
         prompt: list[Any] = [*said, *([extra] if (extra := template_values(record)) else [])]
     elif schema == "prompt":
-        prompt = [["user", record["prompt"]]]
+        prompt = [["user", text(record["prompt"])]]
     elif schema == "text":
-        prompt = [["text", record["text"]]]
+        prompt = [["text", text(record["text"])]]
     else:
-        prompt = [["user", f"{record['instruction']}\n\n{record['input']}" if record["input"] else record["instruction"]]]
+        given = f"{record['instruction']}\n\n{record['input']}" if record["input"] else record["instruction"]
+        prompt = [["user", text(given)]]
     return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
-def _said(message: Mapping[str, Any]) -> Any:
-    """A message of a role and a text as a pair, one with more (calls of tools, a name) as it is."""
-    return [message["role"], message["content"]] if message.keys() == {"role", "content"} else message
+def _collapsed(value: Any) -> Any:
+    """A text with one space for each run of white space and none at its ends; another value as it is."""
+    return " ".join(value.split()) if isinstance(value, str) else value
 
 
-def prompt_hash(record: Mapping[str, Any], schema: Schema) -> str:
+def _said(message: Mapping[str, Any], text: Callable[[Any], Any]) -> Any:
+    """A message of a role and a text as a pair, one with more (calls of tools, a name) with all its entries."""
+    if message.keys() == {"role", "content"}:
+        return [message["role"], text(message["content"])]
+    return {name: text(value) if name == "content" else value for name, value in message.items()}
+
+
+def prompt_hash(record: Mapping[str, Any], schema: Schema, as_written: bool = False) -> str:
     """32 hex digits of the hash of `prompt_key`."""
-    return rundir.sha256_text(prompt_key(record, schema))[:32]
+    return rundir.sha256_text(prompt_key(record, schema, as_written))[:32]
+
+
+def is_among(record: Mapping[str, Any], schema: Schema, hashes: Collection[str]) -> bool:
+    """Whether the prompt of a record is among recorded `hashes`, of which earlier versions made those of the prompts as they are written."""
+    return prompt_hash(record, schema) in hashes or prompt_hash(record, schema, as_written=True) in hashes
 
 
 def turns(record: Record, schema: Schema) -> Iterator[Record]:

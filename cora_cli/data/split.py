@@ -179,6 +179,11 @@ def _split(dataset: str, test_size: float | None, seed: int, every_answer: bool,
         raise CoraError(
             f"{dataset} holds {len(records)} records, so holding out {count} leaves none to train on; use a smaller --test-size"
         )
+    if size and not count:
+        nothing = f"{dataset} has too few records ({len(records)}) for a held-out share of {size:g}"
+        if test_size is not None:
+            raise CoraError(f"{nothing}: none would be held out; give --test-size a larger share or a count, or 0 for none")
+        say(f"{nothing}: none is held out")
     order = list(range(len(records)))
     random.Random(seed).shuffle(order)
     test = [records[index] for index in sorted(order[:count])]

@@ -77,6 +77,11 @@ def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> T
     template = resolve_auto(template, schema, has_chat)
     if template == "chat" and not has_chat:
         raise CoraError("this needs a chat template (template chat, or data with chat messages), but the tokenizer has none")
+    if template == "chat" and getattr(tokenizer, "split_special_tokens", False):
+        raise CoraError(
+            "the tokenizer sets split_special_tokens, with which the control tokens of its chat template would be pieces of text to the model; set it "
+            "to false in tokenizer_config.json, or use another template"
+        )
     if schema == "text" and template != "plain":
         raise CoraError(f"text without prompts needs --template plain, not {template}")
     if schema == "messages" and template != "chat":

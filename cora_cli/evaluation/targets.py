@@ -12,13 +12,13 @@ from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.posterior import has_posterior
 from cora_cli.adapters.storage import base_of, check_rank
-from cora_cli.data.records import Record, Schema, prompt_hash
+from cora_cli.data.records import Record, Schema, is_among
 from cora_cli.data.templates import TemplateName, reads_clock
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig, check_run
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.models.references import ModelPath, resolve_base, resolve_model
-from cora_cli.models.trained_on import trained_on
+from cora_cli.models.trained_on import say_unrecorded, trained_on
 from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
@@ -81,7 +81,7 @@ def find_targets(config: EvaluateConfig) -> list[Target]:
         date = config.template_date or (record.date if record else None)
         draws = _draws(config, adapter)
         target = Target(config.model, base, adapter, config.dataset, config.template, out, date=date, draws=draws)
-        _check_draws(config, [target])
+        _check_effects(config, [target])
         return _at_ranks(config, target)
     targets: list[Target] = []
     for name in config.runs or ():
@@ -89,7 +89,7 @@ def find_targets(config: EvaluateConfig) -> list[Target]:
         if compared is not None and not any(_same_answers(compared, other, config.trust_remote_code) for other in targets):
             targets.append(compared)
         targets += _at_ranks(config, own)
-    _check_draws(config, targets)
+    _check_effects(config, targets)
     if config.ensemble:
         return _as_ensemble(config, targets)
     if len({target.output.root.resolve() for target in targets}) < len(targets):
@@ -112,8 +112,10 @@ def _draws(config: EvaluateConfig, adapter: ModelPath | None) -> int:
     return draws
 
 
-def _check_draws(config: EvaluateConfig, targets: Sequence[Target]) -> None:
-    """Raise `CoraError` where draws are wanted and there is nothing to draw from."""
+def _check_effects(config: EvaluateConfig, targets: Sequence[Target]) -> None:
+    """Raise `CoraError` where draws are wanted and there is nothing to draw from, or no adapter that could be left unmerged."""
+    if not config.merge and all(target.adapter is None for target in targets):
+        raise CoraError(f"--no-merge has no effect: {targets[-1].name} is a complete model, without an adapter; leave it out")
     if config.draws and not any(target.draws for target in targets):
         raise CoraError(
             f"{targets[-1].name} has no distribution of weights: --draws applies to runs of mode scalabl and of `cora laplace`; leave it out"
@@ -260,15 +262,15 @@ class TrainedPrompts:
 
         `exclude` leaves those out; None does so where the records come from the data set of a training.
         """
-        found = [record for record in records if prompt_hash(record, schema) in self.hashes]
+        rest = [record for record in records if not is_among(record, schema, self.hashes)]
+        found = len(records) - len(rest)
         if not found:
             return list(records), 0
         leave_out = target.dataset in self.datasets if exclude is None else exclude
         what = "they are left out" if leave_out else "--exclude-trained leaves them out"
-        say(f"{len(found)} of {len(records)} prompts of {target.dataset} were trained on; {what}")
+        say(f"{found} of {len(records)} prompts of {target.dataset} were trained on; {what}")
         if not leave_out:
-            return list(records), len(found)
-        rest = [record for record in records if prompt_hash(record, schema) not in self.hashes]
+            return list(records), found
         if not rest:
             raise CoraError(
                 f"all {len(records)} prompts of {target.dataset} were trained on, which leaves none to answer; --no-exclude-trained answers them"
@@ -281,14 +283,20 @@ def trained_prompts(targets: Sequence[Target]) -> TrainedPrompts:
     hashes: set[str] = set()
     datasets: set[str] = set()
     unknown: set[Path] = set()
+    unrecorded: dict[Path, ModelPath] = {}
     for target in [member for one in targets for member in one.members]:
         for model in (target.adapter, target.base):
-            if model is None or (record := trained_on(model)) is None:
+            if model is None:
+                continue
+            if (record := trained_on(model)) is None:
+                unrecorded.setdefault(model.path, model)
                 continue
             hashes |= record.prompts
             datasets |= set(record.datasets)
             if not record.complete and target.dataset != str(target.own_records):
                 unknown.add(record.place)
+    for model in unrecorded.values():
+        say_unrecorded(model)
     for place in sorted(unknown):
         say(f"{place} was trained by a version that did not record its prompts: whether it was trained on these is not known")
     files = {Path(dataset).resolve() for dataset in datasets}

@@ -270,8 +270,12 @@ class _Planner:
         return self._add(Step(f"train-{row.name}", "train", output, facts, needs, argv, row.stop_at))
 
     def _evaluate(self, row: Row, run: Step | None, settings: Values) -> Step:
-        if not (row.mode in METHODS and METHODS[row.mode].learns_distribution):
-            settings = {key: value for key, value in settings.items() if key != "draws"}
+        method = METHODS.get(row.mode)
+        without_effect = {
+            *(("draws",) if method is None or not method.learns_distribution else ()),
+            *(("merge",) if method is None or not method.is_adapter else ()),
+        }
+        settings = {key: value for key, value in settings.items() if key not in without_effect}
         # `overwrite` replaces results that `ledger` found outdated; predictions with equal settings are reused.
         common = {**self._hardware, "overwrite": True, **settings}
         facts: dict[str, Any] = dict(settings)

@@ -11,7 +11,7 @@ from typing import Any
 from cora_cli.adapters.install import target_linears
 from cora_cli.adapters.storage import check_base
 from cora_cli.data.encode import Example, encode_records, notices
-from cora_cli.data.records import Record, Schema, prompt_hash
+from cora_cli.data.records import Record, Schema, is_among
 from cora_cli.data.split import BUILTIN_PREFIX, load_records, load_test_records
 from cora_cli.data.templates import Template, TemplateName, choose_template
 from cora_cli.errors import CoraError, UsageError
@@ -20,7 +20,7 @@ from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import context_length, load_tokenizer
 from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import build_skeleton
-from cora_cli.models.trained_on import trained_on
+from cora_cli.models.trained_on import say_unrecorded, trained_on
 from cora_cli.progress import say
 from cora_cli.records import read_run, template_date
 from cora_cli.rundir import RunDirectory
@@ -64,6 +64,8 @@ def read_own_data(
     if without := [name for name in models if name not in found]:
         say(f"without --data, and so only among the others: {', '.join(without)}")
     target_linears(build_skeleton(load_configuration(base)), target_modules)
+    for model in (*models.values(), base):
+        say_unrecorded(model)
     known = {digest for model in (*models.values(), base) if (record := trained_on(model)) for digest in record.prompts}
     data = {}
     for name, request in found.items():
@@ -123,7 +125,7 @@ def _read(
     limit: int | None,
 ) -> OwnData:
     records, schema = _load(name, request)
-    new = [record for record in records if prompt_hash(record, schema) not in known]
+    new = [record for record in records if not is_among(record, schema, known)]
     if len(new) < len(records):
         say(f"{name}: {len(records) - len(new)} of {len(records)} records are left out: an inspected model was trained on them")
     if not new:

@@ -22,7 +22,7 @@ from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, skeleton_of, surplus_fault
 from cora_cli.progress import say
-from cora_cli.reading import read_text
+from cora_cli.reading import read_json, read_text
 
 _POSITIONS_BEHIND_PADDING = (
     "roberta",
@@ -232,9 +232,24 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
         tokenizer.chat_template = read_text(adapter.chat_template)
+    _say_special_tokens(model, tokenizer)
     if tokenizer.eos_token_id is None:
         raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so generation would never stop")
     return tokenizer
+
+
+def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:
+    """Say which special tokens two files of the tokenizer state differently, and which one is taken."""
+    paths = [model.path / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    if not all(path.exists() for path in paths):
+        return
+    stated = [read_json(path, dict[str, Any]) for path in paths]
+    for name in ("eos_token", "bos_token", "unk_token", "pad_token"):
+        one, other = (token.get("content") if isinstance(token := each.get(name), dict) else token for each in stated)
+        if None not in (one, other) and one != other:
+            say(
+                f"{model.reference}: {name} is {one!r} in {paths[0].name}, but {other!r} in {paths[1].name}; {getattr(tokenizer, name)!r} is used"
+            )
 
 
 def context_length(config: Any) -> int:

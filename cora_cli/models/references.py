@@ -28,7 +28,23 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "target_vocab.json",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "normalizer.json",
+    "byte_maps.json",
+    "prophetnet.tokenizer",
+    "tekken.json",
 )
+"""What the tokenizers of transformers read."""
 _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -39,7 +55,8 @@ _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng
 """What training programs keep next to the weights."""
 _FILE_ENDINGS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json", ".jsonl", ".yaml", ".yml"})
 """Endings of files, which no name on the hub has."""
-_SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "SHA256SUMS"]
+_VOCABULARIES = ("*.tiktoken", "*.spm", "*.codes", "*.tokenizer")
+_SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", *_VOCABULARIES, "*.py", "SHA256SUMS"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +118,12 @@ class ModelPath:
 
     def _tokenizer_files(self) -> list[Path]:
         own = [self.path / name for name in _TOKENIZER_FILES if (self.path / name).exists()]
-        return [*own, *sorted(self.path.glob("additional_chat_templates/*.jinja"))]
+        return [
+            *own,
+            *sorted(self.path.glob("*.tiktoken")),
+            *sorted(self.path.glob("additional_chat_templates/*.jinja")),
+            *self._code_files("tokenizer_config.json"),
+        ]
 
     def text_hash(self) -> str:
         """SHA-256 over the files that decide how text becomes tokens."""
@@ -143,7 +165,12 @@ class ModelPath:
         return {}
 
     def check_unambiguous(self) -> None:
-        """Raise `CoraError` for a directory with the weights of both a complete model and an adapter."""
+        """Raise `CoraError` for a directory with the weights of both a complete model and an adapter, or of an adapter that is not PEFT's."""
+        if (self.path / "adapter_config.json").exists() and not ((self.path / "config.json").exists() or self.is_adapter):
+            raise CoraError(
+                f"{self.reference} has an adapter_config.json, but {self._complete_files()[0].name} in place of the adapter_model.safetensors of "
+                "PEFT, as other programs write it (MLX); convert it to PEFT's form first"
+            )
         if (self.path / "adapter_config.json").exists() and (own := self._adapter_files()) and (model := self._named_files()):
             raise CoraError(
                 f"{self.reference} holds both a complete model ({model[0].name}) and an adapter ({own[0].name}); move one of them to a "
@@ -160,6 +187,7 @@ class ModelPath:
         """The weight files by which transformers recognises a complete model."""
         for single, index in _LAYOUTS:
             if (self.path / single).exists():
+                self._check_one_copy(single, index)
                 return [self.path / single]
             if (self.path / index).exists():
                 files = [self.path / name for name in sorted(set(self.weight_index().values()))]
@@ -171,6 +199,17 @@ class ModelPath:
                 return files
         return []
 
+    def _check_one_copy(self, single: str, index: str) -> None:
+        """Raise `CoraError` where the complete files of an index stand next to a single file: a program saved one over the other."""
+        if not (self.path / index).exists():
+            return
+        parts = set(read_json(self.path / index, WeightIndex)["weight_map"].values())
+        if single not in parts and all((self.path / name).exists() for name in parts):
+            raise CoraError(
+                f"{self.path} holds the weights twice, in {single} and in the {len(parts)} files of {index}, and they may differ; remove one of "
+                "the two"
+            )
+
     def _loose_files(self) -> list[Path]:
         """Every weight file of the directory that is neither an adapter's nor hidden."""
         for ending in _ENDINGS:
@@ -180,16 +219,19 @@ class ModelPath:
         return []
 
     def content_hash(self) -> str:
-        """SHA-256 over the names and contents of the weight files and the configuration.
+        """SHA-256 over the names and contents of the weight files, the configuration, and the code that computes the model if it is its own.
 
         For an adapter it includes `cora.json`, from which the B of a compact adapter is recomputed, and a posterior.
         """
         return self._hash(self.weight_files())
 
     def content_hashes(self) -> set[str]:
-        """`content_hash`, and the hash that earlier versions recorded, which covered weight files that are never read."""
+        """`content_hash`, and what earlier versions recorded: they covered weight files that are never read, and no code."""
         files, earlier = self.weight_files(), self._adapter_files() if self.is_adapter else self._loose_files()
-        return {self._hash(each) for each in ([files] if files == earlier else [files, earlier])}
+        covered = [self._with_settings(each) for each in ([files] if files == earlier else [files, earlier])]
+        code = set(self._code_files())
+        without = [[file for file in each if file not in code] for each in covered] if code else []
+        return {rundir.sha256_files(each) for each in (*covered, *without)}
 
     def hashed_files(self) -> list[Path]:
         """The files that `content_hash` covers."""
@@ -200,7 +242,13 @@ class ModelPath:
 
     def _with_settings(self, files: list[Path]) -> list[Path]:
         names = ("adapter_config.json", "cora.json", rundir.POSTERIOR) if self.is_adapter else ("config.json",)
-        return [*files, *(self.path / name for name in names if (self.path / name).exists())]
+        return [*files, *(self.path / name for name in names if (self.path / name).exists()), *self._code_files()]
+
+    def _code_files(self, configuration: str = "config.json") -> list[Path]:
+        """The directory's own Python files, where a configuration in it names classes in them, which --trust-remote-code runs."""
+        path = self.path / configuration
+        stated = read_json(path) if path.exists() else None
+        return sorted(self.path.glob("*.py")) if isinstance(stated, dict) and stated.get("auto_map") else []
 
 
 def resolve_model(reference: str, weights: bool = True) -> ModelPath:

@@ -5,16 +5,20 @@ Scores on prompts of the training say nothing about new ones, so the record must
 """
 
 import dataclasses
+import re
 from pathlib import Path
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.models.references import ModelPath
+from cora_cli.progress import say
 from cora_cli.reading import read_json, read_text
 from cora_cli.records import CarriedTraining, read_run, template_date
 from cora_cli.rundir import RunDirectory
 
 RECORD, PROMPTS = "trained_on.json", "trained_prompts.txt"
+_TRAINED_BY = re.compile(rb"^Trained by cora ", re.MULTILINE)
+"""A line of the card of every result (`adapters.card`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,20 @@ def trained_on(model: ModelPath) -> TrainedOn | None:
     return TrainedOn(run.root, prompts, run.trained_prompts.exists(), (data["dataset"],), date, data["template"])
 
 
+def say_unrecorded(model: ModelPath) -> None:
+    """Say so where `cora` trained a model and its files were taken away from the record, so that nothing tells which prompts it knows."""
+    if trained_on(model) is None and _is_of_cora(model):
+        say(
+            f"{model.reference} was trained by cora, but the record of its prompts is not next to it, as it is in its run's directory and in what "
+            "`cora export` and `cora merge` write: which prompts it was trained on is not known"
+        )
+
+
+def _is_of_cora(model: ModelPath) -> bool:
+    card = model.path / rundir.CARD
+    return (model.path / "cora.json").exists() or (card.is_file() and _TRAINED_BY.search(card.read_bytes()) is not None)
+
+
 def _read_prompts(path: Path, expected: str | None) -> frozenset[str]:
     if expected is not None and (not path.is_file() or rundir.sha256_file(path) != expected):
         raise CoraError(
@@ -64,6 +82,8 @@ def _read_prompts(path: Path, expected: str | None) -> frozenset[str]:
 
 def carry_record(directory: Path, *models: ModelPath) -> None:
     """Write what `models` were trained on into `directory`, which holds a model that was made of them; nothing if none has a record."""
+    for model in models:
+        say_unrecorded(model)
     found = [each for model in models if (each := trained_on(model))]
     if not found:
         return

@@ -158,6 +158,7 @@ class Run(TypedDict):
     data: Data
     hardware: dict[str, str | int]
     versions: dict[str, str]
+    versions_before: NotRequired[dict[str, str]]
     seeds: Seeds
     resumed: NotRequired[int]
     start: NotRequired[Start]

@@ -35,10 +35,12 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import rope_switch
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, follow_training, follow_weights
+from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import cannot_pack
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import row_losses, rows_of
+from cora_cli.training.notices import notices_on_records
 from cora_cli.training.prepare import Prepared, number_of_processes, prepare, total_steps, training_arguments
 from cora_cli.training.rate import Rate, rate_of
 from cora_cli.training.record import parameter_counts
@@ -104,6 +106,8 @@ class Preflight:
 def preflight(config: TrainConfig) -> Preflight:
     """Check the inputs of a run and measure what it will take. Writes nothing. Raises `CoraError` as the run would."""
     prepared = prepare(config, planned=planned_hardware(config.device, config.dtype))
+    for notice in notices_on_records(config, prepared):
+        say(notice)
     rate = rate_of(config.rate_from, config, prepared) if config.rate_from is not None else None
     return dataclasses.replace(plan_run(config, prepared), rate=rate)
 

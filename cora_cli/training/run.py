@@ -25,16 +25,15 @@ from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import AngleMeter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
-from cora_cli.data.encode import EncodedSet, notices
-from cora_cli.data.records import earlier_answers, prompt_hash, prompt_hashes, unused_columns
-from cora_cli.data.templates import unread_notice
+from cora_cli.data.encode import EncodedSet
+from cora_cli.data.records import is_among, prompt_hashes
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError
 from cora_cli.lock import own_directory
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.references import absolute
-from cora_cli.models.trained_on import trained_on
+from cora_cli.models.trained_on import say_unrecorded, trained_on
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import LogLine, RunStatus, Stop, read_run, template_date
@@ -44,6 +43,7 @@ from cora_cli.training.checkpoints import checkpoint_to_resume, checkpoints_in, 
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.fitting import out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
+from cora_cli.training.notices import notices_on_records
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
 from cora_cli.training.record import FAILED, FINISHED, INTERRUPTED, STOPPED, first_record, parameter_counts, peak_memory_bytes
 from cora_cli.training.sharding import complete_weights, is_sharded
@@ -216,25 +216,21 @@ def _took_no_step(run: RunDirectory) -> bool:
 
 def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, record: dict[str, Any]) -> None:
     """Write the files that a run starts with; a resumption writes the same bytes again, except for the record's history."""
-    for name, encoded in (("training", prepared.train), ("held-out", prepared.test), ("validation", prepared.validation)):
-        for notice in notices(encoded):
-            say(f"{name} records: {notice}")
-    records = [*prepared.data.train, *prepared.data.test]
-    if unused := unused_columns(records, prepared.data.schema):
-        say(f"{config.dataset}: columns that are not used: {', '.join(unused)}")
-    if unread := prepared.template.unread(records):
-        say(f"{config.dataset}: {unread_notice(unread)}")
-    if config.train_on == "last" and (several := sum(map(earlier_answers, prepared.data.train))):
-        say(f"{several} training conversations have earlier answers, which carry no loss; --train-on all trains on each answer")
-    if prepared.data.overlapping:
-        say(f"{prepared.data.overlapping} training records dropped: their prompts are also in the held-out or validation set")
+    for notice in notices_on_records(config, prepared):
+        say(notice)
     if run.exists():
         earlier = read_run(run)
         kept = {"started": earlier["started"], "sealed_checkpoints": earlier.get("sealed_checkpoints", False)}
         record = {**record, **kept, "resumed": earlier.get("resumed", 0) + 1}
+        before, now = {**earlier["versions"], **earlier.get("versions_before", {})}, record["versions"]
+        if changed := {name: version for name, version in before.items() if now.get(name) != version}:
+            record["versions_before"] = changed
+            differing = ", ".join(f"{name} {version} (now {now.get(name)})" for name, version in sorted(changed.items()))
+            say(f"{run.root} was begun with {differing}; the same versions would give the result of an uninterrupted run")
     hashes = dict.fromkeys(prompt_hashes(prepared.data.train, prepared.data.schema, config.train_on == "all"))
+    say_unrecorded(prepared.model_path)
     if base := trained_on(prepared.model_path):
-        known = sum(prompt_hash(record, prepared.data.schema) in base.prompts for record in prepared.data.test)
+        known = sum(is_among(record, prepared.data.schema, base.prompts) for record in prepared.data.test)
         if known:
             say(
                 f"{known} of {len(prepared.data.test)} held-out records have prompts that {config.model} was already trained on"

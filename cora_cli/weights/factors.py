@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 from cora_cli import rundir
+from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts, starting_b
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import check_is_complete, say_unknown_settings
@@ -39,8 +40,6 @@ _OTHER_FORMS = (
     "kasa_config",
     "monteclora_config",
 )
-# Every other initialisation (PiSSA, OLoRA, CorDA, LoftQ, …) changes the base weights, and the adapter applies to those.
-_INITIALISATIONS_THAT_KEEP_BASE = (True, "gaussian", "eva", "orthogonal", "mica")
 
 
 class AdapterFactors:
@@ -219,7 +218,7 @@ class AdapterFactors:
                 raise CoraError(
                     f"{self.reference} was trained with {setting}, so its weights are not W + s·B·A; merge it first"
                 )
-        if (start := self.config.get("init_lora_weights")) and start not in _INITIALISATIONS_THAT_KEEP_BASE:
+        if (start := start_that_changes_base(self.config)) is not None:
             raise CoraError(f"{self.reference} has init_lora_weights {start!r}, which changes the base weights; merge it first")
 
     def _check_biases(self) -> None:

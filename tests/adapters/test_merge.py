@@ -8,6 +8,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoHaConfig, LoraConfig, PeftModel,
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from cora_cli.adapters.elsewhere import is_plain_lora
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
@@ -198,6 +199,52 @@ def test_an_adapter_of_one_of_two_tied_weights_changes_that_one_only(settings, t
         expected = logits(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "adapter"))
     merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {"layer_replication": [[0, 1], [0, 2]]}]
+)
+def test_each_of_two_updates_to_one_shared_weight_changes_its_own_layer_only(settings, tiny_model, tmp_path):
+    expected = foreign(tiny_model, tmp_path / "adapter", **settings)
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa_niter_4", "lora_ga"])
+def test_an_adapter_on_weights_that_cannot_be_computed_again_is_refused(start, tiny_model, tmp_path):
+    foreign(tiny_model, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": start}))
+    with pytest.raises(CoraError, match=f"init_lora_weights '{start}': it applies to weights that its training had changed"):
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora", "bias": "all"},
+        {
+            "rank_pattern": {"layers.0.self_attn.q_proj": 2},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
+            "use_rslora": True,
+        },
+    ],
+)
+def test_an_exported_lora_has_one_scale_and_stands_on_the_base_itself(settings, tiny_model, tmp_path):
+    foreign(tiny_model, tmp_path / "adapter", **settings)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    moved = {key: tensor + 0.01 for key, tensor in load_file(file).items()}
+    save_file(moved, file, metadata={"format": "pt"})
+    expected = logits(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "adapter"))
+    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+    exported = resolve_model(str(tmp_path / "exported"))
+    config = exported.adapter_config()
+    assert (config["init_lora_weights"], config["rank_pattern"], config["alpha_pattern"]) == (True, {}, {})
+    assert is_plain_lora(exported) is ("bias" not in settings)
+    found = logits(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "exported"))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 

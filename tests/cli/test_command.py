@@ -152,6 +152,32 @@ def test_an_invalid_file_is_a_usage_error(text: str | None, message: str, tmp_pa
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("flour: 2026_11_26", "2026_11_26"), ("flour: 0x1F", "0x1F"), ("flour: 'no'", "no"), ("flour: 2026-11-26", "2026-11-26")],
+)
+def test_text_in_a_file_is_taken_as_it_is_written(text: str, expected: str, tmp_path: Path) -> None:
+    assert baked("a", "--config", written(tmp_path, text)).flour == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flour: no", "line 2: flour must be text, but YAML reads no as true or false; quote it if you mean the text"),
+        ("flour: 1.10", "line 2: flour must be text, but YAML reads 1.10 as a number; quote it if you mean the text"),
+        ("layers: [jam, off]", "line 2: layers must be text, but YAML reads off as true or false"),
+        ("guests: [1.5]", "guests must be text, but YAML reads 1.5 as a number"),
+        ("layers: [jam, null]", "layers must be a list of texts, and None is none"),
+        ("layers: [[jam, fig]]", "layers must be a list of texts, and ['jam', 'fig'] is none"),
+        ("flour: [rye, corn]", "flour takes a single value, not a list of 2"),
+    ],
+)
+def test_a_file_s_value_that_would_silently_become_another_text_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    result, seen = invoke("a", "--config", written(tmp_path, f"eggs: 1\n{text}\n"))
+    assert (result.exit_code, seen) == (2, [])
+    assert message in result.stderr
+
+
 def test_a_file_that_names_one_option_under_two_spellings_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text("flour: rye\nto: oven\neggs: 1\n")

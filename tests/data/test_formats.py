@@ -299,6 +299,14 @@ def test_the_test_size_is_a_count_from_one_on_and_a_share_below(size, held_out, 
     assert sorted([*split.train, *split.test], key=numbered.index) == numbered
 
 
+def test_a_share_that_holds_out_no_record_is_refused_and_said_of_the_usual_one(tmp_path, capfd):
+    dataset = str(write(tmp_path / "a.jsonl", numbered[:4]))
+    with pytest.raises(CoraError, match=r"has too few records \(4\) for a held-out share of 0.05: none would be held out"):
+        load_split(dataset, 0.05, seed=0)
+    assert load_split(dataset, None, seed=0).test == []
+    assert "for a held-out share of 0.1: none is held out" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("size", [-1, -0.1, 1.5, math.nan, math.inf])
 def test_a_test_size_that_is_neither_count_nor_share_is_a_usage_error(size, tmp_path):
     with pytest.raises(UsageError, match="--test-size must be a count, or a share between 0 and 1"):

@@ -69,6 +69,14 @@ def test_a_known_shape_is_recognised_and_announced(record, name, schema, read, t
         ({"question": "q", "answer": "a", "prompt": "p"}, "records of question/answer have no prompt"),
         ({"text": "t", "label": 1}, "records of text only have no label"),
         ({"instruction": "i", "context": "c", "output": "o"}, "records of Alpaca have no context"),
+        (
+            {"instruction": "i", "output": "o", "system": "s", "history": [["a", "b"]]},
+            "records of Alpaca have no history, system, which would be missing in the prompt; write the records as messages, or name the columns",
+        ),
+        ({"instruction": "i", "output": "o", "Input": "x"}, "records of Alpaca have no Input"),
+        ({"prompt": "p", "completion": "c", "suffix": "s"}, "records of prompt/completion have no suffix"),
+        ({"messages": SAID, "system": "s"}, "records of messages have no system"),
+        ({"conversations": TALK, "system_prompt": "s"}, "records of ShareGPT have no system_prompt"),
     ],
 )
 def test_columns_that_could_be_something_else_are_refused_with_the_way_to_choose(record, message, tmp_path):
@@ -76,6 +84,24 @@ def test_columns_that_could_be_something_else_are_refused_with_the_way_to_choose
         load_records(jsonl(tmp_path / "a.jsonl", record))
     assert message in str(caught.value)
     assert "--columns" in str(caught.value)
+
+
+def test_columns_of_a_prompt_that_hold_nothing_decide_nothing_and_those_that_were_not_chosen_are_left_out(tmp_path):
+    empty = {"instruction": "i", "output": "o", "system": " ", "history": [], "text": "t"}
+    assert load_records(jsonl(tmp_path / "a.jsonl", empty))[1] == "alpaca"
+    path = jsonl(tmp_path / "b.jsonl", {"instruction": "i", "output": "o", "System": "s", "id": 1})
+    (record,), _ = load_records(path, Choice(columns=("prompt=instruction", "response=output")))
+    assert record == {"prompt": "i", "completion": "o", "id": 1}
+    talk = jsonl(tmp_path / "c.jsonl", {"messages": SAID, "system": "s", "documents": [{"text": "d"}]})
+    (record,), _ = load_records(talk, Choice(columns=("messages=messages",)))
+    assert record.keys() == {"messages", "documents"}
+
+
+@pytest.mark.parametrize(("role", "meant"), [("User", "user"), ("human", "user"), (" system", "system")])
+def test_a_role_that_templates_do_not_know_is_refused_by_name(role, meant, tmp_path):
+    talk = {"messages": [{"role": role, "content": "q"}, {"role": "assistant", "content": "a"}]}
+    with pytest.raises(CoraError, match=rf"messages have the role '{role}', which chat templates do not know; write '{meant}'"):
+        load_records(jsonl(tmp_path / "a.jsonl", talk))
 
 
 def test_a_later_record_with_more_of_a_prompt_is_refused_by_its_line(tmp_path):

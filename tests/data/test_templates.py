@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -50,6 +52,14 @@ TALK = {
 )
 def test_auto_follows_tokenizer_and_columns_and_a_named_template_is_taken(template, schema, has_chat, chosen, chat):
     assert choose_template(template, schema, chat if has_chat else Plain()) == chosen
+
+
+def test_a_tokenizer_that_splits_control_tokens_is_refused_for_its_chat_template(chat):
+    split = copy.deepcopy(chat)
+    split.split_special_tokens = True
+    with pytest.raises(CoraError, match="the tokenizer sets split_special_tokens"):
+        choose_template("chat", "alpaca", split)
+    assert choose_template("plain", "alpaca", split) == "plain"
 
 
 @pytest.mark.parametrize(

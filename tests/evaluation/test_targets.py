@@ -8,7 +8,7 @@ from cora_cli import rundir
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.cli.evaluate import metrics_table
-from cora_cli.data.records import prompt_hash
+from cora_cli.data.records import is_among, prompt_hash
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate, paired_differences
@@ -29,6 +29,46 @@ def test_a_prompt_has_one_hash_in_every_schema():
     assert len(hashes) == 1
     assert prompt_hash({**talk, "tools": [{"name": "x"}]}, "messages") not in hashes
     assert prompt_hash({**alpaca, "input": "now"}, "alpaca") not in hashes
+
+
+def test_prompts_that_differ_in_white_space_alone_are_one_prompt(run: Path, tiny_data: Path, tmp_path: Path):
+    talk = {"messages": [{"role": "user", "content": " Say\n hi "}, {"role": "assistant", "content": "hi"}]}
+    assert prompt_hash(talk, "messages") == prompt_hash({"prompt": "Say hi", "completion": ""}, "prompt")
+    assert prompt_hash({"prompt": "Sayhi"}, "prompt") != prompt_hash({"prompt": "Say hi"}, "prompt")
+    known = read_jsonl(tiny_data)
+    rundir.write_jsonl(
+        tmp_path / "spaced.jsonl", [{**record, "instruction": record["instruction"] + " \n"} for record in known]
+    )
+    result = evaluate_run(run, dataset=str(tmp_path / "spaced.jsonl"), output_dir=str(tmp_path / "out"), exclude_trained=True)
+    assert result.record["metrics"]["rouge1"]["n"] == HELD_OUT
+
+
+def test_hashes_of_earlier_versions_which_took_white_space_as_it_is_are_known_too():
+    record = {"instruction": "Say\nhi", "input": "", "output": ""}
+    earlier = {rundir.sha256_text('[["user", "Say\\nhi"]]')[:32]}
+    assert is_among(record, "alpaca", earlier)
+    assert not is_among({**record, "instruction": "Say hi"}, "alpaca", earlier)
+
+
+def test_an_adapter_that_was_taken_away_from_its_record_says_so(
+    run: Path, trained: dict[str, Path], tiny_data: Path, tmp_path: Path, capfd
+):
+    said = "was trained by cora, but the record of its prompts is not next to it"
+    for place in (run / "adapter", trained["full"] / "model"):
+        copy = shutil.copytree(place, tmp_path / f"copy of {place.name}")
+        for model, expected in ((place, False), (copy, True)):
+            config = EvaluateConfig(model=str(model), dataset=str(tiny_data), output_dir=str(tmp_path / "out"))
+            trained_prompts(find_targets(config))
+            assert (f"{model} {said}" in " ".join(capfd.readouterr().err.split())) is expected
+
+
+def test_leaving_an_adapter_unmerged_needs_an_adapter(trained: dict[str, Path], tiny_model: Path, tiny_data: Path):
+    given = {"dataset": str(tiny_data), "output_dir": "out", "merge": False}
+    for what in ({"model": str(tiny_model)}, {"runs": (str(trained["full"]),)}):
+        with pytest.raises(
+            CoraError, match=r"--no-merge has no effect: .* is a complete model, without an adapter; leave it out"
+        ):
+            find_targets(EvaluateConfig(**what, **given))
 
 
 def test_a_run_records_the_prompts_that_it_was_trained_on(run: Path, tiny_data: Path):

@@ -45,7 +45,7 @@ def adapter_of(directory: Path, **config: Any) -> ModelPath:
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [({"r": 1}, 1), ({"r": 2}, 8), ({"r": 48}, 64), ({"r": 300}, 320), ({"r": 8, "rank_pattern": {"q_proj": 100}}, 128)],
+    [({"r": 1}, 1), ({"r": 2}, 8), ({"r": 48}, 64), ({"r": 300}, 320)],
 )
 def test_the_rank_is_rounded_up_to_one_that_vllm_takes(tmp_path: Path, config: dict[str, Any], expected: int) -> None:
     assert lora_rank(adapter_of(tmp_path / "adapter", **config)) == expected
@@ -54,6 +54,12 @@ def test_the_rank_is_rounded_up_to_one_that_vllm_takes(tmp_path: Path, config: d
 def test_adapters_that_vllm_cannot_load_are_refused(trained: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(CoraError, match="rank 600, but vLLM supports ranks up to 512: leave out --no-merge"):
         lora_rank(adapter_of(tmp_path / "adapter", r=600))
+    for name, value in (("rank_pattern", {"q_proj": 4}), ("alpha_pattern", {"q_proj": 4})):
+        with pytest.raises(CoraError, match=f"has a {name}, but vLLM scales all layers alike"):
+            lora_rank(adapter_of(tmp_path / name, **{name: value}))
+    for name, value in (("init_lora_weights", "pissa"), ("bias", "all"), ("alora_invocation_tokens", [1])):
+        with pytest.raises(CoraError, match="is not a plain LoRA"):
+            lora_rank(adapter_of(tmp_path / name, **{name: value}))
     with pytest.raises(CoraError, match="compact adapter, which vLLM cannot load: leave out --no-merge"):
         lora_rank(resolve_model(str(trained["compact"])))
 

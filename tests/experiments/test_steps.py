@@ -338,3 +338,10 @@ def test_draws_are_those_of_the_rows_that_learn_a_distribution() -> None:
     assert {name: draws for name, draws in steps.items() if draws is not None} == {
         next(name for name in steps if "scalabl" in name): 3
     }
+
+
+def test_adapters_are_left_unmerged_where_there_are_any() -> None:
+    grid = grid_of({"mode": ["lora", "full"]}, {"mode": "base"}, defaults={"train": {}, "evaluate": {"merge": False}})
+    steps = {step.name: parsed(step).merge for step in plan_of(grid).steps.values() if step.kind == "evaluate"}
+    assert [name for name, merge in steps.items() if not merge] == [next(name for name in steps if "lora" in name)]
+    assert len(steps) == 3

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,15 @@ def test_a_configuration_that_states_one_value_twice_is_read(config: Any, change
 def test_a_fault_of_the_configuration_is_not_laid_on_the_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CoraError, match=r"^config.json of .* cannot be read: .*rms_norm_eps"):
         load_tokenizer(stored(LlamaConfig(), tmp_path, rms_norm_eps="1e-5"))
+
+
+def test_special_tokens_that_two_files_state_differently_are_named(tiny_model: Path, tmp_path: Path, capfd: Any) -> None:
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    own = json.loads((directory / "tokenizer_config.json").read_text())
+    for text in (own["eos_token"], "<|endoftext|>"):
+        (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": text}}))
+        used = load_tokenizer(ModelPath(str(directory), directory, None)).eos_token
+    said = f"eos_token is {own['eos_token']!r} in tokenizer_config.json, but '<|endoftext|>' in special_tokens_map.json; {used!r} is used"
+    assert capfd.readouterr().err.count("eos_token is") == 1 or own["eos_token"] == "<|endoftext|>"
+    load_tokenizer(ModelPath(str(directory), directory, None))
+    assert said in capfd.readouterr().err

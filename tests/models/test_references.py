@@ -43,6 +43,26 @@ def test_the_weights_decide_between_model_and_adapter(tmp_path):
         resolve_model(str(both))
 
 
+def test_an_adapter_that_is_not_pefts_is_named(tmp_path):
+    mlx = make(tmp_path / "mlx", "adapter_config.json", "adapters.safetensors")
+    with pytest.raises(CoraError, match=r"but adapters.safetensors in place of the adapter_model.safetensors of PEFT"):
+        resolve_model(str(mlx))
+
+
+def test_weights_that_are_there_twice_are_refused(tmp_path):
+    directory = make(tmp_path / "model", "config.json", "model.safetensors", "part.safetensors")
+    index = directory / "model.safetensors.index.json"
+    for files, twice in (("part", True), ("gone", False), ("model", False)):
+        index.write_text(json.dumps({"weight_map": {"weight": f"{files}.safetensors"}}))
+        if twice:
+            with pytest.raises(
+                CoraError, match=r"holds the weights twice, in model.safetensors and in the 1 files of .*index.json"
+            ):
+                resolve_model(str(directory)).weight_files()
+        else:
+            assert [file.name for file in resolve_model(str(directory)).weight_files()] == ["model.safetensors"]
+
+
 def test_the_weights_that_are_hashed_are_those_that_are_read(tmp_path):
     directory = make(tmp_path / "model", "config.json", "model.safetensors", "consolidated.safetensors")
     model = resolve_model(str(directory))
@@ -69,6 +89,29 @@ def test_the_tokenizers_hash_covers_its_template(tmp_path):
     before = model.tokenizer_hash()
     (tmp_path / "model" / "chat_template.jinja").write_text("other")
     assert model.tokenizer_hash() != before
+
+
+@pytest.mark.parametrize("name", ["sentencepiece.bpe.model", "qwen.tiktoken", "bpe.codes"])
+def test_the_tokenizers_hash_covers_a_vocabulary_of_any_kind(name, tmp_path):
+    model = resolve_model(str(make(tmp_path / "model", "config.json", "tokenizer_config.json", name)))
+    before = model.tokenizer_hash()
+    (tmp_path / "model" / name).write_text("other")
+    assert model.tokenizer_hash() != before
+
+
+def test_code_that_comes_with_a_model_is_part_of_its_hash(tmp_path):
+    directory = make(tmp_path / "model", "config.json", "tokenizer_config.json", "model.safetensors", "modeling_own.py")
+    model = resolve_model(str(directory))
+    without = model.content_hash()
+    (directory / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}')
+    (directory / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_own.Own", null]}}')
+    before, of_text = model.content_hash(), model.text_hash()
+    earlier = model.content_hashes() - {before}
+    (directory / "modeling_own.py").write_text("other")
+    assert without != model.content_hash() != before
+    assert model.text_hash() != of_text
+    assert earlier
+    assert earlier < model.content_hashes(), "earlier versions hashed no code, and still know the model"
 
 
 def test_the_weights_of_a_compact_adapter_are_its_a_alone_and_its_hash_covers_them(tmp_path):

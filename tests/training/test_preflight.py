@@ -336,3 +336,15 @@ def test_a_run_without_a_rate_gives_no_time(tiny_model: Path, tiny_data: Path, t
 )
 def test_a_duration_has_two_places(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_plan_says_of_the_records_what_the_run_would_say(tiny_model: Path, tmp_path: Path, capfd) -> None:
+    rows = [{"instruction": f"Say {n}", "output": "" if n else "<|im_end|> yes", "label": n} for n in range(8)]
+    rundir.write_jsonl(tmp_path / "data.jsonl", rows)
+    config = config_for(tiny_model, tmp_path / "data.jsonl", tmp_path / "run", test_size=2)
+    preflight(config)
+    planned = [line for line in capfd.readouterr().err.splitlines() if "records" in line or "columns" in line]
+    training.train(config)
+    assert any("with an empty answer" in line for line in planned)
+    assert any("columns that are not used: label" in line for line in planned)
+    assert set(planned) <= set(capfd.readouterr().err.splitlines())

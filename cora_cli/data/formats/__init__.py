@@ -15,7 +15,7 @@ from cora_cli.data.formats.prompt import COMPLETION, RESPONSE
 from cora_cli.data.formats.published_code import HUMANEVAL, MBPP, MBPP_SANITIZED
 from cora_cli.data.formats.question_answer import QUESTION_ANSWER
 from cora_cli.data.formats.shape import Raw, Shape
-from cora_cli.data.formats.sharegpt import SHAREGPT
+from cora_cli.data.formats.sharegpt import ROLES, SHAREGPT
 from cora_cli.data.formats.text import TEXT
 from cora_cli.data.records import SCHEMAS, TEMPLATE_COLUMNS, Record, Schema
 from cora_cli.errors import CoraError
@@ -45,6 +45,10 @@ SHAPES = (
 KNOWN = "instruction and output (Alpaca), instruction and response (Dolly), prompt and completion, question and answer, messages, conversations (ShareGPT), or text alone"
 
 
+_ROLES = frozenset({*ROLES.values(), "model", "observation", "function_response"})
+"""Roles that a chat template may know."""
+
+
 def shape_of(columns: set[str], where: str) -> Shape:
     """Recognise a shape by its columns. Raises a `CoraError` that names the columns found and those needed, or what is ambiguous."""
     found = f"the columns {', '.join(sorted(columns))}" if columns else "no columns"
@@ -67,7 +71,7 @@ def own_shape(columns: set[str], where: str) -> Shape:
     """The shape of records that `cora` wrote itself: that of the first schema whose columns they have."""
     for schema, needed in SCHEMAS.items():
         if columns >= set(needed):
-            return Shape(schema, schema, needed)
+            return Shape(schema, schema, needed, is_chosen=True)
     raise CoraError(
         f"{where}: found the columns {', '.join(sorted(columns)) or '(none)'}, which are those of no record of cora"
     )
@@ -81,6 +85,11 @@ def read_record(raw: Any, shape: Shape, where: str) -> Record:
         raise CoraError(f"{where}: column {', '.join(missing)} is missing; found {found}")
     if extra := sorted(columns & shape.excluded):
         raise CoraError(f"{where}: records of {shape.name} have no {', '.join(extra)}; {HOW_TO_CHOOSE}")
+    if shape not in PUBLISHED and (parts := shape.unread_parts(raw)):
+        raise CoraError(
+            f"{where}: records of {shape.name} have no {', '.join(parts)}, which would be missing in the prompt; write the records as messages, or "
+            f"{HOW_TO_CHOOSE}"
+        )
     return _checked(shape.read(raw, where), shape.schema, where)
 
 
@@ -148,6 +157,10 @@ def _check_messages(messages: Any, where: str) -> None:
             f"{where}: messages must be a list of {{role, content}} that ends with the assistant's answer, not "
             f"{json.dumps(messages, default=str)[:120]}"
         )
+    for message in messages:
+        role = message["role"]
+        if role not in _ROLES and (meant := ROLES.get(role.strip().lower())) is not None:
+            raise CoraError(f"{where}: messages have the role {role!r}, which chat templates do not know; write {meant!r}")
 
 
 def _has_content(message: Mapping[str, Any]) -> bool:

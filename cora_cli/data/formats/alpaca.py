@@ -2,4 +2,6 @@
 
 from cora_cli.data.formats.shape import Shape
 
-ALPACA = Shape("Alpaca", "alpaca", ("instruction", "output"), incomplete_with=frozenset({"context"}))
+ALPACA = Shape(
+    "Alpaca", "alpaca", ("instruction", "output"), incomplete_with=frozenset({"context"}), reads=frozenset({"input"})
+)

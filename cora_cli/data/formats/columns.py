@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from cora_cli.data.formats.shape import Raw, Shape
+from cora_cli.data.formats.shape import OF_PROMPTS, Raw, Shape
 from cora_cli.data.formats.sharegpt import messages_of
-from cora_cli.data.records import TEST_COLUMNS, Schema
+from cora_cli.data.records import TEMPLATE_COLUMNS, TEST_COLUMNS, Schema
 from cora_cli.errors import UsageError
 
 HOW_TO_CHOOSE = "name the columns to use, such as --columns prompt=QUESTION,response=ANSWER"
@@ -52,7 +52,9 @@ def chosen_shape(choices: Sequence[str]) -> Shape:
         rest = {
             name: value
             for name, value in record.items()
-            if name in TEST_COLUMNS or name not in (_OF_SHAPES | chosen.keys() | set(columns.values()))
+            if name in TEST_COLUMNS
+            or (schema == "messages" and name in TEMPLATE_COLUMNS)
+            or (name not in (_OF_SHAPES | chosen.keys() | set(columns.values())) and name.strip().lower() not in OF_PROMPTS)
         }
         return {**chosen, **rest}
 

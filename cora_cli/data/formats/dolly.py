@@ -10,4 +10,4 @@ def _read(record: Raw, where: str) -> Raw:
     return renamed(record, {"context": "input", "response": "output"})
 
 
-DOLLY = Shape("Dolly", "alpaca", ("instruction", "response"), _read)
+DOLLY = Shape("Dolly", "alpaca", ("instruction", "response"), _read, reads=frozenset({"context", "input"}))

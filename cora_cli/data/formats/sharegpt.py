@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from cora_cli.data.formats.shape import Raw, Shape
+from cora_cli.data.records import TEMPLATE_COLUMNS
 from cora_cli.errors import CoraError
 
 ROLES = {
@@ -50,4 +51,4 @@ def _read(record: Raw, where: str) -> Raw:
     return {"messages": messages, **rest}
 
 
-SHAREGPT = Shape("ShareGPT", "messages", ("conversations",), _read)
+SHAREGPT = Shape("ShareGPT", "messages", ("conversations",), _read, reads=frozenset({"system", *TEMPLATE_COLUMNS}))
