@@ -36,6 +36,7 @@ from cora_cli.methods.parts.mean_change import with_mean_change
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
+from cora_cli.models.fused import split_projections
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 from cora_cli.progress import say
 from cora_cli.records import read_run
@@ -159,7 +160,8 @@ def load_adapter(
     trainable: bool = False,
     rank: int | None = None,
 ) -> PeftModel:
-    """Wrap `model` with the adapter at `adapter`, standard or compact; B is frozen again where its method freezes it.
+    """Wrap `model` with the adapter at `adapter`, standard or compact; B is frozen again where its method freezes it. Where the adapter
+    was trained on views of a fused projection, that is split in `model`.
 
     `rank` cuts it to its first pairs; see `check_rank`.
 
@@ -176,6 +178,8 @@ def load_adapter(
             "checkpoints"
         )
     say_unknown_settings(adapter)
+    if isinstance(targets := adapter.adapter_config().get("target_modules"), list):
+        split_projections(model, targets)
     _check_patterns(model, adapter)
     try:
         with warnings.catch_warnings():
