@@ -36,7 +36,7 @@ from cora_cli.methods.parts.mean_change import with_mean_change
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
-from cora_cli.models.fused import split_projections
+from cora_cli.models.fused import split_parts, split_projections
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 from cora_cli.progress import say
 from cora_cli.records import read_run
@@ -83,7 +83,7 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts, tokeniz
                 write_row_noise(temporary, posterior)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
-            rundir.write_json(temporary / SIDE_FILE, facts.as_dict())
+            rundir.write_json(temporary / SIDE_FILE, dataclasses.replace(facts, views=bool(split_parts(model))).as_dict())
     except SafetensorError as error:
         raise CoraError(f"{directory} cannot be written: {error}") from error
 

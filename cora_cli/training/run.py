@@ -33,7 +33,6 @@ from cora_cli.errors import CoraError
 from cora_cli.lock import own_directory
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.models.fused import split_parts
 from cora_cli.models.references import absolute
 from cora_cli.models.trained_on import trained_on
 from cora_cli.progress import progress, say
@@ -420,7 +419,6 @@ def _save_result(
         basis=str(Path(config.basis).resolve()) if config.basis else None,
         basis_sha256=prepared.basis.sha256 if prepared.basis else None,
         compact=config.compact,
-        views=bool(split_parts(model)),
     )
     save_adapter(model, run.adapter, facts, prepared.tokenizer if config.save_tokenizer else None)
 
