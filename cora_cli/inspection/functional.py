@@ -139,8 +139,8 @@ class _Host:
         known = dict(inner.named_modules())
         if lacking := [module for module in modules if isinstance(known.get(module), SplitProjection | None)]:
             raise CoraError(
-                f"{path.reference} adapts other parts of a fused projection than {lacking[0]}; write it as a complete model with `cora merge` and "
-                "name that"
+                f"{path.reference} adapts a fused projection as one, or its rows apart, and {lacking[0]} is the other of the two; write it as a complete "
+                "model with `cora merge` and name that"
             )
         self._layers = {module: _plain_layer(inner, module) for module in modules}
         if path is not base_path:

@@ -220,8 +220,7 @@ class AdapterSource(WeightSource):
         """The weight of `module`, (out, in) float64."""
         weight = self._unchanged(module).double()
         if self._rank(module):
-            b, a = self._factors(module)
-            weight += b @ a
+            weight += self._update(module)
         return weight
 
     def _unchanged(self, module: str) -> torch.Tensor:
@@ -248,8 +247,7 @@ class AdapterSource(WeightSource):
         """s·B·A exactly (zero for a module without an update) if `base` is this adapter's base; else None."""
         if base is not self.base or self._is_full(module):
             return None
-        b, a = self._factors(module)
-        return b @ a
+        return self._update(module)
 
     def own_rank(self, module: str, base: WeightSource) -> int | None:
         """See `WeightSource.own_rank`."""
@@ -257,25 +255,29 @@ class AdapterSource(WeightSource):
 
     def own_factors(self, module: str, base: WeightSource) -> tuple[torch.Tensor, torch.Tensor]:
         """s·B and A."""
-        return self._factors(module)
+        scale, b, a = self._factors(module)
+        return scale * b, a
 
     def _rank(self, module: str) -> int:
         return sum(self._own.ranks.get(name, 0) for name in self._names(module))
 
-    def _factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """s·B (out, r) and A (r, in) float64; r = 0 without an update."""
-        out, inside = self.shapes[module]
+    def _update(self, module: str) -> torch.Tensor:
+        """s·B·A, (out, in) float64."""
+        scale, b, a = self._factors(module)
+        return scale * (b @ a)
+
+    def _factors(self, module: str) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """The s, B (out, r) and A (r, in), both float64; r = 0 without an update."""
         if module in self._own.ranks:
-            scale, b, a = self._own.read(module)
-            return scale * b, a
+            return self._own.read(module)
         if (view := self.views.get(module)) and view.fused in self._own.ranks:
             scale, b, a = self._own.read(view.fused)
-            return scale * view.layout.rows(b, view.part), a
+            return scale, view.layout.rows(b, view.part), a
         layout: Layout | None = self._layouts.get(module)
-        if layout and self._rank(module):
-            parts = {part: name for part in VIEWS if (name := f"{module}.{part}") in self._own.ranks}
-            return layout.place({part: self._factors(name) for part, name in parts.items()})
-        return torch.zeros((out, 0), dtype=torch.float64), torch.zeros((0, inside), dtype=torch.float64)
+        if layout and (parts := [part for part in VIEWS if f"{module}.{part}" in self._own.ranks]):
+            return 1.0, *layout.place({part: self.own_factors(f"{module}.{part}", self.base) for part in parts})
+        out, inside = self.shapes[module]
+        return 1.0, torch.zeros((out, 0), dtype=torch.float64), torch.zeros((0, inside), dtype=torch.float64)
 
     def entry_bytes(self, module: str) -> int:
         """See `WeightSource.entry_bytes`; 4 where the adapter holds the weight itself."""
