@@ -36,7 +36,7 @@ from cora_cli.methods.parts.mean_change import with_mean_change
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
-from cora_cli.models.fused import split_parts, split_projections
+from cora_cli.models.fused import fused_views, split_parts, split_projections
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 from cora_cli.progress import say
 from cora_cli.records import read_run
@@ -178,8 +178,7 @@ def load_adapter(
             "checkpoints"
         )
     say_unknown_settings(adapter)
-    if isinstance(targets := adapter.adapter_config().get("target_modules"), list):
-        split_projections(model, targets)
+    _split_as_trained(model, adapter, facts)
     _check_patterns(model, adapter)
     try:
         with warnings.catch_warnings():
@@ -219,6 +218,19 @@ def load_adapter(
     if rank is not None:
         _cut(wrapped, rank)
     return wrapped.eval()
+
+
+def _split_as_trained(model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts | None) -> None:
+    """Split the fused projections of `model` whose views the adapter changes.
+
+    Without `facts`, as in a checkpoint of a run, its tensors say which: a list of target modules may be one for many families, in which those
+    that a model lacks have no effect.
+    """
+    if facts is not None:
+        split_projections(model, facts.plan.target_modules)
+    elif views := fused_views(model):
+        keys = Checkpoint(adapter).shapes
+        split_projections(model, [name for name in views if any(key.startswith(f"base_model.model.{name}.") for key in keys)])
 
 
 def _check_effect(wrapped: PeftModel, facts: AdapterFacts | None, adapter: ModelPath) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -62,7 +62,7 @@ def basis_of(base: Path, directory: Path) -> Basis:
 
 
 def trained(
-    base: Path, mode: str, directory: Path, targets: tuple[str, ...] = VIEWS
+    base: Path, mode: str, directory: Path, targets: tuple[str, ...] = VIEWS, compact: bool = False
 ) -> tuple[ModelPath, torch.Tensor, list[float]]:
     """An adapter after six steps of Adam, the logits with it, and the losses."""
     plan = plan_of(mode, **SETTINGS, target_modules=targets, has_basis=mode == "fb")
@@ -77,7 +77,7 @@ def trained(
         optimizer.step()
         optimizer.zero_grad()
     of_basis = (str(basis.path), basis.sha256) if basis else (None, None)
-    facts = AdapterFacts(plan, str(base), None, resolve_model(str(base)).content_hash(), *of_basis, compact=False)
+    facts = AdapterFacts(plan, str(base), None, resolve_model(str(base)).content_hash(), *of_basis, compact=compact)
     save_adapter(wrapped.eval(), directory / "adapter", facts)
     return resolve_model(str(directory / "adapter")), logits(wrapped), losses
 
@@ -164,6 +164,32 @@ def test_queries_alone_are_adapted_and_exported_next_to_other_layers(saved, tmp_
     assert close(logits(PeftModel.from_pretrained(load(saved("phi3")), tmp_path / "exported")), expected)
     merge_views(adapter, tmp_path / "merged")
     assert close(logits(load(tmp_path / "merged")), expected)
+
+
+def test_an_adapter_whose_b_comes_from_the_basis_file_gets_that_of_each_view(saved, tmp_path):
+    adapter, expected, _ = trained(saved("gpt2"), "fb", tmp_path, compact=True)
+    assert close(logits(load_adapter(load(saved("gpt2")), adapter)), expected)
+    assert export_adapter(adapter, tmp_path / "exported") == 3 * RANK
+    assert close(logits(PeftModel.from_pretrained(load(saved("gpt2")), tmp_path / "exported")), expected)
+
+
+def test_a_checkpoint_is_loaded_into_the_same_views(saved, tmp_path):
+    adapter, expected, _ = trained(saved("falcon"), "lora", tmp_path)
+    (adapter.path / "cora.json").unlink()
+    assert close(logits(load_adapter(load(saved("falcon")), adapter)), expected)
+
+
+def test_an_adapter_with_one_list_of_targets_for_many_families_is_read_as_plain_peft_does(saved, tmp_path):
+    targets = ["q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "o_proj"]
+    wrapped = get_peft_model(load(saved("phi3")), LoraConfig(r=RANK, target_modules=targets, init_lora_weights=False))
+    wrapped.peft_config["default"].base_model_name_or_path = str(saved("phi3"))
+    wrapped.save_pretrained(tmp_path)
+    adapter = resolve_model(str(tmp_path))
+    assert close(logits(load_adapter(load(saved("phi3")), adapter)), logits(wrapped))
+    merged = wrapped.merge_and_unload().state_dict()
+    for name in ("qkv_proj", "o_proj"):
+        found = open_source(adapter).read(f"model.layers.0.self_attn.{name}")
+        assert close(found, merged[f"model.layers.0.self_attn.{name}.weight"].double())
 
 
 def test_a_method_without_a_lora_form_of_its_own_is_exported_on_the_fused_projection(saved, tmp_path):
