@@ -38,9 +38,9 @@ def start_that_changes_base(config: Mapping[str, Any]) -> str | None:
 
 
 def peft_loads(adapter: ModelPath) -> bool:
-    """Whether plain PEFT loads it: it holds all its tensors, and PEFT knows its type."""
+    """Whether plain PEFT loads it: it holds all its tensors, for layers that the model has, and PEFT knows its type."""
     facts = read_facts(adapter.path)
-    return facts is None or (not facts.compact and method_of(facts.plan.mode).plain_peft_loads)
+    return facts is None or (not facts.compact and not facts.views and method_of(facts.plan.mode).plain_peft_loads)
 
 
 def is_plain_lora(adapter: ModelPath) -> bool:

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
 
 from cora_cli import rundir
 from cora_cli.adapters.card import carry_card
@@ -27,12 +28,14 @@ from cora_cli.adapters.storage import (
     load_adapter,
     order_names,
     plain_factors,
+    split_as_trained,
 )
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import AS_THE_FILE_SAYS
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, factors_of, linear_weight, lora_layers, stores_transposed
 from cora_cli.methods.registry import method_of
 from cora_cli.models.checkpoint import Checkpoint
+from cora_cli.models.fused import SplitProjection, split_parts
 from cora_cli.models.loading import load_model, load_tokenizer
 from cora_cli.models.references import ModelPath
 from cora_cli.models.trained_on import carry_record
@@ -53,7 +56,7 @@ def export_adapter(
     """Write the LoRA to `output` and return its rank; `rank` cuts it to its first pairs where it was trained for that.
 
     A LoRA keeps its A and B (a compact one gets its B back). For any other method the ΔW of each layer is decomposed, and all layers
-    get the largest rank. Raises `CoraError` where `output` exists, where the adapter does not fit, and where no LoRA is equivalent.
+    get the largest rank. Views of fused projections become one LoRA on each of these, whose rank is the sum of theirs. Raises `CoraError` where `output` exists, where the adapter does not fit, and where no LoRA is equivalent.
     """
     if output.exists():
         raise CoraError(f"{output} exists already; choose a new directory")
@@ -67,11 +70,15 @@ def export_adapter(
         base = base_of(adapter)
     check_base(adapter, base)
     model = load_model(base, torch.float32, torch.device("cpu"), None, trust_remote_code)
+    split_as_trained(model, adapter, read_facts(adapter.path))
     before: dict[str, torch.Tensor] = {}
     if start_that_changes_base(adapter.adapter_config()) is not None:
         linears = {name: module for name, module in model.named_modules() if linear_weight(module) is not None}
         before = {name: linear.weight.detach().clone() for name, linear in linears.items()}
-    config, state = _as_lora(load_adapter(model, adapter, basis_path, rank=rank), adapter, before)
+    wrapped = load_adapter(model, adapter, basis_path, rank=rank)
+    config, state = _as_lora(wrapped, adapter, before)
+    if split := split_parts(model):
+        config, state = _on_fused(config, state, wrapped, split, adapter)
     config.base_model_name_or_path = base.reference.partition("@")[0] if base.revision else base.reference
     config.revision = base.revision
     config.task_type, config.inference_mode = "CAUSAL_LM", True
@@ -169,3 +176,40 @@ def _factors(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     u, values, v = torch.linalg.svd(delta.double(), full_matrices=False)
     kept = max(1, int((values > _NEGLIGIBLE * values[0]).sum()))
     return v[:kept].float(), (u[:, :kept] * values[:kept]).float()
+
+
+def _on_fused(
+    config: Any, state: dict[str, torch.Tensor], wrapped: PeftModel, split: dict[str, SplitProjection], adapter: ModelPath
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The same LoRA for a model whose fused projections are not split: B of each view in its rows, the A of all views one below the other.
+
+    Raises `CoraError` for an adapter that holds more than A and B.
+    """
+    scaling = {name: layer.scaling[ADAPTER] for name, layer in lora_layers(wrapped)}
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    ends = ("base_model.model.", ".lora_A.weight", ".lora_B.weight")
+    names = [key.removeprefix(ends[0]).removesuffix(ends[1]) for key in state if key.endswith(ends[1])]
+    if other := state.keys() - {f"{ends[0]}{name}{end}" for name in names for end in ends[1:]}:
+        raise CoraError(
+            f"{adapter.reference} adapts rows of fused projections and also holds {min(other)}, which no LoRA on the complete projections has; "
+            "`cora merge` writes it as a plain model"
+        )
+    views: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name in names:
+        a, b = (state[f"{ends[0]}{name}{end}"].detach() for end in ends[1:])
+        pair = (scaling.get(name, 1.0) * b, a)
+        place, _, part = name.rpartition(".")
+        if place in split:
+            views.setdefault(place, {})[part] = pair
+        else:
+            factors[name] = (a, pair[0])
+    for name, parts in views.items():
+        b, a = split[name].layout.place(parts)
+        factors[name] = (a, b)
+    joined, rank = plain_factors(factors)
+    endings = {name.rpartition(".")[2] for name in factors}
+    inner = wrapped.get_base_model()
+    alike = {name for name, _ in inner.named_modules() if name.rpartition(".")[2] in endings}
+    transposed = any(split[name].kind is Conv1D for name in views)
+    targets = sorted(endings) if alike == factors.keys() else sorted(factors)
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), joined

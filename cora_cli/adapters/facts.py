@@ -23,7 +23,11 @@ COMPACT_FILE = rundir.COMPACT_ADAPTER
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFacts:
-    """What `cora` knows of an adapter beyond PEFT's configuration (`cora.json` in its directory)."""
+    """What `cora` knows of an adapter beyond PEFT's configuration (`cora.json` in its directory).
+
+    `views`: the adapter changes q_proj, k_proj or v_proj of a model that has them in one fused projection, so it fits only a model whose
+    projections are split.
+    """
 
     plan: AdapterPlan
     base: str
@@ -32,10 +36,12 @@ class AdapterFacts:
     basis: str | None
     basis_sha256: str | None
     compact: bool
+    views: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**dataclasses.asdict(self), "plan": self.plan.as_dict()}
+        """Plain values for JSON. `views` is left out if it is off, so that files of earlier versions are the same."""
+        values = {**dataclasses.asdict(self), "plan": self.plan.as_dict()}
+        return values if self.views else {key: value for key, value in values.items() if key != "views"}
 
 
 def read_facts(directory: Path) -> AdapterFacts | None:

@@ -33,6 +33,7 @@ from cora_cli.methods.parts.layers import (
 from cora_cli.methods.parts.mean_change import add_mean_change
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
+from cora_cli.models.fused import VIEWS, split_projections, unknown_fused
 from cora_cli.models.skeleton import fused_experts, other_modalities
 
 
@@ -59,6 +60,8 @@ def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> d
             problem = (
                 f"is a {type(next(iter(matches.values()))).__name__}, not a linear layer" if matches else "matches nothing"
             )
+            if target.rpartition(".")[2] in VIEWS and (unknown := unknown_fused(model)):
+                fused += f"; how {unknown.rpartition('.')[2]} holds queries, keys and values is not known, so only the complete layer can be adapted"
             raise CoraError(
                 f"target module {target!r} {problem} in this model; its linear layers are {', '.join(known)}{fused}"
             )
@@ -97,11 +100,13 @@ def check_applied(model: Any, target_modules: tuple[str, ...], tokens: Sequence[
 def install_adapter(
     model: PreTrainedModel, plan: AdapterPlan, basis: Basis | None, observed: Mapping[str, Observed] | None = None
 ) -> PeftModel:
-    """Wrap `model` with an adapter that follows `plan`, in float32 on any base precision.
+    """Wrap `model` with an adapter that follows `plan`, in float32 on any base precision. Fused projections of which the plan names the
+    views q_proj, k_proj and v_proj are split first.
 
     `observed` has what the starts of a method with `start_from`, or of a plan with `start`, are computed from, by layer. Raises `CoraError`
     where the targets match nothing, the method cannot adapt one of them, or the basis does not fit (see `Basis.for_module`).
     """
+    split_projections(model, plan.target_modules)
     linears, method = target_linears(model, plan.target_modules), method_of(plan.mode)
     for name, linear in linears.items():
         method.check_layer(plan, name, linear)

@@ -13,6 +13,7 @@ from cora_cli.adapters.storage import base_of, check_base, load_adapter
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, linear_weight, lora_layers
 from cora_cli.models.checkpoint import is_finite
+from cora_cli.models.fused import join_projections
 from cora_cli.models.loading import load_model, load_tokenizer, stored_types
 from cora_cli.models.references import ModelPath
 from cora_cli.models.trained_on import carry_record
@@ -63,6 +64,7 @@ def merge_adapter(
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(adapted_layers(wrapped)))
     merged = merged_into_base(wrapped, adapter, safe=True)
+    join_projections(merged)
     if tied and not merged.config.get_text_config(decoder=True).tie_word_embeddings:
         say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
     for name, parameter in merged.named_parameters():

@@ -37,6 +37,7 @@ from cora_cli.methods.parts.mean_change import with_mean_change
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
+from cora_cli.models.fused import fused_views, split_parts, split_projections
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 from cora_cli.progress import say
 from cora_cli.records import read_run
@@ -83,7 +84,7 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts, tokeniz
                 write_row_noise(temporary, posterior)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
-            rundir.write_json(temporary / SIDE_FILE, facts.as_dict())
+            rundir.write_json(temporary / SIDE_FILE, dataclasses.replace(facts, views=bool(split_parts(model))).as_dict())
     except SafetensorError as error:
         raise CoraError(f"{directory} cannot be written: {error}") from error
 
@@ -160,7 +161,8 @@ def load_adapter(
     trainable: bool = False,
     rank: int | None = None,
 ) -> PeftModel:
-    """Wrap `model` with the adapter at `adapter`, standard or compact; B is frozen again where its method freezes it.
+    """Wrap `model` with the adapter at `adapter`, standard or compact; B is frozen again where its method freezes it. Where the adapter
+    was trained on views of a fused projection, that is split in `model`.
 
     `rank` cuts it to its first pairs; see `check_rank`.
 
@@ -177,6 +179,7 @@ def load_adapter(
             "checkpoints"
         )
     say_unknown_settings(adapter)
+    split_as_trained(model, adapter, facts)
     _check_patterns(model, adapter)
     try:
         with warnings.catch_warnings():
@@ -227,6 +230,19 @@ def _check_start(adapter: ModelPath) -> None:
             f"adapter {adapter.path} has init_lora_weights {start!r}: it applies to weights that its training had changed, which cannot be computed "
             "again; save it as a plain LoRA with save_pretrained(path_initial_model_for_weight_conversion=…) of PEFT"
         )
+
+
+def split_as_trained(model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts | None) -> None:
+    """Split the fused projections of `model` whose views the adapter changes.
+
+    Without `facts`, as in a checkpoint of a run, its tensors say which: a list of target modules may be one for many families, in which those
+    that a model lacks have no effect.
+    """
+    if facts is not None:
+        split_projections(model, facts.plan.target_modules)
+    elif views := fused_views(model):
+        keys = Checkpoint(adapter).shapes
+        split_projections(model, [name for name in views if any(key.startswith(f"base_model.model.{name}.") for key in keys)])
 
 
 def _check_effect(wrapped: PeftModel, facts: AdapterFacts | None, adapter: ModelPath) -> None:

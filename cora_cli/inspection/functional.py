@@ -39,6 +39,7 @@ from cora_cli.inspection.replacements import (
 from cora_cli.intervals import Interval, paired_difference, ratio_interval
 from cora_cli.methods.parts.layers import linear_weight, transformers_model
 from cora_cli.methods.parts.starts import seeded
+from cora_cli.models.fused import SplitProjection, split_projections
 from cora_cli.models.loading import load_model
 from cora_cli.models.references import ModelPath
 from cora_cli.progress import progress, say
@@ -134,6 +135,13 @@ class _Host:
         )
         self.model: Any = load_adapter(loaded, path) if path.is_adapter else loaded
         inner = transformers_model(self.model)
+        split_projections(inner, target_modules)
+        known = dict(inner.named_modules())
+        if lacking := [module for module in modules if isinstance(known.get(module), SplitProjection | None)]:
+            raise CoraError(
+                f"{path.reference} adapts a fused projection as one, or its rows apart, and {lacking[0]} is the other of the two; write it as a complete "
+                "model with `cora merge` and name that"
+            )
         self._layers = {module: _plain_layer(inner, module) for module in modules}
         if path is not base_path:
             for module, layer in self._layers.items():

@@ -17,6 +17,7 @@ from cora_cli.data.templates import Template, TemplateName, choose_template
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.targets import check_test_records
 from cora_cli.models.configuration import load_configuration
+from cora_cli.models.fused import split_projections
 from cora_cli.models.loading import context_length, load_tokenizer
 from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import build_skeleton
@@ -63,7 +64,9 @@ def read_own_data(
     found = _requests(requests, models)
     if without := [name for name in models if name not in found]:
         say(f"without --data, and so only among the others: {', '.join(without)}")
-    target_linears(build_skeleton(load_configuration(base)), target_modules)
+    skeleton = build_skeleton(load_configuration(base))
+    split_projections(skeleton, target_modules)
+    target_linears(skeleton, target_modules)
     for model in (*models.values(), base):
         say_unrecorded(model)
     known = {digest for model in (*models.values(), base) if (record := trained_on(model)) for digest in record.prompts}

@@ -15,6 +15,7 @@ class Adapter(TypedDict):
     basis: str | None
     basis_sha256: str | None
     compact: bool
+    views: NotRequired[bool]
 
 
 class BasisSource(TypedDict):

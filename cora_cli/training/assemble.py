@@ -17,6 +17,7 @@ from cora_cli.adapters.storage import starts_in
 from cora_cli.data.batches import BatchForm
 from cora_cli.methods.parts.layers import Observed
 from cora_cli.methods.registry import method_of
+from cora_cli.models.fused import split_projections
 from cora_cli.models.loading import load_model
 from cora_cli.models.skeleton import fused_experts
 from cora_cli.progress import say
@@ -55,7 +56,7 @@ def assemble(
 
 def _load_base(config: TrainConfig, prepared: Prepared, device: torch.device) -> Any:
     dtype = torch.float32 if prepared.plan is None else prepared.hardware.dtype
-    return load_model(
+    loaded = load_model(
         prepared.model_path,
         dtype,
         device,
@@ -64,6 +65,9 @@ def _load_base(config: TrainConfig, prepared: Prepared, device: torch.device) ->
         config.load_in_4bit,
         prepared.model_config,
     )
+    if prepared.plan is not None:
+        split_projections(loaded, prepared.plan.target_modules)
+    return loaded
 
 
 def _check_passes(config: TrainConfig, prepared: Prepared, model: Any) -> Batching:

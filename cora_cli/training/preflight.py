@@ -33,6 +33,7 @@ from cora_cli.methods.parts.layers import Observed, factors_of, lora_layers
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import rope_switch
+from cora_cli.models.fused import split_projections
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, follow_training, follow_weights
 from cora_cli.progress import say
@@ -237,7 +238,7 @@ class _FakeTrainer(CoraTrainer):
         optimizer.zero_grad()
         return optimizer
 
-    def _require_finite(self, value: torch.Tensor, what: str) -> None:
+    def _require_usable(self, value: torch.Tensor, what: str) -> None:
         pass
 
     def _most_passes(self, count: int) -> int:
@@ -280,6 +281,8 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
         stack.enter_context(meter)
         dtype = torch.float32 if plan is None else prepared.hardware.dtype
         model = fake_model(prepared.model_config, config.trust_remote_code, dtype)
+        if plan is not None:
+            split_projections(model, plan.target_modules)
         meter.assign((*model.parameters(), *model.buffers()), "weights")
         if on_gpu and any(isinstance(module, torch.nn.LayerNorm) for module in model.modules()):
             stack.enter_context(WideLayerNorm())

@@ -27,6 +27,7 @@ from cora_cli.methods.parts.layers import linear_weight
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import load_configuration, remove_dropout
+from cora_cli.models.fused import split_parts, split_projections, wanted_views
 from cora_cli.models.loading import context_length, load_tokenizer, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.skeleton import build_skeleton, require_causal
@@ -181,6 +182,12 @@ def _fitted(
 ) -> tuple[AdapterPlan, list[str], StartModels | None]:
     """The plan for a model, the layers to adapt, and the models to start from. Raises `CoraError` where they do not fit each other."""
     method = method_of(plan.mode)
+    if config.load_in_4bit and (fused := next(iter(wanted_views(skeleton, plan.target_modules)), None)):
+        called = fused.rpartition(".")[2]
+        raise CoraError(
+            f"--load-in-4bit holds {called} of {config.model} in 4 bits, whose rows q_proj, k_proj and v_proj cannot be taken apart; adapt all of "
+            f"them with --target-modules {called}, or leave out --load-in-4bit"
+        )
     plan = method.for_model(plan, model.attention_heads())
     method.configuration(plan)
     layers = _checked_targets(skeleton, method, plan)
@@ -210,6 +217,11 @@ def _check_row(tokens: int | None, train: EncodedSet) -> None:
 
 def _checked_targets(skeleton: Any, method: Method, plan: AdapterPlan) -> list[str]:
     """The layers to adapt, by name. Raises `CoraError` for one that the method cannot adapt."""
+    split_projections(skeleton, plan.target_modules)
+    if split := split_parts(skeleton):
+        say(
+            f"q_proj, k_proj and v_proj are rows of {next(iter(split)).rpartition('.')[2]} in this model, which is split into them"
+        )
     linears = target_linears(skeleton, plan.target_modules)
     for name, linear in linears.items():
         method.check_layer(plan, name, linear)

@@ -37,6 +37,9 @@ from cora_cli.training.sharding import average_gradients, complete_weights, divi
 PARTIAL = ".partial"
 
 
+_NORM = "gradient norm"
+
+
 class Diverged(CoraError):
     """The loss or its gradient is no longer finite."""
 
@@ -127,7 +130,7 @@ class CoraTrainer(Trainer):
         if is_sharded(model) and self.accelerator.sync_gradients:
             average_gradients(model)
         loss = torch.stack(parts).sum() if earlier else parts[0]
-        self._require_finite(loss, "loss")
+        self._require_usable(loss, "loss")
         return loss
 
     def _most_passes(self, count: int) -> int:
@@ -228,12 +231,7 @@ class CoraTrainer(Trainer):
         # The last hook before the optimizer, called whether gradients are clipped or not.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self._require_finite(torch.as_tensor(norm, device=self.args.device), "gradient norm")
-        if self.state.global_step == 0 and not norm:
-            raise CoraError(
-                "the gradient of everything that this run trains is exactly zero at step 1, so that it would learn nothing: the layers of "
-                "--target-modules do not change the loss, or a kernel without a backward pass is in the way; --dtype fp32 may help"
-            )
+        self._require_usable(torch.as_tensor(norm, device=self.args.device), _NORM)
         return norm
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -243,11 +241,16 @@ class CoraTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def _require_finite(self, value: torch.Tensor, what: str) -> None:
+    def _require_usable(self, value: torch.Tensor, what: str) -> None:
         values = value.reshape(1)
         if self.accelerator.num_processes > 1:
             # Otherwise one process would wait for the others forever.
             values = self.accelerator.gather(values)
+        if what == _NORM and self.state.global_step == 0 and not values.any():
+            raise CoraError(
+                "the gradient of everything that this run trains is exactly zero at step 1, so that it would learn nothing: the layers of "
+                "--target-modules do not change the loss, or a kernel without a backward pass is in the way; --dtype fp32 may help"
+            )
         wrong = values[~values.isfinite()]
         if len(wrong):
             step = self.state.global_step + 1

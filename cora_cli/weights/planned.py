@@ -10,9 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint
+from cora_cli.models.fused import fused_views
 from cora_cli.models.references import ModelPath, recorded_base, resolve_model
 from cora_cli.models.skeleton import skeleton_of
-from cora_cli.weights.sources import AdapterSource, ModelSource, WeightSource, architecture_of
+from cora_cli.weights.sources import AdapterSource, ModelSource, WeightSource, architecture_of, view_shapes
 
 
 class PlannedSource(WeightSource):
@@ -23,11 +24,15 @@ class PlannedSource(WeightSource):
         self.architecture = architecture_of(model.language_config())
         self.shapes = {}
         self._bytes: dict[str, int] = {}
-        for name, module in skeleton_of(model).model.named_modules():
+        skeleton = skeleton_of(model).model
+        for name, module in skeleton.named_modules():
             if isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding):
                 rows, columns = module.weight.shape
                 self.shapes[name] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
                 self._bytes[name] = module.weight.element_size()
+        self.views = fused_views(skeleton)
+        self.shapes |= view_shapes(self.views, self.shapes)
+        self._bytes |= {name: self._bytes[view.fused] for name, view in self.views.items()}
 
     def entry_bytes(self, module: str) -> int:
         """See `WeightSource.entry_bytes`."""

@@ -16,6 +16,7 @@ from cora_cli.adapters.storage import base_of, check_base
 from cora_cli.basis.choices import is_target, match_targets, natural_order
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint, finite, type_fault
+from cora_cli.models.fused import VIEWS, Layout, View, fused_views
 from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import Skeleton, layer_of, other_modalities, skeleton_of, surplus_fault
 from cora_cli.progress import say
@@ -42,7 +43,8 @@ class WeightSource(abc.ABC):
 
     `transposed` holds the modules whose layer stores its weight as (in, out), `skipped` the names in the files of weights that are no
     module of the language model: those of other modalities, and those that the loaded model does not take as they are, such as fused
-    experts. `biases` names those that an adapter trained. `faults` says by module what keeps a layer's weight from being read: missing, of another shape, or with tensors next to
+    experts. `views` says which of the modules are rows of another, such as GPT-2's `c_attn.q_proj` of its `c_attn`; both are listed. `biases` names those
+    that an adapter trained. `faults` says by module what keeps a layer's weight from being read: missing, of another shape, or with tensors next to
     it that would change it.
     """
 
@@ -51,6 +53,7 @@ class WeightSource(abc.ABC):
     architecture: dict[str, Any]
     transposed: frozenset[str] = frozenset()
     skipped: Sequence[str] = ()
+    views: Mapping[str, View] = MappingProxyType({})
     biases: Sequence[str] = ()
     faults: Mapping[str, str] = MappingProxyType({})
     shapes: dict[str, tuple[int, int]]
@@ -77,6 +80,15 @@ class WeightSource(abc.ABC):
                 f"{self.reference} also trained {len(self.biases)} biases, such as {self.biases[0]}: they are no part of the weights, and "
                 "nothing of their change is in what is computed here"
             )
+
+    def without_overlap(self, named: Collection[str]) -> list[str]:
+        """Every row of every matrix once: the modules, with views in place of the fused projections of which `named` holds a view."""
+        split = {self.views[module].fused for module in named if module in self.views}
+        return [
+            module
+            for module in self.shapes
+            if (self.views[module].fused in split if module in self.views else module not in split)
+        ]
 
     @abc.abstractmethod
     def read(self, module: str) -> torch.Tensor:
@@ -144,19 +156,23 @@ class ModelSource(WeightSource):
             raise CoraError(f"{model.reference} is stored quantised; use a copy with weights in bf16, fp16 or fp32")
         self._checkpoint = Checkpoint(model)
         self._digests: dict[str, str] = {}
-        self._keys, self.shapes, self.transposed, self.faults = loaded_matrices(model, self._checkpoint)
+        self._keys, self.shapes, self.transposed, self.faults, self.views = loaded_matrices(model, self._checkpoint)
         self.skipped = sorted(set(_matrices(self._checkpoint)) - set(self._keys.values()))
 
     def read(self, module: str) -> torch.Tensor:
         """The weight of `module`, (out, in), as stored."""
-        weight = finite(self._checkpoint.read(self._keys[module]), self.reference, module)
-        weight = weight.T.contiguous() if module in self.transposed else weight
+        view = self.views.get(module)
+        stored = view.fused if view else module
+        weight = finite(self._checkpoint.read(self._keys[stored]), self.reference, stored)
+        weight = weight.T.contiguous() if stored in self.transposed else weight
+        weight = view.layout.rows(weight, view.part) if view else weight
         self._digests.setdefault(module, rundir.tensor_digest(module, weight))
         return weight
 
     def entry_bytes(self, module: str) -> int:
         """See `WeightSource.entry_bytes`."""
-        kind: torch.dtype = getattr(torch, self._checkpoint.types[self._keys[module]])
+        stored = self.views[module].fused if module in self.views else module
+        kind: torch.dtype = getattr(torch, self._checkpoint.types[self._keys[stored]])
         return kind.itemsize
 
     def content_hash(self, modules: Iterable[str]) -> str:
@@ -174,7 +190,10 @@ class ModelSource(WeightSource):
 
 
 class AdapterSource(WeightSource):
-    """A PEFT LoRA adapter on its base: W = W_base + s·B·A, s = alpha / r (alpha / √r under rsLoRA)."""
+    """A PEFT LoRA adapter on its base: W = W_base + s·B·A, s = alpha / r (alpha / √r under rsLoRA).
+
+    The adapter may change a fused projection as one, or the views of it, as `cora train` does; both are read under the names of both.
+    """
 
     def __init__(self, model: ModelPath, base: WeightSource | None) -> None:
         self.reference, self.revision = model.reference, model.revision
@@ -182,43 +201,87 @@ class AdapterSource(WeightSource):
         self.biases = self._own.biases
         self._base_is_own = base is None
         self.base = base or _open_base(model)
-        self.architecture, self.skipped = self.base.architecture, self.base.skipped
+        self.architecture, self.skipped, self.views = self.base.architecture, self.base.skipped, self.base.views
+        self._layouts = {view.fused: view.layout for view in self.views.values()}
         self._own.check_full(self.base.shapes, self.base.transposed)
         # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
         shapes = self.base.shapes | self._own.full
         self._own.check(shapes, self.base.reference)
-        self._own.check_complete(self.base.shapes, self.base.reference, self.architecture.get("model_type"))
+        if both := self._own.changed & {self.views[module].fused for module in self._own.changed if module in self.views}:
+            raise CoraError(
+                f"{self.reference} changes {min(both)} as one and also the views of it, which no model can have at once"
+            )
+        adapted = self.base.without_overlap(self._own.changed)
+        self._own.check_complete(adapted, self.base.reference, self.architecture.get("model_type"))
         self.shapes = {module: shape for module, shape in shapes.items() if module not in self._own.hidden}
         self.faults = {module: fault for module, fault in self.base.faults.items() if module not in self._own.full}
 
     def read(self, module: str) -> torch.Tensor:
         """The weight of `module`, (out, in) float64."""
-        weight = (self._own.read_full(module) if module in self._own.full else self.base.read(module)).double()
-        if module in self._own.ranks:
+        weight = self._unchanged(module).double()
+        if self._rank(module):
             weight += self._update(module)
         return weight
 
+    def _unchanged(self, module: str) -> torch.Tensor:
+        """The weight (out, in) below the product of factors: the base's, or one that the adapter holds."""
+        view = self.views.get(module)
+        if module in self._own.full:
+            return self._own.read_full(module)
+        if view and view.fused in self._own.full:
+            return view.layout.rows(self._own.read_full(view.fused), view.part)
+        if (layout := self._layouts.get(module)) and self._is_full(module):
+            return layout.put({part: self._unchanged(f"{module}.{part}").T for part in VIEWS}).T
+        return self.base.read(module)
+
+    def _is_full(self, module: str) -> bool:
+        """Whether the adapter holds a weight of `module`, of views of it, or of what it is a view of."""
+        return any(name in self._own.full for name in self._names(module))
+
+    def _names(self, module: str) -> list[str]:
+        """`module`, and what else holds rows of it: its views, or the fused projection that it is a view of."""
+        also = [self.views[module].fused] if module in self.views else []
+        return [module, *also, *([f"{module}.{part}" for part in VIEWS] if module in self._layouts else [])]
+
     def own_delta(self, module: str, base: WeightSource) -> torch.Tensor | None:
         """s·B·A exactly (zero for a module without an update) if `base` is this adapter's base; else None."""
-        if base is not self.base or module in self._own.full:
+        if base is not self.base or self._is_full(module):
             return None
-        return self._update(module) if module in self._own.ranks else torch.zeros(self.shapes[module], dtype=torch.float64)
+        return self._update(module)
 
     def own_rank(self, module: str, base: WeightSource) -> int | None:
         """See `WeightSource.own_rank`."""
-        return None if base is not self.base or module in self._own.full else self._own.ranks.get(module, 0)
+        return None if base is not self.base or self._is_full(module) else self._rank(module)
 
     def own_factors(self, module: str, base: WeightSource) -> tuple[torch.Tensor, torch.Tensor]:
         """s·B and A."""
-        if module not in self._own.ranks:
-            out, inside = self.shapes[module]
-            return torch.zeros((out, 0), dtype=torch.float64), torch.zeros((0, inside), dtype=torch.float64)
-        scale, b, a = self._own.read(module)
+        scale, b, a = self._factors(module)
         return scale * b, a
+
+    def _rank(self, module: str) -> int:
+        return sum(self._own.ranks.get(name, 0) for name in self._names(module))
+
+    def _update(self, module: str) -> torch.Tensor:
+        """s·B·A, (out, in) float64."""
+        scale, b, a = self._factors(module)
+        return scale * (b @ a)
+
+    def _factors(self, module: str) -> tuple[float, torch.Tensor, torch.Tensor]:
+        """The s, B (out, r) and A (r, in), both float64; r = 0 without an update."""
+        if module in self._own.ranks:
+            return self._own.read(module)
+        if (view := self.views.get(module)) and view.fused in self._own.ranks:
+            scale, b, a = self._own.read(view.fused)
+            return scale, view.layout.rows(b, view.part), a
+        layout: Layout | None = self._layouts.get(module)
+        if layout and (parts := [part for part in VIEWS if f"{module}.{part}" in self._own.ranks]):
+            return 1.0, *layout.place({part: self.own_factors(f"{module}.{part}", self.base) for part in parts})
+        out, inside = self.shapes[module]
+        return 1.0, torch.zeros((out, 0), dtype=torch.float64), torch.zeros((0, inside), dtype=torch.float64)
 
     def entry_bytes(self, module: str) -> int:
         """See `WeightSource.entry_bytes`; 4 where the adapter holds the weight itself."""
-        return 4 if module in self._own.full else self.base.entry_bytes(module)
+        return 4 if self._is_full(module) else self.base.entry_bytes(module)
 
     def changes_only(self, modules: Collection[str], base: WeightSource) -> bool:
         """See `WeightSource.changes_only`."""
@@ -228,17 +291,13 @@ class AdapterSource(WeightSource):
         """See `WeightSource.content_hash`; covers the adapter's tensors, their scale, and the base."""
         modules = list(modules)
         rest = self.base.content_hash([module for module in modules if module not in self._own.full])
-        return rundir.sha256_json({"base": rest, "adapter": self._own.digests(modules)})
+        names = dict.fromkeys(name for module in modules for name in self._names(module))
+        return rundir.sha256_json({"base": rest, "adapter": self._own.digests(names)})
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """See `WeightSource.checkpoints`; includes the base's if the adapter opened its base itself."""
         return [self._own.checkpoint, *(self.base.checkpoints if self._base_is_own else [])]
-
-    def _update(self, module: str) -> torch.Tensor:
-        """s·B·A, (out, in) float64."""
-        scale, b, a = self._own.read(module)
-        return scale * (b @ a)
 
 
 def _open_base(adapter: ModelPath) -> WeightSource:
@@ -249,14 +308,15 @@ def _open_base(adapter: ModelPath) -> WeightSource:
 
 def loaded_matrices(
     model: ModelPath, checkpoint: Checkpoint
-) -> tuple[dict[str, str], dict[str, tuple[int, int]], frozenset[str], dict[str, str]]:
-    """The key in the files and the shape (out, in) of each weight matrix of the loaded language model, by module; the modules that
-    store their weight as (in, out); and what keeps layers from being read, by module.
+) -> tuple[dict[str, str], dict[str, tuple[int, int]], frozenset[str], dict[str, str], dict[str, View]]:
+    """The key in the files of each weight matrix of the loaded language model, by module; the shape (out, in) of each, and of the views
+    of fused projections; the modules that store their weight as (in, out); what keeps layers from being read, by module; and the views.
 
-    A model that transformers does not know without code of its own keeps the names of its files.
+    A model that transformers does not know without code of its own keeps the names of its files, and has no views.
     """
     stored = _matrices(checkpoint)
     names, transposed = {key: key for key in stored}, frozenset[str]()
+    views: dict[str, View] = {}
     try:
         skeleton = skeleton_of(model)
     except CoraError:
@@ -265,6 +325,7 @@ def loaded_matrices(
         others = other_modalities(skeleton.model)
         loaded = skeleton.loaded_names(stored).items()
         faults = _faults(skeleton, checkpoint, others)
+        views = fused_views(skeleton.model)
         names, transposed = (
             {key: name for key, name in loaded if name.removesuffix(".weight") not in others},
             skeleton.transposed,
@@ -272,7 +333,14 @@ def loaded_matrices(
     keys = {name.removesuffix(".weight"): key for key, name in names.items()}
     shapes = {module: checkpoint.shapes[key] for module, key in keys.items()}
     oriented = {module: (a, b) if module not in transposed else (b, a) for module, (a, b) in shapes.items()}
-    return keys, oriented, transposed, faults
+    faults |= {name: faults[view.fused] for name, view in views.items() if view.fused in faults}
+    views = {name: view for name, view in views.items() if view.fused in keys}
+    return keys, oriented | view_shapes(views, oriented), transposed, faults, views
+
+
+def view_shapes(views: Mapping[str, View], shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The shape (out, in) of each view; `shapes` has those of the fused projections."""
+    return {name: (view.layout.outputs_of(view.part), shapes[view.fused][1]) for name, view in views.items()}
 
 
 def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) -> dict[str, str]:

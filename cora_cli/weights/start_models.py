@@ -28,6 +28,7 @@ class StartModels:
         self._layers = layers
         self._base = open_source(base)
         self._sources: list[WeightSource] = []
+        others = [name for name in self._base.without_overlap(layers) if name not in layers]
         self.hashes: dict[str, str] = {}
         """SHA-256 of each model's files, by reference."""
         for reference in references:
@@ -48,9 +49,8 @@ class StartModels:
                     raise CoraError(
                         f"--start-models: {reference} has no weight {name} of the base model's shape {self._base.shapes[name]}"
                     )
-            others = [name for name in self._base.shapes if name not in layers and source.own_rank(name, self._base)]
-            if others:
-                say(f"{reference} also changes {len(others)} layers that --target-modules leaves out, such as {others[0]}")
+            if also := [name for name in others if source.own_rank(name, self._base)]:
+                say(f"{reference} also changes {len(also)} layers that --target-modules leaves out, such as {also[0]}")
             self._sources.append(source)
 
     def observed(self) -> dict[str, Observed]:

@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import io
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ from cora_cli.data.batches import Collator
 from cora_cli.data.encode import Example
 from cora_cli.device import Hardware, select_packed_attention
 from cora_cli.evaluation.generate import transformers_engine
-from cora_cli.methods.parts.layers import factors_of, lora_layers
+from cora_cli.methods.parts.layers import factors_of, linear_weight, lora_layers
 from cora_cli.models.configuration import remove_dropout
+from cora_cli.models.fused import VIEWS, fused_views
+from cora_cli.models.skeleton import build_skeleton
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.training.batching import choose_batching
 from cora_cli.training.heldout import held_out_loss
@@ -224,6 +227,20 @@ def build(family: str) -> Any:
     return AutoConfig.for_model(settings.pop("model_type", family), **settings)
 
 
+_PROJECTION = re.compile(r"w?[qkv]|query|key|value|receptance|(q|k|v|kv|qkv)_.*|in_proj_qkvz?", re.IGNORECASE)
+"""Names of layers that compute queries, keys or values."""
+
+
+def projections(family: str) -> str:
+    """What q_proj, k_proj and v_proj are in a family: its own layers, views of a fused one, or other layers, by name."""
+    model = build_skeleton(build(family))
+    if views := fused_views(model):
+        return f"views of {next(iter(views.values())).fused.rpartition('.')[2]}"
+    linears = [name.rpartition(".")[2] for name, module in model.named_modules() if linear_weight(module) is not None]
+    found = list(dict.fromkeys(name for name in linears if name in VIEWS or _PROJECTION.fullmatch(name)))
+    return "own" if set(found) >= set(VIEWS) else ", ".join(found) or "none"
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """How a family is trained and evaluated, and how far that is from plain attention, one example or prompt at a time.
@@ -366,9 +383,19 @@ def table() -> str:
         found = measure(family)
         why = "" if found.batches == "packed" else found.reason
         merged = "–" if found.merged is None else f"{found.merged:.0e}"
-        rows.append([family, f"{found.loss:.0e}", merged, f"{found.engine}, {found.answers:.0%} equal", found.batches, why])
-    packed = sum(cells[4] == "packed" for cells in rows)
-    headers = ["family", "loss", "merged", "answers", "batches", "because"]
+        rows.append(
+            [
+                family,
+                projections(family),
+                f"{found.loss:.0e}",
+                merged,
+                f"{found.engine}, {found.answers:.0%} equal",
+                found.batches,
+                why,
+            ]
+        )
+    packed = sum(cells[5] == "packed" for cells in rows)
+    headers = ["family", "q, k, v", "loss", "merged", "answers", "batches", "because"]
     return f"{len(rows)} configurations, {packed} of them packed.\n\n{markdown_table(headers, rows)}\n"
 
 

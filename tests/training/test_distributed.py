@@ -121,4 +121,4 @@ def test_one_process_s_nan_is_named_in_all() -> None:
     accelerator = SimpleNamespace(num_processes=2, gather=lambda value: torch.cat([value, torch.tensor([math.nan])]))
     here = SimpleNamespace(accelerator=accelerator, state=SimpleNamespace(global_step=6))
     with pytest.raises(Diverged, match="the loss at step 7 is nan"):
-        CoraTrainer._require_finite(here, torch.tensor(2.5), "loss")  # type: ignore[arg-type]
+        CoraTrainer._require_usable(here, torch.tensor(2.5), "loss")  # type: ignore[arg-type]
