@@ -96,14 +96,14 @@ def test_draws_are_linear_in_the_weights_by_a_central_difference(fitted: Path, t
     assert len(tangents) == 8
     model = model.double()
     ends = []
-    for sign in (1e-4, -1e-4):
+    for sign in (1e-3, -1e-3):  # transformers computes norms in float32, whose noise a smaller step would magnify
         with torch.no_grad():
             for name, tangent in tangents.items():
                 model.get_submodule(name).weight += sign * tangent
             ends.append(model(IDS).logits)
             for name, tangent in tangents.items():
                 model.get_submodule(name).weight -= sign * tangent
-    expected = (ends[0] - ends[1]) / 2e-4
+    expected = (ends[0] - ends[1]) / 2e-3
     assert change.abs().max() > 0.01
     assert torch.allclose(change.double(), expected, atol=1e-3 * expected.abs().max().item())
 
