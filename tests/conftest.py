@@ -1,5 +1,6 @@
 """Small real models and data that every test may use; nothing here reaches for a hub."""
 
+import gc
 import json
 import os
 import shutil
@@ -132,3 +133,9 @@ def grouped_models(tmp_path_factory) -> list[Path]:
     for seed in range(2):
         make_llama(kv_heads=2, seed=seed).save_pretrained(root / f"m{seed}")
     return [root / f"m{seed}" for seed in range(2)]
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections: accelerate asks for one at each training, which would look through all of it."""
+    gc.collect()
+    gc.freeze()

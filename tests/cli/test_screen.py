@@ -85,7 +85,7 @@ def assert_clean(screen: str) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["doctor", "--device", "cpu"],
+        pytest.param(["doctor", "--device", "cpu"], marks=pytest.mark.slow, id="doctor"),
         ["extract-basis", "base", "--rank", "2", "-o", "screen.safetensors", "--overwrite"],
         ["inspect", "basis.safetensors"],
         ["train", *TRAIN, "--model", "base", "--dataset", "pairs.jsonl", "--output-dir", "trained-{columns}"],

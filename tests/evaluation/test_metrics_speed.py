@@ -125,6 +125,7 @@ def test_bertscore_does_not_depend_on_how_many_pairs_are_matched_together(scorer
     np.testing.assert_allclose(scorer.statistics(predictions, references)[:, 0], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_embeddings_by_threads_are_those_of_bert_score_in_the_given_order(scorer, two_threads, monkeypatch):
     encoder = scorer._encoder
     texts = sorted({text for texts in builtin_pairs(20) for text in texts}, key=len)

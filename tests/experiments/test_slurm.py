@@ -50,6 +50,7 @@ def test_a_step_runs_as_a_job_with_its_log_and_exit_code(tmp_path: Path) -> None
     assert "there is no command" in text
 
 
+@pytest.mark.slow
 def test_one_job_runs_several_steps_of_a_kind(tmp_path: Path) -> None:
     several = launcher(tmp_path / "slurm", Alive(), steps_per_job=2)
     commands = {"first": ["no-such-command"], "second": ["--version"], "third": ["--help"]}

@@ -87,6 +87,7 @@ def test_an_evaluation_is_verified_alone(finished: Path) -> None:
     assert len(verify(finished / "eval")) == 1
 
 
+@pytest.mark.slow
 def test_every_metric_of_texts_is_computed_again(run: Path) -> None:
     evaluate_run(run, metrics=("rouge1", "meteor", "sacrebleu", "bertscore_f1"), output_dir=str(run / "all"))
     assert f"{run}/all: rouge1, meteor, sacrebleu, bertscore_f1 of 4 predictions computed again, as recorded" in verify(run)

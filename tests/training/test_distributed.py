@@ -102,6 +102,7 @@ def test_processes_may_need_different_numbers_of_forward_passes(tiny_model: Path
     assert_same_results(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_every_process_learns_that_the_directory_is_taken(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     ends = run_together(config_for(tiny_model, tiny_data, tmp_path))

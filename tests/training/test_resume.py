@@ -97,6 +97,7 @@ def test_killed_run_resumes_to_the_same_bits(
     assert_same_run(tmp_path / "run", expected)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_be_killed_again(uninterrupted: tuple[TrainConfig, Path], tmp_path: Path) -> None:
     config, expected = uninterrupted
     config = replace(config, output_dir=str(tmp_path / "run"))
