@@ -191,15 +191,15 @@ def prompts(count: int, directory: Path) -> Work:
 
 
 def pairs(count: int, directory: Path) -> Work:
-    """All metrics of `count` pairs, with their intervals; no reference embeddings are kept from earlier runs."""
-    from cora_cli.evaluation.metrics import NAMES, reference_cache, score_all
+    """All metrics of the texts of `count` pairs, with their intervals; no reference embeddings are kept from earlier runs."""
+    from cora_cli.evaluation.metrics import TEXT_NAMES, reference_cache, score_all
 
     folder = "directory"
     setattr(reference_cache, folder, lambda: directory)
     references = [one["output"] for one in _code(count)]
     predictions = [text[::-1] if number % 3 == 0 else f"{text} more" for number, text in enumerate(references)]
-    score_all(NAMES, ["a b"], ["a c"])  # loads WordNet and the encoder's files
-    return lambda: score_all(NAMES, predictions, references)
+    score_all(TEXT_NAMES, ["a b"], ["a c"])  # loads WordNet and the encoder's files
+    return lambda: score_all(TEXT_NAMES, predictions, references)
 
 
 def planned_rows(count: int, directory: Path) -> Work:
