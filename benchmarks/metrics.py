@@ -73,7 +73,7 @@ def _changed(text: str, vocabulary: Sequence[str], generator: random.Random) -> 
 def ours(predictions: Texts, references: Texts, clock: "Clock") -> dict[str, Any]:
     """What `cora evaluate` does with finished predictions. A clock around the called functions times each part."""
     from cora_cli import intervals
-    from cora_cli.evaluation.metrics import NAMES, reference_cache, score_all
+    from cora_cli.evaluation.metrics import TEXT_NAMES, reference_cache, score_all
     from cora_cli.evaluation.metrics.bertscore import BertScore
     from cora_cli.evaluation.metrics.bleu import SacreBleu
     from cora_cli.evaluation.metrics.meteor import Meteor
@@ -91,7 +91,7 @@ def ours(predictions: Texts, references: Texts, clock: "Clock") -> dict[str, Any
     setattr(reference_cache, kept, lambda: Path(os.environ[VALUES]) / f"references-{os.getpid()}")
     stream = "stream"
     setattr(BertScore, stream, clock.timed_stream("bertscore", BertScore.stream))
-    report = score_all(NAMES, predictions, references, bootstrap=BOOTSTRAP)
+    report = score_all(TEXT_NAMES, predictions, references, bootstrap=BOOTSTRAP)
     values: dict[str, Any] = {**report.per_example, "sacrebleu": report.metrics["sacrebleu"]["value"]}
     return values
 
