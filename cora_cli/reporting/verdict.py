@@ -95,7 +95,7 @@ def judge(
     others = [
         pair
         for one in methods
-        if one not in chosen_b and id(one) not in controls and one.first.row.mode not in (BASELINE, "base")
+        if one not in chosen_b and id(one) not in controls and not _is_lora(one) and one.first.row.mode != "base"
         for pair in _controls(one, methods)
         if pair[2] in (LORA_RANK, LORA_SIZE) and not pair[3]
     ]
@@ -200,8 +200,14 @@ def _plan(method: MethodResults) -> dict[str, object]:
     return method.first.record.get("plan") or {}
 
 
+def _is_lora(method: MethodResults) -> bool:
+    """Whether it is LoRA on the base model itself. With a start of its own, such as the mean of other models' ΔW, it is another method."""
+    return method.first.row.mode == BASELINE and not _plan(method).get("start")
+
+
 def _informed(method: MethodResults) -> bool:
-    return _plan(method).get("b_init") == "basis" and method.first.row.n_models != 0
+    plan = _plan(method)
+    return plan.get("b_init") == "basis" and not plan.get("start") and method.first.row.n_models != 0
 
 
 def _of_gradient(method: MethodResults) -> bool:
@@ -222,8 +228,8 @@ def _controls(one: MethodResults, methods: Sequence[MethodResults]) -> list[tupl
             fits = {
                 RANDOM_B: any(other is control for control in random),
                 BASE_B: _like(other, one) and _plan(other).get("b_init") == "basis" and theirs.n_models == 0,
-                LORA_RANK: theirs.mode == BASELINE and same_rank,
-                LORA_SIZE: theirs.mode == BASELINE
+                LORA_RANK: _is_lora(other) and same_rank,
+                LORA_SIZE: _is_lora(other)
                 and not same_rank
                 and bool(size and trained)
                 and abs((size or 0) - (trained or 0)) <= _EQUAL_SIZE * (trained or 0),
@@ -238,7 +244,8 @@ def _controls(one: MethodResults, methods: Sequence[MethodResults]) -> list[tupl
 
 def _like(other: MethodResults, one: MethodResults) -> bool:
     theirs, row = other.first.row, one.first.row
-    return (theirs.mode, theirs.rank, theirs.model) == (row.mode, row.rank, row.model)
+    starts = _plan(other).get("start"), _plan(one).get("start")
+    return (theirs.mode, theirs.rank, theirs.model, starts[0]) == (row.mode, row.rank, row.model, starts[1])
 
 
 def _headline(methods: Sequence[MethodResults], comparisons: Sequence[Comparison]) -> str:

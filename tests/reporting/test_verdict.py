@@ -205,6 +205,24 @@ def test_other_methods_are_compared_with_lora_in_a_family_of_their_own():
     assert verdict_of(lora(0.6), dora).comparisons[0].baseline
 
 
+def test_methods_on_a_changed_base_are_others_and_no_reference():
+    started = {"start": "mean-delta"}
+    verdict = verdict_of(
+        base(),
+        runs("fb", FB, 0.5),
+        random(0.6),
+        lora(0.62),
+        runs("fb mean", {**FB, **started}, 0.4),
+        runs("lora mean", {"b_init": "zeros", **started}, 0.5, mode="lora", n_models=5),
+    )
+    found = {(c.one.first.row.label, c.other.first.row.label, c.baseline) for c in verdict.comparisons}
+    assert found == {
+        *(("fb", other, False) for other in ("random", "lora", "base")),
+        ("random", "lora", False),
+        *((one, "lora", True) for one in ("fb mean", "lora mean")),
+    }
+
+
 def test_a_b_from_the_gradient_has_the_controls_of_an_informed_one_in_a_family_of_its_own():
     groups = base(), runs("fb", FB, 0.55), random(0.6), lora(0.6)
     gradient = runs("fb gradient", GRADIENT, 0.5, n_models=None)
