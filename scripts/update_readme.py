@@ -16,7 +16,8 @@ from cora_cli.render.markdown_table import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-PARETO = ROOT / "docs" / "baselines-pareto.png"
+PLOTS = ("forest.svg", "pareto.png")
+"""Of the report of the baselines."""
 FOREST = ROOT / "docs" / "honest-forest.svg"
 
 
@@ -65,9 +66,9 @@ def main() -> None:
         replace("inspect", verdict_and_captures(options.inspect.read_text(encoding="utf-8")))
     if options.baselines.exists():
         replace("baselines", scores_and_costs((options.baselines / "report.md").read_text(encoding="utf-8")))
-        PARETO.parent.mkdir(exist_ok=True)
-        [plot] = (options.baselines / "plots").glob("*pareto.png")
-        shutil.copyfile(plot, PARETO)
+        for name in PLOTS:
+            [plot] = (options.baselines / "plots").glob(f"*{name}")
+            shutil.copyfile(plot, ROOT / "docs" / f"baselines-{name}")
 
 
 def replace(name: str, body: str) -> None:
@@ -93,10 +94,9 @@ def verdict_and_scores(report: str) -> str:
 
 
 def scores_and_costs(report: str) -> str:
-    """The progress and the tables of scores and costs with their notes, from a report in Markdown."""
-    head, _, rest = report.partition("## Tables\n")
-    scores, costs = (table.partition("\n")[2].strip() for table in rest.strip().split("\n### ")[:2])
-    return "\n\n".join([head.partition("## Verdict\n")[0].strip().splitlines()[-1], scores, costs])
+    """The progress, the verdict and the tables of scores and costs with their notes, from a report in Markdown."""
+    costs = report.partition("## Tables\n")[2].strip().split("\n### ")[1]
+    return "\n\n".join([verdict_and_scores(report), costs.partition("\n")[2].strip()])
 
 
 def verdict_and_captures(inspection: str) -> str:
