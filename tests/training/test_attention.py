@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
@@ -343,6 +344,26 @@ def uncompiled(monkeypatch):
     """FlexAttention as plain torch operations: compiling it takes long and needs a C compiler."""
     monkeypatch.setattr(transformers_flex, "WrappedFlexAttention", lambda training: lambda: torch_flex.flex_attention)
     monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+
+
+def test_rows_of_all_layouts_and_lengths_share_two_compilations(monkeypatch):
+    """The first row is compiled for its shape, the second for any; compiled without code generation, which needs a C compiler."""
+    torch._dynamo.reset()
+    compiled = torch.compile(torch_flex.flex_attention, backend="aot_eager")
+    monkeypatch.setattr(transformers_flex, "WrappedFlexAttention", lambda training: lambda: compiled)
+    counters.clear()
+    for number in range(20):
+        stem = [1] * (40 + number)
+        layout = lay_out(
+            [stem + [2] * (50 + 7 * number), *([3 + other] * (30 + 11 * other) for other in range(1 + number % 5))], 16
+        )[0]
+        inputs = [tensor.detach() for tensor in make_inputs(layout.tokens, 4, 2, torch.float32, head_dim=16)]
+        with torch.no_grad():
+            found = block_mask_attention(torch.nn.Module(), *inputs, None, layout, scaling=0.25)[0]
+            expected = segment_attention(torch.nn.Module(), *inputs, None, layout, scaling=0.25)[0]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("window", [None, 30])
