@@ -128,20 +128,22 @@ class RunProcess:
 
 
 def run_together(
-    *configs: Config, kill_at: tuple[str, int] | None = None, before: Callable[[], None] | None = None
+    *configs: Config, kill_at: tuple[str, int] | None = None, before: Callable[[], None] | None = None, world: int = 2
 ) -> list[tuple[int | None, str]]:
-    """Run `configs` in two processes that meet as under torchrun; `kill_at` ends the first, and the second is killed after it.
+    """Run `configs` in `world` processes that meet as under torchrun; `kill_at` ends the first, and the others are killed after it.
 
     `before` is called in each process first.
     """
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     processes = [
-        RunProcess(configs, kill_at if rank == 0 else None, rank=rank, world=2, store=store, before=before) for rank in range(2)
+        RunProcess(configs, kill_at if rank == 0 else None, rank=rank, world=world, store=store, before=before)
+        for rank in range(world)
     ]
     first = processes[0].wait()
     if kill_at is not None:
-        processes[1].process.kill()
-    return [first, processes[1].wait()]
+        for other in processes[1:]:
+            other.process.kill()
+    return [first, *(other.wait() for other in processes[1:])]
 
 
 def _run(

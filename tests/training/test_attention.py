@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from torch.nn import functional
 from torch.nn.attention import flex_attention as torch_flex
 from transformers import (

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cora_cli.adapters.merge import merge_adapter
 from cora_cli.errors import CoraError
+from cora_cli.models.references import resolve_model
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.run import train
 
@@ -90,6 +92,24 @@ def test_an_adapter_on_a_sharded_base_trains_to_the_same_bits(
     assert log_lines(tmp_path / "sharded") == log_lines(tmp_path / "plain")
     tensors = result_of(tmp_path / "sharded")
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in result_of(tmp_path / "plain").items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_four_processes_are_one_and_their_adapter_merges(mode: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    one = config_for(tiny_model, tiny_data, tmp_path / "one", mode=mode, **SHORT)
+    train(one)
+    four = replace(one, output_dir=str(tmp_path / "four"), batch_size=1, shard="fsdp")
+    assert run_together(four, world=4) == [(0, "")] * 4
+    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    tensors, same = result_of(tmp_path / "four"), result_of(tmp_path / "one")
+    assert all(torch.allclose(tensors[key], same[key], rtol=1e-3, atol=1e-5) for key in same)
+    if mode == "lora":
+        merged = []
+        for name in ("one", "four"):
+            merge_adapter(resolve_model(str(tmp_path / name)), tmp_path / f"merged-{name}")
+            merged.append(load_file(tmp_path / f"merged-{name}" / "model.safetensors"))
+        assert all(torch.allclose(merged[0][key], merged[1][key], atol=1e-5) for key in merged[0])
 
 
 def test_sharding_in_one_process_is_refused(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
