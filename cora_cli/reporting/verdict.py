@@ -7,6 +7,7 @@ controls, in a family of tests of its own. `outcomes` decides by the rule that t
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from cora_cli.evaluation.metrics import LOWER_IS_BETTER
 from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.methods.registry import BASELINE, METHODS
 from cora_cli.reporting.learning_rate_sweep import RatesByMethod, rates_of, swept_alike
@@ -179,7 +180,8 @@ def _margin(margin: Margin, other: MethodResults, name: str, methods: Sequence[M
     if base is None or trained is None or other.first.row.mode == "base":
         return None
     share = margin if isinstance(margin, float | int) else DEFAULT_MARGIN
-    return abs(base - trained.value) * share or None
+    gain = base - trained.value if name == LOSS or name in LOWER_IS_BETTER else trained.value - base
+    return gain * share if gain > 0 else None  # training that harmed the control shows no scale of a gain
 
 
 def _base_value(trained: MethodResults, name: str, methods: Sequence[MethodResults]) -> float | None:

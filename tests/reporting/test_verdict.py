@@ -143,6 +143,11 @@ def test_without_a_base_model_there_is_no_margin_and_nothing_is_equivalent():
     assert (test.margin, test.outcome) == (None, UNDECIDED)
 
 
+def test_a_control_that_training_harmed_gives_no_margin():
+    verdict = verdict_of(base(0.5), runs("fb", FB, 0.6), random(0.6))
+    assert outcomes(verdict)["fb", RANDOM_B, False] == UNDECIDED
+
+
 def test_the_grids_margin_replaces_the_default():
     groups = base(1.0), runs("fb", FB, 0.5, 0.004), random(0.5, deviation=0.004, stream=7)
     assert verdict_of(*groups, margin={LOSS: 0.2}).comparisons[0].tests[0].margin == 0.2
