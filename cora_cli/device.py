@@ -6,7 +6,9 @@ tensors.
 
 import dataclasses
 import importlib.util
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +18,10 @@ from cora_cli.settings import DtypeName, device_problem
 
 _DTYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16")
+
+
+def _name(dtype: torch.dtype) -> DtypeName:
+    return next(name for name, each in _DTYPES.items() if each == dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Hardware:
     @property
     def dtype_name(self) -> DtypeName:
         """`bf16` or `fp32`."""
-        return next(name for name, dtype in _DTYPES.items() if dtype == self.dtype)
+        return _name(self.dtype)
 
     def describe(self) -> str:
         """One line for the log."""
@@ -132,21 +138,52 @@ class PackedAttention:
 
 
 def select_packed_attention(
-    device_type: str, has_flash_attention: bool | None = None, has_triton: bool | None = None
+    device_type: str,
+    dtype: torch.dtype = torch.bfloat16,
+    requested: str = "auto",
+    has: Callable[[str], bool] | None = None,
 ) -> PackedAttention:
     """Choose the attention implementation for packed rows.
 
-    On CUDA these are transformers' own implementations: FlashAttention's varlen kernel if `flash-attn` is installed, else
-    FlexAttention with the row's block mask if Triton can compile it, else SDPA with the block-diagonal mask that transformers
-    derives from `position_ids`. Only FlexAttention and the CPU implementation (`training.attention`) support shared prefixes.
+    On CUDA, `auto` takes the kernel of torch's own FlashAttention in bfloat16, which compiles nothing; else FlexAttention if Triton
+    can compile it; else SDPA with the block-diagonal mask that transformers derives from `position_ids`. The first two and the
+    CPU implementation, all in `training.attention`, support shared prefixes. `has` tells whether a package is installed. Raises
+    `CoraError` for a `requested` implementation that this machine does not have.
     """
+    has = has or is_installed
     if device_type != "cuda":
+        if requested != "auto":
+            raise CoraError(f"--attention {requested} needs a CUDA GPU; leave it out on a processor")
         return PackedAttention("cora_segments", True, "CPU: causal attention per segment, shared prefixes once")
-    if has_flash_attention if has_flash_attention is not None else is_installed("flash_attn"):
-        return PackedAttention("flash_attention_2", False, "CUDA with flash-attn: varlen kernel")
-    if has_triton if has_triton is not None else is_installed("triton"):
-        return PackedAttention("cora_flex", True, "CUDA without flash-attn: FlexAttention, shared prefixes once")
-    return PackedAttention("sdpa", False, "CUDA without flash-attn and Triton: SDPA with a block-diagonal mask")
+    varlen = dtype == torch.bfloat16 and has_varlen()
+    asked = "requested" if requested != "auto" else ""
+    if requested == "varlen" and not varlen:
+        raise CoraError(
+            f"--attention varlen computes in bf16, with torch 2.11 or later, not in {_name(dtype)} with torch {torch.__version__}"
+        )
+    if requested in ("auto", "varlen") and varlen:
+        return PackedAttention(
+            "cora_varlen", True, asked or "CUDA in bf16: torch's FlashAttention, shared prefixes once, nothing to compile"
+        )
+    if requested in ("auto", "flex") and has("triton"):
+        return PackedAttention("cora_flex", True, asked or "CUDA with Triton: FlexAttention, shared prefixes once")
+    needed = {"flex": "triton", "flash-attn": "flash_attn"}.get(requested, "kernels" if "/" in requested else None)
+    if needed is not None and not has(needed):
+        raise CoraError(f"--attention {requested} needs the package {needed}: pip install {needed.replace('_', '-')}")
+    if requested == "flash-attn":
+        return PackedAttention("flash_attention_2", False, asked)
+    if needed is not None:
+        return PackedAttention(requested, False, asked)
+    return PackedAttention("sdpa", False, asked or "CUDA without bf16 and Triton: SDPA with a block-diagonal mask")
+
+
+def has_varlen() -> bool:
+    """Whether torch's FlashAttention for sequences of different lengths takes causal masks and windows, as it does from 2.11."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "window_size" in inspect.signature(varlen_attn).parameters
 
 
 def is_installed(package: str) -> bool:

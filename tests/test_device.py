@@ -1,4 +1,5 @@
 import os
+import re
 
 import pytest
 import torch
@@ -70,25 +71,45 @@ def test_a_system_without_cpuinfo_has_no_known_bfloat16(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "flash", "triton", "expected", "shares"),
+    ("device", "dtype", "requested", "installed", "expected", "shares"),
     [
-        ("cpu", False, False, "cora_segments", True),
-        ("cpu", True, True, "cora_segments", True),
-        ("cuda", True, True, "flash_attention_2", False),
-        ("cuda", False, True, "cora_flex", True),
-        ("cuda", False, False, "sdpa", False),
+        ("cpu", torch.bfloat16, "auto", {"flash_attn", "triton"}, "cora_segments", True),
+        ("cuda", torch.bfloat16, "auto", {"flash_attn", "triton"}, "cora_varlen", True),
+        ("cuda", torch.bfloat16, "auto", set(), "cora_varlen", True),
+        ("cuda", torch.float32, "auto", {"flash_attn", "triton"}, "cora_flex", True),
+        ("cuda", torch.float32, "auto", set(), "sdpa", False),
+        ("cuda", torch.bfloat16, "flex", {"triton"}, "cora_flex", True),
+        ("cuda", torch.bfloat16, "flash-attn", {"flash_attn"}, "flash_attention_2", False),
+        ("cuda", torch.bfloat16, "sdpa", {"triton"}, "sdpa", False),
+        ("cuda", torch.bfloat16, "kernels-community/flash-attn2", {"kernels"}, "kernels-community/flash-attn2", False),
     ],
 )
-def test_packed_rows_take_the_kernel_of_the_device(device, flash, triton, expected, shares):
-    chosen = select_packed_attention(device, flash, triton)
+def test_packed_rows_take_the_kernel_of_the_device(device, dtype, requested, installed, expected, shares):
+    chosen = select_packed_attention(device, dtype, requested, installed.__contains__)
     assert (chosen.name, chosen.shares_prefixes) == (expected, shares)
+    assert (chosen.reason == "requested") is (requested != "auto")
+
+
+@pytest.mark.parametrize(
+    ("device", "requested", "said"),
+    [
+        ("cpu", "flex", "--attention flex needs a CUDA GPU; leave it out on a processor"),
+        ("cuda", "varlen", "--attention varlen computes in bf16, with torch 2.11 or later, not in fp32 with torch"),
+        ("cuda", "flex", "--attention flex needs the package triton: pip install triton"),
+        ("cuda", "flash-attn", "--attention flash-attn needs the package flash_attn: pip install flash-attn"),
+        ("cuda", "kernels-community/flash-attn2", "needs the package kernels: pip install kernels"),
+    ],
+)
+def test_a_requested_kernel_that_is_not_there_is_refused(device, requested, said):
+    with pytest.raises(CoraError, match=re.escape(said)):
+        select_packed_attention(device, torch.float32, requested, set().__contains__)
 
 
 def test_kernels_are_detected_when_not_given(monkeypatch):
     found = []
     monkeypatch.setattr("importlib.util.find_spec", found.append)
-    assert select_packed_attention("cuda").name == "sdpa"
-    assert found == ["flash_attn", "triton"]
+    assert select_packed_attention("cuda", torch.float32).name == "sdpa"
+    assert found == ["triton"]
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "", "cpu:0", "mps", "cuda:0 "])

@@ -77,7 +77,7 @@ def run(config: DoctorConfig) -> None:
         except importlib.metadata.PackageNotFoundError:
             show(f"  {name:<14} missing: pip install {name}")
             missing.append(name)
-    attention = select_packed_attention(hardware.device.type)
+    attention = select_packed_attention(hardware.device.type, hardware.dtype)
     show(hardware.describe())
     show(f"packed attention {attention.name} ({attention.reason}); {torch.get_num_threads()} threads")
     for module, use in OPTIONAL.items():

@@ -59,6 +59,15 @@ class Layout:
         return torch.repeat_interleave(torch.arange(len(self.segments)), lengths)
 
     @cached_property
+    def keys(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens of the row that the last token of each segment follows, itself included: those of its ancestors and its own."""
+        own = [tuple(range(segment.start, segment.end)) for segment in self.segments]
+        return tuple(
+            tuple(itertools.chain.from_iterable(own[index] for index in (*segment.ancestors, place)))
+            for place, segment in enumerate(self.segments)
+        )
+
+    @cached_property
     def positions(self) -> torch.Tensor:
         """Each token's position within its examples: (tokens,) int64."""
         before = [sum(self.segments[index].length for index in segment.ancestors) for segment in self.segments]

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
@@ -20,7 +22,7 @@ from cora_cli.data.encode import Example, encode_records
 from cora_cli.data.pack import Layout, lay_out
 from cora_cli.data.split import load_split
 from cora_cli.data.templates import Template
-from cora_cli.device import Hardware, PackedAttention, is_installed, select_hardware, select_packed_attention
+from cora_cli.device import Hardware, has_varlen, is_installed, select_hardware, select_packed_attention
 from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
@@ -32,9 +34,11 @@ from cora_cli.reading import read_jsonl
 from cora_cli.records import LogLine, Prediction, read_run
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.settings import DtypeName
-from cora_cli.training.attention import block_mask_attention, layout_mask, segment_attention
+from cora_cli.training.attention import block_mask_attention, layout_mask, segment_attention, varlen_attention
 from cora_cli.training.batching import choose_batching
-from cora_cli.training.config import TrainConfig
+from cora_cli.training.config import DEFAULT_TARGETS, TrainConfig
+from cora_cli.training.preflight import preflight
+from cora_cli.training.record import peak_memory_bytes
 from cora_cli.training.run import train
 
 DATASET = "builtin:code"
@@ -49,7 +53,8 @@ FOUR_BIT_ERROR = 0.1
 PROMPTS, NEW_TOKENS, LEAST_EQUAL = 8, 24, 0.75
 """Two logits that are equal to rounding may change places, and the rest of that answer with them."""
 RANK, BASIS_ERROR = 16, 1e-6
-TIMED_RANK, TIMED_STEPS, WARM_UP = 48, 12, 2
+TIMED_RANK, TIMED_BATCH, TIMED_STEPS = 48, 16, 16
+PLAN_ERROR = 0.1
 LAYOUTS = 20
 
 
@@ -79,11 +84,14 @@ def check_hardware(device: str, dtype: DtypeName, work: Path, model: str = EMBED
         "attention": bench.attention,
         "layouts": bench.layouts,
         "packing": bench.packing,
+        "speed": bench.speed,
+        "memory": bench.memory,
+        "options": bench.options,
         "training": bench.training,
+        "repetition": bench.repetition,
         "answers": bench.answers,
         "4-bit": bench.four_bit,
         "extraction": bench.extraction,
-        "speed": bench.speed,
     }
     for name, run in checks.items():
         say(f"checking {name} …")
@@ -101,24 +109,28 @@ class _Bench:
     def __init__(self, hardware: Hardware, work: Path, model: str) -> None:
         self._hardware, self._work, self._model = hardware, work, model
         self._gpu = hardware.device.type == "cuda"
-        # Ours, also where flash-attn is installed and preferred.
-        self._packed = select_packed_attention(hardware.device.type, has_flash_attention=False)
+        self._forms: list[str] = []
+        """The values of `--attention` whose implementation is ours and works here."""
+        if self._gpu:
+            self._forms = [*["varlen"] * has_varlen(), *["flex"] * is_installed("triton")]
 
     def attention(self) -> Finding:
         """Our attention over a packed row, and its gradients, compared with a dense mask in float64."""
-        name = self._packed.name
-        forms: dict[str, Callable[..., Any]] = {"cora_segments": segment_attention, "cora_flex": block_mask_attention}
-        form = forms.get(name)
-        if form is None:
-            return None, f"{name} is not ours", {}
-        layout, _ = lay_out(_sequences(0), 16)
-        figures = {
-            str(dtype).removeprefix("torch."): max(self._attention_error(form, layout, window, dtype) for window in (None, 48))
-            for dtype in ATTENTION_ERROR
+        forms: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]] = {
+            "segments": (segment_attention, tuple(ATTENTION_ERROR)),
+            "flex": (block_mask_attention, tuple(ATTENTION_ERROR)),
+            "varlen": (varlen_attention, (torch.bfloat16,)),
         }
-        passed = all(error <= allowed for error, allowed in zip(figures.values(), ATTENTION_ERROR.values(), strict=True))
-        worst = ", ".join(f"{error:.1e} in {kind}" for kind, error in figures.items())
-        return passed, f"{name}: largest error {worst}, with and without a window", figures
+        layout, _ = lay_out(_sequences(0), 16)
+        figures, passed = {}, True
+        for name in self._forms or ["segments"]:
+            form, kinds = forms[name]
+            for dtype in kinds:
+                error = max(self._attention_error(form, layout, window, dtype) for window in (None, 48))
+                figures[f"{name}, {str(dtype).removeprefix('torch.')}"] = error
+                passed &= error <= ATTENTION_ERROR[dtype]
+        worst = "; ".join(f"{name}: {error:.1e}" for name, error in figures.items())
+        return passed, f"largest error, with and without a window: {worst}", figures
 
     def _attention_error(self, form: Callable[..., Any], layout: Layout, window: int | None, dtype: torch.dtype) -> float:
         generator = torch.Generator().manual_seed(0)
@@ -153,7 +165,7 @@ class _Bench:
 
     def layouts(self) -> Finding:
         """How often FlexAttention compiles over rows of different layouts and lengths."""
-        if self._packed.name != "cora_flex":
+        if "flex" not in self._forms:
             return None, "only FlexAttention on a GPU compiles", {}
         from torch._dynamo.utils import counters
 
@@ -182,10 +194,9 @@ class _Bench:
         """The losses of packed rows by every form of attention here, compared with the model's own attention on single examples."""
         path = resolve_model(self._model)
         examples = self._examples()
-        forms = [PackedAttention("sdpa", False, "")] if self._gpu else []
-        forms += [select_packed_attention(self._hardware.device.type, has, True) for has in (False, is_installed("flash_attn"))]
+        asked = ["sdpa", *self._forms, *["flash-attn"] * is_installed("flash_attn")] if self._gpu else ["auto"]
         figures = {}
-        for form in {form.name: form for form in forms}.values():
+        for form in (select_packed_attention(self._hardware.device.type, self._hardware.dtype, each) for each in asked):
             model = load_model(path, self._hardware.dtype, self._hardware.device, None)
             figures[form.name] = choose_batching(model, form, examples, self._hardware).describe()
         passed = all(sentence.startswith("attention ") for sentence in figures.values())
@@ -223,6 +234,11 @@ class _Bench:
         return str(self._hardware.device.type)
 
     def _train(self, name: str, device: str, dtype: DtypeName, **settings: Any) -> RunDirectory:
+        config = self._config(name, device, dtype, **settings)
+        train(config)
+        return RunDirectory(Path(config.output_dir))
+
+    def _config(self, name: str, device: str, dtype: DtypeName, **settings: Any) -> TrainConfig:
         usual: dict[str, Any] = {
             "max_steps": STEPS,
             "batch_size": BATCH,
@@ -230,19 +246,15 @@ class _Bench:
             "rank": RANK,
             "learning_rate": LEARNING_RATE,
         }
-        run = RunDirectory(self._work / name)
-        train(
-            TrainConfig(
-                model=self._model,
-                dataset=DATASET,
-                output_dir=str(run.root),
-                device=device,
-                dtype=dtype,
-                resume=True,
-                **{**usual, **settings},
-            )
+        return TrainConfig(
+            model=self._model,
+            dataset=DATASET,
+            output_dir=str(self._work / name),
+            device=device,
+            dtype=dtype,
+            resume=True,
+            **{**usual, **settings},
         )
-        return run
 
     def answers(self) -> Finding:
         """Greedy answers here and on the processor, in fp32."""
@@ -302,32 +314,130 @@ class _Bench:
         )
 
     def speed(self) -> Finding:
-        """Tokens per second and peak memory of training as users would start it."""
-        figures: dict[str, Any] = {}
-        for mode, (_, own) in MODES.items():
-            steps = TIMED_STEPS if self._gpu else STEPS
-            run = self._train(
-                f"speed-{mode}",
-                self._name,
-                self._hardware.dtype_name,
-                mode=mode,
-                max_steps=steps,
-                batch_size=16,
-                rank=TIMED_RANK,
-                **own,
-            )
-            lines = [line for line in read_jsonl(run.log, LogLine) if "loss" in line][WARM_UP:]  # the first ones compile
-            record = read_run(run)
-            figures[mode] = {
-                "tokens_per_second": sum(line["tokens"] for line in lines) / sum(line["seconds"] for line in lines),
-                "peak_memory_bytes": record["peak_memory_bytes"],
-                "trained_parameters": record["parameters"]["trained"],
+        """Tokens per second and peak memory of training as users would start it, and of PEFT's LoRA with the stock Trainer."""
+        figures = {mode: self._timed(mode, mode, **own) for mode, (_, own) in MODES.items()}
+        for name in self._forms:
+            figures[f"lora, {name}"] = self._timed(f"lora-{name}", "lora", attention=name)
+        figures["PEFT and Trainer"] = self._peer()
+        rows = [
+            f"{name}: {f['tokens_per_second']:,.0f} tokens/s, peak {f['peak_memory_bytes'] / 2**30:.2f} GiB"
+            for name, f in figures.items()
+        ]
+        return True, f"{self._hardware.dtype_name}, {TIMED_BATCH} examples a step, r = {TIMED_RANK}: {'; '.join(rows)}", figures
+
+    def _timed(self, name: str, mode: str, **own: Any) -> dict[str, float]:
+        run = self._train(f"speed-{name}", self._name, self._hardware.dtype_name, mode=mode, **self._timed_settings(), **own)
+        lines = [line for line in read_jsonl(run.log, LogLine) if "loss" in line][self._warm_up :]
+        record = read_run(run)
+        return {
+            "tokens_per_second": sum(line["tokens"] for line in lines) / sum(line["seconds"] for line in lines),
+            "peak_memory_bytes": record["peak_memory_bytes"],
+            "trained_parameters": record["parameters"]["trained"],
+        }
+
+    def _timed_settings(self) -> dict[str, Any]:
+        return {"max_steps": TIMED_STEPS if self._gpu else STEPS, "batch_size": TIMED_BATCH, "rank": TIMED_RANK}
+
+    @property
+    def _warm_up(self) -> int:
+        """Steps that are not timed, because kernels are compiled or chosen in them."""
+        return TIMED_STEPS // 2 if self._gpu else 1
+
+    def _peer(self) -> dict[str, float]:
+        """The same model, records, steps and rank with PEFT and the stock Trainer, whose batches are padded."""
+        path, settings = resolve_model(self._model), self._timed_settings()
+        tokenizer = load_tokenizer(path)
+        records = load_split(DATASET, None, 0).train
+        examples = encode_records(records, Template("alpaca", "alpaca", tokenizer), 1024, DATASET).examples
+        rows = [
+            {
+                "input_ids": example.input_ids,
+                "attention_mask": [1] * len(example.input_ids),
+                "labels": [-100] * example.prompt_length + example.input_ids[example.prompt_length :],
             }
-        said = "; ".join(
-            f"{mode}: {f['tokens_per_second']:,.0f} tokens/s, peak {f['peak_memory_bytes'] / 2**30:.2f} GiB"
-            for mode, f in figures.items()
+            for example in examples
+        ]
+        model = load_model(path, self._hardware.dtype, self._hardware.device, None)
+        targets = list(DEFAULT_TARGETS)
+        adapter = LoraConfig(r=TIMED_RANK, lora_alpha=2 * TIMED_RANK, target_modules=targets, task_type="CAUSAL_LM")
+        clock = _Clock(self._gpu)
+        arguments = TrainingArguments(
+            output_dir=str(self._work / "peer"),
+            max_steps=settings["max_steps"],
+            per_device_train_batch_size=settings["batch_size"],
+            learning_rate=LEARNING_RATE,
+            bf16=self._hardware.dtype == torch.bfloat16,
+            use_cpu=not self._gpu,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+            include_num_input_tokens_seen="non_padding",
         )
-        return True, f"{self._hardware.dtype_name}, 16 examples a step, r = {TIMED_RANK}: {said}", figures
+        if self._gpu:
+            torch.cuda.reset_peak_memory_stats()
+        collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
+        trainer = Trainer(
+            get_peft_model(model, adapter), arguments, train_dataset=rows, data_collator=collate, callbacks=[clock]
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        (first, seen_first), (last, seen_last) = clock.ends[self._warm_up - 1], clock.ends[-1]
+        return {
+            "tokens_per_second": (seen_last - seen_first) / (last - first),
+            "peak_memory_bytes": peak_memory_bytes(self._hardware.device),
+        }
+
+    def memory(self) -> Finding:
+        """Peak memory of the timed trainings compared with what their plan says."""
+        if not self._gpu:
+            return None, "on a processor, the peak of a process is not that of its training", {}
+        figures = {}
+        for mode, (_, own) in MODES.items():
+            config = self._config("unused", self._name, self._hardware.dtype_name, mode=mode, **self._timed_settings(), **own)
+            planned = preflight(dataclasses.replace(config, resume=False, dry_run=True)).measured
+            found = read_run(RunDirectory(self._work / f"speed-{mode}"))["peak_memory_bytes"]
+            figures[mode] = {"planned": None if isinstance(planned, str) else planned.memory.total, "found": found}
+        ratios = {mode: f["planned"] / f["found"] if f["planned"] else float("nan") for mode, f in figures.items()}
+        said = ", ".join(f"{mode}: {ratio:.3f}" for mode, ratio in ratios.items())
+        return all(abs(ratio - 1) <= PLAN_ERROR for ratio in ratios.values()), f"planned peak ÷ real peak: {said}", figures
+
+    def options(self) -> Finding:
+        """Speed with `--compile` and `--liger`, which check their losses themselves."""
+        if not self._gpu:
+            return None, "compilation and liger's kernels are compared on a GPU", {}
+        figures = {"--compile": self._timed("compile", "lora", compile=True)}
+        if is_installed("liger_kernel"):
+            figures["--liger"] = self._timed("liger", "lora", liger=True)
+            figures["both"] = self._timed("both", "lora", compile=True, liger=True)
+        return True, "; ".join(f"{name}: {f['tokens_per_second']:,.0f} tokens/s" for name, f in figures.items()), figures
+
+    def repetition(self) -> Finding:
+        """Whether a training gives the same bits twice, which a GPU's kernels need not do."""
+        figures: dict[str, bool] = {}
+        for name in self._forms or ["auto"]:
+            runs = [
+                self._train(f"repeat-{name}-{number}", self._name, self._hardware.dtype_name, mode="lora", attention=name)
+                for number in (1, 2)
+            ]
+            one, other = map(_adapter, runs)
+            figures[name] = all(torch.equal(one[key], other[key]) for key in one)
+        said = ", ".join(f"{name}: {'the same bits' if same else 'other bits'}" for name, same in figures.items())
+        return (None if self._gpu else all(figures.values())), f"two runs of {STEPS} steps: {said}", figures
+
+
+class _Clock(TrainerCallback):
+    """When each step ended, and the tokens that had been seen by then."""
+
+    def __init__(self, gpu: bool) -> None:
+        self._gpu = gpu
+        self.ends: list[tuple[float, int]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note both."""
+        if self._gpu:
+            torch.cuda.synchronize()
+        self.ends.append((time.perf_counter(), int(state.num_input_tokens_seen)))
 
 
 def _attend(form: Callable[..., Any], layout: Layout, window: int | None) -> Callable[..., torch.Tensor]:

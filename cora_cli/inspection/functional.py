@@ -147,7 +147,9 @@ class _Host:
             for module, layer in self._layers.items():
                 _set_weight(layer, base.read(module))
         check_applied(inner, target_modules, examples[0].input_ids[:8])
-        batching = choose_batching(self.model, select_packed_attention(hardware.device.type), examples, hardware)
+        batching = choose_batching(
+            self.model, select_packed_attention(hardware.device.type, hardware.dtype), examples, hardware
+        )
         say(batching.describe())
         self._form: BatchForm = batching.form
 

@@ -15,16 +15,19 @@ from transformers import TrainingArguments, set_seed
 from cora_cli.adapters.install import apply_trained_set, check_applied, install_adapter
 from cora_cli.adapters.storage import starts_in
 from cora_cli.data.batches import BatchForm
+from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import Observed
 from cora_cli.methods.registry import method_of
+from cora_cli.models.configuration import length_limits
 from cora_cli.models.fused import split_projections
 from cora_cli.models.loading import load_model
 from cora_cli.models.skeleton import fused_experts
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
-from cora_cli.training.batching import Batching, choose_batching
+from cora_cli.training.batching import Batching, choose_batching, make_probes
 from cora_cli.training.checkpoints import checkpoint_to_resume
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.fast_paths import compile_layers, use_liger
 from cora_cli.training.observe import Observation, observe
 from cora_cli.training.prepare import Prepared
 from cora_cli.training.sharding import process_mesh, shard, share_adapter
@@ -36,12 +39,20 @@ def assemble(
     """The model to train, how examples go through it, and what its start was computed from."""
     say(prepared.hardware.describe())
     device = prepared.hardware.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # a process may train several times
     if config.shard == "none":
         with _in_turn(arguments):
             loaded = _load_base(config, prepared, device)
             batching = _check_passes(config, prepared, loaded)
+            probes = make_probes(prepared.train.examples, length_limits(prepared.model_config))
+            if config.liger:
+                use_liger(loaded, probes, batching.form, prepared.hardware)
             observation = _observation(loaded, config, prepared, batching.form)
-            return _install(config, prepared, loaded, run, observation), batching, observation
+            model = _install(config, prepared, loaded, run, observation)
+            if config.compile:
+                compile_layers(model, probes, batching.form, prepared.hardware)
+            return model, batching, observation
     mesh = process_mesh(device, arguments.world_size)
     with _in_turn(arguments):
         # The host holds one complete model at a time, and the device none, which may be too small for it.
@@ -77,6 +88,8 @@ def _check_passes(config: TrainConfig, prepared: Prepared, model: Any) -> Batchi
     if prepared.plan is not None:
         check_applied(model, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
     batching = choose_batching(model, prepared.attention, examples, prepared.hardware)
+    if config.attention != "auto" and batching.attention != prepared.attention.name:
+        raise CoraError(f"--attention {config.attention} cannot be used with {config.model}: {batching.reason}")
     batching = dataclasses.replace(batching, form=dataclasses.replace(batching.form, tokens_per_row=config.tokens_per_row))
     say(batching.describe())
     return batching

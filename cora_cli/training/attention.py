@@ -1,10 +1,13 @@
 """Attention over a packed row: each token attends to its own segment up to itself and to the shared prefixes that the segment continues.
 
-There is one implementation for CPUs and one for GPUs, both registered with transformers and with the same mask.
+There is one implementation for CPUs and two for GPUs, all registered with transformers and with the same mask.
 `device.select_packed_attention` chooses between them; `data.pack` lays out the row.
 """
 
 import dataclasses
+import functools
+import inspect
+import itertools
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
@@ -20,18 +23,28 @@ from cora_cli.errors import CoraError
 LONGEST_PIECE = 128
 """Queries per piece: short enough to skip most later keys, long enough for efficient matrix products."""
 
+KERNEL_TYPES = (torch.bfloat16, torch.float16)
+"""The precisions of torch's FlashAttention."""
 COMPILATIONS = 64
-"""FlexAttention kernels per process."""
+"""Compiled forms of one function per process."""
 BLOCK = 128
 """Queries and keys per block of a block mask, which is FlexAttention's default."""
 BLOCKS_AT_ONCE = 4
 """Blocks of queries whose mask exists at one time while a block mask is made: memory grows with the row's length, not with its square."""
 
 
-def register_packed_attention() -> None:
-    """Register both implementations with transformers under the names that `device.select_packed_attention` returns."""
-    AttentionInterface.register("cora_segments", segment_attention)
-    AttentionInterface.register("cora_flex", block_mask_attention)
+def register_packed_attention(apart: bool = False) -> None:
+    """Register the implementations with transformers under the names that `device.select_packed_attention` returns.
+
+    `apart` keeps them out of the graphs in which torch.compile calls them: a layout would be compiled into them.
+    """
+    forms: dict[str, Callable[..., Any]] = {
+        "cora_segments": segment_attention,
+        "cora_varlen": varlen_attention,
+        "cora_flex": block_mask_attention,
+    }
+    for name, form in forms.items():
+        AttentionInterface.register(name, torch.compiler.disable(form) if apart else form)
 
 
 def segment_attention(
@@ -183,6 +196,93 @@ def _add(rows: torch.Tensor, part: Piece, update: torch.Tensor) -> None:
         rows[:, first:last] += own
 
 
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    layout: Layout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Torch's FlashAttention, a sequence for each segment, for GPUs. Shapes as in `segment_attention`.
+
+    What its kernel does not compute, such as soft caps, sinks, float32 and some widths of the heads, FlexAttention does. Raises
+    `CoraError` for a model whose attention has dropout.
+    """
+    _refuse_dropout(kwargs)
+    query, key = _in_dtype_of(value, query, key)
+    width = query.shape[-1]
+    of_kernel = value.dtype in KERNEL_TYPES and width == value.shape[-1] and width % 8 == 0 and width <= 256
+    if not of_kernel or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        return block_mask_attention(module, query, key, value, None, layout, sliding_window, scaling=scaling, **kwargs)
+    runs = layout_sequences(layout, query.device)
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if runs.keys is not None:
+        keys, values = (_Gathered.apply(tensor, runs.keys) for tensor in (keys, values))
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    output = _varlen_kernel()(
+        queries, keys, values, runs.query_ends, runs.key_ends, *runs.longest, scale=scaling, window_size=window
+    )
+    return output[None], None
+
+
+class _Gathered(torch.autograd.Function):
+    """Rows by index, whose gradients are added in float32: keys of a shared prefix serve all its continuations."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """rows: (tokens, heads, head_dim); places: (keys,) int64. Returns (keys, heads, head_dim)."""
+        ctx.save_for_backward(places)
+        ctx.tokens = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """upstream: as the output."""
+        (arriving,), (places,) = upstream, ctx.saved_tensors
+        wide = torch.promote_types(arriving.dtype, torch.float32)
+        total = torch.zeros(ctx.tokens, *arriving.shape[1:], dtype=wide, device=arriving.device)
+        return total.index_add_(0, places, arriving.to(wide)).to(arriving.dtype), None
+
+
+@cache
+def _varlen_kernel() -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Versions without the argument take fewer heads of keys than of queries without being told.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return functools.partial(varlen_attn, **grouped)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """A row as one sequence of queries and one of keys for each segment; the last query of a sequence sees its last key.
+
+    `query_ends`, `key_ends` (segments + 1,) int32: where the sequences end, after a 0. `keys`: the places in the row of all keys, one
+    sequence after the other, or None where these are the places of the queries. `longest`: the most queries and keys of a sequence.
+    """
+
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    keys: torch.Tensor | None
+    longest: tuple[int, int]
+
+
+@lru_cache(maxsize=2)
+def layout_sequences(layout: Layout, device: torch.device) -> Sequences:
+    """The row's sequences: the keys of a segment are those of the prefixes that it continues, and its own. Created once for all layers."""
+    queries, keys = [segment.length for segment in layout.segments], [len(each) for each in layout.keys]
+    query_ends, key_ends = (
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (queries, keys)
+    )
+    taken = None if keys == queries else torch.tensor(list(itertools.chain.from_iterable(layout.keys)), device=device)
+    return Sequences(query_ends, key_ends, taken, (max(queries), max(keys)))
+
+
 def block_mask_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -198,17 +298,18 @@ def block_mask_attention(
     Raises `CoraError` for a model whose attention has dropout.
     """
     _refuse_dropout(kwargs)
-    _allow_compilations()
+    allow_compilations()
     query, key = _in_dtype_of(value, query, key)
     mask = layout_block_mask(layout, sliding_window, query.device)
     return flex_attention_forward(module, query, key, value, mask, **kwargs)
 
 
 @cache
-def _allow_compilations() -> None:
-    """Let FlexAttention compile for every precision, gradient mode, window and kind of length that a run needs.
+def allow_compilations() -> None:
+    """Let torch compile a function for every precision, gradient mode, window and kind of length that a run needs.
 
-    Beyond torch's limit of 8 it would fall back, with a warning only, to code that holds the scores of all pairs of tokens.
+    Beyond torch's limit of 8 it would fall back, with a warning only, to code that is not compiled; that of FlexAttention holds the scores
+    of all pairs of tokens.
     """
     torch._dynamo.config.recompile_limit = max(COMPILATIONS, torch._dynamo.config.recompile_limit)
 

@@ -5,6 +5,7 @@ One frozen object holds the complete request; a run directory records it as `con
 
 import dataclasses
 import functools
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from cora_cli.data.formats.columns import chosen_shape
@@ -13,11 +14,12 @@ from cora_cli.errors import UsageError
 from cora_cli.methods.method import A, AInit, BInit, Method
 from cora_cli.methods.plan import AdapterPlan, AdapterRequest
 from cora_cli.methods.registry import DEFAULT, METHODS, OPTIONAL_SETTINGS, OWN_SETTINGS, Mode, plan_adapter, taken_settings
-from cora_cli.settings import LARGEST_RANK, MOST, DtypeName, given, range_problems, setting
+from cora_cli.settings import ATTENTIONS, LARGEST_RANK, MOST, DtypeName, given, range_problems, setting
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 Reporter = Literal["none", "tensorboard", "wandb", "trackio"]
 _WHAT, _DATA, _OPTIM, _RUN = "Method", "Data", "Optimisation", "Run"
+_KERNELS = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?")
 _OF_METHODS = frozenset(own.name for own in OWN_SETTINGS)
 NOT_PART_OF_THE_RESULT = frozenset(
     {
@@ -34,6 +36,9 @@ NOT_PART_OF_THE_RESULT = frozenset(
         "save_tokenizer",
         "validation_loss",
         "tokens_per_row",
+        "attention",
+        "compile",
+        "liger",
         "shard",
         "model",
         "dataset",
@@ -178,6 +183,21 @@ class _SharedSettings:
     gradient_checkpointing: bool = setting(
         "Recompute activations in the backward pass: less memory, more time.", False, panel=_OPTIM
     )
+    attention: str = setting(
+        "Attention of packed rows on CUDA: auto, varlen (torch's FlashAttention), flex, flash-attn, sdpa, or a repository of kernels on the hub.",
+        "auto",
+        panel=_OPTIM,
+    )
+    compile: bool = setting(
+        "Compile the model's layers with torch.compile: pays off in long runs. The result is the same up to rounding.",
+        False,
+        panel=_OPTIM,
+    )
+    liger: bool = setting(
+        "Use the kernels of liger-kernel for norms and feed-forward layers, on CUDA. The result is the same up to rounding.",
+        False,
+        panel=_OPTIM,
+    )
     eval_steps: int | None = setting(
         "Also measure the held-out loss every N steps, not only before and after training.", None, panel=_RUN
     )
@@ -256,6 +276,11 @@ class _SharedSettings:
                 ("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
                 ("tokens_per_row", self.tokens_per_row is None or self.tokens_per_row >= 1, "at least 1"),
+                (
+                    "attention",
+                    self.attention in ATTENTIONS or bool(_KERNELS.fullmatch(self.attention)),
+                    f"{', '.join(ATTENTIONS)}, or a repository such as kernels-community/flash-attn2",
+                ),
                 ("gradient_accumulation", self.gradient_accumulation >= 1, "at least 1"),
                 ("warmup_ratio", 0 <= self.warmup_ratio < 1, "at least 0 and below 1"),
                 ("weight_decay", self.weight_decay >= 0, "at least 0"),
@@ -329,6 +354,10 @@ class _SharedSettings:
         if self.shard != "none" and method.needs_complete_base:
             found.append(
                 f"--shard does not apply to mode {self.mode}, which changes the weights of the base model in each step"
+            )
+        if self.shard != "none" and (self.compile or self.liger):
+            found.append(
+                f"--{'compile' if self.compile else 'liger'} does not go with --shard, which gathers the layers' weights itself; leave out one of them"
             )
         if self.shard != "none" and observed:
             found.append(f"--shard does not apply to {mode}, whose start needs passes through the complete model")

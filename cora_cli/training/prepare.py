@@ -20,7 +20,7 @@ from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.data.encode import EncodedSet, Example, encode_records
 from cora_cli.data.split import Choice, DataSplit, load_split
 from cora_cli.data.templates import Template, choose_template
-from cora_cli.device import Hardware, PackedAttention, select_hardware, select_packed_attention
+from cora_cli.device import Hardware, PackedAttention, is_installed, select_hardware, select_packed_attention
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import Method
 from cora_cli.methods.parts.layers import linear_weight
@@ -143,8 +143,9 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
         say(
             f"{config.model} is trained without its own dropout: {', '.join(f'{name} {value:g}' for name, value in removed.items())} set to 0"
         )
-    # A planned GPU that is not here will have Triton, which every CUDA build of torch brings.
-    attention = select_packed_attention(hardware.device.type, has_triton=None if torch.cuda.is_available() else True)
+    # A planned GPU that is not here will have what it needs: every CUDA build of torch brings Triton.
+    has = is_installed if torch.cuda.is_available() else lambda package: True
+    attention = select_packed_attention(hardware.device.type, hardware.dtype, config.attention, has)
     sets = (train_set, test_set, validation_set)
     found = (hardware, attention, model_path, model_config, tokenizer, template, data, *sets, basis, plan)
     return Prepared(*found, tuple(layers), start_models)

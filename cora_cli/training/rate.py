@@ -45,6 +45,8 @@ def _conditions(record: dict[str, Any]) -> dict[str, Any]:
         "sharding": hardware.get("shard", "none"),
         "batch size": settings.get("batch_size"),
         "gradient checkpointing": settings.get("gradient_checkpointing"),
+        "compilation": settings.get("compile", False),
+        "liger kernels": settings.get("liger", False),
     }
 
 
@@ -58,4 +60,6 @@ def _planned(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
         "sharding": config.shard,
         "batch size": config.batch_size,
         "gradient checkpointing": config.gradient_checkpointing,
+        "compilation": config.compile,
+        "liger kernels": config.liger,
     }

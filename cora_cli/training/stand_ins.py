@@ -45,7 +45,13 @@ def gpu_attention(name: str) -> Callable[..., Any]:
     """An attention kernel that keeps its inputs, its output and one float32 number per query, as FlashAttention and FlexAttention do."""
 
     def attend(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **_: Any
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        layout: Layout | None = None,
+        **_: Any,
     ) -> tuple[torch.Tensor, None]:
         query, key = query.to(value.dtype), key.to(value.dtype)
         heads, tokens = query.shape[1], query.shape[2]
@@ -53,9 +59,31 @@ def gpu_attention(name: str) -> Callable[..., Any]:
             key, value = (repeat_kv(each, heads // each.shape[1]) for each in (key, value))
         # SDPA converts the mask of all pairs of tokens in every layer.
         mask = query.new_empty(tokens, tokens) if name == "sdpa" else None
+        if name == "cora_varlen" and layout is not None and (keys := sum(map(len, layout.keys))) > tokens:
+            key, value = (_Repeated.apply(each, keys) for each in (key, value))
         return _Kernel.apply(query, key, value, mask), None
 
     return attend
+
+
+class _Repeated(torch.autograd.Function):
+    """The memory of keys that are stored once for each segment that sees them, and of their gradients, which are added in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, keys: int) -> torch.Tensor:
+        """rows: (1, heads, tokens, head_dim). Returns (1, heads, keys, head_dim)."""
+        ctx.tokens = rows.shape[2]
+        return rows.new_empty(*rows.shape[:2], keys, rows.shape[3])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """upstream: as the output."""
+        heads, width = upstream[0].shape[1], upstream[0].shape[3]
+        total = upstream[0].new_empty(1, heads, ctx.tokens, width, dtype=torch.float32)
+        wide = upstream[0].float()
+        del wide
+        return total.to(upstream[0].dtype), None
 
 
 class _Kernel(torch.autograd.Function):

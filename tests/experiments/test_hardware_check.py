@@ -29,11 +29,14 @@ def test_every_check_passes_on_a_processor_or_says_what_it_needs(tiny_model, tmp
         "attention": True,
         "layouts": None,
         "packing": True,
+        "speed": True,
+        "memory": None,
+        "options": None,
         "training": True,
+        "repetition": True,
         "answers": True,
         "4-bit": True if find_spec("bitsandbytes") else None,
         "extraction": True,
-        "speed": True,
     }
     assert ("needs the package bitsandbytes" in found["4-bit"].found) is (found["4-bit"].passed is None)
     assert found["training"].figures["fb"]["cosine"] == pytest.approx(1)

@@ -1,6 +1,7 @@
 """Packed rows against what they stand for: a dense mask made from the documents, and the padded batch in stock transformers."""
 
 import dataclasses
+import inspect
 from contextlib import contextmanager
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch.nn import functional
 from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -36,6 +38,7 @@ from cora_cli.training.attention import (
     layout_mask,
     register_packed_attention,
     segment_attention,
+    varlen_attention,
 )
 from cora_cli.training.losses import response_losses
 
@@ -125,6 +128,64 @@ def test_outputs_and_gradients_are_those_of_dense_attention(documents, shortest,
         found = output_and_gradients(by_segments, inputs)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def varlen_reference(query, key, value, query_ends, key_ends, most_queries, most_keys, scale, window_size):
+    """What torch's `varlen_attn` documents, written out: in each sequence the last query sees the last key, and the others go before."""
+    found, (left, right) = [], window_size
+    assert right == 0
+    lengths = [ends.diff().tolist() for ends in (query_ends, key_ends)]
+    assert (max(lengths[0]), max(lengths[1])) == (most_queries, most_keys)
+    sequences = zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True)
+    for queries, keys, values in sequences:
+        behind = torch.arange(len(keys) - len(queries), len(keys))[:, None] - torch.arange(len(keys))
+        seen = (behind >= 0) & ((behind <= left) if left >= 0 else True)
+        inputs = (tensor.transpose(0, 1)[None] for tensor in (queries, keys, values))
+        found.append(dense_attention(*inputs, seen, scale or query.shape[-1] ** -0.5, None)[0])
+    return torch.cat(found)
+
+
+@given(documents=rows, shortest=st.sampled_from([1, 2, 4, None]), window=windows, scale=st.sampled_from([None, 0.7]))
+@repeatable
+def test_the_sequences_for_torchs_kernel_are_the_layout(documents, shortest, window, scale):
+    seen, layout = dense_mask(documents, shortest, window)
+    inputs = make_inputs(layout.tokens, 4, 2)
+
+    def by_sequences(query, key, value):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "KERNEL_TYPES", (torch.float64,))
+            patch.setattr(attention, "_varlen_kernel", lambda: varlen_reference)
+            arguments = {"scaling": scale, "sliding_window": window}
+            return varlen_attention(torch.nn.Module(), query, key, value, None, layout, **arguments)[0]
+
+    expected = output_and_gradients(lambda *qkv: dense_attention(*qkv, seen, scale or 8**-0.5, None), inputs)
+    for one, other in zip(output_and_gradients(by_sequences, inputs), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "extra"),
+    [
+        (torch.float32, 8, {}),
+        (torch.bfloat16, 12, {}),
+        (torch.bfloat16, 264, {}),
+        (torch.bfloat16, 8, {"softcap": 1.5}),
+        (torch.bfloat16, 8, {"s_aux": torch.zeros(4)}),
+    ],
+)
+def test_what_torchs_kernel_does_not_compute_is_left_to_flex_attention(dtype, head_dim, extra, monkeypatch):
+    called = []
+    monkeypatch.setattr(attention, "block_mask_attention", lambda *arguments, **named: called.append(named))
+    layout = lay_out([[1, 2, 3, 4]], None)[0]
+    inputs = make_inputs(4, 4, 2, dtype, head_dim)
+    varlen_attention(torch.nn.Module(), *inputs, None, layout, scaling=0.5, **extra)
+    assert called == [{"scaling": 0.5, **extra}]
+
+
+def test_torchs_kernel_has_the_arguments_that_are_used():
+    arguments = inspect.signature(varlen_attn).parameters
+    assert list(arguments)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size", "enable_gqa"} <= set(arguments)
 
 
 @pytest.mark.parametrize("longest_piece", [16, 128])
