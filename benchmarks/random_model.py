@@ -1,7 +1,7 @@
 """Write a model with random weights, for benchmarks of sizes that no machine without a hub has. Speed and memory do not depend on the weights.
 
-python benchmarks/random_model.py llama-2-7b DIRECTORY: a bf16 model in DIRECTORY with the tokenizer of the embedded model, whose vocabulary
-it has. It is made on the GPU where there is one; 7 billion parameters take about a minute and 14 GB of disk.
+python benchmarks/random_model.py llama-2-7b DIRECTORY: a bf16 model in DIRECTORY with the tokenizer of the embedded model, or of the directory
+`--tokenizer`, whose vocabulary it has. It is made on the GPU where there is one; 7 billion parameters take about a minute and 14 GB of disk.
 """
 
 import argparse
@@ -16,18 +16,18 @@ SHAPES = {
 def main() -> None:
     """Write the model."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from cora_cli.models.loading import load_tokenizer
     from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=tuple(SHAPES))
     parser.add_argument("directory")
+    parser.add_argument("--tokenizer", help="a directory with a tokenizer, instead of that of the embedded model")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    tokenizer = load_tokenizer(resolve_model(EMBEDDED_MODEL))
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or resolve_model(EMBEDDED_MODEL).path)
     shape: dict[str, Any] = SHAPES[options.shape]
     config = LlamaConfig(
         **shape,

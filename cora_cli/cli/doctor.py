@@ -19,13 +19,20 @@ from cora_cli.errors import UsageError
 from cora_cli.settings import DtypeName, setting
 from cora_cli.terminal import complain, show
 
+CHECKS = (
+    *("attention", "layouts", "packing", "speed", "memory", "options"),
+    *("training", "repetition", "answers", "4-bit", "extraction"),
+)
+"""The checks of --gpu-check, in their order."""
 REQUIRED = (
     "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "rouge-score", "sacrebleu", "bert-score", "nltk",
     "safetensors", "scipy", "typer", "gguf",
 )  # fmt: skip
 OPTIONAL = {
-    "flash_attn": "faster packed training on CUDA (pip install flash-attn)",
-    "triton": "packed training on CUDA that computes shared prefixes once (included in torch's CUDA builds)",
+    "flash_attn": "cora train --attention flash-attn (pip install flash-attn)",
+    "kernels": "cora train --attention kernels-community/flash-attn2 (pip install kernels)",
+    "liger_kernel": "cora train --liger on CUDA (pip install liger-kernel)",
+    "triton": "packed training in fp32 on CUDA, and --attention flex (included in torch's CUDA builds)",
     "vllm": "cora evaluate --backend vllm (pip install vllm)",
     "bitsandbytes": "cora train --load-in-4bit (pip install 'cora-cli[four-bit]')",
     "submitit": "cora ablate --launcher slurm (pip install submitit)",
@@ -44,6 +51,8 @@ class DoctorConfig:
     gpu_check: bool = setting(
         "Also train, answer and decompose on the device, and compare with the processor; takes minutes.", False
     )
+    checks: tuple[str, ...] | None = setting("Which of --gpu-check's checks to run, comma-separated. Default: all.", None)
+    check_model: str | None = setting("Model of --gpu-check, instead of builtin:smollm2.", None, names="model")
     output: str | None = setting("Write what --gpu-check found to this JSON file.", None)
     seed: int = setting("Ignored; accepted so that all commands take the same flags.", 0)
 
@@ -60,8 +69,11 @@ def run(config: DoctorConfig) -> None:
 
     --gpu-check computes on the embedded model, and downloads that where it is missing.
     """
-    if config.output is not None and not config.gpu_check:
-        raise UsageError("--output is for what --gpu-check finds; add --gpu-check")
+    for name in ("checks", "check_model", "output"):
+        if getattr(config, name) is not None and not config.gpu_check:
+            raise UsageError(f"--{name.replace('_', '-')} has no effect without --gpu-check; add --gpu-check")
+    if unknown := next((name for name in config.checks or () if name not in CHECKS), None):
+        raise UsageError(f"--checks knows no check named {unknown}; it has {', '.join(CHECKS)}")
 
     import torch
 
@@ -101,16 +113,19 @@ def _check(config: DoctorConfig) -> None:
 
     from cora_cli import __version__, rundir
     from cora_cli.experiments.hardware_check import check_hardware
+    from cora_cli.models.references import EMBEDDED_MODEL
 
     checks = []
     with tempfile.TemporaryDirectory(prefix="cora-check-") as folder:
-        for check in check_hardware(config.device, config.dtype, Path(folder)):
+        model = config.check_model or EMBEDDED_MODEL
+        for check in check_hardware(config.device, config.dtype, Path(folder), model, config.checks):
             show(check.line())
             checks.append(check)
     if config.output is not None:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         found: dict[str, Any] = {
             "cora": __version__,
+            "model": model,
             "gpu": gpu,
             "cuda": torch.version.cuda,
             "packages": {name: importlib.metadata.version(name) for name in REQUIRED},

@@ -89,7 +89,8 @@ REFUSED = {
     "evaluate gone": "gone is not a cora run (no run.json)",
     "evaluate --from gone.jsonl": "gone.jsonl is not a file; --from needs the predictions.jsonl of an evaluation",
     "report gone": "gone does not exist; name the output directory",
-    "doctor --output out.json": "--output is for what --gpu-check finds; add --gpu-check",
+    "doctor --output out.json": "--output has no effect without --gpu-check; add --gpu-check",
+    "doctor --gpu-check --checks sped": "--checks knows no check named sped; it has attention, layouts, ",
     "demo --device abacus": "--device must be auto, cpu, cuda or cuda:<index>, not 'abacus'",
 }
 

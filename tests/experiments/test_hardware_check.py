@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from cora_cli.cli import app
+from cora_cli.cli.doctor import CHECKS
 from cora_cli.experiments import hardware_check
 from cora_cli.experiments.hardware_check import Check, check_hardware
 
@@ -38,6 +39,7 @@ def test_every_check_passes_on_a_processor_or_says_what_it_needs(tiny_model, tmp
         "4-bit": True if find_spec("bitsandbytes") else None,
         "extraction": True,
     }
+    assert tuple(found) == CHECKS
     assert ("needs the package bitsandbytes" in found["4-bit"].found) is (found["4-bit"].passed is None)
     assert found["training"].figures["fb"]["cosine"] == pytest.approx(1)
     assert all(figures["tokens_per_second"] > 0 for figures in found["speed"].figures.values())

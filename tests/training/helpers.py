@@ -24,6 +24,8 @@ from cora_cli.training.config import TrainConfig
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["cora_cli.training.run", "transformers.models.llama.modeling_llama"])
 
+DEVICE = os.environ.get("CORA_TEST_DEVICE", "cpu")
+"""Where the tests of training compute: on a machine with a GPU, `CORA_TEST_DEVICE=cuda` runs them there."""
 Config = TrainConfig | EvaluateConfig
 KILLED = -signal.SIGKILL
 
@@ -40,7 +42,7 @@ def config_for(model: Path, data: Path, output: Path, **changes: Any) -> TrainCo
         "max_steps": 3,
         "batch_size": 8,
         "learning_rate": 1e-2,
-        "device": "cpu",
+        "device": DEVICE,
         "dtype": "fp32",
     }
     return TrainConfig(**{**settings, **changes})
