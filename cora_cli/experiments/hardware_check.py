@@ -115,9 +115,10 @@ class _Bench:
         self._hardware, self._work, self._model = hardware, work, model
         self._gpu = hardware.device.type == "cuda"
         self._forms: list[str] = []
-        """The values of `--attention` whose implementation is ours and works here."""
+        """The values of `--attention` whose implementation is ours and works here, first what `auto` takes."""
         if self._gpu:
-            self._forms = [*["varlen"] * has_varlen(), *["flex"] * is_installed("triton")]
+            varlen = has_varlen() and hardware.dtype == torch.bfloat16
+            self._forms = [*["varlen"] * varlen, *["flex"] * is_installed("triton")]
 
     def attention(self) -> Finding:
         """Our attention over a packed row, and its gradients, compared with a dense mask in float64."""
@@ -321,7 +322,7 @@ class _Bench:
     def speed(self) -> Finding:
         """Tokens per second and peak memory of training as users would start it, and of PEFT's LoRA with the stock Trainer."""
         figures = {mode: self._timed(mode, mode, **own) for mode, (_, own) in MODES.items()}
-        for name in self._forms:
+        for name in self._forms[1:]:
             figures[f"lora, {name}"] = self._timed(f"lora-{name}", "lora", attention=name)
         figures["PEFT and Trainer"] = self._peer()
         rows = [
