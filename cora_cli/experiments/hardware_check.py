@@ -5,6 +5,7 @@ shares no kernel with them: float64 on the processor, or the same command on the
 """
 
 import dataclasses
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -332,6 +333,7 @@ class _Bench:
         return True, f"{self._hardware.dtype_name}, {TIMED_BATCH} examples a step, r = {TIMED_RANK}: {'; '.join(rows)}", figures
 
     def _timed(self, name: str, mode: str, **own: Any) -> dict[str, float]:
+        gc.collect()  # the model before this one would count
         run = self._train(f"speed-{name}", self._name, self._hardware.dtype_name, mode=mode, **self._timed_settings(), **own)
         lines = [line for line in read_jsonl(run.log, LogLine) if "loss" in line][self._warm_up :]
         record = read_run(run)
