@@ -20,8 +20,8 @@ from cora_cli.settings import DtypeName, setting
 from cora_cli.terminal import complain, show
 
 CHECKS = (
-    *("attention", "layouts", "packing", "speed", "memory", "options"),
-    *("training", "repetition", "answers", "4-bit", "extraction"),
+    *("attention", "layouts", "packing", "speed", "memory", "repetition"),
+    *("answers", "4-bit", "extraction", "training", "options"),
 )
 """The checks of --gpu-check, in their order."""
 REQUIRED = (
@@ -112,26 +112,24 @@ def _check(config: DoctorConfig) -> None:
     import torch
 
     from cora_cli import __version__, rundir
-    from cora_cli.experiments.hardware_check import check_hardware
+    from cora_cli.experiments.hardware_check import Check, check_hardware
     from cora_cli.models.references import EMBEDDED_MODEL
 
-    checks = []
+    checks: list[Check] = []
+    model = config.check_model or EMBEDDED_MODEL
+    found: dict[str, Any] = {
+        "cora": __version__,
+        "model": model,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "packages": {name: importlib.metadata.version(name) for name in REQUIRED},
+    }
     with tempfile.TemporaryDirectory(prefix="cora-check-") as folder:
-        model = config.check_model or EMBEDDED_MODEL
         for check in check_hardware(config.device, config.dtype, Path(folder), model, config.checks):
             show(check.line())
             checks.append(check)
-    if config.output is not None:
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        found: dict[str, Any] = {
-            "cora": __version__,
-            "model": model,
-            "gpu": gpu,
-            "cuda": torch.version.cuda,
-            "packages": {name: importlib.metadata.version(name) for name in REQUIRED},
-            "checks": [dataclasses.asdict(check) for check in checks],
-        }
-        rundir.write_json(Path(config.output), found)
+            if config.output is not None:  # after each, so that nothing is lost when the time is up
+                rundir.write_json(Path(config.output), {**found, "checks": [dataclasses.asdict(each) for each in checks]})
     if failed := [check.name for check in checks if check.passed is False]:
         complain(f"failed on this machine: {', '.join(failed)}")
         raise typer.Exit(1)

@@ -50,6 +50,8 @@ def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
 
 
 def precisions(model: torch.nn.Module) -> list[torch.dtype]:
-    """The precisions to compare computations of `model` in, the most exact first."""
+    """The precisions to compare computations of `model` in, the most exact first; none for a quantized one, whose products keep theirs."""
+    if getattr(model, "is_quantized", False):
+        return []
     affordable = max(weight.numel() for weight in model.parameters()) <= LARGEST_IN_FLOAT64
     return [torch.float64, torch.float32] if affordable else [torch.float32]

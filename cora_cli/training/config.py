@@ -355,6 +355,8 @@ class _SharedSettings:
             found.append(
                 f"--shard does not apply to mode {self.mode}, which changes the weights of the base model in each step"
             )
+        if self.compile and self.liger:
+            found.append("--compile does not go with --liger, whose kernels torch.compile cannot trace; leave out one of them")
         if self.shard != "none" and (self.compile or self.liger):
             found.append(
                 f"--{'compile' if self.compile else 'liger'} does not go with --shard, which gathers the layers' weights itself; leave out one of them"

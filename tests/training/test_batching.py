@@ -36,6 +36,20 @@ def test_a_family_that_loses_its_window_in_packed_rows_is_padded_where_examples_
     assert choose("qwen2_moe", [Example([5, 6, 7, 8], 1)]).form.kind == "packed"
 
 
+@pytest.mark.parametrize(("quantized", "kind"), [(False, "single"), (True, "packed")])
+def test_a_quantized_model_is_compared_in_the_precision_of_its_products(quantized: bool, kind: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(build("llama")).eval()
+    model.is_quantized = quantized
+
+    def rounds_differently(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + 2e-3 * (output.shape[1] % 5))
+
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(rounds_differently)
+    assert choose_batching(model, select_packed_attention("cpu"), EXAMPLES, HARDWARE).form.kind == kind
+
+
 def test_a_class_that_computes_attention_by_itself_is_padded() -> None:
     found = choose("bloom", EXAMPLES)
     assert (found.form.kind, found.reason) == ("padded", "BloomForCausalLM computes attention by itself")

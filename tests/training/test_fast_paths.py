@@ -1,9 +1,11 @@
 """`--compile` and `--liger` change no loss, and say what they need."""
 
+import re
+
 import pytest
 import torch
 
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, UsageError
 from cora_cli.reading import read_jsonl
 from cora_cli.records import LogLine
 from cora_cli.rundir import RunDirectory
@@ -83,3 +85,26 @@ def test_a_machine_that_cannot_compile_says_so(tiny_model, tmp_path, monkeypatch
 def test_liger_needs_a_gpu(tiny_model, tmp_path):
     with pytest.raises(CoraError, match="--liger needs a CUDA GPU"):
         train(settings(tiny_model, tmp_path / "run", liger=True))
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"compile": True, "liger": True}, "--compile does not go with --liger, whose kernels torch.compile cannot trace"),
+        ({"compile": True, "shard": "fsdp"}, "--compile does not go with --shard"),
+        ({"liger": True, "shard": "fsdp"}, "--liger does not go with --shard"),
+        (
+            {"attention": "fast"},
+            "--attention must be auto, varlen, flex, flash-attn, sdpa, or a repository such as kernels-community",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(tiny_model, tmp_path, own, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        settings(tiny_model, tmp_path, **own)
+
+
+def test_a_processor_has_one_attention(tiny_model, tmp_path):
+    with pytest.raises(CoraError, match="--attention flex needs a CUDA GPU"):
+        train(settings(tiny_model, tmp_path / "run", attention="flex"))
+    assert not (tmp_path / "run").exists()
