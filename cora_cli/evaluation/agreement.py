@@ -33,7 +33,8 @@ class Agreement:
 
     def __init__(self, model: Any, prompts: Sequence[Tokens], alone: Callable[[Sequence[Tokens]], list[torch.Tensor]]) -> None:
         self._model, self.probes = model, make_probes(prompts, length_limits(model.config))
-        for self._dtype in TOLERANCES:
+        quantized = getattr(model, "is_quantized", False)  # its products keep their precision
+        for self._dtype in (None,) if quantized else TOLERANCES:
             try:
                 with self._precision():
                     self._wanted = [alone([probe])[0] for probe in self.probes]

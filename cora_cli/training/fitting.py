@@ -8,9 +8,40 @@ import torch
 
 from cora_cli.errors import CoraError
 from cora_cli.planning.page import fits
+from cora_cli.progress import say
 from cora_cli.training.config import TrainConfig
-from cora_cli.training.preflight import Measured, Preflight, plan_run
+from cora_cli.training.preflight import Measured, Preflight, plan_run, rough_peak
 from cora_cli.training.prepare import Prepared
+
+ROUGHLY = 0.4
+"""A run that takes less than this part of the GPU by a rough count fits, and needs no plan."""
+
+
+def fit_rows(config: TrainConfig, prepared: Prepared) -> TrainConfig:
+    """The settings with `tokens_per_row` where the rows of the run would not fit the GPU otherwise; it changes the result by rounding only.
+
+    A run that fits no length of its rows stays as it is, since a plan may be wrong. Takes as long as a few dry runs, unless a rough count shows
+    that the run fits.
+    """
+    chosen = config.tokens_per_row is not None or config.shard != "none" or config.load_in_4bit
+    if chosen or prepared.hardware.device.type != "cuda":
+        return config
+    capacity = _capacity(prepared.hardware.device)
+    if rough_peak(config, prepared) < ROUGHLY * capacity:
+        return config
+    plan = plan_run(config, prepared)
+    if not isinstance(plan.measured, Measured) or fits(plan.measured.memory.total, capacity):
+        return config
+    for changes in _shorter_rows(plan):
+        split = dataclasses.replace(config, **changes)
+        found = plan_run(split, prepared).measured
+        if isinstance(found, Measured) and fits(found.memory.total, capacity):
+            say(
+                f"a row of {plan.largest} tokens would take {_gib(plan.measured.memory.total)} of the GPU's {_gib(capacity)} (computed): "
+                f"rows are split at {split.tokens_per_row} tokens, as with --tokens-per-row {split.tokens_per_row}"
+            )
+            return split
+    return config
 
 
 def out_of_memory(config: TrainConfig, prepared: Prepared) -> CoraError:
@@ -41,16 +72,21 @@ def out_of_memory(config: TrainConfig, prepared: Prepared) -> CoraError:
 
 def _smaller(plan: Preflight) -> list[dict[str, Any]]:
     """Settings that take less memory, those that cost least time first and the smallest last."""
+    rows = _shorter_rows(plan)
+    if plan.config.gradient_checkpointing:
+        return rows
+    return [*rows, *({"gradient_checkpointing": True, **row} for row in [{}, *rows])]
+
+
+def _shorter_rows(plan: Preflight) -> list[dict[str, Any]]:
+    """Lengths of rows below that of the longest row, each half of the one before, down to the longest example."""
     longest = max(len(example.input_ids) for example in plan.prepared.train.examples)
     shorter = []
     tokens = plan.largest // 2
     while tokens > longest:
         shorter.append(tokens)
         tokens //= 2
-    rows = [{"tokens_per_row": tokens} for tokens in (*shorter, longest)] if longest < plan.largest else []
-    if plan.config.gradient_checkpointing:
-        return rows
-    return [*rows, *({"gradient_checkpointing": True, **row} for row in [{}, *rows])]
+    return [{"tokens_per_row": tokens} for tokens in (*shorter, longest)] if longest < plan.largest else []
 
 
 def _flag(name: str, value: int | bool) -> str:

@@ -133,6 +133,15 @@ def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:
     return Preflight(config, prepared, form, *counts, measured)
 
 
+def rough_peak(config: TrainConfig, prepared: Prepared) -> int:
+    """Bytes of the weights and of the activations and logits of the largest pass, counted from shapes: within about a factor of two."""
+    work = _Work(config, prepared, _planned_form(config, prepared), total_steps(config, len(prepared.train.examples)), 1)
+    skeleton: Any = build_skeleton(prepared.model_config, config.trust_remote_code)
+    weights = sum(weight.numel() for weight in skeleton.parameters())
+    # Mode full keeps weights, gradients and two moments in float32.
+    return weights * (16 if prepared.plan is None else prepared.hardware.dtype.itemsize) + work.size(work.passes[0])
+
+
 def _planned_form(config: TrainConfig, prepared: Prepared) -> BatchForm:
     """The form of batches that `choose_batching` will choose, as far as the model's class tells."""
     skeleton: Any = build_skeleton(prepared.model_config, config.trust_remote_code)
@@ -170,7 +179,7 @@ class _Work:
             key=lambda batch: self._upper(self.members(batch)),
             reverse=True,
         )[:8]
-        self.passes = max((self.split(list(batch)) for batch in found), key=lambda parts: self._size(parts[0]))
+        self.passes = max((self.split(list(batch)) for batch in found), key=lambda parts: self.size(parts[0]))
         # Two passes are as many as ever exist at once: one, and the gradients of those before.
         self.batch = Collator(form)([(example, False) for example in self.members(self.passes[0])])
         self.batch["passes"] *= min(2, len(self.passes))
@@ -197,14 +206,15 @@ class _Work:
     def _upper(self, members: Sequence[Example]) -> int:
         return sum(len(each.input_ids) * self._per_token + _responses(each) * self._per_label for each in members)
 
-    def _size(self, part: Sequence[int]) -> int:
+    def size(self, part: Sequence[int]) -> int:
+        """Bytes that a pass keeps for the backward pass, roughly."""
         members = self.members(part)
         return self._form.tokens(members) * self._per_token + sum(map(_responses, members)) * self._per_label
 
     def split(self, batch: list[int]) -> list[list[int]]:
         """The passes of a micro-batch, the largest first."""
         parts = self._form.passes([self._examples[index] for index in batch])
-        return sorted(([batch[member] for member in part] for part in parts), key=self._size, reverse=True)
+        return sorted(([batch[member] for member in part] for part in parts), key=self.size, reverse=True)
 
     def held_out(self, *sets: Sequence[Example]) -> Iterator[list[Example]]:
         """The largest pass in which the held-out loss of each set is measured; none for an empty set."""

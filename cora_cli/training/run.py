@@ -41,7 +41,7 @@ from cora_cli.rundir import RunDirectory
 from cora_cli.training.assemble import assemble, barrier, share_start
 from cora_cli.training.checkpoints import checkpoint_to_resume, checkpoints_in, step_of
 from cora_cli.training.config import TrainConfig
-from cora_cli.training.fitting import out_of_memory
+from cora_cli.training.fitting import fit_rows, out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
 from cora_cli.training.notices import notices_on_records
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
@@ -102,6 +102,7 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             # Earlier versions rounded down and did not record it; the run goes on with what it began with, however often it is resumed.
             rounded_down = int(config.warmup_ratio * steps)
             arguments.warmup_steps = record.get("warmup_steps", rounded_down)
+    config = fit_rows(config, prepared)
     try:
         model, batching, observation = assemble(config, prepared, arguments, run)
     except torch.OutOfMemoryError as error:

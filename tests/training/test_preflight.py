@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from cora_cli import rundir
 from cora_cli.data.batches import BatchForm, Collator
 from cora_cli.data.encode import Example
+from cora_cli.device import planned_hardware
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.planning.memory import StorageMeter, follow_training
 from cora_cli.planning.page import USABLE, duration
@@ -23,6 +24,7 @@ from cora_cli.training import fitting
 from cora_cli.training import run as training
 from cora_cli.training.preflight import Measured, Preflight, preflight
 from cora_cli.training.preflight_text import describe, marked
+from cora_cli.training.prepare import prepare
 from tests.training.helpers import config_for, log_lines, losses, record_of, run_together
 
 
@@ -269,6 +271,29 @@ def test_a_row_shorter_than_an_example_is_refused(tiny_model: Path, tiny_data: P
         CoraError, match=r"--tokens-per-row must be at least \d+, the tokens of the longest training example, not 9"
     ):
         training.train(config_for(tiny_model, tiny_data, tmp_path / "run", tokens_per_row=9))
+
+
+def test_rows_that_do_not_fit_the_gpu_are_split_before_the_run(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", batch_size=16, device="cuda", dtype="bf16")
+    prepared = prepare(config, planned=planned_hardware("cuda", "bf16"))
+    needed = measured(fitting.plan_run(config, prepared)).memory.total
+    monkeypatch.setattr(fitting, "_capacity", lambda device: needed * 0.8 / USABLE)
+    fitted = fitting.fit_rows(config, prepared)
+    assert fitted.tokens_per_row is not None
+    assert dataclasses.replace(fitted, tokens_per_row=None) == config
+    assert measured(fitting.plan_run(fitted, prepared)).memory.total <= needed * 0.8
+    assert f"rows are split at {fitted.tokens_per_row} tokens, as with --tokens-per-row" in capsys.readouterr().err
+
+    monkeypatch.setattr(fitting, "_capacity", lambda device: 2**20)
+    assert fitting.fit_rows(config, prepared) == config
+    monkeypatch.setattr(fitting, "plan_run", lambda *_: pytest.fail("a run that is far from filling the GPU needs no plan"))
+    monkeypatch.setattr(fitting, "_capacity", lambda device: 4 * needed)
+    assert fitting.fit_rows(config, prepared) == config
+    chosen = dataclasses.replace(config, tokens_per_row=500)
+    monkeypatch.setattr(fitting, "_capacity", lambda device: 1)
+    assert fitting.fit_rows(chosen, prepared) == chosen
 
 
 @pytest.mark.slow
