@@ -119,12 +119,14 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
 
 
 def opened(outputs: Sequence[str]) -> list[str]:
-    """The directories with a folder of outputs replaced by what is below it."""
+    """The directories with a folder of outputs replaced by what is below it, and each run followed by its evaluations at lower ranks."""
     opened: list[str] = []
     for output in outputs:
         root = Path(output)
         below = outputs_below(root) if root.is_dir() else []
-        opened += [output] if not below or below == [root] else map(str, below)
+        found = [root] if not below or below == [root] else below
+        for place in found:
+            opened += map(str, [place, *RunDirectory(place).evaluations_at_ranks()])
     return opened
 
 
