@@ -146,7 +146,7 @@ def test_an_export_at_a_rank_is_the_first_pairs_with_the_scaling_of_that_rank(ru
     assert torch.allclose(exported(IDS).logits, model.eval()(IDS).logits, rtol=1e-4, atol=1e-3)
 
 
-def test_a_run_is_evaluated_at_several_ranks_each_in_its_own_place(run, tmp_path):
+def test_a_run_is_evaluated_at_several_ranks_each_in_its_own_place(run, tmp_path, capsys):
     settings = {
         "device": "cpu",
         "dtype": "fp32",
@@ -168,6 +168,11 @@ def test_a_run_is_evaluated_at_several_ranks_each_in_its_own_place(run, tmp_path
     assert [row.label for row in experiment.rows] == ["dylora", f"{run} rank 1", f"{run} rank 4"]
     assert len({row.group for row in experiment.rows}) == 1
     assert [row.evaluation for row in experiment.rows[1:]] == [run / "eval-rank-1", run / "eval-rank-4"]
+    # One that answers other records is left out.
+    evaluate(EvaluateConfig(runs=(str(run),), ranks=("2",), limit=2, **{**settings, "with_base": False}))
+    (experiment,) = find_experiments([str(run)])
+    assert [row.evaluation for row in experiment.rows[1:]] == [run / "eval-rank-1", run / "eval-rank-4"]
+    assert f"{run}/eval-rank-2 is left out: it answers other records than {run}/eval-rank-1" in capsys.readouterr().err
 
 
 def test_a_rank_that_was_not_trained_is_refused(run, tiny_model, tiny_data, tmp_path):
