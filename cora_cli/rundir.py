@@ -266,6 +266,12 @@ class RunDirectory:
         """Default output directory of `cora evaluate RUN`."""
         return self.root / "eval"
 
+    def evaluations_at_ranks(self) -> list[Path]:
+        """The scored evaluations of `cora evaluate RUN --ranks …`, eval-rank-1, eval-rank-2, …, by rank."""
+        start = f"{self.evaluation.name}-rank-"
+        found = {int(rank): path for path in self.root.glob(f"{start}*") if (rank := path.name.removeprefix(start)).isdecimal()}
+        return [found[rank] for rank in sorted(found) if EvaluationDirectory(found[rank]).metrics.is_file()]
+
     @cached_property
     def sums(self) -> Path:
         """`SHA256SUMS`: the hash of every file of a run that `cora publish` uploaded, in the format of `sha256sum`."""

@@ -272,3 +272,11 @@ def test_a_hidden_file_beside_the_result_of_a_run_changes_nothing_and_another_on
 def test_a_full_disk_is_recognised_in_each_librarys_words(error: Exception) -> None:
     assert rundir.is_disk_full(error)
     assert not rundir.is_disk_full(type(error)("something else"))
+
+
+def test_the_evaluations_of_a_run_at_lower_ranks_are_found_by_rank(tmp_path):
+    for name in ("eval", "eval-base", "eval-rank-10", "eval-rank-2", "eval-rank-9", "eval-rank-best"):
+        (tmp_path / name).mkdir()
+        if name != "eval-rank-9":  # which has not been scored yet
+            (tmp_path / name / "metrics.json").write_text("{}")
+    assert RunDirectory(tmp_path).evaluations_at_ranks() == [tmp_path / "eval-rank-2", tmp_path / "eval-rank-10"]

@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.autograd import forward_ad
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cora_cli import rundir
@@ -108,19 +109,30 @@ def _scale_rows(layer: Any, deviation: torch.Tensor, generator: torch.Generator)
     a.weight = torch.nn.Parameter(a.weight * scale[:, None], requires_grad=False)
 
 
+class Dual(torch.nn.Module):
+    """A linear map by a weight (rows, columns) whose tangent is a draw δ."""
+
+    def __init__(self, weight: torch.nn.Parameter, tangent: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self.tangent = tangent
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., columns) -> (..., rows), in the precision that the weight has now."""
+        return functional.linear(x, forward_ad.make_dual(self.weight.detach(), self.tangent.to(self.weight)))
+
+
 def _set_tangents(
     layer: Any, state: Mapping[str, torch.Tensor], name: str, precision: float, generator: torch.Generator
 ) -> None:
-    """Make A and B dual numbers whose tangents are a draw δ."""
+    """Give A and B a draw δ as their tangents."""
     _enter_level()
     for factor in "AB":
-        module = getattr(layer, f"lora_{factor}")[ADAPTER]
-        weight = module.weight.detach()
+        modules = getattr(layer, f"lora_{factor}")
+        weight = modules[ADAPTER].weight
         curvature = Kronecker(*(state[f"{name}.{factor}.{part}"] for part in _PARTS))
         delta = curvature.draw(torch.randn(weight.shape, generator=generator), precision)
-        # A parameter cannot be a dual number.
-        del module._parameters["weight"]
-        module.weight = forward_ad.make_dual(weight, delta.to(weight))
+        modules[ADAPTER] = Dual(weight, delta.to(weight))
 
 
 @functools.cache

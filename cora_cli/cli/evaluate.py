@@ -65,7 +65,7 @@ def run(config: EvaluateConfig) -> None:
         show(f"\npaired differences from {results[0].name}, with two-sided p-values (not corrected for multiple comparisons)")
         show(differences_table(results, columns()))
     reported = config.runs if config.runs and not config.output_dir else (config.output_dir,)
-    if all(reported) and not config.ranks:
+    if all(reported):
         say_next(", ".join(str(out) for out in reported), "report", *reported, "-o", "report")
 
 

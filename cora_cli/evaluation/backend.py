@@ -3,6 +3,7 @@
 It only loads models: `evaluate` selects the records, and the engine generates the tokens.
 """
 
+import copy
 import dataclasses
 import tempfile
 from collections.abc import Callable, Collection, Sequence
@@ -56,6 +57,7 @@ def open_transformers(
     The members of an ensemble become one model. Raises `CoraError` if one of them cannot be loaded, or they cannot be averaged.
     """
     loaded: list[Any] = []
+    kinds: list[Any] = []
     not_merged = None
     for member in target.members:
         model, reason = _load(config, member, hardware)
@@ -64,7 +66,10 @@ def open_transformers(
             model = _member(model, member)
         if loaded:
             share_equal_weights(loaded[0], model)
-        loaded += drawn_models(model, member.adapter, member.draws) if member.draws and member.adapter else [model]
+        drawn = drawn_models(model, member.adapter, member.draws) if member.draws and member.adapter else [model]
+        # One draw stands for all of a member. A copy of its own, since a mixture takes the place of its first model.
+        kinds.append(copy.copy(drawn[0]))
+        loaded += drawn
     model = mixture(loaded) if len(loaded) > 1 else loaded[0]
     sizes = {one.config.get_text_config(decoder=True).vocab_size for one in loaded}
     if len(sizes) > 1:
@@ -76,7 +81,15 @@ def open_transformers(
         min(one.get_input_embeddings().weight.shape[0] for one in loaded),
         ends,
         lambda prompts: transformers_engine(
-            model, tokenizer, ends, prompts, config.batch_size, config.max_new_tokens, sampling_of(config), averages
+            model,
+            tokenizer,
+            ends,
+            prompts,
+            config.batch_size,
+            config.max_new_tokens,
+            sampling_of(config),
+            averages,
+            kinds if averages else None,
         ),
         not_merged,
         model,

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -132,15 +133,23 @@ def transformers_engine(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     why: str | None = None,
+    kinds: Sequence[Any] | None = None,
 ) -> Engine:
     """`PooledDecoder` if it supports the model, else `BatchedGenerate`, with a line on stderr that says `why`.
 
     Both are checked with a few of the prompts. Where padding changes what a prompt gives alone, only prompts of one length are answered
-    together.
+    together. `kinds` are checked in place of a `model` that averages models: one model of each kind.
     """
-    batched = BatchedGenerate(model, ends, tokenizer.pad_token_id, batch_size, max_new_tokens, sampling)
-    agreement = Agreement(model, prompts, batched.logits)
-    agreement.require_finite()
+
+    def batches(one: Any) -> BatchedGenerate:
+        return BatchedGenerate(one, ends, tokenizer.pad_token_id, batch_size, max_new_tokens, sampling)
+
+    batched = batches(model)
+    checked = [batches(one) for one in kinds] if kinds is not None else [batched]
+    agreements = [Agreement(one.model, prompts, one.logits) for one in checked]
+    for agreement in agreements:
+        agreement.require_finite()
+    agreement = agreements[0]
     probes = agreement.probes
     why = why or unsupported(model, max(map(len, prompts)) + max_new_tokens)
     if why is None:
@@ -149,7 +158,10 @@ def transformers_engine(
             return PooledDecoder(model, prompts, ends, batch_size, max_new_tokens, sampling)
         why = f"there {fault}"
     alike = ""
-    if batch_size > 1 and (not batched.pads or agreement.fault(lambda: batched.logits(probes))):
+    pairs = zip(agreements, checked, strict=True)
+    if batch_size > 1 and not (
+        batched.pads and all(one.pads and not at.fault(partial(one.logits, at.probes)) for at, one in pairs)
+    ):
         batched.pads, alike = False, " of prompts of one length, since padding changes its logits"
     say(
         f"using transformers' generate, one batch at a time{alike}: the faster pooled decoder does not support this model, "
@@ -228,7 +240,7 @@ class BatchedGenerate:
         sampling: Sampling | None = None,
     ) -> None:
         self._sampling = sampling
-        self._model, self._ends, self.wave, self._new = model, ends, batch_size, max_new_tokens
+        self.model, self._ends, self.wave, self._new = model, ends, batch_size, max_new_tokens
         self.pads = not depends_on_batch(model.config)
         self._switch = rope_switch(model.config)
         # Only ever behind the mask, so any id will do that has an embedding row; that of a tokenizer may have none, or be missing.
@@ -271,7 +283,7 @@ class BatchedGenerate:
         return list(batches.values())
 
     def _generate(self, batch: Sequence[Tokens], draws: Sequence[LogitsProcessor], **settings: Any) -> Any:
-        model, longest = self._model, max(map(len, batch))
+        model, longest = self.model, max(map(len, batch))
         ids = torch.tensor([[self._pad] * (longest - len(prompt)) + list(prompt) for prompt in batch])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
         own = model.generation_config

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import records
+from cora_cli.basis.choices import natural_order
 from cora_cli.errors import CoraError
 from cora_cli.lock import is_held
 from cora_cli.progress import say
@@ -50,7 +51,7 @@ def inventory(root: Path) -> list[Entry]:
 def outputs_below(root: Path) -> list[Path]:
     """The directories below `root` that `cora report` can read: grids, and runs, evaluations and judgings that are part of none of these."""
     found: list[Path] = []
-    for folder, _ in sorted(folders_below(root)):
+    for folder, _ in sorted(folders_below(root), key=lambda folder: natural_order(str(folder[0]))):
         if any(parent in folder.parents for parent in found):
             continue
         if _is_output(folder):

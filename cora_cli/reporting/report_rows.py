@@ -15,6 +15,7 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.steps import Step, read_steps
 from cora_cli.methods.registry import method_of
+from cora_cli.progress import say
 from cora_cli.reading import checked, read_json
 from cora_cli.reporting.inventory import not_an_output, outputs_below
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
@@ -98,7 +99,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
     grids: list[Experiment] = []
     plain: list[Row] = []
     judgings: list[Path] = []
-    for root in _distinct_directories(opened(outputs)):
+    for root in _distinct_directories(_with_ranks([Path(output) for output in opened(outputs)])):
         if (root / "plan.json").is_file():
             grids.append(read_plan(root))
         elif RunDirectory(root).exists():
@@ -128,9 +129,33 @@ def opened(outputs: Sequence[str]) -> list[str]:
     return opened
 
 
-def _distinct_directories(outputs: Sequence[str]) -> list[Path]:
+def _with_ranks(places: Sequence[Path]) -> list[Path]:
+    """The places, each run followed by its evaluations at lower ranks. Says which of these answer other records than the run's own evaluation, or
+    than the first of them, and leaves them out."""
+    found: list[Path] = []
+    for place in places:
+        found.append(place)
+        run = RunDirectory(place)
+        if not (at_ranks := run.evaluations_at_ranks()):
+            continue
+        evaluations = [EvaluationDirectory(one) for one in (run.evaluation, *at_ranks)]
+        answered = {one.root: _records_hash(one) for one in evaluations if one.metrics.is_file()}
+        for one, records_sha256 in answered.items():
+            if records_sha256 != next(iter(answered.values())):
+                say(f"{one} is left out: it answers other records than {next(iter(answered))}; name it alone to report it")
+            elif one != run.evaluation:
+                found.append(one)
+    return found
+
+
+def _records_hash(evaluation: EvaluationDirectory) -> str | None:
+    settings = read_json(evaluation.metrics, records.Metrics)["generation"].get("settings", {})
+    return settings.get("records_sha256")
+
+
+def _distinct_directories(outputs: Sequence[Path]) -> list[Path]:
     found: dict[Path, Path] = {}
-    for output in map(Path, outputs):
+    for output in outputs:
         found.setdefault(output.resolve(), output)
     return list(found.values())
 

@@ -225,6 +225,20 @@ def test_the_parts_at_equal_rank_and_at_small_budgets_are_that(smollm2_shapes: M
     assert all((count or 0) <= 104_000 for count in counts_of(small_budgets, smollm2_shapes).values())
 
 
+def test_a_grid_of_equal_rank_can_have_qlora(tmp_path: Path) -> None:
+    """As the file's first lines say."""
+    text = (CONFIGS / "baselines" / "rank.yaml").read_text().replace("include: common", f"include: {CONFIGS}/baselines/common")
+    (tmp_path / "rank.yaml").write_text(
+        text.replace("{mode: lora, rank: 31,", "{mode: lora, rank: 31, load_in_4bit: [false, true],")
+    )
+    grid = load_grid(tmp_path / "rank.yaml")
+    four_bit = [row for row in grid.rows if (row.train or {}).get("load_in_4bit")]
+    assert {(row.mode, row.rank) for row in four_bit} == {("lora", 31)}
+    assert len(four_bit) == 3
+    assert len(grid.rows) == len(baselines("rank").rows) + 3
+    assert {row.label for row in four_bit}.isdisjoint(row.label for row in grid.rows if row not in four_bit)
+
+
 @pytest.mark.parametrize("part", [None, *PARTS])
 def test_every_baseline_is_swept_and_confirmed_like_lora(part: str | None) -> None:
     grid = baselines(part)

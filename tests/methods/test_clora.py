@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from cora_cli.adapters.install import install_adapter
@@ -12,7 +13,9 @@ from cora_cli.methods.clora import DIRECTIONS
 from cora_cli.methods.parts.layers import ADAPTER, lora_layers
 from cora_cli.methods.registry import METHODS
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.run import train
 from tests.methods.helpers import plan_of
+from tests.training.helpers import config_for, log_lines
 
 METHOD = METHODS["clora"]
 
@@ -66,6 +69,22 @@ def test_the_directions_come_from_the_seed_and_are_not_stored(install):
     assert len(drawn) == 8
     assert all(torch.equal(first, second) for first, second in drawn)
     assert not torch.equal(drawn[0][0], drawn[2][0])
+
+
+def test_with_a_weight_of_zero_every_step_is_that_of_lora(tiny_model: Path, tiny_data: Path, tmp_path: Path):
+    """And with another weight the steps are others, from the same start."""
+    common = {"max_steps": 6, "batch_size": 4, "dropout": 0.1, "learning_rate": 1e-2}
+    runs = {"lora": {"mode": "lora"}, "zero": {"mode": "clora", "clora_weight": 0.0}, "one": {"mode": "clora"}}
+    for name, settings in runs.items():
+        train(config_for(tiny_model, tiny_data, tmp_path / name, **common, **settings))
+    lora, zero, one = (log_lines(tmp_path / name) for name in runs)
+    assert [line["step"] for line in zero] == [1, 2, 3, 4, 5, 6]
+    assert zero == lora
+    assert all(other["loss"] != line["loss"] for other, line in zip(one[1:], lora[1:], strict=True))
+    stored = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in runs]
+    assert stored[0].keys() == stored[1].keys() == stored[2].keys()
+    assert all(torch.equal(stored[0][key], stored[1][key]) for key in stored[0])
+    assert not any(torch.equal(stored[0][key], stored[2][key]) for key in stored[0])
 
 
 def test_what_makes_no_sense_is_refused():

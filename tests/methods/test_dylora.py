@@ -19,6 +19,7 @@ from cora_cli.methods.parts.layers import ADAPTER, lora_layers
 from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json
+from cora_cli.reporting.report_rows import find_experiments
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
 from tests.methods.helpers import plan_of
@@ -71,6 +72,50 @@ def test_a_step_uses_the_first_b_pairs_and_trains_the_last_of_them_or_all(frozen
     assert all(layer.scaling[ADAPTER] == 2.0 and layer.lora_A[ADAPTER].first is None for _, layer in lora_layers(wrapped))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_ten_steps_of_adamw_are_those_of_the_papers_formula(frozen, tiny_model):
+    """W + (alpha / r)·(√(r/b)·B[:, :b])·(√(r/b)·A[:b]), written into a plain model, with all of A and B in the optimizer."""
+    made = plan_of("dylora", **COMMON, dylora_frozen=frozen)
+    ours = install_adapter(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), made, None)
+    plain = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    factors = {
+        f"{name}.weight": tuple(
+            torch.nn.Parameter(getattr(layer, f"lora_{one}")[ADAPTER].weight.detach().clone()) for one in "AB"
+        )
+        for name, layer in lora_layers(ours)
+    }
+    trained = {"lr": 0.02, "weight_decay": 0.0}
+    mine = torch.optim.AdamW([one for one in ours.parameters() if one.requires_grad], **trained)
+    theirs = torch.optim.AdamW([one for pair in factors.values() for one in pair], **trained)
+
+    def expected_loss(b: int) -> torch.Tensor:
+        changed = {}
+        for key, (wide_a, wide_b) in factors.items():
+            a, past = (4 / b) ** 0.5 * wide_a[:b], (4 / b) ** 0.5 * wide_b[:, :b]
+            if frozen:
+                a, past = torch.cat([a[:-1].detach(), a[-1:]]), torch.cat([past[:, :-1].detach(), past[:, -1:]], 1)
+            changed[key] = plain.get_parameter(key).detach() + 8 / 4 * past @ a
+        return torch.func.functional_call(plain, changed, (), {"input_ids": IDS, "labels": IDS}).loss
+
+    drawn = []
+    for number in range(1, 11):
+        drawn.append(drawn_rank(made, number))
+        mine.zero_grad(set_to_none=False)
+        theirs.zero_grad(set_to_none=False)
+        METHOD.before_step(ours, made, step(number))
+        loss, expected = ours(input_ids=IDS, labels=IDS).loss, expected_loss(drawn[-1])
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        loss.backward()
+        expected.backward()
+        mine.step()
+        theirs.step()
+        METHOD.after_step(ours, made, step(number))
+    assert set(drawn) == {1, 2, 3, 4}
+    for name, layer in lora_layers(ours):
+        for one, wanted in zip("AB", factors[f"{name}.weight"], strict=True):
+            assert torch.allclose(getattr(layer, f"lora_{one}")[ADAPTER].weight, wanted, atol=2e-3)
+
+
 def test_the_ranks_are_uniform_and_those_of_the_seed():
     made, other = (plan_of("dylora", **{**COMMON, "seed": seed}) for seed in (0, 1))
     drawn = [drawn_rank(made, number) for number in range(1, 401)]
@@ -101,7 +146,7 @@ def test_an_export_at_a_rank_is_the_first_pairs_with_the_scaling_of_that_rank(ru
     assert torch.allclose(exported(IDS).logits, model.eval()(IDS).logits, rtol=1e-4, atol=1e-3)
 
 
-def test_a_run_is_evaluated_at_several_ranks_each_in_its_own_place(run, tmp_path):
+def test_a_run_is_evaluated_at_several_ranks_each_in_its_own_place(run, tmp_path, capsys):
     settings = {
         "device": "cpu",
         "dtype": "fp32",
@@ -118,6 +163,16 @@ def test_a_run_is_evaluated_at_several_ranks_each_in_its_own_place(run, tmp_path
     alone = {"dataset": str(run / "test.jsonl"), "output_dir": str(tmp_path / "out"), **settings, "with_base": False}
     evaluate(EvaluateConfig(model=str(tmp_path / "one"), **alone))
     assert (tmp_path / "out/predictions.jsonl").read_bytes() == (run / "eval-rank-1/predictions.jsonl").read_bytes()
+    # A report of the run has a row for each rank.
+    (experiment,) = find_experiments([str(run)])
+    assert [row.label for row in experiment.rows] == ["dylora", f"{run} rank 1", f"{run} rank 4"]
+    assert len({row.group for row in experiment.rows}) == 1
+    assert [row.evaluation for row in experiment.rows[1:]] == [run / "eval-rank-1", run / "eval-rank-4"]
+    # One that answers other records is left out.
+    evaluate(EvaluateConfig(runs=(str(run),), ranks=("2",), limit=2, **{**settings, "with_base": False}))
+    (experiment,) = find_experiments([str(run)])
+    assert [row.evaluation for row in experiment.rows[1:]] == [run / "eval-rank-1", run / "eval-rank-4"]
+    assert f"{run}/eval-rank-2 is left out: it answers other records than {run}/eval-rank-1" in capsys.readouterr().err
 
 
 def test_a_rank_that_was_not_trained_is_refused(run, tiny_model, tiny_data, tmp_path):

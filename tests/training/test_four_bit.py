@@ -25,8 +25,7 @@ from cora_cli.training.run import train
 from tests.conftest import make_model
 from tests.methods.helpers import plan_of
 
-from .helpers import config_for, log_lines, losses, record_of
-from .test_distributed import run_together
+from .helpers import KILLED, RunProcess, config_for, log_lines, losses, record_of, run_together
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -161,6 +160,22 @@ def test_a_resumed_run_equals_an_uninterrupted_run(finished: Any, tmp_path: Path
     assert train(replace(config, output_dir=str(again), resume=True))["resumed"] == 1
     assert log_lines(again) == log_lines(output)
     found, wanted = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (again, output))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", TRAINED_ON_FOUR_BIT)
+def test_a_killed_run_resumes_to_the_same_bits(mode: Mode, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 8, "batch_size": 4, "save_steps": 3, "dropout": 0.1, "load_in_4bit": True}
+    expected = config_for(tiny_model, tiny_data, tmp_path / "expected", mode=mode, **settings)
+    train(expected)
+    config = replace(expected, output_dir=str(tmp_path / "run"))
+    assert RunProcess(config, kill_at=("cora_cli.training.trainer.append_line", 6)).wait() == (KILLED, "")
+    train(replace(config, resume=True))
+    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "expected")
+    assert record_of(tmp_path / "run")["heldout"] == record_of(tmp_path / "expected")["heldout"]
+    found, wanted = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "expected"))
+    assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 

@@ -1,12 +1,13 @@
 """Laplace-LoRA of a finished run: its curvature, its linearised draws, and what it refuses."""
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from cora_cli import rundir
@@ -14,11 +15,14 @@ from cora_cli.adapters.merge import merge_adapter
 from cora_cli.adapters.posterior import drawn_models
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.cli import app
+from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.backend import open_transformers
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.evaluation.generate import BatchedGenerate
 from cora_cli.evaluation.mixture import mixture
+from cora_cli.evaluation.targets import find_targets
 from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json
 from cora_cli.reporting.report import report
@@ -92,7 +96,7 @@ def test_draws_are_linear_in_the_weights_by_a_central_difference(fitted: Path, t
     tangents = {}
     for name, module in draw.named_modules():
         if name.endswith((".lora_A.default", ".lora_B.default")):
-            tangents[name] = torch.autograd.forward_ad.unpack_dual(module.weight).tangent
+            tangents[name] = module.tangent
     assert len(tangents) == 8
     model = model.double()
     ends = []
@@ -118,6 +122,34 @@ def test_generation_takes_the_most_likely_token_of_the_averaged_draws(fitted: Pa
         ids = torch.tensor([prompt + answer[:place]])
         p = torch.stack([one(ids, use_cache=False).logits[0, -1].softmax(-1) for one in draws]).mean(0)
         assert p[token] > p.max() * 0.999
+
+
+def test_one_draw_shows_how_prompts_are_answered_together(
+    fitted: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """All draws are models of one kind, so that an engine that starts does not run each of them on its probes."""
+    calls = [0, 0, 0]
+
+    def counted(*arguments: Any) -> list[Any]:
+        models = drawn_models(*arguments)
+        for place, one in enumerate(models):
+            one.forward = functools.wraps(one.forward)(functools.partial(count, place, one.forward))
+        return models
+
+    def count(place: int, forward: Any, *arguments: Any, **named: Any) -> Any:
+        calls[place] += 1
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr("cora_cli.evaluation.backend.drawn_models", counted)
+    config = EvaluateConfig(runs=(str(fitted),), output_dir=str(tmp_path), draws=3, batch_size=4, device="cpu", dtype="fp32")
+    (target,) = find_targets(config)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    opened = open_transformers(config, target, select_hardware("cpu", "fp32"), tokenizer, [])
+    engine = opened.start([[5, 9, 100, 7], [5, 9], [8, 3, 100]])
+    assert calls[0] > 0
+    assert calls[1:] == [0, 0]
+    engine.answer([[5, 9, 100, 7], [5, 9]], lambda: None)
+    assert min(calls[1:]) > 0
 
 
 def test_the_curvature_is_reproducible_and_a_part_of_the_records_stands_for_all(run: Path, tmp_path: Path):

@@ -12,6 +12,7 @@ from cora_cli.methods.registry import METHODS
 from cora_cli.training.run import train
 
 from .helpers import KILLED, RunProcess, config_for, log_lines, record_of, run_together
+from .test_distributed import COMPUTED
 
 # 38 training records in batches of 4: ten steps an epoch, of which the last has half a batch.
 LONG: dict[str, Any] = {"test_size": 2.0, "max_steps": 12, "batch_size": 4, "save_steps": 5, "dropout": 0.1}
@@ -28,7 +29,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora-ga": {"learning_rate": 3e-3, "start_examples": 12},
     "vb-lora": {"bank_vectors": 20, "bank_length": 16},
     "increlora": {"growth_warmup": 2, "growth_interval": 2, "growth_layers": 3},
+    "adalora": {},
+    "lora-xs": {"learning_rate": 3e-3},
+    "lora-mini": {},
 }
+WITHOUT_STATE: dict[str, dict[str, Any]] = {mode: {} for mode in COMPUTED}
+"""Methods that do nothing in a step; `test_distributed` has their two processes."""
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -36,9 +42,9 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", RUNS)
+@pytest.mark.parametrize("mode", [*RUNS, *WITHOUT_STATE])
 def test_a_killed_run_resumes_to_the_same_bits(mode: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    settings = {**LONG, "mode": mode, "batch_size": 2, "gradient_accumulation": 2, **RUNS[mode]}
+    settings = {**LONG, "mode": mode, "batch_size": 2, "gradient_accumulation": 2, **(RUNS | WITHOUT_STATE)[mode]}
     expected = config_for(tiny_model, tiny_data, tmp_path / "expected", **settings)
     train(expected)
     config = replace(expected, output_dir=str(tmp_path / "run"))
