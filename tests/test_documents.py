@@ -13,7 +13,19 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)\)")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-OTHERS = {"vllm", "flash-attn", "bitsandbytes", "submitit", "tensorboard", "wandb", "trackio", "trl", "ruff"}
+OTHERS = {
+    "vllm",
+    "flash-attn",
+    "bitsandbytes",
+    "submitit",
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "trl",
+    "ruff",
+    "kernels",
+    "liger-kernel",
+}
 COMMAND = re.compile(r"pip install((?: +(?:-[ce] +)?[^ `\"')#(]*(?:'[^']*'|\"[^\"]*\")?)+)")
 
 

@@ -124,6 +124,7 @@ def test_generation_takes_the_most_likely_token_of_the_averaged_draws(fitted: Pa
         assert p[token] > p.max() * 0.999
 
 
+@pytest.mark.slow
 def test_one_draw_shows_how_prompts_are_answered_together(
     fitted: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
