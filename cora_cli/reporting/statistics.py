@@ -60,7 +60,7 @@ class Difference:
     """The difference between two methods in one measure, over `n` records.
 
     `seeds` has the number of seeds of both sides, None for a side without seeds, such as a base model. `paired` says whether they are the
-    same seeds. `kind` is SEEDS, or EXAMPLES if some side has one seed, so that the intervals exclude the spread over seeds and there is no
+    same seeds. `finished` has the number of seeds of both methods before pairing. `kind` is SEEDS, or EXAMPLES if some side has one seed, so that the intervals exclude the spread over seeds and there is no
     p-value. The parts of the variance of the difference are those that more seeds, more records, or either reduce. `model` is the fit
     behind the intervals.
     """
@@ -74,6 +74,7 @@ class Difference:
     seed_variance: float
     record_variance: float
     interaction_variance: float
+    finished: tuple[int | None, int | None]
     model: Crossed | None = None
     _intervals: dict[float, Interval] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -226,6 +227,7 @@ def compare(one: MethodResults, other: MethodResults, name: str) -> Difference |
     seeded = (one.has_seeds(), other.has_seeds())
     shared = sorted(sides[0].keys() & sides[1].keys())
     paired = not all(seeded) or len(shared) >= MIN_SEEDS or sides[0].keys() == sides[1].keys()
+    finished = [len(side) if has else None for side, has in zip(sides, seeded, strict=True)]
     if all(seeded) and paired:
         sides = [{seed: side[seed] for seed in shared} for side in sides]
     measures = [[side[seed] for seed in sorted(side)] for side in sides]
@@ -246,6 +248,7 @@ def compare(one: MethodResults, other: MethodResults, name: str) -> Difference |
         (counts[0], counts[1]),
         paired,
         *((float(found.seed), float(found.record), float(found.interaction)) if found is not None else (0.0, 0.0, 0.0)),
+        finished=(finished[0], finished[1]),
         model=found,
     )
 

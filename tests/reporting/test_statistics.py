@@ -164,10 +164,11 @@ def test_corpus_bleu_is_the_mean_over_seeds_of_each_seeds_own_corpus_value():
 
 
 def swept(*methods):
-    """Every method at two learning rates, the second of which was chosen."""
+    """Every method at three learning rates, the middle one of which was chosen."""
     other = [
-        MethodResults(tuple(dataclasses.replace(r, row=dataclasses.replace(r.row, learning_rate=9.0)) for r in one.results))
+        MethodResults(tuple(dataclasses.replace(r, row=dataclasses.replace(r.row, learning_rate=rate)) for r in one.results))
         for one in methods
+        for rate in (1e-9, 9.0)
     ]
     return [*methods, *other]
 
