@@ -19,6 +19,9 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
     """The complete report of one experiment."""
     experiment, missing = summary.collection.experiment, summary.collection.missing
     blocks: list[Block] = [Heading(1, experiment.title)]
+    if summary.groups:
+        # The page opens with a picture of its verdict.
+        blocks += [Heading(2, "Verdict"), *(figure for figure in figures if figure.name.endswith(FOREST))]
     if experiment.preset:
         blocks.append(Text(f"Preset {experiment.preset}: models, data and sizes differ from the paper's; see Conditions."))
     rows = {entry.row.name for entry in missing if entry.part == "run"}
@@ -26,10 +29,8 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
         done = len(summary.collection.results)
         blocks.append(Text(f"{done} of {done + len(rows)} rows are finished."))
     if summary.groups:
-        blocks.append(Heading(2, "Verdict"))
         for group in summary.groups:
             blocks += _verdict(group, named=len(summary.groups) > 1)
-        blocks += [figure for figure in figures if figure.name.endswith(FOREST)]
         blocks.append(Heading(2, "Tables"))
         for group in summary.groups:
             blocks += [scores_table(group, experiment.paper_table), costs_table(group)]

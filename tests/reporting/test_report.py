@@ -257,8 +257,9 @@ def test_the_best_is_bold_where_it_is_better_by_the_rule_and_the_note_says_what_
 
 
 def test_the_page_opens_with_the_forest_plot_in_which_the_controls_row_is_under_the_informed_one(swept_report):
-    page = (swept_report / "report.html").read_text()
-    assert page.index("<figure") < page.index("<table")
+    main = (swept_report / "report.html").read_text().partition("<main>")[2]
+    before = ElementTree.fromstring(f"<main>{main.partition('<figure>')[0].replace('<section>', '')}</main>")
+    assert [element.tag for element in before] == ["h1", "h2"]  # nothing but the title and the heading of the verdict
     svg = (swept_report / "plots" / "1-forest.svg").read_text()
     labels = [element.text.strip() for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
     informed = labels.index("fb r=4 n=2 − lora r=4")
