@@ -176,7 +176,7 @@ def compute_estimates(methods: Sequence[MethodResults], names: Sequence[str]) ->
             method._estimates[name] = Estimate(only.value, only.ci95, EXAMPLES, only.n, runs)
         else:
             method._estimates[name] = None
-    models = [crossed([_contributions(measures, name)]) if measures[0].n > 1 else None for _, name, measures in several]
+    models = [_model([_contributions(measures, name)]) if measures[0].n > 1 else None for _, name, measures in several]
     for (method, name, measures), interval in zip(several, _intervals(models, 0.95), strict=True):
         value = float(np.mean([measure.value for measure in measures]))
         method._estimates[name] = Estimate(value, interval, SEEDS, measures[0].n, len(method.with_measure(name)))
@@ -238,8 +238,7 @@ def compare(one: MethodResults, other: MethodResults, name: str) -> Difference |
     first, second = (_contributions(side, name) for side in measures)
     found = None
     if n > 1:
-        found = crossed([first - second] if paired else [first, second])
-        found = None if _constant(found, first, second) else found
+        found = _model([first - second] if paired else [first, second], (first, second))
     return Difference(
         float(first.mean() - second.mean()),
         float(found.p_value()) if found is not None and kind == SEEDS else None,
@@ -257,10 +256,11 @@ def _contributions(measures: Sequence[Measure], name: str) -> Floats:
     return np.stack([pseudo_values(measure.statistics, value_function(name)) for measure in measures])
 
 
-def _constant(found: Crossed, *contributions: Floats) -> bool:
-    """Whether nothing varies but rounding, so that nothing can be inferred."""
-    scale = max(float(np.abs(values).max()) for values in contributions)
-    return float(found.variance) <= (1e-13 * scale) ** 2
+def _model(sides: Sequence[Floats], contributions: Sequence[Floats] | None = None) -> Crossed | None:
+    """The fit to the `sides` of `crossed`, or None where nothing varies but rounding of the `contributions`: then nothing can be inferred."""
+    found = crossed(sides)
+    scale = max(float(np.abs(values).max()) for values in contributions or sides)
+    return None if float(found.variance) <= (1e-13 * scale) ** 2 else found
 
 
 def compute_intervals(differences: Sequence[Difference], confidence: float) -> None:

@@ -306,7 +306,7 @@ def _cell_note(lines: Sequence[Line]) -> str:
             f"value ± half the length of its 95 % interval: mean over {counts} seeds, which are crossed with the records"
         )
     if any(e.ci95 is None for e in estimates):
-        parts.append("–: no interval can be had, as from a single record")
+        parts.append("–: no interval can be had, as from a single record or from values that all agree")
     if any(e.kind == EXAMPLES and e.ci95 for e in estimates):
         parts.append(
             "value [low, high]: a single run (or a model that does not depend on the seed) with its 95 % bootstrap interval over "

@@ -283,6 +283,17 @@ def test_the_json_and_the_csv_have_every_number_of_a_test(swept_report):
     assert (float(row["value"]), float(row["p_holm"])) == (test["difference"], test["p_holm"])
 
 
+def test_an_interval_of_zero_width_that_an_earlier_version_recorded_is_printed_as_none(tmp_path):
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb", skill=1.0), Made("lora", "lora")], prompts=6)
+    metrics = next(path for path in sorted(grid.rglob("metrics.json")) if "fb" in str(path))
+    record = read_json(metrics)
+    assert record["metrics"]["rouge1"]["ci95"] is None
+    record["metrics"]["rouge1"]["ci95"] = [1.0, 1.0]
+    rundir.write_json(metrics, record)
+    row = next(line for line in report([str(grid)], "markdown").splitlines() if line.startswith("| fb"))
+    assert row.split("|")[3].strip() == "1.000 –"
+
+
 def test_two_seeds_never_print_an_interval_of_zero_width(made_grid):
     text = report([str(made_grid)], "markdown")
     assert "± 0.000" not in text

@@ -198,6 +198,13 @@ def test_a_method_alone_is_not_the_best_of_anything():
     assert best_methods([MethodResults((result(rouge1=[0.1, 0.2]),))], ["rouge1"]) == {}
 
 
+def test_seeds_and_records_that_all_agree_have_no_interval() -> None:
+    (one,) = group_methods([result(seed=seed, rouge1=[1.0, 1.0, 1.0]) for seed in range(3)])
+    (other,) = group_methods([result("other", seed=seed, rouge1=[0.1, 0.1, 0.1]) for seed in range(3)])
+    assert (one.estimate("rouge1").value, one.estimate("rouge1").ci95) == (1.0, None)
+    assert (compare(one, other, "rouge1").ci95, compare(one, other, "rouge1").p_value) == (None, None)
+
+
 def test_an_interval_is_computed_once_however_often_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     computed = []
     monkeypatch.setattr("cora_cli.reporting.statistics.crossed", lambda sides: computed.append(len(sides)) or crossed(sides))
