@@ -82,9 +82,15 @@ def replace(name: str, body: str) -> None:
 
 
 def progress_and_verdict(report: str) -> str:
-    """The progress and the verdict without its plot, from a report in Markdown."""
-    progress, _, verdict = report.partition("## Tables\n")[0].partition("## Verdict\n")
-    return "\n\n".join([progress.strip().splitlines()[-1], verdict.partition("\n![")[0].strip()])
+    """The progress and the verdict without its plot and the plot's caption, from a report in Markdown."""
+    verdict = report.partition("## Tables\n")[0].partition("## Verdict\n")[2].strip()
+    parts = verdict.split("\n\n")
+    shown = (
+        part
+        for before, part in zip(["", *parts], parts, strict=False)
+        if not part.startswith("![") and not before.startswith("![")
+    )
+    return "\n\n".join(part for part in shown if not part.startswith("Preset "))
 
 
 def verdict_and_scores(report: str) -> str:

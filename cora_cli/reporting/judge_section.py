@@ -144,5 +144,5 @@ def _retest_cells(retest: Mapping[str, Any] | None) -> tuple[Cell, Cell]:
 def _cell(found: Mapping[str, Any] | None, digits: int, published: float | None = None) -> Cell:
     if found is None:
         return Cell(published=published)
-    interval = f"[{found['ci95'][0]:.{digits}f}, {found['ci95'][1]:.{digits}f}]" if found["ci95"] else ""
+    interval = f"[{found['ci95'][0]:.{digits}f}, {found['ci95'][1]:.{digits}f}]" if found["ci95"] else "–"
     return Cell(f"{found['value']:.{digits}f}", interval, published)

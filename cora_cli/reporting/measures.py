@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER, NAMES
-from cora_cli.intervals import Interval
+from cora_cli.intervals import Interval, with_width
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.report_rows import clean
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
@@ -138,8 +138,8 @@ def value_function(name: str) -> Any:
 
 
 def _interval(values: Any, n: int) -> Interval:
-    """The recorded interval; earlier versions recorded one of width zero for a single record."""
+    """The recorded interval; earlier versions recorded one of width zero where there is none."""
     if values is None or n == 1:
         return None
     low, high = values
-    return float(low), float(high)
+    return with_width(float(low), float(high))

@@ -7,18 +7,21 @@ from collections.abc import Sequence
 
 from cora_cli.render.canvas import Figure
 from cora_cli.render.document import Block, Heading, Items, Text
+from cora_cli.reporting.comparison import BASE
 from cora_cli.reporting.forest import FOREST
 from cora_cli.reporting.judge_section import judge_section
 from cora_cli.reporting.methods_section import methods_paragraphs
 from cora_cli.reporting.summary import Group, Summary
 from cora_cli.reporting.tables import costs_table, scores_table, sweep_table, verdict_table
-from cora_cli.reporting.verdict import BASE
 
 
 def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Block]:
     """The complete report of one experiment."""
     experiment, missing = summary.collection.experiment, summary.collection.missing
     blocks: list[Block] = [Heading(1, experiment.title)]
+    if summary.groups:
+        # The page opens with a picture of its verdict.
+        blocks += [Heading(2, "Verdict"), *(figure for figure in figures if figure.name.endswith(FOREST))]
     if experiment.preset:
         blocks.append(Text(f"Preset {experiment.preset}: models, data and sizes differ from the paper's; see Conditions."))
     rows = {entry.row.name for entry in missing if entry.part == "run"}
@@ -26,10 +29,8 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
         done = len(summary.collection.results)
         blocks.append(Text(f"{done} of {done + len(rows)} rows are finished."))
     if summary.groups:
-        blocks.append(Heading(2, "Verdict"))
         for group in summary.groups:
             blocks += _verdict(group, named=len(summary.groups) > 1)
-        blocks += [figure for figure in figures if figure.name.endswith(FOREST)]
         blocks.append(Heading(2, "Tables"))
         for group in summary.groups:
             blocks += [scores_table(group, experiment.paper_table), costs_table(group)]

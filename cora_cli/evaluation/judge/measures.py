@@ -16,6 +16,7 @@ from cora_cli.evaluation.judge.answers import REFERENCE, SHUFFLED, Answers
 from cora_cli.evaluation.judge.questions import Question
 from cora_cli.evaluation.judge.rubrics import FIRST, SECOND, TIE, Criterion, Rubric
 from cora_cli.evaluation.judge.wording import PREFERENCE_KEY
+from cora_cli.intervals import with_width
 
 Z = 1.959963984540054
 _ROUNDING = 1e-12
@@ -46,10 +47,15 @@ def measure_rubric(rubric: Rubric, answers: Answers, judged: Judged) -> dict[str
 
 
 def _disqualified(anchors: Mapping[str, Any]) -> list[str]:
-    """The anchored criteria on which the judge is not shown to tell references from shuffled ones: the interval does not lie above 0."""
+    """The anchored criteria on which the judge is not shown to tell references from shuffled ones: the interval does not lie above 0.
+
+    Where all records agree there is no interval, and the sign test decides, which FEWEST records pass.
+    """
 
     def shown(found: Mapping[str, Any] | None) -> bool:
-        return found is not None and found["n"] >= FEWEST and found["ci95"] is not None and found["ci95"][0] > 0
+        if found is None or found["n"] < FEWEST:
+            return False
+        return bool(found["ci95"][0] > 0 if found["ci95"] else found["value"] > 0)
 
     return [name for name, found in anchors.items() if not shown(found)]
 
@@ -68,12 +74,11 @@ def estimate(statistics: Floats, value: ValueFunction, n: int | None = None) -> 
     if not math.isfinite(found):
         return None
     ends: tuple[float, float] | None = None
-    if count > 1 and np.isfinite(parts).all():
-        if np.ptp(parts) <= _ROUNDING * max(1.0, float(np.abs(parts).max())):
-            ends = (found, found)
-        else:
-            low, high = (float(end) for end in crossed([parts[None]]).interval(0.95))
-            ends = (low, high) if math.isfinite(low) and math.isfinite(high) else None
+    # Records that all agree say nothing about the spread.
+    varies = np.isfinite(parts).all() and np.ptp(parts) > _ROUNDING * max(1.0, float(np.abs(parts).max()))
+    if count > 1 and varies:
+        low, high = (float(end) for end in crossed([parts[None]]).interval(0.95))
+        ends = (low, high) if math.isfinite(low) and math.isfinite(high) else None
     return {"value": found, "ci95": ends and list(ends), "n": count}
 
 
@@ -99,7 +104,8 @@ def corrected_share(
     variance = (seen * (1 - seen) / seen_n + (1 - centre) ** 2 * errors[0] + centre**2 * errors[1]) / gain**2
     ends = (centre + shift - Z * math.sqrt(variance), centre + shift + Z * math.sqrt(variance))
     value, low, high = (min(max(number, 0.0), 1.0) for number in (value, *ends))
-    return {"value": value, "ci95": [min(low, value), max(high, value)], "n": n}
+    interval = with_width(min(low, value), max(high, value))
+    return {"value": value, "ci95": interval and list(interval), "n": n}
 
 
 def _ratio(sums: Floats, _: int) -> Floats:

@@ -42,7 +42,7 @@ def at(server, *more):
 def test_the_command_prints_tables_with_the_papers_columns_beside_them(server, answers) -> None:
     result = cora("judge", "--from", answers, *at(server))
     assert result.exit_code == 0, result.output
-    assert "60.0 [60.0, 60.0] (90.39)" in result.stdout
+    assert "60.0 – (90.39)" in result.stdout
     assert "the judge planted tells reference answers from references of other prompts" in result.stdout
     out = answers.parent / "judge"
     record = read_json(out / "judge.json")
@@ -201,7 +201,7 @@ def test_a_report_of_a_grid_names_the_papers_rows(server, tmp_path) -> None:
     result = cora("judge", run, *at(server))
     assert result.exit_code == 0, result.output
     text = cora("report", grid).stdout
-    assert "20.0 [20.0, 20.0] (87.53)" in text
+    assert "20.0 – (87.53)" in text
     assert "the judge planted is disqualified" in text
 
 
