@@ -99,6 +99,12 @@ def read_evaluation(
     return measures, {**record["generation"], **known}, references
 
 
+def read_counts(evaluation: EvaluationDirectory) -> dict[str, Any]:
+    """What `metrics.json` counts in programs, if anything: `fates` and `readability_proxies`."""
+    record = read_json(evaluation.metrics, records.Metrics)
+    return {name: record[name] for name in ("fates", "readability_proxies") if name in record}
+
+
 def _statistics(
     name: str, signature: str, scores: list[dict[str, Any]], lines: list[dict[str, Any]], evaluation: EvaluationDirectory
 ) -> Floats:

@@ -11,6 +11,7 @@ from cora_cli.reporting.comparison import BASE
 from cora_cli.reporting.forest import FOREST
 from cora_cli.reporting.judge_section import judge_section
 from cora_cli.reporting.methods_section import methods_paragraphs
+from cora_cli.reporting.programs import program_tables
 from cora_cli.reporting.summary import Group, Summary
 from cora_cli.reporting.tables import costs_table, scores_table, sweep_table, verdict_table
 
@@ -36,10 +37,13 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
             blocks += [scores_table(group, experiment.paper_table), costs_table(group)]
             blocks += [sweep_table(group)] if group.selected_by else []
             blocks += [verdict_table(group)] if group.verdict.comparisons else []
+        if programs := [table for group in summary.groups for table in program_tables(group)]:
+            blocks += [Heading(2, "Programs"), *programs]
     if summary.collection.judged:
         blocks.append(Heading(2, "Judge"))
         for judged in summary.collection.judged:
-            blocks += judge_section(judged.record, judged.printed)
+            several = len(summary.collection.judged) > 1
+            blocks += judge_section(judged.record, judged.printed, judged.group if several else None)
     others = [figure for figure in figures if not figure.name.endswith(FOREST)]
     if others:
         blocks += [Heading(2, "Figures"), *others]

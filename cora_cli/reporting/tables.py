@@ -27,7 +27,9 @@ def scores_table(group: Group, paper_table: str | None) -> Table:
         (*_names(line, lines), *(_score(group, line, place, measure) for measure in group.measures))
         for place, line in enumerate(lines)
     ]
-    caption = f" – {paper_tables()[paper_table]['caption']}" if paper_table else ""
+    # The columns of tables 5 and 6 are a judge's, and stand in the section on it.
+    printed = paper_tables()[paper_table] if paper_table else None
+    caption = f" – {printed['caption']}" if printed and not set(group.measures).isdisjoint(printed["columns"]) else ""
     headers = (*_name_headers(lines), *(title(measure) for measure in group.measures))
     return Table(f"{group.name}{caption}", headers, tuple(rows), tuple(_score_notes(group)))
 
@@ -218,7 +220,7 @@ def _estimated(estimate: Estimate | None, places: int, published: float | None =
 def _score_notes(group: Group) -> list[str]:
     lines = group.chosen
     notes = [_cell_note(lines)]
-    if any(line.paper for line in lines):
+    if any(measure in line.paper for line in lines for measure in group.measures):
         source = paper()
         notes.append(
             f"In parentheses: the number published in the paper ({source['source']}, {source['model']}, one seed, no interval)."
