@@ -32,13 +32,7 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
     if summary.groups:
         for group in summary.groups:
             blocks += _verdict(group, named=len(summary.groups) > 1)
-        blocks.append(Heading(2, "Tables"))
-        for group in summary.groups:
-            blocks += [scores_table(group, experiment.paper_table), costs_table(group)]
-            blocks += [sweep_table(group)] if group.selected_by else []
-            blocks += [verdict_table(group)] if group.verdict.comparisons else []
-        if programs := [table for group in summary.groups for table in program_tables(group)]:
-            blocks += [Heading(2, "Programs"), *programs]
+        blocks += _tables(summary)
     if summary.collection.judged:
         blocks.append(Heading(2, "Judge"))
         for judged in summary.collection.judged:
@@ -55,6 +49,16 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
         reasons = tuple(f"{entry.row.name} ({entry.part}): {entry.reason}" for entry in missing)
         blocks += [Heading(2, "Missing"), Items(reasons)]
     return blocks
+
+
+def _tables(summary: Summary) -> list[Block]:
+    blocks: list[Block] = [Heading(2, "Tables")]
+    for group in summary.groups:
+        blocks += [scores_table(group, summary.collection.experiment.paper_table), costs_table(group)]
+        blocks += [sweep_table(group)] if group.selected_by else []
+        blocks += [verdict_table(group)] if group.verdict.comparisons else []
+    programs = [table for group in summary.groups for table in program_tables(group)]
+    return [*blocks, Heading(2, "Programs"), *programs] if programs else blocks
 
 
 def _verdict(group: Group, named: bool) -> list[Block]:
