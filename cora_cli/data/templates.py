@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -30,6 +31,8 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 _PROBE = "answer"
+_ADDRESS = re.compile(r"<[^<>\n]{1,200} at 0x[0-9a-f]{6,16}>")
+"""What Python writes for an object that is no text, such as a generator: it has another address in each process."""
 CLOCK = "strftime_now"
 """The function by which a chat template reads the clock; transformers' own name for it."""
 
@@ -221,6 +224,8 @@ class Template:
                 rendered = self._apply(messages, extra)
         except CoraError:
             raise
+        except UnsteadyTemplate as error:
+            raise CoraError(f"{where}: the chat template {error}") from error
         except Exception as error:  # templates raise what they like
             raise CoraError(f"{where}: the chat template refuses the conversation: {reason(error)}") from error
         content = messages[-1].get("content")
@@ -255,8 +260,7 @@ class Template:
         return rest, None
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], **options: bool) -> str:
-        with clock_at(self.date):
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options, **extra))
+        return apply_chat_template(self.tokenizer, messages, self.date, **options, **extra)
 
     def _messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The record as a conversation that ends with the answer."""
@@ -272,6 +276,29 @@ class Template:
             user = f"{record['instruction']}\n\n{record['input']}" if record["input"] else record["instruction"]
             answer = record["output"]
         return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+
+
+class UnsteadyTemplate(Exception):
+    """A chat template gives other texts at other calls; the message goes on after "the chat template"."""
+
+
+def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, **variables: Any) -> str:
+    """The conversation as text, with `date` as today's: the same text at every call.
+
+    Raises `UnsteadyTemplate` for a template that draws at random, or writes the addresses of objects; other errors are the template's own.
+    """
+    state = random.getstate()
+    with clock_at(date):
+        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, **variables))
+    if random.getstate() != state:
+        raise UnsteadyTemplate(
+            "draws at random, such as by Jinja's filter random, so that every call gives another prompt; replace that in it"
+        )
+    if (found := _ADDRESS.search(text)) and found.group() not in repr([messages, variables]):
+        raise UnsteadyTemplate(
+            f"writes {found.group()}, which differs in every process; filters such as map need |list or |join after them"
+        )
+    return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,6 +375,11 @@ def clock_at(date: str) -> Iterator[None]:
         @classmethod
         def now(cls, tz: datetime.tzinfo | None = None) -> "Midnight":
             return cls.fromisoformat(date)
+
+        def strftime(self, format: str) -> str:
+            # The C library counts its seconds in the machine's time zone.
+            seconds = int(self.replace(tzinfo=datetime.UTC).timestamp())
+            return super().strftime(re.sub("%(.)", lambda code: str(seconds) if code[1] == "s" else code[0], format))
 
     real = module.datetime
     module.datetime = Midnight

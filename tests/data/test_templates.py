@@ -1,4 +1,5 @@
 import copy
+import time
 
 import pytest
 from transformers import AutoTokenizer
@@ -253,6 +254,35 @@ def test_a_template_that_writes_the_date_writes_the_given_one():
     assert template.reads_clock
     assert template.render(TALK).prompt.startswith("29 Feb 2024 00:00 <|im_start|>")
     assert Template("chat", "messages", tokenizer, "2025-01-01").render(TALK).prompt.startswith("01 Jan 2025 00:00 ")
+
+
+def test_the_seconds_of_a_date_do_not_depend_on_the_time_zone(monkeypatch):
+    template = Template("chat", "messages", with_template("{{ strftime_now('%s %%s') }} " + CHATML), "2024-02-29")
+    for zone in ("UTC", "Asia/Tokyo"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        assert template.render(TALK).prompt.startswith("1709164800 %s ")
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize("draw", ["{{ ['a', 'b'] | random }}", "{{ lipsum(1) }}", "{{ [['a', 'b']] | map('random') | join }}"])
+def test_a_template_that_draws_at_random_is_refused(draw):
+    with pytest.raises(
+        CoraError, match=r"^data\.jsonl, line 3: the chat template draws at random, such as by Jinja's filter random"
+    ):
+        Template("chat", "messages", with_template(draw + CHATML)).render(Record(TALK, "data.jsonl, line 3"))
+
+
+def test_a_template_that_writes_an_object_instead_of_its_text_is_refused_unless_the_data_has_that_text():
+    generator = "{{ messages | map(attribute='role') }}" + CHATML
+    with pytest.raises(
+        CoraError, match=r"the chat template writes <generator object sync_do_map at 0x.*, which differs in every process"
+    ):
+        Template("chat", "messages", with_template(generator)).render(TALK)
+    question = {"role": "user", "content": "What is <object object at 0x7f00deadbeef>?"}
+    talk = {"messages": [question, TALK["messages"][-1]]}
+    assert "0x7f00deadbeef" in Template("chat", "messages", with_template(CHATML)).render(talk).prompt
 
 
 def test_without_a_date_it_writes_that_of_today(monkeypatch):

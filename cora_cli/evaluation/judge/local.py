@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from cora_cli.data.encode import check_rows, encode_prompt
-from cora_cli.data.templates import Rendered, Template, clock_at, reads_clock, today
+from cora_cli.data.templates import Rendered, Template, UnsteadyTemplate, apply_chat_template, reads_clock, today
 from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.generate import end_tokens, transformers_engine
@@ -116,10 +116,12 @@ class LocalJudge:
         conversation = [{"role": "user", "content": _PLACE}]
         whose = f"the chat template of {self._model.reference}"
         try:
-            with bounded(whose), clock_at(self._date):
-                shown = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            with bounded(whose):
+                shown = apply_chat_template(self._tokenizer, conversation, self._date, add_generation_prompt=True)
         except CoraError:
             raise
+        except UnsteadyTemplate as error:
+            raise CoraError(f"{whose} {error}") from error
         except Exception as error:  # templates raise what they like
             raise CoraError(f"{whose} refuses a message of the user: {reason(error)}") from error
         if (count := shown.count(_PLACE)) != 1:
