@@ -389,12 +389,16 @@ def _score(
     )
     proxies = readability(list(map(programs_of, lines)), config.bootstrap, config.seed) if config.readability else None
     finished = [line.get("finish_reason") for line in lines]
+    rundir.write_jsonl(
+        out.scores, [{key: values[index] for key, values in report.per_example.items()} for index in range(len(lines))]
+    )
     record = {
         "format": 1,
         "name": name,
         "metric_variant": config.metric_variant,
         "metrics": report.metrics,
         "predictions_sha256": rundir.sha256_file(path),
+        "scores_sha256": rundir.sha256_file(out.scores),
         "generation": generation,
         "stopped_share": finished.count("stop") / len(finished) if None not in finished else None,
         **({"fates": fates} if fates else {}),
@@ -403,9 +407,6 @@ def _score(
         "bootstrap": {"resamples": config.bootstrap, "seed": config.seed},
         "versions": {name: importlib.metadata.version(name) for name in ("cora-cli", "torch", "transformers")},
     }
-    rundir.write_jsonl(
-        out.scores, [{key: values[index] for key, values in report.per_example.items()} for index in range(len(lines))]
-    )
     rundir.write_json(out.metrics, record)
     return Evaluation(name, record, report.statistics, rundir.sha256_json(references))
 

@@ -105,6 +105,7 @@ class Metrics(TypedDict):
     metric_variant: NotRequired[str]
     metrics: dict[str, Metric]
     predictions_sha256: str
+    scores_sha256: NotRequired[str]
     bootstrap: NotRequired[dict[str, int]]
     generation: UsedGeneration
     fates: NotRequired[dict[str, int]]

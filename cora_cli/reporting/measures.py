@@ -6,6 +6,7 @@ This module knows the files of a single run or evaluation; `collect` goes over t
 import dataclasses
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ def read_loss(run: RunDirectory, record: dict[str, Any], when: str) -> Measure:
         raise CoraError(
             f"{run.heldout} was altered after it was written: its {len(lines)} records do not give the loss in run.json"
         )
+    _check_hash(run.heldout, record.get("heldout_sha256"), "run.json")
     return Measure(value, _interval(summary["ci95"], len(lines)), len(lines), "nats per response token", statistics)
 
 
@@ -73,6 +75,7 @@ def read_evaluation(
     scores = read_jsonl(evaluation.scores, records.Scores)
     if rundir.sha256_file(evaluation.predictions) != record["predictions_sha256"]:
         raise CoraError(f"{evaluation.predictions} was altered after it was scored; run `cora evaluate` again")
+    _check_hash(evaluation.scores, record.get("scores_sha256"), "metrics.json")
     measures = {}
     for name in NAMES:
         if name not in record["metrics"] or (wanted and name not in wanted):
@@ -103,6 +106,12 @@ def read_counts(evaluation: EvaluationDirectory) -> dict[str, Any]:
     """What `metrics.json` counts in programs, if anything: `fates` and `readability_proxies`."""
     record = read_json(evaluation.metrics, records.Metrics)
     return {name: record[name] for name in ("fates", "readability_proxies") if name in record}
+
+
+def _check_hash(path: Path, expected: str | None, where: str) -> None:
+    """Raise `CoraError` if a file does not have its recorded hash: records in another order have the same mean but are paired wrongly."""
+    if expected is not None and rundir.sha256_file(path) != expected:
+        raise CoraError(f"{path} was altered after it was written: it does not have the hash in {where}")
 
 
 def _statistics(

@@ -273,11 +273,13 @@ def _train_and_save(
     if config.validation_loss:
         validation = _measure(model, form, prepared, arguments, "validation loss after training", prepared.validation)
     weights = complete_weights(model, keep=main) if prepared.plan is None and is_sharded(model) else None
+    written = {}
     if main:
         _save_result(config, prepared, run, model, weights)
         if before is not None and after is not None:
             rows = zip(before.nll.tolist(), after.nll.tolist(), before.tokens.tolist(), strict=True)
             rundir.write_jsonl(run.heldout, [{"before": b, "after": a, "tokens": int(t)} for b, a, t in rows])
+            written = {"heldout_sha256": rundir.sha256_file(run.heldout)}
     return {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         # Again, since the method may have changed them.
@@ -287,6 +289,7 @@ def _train_and_save(
         "heldout": {"before": before.summary(), "after": after.summary(), "change": loss_change(before, after)}
         if before is not None and after is not None
         else None,
+        **written,
         "validation": validation.summary() if validation is not None else None,
         "largest_angle_rad": meter.largest() if meter else None,
         "is_base_model": is_base,

@@ -57,7 +57,13 @@ def better_scores(path: Path) -> None:
     metrics = path.with_name("metrics.json")
     record = read_json(metrics)
     record["metrics"]["rouge1"]["value"] = sum(line["rouge1"] + 0.1 for line in lines) / len(lines)
+    record["scores_sha256"] = rundir.sha256_file(path)
     rundir.write_json(metrics, record)
+
+
+def other_order(path: Path) -> None:
+    """The same records, so the same means, but each stands in the place of another."""
+    path.write_text("".join(reversed(path.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +74,12 @@ def better_scores(path: Path) -> None:
         ("test.jsonl", flip, "test.jsonl was changed after it was written"),
         ("test.jsonl", Path.unlink, "test.jsonl was changed after it was written"),
         ("trained_prompts.txt", flip, "trained_prompts.txt was changed after it was written"),
+        ("heldout.jsonl", other_order, "heldout.jsonl was altered after it was written: it does not have the hash in run.json"),
+        (
+            "eval/scores.jsonl",
+            other_order,
+            "eval/scores.jsonl was altered after it was written: it does not have the hash in metrics.json",
+        ),
         ("run.json", other_loss, "heldout.jsonl was altered after it was written"),
         ("eval/predictions.jsonl", flip, "eval/predictions.jsonl was altered after it was scored"),
         ("eval/metrics.json", other_value, "eval/scores.jsonl was altered"),
@@ -99,9 +111,9 @@ def test_pass_at_k_follows_from_the_stored_fates(run: Path) -> None:
     attempts = Attempts([2] * 4, [one.count("passed") for one in fates], "limit:1s|sandbox:none|python:3")
     texts = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     scored = score_all(["pass@1"], *texts, bootstrap=100, attempts=attempts)
-    record = read_json(out / "metrics.json")
-    rundir.write_json(out / "metrics.json", {**record, "metrics": scored.metrics})
     rundir.write_jsonl(out / "scores.jsonl", [{"pass@1": value} for value in scored.per_example["pass@1"]])
+    record = read_json(out / "metrics.json") | {"scores_sha256": rundir.sha256_file(out / "scores.jsonl")}
+    rundir.write_json(out / "metrics.json", {**record, "metrics": scored.metrics})
     programs = [{"limit_seconds": 1, "programs": [{"fate": fate, "detail": ""} for fate in one]} for one in fates]
     rundir.write_jsonl(out / "executions.jsonl", programs)
     assert verify(out) == [f"{out}: pass@1 of 4 predictions computed again, as recorded"]
@@ -117,9 +129,9 @@ def test_a_metric_that_only_a_download_could_compute_is_said_to_be_left_out(run:
     value = record["metrics"].pop("rouge1")
     value["signature"] = "bertscore_f1|encoder:org/encoder@abc|layer:17|bs:100"
     record["metrics"] = {"bertscore_f1": value, **record["metrics"]}
-    rundir.write_json(path, record)
     scores = run / "eval" / "scores.jsonl"
     scores.write_text(scores.read_text(encoding="utf-8").replace('"rouge1"', '"bertscore_f1"'), encoding="utf-8")
+    rundir.write_json(path, {**record, "scores_sha256": rundir.sha256_file(scores)})
     found = "\n".join(verify(run))
     assert "bertscore_f1 not computed again, since the encoder org/encoder@abc is not on this disk" in found
     assert "rougeL, sacrebleu, nll of 4 predictions computed again" in found
