@@ -6,6 +6,9 @@ What a result depends on is in the command's settings and in its record. The var
 
 import logging
 import os
+import re
+import sys
+import traceback
 import warnings
 
 from cora_cli.errors import CoraError
@@ -14,6 +17,7 @@ from cora_cli.errors import CoraError
 _PREFIXES = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
 _OTHERS = (
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),  # products of float32 matrices in fewer bits
+    *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),  # the same on a processor
     *("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"),  # what a pickle may contain
     *("XLA_USE_BF16", "XLA_DOWNCAST_BF16", "TRANSFORMERS_SDPA_FORCE_GQA"),
 )
@@ -33,6 +37,10 @@ def forget_settings() -> None:
 
     Raises `CoraError` for one that asks for a kind of training that `cora` does not have.
     """
+    if sys.flags.optimize > 1:
+        raise CoraError(
+            "Python runs without docstrings, which transformers reads; unset the environment variable PYTHONOPTIMIZE, and leave out -OO"
+        )
     for name, kind in _OTHER_TRAININGS.items():
         if os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "t", "on"):
             raise CoraError(f"the environment variable {name} asks for {kind}, which cora does not support; unset it")
@@ -73,3 +81,12 @@ def quiet_libraries() -> None:
     for library in ("peft", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{library}\.")
     logging.getLogger("peft").setLevel(logging.ERROR)
+
+
+def variable_behind(error: BaseException) -> str | None:
+    """The name of the environment variable at which a library failed: set, and in a line of code that the error passed through."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        for name in re.findall(r"environ\S*?[\"']([A-Z][A-Z0-9_]+)[\"']|getenv\([\"']([A-Z][A-Z0-9_]+)[\"']", frame.line or ""):
+            if (found := name[0] or name[1]) in os.environ:
+                return str(found)
+    return None

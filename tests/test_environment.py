@@ -23,6 +23,7 @@ CHANGING = {
     "ACCELERATE_TORCH_DEVICE": "meta",
     "ACCELERATE_USE_CPU": "false",
     "FSDP_OFFLOAD_PARAMS": "true",
+    "ONEDNN_DEFAULT_FPMATH_MODE": "BF16",
     # Cluster software sets it without being a launcher; it would change the warm-up.
     "WORLD_SIZE": "4",
 }
@@ -100,3 +101,24 @@ def test_a_launcher_s_numbers_are_numbers(name: str, value: str, monkeypatch: py
         monkeypatch.setenv(each, right)
     with pytest.raises(CoraError, match=rf"but {name} is {re.escape(repr(value))} and not an integer"):
         forget_settings()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        (
+            "HF_HUB_DOWNLOAD_TIMEOUT",
+            "soon",
+            "the environment variable HF_HUB_DOWNLOAD_TIMEOUT is 'soon', which a library cannot use",
+        ),
+        ("PYTHONOPTIMIZE", "2", "unset the environment variable PYTHONOPTIMIZE"),
+    ],
+)
+def test_a_variable_at_which_libraries_fail_is_named(
+    variable: str, value: str, says: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "cora_cli", "export", str(tiny_model), "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, variable: value}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "unexpected" not in done.stderr

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from cora_cli import rundir
+from cora_cli.environment import variable_behind
 from cora_cli.errors import CoraError, UsageError, is_out_of_memory
 from cora_cli.progress import interrupts_kept
 from cora_cli.reading import read_yaml
@@ -65,6 +66,8 @@ def _described(error: Exception) -> str:
         )
     if machine := _lacking(error, detail):
         return machine
+    if (name := variable_behind(error)) is not None:
+        return f"the environment variable {name} is {os.environ[name]!r}, which a library cannot use ({detail}); unset it"
     return f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)"
 
 
