@@ -98,6 +98,12 @@ def refuse_link(path: Path) -> None:
         )
 
 
+def refuse_broken_link(path: Path) -> None:
+    """Raise `CoraError` if `path` is a symbolic link that leads nowhere: its name is not one that the hub should be asked for."""
+    if path.is_symlink() and not path.exists():
+        raise CoraError(f"{path} is a symbolic link to {path.readlink()}, which does not exist")
+
+
 def open_to_append(path: Path) -> BinaryIO:
     """Open a log to append to. Raises `CoraError` if it is a symbolic link or cannot be opened."""
     refuse_link(path)

@@ -15,6 +15,7 @@ from typing import Any
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
 from cora_cli.reading import Malformed, decode_json, parse_json, read_text
+from cora_cli.rundir import refuse_broken_link
 
 
 def read_located(
@@ -51,6 +52,7 @@ def read_located(
 
 def check_place(dataset: str) -> None:
     """Raise `CoraError` for a file that does not exist; a name that the hub could have passes."""
+    refuse_broken_link(Path(dataset).expanduser())
     if _is_local(dataset) and not Path(dataset).expanduser().exists():
         raise CoraError(f"dataset {dataset} does not exist")
 

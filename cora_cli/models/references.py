@@ -291,6 +291,7 @@ def check_reference(reference: str) -> None:
         return
     if path.is_file():
         raise CoraError(f"{reference} is a file; name the directory of the model that holds it")
+    rundir.refuse_broken_link(path)
     if path.suffix in _FILE_ENDINGS:
         raise CoraError(f"{reference} does not exist")
     if path.is_absolute() or reference.startswith((".", "~")) or not _HUB_ID.match(reference.partition("@")[0]):

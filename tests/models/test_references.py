@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from cora_cli import rundir
+from cora_cli.data.readers import read_located
 from cora_cli.errors import CoraError
 from cora_cli.models.references import EMBEDDED_MODEL, resolve_base, resolve_model
 
@@ -238,3 +239,16 @@ def test_the_content_hash_covers_weights_and_configuration_but_not_the_place(tin
     assert original.content_hash() == copied.content_hash()
     rundir.write_json(copy / "config.json", {**json.loads((copy / "config.json").read_text()), "rope_theta": 5})
     assert original.content_hash() != copied.content_hash()
+
+
+def test_a_link_that_leads_nowhere_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("org").mkdir()
+    Path("org/gone").symlink_to("removed")
+    Path("org/loop").symlink_to("loop")
+    with pytest.raises(CoraError, match=r"^org/gone is a symbolic link to removed, which does not exist$"):
+        resolve_model("org/gone")
+    with pytest.raises(CoraError, match=r"^org/loop is a symbolic link to loop, which does not exist$"):
+        resolve_model("org/loop")
+    with pytest.raises(CoraError, match=r"^org/gone is a symbolic link to removed, which does not exist$"):
+        list(read_located("org/gone"))
