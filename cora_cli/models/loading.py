@@ -232,6 +232,13 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
         tokenizer.chat_template = read_text(adapter.chat_template)
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, dict) else [templates or ""]:
+        if template.startswith("\ufeff"):
+            raise CoraError(
+                f"the chat template of {(adapter or model).reference} starts with a byte order mark, which it would write into every prompt; save "
+                "it as UTF-8 without one"
+            )
     _say_special_tokens(model, tokenizer)
     if tokenizer.eos_token_id is None:
         raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so generation would never stop")

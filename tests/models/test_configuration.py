@@ -133,3 +133,11 @@ def test_special_tokens_that_two_files_state_differently_are_named(tiny_model: P
     assert capfd.readouterr().err.count("eos_token is") == 1 or own["eos_token"] == "<|endoftext|>"
     load_tokenizer(ModelPath(str(directory), directory, None))
     assert said in capfd.readouterr().err
+
+
+def test_a_chat_template_with_a_byte_order_mark_is_refused(tiny_model, tmp_path):
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "marked"))
+    template = directory / "chat_template.jinja"
+    template.write_bytes(b"\xef\xbb\xbf" + template.read_bytes())
+    with pytest.raises(CoraError, match="marked starts with a byte order mark, which it would write into every prompt"):
+        load_tokenizer(ModelPath(str(directory), directory, None))
