@@ -64,6 +64,8 @@ _TOP_KEYS = (
 # Settings whose single value is a list: they vary only with a list of lists.
 _LIST_SETTINGS = frozenset({"target_modules", "sources"})
 _MOST_ROWS = 10_000
+_LONGEST_NAME = 220
+"""In bytes. Names of files have at most 255; that of a step's record has up to 28 more than its row, and a stage may lengthen rates and seeds."""
 _NAME = re.compile(r"^[A-Za-z0-9][\w.+=-]*$")
 
 
@@ -157,6 +159,11 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
         f"the row {row.name!r} cannot name a folder; the values that tell rows apart must consist of letters, digits and . _ + = -"
         for row in rows
         if not _NAME.fullmatch(row.name)
+    ]
+    problems += [
+        f"the name of the row {row.name[:60]}… is {len(row.name.encode())} bytes long, and its files could not be named; use shorter names"
+        for row in rows
+        if len(row.name.encode()) > _LONGEST_NAME
     ]
     resources = read_resources(values.get("resources"), problems)
     table = _text(values, "paper_table", problems, None)

@@ -91,7 +91,12 @@ class Row:
         """The row of the same method with another learning rate and seed."""
         assert self.train is not None
         assert self.learning_rate is not None
-        name = self.name.replace(f"_lr{short(self.learning_rate)}", f"_lr{short(learning_rate)}", 1)
+        ours = f"_lr{short(self.learning_rate)}"
+        # The data set's name stands before the rate and may look like one.
+        before = self.name.find(f"_{self.dataset}_") + 1
+        place = self.name.find(ours, before + len(self.dataset or "") if before else 0)
+        place = place if place >= 0 else self.name.index(ours)
+        name = self.name[:place] + f"_lr{short(learning_rate)}" + self.name[place + len(ours) :]
         name = name.removesuffix(f"_seed{self.seed}") + f"_seed{seed}"
         train = {**self.train, "learning_rate": learning_rate, "seed": seed}
         if stage == "confirm":

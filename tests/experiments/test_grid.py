@@ -146,6 +146,10 @@ def test_an_invalid_block_is_refused(block: Any, message: str) -> None:
         ({"defaults": {"train": {"output_dir": "x"}}}, "unknown key 'output_dir'"),
         ({"defaults": {"evaluate": {"ranks": ["1"]}}}, "defaults: evaluate: unknown key 'ranks'"),
         ({"defaults": {"evaluate": {"metrics": ["rogue"]}}}, "unknown metric 'rogue'"),
+        (
+            {"datasets": {"d" + "é" * 110: "x", "e": "y"}, "grid": [{"mode": "lora", "dataset": "d" + "é" * 110}]},
+            f"the name of the row lora_d{'é' * 54}… is 242 bytes long, and its files could not be named; use shorter names",
+        ),
         ({"paper_table": "tabel"}, "paper_table must be one of number_of_models, main, rank, ablation"),
         ({"grid": []}, "grid must be a list of at least one block"),
         ({"grid": {"mode": "fb"}}, "grid must be a list of at least one block"),
@@ -298,3 +302,11 @@ def test_the_margin_of_equivalence_reaches_the_grid(margin: Any) -> None:
 def test_an_impossible_margin_is_refused(margin: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         grid_of({"mode": "lora"}, margin=margin)
+
+
+@pytest.mark.parametrize("data", ["x_lr1e-4", "lr1e-4", "lr1e-4_"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_stage_changes_the_rate_in_a_row_s_name_and_not_the_data_set_s_name(data: str, several: bool) -> None:
+    block = {"mode": "lora", "learning_rate": 1e-4, "dataset": data}
+    (row,) = grid_of(block, datasets={data: "a.jsonl", **({"other": "b.jsonl"} if several else {})}).rows
+    assert row.at(3e-3, 7, "confirm").name == f"lora_{data + '_' if several else ''}r4_lr3e-3_seed7"
