@@ -84,9 +84,16 @@ def quiet_libraries() -> None:
 
 
 def variable_behind(error: BaseException) -> str | None:
-    """The name of the environment variable at which a library failed: set, and in a line of code that the error passed through."""
+    """The name of the environment variable at which a library failed.
+
+    It is set, and either stands with its value in the message, or in a line of code that the error passed through.
+    """
+    said = str(error)
+    for name in re.findall(r"[A-Z][A-Z0-9]*_[A-Z0-9_]+", said):
+        if os.environ.get(name, "") and os.environ[name] in said:
+            return str(name)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        for name in re.findall(r"environ\S*?[\"']([A-Z][A-Z0-9_]+)[\"']|getenv\([\"']([A-Z][A-Z0-9_]+)[\"']", frame.line or ""):
-            if (found := name[0] or name[1]) in os.environ:
-                return str(found)
+        for name in re.findall(r"(?:environ|getenv)\S*?[\"']([A-Z][A-Z0-9_]+)[\"']", frame.line or ""):
+            if name in os.environ:
+                return str(name)
     return None
