@@ -86,14 +86,16 @@ def quiet_libraries() -> None:
 def variable_behind(error: BaseException) -> str | None:
     """The name of the environment variable at which a library failed.
 
-    It is set, and either stands with its value in the message, or in a line of code that the error passed through.
+    It is set, and stands with its value in the message, or in a line of code that the error passed through; or it alone has the value that the
+    message of an error during an import quotes.
     """
-    said = str(error)
+    said, frames = str(error), traceback.extract_tb(error.__traceback__)
     for name in re.findall(r"[A-Z][A-Z0-9]*_[A-Z0-9_]+", said):
         if os.environ.get(name, "") and os.environ[name] in said:
             return str(name)
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    for frame in reversed(frames):
         for name in re.findall(r"(?:environ|getenv)\S*?[\"']([A-Z][A-Z0-9_]+)[\"']", frame.line or ""):
             if name in os.environ:
                 return str(name)
-    return None
+    quoted = [name for name, value in os.environ.items() if said.endswith(f": {value!r}")]
+    return quoted[0] if len(quoted) == 1 and any(frame.name == "<module>" for frame in frames[1:]) else None
