@@ -110,6 +110,14 @@ def test_a_later_record_with_more_of_a_prompt_is_refused_by_its_line(tmp_path):
         load_records(jsonl(tmp_path / "a.jsonl", plain, {**plain, "context": "c"}))
 
 
+def test_an_entry_that_says_two_things_about_its_speaker_or_text_is_refused(tmp_path):
+    for other in ({"role": "assistant"}, {"content": "y"}):
+        with pytest.raises(
+            CoraError, match=r"line 1: conversations has an entry with both (from and role|value and content), which differ"
+        ):
+            load_records(jsonl(tmp_path / "a.jsonl", {"conversations": [{"from": "human", "value": "x", **other}, TALK[1]]}))
+
+
 def test_an_unknown_speaker_is_refused_by_name(tmp_path):
     with pytest.raises(CoraError, match=r'line 1: conversations has an entry from "alien"; known are human'):
         load_records(jsonl(tmp_path / "a.jsonl", {"conversations": [{"from": "alien", "value": "x"}, TALK[1]]}))

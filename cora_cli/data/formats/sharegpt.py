@@ -32,8 +32,12 @@ def _message(entry: dict[str, Any], where: str, column: str) -> dict[str, Any]:
     if role is None:
         found = json.dumps(entry["from"], default=str)[:60]
         raise CoraError(f"{where}: {column} has an entry from {found}; known are {', '.join(ROLES)}")
+    message = {"role": role, "content": entry.get("value")}
     rest = {name: value for name, value in entry.items() if name not in ("from", "value")}
-    return {"role": role, "content": entry.get("value"), **rest}
+    for theirs, ours in (("from", "role"), ("value", "content")):
+        if theirs in entry and ours in entry and entry[ours] != message[ours]:
+            raise CoraError(f"{where}: {column} has an entry with both {theirs} and {ours}, which differ; remove one of them")
+    return {**message, **rest}
 
 
 def _read(record: Raw, where: str) -> Raw:
