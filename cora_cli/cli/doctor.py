@@ -72,6 +72,8 @@ def run(config: DoctorConfig) -> None:
     for name in ("checks", "check_model", "output"):
         if getattr(config, name) is not None and not config.gpu_check:
             raise UsageError(f"--{name.replace('_', '-')} has no effect without --gpu-check; add --gpu-check")
+    if config.output is not None and Path(config.output).is_dir():
+        raise UsageError(f"--output must be a file, and {config.output} is a directory")
     if unknown := next((name for name in config.checks or () if name not in CHECKS), None):
         raise UsageError(f"--checks knows no check named {unknown}; it has {', '.join(CHECKS)}")
 

@@ -13,7 +13,7 @@ from cora_cli.errors import is_out_of_memory
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.evaluation.sampling import best_tokens
 from cora_cli.models.configuration import length_limits
-from cora_cli.models.precision import UNSUPPORTED, computing_in
+from cora_cli.models.precision import UNSUPPORTED, computing_in, rounds_by_rows
 
 TOLERANCES = {torch.float32: 1e-4, None: 5e-2}
 """The largest mean difference of the logits of one step, relative to their mean size; None is the precision of the model."""
@@ -33,8 +33,7 @@ class Agreement:
 
     def __init__(self, model: Any, prompts: Sequence[Tokens], alone: Callable[[Sequence[Tokens]], list[torch.Tensor]]) -> None:
         self._model, self.probes = model, make_probes(prompts, length_limits(model.config))
-        quantized = getattr(model, "is_quantized", False)  # its products keep their precision
-        for self._dtype in (None,) if quantized else TOLERANCES:
+        for self._dtype in (None,) if rounds_by_rows(model) else TOLERANCES:
             try:
                 with self._precision():
                     self._wanted = [alone([probe])[0] for probe in self.probes]

@@ -373,6 +373,7 @@ class _Bench:
             }
             for example in examples
         ]
+        gc.collect()
         model = load_model(path, self._hardware.dtype, self._hardware.device, None)
         targets = list(DEFAULT_TARGETS)
         adapter = LoraConfig(r=TIMED_RANK, lora_alpha=2 * TIMED_RANK, target_modules=targets, task_type="CAUSAL_LM")
@@ -439,8 +440,9 @@ class _Bench:
             ]
             one, other = map(_adapter, runs)
             figures[name] = all(torch.equal(one[key], other[key]) for key in one)
-        said = ", ".join(f"{name}: {'the same bits' if same else 'other bits'}" for name, same in figures.items())
-        return (None if self._gpu else all(figures.values())), f"two runs of {STEPS} steps: {said}", figures
+        said = ", ".join(f"{name}: {'the same bits' if equal else 'other bits'}" for name, equal in figures.items())
+        same = all(figures.values())
+        return (True if same else None if self._gpu else False), f"two runs of {STEPS} steps: {said}", figures
 
 
 class _Clock(TrainerCallback):

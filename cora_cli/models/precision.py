@@ -49,9 +49,14 @@ def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
         handle.remove()
 
 
+def rounds_by_rows(model: torch.nn.Module) -> bool:
+    """Whether a product rounds differently with the number of its rows, in a precision that cannot be raised: quantized weights on a GPU."""
+    return bool(getattr(model, "is_quantized", False)) and next(model.parameters()).device.type == "cuda"
+
+
 def precisions(model: torch.nn.Module) -> list[torch.dtype]:
-    """The precisions to compare computations of `model` in, the most exact first; none for a quantized one, whose products keep theirs."""
-    if getattr(model, "is_quantized", False):
+    """The precisions to compare computations of `model` in, the most exact first; none where its products keep their own."""
+    if rounds_by_rows(model):
         return []
     affordable = max(weight.numel() for weight in model.parameters()) <= LARGEST_IN_FLOAT64
     return [torch.float64, torch.float32] if affordable else [torch.float32]

@@ -46,10 +46,10 @@ def assemble(
             loaded = _load_base(config, prepared, device)
             batching = _check_passes(config, prepared, loaded)
             probes = make_probes(prepared.train.examples, length_limits(prepared.model_config))
-            if config.liger:
-                use_liger(loaded, probes, batching.form, prepared.hardware)
             observation = _observation(loaded, config, prepared, batching.form)
             model = _install(config, prepared, loaded, run, observation)
+            if config.liger:
+                use_liger(model, probes, batching.form, prepared.hardware)
             if config.compile:
                 compile_layers(model, probes, batching.form, prepared.hardware)
             return model, batching, observation
@@ -88,7 +88,7 @@ def _check_passes(config: TrainConfig, prepared: Prepared, model: Any) -> Batchi
     if prepared.plan is not None:
         check_applied(model, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
     batching = choose_batching(model, prepared.attention, examples, prepared.hardware)
-    if config.attention != "auto" and batching.attention != prepared.attention.name:
+    if config.attention != "auto" and batching.form.kind != "packed":
         raise CoraError(f"--attention {config.attention} cannot be used with {config.model}: {batching.reason}")
     batching = dataclasses.replace(batching, form=dataclasses.replace(batching.form, tokens_per_row=config.tokens_per_row))
     say(batching.describe())

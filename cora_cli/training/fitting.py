@@ -49,8 +49,11 @@ def out_of_memory(config: TrainConfig, prepared: Prepared) -> CoraError:
     capacity = _capacity(prepared.hardware.device)
     plan = plan_run(config, prepared)
     if not isinstance(plan.measured, Measured):
+        rest = "" if config.gradient_checkpointing else ", --gradient-checkpointing"
+        rows = f"--tokens-per-row below {plan.largest}"
         return CoraError(
-            f"the GPU of {_gib(capacity)} ran out of memory; a smaller --batch-size or --gradient-checkpointing takes less"
+            f"the GPU of {_gib(capacity)} ran out of memory, and how much this run takes cannot be computed ({plan.measured}); {rows}{rest} or a "
+            "smaller --batch-size takes less"
         )
     needed = plan.measured.memory.total
     said = f"the GPU ran out of memory: this run takes {_gib(needed)} (computed), and the GPU has {_gib(capacity)}"

@@ -175,7 +175,9 @@ def _checked_record(source: RunDirectory, run: str) -> dict[str, Any]:
 def _config_of(source: RunDirectory, device: str) -> Any:
     values = read_yaml(source.config, "configuration of the run")
     try:
-        return TrainConfig(**{**values, "target_modules": tuple(values["target_modules"]), "device": device})
+        # How the run was computed, on whatever hardware, is not how its records are passed through the model here.
+        here: dict[str, Any] = {"device": device, "attention": "auto", "compile": False, "liger": False, "shard": "none"}
+        return TrainConfig(**{**values, "target_modules": tuple(values["target_modules"]), **here})
     except (TypeError, KeyError) as error:
         raise CoraError(f"{source.config} is damaged: {error}") from error
 

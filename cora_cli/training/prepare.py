@@ -143,12 +143,19 @@ def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, plann
         say(
             f"{config.model} is trained without its own dropout: {', '.join(f'{name} {value:g}' for name, value in removed.items())} set to 0"
         )
-    # A planned GPU that is not here will have what it needs: every CUDA build of torch brings Triton.
-    has = is_installed if torch.cuda.is_available() else lambda package: True
-    attention = select_packed_attention(hardware.device.type, hardware.dtype, config.attention, has)
+    attention = _packed_attention(config, hardware)
     sets = (train_set, test_set, validation_set)
     found = (hardware, attention, model_path, model_config, tokenizer, template, data, *sets, basis, plan)
     return Prepared(*found, tuple(layers), start_models)
+
+
+def _packed_attention(config: TrainConfig, hardware: Hardware) -> PackedAttention:
+    """The attention of packed rows. Raises `CoraError` for kernels that this hardware does not have."""
+    if config.liger and hardware.device.type != "cuda":
+        raise CoraError("--liger needs a CUDA GPU, because its kernels are written in Triton; leave it out on a processor")
+    # A planned GPU that is not here will have what it needs: every CUDA build of torch brings Triton.
+    has = is_installed if torch.cuda.is_available() else lambda package: True
+    return select_packed_attention(hardware.device.type, hardware.dtype, config.attention, has)
 
 
 def _check_processes(config: TrainConfig, method: Method) -> None:

@@ -10,7 +10,7 @@ from cora_cli.records import read_run
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.prepare import Prepared, number_of_processes
-from cora_cli.training.record import FINISHED
+from cora_cli.training.record import FINISHED, fast_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,7 @@ def _conditions(record: dict[str, Any]) -> dict[str, Any]:
         "sharding": hardware.get("shard", "none"),
         "batch size": settings.get("batch_size"),
         "gradient checkpointing": settings.get("gradient_checkpointing"),
-        "compilation": settings.get("compile", False),
-        "liger kernels": settings.get("liger", False),
+        "fast path": hardware.get("fast_path", "none"),
     }
 
 
@@ -60,6 +59,5 @@ def _planned(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
         "sharding": config.shard,
         "batch size": config.batch_size,
         "gradient checkpointing": config.gradient_checkpointing,
-        "compilation": config.compile,
-        "liger kernels": config.liger,
+        "fast path": fast_path(config),
     }

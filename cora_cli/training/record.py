@@ -65,12 +65,18 @@ def first_record(
             "threads": torch.get_num_threads(),
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
             **({"shard": config.shard} if config.shard != "none" else {}),
+            **({"fast_path": path} if (path := fast_path(config)) != "none" else {}),
         },
         "attention": {"name": batching.attention, "batches": batching.form.kind, "reason": batching.reason},
         "versions": versions(config.load_in_4bit),
         **({"start": observation.record()} if observation is not None else {}),
         "seeds": {"seed": config.seed, "split_seed": config.split_seed},
     }
+
+
+def fast_path(config: TrainConfig) -> str:
+    """The option that makes the layers faster: `compile`, `liger` or `none`; they do not go together."""
+    return next((name for name in ("compile", "liger") if getattr(config, name)), "none")
 
 
 def parameter_counts(model: Any, plan: AdapterPlan | None) -> dict[str, int]:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from cora_cli.data.encode import Example
 from cora_cli.device import select_packed_attention
 from cora_cli.errors import CoraError
+from cora_cli.models import precision
 from cora_cli.training import batching
 from cora_cli.training.batching import Batching, choose_batching, make_probes
 
@@ -37,10 +38,12 @@ def test_a_family_that_loses_its_window_in_packed_rows_is_padded_where_examples_
 
 
 @pytest.mark.parametrize(("quantized", "kind"), [(False, "single"), (True, "packed")])
-def test_a_quantized_model_is_compared_in_the_precision_of_its_products(quantized: bool, kind: str) -> None:
+def test_quantized_weights_on_a_gpu_are_compared_in_the_precision_of_their_products(
+    quantized: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(build("llama")).eval()
-    model.is_quantized = quantized
+    monkeypatch.setattr(precision, "rounds_by_rows", lambda model: quantized)
 
     def rounds_differently(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output * (1 + 2e-3 * (output.shape[1] % 5))

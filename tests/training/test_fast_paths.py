@@ -12,6 +12,7 @@ from cora_cli.rundir import RunDirectory
 from cora_cli.training import fast_paths
 from cora_cli.training.attention import register_packed_attention
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.preflight import preflight
 from cora_cli.training.run import train
 
 
@@ -59,16 +60,37 @@ def test_compiled_layers_train_as_the_others_do(tiny_model, tmp_path, monkeypatc
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
 
 
-def test_a_compiler_that_computes_something_else_is_refused(tiny_model, tmp_path, monkeypatch):
-    def wrong(graph, inputs):
-        def run(*arguments):
-            found = graph.forward(*arguments)
-            return tuple(2 * each if torch.is_tensor(each) and each.is_floating_point() else each for each in found)
+def wrong_forward(graph, inputs):
+    def run(*arguments):
+        found = graph.forward(*arguments)
+        return tuple(2 * each if torch.is_tensor(each) and each.is_floating_point() else each for each in found)
 
-        return run
+    return run
 
-    monkeypatch.setattr(fast_paths, "BACKEND", wrong)
-    with pytest.raises(CoraError, match=r"--compile changes the loss of a record by \S+ nats per token; leave it out"):
+
+class _Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, each):
+        return each.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return 3 * upstream
+
+
+def wrong_backward(graph, inputs):
+    def run(*arguments):
+        found = graph.forward(*arguments)
+        return tuple(_Tripled.apply(each) if torch.is_tensor(each) and each.is_floating_point() else each for each in found)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "what"), [(wrong_forward, "losses"), (wrong_backward, "gradients")])
+def test_a_compiler_that_computes_something_else_is_refused(tiny_model, tmp_path, monkeypatch, backend, what):
+    monkeypatch.setattr(fast_paths, "BACKEND", backend)
+    with pytest.raises(CoraError, match=rf"--compile changes the {what} of this model by \S+ of their size; leave it out"):
         train(settings(tiny_model, tmp_path / "run", compile=True))
     assert not (tmp_path / "run").exists()
 
@@ -82,9 +104,10 @@ def test_a_machine_that_cannot_compile_says_so(tiny_model, tmp_path, monkeypatch
         train(settings(tiny_model, tmp_path / "run", compile=True))
 
 
-def test_liger_needs_a_gpu(tiny_model, tmp_path):
+@pytest.mark.parametrize("start", [train, preflight])
+def test_liger_needs_a_gpu(tiny_model, tmp_path, start):
     with pytest.raises(CoraError, match="--liger needs a CUDA GPU"):
-        train(settings(tiny_model, tmp_path / "run", liger=True))
+        start(settings(tiny_model, tmp_path / "run", liger=True))
 
 
 @pytest.mark.parametrize(
