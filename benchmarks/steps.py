@@ -1,6 +1,6 @@
 """Processor time of near-empty steps, as forks of one process and as processes of their own, and of plans of more and more rows.
 
-Every step is `cora train` of one optimizer step with a tiny model of random weights. A side's time for one step is that of four steps
+Every step is `cora train` of one optimizer step with a tiny model of random weights, on a file of records, as the steps of a grid are. A side's time for one step is that of four steps
 less that of one, so that the start of the server does not count.
 """
 
@@ -33,6 +33,15 @@ def tiny_model(directory: Path) -> Path:
     return directory
 
 
+def records_file(path: Path) -> Path:
+    """Records of the built-in set, written once, as a grid does."""
+    from cora_cli.data.split import load_split
+    from cora_cli.rundir import write_jsonl
+
+    write_jsonl(path, load_split("builtin:code", None, 0).train[:40])
+    return path
+
+
 def seconds_of_children() -> float:
     """Processor seconds of all processes that were started here and have ended, with theirs."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -53,7 +62,7 @@ def steps(model: Path, place: Path, forks: bool, count: int) -> float:
             "--model",
             str(model),
             "--dataset",
-            "builtin:code",
+            str(place / "records.jsonl"),
             "--output-dir",
             str(place / f"{forks}-{count}-{number}"),
         ]
@@ -102,6 +111,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         model = tiny_model(place / "model")
+        records_file(place / "records.jsonl")
         rows = []
         for forks, name in ((True, "fork of one process"), (False, "process of its own")):
             one, four = (steps(model, place, forks, count) for count in (1, 4))

@@ -15,7 +15,7 @@ from cora_cli.crossed import Floats, ValueFunction, crossed, pseudo_values
 from cora_cli.errors import CoraError, UsageError
 
 Interval = tuple[float, float] | None
-"""Both ends of an interval; None for a single example, which says nothing about the spread."""
+"""Both ends of an interval; None where the examples say nothing about the spread: a single one, or several that all agree."""
 
 # Memory limit for one block of resamples; three arrays of this size exist at once.
 BLOCK_BYTES = 64 << 20
@@ -26,7 +26,7 @@ _ROUNDING = 1e-12
 class PairedDifference:
     """The difference between systems a and b on the same n examples.
 
-    `difference` is value(a) − value(b), `ci95` its 95 % interval over examples, `p_value` two-sided. Neither includes training seeds.
+    `difference` is value(a) − value(b), `ci95` its 95 % interval over examples or None, `p_value` two-sided. Neither includes training seeds.
     """
 
     difference: float
@@ -68,7 +68,8 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile bootstrap interval over examples (Efron & Tibshirani 1993, chapter 13).
 
-    `statistics`: (n, k). A single example has none; with identical examples, both ends equal the value exactly. Raises `CoraError` without examples and `UsageError` for invalid settings.
+    `statistics`: (n, k). None for a single example and where every resample has the same value, which would make an interval without width.
+    Raises `CoraError` without examples and `UsageError` for invalid settings.
     """
     sums = bootstrap_sums(statistics, resamples, seed)
     return interval_of_sums(statistics, sums, value, confidence)
@@ -77,19 +78,20 @@ def bootstrap_interval(
 def interval_of_sums(statistics: Floats, sums: Floats, value: ValueFunction, confidence: float = 0.95) -> Interval:
     """`bootstrap_interval` from the sums (resamples, k) that `bootstrap_sums` computed from `statistics` (n, k)."""
     n = len(statistics)
-    if n == 1:
-        return None
-    if (statistics == statistics[0]).all():
-        # Rounding in the sums must not look like a spread.
-        sums = statistics.sum(axis=0, keepdims=True)
-    return percentile_interval(value(sums, n), confidence)
+    low, high = percentile_interval(value(sums, n), confidence)
+    return None if n == 1 or (statistics == statistics[0]).all() else with_width(low, high)
+
+
+def with_width(low: float, high: float) -> Interval:
+    """The interval, or None if its ends differ by no more than rounding, since nothing is known that exactly from examples."""
+    return (low, high) if high - low > _ROUNDING * max(1.0, abs(low), abs(high)) else None
 
 
 def paired_difference(statistics_a: Floats, statistics_b: Floats, value: ValueFunction) -> PairedDifference:
     """Compare two systems on the same examples, by the t-test with Hall's correction for skewness in `crossed`.
 
     `statistics_a`, `statistics_b`: (n, k), row i of both from example i. The percentile bootstrap that this replaces covered 90 % at n =
-    20. With one example there is no interval, and p is 1. If all examples contribute the same difference, both ends equal it, and p is
+    20. With one example there is no interval, and p is 1. If all examples contribute the same difference, there is none either, and p is
     that of the sign test. Raises `CoraError` if the shapes differ or there are no examples.
     """
     if statistics_a.shape != statistics_b.shape:
@@ -105,7 +107,7 @@ def paired_difference(statistics_a: Floats, statistics_b: Floats, value: ValueFu
     # Rounding must not look like a spread; values are on a scale of 1 or 100.
     if np.ptp(contributions) <= _ROUNDING * max(1.0, float(np.abs(contributions).max())):
         same = abs(difference) <= _ROUNDING
-        return PairedDifference(difference, (difference, difference), 1.0 if same else 0.5 ** (n - 1), n)
+        return PairedDifference(difference, None, 1.0 if same else 0.5 ** (n - 1), n)
     found = crossed([contributions[None]])
     low, high = found.interval(0.95)
     return PairedDifference(difference, (float(low), float(high)), float(found.p_value()), n)
@@ -115,19 +117,29 @@ def ratio_interval(numerators: Floats, denominators: Floats, confidence: float =
     """The interval of the ratio of two means over the same n examples, (n,) each, by Fieller's theorem (1954).
 
     It holds the ratios ρ for which the mean of numerator − ρ·denominator is not shown to differ from zero by Student's t. None where the
-    mean denominator itself is not shown to differ from zero, so that every ratio is possible, and for a single example.
+    mean denominator itself is not shown to differ from zero (`has_ratio`), so that every ratio is possible, and where all examples have
+    the same ratio.
     """
-    n = len(denominators)
-    if n < 2:
+    if not has_ratio(denominators, confidence):
         return None
+    n = len(denominators)
     above, below = float(numerators.mean()), float(denominators.mean())
     spread = np.cov(numerators, denominators) * (float(stdtrit(n - 1, (1 + confidence) / 2)) ** 2 / n)
     # ρ²·a − 2ρ·b + c ≤ 0
     a, b, c = below**2 - spread[1, 1], above * below - spread[0, 1], above**2 - spread[0, 0]
-    if a <= 0:
+    if np.ptp(numerators - above / below * denominators) <= _ROUNDING * max(1.0, float(np.abs(numerators).max())):
         return None
     half = math.sqrt(max(0.0, b * b - a * c))
     return float((b - half) / a), float((b + half) / a)
+
+
+def has_ratio(denominators: Floats, confidence: float = 0.95) -> bool:
+    """Whether the mean of the denominators (n,) is shown to differ from zero by Student's t, so that a ratio to it means something."""
+    n = len(denominators)
+    if n < 2:
+        return False
+    spread = float(denominators.var(ddof=1)) * float(stdtrit(n - 1, (1 + confidence) / 2)) ** 2 / n
+    return float(denominators.mean()) ** 2 - spread > 0
 
 
 def _shape(statistics: Floats) -> tuple[int, int]:

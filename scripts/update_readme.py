@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PLOTS = ("forest.svg", "pareto.png")
 """Of the report of the baselines."""
+JUDGED = ("table5", "table6")
+"""The grids of the paper's tables that have a judge."""
 FOREST = ROOT / "docs" / "honest-forest.svg"
 
 
@@ -45,6 +47,13 @@ def main() -> None:
         default=ROOT / "baselines",
         help="the directory that `cora report runs/baselines -o baselines` wrote",
     )
+    for table in JUDGED:
+        parser.add_argument(
+            f"--{table}",
+            type=Path,
+            default=ROOT / table,
+            help=f"the directory that `cora report runs/{table} -o {table}` wrote",
+        )
     options = parser.parse_args()
     replace("modes", methods_table())
     replace("method-notes", method_notes())
@@ -69,6 +78,9 @@ def main() -> None:
         for name in PLOTS:
             [plot] = (options.baselines / "plots").glob(f"*{name}")
             shutil.copyfile(plot, ROOT / "docs" / f"baselines-{name}")
+    for table in JUDGED:
+        if (place := getattr(options, table)).exists():
+            replace(table, programs_and_judge((place / "report.md").read_text(encoding="utf-8")))
 
 
 def replace(name: str, body: str) -> None:
@@ -82,9 +94,15 @@ def replace(name: str, body: str) -> None:
 
 
 def progress_and_verdict(report: str) -> str:
-    """The progress and the verdict without its plot, from a report in Markdown."""
-    progress, _, verdict = report.partition("## Tables\n")[0].partition("## Verdict\n")
-    return "\n\n".join([progress.strip().splitlines()[-1], verdict.partition("\n![")[0].strip()])
+    """The progress and the verdict without its plot and the plot's caption, from a report in Markdown."""
+    verdict = report.partition("## Tables\n")[0].partition("## Verdict\n")[2].strip()
+    parts = verdict.split("\n\n")
+    shown = (
+        part
+        for before, part in zip(["", *parts], parts, strict=False)
+        if not part.startswith("![") and not before.startswith("![")
+    )
+    return "\n\n".join(part for part in shown if not part.startswith("Preset "))
 
 
 def verdict_and_scores(report: str) -> str:
@@ -97,6 +115,15 @@ def scores_and_costs(report: str) -> str:
     """The progress, the verdict and the tables of scores and costs with their notes, from a report in Markdown."""
     costs = report.partition("## Tables\n")[2].strip().split("\n### ")[1]
     return "\n\n".join([verdict_and_scores(report), costs.partition("\n")[2].strip()])
+
+
+def programs_and_judge(report: str) -> str:
+    """The progress, the tables of scores and programs where programs ran, and the section on the judge, from a report in Markdown."""
+    progress = report.partition("## Verdict\n")[0].strip().splitlines()[-1]
+    parts = dict(part.partition("\n")[::2] for part in report.split("\n## ")[1:])
+    scores = parts["Tables"].split("\n### ")[1].partition("\n")[2]
+    programs = [scores, parts["Programs"]] if "Programs" in parts else []
+    return "\n\n".join(text.strip() for text in (progress, *programs, parts["Judge"])).replace("### ", "#### ")
 
 
 def verdict_and_captures(inspection: str) -> str:

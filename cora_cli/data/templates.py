@@ -255,7 +255,7 @@ class Template:
         return rest, None
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], **options: bool) -> str:
-        with _clock_at(self.date):
+        with clock_at(self.date):
             return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options, **extra))
 
     def _messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -335,7 +335,7 @@ def check_date(text: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def _clock_at(date: str) -> Iterator[None]:
+def clock_at(date: str) -> Iterator[None]:
     """Let chat templates read midnight of `date` from the clock.
 
     transformers neither takes a clock nor hands a function on to the template, so the class whose `now` it calls is replaced.

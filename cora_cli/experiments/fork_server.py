@@ -275,6 +275,8 @@ def _import_libraries() -> None:
     for name in _MODULES:
         importlib.import_module(name)
     build_metrics(NAMES)  # imports each metric's library, and loads nothing
+    conversion_mapping = importlib.import_module("transformers.conversion_mapping")
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # the table of all families, which takes a tenth of a second
     pid = os.fork()
     if pid == 0:
         os._exit(bool(torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork()))

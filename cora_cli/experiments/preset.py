@@ -62,8 +62,8 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
         evaluate |= {"limit": PROMPTS, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPT_BATCH}
     judge: Any = defaults.get("judge")
     if judge is not None:
-        # One request a judgment: a model of this size answers in no other form when it is asked again.
-        judge = {"judge_model": model, "limit": JUDGED, "max_tokens": REPLY_TOKENS, "tries": 1} | {
+        # A model of this size seldom keeps to the form; asked again, it is held to it.
+        judge = {"judge_model": model, "limit": JUDGED, "max_tokens": REPLY_TOKENS, "tries": 2} | {
             key: judge[key] for key in ("rubric", "retest") if key in judge
         }
     shapes = _Shapes(model)

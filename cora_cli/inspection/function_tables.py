@@ -61,8 +61,8 @@ def function_sentences(functions: Sequence[Function], unjudged: Mapping[str, str
         if one not in shown:
             found = one.replaced[ITSELF]
             yield (
-                f"{one.model} has no share of the function: its own ΔW is not shown to lower the loss on its data (gain {found.gain:+.4f}"
-                f"{' ' if found.gain_interval else ''}{_ends(found.gain_interval, '{:+.4f}')}, {one.records} record{'s' if one.records > 1 else ''})."
+                f"{one.model} has no share of the function: its own ΔW is not shown to lower the loss on its data (gain {found.gain:+.4f} "
+                f"{_ends(found.gain_interval, '{:+.4f}')}, {one.records} record{'s' if one.records > 1 else ''})."
             )
     if common := [one.model for one in shown if one.model in unjudged]:
         yield (
@@ -86,4 +86,4 @@ def _share(found: Replaced) -> Cell:
 
 
 def _ends(interval: tuple[float, float] | None, form: str = "") -> str:
-    return "" if interval is None else f"[{', '.join(form.format(end) if form else percent(end) for end in interval)}]"
+    return "–" if interval is None else f"[{', '.join(form.format(end) if form else percent(end) for end in interval)}]"

@@ -36,7 +36,7 @@ from cora_cli.inspection.replacements import (
     kept_energy,
     replace_change,
 )
-from cora_cli.intervals import Interval, paired_difference, ratio_interval
+from cora_cli.intervals import Interval, has_ratio, paired_difference, ratio_interval
 from cora_cli.methods.parts.layers import linear_weight, transformers_model
 from cora_cli.methods.parts.starts import seeded
 from cora_cli.models.fused import SplitProjection, split_projections
@@ -54,7 +54,7 @@ class Replaced:
 
     `loss`: nats per response token. `gain`: by how much it is below the loss with NOTHING, on the same records. `share`: the share of the
     function, gain / gain of ITSELF; None where ITSELF is not shown to gain anything. `energy`: the share of the norm, `kept_energy`, mean
-    over the matrices that the model changed; None if there are none. Intervals (95 %) are over records; None for a single one.
+    over the matrices that the model changed; None if there are none. Intervals (95 %) are over records; None for a single one and where all agree.
     """
 
     loss: float
@@ -223,8 +223,8 @@ def _function(
     for by, loss in losses.items():
         gain, gain_interval = _gain(nothing, loss)
         share, share_interval = None, None
-        if gained[1] and gained[1][0] > 0 and (interval := ratio_interval(nothing.nll - loss.nll, learned)):
-            share, share_interval = gain / gained[0], interval
+        if gained[1] and gained[1][0] > 0 and has_ratio(learned):
+            share, share_interval = gain / gained[0], ratio_interval(nothing.nll - loss.nll, learned)
         replaced[by] = Replaced(loss.mean, gain, gain_interval, share, share_interval, energies[by])
     return Function(name, dataset, len(nothing.nll), int(nothing.tokens.sum()), hardware.dtype_name, replaced)
 

@@ -14,6 +14,7 @@ from scipy.special import ndtri, stdtrit
 
 from cora_cli.inspection.group_measure import GroupFindings
 from cora_cli.inspection.measure import CEILING, CHANCE, OWN, POOLED, Findings, Held
+from cora_cli.intervals import with_width
 
 LINK = 0.05
 """The mean recovered share (0-1) of pairs from which models are in one group: half of what the pool of a group must recover, because the basis
@@ -97,7 +98,7 @@ def _interval(share: float, layers: Sequence[Sequence[float]]) -> tuple[float, f
         return None
     error = math.sqrt(count / (count - 1) * float(np.square(above - share * below).sum())) / float(below.sum())
     half = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * error
-    return share - half, max(share, min(1.0, share + half))
+    return with_width(share - half, max(share, min(1.0, share + half)))
 
 
 def find_groups(findings: Sequence[Findings], models: Sequence[str]) -> Grouping:

@@ -214,7 +214,7 @@ def _compare(name: str, recorded: dict[str, Any], again: ScoreReport, evaluation
     scores = [line[name] for line in read_jsonl(evaluation.scores, records.Scores)]
     pairs = [
         (evaluation.metrics, f"the {name}", [recorded["value"]], [found["value"]]),
-        # Earlier versions recorded an interval for a single record, which has none.
+        # Earlier versions recorded an interval for a single record, or for records that all agree, which have none.
         (evaluation.metrics, f"the interval of {name}", (recorded["ci95"] or []) if found["ci95"] else [], found["ci95"] or []),
         (evaluation.scores, f"the scores of {name}", scores, again.per_example[name]),
     ]

@@ -89,6 +89,15 @@ class Metric(TypedDict):
     signature: str
 
 
+class Proxy(TypedDict):
+    """A proxy of readability: what it is, and its value over the n records that have anything to count."""
+
+    value: float
+    ci95: tuple[float, float] | None
+    n: int
+    what: str
+
+
 class Metrics(TypedDict):
     """`metrics.json`."""
 
@@ -99,7 +108,7 @@ class Metrics(TypedDict):
     bootstrap: NotRequired[dict[str, int]]
     generation: UsedGeneration
     fates: NotRequired[dict[str, int]]
-    readability_proxies: NotRequired[dict[str, Any]]
+    readability_proxies: NotRequired[dict[str, Proxy]]
 
 
 Scores = dict[str, float]

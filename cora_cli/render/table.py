@@ -53,14 +53,14 @@ def p_value_text(p_value: float) -> str:
 
 
 def with_interval(value: float, interval: Sequence[float] | None, digits: int) -> str:
-    """Value and interval as text: `0.123 [0.100, 0.150]`, or `0.123 (one record)`, which has no interval."""
+    """Value and interval as text: `0.123 [0.100, 0.150]`, or `0.123 –` where there is no interval."""
     return number(value, interval, digits).plain()
 
 
 def number(value: float, interval: Sequence[float] | None, digits: int, more: str = "") -> Cell:
     """The same as a cell, in which `more` stands between the two."""
     text = f"{value:.{digits}f} {more}".rstrip()
-    found = "(one record)" if interval is None else "[{}, {}]".format(*(f"{end:.{digits}f}" for end in interval))
+    found = "–" if interval is None else "[{}, {}]".format(*(f"{end:.{digits}f}" for end in interval))
     return Cell(text, found)
 
 

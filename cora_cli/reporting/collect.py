@@ -15,7 +15,7 @@ from cora_cli.evaluation.metrics import NAMES
 from cora_cli.methods.registry import METHODS
 from cora_cli.progress import progress
 from cora_cli.reading import read_json, read_jsonl
-from cora_cli.reporting.measures import LOSS, Measure, read_evaluation, read_loss
+from cora_cli.reporting.measures import LOSS, Measure, read_counts, read_evaluation, read_loss
 from cora_cli.reporting.report_rows import Experiment, Row, StepRecords, clean
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 
@@ -26,7 +26,7 @@ class Result:
 
     `measures` holds only what was measured. `record` is `run.json`, empty if nothing was trained. `generation` holds the settings of
     generation, `log` the lines of `log.jsonl`. `references` is a hash of the evaluated records, None without an evaluation. `trained` is
-    the number of trained parameters, `adapter_bytes` the size of the weights on disk.
+    the number of trained parameters, `adapter_bytes` the size of the weights on disk. `counts` holds what was counted in programs.
     """
 
     row: Row
@@ -37,6 +37,7 @@ class Result:
     references: str | None
     trained: int | None
     adapter_bytes: int | None
+    counts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def starts_at_base(self) -> bool:
@@ -79,11 +80,14 @@ class Missing:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """A `judge.json`, its directory, and the paper's names of the systems that it judged, as far as they are rows with one."""
+    """A `judge.json`, its directory, the paper's names of the systems that it judged, as far as they are rows with one, and the group of all
+    of them that are rows, None without any or with several.
+    """
 
     record: dict[str, Any]
     printed: dict[str, str]
     place: JudgeDirectory
+    group: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +130,8 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
     return Collection(experiment, results, missing, _judged(experiment, rows, missing))
 
 
-_Names = dict[str, dict[str, str | None]]
-"""The printed name of each row by the name of its directory, for each hash of predictions."""
+_Rows = dict[str, dict[str, Row]]
+"""Each row by the name of its directory, for each hash of predictions."""
 
 
 def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> list[Judged]:
@@ -135,19 +139,19 @@ def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> 
 
     Raises `CoraError` for a named directory that cannot be used.
     """
-    names: _Names = {}
+    known: _Rows = {}
     for row in rows:
         if row.evaluation and (predictions := EvaluationDirectory(row.evaluation).predictions).is_file():
             for sha256 in records.answers_hashes(predictions):
-                names.setdefault(sha256, {})[Path(row.name).name] = row.printed
-    found = [_judged_in(JudgeDirectory(place), names) for place in experiment.judgings]
+                known.setdefault(sha256, {})[Path(row.name).name] = row
+    found = [_judged_in(JudgeDirectory(place), known) for place in experiment.judgings]
     for row in rows:
         for folder in (row.run, row.evaluation):
             place = JudgeDirectory(folder / "judge") if folder else None
             if place is None or not place.result.is_file() or place.root in experiment.judgings:
                 continue
             try:
-                judged = _judged_in(place, names)
+                judged = _judged_in(place, known)
                 own = EvaluationDirectory(row.evaluation).predictions if row.evaluation else None
                 sums = {system["predictions_sha256"] for system in judged.record["systems"]}
                 if own and own.is_file() and sums.isdisjoint(records.answers_hashes(own)):
@@ -159,21 +163,23 @@ def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> 
     return found
 
 
-def _judged_in(place: JudgeDirectory, names: _Names) -> Judged:
+def _judged_in(place: JudgeDirectory, known: _Rows) -> Judged:
     record = read_json(place.result, records.Judging)
     if not place.judgments.is_file() or rundir.sha256_file(place.judgments) != record["judgments_sha256"]:
         raise CoraError(
             f"{place.judgments} is not the file that {place.result.name} describes; run the same `cora judge` command again, which asks for "
             "nothing that is answered"
         )
-    printed = {}
+    printed, groups = {}, set()
     for system in record["systems"]:
-        rows = names.get(system["predictions_sha256"], {})
+        rows = known.get(system["predictions_sha256"], {})
         # Two models can give the same answers; then the name of the directory tells them apart.
-        name = next(iter(rows.values())) if len(rows) == 1 else rows.get(Path(system["name"]).name)
-        if name:
-            printed[system["name"]] = name
-    return Judged(record, printed, place)
+        row = next(iter(rows.values())) if len(rows) == 1 else rows.get(Path(system["name"]).name)
+        if row is not None:
+            groups.add(row.group)
+            if row.printed:
+                printed[system["name"]] = row.printed
+    return Judged(record, printed, place, groups.pop() if len(groups) == 1 else None)
 
 
 def _is_empty(result: Result) -> bool:
@@ -216,6 +222,7 @@ def _read_row(
                 Missing(row, "held-out loss", f"{run.heldout} does not exist, although the run measured it; restore it")
             )
     generation: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
     references = None
     if row.evaluation is None:
         return Result(row, measures, record, generation, log, references, trained, adapter_bytes), missing
@@ -228,11 +235,12 @@ def _read_row(
         if step_records:
             step_records.require(row.evaluation)
         measures |= found
+        counts = read_counts(evaluation)
     except CoraError as error:
         if not measures:
             raise
         missing.append(Missing(row, "evaluation", str(error)))
-    return Result(row, measures, record, generation, log, references, trained, adapter_bytes), missing
+    return Result(row, measures, record, generation, log, references, trained, adapter_bytes, counts), missing
 
 
 def _finished_record(run: RunDirectory, row: Row, logs: Sequence[Path]) -> dict[str, Any]:

@@ -7,13 +7,13 @@ import math
 from typing import Any
 
 from cora_cli.render.canvas import INK, PALETTE, Figure, render
+from cora_cli.reporting.comparison import BASE, Comparison, title
 from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, UNDECIDED, WORSE, Test
 from cora_cli.reporting.statistics import EXAMPLES, higher_is_better
 from cora_cli.reporting.summary import Group
-from cora_cli.reporting.verdict import BASE, Comparison, title
 
 FOREST = "forest"
-"""The end of the names of forest plots, which stand next to the verdict."""
+"""The end of the names of forest plots, which stand above the verdict."""
 _COLORS = {BETTER: PALETTE[2], WORSE: PALETTE[1], EQUIVALENT: PALETTE[0], UNDECIDED: "#777777"}
 _COLUMNS = 2
 _LONGEST = 46

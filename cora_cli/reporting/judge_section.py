@@ -13,22 +13,24 @@ _PAPER_TABLES = {"paper": "gpt4_judge", "readability": "code_review"}
 """The paper's table with the criteria of a shipped rubric."""
 
 
-def judge_section(record: Mapping[str, Any], printed: Mapping[str, str] | None = None) -> list[Block]:
-    """The blocks for one `judge.json`. `printed` has the paper's name of a judged system; its own name is tried otherwise."""
+def judge_section(record: Mapping[str, Any], printed: Mapping[str, str] | None = None, group: str | None = None) -> list[Block]:
+    """The blocks for one `judge.json`. `printed` has the paper's name of a judged system; its own name is tried otherwise. `group` is named
+    where a report has several.
+    """
     judge = clean(record["judge"]["model"])
     served = [name for name in map(clean, record["served_models"]) if name != judge]
     answered_as = f", which answered as {', '.join(served)}" if served else ""
     blocks: list[Block] = []
     for name, rubric in record["rubrics"].items():
-        title = f"{judge}{answered_as}, rubric {clean(name)}"
-        blocks.append(Text(_verdict(judge, clean(name), rubric), "verdict"))
+        title = f"{f'{clean(group)} – ' if group else ''}{judge}{answered_as}, rubric {clean(name)}"
+        blocks.append(Text(f"{f'{clean(group)}: ' if group else ''}{_verdict(judge, clean(name), rubric)}", "verdict"))
         if failed := sum(rubric["failed"].values()):
             where = ", ".join(f"{count} of {clean(names)}" for names, count in rubric["failed"].items())
             blocks.append(Text(f"{failed} of {rubric['asked']} judgments were not obtained ({where}); they count as missing."))
         if rubric["pairs"]:
-            blocks += _pair_tables(title, rubric["pairs"])
+            blocks += _pair_tables(title, rubric["pairs"], record["records"])
         else:
-            blocks += _score_tables(title, name, rubric, printed or {})
+            blocks += _score_tables(title, name, rubric, record["records"], printed or {})
     return blocks
 
 
@@ -49,8 +51,9 @@ def _verdict(model: str, name: str, rubric: Mapping[str, Any]) -> str:
         return "; ".join(f"{key} {_cell(anchors.get(key), digits).plain()}" for key in names)
 
     if out := rubric["disqualified"]:
+        mute = "It gave no judgment at all. " if sum(rubric["failed"].values()) == rubric["asked"] else ""
         return (
-            f"Rubric {name}: the judge {model} is disqualified. It is not shown to tell reference answers from references of other prompts "
+            f"Rubric {name}: the judge {model} is disqualified. {mute}It is not shown to tell reference answers from references of other prompts "
             f"(reference minus shuffled: {shown(out)}), so its numbers say nothing about the models."
         )
     return (
@@ -59,7 +62,7 @@ def _verdict(model: str, name: str, rubric: Mapping[str, Any]) -> str:
     )
 
 
-def _score_tables(title: str, name: str, rubric: Mapping[str, Any], printed: Mapping[str, str]) -> list[Block]:
+def _score_tables(title: str, name: str, rubric: Mapping[str, Any], records: int, printed: Mapping[str, str]) -> list[Block]:
     criteria = rubric["criteria"]
     names = dict.fromkeys(answers for entry in criteria.values() for answers in entry["scores"])
     rows = []
@@ -69,7 +72,8 @@ def _score_tables(title: str, name: str, rubric: Mapping[str, Any], printed: Map
             (Cell(clean(answers)), *(_cell(entry["scores"].get(answers), 1, paper.get(key)) for key, entry in criteria.items()))
         )
     compared = [cell for row in rows for cell in row if cell.published is not None]
-    notes = ["0-100, mean [95 % interval over records]; the last two rows are the anchors."]
+    scored = [entry["scores"].get(answers) for entry in criteria.values() for answers in names]
+    notes = [f"0-100, mean [95 % interval over records], {_records(scored, records)}; the last two rows are the anchors."]
     notes += ["In parentheses: the paper's GPT-4, or its reviewers, on its own models and data."] if compared else []
     blocks: list[Block] = [Table(f"{title}: scores", ("answers", *criteria), tuple(rows), tuple(notes))]
     anchors = [
@@ -108,14 +112,14 @@ def _score_tables(title: str, name: str, rubric: Mapping[str, Any], printed: Map
     ]
 
 
-def _pair_tables(title: str, pairs: Mapping[str, Any]) -> list[Block]:
+def _pair_tables(title: str, pairs: Mapping[str, Any], records: int) -> list[Block]:
     wins = tuple(
         (Cell(clean(names)), _cell(share["observed"], 2), _cell(share["corrected"], 2))
         for names, share in pairs["wins"].items()
     )
     note = (
-        "Share of wins of the first answer over the second, ties as halves, in both orders. corrected: for how often the judge prefers a reference "
-        "to a shuffled one.",
+        "Share of wins of the first answer over the second [95 % interval over records], ties as halves, in both orders, "
+        f"{_records([share['observed'] for share in pairs['wins'].values()], records)}. corrected: for how often the judge prefers a reference to a shuffled one. –: the judge cannot be corrected.",
     )
     judge = (
         _cell(pairs["gold_over_shuffled"], 2),
@@ -136,6 +140,15 @@ def _pair_tables(title: str, pairs: Mapping[str, Any]) -> list[Block]:
     ]
 
 
+def _records(found: Sequence[Mapping[str, Any] | None], records: int) -> str:
+    """From how many records the numbers of a table come; a record without a judgment of an answer has no part in its number."""
+    counts = [entry["n"] if entry else 0 for entry in found]
+    fewest, most = (min(counts), max(counts)) if counts else (records, records)
+    if fewest == records:
+        return f"n = {records} records"
+    return f"n = {f'{fewest} to {most}' if fewest < most else most} of {records} records, since judgments are missing"
+
+
 def _retest_cells(retest: Mapping[str, Any] | None) -> tuple[Cell, Cell]:
     found = retest or {}
     return _cell(found.get("kappa"), 2), _cell(found.get("agreement"), 2)
@@ -144,5 +157,5 @@ def _retest_cells(retest: Mapping[str, Any] | None) -> tuple[Cell, Cell]:
 def _cell(found: Mapping[str, Any] | None, digits: int, published: float | None = None) -> Cell:
     if found is None:
         return Cell(published=published)
-    interval = f"[{found['ci95'][0]:.{digits}f}, {found['ci95'][1]:.{digits}f}]" if found["ci95"] else ""
+    interval = f"[{found['ci95'][0]:.{digits}f}, {found['ci95'][1]:.{digits}f}]" if found["ci95"] else "–"
     return Cell(f"{found['value']:.{digits}f}", interval, published)

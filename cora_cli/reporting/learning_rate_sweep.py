@@ -13,6 +13,8 @@ from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import MethodResults
 
 VALIDATION, HELD_OUT = "validation loss", "held-out loss"
+UNSWEPT, AT_EDGE = "learning rates not swept alike", "best learning rate at the edge of the sweep"
+"""Why nothing is decided between two methods."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +81,19 @@ def at_edge(method: MethodResults, rates: RatesByMethod) -> bool:
     return rates[method.identity].has_at_edge(method.first.row.learning_rate)
 
 
-def swept_alike(one: MethodResults, other: MethodResults, rates: RatesByMethod) -> bool:
-    """Whether the learning rates of two methods were chosen with equal care.
+def rate_obstacle(one: MethodResults, other: MethodResults, rates: RatesByMethod) -> str:
+    """Why the choice of learning rates does not let two methods be compared; empty where it does.
 
-    They were if both methods planned the same several rates, or equally many with the chosen rate inside what was tried on both sides,
-    since methods of different scale need different ranges. A base model has no rate to choose.
+    Both must have tried equally many rates, and more than one: methods of different scale need different ranges. The chosen rate must lie inside what
+    was tried (widened rates included) on both sides, since beyond an edge the method may be better still. A base model, and a method that trains nothing,
+    have no rate to choose.
     """
     if None in (one.first.row.learning_rate, other.first.row.learning_rate):
-        return True
+        return ""
     first, second = rates[one.identity].planned, rates[other.identity].planned
-    inside = not at_edge(one, rates) and not at_edge(other, rates)
-    return len(first) > 1 and (first == second or (len(first) == len(second) and inside))
+    if len(first) < 2 or len(first) != len(second):
+        return UNSWEPT
+    edges = [method.name for method in (one, other) if method.has_seeds() and at_edge(method, rates)]
+    if not edges:
+        return ""
+    return f"{AT_EDGE} of {' and of '.join(edges)}"

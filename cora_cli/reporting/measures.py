@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER, NAMES
-from cora_cli.intervals import Interval
+from cora_cli.intervals import Interval, with_width
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.report_rows import clean
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
@@ -99,6 +99,12 @@ def read_evaluation(
     return measures, {**record["generation"], **known}, references
 
 
+def read_counts(evaluation: EvaluationDirectory) -> dict[str, Any]:
+    """What `metrics.json` counts in programs, if anything: `fates` and `readability_proxies`."""
+    record = read_json(evaluation.metrics, records.Metrics)
+    return {name: record[name] for name in ("fates", "readability_proxies") if name in record}
+
+
 def _statistics(
     name: str, signature: str, scores: list[dict[str, Any]], lines: list[dict[str, Any]], evaluation: EvaluationDirectory
 ) -> Floats:
@@ -138,8 +144,8 @@ def value_function(name: str) -> Any:
 
 
 def _interval(values: Any, n: int) -> Interval:
-    """The recorded interval; earlier versions recorded one of width zero for a single record."""
+    """The recorded interval; earlier versions recorded one of width zero where there is none."""
     if values is None or n == 1:
         return None
     low, high = values
-    return float(low), float(high)
+    return with_width(float(low), float(high))

@@ -9,8 +9,8 @@ JSON: `{"format_version": 2, "experiments": [...]}`. An experiment has `name`, `
   `measures`: measure -> `value`, `low`, `high`, `kind`, `n`, `seeds`, `by_seed`;
 - `best`: measure -> `row`, `p_holm` (null where a test has none), `supported`;
 - `verdict`: `headline`, `rule`, `comparisons`, each with `one`, `other`, `role`, `control` (whether it is the random control's line below a
-  LoRA), `baseline` (whether it compares another method with LoRA), `sentence` and `tests`: `measure`, `difference`, `ci95`, `ci90`, `p`, `p_holm`, `n` (records), `outcome`, `obstacle` (why nothing can be
-  decided, or empty), `seeds` (of both sides, null for a model without seeds), `paired`, `kind`, `components` (the parts of the variance of
+  LoRA), `baseline` (whether it compares another method with LoRA), `uncontrolled` (whether an informed B is compared with LoRA without a random control), `sentence` and `tests`: `measure`, `difference`, `ci95`, `ci90`, `p`, `p_holm`, `n` (records), `outcome`, `obstacle` (why nothing can be
+  decided, or empty), `seeds` (of both sides, null for a model without seeds), `finished` (those of both methods before pairing), `paired`, `kind`, `components` (the parts of the variance of
   the difference: `seed`, `record`, `interaction`), `margin`, `more_seeds` and `more_records` (which would decide, or null).
 
 Version 2 replaced the tests over prompts (`seeds_agree`, `seeds_agreeing`, `over_seeds`) by those over seeds and records. In the CSV, a test
@@ -27,11 +27,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from cora_cli.reporting.collect import Judged
+from cora_cli.reporting.comparison import Comparison
 from cora_cli.reporting.judge_section import papers_scores
 from cora_cli.reporting.methods_section import methods_paragraphs
 from cora_cli.reporting.outcomes import Test
 from cora_cli.reporting.summary import Group, Line, Summary
-from cora_cli.reporting.verdict import Comparison, Verdict
+from cora_cli.reporting.verdict import Verdict
 
 FORMAT_VERSION = 2
 COLUMNS = (
@@ -288,6 +289,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
                 "sentence": comparison.sentence(),
                 "control": comparison.control,
                 "baseline": comparison.baseline,
+                "uncontrolled": comparison.uncontrolled,
                 "tests": [_test(test) for test in comparison.tests],
             }
             for comparison in verdict.comparisons
@@ -308,6 +310,7 @@ def _test(test: Test) -> dict[str, Any]:
         "outcome": test.outcome,
         "obstacle": test.obstacle,
         "seeds": list(found.seeds),
+        "finished": list(found.finished),
         "paired": found.paired,
         "kind": found.kind,
         "components": {

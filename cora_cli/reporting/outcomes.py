@@ -13,7 +13,7 @@ from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.reporting.statistics import LEVEL, SEEDS, Difference, higher_is_better, holm
 
 BETTER, WORSE, EQUIVALENT, UNDECIDED = "better", "worse", "equivalent", "undecided"
-FEW_SEEDS, UNSWEPT = f"fewer than {MIN_SEEDS} seeds", "learning rates not swept alike"
+FEW_SEEDS = f"fewer than {MIN_SEEDS} seeds"
 _LAST_LOOK = 0.6
 _MOST_SEEDS, _MOST_RECORDS = 50, 10_000
 """Projections beyond these totals are not worth printing."""
@@ -24,8 +24,8 @@ class Test:
     """One measure of one comparison with its outcome.
 
     `p_holm` is corrected over the tests of the family, None without a p-value. `margin` is the largest difference that counts as none, or
-    None if it is unknown. `obstacle` is FEW_SEEDS, UNSWEPT, both, or empty; `alike` says whether the
-    learning rates were swept alike. `more_seeds` (per method) and `more_records` would each decide an
+    None if it is unknown. `of_rates` is the obstacle that the learning rates are (`learning_rate_sweep.rate_obstacle`), or empty. `obstacle` has all
+    of them: FEW_SEEDS, that of the rates, both, or none. `more_seeds` (per method) and `more_records` would each decide an
     undecided test if the difference stayed as it is; None where neither more seeds nor more records would within reason.
     """
 
@@ -37,7 +37,7 @@ class Test:
     obstacle: str
     more_seeds: int | None
     more_records: int | None
-    alike: bool
+    of_rates: str
 
 
 def level_at(seeds: int | None, looks: int | None) -> float:
@@ -52,8 +52,8 @@ def level_at(seeds: int | None, looks: int | None) -> float:
     return _LAST_LOOK * LEVEL if last else (1 - _LAST_LOOK) * LEVEL / (looks - 1)
 
 
-def decide(planned: Sequence[tuple[str, Difference, float | None, bool]], looks: int | None = None) -> list[Test]:
-    """The tests of one family: (measure, difference, margin, whether the learning rates were swept alike) each.
+def decide(planned: Sequence[tuple[str, Difference, float | None, str]], looks: int | None = None) -> list[Test]:
+    """The tests of one family: (measure, difference, margin, the obstacle that the learning rates are, or "") each.
 
     `looks` is the number of times that a grid looks at its confirming seeds, None if all seeds were planned at once.
     """
@@ -65,15 +65,15 @@ def decide(planned: Sequence[tuple[str, Difference, float | None, bool]], looks:
     ]
     corrected = iter(holm(scaled))
     tests = []
-    for (measure, found, margin, alike), level in zip(planned, levels, strict=True):
+    for (measure, found, margin, of_rates), level in zip(planned, levels, strict=True):
         p_holm = None if found.p_value is None else next(corrected)
         few = found.fewest_seeds is not None and found.fewest_seeds < MIN_SEEDS
-        obstacle = " and ".join(reason for reason, holds in ((FEW_SEEDS, few), (UNSWEPT, not alike)) if holds)
+        obstacle = " and ".join(filter(None, (FEW_SEEDS if few else "", of_rates)))
         outcome = UNDECIDED if obstacle else _outcome(measure, found, p_holm, margin, level)
         more: tuple[int | None, int | None] = (None, None)
-        if outcome == UNDECIDED and alike:
+        if outcome == UNDECIDED and not of_rates:
             more = needed(found, margin, len(planned))
-        tests.append(Test(measure, found, p_holm, margin, outcome, obstacle, *more, alike))
+        tests.append(Test(measure, found, p_holm, margin, outcome, obstacle, *more, of_rates))
     return tests
 
 

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 from cora_cli.render.canvas import INK, Figure, Palette, render
+from cora_cli.reporting.comparison import title
 from cora_cli.reporting.forest import MOST_SHOWN, draw_forest
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import SEEDS, Estimate, higher_is_better
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.variance import Spectrum
-from cora_cli.reporting.verdict import title
 
 _LINES = ("-", "--", ":", "-.")
 _LEGEND_LETTERS = 118

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 
 from cora_cli.render.canvas import Figure
 from cora_cli.render.document import Block, Heading, Items, Text
+from cora_cli.reporting.comparison import BASE
 from cora_cli.reporting.forest import FOREST
 from cora_cli.reporting.judge_section import judge_section
 from cora_cli.reporting.methods_section import methods_paragraphs
+from cora_cli.reporting.programs import program_tables
 from cora_cli.reporting.summary import Group, Summary
 from cora_cli.reporting.tables import costs_table, scores_table, sweep_table, verdict_table
-from cora_cli.reporting.verdict import BASE
 
 
 def build_document(summary: Summary, figures: Sequence[Figure] = (), brief: bool = False) -> list[Block]:
     """The complete report of one experiment; a `brief` one has neither the tests behind the verdict nor the paragraphs on methods."""
     experiment, missing = summary.collection.experiment, summary.collection.missing
     blocks: list[Block] = [Heading(1, experiment.title)]
+    if summary.groups:
+        # The page opens with a picture of its verdict.
+        blocks += [Heading(2, "Verdict"), *(figure for figure in figures if figure.name.endswith(FOREST))]
     if experiment.preset:
         blocks.append(Text(f"Preset {experiment.preset}: models, data and sizes differ from the paper's; see Conditions."))
     rows = {entry.row.name for entry in missing if entry.part == "run"}
@@ -26,19 +30,14 @@ def build_document(summary: Summary, figures: Sequence[Figure] = (), brief: bool
         done = len(summary.collection.results)
         blocks.append(Text(f"{done} of {done + len(rows)} rows are finished."))
     if summary.groups:
-        blocks.append(Heading(2, "Verdict"))
         for group in summary.groups:
             blocks += _verdict(group, named=len(summary.groups) > 1, brief=brief)
-        blocks += [figure for figure in figures if figure.name.endswith(FOREST)]
-        blocks.append(Heading(2, "Tables"))
-        for group in summary.groups:
-            blocks += [scores_table(group, experiment.paper_table), costs_table(group)]
-            blocks += [sweep_table(group)] if group.selected_by else []
-            blocks += [verdict_table(group)] if group.verdict.comparisons and not brief else []
+        blocks += _tables(summary, brief)
     if summary.collection.judged:
         blocks.append(Heading(2, "Judge"))
         for judged in summary.collection.judged:
-            blocks += judge_section(judged.record, judged.printed)
+            several = len(summary.collection.judged) > 1
+            blocks += judge_section(judged.record, judged.printed, judged.group if several else None)
     others = [figure for figure in figures if not figure.name.endswith(FOREST)]
     if others:
         blocks += [Heading(2, "Figures"), *others]
@@ -50,6 +49,16 @@ def build_document(summary: Summary, figures: Sequence[Figure] = (), brief: bool
         reasons = tuple(f"{entry.row.name} ({entry.part}): {entry.reason}" for entry in missing)
         blocks += [Heading(2, "Missing"), Items(reasons)]
     return blocks
+
+
+def _tables(summary: Summary, brief: bool) -> list[Block]:
+    blocks: list[Block] = [Heading(2, "Tables")]
+    for group in summary.groups:
+        blocks += [scores_table(group, summary.collection.experiment.paper_table), costs_table(group)]
+        blocks += [sweep_table(group)] if group.selected_by else []
+        blocks += [verdict_table(group)] if group.verdict.comparisons and not brief else []
+    programs = [table for group in summary.groups for table in program_tables(group)]
+    return [*blocks, Heading(2, "Programs"), *programs] if programs else blocks
 
 
 def _verdict(group: Group, named: bool, brief: bool) -> list[Block]:

@@ -60,7 +60,7 @@ class Difference:
     """The difference between two methods in one measure, over `n` records.
 
     `seeds` has the number of seeds of both sides, None for a side without seeds, such as a base model. `paired` says whether they are the
-    same seeds. `kind` is SEEDS, or EXAMPLES if some side has one seed, so that the intervals exclude the spread over seeds and there is no
+    same seeds. `finished` has the number of seeds of both methods before pairing. `kind` is SEEDS, or EXAMPLES if some side has one seed, so that the intervals exclude the spread over seeds and there is no
     p-value. The parts of the variance of the difference are those that more seeds, more records, or either reduce. `model` is the fit
     behind the intervals.
     """
@@ -74,6 +74,7 @@ class Difference:
     seed_variance: float
     record_variance: float
     interaction_variance: float
+    finished: tuple[int | None, int | None]
     model: Crossed | None = None
     _intervals: dict[float, Interval] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -175,7 +176,7 @@ def compute_estimates(methods: Sequence[MethodResults], names: Sequence[str]) ->
             method._estimates[name] = Estimate(only.value, only.ci95, EXAMPLES, only.n, runs)
         else:
             method._estimates[name] = None
-    models = [crossed([_contributions(measures, name)]) if measures[0].n > 1 else None for _, name, measures in several]
+    models = [_model([_contributions(measures, name)]) if measures[0].n > 1 else None for _, name, measures in several]
     for (method, name, measures), interval in zip(several, _intervals(models, 0.95), strict=True):
         value = float(np.mean([measure.value for measure in measures]))
         method._estimates[name] = Estimate(value, interval, SEEDS, measures[0].n, len(method.with_measure(name)))
@@ -226,6 +227,7 @@ def compare(one: MethodResults, other: MethodResults, name: str) -> Difference |
     seeded = (one.has_seeds(), other.has_seeds())
     shared = sorted(sides[0].keys() & sides[1].keys())
     paired = not all(seeded) or len(shared) >= MIN_SEEDS or sides[0].keys() == sides[1].keys()
+    finished = [len(side) if has else None for side, has in zip(sides, seeded, strict=True)]
     if all(seeded) and paired:
         sides = [{seed: side[seed] for seed in shared} for side in sides]
     measures = [[side[seed] for seed in sorted(side)] for side in sides]
@@ -236,8 +238,7 @@ def compare(one: MethodResults, other: MethodResults, name: str) -> Difference |
     first, second = (_contributions(side, name) for side in measures)
     found = None
     if n > 1:
-        found = crossed([first - second] if paired else [first, second])
-        found = None if _constant(found, first, second) else found
+        found = _model([first - second] if paired else [first, second], (first, second))
     return Difference(
         float(first.mean() - second.mean()),
         float(found.p_value()) if found is not None and kind == SEEDS else None,
@@ -246,6 +247,7 @@ def compare(one: MethodResults, other: MethodResults, name: str) -> Difference |
         (counts[0], counts[1]),
         paired,
         *((float(found.seed), float(found.record), float(found.interaction)) if found is not None else (0.0, 0.0, 0.0)),
+        finished=(finished[0], finished[1]),
         model=found,
     )
 
@@ -254,10 +256,11 @@ def _contributions(measures: Sequence[Measure], name: str) -> Floats:
     return np.stack([pseudo_values(measure.statistics, value_function(name)) for measure in measures])
 
 
-def _constant(found: Crossed, *contributions: Floats) -> bool:
-    """Whether nothing varies but rounding, so that nothing can be inferred."""
-    scale = max(float(np.abs(values).max()) for values in contributions)
-    return float(found.variance) <= (1e-13 * scale) ** 2
+def _model(sides: Sequence[Floats], contributions: Sequence[Floats] | None = None) -> Crossed | None:
+    """The fit to the `sides` of `crossed`, or None where nothing varies but rounding of the `contributions`: then nothing can be inferred."""
+    found = crossed(sides)
+    scale = max(float(np.abs(values).max()) for values in contributions or sides)
+    return None if float(found.variance) <= (1e-13 * scale) ** 2 else found
 
 
 def compute_intervals(differences: Sequence[Difference], confidence: float) -> None:

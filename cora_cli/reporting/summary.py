@@ -10,7 +10,7 @@ from typing import Any
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.experiments.paper import paper_row
 from cora_cli.reporting.collect import Collection, Result
-from cora_cli.reporting.learning_rate_sweep import VALIDATION, RatesByMethod, choose_learning_rates, rates_of, swept_alike
+from cora_cli.reporting.learning_rate_sweep import VALIDATION, RatesByMethod, choose_learning_rates, rate_obstacle, rates_of
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, decide
 from cora_cli.reporting.report_rows import Experiment
@@ -133,7 +133,7 @@ def best_methods(
     for name, place, other in pairs:
         found = compare(methods[place], other, name)
         if found is not None:
-            planned.append((name, found, None, swept_alike(methods[place], other, rates)))
+            planned.append((name, found, None, rate_obstacle(methods[place], other, rates)))
     tests = decide(planned, looks)
     best = {}
     for name, place in places.items():

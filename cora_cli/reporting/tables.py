@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER, build_metrics
 from cora_cli.experiments.paper import paper, paper_tables
 from cora_cli.render.table import Cell, Table
-from cora_cli.reporting.learning_rate_sweep import VALIDATION, at_edge
+from cora_cli.reporting.comparison import Comparison, digits, title
+from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, VALIDATION, at_edge
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import Test
 from cora_cli.reporting.report_rows import clean
 from cora_cli.reporting.statistics import EXAMPLES, SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
-from cora_cli.reporting.verdict import digits, title
 
 _OF_ANSWERS = ("template", "template_date", "decoding", "max_new_tokens", "dtype")
 """The settings of an evaluation by which the answers of one model differ beyond rounding."""
@@ -27,7 +27,9 @@ def scores_table(group: Group, paper_table: str | None) -> Table:
         (*_names(line, lines), *(_score(group, line, place, measure) for measure in group.measures))
         for place, line in enumerate(lines)
     ]
-    caption = f" – {paper_tables()[paper_table]['caption']}" if paper_table else ""
+    # The columns of tables 5 and 6 are a judge's, and stand in the section on it.
+    printed = paper_tables()[paper_table] if paper_table else None
+    caption = f" – {printed['caption']}" if printed and not set(group.measures).isdisjoint(printed["columns"]) else ""
     headers = (*_name_headers(lines), *(title(measure) for measure in group.measures))
     return Table(f"{group.name}{caption}", headers, tuple(rows), tuple(_score_notes(group)))
 
@@ -91,16 +93,27 @@ def verdict_table(group: Group) -> Table:
     tests = [test for comparison in group.verdict.comparisons for test in comparison.tests]
     if any(test.found.kind == EXAMPLES and test.found.ci95 for test in tests):
         notes.append("* A side has one seed: the interval is over records only and excludes the spread over seeds.")
-    unswept = [
-        f"{comparison.one.name} and {comparison.other.name}"
-        for comparison in group.verdict.comparisons
-        if any(not test.alike for test in comparison.tests)
-    ]
-    if unswept:
-        notes.append(
-            f"Learning rates not swept alike, so neither better, worse nor equivalent: {'; '.join(dict.fromkeys(unswept))}."
-        )
+    notes += _obstacle_notes(group.verdict.comparisons)
     return Table(f"{group.name} – the tests behind the verdict", headers, tuple(rows), tuple(notes))
+
+
+def _obstacle_notes(comparisons: Sequence[Comparison]) -> list[str]:
+    """What stands in the way of a decision, or of a conclusion about the information in B, and in which comparisons."""
+    undecidable = {
+        "Learning rates not swept alike, so neither better, worse nor equivalent": lambda test: test.of_rates == UNSWEPT,
+        "Best learning rate at the edge of the sweep, so that a better one may lie outside it, and neither better, worse nor equivalent": (
+            lambda test: test.of_rates.startswith(AT_EDGE)
+        ),
+    }
+    notes = {said: [c for c in comparisons if any(holds(test) for test in c.tests)] for said, holds in undecidable.items()}
+    notes["No random control of this form, so no conclusion about the information in B"] = [
+        c for c in comparisons if c.uncontrolled
+    ]
+    return [
+        f"{said}: {'; '.join(dict.fromkeys(f'{c.one.name} and {c.other.name}' for c in found))}."
+        for said, found in notes.items()
+        if found
+    ]
 
 
 def _p_value(p_holm: float | None) -> str:
@@ -207,7 +220,7 @@ def _estimated(estimate: Estimate | None, places: int, published: float | None =
 def _score_notes(group: Group) -> list[str]:
     lines = group.chosen
     notes = [_cell_note(lines)]
-    if any(line.paper for line in lines):
+    if any(measure in line.paper for line in lines for measure in group.measures):
         source = paper()
         notes.append(
             f"In parentheses: the number published in the paper ({source['source']}, {source['model']}, one seed, no interval)."
@@ -295,7 +308,7 @@ def _cell_note(lines: Sequence[Line]) -> str:
             f"value ± half the length of its 95 % interval: mean over {counts} seeds, which are crossed with the records"
         )
     if any(e.ci95 is None for e in estimates):
-        parts.append("–: no interval can be had, as from a single record")
+        parts.append("–: no interval can be had, as from a single record or from values that all agree")
     if any(e.kind == EXAMPLES and e.ci95 for e in estimates):
         parts.append(
             "value [low, high]: a single run (or a model that does not depend on the seed) with its 95 % bootstrap interval over "

@@ -36,7 +36,7 @@ def use_liger(model: Any, examples: Sequence[Example], form: BatchForm, hardware
     if hardware.device.type != "cuda":
         raise CoraError("--liger needs a CUDA GPU, because its kernels are written in Triton; leave it out on a processor")
     if importlib.util.find_spec("liger_kernel") is None:
-        raise CoraError("--liger needs the package liger-kernel: pip install liger-kernel")
+        raise CoraError("--liger needs the package liger-kernel (pip install liger-kernel); or leave it out")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 

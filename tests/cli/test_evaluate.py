@@ -83,6 +83,17 @@ def rows(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines() if line.startswith("|")]
 
 
+def test_answers_that_all_score_the_same_have_no_interval(tmp_path: Path) -> None:
+    texts = ["the cat sat on the mat", "one two three four", "a red boat sails home"]
+    rundir.write_jsonl(tmp_path / "p.jsonl", [{"prediction": text, "reference": text} for text in texts])
+    result = cora("--from", tmp_path / "p.jsonl", "--metrics", "rouge,bleu", "--bootstrap", "100")
+    assert result.exit_code == 0, result.stderr
+    _, _, (_, *cells) = rows(result.stdout)
+    assert cells == ["1.000 –", "1.000 –", "1.000 –", "100.00 –"]
+    (path,) = tmp_path.rglob("metrics.json")
+    assert [metric["ci95"] for metric in read_json(path)["metrics"].values()] == [None] * 4
+
+
 def test_one_run_prints_a_row_with_intervals_and_every_signature(runs: list[Path], tmp_path: Path) -> None:
     result = cora(runs[0], "-o", tmp_path / "out", *FAST)
     assert result.exit_code == 0, result.stderr

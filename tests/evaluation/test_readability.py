@@ -63,7 +63,7 @@ def test_an_evaluation_has_the_proxies_of_its_answers(tmp_path: Path):
     found = evaluate(config)[0].record["readability_proxies"]
     assert found["docstrings"] == {
         "value": 1.0,
-        "ci95": [1.0, 1.0],
+        "ci95": None,
         "n": 2,
         "what": "share of functions and classes with a docstring",
     }

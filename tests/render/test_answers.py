@@ -125,7 +125,9 @@ def test_a_person_can_look_at_the_answers(width, scheme, browser, tmp_path):
     window.locator("select:has(option[value=worse])").select_option("worse")
     for place, run in enumerate(("0", "1"), start=3):  # the run, and the one that it is compared with
         window.locator(".controls select").nth(place).select_option(run)
-    changes = [float(text.partition(" (")[0].replace("\u2212", "-")) for text in window.locator(".prompts small").all_inner_texts()]
+    changes = [
+        float(text.partition(" (")[0].replace("\u2212", "-")) for text in window.locator(".prompts small").all_inner_texts()
+    ]
     assert changes == sorted(changes)
     assert changes[0] < 0
     assert title() == f"Prompt {window.locator('.prompts b').first.inner_text().strip()}"

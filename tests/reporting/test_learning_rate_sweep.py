@@ -1,4 +1,4 @@
-from cora_cli.reporting.learning_rate_sweep import at_edge, choose_learning_rates, rates_of, swept_alike
+from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, at_edge, choose_learning_rates, rate_obstacle, rates_of
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import group_methods
 
@@ -40,7 +40,7 @@ def test_only_the_ends_of_a_sweep_are_its_edge():
     assert [at_edge(method, rates_of(methods)) for method in methods] == [True, False, True, False]
 
 
-def test_methods_are_swept_alike_with_the_same_rates_or_with_as_many_around_the_chosen_ones():
+def test_methods_are_swept_alike_with_as_many_rates_and_the_chosen_ones_inside():
     def methods(label, *rates):
         return group_methods([result(label, rate=rate) for rate in rates])
 
@@ -50,13 +50,33 @@ def test_methods_are_swept_alike_with_the_same_rates_or_with_as_many_around_the_
         methods("higher", 1e-3, 1e-2, 1e-1),
         methods("single", 1e-3),
     )
-    swept = [*fb, *same, *higher, *single]
-    assert swept_alike(fb[0], same[1], rates_of(swept))
-    assert swept_alike(fb[1], higher[1], rates_of(swept))
-    assert not swept_alike(fb[1], higher[0], rates_of(swept))  # a lower rate may be better still
-    assert not swept_alike(fb[1], single[0], rates_of(swept))
-    assert not swept_alike(single[0], single[0], rates_of(swept))  # one rate is no sweep
-    assert swept_alike(fb[0], result_without_a_rate(), rates_of(swept))
+    rates = rates_of([*fb, *same, *higher, *single])
+    assert rate_obstacle(fb[1], same[1], rates) == rate_obstacle(fb[1], higher[1], rates) == ""
+    assert rate_obstacle(fb[1], single[0], rates) == UNSWEPT
+    assert rate_obstacle(single[0], single[0], rates) == UNSWEPT  # one rate is no sweep
+    assert rate_obstacle(fb[0], result_without_a_rate(), rates) == ""
+
+
+def test_a_rate_at_the_edge_of_its_sweep_is_an_obstacle_even_if_both_methods_tried_the_same():
+    fb, lora = (group_methods([result(label, rate=rate) for rate in (1e-4, 1e-3, 1e-2)]) for label in ("fb", "lora"))
+    rates = rates_of([*fb, *lora])
+    # A lower, or a higher, rate may be better still.
+    assert rate_obstacle(fb[0], lora[1], rates) == f"{AT_EDGE} of fb r=4 n=1"
+    assert rate_obstacle(fb[1], lora[2], rates) == f"{AT_EDGE} of lora r=4 n=1"
+    assert rate_obstacle(fb[2], lora[0], rates) == f"{AT_EDGE} of fb r=4 n=1 and of lora r=4 n=1"
+
+
+def test_a_sweep_that_was_widened_beyond_its_best_rate_has_it_inside():
+    (fb,), (lora,) = (group_methods([result(label, rate=1e-2)]) for label in ("fb", "lora"))
+
+    def swept(method, *tried):
+        return {"method": method.planned_as, "planned": [1e-4, 1e-3, 1e-2], "losses": {str(rate): {} for rate in tried}}
+
+    narrow, wide = (1e-4, 1e-3, 1e-2), (1e-4, 1e-3, 1e-2, 1e-1)
+    assert rate_obstacle(fb, lora, rates_of([fb, lora], [swept(fb, *wide), swept(lora, *wide)])) == ""
+    assert (
+        rate_obstacle(fb, lora, rates_of([fb, lora], [swept(fb, *wide), swept(lora, *narrow)])) == f"{AT_EDGE} of lora r=4 n=1"
+    )
 
 
 def result_without_a_rate():

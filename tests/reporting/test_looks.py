@@ -7,7 +7,7 @@ from cora_cli.reporting.statistics import LEVEL, SEEDS, Difference
 
 
 def found(seeds: int, p_value: float) -> Difference:
-    return Difference(0.1, p_value, SEEDS, 40, (seeds, seeds), True, 0.0, 0.0, 0.0)
+    return Difference(0.1, p_value, SEEDS, 40, (seeds, seeds), True, 0.0, 0.0, 0.0, (seeds, seeds))
 
 
 @pytest.mark.parametrize("looks", [1, 2, 3, 8])
@@ -17,7 +17,7 @@ def test_the_levels_of_all_looks_add_up(looks: int) -> None:
 
 def test_an_early_look_needs_a_smaller_p_value() -> None:
     def outcome(seeds: int, p_value: float, looks: int | None) -> str:
-        return decide([("rouge1", found(seeds, p_value), None, True)], looks)[0].outcome
+        return decide([("rouge1", found(seeds, p_value), None, "")], looks)[0].outcome
 
     assert outcome(3, 0.02, None) == BETTER
     assert outcome(3, 0.02, 3) == UNDECIDED

@@ -234,10 +234,10 @@ def test_the_same_directories_give_the_same_bytes(paper_grid, written, tmp_path)
 
 @pytest.fixture(scope="module")
 def swept_report(tmp_path_factory):
-    """Three seeds at two rates each: fb is clearly the best, lora and the random control are alike; all formats on disk."""
+    """Three seeds at three rates each: fb is clearly the best, lora and the random control are alike; all formats on disk."""
     root = tmp_path_factory.mktemp("swept")
     rows = [Made("base", "base", skill=0.2, rank=None, rate=None)]
-    for rate, handicap in ((1e-3, 0.0), (3e-3, 0.3)):
+    for rate, handicap in ((3e-4, 0.3), (1e-3, 0.0), (3e-3, 0.3)):
         for seed in range(3):
             rows += [
                 Made("lora", "lora", seed, 0.5, 1.0 + handicap, rate=rate, trained=2000),
@@ -257,8 +257,9 @@ def test_the_best_is_bold_where_it_is_better_by_the_rule_and_the_note_says_what_
 
 
 def test_the_page_opens_with_the_forest_plot_in_which_the_controls_row_is_under_the_informed_one(swept_report):
-    page = (swept_report / "report.html").read_text()
-    assert page.index("<figure") < page.index("<table")
+    main = (swept_report / "report.html").read_text().partition("<main>")[2]
+    before = ElementTree.fromstring(f"<main>{main.partition('<figure>')[0].replace('<section>', '')}</main>")
+    assert [element.tag for element in before] == ["h1", "h2"]  # nothing but the title and the heading of the verdict
     svg = (swept_report / "plots" / "1-forest.svg").read_text()
     labels = [element.text.strip() for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
     informed = labels.index("fb r=4 n=2 − lora r=4")
@@ -280,6 +281,17 @@ def test_the_json_and_the_csv_have_every_number_of_a_test(swept_report):
     rows = csv.DictReader(io.StringIO((swept_report / "report.csv").read_text()))
     row = next(row for row in rows if row["outcome"] and row["measure"] == "heldout_loss")
     assert (float(row["value"]), float(row["p_holm"])) == (test["difference"], test["p_holm"])
+
+
+def test_an_interval_of_zero_width_that_an_earlier_version_recorded_is_printed_as_none(tmp_path):
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb", skill=1.0), Made("lora", "lora")], prompts=6)
+    metrics = next(path for path in sorted(grid.rglob("metrics.json")) if "fb" in str(path))
+    record = read_json(metrics)
+    assert record["metrics"]["rouge1"]["ci95"] is None
+    record["metrics"]["rouge1"]["ci95"] = [1.0, 1.0]
+    rundir.write_json(metrics, record)
+    row = next(line for line in report([str(grid)], "markdown").splitlines() if line.startswith("| fb"))
+    assert row.split("|")[3].strip() == "1.000 –"
 
 
 def test_two_seeds_never_print_an_interval_of_zero_width(made_grid):
@@ -310,6 +322,37 @@ def test_rows_that_were_asked_other_prompts_with_equal_references_are_named(tmp_
     metrics = path.with_name("metrics.json")
     rundir.write_json(metrics, {**read_json(metrics), "predictions_sha256": rundir.sha256_file(path)})
     assert "not all rows were asked the same prompts" in " ".join(report([str(grid)]).split())
+
+
+def notes_of_tests(grid):
+    """The notes of the table of tests, as they are printed."""
+    printed = " ".join(report([str(grid)]).partition("the tests behind the verdict")[2].split())
+    return printed.partition("Rule: ")[2].partition(" Conditions ---")[0]
+
+
+def test_the_note_of_the_tests_names_rates_that_were_not_swept_alike_and_rates_at_the_edge(tmp_path):
+    rows = [Made("base", "base", rank=None, rate=None)]
+    for rate in (1e-3, 3e-3, 1e-2):
+        rows += [
+            Made("fb", "fb", loss=0.5 + (rate != 3e-3), n_models=2, rate=rate),
+            Made("fb orthonormal", "fb", loss=0.5 + (rate != 1e-2), b_init="orthonormal", rate=rate),
+        ]
+    rows.append(Made("lora", "lora"))
+    notes = notes_of_tests(make_grid(tmp_path, rows, prompts=6))
+    pairs = "fb r=4 n=2 and lora r=4; fb orthonormal r=4 and lora r=4"
+    assert f"Learning rates not swept alike, so neither better, worse nor equivalent: {pairs}." in notes
+    assert (
+        "Best learning rate at the edge of the sweep, so that a better one may lie outside it, and neither better, worse nor equivalent: "
+        "fb r=4 n=2 and fb orthonormal r=4." in notes
+    )
+    assert "Nothing is decided with fewer than 3 seeds on a side, nor where the learning rates were not swept alike" in notes
+    assert "No random control" not in notes
+
+
+def test_the_note_of_the_tests_names_an_informed_b_without_a_random_control(tmp_path):
+    rows = [Made("fb", "fb", n_models=2), Made("fb random", "fb", b_init="orthonormal"), Made("tb", "tb", n_models=2)]
+    notes = notes_of_tests(make_grid(tmp_path, [*rows, Made("lora", "lora")], prompts=6))
+    assert "No random control of this form, so no conclusion about the information in B: tb r=4 n=2 and lora r=4." in notes
 
 
 def test_nothing_is_bold_where_the_best_two_are_alike(tmp_path):

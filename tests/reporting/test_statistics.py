@@ -164,10 +164,11 @@ def test_corpus_bleu_is_the_mean_over_seeds_of_each_seeds_own_corpus_value():
 
 
 def swept(*methods):
-    """Every method at two learning rates, the second of which was chosen."""
+    """Every method at three learning rates, the middle one of which was chosen."""
     other = [
-        MethodResults(tuple(dataclasses.replace(r, row=dataclasses.replace(r.row, learning_rate=9.0)) for r in one.results))
+        MethodResults(tuple(dataclasses.replace(r, row=dataclasses.replace(r.row, learning_rate=rate)) for r in one.results))
         for one in methods
+        for rate in (1e-9, 9.0)
     ]
     return [*methods, *other]
 
@@ -195,6 +196,13 @@ def test_of_losses_the_least_is_the_best():
 
 def test_a_method_alone_is_not_the_best_of_anything():
     assert best_methods([MethodResults((result(rouge1=[0.1, 0.2]),))], ["rouge1"]) == {}
+
+
+def test_seeds_and_records_that_all_agree_have_no_interval() -> None:
+    (one,) = group_methods([result(seed=seed, rouge1=[1.0, 1.0, 1.0]) for seed in range(3)])
+    (other,) = group_methods([result("other", seed=seed, rouge1=[0.1, 0.1, 0.1]) for seed in range(3)])
+    assert (one.estimate("rouge1").value, one.estimate("rouge1").ci95) == (1.0, None)
+    assert (compare(one, other, "rouge1").ci95, compare(one, other, "rouge1").p_value) == (None, None)
 
 
 def test_an_interval_is_computed_once_however_often_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

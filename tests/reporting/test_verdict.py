@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from cora_cli.reporting.collect import collect
-from cora_cli.reporting.learning_rate_sweep import rates_of
+from cora_cli.reporting.comparison import BASE, BASE_B, LORA_RANK, LORA_SIZE, RANDOM_B
+from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, rates_of
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, FEW_SEEDS, UNDECIDED, UNSWEPT, WORSE
+from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, FEW_SEEDS, UNDECIDED, WORSE
 from cora_cli.reporting.report_rows import read_plan
 from cora_cli.reporting.statistics import group_methods
 from cora_cli.reporting.summary import summarise
-from cora_cli.reporting.verdict import BASE, BASE_B, LORA_RANK, LORA_SIZE, RANDOM_B, judge
+from cora_cli.reporting.verdict import judge
 from tests.reporting.helpers import Made, make_grid, result
 
 TOKENS = np.random.default_rng(9).integers(20, 80, 48).astype(float)
@@ -20,13 +21,13 @@ RANDOM = {"b_init": "orthonormal"}
 GRADIENT = {"b_init": "gradient"}
 
 
-def runs(label, plan, loss, deviation=0.0, seeds=range(5), rates=(1e-3, 3e-3), mode="fb", stream=0, **row):
-    """A method at two rates, of which the first is the better one: records in common, and a draw for each seed."""
+def runs(label, plan, loss, deviation=0.0, seeds=range(5), rates=(3e-4, 1e-3, 3e-3), mode="fb", stream=0, **row):
+    """A method whose rate of 1e-3 is better than its others: records in common, and a draw for each seed."""
     made = []
     for rate in rates:
         for seed in seeds:
             own = np.random.default_rng([stream, seed, *label.encode()])
-            nats = loss + (rate != rates[0]) + deviation * own.standard_normal() + 0.01 * own.standard_normal(48)
+            nats = loss + (rate not in (1e-3, None)) + deviation * own.standard_normal() + 0.01 * own.standard_normal(48)
             one = result(label, seed, rate, {"plan": plan}, **{LOSS: np.stack([TOKENS * (nats + RECORDS), TOKENS], axis=1)})
             made.append(dataclasses.replace(one, row=dataclasses.replace(one.row, mode=mode, **row)))
     return made
@@ -85,6 +86,47 @@ def test_without_a_random_control_that_it_beats_the_information_gets_no_credit()
     assert "but it is not shown to be better than a random B: no credit to the information in B" in verdict.headline
 
 
+def test_at_equal_trained_parameters_too_the_information_gets_credit_only_where_it_beats_a_random_b():
+    small = lora(0.6, rank=2)
+    without = verdict_of(base(), runs("fb", FB, 0.5), random(0.5), small)
+    assert outcomes(without)["fb", LORA_SIZE, False] == outcomes(without)["random", LORA_SIZE, True] == BETTER
+    said = "Compared with LoRA at equal trained parameters, the informed B is better in 1 (held-out loss) test"
+    assert f"{said}, but so is a random B: no credit to the information in B." in without.headline
+    credited = verdict_of(base(), runs("fb", FB, 0.5), random(0.55), small)
+    assert f"{said}." in credited.headline
+
+
+def test_an_informed_b_without_a_random_control_of_its_form_concludes_nothing_about_the_information():
+    verdict = verdict_of(base(), runs("fb", FB, 0.5), random(0.6), runs("tb", FB, 0.5, mode="tb"), lora(0.62))
+    assert (
+        "No conclusion about the information in B of tb r=4 n=1: there is no finished run of the random control. "
+        "Train it with --mode tb --rank 4 --b-init orthonormal." in verdict.headline
+    )
+    marked = {(c.one.first.row.label, c.role): c.uncontrolled for c in verdict.comparisons if not c.control}
+    assert {key for key, uncontrolled in marked.items() if uncontrolled} == {("tb", LORA_RANK)}
+    (sentence,) = (c.sentence() for c in verdict.comparisons if c.uncontrolled)
+    assert "without a random control of this form, no conclusion about the information in B" in sentence
+
+
+def test_without_any_random_control_there_is_no_conclusion_either():
+    verdict = verdict_of(base(), runs("fb", FB, 0.5), lora(0.62), lora(0.62, rank=2))
+    assert verdict.headline.startswith(
+        "No conclusion about the information in B: there is no finished run of the random control."
+    )
+    assert [c.role for c in verdict.comparisons if c.uncontrolled] == [LORA_RANK, LORA_SIZE]
+
+
+def test_a_comparison_of_methods_with_unequal_seeds_says_how_many_it_uses():
+    def sentence(*seeds):
+        one, other = seeds
+        return verdict_of(base(), runs("fb", FB, 0.5, seeds=one), random(0.6, seeds=other)).comparisons[0].sentence()
+
+    assert "seeds" not in sentence(range(5), range(5))
+    assert "(over the 3 seeds that both have, of 5 and 3)" in sentence(range(5), range(3))
+    assert "(over the 3 seeds that both have, of 5 and 5)" in sentence(range(5), range(2, 7))
+    assert "(5 and 4 seeds, not paired: fewer than 3 in common)" in sentence(range(5), range(3, 7))
+
+
 def test_a_b_that_hurts_is_called_worse():
     verdict = verdict_of(base(), runs("fb", FB, 0.6), random(0.5))
     assert outcomes(verdict)["fb", RANDOM_B, False] == WORSE
@@ -127,6 +169,21 @@ def test_methods_whose_rates_were_not_swept_alike_stay_undecided_and_the_reason_
         assert test.p_holm < 0.001
         assert "A decision needs learning rates that were swept alike." in verdict.headline
         assert "learning rates not swept alike" in verdict.comparisons[0].sentence()
+
+
+@pytest.mark.parametrize("edges", [{"fb"}, {"random"}, {"fb", "random"}])
+def test_a_best_rate_at_the_edge_of_its_sweep_decides_nothing_and_the_reason_is_said(edges):
+    rates = {label: (1e-3, 3e-3, 1e-2) if label in edges else (3e-4, 1e-3, 3e-3) for label in ("fb", "random")}
+    for other in (0.6, 0.5):  # better, and equivalent, with both rates inside
+        verdict = verdict_of(base(), runs("fb", FB, 0.5, rates=rates["fb"]), random(other, rates=rates["random"]))
+        (test,) = verdict.comparisons[0].tests
+        assert (test.outcome, test.more_seeds, test.more_records) == (UNDECIDED, None, None)
+        for name in edges:
+            assert f"{AT_EDGE} of " in test.obstacle
+            assert f"of {name} r=4" in test.obstacle
+        assert test.obstacle in verdict.comparisons[0].sentence()
+        assert "A decision needs best learning rates inside their sweeps, not at the edge." in verdict.headline
+        assert "swept alike" not in verdict.headline
 
 
 def test_a_small_difference_between_well_measured_methods_is_equivalent():

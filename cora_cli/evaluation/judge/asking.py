@@ -7,10 +7,14 @@ from typing import Any, Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A message to send. `number` tells the caller which of its calls was answered."""
+    """A message to send. `number` tells the caller which of its calls was answered.
+
+    A reply to a call with an `opening` begins with it, and ends with the object that it opens, where the judge can be held to that.
+    """
 
     number: int
     message: str
+    opening: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

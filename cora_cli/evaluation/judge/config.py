@@ -5,6 +5,7 @@ import json
 from typing import Any
 from urllib.parse import urlsplit
 
+from cora_cli.data.templates import check_date
 from cora_cli.errors import UsageError
 from cora_cli.reading import Malformed, parse_json
 from cora_cli.settings import MOST, DtypeName, range_problems, refuse_useless, setting
@@ -13,7 +14,7 @@ _WHAT, _JUDGE, _ANCHORS, _LIMITS, _RUN = "What to judge", "Judge", "Anchors", "L
 _OF_ENDPOINTS = frozenset(
     {"key_variable", "parameters", "concurrency", "retries", "backoff", "timeout", "price_in", "price_out", "max_cost"}
 )
-_OF_LOCAL_JUDGES = frozenset({"batch_size", "device", "dtype", "trust_remote_code"})
+_OF_LOCAL_JUDGES = frozenset({"batch_size", "template_date", "device", "dtype", "trust_remote_code"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,12 @@ class JudgeConfig:
     )
     max_tokens: int = setting("Maximum length of a reply, in tokens.", 256, panel=_JUDGE, most=MOST)
     batch_size: int = setting("Prompts that a local judge decodes together.", 16, panel=_JUDGE, most=MOST)
+    template_date: str | None = setting(
+        "Date, as YYYY-MM-DD, for a local judge whose chat template writes the current one into its prompts. Default: that of the judge.json "
+        "in the output directory, else today.",
+        None,
+        panel=_JUDGE,
+    )
     base: str | None = setting(
         "Directory of `cora evaluate`, or predictions.jsonl, with the base model's answers, to judge them too.",
         None,
@@ -106,7 +113,7 @@ class JudgeConfig:
         if self.with_base and (self.base or not self.runs):
             raise UsageError("--with-base needs run directories and no --base, which names the base model's answers itself")
         self._check_judge()
-        if problems := range_problems(self):
+        if problems := [*range_problems(self), *filter(None, [check_date(self.template_date)])]:
             raise UsageError("; ".join(problems))
         for name, least in (
             ("concurrency", 1),

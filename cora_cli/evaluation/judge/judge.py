@@ -20,6 +20,7 @@ from cora_cli.evaluation.judge.judgments import Judgments, estimated_tokens
 from cora_cli.evaluation.judge.measures import measure_rubric
 from cora_cli.evaluation.judge.questions import Question, all_questions
 from cora_cli.evaluation.judge.rubrics import Rubric, load_rubric
+from cora_cli.evaluation.judge.wording import opening
 from cora_cli.lock import own_directory
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_json
@@ -87,7 +88,7 @@ def _prepare(config: JudgeConfig) -> _Work:
     else:
         from cora_cli.evaluation.judge.local import LocalJudge  # torch
 
-        judge = LocalJudge(config)
+        judge = LocalJudge(config, _recorded_date(_output(config)))
     questions = all_questions(rubrics, answers, config.retest, config.seed, judge.identity)
     return _Work(config, answers, rubrics, judge, questions, _output(config))
 
@@ -100,6 +101,12 @@ def _output(config: JudgeConfig) -> JudgeDirectory:
     (run,) = config.runs or ()
     root = RunDirectory(Path(run)).root
     return JudgeDirectory(root / "judge")
+
+
+def _recorded_date(out: JudgeDirectory) -> str | None:
+    """The date in the messages of the judging in `out`, to continue or to reuse; None if there is none."""
+    recorded: dict[str, Any] = read_json(out.result, Judging)["judge"] if out.result.exists() else {}
+    return recorded.get("template_date")
 
 
 def _check_nothing_is_lost(work: _Work) -> None:
@@ -135,7 +142,7 @@ def _ask_all(work: _Work, judgments: Judgments) -> None:
             calls: dict[int, tuple[Question, int, Call]] = {}
             for number, question in enumerate(pending):
                 useless = judgments.malformed(question.request_sha256)
-                calls[number] = (question, len(useless), Call(number, question.message(useless[-1] if useless else "")))
+                calls[number] = (question, len(useless), _call(number, question, useless))
             before = len(judgments.lines)
             settled = set()
             for call, result in work.judge.ask([call for *_, call in calls.values()], budget.allows):
@@ -156,6 +163,13 @@ def _ask_all(work: _Work, judgments: Judgments) -> None:
                     f"the next request could exceed --max-cost {config.max_cost:g} ({budget.spent():.4g} are spent in {work.out.root}); "
                     f"{len(pending)} of {len(distinct)} judgments are missing: a higher --max-cost continues"
                 )
+
+
+def _call(number: int, question: Question, useless: Sequence[str]) -> Call:
+    """The call for a question whose earlier replies were `useless`, for these reasons."""
+    if not useless:
+        return Call(number, question.message())
+    return Call(number, question.message(useless[-1]), opening(question.rubric))
 
 
 class _Budget:

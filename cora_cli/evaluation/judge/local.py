@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from cora_cli.data.encode import check_rows, encode_prompt
-from cora_cli.data.templates import Rendered, Template
+from cora_cli.data.templates import Rendered, Template, clock_at, reads_clock, today
 from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.generate import end_tokens, transformers_engine
@@ -17,12 +17,16 @@ from cora_cli.models.references import resolve_model
 from cora_cli.progress import say
 
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
+_END = "}"
 
 
 class LocalJudge:
-    """See the module. The model is loaded with the first call."""
+    """See the module. The model is loaded with the first call.
 
-    def __init__(self, config: JudgeConfig) -> None:
+    A chat template that writes the date writes that of the settings, else `date`, else today's, whatever the day is.
+    """
+
+    def __init__(self, config: JudgeConfig, date: str | None = None) -> None:
         assert config.judge_model is not None
         self._config, self._model = config, resolve_model(config.judge_model)
         if self._model.is_adapter:
@@ -32,23 +36,37 @@ class LocalJudge:
         self._hardware = select_hardware(config.device, config.dtype)
         self._tokenizer = load_tokenizer(self._model, config.trust_remote_code)
         self._loaded: Any = None
+        writes_date = bool(self._tokenizer.chat_template) and reads_clock("chat", self._tokenizer)
+        if config.template_date and not writes_date:
+            raise CoraError(
+                f"--template-date has no effect: the chat template of {self._model.reference} writes no date; leave it out"
+            )
+        self._date = config.template_date or date or today()
         self.identity = {
             "model": self._model.reference,
             "model_sha256": self._model.content_hash(),
             "tokenizer_sha256": self._model.tokenizer_hash(),
             "dtype": self._hardware.dtype_name,
             "max_tokens": config.max_tokens,
+            "asked_again": "from the opening of the object to its end",
+            **({"template_date": self._date} if writes_date else {}),
         }
 
     def ask(self, calls: Sequence[Call], allowed: Callable[[Call], bool]) -> Iterator[tuple[Call, Reply | NoReply]]:
         """See `Judge`; the calls of one batch are answered together."""
+        for held in (False, True):
+            if alike := [call for call in calls if bool(call.opening) is held]:
+                yield from self._answer(alike, allowed)
+
+    def _answer(self, calls: Sequence[Call], allowed: Callable[[Call], bool]) -> Iterator[tuple[Call, Reply | NoReply]]:
+        """The replies to calls that all have an opening, or all none."""
         if self._loaded is None:
             say(f"{self._model.reference}: {self._hardware.describe()}")
             self._loaded = load_model(
                 self._model, self._hardware.dtype, self._hardware.device, None, self._config.trust_remote_code
             )
         room = context_length(self._loaded.config) - self._config.max_tokens
-        prompts = [self._encode(call.message) for call in calls]
+        prompts = [self._encode(call.message, call.opening) for call in calls]
         for ids in prompts:
             check_rows(ids, self._loaded.get_input_embeddings().weight.shape[0], self._model.reference, self._tokenizer)
         fitting = [place for place, ids in enumerate(prompts) if len(ids) <= room and allowed(calls[place])]
@@ -59,20 +77,29 @@ class LocalJudge:
         if not fitting:
             return
         ends = end_tokens(self._loaded.generation_config.eos_token_id, self._ends)
+        if calls[0].opening:
+            # A closing brace ends the object, whatever else its token holds.
+            ends = sorted({*ends, *(index for piece, index in self._tokenizer.get_vocab().items() if _END in piece)})
         settings = (self._config.batch_size, self._config.max_tokens)
         engine = transformers_engine(self._loaded, self._tokenizer, ends, [prompts[place] for place in fitting], *settings)
         for start in range(0, len(fitting), engine.wave):
             wave = fitting[start : start + engine.wave]
             answers = engine.answer([prompts[place] for place in wave], lambda: None)
             for place, ids in zip(wave, answers, strict=True):
-                text = self._tokenizer.decode(ids, skip_special_tokens=True)
-                yield calls[place], Reply(text, len(prompts[place]), len(ids), self._model.reference)
+                call = calls[place]
+                text = call.opening + self._tokenizer.decode(ids, skip_special_tokens=True)
+                if call.opening and _END in text:
+                    text = text[: text.index(_END) + len(_END)]
+                yield call, Reply(text, len(prompts[place]), len(ids), self._model.reference)
 
-    def _encode(self, message: str) -> list[int]:
-        """The tokens of a conversation with this message, whose text is never taken for control tokens."""
+    def _encode(self, message: str, opening: str = "") -> list[int]:
+        """The tokens of a conversation with this message, whose text is never taken for control tokens, and of the reply's opening."""
         text = message if self._tokenizer.chat_template else f"{message}\n\n"
         before, after = self._around
-        return [*before, *self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], *after]
+        shown, begun = (
+            self._tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"] for part in (text, opening)
+        )
+        return [*before, *shown, *after, *begun]
 
     @cached_property
     def _ends(self) -> set[int]:
@@ -89,7 +116,7 @@ class LocalJudge:
         conversation = [{"role": "user", "content": _PLACE}]
         whose = f"the chat template of {self._model.reference}"
         try:
-            with bounded(whose):
+            with bounded(whose), clock_at(self._date):
                 shown = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         except CoraError:
             raise

@@ -14,8 +14,9 @@ import numpy as np
 from cora_cli.crossed import Floats, ValueFunction, crossed, pseudo_values
 from cora_cli.evaluation.judge.answers import REFERENCE, SHUFFLED, Answers
 from cora_cli.evaluation.judge.questions import Question
-from cora_cli.evaluation.judge.rubrics import FIRST, SECOND, TIE, Criterion, Rubric
+from cora_cli.evaluation.judge.rubrics import FIRST, HIGHEST, LOWEST, SECOND, TIE, Criterion, Rubric
 from cora_cli.evaluation.judge.wording import PREFERENCE_KEY
+from cora_cli.intervals import with_width
 
 Z = 1.959963984540054
 _ROUNDING = 1e-12
@@ -46,10 +47,15 @@ def measure_rubric(rubric: Rubric, answers: Answers, judged: Judged) -> dict[str
 
 
 def _disqualified(anchors: Mapping[str, Any]) -> list[str]:
-    """The anchored criteria on which the judge is not shown to tell references from shuffled ones: the interval does not lie above 0."""
+    """The anchored criteria on which the judge is not shown to tell references from shuffled ones: the interval does not lie above 0.
+
+    Where all records agree there is no interval, and the sign test decides, which FEWEST records pass.
+    """
 
     def shown(found: Mapping[str, Any] | None) -> bool:
-        return found is not None and found["n"] >= FEWEST and found["ci95"] is not None and found["ci95"][0] > 0
+        if found is None or found["n"] < FEWEST:
+            return False
+        return bool(found["ci95"][0] > 0 if found["ci95"] else found["value"] > 0)
 
     return [name for name, found in anchors.items() if not shown(found)]
 
@@ -68,13 +74,19 @@ def estimate(statistics: Floats, value: ValueFunction, n: int | None = None) -> 
     if not math.isfinite(found):
         return None
     ends: tuple[float, float] | None = None
-    if count > 1 and np.isfinite(parts).all():
-        if np.ptp(parts) <= _ROUNDING * max(1.0, float(np.abs(parts).max())):
-            ends = (found, found)
-        else:
-            low, high = (float(end) for end in crossed([parts[None]]).interval(0.95))
-            ends = (low, high) if math.isfinite(low) and math.isfinite(high) else None
+    # Records that all agree say nothing about the spread.
+    varies = np.isfinite(parts).all() and np.ptp(parts) > _ROUNDING * max(1.0, float(np.abs(parts).max()))
+    if count > 1 and varies:
+        low, high = (float(end) for end in crossed([parts[None]]).interval(0.95))
+        ends = (low, high) if math.isfinite(low) and math.isfinite(high) else None
     return {"value": found, "ci95": ends and list(ends), "n": count}
+
+
+def _within(found: dict[str, Any] | None, lowest: float, highest: float) -> dict[str, Any] | None:
+    """An estimate without the part of its interval that its quantity cannot reach."""
+    if found is None or found["ci95"] is None:
+        return found
+    return {**found, "ci95": [min(max(end, lowest), highest) for end in found["ci95"]]}
 
 
 def corrected_share(
@@ -99,7 +111,8 @@ def corrected_share(
     variance = (seen * (1 - seen) / seen_n + (1 - centre) ** 2 * errors[0] + centre**2 * errors[1]) / gain**2
     ends = (centre + shift - Z * math.sqrt(variance), centre + shift + Z * math.sqrt(variance))
     value, low, high = (min(max(number, 0.0), 1.0) for number in (value, *ends))
-    return {"value": value, "ci95": [min(low, value), max(high, value)], "n": n}
+    interval = with_width(min(low, value), max(high, value))
+    return {"value": value, "ci95": interval and list(interval), "n": n}
 
 
 def _ratio(sums: Floats, _: int) -> Floats:
@@ -131,8 +144,10 @@ def _criterion(rubric: Rubric, criterion: Criterion, answers: Answers, judged: J
     slope, correlation = _length(answers, means)
     found: dict[str, Any] = {
         "anchored": criterion.anchored,
-        "scores": {name: _per_record(values) for name, values in means.items()},
-        "gold_minus_shuffled": _per_record(_differences(means[REFERENCE], means[SHUFFLED])),
+        "scores": {name: _within(_per_record(values), LOWEST, HIGHEST) for name, values in means.items()},
+        "gold_minus_shuffled": _within(
+            _per_record(_differences(means[REFERENCE], means[SHUFFLED])), LOWEST - HIGHEST, HIGHEST - LOWEST
+        ),
         "length_slope": slope,
         "length_correlation": correlation,
         "retest": _retest_of_scores(scores),
@@ -212,10 +227,7 @@ def _length(
         both, lengths, scores = within(sums)
         return np.where((lengths > _ROUNDING) & (scores > _ROUNDING), both / np.sqrt(lengths * scores), np.nan)
 
-    found = estimate(statistics, correlation)
-    if found is not None and found["ci95"] is not None:
-        found["ci95"] = [max(found["ci95"][0], -1.0), min(found["ci95"][1], 1.0)]
-    return estimate(statistics, slope), found
+    return estimate(statistics, slope), _within(estimate(statistics, correlation), -1.0, 1.0)
 
 
 def _retest_of_scores(scores: Mapping[str, Sequence[Sequence[float | None]]]) -> dict[str, Any] | None:
@@ -247,7 +259,11 @@ def _retest_of_scores(scores: Mapping[str, Sequence[Sequence[float | None]]]) ->
     if noise is not None:
         ends = noise["ci95"] and [math.sqrt(max(end, 0.0)) for end in noise["ci95"]]
         noise = {"value": math.sqrt(max(noise["value"], 0.0)), "ci95": ends, "n": noise["n"]}
-    return {"kappa": estimate(statistics, kappa), "agreement": estimate(statistics[:, [6, 0]], _ratio), "noise": noise}
+    return {
+        "kappa": _within(estimate(statistics, kappa), -1.0, 1.0),
+        "agreement": _within(estimate(statistics[:, [6, 0]], _ratio), 0.0, 1.0),
+        "noise": noise,
+    }
 
 
 def _pairs(answers: Answers, judged: Judged) -> dict[str, Any]:
@@ -275,7 +291,7 @@ def _pairs(answers: Answers, judged: Judged) -> dict[str, Any]:
     accuracy = _per_record(gold)
     wins = {}
     for pair in answers.pairs()[:-1]:
-        observed = _per_record(shares(pair))
+        observed = _within(_per_record(shares(pair)), 0.0, 1.0)
         wins[f"{pair[0]} / {pair[1]}"] = {"observed": observed, "corrected": _corrected(observed, accuracy, accuracy)}
     order, flips = [], []
     for record in records:
@@ -285,9 +301,9 @@ def _pairs(answers: Answers, judged: Judged) -> dict[str, Any]:
             flips.append([float(sum(worth[one] != 1 - worth[other] for one, other in orders)), float(len(orders))])
     return {
         "wins": wins,
-        "gold_over_shuffled": _per_record([None if share is None else 2 * share - 1 for share in gold]),
-        "order_bias": estimate(np.array(order).reshape(-1, 2), _ratio),
-        "order_flips": estimate(np.array(flips).reshape(-1, 2), _ratio),
+        "gold_over_shuffled": _within(_per_record([None if share is None else 2 * share - 1 for share in gold]), -1.0, 1.0),
+        "order_bias": _within(estimate(np.array(order).reshape(-1, 2), _ratio), -1.0, 1.0),
+        "order_flips": _within(estimate(np.array(flips).reshape(-1, 2), _ratio), 0.0, 1.0),
         "length_bias": _length_bias(answers, gold),
         "retest": _retest_of_choices(said, records),
     }
@@ -304,7 +320,7 @@ def _length_bias(answers: Answers, gold: Sequence[float | None]) -> dict[str, An
     def difference(sums: Floats, _: int) -> Floats:
         return sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]
 
-    return estimate(np.array(rows).reshape(-1, 4), difference)
+    return _within(estimate(np.array(rows).reshape(-1, 4), difference), -1.0, 1.0)
 
 
 def _retest_of_choices(
@@ -330,4 +346,7 @@ def _retest_of_choices(
 
     statistics = tables.reshape(-1, 9)
     agreed = np.stack([statistics[:, [0, 4, 8]].sum(1), statistics.sum(1)], axis=1)
-    return {"kappa": estimate(statistics, kappa), "agreement": estimate(agreed, _ratio)}
+    return {
+        "kappa": _within(estimate(statistics, kappa), -1.0, 1.0),
+        "agreement": _within(estimate(agreed, _ratio), 0.0, 1.0),
+    }

@@ -92,6 +92,8 @@ def _fault(values: dict[str, Any]) -> str | None:
     """What is wrong with a rubric whose values have the right types."""
     criteria = values.get("criteria", {})
     faults = [_unknown("it", values, _RubricFile), *(_fault_of_criterion(*entry) for entry in criteria.items())]
+    if not values["instructions"].strip():
+        faults.append("instructions are empty; say what the judge is to assess")
     if values["kind"] == "preference":
         faults.append(
             "a preference has no criteria and no pass_mark; leave them out" if criteria or "pass_mark" in values else None
@@ -108,6 +110,8 @@ def _fault(values: dict[str, Any]) -> str | None:
 def _fault_of_criterion(name: Any, entry: dict[str, Any]) -> str | None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or name == "reason":
         return f"a criterion needs a name of letters, digits and underscores other than reason, not {name!r}"
+    if not entry["text"].strip():
+        return f"criteria.{name}.text is empty; say what the criterion means"
     return _unknown(f"criteria.{name}", entry, _CriterionFile)
 
 

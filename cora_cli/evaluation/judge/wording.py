@@ -62,6 +62,11 @@ def _format(rubric: Rubric) -> str:
     return f"Reply with one JSON object and nothing else: {{{keys}}}, each a number from {LOWEST:g} to {HIGHEST:g}."
 
 
+def opening(rubric: Rubric) -> str:
+    """How a reply in the form of `write_message` begins."""
+    return f'{{"{PREFERENCE_KEY if rubric.is_preference else rubric.criteria[0].name}":'
+
+
 def read_reply(rubric: Rubric, text: str) -> dict[str, float] | dict[str, str]:
     """The scores by criterion, or the preference under `PREFERENCE_KEY`. Raises `BadReply` for anything but one complete judgment.
 

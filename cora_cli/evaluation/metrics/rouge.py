@@ -1,7 +1,8 @@
 """ROUGE-1, ROUGE-2 and ROUGE-L (Lin 2004): F-measures of `rouge-score`, mean over examples; ours with its Porter stemmer.
 
 Tokens are runs of [a-z0-9], as in `rouge-score`: this ignores most of the syntax of code, and scores other scripts as 0. Hugging Face
-`evaluate` does not stem, and prints the median of 1000 bootstrap means, drawn without a seed, in place of the mean that they estimate.
+`evaluate` does not stem, and prints the median of 1000 bootstrap means in place of the mean that they estimate. Its draws are those of
+`evaluate.load("rouge", seed=N)`; without a seed they follow numpy's state when it was loaded.
 """
 
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ class Rouge(Metric):
         return self._scores.f_measures(predictions, references)[:, [self._column]]
 
     def as_evaluate_prints(self, statistics: Floats, seed: int) -> float | None:
-        """In the variant `hf-evaluate`, the median of `BootstrapAggregator`, after `numpy.random.seed(seed)`.
+        """In the variant `hf-evaluate`, what `evaluate.load("rouge", seed=seed)` prints: the median of `BootstrapAggregator`.
 
         `evaluate` draws for one variant of ROUGE after the other, in the order of `COLUMNS`.
         """

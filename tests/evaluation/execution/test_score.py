@@ -111,7 +111,8 @@ def test_challenge_tests_of_mbpp_are_not_run_and_that_is_said(tmp_path: Path, ca
     line = {"reference": "x", "prediction": "def f(x): return x + 1", "problem": {"output": "def f(x): return 2", **tests}}
     rundir.write_jsonl(tmp_path / "p.jsonl", [line, {**line, "problem": {**line["problem"], "challenge_test_list": []}}])
     config = EvaluateConfig(from_predictions=str(tmp_path / "p.jsonl"), metrics=("pass@1",), execute_code=True, bootstrap=100)
-    assert evaluate(config)[0].record["metrics"]["pass@1"]["value"] == 1.0
+    metric = evaluate(config)[0].record["metrics"]["pass@1"]
+    assert (metric["value"], metric["ci95"]) == (1.0, None)  # both pass, which says nothing about the spread
     assert "p.jsonl: 1 records also have a challenge_test_list, which is not run" in capsys.readouterr().err
 
 

@@ -1,5 +1,6 @@
 """Planted biases of a judge are recovered within the intervals of `judge.json`, and a judge without judgment is disqualified."""
 
+import itertools
 import json
 import math
 import random
@@ -27,6 +28,8 @@ def judged(tmp_path, biases, rubric, count=40, good=0.7, **settings):
 
 
 def holds(found, truth):
+    if found["ci95"] is None:  # all records agree
+        return abs(found["value"] - truth) < 1e-9
     return found["ci95"][0] - 1e-9 <= truth <= found["ci95"][1] + 1e-9
 
 
@@ -196,6 +199,37 @@ def test_shuffled_references_are_other_references(references) -> None:
         assert sum(place is None for place in found) == max(2 * largest - len(references), 0)
 
 
+def test_no_interval_leaves_the_range_of_its_quantity(tmp_path) -> None:
+    """With two records and a judge that throws a coin, the t-distribution alone would give shares above 1."""
+    calls = itertools.count()
+
+    def say(message):
+        n = next(calls)
+        scores = dict.fromkeys(("fluency", "relevance", "accuracy"), 100 * (n % 3 == 0))
+        return json.dumps({"better": ("first", "second")[n % 2]} if '"better"' in message else scores)
+
+    with serving(say=say) as server:
+        record, _ = judge(judge_of(server, write_answers(tmp_path / "answers", 2), tmp_path / "out", concurrency=1))
+    ranges = {"scores": (0, 100), "gold_minus_shuffled": (-100, 100), "kappa": (-1, 1), "agreement": (0, 1), "observed": (0, 1)}
+    ranges |= dict.fromkeys(("order_bias", "gold_over_shuffled", "length_bias", "length_correlation"), (-1, 1))
+    ranges |= {"order_flips": (0, 1)}
+    checked = set()
+
+    def check(value: object, allowed: tuple[float, float] | None) -> None:
+        if isinstance(value, dict):
+            if allowed and value.get("ci95"):
+                low, high = value["ci95"]
+                assert allowed[0] <= low <= value["value"] <= high <= allowed[1]
+                checked.add(allowed)
+            for key, part in value.items():
+                check(part, ranges.get(key, allowed))
+
+    check(record["rubrics"]["preference"]["pairs"], None)
+    for entry in record["rubrics"]["paper"]["criteria"].values():
+        check({key: entry[key] for key in ("scores", "gold_minus_shuffled", "retest")}, None)
+    assert checked == {(0, 100), (-100, 100), (0, 1), (-1, 1)}
+
+
 def test_failures_count_as_missing_and_never_as_scores(tmp_path) -> None:
     """A judge that never answers on one topic leaves that record out of every number."""
 
@@ -208,7 +242,9 @@ def test_failures_count_as_missing_and_never_as_scores(tmp_path) -> None:
     found = record["rubrics"]["paper"]
     assert found["failed"] == {"answers": 2, REFERENCE: 2, SHUFFLED: 2}
     assert {(entry["n"], entry["value"]) for entry in found["criteria"]["fluency"]["scores"].values()} == {(7, 50.0)}
-    assert "6 of 48 judgments were not obtained" in terminal(judge_section(record))
+    text = terminal(judge_section(record))
+    assert "6 of 48 judgments were not obtained" in text
+    assert "n = 7 of 8 records, since judgments are missing" in text
     failed = [line for line in read_jsonl(out.judgments) if line["outcome"] == "failed"]
     assert len(failed) == 6
     assert {line["judgment"] for line in failed} == {None}

@@ -42,7 +42,7 @@ def at(server, *more):
 def test_the_command_prints_tables_with_the_papers_columns_beside_them(server, answers) -> None:
     result = cora("judge", "--from", answers, *at(server))
     assert result.exit_code == 0, result.output
-    assert "60.0 [60.0, 60.0] (90.39)" in result.stdout
+    assert "60.0 – (90.39)" in result.stdout
     assert "the judge planted tells reference answers from references of other prompts" in result.stdout
     out = answers.parent / "judge"
     record = read_json(out / "judge.json")
@@ -201,8 +201,32 @@ def test_a_report_of_a_grid_names_the_papers_rows(server, tmp_path) -> None:
     result = cora("judge", run, *at(server))
     assert result.exit_code == 0, result.output
     text = cora("report", grid).stdout
-    assert "20.0 [20.0, 20.0] (87.53)" in text
+    assert "20.0 – (87.53)" in text
     assert "the judge planted is disqualified" in text
+
+
+def test_a_report_of_several_groups_says_whose_answers_were_judged(server, tmp_path) -> None:
+    rows = [Made("fb", "fb", group=group, printed=f"CoRA_{group}_FB_5", n_models=5) for group in ("code", "yahma")]
+    grid = make_grid(tmp_path / "grid", rows, prompts=6, paper_table="gpt4_judge")
+    for run in (grid / "runs").iterdir():
+        assert cora("judge", run, *at(server)).exit_code == 0
+    text = cora("report", grid).stdout
+    for group in ("code", "yahma"):
+        assert f"{group}: Rubric paper: the judge planted is disqualified." in text
+        assert f"{group} – planted, which answered as planted-1, rubric preference: the judge" in text
+    # The columns of the paper's table are the judge's: no other table has its title or its numbers.
+    assert "GPT-4 as judge" not in text
+    assert "the number published in the paper" not in text
+    assert "n = 6 records; the last two rows are the anchors" in text
+
+
+def test_a_judge_without_a_single_judgment_is_disqualified_as_such(server, answers) -> None:
+    server.fault = lambda n: "garbage"
+    result = cora("judge", "--from", answers, *at(server, "--tries", "1", "--no-retest", "--rubric", "paper"))
+    assert result.exit_code == 0, result.output
+    assert "the judge planted is disqualified. It gave no judgment at all. It is not shown to tell" in " ".join(
+        result.stdout.split()
+    )
 
 
 def test_a_report_leaves_out_judgments_that_do_not_belong_to_the_answers(server, tmp_path) -> None:

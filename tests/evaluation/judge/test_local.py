@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -67,13 +68,36 @@ def test_a_judge_that_babbles_gives_failures_not_scores(tiny_model, tmp_path) ->
     assert {line["outcome"] for line in read_jsonl(out.judgments)} == {"malformed", "failed"}
 
 
+def test_a_local_judge_that_is_asked_again_goes_on_from_the_opening_of_the_object(tiny_model, tmp_path) -> None:
+    path = write_answers(tmp_path / "answers", 2)
+    settings = {**FAST, "tries": 2}
+    _, out = judge(JudgeConfig(from_predictions=str(path), judge_model=str(tiny_model), retest=False, **settings))
+    replies = [
+        (line["rubric"], line["attempt"], line["reply"]) for line in read_jsonl(out.judgments) if line["reply"] is not None
+    ]
+    openings = {"paper": '{"fluency":', "preference": '{"better":'}
+    assert {attempt for _, attempt, _ in replies} == {0, 1}
+    assert all(reply.startswith(openings[rubric]) == bool(attempt) for rubric, attempt, reply in replies)
+
+
+def test_a_reply_that_was_opened_ends_with_its_object(local) -> None:
+    calls = [Call(0, "How good?"), Call(1, "How good?", '{"better": "first"} and'), Call(2, "How bad?", '{"better":')]
+    texts = {call.number: reply.text for call, reply in local.ask(calls, lambda call: True)}
+    assert texts[1] == '{"better": "first"}'
+    assert texts[2].startswith('{"better":')
+    assert "}" not in texts[2][:-1]
+    assert not texts[0].startswith("{")
+
+
 @pytest.mark.slow
-def test_the_embedded_model_is_disqualified(tmp_path) -> None:
+def test_the_embedded_model_keeps_to_the_form_and_is_disqualified(tmp_path) -> None:
     path = write_answers(tmp_path / "answers", 8)
     settings = {**FAST, "max_tokens": 40, "tries": 2}
     record, _ = judge(JudgeConfig(from_predictions=str(path), judge_model="builtin:smollm2", retest=False, **settings))
     assert record["rubrics"]["paper"]["disqualified"]
     assert record["rubrics"]["preference"]["disqualified"]
+    assert record["rubrics"]["paper"]["criteria"]["accuracy"]["gold_minus_shuffled"] is not None
+    assert record["rubrics"]["preference"]["pairs"]["order_bias"] is not None
 
 
 @pytest.mark.slow
@@ -135,6 +159,53 @@ def _with_template(tiny_model: Path, place: Path, template: str | None, **settin
     if template is not None:
         (model / "chat_template.jinja").write_text(template)
     return LocalJudge(JudgeConfig(from_predictions="p.jsonl", judge_model=str(model), **FAST))
+
+
+DATED = "Today is {{ strftime_now('%d %B %Y') }}. {{ messages[0].content }}"
+
+
+def test_the_date_that_a_chat_template_writes_is_fixed_and_decides_about_the_requests(
+    tiny_model, tmp_path, monkeypatch
+) -> None:
+    dated = _with_template(tiny_model, tmp_path / "m", DATED)
+    path = write_answers(tmp_path / "answers", 2)
+
+    def judged(day: str, **more: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        monkeypatch.setattr("cora_cli.evaluation.judge.local.today", lambda: day)
+        settings = {**FAST, "judge_model": dated.identity["model"], "rubric": ("paper",), "retest": False, **more}
+        record, out = judge(JudgeConfig(from_predictions=str(path), **settings))
+        return record["judge"], read_jsonl(out.judgments)
+
+    identity, lines = judged("2026-01-02")
+    assert identity["template_date"] == "2026-01-02"
+    # A judging goes on with its date, so that its requests stay the same.
+    again, more = judged("2026-01-03")
+    assert again == identity
+    assert {line["request_sha256"] for line in more} == {line["request_sha256"] for line in lines}
+    other, others = judged("2026-01-03", output_dir=str(tmp_path / "other"))
+    assert other["template_date"] == "2026-01-03"
+    assert not {line["request_sha256"] for line in others} & {line["request_sha256"] for line in lines}
+    chosen, same = judged("2026-01-03", output_dir=str(tmp_path / "third"), template_date="2026-01-02")
+    assert chosen == identity
+    assert [(line["request_sha256"], line["reply"]) for line in same] == [
+        (line["request_sha256"], line["reply"]) for line in lines
+    ]
+
+
+def test_the_date_of_the_settings_stands_in_the_prompt(tiny_model, tmp_path) -> None:
+    _with_template(tiny_model, tmp_path / "m", DATED)
+    config = JudgeConfig(from_predictions="p", judge_model=str(tmp_path / "m"), template_date="2001-02-03", **FAST)
+    dated = LocalJudge(config, "1999-09-09")
+    assert "Today is 03 February 2001." in dated._tokenizer.decode(dated._encode("How good?"))
+
+
+def test_a_date_without_effect_is_refused(tiny_model) -> None:
+    with pytest.raises(CoraError, match=r"--template-date has no effect: the chat template of .* writes no date"):
+        LocalJudge(JudgeConfig(from_predictions="p", judge_model=str(tiny_model), template_date="2001-02-03", **FAST))
+    with pytest.raises(CoraError, match="--template-date must be a date"):
+        JudgeConfig(from_predictions="p", judge_model=str(tiny_model), template_date="yesterday", **FAST)
+    with pytest.raises(CoraError, match="template-date"):
+        JudgeConfig(from_predictions="p", endpoint="http://127.0.0.1/v1", judge="x", template_date="2001-02-03")
 
 
 def test_a_reply_ends_with_the_token_by_which_the_chat_template_ends_a_turn(tiny_model, tmp_path) -> None:

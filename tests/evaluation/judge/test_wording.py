@@ -204,6 +204,8 @@ def test_a_rubric_of_ones_own(tmp_path) -> None:
         ("kind: scores\ninstructions: x\ncriteria: {a: {text: y, weight: 2}}\n", "unknown keys: weight"),
         ("kind: scores\ninstructions: x\npass_mark: 101\ncriteria: {a: {text: y}}\n", "pass_mark must be above 0"),
         ("kind: preference\ninstructions: x\ncriteria: {a: {text: y}}\n", "has no criteria"),
+        ("kind: preference\ninstructions: '  '\n", "instructions are empty"),
+        ("kind: scores\ninstructions: x\ncriteria: {a: {text: ' '}}\n", "criteria.a.text is empty"),
         ("kind: scores\ninstructions: x\nscale: 5\ncriteria: {a: {text: y}}\n", "unknown keys: scale"),
     ],
 )

@@ -1,0 +1,112 @@
+"""One comparison of the verdict, its outcome in words, and the kinds of method that the verdict tells apart."""
+
+import dataclasses
+
+from cora_cli.experiments.stage_rules import MIN_SEEDS
+from cora_cli.methods.registry import BASELINE, METHODS
+from cora_cli.reporting.measures import LOSS
+from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, UNDECIDED, WORSE, Test
+from cora_cli.reporting.statistics import EXAMPLES, Difference, MethodResults
+
+RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE = (
+    "random orthonormal B",
+    "B of the base model alone",
+    "LoRA at equal rank",
+    "LoRA at equal trained parameters",
+    "base model without training",
+)
+NO_CONTROL = "without a random control of this form, no conclusion about the information in B"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """`one` minus `other` in every measure that both have; `other` is a control of the kind `role`.
+
+    `control` marks the line below an informed B's comparison with LoRA: the random B compared with the same LoRA. `baseline` marks the
+    comparison of another method with LoRA, which says nothing about an informed B. `uncontrolled` marks an informed B's comparison with LoRA for
+    which there is no random control, so that it says nothing about the information in B.
+    """
+
+    one: MethodResults
+    other: MethodResults
+    role: str
+    tests: tuple[Test, ...]
+    control: bool = False
+    baseline: bool = False
+    uncontrolled: bool = False
+
+    def sentence(self) -> str:
+        """The outcome in words, with the differences that were shown, and that of the held-out loss in any case."""
+        said = []
+        for word in (BETTER, WORSE, EQUIVALENT, UNDECIDED):
+            tests = [test for test in self.tests if test.outcome == word]
+            if word == UNDECIDED and len(tests) > 1:
+                where = "all" if len(tests) == len(self.tests) else "the other"
+                said.append(f"{word} in {where} {len(tests)} measures")
+                said += [f"{title(test.measure)} {_amount(test)}" for test in tests if test.measure == LOSS]
+            elif tests:
+                said.append(f"{word} in {', '.join(f'{title(test.measure)} ({_amount(test)})' for test in tests)}")
+        notes = dict.fromkeys(note for test in self.tests for note in (test.obstacle, _seeds_in_words(test.found)) if note)
+        if self.uncontrolled:
+            notes[NO_CONTROL] = None
+        lead = "The random control, " if self.control else ""
+        tail = f" ({'; '.join(notes)})" if notes else ""
+        return f"{lead}{self.one.name} compared with {self.other.name} ({self.role}): {'; '.join(said)}{tail}."
+
+    def test(self, measure: str) -> Test | None:
+        """The test in one measure, if both methods have it."""
+        return next((test for test in self.tests if test.measure == measure), None)
+
+
+def plan_of(method: MethodResults) -> dict[str, object]:
+    """The plan of the method's adapter; empty without one."""
+    return method.first.record.get("plan") or {}
+
+
+def is_lora(method: MethodResults) -> bool:
+    """Whether it is LoRA on the base model itself. With a start of its own, such as the mean of other models' ΔW, it is another method."""
+    return method.first.row.mode == BASELINE and not plan_of(method).get("start")
+
+
+def is_informed(method: MethodResults) -> bool:
+    """Whether its B starts as the subspace of fine-tuned models, on the base model itself."""
+    plan = plan_of(method)
+    return plan.get("b_init") == "basis" and not plan.get("start") and method.first.row.n_models != 0
+
+
+def is_of_gradient(method: MethodResults) -> bool:
+    """Whether its B starts from the gradient of the training data by choice."""
+    mode = method.first.row.mode
+    return plan_of(method).get("b_init") == "gradient" and mode in METHODS and METHODS[mode].b_init_is_free
+
+
+def title(measure: str) -> str:
+    """The name of a measure in words."""
+    return "held-out loss" if measure == LOSS else measure
+
+
+def digits(measure: str) -> int:
+    """The number of decimals for a measure."""
+    return 2 if measure == "sacrebleu" else 3
+
+
+def _amount(test: Test) -> str:
+    places, found = digits(test.measure), test.found
+    if found.ci95 is None:
+        return f"{found.difference:+.{places}f}, no interval"
+    low, high = found.ci95
+    over = " over records only" if found.kind == EXAMPLES else ""
+    return f"{found.difference:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]{over}"
+
+
+def _seeds_in_words(found: Difference) -> str:
+    """How many seeds the difference uses, where the two methods did not finish equally many or not the same; else empty."""
+    first, second = found.finished
+    if first is None or second is None:
+        return ""
+    if not found.paired:
+        return f"{first} and {second} seeds, not paired: fewer than {MIN_SEEDS} in common"
+    shared = found.fewest_seeds
+    if first == second == shared:
+        return ""
+    return f"over the {shared} seeds that both have, of {first} and {second}"
