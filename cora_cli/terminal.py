@@ -90,11 +90,12 @@ def _folded_line(line: str, columns: int) -> str:
     folded, current = [], pieces[0]
     for piece in pieces[1:]:
         longer = f"{current} {piece}"
-        if fitted(longer, columns) == longer:
+        alone = " " * indent + piece
+        if fitted(longer, columns) == longer or fitted(alone, columns) != alone:  # a piece that fits nowhere is not moved
             current = longer
         else:
             folded.append(current)
-            current = " " * indent + piece
+            current = alone
     return "\n".join([*folded, current])
 
 

@@ -32,10 +32,11 @@ def test_a_line_is_cut_by_the_cells_that_it_takes() -> None:
         ("a\n\n  one two three", "a\n\n  one two\n  three"),
         ("ab  one two three four", "ab  one two\nthree four"),  # the second column begins too far right
         ("a  one two three", "a  one two\n   three"),
-        ("run `cora train --x` now", "run\n`cora train --x`\nnow"),
+        ("run `cora a b` now", "run\n`cora a b`\nnow"),
         ("| a cell | another cell |", "| a cell | another cell |"),
         ("  |You| are| a| helpful|", "  |You| are| a| helpful|"),
         ("unbreakable-and-long", "unbreakable-and-long"),
+        ("name: unbreakable-and-long", "name: unbreakable-and-long"),
         ("天气 天气 天气", "天气 天气\n天气"),
     ],
 )
