@@ -4,6 +4,7 @@ On a terminal this is a bar with the rate and the time left; elsewhere it is a p
 """
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -13,16 +14,21 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from cora_cli.terminal import printable
+from cora_cli.terminal import folded, printable
 
 LINE_INTERVAL_SECONDS = 10.0
 _INTERRUPTED = threading.Event()
 
 
-def say(message: str) -> None:
-    """Print one status line on stderr, which leaves stdout for results; with several processes, only the first prints."""
+def say(message: str, folds: bool = True) -> None:
+    """Print one status line on stderr, which leaves stdout for results; with several processes, only the first prints.
+
+    In a terminal it `folds` at words, which a command to be copied must not.
+    """
     if _is_first_process():
-        print(printable(message), file=sys.stderr, flush=True)
+        text = printable(message)
+        folded_text = folded(text, shutil.get_terminal_size().columns) if folds and sys.stderr.isatty() else text
+        print(folded_text, file=sys.stderr, flush=True)
 
 
 def _is_first_process() -> bool:

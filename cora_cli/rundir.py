@@ -272,6 +272,11 @@ class RunDirectory:
         """Default output directory of `cora evaluate RUN`."""
         return self.root / "eval"
 
+    @property
+    def base_evaluation(self) -> Path:
+        """Where `cora evaluate RUN --with-base` evaluates the base model."""
+        return self.root / "eval-base"
+
     def evaluations_at_ranks(self) -> list[Path]:
         """The scored evaluations of `cora evaluate RUN --ranks …`, eval-rank-1, eval-rank-2, …, by rank."""
         start = f"{self.evaluation.name}-rank-"

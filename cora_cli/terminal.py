@@ -24,8 +24,9 @@ def printable(text: str) -> str:
 
 
 def show(text: str, end: str = "\n") -> None:
-    """Print a command's result on stdout. `say` of `progress` prints everything else."""
-    print(printable(text), end=end, flush=True)
+    """Print a command's result on stdout, folded at words in a terminal. `say` of `progress` prints everything else."""
+    width = columns()
+    print(folded(printable(text), width) if width else printable(text), end=end, flush=True)
 
 
 def complain(text: str) -> None:
@@ -68,6 +69,34 @@ def abandon_closed_pipes() -> None:
 def columns() -> int | None:
     """The width of the terminal that results go to; None where they go to a file or to another program."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def folded(text: str, columns: int) -> str:
+    """`text` with its lines folded at words to `columns` cells; the rest of a line is indented below its text.
+
+    What is to be copied in one piece stays so: a part in backquotes, a row of a table, a line of tokens with `|` between them.
+    """
+    return "\n".join(
+        line if len(fitted(line, columns)) == len(line) else _folded_line(line, columns) for line in text.split("\n")
+    )
+
+
+def _folded_line(line: str, columns: int) -> str:
+    if line.startswith("|"):
+        return line
+    start = re.match(r" *(\S+ {2,})?", line)
+    indent = start.end() if start and start.end() <= columns // 3 else len(line) - len(line.lstrip())
+    pieces = re.split(r"(?<=[^\s|]) (?=\S)(?=(?:[^`]*`[^`]*`)*[^`]*$)", line)
+    folded, current = [], pieces[0]
+    for piece in pieces[1:]:
+        longer = f"{current} {piece}"
+        alone = " " * indent + piece
+        if fitted(longer, columns) == longer or fitted(alone, columns) != alone:  # a piece that fits nowhere is not moved
+            current = longer
+        else:
+            folded.append(current)
+            current = alone
+    return "\n".join([*folded, current])
 
 
 def fitted(line: str, columns: int) -> str:

@@ -28,7 +28,7 @@ from cora_cli.cli import (
 from cora_cli.cli.command import clean_errors
 from cora_cli.cli.usage import Group
 from cora_cli.environment import forget_settings, quiet_libraries
-from cora_cli.terminal import open_missing_streams
+from cora_cli.terminal import open_missing_streams, show
 
 app = typer.Typer(
     name="cora",
@@ -69,7 +69,7 @@ def _root(
     context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the versions and exit.", is_eager=True)
 ) -> None:
     if version:
-        print(_versions())
+        show(_versions())
         raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help())

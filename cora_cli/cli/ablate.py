@@ -165,7 +165,7 @@ def run(config: AblateConfig) -> None:
             "command to try them again"
         )
     place = request.place(request.load())
-    say_next(str(place), "report", place, "-o", "report")
+    say_next(f"{place} is written", "report", place, "-o", "report")
 
 
 def _listed(grids: Mapping[str, Path]) -> str:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from cora_cli import rundir
+from cora_cli.cli.usage import GENERAL, Command
 from cora_cli.environment import variable_behind
 from cora_cli.errors import CoraError, UsageError, is_out_of_memory
 from cora_cli.progress import interrupts_kept
@@ -141,7 +142,7 @@ def command(
     parameters = [_parameter(field, hints[field.name]) for field in grouped]
     entry.__signature__ = inspect.Signature([*parameters, *_common_parameters(hints)])  # type: ignore[attr-defined]
     entry.__doc__ = run.__doc__
-    app.command(name, no_args_is_help=any(field.default is dataclasses.MISSING for field in fields))(entry)
+    app.command(name, cls=Command, no_args_is_help=any(field.default is dataclasses.MISSING for field in fields))(entry)
 
 
 def _refuse_empty(fields: Iterable[dataclasses.Field], values: Mapping[str, Any]) -> None:
@@ -162,9 +163,9 @@ def _common_parameters(hints: Mapping[str, Any]) -> list[inspect.Parameter]:
         help="YAML file with settings named like the flags; flags override it.",
         callback=load,
         is_eager=True,
-        rich_help_panel="General",
+        rich_help_panel=GENERAL,
     )
-    debug = typer.Option("--debug", help="Show the full traceback of an error.", rich_help_panel="General")
+    debug = typer.Option("--debug", help="Show the full traceback of an error.", rich_help_panel=GENERAL)
     kind = inspect.Parameter.KEYWORD_ONLY
     return [
         inspect.Parameter("config", kind, default=None, annotation=Annotated[Path | None, config]),

@@ -43,4 +43,4 @@ def run(config: DemoConfig) -> None:
 
     select_hardware(config.device, config.dtype)  # a wrong flag is refused before the first line is shown
     show(run_demo(Path(config.output_dir), config.seed, config.device, config.dtype, columns()))
-    say_next(config.output_dir, "list", config.output_dir)
+    say_next(f"{config.output_dir} is written", "list", config.output_dir)

@@ -66,7 +66,13 @@ def run(config: EvaluateConfig) -> None:
         show(differences_table(results, columns()))
     reported = config.runs if config.runs and not config.output_dir else (config.output_dir,)
     if all(reported):
-        say_next(", ".join(str(out) for out in reported), "report", *reported, "-o", "report")
+        say_next(
+            f"{', '.join(str(out) for out in reported)} {'is' if len(reported) == 1 else 'are'} evaluated",
+            "report",
+            *reported,
+            "-o",
+            "report",
+        )
 
 
 def unscorable_references(results: "list[Evaluation]") -> list[str]:

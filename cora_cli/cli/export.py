@@ -50,4 +50,4 @@ def run(config: ExportConfig) -> None:
             trust_remote_code=config.trust_remote_code,
         )
     show(f"{config.output}: a LoRA of rank {rank}")
-    say_next(config.output, "evaluate", "--model", config.output, "--dataset", "DATA", "-o", "EVALUATION")
+    say_next(f"{config.output} is written", "evaluate", "--model", config.output, "--dataset", "DATA", "-o", "EVALUATION")

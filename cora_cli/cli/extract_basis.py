@@ -119,7 +119,7 @@ def run(config: ExtractConfig) -> None:
     show(summary.render())
     mode = ("fa-basis", "fb")[config.side == "output"]
     say_next(
-        config.output,
+        f"{config.output} is written",
         "train",
         "--mode",
         mode,

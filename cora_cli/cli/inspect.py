@@ -110,4 +110,4 @@ def run(config: InspectConfig) -> None:
         data = [word for one in config.data for word in ("--data", one)]
         say_next(None, "inspect", *config.inputs, *base, *data, "-o", "inspection")
     elif not any(name.endswith(".safetensors") for name in config.inputs):
-        say_next(config.output_dir, "extract-basis", *config.inputs, "-o", "basis.safetensors")
+        say_next(f"{config.output_dir} is written", "extract-basis", *config.inputs, "-o", "basis.safetensors")

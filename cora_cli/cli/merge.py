@@ -57,4 +57,4 @@ def run(config: MergeConfig) -> None:
             trust_remote_code=config.trust_remote_code,
         )
     show(f"{config.output}: {written} layers changed")
-    say_next(config.output, "evaluate", "--model", config.output, "--dataset", "DATA", "-o", "EVALUATION")
+    say_next(f"{config.output} is written", "evaluate", "--model", config.output, "--dataset", "DATA", "-o", "EVALUATION")

@@ -7,7 +7,7 @@ from typing import Literal
 import typer
 
 from cora_cli.cli.command import command
-from cora_cli.cli.next_step import say_next
+from cora_cli.cli.next_step import say_next, say_where_to_look
 from cora_cli.errors import UsageError
 from cora_cli.settings import setting
 from cora_cli.terminal import columns, show
@@ -71,7 +71,7 @@ def run(config: ReportConfig) -> None:
 
     from cora_cli.evaluation.metrics import parse_metrics
     from cora_cli.lock import own_directory
-    from cora_cli.reporting.report import report
+    from cora_cli.reporting.report import FILES, report
     from cora_cli.reporting.watch import watch
 
     metrics = parse_metrics(",".join(config.metrics)) if config.metrics else None
@@ -85,3 +85,5 @@ def run(config: ReportConfig) -> None:
     show(text, end="")
     if output_dir is None:
         say_next(None, "report", *config.outputs, "-o", "report")
+    else:
+        say_where_to_look(output_dir / FILES["html"])

@@ -53,7 +53,7 @@ def run(config: TrainConfig) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         show(summary(record))
         if record["status"] == "finished":
-            say_next(config.output_dir, "evaluate", config.output_dir, "--with-base")
+            say_next(f"{config.output_dir} is written", "evaluate", config.output_dir, "--with-base")
 
 
 def _probe(config: TrainConfig) -> None:

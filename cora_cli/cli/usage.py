@@ -1,11 +1,11 @@
-"""The group of all commands: it reports a wrong command line as one sentence, as every other error is reported."""
+"""The group of all commands, which reports a wrong command line as one sentence, as every other error is reported; and their `--help`."""
 
 import re
 import sys
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from cora_cli.terminal import CLOSED_PIPE, abandon_closed_pipes, accept_any_text, complain
 
@@ -17,6 +17,39 @@ _OTHER_WORDS = (
     (r"Got unexpected extra arguments?(?:\(s\))? \((?P<extra>.*)\)", "there is no place for the argument {extra}"),
     (r"No such command '(?P<name>.*?)'(?:\. Did you mean '?(?P<near>.*?)'?\??)?", "there is no command {name!r}{near}"),
 )
+GENERAL = "General"
+"""The panel of the flags that all commands have."""
+_LONGEST_CHOICES = 48
+
+
+class Command(TyperCommand):
+    """A command whose help has a heading for each panel of flags, in plain text; rich takes twice as long."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and flags under the headings of their panels, in the order in which the first of each is declared."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        parameters = self.get_params(ctx)
+        plain = all(getattr(parameter, "rich_help_panel", None) in (None, GENERAL) for parameter in parameters)
+        for parameter in parameters:
+            if (record := parameter.get_help_record(ctx)) is not None:
+                heading = getattr(parameter, "rich_help_panel", None) or GENERAL
+                if parameter.param_type_name == "argument":
+                    heading = "Arguments"
+                elif plain:
+                    heading = "Options"
+                panels.setdefault(heading, []).append(_with_choices_in_help(*record))
+        for heading, records in panels.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+
+def _with_choices_in_help(flag: str, text: str) -> tuple[str, str]:
+    """Move choices too long for a line from the flag, `--mode <lora|dora|…>`, into its help."""
+    found = re.fullmatch(r"(--([\w-]+)) <([^<>]*\|[^<>]*)>", flag)
+    if found is None or len(flag) <= _LONGEST_CHOICES:
+        return flag, text
+    body, bracket, default = text.partition("  [")
+    return f"{found[1]} <{found[2]}>", f"{body} One of {found[3].replace('|', ', ')}.{bracket}{default}"
 
 
 class Group(TyperGroup):

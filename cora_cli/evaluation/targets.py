@@ -196,7 +196,7 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
             f"the tokenizer of {base.reference}, or its chat template, is not the one that {name} was trained with, so its prompts and answers "
             "may be others; restore it, or train again"
         )
-    dataset, root, base_root = config.dataset or str(run.test_records), run.evaluation, run.root / "eval-base"
+    dataset, root, base_root = config.dataset or str(run.test_records), run.evaluation, run.base_evaluation
     if config.output_dir:
         place = Path(config.output_dir)
         root = place / run.root.resolve().name if len(config.runs or ()) > 1 or config.with_base else place

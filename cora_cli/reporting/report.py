@@ -42,9 +42,13 @@ class NothingToReport(CoraError):
 
 @dataclasses.dataclass(frozen=True)
 class Composed:
-    """A report before it is written: `texts` has a function for each format. Of `rows`, `finished` have all their parts."""
+    """A report before it is written: `texts` has a function for each format. Of `rows`, `finished` have all their parts.
+
+    `brief` is what a terminal shows of a report that is also written.
+    """
 
     blocks: list[Block]
+    brief: list[Block]
     figures: list[Figure]
     texts: dict[str, Callable[[], str]]
     finished: int
@@ -66,12 +70,14 @@ def report(
 ) -> str:
     """Return the report on finished directories in one format. With `output_dir`, also write all formats and the plots there.
 
-    `width` limits the lines of the returned text for a terminal. Raises `CoraError` as `compose` does.
+    `width` limits the lines of the returned text for a terminal, which gets the brief form of a report that is also written. Raises `CoraError` as `compose` does.
     """
     composed = compose(outputs, metrics, draws=output_dir is not None or format == "html")
     if output_dir is not None:
         composed.write(output_dir)
         say(f"{output_dir}: {', '.join(FILES.values())} and {len(composed.figures)} plots")
+    if output_dir is not None and width is not None and format == "terminal":
+        return terminal(composed.brief, width)
     return terminal(composed.blocks, width) if format == "terminal" else composed.texts[format]()
 
 
@@ -110,6 +116,7 @@ def compose(outputs: Sequence[str], metrics: tuple[str, ...] | None = None, draw
     missing = {(place, entry.row.name) for place, found in enumerate(collections) for entry in found.missing}
     return Composed(
         [block for document in documents for block in document],
+        [block for summary in summaries for block in build_document(summary, brief=True)],
         [figure for figures in drawn for figure in figures],
         _writers(summaries, documents),
         finished=len(results - missing),

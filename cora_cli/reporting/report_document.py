@@ -16,8 +16,8 @@ from cora_cli.reporting.summary import Group, Summary
 from cora_cli.reporting.tables import costs_table, scores_table, sweep_table, verdict_table
 
 
-def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Block]:
-    """The complete report of one experiment."""
+def build_document(summary: Summary, figures: Sequence[Figure] = (), brief: bool = False) -> list[Block]:
+    """The complete report of one experiment; a `brief` one has neither the tests behind the verdict nor the paragraphs on methods."""
     experiment, missing = summary.collection.experiment, summary.collection.missing
     blocks: list[Block] = [Heading(1, experiment.title)]
     if summary.groups:
@@ -31,8 +31,8 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
         blocks.append(Text(f"{done} of {done + len(rows)} rows are finished."))
     if summary.groups:
         for group in summary.groups:
-            blocks += _verdict(group, named=len(summary.groups) > 1)
-        blocks += _tables(summary)
+            blocks += _verdict(group, named=len(summary.groups) > 1, brief=brief)
+        blocks += _tables(summary, brief)
     if summary.collection.judged:
         blocks.append(Heading(2, "Judge"))
         for judged in summary.collection.judged:
@@ -43,7 +43,7 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
         blocks += [Heading(2, "Figures"), *others]
     if experiment.conditions:
         blocks += [Heading(2, "Conditions"), Items(experiment.conditions)]
-    if summary.groups:
+    if summary.groups and not brief:
         blocks += [Heading(2, "Methods"), *map(Text, methods_paragraphs(summary))]
     if missing:
         reasons = tuple(f"{entry.row.name} ({entry.part}): {entry.reason}" for entry in missing)
@@ -51,17 +51,17 @@ def build_document(summary: Summary, figures: Sequence[Figure] = ()) -> list[Blo
     return blocks
 
 
-def _tables(summary: Summary) -> list[Block]:
+def _tables(summary: Summary, brief: bool) -> list[Block]:
     blocks: list[Block] = [Heading(2, "Tables")]
     for group in summary.groups:
         blocks += [scores_table(group, summary.collection.experiment.paper_table), costs_table(group)]
         blocks += [sweep_table(group)] if group.selected_by else []
-        blocks += [verdict_table(group)] if group.verdict.comparisons else []
+        blocks += [verdict_table(group)] if group.verdict.comparisons and not brief else []
     programs = [table for group in summary.groups for table in program_tables(group)]
     return [*blocks, Heading(2, "Programs"), *programs] if programs else blocks
 
 
-def _verdict(group: Group, named: bool) -> list[Block]:
+def _verdict(group: Group, named: bool, brief: bool) -> list[Block]:
     verdict = group.verdict
     blocks: list[Block] = [Text(f"{group.name}: {verdict.headline}" if named else verdict.headline, "verdict")]
     if verdict.comparisons:
@@ -71,10 +71,10 @@ def _verdict(group: Group, named: bool) -> list[Block]:
         others = tuple(comparison.sentence() for comparison in shown if comparison.baseline)
         blocks += [Items(informed)] if informed else []
         blocks += [Text("Other methods compared with LoRA:"), Items(others)] if others else []
+        place = "The written report" if brief else "The table of tests below"
         blocks.append(
             Text(
-                "Tests over seeds and records, Holm-corrected, decide what counts as better or worse. The table of tests below has every "
-                "result and the rule.",
+                f"Tests over seeds and records, Holm-corrected, decide what counts as better or worse. {place} has every result and the rule.",
                 "note",
             )
         )

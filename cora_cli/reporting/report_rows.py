@@ -93,7 +93,7 @@ class StepRecords:
 def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
     """The experiments in the directories: one per grid, and one for all plain runs and evaluations together.
 
-    A directory counts once, however often and by whichever path it is named. Raises `CoraError` if one is none of these, if a plan is
+    Runs bring the evaluation of their base model, where `cora evaluate --with-base` left one. A directory counts once, however often and by whichever path it is named. Raises `CoraError` if one is none of these, if a plan is
     damaged, and for copies of one run.
     """
     grids: list[Experiment] = []
@@ -110,6 +110,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
             judgings.append(root)
         else:
             raise not_an_output(root)
+    plain += _bases_of(plain)
     if len(grids) == 1 and not plain:
         # Judgments of a grid's models are reported with their rows, which know the paper's names.
         return [dataclasses.replace(grids[0], judgings=(*grids[0].judgings, *judgings))]
@@ -146,6 +147,32 @@ def _with_ranks(places: Sequence[Path]) -> list[Path]:
             elif one != run.evaluation:
                 found.append(one)
     return found
+
+
+def _bases_of(rows: Sequence[Row]) -> list[Row]:
+    """One row for each base model that was evaluated with a run, on the same records and with the same settings as the run itself."""
+    found: dict[str, Row] = {}
+    known = {row.evaluation.resolve() for row in rows if row.evaluation is not None}
+    for row in rows:
+        if row.run is None or row.evaluation is None:
+            continue
+        own, base = EvaluationDirectory(row.evaluation), EvaluationDirectory(RunDirectory(row.run).base_evaluation)
+        if not (own.metrics.is_file() and base.metrics.is_file()) or base.root.resolve() in known:
+            continue
+        conditions = _conditions(base)
+        if conditions == _conditions(own) and clean(str(conditions["model"])) == row.model:
+            of_base = dataclasses.replace(_row_of_evaluation(base), group=row.group)
+            found.setdefault(rundir.sha256_json([row.group, conditions]), of_base)
+    return list(found.values())
+
+
+def _conditions(evaluation: EvaluationDirectory) -> dict[str, Any]:
+    """What must be equal for two evaluations to be compared: the model below an adapter, the records, the decoding and the metrics."""
+    record = read_json(evaluation.metrics, records.Metrics)
+    settings = record["generation"].get("settings", {})
+    names = ("model", "records_sha256", "template", "max_new_tokens", "decoding", "dtype")
+    signatures = {name: metric["signature"] for name, metric in record["metrics"].items()}
+    return {**{name: settings.get(name) for name in names}, "metrics": signatures}
 
 
 def _records_hash(evaluation: EvaluationDirectory) -> str | None:

@@ -19,6 +19,7 @@ from cora_cli.settings import ATTENTIONS, LARGEST_RANK, MOST, DtypeName, given, 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 Reporter = Literal["none", "tensorboard", "wandb", "trackio"]
 _WHAT, _DATA, _OPTIM, _RUN = "Method", "Data", "Optimisation", "Run"
+_ONE_METHOD = "Settings of single modes"
 _KERNELS = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?")
 _OF_METHODS = frozenset(own.name for own in OWN_SETTINGS)
 NOT_PART_OF_THE_RESULT = frozenset(
@@ -464,7 +465,7 @@ if TYPE_CHECKING:
 else:
     TrainConfig = dataclasses.make_dataclass(
         "TrainConfig",
-        [(own.name, own.type | None, setting(own.help, None, panel=_WHAT)) for own in OWN_SETTINGS],
+        [(own.name, own.type | None, setting(own.help, None, panel=_ONE_METHOD)) for own in OWN_SETTINGS],
         bases=(_SharedSettings,),
         frozen=True,
         namespace={"__module__": __name__, "__doc__": "Every setting of `cora train`: the shared ones and each method's own."},

@@ -76,10 +76,19 @@ def test_a_folder_of_outputs_is_what_is_below_it(folder):
 def test_the_next_command_is_named_in_a_terminal_only(is_terminal, capsys, monkeypatch):
     for stream in (sys.stdout, sys.stderr):
         monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
-    say_next("my run", "evaluate", "my run")
+    say_next("my run is written", "evaluate", "my run")
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == ("my run is written; next: cora evaluate 'my run'\n" if is_terminal else "")
+
+
+def test_a_next_command_that_is_longer_than_the_terminal_stands_unbroken_on_its_own_line(capsys, monkeypatch):
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    runs = [f"runs/number-{number}" for number in range(5)]
+    say_next("5 runs are evaluated", "report", *runs, "-o", "report")
+    assert capsys.readouterr().err == f"5 runs are evaluated; next:\n  cora report {' '.join(runs)} -o report\n"
 
 
 def test_an_interrupt_says_what_is_kept(capsys):

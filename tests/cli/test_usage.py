@@ -4,6 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cora_cli.cli import app
+from cora_cli.methods.registry import METHODS
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,23 @@ def test_a_wrong_device_is_refused_before_anything_is_shown(command: str) -> Non
     result = CliRunner().invoke(app, [command, "--device", "abacus"])
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "report", "extract-basis"])
+def test_help_has_a_heading_for_each_kind_of_flag_and_lines_of_80_columns(command: str) -> None:
+    shown = CliRunner().invoke(app, [command, "-h"]).stdout.splitlines()
+    assert max(map(len, shown)) <= 80
+    headings = [line for line in shown if line.endswith(":") and not line.startswith(" ")]
+    expected = {
+        "train": ["Method:", "Data:", "Run:", "Optimisation:", "Risky:", "Settings of single modes:", "General:"],
+        "evaluate": ["Arguments:", "What to evaluate:", "Run:", "Generation:", "Metrics:", "Risky:", "General:"],
+        "report": ["Arguments:", "Options:"],
+        "extract-basis": ["Arguments:", "Run:", "Choices (the first value is the default):", "General:"],
+    }
+    assert headings == expected[command]
+
+
+def test_help_names_every_mode_in_its_text() -> None:
+    shown = " ".join(CliRunner().invoke(app, ["train", "-h"]).stdout.split()).replace("- ", "-")
+    assert "--mode <mode>" in shown
+    assert f"One of {', '.join(METHODS)}. [default: fb]" in shown

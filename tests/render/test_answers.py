@@ -122,6 +122,18 @@ def test_a_person_can_look_at_the_answers(width, scheme, browser, tmp_path):
     window.locator("select:has(option[value=pair])").select_option("pair")
     window.locator(".prompts button").first.click()
     assert title() == "Prompt 12"
+    window.locator("select:has(option[value=worse])").select_option("worse")
+    for place, run in enumerate(("0", "1"), start=3):  # the run, and the one that it is compared with
+        window.locator(".controls select").nth(place).select_option(run)
+    changes = [
+        float(text.partition(" (")[0].replace("\u2212", "-")) for text in window.locator(".prompts small").all_inner_texts()
+    ]
+    assert changes == sorted(changes)
+    assert changes[0] < 0
+    assert title() == f"Prompt {window.locator('.prompts b').first.inner_text().strip()}"
+    assert window.locator(".side h4").all_inner_texts() == ["one </script>", "two"]
+    window.get_by_role("button", name="next").click()
+    assert title() == f"Prompt {window.locator('.prompts b').nth(1).inner_text().strip()}"
     window.locator("select:has(option[value=noted])").select_option("noted")
     assert title() == "Prompt 8"
     assert "program: failed (</script>)" in window.locator(".shown").inner_text()

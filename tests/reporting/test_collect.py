@@ -2,6 +2,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cora_cli import rundir
@@ -11,7 +12,7 @@ from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import find_experiments, read_plan
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
-from tests.reporting.helpers import Made, make_grid, plan_entry, record_steps, write_plan
+from tests.reporting.helpers import Made, make_grid, plan_entry, record_steps, write_evaluation, write_plan, write_run
 
 
 @pytest.fixture
@@ -93,6 +94,43 @@ def test_a_run_counts_once_by_whichever_path_it_is_named_and_a_copy_of_it_is_ref
         CoraError, match=rf"{one} and {copied} are the same training, .* would count as two seeds; report only one"
     ):
         find_experiments([str(one), str(other), str(copied)])
+
+
+@pytest.fixture
+def runs_with_base(tmp_path):
+    """Two runs of `cora train`, each evaluated with its base model."""
+    made = [Made("lora", "lora"), Made("fb", "fb", skill=0.6)]
+    folders = [tmp_path / each.mode for each in made]
+    for folder, each in zip(folders, made, strict=True):
+        write_run(folder, each, np.random.default_rng(0))
+        write_evaluation(folder / "eval", each, np.random.default_rng(1), 12)
+        base = Made("base", "base", skill=0.3, rank=None, rate=None)
+        write_evaluation(folder / "eval-base", base, np.random.default_rng(2), 12)
+    return folders
+
+
+def test_the_base_model_that_was_evaluated_with_runs_is_one_row(runs_with_base):
+    (experiment,) = find_experiments([str(runs_with_base[0].parent)])
+    assert [(row.label, row.evaluation.parent.name) for row in experiment.rows] == [
+        ("fb", "fb"),
+        ("lora", "lora"),
+        ("base", "fb"),
+    ]
+    assert len({row.group for row in experiment.rows}) == 1
+    base = collect(experiment).results[-1]
+    assert base.measures[LOSS].value == read_json(runs_with_base[0] / "run.json")["heldout"]["before"]["loss"]
+    (named,) = find_experiments([str(runs_with_base[0]), str(runs_with_base[0] / "eval-base")])
+    assert [row.label for row in named.rows] == ["lora", "base"]
+
+
+@pytest.mark.parametrize("setting", ["model", "records_sha256", "template", "max_new_tokens"])
+def test_a_base_model_that_was_evaluated_otherwise_than_the_run_is_no_row(runs_with_base, setting):
+    path = runs_with_base[0] / "eval-base" / "metrics.json"
+    record = read_json(path)
+    record["generation"]["settings"][setting] = "other"
+    rundir.write_json(path, record)
+    (experiment,) = find_experiments([str(runs_with_base[0])])
+    assert [row.label for row in experiment.rows] == ["lora"]
 
 
 def test_only_the_metrics_that_are_wanted_are_read(made_grid):

@@ -475,3 +475,15 @@ def test_a_plot_of_many_methods_is_cut_and_says_so(made_grid: Path, monkeypatch:
     assert re.search(r"The plot shows the first 2 comparisons; the table of tests has \d+ more\.", page)
     monkeypatch.undo()
     assert "The plot shows the first" not in report([str(made_grid)], "html")
+
+
+def test_a_terminal_shows_the_verdict_and_the_scores_of_a_report_that_is_written(made_grid, tmp_path):
+    shown = report([str(made_grid)], "terminal", tmp_path / "report", width=80)
+    assert "Verdict" in shown
+    assert "held-out loss" in shown
+    assert "The written report has every result and the rule." in shown
+    complete = (tmp_path / "report" / FILES["terminal"]).read_text(encoding="utf-8")
+    for part in ("the tests behind the verdict", "Methods\n-------"):
+        assert part not in shown
+        assert part in complete
+        assert part in report([str(made_grid)], "terminal", width=200)

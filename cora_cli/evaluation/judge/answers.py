@@ -122,7 +122,7 @@ def _predictions_of(name: str) -> Path:
 
 def _answers_of_base(runs: Sequence[str]) -> Path:
     """The base model's answers, where `cora evaluate --with-base` puts them: next to those of a run."""
-    tried = [path for run in runs for path in (Path(run) / "eval-base", Path(run).parent / "base")]
+    tried = [path for run in runs for path in (RunDirectory(Path(run)).base_evaluation, Path(run).parent / "base")]
     for folder in tried:
         if (path := EvaluationDirectory(folder).predictions).is_file():
             return path

@@ -87,9 +87,15 @@
       const scores = prompts[index][2].map((answer) => answer[1][place]).filter((score) => score !== null);
       return scores.length > 1 ? Math.max(...scores) - Math.min(...scores) : -1;
     };
-    // What tells a prompt from its neighbours: templates begin all of them alike.
+    // What tells a prompt from its neighbours: templates begin and end all of them alike.
+    const ending = prompts.slice(1).reduce((length, [text]) => {
+      const first = prompts[0][0];
+      let same = 0;
+      while (same < length && text.at(-1 - same) === first.at(-1 - same)) same += 1;
+      return same;
+    }, prompts.length > 1 ? prompts[0][0].length : 0);
     const ownWords = (index) => {
-      const text = prompts[index][0];
+      const text = prompts[index][0].slice(0, prompts[index][0].length - ending);
       const shared = [index - 1, index + 1].map((other) => {
         const theirs = prompts[other]?.[0] ?? "";
         let length = 0;
@@ -110,13 +116,14 @@
     const [sort, sortLabel] = choose(
       "sort by",
       option("order", "order of the data"),
-      ...(runs.length > 1 ? [option("spread", "largest difference of all runs"), option("pair", "difference of two runs")] : []),
+      ...(runs.length > 1 ? [option("worse", "largest regression"), option("pair", "difference of two runs"), option("spread", "largest difference of all runs")] : []),
       option("worst", "lowest mean score"),
       option("best", "highest mean score"),
     );
     const [first, firstLabel] = choose("run", ...names);
-    const [second, secondLabel] = choose("minus", ...names.map((name) => name.cloneNode(true)));
-    if (runs.length > 1) second.value = "1";
+    const [second, secondLabel] = choose("compared with", ...names.map((name) => name.cloneNode(true)));
+    if (runs.length > 1) first.value = "1";
+    const comparesTwo = () => sort.value === "pair" || sort.value === "worse";
     const [filter, filterLabel] = choose(
       "show",
       option("all", "all prompts"),
@@ -136,7 +143,19 @@
     let current = 0;
     let drawn = 0;
 
+    // Two runs that are compared come first, so that they stand side by side.
+    const inOrder = (answers) => {
+      const all = answers.map((answer, run) => [answer, run]);
+      const two = comparesTwo() ? [...new Set([Number(first.value), Number(second.value)])] : [];
+      return [...two.map((run) => all[run]), ...all.filter(([, run]) => !two.includes(run))];
+    };
     const scoreText = (score) => (score === null ? "\u2013" : score.toFixed(3));
+    const step = (name, by) => {
+      const index = order[order.indexOf(current) + by];
+      const button = element("button", { type: "button", className: "step", textContent: name, disabled: index === undefined });
+      button.addEventListener("click", () => show(index));
+      return button;
+    };
     const draw = () => {
       const [prompt, reference, answers] = prompts[current];
       const place = Number(measure.value);
@@ -146,13 +165,13 @@
       const scored = answers.map((answer) => answer[1][place]).filter((score) => score !== null && score !== undefined);
       const best = scored.length ? (lower.has(measures[place]) ? Math.min(...scored) : Math.max(...scored)) : null;
       detail.replaceChildren(
-        element("h3", {}, link, element("small", { textContent: ` ${order.indexOf(current) + 1} of ${order.length}` })),
+        element("h3", {}, step("previous", -1), link, element("small", { textContent: `${order.indexOf(current) + 1} of ${order.length}` }), step("next", 1)),
         panel("prompt", marked(prompt, null)),
         panel("reference", marked(reference, against.value === "reference" ? null : target)),
         element(
           "div",
           { className: "side" },
-          ...answers.map(([text, scores, notes], run) => {
+          ...inOrder(answers).map(([[text, scores, notes], run]) => {
             const chips = measures.map((name, at) => {
               const isBest = at === place && scores[at] !== null && scores[at] === best && new Set(scored).size > 1;
               return element("span", { className: isBest ? "chip best" : at === place ? "chip chosen" : "chip", textContent: `${name} ${scoreText(scores[at])}` });
@@ -175,8 +194,11 @@
       const place = Number(measure.value);
       for (; drawn < Math.min(order.length, upTo); drawn++) {
         const index = order[drawn];
-        const scores = prompts[index][2].map((answer) => scoreText(answer[1][place] ?? null)).join(" \u00b7 ");
-        const button = element("button", { type: "button" }, element("b", { textContent: `${index + 1} ` }), element("span", { textContent: visible(ownWords(index)), dir: "auto" }), element("small", { textContent: scores }));
+        const each = prompts[index][2].map((answer) => answer[1][place] ?? null);
+        const [one, other] = [each[Number(first.value)], each[Number(second.value)]];
+        const difference = one === null || other === null ? "\u2013" : `${one < other ? "\u2212" : "+"}${Math.abs(one - other).toFixed(3)}`;
+        const scores = comparesTwo() ? `${difference} (${scoreText(one)}, ${scoreText(other)})` : each.map(scoreText).join(" \u00b7 ");
+        const button = element("button", { type: "button" }, element("b", { textContent: `${index + 1} ` }), element("span", { textContent: visible(ownWords(index)), dir: "auto" }), element("small", { textContent: scores, title: comparesTwo() ? "difference (run, compared with)" : runs.map(visible).join(" \u00b7 ") }));
         button.dataset.index = String(index);
         list.append(element("li", {}, button));
       }
@@ -205,16 +227,24 @@
         const [one, other] = [first, second].map((select) => prompts[index][2][Number(select.value)][1][place]);
         return one === null || other === null ? -1 : Math.abs(one - other);
       };
-      const keys = { spread: (index) => -spreadOf(index, place), pair: (index) => -pair(index), worst: mean, best: (index) => -mean(index) };
+      // Below zero where the run scores worse than the one it is compared with; last where a score is lacking.
+      const worse = (index) => {
+        const [one, other] = [first, second].map((select) => prompts[index][2][Number(select.value)][1][place]);
+        return one === null || other === null ? Infinity : lower.has(measures[place]) ? other - one : one - other;
+      };
+      const keys = { worse, spread: (index) => -spreadOf(index, place), pair: (index) => -pair(index), worst: mean, best: (index) => -mean(index) };
       if (keys[sort.value]) {
         const values = new Map(order.map((index) => [index, keys[sort.value](index)]));
-        order.sort((a, b) => values.get(a) - values.get(b) || a - b);
+        order.sort((a, b) => (values.get(a) < values.get(b) ? -1 : values.get(a) > values.get(b) ? 1 : a - b));
       }
-      firstLabel.hidden = secondLabel.hidden = sort.value !== "pair";
+      firstLabel.hidden = secondLabel.hidden = !comparesTwo();
       drawn = 0;
       list.replaceChildren();
       const cut = data.total > prompts.length ? `, the first ${prompts.length} of ${data.total}` : "";
-      status.textContent = `${order.length} of ${prompts.length} prompts${cut}. Keys: j and k go to the next and the previous prompt, / searches.`;
+      status.replaceChildren(
+        `${order.length} of ${prompts.length} prompts${cut}.`,
+        element("span", { className: "keys", textContent: " Keys: j and k go to the next and the previous prompt, / searches." }),
+      );
       if (order.length === 0) {
         detail.replaceChildren(element("p", { textContent: "No prompt has all of this." }));
         return;
@@ -241,15 +271,23 @@
       if (list.scrollTop + list.clientHeight * 2 > list.scrollHeight) more(drawn + 50);
     });
     search.addEventListener("input", update);
-    [measure, sort, first, second, filter].forEach((select) => select.addEventListener("change", update));
+    filter.addEventListener("change", update);
+    // Another order begins with its first prompt.
+    [measure, sort, first, second].forEach((select) =>
+      select.addEventListener("change", () => {
+        update();
+        if (order.length) show(order[0]);
+        list.scrollTop = 0;
+      }),
+    );
     against.addEventListener("change", () => order.length && draw());
     root.addEventListener("keydown", (event) => event.key === "Escape" && event.target === search && (search.blur(), detail.focus({ preventScroll: true })));
     document.addEventListener("keydown", (event) => {
       if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
       const box = root.getBoundingClientRect();
       if (box.bottom < 0 || box.top > innerHeight) return;
-      const step = { j: 1, k: -1 }[event.key];
-      if (step && order.length) show(order[Math.min(Math.max(order.indexOf(current) + step, 0), order.length - 1)]);
+      const by = { j: 1, k: -1 }[event.key];
+      if (by && order.length) show(order[Math.min(Math.max(order.indexOf(current) + by, 0), order.length - 1)]);
       else if (event.key === "/") {
         event.preventDefault();
         search.focus();
