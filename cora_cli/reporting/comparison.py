@@ -64,8 +64,10 @@ def plan_of(method: MethodResults) -> dict[str, object]:
 
 
 def is_lora(method: MethodResults) -> bool:
-    """Whether it is LoRA on the base model itself. With a start of its own, such as the mean of other models' ΔW, it is another method."""
-    return method.first.row.mode == BASELINE and not plan_of(method).get("start")
+    """Whether it is LoRA on the base model itself. With a start of its own, such as the mean of other models' ΔW, or on weights of 4 bits (QLoRA),
+    it is another method."""
+    settings = (method.first.record.get("fingerprint") or {}).get("settings") or {}
+    return method.first.row.mode == BASELINE and not plan_of(method).get("start") and not settings.get("load_in_4bit")
 
 
 def is_informed(method: MethodResults) -> bool:

@@ -4,6 +4,7 @@ A grid with the sections `sweep` and `confirm` has chosen already, and its plan 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from cora_cli.reporting.statistics import MethodResults
 VALIDATION, HELD_OUT = "validation loss", "held-out loss"
 UNSWEPT, AT_EDGE = "learning rates not swept alike", "best learning rate at the edge of the sweep"
 """Why nothing is decided between two methods."""
+WIDTHS = 0.5
+"""The least width of one method's range of rates relative to the other's, both as logarithms."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,8 @@ def at_edge(method: MethodResults, rates: RatesByMethod) -> bool:
 def rate_obstacle(one: MethodResults, other: MethodResults, rates: RatesByMethod) -> str:
     """Why the choice of learning rates does not let two methods be compared; empty where it does.
 
-    Both must have tried equally many rates, and more than one: methods of different scale need different ranges. The chosen rate must lie inside what
+    Both must have tried equally many rates, and more than one, over ranges of about one width: methods of different scale need different
+    ranges. The chosen rate must lie inside what
     was tried (widened rates included) on both sides, since beyond an edge the method may be better still. A base model, and a method that trains nothing,
     have no rate to choose.
     """
@@ -93,7 +97,16 @@ def rate_obstacle(one: MethodResults, other: MethodResults, rates: RatesByMethod
     first, second = rates[one.identity].planned, rates[other.identity].planned
     if len(first) < 2 or len(first) != len(second):
         return UNSWEPT
+    narrow, wide = sorted((_width(first), _width(second)))
+    if narrow < WIDTHS * wide:
+        return UNSWEPT
     edges = [method.name for method in (one, other) if method.has_seeds() and at_edge(method, rates)]
     if not edges:
         return ""
     return f"{AT_EDGE} of {' and of '.join(edges)}"
+
+
+def _width(rates: frozenset[float | None]) -> float:
+    """Logarithm of the highest rate over the lowest."""
+    known = [rate for rate in rates if rate is not None]
+    return math.log(max(known) / min(known)) if known else 0.0

@@ -50,7 +50,10 @@ def test_methods_are_swept_alike_with_as_many_rates_and_the_chosen_ones_inside()
         methods("higher", 1e-3, 1e-2, 1e-1),
         methods("single", 1e-3),
     )
-    rates = rates_of([*fb, *same, *higher, *single])
+    sham, wide = methods("sham", 9.9e-4, 1e-3, 1.01e-3), methods("wide", 1e-5, 1e-3, 1e-1)
+    rates = rates_of([*fb, *same, *higher, *single, *sham, *wide])
+    assert rate_obstacle(fb[1], sham[1], rates) == rate_obstacle(sham[1], fb[1], rates) == UNSWEPT
+    assert rate_obstacle(fb[1], wide[1], rates) == ""
     assert rate_obstacle(fb[1], same[1], rates) == rate_obstacle(fb[1], higher[1], rates) == ""
     assert rate_obstacle(fb[1], single[0], rates) == UNSWEPT
     assert rate_obstacle(single[0], single[0], rates) == UNSWEPT  # one rate is no sweep

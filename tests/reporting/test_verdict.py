@@ -159,6 +159,16 @@ def test_five_seeds_of_a_null_effect_that_differ_are_rarely_called_different():
     assert sum(word in (BETTER, WORSE) for word in said) <= 6
 
 
+def test_lora_on_weights_of_4_bits_is_a_method_of_its_own_and_no_control():
+    quantized = [
+        dataclasses.replace(one, record={**one.record, "fingerprint": {"settings": {"load_in_4bit": True}}})
+        for one in runs("qlora", {"b_init": "zeros"}, 0.9, mode="lora", n_models=None)
+    ]
+    verdict = verdict_of(base(), runs("fb", FB, 0.6), random(0.6), lora(0.6), quantized)
+    assert not any(comparison.other.name.startswith("qlora") for comparison in verdict.comparisons)
+    assert any(c.one.name.startswith("qlora") and c.other.name.startswith("lora") for c in verdict.comparisons)
+
+
 def test_methods_whose_rates_were_not_swept_alike_stay_undecided_and_the_reason_is_said():
     for verdict in (
         verdict_of(base(), runs("fb", FB, 0.5, rates=(1e-3,)), random(0.6, rates=(1e-3,))),
