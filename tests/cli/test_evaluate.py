@@ -104,8 +104,9 @@ def test_one_run_prints_a_row_with_intervals_and_every_signature(runs: list[Path
     assert row[0] == str(runs[0])
     for name, cell in zip(header[1:], row[1:], strict=True):
         digits = 2 if name == "sacrebleu" else 3
-        low, high = metrics[name]["ci95"]
-        assert cell == f"{metrics[name]['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        interval = metrics[name]["ci95"]  # none where all records agree
+        shown = "–" if interval is None else "[{:.{digits}f}, {:.{digits}f}]".format(*interval, digits=digits)
+        assert cell == f"{metrics[name]['value']:.{digits}f} {shown}"
         assert f"\n{name}: {metrics[name]['signature']}\n" in result.stdout
     assert f"over the n = {HELD_OUT} records" in result.stdout
     assert "paired differences" not in result.stdout
