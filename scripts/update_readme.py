@@ -54,6 +54,12 @@ def main() -> None:
             default=ROOT / table,
             help=f"the directory that `cora report runs/{table} -o {table}` wrote",
         )
+    parser.add_argument(
+        "--small",
+        type=Path,
+        default=ROOT / "small",
+        help="the directory that `cora report runs/small -o small` wrote, of configs/baselines/small.yaml",
+    )
     options = parser.parse_args()
     replace("modes", methods_table())
     replace("method-notes", method_notes())
@@ -78,6 +84,8 @@ def main() -> None:
         for name in PLOTS:
             [plot] = (options.baselines / "plots").glob(f"*{name}")
             shutil.copyfile(plot, ROOT / "docs" / f"baselines-{name}")
+    if options.small.exists():
+        replace("small", scores_and_costs((options.small / "report.md").read_text(encoding="utf-8")))
     for table in JUDGED:
         if (place := getattr(options, table)).exists():
             replace(table, programs_and_judge((place / "report.md").read_text(encoding="utf-8")))
@@ -119,7 +127,7 @@ def scores_and_costs(report: str) -> str:
 
 def programs_and_judge(report: str) -> str:
     """The progress, the tables of scores and programs where programs ran, and the section on the judge, from a report in Markdown."""
-    progress = report.partition("## Verdict\n")[0].strip().splitlines()[-1]
+    progress = next(line for line in report.splitlines() if line.endswith(" rows are finished."))
     parts = dict(part.partition("\n")[::2] for part in report.split("\n## ")[1:])
     scores = parts["Tables"].split("\n### ")[1].partition("\n")[2]
     programs = [scores, parts["Programs"]] if "Programs" in parts else []

@@ -157,5 +157,6 @@ def _retest_cells(retest: Mapping[str, Any] | None) -> tuple[Cell, Cell]:
 def _cell(found: Mapping[str, Any] | None, digits: int, published: float | None = None) -> Cell:
     if found is None:
         return Cell(published=published)
-    interval = f"[{found['ci95'][0]:.{digits}f}, {found['ci95'][1]:.{digits}f}]" if found["ci95"] else "–"
+    low, high = found["ci95"] or (0, 0)  # earlier versions recorded an interval of width zero where there is none
+    interval = f"[{low:.{digits}f}, {high:.{digits}f}]" if low < high else "–"
     return Cell(f"{found['value']:.{digits}f}", interval, published)
