@@ -15,7 +15,7 @@ from cora_cli.errors import UsageError
 
 DtypeName = Literal["auto", "bf16", "fp32"]
 ATTENTIONS = ("auto", "varlen", "flex", "flash-attn", "sdpa")
-"""What `--attention` takes, besides a repository of kernels on the hub."""
+"""What `--attention` takes, or else a repository of kernels on the hub."""
 LARGEST_RANK = 65_536
 """Above the width of any model."""
 Named = Literal["model", "model or basis", "dataset", "basis", "run", "predictions", "output"]

@@ -221,7 +221,7 @@ def varlen_attention(
     runs = layout_sequences(layout, query.device)
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if runs.keys is not None:
-        keys, values = (_Gathered.apply(tensor, runs.keys) for tensor in (keys, values))
+        keys, values = (Gathered.apply(tensor, runs.keys) for tensor in (keys, values))
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     output = _varlen_kernel()(
         queries, keys, values, runs.query_ends, runs.key_ends, *runs.longest, scale=scaling, window_size=window
@@ -229,7 +229,7 @@ def varlen_attention(
     return output[None], None
 
 
-class _Gathered(torch.autograd.Function):
+class Gathered(torch.autograd.Function):
     """Rows by index, whose gradients are added in float32: keys of a shared prefix serve all its continuations."""
 
     @staticmethod

@@ -26,7 +26,7 @@ BACKEND = "inductor"
 GRADIENTS = {True: 1e-3, False: 5e-2}
 """The largest difference of the gradients relative to their size, in float32 and otherwise."""
 SAMPLED = 4096
-"""Entries of the gradient of each trained tensor that are compared, besides its norm."""
+"""Entries of the gradient of each trained tensor that are compared, and its norm as well."""
 _OTHER_KERNELS = ("rope", "cross_entropy", "fused_linear_cross_entropy")
 """Kernels of liger-kernel that stay off: the first would be replaced for all models of the process, and losses are computed by `losses`."""
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.integrations.flex_attention import repeat_kv
 
 from cora_cli.data.pack import Layout
-from cora_cli.training.attention import Piece, cut_pieces, segment_attention
+from cora_cli.training.attention import Gathered, Piece, cut_pieces, segment_attention
 
 
 class WideLayerNorm(TorchFunctionMode):
@@ -60,30 +60,11 @@ def gpu_attention(name: str) -> Callable[..., Any]:
         # SDPA converts the mask of all pairs of tokens in every layer.
         mask = query.new_empty(tokens, tokens) if name == "sdpa" else None
         if name == "cora_varlen" and layout is not None and (keys := sum(map(len, layout.keys))) > tokens:
-            key, value = (_Repeated.apply(each, keys) for each in (key, value))
+            places = query.new_empty(keys, dtype=torch.int64)
+            key, value = (Gathered.apply(each[0].transpose(0, 1), places).transpose(0, 1)[None] for each in (key, value))
         return _Kernel.apply(query, key, value, mask), None
 
     return attend
-
-
-class _Repeated(torch.autograd.Function):
-    """The memory of keys that are stored once for each segment that sees them, and of their gradients, which are added in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, keys: int) -> torch.Tensor:
-        """rows: (1, heads, tokens, head_dim). Returns (1, heads, keys, head_dim)."""
-        ctx.tokens = rows.shape[2]
-        return rows.new_empty(*rows.shape[:2], keys, rows.shape[3])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """upstream: as the output."""
-        heads, width = upstream[0].shape[1], upstream[0].shape[3]
-        total = upstream[0].new_empty(1, heads, ctx.tokens, width, dtype=torch.float32)
-        wide = upstream[0].float()
-        del wide
-        return total.to(upstream[0].dtype), None
 
 
 class _Kernel(torch.autograd.Function):
