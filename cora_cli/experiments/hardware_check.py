@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
@@ -27,6 +25,7 @@ from cora_cli.device import Hardware, has_varlen, is_installed, select_hardware,
 from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
+from cora_cli.experiments.stock_trainer import time_stock_trainer
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.models.loading import load_model, load_tokenizer, require_four_bit
 from cora_cli.models.references import EMBEDDED_MODEL, resolve_model
@@ -37,9 +36,8 @@ from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.settings import DtypeName
 from cora_cli.training.attention import block_mask_attention, layout_mask, segment_attention, varlen_attention
 from cora_cli.training.batching import choose_batching
-from cora_cli.training.config import DEFAULT_TARGETS, TrainConfig
+from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import preflight
-from cora_cli.training.record import peak_memory_bytes
 from cora_cli.training.run import train
 
 DATASET = "builtin:code"
@@ -200,7 +198,7 @@ class _Bench:
     def packing(self) -> Finding:
         """The losses of packed rows by every form of attention here, compared with the model's own attention on single examples."""
         path = resolve_model(self._model)
-        examples = self._examples()
+        examples = self._examples(2 * BATCH)
         asked = ["sdpa", *self._forms, *["flash-attn"] * is_installed("flash_attn")] if self._gpu else ["auto"]
         figures = {}
         for form in (select_packed_attention(self._hardware.device.type, self._hardware.dtype, each) for each in asked):
@@ -210,9 +208,9 @@ class _Bench:
         bad = [f"{name}: {sentence}" for name, sentence in figures.items() if not sentence.startswith("attention ")]
         return passed, "; ".join(bad) or f"{', '.join(figures)} give the losses of single examples", figures
 
-    def _examples(self) -> list[Example]:
+    def _examples(self, limit: int | None = None) -> list[Example]:
         tokenizer = load_tokenizer(resolve_model(self._model))
-        records = load_split(DATASET, None, 0).train[: 2 * BATCH]
+        records = load_split(DATASET, None, 0).train[:limit]
         return encode_records(records, Template("alpaca", "alpaca", tokenizer), 1024, DATASET).examples
 
     def training(self) -> Finding:
@@ -333,7 +331,17 @@ class _Bench:
         figures = {mode: self._timed(mode, mode, **own) for mode, (_, own) in MODES.items()}
         for name in self._forms[1:]:
             figures[f"lora, {name}"] = self._timed(f"lora-{name}", "lora", attention=name)
-        figures["PEFT and Trainer"] = self._peer()
+        figures["PEFT and Trainer"] = time_stock_trainer(
+            resolve_model(self._model),
+            self._examples(),
+            self._hardware,
+            self._work / "peer",
+            rank=TIMED_RANK,
+            rate=LEARNING_RATE,
+            batch=TIMED_BATCH,
+            steps=self._timed_steps,
+            warm_up=self._warm_up,
+        )
         rows = [
             f"{name}: {f['tokens_per_second']:,.0f} tokens/s, peak {f['peak_memory_bytes'] / 2**30:.2f} GiB"
             for name, f in figures.items()
@@ -352,58 +360,16 @@ class _Bench:
         }
 
     def _timed_settings(self) -> dict[str, Any]:
-        return {"max_steps": TIMED_STEPS if self._gpu else STEPS, "batch_size": TIMED_BATCH, "rank": TIMED_RANK}
+        return {"max_steps": self._timed_steps, "batch_size": TIMED_BATCH, "rank": TIMED_RANK}
+
+    @property
+    def _timed_steps(self) -> int:
+        return TIMED_STEPS if self._gpu else STEPS
 
     @property
     def _warm_up(self) -> int:
         """Steps that are not timed, because kernels are compiled or chosen in them."""
         return TIMED_STEPS // 2 if self._gpu else 1
-
-    def _peer(self) -> dict[str, float]:
-        """The same model, records, steps and rank with PEFT and the stock Trainer, whose batches are padded."""
-        path, settings = resolve_model(self._model), self._timed_settings()
-        tokenizer = load_tokenizer(path)
-        records = load_split(DATASET, None, 0).train
-        examples = encode_records(records, Template("alpaca", "alpaca", tokenizer), 1024, DATASET).examples
-        rows = [
-            {
-                "input_ids": example.input_ids,
-                "attention_mask": [1] * len(example.input_ids),
-                "labels": [-100] * example.prompt_length + example.input_ids[example.prompt_length :],
-            }
-            for example in examples
-        ]
-        gc.collect()
-        model = load_model(path, self._hardware.dtype, self._hardware.device, None)
-        targets = list(DEFAULT_TARGETS)
-        adapter = LoraConfig(r=TIMED_RANK, lora_alpha=2 * TIMED_RANK, target_modules=targets, task_type="CAUSAL_LM")
-        clock = _Clock(self._gpu)
-        arguments = TrainingArguments(
-            output_dir=str(self._work / "peer"),
-            max_steps=settings["max_steps"],
-            per_device_train_batch_size=settings["batch_size"],
-            learning_rate=LEARNING_RATE,
-            bf16=self._hardware.dtype == torch.bfloat16,
-            use_cpu=not self._gpu,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-            include_num_input_tokens_seen="non_padding",
-        )
-        if self._gpu:
-            torch.cuda.reset_peak_memory_stats()
-        collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
-        trainer = Trainer(
-            get_peft_model(model, adapter), arguments, train_dataset=rows, data_collator=collate, callbacks=[clock]
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        (first, seen_first), (last, seen_last) = clock.ends[self._warm_up - 1], clock.ends[-1]
-        return {
-            "tokens_per_second": (seen_last - seen_first) / (last - first),
-            "peak_memory_bytes": peak_memory_bytes(self._hardware.device),
-        }
 
     def memory(self) -> Finding:
         """Peak memory of the timed trainings compared with what their plan says."""
@@ -443,20 +409,6 @@ class _Bench:
         said = ", ".join(f"{name}: {'the same bits' if equal else 'other bits'}" for name, equal in figures.items())
         same = all(figures.values())
         return (True if same else None if self._gpu else False), f"two runs of {STEPS} steps: {said}", figures
-
-
-class _Clock(TrainerCallback):
-    """When each step ended, and the tokens that had been seen by then."""
-
-    def __init__(self, gpu: bool) -> None:
-        self._gpu = gpu
-        self.ends: list[tuple[float, int]] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Note both."""
-        if self._gpu:
-            torch.cuda.synchronize()
-        self.ends.append((time.perf_counter(), int(state.num_input_tokens_seen)))
 
 
 def _attend(form: Callable[..., Any], layout: Layout, window: int | None) -> Callable[..., torch.Tensor]:
