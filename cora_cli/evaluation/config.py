@@ -11,6 +11,8 @@ from cora_cli.evaluation.metrics import GROUPS, PASS_AT, Variant, parse_metrics,
 from cora_cli.rundir import RunDirectory
 from cora_cli.settings import MOST, DtypeName, range_problems, refuse_useless, setting
 
+DEFAULT_DRAWS = 10
+"""As in the experiments of ScalaBL."""
 ALL_METRICS = ("rouge", "meteor", "bleu", "bertscore")
 _WHAT, _GENERATION, _METRICS, _RUN = "What to evaluate", "Generation", "Metrics", "Run"
 

@@ -15,15 +15,12 @@ from cora_cli.adapters.storage import base_of, check_rank
 from cora_cli.data.records import Record, Schema, is_among
 from cora_cli.data.templates import TemplateName, reads_clock
 from cora_cli.errors import CoraError
-from cora_cli.evaluation.config import EvaluateConfig, check_run
+from cora_cli.evaluation.config import DEFAULT_DRAWS, EvaluateConfig, check_run
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.models.references import ModelPath, resolve_base, resolve_model
 from cora_cli.models.trained_on import say_unrecorded, trained_on
 from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
-
-DEFAULT_DRAWS = 10
-"""As in the experiments of ScalaBL."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,7 @@ _NOUNS: dict[Kind, tuple[str, str]] = {
     "model": ("fine-tune for the bases", "fine-tunes for the bases"),
     "basis": ("basis", "bases"),
     "train": ("training run", "training runs"),
+    "laplace": ("Laplace approximation", "Laplace approximations"),
     "evaluate": ("evaluation", "evaluations"),
     "judge": ("judging", "judgings"),
 }

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices, Share
+from cora_cli.evaluation.config import DEFAULT_DRAWS
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts, data_key
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.steps import Plan, Step
 from cora_cli.experiments.values import Values
-from cora_cli.methods.registry import method_of
+from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.training.config import TrainConfig
 
 CHARACTERS_PER_TOKEN = 3.6
@@ -24,7 +25,7 @@ TEMPLATE_TOKENS = 35
 # Share of the measured rate that complete steps reach, and fixed costs of a process; measured on two CPU cores with
 # SmolLM2-135M.
 TRAINING_SHARE, DECODING_SHARE, WIDE_SHARE = 0.35, 0.1, 0.1
-START_SECONDS = {"model": 12.0, "train": 12.0, "basis": 5.0, "evaluate": 14.0, "judge": 12.0}
+START_SECONDS = {"model": 12.0, "train": 12.0, "laplace": 12.0, "basis": 5.0, "evaluate": 14.0, "judge": 12.0}
 PROCESS_BYTES = 0.8e9
 # A judge's instructions and its reply, and how long an endpoint takes for one.
 RUBRIC_TOKENS, REPLY_TOKENS, ENDPOINT_SECONDS = 300, 40, 2.0
@@ -76,7 +77,8 @@ def trained_parameters(row: Row, model: ModelFacts | None) -> int | None:
         return 0
     if model is None:
         return None
-    return _trained(row.training, model)
+    one = _trained(row.training, model)
+    return one and one * len(row.members())
 
 
 def _trained(config: TrainConfig, model: ModelFacts) -> int | None:
@@ -104,10 +106,12 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
             elif data is not None and step.kind == "train":
                 config = dataclasses.replace(row.training, max_steps=row.stop_at) if row.stop_at else row.training
                 found[name] = _training(model, data, config, rate, plan.grid.resources["train"].processes)
+            elif data is not None and step.kind == "laplace":
+                found[name] = _laplace(model, data, row, rate)
             elif data is not None:
-                found[name] = _evaluation(
-                    model, data, plan.grid.evaluate or {}, rate, plan.grid.resources["evaluate"].processes
-                )
+                one = _evaluation(model, data, plan.grid.evaluate or {}, rate, plan.grid.resources["evaluate"].processes)
+                start = START_SECONDS["evaluate"]
+                found[name] = dataclasses.replace(one, seconds=start + (one.seconds - start) * _averaged(plan, row))
     for dataset, reference in plan.grid.datasets.items():
         judging = plan.steps.get(f"judge-{dataset}")
         if judging is not None and all(need in found for need in judging.needs):
@@ -164,6 +168,30 @@ def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: flo
     if adapter is not None:
         seconds += sum(method.start_flops(*shape, adapter) * count for shape, count in layers_of.items()) / (rate * WIDE_SHARE)
     return Estimate(seconds, PROCESS_BYTES + weights + 16 * trained + kept)
+
+
+def _averaged(plan: Plan, row: Row) -> int:
+    """How many models answer together."""
+    if row.laplace is None and not (row.mode in METHODS and METHODS[row.mode].learns_distribution):
+        return row.ensemble or 1
+    draws = (plan.grid.evaluate or {}).get("draws")
+    return max(1, DEFAULT_DRAWS if draws is None else draws)
+
+
+def _laplace(model: ModelFacts, data: DataFacts, row: Row, rate: float) -> Estimate:
+    """One forward and one backward pass for each record, one at a time, and the eigenvectors of the curvature of both sides of each matrix."""
+    assert row.laplace is not None
+    config = row.training
+    per_example = min(data.characters / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS, config.max_length)
+    records = min(data.train, config.limit or data.train, row.laplace.get("limit") or data.train)
+    plan = config.adapter_plan()
+    assert plan is not None
+    sides = [side for shape in model.targets(plan.target_modules).values() for side in shape]
+    flops = 4 * (model.parameters - model.embedded) * per_example * records
+    seconds = flops / (rate * TRAINING_SHARE) + sum(9 * side**3 for side in sides) / (rate * WIDE_SHARE)
+    return Estimate(
+        START_SECONDS["laplace"] + seconds, PROCESS_BYTES + 2 * model.parameters + sum(4 * side**2 for side in sides)
+    )
 
 
 def _evaluation(model: ModelFacts, data: DataFacts, evaluate: Values, rate: float, processes: int) -> Estimate:

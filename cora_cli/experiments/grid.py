@@ -21,7 +21,7 @@ from cora_cli.evaluation.metrics import NAMES
 from cora_cli.experiments.paper import paper_tables
 from cora_cli.experiments.preset import small
 from cora_cli.experiments.resources import Resources, read_resources
-from cora_cli.experiments.rows import BASIS_KEYS, ROW_KEYS, TRAIN_KEYS, Row, Scope, build_row
+from cora_cli.experiments.rows import BASIS_KEYS, ROW_KEYS, SEEDS_APART, TRAIN_KEYS, Row, Scope, build_row
 from cora_cli.experiments.stage_rules import ConfirmRule, read_confirm, read_sweep, stage_problems
 from cora_cli.experiments.sweep import SweepRule
 from cora_cli.experiments.values import Values, fields_of, read_yaml, typed, unknown_key
@@ -169,6 +169,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     table = _text(values, "paper_table", problems, None)
     problems += _check_printed(table, rows)
     problems += _check_shards(rows, models, resources)
+    problems += _check_averages(rows, evaluate if generates else None, judge is not None, values.get("confirm"))
     grid = Grid(
         name=_text(values, "name", problems, Path(where).stem) or "",
         title=_text(values, "title", problems, values.get("name") or Path(where).stem) or "",
@@ -209,6 +210,27 @@ def _check_shards(rows: Sequence[Row], models: Mapping[str, str | Values], resou
         for kind, what, settings in trained
         if settings.get("shard", "none") != "none" and resources[kind].processes == 1
     ]
+
+
+def _check_averages(rows: Sequence[Row], evaluate: Values | None, judged: bool, confirm: object) -> list[str]:
+    """Sentences on rows whose runs are to be averaged but cannot be."""
+    averaged = next((row for row in rows if row.ensemble or row.laplace is not None), None)
+    if averaged is None:
+        return []
+    found = []
+    if evaluate is None:
+        found.append(f"{averaged.label}: there are no predictions to average, since evaluate is false")
+    elif evaluate.get("backend", "transformers") != "transformers":
+        found.append(f"{averaged.label}: averages need backend transformers in defaults: evaluate")
+    if judged and any(row.ensemble for row in rows):
+        found.append("an ensemble cannot be judged in a grid; leave out judge or the ensemble")
+    seeds = confirm.get("seeds") if isinstance(confirm, dict) else [row.seed for row in rows]
+    numbers = [seed for seed in seeds if type(seed) is int] if isinstance(seeds, list) else []
+    if numbers and max(numbers) - min(numbers) >= SEEDS_APART and any(row.ensemble for row in rows):
+        found.append(
+            f"the seeds of ensembles must lie within {SEEDS_APART} of each other, since their further members have the seeds {SEEDS_APART} apart"
+        )
+    return found
 
 
 def _check_judge(judge: Values, generates: bool, has_stages: bool) -> None:

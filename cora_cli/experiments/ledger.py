@@ -20,9 +20,11 @@ from cora_cli.records import FinishedRun, FinishedStep, RunStatus, StepRecord, S
 from cora_cli.rundir import RunDirectory
 
 STARTED, FINISHED, FAILED, STOPPED = "started", "finished", "failed", "stopped"
+_RUN = ("run.json", "config.yaml", "log.jsonl", "test.jsonl", "heldout.jsonl", "adapter", "model")
 _RESULTS = ("adapter/", "model/", "test.jsonl", "predictions.jsonl", "judge.json")
 _OUTPUTS = {
-    "train": ("run.json", "config.yaml", "log.jsonl", "test.jsonl", "heldout.jsonl", "adapter", "model"),
+    "train": _RUN,
+    "laplace": _RUN,
     "evaluate": ("predictions.jsonl", "generation.json", "metrics.json", "scores.jsonl"),
     "judge": ("judge.json", "judgments.jsonl"),
 }
@@ -129,6 +131,11 @@ class Ledger:
         """
         record, place = self.record(step), self._out / step.output
         rundir.refuse_link(place)
+        if step.kind == "laplace" and place.exists():
+            # What it writes is complete or absent, and it writes over nothing.
+            with own_directory(place):
+                shutil.rmtree(place)
+            return f"{place} was created from another run or with other settings, or was changed: writing it again"
         if step.kind not in ("model", "train") or not record or not place.exists():
             return None
         other_origin = record["results_of_needs"] != {name: results.get(name) for name in step.needs}
@@ -172,7 +179,7 @@ class Ledger:
         if not files:
             raise CoraError(f"{step.name} exited without an error, but wrote nothing to {self._out / step.output}")
         if (
-            step.kind in ("model", "train")
+            step.kind in ("model", "train", "laplace")
             and read_json(RunDirectory(self._out / step.output).record, RunStatus)["status"] != FINISHED
         ):
             raise CoraError(

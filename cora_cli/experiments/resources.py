@@ -10,7 +10,7 @@ from typing import Any
 from cora_cli.experiments.spread import Spread
 from cora_cli.experiments.values import Values, fields_of, typed, unknown_key
 
-KINDS = ("model", "basis", "train", "evaluate", "judge")
+KINDS = ("model", "basis", "train", "laplace", "evaluate", "judge")
 SPREAD = ("model", "train", "evaluate")
 """Kinds of step that several processes can run together."""
 

@@ -16,6 +16,7 @@ from cora_cli.experiments.values import Values, fields_of, typed
 from cora_cli.methods.method import Method
 from cora_cli.methods.registry import METHODS, OPTIONAL_SETTINGS, Mode, method_of, taken_settings
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.laplace_config import LaplaceConfig
 
 if TYPE_CHECKING:
     RowMode = str
@@ -33,10 +34,15 @@ Stage = Literal["sweep", "confirm"]
 BASIS_KEYS = fields_of(BasisChoices, leave_out=("rank", "target_modules"))
 _SOURCE_KEYS: dict[str, Any] = {"n_models": int, "sources": tuple[str, ...], "source_seed": int, "basis_rank": int}
 _SHOWN_KEYS: dict[str, Any] = {"mode": RowMode, "label": str, "printed": str}
+_AVERAGE_KEYS: dict[str, Any] = {"ensemble": int, "laplace": dict[str, Any]}
+"""What turns the runs of a row into a model whose predictions are averaged."""
+LAPLACE_KEYS = fields_of(LaplaceConfig, leave_out=("run", "output_dir", "device"))
+SEEDS_APART = 1000
+"""The distance between the seeds of an ensemble's members, whose first one has the seed of its row."""
 # The split is set once per file, so that all rows are compared on the same held-out records.
 SPLIT_KEYS = ("test_size", "split_seed", "validation_size", "columns", "subset", "split", "test_dataset")
 _OWN_TRAIN_KEYS = {name: hint for name, hint in TRAIN_KEYS.items() if name not in SPLIT_KEYS}
-ROW_KEYS: dict[str, Any] = {**_SHOWN_KEYS, "dataset": str, **_OWN_TRAIN_KEYS, **_SOURCE_KEYS, **BASIS_KEYS}
+ROW_KEYS: dict[str, Any] = {**_SHOWN_KEYS, "dataset": str, **_OWN_TRAIN_KEYS, **_SOURCE_KEYS, **BASIS_KEYS, **_AVERAGE_KEYS}
 _ADAPTER_KEYS = frozenset({"rank", "b_init", "start", "target_modules", "dropout", "compact", *OPTIONAL_SETTINGS})
 _ALWAYS_NAMED = frozenset(
     {*_SHOWN_KEYS, "dataset", "rank", "basis_rank", "n_models", "learning_rate", "seed", "b_init", "start"}
@@ -61,7 +67,8 @@ class Row:
 
     `sources` names models of the pool; it is empty for the control with `n_models` 0, whose basis comes from the base model.
     `train` has settings of `TrainConfig`, and `basis` has settings of `BasisChoices` without the rank. `basis_rank` is the rank
-    that the row needs. `stage` is the part of a grid with `sweep` and `confirm` to which the row belongs; `stop_at` is the optimizer step
+    that the row needs. `ensemble` is the number of runs whose predictions are averaged, `laplace` the settings of `cora laplace` for the row's run;
+    `run` is the name of the run that is trained, which a plain row of the same training shares. `stage` is the part of a grid with `sweep` and `confirm` to which the row belongs; `stop_at` is the optimizer step
     at which its training stops, None for the end of the schedule.
     """
 
@@ -81,28 +88,51 @@ class Row:
     basis_rank: int | None = None
     stage: Stage | None = None
     stop_at: int | None = None
+    run: str = ""
+    ensemble: int | None = None
+    laplace: Values | None = None
 
     @property
     def method(self) -> tuple[object, ...]:
         """What identifies the row apart from its learning rate and its seed."""
-        return (self.dataset, self.label, self.printed, self.mode, self.rank, self.n_models)
+        return (self.dataset, self.label, self.printed, self.shown_mode, self.rank, self.n_models)
+
+    @property
+    def shown_mode(self) -> str:
+        """The mode, with what averages the predictions of its runs."""
+        return " ".join(filter(None, (_average(self.ensemble, self.laplace), self.mode)))
+
+    def members(self) -> list["Row"]:
+        """The plain rows that train: the row itself, or the members of an ensemble. A run of a sweep is never averaged."""
+        plain = dataclasses.replace(self, name=self.run, ensemble=None, laplace=None)
+        count = self.ensemble if self.ensemble and self.stage != "sweep" else 1
+        return [plain.with_seed(self.seed + SEEDS_APART * number) for number in range(count)]
+
+    def with_seed(self, seed: int) -> "Row":
+        """The row with another seed."""
+        old, new = f"_seed{self.seed}", f"_seed{seed}"
+        names: Values = {"name": self.name.removesuffix(old) + new, "run": self.run.removesuffix(old) + new}
+        return dataclasses.replace(self, **names, seed=seed, train={**(self.train or {}), "seed": seed})
 
     def at(self, learning_rate: float, seed: int, stage: Stage, stop_at: int | None = None) -> "Row":
         """The row of the same method with another learning rate and seed."""
         assert self.train is not None
+        train = {**self.train, "learning_rate": learning_rate}
+        if stage == "confirm":
+            train["validation_loss"] = False  # which would choose the learning rate that is known by now
+        names: Values = {"name": self._at_rate(self.name, learning_rate), "run": self._at_rate(self.run, learning_rate)}
+        changed: Values = {"learning_rate": learning_rate, "stage": stage, "stop_at": stop_at}
+        return dataclasses.replace(self, **names, train=train, **changed).with_seed(seed)
+
+    def _at_rate(self, name: str, learning_rate: float) -> str:
+        """A name of the row, or of its run, with another learning rate."""
         assert self.learning_rate is not None
         ours = f"_lr{short(self.learning_rate)}"
         # The data set's name stands before the rate and may look like one.
-        before = self.name.find(f"_{self.dataset}_") + 1
-        place = self.name.find(ours, before + len(self.dataset or "") if before else 0)
-        place = place if place >= 0 else self.name.index(ours)
-        name = self.name[:place] + f"_lr{short(learning_rate)}" + self.name[place + len(ours) :]
-        name = name.removesuffix(f"_seed{self.seed}") + f"_seed{seed}"
-        train = {**self.train, "learning_rate": learning_rate, "seed": seed}
-        if stage == "confirm":
-            train["validation_loss"] = False  # which would choose the learning rate that is known by now
-        changed: Values = {"learning_rate": learning_rate, "seed": seed, "stage": stage, "stop_at": stop_at}
-        return dataclasses.replace(self, name=name, train=train, **changed)
+        before = name.find(f"_{self.dataset}_") + 1
+        place = name.find(ours, before + len(self.dataset or "") if before else 0)
+        place = place if place >= 0 else name.index(ours)
+        return name[:place] + f"_lr{short(learning_rate)}" + name[place + len(ours) :]
 
     @functools.cached_property
     def training(self) -> TrainConfig:
@@ -145,6 +175,8 @@ def build_row(settings: Values, varied: Collection[str], scope: Scope, where: st
         problems.append(f"{where}: mode is missing; it must be one of {', '.join(get_args(RowMode))}")
     if len(problems) > found:
         return None
+    if "laplace" in values:
+        values["laplace"] = typed(values["laplace"], LAPLACE_KEYS, f"{where}: laplace", problems)
     needs_basis = mode == "basis" or (mode in METHODS and _needs_basis(METHODS[mode], values))
     from_models = starts_from_models(mode, {**scope.train, **values})
     useless = values.keys() - _useful_keys(mode, needs_basis, from_models)
@@ -156,7 +188,9 @@ def build_row(settings: Values, varied: Collection[str], scope: Scope, where: st
         return None
     told_apart = _told_apart(values, varied, {"method"} if mode == "basis" else set())
     label = " ".join([values.get("label") or _label(row), *(f"{key}={text}" for key, text in told_apart)])
-    return dataclasses.replace(row, name=_name(row, values, varied, scope), label=label)
+    plain = dataclasses.replace(row, ensemble=None, laplace=None)
+    run = _name(plain, values, {*varied} - {*_AVERAGE_KEYS}, scope)
+    return dataclasses.replace(row, name=_name(row, values, varied, scope), run=run, label=label)
 
 
 def _needs_basis(method: Method, values: Values) -> bool:
@@ -173,7 +207,7 @@ def _useful_keys(mode: str, needs_basis: bool, from_models: bool) -> set[str]:
     about_basis = {*_SOURCE_KEYS, *BASIS_KEYS} if needs_basis else {*_SOURCE_KEYS} - {"basis_rank"} if from_models else set()
     if mode == "basis":
         return {*shown, *about_basis, "target_modules"}
-    return {*shown, "dataset", *_OWN_TRAIN_KEYS, *about_basis} - _foreign_keys(mode)
+    return {*shown, "dataset", *_OWN_TRAIN_KEYS, *_AVERAGE_KEYS, *about_basis} - _foreign_keys(mode)
 
 
 def _foreign_keys(mode: str) -> frozenset[str]:
@@ -206,6 +240,8 @@ def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where:
         except UsageError as error:
             problems.append(f"{where}: {error}")
             train = None
+    if train is not None:
+        problems += [f"{where}: {problem}" for problem in _average_problems(config, values)]
     adapter = config.adapter_plan() if train is not None else None
     rank = None if adapter is None else config.rank
     basis = {**scope.basis, **{key: values[key] for key in values.keys() & BASIS_KEYS.keys()}} if needs_basis else None
@@ -243,7 +279,35 @@ def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where:
         train=train,
         basis=basis,
         basis_rank=(fixed or needed or DEFAULT_RANK) if needs_basis else None,
+        ensemble=values.get("ensemble"),
+        laplace=values.get("laplace"),
     )
+
+
+def _average_problems(config: TrainConfig, values: Values) -> list[str]:
+    """What keeps the runs of a row from being averaged, as sentences."""
+    found = []
+    if {*_AVERAGE_KEYS} <= values.keys():
+        found.append("set either ensemble or laplace, not both")
+    if values.get("ensemble", 2) < 2:
+        found.append(f"ensemble must be at least 2 members, not {values['ensemble']}")
+    if "laplace" in values:
+        if not method_of(config.mode).takes_laplace or config.load_in_4bit:
+            fitting = ", ".join(method.name for method in METHODS.values() if method.takes_laplace)
+            what = f"mode {config.mode}{' on a base in 4 bits' if config.load_in_4bit else ''}"
+            found.append(
+                f"laplace needs a mode that trains A and B as they are, on a base that is not in 4 bits ({fitting}), not {what}"
+            )
+        try:
+            LaplaceConfig("r", "o", **values["laplace"])
+        except UsageError as error:
+            found.append(f"laplace: {error}")
+    return found
+
+
+def _average(ensemble: int | None, laplace: Values | None) -> str:
+    """How the runs of a row are averaged, in a word."""
+    return "ensemble" if ensemble else "laplace" if laplace is not None else ""
 
 
 def _dataset(name: str | None, scope: Scope, where: str, problems: list[str]) -> str:
@@ -293,7 +357,7 @@ def _label(row: Row) -> str:
         assert row.basis is not None
         return str(row.basis.get("method", "svd"))
     starts = [(row.train or {}).get(key) for key in ("b_init", "start")]
-    return " ".join([row.mode, *filter(None, starts), *(["n=0"] if row.n_models == 0 else [])])
+    return " ".join([row.shown_mode, *filter(None, starts), *(["n=0"] if row.n_models == 0 else [])])
 
 
 def _told_apart(values: Values, varied: Collection[str], shown: Collection[str]) -> list[tuple[str, str]]:
@@ -303,9 +367,15 @@ def _told_apart(values: Values, varied: Collection[str], shown: Collection[str])
         value = values[key]
         if key == "peft_config":
             value = Path(value).name  # a path would lead out of the row's place
-        text = "+".join(value) if isinstance(value, tuple) else short(value) if isinstance(value, float) else str(value).lower()
-        found.append((key, text))
+        found.append((key, _text(value)))
     return found
+
+
+def _text(value: Any) -> str:
+    """A setting's value as it stands in a name."""
+    if isinstance(value, dict):
+        return "+".join(f"{name}-{_text(one)}" for name, one in sorted(value.items())) or "default"
+    return "+".join(value) if isinstance(value, tuple) else short(value) if isinstance(value, float) else str(value).lower()
 
 
 def _name(row: Row, values: Values, varied: Collection[str], scope: Scope) -> str:
@@ -315,7 +385,7 @@ def _name(row: Row, values: Values, varied: Collection[str], scope: Scope) -> st
         parts = [f"basis-{row.basis.get('method', 'svd')}", row.basis.get("share", "module"), f"r{row.basis_rank}"]
     else:
         stem = METHODS[row.mode].file_stem if row.mode in METHODS else row.mode
-        parts = ["-".join([stem, *filter(None, starts)])]
+        parts = ["-".join(filter(None, [_average(row.ensemble, row.laplace), stem, *starts]))]
         parts += [str(row.dataset)] if len(scope.datasets) > 1 else []
         parts += [f"r{row.rank}"] if row.rank is not None else []
     parts += [f"n{row.n_models}"] if row.n_models is not None else []

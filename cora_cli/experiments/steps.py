@@ -5,13 +5,14 @@ A step is one `cora` command. `ledger` decides whether it is done, and `execute`
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from cora_cli import rundir
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.data.templates import TemplateName, resolve_auto
+from cora_cli.errors import UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.evaluation.judge.rubrics import load_rubric
@@ -24,12 +25,14 @@ from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.rundir import RunDirectory
 from cora_cli.settings import DtypeName
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.laplace_config import LaplaceConfig
 
-Kind = Literal["model", "basis", "train", "evaluate", "judge"]
+Kind = Literal["model", "basis", "train", "laplace", "evaluate", "judge"]
 COMMANDS: dict[Kind, str] = {
     "model": "train",
     "basis": "extract-basis",
     "train": "train",
+    "laplace": "laplace",
     "evaluate": "evaluate",
     "judge": "judge",
 }
@@ -136,10 +139,14 @@ class _Planner:
             way: list[Step] = []
             if row.basis is not None:
                 way.append(self._basis(row, ranks[self._basis_facts(row)[0]]))
-            if row.mode not in ("base", "basis"):
-                way.append(self._train(row, way[0] if way else None))
+            basis = way[0] if way else None
+            runs = [self._train(one, basis) for one in row.members()] if row.train is not None else []
+            way += runs
+            if row.laplace is not None and row.stage != "sweep":
+                runs = [self._laplace(row, runs[0])]
+                way += runs
             if row.mode != "basis" and row.stage != "sweep" and self._grid.evaluate is not None:
-                way.append(self._evaluate(row, way[-1] if way else None, self._grid.evaluate))
+                way.append(self._evaluate(row, runs, self._grid.evaluate))
             steps_of[row.name] = tuple(step.name for step in way)
         if self._grid.judge is not None:
             for dataset in dict.fromkeys(row.dataset for row in self._grid.rows if row.dataset is not None):
@@ -149,7 +156,16 @@ class _Planner:
         return Plan(self._grid, self._out, self._steps, steps_of, self._records, self._date, tokenizer)
 
     def _add(self, step: Step) -> Step:
-        return self._steps.setdefault(step.name, step)
+        planned = self._steps.setdefault(step.name, step)
+        if planned.key != step.key:
+            differing = sorted(
+                name for name in {*planned.facts, *step.facts} if planned.facts.get(name) != step.facts.get(name)
+            )
+            raise UsageError(
+                f"two rows would write {step.output} with different settings ({', '.join(differing)}); vary these in one block, so that "
+                "they become part of the names"
+            )
+        return planned
 
     def _keyed(self, prefix: str, kind: Kind, facts: dict[str, Any], needs: tuple[str, ...]) -> Step:
         """A step that several rows can share, with its key in its name; the caller sets output and arguments."""
@@ -269,21 +285,36 @@ class _Planner:
         argv = words("train", self._dated(config, self._grid.train))
         return self._add(Step(f"train-{row.name}", "train", output, facts, needs, argv, row.stop_at))
 
-    def _evaluate(self, row: Row, run: Step | None, settings: Values) -> Step:
+    def _laplace(self, row: Row, run: Step) -> Step:
+        assert row.laplace is not None
+        output = f"runs/{row.name}"
+        place = {"run": str(self._out / run.output), "output_dir": str(self._out / output), "device": self._hardware["device"]}
+        config = LaplaceConfig(**place, **row.laplace)
+        facts = {**dataclasses.asdict(config), "run": run.key}
+        for name in ("output_dir", "device"):
+            del facts[name]
+        return self._add(Step(f"laplace-{row.name}", "laplace", output, facts, (run.name,), words("laplace", config)))
+
+    def _evaluate(self, row: Row, runs: Sequence[Step], settings: Values) -> Step:
+        """The evaluation of a row's run, of the average of several, or of the base model."""
         method = METHODS.get(row.mode)
+        draws = method is not None and (method.learns_distribution or row.laplace is not None)
         without_effect = {
-            *(("draws",) if method is None or not method.learns_distribution else ()),
+            *(() if draws else ("draws",)),
             *(("merge",) if method is None or not method.is_adapter else ()),
         }
         settings = {key: value for key, value in settings.items() if key not in without_effect}
         # `overwrite` replaces results that `ledger` found outdated; predictions with equal settings are reused.
         common = {**self._hardware, "overwrite": True, **settings}
         facts: dict[str, Any] = dict(settings)
-        if run is not None:
-            output = f"{run.output}/evaluation"
-            config = EvaluateConfig(runs=(str(self._out / run.output),), output_dir=str(self._out / output), **common)
-            name, facts = f"evaluate-{row.name}", {**facts, "run": run.key}
-            return self._add(Step(name, "evaluate", output, facts, (run.name,), words("evaluate", config)))
+        if runs:
+            several = len(runs) > 1
+            output = f"evaluations/{row.name}" if several else f"{runs[0].output}/evaluation"
+            places = tuple(str(self._out / run.output) for run in runs)
+            config = EvaluateConfig(runs=places, output_dir=str(self._out / output), ensemble=several, **common)
+            facts |= {"runs": [run.key for run in runs]} if several else {"run": runs[0].key}
+            needs = tuple(run.name for run in runs)
+            return self._add(Step(f"evaluate-{row.name}", "evaluate", output, facts, needs, words("evaluate", config)))
         assert row.dataset is not None
         common.setdefault("template", self._grid.train.get("template", "auto"))
         data = data_key(self._grid.datasets[row.dataset], self._grid.train)
@@ -353,7 +384,7 @@ def words(command: str, config: Any) -> tuple[str, ...]:
     for name, default, flag in _flags(config.__class__):
         value = getattr(config, name)
         if flag is None:
-            arguments += value or ()
+            arguments += (value,) if isinstance(value, str) else value or ()
         elif value != default:
             if isinstance(value, bool):
                 flags.append(flag if value else f"--no-{flag[2:]}")
@@ -368,6 +399,9 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     rows = []
     for row in grid.rows:
         run, evaluation, basis = (plan.of_kind(row.name, kind) for kind in ("train", "evaluate", "basis"))
+        run = plan.of_kind(row.name, "laplace") or run
+        steps = [plan.steps[name] for name in plan.steps_of[row.name]]
+        averaged = [step.output for step in steps if step.kind == "train"] if row.ensemble and row.stage != "sweep" else []
         names = [grid.models[name] for name in row.sources]
         sources = [value if isinstance(value, str) else value["dataset"] for value in names]
         rows.append(
@@ -375,7 +409,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
                 "name": row.name,
                 "printed": row.printed,
                 "group": row.dataset,
-                "mode": row.mode,
+                "mode": row.shown_mode,
                 "label": row.label,
                 "rank": row.rank,
                 "n_models": row.n_models,
@@ -385,7 +419,8 @@ def plan_record(plan: Plan) -> dict[str, Any]:
                 "stage": row.stage,
                 "model": grid.model,
                 "dataset": row.dataset and grid.datasets[row.dataset],
-                "run": run and run.output,
+                "run": run and run.output if not averaged else None,
+                **({"members": averaged} if averaged else {}),
                 "evaluation": evaluation and evaluation.output,
                 "basis": basis and basis.output,
             }

@@ -341,6 +341,11 @@ class Method:
         return bool(self.trained) and not any(key.startswith(factor) for key in self.trained)
 
     @property
+    def takes_laplace(self) -> bool:
+        """Whether `cora laplace` applies: it trains A and B as they are."""
+        return self.trained == A_AND_B and not self.subtracts_start
+
+    @property
     def stored_as_trained(self) -> bool:
         """Whether the stored tensors are the trained ones; not for a LoRA of computed factors or a difference from the start."""
         if not self.plain_peft_loads:

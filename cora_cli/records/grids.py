@@ -22,6 +22,7 @@ class PlannedRow(TypedDict):
     evaluation: str | None
     basis: str | None
     stage: NotRequired[str | None]
+    members: NotRequired[list[str]]
 
 
 class PlannedStep(TypedDict):

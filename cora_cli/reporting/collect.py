@@ -207,6 +207,12 @@ def _read_row(
     record, log = {}, []
     trained: int | None = 0 if row.mode == "base" else None
     adapter_bytes: int | None = trained
+    for member in map(RunDirectory, row.members):
+        one = _finished_record(member, row, logs)
+        if step_records:
+            step_records.require(member.root)
+        trained = (trained or 0) + one["parameters"]["trained"]
+        adapter_bytes = (adapter_bytes or 0) + _adapter_bytes(member)
     if row.run is not None:
         run = RunDirectory(row.run)
         record = _finished_record(run, row, logs)
@@ -215,7 +221,9 @@ def _read_row(
         log = read_jsonl(run.log, records.LogLine) if run.log.exists() else []
         trained = 0 if record["is_base_model"] else record["parameters"]["trained"]
         adapter_bytes = _adapter_bytes(run)
-        if run.heldout.exists():
+        if "laplace" in record:
+            pass  # its held-out loss is that of the run that it was made of; the loss of the average is `nll`
+        elif run.heldout.exists():
             measures[LOSS] = read_loss(run, record, "after")
         elif record["heldout"] is not None:
             missing.append(

@@ -30,7 +30,8 @@ class Row:
     """One planned run and its evaluation. Rows of one `group` share data and evaluation and are compared with each other.
 
     `n_models` is the number of models behind the basis, 0 for the base model alone. `run` is None if nothing was trained. `logs` is the
-    directory of log files that may explain a failure. `stage` is "sweep" for a run that only helped to choose a learning rate.
+    directory of log files that may explain a failure. `stage` is "sweep" for a run that only helped to choose a learning rate. `members` are the
+    runs behind an evaluation of their average.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Row:
     basis: Path | None
     logs: Path | None = None
     stage: str | None = None
+    members: tuple[Path, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +263,7 @@ def _row_of_plan(root: Path, entry: dict[str, Any]) -> Row:
         seed=entry["seed"],
         logs=root / "logs",
         stage=entry.get("stage"),
+        members=tuple(root / place for place in entry.get("members", ())),
     )
 
 

@@ -19,7 +19,6 @@ from cora_cli.adapters.posterior import has_posterior, write_kronecker
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
-from cora_cli.methods.method import A_AND_B
 from cora_cli.methods.parts.layers import ADAPTER, lora_layers
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.loading import load_model
@@ -159,8 +158,8 @@ def _checked_record(source: RunDirectory, run: str) -> dict[str, Any]:
         raise CoraError(f"{run} is not finished (status {record['status']}); complete it with --resume")
     source.check_result()
     method = method_of(record["mode"], source.record)
-    if method.trained != A_AND_B or method.subtracts_start or record["fingerprint"]["settings"].get("load_in_4bit"):
-        fitting = ", ".join(one.name for one in METHODS.values() if one.trained == A_AND_B and not one.subtracts_start)
+    if not method.takes_laplace or record["fingerprint"]["settings"].get("load_in_4bit"):
+        fitting = ", ".join(one.name for one in METHODS.values() if one.takes_laplace)
         raise CoraError(
             f"cora laplace needs a run that trained A and B as they are on a base that is not in 4 bits (mode {fitting}), not {run} of mode "
             f"{method.name}"

@@ -68,13 +68,15 @@ class PretendLauncher:
         if argv[0] == "extract-basis":
             rundir.write_text(place, self.content)
             return
+        of_run = ("config.yaml", "log.jsonl", "test.jsonl", "heldout.jsonl", "adapter/adapter_model.safetensors")
         names = {
-            "train": ("config.yaml", "log.jsonl", "test.jsonl", "heldout.jsonl", "adapter/adapter_model.safetensors"),
+            "train": of_run,
+            "laplace": of_run,
             "evaluate": ("predictions.jsonl", "generation.json", "scores.jsonl"),
         }[argv[0]]
         for name in names:
             rundir.write_text(place / name, self.content)
-        if argv[0] == "train":
+        if argv[0] in ("train", "laplace"):
             rundir.write_json(place / "run.json", {"status": "finished"})
         else:
             rundir.write_json(place / "metrics.json", {"metrics": {"rouge1": {"value": 0.5}}})

@@ -24,7 +24,7 @@ RANKED = (
     *("lora", "fb", "tb", "rslora", "lora+", "dora", "lora-fa", "fa-basis", "mica", "pissa", "milora", "olora"),
     *("lora-xs", "lora-mini", "sharelora-a", "lora-sb", "miss", "hira", "qa-lora"),
 )
-PARTS = ("rank", "small")
+PARTS = ("rank", "small", "four-bit")
 CONFIGS = Path(__file__).parents[2] / "configs"
 GRIDS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "grid" in yaml.safe_load(path.read_text())]
 TABLES = ["table1", "table2", "table3", "table4", "table5", "table6"]
@@ -191,7 +191,7 @@ def test_the_grid_of_baselines_has_equal_trained_parameters(smollm2_shapes: Mode
     grid = baselines()
     counts = counts_of(grid, smollm2_shapes)
     alike = {key: count for key, count in counts.items() if count and count == pytest.approx(counts["fb", 48], rel=0.02)}
-    assert {label for label, _ in counts.keys() - alike.keys()} == {"mean-delta", "eva", "cola", "increlora"}
+    assert {label for label, _ in counts.keys() - alike.keys()} == {"mean-delta", "eva", "cola", "increlora", "ensemble lora"}
     said = " ".join(grid.conditions)
     assert all(f"{count:,}" in said for count in alike.values())
 
@@ -225,18 +225,12 @@ def test_the_parts_at_equal_rank_and_at_small_budgets_are_that(smollm2_shapes: M
     assert all((count or 0) <= 104_000 for count in counts_of(small_budgets, smollm2_shapes).values())
 
 
-def test_a_grid_of_equal_rank_can_have_qlora(tmp_path: Path) -> None:
-    """As the file's first lines say."""
-    text = (CONFIGS / "baselines" / "rank.yaml").read_text().replace("include: common", f"include: {CONFIGS}/baselines/common")
-    (tmp_path / "rank.yaml").write_text(
-        text.replace("{mode: lora, rank: 31,", "{mode: lora, rank: 31, load_in_4bit: [false, true],")
-    )
-    grid = load_grid(tmp_path / "rank.yaml")
-    four_bit = [row for row in grid.rows if (row.train or {}).get("load_in_4bit")]
-    assert {(row.mode, row.rank) for row in four_bit} == {("lora", 31)}
-    assert len(four_bit) == 3
-    assert len(grid.rows) == len(baselines("rank").rows) + 3
-    assert {row.label for row in four_bit}.isdisjoint(row.label for row in grid.rows if row not in four_bit)
+def test_the_grid_in_four_bits_compares_them_with_lora_on_the_base_model_in_bf16() -> None:
+    rows = baselines("four-bit").rows
+    four_bit = [row for row in rows if (row.train or {}).get("load_in_4bit")]
+    assert {(row.mode, row.rank) for row in four_bit} == {("lora", 31), ("fb", 48)}
+    assert {(row.mode, row.rank) for row in rows if row not in four_bit} == {("base", None), ("lora", 31)}
+    assert {row.label for row in four_bit}.isdisjoint(row.label for row in rows if row not in four_bit)
 
 
 @pytest.mark.parametrize("part", [None, *PARTS])
@@ -247,7 +241,7 @@ def test_every_baseline_is_swept_and_confirmed_like_lora(part: str | None) -> No
         if row.mode != "base":
             methods[row.label, row.rank] = methods.get((row.label, row.rank), 0) + 1
     assert set(methods.values()) == {3}
-    assert {"lora", "fb", "fb orthonormal"} <= {label for label, _ in methods}
+    assert {"lora", "fb", "fb orthonormal"} <= {label.partition(" load")[0] for label, _ in methods}
     assert grid.sweep is not None
     assert grid.confirm is not None
     assert len(grid.confirm.seeds) == 3
