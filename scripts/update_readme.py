@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PLOTS = ("forest.svg", "pareto.png")
 """Of the report of the baselines."""
+PARTS = ("rank", "small", "four-bit")
+"""The further grids of baselines."""
 JUDGED = ("table5", "table6")
 """The grids of the paper's tables that have a judge."""
 FOREST = ROOT / "docs" / "honest-forest.svg"
@@ -54,12 +56,13 @@ def main() -> None:
             default=ROOT / table,
             help=f"the directory that `cora report runs/{table} -o {table}` wrote",
         )
-    parser.add_argument(
-        "--small",
-        type=Path,
-        default=ROOT / "small",
-        help="the directory that `cora report runs/small -o small` wrote, of configs/baselines/small.yaml",
-    )
+    for part in PARTS:
+        parser.add_argument(
+            f"--{part}",
+            type=Path,
+            default=ROOT / part,
+            help=f"the directory that `cora report runs/{part} -o {part}` wrote, of configs/baselines/{part}.yaml",
+        )
     options = parser.parse_args()
     replace("modes", methods_table())
     replace("method-notes", method_notes())
@@ -84,11 +87,9 @@ def main() -> None:
         for name in PLOTS:
             [plot] = (options.baselines / "plots").glob(f"*{name}")
             shutil.copyfile(plot, ROOT / "docs" / f"baselines-{name}")
-    if options.small.exists():
-        replace("small", scores_and_costs((options.small / "report.md").read_text(encoding="utf-8")))
-    for table in JUDGED:
-        if (place := getattr(options, table)).exists():
-            replace(table, programs_and_judge((place / "report.md").read_text(encoding="utf-8")))
+    for name, shown in [*((part, scores_and_costs) for part in PARTS), *((table, programs_and_judge) for table in JUDGED)]:
+        if (place := getattr(options, name.replace("-", "_"))).exists():
+            replace(name, shown((place / "report.md").read_text(encoding="utf-8")))
 
 
 def replace(name: str, body: str) -> None:

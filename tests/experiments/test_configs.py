@@ -327,12 +327,17 @@ def test_the_grid_file_in_the_documents_is_valid() -> None:
 
 def test_what_the_documents_add_to_a_grid_file_is_valid() -> None:
     whole = documented(0)
-    sharded, staged, judged, stages = (documented(number) for number in range(1, 5))
+    sharded, staged, judged, averaged, stages = (documented(number) for number in range(1, 6))
     plain = {**whole, "grid": [{"mode": "base"}, {"mode": "lora", "learning_rate": [1.0e-4, 3.0e-4, 1.0e-3]}]}
     defaults = {"train": {"max_steps": 200, "validation_size": 200}}
     assert build_grid({**plain, **sharded}, "grids.md").rows[1].training.shard == "fsdp"
     assert build_grid({**plain, "defaults": defaults, **staged}, "grids.md").confirm is not None
     assert build_grid({**plain, **judged}, "grids.md").judge is not None
+    assert [row.shown_mode for row in build_grid({**plain, **averaged}, "grids.md").rows[::3]] == [
+        "lora",
+        "ensemble lora",
+        "laplace lora",
+    ]
     assert build_grid({**plain, **stages}, "grids.md").sweep is not None
 
 
