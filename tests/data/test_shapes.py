@@ -75,7 +75,7 @@ def test_a_known_shape_is_recognised_and_announced(record, name, schema, read, t
         ),
         ({"instruction": "i", "output": "o", "Input": "x"}, "records of Alpaca have no Input"),
         ({"prompt": "p", "completion": "c", "suffix": "s"}, "records of prompt/completion have no suffix"),
-        ({"messages": SAID, "system": "s"}, "records of messages have no system"),
+        ({"messages": SAID, "history": [["a", "b"]]}, "records of messages have no history"),
         ({"conversations": TALK, "system_prompt": "s"}, "records of ShareGPT have no system_prompt"),
     ],
 )
@@ -116,6 +116,68 @@ def test_an_entry_that_says_two_things_about_its_speaker_or_text_is_refused(tmp_
             CoraError, match=r"line 1: conversations has an entry with both (from and role|value and content), which differ"
         ):
             load_records(jsonl(tmp_path / "a.jsonl", {"conversations": [{"from": "human", "value": "x", **other}, TALK[1]]}))
+
+
+def asked_and_said(question, answer="a"):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+PARTS = [{"type": "text", "text": "one ", "cache_control": {"type": "ephemeral"}}, {"type": "input_text", "text": "two"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"messages": asked_and_said(PARTS, [{"type": "output_text", "text": "a"}])}, asked_and_said("one two")),
+        ({"messages": asked_and_said(["one ", {"text": "two"}])}, asked_and_said("one two")),
+        ({"messages": json.dumps(asked_and_said("one two"))}, asked_and_said("one two")),
+        ({"messages": asked_and_said("q"), "system": "s"}, [{"role": "system", "content": "s"}, *asked_and_said("q")]),
+        ({"messages": asked_and_said("q"), "system": PARTS}, [{"role": "system", "content": "one two"}, *asked_and_said("q")]),
+        ({"conversations": [{"from": "Human", "value": PARTS}, {"from": "GPT", "value": "a"}]}, asked_and_said("one two")),
+        ({"conversations": json.dumps([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])}, asked_and_said("q")),
+    ],
+)
+def test_a_conversation_is_read_in_the_forms_in_which_it_is_published(record, messages, tmp_path):
+    (found,), schema = load_records(jsonl(tmp_path / "a.jsonl", record))
+    assert (schema, found["messages"]) == ("messages", messages)
+    assert "system" not in found
+    column = next(iter(record))
+    if "system" not in record:
+        (chosen,), _ = load_records(jsonl(tmp_path / "b.jsonl", {"talk": record[column]}), Choice(columns=("messages=talk",)))
+        assert chosen["messages"] == messages
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"messages": asked_and_said([{"type": "text", "text": "q"}, {"type": "image_url", "image_url": {"url": "x"}}])},
+            "line 1: messages, message 1, holds a part of the type image_url; only parts of text",
+        ),
+        ({"messages": asked_and_said([{"type": "text", "text": None}])}, 'message 1, holds {"type": "text", "text": null}'),
+        ({"messages": asked_and_said("q", [])}, "message 2, has the content [], which says nothing"),
+        ({"messages": '[{"role": "user"'}, "line 1: messages is text that is not valid JSON"),
+        (
+            {"messages": "hello"},
+            'messages must be a list of {role, content} that ends with the assistant\'s answer, not "hello"',
+        ),
+        ({"messages": asked_and_said("q"), "system": 5}, "line 1: system must be text, not 5"),
+        (
+            {"messages": [{"role": "system", "content": "t"}, *asked_and_said("q")], "system": "s"},
+            "line 1: the column system and the first entry of messages both hold a system message",
+        ),
+        (
+            {"messages": [*asked_and_said("q"), {"role": "assistant", "content": None, "function_call": {"name": "f"}}]},
+            "and message 3 of 3, of the role assistant, has the content null next to function_call; text is needed, or tool_calls",
+        ),
+        ({"messages": [{"content": "q"}, *asked_and_said("q")]}, 'and message 1 of 3 has no role: {"content": "q"}'),
+        ({"messages": asked_and_said("q")[:1] * 2}, "and the last of 2 is of the role user"),
+    ],
+)
+def test_a_conversation_that_cannot_be_read_is_refused_by_its_line_and_the_part_at_fault(record, message, tmp_path):
+    with pytest.raises(CoraError) as caught:
+        load_records(jsonl(tmp_path / "a.jsonl", record))
+    assert message in str(caught.value)
 
 
 def test_an_unknown_speaker_is_refused_by_name(tmp_path):

@@ -9,13 +9,14 @@ from typing import Any
 
 from cora_cli.data.formats.alpaca import ALPACA
 from cora_cli.data.formats.columns import HOW_TO_CHOOSE
+from cora_cli.data.formats.conversation import ROLES
 from cora_cli.data.formats.dolly import DOLLY
 from cora_cli.data.formats.messages import MESSAGES
 from cora_cli.data.formats.prompt import COMPLETION, RESPONSE
 from cora_cli.data.formats.published_code import HUMANEVAL, MBPP, MBPP_SANITIZED
 from cora_cli.data.formats.question_answer import QUESTION_ANSWER
 from cora_cli.data.formats.shape import Raw, Shape
-from cora_cli.data.formats.sharegpt import ROLES, SHAREGPT
+from cora_cli.data.formats.sharegpt import SHAREGPT
 from cora_cli.data.formats.text import TEXT
 from cora_cli.data.records import SCHEMAS, TEMPLATE_COLUMNS, Record, Schema
 from cora_cli.errors import CoraError
@@ -147,20 +148,31 @@ def _is_json(value: Any) -> bool:
 
 
 def _check_messages(messages: Any, where: str) -> None:
-    shape_ok = (
-        isinstance(messages, list)
-        and len(messages) >= 2
-        and all(isinstance(one, dict) and isinstance(one.get("role"), str) and _has_content(one) for one in messages)
-    )
-    if not shape_ok or messages[-1]["role"] != "assistant" or not _is_json(messages):
-        raise CoraError(
-            f"{where}: messages must be a list of {{role, content}} that ends with the assistant's answer, not "
-            f"{json.dumps(messages, default=str)[:120]}"
-        )
+    if fault := _fault_of_messages(messages):
+        raise CoraError(f"{where}: messages must be a list of {{role, content}} that ends with the assistant's answer, {fault}")
     for message in messages:
         role = message["role"]
         if role not in _ROLES and (meant := ROLES.get(role.strip().lower())) is not None:
             raise CoraError(f"{where}: messages have the role {role!r}, which chat templates do not know; write {meant!r}")
+
+
+def _fault_of_messages(messages: Any) -> str | None:
+    """How a sentence ends that says what messages must be; None if they are that."""
+    if not isinstance(messages, list) or len(messages) < 2:
+        return f"not {json.dumps(messages, default=str)[:120]}"
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f"and message {number} of {len(messages)} has no role: {json.dumps(message, default=str)[:120]}"
+        if not _has_content(message):
+            content = json.dumps(message.get("content"), default=str)[:60]
+            others = ", ".join(sorted(message.keys() - {"role", "content"}))
+            return (
+                f"and message {number} of {len(messages)}, of the role {message['role']}, has the content {content}"
+                f"{f' next to {others}' if others else ''}; text is needed, or tool_calls"
+            )
+    if messages[-1]["role"] != "assistant":
+        return f"and the last of {len(messages)} is of the role {messages[-1]['role']}"
+    return None if _is_json(messages) else f"not {json.dumps(messages, default=str)[:120]}"
 
 
 def _has_content(message: Mapping[str, Any]) -> bool:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from cora_cli.data.formats.conversation import messages_of
 from cora_cli.data.formats.shape import OF_PROMPTS, Raw, Shape
-from cora_cli.data.formats.sharegpt import messages_of
 from cora_cli.data.records import TEMPLATE_COLUMNS, TEST_COLUMNS, Schema
 from cora_cli.errors import UsageError
 

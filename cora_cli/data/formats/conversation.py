@@ -1,0 +1,104 @@
+"""The entries of a conversation as messages, from the forms in which they are published.
+
+An entry has `role` and `content` (OpenAI) or `from` and `value` (ShareGPT). The content may be a list of parts that are text, and the
+conversation JSON text, as CSV files have it.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cora_cli.data.formats.shape import Raw
+from cora_cli.errors import CoraError
+from cora_cli.reading import Malformed, parse_json
+
+ROLES = {
+    **{
+        "human": "user",
+        "user": "user",
+        "gpt": "assistant",
+        "chatgpt": "assistant",
+        "assistant": "assistant",
+        "model": "assistant",
+    },
+    **{"system": "system", "tool": "tool", "observation": "tool", "function_response": "tool"},
+}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""The types of parts that are text: those of chat completions, and those of OpenAI's Responses."""
+
+
+def messages_of(talk: Any, where: str, column: str) -> Any:
+    """The entries of a conversation as messages; what is no entry is left as it is, for the check of messages.
+
+    Raises `CoraError` for a speaker who is not known, for parts that are no text, and for text that is not JSON.
+    """
+    if isinstance(talk, str) and talk.lstrip().startswith("["):
+        try:
+            talk = parse_json(talk)
+        except Malformed as error:
+            raise CoraError(f"{where}: {column} is text that is not valid JSON ({error}): {talk[:60]!r}") from error
+    if not isinstance(talk, list):
+        return talk
+    messages = [_message(entry, where, column) if isinstance(entry, dict) and "from" in entry else entry for entry in talk]
+    return [
+        {**message, "content": _joined(message["content"], f"{where}: {column}, message {number},")}
+        if isinstance(message, dict) and isinstance(message.get("content"), list)
+        else message
+        for number, message in enumerate(messages, start=1)
+    ]
+
+
+def read_conversation(record: Raw, where: str, column: str) -> Raw:
+    """A record whose conversation is in `column`; a column `system` becomes its first message."""
+    messages = messages_of(record[column], where, column)
+    rest = {name: value for name, value in record.items() if name != column}
+    system = rest.get("system")
+    if isinstance(system, list):
+        system = _joined(system, f"{where}: system")
+    if isinstance(system, str) and isinstance(messages, list):
+        del rest["system"]
+        has_own = bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+        if system and has_own:
+            raise CoraError(
+                f"{where}: the column system and the first entry of {column} both hold a system message; remove one"
+            )
+        messages = [{"role": "system", "content": system}, *messages] if system else messages
+    elif system:
+        raise CoraError(f"{where}: system must be text, not {json.dumps(system, default=str)[:60]}")
+    return {"messages": messages, **rest}
+
+
+def _message(entry: dict[str, Any], where: str, column: str) -> dict[str, Any]:
+    role = ROLES.get(entry["from"].strip().lower()) if isinstance(entry["from"], str) else None
+    if role is None:
+        found = json.dumps(entry["from"], default=str)[:60]
+        raise CoraError(f"{where}: {column} has an entry from {found}; known are {', '.join(ROLES)}")
+    message = {"role": role, "content": entry.get("value")}
+    rest = {name: value for name, value in entry.items() if name not in ("from", "value")}
+    for theirs, ours in (("from", "role"), ("value", "content")):
+        if theirs in entry and ours in entry and entry[ours] != message[ours]:
+            raise CoraError(f"{where}: {column} has an entry with both {theirs} and {ours}, which differ; remove one of them")
+    return {**message, **rest}
+
+
+def _joined(parts: list[Any], place: str) -> str:
+    """The text of the parts of a message, one after the other, as the chat templates that read parts write them."""
+    if not parts:
+        raise CoraError(f"{place} has the content [], which says nothing; give it a text")
+    return "".join(_text_of(part, place) for part in parts)
+
+
+def _text_of(part: Any, place: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+        return str(part["text"])
+    found = (
+        f"a part of the type {kind}"
+        if isinstance(kind, str) and kind not in _TEXT_PARTS
+        else json.dumps(part, default=str)[:60]
+    )
+    raise CoraError(
+        f"{place} holds {found}; only parts of text, {{type: text, text: …}}, can be read, so leave such records out"
+    )
