@@ -3,9 +3,10 @@
 `formats` recognises the schema of the records and checks them.
 """
 
+import bz2
 import csv
-import gzip
 import io
+import lzma
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +34,8 @@ def read_located(
     if path.is_file():
         if ending not in _READERS:
             raise CoraError(
-                f"{dataset} has the ending {path.suffix or '(none)'}; supported endings are {', '.join(_READERS)}, all but .parquet also with .gz"
+                f"{dataset} has the ending {path.suffix or '(none)'}; supported endings are {', '.join(_READERS)}, all but .parquet also with "
+                f"{', '.join(_COMPRESSIONS)}"
             )
         if ending == ".json":
             return _read_json(path, split)
@@ -45,8 +47,11 @@ def read_located(
     check_place(dataset)
     # The hub client would silently load a directory of that name.
     if path.exists():
-        kind = "a directory" if path.is_dir() else "a device or a pipe"
-        raise CoraError(f"dataset {dataset} is {kind}, not a file or a folder of datasets.save_to_disk")
+        if not path.is_dir():
+            raise CoraError(
+                f"dataset {dataset} is a device or a pipe, which can be read only once; write the records to a file first"
+            )
+        raise CoraError(f"dataset {dataset} is a directory, not a file or a folder of datasets.save_to_disk")
     return _read_hub(dataset, subset, split or usual)
 
 
@@ -64,22 +69,55 @@ def _is_local(dataset: str) -> bool:
 
 def _ending(path: Path) -> str:
     """The ending of a file's name that says how to read it, without that of its compression."""
-    ending = path.suffix.lower()
-    return (
-        path.with_suffix("").suffix.lower() if ending == ".gz" and path.with_suffix("").suffix.lower() != ".parquet" else ending
-    )
+    inner = path.with_suffix("").suffix.lower()
+    return inner if path.suffix.lower() in _COMPRESSIONS and inner != ".parquet" else path.suffix.lower()
 
 
 def _text(path: Path) -> str:
     """The text of a data file with its line ends unchanged, since a quoted CSV field may contain any of them."""
-    if path.suffix.lower() != ".gz":
+    if (expand := _COMPRESSIONS.get(path.suffix.lower())) is None:
         return read_text(path).removeprefix("\ufeff")
     try:
-        return gzip.decompress(path.read_bytes()).decode("utf-8").removeprefix("\ufeff")
+        return expand(path.read_bytes()).decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise CoraError(f"{path} does not hold UTF-8 text: {error}") from error
-    except (EOFError, zlib.error, OSError) as error:  # BadGzipFile is an OSError
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise CoraError(f"{path} cannot be decompressed: {error}") from error
+
+
+def _expanded(begin: Callable[[], Any]) -> Callable[[bytes], bytes]:
+    """Expand one compressed stream after the other, as `cat a.gz b.gz` writes them.
+
+    The modules' own functions leave out what follows the first stream, or is cut off, without a word.
+    """
+
+    def expand(data: bytes) -> bytes:
+        parts = []
+        while data:
+            stream = begin()
+            parts.append(stream.decompress(data))
+            if not stream.eof:
+                raise EOFError("the file ends before the compressed data do")
+            data = stream.unused_data.lstrip(b"\0")
+        return b"".join(parts)
+
+    return expand
+
+
+def _expanded_zstd(data: bytes) -> bytes:
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
+        return bytes(stream.read())
+
+
+_COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": _expanded(lambda: zlib.decompressobj(wbits=31)),
+    ".bz2": _expanded(bz2.BZ2Decompressor),
+    ".xz": _expanded(lzma.LZMADecompressor),
+    ".zst": _expanded_zstd,
+}
+"""How a compressed file of text is expanded, by the last ending of its name."""
 
 
 def _read_json(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
@@ -273,6 +311,7 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     ".json": lambda path: _read_json(path, None),
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".csv": _read_csv,
     ".tsv": _read_tsv,
     ".parquet": _read_parquet,

@@ -162,7 +162,7 @@ def test_wrong_flags_are_refused(flags: list[str], code: int, message: str, usua
         ("d.jsonl", "[1]\n", "d.jsonl, line 1: expected a record with named columns, found [1]"),
         ("d.jsonl", "", "d.jsonl holds no records"),
         ("d.json", '[{"instruction": "a", "output": "b"},\n {"instruction" "a"}]', "d.json, line 2: not valid JSON"),
-        ("d.txt", "text", "d.txt has the ending .txt; supported endings are .json, .jsonl, .csv, .tsv, .parquet"),
+        ("d.txt", "text", "d.txt has the ending .txt; supported endings are .json, .jsonl, .ndjson, .csv, .tsv, .parquet"),
         ("d.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "d.jsonl, line 1: messages must be a list"),
     ],
 )

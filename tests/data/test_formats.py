@@ -251,7 +251,7 @@ def test_an_empty_or_damaged_file_of_a_format_that_cannot_be_empty_says_so(tmp_p
     [
         ("gone.json", "does not exist"),
         ("folder", "is a directory, not a file"),
-        ("data.xml", "has the ending .xml; supported endings are .json, .jsonl, .csv, .tsv, .parquet"),
+        ("data.xml", "has the ending .xml; supported endings are .json, .jsonl, .ndjson, .csv, .tsv, .parquet"),
         ("data", "has the ending (none); supported endings are"),
     ],
 )

@@ -1,8 +1,12 @@
 """The shapes in which data sets are published: how each is recognised, announced and read, and which are refused."""
 
+import bz2
 import gzip
 import json
+import lzma
+import os
 
+import pyarrow
 import pytest
 
 from cora_cli.data.records import prompt_key
@@ -225,18 +229,42 @@ def test_a_chosen_column_that_is_missing_is_named(tmp_path):
 PAIR = {"prompt": "p, q", "completion": "c"}
 
 
-def test_compressed_files_tables_with_tabs_and_arrays_in_objects_are_read(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(PAIR).encode()))
+def zstd(data):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESSIONS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+def test_tables_with_tabs_and_arrays_in_objects_are_read(tmp_path):
     (tmp_path / "b.tsv").write_text("prompt\tcompletion\np, q\tc\n")
     (tmp_path / "c.json").write_text(json.dumps({"version": "1", "data": [PAIR]}))
-    for name in ("a.jsonl.gz", "b.tsv", "c.json"):
+    (tmp_path / "d.ndjson").write_text(json.dumps(PAIR))
+    for name in ("b.tsv", "c.json", "d.ndjson"):
         assert load_records(str(tmp_path / name)) == ([PAIR], "prompt")
 
 
-def test_a_damaged_compressed_file_is_refused(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(PAIR).encode())[:-9])
-    with pytest.raises(CoraError, match=r"a\.jsonl\.gz cannot be decompressed"):
-        load_records(str(tmp_path / "a.jsonl.gz"))
+@pytest.mark.parametrize(("ending", "compress"), COMPRESSIONS.items())
+def test_a_compressed_file_is_read_with_all_its_streams_and_refused_where_one_is_damaged(ending, compress, tmp_path):
+    line = f"{json.dumps(PAIR)}\n".encode()
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(compress(b"\xef\xbb\xbf" + line) + compress(line))
+    assert load_records(str(path)) == ([PAIR, PAIR], "prompt")
+    for damaged in (compress(line)[:-5], compress(line) + b"junk", compress(line) + compress(line)[:-5], b"junk"):
+        path.write_bytes(damaged)
+        with pytest.raises(CoraError, match=r"a\.jsonl\.\w+ cannot be decompressed"):
+            load_records(str(path))
+
+
+def test_a_pipe_is_refused_with_what_would_work(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(
+        CoraError, match=r"a\.jsonl is a device or a pipe, which can be read only once; write the records to a file"
+    ):
+        load_records(str(tmp_path / "a.jsonl"))
 
 
 def test_a_file_of_several_splits_needs_a_choice(tmp_path):
