@@ -19,12 +19,16 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What a judge said, the tokens that it counted (None where it does not say), and the model that it says it is."""
+    """What a judge said, the tokens that it counted (None where it does not say), and the model that it says it is.
+
+    `is_cut`: it ended at the limit of its length.
+    """
 
     text: str
     tokens_in: int | None = None
     tokens_out: int | None = None
     model: str | None = None
+    is_cut: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

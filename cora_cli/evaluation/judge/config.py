@@ -162,6 +162,10 @@ class JudgeConfig:
             raise UsageError(f"--parameters must be a JSON object, not {self.parameters[:60]!r}: {error}") from error
         if not isinstance(value, dict):
             raise UsageError(f"--parameters must be a JSON object, not {json.dumps(value)[:60]}")
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError as error:
+            raise UsageError(f"--parameters must hold finite numbers, not {self.parameters[:60]}") from error
         if taken := sorted(value.keys() & {"messages", "model", "stream", "n"}):
             raise UsageError(f"--parameters cannot set {taken[0]}, which cora judge decides itself")
         return value

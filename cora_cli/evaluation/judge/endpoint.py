@@ -34,6 +34,8 @@ LONGEST_WAIT = 60.0
 """Seconds; a wait that the server asks for may be longer, up to `LONGEST_RETRY_AFTER`."""
 LONGEST_RETRY_AFTER = 600.0
 LARGEST_REPLY = 4 << 20
+SHORTEST_SECRET = 8
+"""Characters of a key that is worth hiding. Servers without keys are given one such as `0`, which replies hold for other reasons."""
 FAILURES_IN_A_ROW = 10
 """After so many calls without a reply the endpoint counts as down."""
 
@@ -136,6 +138,8 @@ class Endpoint:
         except (OSError, http.client.HTTPException):
             detail = ""
         status = f"status {error.code}" + (f": {detail}" if detail else "")
+        if 300 <= error.code < 400 and (place := error.headers.get("Location")):
+            return Refused(f"status {error.code}: it leads to {self._without_key(place)[:200]}, and no redirect is followed")
         if error.code not in (408, 409, 425, 429) and error.code < 500:
             return Refused(status)
         after = retry_after(error.headers.get("Retry-After"))
@@ -148,9 +152,13 @@ class Endpoint:
             value = parse_json(text)
             choice = value["choices"][0]
             content = choice["message"].get("content")
-            usage = value.get("usage")
+            usage, is_cut = value.get("usage"), choice.get("finish_reason") == "length"
         except (Malformed, LookupError, TypeError, AttributeError) as error:
-            raise Unavailable("the body of the reply was no chat completion", paid=True) from error
+            shown = self._without_key(" ".join(text.split()))[:200]
+            raise Unavailable(f"the body of the reply was no chat completion: {shown!r}", paid=True) from error
+        if isinstance(content, list):
+            parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+            content = "".join(part for part in parts if isinstance(part, str))
         counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
         known = [count if type(count) is int and 0 <= count < 10**9 else None for count in counts]
         model = value.get("model")
@@ -159,10 +167,11 @@ class Endpoint:
             known[0],
             known[1],
             self._without_key(model)[:200] if isinstance(model, str) else None,
+            is_cut,
         )
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "<key>") if self._key else text
+        return text.replace(self._key, "<key>") if len(self._key) >= SHORTEST_SECRET else text
 
 
 class _Traffic:

@@ -16,7 +16,7 @@ from cora_cli.evaluation.judge.answers import Answers, load_answers
 from cora_cli.evaluation.judge.asking import Call, Judge, NoReply
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.evaluation.judge.endpoint import Endpoint
-from cora_cli.evaluation.judge.judgments import Judgments, estimated_tokens
+from cora_cli.evaluation.judge.judgments import CUT, Judgments, estimated_tokens
 from cora_cli.evaluation.judge.measures import measure_rubric
 from cora_cli.evaluation.judge.questions import Question, all_questions
 from cora_cli.evaluation.judge.rubrics import Rubric, load_rubric
@@ -137,6 +137,7 @@ def _ask_all(work: _Work, judgments: Judgments) -> None:
     if done and pending:
         say(f"{done} of {len(distinct)} judgments are in {work.out.judgments} already")
     budget = _Budget(config, judgments)
+    failures: collections.Counter[str] = collections.Counter()
     with progress("judging", len(distinct), "judgments", done=done) as shown:
         while pending:
             calls: dict[int, tuple[Question, int, Call]] = {}
@@ -153,7 +154,9 @@ def _ask_all(work: _Work, judgments: Judgments) -> None:
                 out_of_tries = line["outcome"] == "malformed" and attempt + 1 >= config.tries
                 if out_of_tries:
                     reason = f"{attempt + 1} malformed replies; the last: {line['reason']}"
-                    judgments.add(question, attempt, "", NoReply(reason, paid=False, last=True), 0)
+                    line = judgments.add(question, attempt, "", NoReply(reason, paid=False, last=True), 0)
+                if line["outcome"] == "failed":
+                    failures[line["reason"]] += 1
                 if out_of_tries or line["outcome"] in ("judged", "failed"):
                     settled.add(question.request_sha256)
                     shown.advance()
@@ -163,6 +166,12 @@ def _ask_all(work: _Work, judgments: Judgments) -> None:
                     f"the next request could exceed --max-cost {config.max_cost:g} ({budget.spent():.4g} are spent in {work.out.root}); "
                     f"{len(pending)} of {len(distinct)} judgments are missing: a higher --max-cost continues"
                 )
+    if failures:
+        (reason, count), *_ = failures.most_common(1)
+        hint = "; a higher --max-tokens allows longer replies" if reason.endswith(CUT) else ""
+        say(
+            f"{failures.total()} of {len(distinct)} judgments were not obtained, {count} of them for this reason: {reason}{hint}"
+        )
 
 
 def _call(number: int, question: Question, useless: Sequence[str]) -> Call:

@@ -22,6 +22,8 @@ from cora_cli.records import Judgment
 BYTES_PER_TOKEN = 3
 """For estimates, on the safe side: most tokenizers need fewer tokens."""
 
+CUT = "it was cut off at the limit of its length"
+
 
 def estimated_tokens(message: str) -> int:
     """About how many tokens a message has, rather too many than too few."""
@@ -54,7 +56,8 @@ class Judgments:
         except BadReply:
             said = None
         # A rubric of the same name with other criteria has other requests, so its line is of no use here and does no harm.
-        if said is not None and said != line["judgment"]:
+        is_of_rubric = (line["judgment"] or {}).keys() == rubric.keys
+        if said != line["judgment"] and (said is not None or is_of_rubric):
             raise CoraError(
                 f"{self._path}, line {number}: the judgment is not what its reply says; the line was changed, remove it"
             )
@@ -118,7 +121,8 @@ def _outcome(rubric: Rubric, result: Reply | NoReply) -> dict[str, Any]:
     try:
         return {"outcome": "judged", "judgment": read_reply(rubric, text), "reply": text, "reason": None}
     except BadReply as error:
-        return {"outcome": "malformed", "judgment": None, "reply": text, "reason": str(error)}
+        reason = CUT if result.is_cut else str(error)
+        return {"outcome": "malformed", "judgment": None, "reply": text, "reason": reason}
 
 
 def _tokens(message: str, result: Reply | NoReply, max_tokens: int) -> dict[str, Any]:

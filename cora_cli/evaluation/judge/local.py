@@ -90,7 +90,10 @@ class LocalJudge:
                 text = call.opening + self._tokenizer.decode(ids, skip_special_tokens=True)
                 if call.opening and _END in text:
                     text = text[: text.index(_END) + len(_END)]
-                yield call, Reply(text, len(prompts[place]), len(ids), self._model.reference)
+                yield (
+                    call,
+                    Reply(text, len(prompts[place]), len(ids), self._model.reference, len(ids) >= self._config.max_tokens),
+                )
 
     def _encode(self, message: str, opening: str = "") -> list[int]:
         """The tokens of a conversation with this message, whose text is never taken for control tokens, and of the reply's opening."""

@@ -14,8 +14,7 @@ import numpy as np
 from cora_cli.crossed import Floats, ValueFunction, crossed, pseudo_values
 from cora_cli.evaluation.judge.answers import REFERENCE, SHUFFLED, Answers
 from cora_cli.evaluation.judge.questions import Question
-from cora_cli.evaluation.judge.rubrics import FIRST, HIGHEST, LOWEST, SECOND, TIE, Criterion, Rubric
-from cora_cli.evaluation.judge.wording import PREFERENCE_KEY
+from cora_cli.evaluation.judge.rubrics import FIRST, HIGHEST, LOWEST, PREFERENCE_KEY, SECOND, TIE, Criterion, Rubric
 from cora_cli.intervals import with_width
 
 Z = 1.959963984540054

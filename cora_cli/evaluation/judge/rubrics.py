@@ -17,6 +17,7 @@ SHIPPED = ("paper", "readability", "preference")
 LOWEST, HIGHEST = 0.0, 100.0
 """The scale of every score."""
 TIE, FIRST, SECOND = "tie", "first", "second"
+PREFERENCE_KEY = "better"
 
 
 class _CriterionFile(TypedDict):
@@ -51,6 +52,11 @@ class Rubric:
     pass_mark: float
     criteria: tuple[Criterion, ...]
     sha256: str
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys of a judgment."""
+        return {PREFERENCE_KEY} if self.is_preference else {criterion.name for criterion in self.criteria}
 
     @property
     def is_preference(self) -> bool:

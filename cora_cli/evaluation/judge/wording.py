@@ -9,10 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from cora_cli import rundir
-from cora_cli.evaluation.judge.rubrics import FIRST, HIGHEST, LOWEST, SECOND, TIE, Rubric
+from cora_cli.evaluation.judge.rubrics import FIRST, HIGHEST, LOWEST, PREFERENCE_KEY, SECOND, TIE, Rubric
 from cora_cli.reading import Malformed, parse_json
 
-PREFERENCE_KEY = "better"
 _CONTROL = re.compile(
     r"<(?=\|[^|\s<>]{1,40}\|>|｜[^｜<>]{1,40}｜>|/?s>|(?:start|end)_of_turn>|(?:bos|eos|pad|unk|sep|cls)>|/?think>)|\[(?=/?INST\])"
 )
@@ -81,11 +80,11 @@ def read_reply(rubric: Rubric, text: str) -> dict[str, float] | dict[str, str]:
         raise BadReply("it was not one JSON object") from error
     if not isinstance(value, dict):
         raise BadReply("it was not one JSON object")
-    wanted = [PREFERENCE_KEY] if rubric.is_preference else [criterion.name for criterion in rubric.criteria]
     found = {name: part for name, part in value.items() if name != "reason"}
-    if found.keys() != set(wanted):
-        raise BadReply(f"its keys were not exactly {', '.join(wanted)}")
-    return _preference(found) if rubric.is_preference else {name: _score(name, found[name]) for name in wanted}
+    names = [PREFERENCE_KEY] if rubric.is_preference else [criterion.name for criterion in rubric.criteria]
+    if found.keys() != rubric.keys:
+        raise BadReply(f"its keys were not exactly {', '.join(names)}")
+    return _preference(found) if rubric.is_preference else {name: _score(name, found[name]) for name in names}
 
 
 def _preference(found: Mapping[str, object]) -> dict[str, str]:

@@ -131,19 +131,35 @@ def _handler(state: Server) -> type[http.server.BaseHTTPRequestHandler]:
                 self.close_connection = True
                 self.connection.close()
                 return
-            text = {"garbage": "I would say 80.", "range": '{"fluency": 400, "relevance": 1, "accuracy": 1}'}.get(
-                fault or "", ""
-            ) or state.reply(request.message)
+            faulty = {
+                "garbage": "I would say 80.",
+                "range": '{"fluency": 400, "relevance": 1, "accuracy": 1}',
+                "cut": '{"fluency": 4',
+            }
+            text: Any = faulty.get(fault or "", "") or state.reply(request.message)
+            if fault == "parts":
+                text = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": text}]
             complete = json.dumps(
                 {
                     "model": "planted-1",
-                    "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+                    "choices": [
+                        {
+                            "message": {"role": "assistant", "content": text},
+                            "finish_reason": "length" if fault == "cut" else "stop",
+                        }
+                    ],
                     "usage": {"prompt_tokens": 100, "completion_tokens": 10},
                 }
             ).encode()
             if fault == "half":
                 self.send(200, complete[: len(complete) // 2], {"Content-Length": str(len(complete))})
                 self.close_connection = True
+                return
+            if fault == "moved":
+                self.send(308, b"", {"Location": "https://elsewhere.example/v1"})
+                return
+            if fault == "error":
+                self.send(200, b'{"error": {"message": "no such model"}}', {})
                 return
             if fault == "not json":
                 self.send(200, b"<html>busy</html>", {})

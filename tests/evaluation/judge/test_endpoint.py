@@ -74,6 +74,49 @@ def test_a_judge_that_never_makes_sense_gives_failures(tmp_path, answers) -> Non
     assert paper["disqualified"] == ["relevance", "accuracy"]
 
 
+def test_a_reply_that_is_cut_off_is_called_so_and_the_command_says_why_judgments_are_missing(tmp_path, answers, capfd) -> None:
+    with serving(fault=lambda n: "cut") as server:
+        _, out = judge(judge_of(server, answers, tmp_path / "out", tries=2, rubric=("paper",)))
+    assert {line["reason"] for line in read_jsonl(out.judgments) if line["outcome"] == "malformed"} == {
+        "it was cut off at the limit of its length"
+    }
+    assert (
+        "48 of 48 judgments were not obtained, 48 of them for this reason: 2 malformed replies; the last: it was cut off at the limit of its "
+        "length; a higher --max-tokens allows longer replies" in capfd.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("moved", "status 308: it leads to https://elsewhere.example/v1, and no redirect is followed"),
+        ("error", """the body of the reply was no chat completion: '{"error": {"message": "no such model"}}'"""),
+    ],
+)
+def test_an_endpoint_that_gives_no_completions_is_quoted(fault, words, tmp_path, answers) -> None:
+    with serving(fault=lambda n: fault) as server, pytest.raises(CoraError) as failed:
+        judge(judge_of(server, answers, tmp_path / "out", retries=0))
+    assert words in str(failed.value)
+
+
+def test_a_reply_in_parts_is_read_without_its_thoughts(tmp_path, answers) -> None:
+    with serving() as server:
+        expected, _ = judge(judge_of(server, answers, tmp_path / "plain"))
+    with serving(fault=lambda n: "parts") as server:
+        found, _ = judge(judge_of(server, answers, tmp_path / "parts"))
+    assert found["rubrics"] == expected["rubrics"]
+
+
+def test_a_key_too_short_to_be_a_secret_changes_no_reply(tmp_path, answers, monkeypatch) -> None:
+    with serving() as server:
+        expected, _ = judge(judge_of(server, answers, tmp_path / "plain"))
+    monkeypatch.setenv("CORA_JUDGE_KEY", "0")
+    with serving() as server:
+        found, _ = judge(judge_of(server, answers, tmp_path / "keyed", tries=1))
+    assert found["rubrics"] == expected["rubrics"]
+    assert {request.headers["Authorization"] for request in server.requests} == {"Bearer 0"}
+
+
 def test_a_retry_after_holds_back_every_request(tmp_path, answers) -> None:
     with serving(fault=lambda n: "429 1" if n == 0 else None) as server:
         judge(judge_of(server, answers, tmp_path / "out", concurrency=1))
@@ -218,6 +261,8 @@ def test_a_dry_run_sends_and_writes_nothing(tmp_path, answers) -> None:
         ({"parameters": "[1]"}, "--parameters must be a JSON object"),
         ({"parameters": "{"}, "--parameters must be a JSON object"),
         ({"parameters": '{"model": "x"}'}, "cannot set model"),
+        ({"parameters": '{"seed": NaN}'}, '--parameters must hold finite numbers, not {"seed": NaN}'),
+        ({"parameters": '{"seed": 1e999}'}, "--parameters must hold finite numbers"),
         ({"runs": ("a", "b")}, "give either run directories or --from"),
         ({"runs": ("a", "b"), "from_predictions": None}, "several runs need --output-dir"),
         ({"with_base": True}, "--with-base needs run directories"),

@@ -115,12 +115,13 @@ def test_another_judge_or_rubric_is_not_mixed_in_without_overwrite(server, answe
     assert len(server.requests) == sent
 
 
-def test_a_judgment_that_was_edited_is_refused(server, answers) -> None:
+@pytest.mark.parametrize("entry", ["judgment", "reply"])
+def test_a_judgment_that_was_edited_is_refused(server, answers, entry) -> None:
     cora("judge", "--from", answers, *at(server))
     path = answers.parent / "judge" / "judgments.jsonl"
     lines = read_jsonl(path)
     place = next(number for number, line in enumerate(lines) if line["rubric"] == "paper")
-    lines[place]["judgment"]["accuracy"] = 99.0
+    lines[place][entry] = {**lines[place]["judgment"], "accuracy": 99.0} if entry == "judgment" else None
     rundir.write_jsonl(path, lines)
     result = cora("judge", "--from", answers, *at(server))
     assert result.exit_code == 1
