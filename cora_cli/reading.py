@@ -32,8 +32,11 @@ class Malformed(ValueError):
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON document. Raises `Malformed` with the reason, also for a key that an object names twice."""
-    value, end = decode_json(text, _first(text, 0))
+    """The value of a JSON document, which may begin with a byte order mark, as editors on Windows write it.
+
+    Raises `Malformed` with the reason, also for a key that an object names twice.
+    """
+    value, end = decode_json(text, _first(text, 1 if text.startswith("\ufeff") else 0))
     if (rest := _first(text, end)) < len(text):
         raise Malformed(f"nothing may follow the value, found {text[rest : rest + 20]!r}", text.count("\n", 0, rest) + 1)
     return value

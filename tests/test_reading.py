@@ -41,6 +41,13 @@ def test_json_that_cannot_be_used_is_refused_with_the_reason(text: str, words: s
         parse_json(text)
 
 
+def test_a_byte_order_mark_before_a_value_is_passed_over_in_every_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf1\n\xef\xbb\xbf2\n")
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    assert read_jsonl(tmp_path / "a.jsonl") == [1, 2]
+
+
 def test_a_pair_of_escaped_surrogates_is_one_character() -> None:
     assert parse_json(r'"\ud83d\ude00"') == "\N{GRINNING FACE}"
 

@@ -4,6 +4,7 @@ This module finds the directory and lists the files of the model. Reading weight
 `loading`.
 """
 
+import codecs
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -177,6 +178,21 @@ class ModelPath:
                 "directory of its own"
             )
 
+    def check_unmarked(self) -> None:
+        """Raise `CoraError` for a JSON file that begins with a byte order mark, which transformers and PEFT refuse or pass over in silence."""
+        names = (
+            "config.json",
+            "generation_config.json",
+            "adapter_config.json",
+            *(index for _, index in _LAYOUTS),
+            *_TOKENIZER_FILES,
+        )
+        for path in (self.path / name for name in names if name.endswith(".json")):
+            if path.is_file() and _is_marked(path):
+                raise CoraError(
+                    f"{path} begins with a byte order mark, which transformers and PEFT do not read; save it as UTF-8 without one"
+                )
+
     def _adapter_files(self) -> list[Path]:
         return next((found for ending in _ENDINGS if (found := sorted(self.path.glob(f"adapter_*.{ending}")))), [])
 
@@ -274,9 +290,7 @@ def resolve_model(reference: str, weights: bool = True) -> ModelPath:
             run.check_result()
         if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise CoraError(f"{reference} is not a model: {path} has neither config.json nor adapter_config.json")
-        found = ModelPath(reference, path, None)
-        found.check_unambiguous()
-        return found
+        return _checked(ModelPath(reference, path, None))
     check_reference(reference)
     hub_id, _, revision = reference.partition("@")
     return _fetch(reference, hub_id, revision or None, weights)
@@ -338,6 +352,15 @@ def _fetch(reference: str, hub_id: str, revision: str | None, weights: bool) -> 
         raise CoraError(
             f"model {reference!r} is not a local directory and could not be downloaded from the hub: {reason}"
         ) from error
-    found = ModelPath(reference, path, path.name)
-    found.check_unambiguous()
-    return found
+    return _checked(ModelPath(reference, path, path.name))
+
+
+def _is_marked(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+
+def _checked(model: ModelPath) -> ModelPath:
+    model.check_unambiguous()
+    model.check_unmarked()
+    return model

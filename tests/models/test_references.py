@@ -75,6 +75,24 @@ def test_the_weights_that_are_hashed_are_those_that_are_read(tmp_path):
     assert len(everything) == 2, "earlier versions hashed both files"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "model.safetensors.index.json",
+    ],
+)
+def test_a_file_that_transformers_cannot_read_for_its_byte_order_mark_is_refused_by_name(name, tiny_model, tmp_path):
+    marked = Path(shutil.copytree(tiny_model, tmp_path / "marked"))
+    there = (marked / name).read_bytes() if (marked / name).exists() else b"{}"
+    (marked / name).write_bytes(b"\xef\xbb\xbf" + there)
+    with pytest.raises(CoraError, match=rf"marked/{name} begins with a byte order mark, .* save it as UTF-8 without one"):
+        resolve_model(str(marked))
+
+
 def test_a_nested_language_model_states_what_the_top_level_does_not(tmp_path):
     directory = make(tmp_path / "model", "model.safetensors")
     (directory / "config.json").write_text(
