@@ -242,6 +242,19 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
+def number(value: object) -> float | None:
+    """A number of a YAML file, or the number that a text of it spells; None for anything else.
+
+    YAML 1.1 reads 1e-4, without a decimal point, as text.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):  # an integer of hundreds of digits
+        return None
+
+
 def read_yaml(path: Path, what: str, is_text: Callable[[str], bool] = lambda key: False) -> dict[str, Any]:
     """Read a user's YAML file of `name: value` lines; an empty file gives an empty dictionary.
 

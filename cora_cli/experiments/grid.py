@@ -10,8 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+from cora_cli import reading
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import UsageError
 from cora_cli.evaluation.config import EvaluateConfig
@@ -293,21 +294,24 @@ def _margin(values: object, problems: list[str]) -> float | dict[str, float] | N
     """The margin of equivalence: one share of what training gains, or a value for each measure in its own unit."""
     if values is None:
         return None
-    if _is_positive(values) and float(values) <= 1:
-        return float(values)
+    share = reading.number(values)
+    if share is not None and 0 < share <= 1:
+        return share
     if not isinstance(values, dict) or not values:
         problems.append(
             f"margin must be a share of what training gains, above 0 and at most 1, or `measure: value` lines, not {values!r}"
         )
         return None
     problems += [unknown_key(str(name), MEASURES, "margin") for name in values if name not in MEASURES]
-    wrong = {name: value for name, value in values.items() if not _is_positive(value)}
-    problems += [f"margin: {name} must be a number above 0, not {value!r}" for name, value in wrong.items()]
-    return {str(name): float(value) for name, value in values.items() if name not in wrong}
-
-
-def _is_positive(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    found = {
+        str(name): value
+        for name, given in values.items()
+        if (value := reading.number(given)) is not None and 0 < value < math.inf
+    }
+    problems += [
+        f"margin: {name} must be a number above 0, not {value!r}" for name, value in values.items() if str(name) not in found
+    ]
+    return found
 
 
 def _models(values: object, problems: list[str]) -> dict[str, str | Values]:

@@ -50,10 +50,7 @@ def typed(values: object, hints: Mapping[str, Any], where: str, problems: list[s
 
 
 def converted(hint: Any, value: Any) -> Any:
-    """Convert `value` to the type `hint`. Raises `ValueError` that describes the expected type.
-
-    YAML reads 1e-4 (without a decimal point) as text, so numeric text is accepted as a number.
-    """
+    """Convert `value` to the type `hint`; text that spells a number is one. Raises `ValueError` that describes the expected type."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if value is None and type(None) in options:
         return None
@@ -75,11 +72,8 @@ def _fit(hint: Any, value: Any) -> Any:
         return tuple(part.strip() for part in parts) if fits else None
     if typing.get_origin(hint) is dict:
         return value if isinstance(value, dict) else None
-    if hint is float and not isinstance(value, bool):
-        try:
-            return float(value) if isinstance(value, int | float | str) else None
-        except (ValueError, OverflowError):  # an integer of hundreds of digits
-            return None
+    if hint is float:
+        return reading.number(value)
     return value if type(value) is hint else None
 
 

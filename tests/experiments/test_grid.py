@@ -284,6 +284,11 @@ def test_a_row_s_name_is_one_folder_s_name(tmp_path: Path) -> None:
         grid_of({"mode": "lora", "target_modules": [["q_proj"], ["a/../../k_proj"]]})
 
 
+def test_a_margin_in_exponent_form_is_a_number_although_yaml_reads_text() -> None:
+    assert grid_of({"mode": "lora"}, margin="1e-2").margin == 0.01
+    assert grid_of({"mode": "lora"}, margin={"rouge1": "5e-3"}).margin == {"rouge1": 0.005}
+
+
 @pytest.mark.parametrize("margin", [None, 0.2, {"heldout_loss": 0.01, "rouge1": 0.005}])
 def test_the_margin_of_equivalence_reaches_the_grid(margin: Any) -> None:
     assert grid_of({"mode": "lora"}, margin=margin).margin == margin
@@ -296,6 +301,8 @@ def test_the_margin_of_equivalence_reaches_the_grid(margin: Any) -> None:
         (1.5, "margin must be a share of what training gains, above 0 and at most 1"),
         ("small", "margin must be a share of what training gains"),
         ({"rouge1": -1}, "margin: rouge1 must be a number above 0, not -1"),
+        ({"rouge1": "nan"}, "margin: rouge1 must be a number above 0, not 'nan'"),
+        (True, "margin must be a share of what training gains"),
         ({"rogue1": 0.1}, "rouge1"),
     ],
 )

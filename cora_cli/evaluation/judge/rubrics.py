@@ -11,7 +11,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from cora_cli import rundir
 from cora_cli.errors import UsageError
-from cora_cli.reading import fault_of, read_yaml
+from cora_cli.reading import fault_of, number, read_yaml
 
 SHIPPED = ("paper", "readability", "preference")
 LOWEST, HIGHEST = 0.0, 100.0
@@ -78,6 +78,8 @@ def load_rubric(reference: str) -> Rubric:
 
 def _read(path: Path, name: str) -> Rubric:
     values = read_yaml(path, "rubric")
+    if (mark := number(values.get("pass_mark"))) is not None and isinstance(values["pass_mark"], str):
+        values["pass_mark"] = mark
     if fault := fault_of(values, _RubricFile) or _fault(values):
         raise UsageError(f"rubric {path}: {fault}")
     criteria = tuple(

@@ -180,6 +180,12 @@ def test_every_shipped_rubric_loads() -> None:
     }
 
 
+def test_a_pass_mark_in_exponent_form_is_a_number_although_yaml_reads_text(tmp_path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("kind: scores\ninstructions: x\npass_mark: 5e1\ncriteria: {a: {text: y}}\n")
+    assert load_rubric(str(path)).pass_mark == 50.0
+
+
 def test_a_rubric_of_ones_own(tmp_path) -> None:
     path = tmp_path / "polite.yaml"
     path.write_text("kind: scores\ninstructions: Is it polite?\ncriteria:\n  polite: {text: Is it polite}\n")
