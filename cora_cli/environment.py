@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 import warnings
+from pathlib import Path
 
 from cora_cli.errors import CoraError
 
@@ -28,6 +29,8 @@ _OTHER_TRAININGS = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "another kind of parallelism",
     "ACCELERATE_USE_SAGEMAKER": "SageMaker's training",
 }
+_PLACES = re.compile(r"(HF|TORCH\w*|TRITON|TRANSFORMERS|XDG|CUDA|NUMBA|TIKTOKEN)_\w+|MPLCONFIGDIR|TMPDIR")
+"""Variables by which libraries find the places for their own files."""
 # Cluster software sets these for its own purposes; torchrun and accelerate always set LOCAL_RANK too.
 _PROCESS_COUNTS = ("RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -99,3 +102,13 @@ def variable_behind(error: BaseException) -> str | None:
                 return str(name)
     quoted = [name for name, value in os.environ.items() if said.endswith(f": {value!r}")]
     return quoted[0] if len(quoted) == 1 and any(frame.name == "<module>" for frame in frames[1:]) else None
+
+
+def variable_of_path(path: str) -> str | None:
+    """The variable that tells a library to write to this path, or to a folder above it; None if none does."""
+    found = {
+        name: value
+        for name, value in os.environ.items()
+        if _PLACES.fullmatch(name) and value.startswith("/") and Path(path).is_relative_to(value)
+    }
+    return max(found, key=lambda name: (len(found[name]), name), default=None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cora_cli.environment import forget_settings
+from cora_cli.environment import forget_settings, variable_of_path
 from cora_cli.errors import CoraError
 from cora_cli.training.run import train
 from tests.training.helpers import config_for, losses, record_of
@@ -114,6 +114,11 @@ def test_a_launcher_s_numbers_are_numbers(name: str, value: str, monkeypatch: py
         ("TORCH_LOGS", "nonsense", "the environment variable TORCH_LOGS is 'nonsense', which a library cannot use"),
         ("TQDM_MININTERVAL", "often", "the environment variable TQDM_MININTERVAL is 'often', which a library cannot use"),
         ("PYTHONOPTIMIZE", "2", "unset the environment variable PYTHONOPTIMIZE"),
+        (
+            "TORCHINDUCTOR_CACHE_DIR",
+            "/proc/nowhere",
+            "/proc/nowhere cannot be used: No such file or directory; the environment variable TORCHINDUCTOR_CACHE_DIR names that place",
+        ),
     ],
 )
 def test_a_variable_at_which_libraries_fail_is_named(
@@ -124,3 +129,11 @@ def test_a_variable_at_which_libraries_fail_is_named(
     assert done.returncode == 1
     assert says in done.stderr
     assert "unexpected" not in done.stderr
+
+
+def test_a_place_belongs_to_the_library_s_variable_that_names_it_most_closely(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"XDG_CACHE_HOME": "/full", "HF_HOME": "/full/hub", "DATA_DIR": "/mine", "HF_TOKEN": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert variable_of_path("/full/hub/a") == "HF_HOME"
+    assert variable_of_path("/full/hubs") == "XDG_CACHE_HOME"
+    assert variable_of_path("/mine/a") is None

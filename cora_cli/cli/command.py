@@ -19,7 +19,7 @@ import typer
 
 from cora_cli import rundir
 from cora_cli.cli.usage import GENERAL, Command
-from cora_cli.environment import variable_behind
+from cora_cli.environment import variable_behind, variable_of_path
 from cora_cli.errors import CoraError, UsageError, is_out_of_memory
 from cora_cli.progress import interrupts_kept
 from cora_cli.reading import read_yaml
@@ -60,7 +60,11 @@ def _described(error: Exception) -> str:
     """What an exception of Python or of a library says to a user: the file of an operating system's error, or what is exhausted."""
     detail = " ".join(str(error).split())[:400]
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename} cannot be used: {error.strerror}"
+        place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+        name = variable_of_path(place)
+        return (
+            f"{place} cannot be used: {error.strerror}{f'; the environment variable {name} names that place' if name else ''}"
+        )
     if isinstance(error, UnicodeEncodeError):
         return (
             f"a library cannot use the name {rundir.utf8(error.object)[:200]!r} where the locale is not UTF-8; set PYTHONUTF8=1"
