@@ -119,9 +119,18 @@ def require_basis(path: Path) -> None:
         raise CoraError(f"basis {path} does not exist; create one with `cora extract-basis`")
 
 
+_OF_WINDOWS = ("Thumbs.db", "desktop.ini")
+
+
 def holds_files(directory: Path) -> bool:
-    """Whether `directory` holds anything other than the locks and temporary files of commands, which a killed one leaves."""
-    return any(not (entry.name.startswith(".") and entry.name.endswith((".tmp", ".lock"))) for entry in directory.iterdir())
+    """Whether `directory` holds anything other than hidden files, which killed commands and file managers leave, and those of Windows."""
+
+    def counts(entry: Path) -> bool:
+        if not entry.name.startswith("."):
+            return entry.name not in _OF_WINDOWS
+        return entry.is_dir() and not entry.name.endswith((".tmp", ".lock"))
+
+    return any(map(counts, directory.iterdir()))
 
 
 def own_files(folder: Path) -> list[Path]:
@@ -319,6 +328,10 @@ class RunDirectory:
         if expected is None or expected == sha256_json(found):
             return
         known = record.get("result_files") or found
+        if "result_files" in record and (added := sorted(found.keys() - known)) and known.items() <= found.items():
+            raise CoraError(
+                f"{self.result / added[0]} was put next to the result of a finished run and is no part of it; move it out of {self.result}"
+            )
         changed = [name for name in sorted({*known, *found}) if known.get(name) != found.get(name)]
         raise CoraError(
             f"{self.result / changed[0] if changed else self.result} was changed after its training had finished: it does not have the hash in "

@@ -189,10 +189,17 @@ def test_a_file_cut_anywhere_gives_back_its_whole_lines(records, data, tmp_path_
     assert read_jsonl(path, drop_partial_tail=True) == records[: kept.count(b"\n")]
 
 
-def test_what_a_killed_writer_left_does_not_count_as_files(tmp_path):
+def test_what_killed_writers_and_file_managers_left_does_not_count_as_files(tmp_path):
     assert not rundir.holds_files(tmp_path)
     (tmp_path / ".run.json.1a2b3c4d.tmp").touch()
+    (tmp_path / ".adapter.1a2b3c4d.tmp").mkdir()
     assert not rundir.holds_files(tmp_path)
+    for name in (".DS_Store", ".lock", "Thumbs.db"):
+        (tmp_path / name).touch()
+    assert not rundir.holds_files(tmp_path)
+    (tmp_path / ".git").mkdir()
+    assert rundir.holds_files(tmp_path)
+    (tmp_path / ".git").rmdir()
     (tmp_path / "notes.tmp").touch()
     assert rundir.holds_files(tmp_path)
 
@@ -257,6 +264,10 @@ def test_a_hidden_file_beside_the_result_of_a_run_changes_nothing_and_another_on
     run.check_result()
     (run.adapter / "more.json").write_text("{}")
     with pytest.raises(CoraError, match="was changed after its training had finished"):
+        run.check_result()
+    listed = {name: digest for name, digest in run.result_files().items() if name != "more.json"}
+    rundir.write_json(run.record, {"result_sha256": rundir.sha256_json(listed), "result_files": listed})
+    with pytest.raises(CoraError, match=r"more\.json was put next to the result of a finished run .*; move it out of"):
         run.check_result()
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import datetime
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +162,10 @@ def _agree(arguments: TrainingArguments, decide: Any, fingerprint: dict[str, Any
 def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool) -> bool:
     """Whether the directory holds a run with this configuration to continue. Raises `CoraError` for another run or other files.
 
-    A run that failed before its first step holds nothing to continue and is replaced.
+    A run that failed before its first step holds nothing to continue and is replaced, and so is one that the user interrupted there, unless
+    it is to be continued.
     """
-    if run.exists() and _took_no_step(run):
+    if run.exists() and _took_no_step(run, {FAILED} if resume else {FAILED, INTERRUPTED}):
         for path in (run.record, run.config, run.test_records, run.trained_prompts, run.log):
             path.unlink(missing_ok=True)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -208,9 +209,9 @@ def _difference(one: dict[str, Any], other: dict[str, Any], there: str, here: st
     return ", ".join(f"{name} ({theirs.get(name)} {there}, {ours.get(name)} {here})" for name in names)
 
 
-def _took_no_step(run: RunDirectory) -> bool:
-    """Whether a run failed before its first step."""
-    if read_json(run.record, RunStatus)["status"] != FAILED or checkpoints_in(run.checkpoints):
+def _took_no_step(run: RunDirectory, ended: Collection[str]) -> bool:
+    """Whether a run ended, with one of these statuses, before its first step."""
+    if read_json(run.record, RunStatus)["status"] not in ended or checkpoints_in(run.checkpoints):
         return False
     return not run.log.exists() or not any("loss" in line for line in read_jsonl(run.log, LogLine, drop_partial_tail=True))
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, T5Config
 
+from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.training.run import train
 
@@ -165,3 +166,22 @@ def test_four_bits_are_refused_without_the_package_before_anything_is_written(
     with pytest.raises(CoraError, match=r"--load-in-4bit needs the package bitsandbytes: pip install 'cora-cli\[four-bit\]'"):
         train(config_for(tiny_model, tiny_data, tmp_path / "run", load_in_4bit=True))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted"])
+def test_a_run_that_ended_before_its_first_step_is_replaced_by_one_with_other_settings(
+    status: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=1)
+    train(config)
+    record = record_of(tmp_path / "run") | {"status": status}
+    for path in (tmp_path / "run").iterdir():
+        if path.name not in START:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    rundir.write_json(tmp_path / "run" / "run.json", record)
+    train(replace(config, learning_rate=1e-5))
+    assert record_of(tmp_path / "run")["status"] == "finished"
+    assert record_of(tmp_path / "run")["fingerprint"]["settings"]["learning_rate"] == 1e-5
+    rundir.write_json(tmp_path / "run" / "run.json", record_of(tmp_path / "run") | {"status": status})
+    with pytest.raises(CoraError, match="already contains a run"):
+        train(config)
