@@ -255,6 +255,14 @@ def number(value: object) -> float | None:
         return None
 
 
+def whole(value: object) -> int | None:
+    """An integer of a YAML file, or the one that a text writes in exponent form, as 1e3; None for anything else, such as 8.0 and 1e-3."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,9}\.?\d{0,9}[eE]\+?\d{1,2}", value, re.ASCII):
+        found = float(value)
+        return int(found) if found.is_integer() and abs(found) < 2**53 else None
+    return value if type(value) is int else None
+
+
 def read_yaml(path: Path, what: str, is_text: Callable[[str], bool] = lambda key: False) -> dict[str, Any]:
     """Read a user's YAML file of `name: value` lines; an empty file gives an empty dictionary.
 

@@ -74,6 +74,8 @@ def _fit(hint: Any, value: Any) -> Any:
         return value if isinstance(value, dict) else None
     if hint is float:
         return reading.number(value)
+    if hint is int:
+        return reading.whole(value)
     return value if type(value) is hint else None
 
 

@@ -85,6 +85,10 @@ def test_a_flag_overrides_the_file_and_the_file_overrides_the_default(tmp_path: 
     assert baked("--config", file, "bob", *flags) == expected
 
 
+def test_an_integer_of_a_file_may_be_in_exponent_form(tmp_path: Path) -> None:
+    assert baked("a", "--config", written(tmp_path, "flour: rye\neggs: 1e3")).eggs == 1000
+
+
 def test_a_flag_overrides_the_file_even_with_the_default_s_value(tmp_path: Path) -> None:
     assert baked("a", "--config", written(tmp_path, "flour: rye\neggs: 4"), "--eggs", "3").eggs == 3
 

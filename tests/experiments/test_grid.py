@@ -98,6 +98,8 @@ def test_printed_names_are_filled_from_the_row() -> None:
         ({"mode": "lora", "rows": []}, "rows must be a list of at least one row"),
         ({"mode": "lora", "rank": "many"}, "rank must be an integer, not 'many'"),
         ({"mode": "lora", "rank": True}, "rank must be an integer, not True"),
+        ({"mode": "lora", "rank": "1e-1"}, "rank must be an integer, not '1e-1'"),
+        ({"mode": "lora", "rank": "08"}, "rank must be an integer, not '08'"),
         ({"mode": "lora", "learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
         ({"mode": "lora", "label": ""}, "label must be text that is not empty, or left out, not ''"),
         ({"mode": "lora", "learning_rate": -1.0}, "--learning-rate must be positive, not -1.0"),
@@ -282,6 +284,11 @@ def test_a_row_s_name_is_one_folder_s_name(tmp_path: Path) -> None:
     assert ["peft-config-loha.json" in name for name in names] == [True, False]
     with pytest.raises(UsageError, match=r"cannot name a folder; the values that tell rows apart must consist of letters"):
         grid_of({"mode": "lora", "target_modules": [["q_proj"], ["a/../../k_proj"]]})
+
+
+def test_an_integer_in_exponent_form_is_one_although_yaml_reads_text() -> None:
+    (row,) = grid_of({"mode": "lora", "rank": "1e1", "max_steps": "1.5e3"}).rows
+    assert (row.train["rank"], row.train["max_steps"]) == (10, 1500)
 
 
 def test_a_margin_in_exponent_form_is_a_number_although_yaml_reads_text() -> None:
