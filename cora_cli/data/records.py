@@ -65,9 +65,9 @@ def _collapsed(value: Any) -> Any:
 
 def _said(message: Mapping[str, Any], text: Callable[[Any], Any]) -> Any:
     """A message of a role and a text as a pair, one with more (calls of tools, a name) with all its entries."""
-    if message.keys() == {"role", "content"}:
+    if message.keys() - {"weight"} == {"role", "content"}:
         return [message["role"], text(message["content"])]
-    return {name: text(value) if name == "content" else value for name, value in message.items()}
+    return {name: text(value) if name == "content" else value for name, value in message.items() if name != "weight"}
 
 
 def prompt_hash(record: Mapping[str, Any], schema: Schema, as_written: bool = False) -> str:
@@ -81,13 +81,18 @@ def is_among(record: Mapping[str, Any], schema: Schema, hashes: Collection[str])
 
 
 def turns(record: Record, schema: Schema) -> Iterator[Record]:
-    """The record as one record per answer: for each answer of a conversation, the conversation up to it."""
+    """The record as one record per answer: for each answer of a conversation whose weight is not 0, the conversation up to it."""
     if schema != "messages":
         yield record
         return
     for place, message in enumerate(record["messages"]):
-        if message["role"] == "assistant" and place > 0:
+        if message["role"] == "assistant" and place > 0 and answer_weight(message) != 0:
             yield Record({**record, "messages": record["messages"][: place + 1]}, record.where)
+
+
+def answer_weight(message: Mapping[str, Any]) -> int:
+    """Whether an answer is trained, by the `weight` of OpenAI's fine-tuning data: 1 if it states none."""
+    return int(message.get("weight", 1))
 
 
 def prompt_hashes(records: Iterable[Record], schema: Schema, every_answer: bool) -> Iterator[str]:

@@ -150,7 +150,7 @@ class Template:
             given |= template_values(record).keys()
             given |= {name for message in record["messages"] for name, value in message.items() if value is not None}
         text = str(self.tokenizer.chat_template)
-        return sorted(name for name in given - {"role", "content"} if not re.search(rf"\b{re.escape(name)}\b", text))
+        return sorted(name for name in given - {"role", "content", "weight"} if not re.search(rf"\b{re.escape(name)}\b", text))
 
     def spells_control_tokens(self, record: Mapping[str, Any]) -> bool:
         """Whether a text of the record spells a control token, which the tokenizer takes for the token itself.

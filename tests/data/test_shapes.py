@@ -9,7 +9,7 @@ import os
 import pyarrow
 import pytest
 
-from cora_cli.data.records import prompt_key
+from cora_cli.data.records import prompt_key, turns
 from cora_cli.data.split import Choice, load_records, load_split
 from cora_cli.errors import CoraError, UsageError
 
@@ -181,6 +181,39 @@ def test_a_conversation_is_read_in_the_forms_in_which_it_is_published(record, me
 def test_a_conversation_that_cannot_be_read_is_refused_by_its_line_and_the_part_at_fault(record, message, tmp_path):
     with pytest.raises(CoraError) as caught:
         load_records(jsonl(tmp_path / "a.jsonl", record))
+    assert message in str(caught.value)
+
+
+def test_an_answer_of_weight_0_is_part_of_the_prompt_and_is_not_trained(tmp_path):
+    first, second = asked_and_said("q1", "a1"), asked_and_said("q2", "a2")
+    plain = {"messages": [*first, *second]}
+    weighed = {
+        "messages": [
+            first[0] | {"weight": None},
+            first[1] | {"weight": 0},
+            second[0] | {"weight": 0},
+            second[1] | {"weight": 1},
+        ]
+    }
+    (record, other), schema = load_records(jsonl(tmp_path / "a.jsonl", weighed, plain))
+    assert [message.get("weight") for message in record["messages"]] == [None, 0, None, None]
+    assert [len(turn["messages"]) for turn in turns(record, schema)] == [4]
+    assert [len(turn["messages"]) for turn in turns(other, schema)] == [2, 4]
+    assert prompt_key(record, schema) == prompt_key(other, schema)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (0, "line 1: the last answer has the weight 0"),
+        (0.5, "line 1: a message has the weight 0.5; known are 0 and 1"),
+        ("1", 'the weight "1"'),
+    ],
+)
+def test_a_weight_that_leaves_nothing_to_train_or_is_none_is_refused(weight, message, tmp_path):
+    question, answer = asked_and_said("q")
+    with pytest.raises(CoraError) as caught:
+        load_records(jsonl(tmp_path / "a.jsonl", {"messages": [question, answer | {"weight": weight}]}))
     assert message in str(caught.value)
 
 

@@ -165,11 +165,11 @@ def test_tools_documents_and_template_arguments_reach_the_template():
 
 
 def test_what_the_chat_template_does_not_mention_is_listed():
-    answer = {"role": "assistant", "content": "2", "weight": 0, "name": None, "reasoning": "r"}
+    answer = {"role": "assistant", "content": "2", "weight": 0, "name": None, "reasoning": "r", "mood": "m"}
     records = [Record({**TALK, "messages": [*TALK["messages"][:-1], answer]}), Record({**TALK, "tools": [{"name": "clock"}]})]
-    assert Template("chat", "messages", with_template(CHATML)).unread(records) == ["reasoning", "tools", "weight"]
+    assert Template("chat", "messages", with_template(CHATML)).unread(records) == ["mood", "reasoning", "tools"]
     mentioned = with_template(TOOLS + "{{ messages[-1].reasoning }}" + CHATML)
-    assert Template("chat", "messages", mentioned).unread(records) == ["weight"]
+    assert Template("chat", "messages", mentioned).unread(records) == ["mood"]
     assert Template("alpaca", "alpaca", mentioned).unread([Record({"instruction": "a", "output": "b"})]) == []
 
 

@@ -18,7 +18,7 @@ from cora_cli.data.formats.question_answer import QUESTION_ANSWER
 from cora_cli.data.formats.shape import Raw, Shape
 from cora_cli.data.formats.sharegpt import SHAREGPT
 from cora_cli.data.formats.text import TEXT
-from cora_cli.data.records import SCHEMAS, TEMPLATE_COLUMNS, Record, Schema
+from cora_cli.data.records import SCHEMAS, TEMPLATE_COLUMNS, Record, Schema, answer_weight
 from cora_cli.errors import CoraError
 from cora_cli.reading import Malformed, parse_json
 
@@ -105,6 +105,12 @@ def _checked(record: Raw, schema: Schema, where: str) -> Record:
     checked = Record({name: value for name, value in record.items() if name in SCHEMAS[schema] or _is_json(value)}, where)
     if schema == "messages":
         _check_messages(record["messages"], where)
+        checked["messages"] = [_weighed(message, where) for message in record["messages"]]
+        if answer_weight(checked["messages"][-1]) == 0:
+            raise CoraError(
+                f"{where}: the last answer has the weight 0, so nothing of this record would be trained or compared; leave it out, or end it with "
+                "an answer that counts"
+            )
         for name in TEMPLATE_COLUMNS:
             if name in record:
                 checked[name] = _template_value(name, record[name], where)
@@ -145,6 +151,18 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _weighed(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message without a weight that says what holds anyway: 1 or none for an answer, 0 or none for others."""
+    if "weight" not in message:
+        return message
+    weight, usual = message["weight"], 1 if message["role"] == "assistant" else 0
+    if weight is not None and weight not in (0, 1):
+        raise CoraError(
+            f"{where}: a message has the weight {json.dumps(weight, default=str)[:60]}; known are 0 and 1, whether it is trained"
+        )
+    return {name: value for name, value in message.items() if name != "weight"} if weight in (None, usual) else message
 
 
 def _check_messages(messages: Any, where: str) -> None:
