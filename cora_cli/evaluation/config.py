@@ -33,6 +33,9 @@ def check_predictions(name: str) -> None:
         raise CoraError(f"{name} is not a file; --from needs the predictions.jsonl of an evaluation")
 
 
+MOST_RESAMPLES = 1_000_000
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """Every setting of `cora evaluate`."""
@@ -145,7 +148,7 @@ class EvaluateConfig:
     readability: bool = setting(
         "Also count proxies of readability in answers that are Python programs, without running them.", False, panel=_METRICS
     )
-    bootstrap: int = setting("Number of bootstrap resamples for each interval.", 1000, panel=_METRICS, most=1_000_000)
+    bootstrap: int = setting("Number of bootstrap resamples for each interval.", 1000, panel=_METRICS, most=MOST_RESAMPLES)
     seed: int = setting("Seed for the bootstrap and for sampling; greedy decoding uses none.", 0, panel=_METRICS)
     device: str = setting("auto, cpu, cuda or cuda:<index>.", "auto", panel=_RUN)
     dtype: DtypeName = setting("auto: bf16 where the hardware supports it, else fp32.", "auto", panel=_RUN)

@@ -13,6 +13,7 @@ from typing import Any
 
 from cora_cli import embedded, records, rundir
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.config import MOST_RESAMPLES
 from cora_cli.evaluation.metrics import GROUPS, PASS_AT, ScoreReport, score_all
 from cora_cli.evaluation.metrics.bertscore import EMBEDDED_ENCODER
 from cora_cli.evaluation.metrics.calibration import tokens_of
@@ -132,7 +133,9 @@ def _check_metrics(evaluation: EvaluationDirectory) -> list[str]:
     _check_evaluation(evaluation)
     record = read_json(evaluation.metrics, records.Metrics)
     lines = records.read_predictions(evaluation.predictions, "prediction", "reference")
-    same, notes = [], []
+    known = {name for names in (*GROUPS.values(), tuple(PASS_AT)) for name in names}
+    unknown = sorted(record["metrics"].keys() - known)
+    same, notes = [], [f"{evaluation.root}: {name} is no metric of this version, so not computed again" for name in unknown]
     for names in [*GROUPS.values(), tuple(PASS_AT)]:
         wanted = [name for name in names if name in record["metrics"]]
         if not wanted:
@@ -185,6 +188,11 @@ def _again(
     encoder, layer = _encoder(record) if "bertscore_f1" in names else (None, None)
     tokenize = re.search(r"\|tok:(\w+)", record["metrics"]["sacrebleu"]["signature"]) if "sacrebleu" in names else None
     bootstrap = record.get("bootstrap", {"resamples": 1000, "seed": 0})
+    if not (1 <= bootstrap["resamples"] <= MOST_RESAMPLES and 0 <= bootstrap["seed"] < 2**32):
+        raise CoraError(
+            f"{evaluation.metrics} was changed after it was written: no intervals come from {bootstrap['resamples']} resamples and the seed "
+            f"{bootstrap['seed']}"
+        )
     return score_all(
         names,
         [line["prediction"] for line in lines],

@@ -66,6 +66,14 @@ def other_order(path: Path) -> None:
     path.write_text("".join(reversed(path.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
 
 
+def impossible_bootstrap(entry: str, value: int) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        record = read_json(path)
+        rundir.write_json(path, {**record, "bootstrap": {**record["bootstrap"], entry: value}})
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "says"),
     [
@@ -84,6 +92,12 @@ def other_order(path: Path) -> None:
         ("eval/predictions.jsonl", flip, "eval/predictions.jsonl was altered after it was scored"),
         ("eval/metrics.json", other_value, "eval/scores.jsonl was altered"),
         ("eval/metrics.json", other_interval, "eval/metrics.json does not hold the interval of rougeL that"),
+        ("eval/metrics.json", impossible_bootstrap("resamples", 10**9), "no intervals come from 1000000000 resamples"),
+        (
+            "eval/metrics.json",
+            impossible_bootstrap("seed", -1),
+            "eval/metrics.json was changed after it was written: no intervals come",
+        ),
         ("eval/scores.jsonl", better_scores, "eval/metrics.json does not hold the rouge1 that"),
     ],
 )
@@ -143,6 +157,17 @@ def test_other_versions_are_said_where_the_values_agree(run: Path) -> None:
     record["metrics"]["rouge1"]["signature"] += "|version:0"
     rundir.write_json(path, record)
     assert "rouge1 is as recorded, although it was measured with other versions" in "\n".join(verify(run))
+
+
+def test_a_metric_that_this_version_does_not_have_is_said_to_be_left_out(run: Path) -> None:
+    place = run / "eval" / "metrics.json"
+    record = read_json(place)
+    scores = read_jsonl(place.with_name("scores.jsonl"))
+    rundir.write_jsonl(place.with_name("scores.jsonl"), [{**line, "charm": line["rouge1"]} for line in scores])
+    record["metrics"]["charm"] = record["metrics"]["rouge1"]
+    record["scores_sha256"] = rundir.sha256_file(place.with_name("scores.jsonl"))
+    rundir.write_json(place, record)
+    assert f"{run / 'eval'}: charm is no metric of this version, so not computed again" in verify(run / "eval")
 
 
 def test_an_evaluation_of_other_weights_in_the_run_is_refused(run: Path) -> None:
