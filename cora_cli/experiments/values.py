@@ -105,9 +105,9 @@ def _read(path: Path, including: tuple[Path, ...]) -> Values:
     included = values.pop("include", None)
     if included is None:
         return values
-    if not isinstance(included, str):
+    if not isinstance(included, str) or not included.strip():
         raise UsageError(f"grid file {path}: include must name one file, not {included!r}")
-    return merged(_read(path.parent / included, (*including, path.resolve())), values)
+    return merged(_read(path.parent / Path(included).expanduser(), (*including, path.resolve())), values)
 
 
 def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> Values:

@@ -5,6 +5,7 @@ Nothing is trained. The result is a run directory like the first, whose adapter 
 
 import contextlib
 import shutil
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.loading import load_model
 from cora_cli.models.references import resolve_model
 from cora_cli.progress import progress, say
-from cora_cli.reading import read_yaml
+from cora_cli.reading import checked, read_yaml
 from cora_cli.records import read_run, template_date
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
@@ -33,6 +34,8 @@ from cora_cli.training.record import FINISHED
 
 Factor = tuple[str, str]
 """A layer's name, and A or B."""
+_LISTS = frozenset({"target_modules", "columns", "start_models"})
+"""Settings that files have as lists."""
 
 
 class CurvatureSums:
@@ -173,6 +176,11 @@ def _checked_record(source: RunDirectory, run: str) -> dict[str, Any]:
 
 def _config_of(source: RunDirectory, device: str) -> Any:
     values = read_yaml(source.config, "configuration of the run")
+    hints = typing.get_type_hints(TrainConfig)
+    if unknown := sorted(values.keys() - hints):
+        raise CoraError(f"{source.config} is damaged or from another version of cora: it has the unknown key {unknown[0]}")
+    for name in values.keys() - _LISTS:
+        checked(values[name], hints[name], f"{source.config}: {name}")
     try:
         # How the run was computed, on whatever hardware, is not how its records are passed through the model here.
         here: dict[str, Any] = {"device": device, "attention": "auto", "compile": False, "liger": False, "shard": "none"}

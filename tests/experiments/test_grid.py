@@ -7,6 +7,7 @@ import yaml
 from cora_cli.errors import UsageError
 from cora_cli.experiments.grid import build_grid, load_grid
 from cora_cli.experiments.rows import RowMode, short
+from cora_cli.experiments.values import read_yaml
 from tests.experiments.helpers import BASE, grid_of
 
 
@@ -173,6 +174,14 @@ def test_all_problems_are_named_at_once() -> None:
     assert all(word in str(error.value) for word in ("rnak", "not 9", "modle"))
 
 
+def test_a_file_below_the_home_directory_is_included(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "common.yaml").write_text("name: theirs\n")
+    (tmp_path / "own.yaml").write_text("include: ~/common.yaml\n")
+    assert read_yaml(tmp_path / "own.yaml") == {"name": "theirs"}
+
+
 def test_a_file_includes_another_and_its_own_values_win(tmp_path: Path) -> None:
     (tmp_path / "common.yaml").write_text(
         "model: m\nconditions: [common]\ndatasets: {d: x}\ndefaults: {train: {rank: 4, alpha: 8}, evaluate: {limit: 5}}\n"
@@ -194,6 +203,7 @@ def test_a_file_includes_another_and_its_own_values_win(tmp_path: Path) -> None:
         ("include: own.yaml", "includes itself"),
         ("include: other.yaml", "other.yaml does not exist"),
         ("include: [a]", "include must name one file"),
+        ("include: ''", "include must name one file, not ''"),
         ("model: !!python/object/apply:os.getcwd []", "is not valid YAML"),
     ],
 )

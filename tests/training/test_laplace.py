@@ -183,6 +183,10 @@ def test_what_has_no_laplace_approximation_is_refused(
     refused("the data set of .* is not the one that it was trained with", str(other))
     (other / "config.yaml").write_text(text.replace("weight_decay: 0.0", "weight_decay: 0.5"))
     refused(r"config\.yaml has weight_decay 0\.5, but the run was trained with 0\.0; restore the file", str(other))
+    (other / "config.yaml").write_text(f"{text}mood: calm\n")
+    refused(r"config\.yaml is damaged or from another version of cora: it has the unknown key mood", str(other))
+    (other / "config.yaml").write_text(text.replace("split_seed: 0", "split_seed: none"))
+    refused(r'config\.yaml: split_seed is damaged .*: it must be an integer, not "none"', str(other))
     other = Path(shutil.copytree(run, tmp_path / "retokenized"))
     record = read_json(other / "run.json")
     record["fingerprint"]["tokenizer_sha256"] = "0" * 64
