@@ -55,6 +55,10 @@ def check_run(run: RunDirectory) -> list[str]:
             f"{run.root} is not finished (status {record['status']}), so it has no result to compare; complete it with --resume"
         )
     run.check_result()
+    if (mode := record["fingerprint"]["settings"].get("mode", record["mode"])) != record["mode"]:
+        raise CoraError(
+            f"{run.record} was changed after it was written: its mode is {record['mode']}, but the run was trained with {mode}"
+        )
     found = [f"{run.result}: {len(run.result_files())} files with the recorded hash"]
     # Whoever publishes may leave out the records.
     if run.test_records.exists() or not run.sums.exists():

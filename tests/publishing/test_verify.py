@@ -66,6 +66,10 @@ def other_order(path: Path) -> None:
     path.write_text("".join(reversed(path.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
 
 
+def other_mode(path: Path) -> None:
+    rundir.write_json(path, {**read_json(path), "mode": "full"})
+
+
 def impossible_bootstrap(entry: str, value: int) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         record = read_json(path)
@@ -87,6 +91,11 @@ def impossible_bootstrap(entry: str, value: int) -> Callable[[Path], None]:
             "eval/scores.jsonl",
             other_order,
             "eval/scores.jsonl was altered after it was written: it does not have the hash in metrics.json",
+        ),
+        (
+            "run.json",
+            other_mode,
+            "run.json was changed after it was written: its mode is full, but the run was trained with lora",
         ),
         ("run.json", other_loss, "heldout.jsonl was altered after it was written"),
         ("eval/predictions.jsonl", flip, "eval/predictions.jsonl was altered after it was scored"),
