@@ -20,14 +20,14 @@ from typing import Any
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.inspection.prediction import spearman
+from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
-from cora_cli.reading import read_yaml
 from cora_cli.records import read_probe
 from cora_cli.render.canvas import Palette, render, write_plots
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.reporting.report_rows import read_plan
 from cora_cli.rundir import RunDirectory
-from cora_cli.training.config import TrainConfig
+from cora_cli.training.config import config_of_run
 from cora_cli.training.probe import probe
 
 POWERS = {"no curvature": 0.0, "c / √λ": 0.5, "c / λ": 1.0}
@@ -62,8 +62,12 @@ def swept_methods(grid: Path) -> list[Swept]:
             and row.run is not None
         ]
         if sweep["chosen"] is not None and rows and rows[0].run is not None and len(sweep["planned"]) > 1:
-            row = rows[0]
-            found.append(Swept(row.label, RunDirectory(rows[0].run), tuple(sorted(sweep["planned"])), float(sweep["chosen"])))
+            row, run = rows[0], RunDirectory(rows[0].run)
+            adapter = config_of_run(run).adapter_plan()
+            if adapter is not None and not method_of(adapter.mode).can_train(adapter):
+                say(f"{row.label} trains nothing, so that it has no best rate; it is left out")
+                continue
+            found.append(Swept(row.label, run, tuple(sorted(sweep["planned"])), float(sweep["chosen"])))
     if len(found) < 3:
         raise CoraError(f"{grid} has {len(found)} methods with a finished sweep; leaving one out needs at least 3")
     return found
@@ -73,10 +77,9 @@ def measured(method: Swept, probes: Path, examples: int, products: int) -> dict[
     """The probe of a method, from the folder or now."""
     kept = probes / f"{method.run.root.name}.json"
     if not kept.exists():
-        values = read_yaml(method.run.config, "configuration of the run")
-        changes = {"target_modules": tuple(values["target_modules"]), "probe": str(kept), "probe_examples": examples}
         say(f"measuring {method.label}")
-        rundir.write_json(kept, probe(TrainConfig(**{**values, **changes}), most_products=products))
+        config = config_of_run(method.run, probe=str(kept), probe_examples=examples)
+        rundir.write_json(kept, probe(config, most_products=products))
     return read_probe(kept)
 
 

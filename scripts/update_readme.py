@@ -63,25 +63,32 @@ def main() -> None:
             default=ROOT / part,
             help=f"the directory that `cora report runs/{part} -o {part}` wrote, of configs/baselines/{part}.yaml",
         )
+    parser.add_argument(
+        "--prediction",
+        type=Path,
+        default=ROOT / "docs" / "results" / "prediction.json",
+        help="`benchmarks/prediction.py runs/prediction … -o docs/results/prediction.json --plot docs`",
+    )
     options = parser.parse_args()
     replace("modes", methods_table())
     replace("method-notes", method_notes())
-    if options.demo.exists():
-        replace("demo", options.demo.read_text(encoding="utf-8").partition("\n")[2].strip())
-    if options.demo_report.exists():
-        replace("demo-report", progress_and_verdict(options.demo_report.read_text(encoding="utf-8")))
+    for name, path, body in (
+        ("demo", options.demo, lambda text: text.partition("\n")[2].strip()),
+        ("demo-report", options.demo_report, progress_and_verdict),
+        ("families", options.families, str.strip),
+        ("inspect", options.inspect, verdict_and_captures),
+        ("prediction", options.prediction, correlations),
+    ):
+        if path.exists():
+            replace(name, body(path.read_text(encoding="utf-8")))
     if options.bench.exists():
         results = json.loads(options.bench.read_text(encoding="utf-8"))
         replace("bench", benchmark_summary(results))
         replace("bench-details", benchmark_details(results))
-    if options.families.exists():
-        replace("families", options.families.read_text(encoding="utf-8").strip())
     if options.honest.exists():
         replace("honest", verdict_and_scores((options.honest / "report.md").read_text(encoding="utf-8")))
         [plot] = (options.honest / "plots").glob("*forest.svg")
         shutil.copyfile(plot, FOREST)
-    if options.inspect.exists():
-        replace("inspect", verdict_and_captures(options.inspect.read_text(encoding="utf-8")))
     if options.baselines.exists():
         replace("baselines", scores_and_costs((options.baselines / "report.md").read_text(encoding="utf-8")))
         for name in PLOTS:
@@ -140,6 +147,15 @@ def verdict_and_captures(inspection: str) -> str:
     verdict, _, tables = inspection.partition("## Verdict\n")[2].partition("## Tables\n")
     captures = tables.partition("### Leave-one-out capture\n")[2].partition("\n### ")[0]
     return "\n\n".join([verdict.strip(), captures.strip()])
+
+
+def correlations(measured: str) -> str:
+    """The tables of `benchmarks/prediction.py`, from its JSON, with its plot behind the first one, and where the numbers are."""
+    result = json.loads(measured)
+    first, said, *others = result["markdown"].split("\n\n")
+    plot = "![The ranks of the bases in each measure and in the held-out loss](prediction.svg)"
+    cost = f"The measures took {result['processor_seconds'] / 60:.0f} minutes of processor time ([all numbers](results/prediction.json))."
+    return "\n\n".join([first, f"{said} {cost}", plot, *others])
 
 
 def benchmark_summary(results: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.inspection.measure import CHANCE, MEAN, PAPER, POOLED, UNSCALED_MEAN, UNSCALED_POOLED, Directions, Findings
+from cora_cli.inspection.rank_correlation import rank_correlation
 from cora_cli.inspection.starts import start_of
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
@@ -185,12 +186,10 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> tuple[float, tuple
     At ρ = ±1, where z is infinite, the interval is that of the closest value that n ranks without ties can reach,
     1 − 12 / (n(n² − 1)), extended to ±1. Returns None for fewer than four pairs, or if either sequence is constant.
     """
-    from scipy.stats import rankdata
-
     n = len(one)
     if n < FEWEST or len(set(one)) == 1 or len(set(other)) == 1:
         return None
-    rho = float(np.clip(np.corrcoef(rankdata(one), rankdata(other))[0, 1], -1.0, 1.0))
+    rho = float(rank_correlation(np.array(one), np.array(other)))
     nearest = 1.0 - 12.0 / (n * (n * n - 1))
     used = max(-nearest, min(nearest, rho))
     half = float(ndtri(0.975)) * math.sqrt((1.0 + used**2 / 2.0) / (n - 3))

@@ -50,12 +50,17 @@ def replace_change(
     return {
         NOTHING: [],
         MEAN: mean,
-        PROJECTION: [(pool, _inside(pool, itself))],
+        PROJECTION: [projection(pool, itself)],
         MEAN_AND_REST: [*mean, (pool, _inside(pool, itself) - _inside(pool, mean))],
-        RANDOM: [(drawn, _inside(drawn, itself))],
-        OWN: [(of_base, _inside(of_base, itself))],
+        RANDOM: [projection(drawn, itself)],
+        OWN: [projection(of_base, itself)],
         ITSELF: itself,
     }
+
+
+def projection(basis: torch.Tensor, update: Update) -> Term:
+    """B Bᵀ X of the `update` X, for orthonormal columns B (rows, k)."""
+    return basis, _inside(basis, update)
 
 
 def kept_energy(own: Change, update: Update) -> float:

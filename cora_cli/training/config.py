@@ -6,14 +6,17 @@ One frozen object holds the complete request; a run directory records it as `con
 import dataclasses
 import functools
 import re
+import typing
 from typing import TYPE_CHECKING, Any, Literal
 
 from cora_cli.data.formats.columns import chosen_shape
 from cora_cli.data.templates import TemplateName, check_date
-from cora_cli.errors import UsageError
+from cora_cli.errors import CoraError, UsageError
 from cora_cli.methods.method import A, AInit, BInit, Method
 from cora_cli.methods.plan import AdapterPlan, AdapterRequest
 from cora_cli.methods.registry import DEFAULT, METHODS, OPTIONAL_SETTINGS, OWN_SETTINGS, Mode, plan_adapter, taken_settings
+from cora_cli.reading import checked, read_yaml
+from cora_cli.rundir import RunDirectory
 from cora_cli.settings import ATTENTIONS, LARGEST_RANK, MOST, DtypeName, given, range_problems, setting
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
@@ -470,3 +473,18 @@ else:
         frozen=True,
         namespace={"__module__": __name__, "__doc__": "Every setting of `cora train`: the shared ones and each method's own."},
     )
+
+
+def config_of_run(run: RunDirectory, **changes: Any) -> TrainConfig:
+    """The settings that a run recorded, with `changes`. Raises `CoraError` naming the file where they are missing or damaged."""
+    values = read_yaml(run.config, "configuration of the run")
+    hints = typing.get_type_hints(TrainConfig)
+    if unknown := sorted(values.keys() - hints):
+        raise CoraError(f"{run.config} is damaged or from another version of cora: it has the unknown key {unknown[0]}")
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    for name in values.keys() - lists.keys():
+        checked(values[name], hints[name], f"{run.config}: {name}")
+    try:
+        return TrainConfig(**{**values, **lists, **changes})
+    except TypeError as error:
+        raise CoraError(f"{run.config} is damaged: {error}") from error

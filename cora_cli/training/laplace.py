@@ -5,7 +5,6 @@ Nothing is trained. The result is a run directory like the first, whose adapter 
 
 import contextlib
 import shutil
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,14 @@ from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.loading import load_model
 from cora_cli.models.references import resolve_model
 from cora_cli.progress import progress, say
-from cora_cli.reading import checked, read_yaml
 from cora_cli.records import read_run, template_date
 from cora_cli.rundir import RunDirectory
-from cora_cli.training.config import TrainConfig
+from cora_cli.training.config import config_of_run
 from cora_cli.training.prepare import prepare
 from cora_cli.training.record import FINISHED
 
 Factor = tuple[str, str]
 """A layer's name, and A or B."""
-_LISTS = frozenset({"target_modules", "columns", "start_models"})
-"""Settings that files have as lists."""
 
 
 class CurvatureSums:
@@ -102,7 +98,8 @@ def laplace(
     """
     source = RunDirectory(Path(run))
     record = _checked_record(source, run)
-    config = _config_of(source, device)
+    # How the run was computed, on whatever hardware, is not how its records are passed through the model here.
+    config = config_of_run(source, device=device, attention="auto", compile=False, liger=False, shard="none")
     prepared = prepare(config, template_date(record))
     now, then = prepared.fingerprint(config), record["fingerprint"]
     for key, what in (("model_sha256", "base model"), ("data_sha256", "data set"), ("tokenizer_sha256", "tokenizer")):
@@ -172,21 +169,6 @@ def _checked_record(source: RunDirectory, run: str) -> dict[str, Any]:
     if record["is_base_model"]:
         raise CoraError(f"{run} equals its base model, since nothing in it could train")
     return record
-
-
-def _config_of(source: RunDirectory, device: str) -> Any:
-    values = read_yaml(source.config, "configuration of the run")
-    hints = typing.get_type_hints(TrainConfig)
-    if unknown := sorted(values.keys() - hints):
-        raise CoraError(f"{source.config} is damaged or from another version of cora: it has the unknown key {unknown[0]}")
-    for name in values.keys() - _LISTS:
-        checked(values[name], hints[name], f"{source.config}: {name}")
-    try:
-        # How the run was computed, on whatever hardware, is not how its records are passed through the model here.
-        here: dict[str, Any] = {"device": device, "attention": "auto", "compile": False, "liger": False, "shard": "none"}
-        return TrainConfig(**{**values, "target_modules": tuple(values["target_modules"]), **here})
-    except (TypeError, KeyError) as error:
-        raise CoraError(f"{source.config} is damaged: {error}") from error
 
 
 def _measured(model: PeftModel, examples: Sequence[Example], seed: int) -> CurvatureSums:

@@ -35,10 +35,23 @@ PRODUCTS, TOLERANCE = 20, 0.02
 _OF_A_RUN = ("status", "sealed_checkpoints")
 
 
-def probe(config: TrainConfig, most_products: int = PRODUCTS) -> dict[str, Any]:
-    """Measure the run of `config` before its first step. Returns the record of `records.Probe`, and writes nothing.
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A run before its first step: the model with its adapter, in float32 and without dropout, the examples to measure it on, and `record`, what
+    `run.json` would say of it."""
 
-    All in float32, in which differences of gradients have enough digits. Raises `CoraError` as the run would, and where nothing can train.
+    config: TrainConfig
+    prepared: Prepared
+    model: Any
+    form: BatchForm
+    examples: Sequence[Example]
+    record: dict[str, Any]
+
+
+def begin(config: TrainConfig) -> Start:
+    """Assemble the run of `config` and write nothing. Raises `CoraError` as the run would, and where nothing can train.
+
+    All in float32, in which differences of gradients have enough digits.
     """
     if number_of_processes(config) > 1:
         raise CoraError(f"--probe runs in one process, not in {number_of_processes(config)}")
@@ -54,17 +67,27 @@ def probe(config: TrainConfig, most_products: int = PRODUCTS) -> dict[str, Any]:
         model, batching, observation = assemble(config, prepared, training_arguments(config, prepared, run), run)
     model.eval()
     record = first_record(config, prepared, prepared.fingerprint(config), model, batching, observation)
+    return Start(config, prepared, model, batching.form, examples, record)
+
+
+def probe(config: TrainConfig, most_products: int = PRODUCTS) -> dict[str, Any]:
+    """Measure the run of `config` before its first step. Returns the record of `records.Probe`, and writes nothing.
+
+    Raises `CoraError` as `begin` does.
+    """
+    start = begin(config)
+    model, examples, prepared, plan = start.model, start.examples, start.prepared, start.prepared.plan
     energy: dict[str, Any] | None = None
     seconds: dict[str, float] = {}
     if plan is not None and method_of(plan.mode).lora_rank is not None:
         began = time.monotonic()
-        energy = gradient_energy(model, examples, prepared, batching.form)
+        energy = gradient_energy(model, examples, prepared, start.form)
         seconds["gradient"] = round(time.monotonic() - began, 3)
     began = time.monotonic()
-    curvature = largest_curvature(model, examples, prepared, batching.form, most_products, seed=config.seed)
+    curvature = largest_curvature(model, examples, prepared, start.form, most_products, seed=start.config.seed)
     seconds["curvature"] = round(time.monotonic() - began, 3)
     return {
-        **{key: value for key, value in record.items() if key not in _OF_A_RUN},
+        **{key: value for key, value in start.record.items() if key not in _OF_A_RUN},
         "probe": {
             "examples": len(examples),
             "tokens": sum(len(example.input_ids) for example in examples),

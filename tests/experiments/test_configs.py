@@ -43,7 +43,7 @@ def paper_grid(name: str, preset: str | None = None, model: str | None = None) -
 
 
 def test_all_grids_were_found() -> None:
-    assert {path.stem for path in GRIDS} == {*TABLES, "figure-variance", "quick", "honest", "baselines", *PARTS}
+    assert {path.stem for path in GRIDS} == {*TABLES, "figure-variance", "quick", "honest", "baselines", "prediction", *PARTS}
 
 
 def test_a_shipped_grid_is_found_by_its_name_and_a_file_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +245,24 @@ def test_every_baseline_is_swept_and_confirmed_like_lora(part: str | None) -> No
     assert grid.sweep is not None
     assert grid.confirm is not None
     assert len(grid.confirm.seeds) == 3
+
+
+def test_the_grid_of_prediction_has_twelve_bases_alike_in_every_stratum_and_none_from_a_target() -> None:
+    grid = load_grid(CONFIGS / "prediction.yaml")
+    strata: dict[tuple[object, object], list[object]] = {}
+    for row in grid.rows:
+        if row.train is not None:
+            assert row.rank == 16
+            name = (row.label.removeprefix(row.mode), row.n_models, row.learning_rate)
+            strata.setdefault((row.dataset, row.mode), []).append(name)
+    assert strata.keys() == {(data, mode) for data in ("code", "instruct", "sql") for mode in ("fb", "tb")}
+    first, *others = strata.values()
+    assert all(other == first for other in others)
+    assert len(set(first)) == len(first) == 12 * 2, "twelve bases, two rates each"
+    assert {row.n_models for row in grid.rows if row.basis} == {0, 1, 2, 3, 4, 5}
+    sources = {settings["dataset"] for settings in grid.models.values() if isinstance(settings, dict)}
+    assert sources
+    assert sources.isdisjoint(grid.datasets.values())
 
 
 @pytest.mark.parametrize("mode", RANKED)

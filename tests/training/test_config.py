@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cora_cli.errors import UsageError
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.rundir import RunDirectory
 from cora_cli.settings import comma_separated
-from cora_cli.training.config import NOT_PART_OF_THE_RESULT, TrainConfig
+from cora_cli.training.config import NOT_PART_OF_THE_RESULT, TrainConfig, config_of_run
 
 NEEDED: dict[str, Any] = {"model": "m", "dataset": "d.jsonl", "output_dir": "o"}
 
@@ -119,6 +120,21 @@ def test_a_configuration_survives_yaml(settings: dict[str, Any]) -> None:
     config = TrainConfig(**NEEDED, **settings)
     read = yaml.safe_load(yaml.safe_dump(config.as_dict()))
     assert TrainConfig(**{**read, "target_modules": tuple(read["target_modules"])}) == config
+
+
+def test_the_configuration_of_a_run_is_read_with_changes(tmp_path: Path) -> None:
+    made = {"model": "m", "dataset": "d", "output_dir": "o", "mode": "mean-delta", "start_models": ("a", "b")}
+    config = TrainConfig(**made, target_modules=("q_proj",))
+    run = RunDirectory(tmp_path)
+    run.config.write_text(yaml.safe_dump(config.as_dict()))
+    assert config_of_run(run) == config
+    assert config_of_run(run, seed=5, probe="p") == dataclasses.replace(config, seed=5, probe="p")
+    run.config.write_text("model: m\ndataset: d\noutput_dir: o\nmode: lora\nlearning: 1\n")
+    with pytest.raises(CoraError, match=r"config\.yaml is damaged .*learning"):
+        config_of_run(run)
+    run.config.unlink()
+    with pytest.raises(CoraError, match=r"config\.yaml"):
+        config_of_run(run)
 
 
 def test_alpha_is_twice_the_rank_unless_given() -> None:
