@@ -21,6 +21,7 @@ from cora_cli.errors import CoraError, UsageError
 from cora_cli.planning.memory import StorageMeter, follow_training
 from cora_cli.planning.page import USABLE, duration
 from cora_cli.training import fitting
+from cora_cli.training import losses as losses_of_tokens
 from cora_cli.training import run as training
 from cora_cli.training.preflight import Measured, Preflight, preflight
 from cora_cli.training.preflight_text import describe, marked
@@ -294,6 +295,16 @@ def test_rows_that_do_not_fit_the_gpu_are_split_before_the_run(
     chosen = dataclasses.replace(config, tokens_per_row=500)
     monkeypatch.setattr(fitting, "_capacity", lambda device: 1)
     assert fitting.fit_rows(chosen, prepared) == chosen
+
+
+def test_a_plan_for_a_gpu_takes_logits_in_the_pieces_of_a_gpu(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the plan is for the GPU that is here")
+    plan = preflight(config_for(tiny_model, tiny_data, tmp_path / "run", device="auto", dtype="bf16", batch_size=16))
+    logits = plan.largest_labels * 49152
+    assert losses_of_tokens.CHUNK < logits <= losses_of_tokens.GPU_CHUNK
+    # In bf16 the logits and their gradient, in float32 the piece, here all of them, and its softmax.
+    assert measured(plan).memory.parts["logits"] == pytest.approx((2 + 2 + 4 + 4) * logits, rel=0.05)
 
 
 @pytest.mark.slow
