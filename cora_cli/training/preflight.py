@@ -34,6 +34,7 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import rope_switch
 from cora_cli.models.fused import split_projections
+from cora_cli.planning.four_bit import hold_in_four_bit
 from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, follow_training, follow_weights
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
@@ -119,8 +120,6 @@ def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:
     form = _planned_form(config, prepared)
     work = _Work(config, prepared, form, steps, processes)
     counts = (steps, processes, work.tokens, work.labels, work.largest, work.largest_labels)
-    if config.load_in_4bit:
-        return Preflight(config, prepared, form, *counts, "weights in 4 bits cannot be measured without values")
     if config.shard != "none" and torch.distributed.is_initialized():
         why = "only `cora train --dry-run` measures a divided model, not a run among other processes"
         return Preflight(config, prepared, form, *counts, why)
@@ -136,6 +135,8 @@ def rough_peak(config: TrainConfig, prepared: Prepared) -> int:
     """Bytes of the weights and of the activations and logits of the largest pass, counted from shapes: within about a factor of two."""
     work = _Work(config, prepared, _planned_form(config, prepared), total_steps(config, len(prepared.train.examples)), 1)
     weights = sum(weight.numel() for weight in prepared.skeleton.parameters())
+    if config.shard != "none":
+        weights //= number_of_processes(config)
     # Mode full keeps weights, gradients and two moments in float32.
     return weights * (16 if prepared.plan is None else prepared.hardware.dtype.itemsize) + work.size(work.passes[0])
 
@@ -334,6 +335,8 @@ def _planned_model(
     on_gpu, plan = prepared.hardware.device.type == "cuda", prepared.plan
     dtype = torch.float32 if plan is None else prepared.hardware.dtype
     model = fake_model(prepared.model_config, config.trust_remote_code, dtype)
+    if config.load_in_4bit:
+        hold_in_four_bit(model, dtype)
     if plan is not None:
         split_projections(model, plan.target_modules)
     meter.assign((*model.parameters(), *model.buffers()), "weights")

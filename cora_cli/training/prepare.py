@@ -28,7 +28,7 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import load_configuration, remove_dropout
 from cora_cli.models.fused import split_parts, split_projections, wanted_views
-from cora_cli.models.loading import context_length, load_tokenizer, require_four_bit
+from cora_cli.models.loading import check_four_bit, context_length, load_tokenizer, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.skeleton import build_skeleton, require_causal
 from cora_cli.progress import say
@@ -126,6 +126,8 @@ def prepare(
     model_config, skeleton, removed = _skeleton(config, known, model_path)
     if config.load_in_4bit:
         require_four_bit()
+        if hardware.device.type == "cpu":
+            check_four_bit(skeleton, model_path.reference)
     attention = _packed_attention(config, hardware, skeleton)
     layers: list[str] = []
     start_models: StartModels | None = None
