@@ -124,7 +124,7 @@ def _train(directory: Path, output: Path, count: int) -> None:
 
     train(
         TrainConfig(
-            model=str(_tiny_model(directory)),
+            model=str(tiny_model(directory)),
             dataset=str(_data(directory)),
             output_dir=str(output),
             mode="lora",
@@ -144,7 +144,7 @@ def _data(directory: Path) -> Path:
     return path
 
 
-def _tiny_model(directory: Path) -> Path:
+def tiny_model(directory: Path) -> Path:
     """A two-layer Llama with random weights and the embedded model's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -176,7 +176,7 @@ def prompts(count: int, directory: Path) -> Work:
     from cora_cli.evaluation.config import EvaluateConfig
     from cora_cli.evaluation.evaluate import evaluate
 
-    model, data = _tiny_model(directory), directory / "prompts.json"
+    model, data = tiny_model(directory), directory / "prompts.json"
     data.write_text(json.dumps(_code(count)), encoding="utf-8")
     config = EvaluateConfig(
         model=str(model),
@@ -218,7 +218,7 @@ def executed_rows(count: int, directory: Path) -> Work:
 def _grid(directory: Path, blocks: list[dict[str, Any]], evaluate: Any = False) -> Path:
     file = directory / "grid.json"
     train = {"max_steps": 2, "rank": RANK, "batch_size": 4}
-    model = str(_tiny_model(directory))
+    model = str(tiny_model(directory))
     grid = {
         "name": "growth",
         "model": model,

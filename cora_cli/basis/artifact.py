@@ -183,6 +183,20 @@ class Basis:
             )
 
 
+class StandInBasis(Basis):
+    """A basis that does not exist yet, for plans on fake tensors: it has a group for every module and no numbers."""
+
+    def for_module(self, name: str, rank: int, features: int, side: Side = "output") -> torch.Tensor:
+        """Zeros (features, rank)."""
+        return torch.zeros(features, rank)
+
+
+def stand_in_basis() -> Basis:
+    """A `StandInBasis`."""
+    choices = BasisChoices()
+    return StandInBasis(Path(), choices, choices.mapping, {}, {}, {}, {}, {}, (), None, {})
+
+
 def write_basis(path: Path, basis: Basis) -> None:
     """Write `basis` to `path` atomically; equal bases give equal bytes. Raises `CoraError` if the disk write fails."""
     record = _record(basis)

@@ -40,6 +40,12 @@ class AblateConfig:
         False,
         panel=_RUN,
     )
+    measure: str | None = setting(
+        "With --dry-run: number of distinct trainings whose memory is measured, those with the largest estimates first, or all. Each takes "
+        "seconds. Default: as many as have 240 layers together.",
+        None,
+        panel=_RUN,
+    )
     preset: Literal["small"] | None = setting(
         "small: run the grid at a small scale, with the embedded model, source models fine-tuned locally, built-in data and "
         "few steps.",
@@ -93,6 +99,10 @@ class AblateConfig:
         shared = self.jobs_per_gpu
         if shared is not None and shared != "auto" and not (shared.isdecimal() and int(shared) > 0):
             raise UsageError(f"--jobs-per-gpu must be a positive number or auto, not {self.jobs_per_gpu!r}")
+        if self.measure is not None and self.measure != "all" and not self.measure.isdecimal():
+            raise UsageError(f"--measure must be a number or all, not {self.measure!r}")
+        if self.measure is not None and not self.dry_run:
+            raise UsageError("--measure has no effect without --dry-run; leave it out")
         if self.jobs_per_gpu is not None and self.launcher == "slurm":
             raise UsageError(
                 "--jobs-per-gpu applies to --launcher local; a Slurm job has the GPUs that resources in the grid ask for"
@@ -103,10 +113,16 @@ class AblateConfig:
             )
 
 
-def _number(jobs_per_gpu: str | None) -> int | Literal["auto"] | None:
+def _jobs(jobs_per_gpu: str | None) -> int | Literal["auto"] | None:
     if jobs_per_gpu == "auto":
         return "auto"
     return None if jobs_per_gpu is None else int(jobs_per_gpu)
+
+
+def _count(measure: str | None) -> int | Literal["all"] | None:
+    if measure == "all":
+        return "all"
+    return None if measure is None else int(measure)
 
 
 def register(app: typer.Typer) -> None:
@@ -148,11 +164,12 @@ def run(config: AblateConfig) -> None:
         only=config.only,
         source_seed=config.seed,
         jobs=config.jobs,
-        jobs_per_gpu=_number(config.jobs_per_gpu),
+        jobs_per_gpu=_jobs(config.jobs_per_gpu),
         launcher=config.launcher,
         overwrite=config.overwrite,
         device=config.device,
         dtype=config.dtype,
+        measure=_count(config.measure),
     )
     if config.dry_run:
         show(dry_run(request, columns()))

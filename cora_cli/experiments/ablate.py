@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
+from cora_cli.device import planned_hardware
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.estimate import (
     ESTIMATE_NOTE,
@@ -39,6 +40,14 @@ from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.experiments.stage_work import stage_lines
 from cora_cli.experiments.stages import SeedsWanted, Stages, news, stage_record, to_run
 from cora_cli.experiments.steps import FOLDERS, Kind, Plan, make_plan
+from cora_cli.experiments.trainings import (
+    GridMemory,
+    check_trainings,
+    distinct_trainings,
+    measure_memory,
+    memory_cell,
+    memory_notes,
+)
 from cora_cli.lock import own_directory
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
@@ -72,6 +81,7 @@ class Request:
     overwrite: bool = False
     device: str = "auto"
     dtype: DtypeName = "auto"
+    measure: int | Literal["all"] | None = None
 
     def load(self) -> Grid:
         """Read and check the grid file. Raises `UsageError` if it is invalid."""
@@ -87,7 +97,7 @@ def dry_run(request: Request, width: int | None = None) -> str:
 
     Its table has lines of at most `width` characters.
 
-    Raises `CoraError` if a rank or the setting `share` does not fit the weights.
+    Raises `CoraError` if a rank or the setting `share` does not fit the weights, and if a training would be refused at its start.
     """
     grid = request.load()
     out = request.place(grid)
@@ -99,7 +109,17 @@ def dry_run(request: Request, width: int | None = None) -> str:
         return _dryrun_stages(request, grid, out, inputs, rate, described, width)
     plan = make_plan(grid, out, inputs, request.device, request.dtype)
     estimates = estimate_steps(plan, inputs, rate)
-    return render_plan(plan, inputs, done_steps(plan), estimates, _chosen(request, plan), described, width)
+    chosen = _chosen(request, plan)
+    memory = _memory(request, plan, chosen, inputs, estimates)
+    return render_plan(plan, inputs, done_steps(plan), estimates, chosen, described, memory, width)
+
+
+def _memory(request: Request, plan: Plan, chosen: list[str], inputs: Inputs, estimates: Mapping[str, Estimate]) -> GridMemory:
+    """Check the trainings of all rows, and measure the memory of the chosen ones."""
+    hardware = planned_hardware(request.device, request.dtype)
+    trainings = distinct_trainings(plan.grid, request.device, request.dtype)
+    checked = check_trainings(trainings, plan.grid, inputs, hardware)
+    return measure_memory(plan, chosen, checked, estimates, request.measure, hardware)
 
 
 def _dryrun_stages(
@@ -111,7 +131,9 @@ def _dryrun_stages(
     rows = stages.rows(methods, {method.key: MIN_SEEDS for method in methods})
     plan = stages.plan(rows)
     estimates = estimate_steps(plan, inputs, rate)
-    shown = render_plan(plan, inputs, done_steps(plan), estimates, [row.name for row in rows], described, width)
+    names = [row.name for row in rows]
+    memory = _memory(request, plan, names, inputs, estimates)
+    shown = render_plan(plan, inputs, done_steps(plan), estimates, names, described, memory, width)
     complete = stages.plan([row for row in grid.rows if row.train is None] + [method.rows[0] for method in methods])
     return "\n".join([shown, "", *stage_lines(grid, methods, complete, estimate_steps(complete, inputs, rate))])
 
@@ -311,6 +333,7 @@ def render_plan(
     estimates: Mapping[str, Estimate],
     chosen: list[str],
     machine: str,
+    memory: GridMemory,
     width: int | None = None,
 ) -> str:
     """The plan as Markdown, whose table has lines of at most `width` characters."""
@@ -329,7 +352,11 @@ def render_plan(
                 row.printed or "-",
                 "unknown" if trained is None else f"{trained:,}",
                 duration(sum(each.seconds for each in known)) if complete else "unknown",
-                f"{max((each.bytes for each in known), default=0) / 2**30:.1f} GiB" if complete else "unknown",
+                memory_cell(
+                    row,
+                    memory,
+                    next((estimates.get(name) for name in plan.steps_of[row.name] if plan.steps[name].kind == "train"), None),
+                ),
                 "done" if all(done[name] for name in plan.steps_of[row.name]) else "to do",
             ]
         )
@@ -353,6 +380,7 @@ def render_plan(
         )
     lines += [
         f"{ESTIMATE_NOTE}; each row counts all of its steps, including shared ones",
+        *memory_notes(plan, chosen, memory, estimates),
         *(f"unresolved: {reference} ({reason})" for reference, reason in inputs.unresolved.items()),
     ]
     return "\n".join(lines)

@@ -106,7 +106,7 @@ def load_model(
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
     if four_bit and device.type == "cpu":
-        _check_four_bit(loaded, model.reference)
+        check_four_bit(loaded, model.reference)
     require_causal(loaded, model.reference)
     _check_complete(model, checkpoint, loaded, report, quantized)
     for name, weight in loaded.named_parameters():
@@ -115,16 +115,18 @@ def load_model(
     return loaded.eval()
 
 
-def _check_four_bit(loaded: Any, reference: str) -> None:
-    """Raise `CoraError` for a linear layer whose width bitsandbytes' code for processors gets wrong.
+def check_four_bit(model: Any, reference: str) -> None:
+    """Raise `CoraError` for a linear layer whose width bitsandbytes' code for processors gets wrong. The model needs no weights.
 
     Version 0.50.2 takes the scale of another block where the inputs are no multiple of the 64 numbers of a block: the weights come
     back with an error of 24 % instead of NF4's 9 %.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    for name, module in loaded.named_modules():
-        if type(module).__name__ != "Linear4bit" or module.in_features % 64 == 0:
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        in_four_bit = type(module) is torch.nn.Linear or type(module).__name__ == "Linear4bit"
+        if not in_four_bit or module is head or module.in_features % 64 == 0:
             continue
         weight = torch.randn(64, module.in_features, generator=torch.Generator().manual_seed(0))
         back = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", blocksize=64))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Self, get_args
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,12 +47,14 @@ class StorageMeter(TorchDispatchMode):
         """Run an operation and count what it returns."""
         if DTensor in types:
             return NotImplemented  # its operations on local tensors come here
+        if func is torch.ops.prim.device.default:  # fake tensors ask more often than they compute
+            return func(*args)
         result = func(*args, **(kwargs or {}))
         if self._paused:
             return result
         self._name_buffers(func, args, kwargs or {}, result)
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_iter(result):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+            if isinstance(tensor, torch.Tensor) and not _is_meta(tensor):
                 self._count(tensor, func, args)
         return result
 
@@ -151,6 +154,11 @@ class StorageMeter(TorchDispatchMode):
             yield
         finally:
             self._usual = usual
+
+
+def _is_meta(tensor: torch.Tensor) -> bool:
+    # A fake tensor would answer by an operation.
+    return tensor.fake_device.type == "meta" if isinstance(tensor, FakeTensor) else tensor.is_meta
 
 
 def follow_weights(meter: StorageMeter, model: Any) -> None:

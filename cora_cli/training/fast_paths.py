@@ -27,6 +27,7 @@ GRADIENTS = {True: 1e-3, False: 5e-2}
 """The largest difference of the gradients relative to their size, in float32 and otherwise."""
 SAMPLED = 4096
 """Entries of the gradient of each trained tensor that are compared, and its norm as well."""
+LIGER_MISSING = "--liger needs the package liger-kernel (pip install liger-kernel); or leave it out"
 _OTHER_KERNELS = ("rope", "cross_entropy", "fused_linear_cross_entropy")
 """Kernels of liger-kernel that stay off: the first would be replaced for all models of the process, and losses are computed by `losses`."""
 
@@ -37,7 +38,7 @@ def use_liger(model: Any, examples: Sequence[Example], form: BatchForm, hardware
     Raises `CoraError` without the package, for a model that it does not know, and where the losses or gradients differ.
     """
     if importlib.util.find_spec("liger_kernel") is None:
-        raise CoraError("--liger needs the package liger-kernel (pip install liger-kernel); or leave it out")
+        raise CoraError(LIGER_MISSING)
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 
@@ -50,16 +51,21 @@ def use_liger(model: Any, examples: Sequence[Example], form: BatchForm, hardware
         apply_liger_kernel(inner, off)
 
 
+def layers_to_compile(model: Any) -> list[Any]:
+    """The decoder layers of a model of transformers. Raises `CoraError` for one that does not name them."""
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        raise CoraError(f"{type(model).__name__} names no layers that could be compiled; leave out --compile")
+    return layers
+
+
 def compile_layers(model: Any, examples: Sequence[Example], form: BatchForm, hardware: Hardware) -> None:
     """Let torch.compile compile each decoder layer, once for all layers and lengths; attention stays as it is.
 
     Raises `CoraError` where torch cannot compile here, as without a C++ compiler, and where the losses or gradients differ.
     """
-    inner = transformers_model(model)
-    names = set(inner._no_split_modules or ())
-    layers = [module for module in inner.modules() if type(module).__name__ in names]
-    if not layers:
-        raise CoraError(f"{type(inner).__name__} names no layers that could be compiled; leave out --compile")
+    layers = layers_to_compile(transformers_model(model))
     with _same_passes(model, examples, form, hardware, "--compile"):
         allow_compilations()
         register_packed_attention(apart=True)

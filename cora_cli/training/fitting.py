@@ -11,7 +11,7 @@ from cora_cli.planning.page import fits
 from cora_cli.progress import say
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, Preflight, plan_run, rough_peak
-from cora_cli.training.prepare import Prepared
+from cora_cli.training.prepare import Prepared, number_of_processes
 
 ROUGHLY = 0.4
 """A run that takes less than this part of the GPU by a rough count fits, and needs no plan."""
@@ -20,14 +20,21 @@ ROUGHLY = 0.4
 def fit_rows(config: TrainConfig, prepared: Prepared) -> TrainConfig:
     """The settings with `tokens_per_row` where the rows of the run would not fit the GPU otherwise; it changes the result by rounding only.
 
-    A run that fits no length of its rows stays as it is, since a plan may be wrong. Takes as long as a few dry runs, unless a rough count shows
-    that the run fits.
+    A run that fits no length of its rows stays as it is, since a plan may be wrong, and so does a divided one, which cannot be planned from
+    inside. Takes as long as a few dry runs, unless a rough count shows that the run fits.
     """
-    chosen = config.tokens_per_row is not None or config.shard != "none" or config.load_in_4bit
-    if chosen or prepared.hardware.device.type != "cuda":
+    if config.tokens_per_row is not None or prepared.hardware.device.type != "cuda":
         return config
     capacity = _capacity(prepared.hardware.device)
     if rough_peak(config, prepared) < ROUGHLY * capacity:
+        return config
+    if config.shard != "none":
+        processes = number_of_processes(config)
+        say(
+            "whether the rows of a divided run fit the GPU is not computed in it, because a plan needs a process group of its own and torch has one "
+            f"per process, which this run uses; `cora train … --dry-run --processes {processes}` with the same settings computes it, and "
+            "--tokens-per-row N makes the rows shorter"
+        )
         return config
     plan = plan_run(config, prepared)
     if not isinstance(plan.measured, Measured) or fits(plan.measured.memory.total, capacity):

@@ -34,7 +34,7 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import rope_switch
 from cora_cli.models.fused import split_projections
-from cora_cli.models.skeleton import build_skeleton
+from cora_cli.planning.four_bit import hold_in_four_bit
 from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, follow_training, follow_weights
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
@@ -46,7 +46,7 @@ from cora_cli.training.prepare import Prepared, number_of_processes, prepare, to
 from cora_cli.training.rate import Rate, rate_of
 from cora_cli.training.record import parameter_counts
 from cora_cli.training.sharding import planned_mesh, shard
-from cora_cli.training.stand_ins import WideLayerNorm, cpu_attention, gpu_attention
+from cora_cli.training.stand_ins import WideLayerNorm, cpu_attention, gpu_attention, gpu_chunks
 from cora_cli.training.trainer import CoraTrainer
 
 _STAND_IN = "cora_planned"
@@ -120,8 +120,6 @@ def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:
     form = _planned_form(config, prepared)
     work = _Work(config, prepared, form, steps, processes)
     counts = (steps, processes, work.tokens, work.labels, work.largest, work.largest_labels)
-    if config.load_in_4bit:
-        return Preflight(config, prepared, form, *counts, "weights in 4 bits cannot be measured without values")
     if config.shard != "none" and torch.distributed.is_initialized():
         why = "only `cora train --dry-run` measures a divided model, not a run among other processes"
         return Preflight(config, prepared, form, *counts, why)
@@ -136,16 +134,16 @@ def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:
 def rough_peak(config: TrainConfig, prepared: Prepared) -> int:
     """Bytes of the weights and of the activations and logits of the largest pass, counted from shapes: within about a factor of two."""
     work = _Work(config, prepared, _planned_form(config, prepared), total_steps(config, len(prepared.train.examples)), 1)
-    skeleton: Any = build_skeleton(prepared.model_config, config.trust_remote_code)
-    weights = sum(weight.numel() for weight in skeleton.parameters())
+    weights = sum(weight.numel() for weight in prepared.skeleton.parameters())
+    if config.shard != "none":
+        weights //= number_of_processes(config)
     # Mode full keeps weights, gradients and two moments in float32.
     return weights * (16 if prepared.plan is None else prepared.hardware.dtype.itemsize) + work.size(work.passes[0])
 
 
 def _planned_form(config: TrainConfig, prepared: Prepared) -> BatchForm:
     """The form of batches that `choose_batching` will choose, as far as the model's class tells."""
-    skeleton: Any = build_skeleton(prepared.model_config, config.trust_remote_code)
-    switch = rope_switch(prepared.model_config)
+    skeleton, switch = prepared.skeleton, rope_switch(prepared.model_config)
     if cannot_pack(skeleton) is None:
         return BatchForm("packed", prepared.attention.shares_prefixes, switch, tokens_per_row=config.tokens_per_row)
     return BatchForm("padded", False, switch, frozenset(inspect.signature(skeleton.forward).parameters), config.tokens_per_row)
@@ -276,7 +274,7 @@ class _AroundSteps(TrainerCallback):
 
 def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Work, processes: int, place: Path) -> Measured:
     """Train one step on fake tensors, then measure a held-out loss on them. `place` is an empty directory."""
-    on_gpu, plan = prepared.hardware.device.type == "cuda", prepared.plan
+    plan = prepared.plan
     # Without a device index, all tensors are a CPU's.
     hardware = dataclasses.replace(prepared.hardware, device=torch.device("cpu"))
     accumulation = min(2, config.gradient_accumulation)
@@ -289,18 +287,7 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
         mesh = stack.enter_context(planned_mesh(processes)) if config.shard != "none" else None
         stack.enter_context(fakes())
         stack.enter_context(meter)
-        dtype = torch.float32 if plan is None else prepared.hardware.dtype
-        model = fake_model(prepared.model_config, config.trust_remote_code, dtype)
-        if plan is not None:
-            split_projections(model, plan.target_modules)
-        meter.assign((*model.parameters(), *model.buffers()), "weights")
-        if on_gpu and any(isinstance(module, torch.nn.LayerNorm) for module in model.modules()):
-            stack.enter_context(WideLayerNorm())
-        if form.kind == "packed":
-            AttentionInterface.register(_STAND_IN, gpu_attention(prepared.attention.name) if on_gpu else cpu_attention())
-            model.set_attn_implementation(_STAND_IN)
-        if plan is not None:
-            model = install_adapter(model, plan, prepared.basis, sources or _observed(model, plan))
+        model = _planned_model(config, prepared, form, meter, stack, sources)
         parameters = parameter_counts(model, plan)
         stored = None if plan is None else sum(t.nbytes for t in stored_state(model, plan, config.compact)[0].values())
         if mesh is not None:
@@ -333,6 +320,36 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
             found.append(Memory(dict(meter.peak), "measuring the held-out loss"))
         del frames
     return Measured(parameters, stored, max(found, key=lambda memory: memory.total))
+
+
+def _planned_model(
+    config: TrainConfig,
+    prepared: Prepared,
+    form: BatchForm,
+    meter: StorageMeter,
+    stack: contextlib.ExitStack,
+    sources: dict[str, Observed],
+) -> Any:
+    """The model of the run, with its adapter, on fake tensors. `stack` ends what stands in for a GPU's own code, and `sources` has what
+    start models changed."""
+    on_gpu, plan = prepared.hardware.device.type == "cuda", prepared.plan
+    dtype = torch.float32 if plan is None else prepared.hardware.dtype
+    model = fake_model(prepared.model_config, config.trust_remote_code, dtype)
+    if config.load_in_4bit:
+        hold_in_four_bit(model, dtype)
+    if plan is not None:
+        split_projections(model, plan.target_modules)
+    meter.assign((*model.parameters(), *model.buffers()), "weights")
+    if on_gpu:
+        stack.enter_context(gpu_chunks())
+    if on_gpu and any(isinstance(module, torch.nn.LayerNorm) for module in model.modules()):
+        stack.enter_context(WideLayerNorm())
+    if form.kind == "packed":
+        AttentionInterface.register(_STAND_IN, gpu_attention(prepared.attention.name) if on_gpu else cpu_attention())
+        model.set_attn_implementation(_STAND_IN)
+    if plan is None:
+        return model
+    return install_adapter(model, plan, prepared.basis, sources or _observed(model, plan))
 
 
 def _observed(model: Any, plan: AdapterPlan) -> dict[str, Observed]:

@@ -8,15 +8,15 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
 
 from cora_cli.adapters.install import target_linears
-from cora_cli.basis.artifact import Basis, read_basis
+from cora_cli.basis.artifact import Basis, read_basis, stand_in_basis
 from cora_cli.data.encode import EncodedSet, Example, encode_records
 from cora_cli.data.split import Choice, DataSplit, load_split
 from cora_cli.data.templates import Template, choose_template
@@ -28,24 +28,44 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import load_configuration, remove_dropout
 from cora_cli.models.fused import split_parts, split_projections, wanted_views
-from cora_cli.models.loading import context_length, load_tokenizer, require_four_bit
+from cora_cli.models.loading import check_four_bit, context_length, load_tokenizer, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.skeleton import build_skeleton, require_causal
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
+from cora_cli.training.batching import cannot_pack
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.fast_paths import LIGER_MISSING, layers_to_compile
 from cora_cli.weights.sources import open_source
 from cora_cli.weights.start_models import StartModels
+
+Found = TypeVar("Found")
+
+
+class Shared:
+    """What several runs read alike, such as records, tokens and the model's configuration: read once and kept."""
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, read: Callable[[], Found]) -> Found:
+        """What `read` returned the first time that it was called for `key`."""
+        if key not in self._found:
+            self._found[key] = read()
+        found: Found = self._found[key]
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """The checked inputs of a run. `attention` is that of packed rows, which `batching` checks; `model_config` has no dropout."""
+    """The checked inputs of a run. `attention` is that of packed rows, which `batching` checks; `model_config` has no dropout, and
+    `skeleton` is the model without weights."""
 
     hardware: Hardware
     attention: PackedAttention
     model_path: ModelPath
     model_config: Any
+    skeleton: Any
     tokenizer: Any
     template: Template
     data: DataSplit
@@ -77,84 +97,145 @@ class Prepared:
         return self.train.examples[: self.plan.own.get("start_examples") or method.DEFAULT_EXAMPLES]
 
 
-def prepare(config: TrainConfig, date_of_earlier_start: str | None = None, planned: Hardware | None = None) -> Prepared:
+def prepare(
+    config: TrainConfig,
+    date_of_earlier_start: str | None = None,
+    planned: Hardware | None = None,
+    shared: Shared | None = None,
+) -> Prepared:
     """Check everything that needs no weights in memory, the cheapest first.
 
     A resumed run keeps the date that its template wrote into the prompts. For a plan only, `planned` is the hardware, and the model
-    needs no weights.
+    needs no weights. In the plan of a grid, `shared` has what its runs have in common; a basis is a stand-in there, since the grid may not have
+    extracted it yet, and start models are left out.
     """
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise CoraError(f"--report-to {config.report_to} needs the package {config.report_to}: pip install {config.report_to}")
-    plan = config.adapter_plan()
+    plan, known, method = config.adapter_plan(), shared or Shared(), method_of(config.mode)
     for notice in config.notices():
         say(notice)
-    data = load_split(
-        config.dataset,
-        config.test_size,
-        config.split_seed,
-        config.validation_size,
-        config.train_on == "all",
-        Choice(config.columns, config.subset, config.split),
-        config.test_dataset,
-    )
+    data, model_path = _read(config, known, weights=planned is None)
+    _check_processes(config, method)
+    basis = None
+    if plan is not None and config.basis:
+        basis = read_basis(Path(config.basis)) if shared is None else stand_in_basis()
+        if shared is None and (planned is None or model_path.has_weights):
+            _check_basis(basis, model_path, method, plan)
+    hardware = planned or select_hardware(config.device, config.dtype)
+    template = _template(config, known, model_path, data, date_of_earlier_start)
+    model_config, skeleton, removed = _skeleton(config, known, model_path)
+    if config.load_in_4bit:
+        require_four_bit()
+        if hardware.device.type == "cpu":
+            check_four_bit(skeleton, model_path.reference)
+    attention = _packed_attention(config, hardware, skeleton)
+    layers: list[str] = []
+    start_models: StartModels | None = None
+    if plan is not None:
+        plan, layers, start_models = _fitted(plan, config, model_path, skeleton, shared is None)
+    sets = _encoded(config, known, data, template, skeleton)
+    examples = len(sets[0].examples)
+    _check_row(config.tokens_per_row, sets[0])
+    if config.stop_at is not None and config.stop_at >= (steps := total_steps(config, examples)):
+        raise CoraError(f"--stop-at must be below the {steps} steps of the run, not {config.stop_at}")
+    if plan is not None:
+        plan = _scheduled(plan, layers, config, examples)
+    if removed:
+        say(
+            f"{config.model} is trained without its own dropout: {', '.join(f'{name} {value:g}' for name, value in removed.items())} set to 0"
+        )
+    found = (hardware, attention, model_path, model_config, skeleton, template.tokenizer, template, data, *sets, basis, plan)
+    return Prepared(*found, tuple(layers), start_models)
+
+
+def _of_data(config: TrainConfig) -> tuple[Any, ...]:
+    """The arguments of `load_split`."""
+    sizes = (config.test_size, config.split_seed, config.validation_size, config.train_on == "all")
+    return config.dataset, *sizes, Choice(config.columns, config.subset, config.split), config.test_dataset
+
+
+def _read(config: TrainConfig, known: Shared, weights: bool) -> tuple[DataSplit, ModelPath]:
+    """The records and the model, with its `weights` or without. Raises `CoraError` for an adapter."""
+    read = _of_data(config)
+    data = known.once(("records", *read), lambda: load_split(*read))
     if config.limit:
         data = dataclasses.replace(data, train=data.train[: config.limit])
-    basis = read_basis(Path(config.basis)) if plan is not None and config.basis else None
-    model_path = resolve_model(config.model, weights=planned is None)
-    if model_path.is_adapter:
+    model = known.once(("model", config.model), lambda: resolve_model(config.model, weights=weights))
+    if model.is_adapter:
         raise CoraError(
             f"{config.model} is an adapter; training needs a complete model: write one with `cora merge {config.model}` first"
         )
-    method = method_of(config.mode)
-    _check_processes(config, method)
-    if basis is not None and plan is not None and (planned is None or model_path.has_weights):
-        _check_basis(basis, model_path, method, plan)
-    hardware = planned or select_hardware(config.device, config.dtype)
-    if config.load_in_4bit:
-        require_four_bit()
-    tokenizer = load_tokenizer(model_path, config.trust_remote_code)
+    return data, model
+
+
+def _template(config: TrainConfig, known: Shared, model: ModelPath, data: DataSplit, date: str | None) -> Template:
+    """The template with the tokenizer; `date` is that of an earlier start. Raises `CoraError` for settings that do not go with it."""
+    key = ("tokenizer", config.model, config.trust_remote_code)
+    tokenizer = known.once(key, lambda: load_tokenizer(model, config.trust_remote_code))
     name = choose_template(config.template, data.schema, tokenizer)
-    template = Template(name, data.schema, tokenizer, config.template_date or date_of_earlier_start)
+    template = Template(name, data.schema, tokenizer, config.template_date or date)
     if config.template_date and not template.reads_clock:
         raise CoraError(f"--template-date has no effect: the template {name} of {config.model} writes no date; leave it out")
     if config.train_on == "all" and data.schema != "messages":
         raise CoraError(
             f"--train-on all needs conversations (a column messages), which {config.dataset} does not have; leave it out"
         )
-    model_config = load_configuration(model_path, config.trust_remote_code)
-    removed = remove_dropout(model_config)
-    skeleton: Any = build_skeleton(model_config, config.trust_remote_code)
-    require_causal(skeleton, model_path.reference)
-    layers: list[str] = []
-    start_models: StartModels | None = None
-    if plan is not None:
-        plan, layers, start_models = _fitted(plan, config, model_path, skeleton)
-    length, context = config.max_length, context_length(model_config)
+    return template
+
+
+def _skeleton(config: TrainConfig, known: Shared, model: ModelPath) -> tuple[Any, Any, dict[str, float]]:
+    """The model's configuration, the model without weights, and the dropout that was removed from the configuration.
+
+    Raises `CoraError` for a model that is not causal.
+    """
+
+    def configure() -> tuple[Any, dict[str, float]]:
+        configuration = load_configuration(model, config.trust_remote_code)
+        return configuration, remove_dropout(configuration)
+
+    key = (config.model, config.trust_remote_code)
+    model_config, removed = known.once(("configuration", *key), configure)
+    # Its fused projections are split for the targets.
+    targets = config.target_modules if (plan := config.adapter_plan()) is None else plan.target_modules
+    skeleton: Any = known.once(("skeleton", *key, targets), lambda: build_skeleton(model_config, config.trust_remote_code))
+    require_causal(skeleton, model.reference)
+    return model_config, skeleton, removed
+
+
+def _encoded(
+    config: TrainConfig, known: Shared, data: DataSplit, template: Template, skeleton: Any
+) -> tuple[EncodedSet, EncodedSet, EncodedSet]:
+    """The tokens of the training, held-out and validation records."""
+    length, context = config.max_length, context_length(skeleton.config)
     rows = skeleton.get_input_embeddings().weight.shape[0]
-    train_set = encode_records(data.train, template, length, "training", rows, config.train_on == "all", context)
-    test_set = encode_records(data.test, template, length, "held-out", rows, context=context)
-    validation_set = encode_records(data.validation, template, length, "validation", rows, context=context)
-    _check_row(config.tokens_per_row, train_set)
-    if plan is not None:
-        plan = _scheduled(plan, layers, config, len(train_set.examples))
+    key = (*_of_data(config), config.model, config.trust_remote_code, config.limit, template.name, template.date, length)
+    every = config.train_on == "all"
+    train, test, validation = known.once(
+        ("tokens", *key),
+        lambda: (
+            encode_records(data.train, template, length, "training", rows, every, context),
+            encode_records(data.test, template, length, "held-out", rows, context=context),
+            encode_records(data.validation, template, length, "validation", rows, context=context),
+        ),
+    )
     if config.eval_limit:
-        test_set = dataclasses.replace(test_set, examples=test_set.examples[: config.eval_limit])
-    if removed:
-        say(
-            f"{config.model} is trained without its own dropout: {', '.join(f'{name} {value:g}' for name, value in removed.items())} set to 0"
-        )
-    attention = _packed_attention(config, hardware)
-    sets = (train_set, test_set, validation_set)
-    found = (hardware, attention, model_path, model_config, tokenizer, template, data, *sets, basis, plan)
-    return Prepared(*found, tuple(layers), start_models)
+        test = dataclasses.replace(test, examples=test.examples[: config.eval_limit])
+    return train, test, validation
 
 
-def _packed_attention(config: TrainConfig, hardware: Hardware) -> PackedAttention:
-    """The attention of packed rows. Raises `CoraError` for kernels that this hardware does not have."""
+def _packed_attention(config: TrainConfig, hardware: Hardware, skeleton: Any) -> PackedAttention:
+    """The attention of packed rows. Raises `CoraError` for kernels that this hardware does not have, and for options that do not go with the
+    model."""
+    if config.attention != "auto" and (why := cannot_pack(skeleton)):
+        raise CoraError(f"--attention {config.attention} cannot be used with {config.model}: {why}")
     if config.liger and hardware.device.type != "cuda":
         raise CoraError("--liger needs a CUDA GPU, because its kernels are written in Triton; leave it out on a processor")
+    if config.compile:
+        layers_to_compile(skeleton)
     # A planned GPU that is not here will have what it needs: every CUDA build of torch brings Triton.
     has = is_installed if torch.cuda.is_available() else lambda package: True
+    if config.liger and not has("liger_kernel"):
+        raise CoraError(LIGER_MISSING)
     return select_packed_attention(hardware.device.type, hardware.dtype, config.attention, has)
 
 
@@ -186,7 +267,7 @@ def _check_basis(basis: Basis, model: ModelPath, method: Method, plan: AdapterPl
 
 
 def _fitted(
-    plan: AdapterPlan, config: TrainConfig, model: ModelPath, skeleton: Any
+    plan: AdapterPlan, config: TrainConfig, model: ModelPath, skeleton: Any, with_start_models: bool
 ) -> tuple[AdapterPlan, list[str], StartModels | None]:
     """The plan for a model, the layers to adapt, and the models to start from. Raises `CoraError` where they do not fit each other."""
     method = method_of(plan.mode)
@@ -199,7 +280,7 @@ def _fitted(
     plan = method.for_model(plan, model.attention_heads())
     method.configuration(plan)
     layers = _checked_targets(skeleton, method, plan)
-    if not config.start_models:
+    if not config.start_models or not with_start_models:
         return plan, layers, None
     of_adapters = f"mode {plan.mode}" if method.start_from == "adapters" else None
     models = StartModels(config.start_models, model, layers, of_adapters)

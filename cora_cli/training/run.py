@@ -79,8 +79,6 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
         )
     arguments = training_arguments(config, prepared, run)
     steps = total_steps(config, len(prepared.train.examples))
-    if config.stop_at is not None and config.stop_at >= steps:
-        raise CoraError(f"--stop-at must be below the {steps} steps of the run, not {config.stop_at}")
     main = arguments.process_index == 0
     fingerprint = prepared.fingerprint(config)
 

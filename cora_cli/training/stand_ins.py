@@ -1,11 +1,12 @@
 """What takes the place of a GPU's kernels when a plan measures a run on fake tensors of a CPU.
 
 Attention kernels of GPUs are replaced by one that keeps the same tensors; the pieces of a CPU's attention, by the largest one; and
-autocast of GPUs, by that of CPUs.
+autocast of GPUs, by that of CPUs. Losses take the pieces of a GPU.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.integrations.flex_attention import repeat_kv
 
 from cora_cli.data.pack import Layout
+from cora_cli.training import losses
 from cora_cli.training.attention import Gathered, Piece, cut_pieces, segment_attention
 
 
@@ -28,6 +30,16 @@ class WideLayerNorm(TorchFunctionMode):
             args = tuple(value.float() if isinstance(value, torch.Tensor) else value for value in args)
             kwargs = {k: value.float() if isinstance(value, torch.Tensor) else value for k, value in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def gpu_chunks() -> Iterator[None]:
+    """Let losses take as many logits to float32 at a time as on a GPU."""
+    chunk, losses.CHUNK = losses.CHUNK, losses.GPU_CHUNK
+    try:
+        yield
+    finally:
+        losses.CHUNK = chunk
 
 
 def cpu_attention() -> Callable[..., Any]:

@@ -197,6 +197,7 @@ def test_a_dry_run_lists_unresolved_inputs_and_does_not_fail(tiny_model: Path, t
             ["--write-config", "mine.yaml"],
             "--output-dir has no effect with --write-config, which writes the grid file as it is",
         ),
+        (["--measure", "few"], "--measure must be a number or all, not 'few'"),
         (["--list"], "--output-dir has no effect with --list, which lists the grids; leave it out"),
     ],
 )
@@ -205,6 +206,11 @@ def test_usage_errors_end_with_code_2(
 ) -> None:
     result = run(write_grid(tmp_path, tiny_model, tiny_data), "--output-dir", tmp_path / "out", "--dry-run", *arguments)
     assert (result.exit_code, message in result.stderr) == (2, True)
+
+
+def test_measuring_is_for_plans(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    result = run(write_grid(tmp_path, tiny_model, tiny_data), "--output-dir", tmp_path / "out", "--measure", "all")
+    assert (result.exit_code, "--measure has no effect without --dry-run; leave it out" in result.stderr) == (2, True)
 
 
 def test_an_invalid_grid_is_a_usage_error(tmp_path: Path) -> None:

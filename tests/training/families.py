@@ -247,7 +247,7 @@ class Measured:
 
     `loss`: the largest relative difference of a record's held-out loss, and of the loss of a training batch. `answers`: the share of
     greedy answers that are those of `generate` alone. `merged`: the largest difference of the logits of adapter and merged model, relative
-    to the largest logit; None where no linear layer takes an adapter.
+    to the largest logit.
     """
 
     batches: str
@@ -255,13 +255,13 @@ class Measured:
     loss: float
     engine: str
     answers: float
-    merged: float | None
+    merged: float
 
 
 END, NEW = 2, 4
 HARDWARE = Hardware(torch.device("cpu"), torch.float32, "", "")
-# State-space models apply the weights of these without calling the layers.
-NOT_ADAPTED = ("out_proj", "dt_proj")
+# State-space models apply the weights of the first two without calling the layers, and a router returns more than its product.
+NOT_ADAPTED = ("out_proj", "dt_proj", "router")
 
 
 def measure(family: str) -> Measured:
@@ -352,10 +352,11 @@ def _answers_alone(model: Any, prompt: list[int]) -> list[int]:
     return found
 
 
-def _merged(model: Any, example: Example) -> float | None:
-    """Adapt every linear layer but the head, with random factors, and compare logits before and after the merge."""
+def _merged(model: Any, example: Example) -> float:
+    """Adapt every linear layer but the head, whichever way round it stores its weight, with random factors, and compare logits before and
+    after the merge."""
     head = model.get_output_embeddings()
-    linears = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and module is not head]
+    linears = [name for name, module in model.named_modules() if linear_weight(module) is not None and module is not head]
     # PEFT also adapts the fused weights of experts where a target has the name of one of their projections.
     fused = hasattr(model.config, "n_routed_experts")
     targets = tuple(
@@ -363,8 +364,6 @@ def _merged(model: Any, example: Example) -> float | None:
         for name in linears
         if name.rpartition(".")[2] not in NOT_ADAPTED and "expert" not in name and not (fused and ".mlp." in name)
     )
-    if not targets:
-        return None
     plan = plan_of("lora", rank=2, alpha=2.0, rslora=False, dropout=0.0, seed=0, target_modules=targets)
     adapted = install_adapter(model, plan, None).eval()
     ids = torch.tensor([example.input_ids])
@@ -382,13 +381,12 @@ def table() -> str:
     for family in FAMILIES:
         found = measure(family)
         why = "" if found.batches == "packed" else found.reason
-        merged = "–" if found.merged is None else f"{found.merged:.0e}"
         rows.append(
             [
                 family,
                 projections(family),
                 f"{found.loss:.0e}",
-                merged,
+                f"{found.merged:.0e}",
                 f"{found.engine}, {found.answers:.0%} equal",
                 found.batches,
                 why,

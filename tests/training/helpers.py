@@ -11,13 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from cora_cli import rundir
 from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.planning.memory import StorageMeter, follow_training
 from cora_cli.reading import read_json
 from cora_cli.rundir import RunDirectory
+from cora_cli.training import run as training
 from cora_cli.training.config import TrainConfig
 
 # The server imports everything once and computes nothing, so that its forks start at once and are safe.
@@ -46,6 +49,29 @@ def config_for(model: Path, data: Path, output: Path, **changes: Any) -> TrainCo
         "dtype": "fp32",
     }
     return TrainConfig(**{**settings, **changes})
+
+
+class Metered(training.CoraTrainer):
+    """A Trainer that counts the storages of a real run."""
+
+    meter: StorageMeter
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        follow_training(self.meter, self.model, optimizer)
+        return optimizer
+
+    def train(self, **arguments: Any) -> Any:
+        with self.meter:
+            return super().train(**arguments)
+
+
+def real_peak(config: TrainConfig, vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Bytes of each part at the peak of a real training, apart from tensors that exist before it and are neither parameters nor buffers."""
+    monkeypatch.setattr(Metered, "meter", StorageMeter(vocabulary), raising=False)
+    monkeypatch.setattr(training, "CoraTrainer", Metered)
+    training.train(config)
+    return dict(Metered.meter.peak)
 
 
 def record_result(output: Path) -> None:

@@ -13,6 +13,7 @@ REPRESENTATIVES = frozenset(
         *("phimoe", "roberta", "gpt_oss"),  # whose packed rows have other losses
         *("bert", "phi3-longrope"),  # positions or embeddings that depend on the row
         *("bloom", "gptj", "mamba"),  # which compute attention by themselves
+        *("gpt2", "falcon"),  # whose linear layers are of classes of their own
         *("bart",),  # whose answers depend on padding
     }
 )
@@ -25,7 +26,7 @@ def test_losses_answers_and_merged_weights_are_those_of_single_examples(family: 
     measured = measure(family)
     assert measured.loss < 1e-6
     assert measured.answers == 1
-    assert measured.merged is None or measured.merged < 1e-5
+    assert measured.merged < 1e-5
 
 
 def test_the_representatives_are_families() -> None:

@@ -16,16 +16,24 @@ from transformers import AutoModelForCausalLM
 from cora_cli.adapters.install import install_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.adapters.storage import load_adapter
+from cora_cli.device import planned_hardware
 from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import adapted_layers
 from cora_cli.methods.registry import METHODS, Mode
+from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import load_model
 from cora_cli.models.references import resolve_model
+from cora_cli.planning.four_bit import hold_in_four_bit
+from cora_cli.planning.memory import StorageMeter, fake_model, fakes
+from cora_cli.planning.page import USABLE
+from cora_cli.training import fitting
+from cora_cli.training.preflight import Measured, preflight
+from cora_cli.training.prepare import prepare
 from cora_cli.training.run import train
 from tests.conftest import make_model
 from tests.methods.helpers import plan_of
 
-from .helpers import KILLED, RunProcess, config_for, log_lines, losses, record_of, run_together
+from .helpers import KILLED, RunProcess, config_for, log_lines, losses, real_peak, record_of, run_together
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -119,13 +127,17 @@ def test_a_pass_without_gradients_leaves_the_weights_and_the_gradients_of_later_
     assert all(torch.equal(fresh[name], later[name]) for name in fresh)
 
 
-def test_a_width_that_comes_back_with_other_scales_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_width_that_comes_back_with_other_scales_is_refused_by_a_plan_too(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(tmp_path / "odd", seed=0)
     right = bitsandbytes.functional.dequantize_4bit
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda *given: 1.3 * right(*given))
     said = "cannot hold model.layers.0.mlp.down_proj in 4 bits on a processor: its 96 inputs are no multiple of 64"
     with pytest.raises(CoraError, match=said):
         load(model)
+    with pytest.raises(CoraError, match=said):
+        preflight(config_for(model, tiny_data, tmp_path / "run", load_in_4bit=True))
 
 
 @pytest.fixture(
@@ -201,3 +213,86 @@ def test_two_processes_are_one(tiny_model: Path, tiny_data: Path, tmp_path: Path
     assert run_together(replace(one, output_dir=str(tmp_path / "two"), batch_size=2)) == [(0, ""), (0, "")]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert all(map(math.isfinite, losses(tmp_path / "one")))
+
+
+def quantised_bytes(model: Any) -> int:
+    """Bytes of the storages of a loaded model, with the scales that bitsandbytes keeps next to its weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for layer in (module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)):
+        state = layer.weight.quant_state
+        tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_planned_peak_is_that_of_the_real_training(
+    dtype: str, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", load_in_4bit=True, dtype=dtype, max_steps=2, eval_limit=1)
+    found = preflight(config).measured
+    assert isinstance(found, Measured), found
+    loaded = load_model(
+        resolve_model(str(tiny_model)),
+        getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[dtype]),
+        torch.device("cpu"),
+        None,
+        four_bit=True,
+    )
+    # The real layers share one table of the scales' levels, 1 KiB.
+    layers = sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in loaded.modules())
+    assert 0 <= found.memory.parts["weights"] - quantised_bytes(loaded) <= layers * 1024
+    parameters = sum(parameter.untyped_storage().nbytes() for parameter in loaded.parameters())
+    scales = quantised_bytes(loaded) - parameters - sum(buffer.nbytes for buffer in loaded.buffers())
+    peak = real_peak(config, 49152, monkeypatch)
+    assert found.memory.total == pytest.approx(sum(peak.values()) + scales, rel=0.1)
+    assert found.parameters == record_of(tmp_path / "run")["parameters"]
+
+
+def test_a_planned_layer_has_its_weight_while_it_multiplies_and_keeps_it_nowhere(tiny_model: Path) -> None:
+    with fakes():
+        model = fake_model(load_configuration(resolve_model(str(tiny_model))), False, torch.bfloat16)
+        hold_in_four_bit(model, torch.bfloat16)
+        layer = model.model.layers[0].mlp.up_proj  # 128 x 64
+        with StorageMeter(49152) as meter:
+            states = torch.empty(3, 64, dtype=torch.bfloat16, requires_grad=True)
+            product = layer(states)
+            assert meter.peak["activations"] == 2 * (3 * 64 + 128 * 64 + 3 * 128)
+            meter.restart()
+            assert sum(meter.peak.values()) == 2 * (3 * 64 + 3 * 128)
+            (gradient,) = torch.autograd.grad(product, states, torch.empty_like(product))
+            assert gradient.shape == (3, 64)
+            # With its 128 scales, before the gradient exists.
+            assert meter.peak["activations"] == 2 * (3 * 64 + 2 * 3 * 128 + 128 * 64) + 4 * 128
+        assert not isinstance(model.lm_head, bitsandbytes.nn.Linear4bit)
+
+
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=() if mode == "dora" else pytest.mark.slow) for mode in TRAINED_ON_FOUR_BIT]
+)
+def test_every_method_that_has_a_plan_has_one_on_four_bits(
+    mode: Mode, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The plans of two methods depend on numbers, whatever holds the base."""
+    plain, four_bit = (
+        preflight(config_for(tiny_model, tiny_data, tmp_path / "run", load_in_4bit=held, mode=mode)).measured
+        for held in (False, True)
+    )
+    assert isinstance(four_bit, Measured) == isinstance(plain, Measured) == (mode not in ("dylora", "lora-rite"))
+    if isinstance(four_bit, Measured) and isinstance(plain, Measured):
+        assert four_bit.parameters == plain.parameters
+        assert four_bit.memory.parts["adapter"] == plain.memory.parts["adapter"]
+
+
+def test_rows_that_do_not_fit_the_gpu_are_split_before_the_run(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", load_in_4bit=True, batch_size=16, device="cuda", dtype="bf16")
+    prepared = prepare(config, planned=planned_hardware("cuda", "bf16"))
+    needed = fitting.plan_run(config, prepared).measured
+    assert isinstance(needed, Measured), needed
+    monkeypatch.setattr(fitting, "_capacity", lambda device: needed.memory.total * 0.8 / USABLE)
+    fitted = fitting.fit_rows(config, prepared)
+    assert fitted.tokens_per_row is not None
+    found = fitting.plan_run(fitted, prepared).measured
+    assert isinstance(found, Measured)
+    assert found.memory.total <= needed.memory.total * 0.8

@@ -18,42 +18,21 @@ from cora_cli.data.batches import BatchForm, Collator
 from cora_cli.data.encode import Example
 from cora_cli.device import planned_hardware
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.planning.memory import StorageMeter, follow_training
+from cora_cli.planning.memory import StorageMeter
 from cora_cli.planning.page import USABLE, duration
 from cora_cli.training import fitting
+from cora_cli.training import losses as losses_of_tokens
 from cora_cli.training import run as training
 from cora_cli.training.preflight import Measured, Preflight, preflight
 from cora_cli.training.preflight_text import describe, marked
 from cora_cli.training.prepare import prepare
-from tests.training.helpers import config_for, log_lines, losses, record_of, run_together
-
-
-class _Metered(training.CoraTrainer):
-    """A Trainer that counts the storages of a real run."""
-
-    meter: StorageMeter
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
-        follow_training(self.meter, self.model, optimizer)
-        return optimizer
-
-    def train(self, **arguments: Any) -> Any:
-        with self.meter:
-            return super().train(**arguments)
-
-
-def real_peak(config: Any, vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    monkeypatch.setattr(_Metered, "meter", StorageMeter(vocabulary), raising=False)
-    monkeypatch.setattr(training, "CoraTrainer", _Metered)
-    training.train(config)
-    return dict(_Metered.meter.peak)
+from tests.training.helpers import Metered, config_for, log_lines, losses, real_peak, record_of, run_together
 
 
 def meter_process(out: Path) -> None:
     """Let this process of a divided training write its peak, and the bytes that it keeps of the divided weights, into the directory `out`."""
 
-    class Writing(_Metered):
+    class Writing(Metered):
         meter = StorageMeter(49152)
 
         def train(self, **arguments: Any) -> Any:
@@ -294,6 +273,32 @@ def test_rows_that_do_not_fit_the_gpu_are_split_before_the_run(
     chosen = dataclasses.replace(config, tokens_per_row=500)
     monkeypatch.setattr(fitting, "_capacity", lambda device: 1)
     assert fitting.fit_rows(chosen, prepared) == chosen
+
+
+def test_a_divided_run_says_why_its_rows_are_not_split(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several: dict[str, Any] = {"dry_run": True, "processes": 2, "shard": "fsdp"}
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", batch_size=16, device="cuda", dtype="bf16", **several)
+    prepared = prepare(config, planned=planned_hardware("cuda", "bf16"))
+    rough = fitting.rough_peak(config, prepared)
+    assert rough < fitting.rough_peak(dataclasses.replace(config, shard="none"), prepared)
+    monkeypatch.setattr(fitting, "_capacity", lambda device: rough)
+    assert fitting.fit_rows(config, prepared) == config
+    assert "`cora train … --dry-run --processes 2` with the same settings computes it" in capsys.readouterr().err
+    monkeypatch.setattr(fitting, "_capacity", lambda device: 4 * rough)
+    assert fitting.fit_rows(config, prepared) == config
+    assert "--dry-run" not in capsys.readouterr().err
+
+
+def test_a_plan_for_a_gpu_takes_logits_in_the_pieces_of_a_gpu(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the plan is for the GPU that is here")
+    plan = preflight(config_for(tiny_model, tiny_data, tmp_path / "run", device="auto", dtype="bf16", batch_size=16))
+    logits = plan.largest_labels * 49152
+    assert losses_of_tokens.CHUNK < logits <= losses_of_tokens.GPU_CHUNK
+    # In bf16 the logits and their gradient, in float32 the piece, here all of them, and its softmax.
+    assert measured(plan).memory.parts["logits"] == pytest.approx((2 + 2 + 4 + 4) * logits, rel=0.05)
 
 
 @pytest.mark.slow

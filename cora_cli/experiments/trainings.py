@@ -1,0 +1,208 @@
+"""The distinct trainings of a grid: the checks that each makes at its start, and its memory, measured on fake tensors.
+
+Rows that differ only in learning rate, seed and the like are one training here. No weights are read, and a basis need not exist yet.
+"""
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from cora_cli.device import Hardware
+from cora_cli.errors import CoraError
+from cora_cli.experiments.estimate import Estimate
+from cora_cli.experiments.grid import Grid
+from cora_cli.experiments.inputs import Inputs, used_sources
+from cora_cli.experiments.rows import Row
+from cora_cli.experiments.steps import Plan
+from cora_cli.planning.page import CARDS, fits, size_text
+from cora_cli.progress import progress
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.preflight import Measured, plan_run
+from cora_cli.training.prepare import Prepared, Shared, prepare
+
+LAYERS = 240
+"""Layers of all models together that a plan measures unless it is told how many: 8 trainings of 30 layers, in some 20 seconds."""
+IRRELEVANT = frozenset(
+    {
+        *("output_dir", "model", "dataset", "device", "dtype", "dry_run", "processes", "resume", "stop_at"),  # set below
+        *("learning_rate", "lr_schedule", "warmup_ratio", "weight_decay", "alpha", "rslora", "seed"),
+        *("eval_steps", "save_steps", "keep_checkpoints", "save_tokenizer", "validation_loss"),
+    }
+)
+"""Settings that change neither what a training checks nor its memory, except by the order of the data, which comes from the seed."""
+_KEY = tuple(field.name for field in dataclasses.fields(TrainConfig) if field.name not in IRRELEVANT)
+
+Key = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A training of a grid, and the names of the rows that are like it; `key` is equal for trainings of equal memory."""
+
+    config: TrainConfig
+    rows: list[str]
+    key: Key
+
+
+@dataclasses.dataclass(frozen=True)
+class GridMemory:
+    """Peak bytes of the training of each row that was measured; `unknown` has a sentence for trainings that cannot be.
+
+    `measured` of `distinct` trainings were measured for `hardware`; `from_models` of them start from models and cannot be.
+    """
+
+    peaks: dict[str, int]
+    unknown: tuple[str, ...]
+    measured: int
+    distinct: int
+    from_models: int
+    hardware: Hardware
+
+
+def distinct_trainings(grid: Grid, device: str, dtype: Any) -> list[Training]:
+    """The trainings of all rows, each with the settings of the first row that is like it, and those of the source models."""
+    found: dict[Key, Training] = {}
+    common: dict[str, Any] = {"model": grid.model, "device": device, "dtype": dtype, "dry_run": True}
+    for row in grid.rows:
+        if row.train is None:
+            continue
+        key = (row.dataset, *(getattr(row.training, name) for name in _KEY))
+        if (key, row.stop_at) not in found:
+            own: dict[str, Any] = {"dataset": grid.datasets[row.dataset or ""], "stop_at": row.stop_at}
+            config = dataclasses.replace(row.training, **common, **own, processes=grid.resources["train"].processes)
+            found[key, row.stop_at] = Training(config, [], key)
+        found[key, row.stop_at].rows.append(row.name)
+    for name in used_sources(grid):
+        settings = grid.models[name]
+        if not isinstance(settings, str):
+            config = TrainConfig(output_dir="o", **common, **settings, processes=grid.resources["model"].processes)
+            found["model", name] = Training(config, [f"models: {name}"], ("model", name))
+    return list(found.values())
+
+
+def check_trainings(
+    trainings: Sequence[Training], grid: Grid, inputs: Inputs, hardware: Hardware
+) -> list[tuple[Training, Prepared]]:
+    """Check every training as its run would at its start, apart from weights. Those whose model or data set is missing are left out.
+
+    Raises `CoraError` that lists every problem with a row that has it.
+    """
+    if grid.model not in inputs.models:
+        return []
+    shared, found, problems = Shared(), [], []
+    for training in trainings:
+        if training.config.dataset in inputs.unresolved:
+            continue
+        try:
+            with _quiet():
+                found.append((training, prepare(training.config, planned=hardware, shared=shared)))
+        except CoraError as error:
+            more = f" and {len(training.rows) - 1} more" if len(training.rows) > 1 else ""
+            problems.append(f"{training.rows[0]}{more}: {error}")
+    if problems:
+        raise CoraError("; ".join(problems))
+    return found
+
+
+def measure_memory(
+    plan: Plan,
+    chosen: Collection[str],
+    checked: Sequence[tuple[Training, Prepared]],
+    estimates: Mapping[str, Estimate],
+    most: int | Literal["all"] | None,
+    hardware: Hardware,
+) -> GridMemory:
+    """Measure `most` distinct trainings of the chosen rows, those with the largest estimates first; by default as many as have `LAYERS`."""
+    steps = {name: step.name for name in chosen if (step := plan.of_kind(name, "train")) is not None}
+    rows: dict[Key, list[str]] = {}
+    first: dict[Key, tuple[Training, Prepared]] = {}
+    for training, prepared in checked:
+        if wanted := [name for name in training.rows if name in steps]:
+            rows.setdefault(training.key, []).extend(wanted)
+            first.setdefault(training.key, (training, prepared))
+
+    def expected(key: Key) -> float:
+        estimate = estimates.get(steps[rows[key][0]])
+        return estimate.bytes if estimate is not None else 0.0
+
+    # These models need not exist yet.
+    order = sorted((key for key in first if not first[key][0].config.start_models), key=expected, reverse=True)
+    from_models = len(first) - len(order)
+    if most != "all":
+        order = order[: most if most is not None else _default_count(first[order[0]][1]) if order else 0]
+    peaks: dict[str, int] = {}
+    unknown: list[str] = []
+    with progress("measuring memory", len(order), "trainings") as shown:
+        for key in order:
+            training, prepared = first[key]
+            with _quiet():
+                measured = plan_run(dataclasses.replace(training.config, stop_at=None), prepared).measured
+            if isinstance(measured, Measured):
+                peaks |= dict.fromkeys(rows[key], measured.memory.total)
+            else:
+                unknown.append(measured)
+            shown.advance()
+    return GridMemory(peaks, tuple(dict.fromkeys(unknown)), len(order), len(first), from_models, hardware)
+
+
+def _default_count(prepared: Prepared) -> int:
+    return max(1, LAYERS // int(prepared.model_config.get_text_config(decoder=True).num_hidden_layers))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the notices of the single run, which its own log will have."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def memory_cell(row: Row, memory: GridMemory, estimate: Estimate | None) -> str:
+    """The memory of a row's training: measured, or after a ~ estimated."""
+    if row.train is None:
+        return "-"
+    if row.name in memory.peaks:
+        return size_text(memory.peaks[row.name])
+    return "unknown" if estimate is None else f"~{_about(estimate.bytes)}"
+
+
+def memory_notes(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimates: Mapping[str, Estimate]) -> list[str]:
+    """What the column of memory holds, the cards that the trainings fit, and what other steps take."""
+    notes = []
+    others = [estimates[name].bytes for name, step in plan.steps.items() if step.kind != "train" and name in estimates]
+    if memory.distinct:
+        on_gpu = memory.hardware.device.type == "cuda"
+        notes.append(
+            f"memory: peak of the training's tensors {'on a CUDA GPU' if on_gpu else 'on the processor'} in {memory.hardware.dtype_name}, as "
+            "`cora train --dry-run` computes it, with the order of the data of the first row of its kind; ~ marks estimates"
+        )
+        if memory.measured < memory.distinct - memory.from_models:
+            notes.append(
+                f"measured: {memory.measured} of {memory.distinct} distinct trainings, those with the largest estimates (--measure all measures all)"
+            )
+        if memory.from_models:
+            notes.append(
+                "rows that start from models are not measured, since what they take depends on the ranks of these models"
+            )
+        notes += [f"not measured: {sentence}" for sentence in memory.unknown]
+        if on_gpu:
+            notes += _fitting(plan, chosen, memory, estimates)
+    if others:
+        notes.append(f"other steps take up to about {_about(max(others))} (estimate)")
+    return notes
+
+
+def _about(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _fitting(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimates: Mapping[str, Estimate]) -> list[str]:
+    """How many of the chosen rows' trainings fit each card, where the memory of each is known."""
+    steps = {name: step.name for name in chosen if (step := plan.of_kind(name, "train")) is not None}
+    sizes = [memory.peaks.get(name, estimates[step].bytes if step in estimates else None) for name, step in steps.items()]
+    known = [size for size in sizes if size is not None]
+    if not known or len(known) < len(sizes):
+        return []
+    cards = (f"{card} GB: {sum(fits(size, card * 2**30) for size in known)}" for card in CARDS)
+    return [f"of {len(known)} trainings, so many fit a card of  {'  '.join(cards)}"]

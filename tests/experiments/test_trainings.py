@@ -1,0 +1,143 @@
+"""The trainings of a grid in its plan: checked as their runs check themselves, and measured as `cora train --dry-run` measures them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from cora_cli.errors import CoraError
+from cora_cli.experiments import trainings
+from cora_cli.experiments.ablate import Request, dry_run
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.preflight import Measured, preflight
+
+TRAIN: dict[str, Any] = {"rank": 4, "max_steps": 3, "batch_size": 2, "test_size": 4}
+
+
+def write(place: Path, model: Path, data: Path, blocks: list[dict[str, Any]], **changes: Any) -> Path:
+    values = {
+        "model": str(model),
+        "datasets": {"counting": str(data)},
+        "defaults": {"train": TRAIN, "evaluate": False},
+        "grid": blocks,
+    }
+    path = place / "grid.yaml"
+    path.write_text(yaml.safe_dump(values | changes))
+    return path
+
+
+def planned(grid: Path, device: str = "cpu", **changes: Any) -> str:
+    return dry_run(Request(grid, grid.parent / "out", device=device, **changes))
+
+
+def memory_of(page: str) -> dict[str, str]:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    return {row[0]: row[4] for row in rows[2:]}
+
+
+def peak(model: Path, data: Path, **settings: Any) -> str:
+    config = TrainConfig(model=str(model), dataset=str(data), output_dir="o", **{**TRAIN, **settings})
+    measured = preflight(config).measured
+    assert isinstance(measured, Measured)
+    return f"{measured.memory.total / 2**20:.1f} MiB"
+
+
+def test_every_row_has_the_peak_of_its_own_dry_run(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """A basis that is not extracted yet takes what a random B takes."""
+    blocks: list[dict[str, Any]] = [
+        {"mode": "base"},
+        {"mode": ["lora", "full"], "seed": [0, 1]},
+        {"mode": "tb", "n_models": 0},
+        {"mode": "fb", "b_init": "random", "batch_size": 8},
+    ]
+    page = planned(write(tmp_path, tiny_model, tiny_data, blocks))
+    lora, full = (peak(tiny_model, tiny_data, mode=mode, device="cpu") for mode in ("lora", "full"))
+    fb = peak(tiny_model, tiny_data, mode="fb", b_init="random", batch_size=8, device="cpu")
+    tb = peak(tiny_model, tiny_data, mode="tb", b_init="random", device="cpu")
+    assert list(memory_of(page).values()) == ["-", lora, lora, full, full, tb, fb]
+    assert len({lora, full, fb}) == 3
+    assert "as `cora train --dry-run` computes it" in page
+    assert "distinct trainings" not in page
+
+
+def test_rows_that_differ_in_rate_and_seed_are_measured_once_and_only_so_many(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_run, measured = trainings.plan_run, []
+
+    def noting(config: TrainConfig, prepared: Any) -> Any:
+        measured.append(config.mode)
+        return plan_run(config, prepared)
+
+    monkeypatch.setattr(trainings, "plan_run", noting)
+    grid = write(tmp_path, tiny_model, tiny_data, [{"mode": ["lora", "full"], "learning_rate": [1e-4, 1e-3], "seed": [0, 1]}])
+    page = planned(grid, measure=1)
+    assert measured == ["full"]  # the one with the larger estimate
+    assert "measured: 1 of 2 distinct trainings, those with the largest estimates (--measure all measures all)" in page
+    shown = memory_of(page)
+    assert {cell.startswith("~") for row, cell in shown.items() if row.startswith("lora")} == {True}
+    assert {cell.startswith("~") for row, cell in shown.items() if row.startswith("full")} == {False}
+    measured.clear()
+    planned(grid, measure="all", only="lora*seed1")
+    assert measured == ["lora"]
+    monkeypatch.setattr(trainings, "LAYERS", 4)  # two trainings of two layers each
+    assert "distinct trainings" not in planned(grid)
+    monkeypatch.setattr(trainings, "LAYERS", 1)
+    measured.clear()
+    planned(grid)
+    assert measured == ["full"]
+    assert "distinct trainings" not in planned(grid, measure="all")
+    assert all(cell.startswith("~") for cell in memory_of(planned(grid, measure=0)).values())
+
+
+def test_a_plan_for_a_gpu_says_how_many_trainings_fit_each_card(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the plan is for the GPU that is here")
+    grid = write(tmp_path, tiny_model, tiny_data, [{"mode": "base"}, {"mode": ["lora", "full"]}])
+    page = planned(grid, device="auto")
+    assert "on a CUDA GPU in bf16" in page
+    assert "of 2 trainings, so many fit a card of  16 GB: 2" in page
+    assert "fit a card" not in planned(grid)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"mode": "lora", "attention": "varlen"}, "--attention varlen needs a CUDA GPU; leave it out on a processor"),
+        ({"mode": "lora", "liger": True}, "--liger needs a CUDA GPU"),
+        ({"mode": "melora", "mini_loras": 7}, "mode melora needs --mini-loras to divide the 64 inputs"),
+        ({"mode": "lora", "tokens_per_row": 9}, "--tokens-per-row must be at least"),
+        ({"mode": "lora", "train_on": "all"}, "--train-on all needs conversations"),
+        ({"mode": "lora", "template_date": "2026-01-01", "template": "alpaca"}, "--template-date has no effect"),
+        ({"mode": "cola", "chain_length": 4}, "--chain-length 4 is more than the 3 steps of the run"),
+        ({"mode": "lora", "target_modules": ["embed_tokens"]}, "embed_tokens"),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses_at_its_start(
+    block: dict[str, Any], message: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    blocks = [{"mode": "lora", "rank": 8}, {**block, "seed": [0, 1]}]
+    with pytest.raises(CoraError, match="seed0 and 1 more: ") as caught:
+        planned(write(tmp_path, tiny_model, tiny_data, blocks))
+    assert message in str(caught.value)
+    assert str(caught.value).count("seed0") == 1
+
+
+def test_a_plan_refuses_the_training_of_a_source_model_by_its_name(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    models = {"tuned": {"dataset": str(tiny_data), "tokens_per_row": 9}}
+    grid = write(tmp_path, tiny_model, tiny_data, [{"mode": "fb"}], models=models)
+    with pytest.raises(CoraError, match=r"^models: tuned: --tokens-per-row must be at least"):
+        planned(grid)
+
+
+def test_a_row_that_starts_from_models_has_an_estimate(
+    tiny_model: Path, tiny_data: Path, tiny_sources: tuple[str, str], tmp_path: Path
+) -> None:
+    models = dict(zip("ab", tiny_sources, strict=True))
+    page = planned(
+        write(tmp_path, tiny_model, tiny_data, [{"mode": "lora", "start": "mean-delta"}], models=models), measure="all"
+    )
+    assert [cell.startswith("~") for cell in memory_of(page).values()] == [True]
+    assert "rows that start from models are not measured" in page
