@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.cli.command import command
 from cora_cli.cli.extract_basis import ExtractConfig
+from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.experiments.ablate import check_shapes, render_plan
@@ -17,9 +18,12 @@ from cora_cli.experiments.estimate import estimate_steps, trained_parameters
 from cora_cli.experiments.execute import done_steps
 from cora_cli.experiments.inputs import data_key
 from cora_cli.experiments.steps import Plan, Step, make_plan, plan_record
+from cora_cli.experiments.trainings import GridMemory
 from cora_cli.training.config import TrainConfig
 from tests.counting import assert_linear
 from tests.experiments.helpers import SHAPES, grid_of, inputs_of, plan_of
+
+UNMEASURED = GridMemory({}, (), 0, 0, 0, select_hardware("cpu", "fp32"))
 
 
 def kinds(plan: Plan) -> list[str]:
@@ -300,7 +304,9 @@ def test_a_grid_that_generates_nothing_has_no_evaluations_and_its_base_row_no_st
     plan = plan_of(grid_of({"mode": "base"}, {"mode": "lora"}, defaults={"train": {"max_steps": 1}, "evaluate": False}))
     assert kinds(plan) == ["train"]
     assert [(row["run"] is None, row["evaluation"]) for row in plan_record(plan)["rows"]] == [(True, None), (False, None)]
-    shown = render_plan(plan, inputs_of(), dict.fromkeys(plan.steps, False), {}, [row.name for row in plan.grid.rows], "")
+    shown = render_plan(
+        plan, inputs_of(), dict.fromkeys(plan.steps, False), {}, [row.name for row in plan.grid.rows], "", UNMEASURED
+    )
     assert "1 training run;" in shown
     assert "evaluations" not in shown
 
@@ -314,7 +320,9 @@ def test_a_plan_costs_in_proportion_to_its_rows(tmp_path: Path) -> None:
             plan = make_plan(grid, tmp_path, inputs, "cpu", "fp32")
             plan_record(plan)
             estimates = estimate_steps(plan, inputs, 1e11)
-            return render_plan(plan, inputs, done_steps(plan), estimates, [row.name for row in grid.rows], "a machine")
+            return render_plan(
+                plan, inputs, done_steps(plan), estimates, [row.name for row in grid.rows], "a machine", UNMEASURED
+            )
 
         return work
 
