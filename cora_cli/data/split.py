@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cora_cli import rundir
-from cora_cli.data.formats import columns_of, own_shape, read_record, shape_of
+from cora_cli.data.formats import columns_of, own_shape, read_record, shape_for, with_messages
 from cora_cli.data.formats.columns import chosen_shape
 from cora_cli.data.readers import read_located
 from cora_cli.data.records import SCHEMAS, Record, Schema, prompt_hash, prompt_hashes
@@ -73,9 +73,11 @@ def load_records(dataset: str, choice: Choice = ALL, usual: str = "train") -> tu
     where, first = located[0]
     own = _is_own(Path(dataset))
     if choice.columns:
-        shape = chosen_shape(choice.columns)
+        shape = with_messages(chosen_shape(choice.columns), first)
+    elif own:
+        shape = own_shape(columns_of(where, first), where)
     else:
-        shape = (own_shape if own else shape_of)(columns_of(where, first), where)
+        shape = with_messages(shape_for(first, where), first)
     records = [read_record(record, shape, where) for where, record in located]
     if not own:
         say(f"{dataset}: read as {shape.name}, {len(records):,} record{'s' if len(records) > 1 else ''}")

@@ -254,6 +254,84 @@ def test_choices_that_make_no_record_are_refused(columns, message, tmp_path):
         load_records(jsonl(tmp_path / "a.jsonl", {"a": "x", "b": "y"}), Choice(columns))
 
 
+ASKED, ANSWERED = SAID[:1], SAID[1:]
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "name"),
+    [
+        ({"prompt": ASKED, "completion": ANSWERED}, None, "prompt/completion of messages"),
+        ({"prompt": ASKED, "response": ANSWERED}, None, "prompt/response of messages"),
+        ({"prompt": TALK[:1], "completion": TALK[1:]}, None, "prompt/completion of messages"),
+        ({"prompt": json.dumps(ASKED), "completion": json.dumps(ANSWERED)}, None, "prompt/completion of messages"),
+        (
+            {"response": "wrong", "rejected": ANSWERED, "prompt": ASKED, "chosen": ANSWERED},
+            ("response=chosen", "prompt=prompt"),
+            "response from chosen and prompt from prompt of messages",
+        ),
+    ],
+)
+def test_a_prompt_and_an_answer_that_are_lists_of_messages_are_one_conversation(record, columns, name, tmp_path, capfd):
+    dataset = jsonl(tmp_path / "a.jsonl", {**record, "id": 1, "tools": [{"name": "f"}]})
+    records, schema = load_records(dataset, Choice(columns))
+    assert (schema, records[0]["messages"], records[0]["id"], records[0]["tools"]) == ("messages", SAID, 1, [{"name": "f"}])
+    assert not {"prompt", "completion", "response", "chosen"} & records[0].keys()
+    assert f"{dataset}: read as {name}, 1 record\n" in capfd.readouterr().err
+
+
+def test_only_the_completion_of_a_conversation_is_trained_also_where_every_answer_is(tmp_path):
+    record = {"prompt": [*SAID, *ASKED], "completion": ANSWERED, "system": "s"}
+    (read,), schema = load_records(jsonl(tmp_path / "a.jsonl", record))
+    assert [message["role"] for message in read["messages"]] == ["system", "user", "assistant", "user", "assistant"]
+    assert [len(turn["messages"]) for turn in turns(read, schema)] == [5]
+    same = {"messages": [{"role": "system", "content": "s"}, *SAID, *SAID]}
+    assert prompt_key(read, schema) == prompt_key(same, schema)
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"prompt": ASKED, "completion": "a"}], "line 1: completion must be a list of {role, content}, as"),
+        ([{"prompt": "q", "completion": ANSWERED}], "line 1: prompt must be a list of {role, content}, as"),
+        ([{"prompt": ASKED, "completion": ANSWERED}, {"prompt": "q", "completion": "a"}], "line 2: prompt must be a list of"),
+        ([{"prompt": "q", "completion": "a"}, {"prompt": ASKED, "completion": ANSWERED}], "line 2: prompt must be text"),
+        ([{"prompt": ASKED, "completion": SAID}], "line 1: completion must be a list of one message of the role assistant"),
+        ([{"prompt": ASKED, "completion": ASKED}], "line 1: completion must be a list of one message of the role assistant"),
+        ([{"prompt": ASKED, "response": []}], "line 1: response must be a list of one message of the role assistant"),
+        ([{"prompt": SAID, "completion": ANSWERED}], "line 1: prompt ends with an answer"),
+        ([{"prompt": [], "completion": ANSWERED}], "line 1: prompt is empty"),
+        ([{"prompt": ["q"], "completion": ANSWERED}], "line 1: messages must be a list of .* message 1 of 2 has no role"),
+        (
+            [{"prompt": "q", "completion": "a", "label": False}],
+            "line 1: the label is false, .* a completion that is not wanted",
+        ),
+        ([{"prompt": ASKED, "response": ANSWERED, "label": False}], "line 1: the label is false, .* a response that is not"),
+    ],
+)
+def test_a_prompt_and_an_answer_that_are_no_conversation_are_refused_by_line_and_column(records, message, tmp_path):
+    with pytest.raises(CoraError, match=message):
+        load_records(jsonl(tmp_path / "a.jsonl", *records))
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "read"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "prompt=prompt,response=chosen", {"prompt": "q", "completion": "a"}),
+        ({"question": "q", "chosen": "a", "rejected": "b"}, "prompt=question,response=chosen", {"prompt": "q"}),
+        ({"prompt": ASKED, "chosen": ANSWERED, "rejected": ANSWERED}, "prompt=prompt,response=chosen", {"messages": SAID}),
+        ({"prompt": "q", "chosen": SAID, "rejected": SAID}, "messages=chosen", {"messages": SAID}),
+        ({"chosen": SAID, "rejected": SAID}, "messages=chosen", {"messages": SAID}),
+        ({"chosen": "Human: q", "rejected": "Human: r"}, "text=chosen", {"text": "Human: q"}),
+    ],
+)
+def test_preferences_are_refused_with_the_columns_that_work(record, columns, read, tmp_path):
+    dataset = jsonl(tmp_path / "a.jsonl", record)
+    with pytest.raises(CoraError, match=f"chosen answers: --columns {columns}"):
+        load_records(dataset)
+    (found,), _ = load_records(dataset, Choice(tuple(columns.split(","))))
+    assert read.items() <= found.items()
+
+
 def test_a_chosen_column_that_is_missing_is_named(tmp_path):
     with pytest.raises(CoraError, match="line 1: column body is missing; found title"):
         load_records(jsonl(tmp_path / "a.jsonl", {"title": "t"}), Choice(("prompt=title", "response=body")))

@@ -12,7 +12,8 @@ from cora_cli.data.formats.columns import HOW_TO_CHOOSE
 from cora_cli.data.formats.conversation import ROLES
 from cora_cli.data.formats.dolly import DOLLY
 from cora_cli.data.formats.messages import MESSAGES
-from cora_cli.data.formats.prompt import COMPLETION, RESPONSE
+from cora_cli.data.formats.preference import advice_for_preferences
+from cora_cli.data.formats.prompt import COMPLETION, RESPONSE, holds_messages
 from cora_cli.data.formats.published_code import HUMANEVAL, MBPP, MBPP_SANITIZED
 from cora_cli.data.formats.question_answer import QUESTION_ANSWER
 from cora_cli.data.formats.shape import Raw, Shape
@@ -66,6 +67,23 @@ def shape_of(columns: set[str], where: str) -> Shape:
     if extra := sorted(columns & candidates[0].excluded):
         raise CoraError(f"{where}: found {found}; records of {candidates[0].name} have no {', '.join(extra)}; {HOW_TO_CHOOSE}")
     return candidates[0]
+
+
+def shape_for(first: Any, where: str) -> Shape:
+    """Recognise the shape of records by the columns of the first one. Raises `CoraError`, also for preferences, with what would work."""
+    columns = columns_of(where, first)
+    if not any(columns >= set(shape.needs) for shape in (*PUBLISHED, *SHAPES, TEXT)) and (
+        advice := advice_for_preferences(first)
+    ):
+        raise CoraError(f"{where}: found the columns {', '.join(sorted(columns))}, which are {advice}")
+    return shape_of(columns, where)
+
+
+def with_messages(shape: Shape, first: Any) -> Shape:
+    """The shape, or that of its records with lists of messages if the first record holds one."""
+    if shape.of_messages is not None and isinstance(first, dict) and holds_messages(first, shape.needs):
+        return shape.of_messages
+    return shape
 
 
 def own_shape(columns: set[str], where: str) -> Shape:

@@ -1,8 +1,10 @@
 """The columns that a user names with `--columns`, for data sets whose shape is not known or could be several."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from cora_cli.data.formats.conversation import messages_of
+from cora_cli.data.formats.prompt import pair_of_messages
 from cora_cli.data.formats.shape import OF_PROMPTS, Raw, Shape
 from cora_cli.data.records import TEMPLATE_COLUMNS, TEST_COLUMNS, Schema
 from cora_cli.errors import UsageError
@@ -49,14 +51,27 @@ def chosen_shape(choices: Sequence[str]) -> Shape:
         chosen = {names[role]: record[column] for role, column in columns.items()}
         if schema == "messages":
             chosen["messages"] = messages_of(chosen["messages"], where, columns["messages"])
-        rest = {
-            name: value
-            for name, value in record.items()
-            if name in TEST_COLUMNS
-            or (schema == "messages" and name in TEMPLATE_COLUMNS)
-            or (name not in (_OF_SHAPES | chosen.keys() | set(columns.values())) and name.strip().lower() not in OF_PROMPTS)
-        }
-        return {**chosen, **rest}
+        return {**chosen, **_rest(record, schema, {*chosen, *columns.values()})}
 
     name = " and ".join(f"{role} from {column}" for role, column in columns.items())
-    return Shape(name, schema, tuple(columns.values()), read, is_chosen=True)
+    if columns.keys() != {"prompt", "response"}:
+        return Shape(name, schema, tuple(columns.values()), read, is_chosen=True)
+    pair = pair_of_messages(name, columns["prompt"], columns["response"], is_chosen=True)
+
+    def read_pair(record: Raw, where: str) -> Raw:
+        own = {column: record[column] for column in pair.needs}
+        return pair.read({**own, **_rest(record, "messages", {"messages", *own})}, where)
+
+    of_messages = dataclasses.replace(pair, read=read_pair)
+    return Shape(name, schema, tuple(columns.values()), read, is_chosen=True, of_messages=of_messages)
+
+
+def _rest(record: Raw, schema: Schema, taken: set[str]) -> Raw:
+    """The columns next to those that are `taken`, without any by which a shape is recognised or that would be a part of a prompt."""
+    return {
+        name: value
+        for name, value in record.items()
+        if name in TEST_COLUMNS
+        or (schema == "messages" and name in TEMPLATE_COLUMNS)
+        or (name not in (_OF_SHAPES | taken) and name.strip().lower() not in OF_PROMPTS)
+    }

@@ -1,11 +1,111 @@
-"""Pairs of a prompt and its completion, which some data sets call its response."""
+"""Pairs of a prompt and its completion, which some data sets call its response: both texts, or both lists of messages, as TRL has them."""
 
+import json
+from typing import Any
+
+from cora_cli.data.formats.conversation import messages_of, read_conversation
 from cora_cli.data.formats.shape import Raw, Shape, renamed
+from cora_cli.data.records import TEMPLATE_COLUMNS
+from cora_cli.errors import CoraError
 
 
 def _read(record: Raw, where: str) -> Raw:
-    return renamed(record, {"response": "completion"})
+    return _wanted(record, where)
 
 
-COMPLETION = Shape("prompt/completion", "prompt", ("prompt", "completion"))
-RESPONSE = Shape("prompt/response", "prompt", ("prompt", "response"), _read)
+def _read_response(record: Raw, where: str) -> Raw:
+    return renamed(_wanted(record, where, "response"), {"response": "completion"})
+
+
+def _wanted(record: Raw, where: str, answer: str = "completion") -> Raw:
+    """The record. Raises `CoraError` if its column `label` says that the completion is not wanted, as in TRL's unpaired preferences."""
+    label = record.get("label")
+    if label is False or (isinstance(label, str) and label.strip().lower() == "false"):
+        raise CoraError(
+            f"{where}: the label is false, by which data of preferences mark a {answer} that is not wanted; leave such records out, or train on "
+            f"all of them with --columns prompt=prompt,response={answer}"
+        )
+    return record
+
+
+def pair_of_messages(name: str, prompt: str, answer: str, is_chosen: bool = False) -> Shape:
+    """The shape of records whose `prompt` is the conversation before an answer and whose `answer` is a list of one message.
+
+    The answer alone is trained: answers in the prompt have the weight 0 where they state none.
+    """
+
+    def read(record: Raw, where: str) -> Raw:
+        before, after = (_messages(record[column], where, column) for column in (prompt, answer))
+        if not before or _role(before[-1]) == "assistant":
+            found = "is empty" if not before else "ends with an answer"
+            raise CoraError(f"{where}: {prompt} {found}; it must be a conversation that ends with what is answered")
+        if [_role(message) for message in after] != ["assistant"]:
+            raise CoraError(
+                f"{where}: {answer} must be a list of one message of the role assistant, not {json.dumps(after, default=str)[:120]}"
+            )
+        before = [{"weight": 0, **message} if _role(message) == "assistant" else message for message in before]
+        chosen = {"messages": [*before, *after]}
+        rest = {key: value for key, value in record.items() if key not in (prompt, answer)}
+        return (
+            {**chosen, **rest}
+            if is_chosen
+            else read_conversation(_wanted({**chosen, **rest}, where, answer), where, "messages")
+        )
+
+    return Shape(
+        f"{name} of messages",
+        "messages",
+        (prompt, answer),
+        read,
+        is_chosen=is_chosen,
+        reads=frozenset({"system", *TEMPLATE_COLUMNS}),
+    )
+
+
+def holds_messages(record: Raw, columns: tuple[str, ...]) -> bool:
+    """Whether a prompt or an answer is a list, or each of the `columns` is JSON text of a list of messages."""
+    values = [record.get(column) for column in columns]
+    if any(isinstance(value, list) for value in values):
+        return True
+    texts = [value for value in values if isinstance(value, str) and value.lstrip().startswith("[")]
+    return len(texts) == len(values) and all(_is_talk(text) for text in texts)
+
+
+def _is_talk(text: str) -> bool:
+    try:
+        talk = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return (
+        isinstance(talk, list) and bool(talk) and all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in talk)
+    )
+
+
+def _messages(value: Any, where: str, column: str) -> list[Any]:
+    messages = messages_of(value, where, column)
+    if not isinstance(messages, list):
+        raise CoraError(
+            f"{where}: {column} must be a list of {{role, content}}, as the other column is or those of the first record are, not "
+            f"{json.dumps(value, default=str)[:60]}"
+        )
+    return messages
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+COMPLETION = Shape(
+    "prompt/completion",
+    "prompt",
+    ("prompt", "completion"),
+    _read,
+    of_messages=pair_of_messages("prompt/completion", "prompt", "completion"),
+)
+RESPONSE = Shape(
+    "prompt/response",
+    "prompt",
+    ("prompt", "response"),
+    _read_response,
+    of_messages=pair_of_messages("prompt/response", "prompt", "response"),
+)

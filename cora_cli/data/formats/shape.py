@@ -26,7 +26,7 @@ class Shape:
 
     `reads` are optional columns. `incomplete_with` are columns that have no place in this shape although they belong to its prompt or answer:
     next to one of them it is not recognised, nor next to others that would be a part of the prompt and hold something. `is_chosen`: the user named
-    the columns, so that others decide nothing.
+    the columns, so that others decide nothing. `of_messages` is the shape of records with the same columns that hold lists of messages.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Shape:
     incomplete_with: frozenset[str] = frozenset()
     is_chosen: bool = False
     reads: frozenset[str] = frozenset()
+    of_messages: "Shape | None" = None
 
     @property
     def excluded(self) -> frozenset[str]:
