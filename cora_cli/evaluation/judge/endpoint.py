@@ -5,8 +5,10 @@ The threads only send and receive. The caller's thread decides what is sent when
 
 import datetime
 import email.utils
+import functools
 import heapq
 import http.client
+import io
 import ipaddress
 import json
 import math
@@ -59,6 +61,53 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         """No request."""
 
 
+class _Timed(io.RawIOBase):
+    """What a socket receives until a deadline, however slowly it comes; a timeout of the socket alone starts again with every byte."""
+
+    def __init__(self, connection: socket.socket, received: io.RawIOBase, deadline: float) -> None:
+        self._socket, self._received, self._deadline = connection, received, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+        return self._received.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+
+    def close(self) -> None:
+        self._received.close()
+        super().close()
+
+
+class _TimedResponse(http.client.HTTPResponse):
+    """A response whose headers and body end by a deadline."""
+
+    def __init__(self, connection: socket.socket, *details: Any, deadline: float, **more: Any) -> None:
+        super().__init__(connection, *details, **more)
+        self.fp = io.BufferedReader(_Timed(connection, self.fp.detach(), deadline))
+
+
+def _timed(kind: type[http.client.HTTPConnection], host: str, timeout: float, **more: Any) -> http.client.HTTPConnection:
+    """A connection whose responses, a proxy's own among them, end `timeout` seconds from now."""
+    connection = kind(host, timeout=timeout, **more)
+    response = functools.partial(_TimedResponse, deadline=time.monotonic() + timeout)
+    connection.response_class = response  # type: ignore[assignment]
+    return connection
+
+
+class _Plain(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(functools.partial(_timed, http.client.HTTPConnection), request)  # type: ignore[arg-type]
+
+
+class _Encrypted(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(functools.partial(_timed, http.client.HTTPSConnection), request)  # type: ignore[arg-type]
+
+
 class Endpoint:
     """See the module; the settings are those of `cora judge`."""
 
@@ -83,7 +132,7 @@ class Endpoint:
             )
         # A proxy of the environment cannot reach this machine's own server.
         proxies = [urllib.request.ProxyHandler({})] if own else []
-        self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
+        self._opener = urllib.request.build_opener(_NoRedirect, _Plain, _Encrypted, *proxies)
 
     def ask(self, calls: Sequence[Call], allowed: Callable[[Call], bool]) -> Iterator[tuple[Call, Reply | NoReply]]:
         """See `Judge`."""
@@ -115,18 +164,22 @@ class Endpoint:
             # Nothing was sent, or the connection ended before any answer: the server may still have computed one.
             raise Unavailable(self._without_key(f"no connection: {error.reason}"), paid=_was_sent(error.reason)) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, TimeoutError):
+                raise Unavailable(
+                    f"the reply took longer than the {self._config.timeout:g} s of --timeout", paid=True
+                ) from error
             detail = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise Unavailable(self._without_key(f"the reply was cut off: {detail}"), paid=True) from error
         return self._reply(text)
 
     def _read(self, response: Any) -> str:
-        """The body of a response, within the time and the size that are allowed."""
-        deadline, parts, size = time.monotonic() + self._config.timeout, [], 0
+        """The body of a response, within the size that is allowed."""
+        parts, size = [], 0
         while chunk := response.read1(1 << 16):
             parts.append(chunk)
             size += len(chunk)
-            if size > LARGEST_REPLY or time.monotonic() > deadline:
-                raise OSError("it is too long" if size > LARGEST_REPLY else "it took too long")
+            if size > LARGEST_REPLY:
+                raise OSError("it is too long")
         stated = response.headers.get("Content-Length", "")
         if stated.isdecimal() and int(stated) != size:
             raise OSError(f"{size} of {stated} bytes came")

@@ -155,6 +155,9 @@ def _handler(state: Server) -> type[http.server.BaseHTTPRequestHandler]:
                 self.send(200, complete[: len(complete) // 2], {"Content-Length": str(len(complete))})
                 self.close_connection = True
                 return
+            if fault in ("slow headers", "slow body"):
+                self.trickle(b"HTTP/1.1 200 OK\r\nX-Slow: " if fault == "slow headers" else b"HTTP/1.1 200 OK\r\n\r\n")
+                return
             if fault == "moved":
                 self.send(308, b"", {"Location": "https://elsewhere.example/v1"})
                 return
@@ -169,6 +172,16 @@ def _handler(state: Server) -> type[http.server.BaseHTTPRequestHandler]:
             except OSError:
                 return  # the client is gone
             request.answered = fault is None
+
+        def trickle(self, start: bytes) -> None:
+            """Send a byte at a time, for as long as the client stays."""
+            try:
+                self.connection.sendall(start)
+                while True:
+                    self.connection.sendall(b"a")
+                    time.sleep(0.01)
+            except OSError:
+                self.close_connection = True
 
         def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)

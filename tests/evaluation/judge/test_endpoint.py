@@ -99,6 +99,17 @@ def test_an_endpoint_that_gives_no_completions_is_quoted(fault, words, tmp_path,
     assert words in str(failed.value)
 
 
+@pytest.mark.parametrize("fault", ["slow headers", "slow body"])
+def test_the_timeout_bounds_a_reply_that_comes_byte_by_byte(fault, tmp_path, answers) -> None:
+    with serving(fault=lambda n: fault if n == 0 else "401") as server:
+        settings = judge_of(server, answers, tmp_path / "out", concurrency=1, retries=0, timeout=0.5)
+        with pytest.raises(CoraError, match="status 401"):
+            judge(settings)
+        assert len(server.requests) == 2
+    (first,) = read_jsonl(tmp_path / "out" / "judgments.jsonl")
+    assert (first["outcome"], first["reason"]) == ("failed", "the reply took longer than the 0.5 s of --timeout")
+
+
 def test_a_reply_in_parts_is_read_without_its_thoughts(tmp_path, answers) -> None:
     with serving() as server:
         expected, _ = judge(judge_of(server, answers, tmp_path / "plain"))
