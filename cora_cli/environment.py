@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from cora_cli.errors import CoraError
@@ -112,3 +113,58 @@ def variable_of_path(path: str) -> str | None:
         if _PLACES.fullmatch(name) and value.startswith("/") and Path(path).is_relative_to(value)
     }
     return max(found, key=lambda name: (len(found[name]), name), default=None)
+
+
+def proxy_variable(url: str, reads_all: bool) -> str | None:
+    """The variable that names the proxy through which a request to `url` goes; None if it goes there directly.
+
+    `reads_all`: the client knows `all_proxy`, which Python's own does not.
+    """
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies_environment, proxy_bypass
+
+    parts = urlsplit(url)
+    if proxy_bypass(parts.netloc.rpartition("@")[2]):
+        return None
+    found = getproxies_environment()
+    kind = next((kind for kind in (parts.scheme, *(["all"] if reads_all else [])) if found.get(kind)), None)
+    names = (f"{kind}_proxy", f"{kind}_proxy".upper())
+    return next((name for name in names if kind and os.environ.get(name) == found[kind]), None)
+
+
+def by_proxy(url: str, reads_all: bool) -> str:
+    """How a sentence ends that says that `url` was not reached: the variable of the proxy, without its value, which may hold a password."""
+    name = proxy_variable(url, reads_all)
+    return (
+        f"; requests to it go through the proxy that {name} names, so correct or unset that variable if it is wrong"
+        if name
+        else ""
+    )
+
+
+def checked_proxy(url: str, kinds: Sequence[str] = ("http", "https"), reads_all: bool = False) -> str:
+    """`by_proxy` of `url`. Raises `CoraError` for a proxy whose address can be none of these kinds."""
+    from urllib.parse import urlsplit
+
+    name = proxy_variable(url, reads_all)
+    if name is None:
+        return ""
+    stated = os.environ[name]
+    try:
+        address = urlsplit(stated if "://" in stated else f"//{stated}", scheme="http")
+        fits = bool(address.hostname) and address.port != 0 and address.scheme in kinds
+    except ValueError:
+        fits = False
+    if not fits or not all("!" <= sign <= "~" for sign in stated):
+        raise CoraError(
+            f"the environment variable {name} is not the address of a proxy that can be used, such as http://proxy:3128; correct or unset it, or put "
+            f"{urlsplit(url).hostname} into no_proxy"
+        )
+    return by_proxy(url, reads_all)
+
+
+def proxy_to_hub() -> str:
+    """`by_proxy` of the Hugging Face hub; empty where it is asked for nothing."""
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    return "" if HF_HUB_OFFLINE else by_proxy(ENDPOINT, reads_all=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cora_cli.environment import forget_settings, variable_of_path
+from cora_cli.environment import forget_settings, proxy_variable, variable_of_path
 from cora_cli.errors import CoraError
 from cora_cli.training.run import train
 from tests.training.helpers import config_for, losses, record_of
@@ -137,3 +137,26 @@ def test_a_place_belongs_to_the_library_s_variable_that_names_it_most_closely(mo
     assert variable_of_path("/full/hub/a") == "HF_HOME"
     assert variable_of_path("/full/hubs") == "XDG_CACHE_HOME"
     assert variable_of_path("/mine/a") is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "reads_all", "name"),
+    [
+        ({"https_proxy": "a:1", "HTTPS_PROXY": "b:1"}, False, "https_proxy"),
+        ({"HTTPS_PROXY": "b:1", "http_proxy": "a:1"}, False, "HTTPS_PROXY"),
+        ({"ALL_PROXY": "b:1"}, True, "ALL_PROXY"),
+        ({"ALL_PROXY": "b:1"}, False, None),
+        ({"http_proxy": "a:1"}, True, None),
+        ({"https_proxy": "a:1", "no_proxy": "other.example,example.org"}, True, None),
+        ({"https_proxy": "a:1", "NO_PROXY": "*"}, True, None),
+    ],
+)
+def test_the_proxy_of_an_address_is_known_by_the_variable_that_names_it(
+    variables: dict[str, str], reads_all: bool, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for usual in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(usual, raising=False)
+        monkeypatch.delenv(usual.upper(), raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert proxy_variable("https://www.example.org/v1", reads_all) == name

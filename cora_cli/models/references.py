@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
+from cora_cli.environment import proxy_to_hub
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
 from cora_cli.records import AdapterConfig, GenerationConfig, ModelConfig, WeightIndex
@@ -337,7 +338,7 @@ def resolve_base(reference: str | None, weights: bool = True) -> ModelPath | Non
 
 def _fetch(reference: str, hub_id: str, revision: str | None, weights: bool) -> ModelPath:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     def snapshot(*patterns: str) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_SHARED_PATTERNS, *patterns]))
@@ -347,10 +348,11 @@ def _fetch(reference: str, hub_id: str, revision: str | None, weights: bool) -> 
             path = snapshot(*patterns)
             if all(any(path.glob(pattern)) for pattern in patterns):
                 break
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # the hub client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        proxy = "" if isinstance(error, HfHubHTTPError) else proxy_to_hub()
         raise CoraError(
-            f"model {reference!r} is not a local directory and could not be downloaded from the hub: {reason}"
+            f"model {reference!r} is not a local directory and could not be downloaded from the hub: {reason}{proxy}"
         ) from error
     return _checked(ModelPath(reference, path, path.name))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.adapters.card import card
+from cora_cli.environment import checked_proxy
 from cora_cli.errors import CoraError, reason
 from cora_cli.progress import say
 from cora_cli.publishing.verify import check_run, evaluations_in
@@ -108,6 +109,7 @@ def upload(name: str, files: Files, private: bool, overwrite: bool) -> str:
     if get_token() is None:
         raise CoraError("there is no Hugging Face token; run `hf auth login`, or set HF_TOKEN to a token that may write")
     api = HfApi()
+    proxy = checked_proxy(api.endpoint, ("http", "https", "socks4", "socks5", "socks5h"), reads_all=True)
     try:
         try:
             there = api.model_info(name)
@@ -134,6 +136,6 @@ def upload(name: str, files: Files, private: bool, overwrite: bool) -> str:
         raise CoraError(f"the hub refused {name}: {said} (status {error.response.status_code})") from error
     except ValueError as error:
         raise CoraError(f"{name} cannot be published: {reason(error)}") from error
-    except (NoAnswer, OSError) as error:
-        raise CoraError(f"the hub at {api.endpoint} cannot be reached: {reason(error)}") from error
+    except (NoAnswer, OSError, ImportError) as error:  # the last one for a proxy of a kind that it cannot use
+        raise CoraError(f"the hub at {api.endpoint} cannot be reached: {reason(error)}{proxy}") from error
     return str(commit.commit_url)

@@ -192,6 +192,23 @@ def test_a_hub_id_that_cannot_be_fetched_gives_one_sentence(reference):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("proxy", ["http://proxy:port", "socks5://127.0.0.1:9"])
+def test_a_proxy_that_the_hub_client_cannot_use_is_named_by_its_variable(proxy, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", proxy)
+
+    def download(*_, **__):
+        from huggingface_hub import HfApi
+
+        HfApi().model_info("some-org/some-model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(CoraError, match=r"could not be downloaded from the hub: .*through the proxy that https_proxy names"):
+        resolve_model("some-org/some-model")
+
+
 @pytest.mark.parametrize(
     ("reference", "revision", "stored", "patterns"),
     [

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from cora_cli.environment import checked_proxy
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.judge.asking import Call, NoReply, Reply
 from cora_cli.evaluation.judge.config import JudgeConfig
@@ -75,7 +76,7 @@ class _Timed(io.RawIOBase):
         if left <= 0:
             raise TimeoutError
         self._socket.settimeout(left)
-        return self._received.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+        return self._received.readinto(buffer)
 
     def close(self) -> None:
         self._received.close()
@@ -100,12 +101,12 @@ def _timed(kind: type[http.client.HTTPConnection], host: str, timeout: float, **
 
 class _Plain(urllib.request.HTTPHandler):
     def http_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(functools.partial(_timed, http.client.HTTPConnection), request)  # type: ignore[arg-type]
+        return self.do_open(functools.partial(_timed, http.client.HTTPConnection), request)
 
 
 class _Encrypted(urllib.request.HTTPSHandler):
     def https_open(self, request: urllib.request.Request) -> Any:
-        return self.do_open(functools.partial(_timed, http.client.HTTPSConnection), request)  # type: ignore[arg-type]
+        return self.do_open(functools.partial(_timed, http.client.HTTPSConnection), request)
 
 
 class Endpoint:
@@ -130,6 +131,7 @@ class Endpoint:
             say(
                 f"the key in {config.key_variable} is sent to {host} without encryption, because the address is http, not https"
             )
+        self._proxy = "" if own else checked_proxy(self._url)
         # A proxy of the environment cannot reach this machine's own server.
         proxies = [urllib.request.ProxyHandler({})] if own else []
         self._opener = urllib.request.build_opener(_NoRedirect, _Plain, _Encrypted, *proxies)
@@ -162,14 +164,16 @@ class Endpoint:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise Refused(f"its certificate is not valid: {error.reason.verify_message}") from error
             # Nothing was sent, or the connection ended before any answer: the server may still have computed one.
-            raise Unavailable(self._without_key(f"no connection: {error.reason}"), paid=_was_sent(error.reason)) from error
+            raise Unavailable(
+                self._without_key(f"no connection: {error.reason}{self._proxy}"), paid=_was_sent(error.reason)
+            ) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             if isinstance(error, TimeoutError):
                 raise Unavailable(
                     f"the reply took longer than the {self._config.timeout:g} s of --timeout", paid=True
                 ) from error
             detail = f"{type(error).__name__}: {error}".removesuffix(": ")
-            raise Unavailable(self._without_key(f"the reply was cut off: {detail}"), paid=True) from error
+            raise Unavailable(self._without_key(f"the reply was cut off: {detail}{self._proxy}"), paid=True) from error
         return self._reply(text)
 
     def _read(self, response: Any) -> str:
@@ -190,7 +194,7 @@ class Endpoint:
             detail = self._without_key(" ".join(error.read(4096).decode("utf-8", errors="replace").split()))[:300]
         except (OSError, http.client.HTTPException):
             detail = ""
-        status = f"status {error.code}" + (f": {detail}" if detail else "")
+        status = f"status {error.code}" + (f": {detail}" if detail else "") + (self._proxy if error.code == 407 else "")
         if 300 <= error.code < 400 and (place := error.headers.get("Location")):
             return Refused(f"status {error.code}: it leads to {self._without_key(place)[:200]}, and no redirect is followed")
         if error.code not in (408, 409, 425, 429) and error.code < 500:

@@ -12,7 +12,7 @@ from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.evaluation.judge.endpoint import retry_after
 from cora_cli.evaluation.judge.judge import judge, price
 from cora_cli.reading import read_jsonl
-from tests.evaluation.judge.server import judge_of, serving, write_answers
+from tests.evaluation.judge.server import Server, judge_of, serving, write_answers
 
 FAULTS = ["429", "500", "503", "hang up", "half", "not json", "garbage", "range", None, None, None]
 
@@ -170,6 +170,32 @@ def test_an_endpoint_that_is_down_is_given_up(tmp_path, answers, monkeypatch) ->
         config = judge_of(server, answers, tmp_path / "out", retries=1, concurrency=2)
     with pytest.raises(CoraError, match="gave no reply to 3 calls in a row"):
         judge(config)
+
+
+def through(proxy, monkeypatch, name="http_proxy"):
+    for usual in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(usual, raising=False)
+    monkeypatch.setenv(name, proxy)
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://", "http://proxy:port", "socks5://127.0.0.1:9", "http://a b", "http://[::1", "://", " "]
+)
+def test_a_proxy_that_can_be_none_is_refused_by_the_name_of_its_variable(proxy, tmp_path, answers, monkeypatch) -> None:
+    through(proxy, monkeypatch)
+    settings = judge_of(Server(url="http://judge.invalid/v1"), answers, tmp_path / "out")
+    with pytest.raises(CoraError, match=r"variable http_proxy is not the address .* put judge.invalid into no_proxy"):
+        judge(settings)
+    monkeypatch.setenv("no_proxy", "judge.invalid")
+    endpoint.Endpoint(settings)
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY"])
+def test_a_proxy_that_is_not_there_is_named_by_its_variable_without_its_password(name, tmp_path, answers, monkeypatch) -> None:
+    through("http://me:secret@127.0.0.1:9", monkeypatch, name)
+    with pytest.raises(CoraError, match=f"no connection: .* through the proxy that {name} names") as failed:
+        judge(judge_of(Server(url="http://judge.invalid/v1"), answers, tmp_path / "out", retries=0))
+    assert "secret" not in str(failed.value)
 
 
 def test_the_key_is_sent_and_written_nowhere(tmp_path, answers, monkeypatch, capfd) -> None:
