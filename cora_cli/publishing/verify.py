@@ -84,7 +84,7 @@ def evaluations_in(run: RunDirectory) -> list[EvaluationDirectory]:
 
 def _check_sums(run: RunDirectory) -> list[str]:
     listed = set()
-    for number, line in enumerate(read_text(run.sums).splitlines(), start=1):
+    for number, line in enumerate(read_text(run.sums).removeprefix("\ufeff").splitlines(), start=1):
         entry = _SUM.fullmatch(line)
         if entry is None or Path(entry["name"]).is_absolute() or ".." in Path(entry["name"]).parts:
             raise CoraError(

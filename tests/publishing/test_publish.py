@@ -64,11 +64,26 @@ def test_the_card_has_the_evaluation_and_the_name(finished: Path) -> None:
     assert "Verdict" not in text
 
 
-def test_a_changed_byte_in_any_published_file_is_refused_by_its_name(finished: Path, tmp_path: Path) -> None:
-    there = tmp_path / "there"
-    for name, content in files_of(RunDirectory(finished), "org/name").items():
+def written(run: Path, there: Path) -> Path:
+    """The published files of a run, in a folder."""
+    for name, content in files_of(RunDirectory(run), "org/name").items():
         (there / name).parent.mkdir(parents=True, exist_ok=True)
         (there / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    return there
+
+
+def test_hashes_with_a_byte_order_mark_and_windows_line_ends_are_those_of_the_same_files(
+    finished: Path, tmp_path: Path
+) -> None:
+    there = written(finished, tmp_path / "there")
+    expected = verify(there)
+    sums = there / "SHA256SUMS"
+    sums.write_bytes(b"\xef\xbb\xbf" + sums.read_bytes().replace(b"\n", b"\r\n"))
+    assert verify(there) == expected
+
+
+def test_a_changed_byte_in_any_published_file_is_refused_by_its_name(finished: Path, tmp_path: Path) -> None:
+    there = written(finished, tmp_path / "there")
     verify(there)
     for path in [path for path in there.rglob("*") if path.is_file()]:
         before = path.read_bytes()
