@@ -280,7 +280,7 @@ def test_a_prompt_and_an_answer_that_are_lists_of_messages_are_one_conversation(
 
 
 def test_only_the_completion_of_a_conversation_is_trained_also_where_every_answer_is(tmp_path):
-    record = {"prompt": [*SAID, *ASKED], "completion": ANSWERED, "system": "s"}
+    record = {"prompt": [ASKED[0], {**ANSWERED[0], "weight": None}, *ASKED], "completion": ANSWERED, "system": "s"}
     (read,), schema = load_records(jsonl(tmp_path / "a.jsonl", record))
     assert [message["role"] for message in read["messages"]] == ["system", "user", "assistant", "user", "assistant"]
     assert [len(turn["messages"]) for turn in turns(read, schema)] == [5]
@@ -295,6 +295,8 @@ def test_only_the_completion_of_a_conversation_is_trained_also_where_every_answe
         ([{"prompt": "q", "completion": ANSWERED}], "line 1: prompt must be a list of {role, content}, as"),
         ([{"prompt": ASKED, "completion": ANSWERED}, {"prompt": "q", "completion": "a"}], "line 2: prompt must be a list of"),
         ([{"prompt": "q", "completion": "a"}, {"prompt": ASKED, "completion": ANSWERED}], "line 2: prompt must be text"),
+        ([{"prompt": json.dumps(ASKED), "completion": "a"}], "line 1: completion must be a list of {role, content}, as"),
+        ([{"prompt": str(ASKED), "completion": str(ANSWERED)}], "line 1: prompt is text that is not valid JSON"),
         ([{"prompt": ASKED, "completion": SAID}], "line 1: completion must be a list of one message of the role assistant"),
         ([{"prompt": ASKED, "completion": ASKED}], "line 1: completion must be a list of one message of the role assistant"),
         ([{"prompt": ASKED, "response": []}], "line 1: response must be a list of one message of the role assistant"),
@@ -321,6 +323,11 @@ def test_a_prompt_and_an_answer_that_are_no_conversation_are_refused_by_line_and
         ({"prompt": ASKED, "chosen": ANSWERED, "rejected": ANSWERED}, "prompt=prompt,response=chosen", {"messages": SAID}),
         ({"prompt": "q", "chosen": SAID, "rejected": SAID}, "messages=chosen", {"messages": SAID}),
         ({"chosen": SAID, "rejected": SAID}, "messages=chosen", {"messages": SAID}),
+        (
+            {"instruction": "i", "input": "x", "chosen": "a", "rejected": "b"},
+            "prompt=instruction,input=input,response=chosen",
+            {"instruction": "i", "input": "x", "output": "a"},
+        ),
         ({"chosen": "Human: q", "rejected": "Human: r"}, "text=chosen", {"text": "Human: q"}),
     ],
 )
@@ -330,6 +337,11 @@ def test_preferences_are_refused_with_the_columns_that_work(record, columns, rea
         load_records(dataset)
     (found,), _ = load_records(dataset, Choice(tuple(columns.split(","))))
     assert read.items() <= found.items()
+
+
+def test_chosen_messages_next_to_a_prompt_that_is_text_are_refused_with_what_to_write(tmp_path):
+    with pytest.raises(CoraError, match="write prompt as a list of messages too"):
+        load_records(jsonl(tmp_path / "a.jsonl", {"prompt": "q", "chosen": ANSWERED, "rejected": ANSWERED}))
 
 
 def test_a_chosen_column_that_is_missing_is_named(tmp_path):

@@ -81,9 +81,8 @@ def shape_for(first: Any, where: str) -> Shape:
 
 def with_messages(shape: Shape, first: Any) -> Shape:
     """The shape, or that of its records with lists of messages if the first record holds one."""
-    if shape.of_messages is not None and isinstance(first, dict) and holds_messages(first, shape.needs):
-        return shape.of_messages
-    return shape
+    pair = shape.of_messages
+    return pair if pair is not None and isinstance(first, dict) and holds_messages(first, *pair.needs) else shape
 
 
 def own_shape(columns: set[str], where: str) -> Shape:

@@ -15,6 +15,10 @@ def advice_for_preferences(record: Raw) -> str | None:
     start = "data of preferences, of which cora can train the chosen answers:"
     if isinstance(chosen, list) and (len(chosen) > 1 or prompt is None):
         return f"{start} --columns messages=chosen"
-    if prompt is not None:
-        return f"{start} --columns prompt={prompt},response=chosen"
-    return f"{start} --columns text=chosen takes them as they are, with loss on all of the text"
+    if prompt is None:
+        return f"{start} --columns text=chosen takes them as they are, with loss on all of the text"
+    if isinstance(chosen, list) and isinstance(record[prompt], str) and not record[prompt].lstrip().startswith("["):
+        return f"{start} write {prompt} as a list of messages too, then give --columns prompt={prompt},response=chosen"
+    if prompt == "instruction" and record.get("input"):
+        return f"{start} --columns prompt=instruction,input=input,response=chosen"
+    return f"{start} --columns prompt={prompt},response=chosen"

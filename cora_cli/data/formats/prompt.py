@@ -1,12 +1,16 @@
 """Pairs of a prompt and its completion, which some data sets call its response: both texts, or both lists of messages, as TRL has them."""
 
 import json
+import re
 from typing import Any
 
 from cora_cli.data.formats.conversation import messages_of, read_conversation
 from cora_cli.data.formats.shape import Raw, Shape, renamed
 from cora_cli.data.records import TEMPLATE_COLUMNS
 from cora_cli.errors import CoraError
+
+_TALK = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+"""How a list of messages begins, as JSON or as Python prints it."""
 
 
 def _read(record: Raw, where: str) -> Raw:
@@ -43,7 +47,10 @@ def pair_of_messages(name: str, prompt: str, answer: str, is_chosen: bool = Fals
             raise CoraError(
                 f"{where}: {answer} must be a list of one message of the role assistant, not {json.dumps(after, default=str)[:120]}"
             )
-        before = [{"weight": 0, **message} if _role(message) == "assistant" else message for message in before]
+        before = [
+            {**message, "weight": 0} if _role(message) == "assistant" and message.get("weight") is None else message
+            for message in before
+        ]
         chosen = {"messages": [*before, *after]}
         rest = {key: value for key, value in record.items() if key not in (prompt, answer)}
         return (
@@ -62,22 +69,11 @@ def pair_of_messages(name: str, prompt: str, answer: str, is_chosen: bool = Fals
     )
 
 
-def holds_messages(record: Raw, columns: tuple[str, ...]) -> bool:
-    """Whether a prompt or an answer is a list, or each of the `columns` is JSON text of a list of messages."""
-    values = [record.get(column) for column in columns]
-    if any(isinstance(value, list) for value in values):
-        return True
-    texts = [value for value in values if isinstance(value, str) and value.lstrip().startswith("[")]
-    return len(texts) == len(values) and all(_is_talk(text) for text in texts)
-
-
-def _is_talk(text: str) -> bool:
-    try:
-        talk = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
+def holds_messages(record: Raw, prompt: str, answer: str) -> bool:
+    """Whether a prompt or an answer is a list, or the prompt is the text of a list of messages, which is no question by itself."""
+    asked = record.get(prompt)
     return (
-        isinstance(talk, list) and bool(talk) and all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in talk)
+        isinstance(asked, list) or isinstance(record.get(answer), list) or (isinstance(asked, str) and bool(_TALK.match(asked)))
     )
 
 
