@@ -170,7 +170,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     table = _text(values, "paper_table", problems, None)
     problems += _check_printed(table, rows)
     problems += _check_shards(rows, models, resources)
-    problems += _check_averages(rows, evaluate if generates else None, judge is not None, values.get("confirm"))
+    problems += _check_averages(rows, evaluate if generates else None, judge is not None, values)
     grid = Grid(
         name=_text(values, "name", problems, Path(where).stem) or "",
         title=_text(values, "title", problems, values.get("name") or Path(where).stem) or "",
@@ -213,7 +213,7 @@ def _check_shards(rows: Sequence[Row], models: Mapping[str, str | Values], resou
     ]
 
 
-def _check_averages(rows: Sequence[Row], evaluate: Values | None, judged: bool, confirm: object) -> list[str]:
+def _check_averages(rows: Sequence[Row], evaluate: Values | None, judged: bool, values: Mapping[str, Any]) -> list[str]:
     """Sentences on rows whose runs are to be averaged but cannot be."""
     averaged = next((row for row in rows if row.ensemble or row.laplace is not None), None)
     if averaged is None:
@@ -225,8 +225,17 @@ def _check_averages(rows: Sequence[Row], evaluate: Values | None, judged: bool, 
         found.append(f"{averaged.label}: averages need backend transformers in defaults: evaluate")
     if judged and any(row.ensemble for row in rows):
         found.append("an ensemble cannot be judged in a grid; leave out judge or the ensemble")
-    seeds = confirm.get("seeds") if isinstance(confirm, dict) else [row.seed for row in rows]
-    numbers = [seed for seed in seeds if type(seed) is int] if isinstance(seeds, list) else []
+    rates: dict[tuple[object, ...], set[float | None]] = {}
+    for row in rows:
+        if row.ensemble or row.laplace is not None:
+            rates.setdefault(row.method, set()).add(row.learning_rate)
+    if not values.get("sweep") and any(len(each) > 1 for each in rates.values()):
+        found.append(
+            f"{averaged.label}: an average has no validation loss to choose a learning rate by; add a section sweep, or choose one"
+        )
+    stages = [values[name].get("seeds") for name in ("sweep", "confirm") if isinstance(values.get(name), dict)]
+    seeds = [seed for part in stages if isinstance(part, list) for seed in part] or [row.seed for row in rows]
+    numbers = [seed for seed in seeds if type(seed) is int]
     if numbers and max(numbers) - min(numbers) >= SEEDS_APART and any(row.ensemble for row in rows):
         found.append(
             f"the seeds of ensembles must lie within {SEEDS_APART} of each other, since their further members have the seeds {SEEDS_APART} apart"

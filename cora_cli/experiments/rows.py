@@ -292,6 +292,8 @@ def _average_problems(config: TrainConfig, values: Values) -> list[str]:
     if values.get("ensemble", 2) < 2:
         found.append(f"ensemble must be at least 2 members, not {values['ensemble']}")
     if "laplace" in values:
+        if config.start is not None:
+            found.append(f"laplace needs a run that starts at the base model, not one with start {config.start}")
         if not method_of(config.mode).takes_laplace or config.load_in_4bit:
             fitting = ", ".join(method.name for method in METHODS.values() if method.takes_laplace)
             what = f"mode {config.mode}{' on a base in 4 bits' if config.load_in_4bit else ''}"

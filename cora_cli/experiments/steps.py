@@ -165,6 +165,9 @@ class _Planner:
                 f"two rows would write {step.output} with different settings ({', '.join(differing)}); vary these in one block, so that "
                 "they become part of the names"
             )
+        if planned.stop_at is not None and (step.stop_at is None or step.stop_at > planned.stop_at):
+            # Rows of a sweep that share a run may need it up to different steps.
+            self._steps[step.name] = planned = step
         return planned
 
     def _keyed(self, prefix: str, kind: Kind, facts: dict[str, Any], needs: tuple[str, ...]) -> Step:

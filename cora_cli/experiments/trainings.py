@@ -22,8 +22,8 @@ from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, plan_run
 from cora_cli.training.prepare import Prepared, Shared, prepare
 
-LAYERS = 240
-"""Layers of all models together that a plan measures unless it is told how many: 8 trainings of 30 layers, in some 20 seconds."""
+LAYERS, MOST = 240, 24
+"""Layers of all models together, and trainings, that a plan measures unless it is told how many: 8 trainings of 30 layers, in some 20 seconds."""
 IRRELEVANT = frozenset(
     {
         *("output_dir", "model", "dataset", "device", "dtype", "dry_run", "processes", "resume", "stop_at"),  # set below
@@ -137,8 +137,11 @@ def measure_memory(
     with progress("measuring memory", len(order), "trainings") as shown:
         for key in order:
             training, prepared = first[key]
-            with _quiet():
-                measured = plan_run(dataclasses.replace(training.config, stop_at=None), prepared).measured
+            try:
+                with _quiet():
+                    measured = plan_run(dataclasses.replace(training.config, stop_at=None), prepared).measured
+            except CoraError as error:
+                raise type(error)(f"{rows[key][0]}: {error}") from error
             if isinstance(measured, Measured):
                 peaks |= dict.fromkeys(rows[key], measured.memory.total)
             else:
@@ -148,7 +151,7 @@ def measure_memory(
 
 
 def _default_count(prepared: Prepared) -> int:
-    return max(1, LAYERS // int(prepared.model_config.get_text_config(decoder=True).num_hidden_layers))
+    return min(MOST, max(1, LAYERS // int(prepared.model_config.get_text_config(decoder=True).num_hidden_layers)))
 
 
 @contextlib.contextmanager

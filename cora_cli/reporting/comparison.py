@@ -73,7 +73,8 @@ def is_lora(method: MethodResults) -> bool:
 def is_informed(method: MethodResults) -> bool:
     """Whether its B starts as the subspace of fine-tuned models, on the base model itself."""
     plan = plan_of(method)
-    return plan.get("b_init") == "basis" and not plan.get("start") and method.first.row.n_models != 0
+    averaged = "laplace" in method.first.record
+    return plan.get("b_init") == "basis" and not plan.get("start") and method.first.row.n_models != 0 and not averaged
 
 
 def is_of_gradient(method: MethodResults) -> bool:

@@ -24,7 +24,7 @@ def methods_paragraphs(summary: Summary) -> list[str]:
 
 def _sentences(group: Group) -> list[str]:
     results = group.results
-    trained = [result for result in results if result.record]
+    trained = [result for result in results if result.record and "laplace" not in result.record]
     sentences = [f"{group.name}:"]
     if trained:
         sentences += [*_training(trained), *_basis(trained), *_machine(trained)]

@@ -51,7 +51,7 @@ def costs_table(group: Group) -> Table:
                 Cell(_bytes(first.adapter_bytes)),
                 Cell(f"{sum(rates) / len(rates):,.0f}" if rates else "–"),
                 Cell(_bytes(max(memory) if memory else None)),
-                Cell(", ".join(map(str, method.seeds)) if row.run is not None else "–"),
+                Cell(", ".join(map(str, method.seeds)) if row.run is not None or row.members else "–"),
             )
         )
     headers = ("rank", "n models", "trained parameters", "adapter size", "tokens/s", "peak memory", "seeds")

@@ -160,8 +160,10 @@ class _Work:
     def __init__(self, config: TrainConfig, prepared: Prepared, form: BatchForm, steps: int, processes: int) -> None:
         self._form, self._examples = form, prepared.train.examples
         text = prepared.model_config.get_text_config(decoder=True)
-        layers = 1 if config.gradient_checkpointing else int(text.num_hidden_layers)
-        self._per_token, self._per_label = 34 * layers * int(text.hidden_size), 8 * int(text.vocab_size)
+        layers = int(text.num_hidden_layers)
+        # With checkpointing, each layer keeps its input in 16 bits, and one layer at a time everything else.
+        kept = 34 + 2 * layers if config.gradient_checkpointing else 34 * layers
+        self._per_token, self._per_label = kept * int(text.hidden_size), 8 * int(text.vocab_size)
         every = [
             GlobalBatches(len(self._examples), config.batch_size, config.gradient_accumulation, rank, processes, config.seed)
             for rank in range(processes)

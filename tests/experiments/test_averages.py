@@ -1,5 +1,6 @@
 """Rows of a grid whose runs are averaged: ensembles and Laplace approximations."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -81,6 +82,13 @@ def test_averages_are_estimated_to_take_longer() -> None:
             "averages need backend transformers",
         ),
         ({"mode": "lora", "ensemble": 2, "seed": [0, 1000]}, {}, "must lie within 1000 of each other"),
+        (
+            {"mode": "lora", "ensemble": 2, "learning_rate": [1e-3, 1e-2]},
+            {"sweep": {"seeds": [1000]}, "confirm": {"seeds": [0, 1, 2]}},
+            "must lie within 1000 of each other",
+        ),
+        ({"mode": "lora", "laplace": {}, "learning_rate": [1e-3, 1e-2]}, {}, "no validation loss to choose a learning rate by"),
+        ({"mode": "lora", "laplace": {}, "start": "mean-delta"}, {}, "not one with start mean-delta"),
     ],
 )
 def test_what_cannot_be_averaged_is_refused(block: dict[str, Any], changes: dict[str, Any], message: str) -> None:
@@ -95,6 +103,16 @@ def test_two_trainings_under_one_name_are_refused() -> None:
         UsageError, match=r"two rows would write runs/lora_r4_lr3e-4_seed0 with different settings \(max_steps\)"
     ):
         plan_of(grid)
+
+
+def test_a_run_that_two_rows_of_a_sweep_share_goes_as_far_as_one_of_them_needs() -> None:
+    grid = grid_of({"mode": "lora", "rank": 4}, defaults={"train": {"max_steps": 4, "validation_size": 6}, "evaluate": {}})
+    early, late = (grid.rows[0].at(3e-4, 100, "sweep", stop) for stop in (2, 3))
+    average = dataclasses.replace(late, name="laplace-" + late.run, laplace={})
+    for rows in ((early, average), (average, early)):
+        plan = plan_of(dataclasses.replace(grid, rows=rows))
+        assert [step.stop_at for step in plan.steps.values() if step.kind == "train"] == [3]
+        assert "--stop-at" in plan.steps[f"train-{early.run}"].argv
 
 
 def test_a_changed_approximation_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from cora_cli.planning.page import USABLE, duration
 from cora_cli.training import fitting
 from cora_cli.training import losses as losses_of_tokens
 from cora_cli.training import run as training
-from cora_cli.training.preflight import Measured, Preflight, preflight
+from cora_cli.training.preflight import Measured, Preflight, plan_run, preflight
 from cora_cli.training.preflight_text import describe, marked
 from cora_cli.training.prepare import prepare
 from tests.training.helpers import Metered, config_for, log_lines, losses, real_peak, record_of, run_together
@@ -378,3 +378,24 @@ def test_a_plan_says_of_the_records_what_the_run_would_say(tiny_model: Path, tmp
     assert any("with an empty answer" in line for line in planned)
     assert any("columns that are not used: label" in line for line in planned)
     assert set(planned) <= set(capfd.readouterr().err.splitlines())
+
+
+def test_with_checkpointing_the_measured_row_is_the_one_whose_layers_keep_most(tiny_model: Path, tmp_path: Path) -> None:
+    """A long row without labels to speak of keeps the inputs of 24 layers; a short one with many labels keeps fewer bytes."""
+    model = without_weights(tiny_model, tmp_path / "deep")
+    shape = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 24}
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, **shape, "head_dim": 256, "max_position_embeddings": 4096}))
+    long = {"instruction": " ".join(["one two three"] * 330), "output": " ".join(["five"] * 8)}
+    short = {"instruction": "Go.", "output": " ".join(["five"] * 110)}
+
+    def peak(name: str, records: list[dict[str, str]]) -> int:
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(record) + "\n" for record in records))
+        test = tmp_path / "test.jsonl"
+        test.write_text(json.dumps({"instruction": "Say x.", "output": "x"}) + "\n")
+        own = {"test_dataset": str(test), "test_size": None, "batch_size": 1, "max_steps": len(records)}
+        config = config_for(model, data, tmp_path / name, gradient_checkpointing=True, max_length=2048, **own)
+        return measured(plan_run(config, prepare(config, planned=planned_hardware("cuda", "bf16")))).memory.total
+
+    assert peak("both", [long, short]) == peak("long", [long]) > peak("short", [short])
