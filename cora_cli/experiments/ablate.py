@@ -102,7 +102,7 @@ def dry_run(request: Request, width: int | None = None) -> str:
     grid = request.load()
     out = request.place(grid)
     # Without earlier steps nothing is done yet, so there is no need to hash weights.
-    inputs = find_inputs(grid, out / _HASHES if (out / "steps").is_dir() else None)
+    inputs = find_inputs(grid, out / _HASHES if (out / "steps").is_dir() else None, weights=False)
     check_shapes(grid, inputs)
     rate, described = matmul_rate(request.device)
     if grid.has_stages:

@@ -23,8 +23,10 @@ from cora_cli.experiments.values import Values
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, resolve_model
+from cora_cli.models.skeleton import skeleton_of
 from cora_cli.reading import read_json
 from cora_cli.records import KnownHash
+from cora_cli.weights.planned import PlannedSource
 from cora_cli.weights.sources import loaded_matrices
 
 _HUB_SECONDS = 10.0
@@ -140,11 +142,11 @@ def require_on_hub(grid: Grid) -> None:
         raise CoraError("; ".join(missing))
 
 
-def find_inputs(grid: Grid, memory: Path | None) -> Inputs:
+def find_inputs(grid: Grid, memory: Path | None, weights: bool = True) -> Inputs:
     """Find every model and data set that the grid names.
 
     `memory` is a file that caches the hashes of weights, valid while size and times of the files are unchanged.
-    With None no weights are hashed.
+    With None no weights are hashed. Without `weights` a model may be its configuration and its tokenizer alone, as is enough for a plan.
     """
     models, datasets = references(grid)
     digests = _Digests(memory) if memory else None
@@ -153,7 +155,9 @@ def find_inputs(grid: Grid, memory: Path | None) -> Inputs:
     unresolved: dict[str, str] = {}
     for reference in models:
         try:
-            found_models[reference] = _model_facts(resolve_model(reference), digests)
+            model = resolve_model(reference, weights)
+            planned = not (weights or model.is_adapter or model.has_weights)
+            found_models[reference] = _planned_facts(model) if planned else _model_facts(model, digests)
         except CoraError as error:
             unresolved[reference] = str(error)
     for key, (reference, settings) in datasets.items():
@@ -183,6 +187,15 @@ def _model_facts(model: ModelPath, digests: "_Digests | None") -> ModelFacts:
     # A tied head is stored once, but still costs a matrix product.
     total, heads = sum(sizes.values()), model.attention_heads()
     return ModelFacts(model.reference, sha256, matrices, total, embedded, heads, _is_dated(model), model.text_hash())
+
+
+def _planned_facts(model: ModelPath) -> ModelFacts:
+    """Facts of a model that holds no weights, whose hash is not known."""
+    found = skeleton_of(model).model
+    total = sum(weight.numel() for weight in found.parameters())
+    embedded = sum(weight.numel() for name, weight in found.named_parameters() if "embed" in name or ".wte" in name)
+    shapes, heads = PlannedSource(model).shapes, model.attention_heads()
+    return ModelFacts(model.reference, None, shapes, total, embedded, heads, _is_dated(model), model.text_hash())
 
 
 def _is_dated(model: ModelPath) -> bool:
