@@ -4,7 +4,6 @@ A row that is unfinished or damaged becomes a `Missing` with its reason, and the
 """
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -265,9 +264,9 @@ def _finished_record(run: RunDirectory, row: Row, logs: Sequence[Path]) -> dict[
 
 def _failure(row: Row, logs: Sequence[Path]) -> str | None:
     """The last line of the row's newest log file among `logs`, or None without one."""
-    # `seed1` must not match `seed10`, nor `fb_r8` match `cora_fb_r8`.
-    own = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(row.name)}(?![0-9])")
-    its = [path for path in logs if row.name in path.stem and path.parent == row.logs and own.search(path.stem)]
+    names = [row.name, *(member.name for member in row.members)]
+    stems = {f"{kind}-{name}" for kind in ("train", "laplace", "evaluate") for name in names}
+    its = [path for path in logs if path.stem in stems and path.parent == row.logs]
     for path in sorted(its, key=lambda path: path.stat().st_mtime, reverse=True):
         lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         if lines:

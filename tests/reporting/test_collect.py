@@ -174,6 +174,7 @@ def test_a_step_that_died_before_its_record_gives_the_last_line_of_its_log(grid)
     shutil.rmtree(run.root)
     rundir.write_text(grid / "logs" / f"train-{run.root.name}.log", "loading\ncora: error: no such model\n\n")
     rundir.write_text(grid / "logs" / f"train-{run.root.name}1.log", "of another row\n")
+    rundir.write_text(grid / "logs" / f"laplace-laplace-{run.root.name}.log", "of an average of this row\n")
     ((_, _, reason),) = reasons(grid)
     assert reason.endswith(f"train-{run.root.name}.log: cora: error: no such model")
 
