@@ -21,15 +21,18 @@ def stage_lines(grid: Grid, methods: Sequence[Method], plan: Plan, estimates: Ma
     most, likely = _Work(), _Work()
     middle = math.ceil((MIN_SEEDS + len(confirm.seeds)) / 2)
     for method in methods:
-        training, scoring = (_seconds(plan, estimates, method.rows[0], kind) for kind in _EACH_RUN)
-        complete = None if training is None or scoring is None else training + scoring
+        row = method.rows[0]
+        training, *after = (_seconds(plan, estimates, row, kind) for kind in _EACH_RUN)
+        members = row.ensemble or 1
+        known = [seconds for seconds in after if seconds is not None]
+        complete = None if training is None or len(known) < len(after) else training + sum(known) / members
         if grid.sweep is not None:
             total, count = total_steps(method.rows[0]), len(grid.sweep.seeds)
             rungs = grid.sweep.steps(total)
             most.add(count * (len(method.rows) + grid.sweep.widen), rungs[-1] / total, training)
             likely.add(count * len(method.rows), _likely_share(len(method.rows), rungs, total), training)
-        most.add(len(confirm.seeds), 1, complete)
-        likely.add(middle, 1, complete)
+        most.add(len(confirm.seeds) * members, 1, complete)
+        likely.add(middle * members, 1, complete)
     if grid.sweep is not None:
         every = sorted({grid.sweep.steps(total_steps(method.rows[0])) for method in methods})
         shown = "; ".join(_listed(steps) for steps in every)
@@ -47,7 +50,7 @@ def stage_lines(grid: Grid, methods: Sequence[Method], plan: Plan, estimates: Ma
     return lines
 
 
-_EACH_RUN: tuple[Kind, ...] = ("train", "evaluate")
+_EACH_RUN: tuple[Kind, ...] = ("train", "laplace", "evaluate")
 
 
 @dataclasses.dataclass

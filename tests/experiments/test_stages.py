@@ -10,6 +10,7 @@ import pytest
 from cora_cli import rundir
 from cora_cli.errors import UsageError
 from cora_cli.experiments.ablate import Request, run_stages
+from cora_cli.experiments.estimate import Estimate
 from cora_cli.experiments.execute import Outcome
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.stage_work import stage_lines
@@ -212,6 +213,17 @@ def test_the_dry_run_counts_the_most_and_the_likely_runs() -> None:
     assert rungs == "sweep: at steps 2, 4 the worse half of the learning rates is dropped (seeds 100)"
     assert confirming.startswith("confirm: 3 to 5 seeds of each method (0, 1, 2, 3, 4)")
     assert work.startswith("at most 18 training runs, unknown time; likely 14, unknown time")
+
+
+def test_the_dry_run_counts_every_member_of_an_ensemble() -> None:
+    block = {"mode": "lora", "learning_rate": RATES, "ensemble": 4}
+    grid = staged(block, defaults={"train": TRAIN, "evaluate": {"metrics": ["calibration"]}})
+    stages = Stages(grid, Path("out"), inputs_of(), "cpu", "fp32")
+    methods = stages.methods()
+    plan = stages.plan([method.rows[0] for method in methods])
+    estimates = {name: Estimate(10.0 if step.kind == "train" else 8.0, 0) for name, step in plan.steps.items()}
+    [*_, work] = stage_lines(grid, methods, plan, estimates)
+    assert work.startswith("at most 24 training runs, about 4 min; likely 19, about 3 min")
 
 
 @pytest.mark.parametrize(
