@@ -126,13 +126,13 @@ def prepare(
     model_config, skeleton, removed = _skeleton(config, known, model_path)
     if config.load_in_4bit:
         require_four_bit()
-        if hardware.device.type == "cpu":
-            check_four_bit(skeleton, model_path.reference)
     attention = _packed_attention(config, hardware, skeleton)
     layers: list[str] = []
     start_models: StartModels | None = None
     if plan is not None:
         plan, layers, start_models = _fitted(plan, config, model_path, skeleton, shared is None)
+    if config.load_in_4bit and hardware.device.type == "cpu":
+        check_four_bit(skeleton, model_path.reference)
     sets = _encoded(config, known, data, template, skeleton)
     examples = len(sets[0].examples)
     _check_row(config.tokens_per_row, sets[0])
