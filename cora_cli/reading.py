@@ -255,7 +255,7 @@ def number(value: object) -> float | None:
         return None
 
 
-def whole(value: object) -> int | None:
+def integer_of(value: object) -> int | None:
     """An integer of a YAML file, or the one that a text writes in exponent form, as 1e3; None for anything else, such as 8.0 and 1e-3."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,9}\.?\d{0,9}[eE]\+?\d{1,2}", value, re.ASCII):
         found = float(value)

@@ -22,7 +22,7 @@ from cora_cli.cli.usage import GENERAL, Command
 from cora_cli.environment import variable_behind, variable_of_path
 from cora_cli.errors import CoraError, UsageError, is_out_of_memory
 from cora_cli.progress import interrupts_kept
-from cora_cli.reading import read_yaml, whole
+from cora_cli.reading import integer_of, read_yaml
 from cora_cli.settings import comma_separated, range_problems
 from cora_cli.terminal import CLOSED_PIPE, complain
 
@@ -263,7 +263,7 @@ def _read_file(path: Path, hints: Mapping[str, Any], context: typer.Context) -> 
             raise UsageError(f"configuration file {path}: {key} must be a single value or a list, not {value!r}")
         else:
             # As text, a value passes the same checks as a flag's: `rank: true` is refused rather than read as 1.
-            exponent = whole(value) if isinstance(value, str) and _is_integer(hints[key]) else None
+            exponent = integer_of(value) if isinstance(value, str) and _is_integer(hints[key]) else None
             given[key] = str(value if exponent is None else exponent)
     return {key: value for key, value in given.items() if value is not None}
 

@@ -75,7 +75,7 @@ def _fit(hint: Any, value: Any) -> Any:
     if hint is float:
         return reading.number(value)
     if hint is int:
-        return reading.whole(value)
+        return reading.integer_of(value)
     return value if type(value) is hint else None
 
 

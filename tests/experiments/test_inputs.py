@@ -133,11 +133,11 @@ def test_weights_are_hashed_again_where_any_hashed_file_has_changed(tiny_model: 
 def test_for_a_plan_a_configuration_and_a_tokenizer_say_what_the_weights_would(
     grid: Grid, tiny_model: Path, tmp_path: Path
 ) -> None:
-    whole = find_inputs(grid, None).models[str(tiny_model)]
+    complete = find_inputs(grid, None).models[str(tiny_model)]
     bare = Path(shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
     without = dataclasses.replace(grid, model=str(bare))
     assert str(bare) in find_inputs(without, None).unresolved
     planned = find_inputs(without, None, weights=False).models[str(bare)]
     assert planned.sha256 is None
-    assert planned.targets(("q_proj", "v_proj")) == whole.targets(("q_proj", "v_proj"))
-    assert (planned.parameters, planned.embedded, planned.heads) == (whole.parameters, whole.embedded, whole.heads)
+    assert planned.targets(("q_proj", "v_proj")) == complete.targets(("q_proj", "v_proj"))
+    assert (planned.parameters, planned.embedded, planned.heads) == (complete.parameters, complete.embedded, complete.heads)

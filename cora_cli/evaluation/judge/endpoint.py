@@ -95,6 +95,7 @@ def _timed(kind: type[http.client.HTTPConnection], host: str, timeout: float, **
     """A connection whose responses, a proxy's own among them, end `timeout` seconds from now."""
     connection = kind(host, timeout=timeout, **more)
     response = functools.partial(_TimedResponse, deadline=time.monotonic() + timeout)
+    # http.client only calls it, but typeshed declares a class.
     connection.response_class = response  # type: ignore[assignment]
     return connection
 
