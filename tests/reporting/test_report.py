@@ -18,9 +18,12 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.paper import paper, paper_row
 from cora_cli.reading import read_json, read_jsonl
+from cora_cli.reporting.collect import collect
+from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.numbers import COLUMNS
 from cora_cli.reporting.plots import side_by_side
 from cora_cli.reporting.report import FILES, report
+from cora_cli.reporting.report_rows import read_plan
 from tests.render.strict_latex import check
 from tests.reporting.helpers import Made, make_grid, plan_entry, write_plan
 
@@ -475,6 +478,19 @@ def test_a_plot_of_many_methods_is_cut_and_says_so(made_grid: Path, monkeypatch:
     assert re.search(r"The plot shows the first 2 comparisons; the table of tests has \d+ more\.", page)
     monkeypatch.undo()
     assert "The plot shows the first" not in report([str(made_grid)], "html")
+
+
+def test_a_laplace_approximation_is_no_further_training_run_and_has_no_loss_of_its_run(tmp_path: Path) -> None:
+    rows = [Made("lora", "lora", seed=seed, loss=0.9) for seed in range(2)]
+    averaged = Made("laplace lora", "lora", loss=0.1)
+    root = make_grid(tmp_path / "grid", [*rows, averaged])
+    assert " 3 runs trained " in report([str(root)], "markdown")
+    path = root / "runs" / averaged.name / "run.json"
+    rundir.write_json(path, {**read_json(path), "laplace": {"records": 4}})
+    assert " 2 runs trained " in report([str(root)], "markdown")
+    found = {one.row.name: one.measures for one in collect(read_plan(root)).results}
+    assert LOSS in found[rows[0].name]
+    assert LOSS not in found[averaged.name]
 
 
 def test_a_terminal_shows_the_verdict_and_the_scores_of_a_report_that_is_written(made_grid, tmp_path):

@@ -295,6 +295,20 @@ def test_methods_on_a_changed_base_are_others_and_no_reference():
     }
 
 
+def test_a_laplace_approximation_of_an_informed_b_is_no_informed_b():
+    groups = base(), runs("fb", FB, 0.5), random(0.6), lora(0.62)
+    averaged = [
+        dataclasses.replace(one, record={**one.record, "laplace": {}})
+        for one in runs("laplace tb", FB, 0.3, mode="laplace tb", n_models=5)
+    ]
+    alone, joined = verdict_of(*groups), verdict_of(*groups, averaged)
+    assert joined.headline == alone.headline
+    assert {(c.one.first.row.label, c.other.first.row.label, c.baseline) for c in joined.comparisons} == {
+        *((c.one.first.row.label, c.other.first.row.label, c.baseline) for c in alone.comparisons),
+        ("laplace tb", "lora", True),
+    }
+
+
 def test_a_b_from_the_gradient_has_the_controls_of_an_informed_one_in_a_family_of_its_own():
     groups = base(), runs("fb", FB, 0.55), random(0.6), lora(0.6)
     gradient = runs("fb gradient", GRADIENT, 0.5, n_models=None)
