@@ -17,7 +17,7 @@ from cora_cli.render.markdown_table import markdown_table
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PLOTS = ("forest.svg", "pareto.png")
-"""Of the report of the baselines."""
+"""Of the report of the baselines. Of its further parts, the last one."""
 PARTS = ("rank", "small", "four-bit")
 """The further grids of baselines."""
 JUDGED = ("table5", "table6")
@@ -97,6 +97,8 @@ def main() -> None:
     for name, shown in [*((part, scores_and_costs) for part in PARTS), *((table, programs_and_judge) for table in JUDGED)]:
         if (place := getattr(options, name.replace("-", "_"))).exists():
             replace(name, shown((place / "report.md").read_text(encoding="utf-8")))
+            for plot in (place / "plots").glob(f"*{PLOTS[-1]}") if name in PARTS else ():
+                shutil.copyfile(plot, ROOT / "docs" / f"baselines-{name}-{PLOTS[-1]}")
 
 
 def replace(name: str, body: str) -> None:

@@ -67,9 +67,9 @@ def draw_figures(group: Group, prefix: str) -> Iterator[Figure]:
         yield render(
             f"{prefix}pareto",
             f"{group.name}: score against trained parameters",
-            f"{bars} Methods are ordered by their trained parameters; methods of about the same size stand closer together. The grey line connects the methods that are better than the base model and every smaller method. Dashed: the base model, which trains nothing. {sizes}",
-            lambda figure: _pareto(figure, group, points, palette),
-            (7.2, 3.4),
+            f"{bars} Methods are ordered by their trained parameters; methods of about the same size stand closer together. The grey line connects the methods that are better than the base model and every smaller method. Dashed: the base model, which trains nothing. {_cut(points)}{sizes}",
+            lambda figure: _pareto(figure, group, points[:MOST_SHOWN], palette),
+            (7.2, max(2.6, 0.2 * min(len(points), MOST_SHOWN) + 1.0)),
         )
 
 
@@ -199,7 +199,7 @@ def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette)
     preferred = [m for m in order if m in group.measures][:1]
     measures = [*preferred, *(m for m in group.measures if m == LOSS)]
     places, ticks = side_by_side([line.method.first.trained or 0 for line in points])
-    axes = figure.subplots(1, len(measures), squeeze=False)[0]
+    axes = figure.subplots(1, len(measures), squeeze=False, sharey=True)[0]
     for ax, measure in zip(axes, measures, strict=True):
         sign = 1 if higher_is_better(measure) else -1
         front: list[tuple[int | None, float, float]] = []
@@ -212,27 +212,33 @@ def _pareto(figure: Any, group: Group, points: Sequence[Line], palette: Palette)
             if (found := line.estimates.get(measure)) is None:
                 continue
             trained, label = line.method.first.trained, line.method.first.row.label
-            ax.plot([place, place], [found.low, found.high], color=palette.color(label), linewidth=1, alpha=0.6)
-            ax.plot(place, found.value, palette.marker(label), color=palette.color(label), markersize=5, label=label)
+            ax.plot([found.low, found.high], [place, place], color=palette.color(label), linewidth=1, alpha=0.6)
+            ax.plot(found.value, place, palette.marker(label), color=palette.color(label), markersize=5)
             if all(sign * found.value > sign * smaller for smaller in (*base, *(value for *_, value in front))):
                 if front and front[-1][0] == trained:
                     front.pop()
                 front.append((trained, place, found.value))
-        ax.plot([place for _, place, _ in front], [value for *_, value in front], color="#888888", linewidth=1, zorder=0)
+        ax.plot([value for *_, value in front], [place for _, place, _ in front], color="#888888", linewidth=1, zorder=0)
         for value in base:
-            ax.axhline(value, color="#888888", linestyle="--", linewidth=1)
+            ax.axvline(value, color="#888888", linestyle="--", linewidth=1)
         shown = [line.estimates[measure] for line in group.chosen if measure in line.estimates]
         if shown:
-            ax.set_ylim(*_limits(shown))
-        labels = (_rounded(least) + (f"\n–{_rounded(most)}" if most > least else "") for _, least, most in ticks)
-        ax.set_xticks([middle for middle, *_ in ticks], list(labels))
-        ax.grid(visible=False, axis="x")
-        ax.set(xlabel="trained parameters (not to scale)", ylabel=_titled(measure))
-    legend_above(figure, axes)
+            ax.set_xlim(*_limits(shown))
+        ax.grid(visible=False, axis="y")
+        ax.tick_params(axis="y", length=0)
+        ax.set(xlabel=_titled(measure))
+    axes[0].set_yticks(places, [_short(line.title) for line in points])
+    axes[0].set_ylim(max(places) + 0.7, min(places) - 0.7)
+    sizes = axes[-1].secondary_yaxis("right")
+    labels = (_rounded(least) + (f"\n–{_rounded(most)}" if most > least else "") for _, least, most in ticks)
+    sizes.set_yticks([middle for middle, *_ in ticks], list(labels))
+    sizes.tick_params(axis="y", length=0)
+    sizes.spines["right"].set_visible(False)
+    sizes.set_ylabel("trained parameters (not to scale)")
 
 
 def side_by_side(sizes: Sequence[int]) -> tuple[list[float], list[tuple[float, int, int]]]:
-    """Positions on an axis for points of these sizes, in the given order, and one tick per group of similar sizes.
+    """Rows on an axis for points of these sizes, in the given order, and one tick per group of similar sizes.
 
     Points are placed one after another by size, with a gap between groups. The sizes of a group are within a factor of `_ABOUT_ONE_SIZE`.
     A tick is the middle of its group with the smallest and the largest size.
