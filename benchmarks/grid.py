@@ -80,10 +80,10 @@ def main() -> None:
     from cora_cli.render.markdown_table import markdown_table
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2, help="how often both sides are measured")
-    parser.add_argument("--steps", type=int, default=16, help="training steps of a row")
-    parser.add_argument("--batch-size", type=int, default=16, help="examples of a step")
-    parser.add_argument("--records", type=int, default=48, help="held-out records of a row")
+    parser.add_argument("--rounds", type=int, default=1, help="how often both sides are measured")
+    parser.add_argument("--steps", type=int, default=8, help="training steps of a row")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples of a step")
+    parser.add_argument("--records", type=int, default=24, help="held-out records of a row")
     parser.add_argument("--rank", type=int, default=48)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """Replays the sweep of `cora ablate` on complete logs: how often it drops the learning rate that would have won, and what it saves.
 
     python benchmarks/halving.py --out halving        # trains every rate of every sweep to the end, then replays; continues when cut off
-    python benchmarks/halving.py --out halving --replay-only
+    python benchmarks/halving.py --out halving --replay-only -o docs/results/halving.json
 
 A sweep is one method on one data set with one seed. Each of its rates is trained to the end, with the validation loss at every rung; the winner is the
 rate with the least loss at the end. The rule of `cora_cli.experiments.sweep` then decides from the same losses.
@@ -14,6 +14,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import binomtest
+
+from cora_cli import rundir
 from cora_cli.experiments.sweep import SweepRule, sweep
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.training.config import TrainConfig
@@ -94,8 +97,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=tuple(METHODS), help="methods")
     parser.add_argument("--datasets", nargs="+", default=DATASETS, help="data sets")
     parser.add_argument("--replay-only", action="store_true", help="train nothing, and replay the sweeps that are complete")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file of all losses and the table")
     options = parser.parse_args()
-    logs: dict[str, list[Losses]] = {}
+    logs: dict[str, dict[str, Losses]] = {}
     for schedule in options.schedules:
         for seed in options.seeds:
             for dataset in options.datasets:
@@ -105,28 +109,41 @@ def main() -> None:
                         record.parent.mkdir(parents=True, exist_ok=True)
                         record.write_text(json.dumps(measure(mode, dataset, seed, schedule, options.out)))
                     if record.exists():
-                        logs.setdefault(schedule, []).append(json.loads(record.read_text()))
+                        logs.setdefault(schedule, {})[record.stem] = json.loads(record.read_text())
     rows = []
     for schedule, sweeps in logs.items():
         for rungs in ((*RUNGS, STEPS), RUNGS, (RUNGS[1], STEPS)):
             for slack in (0.0, 0.01, 0.02, 0.05):
                 rule = SweepRule((0,), rungs, slack, widen=False)
-                found = [replay(losses, rule) for losses in sweeps]
+                found = [replay(losses, rule) for losses in sweeps.values()]
                 missed = sum(wrong for wrong, _, _ in found)
                 costs = [cost for wrong, cost, _ in found if wrong]
                 share = sum(trained for _, _, trained in found) / len(found)
+                interval = binomtest(missed, len(sweeps)).proportion_ci(method="exact")
                 rows.append(
                     [
                         schedule,
                         ", ".join(map(str, rungs)),
                         f"{slack:g}",
                         f"{missed} of {len(sweeps)}",
+                        f"{100 * interval.low:.0f} to {100 * interval.high:.0f} %",
                         f"{max(costs, default=0.0):.4f}",
                         f"{100 * share:.0f} %",
                     ]
                 )
-    headers = ["schedule", "rungs", "slack", "winner not chosen", "largest loss given up (nats)", "steps trained"]
-    print(markdown_table(headers, rows))
+    headers = [
+        "schedule",
+        "rungs",
+        "slack",
+        "winner not chosen",
+        "95 % interval",
+        "largest loss given up (nats)",
+        "steps trained",
+    ]
+    text = markdown_table(headers, rows)
+    print(text)
+    if options.output:
+        rundir.write_text(options.output, json.dumps({"markdown": text, "losses": logs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

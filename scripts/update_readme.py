@@ -64,6 +64,12 @@ def main() -> None:
             help=f"the directory that `cora report runs/{part} -o {part}` wrote, of configs/baselines/{part}.yaml",
         )
     parser.add_argument(
+        "--halving",
+        type=Path,
+        default=ROOT / "docs" / "results" / "halving.json",
+        help="`benchmarks/halving.py --out runs/halving -o docs/results/halving.json`",
+    )
+    parser.add_argument(
         "--prediction",
         type=Path,
         default=ROOT / "docs" / "results" / "prediction.json",
@@ -77,6 +83,7 @@ def main() -> None:
         ("demo-report", options.demo_report, progress_and_verdict),
         ("families", options.families, str.strip),
         ("inspect", options.inspect, verdict_and_captures),
+        ("halving", options.halving, lambda measured: json.loads(measured)["markdown"]),
         ("prediction", options.prediction, correlations),
     ):
         if path.exists():

@@ -34,11 +34,9 @@ def stage_lines(grid: Grid, methods: Sequence[Method], plan: Plan, estimates: Ma
         most.add(len(confirm.seeds) * members, 1, complete)
         likely.add(middle * members, 1, complete)
     if grid.sweep is not None:
-        every = sorted({grid.sweep.steps(total_steps(method.rows[0])) for method in methods})
-        shown = "; ".join(_listed(steps) for steps in every)
-        lines.append(
-            f"sweep: at steps {shown} the worse half of the learning rates is dropped (seeds {_listed(grid.sweep.seeds)})"
-        )
+        totals = sorted({total_steps(method.rows[0]) for method in methods})
+        shown = "; ".join(dict.fromkeys(_rung_words(grid.sweep.steps(total), total) for total in totals))
+        lines.append(f"sweep: {shown} (seeds {_listed(grid.sweep.seeds)})")
     lines.append(
         f"confirm: {MIN_SEEDS} to {len(confirm.seeds)} seeds of each method ({_listed(confirm.seeds)}), until its verdict on "
         f"{', '.join(confirm.measures)} is not undecided"
@@ -68,6 +66,13 @@ class _Work:
     def time(self) -> str:
         """The time in words."""
         return "unknown time" if self.seconds is None else f"about {duration(self.seconds)}"
+
+
+def _rung_words(rungs: Sequence[int], total: int) -> str:
+    """What happens at each rung of a run of `total` steps."""
+    *early, last = rungs
+    dropping = f"at step {_listed(early)} the worse half of the learning rates is dropped, and " if early else ""
+    return f"{dropping}the best one is chosen at step {last} of {total}"
 
 
 def _likely_share(rates: int, rungs: Sequence[int], total: int) -> float:
