@@ -11,6 +11,7 @@ from cora_cli.experiments.screen import duration
 from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.experiments.stages import Method, total_steps
 from cora_cli.experiments.steps import Kind, Plan
+from cora_cli.experiments.sweep import LEAST
 
 
 def stage_lines(grid: Grid, methods: Sequence[Method], plan: Plan, estimates: Mapping[str, Estimate]) -> list[str]:
@@ -71,7 +72,9 @@ class _Work:
 def _rung_words(rungs: Sequence[int], total: int) -> str:
     """What happens at each rung of a run of `total` steps."""
     *early, last = rungs
-    dropping = f"at step {_listed(early)} the worse half of the learning rates is dropped, and " if early else ""
+    dropping = (
+        f"at step {_listed(early)} the worse half of the learning rates is dropped, down to {LEAST}, and " if early else ""
+    )
     return f"{dropping}the best one is chosen at step {last} of {total}"
 
 
@@ -80,9 +83,7 @@ def _likely_share(rates: int, rungs: Sequence[int], total: int) -> float:
     steps, left, before = 0, rates, 0
     for rung in rungs:
         steps += left * (rung - before)
-        left, before = math.ceil(left / 2), rung
-        if left == 1:
-            break
+        left, before = max(min(left, LEAST), math.ceil(left / 2)), rung
     return steps / total / rates
 
 

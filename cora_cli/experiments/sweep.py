@@ -12,11 +12,17 @@ LossAt = Callable[[float, int], float | None]
 it is not measured."""
 
 
+LEAST = 2
+"""The rates that are kept until the last rung. Of two neighbouring rates, the one that wins at the end often trails until the schedule has decayed:
+`benchmarks/halving.py` counts how often."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SweepRule:
     """How a grid sweeps: the seeds, the steps at which rates are dropped, and whether a best rate at the edge adds one more rate.
 
-    At each rung the worse half of the rates is dropped, except those within `slack` (a share of the best loss) of the best one.
+    At each rung the worse half of the rates is dropped, except those within `slack` (a share of the best loss) of the best one. Before the last
+    rung at least `LEAST` rates are kept.
     """
 
     seeds: tuple[int, ...]
@@ -61,15 +67,15 @@ def sweep(planned: Sequence[float], total: int, rule: SweepRule, loss: LossAt) -
     losses: dict[float, dict[int, float]] = {rate: {} for rate in rates}
     dropped: dict[float, int] = {}
     alive = list(rates)
-    last = 0
-    for last in rule.steps(total):
+    rungs, last = rule.steps(total), 0
+    for last in rungs:
         known = {rate: value for rate in alive if (value := loss(rate, last)) is not None}
         for rate, measured in known.items():
             losses[rate][last] = measured
         if len(known) < len(alive):
             pending = tuple((rate, last) for rate in alive if rate not in known)
             return Sweep(rates, losses, dropped, pending, None, None)
-        alive = survivors(known, rule.slack)
+        alive = survivors(known, rule.slack, 1 if last == rungs[-1] else LEAST)
         dropped |= {rate: last for rate in known if rate not in alive}
         if len(alive) <= 1:
             break
@@ -85,12 +91,12 @@ def sweep(planned: Sequence[float], total: int, rule: SweepRule, loss: LossAt) -
     return Sweep(rates, losses, dropped, (), better, added)
 
 
-def survivors(losses: Mapping[float, float], slack: float) -> list[float]:
-    """The rates that go on: the better half, and all within `slack` of the best; none that diverged."""
+def survivors(losses: Mapping[float, float], slack: float, least: int = LEAST) -> list[float]:
+    """The rates that go on: the better half, `least` at the least, and all within `slack` of the best; none that diverged."""
     finite = sorted((value, rate) for rate, value in losses.items() if math.isfinite(value))
     if not finite:
         return []
-    half = math.ceil(len(losses) / 2)
+    half = max(least, math.ceil(len(losses) / 2))
     limit = finite[0][0] + slack * abs(finite[0][0])
     return sorted(rate for place, (value, rate) in enumerate(finite) if place < half or value <= limit)
 

@@ -211,7 +211,7 @@ def test_the_dry_run_counts_the_most_and_the_likely_runs() -> None:
     plan = stages.plan([row for row in grid.rows if row.train is None] + [method.rows[0] for method in stages.methods()])
     rungs, confirming, work = stage_lines(grid, stages.methods(), plan, {})
     assert rungs == (
-        "sweep: at step 2 the worse half of the learning rates is dropped, and the best one is chosen at step 4 of 8 (seeds 100)"
+        "sweep: at step 2 the worse half of the learning rates is dropped, down to 2, and the best one is chosen at step 4 of 8 (seeds 100)"
     )
     assert confirming.startswith("confirm: 3 to 5 seeds of each method (0, 1, 2, 3, 4)")
     assert work.startswith("at most 18 training runs, unknown time; likely 14, unknown time")

@@ -27,21 +27,32 @@ def test_the_first_round_measures_every_rate_at_the_first_rung() -> None:
     assert state.chosen is None
 
 
-def test_the_worse_half_is_dropped_at_each_rung_until_one_is_left() -> None:
+def test_the_worse_half_is_dropped_at_each_rung_until_two_are_left_which_the_end_decides() -> None:
     first = {1e-3: {2: 4.0}, 3e-3: {2: 2.0}, 1e-2: {2: 1.0}, 3e-2: {2: 3.0}}
     state = sweep(RATES, 8, RULE, measured(first))
     assert state.pending == ((3e-3, 4), (1e-2, 4))
     assert state.dropped == {1e-3: 2, 3e-2: 2}
-    second = {**first, 3e-3: {2: 2.0, 4: 0.9}, 1e-2: {2: 1.0, 4: 1.0}}
+    second = {**first, 3e-3: {2: 2.0, 4: 1.8}, 1e-2: {2: 1.0, 4: 0.9}}
     state = sweep(RATES, 8, RULE, measured(second))
+    assert state.pending == ((3e-3, 8), (1e-2, 8))
+    third = {**second, 3e-3: {2: 2.0, 4: 1.8, 8: 0.5}, 1e-2: {2: 1.0, 4: 0.9, 8: 0.6}}
+    state = sweep(RATES, 8, RULE, measured(third))
     assert (state.pending, state.chosen, state.added) == ((), 3e-3, None)
-    assert state.dropped == {1e-3: 2, 3e-2: 2, 1e-2: 4}
+    assert state.dropped == {1e-3: 2, 3e-2: 2, 1e-2: 8}
 
 
 def test_a_rate_close_to_the_best_is_not_dropped() -> None:
     losses = {1e-3: 1.019, 3e-3: 1.0, 1e-2: 1.01, 3e-2: 1.2}
     assert survivors(losses, 0.02) == [1e-3, 3e-3, 1e-2]
     assert survivors(losses, 0.0) == [3e-3, 1e-2]
+
+
+def test_half_of_five_rates_is_three_and_two_stay_until_the_last_rung() -> None:
+    losses = dict(zip((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (5.0, 4.0, 1.0, 2.0, 3.0), strict=True))
+    assert survivors(losses, 0.0) == [1e-3, 3e-3, 1e-2]
+    two = {rate: losses[rate] for rate in (1e-3, 3e-3)}
+    assert survivors(two, 0.0) == [1e-3, 3e-3]
+    assert survivors(two, 0.0, least=1) == [1e-3]
 
 
 def test_rates_that_stay_close_are_compared_at_the_end() -> None:
@@ -53,7 +64,7 @@ def test_rates_that_stay_close_are_compared_at_the_end() -> None:
 def test_a_best_rate_at_the_edge_is_widened_once() -> None:
     values = {1e-3: 4.0, 3e-3: 3.0, 1e-2: 2.0, 3e-2: 1.0}
     state = sweep(RATES, 8, RULE, always(values))
-    assert (state.pending, state.added, state.chosen) == (((0.09, 4),), 0.09, None)
+    assert (state.pending, state.added, state.chosen) == (((0.09, 8),), 0.09, None)
     better = sweep(RATES, 8, RULE, always({**values, 0.09: 0.5}))
     assert (better.chosen, better.at_edge, better.pending) == (0.09, True, ())
     worse = sweep(RATES, 8, RULE, always({**values, 0.09: 1.5}))
@@ -71,7 +82,7 @@ def test_the_added_rate_keeps_the_ratio_of_its_neighbours() -> None:
 def test_a_rate_that_diverged_has_lost() -> None:
     state = sweep(RATES, 8, RULE, always({1e-3: 2.0, 3e-3: 1.0, 1e-2: math.inf, 3e-2: math.inf}))
     assert state.chosen == 3e-3
-    assert state.dropped == {1e-2: 2, 3e-2: 2, 1e-3: 4}
+    assert state.dropped == {1e-2: 2, 3e-2: 2, 1e-3: 8}
     lost = sweep(RATES, 8, RULE, always(dict.fromkeys(RATES, math.inf)))
     assert (lost.chosen, lost.pending) == (None, ())
 
