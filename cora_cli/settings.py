@@ -4,7 +4,9 @@ The command line and the YAML files are both generated from these classes (see `
 once. Parsing happens there, not here.
 """
 
+import contextlib
 import dataclasses
+import datetime
 import functools
 import math
 import re
@@ -14,6 +16,7 @@ from typing import Any, Literal
 from cora_cli.errors import UsageError
 
 DtypeName = Literal["auto", "bf16", "fp32"]
+TemplateName = Literal["auto", "alpaca", "chat", "plain"]
 ATTENTIONS = ("auto", "varlen", "flex", "flash-attn", "sdpa")
 """What `--attention` takes, or else a repository of kernels on the hub."""
 LARGEST_RANK = 65_536
@@ -106,3 +109,16 @@ def device_problem(device: str) -> str | None:
 def comma_separated(text: str) -> tuple[str, ...]:
     """Split `"a, b"` into `("a", "b")`; empty parts are dropped."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def today() -> str:
+    """The date of this day here, as YYYY-MM-DD."""
+    return datetime.datetime.now().date().isoformat()
+
+
+def check_date(text: str | None) -> str | None:
+    """What is wrong with a date for a template; None if nothing is."""
+    with contextlib.suppress(ValueError):
+        if text is None or datetime.date.fromisoformat(text).isoformat() == text:
+            return None
+    return f"--template-date must be a date such as {today()}, not {text!r}"

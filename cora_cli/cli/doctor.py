@@ -4,8 +4,6 @@ With `--gpu-check` it also computes on the hardware and compares the results wit
 """
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import platform
 import tempfile
 from pathlib import Path
@@ -77,6 +75,8 @@ def run(config: DoctorConfig) -> None:
     if unknown := next((name for name in config.checks or () if name not in CHECKS), None):
         raise UsageError(f"--checks knows no check named {unknown}; it has {', '.join(CHECKS)}")
 
+    import importlib.metadata
+
     import torch
 
     from cora_cli import __version__, embedded
@@ -111,6 +111,8 @@ def run(config: DoctorConfig) -> None:
 
 def _check(config: DoctorConfig) -> None:
     """Run the checks, show them as they end, and exit with 1 if one failed."""
+    import importlib.metadata
+
     import torch
 
     from cora_cli import __version__, rundir

@@ -12,14 +12,13 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from cora_cli.data.records import Record, Schema, place_of, template_values, turns
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.reading import Malformed, parse_json
-
-TemplateName = Literal["auto", "alpaca", "chat", "plain"]
+from cora_cli.settings import TemplateName, today
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -346,19 +345,6 @@ def left_out_notice(counts: Mapping[str, int]) -> str:
 def unread_notice(names: Sequence[str]) -> str:
     """Says that `Template.unread` found `names`."""
     return f"the chat template does not mention {', '.join(names)}, so the prompts and answers have nothing of it"
-
-
-def today() -> str:
-    """The date of this day here, as YYYY-MM-DD."""
-    return datetime.datetime.now().date().isoformat()
-
-
-def check_date(text: str | None) -> str | None:
-    """What is wrong with a date for a template; None if nothing is."""
-    with contextlib.suppress(ValueError):
-        if text is None or datetime.date.fromisoformat(text).isoformat() == text:
-            return None
-    return f"--template-date must be a date such as {today()}, not {text!r}"
 
 
 @contextlib.contextmanager

@@ -4,12 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from cora_cli.data.formats.columns import chosen_shape
-from cora_cli.data.templates import TemplateName, check_date
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.metrics import GROUPS, PASS_AT, Variant, parse_metrics, variant_problem
 from cora_cli.rundir import RunDirectory
-from cora_cli.settings import MOST, DtypeName, range_problems, refuse_useless, setting
+from cora_cli.settings import MOST, DtypeName, TemplateName, check_date, range_problems, refuse_useless, setting
 
 DEFAULT_DRAWS = 10
 """As in the experiments of ScalaBL."""
@@ -214,6 +212,8 @@ class EvaluateConfig:
 
     def _check_choice_of_records(self) -> None:
         if self.columns:
+            from cora_cli.data.formats.columns import chosen_shape
+
             chosen_shape(self.columns)
         if (given := [name for name in ("columns", "subset", "split") if getattr(self, name)]) and not self.dataset:
             raise UsageError(f"--{given[0]} needs --dataset, whose records it chooses")

@@ -13,7 +13,7 @@ from cora_cli import rundir
 from cora_cli.adapters.posterior import has_posterior
 from cora_cli.adapters.storage import base_of, check_rank
 from cora_cli.data.records import Record, Schema, is_among
-from cora_cli.data.templates import TemplateName, reads_clock
+from cora_cli.data.templates import reads_clock
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import DEFAULT_DRAWS, EvaluateConfig, check_run
 from cora_cli.models.loading import load_tokenizer
@@ -21,6 +21,7 @@ from cora_cli.models.references import ModelPath, resolve_base, resolve_model
 from cora_cli.models.trained_on import say_unrecorded, trained_on
 from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from cora_cli.settings import TemplateName
 
 
 @dataclasses.dataclass(frozen=True)

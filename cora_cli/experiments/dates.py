@@ -7,11 +7,11 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from cora_cli.data.templates import check_date, today
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
 from cora_cli.records import read_run, template_date
 from cora_cli.rundir import RunDirectory
+from cora_cli.settings import check_date, today
 
 
 def date_of_grid(out: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from cora_cli import rundir
 from cora_cli.basis.choices import BasisChoices
-from cora_cli.data.templates import TemplateName, resolve_auto
+from cora_cli.data.templates import resolve_auto
 from cora_cli.errors import UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.judge.config import JudgeConfig
@@ -23,7 +23,7 @@ from cora_cli.experiments.rows import Row, starts_from_models
 from cora_cli.experiments.values import Values
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.rundir import RunDirectory
-from cora_cli.settings import DtypeName
+from cora_cli.settings import DtypeName, TemplateName
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.laplace_config import LaplaceConfig
 

@@ -13,7 +13,7 @@ from cora_cli.adapters.storage import check_base
 from cora_cli.data.encode import Example, encode_records, notices
 from cora_cli.data.records import Record, Schema, is_among
 from cora_cli.data.split import BUILTIN_PREFIX, load_records, load_test_records
-from cora_cli.data.templates import Template, TemplateName, choose_template
+from cora_cli.data.templates import Template, choose_template
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.targets import check_test_records
 from cora_cli.models.configuration import load_configuration
@@ -25,6 +25,7 @@ from cora_cli.models.trained_on import say_unrecorded, trained_on
 from cora_cli.progress import say
 from cora_cli.records import read_run, template_date
 from cora_cli.rundir import RunDirectory
+from cora_cli.settings import TemplateName
 from cora_cli.weights.sources import WeightSource
 
 OWN = "own"

@@ -9,15 +9,23 @@ import re
 import typing
 from typing import TYPE_CHECKING, Any, Literal
 
-from cora_cli.data.formats.columns import chosen_shape
-from cora_cli.data.templates import TemplateName, check_date
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.methods.method import A, AInit, BInit, Method
 from cora_cli.methods.plan import AdapterPlan, AdapterRequest
 from cora_cli.methods.registry import DEFAULT, METHODS, OPTIONAL_SETTINGS, OWN_SETTINGS, Mode, plan_adapter, taken_settings
 from cora_cli.reading import checked, read_yaml
 from cora_cli.rundir import RunDirectory
-from cora_cli.settings import ATTENTIONS, LARGEST_RANK, MOST, DtypeName, given, range_problems, setting
+from cora_cli.settings import (
+    ATTENTIONS,
+    LARGEST_RANK,
+    MOST,
+    DtypeName,
+    TemplateName,
+    check_date,
+    given,
+    range_problems,
+    setting,
+)
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 Reporter = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -307,6 +315,8 @@ class _SharedSettings:
         if self.stop_at is not None and not self.validation_loss:
             problems.append("--stop-at has the validation loss as its result; leave out --no-validation-loss")
         if self.columns:
+            from cora_cli.data.formats.columns import chosen_shape
+
             chosen_shape(self.columns)
         if self.rate_from is not None and not self.dry_run:
             problems.append("--rate-from has no effect without --dry-run; leave it out")

@@ -74,6 +74,7 @@ def imported(script, tmp_path, *arguments):
 def test_help_imports_nothing_heavy(command, tmp_path):
     found = imported(_CORA, tmp_path, *([command] if command else []), "--help")
     assert not found & (HEAVY | METRICS)
+    assert not {name for name in found if name.startswith(("cora_cli.data.", "importlib.metadata"))}
 
 
 REFUSED = {

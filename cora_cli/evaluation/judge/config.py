@@ -5,10 +5,9 @@ import json
 from typing import Any
 from urllib.parse import urlsplit
 
-from cora_cli.data.templates import check_date
 from cora_cli.errors import UsageError
 from cora_cli.reading import Malformed, parse_json
-from cora_cli.settings import MOST, DtypeName, range_problems, refuse_useless, setting
+from cora_cli.settings import MOST, DtypeName, check_date, range_problems, refuse_useless, setting
 
 _WHAT, _JUDGE, _ANCHORS, _LIMITS, _RUN = "What to judge", "Judge", "Anchors", "Limits", "Run"
 _OF_ENDPOINTS = frozenset(

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from cora_cli.data.encode import check_rows, encode_prompt
-from cora_cli.data.templates import Rendered, Template, UnsteadyTemplate, apply_chat_template, reads_clock, today
+from cora_cli.data.templates import Rendered, Template, UnsteadyTemplate, apply_chat_template, reads_clock
 from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.generate import end_tokens, transformers_engine
@@ -15,6 +15,7 @@ from cora_cli.limits import bounded
 from cora_cli.models.loading import context_length, load_model, load_tokenizer
 from cora_cli.models.references import resolve_model
 from cora_cli.progress import say
+from cora_cli.settings import today
 
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"
 _END = "}"
