@@ -1,6 +1,7 @@
 """One comparison of the verdict, its outcome in words, and the kinds of method that the verdict tells apart."""
 
 import dataclasses
+from collections.abc import Iterable
 
 from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.methods.registry import BASELINE, METHODS
@@ -51,7 +52,8 @@ class Comparison:
             notes[NO_CONTROL] = None
         lead = "The random control, " if self.control else ""
         tail = f" ({'; '.join(notes)})" if notes else ""
-        return f"{lead}{self.one.name} compared with {self.other.name} ({self.role}): {'; '.join(said)}{tail}."
+        where = f", {elsewhere}" if (elsewhere := other_layers(self.one, self.other)) else ""
+        return f"{lead}{self.one.name} compared with {self.other.name} ({self.role}{where}): {'; '.join(said)}{tail}."
 
     def test(self, measure: str) -> Test | None:
         """The test in one measure, if both methods have it."""
@@ -61,6 +63,14 @@ class Comparison:
 def plan_of(method: MethodResults) -> dict[str, object]:
     """The plan of the method's adapter; empty without one."""
     return method.first.record.get("plan") or {}
+
+
+def other_layers(one: MethodResults, other: MethodResults) -> str:
+    """In words, what `other` adapts where `one` adapts other layers; empty where both adapt the same ones, or one is no adapter."""
+    ours, theirs = (plan_of(method).get("target_modules") for method in (one, other))
+    if not isinstance(ours, list) or not isinstance(theirs, list) or {*ours} == {*theirs}:
+        return ""
+    return f"on {_listed(theirs)} instead of {_listed(ours)}"
 
 
 def is_lora(method: MethodResults) -> bool:
@@ -81,6 +91,11 @@ def is_of_gradient(method: MethodResults) -> bool:
     """Whether its B starts from the gradient of the training data by choice."""
     mode = method.first.row.mode
     return plan_of(method).get("b_init") == "gradient" and mode in METHODS and METHODS[mode].b_init_is_free
+
+
+def _listed(names: Iterable[str]) -> str:
+    *first, last = sorted(names)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def title(measure: str) -> str:

@@ -4,7 +4,16 @@ from collections.abc import Sequence
 
 from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.methods.registry import METHODS
-from cora_cli.reporting.comparison import LORA_RANK, LORA_SIZE, RANDOM_B, Comparison, is_informed, is_of_gradient, title
+from cora_cli.reporting.comparison import (
+    LORA_RANK,
+    LORA_SIZE,
+    RANDOM_B,
+    Comparison,
+    is_informed,
+    is_of_gradient,
+    other_layers,
+    title,
+)
 from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT
 from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, FEW_SEEDS, UNDECIDED, WORSE, Test
 from cora_cli.reporting.report_rows import Row
@@ -26,7 +35,7 @@ def informed_headline(methods: Sequence[MethodResults], comparisons: Sequence[Co
         tests = [test for comparison in found for test in comparison.tests]
         if tests:
             credit = "" if role == RANDOM_B else _credit(found, comparisons)
-            sentences.append(f"Compared with {claim}, the informed B is {_tally(tests)}{credit}.")
+            sentences.append(f"Compared with {claim}{_where(found)}, the informed B is {_tally(tests)}{credit}.")
         elif role == LORA_RANK:
             ranks = " or ".join(dict.fromkeys(str(method.first.row.rank) for method in informed))
             sentences.append(
@@ -42,6 +51,13 @@ def informed_headline(methods: Sequence[MethodResults], comparisons: Sequence[Co
     if any(test.of_rates.startswith(AT_EDGE) for test in tests):
         sentences.append("A decision needs best learning rates inside their sweeps, not at the edge.")
     return " ".join(sentences)
+
+
+def _where(found: Sequence[Comparison]) -> str:
+    """On which layers the controls stand, where they are not those of the methods compared with them."""
+    places = [other_layers(comparison.one, comparison.other) for comparison in found]
+    named = " or ".join(dict.fromkeys(filter(None, places)))
+    return f" ({'' if all(places) else 'in part '}{named})" if named else ""
 
 
 def _without_control(informed: Sequence[MethodResults], comparisons: Sequence[Comparison]) -> list[str]:

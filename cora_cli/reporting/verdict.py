@@ -19,6 +19,7 @@ from cora_cli.reporting.comparison import (
     is_informed,
     is_lora,
     is_of_gradient,
+    other_layers,
     plan_of,
     title,
 )
@@ -187,7 +188,8 @@ def _controls(one: MethodResults, methods: Sequence[MethodResults]) -> list[tupl
     for role in (RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE):
         for other in methods:
             theirs = other.first.row
-            same_rank = theirs.rank == row.rank
+            # A rank in other layers stands for another number of parameters.
+            same_rank = theirs.rank == row.rank and not other_layers(one, other)
             size = other.first.trained
             fits = {
                 RANDOM_B: any(other is control for control in random),
@@ -209,4 +211,5 @@ def _controls(one: MethodResults, methods: Sequence[MethodResults]) -> list[tupl
 def _like(other: MethodResults, one: MethodResults) -> bool:
     theirs, row = other.first.row, one.first.row
     starts = plan_of(other).get("start"), plan_of(one).get("start")
-    return (theirs.mode, theirs.rank, theirs.model, starts[0]) == (row.mode, row.rank, row.model, starts[1])
+    same = (theirs.mode, theirs.rank, theirs.model, starts[0]) == (row.mode, row.rank, row.model, starts[1])
+    return same and not other_layers(one, other)

@@ -33,9 +33,15 @@ TABLES = ["table1", "table2", "table3", "table4", "table5", "table6"]
 @pytest.fixture
 def smollm2_shapes() -> ModelFacts:
     """The weights of SmolLM2-135M that adapters change."""
-    kinds = {"q": 576, "k": 192, "v": 192}
-    shapes = {f"model.layers.{layer}.self_attn.{kind}_proj": (out, 576) for layer in range(30) for kind, out in kinds.items()}
-    return ModelFacts("smollm2", None, shapes, 134_515_008, 28_311_552)
+    kinds = {
+        "self_attn.q": (576, 576),
+        "self_attn.k": (192, 576),
+        "self_attn.v": (192, 576),
+        "self_attn.o": (576, 576),
+        "mlp.down": (576, 1536),
+    }
+    shapes = {f"model.layers.{layer}.{kind}_proj": shape for layer in range(30) for kind, shape in kinds.items()}
+    return ModelFacts("smollm2", None, shapes, 134_515_008, 28_311_552, heads=9)
 
 
 def paper_grid(name: str, preset: str | None = None, model: str | None = None) -> Grid:
@@ -229,6 +235,14 @@ def test_the_parts_at_equal_rank_and_at_small_budgets_are_that(smollm2_shapes: M
         said = " ".join(grid.conditions)
         assert all(f"{count:,}" in said for count in counts_of(grid, smollm2_shapes).values() if count is not None)
     assert all((count or 0) <= 104_000 for count in counts_of(small_budgets, smollm2_shapes).values())
+
+
+def test_every_method_of_a_small_budget_has_a_lora_of_its_size(smollm2_shapes: ModelFacts) -> None:
+    counts = {row.label: (row.mode, trained_parameters(row, smollm2_shapes)) for row in baselines("small").rows if row.train}
+    loras = [count for mode, count in counts.values() if mode == "lora"]
+    for label, (_, count) in counts.items():
+        assert count is not None
+        assert any(abs(lora - count) <= 0.05 * count for lora in loras if lora is not None), label
 
 
 def test_the_grid_in_four_bits_compares_them_with_lora_on_the_base_model_in_bf16() -> None:

@@ -341,7 +341,7 @@ def test_a_lora_from_a_file_trains_both_of_its_factors(load):
         ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "pissa, olora and mica are modes of their own"),
         ({"peft_type": "SHADOW"}, "SHADOW does not adapt linear layers"),
         ({"peft_type": "TRAINABLE_TOKENS"}, "TRAINABLE_TOKENS does not adapt linear layers"),
-        ({"peft_type": "LILY"}, "LILY mixes its factors anew for each input, so that the adapter could not be merged"),
+        ({"peft_type": "LILY"}, "LILY weights its factors by a mean over all tokens of a batch"),
         ({"peft_type": "BEFT"}, "BEFT adds to the bias and not to the weight, so that the adapter could not be merged"),
         ({"peft_type": "LORA", "target_parameters": ["x"]}, "target_parameters names parameters outside linear layers"),
         ({"peft_type": "LORA", "lora_bias": True}, "lora_bias changes more than the weight"),

@@ -96,6 +96,41 @@ def test_at_equal_trained_parameters_too_the_information_gets_credit_only_where_
     assert f"{said}." in credited.headline
 
 
+def on(plan, *modules):
+    return {**plan, "target_modules": list(modules)}
+
+
+def test_a_lora_on_other_layers_is_a_control_by_its_parameters_alone_and_is_named():
+    ours, others = ("q_proj", "v_proj"), runs("lora", on({"b_init": "zeros"}, "o_proj"), 0.62, mode="lora", n_models=None)
+    verdict = verdict_of(base(), runs("fb", on(FB, *ours), 0.5), runs("random", on(RANDOM, *ours), 0.6, n_models=None), others)
+    assert {c.role for c in verdict.comparisons if c.other.first.row.label == "lora"} == {
+        LORA_SIZE
+    }  # although its rank is the same
+    where = "on o_proj instead of q_proj and v_proj"
+    (sentence,) = (c.sentence() for c in verdict.comparisons if c.role == LORA_SIZE and not c.control)
+    assert f"(LoRA at equal trained parameters, {where}): better in held-out loss" in sentence
+    assert f"Compared with LoRA at equal trained parameters ({where}), the informed B is better" in verdict.headline
+    assert "No conclusion about LoRA at equal rank: there is no finished run of it." in verdict.headline
+
+    same = runs("lora", on({"b_init": "zeros"}, "v_proj", "q_proj"), 0.62, mode="lora", n_models=None, rank=2)
+    verdict = verdict_of(
+        base(), runs("fb", on(FB, *ours), 0.5), runs("random", on(RANDOM, *ours), 0.6, n_models=None), others, same
+    )
+    assert f"Compared with LoRA at equal trained parameters (in part {where}), the" in verdict.headline
+
+
+def test_a_lora_on_other_layers_with_other_parameters_is_no_control():
+    few = runs("lora", on({"b_init": "zeros"}, "o_proj"), 0.62, mode="lora", n_models=None)
+    few = [dataclasses.replace(one, trained=9) for one in few]
+    verdict = verdict_of(base(), runs("fb", on(FB, "q_proj"), 0.5), few)
+    assert [c.role for c in verdict.comparisons] == [BASE]
+
+
+def test_a_random_b_in_other_layers_is_no_control_of_an_informed_one():
+    verdict = verdict_of(base(), runs("fb", on(FB, "q_proj"), 0.5), runs("random", on(RANDOM, "k_proj"), 0.6, n_models=None))
+    assert [c.role for c in verdict.comparisons] == [BASE]
+
+
 def test_an_informed_b_without_a_random_control_of_its_form_concludes_nothing_about_the_information():
     verdict = verdict_of(base(), runs("fb", FB, 0.5), random(0.6), runs("tb", FB, 0.5, mode="tb"), lora(0.62))
     assert (

@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 
 from cora_cli import rundir
 from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.methods.registry import METHODS, Mode
 from cora_cli.planning.memory import StorageMeter, follow_training
 from cora_cli.reading import read_json
 from cora_cli.rundir import RunDirectory
 from cora_cli.training import run as training
 from cora_cli.training.config import TrainConfig
+from tests.methods.helpers import SMALL
 
 # The server imports everything once and computes nothing, so that its forks start at once and are safe.
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -49,6 +51,22 @@ def config_for(model: Path, data: Path, output: Path, **changes: Any) -> TrainCo
         "dtype": "fp32",
     }
     return TrainConfig(**{**settings, **changes})
+
+
+def settings_of(mode: Mode, basis: Path, input_basis: Path, loha: Path, sources: tuple[str, ...]) -> dict[str, Any]:
+    """Settings with which `mode` learns something on the tiny model within a few steps; `loha` is the file of mode peft."""
+    spec = METHODS[mode]
+    if spec.start_from is not None or mode in SMALL:
+        rates = {"lora-sb": 3e-2, "lora-ga": 3e-3, "corda": 1e-3, "uni-lora": 0.1}
+        own = {"start_models": sources} if spec.start_from == "adapters" else {}
+        return {"mode": mode, "learning_rate": rates.get(mode, 1e-2), **own, **SMALL.get(mode, {})}
+    if mode == "peft":
+        return {"mode": mode, "peft_config": str(loha), "dropout": 0.0}
+    if mode == "increlora":
+        return {"mode": mode, "growth_warmup": 0, "growth_interval": 1, "growth_layers": 6, "growth_rank": 2}
+    if mode == "xgblora":
+        return {"mode": mode, "booster_steps": 1, "booster_blocks": 1}
+    return {"mode": mode, "basis": str(input_basis if spec.a_init == "basis" else basis) if spec.needs_basis() else None}
 
 
 class Metered(training.CoraTrainer):

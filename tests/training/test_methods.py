@@ -16,16 +16,15 @@ from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.errors import CoraError
-from cora_cli.methods.registry import METHODS, Mode
+from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import resolve_model
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.assemble import assemble
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.prepare import prepare, training_arguments
 from cora_cli.training.run import train
-from tests.methods.helpers import SMALL
 
-from .helpers import config_for, log_lines, losses, record_of
+from .helpers import config_for, log_lines, losses, record_of, settings_of
 
 IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
 Run = tuple[TrainConfig, Path, dict[str, Any]]
@@ -46,21 +45,6 @@ def ranks_of(output: Path) -> dict[str, int]:
     ends = ("base_model.model.", ".lora_A.weight")
     factors = {key.removeprefix(ends[0]).removesuffix(ends[1]): a for key, a in state.items() if ".lora_A." in key}
     return {name: int(a.any(dim=1).sum()) for name, a in factors.items()}
-
-
-def settings_of(mode: Mode, basis: Path, input_basis: Path, loha: Path, sources: tuple[str, ...]) -> dict[str, Any]:
-    spec = METHODS[mode]
-    if spec.start_from is not None or mode in SMALL:
-        rates = {"lora-sb": 3e-2, "lora-ga": 3e-3, "corda": 1e-3, "uni-lora": 0.1}
-        own = {"start_models": sources} if spec.start_from == "adapters" else {}
-        return {"mode": mode, "learning_rate": rates.get(mode, 1e-2), **own, **SMALL.get(mode, {})}
-    if mode == "peft":
-        return {"mode": mode, "peft_config": str(loha), "dropout": 0.0}
-    if mode == "increlora":
-        return {"mode": mode, "growth_warmup": 0, "growth_interval": 1, "growth_layers": 6, "growth_rank": 2}
-    if mode == "xgblora":
-        return {"mode": mode, "booster_steps": 1, "booster_blocks": 1}
-    return {"mode": mode, "basis": str(input_basis if spec.a_init == "basis" else basis) if spec.needs_basis() else None}
 
 
 # One mode of each kind of start, storage and optimizer; the others differ from one of these in their start only.

@@ -1,4 +1,4 @@
-"""Methods that act in every step: killed and resumed they are the run that was not, and two processes are one."""
+"""Every method is, killed and resumed, the run that was not; where one acts in every step, two processes are one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cora_cli.methods.registry import METHODS
+from cora_cli.methods.registry import METHODS, Mode
 from cora_cli.training.run import train
 
-from .helpers import KILLED, RunProcess, config_for, log_lines, record_of, run_together
-from .test_distributed import COMPUTED
+from .helpers import KILLED, RunProcess, config_for, log_lines, record_of, run_together, settings_of
 
 # 38 training records in batches of 4: ten steps an epoch, of which the last has half a batch.
 LONG: dict[str, Any] = {"test_size": 2.0, "max_steps": 12, "batch_size": 4, "save_steps": 5, "dropout": 0.1}
@@ -33,18 +32,36 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora-xs": {"learning_rate": 3e-3},
     "lora-mini": {},
 }
-WITHOUT_STATE: dict[str, dict[str, Any]] = {mode: {} for mode in COMPUTED}
-"""Methods that do nothing in a step; `test_distributed` has their two processes."""
+"""Methods that act in a step, or whose start is computed from data."""
+# What a checkpoint has to hold beyond the trained tensors: shared factors, a start from models, a form that is no LoRA.
+QUICK = ("sharelora-b", "eigenlorax", "hira")
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", [*RUNS, *WITHOUT_STATE])
-def test_a_killed_run_resumes_to_the_same_bits(mode: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    settings = {**LONG, "mode": mode, "batch_size": 2, "gradient_accumulation": 2, **(RUNS | WITHOUT_STATE)[mode]}
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(mode, marks=() if mode in QUICK else pytest.mark.slow)
+        for mode, method in METHODS.items()
+        if method.is_adapter and mode != "mean-delta"  # which trains nothing
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_bits(
+    mode: Mode,
+    tiny_model: Path,
+    tiny_data: Path,
+    tiny_basis: Path,
+    tiny_input_basis: Path,
+    tiny_sources: tuple[str, ...],
+    tmp_path: Path,
+) -> None:
+    loha = tmp_path / "loha.json"
+    loha.write_text('{"peft_type": "LOHA", "r": 2, "alpha": 4}')
+    own = RUNS.get(mode) or settings_of(mode, tiny_basis, tiny_input_basis, loha, tiny_sources)
+    settings = {**LONG, "batch_size": 2, "gradient_accumulation": 2, **own, "mode": mode}
     expected = config_for(tiny_model, tiny_data, tmp_path / "expected", **settings)
     train(expected)
     config = replace(expected, output_dir=str(tmp_path / "run"))

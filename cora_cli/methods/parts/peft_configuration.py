@@ -17,9 +17,9 @@ _OWN_LOOP = {
 }
 _NO_LINEAR_LAYER = frozenset({"ADAPTION_PROMPT", "SHADOW", "TRAINABLE_TOKENS"})
 """Methods that target blocks or embeddings instead of linear layers."""
-_NOT_MERGED = {
-    "BEFT": "adds to the bias and not to the weight",
-    "LILY": "mixes its factors anew for each input",
+_NO_CHANGE_OF_W = {
+    "BEFT": "adds to the bias and not to the weight, so that the adapter could not be merged",
+    "LILY": "weights its factors by a mean over all tokens of a batch, so that no loss or answer would be that of its record alone",
 }
 _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "an object", NoneType: "null"}
 _STARTS = (True, False, "gaussian", "orthogonal")
@@ -40,8 +40,8 @@ def peft_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind]]
     if "target_modules" not in {field.name for field in dataclasses.fields(config_class)} or kind in _NO_LINEAR_LAYER:
         raise CoraError(f"--peft-config: {kind} does not adapt linear layers, the only ones that `cora train` adapts")
-    if kind in _NOT_MERGED:
-        raise CoraError(f"--peft-config: {kind} {_NOT_MERGED[kind]}, so that the adapter could not be merged")
+    if kind in _NO_CHANGE_OF_W:
+        raise CoraError(f"--peft-config: {kind} {_NO_CHANGE_OF_W[kind]}")
     if values.get("task_type") not in (None, "CAUSAL_LM"):
         raise CoraError(
             f"--peft-config: task_type must be CAUSAL_LM, the only task that `cora train` trains, not {values['task_type']!r}"
