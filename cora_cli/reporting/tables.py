@@ -178,7 +178,7 @@ def _staged_sweep_table(group: Group) -> Table:
         tuple(rows),
         (
             "Validation loss in nats per response token, mean over the sweep's seeds, at each step at which rates were compared; the "
-            "worse half was dropped there, except rates close to the best one. –: the rate was not trained so far. added: the best planned "
+            "worse half was dropped there, except rates close to the best one and, before the last step, the best two. –: the rate was not trained so far. added: the best planned "
             "rate was at the edge of the sweep.",
         ),
     )
