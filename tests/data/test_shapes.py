@@ -202,6 +202,21 @@ def test_an_answer_of_weight_0_is_part_of_the_prompt_and_is_not_trained(tmp_path
     assert prompt_key(record, schema) == prompt_key(other, schema)
 
 
+@pytest.mark.parametrize("mark", ["train", "training", "loss"])
+def test_the_marks_of_other_programs_say_whether_an_answer_is_trained(mark, tmp_path):
+    first, second = ({**SAID[1], mark: trained} for trained in (False, True))
+    question = {**SAID[0], mark: False}
+    dataset = jsonl(tmp_path / "a.jsonl", {"messages": [question, first, question, second]})
+    (record,), schema = load_records(dataset)
+    assert [message.get("weight") for message in record["messages"]] == [None, 0, None, None]
+    assert [len(turn["messages"]) for turn in turns(record, schema)] == [4]
+    assert all(message.keys() <= {"role", "content", "weight"} for message in record["messages"][1::2])
+    with pytest.raises(CoraError, match="line 1: the last answer has the weight 0"):
+        load_records(jsonl(tmp_path / "b.jsonl", {"messages": [question, first]}))
+    with pytest.raises(CoraError, match=f"message 2, has {mark}, weight, of which one says that it is trained and another"):
+        load_records(jsonl(tmp_path / "c.jsonl", {"messages": [question, first | {"weight": 1}]}))
+
+
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
@@ -394,7 +409,7 @@ def test_an_answer_marked_as_not_wanted_is_refused_unless_the_columns_are_named(
 @pytest.mark.parametrize("labels", [(1, 0), ("1", "0"), (None, 0.0), ("", "0.0"), (True, 0)])
 def test_labels_of_0_and_1_next_to_a_prompt_and_a_completion_may_be_marks_or_classes_and_are_refused(labels, tmp_path):
     dataset = jsonl(tmp_path / "a.jsonl", *({**PAIR, "label": label} for label in labels))
-    with pytest.raises(CoraError, match="line 2: the label is 0, .* may mark the completion as not wanted"):
+    with pytest.raises(CoraError, match=r"line 2: the label is 0, .* may mark the completion as not wanted"):
         load_records(dataset)
 
 
