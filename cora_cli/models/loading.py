@@ -232,6 +232,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         if (model.path / "config.json").exists():
             load_configuration(model, trust_remote_code)  # which transformers reads to find the kind of tokenizer
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
+    _say_other_templates(model, tokenizer)
     if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
         tokenizer.chat_template = read_text(adapter.chat_template)
     templates = tokenizer.chat_template
@@ -259,6 +260,23 @@ def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:
             say(
                 f"{model.reference}: {name} is {one!r} in {paths[0].name}, but {other!r} in {paths[1].name}; {getattr(tokenizer, name)!r} is used"
             )
+
+
+def _say_other_templates(model: ModelPath, tokenizer: Any) -> None:
+    """Say where a file of the directory holds another chat template than the one that is taken: an older one, or one that only processors read."""
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        path = model.path / name
+        stated = read_json(path) if path.exists() else None
+        other = stated.get("chat_template") if isinstance(stated, dict) else None
+        if not isinstance(other, str) or other == tokenizer.chat_template:
+            continue
+        if tokenizer.chat_template is None:
+            say(
+                f"{model.reference}: the chat template of {name} is for processors, so it is not used; copy its text to {model.chat_template.name}"
+            )
+        elif isinstance(tokenizer.chat_template, str):
+            taken = model.chat_template.name if model.chat_template.is_file() else "tokenizer_config.json"
+            say(f"{model.reference}: {name} holds another chat template than {taken}, which is used")
 
 
 def context_length(config: Any) -> int:

@@ -141,3 +141,23 @@ def test_a_chat_template_with_a_byte_order_mark_is_refused(tiny_model, tmp_path)
     template.write_bytes(b"\xef\xbb\xbf" + template.read_bytes())
     with pytest.raises(CoraError, match="marked starts with a byte order mark, which it would write into every prompt"):
         load_tokenizer(ModelPath(str(directory), directory, None))
+
+
+def test_a_chat_template_that_is_not_used_next_to_another_or_for_processors_is_named(
+    tiny_model: Path, tmp_path: Path, capfd: Any
+) -> None:
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    template, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    own = template.read_text()
+    for other, said in ((own, False), ("{{ messages }}", True)):
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": other}))
+        assert load_tokenizer(ModelPath(str(directory), directory, None)).chat_template == own
+        words = "tokenizer_config.json holds another chat template than chat_template.jinja, which is used"
+        assert (words in capfd.readouterr().err) == said
+    template.unlink()
+    settings.write_text(
+        json.dumps({name: value for name, value in json.loads(settings.read_text()).items() if name != "chat_template"})
+    )
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": own}))
+    load_tokenizer(ModelPath(str(directory), directory, None))
+    assert "the chat template of chat_template.json is for processors, so it is not used; copy" in capfd.readouterr().err
