@@ -442,7 +442,7 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
     expected = set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False))
     allowed = expected | set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=True))
     for key in sorted(allowed & set(state)):
-        if state[key].is_floating_point() or "lora_" in key or key.endswith("weight"):
+        if state[key].is_floating_point() or ".lora_" in key or key.endswith("weight"):
             finite(state[key], adapter.reference, key)
     if lost := sorted((expected - set(state)) | (set(state) - allowed)):
         kind = "is missing" if lost[0] in expected else "belongs to no layer of this model"
