@@ -90,6 +90,7 @@ def stored(config: Any, directory: Path, **changes: Any) -> ModelPath:
             {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope_type 'default', .* 'linear'",
         ),
+        (LlamaConfig(), {"is_encoder_decoder": True}, "is_encoder_decoder is true, but a llama model has no encoder"),
         (GPT2Config(), {"num_hidden_layers": 3}, "num_hidden_layers is 3, but n_layer, another name for it, is 12"),
         (
             Gemma3Config(text_config={"num_hidden_layers": 2}),
@@ -116,6 +117,20 @@ def test_a_configuration_that_contradicts_itself_is_refused(
 )
 def test_a_configuration_that_states_one_value_twice_is_read(config: Any, changes: dict[str, Any], tmp_path: Path) -> None:
     assert load_configuration(stored(config, tmp_path, **changes)).model_type == config.model_type
+
+
+@pytest.mark.parametrize(
+    "uses",
+    [
+        {"return_dict": False},
+        {"output_hidden_states": True, "output_attentions": True, "_attn_implementation": "eager"},
+        {"_attn_implementation": "flash_attention_2"},
+    ],
+)
+def test_what_a_configuration_says_about_the_use_of_a_model_is_left_out(uses: dict[str, Any], tmp_path: Path) -> None:
+    found = load_configuration(stored(LlamaConfig(), tmp_path, **uses))
+    assert (found.return_dict, found.output_hidden_states, found.output_attentions) == (True, False, False)
+    assert found._attn_implementation in (None, "eager")
 
 
 def test_a_fault_of_the_configuration_is_not_laid_on_the_tokenizer(tmp_path: Path) -> None:
