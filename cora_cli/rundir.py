@@ -134,8 +134,9 @@ def holds_files(directory: Path) -> bool:
 
 
 def own_files(folder: Path) -> list[Path]:
-    """The files in `folder` without hidden ones, which file managers and network file systems leave; of no folder, none."""
-    return [path for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_file() and not path.name.startswith(".")]
+    """The files in `folder` without hidden ones, which file managers and network file systems leave, and those of Windows; of no folder, none."""
+    found = [path for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_file()]
+    return [path for path in found if not path.name.startswith(".") and path.name not in _OF_WINDOWS]
 
 
 def utf8(text: str) -> str:

@@ -204,6 +204,14 @@ def test_what_killed_writers_and_file_managers_left_does_not_count_as_files(tmp_
     assert rundir.holds_files(tmp_path)
 
 
+def test_the_files_of_a_folder_are_those_that_no_system_left(tmp_path):
+    for name in ("adapter.json", ".DS_Store", "._adapter.json", "Thumbs.db", "desktop.ini"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    assert rundir.own_files(tmp_path) == [tmp_path / "adapter.json"]
+    assert rundir.own_files(tmp_path / "gone") == []
+
+
 def test_hashes_are_sha256_of_bytes_and_independent_of_key_order():
     assert rundir.sha256_text("ü") == hashlib.sha256("ü".encode()).hexdigest()
     assert rundir.sha256_json({"a": 1, "b": [2]}) == rundir.sha256_json({"b": [2], "a": 1})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
@@ -100,7 +100,8 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath, before: Mapping[str, torch.
     config: Any = wrapped.peft_config[ADAPTER]
     facts = read_facts(adapter.path)
     ours = method_of(facts.plan.mode).lora_rank if facts is not None else AS_THE_FILE_SAYS
-    if ours is not None and isinstance(config, LoraConfig) and not config.use_dora:
+    is_lora = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)  # which PEFT derives from it
+    if ours is not None and is_lora and not config.use_dora:
         # Complete embeddings are part of an adapter whose file holds them, such as one that was trained with added tokens.
         stored = Checkpoint(adapter).shapes
         state = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -112,12 +113,12 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath, before: Mapping[str, torch.
             return config, _with_one_scale(wrapped, config, state, before)
         return config, state
     method = config.peft_type.value
-    if isinstance(config, LoraConfig):
+    if is_lora:
         method = "DoRA" if facts is None or config.use_dora else f"mode {facts.plan.mode}"
     none = CoraError(
         f"{adapter.reference} uses {method}, which has no equivalent LoRA; `cora merge` writes it as a plain model"
     )
-    if ours is None or isinstance(config, LoraConfig) or not wrapped.supports_lora_conversion():
+    if ours is None or is_lora or not wrapped.supports_lora_conversion():
         raise none
     also = [*(config.modules_to_save or ()), *(["biases"] if getattr(config, "bias", "none") != "none" else [])]
     if also:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 
 from cora_cli import rundir
 from cora_cli.adapters.card import carry_card
@@ -95,6 +96,10 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
     """
     if wrapped.active_peft_config.is_prompt_learning:
         raise CannotMerge(adapter, f"{wrapped.active_peft_config.peft_type.value} changes the input, not the weights")
+    if not isinstance(wrapped.base_model, BaseTuner):
+        raise CannotMerge(
+            adapter, f"{wrapped.active_peft_config.peft_type.value} adds to what layers give, not to their weights"
+        )
     _separate_shared_weights(wrapped)
     if (lost := rounded_away(wrapped)) > _MUCH:
         say(

@@ -39,6 +39,7 @@ from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.fused import fused_views, split_parts, split_projections
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
+from cora_cli.models.skeleton import without_numbers
 from cora_cli.progress import say
 from cora_cli.records import read_run
 
@@ -191,6 +192,8 @@ def load_adapter(
                 wrapped = _load_own(model, adapter, facts, trainable)
             else:
                 state = _stored_tensors(adapter)
+                if facts is None:
+                    _check_gathered(adapter, state)
                 _check_start(adapter)
                 _resize_embeddings(model, state)
                 with _for_peft(adapter, state) as path:
@@ -282,6 +285,12 @@ def _stored_tensors(adapter: ModelPath) -> dict[str, torch.Tensor]:
     """The tensors of an adapter's files. Raises `CoraError` as `Checkpoint` does, and if it has none; PEFT would look for them on the hub."""
     checkpoint = Checkpoint(adapter)
     return {key: checkpoint.read(key) for key in checkpoint.shapes}
+
+
+def _check_gathered(adapter: ModelPath, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise `CoraError` for a tensor of no numbers, as DeepSpeed's ZeRO-3 leaves in an adapter whose parts were not gathered."""
+    if empty := next((key for key, tensor in sorted(state.items()) if not tensor.numel()), None):
+        raise CoraError(f"adapter {adapter.path}: {without_numbers(empty, tuple(state[empty].shape))}")
 
 
 @contextlib.contextmanager
@@ -442,7 +451,7 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
     expected = set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False))
     allowed = expected | set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=True))
     for key in sorted(allowed & set(state)):
-        if state[key].is_floating_point() or "lora_" in key or key.endswith("weight"):
+        if state[key].is_floating_point() or ".lora_" in key or key.endswith("weight"):
             finite(state[key], adapter.reference, key)
     if lost := sorted((expected - set(state)) | (set(state) - allowed)):
         kind = "is missing" if lost[0] in expected else "belongs to no layer of this model"

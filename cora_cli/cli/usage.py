@@ -1,5 +1,6 @@
 """The group of all commands, which reports a wrong command line as one sentence, as every other error is reported; and their `--help`."""
 
+import itertools
 import re
 import sys
 from typing import Any
@@ -20,10 +21,22 @@ _OTHER_WORDS = (
 GENERAL = "General"
 """The panel of the flags that all commands have."""
 _LONGEST_CHOICES = 48
+_INPUTS = ("dataset", "test_dataset", "model", "config")
+"""Options of which a user may think that all values count where there are several, while the last one would."""
 
 
 class Command(TyperCommand):
     """A command whose help has a heading for each panel of flags, in plain text; rich takes twice as long."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line. Raises `BadParameter` for an input that is given twice, with different values."""
+        for parameter in self.get_params(ctx):
+            given = [value for flag in parameter.opts for value in _values_of(flag, args)] if parameter.name in _INPUTS else []
+            if len(set(given)) > 1:
+                raise typer.BadParameter(
+                    f"{parameter.opts[0]} is given several times ({', '.join(given)}), but takes one value; give one"
+                )
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and flags under the headings of their panels, in the order in which the first of each is declared."""
@@ -41,6 +54,13 @@ class Command(TyperCommand):
         for heading, records in panels.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+
+def _values_of(flag: str, args: list[str]) -> list[str]:
+    """What a command line gives to a flag, each time that it has it."""
+    own = args[: args.index("--")] if "--" in args else args
+    apart = [value for name, value in itertools.pairwise(own) if name == flag]
+    return [*apart, *(one.removeprefix(f"{flag}=") for one in own if one.startswith(f"{flag}="))]
 
 
 def _with_choices_in_help(flag: str, text: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from cora_cli import rundir
 from cora_cli.data.formats import columns_of, own_shape, read_record, shape_for, with_messages
 from cora_cli.data.formats.columns import chosen_shape
+from cora_cli.data.formats.preference import refuse_unwanted
 from cora_cli.data.readers import read_located
 from cora_cli.data.records import SCHEMAS, Record, Schema, prompt_hash, prompt_hashes
 from cora_cli.errors import CoraError, UsageError
@@ -78,6 +79,7 @@ def load_records(dataset: str, choice: Choice = ALL, usual: str = "train") -> tu
         shape = own_shape(columns_of(where, first), where)
     else:
         shape = with_messages(shape_for(first, where), first)
+    refuse_unwanted(located, shape)
     records = [read_record(record, shape, where) for where, record in located]
     if not own:
         say(f"{dataset}: read as {shape.name}, {len(records):,} record{'s' if len(records) > 1 else ''}")

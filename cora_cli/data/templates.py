@@ -32,6 +32,8 @@ ALPACA_WITHOUT_INPUT = (
 _PROBE = "answer"
 _ADDRESS = re.compile(r"<[^<>\n]{1,200} at 0x[0-9a-f]{6,16}>")
 """What Python writes for an object that is no text, such as a generator: it has another address in each process."""
+_OPENED = re.compile(r"(?P<tag><[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])(?P<space>\s*)$")
+"""The end of a prompt that begins the answer itself, such as with `<think>`."""
 CLOCK = "strftime_now"
 """The function by which a chat template reads the clock; transformers' own name for it."""
 
@@ -234,7 +236,8 @@ class Template:
                 raise CoraError(f"{where}: the chat template gives the last message no text after the prompt")
             end = self._turn_end.token if self._turn_end else None
             left_out = tuple(sorted(missing))
-            return Rendered(prompt, content, special_tokens=False, end=end, own_turn=False, left_out=left_out)
+            response = _continued(prompt, content)
+            return Rendered(prompt, response, special_tokens=False, end=end, own_turn=False, left_out=left_out)
         # Some templates set thoughts apart anew.
         if isinstance(content, str) and not all(part.strip() in rendered for part in re.split("</?think>", content)):
             missing.add(messages[-1]["role"])
@@ -307,6 +310,14 @@ class _TurnEnd:
     token: int
     text: str
     after: str
+
+
+def _continued(prompt: str, answer: str) -> str:
+    """The answer without the tag with which the prompt has begun it, such as `<think>`: a model continues after it."""
+    opened = _OPENED.search(prompt)
+    if opened is None or not answer.lstrip().startswith(opened["tag"]):
+        return answer
+    return answer.lstrip().removeprefix(opened["tag"]).removeprefix(opened["space"])
 
 
 def _is_written(message: Mapping[str, Any], text: str) -> bool:

@@ -21,6 +21,7 @@ from cora_cli.evaluation.agreement import Agreement
 from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
 from cora_cli.evaluation.processes import ALONE, Processes
 from cora_cli.evaluation.sampling import Draws, Finite, Sampling
+from cora_cli.methods.parts.layers import transformers_model
 from cora_cli.models.configuration import depends_on_batch, rope_switch
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
@@ -286,9 +287,12 @@ class BatchedGenerate:
         model, longest = self.model, max(map(len, batch))
         ids = torch.tensor([[self._pad] * (longest - len(prompt)) + list(prompt) for prompt in batch])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
-        own = model.generation_config
+        # PEFT hands its own configuration on to another module where an adapter changes the input.
+        places = [model, transformers_model(model)]
+        own = [place.generation_config for place in places]
         # Replace the model's configuration: it may sample or penalize repetition, and `generate` fills unset options from it.
-        model.generation_config = GenerationConfig(do_sample=False, pad_token_id=self._pad, use_cache=True, **settings)
+        for place in places:
+            place.generation_config = GenerationConfig(do_sample=False, pad_token_id=self._pad, use_cache=True, **settings)
         try:
             return model.generate(
                 input_ids=ids.to(model.device),
@@ -296,4 +300,5 @@ class BatchedGenerate:
                 logits_processor=LogitsProcessorList(draws),
             )
         finally:
-            model.generation_config = own
+            for place, config in zip(places, own, strict=True):
+                place.generation_config = config

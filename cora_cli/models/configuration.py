@@ -25,6 +25,7 @@ def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any
         raise CoraError(f"config.json of {model.reference} cannot be read: {reason(error)}") from error
     if contradiction := _contradiction(model.config(), config):
         raise CoraError(f"config.json of {model.reference} contradicts itself: {contradiction}; remove the wrong one")
+    _forget_uses(config)
     by_remote_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForCausalLM._model_mapping and not by_remote_code:
         raise CoraError(
@@ -32,6 +33,17 @@ def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any
             "that predicts the next token of a text"
         )
     return config
+
+
+def _forget_uses(config: Any) -> None:
+    """Leave out of a configuration what it states about the use of the model it was saved from, rather than about the model.
+
+    Such as outputs as tuples, or an attention kernel that may not be installed here.
+    """
+    for part in parts_of(config):
+        part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
+        if getattr(part, "_attn_implementation", None) not in (None, "eager", "sdpa"):
+            part._attn_implementation = None
 
 
 def _contradiction(stated: Mapping[str, Any], config: Any) -> str | None:
@@ -52,6 +64,8 @@ def _contradiction(stated: Mapping[str, Any], config: Any) -> str | None:
         for name, value in rope.items():
             if name in stated_apart and stated_apart[name] != value:
                 return f"rope_parameters has {name} {value!r}, but {'rope_scaling' if scaling else 'next to it'} {stated_apart[name]!r}"
+    if stated.get("is_encoder_decoder") and not getattr(type(config), "is_encoder_decoder", False):
+        return f"is_encoder_decoder is true, but a {config.model_type} model has no encoder"
     for alias, name in config.attribute_map.items():
         if alias in stated and name in stated and stated[alias] != stated[name]:
             return f"{alias} is {stated[alias]!r}, but {name}, another name for it, is {stated[name]!r}"

@@ -20,7 +20,7 @@ from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, skeleton_of, surplus_fault
+from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, shape_fault, skeleton_of, surplus_fault
 from cora_cli.progress import say
 from cora_cli.reading import read_json, read_text
 
@@ -141,9 +141,7 @@ def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, repor
     """Raise `CoraError` where the loaded model is not the one that its files hold; say which of their tensors it does not use."""
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     for name, stored, expected in sorted(report["mismatched_keys"]):
-        raise CoraError(
-            f"{model.reference}: {name} has the shape {tuple(stored)}, but its config.json describes {tuple(expected)}; correct one of them"
-        )
+        raise CoraError(f"{model.reference}: {shape_fault(name, tuple(stored), tuple(expected))}")
     for name, same in Skeleton(loaded).stored_twice(checkpoint.shapes).items():
         raise CoraError(f"{model.reference}: {' and '.join(same)} are both {name} of the model; remove one of them")
     if surplus := Skeleton(loaded).surplus_layers(checkpoint.shapes):
@@ -200,12 +198,13 @@ def _for_transformers(model: ModelPath, checkpoint: Checkpoint) -> Iterator[Path
         return
     with tempfile.TemporaryDirectory(prefix="cora-model-") as name:
         directory = Path(name)
+        known = model.has_known_layout
         for file in model.path.iterdir():
             if file in wrapped:
                 torch.save(load_pickle(file), directory / file.name)
-            elif file.name != "adapter_config.json":
+            elif file.name != "adapter_config.json" and (known or not file.name.endswith(".index.json")):
                 (directory / file.name).symlink_to(file.resolve())
-        if not model.has_known_layout:
+        if not known:
             index = "model.safetensors.index.json" if files[0].suffix == ".safetensors" else "pytorch_model.bin.index.json"
             places = {tensor: file.name for tensor, file in checkpoint.files.items()}
             rundir.write_json(directory / index, {"metadata": {}, "weight_map": places})
@@ -232,6 +231,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         if (model.path / "config.json").exists():
             load_configuration(model, trust_remote_code)  # which transformers reads to find the kind of tokenizer
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
+    _say_other_templates(model, tokenizer)
     if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
         tokenizer.chat_template = read_text(adapter.chat_template)
     templates = tokenizer.chat_template
@@ -259,6 +259,23 @@ def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:
             say(
                 f"{model.reference}: {name} is {one!r} in {paths[0].name}, but {other!r} in {paths[1].name}; {getattr(tokenizer, name)!r} is used"
             )
+
+
+def _say_other_templates(model: ModelPath, tokenizer: Any) -> None:
+    """Say where a file of the directory holds another chat template than the one that is taken: an older one, or one that only processors read."""
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        path = model.path / name
+        stated = read_json(path) if path.exists() else None
+        other = stated.get("chat_template") if isinstance(stated, dict) else None
+        if not isinstance(other, str) or other == tokenizer.chat_template:
+            continue
+        if tokenizer.chat_template is None:
+            say(
+                f"{model.reference}: the chat template of {name} is for processors, so it is not used; copy its text to {model.chat_template.name}"
+            )
+        elif isinstance(tokenizer.chat_template, str):
+            taken = model.chat_template.name if model.chat_template.is_file() else "tokenizer_config.json"
+            say(f"{model.reference}: {name} holds another chat template than {taken}, which is used")
 
 
 def context_length(config: Any) -> int:

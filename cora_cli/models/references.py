@@ -51,6 +51,8 @@ _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+_MODEL_FILES = ("config.json", "adapter_config.json")
+"""The files of which a directory with a model has one."""
 _ENDINGS = ("safetensors", "bin", "pt", "pth")
 """Endings of weight files, the first ones preferred."""
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|sampler|rng_state|random_states)[\w-]*\.(bin|pt|pth|pkl)")
@@ -153,8 +155,13 @@ class ModelPath:
 
     @property
     def has_known_layout(self) -> bool:
-        """Whether transformers finds the weights of the complete model by itself: under the usual name, or through an index."""
-        return bool(self._named_files())
+        """Whether transformers finds the weights of the complete model by itself: under the usual name, or through an index with `metadata`."""
+        for single, index in _LAYOUTS:
+            if (self.path / single).exists():
+                return bool(self._named_files())
+            if (self.path / index).exists():
+                return bool(self._named_files()) and isinstance(read_json(self.path / index, WeightIndex).get("metadata"), dict)
+        return False
 
     def weight_index(self) -> dict[str, str]:
         """Tensor name -> file name of a sharded model's index; empty where the model has none, or a single file as well."""
@@ -289,12 +296,32 @@ def resolve_model(reference: str, weights: bool = True) -> ModelPath:
             run = rundir.RunDirectory(path.parent)
         if run.exists() and path.is_dir():
             run.check_result()
-        if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
-            raise CoraError(f"{reference} is not a model: {path} has neither config.json nor adapter_config.json")
+        if not any((path / name).exists() for name in _MODEL_FILES):
+            raise CoraError(
+                f"{reference} is not a model: {path} has neither config.json nor adapter_config.json{_inside(path)}"
+            )
         return _checked(ModelPath(reference, path, None))
     check_reference(reference)
     hub_id, _, revision = reference.partition("@")
     return _fetch(reference, hub_id, revision or None, weights)
+
+
+def _inside(path: Path) -> str:
+    """How a sentence ends about a directory that is no model: with those in it, such as the snapshots of the hub's cache, or checkpoints."""
+    found = [
+        file.parent
+        for below in ("*", "snapshots/*")
+        for file in path.glob(f"{below}/*config.json")
+        if file.name in _MODEL_FILES
+    ]
+    names = list(dict.fromkeys(str(folder) for folder in sorted(found)))
+    return (
+        f"; {names[-1]} in it is one"
+        if len(names) == 1
+        else f"; choose one of those in it: {', '.join(names[:8])}"
+        if names
+        else ""
+    )
 
 
 def check_reference(reference: str) -> None:

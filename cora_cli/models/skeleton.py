@@ -94,6 +94,21 @@ def surplus_fault(layers: list[str]) -> str:
     )
 
 
+def shape_fault(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """Says that a tensor of the files has not the shape that the configuration describes."""
+    if 0 in stored and 0 not in expected:
+        return without_numbers(name, stored)
+    return f"{name} has the shape {stored}, but its config.json describes {expected}; correct one of them"
+
+
+def without_numbers(name: str, shape: tuple[int, ...]) -> str:
+    """Says that a file has a tensor without its numbers."""
+    return (
+        f"{name} is stored without its numbers, with the shape {shape}: its parts were not gathered from the processes of the training, as "
+        "DeepSpeed's ZeRO-3 needs; save it again with all of its parts"
+    )
+
+
 def layer_of(model: Any, tensor: str) -> str | None:
     """The linear layer whose name begins that of a tensor, such as `….q_proj` for `….q_proj.weight_scale`; None where there is none."""
     modules = dict(model.named_modules())

@@ -160,11 +160,15 @@ def _agree(arguments: TrainingArguments, decide: Any, fingerprint: dict[str, Any
 def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool) -> bool:
     """Whether the directory holds a run with this configuration to continue. Raises `CoraError` for another run or other files.
 
-    A run that failed before its first step holds nothing to continue and is replaced, and so is one that the user interrupted there, unless
-    it is to be continued.
+    A run that failed before its first step holds nothing to continue and is replaced, and so is one that the user interrupted there, or that
+    failed without a checkpoint, unless it is to be continued.
     """
-    if run.exists() and _took_no_step(run, {FAILED} if resume else {FAILED, INTERRUPTED}):
-        for path in (run.record, run.config, run.test_records, run.trained_prompts, run.log):
+    own = (run.record, run.config, run.test_records, run.trained_prompts, run.log)
+    left_nothing = run.exists() and not resume and _failed_for_nothing(run, {run.checkpoints, *own})
+    if run.exists() and (left_nothing or _took_no_step(run, {FAILED} if resume else {FAILED, INTERRUPTED})):
+        if left_nothing:
+            say(f"the run in {run.root} had failed without a checkpoint: it is replaced")
+        for path in own:
             path.unlink(missing_ok=True)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     if not run.exists():
@@ -212,6 +216,12 @@ def _took_no_step(run: RunDirectory, ended: Collection[str]) -> bool:
     if read_json(run.record, RunStatus)["status"] not in ended or checkpoints_in(run.checkpoints):
         return False
     return not run.log.exists() or not any("loss" in line for line in read_jsonl(run.log, LogLine, drop_partial_tail=True))
+
+
+def _failed_for_nothing(run: RunDirectory, own: Collection[Path]) -> bool:
+    """Whether a run failed and left neither a checkpoint nor anything else than its `own` files, such as a result or an evaluation."""
+    others = [path for path in run.root.iterdir() if path not in own and not path.name.startswith(".")]
+    return read_json(run.record, RunStatus)["status"] == FAILED and not checkpoints_in(run.checkpoints) and not others
 
 
 def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, record: dict[str, Any]) -> None:
@@ -445,7 +455,11 @@ def _mark_failed(run: RunDirectory, error: Exception) -> None:
 def _explained(error: Exception, run: RunDirectory, config: TrainConfig, prepared: Prepared) -> Exception:
     """Add where the last complete checkpoint is, name a full disk whichever library reported it, and say what fits a full GPU."""
     kept = checkpoints_in(run.checkpoints)
-    where = f"the last complete checkpoint is {kept[-1]}; --resume continues from it" if kept else "there was no checkpoint yet"
+    where = (
+        f"the last complete checkpoint is {kept[-1]}; --resume continues from it"
+        if kept
+        else "there was no checkpoint yet, so another training may take its place"
+    )
     if isinstance(error, Diverged):
         return Diverged(f"{error}; {where}")
     if isinstance(error, CoraError):

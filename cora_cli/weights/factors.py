@@ -22,6 +22,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import ModelPath
+from cora_cli.models.skeleton import without_numbers
 
 _ADAPTER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
 _IN_LAYER = re.compile(r"\.\d+\.")
@@ -245,6 +246,8 @@ class AdapterFactors:
 
     def _shape(self, key: str) -> tuple[int, int]:
         shape = self.checkpoint.shapes[key]
+        if 0 in shape and self.config.get("r") and read_facts(self.checkpoint.path) is None:
+            raise CoraError(f"{self.reference}: {without_numbers(key, shape)}")
         if len(shape) != 2:
             raise CoraError(f"{self.reference}: {key} has shape {shape}; two dimensions are required")
         return shape[0], shape[1]

@@ -18,7 +18,7 @@ from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint, finite, type_fault
 from cora_cli.models.fused import VIEWS, Layout, View, fused_views
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import Skeleton, layer_of, other_modalities, skeleton_of, surplus_fault
+from cora_cli.models.skeleton import Skeleton, layer_of, other_modalities, shape_fault, skeleton_of, surplus_fault
 from cora_cli.progress import say
 from cora_cli.weights.factors import AdapterFactors
 
@@ -375,7 +375,7 @@ def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) 
         elif stored and (fault := type_fault(checkpoint.types[stored[0]], stored[0])):
             found[module] = fault
         elif stored and (shape := checkpoint.shapes[stored[0]]) != expected:
-            found[module] = f"{stored[0]} has the shape {shape}, but its config.json describes {expected}"
+            found[module] = shape_fault(stored[0], shape, expected)
         elif module in beside:
             found[module] = _beside(module, beside[module])
     return found

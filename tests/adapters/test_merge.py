@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoHaConfig, LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PeftType,
+    VBLoRAConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -104,6 +114,41 @@ def test_an_output_that_exists_is_refused_and_left_alone(make, adapters, tmp_pat
 def test_a_whole_model_is_refused(tiny_model, tmp_path):
     with pytest.raises(CoraError, match="is a complete model: there is nothing to merge"):
         merge_adapter(resolve_model(str(tiny_model)), tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdaLoraConfig(
+            init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1, target_modules=["q_proj"], init_lora_weights=False
+        ),
+        VBLoRAConfig(r=2, num_vectors=8, vector_length=8, target_modules=["q_proj"], save_only_topk_weights=True),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_an_adapter_of_peft_with_other_factors_than_a_and_b_is_merged(config, tiny_model, tmp_path):
+    torch.manual_seed(0)
+    wrapped = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    base = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected = logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval())
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged", base=resolve_model(str(tiny_model)))
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (found - logits(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))).abs().max() > 1e-2
+
+
+def test_an_adapter_that_adds_to_the_attention_has_no_weights_to_merge(tiny_model, tmp_path):
+    config = AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CoraError, match="cannot be merged: ADAPTION_PROMPT adds to what layers give"):
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged", base=resolve_model(str(tiny_model)))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 @pytest.mark.parametrize("method", ["BEFT", "LILY"])

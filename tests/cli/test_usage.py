@@ -15,6 +15,10 @@ from cora_cli.methods.registry import METHODS
         ("train --rnk 3", "there is no option --rnk; did you mean --rank?"),
         ("train --rank", "--rank needs a value"),
         ("train --resume=3", "--resume takes no value"),
+        (
+            "train --dataset a --rank 2 --dataset=b",
+            "--dataset is given several times (a, b), but takes one value; give one",
+        ),
         ("merge a", "--output is missing; see `cora merge --help`"),
         ("merge a b -o c", "there is no place for the argument b; see `cora merge --help`"),
         ("trian", "there is no command 'trian'; did you mean train?"),

@@ -202,6 +202,21 @@ def test_an_answer_of_weight_0_is_part_of_the_prompt_and_is_not_trained(tmp_path
     assert prompt_key(record, schema) == prompt_key(other, schema)
 
 
+@pytest.mark.parametrize("mark", ["train", "training", "loss"])
+def test_the_marks_of_other_programs_say_whether_an_answer_is_trained(mark, tmp_path):
+    first, second = ({**SAID[1], mark: trained} for trained in (False, True))
+    question = {**SAID[0], mark: False}
+    dataset = jsonl(tmp_path / "a.jsonl", {"messages": [question, first, question, second]})
+    (record,), schema = load_records(dataset)
+    assert [message.get("weight") for message in record["messages"]] == [None, 0, None, None]
+    assert [len(turn["messages"]) for turn in turns(record, schema)] == [4]
+    assert all(message.keys() <= {"role", "content", "weight"} for message in record["messages"][1::2])
+    with pytest.raises(CoraError, match="line 1: the last answer has the weight 0"):
+        load_records(jsonl(tmp_path / "b.jsonl", {"messages": [question, first]}))
+    with pytest.raises(CoraError, match=f"message 2, has {mark}, weight, of which one says that it is trained and another"):
+        load_records(jsonl(tmp_path / "c.jsonl", {"messages": [question, first | {"weight": 1}]}))
+
+
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
@@ -303,11 +318,6 @@ def test_only_the_completion_of_a_conversation_is_trained_also_where_every_answe
         ([{"prompt": SAID, "completion": ANSWERED}], "line 1: prompt ends with an answer"),
         ([{"prompt": [], "completion": ANSWERED}], "line 1: prompt is empty"),
         ([{"prompt": ["q"], "completion": ANSWERED}], "line 1: messages must be a list of .* message 1 of 2 has no role"),
-        (
-            [{"prompt": "q", "completion": "a", "label": False}],
-            "line 1: the label is false, .* a completion that is not wanted",
-        ),
-        ([{"prompt": ASKED, "response": ANSWERED, "label": False}], "line 1: the label is false, .* a response that is not"),
     ],
 )
 def test_a_prompt_and_an_answer_that_are_no_conversation_are_refused_by_line_and_column(records, message, tmp_path):
@@ -329,6 +339,22 @@ def test_a_prompt_and_an_answer_that_are_no_conversation_are_refused_by_line_and
             {"instruction": "i", "input": "x", "output": "a"},
         ),
         ({"chosen": "Human: q", "rejected": "Human: r"}, "text=chosen", {"text": "Human: q"}),
+        ({"prompt": "q", "chosen": json.dumps(SAID), "rejected": "[]"}, "messages=chosen", {"messages": SAID}),
+        (
+            {
+                "input": {"messages": ASKED, "tools": [{"name": "f"}], "parallel_tool_calls": True},
+                "preferred_output": ANSWERED,
+                "non_preferred_output": ASKED,
+            },
+            "prompt=input,response=preferred_output",
+            {"messages": SAID, "tools": [{"name": "f"}]},
+        ),
+        (
+            {"conversations": TALK[:1], "chosen": TALK[1], "rejected": TALK[1]},
+            "prompt=conversations,response=chosen",
+            {"messages": SAID},
+        ),
+        ({"messages": ASKED, "chosen": ANSWERED[0], "rejected": {}}, "prompt=messages,response=chosen", {"messages": SAID}),
     ],
 )
 def test_preferences_are_refused_with_the_columns_that_work(record, columns, read, tmp_path):
@@ -339,9 +365,58 @@ def test_preferences_are_refused_with_the_columns_that_work(record, columns, rea
     assert read.items() <= found.items()
 
 
-def test_chosen_messages_next_to_a_prompt_that_is_text_are_refused_with_what_to_write(tmp_path):
-    with pytest.raises(CoraError, match="write prompt as a list of messages too"):
-        load_records(jsonl(tmp_path / "a.jsonl", {"prompt": "q", "chosen": ANSWERED, "rejected": ANSWERED}))
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "text"),
+    [("q", ANSWERED, "prompt"), ("q", ANSWERED[0], "prompt"), ("q", json.dumps(ANSWERED), "prompt"), (ASKED, "a", "chosen")],
+)
+def test_a_prompt_and_a_chosen_answer_of_which_one_is_text_are_refused_with_what_to_write(prompt, chosen, text, tmp_path):
+    with pytest.raises(CoraError, match=f"write {text} as a list of messages too"):
+        load_records(jsonl(tmp_path / "a.jsonl", {"prompt": prompt, "chosen": chosen, "rejected": chosen}))
+
+
+def test_a_conversation_with_its_answer_is_read_as_it_is_next_to_the_same_as_preferences(tmp_path):
+    record = {"prompt": "q", "messages": SAID, "chosen": SAID, "rejected": SAID, "score_chosen": 8.0}
+    (read,), _ = load_records(jsonl(tmp_path / "a.jsonl", record))
+    assert read["messages"] == SAID
+
+
+UNWANTED = [
+    ({"prompt": "q", "completion": "a"}, "label", "completion", "prompt=prompt,response=completion"),
+    ({"prompt": ASKED, "response": ANSWERED}, "label", "response", "prompt=prompt,response=response"),
+    ({"messages": SAID}, "kto_tag", "answer", "messages=messages"),
+    ({"conversations": TALK}, "label", "answer", "messages=conversations"),
+    ({"instruction": "i", "output": "a"}, "kto_tag", "output", "prompt=instruction,response=output"),
+    (
+        {"instruction": "i", "context": "c", "response": "a"},
+        "label",
+        "response",
+        "prompt=instruction,input=context,response=response",
+    ),
+    ({"question": "q", "answer": "a"}, "label", "answer", "prompt=question,response=answer"),
+]
+
+
+@pytest.mark.parametrize("value", [False, "False "])
+@pytest.mark.parametrize(("record", "name", "answer", "columns"), UNWANTED)
+def test_an_answer_marked_as_not_wanted_is_refused_unless_the_columns_are_named(record, name, answer, columns, value, tmp_path):
+    dataset = jsonl(tmp_path / "a.jsonl", {**record, name: True}, {**record, name: value})
+    message = f"line 2: the {name} is false, .* mark the {answer} as not wanted; .* with --columns {columns}"
+    with pytest.raises(CoraError, match=message):
+        load_records(dataset)
+    assert len(load_records(dataset, Choice(tuple(columns.split(","))))[0]) == 2
+
+
+@pytest.mark.parametrize("labels", [(1, 0), ("1", "0"), (None, 0.0), ("", "0.0"), (True, 0)])
+def test_labels_of_0_and_1_next_to_a_prompt_and_a_completion_may_be_marks_or_classes_and_are_refused(labels, tmp_path):
+    dataset = jsonl(tmp_path / "a.jsonl", *({**PAIR, "label": label} for label in labels))
+    with pytest.raises(CoraError, match=r"line 2: the label is 0, .* may mark the completion as not wanted"):
+        load_records(dataset)
+
+
+@pytest.mark.parametrize("labels", [(0, 2), ("0", "1", "2"), (0, "positive"), (-1, 0), (1, 1), ([False], 0)])
+def test_other_labels_next_to_a_prompt_and_a_completion_are_classes(labels, tmp_path):
+    dataset = jsonl(tmp_path / "a.jsonl", *({**PAIR, "label": label} for label in labels))
+    assert len(load_records(dataset)[0]) == len(labels)
 
 
 def test_a_chosen_column_that_is_missing_is_named(tmp_path):

@@ -191,6 +191,27 @@ def test_an_answer_that_the_template_renders_otherwise_is_trained_as_written_and
     assert encode_records([TALK], template, 200, "training").apart == 1
 
 
+@pytest.mark.parametrize(
+    ("opening", "answer", "trained"),
+    [
+        ("<think>\n", "<think>\nt\n</think>\n\n2", "t\n</think>\n\n2"),
+        ("<think>", " <think>\nt</think>2", "\nt</think>2"),
+        ("[THINK]", "[THINK]t[/THINK]2", "t[/THINK]2"),
+        ("<think>\n", "2 <think>", "2 <think>"),
+    ],
+)
+def test_thoughts_that_the_prompt_begins_are_not_begun_twice(opening, answer, trained):
+    without_thoughts = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1].split('[/THINK]')[-1] }}")
+    template = Template(
+        "chat",
+        "messages",
+        with_template(without_thoughts.replace("assistant\n{% endif %}", f"assistant\n{opening}{{% endif %}}")),
+    )
+    rendered = template.render({"messages": [TALK["messages"][1], {"role": "assistant", "content": answer}]})
+    assert rendered.prompt.endswith(f"assistant\n{opening}")
+    assert (rendered.response, rendered.answer) == (trained, trained)
+
+
 def test_a_template_that_refuses_a_conversation_is_quoted_with_the_records_place():
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML
     template = Template("chat", "messages", with_template(refusing))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cora_cli import embedded, rundir
@@ -256,6 +256,25 @@ def test_a_lead_with_special_tokens_is_no_part_of_the_prediction():
 def test_an_end_token_that_is_no_id_is_refused(own):
     with pytest.raises(CoraError, match="eos_token_id that is no token id"):
         end_tokens(own, {1})
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_a_model_with_an_adapter_of_its_input_answers_as_its_forward_pass_does(kind, tiny_model: Path):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    base.generation_config = GenerationConfig(max_new_tokens=1, eos_token_id=UNUSED)
+    tuned = get_peft_model(base, kind(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    prompts, answers = [[5, 9, 40, 77], [8, 3], [100, 7, 21]], []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            for _ in range(4):
+                ids = torch.cat([ids, tuned(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        answers.append(ids[0, len(prompt) :].tolist())
+    own = base.generation_config
+    engine = transformers_engine(tuned, Numbers(), [UNUSED], prompts, 2, 4)
+    assert engine.answer(prompts, lambda: None) == answers
+    assert base.generation_config is own
 
 
 @pytest.mark.parametrize("sampling", [None, Sampling(0.8, 0)])

@@ -204,6 +204,34 @@ def test_a_quantization_without_a_method_is_refused_by_name(tiny_model, tmp_path
         load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)
 
 
+@pytest.mark.parametrize("stated", [{}, {"metadata": None}])
+def test_shards_are_loaded_by_an_index_that_has_no_metadata(stated, tiny_model, tmp_path):
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "sharded"))
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    places = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name in places if places[name] == file}, directory / file, metadata={"format": "pt"})
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({**stated, "weight_map": places}))
+    before = index.read_bytes()
+    loaded = load_model(local(directory), torch.float32, torch.device("cpu"), None).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert index.read_bytes() == before
+
+
+def test_a_weight_that_was_saved_without_its_numbers_is_named(tiny_model, tmp_path):
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "sharded"))
+    tensors = load_file(directory / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**tensors, name: torch.zeros(0)}, directory / "model.safetensors", metadata={"format": "pt"})
+    said = rf"{re.escape(name)} is stored without its numbers, with the shape \(0,\): its parts were not gathered"
+    with pytest.raises(CoraError, match=said):
+        load_model(local(directory), torch.float32, torch.device("cpu"), None)
+    with pytest.raises(CoraError, match=said):
+        open_source(local(directory)).targets(["q_proj"])
+
+
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_a_weight_that_is_not_finite_is_refused_by_name_when_the_model_is_loaded(value, tiny_model, tmp_path):
     directory = Path(shutil.copytree(tiny_model, tmp_path / "damaged"))

@@ -90,6 +90,7 @@ def stored(config: Any, directory: Path, **changes: Any) -> ModelPath:
             {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
             "rope_type 'default', .* 'linear'",
         ),
+        (LlamaConfig(), {"is_encoder_decoder": True}, "is_encoder_decoder is true, but a llama model has no encoder"),
         (GPT2Config(), {"num_hidden_layers": 3}, "num_hidden_layers is 3, but n_layer, another name for it, is 12"),
         (
             Gemma3Config(text_config={"num_hidden_layers": 2}),
@@ -118,6 +119,20 @@ def test_a_configuration_that_states_one_value_twice_is_read(config: Any, change
     assert load_configuration(stored(config, tmp_path, **changes)).model_type == config.model_type
 
 
+@pytest.mark.parametrize(
+    "uses",
+    [
+        {"return_dict": False},
+        {"output_hidden_states": True, "output_attentions": True, "_attn_implementation": "eager"},
+        {"_attn_implementation": "flash_attention_2"},
+    ],
+)
+def test_what_a_configuration_says_about_the_use_of_a_model_is_left_out(uses: dict[str, Any], tmp_path: Path) -> None:
+    found = load_configuration(stored(LlamaConfig(), tmp_path, **uses))
+    assert (found.return_dict, found.output_hidden_states, found.output_attentions) == (True, False, False)
+    assert found._attn_implementation in (None, "eager")
+
+
 def test_a_fault_of_the_configuration_is_not_laid_on_the_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CoraError, match=r"^config.json of .* cannot be read: .*rms_norm_eps"):
         load_tokenizer(stored(LlamaConfig(), tmp_path, rms_norm_eps="1e-5"))
@@ -141,3 +156,23 @@ def test_a_chat_template_with_a_byte_order_mark_is_refused(tiny_model, tmp_path)
     template.write_bytes(b"\xef\xbb\xbf" + template.read_bytes())
     with pytest.raises(CoraError, match="marked starts with a byte order mark, which it would write into every prompt"):
         load_tokenizer(ModelPath(str(directory), directory, None))
+
+
+def test_a_chat_template_that_is_not_used_next_to_another_or_for_processors_is_named(
+    tiny_model: Path, tmp_path: Path, capfd: Any
+) -> None:
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    template, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    own = template.read_text()
+    for other, said in ((own, False), ("{{ messages }}", True)):
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": other}))
+        assert load_tokenizer(ModelPath(str(directory), directory, None)).chat_template == own
+        words = "tokenizer_config.json holds another chat template than chat_template.jinja, which is used"
+        assert (words in capfd.readouterr().err) == said
+    template.unlink()
+    settings.write_text(
+        json.dumps({name: value for name, value in json.loads(settings.read_text()).items() if name != "chat_template"})
+    )
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": own}))
+    load_tokenizer(ModelPath(str(directory), directory, None))
+    assert "the chat template of chat_template.json is for processors, so it is not used; copy" in capfd.readouterr().err

@@ -170,6 +170,28 @@ def test_a_directory_without_a_configuration_is_no_model(tmp_path):
         resolve_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (["snapshots/abc/config.json"], r"; .*hub/snapshots/abc in it is one"),
+        (["sft/adapter_config.json"], r"; .*hub/sft in it is one"),
+        (
+            ["checkpoint-1/config.json", "checkpoint-2/config.json"],
+            r"choose one of those in it: .*checkpoint-1, .*checkpoint-2",
+        ),
+    ],
+)
+def test_a_directory_of_models_is_none_and_those_in_it_are_named(places, said, tmp_path):
+    for place in places:
+        file = tmp_path / "hub" / place
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    with pytest.raises(
+        CoraError, match=f"has neither config.json nor adapter_config.json{said if said[0] == ';' else '; ' + said}"
+    ):
+        resolve_model(str(tmp_path / "hub"))
+
+
 def test_the_embedded_model_is_found_by_its_name():
     found = resolve_model(EMBEDDED_MODEL)
     assert found.reference == "builtin:smollm2"

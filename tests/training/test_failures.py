@@ -37,6 +37,24 @@ def test_divergence_stops_the_run_and_names_step_and_checkpoint(tiny_model: Path
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_a_run_that_diverged_without_a_checkpoint_is_replaced_by_one_with_other_settings(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    config = config_for(tiny_model, tiny_data, output, mode="full", learning_rate=1e30, max_steps=9, save_steps=50)
+    for _ in range(2):
+        with pytest.raises(CoraError, match="there was no checkpoint yet, so another training may take its place"):
+            train(config)
+    assert len(log_lines(output)) >= 1
+    (output / "eval").mkdir()
+    with pytest.raises(CoraError, match="already contains a run"):
+        train(replace(config, learning_rate=1e-4, max_steps=1))
+    (output / "eval").rmdir()
+    assert train(replace(config, learning_rate=1e-4, max_steps=1))["status"] == "finished"
+    assert [line["step"] for line in log_lines(output)] == [1]
+    assert f"the run in {output} had failed without a checkpoint: it is replaced" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 def test_a_run_that_no_gradient_reaches_is_refused_before_it_changes_anything(
     max_grad_norm: float, tiny_model: Path, tiny_data: Path, tmp_path: Path

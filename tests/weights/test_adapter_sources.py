@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
-from cora_cli.adapters.storage import save_adapter
+from cora_cli.adapters.storage import load_adapter, save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.device import select_hardware
@@ -440,3 +440,18 @@ def test_a_base_that_changed_after_the_training_is_refused_unless_it_is_named(ch
     choices = BasisChoices(rank=4, source="delta", target_modules=("q_proj",))
     extract_basis([local(adapter)], tmp_path / "b", choices, local(base), CPU)
     assert "it is another model, or it has changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 16)])
+def test_an_adapter_whose_parts_were_not_gathered_is_refused_by_its_key(shape, plain, grouped_models, tmp_path):
+    directory = Path(shutil.copytree(plain, tmp_path / "adapter"))
+    tensors = load_file(directory / "adapter_model.safetensors")
+    key = f"base_model.model.{Q0}.lora_A.weight"
+    save_file({**tensors, key: torch.zeros(shape)}, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    said = (
+        rf"{re.escape(key)} is stored without its numbers, with the shape {re.escape(str(shape))}: its parts were not gathered"
+    )
+    with pytest.raises(CoraError, match=said):
+        open_source(local(directory))
+    with pytest.raises(CoraError, match=said):
+        load_adapter(make_llama(kv_heads=2), local(directory))

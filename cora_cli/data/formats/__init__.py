@@ -12,7 +12,7 @@ from cora_cli.data.formats.columns import HOW_TO_CHOOSE
 from cora_cli.data.formats.conversation import ROLES
 from cora_cli.data.formats.dolly import DOLLY
 from cora_cli.data.formats.messages import MESSAGES
-from cora_cli.data.formats.preference import advice_for_preferences
+from cora_cli.data.formats.preference import advice_for_preferences, lacks_answer
 from cora_cli.data.formats.prompt import COMPLETION, RESPONSE, holds_messages
 from cora_cli.data.formats.published_code import HUMANEVAL, MBPP, MBPP_SANITIZED
 from cora_cli.data.formats.question_answer import QUESTION_ANSWER
@@ -72,9 +72,8 @@ def shape_of(columns: set[str], where: str) -> Shape:
 def shape_for(first: Any, where: str) -> Shape:
     """Recognise the shape of records by the columns of the first one. Raises `CoraError`, also for preferences, with what would work."""
     columns = columns_of(where, first)
-    if not any(columns >= set(shape.needs) for shape in (*PUBLISHED, *SHAPES, TEXT)) and (
-        advice := advice_for_preferences(first)
-    ):
+    is_known = any(columns >= set(shape.needs) for shape in (*PUBLISHED, *SHAPES, TEXT)) and not lacks_answer(first)
+    if not is_known and (advice := advice_for_preferences(first)):
         raise CoraError(f"{where}: found the columns {', '.join(sorted(columns))}, which are {advice}")
     return shape_of(columns, where)
 

@@ -26,6 +26,9 @@ ROLES = {
 _TEXT_PARTS = ("text", "input_text", "output_text")
 """The types of parts that are text: those of chat completions, and those of OpenAI's Responses."""
 
+_TRAINED = ("train", "training", "loss")
+"""Entries of an answer that say whether it is trained: axolotl's, and ms-swift's."""
+
 
 def messages_of(talk: Any, where: str, column: str) -> Any:
     """The entries of a conversation as messages; what is no entry is left as it is, for the check of messages.
@@ -41,11 +44,26 @@ def messages_of(talk: Any, where: str, column: str) -> Any:
         return talk
     messages = [_message(entry, where, column) if isinstance(entry, dict) and "from" in entry else entry for entry in talk]
     return [
-        {**message, "content": _joined(message["content"], f"{where}: {column}, message {number},")}
-        if isinstance(message, dict) and isinstance(message.get("content"), list)
-        else message
+        _plain(message, f"{where}: {column}, message {number},") if isinstance(message, dict) else message
         for number, message in enumerate(messages, start=1)
     ]
+
+
+def _plain(message: dict[str, Any], place: str) -> dict[str, Any]:
+    """A message with text in place of its parts, and with a weight in place of the marks of other programs that say whether it is trained."""
+    if isinstance(message.get("content"), list):
+        message = {**message, "content": _joined(message["content"], place)}
+    marks = {name: message[name] for name in _TRAINED if isinstance(message.get(name), bool)}
+    if not marks or message.get("role") != "assistant":
+        return message
+    stated = {*marks.values(), *([weight] if (weight := message.get("weight")) is not None else [])}
+    if len(stated) > 1:
+        names = ", ".join(sorted({*marks, *(["weight"] if weight is not None else [])}))
+        raise CoraError(
+            f"{place} has {names}, of which one says that it is trained and another that it is not; remove one of them"
+        )
+    rest = {name: value for name, value in message.items() if name not in marks}
+    return {**rest, "weight": int(stated.pop())}
 
 
 def read_conversation(record: Raw, where: str, column: str) -> Raw:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from cora_cli.data.formats.conversation import messages_of, read_conversation
@@ -9,37 +10,28 @@ from cora_cli.data.formats.shape import Raw, Shape, renamed
 from cora_cli.data.records import TEMPLATE_COLUMNS
 from cora_cli.errors import CoraError
 
-_TALK = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+TALK = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 """How a list of messages begins, as JSON or as Python prints it."""
 
 
-def _read(record: Raw, where: str) -> Raw:
-    return _wanted(record, where)
-
-
 def _read_response(record: Raw, where: str) -> Raw:
-    return renamed(_wanted(record, where, "response"), {"response": "completion"})
-
-
-def _wanted(record: Raw, where: str, answer: str = "completion") -> Raw:
-    """The record. Raises `CoraError` if its column `label` says that the completion is not wanted, as in TRL's unpaired preferences."""
-    label = record.get("label")
-    if label is False or (isinstance(label, str) and label.strip().lower() == "false"):
-        raise CoraError(
-            f"{where}: the label is false, by which data of preferences mark a {answer} that is not wanted; leave such records out, or train on "
-            f"all of them with --columns prompt=prompt,response={answer}"
-        )
-    return record
+    return renamed(record, {"response": "completion"})
 
 
 def pair_of_messages(name: str, prompt: str, answer: str, is_chosen: bool = False) -> Shape:
-    """The shape of records whose `prompt` is the conversation before an answer and whose `answer` is a list of one message.
+    """The shape of records whose `prompt` is the conversation before an answer and whose `answer` is a list of one message, or that message.
 
-    The answer alone is trained: answers in the prompt have the weight 0 where they state none.
+    The answer alone is trained: answers in the prompt have the weight 0 where they state none. The prompt may also be an object with `messages` and,
+    next to them, variables of the chat template, as OpenAI's data of preferences have it.
     """
 
     def read(record: Raw, where: str) -> Raw:
-        before, after = (_messages(record[column], where, column) for column in (prompt, answer))
+        asked = record[prompt]
+        variables: dict[str, Any] = {}
+        if isinstance(asked, Mapping) and "messages" in asked:
+            variables = {name: asked[name] for name in TEMPLATE_COLUMNS if asked.get(name)}
+            asked = asked["messages"]
+        before, after = _messages(asked, where, prompt), _messages(_listed(record[answer]), where, answer)
         if not before or _role(before[-1]) == "assistant":
             found = "is empty" if not before else "ends with an answer"
             raise CoraError(f"{where}: {prompt} {found}; it must be a conversation that ends with what is answered")
@@ -52,12 +44,8 @@ def pair_of_messages(name: str, prompt: str, answer: str, is_chosen: bool = Fals
             for message in before
         ]
         chosen = {"messages": [*before, *after]}
-        rest = {key: value for key, value in record.items() if key not in (prompt, answer)}
-        return (
-            {**chosen, **rest}
-            if is_chosen
-            else read_conversation(_wanted({**chosen, **rest}, where, answer), where, "messages")
-        )
+        rest = {key: value for key, value in record.items() if key not in (prompt, answer)} | variables
+        return {**chosen, **rest} if is_chosen else read_conversation({**chosen, **rest}, where, "messages")
 
     return Shape(
         f"{name} of messages",
@@ -70,11 +58,23 @@ def pair_of_messages(name: str, prompt: str, answer: str, is_chosen: bool = Fals
 
 
 def holds_messages(record: Raw, prompt: str, answer: str) -> bool:
-    """Whether a prompt or an answer is a list, or the prompt is the text of a list of messages, which is no question by itself."""
+    """Whether a prompt or an answer is a list or holds messages, or the prompt is the text of a list of messages, which is no question by itself."""
     asked = record.get(prompt)
     return (
-        isinstance(asked, list) or isinstance(record.get(answer), list) or (isinstance(asked, str) and bool(_TALK.match(asked)))
+        holds_conversation(asked)
+        or holds_conversation(record.get(answer))
+        or (isinstance(asked, str) and bool(TALK.match(asked)))
     )
+
+
+def holds_conversation(value: Any) -> bool:
+    """Whether a value is a list, a message, or an object with messages."""
+    return isinstance(value, list) or (isinstance(value, Mapping) and bool(value.keys() & {"role", "from", "messages"}))
+
+
+def _listed(value: Any) -> Any:
+    """A single message as a list of it."""
+    return [value] if isinstance(value, Mapping) and value.keys() & {"role", "from"} else value
 
 
 def _messages(value: Any, where: str, column: str) -> list[Any]:
@@ -95,7 +95,6 @@ COMPLETION = Shape(
     "prompt/completion",
     "prompt",
     ("prompt", "completion"),
-    _read,
     of_messages=pair_of_messages("prompt/completion", "prompt", "completion"),
 )
 RESPONSE = Shape(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.pytorch_utils import Conv1D
@@ -72,9 +73,12 @@ def adapted_layers(model: PeftModel) -> Iterator[tuple[str, BaseTunerLayer]]:
 
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
-    """Every LoRA layer (PEFT's `LoraLayer`) with the name that its linear layer has in the base model."""
+    """Every LoRA layer (PEFT's `LoraLayer`) with the name that its linear layer has in the base model.
+
+    PEFT derives the layers of AdaLoRA from it, which have other factors and are none.
+    """
     for name, module in adapted_layers(model):
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer):
             yield name, module
 
 
