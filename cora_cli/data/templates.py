@@ -289,6 +289,17 @@ def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], d
 
     Raises `UnsteadyTemplate` for a template that draws at random, or writes the addresses of objects; other errors are the template's own.
     """
+    text = _rendered(tokenizer, messages, date, variables)
+    if not _writes_any(messages, text):
+        # The templates of some models of images and text write the parts of a message only.
+        with contextlib.suppress(Exception):  # templates raise what they like
+            in_parts = _rendered(tokenizer, [_with_parts(message) for message in messages], date, variables)
+            if _writes_any(messages, in_parts):
+                return in_parts
+    return text
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, variables: Mapping[str, Any]) -> str:
     state = random.getstate()
     with clock_at(date):
         text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, **variables))
@@ -301,6 +312,18 @@ def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], d
             f"writes {found.group()}, which differs in every process; filters such as map need |list or |join after them"
         )
     return text
+
+
+def _writes_any(messages: Sequence[Mapping[str, Any]], text: str) -> bool:
+    """Whether the text of at least one message is in a rendered conversation; True where none has any."""
+    texts = [content.strip() for message in messages if isinstance(content := message.get("content"), str) and content.strip()]
+    return not texts or any(own in text for own in texts)
+
+
+def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose text is a list of one part."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 @dataclasses.dataclass(frozen=True)

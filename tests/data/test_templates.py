@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import time
 
 import pytest
@@ -351,3 +352,13 @@ def test_arguments_of_calls_as_json_text_are_never_written_as_a_quoted_string(wr
     record = {"messages": [TALK["messages"][1], {"role": "assistant", "content": "", "tool_calls": [call]}]}
     assert Template("chat", "messages", with_template(calling)).render(record).response == '{"zone": "UTC"}'
     assert call["function"]["arguments"] == '{"zone": "UTC"}'
+
+
+def test_a_template_that_writes_the_parts_of_messages_gets_texts_as_parts():
+    of_parts = CHATML.replace(
+        "{{ m['content'] }}", "{% for part in m['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
+    )
+    assert of_parts != CHATML
+    one, other = (Template("chat", "messages", with_template(text)).render(Record(TALK, "a")) for text in (of_parts, CHATML))
+    assert dataclasses.astuple(one) == dataclasses.astuple(other)
+    assert one.left_out == ()
