@@ -35,7 +35,7 @@ def main() -> None:
         default=ROOT / "demo-report" / "report.md",
         help="`cora report demo/runs/{lora,fb,tb,fb-orthonormal} -o demo-report`",
     )
-    parser.add_argument("--bench", type=Path, default=ROOT / "benchmarks" / "results.json", help="what `make bench` wrote")
+    parser.add_argument("--bench", type=Path, default=ROOT / "benchmarks" / "results.json", help="what `make bench` and `benchmarks/growth.py` wrote")
     parser.add_argument("--families", type=Path, default=ROOT / "families.md", help="what `make families` wrote")
     parser.add_argument(
         "--honest", type=Path, default=ROOT / "report", help="the directory that `cora report runs/honest -o report` wrote"
@@ -90,8 +90,11 @@ def main() -> None:
             replace(name, body(path.read_text(encoding="utf-8")))
     if options.bench.exists():
         results = json.loads(options.bench.read_text(encoding="utf-8"))
-        replace("bench", benchmark_summary(results))
-        replace("bench-details", benchmark_details(results))
+        if growth := results.pop("growth", None):
+            replace("growth", growth["markdown"])
+        if results.keys() - {"machine"}:
+            replace("bench", benchmark_summary(results))
+            replace("bench-details", benchmark_details(results))
     if options.honest.exists():
         replace("honest", verdict_and_scores((options.honest / "report.md").read_text(encoding="utf-8")))
         [plot] = (options.honest / "plots").glob("*forest.svg")
