@@ -31,7 +31,8 @@ IRRELEVANT = frozenset(
         *("eval_steps", "save_steps", "keep_checkpoints", "save_tokenizer", "validation_loss"),
     }
 )
-"""Settings that change neither what a training checks nor its memory, except by the order of the data, which comes from the seed."""
+"""Settings that change neither what a training checks nor its memory, except by the order of the data, which comes from the seed: memory is that
+of the largest micro-batch of all seeds."""
 _KEY = tuple(field.name for field in dataclasses.fields(TrainConfig) if field.name not in IRRELEVANT)
 
 Key = tuple[Any, ...]
@@ -114,8 +115,12 @@ def measure_memory(
     most: int | Literal["all"] | None,
     hardware: Hardware,
 ) -> GridMemory:
-    """Measure `most` distinct trainings of the chosen rows, those with the largest estimates first; by default as many as have `LAYERS`."""
+    """Measure `most` distinct trainings of the chosen rows, those with the largest estimates first; by default as many as have `LAYERS`.
+
+    Each is measured with the largest micro-batch of all runs that are like it, members of ensembles and the confirming runs of a sweep included.
+    """
     steps = {name: step.name for name in chosen if (step := plan.of_kind(name, "train")) is not None}
+    by_name = {row.name: row for row in plan.grid.rows}
     rows: dict[Key, list[str]] = {}
     first: dict[Key, tuple[Training, Prepared]] = {}
     for training, prepared in checked:
@@ -138,8 +143,9 @@ def measure_memory(
         for key in order:
             training, prepared = first[key]
             try:
+                seeds = {seed for name in rows[key] for seed in _seeds(by_name[name], plan.grid)}
                 with _quiet():
-                    measured = plan_run(dataclasses.replace(training.config, stop_at=None), prepared).measured
+                    measured = plan_run(dataclasses.replace(training.config, stop_at=None), prepared, seeds).measured
             except CoraError as error:
                 raise type(error)(f"{rows[key][0]}: {error}") from error
             if isinstance(measured, Measured):
@@ -148,6 +154,13 @@ def measure_memory(
                 unknown.append(measured)
             shown.advance()
     return GridMemory(peaks, tuple(dict.fromkeys(unknown)), len(order), len(first), from_models, hardware)
+
+
+def _seeds(row: Row, grid: Grid) -> set[int]:
+    """The seeds of the runs of a row: of its members, and those that may confirm it."""
+    later = grid.confirm.seeds if grid.confirm is not None else ()
+    rows = [row, *(dataclasses.replace(row, stage="confirm").with_seed(seed) for seed in later)]
+    return {member.seed for one in rows for member in one.members()}
 
 
 def _default_count(prepared: Prepared) -> int:
@@ -178,7 +191,7 @@ def memory_notes(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimate
         on_gpu = memory.hardware.device.type == "cuda"
         notes.append(
             f"memory: peak of the training's tensors {'on a CUDA GPU' if on_gpu else 'on the processor'} in {memory.hardware.dtype_name}, as "
-            "`cora train --dry-run` computes it, with the order of the data of the first row of its kind; ~ marks estimates"
+            "`cora train --dry-run` computes it, with the largest batch of all seeds; ~ marks estimates"
         )
         if memory.measured < memory.distinct - memory.from_models:
             notes.append(

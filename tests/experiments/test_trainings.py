@@ -37,11 +37,23 @@ def memory_of(page: str) -> dict[str, str]:
     return {row[0]: row[4] for row in rows[2:]}
 
 
-def peak(model: Path, data: Path, **settings: Any) -> str:
-    config = TrainConfig(model=str(model), dataset=str(data), output_dir="o", **{**TRAIN, **settings})
-    measured = preflight(config).measured
-    assert isinstance(measured, Measured)
-    return f"{measured.memory.total / 2**20:.1f} MiB"
+def peaks(model: Path, data: Path, *seeds: int, **settings: Any) -> dict[int, int]:
+    found = {}
+    for seed in seeds or (0,):
+        config = TrainConfig(model=str(model), dataset=str(data), output_dir="o", **{**TRAIN, "seed": seed, **settings})
+        measured = preflight(config).measured
+        assert isinstance(measured, Measured)
+        found[seed] = measured.memory.total
+    return found
+
+
+def peak(model: Path, data: Path, *seeds: int, **settings: Any) -> str:
+    """The largest peak of the runs with these seeds, as a plan shows it."""
+    return shown(max(peaks(model, data, *seeds, **settings).values()))
+
+
+def shown(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def test_every_row_has_the_peak_of_its_own_dry_run(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -53,7 +65,7 @@ def test_every_row_has_the_peak_of_its_own_dry_run(tiny_model: Path, tiny_data: 
         {"mode": "fb", "b_init": "random", "batch_size": 8},
     ]
     page = planned(write(tmp_path, tiny_model, tiny_data, blocks))
-    lora, full = (peak(tiny_model, tiny_data, mode=mode, device="cpu") for mode in ("lora", "full"))
+    lora, full = (peak(tiny_model, tiny_data, 0, 1, mode=mode, device="cpu") for mode in ("lora", "full"))
     fb = peak(tiny_model, tiny_data, mode="fb", b_init="random", batch_size=8, device="cpu")
     tb = peak(tiny_model, tiny_data, mode="tb", b_init="random", device="cpu")
     assert list(memory_of(page).values()) == ["-", lora, lora, full, full, tb, fb]
@@ -62,14 +74,44 @@ def test_every_row_has_the_peak_of_its_own_dry_run(tiny_model: Path, tiny_data: 
     assert "distinct trainings" not in page
 
 
+@pytest.mark.parametrize(
+    ("blocks", "changes", "seeds"),
+    [
+        ([{"mode": "lora", "seed": [1, 2]}], {}, (1, 2)),
+        ([{"mode": "lora", "seed": 1, "ensemble": 2}], {}, (1, 1001)),
+        (
+            [{"mode": "lora", "learning_rate": [1e-4, 1e-3]}],
+            {"sweep": {"seeds": [1]}, "confirm": {"seeds": [3, 4, 5]}},
+            (1, 3, 4, 5),
+        ),
+    ],
+    ids=["rows", "members of an ensemble", "runs that confirm a sweep"],
+)
+def test_a_row_has_the_peak_of_the_seed_with_the_largest_batch(
+    blocks: list[dict[str, Any]],
+    changes: dict[str, Any],
+    seeds: tuple[int, ...],
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+) -> None:
+    train = {**TRAIN, "validation_size": 2}
+    found = peaks(tiny_model, tiny_data, *seeds, mode="lora", device="cpu", validation_size=2)
+    assert max(found.values()) > found[1]
+    evaluate = {"metrics": ["calibration"]} if "ensemble" in blocks[0] else False
+    defaults = {"train": train, "evaluate": evaluate}
+    page = planned(write(tmp_path, tiny_model, tiny_data, blocks, defaults=defaults, **changes))
+    assert set(memory_of(page).values()) == {shown(max(found.values()))}
+
+
 def test_rows_that_differ_in_rate_and_seed_are_measured_once_and_only_so_many(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan_run, measured = trainings.plan_run, []
 
-    def noting(config: TrainConfig, prepared: Any) -> Any:
+    def noting(config: TrainConfig, *others: Any) -> Any:
         measured.append(config.mode)
-        return plan_run(config, prepared)
+        return plan_run(config, *others)
 
     monkeypatch.setattr(trainings, "plan_run", noting)
     grid = write(tmp_path, tiny_model, tiny_data, [{"mode": ["lora", "full"], "learning_rate": [1e-4, 1e-3], "seed": [0, 1]}])
