@@ -11,16 +11,19 @@ from typing import Any, Literal
 
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
-from cora_cli.experiments.estimate import Estimate
+from cora_cli.experiments.estimate import SHARED_PART, Estimate
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import Inputs, used_sources
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.steps import Plan
+from cora_cli.methods.registry import method_of
 from cora_cli.planning.page import CARDS, fits, size_text
 from cora_cli.progress import progress
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, plan_run
 from cora_cli.training.prepare import Prepared, Shared, prepare
+from cora_cli.training.rough import rough_peak
+from cora_cli.weights.start_models import check_start_models
 
 LAYERS, MOST = 240, 24
 """Layers of all models together, and trainings, that a plan measures unless it is told how many: 8 trainings of 30 layers, in some 20 seconds."""
@@ -40,21 +43,27 @@ Key = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A training of a grid, and the names of the rows that are like it; `key` is equal for trainings of equal memory."""
+    """A training of a grid, and the names of the rows that are like it; `key` is equal for trainings of equal memory.
+
+    `start_models` are those of the models that it starts from which the grid does not train itself.
+    """
 
     config: TrainConfig
     rows: list[str]
     key: Key
+    start_models: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class GridMemory:
-    """Peak bytes of the training of each row that was measured; `unknown` has a sentence for trainings that cannot be.
+    """Peak bytes of the training of each row that was measured, and of all rows a count from shapes; `unknown` has a sentence for trainings that
+    cannot be measured.
 
     `measured` of `distinct` trainings were measured for `hardware`; `from_models` of them start from models and cannot be.
     """
 
     peaks: dict[str, int]
+    rough: dict[str, int]
     unknown: tuple[str, ...]
     measured: int
     distinct: int
@@ -69,11 +78,13 @@ def distinct_trainings(grid: Grid, device: str, dtype: Any) -> list[Training]:
     for row in grid.rows:
         if row.train is None:
             continue
-        key = (row.dataset, *(getattr(row.training, name) for name in _KEY))
+        sources = [grid.models[name] for name in row.sources] if row.training.start_models else []
+        references = tuple(source for source in sources if isinstance(source, str))
+        key = (row.dataset, references, *(getattr(row.training, name) for name in _KEY))
         if (key, row.stop_at) not in found:
             own: dict[str, Any] = {"dataset": grid.datasets[row.dataset or ""], "stop_at": row.stop_at}
             config = dataclasses.replace(row.training, **common, **own, processes=grid.resources["train"].processes)
-            found[key, row.stop_at] = Training(config, [], key)
+            found[key, row.stop_at] = Training(config, [], key, references)
         found[key, row.stop_at].rows.append(row.name)
     for name in used_sources(grid):
         settings = grid.models[name]
@@ -98,7 +109,9 @@ def check_trainings(
             continue
         try:
             with _quiet():
-                found.append((training, prepare(training.config, planned=hardware, shared=shared)))
+                prepared = prepare(training.config, planned=hardware, shared=shared)
+                _check_starts(training, prepared, inputs)
+                found.append((training, prepared))
         except CoraError as error:
             more = f" and {len(training.rows) - 1} more" if len(training.rows) > 1 else ""
             problems.append(f"{training.rows[0]}{more}: {error}")
@@ -107,11 +120,18 @@ def check_trainings(
     return found
 
 
+def _check_starts(training: Training, prepared: Prepared, inputs: Inputs) -> None:
+    """Raise `CoraError` where a training cannot start from one of its models that are here."""
+    known = tuple(reference for reference in training.start_models if reference in inputs.models)
+    if known:
+        only = method_of(training.config.mode).adapters_only
+        check_start_models(known, prepared.model_path, prepared.layers, only)
+
+
 def measure_memory(
     plan: Plan,
     chosen: Collection[str],
     checked: Sequence[tuple[Training, Prepared]],
-    estimates: Mapping[str, Estimate],
     most: int | Literal["all"] | None,
     hardware: Hardware,
 ) -> GridMemory:
@@ -119,21 +139,18 @@ def measure_memory(
 
     Each is measured with the largest micro-batch of all runs that are like it, members of ensembles and the confirming runs of a sweep included.
     """
-    steps = {name: step.name for name in chosen if (step := plan.of_kind(name, "train")) is not None}
     by_name = {row.name: row for row in plan.grid.rows}
+    wanted = {name for name in chosen if by_name[name].train is not None}
     rows: dict[Key, list[str]] = {}
-    first: dict[Key, tuple[Training, Prepared]] = {}
+    first: dict[Key, tuple[TrainConfig, Prepared]] = {}
     for training, prepared in checked:
-        if wanted := [name for name in training.rows if name in steps]:
-            rows.setdefault(training.key, []).extend(wanted)
-            first.setdefault(training.key, (training, prepared))
-
-    def expected(key: Key) -> float:
-        estimate = estimates.get(steps[rows[key][0]])
-        return estimate.bytes if estimate is not None else 0.0
-
+        if like := [name for name in training.rows if name in wanted]:
+            rows.setdefault(training.key, []).extend(like)
+            first.setdefault(training.key, (dataclasses.replace(training.config, stop_at=None), prepared))
+    seeds = {key: {seed for name in names for seed in _seeds(by_name[name], plan.grid)} for key, names in rows.items()}
+    rough = {key: rough_peak(*first[key], seeds[key]) for key in first}
     # These models need not exist yet.
-    order = sorted((key for key in first if not first[key][0].config.start_models), key=expected, reverse=True)
+    order = sorted((key for key in first if not first[key][0].start_models), key=rough.__getitem__, reverse=True)
     from_models = len(first) - len(order)
     if most != "all":
         order = order[: most if most is not None else _default_count(first[order[0]][1]) if order else 0]
@@ -141,11 +158,9 @@ def measure_memory(
     unknown: list[str] = []
     with progress("measuring memory", len(order), "trainings") as shown:
         for key in order:
-            training, prepared = first[key]
             try:
-                seeds = {seed for name in rows[key] for seed in _seeds(by_name[name], plan.grid)}
                 with _quiet():
-                    measured = plan_run(dataclasses.replace(training.config, stop_at=None), prepared, seeds).measured
+                    measured = plan_run(*first[key], seeds[key]).measured
             except CoraError as error:
                 raise type(error)(f"{rows[key][0]}: {error}") from error
             if isinstance(measured, Measured):
@@ -153,7 +168,8 @@ def measure_memory(
             else:
                 unknown.append(measured)
             shown.advance()
-    return GridMemory(peaks, tuple(dict.fromkeys(unknown)), len(order), len(first), from_models, hardware)
+    by_row = {name: rough[key] for key, names in rows.items() for name in names}
+    return GridMemory(peaks, by_row, tuple(dict.fromkeys(unknown)), len(order), len(first), from_models, hardware)
 
 
 def _seeds(row: Row, grid: Grid) -> set[int]:
@@ -174,13 +190,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def memory_cell(row: Row, memory: GridMemory, estimate: Estimate | None) -> str:
-    """The memory of a row's training: measured, or after a ~ estimated."""
+def memory_cell(row: Row, memory: GridMemory) -> str:
+    """The memory of a row's training: measured, or after a ~ counted from shapes."""
     if row.train is None:
         return "-"
     if row.name in memory.peaks:
         return size_text(memory.peaks[row.name])
-    return "unknown" if estimate is None else f"~{_about(estimate.bytes)}"
+    return f"~{_about(memory.rough[row.name])}" if row.name in memory.rough else "unknown"
 
 
 def memory_notes(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimates: Mapping[str, Estimate]) -> list[str]:
@@ -203,7 +219,8 @@ def memory_notes(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimate
             )
         notes += [f"not measured: {sentence}" for sentence in memory.unknown]
         if on_gpu:
-            notes += _fitting(plan, chosen, memory, estimates)
+            wanted = set(chosen)
+            notes += _fitting([row for row in plan.grid.rows if row.name in wanted and row.train is not None], memory)
     if others:
         notes.append(f"other steps take up to about {_about(max(others))} (estimate)")
     return notes
@@ -213,12 +230,14 @@ def _about(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def _fitting(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimates: Mapping[str, Estimate]) -> list[str]:
-    """How many of the chosen rows' trainings fit each card, where the memory of each is known."""
-    steps = {name: step.name for name in chosen if (step := plan.of_kind(name, "train")) is not None}
-    sizes = [memory.peaks.get(name, estimates[step].bytes if step in estimates else None) for name, step in steps.items()]
-    known = [size for size in sizes if size is not None]
-    if not known or len(known) < len(sizes):
+def _fitting(rows: Sequence[Row], memory: GridMemory) -> list[str]:
+    """How many of the rows' trainings fit each card. Estimates count twice, since they can be half of the truth; starts from models do not."""
+    names = [row.name for row in rows if row.training.start_models is None]
+    if not names or not memory.rough.keys() >= set(names):
         return []
-    cards = (f"{card} GB: {sum(fits(size, card * 2**30) for size in known)}" for card in CARDS)
-    return [f"of {len(known)} trainings, so many fit a card of  {'  '.join(cards)}"]
+    sizes = [memory.peaks.get(name, memory.rough[name] / SHARED_PART) for name in names]
+    cards = (f"{card} GB: {sum(fits(size, card * 2**30) for size in sizes)}" for card in CARDS)
+    left_out = f", without the {len(rows) - len(names)} that start from models" if len(names) < len(rows) else ""
+    guessed = sum(name not in memory.peaks for name in names)
+    counted = f" ({guessed} counted as twice their estimates, which can be half of the truth)" if guessed else ""
+    return [f"of {len(names)} trainings{counted}{left_out}, so many fit a card of  {'  '.join(cards)}"]

@@ -10,8 +10,9 @@ from cora_cli.errors import CoraError
 from cora_cli.planning.page import fits
 from cora_cli.progress import say
 from cora_cli.training.config import TrainConfig
-from cora_cli.training.preflight import Measured, Preflight, plan_run, rough_peak
+from cora_cli.training.preflight import Measured, Preflight, plan_run
 from cora_cli.training.prepare import Prepared, number_of_processes
+from cora_cli.training.rough import rough_peak
 
 ROUGHLY = 0.4
 """A run that takes less than this part of the GPU by a rough count fits, and needs no plan."""

@@ -6,7 +6,6 @@ counts the bytes.
 
 import contextlib
 import dataclasses
-import inspect
 import os
 import tempfile
 from collections.abc import Collection, Iterator
@@ -30,13 +29,11 @@ from cora_cli.device import planned_hardware
 from cora_cli.methods.parts.layers import Observed, factors_of, lora_layers
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.models.configuration import rope_switch
 from cora_cli.models.fused import split_projections
 from cora_cli.planning.four_bit import hold_in_four_bit
 from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, follow_training, follow_weights
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
-from cora_cli.training.batching import cannot_pack
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import row_losses
 from cora_cli.training.notices import notices_on_records
@@ -46,7 +43,7 @@ from cora_cli.training.record import parameter_counts
 from cora_cli.training.sharding import planned_mesh, shard
 from cora_cli.training.stand_ins import WideLayerNorm, cpu_attention, gpu_attention, gpu_chunks
 from cora_cli.training.trainer import CoraTrainer
-from cora_cli.training.work import Work, responses
+from cora_cli.training.work import Work, planned_form, responses
 
 _STAND_IN = "cora_planned"
 _NEED_VALUES = (
@@ -117,7 +114,7 @@ def plan_run(config: TrainConfig, prepared: Prepared, seeds: Collection[int] = (
     """
     processes, examples = number_of_processes(config), prepared.train.examples
     steps = total_steps(config, len(examples))
-    form = _planned_form(config, prepared)
+    form = planned_form(config, prepared)
     work = Work(config, prepared, form, steps, processes, seeds)
     counts = (steps, processes, work.tokens, work.labels, work.largest, work.largest_labels)
     if config.shard != "none" and torch.distributed.is_initialized():
@@ -129,24 +126,6 @@ def plan_run(config: TrainConfig, prepared: Prepared, seeds: Collection[int] = (
         except _NEED_VALUES as error:
             measured = f"the memory of {config.model} in mode {config.mode} depends on its numbers ({type(error).__name__})"
     return Preflight(config, prepared, form, *counts, measured)
-
-
-def rough_peak(config: TrainConfig, prepared: Prepared) -> int:
-    """Bytes of the weights and of the activations and logits of the largest pass, counted from shapes: within about a factor of two."""
-    work = Work(config, prepared, _planned_form(config, prepared), total_steps(config, len(prepared.train.examples)), 1)
-    weights = sum(weight.numel() for weight in prepared.skeleton.parameters())
-    if config.shard != "none":
-        weights //= number_of_processes(config)
-    # Mode full keeps weights, gradients and two moments in float32.
-    return weights * (16 if prepared.plan is None else prepared.hardware.dtype.itemsize) + work.size(work.passes[0])
-
-
-def _planned_form(config: TrainConfig, prepared: Prepared) -> BatchForm:
-    """The form of batches that `choose_batching` will choose, as far as the model's class tells."""
-    skeleton, switch = prepared.skeleton, rope_switch(prepared.model_config)
-    if cannot_pack(skeleton) is None:
-        return BatchForm("packed", prepared.attention.shares_prefixes, switch, tokens_per_row=config.tokens_per_row)
-    return BatchForm("padded", False, switch, frozenset(inspect.signature(skeleton.forward).parameters), config.tokens_per_row)
 
 
 class _FakeTrainer(CoraTrainer):

@@ -1,5 +1,6 @@
 """The tokens of a run's micro-batches, and which of them takes most memory, from the orders in which runs see their examples."""
 
+import inspect
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 
 from cora_cli.data.batches import BatchForm, Collator, epoch_order
 from cora_cli.data.encode import Example
+from cora_cli.models.configuration import rope_switch
+from cora_cli.training.batching import cannot_pack
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import rows_of
 from cora_cli.training.prepare import Prepared
@@ -20,6 +23,14 @@ LAID_OUT = 16
 def responses(example: Example) -> int:
     """The tokens of an example that carry loss."""
     return len(example.input_ids) - example.prompt_length
+
+
+def planned_form(config: TrainConfig, prepared: Prepared) -> BatchForm:
+    """The form of batches that `choose_batching` will choose, as far as the model's class tells."""
+    skeleton, switch = prepared.skeleton, rope_switch(prepared.model_config)
+    if cannot_pack(skeleton) is None:
+        return BatchForm("packed", prepared.attention.shares_prefixes, switch, tokens_per_row=config.tokens_per_row)
+    return BatchForm("padded", False, switch, frozenset(inspect.signature(skeleton.forward).parameters), config.tokens_per_row)
 
 
 class Work:
@@ -111,11 +122,22 @@ class Work:
     def held_out(self, *sets: Sequence[Example]) -> Iterator[list[Example]]:
         """The largest pass in which the held-out loss of each set is measured; none for an empty set."""
         for records in sets:
-            order = sorted(range(len(records)), key=lambda index: len(records[index].input_ids))
-            rows = [[records[index] for index in row] for row in rows_of(records, order)]
-            passes = [[row[member] for member in part] for row in rows for part in self._form.passes(row)]
+            passes = [[row[member] for member in part] for row in _rows(records) for part in self._form.passes(row)]
             if passes:
                 yield max(passes, key=self._upper)
 
+    def held_out_labels(self, *sets: Sequence[Example]) -> int:
+        """The most tokens with loss in a row of held-out examples, or in one example where rows are to be short."""
+        rows = [row for records in sets for row in _rows(records)]
+        if self._form.tokens_per_row is not None:
+            rows = [[example] for row in rows for example in row]
+        return max((sum(map(responses, row)) for row in rows), default=0)
+
     def _upper(self, members: Sequence[Example]) -> int:
         return sum(len(each.input_ids) * self._per_token + responses(each) * self._per_label for each in members)
+
+
+def _rows(records: Sequence[Example]) -> list[list[Example]]:
+    """The rows in which a held-out loss is measured."""
+    order = sorted(range(len(records)), key=lambda index: len(records[index].input_ids))
+    return [[records[index] for index in row] for row in rows_of(records, order)]

@@ -23,7 +23,7 @@ from cora_cli.training.config import TrainConfig
 from tests.counting import assert_linear
 from tests.experiments.helpers import SHAPES, grid_of, inputs_of, plan_of
 
-UNMEASURED = GridMemory({}, (), 0, 0, 0, select_hardware("cpu", "fp32"))
+UNMEASURED = GridMemory({}, {}, (), 0, 0, 0, select_hardware("cpu", "fp32"))
 
 
 def kinds(plan: Plan) -> list[str]:

@@ -9,7 +9,8 @@ import yaml
 
 from cora_cli.errors import CoraError
 from cora_cli.experiments import trainings
-from cora_cli.experiments.ablate import Request, dry_run
+from cora_cli.experiments.ablate import Request, ablate, dry_run
+from cora_cli.experiments.estimate import NO_TIME_NOTE
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, preflight
 
@@ -142,6 +143,30 @@ def test_a_plan_for_a_gpu_says_how_many_trainings_fit_each_card(tiny_model: Path
     assert "on a CUDA GPU in bf16" in page
     assert "of 2 trainings, so many fit a card of  16 GB: 2" in page
     assert "fit a card" not in planned(grid)
+    page = planned(grid, device="auto", measure=1)
+    assert (
+        "of 2 trainings (1 counted as twice their estimates, which can be half of the truth), so many fit a card of  16 GB: 2"
+        in page
+    )
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_plan_for_a_gpu_that_is_not_here_has_no_time(staged: bool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the plan is for the GPU that is here")
+    stages = {"sweep": {"seeds": [1]}, "confirm": {"seeds": [3, 4, 5]}} if staged else {}
+    defaults = {"train": {**TRAIN, "validation_size": 2}, "evaluate": False}
+    blocks = [{"mode": "base"}, {"mode": "lora", "learning_rate": [1e-4, 1e-3] if staged else 1e-4}]
+    grid = write(tmp_path, tiny_model, tiny_data, blocks, defaults=defaults, **stages)
+    page = planned(grid, device="cuda")
+    assert "on a CUDA GPU in bf16" in page
+    assert NO_TIME_NOTE in page
+    assert "about" not in page.replace("about 0.", "")
+    cells = [line.strip("|").split("|")[3].strip() for line in page.splitlines() if line.startswith("| lora")]
+    assert set(cells) == {"unknown"}
+    assert memory_of(page) == memory_of(planned(grid, device="auto"))
+    with pytest.raises(CoraError, match="--device cuda is not available"):
+        ablate(Request(grid, tmp_path / "out", device="cuda"), lambda *_: {})
 
 
 @pytest.mark.parametrize(
@@ -155,16 +180,26 @@ def test_a_plan_for_a_gpu_says_how_many_trainings_fit_each_card(tiny_model: Path
         ({"mode": "lora", "template_date": "2026-01-01", "template": "alpaca"}, "--template-date has no effect"),
         ({"mode": "cola", "chain_length": 4}, "--chain-length 4 is more than the 3 steps of the run"),
         ({"mode": "lora", "target_modules": ["embed_tokens"]}, "embed_tokens"),
+        (
+            {"mode": "uni-lora", "theta_length": 5000},
+            "--theta-length must be at most 2560, the numbers in all A and B, not 5000",
+        ),
     ],
 )
 def test_a_plan_refuses_what_a_run_refuses_at_its_start(
     block: dict[str, Any], message: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     blocks = [{"mode": "lora", "rank": 8}, {**block, "seed": [0, 1]}]
+    grid = write(tmp_path, tiny_model, tiny_data, blocks)
     with pytest.raises(CoraError, match="seed0 and 1 more: ") as caught:
-        planned(write(tmp_path, tiny_model, tiny_data, blocks))
+        planned(grid, measure=0)
     assert message in str(caught.value)
     assert str(caught.value).count("seed0") == 1
+    with pytest.raises(CoraError) as refused:
+        ablate(Request(grid, tmp_path / "out", device="cpu"), lambda *_: {})
+    assert str(refused.value) == str(caught.value)
+    assert not (tmp_path / "out" / "runs").exists()
+    assert not (tmp_path / "out" / "plan.json").exists()
 
 
 def test_a_plan_refuses_the_training_of_a_source_model_by_its_name(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -172,6 +207,28 @@ def test_a_plan_refuses_the_training_of_a_source_model_by_its_name(tiny_model: P
     grid = write(tmp_path, tiny_model, tiny_data, [{"mode": "fb"}], models=models)
     with pytest.raises(CoraError, match=r"^models: tuned: --tokens-per-row must be at least"):
         planned(grid)
+
+
+def test_a_plan_refuses_models_that_a_row_cannot_start_from(
+    tiny_model: Path, tiny_multihead_model: Path, tiny_data: Path, tiny_sources: tuple[str, str], tmp_path: Path
+) -> None:
+    """Models that the grid is to train itself are not there yet."""
+    models = {"fine": tiny_sources[0], "complete": str(tiny_model), "later": {"dataset": str(tiny_data), "max_steps": 1}}
+    blocks = [
+        {"mode": "lora", "start": "mean-delta", "sources": ["fine", "later"]},
+        {"mode": "mean-delta", "sources": ["fine"]},
+    ]
+    planned(write(tmp_path, tiny_model, tiny_data, blocks, models=models), measure=0)
+    blocks.append({"mode": "eigenlorax", "rank": 2, "eigen_directions": 2, "eigen_random": 2, "sources": ["fine", "complete"]})
+    with pytest.raises(
+        CoraError, match=r"^eigenlorax\S*: .*starts from the factors of LoRA adapters, but .* is a complete model$"
+    ):
+        planned(write(tmp_path, tiny_model, tiny_data, blocks, models=models), measure=0)
+    others = {"fine": tiny_sources[0]}
+    with pytest.raises(
+        CoraError, match=r"^mean-delta\S*: .*source-0: .*k_proj has lora_A \(4, 64\) and lora_B \(32, 4\), which do not fit"
+    ):
+        planned(write(tmp_path, tiny_multihead_model, tiny_data, blocks[1:2], models=others), measure=0)
 
 
 def test_a_row_that_starts_from_models_has_an_estimate(
@@ -183,3 +240,11 @@ def test_a_row_that_starts_from_models_has_an_estimate(
     )
     assert [cell.startswith("~") for cell in memory_of(page).values()] == [True]
     assert "rows that start from models are not measured" in page
+    if not torch.cuda.is_available():
+        blocks = [{"mode": "lora"}, {"mode": "lora", "start": "mean-delta"}]
+        page = planned(write(tmp_path, tiny_model, tiny_data, blocks, models=models), device="auto", measure=0)
+        assert "so many fit a card" in page
+        assert (
+            "of 1 trainings (1 counted as twice their estimates, which can be half of the truth), without the 1 that start"
+            in page
+        )

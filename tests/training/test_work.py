@@ -1,6 +1,7 @@
 """The largest micro-batch of a run is that of the batches that its processes see, whatever the form of its batches."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,9 @@ from cora_cli.data.batches import GHOST, BatchForm, GlobalBatches
 from cora_cli.device import planned_hardware
 from cora_cli.training import work as module
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.preflight import Measured, plan_run
 from cora_cli.training.prepare import Prepared, prepare
+from cora_cli.training.rough import rough_peak
 from cora_cli.training.work import Work
 from tests.training.helpers import config_for
 
@@ -49,6 +52,27 @@ def test_the_largest_pass_is_that_of_every_seed_epoch_and_process(
         own = [example for batch in batches_of(config, prepared, config.seed, steps, processes) for example in batch]
         assert work.tokens == sum(len(examples[index].input_ids) for index in own)
         assert work.labels == sum(len(examples[index].input_ids) - examples[index].prompt_length for index in own)
+
+
+ROUGH: dict[str, dict[str, Any]] = {
+    "an adapter": {},
+    "short rows": {"tokens_per_row": 150},
+    "checkpointing in four processes": {"gradient_checkpointing": True, "processes": 4, "dry_run": True},
+    "a divided base": {"shard": "fsdp", "processes": 4, "dry_run": True},
+    "all weights": {"mode": "full"},
+    "all weights, divided": {"mode": "full", "shard": "fsdp", "processes": 4, "dry_run": True},
+}
+
+
+@pytest.mark.parametrize("name", ROUGH)
+def test_a_count_from_shapes_is_within_a_factor_of_two_of_the_peak(
+    name: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=2, eval_limit=1, **ROUGH[name])
+    prepared = prepare(config, planned=planned_hardware("auto", "bf16"))
+    measured = plan_run(config, prepared).measured
+    assert isinstance(measured, Measured)
+    assert 0.5 < rough_peak(config, prepared) / measured.memory.total < 2
 
 
 def test_the_largest_examples_stand_for_epochs_that_are_not_searched(
