@@ -50,6 +50,7 @@ from cora_cli.experiments.trainings import (
     measure_memory,
     memory_cell,
     memory_notes,
+    volume_table,
 )
 from cora_cli.lock import own_directory
 from cora_cli.methods.registry import method_of
@@ -386,7 +387,7 @@ def render_plan(
     lines = [grid.title, f"base model {grid.model}, output in {plan.out}", ""]
     lines += [f"- {condition}" for condition in grid.conditions]
     headers = ("row", "printed as", "trained parameters", "time", "memory", "state")
-    lines += ["", table_text(headers, [list(map(Cell, row)) for row in rows], width), ""]
+    lines += ["", table_text(headers, [list(map(Cell, row)) for row in rows], width), "", *volume_table(memory, width)]
     lines += [
         _step_line(plan, kind, wanted, users, done, estimates)
         for kind in _NOUNS

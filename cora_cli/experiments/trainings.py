@@ -14,15 +14,17 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.estimate import SHARED_PART, Estimate
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import Inputs, used_sources
-from cora_cli.experiments.rows import Row
+from cora_cli.experiments.rows import Row, short
 from cora_cli.experiments.steps import Plan
 from cora_cli.methods.registry import method_of
 from cora_cli.planning.page import CARDS, fits, size_text
 from cora_cli.progress import progress
+from cora_cli.render.table import Cell, table_text
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, plan_run
 from cora_cli.training.prepare import Prepared, Shared, prepare
 from cora_cli.training.rough import rough_peak
+from cora_cli.training.work import work_of
 from cora_cli.weights.start_models import check_start_models
 
 LAYERS, MOST = 240, 24
@@ -55,9 +57,21 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
+class Volume:
+    """What `rows` rows of one kind of training read and write each: the tokens of a complete run, of which `labels` carry loss, and the bytes of the
+    stored adapter, None where there is none or it is not measured."""
+
+    name: str
+    rows: int
+    tokens: int
+    labels: int
+    adapter: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class GridMemory:
     """Peak bytes of the training of each row that was measured, and of all rows a count from shapes; `unknown` has a sentence for trainings that
-    cannot be measured.
+    cannot be measured, `volumes` the tokens of each distinct one and the size of its adapter.
 
     `measured` of `distinct` trainings were measured for `hardware`; `from_models` of them start from models and cannot be.
     """
@@ -69,6 +83,7 @@ class GridMemory:
     distinct: int
     from_models: int
     hardware: Hardware
+    volumes: tuple[Volume, ...] = ()
 
 
 def distinct_trainings(grid: Grid, device: str, dtype: Any) -> list[Training]:
@@ -148,7 +163,8 @@ def measure_memory(
             rows.setdefault(training.key, []).extend(like)
             first.setdefault(training.key, (dataclasses.replace(training.config, stop_at=None), prepared))
     seeds = {key: {seed for name in names for seed in _seeds(by_name[name], plan.grid)} for key, names in rows.items()}
-    rough = {key: rough_peak(*first[key], seeds[key]) for key in first}
+    works = {key: work_of(*first[key], seeds[key]) for key in first}
+    rough = {key: rough_peak(*first[key], works[key]) for key in first}
     # These models need not exist yet.
     order = sorted((key for key in first if not first[key][0].start_models), key=rough.__getitem__, reverse=True)
     from_models = len(first) - len(order)
@@ -156,6 +172,7 @@ def measure_memory(
         order = order[: most if most is not None else _default_count(first[order[0]][1]) if order else 0]
     peaks: dict[str, int] = {}
     unknown: list[str] = []
+    adapters: dict[Key, int | None] = {}
     with progress("measuring memory", len(order), "trainings") as shown:
         for key in order:
             try:
@@ -165,11 +182,26 @@ def measure_memory(
                 raise type(error)(f"{rows[key][0]}: {error}") from error
             if isinstance(measured, Measured):
                 peaks |= dict.fromkeys(rows[key], measured.memory.total)
+                adapters[key] = measured.adapter_bytes
             else:
                 unknown.append(measured)
             shown.advance()
     by_row = {name: rough[key] for key, names in rows.items() for name in names}
-    return GridMemory(peaks, by_row, tuple(dict.fromkeys(unknown)), len(order), len(first), from_models, hardware)
+    kinds = [_kind(by_name[names[0]]) for names in rows.values()]
+    volumes = (
+        Volume(
+            kind if kinds.count(kind) == 1 else names[0], len(names), works[key].tokens, works[key].labels, adapters.get(key)
+        )
+        for kind, (key, names) in zip(kinds, rows.items(), strict=True)
+    )
+    sentences = tuple(dict.fromkeys(unknown))
+    return GridMemory(peaks, by_row, sentences, len(order), len(first), from_models, hardware, tuple(volumes))
+
+
+def _kind(row: Row) -> str:
+    """The name of a row's run without its seed and its learning rate."""
+    assert row.learning_rate is not None
+    return row.run.removesuffix(f"_seed{row.seed}").replace(f"_lr{short(row.learning_rate)}", "")
 
 
 def _seeds(row: Row, grid: Grid) -> set[int]:
@@ -199,11 +231,33 @@ def memory_cell(row: Row, memory: GridMemory) -> str:
     return f"~{_about(memory.rough[row.name])}" if row.name in memory.rough else "unknown"
 
 
+def volume_table(memory: GridMemory, width: int | None) -> list[str]:
+    """The tokens and the adapter of each distinct training, as a table with lines of at most `width` characters; nothing where there is none."""
+    if not memory.volumes:
+        return []
+    headers = ("training", "rows", "tokens", "with loss", "adapter")
+    cells = [
+        (
+            each.name,
+            f"{each.rows}",
+            f"{each.tokens:,}",
+            f"{each.labels:,}",
+            "-" if each.adapter is None else size_text(each.adapter),
+        )
+        for each in memory.volumes
+    ]
+    return [table_text(headers, [list(map(Cell, row)) for row in cells], width), ""]
+
+
 def memory_notes(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimates: Mapping[str, Estimate]) -> list[str]:
     """What the column of memory holds, the cards that the trainings fit, and what other steps take."""
     notes = []
     others = [estimates[name].bytes for name, step in plan.steps.items() if step.kind != "train" and name in estimates]
     if memory.distinct:
+        notes.append(
+            "training: rows that differ in learning rate and seed only; tokens of a complete run, of which so many carry loss; adapter: its size on disk, "
+            "where its memory is measured"
+        )
         on_gpu = memory.hardware.device.type == "cuda"
         notes.append(
             f"memory: peak of the training's tensors {'on a CUDA GPU' if on_gpu else 'on the processor'} in {memory.hardware.dtype_name}, as "

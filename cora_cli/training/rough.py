@@ -3,23 +3,20 @@
 A plan shows it, marked, for what it does not measure, and a run asks it whether it is far from filling the GPU.
 """
 
-from collections.abc import Collection
 from typing import Any
 
 from cora_cli.adapters.install import target_linears
 from cora_cli.methods.registry import method_of
 from cora_cli.planning.four_bit import four_bit_bytes
 from cora_cli.training.config import TrainConfig
-from cora_cli.training.prepare import Prepared, number_of_processes, total_steps
+from cora_cli.training.prepare import Prepared, number_of_processes
 from cora_cli.training.sharding import parts_of
-from cora_cli.training.work import Work, planned_form
+from cora_cli.training.work import Work, work_of
 
 
-def rough_peak(config: TrainConfig, prepared: Prepared, seeds: Collection[int] = ()) -> int:
-    """Bytes that a process of the run keeps, with the largest pass of all processes; `seeds` as in `plan_run`."""
-    processes, full = number_of_processes(config), prepared.plan is None
-    steps = total_steps(config, len(prepared.train.examples))
-    work = Work(config, prepared, planned_form(config, prepared), steps, processes, seeds)
+def rough_peak(config: TrainConfig, prepared: Prepared, work: Work | None = None) -> int:
+    """Bytes that a process of the run keeps, with the largest pass of all processes, or of all runs of `work`."""
+    processes, full, work = number_of_processes(config), prepared.plan is None, work or work_of(config, prepared)
     itemsize = 4 if full else prepared.hardware.dtype.itemsize
     numbers = sum(weight.numel() for weight in prepared.skeleton.parameters())
     weights = four_bit_bytes(prepared.skeleton, prepared.hardware.dtype) if config.load_in_4bit else itemsize * numbers

@@ -12,7 +12,7 @@ from cora_cli.models.configuration import rope_switch
 from cora_cli.training.batching import cannot_pack
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import rows_of
-from cora_cli.training.prepare import Prepared
+from cora_cli.training.prepare import Prepared, number_of_processes, total_steps
 
 EPOCHS = 200
 """Epochs that are searched for the largest micro-batch. In runs of more, the largest examples together stand for those of the others."""
@@ -135,6 +135,12 @@ class Work:
 
     def _upper(self, members: Sequence[Example]) -> int:
         return sum(len(each.input_ids) * self._per_token + responses(each) * self._per_label for each in members)
+
+
+def work_of(config: TrainConfig, prepared: Prepared, seeds: Collection[int] = ()) -> Work:
+    """The work of the complete run of `config`; `seeds` as in `Work`."""
+    steps = total_steps(config, len(prepared.train.examples))
+    return Work(config, prepared, planned_form(config, prepared), steps, number_of_processes(config), seeds)
 
 
 def _rows(records: Sequence[Example]) -> list[list[Example]]:

@@ -35,7 +35,7 @@ def planned(grid: Path, device: str = "cpu", **changes: Any) -> str:
 
 def memory_of(page: str) -> dict[str, str]:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
-    return {row[0]: row[4] for row in rows[2:]}
+    return {row[0]: row[4] for row in rows[2:] if len(row) == 6}
 
 
 def peaks(model: Path, data: Path, *seeds: int, **settings: Any) -> dict[int, int]:
@@ -135,6 +135,37 @@ def test_rows_that_differ_in_rate_and_seed_are_measured_once_and_only_so_many(
     assert all(cell.startswith("~") for cell in memory_of(planned(grid, measure=0)).values())
 
 
+def test_a_plan_shows_the_tokens_and_the_adapter_of_each_distinct_training(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """As the dry run of the first of its rows; the adapter where it was measured."""
+    blocks = [
+        {"mode": "base"},
+        {"mode": ["lora", "full"], "learning_rate": [1e-4, 1e-3], "seed": [1, 2]},
+        {"mode": "vera", "rank": 8, "seed": 1},
+    ]
+    grid = write(tmp_path, tiny_model, tiny_data, blocks)
+
+    def volumes(width: int, measure: int) -> dict[str, list[str]]:
+        page = dry_run(Request(grid, tmp_path / "out", device="cpu", measure=measure), width)
+        table = page.partition("| training")[2].partition("\n\n")[0]
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+        assert max(map(len, table.splitlines()[1:])) <= width
+        return {row[0]: row[1:] for row in rows}
+
+    common: dict[str, Any] = {"model": str(tiny_model), "dataset": str(tiny_data), "output_dir": "o", "device": "cpu"}
+    lora = preflight(TrainConfig(**common, **{**TRAIN, "seed": 1}, mode="lora"))
+    assert isinstance(lora.measured, Measured)
+    assert lora.measured.adapter_bytes is not None
+    found = volumes(200, 2)
+    assert list(found) == ["lora_r4", "full", "vera_r8"]
+    size = f"{lora.measured.adapter_bytes / 2**20:.1f} MiB"
+    assert found["lora_r4"] == ["4", f"{lora.tokens:,}", f"{lora.labels:,}", size]
+    assert [found[name][0] for name in ("full", "vera_r8")] == ["4", "1"]
+    assert [found[name][3] for name in ("full", "vera_r8")] == ["-", "-"]
+    assert volumes(80, 0)["lora_r4"] == ["4", f"{lora.tokens:,}", f"{lora.labels:,}", "-"]
+
+
 def test_a_plan_for_a_gpu_says_how_many_trainings_fit_each_card(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("the plan is for the GPU that is here")
@@ -162,8 +193,8 @@ def test_a_plan_for_a_gpu_that_is_not_here_has_no_time(staged: bool, tiny_model:
     assert "on a CUDA GPU in bf16" in page
     assert NO_TIME_NOTE in page
     assert "about" not in page.replace("about 0.", "")
-    cells = [line.strip("|").split("|")[3].strip() for line in page.splitlines() if line.startswith("| lora")]
-    assert set(cells) == {"unknown"}
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| lora")]
+    assert {row[3].strip() for row in rows if len(row) == 6} == {"unknown"}
     assert memory_of(page) == memory_of(planned(grid, device="auto"))
     with pytest.raises(CoraError, match="--device cuda is not available"):
         ablate(Request(grid, tmp_path / "out", device="cuda"), lambda *_: {})
