@@ -87,6 +87,14 @@ def test_the_peak_is_that_of_the_real_training(
         assert found.adapter_bytes == stored.stat().st_size - header
 
 
+def test_a_plan_in_bf16_multiplies_blocks_as_the_run_does(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="melora", dtype="bf16", max_steps=1, eval_limit=1)
+    found = measured(preflight(config))
+    assert found.memory.total == pytest.approx(sum(real_peak(config, 49152, monkeypatch).values()), rel=0.1)
+
+
 def test_a_plan_needs_no_weights_and_writes_nothing(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     model = without_weights(tiny_model, tmp_path / "bare")
     with_weights = preflight(config_for(tiny_model, tiny_data, tmp_path / "run"))
