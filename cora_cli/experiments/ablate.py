@@ -170,7 +170,7 @@ def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
         _check_trainings(request, dataclasses.replace(grid, rows=tuple(rows)), inputs)
         write_plan(plan)
         is_done = all(done[name] for name in wanted)
-        rate = None if is_done else _rate_of_steps(request)
+        rate = None if is_done else rate_of_steps(request)
         outcome = _execute(plan, wanted, inputs, launcher, held, rate)
         say(summary(plan, outcome))
     return outcome
@@ -183,7 +183,7 @@ def _check_trainings(request: Request, grid: Grid, inputs: Inputs) -> None:
     check_trainings(distinct_trainings(grid, request.device, request.dtype), grid, inputs, hardware)
 
 
-def _rate_of_steps(request: Request) -> float | None:
+def rate_of_steps(request: Request) -> float | None:
     """The rate of the machine that runs the steps, None for a cluster of GPUs while this machine has none.
 
     Raises `CoraError` for a device that the steps would not find here.
@@ -212,7 +212,7 @@ def run_stages(
     seeds = {method.key: MIN_SEEDS for method in methods}
     done: set[str] = set()
     outcomes: list[Outcome] = []
-    rate = _rate_of_steps(request)
+    rate = rate_of_steps(request)
     while True:
         rows = stages.rows(methods, seeds)
         plan = stages.plan(rows)

@@ -9,7 +9,7 @@ import yaml
 
 from cora_cli.errors import CoraError
 from cora_cli.experiments import trainings
-from cora_cli.experiments.ablate import Request, ablate, dry_run
+from cora_cli.experiments.ablate import Request, ablate, dry_run, rate_of_steps
 from cora_cli.experiments.estimate import NO_TIME_NOTE
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, preflight
@@ -198,6 +198,9 @@ def test_a_plan_for_a_gpu_that_is_not_here_has_no_time(staged: bool, tiny_model:
     assert memory_of(page) == memory_of(planned(grid, device="auto"))
     with pytest.raises(CoraError, match="--device cuda is not available"):
         ablate(Request(grid, tmp_path / "out", device="cuda"), lambda *_: {})
+    assert rate_of_steps(Request(grid, device="cuda", launcher="slurm")) is None  # the cluster may have GPUs
+    with pytest.raises(CoraError, match="--device cuda is not available"):
+        rate_of_steps(Request(grid, device="cuda"))
 
 
 @pytest.mark.parametrize(
