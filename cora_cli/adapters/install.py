@@ -108,8 +108,7 @@ def install_adapter(
     """
     split_projections(model, plan.target_modules)
     linears, method = target_linears(model, plan.target_modules), method_of(plan.mode)
-    for name, linear in linears.items():
-        method.check_layer(plan, name, linear)
+    method.check_layers(plan, linears)
     known = observed or {}
     linears = {name: dataclasses.replace(one, observed=known.get(name, Observed())) for name, one in linears.items()}
     ranks = method.ranks(plan, linears)

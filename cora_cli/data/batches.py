@@ -118,6 +118,11 @@ class Collator:
         return {"passes": passes, "labels": labels, "shift_labels": labels, "real_tokens": real_tokens}
 
 
+def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    """The permutation of `count` examples in an epoch: (count,) int64. It depends on nothing else."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
 class GlobalBatches(Sampler[list[int]]):
     """The batches of one process. Every world size trains on the same optimizer batches in the same order.
 
@@ -140,9 +145,7 @@ class GlobalBatches(Sampler[list[int]]):
         return -(-self._count // self._global) * self._accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self._count, generator=generator)
-        for batch in order.split(self._global):
+        for batch in epoch_order(self._count, self._seed, self.epoch).split(self._global):
             parts = batch.tensor_split(self._parts)
             for micro in range(self._accumulation):
                 part = parts[micro * self._world_size + self._rank].tolist()

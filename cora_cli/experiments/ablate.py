@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Literal
 
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
-from cora_cli.device import planned_hardware
+from cora_cli.device import planned_hardware, select_hardware
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.estimate import (
     ESTIMATE_NOTE,
+    NO_TIME_NOTE,
     Estimate,
     estimate_steps,
     matmul_rate,
+    planned_rate,
+    seconds_of,
     steps_that_fit,
     trained_parameters,
 )
@@ -47,6 +50,7 @@ from cora_cli.experiments.trainings import (
     measure_memory,
     memory_cell,
     memory_notes,
+    volume_table,
 )
 from cora_cli.lock import own_directory
 from cora_cli.methods.registry import method_of
@@ -104,26 +108,26 @@ def dry_run(request: Request, width: int | None = None) -> str:
     # Without earlier steps nothing is done yet, so there is no need to hash weights.
     inputs = find_inputs(grid, out / _HASHES if (out / "steps").is_dir() else None, weights=False)
     check_shapes(grid, inputs)
-    rate, described = matmul_rate(request.device)
+    rate, machine = planned_rate(request.device)
     if grid.has_stages:
-        return _dryrun_stages(request, grid, out, inputs, rate, described, width)
+        return _dryrun_stages(request, grid, out, inputs, rate, machine, width)
     plan = make_plan(grid, out, inputs, request.device, request.dtype)
     estimates = estimate_steps(plan, inputs, rate)
     chosen = _chosen(request, plan)
-    memory = _memory(request, plan, chosen, inputs, estimates)
-    return render_plan(plan, inputs, done_steps(plan), estimates, chosen, described, memory, width)
+    memory = _memory(request, plan, chosen, inputs)
+    return render_plan(plan, inputs, done_steps(plan), estimates, chosen, machine, memory, width)
 
 
-def _memory(request: Request, plan: Plan, chosen: list[str], inputs: Inputs, estimates: Mapping[str, Estimate]) -> GridMemory:
+def _memory(request: Request, plan: Plan, chosen: list[str], inputs: Inputs) -> GridMemory:
     """Check the trainings of all rows, and measure the memory of the chosen ones."""
     hardware = planned_hardware(request.device, request.dtype)
     trainings = distinct_trainings(plan.grid, request.device, request.dtype)
     checked = check_trainings(trainings, plan.grid, inputs, hardware)
-    return measure_memory(plan, chosen, checked, estimates, request.measure, hardware)
+    return measure_memory(plan, chosen, checked, request.measure, hardware)
 
 
 def _dryrun_stages(
-    request: Request, grid: Grid, out: Path, inputs: Inputs, rate: float, described: str, width: int | None
+    request: Request, grid: Grid, out: Path, inputs: Inputs, rate: float | None, machine: str, width: int | None
 ) -> str:
     """The plan of what is known so far, and the most and the likely work of all stages."""
     stages = Stages(grid, out, inputs, request.device, request.dtype)
@@ -132,8 +136,8 @@ def _dryrun_stages(
     plan = stages.plan(rows)
     estimates = estimate_steps(plan, inputs, rate)
     names = [row.name for row in rows]
-    memory = _memory(request, plan, names, inputs, estimates)
-    shown = render_plan(plan, inputs, done_steps(plan), estimates, names, described, memory, width)
+    memory = _memory(request, plan, names, inputs)
+    shown = render_plan(plan, inputs, done_steps(plan), estimates, names, machine, memory, width)
     complete = stages.plan([row for row in grid.rows if row.train is None] + [method.rows[0] for method in methods])
     return "\n".join([shown, "", *stage_lines(grid, methods, complete, estimate_steps(complete, inputs, rate))])
 
@@ -141,8 +145,8 @@ def _dryrun_stages(
 def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
     """Run the grid, or complete it. `seeds_wanted` tells which methods of a grid with `confirm` are still undecided.
 
-    Raises `CoraError` before anything runs if a model or data set cannot be found, a rank does not fit the weights, or the
-    output directory holds results with other settings.
+    Raises `CoraError` before anything runs if a model or data set cannot be found, a rank does not fit the weights, a training would be
+    refused at its start, or the output directory holds results with other settings.
     """
     grid = request.load()
     out = request.place(grid)
@@ -154,20 +158,43 @@ def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
         check_shapes(grid, inputs)
         launcher = _launcher(request, grid, out, inputs, held)
         if grid.has_stages:
+            _check_trainings(request, grid, inputs)
             return run_stages(request, grid, out, inputs, launcher, held, seeds_wanted)
         plan = make_plan(grid, out, inputs, request.device, request.dtype)
-        wanted = plan.needed_for(_chosen(request, plan))
+        chosen = _chosen(request, plan)
+        wanted = plan.needed_for(chosen)
         refuse_conflicts(plan, wanted, request.overwrite)
+        done = done_steps(plan)
+        ahead = {name for name in plan.steps if plan.steps[name].kind == "train" and not done[name]}
+        rows = [row for row in grid.rows if row.name in chosen and not ahead.isdisjoint(plan.steps_of[row.name])]
+        _check_trainings(request, dataclasses.replace(grid, rows=tuple(rows)), inputs)
         write_plan(plan)
-        rate = 0.0 if all(done for name, done in done_steps(plan).items() if name in wanted) else matmul_rate(request.device)[0]
+        is_done = all(done[name] for name in wanted)
+        rate = None if is_done else rate_of_steps(request)
         outcome = _execute(plan, wanted, inputs, launcher, held, rate)
         say(summary(plan, outcome))
     return outcome
 
 
-def _execute(plan: Plan, wanted: set[str], inputs: Inputs, launcher: Launcher, held: int, rate: float) -> Outcome:
-    """Run the wanted steps; `rate` is the machine's in FLOPs per second, 0 where nothing is left to estimate."""
-    expected = {name: estimate.seconds for name, estimate in estimate_steps(plan, inputs, rate).items()} if rate else {}
+def _check_trainings(request: Request, grid: Grid, inputs: Inputs) -> None:
+    """Check the trainings of a grid as each of them would at its start, without weights. Raises `CoraError` that names the rows."""
+    # A cluster may have GPUs that this machine lacks.
+    hardware = (planned_hardware if request.launcher == "slurm" else select_hardware)(request.device, request.dtype)
+    check_trainings(distinct_trainings(grid, request.device, request.dtype), grid, inputs, hardware)
+
+
+def rate_of_steps(request: Request) -> float | None:
+    """The rate of the machine that runs the steps, None for a cluster of GPUs while this machine has none.
+
+    Raises `CoraError` for a device that the steps would not find here.
+    """
+    return planned_rate(request.device)[0] if request.launcher == "slurm" else matmul_rate(request.device)[0]
+
+
+def _execute(plan: Plan, wanted: set[str], inputs: Inputs, launcher: Launcher, held: int, rate: float | None) -> Outcome:
+    """Run the wanted steps; `rate` is the machine's in FLOPs per second, None where nothing is left to estimate or it is not known."""
+    estimates = estimate_steps(plan, inputs, rate) if rate is not None else {}
+    expected = {name: seconds for name, one in estimates.items() if (seconds := one.seconds) is not None}
     screen = Screen(plan, wanted, launcher.slots, expected)
     return Execution(plan, wanted, launcher, screen, held).run()
 
@@ -185,7 +212,7 @@ def run_stages(
     seeds = {method.key: MIN_SEEDS for method in methods}
     done: set[str] = set()
     outcomes: list[Outcome] = []
-    rate, _ = matmul_rate(request.device)
+    rate = rate_of_steps(request)
     while True:
         rows = stages.rows(methods, seeds)
         plan = stages.plan(rows)
@@ -344,19 +371,14 @@ def render_plan(
         if row.name not in shown:
             continue
         trained = trained_parameters(row, model)
-        known = [estimates[name] for name in plan.steps_of[row.name] if name in estimates]
-        complete = len(known) == len(plan.steps_of[row.name])
+        seconds = seconds_of(estimates, plan.steps_of[row.name])
         rows.append(
             [
                 row.name,
                 row.printed or "-",
                 "unknown" if trained is None else f"{trained:,}",
-                duration(sum(each.seconds for each in known)) if complete else "unknown",
-                memory_cell(
-                    row,
-                    memory,
-                    next((estimates.get(name) for name in plan.steps_of[row.name] if plan.steps[name].kind == "train"), None),
-                ),
+                "unknown" if seconds is None else duration(seconds),
+                memory_cell(row, memory),
                 "done" if all(done[name] for name in plan.steps_of[row.name]) else "to do",
             ]
         )
@@ -365,21 +387,20 @@ def render_plan(
     lines = [grid.title, f"base model {grid.model}, output in {plan.out}", ""]
     lines += [f"- {condition}" for condition in grid.conditions]
     headers = ("row", "printed as", "trained parameters", "time", "memory", "state")
-    lines += ["", table_text(headers, [list(map(Cell, row)) for row in rows], width), ""]
+    lines += ["", table_text(headers, [list(map(Cell, row)) for row in rows], width), "", *volume_table(memory, width)]
     lines += [
         _step_line(plan, kind, wanted, users, done, estimates)
         for kind in _NOUNS
         if any(plan.steps[n].kind == kind for n in wanted)
     ]
     todo = [name for name in plan.steps if name in wanted and not done[name]]
-    if all(name in estimates for name in wanted):
-        total, left = (sum(estimates[name].seconds for name in names) for names in (wanted, todo))
+    total, left = (seconds_of(estimates, names) for names in (wanted, todo))
+    if total is not None and left is not None:
         lines.append(
-            f"all steps: about {duration(total)} if run one at a time, of which {duration(left)} remain "
-            f"(this machine: {machine})"
+            f"all steps: about {duration(total)} if run one at a time, of which {duration(left)} remain (this machine: {machine})"
         )
     lines += [
-        f"{ESTIMATE_NOTE}; each row counts all of its steps, including shared ones",
+        f"{ESTIMATE_NOTE}; each row counts all of its steps, including shared ones" if machine else NO_TIME_NOTE,
         *memory_notes(plan, chosen, memory, estimates),
         *(f"unresolved: {reference} ({reason})" for reference, reason in inputs.unresolved.items()),
     ]
@@ -396,11 +417,8 @@ def _step_line(
 ) -> str:
     names = [name for name in plan.steps if name in wanted and plan.steps[name].kind == kind]
     shared = sum(users[name] > 1 for name in names)
-    time = (
-        f", about {duration(sum(estimates[name].seconds for name in names))}"
-        if all(name in estimates for name in names)
-        else ""
-    )
+    seconds = seconds_of(estimates, names)
+    time = "" if seconds is None else f", about {duration(seconds)}"
     finished = sum(done[name] for name in names)
     noun = _NOUNS[kind][len(names) != 1]
     return f"{len(names)} {noun}{f' ({shared} shared by several rows)' if shared else ''}{time}; {finished} done"

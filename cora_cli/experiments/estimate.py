@@ -18,6 +18,7 @@ from cora_cli.experiments.rows import Row
 from cora_cli.experiments.steps import Plan, Step
 from cora_cli.experiments.values import Values
 from cora_cli.methods.registry import METHODS, method_of
+from cora_cli.planning.four_bit import HELD_BYTES
 from cora_cli.training.config import TrainConfig
 
 CHARACTERS_PER_TOKEN = 3.6
@@ -38,17 +39,21 @@ ESTIMATE_NOTE = (
     "rate of matrix products measured on this machine"
 )
 
+NO_TIME_NOTE = "no time: the plan is for a CUDA GPU, and there is none here whose rate of matrix products could be measured"
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Approximate run time in seconds and peak memory in bytes."""
+    """Approximate run time in seconds, None where no rate is known, and peak memory in bytes."""
 
-    seconds: float
+    seconds: float | None
     bytes: float
 
 
 def matmul_rate(device: str, seconds: float = 0.5) -> tuple[float, str]:
     """FLOPs per second of a matrix product in the precision of runs on `device`, and a description. Takes about `seconds`.
+
+    Raises `CoraError` for a device that this machine does not have.
 
     The rate is that of the fastest product, on a CPU of one thread times the number of threads, so that other load at this
     moment matters little.
@@ -71,6 +76,13 @@ def matmul_rate(device: str, seconds: float = 0.5) -> tuple[float, str]:
     return rate, f"{rate / 1e12:.2g} TFLOP/s in {hardware.dtype_name} on {hardware.device}"
 
 
+def planned_rate(device: str) -> tuple[float | None, str]:
+    """As `matmul_rate`, but None and no description for a GPU where this machine has none."""
+    import torch
+
+    return (None, "") if device == "cuda" and not torch.cuda.is_available() else matmul_rate(device)
+
+
 def trained_parameters(row: Row, model: ModelFacts | None) -> int | None:
     """Number of parameters that the row trains; None if the model is missing or a PEFT configuration determines it."""
     if row.mode in ("base", "basis"):
@@ -89,8 +101,24 @@ def _trained(config: TrainConfig, model: ModelFacts) -> int | None:
     return method.parameters(model.targets(plan.target_modules), plan) if method.can_train(plan) else 0
 
 
-def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimate]:
+def seconds_of(estimates: Mapping[str, Estimate], names: Iterable[str]) -> float | None:
+    """The time of these steps together, None where that of one of them is not known."""
+    total = 0.0
+    for name in names:
+        if name not in estimates or (seconds := estimates[name].seconds) is None:
+            return None
+        total += seconds
+    return total
+
+
+def estimate_steps(plan: Plan, inputs: Inputs, rate: float | None) -> dict[str, Estimate]:
     """Estimates by step name, for every step whose model and data are available. `rate` is in FLOPs per second."""
+    if rate is None:
+        return {name: dataclasses.replace(one, seconds=None) for name, one in _estimates(plan, inputs, 1.0).items()}
+    return _estimates(plan, inputs, rate)
+
+
+def _estimates(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimate]:
     model = inputs.models.get(plan.grid.model)
     if model is None or not model.shapes:
         return {}
@@ -109,9 +137,8 @@ def estimate_steps(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimat
             elif data is not None and step.kind == "laplace":
                 found[name] = _laplace(model, data, row, rate)
             elif data is not None:
-                one = _evaluation(model, data, plan.grid.evaluate or {}, rate, plan.grid.resources["evaluate"].processes)
-                start = START_SECONDS["evaluate"]
-                found[name] = dataclasses.replace(one, seconds=start + (one.seconds - start) * _averaged(plan, row))
+                processes, models = plan.grid.resources["evaluate"].processes, _averaged(plan, row)
+                found[name] = _evaluation(model, data, plan.grid.evaluate or {}, rate, processes, models)
     for dataset, reference in plan.grid.datasets.items():
         judging = plan.steps.get(f"judge-{dataset}")
         if judging is not None and all(need in found for need in judging.needs):
@@ -160,14 +187,28 @@ def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: flo
     trained = _trained(config, model)
     if trained is None:
         trained = config.rank * sum(sum(shape) * count for shape, count in layers_of.items())
-    tokens = config.batch_size * per_example
-    kept = tokens * hidden * layers * (ACTIVATION_BYTES if not config.gradient_checkpointing else 2)
-    kept += config.batch_size * data.response_characters / CHARACTERS_PER_TOKEN * vocabulary * 12
-    weights = 2 * model.parameters if adapter is not None else 0
+    # No pass has more tokens than `tokens_per_row`, unless one example has.
+    together = min(config.batch_size, max(1.0, (config.tokens_per_row or math.inf) / per_example))
+    kept = together * per_example * hidden * layers * (ACTIVATION_BYTES if not config.gradient_checkpointing else 2)
+    kept += together * data.response_characters / CHARACTERS_PER_TOKEN * vocabulary * 12
     seconds = START_SECONDS["train"] + flops / (rate * TRAINING_SHARE)
     if adapter is not None:
         seconds += sum(method.start_flops(*shape, adapter) * count for shape, count in layers_of.items()) / (rate * WIDE_SHARE)
-    return Estimate(seconds, PROCESS_BYTES + weights + 16 * trained + kept)
+    return Estimate(seconds, PROCESS_BYTES + _held(model, config, trained, processes) + kept)
+
+
+def _held(model: ModelFacts, config: TrainConfig, trained: int, processes: int) -> float:
+    """Bytes of the weights, the gradients and AdamW's moments that one process keeps."""
+    full = config.adapter_plan() is None
+    weights, states = (0.0, 16.0 * trained) if full else (2.0 * model.parameters, 16.0 * trained)
+    layers = [math.prod(shape) for name, shape in model.shapes.items() if any(part.isdigit() for part in name.split("."))]
+    if config.load_in_4bit:
+        weights += (HELD_BYTES - 2) * sum(layers) + 2 * max(layers, default=0)
+    if config.shard == "none":
+        return weights + states + (4 * trained if processes > 1 else 0)
+    largest = max(sum(layers) / model.sizes[0], model.embedded)
+    gathered = 2 * (4 if full else 2) * largest
+    return gathered + ((weights + states) / processes if full else weights / processes + states)
 
 
 def _averaged(plan: Plan, row: Row) -> int:
@@ -194,14 +235,15 @@ def _laplace(model: ModelFacts, data: DataFacts, row: Row, rate: float) -> Estim
     )
 
 
-def _evaluation(model: ModelFacts, data: DataFacts, evaluate: Values, rate: float, processes: int) -> Estimate:
+def _evaluation(model: ModelFacts, data: DataFacts, evaluate: Values, rate: float, processes: int, models: int) -> Estimate:
+    """Of so many `models` together."""
     prompts = math.ceil(min(len(data.test), evaluate.get("limit") or len(data.test)) / processes)
     new = evaluate.get("max_new_tokens", 256)
     # Most answers end before the limit.
     answered = min(new, 1.2 * data.response_characters / CHARACTERS_PER_TOKEN)
     prompt = data.characters / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
     body = 2 * (model.parameters - model.embedded)
-    seconds = prompts * body * (answered / DECODING_SHARE + prompt / TRAINING_SHARE) / rate
+    seconds = models * prompts * body * (answered / DECODING_SHARE + prompt / TRAINING_SHARE) / rate
     layers, hidden, _ = model.sizes
     batch = min(prompts, evaluate.get("batch_size", 48))
     cache = batch * (prompt + new) * layers * hidden * 4

@@ -11,16 +11,21 @@ from typing import Any, Literal
 
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
-from cora_cli.experiments.estimate import Estimate
+from cora_cli.experiments.estimate import SHARED_PART, Estimate
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import Inputs, used_sources
-from cora_cli.experiments.rows import Row
+from cora_cli.experiments.rows import Row, short
 from cora_cli.experiments.steps import Plan
+from cora_cli.methods.registry import method_of
 from cora_cli.planning.page import CARDS, fits, size_text
 from cora_cli.progress import progress
+from cora_cli.render.table import Cell, table_text
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, plan_run
 from cora_cli.training.prepare import Prepared, Shared, prepare
+from cora_cli.training.rough import rough_peak
+from cora_cli.training.work import work_of
+from cora_cli.weights.start_models import check_start_models
 
 LAYERS, MOST = 240, 24
 """Layers of all models together, and trainings, that a plan measures unless it is told how many: 8 trainings of 30 layers, in some 20 seconds."""
@@ -31,7 +36,8 @@ IRRELEVANT = frozenset(
         *("eval_steps", "save_steps", "keep_checkpoints", "save_tokenizer", "validation_loss"),
     }
 )
-"""Settings that change neither what a training checks nor its memory, except by the order of the data, which comes from the seed."""
+"""Settings that change neither what a training checks nor its memory, except by the order of the data, which comes from the seed: memory is that
+of the largest micro-batch of all seeds."""
 _KEY = tuple(field.name for field in dataclasses.fields(TrainConfig) if field.name not in IRRELEVANT)
 
 Key = tuple[Any, ...]
@@ -39,26 +45,45 @@ Key = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A training of a grid, and the names of the rows that are like it; `key` is equal for trainings of equal memory."""
+    """A training of a grid, and the names of the rows that are like it; `key` is equal for trainings of equal memory.
+
+    `start_models` are those of the models that it starts from which the grid does not train itself.
+    """
 
     config: TrainConfig
     rows: list[str]
     key: Key
+    start_models: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """What `rows` rows of one kind of training read and write each: the tokens of a complete run, of which `labels` carry loss, and the bytes of the
+    stored adapter, None where there is none or it is not measured."""
+
+    name: str
+    rows: int
+    tokens: int
+    labels: int
+    adapter: int | None
 
 
 @dataclasses.dataclass(frozen=True)
 class GridMemory:
-    """Peak bytes of the training of each row that was measured; `unknown` has a sentence for trainings that cannot be.
+    """Peak bytes of the training of each row that was measured, and of all rows a count from shapes; `unknown` has a sentence for trainings that
+    cannot be measured, `volumes` the tokens of each distinct one and the size of its adapter.
 
     `measured` of `distinct` trainings were measured for `hardware`; `from_models` of them start from models and cannot be.
     """
 
     peaks: dict[str, int]
+    rough: dict[str, int]
     unknown: tuple[str, ...]
     measured: int
     distinct: int
     from_models: int
     hardware: Hardware
+    volumes: tuple[Volume, ...] = ()
 
 
 def distinct_trainings(grid: Grid, device: str, dtype: Any) -> list[Training]:
@@ -68,11 +93,13 @@ def distinct_trainings(grid: Grid, device: str, dtype: Any) -> list[Training]:
     for row in grid.rows:
         if row.train is None:
             continue
-        key = (row.dataset, *(getattr(row.training, name) for name in _KEY))
+        sources = [grid.models[name] for name in row.sources] if row.training.start_models else []
+        references = tuple(source for source in sources if isinstance(source, str))
+        key = (row.dataset, references, *(getattr(row.training, name) for name in _KEY))
         if (key, row.stop_at) not in found:
             own: dict[str, Any] = {"dataset": grid.datasets[row.dataset or ""], "stop_at": row.stop_at}
             config = dataclasses.replace(row.training, **common, **own, processes=grid.resources["train"].processes)
-            found[key, row.stop_at] = Training(config, [], key)
+            found[key, row.stop_at] = Training(config, [], key, references)
         found[key, row.stop_at].rows.append(row.name)
     for name in used_sources(grid):
         settings = grid.models[name]
@@ -97,7 +124,9 @@ def check_trainings(
             continue
         try:
             with _quiet():
-                found.append((training, prepare(training.config, planned=hardware, shared=shared)))
+                prepared = prepare(training.config, planned=hardware, shared=shared)
+                _check_starts(training, prepared, inputs)
+                found.append((training, prepared))
         except CoraError as error:
             more = f" and {len(training.rows) - 1} more" if len(training.rows) > 1 else ""
             problems.append(f"{training.rows[0]}{more}: {error}")
@@ -106,48 +135,80 @@ def check_trainings(
     return found
 
 
+def _check_starts(training: Training, prepared: Prepared, inputs: Inputs) -> None:
+    """Raise `CoraError` where a training cannot start from one of its models that are here."""
+    known = tuple(reference for reference in training.start_models if reference in inputs.models)
+    if known:
+        only = method_of(training.config.mode).adapters_only
+        check_start_models(known, prepared.model_path, prepared.layers, only)
+
+
 def measure_memory(
     plan: Plan,
     chosen: Collection[str],
     checked: Sequence[tuple[Training, Prepared]],
-    estimates: Mapping[str, Estimate],
     most: int | Literal["all"] | None,
     hardware: Hardware,
 ) -> GridMemory:
-    """Measure `most` distinct trainings of the chosen rows, those with the largest estimates first; by default as many as have `LAYERS`."""
-    steps = {name: step.name for name in chosen if (step := plan.of_kind(name, "train")) is not None}
+    """Measure `most` distinct trainings of the chosen rows, those with the largest estimates first; by default as many as have `LAYERS`.
+
+    Each is measured with the largest micro-batch of all runs that are like it, members of ensembles and the confirming runs of a sweep included.
+    """
+    by_name = {row.name: row for row in plan.grid.rows}
+    wanted = {name for name in chosen if by_name[name].train is not None}
     rows: dict[Key, list[str]] = {}
-    first: dict[Key, tuple[Training, Prepared]] = {}
+    first: dict[Key, tuple[TrainConfig, Prepared]] = {}
     for training, prepared in checked:
-        if wanted := [name for name in training.rows if name in steps]:
-            rows.setdefault(training.key, []).extend(wanted)
-            first.setdefault(training.key, (training, prepared))
-
-    def expected(key: Key) -> float:
-        estimate = estimates.get(steps[rows[key][0]])
-        return estimate.bytes if estimate is not None else 0.0
-
+        if like := [name for name in training.rows if name in wanted]:
+            rows.setdefault(training.key, []).extend(like)
+            first.setdefault(training.key, (dataclasses.replace(training.config, stop_at=None), prepared))
+    seeds = {key: {seed for name in names for seed in _seeds(by_name[name], plan.grid)} for key, names in rows.items()}
+    works = {key: work_of(*first[key], seeds[key]) for key in first}
+    rough = {key: rough_peak(*first[key], works[key]) for key in first}
     # These models need not exist yet.
-    order = sorted((key for key in first if not first[key][0].config.start_models), key=expected, reverse=True)
+    order = sorted((key for key in first if not first[key][0].start_models), key=rough.__getitem__, reverse=True)
     from_models = len(first) - len(order)
     if most != "all":
         order = order[: most if most is not None else _default_count(first[order[0]][1]) if order else 0]
     peaks: dict[str, int] = {}
     unknown: list[str] = []
+    adapters: dict[Key, int | None] = {}
     with progress("measuring memory", len(order), "trainings") as shown:
         for key in order:
-            training, prepared = first[key]
             try:
                 with _quiet():
-                    measured = plan_run(dataclasses.replace(training.config, stop_at=None), prepared).measured
+                    measured = plan_run(*first[key], seeds[key]).measured
             except CoraError as error:
                 raise type(error)(f"{rows[key][0]}: {error}") from error
             if isinstance(measured, Measured):
                 peaks |= dict.fromkeys(rows[key], measured.memory.total)
+                adapters[key] = measured.adapter_bytes
             else:
                 unknown.append(measured)
             shown.advance()
-    return GridMemory(peaks, tuple(dict.fromkeys(unknown)), len(order), len(first), from_models, hardware)
+    by_row = {name: rough[key] for key, names in rows.items() for name in names}
+    kinds = [_kind(by_name[names[0]]) for names in rows.values()]
+    volumes = (
+        Volume(
+            kind if kinds.count(kind) == 1 else names[0], len(names), works[key].tokens, works[key].labels, adapters.get(key)
+        )
+        for kind, (key, names) in zip(kinds, rows.items(), strict=True)
+    )
+    sentences = tuple(dict.fromkeys(unknown))
+    return GridMemory(peaks, by_row, sentences, len(order), len(first), from_models, hardware, tuple(volumes))
+
+
+def _kind(row: Row) -> str:
+    """The name of a row's run without its seed and its learning rate."""
+    assert row.learning_rate is not None
+    return row.run.removesuffix(f"_seed{row.seed}").replace(f"_lr{short(row.learning_rate)}", "")
+
+
+def _seeds(row: Row, grid: Grid) -> set[int]:
+    """The seeds of the runs of a row: of its members, and those that may confirm it."""
+    later = grid.confirm.seeds if grid.confirm is not None else ()
+    rows = [row, *(dataclasses.replace(row, stage="confirm").with_seed(seed) for seed in later)]
+    return {member.seed for one in rows for member in one.members()}
 
 
 def _default_count(prepared: Prepared) -> int:
@@ -161,13 +222,31 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def memory_cell(row: Row, memory: GridMemory, estimate: Estimate | None) -> str:
-    """The memory of a row's training: measured, or after a ~ estimated."""
+def memory_cell(row: Row, memory: GridMemory) -> str:
+    """The memory of a row's training: measured, or after a ~ counted from shapes."""
     if row.train is None:
         return "-"
     if row.name in memory.peaks:
         return size_text(memory.peaks[row.name])
-    return "unknown" if estimate is None else f"~{_about(estimate.bytes)}"
+    return f"~{_about(memory.rough[row.name])}" if row.name in memory.rough else "unknown"
+
+
+def volume_table(memory: GridMemory, width: int | None) -> list[str]:
+    """The tokens and the adapter of each distinct training, as a table with lines of at most `width` characters; nothing where there is none."""
+    if not memory.volumes:
+        return []
+    headers = ("training", "rows", "tokens", "with loss", "adapter")
+    cells = [
+        (
+            each.name,
+            f"{each.rows}",
+            f"{each.tokens:,}",
+            f"{each.labels:,}",
+            "-" if each.adapter is None else size_text(each.adapter),
+        )
+        for each in memory.volumes
+    ]
+    return [table_text(headers, [list(map(Cell, row)) for row in cells], width), ""]
 
 
 def memory_notes(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimates: Mapping[str, Estimate]) -> list[str]:
@@ -175,10 +254,14 @@ def memory_notes(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimate
     notes = []
     others = [estimates[name].bytes for name, step in plan.steps.items() if step.kind != "train" and name in estimates]
     if memory.distinct:
+        notes.append(
+            "training: rows that differ in learning rate and seed only; tokens of a complete run, of which so many carry loss; adapter: its size on disk, "
+            "where its memory is measured"
+        )
         on_gpu = memory.hardware.device.type == "cuda"
         notes.append(
             f"memory: peak of the training's tensors {'on a CUDA GPU' if on_gpu else 'on the processor'} in {memory.hardware.dtype_name}, as "
-            "`cora train --dry-run` computes it, with the order of the data of the first row of its kind; ~ marks estimates"
+            "`cora train --dry-run` computes it, with the largest batch of all seeds; ~ marks estimates"
         )
         if memory.measured < memory.distinct - memory.from_models:
             notes.append(
@@ -190,7 +273,8 @@ def memory_notes(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimate
             )
         notes += [f"not measured: {sentence}" for sentence in memory.unknown]
         if on_gpu:
-            notes += _fitting(plan, chosen, memory, estimates)
+            wanted = set(chosen)
+            notes += _fitting([row for row in plan.grid.rows if row.name in wanted and row.train is not None], memory)
     if others:
         notes.append(f"other steps take up to about {_about(max(others))} (estimate)")
     return notes
@@ -200,12 +284,14 @@ def _about(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def _fitting(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimates: Mapping[str, Estimate]) -> list[str]:
-    """How many of the chosen rows' trainings fit each card, where the memory of each is known."""
-    steps = {name: step.name for name in chosen if (step := plan.of_kind(name, "train")) is not None}
-    sizes = [memory.peaks.get(name, estimates[step].bytes if step in estimates else None) for name, step in steps.items()]
-    known = [size for size in sizes if size is not None]
-    if not known or len(known) < len(sizes):
+def _fitting(rows: Sequence[Row], memory: GridMemory) -> list[str]:
+    """How many of the rows' trainings fit each card. Estimates count twice, since they can be half of the truth; starts from models do not."""
+    names = [row.name for row in rows if row.training.start_models is None]
+    if not names or not memory.rough.keys() >= set(names):
         return []
-    cards = (f"{card} GB: {sum(fits(size, card * 2**30) for size in known)}" for card in CARDS)
-    return [f"of {len(known)} trainings, so many fit a card of  {'  '.join(cards)}"]
+    sizes = [memory.peaks.get(name, memory.rough[name] / SHARED_PART) for name in names]
+    cards = (f"{card} GB: {sum(fits(size, card * 2**30) for size in sizes)}" for card in CARDS)
+    left_out = f", without the {len(rows) - len(names)} that start from models" if len(names) < len(rows) else ""
+    guessed = sum(name not in memory.peaks for name in names)
+    counted = f" ({guessed} counted as twice their estimates, which can be half of the truth)" if guessed else ""
+    return [f"of {len(names)} trainings{counted}{left_out}, so many fit a card of  {'  '.join(cards)}"]

@@ -203,6 +203,11 @@ class Method:
         """The plan with what the model decides filled in; `heads` is its number of attention heads, None where it states none."""
         return plan
 
+    @property
+    def adapters_only(self) -> str | None:
+        """The mode in words where it starts from adapters and from no other models; else None."""
+        return f"mode {self.name}" if self.start_from == "adapters" else None
+
     def needs_basis(self, b_init: str | None = None) -> bool:
         """Whether a factor starts as a basis, given the requested start of B."""
         return "basis" in (b_init or self.b_init, self.a_init)
@@ -245,6 +250,11 @@ class Method:
         if (self.reads_weights or self.observes(plan.b_init) == "gradient") and plan.rank > smaller:
             start = f" with --b-init {plan.b_init}" if self.b_init_is_free else ""
             raise CoraError(f"mode {self.name}{start} needs --rank ≤ {smaller} for {name}, not {plan.rank}")
+
+    def check_layers(self, plan: AdapterPlan, linears: "Mapping[str, LinearWeight]") -> None:
+        """As `check_layer`, of all adapted layers by name."""
+        for name, linear in linears.items():
+            self.check_layer(plan, name, linear)
 
     def can_train(self, plan: AdapterPlan) -> bool:
         """False where the gradient stays zero: ∂L/∂A = s·Bᵀ(∂L/∂W) with B = 0 frozen, ∂L/∂B with A = 0 frozen, both with A = B = 0."""

@@ -11,6 +11,8 @@ from cora_cli.methods.plan import AdapterPlan, AdapterRequest
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from cora_cli.methods.parts.layers import LinearWeight
+
 
 class UniLora(Method):
     """Every entry of A and B of every layer is θ_j / √(number of entries that are θ_j), with the j drawn at random and θ (d,) trained.
@@ -45,6 +47,13 @@ class UniLora(Method):
         own = {"theta_length": self.DEFAULT_LENGTH, **request.own}
         return dataclasses.replace(request, alpha=float(request.rank), own=own)
 
+    def check_layers(self, plan: AdapterPlan, linears: "Mapping[str, LinearWeight]") -> None:
+        """d is at most the numbers in all A and B."""
+        super().check_layers(plan, linears)
+        total = plan.rank * sum(linear.in_features + linear.out_features for linear in linears.values())
+        if (length := plan.own["theta_length"]) > total:
+            raise CoraError(f"--theta-length must be at most {total}, the numbers in all A and B, not {length}")
+
     def starts(self, *_: Any) -> None:
         """None: `after_install` starts all layers together."""
 
@@ -59,8 +68,6 @@ class UniLora(Method):
         factors: list[Any] = [one for _, layer in lora_layers(model) for one in (layer.lora_A, layer.lora_B)]
         shapes = [one[ADAPTER].weight.shape for one in factors]
         length, total = plan.own["theta_length"], sum(shape.numel() for shape in shapes)
-        if length > total:
-            raise CoraError(f"--theta-length must be at most {total}, the numbers in all A and B, not {length}")
         order = torch.randperm(total, generator=seeded(plan.seed, "all layers", "places"))
         places = (torch.arange(total) % length)[order]
         shares = torch.bincount(places, minlength=length).float().rsqrt()

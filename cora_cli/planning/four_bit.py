@@ -16,15 +16,33 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 BLOCK, OUTER_BLOCK = 64, 256
 """Weights that share a scale of 8 bits, and scales that share one of 32 bits."""
+HELD_BYTES = 1 / 2 + 1 / BLOCK + 4 / BLOCK / OUTER_BLOCK
+"""Bytes of a weight that is held in 4 bits, with its part of the scales."""
 
 
 def hold_in_four_bit(model: Any, dtype: torch.dtype) -> None:
     """Replace the layers that transformers would load in 4 bits for products in `dtype`; to be called, and used, under `memory.fakes`."""
-    kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    for name, module in list(model.named_modules()):
-        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept):
-            model.set_submodule(name, _layer_class()(module, dtype))
+    for name, module in _held(model):
+        model.set_submodule(name, _layer_class()(module, dtype))
     model.is_loaded_in_4bit = True
+
+
+def _held(model: Any) -> list[tuple[str, Any]]:
+    """The layers that transformers would load in 4 bits, by name."""
+    kept = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    linears = [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear or isinstance(module, Conv1D)
+    ]
+    return [(name, module) for name, module in linears if should_convert_module(name, kept)]
+
+
+def four_bit_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Bytes of the weights of a model whose layers are held in 4 bits, and of the largest of them, which exists in `dtype` while it multiplies."""
+    held = [module.weight.numel() for _, module in _held(model)]
+    others = sum(weight.numel() for weight in model.parameters()) - sum(held)
+    return int(HELD_BYTES * sum(held)) + dtype.itemsize * (others + max(held, default=0))
 
 
 @cache

@@ -2,58 +2,120 @@
 
 import dataclasses
 import math
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
 from cora_cli.planning.page import fits
 from cora_cli.progress import say
 from cora_cli.training.config import TrainConfig
-from cora_cli.training.preflight import Measured, Preflight, plan_run, rough_peak
+from cora_cli.training.preflight import Measured, Preflight, plan_run
 from cora_cli.training.prepare import Prepared, number_of_processes
+from cora_cli.training.rough import rough_peak
 
 ROUGHLY = 0.4
 """A run that takes less than this part of the GPU by a rough count fits, and needs no plan."""
+RUN, ROWS = "run.pickle", "rows.pickle"
+"""What `fit_alone` reads and writes."""
+_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_")
+"""How the variables begin by which a process knows its group."""
 
 
 def fit_rows(config: TrainConfig, prepared: Prepared) -> TrainConfig:
     """The settings with `tokens_per_row` where the rows of the run would not fit the GPU otherwise; it changes the result by rounding only.
 
-    A run that fits no length of its rows stays as it is, since a plan may be wrong, and so does a divided one, which cannot be planned from
-    inside. Takes as long as a few dry runs, unless a rough count shows that the run fits.
+    A run that fits no length of its rows stays as it is, since a plan may be wrong. Takes as long as a few dry runs, unless a rough count shows
+    that the run fits. All processes of a divided run call this together, and get the same.
     """
-    if config.tokens_per_row is not None or prepared.hardware.device.type != "cuda":
-        return config
     capacity = _capacity(prepared.hardware.device)
+    if config.tokens_per_row is not None or capacity is None:
+        return config
+    tokens, said = (shorter_rows if config.shard == "none" else _shorter_rows_of_all)(config, prepared, capacity)
+    if said:
+        say(said)
+    return config if tokens is None else dataclasses.replace(config, tokens_per_row=tokens)
+
+
+def shorter_rows(config: TrainConfig, prepared: Prepared, capacity: int) -> tuple[int | None, str]:
+    """The `tokens_per_row` with which the run fits a GPU of `capacity` bytes, and a sentence; None where its rows stay."""
     if rough_peak(config, prepared) < ROUGHLY * capacity:
-        return config
-    if config.shard != "none":
-        processes = number_of_processes(config)
-        say(
-            "whether the rows of a divided run fit the GPU is not computed in it, because a plan needs a process group of its own and torch has one "
-            f"per process, which this run uses; `cora train … --dry-run --processes {processes}` with the same settings computes it, and "
-            "--tokens-per-row N makes the rows shorter"
-        )
-        return config
+        return None, ""
     plan = plan_run(config, prepared)
     if not isinstance(plan.measured, Measured) or fits(plan.measured.memory.total, capacity):
-        return config
-    for changes in _shorter_rows(plan):
-        split = dataclasses.replace(config, **changes)
-        found = plan_run(split, prepared).measured
+        return None, ""
+    for changes in _shorter(plan):
+        found = plan_run(dataclasses.replace(config, **changes), prepared).measured
         if isinstance(found, Measured) and fits(found.memory.total, capacity):
-            say(
+            tokens: int = changes["tokens_per_row"]
+            return tokens, (
                 f"a row of {plan.largest} tokens would take {_gib(plan.measured.memory.total)} of the GPU's {_gib(capacity)} (computed): "
-                f"rows are split at {split.tokens_per_row} tokens, as with --tokens-per-row {split.tokens_per_row}"
+                f"rows are split at {tokens} tokens, as with --tokens-per-row {tokens}"
             )
-            return split
-    return config
+    return None, ""
+
+
+def _shorter_rows_of_all(config: TrainConfig, prepared: Prepared, capacity: int) -> tuple[int | None, str]:
+    """As `shorter_rows`, for the smallest GPU of all processes of a divided run. The first process decides, and the others wait for it.
+
+    Its plan needs a process group of processes that do not exist, and torch has one group per process, which this run uses; so it is made in
+    a process of its own.
+    """
+    processes = number_of_processes(config)
+    together = torch.distributed.is_initialized()
+    capacities: list[Any] = [capacity] * (torch.distributed.get_world_size() if together else 1)
+    if together:
+        torch.distributed.all_gather_object(capacities, capacity)
+    found: list[tuple[int | None, str]] = [(None, "")]
+    first = not together or torch.distributed.get_rank() == 0
+    if first and rough_peak(config, prepared) >= ROUGHLY * (least := min(capacities)):
+        try:
+            found[0] = _shorter_rows_alone(config, prepared.hardware, least, processes)
+        except CoraError as error:
+            found[0] = (
+                None,
+                f"whether the rows of this divided run fit the GPU could not be computed ({error}); `cora train … --dry-run --processes {processes}` "
+                "with the same settings computes it, and --tokens-per-row N makes the rows shorter",
+            )
+    if together:
+        torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
+def _shorter_rows_alone(config: TrainConfig, hardware: Hardware, capacity: int, processes: int) -> tuple[int | None, str]:
+    """The `tokens_per_row` with which a run of so many processes fits GPUs of `capacity` bytes, None where its rows stay, and what is to be said of it.
+
+    Raises `CoraError` where the process fails.
+    """
+    planned = dataclasses.replace(config, dry_run=True, processes=processes, resume=False)
+    with tempfile.TemporaryDirectory(prefix="cora-fit-") as place:
+        (Path(place) / RUN).write_bytes(pickle.dumps((planned, hardware, capacity)))
+        found = subprocess.run(
+            [sys.executable, "-P", "-m", "cora_cli.training.fit_alone", place],
+            env={name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        if found.returncode:
+            last = found.stderr.strip().splitlines()[-1:] or [f"exit code {found.returncode}"]
+            raise CoraError(last[0])
+        rows: tuple[int | None, str] = pickle.loads((Path(place) / ROWS).read_bytes())
+    return rows
 
 
 def out_of_memory(config: TrainConfig, prepared: Prepared) -> CoraError:
     """One sentence on a GPU that ran out of memory, with the setting that would fit; takes as long as a few dry runs."""
-    capacity = _capacity(prepared.hardware.device)
+    capacity = _capacity(prepared.hardware.device) or 0
     plan = plan_run(config, prepared)
     if not isinstance(plan.measured, Measured):
         rest = "" if config.gradient_checkpointing else ", --gradient-checkpointing"
@@ -82,13 +144,13 @@ def out_of_memory(config: TrainConfig, prepared: Prepared) -> CoraError:
 
 def _smaller(plan: Preflight) -> list[dict[str, Any]]:
     """Settings that take less memory, those that cost least time first and the smallest last."""
-    rows = _shorter_rows(plan)
+    rows = _shorter(plan)
     if plan.config.gradient_checkpointing:
         return rows
     return [*rows, *({"gradient_checkpointing": True, **row} for row in [{}, *rows])]
 
 
-def _shorter_rows(plan: Preflight) -> list[dict[str, Any]]:
+def _shorter(plan: Preflight) -> list[dict[str, Any]]:
     """Lengths of rows below that of the longest row, each half of the one before, down to the longest example."""
     longest = max(len(example.input_ids) for example in plan.prepared.train.examples)
     shorter = []
@@ -104,8 +166,9 @@ def _flag(name: str, value: int | bool) -> str:
     return flag if value is True else f"{flag} {value}"
 
 
-def _capacity(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).total_memory)
+def _capacity(device: torch.device) -> int | None:
+    """The bytes of a GPU, None for a processor."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
 def _gib(size: float) -> str:

@@ -6,11 +6,9 @@ counts the bytes.
 
 import contextlib
 import dataclasses
-import inspect
-import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +24,18 @@ from transformers import AttentionInterface, PrinterCallback, TrainerCallback
 
 from cora_cli.adapters.install import AngleMeter, install_adapter, target_linears
 from cora_cli.adapters.storage import stored_state
-from cora_cli.data.batches import GHOST, BatchForm, Collator, GlobalBatches
-from cora_cli.data.encode import Example
+from cora_cli.data.batches import BatchForm
 from cora_cli.device import planned_hardware
 from cora_cli.methods.parts.layers import Observed, factors_of, lora_layers
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.models.configuration import rope_switch
 from cora_cli.models.fused import split_projections
 from cora_cli.planning.four_bit import hold_in_four_bit
 from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, follow_training, follow_weights
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
-from cora_cli.training.batching import cannot_pack
 from cora_cli.training.config import TrainConfig
-from cora_cli.training.heldout import row_losses, rows_of
+from cora_cli.training.heldout import row_losses
 from cora_cli.training.notices import notices_on_records
 from cora_cli.training.prepare import Prepared, number_of_processes, prepare, total_steps, training_arguments
 from cora_cli.training.rate import Rate, rate_of
@@ -48,6 +43,7 @@ from cora_cli.training.record import parameter_counts
 from cora_cli.training.sharding import planned_mesh, shard
 from cora_cli.training.stand_ins import WideLayerNorm, cpu_attention, gpu_attention, gpu_chunks
 from cora_cli.training.trainer import CoraTrainer
+from cora_cli.training.work import Work, planned_form, responses
 
 _STAND_IN = "cora_planned"
 _NEED_VALUES = (
@@ -57,8 +53,6 @@ _NEED_VALUES = (
     UnsupportedOperatorException,
 )
 """What fake tensors raise where the computation depends on numbers."""
-EPOCHS = 3
-"""Epochs that are searched for the largest micro-batch."""
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
@@ -113,12 +107,15 @@ def preflight(config: TrainConfig) -> Preflight:
     return dataclasses.replace(plan_run(config, prepared), rate=rate)
 
 
-def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:
-    """As `preflight`, from inputs that are already checked."""
+def plan_run(config: TrainConfig, prepared: Prepared, seeds: Collection[int] = ()) -> Preflight:
+    """As `preflight`, from inputs that are already checked.
+
+    The memory is that of the largest micro-batch of this run and of those that differ from it in their seed only, which is one of `seeds`.
+    """
     processes, examples = number_of_processes(config), prepared.train.examples
     steps = total_steps(config, len(examples))
-    form = _planned_form(config, prepared)
-    work = _Work(config, prepared, form, steps, processes)
+    form = planned_form(config, prepared)
+    work = Work(config, prepared, form, steps, processes, seeds)
     counts = (steps, processes, work.tokens, work.labels, work.largest, work.largest_labels)
     if config.shard != "none" and torch.distributed.is_initialized():
         why = "only `cora train --dry-run` measures a divided model, not a run among other processes"
@@ -129,101 +126,6 @@ def plan_run(config: TrainConfig, prepared: Prepared) -> Preflight:
         except _NEED_VALUES as error:
             measured = f"the memory of {config.model} in mode {config.mode} depends on its numbers ({type(error).__name__})"
     return Preflight(config, prepared, form, *counts, measured)
-
-
-def rough_peak(config: TrainConfig, prepared: Prepared) -> int:
-    """Bytes of the weights and of the activations and logits of the largest pass, counted from shapes: within about a factor of two."""
-    work = _Work(config, prepared, _planned_form(config, prepared), total_steps(config, len(prepared.train.examples)), 1)
-    weights = sum(weight.numel() for weight in prepared.skeleton.parameters())
-    if config.shard != "none":
-        weights //= number_of_processes(config)
-    # Mode full keeps weights, gradients and two moments in float32.
-    return weights * (16 if prepared.plan is None else prepared.hardware.dtype.itemsize) + work.size(work.passes[0])
-
-
-def _planned_form(config: TrainConfig, prepared: Prepared) -> BatchForm:
-    """The form of batches that `choose_batching` will choose, as far as the model's class tells."""
-    skeleton, switch = prepared.skeleton, rope_switch(prepared.model_config)
-    if cannot_pack(skeleton) is None:
-        return BatchForm("packed", prepared.attention.shares_prefixes, switch, tokens_per_row=config.tokens_per_row)
-    return BatchForm("padded", False, switch, frozenset(inspect.signature(skeleton.forward).parameters), config.tokens_per_row)
-
-
-def _responses(example: Example) -> int:
-    return len(example.input_ids) - example.prompt_length
-
-
-class _Work:
-    """The `tokens` and `labels` of all micro-batches of a run, and the `passes` of the one that takes most memory, the largest first:
-    `largest` and `largest_labels` are the tokens and labels of that one."""
-
-    def __init__(self, config: TrainConfig, prepared: Prepared, form: BatchForm, steps: int, processes: int) -> None:
-        self._form, self._examples = form, prepared.train.examples
-        text = prepared.model_config.get_text_config(decoder=True)
-        layers = int(text.num_hidden_layers)
-        # With checkpointing, each layer keeps its input in 16 bits, and one layer at a time everything else.
-        kept = 34 + 2 * layers if config.gradient_checkpointing else 34 * layers
-        self._per_token, self._per_label = kept * int(text.hidden_size), 8 * int(text.vocab_size)
-        every = [
-            GlobalBatches(len(self._examples), config.batch_size, config.gradient_accumulation, rank, processes, config.seed)
-            for rank in range(processes)
-        ]
-        epochs, rest = divmod(steps * config.gradient_accumulation, len(every[0]))
-        last = self._epoch(every, epochs, rest)
-        self.tokens = epochs * prepared.train.tokens + self._sum(last, lambda example: len(example.input_ids))
-        self.labels = epochs * prepared.train.response_tokens + self._sum(last, _responses)
-        micro = [batch for epoch in range(min(epochs, EPOCHS)) for batch in self._epoch(every, epoch, len(every[0]))]
-        # Sums overestimate rows that share prefixes, so the largest few are laid out.
-        found = sorted(
-            {tuple(sorted(batch)) for batch in (*micro, *last)},
-            key=lambda batch: self._upper(self.members(batch)),
-            reverse=True,
-        )[:8]
-        self.passes = max((self.split(list(batch)) for batch in found), key=lambda parts: self.size(parts[0]))
-        # Two passes are as many as ever exist at once: one, and the gradients of those before.
-        self.batch = Collator(form)([(example, False) for example in self.members(self.passes[0])])
-        self.batch["passes"] *= min(2, len(self.passes))
-
-        largest = self.members(self.passes[0])
-        self.largest, self.largest_labels = form.tokens(largest), sum(map(_responses, largest))
-
-    def members(self, part: Sequence[int]) -> list[Example]:
-        """The examples of a batch or pass."""
-        return [self._examples[index] for index in part]
-
-    @staticmethod
-    def _epoch(every: Sequence[GlobalBatches], epoch: int, count: int) -> list[list[int]]:
-        """The first `count` micro-batches of an epoch, of all processes."""
-        found = []
-        for batches in every:
-            batches.set_epoch(epoch)
-            found += [batch for batch in itertools.islice(batches, count) if batch != [GHOST]]
-        return found
-
-    def _sum(self, batches: Sequence[list[int]], number: Callable[[Example], int]) -> int:
-        return sum(number(example) for batch in batches for example in self.members(batch))
-
-    def _upper(self, members: Sequence[Example]) -> int:
-        return sum(len(each.input_ids) * self._per_token + _responses(each) * self._per_label for each in members)
-
-    def size(self, part: Sequence[int]) -> int:
-        """Bytes that a pass keeps for the backward pass, roughly."""
-        members = self.members(part)
-        return self._form.tokens(members) * self._per_token + sum(map(_responses, members)) * self._per_label
-
-    def split(self, batch: list[int]) -> list[list[int]]:
-        """The passes of a micro-batch, the largest first."""
-        parts = self._form.passes([self._examples[index] for index in batch])
-        return sorted(([batch[member] for member in part] for part in parts), key=self.size, reverse=True)
-
-    def held_out(self, *sets: Sequence[Example]) -> Iterator[list[Example]]:
-        """The largest pass in which the held-out loss of each set is measured; none for an empty set."""
-        for records in sets:
-            order = sorted(range(len(records)), key=lambda index: len(records[index].input_ids))
-            rows = [[records[index] for index in row] for row in rows_of(records, order)]
-            passes = [[row[member] for member in part] for row in rows for part in self._form.passes(row)]
-            if passes:
-                yield max(passes, key=self._upper)
 
 
 class _FakeTrainer(CoraTrainer):
@@ -274,7 +176,7 @@ class _AroundSteps(TrainerCallback):
         self._trainer.after_step()
 
 
-def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Work, processes: int, place: Path) -> Measured:
+def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: Work, processes: int, place: Path) -> Measured:
     """Train one step on fake tensors, then measure a held-out loss on them. `place` is an empty directory."""
     plan = prepared.plan
     # Without a device index, all tensors are a CPU's.
@@ -313,7 +215,7 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: _Wo
             found.append(Memory(_with_copies(meter.peak, copied), "a training step"))
         for members in work.held_out(prepared.test.examples, prepared.validation.examples):
             # A forward pass alone takes less than a training step with as many tokens.
-            if trains and form.tokens(members) <= work.largest and sum(map(_responses, members)) <= work.largest_labels:
+            if trains and form.tokens(members) <= work.largest and sum(map(responses, members)) <= work.largest_labels:
                 continue
             meter.restart()
             model.eval()

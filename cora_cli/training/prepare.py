@@ -282,8 +282,7 @@ def _fitted(
     layers = _checked_targets(skeleton, method, plan)
     if not config.start_models or not with_start_models:
         return plan, layers, None
-    of_adapters = f"mode {plan.mode}" if method.start_from == "adapters" else None
-    models = StartModels(config.start_models, model, layers, of_adapters)
+    models = StartModels(config.start_models, model, layers, method.adapters_only)
     return dataclasses.replace(plan, own={**plan.own, "start_models": models.hashes}), layers, models
 
 
@@ -312,8 +311,7 @@ def _checked_targets(skeleton: Any, method: Method, plan: AdapterPlan) -> list[s
             f"q_proj, k_proj and v_proj are rows of {next(iter(split)).rpartition('.')[2]} in this model, which is split into them"
         )
     linears = target_linears(skeleton, plan.target_modules)
-    for name, linear in linears.items():
-        method.check_layer(plan, name, linear)
+    method.check_layers(plan, linears)
     every = [name for name, module in skeleton.named_modules() if linear_weight(module) is not None]
     if without := layers_without(list(linears), every):
         say(

@@ -49,7 +49,7 @@ def shard(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
     # dtype in the trained parameters of a part, and methods compute factors from trained tensors, share them between layers and change
     # them between steps. So every method trains as it does without sharding, bit for bit, and its checkpoints are the same.
     kept = {parameter for name, parameter in model.named_parameters() if _in_adapter(model, name)}
-    for part in (*_parts(model), model):
+    for part in (*parts_of(model), model):
         # After every pass, the parameters of all parts are the divided ones: an optimizer must not get others.
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
     for parameter in kept:
@@ -60,7 +60,7 @@ def _in_adapter(model: Any, name: str) -> bool:
     return isinstance(model, PeftModel) and str(model.base_model.prefix) in name
 
 
-def _parts(model: Any) -> list[torch.nn.Module]:
+def parts_of(model: Any) -> list[torch.nn.Module]:
     """The modules to gather one at a time, inner ones first."""
     inner = transformers_model(model)
     blocks = set(inner._no_split_modules or ())

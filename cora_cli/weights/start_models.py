@@ -9,6 +9,7 @@ from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import Observed
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.progress import say
+from cora_cli.weights.planned import open_planned
 from cora_cli.weights.sources import WeightSource, open_source
 
 _NEGLIGIBLE = 1e-6
@@ -33,10 +34,7 @@ class StartModels:
         """SHA-256 of each model's files, by reference."""
         for reference in references:
             model = resolve_model(reference)
-            if adapters_only and not model.is_adapter:
-                raise CoraError(
-                    f"{adapters_only} starts from the factors of LoRA adapters, but {reference} is a complete model"
-                )
+            _check_kind(model, adapters_only)
             if model.is_adapter:
                 check_base(model, base)
             digest = model.content_hash()
@@ -44,11 +42,7 @@ class StartModels:
                 raise CoraError(f"--start-models: {reference} has the same content as another of them")
             self.hashes[model.reference] = digest
             source = open_source(model, self._base if model.is_adapter else None)
-            for name in layers:
-                if source.shapes.get(name) != self._base.shapes[name]:
-                    raise CoraError(
-                        f"--start-models: {reference} has no weight {name} of the base model's shape {self._base.shapes[name]}"
-                    )
+            _check_shapes(source, self._base, layers)
             if also := [name for name in others if source.own_rank(name, self._base)]:
                 say(f"{reference} also changes {len(also)} layers that --target-modules leaves out, such as {also[0]}")
             self._sources.append(source)
@@ -67,3 +61,30 @@ class StartModels:
         u, values, v = torch.linalg.svd(source.read(name).double() - self._base.read(name).double(), full_matrices=False)
         kept = int((values > _NEGLIGIBLE * values[0]).sum())
         return (u[:, :kept] * values[:kept]).float(), v[:kept].float()
+
+
+def check_start_models(
+    references: Sequence[str], base: ModelPath, layers: Sequence[str], adapters_only: str | None = None
+) -> None:
+    """Raise `CoraError` as `StartModels` does, as far as names and shapes tell. Computes no hashes; models without weights are not checked."""
+    whole = open_planned(base)
+    for number, reference in enumerate(references):
+        model = resolve_model(reference, weights=False)
+        _check_kind(model, adapters_only)
+        if reference in references[:number]:
+            raise CoraError(f"--start-models: {reference} has the same content as another of them")
+        if model.has_weights:
+            _check_shapes(open_planned(model, whole if model.is_adapter else None), whole, layers)
+
+
+def _check_kind(model: ModelPath, adapters_only: str | None) -> None:
+    if adapters_only and not model.is_adapter:
+        raise CoraError(f"{adapters_only} starts from the factors of LoRA adapters, but {model.reference} is a complete model")
+
+
+def _check_shapes(source: WeightSource, base: WeightSource, layers: Sequence[str]) -> None:
+    for name in layers:
+        if source.shapes.get(name) != base.shapes[name]:
+            raise CoraError(
+                f"--start-models: {source.reference} has no weight {name} of the base model's shape {base.shapes[name]}"
+            )

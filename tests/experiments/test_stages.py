@@ -28,7 +28,8 @@ RATES = [1e-3, 3e-3, 1e-2]
 @pytest.fixture(autouse=True)
 def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring the rate of this machine takes half a second."""
-    monkeypatch.setattr("cora_cli.experiments.ablate.matmul_rate", lambda device: (1e11, "a known rate"))
+    for name in ("matmul_rate", "planned_rate"):
+        monkeypatch.setattr(f"cora_cli.experiments.ablate.{name}", lambda device: (1e11, "a known rate"))
 
 
 Loss = Callable[[str, float, int], float]

@@ -23,7 +23,7 @@ from cora_cli.training.config import TrainConfig
 from tests.counting import assert_linear
 from tests.experiments.helpers import SHAPES, grid_of, inputs_of, plan_of
 
-UNMEASURED = GridMemory({}, (), 0, 0, 0, select_hardware("cpu", "fp32"))
+UNMEASURED = GridMemory({}, {}, (), 0, 0, 0, select_hardware("cpu", "fp32"))
 
 
 def kinds(plan: Plan) -> list[str]:
@@ -228,6 +228,19 @@ def test_decompositions_before_training_and_records_to_select_by_are_estimated_t
 
     assert seconds("lora") == seconds("lora-fa") < seconds("pissa") == seconds("mica")
     assert seconds("lora", validation_size=9) > seconds("lora", validation_size=2)
+
+
+def test_memory_is_estimated_with_4_bits_short_rows_and_a_divided_base() -> None:
+    def size(gpus: int = 1, **train: Any) -> float:
+        defaults = {"train": {"max_steps": 1, "rank": 1, "batch_size": 8, **train}}
+        plan = plan_of(grid_of({"mode": "lora"}, defaults=defaults, resources={"train": {"gpus": gpus}}))
+        return estimate_steps(plan, inputs_of(), 1e9)[only(plan, "train").name].bytes
+
+    weights, biggest, largest = sum(out * inside for out, inside in SHAPES.values()), max(SHAPES.values()), size()
+    assert largest - size(load_in_4bit=True) == pytest.approx((1.5 - 1 / 64) * weights - 2 * biggest[0] * biggest[1], rel=0.01)
+    assert size(tokens_per_row=200) < 0.9999 * largest
+    assert size(tokens_per_row=10**6) == largest
+    assert size(gpus=8, shard="fsdp") < size(gpus=8)
 
 
 def test_a_basis_of_the_input_side_is_decomposed_in_the_input_dimension() -> None:

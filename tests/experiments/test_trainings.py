@@ -9,7 +9,8 @@ import yaml
 
 from cora_cli.errors import CoraError
 from cora_cli.experiments import trainings
-from cora_cli.experiments.ablate import Request, dry_run
+from cora_cli.experiments.ablate import Request, ablate, dry_run, rate_of_steps
+from cora_cli.experiments.estimate import NO_TIME_NOTE
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, preflight
 
@@ -34,14 +35,26 @@ def planned(grid: Path, device: str = "cpu", **changes: Any) -> str:
 
 def memory_of(page: str) -> dict[str, str]:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
-    return {row[0]: row[4] for row in rows[2:]}
+    return {row[0]: row[4] for row in rows[2:] if len(row) == 6}
 
 
-def peak(model: Path, data: Path, **settings: Any) -> str:
-    config = TrainConfig(model=str(model), dataset=str(data), output_dir="o", **{**TRAIN, **settings})
-    measured = preflight(config).measured
-    assert isinstance(measured, Measured)
-    return f"{measured.memory.total / 2**20:.1f} MiB"
+def peaks(model: Path, data: Path, *seeds: int, **settings: Any) -> dict[int, int]:
+    found = {}
+    for seed in seeds or (0,):
+        config = TrainConfig(model=str(model), dataset=str(data), output_dir="o", **{**TRAIN, "seed": seed, **settings})
+        measured = preflight(config).measured
+        assert isinstance(measured, Measured)
+        found[seed] = measured.memory.total
+    return found
+
+
+def peak(model: Path, data: Path, *seeds: int, **settings: Any) -> str:
+    """The largest peak of the runs with these seeds, as a plan shows it."""
+    return shown(max(peaks(model, data, *seeds, **settings).values()))
+
+
+def shown(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
 
 
 def test_every_row_has_the_peak_of_its_own_dry_run(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -53,7 +66,7 @@ def test_every_row_has_the_peak_of_its_own_dry_run(tiny_model: Path, tiny_data: 
         {"mode": "fb", "b_init": "random", "batch_size": 8},
     ]
     page = planned(write(tmp_path, tiny_model, tiny_data, blocks))
-    lora, full = (peak(tiny_model, tiny_data, mode=mode, device="cpu") for mode in ("lora", "full"))
+    lora, full = (peak(tiny_model, tiny_data, 0, 1, mode=mode, device="cpu") for mode in ("lora", "full"))
     fb = peak(tiny_model, tiny_data, mode="fb", b_init="random", batch_size=8, device="cpu")
     tb = peak(tiny_model, tiny_data, mode="tb", b_init="random", device="cpu")
     assert list(memory_of(page).values()) == ["-", lora, lora, full, full, tb, fb]
@@ -62,14 +75,44 @@ def test_every_row_has_the_peak_of_its_own_dry_run(tiny_model: Path, tiny_data: 
     assert "distinct trainings" not in page
 
 
+@pytest.mark.parametrize(
+    ("blocks", "changes", "seeds"),
+    [
+        ([{"mode": "lora", "seed": [1, 2]}], {}, (1, 2)),
+        ([{"mode": "lora", "seed": 1, "ensemble": 2}], {}, (1, 1001)),
+        (
+            [{"mode": "lora", "learning_rate": [1e-4, 1e-3]}],
+            {"sweep": {"seeds": [1]}, "confirm": {"seeds": [3, 4, 5]}},
+            (1, 3, 4, 5),
+        ),
+    ],
+    ids=["rows", "members of an ensemble", "runs that confirm a sweep"],
+)
+def test_a_row_has_the_peak_of_the_seed_with_the_largest_batch(
+    blocks: list[dict[str, Any]],
+    changes: dict[str, Any],
+    seeds: tuple[int, ...],
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+) -> None:
+    train = {**TRAIN, "validation_size": 2}
+    found = peaks(tiny_model, tiny_data, *seeds, mode="lora", device="cpu", validation_size=2)
+    assert max(found.values()) > found[1]
+    evaluate = {"metrics": ["calibration"]} if "ensemble" in blocks[0] else False
+    defaults = {"train": train, "evaluate": evaluate}
+    page = planned(write(tmp_path, tiny_model, tiny_data, blocks, defaults=defaults, **changes))
+    assert set(memory_of(page).values()) == {shown(max(found.values()))}
+
+
 def test_rows_that_differ_in_rate_and_seed_are_measured_once_and_only_so_many(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan_run, measured = trainings.plan_run, []
 
-    def noting(config: TrainConfig, prepared: Any) -> Any:
+    def noting(config: TrainConfig, *others: Any) -> Any:
         measured.append(config.mode)
-        return plan_run(config, prepared)
+        return plan_run(config, *others)
 
     monkeypatch.setattr(trainings, "plan_run", noting)
     grid = write(tmp_path, tiny_model, tiny_data, [{"mode": ["lora", "full"], "learning_rate": [1e-4, 1e-3], "seed": [0, 1]}])
@@ -92,6 +135,37 @@ def test_rows_that_differ_in_rate_and_seed_are_measured_once_and_only_so_many(
     assert all(cell.startswith("~") for cell in memory_of(planned(grid, measure=0)).values())
 
 
+def test_a_plan_shows_the_tokens_and_the_adapter_of_each_distinct_training(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """As the dry run of the first of its rows; the adapter where it was measured."""
+    blocks = [
+        {"mode": "base"},
+        {"mode": ["lora", "full"], "learning_rate": [1e-4, 1e-3], "seed": [1, 2]},
+        {"mode": "vera", "rank": 8, "seed": 1},
+    ]
+    grid = write(tmp_path, tiny_model, tiny_data, blocks)
+
+    def volumes(width: int, measure: int) -> dict[str, list[str]]:
+        page = dry_run(Request(grid, tmp_path / "out", device="cpu", measure=measure), width)
+        table = page.partition("| training")[2].partition("\n\n")[0]
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+        assert max(map(len, table.splitlines()[1:])) <= width
+        return {row[0]: row[1:] for row in rows}
+
+    common: dict[str, Any] = {"model": str(tiny_model), "dataset": str(tiny_data), "output_dir": "o", "device": "cpu"}
+    lora = preflight(TrainConfig(**common, **{**TRAIN, "seed": 1}, mode="lora"))
+    assert isinstance(lora.measured, Measured)
+    assert lora.measured.adapter_bytes is not None
+    found = volumes(200, 2)
+    assert list(found) == ["lora_r4", "full", "vera_r8"]
+    size = f"{lora.measured.adapter_bytes / 2**20:.1f} MiB"
+    assert found["lora_r4"] == ["4", f"{lora.tokens:,}", f"{lora.labels:,}", size]
+    assert [found[name][0] for name in ("full", "vera_r8")] == ["4", "1"]
+    assert [found[name][3] for name in ("full", "vera_r8")] == ["-", "-"]
+    assert volumes(80, 0)["lora_r4"] == ["4", f"{lora.tokens:,}", f"{lora.labels:,}", "-"]
+
+
 def test_a_plan_for_a_gpu_says_how_many_trainings_fit_each_card(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("the plan is for the GPU that is here")
@@ -100,6 +174,33 @@ def test_a_plan_for_a_gpu_says_how_many_trainings_fit_each_card(tiny_model: Path
     assert "on a CUDA GPU in bf16" in page
     assert "of 2 trainings, so many fit a card of  16 GB: 2" in page
     assert "fit a card" not in planned(grid)
+    page = planned(grid, device="auto", measure=1)
+    assert (
+        "of 2 trainings (1 counted as twice their estimates, which can be half of the truth), so many fit a card of  16 GB: 2"
+        in page
+    )
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_plan_for_a_gpu_that_is_not_here_has_no_time(staged: bool, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the plan is for the GPU that is here")
+    stages = {"sweep": {"seeds": [1]}, "confirm": {"seeds": [3, 4, 5]}} if staged else {}
+    defaults = {"train": {**TRAIN, "validation_size": 2}, "evaluate": False}
+    blocks = [{"mode": "base"}, {"mode": "lora", "learning_rate": [1e-4, 1e-3] if staged else 1e-4}]
+    grid = write(tmp_path, tiny_model, tiny_data, blocks, defaults=defaults, **stages)
+    page = planned(grid, device="cuda")
+    assert "on a CUDA GPU in bf16" in page
+    assert NO_TIME_NOTE in page
+    assert "about" not in page.replace("about 0.", "")
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| lora")]
+    assert {row[3].strip() for row in rows if len(row) == 6} == {"unknown"}
+    assert memory_of(page) == memory_of(planned(grid, device="auto"))
+    with pytest.raises(CoraError, match="--device cuda is not available"):
+        ablate(Request(grid, tmp_path / "out", device="cuda"), lambda *_: {})
+    assert rate_of_steps(Request(grid, device="cuda", launcher="slurm")) is None  # the cluster may have GPUs
+    with pytest.raises(CoraError, match="--device cuda is not available"):
+        rate_of_steps(Request(grid, device="cuda"))
 
 
 @pytest.mark.parametrize(
@@ -113,16 +214,26 @@ def test_a_plan_for_a_gpu_says_how_many_trainings_fit_each_card(tiny_model: Path
         ({"mode": "lora", "template_date": "2026-01-01", "template": "alpaca"}, "--template-date has no effect"),
         ({"mode": "cola", "chain_length": 4}, "--chain-length 4 is more than the 3 steps of the run"),
         ({"mode": "lora", "target_modules": ["embed_tokens"]}, "embed_tokens"),
+        (
+            {"mode": "uni-lora", "theta_length": 5000},
+            "--theta-length must be at most 2560, the numbers in all A and B, not 5000",
+        ),
     ],
 )
 def test_a_plan_refuses_what_a_run_refuses_at_its_start(
     block: dict[str, Any], message: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     blocks = [{"mode": "lora", "rank": 8}, {**block, "seed": [0, 1]}]
+    grid = write(tmp_path, tiny_model, tiny_data, blocks)
     with pytest.raises(CoraError, match="seed0 and 1 more: ") as caught:
-        planned(write(tmp_path, tiny_model, tiny_data, blocks))
+        planned(grid, measure=0)
     assert message in str(caught.value)
     assert str(caught.value).count("seed0") == 1
+    with pytest.raises(CoraError) as refused:
+        ablate(Request(grid, tmp_path / "out", device="cpu"), lambda *_: {})
+    assert str(refused.value) == str(caught.value)
+    assert not (tmp_path / "out" / "runs").exists()
+    assert not (tmp_path / "out" / "plan.json").exists()
 
 
 def test_a_plan_refuses_the_training_of_a_source_model_by_its_name(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -130,6 +241,28 @@ def test_a_plan_refuses_the_training_of_a_source_model_by_its_name(tiny_model: P
     grid = write(tmp_path, tiny_model, tiny_data, [{"mode": "fb"}], models=models)
     with pytest.raises(CoraError, match=r"^models: tuned: --tokens-per-row must be at least"):
         planned(grid)
+
+
+def test_a_plan_refuses_models_that_a_row_cannot_start_from(
+    tiny_model: Path, tiny_multihead_model: Path, tiny_data: Path, tiny_sources: tuple[str, str], tmp_path: Path
+) -> None:
+    """Models that the grid is to train itself are not there yet."""
+    models = {"fine": tiny_sources[0], "complete": str(tiny_model), "later": {"dataset": str(tiny_data), "max_steps": 1}}
+    blocks = [
+        {"mode": "lora", "start": "mean-delta", "sources": ["fine", "later"]},
+        {"mode": "mean-delta", "sources": ["fine"]},
+    ]
+    planned(write(tmp_path, tiny_model, tiny_data, blocks, models=models), measure=0)
+    blocks.append({"mode": "eigenlorax", "rank": 2, "eigen_directions": 2, "eigen_random": 2, "sources": ["fine", "complete"]})
+    with pytest.raises(
+        CoraError, match=r"^eigenlorax\S*: .*starts from the factors of LoRA adapters, but .* is a complete model$"
+    ):
+        planned(write(tmp_path, tiny_model, tiny_data, blocks, models=models), measure=0)
+    others = {"fine": tiny_sources[0]}
+    with pytest.raises(
+        CoraError, match=r"^mean-delta\S*: .*source-0: .*k_proj has lora_A \(4, 64\) and lora_B \(32, 4\), which do not fit"
+    ):
+        planned(write(tmp_path, tiny_multihead_model, tiny_data, blocks[1:2], models=others), measure=0)
 
 
 def test_a_row_that_starts_from_models_has_an_estimate(
@@ -141,3 +274,11 @@ def test_a_row_that_starts_from_models_has_an_estimate(
     )
     assert [cell.startswith("~") for cell in memory_of(page).values()] == [True]
     assert "rows that start from models are not measured" in page
+    if not torch.cuda.is_available():
+        blocks = [{"mode": "lora"}, {"mode": "lora", "start": "mean-delta"}]
+        page = planned(write(tmp_path, tiny_model, tiny_data, blocks, models=models), device="auto", measure=0)
+        assert "so many fit a card" in page
+        assert (
+            "of 1 trainings (1 counted as twice their estimates, which can be half of the truth), without the 1 that start"
+            in page
+        )

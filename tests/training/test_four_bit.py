@@ -29,6 +29,7 @@ from cora_cli.planning.page import USABLE
 from cora_cli.training import fitting
 from cora_cli.training.preflight import Measured, preflight
 from cora_cli.training.prepare import prepare
+from cora_cli.training.rough import rough_peak
 from cora_cli.training.run import train
 from tests.conftest import make_model
 from tests.methods.helpers import plan_of
@@ -241,6 +242,10 @@ def test_the_planned_peak_is_that_of_the_real_training(
     # The real layers share one table of the scales' levels, 1 KiB.
     layers = sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in loaded.modules())
     assert 0 <= found.memory.parts["weights"] - quantised_bytes(loaded) <= layers * 1024
+    prepared = prepare(config, planned=planned_hardware("cpu", dtype))
+    rough = rough_peak(config, prepared)
+    assert 0.5 < rough / found.memory.total < 2
+    assert rough < rough_peak(replace(config, load_in_4bit=False), prepared)
     parameters = sum(parameter.untyped_storage().nbytes() for parameter in loaded.parameters())
     scales = quantised_bytes(loaded) - parameters - sum(buffer.nbytes for buffer in loaded.buffers())
     peak = real_peak(config, 49152, monkeypatch)

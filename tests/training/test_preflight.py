@@ -18,14 +18,16 @@ from cora_cli.data.batches import BatchForm, Collator
 from cora_cli.data.encode import Example
 from cora_cli.device import planned_hardware
 from cora_cli.errors import CoraError, UsageError
+from cora_cli.methods.registry import Mode
 from cora_cli.planning.memory import StorageMeter
 from cora_cli.planning.page import USABLE, duration
 from cora_cli.training import fitting
 from cora_cli.training import losses as losses_of_tokens
 from cora_cli.training import run as training
+from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, Preflight, plan_run, preflight
 from cora_cli.training.preflight_text import describe, marked
-from cora_cli.training.prepare import prepare
+from cora_cli.training.prepare import Prepared, prepare
 from tests.training.helpers import Metered, config_for, log_lines, losses, real_peak, record_of, run_together
 
 
@@ -83,6 +85,14 @@ def test_the_peak_is_that_of_the_real_training(
         (stored,) = (tmp_path / "run" / "adapter").glob("*.safetensors")
         header = int.from_bytes(stored.read_bytes()[:8], "little") + 8
         assert found.adapter_bytes == stored.stat().st_size - header
+
+
+def test_a_plan_in_bf16_multiplies_blocks_as_the_run_does(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="melora", dtype="bf16", max_steps=1, eval_limit=1)
+    found = measured(preflight(config))
+    assert found.memory.total == pytest.approx(sum(real_peak(config, 49152, monkeypatch).values()), rel=0.1)
 
 
 def test_a_plan_needs_no_weights_and_writes_nothing(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -204,6 +214,16 @@ def test_the_example_shows_each_token_and_which_of_them_carry_loss(tiny_model: P
     assert "".join(marked(Example([0, *ids], 1), plan.prepared.tokenizer)[1:]).replace("|", "") == "> Grüße 日本語 🙂"
 
 
+@pytest.mark.parametrize("mode", ["corda", "dylora", "lora-rite", "xgblora"])
+def test_a_mode_that_chooses_by_numbers_is_not_measured(mode: Mode, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """docs/hardware.md names them."""
+    plan = preflight(config_for(tiny_model, tiny_data, tmp_path / "run", mode=mode, max_steps=30))
+    assert isinstance(plan.measured, str)
+    assert f"in mode {mode} depends on its numbers" in plan.measured
+    page = Path(__file__).parents[2] / "docs" / "hardware.md"
+    assert f"`{mode}`" in page.read_text(encoding="utf-8")
+
+
 def test_a_run_without_gradient_plans_no_optimizer(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     plan = preflight(config_for(tiny_model, tiny_data, tmp_path / "run", mode="fb", b_init="zeros"))
     assert measured(plan).memory.stage == "measuring the held-out loss"
@@ -275,17 +295,42 @@ def test_rows_that_do_not_fit_the_gpu_are_split_before_the_run(
     assert fitting.fit_rows(chosen, prepared) == chosen
 
 
-def test_a_divided_run_says_why_its_rows_are_not_split(
+def fit_divided(settings: dict[str, Any], model: Path, data: Path, place: Path) -> tuple[TrainConfig, Prepared]:
+    """A run of two processes that divide a model, planned in one."""
+    several: dict[str, Any] = {"dry_run": True, "processes": 2, "shard": "fsdp", "device": "cuda", "dtype": "bf16"}
+    config = config_for(model, data, place / "run", batch_size=16, **several, **settings)
+    return config, prepare(config, planned=planned_hardware("cuda", "bf16"))
+
+
+@pytest.mark.slow
+def test_rows_of_a_divided_run_that_do_not_fit_the_gpu_are_split(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    several: dict[str, Any] = {"dry_run": True, "processes": 2, "shard": "fsdp"}
-    config = config_for(tiny_model, tiny_data, tmp_path / "run", batch_size=16, device="cuda", dtype="bf16", **several)
-    prepared = prepare(config, planned=planned_hardware("cuda", "bf16"))
+    config, prepared = fit_divided({}, tiny_model, tiny_data, tmp_path)
+    needed = measured(plan_run(config, prepared)).memory.total
+    monkeypatch.setattr(fitting, "_capacity", lambda device: needed * 0.8 / USABLE)
+    # Only in another process can it be planned next to a process group.
+    monkeypatch.setattr(fitting, "plan_run", lambda *_: pytest.fail("planned in the process of the run"))
+    fitted = fitting.fit_rows(config, prepared)
+    assert fitted.tokens_per_row is not None
+    assert dataclasses.replace(fitted, tokens_per_row=None) == config
+    assert measured(plan_run(fitted, prepared)).memory.total <= needed * 0.8
+    assert f"rows are split at {fitted.tokens_per_row} tokens, as with --tokens-per-row" in capsys.readouterr().err
+
+
+def test_a_divided_run_says_where_its_rows_cannot_be_planned(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, prepared = fit_divided({}, tiny_model, tiny_data, tmp_path)
     rough = fitting.rough_peak(config, prepared)
     assert rough < fitting.rough_peak(dataclasses.replace(config, shard="none"), prepared)
     monkeypatch.setattr(fitting, "_capacity", lambda device: rough)
+    monkeypatch.setattr(fitting.sys, "executable", shutil.which("false"))
     assert fitting.fit_rows(config, prepared) == config
-    assert "`cora train … --dry-run --processes 2` with the same settings computes it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        "could not be computed (exit code 1); `cora train … --dry-run --processes 2` with the same settings computes it" in said
+    )
     monkeypatch.setattr(fitting, "_capacity", lambda device: 4 * rough)
     assert fitting.fit_rows(config, prepared) == config
     assert "--dry-run" not in capsys.readouterr().err
@@ -313,6 +358,8 @@ def test_a_full_gpu_ends_in_the_setting_that_would_fit(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(training, "CoraTrainer", Full)
+    # Otherwise the run would split its rows itself.
+    monkeypatch.setattr(training, "fit_rows", lambda config, prepared: config)
     monkeypatch.setattr(fitting, "_capacity", lambda device: needed * 0.8 / USABLE)
     with pytest.raises(
         CoraError, match=r"--tokens-per-row \d+ would fit with 0\.\d GiB; there was no checkpoint yet"

@@ -1,18 +1,26 @@
 """`--shard fsdp` divides the weights among processes and changes nothing else: losses, results and checkpoints are those without it."""
 
+import functools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.errors import CoraError
 from cora_cli.models.references import resolve_model
+from cora_cli.planning.page import USABLE
 from cora_cli.rundir import RunDirectory
+from cora_cli.training import fitting
+from cora_cli.training import run as training
+from cora_cli.training.preflight import Measured, preflight
 from cora_cli.training.run import train
 
 from .helpers import config_for, log_lines, losses, record_of, run_together
@@ -78,6 +86,52 @@ def test_a_sharded_run_stopped_and_resumed_is_that_of_one_process(tiny_model: Pa
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "full"), rel=1e-5)
     architectures = [json.loads((tmp_path / name / "model" / "config.json").read_text()) for name in ("full", "full-complete")]
     assert architectures[0] == architectures[1]
+
+
+def keep_gradients(capacity: int | None) -> None:
+    """Let each run of this process write its first gradients, and take the processor for a GPU of so many bytes."""
+    fitting._capacity = lambda device: capacity
+
+    class Keeping(training.CoraTrainer):
+        def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+            place = self._root.parent / f"gradients-{self.args.process_index}.safetensors"
+            if not place.exists():
+                found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+                save_file(
+                    {name: (one.full_tensor() if isinstance(one, DTensor) else one).clone() for name, one in found.items()},
+                    place,
+                )
+            return super()._get_grad_norm(model, grad_norm)
+
+    training.CoraTrainer = Keeping
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_rows_that_do_not_fit_are_split_in_a_divided_run_with_the_same_gradients(
+    mode: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "long.jsonl"
+    numbers = (" ".join(map(str, range(n, n + 25))) for n in range(14))
+    data.write_text("".join(json.dumps({"instruction": f"Count {n}.", "output": one}) + "\n" for n, one in enumerate(numbers)))
+    long = {**SHORT, "limit": 8, "batch_size": 4, "max_steps": 1, "max_grad_norm": 0.0, "eval_limit": 1, "shard": "fsdp"}
+    plain = config_for(tiny_model, data, tmp_path / "plain", mode=mode, **long)
+    planned = replace(plain, dry_run=True, processes=2)
+    half = preflight(replace(planned, tokens_per_row=preflight(planned).largest // 2)).measured
+    assert isinstance(half, Measured)
+    assert run_together(plain, before=functools.partial(keep_gradients, None)) == [(0, ""), (0, "")]
+    capacity = math.ceil(half.memory.total / USABLE)
+    split = replace(plain, output_dir=str(tmp_path / "split"))
+    assert run_together(split, before=functools.partial(keep_gradients, capacity)) == [(0, ""), (0, "")]
+    rows = [yaml.safe_load((tmp_path / name / "config.yaml").read_text()).get("tokens_per_row") for name in ("plain", "split")]
+    assert rows[0] is None
+    assert rows[1] is not None
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+    for rank in range(2):
+        whole, parts = (load_file(tmp_path / name / f"gradients-{rank}.safetensors") for name in ("plain", "split"))
+        assert whole.keys() == parts.keys()
+        for name, gradient in whole.items():
+            assert torch.allclose(parts[name], gradient, rtol=0, atol=1e-6 * gradient.abs().max().item()), name
 
 
 @pytest.mark.slow

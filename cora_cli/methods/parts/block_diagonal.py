@@ -19,5 +19,6 @@ class BlockDiagonal(Computed):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., columns) -> (..., rows), each block on its slice of x."""
         count, _, columns = self.blocks.shape
-        slices = x.unflatten(-1, (count, columns))
-        return torch.einsum("...ni,nri->...nr", slices, self.blocks).flatten(-2)
+        slices = x.reshape(-1, count, columns).transpose(0, 1)
+        # Not einsum: where a plan has fake tensors, autocast would leave its operands in two types.
+        return torch.bmm(slices, self.blocks.mT).transpose(0, 1).reshape(*x.shape[:-1], -1)
