@@ -35,7 +35,12 @@ def main() -> None:
         default=ROOT / "demo-report" / "report.md",
         help="`cora report demo/runs/{lora,fb,tb,fb-orthonormal} -o demo-report`",
     )
-    parser.add_argument("--bench", type=Path, default=ROOT / "benchmarks" / "results.json", help="what `make bench` and `benchmarks/growth.py` wrote")
+    parser.add_argument(
+        "--bench",
+        type=Path,
+        default=ROOT / "benchmarks" / "results.json",
+        help="what `make bench` and `benchmarks/growth.py` wrote",
+    )
     parser.add_argument("--families", type=Path, default=ROOT / "families.md", help="what `make families` wrote")
     parser.add_argument(
         "--honest", type=Path, default=ROOT / "report", help="the directory that `cora report runs/honest -o report` wrote"
@@ -89,12 +94,7 @@ def main() -> None:
         if path.exists():
             replace(name, body(path.read_text(encoding="utf-8")))
     if options.bench.exists():
-        results = json.loads(options.bench.read_text(encoding="utf-8"))
-        if growth := results.pop("growth", None):
-            replace("growth", growth["markdown"])
-        if results.keys() - {"machine"}:
-            replace("bench", benchmark_summary(results))
-            replace("bench-details", benchmark_details(results))
+        replace_benchmarks(json.loads(options.bench.read_text(encoding="utf-8")))
     if options.honest.exists():
         replace("honest", verdict_and_scores((options.honest / "report.md").read_text(encoding="utf-8")))
         [plot] = (options.honest / "plots").glob("*forest.svg")
@@ -119,6 +119,15 @@ def replace(name: str, body: str) -> None:
         sys.exit(f"{len(found)} pages have a part between <!-- {name}:begin --> and <!-- {name}:end -->, not one")
     text = found[0].read_text(encoding="utf-8")
     found[0].write_text(marked.sub(lambda match: f"{match[1]}{body}\n{match[2]}", text), encoding="utf-8")
+
+
+def replace_benchmarks(results: dict[str, Any]) -> None:
+    """The table of growth, and the tables of the stages, of whichever were measured."""
+    if growth := results.pop("growth", None):
+        replace("growth", growth["markdown"])
+    if results.keys() - {"machine"}:
+        replace("bench", benchmark_summary(results))
+        replace("bench-details", benchmark_details(results))
 
 
 def progress_and_verdict(report: str) -> str:
