@@ -145,7 +145,12 @@ def progress_and_verdict(report: str) -> str:
 def verdict_and_scores(report: str) -> str:
     """The progress, the verdict and the first table with its notes, from a report in Markdown."""
     first = report.partition("## Tables\n")[2].strip().split("\n### ")[0]
-    return "\n\n".join([progress_and_verdict(report), first.partition("\n")[2].strip()])
+    shown = "\n\n".join([progress_and_verdict(report), first.partition("\n")[2].strip()])
+    # Tables that the pages leave out.
+    shown = shown.replace(" The table of the sweep is below.", "")
+    return shown.replace(
+        "The table of tests below has every result and the rule.", "The rule is that [of the verdict](verdict.md)."
+    )
 
 
 def scores_and_costs(report: str) -> str:

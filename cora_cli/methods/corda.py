@@ -40,7 +40,7 @@ class Corda(Method):
         "C is the mean of x·xᵀ over all tokens of the first 256 training examples (`--start-examples`), plus 0.01 of its mean diagonal, which is "
         "doubled until C·C⁻¹ is the identity to 0.05, as in the authors' code (iboing/CorDA). `--corda-part first` is their instruction-previewed mode, "
         "`last` their knowledge-preserved mode; there, C comes from other data than the task's, which `last` here does not have. Theirs has s = 1; here s·B·A "
-        "is the same for every s. PEFT's `corda` divides each batch of inputs by its largest entry. It costs a forward pass, the CPU's memory of an "
+        "is the same for every s. PEFT's `corda` and the authors' code divide each batch of inputs by its largest entry, which changes the balance of A and B, and B·A where the batches differ. It costs a forward pass, the CPU's memory of an "
         "in × in matrix for each adapted layer, and an SVD of each weight. `run.json` records the number of examples, the hash of their tokens and the time."
     )
 

@@ -41,10 +41,10 @@ class Eva(Method):
     lora_rank = "largest r_l"
     notes = (
         "C is the mean of x·xᵀ over all tokens of the first 256 training examples (`--start-examples`), and its eigenvectors are exact and those of "
-        "inputs that are not centred. The authors and PEFT estimate them batch by batch until they stop turning; PEFT centres the inputs and uses "
-        "only tokens of responses. `--rank` is the mean of the ranks r_l, and `run.json` has the number of parameters that train. s = alpha / r whatever r_l is, "
+        "inputs that are not centred. The authors and PEFT estimate them batch by batch until they stop turning, centre the inputs and use "
+        "only tokens of responses. A layer has at most ρ·r ranks, rounded down; theirs rounds. `--rank` is the mean of the ranks r_l, and `run.json` has the number of parameters that train. s = alpha / r whatever r_l is, "
         "as with PEFT's `adjust_scaling_factors`. The stored LoRA has the largest r_l of any layer, with zeros in the others. `--eva-rho 1` "
-        "gives every layer r. `run.json` records the number of examples, the hash of their tokens and the time."
+        "gives every layer r. It costs a forward pass, the memory of an in × in matrix for each adapted layer, and its eigenvectors. `run.json` records the number of examples, the hash of their tokens and the time."
     )
 
     def problems(self, settings: Mapping[str, Any]) -> list[str]:
