@@ -112,7 +112,7 @@ def main() -> None:
                         logs.setdefault(schedule, {})[record.stem] = json.loads(record.read_text())
     rows = []
     for schedule, sweeps in logs.items():
-        for rungs in ((*RUNGS, STEPS), (RUNGS[1], STEPS), RUNGS, RUNGS[:1]):
+        for rungs in ((*RUNGS, STEPS), (RUNGS[1], STEPS), RUNGS, RUNGS[1:], RUNGS[:1]):
             for slack in (0.0, 0.02, 0.1):
                 rule = SweepRule((0,), rungs, slack, widen=False)
                 found = [replay(losses, rule) for losses in sweeps.values()]

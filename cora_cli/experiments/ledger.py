@@ -136,6 +136,8 @@ class Ledger:
             with own_directory(place):
                 shutil.rmtree(place)
             return f"{place} was created from another run or with other settings, or was changed: writing it again"
+        if not place.exists():
+            self._forget_stops(step, record)
         if step.kind not in ("model", "train") or not record or not place.exists():
             return None
         other_origin = record["results_of_needs"] != {name: results.get(name) for name in step.needs}
@@ -154,6 +156,7 @@ class Ledger:
         altered += self._altered(step, record) if record["status"] == FINISHED else []
         if any(name.startswith(("run.json", "log.jsonl", "stops/")) for name in altered):
             # Checkpoints do not contain these files, and a run without its record and log cannot be trusted.
+            self._forget_stops(step, record)
             shutil.rmtree(place)
             return f"{place}/{altered[0]} was changed or removed after it was written: training the run again"
         if altered:
@@ -163,6 +166,11 @@ class Ledger:
                 f"{place}/{altered[0]} was changed or removed after it was written: writing it again from the last checkpoint"
             )
         return None
+
+    def _forget_stops(self, step: Step, record: Mapping[str, Any]) -> None:
+        """Record that the losses at earlier stops are gone with the run, or will be."""
+        if "stops" in record:
+            rundir.write_json(self._place(step), {name: value for name, value in record.items() if name != "stops"})
 
     def start(self, step: Step, results: Mapping[str, str]) -> None:
         """Record that a step has started."""

@@ -108,7 +108,7 @@ def _sweep_problems(trained: Sequence[Row], sweep: SweepRule, train: Values) -> 
     if sweep.rungs:
         found += [
             f"sweep: the rung at step {sweep.rungs[-1]} is beyond the {total} steps of the row {name}"
-            for name, total in list(totals.items())[:1]
+            for name, total in totals.items()
             if total is not None and sweep.rungs[-1] > total
-        ]
+        ][:1]
     return found

@@ -30,8 +30,12 @@ def stage_lines(grid: Grid, methods: Sequence[Method], plan: Plan, estimates: Ma
         if grid.sweep is not None:
             total, count = total_steps(method.rows[0]), len(grid.sweep.seeds)
             rungs = grid.sweep.steps(total)
-            most.add(count * (len(method.rows) + grid.sweep.widen), rungs[-1] / total, training)
-            likely.add(count * len(method.rows), _likely_share(len(method.rows), rungs, total), training)
+            rates = len(method.rows)
+            # One rate is only trained to the first rung. Of two, the better one is always at an edge.
+            last = rungs[0 if rates == 1 else -1] / total
+            most.add(count * (rates + (grid.sweep.widen and rates > 1)), last, training)
+            likely.add(count * rates, last if rates == 1 else _likely_share(rates, rungs, total), training)
+            likely.add(count * (grid.sweep.widen and rates == 2), last, training)
         most.add(len(confirm.seeds) * members, 1, complete)
         likely.add(middle * members, 1, complete)
     if grid.sweep is not None:
@@ -43,8 +47,8 @@ def stage_lines(grid: Grid, methods: Sequence[Method], plan: Plan, estimates: Ma
         f"{', '.join(confirm.measures)} is not undecided"
     )
     lines.append(
-        f"at most {most.runs} training runs, {most.time()}; likely {likely.runs}, {likely.time()}, if every rung drops half, no sweep is "
-        f"widened and {middle} seeds decide"
+        f"at most {most.runs} training runs, {most.time()}; likely {likely.runs}, {likely.time()}, if every rung drops what it may, no sweep of "
+        f"more than two rates is widened and {middle} seeds decide"
     )
     return lines
 

@@ -77,7 +77,8 @@ def sweep(planned: Sequence[float], total: int, rule: SweepRule, loss: LossAt) -
             return Sweep(rates, losses, dropped, pending, None, None)
         alive = survivors(known, rule.slack, 1 if last == rungs[-1] else LEAST)
         dropped |= {rate: last for rate in known if rate not in alive}
-        if len(alive) <= 1:
+        # One planned rate is no sweep. One that alone did not diverge goes on to the end, where another may be added.
+        if not alive or len(rates) == 1:
             break
     chosen = min(alive, key=lambda rate: losses[rate][last]) if alive else None
     added = beyond(rates, chosen) if rule.widen else None

@@ -78,7 +78,7 @@ def _shorter_rows_of_all(config: TrainConfig, prepared: Prepared, capacity: int)
     if first and rough_peak(config, prepared) >= ROUGHLY * (least := min(capacities)):
         try:
             found[0] = _shorter_rows_alone(config, prepared.hardware, least, processes)
-        except CoraError as error:
+        except (CoraError, OSError) as error:
             found[0] = (
                 None,
                 f"whether the rows of this divided run fit the GPU could not be computed ({error}); `cora train … --dry-run --processes {processes}` "

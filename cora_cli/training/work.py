@@ -16,8 +16,9 @@ from cora_cli.training.prepare import Prepared, number_of_processes, total_steps
 
 EPOCHS = 200
 """Epochs that are searched for the largest micro-batch. In runs of more, the largest examples together stand for those of the others."""
-LAID_OUT = 16
-"""Micro-batches, those with the largest sums, whose rows are laid out: rows that share prefixes are shorter than the sum of their examples."""
+LAID_OUT = 4096
+"""The micro-batches that are laid out to find the largest at most, those with the most tokens first. It ends sooner, mostly at the first, where no other can
+be larger; examples that share a prefix have fewer tokens in a row than their sum, so that many may have to be."""
 
 
 def responses(example: Example) -> int:

@@ -1,6 +1,7 @@
 """Grids that sweep and then confirm: what runs, in which order, and how often; after a kill, too."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from cora_cli import rundir
-from cora_cli.errors import UsageError
+from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.ablate import Request, run_stages
 from cora_cli.experiments.estimate import Estimate
 from cora_cli.experiments.execute import Outcome
@@ -16,6 +17,7 @@ from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.stage_work import stage_lines
 from cora_cli.experiments.stages import Stages
 from cora_cli.lock import own_directory
+from cora_cli.reading import read_json
 
 from .helpers import PretendLauncher, grid_of, inputs_of
 
@@ -204,6 +206,33 @@ def test_a_changed_loss_file_is_measured_again(tmp_path: Path) -> None:
     run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, again)
     assert again.trained() == [("lora", "0.01", "100", "2")]
     assert json.loads(path.read_text())["validation"]["loss"] == 1.48
+
+
+@pytest.mark.parametrize("damage", ["an earlier loss", "the directory"])
+def test_a_rate_that_lost_what_it_was_measured_by_is_measured_again_at_every_rung(damage: str, tmp_path: Path) -> None:
+    grid = staged({"mode": "lora", "learning_rate": RATES})
+    run(grid, tmp_path, SweepLauncher(distance))
+    before = read_json(tmp_path / "plan.json")
+    (stopped_twice, *_) = [
+        path for path in sorted((tmp_path / "runs").glob("*_seed100")) if (path / "stops" / "4.json").exists()
+    ]
+    if damage == "the directory":
+        shutil.rmtree(stopped_twice)
+    else:
+        with (stopped_twice / "stops" / "2.json").open("a") as file:
+            file.write(" ")
+    again = SweepLauncher(distance)
+    run(grid, tmp_path, again)
+    assert [stop for *_, stop in again.trained()] == ["2", "4"]
+    after = read_json(tmp_path / "plan.json")
+    assert (after["sweeps"], len(after["rows"])) == (before["sweeps"], len(before["rows"]))
+    assert after["sweeps"][0]["chosen"] is not None
+
+
+def test_a_rung_beyond_the_end_of_any_row_is_refused() -> None:
+    short = {"mode": "dora", "learning_rate": RATES, "max_steps": 3}
+    with pytest.raises(CoraError, match="the rung at step 4 is beyond the 3 steps of the row dora"):
+        staged({"mode": "lora", "learning_rate": RATES}, short)
 
 
 def test_the_dry_run_counts_the_most_and_the_likely_runs() -> None:

@@ -87,6 +87,15 @@ def test_a_rate_that_diverged_has_lost() -> None:
     assert (lost.chosen, lost.pending) == (None, ())
 
 
+def test_a_rate_that_alone_did_not_diverge_goes_on_to_the_last_rung_where_another_is_added() -> None:
+    steps = {1e-3: {2: 2.0, 4: 1.5, 8: 1.0}, 3e-3: {2: math.inf}, 1e-2: {2: math.inf}, 3e-2: {2: math.inf}}
+    known = {rate: dict(list(losses.items())[:1]) for rate, losses in steps.items()}
+    assert sweep(RATES, 8, RULE, measured(known)).pending == ((1e-3, 4),)
+    state = sweep(RATES, 8, RULE, measured(steps))
+    assert state.pending == ((3.33e-4, 8),)
+    assert sweep(RATES, 8, RULE, measured({**steps, 3.33e-4: {8: 0.5}})).chosen == 3.33e-4
+
+
 def test_one_rate_is_no_sweep_but_is_chosen() -> None:
     state = sweep((1e-3,), 8, RULE, always({1e-3: 1.0}))
     assert (state.chosen, state.added) == (1e-3, None)

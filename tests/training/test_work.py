@@ -1,5 +1,6 @@
 """The largest micro-batch of a run is that of the batches that its processes see, whatever the form of its batches."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,24 @@ def test_the_largest_pass_is_that_of_every_seed_epoch_and_process(
         own = [example for batch in batches_of(config, prepared, config.seed, steps, processes) for example in batch]
         assert work.tokens == sum(len(examples[index].input_ids) for index in own)
         assert work.labels == sum(len(examples[index].input_ids) - examples[index].prompt_length for index in own)
+
+
+def test_the_largest_pass_is_found_behind_many_whose_examples_share_a_prefix(tiny_model: Path, tmp_path: Path) -> None:
+    shared = " ".join(f"rule {number}" for number in range(30))
+    records = [{"prompt": f"{shared} question {number}", "completion": "yes"} for number in range(90)]
+    records += [
+        {"prompt": " ".join(f"{letter}{number}" for number in range(24)), "completion": "no"} for letter in "abcdefghij"
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    config = config_for(tiny_model, data, tmp_path / "run", batch_size=2)
+    prepared, form = ready(config), FORMS["rows that share prefixes"]
+    work = Work(config, prepared, form, 200, 1)
+    every = batches_of(config, prepared, config.seed, 200, 1)
+    sums = sorted((sum(len(prepared.train.examples[index].input_ids) for index in batch) for batch in every), reverse=True)
+    found = sum(len(prepared.train.examples[index].input_ids) for index in work.passes[0])
+    assert sums.index(found) > 16, "batches that share a prefix have larger sums"
+    assert work.size(work.passes[0]) == max(map(work.size, every))
 
 
 ROUGH: dict[str, dict[str, Any]] = {
