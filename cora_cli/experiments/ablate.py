@@ -237,11 +237,12 @@ def run_stages(
     lost = {name for row in rows if row.name not in chosen for name in plan.steps_of[row.name]}
     outcome = _joined(outcomes, lost)
     say(summary(plan, outcome))
-    if not outcome.failed and (unfinished := [one for one in methods if one.sweep is not None and one.sweep.pending]):
-        rate, step = unfinished[0].sweep.pending[0] if unfinished[0].sweep else (0.0, 0)
+    pending = [(method.rows[0].label, *method.sweep.pending[0]) for method in methods if method.sweep and method.sweep.pending]
+    if pending and not outcome.failed:
+        label, learning_rate, step = pending[0]
         raise CoraError(
-            f"{out}: the sweep of {unfinished[0].rows[0].label} has no loss at step {step} for the learning rate {rate:g}, although no step failed; "
-            "run the same command again"
+            f"{out}: the sweep of {label} has no loss at step {step} for the learning rate {learning_rate:g}, although no step failed; run the "
+            "same command again"
         )
     return outcome
 

@@ -229,6 +229,22 @@ def test_a_rate_that_lost_what_it_was_measured_by_is_measured_again_at_every_run
     assert after["sweeps"][0]["chosen"] is not None
 
 
+class LosingLauncher(SweepLauncher):
+    """After every second rung, the loss at the first one is gone."""
+
+    def _make(self, argv: Sequence[str]) -> None:
+        super()._make(argv)
+        if value(argv, "--stop-at", "8") == "4":
+            (Path(value(argv, "--output-dir")) / "stops" / "2.json").unlink(missing_ok=True)
+
+
+def test_a_sweep_that_cannot_be_completed_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        CoraError, match=r"the sweep of lora has no loss at step 2 for the learning rate .*run the same command again"
+    ):
+        run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, LosingLauncher(distance))
+
+
 def test_a_rung_beyond_the_end_of_any_row_is_refused() -> None:
     short = {"mode": "dora", "learning_rate": RATES, "max_steps": 3}
     with pytest.raises(CoraError, match="the rung at step 4 is beyond the 3 steps of the row dora"):
