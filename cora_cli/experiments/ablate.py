@@ -402,12 +402,16 @@ def render_plan(
     ]
     todo = [name for name in plan.steps if name in wanted and not done[name]]
     total, left = (seconds_of(estimates, names) for names in (wanted, todo))
-    if total is not None and left is not None:
+    if not wanted:
+        lines.append("no steps: these rows run nothing")
+    elif total is not None and left is not None:
         lines.append(
             f"all steps: about {duration(total)} if run one at a time, of which {duration(left)} remain (this machine: {machine})"
         )
+    if wanted:
+        note = f"{ESTIMATE_NOTE}; each row counts all of its steps, including shared ones" if machine else NO_TIME_NOTE
+        lines.append(note)
     lines += [
-        f"{ESTIMATE_NOTE}; each row counts all of its steps, including shared ones" if machine else NO_TIME_NOTE,
         *memory_notes(plan, chosen, memory, estimates),
         *(f"unresolved: {reference} ({reason})" for reference, reason in inputs.unresolved.items()),
     ]

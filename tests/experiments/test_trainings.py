@@ -11,6 +11,7 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments import trainings
 from cora_cli.experiments.ablate import Request, ablate, dry_run, rate_of_steps
 from cora_cli.experiments.estimate import NO_TIME_NOTE
+from cora_cli.planning.page import size_text
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, preflight
 
@@ -159,11 +160,20 @@ def test_a_plan_shows_the_tokens_and_the_adapter_of_each_distinct_training(
     assert lora.measured.adapter_bytes is not None
     found = volumes(200, 2)
     assert list(found) == ["lora_r4", "full", "vera_r8"]
-    size = f"{lora.measured.adapter_bytes / 2**20:.1f} MiB"
+    size = size_text(lora.measured.adapter_bytes)
+    assert size.endswith(" KiB")
     assert found["lora_r4"] == ["4", f"{lora.tokens:,}", f"{lora.labels:,}", size]
     assert [found[name][0] for name in ("full", "vera_r8")] == ["4", "1"]
     assert [found[name][3] for name in ("full", "vera_r8")] == ["-", "-"]
     assert volumes(80, 0)["lora_r4"] == ["4", f"{lora.tokens:,}", f"{lora.labels:,}", "-"]
+
+
+def test_a_plan_without_steps_says_that_nothing_runs(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    grid = write(tmp_path, tiny_model, tiny_data, [{"mode": "base"}])
+    page = planned(grid, device="auto" if torch.cuda.is_available() else "cuda")
+    assert "no steps: these rows run nothing" in page
+    assert "this machine" not in page
+    assert "no time" not in page
 
 
 def test_a_plan_for_a_gpu_says_how_many_trainings_fit_each_card(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

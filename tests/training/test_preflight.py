@@ -20,7 +20,7 @@ from cora_cli.device import planned_hardware
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.methods.registry import Mode
 from cora_cli.planning.memory import StorageMeter
-from cora_cli.planning.page import USABLE, duration
+from cora_cli.planning.page import USABLE, duration, size_text
 from cora_cli.training import fitting
 from cora_cli.training import losses as losses_of_tokens
 from cora_cli.training import run as training
@@ -371,6 +371,12 @@ def test_a_full_gpu_ends_in_the_setting_that_would_fit(
     monkeypatch.setattr(fitting, "_capacity", lambda device: 2**20)
     with pytest.raises(CoraError, match="no length of its rows fits"):
         training.train(dataclasses.replace(config, output_dir=str(tmp_path / "smaller")))
+
+
+def test_small_sizes_are_not_rounded_to_nothing() -> None:
+    assert [size_text(size) for size in (0, 700, 9 * 2**16, 2**20, 2**27)] == [
+        *("0.0 KiB", "0.7 KiB", "576.0 KiB", "1.0 MiB", "0.12 GiB")
+    ]
 
 
 def test_nothing_of_the_fakes_remains(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
