@@ -36,6 +36,7 @@ from cora_cli.experiments.execute import (
 from cora_cli.experiments.grid import Grid, load_grid
 from cora_cli.experiments.inputs import Inputs, ModelFacts, find_inputs, require_on_hub
 from cora_cli.experiments.launch import Launcher, LocalLauncher, free_gpu_bytes, visible_gpus
+from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.rows import Row
 from cora_cli.experiments.screen import Screen, duration
 from cora_cli.experiments.slurm import SlurmLauncher, left_jobs
@@ -158,7 +159,8 @@ def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
         check_shapes(grid, inputs)
         launcher = _launcher(request, grid, out, inputs, held)
         if grid.has_stages:
-            _check_trainings(request, grid, inputs)
+            untried = Stages(grid, out, inputs, request.device, request.dtype).untried()
+            _check_trainings(request, dataclasses.replace(grid, rows=tuple(untried)), inputs)
             return run_stages(request, grid, out, inputs, launcher, held, seeds_wanted)
         plan = make_plan(grid, out, inputs, request.device, request.dtype)
         chosen = _chosen(request, plan)
@@ -212,12 +214,14 @@ def run_stages(
     seeds = {method.key: MIN_SEEDS for method in methods}
     done: set[str] = set()
     outcomes: list[Outcome] = []
-    rate = rate_of_steps(request)
+    rate: float | None = None
     while True:
         rows = stages.rows(methods, seeds)
         plan = stages.plan(rows)
         chosen = to_run(rows, methods)
         wanted = plan.needed_for(chosen)
+        if rate is None and not all(Ledger(out).has_finished(plan.steps[name]) for name in wanted):
+            rate = rate_of_steps(request)
         refuse_conflicts(plan, wanted, request.overwrite)
         write_plan(plan, stage_record(methods, grid))
         # A training that stopped goes on under the same name.

@@ -66,6 +66,18 @@ class Ledger:
             return Verdict(False, f"{altered[0]} was changed or removed after it was written")
         return Verdict(True, result=record["result"], seconds=record["seconds"])
 
+    def has_started(self, step: Step) -> bool:
+        """Whether this very training once got past the checks at its start, whatever became of its files."""
+        record = self.record(step)
+        trained = record.get("status") == FINISHED or bool(record.get("stops")) or record.get("diverged", False)
+        return trained and record["key"] == step.key
+
+    def has_finished(self, step: Step) -> bool:
+        """Whether this very step, to where it stops, has once finished, whatever became of its files; `check` looks at these too."""
+        record = self.record(step)
+        reached = step.stop_at is not None and str(step.stop_at) in record.get("stops", {})
+        return (record.get("status") == FINISHED or reached) and record["key"] == step.key
+
     def validation_loss(self, step: Step, stop: int | None, steps: Mapping[str, Step]) -> float | None:
         """The validation loss (nats per token) of a training step where it stopped at optimizer step `stop`, or at its end.
 

@@ -16,7 +16,7 @@ from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import Inputs
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.rows import Row, short
-from cora_cli.experiments.stage_rules import MIN_SEEDS
+from cora_cli.experiments.stage_rules import MIN_SEEDS, ConfirmRule
 from cora_cli.experiments.steps import Plan, make_plan
 from cora_cli.experiments.sweep import Sweep, SweepRule, beyond, sweep
 from cora_cli.settings import DtypeName
@@ -48,22 +48,36 @@ class Stages:
 
     def methods(self) -> list[Method]:
         """The methods, with what their sweeps have measured."""
+        groups, rule = self._groups(), self._grid.sweep
+        if rule is None:
+            return [Method(tuple(rows), None, rows[0].learning_rate) for rows in groups]
+        # All rows in one plan: the rank of a shared basis depends on all of them.
+        plan = self.plan([*self._untrained(), *(row for rows in groups for row in _candidates(rows, rule))])
+        return [self._swept(tuple(rows), rule, plan) for rows in groups]
+
+    def _groups(self) -> list[list[Row]]:
+        """The rows of each method."""
         groups: dict[tuple[object, ...], list[Row]] = {}
         for row in self._grid.rows:
             if row.train is not None:
                 groups.setdefault(row.method, []).append(row)
-        rule = self._grid.sweep
-        if rule is None:
-            return [Method(tuple(rows), None, rows[0].learning_rate) for rows in groups.values()]
-        candidates = [
-            rows[0].at(rate, seed, "sweep")
-            for rows in groups.values()
-            for rate in dict.fromkeys([*_rates(rows), *_edges(_rates(rows))])
-            for seed in rule.seeds
+        return list(groups.values())
+
+    def untried(self) -> list[Row]:
+        """The rows of the methods of which no training, whatever its rate and seed, has got past its start."""
+        groups, ledger = self._groups(), Ledger(self._out)
+        sweeping, confirming = self._grid.sweep, self._grid.confirm
+        runs = [
+            _candidates(rows, sweeping) if sweeping else _confirming(rows[0], confirming, rows[0].learning_rate)
+            for rows in groups
         ]
-        # All rows in one plan: the rank of a shared basis depends on all of them.
-        plan = self.plan([*self._untrained(), *candidates])
-        return [self._swept(tuple(rows), rule, plan) for rows in groups.values()]
+        plan = self.plan([*self._untrained(), *(row for own in runs for row in own)])
+
+        def is_tried(own: Sequence[Row]) -> bool:
+            steps = (plan.steps[name] for row in own for name in plan.steps_of[row.name])
+            return any(step.kind == "train" and ledger.has_started(step) for step in steps)
+
+        return [row for rows, own in zip(groups, runs, strict=True) if not is_tried(own) for row in rows]
 
     def _swept(self, rows: tuple[Row, ...], rule: SweepRule, plan: Plan) -> Method:
         first, ledger = rows[0], Ledger(self._out)
@@ -112,11 +126,7 @@ class Stages:
         return found
 
     def _confirm_rows(self, method: Method, seeds: Mapping[tuple[object, ...], int]) -> list[Row]:
-        rule = self._grid.confirm
-        if rule is None or method.learning_rate is None:
-            return []
-        count = min(seeds.get(method.key, len(rule.seeds)), len(rule.seeds))
-        return [method.rows[0].at(method.learning_rate, seed, "confirm") for seed in rule.seeds[:count]]
+        return _confirming(method.rows[0], self._grid.confirm, method.learning_rate, seeds.get(method.key))
 
 
 def to_run(rows: Sequence[Row], methods: Sequence[Method]) -> list[str]:
@@ -170,6 +180,19 @@ def news(methods: Sequence[Method], before: Sequence[Method]) -> list[str]:
         elif _lost(method) and (old is None or old.pending):
             found.append(f"{name}: training diverged at every learning rate that was left in its sweep")
     return found
+
+
+def _candidates(rows: Sequence[Row], rule: SweepRule) -> list[Row]:
+    """A row for every rate and seed that the sweep of a method may train."""
+    rates = dict.fromkeys([*_rates(rows), *_edges(_rates(rows))])
+    return [rows[0].at(rate, seed, "sweep") for rate in rates for seed in rule.seeds]
+
+
+def _confirming(first: Row, rule: ConfirmRule | None, rate: float | None, count: int | None = None) -> list[Row]:
+    """A row for each of the first `count` seeds that confirm a method at the rate that was chosen; none before that."""
+    if rule is None or rate is None:
+        return []
+    return [first.at(rate, seed, "confirm") for seed in rule.seeds[:count]]
 
 
 def _rates(rows: Sequence[Row]) -> list[float]:

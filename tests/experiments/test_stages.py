@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.experiments.ablate import Request, run_stages
+from cora_cli.experiments.ablate import Request, ablate, run_stages
 from cora_cli.experiments.estimate import Estimate
 from cora_cli.experiments.execute import Outcome
 from cora_cli.experiments.grid import Grid
@@ -316,3 +317,46 @@ def test_rows_of_such_a_grid_cannot_be_picked(tmp_path: Path) -> None:
         pytest.raises(UsageError, match="--only does not apply to a grid with sweep or confirm"),
     ):
         run_stages(request, staged(), tmp_path, inputs_of(), SweepLauncher(distance), held, lambda place, measures: {})
+
+
+@pytest.mark.parametrize("sweeps", [True, False])
+def test_only_methods_that_never_trained_are_to_be_checked(sweeps: bool, tmp_path: Path) -> None:
+    def untried(*modes: str) -> set[str]:
+        grid = staged({"mode": [*modes], "learning_rate": RATES if sweeps else RATES[1]}, **({} if sweeps else {"sweep": None}))
+        rows = Stages(grid, tmp_path, inputs_of(), "cpu", "fp32").untried()
+        return {row.mode for row in rows}
+
+    def fails(argv: Sequence[str]) -> str | None:
+        return "no memory" if value(argv, "--mode") == "vera" else None
+
+    assert untried("lora", "dora", "vera") == {"lora", "dora", "vera"}
+    grid = staged(
+        {"mode": ["lora", "vera"], "learning_rate": RATES if sweeps else RATES[1]}, **({} if sweeps else {"sweep": None})
+    )
+    assert run(grid, tmp_path, SweepLauncher(distance, fails=fails)).failed
+    assert untried("lora", "dora", "vera") == {"dora", "vera"}
+    changed = Stages(grid, tmp_path, inputs_of(base="another hash"), "cpu", "fp32")
+    assert {row.mode for row in changed.untried()} == {"lora", "vera"}
+
+
+def test_a_finished_grid_needs_no_rate_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(staged(), tmp_path, SweepLauncher(distance))
+    monkeypatch.setattr("cora_cli.experiments.ablate.rate_of_steps", lambda *_: pytest.fail("nothing is left to estimate"))
+    assert run(staged(), tmp_path, SweepLauncher(distance)).completed == ()
+
+
+def test_a_repeated_call_checks_no_training_again(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[int] = []
+    monkeypatch.setattr("cora_cli.experiments.ablate.check_trainings", lambda trainings, *_: checked.append(len(trainings)))
+    monkeypatch.setattr("cora_cli.experiments.ablate._launcher", lambda *_: SweepLauncher(distance))
+    values = {
+        **{"model": str(tiny_model), "datasets": {"data": str(tiny_data)}, "sweep": SWEEP, "confirm": CONFIRM},
+        **{"defaults": {"train": TRAIN, "evaluate": False}, "grid": [{"mode": ["lora", "dora"], "learning_rate": RATES}]},
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(values))
+    request = Request(tmp_path / "grid.yaml", tmp_path / "out", device="cpu", dtype="fp32")
+    for _ in range(2):
+        ablate(request, lambda *_: {})
+    assert checked == [2, 0]
