@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from cora_cli.device import Hardware
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, reason
 from cora_cli.planning.page import fits
 from cora_cli.progress import say
 from cora_cli.training.config import TrainConfig
@@ -23,8 +23,12 @@ from cora_cli.training.rough import rough_peak
 
 ROUGHLY = 0.4
 """A run that takes less than this part of the GPU by a rough count fits, and needs no plan."""
-RUN, ROWS = "run.pickle", "rows.pickle"
+RUN, ANSWER = "run.pickle", "answer.pickle"
 """What `fit_alone` reads and writes."""
+MORE = 4
+"""How often the processes of a divided run are doubled to find a number that fits."""
+Question = Literal["rows", "memory"]
+"""What `fit_alone` answers: `shorter_rows` or `what_would_fit`."""
 _OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_")
 """How the variables begin by which a process knows its group."""
 
@@ -74,14 +78,14 @@ def _shorter_rows_of_all(config: TrainConfig, prepared: Prepared, capacity: int)
     if together:
         torch.distributed.all_gather_object(capacities, capacity)
     found: list[tuple[int | None, str]] = [(None, "")]
-    first = not together or torch.distributed.get_rank() == 0
-    if first and rough_peak(config, prepared) >= ROUGHLY * (least := min(capacities)):
+    if not together or torch.distributed.get_rank() == 0:
         try:
-            found[0] = _shorter_rows_alone(config, prepared.hardware, least, processes)
-        except (CoraError, OSError) as error:
+            if rough_peak(config, prepared) >= ROUGHLY * (least := min(capacities)):
+                found[0] = _planned_alone("rows", config, prepared.hardware, least, processes)
+        except Exception as error:  # the other processes wait, and a run whose memory is not known may fit
             found[0] = (
                 None,
-                f"whether the rows of this divided run fit the GPU could not be computed ({error}); `cora train … --dry-run --processes {processes}` "
+                f"whether the rows of this divided run fit the GPU could not be computed ({reason(error)}); `cora train … --dry-run --processes {processes}` "
                 "with the same settings computes it, and --tokens-per-row N makes the rows shorter",
             )
     if together:
@@ -89,14 +93,14 @@ def _shorter_rows_of_all(config: TrainConfig, prepared: Prepared, capacity: int)
     return found[0]
 
 
-def _shorter_rows_alone(config: TrainConfig, hardware: Hardware, capacity: int, processes: int) -> tuple[int | None, str]:
-    """The `tokens_per_row` with which a run of so many processes fits GPUs of `capacity` bytes, None where its rows stay, and what is to be said of it.
+def _planned_alone(question: Question, config: TrainConfig, hardware: Hardware, capacity: int, processes: int) -> Any:
+    """What the function that `Question` names answers for a run of so many processes on GPUs of `capacity` bytes.
 
     Raises `CoraError` where the process fails.
     """
     planned = dataclasses.replace(config, dry_run=True, processes=processes, resume=False)
     with tempfile.TemporaryDirectory(prefix="cora-fit-") as place:
-        (Path(place) / RUN).write_bytes(pickle.dumps((planned, hardware, capacity)))
+        (Path(place) / RUN).write_bytes(pickle.dumps((question, planned, hardware, capacity)))
         found = subprocess.run(
             [sys.executable, "-P", "-m", "cora_cli.training.fit_alone", place],
             env={name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)},
@@ -109,25 +113,44 @@ def _shorter_rows_alone(config: TrainConfig, hardware: Hardware, capacity: int, 
         if found.returncode:
             last = found.stderr.strip().splitlines()[-1:] or [f"exit code {found.returncode}"]
             raise CoraError(last[0])
-        rows: tuple[int | None, str] = pickle.loads((Path(place) / ROWS).read_bytes())
-    return rows
+        return pickle.loads((Path(place) / ANSWER).read_bytes())
 
 
 def out_of_memory(config: TrainConfig, prepared: Prepared) -> CoraError:
-    """One sentence on a GPU that ran out of memory, with the setting that would fit; takes as long as a few dry runs."""
+    """One sentence on a GPU that ran out of memory, with the setting that would fit; takes as long as a few dry runs.
+
+    Needs no other process of a divided run: they may wait for this one, which is about to end.
+    """
     capacity = _capacity(prepared.hardware.device) or 0
+    if config.shard == "none":
+        return CoraError(what_would_fit(config, prepared, capacity))
+    try:
+        return CoraError(_planned_alone("memory", config, prepared.hardware, capacity, number_of_processes(config)))
+    except Exception as error:  # that the memory ran out matters more
+        longest = max(len(example.input_ids) for example in prepared.train.examples)
+        return CoraError(_takes_less(config, capacity, reason(error), f"--tokens-per-row {longest}"))
+
+
+def _takes_less(config: TrainConfig, capacity: int, why: str, rows: str) -> str:
+    """What to do about a GPU that is full where nothing can be computed."""
+    rest = "" if config.gradient_checkpointing else ", --gradient-checkpointing"
+    more = "" if config.shard == "none" else ", more processes"
+    return (
+        f"the GPU of {_gib(capacity)} ran out of memory, and how much this run takes cannot be computed ({why}); {rows}{rest}{more} or a "
+        "smaller --batch-size takes less"
+    )
+
+
+def what_would_fit(config: TrainConfig, prepared: Prepared, capacity: int) -> str:
+    """One sentence on a GPU of `capacity` bytes that the run has filled, with the setting that would fit."""
     plan = plan_run(config, prepared)
     if not isinstance(plan.measured, Measured):
-        rest = "" if config.gradient_checkpointing else ", --gradient-checkpointing"
-        rows = f"--tokens-per-row below {plan.largest}"
-        return CoraError(
-            f"the GPU of {_gib(capacity)} ran out of memory, and how much this run takes cannot be computed ({plan.measured}); {rows}{rest} or a "
-            "smaller --batch-size takes less"
-        )
+        return _takes_less(config, capacity, plan.measured, f"--tokens-per-row below {plan.largest}")
     needed = plan.measured.memory.total
-    said = f"the GPU ran out of memory: this run takes {_gib(needed)} (computed), and the GPU has {_gib(capacity)}"
+    who = "this run" if config.shard == "none" else f"each of the {plan.processes} processes of this run"
+    said = f"the GPU ran out of memory: {who} takes {_gib(needed)} (computed), and the GPU has {_gib(capacity)}"
     if fits(needed, capacity):
-        return CoraError(f"{said}; another program must be using it")
+        return f"{said}; another program must be using it"
     *larger, smallest = _smaller(plan) or [{}]
 
     def peak(changes: dict[str, Any]) -> float:
@@ -137,9 +160,14 @@ def out_of_memory(config: TrainConfig, prepared: Prepared) -> CoraError:
     if fits(least := peak(smallest), capacity):
         sizes = ((changes, peak(changes)) for changes in larger)
         changes, size = next(((changes, size) for changes, size in sizes if fits(size, capacity)), (smallest, least))
-        flags = " ".join(_flag(name, value) for name, value in changes.items())
-        return CoraError(f"{said}; {flags} would fit with {_gib(size)}")
-    return CoraError(f"{said}; no length of its rows fits, so use a larger GPU, a smaller model or --load-in-4bit")
+        return f"{said}; {_flags(changes)} would fit with {_gib(size)}"
+    if config.shard == "none":
+        return f"{said}; no length of its rows fits, so use a larger GPU, a smaller model, --load-in-4bit or several GPUs with --shard fsdp"
+    for processes in (plan.processes * 2**power for power in range(1, MORE + 1)):
+        if fits(size := peak({**smallest, "processes": processes}), capacity):
+            also = f" with {_flags(smallest)}" if smallest else ""
+            return f"{said}; no length of its rows fits, and {processes} processes{also} would fit with {_gib(size)} each"
+    return f"{said}; no length of its rows fits, nor do {processes} processes, so use a larger GPU or a smaller model"
 
 
 def _smaller(plan: Preflight) -> list[dict[str, Any]]:
@@ -161,9 +189,9 @@ def _shorter(plan: Preflight) -> list[dict[str, Any]]:
     return [{"tokens_per_row": tokens} for tokens in (*shorter, longest)] if longest < plan.largest else []
 
 
-def _flag(name: str, value: int | bool) -> str:
-    flag = f"--{name.replace('_', '-')}"
-    return flag if value is True else f"{flag} {value}"
+def _flags(changes: dict[str, Any]) -> str:
+    flags = ((f"--{name.replace('_', '-')}", value) for name, value in changes.items())
+    return " ".join(flag if value is True else f"{flag} {value}" for flag, value in flags)
 
 
 def _capacity(device: torch.device) -> int | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -334,6 +335,58 @@ def test_a_divided_run_says_where_its_rows_cannot_be_planned(
     monkeypatch.setattr(fitting, "_capacity", lambda device: 4 * rough)
     assert fitting.fit_rows(config, prepared) == config
     assert "--dry-run" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_full_gpu_of_a_divided_run_ends_in_the_setting_or_the_processes_that_would_fit(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config, prepared = fit_divided({"mode": "full"}, tiny_model, tiny_data, tmp_path)
+    longest = max(len(example.input_ids) for example in prepared.train.examples)
+
+    def needed(**changes: Any) -> int:
+        return measured(plan_run(dataclasses.replace(config, **changes), prepared)).memory.total
+
+    def said(capacity: float) -> str:
+        return fitting.what_would_fit(config, prepared, math.ceil(capacity))
+
+    short = needed(tokens_per_row=longest)
+    sentence = said(needed() * 0.8 / USABLE)
+    assert sentence.startswith("the GPU ran out of memory: each of the 2 processes of this run takes 0.")
+    tokens = int(sentence.partition("--tokens-per-row ")[2].split()[0])
+    assert short <= needed(tokens_per_row=tokens) <= needed() * 0.8
+
+    least = {"tokens_per_row": longest, "gradient_checkpointing": True}
+    four = needed(**least, processes=4)
+    assert four < 0.95 * needed(**least)
+    flags = f"--gradient-checkpointing --tokens-per-row {longest}"
+    assert f"no length of its rows fits, and 4 processes with {flags} would fit with 0." in said(four / USABLE)
+    assert said(2**20).endswith("no length of its rows fits, nor do 32 processes, so use a larger GPU or a smaller model")
+
+
+@pytest.mark.slow
+def test_a_full_gpu_of_a_divided_run_is_planned_in_another_process(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, prepared = fit_divided({}, tiny_model, tiny_data, tmp_path)
+    capacity = int(measured(plan_run(config, prepared)).memory.total * 0.8 / USABLE)
+    expected = fitting.what_would_fit(config, prepared, capacity)
+    monkeypatch.setattr(fitting, "_capacity", lambda device: capacity)
+    monkeypatch.setattr(fitting, "plan_run", lambda *_: pytest.fail("planned in the process of the run"))
+    assert str(fitting.out_of_memory(config, prepared)) == expected
+
+
+def test_a_full_gpu_of_a_divided_run_that_cannot_be_planned_names_what_takes_less(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, prepared = fit_divided({}, tiny_model, tiny_data, tmp_path)
+    monkeypatch.setattr(fitting, "_capacity", lambda device: 2**30)
+    monkeypatch.setattr(fitting.sys, "executable", shutil.which("false"))
+    longest = max(len(example.input_ids) for example in prepared.train.examples)
+    assert str(fitting.out_of_memory(config, prepared)) == (
+        "the GPU of 1.0 GiB ran out of memory, and how much this run takes cannot be computed (exit code 1); "
+        f"--tokens-per-row {longest}, --gradient-checkpointing, more processes or a smaller --batch-size takes less"
+    )
 
 
 def test_a_plan_for_a_gpu_takes_logits_in_the_pieces_of_a_gpu(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
