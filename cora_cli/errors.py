@@ -4,6 +4,8 @@ Anything a user can cause (a bad file, a bad flag, a full disk) is raised as one
 what is wrong, where, and what would work. Programming errors remain ordinary exceptions.
 """
 
+import re
+
 
 class CoraError(Exception):
     """A command failed. Only the message is shown, without a traceback, and the process exits with `exit_code`."""
@@ -33,3 +35,15 @@ def reason(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the memory of this machine or its GPU does not suffice; torch raises a bare `RuntimeError` on a CPU."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error means that the processes of a run could not exchange data; gloo raises a bare `RuntimeError`."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in kinds or (isinstance(error, RuntimeError) and ("/gloo/" in str(error) or "NCCL error" in str(error)))
+
+
+def lost_process(error: BaseException) -> CoraError:
+    """What to say of an error for which `is_lost_process` holds."""
+    detail = re.sub(r"^\[\S*\] ", "", reason(error).partition(". This is ")[0])  # gloo begins with a line of its source
+    return CoraError(f"another process of this run ended or cannot be reached, and its own message says why ({detail})")

@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 
-from cora_cli.errors import reason
+from cora_cli.errors import is_lost_process, lost_process, reason
 
 
 class _Evil:
@@ -27,3 +27,22 @@ def test_a_refused_pickle_is_not_described_in_words_that_advise_to_open_it(tmp_p
 )
 def test_a_reason_is_one_short_line(error, expected):
     assert reason(error) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (
+            RuntimeError("[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:9. This is typically a crash"),
+            "Connection closed by peer [::1]:9",
+        ),
+        (torch.distributed.DistStoreError("wait timeout after 300000ms"), "wait timeout after 300000ms"),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), "NCCL error: remote process exited"),
+    ],
+)
+def test_processes_that_lost_each_other_say_so_in_one_sentence(error, detail):
+    assert is_lost_process(error)
+    assert str(lost_process(error)) == (
+        f"another process of this run ended or cannot be reached, and its own message says why ({detail})"
+    )
+    assert not is_lost_process(RuntimeError("expected scalar type Float"))

@@ -20,7 +20,7 @@ import typer
 from cora_cli import rundir
 from cora_cli.cli.usage import GENERAL, Command
 from cora_cli.environment import variable_behind, variable_of_path
-from cora_cli.errors import CoraError, UsageError, is_out_of_memory
+from cora_cli.errors import CoraError, UsageError, is_lost_process, is_out_of_memory, lost_process
 from cora_cli.progress import interrupts_kept
 from cora_cli.reading import integer_of, read_yaml
 from cora_cli.settings import comma_separated, range_problems
@@ -77,7 +77,7 @@ def _described(error: Exception) -> str:
 
 
 def _lacking(error: Exception, detail: str) -> str | None:
-    """What this machine lacks, with the remedy; None for an error of another kind."""
+    """What this machine or its processes lack, with the remedy; None for an error of another kind."""
     signs = (
         (
             isinstance(error, RuntimeError) and "home directory" in detail,
@@ -92,6 +92,7 @@ def _lacking(error: Exception, detail: str) -> str | None:
             "there is no directory for temporary files that can be written; set the environment variable TMPDIR to one",
         ),
         (rundir.is_disk_full(error), f"the disk is full: {detail}"),
+        (is_lost_process(error), str(lost_process(error))),
         (
             is_out_of_memory(error),
             f"not enough memory; use smaller settings or a smaller model{f' ({detail})' if detail else ''}",

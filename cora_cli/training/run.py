@@ -8,7 +8,7 @@ import dataclasses
 import datetime
 import math
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet
 from cora_cli.data.records import is_among, prompt_hashes
 from cora_cli.environment import forget_settings
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, is_lost_process, lost_process, reason
 from cora_cli.lock import own_directory
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
@@ -106,11 +106,12 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
     except torch.OutOfMemoryError as error:
         raise out_of_memory(config, prepared) from error
     share_start(model, arguments, observation)
-    if main:
+
+    def write_start() -> None:
         first = first_record(config, prepared, fingerprint, model, batching, observation)
-        record = {**first, "warmup_steps": arguments.warmup_steps}
-        _write_start(run, config, prepared, record)
-    barrier(arguments)
+        _write_start(run, config, prepared, {**first, "warmup_steps": arguments.warmup_steps})
+
+    _by_main(arguments, write_start)
     try:
         with _interrupts_recorded(run, main):
             outcome = _train_and_save(config, prepared, run, arguments, model, batching.form)
@@ -120,8 +121,7 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
             shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
             _mark_failed(run, error)
         raise _explained(error, run, config, prepared) from error
-    if main:
-        _write_end(run, outcome)
+    _by_main(arguments, lambda: _write_end(run, outcome))
     barrier(arguments)
     return read_json(run.record)
 
@@ -136,25 +136,34 @@ def _write_end(run: RunDirectory, outcome: dict[str, Any]) -> None:
     rundir.write_json(run.record, record)
 
 
-def _agree(arguments: TrainingArguments, decide: Any, fingerprint: dict[str, Any]) -> bool:
+def _by_main(arguments: TrainingArguments, act: Callable[[], Any]) -> Any:
+    """What `act` returns in the main process, told to all of them; where it fails there, all of them fail, and none waits for the others."""
+    told: list[Any] = [None, None]
+    failure: Exception | None = None
+    if arguments.process_index == 0:
+        try:
+            told[0] = act()
+        except Exception as error:
+            failure = error
+            said = f"the first process of this run failed: {type(error).__name__}: {reason(error)}"
+            told[1] = error if isinstance(error, CoraError) else CoraError(said)
+    if arguments.world_size > 1:
+        broadcast_object_list(told)
+    if failure is not None or told[1] is not None:
+        raise failure or told[1]
+    return told[0]
+
+
+def _agree(arguments: TrainingArguments, decide: Callable[[], bool], fingerprint: dict[str, Any]) -> bool:
     """Let the main process decide about the directory and tell the others, so that no process reads while another writes.
 
     Raises `CoraError` also where processes have different inputs, as when the day ends between their starts.
     """
-    answer: list[Any] = [None, fingerprint]
-    if arguments.process_index == 0:
-        try:
-            answer[0] = decide()
-        except CoraError as error:
-            answer[0] = error
-    if arguments.world_size > 1:
-        broadcast_object_list(answer)
-    if isinstance(answer[0], CoraError):
-        raise answer[0]
-    if answer[1] != fingerprint:
-        difference = _difference(answer[1], fingerprint, "in the first process", "in this one")
+    answer, first = _by_main(arguments, lambda: (decide(), fingerprint))
+    if first != fingerprint:
+        difference = _difference(first, fingerprint, "in the first process", "in this one")
         raise CoraError(f"the processes of this training have different inputs: {difference}; start it again")
-    return bool(answer[0])
+    return bool(answer)
 
 
 def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool) -> bool:
@@ -447,7 +456,8 @@ def _mark_failed(run: RunDirectory, error: Exception) -> None:
     """Record the failure if the disk allows it; the error itself matters more than its record."""
     try:
         diverged = {"diverged": True} if isinstance(error, Diverged) else {}
-        rundir.write_json(run.record, {**read_json(run.record), "status": FAILED, "error": str(error)[:500], **diverged})
+        said = str(lost_process(error) if is_lost_process(error) else error)
+        rundir.write_json(run.record, {**read_json(run.record), "status": FAILED, "error": said[:500], **diverged})
     except CoraError:
         say(f"{run.record} could not be updated")
 
@@ -462,6 +472,8 @@ def _explained(error: Exception, run: RunDirectory, config: TrainConfig, prepare
     )
     if isinstance(error, Diverged):
         return Diverged(f"{error}; {where}")
+    if is_lost_process(error):
+        return CoraError(f"{lost_process(error)}; {where}")
     if isinstance(error, CoraError):
         return error
     if isinstance(error, torch.OutOfMemoryError):

@@ -1,8 +1,10 @@
 """Two processes with half the batch each are one process with the whole batch, also when they are killed and resumed."""
 
+import functools
 import json
 import math
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -116,6 +118,39 @@ def test_divergence_stops_every_process(tiny_model: Path, tiny_data: Path, tmp_p
     assert [code for code, _ in ends] == [1, 1]
     assert all(message.startswith("Diverged: the ") and " at step " in message for _, message in ends)
     assert record_of(tmp_path / "run")["status"] == "failed"
+
+
+def fail_in(place: str, rank: int) -> None:
+    """Let the function `place` of the training's modules fail in process `rank` with an error of a library."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ArithmeticError("a library broke")
+
+    if os.environ["RANK"] == str(rank):
+        owner, _, name = place.rpartition(".")
+        setattr(pkgutil.resolve_name(f"cora_cli.training.{owner}"), name, fail)
+
+
+@pytest.mark.parametrize("place", ["run._open_directory", "run._write_start"])
+def test_an_error_of_a_library_in_the_first_process_ends_all_with_a_sentence(
+    place: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=1)
+    assert run_together(config, before=functools.partial(fail_in, place, 0)) == [
+        (1, "ArithmeticError: a library broke"),
+        (1, "CoraError: the first process of this run failed: ArithmeticError: a library broke"),
+    ]
+
+
+def test_the_end_of_another_process_is_named_as_the_reason(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=1)
+    first, second = run_together(config, before=functools.partial(fail_in, "run.CoraTrainer.compute_loss", 1))
+    assert second == (1, "ArithmeticError: a library broke")
+    code, message = first
+    assert code == 1
+    assert message.startswith("CoraError: another process of this run ended or cannot be reached, and its own message says why")
+    assert record_of(tmp_path / "run")["status"] == "failed"
+    assert record_of(tmp_path / "run")["error"].startswith("another process of this run ended")
 
 
 def test_one_process_s_nan_is_named_in_all() -> None:
