@@ -192,17 +192,45 @@ def fakes() -> Iterator[None]:
     """Make every new tensor a fake one.
 
     Modules are moved and converted by new parameters in the place of the old ones: torch would swap their contents, which fake tensors
-    do not support.
+    do not support. What needs values and changes no memory is left out.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import PreTrainedModel
+    from transformers.integrations import moe
 
-    swapping = torch.nn.Module._apply
-    torch.nn.Module._apply = _apply_plainly  # type: ignore[method-assign]
-    try:
+    with contextlib.ExitStack() as patched:
+        for owner, name, new in (
+            (torch.nn.Module, "_apply", _apply_plainly),
+            # GPT-2 and others warn where the first or last token is padding.
+            (PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *_: None),
+            # Fake tensors are multiplied by the matrices of experts in bf16 only.
+            (moe, "_grouped_mm", lambda states, weight, offs: _Grouped.apply(states.to(weight.dtype), weight)),
+        ):
+            patched.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, new)
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
-    finally:
-        torch.nn.Module._apply = swapping  # type: ignore[method-assign]
+
+
+class _Grouped(torch.autograd.Function):
+    """The memory of a product of each state with the matrix of its expert, without its numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """states: (tokens, in), weight: (experts, in, out); returns (tokens, out)."""
+        of_states, of_weight = ctx.needs_input_grad
+        ctx.save_for_backward(states if of_weight else None, weight if of_states else None)
+        ctx.shapes = states.shape, weight.shape
+        return states.new_empty(len(states), weight.shape[2])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """upstream: as the output."""
+        return tuple(
+            upstream[0].new_empty(shape) if needed else None
+            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad, strict=True)
+        )
 
 
 def _apply_plainly(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:

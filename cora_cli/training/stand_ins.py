@@ -43,12 +43,16 @@ def gpu_chunks() -> Iterator[None]:
 
 
 def cpu_attention() -> Callable[..., Any]:
-    """A CPU's attention over the largest piece of a row only: pieces follow one another, and each frees what it takes."""
+    """A CPU's attention over the largest piece of a row only: pieces follow one another, and each frees what it takes. All of them keep their masks."""
+    cut = cache(cut_pieces)
 
-    @cache
     def largest(layout: Layout, window: int | None) -> tuple[Piece, ...]:
-        pieces = cut_pieces(layout, window)
-        return (max(pieces, key=lambda piece: (piece.end - piece.start) * sum(last - first for first, last in piece.spans)),)
+        return (
+            max(
+                cut(layout, window),
+                key=lambda piece: (piece.end - piece.start) * sum(last - first for first, last in piece.spans),
+            ),
+        )
 
     return functools.partial(segment_attention, cut=largest)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cora_cli import rundir
@@ -66,6 +67,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "all weights in short rows": {"mode": "full", "tokens_per_row": 150, "max_steps": 2},
 }
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    # It looks for padding among the tokens.
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    # Its experts are multiplied together, in float32 here.
+    "mixtral": {
+        **{"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_peak_of_another_family_is_that_of_the_real_training(
+    family: str, tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    common = {"vocab_size": 49152, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
+    model = Path(shutil.copytree(tiny_model, tmp_path / family, ignore=shutil.ignore_patterns("*.safetensors", "config.json")))
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **common, **FAMILIES[family])).save_pretrained(model)
+    config = config_for(model, tiny_data, tmp_path / "run", max_steps=1, eval_limit=1)
+    found = measured(preflight(config))
+    assert found.memory.total == pytest.approx(sum(real_peak(config, 49152, monkeypatch).values()), rel=0.03)
+    assert found.parameters["trained"] == record_of(tmp_path / "run")["parameters"]["trained"]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
