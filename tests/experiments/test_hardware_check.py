@@ -9,8 +9,10 @@ from typer.testing import CliRunner
 
 from cora_cli.cli import app
 from cora_cli.cli.doctor import CHECKS
+from cora_cli.device import select_hardware
 from cora_cli.experiments import hardware_check
 from cora_cli.experiments.hardware_check import Check, check_hardware
+from cora_cli.training import fast_paths
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +80,23 @@ def test_an_output_without_the_check_is_refused():
     result = CliRunner().invoke(app, ["doctor", "--output=found.json"])
     assert result.exit_code == 2
     assert "--gpu-check" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_speed_of_compiled_layers_is_shown_with_their_number_of_graphs(tmp_path, tiny_model, monkeypatch):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for name, value in (("TIMED_STEPS", 4), ("TIMED_BATCH", 2)):
+        monkeypatch.setattr(hardware_check, name, value)
+    monkeypatch.setattr(fast_paths, "BACKEND", count)
+    bench = hardware_check._Bench(select_hardware("cpu", "fp32"), tmp_path, str(tiny_model))
+    bench._gpu = True  # a processor compiles with this backend
+    passed, said, figures = bench.options()
+    assert passed
+    assert graphs
+    assert figures["--compile"]["graphs"] == len(graphs)
+    assert said.endswith(f"--compile compiled {len(graphs)} graphs")
