@@ -127,7 +127,8 @@ class Parameters(TypedDict):
 
 
 class Start(TypedDict):
-    """What the start of an adapter was computed from: training examples, the SHA-256 of their tokens, and the time it took."""
+    """What the start of an adapter was computed from: training examples, the SHA-256 of their tokens, and the time until the adapter stood,
+    with all passes and decompositions. Earlier versions recorded the time of the passes alone."""
 
     examples: int
     tokens: int

@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +37,7 @@ from cora_cli.training.sharding import process_mesh, shard, share_adapter
 def assemble(
     config: TrainConfig, prepared: Prepared, arguments: TrainingArguments, run: RunDirectory
 ) -> tuple[torch.nn.Module, Batching, Observation | None]:
-    """The model to train, how examples go through it, and what its start was computed from."""
+    """The model to train, how examples go through it, and what its start was computed from: its cost, without the matrices."""
     say(prepared.hardware.describe())
     device = prepared.hardware.device
     if device.type == "cuda":
@@ -46,8 +47,13 @@ def assemble(
             loaded = _load_base(config, prepared, device)
             batching = _check_passes(config, prepared, loaded)
             probes = make_probes(prepared.train.examples, length_limits(prepared.model_config))
+            began = time.monotonic()
             observation = _observation(loaded, config, prepared, batching.form)
             model = _install(config, prepared, loaded, run, observation)
+            if observation is not None:
+                # Its matrices, which are as large as the adapted weights, are of no more use.
+                observation = dataclasses.replace(observation, layers={}, seconds=round(time.monotonic() - began, 3))
+                say(f"the start was computed from the first {observation.examples} training examples in {observation.seconds:.1f} s")
             if config.liger:
                 use_liger(model, probes, batching.form, prepared.hardware)
             if config.compile:
@@ -117,9 +123,8 @@ def _observation(loaded: Any, config: TrainConfig, prepared: Prepared, form: Bat
     kind = method_of(config.mode).observes(config.b_init)
     if kind is None:
         return None
-    found = observe(loaded, kind, prepared.layers, prepared.start_examples, prepared.hardware, form)
-    say(f"the start is computed from the first {found.examples} training examples: {found.seconds:.1f} s")
-    return found
+    checkpointing = config.gradient_checkpointing
+    return observe(loaded, kind, prepared.layers, prepared.start_examples, prepared.hardware, form, checkpointing)
 
 
 def share_start(model: torch.nn.Module, arguments: TrainingArguments, observation: Observation | None) -> None:

@@ -17,14 +17,15 @@ from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import Example
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
-from cora_cli.methods.parts.layers import linear_weight
+from cora_cli.methods.parts.layers import linear_weight, transformers_model
 from cora_cli.progress import progress
 from cora_cli.training.heldout import row_losses, rows_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """`layers` has what was observed, by layer and by the name it has in `Observed`; the rest says over what, and what it cost."""
+    """`layers` has what was observed, by layer and by the name it has in `Observed`; the rest says over what, and how long the passes took, or
+    the complete start where it has been computed."""
 
     layers: dict[str, dict[str, Any]]
     examples: int
@@ -44,23 +45,21 @@ def observe(
     examples: Sequence[Example],
     hardware: Hardware,
     form: BatchForm,
+    checkpointing: bool = False,
 ) -> Observation:
     """Run the examples through the base model and collect `kind` of the `layers`.
 
-    The gradient is that of the mean loss of a response token. It is taken to the CPU layer by layer, so that the device holds those of one
-    pass at most. Raises `CoraError` for a layer in which everything is zero or anything is not finite.
+    The gradient is that of the mean loss of a response token, with `checkpointing` of activations or without. It is taken to the CPU layer by
+    layer, so that the device holds those of one pass at most. Raises `CoraError` for a layer in which everything is zero or anything is not
+    finite.
     """
     began = time.monotonic()
     tokens = sum(len(example.input_ids) for example in examples)
     label = "start of the adapter"
     if kind == "gradient":
-        sums = weight_gradients(model, layers, examples, hardware, form, label)
+        sums = weight_gradients(model, layers, examples, hardware, form, label, checkpointing)
     else:
-        with _inputs(model, layers) as sums, progress(label, len(examples), "examples") as shown:
-            # One example at a time: without padding, and without prefixes that stand for several tokens.
-            for example in sorted(examples, key=lambda example: len(example.input_ids)):
-                row_losses(model, [example], hardware, form)
-                shown.advance()
+        sums = _inputs(model, layers, examples, hardware, form, label)
     for name in layers:
         if name not in sums or not sums[name].any():
             raise CoraError(
@@ -93,10 +92,24 @@ def mean_loss(
 
 
 def weight_gradients(
-    model: Any, layers: Sequence[str], examples: Sequence[Example], hardware: Hardware, form: BatchForm, label: str
+    model: Any,
+    layers: Sequence[str],
+    examples: Sequence[Example],
+    hardware: Hardware,
+    form: BatchForm,
+    label: str,
+    checkpointing: bool = False,
 ) -> dict[str, torch.Tensor]:
     """∂L/∂W (out, in) float32 on the CPU of the mean loss of a response token, by layer; none for a layer without a gradient."""
-    with _gradients(model, layers) as sums, progress(label, len(examples), "examples") as shown:
+    sums: dict[str, torch.Tensor] = {}
+
+    def take(name: str, gradient: torch.Tensor) -> None:
+        linear = linear_weight(model.get_submodule(name))
+        assert linear is not None
+        gradient = gradient.float().cpu()
+        _add(sums, name, gradient.T.contiguous() if linear.transposed else gradient)
+
+    with gradients_taken(model, layers, take, checkpointing), progress(label, len(examples), "examples") as shown:
         for part, count in mean_loss(model, examples, hardware, form):
             part.backward()
             shown.advance(count)
@@ -104,49 +117,77 @@ def weight_gradients(
 
 
 @contextlib.contextmanager
-def _gradients(model: Any, layers: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Sums of ∂L/∂W (out, in) of all backward passes in the block, by layer."""
-    sums: dict[str, torch.Tensor] = {}
+def gradients_taken(
+    model: Any, layers: Sequence[str], take: Callable[[str, torch.Tensor], None], checkpointing: bool
+) -> Iterator[None]:
+    """Hand ∂L/∂W of every backward pass in the block to `take`, layer by layer, as the layer stores W; it is freed afterwards."""
     wanted = {id(model.get_submodule(name).weight) for name in layers}
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in wanted)
-    with contextlib.ExitStack() as hooks:
+
+    def hand_over(name: str) -> Callable[[torch.Tensor], None]:
+        def taken(weight: torch.Tensor) -> None:
+            assert weight.grad is not None
+            take(name, weight.grad)
+            weight.grad = None
+
+        return taken
+
+    with contextlib.ExitStack() as stack:
         for name in layers:
             weight = model.get_submodule(name).weight
-            hooks.callback(weight.register_post_accumulate_grad_hook(_taking(name, model, sums)).remove)
+            stack.callback(weight.register_post_accumulate_grad_hook(hand_over(name)).remove)
         training = model.training
         model.eval()
+        if checkpointing:
+            stack.enter_context(_checkpointed(transformers_model(model)))
         with torch.enable_grad():
-            yield sums
-        model.train(training)
+            yield
+    model.train(training)
     for parameter, required in before:
         parameter.requires_grad_(required)
 
 
-def _taking(name: str, model: Any, sums: dict[str, torch.Tensor]) -> Callable[[torch.Tensor], None]:
-    linear = linear_weight(model.get_submodule(name))
-    assert linear is not None
+@contextlib.contextmanager
+def _checkpointed(model: Any) -> Iterator[None]:
+    """Let each layer compute its activations again in the backward pass, as in training.
 
-    def take(weight: torch.Tensor) -> None:
-        assert weight.grad is not None
-        gradient = weight.grad.float().cpu()
-        weight.grad = None
-        _add(sums, name, gradient.T.contiguous() if linear.transposed else gradient)
+    Layers of transformers do so in training mode only. What they consist of stays in evaluation mode.
+    """
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
 
-    return take
+
+def _inputs(
+    model: Any, layers: Sequence[str], examples: Sequence[Example], hardware: Hardware, form: BatchForm, label: str
+) -> dict[str, torch.Tensor]:
+    """Sums of x·xᵀ (in, in) float32 on the CPU over the tokens of the examples, by layer."""
+    sums: dict[str, torch.Tensor] = {}
+    taken = inputs_taken(model, layers, lambda name, product: _add(sums, name, product.cpu()))
+    with taken, progress(label, len(examples), "examples") as shown:
+        # One example at a time: without padding, and without prefixes that stand for several tokens.
+        for example in sorted(examples, key=lambda example: len(example.input_ids)):
+            row_losses(model, [example], hardware, form)
+            shown.advance()
+    return sums
 
 
 @contextlib.contextmanager
-def _inputs(model: Any, layers: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Sums of x·xᵀ (in, in) over the tokens of all forward passes in the block, by layer."""
-    sums: dict[str, torch.Tensor] = {}
+def inputs_taken(model: Any, layers: Sequence[str], take: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Hand the sum of x·xᵀ (in, in) over the tokens of every forward pass in the block to `take`, layer by layer."""
 
     def seeing(name: str) -> Callable[..., None]:
         def see(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].flatten(0, -2).float()
             with torch.autocast(x.device.type, enabled=False):  # in the forward pass of a bf16 run it would round the product
-                _add(sums, name, (x.T @ x).cpu())
+                take(name, x.T @ x)
 
         return see
 
@@ -155,7 +196,7 @@ def _inputs(model: Any, layers: Sequence[str]) -> Iterator[dict[str, torch.Tenso
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(seeing(name)).remove)
         training = model.training
         model.eval()
-        yield sums
+        yield
         model.train(training)
 
 

@@ -37,6 +37,7 @@ from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import row_losses
 from cora_cli.training.notices import notices_on_records
+from cora_cli.training.observe import gradients_taken, inputs_taken
 from cora_cli.training.prepare import Prepared, number_of_processes, prepare, total_steps, training_arguments
 from cora_cli.training.rate import Rate, rate_of
 from cora_cli.training.record import parameter_counts
@@ -191,14 +192,18 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: Wor
         mesh = stack.enter_context(planned_mesh(processes)) if config.shard != "none" else None
         stack.enter_context(fakes())
         stack.enter_context(meter)
-        model = _planned_model(config, prepared, form, meter, stack, sources)
+        model = _planned_model(config, prepared, form, meter, stack)
+        found = _starting(config, prepared, form, work, model, meter)
+        if plan is not None:
+            model = install_adapter(model, plan, prepared.basis, sources or _observed(model, plan))
         parameters = parameter_counts(model, plan)
         stored = None if plan is None else sum(t.nbytes for t in stored_state(model, plan, config.compact)[0].values())
         if mesh is not None:
             shard(model, mesh, hardware.device)
             follow_weights(meter, model)
         meter.restart()
-        found, frames = [Memory(dict(meter.peak), "holding the model")], []
+        found.append(Memory(dict(meter.peak), "holding the model"))
+        frames: list[torch.Tensor] = []
         trains = plan is None or method_of(plan.mode).can_train(plan)
         if trains:
             trainer = _FakeTrainer(
@@ -232,10 +237,8 @@ def _planned_model(
     form: BatchForm,
     meter: StorageMeter,
     stack: contextlib.ExitStack,
-    sources: dict[str, Observed],
 ) -> Any:
-    """The model of the run, with its adapter, on fake tensors. `stack` ends what stands in for a GPU's own code, and `sources` has what
-    start models changed."""
+    """The base model of the run on fake tensors. `stack` ends what stands in for a GPU's own code."""
     on_gpu, plan = prepared.hardware.device.type == "cuda", prepared.plan
     dtype = torch.float32 if plan is None else prepared.hardware.dtype
     model = fake_model(prepared.model_config, config.trust_remote_code, dtype)
@@ -251,9 +254,36 @@ def _planned_model(
     if form.kind == "packed":
         AttentionInterface.register(_STAND_IN, gpu_attention(prepared.attention.name) if on_gpu else cpu_attention())
         model.set_attn_implementation(_STAND_IN)
-    if plan is None:
-        return model
-    return install_adapter(model, plan, prepared.basis, sources or _observed(model, plan))
+    return model
+
+
+def _starting(
+    config: TrainConfig, prepared: Prepared, form: BatchForm, work: Work, model: Any, meter: StorageMeter
+) -> list[Memory]:
+    """The memory of the largest pass over the examples that a start is computed from; nothing where it needs none."""
+    plan = prepared.plan
+    kind = method_of(plan.mode).observes(plan.b_init) if plan is not None else None
+    if kind is None:
+        return []
+    hardware, on_gpu = dataclasses.replace(prepared.hardware, device=torch.device("cpu")), prepared.hardware.device.type == "cuda"
+    sums: dict[str, torch.Tensor] = {}
+
+    def take(name: str, value: torch.Tensor) -> None:
+        value = value.float()
+        if not on_gpu:  # which gives them to the host
+            meter.assign([value], "gradients" if kind == "gradient" else "activations")
+            sums[name] = value if name not in sums else sums[name].add_(value)
+
+    meter.restart()
+    if kind == "gradient":
+        with gradients_taken(model, prepared.layers, take, config.gradient_checkpointing):
+            for members in work.start(prepared.start_examples):
+                row_losses(model, members, hardware, form).sum().backward()
+    else:
+        longest = max(prepared.start_examples, key=lambda example: len(example.input_ids))
+        with inputs_taken(model, prepared.layers, take):
+            row_losses(model, [longest], hardware, form)
+    return [Memory(dict(meter.peak), "computing the start")]
 
 
 def _observed(model: Any, plan: AdapterPlan) -> dict[str, Observed]:

@@ -44,12 +44,14 @@ def _trained(prepared: Prepared) -> int:
 
 
 def _passes(work: Work, prepared: Prepared) -> int:
-    """What the largest pass keeps for its backward pass, or the logits of a held-out one: in the precision of the run, in float32, and their
-    softmax."""
-    itemsize = prepared.hardware.dtype.itemsize
+    """What the largest pass keeps for its backward pass, also where gradients are taken for the start, or the logits of a held-out one: in the
+    precision of the run, in float32, and their softmax."""
+    itemsize, plan = prepared.hardware.dtype.itemsize, prepared.plan
     vocabulary = int(prepared.model_config.get_text_config(decoder=True).vocab_size)
     # `Work.size` counts in 16 bits.
-    training = work.size(work.passes[0]) * itemsize // 2
+    kept = work.size(work.passes[0])
+    if plan is not None and method_of(plan.mode).observes(plan.b_init) == "gradient":
+        kept = max(kept, work.start_bytes(prepared.start_examples))
     return max(
-        training, (itemsize + 8) * vocabulary * work.held_out_labels(prepared.test.examples, prepared.validation.examples)
+        kept * itemsize // 2, (itemsize + 8) * vocabulary * work.held_out_labels(prepared.test.examples, prepared.validation.examples)
     )

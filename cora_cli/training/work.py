@@ -127,6 +127,15 @@ class Work:
             if passes:
                 yield max(passes, key=self._upper)
 
+    def start(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """The largest pass in which the gradient of these examples is taken, twice if there are several: gradients of earlier ones exist then."""
+        passes = [[row[member] for member in part] for row in _rows(examples) for part in self._form.passes(row)]
+        return [max(passes, key=self._upper)] * min(2, len(passes))
+
+    def start_bytes(self, examples: Sequence[Example]) -> int:
+        """Bytes that this pass keeps for its backward pass, roughly."""
+        return self._upper(self.start(examples)[0])
+
     def held_out_labels(self, *sets: Sequence[Example]) -> int:
         """The most tokens with loss in a row of held-out examples, or in one example where rows are to be short."""
         rows = [row for records in sets for row in _rows(records)]

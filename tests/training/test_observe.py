@@ -98,11 +98,51 @@ def test_packed_rows_give_the_same_start(prepared, tiny_model, tiny_data, tmp_pa
     config = config_for(tiny_model, tiny_data, tmp_path / "packed", mode="lora-one", start_examples=5)
     found = prepare(config)
     run = RunDirectory(tmp_path / "packed")
-    _, batching, packed = assemble(config, found, training_arguments(config, found, run), run)
+    _, batching, observation = assemble(config, found, training_arguments(config, found, run), run)
     assert batching.form.kind == "packed"
+    assert observation.layers == {}, "a run would hold its matrices to its end"
     single = looked_at(prepared, "gradient", SINGLE)
+    prepared[1].set_attn_implementation(batching.attention)
+    packed = looked_at(prepared, "gradient", batching.form)
+    assert packed.sha256 == observation.sha256
     for name, one in packed.layers.items():
         assert torch.allclose(one["gradient"], single.layers[name]["gradient"], atol=1e-4 * one["gradient"].abs().max())
+
+
+def test_checkpointing_gives_the_same_gradient_and_leaves_the_model_as_it_was(prepared):
+    found, model = prepared
+    model.train()
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(model.model.layers[0].mlp.training))
+    settings = (found.layers, found.start_examples, found.hardware, SINGLE)
+    usual = observe(model, "gradient", *settings)
+    passes = len(calls)
+    checkpointed = observe(model, "gradient", *settings, checkpointing=True)
+    assert len(calls) == 3 * passes, "every layer is computed a second time"
+    assert not any(calls)
+    assert all(module.training for module in model.modules())
+    assert not model.is_gradient_checkpointing
+    for name, one in checkpointed.layers.items():
+        wanted = usual.layers[name]["gradient"]
+        assert torch.allclose(one["gradient"], wanted, rtol=0, atol=1e-6 * wanted.abs().max())
+
+
+def test_the_time_of_a_start_is_that_of_its_decompositions_too(tiny_model, tiny_data, tmp_path, monkeypatch):
+    from cora_cli.methods.parts import gradient
+
+    now = [0.0]
+    complete = gradient.descent_factors
+
+    def slow(*values):
+        now[0] += 100.0
+        return complete(*values)
+
+    monkeypatch.setattr(gradient, "descent_factors", slow)
+    monkeypatch.setattr("cora_cli.training.assemble.time.monotonic", lambda: now[0])
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="lora-one", start_examples=2)
+    run, found = RunDirectory(tmp_path / "run"), prepare(config)
+    _, _, observation = assemble(config, found, training_arguments(config, found, run), run)
+    assert observation.seconds == 600.0  # six layers
 
 
 def test_a_layer_whose_gradient_is_zero_is_refused(prepared):

@@ -20,16 +20,18 @@ from cora_cli.data.batches import BatchForm, Collator
 from cora_cli.data.encode import Example
 from cora_cli.device import planned_hardware
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.methods.registry import Mode
+from cora_cli.methods.registry import METHODS, Mode
 from cora_cli.planning.memory import StorageMeter
 from cora_cli.planning.page import USABLE, duration, size_text
 from cora_cli.training import fitting
 from cora_cli.training import losses as losses_of_tokens
 from cora_cli.training import run as training
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.observe import observe
 from cora_cli.training.preflight import Measured, Preflight, plan_run, preflight
 from cora_cli.training.preflight_text import describe, marked
 from cora_cli.training.prepare import Prepared, prepare
+from cora_cli.training.work import planned_form
 from tests.training.helpers import Metered, config_for, log_lines, losses, real_peak, record_of, run_together
 
 
@@ -112,6 +114,33 @@ def test_the_peak_is_that_of_the_real_training(
         (stored,) = (tmp_path / "run" / "adapter").glob("*.safetensors")
         header = int.from_bytes(stored.read_bytes()[:8], "little") + 8
         assert found.adapter_bytes == stored.stat().st_size - header
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mode", ["lora-one", "eva"])
+def test_a_start_from_data_that_takes_more_than_a_step_is_the_peak(
+    mode: Mode, checkpointing: bool, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"batch_size": 1, "start_examples": 30, "eval_limit": 1, "gradient_checkpointing": checkpointing}
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode=mode, **settings)
+    memory = measured(preflight(config)).memory
+    prepared = prepare(config)
+    examples, form = prepared.start_examples, planned_form(config, prepared)
+    kind = METHODS[mode].observes()
+    assert kind is not None
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model.set_attn_implementation(prepared.attention.name)
+    with StorageMeter(49152) as meter:
+        meter.assign((*model.parameters(), *model.buffers()), "weights")
+        observe(model, kind, prepared.layers, examples, prepared.hardware, form, checkpointing)
+    if mode == "eva":  # one example at a time, without a backward pass
+        assert memory.stage == "a training step"
+        assert memory.total > sum(meter.peak.values())
+        return
+    assert memory.stage == "computing the start"
+    assert memory.total == pytest.approx(sum(meter.peak.values()), rel=0.1)
+    assert "computed: " in (page := describe(preflight(config)))
+    assert "in computing the start" in page
 
 
 def test_a_plan_in_bf16_multiplies_blocks_as_the_run_does(
