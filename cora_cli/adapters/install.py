@@ -30,7 +30,7 @@ from cora_cli.methods.parts.layers import (
     stores_transposed,
     transformers_model,
 )
-from cora_cli.methods.parts.mean_change import add_mean_change
+from cora_cli.methods.parts.mean_change import add_mean_change, put_means, take_means
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.fused import VIEWS, split_projections, unknown_fused
@@ -109,8 +109,10 @@ def install_adapter(
     split_projections(model, plan.target_modules)
     linears, method = target_linears(model, plan.target_modules), method_of(plan.mode)
     method.check_layers(plan, linears)
-    known = observed or {}
-    linears = {name: dataclasses.replace(one, observed=known.get(name, Observed())) for name, one in linears.items()}
+    known = {name: (observed or {}).get(name, Observed()) for name in linears}
+    means = put_means(model, known) if plan.own.get("start") and method.reads_weights else []
+    linears = target_linears(model, plan.target_modules)
+    linears = {name: dataclasses.replace(one, observed=known[name]) for name, one in linears.items()}
     ranks = method.ranks(plan, linears)
     linears = {name: dataclasses.replace(one, rank=ranks.get(name)) for name, one in linears.items()}
     starts = {name: one.observed.start or method.starts(plan, basis, name, one) for name, one in linears.items()}
@@ -130,6 +132,8 @@ def install_adapter(
     # For some families PEFT extends the names of layers to the tensors in which transformers fuses the experts.
     if experts and {name for name, _ in adapted_layers(wrapped)} - linears.keys():
         raise _reaches_experts(plan, experts[0])
+    # PEFT itself subtracts the starts that it computes.
+    take_means(means, subtracted=method.subtracts_start and not any(starts.values()))
     if isinstance(config, LoraConfig):
         # PEFT computes its own starts once; loading the adapter must not compute them again.
         config.init_lora_weights = True

@@ -77,6 +77,8 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts, tokeniz
     config.inference_mode = True
     name = COMPACT_FILE if facts.compact else WEIGHTS_FILE
     posterior = method.posterior(model, facts.plan)
+    if posterior is not None and rank is not None:  # the rows of a mean have no distribution
+        posterior = {name: pad(one, (0, rank - len(one))) for name, one in posterior.items()}
     try:
         with rundir.atomic_path(directory) as temporary:
             config.save_pretrained(str(temporary))
@@ -221,7 +223,8 @@ def load_adapter(
         apply_trained_set(wrapped, facts.plan)
     _check_effect(wrapped, facts, adapter)
     if rank is not None:
-        _cut(wrapped, rank)
+        assert facts is not None
+        _cut(wrapped, rank, facts.plan)
     return wrapped.eval()
 
 
@@ -271,14 +274,20 @@ def check_rank(adapter: ModelPath, rank: int) -> None:
         raise CoraError(f"{adapter.reference} has the ranks 1 to {facts.plan.rank}, not {rank}")
 
 
-def _cut(wrapped: PeftModel, rank: int) -> None:
-    """Keep the first `rank` pairs of every layer, scaled by alpha / rank."""
+def _cut(wrapped: PeftModel, rank: int, plan: AdapterPlan) -> None:
+    """Keep the first `rank` pairs of every layer, scaled by alpha / rank, and those of a mean of earlier changes as they are."""
     config: Any = wrapped.peft_config[ADAPTER]
-    config.r = rank
+    scaling = plan.alpha / rank
     for _, layer in lora_layers(wrapped):
-        for factor, dim in ((layer.lora_A[ADAPTER], 0), (layer.lora_B[ADAPTER], 1)):
-            factor.weight = torch.nn.Parameter(factor.weight.detach().narrow(dim, 0, rank).contiguous(), requires_grad=False)
-        layer.r[ADAPTER], layer.scaling[ADAPTER] = rank, config.lora_alpha / rank
+        a, b = factors_of(layer)
+        mean = b[:, plan.rank :] * (layer.scaling[ADAPTER] / scaling)
+        a, b = torch.cat([a[:rank], a[plan.rank :]]), torch.cat([b[:, :rank], mean], dim=1)
+        for factor, kept in ((layer.lora_A[ADAPTER], a), (layer.lora_B[ADAPTER], b)):
+            factor.weight = torch.nn.Parameter(kept.detach().contiguous(), requires_grad=False)
+        layer.r[ADAPTER], layer.scaling[ADAPTER] = len(a), scaling
+        config.r = len(a)
+        if len(a) > rank:
+            config.lora_alpha = len(a) * scaling
 
 
 def _stored_tensors(adapter: ModelPath) -> dict[str, torch.Tensor]:

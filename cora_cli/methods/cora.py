@@ -22,14 +22,10 @@ class _Basis(Method):
     settings = (START_EXAMPLES,)
 
     def problems(self, settings: Mapping[str, Any]) -> list[str]:
-        """Examples and a mean start go with some starts of B only."""
+        """Examples go with one start of B only."""
         start, found = settings["b_init"] or self.b_init, []
         if settings["start_examples"] is not None and start != "gradient":
             found.append(f"--start-examples has no effect where B starts as {start}; it goes with --b-init gradient")
-        if settings["start"] is not None and start == "gradient":
-            found.append(
-                f"--b-init gradient is the gradient of the base model, not of --start {settings['start']}; leave out one of them"
-            )
         return found
 
     def starts(

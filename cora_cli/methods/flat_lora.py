@@ -55,6 +55,7 @@ class FlatLora(Method):
         import torch
 
         from cora_cli.methods.parts.layers import factors_of, linear_weight, lora_layers
+        from cora_cli.methods.parts.mean_change import mean_matrix
         from cora_cli.methods.parts.starts import seeded
 
         sigma = plan.own.get("flat_sigma", self.DEFAULT_SIGMA) * (1 - math.cos(math.pi * step.number / step.total)) / 2
@@ -67,7 +68,10 @@ class FlatLora(Method):
                 assert linear is not None
                 w = linear.weight.float()
                 a, b = factors_of(layer)
-                scale = sigma * (w + plan.scaling * b @ a).norm(dim=1, keepdim=True) / math.sqrt(linear.in_features)
+                adapted, mean = w + plan.scaling * b @ a, mean_matrix(layer)
+                if mean is not None:
+                    adapted += mean
+                scale = sigma * adapted.norm(dim=1, keepdim=True) / math.sqrt(linear.in_features)
                 generator = seeded(plan.seed, name, f"noise {step.number}", w.device)
                 noisy = (w + scale * torch.randn(w.shape, generator=generator, device=w.device)).to(linear.weight.dtype)
                 setattr(layer, KEPT, base.weight.data)

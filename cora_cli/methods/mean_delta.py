@@ -25,8 +25,9 @@ class MeanDelta(Method):
     notes = (
         "The mean is that of the products ΔW = s·B·A, not of the factors, over the layers of `--target-modules`. It needs `--start-models A,B,…`: "
         "adapters on the base model, or complete models, whose ΔW is decomposed. Nothing is trained, so a run takes no step and `--rank` has no "
-        "effect. `--start mean-delta` puts the same mean below any other mode that is stored as a plain LoRA and does not read W: training "
-        "then begins at W + mean. The mean is kept next to W as a product of factors, since adding it to W in bf16 would round much of it "
+        "effect. `--start mean-delta` puts the same mean below any other mode that is stored as a LoRA: training is then that on W + mean, from which "
+        "modes that read W, its gradient or the inputs of layers compute their starts. Other modes are refused; they train on W + mean after `cora merge` of a run of "
+        "this mode. The mean is kept next to W as a product of factors, since adding it to W in bf16 would round much of it "
         "away, and is stored as part of the LoRA, whose rank is r plus the sum of the models' ranks. So `cora merge`, `cora export` and "
         "`cora evaluate` start from the original base model. The run records the models and their hashes, and is resumed only with the same "
         "ones."

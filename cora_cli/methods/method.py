@@ -157,8 +157,8 @@ class Method:
 
     @property
     def takes_mean_start(self) -> bool:
-        """Whether `--start mean-delta` applies: the result is a plain LoRA next to which the mean can stand, and W is not read."""
-        return self.trains_on_four_bit and self.stored_as == "LoRA" and self.lora_rank is not None and not self.nested_ranks
+        """Whether `--start mean-delta` applies: what is stored is a LoRA, of which the mean can be a part."""
+        return self.stored_as.startswith("LoRA") and self.lora_rank is not None
 
     def problems(self, settings: Mapping[str, Any]) -> list[str]:
         """Sentences on values of `cora train` that this method cannot work with."""
@@ -217,6 +217,10 @@ class Method:
         if b_init == "gradient":
             return "gradient"
         return self.start_from if self.start_from in ("gradient", "inputs") else None
+
+    def scales_inputs(self, plan: AdapterPlan) -> bool:
+        """Whether the inputs that a start is computed from are divided by the largest of each example."""
+        return False
 
     def check_run(self, plan: AdapterPlan, layers: Collection[str], steps: int) -> None:
         """Raise `CoraError` where the method cannot run for so many optimizer steps on the adapted `layers`."""

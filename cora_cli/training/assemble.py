@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from cora_cli.adapters.storage import starts_in
 from cora_cli.data.batches import BatchForm
 from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import Observed
+from cora_cli.methods.parts.mean_change import mean_changes_added
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import length_limits
 from cora_cli.models.fused import split_projections
@@ -48,12 +49,16 @@ def assemble(
             batching = _check_passes(config, prepared, loaded)
             probes = make_probes(prepared.train.examples, length_limits(prepared.model_config))
             began = time.monotonic()
-            observation = _observation(loaded, config, prepared, batching.form)
-            model = _install(config, prepared, loaded, run, observation)
+            sources = prepared.start_models.observed() if prepared.start_models else {}
+            with mean_changes_added(loaded, sources if config.start else {}):
+                observation = _observation(loaded, config, prepared, batching.form)
+            model = _install(config, prepared, loaded, run, sources, observation)
             if observation is not None:
                 # Its matrices, which are as large as the adapted weights, are of no more use.
                 observation = dataclasses.replace(observation, layers={}, seconds=round(time.monotonic() - began, 3))
-                say(f"the start was computed from the first {observation.examples} training examples in {observation.seconds:.1f} s")
+                say(
+                    f"the start was computed from the first {observation.examples} training examples in {observation.seconds:.1f} s"
+                )
             if config.liger:
                 use_liger(model, probes, batching.form, prepared.hardware)
             if config.compile:
@@ -62,7 +67,8 @@ def assemble(
     mesh = process_mesh(device, arguments.world_size)
     with _in_turn(arguments):
         # The host holds one complete model at a time, and the device none, which may be too small for it.
-        model = _install(config, prepared, _load_base(config, prepared, torch.device("cpu")), run, None)
+        sources = prepared.start_models.observed() if prepared.start_models else {}
+        model = _install(config, prepared, _load_base(config, prepared, torch.device("cpu")), run, sources, None)
         shard(model, mesh, device)
     share_adapter(model)
     batching = _check_passes(config, prepared, model)
@@ -101,15 +107,22 @@ def _check_passes(config: TrainConfig, prepared: Prepared, model: Any) -> Batchi
     return batching
 
 
-def _install(config: TrainConfig, prepared: Prepared, loaded: Any, run: RunDirectory, observation: Observation | None) -> Any:
-    """The model to train, with the adapter if it gets one."""
+def _install(
+    config: TrainConfig,
+    prepared: Prepared,
+    loaded: Any,
+    run: RunDirectory,
+    sources: Mapping[str, Observed],
+    observation: Observation | None,
+) -> Any:
+    """The model to train, with the adapter if it gets one; `sources` has what start models changed."""
     # Starts are seeded by module name; this seeds dropout.
     set_seed(config.seed)
     if prepared.plan is None:
         return loaded
     if experts := fused_experts(loaded):
         say(f"the experts of {config.model} are not adapted: they are fused tensors such as {experts[0]}")
-    observed = prepared.start_models.observed() if prepared.start_models else {}
+    observed = dict(sources)
     if observation is not None:
         kept = starts_in(checkpoint_to_resume(run))
         for name, one in observation.layers.items():
@@ -123,8 +136,10 @@ def _observation(loaded: Any, config: TrainConfig, prepared: Prepared, form: Bat
     kind = method_of(config.mode).observes(config.b_init)
     if kind is None:
         return None
-    checkpointing = config.gradient_checkpointing
-    return observe(loaded, kind, prepared.layers, prepared.start_examples, prepared.hardware, form, checkpointing)
+    assert prepared.plan is not None
+    scaled = method_of(config.mode).scales_inputs(prepared.plan)
+    examples, hardware = prepared.start_examples, prepared.hardware
+    return observe(loaded, kind, prepared.layers, examples, hardware, form, config.gradient_checkpointing, scaled)
 
 
 def share_start(model: torch.nn.Module, arguments: TrainingArguments, observation: Observation | None) -> None:

@@ -383,10 +383,13 @@ class _SharedSettings:
         """Sentences on `--start`, `--start-models` and `--start-examples`."""
         found, models = [], self.start_models or ()
         if self.start is not None and not method.takes_mean_start:
-            taking = ", ".join(one.name for one in METHODS.values() if one.takes_mean_start)
-            found.append(
-                f"--start {self.start} needs a mode that is stored as a plain LoRA and does not read W ({taking}), not {self.mode}"
-            )
+            if self.mode == self.start:
+                found.append(f"mode {self.mode} is that start already; leave out --start {self.start}")
+            else:
+                found.append(
+                    f"--start {self.start} is stored as a part of a LoRA, and mode {self.mode} is stored as {method.stored_as}; train on W + mean "
+                    "instead: `cora train --mode mean-delta …`, then `cora merge` of that run, whose output is the --model"
+                )
         if self.start is not None and self.compact:
             found.append(f"--compact stores only A, which would lose the models of --start {self.start}; leave out --compact")
         needed = self.start is not None or method.start_from in ("models", "adapters")

@@ -46,11 +46,13 @@ def observe(
     hardware: Hardware,
     form: BatchForm,
     checkpointing: bool = False,
+    scaled: bool = False,
 ) -> Observation:
     """Run the examples through the base model and collect `kind` of the `layers`.
 
     The gradient is that of the mean loss of a response token, with `checkpointing` of activations or without. It is taken to the CPU layer by
-    layer, so that the device holds those of one pass at most. Raises `CoraError` for a layer in which everything is zero or anything is not
+    layer, so that the device holds those of one pass at most. Inputs are a mean over tokens, or, `scaled`, over examples, each divided by its
+    largest entry. Raises `CoraError` for a layer in which everything is zero or anything is not
     finite.
     """
     began = time.monotonic()
@@ -59,7 +61,7 @@ def observe(
     if kind == "gradient":
         sums = weight_gradients(model, layers, examples, hardware, form, label, checkpointing)
     else:
-        sums = _inputs(model, layers, examples, hardware, form, label)
+        sums = _inputs(model, layers, examples, hardware, form, label, scaled)
     for name in layers:
         if name not in sums or not sums[name].any():
             raise CoraError(
@@ -68,9 +70,8 @@ def observe(
             )
         if not sums[name].isfinite().all():
             raise CoraError(f"the {kind} of {name} in the examples of the start is not finite; --dtype fp32 may help")
-    found: dict[str, dict[str, Any]] = {
-        name: {kind: sums[name] if kind == "gradient" else sums[name] / tokens} for name in layers
-    }
+    number = 1 if kind == "gradient" else len(examples) if scaled else tokens
+    found: dict[str, dict[str, Any]] = {name: {kind: sums[name] / number} for name in layers}
     return Observation(found, len(examples), tokens, round(time.monotonic() - began, 3), tokens_hash(examples))
 
 
@@ -166,11 +167,17 @@ def _checkpointed(model: Any) -> Iterator[None]:
 
 
 def _inputs(
-    model: Any, layers: Sequence[str], examples: Sequence[Example], hardware: Hardware, form: BatchForm, label: str
+    model: Any,
+    layers: Sequence[str],
+    examples: Sequence[Example],
+    hardware: Hardware,
+    form: BatchForm,
+    label: str,
+    scaled: bool,
 ) -> dict[str, torch.Tensor]:
     """Sums of x·xᵀ (in, in) float32 on the CPU over the tokens of the examples, by layer."""
     sums: dict[str, torch.Tensor] = {}
-    taken = inputs_taken(model, layers, lambda name, product: _add(sums, name, product.cpu()))
+    taken = inputs_taken(model, layers, lambda name, product: _add(sums, name, product.cpu()), scaled)
     with taken, progress(label, len(examples), "examples") as shown:
         # One example at a time: without padding, and without prefixes that stand for several tokens.
         for example in sorted(examples, key=lambda example: len(example.input_ids)):
@@ -180,12 +187,18 @@ def _inputs(
 
 
 @contextlib.contextmanager
-def inputs_taken(model: Any, layers: Sequence[str], take: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Hand the sum of x·xᵀ (in, in) over the tokens of every forward pass in the block to `take`, layer by layer."""
+def inputs_taken(
+    model: Any, layers: Sequence[str], take: Callable[[str, torch.Tensor], None], scaled: bool = False
+) -> Iterator[None]:
+    """Hand the sum of x·xᵀ (in, in) over the tokens of every forward pass in the block to `take`, layer by layer.
+
+    `scaled` inputs are divided by the absolute value of the largest one of their pass, as CorDA's authors do.
+    """
 
     def seeing(name: str) -> Callable[..., None]:
         def see(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].flatten(0, -2).float()
+            x = x / x.max().abs() if scaled else x
             with torch.autocast(x.device.type, enabled=False):  # in the forward pass of a bf16 run it would round the product
                 take(name, x.T @ x)
 

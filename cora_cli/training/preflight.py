@@ -59,10 +59,14 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """The bytes of each part at the peak, and the stage that reaches it. `total` is their sum."""
+    """The bytes of each part at the peak, and the stage that reaches it. `total` is their sum.
+
+    `tokens` are those of the stage's largest pass, where it is another than that of a training step.
+    """
 
     parts: dict[Part, int]
     stage: str
+    tokens: int | None = None
 
     @property
     def total(self) -> int:
@@ -195,7 +199,11 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: Wor
         model = _planned_model(config, prepared, form, meter, stack)
         found = _starting(config, prepared, form, work, model, meter)
         if plan is not None:
-            model = install_adapter(model, plan, prepared.basis, sources or _observed(model, plan))
+            observed = _observed(model, plan)
+            both = {
+                name: dataclasses.replace(observed.get(name, Observed()), sources=one.sources) for name, one in sources.items()
+            }
+            model = install_adapter(model, plan, prepared.basis, {**observed, **both})
         parameters = parameter_counts(model, plan)
         stored = None if plan is None else sum(t.nbytes for t in stored_state(model, plan, config.compact)[0].values())
         if mesh is not None:
@@ -265,7 +273,10 @@ def _starting(
     kind = method_of(plan.mode).observes(plan.b_init) if plan is not None else None
     if kind is None:
         return []
-    hardware, on_gpu = dataclasses.replace(prepared.hardware, device=torch.device("cpu")), prepared.hardware.device.type == "cuda"
+    hardware, on_gpu = (
+        dataclasses.replace(prepared.hardware, device=torch.device("cpu")),
+        prepared.hardware.device.type == "cuda",
+    )
     sums: dict[str, torch.Tensor] = {}
 
     def take(name: str, value: torch.Tensor) -> None:
@@ -276,14 +287,15 @@ def _starting(
 
     meter.restart()
     if kind == "gradient":
+        passes = work.start(prepared.start_examples)
         with gradients_taken(model, prepared.layers, take, config.gradient_checkpointing):
-            for members in work.start(prepared.start_examples):
+            for members in passes:
                 row_losses(model, members, hardware, form).sum().backward()
     else:
-        longest = max(prepared.start_examples, key=lambda example: len(example.input_ids))
+        passes = [[max(prepared.start_examples, key=lambda example: len(example.input_ids))]]
         with inputs_taken(model, prepared.layers, take):
-            row_losses(model, [longest], hardware, form)
-    return [Memory(dict(meter.peak), "computing the start")]
+            row_losses(model, passes[0], hardware, form)
+    return [Memory(dict(meter.peak), "computing the start", form.tokens(passes[0]))]
 
 
 def _observed(model: Any, plan: AdapterPlan) -> dict[str, Observed]:
@@ -291,9 +303,10 @@ def _observed(model: Any, plan: AdapterPlan) -> dict[str, Observed]:
     sides = {
         name: (linear.out_features, linear.in_features) for name, linear in target_linears(model, plan.target_modules).items()
     }
-    kind = method_of(plan.mode).observes(plan.b_init)
-    if kind == "gradient" and method_of(plan.mode).b_init_is_free:
-        # Its numerical rank is checked, and fake values have none.
+    method = method_of(plan.mode)
+    kind = method.observes(plan.b_init)
+    if (kind == "gradient" and method.b_init_is_free) or (kind == "inputs" and method.reads_weights):
+        # A numerical rank or an inverse is checked, and fake values have none.
         return {
             name: Observed(start=(torch.zeros(plan.rank, inside), torch.zeros(out, plan.rank)))
             for name, (out, inside) in sides.items()

@@ -45,9 +45,11 @@ def _memory(plan: Preflight) -> list[str]:
     where = "on a CUDA GPU" if hardware.device.type == "cuda" else "on the processor"
     each = " of each process" if plan.processes > 1 else ""
     row = "row" if plan.form.kind == "packed" else "padded batch"
+    size = (
+        f"{plan.largest:,} tokens, {plan.largest_labels:,} with loss" if memory.tokens is None else f"{memory.tokens:,} tokens"
+    )
     return [
-        f"peak memory{each} {where}, {hardware.dtype_name}, computed: {size_text(memory.total)}, in {memory.stage} "
-        f"(largest {row}: {plan.largest:,} tokens, {plan.largest_labels:,} with loss)",
+        f"peak memory{each} {where}, {hardware.dtype_name}, computed: {size_text(memory.total)}, in {memory.stage} (largest {row}: {size})",
         *memory_lines(memory.parts, on_gpu=hardware.device.type == "cuda"),
     ]
 

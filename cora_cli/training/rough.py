@@ -53,5 +53,6 @@ def _passes(work: Work, prepared: Prepared) -> int:
     if plan is not None and method_of(plan.mode).observes(plan.b_init) == "gradient":
         kept = max(kept, work.start_bytes(prepared.start_examples))
     return max(
-        kept * itemsize // 2, (itemsize + 8) * vocabulary * work.held_out_labels(prepared.test.examples, prepared.validation.examples)
+        kept * itemsize // 2,
+        (itemsize + 8) * vocabulary * work.held_out_labels(prepared.test.examples, prepared.validation.examples),
     )

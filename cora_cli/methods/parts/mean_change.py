@@ -1,13 +1,14 @@
 """A frozen change of W that stands next to an adapter: the mean of the changes that earlier models made (`--start mean-delta`)."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional
 
-from cora_cli.methods.parts.layers import ADAPTER
+from cora_cli.methods.parts.layers import ADAPTER, Observed, linear_weight
 
 _NAME = "mean_change"
 
@@ -27,6 +28,10 @@ class MeanChange(torch.nn.Module):
         self.register_buffer("down", torch.cat([a for _, a in sources]))
         self.register_buffer("up", torch.cat([b for b, _ in sources], dim=1) / len(sources))
 
+    def matrix(self) -> torch.Tensor:
+        """The mean itself, (out, in)."""
+        return self.up @ self.down
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in) -> (..., out)."""
         return functional.linear(functional.linear(x.to(self.down.dtype), self.down), self.up)
@@ -37,7 +42,48 @@ def add_mean_change(layer: LoraLayer, sources: Sequence[tuple[torch.Tensor, torc
     base: Any = layer.get_base_layer()
     mean = MeanChange(sources).to(base.weight.device)
     setattr(layer, _NAME, mean)
-    base.register_forward_hook(lambda _, inputs, output: output + mean(inputs[0]).to(output.dtype))
+    _add_to_outputs(base, mean)
+
+
+def _add_to_outputs(linear: torch.nn.Module, mean: MeanChange) -> Any:
+    """The handle of the hook that does so."""
+    return linear.register_forward_hook(lambda _, inputs, output: output + mean(inputs[0]).to(output.dtype))
+
+
+@contextlib.contextmanager
+def mean_changes_added(model: torch.nn.Module, observed: Mapping[str, Observed]) -> Iterator[None]:
+    """Let the layers of a model without an adapter compute (W + mean of B_k·A_k)·x in the block."""
+    with contextlib.ExitStack() as stack:
+        for name, one in observed.items():
+            linear: Any = model.get_submodule(name)
+            stack.callback(_add_to_outputs(linear, MeanChange(one.sources).to(linear.weight.device)).remove)
+        yield
+
+
+def put_means(model: torch.nn.Module, observed: Mapping[str, Observed]) -> list[tuple[Any, torch.Tensor, torch.Tensor]]:
+    """Put W + mean in float32 in the place of W, for starts that are computed from it; `take_means` takes what this returns."""
+    places = []
+    for name, one in observed.items():
+        module: Any = model.get_submodule(name)
+        linear = linear_weight(module)
+        assert linear is not None
+        mean = MeanChange(one.sources).to(module.weight.device).matrix()
+        mean = mean.T if linear.transposed else mean
+        places.append((module.weight, module.weight.data, mean))
+        module.weight.data = module.weight.data.float() + mean
+    return places
+
+
+def take_means(places: Sequence[tuple[Any, torch.Tensor, torch.Tensor]], subtracted: bool) -> None:
+    """Put W back, or W minus what has been `subtracted` from it and the mean since."""
+    for weight, before, mean in places:
+        weight.data = (weight.data - mean).to(before.dtype) if subtracted else before
+
+
+def mean_matrix(layer: LoraLayer) -> torch.Tensor | None:
+    """The mean (out, in) that stands next to W; None where none does."""
+    mean: Any = getattr(layer, _NAME, None)
+    return None if mean is None else mean.matrix()
 
 
 def with_mean_change(layer: LoraLayer, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
