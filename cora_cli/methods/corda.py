@@ -27,6 +27,11 @@ class Corda(Method):
             Literal["first", "last"],
             "Mode corda: which directions: first (for the new task, the authors' IPM; the default), or last (to keep knowledge, KPM).",
         ),
+        MethodSetting(
+            "corda_inputs",
+            Literal["plain", "scaled"],
+            "Mode corda: plain inputs (the default), or scaled: those of each example divided by their largest entry, as in the authors' code.",
+        ),
     )
     b_init, a_init = "context", "context"
     trained: ClassVar[Shapes] = A_AND_B
@@ -39,10 +44,16 @@ class Corda(Method):
     notes = (
         "C is the mean of x·xᵀ over all tokens of the first 256 training examples (`--start-examples`), plus 0.01 of its mean diagonal, which is "
         "doubled until C·C⁻¹ is the identity to 0.05, as in the authors' code (iboing/CorDA). `--corda-part first` is their instruction-previewed mode, "
-        "`last` their knowledge-preserved mode; there, C comes from other data than the task's, which `last` here does not have. Theirs has s = 1; here s·B·A "
-        "is the same for every s. PEFT's `corda` and the authors' code divide each batch of inputs by its largest entry, which changes the balance of A and B, and B·A where the batches differ. It costs a forward pass, the CPU's memory of an "
+        "`last` their knowledge-preserved mode; there, C comes from other data than the task's, which `last` here does not have. Theirs has s = 1, which is "
+        "`--alpha` equal to `--rank` here; s·B·A is the same for every s. PEFT's `corda` and the authors' code divide each batch of inputs by its largest "
+        "entry and take the mean over batches, not over tokens. A factor c of C cancels in B·A but makes B √c times and A 1/√c times as large, and so changes how fast each learns; "
+        "where batches differ, B·A changes too. `--corda-inputs scaled` does as they do, with each example as a batch. It costs a forward pass, the CPU's memory of an "
         "in × in matrix for each adapted layer, and an SVD of each weight. `run.json` records the number of examples, the hash of their tokens and the time."
     )
+
+    def scales_inputs(self, plan: AdapterPlan) -> bool:
+        """As `--corda-inputs` says."""
+        return plan.own.get("corda_inputs") == "scaled"
 
     def starts(
         self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"

@@ -42,7 +42,7 @@ class Eva(Method):
     notes = (
         "C is the mean of x·xᵀ over all tokens of the first 256 training examples (`--start-examples`), and its eigenvectors are exact and those of "
         "inputs that are not centred. The authors and PEFT estimate them batch by batch until they stop turning, centre the inputs and use "
-        "only tokens of responses. A layer has at most ρ·r ranks, rounded down; theirs rounds. `--rank` is the mean of the ranks r_l, and `run.json` has the number of parameters that train. s = alpha / r whatever r_l is, "
+        "only tokens of responses. A layer has at most ρ·r ranks, rounded as there. `--rank` is the mean of the ranks r_l, and `run.json` has the number of parameters that train. s = alpha / r whatever r_l is, "
         "as with PEFT's `adjust_scaling_factors`. The stored LoRA has the largest r_l of any layer, with zeros in the others. `--eva-rho 1` "
         "gives every layer r. It costs a forward pass, the memory of an in × in matrix for each adapted layer, and its eigenvectors. `run.json` records the number of examples, the hash of their tokens and the time."
     )
@@ -63,7 +63,7 @@ class Eva(Method):
         from cora_cli.methods.parts.input_directions import shared_out
 
         inputs = {name: linear.observed.inputs for name, linear in linears.items() if linear.observed.inputs is not None}
-        most = int(_rho(plan) * plan.rank)
+        most = round(_rho(plan) * plan.rank)
         # The plan of a run has matrices without values, and counts every layer with r.
         return {} if most == plan.rank or any(map(is_fake, inputs.values())) else shared_out(inputs, plan.rank, most)
 

@@ -28,8 +28,9 @@ class RandLora(Method):
     stored_as = "RandLoRA"
     lora_rank = None
     notes = (
-        "A lower rank trains more parameters, n·(r + m). s = alpha / r, as in PEFT; the authors' code (PaulAlbert31/RandLoRA) has alpha / (r·√n). Their alpha is "
-        "20 r. PEFT numbers the columns of all B_j by j and then by rank, and the rows of all A_j the other way round, which pairs them otherwise than the "
+        "A lower rank trains more parameters, n·(r + m). s = alpha / r, as in PEFT; the authors' code (PaulAlbert31/RandLoRA) has alpha / (r·√n), "
+        "which is `--alpha` divided by √n here where all adapted layers have the same m, and so the same n = ⌈m/r⌉; where grouped queries give them different "
+        "ones, no one number does. Their alpha is 20 r. PEFT numbers the columns of all B_j by j and then by rank, and the rows of all A_j the other way round, which pairs them otherwise than the "
         "paper, but as randomly. It draws the pairs from the seed in half precision, and the stored adapter holds them, since that depends on the machine."
     )
 

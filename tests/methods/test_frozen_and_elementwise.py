@@ -91,6 +91,14 @@ def test_randlora_sums_scaled_random_pairs_to_more_than_their_rank(name, load):
     assert torch.linalg.matrix_rank(change, rtol=1e-6) > 5
 
 
+def test_alpha_over_the_root_of_the_number_of_bases_is_the_scale_of_randloras_authors(load):
+    alpha, bases = 80.0, 64 // 4
+    plan = plan_of("randlora", **{**SETTINGS, "rank": 4, "alpha": alpha / bases**0.5, "target_modules": ("q_proj",)})
+    layers = [module for module in install_adapter(load(), plan, None).modules() if hasattr(module, "randlora_lambda")]
+    assert [layer.randlora_lambda["default"].shape for layer in layers] == [(4, bases)] * 2
+    assert [layer.scaling["default"] for layer in layers] == [pytest.approx(alpha / (4 * bases**0.5))] * 2
+
+
 def test_a_lower_rank_of_randlora_trains_more():
     counts = [METHODS["randlora"].layer_parameters(576, 576, plan_of("randlora", **{**SETTINGS, "rank": r})) for r in (16, 64)]
     assert counts == [36 * (16 + 576), 9 * (64 + 576)]

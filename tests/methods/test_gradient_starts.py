@@ -12,6 +12,7 @@ from cora_cli.adapters.install import install_adapter
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.methods.parts.gradient import approximation_factors, left_directions
 from cora_cli.methods.parts.layers import Observed, factors_of, lora_layers
+from cora_cli.methods.parts.singular import context_factors
 from cora_cli.methods.registry import METHODS
 from cora_cli.training.config import TrainConfig
 
@@ -141,6 +142,29 @@ def test_corda_starts_as_peft_starts_it(part, method, load):
         assert torch.allclose(layer.base_layer.weight, theirs[name].base_layer.weight, atol=1e-3)
 
 
+def test_a_factor_of_c_cancels_in_the_product_of_corda_and_moves_its_root_from_a_to_b():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(20, 12, generator=generator), torch.randn(100, 12, generator=generator)
+    inputs = x.T @ x / 100
+    a, b = context_factors(weight, inputs, RANK, 3.0, last=False)
+    scaled_a, scaled_b = context_factors(weight, 49.0 * inputs, RANK, 3.0, last=False)
+    assert torch.allclose(scaled_b @ scaled_a, b @ a, atol=1e-4)
+    signs = (a * scaled_a).sum(1).sign()
+    assert torch.allclose(signs[:, None] * scaled_a, a / 7, atol=1e-4)
+    assert torch.allclose(scaled_b * signs, 7 * b, atol=1e-3)
+
+
+def test_corda_with_alpha_equal_to_the_rank_has_the_authors_factors(load):
+    for layer, observed, weight in layers_of(load(), "corda", alpha=float(RANK)):
+        c = observed.inputs.double().numpy()
+        c = c + 0.01 * c.diagonal().mean() * np.eye(len(c))
+        u, values, v = np.linalg.svd(weight @ c, full_matrices=False)
+        a, b = (factor.detach().double().numpy() for factor in factors_of(layer))
+        root = np.sqrt(values[:RANK])
+        assert np.allclose(np.abs(b), np.abs(u[:, :RANK] * root), atol=1e-3)
+        assert np.allclose(np.abs(a), np.abs(root[:, None] * v[:RANK] @ np.linalg.inv(c)), atol=1e-3)
+
+
 def test_all_directions_of_corda_together_are_w(load):
     for layer, _, weight in layers_of(load(), "corda", rank=32, target_modules=("v_proj",)):
         a, b = factors_of(layer)
@@ -177,7 +201,6 @@ def test_a_rank_without_enough_directions_is_refused(mode, rank, said, load):
         ({**FB, "shard": "fsdp"}, "--shard does not apply to mode fb with --b-init gradient, whose start needs passes"),
         ({**FB, "compact": True}, "--compact stores only A, and a B from the gradient cannot be rebuilt"),
         ({**FB, "basis": "b"}, "--basis has no effect where B starts as gradient"),
-        ({**FB, "start": "mean-delta", "start_models": ("a",)}, "gradient of the base model, not of --start mean-delta"),
         ({**FB, "start_examples": 0}, "--start-examples must be at least 1, not 0"),
         ({"mode": "fb", "basis": "b", "start_examples": 4}, "--start-examples has no effect where B starts as basis"),
         ({"mode": "lora", "b_init": "gradient"}, "--b-init applies to the modes fb and tb"),
@@ -207,6 +230,14 @@ def test_eva_starts_as_the_principal_directions_of_the_inputs_and_shares_out_the
         assert np.allclose((a.T @ a).detach(), vectors @ vectors.T, atol=1e-4)
         assert not b.any()
         assert layer.scaling["default"] == 12.0 / RANK
+
+
+def test_the_most_ranks_of_a_layer_are_rounded_as_in_peft(load, monkeypatch):
+    seen = []
+    monkeypatch.setattr("cora_cli.methods.parts.input_directions.shared_out", lambda _, rank, most: seen.append(most) or {})
+    layers_of(load(), "eva", eva_rho=1.7)  # 6.8
+    layers_of(load(), "eva", eva_rho=1.6)  # 6.4
+    assert seen == [7, 6]
 
 
 def test_eva_gives_every_layer_the_same_rank_where_rho_is_one(load):

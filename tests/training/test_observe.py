@@ -6,6 +6,9 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -13,14 +16,17 @@ from cora_cli import rundir
 from cora_cli.adapters.install import target_linears
 from cora_cli.data.batches import BatchForm
 from cora_cli.errors import CoraError
+from cora_cli.methods.registry import method_of
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.assemble import assemble
 from cora_cli.training.observe import observe
 from cora_cli.training.prepare import prepare, training_arguments
 from cora_cli.training.run import train
+from tests.methods.helpers import plan_of
 
 from .helpers import config_for, record_of, run_together
 
+PLAN = {"rank": 4, "alpha": 8.0, "rslora": False, "target_modules": ("q_proj",), "dropout": 0.0, "seed": 0}
 SINGLE = BatchForm("padded", arguments=frozenset({"input_ids", "attention_mask", "position_ids"}))
 
 
@@ -75,6 +81,24 @@ def test_the_inputs_are_those_of_every_token_once_without_padding_and_shared_pre
         assert torch.allclose(seen.layers[name]["inputs"], wanted, atol=1e-4 * wanted.abs().max())
 
 
+def test_scaled_inputs_are_the_covariance_of_pefts_corda(prepared):
+    found, model = prepared
+    config = LoraConfig(
+        target_modules=list(found.plan.target_modules),
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method="ipm", prune_temporary_fields=False),
+    )
+    settings = (found.layers, found.start_examples, found.hardware, SINGLE)
+    seen = observe(model, "inputs", *settings, scaled=True)
+    ids = [torch.tensor([example.input_ids]) for example in found.start_examples]
+    preprocess_corda(model, config, run_model=lambda: [model(one) for one in ids])
+    for name in found.layers:
+        wanted = model.get_submodule(name).covariance_matrix
+        assert torch.allclose(seen.layers[name]["inputs"], wanted, atol=1e-4 * wanted.abs().max())
+    assert method_of("corda").scales_inputs(plan_of("corda", **PLAN, corda_inputs="scaled"))
+    assert not method_of("corda").scales_inputs(plan_of("corda", **PLAN))
+
+
 def test_the_inputs_of_a_bf16_run_are_summed_in_float32(tiny_model, tiny_data, tmp_path):
     found = prepare(config_for(tiny_model, tiny_data, tmp_path / "run", mode="eva", start_examples=1, dtype="bf16"))
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
@@ -121,7 +145,7 @@ def test_checkpointing_gives_the_same_gradient_and_leaves_the_model_as_it_was(pr
     assert len(calls) == 3 * passes, "every layer is computed a second time"
     assert not any(calls)
     assert all(module.training for module in model.modules())
-    assert not model.is_gradient_checkpointing
+    assert not model.is_activation_checkpointing
     for name, one in checkpointed.layers.items():
         wanted = usual.layers[name]["gradient"]
         assert torch.allclose(one["gradient"], wanted, rtol=0, atol=1e-6 * wanted.abs().max())
