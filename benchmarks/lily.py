@@ -4,6 +4,7 @@
 
 It trains PEFT's Lily on builtin:code and then measures the losses and the greedy answers of held-out records. All losses of a record are
 over the same response tokens; for a method that changes W they would be one number. Every setting is the same in all cases but the forward passes.
+The base model, and a LoRA of about as many parameters that was trained on the same records in the same order, are the references.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import LilyConfig, PeftModel, get_peft_model
+from peft import LilyConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from cora_cli.data.encode import Example
@@ -42,13 +43,22 @@ def response_loss(logits: torch.Tensor, example: Example) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[first - 1 : last - 1].float(), torch.tensor(example.input_ids[first:]))
 
 
-def trained(path: str, examples: Sequence[Example], steps: int) -> PeftModel:
-    """Lily on the base model in float32, after AdamW steps of four examples at 3e-3."""
+LILY: dict[str, Any] = {"r": 32, "stride_A": 5, "num_B": 6}
+LORA: dict[str, Any] = {"r": 7, "lora_alpha": 14}
+"""They train about as many numbers in SmolLM2-135M."""
+
+
+def base_model(path: str) -> Any:
+    """The base model in float32."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def trained(path: str, config: Any, examples: Sequence[Example], steps: int) -> PeftModel:
+    """An adapter on the base model after AdamW steps of four examples at 3e-3, which are the same for every `config`."""
     torch.manual_seed(0)
     chosen = random.Random(0)
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    config = LilyConfig(r=32, stride_A=5, num_B=6, target_modules=list(DEFAULT_TARGETS), task_type="CAUSAL_LM")
-    model: Any = get_peft_model(base, config)
+    config.target_modules, config.task_type = list(DEFAULT_TARGETS), "CAUSAL_LM"
+    model: Any = get_peft_model(base_model(path).train(), config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
     for _ in range(steps):
@@ -61,6 +71,11 @@ def trained(path: str, examples: Sequence[Example], steps: int) -> PeftModel:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     return model.eval()
+
+
+def numbers(model: Any) -> int:
+    """How many numbers train."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def losses_of(model: Any, example: Example, neighbours: Sequence[Example]) -> dict[str, float]:
@@ -108,7 +123,11 @@ def main() -> None:
         model="builtin:smollm2", dataset="builtin:code", output_dir="unused", mode="lora", test_size=64.0, device="cpu"
     )
     prepared = prepare(config)
-    model = trained(str(prepared.model_path.path), prepared.train.examples, chosen.steps)
+    path = str(prepared.model_path.path)
+    model, lora = (
+        trained(path, config, prepared.train.examples, chosen.steps) for config in (LilyConfig(**LILY), LoraConfig(**LORA))
+    )
+    references = {"the base model": base_model(path), "a LoRA, trained alike": lora}
     held_out = [example for example in prepared.test.examples if len(example.input_ids) <= 300]
     lengths = {id(one): len(one.input_ids) - one.prompt_length for one in held_out}
     examples = [one for one in held_out if 24 <= lengths[id(one)] <= 64 and len(one.input_ids) <= 200][: chosen.records]
@@ -130,7 +149,12 @@ def main() -> None:
             print(f"The last {CHANGED} tokens of the record changed: the logits of its prompt move by up to {max(values):.3f}.")
             continue
         rows.append([name, f"{sum(values) / len(values):.4f}", f"{min(gaps):+.4f} to {max(gaps):+.4f}"])
+    with torch.no_grad():
+        for name, reference in references.items():
+            found = [float(response_loss(reference(**rows_of([one.input_ids])).logits[0], one)) for one in examples]
+            rows.append([name, f"{sum(found) / len(found):.4f}", ""])
     print(markdown_table(["loss of a record", "mean", "minus that alone, in one pass"], rows))
+    print(f"Lily trains {numbers(model):,} numbers, the LoRA {numbers(lora):,}.")
     for name, count in equal.items():
         print(f"{count} of {len(examples)} greedy answers are equal {name}.")
 
