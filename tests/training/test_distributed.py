@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from cora_cli.methods.registry import Mode
+from cora_cli.methods.registry import METHODS, Mode
 from cora_cli.training.run import train
 from cora_cli.training.trainer import CoraTrainer, Diverged
 
-from .helpers import KILLED, config_for, log_lines, record_of, run_together
+from .helpers import KILLED, config_for, log_lines, record_of, run_together, settings_of
+from .test_methods_with_state import RUNS
 
 # 37 training records in optimizer batches of 4: ten steps an epoch, the last with one record, which leaves the second process a
 # ghost; the held-out ones are 3, so that the processes have unequal shares of them.
@@ -30,6 +32,10 @@ LONG = {"test_size": 3.0, "max_steps": STEPS, "batch_size": 4, "save_steps": 5, 
 
 # Methods whose factors are computed from trained tensors of other shapes, or that layers share.
 COMPUTED = ("lorta", "melora", "mora-1", "mora-6", "prolora", "qa-lora", "sharelora-a")
+# Those that have no test of their own with two processes, here or in `test_methods_with_state`.
+OTHERS: list[Any] = [
+    mode for mode, one in METHODS.items() if one.is_adapter and mode not in {"lora", "fb", "increlora", *COMPUTED, *RUNS}
+]
 
 
 def assert_same_results(output: Path, expected: Path) -> None:
@@ -83,6 +89,52 @@ def test_a_killed_group_resumes_to_the_losses_of_one_process(
 
     assert record_of(tmp_path / "two")["resumed"] == 1
     assert_same_results(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.fixture(scope="module")
+def in_one_launch(
+    tiny_model: Path,
+    tiny_data: Path,
+    tiny_basis: Path,
+    tiny_input_basis: Path,
+    tiny_sources: tuple[str, ...],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Runs of all `OTHERS` in one process, and in two that train them one after the other."""
+    place = tmp_path_factory.mktemp("launch")
+    loha = place / "loha.json"
+    loha.write_text('{"peft_type": "LOHA", "r": 2, "alpha": 4}')
+    short = {"test_size": 3.0, "max_steps": 4, "batch_size": 4, "warmup_ratio": 0.0}
+    runs = []
+    for mode in OTHERS:
+        own = settings_of(mode, tiny_basis, tiny_input_basis, loha, tiny_sources)
+        if METHODS[mode].start_from == "models":
+            own["start_models"] = tiny_sources
+        one = config_for(tiny_model, tiny_data, place / mode / "one", **{**short, **own})
+        train(one)
+        runs.append(replace(one, output_dir=str(place / mode / "two"), batch_size=2))
+    assert run_together(*runs) == [(0, ""), (0, "")]
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", OTHERS)
+def test_two_processes_are_one_in_every_other_mode(mode: Mode, in_one_launch: Path) -> None:
+    one, two = in_one_launch / mode / "one", in_one_launch / mode / "two"
+    ours, theirs = record_of(two), record_of(one)
+    assert len(log_lines(one)) == (0 if mode == "mean-delta" else 4)
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in log_lines(two)] == pytest.approx([line[key] for line in log_lines(one)], rel=1e-4)
+    for when in ("before", "after"):
+        assert ours["heldout"][when]["loss"] == pytest.approx(theirs["heldout"][when]["loss"], rel=1e-5)
+    assert ours["hardware"]["processes"] == 2
+    assert ours["parameters"] == theirs["parameters"]
+    assert ({**ours["start"], "seconds": 0} if "start" in ours else None) == (
+        {**theirs["start"], "seconds": 0} if "start" in theirs else None
+    )
+    assert ours["fingerprint"].get("start_models_sha256") == theirs["fingerprint"].get("start_models_sha256")
+    states = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two)]
+    assert states[0].keys() == states[1].keys()
 
 
 @pytest.mark.slow
