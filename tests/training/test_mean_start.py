@@ -54,7 +54,7 @@ def settings_for(mode: Any, place: Path, basis: Path, input_basis: Path, sources
     found = settings_of(mode, basis, input_basis, loha, sources)
     if mode in ("fb", "tb"):
         found |= {"basis": None, "b_init": "gradient", "start_examples": 5}
-    return {**found, "max_steps": 2, "warmup_ratio": 0.0}
+    return {**found, "max_steps": 4 if mode in ("cola", "increlora") else 2, "warmup_ratio": 0.0}
 
 
 def test_all_modes_but_those_that_are_no_lora_take_the_mean() -> None:
@@ -78,7 +78,7 @@ def test_training_below_the_mean_is_training_on_w_plus_the_mean_and_is_stored_on
     config = config_for(tiny_model, tiny_data, output, **with_mean)
     plan = preflight(config)
     record = train(config)
-    if mode not in ("dylora", "lora-rite", "xgblora"):  # which choose by values what they compute
+    if mode not in ("dylora", "eigenlorax", "lora-rite", "xgblora"):  # which choose by values what they compute
         assert isinstance(plan.measured, Measured)
         assert plan.measured.memory.total > 0
     facts = read_facts(output / "adapter")
@@ -86,9 +86,11 @@ def test_training_below_the_mean_is_training_on_w_plus_the_mean_and_is_stored_on
     assert facts.plan.own["start"] == record["plan"]["start"] == "mean-delta"
     if mode not in ("eigenlorax", "fa-basis"):  # whose sources or basis belong to W
         on_mean = train(config_for(mean[0], tiny_data, tmp_path / "on-mean", **settings))
-        assert losses(output) == pytest.approx(losses(tmp_path / "on-mean"), rel=1e-4)
+        # After lori's first step, entries of B are equally large up to rounding, which decides about those that it keeps.
+        error = 1e-3 if mode == "lori" else 1e-4
+        assert losses(output) == pytest.approx(losses(tmp_path / "on-mean"), rel=error)
         for when in ("before", "after"):
-            assert record["heldout"][when]["loss"] == pytest.approx(on_mean["heldout"][when]["loss"], rel=1e-4)
+            assert record["heldout"][when]["loss"] == pytest.approx(on_mean["heldout"][when]["loss"], rel=error)
     if METHODS[mode].step_0_is_base in ("yes", "up to rounding"):
         assert record["heldout"]["before"]["loss"] == pytest.approx(mean[1], rel=1e-5)
     ours = logits(load_adapter(base(tiny_model), resolve_model(str(output))))

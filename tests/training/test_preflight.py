@@ -32,6 +32,7 @@ from cora_cli.training.preflight import Measured, Preflight, plan_run, preflight
 from cora_cli.training.preflight_text import describe, marked
 from cora_cli.training.prepare import Prepared, prepare
 from cora_cli.training.work import planned_form
+from tests.methods.helpers import SMALL
 from tests.training.helpers import Metered, config_for, log_lines, losses, real_peak, record_of, run_together
 
 
@@ -270,10 +271,13 @@ def test_the_example_shows_each_token_and_which_of_them_carry_loss(tiny_model: P
     assert "".join(marked(Example([0, *ids], 1), plan.prepared.tokenizer)[1:]).replace("|", "") == "> Grüße 日本語 🙂"
 
 
-@pytest.mark.parametrize("mode", ["dylora", "lora-rite", "xgblora"])
-def test_a_mode_that_chooses_by_numbers_is_not_measured(mode: Mode, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["dylora", "eigenlorax", "lora-rite", "xgblora"])
+def test_a_mode_that_chooses_by_numbers_is_not_measured(
+    mode: Mode, tiny_model: Path, tiny_data: Path, tiny_sources: tuple[str, ...], tmp_path: Path
+) -> None:
     """docs/hardware.md names them."""
-    plan = preflight(config_for(tiny_model, tiny_data, tmp_path / "run", mode=mode, max_steps=30))
+    own = {"start_models": tiny_sources, **SMALL[mode]} if mode == "eigenlorax" else {}
+    plan = preflight(config_for(tiny_model, tiny_data, tmp_path / "run", mode=mode, max_steps=30, **own))
     assert isinstance(plan.measured, str)
     assert f"in mode {mode} depends on its numbers" in plan.measured
     page = Path(__file__).parents[2] / "docs" / "hardware.md"
