@@ -271,12 +271,12 @@ def test_the_example_shows_each_token_and_which_of_them_carry_loss(tiny_model: P
     assert "".join(marked(Example([0, *ids], 1), plan.prepared.tokenizer)[1:]).replace("|", "") == "> Grüße 日本語 🙂"
 
 
-@pytest.mark.parametrize("mode", ["dylora", "eigenlorax", "lora-rite", "xgblora"])
+@pytest.mark.parametrize("mode", ["dylora", "eigenlorax", "lora-rite", "uni-lora", "xgblora"])
 def test_a_mode_that_chooses_by_numbers_is_not_measured(
     mode: Mode, tiny_model: Path, tiny_data: Path, tiny_sources: tuple[str, ...], tmp_path: Path
 ) -> None:
     """docs/hardware.md names them."""
-    own = {"start_models": tiny_sources, **SMALL[mode]} if mode == "eigenlorax" else {}
+    own: dict[str, Any] = {**SMALL.get(mode, {}), **({"start_models": tiny_sources} if mode == "eigenlorax" else {})}
     plan = preflight(config_for(tiny_model, tiny_data, tmp_path / "run", mode=mode, max_steps=30, **own))
     assert isinstance(plan.measured, str)
     assert f"in mode {mode} depends on its numbers" in plan.measured
