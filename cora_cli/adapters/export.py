@@ -118,7 +118,9 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath, before: Mapping[str, torch.
     none = CoraError(
         f"{adapter.reference} uses {method}, which has no equivalent LoRA; `cora merge` writes it as a plain model"
     )
-    if ours is None or is_lora or not wrapped.supports_lora_conversion():
+    # PEFT does not convert AdaLoRA, although its B·diag(E)·A is a LoRA, pruned or not.
+    converts = wrapped.supports_lora_conversion() or isinstance(config, AdaLoraConfig)
+    if ours is None or is_lora or not converts:
         raise none
     also = [*(config.modules_to_save or ()), *(["biases"] if getattr(config, "bias", "none") != "none" else [])]
     if also:

@@ -297,8 +297,17 @@ def _stored_tensors(adapter: ModelPath) -> dict[str, torch.Tensor]:
 
 
 def _check_gathered(adapter: ModelPath, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise `CoraError` for a tensor of no numbers, as DeepSpeed's ZeRO-3 leaves in an adapter whose parts were not gathered."""
-    if empty := next((key for key, tensor in sorted(state.items()) if not tensor.numel()), None):
+    """Raise `CoraError` for a tensor of no numbers, as DeepSpeed's ZeRO-3 leaves in an adapter whose parts were not gathered.
+
+    AdaLoRA may prune a layer to nothing, and says so.
+    """
+    kept = adapter.adapter_config().get("rank_pattern") or {}
+    pruned = {
+        name.rpartition(".lora_E")[0] for name, triplets in kept.items() if isinstance(triplets, list) and not any(triplets)
+    }
+    places = [f"base_model.model.{name}.lora_" for name in pruned]
+    empty = next((key for key, tensor in sorted(state.items()) if not (tensor.numel() or key.startswith(tuple(places)))), None)
+    if empty is not None:
         raise CoraError(f"adapter {adapter.path}: {without_numbers(empty, tuple(state[empty].shape))}")
 
 

@@ -32,7 +32,10 @@ class GenerationConfig(TypedDict, total=False):
 
 
 class AdapterConfig(TypedDict, total=False):
-    """The entries of `adapter_config.json` that weights are computed from; PEFT reads the rest."""
+    """The entries of `adapter_config.json` that weights are computed from; PEFT reads the rest.
+
+    AdaLoRA has, in place of a layer's rank, a list of which triplets were kept.
+    """
 
     peft_type: str | None
     base_model_name_or_path: str | None
@@ -47,7 +50,7 @@ class AdapterConfig(TypedDict, total=False):
     modules_to_save: list[str] | None
     bias: str | None
     lora_bias: bool | None
-    rank_pattern: dict[str, int] | None
+    rank_pattern: dict[str, int | list[bool]] | None
     alpha_pattern: dict[str, float] | None
 
 

@@ -142,6 +142,31 @@ def test_an_adapter_of_peft_with_other_factors_than_a_and_b_is_merged(config, ti
     assert (found - logits(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))).abs().max() > 1e-2
 
 
+def test_an_adapter_of_adalora_is_exported_as_the_lora_that_its_triplets_are(tiny_model, tmp_path):
+    torch.manual_seed(0)
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1, target_modules=["q_proj", "o_proj"])
+    wrapped = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
+    pattern = {}
+    with torch.no_grad():
+        for place, (name, parameter) in enumerate(wrapped.named_parameters()):
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            if "lora_E" in name:
+                kept = [number < place % 4 for number in range(4)]
+                parameter.mul_(torch.tensor(kept)[:, None])
+                pattern[name.removeprefix("base_model.model.")] = kept
+    wrapped.peft_config["default"].rank_pattern = pattern  # as PEFT's pruning leaves it
+    wrapped.save_pretrained(tmp_path / "adapter")
+    base = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected = logits(PeftModel.from_pretrained(base, tmp_path / "adapter").eval())
+    rank = export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported", base=resolve_model(str(tiny_model)))
+    base = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    found = logits(PeftModel.from_pretrained(base, tmp_path / "exported").eval())
+    assert rank == max(sum(kept) for kept in pattern.values())
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (found - logits(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))).abs().max() > 1e-2
+
+
 def test_an_adapter_that_adds_to_the_attention_has_no_weights_to_merge(tiny_model, tmp_path):
     config = AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
     wrapped = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
