@@ -288,18 +288,27 @@ def _with_base_losses(results: list[Result]) -> list[Result]:
     """Give base models the held-out loss before training of a run of their group that started as the same model."""
     return [
         dataclasses.replace(result, measures={LOSS: loss, **result.measures})
-        if result.row.mode == "base" and (loss := _loss_before_training(result.row, results))
+        if result.row.mode == "base" and (loss := _loss_before_training(result, results))
         else result
         for result in results
     ]
 
 
-def _loss_before_training(base: Row, results: list[Result]) -> Measure | None:
+def _loss_before_training(base: Result, results: list[Result]) -> Measure | None:
     for result in results:
-        same = (base.group, base.model) == (result.row.group, result.row.model)
+        same = (base.row.group, base.row.model) == (result.row.group, result.row.model) and _have_equal_weights(base, result)
         if same and result.starts_at_base and result.row.run is not None and LOSS in result.measures:
             return read_loss(RunDirectory(result.row.run), result.record, "before")
     return None
+
+
+def _have_equal_weights(evaluated: Result, trained: Result) -> bool:
+    """Whether an evaluation was of the base model of a run, by their hashes, as far as both are recorded."""
+    hashes = (
+        evaluated.generation.get("settings", {}).get("model_sha256"),
+        trained.record.get("fingerprint", {}).get("model_sha256"),
+    )
+    return None in hashes or hashes[0] == hashes[1]
 
 
 def _check_comparable(results: list[Result]) -> None:

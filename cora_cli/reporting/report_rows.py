@@ -13,6 +13,7 @@ from typing import Any
 from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ledger import Ledger
+from cora_cli.experiments.rows import SPLIT_KEYS
 from cora_cli.experiments.steps import Step, read_steps
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
@@ -112,6 +113,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
             judgings.append(root)
         else:
             raise not_an_output(root)
+    plain = _by_inputs(plain)
     plain += _bases_of(plain)
     if len(grids) == 1 and not plain:
         # Judgments of a grid's models are reported with their rows, which know the paper's names.
@@ -172,7 +174,7 @@ def _conditions(evaluation: EvaluationDirectory) -> dict[str, Any]:
     """What must be equal for two evaluations to be compared: the model below an adapter, the records, the decoding and the metrics."""
     record = read_json(evaluation.metrics, records.Metrics)
     settings = record["generation"].get("settings", {})
-    names = ("model", "records_sha256", "template", "max_new_tokens", "decoding", "dtype")
+    names = ("model", "model_sha256", "records_sha256", "template", "max_new_tokens", "decoding", "dtype")
     signatures = {name: metric["signature"] for name, metric in record["metrics"].items()}
     return {**{name: settings.get(name) for name in names}, "metrics": signatures}
 
@@ -322,10 +324,10 @@ def _row_of_evaluation(evaluation: EvaluationDirectory) -> Row:
 
 def _distinct(rows: list[Row]) -> list[Row]:
     """Give evaluations without a run the group of the runs with the same model, and make the labels of different runs different."""
+    runs = _records_of(rows)
     groups = {row.model: row.group for row in rows if row.group}
     only = next(iter(groups.values())) if len(groups) == 1 else "evaluations"
     rows = [row if row.group else dataclasses.replace(row, group=groups.get(row.model, only)) for row in rows]
-    runs = {row.name: records.read_run(RunDirectory(row.run)) if row.run is not None else {} for row in rows}
     settings = {name: _settings_of(record) if record else {} for name, record in runs.items()}
     _refuse_copies(runs)
     bases = {name: record["basis"]["sha256"] for name, record in runs.items() if record.get("basis")}
@@ -352,6 +354,43 @@ def _distinct(rows: list[Row]) -> list[Row]:
                 extra.append(row.name)
             renamed[row.name] = dataclasses.replace(row, label=clean(" ".join([row.label, *extra])))
     return [renamed[row.name] for row in rows]
+
+
+_INPUTS = {"model_sha256": "weights", "tokenizer_sha256": "tokenizer", "data_sha256": "data"}
+
+
+def _records_of(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """`run.json` of each row by its name, empty without a run."""
+    return {row.name: records.read_run(RunDirectory(row.run)) if row.run is not None else {} for row in rows}
+
+
+def _by_inputs(rows: Sequence[Row]) -> list[Row]:
+    """Divide groups whose runs have a model or a data set of one name, but of different contents: it changed from run to run."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    runs = _records_of(rows)
+    inputs = {row.name: _digests(row, runs[row.name]) for row in rows}
+    for digests in inputs.values():
+        for place, digest in digests.items():
+            found.setdefault(place, set()).add(digest)
+    changed = {place for place, digests in found.items() if len(digests) > 1}
+    divided = []
+    for row in rows:
+        own = {place[1]: digest for place, digest in inputs[row.name].items() if place in changed}
+        said = ", ".join(f"{_INPUTS[kind]} sha256 {digest[:12]}" for kind, digest in own.items())
+        divided.append(dataclasses.replace(row, group=f"{row.group}, {said}") if said else row)
+    return divided
+
+
+def _digests(row: Row, record: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
+    """The hash of each input of a row's run, by the group, the kind of input and what else decides about it; earlier versions did not hash tokenizers."""
+    if not record:
+        return {}
+    fingerprint = record["fingerprint"]
+    split = rundir.sha256_json([fingerprint["settings"].get(name) for name in SPLIT_KEYS])
+    others = {"data_sha256": (split,)}
+    return {
+        (row.group, kind, *others.get(kind, ())): fingerprint[kind] for kind in _INPUTS if fingerprint.get(kind) is not None
+    }
 
 
 def _settings_of(record: Mapping[str, Any]) -> dict[str, Any]:

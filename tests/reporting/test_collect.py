@@ -123,7 +123,17 @@ def test_the_base_model_that_was_evaluated_with_runs_is_one_row(runs_with_base):
     assert [row.label for row in named.rows] == ["lora", "base"]
 
 
-@pytest.mark.parametrize("setting", ["model", "records_sha256", "template", "max_new_tokens"])
+def test_a_base_model_with_other_weights_than_the_runs_has_no_loss_of_theirs(runs_with_base):
+    for folder, digest in ((runs_with_base[0] / "eval-base", "cc" * 32), (runs_with_base[1] / "eval-base", "aa" * 32)):
+        record = read_json(folder / "metrics.json")
+        record["generation"]["settings"]["model_sha256"] = digest
+        rundir.write_json(folder / "metrics.json", record)
+    (experiment,) = find_experiments([str(path) for folder in runs_with_base for path in (folder, folder / "eval-base")])
+    bases = [result for result in collect(experiment).results if result.row.mode == "base"]
+    assert [LOSS in base.measures for base in bases] == [False, True]
+
+
+@pytest.mark.parametrize("setting", ["model", "model_sha256", "records_sha256", "template", "max_new_tokens"])
 def test_a_base_model_that_was_evaluated_otherwise_than_the_run_is_no_row(runs_with_base, setting):
     path = runs_with_base[0] / "eval-base" / "metrics.json"
     record = read_json(path)
@@ -331,6 +341,33 @@ def test_unlike_plain_runs_of_one_mode_get_unlike_labels(trained_grid, tmp_path)
     rundir.write_json(other / "run.json", record)
     (experiment,) = find_experiments([str(run), str(other)])
     assert [row.label for row in experiment.rows] == ["lora max_steps=4", "lora max_steps=9"]
+
+
+@pytest.mark.parametrize("changed", ["model_sha256", "tokenizer_sha256", "data_sha256"])
+def test_runs_on_a_model_or_data_that_changed_under_its_name_are_no_seeds_of_one_method(changed, trained_grid, tmp_path):
+    one, again = (path for path in sorted((trained_grid / "runs").iterdir()) if "lora" in path.name)
+    other = shutil.copytree(again, tmp_path / "other")
+    record = read_json(other / "run.json")
+    rundir.write_json(other / "run.json", record | {"fingerprint": record["fingerprint"] | {changed: "0123456789ab" * 5}})
+    (experiment,) = find_experiments([str(one), str(other)])
+    groups = [row.group for row in experiment.rows]
+    assert groups[0] != groups[1]
+    assert groups[1].endswith(f"{changed.removesuffix('_sha256').replace('model', 'weights')} sha256 0123456789ab")
+    (alike,) = find_experiments([str(one), str(again)])
+    assert len({row.group for row in alike.rows}) == 1
+
+
+def test_runs_that_divide_one_data_set_otherwise_stay_in_one_group(trained_grid, tmp_path):
+    one, again = (path for path in sorted((trained_grid / "runs").iterdir()) if "lora" in path.name)
+    other = shutil.copytree(again, tmp_path / "other")
+    record = read_json(other / "run.json")
+    settings = record["fingerprint"]["settings"] | {"validation_size": 4}
+    rundir.write_json(
+        other / "run.json", record | {"fingerprint": record["fingerprint"] | {"settings": settings, "data_sha256": "0" * 64}}
+    )
+    (experiment,) = find_experiments([str(one), str(other)])
+    assert len({row.group for row in experiment.rows}) == 1
+    assert [row.label for row in experiment.rows] == ["lora validation_size=None", "lora validation_size=4"]
 
 
 @pytest.mark.parametrize(
