@@ -315,6 +315,7 @@ def _answer(
             "settings": settings,
             "template": template.name,
             "prompts_cut": cut,
+            "end_tokens": list(backend.ends),
             **({"prompts_trained_on": also_trained} if also_trained else {}),
             **({"not_merged": backend.not_merged} if backend.not_merged else {}),
             "predictions_sha256": rundir.sha256_file(out.predictions),

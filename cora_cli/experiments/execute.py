@@ -21,7 +21,7 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.launch import Job, Launcher
 from cora_cli.experiments.ledger import FINISHED, Ledger
 from cora_cli.experiments.screen import Screen
-from cora_cli.experiments.steps import Plan, Step, plan_record
+from cora_cli.experiments.steps import COMMANDS, Plan, Step, plan_record
 from cora_cli.reading import read_json
 
 _POLL_SECONDS = 0.1
@@ -214,15 +214,21 @@ def _error_in(log: Path, code: int) -> str:
 def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool) -> None:
     """Raise `CoraError` that lists results of `wanted` steps created with other settings, unless `overwrite` is set.
 
-    Also raises it where the tokenizer has changed since other rows were finished, which then could not be compared.
+    Also raises it where the tokenizer, or what ends an answer, has changed since other rows were finished, which then could not be compared.
     """
     ledger = Ledger(plan.out)
-    if plan.tokenizer and _recorded_tokenizer(plan.out) not in (None, plan.tokenizer):
-        others = (step for step in plan.steps.values() if step.kind != "basis")
+    recorded = _recorded_plan(plan.out)
+    for key, ours, kinds, what in (
+        ("tokenizer_sha256", plan.tokenizer, COMMANDS.keys() - {"basis"}, "the tokenizer of {}, or its chat template,"),
+        ("end_tokens", list(plan.ends), {"evaluate", "judge"}, "the eos_token_id in generation_config.json of {}"),
+    ):
+        if not ours or recorded.get(key) in (None, ours):
+            continue
+        others = (step for step in plan.steps.values() if step.kind in kinds)
         if finished := next((step for step in others if ledger.record(step).get("status") == FINISHED), None):
             raise CoraError(
-                f"the tokenizer of {plan.grid.model}, or its chat template, has changed since {finished.output} was finished, so further rows "
-                "could not be compared with it; restore it, or choose another --output-dir"
+                f"{what.format(plan.grid.model)} has changed since {finished.output} was finished, so further rows could not be compared with it; "
+                "restore it, or choose another --output-dir"
             )
     found = [(step, differing) for name, step in plan.steps.items() if name in wanted and (differing := ledger.conflict(step))]
     if found and not overwrite:
@@ -234,10 +240,11 @@ def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool) -> None:
         )
 
 
-def _recorded_tokenizer(out: Path) -> object:
+def _recorded_plan(out: Path) -> Mapping[str, Any]:
     with contextlib.suppress(CoraError):  # a damaged plan is written again
-        return read_json(out / "plan.json", dict[str, Any]).get("tokenizer_sha256")
-    return None
+        found: dict[str, Any] = read_json(out / "plan.json", dict[str, Any])
+        return found
+    return {}
 
 
 def done_steps(plan: Plan) -> Mapping[str, bool]:

@@ -17,6 +17,7 @@ from cora_cli.data.records import Record, Schema
 from cora_cli.data.split import Choice, DataSplit, load_split
 from cora_cli.data.templates import CLOCK, reads_clock
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.generate import end_tokens
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.rows import SPLIT_KEYS
 from cora_cli.experiments.values import Values
@@ -38,7 +39,8 @@ class ModelFacts:
 
     `shapes` maps the full name of every two-dimensional weight to (out, in); `parameters` counts all parameters and `embedded`
     those of the input embedding; `heads` is the number of attention heads, if stated. `dated` says whether its chat template writes the date
-    into prompts, `tokenizer_sha256` is the hash of what decides how text becomes tokens. For an adapter `shapes` is empty and both counts are 0. `sha256` is None if it was not requested.
+    into prompts, `tokenizer_sha256` is the hash of what decides how text becomes tokens, `ends` are the tokens
+    that end an answer by generation_config.json. For an adapter `shapes` is empty and both counts are 0. `sha256` is None if it was not requested.
     """
 
     reference: str
@@ -49,6 +51,7 @@ class ModelFacts:
     heads: int | None = None
     dated: bool = False
     tokenizer_sha256: str | None = None
+    ends: tuple[int, ...] = ()
     _found: dict[tuple[str, ...], dict[str, tuple[int, int]]] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -186,7 +189,8 @@ def _model_facts(model: ModelPath, digests: "_Digests | None") -> ModelFacts:
     embedded = sum(size for name, size in sizes.items() if "embed" in name or ".wte" in name)
     # A tied head is stored once, but still costs a matrix product.
     total, heads = sum(sizes.values()), model.attention_heads()
-    return ModelFacts(model.reference, sha256, matrices, total, embedded, heads, _is_dated(model), model.text_hash())
+    text = model.text_hash(), tuple(end_tokens(model.generation_config().get("eos_token_id"), ()))
+    return ModelFacts(model.reference, sha256, matrices, total, embedded, heads, _is_dated(model), *text)
 
 
 def _planned_facts(model: ModelPath) -> ModelFacts:
@@ -195,7 +199,8 @@ def _planned_facts(model: ModelPath) -> ModelFacts:
     total = sum(weight.numel() for weight in found.parameters())
     embedded = sum(weight.numel() for name, weight in found.named_parameters() if "embed" in name or ".wte" in name)
     shapes, heads = PlannedSource(model).shapes, model.attention_heads()
-    return ModelFacts(model.reference, None, shapes, total, embedded, heads, _is_dated(model), model.text_hash())
+    text = model.text_hash(), tuple(end_tokens(model.generation_config().get("eos_token_id"), ()))
+    return ModelFacts(model.reference, None, shapes, total, embedded, heads, _is_dated(model), *text)
 
 
 def _is_dated(model: ModelPath) -> bool:

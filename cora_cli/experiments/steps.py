@@ -81,7 +81,8 @@ class Plan:
     belongs to no row: it needs the answers of all rows with one data set.
 
     `records` maps files to write before anything runs, relative to `out`, to the held-out records for the base model. `date` is what a chat
-    template that writes the date takes for it in every step, `tokenizer` the hash of the base model's tokenizer, None where it is not known.
+    template that writes the date takes for it in every step, `tokenizer` the hash of the base model's tokenizer, None where it is not known, and `ends`
+    the tokens that end an answer by that model's generation_config.json.
     """
 
     grid: Grid
@@ -91,6 +92,7 @@ class Plan:
     records: dict[str, list[Any]]
     date: str
     tokenizer: str | None
+    ends: tuple[int, ...] = ()
 
     def of_kind(self, row: str, kind: Kind) -> Step | None:
         """The row's step of this kind, or None."""
@@ -152,8 +154,8 @@ class _Planner:
             for dataset in dict.fromkeys(row.dataset for row in self._grid.rows if row.dataset is not None):
                 self._judge(dataset, self._grid.judge, [row for row in self._grid.rows if row.dataset == dataset], steps_of)
         model = self._inputs.models.get(self._grid.model)
-        tokenizer = model.tokenizer_sha256 if model else None
-        return Plan(self._grid, self._out, self._steps, steps_of, self._records, self._date, tokenizer)
+        tokenizer, ends = (model.tokenizer_sha256, model.ends) if model else (None, ())
+        return Plan(self._grid, self._out, self._steps, steps_of, self._records, self._date, tokenizer, ends)
 
     def _add(self, step: Step) -> Step:
         planned = self._steps.setdefault(step.name, step)
@@ -438,6 +440,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "margin": grid.margin,
         "template_date": plan.date,
         **({"tokenizer_sha256": plan.tokenizer} if plan.tokenizer else {}),
+        **({"end_tokens": list(plan.ends)} if plan.ends else {}),
         "rows": rows,
         "steps": [dataclasses.asdict(step) for step in plan.steps.values()],
     }

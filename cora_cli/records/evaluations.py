@@ -20,6 +20,7 @@ class Generation(TypedDict):
     predictions_sha256: NotRequired[str]
     template: NotRequired[str]
     prompts_cut: NotRequired[int]
+    end_tokens: NotRequired[list[int]]
     prompts_trained_on: NotRequired[int]
     not_merged: NotRequired[str]
     engine: NotRequired[str]
@@ -34,6 +35,7 @@ class UsedGeneration(TypedDict):
     settings: NotRequired[dict[str, Any]]
     template: NotRequired[str]
     prompts_cut: NotRequired[int]
+    end_tokens: NotRequired[list[int]]
     prompts_trained_on: NotRequired[int]
 
 

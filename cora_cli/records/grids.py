@@ -49,7 +49,7 @@ class PlannedSweep(TypedDict):
 
 
 class GridPlan(TypedDict):
-    """A grid's `plan.json`; `steps`, `margin`, `template_date` and `tokenizer_sha256` came later."""
+    """A grid's `plan.json`; `steps`, `margin`, `template_date`, `tokenizer_sha256` and `end_tokens` came later."""
 
     name: str
     title: str
@@ -61,6 +61,7 @@ class GridPlan(TypedDict):
     margin: NotRequired[float | dict[str, float] | None]
     template_date: NotRequired[str]
     tokenizer_sha256: NotRequired[str]
+    end_tokens: NotRequired[list[int]]
     looks: NotRequired[int | None]
     sweeps: NotRequired[list[PlannedSweep]]
 

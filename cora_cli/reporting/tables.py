@@ -16,7 +16,7 @@ from cora_cli.reporting.report_rows import clean
 from cora_cli.reporting.statistics import EXAMPLES, SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
 
-_OF_ANSWERS = ("template", "template_date", "decoding", "max_new_tokens", "dtype")
+_OF_ANSWERS = ("template", "template_date", "decoding", "max_new_tokens", "end_tokens", "dtype")
 """The settings of an evaluation by which the answers of one model differ beyond rounding."""
 
 

@@ -376,6 +376,19 @@ def test_a_grid_is_not_continued_with_another_tokenizer(plan: Plan) -> None:
     refuse_conflicts(other, set(plan.steps), overwrite=False)
 
 
+def test_a_grid_is_not_continued_where_other_tokens_end_an_answer(plan: Plan) -> None:
+    first, other = (dataclasses.replace(plan, ends=ends) for ends in ((2,), (2, 7)))
+    write_plan(first)
+    carry_out(first, rows=[LORA])
+    refuse_conflicts(first, set(plan.steps), overwrite=False)
+    with pytest.raises(
+        CoraError, match=r"the eos_token_id in generation_config.json of base has changed since .*; restore it, or"
+    ):
+        refuse_conflicts(other, set(plan.steps), overwrite=True)
+    write_plan(plan)  # as an earlier version does
+    refuse_conflicts(other, set(plan.steps), overwrite=False)
+
+
 def test_a_link_in_the_place_of_a_run_fails_that_run_by_name_and_is_not_followed(plan: Plan, tmp_path: Path) -> None:
     carry_out(plan, rows=[LORA])
     place = plan.out / "runs" / LORA
