@@ -342,11 +342,17 @@ def _distinct(rows: list[Row]) -> list[Row]:
         names = sorted({name for row in alike for name in settings[row.name]} - {"rank", "alpha", "learning_rate", "seed"})
         differing = [name for name in names if len({str(settings[row.name].get(name)) for row in alike}) > 1]
         used: dict[int | None, set[str | None]] = {}
+        alphas: dict[int | None, set[float]] = {}
         for row in alike:
             used.setdefault(row.n_models, set()).add(bases.get(row.name))
+            if plan := runs[row.name].get("plan"):
+                alphas.setdefault(row.rank, set()).add(plan["alpha"])
         without_run = sum(row.run is None for row in alike)
         for row in alike:
             extra = [f"{name}={settings[row.name].get(name)}" for name in differing]
+            # By default it follows the rank, which has a column.
+            if len(alphas.get(row.rank, ())) > 1:
+                extra.append(f"alpha={runs[row.name]['plan']['alpha']:g}")
             # The number of source models has a column, but two bases from equally many models are two methods.
             if len(used[row.n_models]) > 1 and row.name in bases:
                 extra.append(f"basis={paths[bases[row.name]]}")
@@ -356,6 +362,8 @@ def _distinct(rows: list[Row]) -> list[Row]:
     return [renamed[row.name] for row in rows]
 
 
+_READ = {"start_models_sha256": "start_models", "peft": "peft_config"}
+"""Inputs of single methods in a fingerprint, which are compared by their hashes, and the flags that name their files."""
 _INPUTS = {"model_sha256": "weights", "tokenizer_sha256": "tokenizer", "data_sha256": "data"}
 
 
@@ -394,11 +402,15 @@ def _digests(row: Row, record: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
 
 
 def _settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings by which a run differs from others of its method: those of its training, and those that a user chose for `cora laplace`."""
+    """What a run differs by from others of its method: the settings of its training, what it read from further files, the number of processes that
+    multiplies its batch, and the settings that a user chose for `cora laplace`.
+    """
     laplace = record.get("laplace") or {}
     chosen = {"prior_precision"} if laplace.get("chosen_by") == "the user" else set()
     own = {name: laplace.get(name) for name in ("directions", "records", *sorted(chosen))} if laplace else {}
-    return {**record["fingerprint"]["settings"], **own}
+    fingerprint = record["fingerprint"]
+    read = {name: rundir.sha256_json(fingerprint[key])[:12] for key, name in _READ.items() if key in fingerprint}
+    return {**fingerprint["settings"], "processes": record["hardware"].get("processes", 1), **read, **own}
 
 
 def _refuse_copies(runs: Mapping[str, Mapping[str, Any]]) -> None:

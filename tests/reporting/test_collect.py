@@ -343,6 +343,39 @@ def test_unlike_plain_runs_of_one_mode_get_unlike_labels(trained_grid, tmp_path)
     assert [row.label for row in experiment.rows] == ["lora max_steps=4", "lora max_steps=9"]
 
 
+@pytest.mark.parametrize(
+    ("place", "values", "labels"),
+    [
+        (("plan", "alpha"), (8.0, 16.0), ["lora alpha=8", "lora alpha=16"]),
+        (("hardware", "processes"), (1, 2), ["lora processes=1", "lora processes=2"]),
+        (("fingerprint", "start_models_sha256"), (["one"], ["other"]), None),
+        (("fingerprint", "peft"), ({"r": 2}, {"r": 4}), None),
+    ],
+)
+def test_plain_runs_that_differ_in_more_than_the_seed_are_no_seeds_of_one_method(place, values, labels, trained_grid, tmp_path):
+    runs = [path for path in sorted((trained_grid / "runs").iterdir()) if "lora" in path.name]
+    made = []
+    for run, value in zip(runs, values, strict=True):
+        made.append(shutil.copytree(run, tmp_path / run.name))
+        record = read_json(made[-1] / "run.json")
+        record[place[0]][place[1]] = value
+        rundir.write_json(made[-1] / "run.json", record)
+    (experiment,) = find_experiments([str(run) for run in made])
+    found = [row.label for row in experiment.rows]
+    assert found[0] != found[1]
+    assert labels in (None, found)
+
+
+def test_a_scale_that_follows_the_rank_is_no_part_of_a_label(trained_grid, tmp_path):
+    run = next(path for path in sorted((trained_grid / "runs").iterdir()) if "lora" in path.name)
+    other = shutil.copytree(run, tmp_path / "other")
+    record = read_json(other / "run.json")
+    record["plan"] |= {"rank": 8, "alpha": 16.0}
+    rundir.write_json(other / "run.json", record)
+    (experiment,) = find_experiments([str(run), str(other)])
+    assert [(row.label, row.rank) for row in experiment.rows] == [("lora", 4), ("lora", 8)]
+
+
 @pytest.mark.parametrize("changed", ["model_sha256", "tokenizer_sha256", "data_sha256"])
 def test_runs_on_a_model_or_data_that_changed_under_its_name_are_no_seeds_of_one_method(changed, trained_grid, tmp_path):
     one, again = (path for path in sorted((trained_grid / "runs").iterdir()) if "lora" in path.name)
