@@ -226,7 +226,7 @@ def _in_words(shape: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_in_words(part) for part in parts)
     if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}"
+        return f"{'one of ' if len(parts) > 1 else ''}{', '.join(map(str, parts))}"
     if origin is tuple:
         return f"a list of {len(parts)} values"
     names = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}

@@ -47,7 +47,7 @@ class UsedBasis:
 
     `directions` has one entry, or one per seed for a random B. The draws of a random B count as one basis, because the seed also sets
     the order of the data and the two effects cannot be separated. `losses` holds (seed, held-out loss) of the runs of one `stratum`:
-    same data, model, mode and ranks, at the chosen learning rate.
+    same data, model, mode, ranks and settings, at the chosen learning rate.
     """
 
     name: str
@@ -104,7 +104,7 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
     Raises `CoraError` if a directory was not written by cora, or if no run has both a basis and a held-out loss.
     """
     # A report groups runs by method alone. Here runs with different bases must stay apart, even if nothing else differs.
-    found: dict[tuple[str, str], dict[Any, list[Result]]] = {}
+    strata: dict[str, list[tuple[str, Result]]] = {}
     for experiment in find_experiments(outputs):
         for result in collect(experiment).results:
             if LOSS in result.measures and (key := _key(result)) is not None:
@@ -112,8 +112,16 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
                 plan = AdapterPlan.from_dict(result.record["plan"])
                 width = _width(plan)
                 stratum = f"{row.group}, {row.mode} r={row.rank}{'' if width == f'r={plan.rank}' else f', {width}'}"
-                rates = found.setdefault((stratum, key), {})
-                rates.setdefault((MethodResults((result,)).identity, row.learning_rate), []).append(result)
+                strata.setdefault(stratum, []).append((key, result))
+    found: dict[tuple[str, str], dict[Any, list[Result]]] = {}
+    for stratum, results in strata.items():
+        settings = [_settings(result) for _, result in results]
+        names = sorted({name for each in settings for name in each})
+        differing = [name for name in names if len({str(each.get(name)) for each in settings}) > 1]
+        for (key, result), each in zip(results, settings, strict=True):
+            own = ", ".join([stratum, *(f"{name}={each.get(name)}" for name in differing)])
+            rates = found.setdefault((own, key), {})
+            rates.setdefault((MethodResults((result,)).identity, result.row.learning_rate), []).append(result)
     if not found:
         raise CoraError(
             f"no finished run in {', '.join(outputs)} has both a basis and a held-out loss; name other runs or leave --runs out"
@@ -123,6 +131,14 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
         for (stratum, key), rates in found.items()
         for chosen, _ in [choose_learning_rates([MethodResults(tuple(results)) for results in rates.values()])]
     ]
+
+
+def _settings(result: Result) -> dict[str, Any]:
+    """The settings of a run's training in which runs of one stratum must agree, since the loss depends on them too."""
+    settings = result.record["fingerprint"]["settings"]
+    apart = ("seed", "learning_rate", "b_init", "rank")
+    own = {"alpha": result.record["plan"]["alpha"], "processes": result.record["hardware"].get("processes", 1)}
+    return {**{name: value for name, value in settings.items() if name not in apart}, **own}
 
 
 def is_unscaled(choices: BasisChoices) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
@@ -103,6 +103,7 @@ class Proxy(TypedDict):
 class Metrics(TypedDict):
     """`metrics.json`."""
 
+    format: NotRequired[Literal[1]]
     name: str
     metric_variant: NotRequired[str]
     metrics: dict[str, Metric]

@@ -103,7 +103,7 @@ class JudgeIdentity(TypedDict):
 class Judging(TypedDict):
     """`judge.json`."""
 
-    format: int
+    format: Literal[1]
     judge: JudgeIdentity
     served_models: list[str]
     records: int

@@ -2,7 +2,7 @@
 
 import datetime
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from cora_cli.errors import CoraError
 from cora_cli.reading import checked, read_json
@@ -146,6 +146,7 @@ class Seeds(TypedDict):
 class Run(TypedDict):
     """`run.json` from the start of a run on."""
 
+    format: NotRequired[Literal[1]]
     status: str
     warmup_steps: NotRequired[int]
     sealed_checkpoints: NotRequired[bool]

@@ -7,6 +7,7 @@ import pytest
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.inspection.prediction import used_bases
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
@@ -364,6 +365,30 @@ def test_plain_runs_that_differ_in_more_than_the_seed_are_no_seeds_of_one_method
     found = [row.label for row in experiment.rows]
     assert found[0] != found[1]
     assert labels in (None, found)
+
+
+def test_runs_with_unlike_settings_are_of_unlike_strata_where_losses_are_correlated_with_captures(trained_grid, tmp_path):
+    one, again = (
+        shutil.copytree(path, tmp_path / path.name) for path in sorted((trained_grid / "runs").iterdir()) if "fb_" in path.name
+    )
+    alike = used_bases([str(one), str(again)])
+    assert [len(used.losses) for used in alike] == [2]
+    record = read_json(again / "run.json")
+    record["fingerprint"]["settings"]["max_steps"] = 9
+    rundir.write_json(again / "run.json", record)
+    found = used_bases([str(one), str(again)])
+    assert [(used.stratum, len(used.losses)) for used in found] == [
+        (f"{alike[0].stratum}, max_steps=4", 1),
+        (f"{alike[0].stratum}, max_steps=9", 1),
+    ]
+
+
+@pytest.mark.parametrize("file", ["run.json", "eval/metrics.json"])
+def test_a_file_of_a_later_format_is_refused_by_its_format(file, runs_with_base):
+    path = runs_with_base[0] / file
+    rundir.write_json(path, read_json(path) | {"format": 2})
+    with pytest.raises(CoraError, match=rf"{path} is damaged or from another version of cora: format must be 1, not 2"):
+        find_experiments([str(path.parent)])
 
 
 def test_a_scale_that_follows_the_rank_is_no_part_of_a_label(trained_grid, tmp_path):
