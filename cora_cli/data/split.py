@@ -8,6 +8,7 @@ from pathlib import Path
 from cora_cli import rundir
 from cora_cli.data.formats import columns_of, own_shape, read_record, shape_for, with_messages
 from cora_cli.data.formats.columns import chosen_shape
+from cora_cli.data.formats.conversation import says_trained
 from cora_cli.data.formats.preference import refuse_unwanted
 from cora_cli.data.readers import read_located
 from cora_cli.data.records import SCHEMAS, Record, Schema, prompt_hash, prompt_hashes
@@ -83,6 +84,10 @@ def load_records(dataset: str, choice: Choice = ALL, usual: str = "train") -> tu
     records = [read_record(record, shape, where) for where, record in located]
     if not own:
         say(f"{dataset}: read as {shape.name}, {len(records):,} record{'s' if len(records) > 1 else ''}")
+    if marked := sum(says_trained(message) for record in records for message in record.get("messages", ())):
+        say(
+            f"{dataset}: {marked:,} messages that are no answers are marked as trained, which has no effect: only answers are trained"
+        )
     kept = set().union(*records) - {*SCHEMAS[shape.schema], "input"}
     if choice.columns and (left := sorted({name for _, raw in located for name in raw} - set(shape.needs) - kept)):
         say(f"{dataset}: columns that are left out: {', '.join(left)}")

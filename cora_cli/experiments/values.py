@@ -86,7 +86,7 @@ def _described(hint: Any) -> str:
         return "a list of names"
     if typing.get_origin(hint) is dict:
         return "`name: value` lines"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "empty"}
+    names = {list: "a list", int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "empty"}
     return names.get(hint, str(hint))
 
 

@@ -202,6 +202,16 @@ def test_an_answer_of_weight_0_is_part_of_the_prompt_and_is_not_trained(tmp_path
     assert prompt_key(record, schema) == prompt_key(other, schema)
 
 
+@pytest.mark.parametrize(
+    ("mark", "value", "said"), [("weight", 1, True), ("train", True, True), ("loss", True, True), ("weight", 0, False)]
+)
+def test_a_question_that_is_marked_as_trained_has_no_effect_and_that_is_said(mark, value, said, tmp_path, capsys):
+    question, answer = asked_and_said("q", "a")
+    (record,), schema = load_records(jsonl(tmp_path / "a.jsonl", {"messages": [question | {mark: value}, answer]}))
+    assert [turn["messages"][-1]["content"] for turn in turns(record, schema)] == ["a"]
+    assert ("1 messages that are no answers are marked as trained, which has no effect" in capsys.readouterr().err) is said
+
+
 @pytest.mark.parametrize("mark", ["train", "training", "loss"])
 def test_the_marks_of_other_programs_say_whether_an_answer_is_trained(mark, tmp_path):
     first, second = ({**SAID[1], mark: trained} for trained in (False, True))
