@@ -55,11 +55,11 @@ def open_missing_streams() -> None:
 
 
 def abandon_closed_pipes() -> None:
-    """Drop what is still to be printed after a reader has gone, such as `head`; Python would complain about it at the end."""
+    """Drop what is still to be printed after a reader has gone, such as `head`, or a disk is full; Python would complain about it at the end."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             with contextlib.suppress(OSError, ValueError):
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, stream.fileno())

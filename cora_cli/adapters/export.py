@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
@@ -83,15 +84,20 @@ def export_adapter(
     config.revision = base.revision
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     order_names(config)
-    with rundir.atomic_path(output, replace=False) as temporary:
-        config.save_pretrained(str(temporary))
-        # Copies, since safetensors refuses one tensor under two names, and embedding and head may share theirs.
-        copies = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
-        save_file(copies, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        if adapter.has_tokenizer or adapter.chat_template.is_file():
-            load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter).save_pretrained(temporary)
-        carry_record(temporary, adapter)
-        carry_card(temporary, adapter)
+    try:
+        with rundir.atomic_path(output, replace=False) as temporary:
+            config.save_pretrained(str(temporary))
+            # Copies, since safetensors refuses one tensor under two names, and embedding and head may share theirs.
+            copies = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
+            save_file(copies, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+            if adapter.has_tokenizer or adapter.chat_template.is_file():
+                load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter).save_pretrained(
+                    temporary
+                )
+            carry_record(temporary, adapter)
+            carry_card(temporary, adapter)
+    except SafetensorError as error:
+        raise CoraError(f"{output} cannot be written: {error}") from error
     return int(config.r)
 
 

@@ -1,5 +1,6 @@
 """The group of all commands, which reports a wrong command line as one sentence, as every other error is reported; and their `--help`."""
 
+import contextlib
 import itertools
 import re
 import sys
@@ -96,6 +97,11 @@ class Group(TyperGroup):
             complain("cora: aborted")
         except BrokenPipeError:
             code = CLOSED_PIPE
+        except OSError as error:  # a command has its own errors, so this is one of help: its place is full, for example
+            code = 1
+            with contextlib.suppress(OSError):
+                complain(f"cora: error: the output cannot be written: {error.strerror or error}")
+            abandon_closed_pipes()
         if code == CLOSED_PIPE:
             abandon_closed_pipes()
         sys.exit(code)

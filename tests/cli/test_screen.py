@@ -145,6 +145,16 @@ def test_a_closed_pipe_ends_a_command_quietly(workspace: Path, words: str) -> No
     assert b"Exception" not in done.stderr
 
 
+@pytest.mark.parametrize("words", ["--help", "merge --help", "list"])
+def test_output_that_finds_no_room_is_one_sentence(workspace: Path, words: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([*CORA, *words.split()], stdout=full, stderr=subprocess.PIPE, env=ENV, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"cora: error: ")
+    assert done.stderr.endswith(b"No space left on device\n")
+    assert done.stderr.count(b"\n") == 1
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_terminal_of_another_encoding_shows_replacements(workspace: Path, encoding: str) -> None:
     code, screen = on_terminal(["report", "run"], 80, encoding=encoding)
