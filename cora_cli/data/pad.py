@@ -32,20 +32,23 @@ def pad(examples: Sequence[Example], ghosts: Sequence[bool], arguments: Collecti
             rows += [row] * len(predicting)
             columns += predicting
             labels += example.input_ids[example.prompt_length :]
-    targets, places = torch.tensor(labels, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
+    targets = torch.tensor(labels, dtype=torch.long)
     batch: dict[str, Any] = {
         "input_ids": torch.tensor([example.input_ids + [PADDING] * gap for example, gap in zip(examples, gaps, strict=True)])
     }
     if "attention_mask" in arguments:
         batch["attention_mask"] = torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps])
     if "logits_to_keep" in arguments:
-        batch["logits_to_keep"], places = places.unique(return_inverse=True)
+        kept = sorted(set(columns))  # by tensors, a plan could not: how many there are depends on values
+        place = {column: index for index, column in enumerate(kept)}
+        columns = [place[column] for column in columns]
+        batch["logits_to_keep"] = torch.tensor(kept, dtype=torch.long)
     if "use_cache" in arguments:
         batch["use_cache"] = False
     return {
         **batch,
         "label_rows": torch.tensor(rows, dtype=torch.long),
-        "label_columns": places,
+        "label_columns": torch.tensor(columns, dtype=torch.long),
         "labels": targets,
         "shift_labels": targets,
     }

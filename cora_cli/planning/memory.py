@@ -195,7 +195,7 @@ def fakes() -> Iterator[None]:
     do not support. What needs values and changes no memory is left out.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, masking_utils
     from transformers.integrations import moe
 
     with contextlib.ExitStack() as patched:
@@ -203,6 +203,8 @@ def fakes() -> Iterator[None]:
             (torch.nn.Module, "_apply", _apply_plainly),
             # GPT-2 and others warn where the first or last token is padding.
             (PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *_: None),
+            # Masks are left out where there is no padding. Models of transformers do not ask while they are traced.
+            (masking_utils, "is_tracing", lambda *_: True),
             # Fake tensors are multiplied by the matrices of experts in bf16 only.
             (moe, "_grouped_mm", lambda states, weight, offs: _Grouped.apply(states.to(weight.dtype), weight)),
         ):
