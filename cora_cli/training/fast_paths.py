@@ -61,8 +61,9 @@ def layers_to_compile(model: Any) -> list[Any]:
 
 
 def compile_layers(model: Any, examples: Sequence[Example], form: BatchForm, hardware: Hardware) -> None:
-    """Let torch.compile compile each decoder layer, once for all layers and lengths; attention stays as it is.
+    """Let torch.compile compile each decoder layer, and let attention stay as it is.
 
+    Layers and lengths share their graphs; the first layer, whose input needs no gradient, and passes without gradients have their own.
     Raises `CoraError` where torch cannot compile here, as without a C++ compiler, and where the losses or gradients differ.
     """
     layers = layers_to_compile(transformers_model(model))
