@@ -51,12 +51,12 @@ class _ShareLora(Method):
         for name, layer in lora_layers(model):
             for factor in self.shared:
                 linear: Any = getattr(layer, factor)[ADAPTER]
-                linear.weight = held.setdefault((factor, _projection(name), tuple(linear.weight.shape)), linear.weight)
+                linear.weight = held.setdefault((factor, _place(name), tuple(linear.weight.shape)), linear.weight)
 
     def parameters(self, shapes: Mapping[str, tuple[int, int]], plan: AdapterPlan) -> int:
         """r·in and r·out of each layer, once for each projection where it is shared."""
-        inputs = [(_projection(name), inside) for name, (_, inside) in shapes.items()]
-        outputs = [(_projection(name), out) for name, (out, _) in shapes.items()]
+        inputs = [(_place(name), inside) for name, (_, inside) in shapes.items()]
+        outputs = [(_place(name), out) for name, (out, _) in shapes.items()]
         counted = (
             set(sides) if factor in self.shared else sides for factor, sides in (("lora_A", inputs), ("lora_B", outputs))
         )
@@ -95,3 +95,8 @@ class ShareLoraAb(_ShareLora):
 
 def _projection(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def _place(name: str) -> str:
+    """The layer's name without numbers: GPT-2's attention and its feed-forward layers each have a `c_proj`, and these are two projections."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
@@ -71,3 +71,19 @@ def test_an_adapter_that_is_loaded_for_training_shares_again(load, tiny_model, t
     again = factors(load_adapter(load(), resolve_model(str(tmp_path / "adapter")), trainable=True), "lora_A")
     assert len({id(weight) for weight in again.values()}) == 2
     assert all(torch.equal(weight, factors(wrapped, "lora_A")[name]) for name, weight in again.items())
+
+
+@pytest.mark.parametrize("mode", ["sharelora-a", "sharelora-b", "sharelora-ab"])
+def test_projections_of_one_name_in_two_places_of_a_block_share_nothing(mode):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+    plan = plan_of(mode, **{**SETTINGS, "target_modules": ("c_proj",)})
+    wrapped = install_adapter(model, plan, None)
+    for factor in ("lora_A", "lora_B"):
+        weights = factors(wrapped, factor)
+        alone = 1 if factor in METHODS[mode].shared else 2
+        assert len({id(weight) for weight in weights.values()}) == 2 * alone
+    shapes = {
+        f"transformer.h.{layer}.{place}.c_proj": (16, size) for layer in range(2) for place, size in (("attn", 16), ("mlp", 64))
+    }
+    trained = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+    assert METHODS[mode].parameters(shapes, plan) == trained
