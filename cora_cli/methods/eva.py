@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cora_cli.errors import CoraError
 from cora_cli.methods.method import START_EXAMPLES, Method, MethodSetting, Shapes
 from cora_cli.methods.plan import AdapterPlan
 
@@ -51,6 +52,14 @@ class Eva(Method):
         """ρ is at least 1."""
         rho = settings.get("eva_rho")
         return [f"--eva-rho must be at least 1, not {rho:g}"] if rho is not None and not rho >= 1 else []
+
+    def check_layer(self, plan: AdapterPlan, name: str, linear: "LinearWeight") -> None:
+        """The inputs have `--rank` directions."""
+        super().check_layer(plan, name, linear)
+        if plan.rank > linear.in_features:
+            raise CoraError(
+                f"mode eva needs --rank ≤ {linear.in_features} for {name}, the number of its inputs, not {plan.rank}"
+            )
 
     def layer_parameters(self, out: int, inside: int, plan: AdapterPlan) -> int | None:
         """Known in advance only where every layer has r."""

@@ -176,6 +176,7 @@ def test_all_directions_of_corda_together_are_w(load):
     [
         ("fb", 33, r"mode fb with --b-init gradient needs --rank ≤ 32 for .*v_proj, not 33"),
         ("lora-ga", 17, r"mode lora-ga needs --rank ≤ 16 for .*v_proj, half of its smaller dimension, not 17"),
+        ("eva", 65, r"mode eva needs --rank ≤ 64 for .*q_proj, the number of its inputs, not 65"),
         ("lora-sb", 33, r"mode lora-sb needs --rank ≤ 32 for .*v_proj, not 33"),
     ],
 )
