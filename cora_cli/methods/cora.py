@@ -58,7 +58,7 @@ class FrozenBasis(_Basis):
         "With `--b-init gradient`, B has the first r left singular vectors of ∂L/∂W, the gradient of the mean loss over the first 64 training "
         "examples (`--start-examples`), with the signs of a basis file: the start of LoRA-One and LoRA-SB for a frozen B. W and A are as with a "
         "basis, so training begins at the base model. `tb` takes it too. It costs what the gradient costs in `lora-sb`, and "
-        "`--load-in-4bit`, `--shard`, `--compact` and `--start` are refused."
+        "`--load-in-4bit`, `--shard` and `--compact` are refused."
     )
 
 
