@@ -63,7 +63,7 @@ class Eva(Method):
 
     def layer_parameters(self, out: int, inside: int, plan: AdapterPlan) -> int | None:
         """Known in advance only where every layer has r."""
-        return plan.rank * (out + inside) if _rho(plan) == 1 else None
+        return None if self.shares_out_ranks(plan) else plan.rank * (out + inside)
 
     def ranks(self, plan: AdapterPlan, linears: "Mapping[str, LinearWeight]") -> dict[str, int]:
         """r_l of each layer."""
@@ -72,9 +72,13 @@ class Eva(Method):
         from cora_cli.methods.parts.input_directions import shared_out
 
         inputs = {name: linear.observed.inputs for name, linear in linears.items() if linear.observed.inputs is not None}
-        most = round(_rho(plan) * plan.rank)
         # The plan of a run has matrices without values, and counts every layer with r.
-        return {} if most == plan.rank or any(map(is_fake, inputs.values())) else shared_out(inputs, plan.rank, most)
+        shared = self.shares_out_ranks(plan) and not any(map(is_fake, inputs.values()))
+        return shared_out(inputs, plan.rank, _most(plan)) if shared else {}
+
+    def shares_out_ranks(self, plan: AdapterPlan) -> bool:
+        """Unless ρ allows no layer more than r."""
+        return _most(plan) != plan.rank
 
     def starts(
         self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"
@@ -96,6 +100,7 @@ class Eva(Method):
         return 12.0 * inside**3
 
 
-def _rho(plan: AdapterPlan) -> float:
+def _most(plan: AdapterPlan) -> int:
+    """The most ranks of a layer, rounded as PEFT does."""
     rho: float = plan.own.get("eva_rho", Eva.DEFAULT_RHO)
-    return rho
+    return round(rho * plan.rank)

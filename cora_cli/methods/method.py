@@ -309,6 +309,10 @@ class Method:
         """The rank of each layer of a method that shares out ranks among them; empty where all have `--rank`."""
         return {}
 
+    def shares_out_ranks(self, plan: AdapterPlan) -> bool:
+        """Whether `ranks` depends on the data, so that the numbers of a plan, where all layers have `--rank`, are not those of the run."""
+        return False
+
     def starts(
         self, plan: AdapterPlan, basis: "Basis | None", name: str, linear: "LinearWeight"
     ) -> "tuple[torch.Tensor | torch.nn.Module, torch.Tensor | torch.nn.Module] | None":

@@ -3,6 +3,7 @@
 from typing import Any
 
 from cora_cli.data.encode import Example
+from cora_cli.methods.registry import method_of
 from cora_cli.planning.page import duration, memory_lines, size_text
 from cora_cli.training.preflight import Measured, Preflight
 
@@ -24,6 +25,11 @@ def _work(plan: Preflight) -> list[str]:
         lines.append(
             f"mode {config.mode}: training {trained:,} of {total:,} parameters ({100 * trained / total:.2g} %){stored}"
         )
+        adapter = plan.prepared.plan
+        if adapter is not None and method_of(adapter.mode).shares_out_ranks(adapter):
+            lines.append(
+                f"  with rank {adapter.rank} in every layer: the run shares out the ranks by its data, and trains and stores another number"
+            )
     together = config.batch_size * config.gradient_accumulation * plan.processes
     spread = f" in {plan.processes} processes" if plan.processes > 1 else ""
     lines.append(

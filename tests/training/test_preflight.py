@@ -26,6 +26,7 @@ from cora_cli.planning.page import USABLE, duration, size_text
 from cora_cli.training import fitting
 from cora_cli.training import losses as losses_of_tokens
 from cora_cli.training import run as training
+from cora_cli.training.attention import register_packed_attention
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.observe import observe
 from cora_cli.training.preflight import Measured, Preflight, plan_run, preflight
@@ -146,6 +147,7 @@ def test_a_start_from_data_that_takes_more_than_a_step_is_the_peak(
     kind = METHODS[mode].observes()
     assert kind is not None
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    register_packed_attention()
     model.set_attn_implementation(prepared.attention.name)
     with StorageMeter(49152) as meter:
         meter.assign((*model.parameters(), *model.buffers()), "weights")
@@ -158,6 +160,16 @@ def test_a_start_from_data_that_takes_more_than_a_step_is_the_peak(
     assert memory.total == pytest.approx(sum(meter.peak.values()), rel=0.1)
     tokens = form.tokens(list(examples))
     assert f"in computing the start (largest row: {tokens:,} tokens)" in describe(preflight(config))
+
+
+@pytest.mark.parametrize(("rho", "says"), [(None, True), (1.0, False)])
+def test_a_plan_of_eva_says_that_the_run_shares_out_the_ranks_that_it_counts_alike(
+    rho: float | None, says: bool, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="eva", eva_rho=rho, max_steps=1)
+    shown = describe(preflight(config)).splitlines()
+    assert shown[0].startswith("mode eva: training 2,560 of")
+    assert shown[1].startswith("  with rank 4 in every layer: the run shares out the ranks") == says
 
 
 def test_a_plan_in_bf16_multiplies_blocks_as_the_run_does(
