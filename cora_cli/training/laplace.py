@@ -164,6 +164,10 @@ def _checked_record(source: RunDirectory, run: str) -> dict[str, Any]:
             f"cora laplace needs a run that trained A and B as they are on a base that is not in 4 bits (mode {fitting}), not {run} of mode "
             f"{method.name}"
         )
+    if start := record["plan"].get("start"):
+        raise CoraError(
+            f"cora laplace needs a run whose adapter is the A and B that it trained, not {run} with --start {start}, whose mean is stored among them"
+        )
     if has_posterior(resolve_model(run)):
         raise CoraError(f"{run} has a distribution of weights already; name the run that it was made of")
     if record["is_base_model"]:

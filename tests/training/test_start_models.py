@@ -17,6 +17,7 @@ from cora_cli.adapters.storage import load_adapter
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.models.references import resolve_model
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.laplace import laplace
 from cora_cli.training.preflight import preflight
 from cora_cli.training.prepare import prepare
 from cora_cli.training.run import train
@@ -179,3 +180,10 @@ def test_a_checkpoint_which_lacks_the_mean_is_refused_as_a_model(below, tmp_path
         merge_adapter(checkpoint, tmp_path / "merged")
     with pytest.raises(CoraError, match=refusal):
         open_source(checkpoint)
+
+
+def test_an_adapter_next_to_the_mean_has_no_laplace_approximation(below, tmp_path):
+    _, output, _ = below
+    with pytest.raises(CoraError, match=r"cora laplace needs a run whose adapter is the A and B .* with --start mean-delta"):
+        laplace(str(output), tmp_path / "laplace", device="cpu")
+    assert not (tmp_path / "laplace").exists()
