@@ -320,7 +320,7 @@ def _rounded(count: float) -> str:
     return f"{count:g}"
 
 
-def _short(text: str, most: int = 30) -> str:
+def _short(text: str, most: int = 40) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
@@ -330,7 +330,7 @@ def legend_above(figure: Any, axes: Any) -> None:
     entries: dict[str, Any] = {}
     for ax in flat:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            entries.setdefault(_short(label, 40), handle)
+            entries.setdefault(_short(label), handle)
     if entries:
         # Each column is as wide as the longest label with its marker, and all columns must fit the figure.
         columns = _LEGEND_LETTERS // (max(map(len, entries)) + 7)

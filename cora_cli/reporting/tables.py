@@ -274,9 +274,11 @@ def _unscorable_notes(group: Group) -> list[str]:
 def _selection_notes(group: Group) -> list[str]:
     if not group.selected_by:
         return []
-    rates = "; ".join(
-        f"{line.method.name} {_rate(line)}" for line in group.chosen if line.method.first.row.learning_rate is not None
-    )
+    # A start that takes no step has planned rates like the others, and none of them matters.
+    trained = [
+        line for line in group.chosen if line.method.first.row.learning_rate is not None and line.method.first.trained != 0
+    ]
+    rates = "; ".join(f"{line.method.name} {_rate(line)}" for line in trained)
     caution = (
         "The validation records were used neither for training nor for any number in this table."
         if group.selected_by == VALIDATION

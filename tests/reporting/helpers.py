@@ -37,7 +37,7 @@ WORDS = [
     "towns",
 ]
 METRICS = ("rouge1", "rougeL", "sacrebleu")
-B_INIT = {"lora": "zeros", "fb": "basis", "tb": "basis", "full": None, "base": None}
+B_INIT = {"lora": "zeros", "fb": "basis", "tb": "basis", "full": None, "base": None, "mean-delta": None}
 
 
 ROW = Row("row", None, "g", "fb", "fb", 4, 1, (), 1e-3, 0, "m", "d", None, None, None)

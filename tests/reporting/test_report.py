@@ -333,6 +333,13 @@ def notes_of_tests(grid):
     return printed.partition("Rule: ")[2].partition(" Conditions ---")[0]
 
 
+def test_a_method_that_trains_nothing_is_shown_without_a_learning_rate(tmp_path):
+    swept = [Made("lora", "lora", loss=loss, rate=rate) for rate, loss in ((1e-3, 0.5), (1e-2, 0.6))]
+    grid = make_grid(tmp_path / "grid", [*swept, Made("mean-delta", "mean-delta", rate=1e-3, trained=0)])
+    rates = re.findall("with its lowest held-out loss .*?: (.*?)\\. ", report([str(grid)], "markdown"))
+    assert rates == ["lora r=4 0.001"]
+
+
 def test_the_note_of_the_tests_names_rates_that_were_not_swept_alike_and_rates_at_the_edge(tmp_path):
     rows = [Made("base", "base", rank=None, rate=None)]
     for rate in (1e-3, 3e-3, 1e-2):
