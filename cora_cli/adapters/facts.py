@@ -12,7 +12,7 @@ from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.errors import CoraError
 from cora_cli.methods.parts.starts import start_b
 from cora_cli.methods.plan import AdapterPlan
-from cora_cli.methods.registry import method_of
+from cora_cli.methods.registry import PLANNED, method_of
 from cora_cli.models.references import ModelPath
 from cora_cli.reading import read_json
 from cora_cli.records import Adapter
@@ -53,7 +53,10 @@ def read_facts(directory: Path) -> AdapterFacts | None:
     if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(AdapterFacts)}):
         raise CoraError(f"{path} is from another version of cora: this one does not know its key {unknown[0]!r}")
     method_of(values["plan"]["mode"], path)
-    return AdapterFacts(**{**values, "plan": AdapterPlan.from_dict(values["plan"])})
+    plan = AdapterPlan.from_dict(values["plan"])
+    if unknown := sorted(plan.own.keys() - PLANNED):
+        raise CoraError(f"{path} is from another version of cora: this one does not know the key {unknown[0]!r} of its plan")
+    return AdapterFacts(**{**values, "plan": plan})
 
 
 def starting_b(

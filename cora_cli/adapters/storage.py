@@ -6,6 +6,7 @@ After every load it verifies that all keys arrived and that a trained adapter ch
 import contextlib
 import copy
 import dataclasses
+import json
 import re
 import shutil
 import tempfile
@@ -44,6 +45,8 @@ from cora_cli.progress import say
 from cora_cli.records import read_run
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_KINDS = {str(name.value): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+"""PEFT's classes of configurations by `peft_type`."""
 _OWN_TYPE = "CORA_"
 """What the type of an adapter that only `cora` loads begins with."""
 
@@ -217,7 +220,7 @@ def load_adapter(
     ) as error:
         if is_out_of_memory(error):
             raise
-        raise CoraError(f"adapter {adapter.path} cannot be loaded: {reason(error)}") from error
+        raise CoraError(f"adapter {adapter.path} cannot be loaded: {_misfit(adapter) or reason(error)}") from error
     if facts is not None and trainable:
         method_of(facts.plan.mode).after_install(wrapped, facts.plan)
         apply_trained_set(wrapped, facts.plan)
@@ -344,13 +347,28 @@ def _weight_keys(name: str) -> tuple[str, ...]:
 def say_unknown_settings(adapter: ModelPath) -> None:
     """Say which settings of an adapter the installed PEFT does not know: it loads the adapter as if they were not there."""
     config = adapter.adapter_config()
-    kind = {str(name.value): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(config.get("peft_type") or "")
+    kind = _KINDS.get(config.get("peft_type") or "")
     known = {field.name for field in dataclasses.fields(kind)} if kind is not None else config.keys()
     if unknown := sorted(name for name, value in config.items() if value and name not in known):
         say(
             f"adapter {adapter.path}: adapter_config.json sets {', '.join(unknown)}, which the installed PEFT {PEFT_VERSION} does not know and "
             "leaves out; a newer one may compute something else"
         )
+
+
+def _misfit(adapter: ModelPath) -> str | None:
+    """The first setting of an adapter that PEFT cannot compute with, since it is of another type than its default, in words."""
+    config = adapter.adapter_config()
+    stated = config.get("peft_type")
+    if (kind := _KINDS.get(stated or "")) is None:
+        return f"its adapter_config.json has the peft_type {json.dumps(stated)}, which the installed PEFT {PEFT_VERSION} does not know"
+    for field in dataclasses.fields(kind):
+        default = {} if field.default_factory is dict else field.default
+        types = (int, float) if type(default) in (int, float) else (type(default),)
+        value = config.get(field.name, default)
+        if types[0] in (int, str, dict) and (not isinstance(value, types) or (isinstance(value, bool))):
+            return f"its adapter_config.json has {field.name} {json.dumps(value)[:60]}, in place of a value such as {json.dumps(default)}"
+    return None
 
 
 def _check_patterns(model: PreTrainedModel, adapter: ModelPath) -> None:

@@ -48,6 +48,8 @@ OWN_SETTINGS: tuple[MethodSetting, ...] = tuple(
 )
 OPTIONAL_SETTINGS = SHARED_SETTINGS | {setting.name for setting in OWN_SETTINGS}
 """Settings of `cora train` that not every method takes."""
+PLANNED = frozenset({*(setting.name for setting in OWN_SETTINGS), "start", "start_models", "peft"})
+"""The keys that a plan may have next to those of every plan: `AdapterPlan.own`."""
 if TYPE_CHECKING:
     Mode = str
 else:

@@ -236,6 +236,32 @@ def test_a_missing_and_a_foreign_key_are_named(form, change, said, load, request
     assert key.removesuffix("lora_A.weight") in message
 
 
+def test_an_unknown_key_of_the_plan_is_named(copied, load):
+    facts = json.loads((copied / SIDE_FILE).read_text())
+    (copied / SIDE_FILE).write_text(json.dumps({**facts, "plan": {**facts["plan"], "gate": 2}}))
+    assert "this one does not know the key 'gate' of its plan" in failure(load(), copied)
+    (copied / SIDE_FILE).write_text(json.dumps({**facts, "plan": {**facts["plan"], "gate": None}}))
+    load_adapter(load(), resolve_model(str(copied)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("peft_type", "lora", 'has the peft_type "lora", which the installed PEFT'),
+        ("peft_type", None, "has the peft_type null, which the installed PEFT"),
+        ("rank_pattern", None, "has rank_pattern null, in place of a value such as {}"),
+        ("bias", None, 'has bias null, in place of a value such as "none"'),
+        ("lora_alpha", None, "has lora_alpha null, in place of a value such as 8"),
+        ("lora_dropout", "0.1", 'has lora_dropout "0.1", in place of a value such as 0.0'),
+    ],
+)
+def test_a_setting_with_which_peft_cannot_compute_is_named(setting, value, said, copied, load):
+    (copied / SIDE_FILE).unlink()
+    config = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps({**config, setting: value}))
+    assert said in failure(load(), copied)
+
+
 def test_an_adapter_without_any_b_is_refused_also_where_cora_knows_nothing_of_it(copied, load):
     (copied / SIDE_FILE).unlink()
     tensors = load_file(copied / WEIGHTS_FILE)
