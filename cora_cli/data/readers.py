@@ -199,11 +199,13 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
     """Yield rows as dictionaries by the header's names, with the line on which each starts; a quoted field may span lines.
 
     Columns without a name are left out: the first one, where pandas writes its index, and empty ones, such as those of a spreadsheet.
+    So are rows of empty cells, which spreadsheets write around a table.
     """
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, delimiter=delimiter)
     header: list[str] = []
     unnamed: set[int] = set()
+    empty = 0
     while True:
         where = f"{path}, line {reader.line_num + 1}"
         try:
@@ -211,14 +213,18 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
         except StopIteration:
             if unnamed:
                 say(f"{path}: columns without a name are left out ({', '.join(str(place + 1) for place in sorted(unnamed))})")
+            if empty:
+                say(f"{path}: {empty:,} row{'s' if empty > 1 else ''} of empty cells left out")
             return
         except csv.Error as error:
             raise CoraError(f"{where}: not valid {'CSV' if delimiter == ',' else 'TSV'} ({error})") from error
-        if row and not header:
+        if not any(cell.strip() for cell in row):
+            empty += bool(row)
+        elif not header:
             header = row
             unnamed = {place for place, name in enumerate(header) if not name.strip()}
             _check_header([name for place, name in enumerate(header) if place not in unnamed], where)
-        elif row:
+        else:
             if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
                 raise CoraError(f"{where}: the row has {len(row)} columns, but the header has {len(header)}")
             unnamed |= set(range(len(header), len(row)))
