@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cora_cli.cli.judge import run
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.judge import endpoint
 from cora_cli.evaluation.judge.config import JudgeConfig
@@ -84,6 +85,18 @@ def test_a_reply_that_is_cut_off_is_called_so_and_the_command_says_why_judgments
         "48 of 48 judgments were not obtained, 48 of them for this reason: 2 malformed replies; the last: it was cut off at the limit of its "
         "length; a higher --max-tokens allows longer replies" in capfd.readouterr().err
     )
+
+
+def test_the_command_fails_after_its_page_where_no_judgment_at_all_was_obtained(tmp_path, answers, capfd) -> None:
+    settings = {"tries": 1, "rubric": ("preference",), "retest": False}
+    with serving(fault=lambda n: "range") as server:
+        config = judge_of(server, answers, tmp_path / "out", **settings)
+        with pytest.raises(CoraError, match="no judgment was obtained, for the reason above; the same command asks again"):
+            run(config)
+        assert (tmp_path / "out" / "judge.json").is_file()
+        assert "judgments were not obtained" in "".join(capfd.readouterr())
+        server.fault = lambda n: "range" if n % 2 else None
+        run(config)
 
 
 @pytest.mark.parametrize(
