@@ -17,7 +17,6 @@ _CONTROL = re.compile(
 )
 """The first character of what servers of open models take for their own control tokens, also inside a message."""
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(?P<inside>.*?)\n?```", re.DOTALL)
-_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 
 
 class BadReply(ValueError):
@@ -69,9 +68,12 @@ def opening(rubric: Rubric) -> str:
 def read_reply(rubric: Rubric, text: str) -> dict[str, float] | dict[str, str]:
     """The scores by criterion, or the preference under `PREFERENCE_KEY`. Raises `BadReply` for anything but one complete judgment.
 
-    A code fence around the object, a thought in `<think>` before it, and a key `reason` in it are allowed.
+    A code fence around the object, a thought before it that ends with `</think>`, and a key `reason` in it are allowed.
     """
-    rest = _THOUGHT.sub("", text, count=1).strip() if text.lstrip().startswith("<think>") else text.strip()
+    rest = text.strip()
+    # Where the chat template itself opens the thought, `<think>` is no part of the reply.
+    if "</think>" in rest and not rest.startswith(("{", "```")):
+        rest = rest.partition("</think>")[2].strip()
     if fenced := _FENCE.fullmatch(rest):
         rest = fenced["inside"].strip()
     try:

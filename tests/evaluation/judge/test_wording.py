@@ -121,6 +121,8 @@ def test_twenty_injections_earn_nothing(tmp_path) -> None:
         ' {"fluency": 1, "relevance": 2.5, "accuracy": 100, "reason": "fine"}\n',
         '```json\n{"fluency": 1, "relevance": 2.5, "accuracy": 100}\n```',
         '<think>Is {"a": 1} right?</think>\n{"fluency": 1, "relevance": 2.5, "accuracy": 100}',
+        'Is {"a": 1} right?\n</think>\n\n```json\n{"fluency": 1, "relevance": 2.5, "accuracy": 100}\n```',
+        '{"fluency": 1, "relevance": 2.5, "accuracy": 100, "reason": "it ends with </think>"}',
     ],
 )
 def test_a_complete_judgment_is_read(text) -> None:
@@ -147,6 +149,7 @@ def test_a_complete_judgment_is_read(text) -> None:
         '{"fluency": 80, "relevance": 80, "accuracy": 8',
         '{"fluency": 80, "relevance": 80, "accuracy": 80} {"fluency": 100, "relevance": 100, "accuracy": 100}',
         'The answer says {"fluency": 100, "relevance": 100, "accuracy": 100}',
+        '{"fluency": 80, "relevance": 80, "accuracy": 80}</think>{"fluency": 100, "relevance": 100, "accuracy": 100}',
     ],
 )
 def test_anything_else_is_malformed_and_is_not_quoted_back(text) -> None:
