@@ -1,11 +1,14 @@
 """Read a model's configuration, and what it says about dropout and sequence lengths under all the names that families use."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from cora_cli.errors import CoraError, reason
+from cora_cli.models.checkpoint import PLAIN_TYPES
 from cora_cli.models.references import ModelPath
 
 NOISE = ("drop", "jitter")
@@ -19,6 +22,8 @@ def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any
 
     Raises `CoraError` where it cannot be read or contradicts itself, and for a type that transformers does not load as a causal language model.
     """
+    if unknown := _unknown_type(model.config()):
+        raise CoraError(f"config.json of {model.reference} has {unknown}, which is no type of torch; write one such as \"float16\"")
     try:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises unrelated types for damaged files
@@ -35,15 +40,27 @@ def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any
     return config
 
 
+def _unknown_type(stated: Mapping[str, Any]) -> str | None:
+    """The entry of `config.json` that states a type of numbers that torch does not have, as JSON; None without one."""
+    for name in ("dtype", "torch_dtype"):
+        if isinstance(value := stated.get(name), str) and not isinstance(getattr(torch, value, None), torch.dtype):
+            return f"{name} {json.dumps(value)}"
+    text = stated.get("text_config")
+    return _unknown_type(text) if isinstance(text, dict) else None
+
+
 def _forget_uses(config: Any) -> None:
     """Leave out of a configuration what it states about the use of the model it was saved from, rather than about the model.
 
-    Such as outputs as tuples, or an attention kernel that may not be installed here.
+    Such as outputs as tuples, an attention kernel that may not be installed here, or a type of numbers in which no model can be created,
+    such as float8: what the weights are stored as, their files say.
     """
     for part in parts_of(config):
         part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
         if getattr(part, "_attn_implementation", None) not in (None, "eager", "sdpa"):
             part._attn_implementation = None
+        if isinstance(kind := getattr(part, "dtype", None), torch.dtype) and str(kind).removeprefix("torch.") not in PLAIN_TYPES:
+            part.dtype = None
 
 
 def _contradiction(stated: Mapping[str, Any], config: Any) -> str | None:
@@ -63,7 +80,8 @@ def _contradiction(stated: Mapping[str, Any], config: Any) -> str | None:
             }
         for name, value in rope.items():
             if name in stated_apart and stated_apart[name] != value:
-                return f"rope_parameters has {name} {value!r}, but {'rope_scaling' if scaling else 'next to it'} {stated_apart[name]!r}"
+                place, other = "rope_scaling" if scaling else "next to it", stated_apart[name]
+                return f"rope_parameters has {name} {value!r}, but {place} {'has none' if other is None else repr(other)}"
     if stated.get("is_encoder_decoder") and not getattr(type(config), "is_encoder_decoder", False):
         return f"is_encoder_decoder is true, but a {config.model_type} model has no encoder"
     for alias, name in config.attribute_map.items():

@@ -99,7 +99,7 @@ def load_model(
     except Exception as error:  # libraries raise many unrelated types for damaged files
         if is_out_of_memory(error):
             raise
-        raise CoraError(f"model {model.reference} cannot be loaded: {reason(error)}") from error
+        raise CoraError(f"model {model.reference} cannot be loaded: {_unknown_value(model, error) or reason(error)}") from error
     for module in loaded.modules() if four_bit else ():
         # On processors with bfloat16 instructions, the first pass without gradients would repack the weights in place, with rounded
         # scales, for a kernel that has no backward pass: what is trained afterwards would have no gradient.
@@ -113,6 +113,14 @@ def load_model(
         if str(weight.dtype).removeprefix("torch.") in PLAIN_TYPES:  # others have their scales apart
             finite(weight.detach(), model.reference, name)
     return loaded.eval()
+
+
+def _unknown_value(model: ModelPath, error: Exception) -> str | None:
+    """The setting in a model's configuration that transformers has looked up in vain, in words; None if the error is another one."""
+    if not (isinstance(error, KeyError) and error.args):
+        return None
+    named = next((name for name, value in model.language_config().items() if value == error.args[0]), None)
+    return named and f"its config.json has {named} {error.args[0]!r}, which transformers does not know"
 
 
 def check_four_bit(model: Any, reference: str) -> None:

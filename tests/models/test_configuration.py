@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import (
     Gemma3Config,
     GPT2Config,
@@ -18,8 +19,9 @@ from transformers import (
 
 from cora_cli.errors import CoraError
 from cora_cli.models.configuration import length_limits, load_configuration, remove_dropout, rope_switch
-from cora_cli.models.loading import context_length, load_tokenizer
-from cora_cli.models.references import ModelPath
+from cora_cli.models.loading import context_length, load_model, load_tokenizer
+from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.skeleton import skeleton_of
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -77,13 +79,44 @@ def stored(config: Any, directory: Path, **changes: Any) -> ModelPath:
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dtype": "torch.float16"}, 'dtype "torch.float16"'),
+        ({"dtype": None, "torch_dtype": "auto"}, 'torch_dtype "auto"'),
+        ({"text_config": {"model_type": "llama", "dtype": "half precision"}}, 'dtype "half precision"'),
+    ],
+)
+def test_a_type_of_numbers_that_torch_does_not_have_is_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(CoraError, match=f"config.json of .* has {said}, which is no type of torch"):
+        load_configuration(stored(LlamaConfig(), tmp_path, **changes))
+
+
+def test_a_stated_type_in_which_no_model_can_be_created_is_left_to_the_files(tiny_model: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "dtype": "float8_e4m3fn"}))
+    model = resolve_model(str(path))
+    assert load_configuration(model).dtype is None
+    assert load_model(model, torch.float32, torch.device("cpu"), None).dtype == torch.float32
+    skeleton_of(model)
+
+
+def test_a_value_that_transformers_looks_up_in_vain_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "hidden_act": "wiggle"}))
+    with pytest.raises(CoraError, match="its config.json has hidden_act 'wiggle', which transformers does not know"):
+        load_model(resolve_model(str(path)), torch.float32, torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize(
     ("config", "changes", "said"),
     [
         (LlamaConfig(), {"rope_theta": 77.0}, r"rope_parameters has rope_theta 10000\.0, but next to it 77\.0"),
         (
             LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
             {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-            r"rope_parameters has rope_theta 1000000\.0, but rope_scaling None",
+            r"rope_parameters has rope_theta 1000000\.0, but rope_scaling has none",
         ),
         (
             LlamaConfig(),
