@@ -19,6 +19,7 @@ from cora_cli.errors import CoraError, UsageError
 
 _HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 _LARGEST_INTEGER = 2**63
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_YAML_VALUES = 100_000
 """More values than any configuration has; aliases of aliases reach billions in a few lines."""
 
@@ -84,6 +85,19 @@ def _half_pair(value: Any) -> str | None:
         return found.group() if found else None
     parts: list[Any] = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
     return next((half for part in parts if (half := _half_pair(part))), None)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise `CoraError` for what a clone without Git LFS has in place of a large file."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(_POINTER))
+    except OSError:  # reported where the file is read
+        return
+    if begin == _POINTER:
+        raise CoraError(
+            f"{path} is only a pointer of Git LFS, in place of the file itself; fetch it with `git lfs pull`, or download it again"
+        )
 
 
 def read_text(path: Path) -> str:

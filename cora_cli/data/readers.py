@@ -16,7 +16,7 @@ from typing import Any
 from cora_cli.environment import proxy_to_hub
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
-from cora_cli.reading import Malformed, decode_json, parse_json, read_text
+from cora_cli.reading import Malformed, decode_json, parse_json, read_text, refuse_pointer
 from cora_cli.rundir import refuse_broken_link
 
 
@@ -38,6 +38,7 @@ def read_located(
                 f"{dataset} has the ending {path.suffix or '(none)'}; supported endings are {', '.join(_READERS)}, all but .parquet also with "
                 f"{', '.join(_COMPRESSIONS)}"
             )
+        refuse_pointer(path)
         if ending == ".json":
             return _read_json(path, split)
         if split is not None:

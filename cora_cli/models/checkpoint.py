@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from cora_cli.errors import CoraError, reason
 from cora_cli.models.references import ModelPath
+from cora_cli.reading import refuse_pointer
 
 PLAIN_TYPES = frozenset({"float64", "float32", "float16", "bfloat16"})
 """Types whose numbers are the weights themselves. Others need scales or codebooks that a plain read would leave out."""
@@ -169,6 +170,7 @@ def _read_errors(file: Path) -> Iterator[None]:
     except CoraError:
         raise
     except Exception as error:
+        refuse_pointer(file)
         if file.suffix == ".safetensors":
             raise CoraError(f"{file} is damaged or truncated and cannot be read as safetensors: {reason(error)}") from error
         raise CoraError(

@@ -22,7 +22,7 @@ from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, shape_fault, skeleton_of, surplus_fault
 from cora_cli.progress import say
-from cora_cli.reading import read_json, read_text
+from cora_cli.reading import read_json, read_text, refuse_pointer
 
 _POSITIONS_BEHIND_PADDING = (
     "roberta",
@@ -236,6 +236,8 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
         tokenizer("a")  # some of its settings are read only now
     except Exception as error:  # unrelated types, as in `loading`
+        refuse_pointer(model.path / "tokenizer.json")
+        refuse_pointer(model.path / "tokenizer.model")
         if (model.path / "config.json").exists():
             load_configuration(model, trust_remote_code)  # which transformers reads to find the kind of tokenizer
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error

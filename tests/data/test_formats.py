@@ -562,6 +562,12 @@ def test_csv_columns_without_a_name_are_left_out_and_named_once(content, left_ou
     assert capfd.readouterr().err.splitlines()[0] == f"{tmp_path / 'a.csv'}: columns without a name are left out ({left_out})"
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
+def test_a_pointer_of_git_lfs_is_called_one(ending, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    assert "is only a pointer of Git LFS, in place of the file itself" in failure(tmp_path / f"a.{ending}", pointer)
+
+
 def test_csv_rows_of_empty_cells_are_left_out_and_counted(tmp_path, capfd):
     (tmp_path / "a.csv").write_text(",\nprompt,completion\nq,a\n , \n\nr,\n,\n")
     records, _ = load_records(str(tmp_path / "a.csv"))

@@ -83,6 +83,11 @@ def test_averages_are_estimated_to_take_longer() -> None:
         ),
         ({"mode": "lora", "ensemble": 2, "seed": [0, 1000]}, {}, "must lie within 1000 of each other"),
         (
+            {"mode": "lora", "ensemble": 3, "seed": 4294966000},
+            {},
+            "ensemble lora: the last of its 3 members would have the seed 4294968000, but seeds are below 2^32",
+        ),
+        (
             {"mode": "lora", "ensemble": 2, "learning_rate": [1e-3, 1e-2]},
             {"sweep": {"seeds": [1000]}, "confirm": {"seeds": [0, 1, 2]}},
             "must lie within 1000 of each other",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint
-from cora_cli.models.loading import load_model
+from cora_cli.models.loading import load_model, load_tokenizer
 from cora_cli.models.references import resolve_model
 from cora_cli.weights.sources import open_source
 from tests.weights.helpers import local, make_llama
@@ -240,3 +240,13 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_when_the_model_is_loaded
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CoraError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
         load_model(local(directory), torch.float32, torch.device("cpu"), None)
+
+
+def test_a_pointer_of_git_lfs_is_called_one(tiny_model, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+    for name in ("model.safetensors", "pytorch_model.bin", "tokenizer.json"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(CoraError, match=f"{name} is only a pointer of Git LFS, in place of the file itself"):
+            load_tokenizer(resolve_model(str(tmp_path))) if name == "tokenizer.json" else Checkpoint(resolve_model(str(tmp_path)))
+        (tmp_path / name).unlink()
