@@ -242,7 +242,9 @@ def _check_averages(rows: Sequence[Row], evaluate: Values | None, judged: bool, 
         )
     for row in rows:
         if numbers and row.ensemble and (last := max(numbers) + SEEDS_APART * (row.ensemble - 1)) >= 2**32:
-            found.append(f"{row.label}: the last of its {row.ensemble} members would have the seed {last}, but seeds are below 2^32")
+            found.append(
+                f"{row.label}: the last of its {row.ensemble} members would have the seed {last}, but seeds are below 2^32"
+            )
     return found
 
 

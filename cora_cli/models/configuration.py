@@ -23,7 +23,9 @@ def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any
     Raises `CoraError` where it cannot be read or contradicts itself, and for a type that transformers does not load as a causal language model.
     """
     if unknown := _unknown_type(model.config()):
-        raise CoraError(f"config.json of {model.reference} has {unknown}, which is no type of torch; write one such as \"float16\"")
+        raise CoraError(
+            f'config.json of {model.reference} has {unknown}, which is no type of torch; write one such as "float16"'
+        )
     try:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises unrelated types for damaged files
@@ -59,7 +61,10 @@ def _forget_uses(config: Any) -> None:
         part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
         if getattr(part, "_attn_implementation", None) not in (None, "eager", "sdpa"):
             part._attn_implementation = None
-        if isinstance(kind := getattr(part, "dtype", None), torch.dtype) and str(kind).removeprefix("torch.") not in PLAIN_TYPES:
+        if (
+            isinstance(kind := getattr(part, "dtype", None), torch.dtype)
+            and str(kind).removeprefix("torch.") not in PLAIN_TYPES
+        ):
             part.dtype = None
 
 

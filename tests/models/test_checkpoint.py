@@ -248,5 +248,7 @@ def test_a_pointer_of_git_lfs_is_called_one(tiny_model, tmp_path):
     for name in ("model.safetensors", "pytorch_model.bin", "tokenizer.json"):
         (tmp_path / name).write_text(pointer)
         with pytest.raises(CoraError, match=f"{name} is only a pointer of Git LFS, in place of the file itself"):
-            load_tokenizer(resolve_model(str(tmp_path))) if name == "tokenizer.json" else Checkpoint(resolve_model(str(tmp_path)))
+            load_tokenizer(resolve_model(str(tmp_path))) if name == "tokenizer.json" else Checkpoint(
+                resolve_model(str(tmp_path))
+            )
         (tmp_path / name).unlink()

@@ -105,7 +105,7 @@ def test_a_value_that_transformers_looks_up_in_vain_is_named(tiny_model: Path, t
     path = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "hidden_act": "wiggle"}))
-    with pytest.raises(CoraError, match="its config.json has hidden_act 'wiggle', which transformers does not know"):
+    with pytest.raises(CoraError, match=r"its config\.json has hidden_act 'wiggle', which transformers does not know"):
         load_model(resolve_model(str(path)), torch.float32, torch.device("cpu"), None)
 
 
