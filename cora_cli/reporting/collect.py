@@ -12,6 +12,7 @@ from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.methods.registry import METHODS
+from cora_cli.models.references import ModelPath
 from cora_cli.progress import progress
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.measures import LOSS, Measure, read_counts, read_evaluation, read_loss
@@ -238,7 +239,9 @@ def _read_row(
         if not evaluation.metrics.exists():
             started = evaluation.root.is_dir() and rundir.holds_files(evaluation.root)
             raise CoraError(_failure(row, logs) or ("the evaluation is not finished" if started else "not evaluated yet"))
-        found, generation, references = read_evaluation(evaluation, wanted)
+        found, stated, evaluated = read_evaluation(evaluation, wanted)
+        _check_evaluated(row.run, stated, evaluation)
+        generation, references = stated, evaluated
         if step_records:
             step_records.require(row.evaluation)
         measures |= found
@@ -260,6 +263,18 @@ def _finished_record(run: RunDirectory, row: Row, logs: Sequence[Path]) -> dict[
     if status != "finished":
         raise CoraError(_failure(row, logs) or f"not finished (status {clean(str(status))})")
     return record
+
+
+def _check_evaluated(directory: Path | None, generation: dict[str, Any], evaluation: EvaluationDirectory) -> None:
+    """Raise `CoraError` if an evaluation is of another adapter than the run has now, such as one that was trained in its place or copied."""
+    if directory is None:
+        return
+    run, evaluated = RunDirectory(directory), generation.get("settings", {}).get("adapter_sha256")
+    adapter = ModelPath(str(run.result), run.result, None)
+    if evaluated is not None and adapter.is_adapter and evaluated not in adapter.content_hashes():
+        raise CoraError(
+            f"{evaluation.root} is an evaluation of another adapter than the one in {run.result}; run `cora evaluate {run.root} --overwrite`"
+        )
 
 
 def _failure(row: Row, logs: Sequence[Path]) -> str | None:

@@ -530,3 +530,17 @@ def test_a_plan_carries_the_margin_and_one_from_before_margins_is_read_too(tmp_p
     assert read_plan(make_grid(tmp_path / "old", rows)).margin is None
     assert read_plan(make_grid(tmp_path / "new", rows, margin={LOSS: 0.01})).margin == {LOSS: 0.01}
     assert read_plan(make_grid(tmp_path / "share", rows, margin=0.2)).margin == 0.2
+
+
+def test_an_evaluation_of_another_adapter_than_the_runs_is_missing(trained_grid, tmp_path):
+    one, other, *_ = sorted(path for path in (trained_grid / "runs").iterdir() if "lora" in path.name)
+    run = shutil.copytree(one, tmp_path / "run")
+    (experiment,) = find_experiments([str(run)])
+    assert "rougeL" in collect(experiment).results[0].measures
+    shutil.rmtree(run / "evaluation")
+    shutil.copytree(other / "evaluation", run / "evaluation")
+    found = collect(experiment)
+    assert set(found.results[0].measures) == {LOSS}
+    assert [missing.reason for missing in found.missing] == [
+        f"{run / 'evaluation'} is an evaluation of another adapter than the one in {run / 'adapter'}; run `cora evaluate {run} --overwrite`"
+    ]
