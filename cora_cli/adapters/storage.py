@@ -360,6 +360,8 @@ def _misfit(adapter: ModelPath) -> str | None:
     """The first setting of an adapter that PEFT cannot compute with, since it is of another type than its default, in words."""
     config = adapter.adapter_config()
     stated = config.get("peft_type")
+    if isinstance(stated, str) and stated.startswith(_OWN_TYPE):
+        return None
     if (kind := _KINDS.get(stated or "")) is None:
         return f"its adapter_config.json has the peft_type {json.dumps(stated)}, which the installed PEFT {PEFT_VERSION} does not know"
     for field in dataclasses.fields(kind):

@@ -224,7 +224,7 @@ def test_a_report_of_several_groups_says_whose_answers_were_judged(server, tmp_p
 def test_a_judge_without_a_single_judgment_is_disqualified_as_such(server, answers) -> None:
     server.fault = lambda n: "garbage"
     result = cora("judge", "--from", answers, *at(server, "--tries", "1", "--no-retest", "--rubric", "paper"))
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
     assert "the judge planted is disqualified. It gave no judgment at all. It is not shown to tell" in " ".join(
         result.stdout.split()
     )
