@@ -6,8 +6,6 @@ After every load it verifies that all keys arrived and that a trained adapter ch
 import contextlib
 import copy
 import dataclasses
-import json
-import re
 import shutil
 import tempfile
 import warnings
@@ -17,8 +15,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, get_peft_model
-from peft import __version__ as PEFT_VERSION
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -29,9 +26,9 @@ from cora_cli import rundir
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set, install_adapter
+from cora_cli.adapters.peft_settings import check_patterns, misfit, say_unknown_settings
 from cora_cli.adapters.posterior import write_row_noise
 from cora_cli.errors import CoraError, is_out_of_memory, reason
-from cora_cli.limits import bounded
 from cora_cli.methods.parts.computed import Computed
 from cora_cli.methods.parts.layers import ADAPTER, factors_of, linear_weight, lora_layers
 from cora_cli.methods.parts.mean_change import with_mean_change
@@ -45,8 +42,6 @@ from cora_cli.progress import say
 from cora_cli.records import read_run
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_KINDS = {str(name.value): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-"""PEFT's classes of configurations by `peft_type`."""
 _OWN_TYPE = "CORA_"
 """What the type of an adapter that only `cora` loads begins with."""
 
@@ -186,7 +181,7 @@ def load_adapter(
         )
     say_unknown_settings(adapter)
     split_as_trained(model, adapter, facts)
-    _check_patterns(model, adapter)
+    check_patterns(model, adapter)
     try:
         with warnings.catch_warnings():
             # PEFT only warns of missing keys; `_check_arrived` turns that into an error.
@@ -220,7 +215,8 @@ def load_adapter(
     ) as error:
         if is_out_of_memory(error):
             raise
-        raise CoraError(f"adapter {adapter.path} cannot be loaded: {_misfit(adapter) or reason(error)}") from error
+        foreign = misfit(adapter) if facts is None else None
+        raise CoraError(f"adapter {adapter.path} cannot be loaded: {foreign or reason(error)}") from error
     if facts is not None and trainable:
         method_of(facts.plan.mode).after_install(wrapped, facts.plan)
         apply_trained_set(wrapped, facts.plan)
@@ -342,50 +338,6 @@ def _weight_keys(name: str) -> tuple[str, ...]:
     """PEFT's keys for the complete weight of the module `name`."""
     prefix = f"base_model.model.{name}"
     return (f"{prefix}.weight", f"{prefix}.base_layer.weight", f"{prefix}.modules_to_save.weight")
-
-
-def say_unknown_settings(adapter: ModelPath) -> None:
-    """Say which settings of an adapter the installed PEFT does not know: it loads the adapter as if they were not there."""
-    config = adapter.adapter_config()
-    kind = _KINDS.get(config.get("peft_type") or "")
-    known = {field.name for field in dataclasses.fields(kind)} if kind is not None else config.keys()
-    if unknown := sorted(name for name, value in config.items() if value and name not in known):
-        say(
-            f"adapter {adapter.path}: adapter_config.json sets {', '.join(unknown)}, which the installed PEFT {PEFT_VERSION} does not know and "
-            "leaves out; a newer one may compute something else"
-        )
-
-
-def _misfit(adapter: ModelPath) -> str | None:
-    """The first setting of an adapter that PEFT cannot compute with, since it is of another type than its default, in words."""
-    config = adapter.adapter_config()
-    stated = config.get("peft_type")
-    if isinstance(stated, str) and stated.startswith(_OWN_TYPE):
-        return None
-    if (kind := _KINDS.get(stated or "")) is None:
-        return f"its adapter_config.json has the peft_type {json.dumps(stated)}, which the installed PEFT {PEFT_VERSION} does not know"
-    for field in dataclasses.fields(kind):
-        default = {} if field.default_factory is dict else field.default
-        types = (int, float) if type(default) in (int, float) else (type(default),)
-        value = config.get(field.name, default)
-        if types[0] in (int, str, dict) and (not isinstance(value, types) or (isinstance(value, bool))):
-            return f"its adapter_config.json has {field.name} {json.dumps(value)[:60]}, in place of a value such as {json.dumps(default)}"
-    return None
-
-
-def _check_patterns(model: PreTrainedModel, adapter: ModelPath) -> None:
-    """Raise `CoraError` where a regular expression of the adapter is invalid, or takes too long on this model's names as PEFT matches it."""
-    config = adapter.adapter_config()
-    complete = [pattern for key in ("target_modules", "exclude_modules") if isinstance(pattern := config.get(key), str)]
-    endings = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
-    with bounded(f"adapter {adapter.path}: matching the patterns of adapter_config.json"):
-        for pattern in (*complete, *(rf"(.*\.)?({ending})$" for ending in endings)):
-            try:
-                matches = re.compile(pattern).fullmatch
-            except (re.error, OverflowError) as error:
-                raise CoraError(f"adapter {adapter.path}: {pattern[:60]!r} is no regular expression: {error}") from error
-            for name, _ in model.named_modules():
-                matches(name)
 
 
 def base_of(adapter: ModelPath, weights: bool = True) -> ModelPath:

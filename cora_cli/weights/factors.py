@@ -16,8 +16,9 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_M
 from cora_cli import rundir
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts, starting_b
+from cora_cli.adapters.peft_settings import say_unknown_settings
 from cora_cli.adapters.posterior import say_mean
-from cora_cli.adapters.storage import check_is_complete, say_unknown_settings
+from cora_cli.adapters.storage import check_is_complete
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.models.checkpoint import Checkpoint, finite

@@ -26,7 +26,7 @@ ROLES = {
 _TEXT_PARTS = ("text", "input_text", "output_text")
 """The types of parts that are text: those of chat completions, and those of OpenAI's Responses."""
 
-TRAINED = ("train", "training", "loss")
+_TRAINED = ("train", "training", "loss")
 """Entries of an answer that say whether it is trained: axolotl's, and ms-swift's."""
 
 
@@ -53,7 +53,7 @@ def _plain(message: dict[str, Any], place: str) -> dict[str, Any]:
     """A message with text in place of its parts, and with a weight in place of the marks of other programs that say whether it is trained."""
     if isinstance(message.get("content"), list):
         message = {**message, "content": _joined(message["content"], place)}
-    marks = {name: message[name] for name in TRAINED if isinstance(message.get(name), bool)}
+    marks = {name: message[name] for name in _TRAINED if isinstance(message.get(name), bool)}
     if not marks or message.get("role") != "assistant":
         return message
     stated = {*marks.values(), *([weight] if (weight := message.get("weight")) is not None else [])}
@@ -68,7 +68,7 @@ def _plain(message: dict[str, Any], place: str) -> dict[str, Any]:
 
 def says_trained(message: Mapping[str, Any]) -> bool:
     """Whether a message that is no answer, and so is never trained, is marked as one that is."""
-    marks = (message.get("weight"), *(message.get(name) for name in TRAINED))
+    marks = (message.get("weight"), *(message.get(name) for name in _TRAINED))
     return message["role"] != "assistant" and any(mark in (True, 1) for mark in marks if isinstance(mark, bool | int))
 
 

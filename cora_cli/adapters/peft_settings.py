@@ -1,0 +1,62 @@
+"""What `adapter_config.json` of an adapter from PEFT states, and what the installed PEFT makes of it.
+
+PEFT leaves out settings that it does not know and fails late on values that it cannot compute with.
+"""
+
+import dataclasses
+import json
+import re
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import __version__ as PEFT_VERSION
+from transformers import PreTrainedModel
+
+from cora_cli.errors import CoraError
+from cora_cli.limits import bounded
+from cora_cli.models.references import ModelPath
+from cora_cli.progress import say
+
+_KINDS = {str(name.value): kind for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+"""PEFT's classes of configurations by `peft_type`."""
+
+
+def say_unknown_settings(adapter: ModelPath) -> None:
+    """Say which settings of an adapter the installed PEFT does not know: it loads the adapter as if they were not there."""
+    config = adapter.adapter_config()
+    kind = _KINDS.get(config.get("peft_type") or "")
+    known = {field.name for field in dataclasses.fields(kind)} if kind is not None else config.keys()
+    if unknown := sorted(name for name, value in config.items() if value and name not in known):
+        say(
+            f"adapter {adapter.path}: adapter_config.json sets {', '.join(unknown)}, which the installed PEFT {PEFT_VERSION} does not know and "
+            "leaves out; a newer one may compute something else"
+        )
+
+
+def misfit(adapter: ModelPath) -> str | None:
+    """The first setting of an adapter that PEFT cannot compute with, since it is of another type than its default, in words."""
+    config = adapter.adapter_config()
+    stated = config.get("peft_type")
+    if (kind := _KINDS.get(stated or "")) is None:
+        return f"its adapter_config.json has the peft_type {json.dumps(stated)}, which the installed PEFT {PEFT_VERSION} does not know"
+    for field in dataclasses.fields(kind):
+        default = {} if field.default_factory is dict else field.default
+        types = (int, float) if type(default) in (int, float) else (type(default),)
+        value = config.get(field.name, default)
+        if types[0] in (int, str, dict) and (not isinstance(value, types) or (isinstance(value, bool))):
+            return f"its adapter_config.json has {field.name} {json.dumps(value)[:60]}, in place of a value such as {json.dumps(default)}"
+    return None
+
+
+def check_patterns(model: PreTrainedModel, adapter: ModelPath) -> None:
+    """Raise `CoraError` where a regular expression of the adapter is invalid, or takes too long on this model's names as PEFT matches it."""
+    config = adapter.adapter_config()
+    complete = [pattern for key in ("target_modules", "exclude_modules") if isinstance(pattern := config.get(key), str)]
+    endings = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    with bounded(f"adapter {adapter.path}: matching the patterns of adapter_config.json"):
+        for pattern in (*complete, *(rf"(.*\.)?({ending})$" for ending in endings)):
+            try:
+                matches = re.compile(pattern).fullmatch
+            except (re.error, OverflowError) as error:
+                raise CoraError(f"adapter {adapter.path}: {pattern[:60]!r} is no regular expression: {error}") from error
+            for name, _ in model.named_modules():
+                matches(name)
