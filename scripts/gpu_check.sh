@@ -2,8 +2,8 @@
 # Check and time cora on this machine's GPU: sh scripts/gpu_check.sh [RESULT.json [--benchmark]]. Needs the embedded model.
 #
 # The JSON holds what `cora doctor --gpu-check` found, tokens per second of cora and of PEFT with the stock Trainer among it, and the seconds of
-# each check. On an H200, seven of the eleven checks took three minutes together (docs/results/h200.md); speed, memory, 4-bit and options, in which
-# --compile takes about a minute, have not been timed. --benchmark also runs benchmarks/training.py, whose rounds compare with more programs and are
+# each check. On an H200, ten of the eleven checks took five minutes together (docs/results/h200.md); options, in which --compile compiles, did not
+# end within 100 s. --benchmark also runs benchmarks/training.py, whose rounds compare with more programs and are
 # added to benchmarks/results.json. PYTHON names another interpreter than that of .venv.
 set -eu
 result=${1:-gpu-check.json}
