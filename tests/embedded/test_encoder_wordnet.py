@@ -50,15 +50,18 @@ def test_wordnet_is_version_3_0_and_nltk_reads_it(monkeypatch: pytest.MonkeyPatc
     assert "canine.n.02" in {synset.name() for synset in reader.synset("dog.n.01").hypernyms()}
 
 
+@pytest.fixture
+def wordnet_files() -> Path:
+    """WordNet's files in the cache of all tests, downloaded where they are missing: asked for before `own_cache`, which cuts pip off."""
+    return embedded.wordnet_directory() / "corpora" / "wordnet"
+
+
 def test_wordnet_comes_from_nltks_downloader_where_the_package_cannot_be_had(
-    own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wordnet_files: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("CORA_CACHE")
-    source = embedded.wordnet_directory() / "corpora" / "wordnet"
-    monkeypatch.setenv("CORA_CACHE", str(own_cache))
     # Stands in for NLTK's downloader, which needs the internet; it leaves a zip that is not unpacked, as NLTK may.
     with zipfile.ZipFile(tmp_path / "wordnet.zip", "w") as archive:
-        for path in source.iterdir():
+        for path in wordnet_files.iterdir():
             archive.write(path, f"wordnet/{path.name}")
     fake = tmp_path / "fake" / "nltk"
     fake.mkdir(parents=True)
@@ -72,7 +75,7 @@ def test_wordnet_comes_from_nltks_downloader_where_the_package_cannot_be_had(
     monkeypatch.setenv("PYTHONPATH", str(fake.parent))
     root = embedded.wordnet_directory()
     assert root.is_relative_to(own_cache)
-    assert (root / "corpora" / "wordnet" / "data.verb").read_bytes() == (source / "data.verb").read_bytes()
+    assert (root / "corpora" / "wordnet" / "data.verb").read_bytes() == (wordnet_files / "data.verb").read_bytes()
     assert present("WordNet 3.0")
 
 
