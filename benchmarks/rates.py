@@ -3,9 +3,10 @@
     python benchmarks/rates.py runs/honest --probes probes -o docs/results/rates.json --plot docs
 
 Each method of the grid's sweep is measured as `cora train --probe` measures it, once, with the settings of one of its runs. Then each method in
-turn is left out: the others give the constant c of the proposal c/λ^p, and the proposal is compared with the rate that the sweep chose by
-validation loss. The power 0 is the control, a proposal that looks at no curvature. The folder of probes keeps what was measured, so that an
-interrupted measurement goes on; the grid is only read.
+turn is left out, with all methods of its λ, which begin with the same weights: the others give the constant c of the proposal c/λ^p, and the
+proposal is compared with the rate that the sweep chose by validation loss. The power 0 is the control, a proposal that looks at no curvature;
+"auto" is c/√λ as `--learning-rate auto` rounds it. The folder of probes keeps what was measured, so that an interrupted measurement goes on;
+the grid is only read.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cora_cli import rundir
@@ -23,14 +25,17 @@ from cora_cli.inspection.prediction import spearman
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
 from cora_cli.records import read_probe
-from cora_cli.render.canvas import Palette, render, write_plots
+from cora_cli.render.canvas import INK, PALETTE, render, write_plots
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.reporting.report_rows import read_plan
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import config_of_run
 from cora_cli.training.probe import probe
+from cora_cli.training.proposal import rounded
 
-POWERS = {"no curvature": 0.0, "c / √λ": 0.5, "c / λ": 1.0}
+POWERS = {"no curvature": 0.0, "c / √λ": 0.5, "auto": 0.5, "c / λ": 1.0}
+ALIKE = 1e-3
+"""The relative difference up to which two eigenvalues are those of one start."""
 ENOUGH = 0.8
 """The share of methods whose proposal has to lie within one step of the grid."""
 
@@ -84,27 +89,43 @@ def measured(method: Swept, probes: Path, examples: int, products: int) -> dict[
 
 
 def proposals(rates: Sequence[float], curvatures: Sequence[float], power: float) -> list[float]:
-    """For each method c/λ^p with c from all the others: the geometric mean of their rate·λ^p."""
+    """For each method c/λ^p with c from the methods of another λ: the geometric mean of their rate·λ^p. Raises `CoraError` where none has another."""
     logs = [math.log(rate) + power * math.log(curvature) for rate, curvature in zip(rates, curvatures, strict=True)]
-    total = sum(logs)
-    constants = [(total - own) / (len(logs) - 1) for own in logs]
-    return [math.exp(constant) / curvature**power for constant, curvature in zip(constants, curvatures, strict=True)]
+    found = []
+    for curvature in curvatures:
+        others = [log for log, other in zip(logs, curvatures, strict=True) if not math.isclose(curvature, other, rel_tol=ALIKE)]
+        if not others:
+            raise CoraError("all methods have the same λmax, so none can be left out")
+        found.append(math.exp(fmean(others)) / curvature**power)
+    return found
+
+
+def constant(methods: Sequence[Swept], curvatures: Sequence[float]) -> float:
+    """c of c/√λ from all methods."""
+    return math.exp(
+        fmean(math.log(one.best) + math.log(curvature) / 2 for one, curvature in zip(methods, curvatures, strict=True))
+    )
 
 
 def judge(methods: Sequence[Swept], curvatures: Sequence[float]) -> dict[str, Any]:
     """Each proposal's distance from the best rate in steps of the grid, the share within one step, and the root of the mean square."""
     rates, found = [method.best for method in methods], {}
     for name, power in POWERS.items():
-        guesses = proposals(rates, curvatures, power)
+        guesses = [rounded(guess) if name == "auto" else guess for guess in proposals(rates, curvatures, power)]
         steps = [math.log(guess / method.best) / math.log(method.step) for guess, method in zip(guesses, methods, strict=True)]
         found[name] = {
             "proposals": dict(zip((method.label for method in methods), guesses, strict=True)),
             "steps_from_best": dict(zip((method.label for method in methods), steps, strict=True)),
-            "within_one_step": sum(abs(step) <= 1 for step in steps) / len(steps),
+            "within_one_step": sum(abs(step) <= 1 + 1e-9 for step in steps) / len(steps),
             "root_mean_square_steps": math.sqrt(sum(step**2 for step in steps) / len(steps)),
         }
     correlation = spearman(list(curvatures), rates)
-    return {"methods": len(methods), "spearman": correlation and correlation[0], "leave_one_out": found}
+    return {
+        "methods": len(methods),
+        "spearman": correlation and correlation[0],
+        "constant": constant(methods, curvatures),
+        "leave_one_out": found,
+    }
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -130,19 +151,37 @@ def tables(result: Mapping[str, Any]) -> str:
 
 
 def plot(result: Mapping[str, Any], directory: Path) -> None:
-    """The best rates against λmax, with the line that c/λ of all methods draws."""
+    """The best rates against λmax, and c/√λ of all methods with one step of the grid on both sides; methods outside are named."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        palette = Palette(list(result["measures"]))
-        for label, one in result["measures"].items():
+        measures, judged = result["measures"], result["all methods"]
+        steps = judged["leave_one_out"]["auto"]["steps_from_best"]
+        curvatures = sorted(one["largest_eigenvalue"] for one in measures.values())
+        planned = next(iter(measures.values()))["planned_rates"]
+        step = (planned[-1] / planned[0]) ** (1 / (len(planned) - 1))
+        ends = [curvatures[0] / 2, curvatures[-1] * 2]
+        line = [judged["constant"] / math.sqrt(end) for end in ends]
+        axes.fill_between(
+            ends, [rate / step for rate in line], [rate * step for rate in line], color=PALETTE[0], alpha=0.12, linewidth=0
+        )
+        axes.plot(ends, line, color=PALETTE[0], label=f"{judged['constant']:.2g} / √λmax, and one step")
+        for label, one in measures.items():
+            near = abs(steps[label]) <= 1 + 1e-9
             at = (one["largest_eigenvalue"], one["best_rate"])
-            axes.loglog(*at, palette.marker(label), color=palette.color(label), label=label, linestyle="none")
+            axes.plot(
+                *at, "o" if near else "X", color=INK if near else PALETTE[1], alpha=0.6 if near else 1.0, linestyle="none"
+            )
+            if not near:
+                axes.annotate(label, at, xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
         axes.set_xlabel("λmax of the loss in the trained parameters, before training")
         axes.set_ylabel("best learning rate of the sweep")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.legend(loc="lower left")
 
-    write_plots([render("rates", "Best learning rate and curvature", "", draw, (6.0, 3.2))], directory)
+    write_plots([render("rates", "Best learning rate and curvature", "", draw, (6.0, 3.6))], directory)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -191,6 +191,9 @@ def _parameter(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
     if meta["argument"]:
         info = typer.Argument(**options)
     else:
+        if typing.get_args(hint) and float in typing.get_args(hint) and (words := _words(hint)):
+            options |= {"parser": _number_or(words), "metavar": f"<number or {' or '.join(words)}>"}
+            flag_type = Any
         # `--no-x` exists even where the default is off: a flag must be able to override a file that says true.
         info = typer.Option(
             *(meta["flags"] or (f"{flag}/--no-{flag[2:]}" if hint in (bool, bool | None) else flag,)), **options
@@ -204,6 +207,27 @@ def _parameter(field: dataclasses.Field, hint: Any) -> inspect.Parameter:
 def _is_tuple(hint: Any) -> bool:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return any(typing.get_origin(option) is tuple for option in options)
+
+
+def _words(hint: Any) -> tuple[str, ...]:
+    """The words that a hint such as `float | Literal["auto"]` allows beside a number."""
+    return tuple(
+        word for option in typing.get_args(hint) if typing.get_origin(option) is Literal for word in typing.get_args(option)
+    )
+
+
+def _number_or(words: tuple[str, ...]) -> Callable[[str], float | str]:
+    """The parser of a flag that takes a number or one of the `words`."""
+
+    def parse(text: str) -> float | str:
+        if text in words:
+            return text
+        try:
+            return float(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is neither a number nor {' or '.join(words)}.") from None
+
+    return parse
 
 
 def _is_text(hint: Any) -> bool:

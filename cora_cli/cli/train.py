@@ -65,9 +65,15 @@ def _probe(config: TrainConfig) -> None:
     if output.exists():
         raise UsageError(f"{output} exists already; choose a new file for --probe")
     with own_output(output):
-        from cora_cli.training.probe import describe, write_probe
+        from cora_cli.training import proposal
+        from cora_cli.training.config import AUTO
+        from cora_cli.training.probe import describe, write_probe, write_proposal
 
-        show(describe(write_probe(config)))
+        auto = config.learning_rate == AUTO
+        record = write_proposal(config) if auto else write_probe(config)
+        show(describe(record))
+        if auto:
+            show(proposal.describe(record["proposal"], config.mode))
 
 
 def summary(record: dict[str, Any]) -> str:

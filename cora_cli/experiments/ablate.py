@@ -63,6 +63,7 @@ _HASHES = "hashes.json"
 _NOUNS: dict[Kind, tuple[str, str]] = {
     "model": ("fine-tune for the bases", "fine-tunes for the bases"),
     "basis": ("basis", "bases"),
+    "proposal": ("proposal of a learning rate", "proposals of learning rates"),
     "train": ("training run", "training runs"),
     "laplace": ("Laplace approximation", "Laplace approximations"),
     "evaluate": ("evaluation", "evaluations"),

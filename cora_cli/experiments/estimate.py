@@ -20,13 +20,14 @@ from cora_cli.experiments.values import Values
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.planning.four_bit import HELD_BYTES
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.proposal import EXAMPLES, PRODUCTS
 
 CHARACTERS_PER_TOKEN = 3.6
 TEMPLATE_TOKENS = 35
 # Share of the measured rate that complete steps reach, and fixed costs of a process; measured on two CPU cores with
 # SmolLM2-135M.
 TRAINING_SHARE, DECODING_SHARE, WIDE_SHARE = 0.35, 0.1, 0.1
-START_SECONDS = {"model": 12.0, "train": 12.0, "laplace": 12.0, "basis": 5.0, "evaluate": 14.0, "judge": 12.0}
+START_SECONDS = {"model": 12.0, "train": 12.0, "proposal": 12.0, "laplace": 12.0, "basis": 5.0, "evaluate": 14.0, "judge": 12.0}
 PROCESS_BYTES = 0.8e9
 # A judge's instructions and its reply, and how long an endpoint takes for one.
 RUBRIC_TOKENS, REPLY_TOKENS, ENDPOINT_SECONDS = 300, 40, 2.0
@@ -122,23 +123,12 @@ def _estimates(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimate]:
     model = inputs.models.get(plan.grid.model)
     if model is None or not model.shapes:
         return {}
-    found = {}
+    found: dict[str, Estimate] = {}
     for row in plan.grid.rows:
         data = inputs.datasets.get(data_key(plan.grid.datasets[row.dataset], plan.grid.train)) if row.dataset else None
         for name in plan.steps_of[row.name]:
-            step = plan.steps[name]
-            if name in found:
-                continue
-            if step.kind == "basis":
-                found[name] = _basis(model, row, plan, step, rate)
-            elif data is not None and step.kind == "train":
-                config = dataclasses.replace(row.training, max_steps=row.stop_at) if row.stop_at else row.training
-                found[name] = _training(model, data, config, rate, plan.grid.resources["train"].processes)
-            elif data is not None and step.kind == "laplace":
-                found[name] = _laplace(model, data, row, rate)
-            elif data is not None:
-                processes, models = plan.grid.resources["evaluate"].processes, _averaged(plan, row)
-                found[name] = _evaluation(model, data, plan.grid.evaluate or {}, rate, processes, models)
+            if name not in found and (estimate := _of_row(plan, model, data, row, plan.steps[name], rate)) is not None:
+                found[name] = estimate
     for dataset, reference in plan.grid.datasets.items():
         judging = plan.steps.get(f"judge-{dataset}")
         if judging is not None and all(need in found for need in judging.needs):
@@ -152,9 +142,30 @@ def _estimates(plan: Plan, inputs: Inputs, rate: float) -> dict[str, Estimate]:
     return found
 
 
+def _of_row(plan: Plan, model: ModelFacts, data: DataFacts | None, row: Row, step: Step, rate: float) -> Estimate | None:
+    """The estimate of one of a row's steps; None where its data set is missing."""
+    if step.kind == "basis":
+        return _basis(model, row, plan, step, rate)
+    if data is None:
+        return None
+    if step.kind == "proposal":
+        return _proposal(model, data, row.training, rate)
+    if step.kind == "train":
+        return _training(model, data, _as_far_as(row), rate, plan.grid.resources["train"].processes)
+    if step.kind == "laplace":
+        return _laplace(model, data, row, rate)
+    processes, models = plan.grid.resources["evaluate"].processes, _averaged(plan, row)
+    return _evaluation(model, data, plan.grid.evaluate or {}, rate, processes, models)
+
+
 def steps_that_fit(estimates: Iterable[Estimate], gpu_bytes: float) -> int:
     """How many steps can share a GPU with `gpu_bytes` of free memory, if all were as large as the largest; at least 1."""
     return max(1, int(gpu_bytes * SHARED_PART / max(estimate.bytes for estimate in estimates)))
+
+
+def _as_far_as(row: Row) -> TrainConfig:
+    """The training of a row, up to the step at which it stops."""
+    return dataclasses.replace(row.training, max_steps=row.stop_at) if row.stop_at else row.training
 
 
 def _source_config(settings: Values) -> TrainConfig:
@@ -195,6 +206,17 @@ def _training(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: flo
     if adapter is not None:
         seconds += sum(method.start_flops(*shape, adapter) * count for shape, count in layers_of.items()) / (rate * WIDE_SHARE)
     return Estimate(seconds, PROCESS_BYTES + _held(model, config, trained, processes) + kept)
+
+
+def _proposal(model: ModelFacts, data: DataFacts, config: TrainConfig, rate: float) -> Estimate:
+    """Gradients of a few examples in float32: half the rate, and twice the bytes, of 16-bit precision."""
+    gradients = dataclasses.replace(
+        config, max_steps=2 * PRODUCTS + 1, batch_size=EXAMPLES, gradient_accumulation=1, learning_rate=config.peak_rate
+    )
+    none = dataclasses.replace(data, test=[])
+    one = _training(model, none, dataclasses.replace(gradients, validation_loss=False), rate / 2, 1)
+    assert one.seconds is not None
+    return Estimate(one.seconds, PROCESS_BYTES + 2 * (one.bytes - PROCESS_BYTES))
 
 
 def _held(model: ModelFacts, config: TrainConfig, trained: int, processes: int) -> float:

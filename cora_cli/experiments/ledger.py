@@ -18,6 +18,7 @@ from cora_cli.lock import own_directory
 from cora_cli.reading import checked, read_json
 from cora_cli.records import FinishedRun, FinishedStep, RunStatus, StepRecord, Stop
 from cora_cli.rundir import RunDirectory
+from cora_cli.training.proposal import rate_in
 
 STARTED, FINISHED, FAILED, STOPPED = "started", "finished", "failed", "stopped"
 _RUN = ("run.json", "config.yaml", "log.jsonl", "test.jsonl", "heldout.jsonl", "adapter", "model")
@@ -28,6 +29,10 @@ _OUTPUTS = {
     "evaluate": ("predictions.jsonl", "generation.json", "metrics.json", "scores.jsonl"),
     "judge": ("judge.json", "judgments.jsonl"),
 }
+
+
+_OF_ONE_FILE = ("basis", "proposal")
+"""The kinds of step whose output is a file and no directory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +103,15 @@ class Ledger:
         validation = read_json(RunDirectory(self._out / step.output).record, FinishedRun).get("validation")
         return validation["loss"] if validation else None
 
+    def proposed_rate(self, step: Step, steps: Mapping[str, Step]) -> float | None:
+        """The learning rate that a step of kind `proposal` measured; None while there is none of this step and of its dependencies' results."""
+        record = self.record(step)
+        if not record or record["key"] != step.key or record["status"] != FINISHED or self._altered(step, record):
+            return None
+        if any(self.record(steps[name]).get("result") != result for name, result in record["results_of_needs"].items()):
+            return None
+        return rate_in(self._out / step.output)
+
     def _stops(self, step: Step, record: Mapping[str, Any]) -> dict[str, str]:
         """The hashes of the step's intact files in `stops/`, by optimizer step."""
         run = RunDirectory(self._out / step.output)
@@ -148,6 +162,8 @@ class Ledger:
             with own_directory(place):
                 shutil.rmtree(place)
             return f"{place} was created from another run or with other settings, or was changed: writing it again"
+        if step.kind == "proposal" and place.exists():
+            place.unlink()  # as for a basis, and it is written over nothing
         if not place.exists():
             self._forget_stops(step, record)
         if step.kind not in ("model", "train") or not record or not place.exists():
@@ -206,8 +222,8 @@ class Ledger:
                 f"{step.name} exited without an error, but the status in {self._out / step.output}/run.json is not finished"
             )
         shutil.rmtree(_aside(self._out / step.output), ignore_errors=True)
-        own = {name: digest for name, digest in files.items() if name.startswith(_RESULTS) or step.kind == "basis"}
-        result = rundir.sha256_json(sorted(own.values()) if step.kind == "basis" else own)
+        own = {name: digest for name, digest in files.items() if name.startswith(_RESULTS) or step.kind in _OF_ONE_FILE}
+        result = rundir.sha256_json(sorted(own.values()) if step.kind in _OF_ONE_FILE else own)
         self._write(step, results, {"status": FINISHED, "seconds": seconds, "files": files, "result": result})
         return result
 
@@ -258,7 +274,7 @@ class Ledger:
     def _files(self, step: Step, but: str | None = None) -> dict[str, str]:
         """SHA-256 of every output file of a step, by its path in the step's directory, without paths that begin with `but`."""
         place = self._out / step.output
-        if step.kind == "basis":
+        if step.kind in _OF_ONE_FILE:
             return {place.name: rundir.sha256_file(place)} if place.is_file() else {}
         found: dict[str, str] = {}
         for name in _OUTPUTS[COMMANDS[step.kind]]:

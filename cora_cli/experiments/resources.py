@@ -10,7 +10,7 @@ from typing import Any
 from cora_cli.experiments.spread import Spread
 from cora_cli.experiments.values import Values, fields_of, typed, unknown_key
 
-KINDS = ("model", "basis", "train", "laplace", "evaluate", "judge")
+KINDS = ("model", "basis", "proposal", "train", "laplace", "evaluate", "judge")
 SPREAD = ("model", "train", "evaluate")
 """Kinds of step that several processes can run together."""
 
@@ -99,6 +99,12 @@ def read_resources(values: object, problems: list[str]) -> dict[str, Resources]:
             )
             if not fits
         ]
+    # What is proposed for a training needs the same machine, in one process.
+    alone = {
+        name: min(1, value) if name in ("nodes", "gpus") and value is not None else value
+        for name, value in read["train"].items()
+    }
+    read["proposal"] = {**alone, **read["proposal"]}
     found = {kind: Resources(**{**read["all"], **read[kind]}) for kind in KINDS}
     problems += [
         f"resources: {kind}: steps_per_job must be 1 where a step has several processes, not {resources.steps_per_job}"

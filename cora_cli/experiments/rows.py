@@ -15,7 +15,7 @@ from cora_cli.errors import UsageError
 from cora_cli.experiments.values import Values, fields_of, typed
 from cora_cli.methods.method import Method
 from cora_cli.methods.registry import METHODS, OPTIONAL_SETTINGS, Mode, method_of, taken_settings
-from cora_cli.training.config import TrainConfig
+from cora_cli.training.config import AUTO, TrainConfig
 from cora_cli.training.laplace_config import LaplaceConfig
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ TRAIN_KEYS = fields_of(
         *("device", "dtype", "trust_remote_code"),  # flags of `ablate` itself
     ),
 )
-Stage = Literal["sweep", "confirm"]
+Stage = Literal["proposal", "sweep", "confirm"]
 BASIS_KEYS = fields_of(BasisChoices, leave_out=("rank", "target_modules"))
 _SOURCE_KEYS: dict[str, Any] = {"n_models": int, "sources": tuple[str, ...], "source_seed": int, "basis_rank": int}
 _SHOWN_KEYS: dict[str, Any] = {"mode": RowMode, "label": str, "printed": str}
@@ -68,8 +68,9 @@ class Row:
     `sources` names models of the pool; it is empty for the control with `n_models` 0, whose basis comes from the base model.
     `train` has settings of `TrainConfig`, and `basis` has settings of `BasisChoices` without the rank. `basis_rank` is the rank
     that the row needs. `ensemble` is the number of runs whose predictions are averaged, `laplace` the settings of `cora laplace` for the row's run;
-    `run` is the name of the run that is trained, which a plain row of the same training shares. `stage` is the part of a grid with `sweep` and `confirm` to which the row belongs; `stop_at` is the optimizer step
-    at which its training stops, None for the end of the schedule.
+    `run` is the name of the run that is trained, which a plain row of the same training shares. `stage` is the part of a grid with `sweep` and `confirm` to which the row belongs; a row of the stage `proposal` trains nothing.
+    `stop_at` is the optimizer step at which its training stops, None for the end of the schedule. `learning_rate` is None also while it is to be
+    proposed.
     """
 
     name: str
@@ -98,6 +99,11 @@ class Row:
         return (self.dataset, self.label, self.printed, self.shown_mode, self.rank, self.n_models)
 
     @property
+    def is_auto(self) -> bool:
+        """Whether the row's learning rates are those around one that is proposed (`training.proposal`)."""
+        return self.train is not None and self.train.get("learning_rate") == AUTO
+
+    @property
     def shown_mode(self) -> str:
         """The mode, with what averages the predictions of its runs."""
         return " ".join(filter(None, (_average(self.ensemble, self.laplace), self.mode)))
@@ -114,7 +120,11 @@ class Row:
         names: Values = {"name": self.name.removesuffix(old) + new, "run": self.run.removesuffix(old) + new}
         return dataclasses.replace(self, **names, seed=seed, train={**(self.train or {}), "seed": seed})
 
-    def at(self, learning_rate: float, seed: int, stage: Stage, stop_at: int | None = None) -> "Row":
+    def proposing(self, seed: int) -> "Row":
+        """The row that only measures what its learning rate is proposed from."""
+        return dataclasses.replace(self, stage="proposal", ensemble=None, laplace=None).with_seed(seed)
+
+    def at(self, learning_rate: float, seed: int, stage: Stage | None, stop_at: int | None = None) -> "Row":
         """The row of the same method with another learning rate and seed."""
         assert self.train is not None
         train = {**self.train, "learning_rate": learning_rate}
@@ -126,8 +136,7 @@ class Row:
 
     def _at_rate(self, name: str, learning_rate: float) -> str:
         """A name of the row, or of its run, with another learning rate."""
-        assert self.learning_rate is not None
-        ours = f"_lr{short(self.learning_rate)}"
+        ours = f"_lr{AUTO if self.learning_rate is None else short(self.learning_rate)}"
         # The data set's name stands before the rate and may look like one.
         before = name.find(f"_{self.dataset}_") + 1
         place = name.find(ours, before + len(self.dataset or "") if before else 0)
@@ -274,7 +283,7 @@ def _assemble(mode: Any, needs_basis: bool, values: Values, scope: Scope, where:
         n_models=len(sources) if needs_basis or from_models else None,
         source_seed=values.get("source_seed", scope.source_seed),
         sources=sources,
-        learning_rate=config.learning_rate if train is not None else None,
+        learning_rate=config.learning_rate if train is not None and config.learning_rate != AUTO else None,
         seed=config.seed if train is not None else 0,
         train=train,
         basis=basis,
@@ -391,7 +400,7 @@ def _name(row: Row, values: Values, varied: Collection[str], scope: Scope) -> st
         parts += [str(row.dataset)] if len(scope.datasets) > 1 else []
         parts += [f"r{row.rank}"] if row.rank is not None else []
     parts += [f"n{row.n_models}"] if row.n_models is not None else []
-    parts += [f"lr{short(row.learning_rate)}"] if row.learning_rate is not None else []
+    parts += [f"lr{short(row.learning_rate)}"] if row.learning_rate is not None else [f"lr{AUTO}"] if row.is_auto else []
     shown = {"method", "share"} if row.mode == "basis" else set()
     parts += [f"{key.replace('_', '-')}-{text}" for key, text in _told_apart(values, varied, shown)]
     parts += [f"seed{row.seed}"] if row.train is not None else []

@@ -17,6 +17,7 @@ from cora_cli.reading import read_json
 from cora_cli.records import Metrics, read_run
 from cora_cli.rundir import RunDirectory
 from cora_cli.terminal import fitted, printable
+from cora_cli.training.proposal import rate_in
 
 _REDRAW_SECONDS = 0.5
 
@@ -56,7 +57,7 @@ class Screen:
         self._forget(step)
         total, count = self._measured.get(step.kind, (0.0, 0))
         self._measured[step.kind] = (total + seconds, count + 1)
-        note = _metrics(self._plan, step) if step.kind == "evaluate" else _loss(self._plan, step)
+        note = _metrics(self._plan, step) if step.kind == "evaluate" else _rate(self._plan, step) + _loss(self._plan, step)
         self._line(f"{self._count()} {step.name}: done in {duration(seconds)}{note}")
 
     def failed(self, step: Step, reason: str) -> None:
@@ -152,6 +153,15 @@ def _metrics(plan: Plan, step: Step) -> str:
     except CoraError:
         return ""
     return "; " + ", ".join(f"{name} {value['value']:.{2 if name == 'sacrebleu' else 3}f}" for name, value in metrics.items())
+
+
+def _rate(plan: Plan, step: Step) -> str:
+    if step.kind != "proposal":
+        return ""
+    try:
+        return f"; learning rate {rate_in(plan.out / step.output):g} proposed"
+    except CoraError:
+        return ""
 
 
 def _loss(plan: Plan, step: Step) -> str:

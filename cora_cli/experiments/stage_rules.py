@@ -67,10 +67,14 @@ def stage_problems(
     rows: Sequence[Row], sweep: SweepRule | None, confirm: ConfirmRule | None, train: Values, generates: bool, blocks: object
 ) -> list[str]:
     """Sentences on rows that cannot be swept or confirmed; `generates` says whether their answers are scored."""
+    if sweep is None and (auto := next((row for row in rows if row.is_auto), None)) is not None:
+        return [
+            f"{auto.label}: learning_rate auto needs a section sweep, which starts around the proposal; add one, or give numbers"
+        ]
     if sweep is None and confirm is None:
         return []
     trained = [row for row in rows if row.train is not None]
-    found = []
+    found = _auto_problems(trained)
     if sweep is not None and confirm is None:
         found.append("sweep needs a section confirm, with the seeds of the runs at the chosen learning rates")
     if sweep is not None and confirm is not None and (shared := sorted({*sweep.seeds} & {*confirm.seeds})):
@@ -90,6 +94,13 @@ def stage_problems(
     if sweep is not None:
         found += _sweep_problems(trained, sweep, train)
     return found
+
+
+def _auto_problems(trained: Sequence[Row]) -> list[str]:
+    """A sentence for each method whose learning rate is to be proposed and given as well."""
+    autos = {row.method: row.label for row in trained if row.is_auto}
+    both = sorted({autos[row.method] for row in trained if not row.is_auto and row.method in autos})
+    return [f"{label}: learning_rate auto stands alone; leave out the numbers, or auto" for label in both]
 
 
 def _parts(blocks: object) -> list[Mapping[str, Any]]:

@@ -12,6 +12,7 @@ from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.experiments.stages import Method, total_steps
 from cora_cli.experiments.steps import Kind, Plan
 from cora_cli.experiments.sweep import LEAST
+from cora_cli.training.proposal import rates_around
 
 
 def stage_lines(grid: Grid, methods: Sequence[Method], plan: Plan, estimates: Mapping[str, Estimate]) -> list[str]:
@@ -20,6 +21,10 @@ def stage_lines(grid: Grid, methods: Sequence[Method], plan: Plan, estimates: Ma
     assert confirm is not None
     lines = []
     most, likely = _Work(), _Work()
+    if asking := sum(method.asking is not None for method in methods):
+        lines.append(
+            f"first, a learning rate is proposed from curvature for {asking} methods; each sweep starts with three rates around it"
+        )
     middle = math.ceil((MIN_SEEDS + len(confirm.seeds)) / 2)
     for method in methods:
         row = method.rows[0]
@@ -30,7 +35,7 @@ def stage_lines(grid: Grid, methods: Sequence[Method], plan: Plan, estimates: Ma
         if grid.sweep is not None:
             total, count = total_steps(method.rows[0]), len(grid.sweep.seeds)
             rungs = grid.sweep.steps(total)
-            rates = len(method.rows)
+            rates = len(rates_around(1.0)) if method.asking is not None else len(method.rows)
             # One rate is only trained to the first rung. Of two, the better one is always at an edge.
             last = rungs[0 if rates == 1 else -1] / total
             most.add(count * (rates + (grid.sweep.widen and rates > 1)), last, training)

@@ -20,6 +20,7 @@ from cora_cli.experiments.stage_rules import MIN_SEEDS, ConfirmRule
 from cora_cli.experiments.steps import Plan, make_plan
 from cora_cli.experiments.sweep import Sweep, SweepRule, beyond, sweep
 from cora_cli.settings import DtypeName
+from cora_cli.training.proposal import FAR, rates_around
 
 SeedsWanted = Callable[[Path, Collection[str]], Mapping[tuple[object, ...], int]]
 """How many seeds each method needs for its next verdict, by `Row.method`, from the results in a grid's directory and the measures that
@@ -28,11 +29,17 @@ decide. A method without comparisons is left out and gets every seed."""
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method of the grid: its rows at the planned learning rates, and the state of its sweep."""
+    """A method of the grid: its rows at the planned learning rates, and the state of its sweep.
+
+    `asking` is the row for whose learning rate the file says auto, None where the file gives the rates, and `proposed` the rate around which its
+    sweep is planned. Until that is measured, there is no sweep.
+    """
 
     rows: tuple[Row, ...]
     sweep: Sweep | None
     learning_rate: float | None
+    asking: Row | None = None
+    proposed: float | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -51,9 +58,29 @@ class Stages:
         groups, rule = self._groups(), self._grid.sweep
         if rule is None:
             return [Method(tuple(rows), None, rows[0].learning_rate) for rows in groups]
+        proposed = self._proposed(groups, rule)
+        planned = [_around(rows[0], proposed.get(rows[0].method)) if rows[0].is_auto else rows for rows in groups]
         # All rows in one plan: the rank of a shared basis depends on all of them.
+        plan = self.plan([*self._untrained(), *(row for rows in planned for row in _candidates(rows, rule))])
+        found = []
+        for asked, rows in zip(groups, planned, strict=True):
+            method = Method(tuple(rows), None, None) if rows[0].is_auto else self._swept(tuple(rows), rule, plan)
+            asking = asked[0] if asked[0].is_auto else None
+            found.append(dataclasses.replace(method, asking=asking, proposed=proposed.get(method.key)))
+        return found
+
+    def _proposed(self, groups: Sequence[Sequence[Row]], rule: SweepRule) -> dict[tuple[object, ...], float]:
+        """The learning rates that are proposed so far, of the methods for which one is to be."""
+        if not any(rows[0].is_auto for rows in groups):
+            return {}
         plan = self.plan([*self._untrained(), *(row for rows in groups for row in _candidates(rows, rule))])
-        return [self._swept(tuple(rows), rule, plan) for rows in groups]
+        found, ledger = {}, Ledger(self._out)
+        for rows in groups:
+            step = plan.of_kind(rows[0].proposing(rule.seeds[0]).name, "proposal") if rows[0].is_auto else None
+            rate = ledger.proposed_rate(step, plan.steps) if step is not None else None
+            if rate is not None:
+                found[rows[0].method] = rate
+        return found
 
     def _groups(self) -> list[list[Row]]:
         """The rows of each method."""
@@ -75,7 +102,7 @@ class Stages:
 
         def is_tried(own: Sequence[Row]) -> bool:
             steps = (plan.steps[name] for row in own for name in plan.steps_of[row.name])
-            return any(step.kind == "train" and ledger.has_started(step) for step in steps)
+            return any(step.kind in ("proposal", "train") and ledger.has_started(step) for step in steps)
 
         return [row for rows, own in zip(groups, runs, strict=True) if not is_tried(own) for row in rows]
 
@@ -104,6 +131,7 @@ class Stages:
         """Every row that has run or runs next; `seeds` has the number of confirming seeds by method, for methods not to have all."""
         found = self._untrained()
         for method in methods:
+            found += self._proposal_rows(method)
             found += self._sweep_rows(method)
         if all(method.learning_rate is not None or _lost(method) for method in methods):
             for method in methods:
@@ -112,6 +140,11 @@ class Stages:
 
     def _untrained(self) -> list[Row]:
         return [row for row in self._grid.rows if row.train is None]
+
+    def _proposal_rows(self, method: Method) -> list[Row]:
+        if method.asking is None or self._grid.sweep is None:
+            return []
+        return [method.asking.proposing(self._grid.sweep.seeds[0])]
 
     def _sweep_rows(self, method: Method) -> list[Row]:
         if method.sweep is None or self._grid.sweep is None:
@@ -171,6 +204,10 @@ def news(methods: Sequence[Method], before: Sequence[Method]) -> list[str]:
         if state is None:
             continue
         name = method.rows[0].label
+        if method.proposed is not None and old is None:
+            far = "; for this method such proposals were further off" if method.rows[0].mode in FAR else ""
+            rates = ", ".join(map(short, state.planned))
+            found.append(f"{name}: learning rate {short(method.proposed)} proposed from curvature, so {rates} are swept{far}")
         if state.added is not None and (old is None or old.added is None):
             side = "highest" if state.added > max(state.planned) else "lowest"
             found.append(f"{name}: the best learning rate is the {side} of its sweep, so {short(state.added)} is tried as well")
@@ -183,9 +220,18 @@ def news(methods: Sequence[Method], before: Sequence[Method]) -> list[str]:
 
 
 def _candidates(rows: Sequence[Row], rule: SweepRule) -> list[Row]:
-    """A row for every rate and seed that the sweep of a method may train."""
+    """A row for every rate and seed that the sweep of a method may train; that of its proposal, while these are not known."""
+    if rows[0].is_auto:
+        return [rows[0].proposing(rule.seeds[0])]
     rates = dict.fromkeys([*_rates(rows), *_edges(_rates(rows))])
     return [rows[0].at(rate, seed, "sweep") for rate in rates for seed in rule.seeds]
+
+
+def _around(row: Row, proposed: float | None) -> list[Row]:
+    """The rows at the planned rates around a proposal: itself, and one step of the grid to each side. Without a proposal, the row itself."""
+    if proposed is None:
+        return [row]
+    return [row.at(rate, row.seed, None) for rate in rates_around(proposed)]
 
 
 def _confirming(first: Row, rule: ConfirmRule | None, rate: float | None, count: int | None = None) -> list[Row]:

@@ -27,17 +27,18 @@ from cora_cli.settings import DtypeName, TemplateName
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.laplace_config import LaplaceConfig
 
-Kind = Literal["model", "basis", "train", "laplace", "evaluate", "judge"]
+Kind = Literal["model", "basis", "proposal", "train", "laplace", "evaluate", "judge"]
 COMMANDS: dict[Kind, str] = {
     "model": "train",
     "basis": "extract-basis",
+    "proposal": "train",
     "train": "train",
     "laplace": "laplace",
     "evaluate": "evaluate",
     "judge": "judge",
 }
 PLAN_FORMAT = 1
-FOLDERS = ("runs", "models", "bases", "evaluations", "judgings", "records", "steps", "logs", "slurm")
+FOLDERS = ("runs", "models", "bases", "proposals", "evaluations", "judgings", "records", "steps", "logs", "slurm")
 """The folders in the output directory of a grid."""
 SCORING = frozenset({"metrics", "metric_variant", "bertscore_model", "bertscore_layer", "bootstrap", "seed"})
 """Settings of an evaluation that do not affect predictions (`seed` only without a temperature): after a change, only the metrics are computed
@@ -142,6 +143,9 @@ class _Planner:
             if row.basis is not None:
                 way.append(self._basis(row, ranks[self._basis_facts(row)[0]]))
             basis = way[0] if way else None
+            if row.stage == "proposal":
+                steps_of[row.name] = tuple(step.name for step in [*way, self._propose(row, basis)])
+                continue
             runs = [self._train(one, basis) for one in row.members()] if row.train is not None else []
             way += runs
             if row.laplace is not None and row.stage != "sweep":
@@ -274,21 +278,38 @@ class _Planner:
         return self._add(dataclasses.replace(step, output=output, argv=argv))
 
     def _train(self, row: Row, basis: Step | None) -> Step:
+        config, facts, needs = self._training(row, basis, f"runs/{row.name}")
+        argv = words("train", self._dated(config, self._grid.train))
+        return self._add(Step(f"train-{row.name}", "train", f"runs/{row.name}", facts, needs, argv, row.stop_at))
+
+    def _propose(self, row: Row, basis: Step | None) -> Step:
+        """What measures the curvature that a row's learning rates follow from; it trains nothing."""
+        output = f"proposals/{row.name}.json"
+        config, facts, needs = self._training(row, basis, f"runs/{row.name}", "proposal")
+        config = dataclasses.replace(config, probe=str(self._out / output), resume=False, dtype="auto")
+        return self._add(
+            Step(
+                f"proposal-{row.name}", "proposal", output, facts, needs, words("train", self._dated(config, self._grid.train))
+            )
+        )
+
+    def _training(
+        self, row: Row, basis: Step | None, output: str, kind: Kind = "train"
+    ) -> tuple[TrainConfig, dict[str, Any], tuple[str, ...]]:
+        """The settings of a row's training, its facts, and the steps that it depends on."""
         assert row.train is not None
         assert row.dataset is not None
-        output = f"runs/{row.name}"
         place = str(self._out / basis.output) if basis else None
         from_models = starts_from_models(row.mode, row.train)
         models = tuple(map(self._reference, row.sources)) if from_models else None
         settings = {**row.train, "stop_at": row.stop_at}
         config = self._config(row.mode, settings, self._grid.datasets[row.dataset], output, place, models)
-        facts = self._training_facts(config, self._grid.train, "train", basis.key if basis else None)
+        facts = self._training_facts(config, self._grid.train, kind, basis.key if basis else None)
         needs = (basis.name,) if basis else ()
         if from_models:
             hashes, tuned = self._sources(row)
             facts, needs = {**facts, "start_models": hashes}, (*needs, *tuned)
-        argv = words("train", self._dated(config, self._grid.train))
-        return self._add(Step(f"train-{row.name}", "train", output, facts, needs, argv, row.stop_at))
+        return config, facts, needs
 
     def _laplace(self, row: Row, run: Step) -> Step:
         assert row.laplace is not None
@@ -403,6 +424,8 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     grid = plan.grid
     rows = []
     for row in grid.rows:
+        if row.stage == "proposal":  # it has no result to report
+            continue
         run, evaluation, basis = (plan.of_kind(row.name, kind) for kind in ("train", "evaluate", "basis"))
         run = plan.of_kind(row.name, "laplace") or run
         steps = [plan.steps[name] for name in plan.steps_of[row.name]]

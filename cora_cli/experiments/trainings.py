@@ -20,7 +20,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.planning.page import CARDS, fits, size_text
 from cora_cli.progress import progress
 from cora_cli.render.table import Cell, table_text
-from cora_cli.training.config import TrainConfig
+from cora_cli.training.config import AUTO, TrainConfig
 from cora_cli.training.preflight import Measured, plan_run
 from cora_cli.training.prepare import Prepared, Shared, prepare
 from cora_cli.training.rough import rough_peak
@@ -200,8 +200,8 @@ def measure_memory(
 
 def _kind(row: Row) -> str:
     """The name of a row's run without its seed and its learning rate."""
-    assert row.learning_rate is not None
-    return row.run.removesuffix(f"_seed{row.seed}").replace(f"_lr{short(row.learning_rate)}", "")
+    rate = AUTO if row.learning_rate is None else short(row.learning_rate)
+    return row.run.removesuffix(f"_seed{row.seed}").replace(f"_lr{rate}", "")
 
 
 def _seeds(row: Row, grid: Grid) -> set[int]:

@@ -46,7 +46,7 @@ from cora_cli.records.judgings import (
     Retest,
 )
 from cora_cli.records.models import AdapterConfig, GenerationConfig, ModelConfig, WeightIndex
-from cora_cli.records.probes import Probe, read_probe
+from cora_cli.records.probes import Probe, Proposed, read_probe
 from cora_cli.records.reports import Report
 from cora_cli.records.runs import (
     CarriedTraining,
@@ -121,6 +121,7 @@ __all__ = [
     "Prediction",
     "Probe",
     "Program",
+    "Proposed",
     "ReferenceTokens",
     "Report",
     "Retest",

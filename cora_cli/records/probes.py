@@ -1,10 +1,10 @@
 """The shape of what `cora train --probe FILE` writes."""
 
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from cora_cli.reading import read_json
-from cora_cli.records.runs import Data, Fingerprint, Model, Parameters, Plan, Seeds, UsedBasis
+from cora_cli.records.runs import Data, Fingerprint, Model, Parameters, Plan, Proposal, Seeds, UsedBasis
 
 
 class InsideSide(TypedDict):
@@ -58,6 +58,13 @@ class Probe(TypedDict):
     data: Data
     seeds: Seeds
     probe: Measures
+    proposal: NotRequired[Proposal]
+
+
+class Proposed(TypedDict):
+    """What a file of `--probe` has where the learning rate was auto."""
+
+    proposal: Proposal
 
 
 def read_probe(path: Path) -> dict[str, Any]:

@@ -136,6 +136,17 @@ class Start(TypedDict):
     sha256: str
 
 
+class Proposal(TypedDict):
+    """What `--learning-rate auto` measured before the first step, and the learning rate that follows from it."""
+
+    learning_rate: float
+    constant: float
+    examples: int
+    largest_eigenvalue: float
+    error: float
+    products: int
+
+
 class Seeds(TypedDict):
     """The seeds of a run."""
 
@@ -164,6 +175,7 @@ class Run(TypedDict):
     seeds: Seeds
     resumed: NotRequired[int]
     start: NotRequired[Start]
+    proposal: NotRequired[Proposal]
     laplace: NotRequired[dict[str, Any]]
     error: NotRequired[str]
 

@@ -27,6 +27,8 @@ from cora_cli.settings import (
     setting,
 )
 
+AUTO: Literal["auto"] = "auto"
+DEFAULT_RATE = 3e-4
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj")
 Reporter = Literal["none", "tensorboard", "wandb", "trackio"]
 _WHAT, _DATA, _OPTIM, _RUN = "Method", "Data", "Optimisation", "Run"
@@ -168,7 +170,12 @@ class _SharedSettings:
     max_length: int = setting(
         "Maximum length of an example in tokens; longer prompts are cut from the left.", 1024, panel=_DATA, most=MOST
     )
-    learning_rate: float = setting("Peak learning rate; tune it separately for each mode.", 3e-4, panel=_OPTIM)
+    learning_rate: float | Literal["auto"] = setting(
+        "Peak learning rate; tune it separately for each mode. auto: proposed from the curvature of the loss before the first step, which takes "
+        "some 17 gradients of 4 examples in float32.",
+        DEFAULT_RATE,
+        panel=_OPTIM,
+    )
     epochs: float = setting("Passes over the training records.", 1.0, panel=_OPTIM, most=MOST)
     max_steps: int | None = setting("Optimizer steps, instead of --epochs.", None, panel=_OPTIM, most=MOST)
     batch_size: int = setting("Examples per process and micro-batch, packed into one row.", 16, panel=_OPTIM, most=MOST)
@@ -283,7 +290,7 @@ class _SharedSettings:
         problems += [
             f"--{name.replace('_', '-')} must be {need}, not {getattr(self, name)}"
             for name, ok, need in (
-                ("learning_rate", self.learning_rate > 0, "positive"),
+                ("learning_rate", self.learning_rate == AUTO or self.learning_rate > 0, "positive"),
                 ("epochs", self.epochs > 0, "positive"),
                 ("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1"),
                 ("batch_size", self.batch_size >= 1, "at least 1"),
@@ -326,6 +333,7 @@ class _SharedSettings:
             )
         problems += self._probe_problems()
         method = METHODS[self.mode]
+        problems += self._auto_problems(method)
         allowed = taken_settings(method)
         if not method.is_adapter:
             inapplicable = ["basis", "b_init", "compact", "start", "start_models", *sorted(OPTIONAL_SETTINGS)]
@@ -354,6 +362,24 @@ class _SharedSettings:
             "--shard": self.shard != "none",
         }
         return [f"--probe does not go with {what}; leave out one of them" for what, given in refused.items() if given]
+
+    def _auto_problems(self, method: Method) -> list[str]:
+        """Sentences on `--learning-rate auto`."""
+        if self.learning_rate != AUTO:
+            return []
+        refused = {
+            f"mode {self.mode}: it was measured on adapters; give a number": not method.is_adapter,
+            "--load-in-4bit, with which curvature has not been measured; give a number": self.load_in_4bit,
+            "--shard: the curvature is measured in one process; give a number": self.shard != "none",
+            "--probe-examples: it has examples of its own; leave that out": self.probe is not None
+            and self.probe_examples is not None,
+        }
+        return [f"--learning-rate auto does not go with {what}" for what, given in refused.items() if given]
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate; while it is to be proposed, the default in its place, for what does not depend on it."""
+        return DEFAULT_RATE if self.learning_rate == AUTO else self.learning_rate
 
     def _hardware_problems(self, method: Method) -> list[str]:
         """Sentences on `--load-in-4bit` and `--shard`."""

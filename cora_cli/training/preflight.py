@@ -34,11 +34,12 @@ from cora_cli.planning.four_bit import hold_in_four_bit
 from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, follow_training, follow_weights
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
-from cora_cli.training.config import TrainConfig
+from cora_cli.training.config import AUTO, TrainConfig
 from cora_cli.training.heldout import row_losses
 from cora_cli.training.notices import notices_on_records
 from cora_cli.training.observe import gradients_taken, inputs_taken
 from cora_cli.training.prepare import Prepared, number_of_processes, prepare, total_steps, training_arguments
+from cora_cli.training.proposal import EXAMPLES, VECTORS
 from cora_cli.training.rate import Rate, rate_of
 from cora_cli.training.record import parameter_counts
 from cora_cli.training.sharding import planned_mesh, shard
@@ -87,7 +88,8 @@ class Measured:
 class Preflight:
     """The plan of a run. `tokens` and `labels` are those of all its steps, `largest` and `largest_labels` those of its largest pass.
 
-    `measured` is a sentence where memory cannot be measured without values, and `rate` that of the run of `--rate-from`.
+    `measured` is a sentence where memory cannot be measured without values, and `rate` that of the run of `--rate-from`. `proposing` is the peak in
+    bytes of what `--learning-rate auto` does before the first step, None where it is not known or nothing is proposed.
     """
 
     config: TrainConfig
@@ -101,6 +103,7 @@ class Preflight:
     largest_labels: int
     measured: Measured | str
     rate: Rate | None = None
+    proposing: int | None = None
 
 
 def preflight(config: TrainConfig) -> Preflight:
@@ -109,7 +112,25 @@ def preflight(config: TrainConfig) -> Preflight:
     for notice in notices_on_records(config, prepared):
         say(notice)
     rate = rate_of(config.rate_from, config, prepared) if config.rate_from is not None else None
-    return dataclasses.replace(plan_run(config, prepared), rate=rate)
+    return dataclasses.replace(plan_run(config, prepared), rate=rate, proposing=_proposing(config))
+
+
+def _proposing(config: TrainConfig) -> int | None:
+    """The peak of measuring curvature: that of a training step on its examples in float32, and the vectors that are held besides."""
+    if config.learning_rate != AUTO:
+        return None
+    changes: dict[str, Any] = {
+        "batch_size": EXAMPLES,
+        "gradient_accumulation": 1,
+        "tokens_per_row": None,
+        "max_steps": 1,
+        "dtype": "fp32",
+    }
+    alone = dataclasses.replace(config, learning_rate=config.peak_rate, processes=None, stop_at=None, **changes)
+    measured = plan_run(alone, prepare(alone, planned=planned_hardware(alone.device, alone.dtype))).measured
+    if not isinstance(measured, Measured):
+        return None
+    return measured.memory.total + VECTORS * measured.parameters["trained"] * torch.float32.itemsize
 
 
 def plan_run(config: TrainConfig, prepared: Prepared, seeds: Collection[int] = ()) -> Preflight:

@@ -5,7 +5,9 @@ from typing import Any
 from cora_cli.data.encode import Example
 from cora_cli.methods.registry import method_of
 from cora_cli.planning.page import duration, memory_lines, size_text
+from cora_cli.training.config import AUTO
 from cora_cli.training.preflight import Measured, Preflight
+from cora_cli.training.proposal import EXAMPLES, PRODUCTS
 
 SHOWN = 60
 """Tokens of a long prompt that are shown at each of its ends."""
@@ -57,6 +59,18 @@ def _memory(plan: Preflight) -> list[str]:
     return [
         f"peak memory{each} {where}, {hardware.dtype_name}, computed: {size_text(memory.total)}, in {memory.stage} (largest {row}: {size})",
         *memory_lines(memory.parts, on_gpu=hardware.device.type == "cuda"),
+        *_proposal(plan),
+    ]
+
+
+def _proposal(plan: Preflight) -> list[str]:
+    """What `--learning-rate auto` takes before the first step."""
+    if plan.config.learning_rate != AUTO:
+        return []
+    peak = "unknown" if plan.proposing is None else f"about {size_text(plan.proposing)}"
+    gradients = 2 * PRODUCTS + 1
+    return [
+        f"before the first step, --learning-rate auto takes up to {gradients} gradients of {EXAMPLES} examples in float32: peak {peak}"
     ]
 
 

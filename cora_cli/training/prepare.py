@@ -290,7 +290,7 @@ def _scheduled(plan: AdapterPlan, layers: list[str], config: TrainConfig, exampl
     """The plan for a number of training examples. Raises `CoraError` where the method cannot run for so many steps."""
     method, steps = method_of(plan.mode), total_steps(config, examples)
     method.check_run(plan, layers, steps)
-    return method.for_run(plan, config.learning_rate, warmup_steps(config.warmup_ratio, steps))
+    return method.for_run(plan, config.peak_rate, warmup_steps(config.warmup_ratio, steps))
 
 
 def _check_row(tokens: int | None, train: EncodedSet) -> None:
@@ -379,7 +379,7 @@ def training_arguments(config: TrainConfig, prepared: Prepared, run: RunDirector
         gradient_accumulation_steps=config.gradient_accumulation,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
-        learning_rate=config.learning_rate,
+        learning_rate=config.peak_rate,
         lr_scheduler_type=_SCHEDULERS[config.lr_schedule],
         lr_scheduler_kwargs=_decay(steps, warmup) if config.lr_schedule == "constant-decay" else None,
         warmup_steps=warmup,

@@ -1,6 +1,7 @@
 """What a run begins with, measured without a step of training: the gradient's energy inside the start of A and B, and the loss's curvature.
 
-It needs what the run needs, and goes through the model as training does. `cora train --probe FILE` writes the record.
+It needs what the run needs, and goes through the model as training does. `cora train --probe FILE` writes the record, and `--learning-rate auto`
+takes its learning rate from the curvature (`proposal`).
 """
 
 import dataclasses
@@ -20,18 +21,21 @@ from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import factors_of, lora_layers
 from cora_cli.methods.registry import method_of
-from cora_cli.progress import progress
+from cora_cli.progress import progress, say
 from cora_cli.rundir import RunDirectory
+from cora_cli.training import proposal
 from cora_cli.training.assemble import assemble
-from cora_cli.training.config import TrainConfig
+from cora_cli.training.config import AUTO, TrainConfig
 from cora_cli.training.curvature import Hessian, largest_eigenvalue
 from cora_cli.training.observe import mean_loss, tokens_hash, weight_gradients
 from cora_cli.training.prepare import Prepared, number_of_processes, prepare, training_arguments
+from cora_cli.training.proposal import proposal_from
 from cora_cli.training.record import first_record
 
 EXAMPLES = 32
 PRODUCTS, TOLERANCE = 20, 0.02
 """The most products of the Hessian with a vector, and the relative error of the eigenvalue at which they end."""
+_AUTO = "--learning-rate auto"
 _OF_A_RUN = ("status", "sealed_checkpoints")
 
 
@@ -48,19 +52,20 @@ class Start:
     record: dict[str, Any]
 
 
-def begin(config: TrainConfig) -> Start:
+def begin(config: TrainConfig, flag: str = "--probe") -> Start:
     """Assemble the run of `config` and write nothing. Raises `CoraError` as the run would, and where nothing can train.
 
-    All in float32, in which differences of gradients have enough digits.
+    All in float32, in which differences of gradients have enough digits. `flag` is what asks for the measure, for the errors.
     """
     if number_of_processes(config) > 1:
-        raise CoraError(f"--probe runs in one process, not in {number_of_processes(config)}")
+        raise CoraError(f"{flag} measures in one process, not in {number_of_processes(config)}")
     config = dataclasses.replace(config, dtype="fp32")
     prepared = prepare(config)
     plan = prepared.plan
     if plan is not None and not method_of(plan.mode).can_train(plan):
-        raise CoraError("--probe has nothing to measure: a frozen factor is zero, so all gradients are zero")
-    examples = probe_examples(prepared, config.probe_examples or EXAMPLES)
+        raise CoraError(f"{flag} has nothing to measure: a frozen factor is zero, so all gradients are zero")
+    count = config.probe_examples or EXAMPLES
+    examples = probe_examples(prepared, count, None if flag == "--probe" else f"{flag}, which measures {count},")
     with tempfile.TemporaryDirectory(prefix="cora-probe-") as place:
         # Nothing is written or resumed there.
         run = RunDirectory(Path(place))
@@ -70,12 +75,12 @@ def begin(config: TrainConfig) -> Start:
     return Start(config, prepared, model, batching.form, examples, record)
 
 
-def probe(config: TrainConfig, most_products: int = PRODUCTS) -> dict[str, Any]:
+def probe(config: TrainConfig, most_products: int = PRODUCTS, flag: str = "--probe") -> dict[str, Any]:
     """Measure the run of `config` before its first step. Returns the record of `records.Probe`, and writes nothing.
 
     Raises `CoraError` as `begin` does.
     """
-    start = begin(config)
+    start = begin(config, flag)
     model, examples, prepared, plan = start.model, start.examples, start.prepared, start.prepared.plan
     energy: dict[str, Any] | None = None
     seconds: dict[str, float] = {}
@@ -99,17 +104,20 @@ def probe(config: TrainConfig, most_products: int = PRODUCTS) -> dict[str, Any]:
     }
 
 
-def probe_examples(prepared: Prepared, count: int) -> Sequence[Example]:
+def probe_examples(prepared: Prepared, count: int, asked: str | None = None) -> Sequence[Example]:
     """The last training examples: the same for all methods, and others than those that a start is computed from.
 
-    Energy inside a B that was computed from the same examples would say nothing about others. Raises `CoraError` where there are too few.
+    Energy inside a B that was computed from the same examples would say nothing about others. Raises `CoraError` where there are too few,
+    which says what `asked` for them, by default --probe-examples.
     """
     examples, plan = prepared.train.examples, prepared.plan
     observed = plan is not None and method_of(plan.mode).observes(plan.b_init) is not None
     used = len(prepared.start_examples) if observed else 0
     if len(examples) < used + count:
         also = f" apart from the {used} that the start is computed from" if used else ""
-        raise CoraError(f"--probe-examples {count} needs as many training examples{also}, and there are {len(examples)}")
+        raise CoraError(
+            f"{asked or f'--probe-examples {count}'} needs as many training examples{also}, and there are {len(examples)}"
+        )
     return examples[len(examples) - count :]
 
 
@@ -194,7 +202,7 @@ def largest_curvature(
         norm = float(gradient.norm())
         if not 0 < norm < math.inf:
             raise CoraError(
-                f"the gradient of the trained parameters has norm {norm} over the examples of the probe; raise --probe-examples"
+                f"the gradient of the trained parameters has norm {norm} over the {len(examples)} examples that it is measured on"
             )
         drawn = torch.randn(len(gradient), generator=torch.Generator().manual_seed(seed)).to(gradient)
         # The gradient lies mostly along the directions of large curvature; a random part reaches all others.
@@ -235,3 +243,52 @@ def write_probe(config: TrainConfig) -> dict[str, Any]:
     record = probe(config)
     rundir.write_json(Path(config.probe), record)
     return record
+
+
+def propose(config: TrainConfig) -> dict[str, Any]:
+    """Measure the run of `config` before its first step; returns the proposed learning rate as `run.json` keeps it.
+
+    The measure is in float32, whatever the run is in. Raises `CoraError` as the run would.
+    """
+    start = begin(_measuring(config, dtype="fp32", resume=False, stop_at=None), _AUTO)
+    return proposal_from(
+        largest_curvature(start.model, start.examples, start.prepared, start.form, proposal.PRODUCTS, seed=config.seed)
+    )
+
+
+def write_proposal(config: TrainConfig) -> dict[str, Any]:
+    """As `write_probe`, on the examples of a proposal, and with the proposal in the record."""
+    assert config.probe is not None
+    record = probe(_measuring(config), proposal.PRODUCTS, _AUTO)
+    found = proposal_from(record["probe"]["curvature"])
+    settings = {**record["fingerprint"]["settings"], "learning_rate": found["learning_rate"]}
+    record = {**record, "fingerprint": {**record["fingerprint"], "settings": settings}, "proposal": found}
+    rundir.write_json(Path(config.probe), record)
+    return record
+
+
+def _measuring(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The settings of a probe that measures what a proposal follows from; the rate has no part in it."""
+    own: dict[str, Any] = {
+        "probe": config.probe or "none",
+        "probe_examples": proposal.EXAMPLES,
+        "learning_rate": config.peak_rate,
+    }
+    return dataclasses.replace(config, **own, **changes)
+
+
+def with_rate(config: TrainConfig, record: Mapping[str, Any] | None) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """The settings with a number in place of `auto`, and the proposal; `record` is the run's own where it is resumed, which keeps its rate.
+
+    Raises `CoraError` where that run was begun with a number.
+    """
+    if config.learning_rate != AUTO:
+        return config, (record or {}).get("proposal")
+    found: dict[str, Any] | None = record.get("proposal") if record else propose(config)
+    if found is None:
+        assert record is not None
+        rate = record["fingerprint"]["settings"]["learning_rate"]
+        raise CoraError(f"{config.output_dir} was begun with --learning-rate {rate:g}, not auto; resume it with that")
+    if record is None:
+        say(proposal.describe(found, config.mode))
+    return dataclasses.replace(config, learning_rate=found["learning_rate"]), found

@@ -40,11 +40,12 @@ from cora_cli.records import LogLine, RunStatus, Stop, read_run, template_date
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.assemble import assemble, barrier, share_start
 from cora_cli.training.checkpoints import checkpoint_to_resume, checkpoints_in, step_of
-from cora_cli.training.config import TrainConfig
+from cora_cli.training.config import AUTO, TrainConfig
 from cora_cli.training.fitting import fit_rows, out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
 from cora_cli.training.notices import notices_on_records
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
+from cora_cli.training.probe import with_rate
 from cora_cli.training.record import FAILED, FINISHED, INTERRUPTED, STOPPED, first_record, parameter_counts, peak_memory_bytes
 from cora_cli.training.sharding import complete_weights, is_sharded
 from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line
@@ -71,6 +72,9 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
     """As `train`; `held` keeps the lock of the run directory, which the main process takes for all."""
     forget_settings()
     started = read_run(run) if config.resume and run.exists() else None
+    if config.learning_rate == AUTO:
+        _refuse_run(run, config.resume)  # again with the lock below, but measuring takes a while
+    config, proposal = with_rate(config, started)
     prepared = prepare(config, template_date(started) if started else None)
     if prepared.template.reads_clock:
         config = dataclasses.replace(config, template_date=prepared.template.date)
@@ -109,7 +113,8 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
 
     def write_start() -> None:
         first = first_record(config, prepared, fingerprint, model, batching, observation)
-        _write_start(run, config, prepared, {**first, "warmup_steps": arguments.warmup_steps})
+        rate = {"proposal": proposal} if proposal else {}
+        _write_start(run, config, prepared, {**first, "warmup_steps": arguments.warmup_steps, **rate})
 
     _by_main(arguments, write_start)
     try:
@@ -172,22 +177,17 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
     A run that failed before its first step holds nothing to continue and is replaced, and so is one that the user interrupted there, or that
     failed without a checkpoint, unless it is to be continued.
     """
-    own = (run.record, run.config, run.test_records, run.trained_prompts, run.log)
-    left_nothing = run.exists() and not resume and _failed_for_nothing(run, {run.checkpoints, *own})
-    if run.exists() and (left_nothing or _took_no_step(run, {FAILED} if resume else {FAILED, INTERRUPTED})):
-        if left_nothing:
+    if run.exists() and _is_replaced(run, resume):
+        if not resume and _failed_for_nothing(run):
             say(f"the run in {run.root} had failed without a checkpoint: it is replaced")
-        for path in own:
+        for path in _own_files(run):
             path.unlink(missing_ok=True)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     if not run.exists():
         if rundir.holds_files(run.root):
             raise CoraError(f"output directory {run.root} contains other files; choose a new or empty directory")
         return False
-    if not resume:
-        raise CoraError(
-            f"output directory {run.root} already contains a run; choose a new directory, or continue that run with --resume"
-        )
+    _refuse_run(run, resume)
     record = read_run(run)
     recorded = record["fingerprint"]
     # Earlier versions recorded neither.
@@ -200,6 +200,24 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
         detail = _difference(recorded, fingerprint, "in the run", "now")
         raise CoraError(f"{run.root} cannot be resumed with other inputs than it was started with: {detail}")
     return True
+
+
+def _own_files(run: RunDirectory) -> tuple[Path, ...]:
+    """What a run writes apart from its checkpoints and its result."""
+    return (run.record, run.config, run.test_records, run.trained_prompts, run.log)
+
+
+def _is_replaced(run: RunDirectory, resume: bool) -> bool:
+    """Whether the run that is there holds nothing to continue, and gives its place to a new one."""
+    return (not resume and _failed_for_nothing(run)) or _took_no_step(run, {FAILED} if resume else {FAILED, INTERRUPTED})
+
+
+def _refuse_run(run: RunDirectory, resume: bool) -> None:
+    """Raise `CoraError` where another run is in the way of one that is not to be resumed."""
+    if run.exists() and not resume and not _is_replaced(run, resume):
+        raise CoraError(
+            f"output directory {run.root} already contains a run; choose a new directory, or continue that run with --resume"
+        )
 
 
 def _has_stopped_at(run: RunDirectory, step: int) -> bool:
@@ -227,8 +245,9 @@ def _took_no_step(run: RunDirectory, ended: Collection[str]) -> bool:
     return not run.log.exists() or not any("loss" in line for line in read_jsonl(run.log, LogLine, drop_partial_tail=True))
 
 
-def _failed_for_nothing(run: RunDirectory, own: Collection[Path]) -> bool:
-    """Whether a run failed and left neither a checkpoint nor anything else than its `own` files, such as a result or an evaluation."""
+def _failed_for_nothing(run: RunDirectory) -> bool:
+    """Whether a run failed and left neither a checkpoint nor anything else than its own files, such as a result or an evaluation."""
+    own = {run.checkpoints, *_own_files(run)}
     others = [path for path in run.root.iterdir() if path not in own and not path.name.startswith(".")]
     return read_json(run.record, RunStatus)["status"] == FAILED and not checkpoints_in(run.checkpoints) and not others
 
