@@ -77,7 +77,7 @@ class Checkpoint:
                 with safe_open(file, framework="pt") as opened:
                     tensor = opened.get_tensor(name).clone()
             else:
-                tensor = load_pickle(file)[name].clone()
+                tensor = load_pickle(file)[name].detach().clone()  # a file may hold parameters
         self.seconds_reading += time.perf_counter() - began
         self.bytes_read += tensor.nbytes
         return tensor

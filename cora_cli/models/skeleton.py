@@ -167,7 +167,9 @@ def build_skeleton(config: Any, trust_remote_code: bool = False, dtype: torch.dt
                 config, trust_remote_code=trust_remote_code, **({} if dtype is None else {"dtype": dtype})
             )
     except Exception as error:  # transformers raises many unrelated types
-        raise CoraError(f"config.json of a {config.model_type} model does not describe one: {reason(error)}") from error
+        raise CoraError(
+            f"config.json of {config.name_or_path} does not describe a {config.model_type} model: {reason(error)}"
+        ) from error
     return built
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from cora_cli import rundir
@@ -312,7 +313,8 @@ def loaded_matrices(
     """The key in the files of each weight matrix of the loaded language model, by module; the shape (out, in) of each, and of the views
     of fused projections; the modules that store their weight as (in, out); what keeps layers from being read, by module; and the views.
 
-    A model that transformers does not know without code of its own keeps the names of its files, and has no views.
+    A model that transformers does not know without code of its own keeps the names of its files, and has no views. Raises `CoraError`
+    where the configuration of one that it knows describes none.
     """
     stored = _matrices(checkpoint)
     names, transposed = {key: key for key in stored}, frozenset[str]()
@@ -320,6 +322,8 @@ def loaded_matrices(
     try:
         skeleton = skeleton_of(model)
     except CoraError:
+        if _is_known(model.config()):
+            raise
         faults = _faults_of_unknown(checkpoint)
     else:
         others = other_modalities(skeleton.model)
@@ -336,6 +340,11 @@ def loaded_matrices(
     faults |= {name: faults[view.fused] for name, view in views.items() if view.fused in faults}
     views = {name: view for name, view in views.items() if view.fused in keys}
     return keys, oriented | view_shapes(views, oriented), transposed, faults, views
+
+
+def _is_known(config: Mapping[str, Any]) -> bool:
+    """Whether transformers itself would build the model: then only its skeleton says how the layers store their weights."""
+    return not config.get("auto_map") and config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def view_shapes(views: Mapping[str, View], shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

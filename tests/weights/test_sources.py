@@ -262,6 +262,13 @@ def test_the_tensors_of_a_file_of_torch_are_read_by_all_also_in_an_entry(copy, s
     assert all(torch.equal(loaded[key], tensor) for key, tensor in usual.items())
 
 
+def test_a_file_of_torch_may_hold_parameters(copy, square_models):
+    as_bin(copy, lambda tensors: {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()})
+    weight = open_source(local(copy)).read(Q0)
+    assert torch.equal(weight, open_source(local(square_models[0])).read(Q0))
+    assert not weight.requires_grad
+
+
 @pytest.mark.parametrize(
     ("wrap", "said"),
     [
@@ -315,6 +322,16 @@ def test_gpt2_weights_are_read_as_out_by_in(tmp_path):
     source = open_source(local(tmp_path))
     assert source.shapes["transformer.h.0.attn.c_attn"] == (48, 16)
     assert torch.equal(source.read("transformer.h.0.attn.c_attn"), model.transformer.h[0].attn.c_attn.weight.T)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"n_head": 3}, {"activation_function": "foo"}, {"layer_norm_epsilon": "1e-5"}, {"n_layer": None}]
+)
+def test_a_known_model_whose_configuration_describes_none_is_refused_since_its_layers_may_be_transposed(tmp_path, wrong):
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)).save_pretrained(tmp_path)
+    change_config(tmp_path, **wrong)
+    with pytest.raises(CoraError, match=rf"config\.json of {tmp_path} "):
+        open_source(local(tmp_path))
 
 
 def test_a_model_with_a_left_over_adapter_configuration_is_loaded_from_its_own_weights(copy, square_models):
