@@ -341,7 +341,10 @@ def _weight_keys(name: str) -> tuple[str, ...]:
 
 
 def base_of(adapter: ModelPath, weights: bool = True) -> ModelPath:
-    """The base model that an adapter names; `weights` as in `resolve_model`. Raises `CoraError` where it names none, or where that cannot be found."""
+    """The base model that an adapter names; `weights` as in `resolve_model`.
+
+    Raises `CoraError` where it names none, where that cannot be found, and where it is an adapter itself.
+    """
     reference, facts = recorded_base(adapter.adapter_config()), read_facts(adapter.path)
     if not reference:
         raise CoraError(f"adapter {adapter.path} does not say what its base model is; pass its path with --base")
@@ -356,11 +359,17 @@ def base_of(adapter: ModelPath, weights: bool = True) -> ModelPath:
             f"adapter {adapter.path} was trained on the model in the directory {reference}, which is not there; pass its path with --base"
         )
     try:
-        return resolve_model(reference, weights)
+        base = resolve_model(reference, weights)
     except CoraError as error:
         raise CoraError(
             f"the base model of adapter {adapter.path} cannot be found (pass its path with --base): {error}"
         ) from error
+    if base.is_adapter:
+        raise CoraError(
+            f"adapter {adapter.path} names {reference} as its base model, which is an adapter too; write that as a model with `cora merge`, and "
+            "pass its path with --base"
+        )
+    return base
 
 
 def check_base(adapter: ModelPath, base: ModelPath) -> None:

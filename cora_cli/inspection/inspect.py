@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cora_cli.adapters.storage import check_base, say_other_base
+from cora_cli.adapters.storage import base_of, check_base, say_other_base
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side
 from cora_cli.device import Hardware
@@ -174,7 +174,7 @@ def open_inputs(
     if len(named) == 1 and not bases and base is None:
         raise UsageError("one model alone cannot be compared; name other models, a basis file, or its --base")
     opening = open_source if weights else open_planned
-    base_path = resolve_model(base, weights) if base else None
+    base_path = resolve_model(named_base, weights) if named_base else base_of(paths[0], weights) if base else None
     for path in paths:
         if base_path is not None and path.is_adapter and weights:
             (say_other_base if named_base else check_base)(path, base_path)

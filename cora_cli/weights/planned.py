@@ -8,10 +8,11 @@ from collections.abc import Iterable
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from cora_cli.adapters.storage import base_of
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.fused import fused_views
-from cora_cli.models.references import ModelPath, recorded_base, resolve_model
+from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import skeleton_of
 from cora_cli.weights.sources import AdapterSource, ModelSource, WeightSource, architecture_of, view_shapes
 
@@ -55,6 +56,5 @@ class PlannedSource(WeightSource):
 def open_planned(model: ModelPath, base: WeightSource | None = None) -> WeightSource:
     """As `open_source`, also for a model, or the base of an adapter, that holds no weights."""
     if model.is_adapter:
-        name = recorded_base(model.adapter_config()) if base is None else None
-        return AdapterSource(model, open_planned(resolve_model(name, weights=False)) if name else base)
+        return AdapterSource(model, base or open_planned(base_of(model, weights=False)))
     return ModelSource(model) if model.has_weights else PlannedSource(model)

@@ -24,6 +24,8 @@ from cora_cli.extraction.extract import extract_basis
 from cora_cli.methods.parts.layers import factors_of, lora_layers
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.weights.planned import open_planned
+from cora_cli.weights.sources import open_source
 from tests.methods.helpers import plan_of
 
 IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
@@ -383,7 +385,10 @@ def test_the_base_is_looked_up_at_the_revision_that_was_trained_on(
     facts = AdapterFacts(read_facts(first).plan, base, revision, "0" * 64, None, None, compact=False)
     save_adapter(wrapped, tmp_path / "adapter", facts)
     seen = []
-    monkeypatch.setattr("cora_cli.adapters.storage.resolve_model", lambda reference, weights: seen.append(reference))
+    monkeypatch.setattr(
+        "cora_cli.adapters.storage.resolve_model",
+        lambda reference, weights: seen.append(reference) or ModelPath(reference, tmp_path / "base", None),
+    )
     base_of(resolve_model(str(tmp_path / "adapter")))
     assert seen == [asked]
 
@@ -394,6 +399,15 @@ def test_an_adapter_that_names_no_base_says_so(copied):
     (copied / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(CoraError, match="does not say what its base model is"):
         base_of(resolve_model(str(copied)))
+
+
+def test_an_adapter_as_the_base_of_an_adapter_is_refused_by_all_even_where_it_is_its_own(copied):
+    config = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(copied)}))
+    (copied / SIDE_FILE).unlink()
+    for read in (base_of, open_source, open_planned):
+        with pytest.raises(CoraError, match=f"adapter {copied} names {copied} as its base model, which is an adapter too"):
+            read(resolve_model(str(copied)))
 
 
 def test_a_loaded_adapter_is_scaled_as_it_was_trained(store, load):
