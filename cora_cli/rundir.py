@@ -115,6 +115,8 @@ def open_to_append(path: Path) -> BinaryIO:
 
 def require_basis(path: Path) -> None:
     """Raise `CoraError` if there is no basis file at `path`."""
+    if path.is_dir():
+        raise CoraError(f"basis {path} is a directory; name the file that `cora extract-basis` wrote")
     if not path.is_file():
         raise CoraError(f"basis {path} does not exist; create one with `cora extract-basis`")
 

@@ -16,8 +16,8 @@ import torch
 
 from cora_cli import __version__, rundir
 from cora_cli.basis.choices import BasisChoices, GroupMapping, Side, natural_order
-from cora_cli.errors import CoraError
-from cora_cli.reading import Malformed, fault_of, parse_json
+from cora_cli.errors import CoraError, UsageError
+from cora_cli.reading import Malformed, fault_of, parse_json, refuse_pointer
 from cora_cli.records import BasisFile
 
 FORMAT_VERSION = 1
@@ -225,7 +225,12 @@ def read_basis(path: Path) -> Basis:
         raise _altered(path, "its metadata does not match its digest")
     if fault := fault_of(record, BasisFile):
         raise _altered(path, f"in its metadata, {fault}")
-    choices = BasisChoices.from_json(record["choices"])
+    if unknown := _unknown_key(record):
+        raise CoraError(f"{path} is from another version of cora: this one does not know the key {unknown!r} of its metadata")
+    try:
+        choices = BasisChoices.from_json(record["choices"])
+    except UsageError as error:  # which speaks of flags
+        raise _altered(path, f"in its metadata, {error}") from error
     if (record["group_pattern"], record["group_template"]) != dataclasses.astuple(choices.mapping):
         raise _altered(path, f"its groups are not those of --share {choices.share}")
     groups = sorted(record["gaps"], key=natural_order)
@@ -272,6 +277,21 @@ def _record(basis: Basis) -> dict[str, Any]:
     }
 
 
+def _unknown_key(record: Mapping[str, Any]) -> str | None:
+    """A key of one of the parts of the metadata that this version does not know; None if there is none."""
+    parts = [
+        ("choices", BasisChoices, [record["choices"]]),
+        ("sources", SourceRecord, record["sources"]),
+        ("base", SourceRecord, [record["base"] or {}]),
+        ("layers", LayerEnergy, record.get("layers", {}).values()),
+    ]
+    for name, kind, entries in parts:
+        known = {field.name for field in dataclasses.fields(kind)}
+        if unknown := sorted({key for entry in entries for key in entry} - known):
+            return f"{name}.{unknown[0]}"
+    return None
+
+
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     rundir.require_basis(path)
     try:
@@ -279,6 +299,7 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        refuse_pointer(path)
         raise CoraError(f"{path} is not a complete safetensors file, so it cannot be read as a basis: {error}") from error
     if _METADATA_KEY not in metadata:
         raise CoraError(f"{path} is a safetensors file but not a basis: its metadata has no {_METADATA_KEY}")

@@ -226,6 +226,9 @@ def damage_columns(tensors):
         (lambda tensors: tensors[f"basis/{Q0}"].mul_(float("nan")), None, "does not hold finite"),
         (damage_columns, None, "not orthonormal"),
         (lambda tensors: tensors[f"singular_values/{Q0}"].mul_(1.001), None, "its content hash is"),
+        (None, lambda record: record["choices"].update(weighting="equal"), "does not know the key 'choices.weighting'"),
+        (None, lambda record: record["sources"][0].update(license="mit"), "does not know the key 'sources.license'"),
+        (None, lambda record: record["choices"].update(share="block"), "edited was altered .* --share must be one of module"),
     ],
 )
 def test_a_file_that_was_edited_is_refused_even_with_a_fitting_digest(files, tmp_path, tensors, record, said):
@@ -240,6 +243,14 @@ def test_an_edited_record_without_a_fitting_digest_is_refused(files, tmp_path):
     save_file(load_file(files["weights"]), tmp_path / "edited", {"cora_basis": metadata})
     with pytest.raises(CoraError, match="does not match its digest"):
         read_basis(tmp_path / "edited")
+
+
+def test_what_is_no_basis_file_at_all_is_called_so(tmp_path):
+    (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(CoraError, match="only a pointer of Git LFS"):
+        read_basis(tmp_path / "pointer.safetensors")
+    with pytest.raises(CoraError, match="is a directory; name the file"):
+        read_basis(tmp_path)
 
 
 def test_another_safetensors_file_is_no_basis(files, grouped_models, tmp_path):
