@@ -38,6 +38,19 @@ def other_loss(path: Path) -> None:
     rundir.write_json(path, record)
 
 
+def edited(*place: str, by: Any) -> Callable[[Path], None]:
+    """Changes one entry of a JSON file."""
+
+    def damage(path: Path) -> None:
+        record = part = read_json(path)
+        for key in place[:-1]:
+            part = part[key]
+        part[place[-1]] = by
+        rundir.write_json(path, record)
+
+    return damage
+
+
 def other_value(path: Path) -> None:
     record = read_json(path)
     record["metrics"]["rougeL"]["value"] += 0.01
@@ -98,6 +111,20 @@ def impossible_bootstrap(entry: str, value: int) -> Callable[[Path], None]:
             "run.json was changed after it was written: its mode is full, but the run was trained with lora",
         ),
         ("run.json", other_loss, "heldout.jsonl was altered after it was written"),
+        (
+            "run.json",
+            edited("heldout", "after", "ci95", by=[0.1, 0.2]),
+            "its heldout.after.ci95 is [0.1, 0.2], but heldout.jsonl",
+        ),
+        (
+            "run.json",
+            edited("heldout", "change", "value", by=-1.0),
+            "its heldout.change.value is -1.0, but heldout.jsonl gives",
+        ),
+        ("run.json", edited("heldout", "before", "tokens", by=1), "its heldout.before.tokens is 1, but heldout.jsonl gives"),
+        ("run.json", edited("plan", "rank", by=64), "its plan is not the one in"),
+        ("eval/metrics.json", edited("generation", "settings", by={}), "metrics.json have another settings"),
+        ("eval/generation.json", edited("seconds", by=0.1), "metrics.json have another seconds"),
         ("eval/predictions.jsonl", flip, "eval/predictions.jsonl was altered after it was scored"),
         ("eval/metrics.json", other_value, "eval/scores.jsonl was altered"),
         ("eval/metrics.json", other_interval, "eval/metrics.json does not hold the interval of rougeL that"),
@@ -180,10 +207,11 @@ def test_a_metric_that_this_version_does_not_have_is_said_to_be_left_out(run: Pa
 
 
 def test_an_evaluation_of_other_weights_in_the_run_is_refused(run: Path) -> None:
-    path = run / "eval" / "generation.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
+    generation, metrics = run / "eval" / "generation.json", run / "eval" / "metrics.json"
+    record = json.loads(generation.read_text(encoding="utf-8"))
     record["settings"]["adapter_sha256"] = "0" * 64
-    rundir.write_json(path, record)
+    rundir.write_json(generation, record)
+    rundir.write_json(metrics, {**read_json(metrics), "generation": record})
     with pytest.raises(CoraError, match="eval is an evaluation of other weights than"):
         verify(run)
 
