@@ -12,7 +12,9 @@ from cora_cli.progress import say
 SHAPES = "assertions (as in builtin:code), test and entry_point (HumanEval), or test_list (MBPP)"
 _STOPS = re.compile(r"\n(?:class|def|#|if|print)")
 """Where an answer that continues a function ends (Chen et al. 2021, 2107.03374)."""
-_FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\r?\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
+_OPENING = re.compile(r"(?P<indent>^[ \t]*)?(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>[^`\r\n]*)\r?\n", re.MULTILINE)
+_PYTHON = re.compile(r"(?:\{?[ \t]*\.?(?:python|py)[\d.]*\b.*)?", re.IGNORECASE | re.DOTALL)
+"""What stands after the marks of a block of Python, if anything does, such as `python`, `Python 3` or `{.python}`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +31,17 @@ class Problem:
     entry_point: str | None = None
 
     def program(self, answer: str) -> str:
-        """The program in an answer: its first fenced block if it has one, after the prompt if it continues the prompt's function."""
-        fenced = _FENCED.search(answer)
-        code = fenced[1] if fenced else answer
+        """The program in an answer: its first fenced block of Python if it has one, after the prompt if it continues the prompt's function."""
+        answer = _without_thought(answer)
+        fenced = _python_block(answer)
+        code = answer if fenced is None else fenced
         if self.entry_point is None:
             return code
         definition = re.compile(rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{re.escape(self.entry_point)}\b", re.MULTILINE)
         if definition.search(code):
             own = definition.search(self.given)
             return (self.given[: own.start()] if own else "") + code
-        return self.given + (code if fenced else _STOPS.split(code)[0])
+        return self.given + (_STOPS.split(code)[0] if fenced is None else code)
 
     def for_tests(self) -> dict[str, Any]:
         """What the sandbox of the tests needs (`inside.tests`)."""
@@ -57,6 +60,11 @@ def problem_columns(record: Mapping[str, Any]) -> dict[str, Any] | None:
     kept = {name: record[name] for name in TEST_COLUMNS if record.get(name)}
     texts = ("prompt",) if "test" in kept else ()
     return kept | {name: record[name] for name in (*texts, "completion", "output") if name in record}
+
+
+def continues_function(columns: Mapping[str, Any] | None) -> bool:
+    """Whether the answer to a record with these `problem_columns` goes on with the text of its prompt, as in HumanEval's shape."""
+    return bool(columns and columns.get("test"))
 
 
 def problem_of(columns: Mapping[str, Any] | None, where: str) -> Problem:
@@ -89,6 +97,37 @@ def programs_of(line: Mapping[str, Any]) -> list[str]:
     """The programs in a line of `predictions.jsonl`, whose record may carry no tests."""
     problem = problem_of(line["problem"], "a prediction") if line.get("problem") else Problem("", "", "")
     return [problem.program(sample["prediction"]) for sample in line.get("samples") or [line]]
+
+
+def _without_thought(answer: str) -> str:
+    """An answer without the thought before it, which ends with `</think>`; a thought that never ends leaves nothing."""
+    thought, ended, rest = answer.partition("</think>")
+    if ended:
+        return rest
+    return "" if thought.lstrip().startswith("<think>") else answer
+
+
+def _python_block(answer: str) -> str | None:
+    """The first fenced block that is marked as Python, or as nothing, without its indentation; None without one.
+
+    A block ends, as in CommonMark, at a line of as many marks that is hardly indented, so that the example in a docstring does not end it.
+    """
+    position = 0
+    while opening := _OPENING.search(answer, position):
+        indent, marks, start = len(opening["indent"] or ""), opening["marks"], opening.end()
+        closings = (
+            re.compile(rf"^[ \t]{{0,{most}}}{re.escape(marks)}.*$", re.MULTILINE).search(answer, start)
+            for most in (indent + 3, "")
+        )
+        closing = next(filter(None, closings), None)
+        inside = answer[start : closing.start()] if closing else answer[start:]
+        if _PYTHON.fullmatch(opening["info"].strip()):
+            code = re.sub(rf"^[ \t]{{1,{indent}}}", "", inside, flags=re.MULTILINE) if indent else inside
+            return code.removesuffix("\n") if closing else code
+        if closing is None:
+            break
+        position = closing.end()
+    return None
 
 
 def _text(columns: Mapping[str, Any], name: str, where: str) -> str:

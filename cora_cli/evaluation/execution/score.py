@@ -20,7 +20,7 @@ LEAST_SECONDS, TIMES_REFERENCE = 4, 10
 """A program may take this many times the processor seconds of the reference solution, rounded up, and no less than the first number."""
 REFERENCE_SECONDS = 60
 MOST_AT_ONCE = 16
-CONDITIONS = f"limit:max({LEAST_SECONDS}s,{TIMES_REFERENCE}xreference)|sandbox:bubblewrap|python:{'.'.join(platform.python_version_tuple()[:2])}"
+CONDITIONS = f"answer:python-block|limit:max({LEAST_SECONDS}s,{TIMES_REFERENCE}xreference)|sandbox:bubblewrap|python:{'.'.join(platform.python_version_tuple()[:2])}"
 """What moves pass@k apart from the programs, for its signature."""
 
 

@@ -101,6 +101,17 @@ def test_the_program_in_an_answer_to_a_function_s_beginning(answer: str, program
         ("def f(): pass", "def f(): pass"),
         ("Sure!\n```python\ndef f(): pass\n```\nUse it so:\n```\nf()\n```", "def f(): pass"),
         ("```py\ndef f(): pass", "def f(): pass"),
+        ("First:\n```bash\npip install x\n```\nThen:\n```python\ndef f(): pass\n```", "def f(): pass"),
+        ("```text\nan example\n```\n\n~~~ Python 3\ndef f(): pass\n~~~", "def f(): pass"),
+        ("````{.python .numberLines}\ndef f(): pass\n````", "def f(): pass"),
+        ('```python title="f.py"\ndef f(): pass\n```', "def f(): pass"),
+        ("1. Write:\n   ```python\n   def f():\n       pass\n   ```", "def f():\n    pass"),
+        ('```python\ndef f():\n    """\n    ```\n    f()\n    ```\n    """\n```', 'def f():\n    """\n    ```\n    f()\n    ```\n    """'),
+        ("```python\ndef f(): pass\n      ```\nIt works.", "def f(): pass"),
+        ("<think>\n```python\ndef f(): 1\n```\n</think>\n\n```python\ndef f(): pass\n```", "def f(): pass"),
+        ("It passes.\n</think>\ndef f(): pass", "\ndef f(): pass"),
+        ("<think>\nPerhaps\n```python\ndef f(): pass\n```", ""),
+        ("```python\n```\nSorry.", ""),
     ],
 )
 def test_the_program_in_an_answer(answer: str, program: str):
