@@ -162,11 +162,21 @@ def split_tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[in
     the model would generate. Otherwise each is tokenized separately, as in generation.
     """
     prompt = encode_prompt(rendered, tokenizer)
-    joined = encode_prompt(dataclasses.replace(rendered, prompt=rendered.prompt + rendered.response), tokenizer)
-    on_boundary = joined[: len(prompt)] == prompt
-    response = joined[len(prompt) :] if on_boundary else _tokens(rendered.response, tokenizer)
+    continuation = _continuation(rendered, prompt, tokenizer)
+    response = _tokens(rendered.response, tokenizer) if continuation is None else continuation
     end = [tokenizer.eos_token_id if rendered.end is None else rendered.end]
     return prompt, response if response[-1:] == end else response + end  # the data may already contain the end token
+
+
+def continues_prompt(rendered: Rendered, tokenizer: Any) -> bool:
+    """Whether the tokens of the response are those of a text that begins with the prompt (see `split_tokens`)."""
+    return _continuation(rendered, encode_prompt(rendered, tokenizer), tokenizer) is not None
+
+
+def _continuation(rendered: Rendered, prompt: list[int], tokenizer: Any) -> list[int] | None:
+    """The tokens of the response in one text with the prompt, None if the boundary between them falls within a token."""
+    joined = encode_prompt(dataclasses.replace(rendered, prompt=rendered.prompt + rendered.response), tokenizer)
+    return joined[len(prompt) :] if joined[: len(prompt)] == prompt else None
 
 
 def encode_prompt(rendered: Rendered, tokenizer: Any) -> list[int]:

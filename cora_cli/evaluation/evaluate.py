@@ -18,6 +18,7 @@ from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.storage import check_base, check_basis
 from cora_cli.data.encode import (
+    continues_prompt,
     check_rows,
     control_tokens_notice,
     encode_prompt,
@@ -40,7 +41,7 @@ from cora_cli.evaluation.directory import (
     put_in_place,
     recorded_date,
 )
-from cora_cli.evaluation.execution.problems import Problem, problem_columns, problem_of, programs_of
+from cora_cli.evaluation.execution.problems import Problem, continues_function, problem_columns, problem_of, programs_of
 from cora_cli.evaluation.execution.sandbox import require_sandbox
 from cora_cli.evaluation.execution.score import Executor, execute
 from cora_cli.evaluation.generate import Engine, Request, Work, generate
@@ -297,8 +298,12 @@ def _answer(
         raise CoraError(
             f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the context of {backend.context} tokens"
         )
+
+    def continues(text: Rendered, problem: dict[str, Any] | None) -> bool:
+        return template.name != "chat" and continues_function(problem) and continues_prompt(text, tokenizer)
+
     requests = [
-        Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead, stream, own)
+        Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead, stream, own, continues(text, own))
         for place, (prompt, text, own) in enumerate(zip(prompts, rendered, columns, strict=True))
         for stream in streams(place, config.temperature, config.samples)
     ]

@@ -34,7 +34,8 @@ class Request:
     """One prompt to answer: its tokens, its text, and the reference answer.
 
     `lead` is what the chat template puts before every answer (`templates.Rendered`); it is no part of a prediction. `stream` names the draws
-    of a sample (`sampling.Sampling`). `problem` has the tests of the record, to be kept with its answer.
+    of a sample (`sampling.Sampling`). `problem` has the tests of the record, to be kept with its answer. `continues` says that the answer goes on
+    with the text of the prompt, so that a space at its beginning counts.
     """
 
     input_ids: list[int]
@@ -43,6 +44,7 @@ class Request:
     lead: str = ""
     stream: str = ""
     problem: dict[str, Any] | None = None
+    continues: bool = False
 
 
 class Engine(Protocol):
@@ -194,7 +196,7 @@ def _line(index: int, request: Request, tokenizer: Any, ends: Sequence[int], ids
         "index": index,
         "prompt": request.prompt,
         "reference": request.reference,
-        "prediction": _answer(tokenizer, ids[:-1] if stopped else ids, request.lead),
+        "prediction": _answer(tokenizer, ids[:-1] if stopped else ids, request),
         "finish_reason": "stop" if stopped else "length",
         "new_tokens": len(ids),
     }
@@ -208,13 +210,22 @@ def _record_line(index: int, lines: Sequence[dict[str, Any]], request: Request) 
     return line | ({"problem": request.problem} if request.problem else {})
 
 
-def _answer(tokenizer: Any, ids: Sequence[int], lead: str) -> str:
-    """The text of an answer without special tokens and without `lead`, which may hold some."""
-    start = tokenizer(lead, add_special_tokens=False)["input_ids"] if lead else []
+def _answer(tokenizer: Any, ids: Sequence[int], request: Request) -> str:
+    """The text of an answer without special tokens and without the request's `lead`, which may hold some."""
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    if request.continues:
+        # Tokenizers such as Llama 2's leave out the first space of what they decode, and so would change an indentation.
+        last = request.input_ids[-1:]
+        if (joined := text([*last, *ids])).startswith(before := text(last)):
+            return joined.removeprefix(before)
+    start = tokenizer(request.lead, add_special_tokens=False)["input_ids"] if request.lead else []
     if list(ids[: len(start)]) == start:
-        return str(tokenizer.decode(ids[len(start) :], skip_special_tokens=True))
+        return text(ids[len(start) :])
     # The end of the lead and the beginning of the answer may share a token.
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).removeprefix(tokenizer.decode(start, skip_special_tokens=True))
+    return text(ids).removeprefix(text(start))
 
 
 def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from cora_cli import embedded, rundir
 from cora_cli.errors import CoraError
@@ -247,9 +248,22 @@ def test_a_lead_with_special_tokens_is_no_part_of_the_prediction():
     chat_tokenizer = AutoTokenizer.from_pretrained(embedded.model_directory())
     lead = "<|im_start|>final\n"
     ids = chat_tokenizer(f"{lead}good day", add_special_tokens=False)["input_ids"]
-    assert _answer(chat_tokenizer, ids, lead) == "good day"
-    assert _answer(chat_tokenizer, ids[1:], lead) == "good day"  # the lead is there without its special token
-    assert _answer(chat_tokenizer, ids, "") == "final\ngood day"
+    request = Request([1], "", "", lead)
+    assert _answer(chat_tokenizer, ids, request) == "good day"
+    assert _answer(chat_tokenizer, ids[1:], request) == "good day"  # the lead is there without its special token
+    assert _answer(chat_tokenizer, ids, Request([1], "", "")) == "final\ngood day"
+
+
+def test_an_answer_that_continues_a_function_keeps_its_indentation():
+    # As the tokenizers of Llama 2: spaces are ▁, and decoding leaves out the first space of a text.
+    vocabulary = {token: place for place, token in enumerate(["<unk>", "▁", "\n", *"abdefnrtu():", "▁▁▁▁"])}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    prompt, answer = (tokenizer.convert_tokens_to_ids(list(text)) for text in ("def▁f():\n", "return▁b"))
+    ids = [vocabulary["▁▁▁▁"], *answer]
+    assert _answer(tokenizer, ids, Request(prompt, "def f():\n", "", continues=True)) == "    return b"
+    assert _answer(tokenizer, ids, Request(prompt, "def f():\n", "")) == "   return b"
 
 
 @pytest.mark.parametrize("own", ["x", [2, "x"], True])
