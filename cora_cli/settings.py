@@ -71,6 +71,8 @@ def range_problems(config: Any) -> list[str]:
             need = f"a finite number, not {value}"
         elif name == "seed" and not 0 <= value < 2**32:
             need = f"at least 0 and below 2^32, not {value}"
+        elif name == "split_seed" and value < 0:  # Python's generator takes the absolute value
+            need = f"at least 0, not {value}"
         elif type(value) is int and abs(value) > (most or _LARGEST):
             need = f"at most {most or _LARGEST:,}, not {value:,}"
         elif type(value) is float and most is not None and abs(value) > most:

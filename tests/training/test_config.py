@@ -38,6 +38,7 @@ NEEDED: dict[str, Any] = {"model": "m", "dataset": "d.jsonl", "output_dir": "o"}
         ({"save_steps": 0}, "--save-steps must be at least 1, not 0"),
         ({"keep_checkpoints": 0}, "--keep-checkpoints must be at least 1, not 0"),
         ({"seed": -1}, "--seed must be at least 0 and below 2^32, not -1"),
+        ({"split_seed": -1}, "--split-seed must be at least 0, not -1"),
         ({"seed": 2**32}, "--seed must be at least 0 and below 2^32, not 4294967296"),
         ({"test_size": math.nan}, "--test-size must be a finite number, not nan"),
         ({"rank": 0}, "--rank must be at least 1, not 0"),
