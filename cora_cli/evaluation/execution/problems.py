@@ -1,5 +1,6 @@
 """Read the tests of a record, and turn an answer into a program: HumanEval's shape, MBPP's, and the assertions of `builtin:code`."""
 
+import ast
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,8 @@ SHAPES = "assertions (as in builtin:code), test and entry_point (HumanEval), or 
 _STOPS = re.compile(r"\n(?:class|def|#|if|print)")
 """Where an answer that continues a function ends (Chen et al. 2021, 2107.03374)."""
 _OPENING = re.compile(r"(?P<indent>^[ \t]*)?(?P<marks>`{3,}|~{3,})[ \t]*(?P<info>[^`\r\n]*)\r?\n", re.MULTILINE)
+_CHECK = re.compile(r"^(?:def[ \t]+check[ \t]*\(|check[ \t]*=)", re.MULTILINE)
+"""How the tests of HumanEval's shape define the function that is called with `entry_point`."""
 _PYTHON = re.compile(r"(?:\{?[ \t]*\.?(?:python|py)[\d.]*\b.*)?", re.IGNORECASE | re.DOTALL)
 """What stands after the marks of a block of Python, if anything does, such as `python`, `Python 3` or `{.python}`."""
 
@@ -42,6 +45,19 @@ class Problem:
             own = definition.search(self.given)
             return (self.given[: own.start()] if own else "") + code
         return self.given + (_STOPS.split(code)[0] if fenced is None else code)
+
+    def asserts(self) -> bool:
+        """Whether the tests hold anything that could fail a program for its results; not so, for example, a comparison without `assert`, or
+        `assert (f(1) == 2, "wrong")`, whose pair is always true.
+        """
+        for node in ast.walk(ast.parse(self.tests)):
+            if isinstance(node, ast.Raise) or (isinstance(node, ast.Assert) and not isinstance(node.test, ast.Tuple)):
+                return True
+            called = node.func if isinstance(node, ast.Call) else None
+            name = getattr(called, "attr", getattr(called, "id", ""))
+            if "assert" in name.lower() or name in ("fail", "exit", "_exit"):
+                return True
+        return False
 
     def for_tests(self) -> dict[str, Any]:
         """What the sandbox of the tests needs (`inside.tests`)."""
@@ -75,7 +91,7 @@ def problem_of(columns: Mapping[str, Any] | None, where: str) -> Problem:
         given, test, entry = (_text(columns, name, where) for name in ("prompt", "test", "entry_point"))
         if not entry.isidentifier():
             raise CoraError(f"{where}: entry_point must be the name of a function, not {entry!r}")
-        call = f"\n\ncheck({entry})\n" if re.search(r"^def check\(", test, re.MULTILINE) else ""
+        call = f"\n\ncheck({entry})\n" if _CHECK.search(test) else ""
         return Problem(where, given + reference, test + call, given, entry)
     if columns.get("test_list"):
         before = [*_texts(columns, "test_imports", where), _text(columns, "test_setup_code", where)]

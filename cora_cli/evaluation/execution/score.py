@@ -33,7 +33,8 @@ class Executor:
     def calibrate(self, problems: Sequence[Problem]) -> None:
         """Run the reference solution of each problem that is new.
 
-        Raises `CoraError` naming the first one that does not pass: its tests could not tell a right program from a wrong one.
+        Raises `CoraError` naming the first one that does not pass, or whose tests every program would pass: its tests could not tell a right program
+        from a wrong one.
         """
         new = list(dict.fromkeys(problem for problem in problems if problem not in self._limits))
         if not new:
@@ -45,6 +46,12 @@ class Executor:
                 raise CoraError(
                     f"{problem.where}: the reference solution does not pass its own tests here: {outcome.fate}{said}; correct or remove the "
                     "record. Programs have Python's standard library only"
+                )
+            if outcome.detail or not problem.asserts():
+                said = outcome.detail or "the tests hold no assertion"
+                raise CoraError(
+                    f"{problem.where}: every program would pass, since {said}; assert results in statements that are run, such as "
+                    "`assert f(1) == 2` (functions and classes of tests are not called by themselves), or remove the record"
                 )
             self._limits[problem] = max(LEAST_SECONDS, math.ceil(TIMES_REFERENCE * outcome.seconds))
 

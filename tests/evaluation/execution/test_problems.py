@@ -43,6 +43,33 @@ def test_a_reference_solution_that_fails_is_named():
         Executor().calibrate([wrong])
 
 
+@needs_sandbox
+@pytest.mark.parametrize(
+    ("tests", "reason"),
+    [
+        ("", "the tests use nothing of the program"),
+        ("# f() == 1", "the tests use nothing of the program"),
+        ("def test_f():\n    assert f() == 1", "the tests use nothing of the program"),
+        ("async def check(g):\n    assert g() == 1\ncheck(f)", "the tests use nothing of the program"),
+        ("import unittest\nclass T(unittest.TestCase):\n    def test_f(self):\n        self.assertEqual(f(), 1)", "use nothing"),
+        ("f() == 2", "the tests hold no assertion"),
+        ("assert (f() == 2, 'wrong')", "the tests hold no assertion"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:assertion is always true")
+def test_tests_that_every_program_passes_are_named(tests: str, reason: str):
+    with pytest.raises(CoraError, match=f"line 3: every program would pass, since .*{reason}"):
+        Executor().calibrate([Problem("data.jsonl, line 3", "def f(): return 1", tests)])
+
+
+@needs_sandbox
+@pytest.mark.parametrize("check", ["def  check (g):\n    assert g() == 1", "def own(g):\n    assert g() == 1\ncheck = own"])
+def test_a_check_is_called_however_it_is_defined(check: str):
+    columns = {"prompt": "def f():\n", "completion": "    return 1", "entry_point": "f", "test": check}
+    [[outcome]] = Executor().run([problem_of(columns, "here")], [["    return 2"]])
+    assert outcome.fate == "wrong"
+
+
 def test_the_published_columns_become_records():
     records, schema = load_records(str(HERE / "humaneval.jsonl"))
     assert schema == "prompt"

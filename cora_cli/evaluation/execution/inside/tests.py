@@ -155,12 +155,14 @@ class Tests(Peer):
 
     def __init__(self, receiving: int, sending: int) -> None:
         super().__init__(receiving, sending, "t")
+        self.used = False
         self._remotes: weakref.WeakValueDictionary[str, Remote] = weakref.WeakValueDictionary()
         self._exceptions: dict[tuple[str, str], type[BaseException]] = {}
         self._exception_names: dict[int, str] = {}
 
     def request(self, operation: str, *values: Any) -> Any:
         """See `Peer`. A StopIteration would silently end a loop of the tests, so only the program's iterators may raise it."""
+        self.used = self.used or operation != "global"
         try:
             return super().request(operation, *values)
         except StopIteration as error:
@@ -255,6 +257,10 @@ def _defined(statement: ast.stmt) -> set[str]:
     return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
+UNUSED = "the tests use nothing of the program"
+"""The detail of a program that passed without having been asked for anything."""
+
+
 def _verdict(peer: Tests, problem: dict[str, Any]) -> tuple[str, str]:
     """The fate of the program with a detail, such as the assertion that failed."""
     tests = problem["tests"]
@@ -274,7 +280,7 @@ def _verdict(peer: Tests, problem: dict[str, Any]) -> tuple[str, str]:
         return "gone", str(error)
     except BaseException as error:
         return _fate(error, tests)
-    return "passed", ""
+    return "passed", "" if peer.used else UNUSED
 
 
 def _fate(error: BaseException, tests: str) -> tuple[str, str]:
