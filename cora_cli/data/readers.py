@@ -7,6 +7,7 @@ import bz2
 import csv
 import io
 import lzma
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -283,7 +284,11 @@ def _read_hub(dataset: str, subset: str | None, split: str) -> Iterator[tuple[st
 
     name, _, revision = dataset.partition("@")
     try:
-        rows = datasets.load_dataset(name, subset, revision=revision or None, split=split)
+        builder = _of_revision(datasets.load_dataset_builder(name, subset, revision=revision or None), dataset)
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=split)
+    except CoraError:
+        raise
     except Exception as error:  # the hub client raises a dozen unrelated types
         proxy = "" if isinstance(error, datasets.exceptions.DatasetNotFoundError) else proxy_to_hub()
         raise CoraError(
@@ -291,6 +296,45 @@ def _read_hub(dataset: str, subset: str | None, split: str) -> Iterator[tuple[st
         ) from error
     for number, row in enumerate(rows, start=1):
         yield f"{dataset}, record {number}", _without_nulls(row)
+
+
+def _of_revision(builder: Any, dataset: str) -> Any:
+    """What loads the revision that was asked for. Raises `CoraError` where the hub is not reached and the cache does not hold it.
+
+    The package datasets then takes whichever revision was cached last, without a word.
+    """
+    from datasets.packaged_modules.cache.cache import Cache
+
+    if not isinstance(builder, Cache):
+        return builder
+    name, _, revision = dataset.partition("@")
+    cached = Path(builder.cache_dir)
+    wanted = _commit(name, revision) if revision else builder.hash
+    if wanted != builder.hash:
+        if wanted is None or not (cached.parent / wanted).is_dir():
+            raise CoraError(
+                f"dataset {dataset!r}: the hub could not be reached, and {cached.parent} does not hold this revision; connect, or leave out the "
+                f"revision to read the one that was cached last, {builder.hash}"
+            )
+        builder = Cache(
+            dataset_name=builder.dataset_name,
+            repo_id=name,
+            config_name=builder.config.name,
+            version=cached.parent.name,
+            hash=wanted,
+        )
+    say(f"{dataset}: the hub could not be reached; read from the cache, at revision {wanted}")
+    return builder
+
+
+def _commit(name: str, revision: str) -> str | None:
+    """The commit of a data set that a revision stands for, by the hub's own cache; None where it does not know."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    place = Path(HF_HUB_CACHE, f"datasets--{name.replace('/', '--')}", "refs", revision)
+    return read_text(place).strip() if place.is_file() else None
 
 
 def _first_line(error: Exception) -> str:

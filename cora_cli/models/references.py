@@ -186,6 +186,19 @@ class ModelPath:
                 "directory of its own"
             )
 
+    def check_links(self) -> None:
+        """Raise `CoraError` for a file that is a symbolic link to nothing, as where a download to the hub's cache was cut off or cleared up.
+
+        Otherwise it would count as missing: the model would go without its chat template or its end tokens.
+        """
+        settings = ("config.json", "generation_config.json", "adapter_config.json", "cora.json", *_TOKENIZER_FILES)
+        found = [self.path / name for name in (*settings, *(index for _, index in _LAYOUTS))]
+        if not any((self.path / single).exists() for single, _ in _LAYOUTS):
+            found += [self.path / name for name in self.weight_index().values()] or self._adapter_files() or self._loose_files()
+        for path in (*found, *sorted(self.path.glob("*.jinja"))):
+            if path.is_symlink() and not path.exists():
+                raise CoraError(f"{path} is a symbolic link to {path.readlink()}, which does not exist; download the model again")
+
     def check_unmarked(self) -> None:
         """Raise `CoraError` for a JSON file that begins with a byte order mark, which transformers and PEFT refuse or pass over in silence."""
         names = (
@@ -296,11 +309,13 @@ def resolve_model(reference: str, weights: bool = True) -> ModelPath:
             run = rundir.RunDirectory(path.parent)
         if run.exists() and path.is_dir():
             run.check_result()
+        model = ModelPath(reference, path, None)
+        model.check_links()
         if not any((path / name).exists() for name in _MODEL_FILES):
             raise CoraError(
                 f"{reference} is not a model: {path} has neither config.json nor adapter_config.json{_inside(path)}"
             )
-        return _checked(ModelPath(reference, path, None))
+        return _checked(model)
     check_reference(reference)
     hub_id, _, revision = reference.partition("@")
     return _fetch(reference, hub_id, revision or None, weights)
@@ -390,6 +405,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def _checked(model: ModelPath) -> ModelPath:
+    model.check_links()
     model.check_unambiguous()
     model.check_unmarked()
     return model

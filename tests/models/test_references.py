@@ -93,6 +93,20 @@ def test_a_file_that_transformers_cannot_read_for_its_byte_order_mark_is_refused
         resolve_model(str(marked))
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "chat_template.jinja", "added_tokens.json", "model.safetensors"]
+)
+def test_a_link_to_nothing_among_the_files_of_a_model_is_named(name, tiny_model, tmp_path):
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "consolidated.pt").symlink_to("nowhere")  # which nothing reads
+    resolve_model(str(tmp_path))
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("../../blobs/0123")
+    with pytest.raises(CoraError, match=f"{name} is a symbolic link to ../../blobs/0123, which does not exist; download"):
+        resolve_model(str(tmp_path))
+
+
 def test_a_nested_language_model_states_what_the_top_level_does_not(tmp_path):
     directory = make(tmp_path / "model", "model.safetensors")
     (directory / "config.json").write_text(
