@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -328,7 +328,10 @@ class RunDirectory:
         """Raise `CoraError`, with the file where that is known, unless the result is the one whose hash a finished run recorded."""
         record = read_json(self.record, dict[str, Any])
         expected, found = record.get("result_sha256"), self.result_files()
-        if expected is None or expected == sha256_json(found):
+        if expected is None:
+            return
+        if expected == sha256_json(found):
+            self._check_seed(record)
             return
         known = record.get("result_files") or found
         if "result_files" in record and (added := sorted(found.keys() - known)) and known.items() <= found.items():
@@ -340,6 +343,18 @@ class RunDirectory:
             f"{self.result / changed[0] if changed else self.result} was changed after its training had finished: it does not have the hash in "
             f"{self.record}; restore it, or write it again with the same `cora train` command and --resume"
         )
+
+    def _check_seed(self, record: Mapping[str, Any]) -> None:
+        """Raise `CoraError` if the record states another seed than the adapter, whose files it has the hashes of: it would feign a second seed."""
+        details = self.result / "cora.json"
+        if "laplace" in record or not details.is_file():
+            return
+        plan = read_json(details, dict[str, Any]).get("plan")
+        stated, trained = (each.get("seed") if isinstance(each, dict) else None for each in (record.get("seeds"), plan))
+        if None not in (stated, trained) and stated != trained:
+            raise CoraError(
+                f"{self.record} was changed after its training had finished: it states the seed {stated}, but {details} the seed {trained}; restore it"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -279,6 +279,20 @@ def test_a_hidden_file_beside_the_result_of_a_run_changes_nothing_and_another_on
         run.check_result()
 
 
+def test_a_record_that_states_another_seed_than_the_adapter_is_refused(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.adapter.mkdir()
+    rundir.write_json(run.adapter / "cora.json", {"plan": {"seed": 0}})
+    record = {"result_sha256": run.result_hash(), "seeds": {"seed": 0, "split_seed": 3}}
+    rundir.write_json(run.record, record)
+    run.check_result()
+    rundir.write_json(run.record, {**record, "seeds": {"seed": 1, "split_seed": 3}})
+    with pytest.raises(
+        CoraError, match=r"run\.json was changed .*: it states the seed 1, but .*cora\.json the seed 0; restore"
+    ):
+        run.check_result()
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -18,8 +18,8 @@ from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.adapters.storage import check_base, check_basis
 from cora_cli.data.encode import (
-    continues_prompt,
     check_rows,
+    continues_prompt,
     control_tokens_notice,
     encode_prompt,
     has_unknown,

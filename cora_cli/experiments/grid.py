@@ -288,6 +288,11 @@ def _named(values: object, what: str, problems: list[str]) -> dict[str, str]:
 
 
 def _is_name(name: object, what: str, problems: list[str]) -> bool:
+    if isinstance(name, str) and len(name.encode()) > _LONGEST_NAME:
+        problems.append(
+            f"{what}: {name[:60]}… is {len(name.encode())} bytes long, and its files could not be named; use a shorter name"
+        )
+        return False
     if isinstance(name, str) and _NAME.fullmatch(name):
         return True
     problems.append(

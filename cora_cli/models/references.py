@@ -197,7 +197,9 @@ class ModelPath:
             found += [self.path / name for name in self.weight_index().values()] or self._adapter_files() or self._loose_files()
         for path in (*found, *sorted(self.path.glob("*.jinja"))):
             if path.is_symlink() and not path.exists():
-                raise CoraError(f"{path} is a symbolic link to {path.readlink()}, which does not exist; download the model again")
+                raise CoraError(
+                    f"{path} is a symbolic link to {path.readlink()}, which does not exist; download the model again"
+                )
 
     def check_unmarked(self) -> None:
         """Raise `CoraError` for a JSON file that begins with a byte order mark, which transformers and PEFT refuse or pass over in silence."""

@@ -150,8 +150,8 @@ def test_an_invalid_block_is_refused(block: Any, message: str) -> None:
         ({"defaults": {"evaluate": {"ranks": ["1"]}}}, "defaults: evaluate: unknown key 'ranks'"),
         ({"defaults": {"evaluate": {"metrics": ["rogue"]}}}, "unknown metric 'rogue'"),
         (
-            {"datasets": {"d" + "é" * 110: "x", "e": "y"}, "grid": [{"mode": "lora", "dataset": "d" + "é" * 110}]},
-            f"the name of the row lora_d{'é' * 54}… is 242 bytes long, and its files could not be named; use shorter names",
+            {"datasets": {"d" + "é" * 108: "x", "e": "y"}, "grid": [{"mode": "lora", "dataset": "d" + "é" * 108}]},
+            f"the name of the row lora_d{'é' * 54}… is 238 bytes long, and its files could not be named; use shorter names",
         ),
         ({"paper_table": "tabel"}, "paper_table must be one of number_of_models, main, rank, ablation"),
         ({"grid": []}, "grid must be a list of at least one block"),
@@ -236,6 +236,7 @@ def test_settings_that_vary_are_in_the_label_so_that_they_are_separate_methods()
         ({"models": {True: {"dataset": "tasks"}}}, "models: True is not a valid name"),
         ({"datasets": {1: "records"}}, "datasets: 1 is not a valid name"),
         ({"name": "../up"}, "name: '../up' is not a valid name"),
+        ({"name": "g" * 300}, f"name: {'g' * 60}… is 300 bytes long, and its files could not be named; use a shorter name"),
         ({"conditions": "One sentence."}, "conditions must be a list of sentences, not 'One sentence.'"),
         ({"conditions": [5]}, "conditions must be a list of sentences, not [5]"),
     ],

@@ -51,7 +51,10 @@ def test_a_reference_solution_that_fails_is_named():
         ("# f() == 1", "the tests use nothing of the program"),
         ("def test_f():\n    assert f() == 1", "the tests use nothing of the program"),
         ("async def check(g):\n    assert g() == 1\ncheck(f)", "the tests use nothing of the program"),
-        ("import unittest\nclass T(unittest.TestCase):\n    def test_f(self):\n        self.assertEqual(f(), 1)", "use nothing"),
+        (
+            "import unittest\nclass T(unittest.TestCase):\n    def test_f(self):\n        self.assertEqual(f(), 1)",
+            "use nothing",
+        ),
         ("f() == 2", "the tests hold no assertion"),
         ("assert (f() == 2, 'wrong')", "the tests hold no assertion"),
     ],
@@ -133,7 +136,10 @@ def test_the_program_in_an_answer_to_a_function_s_beginning(answer: str, program
         ("````{.python .numberLines}\ndef f(): pass\n````", "def f(): pass"),
         ('```python title="f.py"\ndef f(): pass\n```', "def f(): pass"),
         ("1. Write:\n   ```python\n   def f():\n       pass\n   ```", "def f():\n    pass"),
-        ('```python\ndef f():\n    """\n    ```\n    f()\n    ```\n    """\n```', 'def f():\n    """\n    ```\n    f()\n    ```\n    """'),
+        (
+            '```python\ndef f():\n    """\n    ```\n    f()\n    ```\n    """\n```',
+            'def f():\n    """\n    ```\n    f()\n    ```\n    """',
+        ),
         ("```python\ndef f(): pass\n      ```\nIt works.", "def f(): pass"),
         ("<think>\n```python\ndef f(): 1\n```\n</think>\n\n```python\ndef f(): pass\n```", "def f(): pass"),
         ("It passes.\n</think>\ndef f(): pass", "\ndef f(): pass"),
