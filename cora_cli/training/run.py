@@ -395,7 +395,7 @@ def _fit(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # From the log, since a resumed run was trained by several processes.
     log = read_jsonl(run.log, LogLine) if trainer.is_world_process_zero() else []
-    lines = [line for line in log if "loss" in line]
+    lines = [line for line in log if line.keys() >= {"loss", "tokens", "seconds"}]
     tokens, seconds = sum(line["tokens"] for line in lines), sum(line["seconds"] for line in lines)
     return {
         "steps": trainer.state.global_step,
