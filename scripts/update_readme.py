@@ -23,6 +23,8 @@ PARTS = ("rank", "small", "four-bit")
 JUDGED = ("table5", "table6")
 """The grids of the paper's tables that have a judge."""
 FOREST = ROOT / "docs" / "honest-forest.svg"
+VERDICTS = ROOT / "docs" / "results" / "prediction-verdicts.json"
+RANDOM = "random orthonormal B"
 
 
 def main() -> None:
@@ -80,6 +82,12 @@ def main() -> None:
         default=ROOT / "docs" / "results" / "prediction.json",
         help="`benchmarks/prediction.py runs/prediction … -o docs/results/prediction.json --plot docs`",
     )
+    parser.add_argument(
+        "--prediction-report",
+        type=Path,
+        default=ROOT / "prediction",
+        help="the directory that `cora report runs/prediction -o prediction` wrote",
+    )
     options = parser.parse_args()
     replace("modes", methods_table())
     replace("method-notes", method_notes())
@@ -104,6 +112,10 @@ def main() -> None:
         for name in PLOTS:
             [plot] = (options.baselines / "plots").glob(f"*{name}")
             shutil.copyfile(plot, ROOT / "docs" / f"baselines-{name}")
+    if options.prediction_report.exists():
+        verdicts = verdicts_of(json.loads((options.prediction_report / "report.json").read_text(encoding="utf-8")))
+        VERDICTS.write_text(json.dumps(verdicts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        replace("prediction-verdict", against_random(verdicts))
     for name, shown in [*((part, scores_and_costs) for part in PARTS), *((table, programs_and_judge) for table in JUDGED)]:
         if (place := getattr(options, name.replace("-", "_"))).exists():
             replace(name, shown((place / "report.md").read_text(encoding="utf-8")))
@@ -182,6 +194,29 @@ def correlations(measured: str) -> str:
     plot = "![The ranks of the bases in each measure and in the held-out loss](prediction.svg)"
     cost = f"The measures took {result['processor_seconds'] / 60:.0f} minutes of processor time ([all numbers](results/prediction.json))."
     return "\n\n".join([first, f"{said} {cost}", plot, *others])
+
+
+def verdicts_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The headline and the comparisons of each data set of a grid, from its report as JSON."""
+    (grid,) = report["experiments"]
+    return {group["name"]: {name: group["verdict"][name] for name in ("headline", "comparisons")} for group in grid["groups"]}
+
+
+def against_random(verdicts: Mapping[str, Any]) -> str:
+    """Each B compared with the random one, in a column for each data set and mode."""
+    cells: dict[str, dict[str, str]] = {}
+    for group, verdict in verdicts.items():
+        for comparison in verdict["comparisons"]:
+            if comparison["role"] != RANDOM:
+                continue
+            mode, _, label = comparison["one"].partition(" ")
+            (test,) = comparison["tests"]
+            low, high = test["ci95"]
+            cell = f"{test['difference']:+.3f} [{low:+.3f}, {high:+.3f}] {test['outcome']}"
+            cells.setdefault(label.replace(" r=16", ""), {})[f"{group}, {mode}"] = cell
+    columns = list(dict.fromkeys(name for row in cells.values() for name in row))
+    rows = [[f"`{label}`", *(row.get(name, "–") for name in columns)] for label, row in cells.items()]
+    return markdown_table(["B, minus the random one", *columns], rows)
 
 
 def benchmark_summary(results: Mapping[str, Any]) -> str:

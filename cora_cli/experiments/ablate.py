@@ -287,8 +287,9 @@ def _launcher(request: Request, grid: Grid, out: Path, inputs: Inputs, held: int
             f"--jobs-per-gpu {request.jobs_per_gpu} needs a GPU, and none is visible; use --jobs to run several steps on the processor"
         )
     if per_gpu == "auto":
+        every = dataclasses.replace(grid, rows=(*grid.rows, *(row.proposing(row.seed) for row in grid.rows if row.is_auto)))
         # The memory does not depend on the rate.
-        estimates = estimate_steps(make_plan(grid, out, inputs, request.device, request.dtype), inputs, rate=1.0)
+        estimates = estimate_steps(make_plan(every, out, inputs, request.device, request.dtype), inputs, rate=1.0)
         free = free_gpu_bytes()
         per_gpu = steps_that_fit(estimates.values(), free)
         largest = max(estimate.bytes for estimate in estimates.values())

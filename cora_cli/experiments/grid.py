@@ -28,6 +28,7 @@ from cora_cli.experiments.sweep import SweepRule
 from cora_cli.experiments.values import Values, fields_of, read_yaml, typed, unknown_key
 from cora_cli.methods.registry import BASELINE, method_of
 from cora_cli.models.references import EMBEDDED_MODEL
+from cora_cli.training.config import AUTO
 
 EVALUATE_KEYS = fields_of(
     EvaluateConfig,
@@ -169,7 +170,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     resources = read_resources(values.get("resources"), problems)
     table = _text(values, "paper_table", problems, None)
     problems += _check_printed(table, rows)
-    problems += _check_shards(rows, models, resources)
+    problems += _check_shards(rows, models, resources) + _check_proposals(models, resources)
     problems += _check_averages(rows, evaluate if generates else None, judge is not None, values)
     grid = Grid(
         name=_text(values, "name", problems, Path(where).stem) or "",
@@ -197,6 +198,15 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     if problems:
         raise UsageError(f"grid file {where}: {'; '.join(dict.fromkeys(problems))}")
     return grid
+
+
+def _check_proposals(models: Mapping[str, str | Values], resources: Mapping[str, Resources]) -> list[str]:
+    """A sentence for each fine-tune of several processes whose learning rate is to be proposed, which one process measures."""
+    return [
+        f"models: {name}: learning_rate auto is measured in one process; give a number, or one GPU and one node in resources: model"
+        for name, settings in models.items()
+        if isinstance(settings, dict) and settings.get("learning_rate") == AUTO and resources["model"].processes > 1
+    ]
 
 
 _SECTIONS = ("train", "basis", "evaluate", "judge")

@@ -21,9 +21,10 @@ def stage_lines(grid: Grid, methods: Sequence[Method], plan: Plan, estimates: Ma
     assert confirm is not None
     lines = []
     most, likely = _Work(), _Work()
-    if asking := sum(method.asking is not None for method in methods):
+    if asking := sum(method.asking is not None and method.proposed is None for method in methods):
+        of = f"{asking} methods" if asking > 1 else "1 method"
         lines.append(
-            f"first, a learning rate is proposed from curvature for {asking} methods; each sweep starts with three rates around it"
+            f"first, a learning rate is proposed from curvature for {of}; their sweeps start with three rates around it"
         )
     middle = math.ceil((MIN_SEEDS + len(confirm.seeds)) / 2)
     for method in methods:

@@ -23,6 +23,7 @@ from cora_cli.render.table import Cell, table_text
 from cora_cli.training.config import AUTO, TrainConfig
 from cora_cli.training.preflight import Measured, plan_run
 from cora_cli.training.prepare import Prepared, Shared, prepare
+from cora_cli.training.probe import examples_of_proposal
 from cora_cli.training.rough import rough_peak
 from cora_cli.training.work import work_of
 from cora_cli.weights.start_models import check_start_models
@@ -126,6 +127,8 @@ def check_trainings(
             with _quiet():
                 prepared = prepare(training.config, planned=hardware, shared=shared)
                 _check_starts(training, prepared, inputs)
+                if training.config.learning_rate == AUTO:
+                    examples_of_proposal(prepared)
                 found.append((training, prepared))
         except CoraError as error:
             more = f" and {len(training.rows) - 1} more" if len(training.rows) > 1 else ""

@@ -349,6 +349,10 @@ class _SharedSettings:
             raise UsageError("; ".join(problems))
         if (plan := self.adapter_plan()) is not None:
             self._check_b(method, plan)
+            if self.learning_rate == AUTO and not method.can_train(plan):
+                raise UsageError(
+                    f"--learning-rate auto does not go with mode {self.mode}, which trains nothing here; give a number"
+                )
 
     def _probe_problems(self) -> list[str]:
         """Sentences on `--probe` and `--probe-examples`."""

@@ -39,6 +39,7 @@ from cora_cli.training.heldout import row_losses
 from cora_cli.training.notices import notices_on_records
 from cora_cli.training.observe import gradients_taken, inputs_taken
 from cora_cli.training.prepare import Prepared, number_of_processes, prepare, total_steps, training_arguments
+from cora_cli.training.probe import examples_of_proposal, require_alone
 from cora_cli.training.proposal import EXAMPLES, VECTORS
 from cora_cli.training.rate import Rate, rate_of
 from cora_cli.training.record import parameter_counts
@@ -112,13 +113,18 @@ def preflight(config: TrainConfig) -> Preflight:
     for notice in notices_on_records(config, prepared):
         say(notice)
     rate = rate_of(config.rate_from, config, prepared) if config.rate_from is not None else None
-    return dataclasses.replace(plan_run(config, prepared), rate=rate, proposing=_proposing(config))
+    return dataclasses.replace(plan_run(config, prepared), rate=rate, proposing=_proposing(config, prepared))
 
 
-def _proposing(config: TrainConfig) -> int | None:
-    """The peak of measuring curvature: that of a training step on its examples in float32, and the vectors that are held besides."""
+def _proposing(config: TrainConfig, prepared: Prepared) -> int | None:
+    """The peak of measuring curvature: that of a training step on its examples in float32, and the vectors that are held besides.
+
+    Raises `CoraError` where the run could not measure it.
+    """
     if config.learning_rate != AUTO:
         return None
+    require_alone(config)
+    examples_of_proposal(prepared)
     changes: dict[str, Any] = {
         "batch_size": EXAMPLES,
         "gradient_accumulation": 1,
@@ -127,7 +133,8 @@ def _proposing(config: TrainConfig) -> int | None:
         "dtype": "fp32",
     }
     alone = dataclasses.replace(config, learning_rate=config.peak_rate, processes=None, stop_at=None, **changes)
-    measured = plan_run(alone, prepare(alone, planned=planned_hardware(alone.device, alone.dtype))).measured
+    again = dataclasses.replace(prepared, hardware=planned_hardware(alone.device, alone.dtype))
+    measured = plan_run(alone, again).measured
     if not isinstance(measured, Measured):
         return None
     return measured.memory.total + VECTORS * measured.parameters["trained"] * torch.float32.itemsize

@@ -57,15 +57,15 @@ def begin(config: TrainConfig, flag: str = "--probe") -> Start:
 
     All in float32, in which differences of gradients have enough digits. `flag` is what asks for the measure, for the errors.
     """
-    if number_of_processes(config) > 1:
-        raise CoraError(f"{flag} measures in one process, not in {number_of_processes(config)}")
+    require_alone(config, flag)
     config = dataclasses.replace(config, dtype="fp32")
     prepared = prepare(config)
     plan = prepared.plan
     if plan is not None and not method_of(plan.mode).can_train(plan):
         raise CoraError(f"{flag} has nothing to measure: a frozen factor is zero, so all gradients are zero")
-    count = config.probe_examples or EXAMPLES
-    examples = probe_examples(prepared, count, None if flag == "--probe" else f"{flag}, which measures {count},")
+    examples = (
+        probe_examples(prepared, config.probe_examples or EXAMPLES) if flag == "--probe" else examples_of_proposal(prepared)
+    )
     with tempfile.TemporaryDirectory(prefix="cora-probe-") as place:
         # Nothing is written or resumed there.
         run = RunDirectory(Path(place))
@@ -104,6 +104,17 @@ def probe(config: TrainConfig, most_products: int = PRODUCTS, flag: str = "--pro
     }
 
 
+def require_alone(config: TrainConfig, flag: str = _AUTO) -> None:
+    """Raise `CoraError` where several processes would measure; `flag` is what asks for it."""
+    if number_of_processes(config) > 1:
+        raise CoraError(f"{flag} measures in one process, not in {number_of_processes(config)}")
+
+
+def examples_of_proposal(prepared: Prepared) -> Sequence[Example]:
+    """What `--learning-rate auto` measures on. Raises `CoraError` where there are too few examples."""
+    return probe_examples(prepared, proposal.EXAMPLES, f"{_AUTO}, which measures {proposal.EXAMPLES},")
+
+
 def probe_examples(prepared: Prepared, count: int, asked: str | None = None) -> Sequence[Example]:
     """The last training examples: the same for all methods, and others than those that a start is computed from.
 
@@ -114,7 +125,7 @@ def probe_examples(prepared: Prepared, count: int, asked: str | None = None) -> 
     observed = plan is not None and method_of(plan.mode).observes(plan.b_init) is not None
     used = len(prepared.start_examples) if observed else 0
     if len(examples) < used + count:
-        also = f" apart from the {used} that the start is computed from" if used else ""
+        also = f" apart from the {used} that the start is computed from (--start-examples)" if used else ""
         raise CoraError(
             f"{asked or f'--probe-examples {count}'} needs as many training examples{also}, and there are {len(examples)}"
         )
@@ -283,7 +294,8 @@ def with_rate(config: TrainConfig, record: Mapping[str, Any] | None) -> tuple[Tr
     Raises `CoraError` where that run was begun with a number.
     """
     if config.learning_rate != AUTO:
-        return config, (record or {}).get("proposal")
+        kept = (record or {}).get("proposal")
+        return config, kept if kept and kept["learning_rate"] == config.learning_rate else None
     found: dict[str, Any] | None = record.get("proposal") if record else propose(config)
     if found is None:
         assert record is not None

@@ -15,7 +15,7 @@ from cora_cli.records import Proposed
 EXAMPLES, PRODUCTS = 4, 8
 """The training examples, and the most products of the Hessian with a vector, with which c was measured."""
 CONSTANT = 3.42e-3
-"""c: the geometric mean of best rate · √λmax over the methods of `configs/baselines/baselines.yaml`."""
+"""c: the geometric mean of best rate · √λmax over the methods of `configs/baselines.yaml`."""
 VECTORS = 4
 """Vectors of all trained parameters that are held while curvature is measured, beyond those of a training step with its optimizer."""
 STEP = math.sqrt(10)
@@ -54,7 +54,7 @@ def proposal_from(curvature: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rates_around(rate: float) -> tuple[float, float, float]:
-    """The rates of a sweep around a proposal: itself, and one step of the calibrating sweeps to each side."""
+    """The rates of a sweep around a proposal: itself, and about one step of the calibrating sweeps to each side, rounded."""
     return rounded(rate / STEP), rate, rounded(rate * STEP)
 
 

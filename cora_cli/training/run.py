@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -> dict[str, Any]:
     """As `train`; `held` keeps the lock of the run directory, which the main process takes for all."""
     forget_settings()
-    started = read_run(run) if config.resume and run.exists() else None
+    started = read_run(run) if config.resume and run.exists() and not _is_replaced(run, resume=True) else None
     if config.learning_rate == AUTO:
         _refuse_run(run, config.resume)  # again with the lock below, but measuring takes a while
     config, proposal = with_rate(config, started)

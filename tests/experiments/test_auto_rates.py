@@ -115,7 +115,7 @@ def test_the_dry_run_counts_three_rates_around_each_proposal(tmp_path):
     lines = stage_lines(grid, methods, plan, estimate_steps(plan, inputs_of(), 1e11))
     assert (
         lines[0]
-        == "first, a learning rate is proposed from curvature for 2 methods; each sweep starts with three rates around it"
+        == "first, a learning rate is proposed from curvature for 2 methods; their sweeps start with three rates around it"
     )
     assert lines[-1].startswith("at most 18 training runs"), "(3 rates, one that widens, and 5 seeds) of two methods"
     proposals = stages.plan(rows)
@@ -130,6 +130,14 @@ def test_the_dry_run_counts_three_rates_around_each_proposal(tmp_path):
     [
         (lambda: grid_of({"mode": "lora", "learning_rate": "auto"}), "learning_rate auto needs a section sweep"),
         (lambda: staged({"mode": "lora", "learning_rate": ["auto", 1e-3]}), "learning_rate auto stands alone"),
+        (
+            lambda: staged(
+                {"mode": "base"},
+                models={"c": {"dataset": "tasks", "learning_rate": "auto"}},
+                resources={"model": {"gpus": 2}},
+            ),
+            "models: c: learning_rate auto is measured in one process; give a number",
+        ),
         (lambda: staged({"mode": "full", "learning_rate": "auto"}), "--learning-rate auto does not go with mode full"),
         (lambda: staged({"mode": "lora", "learning_rate": "automatic"}), "learning_rate must be a number or one of auto"),
     ],

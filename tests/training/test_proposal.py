@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,32 @@ def test_a_probe_with_auto_writes_the_proposal_of_the_run(tiny_model, tiny_data,
     probe.write_probe(dataclasses.replace(config, learning_rate=1e-3, probe=str(tmp_path / "without.json"), probe_examples=4))
     with pytest.raises(CoraError, match=r"without\.json .*proposal"):
         rate_in(tmp_path / "without.json")
+
+
+def test_what_is_left_of_a_run_that_is_replaced_decides_nothing(tiny_model, tiny_data, tmp_path):
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", learning_rate="auto", max_steps=1)
+    first = train(config)
+    for path in (tmp_path / "run").iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in ("run.json", "config.yaml"):
+            path.unlink()
+    record = tmp_path / "run" / "run.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "status": "failed"}))
+    again = train(dataclasses.replace(config, alpha=1280.0, resume=True))
+    assert again["proposal"]["largest_eigenvalue"] > 10 * first["proposal"]["largest_eigenvalue"]
+    assert again["fingerprint"]["settings"]["learning_rate"] == again["proposal"]["learning_rate"]
+    assert again["proposal"]["learning_rate"] < first["proposal"]["learning_rate"]
+
+
+def test_a_method_that_trains_nothing_gets_no_proposal():
+    with pytest.raises(UsageError, match="auto does not go with mode mean-delta, which trains nothing here; give a number"):
+        TrainConfig(model="m", dataset="d", output_dir="o", mode="mean-delta", start_models=("a",), learning_rate="auto")
+
+
+def test_a_dry_run_refuses_what_the_run_could_not_measure(tiny_model, tiny_data, tmp_path):
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", dry_run=True, device="cpu", learning_rate="auto")
+    with pytest.raises(CoraError, match="--learning-rate auto measures in one process, not in 2"):
+        preflight(dataclasses.replace(config, processes=2))
+    with pytest.raises(CoraError, match="which measures 4, needs as many training examples, and there are 3"):
+        preflight(dataclasses.replace(config, limit=3))
