@@ -23,12 +23,12 @@ STEP = math.sqrt(10)
 NEAR, METHODS = 41, 46
 """How many methods had their best rate within one step of the proposal from the others, of how many."""
 FAR = frozenset({"lora+", "lora-rite", "lori", "increlora", "randlora"})
-"""The others. Of the first two, the curvature says nothing: the one has another rate for B, the other another optimizer."""
+"""The others. The curvature knows nothing of the rate that lora+ has for B, nor of the optimizer of lora-rite."""
 _DIGITS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 
 
 def proposed_rate(largest_eigenvalue: float, constant: float = CONSTANT) -> float:
-    """c / √λmax, `rounded`. `CoraError` where the loss curves upwards in no direction."""
+    """c / √λmax, `rounded`. Raises `CoraError` where the loss curves upwards in no direction."""
     if not 0 < largest_eigenvalue < math.inf:
         raise CoraError(
             f"--learning-rate auto needs a loss that curves upwards, and its largest eigenvalue is {largest_eigenvalue:.3g}; give a number"
