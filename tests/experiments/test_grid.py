@@ -101,7 +101,7 @@ def test_printed_names_are_filled_from_the_row() -> None:
         ({"mode": "lora", "rank": True}, "rank must be an integer, not True"),
         ({"mode": "lora", "rank": "1e-1"}, "rank must be an integer, not '1e-1'"),
         ({"mode": "lora", "rank": "08"}, "rank must be an integer, not '08'"),
-        ({"mode": "lora", "learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
+        ({"mode": "lora", "learning_rate": "fast"}, "learning_rate must be a number or one of auto, not 'fast'"),
         ({"mode": "lora", "label": ""}, "label must be text that is not empty, or left out, not ''"),
         ({"mode": "lora", "learning_rate": -1.0}, "--learning-rate must be positive, not -1.0"),
         ({"mode": "lora", "n_models": 2}, "n_models has no effect in mode lora; leave it out"),

@@ -369,7 +369,7 @@ def test_two_nodes_train_together(tiny_model: Path, tiny_data: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ("much", "resources must hold all, model, basis, train, laplace, evaluate"),
+        ("much", "resources must hold all, model, basis, proposal, train, laplace, evaluate"),
         ({"trian": {}}, "did you mean train?"),
         ({"train": {"gpu": 1}}, "did you mean gpus?"),
         ({"train": {"steps_per_job": 0}}, "steps_per_job must be at least 1"),
