@@ -100,6 +100,11 @@ def proposals(rates: Sequence[float], curvatures: Sequence[float], power: float)
     return found
 
 
+def is_near(step: float) -> bool:
+    """Whether a proposal so many steps of the grid from the best rate is within one, up to rounding."""
+    return abs(step) <= 1 + 1e-9
+
+
 def constant(methods: Sequence[Swept], curvatures: Sequence[float]) -> float:
     """c of c/√λ from all methods."""
     return math.exp(
@@ -116,7 +121,7 @@ def judge(methods: Sequence[Swept], curvatures: Sequence[float]) -> dict[str, An
         found[name] = {
             "proposals": dict(zip((method.label for method in methods), guesses, strict=True)),
             "steps_from_best": dict(zip((method.label for method in methods), steps, strict=True)),
-            "within_one_step": sum(abs(step) <= 1 + 1e-9 for step in steps) / len(steps),
+            "within_one_step": sum(map(is_near, steps)) / len(steps),
             "root_mean_square_steps": math.sqrt(sum(step**2 for step in steps) / len(steps)),
         }
     correlation = spearman(list(curvatures), rates)
@@ -167,7 +172,7 @@ def plot(result: Mapping[str, Any], directory: Path) -> None:
         )
         axes.plot(ends, line, color=PALETTE[0], label=f"{judged['constant']:.2g} / √λmax, and one step")
         for label, one in measures.items():
-            near = abs(steps[label]) <= 1 + 1e-9
+            near = is_near(steps[label])
             at = (one["largest_eigenvalue"], one["best_rate"])
             axes.plot(
                 *at, "o" if near else "X", color=INK if near else PALETTE[1], alpha=0.6 if near else 1.0, linestyle="none"

@@ -210,7 +210,7 @@ def _is_tuple(hint: Any) -> bool:
 
 
 def _words(hint: Any) -> tuple[str, ...]:
-    """The words that a hint such as `float | Literal["auto"]` allows beside a number."""
+    """The words that a hint such as `float | Literal["auto"]` allows as well as a number."""
     return tuple(
         word for option in typing.get_args(hint) if typing.get_origin(option) is Literal for word in typing.get_args(option)
     )

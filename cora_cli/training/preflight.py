@@ -117,7 +117,7 @@ def preflight(config: TrainConfig) -> Preflight:
 
 
 def _proposing(config: TrainConfig, prepared: Prepared) -> int | None:
-    """The peak of measuring curvature: that of a training step on its examples in float32, and the vectors that are held besides.
+    """The peak of measuring curvature: that of a training step on its examples in float32, and the vectors that are held with it.
 
     Raises `CoraError` where the run could not measure it.
     """

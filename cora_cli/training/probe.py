@@ -294,8 +294,7 @@ def with_rate(config: TrainConfig, record: Mapping[str, Any] | None) -> tuple[Tr
     Raises `CoraError` where that run was begun with a number.
     """
     if config.learning_rate != AUTO:
-        kept = (record or {}).get("proposal")
-        return config, kept if kept and kept["learning_rate"] == config.learning_rate else None
+        return config, (record or {}).get("proposal")  # of the same number, or the run is not resumed
     found: dict[str, Any] | None = record.get("proposal") if record else propose(config)
     if found is None:
         assert record is not None

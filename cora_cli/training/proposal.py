@@ -27,13 +27,13 @@ FAR = frozenset({"lora+", "lora-rite", "lori", "increlora", "randlora"})
 _DIGITS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 
 
-def proposed_rate(largest_eigenvalue: float, constant: float = CONSTANT) -> float:
+def proposed_rate(largest_eigenvalue: float) -> float:
     """c / √λmax, `rounded`. Raises `CoraError` where the loss curves upwards in no direction."""
     if not 0 < largest_eigenvalue < math.inf:
         raise CoraError(
             f"--learning-rate auto needs a loss that curves upwards, and its largest eigenvalue is {largest_eigenvalue:.3g}; give a number"
         )
-    return rounded(constant / math.sqrt(largest_eigenvalue))
+    return rounded(CONSTANT / math.sqrt(largest_eigenvalue))
 
 
 def rounded(rate: float) -> float:

@@ -1,13 +1,16 @@
-"""A small grid, and a launcher that pretends to run its steps."""
+"""Small grids, with stages and without, and launchers that pretend to run their steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
+from cora_cli.experiments.ablate import Request, run_stages
+from cora_cli.experiments.execute import Outcome
 from cora_cli.experiments.grid import Grid, build_grid
 from cora_cli.experiments.inputs import DataFacts, Inputs, ModelFacts
 from cora_cli.experiments.steps import Plan, make_plan
+from cora_cli.lock import own_directory
 
 BASE: dict[str, Any] = {
     "name": "tiny",
@@ -17,6 +20,14 @@ BASE: dict[str, Any] = {
     "defaults": {"train": {"max_steps": 4, "rank": 4}, "evaluate": {"limit": 3, "metrics": ["rouge"]}},
 }
 SHAPES = {f"model.layers.{n}.self_attn.{kind}_proj": (32 if kind != "q" else 64, 64) for n in range(2) for kind in "qkv"}
+
+TRAIN = {"max_steps": 8, "rank": 4, "validation_size": 6}
+SWEEP = {"seeds": [100], "rungs": [2, 4]}
+CONFIRM = {"seeds": [0, 1, 2, 3, 4]}
+RATES = [1e-3, 3e-3, 1e-2]
+
+Loss = Callable[[str, float, int], float]
+Asked = Mapping[tuple[object, ...], int]
 
 
 def grid_of(*blocks: Any, **changes: Any) -> Grid:
@@ -97,3 +108,51 @@ class PretendJob:
 
     def stop(self) -> None:
         self._launcher.running -= 1
+
+
+def staged_grid(*blocks: Any, **changes: Any) -> Grid:
+    values: dict[str, Any] = {"sweep": SWEEP, "confirm": CONFIRM, "defaults": {"train": TRAIN, "evaluate": False}, **changes}
+    return grid_of(*(blocks or ({"mode": "base"}, {"mode": ["lora", "dora"], "learning_rate": RATES})), **values)
+
+
+def value_of(argv: Sequence[str], flag: str, default: str = "") -> str:
+    return argv[argv.index(flag) + 1] if flag in argv else default
+
+
+class SweepLauncher(PretendLauncher):
+    """A pretended training has the validation loss `loss(mode, learning rate, step)`."""
+
+    def __init__(self, loss: Loss, **options: Any) -> None:
+        super().__init__(**options)
+        self._loss = loss
+
+    def _make(self, argv: Sequence[str]) -> None:
+        super()._make(argv)
+        place, rate = Path(value_of(argv, "--output-dir")), float(value_of(argv, "--learning-rate", "3e-4"))
+        step = int(value_of(argv, "--stop-at", "8"))
+        validation = {"loss": self._loss(value_of(argv, "--mode", "fb"), rate, step), "ci95": [0, 1], "tokens": 9, "n": 6}
+        if "--stop-at" in argv:
+            rundir.write_json(place / "stops" / f"{step}.json", {"step": step, "validation": validation})
+        status = "stopped" if "--stop-at" in argv else "finished"
+        rundir.write_json(place / "run.json", {"status": status, "validation": validation})
+
+    def trained(self) -> list[tuple[str, str, str, str]]:
+        """(mode, learning rate, seed, step at which it stops) of each training, in order."""
+        return [
+            (
+                value_of(argv, "--mode"),
+                value_of(argv, "--learning-rate"),
+                value_of(argv, "--seed", "0"),
+                value_of(argv, "--stop-at", "end"),
+            )
+            for argv in self.submitted
+            if argv[0] == "train"
+        ]
+
+
+def run_staged(
+    grid: Grid, out: Path, launcher: PretendLauncher, asked: Callable[[], Asked] = dict, overwrite: bool = False
+) -> Outcome:
+    request = Request(Path("tiny.yaml"), device="cpu", dtype="fp32", overwrite=overwrite)
+    with own_directory(out) as held:
+        return run_stages(request, grid, out, inputs_of(), launcher, held, lambda place, measures: asked())

@@ -18,8 +18,9 @@ from cora_cli.experiments.stages import Stages
 from cora_cli.reading import read_json
 from cora_cli.training.proposal import rates_around
 
-from .helpers import PretendLauncher, grid_of, inputs_of, plan_of
-from .test_stages import CONFIRM, SWEEP, TRAIN, SweepLauncher, known_rate, run, staged, value  # noqa: F401
+from .helpers import PretendLauncher, SweepLauncher, grid_of, inputs_of, plan_of, run_staged, staged_grid, value_of
+
+pytestmark = pytest.mark.usefixtures("known_rate")
 
 PROPOSED = {"lora": 2e-3, "fb": 7e-4}
 FB = {"mode": "fb", "sources": ["c"], "learning_rate": "auto"}
@@ -34,10 +35,10 @@ class Launcher(SweepLauncher):
 
     def _make(self, argv: Sequence[str]) -> None:
         if "--probe" in argv:
-            place = Path(value(argv, "--probe"))
+            place = Path(value_of(argv, "--probe"))
             if place.exists():
                 raise AssertionError("cora train --probe writes over nothing")
-            rate = PROPOSED[value(argv, "--mode", "fb")]
+            rate = PROPOSED[value_of(argv, "--mode", "fb")]
             numbers = {"constant": 3e-3, "examples": 4, "largest_eigenvalue": 1.0, "error": 0.0, "products": 8}
             rundir.write_json(place, {"proposal": {"learning_rate": rate, **numbers}})
         elif argv[0] == "extract-basis":
@@ -57,15 +58,17 @@ class Launcher(SweepLauncher):
 
 
 def run_auto(tmp_path: Path, launcher: Launcher, *blocks: Any) -> Outcome:
-    return run(staged(*(blocks or GRID)), tmp_path, launcher)
+    return run_staged(staged_grid(*(blocks or GRID)), tmp_path, launcher)
 
 
 def test_each_method_is_swept_around_its_own_proposal_and_confirmed_at_the_best_rate(tmp_path, capsys):
     launcher = Launcher()
     outcome = run_auto(tmp_path, launcher)
     assert not outcome.failed
-    assert {value(argv, "--mode", "fb") for argv in launcher.measured()} == {"lora", "fb"}
-    assert all(value(argv, "--seed") == "100" and value(argv, "--learning-rate") == "auto" for argv in launcher.measured())
+    assert {value_of(argv, "--mode", "fb") for argv in launcher.measured()} == {"lora", "fb"}
+    assert all(
+        value_of(argv, "--seed") == "100" and value_of(argv, "--learning-rate") == "auto" for argv in launcher.measured()
+    )
     for mode, rate in PROPOSED.items():
         assert launcher.rates(mode, "100") == set(rates_around(rate))
         assert launcher.rates(mode, "0") == {rate}
@@ -75,8 +78,8 @@ def test_each_method_is_swept_around_its_own_proposal_and_confirmed_at_the_best_
     said = capsys.readouterr().err
     assert "lora: learning rate 2e-3 proposed from curvature, so 7e-4, 2e-3, 7e-3 are swept" in said
     order = [step for step in launcher.submitted if step[0] == "extract-basis" or "--probe" in step]
-    fb = next(argv for argv in launcher.measured() if value(argv, "--mode", "fb") == "fb")
-    assert value(fb, "--basis") in order[order.index(fb) - 1], "a basis is there before what is measured of it"
+    fb = next(argv for argv in launcher.measured() if value_of(argv, "--mode", "fb") == "fb")
+    assert value_of(fb, "--basis") in order[order.index(fb) - 1], "a basis is there before what is measured of it"
 
 
 def test_a_finished_grid_measures_nothing_again(tmp_path):
@@ -106,7 +109,7 @@ def test_a_proposal_that_fails_fails_the_grid_and_confirms_nothing(tmp_path):
 
 
 def test_the_dry_run_counts_three_rates_around_each_proposal(tmp_path):
-    grid = staged(*GRID)
+    grid = staged_grid(*GRID)
     stages = Stages(grid, tmp_path, inputs_of(), "cpu", "fp32")
     methods = stages.methods()
     rows = stages.rows(methods, {})
@@ -129,17 +132,17 @@ def test_the_dry_run_counts_three_rates_around_each_proposal(tmp_path):
     ("grid", "message"),
     [
         (lambda: grid_of({"mode": "lora", "learning_rate": "auto"}), "learning_rate auto needs a section sweep"),
-        (lambda: staged({"mode": "lora", "learning_rate": ["auto", 1e-3]}), "learning_rate auto stands alone"),
+        (lambda: staged_grid({"mode": "lora", "learning_rate": ["auto", 1e-3]}), "learning_rate auto stands alone"),
         (
-            lambda: staged(
+            lambda: staged_grid(
                 {"mode": "base"},
                 models={"c": {"dataset": "tasks", "learning_rate": "auto"}},
                 resources={"model": {"gpus": 2}},
             ),
             "models: c: learning_rate auto is measured in one process; give a number",
         ),
-        (lambda: staged({"mode": "full", "learning_rate": "auto"}), "--learning-rate auto does not go with mode full"),
-        (lambda: staged({"mode": "lora", "learning_rate": "automatic"}), "learning_rate must be a number or one of auto"),
+        (lambda: staged_grid({"mode": "full", "learning_rate": "auto"}), "--learning-rate auto does not go with mode full"),
+        (lambda: staged_grid({"mode": "lora", "learning_rate": "automatic"}), "learning_rate must be a number or one of auto"),
     ],
 )
 def test_what_such_a_grid_does_not_allow(grid, message):
@@ -148,20 +151,20 @@ def test_what_such_a_grid_does_not_allow(grid, message):
 
 
 def test_a_proposal_is_measured_in_one_process_on_the_machine_of_a_training():
-    grid: Grid = staged(*GRID, resources={"train": {"gpus": 4, "nodes": 2, "partition": "gpu"}, "all": {"cpus": 3}})
+    grid: Grid = staged_grid(*GRID, resources={"train": {"gpus": 4, "nodes": 2, "partition": "gpu"}, "all": {"cpus": 3}})
     alone = grid.resources["proposal"]
     assert (alone.gpus, alone.nodes, alone.partition, alone.cpus, alone.processes) == (1, 1, "gpu", 3, 1)
     with pytest.raises(UsageError, match="resources: proposal: gpus must be at most 1 here"):
-        staged(*GRID, resources={"proposal": {"gpus": 2}})
+        staged_grid(*GRID, resources={"proposal": {"gpus": 2}})
 
 
 def test_the_rate_is_no_part_of_what_a_proposal_depends_on_but_the_basis_is(tmp_path):
-    plan = plan_of(staged(*GRID))
+    plan = plan_of(staged_grid(*GRID))
     assert not [step for step in plan.steps.values() if step.kind == "proposal"], "only their own rows have one"
-    stages = Stages(staged(*GRID), tmp_path, inputs_of(), "cpu", "bf16")
+    stages = Stages(staged_grid(*GRID), tmp_path, inputs_of(), "cpu", "bf16")
     planned = stages.plan(stages.rows(stages.methods(), {}))
     (fb,) = (step for name, step in planned.steps.items() if name.startswith("proposal-cora-fb"))
     assert any(need.startswith("basis-") for need in fb.needs)
     assert "--dtype" not in fb.argv, "curvature is measured in float32"
     with pytest.raises(CoraError):
-        plan_of(staged({"mode": "fb", "sources": ["nobody"], "learning_rate": "auto"}))
+        plan_of(staged_grid({"mode": "fb", "sources": ["nobody"], "learning_rate": "auto"}))

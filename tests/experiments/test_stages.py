@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +13,24 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.ablate import Request, ablate, run_stages
 from cora_cli.experiments.estimate import Estimate
-from cora_cli.experiments.execute import Outcome
-from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.stage_work import stage_lines
 from cora_cli.experiments.stages import Stages
 from cora_cli.lock import own_directory
 from cora_cli.reading import read_json
 
-from .helpers import PretendLauncher, grid_of, inputs_of
+from .helpers import (
+    CONFIRM,
+    RATES,
+    SWEEP,
+    TRAIN,
+    SweepLauncher,
+    inputs_of,
+    run_staged,
+    staged_grid,
+    value_of,
+)
 
-TRAIN = {"max_steps": 8, "rank": 4, "validation_size": 6}
-SWEEP = {"seeds": [100], "rungs": [2, 4]}
-CONFIRM = {"seeds": [0, 1, 2, 3, 4]}
-RATES = [1e-3, 3e-3, 1e-2]
-
-
-@pytest.fixture(autouse=True)
-def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring the rate of this machine takes half a second."""
-    for name in ("matmul_rate", "planned_rate"):
-        monkeypatch.setattr(f"cora_cli.experiments.ablate.{name}", lambda device: (1e11, "a known rate"))
-
-
-Loss = Callable[[str, float, int], float]
-Asked = Mapping[tuple[object, ...], int]
-
-
-def staged(*blocks: Any, **changes: Any) -> Grid:
-    values: dict[str, Any] = {"sweep": SWEEP, "confirm": CONFIRM, "defaults": {"train": TRAIN, "evaluate": False}, **changes}
-    return grid_of(*(blocks or ({"mode": "base"}, {"mode": ["lora", "dora"], "learning_rate": RATES})), **values)
-
-
-def value(argv: Sequence[str], flag: str, default: str = "") -> str:
-    return argv[argv.index(flag) + 1] if flag in argv else default
-
-
-class SweepLauncher(PretendLauncher):
-    """A pretended training has the validation loss `loss(mode, learning rate, step)`."""
-
-    def __init__(self, loss: Loss, **options: Any) -> None:
-        super().__init__(**options)
-        self._loss = loss
-
-    def _make(self, argv: Sequence[str]) -> None:
-        super()._make(argv)
-        place, rate = Path(value(argv, "--output-dir")), float(value(argv, "--learning-rate", "3e-4"))
-        step = int(value(argv, "--stop-at", "8"))
-        validation = {"loss": self._loss(value(argv, "--mode", "fb"), rate, step), "ci95": [0, 1], "tokens": 9, "n": 6}
-        if "--stop-at" in argv:
-            rundir.write_json(place / "stops" / f"{step}.json", {"step": step, "validation": validation})
-        status = "stopped" if "--stop-at" in argv else "finished"
-        rundir.write_json(place / "run.json", {"status": status, "validation": validation})
-
-    def trained(self) -> list[tuple[str, str, str, str]]:
-        """(mode, learning rate, seed, step at which it stops) of each training, in order."""
-        return [
-            (value(argv, "--mode"), value(argv, "--learning-rate"), value(argv, "--seed", "0"), value(argv, "--stop-at", "end"))
-            for argv in self.submitted
-            if argv[0] == "train"
-        ]
+pytestmark = pytest.mark.usefixtures("known_rate")
 
 
 def distance(mode: str, rate: float, step: int) -> float:
@@ -79,17 +38,9 @@ def distance(mode: str, rate: float, step: int) -> float:
     return 1 + abs(RATES.index(rate) - 1) / 2 - step / 100 if rate in RATES else 9.0
 
 
-def run(
-    grid: Grid, out: Path, launcher: PretendLauncher, asked: Callable[[], Asked] = dict, overwrite: bool = False
-) -> Outcome:
-    request = Request(Path("tiny.yaml"), device="cpu", dtype="fp32", overwrite=overwrite)
-    with own_directory(out) as held:
-        return run_stages(request, grid, out, inputs_of(), launcher, held, lambda place, measures: asked())
-
-
 def test_losers_stop_early_and_the_winner_is_confirmed_with_fresh_seeds(tmp_path: Path) -> None:
     launcher = SweepLauncher(distance)
-    outcome = run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, launcher, lambda: {})
+    outcome = run_staged(staged_grid({"mode": "lora", "learning_rate": RATES}), tmp_path, launcher, lambda: {})
     assert launcher.trained() == [
         ("lora", "0.001", "100", "2"),
         ("lora", "0.003", "100", "2"),
@@ -118,9 +69,9 @@ def test_losers_stop_early_and_the_winner_is_confirmed_with_fresh_seeds(tmp_path
 
 
 def test_a_second_call_has_nothing_to_do(tmp_path: Path) -> None:
-    run(staged(), tmp_path, SweepLauncher(distance))
+    run_staged(staged_grid(), tmp_path, SweepLauncher(distance))
     again = SweepLauncher(distance)
-    run(staged(), tmp_path, again)
+    run_staged(staged_grid(), tmp_path, again)
     assert again.submitted == []
 
 
@@ -128,7 +79,7 @@ def test_only_undecided_methods_get_another_seed(tmp_path: Path) -> None:
     launcher = SweepLauncher(distance)
     lora, dora = ("data", "lora", None, "lora", 4, None), ("data", "dora", None, "dora", 4, None)
     answers = iter([{lora: 4, dora: 3}, {lora: 5, dora: 3}, {lora: 5, dora: 3}])
-    run(staged(), tmp_path, launcher, lambda: next(answers))
+    run_staged(staged_grid(), tmp_path, launcher, lambda: next(answers))
     confirmed = [(mode, seed) for mode, _, seed, stop in launcher.trained() if stop == "end"]
     assert [seed for mode, seed in confirmed if mode == "lora"] == ["0", "1", "2", "3", "4"]
     assert [seed for mode, seed in confirmed if mode == "dora"] == ["0", "1", "2"]
@@ -137,7 +88,7 @@ def test_only_undecided_methods_get_another_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("after", [5, 11, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 3, 7, 9, 13, 15))])
 def test_a_grid_that_is_cut_off_goes_on_where_it_was(after: int, tmp_path: Path) -> None:
     whole = SweepLauncher(distance)
-    run(staged(), tmp_path / "whole", whole)
+    run_staged(staged_grid(), tmp_path / "whole", whole)
 
     class CutOff(SweepLauncher):
         def submit(self, kind: str, argv: Sequence[str], log: Path) -> Any:
@@ -147,8 +98,8 @@ def test_a_grid_that_is_cut_off_goes_on_where_it_was(after: int, tmp_path: Path)
 
     first, second = CutOff(distance), SweepLauncher(distance)
     with pytest.raises(KeyboardInterrupt):
-        run(staged(), tmp_path / "cut", first)
-    run(staged(), tmp_path / "cut", second)
+        run_staged(staged_grid(), tmp_path / "cut", first)
+    run_staged(staged_grid(), tmp_path / "cut", second)
     done = [*first.trained(), *second.trained()]
     assert sorted(set(done)) == sorted(whole.trained())
     assert len(done) - len(set(done)) <= 1, "only the step in flight runs again"
@@ -159,7 +110,7 @@ def test_a_grid_that_is_cut_off_goes_on_where_it_was(after: int, tmp_path: Path)
 
 def test_a_rate_at_the_edge_adds_one_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     launcher = SweepLauncher(lambda mode, rate, step: 1 / rate)
-    run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, launcher)
+    run_staged(staged_grid({"mode": "lora", "learning_rate": RATES}), tmp_path, launcher)
     assert ("lora", "0.0333", "100", "4") in launcher.trained()
     assert {rate for _, rate, _, stop in launcher.trained() if stop == "end"} == {"0.0333"}
     said = capsys.readouterr().err
@@ -171,48 +122,50 @@ def test_training_that_diverges_loses_the_sweep_and_does_not_fail_the_grid(tmp_p
     class Diverging(SweepLauncher):
         def submit(self, kind: str, argv: Sequence[str], log: Path) -> Any:
             job = super().submit(kind, argv, log)
-            if value(argv, "--learning-rate") == "0.01":
+            if value_of(argv, "--learning-rate") == "0.01":
                 rundir.write_json(
-                    Path(value(argv, "--output-dir")) / "run.json",
+                    Path(value_of(argv, "--output-dir")) / "run.json",
                     {"status": "failed", "diverged": True, "error": "the loss is nan"},
                 )
             return job
 
-    launcher = Diverging(distance, fails=lambda argv: "the loss is nan" if value(argv, "--learning-rate") == "0.01" else None)
-    outcome = run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, launcher)
+    launcher = Diverging(
+        distance, fails=lambda argv: "the loss is nan" if value_of(argv, "--learning-rate") == "0.01" else None
+    )
+    outcome = run_staged(staged_grid({"mode": "lora", "learning_rate": RATES}), tmp_path, launcher)
     assert outcome.failed == {}
     assert json.loads((tmp_path / "plan.json").read_text())["sweeps"][0]["losses"]["0.01"] == {"2": None}
     again = Diverging(distance)
-    run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, again)
+    run_staged(staged_grid({"mode": "lora", "learning_rate": RATES}), tmp_path, again)
     assert again.submitted == []
 
 
 def test_a_sweep_that_fails_ends_the_call_and_is_tried_again_by_the_next(tmp_path: Path) -> None:
     def no_disk(argv: Sequence[str]) -> str | None:
-        return "the disk is full" if value(argv, "--mode") == "dora" else None
+        return "the disk is full" if value_of(argv, "--mode") == "dora" else None
 
-    outcome = run(staged(), tmp_path, SweepLauncher(distance, fails=no_disk))
+    outcome = run_staged(staged_grid(), tmp_path, SweepLauncher(distance, fails=no_disk))
     assert sorted(outcome.failed) == [f"train-dora_r4_lr{rate}_seed100" for rate in ("0.01", "1e-3", "3e-3")]
     launcher = SweepLauncher(distance)
-    assert not run(staged(), tmp_path, launcher).failed
+    assert not run_staged(staged_grid(), tmp_path, launcher).failed
     assert ("dora", "0.001", "100", "2") in launcher.trained()
     assert ("lora", "0.001", "100", "2") not in launcher.trained()
 
 
 def test_a_changed_loss_file_is_measured_again(tmp_path: Path) -> None:
-    run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, SweepLauncher(distance))
+    run_staged(staged_grid({"mode": "lora", "learning_rate": RATES}), tmp_path, SweepLauncher(distance))
     path = tmp_path / "runs" / "lora_r4_lr0.01_seed100" / "stops" / "2.json"
     path.write_text(path.read_text().replace("1.48", "0.10"))
     again = SweepLauncher(distance)
-    run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, again)
+    run_staged(staged_grid({"mode": "lora", "learning_rate": RATES}), tmp_path, again)
     assert again.trained() == [("lora", "0.01", "100", "2")]
     assert json.loads(path.read_text())["validation"]["loss"] == 1.48
 
 
 @pytest.mark.parametrize("damage", ["an earlier loss", "the directory"])
 def test_a_rate_that_lost_what_it_was_measured_by_is_measured_again_at_every_rung(damage: str, tmp_path: Path) -> None:
-    grid = staged({"mode": "lora", "learning_rate": RATES})
-    run(grid, tmp_path, SweepLauncher(distance))
+    grid = staged_grid({"mode": "lora", "learning_rate": RATES})
+    run_staged(grid, tmp_path, SweepLauncher(distance))
     before = read_json(tmp_path / "plan.json")
     (stopped_twice, *_) = [
         path for path in sorted((tmp_path / "runs").glob("*_seed100")) if (path / "stops" / "4.json").exists()
@@ -223,7 +176,7 @@ def test_a_rate_that_lost_what_it_was_measured_by_is_measured_again_at_every_run
         with (stopped_twice / "stops" / "2.json").open("a") as file:
             file.write(" ")
     again = SweepLauncher(distance)
-    run(grid, tmp_path, again)
+    run_staged(grid, tmp_path, again)
     assert [stop for *_, stop in again.trained()] == ["2", "4"]
     after = read_json(tmp_path / "plan.json")
     assert (after["sweeps"], len(after["rows"])) == (before["sweeps"], len(before["rows"]))
@@ -235,25 +188,25 @@ class LosingLauncher(SweepLauncher):
 
     def _make(self, argv: Sequence[str]) -> None:
         super()._make(argv)
-        if value(argv, "--stop-at", "8") == "4":
-            (Path(value(argv, "--output-dir")) / "stops" / "2.json").unlink(missing_ok=True)
+        if value_of(argv, "--stop-at", "8") == "4":
+            (Path(value_of(argv, "--output-dir")) / "stops" / "2.json").unlink(missing_ok=True)
 
 
 def test_a_sweep_that_cannot_be_completed_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         CoraError, match=r"the sweep of lora has no loss at step 2 for the learning rate .*run the same command again"
     ):
-        run(staged({"mode": "lora", "learning_rate": RATES}), tmp_path, LosingLauncher(distance))
+        run_staged(staged_grid({"mode": "lora", "learning_rate": RATES}), tmp_path, LosingLauncher(distance))
 
 
 def test_a_rung_beyond_the_end_of_any_row_is_refused() -> None:
     short = {"mode": "dora", "learning_rate": RATES, "max_steps": 3}
     with pytest.raises(CoraError, match="the rung at step 4 is beyond the 3 steps of the row dora"):
-        staged({"mode": "lora", "learning_rate": RATES}, short)
+        staged_grid({"mode": "lora", "learning_rate": RATES}, short)
 
 
 def test_the_dry_run_counts_the_most_and_the_likely_runs() -> None:
-    grid = staged()
+    grid = staged_grid()
     stages = Stages(grid, Path("out"), inputs_of(), "cpu", "fp32")
     plan = stages.plan([row for row in grid.rows if row.train is None] + [method.rows[0] for method in stages.methods()])
     rungs, confirming, work = stage_lines(grid, stages.methods(), plan, {})
@@ -266,7 +219,7 @@ def test_the_dry_run_counts_the_most_and_the_likely_runs() -> None:
 
 def test_the_dry_run_counts_every_member_of_an_ensemble() -> None:
     block = {"mode": "lora", "learning_rate": RATES, "ensemble": 4}
-    grid = staged(block, defaults={"train": TRAIN, "evaluate": {"metrics": ["calibration"]}})
+    grid = staged_grid(block, defaults={"train": TRAIN, "evaluate": {"metrics": ["calibration"]}})
     stages = Stages(grid, Path("out"), inputs_of(), "cpu", "fp32")
     methods = stages.methods()
     plan = stages.plan([method.rows[0] for method in methods])
@@ -302,12 +255,12 @@ def test_the_dry_run_counts_every_member_of_an_ensemble() -> None:
 )
 def test_sections_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        staged(**changes)
+        staged_grid(**changes)
 
 
 def test_a_block_with_seeds_is_refused() -> None:
     with pytest.raises(UsageError, match="leave seed out of the grid's blocks"):
-        staged({"mode": "lora", "learning_rate": RATES, "seed": [0, 1]})
+        staged_grid({"mode": "lora", "learning_rate": RATES, "seed": [0, 1]})
 
 
 def test_rows_of_such_a_grid_cannot_be_picked(tmp_path: Path) -> None:
@@ -316,33 +269,35 @@ def test_rows_of_such_a_grid_cannot_be_picked(tmp_path: Path) -> None:
         own_directory(tmp_path) as held,
         pytest.raises(UsageError, match="--only does not apply to a grid with sweep or confirm"),
     ):
-        run_stages(request, staged(), tmp_path, inputs_of(), SweepLauncher(distance), held, lambda place, measures: {})
+        run_stages(request, staged_grid(), tmp_path, inputs_of(), SweepLauncher(distance), held, lambda place, measures: {})
 
 
 @pytest.mark.parametrize("sweeps", [True, False])
 def test_only_methods_that_never_trained_are_to_be_checked(sweeps: bool, tmp_path: Path) -> None:
     def untried(*modes: str) -> set[str]:
-        grid = staged({"mode": [*modes], "learning_rate": RATES if sweeps else RATES[1]}, **({} if sweeps else {"sweep": None}))
+        grid = staged_grid(
+            {"mode": [*modes], "learning_rate": RATES if sweeps else RATES[1]}, **({} if sweeps else {"sweep": None})
+        )
         rows = Stages(grid, tmp_path, inputs_of(), "cpu", "fp32").untried()
         return {row.mode for row in rows}
 
     def fails(argv: Sequence[str]) -> str | None:
-        return "no memory" if value(argv, "--mode") == "vera" else None
+        return "no memory" if value_of(argv, "--mode") == "vera" else None
 
     assert untried("lora", "dora", "vera") == {"lora", "dora", "vera"}
-    grid = staged(
+    grid = staged_grid(
         {"mode": ["lora", "vera"], "learning_rate": RATES if sweeps else RATES[1]}, **({} if sweeps else {"sweep": None})
     )
-    assert run(grid, tmp_path, SweepLauncher(distance, fails=fails)).failed
+    assert run_staged(grid, tmp_path, SweepLauncher(distance, fails=fails)).failed
     assert untried("lora", "dora", "vera") == {"dora", "vera"}
     changed = Stages(grid, tmp_path, inputs_of(base="another hash"), "cpu", "fp32")
     assert {row.mode for row in changed.untried()} == {"lora", "vera"}
 
 
 def test_a_finished_grid_needs_no_rate_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(staged(), tmp_path, SweepLauncher(distance))
+    run_staged(staged_grid(), tmp_path, SweepLauncher(distance))
     monkeypatch.setattr("cora_cli.experiments.ablate.rate_of_steps", lambda *_: pytest.fail("nothing is left to estimate"))
-    assert run(staged(), tmp_path, SweepLauncher(distance)).completed == ()
+    assert run_staged(staged_grid(), tmp_path, SweepLauncher(distance)).completed == ()
 
 
 def test_a_repeated_call_checks_no_training_again(
