@@ -89,10 +89,10 @@ def test_a_finished_grid_measures_nothing_again(tmp_path):
     assert not again.submitted
 
 
-def test_a_damaged_proposal_is_measured_again_and_its_sweep_kept(tmp_path):
+def test_an_edited_proposal_is_measured_again_and_its_sweep_kept(tmp_path):
     run_auto(tmp_path, Launcher())
-    (damaged,) = (path for path in (tmp_path / "proposals").iterdir() if path.name.startswith("lora"))
-    damaged.write_text(damaged.read_text() + " ")
+    (edited,) = (path for path in (tmp_path / "proposals").iterdir() if path.name.startswith("lora"))
+    edited.write_text(edited.read_text().replace("0.002", "0.05"))
     again = Launcher()
     outcome = run_auto(tmp_path, again)
     assert not outcome.failed
