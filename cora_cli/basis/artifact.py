@@ -147,33 +147,38 @@ class Basis:
         """Raise `CoraError` unless this basis fits a model as its B, or as its A if `side` is `input`.
 
         `architecture` is the model's (see `weights.sources.architecture_of`), `module_shapes` the (out, in) of the modules to adapt,
-        and `flag` the option that sets `rank`. The vocabulary may differ, because fine-tuning can add tokens.
+        and `flag` the option that sets `rank`.
         """
-        for key in sorted((self.architecture.keys() & architecture.keys()) - {"vocab_size"}):
-            if self.architecture[key] != architecture[key]:
-                raise CoraError(
-                    f"basis {self.path} was extracted from models with {key} = {self.architecture[key]}, but this model has "
-                    f"{architecture[key]}; extract a basis from models of this architecture"
-                )
+        if key := differing_key(self.architecture, architecture):
+            raise CoraError(
+                f"basis {self.path} was extracted from models with {key} = {self.architecture[key]}, but this model has "
+                f"{architecture[key]}; extract a basis from models of this architecture"
+            )
         self._check_rank(rank, flag)
         for name, (out_features, in_features) in module_shapes.items():
             self.for_module(name, rank, in_features if side == "input" else out_features, side)
 
     def check_base(self, model: TargetWeights) -> None:
-        """Raise `CoraError` if this basis holds differences from another base than `model`.
+        """Raise `CoraError` if this basis holds differences from another base than `model`; reads its target weights as `other_base` does."""
+        if other := self.other_base(model):
+            raise CoraError(f"{other}; train that base, or extract again with --base {model.reference}")
+
+    def other_base(self, model: TargetWeights) -> str | None:
+        """What says that this basis holds differences from another base than `model`, or None.
 
         Reads the target weights of `model` if the basis was extracted with `--source delta`; otherwise reads nothing.
         """
         if self.base is None:
-            return
+            return None
         missing = [module for module, shape in self.modules.items() if model.shapes.get(module) != shape]
         found = None if missing else model.content_hash(self.modules)
         if found != self.base.hash:
             what = f"has no weight {missing[0]} {self.modules[missing[0]]}" if missing else f"has {found}"
-            raise CoraError(
+            return (
                 f"basis {self.path} holds differences from base {self.base.reference} (content hash {self.base.hash}), but "
-                f"{model.reference} {what}; train that base, or extract again with --base {model.reference}"
+                f"{model.reference} {what}"
             )
+        return None
 
     def _check_rank(self, rank: int, flag: str = "--rank") -> None:
         if not 1 <= rank <= self.rank:
@@ -181,6 +186,12 @@ class Basis:
                 f"{flag} {rank} is too large: basis {self.path} holds {self.rank} directions; use {flag} {self.rank} or less, "
                 f"or extract one with --rank {rank}"
             )
+
+
+def differing_key(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first entry by which two architectures (see `weights.sources.architecture_of`) differ; the vocabulary may, because fine-tuning can add tokens."""
+    common = sorted(one.keys() & other.keys() - {"vocab_size"})
+    return next((key for key in common if one[key] != other[key]), None)
 
 
 class StandInBasis(Basis):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from cora_cli.basis.artifact import differing_key
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.extraction.gram import EPS, add_gram, empty_gram
@@ -262,12 +263,11 @@ def _common_targets(sources: Sequence[WeightSource], choices: BasisChoices) -> d
                     f"{module} is {first.shapes[module]} in {first.reference}, but {other.shapes[module]} in {other.reference}; "
                     "only models of one architecture can be merged"
                 )
-        for key in first.architecture.keys() & other.architecture.keys() - {"vocab_size"}:
-            if first.architecture[key] != other.architecture[key]:
-                raise CoraError(
-                    f"{key} is {first.architecture[key]} in {first.reference}, but {other.architecture[key]} in {other.reference}; "
-                    "only models of one architecture can be merged"
-                )
+        if key := differing_key(first.architecture, other.architecture):
+            raise CoraError(
+                f"{key} is {first.architecture[key]} in {first.reference}, but {other.architecture[key]} in {other.reference}; "
+                "only models of one architecture can be merged"
+            )
     return {module: first.shapes[module] for module in modules}
 
 

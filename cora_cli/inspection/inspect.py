@@ -4,14 +4,16 @@
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cora_cli.adapters.storage import base_of, check_base, say_other_base
-from cora_cli.basis.artifact import Basis, read_basis
+from cora_cli.basis.artifact import Basis, differing_key, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError, UsageError
@@ -24,6 +26,7 @@ from cora_cli.inspection.prediction import Prediction, is_unscaled, predict, use
 from cora_cli.inspection.sharing_verdict import Verdict, group_names, judge, pooled_already, unjudged_models
 from cora_cli.inspection.starts import known_starts
 from cora_cli.models.references import ModelPath, recorded_base, resolve_model
+from cora_cli.progress import say
 from cora_cli.weights.planned import open_planned
 from cora_cli.weights.sources import WeightSource, open_source
 
@@ -180,6 +183,11 @@ def open_inputs(
             (say_other_base if named_base else check_base)(path, base_path)
     base_source = opening(base_path) if base_path else None
     models = {name: opening(path, base_source) for name, path in zip(short_names(named), paths, strict=True)}
+    read = {source.reference: source.architecture for source in ([base_source] if base_source else []) + list(models.values())}
+    _check_architectures(read | {name: one.architecture for name, one in bases.items()})
+    for one in bases.values():
+        if base_source and weights and (other := one.other_base(base_source)):
+            say(other)
     rank = rank or min((one.rank for one in bases.values()), default=DEFAULT_RANK)
     targets = target_modules or next((one.choices.target_modules for one in bases.values()), DEFAULT_TARGET_MODULES)
     return Opened(
@@ -217,6 +225,15 @@ def group_and_judge(
     if base and len(judged) > 1 and not pooled_already(findings, grouping):
         measured = measure_groups(judged, base, group_names(grouping), rank, target_modules, device, side)
     return grouping, judge(findings, list(models), base is not None, predictions, unjudged, grouping, measured)
+
+
+def _check_architectures(architectures: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `CoraError` where two inputs are of different architectures: a comparison of their directions would mean nothing."""
+    for (one, first), (other, second) in itertools.combinations(architectures.items(), 2):
+        if key := differing_key(first, second):
+            raise CoraError(
+                f"{key} is {first[key]} in {one}, but {second[key]} in {other}; only models of one architecture can be compared"
+            )
 
 
 def _refuse_copies(models: dict[str, WeightSource], targets: tuple[str, ...]) -> None:

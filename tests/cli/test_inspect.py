@@ -98,6 +98,33 @@ def test_a_planted_subspace_is_found_and_every_format_is_written(related: list[P
     assert 0 < page.index("Shared: the other models recover ") < page.index("Size of the change")
 
 
+def test_a_basis_of_another_architecture_is_refused_though_the_shapes_are_equal(related: list[Path], tmp_path: Path) -> None:
+    base, *models = related
+    basis, other = tmp_path / "basis.safetensors", Path(shutil.copytree(models[0], tmp_path / "mistral"))
+    extract_basis([resolve_model(str(path)) for path in models[:2]], basis, BasisChoices(rank=2), None, torch.device("cpu"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "mistral", "architectures": ["MistralForCausalLM"]}))
+    for arguments in ((basis, other, "--base", base), (basis, models[1], "--base", other)):
+        result = cora_inspect(*arguments, "-o", tmp_path / "out")
+        assert result.exit_code == 1, result.stderr
+        assert f"model_type is mistral in {other}, but llama in" in result.stderr.splitlines()[-1] or (
+            f"but mistral in {other}" in result.stderr.splitlines()[-1]
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_basis_of_differences_from_another_base_is_said(related: list[Path], tmp_path: Path) -> None:
+    base, *models = related
+    basis = tmp_path / "basis.safetensors"
+    choices = BasisChoices(rank=2, source="delta")
+    sources = [resolve_model(str(path)) for path in models[:2]]
+    extract_basis(sources, basis, choices, resolve_model(str(base)), torch.device("cpu"))
+    for named, said in ((base, False), (models[4], True)):
+        result = cora_inspect(basis, *models[:2], "--base", named)
+        assert result.exit_code == 0, result.stderr
+        assert (f"holds differences from base {base}" in result.stderr) is said
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(related: list[Path], tmp_path: Path) -> None:
     base, *others = related
     result = cora_inspect(*others, "--base", base, "--rank", 4, "-o", tmp_path / "out", "--dry-run")
