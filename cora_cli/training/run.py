@@ -133,6 +133,7 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
 
 def _write_end(run: RunDirectory, outcome: dict[str, Any]) -> None:
     """Write the card of a finished run and its record, last; a run that stops has no result, and its record says how to read it."""
+    shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
     record = {**read_json(run.record), **outcome, "status": STOPPED}
     if "finished" in outcome:
         files = run.result_files()

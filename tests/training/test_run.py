@@ -356,6 +356,9 @@ def test_the_newest_checkpoints_are_kept(tiny_model: Path, tiny_data: Path, tmp_
     config = config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=5, save_steps=1, keep_checkpoints=2)
     train(config)
     assert checkpoint_names(tmp_path / "run") == ["checkpoint-4", "checkpoint-5"]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2, (
+        "what a checkpoint is written to before its renaming is gone"
+    )
 
 
 def test_compact_runs_store_a_alone_and_load_with_the_basis(
