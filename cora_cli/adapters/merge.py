@@ -1,5 +1,6 @@
 """Merges an adapter into its base and writes the result as a plain model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from cora_cli import rundir
 from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.posterior import say_mean
-from cora_cli.adapters.storage import base_of, check_base, load_adapter
+from cora_cli.adapters.storage import base_of, check_base, load_adapter, say_other_base
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, linear_weight, lora_layers
 from cora_cli.models.checkpoint import is_finite
@@ -56,8 +57,14 @@ def merge_adapter(
     if base is None:
         base = base_of(adapter)
         check_base(adapter, base)
+    else:
+        say_other_base(adapter, base)
     say_mean(adapter)
-    tokenizer = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter)
+    tokenizer = None
+    if adapter.has_tokenizer or base.tokenizer_files():
+        tokenizer = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter)
+    else:
+        say(f"neither {adapter.reference} nor {base.reference} holds a tokenizer, and so none is written")
     stored = stored_types(base, trust_remote_code) if dtype == "stored" else {}
     widest = max(stored.values(), key=lambda kind: torch.finfo(kind).bits, default=None)
     model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
@@ -68,6 +75,23 @@ def merge_adapter(
     join_projections(merged)
     if tied and not merged.config.get_text_config(decoder=True).tie_word_embeddings:
         say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
+    _round(merged, stored, adapter)
+    try:
+        with rundir.atomic_path(output, replace=False) as temporary:
+            merged.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            carry_record(temporary, adapter, base)
+            carry_card(temporary, adapter)
+    except Exception as error:
+        if rundir.is_disk_full(error):
+            raise rundir.disk_error(OSError(28, "No space left on device"), output) from error
+        raise
+    return layers
+
+
+def _round(merged: Any, stored: Mapping[str, torch.dtype], adapter: ModelPath) -> None:
+    """Give the weights of `merged` the types `stored`, by name. Raises `CoraError` where one exceeds the numbers of its type."""
     for name, parameter in merged.named_parameters():
         if name in stored:
             parameter.data = parameter.data.to(stored[name])
@@ -76,17 +100,6 @@ def merge_adapter(
                 raise CoraError(
                     f"{adapter.reference}: {name} is stored as {kind}, which the merged weight exceeds; use --dtype fp32"
                 )
-    try:
-        with rundir.atomic_path(output, replace=False) as temporary:
-            merged.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            carry_record(temporary, adapter, base)
-            carry_card(temporary, adapter)
-    except Exception as error:
-        if rundir.is_disk_full(error):
-            raise rundir.disk_error(OSError(28, "No space left on device"), output) from error
-        raise
-    return layers
 
 
 def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False) -> Any:

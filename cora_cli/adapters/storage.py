@@ -6,6 +6,7 @@ After every load it verifies that all keys arrived and that a trained adapter ch
 import contextlib
 import copy
 import dataclasses
+import re
 import shutil
 import tempfile
 import warnings
@@ -216,7 +217,9 @@ def load_adapter(
         if is_out_of_memory(error):
             raise
         foreign = misfit(adapter) if facts is None else None
-        raise CoraError(f"adapter {adapter.path} cannot be loaded: {foreign or reason(error)}") from error
+        raise CoraError(
+            f"adapter {adapter.path} cannot be loaded: {foreign or _other_shape(error) or reason(error)}"
+        ) from error
     if facts is not None and trainable:
         method_of(facts.plan.mode).after_install(wrapped, facts.plan)
         apply_trained_set(wrapped, facts.plan)
@@ -310,6 +313,14 @@ def _check_gathered(adapter: ModelPath, state: Mapping[str, torch.Tensor]) -> No
         raise CoraError(f"adapter {adapter.path}: {without_numbers(empty, tuple(state[empty].shape))}")
 
 
+def _other_shape(error: Exception) -> str | None:
+    """The first tensor that torch found of another shape, in words."""
+    found = re.search(r"size mismatch for (\S+): .*?Size\(\[([\d, ]*)\]\).*?Size\(\[([\d, ]*)\]\)", str(error), re.DOTALL)
+    return found and (
+        f"{found[1]} has the shape ({found[2]}) in its file, but ({found[3]}) by its configuration and the base model: they do not belong together"
+    )
+
+
 @contextlib.contextmanager
 def _for_peft(adapter: ModelPath, state: dict[str, torch.Tensor]) -> Iterator[Path]:
     """The directory of an adapter, or one for the time being with its tensors `state` where PEFT finds them: in one file of the usual name."""
@@ -373,15 +384,29 @@ def base_of(adapter: ModelPath, weights: bool = True) -> ModelPath:
 
 
 def check_base(adapter: ModelPath, base: ModelPath) -> None:
-    """Raise `CoraError` where `base` is not the model that a `cora` adapter was trained on; others do not record it."""
+    """Raise `CoraError` where `base` is not the model that a `cora` adapter was trained on; of others, only the name is known, so this says it."""
     if other := _other_base(adapter, base):
         raise CoraError(other)
+    _say_other_name(adapter, base)
 
 
 def say_other_base(adapter: ModelPath, base: ModelPath) -> None:
     """Say so where the base that the user names is not the one of `check_base`; it may be the same model in another precision."""
     if other := _other_base(adapter, base):
         say(other)
+    _say_other_name(adapter, base)
+
+
+def _say_other_name(adapter: ModelPath, base: ModelPath) -> None:
+    """Say so where an adapter without the record of `cora` names a base model whose name does not occur in the reference of `base`."""
+    named = recorded_base(adapter.adapter_config())
+    if read_facts(adapter.path) is not None or not named:
+        return
+    last = Path(named.partition("@")[0]).name
+    if not any(
+        part == last or part.endswith(f"--{last}") for part in (*Path(base.reference.partition("@")[0]).parts, *base.path.parts)
+    ):
+        say(f"{adapter.reference} names {named} as its base model; {base.reference} is taken in its place")
 
 
 def _other_base(adapter: ModelPath, base: ModelPath) -> str | None:

@@ -240,6 +240,10 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
         refuse_pointer(model.path / "tokenizer.model")
         if (model.path / "config.json").exists():
             load_configuration(model, trust_remote_code)  # which transformers reads to find the kind of tokenizer
+        if not model.tokenizer_files():
+            raise CoraError(
+                f"{model.reference} holds no tokenizer; copy the files of its tokenizer, such as tokenizer.json, into that directory"
+            ) from error
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     _say_other_templates(model, tokenizer)
     if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():

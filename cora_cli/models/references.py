@@ -120,7 +120,8 @@ class ModelPath:
         """Where the directory keeps a chat template as a file of its own."""
         return self.path / "chat_template.jinja"
 
-    def _tokenizer_files(self) -> list[Path]:
+    def tokenizer_files(self) -> list[Path]:
+        """The files that decide how text becomes tokens."""
         own = [self.path / name for name in _TOKENIZER_FILES if (self.path / name).exists()]
         return [
             *own,
@@ -131,12 +132,12 @@ class ModelPath:
 
     def text_hash(self) -> str:
         """SHA-256 over the files that decide how text becomes tokens."""
-        return rundir.sha256_files(self._tokenizer_files())
+        return rundir.sha256_files(self.tokenizer_files())
 
     def tokenizer_hash(self) -> str:
         """SHA-256 over the files that decide how text becomes tokens and which tokens end an answer."""
         ends = self.path / "generation_config.json"
-        return rundir.sha256_files([*self._tokenizer_files(), *([ends] if ends.exists() else [])])
+        return rundir.sha256_files([*self.tokenizer_files(), *([ends] if ends.exists() else [])])
 
     def weight_files(self) -> list[Path]:
         """The weight files that are read: safetensors if there are any, else `.bin`, else `.pt`, else `.pth`. Raises `CoraError` if there are none.

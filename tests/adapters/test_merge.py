@@ -26,6 +26,7 @@ from cora_cli.adapters.merge import merge_adapter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
+from cora_cli.models.loading import load_tokenizer
 from cora_cli.models.references import ModelPath, resolve_model
 from tests.methods.helpers import plan_of
 
@@ -191,6 +192,30 @@ def test_an_adapter_on_a_base_that_it_does_not_fit_is_refused_and_writes_nothing
     with pytest.raises(CoraError, match="cannot be loaded"):
         merge_adapter(adapters["standard"][0], tmp_path / "merged", base=resolve_model(str(tiny_multihead_model)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_without_a_tokenizer_is_merged_without_one(adapters, tiny_model, tmp_path, capsys):
+    bare = Path(shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*")))
+    merge_adapter(adapters["standard"][0], tmp_path / "merged", base=resolve_model(str(bare)))
+    assert f"nor {bare} holds a tokenizer, and so none is written" in capsys.readouterr().err
+    assert not list((tmp_path / "merged").glob("tokenizer*"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits(model), adapters["standard"][1], rtol=0, atol=1e-4)
+    with pytest.raises(CoraError, match=f"^{bare} holds no tokenizer; copy the files of its tokenizer"):
+        load_tokenizer(resolve_model(str(bare)))
+
+
+def test_a_foreign_adapter_on_another_base_than_it_names_is_taken_and_said(tiny_model, tmp_path, capsys):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    said = "names {} as its base model; {} is taken in its place"
+    for named, quiet in ((f"/elsewhere/{tiny_model.name}", True), (f"org/{tiny_model.name}", True), ("org/other-7b", False)):
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "base_model_name_or_path": named}))
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged", base=resolve_model(str(tiny_model)))
+        assert (said.format(named, tiny_model) in capsys.readouterr().err) is not quiet
+        shutil.rmtree(tmp_path / "merged")
 
 
 def test_a_base_that_has_changed_since_training_is_refused_unless_it_is_named(adapters, tiny_model, tmp_path):
