@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from cora_cli.data.encode import Example
 from cora_cli.render.markdown_table import markdown_table
-from cora_cli.training.config import DEFAULT_TARGETS, TrainConfig
+from cora_cli.training.config import TrainConfig
 from cora_cli.training.prepare import prepare
+from cora_cli.training.settings import DEFAULT_TARGETS
 
 END = 2
 """SmolLM2's end token, which pads as well."""

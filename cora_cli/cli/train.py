@@ -66,8 +66,8 @@ def _probe(config: TrainConfig) -> None:
         raise UsageError(f"{output} exists already; choose a new file for --probe")
     with own_output(output):
         from cora_cli.training import proposal
-        from cora_cli.training.config import AUTO
         from cora_cli.training.probe import describe, write_probe, write_proposal
+        from cora_cli.training.proposal import AUTO
 
         auto = config.learning_rate == AUTO
         record = write_proposal(config) if auto else write_probe(config)

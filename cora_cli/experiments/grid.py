@@ -28,7 +28,7 @@ from cora_cli.experiments.sweep import SweepRule
 from cora_cli.experiments.values import Values, fields_of, read_yaml, typed, unknown_key
 from cora_cli.methods.registry import BASELINE, method_of
 from cora_cli.models.references import EMBEDDED_MODEL
-from cora_cli.training.config import AUTO
+from cora_cli.training.proposal import AUTO
 
 EVALUATE_KEYS = fields_of(
     EvaluateConfig,

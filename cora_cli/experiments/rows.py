@@ -15,8 +15,9 @@ from cora_cli.errors import UsageError
 from cora_cli.experiments.values import Values, fields_of, typed
 from cora_cli.methods.method import Method
 from cora_cli.methods.registry import METHODS, OPTIONAL_SETTINGS, Mode, method_of, taken_settings
-from cora_cli.training.config import AUTO, TrainConfig
+from cora_cli.training.config import TrainConfig
 from cora_cli.training.laplace_config import LaplaceConfig
+from cora_cli.training.proposal import AUTO
 
 if TYPE_CHECKING:
     RowMode = str

@@ -14,8 +14,8 @@ from cora_cli.data.encode import Example
 from cora_cli.device import Hardware
 from cora_cli.models.loading import load_model, load_tokenizer
 from cora_cli.models.references import ModelPath
-from cora_cli.training.config import DEFAULT_TARGETS
 from cora_cli.training.record import peak_memory_bytes
+from cora_cli.training.settings import DEFAULT_TARGETS
 
 
 def time_stock_trainer(

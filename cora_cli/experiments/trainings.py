@@ -20,10 +20,11 @@ from cora_cli.methods.registry import method_of
 from cora_cli.planning.page import CARDS, fits, size_text
 from cora_cli.progress import progress
 from cora_cli.render.table import Cell, table_text
-from cora_cli.training.config import AUTO, TrainConfig
+from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, plan_run
 from cora_cli.training.prepare import Prepared, Shared, prepare
 from cora_cli.training.probe import examples_of_proposal
+from cora_cli.training.proposal import AUTO
 from cora_cli.training.rough import rough_peak
 from cora_cli.training.work import work_of
 from cora_cli.weights.start_models import check_start_models

@@ -34,13 +34,13 @@ from cora_cli.planning.four_bit import hold_in_four_bit
 from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, follow_training, follow_weights
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
-from cora_cli.training.config import AUTO, TrainConfig
+from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import row_losses
 from cora_cli.training.notices import notices_on_records
 from cora_cli.training.observe import gradients_taken, inputs_taken
 from cora_cli.training.prepare import Prepared, number_of_processes, prepare, total_steps, training_arguments
 from cora_cli.training.probe import examples_of_proposal, require_alone
-from cora_cli.training.proposal import EXAMPLES, VECTORS
+from cora_cli.training.proposal import AUTO, EXAMPLES, VECTORS
 from cora_cli.training.rate import Rate, rate_of
 from cora_cli.training.record import parameter_counts
 from cora_cli.training.sharding import planned_mesh, shard

@@ -5,9 +5,8 @@ from typing import Any
 from cora_cli.data.encode import Example
 from cora_cli.methods.registry import method_of
 from cora_cli.planning.page import duration, memory_lines, size_text
-from cora_cli.training.config import AUTO
 from cora_cli.training.preflight import Measured, Preflight
-from cora_cli.training.proposal import EXAMPLES, PRODUCTS
+from cora_cli.training.proposal import AUTO, EXAMPLES, PRODUCTS
 
 SHOWN = 60
 """Tokens of a long prompt that are shown at each of its ends."""

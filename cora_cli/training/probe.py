@@ -25,11 +25,11 @@ from cora_cli.progress import progress, say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training import proposal
 from cora_cli.training.assemble import assemble
-from cora_cli.training.config import AUTO, TrainConfig
+from cora_cli.training.config import TrainConfig
 from cora_cli.training.curvature import Hessian, largest_eigenvalue
 from cora_cli.training.observe import mean_loss, tokens_hash, weight_gradients
 from cora_cli.training.prepare import Prepared, number_of_processes, prepare, training_arguments
-from cora_cli.training.proposal import proposal_from
+from cora_cli.training.proposal import AUTO, proposal_from
 from cora_cli.training.record import first_record
 
 EXAMPLES = 32

@@ -6,12 +6,14 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
 from cora_cli.records import Proposed
 
+AUTO: Literal["auto"] = "auto"
+"""What --learning-rate is set to for a proposal."""
 EXAMPLES, PRODUCTS = 4, 8
 """The training examples, and the most products of the Hessian with a vector, with which c was measured."""
 CONSTANT = 3.42e-3

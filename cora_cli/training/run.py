@@ -40,12 +40,13 @@ from cora_cli.records import LogLine, RunStatus, Stop, read_run, template_date
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.assemble import assemble, barrier, share_start
 from cora_cli.training.checkpoints import checkpoint_to_resume, checkpoints_in, step_of
-from cora_cli.training.config import AUTO, TrainConfig
+from cora_cli.training.config import TrainConfig
 from cora_cli.training.fitting import fit_rows, out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
 from cora_cli.training.notices import notices_on_records
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
 from cora_cli.training.probe import with_rate
+from cora_cli.training.proposal import AUTO
 from cora_cli.training.record import FAILED, FINISHED, INTERRUPTED, STOPPED, first_record, parameter_counts, peak_memory_bytes
 from cora_cli.training.sharding import complete_weights, is_sharded
 from cora_cli.training.trainer import PARTIAL, CoraTrainer, Diverged, RunLog, append_line
