@@ -243,12 +243,8 @@ class Template:
             missing.add(messages[-1]["role"])
         response, end = self._without_end(rendered[len(prompt) :])
         lead = ""
-        if (
-            messages[-1].keys() <= {"role", "content"}
-            and isinstance(content, str)
-            and response.rstrip().endswith(content.strip())
-        ):
-            lead = response[: len(response.rstrip()) - len(content.strip())]
+        if messages[-1].keys() <= {"role", "content"} and isinstance(content, str):
+            lead = _lead(response, content)
         return Rendered(prompt, response, special_tokens=False, end=end, lead=lead, left_out=tuple(sorted(missing)))
 
     def _without_end(self, rest: str) -> tuple[str, int | None]:
@@ -333,6 +329,14 @@ class _TurnEnd:
     token: int
     text: str
     after: str
+
+
+def _lead(response: str, content: str) -> str:
+    """What the template puts before the text of an answer. White space with which the text itself begins, such as the indentation of a program, is
+    no part of that, unless the template removes it."""
+    written = response.rstrip()
+    found = next((text for text in (content.rstrip(), content.strip()) if written.endswith(text)), None)
+    return "" if found is None else written[: len(written) - len(found)]
 
 
 def _continued(prompt: str, answer: str) -> str:

@@ -183,6 +183,24 @@ def test_a_block_that_the_template_puts_before_an_answer_is_trained_but_no_part_
     assert rendered.own_turn
 
 
+@pytest.mark.parametrize(
+    ("before", "text", "lead", "answer"),
+    [
+        ("", "m['content']", "", "    return 2\n"),
+        (" ", "m['content']", " ", "    return 2\n"),
+        (BLOCK, "m['content']", BLOCK, "    return 2\n"),
+        (" ", "m['content'] | trim", " ", "return 2"),
+    ],
+)
+def test_the_indentation_of_an_answer_is_no_part_of_what_the_template_puts_before_it(
+    before: str, text: str, lead: str, answer: str
+):
+    template = CHATML.replace("{{ m['content'] }}", f"{{% if m['role'] == 'assistant' %}}{before}{{% endif %}}{{{{ {text} }}}}")
+    record = {"prompt": "def f():\n", "completion": "    return 2\n"}
+    rendered = Template("chat", "prompt", with_template(template)).render(record)
+    assert (rendered.lead, rendered.answer) == (lead, answer)
+
+
 def test_an_answer_that_the_template_renders_otherwise_is_trained_as_written_and_counted():
     opened = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     template = Template("chat", "messages", with_template(opened))
