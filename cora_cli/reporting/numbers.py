@@ -195,7 +195,7 @@ def _csv_judged(experiment: str, judged: Judged) -> list[dict[str, Any]]:
 
 def _safe(value: Any) -> Any:
     """Quote text that a spreadsheet would take for a formula."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in "=+@" else value
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "@")) else value
 
 
 def _costs(line: Line) -> dict[str, list[float | int | None]]:

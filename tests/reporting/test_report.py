@@ -297,6 +297,13 @@ def test_an_interval_of_zero_width_that_an_earlier_version_recorded_is_printed_a
     assert row.split("|")[3].strip() == "1.000 –"
 
 
+def test_a_missing_interval_is_an_empty_cell_of_the_csv(tmp_path):
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb", skill=1.0), Made("lora", "lora")], prompts=6)
+    rows = csv.DictReader(io.StringIO(report([str(grid)], "csv")))
+    alike = next(row for row in rows if row["mode"] == "fb" and row["measure"] == "rouge1")
+    assert (alike["value"], alike["low"], alike["high"]) == ("1.0", "", "")
+
+
 def test_two_seeds_never_print_an_interval_of_zero_width(made_grid):
     text = report([str(made_grid)], "markdown")
     assert "± 0.000" not in text
