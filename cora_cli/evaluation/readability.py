@@ -80,7 +80,7 @@ def _counts(program: str) -> Counts:
         tree = ast.parse(program)
         comments = {
             token.start[0]
-            for token in tokenize.generate_tokens(io.StringIO(program).readline)
+            for token in tokenize.generate_tokens(io.StringIO(program, newline=None).readline)
             if token.type == tokenize.COMMENT
         }
     except (SyntaxError, ValueError, MemoryError, RecursionError, tokenize.TokenError):
@@ -94,7 +94,7 @@ def _counts(program: str) -> Counts:
     return {
         "parses": (1.0, 1.0),
         "docstrings": (float(sum(ast.get_docstring(node) is not None for node in documented)), float(len(documented))),
-        "comments": (float(len(comments)), float(sum(bool(line.strip()) for line in program.splitlines()))),
+        "comments": (float(len(comments)), float(sum(bool(line.strip()) for line in io.StringIO(program, newline=None)))),
         "complexity": (float(sum(map(complexity, functions))), float(len(functions))),
         "names": (float(sum(len(name.strip("_")) >= 3 for name in names)), float(len(names))),
     }

@@ -33,6 +33,12 @@ def test_complexity_counts_branches(body: str, expected: int):
     assert readability.complexity(ast.parse(f"def f():\n    {body}").body[0]) == expected
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\x0c", "\x85"])
+def test_lines_are_counted_as_python_counts_them(inside: str):
+    program = f'text = "a{inside}b"  # a comment\r\nlength = len(text)\r\n'
+    assert readability.readability([[program]], 100, 0)["comments"]["value"] == 1 / 2
+
+
 def test_proxies_are_ratios_of_sums_over_answers_that_parse():
     found = readability.readability([[GOOD], [POOR], ["def f("]], 100, 0)
     values = {name: proxy["value"] for name, proxy in found.items()}

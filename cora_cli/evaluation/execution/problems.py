@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import io
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -65,7 +66,8 @@ class Problem:
             "reference": self.reference,
             "tests": self.tests,
             "entry_point": self.entry_point,
-            "given_lines": len(self.given.splitlines()),
+            # As Python counts them: `str.splitlines` also ends one at a form feed, or at what Unicode has for it.
+            "given_lines": sum(1 for _ in io.StringIO(self.given, newline=None)),
         }
 
 

@@ -35,6 +35,18 @@ def test_the_reference_solutions_of_builtin_code_pass():
 
 
 @needs_sandbox
+@pytest.mark.parametrize("inside", ["", "\x0c" * 9, "\u2028" * 9])
+def test_what_the_solution_defines_after_the_prompt_is_asked_of_the_program_whatever_the_prompt_holds(inside: str):
+    given = f'def f(x):\n    """{inside}"""\n'
+    tests = "def check(g):\n    assert g(1) == more(1)\ncheck(f)"
+    problem = Problem("data.jsonl, line 1", f"{given}    return more(x)\n\ndef more(x):\n    return x + 1\n", tests, given, "f")
+    executor = Executor()
+    executor.calibrate([problem])
+    (outcomes,) = executor.run([problem], [["    return x + 1\n"]])
+    assert (outcomes[0].fate, "more" in outcomes[0].detail) == ("exception", True)
+
+
+@needs_sandbox
 def test_a_reference_solution_that_fails_is_named():
     wrong = Problem("data.jsonl, line 3", "def f(): return 1", "assert f() == 2")
     with pytest.raises(

@@ -6,6 +6,7 @@ expected to return: a result is compared here.
 
 import ast
 import errno
+import io
 import json
 import os
 import sys
@@ -287,7 +288,7 @@ def _fate(error: BaseException, tests: str) -> tuple[str, str]:
     here = not getattr(error, "raised_by_program", False)
     name = type(error).__name__
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "tests.py"]
-    line = tests.splitlines()[lines[-1] - 1].strip() if lines and lines[-1] else ""
+    line = list(io.StringIO(tests, newline=None))[lines[-1] - 1].strip() if lines and lines[-1] else ""
     if here and isinstance(error, AssertionError):
         return "wrong", line[:200]
     if isinstance(error, MemoryError):
