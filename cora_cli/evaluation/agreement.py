@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from cora_cli.errors import is_out_of_memory
+from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.evaluation.sampling import best_tokens
+from cora_cli.methods.parts.layers import transformers_model
 from cora_cli.models.configuration import length_limits
 from cora_cli.models.precision import UNSUPPORTED, computing_in, rounds_by_rows
 
@@ -29,7 +30,10 @@ def make_probes(prompts: Sequence[Tokens], limits: set[int]) -> list[list[int]]:
 
 
 class Agreement:
-    """What each of a few prompts gives alone, as logits (steps, vocabulary), in float32 where the model can compute in it."""
+    """What each of a few prompts gives alone, as logits (steps, vocabulary), in float32 where the model can compute in it.
+
+    Raises `CoraError` for a model with which transformers itself cannot answer.
+    """
 
     def __init__(self, model: Any, prompts: Sequence[Tokens], alone: Callable[[Sequence[Tokens]], list[torch.Tensor]]) -> None:
         self._model, self.probes = model, make_probes(prompts, length_limits(model.config))
@@ -37,9 +41,14 @@ class Agreement:
             try:
                 with self._precision():
                     self._wanted = [alone([probe])[0] for probe in self.probes]
-            except UNSUPPORTED:
+            except UNSUPPORTED as error:
                 if self._dtype is None:
-                    raise
+                    if is_out_of_memory(error):
+                        raise
+                    raise CoraError(
+                        f"{type(transformers_model(model)).__name__} cannot answer prompts: transformers' generate ends in "
+                        f"{type(error).__name__} ({reason(error)})"
+                    ) from error
             else:
                 return
 

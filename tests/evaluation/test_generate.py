@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from cora_cli import embedded, rundir
 from cora_cli.errors import CoraError
@@ -303,3 +303,17 @@ def test_logits_that_are_no_numbers_give_no_token_at_any_step(sampling, tiny_mod
 def test_a_temperature_near_zero_gives_the_most_likely_token():
     logits = torch.tensor([[1.0, 3.0, 2.0], [-4.0, -5.0, -torch.inf]])
     assert Sampling(5e-324, 0).choose(logits, ["0 0", "1 0"], [0, 0]) == [1, 0]
+
+
+def test_a_model_with_which_transformers_cannot_answer_is_refused_with_its_reason():
+    small = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    config = AutoConfig.for_model(
+        "qwen3_5_text", **small, **linear, num_attention_heads=4, num_key_value_heads=2, layer_types=["linear_attention"]
+    )
+    only_linear = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(
+        CoraError,
+        match=r"^Qwen3_5ForCausalLM cannot answer prompts: transformers' generate ends in ValueError .*LinearAttention",
+    ):
+        transformers_engine(only_linear, Numbers(), [2], [[3, 4, 5]], 1, 2)
