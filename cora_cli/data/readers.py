@@ -20,6 +20,9 @@ from cora_cli.progress import say
 from cora_cli.reading import Malformed, decode_json, parse_json, read_text, refuse_pointer
 from cora_cli.rundir import refuse_broken_link
 
+HELD_OUT = "test"
+"""The split that a data set of held-out records is, where it has several."""
+
 
 def read_located(
     dataset: str, subset: str | None = None, split: str | None = None, usual: str = "train"
@@ -41,7 +44,7 @@ def read_located(
             )
         refuse_pointer(path)
         if ending == ".json":
-            return _read_json(path, split)
+            return _read_json(path, split, usual)
         if split is not None:
             raise CoraError(f"--split {split} applies to data sets with several splits, which {dataset} is not; leave it out")
         return _READERS[ending](path)
@@ -123,12 +126,12 @@ _COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 """How a compressed file of text is expanded, by the last ending of its name."""
 
 
-def _read_json(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
+def _read_json(path: Path, split: str | None, usual: str) -> Iterator[tuple[str, Any]]:
     """Yield the elements of an array, each with the line on which it starts; see `_read_object` for an object with arrays."""
     text = _text(path)
     end = _skip(text, 0)
     if text[end : end + 1] == "{":
-        yield from _read_object(path, text, split)
+        yield from _read_object(path, text, split, usual)
         return
     if split is not None:
         raise CoraError(f"--split {split} applies to data sets with several splits, which {path} is not; leave it out")
@@ -154,7 +157,7 @@ def _read_json(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
         raise CoraError(f"{path}, line {line}: not valid JSON (nothing may follow the array, found {text[rest : rest + 20]!r})")
 
 
-def _read_object(path: Path, text: str, split: str | None) -> Iterator[tuple[str, Any]]:
+def _read_object(path: Path, text: str, split: str | None, usual: str) -> Iterator[tuple[str, Any]]:
     """Yield the records of an object with one array of them, such as `{"data": [...]}`, or with one for each split."""
     try:
         value = parse_json(text)
@@ -166,7 +169,8 @@ def _read_object(path: Path, text: str, split: str | None) -> Iterator[tuple[str
     is_record = any(value.keys() >= {name} for name in ("messages", "conversations"))
     if not arrays or is_record:
         raise CoraError(f"{path}, line 1: expected an array of records, found {text.lstrip()[:20]!r}")
-    key = _one_of(arrays, split, None, str(path))
+    # Arrays need not be splits, so none is taken without being named; --test-dataset names the split test.
+    key = _one_of(arrays, split, usual if usual == HELD_OUT else None, str(path))
     for number, row in enumerate(arrays[key], start=1):
         yield f"{path}, {key}, record {number}", row
 
@@ -178,6 +182,11 @@ def _one_of(splits: Iterable[str], split: str | None, usual: str | None, dataset
         return str(split or usual)
     if split is None and len(names) == 1:
         return names[0]
+    if usual == HELD_OUT:
+        raise CoraError(
+            f"{dataset} has several splits and none is called {HELD_OUT}, which --test-dataset takes: {', '.join(names)}; write the records to hold "
+            "out to a file or a folder of their own"
+        )
     asked = f"has no split {split}" if split else "has several splits"
     raise CoraError(f"{dataset} {asked}; choose one with --split: {', '.join(names)}")
 
@@ -362,7 +371,7 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-    ".json": lambda path: _read_json(path, None),
+    ".json": lambda path: _read_json(path, None, "train"),
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".csv": _read_csv,

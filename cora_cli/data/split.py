@@ -10,7 +10,7 @@ from cora_cli.data.formats import columns_of, own_shape, read_record, shape_for,
 from cora_cli.data.formats.columns import chosen_shape
 from cora_cli.data.formats.conversation import says_trained
 from cora_cli.data.formats.preference import refuse_unwanted
-from cora_cli.data.readers import read_located
+from cora_cli.data.readers import HELD_OUT, read_located
 from cora_cli.data.records import SCHEMAS, Record, Schema, prompt_hash, prompt_hashes
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.progress import say
@@ -142,7 +142,7 @@ def _with_test_set(dataset: str, other: str, test_size: float | None, every_answ
     if other.startswith(BUILTIN_PREFIX):
         test, test_schema = load_test_records(other)
     else:
-        test, test_schema = load_records(other, Choice(choice.columns, choice.subset), usual="test")
+        test, test_schema = load_records(other, Choice(choice.columns, choice.subset), usual=HELD_OUT)
     if test_schema != schema:
         raise CoraError(
             f"the records of {dataset} are read as {schema} and those of {other} as {test_schema}; give both the same columns"

@@ -485,6 +485,18 @@ def test_a_file_of_several_splits_needs_a_choice(tmp_path):
         load_records(str(path), Choice(split="dev"))
 
 
+def test_of_a_file_of_several_splits_the_split_test_is_held_out_and_another_is_refused_with_what_works(tmp_path):
+    train = jsonl(tmp_path / "train.jsonl", PAIR, {**PAIR, "prompt": "r"})
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"train": [PAIR, PAIR], "test": [PAIR]}))
+    assert len(load_split(train, None, 0, test_dataset=str(path)).test) == 1
+    path.write_text(json.dumps({"train": [PAIR, PAIR], "dev": [PAIR]}))
+    with pytest.raises(
+        CoraError, match="none is called test, which --test-dataset takes: train, dev; write the records to hold"
+    ):
+        load_split(train, None, 0, test_dataset=str(path))
+
+
 def test_a_split_or_a_subset_of_what_has_none_is_refused(tmp_path):
     dataset = jsonl(tmp_path / "a.jsonl", PAIR)
     with pytest.raises(CoraError, match="--split test applies to data sets with several splits"):
