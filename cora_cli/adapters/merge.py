@@ -17,6 +17,7 @@ from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, linear_weight
 from cora_cli.models.checkpoint import is_finite
 from cora_cli.models.fused import join_projections
 from cora_cli.models.loading import load_model, load_tokenizer, stored_types
+from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.references import ModelPath
 from cora_cli.models.trained_on import carry_record
 from cora_cli.progress import say
@@ -112,6 +113,11 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
     if not isinstance(wrapped.base_model, BaseTuner):
         raise CannotMerge(
             adapter, f"{wrapped.active_peft_config.peft_type.value} adds to what layers give, not to their weights"
+        )
+    if is_held_quantized(wrapped.get_base_model()):
+        raise CannotMerge(
+            adapter,
+            f"the weights of its base are quantised, and merged ones would be rounded again; merge into {PLAIN_COPY} with --base",
         )
     _separate_shared_weights(wrapped)
     if (lost := rounded_away(wrapped)) > _MUCH:

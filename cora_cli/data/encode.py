@@ -10,7 +10,7 @@ from typing import Any
 
 from cora_cli.data.records import Record, place_of
 from cora_cli.data.templates import Rendered, Template, left_out_notice
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,10 @@ def shorten_prompt(prompt: list[int], room: int, tokenizer: Any) -> list[int]:
 
 
 def _tokens(text: str, tokenizer: Any) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # the tokenizers raise bare exceptions, such as for a character that none of their tokens has
+        raise CoraError(f"the tokenizer cannot turn the text {text[:60]!r} into tokens: {reason(error)}") from error
 
 
 def _start_tokens(tokenizer: Any) -> list[int]:

@@ -7,18 +7,17 @@ loaded model.
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
 from cora_cli.models.configuration import load_configuration
+from cora_cli.models.quantized import PLAIN_COPY, check_four_bit, is_dequantized, is_held_quantized, settle_quantized
 from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, shape_fault, skeleton_of, surplus_fault
 from cora_cli.progress import say
@@ -37,14 +36,6 @@ _BUFFERS = ("bias", "mask", "ids")
 """Endings of the names of masks and positions that older checkpoints store."""
 
 
-def require_four_bit() -> None:
-    """Raise `CoraError` unless bitsandbytes, which holds weights in 4 bits on CUDA GPUs and processors, is installed."""
-    if find_spec("bitsandbytes") is None:
-        raise CoraError(
-            "--load-in-4bit needs the package bitsandbytes: pip install 'cora-cli[four-bit]'; omit the flag to train on the stored weights"
-        )
-
-
 def load_model(
     model: ModelPath,
     dtype: torch.dtype | str,
@@ -59,7 +50,7 @@ def load_model(
     `dtype` is a torch dtype, or "auto" for the stored one. `attention` names transformers' attention implementation; None is
     transformers' default, which is SDPA for models that support it (models with soft-capped logits do not). `four_bit` holds
     the linear layers in NF4 with double quantization and multiplies in `dtype` (QLoRA, arXiv 2305.14314); see
-    `require_four_bit`. `config` replaces the stored configuration. Raises `CoraError` for an adapter directory, for damaged or missing weights, and for
+    `quantized.require_four_bit`. `config` replaces the stored configuration. Raises `CoraError` for an adapter directory, for damaged or missing weights, and for
     weights that are not finite.
     """
     if model.is_adapter:
@@ -69,7 +60,7 @@ def load_model(
     checkpoint = Checkpoint(model)
     _check_types(model, checkpoint)
     model.generation_config()
-    quantized = four_bit or _is_dequantized(model)
+    quantized = four_bit or is_dequantized(model)
     options: dict[str, Any] = {"config": config or load_configuration(model, trust_remote_code)}
     if four_bit or device.type != "cpu":
         # Each tensor goes to the device as it is read, so that the host never holds the model.
@@ -100,13 +91,14 @@ def load_model(
         if is_out_of_memory(error):
             raise
         raise CoraError(f"model {model.reference} cannot be loaded: {_unknown_value(model, error) or reason(error)}") from error
-    for module in loaded.modules() if four_bit else ():
-        # On processors with bfloat16 instructions, the first pass without gradients would repack the weights in place, with rounded
-        # scales, for a kernel that has no backward pass: what is trained afterwards would have no gradient.
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
-    if four_bit and device.type == "cpu":
-        check_four_bit(loaded, model.reference)
+    if quantized:
+        settle_quantized(loaded, model.reference, dtype)
+    if quantized and device.type == "cpu" and is_held_quantized(loaded):
+        check_four_bit(
+            loaded,
+            model.reference,
+            "omit --load-in-4bit, or use a CUDA GPU" if four_bit else f"use a CUDA GPU, or {PLAIN_COPY}",
+        )
     require_causal(loaded, model.reference)
     _check_complete(model, checkpoint, loaded, report, quantized)
     for name, weight in loaded.named_parameters():
@@ -121,28 +113,6 @@ def _unknown_value(model: ModelPath, error: Exception) -> str | None:
         return None
     named = next((name for name, value in model.language_config().items() if value == error.args[0]), None)
     return named and f"its config.json has {named} {error.args[0]!r}, which transformers does not know"
-
-
-def check_four_bit(model: Any, reference: str) -> None:
-    """Raise `CoraError` for a linear layer whose width bitsandbytes' code for processors gets wrong. The model needs no weights.
-
-    Version 0.50.2 takes the scale of another block where the inputs are no multiple of the 64 numbers of a block: the weights come
-    back with an error of 24 % instead of NF4's 9 %.
-    """
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        in_four_bit = type(module) is torch.nn.Linear or type(module).__name__ == "Linear4bit"
-        if not in_four_bit or module is head or module.in_features % 64 == 0:
-            continue
-        weight = torch.randn(64, module.in_features, generator=torch.Generator().manual_seed(0))
-        back = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", blocksize=64))
-        if (back - weight).norm() > 0.15 * weight.norm():
-            raise CoraError(
-                f"{reference}: bitsandbytes cannot hold {name} in 4 bits on a processor: its {module.in_features} inputs are no multiple of 64, "
-                "and the weights would come back with other scales; omit --load-in-4bit, or use a CUDA GPU"
-            )
 
 
 def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, report: Any, quantized: bool) -> None:
@@ -172,20 +142,9 @@ def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, repor
         )
 
 
-def _is_dequantized(model: ModelPath) -> bool:
-    """Whether transformers applies the scales of quantized weights; it loads those of a method that it does not know as they are."""
-    stated = model.quantization()
-    try:
-        return stated is not None and AutoHfQuantizer.supports_quant_method(stated)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CoraError(
-            f"config.json of {model.reference} has a quantization_config that cannot be read: {reason(error)}"
-        ) from error
-
-
 def _check_types(model: ModelPath, checkpoint: Checkpoint) -> None:
     """Raise `CoraError` for weights that are stored with scales of which the configuration does not tell transformers."""
-    if _is_dequantized(model):
+    if is_dequantized(model):
         return
     for name, shape in checkpoint.shapes.items():
         kind = checkpoint.types[name]

@@ -16,19 +16,20 @@ from transformers import TrainingArguments, set_seed
 from cora_cli.adapters.install import apply_trained_set, check_applied, install_adapter
 from cora_cli.adapters.storage import starts_in
 from cora_cli.data.batches import BatchForm
-from cora_cli.errors import CoraError
+from cora_cli.errors import CoraError, reason
 from cora_cli.methods.parts.layers import Observed
 from cora_cli.methods.parts.mean_change import mean_changes_added
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import length_limits
-from cora_cli.models.fused import split_projections
+from cora_cli.models.fused import split_projections, wanted_views
 from cora_cli.models.loading import load_model
+from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized, kind_stated
 from cora_cli.models.skeleton import fused_experts
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import Batching, choose_batching, make_probes
 from cora_cli.training.checkpoints import checkpoint_to_resume
-from cora_cli.training.config import TrainConfig
+from cora_cli.training.config import AUTO, TrainConfig
 from cora_cli.training.fast_paths import compile_layers, use_liger
 from cora_cli.training.observe import Observation, observe
 from cora_cli.training.prepare import Prepared
@@ -88,9 +89,29 @@ def _load_base(config: TrainConfig, prepared: Prepared, device: torch.device) ->
         config.load_in_4bit,
         prepared.model_config,
     )
+    if is_held_quantized(loaded):
+        _check_quantized(config, prepared, loaded)
     if prepared.plan is not None:
         split_projections(loaded, prepared.plan.target_modules)
     return loaded
+
+
+def _check_quantized(config: TrainConfig, prepared: Prepared, model: Any) -> None:
+    """Raise `CoraError` for what cannot be trained on weights that are held quantised."""
+    method, kind = method_of(config.mode), kind_stated(prepared.model_path) or "4 bits"
+    fused = next(iter(wanted_views(model, prepared.plan.target_modules)), None) if prepared.plan is not None else None
+    reasons = {
+        f"mode {config.mode} needs the weights themselves": not method.trains_on_four_bit
+        or method.observes(config.b_init) == "gradient",
+        "--probe and --learning-rate auto take a gradient of the weights": config.probe is not None
+        or config.learning_rate == AUTO,
+        "--shard divides weights that are stored as numbers": config.shard != "none",
+        f"the rows of {fused} that q_proj, k_proj and v_proj name cannot be taken apart": fused is not None,
+        "transformers trains no adapters on such models": not model.hf_quantizer.is_trainable,
+    }
+    if why := next((why for why, holds in reasons.items() if holds), None):
+        raise CoraError(f"{config.model} is held quantised ({kind}), and {why}; use {PLAIN_COPY}, or change that setting")
+    say(f"{config.model} is held quantised ({kind}): the losses, and what is trained, are those of the quantised weights")
 
 
 def _check_passes(config: TrainConfig, prepared: Prepared, model: Any) -> Batching:
@@ -128,7 +149,18 @@ def _install(
         for name, one in observation.layers.items():
             seen: dict[str, Any] = {**one, "start": kept.get(name)}
             observed[name] = dataclasses.replace(observed.get(name, Observed()), **seen)
-    return install_adapter(loaded, prepared.plan, prepared.basis, observed)
+    try:
+        model = install_adapter(loaded, prepared.plan, prepared.basis, observed)
+        if is_held_quantized(loaded):
+            check_applied(model, prepared.plan.target_modules, prepared.train.examples[0].input_ids[:8])
+    except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+        if not is_held_quantized(loaded):
+            raise
+        raise CoraError(
+            f"PEFT cannot adapt {config.model} in mode {config.mode}, as its weights are held quantised ({reason(error)}); use {PLAIN_COPY}, or "
+            "another mode such as lora"
+        ) from error
+    return model
 
 
 def _observation(loaded: Any, config: TrainConfig, prepared: Prepared, form: BatchForm) -> Observation | None:

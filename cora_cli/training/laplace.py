@@ -22,6 +22,7 @@ from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import ADAPTER, lora_layers
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.loading import load_model
+from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.references import resolve_model
 from cora_cli.progress import progress, say
 from cora_cli.records import read_run, template_date
@@ -115,6 +116,10 @@ def laplace(
     examples = prepared.train.examples[:limit]
     say(prepared.hardware.describe())
     base = load_model(prepared.model_path, prepared.hardware.dtype, prepared.hardware.device, None, config.trust_remote_code)
+    if is_held_quantized(base):
+        raise CoraError(
+            f"cora laplace needs a run on plain weights: those of {prepared.model_path.reference} are held quantised; train on {PLAIN_COPY}"
+        )
     model = load_adapter(base, adapter, trainable=True)
     sums = _measured(model, examples, seed)
     curvatures = sums.curvatures(len(examples) / len(prepared.train.examples), directions)

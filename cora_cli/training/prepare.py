@@ -28,7 +28,8 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.configuration import load_configuration, remove_dropout
 from cora_cli.models.fused import split_parts, split_projections, wanted_views
-from cora_cli.models.loading import check_four_bit, context_length, load_tokenizer, require_four_bit
+from cora_cli.models.loading import context_length, load_tokenizer
+from cora_cli.models.quantized import check_four_bit, kind_stated, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.skeleton import build_skeleton, require_causal
 from cora_cli.progress import say
@@ -124,15 +125,24 @@ def prepare(
     hardware = planned or select_hardware(config.device, config.dtype)
     template = _template(config, known, model_path, data, date_of_earlier_start)
     model_config, skeleton, removed = _skeleton(config, known, model_path)
+    stored = kind_stated(model_path)
+    if config.load_in_4bit and stored:
+        raise CoraError(
+            f"--load-in-4bit does not go with {config.model}, which is stored quantised already ({stored}); leave it out"
+        )
     if config.load_in_4bit:
         require_four_bit()
+    if planned is not None and stored:
+        say(
+            f"{config.model} is stored quantised ({stored}), and may take less memory: the plan counts its weights as plain numbers"
+        )
     attention = _packed_attention(config, hardware, skeleton)
     layers: list[str] = []
     start_models: StartModels | None = None
     if plan is not None:
         plan, layers, start_models = _fitted(plan, config, model_path, skeleton, shared is None)
     if config.load_in_4bit and hardware.device.type == "cpu":
-        check_four_bit(skeleton, model_path.reference)
+        check_four_bit(skeleton, model_path.reference, "omit --load-in-4bit, or use a CUDA GPU")
     sets = _encoded(config, known, data, template, skeleton)
     examples = len(sets[0].examples)
     _check_row(config.tokens_per_row, sets[0])

@@ -68,7 +68,9 @@ def first_record(
             **({"fast_path": path} if (path := fast_path(config)) != "none" else {}),
         },
         "attention": {"name": batching.attention, "batches": batching.form.kind, "reason": batching.reason},
-        "versions": versions(config.load_in_4bit),
+        "versions": versions(
+            config.load_in_4bit or (prepared.model_path.quantization() or {}).get("quant_method") == "bitsandbytes"
+        ),
         **({"start": observation.record()} if observation is not None else {}),
         "seeds": {"seed": config.seed, "split_seed": config.split_seed},
     }

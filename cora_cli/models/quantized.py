@@ -1,0 +1,100 @@
+"""Models whose linear layers are held quantised: by bitsandbytes as they are loaded, or as their files hold them.
+
+`loading` loads them; here is what has to be set and checked after that, and what such a model cannot be used for.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from cora_cli.errors import CoraError, reason
+from cora_cli.models.references import ModelPath
+from cora_cli.progress import say
+
+PLAIN_COPY = "a copy of the model with weights in bf16, fp16 or fp32"
+_SCALES = {"Linear4bit": "quant_state", "Linear8bitLt": "SCB"}
+"""The attribute of a weight in which bitsandbytes keeps its scales, by the class of the layer."""
+
+
+def require_four_bit() -> None:
+    """Raise `CoraError` unless bitsandbytes, which holds weights in 4 bits on CUDA GPUs and processors, is installed."""
+    if find_spec("bitsandbytes") is None:
+        raise CoraError(
+            "--load-in-4bit needs the package bitsandbytes: pip install 'cora-cli[four-bit]'; omit the flag to train on the stored weights"
+        )
+
+
+def is_dequantized(model: ModelPath) -> bool:
+    """Whether transformers applies the scales of quantized weights; it loads those of a method that it does not know as they are."""
+    stated = model.quantization()
+    try:
+        return stated is not None and AutoHfQuantizer.supports_quant_method(stated)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CoraError(
+            f"config.json of {model.reference} has a quantization_config that cannot be read: {reason(error)}"
+        ) from error
+
+
+def kind_stated(model: ModelPath) -> str | None:
+    """How the files of a model hold its weights quantised, in words, by its configuration; None where they do not."""
+    stated = model.quantization()
+    if not stated:
+        return None
+    bits = next((n for n in (4, 8) if stated.get(f"load_in_{n}bit") or stated.get("bits") == n), None)
+    return f"{stated.get('quant_method', 'quantised')}{f', {bits} bits' if bits else ''}"
+
+
+def is_held_quantized(model: Any) -> bool:
+    """Whether layers of a loaded model hold their weights quantised."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str) -> None:
+    """Let a model that was loaded quantised compute in `dtype`, and have a backward pass; or save plain weights where transformers made them so.
+
+    Raises `CoraError` where bitsandbytes found no scales, so that its layers would multiply by numbers that are none.
+    """
+    if not is_held_quantized(model):
+        # Otherwise the numbers would be quantised again as they are saved, but not the configuration.
+        model._weight_conversions = None
+        say(f"{reference} is stored quantised; its weights are used, and written, as plain numbers")
+        return
+    for name, module in model.named_modules():
+        scales = _SCALES.get(type(module).__name__)
+        if scales is None:
+            continue
+        if getattr(module.weight, scales, None) is None:
+            raise CoraError(
+                f"config.json of {reference} says that bitsandbytes holds its weights quantised, but its files hold {name}.weight without scales; "
+                "remove quantization_config from it, and use --load-in-4bit to train in 4 bits"
+            )
+        if scales == "quant_state" and isinstance(dtype, torch.dtype):
+            module.compute_dtype = dtype
+        # On processors with bfloat16 instructions, the first pass without gradients would repack the weights in place, with rounded
+        # scales, for a kernel that has no backward pass: what is trained afterwards would have no gradient.
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_four_bit(model: Any, reference: str, remedy: str) -> None:
+    """Raise `CoraError` for a linear layer whose width bitsandbytes' code for processors gets wrong. The model needs no weights.
+
+    Version 0.50.2 takes the scale of another block where the inputs are no multiple of the 64 numbers of a block: the weights come
+    back with an error of 24 % instead of NF4's 9 %.
+    """
+    head = model.get_output_embeddings()
+    kind = "Linear4bit" if is_held_quantized(model) else "Linear"
+    for name, module in model.named_modules():
+        if type(module).__name__ != kind or module is head or module.in_features % 64 == 0:
+            continue
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        weight = torch.randn(64, module.in_features, generator=torch.Generator().manual_seed(0))
+        back = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", blocksize=64))
+        if (back - weight).norm() > 0.15 * weight.norm():
+            raise CoraError(
+                f"{reference}: bitsandbytes cannot hold {name} in 4 bits on a processor: its {module.in_features} inputs are no multiple of 64, "
+                f"and the weights would come back with other scales; {remedy}"
+            )

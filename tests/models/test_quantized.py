@@ -1,0 +1,126 @@
+"""Models whose files hold quantised weights train, are evaluated and written as what they are, or are refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from cora_cli.adapters.merge import merge_adapter
+from cora_cli.errors import CoraError
+from cora_cli.models.loading import load_model
+from cora_cli.models.references import resolve_model
+from cora_cli.training.run import train
+from tests.conftest import make_model
+from tests.training.helpers import config_for
+
+BLOCK = 32
+
+
+def write_fp8(directory: Path, base: Path) -> Path:
+    """A copy of `base` as DeepSeek's files are: layers in float8 with one scale for a block of numbers. Returns the same in float32."""
+    plain = directory.with_name(f"{directory.name}-plain")
+    for copy in (directory, plain):
+        shutil.copytree(base, copy)
+    quantised, numbers = {}, {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        quantised[name] = numbers[name] = weight
+        if name.endswith("proj.weight"):
+            out, inputs = weight.shape
+            blocks = weight.reshape(out // BLOCK, BLOCK, inputs // BLOCK, BLOCK)
+            scales = blocks.abs().amax((1, 3)) / 448
+            rounded = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+            quantised |= {name: rounded.reshape(out, inputs), name.replace("weight", "weight_scale_inv"): scales}
+            numbers[name] = (rounded.float() * scales[:, None, :, None]).reshape(out, inputs)
+    for copy, tensors in ((directory, quantised), (plain, numbers)):
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    state(directory, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]})
+    return plain
+
+
+def state(directory: Path, quantization: dict[str, Any]) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "wide", seed=0, intermediate=128)
+
+
+def write_bitsandbytes(directory: Path, base: Path, **how: Any) -> Path:
+    from transformers import AutoTokenizer, BitsAndBytesConfig
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=BitsAndBytesConfig(**how), device_map={"": "cpu"}, dtype=torch.float32
+    )
+    loaded.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(base).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_result_on_float8_weights_is_written_as_the_numbers_that_were_trained(
+    mode: Any, wide: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = write_fp8(tmp_path / "fp8", wide)
+    written = []
+    for base in (tmp_path / "fp8", plain):
+        run = tmp_path / f"run-{base.name}"
+        train(config_for(base, tiny_data, run, mode=mode, max_steps=2))
+        if mode == "lora":
+            merge_adapter(resolve_model(str(run)), tmp_path / f"merged-{base.name}")
+        written.append(load_file((tmp_path / f"merged-{base.name}" if mode == "lora" else run / "model") / "model.safetensors"))
+    found, wanted = written
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
+    assert "fp8 is stored quantised; its weights are used, and written, as plain numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_plain_weights_under_a_configuration_of_bitsandbytes_are_refused(bits: int, wide: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    shutil.copytree(wide, tmp_path / "model")
+    state(tmp_path / "model", {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True})
+    with pytest.raises(CoraError, match=r"its files hold model\.layers\.0\.self_attn\.q_proj\.weight without scales; remove"):
+        load_model(resolve_model(str(tmp_path / "model")), torch.float32, torch.device("cpu"), None)
+
+
+def test_a_model_stored_in_four_bits_trains_in_the_precision_of_the_run(wide: Path, tiny_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    model = write_bitsandbytes(tmp_path / "stored", wide, load_in_4bit=True, **how)
+    settings: dict[str, Any] = {"max_steps": 2, "dtype": "fp32"}
+    stored = train(config_for(model, tiny_data, tmp_path / "run", **settings))
+    loaded = train(config_for(wide, tiny_data, tmp_path / "other", load_in_4bit=True, **settings))
+    for when in ("before", "after"):
+        assert stored["heldout"][when]["loss"] == pytest.approx(loaded["heldout"][when]["loss"], abs=1e-5)
+    assert stored["versions"]["bitsandbytes"] == loaded["versions"]["bitsandbytes"]
+    with pytest.raises(CoraError, match="quantised, and merged ones would be rounded again"):
+        merge_adapter(resolve_model(str(tmp_path / "run")), tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mode": "full"}, r"held quantised \(bitsandbytes, 8 bits\), and mode full needs the weights themselves"),
+        ({"mode": "pissa"}, "and mode pissa needs the weights themselves"),
+        ({"mode": "fb", "b_init": "gradient"}, "and mode fb needs the weights themselves"),
+        ({"mode": "dora"}, "PEFT cannot adapt .* in mode dora, as its weights are held quantised"),
+        (
+            {"mode": "lora", "load_in_4bit": True},
+            r"--load-in-4bit does not go with .* stored quantised already \(bitsandbytes, 8 bits\)",
+        ),
+    ],
+)
+def test_what_needs_plain_weights_is_refused_on_a_model_stored_in_eight_bits(
+    settings: dict[str, Any], said: str, wide: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = write_bitsandbytes(tmp_path / "stored", wide, load_in_8bit=True)
+    with pytest.raises(CoraError, match=said):
+        train(config_for(model, tiny_data, tmp_path / "run", max_steps=2, **settings))
