@@ -170,3 +170,13 @@ def test_empty_prompts_and_empty_answers_are_counted_apart_from_long_records():
     ]
     with pytest.raises(CoraError, match="all 1 training records were dropped: their prompts are empty"):
         encode_records(records[1:2], template, 20, "training")
+
+
+def test_a_text_that_the_tokenizer_cannot_take_is_named():
+    digits = Tokenizer(models.WordLevel({"1": 0, "2": 1, "</s>": 2}, unk_token="<unk>"))
+    digits.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=digits, eos_token="</s>")
+    with pytest.raises(
+        CoraError, match=r"the tokenizer cannot turn the text '12x' into tokens: WordLevel error: Missing \[UNK\]"
+    ):
+        split_tokens(Rendered("12x", "1", special_tokens=False), tokenizer)
