@@ -44,7 +44,7 @@ from cora_cli.evaluation.directory import (
 from cora_cli.evaluation.execution.problems import Problem, continues_function, problem_columns, problem_of, programs_of
 from cora_cli.evaluation.execution.sandbox import require_sandbox
 from cora_cli.evaluation.execution.score import Executor, execute
-from cora_cli.evaluation.generate import Engine, Request, Work, generate
+from cora_cli.evaluation.generate import Engine, Request, Work, generate, say_left_out
 from cora_cli.evaluation.metrics import build_metrics, score_all
 from cora_cli.evaluation.metrics.calibration import tokens_of
 from cora_cli.evaluation.processes import Processes, launched
@@ -291,6 +291,8 @@ def _answer(
     processes: Processes,
 ) -> None:
     """Write the answers to all records, and how they came about."""
+    for member in target.members:
+        say_left_out(member.base)
     for record, prompt in zip(records, prompts, strict=True):
         check_rows(prompt, backend.rows, place_of(record), tokenizer)
     room = backend.context - config.max_new_tokens

@@ -23,10 +23,24 @@ from cora_cli.evaluation.processes import ALONE, Processes
 from cora_cli.evaluation.sampling import Draws, Finite, Sampling
 from cora_cli.methods.parts.layers import transformers_model
 from cora_cli.models.configuration import depends_on_batch, rope_switch
+from cora_cli.models.references import ModelPath
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
 from cora_cli.records import PartialPrediction
 from cora_cli.rundir import EvaluationDirectory
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        ("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "num_beams", "num_beam_groups"), (1,)
+    ),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "stop_strings"), ([], "")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids"), ()),
+    **dict.fromkeys(("sequence_bias", "watermarking_config"), ([], {})),
+    **dict.fromkeys(("exponential_decay_length_penalty", "penalty_alpha", "dola_layers", "max_time"), ()),
+    "token_healing": (False,),
+}
+"""The entries of a generation configuration, besides those of sampling and of the end tokens, that change an answer, with the values that do not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +185,24 @@ def transformers_engine(
         f"because {why}"
     )
     return batched
+
+
+def say_left_out(model: ModelPath) -> None:
+    """Say which settings of a model's generation configuration its answers do not follow, so that all models answer by the same rule.
+
+    Sampling is none of them, since `--temperature` decides about it.
+    """
+    stated = (
+        model.generation_config() or model.config()
+    )  # where there is no file of its own, transformers takes them from the latter
+    found = {
+        name: stated[name] for name, neutral in _NEUTRAL.items() if stated.get(name) is not None and stated[name] not in neutral
+    }
+    if found:
+        values = ", ".join(f"{name} {str(value)[:40]}" for name, value in found.items())
+        say(
+            f"{model.reference} sets {values} for its answers, which are left out here: every model decodes by its probabilities alone"
+        )
 
 
 def end_tokens(own: int | list[int] | None, ends: Collection[int]) -> list[int]:

@@ -136,6 +136,24 @@ def test_a_model_whose_output_is_no_number_has_no_answers(tiny_model: Path, reco
     assert not (tmp_path / "out" / "metrics.json").exists()
 
 
+def test_settings_of_the_model_for_its_answers_that_decoding_leaves_out_are_named(
+    tiny_model: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    said = "sets repetition_penalty 1.5, suppress_tokens [5, 6] for its answers, which are left out here"
+    path = model / "generation_config.json"
+    own = json.loads(path.read_text())
+    for changed in (
+        {"repetition_penalty": 1.5, "suppress_tokens": [5, 6], "num_beams": 1, "temperature": 0.6, "do_sample": True},
+        {},
+    ):
+        path.write_text(json.dumps({**own, **changed}))
+        evaluate_model(model, records, tmp_path / f"out-{len(changed)}", limit=2)
+        assert (said in capsys.readouterr().err) == bool(changed)
+    answers = [read_jsonl(EvaluationDirectory(tmp_path / f"out-{count}").predictions) for count in (5, 0)]
+    assert answers[0] == answers[1]
+
+
 def test_no_room_for_any_prompt_is_refused(tiny_model: Path, records: Path, tmp_path: Path) -> None:
     with pytest.raises(CoraError, match="--max-new-tokens 512 leaves no room"):
         evaluate_model(tiny_model, records, tmp_path / "out", max_new_tokens=512)

@@ -8,7 +8,7 @@ from cora_cli.data.encode import check_rows, encode_prompt
 from cora_cli.data.templates import Rendered, Template, UnsteadyTemplate, apply_chat_template, reads_clock
 from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError, reason
-from cora_cli.evaluation.generate import end_tokens, transformers_engine
+from cora_cli.evaluation.generate import end_tokens, say_left_out, transformers_engine
 from cora_cli.evaluation.judge.asking import Call, NoReply, Reply
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.limits import bounded
@@ -63,6 +63,7 @@ class LocalJudge:
         """The replies to calls that all have an opening, or all none."""
         if self._loaded is None:
             say(f"{self._model.reference}: {self._hardware.describe()}")
+            say_left_out(self._model)
             self._loaded = load_model(
                 self._model, self._hardware.dtype, self._hardware.device, None, self._config.trust_remote_code
             )
