@@ -22,11 +22,14 @@ class UsageError(CoraError):
 def reason(error: BaseException) -> str:
     """The message of a library's error as one line of at most 300 characters, to end a sentence with.
 
-    A refused pickle gets its own message, because torch's advises the user to load it anyway.
+    A refused pickle gets its own message, because torch's advises the user to load it anyway; so does the code of a model, which transformers
+    would run by another setting than a flag of `cora`.
     """
     text = " ".join(str(error).split())
     if "weights_only" in text or "Weights only load failed" in text:
         return "the pickle contains more than tensors and could run code, so it was not loaded; use a safetensors copy"
+    if "trust_remote_code" in text:
+        return "it needs Python code of its own, which cora runs with --trust-remote-code only; read that code first"
     if isinstance(error, KeyError) and text:
         return f"there is no {text[:280]}"
     return text[:300] or type(error).__name__

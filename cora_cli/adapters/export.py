@@ -37,7 +37,7 @@ from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, factors_of, l
 from cora_cli.methods.registry import method_of
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.fused import SplitProjection, split_parts
-from cora_cli.models.loading import load_model, load_tokenizer
+from cora_cli.models.loading import load_model, load_tokenizer, save_tokenizer
 from cora_cli.models.references import ModelPath
 from cora_cli.models.trained_on import carry_record
 
@@ -91,9 +91,8 @@ def export_adapter(
             copies = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
             save_file(copies, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
             if adapter.has_tokenizer or adapter.chat_template.is_file():
-                load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter).save_pretrained(
-                    temporary
-                )
+                own = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter)
+                save_tokenizer(own, temporary)
             carry_record(temporary, adapter)
             carry_card(temporary, adapter)
     except SafetensorError as error:

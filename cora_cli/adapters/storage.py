@@ -37,6 +37,7 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import METHODS, method_of
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.fused import fused_views, split_parts, split_projections
+from cora_cli.models.loading import save_tokenizer
 from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base, resolve_model
 from cora_cli.models.skeleton import without_numbers
 from cora_cli.progress import say
@@ -85,7 +86,7 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts, tokeniz
             if posterior is not None:
                 write_row_noise(temporary, posterior)
             if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+                save_tokenizer(tokenizer, temporary)
             rundir.write_json(temporary / SIDE_FILE, dataclasses.replace(facts, views=bool(split_parts(model))).as_dict())
     except SafetensorError as error:
         raise CoraError(f"{directory} cannot be written: {error}") from error

@@ -46,6 +46,11 @@ def clean_errors(debug: bool, what_is_saved: Callable[[], str] | None = None) ->
         raise typer.Exit(130) from error
     except BrokenPipeError as error:
         raise typer.Exit(CLOSED_PIPE) from error
+    except SystemExit as error:
+        complain(
+            "cora: error: code that was imported, such as a model's own (--trust-remote-code), ended the program before the command was done"
+        )
+        raise typer.Exit(1) from error
     except Exception as error:
         if debug:
             raise

@@ -220,6 +220,18 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
     return tokenizer
 
 
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write the files of a tokenizer, with its own code where it has some, so that `load_tokenizer` reads them."""
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    written = read_json(path, dict[str, Any])
+    own = written.get("auto_map")
+    if isinstance(own, dict) and isinstance(name := own.get("AutoTokenizer"), str):
+        # transformers writes one name, but reads those of a slow and of a fast tokenizer.
+        pair = [None, name] if tokenizer.is_fast else [name, None]
+        rundir.write_json(path, {**written, "auto_map": {**own, "AutoTokenizer": pair}})
+
+
 def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:
     """Say which special tokens two files of the tokenizer state differently, and which one is taken."""
     paths = [model.path / name for name in ("tokenizer_config.json", "special_tokens_map.json")]

@@ -166,6 +166,7 @@ def _install(
 @torch.no_grad()
 def _try_layer(model: Any, prepared: Prepared) -> None:
     """Pass zeros through one adapted layer, the second time with what bitsandbytes keeps of the first."""
+    layer: Any
     _, layer = next(adapted_layers(model))
     for _ in range(2):
         layer(torch.zeros(1, layer.in_features, dtype=prepared.hardware.dtype, device=prepared.hardware.device))

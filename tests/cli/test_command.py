@@ -359,3 +359,10 @@ def test_a_working_directory_that_was_removed_and_a_home_that_is_not_known_are_n
     with pytest.raises(typer.Exit), clean_errors(debug=False):
         Path("~/cora").expanduser()
     assert "set the environment variable HOME" in capsys.readouterr().err
+
+
+def test_imported_code_that_ends_the_program_does_not_look_like_success(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as left, clean_errors(debug=False):
+        exec("raise SystemExit(0)")
+    assert left.value.exit_code == 1
+    assert "such as a model's own (--trust-remote-code), ended the program" in capsys.readouterr().err

@@ -1,0 +1,51 @@
+"""Models and tokenizers with Python code of their own: run when that is asked for only, and written so that they load again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import dynamic_module_utils
+
+from cora_cli.errors import CoraError
+from cora_cli.models.configuration import load_configuration
+from cora_cli.models.loading import load_tokenizer, save_tokenizer
+from cora_cli.models.references import resolve_model
+
+NEEDED = "it needs Python code of its own, which cora runs with --trust-remote-code only"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers copies the code to a folder from which it imports it."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_code_of_a_model_is_refused_by_the_flag_that_runs_it(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "configuration_own.py").write_text("raise RuntimeError('it ran')\n")
+    edit(model / "config.json", model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    with pytest.raises(CoraError, match=f"config.json of .* cannot be read: {NEEDED}"):
+        load_configuration(resolve_model(str(model)))
+
+
+def test_a_tokenizer_with_code_of_its_own_loads_again_where_it_was_written(tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "tokenization_own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    names = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+    edit(model / "tokenizer_config.json", **names)
+    with pytest.raises(CoraError, match=NEEDED):
+        load_tokenizer(resolve_model(str(model)))
+    loaded = load_tokenizer(resolve_model(str(model)), trust_remote_code=True)
+    written = shutil.copytree(tiny_model, tmp_path / "written")
+    save_tokenizer(loaded, written)
+    again = load_tokenizer(resolve_model(str(written)), trust_remote_code=True)
+    assert type(again).__name__ == "OwnTokenizer"
+    assert again("a text")["input_ids"] == loaded("a text")["input_ids"]
