@@ -56,7 +56,7 @@ from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.lock import own_directory
 from cora_cli.models.loading import load_tokenizer
-from cora_cli.models.trained_on import trained_on
+from cora_cli.models.trained_on import say_other_weights, trained_on
 from cora_cli.progress import say
 from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory
@@ -293,6 +293,8 @@ def _answer(
     """Write the answers to all records, and how they came about."""
     for member in target.members:
         say_left_out(member.base)
+        if member.adapter is not None:
+            say_other_weights(member.adapter)
     for record, prompt in zip(records, prompts, strict=True):
         check_rows(prompt, backend.rows, place_of(record), tokenizer)
     room = backend.context - config.max_new_tokens

@@ -67,6 +67,16 @@ def say_unrecorded(model: ModelPath) -> None:
         )
 
 
+def say_other_weights(adapter: ModelPath) -> None:
+    """Say so where an adapter was trained on a base in 4 bits: what is computed from it now is on the base's stored weights."""
+    run = run_of(adapter)
+    if run is not None and read_run(run)["fingerprint"]["settings"].get("load_in_4bit"):
+        say(
+            f"{adapter.reference} was trained on its base in 4 bits (--load-in-4bit), and is put on the base's stored weights here: answers and "
+            "losses differ a little from those that the training measured"
+        )
+
+
 def _is_of_cora(model: ModelPath) -> bool:
     card = model.path / rundir.CARD
     return (model.path / "cora.json").exists() or (card.is_file() and _TRAINED_BY.search(card.read_bytes()) is not None)

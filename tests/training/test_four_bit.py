@@ -194,7 +194,7 @@ def test_a_killed_run_resumes_to_the_same_bits(mode: Mode, tiny_model: Path, tin
 
 @torch.no_grad()
 def test_the_adapter_is_one_for_the_stored_weights_too_and_merges_into_them(
-    finished: Any, tiny_model: Path, tmp_path: Path
+    finished: Any, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, output, _ = finished
     ours = load_adapter(load(tiny_model, four_bit=False), resolve_model(str(output)))(IDS).logits
@@ -202,6 +202,9 @@ def test_the_adapter_is_one_for_the_stored_weights_too_and_merges_into_them(
         plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
         assert torch.equal(PeftModel.from_pretrained(plain, str(output / "adapter")).eval()(IDS).logits, ours)
     merge_adapter(resolve_model(str(output)), tmp_path / "merged")
+    assert (
+        "was trained on its base in 4 bits (--load-in-4bit), and is put on the base's stored weights" in capsys.readouterr().err
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(IDS).logits
     assert torch.allclose(merged, ours, rtol=1e-4, atol=1e-4 * ours.abs().max())
 
