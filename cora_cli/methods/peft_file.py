@@ -1,17 +1,21 @@
 """Any other method of PEFT that adapts weights, from a configuration file."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cora_cli.errors import CoraError, UsageError
+from cora_cli.limits import bounded
 from cora_cli.methods.method import AS_THE_FILE_SAYS, Method, MethodSetting, Shapes
 from cora_cli.methods.plan import AdapterPlan, AdapterRequest
 from cora_cli.reading import read_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+    from cora_cli.methods.parts.layers import LinearWeight
 
 
 class PeftFile(Method):
@@ -69,6 +73,15 @@ class PeftFile(Method):
 
         return peft_configuration(plan.own["peft"], plan.rank)
 
+    def check_layers(self, plan: AdapterPlan, linears: "Mapping[str, LinearWeight]") -> None:
+        """Raises `CoraError` for a rank or an alpha of its own that no layer has: PEFT would leave it out."""
+        super().check_layers(plan, linears)
+        for key in ("rank_pattern", "alpha_pattern"):
+            patterns = plan.own["peft"].get(key)
+            for pattern in patterns if isinstance(patterns, dict) else ():
+                if not any(_matches(key, pattern, name) for name in linears):
+                    raise CoraError(f"--peft-config: {key} has {pattern!r}, which is none of the layers of target_modules")
+
     def install_error(self, plan: AdapterPlan, error: Exception) -> CoraError:
         """Each of PEFT's methods has its own exceptions for values and layers that do not suit it."""
         from cora_cli.methods.parts.peft_configuration import refused
@@ -77,3 +90,12 @@ class PeftFile(Method):
 
     def starts(self, *_: Any) -> None:
         """Left to PEFT."""
+
+
+def _matches(key: str, pattern: str, name: str) -> bool:
+    """Whether PEFT takes the entry `pattern` of a setting for the layer `name`."""
+    try:
+        with bounded(f"--peft-config: matching the names of {key}"):
+            return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise CoraError(f"--peft-config: {key} has {pattern!r}, which is no regular expression ({error})") from error

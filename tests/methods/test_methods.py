@@ -350,7 +350,13 @@ def test_a_lora_from_a_file_trains_both_of_its_factors(load):
             {"peft_type": "LORA", "task_type": "SEQ_CLS"},
             "task_type must be CAUSAL_LM, the only task that `cora train` trains, not 'SEQ_CLS'",
         ),
-        ({"peft_type": "LORA", "modules_to_save": ["lm_head"]}, "also trains .*lm_head.*, which is not part of the adapter"),
+        ({"peft_type": "LORA", "modules_to_save": ["lm_head"]}, "modules_to_save trains complete modules next to the adapter"),
+        ({"peft_type": "LORA", "modules_to_save": ["none"]}, "modules_to_save trains complete modules next to the adapter"),
+        ({"peft_type": "LORA", "trainable_token_indices": [1]}, "trainable_token_indices trains rows of the embedding"),
+        ({"peft_type": "LORA", "layer_replication": [[0, 2]]}, "layer_replication repeats layers of the base model"),
+        ({"peft_type": "LORA", "rank_pattern": {"k_porj": 2}}, "rank_pattern has 'k_porj', which is none of the layers"),
+        ({"peft_type": "LORA", "alpha_pattern": {"q_proj": 2, "o_proj": 2}}, "alpha_pattern has 'o_proj', which is none"),
+        ({"peft_type": "LORA", "rank_pattern": {"k_proj(": 2}}, "rank_pattern has 'k_proj\\(', which is no regular expression"),
     ],
 )
 def test_a_file_that_describes_no_adapter_of_weights_is_refused_with_the_reason(values, said, load):

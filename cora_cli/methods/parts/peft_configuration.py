@@ -21,6 +21,11 @@ _NO_CHANGE_OF_W = {
     "BEFT": "adds to the bias and not to the weight, so that the adapter could not be merged",
     "LILY": "weights its factors by a mean over all tokens of a batch, so that no loss or answer would be that of its record alone",
 }
+_MORE_THAN_LAYERS = {
+    "modules_to_save": "trains complete modules next to the adapter",
+    "trainable_token_indices": "trains rows of the embedding next to the adapter",
+    "layer_replication": "repeats layers of the base model",
+}
 _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "an object", NoneType: "null"}
 _STARTS = (True, False, "gaussian", "orthogonal")
 
@@ -46,6 +51,9 @@ def peft_configuration(values: dict[str, Any], rank: int) -> PeftConfig:
         raise CoraError(
             f"--peft-config: task_type must be CAUSAL_LM, the only task that `cora train` trains, not {values['task_type']!r}"
         )
+    for name, effect in _MORE_THAN_LAYERS.items():
+        if values.get(name):
+            raise CoraError(f"--peft-config: {name} {effect}, which `cora train` does not do; leave it out")
     has_rank = "r" in {field.name for field in dataclasses.fields(config_class)}
     settings = ({"r": rank} if has_rank else {}) | {
         key: value for key, value in values.items() if key not in ("peft_type", "inference_mode")
