@@ -163,6 +163,18 @@ def checked_proxy(url: str, kinds: Sequence[str] = ("http", "https"), reads_all:
     return by_proxy(url, reads_all)
 
 
+def behind_hub_error(error: Exception) -> str:
+    """How a sentence ends that says that the hub was not reached: the variable that is the reason; empty where none is."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    if endpoint and not re.match("https?://.", endpoint):
+        return f"; the environment variable HF_ENDPOINT is {endpoint!r}, which is no address such as https://huggingface.co; correct or unset it"
+    if isinstance(error, UnicodeEncodeError):
+        return "; the token for the hub holds letters that no token has; correct or unset HF_TOKEN, or log in again"
+    if isinstance(error, OSError) and error.filename and (name := variable_of_path(os.fsdecode(error.filename))):
+        return f"; the environment variable {name} names that place"
+    return ""
+
+
 def proxy_to_hub() -> str:
     """`by_proxy` of the Hugging Face hub; empty where it is asked for nothing."""
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE

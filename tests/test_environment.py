@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cora_cli.environment import forget_settings, proxy_variable, variable_of_path
+from cora_cli.environment import behind_hub_error, forget_settings, proxy_variable, variable_of_path
 from cora_cli.errors import CoraError
 from cora_cli.training.run import train
 from tests.training.helpers import config_for, losses, record_of
@@ -160,3 +160,20 @@ def test_the_proxy_of_an_address_is_known_by_the_variable_that_names_it(
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     assert proxy_variable("https://www.example.org/v1", reads_all) == name
+
+
+def test_the_variable_behind_an_error_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert behind_hub_error(ValueError("busy")) == ""
+    assert "correct or unset HF_TOKEN" in behind_hub_error(UnicodeEncodeError("ascii", "bäd", 1, 2, "not in range"))
+    monkeypatch.setenv("HF_TOKEN_PATH", "/etc")
+    assert (
+        behind_hub_error(IsADirectoryError(21, "Is a directory", "/etc"))
+        == "; the environment variable HF_TOKEN_PATH names that place"
+    )
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
+    assert behind_hub_error(ValueError("busy")) == ""
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example")
+    assert "HF_ENDPOINT is 'hub.example', which is no address such as https://huggingface.co" in behind_hub_error(
+        ValueError("busy")
+    )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli.environment import proxy_to_hub
+from cora_cli.environment import behind_hub_error, proxy_to_hub
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
 from cora_cli.reading import Malformed, decode_json, parse_json, read_text, refuse_pointer
@@ -299,7 +299,9 @@ def _read_hub(dataset: str, subset: str | None, split: str) -> Iterator[tuple[st
     except CoraError:
         raise
     except Exception as error:  # the hub client raises a dozen unrelated types
-        proxy = "" if isinstance(error, datasets.exceptions.DatasetNotFoundError) else proxy_to_hub()
+        proxy = behind_hub_error(error) or (
+            "" if isinstance(error, datasets.exceptions.DatasetNotFoundError) else proxy_to_hub()
+        )
         raise CoraError(
             f"dataset {dataset!r} is not a local file and could not be loaded from the hub: {_first_line(error)}{proxy}"
         ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
-from cora_cli.environment import proxy_to_hub
+from cora_cli.environment import behind_hub_error, proxy_to_hub
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
 from cora_cli.records import AdapterConfig, GenerationConfig, ModelConfig, WeightIndex
@@ -395,7 +395,7 @@ def _fetch(reference: str, hub_id: str, revision: str | None, weights: bool) -> 
                 break
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        proxy = "" if isinstance(error, HfHubHTTPError) else proxy_to_hub()
+        proxy = behind_hub_error(error) or ("" if isinstance(error, HfHubHTTPError) else proxy_to_hub())
         raise CoraError(
             f"model {reference!r} is not a local directory and could not be downloaded from the hub: {reason}{proxy}"
         ) from error

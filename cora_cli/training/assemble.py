@@ -29,10 +29,11 @@ from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import Batching, choose_batching, make_probes
 from cora_cli.training.checkpoints import checkpoint_to_resume
-from cora_cli.training.config import AUTO, TrainConfig
+from cora_cli.training.config import TrainConfig
 from cora_cli.training.fast_paths import compile_layers, use_liger
 from cora_cli.training.observe import Observation, observe
 from cora_cli.training.prepare import Prepared
+from cora_cli.training.proposal import AUTO
 from cora_cli.training.sharding import process_mesh, shard, share_adapter
 
 
