@@ -18,6 +18,7 @@ from pathlib import Path
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
+from cora_cli.scratch import remove_abandoned
 
 _TRIES, _PAUSE_SECONDS = 4, 0.05
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK})
@@ -93,6 +94,7 @@ def _hold(lock: Path, output: Path) -> Iterator[int]:
         raise rundir.disk_error(error, output) from error
     try:
         note_holders(descriptor, [])
+        remove_abandoned()
         yield descriptor
     finally:
         # A full disk or a directory that disappeared must not hide the command's own error.

@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -42,6 +41,7 @@ from cora_cli.models.references import EMBEDDED_MODEL, ModelPath, recorded_base,
 from cora_cli.models.skeleton import without_numbers
 from cora_cli.progress import say
 from cora_cli.records import read_run
+from cora_cli.scratch import temporary_directory
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _OWN_TYPE = "CORA_"
@@ -329,11 +329,11 @@ def _for_peft(adapter: ModelPath, state: dict[str, torch.Tensor]) -> Iterator[Pa
     if [file.name for file in files] == [WEIGHTS_FILE]:
         yield adapter.path
         return
-    with tempfile.TemporaryDirectory(prefix="cora-adapter-") as name:
-        shutil.copyfile(adapter.path / "adapter_config.json", Path(name) / "adapter_config.json")
+    with temporary_directory("adapter") as directory:
+        shutil.copyfile(adapter.path / "adapter_config.json", directory / "adapter_config.json")
         # Copies, since safetensors refuses tensors that share memory.
-        save_file({key: tensor.clone().contiguous() for key, tensor in state.items()}, Path(name) / WEIGHTS_FILE)
-        yield Path(name)
+        save_file({key: tensor.clone().contiguous() for key, tensor in state.items()}, directory / WEIGHTS_FILE)
+        yield directory
 
 
 def _resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:

@@ -5,7 +5,6 @@ With `--gpu-check` it also computes on the hardware and compares the results wit
 
 import dataclasses
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import typer
 from cora_cli.cli.command import command
 from cora_cli.cli.next_step import say_next
 from cora_cli.errors import UsageError
+from cora_cli.scratch import temporary_directory
 from cora_cli.settings import DtypeName, setting
 from cora_cli.terminal import complain, show
 
@@ -128,8 +128,8 @@ def _check(config: DoctorConfig) -> None:
         "cuda": torch.version.cuda,
         "packages": {name: importlib.metadata.version(name) for name in REQUIRED},
     }
-    with tempfile.TemporaryDirectory(prefix="cora-check-") as folder:
-        for check in check_hardware(config.device, config.dtype, Path(folder), model, config.checks):
+    with temporary_directory("check") as folder:
+        for check in check_hardware(config.device, config.dtype, folder, model, config.checks):
             show(check.line())
             checks.append(check)
             if config.output is not None:  # after each, so that nothing is lost when the time is up

@@ -6,9 +6,6 @@ The contents of the folders and their sources are defined in `cora_cli.embedded`
 import errno
 import functools
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,10 @@ from typing import Any
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
+from cora_cli.scratch import temporary_directory
 
 MANIFEST = "cora-manifest.json"
 _SCRATCH_PREFIX = ".building-"
-_ABANDONED_SECONDS = 86_400.0
 
 
 def complete_size(folder: Path, package_sha256: str) -> int | None:
@@ -52,15 +49,14 @@ def publish(folder: Path, build: Callable[[Path, Path], dict[str, Any]]) -> None
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder.parent)
-        with tempfile.TemporaryDirectory(prefix=_SCRATCH_PREFIX, dir=folder.parent, ignore_cleanup_errors=True) as temporary:
-            content, scratch = Path(temporary, "content"), Path(temporary, "scratch")
+        with temporary_directory(folder.name, folder.parent, _SCRATCH_PREFIX) as temporary:
+            content, scratch = temporary / "content", temporary / "scratch"
             content.mkdir()
             scratch.mkdir()
             facts = build(content, scratch)
             rundir.give_usual_modes(content)
             _write_manifest(content, facts)
-            _rename(content, folder, facts["package_sha256"], aside=Path(temporary, "damaged"))
+            _rename(content, folder, facts["package_sha256"], aside=temporary / "damaged")
     except OSError as error:
         if rundir.is_disk_full(error):
             raise rundir.disk_error(error, folder) from error
@@ -100,10 +96,3 @@ def _rename(content: Path, folder: Path, package_sha256: str, aside: Path) -> No
         except FileNotFoundError:
             # Another process moved the damaged folder away between the two steps.
             continue
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Delete the folders of killed builds that are a day old or older; each can take up to 0.5 GB."""
-    for path in parent.glob(f"{_SCRATCH_PREFIX}*"):
-        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)

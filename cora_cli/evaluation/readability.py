@@ -9,7 +9,6 @@ import io
 import json
 import subprocess
 import sys
-import tempfile
 import tokenize
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from cora_cli import intervals
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
+from cora_cli.scratch import temporary_directory
 
 RULES = "E,F,W,N,B,SIM"
 """The rules of ruff that are counted: errors, unused and undefined names, whitespace, naming, likely bugs and needless detours."""
@@ -125,11 +125,11 @@ def _ruff(programs: Sequence[str]) -> list[int]:
     if importlib.util.find_spec("ruff") is None:
         say("ruff is not installed, so its findings are not among the readability proxies; `pip install ruff` adds them")
         return []
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_directory("ruff") as folder:
         for place, program in enumerate(programs):
-            Path(folder, f"program_{place}.py").write_text(program, encoding="utf-8", errors="replace")
+            (folder / f"program_{place}.py").write_text(program, encoding="utf-8", errors="replace")
         command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--ignore-noqa", "--exit-zero", "--quiet"]
-        command += ["--select", RULES, "--output-format", "json", folder]
+        command += ["--select", RULES, "--output-format", "json", str(folder)]
         ended = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if ended.returncode:
             raise CoraError(f"ruff failed: {ended.stderr.strip()[:200]}")

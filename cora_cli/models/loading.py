@@ -5,7 +5,6 @@ loaded model.
 """
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, shape_fault, skeleton_of, surplus_fault
 from cora_cli.progress import say
 from cora_cli.reading import read_json, read_text, refuse_pointer
+from cora_cli.scratch import temporary_directory
 
 _POSITIONS_BEHIND_PADDING = (
     "roberta",
@@ -163,8 +163,7 @@ def _for_transformers(model: ModelPath, checkpoint: Checkpoint) -> Iterator[Path
     if model.has_known_layout and not wrapped and not (model.path / "adapter_config.json").exists():
         yield model.path
         return
-    with tempfile.TemporaryDirectory(prefix="cora-model-") as name:
-        directory = Path(name)
+    with temporary_directory("model") as directory:
         known = model.has_known_layout
         for file in model.path.iterdir():
             if file in wrapped:

@@ -6,8 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +14,7 @@ from cora_cli.device import Hardware
 from cora_cli.errors import CoraError, reason
 from cora_cli.planning.page import fits
 from cora_cli.progress import say
+from cora_cli.scratch import temporary_directory
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, Preflight, plan_run
 from cora_cli.training.prepare import Prepared, number_of_processes
@@ -99,10 +98,10 @@ def _planned_alone(question: Question, config: TrainConfig, hardware: Hardware, 
     Raises `CoraError` where the process fails.
     """
     planned = dataclasses.replace(config, dry_run=True, processes=processes, resume=False)
-    with tempfile.TemporaryDirectory(prefix="cora-fit-") as place:
-        (Path(place) / RUN).write_bytes(pickle.dumps((question, planned, hardware, capacity)))
+    with temporary_directory("fit") as place:
+        (place / RUN).write_bytes(pickle.dumps((question, planned, hardware, capacity)))
         found = subprocess.run(
-            [sys.executable, "-P", "-m", "cora_cli.training.fit_alone", place],
+            [sys.executable, "-P", "-m", "cora_cli.training.fit_alone", str(place)],
             env={name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -113,7 +112,7 @@ def _planned_alone(question: Question, config: TrainConfig, hardware: Hardware, 
         if found.returncode:
             last = found.stderr.strip().splitlines()[-1:] or [f"exit code {found.returncode}"]
             raise CoraError(last[0])
-        return pickle.loads((Path(place) / ANSWER).read_bytes())
+        return pickle.loads((place / ANSWER).read_bytes())
 
 
 def out_of_memory(config: TrainConfig, prepared: Prepared) -> CoraError:

@@ -7,7 +7,6 @@ counts the bytes.
 import contextlib
 import dataclasses
 import os
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from cora_cli.planning.four_bit import hold_in_four_bit
 from cora_cli.planning.memory import Part, StorageMeter, fake_model, fakes, follow_training, follow_weights
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
+from cora_cli.scratch import temporary_directory
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.heldout import row_losses
 from cora_cli.training.notices import notices_on_records
@@ -365,8 +365,8 @@ def _alone() -> Iterator[Path]:
     for state in states:
         state.clear()
     try:
-        with tempfile.TemporaryDirectory(prefix="cora-plan-") as place:
-            yield Path(place)
+        with temporary_directory("plan") as place:
+            yield place
     finally:
         os.environ.update(launcher)
         for state, saved in zip(states, before, strict=True):

@@ -7,7 +7,6 @@ takes its learning rate from the curvature (`proposal`).
 import dataclasses
 import itertools
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from cora_cli.methods.parts.layers import factors_of, lora_layers
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import progress, say
 from cora_cli.rundir import RunDirectory
+from cora_cli.scratch import temporary_directory
 from cora_cli.training import proposal
 from cora_cli.training.assemble import assemble
 from cora_cli.training.config import TrainConfig
@@ -66,9 +66,9 @@ def begin(config: TrainConfig, flag: str = "--probe") -> Start:
     examples = (
         probe_examples(prepared, config.probe_examples or EXAMPLES) if flag == "--probe" else examples_of_proposal(prepared)
     )
-    with tempfile.TemporaryDirectory(prefix="cora-probe-") as place:
+    with temporary_directory("probe") as place:
         # Nothing is written or resumed there.
-        run = RunDirectory(Path(place))
+        run = RunDirectory(place)
         model, batching, observation = assemble(config, prepared, training_arguments(config, prepared, run), run)
     model.eval()
     record = first_record(config, prepared, prepared.fingerprint(config), model, batching, observation)
