@@ -21,6 +21,7 @@ from cora_cli.progress import say
 from cora_cli.scratch import remove_abandoned
 
 _TRIES, _PAUSE_SECONDS = 4, 0.05
+_MOST_ABSENT = 100
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK})
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.\w{8}\.tmp")
 
@@ -52,7 +53,7 @@ def own_directory(out: Path, *parts: str) -> Iterator[int]:
 @contextlib.contextmanager
 def own_output(path: Path) -> Iterator[None]:
     """Hold a file or directory that the command writes all at once. Raises `CoraError` as `own_directory` does."""
-    rundir.refuse_link(path)
+    rundir.refuse_special(path)
     _refuse_result(path)
     with _hold(_next_to(path), path):
         if path.parent.is_dir():
@@ -108,12 +109,16 @@ def _hold(lock: Path, output: Path) -> Iterator[int]:
 
 
 def _open_locked(lock: Path, output: Path) -> int:
+    absent = 0
     while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        rundir.refuse_link(lock)
+        rundir.make_directory(lock.parent)
+        rundir.refuse_special(lock)
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:
+            absent += 1
+            if absent == _MOST_ABSENT:  # such as /proc, where nothing can be created
+                raise
             continue  # a holder that ended removed the empty directory
         try:
             if not _flock(descriptor, fcntl.LOCK_EX, output):

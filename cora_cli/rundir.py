@@ -47,7 +47,14 @@ def is_disk_full(error: BaseException) -> bool:
     """Whether an error means that the disk is full; each library words this differently."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    signs = ("No space left", "File too large", "PytorchStreamWriter failed", "Disk quota", "inline_container")
+    signs = (
+        "No space left",
+        "File too large",
+        "PytorchStreamWriter failed",
+        "Disk quota",
+        "inline_container",
+        "iostream error",
+    )
     return any(sign in str(error) for sign in signs)
 
 
@@ -60,8 +67,8 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        refuse_link(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_special(path)
+        make_directory(path.parent)
         yield temporary
         give_usual_modes(temporary)
         if path.exists():
@@ -81,6 +88,14 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
                 temporary.unlink(missing_ok=True)
 
 
+def make_directory(path: Path) -> None:
+    """Create a directory with those above it, where it does not exist. Raises `NotADirectoryError` if it is a file."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
+
+
 def give_usual_modes(path: Path) -> None:
     """Give a file, or all files below a directory, the mode that the user's umask asks for; libraries create some as 0600."""
     mask = os.umask(0o077)
@@ -98,6 +113,13 @@ def refuse_link(path: Path) -> None:
         )
 
 
+def refuse_special(path: Path) -> None:
+    """Raise `CoraError` if `path` is a device, a pipe or a socket, which a rename would replace by a file, and as `refuse_link` does."""
+    refuse_link(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CoraError(f"{path} is a device, a pipe or a socket, which cora does not replace by a file; choose another place")
+
+
 def refuse_broken_link(path: Path) -> None:
     """Raise `CoraError` if `path` is a symbolic link that leads nowhere: its name is not one that the hub should be asked for."""
     if path.is_symlink() and not path.exists():
@@ -106,7 +128,7 @@ def refuse_broken_link(path: Path) -> None:
 
 def open_to_append(path: Path) -> BinaryIO:
     """Open a log to append to. Raises `CoraError` if it is a symbolic link or cannot be opened."""
-    refuse_link(path)
+    refuse_special(path)
     try:
         return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "ab")
     except OSError as error:
@@ -217,6 +239,32 @@ def _is_hub_blob(path: Path) -> bool:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return path.parent.name == "blobs" and Path(HF_HUB_CACHE).resolve() in path.parents
+
+
+def file_state(path: Path) -> tuple[int, ...] | None:
+    """What differs after a file was replaced or written to; None where there is none. Much cheaper than a hash."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def unchanged(*paths: Path) -> Iterator[None]:
+    """Raise `CoraError` if a file is replaced or written to in the block, which reads it more than once."""
+    before = [file_state(path) for path in paths]
+    yield
+    for path, state in zip(paths, before, strict=True):
+        if file_state(path) != state:
+            raise changed_meanwhile(path)
+
+
+def changed_meanwhile(path: Path) -> CoraError:
+    """The error for a file that another program wrote to between two readings: what was computed would not belong to what is recorded."""
+    return CoraError(
+        f"{path} was changed while this command was using it; start it again when no other program writes to {path.parent}"
+    )
 
 
 def sha256_files(paths: Iterable[Path]) -> str:

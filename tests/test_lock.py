@@ -55,6 +55,12 @@ def test_the_root_of_the_file_system_is_no_output_directory() -> None:
         pass
 
 
+@pytest.mark.parametrize("own", [own_directory, own_output])
+def test_a_directory_in_which_nothing_can_be_created_ends_in_an_error(own) -> None:
+    with pytest.raises(CoraError, match=r"^/proc/self/new cannot be written: "), own(Path("/proc/self/new")):
+        pass
+
+
 def test_nothing_is_left_of_a_lock(tmp_path: Path) -> None:
     with own_directory(tmp_path / "new" / "out"):
         assert (tmp_path / "new" / "out").is_dir()

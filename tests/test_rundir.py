@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -298,6 +299,7 @@ def test_a_record_that_states_another_seed_than_the_adapter_is_refused(tmp_path)
     [
         OSError(28, "No space left on device"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 24704 vs 24592"),
+        RuntimeError("basic_ios::clear: iostream error"),
         RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
         ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
@@ -305,6 +307,25 @@ def test_a_record_that_states_another_seed_than_the_adapter_is_refused(tmp_path)
 def test_a_full_disk_is_recognised_in_each_librarys_words(error: Exception) -> None:
     assert rundir.is_disk_full(error)
     assert not rundir.is_disk_full(type(error)("something else"))
+
+
+def test_a_pipe_is_neither_replaced_nor_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for write in (lambda path: rundir.write_text(path, "text"), rundir.open_to_append):
+        with pytest.raises(CoraError, match="pipe is a device, a pipe or a socket, which cora does not replace"):
+            write(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_file_that_changes_in_the_block_that_reads_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("one")
+    with rundir.unchanged(tmp_path / "file"):
+        pass
+    with (
+        pytest.raises(CoraError, match="file was changed while this command was using it"),
+        rundir.unchanged(tmp_path / "file"),
+    ):
+        (tmp_path / "file").unlink()
 
 
 def test_the_evaluations_of_a_run_at_lower_ranks_are_found_by_rank(tmp_path):
