@@ -217,10 +217,12 @@ def load_adapter(
     ) as error:
         if is_out_of_memory(error):
             raise
+        adapter.require_unchanged()
         foreign = misfit(adapter) if facts is None else None
         raise CoraError(
             f"adapter {adapter.path} cannot be loaded: {foreign or _other_shape(error) or reason(error)}"
         ) from error
+    adapter.require_unchanged()
     if facts is not None and trainable:
         method_of(facts.plan.mode).after_install(wrapped, facts.plan)
         apply_trained_set(wrapped, facts.plan)

@@ -378,8 +378,12 @@ def _score(
     executor: Executor | None,
     problems: list[Problem] | None = None,
 ) -> Evaluation:
-    check_nothing_is_lost(config, path, out)
-    lines = shapes.read_predictions(path, "prediction", "reference")
+    with rundir.unchanged(path):
+        check_nothing_is_lost(config, path, out)
+        lines = shapes.read_predictions(path, "prediction", "reference")
+        predictions_sha256 = rundir.sha256_file(path)
+    if generation.get("predictions_sha256", predictions_sha256) != predictions_sha256:
+        raise rundir.changed_meanwhile(path)
     predictions, references = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     say(f"{name}: scoring {len(lines)} predictions")
     attempts, fates = execute(executor, problems, lines, path, out) if executor is not None else (None, None)
@@ -407,7 +411,7 @@ def _score(
         "name": name,
         "metric_variant": config.metric_variant,
         "metrics": report.metrics,
-        "predictions_sha256": rundir.sha256_file(path),
+        "predictions_sha256": predictions_sha256,
         "scores_sha256": rundir.sha256_file(out.scores),
         "generation": generation,
         "stopped_share": finished.count("stop") / len(finished) if None not in finished else None,

@@ -48,6 +48,7 @@ class Checkpoint:
 
     def __init__(self, model: ModelPath) -> None:
         self.path = model.path
+        self._model = model
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.types: dict[str, str] = {}
         self.bytes_read = 0
@@ -78,6 +79,7 @@ class Checkpoint:
                     tensor = opened.get_tensor(name).clone()
             else:
                 tensor = load_pickle(file)[name].detach().clone()  # a file may hold parameters
+        self._model.require_unchanged()
         self.seconds_reading += time.perf_counter() - began
         self.bytes_read += tensor.nbytes
         return tensor

@@ -32,6 +32,7 @@ def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any
         raise CoraError(f"config.json of {model.reference} cannot be read: {reason(error)}") from error
     if contradiction := _contradiction(model.config(), config):
         raise CoraError(f"config.json of {model.reference} contradicts itself: {contradiction}; remove the wrong one")
+    model.require_unchanged()
     _forget_uses(config)
     by_remote_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForCausalLM._model_mapping and not by_remote_code:

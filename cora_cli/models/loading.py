@@ -57,6 +57,7 @@ def load_model(
         raise CoraError(
             f"{model.reference} is an adapter, not a complete model; merge it first with `cora merge {model.reference}`"
         )
+    model.require_unchanged()
     checkpoint = Checkpoint(model)
     _check_types(model, checkpoint)
     model.generation_config()
@@ -90,7 +91,9 @@ def load_model(
     except Exception as error:  # libraries raise many unrelated types for damaged files
         if is_out_of_memory(error):
             raise
+        model.require_unchanged()
         raise CoraError(f"model {model.reference} cannot be loaded: {_unknown_value(model, error) or reason(error)}") from error
+    model.require_unchanged()
     if quantized:
         settle_quantized(loaded, model.reference, dtype)
     if quantized and device.type == "cpu" and is_held_quantized(loaded):
@@ -203,9 +206,11 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
                 f"{model.reference} holds no tokenizer; copy the files of its tokenizer, such as tokenizer.json, into that directory"
             ) from error
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
+    model.require_unchanged()
     _say_other_templates(model, tokenizer)
     if adapter is not None and not adapter.has_tokenizer and adapter.chat_template.is_file():
         tokenizer.chat_template = read_text(adapter.chat_template)
+        adapter.require_unchanged()
     templates = tokenizer.chat_template
     for template in templates.values() if isinstance(templates, dict) else [templates or ""]:
         if template.startswith("\ufeff"):

@@ -5,9 +5,11 @@ This module finds the directory and lists the files of the model. Reading weight
 """
 
 import codecs
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,8 @@ class ModelPath:
     """A model on the local disk.
 
     `reference` is what the user wrote, but absolute for a local directory, so that records of it hold in every folder. `revision` is
-    the hub commit (None for local directories).
+    the hub commit (None for local directories). It stands for the files as they are when it is first used: `require_unchanged` is what
+    every reader of them calls.
     """
 
     reference: str
@@ -132,12 +135,12 @@ class ModelPath:
 
     def text_hash(self) -> str:
         """SHA-256 over the files that decide how text becomes tokens."""
-        return rundir.sha256_files(self.tokenizer_files())
+        return self._hash(self.tokenizer_files())
 
     def tokenizer_hash(self) -> str:
         """SHA-256 over the files that decide how text becomes tokens and which tokens end an answer."""
         ends = self.path / "generation_config.json"
-        return rundir.sha256_files([*self.tokenizer_files(), *([ends] if ends.exists() else [])])
+        return self._hash([*self.tokenizer_files(), *([ends] if ends.exists() else [])])
 
     def weight_files(self) -> list[Path]:
         """The weight files that are read: safetensors if there are any, else `.bin`, else `.pt`, else `.pth`. Raises `CoraError` if there are none.
@@ -261,9 +264,13 @@ class ModelPath:
     def content_hash(self) -> str:
         """SHA-256 over the names and contents of the weight files, the configuration, and the code that computes the model if it is its own.
 
-        For an adapter it includes `cora.json`, from which the B of a compact adapter is recomputed, and a posterior.
+        For an adapter it includes `cora.json`, from which the B of a compact adapter is recomputed, and a posterior. It is computed once.
         """
-        return self._hash(self.weight_files())
+        return self._content_hash
+
+    @cached_property
+    def _content_hash(self) -> str:
+        return self._hash(self.hashed_files())
 
     def content_hashes(self) -> set[str]:
         """`content_hash`, and what earlier versions recorded: they covered weight files that are never read, and no code."""
@@ -271,14 +278,39 @@ class ModelPath:
         covered = [self._with_settings(each) for each in ([files] if files == earlier else [files, earlier])]
         code = set(self._code_files())
         without = [[file for file in each if file not in code] for each in covered] if code else []
-        return {rundir.sha256_files(each) for each in (*covered, *without)}
+        return {self._hash(each) for each in (*covered, *without)}
 
     def hashed_files(self) -> list[Path]:
         """The files that `content_hash` covers."""
         return self._with_settings(self.weight_files())
 
     def _hash(self, files: list[Path]) -> str:
-        return rundir.sha256_files(self._with_settings(files))
+        self.require_unchanged()
+        digest = rundir.sha256_files(files)
+        self.require_unchanged()
+        return digest
+
+    def require_unchanged(self) -> None:
+        """Raise `CoraError` if a file of the model was replaced or written to since its first use: hash and weights would be two models'."""
+        first, now = self._first_seen, self._seen()
+        changed = sorted(path for path in first.keys() | now.keys() if first.get(path) != now.get(path))
+        if changed:
+            raise rundir.changed_meanwhile(changed[0])
+
+    @cached_property
+    def _first_seen(self) -> dict[Path, tuple[int, ...]]:
+        return self._seen()
+
+    def _seen(self) -> dict[Path, tuple[int, ...]]:
+        """The state of every file that decides what is loaded, read or hashed."""
+        weights: list[Path] = []
+        with contextlib.suppress(CoraError):  # such as an index without its files, which the reader of the weights names
+            weights = [*self._adapter_files(), *(self._named_files() or self._loose_files())]
+        names = (*_MODEL_FILES, "generation_config.json", "cora.json", rundir.POSTERIOR, *(index for _, index in _LAYOUTS))
+        others = [self.path / name for name in (*names, *_TOKENIZER_FILES)]
+        patterns = ("*.jinja", "additional_chat_templates/*.jinja", "*.py", *_VOCABULARIES)
+        others += [path for pattern in patterns for path in self.path.glob(pattern)]
+        return {path: state for path in (*weights, *others) if (state := rundir.file_state(path)) is not None}
 
     def _with_settings(self, files: list[Path]) -> list[Path]:
         names = ("adapter_config.json", "cora.json", rundir.POSTERIOR) if self.is_adapter else ("config.json",)
@@ -310,9 +342,10 @@ def resolve_model(reference: str, weights: bool = True) -> ModelPath:
             path = run.result
         elif rundir.RunDirectory(path.parent).exists() and path.resolve().name in ("adapter", "model"):
             run = rundir.RunDirectory(path.parent)
+        model = ModelPath(reference, path, None)
+        model.require_unchanged()  # from here on
         if run.exists() and path.is_dir():
             run.check_result()
-        model = ModelPath(reference, path, None)
         model.check_links()
         if not any((path / name).exists() for name in _MODEL_FILES):
             raise CoraError(
@@ -408,6 +441,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def _checked(model: ModelPath) -> ModelPath:
+    model.require_unchanged()
     model.check_links()
     model.check_unambiguous()
     model.check_unmarked()

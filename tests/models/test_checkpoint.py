@@ -175,14 +175,13 @@ def test_weights_of_a_quantization_that_transformers_does_not_know_are_refused_a
     shutil.copytree(tiny_model, directory)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "of_next_year"}}))
-    model = resolve_model(str(directory))
-    load_model(model, torch.float32, torch.device("cpu"), None)
+    load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)
     weights = load_file(directory / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     weights |= {name: weights[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1)}
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CoraError, match=f"{re.escape(name)} is stored as float8_e4m3fn"):
-        load_model(model, torch.float32, torch.device("cpu"), None)
+        load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)
 
 
 def test_a_quantization_that_a_nested_configuration_states_counts(tiny_model, tmp_path):

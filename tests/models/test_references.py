@@ -3,10 +3,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from cora_cli import rundir
 from cora_cli.data.readers import read_located
 from cora_cli.errors import CoraError
+from cora_cli.models.checkpoint import Checkpoint
+from cora_cli.models.loading import load_model, load_tokenizer
 from cora_cli.models.references import EMBEDDED_MODEL, resolve_base, resolve_model
 
 
@@ -121,7 +124,7 @@ def test_the_tokenizers_hash_covers_its_template(tmp_path):
     assert model.has_tokenizer
     before = model.tokenizer_hash()
     (tmp_path / "model" / "chat_template.jinja").write_text("other")
-    assert model.tokenizer_hash() != before
+    assert resolve_model(str(tmp_path / "model")).tokenizer_hash() != before
 
 
 @pytest.mark.parametrize("name", ["sentencepiece.bpe.model", "qwen.tiktoken", "bpe.codes"])
@@ -129,7 +132,7 @@ def test_the_tokenizers_hash_covers_a_vocabulary_of_any_kind(name, tmp_path):
     model = resolve_model(str(make(tmp_path / "model", "config.json", "tokenizer_config.json", name)))
     before = model.tokenizer_hash()
     (tmp_path / "model" / name).write_text("other")
-    assert model.tokenizer_hash() != before
+    assert resolve_model(str(tmp_path / "model")).tokenizer_hash() != before
 
 
 def test_code_that_comes_with_a_model_is_part_of_its_hash(tmp_path):
@@ -138,9 +141,11 @@ def test_code_that_comes_with_a_model_is_part_of_its_hash(tmp_path):
     without = model.content_hash()
     (directory / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}')
     (directory / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokenization_own.Own", null]}}')
+    model = resolve_model(str(directory))
     before, of_text = model.content_hash(), model.text_hash()
     earlier = model.content_hashes() - {before}
     (directory / "modeling_own.py").write_text("other")
+    model = resolve_model(str(directory))
     assert without != model.content_hash() != before
     assert model.text_hash() != of_text
     assert earlier
@@ -153,7 +158,7 @@ def test_the_weights_of_a_compact_adapter_are_its_a_alone_and_its_hash_covers_th
     assert [file.name for file in found.weight_files()] == ["adapter_a_only.safetensors"]
     before = found.content_hash()
     (directory / "adapter_a_only.safetensors").write_text("other")
-    assert found.content_hash() != before
+    assert resolve_model(str(directory)).content_hash() != before
 
 
 @pytest.mark.parametrize(("kind", "is_adapter"), [("adapter", True), ("model", False)])
@@ -309,7 +314,40 @@ def test_the_content_hash_covers_weights_and_configuration_but_not_the_place(tin
     original, copied = resolve_model(str(tiny_model)), resolve_model(str(copy))
     assert original.content_hash() == copied.content_hash()
     rundir.write_json(copy / "config.json", {**json.loads((copy / "config.json").read_text()), "rope_theta": 5})
-    assert original.content_hash() != copied.content_hash()
+    assert original.content_hash() != resolve_model(str(copy)).content_hash()
+
+
+def _replaced(directory: Path, name: str) -> None:
+    """Put another file in the place of `name`, as a program does that writes a new version and renames it."""
+    (directory / "new").write_bytes((directory / name).read_bytes())
+    (directory / "new").replace(directory / name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_that_is_replaced_while_a_command_uses_it_is_refused_by_file(name, tiny_model, tmp_path):
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    of_hash, of_weights, of_tokenizer, of_matrices = (resolve_model(str(directory)) for _ in range(4))
+    checkpoint = Checkpoint(of_matrices)
+    _replaced(directory, name)
+    said = rf"{name} was changed while this command was using it; start it again"
+    with pytest.raises(CoraError, match=said):
+        of_hash.content_hash()
+    with pytest.raises(CoraError, match=said):
+        load_model(of_weights, torch.float32, torch.device("cpu"), None)
+    with pytest.raises(CoraError, match=said):
+        load_tokenizer(of_tokenizer)
+    with pytest.raises(CoraError, match=said):
+        checkpoint.read("model.norm.weight")
+    load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)
+
+
+def test_the_hash_of_a_model_is_that_of_the_weights_that_were_loaded_whatever_happens_to_the_files_later(tiny_model, tmp_path):
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    model = resolve_model(str(directory))
+    before = model.content_hash()
+    load_model(model, torch.float32, torch.device("cpu"), None)
+    (directory / "config.json").write_text("{}")
+    assert model.content_hash() == before
 
 
 def test_a_link_that_leads_nowhere_is_no_name_on_the_hub(tmp_path, monkeypatch):

@@ -141,14 +141,16 @@ def _name_of(path: Path) -> str:
 def _read(name: str, path: Path, limit: int | None) -> System:
     if not path.is_file():
         raise CoraError(f"{path} is not a file; judging needs the predictions.jsonl of an evaluation")
-    sha256 = rundir.sha256_file(path)
-    recorded = shapes.read_generation(EvaluationDirectory(path.parent)) if path.name == "predictions.jsonl" else {}
-    if recorded.get("predictions_sha256", sha256) != sha256:
-        raise CoraError(
-            f"{path} is not the file that generation.json describes: it was changed after it was generated; restore it, run `cora evaluate` "
-            "again, or judge a copy in another directory with --from"
-        )
-    lines = shapes.read_predictions(path, *KEYS)[:limit]
+    with rundir.unchanged(path):
+        sha256 = rundir.sha256_file(path)
+        recorded = shapes.read_generation(EvaluationDirectory(path.parent)) if path.name == "predictions.jsonl" else {}
+        if recorded.get("predictions_sha256", sha256) != sha256:
+            raise CoraError(
+                f"{path} is not the file that generation.json describes: it was changed after it was generated; restore it, run `cora evaluate` "
+                "again, or judge a copy in another directory with --from"
+            )
+        lines = shapes.read_predictions(path, *KEYS)[:limit]
+        answers_sha256 = shapes.answers_hashes(path)[-1]
     if len(lines) < 2:
         raise CoraError(f"{path} has {len(lines)} records; judging needs at least two, since anchors are shuffled references")
-    return System(name, path, shapes.answers_hashes(path)[-1], tuple({key: line[key] for key in KEYS} for line in lines))
+    return System(name, path, answers_sha256, tuple({key: line[key] for key in KEYS} for line in lines))
