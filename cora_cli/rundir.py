@@ -78,6 +78,8 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
                 shutil.rmtree(path)
         temporary.replace(path)
     except OSError as error:
+        if _is_elsewhere(error, path, temporary):
+            raise
         raise disk_error(error, path) from error
     finally:
         if temporary.is_dir():
@@ -86,6 +88,14 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
             # A full disk must not hide the first error behind a second one.
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _is_elsewhere(error: OSError, path: Path, temporary: Path) -> bool:
+    """Whether an error is about another file than `path`, what becomes of it, or a directory above it: one that its writer reads."""
+    if not isinstance(error.filename, str | bytes):
+        return False
+    place, wanted = absolute(Path(os.fsdecode(error.filename))), absolute(path)
+    return place != wanted and place not in wanted.parents and absolute(temporary) not in (place, *place.parents)
 
 
 def make_directory(path: Path) -> None:
@@ -373,8 +383,15 @@ class RunDirectory:
         return sha256_json(self.result_files())
 
     def check_result(self) -> None:
-        """Raise `CoraError`, with the file where that is known, unless the result is the one whose hash a finished run recorded."""
+        """Raise `CoraError`, with the file where that is known, unless the run is finished and the result is the one whose hash it recorded.
+
+        The result of a run that is being completed again is the damaged one until the end.
+        """
         record = read_json(self.record, dict[str, Any])
+        if (status := record.get("status", "finished")) != "finished":
+            raise CoraError(
+                f"{self.root} is not finished (status {status}); complete it with the same `cora train` command and --resume"
+            )
         expected, found = record.get("result_sha256"), self.result_files()
         if expected is None:
             return

@@ -309,6 +309,20 @@ def test_a_full_disk_is_recognised_in_each_librarys_words(error: Exception) -> N
     assert not rundir.is_disk_full(type(error)("something else"))
 
 
+def test_a_file_that_cannot_be_read_is_not_taken_for_the_one_that_is_written(tmp_path: Path) -> None:
+    def write(source: Path) -> None:
+        with atomic_path(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            (temporary / "file").write_bytes(source.read_bytes())
+
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        write(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").touch()
+    write(tmp_path / "elsewhere")
+    with pytest.raises(CoraError, match="below cannot be written: Not a directory"):
+        rundir.write_text(tmp_path / "folder" / "file" / "below", "text")
+
+
 def test_a_pipe_is_neither_replaced_nor_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for write in (lambda path: rundir.write_text(path, "text"), rundir.open_to_append):

@@ -310,6 +310,7 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        path.open("rb").close()  # safetensors says of a file that may not be read that there is none
         refuse_pointer(path)
         raise CoraError(f"{path} is not a complete safetensors file, so it cannot be read as a basis: {error}") from error
     if _METADATA_KEY not in metadata:

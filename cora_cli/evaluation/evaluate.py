@@ -51,7 +51,7 @@ from cora_cli.evaluation.processes import Processes, launched
 from cora_cli.evaluation.readability import readability
 from cora_cli.evaluation.reference_tokens import add_reference_tokens, reference_examples, reference_tokens
 from cora_cli.evaluation.sampling import describe, streams
-from cora_cli.evaluation.targets import Target, TrainedPrompts, find_targets, trained_prompts
+from cora_cli.evaluation.targets import Target, TrainedPrompts, check_own_records, find_targets, trained_prompts
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.lock import own_directory
@@ -228,12 +228,21 @@ def _evaluate_target(
             add_reference_tokens(out, reference_tokens(backend.model, examples))
             now = {**shapes.read_generation(out), "predictions_sha256": rundir.sha256_file(out.predictions)}
             rundir.write_json(out.generation, now)
-    generation = {**shapes.read_generation(out), "name": target.name, "settings": settings}
+    generation = _renamed(out, target.name, settings)
     evaluation = _score(config, target.name, out.predictions, out, hardware, generation, executor, problems)
     if out != target.output:
         put_in_place(target.output, out)
     shutil.rmtree(target.output.root / REPLACEMENT, ignore_errors=True)
     return evaluation
+
+
+def _renamed(out: EvaluationDirectory, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The record of the generation, rewritten where it was made under other names, such as those of a directory that was moved."""
+    recorded = shapes.read_generation(out)
+    generation = {**recorded, "name": name, "settings": settings}
+    if generation != recorded:
+        rundir.write_json(out.generation, generation)
+    return generation
 
 
 def _template(target: Target, schema: Schema, tokenizer: Any, recorded: str | None) -> Template:
@@ -247,7 +256,9 @@ def _template(target: Target, schema: Schema, tokenizer: Any, recorded: str | No
 
 def records_to_answer(config: EvaluateConfig, target: Target, trained: TrainedPrompts) -> tuple[list[Record], Schema, int]:
     """The records to answer, their schema, and how many of them were trained on. Raises `CoraError` if there are none."""
-    records, schema = load_test_records(target.dataset, Choice(config.columns, config.subset, config.split))
+    with rundir.unchanged(Path(target.dataset)):
+        records, schema = load_test_records(target.dataset, Choice(config.columns, config.subset, config.split))
+        check_own_records(Path(target.dataset))
     if schema == "text":
         raise CoraError(
             f"{target.dataset} holds texts without prompts, so there is nothing to answer; compare runs by their held-out loss"

@@ -227,6 +227,13 @@ def _same_answers(one: Target, other: Target, trust_remote_code: bool) -> bool:
     )
 
 
+def check_own_records(path: Path) -> None:
+    """Raise `CoraError` as `check_test_records` does, if the records at `path` are those that a run held out."""
+    run = RunDirectory(path.parent)
+    if path.name == run.test_records.name and run.exists():
+        check_test_records(run, shapes.read_run(run))
+
+
 def check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
     """Raise `CoraError` if the held-out records are not those of the training; earlier versions did not record their hash."""
     expected = record["data"].get("test_sha256")

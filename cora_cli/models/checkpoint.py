@@ -172,6 +172,7 @@ def _read_errors(file: Path) -> Iterator[None]:
     except CoraError:
         raise
     except Exception as error:
+        file.open("rb").close()  # safetensors says of a file that may not be read that there is none
         refuse_pointer(file)
         if file.suffix == ".safetensors":
             raise CoraError(f"{file} is damaged or truncated and cannot be read as safetensors: {reason(error)}") from error

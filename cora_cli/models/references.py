@@ -344,7 +344,7 @@ def resolve_model(reference: str, weights: bool = True) -> ModelPath:
             run = rundir.RunDirectory(path.parent)
         model = ModelPath(reference, path, None)
         model.require_unchanged()  # from here on
-        if run.exists() and path.is_dir():
+        if run.exists():
             run.check_result()
         model.check_links()
         if not any((path / name).exists() for name in _MODEL_FILES):

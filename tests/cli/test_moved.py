@@ -75,6 +75,14 @@ def test_a_run_is_resumed_evaluated_and_merged_from_another_folder(folder: Path,
     succeed("merge", folder / "run", "-o", "merged")
 
 
+def test_an_evaluation_that_is_reused_from_another_place_is_as_recorded(folder: Path, tmp_path: Path) -> None:
+    succeed("evaluate", folder / "run", *EVALUATE)
+    moved = folder.rename(tmp_path / "moved")
+    own = ["--base", moved / "base", "--basis", moved / "basis.safetensors"]
+    succeed("evaluate", moved / "run", *own, *EVALUATE)
+    succeed("verify", moved / "run")
+
+
 @pytest.mark.slow
 def test_what_was_moved_away_is_asked_for_by_its_option(folder: Path, tmp_path: Path) -> None:
     moved = folder.rename(tmp_path / "moved")

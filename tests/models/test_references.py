@@ -180,8 +180,17 @@ def test_a_base_is_a_whole_model_or_none_at_all(tiny_model, tmp_path):
 
 def test_a_run_that_never_ended_is_no_model(tmp_path):
     make(tmp_path / "run", "run.json")
-    with pytest.raises(CoraError, match=r"run is not a model: .*adapter has neither config.json nor adapter_config.json"):
+    (tmp_path / "run" / "run.json").write_text('{"status": "running"}')
+    with pytest.raises(CoraError, match=r"run is not finished \(status running\); complete it with .* --resume$"):
         resolve_model(str(tmp_path / "run"))
+
+
+def test_what_a_run_that_is_being_completed_again_left_is_no_model(tmp_path):
+    make(tmp_path / "run" / "adapter", "adapter_config.json", "adapter_model.safetensors")
+    (tmp_path / "run" / "run.json").write_text('{"status": "running"}')
+    for name in ("run", "run/adapter"):
+        with pytest.raises(CoraError, match=r"run is not finished \(status running\)"):
+            resolve_model(str(tmp_path / name))
 
 
 def test_a_directory_without_a_configuration_is_no_model(tmp_path):
