@@ -103,10 +103,12 @@ def _is_output(folder: Path) -> bool:
 def _run(run: RunDirectory) -> Entry:
     try:
         record: Any = records.read_run(run)
+        if record["status"] == "running" and not (held := is_held(run.root)):
+            record = records.read_run(run)  # it may have ended meanwhile
     except CoraError:
         return Entry(run.root, "run", "damaged", "", "", _time(run.record))
     status = record["status"]
-    if status == "running" and not is_held(run.root):
+    if status == "running" and not held:
         status = "interrupted"  # killed before it could say so
     heldout = record.get("heldout")
     loss = f"loss {heldout['after']['loss']:.3f}" if heldout else ""
@@ -116,8 +118,10 @@ def _run(run: RunDirectory) -> Entry:
 
 def _evaluation(evaluation: EvaluationDirectory) -> Entry:
     if not evaluation.metrics.is_file():
-        status = "running" if is_held(evaluation.root) else "interrupted"
-        return Entry(evaluation.root, "eval", status, "", "", _time(evaluation.generation))
+        held = is_held(evaluation.root)
+        if held or not evaluation.metrics.is_file():  # it may have ended meanwhile
+            status = "running" if held else "interrupted"
+            return Entry(evaluation.root, "eval", status, "", "", _time(evaluation.generation))
     try:
         record = read_json(evaluation.metrics, records.Metrics)
     except CoraError:

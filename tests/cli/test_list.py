@@ -53,6 +53,22 @@ def test_a_run_whose_process_is_gone_counts_as_interrupted(folder):
     assert {entry.status for entry in inventory(folder) if entry.path.name == "going"} == {"interrupted"}
 
 
+def test_a_run_or_an_evaluation_that_ends_while_it_is_listed_counts_as_finished(folder, monkeypatch):
+    record = folder / "going/run.json"
+    metrics = next(folder.glob("grid/**/metrics.json"))
+    metrics.rename(metrics.with_suffix(".later"))
+
+    def ends(root):
+        record.write_text(json.dumps({**json.loads(record.read_text()), "status": "finished"}))
+        if (later := metrics.with_suffix(".later")).exists():
+            later.rename(metrics)
+        return False
+
+    monkeypatch.setattr("cora_cli.reporting.inventory.is_held", ends)
+    found = {entry.path: entry.status for entry in inventory(folder)}
+    assert (found[folder / "going"], found[metrics.parent]) == ("finished", "finished")
+
+
 def test_the_table_fits_eighty_columns_and_keeps_the_ends_of_paths(folder):
     lines = table(inventory(folder), folder, 80).splitlines()
     assert max(map(len, lines)) <= 80
