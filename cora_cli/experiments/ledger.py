@@ -207,8 +207,10 @@ class Ledger:
     def finish(self, step: Step, results: Mapping[str, str], seconds: float) -> str:
         """Record that a step has finished, with the hashes of its files; returns the hash of its result.
 
-        Raises `CoraError` if its files are missing, or if its own `run.json` does not have the status finished.
+        Raises `CoraError` if its files are missing, if its own `run.json` does not have the status finished, or if it read other inputs than the
+        plan's.
         """
+        self._require_inputs_of_plan(step)
         if step.stop_at is not None:
             return self._stop(step, results, step.stop_at, seconds)
         files = self._files(step)
@@ -226,6 +228,25 @@ class Ledger:
         result = rundir.sha256_json(sorted(own.values()) if step.kind in _OF_ONE_FILE else own)
         self._write(step, results, {"status": FINISHED, "seconds": seconds, "files": files, "result": result})
         return result
+
+    def _require_inputs_of_plan(self, step: Step) -> None:
+        """Raise `CoraError` where a training read another model or other data than those that the plan hashed: they changed meanwhile.
+
+        Its run is removed, since nothing can continue it, and the other rows could not be compared with it.
+        """
+        run = RunDirectory(self._out / step.output)
+        if step.kind not in ("model", "train") or not run.exists():
+            return
+        read = read_json(run.record, dict[str, Any]).get("fingerprint", {})
+        # The plan hashes all records, a run those that --limit leaves.
+        names = {"model": "model_sha256", **({} if step.facts.get("limit") else {"dataset": "data_sha256"})}
+        if changed := [fact for fact, name in names.items() if name in read and read[name] != step.facts.get(fact)]:
+            with own_directory(run.root):
+                shutil.rmtree(run.root)
+            raise CoraError(
+                f"the {changed[0]} was changed after the grid had been planned, so that {step.name} trained with another one than the plan's; its run "
+                "is removed: restore the old one, or run the grid with the new one in another --output-dir"
+            )
 
     def _stop(self, step: Step, results: Mapping[str, str], stop: int, seconds: float) -> str:
         """Record that a training step has stopped at optimizer step `stop`; returns the hash of its loss."""
