@@ -15,6 +15,12 @@ def main() -> None:
     except KeyboardInterrupt:
         print("cora: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    finally:
+        import signal
+
+        # All that remains is the end of Python and its libraries: another Ctrl-C ends it without their tracebacks.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,20 @@ main()
     assert (ended.returncode, ended.stdout) == (130, "")
     assert ended.stderr.startswith("cora: interrupted")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--version"], ["merge"]])
+def test_an_interrupt_while_python_ends_is_quiet(words):
+    script = f"""
+import atexit, os, signal, sys
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+from cora_cli.__main__ import main
+sys.argv = ["cora", *{words!r}]
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGINT
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
