@@ -291,8 +291,13 @@ class ModelPath:
         return digest
 
     def require_unchanged(self) -> None:
-        """Raise `CoraError` if a file of the model was replaced or written to since its first use: hash and weights would be two models'."""
+        """Raise `CoraError` if a file of the model was replaced or written to since its first use: hash and weights would be two models'.
+
+        Weights that arrive where there were none, as those of a download do that another command began, change nothing that was read.
+        """
         first, now = self._first_seen, self._seen()
+        if not any(map(_holds_weights, first)):
+            now = {path: state for path, state in now.items() if not _holds_weights(path)}
         changed = sorted(path for path in first.keys() | now.keys() if first.get(path) != now.get(path))
         if changed:
             raise rundir.changed_meanwhile(changed[0])
@@ -433,6 +438,10 @@ def _fetch(reference: str, hub_id: str, revision: str | None, weights: bool) -> 
             f"model {reference!r} is not a local directory and could not be downloaded from the hub: {reason}{proxy}"
         ) from error
     return _checked(ModelPath(reference, path, path.name))
+
+
+def _holds_weights(path: Path) -> bool:
+    return path.suffix.removeprefix(".") in _ENDINGS
 
 
 def _is_marked(path: Path) -> bool:

@@ -350,6 +350,13 @@ def test_a_model_that_is_replaced_while_a_command_uses_it_is_refused_by_file(nam
     load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)
 
 
+def test_weights_that_arrive_while_a_plan_is_made_from_the_configuration_change_nothing(tiny_model, tmp_path):
+    directory = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    model = resolve_model(str(directory), weights=False)
+    shutil.copy(tiny_model / "model.safetensors", directory)
+    load_tokenizer(model)
+
+
 def test_the_hash_of_a_model_is_that_of_the_weights_that_were_loaded_whatever_happens_to_the_files_later(tiny_model, tmp_path):
     directory = shutil.copytree(tiny_model, tmp_path / "model")
     model = resolve_model(str(directory))
