@@ -36,8 +36,13 @@ def reason(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the memory of this machine or its GPU does not suffice; torch raises a bare `RuntimeError` on a CPU."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """Whether an error means that the memory of this machine or its GPU does not suffice; torch raises a bare `RuntimeError` on a CPU.
+
+    A library that does not fit below `ulimit -v` cannot be imported.
+    """
+    unmapped = isinstance(error, ImportError) and "failed to map segment" in str(error)
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or unmapped or "can't allocate memory" in str(error)
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 
-from cora_cli.errors import is_lost_process, lost_process, reason
+from cora_cli.errors import is_lost_process, is_out_of_memory, lost_process, reason
 
 
 class _Evil:
@@ -19,6 +19,11 @@ def test_a_refused_pickle_is_not_described_in_words_that_advise_to_open_it(tmp_p
         "the pickle contains more than tensors and could run code, so it was not loaded; use a safetensors copy"
     )
     assert capsys.readouterr().out == ""
+
+
+def test_a_library_for_which_there_is_no_room_means_too_little_memory():
+    assert is_out_of_memory(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
+    assert not is_out_of_memory(ImportError("libtorch_cpu.so: cannot open shared object file"))
 
 
 @pytest.mark.parametrize(
