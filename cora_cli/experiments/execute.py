@@ -20,9 +20,9 @@ from cora_cli import lock, rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.launch import Job, Launcher
 from cora_cli.experiments.ledger import FINISHED, Ledger
+from cora_cli.experiments.plan_file import read_plan_file, write_plan_file
 from cora_cli.experiments.screen import Screen
 from cora_cli.experiments.steps import COMMANDS, Plan, Step, plan_record
-from cora_cli.reading import read_json
 
 _POLL_SECONDS = 0.1
 _LAST_LINES = 6
@@ -46,7 +46,7 @@ def write_plan(plan: Plan, stages: Mapping[str, Any] | None = None) -> None:
 
     `stages` is what `stage_record` adds for a grid with stages.
     """
-    rundir.write_json(plan.out / "plan.json", {**plan_record(plan), **(stages or {})})
+    write_plan_file(plan.out, {**plan_record(plan), **(stages or {})})
     rundir.write_text(plan.out / "grid.yaml", yaml.safe_dump(plan.grid.resolved(), sort_keys=False, allow_unicode=True))
     for name, records in plan.records.items():
         rundir.write_jsonl(plan.out / name, records)
@@ -242,8 +242,7 @@ def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool) -> None:
 
 def _recorded_plan(out: Path) -> Mapping[str, Any]:
     with contextlib.suppress(CoraError):  # a damaged plan is written again
-        found: dict[str, Any] = read_json(out / "plan.json", dict[str, Any])
-        return found
+        return read_plan_file(out)
     return {}
 
 

@@ -49,7 +49,7 @@ class PlannedSweep(TypedDict):
 
 
 class GridPlan(TypedDict):
-    """A grid's `plan.json`; `steps`, `margin`, `template_date`, `tokenizer_sha256` and `end_tokens` came later."""
+    """A grid's `plan.json`; `steps`, `margin`, `template_date`, `tokenizer_sha256`, `end_tokens` and `sha256`, the hash of the rest, came later."""
 
     name: str
     title: str
@@ -62,6 +62,7 @@ class GridPlan(TypedDict):
     template_date: NotRequired[str]
     tokenizer_sha256: NotRequired[str]
     end_tokens: NotRequired[list[int]]
+    sha256: NotRequired[str]
     looks: NotRequired[int | None]
     sweeps: NotRequired[list[PlannedSweep]]
 
@@ -75,6 +76,7 @@ class StepRecord(TypedDict):
     results_of_needs: dict[str, str | None]
     error: NotRequired[str]
     diverged: NotRequired[bool]
+    texts: NotRequired[dict[str, Any]]
     stops: NotRequired[dict[str, str]]
 
 

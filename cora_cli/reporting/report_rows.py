@@ -13,11 +13,12 @@ from typing import Any
 from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ledger import Ledger
+from cora_cli.experiments.plan_file import PLAN, read_plan_file
 from cora_cli.experiments.rows import SPLIT_KEYS
 from cora_cli.experiments.steps import Step, read_steps
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
-from cora_cli.reading import checked, read_json
+from cora_cli.reading import checked, number, read_json
 from cora_cli.reporting.inventory import not_an_output, outputs_below
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 
@@ -103,7 +104,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
     plain: list[Row] = []
     judgings: list[Path] = []
     for root in _distinct_directories(_with_ranks([Path(output) for output in opened(outputs)])):
-        if (root / "plan.json").is_file():
+        if (root / PLAN).is_file():
             grids.append(read_plan(root))
         elif RunDirectory(root).exists():
             plain.append(_row_of_run(RunDirectory(root)))
@@ -193,15 +194,18 @@ def _distinct_directories(outputs: Sequence[Path]) -> list[Path]:
 
 def read_plan(root: Path) -> Experiment:
     """The experiment described by `root/plan.json`. Raises `CoraError` with the file and the fault."""
-    path = root / "plan.json"
+    path = root / PLAN
     try:
-        plan = read_json(path, dict[str, Any])
-        if (version := plan.get("format_version")) == PLAN_VERSION:
+        plan = read_plan_file(root)
+        version = plan.get("format_version")
+        is_ours = type(version) is int and version == PLAN_VERSION
+        if is_ours:
             checked(plan, records.GridPlan, path)
+            _check_sweeps(plan.get("sweeps", ()), path)
     except CoraError as error:
         raise CoraError(f"{error}; run `cora ablate` again") from error
-    if version != PLAN_VERSION:
-        raise CoraError(f"{path} has format version {version}, but this cora reads version {PLAN_VERSION}")
+    if not is_ours:
+        raise CoraError(f"{path} has format version {version!r}, but this cora reads version {PLAN_VERSION}")
     rows = [_row_of_plan(root, entry) for entry in plan["rows"]]
     names = Counter(row.name for row in rows)
     steps = read_steps(plan)
@@ -229,6 +233,13 @@ def read_plan(root: Path) -> Experiment:
         plan.get("looks"),
         tuple(judgings),
     )
+
+
+def _check_sweeps(sweeps: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Raise `CoraError` for a sweep whose losses are not under learning rates."""
+    for rate in (rate for sweep in sweeps for rate in sweep["losses"]):
+        if number(rate) is None:
+            raise CoraError(f"{path} is damaged: sweeps has losses at {rate!r}, which is no learning rate")
 
 
 def _own_judgings(root: Path, steps: dict[str, Step]) -> tuple[list[Path], list[str]]:

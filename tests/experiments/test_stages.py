@@ -13,6 +13,7 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.ablate import Request, ablate, run_stages
 from cora_cli.experiments.estimate import Estimate
+from cora_cli.experiments.plan_file import read_plan_file
 from cora_cli.experiments.stage_work import stage_lines
 from cora_cli.experiments.stages import Stages
 from cora_cli.lock import own_directory

@@ -7,6 +7,7 @@ import pytest
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.experiments.plan_file import read_plan_file, write_plan_file
 from cora_cli.inspection.prediction import used_bases
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.collect import collect
@@ -544,3 +545,31 @@ def test_an_evaluation_of_another_adapter_than_the_runs_is_missing(trained_grid,
     assert [missing.reason for missing in found.missing] == [
         f"{run / 'evaluation'} is an evaluation of another adapter than the one in {run / 'adapter'}; run `cora evaluate {run} --overwrite`"
     ]
+
+
+@pytest.mark.parametrize("change", ["seed", "run", "learning_rate"])
+def test_a_plan_that_was_changed_after_it_was_written_is_refused(change: str, grid: Path) -> None:
+    plan = read_json(grid / "plan.json")
+    write_plan_file(grid, plan)
+    assert len(read_plan(grid).rows) == len(plan["rows"])
+    assert read_plan_file(grid) == plan
+    written = read_json(grid / "plan.json")
+    one, other = [row for row in written["rows"] if row["run"]][:2]
+    one[change] = other[change] if change == "run" else 7
+    rundir.write_json(grid / "plan.json", written)
+    with pytest.raises(CoraError, match=r"plan.json was changed after `cora ablate` had written it; run `cora ablate` again"):
+        read_plan(grid)
+
+
+def test_a_plan_whose_sweep_has_losses_at_no_learning_rate_is_named(grid: Path) -> None:
+    sweep = {"method": ["d"], "planned": [1e-3], "losses": {"high": {"2": 1.0}}, "dropped": {}, "chosen": None, "added": None}
+    rundir.write_json(grid / "plan.json", {**read_json(grid / "plan.json"), "sweeps": [sweep]})
+    with pytest.raises(CoraError, match=r"plan.json is damaged: sweeps has losses at 'high', which is no learning rate"):
+        read_plan(grid)
+
+
+@pytest.mark.parametrize("version", ["1", True, 2])
+def test_a_plan_of_another_format_is_refused_with_it(version: object, grid: Path) -> None:
+    rundir.write_json(grid / "plan.json", {**read_json(grid / "plan.json"), "format_version": version})
+    with pytest.raises(CoraError, match=f"has format version {version!r}, but this cora reads version 1"):
+        read_plan(grid)
