@@ -255,8 +255,15 @@ def run_stages(
 def _joined(outcomes: Sequence[Outcome], lost: set[str]) -> Outcome:
     """The outcome of all rounds together. The steps `lost` have diverged in a sweep, which is a result and no failure."""
     completed = tuple(dict.fromkeys(name for outcome in outcomes for name in outcome.completed))
-    failed = {name: error for outcome in outcomes for name, error in outcome.failed.items() if name not in lost}
-    blocked = {name: culprit for outcome in outcomes for name, culprit in outcome.blocked.items()}
+    failed: dict[str, str] = {}
+    blocked: dict[str, str] = {}
+    for outcome in outcomes:
+        # A later round tries a failed step again, and a step that it completes has not failed.
+        for name in (*outcome.completed, *outcome.up_to_date):
+            failed.pop(name, None)
+            blocked.pop(name, None)
+        failed |= {name: error for name, error in outcome.failed.items() if name not in lost}
+        blocked |= outcome.blocked
     up_to_date = dict.fromkeys(name for outcome in outcomes for name in outcome.up_to_date if name not in completed)
     return Outcome(tuple(up_to_date), completed, failed, blocked)
 

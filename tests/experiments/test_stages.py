@@ -104,9 +104,8 @@ def test_a_grid_that_is_cut_off_goes_on_where_it_was(after: int, tmp_path: Path)
     done = [*first.trained(), *second.trained()]
     assert sorted(set(done)) == sorted(whole.trained())
     assert len(done) - len(set(done)) <= 1, "only the step in flight runs again"
-    assert (tmp_path / "cut" / "plan.json").read_text() == (tmp_path / "whole" / "plan.json").read_text().replace(
-        str(tmp_path / "whole"), str(tmp_path / "cut")
-    )
+    cut, complete = (json.dumps(read_plan_file(tmp_path / name)) for name in ("cut", "whole"))
+    assert cut == complete.replace(str(tmp_path / "whole"), str(tmp_path / "cut"))
 
 
 def test_a_rate_at_the_edge_adds_one_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,3 +315,15 @@ def test_a_repeated_call_checks_no_training_again(
     for _ in range(2):
         ablate(request, lambda *_: {})
     assert checked == [2, 0]
+
+
+def test_a_step_that_failed_once_and_was_completed_in_a_later_round_has_not_failed(tmp_path: Path) -> None:
+    failures = iter(["no memory"])
+
+    def fails(argv: Sequence[str]) -> str | None:
+        first = value_of(argv, "--mode") == "dora" and value_of(argv, "--stop-at") == "2"
+        return next(failures, None) if first else None
+
+    outcome = run_staged(staged_grid(), tmp_path, SweepLauncher(distance, fails=fails))
+    assert (outcome.failed, outcome.blocked) == ({}, {})
+    assert next(failures, None) is None, "it did fail"
