@@ -65,7 +65,7 @@ class Execution:
     def __init__(self, plan: Plan, wanted: set[str], launcher: Launcher, screen: Screen, held: int) -> None:
         """`wanted` names the steps to complete; `held` is the descriptor of the lock on the output directory."""
         self._plan, self._launcher, self._screen, self._held = plan, launcher, screen, held
-        self._ledger = Ledger(plan.out)
+        self._ledger = Ledger(plan.out, plan.texts)
         # A plan lists each step after its dependencies. A step enters `_unchecked` with its last dependency's result, and `_startable`
         # once it is known not to be done; both are heaps, so that steps run in the order of the plan.
         chosen = [step for step in plan.steps.values() if step.name in wanted]
@@ -211,6 +211,13 @@ def _error_in(log: Path, code: int) -> str:
     return f"killed by signal {-code}" if code < 0 else line
 
 
+_TEXTS = {
+    "tokenizer_sha256": (COMMANDS.keys() - {"basis"}, "the tokenizer of {}, or its chat template,"),
+    "end_tokens": (frozenset({"evaluate", "judge"}), "the eos_token_id in generation_config.json of {}"),
+}
+"""For each of `Plan.texts` the kinds of step that depend on it, and what it is."""
+
+
 def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool) -> None:
     """Raise `CoraError` that lists results of `wanted` steps created with other settings, unless `overwrite` is set.
 
@@ -218,18 +225,18 @@ def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool) -> None:
     """
     ledger = Ledger(plan.out)
     recorded = _recorded_plan(plan.out)
-    for key, ours, kinds, what in (
-        ("tokenizer_sha256", plan.tokenizer, COMMANDS.keys() - {"basis"}, "the tokenizer of {}, or its chat template,"),
-        ("end_tokens", list(plan.ends), {"evaluate", "judge"}, "the eos_token_id in generation_config.json of {}"),
-    ):
-        if not ours or recorded.get(key) in (None, ours):
+    for step in plan.steps.values():
+        record = ledger.record(step)
+        if record.get("status") != FINISHED:
             continue
-        others = (step for step in plan.steps.values() if step.kind in kinds)
-        if finished := next((step for step in others if ledger.record(step).get("status") == FINISHED), None):
-            raise CoraError(
-                f"{what.format(plan.grid.model)} has changed since {finished.output} was finished, so further rows could not be compared with it; "
-                "restore it, or choose another --output-dir"
-            )
+        theirs = record.get("texts", recorded)  # earlier versions noted them in the plan alone
+        for key, ours in plan.texts.items():
+            kinds, what = _TEXTS[key]
+            if step.kind in kinds and theirs.get(key) not in (None, ours):
+                raise CoraError(
+                    f"{what.format(plan.grid.model)} has changed since {step.output} was finished, so further rows could not be compared with it; "
+                    "restore it, or choose another --output-dir"
+                )
     found = [(step, differing) for name, step in plan.steps.items() if name in wanted and (differing := ledger.conflict(step))]
     if found and not overwrite:
         shown = "; ".join(f"{step.output} ({differing})" for step, differing in found[:5])

@@ -48,8 +48,9 @@ class Verdict:
 class Ledger:
     """The records of the steps in one output directory."""
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
+    def __init__(self, out: Path, texts: Mapping[str, Any] | None = None) -> None:
+        """`texts` is `Plan.texts`, to be noted with each step."""
+        self._out, self._texts = out, dict(texts or {})
 
     def check(self, step: Step, results: Mapping[str, str]) -> Verdict:
         """Whether the files of `step` are unchanged and were created from the current results of its dependencies.
@@ -289,7 +290,7 @@ class Ledger:
         # The losses at earlier stops belong to the run as long as it goes on.
         same = earlier and (earlier["key"], earlier["results_of_needs"]) == (step.key, needed)
         kept = {"stops": earlier["stops"]} if same and "stops" in earlier else {}
-        origin = {"results_of_needs": needed, "command": list(step.argv)}
+        origin = {"results_of_needs": needed, "command": list(step.argv), "texts": self._texts}
         rundir.write_json(self._place(step), {**common, **origin, **kept, **more})
 
     def _files(self, step: Step, but: str | None = None) -> dict[str, str]:

@@ -95,6 +95,12 @@ class Plan:
     tokenizer: str | None
     ends: tuple[int, ...] = ()
 
+    @property
+    def texts(self) -> dict[str, Any]:
+        """What decides how text becomes tokens and where an answer ends, as far as it is known: no part of a step's key, and one for all steps."""
+        known = {"tokenizer_sha256": self.tokenizer, "end_tokens": list(self.ends)}
+        return {name: value for name, value in known.items() if value}
+
     def of_kind(self, row: str, kind: Kind) -> Step | None:
         """The row's step of this kind, or None."""
         return next((self.steps[name] for name in self.steps_of[row] if self.steps[name].kind == kind), None)
@@ -462,8 +468,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "conditions": list(grid.conditions),
         "margin": grid.margin,
         "template_date": plan.date,
-        **({"tokenizer_sha256": plan.tokenizer} if plan.tokenizer else {}),
-        **({"end_tokens": list(plan.ends)} if plan.ends else {}),
+        **plan.texts,
         "rows": rows,
         "steps": [dataclasses.asdict(step) for step in plan.steps.values()],
     }

@@ -372,8 +372,22 @@ def test_a_grid_is_not_continued_with_another_tokenizer(plan: Plan) -> None:
         CoraError, match=rf"the tokenizer of base, .* has changed since runs/{LORA} was finished, .*; restore it, or"
     ):
         refuse_conflicts(other, set(plan.steps), overwrite=True)
-    write_plan(plan)  # as an earlier version does
+    write_plan(other)  # as it is after the grid was continued without this row
+    with pytest.raises(CoraError, match=rf"the tokenizer of base, .* has changed since runs/{LORA} was finished"):
+        refuse_conflicts(other, set(plan.steps), overwrite=False)
+    refuse_conflicts(first, set(plan.steps), overwrite=False)
+    _forget_texts(plan)
+    write_plan(first)  # as an earlier version does
+    with pytest.raises(CoraError, match="the tokenizer of base"):
+        refuse_conflicts(other, set(plan.steps), overwrite=False)
+    write_plan(plan)  # as a still earlier one does
     refuse_conflicts(other, set(plan.steps), overwrite=False)
+
+
+def _forget_texts(plan: Plan) -> None:
+    """Make the records of the steps those of a version that noted the tokenizer in the plan alone."""
+    for path in (plan.out / "steps").glob("*.json"):
+        rundir.write_json(path, {key: value for key, value in read_json(path).items() if key != "texts"})
 
 
 def test_a_grid_is_not_continued_where_other_tokens_end_an_answer(plan: Plan) -> None:
@@ -385,6 +399,7 @@ def test_a_grid_is_not_continued_where_other_tokens_end_an_answer(plan: Plan) ->
         CoraError, match=r"the eos_token_id in generation_config.json of base has changed since .*; restore it, or"
     ):
         refuse_conflicts(other, set(plan.steps), overwrite=True)
+    _forget_texts(plan)
     write_plan(plan)  # as an earlier version does
     refuse_conflicts(other, set(plan.steps), overwrite=False)
 
