@@ -166,7 +166,7 @@ def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
         plan = make_plan(grid, out, inputs, request.device, request.dtype)
         chosen = _chosen(request, plan)
         wanted = plan.needed_for(chosen)
-        refuse_conflicts(plan, wanted, request.overwrite)
+        refuse_conflicts(plan, wanted, request.overwrite, _dtype_here(request))
         done = done_steps(plan)
         ahead = {name for name in plan.steps if plan.steps[name].kind == "train" and not done[name]}
         rows = [row for row in grid.rows if row.name in chosen and not ahead.isdisjoint(plan.steps_of[row.name])]
@@ -184,6 +184,11 @@ def _check_trainings(request: Request, grid: Grid, inputs: Inputs) -> None:
     # A cluster may have GPUs that this machine lacks.
     hardware = (planned_hardware if request.launcher == "slurm" else select_hardware)(request.device, request.dtype)
     check_trainings(distinct_trainings(grid, request.device, request.dtype), grid, inputs, hardware)
+
+
+def _dtype_here(request: Request) -> str | None:
+    """The type in which the steps compute; None where they run on other machines."""
+    return None if request.launcher == "slurm" else select_hardware(request.device, request.dtype).dtype_name
 
 
 def rate_of_steps(request: Request) -> float | None:
@@ -223,7 +228,7 @@ def run_stages(
         wanted = plan.needed_for(chosen)
         if rate is None and not all(Ledger(out).has_finished(plan.steps[name]) for name in wanted):
             rate = rate_of_steps(request)
-        refuse_conflicts(plan, wanted, request.overwrite)
+        refuse_conflicts(plan, wanted, request.overwrite, _dtype_here(request))
         write_plan(plan, stage_record(methods, grid))
         # A training that stopped goes on under the same name.
         fresh = {f"{name}@{plan.steps[name].stop_at}" for name in wanted}

@@ -218,17 +218,25 @@ _TEXTS = {
 """For each of `Plan.texts` the kinds of step that depend on it, and what it is."""
 
 
-def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool) -> None:
+def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool, dtype: str | None = None) -> None:
     """Raise `CoraError` that lists results of `wanted` steps created with other settings, unless `overwrite` is set.
 
-    Also raises it where the tokenizer, or what ends an answer, has changed since other rows were finished, which then could not be compared.
+    Also raises it where the tokenizer, or what ends an answer, has changed since other rows were finished, which then could not be compared,
+    and where these were computed in another type than `dtype`, that of the steps to come on this machine.
     """
     ledger = Ledger(plan.out)
     recorded = _recorded_plan(plan.out)
+    is_done = all(ledger.has_finished(step) for name, step in plan.steps.items() if name in wanted)
     for step in plan.steps.values():
         record = ledger.record(step)
-        if record.get("status") != FINISHED:
+        if record.get("status") != FINISHED or record["key"] != step.key:
             continue
+        computed_in = None if dtype is None or is_done else ledger.dtype(step)
+        if computed_in not in (None, dtype):
+            raise CoraError(
+                f"{step.output} was computed in {computed_in}, and this machine would compute the further rows in {dtype}, so they could not be "
+                "compared; continue on a machine like the earlier one, or choose another --output-dir"
+            )
         theirs = record.get("texts", recorded)  # earlier versions noted them in the plan alone
         for key, ours in plan.texts.items():
             kinds, what = _TEXTS[key]

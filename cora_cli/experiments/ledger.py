@@ -4,6 +4,7 @@
 results before a step runs again.
 """
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -16,8 +17,8 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.steps import COMMANDS, Step, of_answers
 from cora_cli.lock import own_directory
 from cora_cli.reading import checked, read_json
-from cora_cli.records import FinishedRun, FinishedStep, RunStatus, StepRecord, Stop
-from cora_cli.rundir import RunDirectory
+from cora_cli.records import FinishedRun, FinishedStep, Generation, Run, RunStatus, StepRecord, Stop
+from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.proposal import rate_in
 
 STARTED, FINISHED, FAILED, STOPPED = "started", "finished", "failed", "stopped"
@@ -103,6 +104,17 @@ class Ledger:
             return None
         validation = read_json(RunDirectory(self._out / step.output).record, FinishedRun).get("validation")
         return validation["loss"] if validation else None
+
+    def dtype(self, step: Step) -> str | None:
+        """The type in which a training or an evaluation was computed, by its own files; None where these do not say."""
+        place = self._out / step.output
+        settings: Mapping[str, Any] = {}
+        with contextlib.suppress(CoraError):
+            if step.kind in ("model", "train"):
+                settings = read_json(RunDirectory(place).record, Run)["fingerprint"]["settings"]
+            elif step.kind == "evaluate":
+                settings = read_json(EvaluationDirectory(place).generation, Generation)["settings"]
+        return settings.get("dtype")
 
     def proposed_rate(self, step: Step, steps: Mapping[str, Step]) -> float | None:
         """The learning rate that a step of kind `proposal` measured; None while there is none of this step and of its dependencies' results."""

@@ -352,6 +352,8 @@ class _Planner:
         data = data_key(self._grid.datasets[row.dataset], self._grid.train)
         hashes = {"model": self._model_hash(self._grid.model), "dataset": self._data_hash(data)}
         facts = {**facts, "template": common["template"], **hashes}
+        if self._hardware["dtype"] != "auto":  # a run's evaluation has it from the run
+            facts["dtype"] = self._hardware["dtype"]
         step = self._keyed("evaluate-base", "evaluate", of_answers(facts), ())
         records, output = f"records/{row.dataset}.jsonl", f"evaluations/{step.key[:12]}"
         if data in self._inputs.datasets:

@@ -15,11 +15,12 @@ from cora_cli.experiments.estimate import Estimate, steps_that_fit
 from cora_cli.experiments.execute import Execution, Outcome, done_steps, refuse_conflicts, write_plan
 from cora_cli.experiments.launch import Job, LocalLauncher
 from cora_cli.experiments.screen import Screen, duration
-from cora_cli.experiments.steps import Plan
+from cora_cli.experiments.steps import Plan, make_plan
 from cora_cli.lock import own_directory
 from cora_cli.reading import read_json, read_jsonl
+from cora_cli.settings import DtypeName
 from tests.counting import assert_linear
-from tests.experiments.helpers import BASE, PretendLauncher, grid_of, plan_of
+from tests.experiments.helpers import BASE, PretendLauncher, grid_of, inputs_of, plan_of
 
 ROWS = ({"mode": "base"}, {"mode": ["fb", "lora"]})
 STEPS = 7  # a fine-tune, a basis, two runs, three evaluations
@@ -382,6 +383,26 @@ def test_a_grid_is_not_continued_with_another_tokenizer(plan: Plan) -> None:
         refuse_conflicts(other, set(plan.steps), overwrite=False)
     write_plan(plan)  # as a still earlier one does
     refuse_conflicts(other, set(plan.steps), overwrite=False)
+
+
+def test_a_grid_is_not_continued_where_a_machine_computes_in_another_type(plan: Plan) -> None:
+    carry_out(plan, rows=["base"])
+    (base,) = plan.steps_of["base"]
+    place = plan.out / plan.steps[base].output
+    rundir.write_json(place / "generation.json", {"name": "base", "settings": {"dtype": "fp32"}})
+    everything = set(plan.steps)
+    for dtype in ("fp32", None):
+        refuse_conflicts(plan, everything, overwrite=False, dtype=dtype)
+    with pytest.raises(CoraError, match=r"evaluations/\w+ was computed in fp32, and this machine would compute .* in bf16"):
+        refuse_conflicts(plan, everything, overwrite=True, dtype="bf16")
+    refuse_conflicts(plan, {base}, overwrite=False, dtype="bf16")  # nothing is left to compute
+
+
+def test_the_base_model_is_evaluated_again_in_another_type_that_is_asked_for(tmp_path: Path) -> None:
+    asked: tuple[DtypeName, ...] = ("auto", "bf16", "fp32")
+    grid = grid_of({"mode": "base"})
+    steps = [make_plan(grid, tmp_path, inputs_of(), "cpu", dtype).of_kind("base", "evaluate") for dtype in asked]
+    assert len({step.output for step in steps if step is not None}) == 3
 
 
 def _forget_texts(plan: Plan) -> None:
