@@ -240,8 +240,8 @@ def _run_grid(file: Path, out: Path) -> None:
 
 def reported_rows(count: int, directory: Path) -> Work:
     """`cora report` of `count` finished rows in all formats: a tiny grid with three seeds whose LoRA is copied under other labels."""
+    from cora_cli.experiments.sealed import PLAN, read_sealed, write_sealed
     from cora_cli.reporting.report import report
-    from cora_cli.rundir import write_json
 
     root = directory / "out"
     blocks: list[dict[str, Any]] = [
@@ -250,17 +250,17 @@ def reported_rows(count: int, directory: Path) -> Work:
     ]
     metrics = {"limit": 40, "max_new_tokens": 4, "metrics": ["rouge", "bleu"]}
     _run_grid(_grid(directory, [{"mode": "base"}, *blocks], metrics), root)
-    plan = json.loads((root / "plan.json").read_text(encoding="utf-8"))
+    plan = read_sealed(root / PLAN)
     originals = [row for row in plan["rows"] if row["mode"] == "lora"]
     for number in range(count - len(plan["rows"])):
         _copy_row(root, plan, originals[number % len(originals)], f"copy-{number // len(originals)}")
-    write_json(root / "plan.json", plan)
+    write_sealed(root / PLAN, plan)
     return lambda: report([str(root)], "markdown", directory / "report")
 
 
 def _copy_row(root: Path, plan: dict[str, Any], row: dict[str, Any], label: str) -> None:
     """Add a copy of a finished row to the plan, with its files and the records of its steps, under a label of its own."""
-    from cora_cli.rundir import write_json
+    from cora_cli.experiments.sealed import read_sealed, write_sealed
 
     moved = {row["run"]: f"{row['run']}-{label}"}
     shutil.copytree(root / row["run"], root / moved[row["run"]])
@@ -274,9 +274,9 @@ def _copy_row(root: Path, plan: dict[str, Any], row: dict[str, Any], label: str)
     for step in [step for step in plan["steps"] if step["name"] in names]:
         needs = [names.get(need, need) for need in step["needs"]]
         plan["steps"].append({**step, "name": names[step["name"]], "output": moved[step["output"]], "needs": needs})
-        found = json.loads((root / "steps" / f"{step['name']}.json").read_text(encoding="utf-8"))
+        found = read_sealed(root / "steps" / f"{step['name']}.json")
         found["results_of_needs"] = {names.get(need, need): result for need, result in found["results_of_needs"].items()}
-        write_json(root / "steps" / f"{names[step['name']]}.json", found)
+        write_sealed(root / "steps" / f"{names[step['name']]}.json", found)
     renamed = {"name": f"{row['name']}-{label}", "label": f"{row['label']} {label}"}
     plan["rows"].append({**row, **renamed, "run": moved[row["run"]], "evaluation": moved[row["evaluation"]]})
 

@@ -216,6 +216,8 @@ def run_stages(
     confirm = grid.confirm
     assert confirm is not None
     stages = Stages(grid, out, inputs, request.device, request.dtype)
+    for sentence in stages.start_again():
+        say(sentence)
     methods = stages.methods()
     seeds = {method.key: MIN_SEEDS for method in methods}
     done: set[str] = set()

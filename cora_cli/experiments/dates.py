@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 
 from cora_cli.errors import CoraError
-from cora_cli.experiments.plan_file import read_plan_file
+from cora_cli.experiments.sealed import PLAN, read_sealed
 from cora_cli.records import read_run, template_date
 from cora_cli.rundir import RunDirectory
 from cora_cli.settings import check_date, today
@@ -19,7 +19,7 @@ def date_of_grid(out: Path) -> str:
     Earlier versions did not record it, so their rows have the dates of the days on which they started.
     """
     with contextlib.suppress(CoraError):
-        recorded = read_plan_file(out).get("template_date")
+        recorded = read_sealed(out / PLAN).get("template_date")
         if isinstance(recorded, str) and check_date(recorded) is None:
             return recorded
     runs = (RunDirectory(record.parent) for folder in ("runs", "models") for record in sorted(out.glob(f"{folder}/*/run.json")))

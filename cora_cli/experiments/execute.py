@@ -20,8 +20,8 @@ from cora_cli import lock, rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.launch import Job, Launcher
 from cora_cli.experiments.ledger import FINISHED, Ledger
-from cora_cli.experiments.plan_file import read_plan_file, write_plan_file
 from cora_cli.experiments.screen import Screen
+from cora_cli.experiments.sealed import PLAN, read_sealed, write_sealed
 from cora_cli.experiments.steps import COMMANDS, Plan, Step, plan_record
 
 _POLL_SECONDS = 0.1
@@ -46,7 +46,7 @@ def write_plan(plan: Plan, stages: Mapping[str, Any] | None = None) -> None:
 
     `stages` is what `stage_record` adds for a grid with stages.
     """
-    write_plan_file(plan.out, {**plan_record(plan), **(stages or {})})
+    write_sealed(plan.out / PLAN, {**plan_record(plan), **(stages or {})})
     rundir.write_text(plan.out / "grid.yaml", yaml.safe_dump(plan.grid.resolved(), sort_keys=False, allow_unicode=True))
     for name, records in plan.records.items():
         rundir.write_jsonl(plan.out / name, records)
@@ -257,7 +257,7 @@ def refuse_conflicts(plan: Plan, wanted: set[str], overwrite: bool, dtype: str |
 
 def _recorded_plan(out: Path) -> Mapping[str, Any]:
     with contextlib.suppress(CoraError):  # a damaged plan is written again
-        return read_plan_file(out)
+        return read_sealed(out / PLAN)
     return {}
 
 

@@ -8,17 +8,19 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
+from cora_cli.experiments.sealed import read_sealed, write_sealed
 from cora_cli.experiments.steps import COMMANDS, Step, of_answers
 from cora_cli.lock import own_directory
 from cora_cli.reading import checked, read_json
 from cora_cli.records import FinishedRun, FinishedStep, Generation, Run, RunStatus, StepRecord, Stop
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from cora_cli.training.checkpoints import checkpoints_in, step_of
 from cora_cli.training.proposal import rate_in
 
 STARTED, FINISHED, FAILED, STOPPED = "started", "finished", "failed", "stopped"
@@ -84,6 +86,23 @@ class Ledger:
         record = self.record(step)
         reached = step.stop_at is not None and str(step.stop_at) in record.get("stops", {})
         return (record.get("status") == FINISHED or reached) and record["key"] == step.key
+
+    def start_again(self, step: Step, stops: Collection[int]) -> str | None:
+        """Remove the run of a training step that has gone past one of these optimizer steps without a loss there, since no run goes back.
+
+        Returns a message, or None if there is no such run.
+        """
+        record, place = self.record(step), self._out / step.output
+        if not record or record["key"] != step.key or place.is_symlink():
+            return None
+        known = self._stops(step, record)
+        missed = [stop for stop in stops if str(stop) not in known and _has_passed(RunDirectory(place), stop)]
+        if not missed:
+            return None
+        self._forget_stops(step, record)
+        with own_directory(place):
+            shutil.rmtree(place)
+        return f"{place} had gone past step {missed[0]}, where the sweep needs its loss now: training the run again"
 
     def validation_loss(self, step: Step, stop: int | None, steps: Mapping[str, Step]) -> float | None:
         """The validation loss (nats per token) of a training step where it stopped at optimizer step `stop`, or at its end.
@@ -211,7 +230,7 @@ class Ledger:
     def _forget_stops(self, step: Step, record: Mapping[str, Any]) -> None:
         """Record that the losses at earlier stops are gone with the run, or will be."""
         if "stops" in record:
-            rundir.write_json(self._place(step), {name: value for name, value in record.items() if name != "stops"})
+            write_sealed(self._place(step), {name: value for name, value in record.items() if name != "stops"})
 
     def start(self, step: Step, results: Mapping[str, str]) -> None:
         """Record that a step has started."""
@@ -286,8 +305,10 @@ class Ledger:
     def record(self, step: Step) -> dict[str, Any]:
         """The record of a step; empty if it is missing or damaged."""
         try:
-            record: dict[str, Any] = read_json(self._place(step), StepRecord)
-            checked(record, FinishedStep if record["status"] == FINISHED else StepRecord, self._place(step))
+            record = read_sealed(self._place(step))
+            checked(record, StepRecord, self._place(step))
+            if record["status"] == FINISHED:
+                checked(record, FinishedStep, self._place(step))
         except CoraError:
             return {}
         return record
@@ -303,7 +324,7 @@ class Ledger:
         same = earlier and (earlier["key"], earlier["results_of_needs"]) == (step.key, needed)
         kept = {"stops": earlier["stops"]} if same and "stops" in earlier else {}
         origin = {"results_of_needs": needed, "command": list(step.argv), "texts": self._texts}
-        rundir.write_json(self._place(step), {**common, **origin, **kept, **more})
+        write_sealed(self._place(step), {**common, **origin, **kept, **more})
 
     def _files(self, step: Step, but: str | None = None) -> dict[str, str]:
         """SHA-256 of every output file of a step, by its path in the step's directory, without paths that begin with `but`."""
@@ -329,6 +350,14 @@ class Ledger:
 def _aside(place: Path) -> Path:
     """Where a run stays while the one that replaces it is trained."""
     return place.with_name(f".{place.name}.replaced")
+
+
+def _has_passed(run: RunDirectory, stop: int) -> bool:
+    """Whether a run has gone further than optimizer step `stop`."""
+    with contextlib.suppress(CoraError):
+        if read_json(run.record, RunStatus)["status"] == FINISHED:
+            return True
+    return any(step_of(checkpoint) > stop for checkpoint in checkpoints_in(run.checkpoints))
 
 
 def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

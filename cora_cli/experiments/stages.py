@@ -106,6 +106,26 @@ class Stages:
 
         return [row for rows, own in zip(groups, runs, strict=True) if not is_tried(own) for row in rows]
 
+    def start_again(self) -> list[str]:
+        """Remove the runs that have gone past a rung of the sweep without a loss there: they were trained for other rungs, or for another stage.
+
+        Returns a message for each.
+        """
+        rule, ledger, said = self._grid.sweep, Ledger(self._out), list[str]()
+        if rule is None:
+            return said
+        methods = self.methods()
+        # All rows in one plan, as for their sweeps.
+        plan = self.plan([*self._untrained(), *(row for method in methods for row in _candidates(method.rows, rule))])
+        for method in (method for method in methods if method.sweep is not None):
+            total = total_steps(method.rows[0])
+            rungs = [stop for stop in rule.steps(total) if stop < total]
+            for row in (method.rows[0].at(rate, seed, "sweep") for rate in _rates(method.rows) for seed in rule.seeds):
+                step = plan.of_kind(row.name, "train")
+                message = ledger.start_again(step, rungs) if step is not None else None
+                said += [message] if message else []
+        return said
+
     def _swept(self, rows: tuple[Row, ...], rule: SweepRule, plan: Plan) -> Method:
         first, ledger = rows[0], Ledger(self._out)
         total = total_steps(first)

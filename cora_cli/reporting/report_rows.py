@@ -13,8 +13,8 @@ from typing import Any
 from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ledger import Ledger
-from cora_cli.experiments.plan_file import PLAN, read_plan_file
 from cora_cli.experiments.rows import SPLIT_KEYS
+from cora_cli.experiments.sealed import PLAN, read_sealed
 from cora_cli.experiments.steps import Step, read_steps
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
@@ -196,7 +196,7 @@ def read_plan(root: Path) -> Experiment:
     """The experiment described by `root/plan.json`. Raises `CoraError` with the file and the fault."""
     path = root / PLAN
     try:
-        plan = read_plan_file(root)
+        plan = read_sealed(path)
         version = plan.get("format_version")
         is_ours = type(version) is int and version == PLAN_VERSION
         if is_ours:

@@ -363,6 +363,16 @@ def test_the_time_left_counts_waiting_and_running_steps(
     assert "about 66 s left" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("change", [{"files": {}}, {"facts": {}}, {"result": "0" * 64}, {"seconds": 5.0}])
+def test_a_record_that_was_changed_after_it_was_written_is_not_believed(change: dict[str, Any], plan: Plan) -> None:
+    carry_out(plan)
+    path = plan.out / "steps" / f"train-{LORA}.json"
+    rundir.write_json(path, read_json(path) | change)
+    assert not done_steps(plan)[f"train-{LORA}"]
+    assert carry_out(plan)[1] == [f"train-{LORA}"]
+    assert all(done_steps(plan).values())
+
+
 def test_a_grid_is_not_continued_with_another_tokenizer(plan: Plan) -> None:
     first, other = (dataclasses.replace(plan, tokenizer=digest) for digest in ("one", "other"))
     write_plan(first)
@@ -408,7 +418,7 @@ def test_the_base_model_is_evaluated_again_in_another_type_that_is_asked_for(tmp
 def _forget_texts(plan: Plan) -> None:
     """Make the records of the steps those of a version that noted the tokenizer in the plan alone."""
     for path in (plan.out / "steps").glob("*.json"):
-        rundir.write_json(path, {key: value for key, value in read_json(path).items() if key != "texts"})
+        rundir.write_json(path, {key: value for key, value in read_json(path).items() if key not in ("texts", "sha256")})
 
 
 def test_a_grid_is_not_continued_where_other_tokens_end_an_answer(plan: Plan) -> None:

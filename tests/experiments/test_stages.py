@@ -13,7 +13,7 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.ablate import Request, ablate, run_stages
 from cora_cli.experiments.estimate import Estimate
-from cora_cli.experiments.plan_file import read_plan_file
+from cora_cli.experiments.sealed import read_sealed
 from cora_cli.experiments.stage_work import stage_lines
 from cora_cli.experiments.stages import Stages
 from cora_cli.lock import own_directory
@@ -24,6 +24,7 @@ from .helpers import (
     RATES,
     SWEEP,
     TRAIN,
+    Loss,
     SweepLauncher,
     inputs_of,
     run_staged,
@@ -104,7 +105,7 @@ def test_a_grid_that_is_cut_off_goes_on_where_it_was(after: int, tmp_path: Path)
     done = [*first.trained(), *second.trained()]
     assert sorted(set(done)) == sorted(whole.trained())
     assert len(done) - len(set(done)) <= 1, "only the step in flight runs again"
-    cut, complete = (json.dumps(read_plan_file(tmp_path / name)) for name in ("cut", "whole"))
+    cut, complete = (json.dumps(read_sealed(tmp_path / name / "plan.json")) for name in ("cut", "whole"))
     assert cut == complete.replace(str(tmp_path / "whole"), str(tmp_path / "cut"))
 
 
@@ -327,3 +328,31 @@ def test_a_step_that_failed_once_and_was_completed_in_a_later_round_has_not_fail
     outcome = run_staged(staged_grid(), tmp_path, SweepLauncher(distance, fails=fails))
     assert (outcome.failed, outcome.blocked) == ({}, {})
     assert next(failures, None) is None, "it did fail"
+
+
+class ForwardLauncher(SweepLauncher):
+    """Its runs have checkpoints, and like those of `cora train` they do not go back."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(loss, fails=self._refusal)
+
+    def _refusal(self, argv: Sequence[str]) -> str | None:
+        place, stop = Path(value_of(argv, "--output-dir")), value_of(argv, "--stop-at")
+        passed = [int(path.name.removeprefix("checkpoint-")) for path in place.glob("checkpoints/*")]
+        return "cannot stop at a step that it has passed" if stop and any(step > int(stop) for step in passed) else None
+
+    def _make(self, argv: Sequence[str]) -> None:
+        super()._make(argv)
+        step = value_of(argv, "--stop-at", "8")
+        (Path(value_of(argv, "--output-dir")) / "checkpoints" / f"checkpoint-{step}").mkdir(parents=True, exist_ok=True)
+
+
+@pytest.mark.parametrize("rungs", [[1, 2, 4], [2, 3]])
+def test_a_run_that_has_passed_a_rung_that_came_later_is_trained_again(rungs: list[int], tmp_path: Path) -> None:
+    rows = {"mode": "lora", "learning_rate": RATES}
+    run_staged(staged_grid(rows), tmp_path / "edited", ForwardLauncher(distance))
+    edited = staged_grid(rows, sweep={**SWEEP, "rungs": rungs})
+    assert run_staged(edited, tmp_path / "edited", ForwardLauncher(distance)).failed == {}
+    run_staged(edited, tmp_path / "fresh", ForwardLauncher(distance))
+    after, fresh = (read_json(tmp_path / name / "plan.json")["sweeps"] for name in ("edited", "fresh"))
+    assert after == fresh

@@ -7,7 +7,7 @@ import pytest
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.experiments.plan_file import read_plan_file, write_plan_file
+from cora_cli.experiments.sealed import read_sealed, write_sealed
 from cora_cli.inspection.prediction import used_bases
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.collect import collect
@@ -509,7 +509,7 @@ def test_a_run_of_other_settings_than_the_plans_is_not_shown_among_its_rows(reco
 def test_an_evaluation_of_a_run_that_was_made_again_is_not_shown(recorded):
     name = Made("lora", "lora").name
     path = recorded / "steps" / f"train-{name}.json"
-    rundir.write_json(path, read_json(path) | {"result": "0" * 64})
+    write_sealed(path, read_sealed(path) | {"result": "0" * 64})
     assert missing_of(recorded) == {"lora": "its inputs have changed since it ran; run `cora ablate` again"}
 
 
@@ -550,9 +550,9 @@ def test_an_evaluation_of_another_adapter_than_the_runs_is_missing(trained_grid,
 @pytest.mark.parametrize("change", ["seed", "run", "learning_rate"])
 def test_a_plan_that_was_changed_after_it_was_written_is_refused(change: str, grid: Path) -> None:
     plan = read_json(grid / "plan.json")
-    write_plan_file(grid, plan)
+    write_sealed(grid / "plan.json", plan)
     assert len(read_plan(grid).rows) == len(plan["rows"])
-    assert read_plan_file(grid) == plan
+    assert read_sealed(grid / "plan.json") == plan
     written = read_json(grid / "plan.json")
     one, other = [row for row in written["rows"] if row["run"]][:2]
     one[change] = other[change] if change == "run" else 7

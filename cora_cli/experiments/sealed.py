@@ -1,0 +1,34 @@
+"""The records of a grid, `plan.json` and those of its steps, with a hash of their own contents: a record that was changed after it was
+written is damaged, and never believed.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cora_cli import rundir
+from cora_cli.errors import CoraError
+from cora_cli.reading import read_json
+
+PLAN = "plan.json"
+"""What the rows of a grid are, in its directory."""
+_HASH = "sha256"
+
+
+def write_sealed(path: Path, record: Mapping[str, Any]) -> None:
+    """Write `record` with the hash of its contents."""
+    as_read = json.loads(json.dumps(record))  # where every key is text
+    rundir.write_json(path, {**record, _HASH: rundir.sha256_json(as_read)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The record in `path`, as it was written; earlier versions wrote no hash.
+
+    Raises `CoraError` if the file is missing, is no JSON object, or was changed since.
+    """
+    record: dict[str, Any] = read_json(path, dict[str, Any])
+    written = record.pop(_HASH, None)
+    if written is not None and written != rundir.sha256_json(record):
+        raise CoraError(f"{path} was changed after `cora ablate` had written it")
+    return record
