@@ -258,7 +258,8 @@ def records_to_answer(config: EvaluateConfig, target: Target, trained: TrainedPr
     """The records to answer, their schema, and how many of them were trained on. Raises `CoraError` if there are none."""
     with rundir.unchanged(Path(target.dataset)):
         records, schema = load_test_records(target.dataset, Choice(config.columns, config.subset, config.split))
-        check_own_records(Path(target.dataset))
+        if not config.dataset:  # again, as they are read
+            check_own_records(Path(target.dataset))
     if schema == "text":
         raise CoraError(
             f"{target.dataset} holds texts without prompts, so there is nothing to answer; compare runs by their held-out loss"

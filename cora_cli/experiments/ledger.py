@@ -17,7 +17,8 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments.sealed import read_sealed, write_sealed
 from cora_cli.experiments.steps import COMMANDS, Step, of_answers
 from cora_cli.lock import own_directory
-from cora_cli.reading import checked, read_json
+from cora_cli.models.references import resolve_model
+from cora_cli.reading import checked, read_json, read_yaml
 from cora_cli.records import FinishedRun, FinishedStep, Generation, Run, RunStatus, StepRecord, Stop
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.checkpoints import checkpoints_in, step_of
@@ -261,6 +262,15 @@ class Ledger:
         self._write(step, results, {"status": FINISHED, "seconds": seconds, "files": files, "result": result})
         return result
 
+    def _is_model_of_plan(self, step: Step, digest: str) -> bool:
+        """Whether a run that an earlier version began recorded the plan's model by the hash of that version."""
+        with contextlib.suppress(CoraError):
+            hashes = resolve_model(
+                read_yaml(RunDirectory(self._out / step.output).config, "configuration")["model"]
+            ).content_hashes()
+            return {digest, step.facts["model"]} <= hashes
+        return False
+
     def _require_inputs_of_plan(self, step: Step) -> None:
         """Raise `CoraError` where a training read another model or other data than those that the plan hashed: they changed meanwhile.
 
@@ -272,7 +282,10 @@ class Ledger:
         read = read_json(run.record, dict[str, Any]).get("fingerprint", {})
         # The plan hashes all records, a run those that --limit leaves.
         names = {"model": "model_sha256", **({} if step.facts.get("limit") else {"dataset": "data_sha256"})}
-        if changed := [fact for fact, name in names.items() if name in read and read[name] != step.facts.get(fact)]:
+        known = [(fact, read[name]) for fact, name in names.items() if name in read and fact in step.facts]
+        if changed := [
+            fact for fact, digest in known if digest != step.facts[fact] and not self._is_model_of_plan(step, digest)
+        ]:
             with own_directory(run.root):
                 shutil.rmtree(run.root)
             raise CoraError(

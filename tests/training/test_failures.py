@@ -180,7 +180,7 @@ def test_a_model_that_predicts_no_next_token_is_refused_before_anything_is_writt
 def test_four_bits_are_refused_without_the_package_before_anything_is_written(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cora_cli.models.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("cora_cli.models.quantized.find_spec", lambda name: None)
     with pytest.raises(CoraError, match=r"--load-in-4bit needs the package bitsandbytes: pip install 'cora-cli\[four-bit\]'"):
         train(config_for(tiny_model, tiny_data, tmp_path / "run", load_in_4bit=True))
     assert not (tmp_path / "run").exists()
