@@ -100,6 +100,10 @@ class Collection:
     judged: list[Judged] = dataclasses.field(default_factory=list)
 
 
+_HELD_OUT = "held-out records"
+"""What the held-out loss was measured on, as `_check_comparable` names it."""
+
+
 def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Collection:
     """Read every row; `wanted` restricts the metrics. Raises `CoraError` if rows of one group cannot be compared."""
     results: list[Result] = []
@@ -328,7 +332,7 @@ def _have_equal_weights(evaluated: Result, trained: Result) -> bool:
 
 def _check_comparable(results: list[Result]) -> None:
     """Raise `CoraError` if two rows of a group were evaluated on different records or measured with different settings."""
-    for what in ("references", *NAMES, LOSS):
+    for what in ("references", *NAMES, LOSS, _HELD_OUT):
         first: tuple[Row, Any] | None = None
         for result in results:
             measure = result.measures.get(what)
@@ -336,6 +340,9 @@ def _check_comparable(results: list[Result]) -> None:
                 key: Any = result.references
             elif what == LOSS:
                 key = None if measure is None else measure.statistics[:, 1].tolist()
+            elif what == _HELD_OUT:
+                # Different records can have as many tokens. Early versions did not record the hash.
+                key = result.record["data"].get("test_sha256") if result.record and LOSS in result.measures else None
             else:
                 key = None if measure is None else measure.signature
             if key is None:

@@ -429,6 +429,18 @@ def test_runs_that_divide_one_data_set_otherwise_stay_in_one_group(trained_grid,
     assert [row.label for row in experiment.rows] == ["lora validation_size=None", "lora validation_size=4"]
 
 
+def test_held_out_losses_on_other_records_of_the_same_lengths_are_not_compared(trained_grid, tmp_path):
+    one, again = (path for path in sorted((trained_grid / "runs").iterdir()) if "lora" in path.name)
+    other = shutil.copytree(again, tmp_path / "other", ignore=shutil.ignore_patterns("evaluation"))
+    record = read_json(other / "run.json")
+    settings = record["fingerprint"]["settings"] | {"split_seed": 1}
+    divided = {"fingerprint": record["fingerprint"] | {"settings": settings}, "data": record["data"] | {"test_sha256": "0" * 64}}
+    rundir.write_json(other / "run.json", record | divided)
+    (experiment,) = find_experiments([str(one), str(other)])
+    with pytest.raises(CoraError, match="measured their held-out loss on different records"):
+        collect(experiment)
+
+
 @pytest.mark.parametrize(
     ("mode", "b_init", "label"),
     [("mica", "minor", "mica"), ("dora", "zeros", "dora"), ("lora-mini", "basis", "lora-mini basis"), ("tb", "basis", "tb")],
