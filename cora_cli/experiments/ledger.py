@@ -190,11 +190,8 @@ class Ledger:
         """
         record, place = self.record(step), self._out / step.output
         rundir.refuse_link(place)
-        if step.kind == "laplace" and place.exists():
-            # What it writes is complete or absent, and it writes over nothing.
-            with own_directory(place):
-                shutil.rmtree(place)
-            return f"{place} was created from another run or with other settings, or was changed: writing it again"
+        if step.kind in ("laplace", "evaluate"):
+            return self._clear_derived(step, record)
         if step.kind == "proposal" and place.exists():
             place.unlink()  # as for a basis, and it is written over nothing
         if not place.exists():
@@ -226,6 +223,22 @@ class Ledger:
             return (
                 f"{place}/{altered[0]} was changed or removed after it was written: writing it again from the last checkpoint"
             )
+        return None
+
+    def _clear_derived(self, step: Step, record: dict[str, Any]) -> str | None:
+        """`clear` for what is computed from a finished run."""
+        place = self._out / step.output
+        if step.kind == "laplace" and place.exists():
+            # What it writes is complete or absent, and it writes over nothing.
+            with own_directory(place):
+                shutil.rmtree(place)
+            return f"{place} was created from another run or with other settings, or was changed: writing it again"
+        described = EvaluationDirectory(place).generation
+        if record.get("status") == FINISHED and described.is_file() and described.name in self._altered(step, record):
+            # `evaluate` believes what describes the answers that are there; without it, it answers again.
+            with own_directory(place):
+                described.unlink()
+            return f"{described} was changed after it was written: answering again"
         return None
 
     def _forget_stops(self, step: Step, record: Mapping[str, Any]) -> None:

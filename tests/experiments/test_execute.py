@@ -137,6 +137,22 @@ def test_only_damaged_steps_run_again(plan: Plan, place: str, how: str, rerun: l
     assert carry_out(plan)[1] == []
 
 
+@pytest.mark.parametrize("damage_of", ['{"settings": {"mo', '{"prompts_cut": 7}'])
+def test_a_changed_description_of_answers_is_not_believed(
+    damage_of: str, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    carry_out(plan)
+    place = f"runs/{LORA}/evaluation/generation.json"
+    damage(plan, place, damage_of)
+    launcher = PretendLauncher()
+    found: list[bool] = []
+    launcher._fails = lambda argv: found.append((plan.out / place).exists())
+    assert carry_out(plan, launcher)[1] == [f"evaluate-{LORA}"]
+    assert found == [False]
+    assert f"{plan.out / place} was changed after it was written: answering again" in capsys.readouterr().err
+    assert carry_out(plan)[1] == []
+
+
 def test_a_damaged_basis_is_extracted_again_and_its_runs_are_kept_if_it_is_identical(plan: Plan) -> None:
     carry_out(plan)
     (basis,) = (plan.out / "bases").iterdir()

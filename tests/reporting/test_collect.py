@@ -434,7 +434,10 @@ def test_held_out_losses_on_other_records_of_the_same_lengths_are_not_compared(t
     other = shutil.copytree(again, tmp_path / "other", ignore=shutil.ignore_patterns("evaluation"))
     record = read_json(other / "run.json")
     settings = record["fingerprint"]["settings"] | {"split_seed": 1}
-    divided = {"fingerprint": record["fingerprint"] | {"settings": settings}, "data": record["data"] | {"test_sha256": "0" * 64}}
+    divided = {
+        "fingerprint": record["fingerprint"] | {"settings": settings},
+        "data": record["data"] | {"test_sha256": "0" * 64},
+    }
     rundir.write_json(other / "run.json", record | divided)
     (experiment,) = find_experiments([str(one), str(other)])
     with pytest.raises(CoraError, match="measured their held-out loss on different records"):
