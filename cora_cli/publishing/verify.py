@@ -24,7 +24,7 @@ from cora_cli.evaluation.metrics.pass_at import Attempts
 from cora_cli.evaluation.targets import check_test_records
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.trained_on import trained_on
-from cora_cli.reading import read_json, read_jsonl, read_text
+from cora_cli.reading import read_json, read_jsonl, read_text, read_yaml
 from cora_cli.reporting.measures import read_evaluation, read_loss
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.heldout import HeldOutLoss, loss_change
@@ -64,6 +64,7 @@ def check_run(run: RunDirectory) -> list[str]:
             f"{run.record} was changed after it was written: its mode is {record['mode']}, but the run was trained with {mode}"
         )
     found = [f"{run.result}: {len(run.result_files())} files with the recorded hash"]
+    _check_settings(run, record)
     # Whoever publishes may leave out the records.
     if run.test_records.exists() or not run.sums.exists():
         check_test_records(run, record)
@@ -79,6 +80,19 @@ def check_run(run: RunDirectory) -> list[str]:
         _check_evaluation(own)
     _check_origin(run)
     return found
+
+
+def _check_settings(run: RunDirectory, record: dict[str, Any]) -> None:
+    """Raise `CoraError` where the settings in `record` are not those of `config.yaml`, which holds what was asked for."""
+    if not run.config.is_file() or "laplace" in record:  # there the settings are those of the run behind it
+        return
+    asked = read_yaml(run.config, "configuration of the run")
+    for name, value in record["fingerprint"]["settings"].items():
+        # What was left to the program is settled in the record alone.
+        if name in asked and asked[name] not in (None, "auto", value):
+            raise CoraError(
+                f"{run.record} and {run.config.name} have another {name} ({value} and {asked[name]}): one of them was changed after it was written"
+            )
 
 
 def _check_losses(run: RunDirectory, record: dict[str, Any]) -> None:

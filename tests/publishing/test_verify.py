@@ -123,6 +123,11 @@ def impossible_bootstrap(entry: str, value: int) -> Callable[[Path], None]:
         ),
         ("run.json", edited("heldout", "before", "tokens", by=1), "its heldout.before.tokens is 1, but heldout.jsonl gives"),
         ("run.json", edited("plan", "rank", by=64), "its plan is not the one in"),
+        (
+            "run.json",
+            edited("fingerprint", "settings", "learning_rate", by=0.5),
+            "config.yaml have another learning_rate (0.5 and ",
+        ),
         ("eval/metrics.json", edited("generation", "settings", by={}), "metrics.json have another settings"),
         ("eval/generation.json", edited("seconds", by=0.1), "metrics.json have another seconds"),
         ("eval/predictions.jsonl", flip, "eval/predictions.jsonl was altered after it was scored"),
