@@ -48,9 +48,11 @@ def four_bit_bytes(model: Any, dtype: torch.dtype) -> int:
 @cache
 def _layer_class() -> Any:
     """Of bitsandbytes' class, by which PEFT chooses what it wraps a layer in."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
-    class PlannedLinear4bit(Linear4bit):
+    stock: Any = Linear4bit
+
+    class PlannedLinear4bit(stock):
         def __init__(self, linear: Any, dtype: torch.dtype) -> None:
             torch.nn.Module.__init__(self)
             transposed = isinstance(linear, Conv1D)
