@@ -90,7 +90,7 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
 
     def open_directory() -> bool:
         held.enter_context(own_directory(run.root, run.checkpoints.name, run.log.name))
-        return _open_directory(run, fingerprint, config.resume)
+        return _open_directory(run, fingerprint, config.resume, arguments.world_size)
 
     if _agree(arguments, open_directory, fingerprint):
         record = read_run(run)
@@ -174,9 +174,10 @@ def _agree(arguments: TrainingArguments, decide: Callable[[], bool], fingerprint
     return bool(answer)
 
 
-def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool) -> bool:
+def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool, processes: int) -> bool:
     """Whether the directory holds a run with this configuration to continue. Raises `CoraError` for another run or other files.
 
+    Each of the `processes` adds its own batch to every step, so with another number of them it would be another training.
     A run that failed before its first step holds nothing to continue and is replaced, and so is one that the user interrupted there, or that
     failed without a checkpoint, unless it is to be continued.
     """
@@ -199,8 +200,10 @@ def _open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool
         recorded["settings"]["peft_config"] = fingerprint["settings"].get("peft_config")
     if "template_date" in fingerprint["settings"]:
         recorded["settings"].setdefault("template_date", template_date(record))
-    if recorded != fingerprint:
-        detail = _difference(recorded, fingerprint, "in the run", "now")
+    recorded["processes"] = record["hardware"].get("processes", 1)
+    now = {**fingerprint, "processes": processes}
+    if recorded != now:
+        detail = _difference(recorded, now, "in the run", "now")
         raise CoraError(f"{run.root} cannot be resumed with other inputs than it was started with: {detail}")
     return True
 

@@ -174,7 +174,7 @@ class CoraTrainer(Trainer):
         if not self._divides_trained:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # Complete, so that any number of processes can resume, sharded or not.
+        # Complete, so that a run can be resumed with or without `--shard`.
         optimizer, scheduler = self._optimizer_and_scheduler()
         state = gathered(optimizer.state_dict(), self.args.should_save)
         if self.args.should_save:

@@ -216,6 +216,18 @@ def test_resuming_with_other_settings_is_refused_by_name(
     assert record_of(output)["status"] == "finished"
 
 
+def test_resuming_with_another_number_of_processes_is_refused_since_each_adds_its_own_batch(
+    uninterrupted: tuple[TrainConfig, Path], tmp_path: Path
+) -> None:
+    config, output = uninterrupted
+    shutil.copytree(output, tmp_path / "run")
+    record = record_of(output)
+    record["hardware"]["processes"] = 2
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(CoraError, match=r"with other inputs than it was started with: processes \(2 in the run, 1 now\)$"):
+        train(replace(config, output_dir=str(tmp_path / "run"), resume=True))
+
+
 def test_a_run_of_lora_xs_goes_on_with_the_factors_in_its_checkpoint(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
