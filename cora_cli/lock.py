@@ -66,8 +66,12 @@ def _refuse_result(path: Path) -> None:
     place = rundir.absolute(path)
     for folder in (place, *place.parents):
         run = rundir.RunDirectory(folder.parent)
-        if folder in (run.adapter, run.model) and run.exists():
+        if folder not in (run.adapter, run.model):
+            continue
+        if run.exists():
             raise CoraError(f"{path} is in {folder}, where the run {run.root} keeps its result; choose another place")
+        if pids := _holder_of(run.root / ".lock"):  # a training that has not written its record yet would replace it
+            raise _in_use(run.root, pids)
 
 
 def is_held(out: Path) -> bool:
@@ -94,7 +98,10 @@ def _hold(lock: Path, output: Path) -> Iterator[int]:
     except OSError as error:
         raise rundir.disk_error(error, output) from error
     try:
-        note_holders(descriptor, [])
+        try:
+            note_holders(descriptor, [])
+        except OSError as error:
+            raise rundir.disk_error(error, output) from error
         remove_abandoned()
         yield descriptor
     finally:

@@ -36,16 +36,19 @@ def absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100  # `Path.absolute` keeps `..`, and `Path.resolve` follows links
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def disk_error(error: OSError, path: Path) -> CoraError:
     """Turn an operating system error from writing `path` into a one-sentence `CoraError`."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in _FULL:
         return CoraError(f"the disk is full: {path} could not be written ({error.strerror}); no partial file was left behind")
     return CoraError(f"{path} cannot be written: {error.strerror or error}")
 
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error means that the disk is full; each library words this differently."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and error.errno in _FULL:
         return True
     signs = (
         "No space left",
@@ -92,7 +95,7 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
 def _is_elsewhere(error: OSError, path: Path, temporary: Path) -> bool:
     """Whether an error is about another file than `path`, what becomes of it, or a directory above it: one that its writer reads."""
-    if not isinstance(error.filename, str | bytes):
+    if not isinstance(error.filename, str | bytes) or error.errno in _FULL:  # a copy names what it reads first
         return False
     place, wanted = absolute(Path(os.fsdecode(error.filename))), absolute(path)
     return place != wanted and place not in wanted.parents and absolute(temporary) not in (place, *place.parents)

@@ -1,5 +1,6 @@
 """The lock of an output: one holder, released by its death, no trace of it afterwards; what killed commands left is removed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -186,3 +187,26 @@ def test_nothing_is_written_into_the_result_of_a_run(own, inside, tmp_path: Path
         pass
     with own(tmp_path / "run" / "merged"), own(tmp_path / "model"):
         pass
+
+
+def test_the_place_of_the_result_is_kept_for_a_training_that_has_no_record_yet(tmp_path: Path) -> None:
+    with (
+        own_directory(tmp_path / "run"),
+        pytest.raises(CoraError, match=rf"run is in use by another cora command \(process {os.getpid()}\)"),
+        own_output(tmp_path / "run" / "adapter"),
+    ):
+        pass
+    with own_output(tmp_path / "run" / "adapter"):
+        pass
+
+
+def test_a_disk_without_room_for_the_lock_is_called_full_with_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(CoraError, match=r"the disk is full: \S+/out could not be written"), own_directory(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -122,6 +122,18 @@ FULL_DISK = """
     """
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_copy_that_fills_the_disk_is_about_what_it_writes_not_about_what_it_reads(code, tmp_path):
+    def copy():
+        with atomic_path(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            raise OSError(code, "No space left on device", "/source/config.json", None, str(temporary / "config.json"))
+
+    with pytest.raises(CoraError, match=r"the disk is full: \S+/folder could not be written"):
+        copy()
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("call", ["write_text({path}, 'x' * 100_000)", "write_jsonl({path}, ['x' * 90] * 1000)"])
 def test_a_disk_that_fills_up_gives_one_sentence_and_keeps_the_old_file(call, tmp_path):
     target = tmp_path / "file"

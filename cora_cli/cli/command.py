@@ -65,7 +65,9 @@ def _described(error: Exception) -> str:
     """What an exception of Python or of a library says to a user: the file of an operating system's error, or what is exhausted."""
     detail = " ".join(str(error).split())[:400]
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+        # A copy names what it reads and what it writes, and it is the latter that a full disk is about.
+        named = error.filename2 if error.filename2 is not None and rundir.is_disk_full(error) else error.filename
+        place = os.fsdecode(named) if isinstance(named, str | bytes) else str(named)
         name = variable_of_path(place)
         return (
             f"{place} cannot be used: {error.strerror}{f'; the environment variable {name} names that place' if name else ''}"
