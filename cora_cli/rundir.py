@@ -84,6 +84,10 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
         if _is_elsewhere(error, path, temporary):
             raise
         raise disk_error(error, path) from error
+    except Exception as error:
+        if isinstance(error, CoraError) or "No space left" not in str(error):
+            raise
+        raise disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path) from error  # safetensors has its own exception
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -139,12 +143,20 @@ def refuse_broken_link(path: Path) -> None:
         raise CoraError(f"{path} is a symbolic link to {path.readlink()}, which does not exist")
 
 
-def open_to_append(path: Path) -> BinaryIO:
-    """Open a log to append to. Raises `CoraError` if it is a symbolic link or cannot be opened."""
+@contextlib.contextmanager
+def open_to_append(path: Path) -> Iterator[BinaryIO]:
+    """Open a log to append to. Raises `CoraError` if it is a symbolic link, cannot be opened, or if the disk is full."""
     refuse_special(path)
     try:
-        return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "ab")
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "ab")
     except OSError as error:
+        raise disk_error(error, path) from error
+    try:
+        with file:
+            yield file
+    except OSError as error:  # the system does not name the file, and closing it fails like the write before
+        if error.errno not in _FULL or error.filename is not None:
+            raise
         raise disk_error(error, path) from error
 
 

@@ -134,6 +134,17 @@ def test_a_copy_that_fills_the_disk_is_about_what_it_writes_not_about_what_it_re
     assert names(tmp_path) == []
 
 
+def test_a_disk_that_a_library_finds_full_in_its_own_words_is_called_full_with_the_place(tmp_path):
+    def write():
+        with atomic_path(tmp_path / "weights") as temporary:
+            temporary.touch()
+            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(CoraError, match=r"the disk is full: \S+/weights could not be written"):
+        write()
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("call", ["write_text({path}, 'x' * 100_000)", "write_jsonl({path}, ['x' * 90] * 1000)"])
 def test_a_disk_that_fills_up_gives_one_sentence_and_keeps_the_old_file(call, tmp_path):
     target = tmp_path / "file"
@@ -321,6 +332,15 @@ def test_a_full_disk_is_recognised_in_each_librarys_words(error: Exception) -> N
     assert not rundir.is_disk_full(type(error)("something else"))
 
 
+def test_a_log_on_a_full_disk_is_named_also_when_its_buffer_cannot_be_written_on_closing(monkeypatch) -> None:
+    monkeypatch.setattr(rundir, "refuse_special", lambda path: None)
+    with (
+        pytest.raises(CoraError, match=r"^the disk is full: /dev/full could not be written"),
+        rundir.open_to_append(Path("/dev/full")) as file,
+    ):
+        file.write(b"line")
+
+
 def test_a_file_that_cannot_be_read_is_not_taken_for_the_one_that_is_written(tmp_path: Path) -> None:
     def write(source: Path) -> None:
         with atomic_path(tmp_path / "folder") as temporary:
@@ -337,9 +357,11 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_the_one_that_is_written(tmp
 
 def test_a_pipe_is_neither_replaced_nor_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for write in (lambda path: rundir.write_text(path, "text"), rundir.open_to_append):
-        with pytest.raises(CoraError, match="pipe is a device, a pipe or a socket, which cora does not replace"):
-            write(tmp_path / "pipe")
+    refused = "pipe is a device, a pipe or a socket, which cora does not replace"
+    with pytest.raises(CoraError, match=refused):
+        rundir.write_text(tmp_path / "pipe", "text")
+    with pytest.raises(CoraError, match=refused), rundir.open_to_append(tmp_path / "pipe"):
+        pass
     assert (tmp_path / "pipe").is_fifo()
 
 
