@@ -73,9 +73,10 @@ def _described(error: Exception) -> str:
             f"{place} cannot be used: {error.strerror}{f'; the environment variable {name} names that place' if name else ''}"
         )
     if isinstance(error, UnicodeEncodeError):
-        return (
-            f"a library cannot use the name {rundir.utf8(error.object)[:200]!r} where the locale is not UTF-8; set PYTHONUTF8=1"
-        )
+        name = repr(rundir.utf8(error.object)[:200])
+        if sys.getfilesystemencoding() == "utf-8":
+            return f"a library cannot use the name {name}, whose bytes are no UTF-8; choose another name"
+        return f"a library cannot use the name {name} where the locale is not UTF-8; set PYTHONUTF8=1"
     if machine := _lacking(error, detail):
         return machine
     if (name := variable_behind(error)) is not None:

@@ -1,6 +1,7 @@
 """Precedence of flags, files and defaults, how commands end, and what `--help` may import, for all commands."""
 
 import dataclasses
+import errno
 import json
 import shlex
 import subprocess
@@ -366,3 +367,17 @@ def test_imported_code_that_ends_the_program_does_not_look_like_success(capsys: 
         exec("raise SystemExit(0)")
     assert left.value.exit_code == 1
     assert "such as a model's own (--trust-remote-code), ended the program" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_utf8_is_not_blamed_on_the_locale(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), clean_errors(debug=False):
+        raise UnicodeEncodeError("utf-8", "caf\udce9/config.json", 3, 4, "surrogates not allowed")
+    said = capsys.readouterr().err
+    assert r"cannot use the name 'caf\\xe9/config.json', whose bytes are no UTF-8; choose another name" in said
+    assert "locale" not in said
+
+
+def test_a_copy_that_fills_the_disk_is_about_what_it_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), clean_errors(debug=False):
+        raise OSError(errno.ENOSPC, "No space left on device", "/from/config.json", None, "/to/config.json")
+    assert capsys.readouterr().err == "cora: error: /to/config.json cannot be used: No space left on device\n"
