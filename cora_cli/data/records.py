@@ -4,6 +4,7 @@
 """
 
 import json
+import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -29,6 +30,16 @@ TEST_COLUMNS = (
     "assertions",
 )
 """Columns with the tests of a record that asks for code; they are no part of its prompt."""
+MESSAGE_ENTRIES = frozenset(
+    {
+        *("role", "content", "name", "recipient", "channel", "prefix", "task"),
+        *("tool_calls", "tool_name", "tool_plan", "tool_responses", "tool_results", "function_call", "tools", "functions"),
+        *("reasoning", "reasoning_content", "thinking", "thoughts", "documents", "citations"),
+    }
+)
+"""Entries of a message that chat templates write. Others, such as an id, a time or a mark, make no other prompt of the same conversation."""
+_Form = Literal["read", "complete", "written"]
+"""How a prompt is hashed: with the entries that templates read; as earlier versions did, with all of them; and as the first ones, white space included."""
 
 
 class Record(dict[str, Any]):
@@ -39,14 +50,15 @@ class Record(dict[str, Any]):
         self.where = where
 
 
-def prompt_key(record: Mapping[str, Any], schema: Schema, as_written: bool = False) -> str:
+def prompt_key(record: Mapping[str, Any], schema: Schema, form: _Form = "read") -> str:
     """The prompt of a record as JSON, equal for equal prompts in whichever schema; its answer and other columns do not enter.
 
-    Prompts that differ only in white space are equal, unless they are taken `as_written`. A text without a prompt stands for itself.
+    Prompts that differ only in white space are equal, and so are those whose messages differ only in entries that no template reads. A text
+    without a prompt stands for itself.
     """
-    text = (lambda value: value) if as_written else _collapsed
+    text = (lambda value: value) if form == "written" else _collapsed
     if schema == "messages":
-        said = [_said(message, text) for message in record["messages"][:-1]]
+        said = [_said(_read(message) if form == "read" else message, text) for message in record["messages"][:-1]]
         prompt: list[Any] = [*said, *([extra] if (extra := template_values(record)) else [])]
     elif schema == "prompt":
         prompt = [["user", text(record["prompt"])]]
@@ -63,6 +75,21 @@ def _collapsed(value: Any) -> Any:
     return " ".join(value.split()) if isinstance(value, str) else value
 
 
+def _read(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a message that tell its prompt from others: without empty ones, and without the identifiers of calls of tools."""
+    read = {
+        name: value
+        for name, value in message.items()
+        if name in MESSAGE_ENTRIES and (value or (name == "content" and value is not None))
+    }
+    if isinstance(calls := read.get("tool_calls"), list):
+        read["tool_calls"] = [
+            {name: value for name, value in call.items() if name not in ("id", "index")} if isinstance(call, Mapping) else call
+            for call in calls
+        ]
+    return read
+
+
 def _said(message: Mapping[str, Any], text: Callable[[Any], Any]) -> Any:
     """A message of a role and a text as a pair, one with more (calls of tools, a name) with all its entries."""
     if message.keys() - {"weight"} == {"role", "content"}:
@@ -70,14 +97,14 @@ def _said(message: Mapping[str, Any], text: Callable[[Any], Any]) -> Any:
     return {name: text(value) if name == "content" else value for name, value in message.items() if name != "weight"}
 
 
-def prompt_hash(record: Mapping[str, Any], schema: Schema, as_written: bool = False) -> str:
+def prompt_hash(record: Mapping[str, Any], schema: Schema, form: _Form = "read") -> str:
     """32 hex digits of the hash of `prompt_key`."""
-    return rundir.sha256_text(prompt_key(record, schema, as_written))[:32]
+    return rundir.sha256_text(prompt_key(record, schema, form))[:32]
 
 
 def is_among(record: Mapping[str, Any], schema: Schema, hashes: Collection[str]) -> bool:
-    """Whether the prompt of a record is among recorded `hashes`, of which earlier versions made those of the prompts as they are written."""
-    return prompt_hash(record, schema) in hashes or prompt_hash(record, schema, as_written=True) in hashes
+    """Whether the prompt of a record is among recorded `hashes`, which earlier versions made of other forms of it."""
+    return any(prompt_hash(record, schema, form) in hashes for form in typing.get_args(_Form))
 
 
 def turns(record: Record, schema: Schema) -> Iterator[Record]:

@@ -223,6 +223,7 @@ class Template:
             with bounded(f"{where}: the chat template"):
                 prompt = self._apply(messages[:-1], extra, add_generation_prompt=True)
                 rendered = self._apply(messages, extra)
+                is_bare = self._is_bare(messages, extra, rendered)
         except CoraError:
             raise
         except UnsteadyTemplate as error:
@@ -242,10 +243,13 @@ class Template:
         if isinstance(content, str) and not all(part.strip() in rendered for part in re.split("</?think>", content)):
             missing.add(messages[-1]["role"])
         response, end = self._without_end(rendered[len(prompt) :])
-        lead = ""
-        if messages[-1].keys() <= {"role", "content"} and isinstance(content, str):
-            lead = _lead(response, content)
+        lead = _lead(response, content) if isinstance(content, str) and is_bare else ""
         return Rendered(prompt, response, special_tokens=False, end=end, lead=lead, left_out=tuple(sorted(missing)))
+
+    def _is_bare(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], rendered: str) -> bool:
+        """Whether the template writes nothing of the answer but its text: no thoughts or calls of tools that stand in entries of their own."""
+        bare = {name: value for name, value in messages[-1].items() if name in ("role", "content")}
+        return len(bare) == len(messages[-1]) or self._apply([*messages[:-1], bare], extra) == rendered
 
     def _without_end(self, rest: str) -> tuple[str, int | None]:
         """The rendered answer without its end, and the id of the token that ends it (None: the tokenizer's end token)."""
@@ -263,7 +267,7 @@ class Template:
     def _messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The record as a conversation that ends with the answer."""
         if self.schema == "messages":
-            messages: list[dict[str, Any]] = list(record["messages"])
+            messages = [_without_nulls(message) for message in record["messages"]]
             calls = any(message.get("tool_calls") for message in messages)
             return [_with_objects(message) for message in messages] if calls and self._quotes_arguments else messages
         if self.schema == "text":
@@ -355,6 +359,11 @@ def _is_written(message: Mapping[str, Any], text: str) -> bool:
     said = content.strip()
     quoted = (json.dumps(said, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
     return said in text or said.rpartition("</think>")[2].strip() in text or any(one in text for one in quoted)
+
+
+def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without entries that are null, which JSON written from tables has for all that other messages have."""
+    return {name: value for name, value in message.items() if value is not None or name == "content"}
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

@@ -518,6 +518,20 @@ def test_conversations_that_differ_in_an_earlier_call_or_a_name_have_different_p
         return prompt_key(Record({"messages": [{"role": "user", "content": "a"}, first, answer]}), "messages")
 
     assert len({key(), key(tool_calls=[{"name": "x"}]), key(tool_calls=[{"name": "y"}]), key(name="z")}) == 4
+    call = {"function": {"name": "x"}}
+    assert key(tool_calls=[{**call, "id": "1"}]) == key(tool_calls=[{**call, "id": "2"}])
+
+
+def test_records_whose_messages_differ_only_in_what_no_template_reads_have_one_prompt(tmp_path):
+    def talk(question, number):
+        marks = {"turn_identifier": number, "timestamp": f"2024-01-0{number + 1}", "name": None}
+        return {"messages": [{"role": "user", "content": question, **marks}, {"role": "assistant", "content": "b", **marks}]}
+
+    path = write(tmp_path / "talks.jsonl", [talk(f"q{place % 3}", place) for place in range(9)])
+    split = load_split(str(path), 2, seed=0)
+    held_out = {record["messages"][0]["content"] for record in split.test}
+    assert held_out.isdisjoint(record["messages"][0]["content"] for record in split.train)
+    assert split.overlapping == 9 - len(split.test) - len(split.train) > 0
 
 
 def test_a_record_with_a_held_out_prompt_among_its_earlier_turns_is_not_trained_where_every_answer_is(tmp_path):

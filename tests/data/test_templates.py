@@ -184,6 +184,29 @@ def test_a_block_that_the_template_puts_before_an_answer_is_trained_but_no_part_
 
 
 @pytest.mark.parametrize(
+    ("entries", "lead"),
+    [
+        ({"id": 7}, BLOCK),
+        ({"tool_calls": None}, BLOCK),
+        ({"reasoning_content": ""}, BLOCK),
+        ({"reasoning_content": "hm"}, ""),
+    ],
+)
+def test_entries_of_an_answer_that_the_template_does_not_write_leave_its_own_block_out_of_the_reference(entries, lead):
+    block = "{% if loop.last and m['role'] == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+    template = Template("chat", "messages", with_template(CHATML.replace("{{ m['content'] }}", block + "{{ m['content'] }}")))
+    rendered = template.render({"messages": [TALK["messages"][1], {"role": "assistant", "content": "2", **entries}]})
+    assert (rendered.lead, rendered.answer) == (lead, rendered.response.removeprefix(lead))
+
+
+def test_an_entry_that_is_null_is_written_as_one_that_is_absent():
+    named = CHATML.replace("{{ m['role'] }}", "{{ m['role'] }}{% if m.name is defined %} {{ m.name }}{% endif %}")
+    nulls = {"messages": [{**message, "name": None} for message in TALK["messages"]]}
+    template = Template("chat", "messages", with_template(named))
+    assert template.render(nulls) == template.render(TALK)
+
+
+@pytest.mark.parametrize(
     ("before", "text", "lead", "answer"),
     [
         ("", "m['content']", "", "    return 2\n"),

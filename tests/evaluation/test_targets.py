@@ -50,6 +50,12 @@ def test_hashes_of_earlier_versions_which_took_white_space_as_it_is_are_known_to
     assert not is_among({**record, "instruction": "Say hi"}, "alpaca", earlier)
 
 
+def test_hashes_of_earlier_versions_which_took_every_entry_of_a_message_are_known_too():
+    record = {"messages": [{"role": "user", "content": "Say  hi", "id": 1}, {"role": "assistant", "content": "hi", "id": 2}]}
+    earlier = {rundir.sha256_text('[{"content": "Say hi", "id": 1, "role": "user"}]')[:32]}
+    assert is_among(record, "messages", earlier)
+
+
 def test_an_adapter_that_was_taken_away_from_its_record_says_so(
     run: Path, trained: dict[str, Path], tiny_data: Path, tmp_path: Path, capfd
 ):
