@@ -212,9 +212,19 @@ def test_a_question_that_is_marked_as_trained_has_no_effect_and_that_is_said(mar
     assert ("1 messages that are no answers are marked as trained, which has no effect" in capsys.readouterr().err) is said
 
 
-@pytest.mark.parametrize("mark", ["train", "training", "loss"])
-def test_the_marks_of_other_programs_say_whether_an_answer_is_trained(mark, tmp_path):
-    first, second = ({**SAID[1], mark: trained} for trained in (False, True))
+@pytest.mark.parametrize(
+    ("mark", "no", "yes"),
+    [
+        ("train", False, True),
+        ("training", False, True),
+        ("loss", False, True),
+        ("train", 0, 1),
+        ("loss", 0.0, 1.0),
+        ("train", "False", "true"),
+    ],
+)
+def test_the_marks_of_other_programs_say_whether_an_answer_is_trained(mark, no, yes, tmp_path):
+    first, second = ({**SAID[1], mark: trained} for trained in (no, yes))
     question = {**SAID[0], mark: False}
     dataset = jsonl(tmp_path / "a.jsonl", {"messages": [question, first, question, second]})
     (record,), schema = load_records(dataset)

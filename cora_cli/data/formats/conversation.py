@@ -53,7 +53,7 @@ def _plain(message: dict[str, Any], place: str) -> dict[str, Any]:
     """A message with text in place of its parts, and with a weight in place of the marks of other programs that say whether it is trained."""
     if isinstance(message.get("content"), list):
         message = {**message, "content": _joined(message["content"], place)}
-    marks = {name: message[name] for name in _TRAINED if isinstance(message.get(name), bool)}
+    marks = {name: mark for name in _TRAINED if (mark := _mark(message.get(name))) is not None}
     if not marks or message.get("role") != "assistant":
         return message
     stated = {*marks.values(), *([weight] if (weight := message.get("weight")) is not None else [])}
@@ -69,7 +69,14 @@ def _plain(message: dict[str, Any], place: str) -> dict[str, Any]:
 def says_trained(message: Mapping[str, Any]) -> bool:
     """Whether a message that is no answer, and so is never trained, is marked as one that is."""
     marks = (message.get("weight"), *(message.get(name) for name in _TRAINED))
-    return message["role"] != "assistant" and any(mark in (True, 1) for mark in marks if isinstance(mark, bool | int))
+    return message["role"] != "assistant" and any(map(_mark, marks))
+
+
+def _mark(value: Any) -> bool | None:
+    """The truth value that a mark states, also as a number or a text, which tables have for those that some rows lack; None for anything else."""
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.strip().lower())
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
 
 
 def read_conversation(record: Raw, where: str, column: str) -> Raw:
