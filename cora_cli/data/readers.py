@@ -236,6 +236,8 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
             unnamed = {place for place, name in enumerate(header) if not name.strip()}
             _check_header([name for place, name in enumerate(header) if place not in unnamed], where)
         else:
+            if row == header:
+                raise CoraError(f"{where}: the row repeats the header, as in files put one after the other; remove it")
             if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
                 raise CoraError(f"{where}: the row has {len(row)} columns, but the header has {len(header)}")
             unnamed |= set(range(len(header), len(row)))

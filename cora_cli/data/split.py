@@ -88,8 +88,10 @@ def load_records(dataset: str, choice: Choice = ALL, usual: str = "train") -> tu
         say(
             f"{dataset}: {marked:,} messages that are no answers are marked as trained, which has no effect: only answers are trained"
         )
+    # Values that no run can record, such as a date, are not kept either.
     kept = set().union(*records) - {*SCHEMAS[shape.schema], "input"}
-    if choice.columns and (left := sorted({name for _, raw in located for name in raw} - set(shape.needs) - kept)):
+    read = {*shape.needs, *shape.reads, *(() if shape.is_chosen else ("input",))}
+    if not own and (left := sorted({name for _, raw in located for name in raw} - read - kept)):
         say(f"{dataset}: columns that are left out: {', '.join(left)}")
     return records, shape.schema
 

@@ -176,6 +176,11 @@ def test_a_bad_jsonl_line_is_named_also_after_blank_lines(bad, found, tmp_path):
     [
         ("prompt,completion\na,b\nc,d,e\n", 3, "the row has 3 columns, but the header has 2"),
         ("prompt,completion\na,b\nc\n", 3, "the row has 1 columns, but the header has 2"),
+        (
+            "prompt,completion\na,b\nprompt,completion\nc,d\n",
+            3,
+            "the row repeats the header, as in files put one after the other",
+        ),
         ('prompt,completion\n"a\nb\nc",d\nlonely\n', 5, "the row has 1 columns"),
         ('prompt,completion\na,b\n\n\n"c\nd"\n', 5, "the row has 1 columns"),
         ('prompt,completion\na,b\nc,"never closed\nd,e\n', 3, "not valid CSV"),
@@ -503,6 +508,14 @@ def test_columns_that_no_template_reads_are_listed():
     records = [{**ALPACA, "id": 1}, {**ALPACA, "source": "x"}]
     assert unused_columns(records, "alpaca") == ["id", "source"]
     assert unused_columns([{"messages": [], "tools": [], "chosen": 1}], "messages") == ["chosen"]
+
+
+def test_columns_whose_values_no_run_can_record_are_named(tmp_path, capfd):
+    when = datetime.datetime(2024, 1, 1)
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**ALPACA, "when": when, "id": 1}]), path)
+    assert load_records(str(path))[0] == [{**ALPACA, "id": 1}]
+    assert capfd.readouterr().err.splitlines()[-1] == f"{path}: columns that are left out: when"
 
 
 def test_records_know_their_file_and_line(tmp_path):
