@@ -500,3 +500,10 @@ def test_the_tokenizer_of_bleu_can_be_chosen_and_is_in_the_signature():
 def test_texts_that_the_encoder_does_not_know_are_unscorable():
     metric = build_metrics(["bertscore_f1"])["bertscore_f1"]
     assert metric.unscorable(["\u1400\u1401", "word", ""]) == 2
+
+
+@pytest.mark.parametrize(("words", "said"), [(510, False), (511, True)])
+def test_texts_of_which_the_encoder_reads_only_the_beginning_are_counted(words: int, said: bool, capsys):
+    text = " the" * words
+    list(BertScore().stream([text, "a"], [text, "b"]))
+    assert ("1 of 2 examples have a text of more than the 512 tokens" in capsys.readouterr().err) is said

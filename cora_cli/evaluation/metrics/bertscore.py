@@ -30,6 +30,7 @@ from cora_cli.evaluation.metrics.base import Floats, StreamingMetric, check_text
 from cora_cli.evaluation.metrics.encoding import embeddings
 from cora_cli.models.checkpoint import finite
 from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.progress import say
 
 EMBEDDED_ENCODER = "builtin:all-MiniLM-L6-v2"
 EMBEDDED_LAYER = 6
@@ -99,6 +100,16 @@ class BertScore(StreamingMetric):
         tokens = {text: sent_encode(encoder.tokenizer, text) for text in uses.keys() | expected}
         for ids in tokens.values():
             check_rows(ids, _rows(encoder.model), f"encoder {self._source[0].reference}", encoder.tokenizer)
+        cut = {
+            text
+            for text, ids in tokens.items()
+            if len(ids) >= encoder.max_tokens and _is_cut(text, len(ids), encoder.tokenizer)
+        }
+        if count := sum(not cut.isdisjoint(pair) for pair in pairs):
+            say(
+                f"BERTScore: {count} of {len(pairs)} examples have a text of more than the {encoder.max_tokens} tokens that the encoder takes; what comes "
+                "after them is not compared"
+            )
         padded = self._padded_by_evaluate(pairs, tokens) if self._as_evaluate else None
         # Texts of equal length are sorted by content, so that the order does not depend on the hash seed.
         texts = sorted(tokens, key=lambda text: (len(tokens[text]), text))
@@ -225,6 +236,11 @@ def greedy_f1(
     recall = (best_of_ref * ref_weight.to(similarity)).sum(dim=1) / ref_weight.to(similarity).sum(dim=1)
     # A text of only control characters has no tokens, so the weights sum to 0.
     return (2 * precision * recall / (precision + recall)).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _is_cut(text: str, kept: int, tokenizer: Any) -> bool:
+    """Whether a text has more tokens than the `kept` ones of `sent_encode`."""
+    return len(tokenizer.encode(text.strip(), add_special_tokens=True, truncation=False, verbose=False)) > kept
 
 
 def recommended_layer(reference: str) -> int:
