@@ -398,6 +398,8 @@ def _score(
         raise rundir.changed_meanwhile(path)
     predictions, references = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     say(f"{name}: scoring {len(lines)} predictions")
+    if config.from_predictions and (unread := shapes.unread_entries(lines)):
+        say(f"{path}: entries that are not used: {', '.join(unread)}")
     attempts, fates = execute(executor, problems, lines, path, out) if executor is not None else (None, None)
     report = score_all(
         config.metric_names,

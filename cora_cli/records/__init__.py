@@ -20,6 +20,7 @@ from cora_cli.records.evaluations import (
     answers_hashes,
     read_generation,
     read_predictions,
+    unread_entries,
 )
 from cora_cli.records.grids import (
     EndedStep,
@@ -145,4 +146,5 @@ __all__ = [
     "read_probe",
     "read_run",
     "template_date",
+    "unread_entries",
 ]

@@ -1,6 +1,7 @@
 """The shapes of what an evaluation writes: predictions, how they were generated, metrics, and the fates of programs."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -171,3 +172,10 @@ def read_predictions(path: Path, *texts: str) -> list[dict[str, Any]]:
             raise CoraError(f"{path}: lines {first} and {number} both answer the record with index {index}; remove one of them")
         lines.append(line)
     return lines
+
+
+def unread_entries(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The entries of lines of predictions that are none of `Prediction` or of what an evaluation adds, sorted, such as further references."""
+    return sorted(
+        {name for line in lines for name in line} - Prediction.__annotations__.keys() - {"index", "prompt", "new_tokens"}
+    )

@@ -298,6 +298,15 @@ def test_metrics_are_recomputed_from_predictions_without_a_model(
         assert (tmp_path / "elsewhere" / name).read_bytes() == (run / "eval" / name).read_bytes()
 
 
+def test_entries_of_foreign_predictions_that_nothing_reads_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = {"index": 0, "prompt": "p", "reference": "a", "prediction": "b", "references": ["b", "c"], "new_tokens": 1}
+    rundir.write_jsonl(tmp_path / "predictions.jsonl", [line])
+    evaluate(EvaluateConfig(from_predictions=str(tmp_path / "predictions.jsonl"), metrics=("rouge1",), bootstrap=100))
+    assert f"{tmp_path}/predictions.jsonl: entries that are not used: references\n" in capsys.readouterr().err
+
+
 def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

@@ -10,6 +10,7 @@ from cora_cli import records as shapes
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.judge.config import JudgeConfig
+from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 REFERENCE, SHUFFLED, BASE = "reference", "shuffled reference", "base"
@@ -151,6 +152,8 @@ def _read(name: str, path: Path, limit: int | None) -> System:
             )
         lines = shapes.read_predictions(path, *KEYS)[:limit]
         answers_sha256 = shapes.answers_hashes(path)[-1]
+    if unread := shapes.unread_entries(lines):
+        say(f"{path}: entries that are not used: {', '.join(unread)}")
     if len(lines) < 2:
         raise CoraError(f"{path} has {len(lines)} records; judging needs at least two, since anchors are shuffled references")
     return System(name, path, answers_sha256, tuple({key: line[key] for key in KEYS} for line in lines))
