@@ -34,6 +34,8 @@ _ADDRESS = re.compile(r"<[^<>\n]{1,200} at 0x[0-9a-f]{6,16}>")
 """What Python writes for an object that is no text, such as a generator: it has another address in each process."""
 _OPENED = re.compile(r"(?P<tag><[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])(?P<space>\s*)$")
 """The end of a prompt that begins the answer itself, such as with `<think>`."""
+_PARTS = ("{'type': 'text'", '{"type": "text"')
+"""How a template that knows no parts of messages writes one, as Python or as JSON prints it."""
 CLOCK = "strftime_now"
 """The function by which a chat template reads the clock; transformers' own name for it."""
 
@@ -294,7 +296,7 @@ def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], d
         # The templates of some models of images and text write the parts of a message only.
         with contextlib.suppress(Exception):  # templates raise what they like
             in_parts = _rendered(tokenizer, [_with_parts(message) for message in messages], date, variables)
-            if _writes_any(messages, in_parts):
+            if _writes_any(messages, in_parts) and not any(part in in_parts for part in _PARTS):
                 return in_parts
     return text
 

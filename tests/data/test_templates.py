@@ -395,6 +395,15 @@ def test_arguments_of_calls_as_json_text_are_never_written_as_a_quoted_string(wr
     assert call["function"]["arguments"] == '{"zone": "UTC"}'
 
 
+@pytest.mark.parametrize("written", ["m['content'][:1]", "m['content'] | upper", "m['content'] | tojson | replace('w', 'W')"])
+def test_a_template_that_changes_texts_gets_no_parts_which_it_would_print_as_they_are(written: str):
+    template = Template("chat", "messages", with_template(CHATML.replace("m['content']", written)))
+    talk = {"messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "two"}]}
+    rendered = template.render(Record(talk, "a"))
+    assert "type" not in (rendered.prompt + rendered.response).lower()
+    assert rendered.left_out == ("assistant", "user")
+
+
 def test_a_template_that_writes_the_parts_of_messages_gets_texts_as_parts():
     of_parts = CHATML.replace(
         "{{ m['content'] }}", "{% for part in m['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
