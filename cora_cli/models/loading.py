@@ -5,6 +5,7 @@ loaded model.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -250,19 +251,34 @@ def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:
             )
 
 
+def _named_templates(templates: list[Any], path: Path) -> dict[str, Any]:
+    """Chat templates by name, from a list of them. Raises `CoraError` for a name that occurs twice, of which transformers takes the last one."""
+    named = [(str(one.get("name")), one.get("template")) for one in templates if isinstance(one, dict)]
+    if repeated := next((name for name, count in Counter(name for name, _ in named).items() if count > 1), None):
+        raise CoraError(f"{path} has two chat templates of the name {repeated!r}; remove one of them")
+    return dict(named)
+
+
 def _say_other_templates(model: ModelPath, tokenizer: Any) -> None:
     """Say where a file of the directory holds another chat template than the one that is taken: an older one, or one that only processors read."""
+    used = tokenizer.chat_template
     for name in ("tokenizer_config.json", "chat_template.json"):
         path = model.path / name
         stated = read_json(path) if path.exists() else None
         other = stated.get("chat_template") if isinstance(stated, dict) else None
-        if not isinstance(other, str) or other == tokenizer.chat_template:
+        if isinstance(other, list):
+            other = _named_templates(other, path)
+        if (
+            not other
+            or not isinstance(other, str | dict)
+            or other in (used, used.get("default") if isinstance(used, dict) else None)
+        ):
             continue
-        if tokenizer.chat_template is None:
+        if used is None:
             say(
                 f"{model.reference}: the chat template of {name} is for processors, so it is not used; copy its text to {model.chat_template.name}"
             )
-        elif isinstance(tokenizer.chat_template, str):
+        else:
             taken = model.chat_template.name if model.chat_template.is_file() else "tokenizer_config.json"
             say(f"{model.reference}: {name} holds another chat template than {taken}, which is used")
 

@@ -209,3 +209,23 @@ def test_a_chat_template_that_is_not_used_next_to_another_or_for_processors_is_n
     (directory / "chat_template.json").write_text(json.dumps({"chat_template": own}))
     load_tokenizer(ModelPath(str(directory), directory, None))
     assert "the chat template of chat_template.json is for processors, so it is not used; copy" in capfd.readouterr().err
+
+
+def test_two_chat_templates_of_one_name_are_refused_and_named_ones_next_to_a_file_are_told(
+    tiny_model: Path, tmp_path: Path, capfd: Any
+) -> None:
+    directory = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    settings = directory / "tokenizer_config.json"
+
+    def load(*names: str) -> Any:
+        named = [{"name": name, "template": f"{place}{{{{ messages }}}}"} for place, name in enumerate(names)]
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": named}))
+        return load_tokenizer(ModelPath(str(directory), directory, None))
+
+    load("default", "tool_use")
+    assert "tokenizer_config.json holds another chat template than chat_template.jinja, which is used" in capfd.readouterr().err
+    (directory / "chat_template.jinja").unlink()
+    assert load("default", "tool_use").chat_template["default"] == "0{{ messages }}"
+    assert "another chat template" not in capfd.readouterr().err
+    with pytest.raises(CoraError, match=r"tokenizer_config\.json has two chat templates of the name 'default'"):
+        load("default", "tool_use", "default")
