@@ -554,3 +554,24 @@ def test_the_held_out_records_of_a_run_of_any_version_are_read_by_their_schema(t
 
 def test_equal_texts_have_equal_prompts_and_other_texts_have_not():
     assert prompt_key({"text": "a", "id": 1}, "text") == prompt_key({"text": "a"}, "text") != prompt_key({"text": "b"}, "text")
+
+
+@pytest.mark.parametrize(
+    ("record", "chosen", "column"),
+    [
+        ({"question": "q", "answer": 4}, None, "answer"),
+        ({"instruction": "q", "response": None}, None, "response"),
+        ({"q": "q", "score": 4.5}, ("prompt=q", "response=score"), "score"),
+    ],
+)
+def test_a_value_that_is_no_text_is_refused_by_the_name_that_its_column_has_in_the_file(record, chosen, column, tmp_path):
+    with pytest.raises(CoraError, match=f"line 1: {column} must be text, not "):
+        load_records(jsonl(tmp_path / "a.jsonl", record), Choice(chosen))
+
+
+@pytest.mark.parametrize("column", ["image", "images", "audios", "functions"])
+def test_a_column_of_images_or_functions_is_refused_where_it_holds_some(column, tmp_path):
+    talk = {"messages": asked_and_said("q")}
+    assert len(load_records(jsonl(tmp_path / "a.jsonl", {**talk, column: []}))[0]) == 1
+    with pytest.raises(CoraError, match=f"records of messages have no {column}, which would be missing in the prompt"):
+        load_records(jsonl(tmp_path / "b.jsonl", {**talk, column: ["x.png"]}))

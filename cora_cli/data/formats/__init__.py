@@ -19,7 +19,7 @@ from cora_cli.data.formats.question_answer import QUESTION_ANSWER
 from cora_cli.data.formats.shape import Raw, Shape
 from cora_cli.data.formats.sharegpt import SHAREGPT
 from cora_cli.data.formats.text import TEXT
-from cora_cli.data.records import SCHEMAS, TEMPLATE_COLUMNS, Record, Schema, answer_weight
+from cora_cli.data.records import SCHEMAS, TEMPLATE_COLUMNS, Record, answer_weight
 from cora_cli.errors import CoraError
 from cora_cli.reading import Malformed, parse_json
 
@@ -107,7 +107,7 @@ def read_record(raw: Any, shape: Shape, where: str) -> Record:
             f"{where}: records of {shape.name} have no {', '.join(parts)}, which would be missing in the prompt; write the records as messages, or "
             f"{HOW_TO_CHOOSE}"
         )
-    return _checked(shape.read(raw, where), shape.schema, where)
+    return _checked(shape.read(raw, where), shape, raw, where)
 
 
 def columns_of(where: str, record: Any) -> set[str]:
@@ -117,7 +117,8 @@ def columns_of(where: str, record: Any) -> set[str]:
     return set(record)
 
 
-def _checked(record: Raw, schema: Schema, where: str) -> Record:
+def _checked(record: Raw, shape: Shape, raw: Raw, where: str) -> Record:
+    schema = shape.schema
     checked = Record({name: value for name, value in record.items() if name in SCHEMAS[schema] or _is_json(value)}, where)
     if schema == "messages":
         _check_messages(record["messages"], where)
@@ -137,8 +138,10 @@ def _checked(record: Raw, schema: Schema, where: str) -> Record:
         checked["input"] = "" if given is None else given
         texts = (*texts, "input")
     for name in texts:
-        if not isinstance(checked[name], str) or not _is_json(checked[name]):
-            raise CoraError(f"{where}: {name} must be text, not {json.dumps(checked[name], default=str)[:60]}")
+        value = checked[name]
+        if not isinstance(value, str) or not _is_json(value):
+            column = next((own for own in (*shape.needs, *shape.reads) if raw.get(own) is value), name)
+            raise CoraError(f"{where}: {column} must be text, not {json.dumps(value, default=str)[:60]}")
     return checked
 
 

@@ -11,6 +11,7 @@ OF_PROMPTS = frozenset(
     {
         *("system", "system_prompt", "system_message", "history", "instruction", "input", "inputs", "context", "contexts"),
         *("passage", "document", "documents", "article", "choices", "options", "suffix"),
+        *("functions", "image", "images", "video", "videos", "audio", "audios"),
     }
 )
 """Columns that would be a part of the prompt, in any shape that does not read them."""
