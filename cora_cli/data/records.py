@@ -149,3 +149,14 @@ def template_values(record: Mapping[str, Any]) -> dict[str, Any]:
     """The variables that a record gives to the chat template in addition to its messages."""
     found = {name: record[name] for name in TEMPLATE_COLUMNS if record.get(name)}
     return {**{name: value for name, value in found.items() if isinstance(value, list)}, **found.get(TEMPLATE_COLUMNS[2], {})}
+
+
+def holds_nulls(record: Mapping[str, Any]) -> bool:
+    """Whether there are nulls inside the values that a chat template gets: in calls of tools, or in tools themselves."""
+
+    def has_null(value: Any) -> bool:
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+        return any(part is None or has_null(part) for part in parts)
+
+    given = [part for message in record.get("messages") or [] for part in message.values()]
+    return any(map(has_null, [*given, *template_values(record).values()]))

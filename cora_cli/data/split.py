@@ -11,7 +11,7 @@ from cora_cli.data.formats.columns import chosen_shape
 from cora_cli.data.formats.conversation import says_trained
 from cora_cli.data.formats.preference import refuse_unwanted
 from cora_cli.data.readers import HELD_OUT, read_located
-from cora_cli.data.records import SCHEMAS, Record, Schema, prompt_hash, prompt_hashes
+from cora_cli.data.records import SCHEMAS, Record, Schema, holds_nulls, prompt_hash, prompt_hashes
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
@@ -87,6 +87,11 @@ def load_records(dataset: str, choice: Choice = ALL, usual: str = "train") -> tu
     if marked := sum(says_trained(message) for record in records for message in record.get("messages", ())):
         say(
             f"{dataset}: {marked:,} messages that are no answers are marked as trained, which has no effect: only answers are trained"
+        )
+    if not own and (filled := sum(map(holds_nulls, records))):
+        say(
+            f"{dataset}: {filled:,} records have nulls inside their tools or calls of tools, which the chat template writes as they are; JSON written "
+            "from a table, as by datasets.to_json, has them where other records have values, and the Parquet file or folder is read without them"
         )
     # Values that no run can record, such as a date, are not kept either.
     kept = set().union(*records) - {*SCHEMAS[shape.schema], "input"}

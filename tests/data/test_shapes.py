@@ -575,3 +575,18 @@ def test_a_column_of_images_or_functions_is_refused_where_it_holds_some(column, 
     assert len(load_records(jsonl(tmp_path / "a.jsonl", {**talk, column: []}))[0]) == 1
     with pytest.raises(CoraError, match=f"records of messages have no {column}, which would be missing in the prompt"):
         load_records(jsonl(tmp_path / "b.jsonl", {**talk, column: ["x.png"]}))
+
+
+@pytest.mark.parametrize(
+    ("entries", "columns", "said"),
+    [
+        ({"tool_calls": [{"function": {"name": "f", "arguments": {"x": 1, "y": None}}}]}, {}, True),
+        ({}, {"tools": [{"name": "f", "parameters": {"properties": {"x": {"type": "string"}, "y": None}}}]}, True),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}, {}, False),
+        ({"name": None, "tool_calls": None}, {"tools": None, "id": {"x": None}}, False),
+    ],
+)
+def test_json_with_nulls_inside_tools_or_calls_of_them_is_told(entries, columns, said, tmp_path, capsys):
+    question, answer = asked_and_said("q")
+    load_records(jsonl(tmp_path / "a.jsonl", {"messages": [question, {**answer, **entries}], **columns}))
+    assert ("1 records have nulls inside their tools or calls of tools" in capsys.readouterr().err) is said
