@@ -497,9 +497,25 @@ def test_the_tokenizer_of_bleu_can_be_chosen_and_is_in_the_signature():
     assert "|tok:zh|" in metric["signature"]
 
 
+@pytest.mark.parametrize(
+    ("reference", "count"),
+    [
+        ("建国は1949年十月一日です", 1),
+        ("в 2024 году", 1),
+        ("Café à 3 €, très bon", 0),
+        ("int x = 5; // 变量", 0),
+        ("2024", 0),
+        ("…", 1),
+    ],
+)
+def test_references_mostly_of_other_letters_than_rouge_compares_are_unscorable(reference: str, count: int):
+    report = score_all(["rouge1"], ["1949", "b"], [reference, "b"], bootstrap=100)
+    assert report.metrics["rouge1"]["unscorable"] == count
+
+
 def test_texts_that_the_encoder_does_not_know_are_unscorable():
     metric = build_metrics(["bertscore_f1"])["bertscore_f1"]
-    assert metric.unscorable(["\u1400\u1401", "word", ""]) == 2
+    assert metric.unscorable(["\u1400\u1401", "word", "", "word \u1400", "word \u1400 \u1401"]) == 3
 
 
 @pytest.mark.parametrize(("words", "said"), [(510, False), (511, True)])

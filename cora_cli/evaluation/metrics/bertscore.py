@@ -61,7 +61,7 @@ class BertScore(StreamingMetric):
     """
 
     name = "bertscore_f1"
-    blind_spot = "whose tokens the BERTScore encoder does not know, so that it takes every such text for the same"
+    blind_spot = "whose tokens the BERTScore encoder does not know, or not most of them, so that it takes all such texts for much the same"
 
     def __init__(
         self, model: str | None = None, layer: int | None = None, device: str = "cpu", as_evaluate: bool = False
@@ -181,11 +181,13 @@ class BertScore(StreamingMetric):
         return pad_sequence([known[text] for text in texts], batch_first=True), ids != -1, weight
 
     def unscorable(self, references: Sequence[str]) -> int:
-        """References that are nothing but unknown tokens to the encoder, and empty ones."""
+        """References of which more than half of the tokens are unknown to the encoder, and empty ones."""
         tokenizer = self._encoder.tokenizer
         framing = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
-        nothing = framing | {tokenizer.unk_token_id}
-        return sum(not text.strip() or set(sent_encode(tokenizer, text)) <= nothing for text in references)
+        texts = [text for text in references if text.strip()]
+        own = [[token for token in sent_encode(tokenizer, text) if token not in framing] for text in texts]
+        unknown = sum(2 * tokens.count(tokenizer.unk_token_id) > len(tokens) or not tokens for tokens in own)
+        return len(references) - len(texts) + unknown
 
     def signature(self) -> str:
         """Encoder, layer and content hash first, then tokenization, weighting and versions. Loads the encoder."""

@@ -5,6 +5,7 @@ Tokens are runs of [a-z0-9], as in `rouge-score`: this ignores most of the synta
 `evaluate.load("rouge", seed=N)`; without a seed they follow numpy's state when it was loaded.
 """
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -69,10 +70,18 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
     return len(shorter) - row.bit_count()
 
 
+def _is_letter(character: str) -> bool:
+    """Whether a character is a letter, a digit or a mark on one, in any script."""
+    return unicodedata.category(character)[0] in "LNM"
+
+
 class Rouge(Metric):
     """One of the three variants, 0–1."""
 
-    blind_spot = "without a token of the letters a-z and the digits that ROUGE compares: even a perfect answer scores 0"
+    blind_spot = (
+        "without a token of the letters a-z and the digits that ROUGE compares, or with more of other letters: even a perfect answer may "
+        "score 0, and a wrong one 1"
+    )
 
     def __init__(self, name: str, scores: RougeScores | None = None, as_evaluate: bool = False) -> None:
         self.name, self._as_evaluate = name, as_evaluate
@@ -96,8 +105,8 @@ class Rouge(Metric):
         return float(np.median(means))
 
     def unscorable(self, references: Sequence[str]) -> int:
-        """References without a token of [a-z0-9]."""
-        return sum(not tokenize.tokenize(reference, None) for reference in references)
+        """References without a token of [a-z0-9], or with more of other letters and digits."""
+        return sum(2 * len("".join(tokenize.tokenize(text, None))) < max(sum(map(_is_letter, text)), 1) for text in references)
 
     def signature(self) -> str:
         """Package versions, tokenization, stemmer and aggregation."""
