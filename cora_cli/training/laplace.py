@@ -45,36 +45,42 @@ class CurvatureSums:
         self._model = model
         self.activations: dict[Factor, torch.Tensor] = {}
         self.gradients: dict[Factor, torch.Tensor] = {}
-        self.count = 0
-        """Positions seen: rows of the inputs of one layer."""
+        self.counts: dict[Factor, int] = {}
+        """Positions seen: rows of the inputs. A layer that several blocks share sees more than others, one that nothing calls none."""
+        for name, layer in lora_layers(model):
+            for factor in ("A", "B"):
+                weight = getattr(layer, f"lora_{factor}")[ADAPTER].weight
+                out, inside = weight.shape
+                self.activations[name, factor] = torch.zeros((inside, inside), device=weight.device)
+                self.gradients[name, factor] = torch.zeros((out, out), device=weight.device)
+                self.counts[name, factor] = 0
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Collect from every pass within."""
         with contextlib.ExitStack() as hooks:
-            for place, (name, layer) in enumerate(lora_layers(self._model)):
+            for name, layer in lora_layers(self._model):
                 for factor in ("A", "B"):
                     module = getattr(layer, f"lora_{factor}")[ADAPTER]
-                    counts = place == 0 and factor == "A"
-                    hooks.callback(module.register_forward_hook(self._hook((name, factor), counts)).remove)
+                    hooks.callback(module.register_forward_hook(self._hook((name, factor))).remove)
             yield
 
     def curvatures(self, share: float, most: int) -> dict[Factor, Kronecker]:
         """The curvature of each matrix, with `most` directions on either side; what was seen is this `share` of the data."""
         return {
-            key: Kronecker.of_sums(self.gradients[key] / share, activations, self.count, most)
+            key: Kronecker.of_sums(self.gradients[key] / share, activations, max(self.counts[key], 1), most)
             for key, activations in self.activations.items()
         }
 
-    def _hook(self, key: Factor, counts: bool) -> Any:
+    def _hook(self, key: Factor) -> Any:
         def forward(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             x = inputs[0].detach().flatten(0, -2).float()
-            self.activations[key] = self.activations.get(key, 0) + x.T @ x
-            self.count += len(x) if counts else 0
+            self.activations[key] += x.T @ x
+            self.counts[key] += len(x)
 
             def backward(gradient: torch.Tensor) -> None:
                 g = gradient.flatten(0, -2).float()
-                self.gradients[key] = self.gradients.get(key, 0) + g.T @ g
+                self.gradients[key] += g.T @ g
 
             output.register_hook(backward)
 
@@ -194,6 +200,6 @@ def _measured(model: PeftModel, examples: Sequence[Example], seed: int) -> Curva
             answers = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             loss = torch.nn.functional.cross_entropy(logits, answers, reduction="sum")
             # For its hooks alone; no gradient is kept.
-            torch.autograd.grad(loss, trained)
+            torch.autograd.grad(loss, trained, allow_unused=True)
             shown.advance()
     return sums

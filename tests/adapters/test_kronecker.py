@@ -80,7 +80,7 @@ def test_it_is_exact_for_a_linear_model_with_gaussian_noise(tiny_model):
         y = layer(x)
         for output in range(32):  # the columns of I/σ instead of sampled noise
             torch.autograd.grad(y[:, output].sum() / sigma, (a, b), retain_graph=True)
-    assert sums.count == 50
+    assert sums.counts == {(name, "A"): 50, (name, "B"): 50}
     found = sums.curvatures(1.0, most=100)
     for factor, outer, inner in (
         ("A", b.T @ b, x.T @ x),
@@ -92,3 +92,16 @@ def test_it_is_exact_for_a_linear_model_with_gaussian_noise(tiny_model):
             (curvature.inputs @ curvature.input_values.diag() @ curvature.inputs.T, inner),
         ):
             assert torch.allclose(ours, exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
+def test_each_layer_counts_its_own_positions(tiny_model):
+    """Blocks may share a layer, an expert sees some of the tokens, and nothing calls a decoder's attention to an encoder."""
+    plan = plan_of("lora", rank=4, alpha=8.0, rslora=False, target_modules=("k_proj", "q_proj"), dropout=0.0, seed=0)
+    model = install_adapter(LlamaForCausalLM.from_pretrained(tiny_model), plan, None)
+    (once, first), (twice, second), (never, _), *_ = lora_layers(model)
+    sums = CurvatureSums(model)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    with sums.watching():
+        (first(x).sum() + second(x).sum() + second(x[:2]).sum()).backward()
+    assert [sums.counts[name, factor] for name in (once, twice, never) for factor in "AB"] == [5, 5, 7, 7, 0, 0]
+    assert not sums.curvatures(1.0, most=100)[never, "B"].eigenvalues.any()
