@@ -116,6 +116,11 @@ def remove_dropout(config: Any) -> dict[str, float]:
     return found
 
 
+def balances_experts(stated: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` asks for a loss on the routing of experts, which transformers adds to that of the tokens."""
+    return any(bool(part.get("output_router_logits")) for part in (stated, stated.get("text_config")) if isinstance(part, dict))
+
+
 def length_limits(config: Any) -> set[int]:
     """The lengths in tokens at which a model's attention or positions change."""
     decoder = config.get_text_config(decoder=True)

@@ -26,7 +26,7 @@ from cora_cli.methods.method import Method
 from cora_cli.methods.parts.layers import linear_weight
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.models.configuration import load_configuration, remove_dropout
+from cora_cli.models.configuration import balances_experts, load_configuration, remove_dropout
 from cora_cli.models.fused import split_parts, split_projections, wanted_views
 from cora_cli.models.loading import context_length, load_tokenizer
 from cora_cli.models.quantized import check_four_bit, kind_stated, require_four_bit
@@ -150,12 +150,22 @@ def prepare(
         raise CoraError(f"--stop-at must be below the {steps} steps of the run, not {config.stop_at}")
     if plan is not None:
         plan = _scheduled(plan, layers, config, examples)
+    _say_left_out(config, model_path, removed)
+    found = (hardware, attention, model_path, model_config, skeleton, template.tokenizer, template, data, *sets, basis, plan)
+    return Prepared(*found, tuple(layers), start_models)
+
+
+def _say_left_out(config: TrainConfig, model: ModelPath, removed: dict[str, float]) -> None:
+    """Say what the model's configuration asks of a training and this one does not do; `removed` is its dropout."""
     if removed:
         say(
             f"{config.model} is trained without its own dropout: {', '.join(f'{name} {value:g}' for name, value in removed.items())} set to 0"
         )
-    found = (hardware, attention, model_path, model_config, skeleton, template.tokenizer, template, data, *sets, basis, plan)
-    return Prepared(*found, tuple(layers), start_models)
+    if balances_experts(model.config()):
+        say(
+            f"{config.model} is trained on the loss of the answers alone, without the balance of its experts that output_router_logits in its "
+            "config.json adds"
+        )
 
 
 def _of_data(config: TrainConfig) -> tuple[Any, ...]:

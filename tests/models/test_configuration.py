@@ -10,6 +10,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     MptConfig,
     PhimoeConfig,
     RobertaConfig,
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from cora_cli.errors import CoraError
-from cora_cli.models.configuration import length_limits, load_configuration, remove_dropout, rope_switch
+from cora_cli.models.configuration import balances_experts, length_limits, load_configuration, remove_dropout, rope_switch
 from cora_cli.models.loading import context_length, load_model, load_tokenizer
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.skeleton import skeleton_of
@@ -39,6 +40,12 @@ def test_dropout_is_removed_under_every_name_and_in_nested_configurations() -> N
     assert remove_dropout(gpt2) == {}
     assert remove_dropout(Gemma3Config(text_config={"attention_dropout": 0.2})) == {"attention_dropout": 0.2}
     assert remove_dropout(PhimoeConfig()) == {"router_jitter_noise": 0.01}
+
+
+def test_a_loss_on_the_routing_of_experts_is_found(tmp_path: Path) -> None:
+    assert balances_experts(stored(MixtralConfig(), tmp_path, output_router_logits=True).config())
+    assert balances_experts({"text_config": {"output_router_logits": True}})
+    assert not balances_experts(MixtralConfig().to_dict())
 
 
 def test_lengths_at_which_attention_or_positions_change() -> None:
