@@ -70,12 +70,12 @@ def merge_adapter(
     stored = stored_types(base, trust_remote_code) if dtype == "stored" else {}
     widest = max(stored.values(), key=lambda kind: torch.finfo(kind).bits, default=None)
     model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
-    tied = model.config.get_text_config(decoder=True).tie_word_embeddings
+    tied = _shares_head(model)
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(adapted_layers(wrapped)))
     merged = merged_into_base(wrapped, adapter, safe=True)
     join_projections(merged)
-    if tied and not merged.config.get_text_config(decoder=True).tie_word_embeddings:
+    if tied and not _shares_head(merged):
         say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
     _round(merged, stored, adapter)
     try:
@@ -90,6 +90,12 @@ def merge_adapter(
             raise rundir.disk_error(OSError(28, "No space left on device"), output) from error
         raise
     return layers
+
+
+def _shares_head(model: Any) -> bool:
+    """Whether embedding and head are one weight. A configuration may say so of files that hold two, which transformers keeps apart."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _round(merged: Any, stored: Mapping[str, torch.dtype], adapter: ModelPath) -> None:
@@ -132,8 +138,7 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
         if is_out_of_memory(error):
             raise
         raise CannotMerge(adapter, reason(error)) from error
-    embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
-    if head is not None and embedding.weight is not head.weight:
+    if merged.get_output_embeddings() is not None and not _shares_head(merged):
         merged.config.get_text_config(decoder=True).tie_word_embeddings = merged.config.tie_word_embeddings = False
     return merged
 

@@ -357,6 +357,20 @@ def test_an_adapter_of_embeddings_with_which_peft_stores_their_weights_is_merged
     )
 
 
+def test_an_embedding_and_a_head_that_the_files_hold_apart_are_not_said_to_part(tiny_model, tmp_path, capsys):
+    base = copy_of(tiny_model, tmp_path / "base", torch.float32)
+    assert json.loads((base / "config.json").read_text())["tie_word_embeddings"] is True
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    expected = foreign(base, tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    assert "were one weight" not in capsys.readouterr().err
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-5
+    )
+
+
 def test_an_adapter_with_added_tokens_brings_its_rows_and_its_tokenizer(tiny_model, tmp_path):
     rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size + 1
     expected = foreign(tiny_model, tmp_path / "adapter", rows)
