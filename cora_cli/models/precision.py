@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-UNSUPPORTED = (RuntimeError, TypeError, ValueError, AttributeError)
+UNSUPPORTED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 """What a family raises that computes some parts in a precision of its own, which does not go with another one."""
 LARGEST_IN_FLOAT64 = 1 << 24
 """Elements of the largest weight up to which double precision takes little time. Larger models have larger faults, too."""

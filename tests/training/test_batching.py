@@ -82,6 +82,10 @@ def test_a_model_that_needs_more_than_token_ids_is_refused_with_what_it_raised()
     )
     with pytest.raises(CoraError, match=message):
         choose_for(failing(TypeError("no pixels")))
+    with pytest.raises(
+        CoraError, match=r"ends in IndexError \(list index out of range\)"
+    ):  # a cache of fewer layers than the model
+        choose_for(failing(IndexError("list index out of range")))
     with pytest.raises(CoraError, match="LlamaForCausalLM cannot be trained: it computes no logits of next tokens"):
         choose_for(lambda *_, **__: object())
 
