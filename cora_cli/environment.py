@@ -77,8 +77,13 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # matplotlib complains about a home directory that it cannot write to, and then works without it.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    # A library that sets up no logging has its warnings printed by Python itself.
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.ERROR)
+    # matplotlib complains about a home directory that it cannot write to, and then works without it; bitsandbytes, which PEFT imports, about a
+    # package that some processors could use.
+    for library in ("matplotlib", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     # A user cannot fix one library's use of a deprecated function in another.
     warnings.filterwarnings("ignore", category=FutureWarning)
     # PEFT warns of shapes and ties in words about its own calls; what matters to a user is said by the commands.

@@ -85,6 +85,25 @@ def test_programs_that_a_command_starts_do_not_import_from_the_working_directory
     assert "executed" not in done.stdout
 
 
+def test_what_libraries_log_is_not_shown() -> None:
+    code = (
+        "import logging, sys\n"
+        "from cora_cli.environment import quiet_libraries\n"
+        "quiet_libraries()\n"
+        "logging.getLogger('any.library').warning('install this')\n"
+        "logging.warning('from here on, there is a handler')\n"
+        "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('install that')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "install" not in done.stderr
+
+
 def test_a_launcher_that_left_out_the_address_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
