@@ -16,14 +16,13 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from cora_cli import rundir
+from cora_cli.adapters.base import base_of, check_base
 from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import (
     WEIGHTS_FILE,
-    base_of,
-    check_base,
     check_basis,
     check_rank,
     load_adapter,

@@ -10,8 +10,9 @@ from typing import Any
 
 from cora_cli import records as shapes
 from cora_cli import rundir
+from cora_cli.adapters.base import base_of
 from cora_cli.adapters.posterior import has_posterior
-from cora_cli.adapters.storage import base_of, check_rank
+from cora_cli.adapters.storage import check_rank
 from cora_cli.data.records import Record, Schema, is_among
 from cora_cli.data.templates import reads_clock
 from cora_cli.errors import CoraError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cora_cli.adapters.storage import say_other_base
+from cora_cli.adapters.base import say_other_base
 from cora_cli.basis.artifact import Basis, LayerEnergy, SourceRecord, write_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError, UsageError

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cora_cli.adapters.storage import base_of, check_base, say_other_base
+from cora_cli.adapters.base import base_of, check_base, say_other_base
 from cora_cli.basis.artifact import Basis, differing_key, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side
 from cora_cli.device import Hardware

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cora_cli.adapters.base import check_base
 from cora_cli.adapters.install import target_linears
-from cora_cli.adapters.storage import check_base
 from cora_cli.data.encode import Example, encode_records, notices
 from cora_cli.data.records import Record, Schema, is_among
 from cora_cli.data.split import BUILTIN_PREFIX, load_records, load_test_records

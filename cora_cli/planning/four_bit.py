@@ -50,7 +50,7 @@ def _layer_class() -> Any:
     """Of bitsandbytes' class, by which PEFT chooses what it wraps a layer in."""
     from bitsandbytes.nn.modules import Linear4bit
 
-    stock: Any = Linear4bit
+    stock: Any = Linear4bit  # whose types are known only where bitsandbytes is installed
 
     class PlannedLinear4bit(stock):
         def __init__(self, linear: Any, dtype: torch.dtype) -> None:

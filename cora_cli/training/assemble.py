@@ -155,6 +155,7 @@ def _install(
         if is_held_quantized(loaded):
             _try_layer(model, prepared)
     except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+        # What PEFT raises for a kind of adapter that it does not know on layers of bitsandbytes depends on the kind.
         if not is_held_quantized(loaded):
             raise
         raise CoraError(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from cora_cli.adapters.storage import base_of
+from cora_cli.adapters.base import base_of
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.fused import fused_views

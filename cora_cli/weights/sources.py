@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from cora_cli import rundir
-from cora_cli.adapters.storage import base_of, check_base
+from cora_cli.adapters.base import base_of, check_base
 from cora_cli.basis.choices import is_target, match_targets, natural_order
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint, finite, type_fault

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cora_cli.adapters.storage import check_base
+from cora_cli.adapters.base import check_base
 from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import Observed
 from cora_cli.models.references import ModelPath, resolve_model

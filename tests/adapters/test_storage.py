@@ -9,14 +9,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from cora_cli.adapters.base import base_of
 from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts
 from cora_cli.adapters.install import check_trained_set, install_adapter
-from cora_cli.adapters.storage import (
-    WEIGHTS_FILE,
-    base_of,
-    load_adapter,
-    save_adapter,
-)
+from cora_cli.adapters.storage import WEIGHTS_FILE, load_adapter, save_adapter
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
@@ -386,7 +382,7 @@ def test_the_base_is_looked_up_at_the_revision_that_was_trained_on(
     save_adapter(wrapped, tmp_path / "adapter", facts)
     seen = []
     monkeypatch.setattr(
-        "cora_cli.adapters.storage.resolve_model",
+        "cora_cli.adapters.base.resolve_model",
         lambda reference, weights: seen.append(reference) or ModelPath(reference, tmp_path / "base", None),
     )
     base_of(resolve_model(str(tmp_path / "adapter")))

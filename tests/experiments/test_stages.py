@@ -89,8 +89,8 @@ def test_only_undecided_methods_get_another_seed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", [5, 11, *(pytest.param(place, marks=pytest.mark.slow) for place in (1, 3, 7, 9, 13, 15))])
 def test_a_grid_that_is_cut_off_goes_on_where_it_was(after: int, tmp_path: Path) -> None:
-    whole = SweepLauncher(distance)
-    run_staged(staged_grid(), tmp_path / "whole", whole)
+    uncut = SweepLauncher(distance)
+    run_staged(staged_grid(), tmp_path / "uncut", uncut)
 
     class CutOff(SweepLauncher):
         def submit(self, kind: str, argv: Sequence[str], log: Path) -> Any:
@@ -103,10 +103,10 @@ def test_a_grid_that_is_cut_off_goes_on_where_it_was(after: int, tmp_path: Path)
         run_staged(staged_grid(), tmp_path / "cut", first)
     run_staged(staged_grid(), tmp_path / "cut", second)
     done = [*first.trained(), *second.trained()]
-    assert sorted(set(done)) == sorted(whole.trained())
+    assert sorted(set(done)) == sorted(uncut.trained())
     assert len(done) - len(set(done)) <= 1, "only the step in flight runs again"
-    cut, complete = (json.dumps(read_sealed(tmp_path / name / "plan.json")) for name in ("cut", "whole"))
-    assert cut == complete.replace(str(tmp_path / "whole"), str(tmp_path / "cut"))
+    cut, complete = (json.dumps(read_sealed(tmp_path / name / "plan.json")) for name in ("cut", "uncut"))
+    assert cut == complete.replace(str(tmp_path / "uncut"), str(tmp_path / "cut"))
 
 
 def test_a_rate_at_the_edge_adds_one_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
