@@ -38,12 +38,14 @@ from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.fused import fused_views, split_parts, split_projections
 from cora_cli.models.loading import save_tokenizer
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import without_numbers
+from cora_cli.models.skeleton import Skeleton, without_numbers
 from cora_cli.progress import say
 from cora_cli.records import read_run
 from cora_cli.scratch import temporary_directory
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+?)(?=\.lora_|\.base_layer\.|\.modules_to_save\.|\.weight$|\.bias$)")
 _OWN_TYPE = "CORA_"
 """What the type of an adapter that only `cora` loads begins with."""
 
@@ -152,8 +154,8 @@ def plain_factors(factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> t
     rank = max(len(a) for a, _ in factors.values())
     state = {}
     for name, (a, b) in factors.items():
-        state[f"base_model.model.{name}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a)))
-        state[f"base_model.model.{name}.lora_B.weight"] = pad(b, (0, rank - len(a)))
+        state[f"{_PREFIX}{name}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a)))
+        state[f"{_PREFIX}{name}.lora_B.weight"] = pad(b, (0, rank - len(a)))
     return state, rank
 
 
@@ -193,12 +195,13 @@ def load_adapter(
             elif facts is not None and not method_of(facts.plan.mode).plain_peft_loads:
                 wrapped = _load_own(model, adapter, facts, trainable)
             else:
-                state = _stored_tensors(adapter)
+                stored = _stored_tensors(adapter)
                 if facts is None:
-                    _check_gathered(adapter, state)
+                    _check_gathered(adapter, stored)
+                state = _by_names_of(model, stored)
                 _check_start(adapter)
                 _resize_embeddings(model, state)
-                with _for_peft(adapter, state) as path:
+                with _for_peft(adapter, state, state.keys() == stored.keys()) as path:
                     wrapped = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
                 _check_arrived(wrapped, state, adapter)
     except CoraError:
@@ -253,7 +256,7 @@ def split_as_trained(model: PreTrainedModel, adapter: ModelPath, facts: AdapterF
         split_projections(model, facts.plan.target_modules)
     elif views := fused_views(model):
         keys = Checkpoint(adapter).shapes
-        split_projections(model, [name for name in views if any(key.startswith(f"base_model.model.{name}.") for key in keys)])
+        split_projections(model, [name for name in views if any(key.startswith(f"{_PREFIX}{name}.") for key in keys)])
 
 
 def _check_effect(wrapped: PeftModel, facts: AdapterFacts | None, adapter: ModelPath) -> None:
@@ -310,7 +313,7 @@ def _check_gathered(adapter: ModelPath, state: Mapping[str, torch.Tensor]) -> No
     pruned = {
         name.rpartition(".lora_E")[0] for name, triplets in kept.items() if isinstance(triplets, list) and not any(triplets)
     }
-    places = [f"base_model.model.{name}.lora_" for name in pruned]
+    places = [f"{_PREFIX}{name}.lora_" for name in pruned]
     empty = next((key for key, tensor in sorted(state.items()) if not (tensor.numel() or key.startswith(tuple(places)))), None)
     if empty is not None:
         raise CoraError(f"adapter {adapter.path}: {without_numbers(empty, tuple(state[empty].shape))}")
@@ -324,11 +327,24 @@ def _other_shape(error: Exception) -> str | None:
     )
 
 
+def _by_names_of(model: PreTrainedModel, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by the names of the modules in `model`, which an earlier transformers may have named otherwise."""
+    modules = {key: found["module"] for key in stored if (found := _KEY.match(key))}
+    if set(modules.values()) <= {name for name, _ in model.named_modules()}:
+        return stored
+    names = Skeleton(model).renamed_modules(set(modules.values()))
+    ends = {key: key.removeprefix(f"{_PREFIX}{module}") for key, module in modules.items() if module in names}
+    return {f"{_PREFIX}{names[modules[key]]}{ends[key]}" if key in ends else key: tensor for key, tensor in stored.items()}
+
+
 @contextlib.contextmanager
-def _for_peft(adapter: ModelPath, state: dict[str, torch.Tensor]) -> Iterator[Path]:
-    """The directory of an adapter, or one for the time being with its tensors `state` where PEFT finds them: in one file of the usual name."""
+def _for_peft(adapter: ModelPath, state: dict[str, torch.Tensor], as_stored: bool) -> Iterator[Path]:
+    """The directory of an adapter, or one for the time being with its tensors `state` where PEFT finds them: in one file of the usual name.
+
+    `as_stored` says that `state` has the names of the adapter's own files.
+    """
     files = adapter.weight_files()
-    if [file.name for file in files] == [WEIGHTS_FILE]:
+    if as_stored and [file.name for file in files] == [WEIGHTS_FILE]:
         yield adapter.path
         return
     with temporary_directory("adapter") as directory:
@@ -350,7 +366,7 @@ def _resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor]) -
 
 def _weight_keys(name: str) -> tuple[str, ...]:
     """PEFT's keys for the complete weight of the module `name`."""
-    prefix = f"base_model.model.{name}"
+    prefix = f"{_PREFIX}{name}"
     return (f"{prefix}.weight", f"{prefix}.base_layer.weight", f"{prefix}.modules_to_save.weight")
 
 
@@ -366,7 +382,7 @@ def check_basis(adapters: Iterable[ModelPath | None], basis_path: Path | None) -
 def make_room(model: PeftModel, checkpoint: Path) -> None:
     """Give the adapter's tensors the shapes that they have in the directory `checkpoint`, where a method changes them in training."""
     found = [
-        (f"base_model.model.{name}.{factor}.", module)
+        (f"{_PREFIX}{name}.{factor}.", module)
         for name, layer in lora_layers(model)
         for factor in ("lora_A", "lora_B")
         if isinstance(module := getattr(layer, factor)[ADAPTER], Computed)
@@ -387,7 +403,7 @@ def starts_in(checkpoint: Path | None) -> dict[str, tuple[torch.Tensor, torch.Te
     if checkpoint is None:
         return {}
     state = load_file(checkpoint / WEIGHTS_FILE)
-    ends = ("base_model.model.", ".lora_A.start")
+    ends = (_PREFIX, ".lora_A.start")
     names = [key.removeprefix(ends[0]).removesuffix(ends[1]) for key in state if key.endswith(ends[1])]
     return {name: (state[f"{ends[0]}{name}{ends[1]}"], state[f"{ends[0]}{name}.lora_B.start"]) for name in names}
 
@@ -434,7 +450,7 @@ def _load_compact(
     weights = {name: linear_weight(module) for name, module in model.named_modules()}
     outputs = {name: weight.out_features for name, weight in weights.items() if weight is not None}
     for key in factors:
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
         if name not in outputs:
             raise CoraError(f"adapter {adapter.path}: the key {key} belongs to no linear layer of this model")
         full[key.replace(".lora_A.", ".lora_B.")] = b_of(name, outputs[name])

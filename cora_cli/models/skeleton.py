@@ -6,7 +6,7 @@ A checkpoint's tensors may have other names in their file than in the loaded mod
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -36,6 +36,17 @@ class Skeleton:
         Tensors that the model does not take, or takes only as a part of a fused one, are absent.
         """
         return {key: name for key, (name, converted) in self.names(keys).items() if name in self._own and not converted}
+
+    def renamed_modules(self, modules: Collection[str]) -> dict[str, str]:
+        """The name in the loaded model of each of `modules` that an earlier transformers named otherwise; no two get one name.
+
+        PEFT applies the same rules, and takes no module of the model without its head, whose names lack the prefix, for one with a head.
+        """
+        loaded = self.loaded_names(f"{module}.weight" for module in modules)
+        names = {key.removesuffix(".weight"): name.removesuffix(".weight") for key, name in loaded.items()}
+        every = [names.get(module, module) for module in modules]
+        same = {module: {module, f"{self.model.base_model_prefix}.{module}"} for module in names}
+        return {module: name for module, name in names.items() if name not in same[module] and every.count(name) == 1}
 
     def names(self, keys: Iterable[str]) -> dict[str, tuple[str, bool]]:
         """For each tensor of the files, the name that it gets in the loaded model, and whether others go into the same tensor.

@@ -99,6 +99,14 @@ class AdapterFactors:
         """Every module with a weight that the adapter changes, a weight vector included."""
         return {*self._keys, *self._full_keys, *self.hidden}
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give the modules that `names` holds the names that it maps them to."""
+        self._keys = {names.get(module, module): keys for module, keys in self._keys.items()}
+        self.ranks = {names.get(module, module): rank for module, rank in self.ranks.items()}
+        self.full = {names.get(module, module): shape for module, shape in self.full.items()}
+        self._full_keys = {names.get(module, module): key for module, key in self._full_keys.items()}
+        self.hidden = {names.get(module, module) for module in self.hidden}
+
     def check(self, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
         """Raise `CoraError` unless every update fits the base model. `shapes` maps its modules to (out, in); `base` names it."""
         with bounded(f"{self.reference}: matching rank_pattern and alpha_pattern"):

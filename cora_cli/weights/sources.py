@@ -133,6 +133,10 @@ class WeightSource(abc.ABC):
         """L (out, r) and R (r, in) float64 with L R = W − W_base, without reading `base`; only if `own_rank` is not None."""
         raise NotImplementedError
 
+    def renamed_modules(self, modules: Collection[str]) -> dict[str, str]:
+        """See `Skeleton.renamed_modules`; empty where transformers does not know the model without code of its own."""
+        return {}
+
     def changes_only(self, modules: Collection[str], base: "WeightSource") -> bool:
         """Whether it is known that this model differs from `base` in nothing but the weights of `modules`."""
         return False
@@ -152,6 +156,7 @@ class ModelSource(WeightSource):
 
     def __init__(self, model: ModelPath) -> None:
         self.reference, self.revision = model.reference, model.revision
+        self._model = model
         self.architecture = architecture_of(model.language_config())
         if model.quantization():
             raise CoraError(f"{model.reference} is stored quantised; use a copy with weights in bf16, fp16 or fp32")
@@ -184,6 +189,10 @@ class ModelSource(WeightSource):
                 self.read(module)
         return rundir.sha256_json({module: self._digests[module] for module in modules})
 
+    def renamed_modules(self, modules: Collection[str]) -> dict[str, str]:
+        """See `WeightSource.renamed_modules`."""
+        return skeleton_of(self._model).renamed_modules(modules) if _is_known(self._model.config()) else {}
+
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """See `WeightSource.checkpoints`."""
@@ -204,6 +213,8 @@ class AdapterSource(WeightSource):
         self.base = base or _open_base(model)
         self.architecture, self.skipped, self.views = self.base.architecture, self.base.skipped, self.base.views
         self._layouts = {view.fused: view.layout for view in self.views.values()}
+        if self._own.changed - self.base.shapes.keys():
+            self._own.rename(self.renamed_modules(self._own.changed))
         self._own.check_full(self.base.shapes, self.base.transposed)
         # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
         shapes = self.base.shapes | self._own.full
@@ -294,6 +305,10 @@ class AdapterSource(WeightSource):
         rest = self.base.content_hash([module for module in modules if module not in self._own.full])
         names = dict.fromkeys(name for module in modules for name in self._names(module))
         return rundir.sha256_json({"base": rest, "adapter": self._own.digests(names)})
+
+    def renamed_modules(self, modules: Collection[str]) -> dict[str, str]:
+        """See `WeightSource.renamed_modules`."""
+        return self.base.renamed_modules(modules)
 
     @property
     def checkpoints(self) -> list[Checkpoint]:

@@ -1,9 +1,12 @@
 """Adapters on models whose linear layers are stored as (in, out), and on the language model of one that also takes images."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -141,6 +144,43 @@ def test_only_the_language_model_of_an_image_model_is_adapted(mode, gemma3, tmp_
     loaded = load_adapter(AutoModelForCausalLM.from_pretrained(gemma3), resolve_model(str(tmp_path / "adapter")))
     assert [name for name, _ in adapted_layers(loaded)] == names
     torch.testing.assert_close(logits(loaded), logits(wrapped.eval()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def named_as_before(gemma3, tmp_path) -> tuple[Path, Path]:
+    """An adapter by PEFT on all linear layers of the text decoder, and the same with the names that transformers gave before 4.52."""
+    targets = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, base_model_name_or_path=str(gemma3))
+    get_peft_model(AutoModelForCausalLM.from_pretrained(gemma3), config).save_pretrained(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    tensors = load_file(tmp_path / "new/adapter_model.safetensors")
+    old = {key.replace("model.model.language_model.", "model.language_model.model."): tensor for key, tensor in tensors.items()}
+    assert not old.keys() & tensors.keys()
+    save_file(old, tmp_path / "old/adapter_model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "old", tmp_path / "new"
+
+
+def test_an_adapter_with_the_names_of_an_earlier_transformers_is_read_as_peft_loads_it(gemma3, named_as_before):
+    old, new = (resolve_model(str(directory)) for directory in named_as_before)
+    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gemma3), new.path))
+    assert not torch.equal(expected, logits(AutoModelForCausalLM.from_pretrained(gemma3)))
+    for adapter in (old, new):
+        assert torch.equal(logits(load_adapter(AutoModelForCausalLM.from_pretrained(gemma3), adapter)), expected)
+    before, after = open_source(old), open_source(new)
+    assert before.shapes == after.shapes
+    assert all(torch.equal(before.read(module), after.read(module)) for module in after.shapes)
+
+
+def test_an_adapter_with_two_names_of_one_layer_is_refused(gemma3, named_as_before):
+    old, new = named_as_before
+    both = load_file(old / "adapter_model.safetensors") | load_file(new / "adapter_model.safetensors")
+    save_file(both, old / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CoraError, match=r"base_model\.model\.language_model\.model\.layers\.0.* belongs to no layer of this model"
+    ):
+        load_adapter(AutoModelForCausalLM.from_pretrained(gemma3), resolve_model(str(old)))
+    with pytest.raises(CoraError, match=r"language_model\.model\.layers\.0.* matches no module of its base"):
+        open_source(resolve_model(str(old)))
 
 
 def test_a_module_of_the_images_alone_is_no_target(gemma3):
