@@ -129,10 +129,13 @@ class Template:
     def render(self, record: Mapping[str, Any]) -> Rendered:
         """Render one record. In a conversation of several turns the last answer is the response, everything before it the prompt.
 
-        Raises `CoraError` naming the record's place if the chat template refuses it.
+        An end token that the record itself has at the end of its answer is no part of the response. Raises `CoraError` naming the record's place if the
+        chat template refuses it.
         """
-        if self.name == "chat":
-            return self._render_chat(record)
+        rendered = self._render_chat(record) if self.name == "chat" else self._render_text(record)
+        return dataclasses.replace(rendered, response=self._without_own_end(rendered.response))
+
+    def _render_text(self, record: Mapping[str, Any]) -> Rendered:
         if self.schema == "text":
             return Rendered("", record["text"], special_tokens=True)
         if self.schema == "prompt":
@@ -162,13 +165,22 @@ class Template:
         """
         messages = self._messages(record)
         texts = [str(message.get("content") or "") for message in messages]
-        texts[-1] = texts[-1].rstrip()
-        for end in map(self.tokenizer.convert_ids_to_tokens, sorted(self.ends)):
-            texts[-1] = texts[-1].removesuffix(end)
+        texts[-1] = self._without_own_end(texts[-1])
         rest = [{key: value for key, value in message.items() if key not in ("role", "content")} for message in messages]
         others = [*rest, template_values(record) if self.schema == "messages" else {}]
         texts += [json.dumps(value, ensure_ascii=False, default=str) for value in others if value]
         return any(self._control_tokens.search(text) for text in texts)
+
+    def spelled_tokens(self, text: str) -> frozenset[int]:
+        """Ids of the special tokens that a text spells, but for those that end an answer."""
+        return frozenset(index for spelled, index in self._special.items() if spelled in text) - self.ends
+
+    def _without_own_end(self, text: str) -> str:
+        """A text without the end tokens that it spells at its end, nor what stands behind them."""
+        ends = tuple(map(self.tokenizer.convert_ids_to_tokens, sorted(self.ends)))
+        while (bare := text.rstrip()).endswith(ends):
+            text = bare[: -max(len(end) for end in ends if bare.endswith(end))]
+        return text
 
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:

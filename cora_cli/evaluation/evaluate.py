@@ -319,8 +319,18 @@ def _answer(
     def continues(text: Rendered, problem: dict[str, Any] | None) -> bool:
         return template.name != "chat" and continues_function(problem) and continues_prompt(text, tokenizer)
 
+    keeps = frozenset().union(*(template.spelled_tokens(text.answer) for text in rendered)) - {*backend.ends}
     requests = [
-        Request(shorten_prompt(prompt, room, tokenizer), text.prompt, text.answer, text.lead, stream, own, continues(text, own))
+        Request(
+            shorten_prompt(prompt, room, tokenizer),
+            text.prompt,
+            text.answer,
+            text.lead,
+            stream,
+            own,
+            continues(text, own),
+            keeps,
+        )
         for place, (prompt, text, own) in enumerate(zip(prompts, rendered, columns, strict=True))
         for stream in streams(place, config.temperature, config.samples)
     ]

@@ -49,7 +49,7 @@ class Request:
 
     `lead` is what the chat template puts before every answer (`templates.Rendered`); it is no part of a prediction. `stream` names the draws
     of a sample (`sampling.Sampling`). `problem` has the tests of the record, to be kept with its answer. `continues` says that the answer goes on
-    with the text of the prompt, so that a space at its beginning counts.
+    with the text of the prompt, so that a space at its beginning counts. `keeps` are special tokens that stay in a prediction, since references have them.
     """
 
     input_ids: list[int]
@@ -59,6 +59,7 @@ class Request:
     stream: str = ""
     problem: dict[str, Any] | None = None
     continues: bool = False
+    keeps: frozenset[int] = frozenset()
 
 
 class Engine(Protocol):
@@ -243,10 +244,14 @@ def _record_line(index: int, lines: Sequence[dict[str, Any]], request: Request) 
 
 
 def _answer(tokenizer: Any, ids: Sequence[int], request: Request) -> str:
-    """The text of an answer without special tokens and without the request's `lead`, which may hold some."""
+    """The text of an answer without special tokens, but for those that the request keeps, and without its `lead`, which may hold some."""
 
     def text(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
+        if request.keeps.isdisjoint(ids):
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
+        added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        left_out = {*tokenizer.all_special_ids, *added} - request.keeps
+        return str(tokenizer.decode([one for one in ids if one not in left_out], skip_special_tokens=False))
 
     if request.continues:
         # Tokenizers such as Llama 2's leave out the first space of what they decode, and so would change an indentation.

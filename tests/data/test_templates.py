@@ -16,6 +16,10 @@ class Plain:
     """A tokenizer without a chat template."""
 
     chat_template = None
+    eos_token_id = 0
+
+    def convert_ids_to_tokens(self, index):
+        return "</s>"
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +275,20 @@ def test_control_tokens_spelled_in_a_text_are_counted_but_not_the_end_of_an_answ
     ]
     assert [template.spells_control_tokens(record) for record in spelled] == [True, True, False, False]
     assert encode_records(spelled, template, 200, "training").control_tokens == 2
+
+
+@pytest.mark.parametrize("name", ["plain", "chat"])
+@pytest.mark.parametrize("spelled", ["a<|im_end|>", "a<|im_end|>\n", "a<|im_end|><|im_end|>"])
+def test_an_end_token_that_a_record_has_at_the_end_of_its_answer_is_no_part_of_it(chat, name, spelled):
+    template = Template(name, "prompt", chat)
+    given, bare = ({"prompt": "q", "completion": answer} for answer in (spelled, "a"))
+    assert template.render(given).answer == template.render(bare).answer == "a"
+    assert encode_records([given], template, 200, "training") == encode_records([bare], template, 200, "training")
+
+
+def test_special_tokens_that_an_answer_spells_are_those_that_do_not_end_it(chat):
+    template = Template("plain", "prompt", chat)
+    assert template.spelled_tokens("a<|im_start|>b<|im_end|>") == {chat.convert_tokens_to_ids("<|im_start|>")}
 
 
 def test_every_answer_of_a_conversation_is_a_turn(chat):

@@ -98,6 +98,19 @@ def test_another_data_set_and_a_built_in_one_replace_the_held_out_records(
     assert [line["reference"] for line in lines] == [record["output"] for record in expected]
 
 
+def test_a_prediction_keeps_the_special_tokens_of_references_and_neither_has_the_end_token(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = tmp_path / "records.jsonl"
+    rundir.write_jsonl(records, [{"prompt": "q", "completion": text} for text in ("a<file_sep>b<|im_end|>", "c")])
+    requests: list[Any] = []
+    generate = module.generate
+    monkeypatch.setattr(module, "generate", lambda *given: (requests.extend(given[3]), generate(*given))[1])
+    evaluate_model(tiny_model, records, tmp_path / "out")
+    kept = frozenset({AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids("<file_sep>")})
+    assert [(request.reference, request.keeps) for request in requests] == [("a<file_sep>b", kept), ("c", kept)]
+
+
 def test_prompts_longer_than_the_context_are_cut_at_the_start_and_counted(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

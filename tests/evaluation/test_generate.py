@@ -254,6 +254,14 @@ def test_a_lead_with_special_tokens_is_no_part_of_the_prediction():
     assert _answer(chat_tokenizer, ids, Request([1], "", "")) == "final\ngood day"
 
 
+def test_special_tokens_that_references_have_stay_in_a_prediction():
+    chat_tokenizer = AutoTokenizer.from_pretrained(embedded.model_directory())
+    ids = chat_tokenizer("<|im_start|>a<file_sep>b", add_special_tokens=False)["input_ids"]
+    kept = frozenset(chat_tokenizer.convert_tokens_to_ids(["<file_sep>"]))
+    assert _answer(chat_tokenizer, ids, Request([1], "", "x<file_sep>y", keeps=kept)) == "a<file_sep>b"
+    assert _answer(chat_tokenizer, ids, Request([1], "", "xy")) == "ab"
+
+
 def test_an_answer_that_continues_a_function_keeps_its_indentation():
     # As the tokenizers of Llama 2: spaces are ▁, and decoding leaves out the first space of a text.
     vocabulary = {token: place for place, token in enumerate(["<unk>", "▁", "\n", *"abdefnrtu():", "▁▁▁▁"])}
