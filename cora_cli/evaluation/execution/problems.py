@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -76,20 +77,20 @@ def problem_columns(record: Mapping[str, Any]) -> dict[str, Any] | None:
     if not any(record.get(name) for name in ("test", "test_list", "assertions")):
         return None
     kept = {name: record[name] for name in TEST_COLUMNS if record.get(name)}
-    texts = ("prompt",) if "test" in kept else ()
+    texts = ("prompt",) if continues_function(kept) else ()
     return kept | {name: record[name] for name in (*texts, "completion", "output") if name in record}
 
 
 def continues_function(columns: Mapping[str, Any] | None) -> bool:
     """Whether the answer to a record with these `problem_columns` goes on with the text of its prompt, as in HumanEval's shape."""
-    return bool(columns and columns.get("test"))
+    return bool(columns and columns.get("test") and not columns.get("test_list"))
 
 
 def problem_of(columns: Mapping[str, Any] | None, where: str) -> Problem:
     """The problem of a record, by its `problem_columns`. Raises `CoraError` naming the place if it carries no tests, or malformed ones."""
     columns = columns or {}
     reference = _text(columns, "completion" if "completion" in columns else "output", where) if columns else ""
-    if columns.get("test"):
+    if continues_function(columns):
         given, test, entry = (_text(columns, name, where) for name in ("prompt", "test", "entry_point"))
         if not entry.isidentifier():
             raise CoraError(f"{where}: entry_point must be the name of a function, not {entry!r}")
@@ -104,11 +105,12 @@ def problem_of(columns: Mapping[str, Any] | None, where: str) -> Problem:
 
 
 def say_what_is_not_run(columns: Iterable[Mapping[str, Any] | None], where: str) -> None:
-    """Say that the challenge tests of MBPP are left out: its published scores are those of `test_list` (Austin et al. 2021, 2108.07732)."""
-    if count := sum(bool(own and own.get("challenge_test_list")) for own in columns):
-        say(
-            f"{where}: {count} records also have a challenge_test_list, which is not run: the benchmark scores programs by test_list"
-        )
+    """Say that the challenge tests of MBPP and the further ones of MBPP+ are left out: published scores of MBPP are those of `test_list` (Austin et al.
+    2021, 2108.07732)."""
+    others = [(own or {}, name) for own in columns for name in ("challenge_test_list", "test")]
+    left = Counter(name for own, name in others if own.get(name) and own.get("test_list"))
+    for name, count in left.items():
+        say(f"{where}: {count} records also have a {name}, which is not run: the benchmark MBPP scores programs by test_list")
 
 
 def programs_of(line: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,15 +106,17 @@ def test_predictions_are_executed_and_the_fate_of_each_program_is_kept(tmp_path:
 
 
 @needs_sandbox
-@needs_sandbox
-def test_challenge_tests_of_mbpp_are_not_run_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    tests = {"test_list": ["assert f(1) == 2"], "challenge_test_list": ["assert f(0) == 7"]}
+@pytest.mark.parametrize(("column", "value"), [("challenge_test_list", ["assert f(0) == 7"]), ("test", "assert f(0) == 7")])
+def test_further_tests_of_mbpp_and_mbpp_plus_are_not_run_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str, value: Any
+):
+    tests = {"test_list": ["assert f(1) == 2"], column: value}
     line = {"reference": "x", "prediction": "def f(x): return x + 1", "problem": {"output": "def f(x): return 2", **tests}}
-    rundir.write_jsonl(tmp_path / "p.jsonl", [line, {**line, "problem": {**line["problem"], "challenge_test_list": []}}])
+    rundir.write_jsonl(tmp_path / "p.jsonl", [line, {**line, "problem": {**line["problem"], column: []}}])
     config = EvaluateConfig(from_predictions=str(tmp_path / "p.jsonl"), metrics=("pass@1",), execute_code=True, bootstrap=100)
     metric = evaluate(config)[0].record["metrics"]["pass@1"]
     assert (metric["value"], metric["ci95"]) == (1.0, None)  # both pass, which says nothing about the spread
-    assert "p.jsonl: 1 records also have a challenge_test_list, which is not run" in capsys.readouterr().err
+    assert f"p.jsonl: 1 records also have a {column}, which is not run" in capsys.readouterr().err
 
 
 def test_predictions_without_tests_are_refused(tmp_path: Path):
