@@ -25,6 +25,8 @@ OTHERS = {
     "ruff",
     "kernels",
     "liger-kernel",
+    "sentencepiece",
+    "protobuf",
 }
 COMMAND = re.compile(r"pip install((?: +(?:-[ce] +)?[^ `\"')#(]*(?:'[^']*'|\"[^\"]*\")?)+)")
 

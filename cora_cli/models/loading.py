@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError, is_out_of_memory, reason
@@ -206,6 +207,7 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
             raise CoraError(
                 f"{model.reference} holds no tokenizer; copy the files of its tokenizer, such as tokenizer.json, into that directory"
             ) from error
+        _refuse_sentencepiece(model)
         raise CoraError(f"tokenizer of {model.reference} cannot be loaded: {reason(error)}") from error
     model.require_unchanged()
     _say_other_templates(model, tokenizer)
@@ -223,6 +225,18 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
     if tokenizer.eos_token_id is None:
         raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so generation would never stop")
     return tokenizer
+
+
+def _refuse_sentencepiece(model: ModelPath) -> None:
+    """Raise `CoraError` for a tokenizer of SentencePiece whose packages are missing: transformers then takes the file for another kind's, and names the
+    package of that."""
+    # A file of tiktoken is text, whose first line is no empty one.
+    files = [file for file in model.tokenizer_files() if file.suffix == ".model" and file.read_bytes()[:1] == b"\n"]
+    if files and not (is_sentencepiece_available() and is_protobuf_available()):
+        raise CoraError(
+            f"tokenizer of {model.reference} cannot be loaded: {files[0].name} is one of SentencePiece, whose packages are not installed; install them with "
+            "`pip install sentencepiece protobuf`"
+        )
 
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
