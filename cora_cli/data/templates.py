@@ -263,7 +263,14 @@ class Template:
     def _is_bare(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], rendered: str) -> bool:
         """Whether the template writes nothing of the answer but its text: no thoughts or calls of tools that stand in entries of their own."""
         bare = {name: value for name, value in messages[-1].items() if name in ("role", "content")}
-        return len(bare) == len(messages[-1]) or self._apply([*messages[:-1], bare], extra) == rendered
+        if len(bare) == len(messages[-1]):
+            return True
+        try:
+            return self._apply([*messages[:-1], bare], extra) == rendered
+        except CoraError:
+            raise
+        except Exception:  # a template may need those entries where there is no text
+            return False
 
     def _without_end(self, rest: str) -> tuple[str, int | None]:
         """The rendered answer without its end, and the id of the token that ends it (None: the tokenizer's end token)."""

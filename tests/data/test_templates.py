@@ -161,6 +161,15 @@ def test_another_end_than_usual_is_the_end_of_that_answer():
     assert (rendered.response, rendered.answer, rendered.end) == ("call", "call", tokenizer.eos_token_id)
 
 
+@pytest.mark.parametrize("text", [{}, {"content": None}])
+def test_an_answer_of_calls_alone_may_have_a_template_that_needs_a_text_where_there_are_no_calls(text):
+    written = "{% if m.tool_calls %}call{% else %}{{ m['role'] + m['content'] }}{% endif %}"
+    tokenizer = with_template(CHATML.replace("{{ m['content'] }}", written))
+    record = {"messages": [TALK["messages"][1], {"role": "assistant", **text, "tool_calls": [{"name": "clock"}]}]}
+    rendered = Template("chat", "messages", tokenizer).render(record)
+    assert (rendered.answer, rendered.lead) == ("call", "")
+
+
 def test_tools_documents_and_template_arguments_reach_the_template():
     tokenizer = with_template(TOOLS + "{{ documents }}{{ style }}" + CHATML)
     record = {**TALK, "tools": [{"name": "clock"}], "documents": [{"text": "d"}], "chat_template_kwargs": {"style": "terse"}}
