@@ -205,7 +205,9 @@ def _evaluate_target(
         prompts = [encode_prompt(text, tokenizer) for text in rendered]
         if [] in prompts:
             raise CoraError(f"{target.dataset}, record {prompts.index([]) + 1}: the prompt is empty; remove the record")
-        backend = _open(config, target, hardware, tokenizer, template, out)
+        # Some templates end an answer that calls a tool otherwise than the rest.
+        ends = template.ends | {text.end for text in rendered if text.end is not None}
+        backend = _open(config, target, hardware, tokenizer, ends, out)
         if not measured:
             examples = reference_examples(records, rendered, tokenizer, backend.rows, backend.context)
         if not complete:
@@ -281,11 +283,11 @@ def _ensemble_settings(target: Target) -> dict[str, Any]:
 
 
 def _open(
-    config: EvaluateConfig, target: Target, hardware: Hardware, tokenizer: Any, template: Template, out: EvaluationDirectory
+    config: EvaluateConfig, target: Target, hardware: Hardware, tokenizer: Any, ends: set[int], out: EvaluationDirectory
 ) -> Backend:
     if config.backend == "vllm":
-        return open_vllm(config, target.base, target.adapter, hardware, template.ends, out.root)
-    return open_transformers(config, target, hardware, tokenizer, template.ends)
+        return open_vllm(config, target.base, target.adapter, hardware, ends, out.root)
+    return open_transformers(config, target, hardware, tokenizer, ends)
 
 
 def _answer(
@@ -339,7 +341,7 @@ def _answer(
         say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
     rundir.write_json(out.generation, {"name": target.name, "settings": settings})
     engine = backend.start([request.input_ids for request in requests])
-    speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples, processes, (target, template.ends))
+    speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples, processes, (target, backend.ends))
     rundir.write_json(
         out.generation,
         {

@@ -111,6 +111,19 @@ def test_a_prediction_keeps_the_special_tokens_of_references_and_neither_has_the
     assert [(request.reference, request.keeps) for request in requests] == [("a<file_sep>b", kept), ("c", kept)]
 
 
+def test_an_answer_ends_also_with_the_token_that_ends_references_which_call_tools(tiny_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    ended = "{% if m.tool_calls %}call<file_sep>{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: " + ended + "\n{% endfor %}")
+    records = tmp_path / "records.jsonl"
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "clock"}]}]
+    rundir.write_jsonl(records, [{"messages": talk}])
+    evaluate_model(model, records, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<file_sep>"])
+    assert read_json(tmp_path / "out" / "generation.json")["end_tokens"] == sorted(ends)
+
+
 def test_prompts_longer_than_the_context_are_cut_at_the_start_and_counted(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
