@@ -288,7 +288,7 @@ class Template:
     def _messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The record as a conversation that ends with the answer."""
         if self.schema == "messages":
-            messages = [_without_nulls(message) for message in record["messages"]]
+            messages = [_without_empty(message) for message in record["messages"]]
             calls = any(message.get("tool_calls") for message in messages)
             return [_with_objects(message) for message in messages] if calls and self._quotes_arguments else messages
         if self.schema == "text":
@@ -382,9 +382,9 @@ def _is_written(message: Mapping[str, Any], text: str) -> bool:
     return said in text or said.rpartition("</think>")[2].strip() in text or any(one in text for one in quoted)
 
 
-def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without entries that are null, which JSON written from tables has for all that other messages have."""
-    return {name: value for name, value in message.items() if value is not None or name == "content"}
+def _without_empty(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without entries that are null or an empty list, which tables have for all that other messages have, such as calls of tools."""
+    return {name: value for name, value in message.items() if name == "content" or (value is not None and value != [])}
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:

@@ -170,6 +170,14 @@ def test_an_answer_of_calls_alone_may_have_a_template_that_needs_a_text_where_th
     assert (rendered.answer, rendered.lead) == ("call", "")
 
 
+@pytest.mark.parametrize("calls", [None, []])
+def test_a_message_whose_calls_are_null_or_an_empty_list_has_none(calls):
+    written = "{% if 'tool_calls' in m %}[CALLS]{% else %}{{ m['content'] }}{% endif %}"
+    template = Template("chat", "messages", with_template(CHATML.replace("{{ m['content'] }}", written)))
+    record = {"messages": [{**message, "tool_calls": calls} for message in TALK["messages"]]}
+    assert template.render(record) == template.render(TALK)
+
+
 def test_tools_documents_and_template_arguments_reach_the_template():
     tokenizer = with_template(TOOLS + "{{ documents }}{{ style }}" + CHATML)
     record = {**TALK, "tools": [{"name": "clock"}], "documents": [{"text": "d"}], "chat_template_kwargs": {"style": "terse"}}
