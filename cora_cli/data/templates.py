@@ -133,7 +133,7 @@ class Template:
         chat template refuses it.
         """
         rendered = self._render_chat(record) if self.name == "chat" else self._render_text(record)
-        return dataclasses.replace(rendered, response=self._without_own_end(rendered.response))
+        return dataclasses.replace(rendered, response=self.without_end(rendered.response, self.ends))
 
     def _render_text(self, record: Mapping[str, Any]) -> Rendered:
         if self.schema == "text":
@@ -165,7 +165,7 @@ class Template:
         """
         messages = self._messages(record)
         texts = [str(message.get("content") or "") for message in messages]
-        texts[-1] = self._without_own_end(texts[-1])
+        texts[-1] = self.without_end(texts[-1], self.ends)
         rest = [{key: value for key, value in message.items() if key not in ("role", "content")} for message in messages]
         others = [*rest, template_values(record) if self.schema == "messages" else {}]
         texts += [json.dumps(value, ensure_ascii=False, default=str) for value in others if value]
@@ -175,9 +175,9 @@ class Template:
         """Ids of the special tokens that a text spells, but for those that end an answer."""
         return frozenset(index for spelled, index in self._special.items() if spelled in text) - self.ends
 
-    def _without_own_end(self, text: str) -> str:
-        """A text without the end tokens that it spells at its end, nor what stands behind them."""
-        ends = tuple(map(self.tokenizer.convert_ids_to_tokens, sorted(self.ends)))
+    def without_end(self, text: str, tokens: Iterable[int]) -> str:
+        """A text without those end `tokens` that it spells at its end, nor what stands behind them."""
+        ends = tuple(filter(None, map(self.tokenizer.convert_ids_to_tokens, tokens)))
         while (bare := text.rstrip()).endswith(ends):
             text = bare[: -max(len(end) for end in ends if bare.endswith(end))]
         return text

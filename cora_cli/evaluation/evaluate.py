@@ -321,19 +321,13 @@ def _answer(
     def continues(text: Rendered, problem: dict[str, Any] | None) -> bool:
         return template.name != "chat" and continues_function(problem) and continues_prompt(text, tokenizer)
 
-    keeps = frozenset().union(*(template.spelled_tokens(text.answer) for text in rendered)) - {*backend.ends}
+    references = [template.without_end(text.answer, backend.ends) for text in rendered]
+    keeps = frozenset().union(*map(template.spelled_tokens, references)) - {*backend.ends}
     requests = [
         Request(
-            shorten_prompt(prompt, room, tokenizer),
-            text.prompt,
-            text.answer,
-            text.lead,
-            stream,
-            own,
-            continues(text, own),
-            keeps,
+            shorten_prompt(prompt, room, tokenizer), text.prompt, reference, text.lead, stream, own, continues(text, own), keeps
         )
-        for place, (prompt, text, own) in enumerate(zip(prompts, rendered, columns, strict=True))
+        for place, (prompt, text, reference, own) in enumerate(zip(prompts, rendered, references, columns, strict=True))
         for stream in streams(place, config.temperature, config.samples)
     ]
     cut = sum(len(prompt) > room for prompt in prompts)

@@ -7,7 +7,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    LlamaForCausalLM,
+)
 
 from cora_cli import embedded, rundir
 from cora_cli.data.split import load_test_records
@@ -102,11 +109,14 @@ def test_a_prediction_keeps_the_special_tokens_of_references_and_neither_has_the
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = tmp_path / "records.jsonl"
-    rundir.write_jsonl(records, [{"prompt": "q", "completion": text} for text in ("a<file_sep>b<|im_end|>", "c")])
+    ended = "c<|endoftext|>"  # by a token that ends answers by the model's own configuration
+    rundir.write_jsonl(records, [{"prompt": "q", "completion": text} for text in ("a<file_sep>b<|im_end|>", ended)])
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    GenerationConfig(eos_token_id=[0, 2]).save_pretrained(model)
     requests: list[Any] = []
     generate = module.generate
     monkeypatch.setattr(module, "generate", lambda *given: (requests.extend(given[3]), generate(*given))[1])
-    evaluate_model(tiny_model, records, tmp_path / "out")
+    evaluate_model(model, records, tmp_path / "out")
     kept = frozenset({AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids("<file_sep>")})
     assert [(request.reference, request.keeps) for request in requests] == [("a<file_sep>b", kept), ("c", kept)]
 
