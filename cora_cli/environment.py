@@ -7,6 +7,7 @@ What a result depends on is in the command's settings and in its record. The var
 import logging
 import os
 import re
+import site
 import sys
 import traceback
 import warnings
@@ -68,6 +69,15 @@ def forget_settings() -> None:
                 f"the environment variable LOCAL_RANK says that a launcher started this process, but {name} is {value!r} and not an "
                 "integer; unset LOCAL_RANK, or start it with torchrun"
             )
+
+
+def folder_to_search() -> str | None:
+    """The folder that PYTHONPATH must name so that a new Python finds this package; None where it is installed among others.
+
+    PYTHONPATH comes before the standard library, whose modules the others may share a name with, as old backports do.
+    """
+    folder = str(Path(__file__).parents[1])
+    return None if folder in (*site.getsitepackages(), site.getusersitepackages()) else folder
 
 
 def quiet_libraries() -> None:

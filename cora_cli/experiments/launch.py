@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-import cora_cli
 from cora_cli import rundir
+from cora_cli.environment import folder_to_search
 from cora_cli.errors import CoraError
 from cora_cli.experiments.fork_server import ForkServer, stop_orphan
 
@@ -92,8 +92,7 @@ class LocalLauncher:
             return LocalJob(argv, file, environment, self._keep_open, lambda: self._free.append(slot))
 
     def _environment(self, slot: int) -> dict[str, str]:
-        root = str(Path(cora_cli.__file__).parents[1])
-        paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        paths = [folder_to_search(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]

@@ -7,6 +7,7 @@ and the next call finds them.
 import dataclasses
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -14,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cora_cli
 from cora_cli import rundir
+from cora_cli.environment import folder_to_search
 from cora_cli.errors import CoraError
 from cora_cli.experiments.fork_server import stop_orphan
 from cora_cli.experiments.launch import LocalLauncher
@@ -167,10 +168,9 @@ class SlurmLauncher:
                 "--launcher slurm needs sbatch, which is not installed here; run on a Slurm login node, or use --launcher local"
             )
         # submitit starts Python with `-m` in the working directory, whose modules must not be imported.
-        self._setup = [
-            "export PYTHONSAFEPATH=1",
-            f"export PYTHONPATH={Path(cora_cli.__file__).parents[1]}${{PYTHONPATH:+:$PYTHONPATH}}",
-        ]
+        self._setup = ["export PYTHONSAFEPATH=1"]
+        if (searched := folder_to_search()) is not None:
+            self._setup.append(f"export PYTHONPATH={shlex.quote(searched)}${{PYTHONPATH:+:$PYTHONPATH}}")
 
     @property
     def codes(self) -> Path:

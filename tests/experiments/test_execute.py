@@ -1,6 +1,8 @@
 import contextlib
 import dataclasses
+import os
 import shutil
+import site
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import cora_cli
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ablate import summary
@@ -274,6 +277,15 @@ def test_processes_get_a_gpu_each_or_share_the_threads(monkeypatch: pytest.Monke
     monkeypatch.setenv("OMP_NUM_THREADS", "7,2")  # one number for each level of nesting
     assert LocalLauncher(3, "cpu")._environment(0)["OMP_NUM_THREADS"] == "2"
     assert LocalLauncher(None, "cpu").slots == 1
+
+
+def test_packages_beside_an_installed_one_do_not_come_before_the_standard_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(Path(cora_cli.__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "mine", ""]))
+    monkeypatch.setattr(site, "getsitepackages", list)
+    assert LocalLauncher(1, "cpu")._environment(0)["PYTHONPATH"].split(os.pathsep) == [folder, "mine"]
+    monkeypatch.setattr(site, "getsitepackages", lambda: [folder])
+    assert LocalLauncher(1, "cpu")._environment(0)["PYTHONPATH"] == "mine"
 
 
 def test_several_processes_share_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
