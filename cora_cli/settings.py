@@ -23,9 +23,9 @@ LARGEST_RANK = 65_536
 """Above the width of any model."""
 Named = Literal["model", "model or basis", "dataset", "basis", "run", "predictions", "output"]
 """What the value of a setting may have to name (see `cli.inputs`)."""
-_LARGEST = 2**63 - 1
+_LARGEST, _LARGEST_FLOAT = 2**63 - 1, 3.4e38  # the latter in float32, in which results are computed
 MOST = 10**9
-"""For counts that nothing else bounds: larger ones overflow in libraries."""
+"""For numbers that nothing else bounds: larger counts overflow in libraries, and larger rates and scalings in what they multiply."""
 
 
 def setting(
@@ -75,8 +75,8 @@ def range_problems(config: Any) -> list[str]:
             need = f"at least 0, not {value}"
         elif type(value) is int and abs(value) > (most or _LARGEST):
             need = f"at most {most or _LARGEST:,}, not {value:,}"
-        elif type(value) is float and most is not None and abs(value) > most:
-            need = f"at most {most:,}, not {value:,}"
+        elif type(value) is float and abs(value) > (most or _LARGEST_FLOAT):
+            need = f"at most {most or _LARGEST_FLOAT:,}, not {value:,}"
         if need:
             problems.append(f"--{name.replace('_', '-')} must be {need}")
     if problem := device_problem(getattr(config, "device", "auto")):

@@ -52,7 +52,7 @@ class SharedSettings:
     rank: int = setting(
         "Rank r of the adapter; it uses the first r columns of the basis, so r ≤ R.", 48, panel=_WHAT, most=LARGEST_RANK
     )
-    alpha: float | None = setting("Numerator of the scaling s = alpha / r. Default: 2 r.", None, panel=_WHAT)
+    alpha: float | None = setting("Numerator of the scaling s = alpha / r. Default: 2 r.", None, panel=_WHAT, most=MOST)
     rslora: bool = setting("Scale by alpha / √r instead of alpha / r.", False, panel=_WHAT)
     a_init: AInit | None = setting("Start of A, instead of the mode's default.", None, panel=_WHAT)
     b_init: BInit | None = setting(
@@ -120,6 +120,7 @@ class SharedSettings:
         "some 17 gradients of 4 examples in float32.",
         DEFAULT_RATE,
         panel=_OPTIM,
+        most=MOST,
     )
     epochs: float = setting("Passes over the training records.", 1.0, panel=_OPTIM, most=MOST)
     max_steps: int | None = setting("Optimizer steps, instead of --epochs.", None, panel=_OPTIM, most=MOST)

@@ -6,6 +6,8 @@ from typer.testing import CliRunner
 from cora_cli.cli import app
 from cora_cli.methods.registry import METHODS
 
+TRAIN = "train --mode lora --model m --dataset d --output-dir o"
+
 
 @pytest.mark.parametrize(
     ("line", "sentence"),
@@ -26,13 +28,16 @@ from cora_cli.methods.registry import METHODS
         ("report a --format x", "--format must be one of terminal, markdown, latex, csv, json, html, not 'x'"),
         ("report a --seed -1", "--seed must be at least 0 and below 2^32, not -1"),
         ("evaluate --from a --bootstrap 1000000000", "--bootstrap must be at most 1,000,000, not 1,000,000,000"),
+        (f"{TRAIN} --alpha 1e39", "--alpha must be at most 1,000,000,000, not 1e+39"),
+        (f"{TRAIN} --learning-rate 1e39", "--learning-rate must be at most 1,000,000,000, not 1e+39"),
+        (f"{TRAIN} --weight-decay 1e39", "--weight-decay must be at most 3.4e+38, not 1e+39"),
         ("ablate a.yaml --jobs-per-gpu 0", "--jobs-per-gpu must be a positive number or auto, not '0'"),
         (
             "ablate a.yaml --jobs-per-gpu auto --launcher slurm",
             "--jobs-per-gpu applies to --launcher local; a Slurm job has the GPUs that resources in the grid ask for",
         ),
         (
-            "train --processes 2 --model m --dataset d --output-dir o",
+            f"{TRAIN} --processes 2",
             "--processes is for --dry-run; `torchrun --nproc-per-node N -m cora_cli train …` trains in N processes",
         ),
         ("inspect gone.safetensors", "gone.safetensors does not exist"),
