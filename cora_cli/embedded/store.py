@@ -13,7 +13,7 @@ from typing import Any
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
-from cora_cli.scratch import temporary_directory
+from cora_cli.scratch import remove_abandoned, temporary_directory
 
 MANIFEST = "cora-manifest.json"
 _SCRATCH_PREFIX = ".building-"
@@ -63,6 +63,11 @@ def publish(folder: Path, build: Callable[[Path, Path], dict[str, Any]]) -> None
         raise CoraError(
             f"{folder} cannot be written: {error.strerror or error}; set CORA_CACHE to a folder that can"
         ) from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed commands built next to `folder`, as `publish` does too; those that run keep theirs."""
+    remove_abandoned(folder.parent, _SCRATCH_PREFIX)
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cora_cli import embedded, rundir
-from cora_cli.embedded import store
+from cora_cli.embedded import packages, store
 from cora_cli.errors import CoraError
 from tests.embedded.helpers import present
 
@@ -149,6 +149,21 @@ def test_a_whole_folder_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
 
     store.publish(tmp_path / "part", overtaken)
     assert (tmp_path / "part" / "data").read_text() == "first"
+
+
+def test_what_a_killed_command_built_goes_with_the_next_one_that_uses_the_part(copied_wordnet: Path) -> None:
+    killed = copied_wordnet.parent / ".building-nltk_data-00000000"
+    (killed / "content").mkdir(parents=True)
+    embedded.wordnet_directory()
+    assert not killed.exists()
+
+
+def test_a_disk_that_is_full_during_the_download_is_said_to_be(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import sys; sys.exit('ERROR: Exception:\\nTraceback\\nOSError: [Errno 28] No space left on device')"
+    popen = subprocess.Popen
+    monkeypatch.setattr(packages.subprocess, "Popen", lambda command, **how: popen([sys.executable, "-c", program], **how))
+    with pytest.raises(CoraError, match=r"the disk is full: .*all-MiniLM-L6-v2 could not be written"):
+        embedded.encoder_directory()
 
 
 def test_an_unwritable_cache_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
