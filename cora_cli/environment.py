@@ -52,6 +52,8 @@ def forget_settings() -> None:
     for name in [*os.environ]:
         if name.startswith(_PREFIXES) or name in _OTHERS:
             del os.environ[name]
+    if os.environ.get("TORCH_LOGS") == "":  # torch's own error at it, while it is imported, does not name it
+        del os.environ["TORCH_LOGS"]
     if "LOCAL_RANK" in os.environ and "MASTER_ADDR" not in os.environ:
         raise CoraError(
             "the environment variable LOCAL_RANK says that a launcher started this process, but MASTER_ADDR is missing; unset LOCAL_RANK, or "

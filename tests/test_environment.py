@@ -58,6 +58,12 @@ def test_another_kind_of_training_is_refused_by_the_variable_s_name(name: str, m
         forget_settings()
 
 
+def test_an_empty_variable_at_which_torch_fails_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_LOGS", "")
+    forget_settings()
+    assert "TORCH_LOGS" not in os.environ
+
+
 def test_a_launcher_s_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234"}
     for name, value in ours.items():
