@@ -206,11 +206,12 @@ sys.stdin.read()
     assert (ended.stdout, ended.stderr) == ("" if closed == ">&-" else "out\n", "" if closed == "2>&-" else "err\n")
 
 
-def test_a_file_in_the_working_directory_is_not_imported_in_place_of_a_module(tmp_path):
-    for name in ("typer", "random", "datasets"):
+@pytest.mark.parametrize("path", ["{}", ":{}", "{}::"])
+def test_a_file_in_the_working_directory_is_not_imported_in_place_of_a_module(tmp_path, path):
+    for name in ("typer", "random", "pathlib", "datasets"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the working directory was imported')")
     source = str(Path(cora_cli.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": source, "PYTHONSAFEPATH": ""}
+    environment = {**os.environ, "PYTHONPATH": path.format(source), "PYTHONSAFEPATH": ""}
     words = [sys.executable, "-m", "cora_cli", "--version"]
     ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
