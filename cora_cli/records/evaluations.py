@@ -101,6 +101,13 @@ class Proxy(TypedDict):
     what: str
 
 
+class Bootstrap(TypedDict):
+    """How the intervals in `metrics.json` were drawn."""
+
+    resamples: int
+    seed: int
+
+
 class Metrics(TypedDict):
     """`metrics.json`."""
 
@@ -110,7 +117,7 @@ class Metrics(TypedDict):
     metrics: dict[str, Metric]
     predictions_sha256: str
     scores_sha256: NotRequired[str]
-    bootstrap: NotRequired[dict[str, int]]
+    bootstrap: NotRequired[Bootstrap]
     generation: UsedGeneration
     fates: NotRequired[dict[str, int]]
     readability_proxies: NotRequired[dict[str, Proxy]]
@@ -148,10 +155,10 @@ def answers_hashes(predictions: Path) -> tuple[str, ...]:
         return (own,)
     try:
         lines = read_jsonl(predictions, dict[str, Any])
-    except CoraError:
+        answers = [{key: value for key, value in line.items() if key != _TOKENS} for line in lines]
+        return own, rundir.sha256_text(rundir.jsonl_text(answers))
+    except (CoraError, ValueError):  # NaN, which Python reads and JSON does not have
         return (own,)
-    answers = [{key: value for key, value in line.items() if key != _TOKENS} for line in lines]
-    return own, rundir.sha256_text(rundir.jsonl_text(answers))
 
 
 def read_predictions(path: Path, *texts: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ This module knows the files of a single run or evaluation; `collect` goes over t
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ def read_evaluation(
     if rundir.sha256_file(evaluation.predictions) != record["predictions_sha256"]:
         raise CoraError(f"{evaluation.predictions} was altered after it was scored; run `cora evaluate` again")
     _check_hash(evaluation.scores, record.get("scores_sha256"), "metrics.json")
+    if lacking := [name for name in NAMES if scores and name in scores[0] and name not in record["metrics"]]:
+        raise CoraError(
+            f"{evaluation.metrics} was changed after it was written: it has no {lacking[0]}, which {evaluation.scores.name} has"
+        )
+    _check_copy(evaluation, record)
     measures = {}
     for name in NAMES:
         if name not in record["metrics"] or (wanted and name not in wanted):
@@ -100,6 +106,18 @@ def read_evaluation(
         {} if None in prompts else {"prompts_sha256": rundir.sha256_json(prompts)}
     )  # another program's answers may have none
     return measures, {**record["generation"], **known}, references
+
+
+def _check_copy(evaluation: EvaluationDirectory, record: Mapping[str, Any]) -> None:
+    """Raise `CoraError` where `metrics.json` and the `generation.json` of the same predictions differ in how these were generated."""
+    generation, copy = records.read_generation(evaluation), record["generation"]
+    if generation.get("predictions_sha256") != record["predictions_sha256"]:
+        return
+    if different := sorted(key for key in {*generation, *copy} if generation.get(key) != copy.get(key)):
+        raise CoraError(
+            f"{evaluation.generation} and the copy of it in {evaluation.metrics.name} have another {different[0]}: one of them was changed after "
+            "it was written"
+        )
 
 
 def read_counts(evaluation: EvaluationDirectory) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from cora_cli.evaluation.evaluate import evaluate, paired_differences
 from cora_cli.evaluation.metrics import score_all
 from cora_cli.evaluation.reference_tokens import reference_tokens
 from cora_cli.reading import read_json, read_jsonl
+from cora_cli.records import answers_hashes
 from cora_cli.reporting.report import report
 from cora_cli.rundir import EvaluationDirectory
 
@@ -204,3 +205,9 @@ def test_what_cannot_be_measured_is_refused(run: Path, tiny_model: Path, tmp_pat
         evaluate(
             EvaluateConfig(from_predictions=str(tmp_path / "damaged.jsonl"), metrics=("nll",), output_dir=str(tmp_path / "o"))
         )
+
+
+def test_answers_with_a_number_that_json_lacks_are_known_by_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"index": NaN, "prediction": "a", "reference": "a", "reference_tokens": {}}\n')
+    assert answers_hashes(path) == (rundir.sha256_file(path),)

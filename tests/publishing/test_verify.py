@@ -83,6 +83,12 @@ def other_mode(path: Path) -> None:
     rundir.write_json(path, {**read_json(path), "mode": "full"})
 
 
+def no_rouge1(path: Path) -> None:
+    record = read_json(path)
+    del record["metrics"]["rouge1"]
+    rundir.write_json(path, record)
+
+
 def impossible_bootstrap(entry: str, value: int) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         record = read_json(path)
@@ -139,6 +145,12 @@ def impossible_bootstrap(entry: str, value: int) -> Callable[[Path], None]:
             impossible_bootstrap("seed", -1),
             "eval/metrics.json was changed after it was written: no intervals come",
         ),
+        (
+            "eval/metrics.json",
+            edited("bootstrap", by={}),
+            "eval/metrics.json is damaged or from another version of cora: bootstrap.",
+        ),
+        ("eval/metrics.json", no_rouge1, "eval/metrics.json was changed after it was written: it has no rouge1"),
         ("eval/scores.jsonl", better_scores, "eval/metrics.json does not hold the rouge1 that"),
     ],
 )
@@ -148,6 +160,22 @@ def test_what_is_not_as_recorded_is_named(run: Path, name: str, damage: Callable
     assert result.exit_code == 1
     assert says in result.stderr
     assert "cora: error: " in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "says"),
+    [
+        ("metrics.json", edited("generation", "settings", "decoding", by=None), "metrics.json have another settings"),
+        ("metrics.json", edited("generation", "settings", "adapter_sha256", by=None), "metrics.json have another settings"),
+        ("generation.json", edited("seconds", by=0.1), "metrics.json have another seconds"),
+        ("metrics.json", no_rouge1, "metrics.json was changed after it was written: it has no rouge1"),
+    ],
+)
+def test_a_report_names_what_is_not_as_recorded_too(run: Path, name: str, damage: Callable[[Path], Any], says: str) -> None:
+    damage(run / "eval" / name)
+    result = CliRunner().invoke(app, ["report", str(run / "eval")])
+    assert result.exit_code == 1
+    assert says in result.stderr
 
 
 def test_an_evaluation_is_verified_alone(finished: Path) -> None:
