@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +89,16 @@ class Ledger:
         return (record.get("status") == FINISHED or reached) and record["key"] == step.key
 
     def start_again(self, step: Step, stops: Collection[int]) -> str | None:
-        """Remove the run of a training step that has gone past one of these optimizer steps without a loss there, since no run goes back.
+        """Remove the run of a training step that has gone past one of these optimizer steps without a loss there, since no run goes back, and
+        one that `clear` would train again, which must stop at them.
 
         Returns a message, or None if there is no such run.
         """
         record, place = self.record(step), self._out / step.output
-        if not record or record["key"] != step.key or place.is_symlink():
+        if not record or record["key"] != step.key or place.is_symlink() or not place.exists():
             return None
+        if stops and record["status"] == FINISHED and (lost := _not_in_checkpoints(self._altered(step, record, but="model/"))):
+            return self._train_again(step, record, lost[0])
         known = self._stops(step, record)
         missed = [stop for stop in stops if str(stop) not in known and _has_passed(RunDirectory(place), stop)]
         if not missed:
@@ -212,11 +215,8 @@ class Ledger:
         stops = sorted(record.get("stops", {}).keys() - self._stops(step, record).keys())
         altered = [f"stops/{stop}.json" for stop in stops]
         altered += self._altered(step, record) if record["status"] == FINISHED else []
-        if any(name.startswith(("run.json", "log.jsonl", "stops/")) for name in altered):
-            # Checkpoints do not contain these files, and a run without its record and log cannot be trusted.
-            self._forget_stops(step, record)
-            shutil.rmtree(place)
-            return f"{place}/{altered[0]} was changed or removed after it was written: training the run again"
+        if lost := _not_in_checkpoints(altered):
+            return self._train_again(step, record, lost[0])
         if altered:
             for name in ("adapter", "model"):
                 shutil.rmtree(place / name, ignore_errors=True)
@@ -224,6 +224,14 @@ class Ledger:
                 f"{place}/{altered[0]} was changed or removed after it was written: writing it again from the last checkpoint"
             )
         return None
+
+    def _train_again(self, step: Step, record: Mapping[str, Any], lost: str) -> str:
+        """Remove a run that lost a file, and its losses at stops; returns a message."""
+        place = self._out / step.output
+        self._forget_stops(step, record)
+        with own_directory(place):
+            shutil.rmtree(place)
+        return f"{place}/{lost} was changed or removed after it was written: training the run again"
 
     def _clear_derived(self, step: Step, record: dict[str, Any]) -> str | None:
         """`clear` for what is computed from a finished run."""
@@ -371,6 +379,11 @@ class Ledger:
         files = self._files(step, but)
         known = {name: digest for name, digest in record["files"].items() if but is None or not name.startswith(but)}
         return sorted(name for name, digest in known.items() if files.get(name) != digest)
+
+
+def _not_in_checkpoints(names: Iterable[str]) -> list[str]:
+    """Those of a run's files that no checkpoint contains; a run without its record and log cannot be trusted."""
+    return [name for name in names if name.startswith(("run.json", "log.jsonl", "stops/"))]
 
 
 def _aside(place: Path) -> Path:

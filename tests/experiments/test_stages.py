@@ -356,3 +356,15 @@ def test_a_run_that_has_passed_a_rung_that_came_later_is_trained_again(rungs: li
     run_staged(edited, tmp_path / "fresh", ForwardLauncher(distance))
     after, fresh = (read_json(tmp_path / name / "plan.json")["sweeps"] for name in ("edited", "fresh"))
     assert after == fresh
+
+
+def test_a_swept_run_with_a_changed_log_stops_at_every_rung_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cora_cli.experiments.ledger.FinishedRun", dict[str, Any])  # a pretended run records little
+    grid = staged_grid({"mode": "lora", "learning_rate": RATES}, sweep={"seeds": [100], "rungs": [2, 8]})
+    run_staged(grid, tmp_path, ForwardLauncher(distance))
+    before = read_json(tmp_path / "plan.json")
+    (tmp_path / "runs" / "lora_r4_lr3e-3_seed100" / "log.jsonl").write_text("another")
+    again = ForwardLauncher(distance)
+    assert run_staged(grid, tmp_path, again).failed == {}
+    assert [stop for *_, stop in again.trained()] == ["2", "end"]
+    assert read_json(tmp_path / "plan.json")["sweeps"] == before["sweeps"]
