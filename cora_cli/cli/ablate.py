@@ -178,8 +178,8 @@ def run(config: AblateConfig) -> None:
     if outcome.failed or outcome.blocked:
         missing = len(outcome.failed) + len(outcome.blocked)
         raise CoraError(
-            f"{missing} of {missing + len(outcome.completed) + len(outcome.up_to_date)} steps are not done; run the same "
-            "command to try them again"
+            f"{missing} of {missing + len(outcome.completed) + len(outcome.up_to_date)} steps are not done; resolve the "
+            "errors above, and run the same command again"
         )
     place = request.place(request.load())
     say_next(f"{place} is written", "report", place, "-o", "report")

@@ -232,7 +232,7 @@ def _has_stopped_at(run: RunDirectory, step: int) -> bool:
         return read_json(run.stop(step), Stop)["step"] == step
     if any(step_of(checkpoint) > step for checkpoint in checkpoints_in(run.checkpoints)):
         raise CoraError(
-            f"{run.root} cannot stop at step {step}, which it has already passed; train it again in a new directory"
+            f"{run.root} cannot stop at step {step}, which it has already passed; remove it to train it again, or choose a new directory"
         )
     return False
 

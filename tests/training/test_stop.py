@@ -95,7 +95,7 @@ def test_a_stop_that_is_done_takes_no_step(config: TrainConfig, capsys: pytest.C
 
 def test_a_step_that_the_run_has_passed_is_refused(config: TrainConfig) -> None:
     train(replace(config, stop_at=5))
-    with pytest.raises(CoraError, match="cannot stop at step 3, which it has already passed"):
+    with pytest.raises(CoraError, match="cannot stop at step 3, which it has already passed; remove it to train it again"):
         train(replace(config, stop_at=3, resume=True))
 
 
