@@ -18,7 +18,14 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
 from cora_cli.models.configuration import load_configuration
-from cora_cli.models.quantized import PLAIN_COPY, check_four_bit, is_dequantized, is_held_quantized, settle_quantized
+from cora_cli.models.quantized import (
+    PLAIN_COPY,
+    ask_for_plain,
+    check_four_bit,
+    is_dequantized,
+    is_held_quantized,
+    settle_quantized,
+)
 from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, shape_fault, skeleton_of, surplus_fault
 from cora_cli.progress import say
@@ -65,6 +72,7 @@ def load_model(
     model.generation_config()
     quantized = four_bit or is_dequantized(model)
     options: dict[str, Any] = {"config": config or load_configuration(model, trust_remote_code)}
+    ask_for_plain(options["config"])
     if four_bit or device.type != "cpu":
         # Each tensor goes to the device as it is read, so that the host never holds the model.
         options["device_map"] = {"": device}
@@ -107,7 +115,8 @@ def load_model(
     require_causal(loaded, model.reference)
     _check_complete(model, checkpoint, loaded, report, quantized)
     for name, weight in loaded.named_parameters():
-        if str(weight.dtype).removeprefix("torch.") in PLAIN_TYPES:  # others have their scales apart
+        # Others have their scales apart; so have torchao's tensors, whatever type they show.
+        if type(weight.data) is torch.Tensor and str(weight.dtype).removeprefix("torch.") in PLAIN_TYPES:
             finite(weight.detach(), model.reference, name)
     return loaded.eval()
 

@@ -46,6 +46,17 @@ def kind_stated(model: ModelPath) -> str | None:
     return f"{stated.get('quant_method', 'quantised')}{f', {bits} bits' if bits else ''}"
 
 
+def ask_for_plain(config: Any) -> None:
+    """Have transformers load weights of compressed-tensors as plain numbers, which its default would leave compressed until the first pass.
+
+    Until then such layers have no weight to adapt, or pass on no gradient.
+    """
+    for one in (config, getattr(config, "text_config", None)):
+        stated = getattr(one, "quantization_config", None)
+        if isinstance(stated, dict) and stated.get("quant_method") == "compressed-tensors":
+            stated["dequantize"] = True
+
+
 def is_held_quantized(model: Any) -> bool:
     """Whether layers of a loaded model hold their weights quantised."""
     return bool(getattr(model, "is_quantized", False))
@@ -59,6 +70,11 @@ def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str) -> No
     if not is_held_quantized(model):
         # Otherwise the numbers would be quantised again as they are saved, but not the configuration.
         model._weight_conversions = None
+        # Transformers leaves the others, such as the embedding, in the type of the files, which no layer could multiply by.
+        kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        for name, parameter in model.named_parameters():
+            if isinstance(dtype, torch.dtype) and not any(part in name.split(".") for part in kept):
+                parameter.data = parameter.data.to(dtype)
         say(f"{reference} is stored quantised; its weights are used, and written, as plain numbers")
         return
     for name, module in model.named_modules():

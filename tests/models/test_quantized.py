@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.errors import CoraError
 from cora_cli.models.loading import load_model
+from cora_cli.models.quantized import ask_for_plain
 from cora_cli.models.references import resolve_model
 from cora_cli.training.run import train
 from tests.conftest import make_model
@@ -81,6 +82,18 @@ def test_a_result_on_float8_weights_is_written_as_the_numbers_that_were_trained(
     assert "fp8 is stored quantised; its weights are used, and written, as plain numbers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_all_weights_of_a_float8_model_are_loaded_in_the_precision_that_was_asked_for(
+    precision: torch.dtype, wide: Path, tmp_path: Path
+) -> None:
+    other = torch.bfloat16 if precision == torch.float32 else torch.float32
+    AutoModelForCausalLM.from_pretrained(wide, dtype=other).save_pretrained(tmp_path / "base")
+    write_fp8(tmp_path / "fp8", tmp_path / "base")
+    loaded = load_model(resolve_model(str(tmp_path / "fp8")), precision, torch.device("cpu"), None)
+    assert {weight.dtype for weight in loaded.parameters()} == {precision}
+    assert loaded(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_plain_weights_under_a_configuration_of_bitsandbytes_are_refused(bits: int, wide: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
@@ -124,3 +137,40 @@ def test_what_needs_plain_weights_is_refused_on_a_model_stored_in_eight_bits(
     model = write_bitsandbytes(tmp_path / "stored", wide, load_in_8bit=True)
     with pytest.raises(CoraError, match=said):
         train(config_for(model, tiny_data, tmp_path / "run", max_steps=2, **settings))
+
+
+def test_weights_of_compressed_tensors_are_asked_for_as_plain_numbers_also_in_a_nested_configuration() -> None:
+    stated = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    configs = [LlamaConfig(quantization_config=dict(stated)), Gemma3Config(text_config={"quantization_config": dict(stated)})]
+    for config in configs:
+        ask_for_plain(config)
+    assert configs[0].quantization_config["dequantize"] is configs[1].text_config.quantization_config["dequantize"] is True
+    other = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4})
+    ask_for_plain(other)
+    assert "dequantize" not in other.quantization_config
+
+
+class Quantised(torch.Tensor):
+    """Numbers of 32 bits on the outside, like torchao's tensors, of which few functions know."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), settings: Any = None) -> Any:
+        if function is torch.aminmax:
+            raise NotImplementedError("no such operation on quantised numbers")
+        return super().__torch_function__(function, types, arguments, settings or {})
+
+
+def test_tensors_that_are_quantised_inside_are_not_searched_for_infinities(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = AutoModelForCausalLM.from_pretrained
+
+    def quantised(*args: Any, **settings: Any) -> Any:
+        model, report = original(*args, **settings)
+        layer = model.model.layers[0].self_attn.q_proj
+        layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
+        return model, report
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", quantised)
+    loaded = load_model(resolve_model(str(tiny_model)), torch.float32, torch.device("cpu"), None)
+    assert isinstance(loaded.model.layers[0].self_attn.q_proj.weight, Quantised)
