@@ -113,7 +113,8 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath, before: Mapping[str, torch.
             complete = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=True)
             state |= {key: tensor for key, tensor in complete.items() if key in stored}
         config = copy.copy(config)
-        if before or config.rank_pattern or config.alpha_pattern:
+        # The factors of a parameter, such as fused experts, are those of all its matrices, and no LoRA of a layer.
+        if not config.target_parameters and (before or config.rank_pattern or config.alpha_pattern):
             return config, _with_one_scale(wrapped, config, state, before)
         return config, state
     method = config.peft_type.value

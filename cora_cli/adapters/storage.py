@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
@@ -46,6 +47,7 @@ from cora_cli.scratch import temporary_directory
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+?)(?=\.lora_|\.base_layer\.|\.modules_to_save\.|\.weight$|\.bias$)")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _OWN_TYPE = "CORA_"
 """What the type of an adapter that only `cora` loads begins with."""
 
@@ -423,6 +425,7 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
 
     PEFT may or may not store the embeddings next to the adapter of an embedding.
     """
+    state = _fused(wrapped, state)
     expected = set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False))
     allowed = expected | set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=True))
     for key in sorted(allowed & set(state)):
@@ -431,6 +434,15 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
     if lost := sorted((expected - set(state)) | (set(state) - allowed)):
         kind = "is missing" if lost[0] in expected else "belongs to no layer of this model"
         raise CoraError(f"adapter {adapter.path}: {len(lost)} keys do not fit the model, the first, {lost[0]}, {kind}")
+
+
+def _fused(wrapped: PeftModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, with the adapters of single experts as PEFT fuses them where the model has fused the experts."""
+    single = {key: tensor for key, tensor in state.items() if _EXPERT.search(key)}
+    if not single:
+        return state
+    rest = {key: tensor for key, tensor in state.items() if key not in single}
+    return rest | convert_peft_adapter_state_dict_for_transformers(wrapped, wrapped.peft_config[ADAPTER], single, ADAPTER)
 
 
 def _load_own(model: PreTrainedModel, adapter: ModelPath, facts: AdapterFacts, trainable: bool) -> PeftModel:

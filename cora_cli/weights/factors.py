@@ -27,7 +27,10 @@ from cora_cli.models.skeleton import without_numbers
 
 _ADAPTER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
 _IN_LAYER = re.compile(r"\.\d+\.")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _FULL_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?:\.base_layer)?\.weight$")
+_WRAPPED_KEY = re.compile(r"^(?P<module>.+)\.(modules_to_save|original_module)\.(weight|bias)$")
+"""What PEFT stores of a resized embedding or head next to its weight, and leaves out as it loads it."""
 _BIAS_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?P<place>\.base_layer|\.lora_B)?\.bias$")
 _OTHER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)\.(?:lora_embedding_[AB]|token_adapter\..+)$")
 # Settings under which a LoRA adapter's weight is not W + s·B·A.
@@ -71,6 +74,8 @@ class AdapterFactors:
         self._scale: dict[str, float] = {}
         self._keys: dict[str, dict[str, str]] = {}
         for key, shape in self.checkpoint.shapes.items():
+            if (found := _WRAPPED_KEY.match(key)) and f"{found['module']}.weight" in self.checkpoint.shapes:
+                continue
             if found := _ADAPTER_KEY.match(key):
                 self._keys.setdefault(found["module"], {})[found["matrix"]] = key
             elif found := _OTHER_KEY.match(key):
@@ -115,6 +120,11 @@ class AdapterFactors:
     def _check_factors(self, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
         for module, keys in self._keys.items():
             if module not in shapes:
+                if _EXPERT.search(module):
+                    raise CoraError(
+                        f"{self.reference}: {keys['A']} changes one expert, whose weight the model that transformers loads holds in one tensor "
+                        "with those of the others, so it is no W + s·B·A; merge it first"
+                    )
                 raise CoraError(
                     f"{self.reference}: {keys['A']} matches no module of its base {base}; name the right one with --base"
                 )

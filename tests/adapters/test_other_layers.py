@@ -1,5 +1,6 @@
 """Adapters on models whose linear layers are stored as (in, out), and on the language model of one that also takes images."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import (
     MixtralConfig,
 )
 
+from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import check_applied, install_adapter, target_linears
 from cora_cli.adapters.merge import merged_into_base
@@ -241,3 +243,39 @@ def test_default_targets_that_a_family_lacks_are_refused_with_its_linear_layers(
         CoraError, match=f"target module '[qk]_proj' matches nothing in this model; its linear layers are .*{known}"
     ):
         target_linears(model, DEFAULT_TARGET_MODULES)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layer", "gate_up_down"),
+    [("mixtral", "block_sparse_moe", ("w1", "w3", "w2")), ("qwen3_moe", "mlp", ("gate_proj", "up_proj", "down_proj"))],
+)
+def test_adapters_of_single_experts_change_the_experts_that_transformers_fuses(
+    model_type: str, layer: str, gate_up_down: tuple[str, str, str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(build(model_type))
+    base.save_pretrained(tmp_path / "base")
+    wanted = copy.deepcopy(base)
+    gate, up, down = gate_up_down
+    state: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for number, block in enumerate(wanted.model.layers):
+            experts = block.mlp.experts
+            for expert in range(len(experts.down_proj)):
+                halves = experts.gate_up_proj[expert].chunk(2)
+                for name, weight in ((gate, halves[0]), (up, halves[1]), (down, experts.down_proj[expert])):
+                    a, b = 0.3 * torch.randn(2, weight.shape[1]), 0.3 * torch.randn(len(weight), 2)
+                    key = f"base_model.model.model.layers.{number}.{layer}.experts.{expert}.{name}"
+                    state |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+                    weight.add_(2 * b @ a)
+    adapter = tmp_path / "adapter"
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=gate_up_down, base_model_name_or_path=str(tmp_path / "base"))
+    config.save_pretrained(str(adapter))
+    save_file(state, adapter / "adapter_model.safetensors")
+    wrapped = load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), resolve_model(str(adapter)))
+    assert torch.allclose(logits(wrapped), logits(wanted.eval()), atol=1e-4)
+    export_adapter(resolve_model(str(adapter)), tmp_path / "exported")
+    exported = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "exported"))
+    assert torch.allclose(logits(exported.eval()), logits(wanted), atol=1e-4)
+    with pytest.raises(CoraError, match=r"experts\.0\.\w+\.lora_A\.weight changes one expert, .* merge it first"):
+        open_source(resolve_model(str(adapter)))

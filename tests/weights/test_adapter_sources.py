@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
@@ -455,3 +455,17 @@ def test_an_adapter_whose_parts_were_not_gathered_is_refused_by_its_key(shape, p
         open_source(local(directory))
     with pytest.raises(CoraError, match=said):
         load_adapter(make_llama(kv_heads=2), local(directory))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_peft_stores_twice_of_a_resized_vocabulary_is_read_once(tmp_path: Path) -> None:
+    make_llama().save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(36)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], init_lora_weights=False)
+    get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.modules_to_save.weight" in stored
+    source = open_source(local(tmp_path / "adapter"), open_source(local(tmp_path / "base")))
+    assert torch.equal(source.read("lm_head"), stored["base_model.model.lm_head.weight"].double())
+    assert not any("modules_to_save" in module or "original_module" in module for module in source.shapes)
