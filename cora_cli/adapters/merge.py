@@ -17,7 +17,7 @@ from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, linear_weight, lora_layers
 from cora_cli.models.checkpoint import is_finite
 from cora_cli.models.fused import join_projections
-from cora_cli.models.loading import load_model, load_tokenizer, save_tokenizer, stored_types
+from cora_cli.models.loading import load_model, load_tokenizer, save_model, save_tokenizer, stored_types
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.references import ModelPath
 from cora_cli.models.trained_on import carry_record, say_other_weights
@@ -81,7 +81,7 @@ def merge_adapter(
     _round(merged, stored, adapter)
     try:
         with rundir.atomic_path(output, replace=False) as temporary:
-            merged.save_pretrained(temporary)
+            save_model(merged, base, temporary, trust_remote_code)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, temporary)
             carry_record(temporary, adapter, base)

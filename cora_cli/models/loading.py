@@ -248,6 +248,22 @@ def _refuse_sentencepiece(model: ModelPath) -> None:
         )
 
 
+def save_model(
+    model: Any, source: ModelPath, directory: Path, trust_remote_code: bool = False, weights: dict[str, Any] | None = None
+) -> None:
+    """Write a complete model that was loaded from `source` so that `load_model` reads it; `weights` replace its own.
+
+    The text part of a model such as Mllama has a configuration of its own, of which transformers makes no model: it is written within that of `source`.
+    """
+    model.save_pretrained(directory, state_dict=weights)
+    if type(model.config) in AutoModelForCausalLM._model_mapping:
+        return
+    whole = load_configuration(source, trust_remote_code)
+    if type(whole) is not type(model.config):  # else it has code of its own
+        whole.text_config, whole.dtype, whole.architectures = model.config, model.dtype, [type(model).__name__]
+        whole.save_pretrained(directory)
+
+
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Write the files of a tokenizer, with its own code where it has some, so that `load_tokenizer` reads them."""
     tokenizer.save_pretrained(directory)

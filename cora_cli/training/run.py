@@ -32,7 +32,7 @@ from cora_cli.errors import CoraError, is_lost_process, lost_process, reason
 from cora_cli.lock import own_directory
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
-from cora_cli.models.loading import save_tokenizer
+from cora_cli.models.loading import save_model, save_tokenizer
 from cora_cli.models.references import absolute
 from cora_cli.models.trained_on import say_unrecorded, trained_on
 from cora_cli.progress import progress, say
@@ -450,7 +450,7 @@ def _save_result(
     """Write the adapter, or the complete model; `weights` are those of one that is sharded."""
     if prepared.plan is None:
         with rundir.atomic_path(run.model) as temporary:
-            model.save_pretrained(temporary, state_dict=weights)
+            save_model(model, prepared.model_path, temporary, config.trust_remote_code, weights)
             save_tokenizer(prepared.tokenizer, temporary)
         return
     assert isinstance(model, PeftModel)

@@ -16,12 +16,14 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
 )
 
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import check_applied, install_adapter, target_linears
-from cora_cli.adapters.merge import merged_into_base
+from cora_cli.adapters.merge import merge_adapter, merged_into_base
 from cora_cli.adapters.storage import load_adapter, save_adapter
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
@@ -29,6 +31,7 @@ from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.methods.parts.layers import adapted_layers
 from cora_cli.methods.registry import METHODS
+from cora_cli.models.loading import load_model
 from cora_cli.models.references import resolve_model
 from cora_cli.weights.sources import open_source
 from tests.methods.helpers import SMALL, observed_in, plan_of
@@ -183,6 +186,27 @@ def test_an_adapter_with_two_names_of_one_layer_is_refused(gemma3, named_as_befo
         load_adapter(AutoModelForCausalLM.from_pretrained(gemma3), resolve_model(str(old)))
     with pytest.raises(CoraError, match=r"language_model\.model\.layers\.0.* matches no module of its base"):
         open_source(resolve_model(str(old)))
+
+
+def test_the_text_part_of_an_image_model_is_merged_into_a_model_that_is_loaded_again(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24}
+    text = {**sizes, "vocab_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"cross_attention_layers": [1], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {**sizes, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2, "image_size": 28, "patch_size": 14}
+    vision |= {
+        "vision_output_dim": 32,
+        "intermediate_layers_indices": [0],
+        "supported_aspect_ratios": [[1, 1]],
+        "max_num_tiles": 1,
+    }
+    MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, base_model_name_or_path=str(tmp_path / "base"))
+    wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    loaded = load_model(resolve_model(str(tmp_path / "merged")), torch.float32, torch.device("cpu"), None)
+    torch.testing.assert_close(logits(loaded), logits(wrapped.eval()), atol=1e-5, rtol=1e-5)
 
 
 def test_a_module_of_the_images_alone_is_no_target(gemma3):
