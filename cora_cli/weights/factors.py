@@ -164,7 +164,9 @@ class AdapterFactors:
             raise CoraError(f"{self.reference}: adapter_config.json names no target_modules; PEFT would leave out the adapter")
         with bounded(f"{self.reference}: matching target_modules"):
             lacking = [module for module in modules if module not in known and check_target_module_exists(named, module)]
-            unnamed = [module for module in self.ranks if not check_target_module_exists(named, module)]
+            unnamed = [
+                module for module in self.ranks if not (check_target_module_exists(named, module) or self._follows(module))
+            ]
         if unnamed:
             raise CoraError(
                 f"{self.reference} holds lora_A and lora_B for {len(unnamed)} layers that its adapter_config.json does not name, such as "
@@ -175,6 +177,10 @@ class AdapterFactors:
                 f"{self.reference} holds no lora_A and lora_B for {len(lacking)} layers of its base {base} that its target_modules name, such "
                 f"as {lacking[0]}; the adapter is incomplete"
             )
+
+    def _follows(self, module: str) -> bool:
+        """Whether a module is adapted since the one with which it shares its weight is: head and embedding."""
+        return bool(self.config.get("ensure_weight_tying")) and not _IN_LAYER.search(module)
 
     def check_full(self, shapes: Mapping[str, tuple[int, int]], transposed: frozenset[str]) -> None:
         """Raise `CoraError` for a saved weight that does not fit the base's, or of a module that neither the base nor the adapter's

@@ -144,6 +144,21 @@ def test_embeddings_that_an_adapter_changes_are_not_offered(grouped_models, tmp_
     assert "model.embed_tokens" not in open_source(local(adapter)).shapes
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_head_that_peft_adapts_with_the_embedding_whose_weight_it_shares_is_no_foreign_layer(tmp_path):
+    model = make_llama()
+    tied = type(model)(type(model.config)(**model.config.to_dict() | {"tie_word_embeddings": True}))
+    tied.save_pretrained(tmp_path / "base")
+    settings = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True, init_lora_weights=False)
+    wrapped = get_peft_model(tied, settings)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    source = open_source(local(tmp_path / "adapter"), open_source(local(tmp_path / "base")))
+    for module in (Q0, "lm_head"):
+        layer = wrapped.base_model.model.get_submodule(module)
+        expected = layer.base_layer.weight + layer.get_delta_weight("default")
+        torch.testing.assert_close(source.read(module), expected.double(), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("setting", ["plain", "rslora", "patterns"])
 def test_the_delta_to_its_own_base_is_scaled_b_times_a_exactly_and_reads_no_base(grouped_models, tmp_path, setting):
     adapter = make_adapter(grouped_models[0], tmp_path / "a", **SETTINGS[setting])
