@@ -10,7 +10,6 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.progress import say
-from cora_cli.reading import read_json
 from cora_cli.rundir import EvaluationDirectory
 
 REPLACEMENT = ".replacement"
@@ -88,7 +87,7 @@ def check_nothing_is_lost(config: EvaluateConfig, path: Path, out: EvaluationDir
     recorded: dict[str, Any] = {}
     if out.metrics.exists():
         with contextlib.suppress(CoraError):  # a damaged file is replaced
-            recorded = read_json(out.metrics, shapes.Metrics)
+            recorded = shapes.read_metrics(out)
     if out.root.resolve() != path.parent.resolve():
         if out.predictions.exists() and rundir.sha256_file(out.predictions) != hashes[0]:
             raise CoraError(f"{out.root} holds the evaluation of other predictions than {path}; choose another --output-dir")

@@ -442,7 +442,7 @@ def _score(
         "bootstrap": {"resamples": config.bootstrap, "seed": config.seed},
         "versions": {name: importlib.metadata.version(name) for name in ("cora-cli", "torch", "transformers")},
     }
-    rundir.write_json(out.metrics, record)
+    shapes.write_sealed(out.metrics, record)
     return Evaluation(name, record, report.statistics, rundir.sha256_json(references))
 
 

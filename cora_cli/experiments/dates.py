@@ -7,8 +7,7 @@ import contextlib
 from pathlib import Path
 
 from cora_cli.errors import CoraError
-from cora_cli.experiments.sealed import PLAN, read_sealed
-from cora_cli.records import read_run, template_date
+from cora_cli.records import PLAN, read_run, read_sealed, template_date
 from cora_cli.rundir import RunDirectory
 from cora_cli.settings import check_date, today
 

@@ -14,12 +14,11 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.experiments.sealed import read_sealed, write_sealed
 from cora_cli.experiments.steps import COMMANDS, Step, of_answers
 from cora_cli.lock import own_directory
 from cora_cli.models.references import resolve_model
 from cora_cli.reading import checked, read_json, read_yaml
-from cora_cli.records import FinishedRun, FinishedStep, Generation, Run, RunStatus, StepRecord, Stop
+from cora_cli.records import FinishedRun, FinishedStep, Generation, Run, RunStatus, StepRecord, Stop, read_sealed, write_sealed
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.checkpoints import checkpoints_in, step_of
 from cora_cli.training.proposal import rate_in

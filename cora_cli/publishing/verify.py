@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cora_cli import embedded, records, rundir
 from cora_cli.adapters.facts import SIDE_FILE, read_facts
 from cora_cli.errors import CoraError
@@ -24,10 +22,9 @@ from cora_cli.evaluation.metrics.pass_at import Attempts
 from cora_cli.evaluation.targets import check_test_records
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.trained_on import trained_on
-from cora_cli.reading import read_json, read_jsonl, read_text, read_yaml
-from cora_cli.reporting.measures import read_evaluation, read_loss
+from cora_cli.reading import read_jsonl, read_text, read_yaml
+from cora_cli.reporting.measures import check_losses, read_evaluation
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
-from cora_cli.training.heldout import HeldOutLoss, loss_change
 
 _SUM = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<name>.+)")
 _ROUNDING = 1e-9
@@ -74,7 +71,7 @@ def check_run(run: RunDirectory) -> list[str]:
     if (facts := read_facts(run.result)) is not None and facts.plan.as_dict() != record["plan"]:
         raise CoraError(f"{run.record} was changed after it was written: its plan is not the one in {run.result / SIDE_FILE}")
     if record["heldout"] is not None:
-        _check_losses(run, record)
+        check_losses(run, record)
         found.append(f"{run.heldout.name}: gives the recorded losses before and after training")
     for own in evaluations_in(run):
         _check_evaluation(own)
@@ -93,29 +90,6 @@ def _check_settings(run: RunDirectory, record: dict[str, Any]) -> None:
             raise CoraError(
                 f"{run.record} and {run.config.name} have another {name} ({value} and {asked[name]}): one of them was changed after it was written"
             )
-
-
-def _check_losses(run: RunDirectory, record: dict[str, Any]) -> None:
-    """Raise `CoraError` unless the losses, their intervals and their change in `record` are those of the single records."""
-    for when in ("before", "after"):
-        read_loss(run, record, when)
-    lines = read_jsonl(run.heldout, records.HeldOutLine)
-    tokens = np.array([line["tokens"] for line in lines], dtype=float)
-    before, after = (HeldOutLoss(np.array([line[when] for line in lines]), tokens) for when in ("before", "after"))
-    computed = {"before": before.summary(), "after": after.summary(), "change": loss_change(before, after)}
-    for name, values in computed.items():
-        for key, ours in values.items():
-            theirs = record["heldout"][name][key]
-            pairs = zip(theirs, ours, strict=True) if isinstance(theirs, list) and isinstance(ours, list) else [(theirs, ours)]
-            # Earlier versions recorded an interval where there is none.
-            if ours is not None and not all(_is_close(*pair) for pair in pairs):
-                raise CoraError(
-                    f"{run.record} was changed after it was written: its heldout.{name}.{key} is {theirs}, but {run.heldout.name} gives {ours}"
-                )
-
-
-def _is_close(one: float | None, other: float) -> bool:
-    return one is not None and math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
 
 
 def evaluations_in(run: RunDirectory) -> list[EvaluationDirectory]:
@@ -167,7 +141,7 @@ def _check_origin(run: RunDirectory) -> None:
 def _check_evaluation(evaluation: EvaluationDirectory) -> None:
     read_evaluation(evaluation, None)
     generation = records.read_generation(evaluation)
-    record = read_json(evaluation.metrics, records.Metrics)
+    record = records.read_metrics(evaluation)
     if generation and generation.get("predictions_sha256") != record["predictions_sha256"]:
         raise CoraError(
             f"{evaluation.generation} was changed after it was written: it describes other predictions than {evaluation.metrics.name}"
@@ -177,7 +151,7 @@ def _check_evaluation(evaluation: EvaluationDirectory) -> None:
 def _check_metrics(evaluation: EvaluationDirectory) -> list[str]:
     """Compute every metric again from the predictions. Raises `CoraError` naming the first one that is not as recorded."""
     _check_evaluation(evaluation)
-    record = read_json(evaluation.metrics, records.Metrics)
+    record = records.read_metrics(evaluation)
     lines = records.read_predictions(evaluation.predictions, "prediction", "reference")
     known = {name for names in (*GROUPS.values(), tuple(PASS_AT)) for name in names}
     unknown = sorted(record["metrics"].keys() - known)

@@ -19,10 +19,12 @@ from cora_cli.records.evaluations import (
     UsedGeneration,
     answers_hashes,
     read_generation,
+    read_metrics,
     read_predictions,
     unread_entries,
 )
 from cora_cli.records.grids import (
+    PLAN,
     EndedStep,
     FinishedStep,
     GridPlan,
@@ -74,8 +76,10 @@ from cora_cli.records.runs import (
     read_run,
     template_date,
 )
+from cora_cli.records.sealed import read_sealed, write_sealed
 
 __all__ = [
+    "PLAN",
     "Adapter",
     "AdapterConfig",
     "BasisFile",
@@ -142,9 +146,12 @@ __all__ = [
     "WeightIndex",
     "answers_hashes",
     "read_generation",
+    "read_metrics",
     "read_predictions",
     "read_probe",
     "read_run",
+    "read_sealed",
     "template_date",
     "unread_entries",
+    "write_sealed",
 ]

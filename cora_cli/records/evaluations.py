@@ -8,6 +8,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.reading import checked, read_json, read_jsonl, read_numbered
+from cora_cli.records.sealed import read_sealed
 from cora_cli.rundir import EvaluationDirectory
 
 _TOKENS = "reference_tokens"
@@ -145,6 +146,11 @@ def read_generation(evaluation: EvaluationDirectory) -> dict[str, Any]:
     """`generation.json`; empty if there is none. Raises `CoraError` naming the file and the key if it is damaged."""
     found: dict[str, Any] = read_json(evaluation.generation, Generation) if evaluation.generation.exists() else {}
     return found
+
+
+def read_metrics(evaluation: EvaluationDirectory) -> dict[str, Any]:
+    """`metrics.json`. Raises `CoraError` if it is missing or damaged, or was changed after it was written."""
+    return read_sealed(evaluation.metrics, Metrics)
 
 
 def answers_hashes(predictions: Path) -> tuple[str, ...]:

@@ -2,6 +2,9 @@
 
 from typing import Any, Literal, NotRequired, TypedDict
 
+PLAN = "plan.json"
+"""What the rows of a grid are, in its directory."""
+
 
 class PlannedRow(TypedDict):
     """A row of a grid's `plan.json`; one that only extracts a basis has no data."""

@@ -14,7 +14,7 @@ from cora_cli.evaluation.metrics import NAMES
 from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import ModelPath
 from cora_cli.progress import progress
-from cora_cli.reading import read_json, read_jsonl
+from cora_cli.reading import read_jsonl
 from cora_cli.reporting.measures import LOSS, Measure, read_counts, read_evaluation, read_loss
 from cora_cli.reporting.report_rows import Experiment, Row, StepRecords, clean
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
@@ -168,7 +168,7 @@ def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> 
 
 
 def _judged_in(place: JudgeDirectory, known: _Rows) -> Judged:
-    record = read_json(place.result, records.Judging)
+    record = records.read_sealed(place.result, records.Judging)
     if not place.judgments.is_file() or rundir.sha256_file(place.judgments) != record["judgments_sha256"]:
         raise CoraError(
             f"{place.judgments} is not the file that {place.result.name} describes; run the same `cora judge` command again, which asks for "
@@ -228,7 +228,8 @@ def _read_row(
         if "laplace" in record:
             pass  # its held-out loss is that of the run that it was made of; the loss of the average is `nll`
         elif run.heldout.exists():
-            measures[LOSS] = read_loss(run, record, "after")
+            # The steps of a grid have the hash of the record.
+            measures[LOSS] = read_loss(run, record, "after", thorough=step_records is None)
         elif record["heldout"] is not None:
             missing.append(
                 Missing(row, "held-out loss", f"{run.heldout} does not exist, although the run measured it; restore it")

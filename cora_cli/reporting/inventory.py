@@ -13,7 +13,7 @@ from cora_cli.basis.choices import natural_order
 from cora_cli.errors import CoraError
 from cora_cli.lock import is_held
 from cora_cli.progress import say
-from cora_cli.reading import parse_json, read_json
+from cora_cli.reading import parse_json
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory, holds_files
 
 OPAQUE = frozenset({"checkpoints", "adapter", "model", "plots", "logs", "judge"})
@@ -123,7 +123,7 @@ def _evaluation(evaluation: EvaluationDirectory) -> Entry:
             status = "running" if held else "interrupted"
             return Entry(evaluation.root, "eval", status, "", "", _time(evaluation.generation))
     try:
-        record = read_json(evaluation.metrics, records.Metrics)
+        record = records.read_metrics(evaluation)
     except CoraError:
         return Entry(evaluation.root, "eval", "damaged", "", "", _time(evaluation.metrics))
     name = "rougeL" if "rougeL" in record["metrics"] else next(iter(record["metrics"]), None)

@@ -17,9 +17,10 @@ from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER, NAMES
 from cora_cli.intervals import Interval, with_width
-from cora_cli.reading import read_json, read_jsonl
+from cora_cli.reading import read_jsonl
 from cora_cli.reporting.report_rows import clean
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from cora_cli.training.heldout import HeldOutLoss, loss_change
 
 Floats = NDArray[np.float64]
 LOSS = "heldout_loss"
@@ -47,8 +48,12 @@ class Measure:
     unscorable: int = 0
 
 
-def read_loss(run: RunDirectory, record: dict[str, Any], when: str) -> Measure:
-    """The held-out loss "before" or "after" training. Raises `CoraError` if the per-record losses do not give the value in `record`."""
+def read_loss(run: RunDirectory, record: dict[str, Any], when: str, thorough: bool = False) -> Measure:
+    """The held-out loss "before" or "after" training. Raises `CoraError` if the per-record losses do not give the value in `record`, or, if
+    `thorough`, what `check_losses` compares.
+    """
+    if thorough:
+        check_losses(run, record)
     lines = read_jsonl(run.heldout, records.HeldOutLine)
     statistics = np.array([[float(line[when]), float(line["tokens"])] for line in lines]).reshape(-1, 2)
     summary = (record["heldout"] or {}).get(when)
@@ -62,6 +67,29 @@ def read_loss(run: RunDirectory, record: dict[str, Any], when: str) -> Measure:
     return Measure(value, _interval(summary["ci95"], len(lines)), len(lines), "nats per response token", statistics)
 
 
+def check_losses(run: RunDirectory, record: dict[str, Any]) -> None:
+    """Raise `CoraError` unless the losses, their intervals and their change in `record` are those of the single records."""
+    for when in ("before", "after"):
+        read_loss(run, record, when)
+    lines = read_jsonl(run.heldout, records.HeldOutLine)
+    tokens = np.array([line["tokens"] for line in lines], dtype=float)
+    before, after = (HeldOutLoss(np.array([line[when] for line in lines]), tokens) for when in ("before", "after"))
+    computed = {"before": before.summary(), "after": after.summary(), "change": loss_change(before, after)}
+    for name, values in computed.items():
+        for key, ours in values.items():
+            theirs = record["heldout"][name].get(key, ours)  # earlier versions recorded less
+            pairs = zip(theirs, ours, strict=True) if isinstance(theirs, list) and isinstance(ours, list) else [(theirs, ours)]
+            # Earlier versions recorded an interval where there is none.
+            if ours is not None and not all(_is_close(*pair) for pair in pairs):
+                raise CoraError(
+                    f"{run.record} was changed after it was written: its heldout.{name}.{key} is {theirs}, but {run.heldout.name} gives {ours}"
+                )
+
+
+def _is_close(one: float | None, other: float) -> bool:
+    return one is not None and math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+
+
 def read_evaluation(
     evaluation: EvaluationDirectory, wanted: tuple[str, ...] | None
 ) -> tuple[dict[str, Measure], dict[str, Any], str]:
@@ -69,7 +97,7 @@ def read_evaluation(
 
     `wanted` restricts the metrics. Raises `CoraError` if a file is damaged or does not give the values in `metrics.json`.
     """
-    record = read_json(evaluation.metrics, records.Metrics)
+    record = records.read_metrics(evaluation)
     if not evaluation.predictions.exists():
         raise CoraError(f"{evaluation.predictions} does not exist, so {evaluation.metrics.name} cannot be checked")
     lines = read_jsonl(evaluation.predictions, records.Prediction)
@@ -122,7 +150,7 @@ def _check_copy(evaluation: EvaluationDirectory, record: Mapping[str, Any]) -> N
 
 def read_counts(evaluation: EvaluationDirectory) -> dict[str, Any]:
     """What `metrics.json` counts in programs, if anything: `fates` and `readability_proxies`."""
-    record = read_json(evaluation.metrics, records.Metrics)
+    record = records.read_metrics(evaluation)
     return {name: record[name] for name in ("fates", "readability_proxies") if name in record}
 
 

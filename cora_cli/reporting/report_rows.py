@@ -14,11 +14,11 @@ from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.rows import SPLIT_KEYS
-from cora_cli.experiments.sealed import PLAN, read_sealed
 from cora_cli.experiments.steps import Step, read_steps
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
-from cora_cli.reading import checked, number, read_json
+from cora_cli.reading import checked, number
+from cora_cli.records import PLAN, read_sealed
 from cora_cli.reporting.inventory import not_an_output, outputs_below
 from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
 
@@ -173,7 +173,7 @@ def _bases_of(rows: Sequence[Row]) -> list[Row]:
 
 def _conditions(evaluation: EvaluationDirectory) -> dict[str, Any]:
     """What must be equal for two evaluations to be compared: the model below an adapter, the records, the decoding and the metrics."""
-    record = read_json(evaluation.metrics, records.Metrics)
+    record = records.read_metrics(evaluation)
     settings = record["generation"].get("settings", {})
     names = ("model", "model_sha256", "records_sha256", "template", "max_new_tokens", "decoding", "dtype")
     signatures = {name: metric["signature"] for name, metric in record["metrics"].items()}
@@ -181,7 +181,7 @@ def _conditions(evaluation: EvaluationDirectory) -> dict[str, Any]:
 
 
 def _records_hash(evaluation: EvaluationDirectory) -> str | None:
-    settings = read_json(evaluation.metrics, records.Metrics)["generation"].get("settings", {})
+    settings = records.read_metrics(evaluation)["generation"].get("settings", {})
     return settings.get("records_sha256")
 
 
@@ -310,7 +310,7 @@ def _row_of_run(run: RunDirectory) -> Row:
 
 
 def _row_of_evaluation(evaluation: EvaluationDirectory) -> Row:
-    record = read_json(evaluation.metrics, records.Metrics)
+    record = records.read_metrics(evaluation)
     settings = record["generation"].get("settings", {})
     name = clean(str(record["name"]))
     tuned = bool(settings.get("adapter_sha256"))

@@ -10,7 +10,7 @@ import torch
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import Evaluation, evaluate
 from cora_cli.evaluation.generate import Request
-from cora_cli.reading import read_jsonl
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
@@ -19,6 +19,11 @@ UNUSED = 49151
 """A token that the tiny models do not choose."""
 CLEAR = 1e-3
 """A lead of the best logit over the second that no order of summation in float32 takes away."""
+
+
+def unsealed(path: Path) -> Any:
+    """The contents of a record without the hash of them, as an earlier version wrote it."""
+    return {name: value for name, value in read_json(path).items() if name != "sha256"}
 
 
 @dataclass

@@ -20,7 +20,7 @@ from cora_cli.records import answers_hashes
 from cora_cli.reporting.report import report
 from cora_cli.rundir import EvaluationDirectory
 
-from .helpers import FAST, HELD_OUT, evaluate_model, evaluate_run
+from .helpers import FAST, HELD_OUT, evaluate_model, evaluate_run, unsealed
 
 CALIBRATION = ("nll", "brier", "ece")
 
@@ -157,8 +157,7 @@ def test_a_report_shows_calibration_and_finds_numbers_that_were_changed(run: Pat
     lines = read_jsonl(out.predictions)
     lines[0]["reference_tokens"]["nll"][0] += 1
     rundir.write_jsonl(out.predictions, lines)
-    record = read_json(out.metrics)
-    rundir.write_json(out.metrics, {**record, "predictions_sha256": rundir.sha256_file(out.predictions)})
+    rundir.write_json(out.metrics, {**unsealed(out.metrics), "predictions_sha256": rundir.sha256_file(out.predictions)})
     assert "does not give the nll in metrics.json" in report([str(run)], "markdown")
 
 

@@ -13,11 +13,11 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.ablate import Request, ablate, run_stages
 from cora_cli.experiments.estimate import Estimate
-from cora_cli.experiments.sealed import read_sealed
 from cora_cli.experiments.stage_work import stage_lines
 from cora_cli.experiments.stages import Stages
 from cora_cli.lock import own_directory
 from cora_cli.reading import read_json
+from cora_cli.records import read_sealed
 
 from .helpers import (
     CONFIRM,

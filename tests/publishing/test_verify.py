@@ -15,7 +15,7 @@ from cora_cli.evaluation.metrics import score_all
 from cora_cli.evaluation.metrics.pass_at import Attempts
 from cora_cli.publishing.verify import verify
 from cora_cli.reading import read_json, read_jsonl
-from tests.evaluation.helpers import evaluate_run
+from tests.evaluation.helpers import evaluate_run, unsealed
 
 
 def test_a_run_as_it_was_written_passes(finished: Path) -> None:
@@ -33,7 +33,7 @@ def flip(path: Path) -> None:
 
 
 def other_loss(path: Path) -> None:
-    record = read_json(path)
+    record = unsealed(path)
     record["heldout"]["after"]["loss"] += 0.01
     rundir.write_json(path, record)
 
@@ -42,7 +42,7 @@ def edited(*place: str, by: Any) -> Callable[[Path], None]:
     """Changes one entry of a JSON file."""
 
     def damage(path: Path) -> None:
-        record = part = read_json(path)
+        record = part = unsealed(path)
         for key in place[:-1]:
             part = part[key]
         part[place[-1]] = by
@@ -52,13 +52,13 @@ def edited(*place: str, by: Any) -> Callable[[Path], None]:
 
 
 def other_value(path: Path) -> None:
-    record = read_json(path)
+    record = unsealed(path)
     record["metrics"]["rougeL"]["value"] += 0.01
     rundir.write_json(path, record)
 
 
 def other_interval(path: Path) -> None:
-    record = read_json(path)
+    record = unsealed(path)
     record["metrics"]["rougeL"]["ci95"][0] -= 0.01
     rundir.write_json(path, record)
 
@@ -68,7 +68,7 @@ def better_scores(path: Path) -> None:
     lines = read_jsonl(path)
     rundir.write_jsonl(path, [{**line, "rouge1": line["rouge1"] + 0.1} for line in lines])
     metrics = path.with_name("metrics.json")
-    record = read_json(metrics)
+    record = unsealed(metrics)
     record["metrics"]["rouge1"]["value"] = sum(line["rouge1"] + 0.1 for line in lines) / len(lines)
     record["scores_sha256"] = rundir.sha256_file(path)
     rundir.write_json(metrics, record)
@@ -80,18 +80,24 @@ def other_order(path: Path) -> None:
 
 
 def other_mode(path: Path) -> None:
-    rundir.write_json(path, {**read_json(path), "mode": "full"})
+    rundir.write_json(path, {**unsealed(path), "mode": "full"})
 
 
 def no_rouge1(path: Path) -> None:
-    record = read_json(path)
+    record = unsealed(path)
     del record["metrics"]["rouge1"]
+    rundir.write_json(path, record)
+
+
+def sealed_interval(path: Path) -> None:
+    record = read_json(path)
+    record["metrics"]["rougeL"]["ci95"] = None
     rundir.write_json(path, record)
 
 
 def impossible_bootstrap(entry: str, value: int) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
-        record = read_json(path)
+        record = unsealed(path)
         rundir.write_json(path, {**record, "bootstrap": {**record["bootstrap"], entry: value}})
 
     return damage
@@ -138,6 +144,7 @@ def impossible_bootstrap(entry: str, value: int) -> Callable[[Path], None]:
         ("eval/generation.json", edited("seconds", by=0.1), "metrics.json have another seconds"),
         ("eval/predictions.jsonl", flip, "eval/predictions.jsonl was altered after it was scored"),
         ("eval/metrics.json", other_value, "eval/scores.jsonl was altered"),
+        ("eval/metrics.json", sealed_interval, "eval/metrics.json was changed after it was written"),
         ("eval/metrics.json", other_interval, "eval/metrics.json does not hold the interval of rougeL that"),
         ("eval/metrics.json", impossible_bootstrap("resamples", 10**9), "no intervals come from 1000000000 resamples"),
         (
@@ -165,15 +172,26 @@ def test_what_is_not_as_recorded_is_named(run: Path, name: str, damage: Callable
 @pytest.mark.parametrize(
     ("name", "damage", "says"),
     [
-        ("metrics.json", edited("generation", "settings", "decoding", by=None), "metrics.json have another settings"),
-        ("metrics.json", edited("generation", "settings", "adapter_sha256", by=None), "metrics.json have another settings"),
-        ("generation.json", edited("seconds", by=0.1), "metrics.json have another seconds"),
-        ("metrics.json", no_rouge1, "metrics.json was changed after it was written: it has no rouge1"),
+        ("eval/metrics.json", edited("generation", "settings", "decoding", by=None), "metrics.json have another settings"),
+        (
+            "eval/metrics.json",
+            edited("generation", "settings", "adapter_sha256", by=None),
+            "metrics.json have another settings",
+        ),
+        ("eval/generation.json", edited("seconds", by=0.1), "metrics.json have another seconds"),
+        ("eval/metrics.json", no_rouge1, "metrics.json was changed after it was written: it has no rouge1"),
+        ("eval/metrics.json", sealed_interval, "metrics.json was changed after it was written"),
+        (
+            "run.json",
+            edited("heldout", "after", "ci95", by=[0.1, 0.2]),
+            "its heldout.after.ci95 is [0.1, 0.2], but heldout.jsonl",
+        ),
+        ("run.json", edited("heldout", "before", "tokens", by=1), "its heldout.before.tokens is 1, but heldout.jsonl"),
     ],
 )
 def test_a_report_names_what_is_not_as_recorded_too(run: Path, name: str, damage: Callable[[Path], Any], says: str) -> None:
-    damage(run / "eval" / name)
-    result = CliRunner().invoke(app, ["report", str(run / "eval")])
+    damage(run / name)
+    result = CliRunner().invoke(app, ["report", str((run / name).parent)])
     assert result.exit_code == 1
     assert says in result.stderr
 
@@ -195,7 +213,7 @@ def test_pass_at_k_follows_from_the_stored_fates(run: Path) -> None:
     texts = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     scored = score_all(["pass@1"], *texts, bootstrap=100, attempts=attempts)
     rundir.write_jsonl(out / "scores.jsonl", [{"pass@1": value} for value in scored.per_example["pass@1"]])
-    record = read_json(out / "metrics.json") | {"scores_sha256": rundir.sha256_file(out / "scores.jsonl")}
+    record = unsealed(out / "metrics.json") | {"scores_sha256": rundir.sha256_file(out / "scores.jsonl")}
     rundir.write_json(out / "metrics.json", {**record, "metrics": scored.metrics})
     programs = [{"limit_seconds": 1, "programs": [{"fate": fate, "detail": ""} for fate in one]} for one in fates]
     rundir.write_jsonl(out / "executions.jsonl", programs)
@@ -208,7 +226,7 @@ def test_pass_at_k_follows_from_the_stored_fates(run: Path) -> None:
 
 def test_a_metric_that_only_a_download_could_compute_is_said_to_be_left_out(run: Path) -> None:
     path = run / "eval" / "metrics.json"
-    record = read_json(path)
+    record = unsealed(path)
     value = record["metrics"].pop("rouge1")
     value["signature"] = "bertscore_f1|encoder:org/encoder@abc|layer:17|bs:100"
     record["metrics"] = {"bertscore_f1": value, **record["metrics"]}
@@ -222,7 +240,7 @@ def test_a_metric_that_only_a_download_could_compute_is_said_to_be_left_out(run:
 
 def test_other_versions_are_said_where_the_values_agree(run: Path) -> None:
     path = run / "eval" / "metrics.json"
-    record = read_json(path)
+    record = unsealed(path)
     record["metrics"]["rouge1"]["signature"] += "|version:0"
     rundir.write_json(path, record)
     assert "rouge1 is as recorded, although it was measured with other versions" in "\n".join(verify(run))
@@ -230,7 +248,7 @@ def test_other_versions_are_said_where_the_values_agree(run: Path) -> None:
 
 def test_a_metric_that_this_version_does_not_have_is_said_to_be_left_out(run: Path) -> None:
     place = run / "eval" / "metrics.json"
-    record = read_json(place)
+    record = unsealed(place)
     scores = read_jsonl(place.with_name("scores.jsonl"))
     rundir.write_jsonl(place.with_name("scores.jsonl"), [{**line, "charm": line["rouge1"]} for line in scores])
     record["metrics"]["charm"] = record["metrics"]["rouge1"]
@@ -244,7 +262,7 @@ def test_an_evaluation_of_other_weights_in_the_run_is_refused(run: Path) -> None
     record = json.loads(generation.read_text(encoding="utf-8"))
     record["settings"]["adapter_sha256"] = "0" * 64
     rundir.write_json(generation, record)
-    rundir.write_json(metrics, {**read_json(metrics), "generation": record})
+    rundir.write_json(metrics, {**unsealed(metrics), "generation": record})
     with pytest.raises(CoraError, match="eval is an evaluation of other weights than"):
         verify(run)
 

@@ -7,9 +7,9 @@ import pytest
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError
-from cora_cli.experiments.sealed import read_sealed, write_sealed
 from cora_cli.inspection.prediction import used_bases
 from cora_cli.reading import read_json, read_jsonl
+from cora_cli.records import read_sealed, write_sealed
 from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import find_experiments, read_plan
@@ -572,7 +572,7 @@ def test_a_plan_that_was_changed_after_it_was_written_is_refused(change: str, gr
     one, other = [row for row in written["rows"] if row["run"]][:2]
     one[change] = other[change] if change == "run" else 7
     rundir.write_json(grid / "plan.json", written)
-    with pytest.raises(CoraError, match=r"plan.json was changed after `cora ablate` had written it; run `cora ablate` again"):
+    with pytest.raises(CoraError, match=r"plan.json was changed after it was written; run `cora ablate` again"):
         read_plan(grid)
 
 

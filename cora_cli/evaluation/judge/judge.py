@@ -5,6 +5,7 @@
 """
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +24,7 @@ from cora_cli.evaluation.judge.rubrics import Rubric, load_rubric
 from cora_cli.evaluation.judge.wording import opening
 from cora_cli.lock import own_directory
 from cora_cli.progress import progress, say
-from cora_cli.reading import read_json
-from cora_cli.records import Judging
+from cora_cli.records import Judging, read_sealed, write_sealed
 from cora_cli.rundir import JudgeDirectory, RunDirectory
 
 
@@ -73,7 +73,7 @@ def judge(config: JudgeConfig) -> tuple[dict[str, Any], JudgeDirectory]:
         with judgments.open():
             _ask_all(work, judgments)
         record = _result(work, judgments)
-        rundir.write_json(work.out.result, record)
+        write_sealed(work.out.result, record)
         return record, work.out
 
 
@@ -105,8 +105,11 @@ def _output(config: JudgeConfig) -> JudgeDirectory:
 
 def _recorded_date(out: JudgeDirectory) -> str | None:
     """The date in the messages of the judging in `out`, to continue or to reuse; None if there is none."""
-    recorded: dict[str, Any] = read_json(out.result, Judging)["judge"] if out.result.exists() else {}
-    return recorded.get("template_date")
+    with contextlib.suppress(CoraError):  # a damaged record is refused, or replaced, later
+        if out.result.exists():
+            date: str | None = read_sealed(out.result, Judging)["judge"].get("template_date")
+            return date
+    return None
 
 
 def _check_nothing_is_lost(work: _Work) -> None:
@@ -118,7 +121,7 @@ def _check_nothing_is_lost(work: _Work) -> None:
         return
     if work.config.overwrite:
         return
-    recorded = read_json(out.result, Judging)
+    recorded = read_sealed(out.result, Judging)
     ours = {"judge": work.judge.identity, "rubrics": {rubric.name: rubric.sha256 for rubric in work.rubrics}}
     theirs = {"judge": recorded["judge"], "rubrics": {name: entry["sha256"] for name, entry in recorded["rubrics"].items()}}
     if differing := [name for name in ours if ours[name] != theirs[name]]:

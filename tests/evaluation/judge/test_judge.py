@@ -16,6 +16,7 @@ from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import Judging
 from cora_cli.render.latex import latex
 from cora_cli.reporting.judge_section import judge_section
+from tests.evaluation.helpers import unsealed
 from tests.evaluation.judge.server import Biases, judge_of, serving, write_answers
 from tests.reporting.helpers import Made, make_grid
 
@@ -187,7 +188,7 @@ def test_a_report_of_a_judging_has_its_tables_in_every_format(server, answers) -
     assert result.stdout.startswith("Judged answers\n")
     assert printed in result.stdout
     found = json.loads(cora("report", out, "--format", "json").stdout)
-    assert found["experiments"][0]["judged"] == [read_json(out / "judge.json")]
+    assert found["experiments"][0]["judged"] == [unsealed(out / "judge.json")]
     rows = list(csv.DictReader(io.StringIO(cora("report", out, "--format", "csv").stdout)))
     own = {row["measure"]: (row["value"], row["paper"], row["kind"]) for row in rows if row["row"] == "CoRA_yahma_TB_5"}
     assert own["paper.relevance"] == ("60.0", "83.9", "judge")

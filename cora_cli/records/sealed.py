@@ -1,6 +1,4 @@
-"""The records of a grid, `plan.json` and those of its steps, with a hash of their own contents: a record that was changed after it was
-written is damaged, and never believed.
-"""
+"""Records with a hash of their own contents: one that was changed after it was written is damaged, and never believed."""
 
 import json
 from collections.abc import Mapping
@@ -11,8 +9,6 @@ from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
 
-PLAN = "plan.json"
-"""What the rows of a grid are, in its directory."""
 _HASH = "sha256"
 
 
@@ -22,13 +18,13 @@ def write_sealed(path: Path, record: Mapping[str, Any]) -> None:
     rundir.write_json(path, {**record, _HASH: rundir.sha256_json(as_read)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Path, shape: Any = dict[str, Any]) -> dict[str, Any]:
     """The record in `path`, as it was written; earlier versions wrote no hash.
 
-    Raises `CoraError` if the file is missing, is no JSON object, or was changed since.
+    Raises `CoraError` if the file is missing, does not have the `shape`, or was changed since.
     """
-    record: dict[str, Any] = read_json(path, dict[str, Any])
+    record: dict[str, Any] = read_json(path, shape)
     written = record.pop(_HASH, None)
     if written is not None and written != rundir.sha256_json(record):
-        raise CoraError(f"{path} was changed after `cora ablate` had written it")
+        raise CoraError(f"{path} was changed after it was written")
     return record
