@@ -13,6 +13,7 @@ from typing import Literal
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
 from cora_cli.device import planned_hardware, select_hardware
 from cora_cli.errors import CoraError, UsageError
+from cora_cli.evaluation.execution.sandbox import require_sandbox
 from cora_cli.experiments.estimate import (
     ESTIMATE_NOTE,
     NO_TIME_NOTE,
@@ -180,7 +181,12 @@ def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
 
 
 def _check_trainings(request: Request, grid: Grid, inputs: Inputs) -> None:
-    """Check the trainings of a grid as each of them would at its start, without weights. Raises `CoraError` that names the rows."""
+    """Check the trainings of a grid as each of them would at its start, without weights, and that what they give can be evaluated here.
+
+    Raises `CoraError`, which names the rows where it is about them.
+    """
+    if grid.rows and grid.evaluate and grid.evaluate.get("execute_code") and request.launcher == "local":
+        require_sandbox()
     # A cluster may have GPUs that this machine lacks.
     hardware = (planned_hardware if request.launcher == "slurm" else select_hardware)(request.device, request.dtype)
     check_trainings(distinct_trainings(grid, request.device, request.dtype), grid, inputs, hardware)

@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cora_cli.cli import app
+from cora_cli.evaluation.execution import sandbox
 from cora_cli.experiments.execute import Outcome
 from cora_cli.experiments.launch import LocalLauncher
 from cora_cli.reading import read_json, read_jsonl
@@ -218,6 +219,20 @@ def test_an_invalid_grid_is_a_usage_error(tmp_path: Path) -> None:
     result = run(tmp_path / "grid.yaml")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
+
+
+def test_without_a_sandbox_a_grid_whose_answers_are_executed_trains_nothing(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.require_sandbox.cache_clear()
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    train = {"rank": 4, "max_steps": 3, "batch_size": 2, "test_size": 4}
+    executed = {"limit": 2, "max_new_tokens": 4, "metrics": ["pass@1"], "execute_code": True}
+    grid = write_grid(tmp_path, tiny_model, tiny_data, defaults={"train": train, "evaluate": executed})
+    result = run(grid, "--output-dir", tmp_path / "out", "--device", "cpu")
+    sandbox.require_sandbox.cache_clear()
+    assert (result.exit_code, "bwrap is not installed" in result.stderr) == (1, True)
+    assert not [*(tmp_path / "out").rglob("run.json")]
 
 
 @pytest.mark.parametrize("number", ["2", "auto"])
