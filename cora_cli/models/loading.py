@@ -5,6 +5,7 @@ loaded model.
 """
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,7 +233,15 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
             )
     _say_special_tokens(model, tokenizer)
     if tokenizer.eos_token_id is None:
-        raise CoraError(f"tokenizer of {model.reference} has no end-of-sequence token, so generation would never stop")
+        stated = model.generation_config().get("eos_token_id")
+        known = stated if isinstance(stated, int) else tokenizer.sep_token_id
+        such = (
+            f", such as {json.dumps(tokenizer.convert_ids_to_tokens(known), ensure_ascii=False)}" if known is not None else ""
+        )
+        raise CoraError(
+            f"tokenizer of {model.reference} has no end-of-sequence token, so no answer would learn to stop; set eos_token in tokenizer_config.json to "
+            f"the token that ends its texts{such}"
+        )
     return tokenizer
 
 

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -388,4 +389,14 @@ def test_a_tokenizer_of_sentencepiece_alone_names_the_packages_that_it_needs(abs
     for name in ("sentencepiece", "protobuf"):
         monkeypatch.setattr(loading, f"is_{name}_available", lambda name=name: name != absent)
     with pytest.raises(CoraError, match=r"tokenizer\.model is one of SentencePiece, .* `pip install sentencepiece protobuf`"):
+        load_tokenizer(resolve_model(str(directory)))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_with_the_one_that_the_model_names(tiny_model, tmp_path):
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    place = directory / "tokenizer_config.json"
+    settings = json.loads(place.read_text(encoding="utf-8"))
+    end = settings.pop("eos_token")
+    rundir.write_json(place, settings)
+    with pytest.raises(CoraError, match=rf"set eos_token in tokenizer_config\.json .* such as \"{re.escape(end)}\"$"):
         load_tokenizer(resolve_model(str(directory)))
