@@ -65,6 +65,10 @@ _VOCABULARIES = ("*.tiktoken", "*.spm", "*.codes", "*.tokenizer")
 _SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", *_VOCABULARIES, "*.py", "SHA256SUMS"]
 
 
+_UNREAD = {".gguf", ".h5", ".msgpack", ".npz", ".onnx"}
+"""Endings of weights of other programs: llama.cpp, TensorFlow, Flax, MLX, ONNX."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelPath:
     """A model on the local disk.
@@ -150,7 +154,9 @@ class ModelPath:
         """
         if found := self._adapter_files() if self.is_adapter else self._complete_files():
             return found
-        raise CoraError(f"{self.path} holds no weights: it has no file *.safetensors, *.bin, *.pt or *.pth")
+        others = sorted(file.name for file in self.path.iterdir() if file.suffix in _UNREAD)
+        instead = f"; {others[0]} is of a format that is not read: use the model's own weights as safetensors" if others else ""
+        raise CoraError(f"{self.path} holds no weights: it has no file *.safetensors, *.bin, *.pt or *.pth{instead}")
 
     @property
     def has_weights(self) -> bool:

@@ -310,6 +310,9 @@ def test_a_model_without_weights_says_so(files, tmp_path):
     model = resolve_model(str(make(tmp_path / "model", "config.json", *files)))
     with pytest.raises(CoraError, match=r"model holds no weights: it has no file \*.safetensors, \*.bin, \*.pt or \*.pth"):
         model.weight_files()
+    (model.path / "model-Q4_K_M.gguf").touch()
+    with pytest.raises(CoraError, match=r"\*\.pth; model-Q4_K_M\.gguf is of a format that is not read: use .* as safetensors$"):
+        model.weight_files()
 
 
 def test_a_damaged_configuration_is_named(tmp_path):
