@@ -25,7 +25,7 @@ Named = Literal["model", "model or basis", "dataset", "basis", "run", "predictio
 """What the value of a setting may have to name (see `cli.inputs`)."""
 _LARGEST, _LARGEST_FLOAT = 2**63 - 1, 3.4e38  # the latter in float32, in which results are computed
 MOST = 10**9
-"""For numbers that nothing else bounds: larger counts overflow in libraries, and larger rates and scalings in what they multiply."""
+"""For numbers that nothing else bounds: larger counts overflow in libraries, and larger scalings in what they multiply."""
 
 
 def setting(

@@ -120,7 +120,6 @@ class SharedSettings:
         "some 17 gradients of 4 examples in float32.",
         DEFAULT_RATE,
         panel=_OPTIM,
-        most=MOST,
     )
     epochs: float = setting("Passes over the training records.", 1.0, panel=_OPTIM, most=MOST)
     max_steps: int | None = setting("Optimizer steps, instead of --epochs.", None, panel=_OPTIM, most=MOST)
