@@ -315,8 +315,11 @@ def _with_base_losses(results: list[Result]) -> list[Result]:
 
 
 def _loss_before_training(base: Result, results: list[Result]) -> Measure | None:
-    for result in results:
+    # The run that the evaluation lies in comes first: others may have measured the loss of prompts that were cut elsewhere.
+    own = base.row.evaluation.parent if base.row.evaluation is not None else None
+    for result in sorted(results, key=lambda result: result.row.run != own):
         same = (base.row.group, base.row.model) == (result.row.group, result.row.model) and _have_equal_weights(base, result)
+        same = same and _have_equal_templates(base, result)
         if same and result.starts_at_base and result.row.run is not None and LOSS in result.measures:
             return read_loss(RunDirectory(result.row.run), result.record, "before")
     return None
@@ -329,6 +332,14 @@ def _have_equal_weights(evaluated: Result, trained: Result) -> bool:
         trained.record.get("fingerprint", {}).get("model_sha256"),
     )
     return None in hashes or hashes[0] == hashes[1]
+
+
+def _have_equal_templates(evaluated: Result, trained: Result) -> bool:
+    """Whether the prompts of an evaluation and of a run's held-out loss have one template, as far as both are recorded."""
+    data = trained.record.get("data", {})
+    dates = evaluated.generation.get("settings", {}).get("template_date"), data.get("template_date")
+    names = evaluated.generation.get("template"), data.get("template")
+    return all(None in pair or pair[0] == pair[1] for pair in (names, dates))
 
 
 def _check_comparable(results: list[Result]) -> None:

@@ -231,7 +231,23 @@ def _score_notes(group: Group) -> list[str]:
         notes.append(f"Bold: the best value of its column, if it is {meaning}.")
     elif group.best:
         notes.append(f"Nothing is in bold: no column has a value that is {meaning}.")
-    return notes + _answer_notes(group) + _unscorable_notes(group) + _selection_notes(group)
+    return notes + _loss_notes(group) + _answer_notes(group) + _unscorable_notes(group) + _selection_notes(group)
+
+
+def _loss_notes(group: Group) -> list[str]:
+    """A sentence where the held-out losses of a table are of different prompts: of other templates, or cut to other lengths."""
+    results = [result for line in group.chosen for result in line.method.results if result.record and LOSS in result.measures]
+    asked = [{**result.record["fingerprint"]["settings"], **result.record["data"]} for result in results]
+    # A maximum length decides nothing where no prompt reaches it.
+    cut = any(result.record["data"]["test"]["truncated"] for result in results)
+    names = ("template", "template_date", *(("max_length",) if cut else ()))
+    found = ((name, dict.fromkeys(clean(str(one[name])) for one in asked if one.get(name) is not None)) for name in names)
+    differing = [f"{name} ({', '.join(values)})" for name, values in found if len(values) > 1]
+    return (
+        [f"The held-out losses are of different prompts, from which differences between rows may come: {'; '.join(differing)}."]
+        if differing
+        else []
+    )
 
 
 def _answer_notes(group: Group) -> list[str]:

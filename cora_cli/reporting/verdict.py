@@ -167,17 +167,24 @@ def _margin(margin: Margin, other: MethodResults, name: str, methods: Sequence[M
 
 
 def _base_value(trained: MethodResults, name: str, methods: Sequence[MethodResults]) -> float | None:
-    """The base model's value; that of the held-out loss is also the loss before training of a run that starts there."""
-    for method in methods:
+    """The base model's value; that of the held-out loss is also the loss before training of a run that starts there.
+
+    The method's own loss before training comes first, since other runs may have measured that of other prompts.
+    """
+    if name == LOSS and (own := _loss_before(trained)) is not None:
+        return own
+    alike = [method for method in methods if method.first.row.model == trained.first.row.model]
+    for method in alike:
         estimate = method.estimate(name) if method.first.row.mode == "base" else None
-        if estimate is not None and method.first.row.model == trained.first.row.model:
+        if estimate is not None:
             return estimate.value
-    if name == LOSS:
-        for method in (trained, *methods):
-            row, heldout = method.first.row, method.first.record.get("heldout")
-            if heldout and method.first.starts_at_base and row.model == trained.first.row.model:
-                return float(heldout["before"]["loss"])
-    return None
+    return next((loss for method in alike if name == LOSS and (loss := _loss_before(method)) is not None), None)
+
+
+def _loss_before(method: MethodResults) -> float | None:
+    """The held-out loss of a method's first run before training, where that is the base model's."""
+    heldout = method.first.record.get("heldout")
+    return float(heldout["before"]["loss"]) if heldout and method.first.starts_at_base else None
 
 
 def _controls(one: MethodResults, methods: Sequence[MethodResults]) -> list[tuple[MethodResults, MethodResults, str, bool]]:

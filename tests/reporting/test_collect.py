@@ -135,6 +135,29 @@ def test_a_base_model_with_other_weights_than_the_runs_has_no_loss_of_theirs(run
     assert [LOSS in base.measures for base in bases] == [False, True]
 
 
+def test_a_base_model_has_the_loss_of_a_run_with_its_own_prompts(runs_with_base):
+    lora, fb = runs_with_base
+    for folder, template in ((lora, "chat"), (fb, "alpaca")):
+        record = read_json(folder / "run.json")
+        record["data"]["template"] = template
+        rundir.write_json(folder / "run.json", record)
+        record = read_json(folder / "eval-base" / "metrics.json")
+        record["generation"]["template"] = template
+        rundir.write_json(folder / "eval-base" / "metrics.json", record)
+    lines = read_jsonl(fb / "heldout.jsonl")
+    rundir.write_jsonl(fb / "heldout.jsonl", [{**line, "before": line["before"] / 2} for line in lines])
+    record = read_json(fb / "run.json")
+    record["heldout"]["before"]["loss"] /= 2
+    rundir.write_json(fb / "run.json", record)
+    for first, second in ((lora, fb), (fb, lora)):
+        (experiment,) = find_experiments([str(path) for folder in (first, second) for path in (folder, folder / "eval-base")])
+        bases = [result for result in collect(experiment).results if result.row.mode == "base"]
+        for base in bases:
+            own = read_json(base.row.evaluation.parent / "run.json")
+            assert base.measures[LOSS].value == pytest.approx(own["heldout"]["before"]["loss"])
+        assert len(bases) == 2
+
+
 @pytest.mark.parametrize("setting", ["model", "model_sha256", "records_sha256", "template", "max_new_tokens"])
 def test_a_base_model_that_was_evaluated_otherwise_than_the_run_is_no_row(runs_with_base, setting):
     path = runs_with_base[0] / "eval-base" / "metrics.json"

@@ -324,6 +324,25 @@ def test_rows_of_other_settings_and_of_trained_prompts_are_named_under_the_table
     assert "different settings, from which differences between rows may come: max_new_tokens (16, 64)" in text
 
 
+@pytest.mark.parametrize(
+    ("truncated", "said"),
+    [
+        (0, "different prompts, from which differences between rows may come: template (alpaca, chat)."),
+        (3, "differences between rows may come: template (alpaca, chat); max_length (512, 1024)."),
+    ],
+)
+def test_rows_whose_held_out_loss_is_of_other_prompts_are_named_under_the_table(tmp_path, truncated, said):
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb"), Made("lora", "lora")], prompts=6)
+    assert "different prompts" not in report([str(grid)])
+    for mode, template, length in (("fb", "alpaca", 512), ("lora", "chat", 1024)):
+        path = next(path for path in grid.rglob("run.json") if f"-{mode}_" in str(path))
+        record = read_json(path)
+        record["data"] |= {"template": template, "test": {**record["data"]["test"], "truncated": truncated}}
+        record["fingerprint"]["settings"]["max_length"] = length
+        rundir.write_json(path, record)
+    assert said in " ".join(report([str(grid)]).split())
+
+
 def test_rows_that_were_asked_other_prompts_with_equal_references_are_named(tmp_path):
     grid = make_grid(tmp_path / "grid", [Made("fb", "fb"), Made("lora", "lora")], prompts=6)
     assert "the same prompts" not in report([str(grid)])

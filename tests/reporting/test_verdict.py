@@ -240,6 +240,14 @@ def test_a_small_difference_between_well_measured_methods_is_equivalent():
     assert -test.margin < low < high < test.margin
 
 
+def test_the_margin_is_a_share_of_the_gain_on_the_controls_own_prompts():
+    """A run whose held-out loss is of another template begins at another loss than the base model's row shows."""
+    own = {"plan": {**RANDOM, "a_init": "zeros"}, "heldout": {"before": {"loss": 0.7}}}
+    controls = [dataclasses.replace(one, record={**one.record, **own}) for one in random(0.5)]
+    (test,) = verdict_of(base(1.0), runs("fb", FB, 0.5), controls).comparisons[0].tests
+    assert test.margin == pytest.approx(0.02, rel=0.1)
+
+
 def test_without_a_base_model_there_is_no_margin_and_nothing_is_equivalent():
     (test,) = verdict_of(runs("fb", FB, 0.5), random(0.5)).comparisons[0].tests
     assert (test.margin, test.outcome) == (None, UNDECIDED)
