@@ -1,5 +1,6 @@
 """`cora laplace`: give a finished run a distribution over its weights."""
 
+import shlex
 from pathlib import Path
 
 import typer
@@ -38,5 +39,5 @@ def run(config: LaplaceConfig) -> None:
         )
     show(
         f"{output}: prior precision {found['prior_precision']:.4g} ({found['chosen_by']}); the data decide {found['decided_directions']:,.0f} of "
-        f"{found['parameters']:,} directions\nevaluate it: cora evaluate {output} --metrics calibration"
+        f"{found['parameters']:,} directions\nevaluate it: cora evaluate {shlex.quote(str(output))} --metrics calibration"
     )

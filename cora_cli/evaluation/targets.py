@@ -168,6 +168,10 @@ def _at_ranks(config: EvaluateConfig, target: Target) -> list[Target]:
         return [target]
     if target.adapter is None:
         raise CoraError(f"{target.name} is a complete model, which has no rank; leave out --ranks")
+    if target.draws:
+        raise CoraError(
+            f"{target.name} has a distribution of weights, which belongs to its full rank: --ranks cuts its mean; give --draws 0 as well"
+        )
     found, root = [], target.output.root
     for rank in dict.fromkeys(map(int, config.ranks)):
         check_rank(target.adapter, rank)

@@ -134,7 +134,7 @@ def _check_origin(run: RunDirectory) -> None:
     expected = settings.get("adapter_sha256" if weights.is_adapter else "model_sha256")
     if expected is not None and "members" not in settings and expected not in weights.content_hashes():
         raise CoraError(
-            f"{run.evaluation} is an evaluation of other weights than {run.result}; run `cora evaluate {run.root}` again"
+            f"{run.evaluation} is an evaluation of other weights than {run.result}; run `cora evaluate {run.root} --overwrite`"
         )
 
 

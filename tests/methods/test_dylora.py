@@ -21,6 +21,7 @@ from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json
 from cora_cli.reporting.report_rows import find_experiments
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.laplace import laplace
 from cora_cli.training.run import train
 from tests.methods.helpers import plan_of
 from tests.training.helpers import config_for
@@ -173,6 +174,18 @@ def test_a_run_is_evaluated_at_several_ranks_each_in_its_own_place(run, tmp_path
     (experiment,) = find_experiments([str(run)])
     assert [row.evaluation for row in experiment.rows[1:]] == [run / "eval-rank-1", run / "eval-rank-4"]
     assert f"{run}/eval-rank-2 is left out: it answers other records than {run}/eval-rank-1" in capsys.readouterr().err
+
+
+def test_the_ranks_of_a_laplace_approximation_are_those_of_its_mean(run, tmp_path):
+    laplace(str(run), tmp_path / "laplace", limit=4, device="cpu")
+    settings = {"metrics": ("calibration",), "device": "cpu", "dtype": "fp32", "max_new_tokens": 2, "ranks": ("2",)}
+    with pytest.raises(CoraError, match="belongs to its full rank: --ranks cuts its mean; give --draws 0 as well"):
+        evaluate(EvaluateConfig(runs=(str(tmp_path / "laplace"),), **settings))
+    mean, trained = (
+        evaluate(EvaluateConfig(runs=(str(place),), output_dir=str(tmp_path / place.name / "out"), draws=draws, **settings))
+        for place, draws in ((tmp_path / "laplace", 0), (run, None))
+    )
+    assert mean[0].record["metrics"] == trained[0].record["metrics"]
 
 
 def test_a_rank_that_was_not_trained_is_refused(run, tiny_model, tiny_data, tmp_path):

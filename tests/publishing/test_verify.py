@@ -263,7 +263,7 @@ def test_an_evaluation_of_other_weights_in_the_run_is_refused(run: Path) -> None
     record["settings"]["adapter_sha256"] = "0" * 64
     rundir.write_json(generation, record)
     rundir.write_json(metrics, {**unsealed(metrics), "generation": record})
-    with pytest.raises(CoraError, match="eval is an evaluation of other weights than"):
+    with pytest.raises(CoraError, match=r"eval is an evaluation of other weights than .*--overwrite`"):
         verify(run)
 
 
