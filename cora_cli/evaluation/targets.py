@@ -272,6 +272,8 @@ class TrainedPrompts:
 
         `exclude` leaves those out; None does so where the records come from the data set of a training.
         """
+        if exclude and not self.hashes:
+            say(f"--exclude-trained leaves no prompt out: of {target.name}, no record says which prompts it was trained on")
         rest = [record for record in records if not is_among(record, schema, self.hashes)]
         found = len(records) - len(rest)
         if not found:

@@ -47,6 +47,11 @@ class Result:
         return known and not settings.get("load_in_4bit")
 
     @property
+    def held_out_tokens(self) -> int:
+        """The tokens of the held-out records, of which a maximum length leaves out some."""
+        return int(self.record["data"]["test"]["tokens"]) if self.record else 0
+
+    @property
     def untrained(self) -> bool:
         """Whether the row's run took no step, so that no seed changes its model."""
         return bool(self.record) and (self.record.get("is_base_model") or self.record.get("speed", {}).get("steps") == 0)
@@ -315,9 +320,9 @@ def _with_base_losses(results: list[Result]) -> list[Result]:
 
 
 def _loss_before_training(base: Result, results: list[Result]) -> Measure | None:
-    # The run that the evaluation lies in comes first: others may have measured the loss of prompts that were cut elsewhere.
+    # The run that the evaluation lies in comes first, then those whose prompts were cut least: they may have measured the loss of other ones.
     own = base.row.evaluation.parent if base.row.evaluation is not None else None
-    for result in sorted(results, key=lambda result: result.row.run != own):
+    for result in sorted(results, key=lambda result: (result.row.run != own, -result.held_out_tokens)):
         same = (base.row.group, base.row.model) == (result.row.group, result.row.model) and _have_equal_weights(base, result)
         same = same and _have_equal_templates(base, result)
         if same and result.starts_at_base and result.row.run is not None and LOSS in result.measures:

@@ -74,14 +74,19 @@ class _CheckedSettings(SharedSettings):
         return self._adapter_plan
 
     def notices(self) -> list[str]:
-        """Sentences on the settings of an adapter that have no effect; a user may keep them from another mode."""
+        """Sentences on settings that have no effect, such as those of an adapter; a user may keep them from another run."""
         if (plan := self.adapter_plan()) is None:
             names, where = ["rank", "target_modules", "dropout"], f"in mode {self.mode}, which has no adapter"
         else:
             overruled = self.mode == "peft"
             names = [name for name in ("rank", "target_modules") if overruled and getattr(plan, name) != getattr(self, name)]
             where = "with --peft-config, which states it"
-        return [f"{flag} has no effect {where}" for flag in given(self, names)]
+        unused = {where: names}
+        if self.max_steps is not None:
+            unused["with --max-steps, which decides how long the run is"] = ["epochs"]
+        if self.test_size == 0 and self.test_dataset is None:
+            unused["with --test-size 0, which holds out nothing"] = ["eval_steps", "eval_limit"]
+        return [f"{flag} has no effect {why}" for why, found in unused.items() for flag in given(self, found)]
 
     @functools.cached_property
     def _adapter_plan(self) -> AdapterPlan | None:

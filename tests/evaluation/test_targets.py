@@ -106,6 +106,13 @@ def test_in_another_file_they_are_counted_and_left_out_on_request(run: Path, tin
     assert rest.record["metrics"]["rouge1"]["n"] == 8 - known
 
 
+def test_a_model_without_a_record_says_that_nothing_is_left_out(tiny_model: Path, tiny_data: Path, tmp_path: Path, capfd):
+    result = evaluate_model(tiny_model, tiny_data, tmp_path / "out", exclude_trained=True, limit=3)
+    assert result.record["metrics"]["rouge1"]["n"] == 3
+    said = f"--exclude-trained leaves no prompt out: of {tiny_model}, no record says which prompts it was trained on"
+    assert said in " ".join(capfd.readouterr().err.split())
+
+
 def test_a_file_of_training_records_alone_leaves_nothing_to_answer(run: Path, tiny_data: Path, tmp_path: Path):
     held_out = {prompt_hash(record, "alpaca") for record in read_jsonl(run / "test.jsonl")}
     trained = [record for record in read_jsonl(tiny_data) if prompt_hash(record, "alpaca") not in held_out]

@@ -158,6 +158,23 @@ def test_a_base_model_has_the_loss_of_a_run_with_its_own_prompts(runs_with_base)
         assert len(bases) == 2
 
 
+def test_a_base_model_elsewhere_has_the_loss_of_the_run_that_cut_its_prompts_least(runs_with_base, tmp_path):
+    lora, fb = runs_with_base
+    elsewhere = shutil.copytree(lora / "eval-base", tmp_path / "elsewhere")
+    for folder, tokens, share in ((lora, 60, 0.5), (fb, 90, 1.0)):
+        record = read_json(folder / "run.json")
+        record["data"]["test"]["tokens"] = tokens
+        record["heldout"]["before"]["loss"] *= share
+        rundir.write_json(folder / "run.json", record)
+        lines = read_jsonl(folder / "heldout.jsonl")
+        rundir.write_jsonl(folder / "heldout.jsonl", [{**line, "before": line["before"] * share} for line in lines])
+    for folder in runs_with_base:
+        shutil.rmtree(folder / "eval-base")
+    (experiment,) = find_experiments([str(lora), str(fb), str(elsewhere)])
+    (base,) = [result for result in collect(experiment).results if result.row.mode == "base"]
+    assert base.measures[LOSS].value == pytest.approx(read_json(fb / "run.json")["heldout"]["before"]["loss"])
+
+
 @pytest.mark.parametrize("setting", ["model", "model_sha256", "records_sha256", "template", "max_new_tokens"])
 def test_a_base_model_that_was_evaluated_otherwise_than_the_run_is_no_row(runs_with_base, setting):
     path = runs_with_base[0] / "eval-base" / "metrics.json"

@@ -144,7 +144,7 @@ def test_alpha_is_twice_the_rank_unless_given() -> None:
     assert TrainConfig(**NEEDED, mode="full").adapter_plan() is None
 
 
-def test_settings_of_an_adapter_that_have_no_effect_are_named(tmp_path: Path) -> None:
+def test_settings_that_have_no_effect_are_named(tmp_path: Path) -> None:
     def notices(**settings: Any) -> list[str]:
         return TrainConfig(**NEEDED, **settings).notices()
 
@@ -155,8 +155,17 @@ def test_settings_of_an_adapter_that_have_no_effect_are_named(tmp_path: Path) ->
     ]
     file = str(tmp_path / "loha.json")
     assert notices(mode="peft", peft_config=file, rank=4) == ["--rank has no effect with --peft-config, which states it"]
+    assert notices(mode="lora", max_steps=4, epochs=2.0) == [
+        "--epochs has no effect with --max-steps, which decides how long the run is"
+    ]
+    assert notices(mode="lora", test_size=0, eval_steps=2, eval_limit=3) == [
+        "--eval-steps has no effect with --test-size 0, which holds out nothing",
+        "--eval-limit has no effect with --test-size 0, which holds out nothing",
+    ]
     unused = [
         {"mode": "full"},
+        {"mode": "lora", "epochs": 2.0},
+        {"mode": "lora", "max_steps": 4, "eval_steps": 2},
         {"mode": "lora", "rank": 4},
         {"mode": "peft", "peft_config": file, "target_modules": ("q_proj",)},
     ]
