@@ -251,9 +251,9 @@ def _read_row(
             raise CoraError(_failure(row, logs) or ("the evaluation is not finished" if started else "not evaluated yet"))
         found, stated, evaluated = read_evaluation(evaluation, wanted)
         _check_evaluated(row.run, stated, evaluation)
-        generation, references = stated, evaluated
         if step_records:
             step_records.require(row.evaluation)
+        generation, references = stated, evaluated
         measures |= found
         counts = read_counts(evaluation)
     except CoraError as error:

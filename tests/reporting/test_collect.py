@@ -568,6 +568,14 @@ def test_an_evaluation_of_a_run_that_was_made_again_is_not_shown(recorded):
     assert missing_of(recorded) == {"lora": "its inputs have changed since it ran; run `cora ablate` again"}
 
 
+def test_an_evaluation_that_was_made_again_of_other_records_leaves_out_its_row_alone(recorded):
+    made = Made("lora", "lora")
+    write_evaluation(recorded / "runs" / made.name / "evaluation", made, np.random.default_rng(5), 4)
+    missing = missing_of(recorded)
+    assert missing.keys() == {"lora"}
+    assert "was changed or removed after it was written; run `cora ablate` again" in missing["lora"]
+
+
 def test_a_step_without_its_record_is_no_evidence(recorded):
     (recorded / "steps" / f"train-{Made('lora', 'lora').name}.json").unlink()
     assert "is missing or damaged; run `cora ablate` again" in missing_of(recorded)["lora"]
