@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cora_cli.basis.artifact import Basis
 from cora_cli.basis.choices import is_target
-from cora_cli.errors import CoraError, reason
+from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import (
     ADAPTER,
     LinearWeight,
@@ -34,6 +34,7 @@ from cora_cli.methods.parts.mean_change import add_mean_change, put_means, take_
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.fused import VIEWS, split_projections, unknown_fused
+from cora_cli.models.precision import UNSUPPORTED
 from cora_cli.models.skeleton import fused_experts, other_modalities
 
 
@@ -77,7 +78,8 @@ def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> d
 
 def check_applied(model: Any, target_modules: tuple[str, ...], tokens: Sequence[int]) -> None:
     """Raise `CoraError` for a target whose layers a forward pass over `tokens` never calls, as with Mamba's dt_proj: their weights are
-    applied in another way, which would leave out the adapter. The model may have its adapter already."""
+    applied in another way, which would leave out the adapter; and for a model that computes nothing from token ids alone. The model may have its
+    adapter already."""
     called: set[str] = set()
 
     def note(name: str) -> Callable[..., None]:
@@ -88,7 +90,15 @@ def check_applied(model: Any, target_modules: tuple[str, ...], tokens: Sequence[
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for name in names:
             hooks.callback(inner.get_submodule(name).register_forward_hook(note(name)).remove)
-        model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False)
+        try:
+            model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False)
+        except UNSUPPORTED as error:
+            if is_out_of_memory(error):
+                raise
+            raise CoraError(
+                f"{type(inner).__name__} cannot be trained: its forward pass on the token ids of an example ends in {type(error).__name__} "
+                f"({reason(error)})"
+            ) from error
     for target in target_modules:
         if not any(is_target(name, target) for name in called):
             raise CoraError(

@@ -252,6 +252,17 @@ def test_a_target_whose_layers_are_never_called_is_refused_by_name(family, named
     check_applied(model, ("in_proj", "x_proj"), [1, 5, 7])
 
 
+def test_a_model_whose_forward_pass_fails_is_refused_with_what_it_raised():
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    model = AutoModelForCausalLM.from_config(DeepseekV3Config(**latent, num_hidden_layers=1, hidden_size=16, vocab_size=32))
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:2]  # as where the configuration has two lengths for it
+    with pytest.raises(
+        CoraError,
+        match="DeepseekV3ForCausalLM cannot be trained: its forward pass on the token ids of an example ends in RuntimeError",
+    ):
+        check_applied(model, ("q_a_proj",), [1, 5, 7])
+
+
 def test_a_target_that_peft_does_not_adapt_is_refused_in_one_sentence():
     model = AutoModelForCausalLM.from_config(build("mamba"))
     plan = plan_of("lora", rank=2, alpha=2.0, rslora=False, dropout=0.0, seed=0, target_modules=("out_proj",))
