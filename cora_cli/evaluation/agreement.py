@@ -13,6 +13,7 @@ from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.evaluation.decode import Tokens
 from cora_cli.evaluation.sampling import best_tokens
 from cora_cli.methods.parts.layers import transformers_model
+from cora_cli.models.causality import require_causal_pass
 from cora_cli.models.configuration import length_limits
 from cora_cli.models.precision import UNSUPPORTED, computing_in, rounds_by_rows
 
@@ -32,11 +33,12 @@ def make_probes(prompts: Sequence[Tokens], limits: set[int]) -> list[list[int]]:
 class Agreement:
     """What each of a few prompts gives alone, as logits (steps, vocabulary), in float32 where the model can compute in it.
 
-    Raises `CoraError` for a model with which transformers itself cannot answer.
+    Raises `CoraError` for a model with which transformers itself cannot answer, or that is not causal.
     """
 
     def __init__(self, model: Any, prompts: Sequence[Tokens], alone: Callable[[Sequence[Tokens]], list[torch.Tensor]]) -> None:
         self._model, self.probes = model, make_probes(prompts, length_limits(model.config))
+        require_causal_pass(model, self.probes[0])
         for self._dtype in (None,) if rounds_by_rows(model) else TOLERANCES:
             try:
                 with self._precision():

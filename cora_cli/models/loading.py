@@ -17,6 +17,7 @@ from transformers.utils.import_utils import is_protobuf_available, is_sentencepi
 
 from cora_cli import rundir
 from cora_cli.errors import CoraError, is_out_of_memory, reason
+from cora_cli.models.causality import require_causal
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.quantized import (
@@ -28,7 +29,7 @@ from cora_cli.models.quantized import (
     settle_quantized,
 )
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import Skeleton, layer_of, require_causal, shape_fault, skeleton_of, surplus_fault
+from cora_cli.models.skeleton import Skeleton, layer_of, shape_fault, skeleton_of, surplus_fault
 from cora_cli.progress import say
 from cora_cli.reading import read_json, read_text, refuse_pointer
 from cora_cli.scratch import temporary_directory

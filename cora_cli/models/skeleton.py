@@ -20,8 +20,6 @@ from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
 
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
-_CROSS = re.compile(r"cross|encoder_attn")
-"""Attention to an encoder's states, which has no order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,23 +146,6 @@ def other_modalities(model: Any) -> frozenset[str]:
         for name, module in modules.items()
         if not f"{name}.".startswith(f"{prefix}.") and not any(module is end for end in ends)
     )
-
-
-def require_causal(model: Any, reference: str) -> None:
-    """Raise `CoraError` for a model whose tokens attend to later ones, such as a BERT that is not configured as a decoder.
-
-    Such a model sees the token that it is to predict.
-    """
-    others = other_modalities(model)
-    own = [(name, module) for name, module in model.named_modules() if name not in others and not _CROSS.search(name)]
-    flags = {flag for _, module in own if type(flag := getattr(module, "is_causal", None)) is bool}
-    if False in flags or (getattr(model.config, "is_decoder", True) is False and True not in flags):
-        named = "use_bidirectional_attention" if getattr(model.config, "use_bidirectional_attention", None) else "is_decoder"
-        needed = "false" if named == "use_bidirectional_attention" else "true"
-        raise CoraError(
-            f"{reference} is a {model.config.model_type} model whose tokens attend to later ones, so it cannot learn to predict the next token; "
-            f"set {named} to {needed} in its config.json, or use a causal language model"
-        )
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> PreTrainedModel:

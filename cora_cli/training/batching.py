@@ -17,6 +17,7 @@ from cora_cli.data.encode import Example
 from cora_cli.device import Hardware, PackedAttention
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import transformers_model
+from cora_cli.models.causality import require_causal_pass
 from cora_cli.models.configuration import depends_on_batch, length_limits, rope_switch
 from cora_cli.models.precision import UNSUPPORTED, computing_in, precisions
 from cora_cli.training.attention import register_packed_attention
@@ -52,7 +53,8 @@ class Batching:
 def choose_batching(model: Any, packed: PackedAttention, examples: Sequence[Example], hardware: Hardware) -> Batching:
     """Check packing, then padding, with probes from `examples`; what agrees is set in `model`, which has its own attention before.
 
-    `packed` is the attention for packed rows on this hardware. An adapter that the model may have takes no part. Raises `CoraError` for a model that computes no losses from token ids alone.
+    `packed` is the attention for packed rows on this hardware. An adapter that the model may have takes no part. Raises `CoraError` for a model that computes no losses from token ids alone,
+    or that is not causal.
     """
     inner = transformers_model(model)
     switch = rope_switch(inner.config)
@@ -62,7 +64,9 @@ def choose_batching(model: Any, packed: PackedAttention, examples: Sequence[Exam
     training = model.training
     model.eval()
     with torch.no_grad(), model.disable_adapter() if inner is not model else nullcontext():
-        check = _Check(model, make_probes(examples, length_limits(inner.config)), hardware)
+        probes = make_probes(examples, length_limits(inner.config))
+        check = _Check(model, probes, hardware)
+        require_causal_pass(model, probes[-1].input_ids[:SHORT] if probes else ())
         apart = None
         if why := cannot_pack(inner) or check.packing_fault(packs, packed.name):
             check.prefer_eager()

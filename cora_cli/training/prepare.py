@@ -26,12 +26,13 @@ from cora_cli.methods.method import Method
 from cora_cli.methods.parts.layers import linear_weight
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
+from cora_cli.models.causality import require_causal
 from cora_cli.models.configuration import balances_experts, load_configuration, remove_dropout
 from cora_cli.models.fused import split_parts, split_projections, wanted_views
 from cora_cli.models.loading import context_length, load_tokenizer
 from cora_cli.models.quantized import check_four_bit, kind_stated, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
-from cora_cli.models.skeleton import build_skeleton, require_causal
+from cora_cli.models.skeleton import build_skeleton
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.batching import cannot_pack
