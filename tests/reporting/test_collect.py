@@ -14,6 +14,7 @@ from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import find_experiments, read_plan
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from cora_cli.training.heldout import HeldOutLoss, loss_change
 from tests.reporting.helpers import Made, make_grid, plan_entry, record_steps, write_evaluation, write_plan, write_run
 
 
@@ -135,6 +136,17 @@ def test_a_base_model_with_other_weights_than_the_runs_has_no_loss_of_theirs(run
     assert [LOSS in base.measures for base in bases] == [False, True]
 
 
+def scale_loss_before(folder, share):
+    """Let a run begin at another held-out loss, as it does with other prompts."""
+    run = RunDirectory(folder)
+    lines = [{**line, "before": line["before"] * share} for line in read_jsonl(run.heldout)]
+    rundir.write_jsonl(run.heldout, lines)
+    before, after, tokens = (np.array([line[key] for line in lines], dtype=float) for key in ("before", "after", "tokens"))
+    losses = HeldOutLoss(before, tokens), HeldOutLoss(after, tokens)
+    measured = {"before": losses[0].summary(), "after": losses[1].summary(), "change": loss_change(*losses)}
+    rundir.write_json(run.record, {**read_json(run.record), "heldout": measured})
+
+
 def test_a_base_model_has_the_loss_of_a_run_with_its_own_prompts(runs_with_base):
     lora, fb = runs_with_base
     for folder, template in ((lora, "chat"), (fb, "alpaca")):
@@ -144,11 +156,7 @@ def test_a_base_model_has_the_loss_of_a_run_with_its_own_prompts(runs_with_base)
         record = read_json(folder / "eval-base" / "metrics.json")
         record["generation"]["template"] = template
         rundir.write_json(folder / "eval-base" / "metrics.json", record)
-    lines = read_jsonl(fb / "heldout.jsonl")
-    rundir.write_jsonl(fb / "heldout.jsonl", [{**line, "before": line["before"] / 2} for line in lines])
-    record = read_json(fb / "run.json")
-    record["heldout"]["before"]["loss"] /= 2
-    rundir.write_json(fb / "run.json", record)
+    scale_loss_before(fb, 0.5)
     for first, second in ((lora, fb), (fb, lora)):
         (experiment,) = find_experiments([str(path) for folder in (first, second) for path in (folder, folder / "eval-base")])
         bases = [result for result in collect(experiment).results if result.row.mode == "base"]
@@ -161,13 +169,11 @@ def test_a_base_model_has_the_loss_of_a_run_with_its_own_prompts(runs_with_base)
 def test_a_base_model_elsewhere_has_the_loss_of_the_run_that_cut_its_prompts_least(runs_with_base, tmp_path):
     lora, fb = runs_with_base
     elsewhere = shutil.copytree(lora / "eval-base", tmp_path / "elsewhere")
-    for folder, tokens, share in ((lora, 60, 0.5), (fb, 90, 1.0)):
+    for folder, tokens in ((lora, 60), (fb, 90)):
         record = read_json(folder / "run.json")
         record["data"]["test"]["tokens"] = tokens
-        record["heldout"]["before"]["loss"] *= share
         rundir.write_json(folder / "run.json", record)
-        lines = read_jsonl(folder / "heldout.jsonl")
-        rundir.write_jsonl(folder / "heldout.jsonl", [{**line, "before": line["before"] * share} for line in lines])
+    scale_loss_before(lora, 0.5)
     for folder in runs_with_base:
         shutil.rmtree(folder / "eval-base")
     (experiment,) = find_experiments([str(lora), str(fb), str(elsewhere)])
