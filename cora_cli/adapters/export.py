@@ -20,6 +20,7 @@ from cora_cli.adapters.base import base_of, check_base
 from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts
+from cora_cli.adapters.merge import no_change_of_weights
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import (
     WEIGHTS_FILE,
@@ -117,6 +118,10 @@ def _as_lora(wrapped: PeftModel, adapter: ModelPath, before: Mapping[str, torch.
         if not config.target_parameters and (before or config.rank_pattern or config.alpha_pattern):
             return config, _with_one_scale(wrapped, config, state, before)
         return config, state
+    if why := no_change_of_weights(wrapped):
+        raise CoraError(
+            f"adapter {adapter.reference} cannot be exported: {why}; `cora evaluate`, on transformers, evaluates it as it is"
+        )
     method = config.peft_type.value
     if is_lora:
         method = "DoRA" if facts is None or config.use_dora else f"mode {facts.plan.mode}"

@@ -111,17 +111,21 @@ def _round(merged: Any, stored: Mapping[str, torch.dtype], adapter: ModelPath) -
                 )
 
 
+def no_change_of_weights(wrapped: PeftModel) -> str | None:
+    """Why an adapter is no change of the weights, such as a prompt; None if it is one."""
+    method = wrapped.active_peft_config.peft_type.value
+    if wrapped.active_peft_config.is_prompt_learning:
+        return f"{method} changes the input, not the weights"
+    return None if isinstance(wrapped.base_model, BaseTuner) else f"{method} adds to what layers give, not to their weights"
+
+
 def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False) -> Any:
     """The base model of `wrapped` with the adapter in its weights; `safe` also refuses weights that would not be finite.
 
     Raises `CannotMerge` for an adapter that is no change of the weights; some layers of `wrapped` may then be merged.
     """
-    if wrapped.active_peft_config.is_prompt_learning:
-        raise CannotMerge(adapter, f"{wrapped.active_peft_config.peft_type.value} changes the input, not the weights")
-    if not isinstance(wrapped.base_model, BaseTuner):
-        raise CannotMerge(
-            adapter, f"{wrapped.active_peft_config.peft_type.value} adds to what layers give, not to their weights"
-        )
+    if why := no_change_of_weights(wrapped):
+        raise CannotMerge(adapter, why)
     if is_held_quantized(wrapped.get_base_model()):
         raise CannotMerge(
             adapter,

@@ -96,6 +96,19 @@ def test_a_method_of_which_peft_makes_no_lora_is_refused_by_its_name(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_prompt_is_not_said_to_be_one_that_merge_writes(tiny_model: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.PROMPT_TUNING](num_virtual_tokens=3, task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    for command, what in (("export", "exported"), ("merge", "merged")):
+        result = cora(command, tmp_path / "adapter", "-o", tmp_path / "out")
+        assert result.exit_code == 1
+        assert result.stderr.strip().splitlines()[-1] == (
+            f"cora: error: adapter {tmp_path}/adapter cannot be {what}: PROMPT_TUNING changes the input, not the weights; `cora evaluate`, on "
+            "transformers, evaluates it as it is"
+        )
+
+
 def test_refusals_are_one_line_and_write_nothing(trained: dict[str, Path], tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     unfinished, damaged = (Path(shutil.copytree(trained["pissa"], tmp_path / name)) for name in ("unfinished", "damaged"))
