@@ -36,6 +36,10 @@ _OPENED = re.compile(r"(?P<tag><[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])(?P<space>\s*)$"
 """The end of a prompt that begins the answer itself, such as with `<think>`."""
 _PARTS = ("{'type': 'text'", '{"type": "text"')
 """How a template that knows no parts of messages writes one, as Python or as JSON prints it."""
+_UNCLOSED = re.compile(r"[<\[][^<>\[\]\s]*$")
+"""A control token of which a text has only the beginning."""
+_THOUGHTS = frozenset({"reasoning", "reasoning_content", "thinking"})
+_TOOL = {"name": "probe", "description": "probe", "parameters": {"type": "object", "properties": {}}}
 CLOCK = "strftime_now"
 """The function by which a chat template reads the clock; transformers' own name for it."""
 
@@ -119,8 +123,7 @@ class Template:
     @property
     def ends(self) -> set[int]:
         """Ids of the tokens that end an answer: the tokenizer's end token, and the one by which the chat template ends a turn."""
-        turn = {self._turn_end.token} if self.name == "chat" and self._turn_end else set()
-        return {self.tokenizer.eos_token_id, *turn}
+        return {self.tokenizer.eos_token_id, *(turn.token for turn in self._turn_ends.values() if turn)}
 
     def turns(self, record: Record) -> Iterator[Record]:
         """The record as one record per answer; see `records.turns`."""
@@ -151,12 +154,23 @@ class Template:
         """The names in `records` that the chat template does not mention: variables such as `tools`, and entries of messages."""
         if self.name != "chat" or self.schema != "messages":
             return []
-        given: set[str] = set()
+        unread: set[str] = set()
         for record in records:
-            given |= template_values(record).keys()
-            given |= {name for message in record["messages"] for name, value in message.items() if value is not None}
-        text = str(self.tokenizer.chat_template)
-        return sorted(name for name in given - {"role", "content", "weight"} if not re.search(rf"\b{re.escape(name)}\b", text))
+            values = template_values(record)
+            given = {name for message in record["messages"] for name, value in message.items() if value is not None}
+            unread |= (values.keys() | given) - {"role", "content", "weight"} - self._words[bool(values.get("tools"))]
+        return sorted(unread)
+
+    @cached_property
+    def _words(self) -> dict[bool, set[str]]:
+        """The words of the chat template, without tools and with them; see `_turn_ends`."""
+        templates = self.tokenizer.chat_template
+        named = templates if isinstance(templates, dict) else {"default": templates}
+        words = {name: set(re.findall(r"\w+", text)) for name, text in named.items()}
+        # transformers hands thoughts on under each of their names.
+        words = {name: own | _THOUGHTS if own & _THOUGHTS else own for name, own in words.items()}
+        plain = words.get("default", set())
+        return {False: plain, True: words.get("tool_use", plain)}
 
     def spells_control_tokens(self, record: Mapping[str, Any]) -> bool:
         """Whether a text of the record spells a control token, which the tokenizer takes for the token itself.
@@ -184,8 +198,8 @@ class Template:
 
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
-        turn = [self._turn_end.text] if self.name == "chat" and self._turn_end else []
-        return re.compile("|".join(map(re.escape, [*self._special, *turn])) or r"(?!)")
+        turns = [turn.text for turn in self._turn_ends.values() if turn]
+        return re.compile("|".join(map(re.escape, [*self._special, *turns])) or r"(?!)")
 
     @cached_property
     def _special(self) -> dict[str, int]:
@@ -196,11 +210,19 @@ class Template:
         return dict(sorted(found.items(), key=lambda pair: (-len(pair[0]), pair[0])))
 
     @cached_property
-    def _turn_end(self) -> "_TurnEnd | None":
+    def _turn_ends(self) -> "dict[bool, _TurnEnd | None]":
+        """How the chat template ends an answer, without tools and with them, for which some tokenizers have a template of its own."""
+        if self.name != "chat":
+            return {False: None, True: None}
+        plain = self._turn_end({})
+        is_named = isinstance(self.tokenizer.chat_template, dict)
+        return {False: plain, True: self._turn_end({"tools": [{"type": "function", "function": _TOOL}]}) if is_named else plain}
+
+    def _turn_end(self, extra: Mapping[str, Any]) -> "_TurnEnd | None":
         """How the chat template ends an answer; None where it refuses a conversation of two plain messages."""
         try:
             with bounded("the chat template"):
-                text = self._apply([{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}], {})
+                text = self._apply([{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}], extra)
         except Exception:  # templates raise what they like; `render` reports it for the records themselves
             return None
         tail = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
@@ -214,21 +236,29 @@ class Template:
         return _TurnEnd(ends[first], first, tail[places[first] + len(first) :])
 
     @cached_property
-    def _quotes_arguments(self) -> bool:
-        """Whether the chat template writes the arguments of a call of a tool, where they are JSON text as OpenAI has them, as a quoted string.
+    def _forms_of_arguments(self) -> dict[bool, type | None]:
+        """What the arguments of a call of a tool have to be for the chat template, without tools and with them: an object, JSON text, or either (None).
 
-        Such a template expects an object.
+        Some templates write such text as a quoted string, or an object as Python prints it; others refuse one of the two.
         """
-        call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": '{"name": "value"}'}}
-        talk: list[dict[str, Any]] = [
-            {"role": "user", "content": "question"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-        ]
-        try:
-            with bounded("the chat template"):
-                return r"{\"name\"" in self._apply(talk, {})
-        except Exception:  # templates raise what they like; `render` reports it for the records themselves
+        tools = {"tools": [{"type": "function", "function": _TOOL}]}
+        return {False: self._form_of_arguments({}), True: self._form_of_arguments(tools)}
+
+    def _form_of_arguments(self, extra: Mapping[str, Any]) -> type | None:
+        def fits(arguments: Any) -> bool:
+            call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+            question = {"role": "user", "content": "question"}
+            for content in (None, ""):
+                try:
+                    with bounded("the chat template"):
+                        text = self._apply([question, {"role": "assistant", "content": content, "tool_calls": [call]}], extra)
+                except Exception:  # templates raise what they like; `render` reports it for the records themselves
+                    continue
+                return r"{\"name\"" not in text and "{'name': 'value'}" not in text
             return False
+
+        as_object, as_text = fits({"name": "value"}), fits('{"name": "value"}')
+        return None if as_object == as_text else dict if as_object else str
 
     def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
         messages, extra = self._messages(record), template_values(record) if self.schema == "messages" else {}
@@ -238,27 +268,71 @@ class Template:
                 prompt = self._apply(messages[:-1], extra, add_generation_prompt=True)
                 rendered = self._apply(messages, extra)
                 is_bare = self._is_bare(messages, extra, rendered)
+                own_turn = rendered.startswith(prompt)
+                written = rendered[len(prompt) :] if own_turn else self._written(messages, extra, prompt, rendered, is_bare)
         except CoraError:
             raise
         except UnsteadyTemplate as error:
             raise CoraError(f"{where}: the chat template {error}") from error
         except Exception as error:  # templates raise what they like
             raise CoraError(f"{where}: the chat template refuses the conversation: {reason(error)}") from error
-        content = messages[-1].get("content")
+        content, turn = messages[-1].get("content"), self._turn_ends["tools" in extra]
         missing = {message["role"] for message in messages[:-1] if not _is_written(message, prompt)}
-        if not rendered.startswith(prompt):
+        if written is None:
             if not isinstance(content, str):
                 raise CoraError(f"{where}: the chat template gives the last message no text after the prompt")
-            end = self._turn_end.token if self._turn_end else None
-            left_out = tuple(sorted(missing))
-            response = _continued(prompt, content)
-            return Rendered(prompt, response, special_tokens=False, end=end, own_turn=False, left_out=left_out)
-        # Some templates set thoughts apart anew.
-        if isinstance(content, str) and not all(part.strip() in rendered for part in re.split("</?think>", content)):
+            response, end, lead = _continued(prompt, content), turn.token if turn else None, ""
+        else:
+            # Some templates set thoughts apart anew.
+            if isinstance(content, str) and not all(part.strip() in rendered for part in re.split("</?think>", content)):
+                missing.add(messages[-1]["role"])
+            response, end = self._without_end(written, turn)
+            lead = _lead(response, content) if isinstance(content, str) and is_bare else ""
+        if any(own not in response for own in self._entries(messages[-1], "tools" in extra)):
             missing.add(messages[-1]["role"])
-        response, end = self._without_end(rendered[len(prompt) :])
-        lead = _lead(response, content) if isinstance(content, str) and is_bare else ""
-        return Rendered(prompt, response, special_tokens=False, end=end, lead=lead, left_out=tuple(sorted(missing)))
+        left_out = tuple(sorted(missing))
+        return Rendered(prompt, response, special_tokens=False, end=end, lead=lead, own_turn=own_turn, left_out=left_out)
+
+    def _entries(self, message: Mapping[str, Any], with_tools: bool) -> Iterator[str]:
+        """The thoughts of an answer and the names of the tools that it calls, where they stand in entries that the chat template mentions."""
+        for name in sorted(_THOUGHTS & message.keys() & self._words[with_tools]):
+            if isinstance(message[name], str):
+                yield message[name].strip()
+        calls = message.get("tool_calls") if "tool_calls" in self._words[with_tools] else None
+        for call in calls if isinstance(calls, list) else []:
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+                yield function["name"]
+
+    def _written(
+        self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], prompt: str, rendered: str, is_bare: bool
+    ) -> str | None:
+        """What the template writes of the answer, to follow a prompt with which the rendered conversation does not begin; None for its text alone.
+
+        Either it writes earlier messages otherwise where there is an answer, or it begins an answer with calls of tools or thoughts otherwise than prompts.
+        """
+        try:
+            earlier = self._apply(messages[:-1], extra)
+            with_probe = self._apply([*messages[:-1], {"role": "assistant", "content": _PROBE}], extra)
+        except CoraError:
+            raise
+        except Exception:  # a template may refuse a conversation that neither asks for an answer nor has one
+            return None
+        header = prompt.removeprefix(earlier)
+        if header == prompt or not header.strip():
+            return None
+        start = len(earlier)
+        if not rendered.startswith(earlier):
+            start = rendered.rfind(header, 0, len(_common(with_probe, rendered)) + len(header))
+        own = rendered[start:]
+        if start >= 0 and own.startswith(header):
+            return own.removeprefix(header)
+        if is_bare or not rendered.startswith(earlier):
+            return None
+        common = _UNCLOSED.sub("", _common(header, own))
+        rest, opened = own.removeprefix(common), header.removeprefix(common).strip()
+        # Where the prompt has ended the thoughts, those of the answer have no place.
+        return rest.partition(opened)[2].lstrip() if opened and opened in rest else rest
 
     def _is_bare(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], rendered: str) -> bool:
         """Whether the template writes nothing of the answer but its text: no thoughts or calls of tools that stand in entries of their own."""
@@ -272,14 +346,16 @@ class Template:
         except Exception:  # a template may need those entries where there is no text
             return False
 
-    def _without_end(self, rest: str) -> tuple[str, int | None]:
+    def _without_end(self, rest: str, turn: "_TurnEnd | None") -> tuple[str, int | None]:
         """The rendered answer without its end, and the id of the token that ends it (None: the tokenizer's end token)."""
-        if (turn := self._turn_end) and (rest.endswith(turn.text + turn.after)):
-            return rest.removesuffix(turn.text + turn.after), turn.token
-        # Another end than usual, such as Llama 3.1's after a call of a tool.
-        for text, token in self._special.items():
-            if rest.rstrip().endswith(text):
-                return rest.rstrip().removesuffix(text), token
+        after = turn.after if turn else ""
+        if turn and rest.endswith(turn.text + after):
+            return rest.removesuffix(turn.text + after), turn.token
+        # Another end than usual, such as Llama 3.1's after a call of a tool. Some templates begin the next answer behind every end.
+        for bare in (rest.removesuffix(after).rstrip(), rest.rstrip()):
+            for text, token in self._special.items():
+                if bare.endswith(text):
+                    return bare.removesuffix(text), token
         return rest, None
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], **options: bool) -> str:
@@ -289,8 +365,10 @@ class Template:
         """The record as a conversation that ends with the answer."""
         if self.schema == "messages":
             messages = [_without_empty(message) for message in record["messages"]]
-            calls = any(message.get("tool_calls") for message in messages)
-            return [_with_objects(message) for message in messages] if calls and self._quotes_arguments else messages
+            if any(message.get("tool_calls") for message in messages):
+                form = self._forms_of_arguments["tools" in template_values(record)]
+                return [_with_arguments(message, form) for message in messages]
+            return messages
         if self.schema == "text":
             return [{"role": "assistant", "content": record["text"]}]
         if self.schema == "prompt":
@@ -364,6 +442,12 @@ def _lead(response: str, content: str) -> str:
     return "" if found is None else written[: len(written) - len(found)]
 
 
+def _common(one: str, other: str) -> str:
+    """What both texts begin with."""
+    differing = (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    return one[: next(differing, min(len(one), len(other)))]
+
+
 def _continued(prompt: str, answer: str) -> str:
     """The answer without the tag with which the prompt has begun it, such as `<think>`: a model continues after it."""
     opened = _OPENED.search(prompt)
@@ -387,18 +471,19 @@ def _without_empty(message: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in message.items() if name == "content" or (value is not None and value != [])}
 
 
-def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose calls of tools have objects for arguments in place of JSON text of objects."""
+def _with_arguments(message: dict[str, Any], form: type | None) -> dict[str, Any]:
+    """A message whose calls of tools have objects (`dict`) for arguments in place of JSON text of objects, or the other way round (`str`)."""
 
     def converted(call: Any) -> Any:
         if not isinstance(call, dict):
             return call
         if isinstance(function := call.get("function"), dict):
             return {**call, "function": converted(function)}
+        given = call.get("arguments")
         with contextlib.suppress(Malformed):
-            if isinstance(given := call.get("arguments"), str) and isinstance(found := parse_json(given), dict):
+            if form is dict and isinstance(given, str) and isinstance(found := parse_json(given), dict):
                 return {**call, "arguments": found}
-        return call
+        return {**call, "arguments": json.dumps(given, ensure_ascii=False)} if form is str and isinstance(given, dict) else call
 
     calls = message.get("tool_calls")
     return {**message, "tool_calls": [converted(call) for call in calls]} if isinstance(calls, list) else message

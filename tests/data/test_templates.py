@@ -430,6 +430,88 @@ def test_arguments_of_calls_as_json_text_are_never_written_as_a_quoted_string(wr
     assert call["function"]["arguments"] == '{"zone": "UTC"}'
 
 
+CALLS = "{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}[{{ c['function']['name'] }}: WRITTEN]{% endfor %}"
+QUESTION = TALK["messages"][1]
+
+
+def calling(written, arguments, **more):
+    call = {"type": "function", "function": {"name": "clock", "arguments": arguments}}
+    record = {"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}], **more}
+    return CHATML.replace("{{ m['content'] }}", CALLS.replace("WRITTEN", written)), record
+
+
+@pytest.mark.parametrize("arguments", ['{"zone": "é"}', {"zone": "é"}])
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{% for n, v in c['function']['arguments'].items() %}{{ n }}={{ v }}{% endfor %}", "zone=é"),
+        ("{{ c['function']['arguments'] | tojson }}", '{"zone": "é"}'),
+        ("{{ '' + c['function']['arguments'] }}", '{"zone": "é"}'),
+        ("{{ c['function']['arguments'] }}", '{"zone": "é"}'),
+    ],
+)
+def test_arguments_of_calls_have_the_form_that_the_template_needs(written, expected, arguments):
+    text, record = calling(written, arguments)
+    assert Template("chat", "messages", with_template(text)).render(record).response == f"[clock: {expected}]"
+
+
+def test_a_template_of_its_own_for_tools_decides_about_arguments_ends_and_what_it_reads():
+    text, record = calling("{{ c['function']['arguments'] | tojson }}", '{"zone": "UTC"}', tools=[{"name": "clock"}])
+    named = {"default": CHATML, "tool_use": text.replace("<|im_end|>", "<file_sep>")}
+    template = Template("chat", "messages", with_template(named))
+    end = template.tokenizer.convert_tokens_to_ids("<file_sep>")
+    rendered = template.render(record)
+    assert (rendered.response, rendered.end) == ('[clock: {"zone": "UTC"}]', end)
+    assert template.ends == {end, template.tokenizer.convert_tokens_to_ids("<|im_end|>"), template.tokenizer.eos_token_id}
+    assert template.unread([Record(record)]) == ["tools"]
+    assert template.unread([Record({"messages": record["messages"]})]) == ["tool_calls"]
+
+
+def test_a_call_ends_before_the_next_answer_that_a_template_begins_behind_every_end():
+    text, record = calling("x", {})
+    before = text.partition("{% if add_generation_prompt %}")[0].replace("<|im_end|>", "END")
+    end = "{% if m['tool_calls'] %}<file_sep><|im_end|>{% elif m['role'] == 'assistant' %}<|im_end|>{% endif %}"
+    template = Template("chat", "messages", with_template(before.replace("END", end) + "{{ '<|im_start|>assistant\\n' }}"))
+    rendered = template.render(record)
+    assert (rendered.response, template.tokenizer.convert_ids_to_tokens(rendered.end)) == ("[clock: x]<file_sep>", "<|im_end|>")
+
+
+def test_a_call_is_trained_where_prompts_begin_an_answer_otherwise_than_the_template_writes_it():
+    text, record = calling("x", {})
+    thoughts = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    text = text.replace("{{ m['content'] or '' }}", thoughts + "{{ m['content'] or '' }}")
+    before, _, after = text.rpartition("<|im_start|>assistant\n")
+    template = Template("chat", "messages", with_template(f"{before}<|im_start|>assistant\n<think></think>{after}"))
+    rendered = template.render(record)
+    assert rendered.prompt.endswith("assistant\n<think></think>")
+    assert (rendered.response, rendered.own_turn, rendered.left_out) == ("[clock: x]", False, ())
+    record["messages"][-1]["reasoning_content"] = "hm"
+    assert (template.render(record).response, template.render(record).left_out) == ("[clock: x]", ("assistant",))
+    opened = Template("chat", "messages", with_template(f"{before}<|im_start|>assistant\n<think>\n{after}"))
+    assert opened.render(record).response == "hm</think>[clock: x]"
+
+
+def test_an_answer_is_written_as_the_template_does_where_it_writes_earlier_messages_otherwise_before_one():
+    text = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}{% if m['role'] == 'assistant' %} to all: {% endif %}"
+        "{% if m['role'] != 'user' or loop.last %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    rendered = Template("chat", "messages", with_template(text)).render({"messages": TALK["messages"][1:3]})
+    assert (rendered.response, rendered.lead, rendered.own_turn) == (" to all: 1", " to all: ", False)
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])
+def test_thoughts_reach_the_template_under_each_name_and_are_named_where_it_drops_them(name):
+    written = "{% if m.reasoning_content and WHEN %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m['content'] }}"
+    record = Record({"messages": [QUESTION, {"role": "assistant", "content": "1", name: "hm"}]})
+    for when, response, left_out in (("true", "<think>hm</think>1", ()), ("m.tool_calls", "1", ("assistant",))):
+        text = CHATML.replace("{{ m['content'] }}", written.replace("WHEN", when))
+        template = Template("chat", "messages", with_template(text))
+        assert (template.render(record).response, template.render(record).left_out) == (response, left_out)
+        assert template.unread([record]) == []
+
+
 @pytest.mark.parametrize("written", ["m['content'][:1]", "m['content'] | upper", "m['content'] | tojson | replace('w', 'W')"])
 def test_a_template_that_changes_texts_gets_no_parts_which_it_would_print_as_they_are(written: str):
     template = Template("chat", "messages", with_template(CHATML.replace("m['content']", written)))
