@@ -25,6 +25,7 @@ from cora_cli.data.encode import (
     encode_prompt,
     has_unknown,
     shorten_prompt,
+    split_tokens,
     unknown_notice,
 )
 from cora_cli.data.records import Record, Schema, place_of, unused_columns
@@ -45,7 +46,7 @@ from cora_cli.evaluation.directory import (
 from cora_cli.evaluation.execution.problems import Problem, continues_function, problem_columns, problem_of, programs_of
 from cora_cli.evaluation.execution.sandbox import require_sandbox
 from cora_cli.evaluation.execution.score import Executor, execute
-from cora_cli.evaluation.generate import Engine, Request, Work, generate, say_left_out
+from cora_cli.evaluation.generate import Engine, Request, Work, generate, gives_back, say_left_out
 from cora_cli.evaluation.metrics import build_metrics, score_all
 from cora_cli.evaluation.metrics.calibration import tokens_of
 from cora_cli.evaluation.processes import Processes, launched
@@ -330,6 +331,12 @@ def _answer(
         for place, (prompt, text, reference, own) in enumerate(zip(prompts, rendered, references, columns, strict=True))
         for stream in streams(place, config.temperature, config.samples)
     ]
+    own = zip(requests[:: config.samples], rendered, strict=True)
+    if lost := sum(not gives_back(tokenizer, request, split_tokens(text, tokenizer)[1][:-1]) for request, text in own):
+        say(
+            f"{target.dataset} has {len(records)} records, {lost} with a reference that the tokenizer changes, such as by lower case, so that no "
+            "answer can equal it"
+        )
     cut = sum(len(prompt) > room for prompt in prompts)
     if cut:
         say(f"{target.name}: {cut} prompts were cut at the start to fit the context")

@@ -265,6 +265,11 @@ def _answer(tokenizer: Any, ids: Sequence[int], request: Request) -> str:
     return text(ids).removeprefix(text(start))
 
 
+def gives_back(tokenizer: Any, request: Request, response: Sequence[int]) -> bool:
+    """Whether an answer of the reference's own tokens, which is `response` without its end, is the reference but for white space."""
+    return _answer(tokenizer, response, request).split() == request.reference.split()
+
+
 def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
     """`ids` up to and including the first end token; all of them if there is none."""
     return list(ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))])

@@ -45,6 +45,19 @@ def test_every_kind_of_run_answers_its_own_held_out_records(trained: dict[str, P
     assert result.record["metrics"]["rouge1"]["n"] == HELD_OUT == len(lines)
 
 
+def test_references_that_the_tokenizer_changes_are_counted(
+    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"instruction": "Which city?", "output": text} for text in ("Paris", "rome  it is", "oslo")]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    changing = shutil.copytree(tiny_model, tmp_path / "model")
+    for model, said in ((tiny_model, False), (changing, True)):
+        evaluate_model(model, tmp_path / "d.jsonl", tmp_path / f"out-{said}")
+        assert ("3 records, 1 with a reference that the tokenizer changes" in capfd.readouterr().err) == said
+        file = changing / "tokenizer.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": {"type": "Lowercase"}}))
+
+
 def test_the_default_place_is_eval_in_the_run_directory(run: Path) -> None:
     evaluate_run(run)
     assert {path.name for path in (run / "eval").iterdir()} == {
