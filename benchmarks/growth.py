@@ -241,6 +241,7 @@ def _run_grid(file: Path, out: Path) -> None:
 def reported_rows(count: int, directory: Path) -> Work:
     """`cora report` of `count` finished rows in all formats: a tiny grid with three seeds whose LoRA is copied under other labels."""
     from cora_cli.experiments.sealed import PLAN, read_sealed, write_sealed
+
     from cora_cli.reporting.report import report
 
     root = directory / "out"

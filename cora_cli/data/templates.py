@@ -4,20 +4,17 @@ There are three templates: `alpaca` (Stanford Alpaca's two forms), `chat` (the t
 is). Tokenization is done by `encode`.
 """
 
-import contextlib
 import dataclasses
-import datetime
 import json
-import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from cora_cli.data.chat import CLOCK, PROBE, THOUGHTS, ChatTemplate, TurnEnd, UnsteadyTemplate, with_arguments
 from cora_cli.data.records import Record, Schema, place_of, template_values, turns
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
-from cora_cli.reading import Malformed, parse_json
 from cora_cli.settings import TemplateName, today
 
 ALPACA_WITH_INPUT = (
@@ -29,19 +26,10 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-_PROBE = "answer"
-_ADDRESS = re.compile(r"<[^<>\n]{1,200} at 0x[0-9a-f]{6,16}>")
-"""What Python writes for an object that is no text, such as a generator: it has another address in each process."""
 _OPENED = re.compile(r"(?P<tag><[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])(?P<space>\s*)$")
 """The end of a prompt that begins the answer itself, such as with `<think>`."""
-_PARTS = ("{'type': 'text'", '{"type": "text"')
-"""How a template that knows no parts of messages writes one, as Python or as JSON prints it."""
 _UNCLOSED = re.compile(r"[<\[][^<>\[\]\s]*$")
 """A control token of which a text has only the beginning."""
-_THOUGHTS = frozenset({"reasoning", "reasoning_content", "thinking"})
-_TOOL = {"name": "probe", "description": "probe", "parameters": {"type": "object", "properties": {}}}
-CLOCK = "strftime_now"
-"""The function by which a chat template reads the clock; transformers' own name for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +102,7 @@ class Template:
     def __init__(self, name: TemplateName, schema: Schema, tokenizer: Any, date: str | None = None) -> None:
         self.name, self.schema, self.tokenizer = name, schema, tokenizer
         self.date = date or today()
+        self._chat = ChatTemplate(tokenizer, self.date)
 
     @property
     def reads_clock(self) -> bool:
@@ -158,19 +147,8 @@ class Template:
         for record in records:
             values = template_values(record)
             given = {name for message in record["messages"] for name, value in message.items() if value is not None}
-            unread |= (values.keys() | given) - {"role", "content", "weight"} - self._words[bool(values.get("tools"))]
+            unread |= (values.keys() | given) - {"role", "content", "weight"} - self._chat.words[bool(values.get("tools"))]
         return sorted(unread)
-
-    @cached_property
-    def _words(self) -> dict[bool, set[str]]:
-        """The words of the chat template, without tools and with them; see `_turn_ends`."""
-        templates = self.tokenizer.chat_template
-        named = templates if isinstance(templates, dict) else {"default": templates}
-        words = {name: set(re.findall(r"\w+", text)) for name, text in named.items()}
-        # transformers hands thoughts on under each of their names.
-        words = {name: own | _THOUGHTS if own & _THOUGHTS else own for name, own in words.items()}
-        plain = words.get("default", set())
-        return {False: plain, True: words.get("tool_use", plain)}
 
     def spells_control_tokens(self, record: Mapping[str, Any]) -> bool:
         """Whether a text of the record spells a control token, which the tokenizer takes for the token itself.
@@ -187,7 +165,7 @@ class Template:
 
     def spelled_tokens(self, text: str) -> frozenset[int]:
         """Ids of the special tokens that a text spells, but for those that end an answer."""
-        return frozenset(index for spelled, index in self._special.items() if spelled in text) - self.ends
+        return frozenset(index for spelled, index in self._chat.special.items() if spelled in text) - self.ends
 
     def without_end(self, text: str, tokens: Iterable[int]) -> str:
         """A text without those end `tokens` that it spells at its end, nor what stands behind them."""
@@ -196,77 +174,22 @@ class Template:
             text = bare[: -max(len(end) for end in ends if bare.endswith(end))]
         return text
 
+    @property
+    def _turn_ends(self) -> dict[bool, TurnEnd | None]:
+        return self._chat.turn_ends if self.name == "chat" else {False: None, True: None}
+
     @cached_property
     def _control_tokens(self) -> re.Pattern[str]:
         turns = [turn.text for turn in self._turn_ends.values() if turn]
-        return re.compile("|".join(map(re.escape, [*self._special, *turns])) or r"(?!)")
-
-    @cached_property
-    def _special(self) -> dict[str, int]:
-        """The id of each special token by its text, the longest text first."""
-        added = {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        own = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
-        found = {text: index for text, index in {**added, **own}.items() if text.strip()}
-        return dict(sorted(found.items(), key=lambda pair: (-len(pair[0]), pair[0])))
-
-    @cached_property
-    def _turn_ends(self) -> "dict[bool, _TurnEnd | None]":
-        """How the chat template ends an answer, without tools and with them, for which some tokenizers have a template of its own."""
-        if self.name != "chat":
-            return {False: None, True: None}
-        plain = self._turn_end({})
-        is_named = isinstance(self.tokenizer.chat_template, dict)
-        return {False: plain, True: self._turn_end({"tools": [{"type": "function", "function": _TOOL}]}) if is_named else plain}
-
-    def _turn_end(self, extra: Mapping[str, Any]) -> "_TurnEnd | None":
-        """How the chat template ends an answer; None where it refuses a conversation of two plain messages."""
-        try:
-            with bounded("the chat template"):
-                text = self._apply([{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}], extra)
-        except Exception:  # templates raise what they like; `render` reports it for the records themselves
-            return None
-        tail = text[text.rindex(_PROBE) + len(_PROBE) :] if _PROBE in text else ""
-        # Some checkpoints list their turn's end among the added tokens without calling it special.
-        added = {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
-        ends = {**added, **self._special}
-        places = {name: tail.find(name) for name in sorted(ends, key=len, reverse=True) if name in tail}
-        if not places:
-            return None
-        first = min(places, key=lambda name: (places[name], -len(name)))
-        return _TurnEnd(ends[first], first, tail[places[first] + len(first) :])
-
-    @cached_property
-    def _forms_of_arguments(self) -> dict[bool, type | None]:
-        """What the arguments of a call of a tool have to be for the chat template, without tools and with them: an object, JSON text, or either (None).
-
-        Some templates write such text as a quoted string, or an object as Python prints it; others refuse one of the two.
-        """
-        tools = {"tools": [{"type": "function", "function": _TOOL}]}
-        return {False: self._form_of_arguments({}), True: self._form_of_arguments(tools)}
-
-    def _form_of_arguments(self, extra: Mapping[str, Any]) -> type | None:
-        def fits(arguments: Any) -> bool:
-            call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": arguments}}
-            question = {"role": "user", "content": "question"}
-            for content in (None, ""):
-                try:
-                    with bounded("the chat template"):
-                        text = self._apply([question, {"role": "assistant", "content": content, "tool_calls": [call]}], extra)
-                except Exception:  # templates raise what they like; `render` reports it for the records themselves
-                    continue
-                return r"{\"name\"" not in text and "{'name': 'value'}" not in text
-            return False
-
-        as_object, as_text = fits({"name": "value"}), fits('{"name": "value"}')
-        return None if as_object == as_text else dict if as_object else str
+        return re.compile("|".join(map(re.escape, [*self._chat.special, *turns])) or r"(?!)")
 
     def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
         messages, extra = self._messages(record), template_values(record) if self.schema == "messages" else {}
         where = place_of(record)
         try:
             with bounded(f"{where}: the chat template"):
-                prompt = self._apply(messages[:-1], extra, add_generation_prompt=True)
-                rendered = self._apply(messages, extra)
+                prompt = self._chat.apply(messages[:-1], extra, add_generation_prompt=True)
+                rendered = self._chat.apply(messages, extra)
                 is_bare = self._is_bare(messages, extra, rendered)
                 own_turn = rendered.startswith(prompt)
                 written = rendered[len(prompt) :] if own_turn else self._written(messages, extra, prompt, rendered, is_bare)
@@ -295,10 +218,10 @@ class Template:
 
     def _entries(self, message: Mapping[str, Any], with_tools: bool) -> Iterator[str]:
         """The thoughts of an answer and the names of the tools that it calls, where they stand in entries that the chat template mentions."""
-        for name in sorted(_THOUGHTS & message.keys() & self._words[with_tools]):
+        for name in sorted(THOUGHTS & message.keys() & self._chat.words[with_tools]):
             if isinstance(message[name], str):
                 yield message[name].strip()
-        calls = message.get("tool_calls") if "tool_calls" in self._words[with_tools] else None
+        calls = message.get("tool_calls") if "tool_calls" in self._chat.words[with_tools] else None
         for call in calls if isinstance(calls, list) else []:
             function = call.get("function", call) if isinstance(call, Mapping) else None
             if isinstance(function, Mapping) and isinstance(function.get("name"), str):
@@ -312,8 +235,8 @@ class Template:
         Either it writes earlier messages otherwise where there is an answer, or it begins an answer with calls of tools or thoughts otherwise than prompts.
         """
         try:
-            earlier = self._apply(messages[:-1], extra)
-            with_probe = self._apply([*messages[:-1], {"role": "assistant", "content": _PROBE}], extra)
+            earlier = self._chat.apply(messages[:-1], extra)
+            with_probe = self._chat.apply([*messages[:-1], {"role": "assistant", "content": PROBE}], extra)
         except CoraError:
             raise
         except Exception:  # a template may refuse a conversation that neither asks for an answer nor has one
@@ -340,34 +263,31 @@ class Template:
         if len(bare) == len(messages[-1]):
             return True
         try:
-            return self._apply([*messages[:-1], bare], extra) == rendered
+            return self._chat.apply([*messages[:-1], bare], extra) == rendered
         except CoraError:
             raise
         except Exception:  # a template may need those entries where there is no text
             return False
 
-    def _without_end(self, rest: str, turn: "_TurnEnd | None") -> tuple[str, int | None]:
+    def _without_end(self, rest: str, turn: TurnEnd | None) -> tuple[str, int | None]:
         """The rendered answer without its end, and the id of the token that ends it (None: the tokenizer's end token)."""
         after = turn.after if turn else ""
         if turn and rest.endswith(turn.text + after):
             return rest.removesuffix(turn.text + after), turn.token
         # Another end than usual, such as Llama 3.1's after a call of a tool. Some templates begin the next answer behind every end.
         for bare in (rest.removesuffix(after).rstrip(), rest.rstrip()):
-            for text, token in self._special.items():
+            for text, token in self._chat.special.items():
                 if bare.endswith(text):
                     return bare.removesuffix(text), token
         return rest, None
-
-    def _apply(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], **options: bool) -> str:
-        return apply_chat_template(self.tokenizer, messages, self.date, **options, **extra)
 
     def _messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The record as a conversation that ends with the answer."""
         if self.schema == "messages":
             messages = [_without_empty(message) for message in record["messages"]]
             if any(message.get("tool_calls") for message in messages):
-                form = self._forms_of_arguments["tools" in template_values(record)]
-                return [_with_arguments(message, form) for message in messages]
+                form = self._chat.forms_of_arguments["tools" in template_values(record)]
+                return [with_arguments(message, form) for message in messages]
             return messages
         if self.schema == "text":
             return [{"role": "assistant", "content": record["text"]}]
@@ -377,61 +297,6 @@ class Template:
             user = f"{record['instruction']}\n\n{record['input']}" if record["input"] else record["instruction"]
             answer = record["output"]
         return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-
-
-class UnsteadyTemplate(Exception):
-    """A chat template gives other texts at other calls; the message goes on after "the chat template"."""
-
-
-def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, **variables: Any) -> str:
-    """The conversation as text, with `date` as today's: the same text at every call.
-
-    Raises `UnsteadyTemplate` for a template that draws at random, or writes the addresses of objects; other errors are the template's own.
-    """
-    text = _rendered(tokenizer, messages, date, variables)
-    if not _writes_any(messages, text):
-        # The templates of some models of images and text write the parts of a message only.
-        with contextlib.suppress(Exception):  # templates raise what they like
-            in_parts = _rendered(tokenizer, [_with_parts(message) for message in messages], date, variables)
-            if _writes_any(messages, in_parts) and not any(part in in_parts for part in _PARTS):
-                return in_parts
-    return text
-
-
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, variables: Mapping[str, Any]) -> str:
-    state = random.getstate()
-    with clock_at(date):
-        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, **variables))
-    if random.getstate() != state:
-        raise UnsteadyTemplate(
-            "draws at random, such as by Jinja's filter random, so that every call gives another prompt; replace that in it"
-        )
-    if (found := _ADDRESS.search(text)) and found.group() not in repr([messages, variables]):
-        raise UnsteadyTemplate(
-            f"writes {found.group()}, which differs in every process; filters such as map need |list or |join after them"
-        )
-    return text
-
-
-def _writes_any(messages: Sequence[Mapping[str, Any]], text: str) -> bool:
-    """Whether the text of at least one message is in a rendered conversation; True where none has any."""
-    texts = [content.strip() for message in messages if isinstance(content := message.get("content"), str) and content.strip()]
-    return not texts or any(own in text for own in texts)
-
-
-def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message whose text is a list of one part."""
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
-
-
-@dataclasses.dataclass(frozen=True)
-class _TurnEnd:
-    """The token that ends an answer in a chat template: its id, its text, and what the template writes after it."""
-
-    token: int
-    text: str
-    after: str
 
 
 def _lead(response: str, content: str) -> str:
@@ -471,24 +336,6 @@ def _without_empty(message: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in message.items() if name == "content" or (value is not None and value != [])}
 
 
-def _with_arguments(message: dict[str, Any], form: type | None) -> dict[str, Any]:
-    """A message whose calls of tools have objects (`dict`) for arguments in place of JSON text of objects, or the other way round (`str`)."""
-
-    def converted(call: Any) -> Any:
-        if not isinstance(call, dict):
-            return call
-        if isinstance(function := call.get("function"), dict):
-            return {**call, "function": converted(function)}
-        given = call.get("arguments")
-        with contextlib.suppress(Malformed):
-            if form is dict and isinstance(given, str) and isinstance(found := parse_json(given), dict):
-                return {**call, "arguments": found}
-        return {**call, "arguments": json.dumps(given, ensure_ascii=False)} if form is str and isinstance(given, dict) else call
-
-    calls = message.get("tool_calls")
-    return {**message, "tool_calls": [converted(call) for call in calls]} if isinstance(calls, list) else message
-
-
 def left_out_notice(counts: Mapping[str, int]) -> str:
     """Says that the chat template does not write the text of messages; `counts` has the number of records by role."""
     roles = ", ".join(f"{role} ({count} records)" for role, count in sorted(counts.items()))
@@ -498,31 +345,3 @@ def left_out_notice(counts: Mapping[str, int]) -> str:
 def unread_notice(names: Sequence[str]) -> str:
     """Says that `Template.unread` found `names`."""
     return f"the chat template does not mention {', '.join(names)}, so the prompts and answers have nothing of it"
-
-
-@contextlib.contextmanager
-def clock_at(date: str) -> Iterator[None]:
-    """Let chat templates read midnight of `date` from the clock.
-
-    transformers neither takes a clock nor hands a function on to the template, so the class whose `now` it calls is replaced.
-    """
-    from transformers.utils import chat_template_utils
-
-    module: Any = chat_template_utils
-
-    class Midnight(datetime.datetime):
-        @classmethod
-        def now(cls, tz: datetime.tzinfo | None = None) -> "Midnight":
-            return cls.fromisoformat(date)
-
-        def strftime(self, format: str) -> str:
-            # The C library counts its seconds in the machine's time zone.
-            seconds = int(self.replace(tzinfo=datetime.UTC).timestamp())
-            return super().strftime(re.sub("%(.)", lambda code: str(seconds) if code[1] == "s" else code[0], format))
-
-    real = module.datetime
-    module.datetime = Midnight
-    try:
-        yield
-    finally:
-        module.datetime = real

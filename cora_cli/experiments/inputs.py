@@ -13,9 +13,10 @@ from typing import Any
 
 from cora_cli import rundir
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, is_target
+from cora_cli.data.chat import CLOCK
 from cora_cli.data.records import Record, Schema
 from cora_cli.data.split import Choice, DataSplit, load_split
-from cora_cli.data.templates import CLOCK, reads_clock
+from cora_cli.data.templates import reads_clock
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.generate import end_tokens
 from cora_cli.experiments.grid import Grid

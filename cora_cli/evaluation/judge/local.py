@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+from cora_cli.data.chat import UnsteadyTemplate, apply_chat_template
 from cora_cli.data.encode import check_rows, encode_prompt
-from cora_cli.data.templates import Rendered, Template, UnsteadyTemplate, apply_chat_template, reads_clock
+from cora_cli.data.templates import Rendered, Template, reads_clock
 from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.generate import end_tokens, say_left_out, transformers_engine

@@ -1,0 +1,206 @@
+"""The chat template of a tokenizer: a conversation as text, the same at every call, and what the template expects and writes, found by asking it."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from cora_cli.limits import bounded
+from cora_cli.reading import Malformed, parse_json
+
+PROBE = "answer"
+"""The answer in what the template is asked."""
+_ADDRESS = re.compile(r"<[^<>\n]{1,200} at 0x[0-9a-f]{6,16}>")
+"""What Python writes for an object that is no text, such as a generator: it has another address in each process."""
+_PARTS = ("{'type': 'text'", '{"type": "text"')
+"""How a template that knows no parts of messages writes one, as Python or as JSON prints it."""
+THOUGHTS = frozenset({"reasoning", "reasoning_content", "thinking"})
+"""The entries of a message that hold thoughts."""
+_TOOL = {"name": "probe", "description": "probe", "parameters": {"type": "object", "properties": {}}}
+CLOCK = "strftime_now"
+"""The function by which a chat template reads the clock; transformers' own name for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnEnd:
+    """The token that ends an answer in a chat template: its id, its text, and what the template writes after it."""
+
+    token: int
+    text: str
+    after: str
+
+
+class ChatTemplate:
+    """The chat template of `tokenizer`, for which today is `date` (YYYY-MM-DD). What it is asked is asked once."""
+
+    def __init__(self, tokenizer: Any, date: str) -> None:
+        self._tokenizer, self._date = tokenizer, date
+
+    def apply(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], **options: bool) -> str:
+        """See `apply_chat_template`; `extra` are variables of a record."""
+        return apply_chat_template(self._tokenizer, messages, self._date, **options, **extra)
+
+    @cached_property
+    def words(self) -> dict[bool, set[str]]:
+        """The words of the chat template, without tools and with them; see `turn_ends`."""
+        templates = self._tokenizer.chat_template
+        named = templates if isinstance(templates, dict) else {"default": templates}
+        words = {name: set(re.findall(r"\w+", text)) for name, text in named.items()}
+        # transformers hands thoughts on under each of their names.
+        words = {name: own | THOUGHTS if own & THOUGHTS else own for name, own in words.items()}
+        plain = words.get("default", set())
+        return {False: plain, True: words.get("tool_use", plain)}
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """The id of each special token by its text, the longest text first."""
+        added = {token.content: index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        own = dict(zip(self._tokenizer.all_special_tokens, self._tokenizer.all_special_ids, strict=True))
+        found = {text: index for text, index in {**added, **own}.items() if text.strip()}
+        return dict(sorted(found.items(), key=lambda pair: (-len(pair[0]), pair[0])))
+
+    @cached_property
+    def turn_ends(self) -> dict[bool, TurnEnd | None]:
+        """How the chat template ends an answer, without tools and with them, for which some tokenizers have a template of its own."""
+        plain = self._turn_end({})
+        is_named = isinstance(self._tokenizer.chat_template, dict)
+        return {False: plain, True: self._turn_end({"tools": [{"type": "function", "function": _TOOL}]}) if is_named else plain}
+
+    def _turn_end(self, extra: Mapping[str, Any]) -> TurnEnd | None:
+        """How the chat template ends an answer; None where it refuses a conversation of two plain messages."""
+        try:
+            with bounded("the chat template"):
+                text = self.apply([{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}], extra)
+        except Exception:  # templates raise what they like; `render` reports it for the records themselves
+            return None
+        tail = text[text.rindex(PROBE) + len(PROBE) :] if PROBE in text else ""
+        # Some checkpoints list their turn's end among the added tokens without calling it special.
+        added = {token.content: index for index, token in self._tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        ends = {**added, **self.special}
+        places = {name: tail.find(name) for name in sorted(ends, key=len, reverse=True) if name in tail}
+        if not places:
+            return None
+        first = min(places, key=lambda name: (places[name], -len(name)))
+        return TurnEnd(ends[first], first, tail[places[first] + len(first) :])
+
+    @cached_property
+    def forms_of_arguments(self) -> dict[bool, type | None]:
+        """What the arguments of a call of a tool have to be for the chat template, without tools and with them: an object, JSON text, or either (None).
+
+        Some templates write such text as a quoted string, or an object as Python prints it; others refuse one of the two.
+        """
+        tools = {"tools": [{"type": "function", "function": _TOOL}]}
+        return {False: self._form_of_arguments({}), True: self._form_of_arguments(tools)}
+
+    def _form_of_arguments(self, extra: Mapping[str, Any]) -> type | None:
+        def fits(arguments: Any) -> bool:
+            call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+            question = {"role": "user", "content": "question"}
+            for content in (None, ""):
+                try:
+                    with bounded("the chat template"):
+                        text = self.apply([question, {"role": "assistant", "content": content, "tool_calls": [call]}], extra)
+                except Exception:  # templates raise what they like; `render` reports it for the records themselves
+                    continue
+                return r"{\"name\"" not in text and "{'name': 'value'}" not in text
+            return False
+
+        as_object, as_text = fits({"name": "value"}), fits('{"name": "value"}')
+        return None if as_object == as_text else dict if as_object else str
+
+
+class UnsteadyTemplate(Exception):
+    """A chat template gives other texts at other calls; the message goes on after "the chat template"."""
+
+
+def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, **variables: Any) -> str:
+    """The conversation as text, with `date` as today's: the same text at every call.
+
+    Raises `UnsteadyTemplate` for a template that draws at random, or writes the addresses of objects; other errors are the template's own.
+    """
+    text = _rendered(tokenizer, messages, date, variables)
+    if not _writes_any(messages, text):
+        # The templates of some models of images and text write the parts of a message only.
+        with contextlib.suppress(Exception):  # templates raise what they like
+            in_parts = _rendered(tokenizer, [_with_parts(message) for message in messages], date, variables)
+            if _writes_any(messages, in_parts) and not any(part in in_parts for part in _PARTS):
+                return in_parts
+    return text
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, variables: Mapping[str, Any]) -> str:
+    state = random.getstate()
+    with clock_at(date):
+        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, **variables))
+    if random.getstate() != state:
+        raise UnsteadyTemplate(
+            "draws at random, such as by Jinja's filter random, so that every call gives another prompt; replace that in it"
+        )
+    if (found := _ADDRESS.search(text)) and found.group() not in repr([messages, variables]):
+        raise UnsteadyTemplate(
+            f"writes {found.group()}, which differs in every process; filters such as map need |list or |join after them"
+        )
+    return text
+
+
+def _writes_any(messages: Sequence[Mapping[str, Any]], text: str) -> bool:
+    """Whether the text of at least one message is in a rendered conversation; True where none has any."""
+    texts = [content.strip() for message in messages if isinstance(content := message.get("content"), str) and content.strip()]
+    return not texts or any(own in text for own in texts)
+
+
+def _with_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose text is a list of one part."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def with_arguments(message: dict[str, Any], form: type | None) -> dict[str, Any]:
+    """A message whose calls of tools have objects (`dict`) for arguments in place of JSON text of objects, or the other way round (`str`)."""
+
+    def converted(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(function := call.get("function"), dict):
+            return {**call, "function": converted(function)}
+        given = call.get("arguments")
+        with contextlib.suppress(Malformed):
+            if form is dict and isinstance(given, str) and isinstance(found := parse_json(given), dict):
+                return {**call, "arguments": found}
+        return {**call, "arguments": json.dumps(given, ensure_ascii=False)} if form is str and isinstance(given, dict) else call
+
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [converted(call) for call in calls]} if isinstance(calls, list) else message
+
+
+@contextlib.contextmanager
+def clock_at(date: str) -> Iterator[None]:
+    """Let chat templates read midnight of `date` from the clock.
+
+    transformers neither takes a clock nor hands a function on to the template, so the class whose `now` it calls is replaced.
+    """
+    from transformers.utils import chat_template_utils
+
+    module: Any = chat_template_utils
+
+    class Midnight(datetime.datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> "Midnight":
+            return cls.fromisoformat(date)
+
+        def strftime(self, format: str) -> str:
+            # The C library counts its seconds in the machine's time zone.
+            seconds = int(self.replace(tzinfo=datetime.UTC).timestamp())
+            return super().strftime(re.sub("%(.)", lambda code: str(seconds) if code[1] == "s" else code[0], format))
+
+    real = module.datetime
+    module.datetime = Midnight
+    try:
+        yield
+    finally:
+        module.datetime = real
