@@ -120,7 +120,7 @@ def notices(encoded: EncodedSet) -> list[str]:
         (encoded.control_tokens, control_tokens_notice(encoded.control_tokens)),
         (
             encoded.apart,
-            f"{encoded.apart} answers trained as they are in the data, because the chat template renders the conversation otherwise "
+            f"{encoded.apart} answers trained behind their prompts although the chat template renders the conversation otherwise "
             "than its prompt followed by the answer",
         ),
         (encoded.left_out, left_out_notice(encoded.left_out)),

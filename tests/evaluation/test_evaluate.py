@@ -28,7 +28,7 @@ from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
-from .helpers import FAST, HELD_OUT, SCORING, answers, evaluate_model, evaluate_run, make_run
+from .helpers import FAST, HELD_OUT, SCORING, answers, evaluate_model, evaluate_run, make_run, unsealed
 
 """The metrics that compare texts."""
 
@@ -318,7 +318,7 @@ def test_invalid_requests_are_usage_errors(given: dict[str, Any], message: str) 
 
 def test_a_result_records_its_predictions_and_settings(tiny_model: Path, records: Path, tmp_path: Path) -> None:
     result = evaluate_model(tiny_model, records, tmp_path / "out")
-    assert read_json(tmp_path / "out" / "metrics.json") == result.record
+    assert unsealed(tmp_path / "out" / "metrics.json") == result.record
     settings = result.record["generation"]["settings"]
     assert (settings["batch_size"], settings["dtype"], settings["attention"]) == (4, "fp32", "transformers' default")
     assert (settings["model"], settings["adapter_sha256"], settings["decoding"]) == (str(tiny_model), None, "greedy")
