@@ -182,6 +182,20 @@ def holds_files(directory: Path) -> bool:
     return any(map(counts, directory.iterdir()))
 
 
+def refuse_foreign(directory: Path, names: Iterable[str], record: str) -> None:
+    """Raise `CoraError` where files in `directory` have the `names` of a report to be written and are none: a report has a `record`, a file of JSON with
+    its version, which is written first."""
+    there = next((name for name in names if os.path.lexists(directory / name)), None)
+    if there is None:
+        return
+    with contextlib.suppress(CoraError):
+        if "format_version" in read_json(directory / record, dict[str, Any]):
+            return
+    raise CoraError(
+        f"{directory} holds {there}, which is not of an earlier report; choose another directory, or remove the file"
+    )
+
+
 def own_files(folder: Path) -> list[Path]:
     """The files in `folder` without hidden ones, which file managers and network file systems leave, and those of Windows; of no folder, none."""
     found = [path for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_file()]

@@ -90,8 +90,9 @@ def run(config: InspectConfig) -> None:
 
     from cora_cli.device import planned_hardware, select_hardware
     from cora_cli.inspection.inspect import inspect
-    from cora_cli.inspection.output import report
+    from cora_cli.inspection.output import FILES, report
     from cora_cli.lock import own_directory
+    from cora_cli.rundir import refuse_foreign
 
     asked = (config.inputs, config.base, config.rank, config.side, config.target_modules, config.runs)
     if config.dry_run:
@@ -101,6 +102,8 @@ def run(config: InspectConfig) -> None:
         return
     output_dir = Path(config.output_dir) if config.output_dir else None
     with own_directory(output_dir, "plots") if output_dir else contextlib.nullcontext():
+        if output_dir:
+            refuse_foreign(output_dir, FILES.values(), FILES["json"])
         hardware = select_hardware(config.device, config.dtype)
         found = inspect(*asked, config.data, config.limit, config.seed, hardware)
         text = report(found, config.format, output_dir, columns())

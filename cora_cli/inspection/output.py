@@ -40,9 +40,9 @@ def report(inspection: Inspection, format: str, output_dir: Path | None, width: 
         figures = list(draw(inspection))
     complete, short = build_document(inspection, figures, detail=True), build_document(inspection)
     writers: dict[str, Callable[[], str]] = {
+        "json": lambda: to_json(inspection),
         "terminal": lambda: terminal(short),
         "markdown": lambda: markdown(complete),
-        "json": lambda: to_json(inspection),
         "html": lambda: page([complete], "cora inspect", __version__),
     }
     if output_dir is not None:

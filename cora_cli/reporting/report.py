@@ -55,9 +55,10 @@ class Composed:
     rows: int
 
     def write(self, output_dir: Path) -> None:
-        """Write all formats and the plots."""
-        for name, text in self.texts.items():
-            rundir.write_text(output_dir / FILES[name], text())
+        """Write all formats and the plots. Raises `CoraError` as `rundir.refuse_foreign` does."""
+        rundir.refuse_foreign(output_dir, FILES.values(), FILES["json"])
+        for name in sorted(self.texts, key=lambda name: name != "json"):
+            rundir.write_text(output_dir / FILES[name], self.texts[name]())
         write_plots(self.figures, output_dir / "plots")
 
 

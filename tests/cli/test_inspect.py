@@ -126,6 +126,14 @@ def test_a_basis_of_differences_from_another_base_is_said(related: list[Path], t
         assert (f"holds differences from base {base}" in result.stderr) is said
 
 
+def test_files_of_others_are_not_replaced_by_an_inspection(related: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "inspect.json").write_text("[]")
+    refused = CliRunner().invoke(app, ["inspect", *map(str, related), "-o", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert f"{tmp_path} holds inspect.json, which is not of an earlier report" in refused.stderr
+    assert (tmp_path / "inspect.json").read_text() == "[]"
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(related: list[Path], tmp_path: Path) -> None:
     base, *others = related
     result = cora_inspect(*others, "--base", base, "--rank", 4, "-o", tmp_path / "out", "--dry-run")

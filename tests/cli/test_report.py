@@ -38,6 +38,17 @@ def test_metrics_restrict_the_columns_by_group_or_name(grid):
     assert data["experiments"][0]["groups"][0]["measures"] == ["heldout_loss", "rougeL", "sacrebleu"]
 
 
+def test_files_of_others_are_not_replaced_by_a_report(grid, tmp_path):
+    (tmp_path / "report.tex").write_text("my thesis")
+    refused = CliRunner().invoke(app, ["report", str(grid), "-o", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert f"{tmp_path} holds report.tex, which is not of an earlier report; choose another directory" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.is_file() and not path.name.startswith(".")] == ["report.tex"]
+    (tmp_path / "report.tex").unlink()
+    for _ in range(2):  # a report replaces an earlier one
+        assert CliRunner().invoke(app, ["report", str(grid), "-o", str(tmp_path)]).exit_code == 0
+
+
 def test_the_output_directory_gets_every_format_besides_the_printed_one(grid, tmp_path):
     result = run(grid, "--format", "html", "-o", tmp_path / "out")
     assert result.exit_code == 0
