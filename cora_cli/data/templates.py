@@ -28,8 +28,8 @@ ALPACA_WITHOUT_INPUT = (
 )
 _OPENED = re.compile(r"(?P<tag><[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])(?P<space>\s*)$")
 """The end of a prompt that begins the answer itself, such as with `<think>`."""
-_UNCLOSED = re.compile(r"[<\[][^<>\[\]\s]*$")
-"""A control token of which a text has only the beginning."""
+_PIECE = re.compile(r"[<\[][^<>\[\]\s]*[>\]]|\w+|\W")
+"""A control token, a word, or what is between them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,7 @@ class Rendered:
     `special_tokens` says whether the tokenizer still has to add its start token before `prompt`. `end` is the id of the token that
     ends the response, None for the tokenizer's end token. `lead` is the part of `response` that the template, not the record, puts before the answer, such as an empty
     block of thoughts. `own_turn` is False where the template renders the conversation with its answer otherwise than the prompt
-    followed by the answer, so that the answer is trained as the record has it. `left_out` has the roles of the messages whose text the
-    template does not write.
+    followed by the answer. `left_out` has the roles of the messages of which the template does not write all.
     """
 
     prompt: str
@@ -246,14 +245,15 @@ class Template:
             return None
         start = len(earlier)
         if not rendered.startswith(earlier):
-            start = rendered.rfind(header, 0, len(_common(with_probe, rendered)) + len(header))
+            start = rendered.rfind(header, 0, _common(with_probe, rendered) + len(header))
         own = rendered[start:]
         if start >= 0 and own.startswith(header):
             return own.removeprefix(header)
         if is_bare or not rendered.startswith(earlier):
             return None
-        common = _UNCLOSED.sub("", _common(header, own))
-        rest, opened = own.removeprefix(common), header.removeprefix(common).strip()
+        begun, pieces = _PIECE.findall(header), _PIECE.findall(own)
+        shared = _common(begun, pieces)
+        rest, opened = "".join(pieces[shared:]), "".join(begun[shared:]).strip()
         # Where the prompt has ended the thoughts, those of the answer have no place.
         return rest.partition(opened)[2].lstrip() if opened and opened in rest else rest
 
@@ -307,10 +307,10 @@ def _lead(response: str, content: str) -> str:
     return "" if found is None else written[: len(written) - len(found)]
 
 
-def _common(one: str, other: str) -> str:
-    """What both texts begin with."""
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many equal characters, or pieces, both begin with."""
     differing = (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
-    return one[: next(differing, min(len(one), len(other)))]
+    return next(differing, min(len(one), len(other)))
 
 
 def _continued(prompt: str, answer: str) -> str:

@@ -491,6 +491,19 @@ def test_a_call_is_trained_where_prompts_begin_an_answer_otherwise_than_the_temp
     assert opened.render(record).response == "hm</think>[clock: x]"
 
 
+@pytest.mark.parametrize(
+    ("prompted", "written"), [("Assistant:", "Action:"), ("<answer>", "<action>"), ("[ANSWER]", "[ACTION]")]
+)
+def test_a_call_is_trained_with_the_complete_word_or_control_token_in_which_it_differs_from_prompts(prompted, written):
+    text = (
+        "{% for m in messages %}{% if m.tool_calls %}ACTION{{ m.tool_calls[0].function.name }}{% elif m.role == 'user' %}{{ m.content }}"
+        "{% else %}ANSWER{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}ANSWER{% endif %}"
+    )
+    text = text.replace("ANSWER", prompted).replace("ACTION", written)
+    rendered = Template("chat", "messages", with_template(text)).render(calling("x", {})[1])
+    assert (rendered.prompt, rendered.response) == (f"one?<|im_end|>\n{prompted}", f"{written}clock")
+
+
 def test_an_answer_is_written_as_the_template_does_where_it_writes_earlier_messages_otherwise_before_one():
     text = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}{% if m['role'] == 'assistant' %} to all: {% endif %}"
