@@ -8,7 +8,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -243,14 +243,20 @@ def _record_line(index: int, lines: Sequence[dict[str, Any]], request: Request) 
     return line | ({"problem": request.problem} if request.problem else {})
 
 
+@lru_cache(maxsize=1)
+def _special_tokens(tokenizer: Any) -> frozenset[int]:
+    """The ids of a tokenizer's special tokens, which take long to list where thousands were added."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset({*tokenizer.all_special_ids, *added})
+
+
 def _answer(tokenizer: Any, ids: Sequence[int], request: Request) -> str:
     """The text of an answer without special tokens, but for those that the request keeps, and without its `lead`, which may hold some."""
 
     def text(ids: Sequence[int]) -> str:
         if request.keeps.isdisjoint(ids):
             return str(tokenizer.decode(ids, skip_special_tokens=True))
-        added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        left_out = {*tokenizer.all_special_ids, *added} - request.keeps
+        left_out = _special_tokens(tokenizer) - request.keeps
         return str(tokenizer.decode([one for one in ids if one not in left_out], skip_special_tokens=False))
 
     if request.continues:

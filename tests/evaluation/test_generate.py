@@ -262,6 +262,16 @@ def test_special_tokens_that_references_have_stay_in_a_prediction():
     assert _answer(chat_tokenizer, ids, Request([1], "", "xy")) == "ab"
 
 
+def test_special_tokens_are_listed_once_and_not_for_each_answer(monkeypatch):
+    chat_tokenizer = AutoTokenizer.from_pretrained(embedded.model_directory())
+    ids = chat_tokenizer("a<file_sep>b", add_special_tokens=False)["input_ids"]
+    added, listed = chat_tokenizer.added_tokens_decoder, []
+    monkeypatch.setattr(type(chat_tokenizer), "added_tokens_decoder", property(lambda _: listed.append(1) or added))
+    for _ in range(3):
+        assert _answer(chat_tokenizer, ids, Request([1], "", "", keeps=frozenset(ids))) == "a<file_sep>b"
+    assert len(listed) == 1
+
+
 def test_an_answer_that_continues_a_function_keeps_its_indentation():
     # As the tokenizers of Llama 2: spaces are ▁, and decoding leaves out the first space of a text.
     vocabulary = {token: place for place, token in enumerate(["<unk>", "▁", "\n", *"abdefnrtu():", "▁▁▁▁"])}
