@@ -75,11 +75,12 @@ class CarriedTraining(TypedDict):
 
 
 class Loss(TypedDict):
-    """A mean loss with its interval, over n records."""
+    """A mean loss per response token with its interval, over n records."""
 
     loss: float
     ci95: tuple[float, float] | None
     n: int
+    tokens: int
 
 
 class Change(TypedDict):

@@ -77,7 +77,7 @@ def check_losses(run: RunDirectory, record: dict[str, Any]) -> None:
     computed = {"before": before.summary(), "after": after.summary(), "change": loss_change(before, after)}
     for name, values in computed.items():
         for key, ours in values.items():
-            theirs = record["heldout"][name].get(key, ours)  # earlier versions recorded less
+            theirs = record["heldout"][name][key]
             pairs = zip(theirs, ours, strict=True) if isinstance(theirs, list) and isinstance(ours, list) else [(theirs, ours)]
             # Earlier versions recorded an interval where there is none.
             if ours is not None and not all(_is_close(*pair) for pair in pairs):

@@ -166,6 +166,16 @@ def test_a_base_model_has_the_loss_of_a_run_with_its_own_prompts(runs_with_base)
         assert len(bases) == 2
 
 
+@pytest.mark.parametrize("tokens", ["x", [3], {}, 10**400])
+def test_held_out_tokens_that_are_no_number_are_named(runs_with_base, tokens):
+    run, _ = runs_with_base
+    record = read_json(run / "run.json")
+    record["heldout"]["before"]["tokens"] = tokens
+    rundir.write_json(run / "run.json", record)
+    with pytest.raises(CoraError, match=r"heldout\.before\.tokens"):
+        find_experiments([str(run)])
+
+
 def test_a_base_model_elsewhere_has_the_loss_of_the_run_that_cut_its_prompts_least(runs_with_base, tmp_path):
     lora, fb = runs_with_base
     elsewhere = shutil.copytree(lora / "eval-base", tmp_path / "elsewhere")
