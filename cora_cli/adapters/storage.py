@@ -39,7 +39,7 @@ from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.fused import fused_views, split_parts, split_projections
 from cora_cli.models.loading import save_tokenizer
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import Skeleton, without_numbers
+from cora_cli.models.skeleton import ONE_EXPERT, Skeleton, without_numbers
 from cora_cli.progress import say
 from cora_cli.records import read_run
 from cora_cli.scratch import temporary_directory
@@ -47,7 +47,6 @@ from cora_cli.scratch import temporary_directory
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+?)(?=\.lora_|\.base_layer\.|\.modules_to_save\.|\.weight$|\.bias$)")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 _OWN_TYPE = "CORA_"
 """What the type of an adapter that only `cora` loads begins with."""
 
@@ -438,7 +437,7 @@ def _check_arrived(wrapped: PeftModel, state: dict[str, torch.Tensor], adapter: 
 
 def _fused(wrapped: PeftModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors, with the adapters of single experts as PEFT fuses them where the model has fused the experts."""
-    single = {key: tensor for key, tensor in state.items() if _EXPERT.search(key)}
+    single = {key: tensor for key, tensor in state.items() if ONE_EXPERT.search(key)}
     if not single:
         return state
     rest = {key: tensor for key, tensor in state.items() if key not in single}

@@ -20,6 +20,8 @@ from cora_cli.models.configuration import load_configuration
 from cora_cli.models.references import ModelPath
 
 _NUMBERED = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of what belongs to a single expert; a loaded model may hold the weights of all in one parameter (`fused_experts`)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,11 +23,10 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.models.checkpoint import Checkpoint, finite
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import without_numbers
+from cora_cli.models.skeleton import ONE_EXPERT, without_numbers
 
 _ADAPTER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
 _IN_LAYER = re.compile(r"\.\d+\.")
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 _FULL_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?:\.base_layer)?\.weight$")
 _WRAPPED_KEY = re.compile(r"^(?P<module>.+)\.(modules_to_save|original_module)\.(weight|bias)$")
 """What PEFT stores of a resized embedding or head next to its weight, and leaves out as it loads it."""
@@ -120,7 +119,7 @@ class AdapterFactors:
     def _check_factors(self, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
         for module, keys in self._keys.items():
             if module not in shapes:
-                if _EXPERT.search(module):
+                if ONE_EXPERT.search(module):
                     raise CoraError(
                         f"{self.reference}: {keys['A']} changes one expert, whose weight the model that transformers loads holds in one tensor "
                         "with those of the others, so it is no W + s·B·A; merge it first"
