@@ -254,8 +254,8 @@ class Template:
         begun, pieces = _PIECE.findall(header), _PIECE.findall(own)
         shared = _common(begun, pieces)
         rest, opened = "".join(pieces[shared:]), "".join(begun[shared:]).strip()
-        # Where the prompt has ended the thoughts, those of the answer have no place.
-        return rest.partition(opened)[2].lstrip() if opened and opened in rest else rest
+        # Where the prompt has ended the thoughts, with a control token, those of the answer have no place.
+        return rest.partition(opened)[2].lstrip() if opened.startswith(("<", "[")) and opened in rest else rest
 
     def _is_bare(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], rendered: str) -> bool:
         """Whether the template writes nothing of the answer but its text: no thoughts or calls of tools that stand in entries of their own."""

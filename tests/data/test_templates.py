@@ -500,8 +500,11 @@ def test_a_call_is_trained_with_the_complete_word_or_control_token_in_which_it_d
         "{% else %}ANSWER{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}ANSWER{% endif %}"
     )
     text = text.replace("ANSWER", prompted).replace("ACTION", written)
-    rendered = Template("chat", "messages", with_template(text)).render(calling("x", {})[1])
+    template, (_, record) = Template("chat", "messages", with_template(text)), calling("x", {})
+    rendered = template.render(record)
     assert (rendered.prompt, rendered.response) == (f"one?<|im_end|>\n{prompted}", f"{written}clock")
+    record["messages"][-1]["tool_calls"][0]["function"]["name"] = "say Assistant: hi"
+    assert template.render(record).response == f"{written}say Assistant: hi"
 
 
 def test_an_answer_is_written_as_the_template_does_where_it_writes_earlier_messages_otherwise_before_one():
