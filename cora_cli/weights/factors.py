@@ -104,7 +104,9 @@ class AdapterFactors:
         return {*self._keys, *self._full_keys, *self.hidden}
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Give the modules that `names` holds the names that it maps them to."""
+        """Give the modules that `names` holds the names that it maps them to; a seeded B depends on the name with which it was trained."""
+        if self._starting_b:
+            return
         self._keys = {names.get(module, module): keys for module, keys in self._keys.items()}
         self.ranks = {names.get(module, module): rank for module, rank in self.ranks.items()}
         self.full = {names.get(module, module): shape for module, shape in self.full.items()}
