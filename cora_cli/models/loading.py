@@ -268,10 +268,10 @@ def save_model(
     model.save_pretrained(directory, state_dict=weights)
     if type(model.config) in AutoModelForCausalLM._model_mapping:
         return
-    whole = load_configuration(source, trust_remote_code)
-    if type(whole) is not type(model.config):  # else it has code of its own
-        whole.text_config, whole.dtype, whole.architectures = model.config, model.dtype, [type(model).__name__]
-        whole.save_pretrained(directory)
+    stated = load_configuration(source, trust_remote_code)
+    if type(stated) is not type(model.config):  # else it has code of its own
+        stated.text_config, stated.dtype, stated.architectures = model.config, model.dtype, [type(model).__name__]
+        stated.save_pretrained(directory)
 
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
