@@ -167,6 +167,7 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
         for row in rows
         if len(row.name.encode()) > _LONGEST_NAME
     ]
+    problems += _check_methods(rows)
     resources = read_resources(values.get("resources"), problems)
     table = _text(values, "paper_table", problems, None)
     problems += _check_printed(table, rows)
@@ -221,6 +222,26 @@ def _check_shards(rows: Sequence[Row], models: Mapping[str, str | Values], resou
         for kind, what, settings in trained
         if settings.get("shard", "none") != "none" and resources[kind].processes == 1
     ]
+
+
+def _check_methods(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each row that a report would take for another seed of a method although more than its seed differs, or nothing."""
+    found = []
+    known: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        if row.train is None:
+            continue
+        first = known.setdefault(row.method, row)
+        same = known.setdefault((*row.method, row.learning_rate, row.seed), row)
+        differing = first.differences(row)
+        if differing:
+            found.append(
+                f"{first.name} and {row.name} have one label, {row.label!r}, but differ in {', '.join(differing)}, and would count as seeds of "
+                "one method; give them different labels"
+            )
+        elif same.name != row.name:
+            found.append(f"{same.name} and {row.name} are one training, which would count as two seeds; leave one of them out")
+    return found
 
 
 def _check_averages(rows: Sequence[Row], evaluate: Values | None, judged: bool, values: Mapping[str, Any]) -> list[str]:

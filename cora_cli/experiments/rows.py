@@ -152,6 +152,18 @@ class Row:
             **_placeholders(self.basis is not None, starts_from_models(self.mode, train)), mode=self.mode, **train
         )
 
+    def differences(self, other: "Row") -> list[str]:
+        """The settings in which two rows that train differ, other than learning rate and seed."""
+        one, another = self._settings(), other._settings()
+        return sorted(key for key in one.keys() | another.keys() if one.get(key) != another.get(key))
+
+    def _settings(self) -> Values:
+        plan = self.training.adapter_plan()
+        alpha = {} if plan is None else {"alpha": plan.alpha}  # by default it follows the rank
+        own = {key: getattr(self, key) for key in ("sources", "basis_rank", "ensemble", "laplace")}
+        settings = {**self.training.result_settings(), **alpha, **(self.basis or {}), **own}
+        return {key: value for key, value in settings.items() if key not in ("learning_rate", "seed")}
+
     def as_dict(self) -> Values:
         """The row as plain values for YAML."""
         values = dataclasses.asdict(self)

@@ -183,10 +183,15 @@ def compute_estimates(methods: Sequence[MethodResults], names: Sequence[str]) ->
 
 
 def group_methods(results: Sequence[Result]) -> list[MethodResults]:
-    """Methods in the order of their first rows. Raises `CoraError` if two rows have the same settings and the same seed."""
+    """Methods in the order of their first rows. Raises `CoraError` if two rows have the same settings and the same seed, or if the
+    rows of one method were trained with other settings.
+    """
     found: dict[tuple[object, ...], list[Result]] = {}
+    first: dict[tuple[object, ...], Result] = {}
     for result in results:
-        found.setdefault((*MethodResults((result,)).identity, result.row.learning_rate), []).append(result)
+        identity = MethodResults((result,)).identity
+        _check_trained_alike(first.setdefault(identity, result), result)
+        found.setdefault((*identity, result.row.learning_rate), []).append(result)
     methods = []
     for members in found.values():
         members.sort(key=lambda result: result.row.seed)
@@ -198,6 +203,28 @@ def group_methods(results: Sequence[Result]) -> list[MethodResults]:
                 )
         methods.append(MethodResults(tuple(members)))
     return methods
+
+
+def _check_trained_alike(one: Result, other: Result) -> None:
+    """Raise `CoraError` if two runs of a grid that have one label differ in more than learning rate and seed.
+
+    Grids of earlier versions could hold such rows. A setting that only one run records came with a later version.
+    """
+    settings, others = (_settings(result) for result in (one, other))
+    differing = sorted(key for key in settings.keys() & others.keys() if settings[key] != others[key])
+    if differing:
+        raise CoraError(
+            f"{one.row.name} and {other.row.name} have one label, {one.row.label!r}, but were trained with different {', '.join(differing)}, "
+            "so they are no seeds of one method; give them different labels in the grid file and run `cora ablate` again, which keeps "
+            "their training"
+        )
+
+
+def _settings(result: Result) -> dict[str, object]:
+    fingerprint, plan = result.record.get("fingerprint", {}), result.record.get("plan") or {}
+    inputs = {key: value for key, value in fingerprint.items() if key != "settings"}
+    settings = {**fingerprint.get("settings", {}), "alpha": plan.get("alpha"), **inputs}
+    return {key: value for key, value in settings.items() if key not in ("learning_rate", "seed")}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

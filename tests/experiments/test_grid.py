@@ -230,6 +230,39 @@ def test_settings_that_vary_are_in_the_label_so_that_they_are_separate_methods()
 
 
 @pytest.mark.parametrize(
+    ("one", "other", "differing"),
+    [
+        ({"alpha": 4}, {"alpha": 16, "seed": 1}, "alpha"),
+        ({"alpha": 4}, {"alpha": 16, "learning_rate": 1e-3}, "alpha"),
+        ({"mode": "fb", "sources": ["a"]}, {"mode": "fb", "sources": ["b"], "seed": 1}, "sources"),
+        ({"mode": "fb"}, {"mode": "fb", "share": "layer", "method": "pca", "seed": 1}, "method, share"),
+        ({"ensemble": 2}, {"ensemble": 3, "seed": 1}, "ensemble"),
+        ({"label": "mine", "max_steps": 2}, {"label": "mine", "max_steps": 3, "seed": 1}, "max_steps"),
+    ],
+)
+def test_two_methods_under_one_label_are_refused_since_they_would_count_as_seeds_of_one(
+    one: Any, other: Any, differing: str
+) -> None:
+    with pytest.raises(
+        UsageError, match=f", but differ in {differing}, and would count as seeds of one method; give them different labels"
+    ):
+        grid_of({"mode": "lora", **one}, {"mode": "lora", **other})
+    assert len(grid_of({"mode": "lora", **one, "label": "first"}, {"mode": "lora", **other, "label": "second"}).rows) == 2
+
+
+def test_blocks_may_add_seeds_and_rates_to_a_method_and_its_defaults_may_be_written_out() -> None:
+    assert len(grid_of({"mode": "lora", "seed": [0, 1]}, {"mode": "lora", "seed": 2, "alpha": 8}).rows) == 3
+    assert len(grid_of({"mode": "lora", "label": "lora alpha=8"}, {"mode": "lora", "alpha": [8, 4], "seed": 1}).rows) == 3
+
+
+def test_one_training_under_two_names_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match="lora_r4_lr3e-4_seed0 and lora_r4_lr3e-4_alpha-8_seed0 are one training, which would count as two"
+    ):
+        grid_of({"mode": "lora", "label": "lora alpha=8"}, {"mode": "lora", "alpha": [8, 4]})
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"models": {"a": "org/a", 2: "org/b"}}, "models: 2 is not a valid name"),
@@ -273,7 +306,7 @@ def test_baselines_are_ordinary_rows_and_fa_basis_gets_a_basis_of_the_input_side
     grid = grid_of(
         {"mode": ["pissa", "lora+", "dora"], "rank": 4},
         {"mode": "fa-basis", "rank": 4},
-        {"mode": "lora+", "lora_plus_ratio": 2.0, "seed": 1},
+        {"mode": "lora+", "lora_plus_ratio": 2.0, "label": "small ratio", "seed": 1},
     )
     assert [row.name for row in grid.rows][:4] == [
         "pissa_r4_lr3e-4_seed0",

@@ -73,7 +73,7 @@ def test_a_basis_is_extracted_once_at_the_largest_rank_or_at_that_of_the_file() 
     "row", [{"method": "pca"}, {"share": "projection"}, {"source_seed": 5}, {"n_models": 1}, {"n_models": 0}]
 )
 def test_rows_whose_bases_differ_share_none(row: dict[str, Any]) -> None:
-    plan = plan_of(grid_of({"mode": "fb", "n_models": 2, "seed": 9}, {"mode": "fb", "n_models": 2, **row}))
+    plan = plan_of(grid_of({"mode": "fb", "n_models": 2, "seed": 9}, {"mode": "fb", "label": "other", "n_models": 2, **row}))
     assert kinds(plan).count("basis") == 2
 
 

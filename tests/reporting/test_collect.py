@@ -166,6 +166,21 @@ def test_a_base_model_has_the_loss_of_a_run_with_its_own_prompts(runs_with_base)
         assert len(bases) == 2
 
 
+def test_a_base_model_elsewhere_has_the_loss_of_a_run_with_its_own_template(runs_with_base, tmp_path):
+    lora, fb = runs_with_base
+    elsewhere = shutil.copytree(lora / "eval-base", tmp_path / "elsewhere")
+    for folder, template in ((lora, "chat"), (fb, "alpaca")):
+        record = read_json(folder / "run.json")
+        rundir.write_json(folder / "run.json", record | {"data": record["data"] | {"template": template}})
+        shutil.rmtree(folder / "eval-base")
+    scale_loss_before(lora, 0.5)
+    record = read_json(elsewhere / "metrics.json")
+    rundir.write_json(elsewhere / "metrics.json", record | {"generation": record["generation"] | {"template": "alpaca"}})
+    (experiment,) = find_experiments([str(lora), str(fb), str(elsewhere)])
+    (base,) = [result for result in collect(experiment).results if result.row.mode == "base"]
+    assert base.measures[LOSS].value == pytest.approx(read_json(fb / "run.json")["heldout"]["before"]["loss"])
+
+
 @pytest.mark.parametrize("tokens", ["x", [3], {}, 10**400])
 def test_held_out_tokens_that_are_no_number_are_named(runs_with_base, tokens):
     run, _ = runs_with_base

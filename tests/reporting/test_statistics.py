@@ -107,6 +107,22 @@ def test_two_rows_of_one_method_and_seed_are_refused_by_name():
         group_methods([result(), result()])
 
 
+def trained(seed, rate=1e-3, alpha=8, **settings):
+    record = {"fingerprint": {"settings": {"seed": seed, "learning_rate": rate, **settings}}, "plan": {"alpha": alpha}}
+    return result(seed=seed, rate=rate, record=record)
+
+
+def test_rows_of_one_label_that_were_trained_otherwise_are_no_seeds_of_one_method():
+    assert len(group_methods([trained(0), trained(1), trained(0, 2e-3), trained(2, added_later=False)])) == 2
+    for other in (trained(1, alpha=16), trained(0, 2e-3, alpha=16)):
+        with pytest.raises(
+            CoraError, match=r"have one label, 'fb', but were trained with different alpha, .* give them different labels"
+        ):
+            group_methods([trained(0), other])
+    with pytest.raises(CoraError, match="with different dropout, warmup_ratio"):
+        group_methods([trained(0, dropout=0, warmup_ratio=0), trained(1, dropout=0.1, warmup_ratio=0.1)])
+
+
 def test_with_the_same_seeds_the_differences_of_each_seed_are_compared():
     one, other = method("fb", deviation=0.05), method("lora", deviation=0.05, mean=0.45)
     found = compare(one, other, "rouge1")
