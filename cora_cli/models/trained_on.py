@@ -58,6 +58,12 @@ def trained_on(model: ModelPath) -> TrainedOn | None:
     return TrainedOn(run.root, prompts, run.trained_prompts.exists(), (data["dataset"],), date, data["template"])
 
 
+def known_prompts(model: ModelPath) -> frozenset[str]:
+    """The hashes of the prompts that a model is known to have been trained on."""
+    record = trained_on(model)
+    return record.prompts if record else frozenset()
+
+
 def say_unrecorded(model: ModelPath) -> None:
     """Say so where `cora` trained a model and its files were taken away from the record, so that nothing tells which prompts it knows."""
     if trained_on(model) is None and _is_of_cora(model):

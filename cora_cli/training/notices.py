@@ -4,10 +4,13 @@ A run says it when it starts, and a dry run as well.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from cora_cli.data.encode import notices
-from cora_cli.data.records import earlier_answers, unused_columns
+from cora_cli.data.records import earlier_answers, is_among, unused_columns
 from cora_cli.data.templates import unread_notice
+from cora_cli.models.references import ModelPath, resolve_model
+from cora_cli.models.trained_on import known_prompts
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.prepare import Prepared
 
@@ -27,3 +30,17 @@ def notices_on_records(config: TrainConfig, prepared: Prepared) -> Iterator[str]
         yield f"{several} training conversations have earlier answers, which carry no loss; --train-on all trains on each answer"
     if data.overlapping:
         yield f"{data.overlapping} training records dropped: their prompts are also in the held-out or validation set"
+    for model in models_behind(config, prepared):
+        prompts = known_prompts(model)
+        if known := sum(is_among(record, data.schema, prompts) for record in data.test):
+            yield f"{known} of {len(data.test)} held-out records have prompts that {model.reference} was already trained on"
+
+
+def models_behind(config: TrainConfig, prepared: Prepared) -> Iterator[ModelPath]:
+    """The models whose training a run carries on: its base, those that it starts from and, as far as they are at hand, those of its basis."""
+    yield prepared.model_path
+    for reference in config.start_models or ():
+        yield resolve_model(reference, weights=False)
+    for source in prepared.basis.sources if prepared.basis else ():
+        if (place := Path(source.reference)).is_dir():
+            yield ModelPath(source.reference, place, source.revision)

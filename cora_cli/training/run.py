@@ -26,7 +26,7 @@ from cora_cli.adapters.install import AngleMeter
 from cora_cli.adapters.storage import save_adapter
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import EncodedSet
-from cora_cli.data.records import is_among, prompt_hashes
+from cora_cli.data.records import prompt_hashes
 from cora_cli.environment import forget_settings
 from cora_cli.errors import CoraError, is_lost_process, lost_process, reason
 from cora_cli.lock import own_directory
@@ -34,7 +34,7 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import save_model, save_tokenizer
 from cora_cli.models.references import absolute
-from cora_cli.models.trained_on import say_unrecorded, trained_on
+from cora_cli.models.trained_on import known_prompts, say_unrecorded
 from cora_cli.progress import progress, say
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import LogLine, RunStatus, Stop, read_run, template_date
@@ -44,7 +44,7 @@ from cora_cli.training.checkpoints import checkpoint_to_resume, checkpoints_in, 
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.fitting import fit_rows, out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
-from cora_cli.training.notices import notices_on_records
+from cora_cli.training.notices import models_behind, notices_on_records
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
 from cora_cli.training.probe import with_rate
 from cora_cli.training.proposal import AUTO
@@ -272,14 +272,9 @@ def _write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, rec
             differing = ", ".join(f"{name} {version} (now {now.get(name)})" for name, version in sorted(changed.items()))
             say(f"{run.root} was begun with {differing}; the same versions would give the result of an uninterrupted run")
     hashes = dict.fromkeys(prompt_hashes(prepared.data.train, prepared.data.schema, config.train_on == "all"))
-    say_unrecorded(prepared.model_path)
-    if base := trained_on(prepared.model_path):
-        known = sum(is_among(record, prepared.data.schema, base.prompts) for record in prepared.data.test)
-        if known:
-            say(
-                f"{known} of {len(prepared.data.test)} held-out records have prompts that {config.model} was already trained on"
-            )
-        hashes |= dict.fromkeys(sorted(base.prompts))
+    for model in models_behind(config, prepared):
+        say_unrecorded(model)
+        hashes |= dict.fromkeys(sorted(known_prompts(model)))
     listed = "".join(f"{digest}\n" for digest in hashes)
     record["data"]["trained_prompts_sha256"] = rundir.sha256_text(listed)
     # The record comes first: it makes the directory a run, which --resume can complete.

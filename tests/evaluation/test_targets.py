@@ -1,18 +1,22 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from cora_cli import rundir
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.merge import merge_adapter
+from cora_cli.basis.choices import BasisChoices
 from cora_cli.cli.evaluate import metrics_table
 from cora_cli.data.records import is_among, prompt_hash
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate, paired_differences
 from cora_cli.evaluation.targets import find_targets, trained_prompts
+from cora_cli.extraction.extract import extract_basis
 from cora_cli.models.references import resolve_model
 from cora_cli.models.trained_on import trained_on
 from cora_cli.reading import read_jsonl
@@ -209,6 +213,26 @@ def test_a_model_that_was_trained_again_knows_the_prompts_of_both_trainings(
     assert set((again / "trained_prompts.txt").read_text().split()) >= earlier | (new - set(held_out))
     shutil.rmtree(merged)
     assert trained_on(resolve_model(str(again))).prompts >= earlier
+
+
+@pytest.mark.parametrize("behind", ["basis", "start"])
+def test_a_run_knows_the_prompts_of_the_models_behind_its_basis_and_of_those_that_it_starts_from(
+    behind: str, tiny_model: Path, tiny_data: Path, tmp_path: Path, capfd
+):
+    source = make_run(tiny_model, tiny_data, tmp_path / "source", mode="lora", rank=8, split_seed=1)
+    settings: dict[str, Any] = {"mode": "lora", "start": "mean-delta", "start_models": (str(source),)}
+    if behind == "basis":
+        basis = tmp_path / "basis.safetensors"
+        extract_basis([resolve_model(str(source))], basis, BasisChoices(rank=8), None, torch.device("cpu"))
+        settings = {"mode": "fb", "basis": str(basis)}
+    capfd.readouterr()
+    run = make_run(tiny_model, tiny_data, tmp_path / "run", rank=8, **settings)
+    said = " ".join(capfd.readouterr().err.split())
+    earlier = set((source / "trained_prompts.txt").read_text().split())
+    known = sum(prompt_hash(record, "alpaca") in earlier for record in read_jsonl(run / "test.jsonl"))
+    assert known > 0
+    assert f"{known} of {HELD_OUT} held-out records have prompts that {source} was already trained on" in said
+    assert trained_on(resolve_model(str(run))).prompts >= earlier
 
 
 def test_a_merged_run_of_an_early_version_says_that_its_prompts_are_not_known(run: Path, records: Path, tmp_path: Path, capfd):
