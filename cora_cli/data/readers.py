@@ -261,7 +261,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
     try:
         _check_header(pyarrow.parquet.read_schema(path).names, str(path))
-        rows = pyarrow.parquet.read_table(path).to_pylist(maps_as_pydicts="strict")
+        rows = _rows(pyarrow.parquet.read_table(path))
     except (
         pyarrow.ArrowException,
         OSError,
@@ -271,7 +271,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     ) as error:  # such as a struct that names a field twice
         raise CoraError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}") from error
     for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", _without_nulls(row)
+        yield f"{path}, row {number}", row
 
 
 def _read_folder(path: Path, split: str | None, usual: str) -> Iterator[tuple[str, Any]]:
@@ -286,8 +286,7 @@ def _read_folder(path: Path, split: str | None, usual: str) -> Iterator[tuple[st
         found = found[_one_of(map(str, found), split, usual, str(path))]
     elif split is not None:
         raise CoraError(f"--split {split} applies to data sets with several splits, which {path} is not; leave it out")
-    for number, row in enumerate(found, start=1):
-        yield f"{path}, record {number}", _without_nulls(row)
+    yield from _of_package(found, str(path))
 
 
 def _read_hub(dataset: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
@@ -307,8 +306,7 @@ def _read_hub(dataset: str, subset: str | None, split: str) -> Iterator[tuple[st
         raise CoraError(
             f"dataset {dataset!r} is not a local file and could not be loaded from the hub: {_first_line(error)}{proxy}"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{dataset}, record {number}", _without_nulls(row)
+    yield from _of_package(rows, dataset)
 
 
 def _of_revision(builder: Any, dataset: str) -> Any:
@@ -360,18 +358,39 @@ def _check_header(columns: Sequence[str], where: str) -> None:
         raise CoraError(f"{where}: two columns are named {repeated!r}; rename or remove one of them")
 
 
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of an Arrow table without the nulls inside its nested values.
+def _of_package(rows: Any, dataset: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a data set of the package datasets as Arrow holds them.
 
-    Arrow gives every object of a column the keys of all the others, with null for those it does not have.
+    A format that was saved with it may hide columns and give arrays for lists, and sounds and images need other packages to be decoded.
     """
+    number = 0
+    for table in rows.with_format("arrow").iter(1000):
+        try:
+            plain = _rows(table)
+        except (LookupError, ValueError) as error:
+            raise CoraError(f"{dataset} cannot be read: {_first_line(error)}") from error
+        for row in plain:
+            number += 1
+            yield f"{dataset}, record {number}", row
 
-    def strip(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: strip(one) for key, one in value.items() if one is not None}
-        return [strip(one) for one in value] if isinstance(value, list) else value
 
-    return {name: strip(value) for name, value in row.items()}
+def _rows(table: Any) -> list[dict[str, Any]]:
+    """The rows of an Arrow table, without the nulls inside their nested values, and with JSON read (datasets.Json), which it stores as text.
+
+    Arrow gives every object of a column the keys of all the others, with null for those it does not have. Raises `ValueError` or `LookupError`
+    for malformed JSON and for a key that is there twice.
+    """
+    import pyarrow
+
+    def plain(value: Any, kind: pyarrow.DataType) -> Any:
+        if isinstance(value, dict) and isinstance(kind, pyarrow.StructType):
+            return {field.name: plain(value[field.name], field.type) for field in kind if value[field.name] is not None}
+        if isinstance(value, list) and hasattr(kind, "value_type"):
+            return [plain(one, kind.value_type) for one in value]
+        return parse_json(value) if isinstance(value, str) and isinstance(kind, pyarrow.JsonType) else value
+
+    columns = [(field.name, field.type) for field in table.schema]
+    return [{name: plain(row[name], kind) for name, kind in columns} for row in table.to_pylist(maps_as_pydicts="strict")]
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {

@@ -532,6 +532,52 @@ def test_folders_of_save_to_disk_are_read_with_their_splits(tmp_path):
     assert (split.test, split.train, split.overlapping) == ([PAIR], [{**PAIR, "prompt": "r"}], 1)
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
+def test_a_format_that_was_saved_with_a_folder_neither_hides_columns_nor_changes_values(tmp_path, form):
+    import datasets
+
+    record = {"instruction": "i", "input": "in", "output": "o", "numbers": [1, 2]}
+    rows = datasets.Dataset.from_list([record, record])
+    rows.with_format(form).save_to_disk(str(tmp_path / "all"))
+    rows.with_format(form, columns=["instruction", "output"]).save_to_disk(str(tmp_path / "some"))
+    assert load_records(str(tmp_path / "all"))[0] == load_records(str(tmp_path / "some"))[0] == [record, record]
+
+
+def test_sounds_and_images_that_nothing_reads_are_not_decoded(tmp_path):
+    import datasets
+
+    (tmp_path / "clip.wav").write_bytes(b"no sound")
+    rows = datasets.Dataset.from_list([{"question": "q", "answer": "a", "clip": str(tmp_path / "clip.wav")}])
+    rows.cast_column("clip", datasets.Audio()).save_to_disk(str(tmp_path / "one"))
+    assert load_records(str(tmp_path / "one"))[0] == [{"prompt": "q", "completion": "a"}]
+
+
+def test_what_the_package_datasets_stores_as_json_is_read_with_its_own_nulls_from_folders_and_parquet(tmp_path):
+    import datasets
+
+    def call(**arguments: object) -> list[dict[str, object]]:
+        calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+        return [{"role": "user", "content": "u"}, {"role": "assistant", "content": None, "tool_calls": calls}, SAID[-1]]
+
+    records = [{"messages": call(x=1)}, {"messages": call(x="1", y=None)}]
+    rows = datasets.Dataset.from_list(records, features=datasets.Features({"messages": datasets.List(datasets.Json())}))
+    rows.save_to_disk(str(tmp_path / "folder"))
+    rows.to_parquet(str(tmp_path / "file.parquet"))
+    assert load_records(str(tmp_path / "folder"))[0] == load_records(str(tmp_path / "file.parquet"))[0] == records
+    # Leaves of objects that are a table's own.
+    leaf = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    feature = {
+        "role": datasets.Value("string"),
+        "content": datasets.Value("string"),
+        "tool_calls": datasets.List({"function": {"name": datasets.Value("string"), "arguments": {"x": datasets.Json()}}}),
+    }
+    rows = datasets.Dataset.from_list(
+        [{"messages": [SAID[0], leaf]}], features=datasets.Features({"messages": datasets.List(feature)})
+    )
+    rows.to_parquet(str(tmp_path / "leaf.parquet"))
+    assert load_records(str(tmp_path / "leaf.parquet"))[0] == [{"messages": [SAID[0], leaf]}]
+
+
 def test_the_records_of_a_test_set_are_held_out_and_their_prompts_not_trained_on(tmp_path):
     train = jsonl(tmp_path / "a.jsonl", *({"prompt": f"p{n}", "completion": "c"} for n in range(5)))
     test = jsonl(tmp_path / "b.jsonl", {"question": "p3", "answer": "x"})
