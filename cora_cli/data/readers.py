@@ -233,6 +233,11 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
             empty += bool(row)
         elif not header:
             header = row
+            if len(row) == 1 and any(mark in row[0] for mark in ",;\t|"):
+                raise CoraError(
+                    f"{where}: the header is one column, {row[0][:60]!r}; separate the columns by {'commas' if delimiter == ',' else 'tabs'}, as the "
+                    "file's ending says"
+                )
             unnamed = {place for place, name in enumerate(header) if not name.strip()}
             _check_header([name for place, name in enumerate(header) if place not in unnamed], where)
         else:

@@ -435,6 +435,23 @@ def test_a_column_or_key_that_is_named_twice_is_refused_by_name(name, text, mess
     assert message in failure(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.csv",
+            "instruction;output\n2+2?;4\n",
+            "line 1: the header is one column, 'instruction;output'; separate the columns by commas",
+        ),
+        ("a.csv", "instruction\toutput\n2+2?\t4, or IV\n", "output'; separate the columns by commas"),
+        ("a.tsv", "instruction,output\n2+2?,4\n", "'instruction,output'; separate the columns by tabs"),
+    ],
+)
+def test_a_table_with_another_separator_than_its_ending_says_is_refused_by_it(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert message in failure(tmp_path / name)
+
+
 def test_a_parquet_column_that_is_named_twice_is_refused_by_name(tmp_path):
     column = pyarrow.array(["a"])
     table = pyarrow.Table.from_arrays([column, column, column], names=["prompt", "completion", "completion"])
