@@ -57,7 +57,10 @@ def read_located(
             raise CoraError(
                 f"dataset {dataset} is a device or a pipe, which can be read only once; write the records to a file first"
             )
-        raise CoraError(f"dataset {dataset} is a directory, not a file or a folder of datasets.save_to_disk")
+        raise CoraError(
+            f"dataset {dataset} is a directory, not a file or a folder of datasets.save_to_disk; name one of its files, or write such a folder of "
+            f"them all: datasets.load_dataset({dataset!r}).save_to_disk('NEW')"
+        )
     return _read_hub(dataset, subset, split or usual)
 
 

@@ -409,6 +409,19 @@ def test_a_directory_is_not_handed_to_the_hub(tmp_path: Path, monkeypatch: pytes
         load_records("folder")
 
 
+def test_the_files_of_a_folder_can_be_read_together_as_the_error_says(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for part, prompts in (("train-00000-of-00002", "ab"), ("train-00001-of-00002", "c"), ("test-00000-of-00001", "d")):
+        write(tmp_path / "folder" / f"{part}.jsonl", [{"prompt": prompt, "completion": "x"} for prompt in prompts])
+    with pytest.raises(CoraError, match=r"them all: datasets\.load_dataset\('folder'\)\.save_to_disk\('NEW'\)$"):
+        load_records("folder")
+    datasets.load_dataset("folder", cache_dir=str(tmp_path / "cache")).save_to_disk("NEW")
+    assert [record["prompt"] for record in load_records("NEW")[0]] == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
