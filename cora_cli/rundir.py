@@ -37,12 +37,13 @@ def absolute(path: Path) -> Path:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LINES_KEPT = "the lines before are kept"
 
 
-def disk_error(error: OSError, path: Path) -> CoraError:
-    """Turn an operating system error from writing `path` into a one-sentence `CoraError`."""
+def disk_error(error: OSError, path: Path, left: str = "no partial file was left behind") -> CoraError:
+    """Turn an operating system error from writing `path` into a one-sentence `CoraError`, which ends with what is `left` where the disk is full."""
     if error.errno in _FULL:
-        return CoraError(f"the disk is full: {path} could not be written ({error.strerror}); no partial file was left behind")
+        return CoraError(f"the disk is full: {path} could not be written ({error.strerror}); {left}")
     return CoraError(f"{path} cannot be written: {error.strerror or error}")
 
 
@@ -157,7 +158,7 @@ def open_to_append(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:  # the system does not name the file, and closing it fails like the write before
         if error.errno not in _FULL or error.filename is not None:
             raise
-        raise disk_error(error, path) from error
+        raise disk_error(error, path, LINES_KEPT) from error
 
 
 def require_basis(path: Path) -> None:

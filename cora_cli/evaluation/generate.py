@@ -131,7 +131,7 @@ def generate(
                 with rundir.open_to_append(out.partial_predictions) as file:
                     file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in new).encode())
             except OSError as error:
-                raise rundir.disk_error(error, out.partial_predictions) from error
+                raise rundir.disk_error(error, out.partial_predictions, rundir.LINES_KEPT) from error
             lines |= {line["index"]: line for line in new}
     records = range(0, len(requests), samples)
     of_record = ([lines[index] for index in range(first, first + samples)] for first in records)

@@ -102,7 +102,7 @@ class Judgments:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise rundir.disk_error(error, self._path) from error
+            raise rundir.disk_error(error, self._path, rundir.LINES_KEPT) from error
         self.lines.append(line)
         self._count(line)
         return line
