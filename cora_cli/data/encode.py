@@ -180,9 +180,10 @@ def _continuation(rendered: Rendered, prompt: list[int], tokenizer: Any) -> list
 
 
 def encode_prompt(rendered: Rendered, tokenizer: Any) -> list[int]:
-    """Tokenize the prompt, after the tokenizer's start tokens if it needs them and without any tokens added at the end."""
+    """Tokenize the prompt, after the tokenizer's start tokens if it needs them and does not spell them itself, and without any tokens added at the end."""
     start = _start_tokens(tokenizer) if rendered.special_tokens else []
-    return start + _tokens(rendered.prompt, tokenizer)
+    prompt = _tokens(rendered.prompt, tokenizer)
+    return prompt if prompt[: len(start)] == start else start + prompt
 
 
 def shorten_prompt(prompt: list[int], room: int, tokenizer: Any) -> list[int]:

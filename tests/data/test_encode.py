@@ -54,12 +54,24 @@ def test_prompt_and_response_are_the_texts_with_the_start_tokens_before_and_one_
     tokenizer, eos = TOKENIZERS[name], TOKENIZERS[name].eos_token_id
     before = [tokenizer.bos_token_id] if special and name.startswith("bos") else []
     ids, answer = split_tokens(Rendered(prompt, response, special), tokenizer)
+    if before and prompt.startswith(tokenizer.bos_token):
+        before = []
+    elif before and not prompt:
+        response = response.removeprefix(tokenizer.bos_token)
     assert ids == encode_prompt(Rendered(prompt, "other", special), tokenizer), "training sees the prompt of generation"
     assert ids[: len(before)] == before
     assert tokenizer.decode(ids[len(before) :]) == prompt, "an end token in the text is a token like others"
     assert answer[-1] == eos
     written_out = response.endswith("</s>")
     assert tokenizer.decode(answer) == response if written_out else tokenizer.decode(answer) == response + "</s>"
+
+
+@pytest.mark.parametrize("schema", ["text", "prompt"])
+def test_a_start_token_that_the_text_spells_itself_is_not_added_again(schema):
+    tokenizer = make_tokenizer("bos")
+    record = {"text": "<s>[INST]a[/INST]b"} if schema == "text" else {"prompt": "<s>[INST]a[/INST]", "completion": "b"}
+    (example,) = encode_records([record], Template("plain", schema, tokenizer), 200, "training").examples
+    assert example.input_ids == [*tokenizer("[INST]a[/INST]b")["input_ids"], tokenizer.eos_token_id]
 
 
 def test_tokenizers_of_the_test_add_what_they_say():
