@@ -73,10 +73,7 @@ class ChatTemplate:
 
     def _turn_end(self, extra: Mapping[str, Any]) -> TurnEnd | None:
         """How the chat template ends an answer; None where it refuses a conversation of two plain messages."""
-        try:
-            with bounded("the chat template"):
-                text = self.apply([{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}], extra)
-        except Exception:  # templates raise what they like; `render` reports it for the records themselves
+        if (text := self._answered({"content": PROBE}, extra)) is None:
             return None
         tail = text[text.rindex(PROBE) + len(PROBE) :] if PROBE in text else ""
         # Some checkpoints list their turn's end among the added tokens without calling it special.
@@ -99,19 +96,37 @@ class ChatTemplate:
 
     def _form_of_arguments(self, extra: Mapping[str, Any]) -> type | None:
         def fits(arguments: Any) -> bool:
-            call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": arguments}}
-            question = {"role": "user", "content": "question"}
-            for content in (None, ""):
-                try:
-                    with bounded("the chat template"):
-                        text = self.apply([question, {"role": "assistant", "content": content, "tool_calls": [call]}], extra)
-                except Exception:  # templates raise what they like; `render` reports it for the records themselves
-                    continue
-                return r"{\"name\"" not in text and "{'name': 'value'}" not in text
-            return False
+            written = (self._with_call(arguments, content, extra) for content in (None, ""))
+            text = next((text for text in written if text is not None), None)
+            return text is not None and r"{\"name\"" not in text and "{'name': 'value'}" not in text
 
         as_object, as_text = fits({"name": "value"}), fits('{"name": "value"}')
         return None if as_object == as_text else dict if as_object else str
+
+    @cached_property
+    def needs_text(self) -> dict[bool, bool]:
+        """Whether the chat template writes a call of a tool next to an empty text but refuses one next to null, without tools and with them."""
+        tools = {"tools": [{"type": "function", "function": _TOOL}]}
+        return {with_tools: self._needs_text(with_tools, extra) for with_tools, extra in ((False, {}), (True, tools))}
+
+    def _needs_text(self, with_tools: bool, extra: Mapping[str, Any]) -> bool:
+        arguments = '{"name": "value"}' if self.forms_of_arguments[with_tools] is str else {"name": "value"}
+        if self._with_call(arguments, None, extra) is not None:
+            return False
+        return self._with_call(arguments, "", extra) not in (None, self._answered({"content": ""}, extra))
+
+    def _with_call(self, arguments: Any, content: str | None, extra: Mapping[str, Any]) -> str | None:
+        """A conversation whose answer calls a tool, next to a text or null; None where the chat template refuses it."""
+        call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+        return self._answered({"content": content, "tool_calls": [call]}, extra)
+
+    def _answered(self, answer: Mapping[str, Any], extra: Mapping[str, Any]) -> str | None:
+        """A conversation of a question and an answer; None where the chat template refuses it."""
+        try:
+            with bounded("the chat template"):
+                return self.apply([{"role": "user", "content": "question"}, {"role": "assistant", **answer}], extra)
+        except Exception:  # templates raise what they like; `render` reports it for the records themselves
+            return None
 
 
 class UnsteadyTemplate(Exception):

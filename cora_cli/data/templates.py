@@ -286,8 +286,11 @@ class Template:
         if self.schema == "messages":
             messages = [_without_empty(message) for message in record["messages"]]
             if any(message.get("tool_calls") for message in messages):
-                form = self._chat.forms_of_arguments["tools" in template_values(record)]
-                return [with_arguments(message, form) for message in messages]
+                with_tools = "tools" in template_values(record)
+                form = self._chat.forms_of_arguments[with_tools]
+                messages = [with_arguments(message, form) for message in messages]
+                if self._chat.needs_text[with_tools]:
+                    return [{**message, "content": message.get("content") or ""} for message in messages]
             return messages
         if self.schema == "text":
             return [{"role": "assistant", "content": record["text"]}]

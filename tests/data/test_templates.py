@@ -170,6 +170,25 @@ def test_an_answer_of_calls_alone_may_have_a_template_that_needs_a_text_where_th
     assert (rendered.answer, rendered.lead) == ("call", "")
 
 
+@pytest.mark.parametrize("text", [{}, {"content": None}])
+def test_a_call_stands_next_to_an_empty_text_where_the_template_refuses_null(text):
+    # As in Qwen3's template: the text is joined to the role even where there are calls.
+    written = "{{ m['role'] + m['content'] }}{% for c in m.tool_calls or [] %}[{{ c.name }}]{% endfor %}"
+    tokenizer = with_template(CHATML.replace("{{ m['content'] }}", written))
+    call = {"role": "assistant", **text, "tool_calls": [{"name": "clock"}]}
+    template = Template("chat", "messages", tokenizer)
+    assert template.render({"messages": [TALK["messages"][1], call]}).answer.endswith("[clock]")
+    result = [{"role": "tool", "content": "noon"}, {"role": "assistant", "content": "It is noon."}]
+    assert "[clock]" in template.render({"messages": [TALK["messages"][1], call, *result]}).prompt
+
+
+def test_a_template_that_refuses_null_and_writes_no_calls_refuses_the_record():
+    tokenizer = with_template(CHATML.replace("{{ m['content'] }}", "{{ m['role'] + m['content'] }}"))
+    record = {"messages": [TALK["messages"][1], {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}]}
+    with pytest.raises(CoraError, match="refuses the conversation"):
+        Template("chat", "messages", tokenizer).render(record)
+
+
 @pytest.mark.parametrize("calls", [None, []])
 def test_a_message_whose_calls_are_null_or_an_empty_list_has_none(calls):
     written = "{% if 'tool_calls' in m %}[CALLS]{% else %}{{ m['content'] }}{% endif %}"
