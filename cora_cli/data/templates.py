@@ -345,6 +345,12 @@ def left_out_notice(counts: Mapping[str, int]) -> str:
     return f"the chat template leaves out text of messages of the roles {roles}, so the prompts and answers have nothing of it"
 
 
+def plain_notice(tokenizer: Any) -> str:
+    """Says that pairs of a prompt and an answer have no template, since none was named."""
+    named = "chat renders them by the chat template" if tokenizer.chat_template else "alpaca renders them as instructions"
+    return f"prompts and answers follow each other as they are (template plain); --template {named}"
+
+
 def unread_notice(names: Sequence[str]) -> str:
     """Says that `Template.unread` found `names`."""
     return f"the chat template does not mention {', '.join(names)}, so the prompts and answers have nothing of it"

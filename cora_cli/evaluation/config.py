@@ -106,7 +106,8 @@ class EvaluateConfig:
         most=100,
     )
     template: TemplateName = setting(
-        "Prompt template. auto: the run's template; with --model, the tokenizer's chat template, else Alpaca's.",
+        "Prompt template. auto: the run's template; with --model, plain for pairs of a prompt and an answer, else the tokenizer's chat template, or "
+        "Alpaca's.",
         "auto",
         panel=_GENERATION,
     )

@@ -30,7 +30,7 @@ from cora_cli.data.encode import (
 )
 from cora_cli.data.records import Record, Schema, place_of, unused_columns
 from cora_cli.data.split import BUILTIN_PREFIX, Choice, load_test_records
-from cora_cli.data.templates import Rendered, Template, choose_template, left_out_notice, unread_notice
+from cora_cli.data.templates import Rendered, Template, choose_template, left_out_notice, plain_notice, unread_notice
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import Backend, open_transformers, open_vllm
@@ -255,6 +255,8 @@ def _template(target: Target, schema: Schema, tokenizer: Any, recorded: str | No
     known = trained_on(target.adapter or target.base)
     if known is not None and known.template not in (None, name):
         say(f"{target.name} was trained with the template {known.template}, but these prompts have the template {name}")
+    if target.template == "auto" and name == "plain":
+        say(f"{target.dataset}: {plain_notice(tokenizer)}")
     return Template(name, schema, tokenizer, target.date or recorded)
 
 

@@ -98,7 +98,10 @@ class SharedSettings:
     )
     limit: int | None = setting("Train only on the first N training records.", None, panel=_DATA)
     template: TemplateName = setting(
-        "Prompt template; auto: the tokenizer's chat template if it has one, otherwise Alpaca's.", "auto", panel=_DATA
+        "Prompt template; auto: plain for pairs of a prompt and an answer, which follow each other as they are; else the tokenizer's chat "
+        "template if it has one, otherwise Alpaca's.",
+        "auto",
+        panel=_DATA,
     )
     template_date: str | None = setting(
         "Date, as YYYY-MM-DD, for a chat template that writes the current one into its prompts. Default: today; a resumption and the "

@@ -249,5 +249,8 @@ def test_prompts_in_another_template_than_that_of_the_training_are_named(merged:
     evaluate_model(merged, records, tmp_path / "out", limit=1)
     said = " ".join(capfd.readouterr().err.split())
     assert f"{merged} was trained with the template chat, but these prompts have the template plain" in said
+    assert "follow each other as they are (template plain); --template chat" in said
     evaluate_model(merged, records, tmp_path / "chat", limit=1, template="chat")
-    assert "was trained with the template" not in capfd.readouterr().err
+    said = " ".join(capfd.readouterr().err.split())
+    assert "was trained with the template" not in said
+    assert "follow each other as they are" not in said

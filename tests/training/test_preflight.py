@@ -573,6 +573,14 @@ def test_a_plan_says_of_the_records_what_the_run_would_say(tiny_model: Path, tmp
     assert set(planned) <= set(capfd.readouterr().err.splitlines())
 
 
+def test_pairs_without_a_template_are_said_to_have_none_unless_it_was_named(tiny_model: Path, tmp_path: Path, capfd) -> None:
+    rundir.write_jsonl(tmp_path / "data.jsonl", [{"question": f"What is {n}?", "answer": str(n)} for n in range(8)])
+    for template, said in (("auto", True), ("plain", False), ("chat", False)):
+        preflight(config_for(tiny_model, tmp_path / "data.jsonl", tmp_path / "run", test_size=2, template=template))
+        shown = " ".join(capfd.readouterr().err.split())
+        assert ("follow each other as they are (template plain); --template chat renders them" in shown) == said
+
+
 def test_with_checkpointing_the_measured_row_is_the_one_whose_layers_keep_most(tiny_model: Path, tmp_path: Path) -> None:
     """A long row without labels to speak of keeps the inputs of 24 layers; a short one with many labels keeps fewer bytes."""
     model = without_weights(tiny_model, tmp_path / "deep")
