@@ -241,16 +241,19 @@ class Template:
         except Exception:  # a template may refuse a conversation that neither asks for an answer nor has one
             return None
         header = prompt.removeprefix(earlier)
-        if header == prompt or not header.strip():
+        if header == prompt or (not header.strip() and (is_bare or (messages[-1].get("content") or "").strip())):
             return None
-        start = len(earlier)
-        if not rendered.startswith(earlier):
-            start = rendered.rfind(header, 0, _common(with_probe, rendered) + len(header))
-        own = rendered[start:]
-        if start >= 0 and own.startswith(header):
-            return own.removeprefix(header)
-        if is_bare or not rendered.startswith(earlier):
-            return None
+        if header.strip():
+            start = len(earlier)
+            if not rendered.startswith(earlier):
+                start = rendered.rfind(header, 0, _common(with_probe, rendered) + len(header))
+            own = rendered[start:]
+            if start >= 0 and own.startswith(header):
+                return own.removeprefix(header)
+            if is_bare or not rendered.startswith(earlier):
+                return None
+        else:  # prompts end as conversations do, such as behind the result of a tool, and there is no text to train in place of calls
+            header, own = prompt, rendered
         begun, pieces = _PIECE.findall(header), _PIECE.findall(own)
         shared = _common(begun, pieces)
         rest, opened = "".join(pieces[shared:]), "".join(begun[shared:]).strip()

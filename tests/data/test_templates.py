@@ -189,6 +189,21 @@ def test_a_template_that_refuses_null_and_writes_no_calls_refuses_the_record():
         Template("chat", "messages", tokenizer).render(record)
 
 
+def test_a_call_behind_the_result_of_a_tool_is_trained_where_prompts_have_no_header_there():
+    # As in DeepSeek V3's template, which also ends results otherwise where a call follows them.
+    tokenizer = with_template(
+        "{% for m in messages %}{% if m.role == 'tool' %}[RESULT]{{ m.content }}"
+        "{% if loop.last or not messages[loop.index0 + 1].tool_calls %}[/RESULT]{% endif %}"
+        "{% elif m.tool_calls %}[CALL]{{ m.tool_calls[0].name }}<|im_end|>{% else %}{{ m.role }}: {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'tool' %}assistant: {% endif %}"
+    )
+    calls = [{"role": "assistant", "content": "", "tool_calls": [{"name": name}]} for name in ("clock", "calendar")]
+    record = {"messages": [TALK["messages"][1], calls[0], {"role": "tool", "content": "noon"}, calls[1]]}
+    rendered = Template("chat", "messages", tokenizer).render(record)
+    assert (rendered.prompt[-15:], rendered.response) == ("[RESULT]noon[/RESULT]"[-15:], "[CALL]calendar")
+    assert (rendered.own_turn, rendered.left_out) == (False, ())
+
+
 @pytest.mark.parametrize("calls", [None, []])
 def test_a_message_whose_calls_are_null_or_an_empty_list_has_none(calls):
     written = "{% if 'tool_calls' in m %}[CALLS]{% else %}{{ m['content'] }}{% endif %}"
