@@ -73,7 +73,10 @@ def choose_template(template: TemplateName, schema: Schema, tokenizer: Any) -> T
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     template = resolve_auto(template, schema, has_chat)
     if template == "chat" and not has_chat:
-        raise CoraError("this needs a chat template (template chat, or data with chat messages), but the tokenizer has none")
+        raise CoraError(
+            "this needs a chat template (template chat, or data with chat messages), but the tokenizer has none; put one next to it as "
+            "chat_template.jinja, such as that of an instruction-tuned model of the same tokens"
+        )
     if template == "chat" and getattr(tokenizer, "split_special_tokens", False):
         raise CoraError(
             "the tokenizer sets split_special_tokens, with which the control tokens of its chat template would be pieces of text to the model; set it "

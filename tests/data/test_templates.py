@@ -72,7 +72,7 @@ def test_a_tokenizer_that_splits_control_tokens_is_refused_for_its_chat_template
     ("template", "schema"), [("chat", "alpaca"), ("chat", "prompt"), ("chat", "messages"), ("auto", "messages")]
 )
 def test_a_chat_without_a_chat_template_is_refused(template, schema):
-    with pytest.raises(CoraError, match="the tokenizer has none"):
+    with pytest.raises(CoraError, match=r"the tokenizer has none; put one next to it as chat_template\.jinja"):
         choose_template(template, schema, Plain())
 
 
