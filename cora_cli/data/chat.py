@@ -19,6 +19,8 @@ _ADDRESS = re.compile(r"<[^<>\n]{1,200} at 0x[0-9a-f]{6,16}>")
 """What Python writes for an object that is no text, such as a generator: it has another address in each process."""
 _PARTS = ("{'type': 'text'", '{"type": "text"')
 """How a template that knows no parts of messages writes one, as Python or as JSON prints it."""
+_CONTROL = re.compile(r"<[^<>\s]{1,40}>")
+"""How the control tokens of chat templates are written."""
 THOUGHTS = frozenset({"reasoning", "reasoning_content", "thinking"})
 """The entries of a message that hold thoughts."""
 _TOOL = {"name": "probe", "description": "probe", "parameters": {"type": "object", "properties": {}}}
@@ -72,10 +74,8 @@ class ChatTemplate:
         return {False: plain, True: self._turn_end({"tools": [{"type": "function", "function": _TOOL}]}) if is_named else plain}
 
     def _turn_end(self, extra: Mapping[str, Any]) -> TurnEnd | None:
-        """How the chat template ends an answer; None where it refuses a conversation of two plain messages."""
-        if (text := self._answered({"content": PROBE}, extra)) is None:
-            return None
-        tail = text[text.rindex(PROBE) + len(PROBE) :] if PROBE in text else ""
+        """How the chat template ends an answer; None where it does so with no token, or refuses a conversation of two plain messages."""
+        tail = self._behind_answer(extra)
         # Some checkpoints list their turn's end among the added tokens without calling it special.
         added = {token.content: index for index, token in self._tokenizer.added_tokens_decoder.items() if token.content.strip()}
         ends = {**added, **self.special}
@@ -84,6 +84,17 @@ class ChatTemplate:
             return None
         first = min(places, key=lambda name: (places[name], -len(name)))
         return TurnEnd(ends[first], first, tail[places[first] + len(first) :])
+
+    @cached_property
+    def end_as_text(self) -> str | None:
+        """The control token by which the chat template ends an answer where the tokenizer has no such token, so that it is text to the model."""
+        found = None if self.turn_ends[False] else _CONTROL.match(self._behind_answer({}).lstrip())
+        return found.group() if found else None
+
+    def _behind_answer(self, extra: Mapping[str, Any]) -> str:
+        """What the chat template writes behind an answer; nothing where it refuses a conversation of two plain messages."""
+        text = self._answered({"content": PROBE}, extra) or ""
+        return text[text.rindex(PROBE) + len(PROBE) :] if PROBE in text else ""
 
     @cached_property
     def forms_of_arguments(self) -> dict[bool, type | None]:

@@ -141,6 +141,11 @@ class Template:
         form = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
         return Rendered(form.format(instruction=instruction, input=given), response, special_tokens=True)
 
+    @property
+    def end_as_text(self) -> str | None:
+        """The control token that ends a turn in the chat template but is none of the tokenizer's; see `ChatTemplate.end_as_text`."""
+        return self._chat.end_as_text if self.name == "chat" else None
+
     def unread(self, records: Iterable[Record]) -> list[str]:
         """The names in `records` that the chat template does not mention: variables such as `tools`, and entries of messages."""
         if self.name != "chat" or self.schema != "messages":
@@ -349,6 +354,14 @@ def left_out_notice(counts: Mapping[str, int]) -> str:
     """Says that the chat template does not write the text of messages; `counts` has the number of records by role."""
     roles = ", ".join(f"{role} ({count} records)" for role, count in sorted(counts.items()))
     return f"the chat template leaves out text of messages of the roles {roles}, so the prompts and answers have nothing of it"
+
+
+def end_notice(end: str) -> str:
+    """Says that the chat template ends a turn with what is no token (`Template.end_as_text`)."""
+    return (
+        f"the chat template ends an answer with {end}, which the tokenizer has no token for: it is trained as text, in front of the end token, "
+        "and references hold it; use a chat template that belongs to the tokenizer, or a model with that token"
+    )
 
 
 def plain_notice(tokenizer: Any) -> str:

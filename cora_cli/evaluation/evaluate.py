@@ -30,7 +30,15 @@ from cora_cli.data.encode import (
 )
 from cora_cli.data.records import Record, Schema, place_of, unused_columns
 from cora_cli.data.split import BUILTIN_PREFIX, Choice, load_test_records
-from cora_cli.data.templates import Rendered, Template, choose_template, left_out_notice, plain_notice, unread_notice
+from cora_cli.data.templates import (
+    Rendered,
+    Template,
+    choose_template,
+    end_notice,
+    left_out_notice,
+    plain_notice,
+    unread_notice,
+)
 from cora_cli.device import Hardware, select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.backend import Backend, open_transformers, open_vllm
@@ -378,6 +386,8 @@ def _say_about_records(
         say(f"{target.dataset}: columns that are not used: {', '.join(unused)}")
     if unread := template.unread(records):
         say(f"{target.dataset}: {unread_notice(unread)}")
+    if (end := template.end_as_text) is not None:
+        say(f"{target.name}: {end_notice(end)}")
     if left_out := Counter(role for text in rendered for role in text.left_out):
         say(f"{target.dataset}: {left_out_notice(left_out)}")
     if count := sum(has_unknown(prompt, template.tokenizer) for prompt in prompts):

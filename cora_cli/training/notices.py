@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cora_cli.data.encode import notices
 from cora_cli.data.records import earlier_answers, is_among, unused_columns
-from cora_cli.data.templates import plain_notice, unread_notice
+from cora_cli.data.templates import end_notice, plain_notice, unread_notice
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.trained_on import known_prompts
 from cora_cli.training.config import TrainConfig
@@ -26,6 +26,8 @@ def notices_on_records(config: TrainConfig, prepared: Prepared) -> Iterator[str]
         yield f"{config.dataset}: columns that are not used: {', '.join(unused)}"
     if unread := prepared.template.unread(records):
         yield f"{config.dataset}: {unread_notice(unread)}"
+    if (end := prepared.template.end_as_text) is not None:
+        yield f"{config.model}: {end_notice(end)}"
     if config.template == "auto" and (data.schema, prepared.template.name) == ("prompt", "plain"):
         yield f"{config.dataset}: {plain_notice(prepared.template.tokenizer)}"
     if config.train_on == "last" and (several := sum(map(earlier_answers, data.train))):

@@ -153,6 +153,13 @@ def test_a_template_without_an_end_of_a_turn_leaves_the_tokenizers_end_token():
     assert template.render(TALK).end is None
 
 
+def test_an_end_of_a_turn_that_is_no_token_is_known():
+    assert Template("chat", "messages", with_template(CHATML.replace("im_end", "im_stop"))).end_as_text == "<|im_stop|>"
+    assert Template("plain", "prompt", with_template(CHATML.replace("im_end", "im_stop"))).end_as_text is None
+    for text in (CHATML, CHATML.replace("<|im_end|>", ""), CHATML.replace("<|im_end|>", "{{ eos_token }}")):
+        assert Template("chat", "messages", with_template(text)).end_as_text is None
+
+
 def test_another_end_than_usual_is_the_end_of_that_answer():
     called = "{% if m['tool_calls'] %}call<|endoftext|>{% else %}{{ m['content'] }}<|im_end|>{% endif %}"
     tokenizer = with_template(CHATML.replace("{{ m['content'] }}<|im_end|>", called))

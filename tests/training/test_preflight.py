@@ -581,6 +581,17 @@ def test_pairs_without_a_template_are_said_to_have_none_unless_it_was_named(tiny
         assert ("follow each other as they are (template plain); --template chat renders them" in shown) == said
 
 
+def test_an_end_of_a_turn_that_is_no_token_is_named(tiny_model: Path, tmp_path: Path, capfd) -> None:
+    model = without_weights(tiny_model, tmp_path / "foreign")
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text(encoding="utf-8").replace("<|im_end|>", "<|eot_id|>"), encoding="utf-8")
+    rundir.write_jsonl(tmp_path / "data.jsonl", [{"instruction": f"Say {n}", "output": f"{n}"} for n in range(8)])
+    for base, said in ((model, True), (tiny_model, False)):
+        preflight(config_for(base, tmp_path / "data.jsonl", tmp_path / "run", test_size=2))
+        shown = " ".join(capfd.readouterr().err.split())
+        assert ("ends an answer with <|eot_id|>, which the tokenizer has no token for" in shown) == said
+
+
 def test_with_checkpointing_the_measured_row_is_the_one_whose_layers_keep_most(tiny_model: Path, tmp_path: Path) -> None:
     """A long row without labels to speak of keeps the inputs of 24 layers; a short one with many labels keeps fewer bytes."""
     model = without_weights(tiny_model, tmp_path / "deep")
