@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from cora_cli import rundir
@@ -329,7 +329,7 @@ def loaded_matrices(
     of fused projections; the modules that store their weight as (in, out); what keeps layers from being read, by module; and the views.
 
     A model that transformers does not know without code of its own keeps the names of its files, and has no views. Raises `CoraError`
-    where the configuration of one that it knows describes none.
+    where the configuration of one that it knows describes none, or one of a type that is no causal language model.
     """
     stored = _matrices(checkpoint)
     names, transposed = {key: key for key in stored}, frozenset[str]()
@@ -358,8 +358,8 @@ def loaded_matrices(
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:
-    """Whether transformers itself would build the model: then only its skeleton says how the layers store their weights."""
-    return not config.get("auto_map") and config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Whether transformers itself would build the model: then only its skeleton says what its layers are called and how they store their weights."""
+    return not config.get("auto_map") and config.get("model_type") in CONFIG_MAPPING
 
 
 def view_shapes(views: Mapping[str, View], shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -3,8 +3,9 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlavaConfig, LlavaForConditionalGeneration
 
 from cora_cli.errors import CoraError
 from cora_cli.models.loading import load_model
@@ -332,6 +333,23 @@ def test_a_known_model_whose_configuration_describes_none_is_refused_since_its_l
     change_config(tmp_path, **wrong)
     with pytest.raises(CoraError, match=rf"config\.json of {tmp_path} "):
         open_source(local(tmp_path))
+
+
+@pytest.mark.parametrize("of_an_adapter", [False, True])
+def test_an_image_and_text_type_of_which_transformers_makes_no_causal_model_is_refused_as_by_training(tmp_path, of_an_adapter):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"model_type": "siglip_vision_model", **sizes, "image_size": 8, "patch_size": 4}
+    text = {"model_type": "llama", **sizes, "vocab_size": 64}
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=63))
+    model.save_pretrained(tmp_path / "base")
+    if of_an_adapter:
+        model.name_or_path = str(tmp_path / "base")
+        targets = r".*language_model.*\.(q_proj|v_proj)"
+        get_peft_model(model, LoraConfig(r=2, target_modules=targets)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        CoraError, match="base is a llava model, which transformers does not load as a causal language model; use"
+    ):
+        open_source(local(tmp_path / ("adapter" if of_an_adapter else "base")))
 
 
 def test_a_model_with_a_left_over_adapter_configuration_is_loaded_from_its_own_weights(copy, square_models):
