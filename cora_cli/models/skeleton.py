@@ -92,6 +92,14 @@ class Skeleton:
         return own
 
     @functools.cached_property
+    def shared(self) -> dict[str, list[str]]:
+        """The names of each parameter that has several, by each of them: a head's weight may be the embedding's."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        return {name: same for same in names.values() if len(same) > 1 for name in same}
+
+    @functools.cached_property
     def transposed(self) -> frozenset[str]:
         """The modules that store their weight as (in, out), GPT-2's Conv1D."""
         return frozenset(name for name, module in self.model.named_modules() if isinstance(module, Conv1D))

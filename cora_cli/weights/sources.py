@@ -137,6 +137,10 @@ class WeightSource(abc.ABC):
         """See `Skeleton.renamed_modules`; empty where transformers does not know the model without code of its own."""
         return {}
 
+    def sharing(self, modules: Collection[str]) -> set[str]:
+        """The modules whose weight is that of one of `modules`, such as a head's that is the embedding's; none where it is not known."""
+        return set()
+
     def changes_only(self, modules: Collection[str], base: "WeightSource") -> bool:
         """Whether it is known that this model differs from `base` in nothing but the weights of `modules`."""
         return False
@@ -193,6 +197,11 @@ class ModelSource(WeightSource):
         """See `WeightSource.renamed_modules`."""
         return skeleton_of(self._model).renamed_modules(modules) if _is_known(self._model.config()) else {}
 
+    def sharing(self, modules: Collection[str]) -> set[str]:
+        """See `WeightSource.sharing`."""
+        keys = {self._keys.get(module) for module in modules}
+        return {module for module, key in self._keys.items() if key in keys}
+
     @property
     def checkpoints(self) -> list[Checkpoint]:
         """See `WeightSource.checkpoints`."""
@@ -225,7 +234,8 @@ class AdapterSource(WeightSource):
             )
         adapted = self.base.without_overlap(self._own.changed)
         self._own.check_complete(adapted, self.base.reference, self.architecture.get("model_type"))
-        self.shapes = {module: shape for module, shape in shapes.items() if module not in self._own.hidden}
+        hidden = self._own.hidden | (self.base.sharing(self._own.hidden) - self._own.changed)
+        self.shapes = {module: shape for module, shape in shapes.items() if module not in hidden}
         self.faults = {module: fault for module, fault in self.base.faults.items() if module not in self._own.full}
 
     def read(self, module: str) -> torch.Tensor:
@@ -333,6 +343,7 @@ def loaded_matrices(
     """
     stored = _matrices(checkpoint)
     names, transposed = {key: key for key in stored}, frozenset[str]()
+    shared: dict[str, list[str]] = {}
     views: dict[str, View] = {}
     try:
         skeleton = skeleton_of(model)
@@ -344,12 +355,13 @@ def loaded_matrices(
         others = other_modalities(skeleton.model)
         loaded = skeleton.loaded_names(stored).items()
         faults = _faults(skeleton, checkpoint, others)
-        views = fused_views(skeleton.model)
+        views, shared = fused_views(skeleton.model), skeleton.shared
         names, transposed = (
             {key: name for key, name in loaded if name.removesuffix(".weight") not in others},
             skeleton.transposed,
         )
     keys = {name.removesuffix(".weight"): key for key, name in names.items()}
+    keys |= {other.removesuffix(".weight"): key for key, name in names.items() for other in shared.get(name, ())}
     shapes = {module: checkpoint.shapes[key] for module, key in keys.items()}
     oriented = {module: (a, b) if module not in transposed else (b, a) for module, (a, b) in shapes.items()}
     faults |= {name: faults[view.fused] for name, view in views.items() if view.fused in faults}
@@ -375,10 +387,7 @@ def _faults(skeleton: Skeleton, checkpoint: Checkpoint, others: frozenset[str]) 
         keys.setdefault(name, []).append(key)
     converted = {name for name, together in names.values() if together}
     own = skeleton.model.state_dict()
-    sharing: dict[int, list[str]] = {}
-    for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
-        sharing.setdefault(id(parameter), []).append(name)
-    shared = {name for same in sharing.values() if any(name in keys for name in same) for name in same}
+    shared = {name for key in keys for name in skeleton.shared.get(key, ())}
     beside: dict[str, str] = {}
     for name in keys.keys() - own.keys() - converted:
         if (layer := layer_of(skeleton.model, name)) is not None:

@@ -144,19 +144,39 @@ def test_embeddings_that_an_adapter_changes_are_not_offered(grouped_models, tmp_
     assert "model.embed_tokens" not in open_source(local(adapter)).shapes
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_head_that_peft_adapts_with_the_embedding_whose_weight_it_shares_is_no_foreign_layer(tmp_path):
+@pytest.fixture
+def tied(tmp_path):
+    """A model whose head has the weight of its embedding, in the directory `base`."""
     model = make_llama()
-    tied = type(model)(type(model.config)(**model.config.to_dict() | {"tie_word_embeddings": True}))
-    tied.save_pretrained(tmp_path / "base")
-    settings = LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True, init_lora_weights=False)
-    wrapped = get_peft_model(tied, settings)
-    wrapped.save_pretrained(tmp_path / "adapter")
+    shared = type(model)(type(model.config)(**model.config.to_dict() | {"tie_word_embeddings": True}))
+    shared.save_pretrained(tmp_path / "base")
+    return shared
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, {"target_modules": ["q_proj", "lm_head"]}],
+)
+def test_a_head_that_shares_the_weight_of_the_embedding_is_adapted_as_by_peft(tied, tmp_path, settings):
+    wrapped = get_peft_model(tied, LoraConfig(r=2, init_lora_weights=False, **settings))
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers="ensure_weight_tying" in settings)
     source = open_source(local(tmp_path / "adapter"), open_source(local(tmp_path / "base")))
     for module in (Q0, "lm_head"):
         layer = wrapped.base_model.model.get_submodule(module)
         expected = layer.base_layer.weight + layer.get_delta_weight("default")
         torch.testing.assert_close(source.read(module), expected.double(), atol=1e-6, rtol=1e-5)
+
+
+def test_a_head_is_not_offered_where_the_adapter_trains_tokens_of_the_embedding_whose_weight_it_shares(tied, tmp_path):
+    wrapped = get_peft_model(tied, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    base = open_source(local(tmp_path / "base"))
+    assert base.shapes["lm_head"] == base.shapes["model.embed_tokens"] == (32, 16)
+    assert open_source(local(tmp_path / "adapter"), base).shapes.keys() == base.shapes.keys() - {
+        "lm_head",
+        "model.embed_tokens",
+    }
 
 
 @pytest.mark.parametrize("setting", ["plain", "rslora", "patterns"])
