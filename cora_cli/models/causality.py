@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cora_cli.errors import CoraError, is_out_of_memory
-from cora_cli.models.precision import UNSUPPORTED
+from cora_cli.models.precision import UNSUPPORTED, forget_failed_pass
 from cora_cli.models.skeleton import other_modalities
 
 _CROSS = re.compile(r"cross|encoder_attn")
@@ -61,6 +61,7 @@ def require_causal_pass(model: Any, tokens: Sequence[int]) -> None:
     except UNSUPPORTED as error:
         if is_out_of_memory(error):
             raise
+        forget_failed_pass(model)
         return
     finally:
         handle.remove()

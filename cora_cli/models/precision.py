@@ -11,6 +11,12 @@ LARGEST_IN_FLOAT64 = 1 << 24
 """Elements of the largest weight up to which double precision takes little time. Larger models have larger faults, too."""
 
 
+def forget_failed_pass(model: torch.nn.Module) -> None:
+    """Let a model be called again after a pass that ended in an exception, if it is divided among processes; earlier versions of torch need no call."""
+    if reset := getattr(model, "reset_iter_state", None):
+        reset()
+
+
 @contextmanager
 def computing_in(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Each module computes with its own weights in `dtype` while it runs, and has the stored ones again afterwards, bit for bit.

@@ -19,10 +19,9 @@ from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import transformers_model
 from cora_cli.models.causality import require_causal_pass
 from cora_cli.models.configuration import depends_on_batch, length_limits, rope_switch
-from cora_cli.models.precision import UNSUPPORTED, computing_in, precisions
+from cora_cli.models.precision import UNSUPPORTED, computing_in, forget_failed_pass, precisions
 from cora_cli.training.attention import register_packed_attention
 from cora_cli.training.losses import response_losses, token_losses
-from cora_cli.training.sharding import forget_failed_pass
 
 PROBE = 96
 """Tokens of the longest probe that crosses no limit."""

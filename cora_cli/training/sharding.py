@@ -79,12 +79,6 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def forget_failed_pass(model: torch.nn.Module) -> None:
-    """Let a model be called again after a forward pass that ended in an exception; earlier versions of torch need no call."""
-    if is_sharded(model) and (reset := getattr(model, "reset_iter_state", None)):
-        reset()
-
-
 def share_adapter(model: Any) -> None:
     """Give every process the adapter of the first: starts that are computed from W may differ in rounding between machines."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -76,3 +76,12 @@ def test_a_model_that_no_setting_tells_from_a_causal_one_is_refused_by_its_forwa
     with pytest.raises(CoraError, match="tokens of this model, a cpmant model, attend to later ones"):
         require_causal_pass(model, [5, 6, 7, 8])
     require_causal_pass(AutoModelForCausalLM.from_config(build("gpt2")).eval(), [5, 6, 7, 8])
+
+
+def test_a_model_divided_among_processes_can_be_called_again_after_a_pass_that_computes_no_gradient() -> None:
+    model: Any = AutoModelForCausalLM.from_config(build("gpt2")).eval()
+    calls: list[str] = []
+    model.forward = lambda **_: calls.append("pass") or torch.ones(1).backward()
+    model.reset_iter_state = lambda: calls.append("forgotten")
+    require_causal_pass(model, [5, 6, 7, 8])
+    assert calls == ["pass", "forgotten"]
