@@ -16,12 +16,12 @@ import torch
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.settings import DtypeName, device_problem
 
-_DTYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES: dict[DtypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16")
 
 
 def _name(dtype: torch.dtype) -> DtypeName:
-    return next(name for name, each in _DTYPES.items() if each == dtype)
+    return next(name for name, each in DTYPES.items() if each == dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _show_one_gpu(device: str) -> None:
 def select_dtype(dtype: DtypeName, has_bf16: bool, device_type: str) -> tuple[torch.dtype, str]:
     """The dtype for `--dtype`, and the reason; `auto` chooses bfloat16 only if the hardware multiplies it natively."""
     if dtype != "auto":
-        return _DTYPES[dtype], "requested"
+        return DTYPES[dtype], "requested"
     part = "GPU" if device_type == "cuda" else "processor"
     if has_bf16:
         return torch.bfloat16, f"the {part} has bfloat16 instructions"

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from cora_cli.device import DTYPES
 from cora_cli.errors import CoraError, reason
+from cora_cli.models.precision import UNSUPPORTED
 from cora_cli.models.references import ModelPath
 from cora_cli.progress import say
 
@@ -65,7 +67,8 @@ def is_held_quantized(model: Any) -> bool:
 def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str) -> None:
     """Let a model that was loaded quantised compute in `dtype`, and have a backward pass; or save plain weights where transformers made them so.
 
-    Raises `CoraError` where bitsandbytes found no scales, so that its layers would multiply by numbers that are none.
+    Raises `CoraError` where bitsandbytes found no scales, so that its layers would multiply by numbers that are none, and where the weights multiply
+    in another precision only.
     """
     if not is_held_quantized(model):
         # Otherwise the numbers would be quantised again as they are saved, but not the configuration.
@@ -77,6 +80,8 @@ def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str) -> No
                 parameter.data = parameter.data.to(dtype)
         say(f"{reference} is stored quantised; its weights are used, and written, as plain numbers")
         return
+    if isinstance(dtype, torch.dtype):
+        _check_precision(model, reference, dtype)
     for name, module in model.named_modules():
         scales = _SCALES.get(type(module).__name__)
         if scales is None:
@@ -92,6 +97,24 @@ def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str) -> No
         # scales, for a kernel that has no backward pass: what is trained afterwards would have no gradient.
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
+
+
+def _check_precision(model: Any, reference: str, dtype: torch.dtype) -> None:
+    """Raise `CoraError` for weights of torchao that do not multiply inputs in `dtype`: some do so only in the type that they were quantised from."""
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Linear) or type(module.weight.data) is torch.Tensor or module.weight.dtype == dtype:
+            continue
+        try:
+            torch.nn.functional.linear(
+                torch.zeros(1, module.in_features, dtype=dtype, device=module.weight.device), module.weight
+            )
+        except UNSUPPORTED as error:
+            named = next((f"--dtype {name}" for name, kind in DTYPES.items() if kind == module.weight.dtype), PLAIN_COPY)
+            raise CoraError(
+                f"{reference} is held quantised with weights that multiply in {str(module.weight.dtype).removeprefix('torch.')} only, not in "
+                f"{str(dtype).removeprefix('torch.')}; use {named}"
+            ) from error
+        return
 
 
 def check_four_bit(model: Any, reference: str, remedy: str) -> None:

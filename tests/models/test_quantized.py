@@ -160,17 +160,30 @@ class Quantised(torch.Tensor):
         return super().__torch_function__(function, types, arguments, settings or {})
 
 
-def test_tensors_that_are_quantised_inside_are_not_searched_for_infinities(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def quantised(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model of which transformers holds one layer in such numbers."""
     original = AutoModelForCausalLM.from_pretrained
 
-    def quantised(*args: Any, **settings: Any) -> Any:
-        model, report = original(*args, **settings)
+    def load(*args: Any, config: Any, **settings: Any) -> Any:
+        del config.quantization_config  # whose package need not be installed
+        model, report = original(*args, config=config, **settings | {"dtype": torch.float32})
         layer = model.model.layers[0].self_attn.q_proj
         layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
+        model.is_quantized = True
         return model, report
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", quantised)
-    loaded = load_model(resolve_model(str(tiny_model)), torch.float32, torch.device("cpu"), None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    copy = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    state(copy, {"quant_method": "torchao", "quant_type": "float8_weight_only"})
+    return copy
+
+
+def test_tensors_that_are_quantised_inside_are_not_searched_for_infinities(quantised: Path) -> None:
+    loaded = load_model(resolve_model(str(quantised)), torch.float32, torch.device("cpu"), None)
     assert isinstance(loaded.model.layers[0].self_attn.q_proj.weight, Quantised)
+
+
+def test_weights_that_multiply_in_another_precision_only_are_refused_with_its_flag(quantised: Path) -> None:
+    with pytest.raises(CoraError, match=r"multiply in float32 only, not in bfloat16; use --dtype fp32"):
+        load_model(resolve_model(str(quantised)), torch.bfloat16, torch.device("cpu"), None)
