@@ -24,6 +24,7 @@ from cora_cli.models.quantized import (
     PLAIN_COPY,
     ask_for_plain,
     check_four_bit,
+    check_left_out,
     is_dequantized,
     is_held_quantized,
     settle_quantized,
@@ -107,6 +108,7 @@ def load_model(
         raise CoraError(f"model {model.reference} cannot be loaded: {_unknown_value(model, error) or reason(error)}") from error
     model.require_unchanged()
     if quantized:
+        check_left_out(loaded, model, checkpoint.types)
         settle_quantized(loaded, model.reference, dtype)
     if quantized and device.type == "cpu" and is_held_quantized(loaded):
         check_four_bit(

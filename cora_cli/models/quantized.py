@@ -3,6 +3,7 @@
 `loading` loads them; here is what has to be set and checked after that, and what such a model cannot be used for.
 """
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -87,9 +88,15 @@ def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str) -> No
         if scales is None:
             continue
         if getattr(module.weight, scales, None) is None:
+            others = any(getattr(one.weight, scales, None) is not None for one in model.modules() if type(one) is type(module))
+            remedy = (
+                f"list {name} in llm_int8_skip_modules there"
+                if others
+                else "remove quantization_config from it, and use --load-in-4bit to train in 4 bits"
+            )
             raise CoraError(
                 f"config.json of {reference} says that bitsandbytes holds its weights quantised, but its files hold {name}.weight without scales; "
-                "remove quantization_config from it, and use --load-in-4bit to train in 4 bits"
+                f"{remedy}"
             )
         if scales == "quant_state" and isinstance(dtype, torch.dtype):
             module.compute_dtype = dtype
@@ -97,6 +104,18 @@ def settle_quantized(model: Any, reference: str, dtype: torch.dtype | str) -> No
         # scales, for a kernel that has no backward pass: what is trained afterwards would have no gradient.
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
+
+
+def check_left_out(loaded: Any, model: ModelPath, types: Mapping[str, str]) -> None:
+    """Raise `CoraError` for a layer that bitsandbytes is to leave as it is, but that the files hold quantised. `types` are those in the files."""
+    if not (skipped := (model.quantization() or {}).get("llm_int8_skip_modules")):
+        return
+    for name, module in loaded.named_modules():
+        if type(module) is torch.nn.Linear and types.get(f"{name}.weight") in ("int8", "uint8", "I8", "U8"):
+            raise CoraError(
+                f"llm_int8_skip_modules in config.json of {model.reference} ({', '.join(map(str, skipped))}) leaves {name} out, but its files hold "
+                f"{name}.weight quantised; correct that list"
+            )
 
 
 def _check_precision(model: Any, reference: str, dtype: torch.dtype) -> None:

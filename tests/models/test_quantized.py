@@ -103,6 +103,25 @@ def test_plain_weights_under_a_configuration_of_bitsandbytes_are_refused(bits: i
         load_model(resolve_model(str(tmp_path / "model")), torch.float32, torch.device("cpu"), None)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_that_files_and_list_hold_differently_is_named_with_the_list(bits: int, wide: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    layer, head, how = "model.layers.1.mlp.down_proj", "lm_head", {f"load_in_{bits}bit": True}
+    for name, files, stated, said in (
+        ("left", [layer, head], [head], rf"hold {layer}\.weight without scales; list {layer} in llm_int8_skip_modules"),
+        (
+            "held",
+            [head],
+            [head, layer],
+            rf"llm_int8_skip_modules .* \(lm_head, {layer}\) leaves {layer} out, but its files hold",
+        ),
+    ):
+        write_bitsandbytes(tmp_path / name, wide, llm_int8_skip_modules=files, **how)
+        state(tmp_path / name, {"quant_method": "bitsandbytes", **how, "llm_int8_skip_modules": stated})
+        with pytest.raises(CoraError, match=said):
+            load_model(resolve_model(str(tmp_path / name)), torch.float32, torch.device("cpu"), None)
+
+
 def test_a_model_stored_in_four_bits_trains_in_the_precision_of_the_run(wide: Path, tiny_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
