@@ -23,7 +23,8 @@ LARGEST_RANK = 65_536
 """Above the width of any model."""
 Named = Literal["model", "model or basis", "dataset", "basis", "run", "predictions", "output"]
 """What the value of a setting may have to name (see `cli.inputs`)."""
-_LARGEST, _LARGEST_FLOAT = 2**63 - 1, 3.4e38  # the latter in float32, in which results are computed
+_LARGEST = 2**63 - 1
+_SMALLEST_FLOAT, _LARGEST_FLOAT = 1.2e-38, 3.4e38  # in float32, in which results are computed
 MOST = 10**9
 """For numbers that nothing else bounds: larger counts overflow in libraries, and larger scalings in what they multiply."""
 
@@ -60,7 +61,7 @@ def _bounds(configuration: type) -> dict[str, float | None]:
 
 
 def range_problems(config: Any) -> list[str]:
-    """Sentences on numbers of a configuration that are not finite, above the `most` of their field, or no seeds, and on its device."""
+    """Sentences on numbers of a configuration that are not finite, above the `most` of their field, 0 in float32, or no seeds, and on its device."""
     problems = []
     bounds = _bounds(config.__class__)
     numbers = {name: value for name, value in vars(config).items() if type(value) in (int, float) and name in bounds}
@@ -77,6 +78,8 @@ def range_problems(config: Any) -> list[str]:
             need = f"at most {most or _LARGEST:,}, not {value:,}"
         elif type(value) is float and abs(value) > (most or _LARGEST_FLOAT):
             need = f"at most {most or _LARGEST_FLOAT:,}, not {value:,}"
+        elif type(value) is float and 0 < abs(value) < _SMALLEST_FLOAT:
+            need = f"at least {_SMALLEST_FLOAT}, not {value}"
         if need:
             problems.append(f"--{name.replace('_', '-')} must be {need}")
     if problem := device_problem(getattr(config, "device", "auto")):

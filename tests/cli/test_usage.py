@@ -31,6 +31,7 @@ TRAIN = "train --mode lora --model m --dataset d --output-dir o"
         (f"{TRAIN} --alpha 1e39", "--alpha must be at most 1,000,000,000, not 1e+39"),
         (f"{TRAIN} --learning-rate 1e39", "--learning-rate must be at most 3.4e+38, not 1e+39"),
         (f"{TRAIN} --weight-decay 1e39", "--weight-decay must be at most 3.4e+38, not 1e+39"),
+        (f"{TRAIN} --alpha 1e-46", "--alpha must be at least 1.2e-38, not 1e-46"),
         ("ablate a.yaml --jobs-per-gpu 0", "--jobs-per-gpu must be a positive number or auto, not '0'"),
         (
             "ablate a.yaml --jobs-per-gpu auto --launcher slurm",
