@@ -143,11 +143,7 @@ def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, repor
     if surplus := Skeleton(loaded).surplus_layers(checkpoint.shapes):
         raise CoraError(f"{model.reference}: {surplus_fault(surplus)}")
     if missing:
-        rest = f", while {len(unused)} tensors of its files fit no weight, such as {unused[0]}" if unused else ""
-        raise CoraError(
-            f"model {model.reference} is incomplete: {len(missing)} weights that its config.json requires are missing, such as "
-            f"{missing[0]}{rest}"
-        )
+        raise _incomplete(model, missing, unused)
     beside = [] if quantized else [(name, layer) for name in unused if (layer := layer_of(loaded, name)) is not None]
     if beside:
         raise CoraError(
@@ -158,6 +154,26 @@ def _check_complete(model: ModelPath, checkpoint: Checkpoint, loaded: Any, repor
         say(
             f"{model.reference}: {len(unused)} tensors of its files are not used by {type(loaded).__name__}, such as {unused[0]}"
         )
+
+
+def check_names(model: ModelPath, skeleton: Any) -> None:
+    """Raise `CoraError` where the files of a model lack weights of `skeleton`, as `load_model` does; reads their headers only.
+
+    Quantised weights are not checked, since the names of their parts are those of another library.
+    """
+    if not model.has_weights or is_dequantized(model):
+        return
+    built, keys = Skeleton(skeleton), Checkpoint(model).shapes
+    if missing := built.missing(keys):
+        own = skeleton.state_dict()
+        raise _incomplete(model, missing, sorted(key for key, (name, _) in built.names(keys).items() if name not in own))
+
+
+def _incomplete(model: ModelPath, missing: list[str], unused: list[str]) -> CoraError:
+    rest = f", while {len(unused)} tensors of its files fit no weight, such as {unused[0]}" if unused else ""
+    return CoraError(
+        f"model {model.reference} is incomplete: {len(missing)} weights that its config.json requires are missing, such as {missing[0]}{rest}"
+    )
 
 
 def _check_types(model: ModelPath, checkpoint: Checkpoint) -> None:

@@ -62,6 +62,14 @@ class Skeleton:
             found[key] = (name, converter is not None)
         return found
 
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The parameters of the model to which none of the tensors `keys` of its files belongs, although transformers asks for them."""
+        found = {name for name, _ in self.names(keys).values()}
+        found |= {other for name in found for other in self.shared.get(name, ())}
+        ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
+        own = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
+        return sorted(name for name in own if name not in found and not any(pattern.search(name) for pattern in ignored))
+
     def stored_twice(self, keys: Iterable[str]) -> dict[str, list[str]]:
         """The tensors of the loaded model that each of several tensors of the files would be, with those tensors."""
         found: dict[str, list[str]] = {}

@@ -29,7 +29,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.causality import require_causal
 from cora_cli.models.configuration import balances_experts, load_configuration, remove_dropout
 from cora_cli.models.fused import split_parts, split_projections, wanted_views
-from cora_cli.models.loading import context_length, load_tokenizer
+from cora_cli.models.loading import check_names, context_length, load_tokenizer
 from cora_cli.models.quantized import check_four_bit, kind_stated, require_four_bit
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.skeleton import build_skeleton
@@ -125,7 +125,7 @@ def prepare(
             _check_basis(basis, model_path, method, plan)
     hardware = planned or select_hardware(config.device, config.dtype)
     template = _template(config, known, model_path, data, date_of_earlier_start)
-    model_config, skeleton, removed = _skeleton(config, known, model_path)
+    model_config, skeleton, removed = _skeleton(config, known, model_path, planned is not None)
     stored = kind_stated(model_path)
     if config.load_in_4bit and stored:
         raise CoraError(
@@ -204,21 +204,27 @@ def _template(config: TrainConfig, known: Shared, model: ModelPath, data: DataSp
     return template
 
 
-def _skeleton(config: TrainConfig, known: Shared, model: ModelPath) -> tuple[Any, Any, dict[str, float]]:
+def _skeleton(config: TrainConfig, known: Shared, model: ModelPath, planned: bool) -> tuple[Any, Any, dict[str, float]]:
     """The model's configuration, the model without weights, and the dropout that was removed from the configuration.
 
-    Raises `CoraError` for a model that is not causal.
+    Raises `CoraError` for a model that is not causal; for a plan, also where its files lack weights, which otherwise loading says.
     """
 
     def configure() -> tuple[Any, dict[str, float]]:
         configuration = load_configuration(model, config.trust_remote_code)
         return configuration, remove_dropout(configuration)
 
+    def build() -> Any:
+        built = build_skeleton(model_config, config.trust_remote_code)
+        if planned:
+            check_names(model, built)
+        return built
+
     key = (config.model, config.trust_remote_code)
     model_config, removed = known.once(("configuration", *key), configure)
     # Its fused projections are split for the targets.
     targets = config.target_modules if (plan := config.adapter_plan()) is None else plan.target_modules
-    skeleton: Any = known.once(("skeleton", *key, targets), lambda: build_skeleton(model_config, config.trust_remote_code))
+    skeleton: Any = known.once(("skeleton", *key, targets), build)
     require_causal(skeleton, model.reference)
     return model_config, skeleton, removed
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cora_cli import rundir
@@ -55,6 +55,17 @@ def meter_process(out: Path) -> None:
 def measured(plan: Preflight) -> Measured:
     assert isinstance(plan.measured, Measured), plan.measured
     return plan.measured
+
+
+def test_a_checkpoint_without_a_head_is_refused_as_by_the_run(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = AutoConfig.from_pretrained(model)
+    config.tie_word_embeddings = False
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(model)
+    said = "is incomplete: 1 weights .* are missing, such as lm_head.weight, while 1 tensors of its files fit no weight, such as score.weight"
+    for begin in (preflight, training.train):
+        with pytest.raises(CoraError, match=said):
+            begin(config_for(model, tiny_data, tmp_path / "run"))
 
 
 def without_weights(model: Path, to: Path) -> Path:
