@@ -224,6 +224,9 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
     It gets no padding token that it does not have, since it is written next to merged models. Raises `CoraError` if the tokenizer cannot
     be loaded or has no end token.
     """
+    if trust_remote_code and (model.path / "config.json").exists():
+        # Transformers goes on without a configuration whose code the hub does not give, after long retries, which would follow again and again.
+        load_configuration(model, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
         tokenizer("a")  # some of its settings are read only now

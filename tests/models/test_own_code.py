@@ -34,6 +34,23 @@ def test_code_of_a_model_is_refused_by_the_flag_that_runs_it(tiny_model: Path, t
         load_configuration(resolve_model(str(model)))
 
 
+def test_code_of_another_repository_that_cannot_be_reached_is_asked_for_once(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def unreachable(name: str, *_: object, **__: object) -> None:
+        asked.append(name)
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr("transformers.models.auto.configuration_auto.get_class_from_dynamic_module", unreachable)
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    edit(model / "config.json", model_type="own", auto_map={"AutoConfig": "some/repository--configuration_own.OwnConfig"})
+    with pytest.raises(CoraError, match=r"config\.json of .* cannot be read: We couldn't connect to the hub"):
+        load_tokenizer(resolve_model(str(model)), trust_remote_code=True)
+    assert asked == ["some/repository--configuration_own.OwnConfig"]
+
+
 def test_a_tokenizer_with_code_of_its_own_loads_again_where_it_was_written(tiny_model: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "tokenization_own.py").write_text(
