@@ -199,9 +199,10 @@ class AdapterFactors:
                 raise CoraError(
                     f"{self.reference}: {key} has the shape {stored}, which does not fit the weight {expected} of its base"
                 )
-        named = {*_names(self.config.get("modules_to_save")), *_names(self.config.get("target_modules")), "lm_head"}
+        saved = tuple(_names(self.config.get("modules_to_save")))  # endings of names, as in PEFT: norm is also input_layernorm
+        named = {*_names(self.config.get("target_modules")), "lm_head"}
         for module, key in self._full_keys.items():
-            if module not in shapes and not {module, module.rpartition(".")[2]} & named:
+            if module not in shapes and not module.endswith(saved) and not {module, module.rpartition(".")[2]} & named:
                 raise CoraError(
                     f"{self.reference}: {key} belongs to no module of its base, and is neither a lora_A or lora_B matrix nor the weight "
                     "of a module in modules_to_save; it must be named as PEFT's save_pretrained names it"

@@ -32,6 +32,7 @@ SETTINGS = {
     "patterns": {"rank_pattern": {"v_proj": 2, "layers.0.self_attn.q_proj": 5}, "alpha_pattern": {"layers.1.*q_proj": 3}},
     "rslora_patterns": {"use_rslora": True, "rank_pattern": {"v_proj": 7}},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "norms_by_their_ending": {"modules_to_save": ["norm"]},
     "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
 }
 
