@@ -28,7 +28,7 @@ from cora_cli.data.encode import (
     split_tokens,
     unknown_notice,
 )
-from cora_cli.data.records import Record, Schema, place_of, unused_columns
+from cora_cli.data.records import Record, Schema, is_among, place_of, unused_columns
 from cora_cli.data.split import BUILTIN_PREFIX, Choice, load_test_records
 from cora_cli.data.templates import (
     Rendered,
@@ -66,7 +66,7 @@ from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
 from cora_cli.lock import own_directory
 from cora_cli.models.loading import load_tokenizer
-from cora_cli.models.trained_on import say_other_weights, trained_on
+from cora_cli.models.trained_on import known_prompts, say_other_weights, trained_on
 from cora_cli.progress import say
 from cora_cli.reading import read_jsonl
 from cora_cli.rundir import EvaluationDirectory
@@ -269,7 +269,7 @@ def _template(target: Target, schema: Schema, tokenizer: Any, recorded: str | No
 
 
 def records_to_answer(config: EvaluateConfig, target: Target, trained: TrainedPrompts) -> tuple[list[Record], Schema, int]:
-    """The records to answer, their schema, and how many of them were trained on. Raises `CoraError` if there are none."""
+    """The records to answer, their schema, and how many of them the target itself was trained on. Raises `CoraError` if there are none."""
     with rundir.unchanged(Path(target.dataset)):
         records, schema = load_test_records(target.dataset, Choice(config.columns, config.subset, config.split))
         if not config.dataset:  # again, as they are read
@@ -278,11 +278,12 @@ def records_to_answer(config: EvaluateConfig, target: Target, trained: TrainedPr
         raise CoraError(
             f"{target.dataset} holds texts without prompts, so there is nothing to answer; compare runs by their held-out loss"
         )
-    records, also_trained = trained.separate(records, schema, target, config.exclude_trained)
-    records = records[: config.limit]
+    records = trained.separate(records, schema, target, config.exclude_trained)[: config.limit]
     if not records:
         raise CoraError(f"{target.dataset} has no records to answer")
-    return records, schema, also_trained
+    models = [model for one in target.members for model in (one.adapter, one.base) if model is not None]
+    own = frozenset[str]().union(*map(known_prompts, models))
+    return records, schema, sum(is_among(record, schema, own) for record in records)
 
 
 def _ensemble_settings(target: Target) -> dict[str, Any]:

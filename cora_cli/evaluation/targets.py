@@ -265,10 +265,8 @@ class TrainedPrompts:
     hashes: frozenset[str]
     datasets: frozenset[str]
 
-    def separate(
-        self, records: Sequence[Record], schema: Schema, target: Target, exclude: bool | None
-    ) -> tuple[list[Record], int]:
-        """The records to answer, and how many of them were trained on; says so.
+    def separate(self, records: Sequence[Record], schema: Schema, target: Target, exclude: bool | None) -> list[Record]:
+        """The records to answer; says how many were trained on.
 
         `exclude` leaves those out; None does so where the records come from the data set of a training.
         """
@@ -277,17 +275,17 @@ class TrainedPrompts:
         rest = [record for record in records if not is_among(record, schema, self.hashes)]
         found = len(records) - len(rest)
         if not found:
-            return list(records), 0
+            return list(records)
         leave_out = target.dataset in self.datasets if exclude is None else exclude
         what = "they are left out" if leave_out else "--exclude-trained leaves them out"
         say(f"{found} of {len(records)} prompts of {target.dataset} were trained on; {what}")
         if not leave_out:
-            return list(records), found
+            return list(records)
         if not rest:
             raise CoraError(
                 f"all {len(records)} prompts of {target.dataset} were trained on, which leaves none to answer; --no-exclude-trained answers them"
             )
-        return rest, 0
+        return rest
 
 
 def trained_prompts(targets: Sequence[Target]) -> TrainedPrompts:

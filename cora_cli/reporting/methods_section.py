@@ -48,8 +48,9 @@ def _training(results: Sequence[Result]) -> list[str]:
 
     revision = of("model.revision") if any(result.record["model"]["revision"] for result in results) else ""
     model = f"{of('model.reference')}{f' at revision {revision}' if revision else ''} (weights sha256 {_short(of('fingerprint.model_sha256'))})"
+    runs = f"{len(results)} runs" if len(results) > 1 else "1 run"
     sentences = [
-        f"{len(results)} runs trained {model} on {of('data.dataset')} (sha256 {_short(of('fingerprint.data_sha256'))}, template "
+        f"{runs} trained {model} on {of('data.dataset')} (sha256 {_short(of('fingerprint.data_sha256'))}, template "
         f"{of('data.template')}): {of('data.train.records')} training records with {of('data.train.tokens')} tokens "
         f"({of('data.train.response_tokens')} of them in responses) and {of('data.test.records')} held-out records"
         + (f"; {of('validation.n')} more were set aside for validation." if _dig(results[0].record, "validation.n") else "."),

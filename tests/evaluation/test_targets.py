@@ -110,6 +110,18 @@ def test_in_another_file_they_are_counted_and_left_out_on_request(run: Path, tin
     assert rest.record["metrics"]["rouge1"]["n"] == 8 - known
 
 
+def test_what_an_evaluation_was_trained_on_is_counted_among_the_prompts_that_it_answers_and_not_for_the_base_model(
+    run: Path, tiny_data: Path, tmp_path: Path
+):
+    held_out = {prompt_hash(record, "alpaca") for record in read_jsonl(run / "test.jsonl")}
+    copy = tmp_path / "copy.jsonl"
+    known = [record for record in read_jsonl(tiny_data) if prompt_hash(record, "alpaca") not in held_out]
+    rundir.write_jsonl(copy, [*read_jsonl(run / "test.jsonl")[:1], *known])
+    evaluate_run(run, dataset=str(copy), output_dir=str(tmp_path / "out"), limit=3, with_base=True)
+    counted = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("out*/**/generation.json")}
+    assert [one.get("prompts_trained_on", 0) for _, one in sorted(counted.items())] == [0, 2], counted.keys()
+
+
 def test_a_model_without_a_record_says_that_nothing_is_left_out(tiny_model: Path, tiny_data: Path, tmp_path: Path, capfd):
     result = evaluate_model(tiny_model, tiny_data, tmp_path / "out", exclude_trained=True, limit=3)
     assert result.record["metrics"]["rouge1"]["n"] == 3
