@@ -173,6 +173,8 @@ class Endpoint:
                 raise Unavailable(
                     f"the reply took longer than the {self._config.timeout:g} s of --timeout", paid=True
                 ) from error
+            if isinstance(error, UnicodeDecodeError):
+                raise Unavailable("the reply is not UTF-8 text", paid=True) from error
             detail = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise Unavailable(self._without_key(f"the reply was cut off: {detail}{self._proxy}"), paid=True) from error
         return self._reply(text)

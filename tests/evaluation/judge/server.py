@@ -161,6 +161,9 @@ def _handler(state: Server) -> type[http.server.BaseHTTPRequestHandler]:
             if fault == "moved":
                 self.send(308, b"", {"Location": "https://elsewhere.example/v1"})
                 return
+            if fault == "latin-1":
+                self.send(200, '{"choices": ["é"]}'.encode("latin-1"), {})
+                return
             if fault == "error":
                 self.send(200, b'{"error": {"message": "no such model"}}', {})
                 return

@@ -44,6 +44,13 @@ def test_faulty_replies_change_no_number(tmp_path, answers) -> None:
     assert any("no chat completion" in reason for reason in reasons)
 
 
+def test_a_reply_in_another_encoding_is_called_so(tmp_path, answers) -> None:
+    with serving(fault=lambda n: "latin-1" if n == 0 else None) as server:
+        _, out = judge(judge_of(server, answers, tmp_path / "out", concurrency=1, rubric=("paper",)))
+    lost = [line["reason"] for line in read_jsonl(out.judgments) if line["outcome"] == "lost"]
+    assert lost == ["the reply is not UTF-8 text"]
+
+
 def test_a_malformed_reply_is_asked_again_without_being_quoted(tmp_path, answers) -> None:
     with serving(fault=lambda n: "garbage" if n == 0 else None) as server:
         judge(judge_of(server, answers, tmp_path / "out", concurrency=1, rubric=("paper",)))
