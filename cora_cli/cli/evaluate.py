@@ -49,8 +49,7 @@ def run(config: EvaluateConfig) -> None:
     if not results:  # under torchrun, the first process prints
         return
     show(metrics_table(results, columns()))
-    n = results[0].record["metrics"][config.metric_names[0]]["n"]
-    show(f"\nvalue [95 % bootstrap interval over the n = {n} records]; {scales(config.metric_names)}")
+    show(f"\nvalue [95 % bootstrap interval over the {_counted(results)}]; {scales(config.metric_names)}")
     for name, metric in results[0].record["metrics"].items():
         show(f"{name}: {metric['signature']}")
     for sentence in unscorable_references(results):
@@ -73,6 +72,14 @@ def run(config: EvaluateConfig) -> None:
             "-o",
             "report",
         )
+
+
+def _counted(results: "list[Evaluation]") -> str:
+    """The number of records behind the values; with that of each evaluation where their records differ."""
+    counts = {result.name: next(iter(result.record["metrics"].values()))["n"] for result in results}
+    if len({result.references_sha256 for result in results}) == 1:
+        return f"n = {next(iter(counts.values()))} records"
+    return f"records, which differ: {', '.join(f'n = {n} of {name}' for name, n in counts.items())}"
 
 
 def unscorable_references(results: "list[Evaluation]") -> list[str]:

@@ -151,6 +151,7 @@ def test_runs_with_other_held_out_records_get_their_table_but_no_comparison(
     result = cora(runs[0], tmp_path / "other", "-o", tmp_path / "out", *FAST)
     assert result.exit_code == 1
     assert len(rows(result.stdout)) == 4, result.stderr
+    assert re.search(r"over the records, which differ: n = \d+ of \S+, n = 1 of \S+other\]", " ".join(result.stdout.split()))
     assert "did not answer the same records" in result.stderr.splitlines()[-1]
 
 
