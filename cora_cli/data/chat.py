@@ -13,8 +13,8 @@ from typing import Any
 from cora_cli.limits import bounded
 from cora_cli.reading import Malformed, parse_json
 
-PROBE = "answer"
-"""The answer in what the template is asked."""
+PROBE = "qzx"
+"""The answer in what the template is asked: no word that its own text could hold."""
 _ADDRESS = re.compile(r"<[^<>\n]{1,200} at 0x[0-9a-f]{6,16}>")
 """What Python writes for an object that is no text, such as a generator: it has another address in each process."""
 _PARTS = ("{'type': 'text'", '{"type": "text"')
@@ -149,14 +149,24 @@ def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], d
 
     Raises `UnsteadyTemplate` for a template that draws at random, or writes the addresses of objects; other errors are the template's own.
     """
-    text = _rendered(tokenizer, messages, date, variables)
-    if not _writes_any(messages, text):
-        # The templates of some models of images and text write the parts of a message only.
-        with contextlib.suppress(Exception):  # templates raise what they like
-            in_parts = _rendered(tokenizer, [_with_parts(message) for message in messages], date, variables)
-            if _writes_any(messages, in_parts) and not any(part in in_parts for part in _PARTS):
-                return in_parts
-    return text
+    try:
+        text = _rendered(tokenizer, messages, date, variables)
+    except UnsteadyTemplate:
+        raise
+    except Exception:  # templates raise what they like
+        if (in_parts := _in_parts(tokenizer, messages, date, variables)) is None:
+            raise
+        return in_parts
+    return text if _writes_any(messages, text) else _in_parts(tokenizer, messages, date, variables) or text
+
+
+def _in_parts(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, variables: Mapping[str, Any]) -> str | None:
+    """The conversation for the templates of some models of images and text, which write or take the parts of a message only; None for others."""
+    with contextlib.suppress(Exception):  # templates raise what they like
+        text = _rendered(tokenizer, [_with_parts(message) for message in messages], date, variables)
+        if _writes_any(messages, text) and not any(part in text for part in _PARTS):
+            return text
+    return None
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, variables: Mapping[str, Any]) -> str:

@@ -285,12 +285,15 @@ class Template:
         after = turn.after if turn else ""
         if turn and rest.endswith(turn.text + after):
             return rest.removesuffix(turn.text + after), turn.token
-        # Another end than usual, such as Llama 3.1's after a call of a tool. Some templates begin the next answer behind every end.
-        for bare in (rest.removesuffix(after).rstrip(), rest.rstrip()):
+        # Another end than usual, such as Llama 3.1's after a call of a tool. Some templates begin the next answer behind every end, or write a text of
+        # their own behind the last message, which is no end even where it has one itself.
+        own = rest.removesuffix(after)
+        is_text = own != rest and bool(self._control_tokens.sub("", after).strip())
+        for bare in (own.rstrip(), *([] if is_text else [rest.rstrip()])):
             for text, token in self._chat.special.items():
                 if bare.endswith(text):
                     return bare.removesuffix(text), token
-        return rest, None
+        return own if is_text else rest, None
 
     def _messages(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The record as a conversation that ends with the answer."""

@@ -517,6 +517,19 @@ def test_a_call_ends_before_the_next_answer_that_a_template_begins_behind_every_
     assert (rendered.response, template.tokenizer.convert_ids_to_tokens(rendered.end)) == ("[clock: x]<file_sep>", "<|im_end|>")
 
 
+def test_what_a_template_writes_behind_the_last_message_is_no_part_of_an_answer():
+    _, record = calling("x", {})
+    turn = "{% if m.tool_calls %}[{{ m.tool_calls[0].function.name }}]\n{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}"
+    messages = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n" + turn + "{% endfor %}"
+    asked = "<|im_start|>system\nWrite an action, or use directly-answer.<|im_end|>\n"
+    start = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    template = Template("chat", "messages", with_template(messages + asked + start))
+    end = template.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    talk, call = template.render({"messages": TALK["messages"][1:3]}), template.render(record)
+    assert (talk.response, talk.end) == ("1", end)
+    assert (call.response.strip(), call.end) == ("[clock]", None)
+
+
 def test_a_call_is_trained_where_prompts_begin_an_answer_otherwise_than_the_template_writes_it():
     text, record = calling("x", {})
     thoughts = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
@@ -583,6 +596,9 @@ def test_a_template_that_writes_the_parts_of_messages_gets_texts_as_parts():
         "{{ m['content'] }}", "{% for part in m['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
     )
     assert of_parts != CHATML
-    one, other = (Template("chat", "messages", with_template(text)).render(Record(TALK, "a")) for text in (of_parts, CHATML))
-    assert dataclasses.astuple(one) == dataclasses.astuple(other)
-    assert one.left_out == ()
+    needing = CHATML.replace("m['content']", "m['content'][0]['text'] + ''")
+    other = Template("chat", "messages", with_template(CHATML)).render(Record(TALK, "a"))
+    for text in (of_parts, needing):
+        one = Template("chat", "messages", with_template(text)).render(Record(TALK, "a"))
+        assert dataclasses.astuple(one) == dataclasses.astuple(other)
+        assert one.left_out == ()
