@@ -513,6 +513,13 @@ def test_references_mostly_of_other_letters_than_rouge_compares_are_unscorable(r
     assert report.metrics["rouge1"]["unscorable"] == count
 
 
+def test_a_reference_of_one_token_is_unscorable_where_pairs_of_tokens_are_compared():
+    report = score_all(["rouge1", "rouge2"], ["yes", "not sure"], ["yes", "not sure"], bootstrap=100)
+    found = {name: (metric["value"], metric["unscorable"]) for name, metric in report.metrics.items()}
+    assert found == {"rouge1": (1.0, 0), "rouge2": (0.5, 1)}
+    assert "two tokens" in build_metrics(["rouge2"])["rouge2"].blind_spot
+
+
 def test_texts_that_the_encoder_does_not_know_are_unscorable():
     metric = build_metrics(["bertscore_f1"])["bertscore_f1"]
     assert metric.unscorable(["\u1400\u1401", "word", "", "word \u1400", "word \u1400 \u1401"]) == 3

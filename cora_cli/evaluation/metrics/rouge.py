@@ -78,14 +78,18 @@ def _is_letter(character: str) -> bool:
 class Rouge(Metric):
     """One of the three variants, 0–1."""
 
-    blind_spot = (
-        "without a token of the letters a-z and the digits that ROUGE compares, or with more of other letters: even a perfect answer may "
-        "score 0, and a wrong one 1"
-    )
-
     def __init__(self, name: str, scores: RougeScores | None = None, as_evaluate: bool = False) -> None:
         self.name, self._as_evaluate = name, as_evaluate
         self._column = COLUMNS.index(name)
+        self._needed = 2 if name == "rouge2" else 1  # tokens that are compared together
+        needed = (
+            "two tokens of the letters a-z and the digits that ROUGE-2 compares as pairs"
+            if self._needed > 1
+            else "a token of the letters a-z and the digits that ROUGE compares"
+        )
+        self.blind_spot = (
+            f"without {needed}, or with more of other letters: even a perfect answer may score 0, and a wrong one 1"
+        )
         self._scores = scores or RougeScores(stem=not as_evaluate)
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
@@ -105,8 +109,12 @@ class Rouge(Metric):
         return float(np.median(means))
 
     def unscorable(self, references: Sequence[str]) -> int:
-        """References without a token of [a-z0-9], or with more of other letters and digits."""
-        return sum(2 * len("".join(tokenize.tokenize(text, None))) < max(sum(map(_is_letter, text)), 1) for text in references)
+        """References with fewer tokens of [a-z0-9] than are compared together, or with more of other letters and digits."""
+        tokens = [tokenize.tokenize(text, None) for text in references]
+        return sum(
+            len(own) < self._needed or 2 * len("".join(own)) < sum(map(_is_letter, text))
+            for own, text in zip(tokens, references, strict=True)
+        )
 
     def signature(self) -> str:
         """Package versions, tokenization, stemmer and aggregation."""
