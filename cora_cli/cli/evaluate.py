@@ -63,6 +63,11 @@ def run(config: EvaluateConfig) -> None:
     if len(results) > 1:
         show(f"\npaired differences from {results[0].name}, with two-sided p-values (not corrected for multiple comparisons)")
         show(differences_table(results, columns()))
+        if others := [result.name for result in results if result.prompts_sha256 != results[0].prompts_sha256]:
+            show(
+                f"note: {', '.join(others)} {'was' if len(others) == 1 else 'were'} asked other prompts than {results[0].name}, with equal "
+                "references, so that differences are not of the models alone"
+            )
     reported = config.runs if config.runs and not config.output_dir else (config.output_dir,)
     if all(reported):
         say_next(

@@ -74,12 +74,13 @@ from cora_cli.rundir import EvaluationDirectory
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: its name, the contents of `metrics.json`, and (n, k) statistics for each metric."""
+    """A finished evaluation: its name, the contents of `metrics.json`, (n, k) statistics for each metric, and hashes of what was asked and expected."""
 
     name: str
     record: dict[str, Any]
     statistics: dict[str, Any]
     references_sha256: str
+    prompts_sha256: str
 
 
 def evaluate(config: EvaluateConfig) -> list[Evaluation]:
@@ -463,7 +464,8 @@ def _score(
         "versions": {name: importlib.metadata.version(name) for name in ("cora-cli", "torch", "transformers")},
     }
     shapes.write_sealed(out.metrics, record)
-    return Evaluation(name, record, report.statistics, rundir.sha256_json(references))
+    prompts = [line.get("prompt") for line in lines]
+    return Evaluation(name, record, report.statistics, rundir.sha256_json(references), rundir.sha256_json(prompts))
 
 
 def paired_differences(one: Evaluation, other: Evaluation) -> dict[str, PairedDifference]:

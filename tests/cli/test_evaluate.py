@@ -155,6 +155,21 @@ def test_runs_with_other_held_out_records_get_their_table_but_no_comparison(
     assert "did not answer the same records" in result.stderr.splitlines()[-1]
 
 
+def test_runs_that_were_asked_other_prompts_with_equal_references_are_compared_with_a_note(
+    runs: list[Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    found = []
+    for number, question in enumerate(("say yes to", "agree with")):
+        data, run = tmp_path / f"{number}.jsonl", tmp_path / f"run{number}"
+        rundir.write_jsonl(data, [{"instruction": f"{question} {n}", "output": "yes"} for n in range(8)])
+        settings = {"mode": "lora", "rank": 2, "max_steps": 1, "dtype": "fp32", "device": "cpu", "test_size": 2}
+        train(TrainConfig(model=str(tiny_model), dataset=str(data), output_dir=str(run), **settings))
+        found.append(run)
+    note = f"note: {found[1]} was asked other prompts than {found[0]}, with equal references"
+    assert note in cora(*found, "-o", tmp_path / "out", *FAST).stdout
+    assert "other prompts" not in cora(*runs, "-o", tmp_path / "same", *FAST).stdout
+
+
 def test_a_configuration_file_names_the_runs_and_a_flag_overrides_it(runs: list[Path], tmp_path: Path) -> None:
     settings = {
         "runs": [str(run) for run in runs],
