@@ -80,11 +80,14 @@ def draw_variance(spectra: Sequence[Spectrum], prefix: str, heading: str = "Expl
     rows = math.ceil(len(kinds) / columns)
     palette = Palette([spectrum.label for spectrum in spectra])
     counted = ", ".join(f"{kind}: {max(s.groups for s in spectra if s.kind == kind)}" for kind in kinds)
+    together = {spectrum.label: spectrum.bases for spectrum in spectra if spectrum.bases > 1}
+    alike = "; ".join(f"{label}: {count}" for label, count in together.items())
     return render(
         f"{prefix}variance",
         heading,
         f"Share of ‖M‖² (PCA: after the mean column is subtracted) in the leading directions. Line: mean over the groups of a kind; band: their "
-        f"range. Number of groups: {counted}.",
+        f"range. Number of groups: {counted}."
+        + (f" Bases in one line, which differ in their models alone: {alike}." if alike else ""),
         lambda figure: _variance(figure, spectra, kinds, rows, columns, palette),
         (7.2, 2.5 * rows + 0.4),
     )

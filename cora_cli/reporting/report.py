@@ -145,7 +145,11 @@ def _draw(summary: Summary, prefix: str) -> list[Figure]:
     for row in experiment.rows:
         if row.basis is not None and row.basis.is_file():
             paths[row.basis] = row.n_models
-    spectra, damaged = read_spectra(paths)
+    trained: dict[Path, set[str]] = {}
+    for result in summary.collection.results:
+        if result.row.basis is not None and (basis := result.record.get("basis")):
+            trained.setdefault(result.row.basis, set()).add(basis["sha256"])
+    spectra, damaged = read_spectra(paths, trained)
     missing += [Missing(dataclasses.replace(experiment.rows[0], name=experiment.name), "basis", text) for text in damaged]
     figures = [draw_variance(spectra, prefix)] if spectra else []
     for number, group in enumerate(summary.groups, start=1):

@@ -6,7 +6,7 @@ It reads plans and the settings in records; `collect` reads the numbers.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def _with_ranks(places: Sequence[Path]) -> list[Path]:
         if not (at_ranks := run.evaluations_at_ranks()):
             continue
         evaluations = [EvaluationDirectory(one) for one in (run.evaluation, *at_ranks)]
-        answered = {one.root: _records_hash(one) for one in evaluations if one.metrics.is_file()}
+        answered = {one.root: _setting_of(one, "records_sha256") for one in evaluations if one.metrics.is_file()}
         for one, records_sha256 in answered.items():
             if records_sha256 != next(iter(answered.values())):
                 say(f"{one} is left out: it answers other records than {next(iter(answered))}; name it alone to report it")
@@ -180,9 +180,10 @@ def _conditions(evaluation: EvaluationDirectory) -> dict[str, Any]:
     return {**{name: settings.get(name) for name in names}, "metrics": signatures}
 
 
-def _records_hash(evaluation: EvaluationDirectory) -> str | None:
+def _setting_of(evaluation: EvaluationDirectory, name: str) -> str | None:
+    """A setting by which the answers were generated, None where it is not recorded, as of another program's answers."""
     settings = records.read_metrics(evaluation)["generation"].get("settings", {})
-    return settings.get("records_sha256")
+    return settings.get(name)
 
 
 def _distinct_directories(outputs: Sequence[Path]) -> list[Path]:
@@ -313,13 +314,14 @@ def _row_of_evaluation(evaluation: EvaluationDirectory) -> Row:
     record = records.read_metrics(evaluation)
     settings = record["generation"].get("settings", {})
     name = clean(str(record["name"]))
-    tuned = bool(settings.get("adapter_sha256"))
+    # What answers another program's model gave, nobody knows here.
+    mode = "adapter" if settings.get("adapter_sha256") else "base" if settings.get("model") else "answers"
     return Row(
         name=clean(str(evaluation.root)),
         printed=None,
         group="",
-        mode="adapter" if tuned else "base",
-        label=name if tuned else "base",
+        mode=mode,
+        label="base" if mode == "base" else name,
         rank=None,
         n_models=None,
         sources=(),
@@ -333,17 +335,68 @@ def _row_of_evaluation(evaluation: EvaluationDirectory) -> Row:
     )
 
 
+def _grouped(rows: Sequence[Row], runs: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """Give evaluations without a run a group. A model that no run and no adapter of the group was trained on is not the base there, and goes by
+    its own name."""
+    weights = {row.name: _weights_of(row, runs[row.name]) for row in rows}
+    placed = [row if row.group else dataclasses.replace(row, group=_group_of(row, rows, weights)) for row in rows]
+    named = []
+    for row in placed:
+        others = [other for other in placed if other.group == row.group and other.mode != "answers"]
+        trained = [other for other in others if other.mode != "base"]
+        if row.mode == "base" and not all(_have_one_model(row, other, weights) for other in trained or others):
+            # The weights at one place can change between a training and an evaluation.
+            changed = any(other.model == row.model for other in others if other is not row)
+            name = f"{row.model}, weights sha256 {(weights[row.name] or '')[:12]}" if changed else row.model
+            named.append(dataclasses.replace(row, mode="model", label=name, model=name))
+        else:
+            named.append(row)
+    return named
+
+
+def _group_of(row: Row, rows: Sequence[Row], weights: Mapping[str, str | None]) -> str:
+    """The group of the runs, or where they have several, of those with the model, the weights and the records of the evaluation `row`."""
+    conditions: tuple[Callable[[Row], bool], ...] = (
+        lambda other: other.model == row.model,
+        lambda other: _have_one_model(other, row, weights),
+        lambda other: _evaluated(other, "records_sha256") == _evaluated(row, "records_sha256"),
+    )
+    alike = [other for other in rows if other.group]
+    for holds in conditions:
+        if len({other.group for other in alike}) > 1:
+            alike = [other for other in alike if holds(other)]
+    groups = {other.group for other in alike}
+    return groups.pop() if len(groups) == 1 else "evaluations"
+
+
+def _have_one_model(one: Row, other: Row, weights: Mapping[str, str | None]) -> bool:
+    """Whether two rows have one model below their adapters, by its hash as far as both recorded it."""
+    hashes = {weights[one.name], weights[other.name]} - {None}
+    return one.model == other.model and len(hashes) < 2
+
+
+def _weights_of(row: Row, record: Mapping[str, Any]) -> str | None:
+    """The hash of the model below a row's adapter, if it was recorded: by its run, or without one by its evaluation."""
+    return record["fingerprint"].get("model_sha256") if record else _evaluated(row, "model_sha256")
+
+
+def _evaluated(row: Row, setting: str) -> str | None:
+    """A setting of a row's evaluation, None without one."""
+    evaluation = EvaluationDirectory(row.evaluation) if row.evaluation is not None else None
+    return _setting_of(evaluation, setting) if evaluation is not None and evaluation.metrics.is_file() else None
+
+
 def _distinct(rows: list[Row]) -> list[Row]:
     """Give evaluations without a run the group of the runs with the same model, and make the labels of different runs different."""
     runs = _records_of(rows)
-    groups = {row.model: row.group for row in rows if row.group}
-    only = next(iter(groups.values())) if len(groups) == 1 else "evaluations"
-    rows = [row if row.group else dataclasses.replace(row, group=groups.get(row.model, only)) for row in rows]
+    rows = _grouped(rows, runs)
     settings = {name: _settings_of(record) if record else {} for name, record in runs.items()}
     _refuse_copies(runs)
     bases = {name: record["basis"]["sha256"] for name, record in runs.items() if record.get("basis")}
-    # Copies of one basis file share one name.
+    # Copies of one basis file share one name, and files that were written to one path have names of their own.
     paths = {record["basis"]["sha256"]: record["basis"]["path"] for record in runs.values() if record.get("basis")}
+    written = Counter(paths.values())
+    paths = {sha256: path if written[path] == 1 else f"{path} sha256 {sha256[:12]}" for sha256, path in paths.items()}
     labels: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         labels.setdefault((row.group, row.label), []).append(row)

@@ -13,6 +13,7 @@ from cora_cli.records import read_sealed, write_sealed
 from cora_cli.reporting.collect import collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import find_experiments, read_plan
+from cora_cli.reporting.summary import summarise
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.heldout import HeldOutLoss, loss_change
 from tests.reporting.helpers import Made, make_grid, plan_entry, record_steps, write_evaluation, write_plan, write_run
@@ -132,8 +133,61 @@ def test_a_base_model_with_other_weights_than_the_runs_has_no_loss_of_theirs(run
         record["generation"]["settings"]["model_sha256"] = digest
         rundir.write_json(folder / "metrics.json", record)
     (experiment,) = find_experiments([str(path) for folder in runs_with_base for path in (folder, folder / "eval-base")])
-    bases = [result for result in collect(experiment).results if result.row.mode == "base"]
-    assert [LOSS in base.measures for base in bases] == [False, True]
+    evaluated = [result for result in collect(experiment).results if result.row.run is None]
+    assert [LOSS in result.measures for result in evaluated] == [False, True]
+    assert [result.row.label for result in evaluated] == ["tiny-model, weights sha256 cccccccccccc", "base"]
+
+
+def of_model(folder, model):
+    """Let an evaluation be one of another model, or of another program's answers."""
+    record = read_json(folder / "metrics.json")
+    settings = {**record["generation"]["settings"], "model": model, "model_sha256": "cc" * 32} if model else {}
+    rundir.write_json(
+        folder / "metrics.json", {**record, "name": "chat-4", "generation": {"settings": settings} if model else {}}
+    )
+    return folder
+
+
+@pytest.mark.parametrize(("model", "label", "mode"), [("instruct", "instruct", "model"), (None, "chat-4", "answers")])
+def test_what_is_not_the_base_model_of_a_run_is_not_called_base_next_to_it(runs_with_base, tmp_path, model, label, mode):
+    lora, fb = runs_with_base
+    other = of_model(shutil.copytree(lora / "eval-base", tmp_path / "other"), model)
+    (experiment,) = find_experiments([str(lora), str(other)])
+    found = {result.row.label: result for result in collect(experiment).results}
+    assert found.keys() == {"lora", "base", label}
+    assert (found[label].row.mode, found[label].trained) == (mode, None)
+    for folder in (lora, fb):
+        shutil.rmtree(folder / "eval-base")
+    (experiment,) = find_experiments([str(lora), str(other)])
+    assert [row.label for row in experiment.rows] == ["lora", label]
+
+
+def test_evaluations_of_two_models_are_called_by_them(runs_with_base, tmp_path):
+    one = shutil.copytree(runs_with_base[0] / "eval-base", tmp_path / "one")
+    other = of_model(shutil.copytree(one, tmp_path / "other"), "instruct")
+    (alone,) = find_experiments([str(one)])
+    assert [row.label for row in alone.rows] == ["base"]
+    (experiment,) = find_experiments([str(one), str(other)])
+    assert [row.label for row in experiment.rows] == ["tiny-model", "instruct"]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_evaluation_of_the_base_model_stands_with_the_runs_whose_records_it_answered(runs_with_base, tmp_path, place):
+    folders = []
+    for number, folder in enumerate(runs_with_base):
+        record = read_json(folder / "run.json")
+        rundir.write_json(folder / "run.json", {**record, "data": {**record["data"], "dataset": f"data-{number}"}})
+        folders += [folder / "eval", folder / "eval-base"]
+        for evaluation in folders[-2:]:
+            record = read_json(evaluation / "metrics.json")
+            record["generation"]["settings"]["records_sha256"] = f"{number}" * 64
+            rundir.write_json(evaluation / "metrics.json", record)
+    elsewhere = shutil.copytree(runs_with_base[place] / "eval-base", tmp_path / "elsewhere")
+    for folder in runs_with_base:
+        shutil.rmtree(folder / "eval-base")
+    (experiment,) = find_experiments([*map(str, runs_with_base), str(elsewhere)])
+    *runs, base = experiment.rows
+    assert [row.group == base.group for row in runs] == [number == place for number in range(2)]
 
 
 def scale_loss_before(folder, share):
@@ -545,6 +599,18 @@ def test_plain_runs_on_two_bases_of_as_many_models_are_two_methods(trained_grid,
     assert labels[0] != labels[1] == labels[2]
     (alone,) = find_experiments([str(other), str(again)])
     assert {row.label for row in alone.rows} == {"fb"}
+
+
+def test_plain_runs_on_bases_that_were_written_to_one_path_are_two_methods(trained_grid, tmp_path):
+    runs = [path for path in sorted((trained_grid / "runs").iterdir()) if "fb_" in path.name]
+    later = shutil.copytree(runs[1], tmp_path / "later")
+    record = read_json(later / "run.json")
+    record["basis"]["sha256"] = record["fingerprint"]["basis_sha256"] = "0" * 64
+    rundir.write_json(later / "run.json", record)
+    (summary,) = [summarise(collect(each)) for each in find_experiments([str(runs[0]), str(later)])]
+    path, known = record["basis"]["path"], read_json(runs[0] / "run.json")["basis"]["sha256"][:12]
+    labels = [line.method.first.row.label for line in summary.groups[0].lines]
+    assert labels == [f"fb basis={path} sha256 {known}", f"fb basis={path} sha256 {'0' * 12}"]
 
 
 @pytest.fixture
