@@ -6,9 +6,8 @@ A grid with the sections `sweep` and `confirm` has chosen already, and its plan 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import MethodResults
@@ -50,7 +49,7 @@ def rates_of(methods: Sequence[MethodResults], sweeps: Sequence[Mapping[str, Any
 
 
 def choose_learning_rates(methods: Sequence[MethodResults]) -> tuple[list[MethodResults], str | None]:
-    """For each method trained at several learning rates, choose the rate with the lowest loss (mean over seeds).
+    """For each method trained at several learning rates, choose the rate with the lowest loss (mean over `deciding_seeds`).
 
     The loss is the validation loss if every run of the sweep has one, else the held-out loss. Returns the chosen methods, and VALIDATION
     or HELD_OUT, or None if there was nothing to choose. If the held-out loss is missing as well, all rates are kept.
@@ -60,23 +59,31 @@ def choose_learning_rates(methods: Sequence[MethodResults]) -> tuple[list[Method
         rates.setdefault(method.identity, []).append(method)
     swept = [method for candidates in rates.values() if len(candidates) > 1 for method in candidates]
     validated = all(result.validation_loss is not None for method in swept for result in method.results)
+    by = VALIDATION if validated else HELD_OUT
     chosen, any_choice = [], False
     for candidates in rates.values():
-        losses = {index: loss for index, one in enumerate(candidates) if (loss := _selection_loss(one, validated)) is not None}
-        if len(candidates) > 1 and len(losses) == len(candidates):
+        losses = [_losses(method, by) for method in candidates]
+        if len(candidates) > 1 and all(losses):
             any_choice = True
-            chosen.append(candidates[min(losses, key=losses.__getitem__)])
+            seeds = deciding_seeds(candidates, by)
+            means = [fmean(loss for seed, loss in one.items() if not seeds or seed in seeds) for one in losses]
+            chosen.append(candidates[means.index(min(means))])
         else:
             chosen += candidates
-    return chosen, (VALIDATION if validated else HELD_OUT) if any_choice else None
+    return chosen, by if any_choice else None
 
 
-def _selection_loss(method: MethodResults, validated: bool) -> float | None:
-    if validated:
-        losses = [loss for result in method.results if (loss := result.validation_loss) is not None]
-        return float(np.mean(losses)) if losses else None
-    estimate = method.estimate(LOSS)
-    return estimate.value if estimate else None
+def deciding_seeds(rates: Sequence[MethodResults], by: str) -> set[int]:
+    """The seeds at which every learning rate of a method has the loss `by` which one is chosen. Seeds differ in their loss, too, so that the others
+    would favour a rate; where no seed has all rates, all seeds decide."""
+    return set.intersection(*({*_losses(method, by)} for method in rates))
+
+
+def _losses(method: MethodResults, by: str) -> dict[int, float]:
+    """The validation loss or the held-out loss of each seed that has it."""
+    if by == VALIDATION:
+        return {result.row.seed: loss for result in method.results if (loss := result.validation_loss) is not None}
+    return {result.row.seed: result.measures[LOSS].value for result in method.with_measure(LOSS)}
 
 
 def at_edge(method: MethodResults, rates: RatesByMethod) -> bool:

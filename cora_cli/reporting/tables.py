@@ -9,7 +9,7 @@ from cora_cli.evaluation.metrics import LOWER_IS_BETTER, build_metrics
 from cora_cli.experiments.paper import paper, paper_tables
 from cora_cli.render.table import Cell, Table
 from cora_cli.reporting.comparison import Comparison, digits, title
-from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, VALIDATION, at_edge
+from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, VALIDATION, at_edge, deciding_seeds
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import Test
 from cora_cli.reporting.report_rows import clean
@@ -309,7 +309,25 @@ def _selection_notes(group: Group) -> list[str]:
         f"Learning-rate sweep: each method is shown at the learning rate with its lowest {group.selected_by} (mean over seeds): {rates}. "
         f"{caution} The table of all learning rates is below."
     ]
-    return notes + _edge_notes(group)
+    return notes + _seed_notes(group) + _edge_notes(group)
+
+
+def _seed_notes(group: Group) -> list[str]:
+    """A sentence on the methods not all of whose seeds have all learning rates."""
+    unlike = []
+    for line in group.chosen:
+        alike = [other for other in group.lines if other.method.identity == line.method.identity]
+        rates = [other.method for other in alike]
+        if len({method.seeds for method in rates}) > 1 and [other for other in alike if other.chosen] == [line]:
+            seeds = sorted(deciding_seeds(rates, group.selected_by or ""))
+            by = (
+                f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+                if seeds
+                else "different seeds, which favours a rate"
+            )
+            unlike.append(f"{line.method.name} by {by}")
+    said = "Not every learning rate has finished with the same seeds, so the choice is made by those that all rates have"
+    return [f"{said}: {'; '.join(unlike)}."] if unlike else []
 
 
 def _edge_notes(group: Group) -> list[str]:

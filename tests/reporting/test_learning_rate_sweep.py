@@ -1,4 +1,14 @@
-from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, at_edge, choose_learning_rates, rate_obstacle, rates_of
+import pytest
+
+from cora_cli.reporting.learning_rate_sweep import (
+    AT_EDGE,
+    UNSWEPT,
+    at_edge,
+    choose_learning_rates,
+    deciding_seeds,
+    rate_obstacle,
+    rates_of,
+)
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import group_methods
 
@@ -13,6 +23,21 @@ def test_learning_rates_are_chosen_by_the_mean_held_out_loss_of_the_seeds():
     chosen, selected_by = choose_learning_rates(methods)
     assert [(m.first.row.label, m.first.row.learning_rate) for m in chosen] == [("fb", 1e-4), ("lora", 1e-3)]
     assert selected_by == "held-out loss"
+
+
+@pytest.mark.parametrize("by", ["validation loss", "held-out loss"])
+def test_seeds_that_not_every_learning_rate_has_finished_do_not_decide(by):
+    def at(rate, seed, loss):
+        record = {"validation": {"loss": loss}} if by == "validation loss" else {}
+        return result("fb", seed, rate, record, **{LOSS: [[loss * 5, 5]]})
+
+    # The lower rate is better at the seed that both have; its other seed is one at which every loss is high.
+    methods = group_methods([at(1e-4, 0, 1.0), at(1e-4, 1, 3.0), at(1e-3, 0, 1.5)])
+    assert deciding_seeds(methods, by) == {0}
+    assert [method.first.row.learning_rate for method in choose_learning_rates(methods)[0]] == [1e-4]
+    apart = group_methods([at(1e-4, 1, 3.0), at(1e-3, 0, 1.5)])
+    assert deciding_seeds(apart, by) == set()
+    assert [method.first.row.learning_rate for method in choose_learning_rates(apart)[0]] == [1e-3]
 
 
 def test_without_held_out_losses_every_learning_rate_stays():

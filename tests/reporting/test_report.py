@@ -385,6 +385,18 @@ def test_the_note_of_the_tests_names_rates_that_were_not_swept_alike_and_rates_a
     assert "No random control" not in notes
 
 
+@pytest.mark.parametrize(
+    ("seeds", "said"), [((0, 1), None), ((0,), "lora r=4 by seed 0"), ((2,), "by different seeds, which favours a rate")]
+)
+def test_the_note_of_a_sweep_names_the_seeds_where_not_every_rate_has_finished_all(seeds, said, tmp_path):
+    rows = [Made("lora", "lora", seed, rate=1e-3) for seed in (0, 1)] + [
+        Made("lora", "lora", seed, rate=1e-2) for seed in seeds
+    ]
+    text = report([str(make_grid(tmp_path, rows, prompts=6))])
+    assert ("Not every learning rate has finished with the same seeds" in text) == (said is not None)
+    assert said is None or said in text
+
+
 def test_the_note_of_the_tests_names_an_informed_b_without_a_random_control(tmp_path):
     rows = [Made("fb", "fb", n_models=2), Made("fb random", "fb", b_init="orthonormal"), Made("tb", "tb", n_models=2)]
     notes = notes_of_tests(make_grid(tmp_path, [*rows, Made("lora", "lora")], prompts=6))
