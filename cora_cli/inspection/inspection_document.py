@@ -231,7 +231,15 @@ def _bases(inspection: Inspection) -> Table:
 
 def _points(inspection: Inspection) -> Table:
     rows = [
-        (Cell(point.basis), Cell(found.stratum), Cell(f"{point.capture:.4f}"), Cell(f"{point.loss:.4f}"), Cell(str(point.runs)))
+        (
+            Cell(point.basis),
+            Cell(found.stratum),
+            Cell(f"{point.capture:.4f}"),
+            Cell(f"{point.loss:.4f}"),
+            Cell(str(point.runs)),
+            Cell("–" if point.learning_rate is None else f"{point.learning_rate:g}"),
+            Cell(str(len(point.rates))),
+        )
         for found in inspection.predictions or ()
         for point in found.points
     ]
@@ -244,7 +252,7 @@ def _points(inspection: Inspection) -> Table:
     )
     return Table(
         "Prediction: the capture of each basis and the loss of its runs",
-        ("basis", "runs of", "capture", "loss", "runs"),
+        ("basis", "runs of", "capture", "loss", "runs", "learning rate", "rates tried"),
         tuple(rows),
         notes,
     )

@@ -22,7 +22,7 @@ from cora_cli.inspection.starts import start_of
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.reporting.collect import Result, collect
-from cora_cli.reporting.learning_rate_sweep import choose_learning_rates
+from cora_cli.reporting.learning_rate_sweep import Rates, RatesByMethod, choose_learning_rates, rates_of
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import find_experiments
 from cora_cli.reporting.statistics import MethodResults
@@ -47,7 +47,7 @@ class UsedBasis:
 
     `directions` has one entry, or one per seed for a random B. The draws of a random B count as one basis, because the seed also sets
     the order of the data and the two effects cannot be separated. `losses` holds (seed, held-out loss) of the runs of one `stratum`:
-    same data, model, mode, ranks and settings, at the chosen learning rate.
+    same data, model, mode, ranks and settings, at the chosen learning rate. `learning_rate` is the chosen one of `rates`.
     """
 
     name: str
@@ -56,11 +56,14 @@ class UsedBasis:
     directions: dict[str, Directions]
     basis: Basis | None
     losses: tuple[tuple[int, float], ...]
+    learning_rate: float | None
+    rates: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One basis: its capture of ΔW (0-1), the mean held-out loss of its runs (nats per token), and the number of these runs.
+    """One basis: its capture of ΔW (0-1), the mean held-out loss of its runs (nats per token), the number of these runs, and their learning rate
+    with all that were tried.
 
     Only seeds that were run with every basis of the stratum count.
     """
@@ -69,6 +72,8 @@ class Point:
     capture: float
     loss: float
     runs: int
+    learning_rate: float | None = None
+    rates: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +84,12 @@ class Prediction:
     points: tuple[Point, ...]
     rho: float | None
     interval: tuple[float, float] | None
+
+    @property
+    def swept_alike(self) -> bool:
+        """Whether all bases had equally many learning rates to choose from, or the same one."""
+        tried = {point.rates for point in self.points}
+        return len(tried) < 2 or (len({len(rates) for rates in tried}) == 1 and min(map(len, tried)) > 1)
 
     def sentence(self) -> str:
         """The result in words."""
@@ -95,7 +106,10 @@ class Prediction:
             said = "Capture is misleading: bases that capture more reach a higher held-out loss"
         else:
             said = "Capture is not shown to predict the held-out loss: the interval of the correlation contains zero"
-        return f"{said} ({self.stratum}, {bases}, Spearman's ρ {self.rho:+.2f} [{low:+.2f}, {high:+.2f}])."
+        rates = (
+            "" if self.swept_alike else " Their learning rates were not swept alike, from which differences in loss may come."
+        )
+        return f"{said} ({self.stratum}, {bases}, Spearman's ρ {self.rho:+.2f} [{low:+.2f}, {high:+.2f}]).{rates}"
 
 
 def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
@@ -105,14 +119,17 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
     """
     # A report groups runs by method alone. Here runs with different bases must stay apart, even if nothing else differs.
     strata: dict[str, list[tuple[str, Result]]] = {}
+    planned: dict[tuple[object, ...], Rates] = {}
     for experiment in find_experiments(outputs):
-        for result in collect(experiment).results:
+        finished = collect(experiment).results
+        for result in finished:
             if LOSS in result.measures and (key := _key(result)) is not None:
                 row = result.row
                 plan = AdapterPlan.from_dict(result.record["plan"])
                 width = _width(plan)
                 stratum = f"{row.group}, {row.mode} r={row.rank}{'' if width == f'r={plan.rank}' else f', {width}'}"
                 strata.setdefault(stratum, []).append((key, result))
+        planned |= rates_of([MethodResults((result,)) for result in finished], experiment.sweeps)
     found: dict[tuple[str, str], dict[Any, list[Result]]] = {}
     for stratum, results in strata.items():
         settings = [_settings(result) for _, result in results]
@@ -127,7 +144,7 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
             f"no finished run in {', '.join(outputs)} has both a basis and a held-out loss; name other runs or leave --runs out"
         )
     return [
-        _used(stratum, key, [result for method in chosen for result in method.results])
+        _used(stratum, key, [result for method in chosen for result in method.results], planned)
         for (stratum, key), rates in found.items()
         for chosen, _ in [choose_learning_rates([MethodResults(tuple(results)) for results in rates.values()])]
     ]
@@ -162,7 +179,7 @@ def predict(used: Sequence[UsedBasis], models: dict[str, WeightSource], findings
         shares = _captures(one, models, findings)
         losses = [loss for seed, loss in one.losses if seed in seeds[one.stratum]]
         if shares and losses:
-            points[one.stratum].append(Point(one.name, fmean(shares), fmean(losses), len(losses)))
+            points[one.stratum].append(Point(one.name, fmean(shares), fmean(losses), len(losses), one.learning_rate, one.rates))
     return [_correlate(stratum, tuple(found)) for stratum, found in points.items()]
 
 
@@ -226,7 +243,7 @@ def _key(result: Result) -> str | None:
     return f"{start} B" if start in ("orthonormal", "random") else None
 
 
-def _used(stratum: str, key: str, results: list[Result]) -> UsedBasis:
+def _used(stratum: str, key: str, results: list[Result], planned: RatesByMethod) -> UsedBasis:
     record, row = results[0].record, results[0].row
     plans = [AdapterPlan.from_dict(result.record["plan"]) for result in results]
     rank, width = method_of(plans[0].mode).b_width(plans[0]), _width(plans[0])
@@ -249,6 +266,8 @@ def _used(stratum: str, key: str, results: list[Result]) -> UsedBasis:
         directions=directions,
         basis=basis,
         losses=tuple((result.row.seed, result.measures[LOSS].value) for result in results),
+        learning_rate=row.learning_rate,
+        rates=tuple(sorted(rate for rate in planned[MethodResults((results[0],)).identity].planned if rate is not None)),
     )
 
 

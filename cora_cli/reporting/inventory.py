@@ -111,7 +111,8 @@ def _run(run: RunDirectory) -> Entry:
     if status == "running" and not held:
         status = "interrupted"  # killed before it could say so
     heldout = record.get("heldout")
-    loss = f"loss {heldout['after']['loss']:.3f}" if heldout else ""
+    # A Laplace approximation keeps the loss of the run that it was made of, and has none of its own.
+    loss = f"loss {heldout['after']['loss']:.3f}" if heldout and "laplace" not in record else ""
     method = f"laplace {record['mode']}" if "laplace" in record else record["mode"]
     return Entry(run.root, "run", status, method, loss, _time(run.record))
 

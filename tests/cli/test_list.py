@@ -34,6 +34,13 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_a_laplace_approximation_is_listed_without_the_loss_of_its_run(folder):
+    path = next((folder / "grid/runs").glob("*lora*/run.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "laplace": {"records": 4}}))
+    (entry,) = [entry for entry in inventory(folder) if entry.method == "laplace lora"]
+    assert (entry.status, entry.result) == ("finished", "")
+
+
 def test_every_state_is_shown(folder):
     with (folder / "going/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -12,6 +12,22 @@ def prediction(captures: list[float], losses: list[float]) -> Prediction:
     return Prediction("data, fb r=4", points, *(spearman(captures, losses) or (None, None)))
 
 
+@pytest.mark.parametrize(
+    ("rates", "alike"),
+    [
+        ([(1e-3,), (1e-3,)], True),
+        ([(1e-3,), (1e-2,)], False),
+        ([(1e-3, 1e-2), (1e-2, 1e-1)], True),
+        ([(1e-3, 1e-2), (1e-2,)], False),
+    ],
+)
+def test_bases_whose_learning_rates_were_not_swept_alike_are_correlated_with_a_word(rates, alike):
+    numbers = [1.0, 2.0, 3.0, 4.0]
+    points = tuple(Point(f"b{n}", n, 5 - n, 1, rates[n > 2][0], rates[n > 2]) for n in numbers)
+    found = Prediction("data, fb r=4", points, *(spearman(numbers, [-n for n in numbers]) or (None, None)))
+    assert ("not swept alike" in found.sentence()) == (not alike)
+
+
 @pytest.mark.parametrize("n", [4, 7, 30])
 def test_rho_is_scipys_and_lies_in_its_interval(n):
     generator = np.random.default_rng(n)

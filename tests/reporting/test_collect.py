@@ -498,7 +498,7 @@ def test_runs_with_unlike_settings_are_of_unlike_strata_where_losses_are_correla
         shutil.copytree(path, tmp_path / path.name) for path in sorted((trained_grid / "runs").iterdir()) if "fb_" in path.name
     )
     alike = used_bases([str(one), str(again)])
-    assert [len(used.losses) for used in alike] == [2]
+    assert [(len(used.losses), used.learning_rate, used.rates) for used in alike] == [(2, 0.03, (0.03,))]
     record = read_json(again / "run.json")
     record["fingerprint"]["settings"]["max_steps"] = 9
     rundir.write_json(again / "run.json", record)
