@@ -415,6 +415,7 @@ def test_an_adapter_without_a_layer_that_its_configuration_names_is_refused(copy
         {"target_modules": "all-linear"},
         {"exclude_modules": ["layers.1.self_attn.v_proj"]},
         {"modules_to_save": ["v_proj"]},
+        {"modules_to_save": ["embed_tokens", "norm"]},  # post_attention_layernorm ends so, too
     ],
 )
 def test_an_adapter_of_some_layers_is_complete_where_its_configuration_says_so(grouped_models, tmp_path, settings):
