@@ -54,7 +54,7 @@ def _training(results: Sequence[Result]) -> list[str]:
         f"{of('data.template')}): {of('data.train.records')} training records with {of('data.train.tokens')} tokens "
         f"({of('data.train.response_tokens')} of them in responses) and {of('data.test.records')} held-out records"
         + (f"; {of('validation.n')} more were set aside for validation." if _dig(results[0].record, "validation.n") else "."),
-        f"Records dropped because they were too long: {of('data.train.dropped')}; records with a truncated prompt: {of('data.train.truncated')}; "
+        f"Records dropped because they were too long: {of('data.train.dropped')}; records that were truncated: {of('data.train.truncated')}; "
         f"records dropped because their prompt is also held out: {of('data.overlapping_dropped')}.",
         f"Modes {of('mode')}; rank {of('plan.rank')}, alpha {of('plan.alpha')}, B starts as {of('plan.b_init')}, A as {of('plan.a_init')}, "
         f"target modules {setting('target_modules')}.",

@@ -110,7 +110,7 @@ def _counts(encoded: EncodedSet) -> dict[str, int]:
         "records": len(encoded.examples),
         "tokens": encoded.tokens,
         "response_tokens": encoded.response_tokens,
-        "truncated": encoded.truncated,
+        "truncated": encoded.truncated + encoded.cut,
         "dropped": encoded.dropped,
     }
 

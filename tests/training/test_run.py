@@ -339,6 +339,17 @@ def test_epochs_and_limit_decide_the_number_of_steps(tiny_model: Path, tiny_data
     assert (tmp_path / "run" / "test.jsonl").read_text() == ""
 
 
+def test_texts_that_lose_their_end_are_counted_in_the_record(tiny_model: Path, tmp_path: Path) -> None:
+    # `report` names different maximum lengths only where something was truncated.
+    texts = ["Count: " + "1" * n for n in range(1, 13)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = config_for(tiny_model, tmp_path / "texts.jsonl", tmp_path / "run", max_length=8, test_size=6.0, max_steps=1)
+    counts = train(config)["data"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    longer = sum(len(tokenizer(text).input_ids) + 1 > 8 for text in texts)
+    assert counts["train"]["truncated"] + counts["test"]["truncated"] == longer > 0 < counts["test"]["truncated"]
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.03, 0.07, 0.1, 0.5, 0.99])
 def test_warm_up_has_as_many_steps_as_the_trainer_gives_a_ratio(ratio: float) -> None:
     arguments = TrainingArguments(warmup_steps=ratio, use_cpu=True)
