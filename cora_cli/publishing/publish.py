@@ -90,6 +90,11 @@ def verdict_of(path: Path, record: Mapping[str, Any]) -> list[str]:
             line = next((line for line in group["lines"] if digest in line.get("results", [])), None)
             if line is None:
                 continue
+            if not line.get("chosen", True):
+                raise CoraError(
+                    f"the verdict of {path} on {line['method']} is about runs at another learning rate than this run's, which was not chosen; publish one of "
+                    "them, or leave --report out"
+                )
             shown = [each for each in group["verdict"]["comparisons"] if line["method"] in (each["one"], each["other"])]
             return [group["verdict"]["headline"], *(each["sentence"] for each in shown)]
     raise CoraError(

@@ -4,9 +4,11 @@ from typing import NotRequired, TypedDict
 
 
 class ReportedLine(TypedDict):
-    """A line of a report's table; `results` has the hash of what each of its runs trained, None for the base model."""
+    """A line of a report's table; `results` has the hash of what each of its runs trained, None for the base model. The verdict is on the lines that
+    are `chosen`."""
 
     method: str
+    chosen: NotRequired[bool]
     results: NotRequired[list[str | None]]
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -134,8 +135,10 @@ class MethodResults:
         """The label with rank and number of models, unless it contains them already: `fb r=48 n=5`."""
         row = self.first.row
         parts = [row.label]
-        parts += [f"r={row.rank}"] if row.rank is not None and f"r={row.rank}" not in row.label else []
-        parts += [f"n={row.n_models}"] if row.n_models is not None and f"n={row.n_models}" not in row.label else []
+        for symbol, count in (("r", row.rank), ("n", row.n_models)):
+            # A setting such as gradient_accumulation=2 does not state a number of models.
+            if count is not None and not re.search(rf"(?<!\w){symbol}={count}(?!\d)", row.label):
+                parts.append(f"{symbol}={count}")
         return " ".join(parts)
 
     def with_measure(self, name: str) -> tuple[Result, ...]:

@@ -189,6 +189,15 @@ def test_without_a_token_a_network_or_permission_one_sentence_says_so(
     assert not hub.repositories
 
 
+def test_a_run_at_a_learning_rate_that_was_not_chosen_has_no_verdict(finished: Path, tmp_path: Path) -> None:
+    told = json.loads(report([str(finished)], "json"))
+    (line,) = [line for line in told["experiments"][0]["groups"][0]["lines"] if line["rows"] == [str(finished)]]
+    line["chosen"] = False
+    (tmp_path / "report.json").write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(CoraError, match=f"on {line['method']} is about runs at another learning rate than this run's"):
+        files_of(RunDirectory(finished), "org/name", report=tmp_path / "report.json")
+
+
 def test_the_verdict_of_a_report_on_the_run_goes_into_the_card(finished: Path, run: Path, tmp_path: Path) -> None:
     text = report([str(finished)], "json")
     (tmp_path / "report.json").write_text(text, encoding="utf-8")

@@ -227,3 +227,17 @@ def test_an_interval_is_computed_once_however_often_it_is_shown(monkeypatch: pyt
     (method,) = group_methods([result(seed=seed, rouge1=[0.1, 0.4, 0.2, 0.9 - seed / 10]) for seed in range(3)])
     assert method.estimate("rouge1") == method.estimate("rouge1")
     assert computed == [1]
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("fb n=2", "fb n=2 r=4"),
+        ("fb gradient_accumulation=2", "fb gradient_accumulation=2 r=4 n=2"),
+        ("CoRA (r=4, n=2)", "CoRA (r=4, n=2)"),
+        ("fb n=25", "fb n=25 r=4 n=2"),
+    ],
+)
+def test_a_name_has_the_rank_and_the_number_of_models_that_its_label_does_not_state(label, name):
+    one = result(label)
+    assert MethodResults((dataclasses.replace(one, row=dataclasses.replace(one.row, rank=4, n_models=2)),)).name == name
