@@ -259,7 +259,7 @@ def memory_notes(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimate
     others = [estimates[name].bytes for name, step in plan.steps.items() if step.kind != "train" and name in estimates]
     if memory.distinct:
         notes.append(
-            "training: rows that differ in learning rate and seed only; tokens of a complete run, of which so many carry loss; adapter: its size on disk, "
+            "training: rows alike but for learning rate, seed and the like, which decide nothing here, named after the first; tokens of a complete run, of which so many carry loss; adapter: its size on disk, "
             "where its memory is measured"
         )
         on_gpu = memory.hardware.device.type == "cuda"

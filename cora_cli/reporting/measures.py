@@ -99,7 +99,9 @@ def read_evaluation(
     """
     record = records.read_metrics(evaluation)
     if not evaluation.predictions.exists():
-        raise CoraError(f"{evaluation.predictions} does not exist, so {evaluation.metrics.name} cannot be checked")
+        raise CoraError(
+            f"{evaluation.predictions} does not exist, so {evaluation.metrics.name} cannot be checked; copy the predictions that were scored to it"
+        )
     lines = read_jsonl(evaluation.predictions, records.Prediction)
     scores = read_jsonl(evaluation.scores, records.Scores)
     if rundir.sha256_file(evaluation.predictions) != record["predictions_sha256"]:
