@@ -1,5 +1,6 @@
 """Which base model an adapter belongs to, and whether the one at hand is that model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cora_cli.adapters.facts import read_facts
@@ -52,6 +53,17 @@ def say_other_base(adapter: ModelPath, base: ModelPath) -> None:
     if other := _other_base(adapter, base):
         say(other)
     _say_other_name(adapter, base)
+
+
+def say_different_bases(models: Sequence[ModelPath]) -> None:
+    """Say so where adapters of `cora` among `models` were trained on different base models."""
+    known = {facts.base_sha256: (model, facts) for model in models if model.is_adapter and (facts := read_facts(model.path))}
+    if len(known) > 1:
+        (one, on), (other, on_other) = list(known.values())[:2]
+        say(
+            f"{one.reference} was trained on {on.base} and {other.reference} on {on_other.base}, which have other weights; a common subspace is one "
+            "of fine-tunes of one base model"
+        )
 
 
 def _say_other_name(adapter: ModelPath, base: ModelPath) -> None:

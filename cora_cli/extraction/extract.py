@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cora_cli.adapters.base import say_other_base
+from cora_cli.adapters.base import say_different_bases, say_other_base
 from cora_cli.basis.artifact import Basis, LayerEnergy, SourceRecord, write_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError, UsageError
@@ -124,6 +124,8 @@ def extract_basis(
     for model in models:
         if base is not None and model.is_adapter:
             say_other_base(model, base)
+    if base is None:
+        say_different_bases(models)
     base_source = open_source(base) if base else None
     sources = [open_source(model, base_source) for model in models]
     subtracted = base_source if choices.source == "delta" else None

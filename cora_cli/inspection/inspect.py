@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cora_cli.adapters.base import base_of, check_base, say_other_base
+from cora_cli.adapters.base import base_of, check_base, say_different_bases, say_other_base
 from cora_cli.basis.artifact import Basis, differing_key, read_basis
 from cora_cli.basis.choices import DEFAULT_RANK, DEFAULT_TARGET_MODULES, Side
 from cora_cli.device import Hardware
@@ -181,6 +181,8 @@ def open_inputs(
     for path in paths:
         if base_path is not None and path.is_adapter and weights:
             (say_other_base if named_base else check_base)(path, base_path)
+    if base_path is None:
+        say_different_bases(paths)
     base_source = opening(base_path) if base_path else None
     models = {name: opening(path, base_source) for name, path in zip(short_names(named), paths, strict=True)}
     read = {source.reference: source.architecture for source in ([base_source] if base_source else []) + list(models.values())}

@@ -10,6 +10,7 @@ from cora_cli.basis.artifact import read_basis, write_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.extraction.extract import extract_basis
+from cora_cli.models.references import resolve_model
 from tests.weights.helpers import CPU, dense_weights, local, reference_directions, reference_matrix, subspace_error
 from tests.weights.test_adapter_sources import make_adapter
 
@@ -254,3 +255,11 @@ def test_an_output_that_is_a_file_of_a_source_is_refused_and_left_alone(square_m
 def test_a_base_that_nothing_needs_is_refused(grouped_models, tmp_path):
     with pytest.raises(UsageError, match="--base has no effect on complete models with --source weights"):
         run(grouped_models[:1], tmp_path / "b", base=grouped_models[1])
+
+
+def test_adapters_of_two_base_models_are_merged_with_a_word(tiny_sources, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("cora_cli.extraction.extract.say_different_bases", asked.append)
+    models = [resolve_model(source) for source in tiny_sources]
+    extract_basis(models, tmp_path / "b", BasisChoices(rank=4), None, torch.device("cpu"))
+    assert asked == [models]
