@@ -114,7 +114,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
             judgings.append(root)
         else:
             raise not_an_output(root)
-    plain = _by_inputs(plain)
+    plain = _by_inputs(_without_own_evaluations(plain))
     plain += _bases_of(plain)
     if len(grids) == 1 and not plain:
         # Judgments of a grid's models are reported with their rows, which know the paper's names.
@@ -152,6 +152,12 @@ def _with_ranks(places: Sequence[Path]) -> list[Path]:
             elif one != run.evaluation:
                 found.append(one)
     return found
+
+
+def _without_own_evaluations(rows: Sequence[Row]) -> list[Row]:
+    """The rows without evaluations that stand in the row of their run already."""
+    own = {row.evaluation.resolve() for row in rows if row.run is not None and row.evaluation is not None}
+    return [row for row in rows if row.run is not None or row.evaluation is None or row.evaluation.resolve() not in own]
 
 
 def _bases_of(rows: Sequence[Row]) -> list[Row]:

@@ -148,6 +148,12 @@ def of_model(folder, model):
     return folder
 
 
+def test_an_evaluation_that_is_named_next_to_its_run_counts_once(runs_with_base):
+    lora = runs_with_base[0]
+    (experiment,) = find_experiments([str(lora / "eval"), str(lora)])
+    assert [row.label for row in experiment.rows] == ["lora", "base"]
+
+
 @pytest.mark.parametrize(("model", "label", "mode"), [("instruct", "instruct", "model"), (None, "chat-4", "answers")])
 def test_what_is_not_the_base_model_of_a_run_is_not_called_base_next_to_it(runs_with_base, tmp_path, model, label, mode):
     lora, fb = runs_with_base
