@@ -259,7 +259,8 @@ def memory_notes(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimate
     others = [estimates[name].bytes for name, step in plan.steps.items() if step.kind != "train" and name in estimates]
     if memory.distinct:
         notes.append(
-            "training: rows alike but for learning rate, seed and the like, which decide nothing here, named after the first; tokens of a complete run, of which so many carry loss; adapter: its size on disk, "
+            "training: rows that differ only in what decides nothing here, such as learning rate and seed, by the name of the first; tokens of a complete "
+            "run, of which so many carry loss; adapter: its size on disk, "
             "where its memory is measured"
         )
         on_gpu = memory.hardware.device.type == "cuda"
