@@ -200,7 +200,7 @@ def load_adapter(
                 if facts is None:
                     _check_gathered(adapter, stored)
                 state = _by_names_of(model, stored)
-                _check_start(adapter)
+                check_start(adapter)
                 _resize_embeddings(model, state)
                 with _for_peft(adapter, state, state.keys() == stored.keys()) as path:
                     wrapped = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
@@ -237,7 +237,7 @@ def load_adapter(
     return wrapped.eval()
 
 
-def _check_start(adapter: ModelPath) -> None:
+def check_start(adapter: ModelPath) -> None:
     """Raise `CoraError` for an adapter on a changed W that PEFT cannot compute again: it would draw at random, or take W itself."""
     start = start_that_changes_base(adapter.adapter_config())
     if start is not None and (start.startswith("pissa_niter_") or start == "lora_ga"):

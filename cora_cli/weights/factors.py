@@ -18,7 +18,7 @@ from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts, starting_b
 from cora_cli.adapters.peft_settings import say_unknown_settings
 from cora_cli.adapters.posterior import say_mean
-from cora_cli.adapters.storage import check_is_complete
+from cora_cli.adapters.storage import check_is_complete, check_start
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.models.checkpoint import Checkpoint, finite
@@ -31,6 +31,8 @@ _FULL_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?:\.base_layer)?\.w
 _WRAPPED_KEY = re.compile(r"^(?P<module>.+)\.(modules_to_save|original_module)\.(weight|bias)$")
 """What PEFT stores of a resized embedding or head next to its weight, and leaves out as it loads it."""
 _BIAS_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)(?P<place>\.base_layer|\.lora_B)?\.bias$")
+_OF_PARAMETER = re.compile(r"(\.base_layer)+$")
+"""What PEFT puts behind the name of a module of which it adapts several parameters."""
 _OTHER_KEY = re.compile(r"^base_model\.model\.(?P<module>.+?)\.(?:lora_embedding_[AB]|token_adapter\..+)$")
 # Settings under which a LoRA adapter's weight is not W + s·B·A.
 _OTHER_FORMS = (
@@ -40,10 +42,11 @@ _OTHER_FORMS = (
     "arrow_config",
     "alora_invocation_tokens",
     "layer_replication",
-    "target_parameters",
     "kasa_config",
     "monteclora_config",
 )
+_NEVER_MERGED = ("use_qalora", "arrow_config", "alora_invocation_tokens")
+"""Those whose change depends on the input, or that PEFT cannot add to a weight."""
 
 
 class AdapterFactors:
@@ -57,7 +60,7 @@ class AdapterFactors:
     def __init__(self, model: ModelPath) -> None:
         self.config = model.adapter_config()
         self.reference = model.reference
-        self._check_form()
+        self._check_form(model)
         check_is_complete(model)
         say_unknown_settings(model)
         say_mean(model)
@@ -113,6 +116,27 @@ class AdapterFactors:
         self._full_keys = {names.get(module, module): key for module, key in self._full_keys.items()}
         self.hidden = {names.get(module, module) for module in self.hidden}
 
+    def set_apart(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+        """Leave out the factors of parameters that are no weights of the base's modules, such as those of experts. `shapes` holds these modules.
+
+        Returns why their weights cannot be read, for the modules whose weight PEFT adapts as a parameter.
+        """
+        parameters = _names(self.config.get("target_parameters"))
+        faults = {}
+        for module in list(self._keys):
+            owner = _OF_PARAMETER.sub("", module)
+            if owner in shapes:
+                adapted = any(f".{owner}.weight".endswith(f".{parameter}") for parameter in parameters)
+            else:
+                adapted = bool(ONE_EXPERT.search(owner)) or any(owner.endswith(name.rpartition(".")[0]) for name in parameters)
+            if not adapted:
+                continue
+            del self._keys[module], self.ranks[module]
+            self.hidden.add(owner)
+            if owner in shapes:
+                faults[owner] = f"{owner} is changed through target_parameters, so its weight is not W + s·B·A; merge it first"
+        return faults
+
     def check(self, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
         """Raise `CoraError` unless every update fits the base model. `shapes` maps its modules to (out, in); `base` names it."""
         with bounded(f"{self.reference}: matching rank_pattern and alpha_pattern"):
@@ -121,11 +145,6 @@ class AdapterFactors:
     def _check_factors(self, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
         for module, keys in self._keys.items():
             if module not in shapes:
-                if ONE_EXPERT.search(module):
-                    raise CoraError(
-                        f"{self.reference}: {keys['A']} changes one expert, whose weight the model that transformers loads holds in one tensor "
-                        "with those of the others, so it is no W + s·B·A; merge it first"
-                    )
                 raise CoraError(
                     f"{self.reference}: {keys['A']} matches no module of its base {base}; name the right one with --base"
                 )
@@ -159,9 +178,11 @@ class AdapterFactors:
         known = self.ranks.keys() | self._full_keys.keys() | self.hidden
         if named.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             named.target_modules = list({module.rpartition(".")[2] for module in self.ranks})
-        if named.target_modules is None:
+        if named.target_modules is None and self.config.get("target_parameters"):
+            named.target_modules = []
+        elif named.target_modules is None:
             named.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type or "")
-        if not named.target_modules:
+        if not (named.target_modules or self.config.get("target_parameters")):
             raise CoraError(f"{self.reference}: adapter_config.json names no target_modules; PEFT would leave out the adapter")
         with bounded(f"{self.reference}: matching target_modules"):
             lacking = [module for module in modules if module not in known and check_target_module_exists(named, module)]
@@ -238,14 +259,14 @@ class AdapterFactors:
         key = self._keys[module][matrix]
         return finite(self.checkpoint.read(key), self.reference, key)
 
-    def _check_form(self) -> None:
+    def _check_form(self, model: ModelPath) -> None:
         if (kind := self.config.get("peft_type")) != "LORA":
             raise CoraError(f"{self.reference} is a {kind} adapter; only LORA adapters are supported")
         for setting in _OTHER_FORMS:
             if self.config.get(setting):
-                raise CoraError(
-                    f"{self.reference} was trained with {setting}, so its weights are not W + s·B·A; merge it first"
-                )
+                remedy = ", nor can it be merged into any" if setting in _NEVER_MERGED else "; merge it first"
+                raise CoraError(f"{self.reference} was trained with {setting}, so its weights are not W + s·B·A{remedy}")
+        check_start(model)
         if (start := start_that_changes_base(self.config)) is not None:
             raise CoraError(f"{self.reference} has init_lora_weights {start!r}, which changes the base weights; merge it first")
 

@@ -224,6 +224,7 @@ class AdapterSource(WeightSource):
         self._layouts = {view.fused: view.layout for view in self.views.values()}
         if self._own.changed - self.base.shapes.keys():
             self._own.rename(self.renamed_modules(self._own.changed))
+        apart = self._own.set_apart(self.base.shapes)
         self._own.check_full(self.base.shapes, self.base.transposed)
         # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
         shapes = self.base.shapes | self._own.full
@@ -236,7 +237,7 @@ class AdapterSource(WeightSource):
         self._own.check_complete(adapted, self.base.reference, self.architecture.get("model_type"))
         hidden = self._own.hidden | (self.base.sharing(self._own.hidden) - self._own.changed)
         self.shapes = {module: shape for module, shape in shapes.items() if module not in hidden}
-        self.faults = {module: fault for module, fault in self.base.faults.items() if module not in self._own.full}
+        self.faults = {module: fault for module, fault in self.base.faults.items() if module not in self._own.full} | apart
 
     def read(self, module: str) -> torch.Tensor:
         """The weight of `module`, (out, in) float64."""

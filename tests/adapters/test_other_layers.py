@@ -312,5 +312,6 @@ def test_adapters_of_single_experts_change_the_experts_that_transformers_fuses(
     export_adapter(resolve_model(str(adapter)), tmp_path / "exported")
     exported = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(tmp_path / "exported"))
     assert torch.allclose(logits(exported.eval()), logits(wanted), atol=1e-4)
-    with pytest.raises(CoraError, match=r"experts\.0\.\w+\.lora_A\.weight changes one expert, .* merge it first"):
-        open_source(resolve_model(str(adapter)))
+    source, query = open_source(resolve_model(str(adapter))), base.model.layers[0].self_attn.q_proj
+    assert torch.equal(source.read("model.layers.0.self_attn.q_proj"), query.weight.double())
+    assert not any(".experts." in module for module in source.shapes)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
@@ -234,7 +234,9 @@ def test_the_content_hash_covers_factors_scale_and_base(copy, plain, grouped_mod
         ({"peft_type": "LOHA"}, "LOHA adapter"),
         ({"use_dora": True}, "use_dora"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
+        ({"init_lora_weights": "olora"}, "changes the base weights; merge it first"),
+        ({"init_lora_weights": "pissa_niter_4"}, "cannot be computed again; save it as a plain LoRA"),
+        ({"alora_invocation_tokens": [5]}, r"not W \+ s·B·A, nor can it be merged into any"),
         ({"r": 5}, "do not fit r = 5"),
         ({"rank_pattern": {"q_proj": 2}}, "do not fit r = 2"),
         ({"layers_pattern": "layers"}, "PEFT refuses its adapter_config.json: .*layers_to_transform"),
@@ -257,6 +259,25 @@ def test_adapters_that_are_not_w_plus_scaled_b_a_are_refused(copy, changed, said
     change_config(copy, **changed)
     with pytest.raises(CoraError, match=said):
         open_source(local(copy))
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], None])
+def test_an_adapter_that_also_changes_parameters_such_as_experts_is_read_where_it_changes_layers(tmp_path, targets):
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads))
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "gate.weight"]
+    settings = LoraConfig(r=2, target_modules=targets, target_parameters=parameters, init_lora_weights=False)
+    wrapped = get_peft_model(model, settings)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    source = open_source(local(tmp_path / "adapter"))
+    merged = wrapped.merge_and_unload().state_dict()[f"{Q0}.weight"]
+    assert torch.allclose(source.read(Q0), merged.double(), atol=1e-6)
+    assert source.targets(["q_proj"]) == [Q0]
+    with pytest.raises(CoraError, match=r"mlp\.gate is changed through target_parameters, so its weight is not W \+ s·B·A"):
+        source.targets(["gate"])
 
 
 def test_an_adapter_without_target_modules_is_that_of_pefts_own_for_the_type_of_model(copy):
