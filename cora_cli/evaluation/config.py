@@ -118,7 +118,7 @@ class EvaluateConfig:
         panel=_GENERATION,
     )
     merge: bool = setting(
-        "Merge the adapter into the weights before decoding. Faster; exact in fp32, rounded once in bf16.",
+        "Merge the adapter into the weights before decoding. Faster; exact in fp32, rounded in bf16.",
         True,
         panel=_GENERATION,
     )

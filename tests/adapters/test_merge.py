@@ -307,7 +307,7 @@ def test_each_of_two_updates_to_one_shared_weight_changes_its_own_layer_only(set
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("start", ["pissa_niter_4", "lora_ga"])
+@pytest.mark.parametrize("start", ["pissa_niter_4", "lora_ga", "corda"])
 def test_an_adapter_on_weights_that_cannot_be_computed_again_is_refused(start, tiny_model, tmp_path):
     foreign(tiny_model, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
