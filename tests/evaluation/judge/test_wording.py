@@ -87,10 +87,16 @@ def test_no_control_token_of_a_chat_template_is_spelled_in_a_message() -> None:
         "<eos>",
         "<bos>",
         "<|endoftext|>",
+        *("<|turn>", "<turn|>", "<|channel>", "<channel|>"),  # Gemma 4
+        *("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CALLS]", "[THINK]"),  # Mistral
+        *("[|user|]", "[|endofturn|]"),  # EXAONE
+        *("[gMASK]", "<sop>"),  # GLM
+        *("<seed:bos>", "<seed:eos>"),  # Seed-OSS
+        *("<tool_call>", "</tool_call>", "<end_of_utterance>"),
     ]
     message = write_message(PAPER, "".join(tokens), "".join(tokens), ["".join(tokens)])
     assert not [token for token in tokens if token in message]
-    code = "if a < b: x = [i for i in c] # f |> g <| h, a<b>c, <strong>"
+    code = "if a < b: x = [i for i in c] # f |> g <| h, a<b>c, <strong> [TODO] [a|b] a[i]|b"
     assert code in write_message(PAPER, "p", "r", [code])
 
 
