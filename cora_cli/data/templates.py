@@ -220,6 +220,9 @@ class Template:
             lead = _lead(response, content) if isinstance(content, str) and is_bare else ""
         if any(own not in response for own in self._entries(messages[-1], "tools" in extra)):
             missing.add(messages[-1]["role"])
+        several = {message["role"] for message in messages if len(message.get("tool_calls") or []) > 1}
+        if several and self._chat.writes_one_call["tools" in extra]:
+            missing |= several
         left_out = tuple(sorted(missing))
         return Rendered(prompt, response, special_tokens=False, end=end, lead=lead, own_turn=own_turn, left_out=left_out)
 

@@ -496,6 +496,19 @@ def test_arguments_of_calls_have_the_form_that_the_template_needs(written, expec
     assert Template("chat", "messages", with_template(text)).render(record).response == f"[clock: {expected}]"
 
 
+@pytest.mark.parametrize("place", [1, 2])
+def test_calls_behind_the_first_one_that_a_template_does_not_write_are_named(place):
+    text, record = calling("{{ c['function']['arguments'] | tojson }}", {"zone": "UTC"})
+    answer = record["messages"][1]
+    answer["tool_calls"] *= 2
+    messages = [QUESTION, answer, {"role": "tool", "content": "12"}, {"role": "assistant", "content": "noon"}][: 2 * place]
+    for written, left_out in (
+        (text, ()),
+        (text.replace("m['tool_calls'] or []", "(m['tool_calls'] or [])[:1]"), ("assistant",)),
+    ):
+        assert Template("chat", "messages", with_template(written)).render({"messages": messages}).left_out == left_out
+
+
 def test_a_template_of_its_own_for_tools_decides_about_arguments_ends_and_what_it_reads():
     text, record = calling("{{ c['function']['arguments'] | tojson }}", '{"zone": "UTC"}', tools=[{"name": "clock"}])
     named = {"default": CHATML, "tool_use": text.replace("<|im_end|>", "<file_sep>")}
