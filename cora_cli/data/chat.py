@@ -121,33 +121,15 @@ class ChatTemplate:
         return {with_tools: self._needs_text(with_tools, extra) for with_tools, extra in ((False, {}), (True, tools))}
 
     def _needs_text(self, with_tools: bool, extra: Mapping[str, Any]) -> bool:
-        if self._with_call(self._arguments(with_tools), None, extra) is not None:
+        arguments = '{"name": "value"}' if self.forms_of_arguments[with_tools] is str else {"name": "value"}
+        if self._with_call(arguments, None, extra) is not None:
             return False
-        return self._with_call(self._arguments(with_tools), "", extra) not in (None, self._answered({"content": ""}, extra))
+        return self._with_call(arguments, "", extra) not in (None, self._answered({"content": ""}, extra))
 
-    @cached_property
-    def writes_one_call(self) -> dict[bool, bool]:
-        """Whether the chat template writes only the first of several calls of tools, without tools and with them."""
-        tools = {"tools": [{"type": "function", "function": _TOOL}]}
-        return {with_tools: self._writes_one_call(with_tools, extra) for with_tools, extra in ((False, {}), (True, tools))}
-
-    def _writes_one_call(self, with_tools: bool, extra: Mapping[str, Any]) -> bool:
-        content = "" if self.needs_text[with_tools] else None
-        text = self._with_call(self._arguments(with_tools), content, extra, ("first" + PROBE, "second" + PROBE))
-        return text is not None and "first" + PROBE in text and "second" + PROBE not in text
-
-    def _arguments(self, with_tools: bool) -> Any:
-        return '{"name": "value"}' if self.forms_of_arguments[with_tools] is str else {"name": "value"}
-
-    def _with_call(
-        self, arguments: Any, content: str | None, extra: Mapping[str, Any], names: Sequence[str] = ("probe",)
-    ) -> str | None:
-        """A conversation whose answer calls tools, next to a text or null; None where the chat template refuses it."""
-        calls = [
-            {"id": f"call{place:05}", "type": "function", "function": {"name": name, "arguments": arguments}}
-            for place, name in enumerate(names)
-        ]
-        return self._answered({"content": content, "tool_calls": calls}, extra)
+    def _with_call(self, arguments: Any, content: str | None, extra: Mapping[str, Any]) -> str | None:
+        """A conversation whose answer calls a tool, next to a text or null; None where the chat template refuses it."""
+        call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+        return self._answered({"content": content, "tool_calls": [call]}, extra)
 
     def _answered(self, answer: Mapping[str, Any], extra: Mapping[str, Any]) -> str | None:
         """A conversation of a question and an answer; None where the chat template refuses it."""
@@ -230,6 +212,22 @@ def with_arguments(message: dict[str, Any], form: type | None) -> dict[str, Any]
 
     calls = message.get("tool_calls")
     return {**message, "tool_calls": [converted(call) for call in calls]} if isinstance(calls, list) else message
+
+
+def with_names(message: dict[str, Any], start: str) -> tuple[dict[str, Any], list[str]]:
+    """A message whose calls of tools have other names, each its own, all beginning with `start`; and these names."""
+    names: list[str] = []
+
+    def renamed(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(function := call.get("function"), dict):
+            return {**call, "function": renamed(function)}
+        names.append(f"{start}{len(names)}x")
+        return {**call, "name": names[-1]}
+
+    calls = message.get("tool_calls")
+    return ({**message, "tool_calls": list(map(renamed, calls))} if isinstance(calls, list) else message), names
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from cora_cli.data.chat import CLOCK, PROBE, THOUGHTS, ChatTemplate, TurnEnd, UnsteadyTemplate, with_arguments
+from cora_cli.data.chat import CLOCK, PROBE, THOUGHTS, ChatTemplate, TurnEnd, UnsteadyTemplate, with_arguments, with_names
 from cora_cli.data.records import Record, Schema, place_of, template_values, turns
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
@@ -220,10 +220,7 @@ class Template:
             lead = _lead(response, content) if isinstance(content, str) and is_bare else ""
         if any(own not in response for own in self._entries(messages[-1], "tools" in extra)):
             missing.add(messages[-1]["role"])
-        several = {message["role"] for message in messages if len(message.get("tool_calls") or []) > 1}
-        if several and self._chat.writes_one_call["tools" in extra]:
-            missing |= several
-        left_out = tuple(sorted(missing))
+        left_out = tuple(sorted(missing | self._lost_calls(messages, extra)))
         return Rendered(prompt, response, special_tokens=False, end=end, lead=lead, own_turn=own_turn, left_out=left_out)
 
     def _entries(self, message: Mapping[str, Any], with_tools: bool) -> Iterator[str]:
@@ -236,6 +233,31 @@ class Template:
             function = call.get("function", call) if isinstance(call, Mapping) else None
             if isinstance(function, Mapping) and isinstance(function.get("name"), str):
                 yield function["name"]
+
+    def _lost_calls(self, messages: Sequence[dict[str, Any]], extra: Mapping[str, Any]) -> set[str]:
+        """The roles of messages with a call of a tool that the chat template does not write, such as one next to a text, or behind another one.
+
+        Each call gets a name of its own for that, since those of tools are in prompts anyway.
+        """
+        named = [with_names(message, f"{PROBE}{place}x") for place, message in enumerate(messages)]
+        if "tool_calls" not in self._chat.words["tools" in extra] or not any(names for _, names in named):
+            return set()
+        renamed = [message for message, _ in named]
+        try:
+            prompt, rendered = (
+                self._chat.apply(renamed[:-1], extra, add_generation_prompt=True),
+                self._chat.apply(renamed, extra),
+            )
+        except CoraError:
+            raise
+        except Exception:  # a template may know tools by their names
+            return set()
+        texts = [*[prompt] * (len(messages) - 1), rendered]
+        return {
+            message["role"]
+            for (message, names), text in zip(named, texts, strict=True)
+            if any(name not in text for name in names)
+        }
 
     def _written(
         self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], prompt: str, rendered: str, is_bare: bool

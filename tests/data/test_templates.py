@@ -496,17 +496,24 @@ def test_arguments_of_calls_have_the_form_that_the_template_needs(written, expec
     assert Template("chat", "messages", with_template(text)).render(record).response == f"[clock: {expected}]"
 
 
-@pytest.mark.parametrize("place", [1, 2])
-def test_calls_behind_the_first_one_that_a_template_does_not_write_are_named(place):
-    text, record = calling("{{ c['function']['arguments'] | tojson }}", {"zone": "UTC"})
+@pytest.mark.parametrize("ends_with_call", [True, False])
+@pytest.mark.parametrize(
+    ("calls", "lost"),
+    [
+        ("m['tool_calls'] or []", False),
+        ("(m['tool_calls'] or [])[:1]", True),
+        ("(m['tool_calls'] if not m['content'] else []) or []", True),
+    ],
+)
+def test_calls_that_a_template_does_not_write_are_named(calls, lost, ends_with_call):
+    text, record = calling("{{ c['function']['arguments'] | tojson }}", {"zone": "UTC"}, tools=[{"name": "clock"}])
+    text = "{{ tools | tojson }}" + text.replace("m['tool_calls'] or []", calls)
     answer = record["messages"][1]
     answer["tool_calls"] *= 2
-    messages = [QUESTION, answer, {"role": "tool", "content": "12"}, {"role": "assistant", "content": "noon"}][: 2 * place]
-    for written, left_out in (
-        (text, ()),
-        (text.replace("m['tool_calls'] or []", "(m['tool_calls'] or [])[:1]"), ("assistant",)),
-    ):
-        assert Template("chat", "messages", with_template(written)).render({"messages": messages}).left_out == left_out
+    answer["content"] = "Let me see: clock."
+    if not ends_with_call:
+        record["messages"] += [{"role": "tool", "content": "12"}, {"role": "assistant", "content": "noon"}]
+    assert Template("chat", "messages", with_template(text)).render(record).left_out == (("assistant",) if lost else ())
 
 
 def test_a_template_of_its_own_for_tools_decides_about_arguments_ends_and_what_it_reads():
