@@ -210,6 +210,11 @@ class Template:
         missing = {message["role"] for message in messages[:-1] if not _is_written(message, prompt)}
         if written is None:
             if not isinstance(content, str):
+                # Some write a call of a tool otherwise next to an empty text than next to null.
+                last = {**record["messages"][-1], "content": ""}
+                found = self._render_chat(Record({**record, "messages": [*record["messages"][:-1], last]}, where))
+                if found.response:
+                    return found
                 raise CoraError(f"{where}: the chat template gives the last message no text after the prompt")
             response, end, lead = _continued(prompt, content), turn.token if turn else None, ""
         else:
@@ -280,6 +285,9 @@ class Template:
             start = len(earlier)
             if not rendered.startswith(earlier):
                 start = rendered.rfind(header, 0, _common(with_probe, rendered) + len(header))
+                # That of an earlier answer, where a template begins none of its own behind the result of a tool.
+                if rendered[: start + len(header)].count(header) < prompt.count(header):
+                    return None
             own = rendered[start:]
             if start >= 0 and own.startswith(header):
                 return own.removeprefix(header)

@@ -496,6 +496,23 @@ def test_arguments_of_calls_have_the_form_that_the_template_needs(written, expec
     assert Template("chat", "messages", with_template(text)).render(record).response == f"[clock: {expected}]"
 
 
+def test_a_call_is_never_trained_with_the_conversation_before_it():
+    # As in Apertus's template: calls and their results are one turn, and the list of results ends otherwise before a call next to null.
+    text = (
+        "{% for m in messages %}{% if m.role == 'tool' %}[{{ m.content }}{% if loop.last or messages[loop.index0 + 1].content is string %}]{% endif %}"
+        "{% elif m.role == 'user' %}{{ m.content }}{% else %}{% if messages[loop.index0 - 1].role != 'tool' %}<|im_start|>{% endif %}{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}<call>{{ c.name }}</call>{% endfor %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    template = Template("chat", "messages", with_template(text))
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"name": name}]} for name in ("clock", "calendar")]
+    record = {"messages": [QUESTION, calls[0], {"role": "tool", "content": "noon"}, calls[1]]}
+    rendered = template.render(record)
+    assert (rendered.response, rendered.left_out) == ("<call>calendar</call>", ())
+    calls[1]["content"] = ""
+    assert template.render(record) == rendered
+
+
 @pytest.mark.parametrize("ends_with_call", [True, False])
 @pytest.mark.parametrize(
     ("calls", "lost"),
