@@ -287,13 +287,18 @@ class Template:
                 start = rendered.rfind(header, 0, _common(with_probe, rendered) + len(header))
                 # That of an earlier answer, where a template begins none of its own behind the result of a tool.
                 if rendered[: start + len(header)].count(header) < prompt.count(header):
-                    return None
+                    start = -1
             own = rendered[start:]
             if start >= 0 and own.startswith(header):
                 return own.removeprefix(header)
             if is_bare or not rendered.startswith(earlier):
                 return None
         else:  # prompts end as conversations do, such as behind the result of a tool, and there is no text to train in place of calls
+            # Some write the system message before the user's last one, and only where that is to be answered.
+            before = with_probe.rpartition(PROBE)[0]
+            for own in (before, before.rstrip()):
+                if rendered.startswith(own):
+                    return rendered.removeprefix(own)
             header, own = prompt, rendered
         begun, pieces = _PIECE.findall(header), _PIECE.findall(own)
         shared = _common(begun, pieces)

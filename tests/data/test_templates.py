@@ -496,6 +496,19 @@ def test_arguments_of_calls_have_the_form_that_the_template_needs(written, expec
     assert Template("chat", "messages", with_template(text)).render(record).response == f"[clock: {expected}]"
 
 
+@pytest.mark.parametrize("space", ["", " "])
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_call_is_trained_without_the_question_where_the_system_message_stands_before_the_one_to_be_answered(content, space):
+    # As in the templates of Mistral 7B v0.3 and Nemo.
+    text = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ messages[0].content + ' ' if loop.last }}{{ m.content }}[/INST]"
+        "{% elif m.tool_calls %}[CALL]{{ m.tool_calls[0].name }}<|im_end|>{% elif m.role == 'assistant' %}SPACE{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    ).replace("SPACE", space)
+    call = {"role": "assistant", "content": content, "tool_calls": [{"name": "clock"}]}
+    rendered = Template("chat", "messages", with_template(text)).render({"messages": [*TALK["messages"][:2], call]})
+    assert (rendered.prompt, rendered.response) == ("[INST]Be brief. one?[/INST]", "[CALL]clock")
+
+
 def test_a_call_is_never_trained_with_the_conversation_before_it():
     # As in Apertus's template: calls and their results are one turn, and the list of results ends otherwise before a call next to null.
     text = (
