@@ -1,6 +1,4 @@
 import copy
-import dataclasses
-import time
 
 import pytest
 from transformers import AutoTokenizer
@@ -10,6 +8,7 @@ from cora_cli.data.encode import encode_records, notices
 from cora_cli.data.records import Record
 from cora_cli.data.templates import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Rendered, Template, choose_template
 from cora_cli.errors import CoraError
+from tests.data.conversations import CHATML, QUESTION, TALK, TOOLS, with_template
 
 
 class Plain:
@@ -30,15 +29,6 @@ def chat():
 ALPACA = {"instruction": "Translate {this}.", "input": "a {b} {", "output": "c"}
 BARE = {**ALPACA, "input": ""}
 PAIR = {"prompt": "Once upon", "completion": " a time"}
-TALK = {
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "one?"},
-        {"role": "assistant", "content": "1"},
-        {"role": "user", "content": "two?"},
-        {"role": "assistant", "content": "2"},
-    ]
-}
 
 
 @pytest.mark.parametrize(
@@ -120,18 +110,7 @@ def test_other_records_become_one_question_of_the_user(record, schema, user, cha
     assert Template("chat", schema, chat).render(record).prompt == expected
 
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TOOLS = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
 BLOCK = "<think>\n\n</think>\n\n"
-
-
-def with_template(text, eos="<|endoftext|>"):
-    tokenizer = AutoTokenizer.from_pretrained(embedded.model_directory())
-    tokenizer.chat_template, tokenizer.eos_token = text, eos
-    return tokenizer
 
 
 def test_an_answer_ends_with_the_token_by_which_the_template_ends_a_turn():
@@ -166,57 +145,6 @@ def test_another_end_than_usual_is_the_end_of_that_answer():
     record = {"messages": [TALK["messages"][1], {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}]}
     rendered = Template("chat", "messages", tokenizer).render(record)
     assert (rendered.response, rendered.answer, rendered.end) == ("call", "call", tokenizer.eos_token_id)
-
-
-@pytest.mark.parametrize("text", [{}, {"content": None}])
-def test_an_answer_of_calls_alone_may_have_a_template_that_needs_a_text_where_there_are_no_calls(text):
-    written = "{% if m.tool_calls %}call{% else %}{{ m['role'] + m['content'] }}{% endif %}"
-    tokenizer = with_template(CHATML.replace("{{ m['content'] }}", written))
-    record = {"messages": [TALK["messages"][1], {"role": "assistant", **text, "tool_calls": [{"name": "clock"}]}]}
-    rendered = Template("chat", "messages", tokenizer).render(record)
-    assert (rendered.answer, rendered.lead) == ("call", "")
-
-
-@pytest.mark.parametrize("text", [{}, {"content": None}])
-def test_a_call_stands_next_to_an_empty_text_where_the_template_refuses_null(text):
-    # As in Qwen3's template: the text is joined to the role even where there are calls.
-    written = "{{ m['role'] + m['content'] }}{% for c in m.tool_calls or [] %}[{{ c.name }}]{% endfor %}"
-    tokenizer = with_template(CHATML.replace("{{ m['content'] }}", written))
-    call = {"role": "assistant", **text, "tool_calls": [{"name": "clock"}]}
-    template = Template("chat", "messages", tokenizer)
-    assert template.render({"messages": [TALK["messages"][1], call]}).answer.endswith("[clock]")
-    result = [{"role": "tool", "content": "noon"}, {"role": "assistant", "content": "It is noon."}]
-    assert "[clock]" in template.render({"messages": [TALK["messages"][1], call, *result]}).prompt
-
-
-def test_a_template_that_refuses_null_and_writes_no_calls_refuses_the_record():
-    tokenizer = with_template(CHATML.replace("{{ m['content'] }}", "{{ m['role'] + m['content'] }}"))
-    record = {"messages": [TALK["messages"][1], {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}]}
-    with pytest.raises(CoraError, match="refuses the conversation"):
-        Template("chat", "messages", tokenizer).render(record)
-
-
-def test_a_call_behind_the_result_of_a_tool_is_trained_where_prompts_have_no_header_there():
-    # As in DeepSeek V3's template, which also ends results otherwise where a call follows them.
-    tokenizer = with_template(
-        "{% for m in messages %}{% if m.role == 'tool' %}[RESULT]{{ m.content }}"
-        "{% if loop.last or not messages[loop.index0 + 1].tool_calls %}[/RESULT]{% endif %}"
-        "{% elif m.tool_calls %}[CALL]{{ m.tool_calls[0].name }}<|im_end|>{% else %}{{ m.role }}: {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt and messages[-1].role != 'tool' %}assistant: {% endif %}"
-    )
-    calls = [{"role": "assistant", "content": "", "tool_calls": [{"name": name}]} for name in ("clock", "calendar")]
-    record = {"messages": [TALK["messages"][1], calls[0], {"role": "tool", "content": "noon"}, calls[1]]}
-    rendered = Template("chat", "messages", tokenizer).render(record)
-    assert (rendered.prompt[-15:], rendered.response) == ("[RESULT]noon[/RESULT]"[-15:], "[CALL]calendar")
-    assert (rendered.own_turn, rendered.left_out) == (False, ())
-
-
-@pytest.mark.parametrize("calls", [None, []])
-def test_a_message_whose_calls_are_null_or_an_empty_list_has_none(calls):
-    written = "{% if 'tool_calls' in m %}[CALLS]{% else %}{{ m['content'] }}{% endif %}"
-    template = Template("chat", "messages", with_template(CHATML.replace("{{ m['content'] }}", written)))
-    record = {"messages": [{**message, "tool_calls": calls} for message in TALK["messages"]]}
-    assert template.render(record) == template.render(TALK)
 
 
 def test_tools_documents_and_template_arguments_reach_the_template():
@@ -384,56 +312,6 @@ def test_control_tokens_in_tools_calls_and_thoughts_are_counted(chat):
     assert template.spells_control_tokens({"messages": [asked, {**answer, "reasoning_content": f"so {end}"}]})
 
 
-CLOCK = "{{ strftime_now('%d %b %Y %H:%M') }} " + CHATML
-
-
-def test_a_template_that_writes_the_date_writes_the_given_one():
-    tokenizer = with_template(CLOCK)
-    template = Template("chat", "messages", tokenizer, "2024-02-29")
-    assert template.reads_clock
-    assert template.render(TALK).prompt.startswith("29 Feb 2024 00:00 <|im_start|>")
-    assert Template("chat", "messages", tokenizer, "2025-01-01").render(TALK).prompt.startswith("01 Jan 2025 00:00 ")
-
-
-def test_the_seconds_of_a_date_do_not_depend_on_the_time_zone(monkeypatch):
-    template = Template("chat", "messages", with_template("{{ strftime_now('%s %%s') }} " + CHATML), "2024-02-29")
-    for zone in ("UTC", "Asia/Tokyo"):
-        monkeypatch.setenv("TZ", zone)
-        time.tzset()
-        assert template.render(TALK).prompt.startswith("1709164800 %s ")
-    monkeypatch.undo()
-    time.tzset()
-
-
-@pytest.mark.parametrize("draw", ["{{ ['a', 'b'] | random }}", "{{ lipsum(1) }}", "{{ [['a', 'b']] | map('random') | join }}"])
-def test_a_template_that_draws_at_random_is_refused(draw):
-    with pytest.raises(
-        CoraError, match=r"^data\.jsonl, line 3: the chat template draws at random, such as by Jinja's filter random"
-    ):
-        Template("chat", "messages", with_template(draw + CHATML)).render(Record(TALK, "data.jsonl, line 3"))
-
-
-def test_a_template_that_writes_an_object_instead_of_its_text_is_refused_unless_the_data_has_that_text():
-    generator = "{{ messages | map(attribute='role') }}" + CHATML
-    with pytest.raises(
-        CoraError, match=r"the chat template writes <generator object sync_do_map at 0x.*, which differs in every process"
-    ):
-        Template("chat", "messages", with_template(generator)).render(TALK)
-    question = {"role": "user", "content": "What is <object object at 0x7f00deadbeef>?"}
-    talk = {"messages": [question, TALK["messages"][-1]]}
-    assert "0x7f00deadbeef" in Template("chat", "messages", with_template(CHATML)).render(talk).prompt
-
-
-def test_without_a_date_it_writes_that_of_today(monkeypatch):
-    monkeypatch.setattr("cora_cli.data.templates.today", lambda: "2031-07-09")
-    assert Template("chat", "messages", with_template(CLOCK)).render(TALK).prompt.startswith("09 Jul 2031 ")
-
-
-def test_other_templates_read_no_clock(chat):
-    assert not Template("chat", "messages", chat).reads_clock
-    assert not Template("alpaca", "alpaca", with_template(CLOCK)).reads_clock
-
-
 def test_messages_that_the_template_leaves_out_are_counted_by_role():
     known = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] in ('user', 'assistant') %}")
     template = Template("chat", "messages", with_template(known))
@@ -452,163 +330,6 @@ def test_thoughts_that_the_template_removes_are_named_where_they_are_the_answers
     assert template.render({"messages": [question, thought, *TALK["messages"][1:]]}).left_out == ()
     apart = CHATML.replace("{{ m['content'] }}", "{{ m['content'] | replace('</think>', '\n</think>\n\n') }}")
     assert Template("chat", "messages", with_template(apart)).render({"messages": [question, thought]}).left_out == ()
-
-
-def test_results_of_tools_that_the_template_quotes_are_not_left_out():
-    quoting = CHATML.replace("{{ m['content'] }}", "{{ m['content'] | tojson }}")
-    record = {"messages": [{"role": "tool", "content": 'say "é"\n'}, *TALK["messages"][1:]]}
-    assert "tool" not in Template("chat", "messages", with_template(quoting)).render(record).left_out
-
-
-@pytest.mark.parametrize("written", ["{{ c['function']['arguments'] | tojson }}", "{{ c['function']['arguments'] }}"])
-def test_arguments_of_calls_as_json_text_are_never_written_as_a_quoted_string(written):
-    calling = CHATML.replace(
-        "{{ m['content'] }}", "{{ m['content'] }}{% for c in m['tool_calls'] or [] %}" + written + "{% endfor %}"
-    )
-    call = {"type": "function", "function": {"name": "clock", "arguments": '{"zone": "UTC"}'}}
-    record = {"messages": [TALK["messages"][1], {"role": "assistant", "content": "", "tool_calls": [call]}]}
-    assert Template("chat", "messages", with_template(calling)).render(record).response == '{"zone": "UTC"}'
-    assert call["function"]["arguments"] == '{"zone": "UTC"}'
-
-
-CALLS = "{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}[{{ c['function']['name'] }}: WRITTEN]{% endfor %}"
-QUESTION = TALK["messages"][1]
-
-
-def calling(written, arguments, **more):
-    call = {"type": "function", "function": {"name": "clock", "arguments": arguments}}
-    record = {"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}], **more}
-    return CHATML.replace("{{ m['content'] }}", CALLS.replace("WRITTEN", written)), record
-
-
-@pytest.mark.parametrize("arguments", ['{"zone": "é"}', {"zone": "é"}])
-@pytest.mark.parametrize(
-    ("written", "expected"),
-    [
-        ("{% for n, v in c['function']['arguments'].items() %}{{ n }}={{ v }}{% endfor %}", "zone=é"),
-        ("{{ c['function']['arguments'] | tojson }}", '{"zone": "é"}'),
-        ("{{ '' + c['function']['arguments'] }}", '{"zone": "é"}'),
-        ("{{ c['function']['arguments'] }}", '{"zone": "é"}'),
-    ],
-)
-def test_arguments_of_calls_have_the_form_that_the_template_needs(written, expected, arguments):
-    text, record = calling(written, arguments)
-    assert Template("chat", "messages", with_template(text)).render(record).response == f"[clock: {expected}]"
-
-
-@pytest.mark.parametrize("space", ["", " "])
-@pytest.mark.parametrize("content", [None, ""])
-def test_a_call_is_trained_without_the_question_where_the_system_message_stands_before_the_one_to_be_answered(content, space):
-    # As in the templates of Mistral 7B v0.3 and Nemo.
-    text = (
-        "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ messages[0].content + ' ' if loop.last }}{{ m.content }}[/INST]"
-        "{% elif m.tool_calls %}[CALL]{{ m.tool_calls[0].name }}<|im_end|>{% elif m.role == 'assistant' %}SPACE{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
-    ).replace("SPACE", space)
-    call = {"role": "assistant", "content": content, "tool_calls": [{"name": "clock"}]}
-    rendered = Template("chat", "messages", with_template(text)).render({"messages": [*TALK["messages"][:2], call]})
-    assert (rendered.prompt, rendered.response) == ("[INST]Be brief. one?[/INST]", "[CALL]clock")
-
-
-def test_a_call_is_never_trained_with_the_conversation_before_it():
-    # As in Apertus's template: calls and their results are one turn, and the list of results ends otherwise before a call next to null.
-    text = (
-        "{% for m in messages %}{% if m.role == 'tool' %}[{{ m.content }}{% if loop.last or messages[loop.index0 + 1].content is string %}]{% endif %}"
-        "{% elif m.role == 'user' %}{{ m.content }}{% else %}{% if messages[loop.index0 - 1].role != 'tool' %}<|im_start|>{% endif %}{{ m.content or '' }}"
-        "{% for c in m.tool_calls or [] %}<call>{{ c.name }}</call>{% endfor %}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
-    )
-    template = Template("chat", "messages", with_template(text))
-    calls = [{"role": "assistant", "content": None, "tool_calls": [{"name": name}]} for name in ("clock", "calendar")]
-    record = {"messages": [QUESTION, calls[0], {"role": "tool", "content": "noon"}, calls[1]]}
-    rendered = template.render(record)
-    assert (rendered.response, rendered.left_out) == ("<call>calendar</call>", ())
-    calls[1]["content"] = ""
-    assert template.render(record) == rendered
-
-
-@pytest.mark.parametrize("ends_with_call", [True, False])
-@pytest.mark.parametrize(
-    ("calls", "lost"),
-    [
-        ("m['tool_calls'] or []", False),
-        ("(m['tool_calls'] or [])[:1]", True),
-        ("(m['tool_calls'] if not m['content'] else []) or []", True),
-    ],
-)
-def test_calls_that_a_template_does_not_write_are_named(calls, lost, ends_with_call):
-    text, record = calling("{{ c['function']['arguments'] | tojson }}", {"zone": "UTC"}, tools=[{"name": "clock"}])
-    text = "{{ tools | tojson }}" + text.replace("m['tool_calls'] or []", calls)
-    answer = record["messages"][1]
-    answer["tool_calls"] *= 2
-    answer["content"] = "Let me see: clock."
-    if not ends_with_call:
-        record["messages"] += [{"role": "tool", "content": "12"}, {"role": "assistant", "content": "noon"}]
-    assert Template("chat", "messages", with_template(text)).render(record).left_out == (("assistant",) if lost else ())
-
-
-def test_a_template_of_its_own_for_tools_decides_about_arguments_ends_and_what_it_reads():
-    text, record = calling("{{ c['function']['arguments'] | tojson }}", '{"zone": "UTC"}', tools=[{"name": "clock"}])
-    named = {"default": CHATML, "tool_use": text.replace("<|im_end|>", "<file_sep>")}
-    template = Template("chat", "messages", with_template(named))
-    end = template.tokenizer.convert_tokens_to_ids("<file_sep>")
-    rendered = template.render(record)
-    assert (rendered.response, rendered.end) == ('[clock: {"zone": "UTC"}]', end)
-    assert template.ends == {end, template.tokenizer.convert_tokens_to_ids("<|im_end|>"), template.tokenizer.eos_token_id}
-    assert template.unread([Record(record)]) == ["tools"]
-    assert template.unread([Record({"messages": record["messages"]})]) == ["tool_calls"]
-
-
-def test_a_call_ends_before_the_next_answer_that_a_template_begins_behind_every_end():
-    text, record = calling("x", {})
-    before = text.partition("{% if add_generation_prompt %}")[0].replace("<|im_end|>", "END")
-    end = "{% if m['tool_calls'] %}<file_sep><|im_end|>{% elif m['role'] == 'assistant' %}<|im_end|>{% endif %}"
-    template = Template("chat", "messages", with_template(before.replace("END", end) + "{{ '<|im_start|>assistant\\n' }}"))
-    rendered = template.render(record)
-    assert (rendered.response, template.tokenizer.convert_ids_to_tokens(rendered.end)) == ("[clock: x]<file_sep>", "<|im_end|>")
-
-
-def test_what_a_template_writes_behind_the_last_message_is_no_part_of_an_answer():
-    _, record = calling("x", {})
-    turn = "{% if m.tool_calls %}[{{ m.tool_calls[0].function.name }}]\n{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}"
-    messages = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n" + turn + "{% endfor %}"
-    asked = "<|im_start|>system\nWrite an action, or use directly-answer.<|im_end|>\n"
-    start = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    template = Template("chat", "messages", with_template(messages + asked + start))
-    end = template.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    talk, call = template.render({"messages": TALK["messages"][1:3]}), template.render(record)
-    assert (talk.response, talk.end) == ("1", end)
-    assert (call.response.strip(), call.end) == ("[clock]", None)
-
-
-def test_a_call_is_trained_where_prompts_begin_an_answer_otherwise_than_the_template_writes_it():
-    text, record = calling("x", {})
-    thoughts = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
-    text = text.replace("{{ m['content'] or '' }}", thoughts + "{{ m['content'] or '' }}")
-    before, _, after = text.rpartition("<|im_start|>assistant\n")
-    template = Template("chat", "messages", with_template(f"{before}<|im_start|>assistant\n<think></think>{after}"))
-    rendered = template.render(record)
-    assert rendered.prompt.endswith("assistant\n<think></think>")
-    assert (rendered.response, rendered.own_turn, rendered.left_out) == ("[clock: x]", False, ())
-    record["messages"][-1]["reasoning_content"] = "hm"
-    assert (template.render(record).response, template.render(record).left_out) == ("[clock: x]", ("assistant",))
-    opened = Template("chat", "messages", with_template(f"{before}<|im_start|>assistant\n<think>\n{after}"))
-    assert opened.render(record).response == "hm</think>[clock: x]"
-
-
-@pytest.mark.parametrize(
-    ("prompted", "written"), [("Assistant:", "Action:"), ("<answer>", "<action>"), ("[ANSWER]", "[ACTION]")]
-)
-def test_a_call_is_trained_with_the_complete_word_or_control_token_in_which_it_differs_from_prompts(prompted, written):
-    text = (
-        "{% for m in messages %}{% if m.tool_calls %}ACTION{{ m.tool_calls[0].function.name }}{% elif m.role == 'user' %}{{ m.content }}"
-        "{% else %}ANSWER{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}ANSWER{% endif %}"
-    )
-    text = text.replace("ANSWER", prompted).replace("ACTION", written)
-    template, (_, record) = Template("chat", "messages", with_template(text)), calling("x", {})
-    rendered = template.render(record)
-    assert (rendered.prompt, rendered.response) == (f"one?<|im_end|>\n{prompted}", f"{written}clock")
-    record["messages"][-1]["tool_calls"][0]["function"]["name"] = "say Assistant: hi"
-    assert template.render(record).response == f"{written}say Assistant: hi"
 
 
 def test_an_answer_is_written_as_the_template_does_where_it_writes_earlier_messages_otherwise_before_one():
@@ -630,25 +351,3 @@ def test_thoughts_reach_the_template_under_each_name_and_are_named_where_it_drop
         template = Template("chat", "messages", with_template(text))
         assert (template.render(record).response, template.render(record).left_out) == (response, left_out)
         assert template.unread([record]) == []
-
-
-@pytest.mark.parametrize("written", ["m['content'][:1]", "m['content'] | upper", "m['content'] | tojson | replace('w', 'W')"])
-def test_a_template_that_changes_texts_gets_no_parts_which_it_would_print_as_they_are(written: str):
-    template = Template("chat", "messages", with_template(CHATML.replace("m['content']", written)))
-    talk = {"messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "two"}]}
-    rendered = template.render(Record(talk, "a"))
-    assert "type" not in (rendered.prompt + rendered.response).lower()
-    assert rendered.left_out == ("assistant", "user")
-
-
-def test_a_template_that_writes_the_parts_of_messages_gets_texts_as_parts():
-    of_parts = CHATML.replace(
-        "{{ m['content'] }}", "{% for part in m['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}"
-    )
-    assert of_parts != CHATML
-    needing = CHATML.replace("m['content']", "m['content'][0]['text'] + ''")
-    other = Template("chat", "messages", with_template(CHATML)).render(Record(TALK, "a"))
-    for text in (of_parts, needing):
-        one = Template("chat", "messages", with_template(text)).render(Record(TALK, "a"))
-        assert dataclasses.astuple(one) == dataclasses.astuple(other)
-        assert one.left_out == ()
