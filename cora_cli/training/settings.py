@@ -128,8 +128,8 @@ class SharedSettings:
     max_steps: int | None = setting("Optimizer steps, instead of --epochs.", None, panel=_OPTIM, most=MOST)
     batch_size: int = setting("Examples per process and micro-batch, packed into one row.", 16, panel=_OPTIM, most=MOST)
     tokens_per_row: int | None = setting(
-        "Split a micro-batch whose row is longer into rows of at most N tokens, one after the other: less memory, the same gradients up to "
-        "rounding.",
+        "Split a micro-batch whose row is longer into rows of at most N tokens, one after the other: less memory, and without --dropout the "
+        "same gradients up to rounding.",
         None,
         panel=_OPTIM,
         most=MOST,
