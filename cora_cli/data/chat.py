@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from cora_cli.errors import CoraError
 from cora_cli.limits import bounded
 from cora_cli.reading import Malformed, parse_json
 
@@ -151,7 +152,7 @@ def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], d
     """
     try:
         text = _rendered(tokenizer, messages, date, variables)
-    except UnsteadyTemplate:
+    except (CoraError, UnsteadyTemplate):
         raise
     except Exception:  # templates raise what they like
         if (in_parts := _in_parts(tokenizer, messages, date, variables)) is None:
@@ -162,11 +163,13 @@ def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], d
 
 def _in_parts(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, variables: Mapping[str, Any]) -> str | None:
     """The conversation for the templates of some models of images and text, which write or take the parts of a message only; None for others."""
-    with contextlib.suppress(Exception):  # templates raise what they like
+    try:
         text = _rendered(tokenizer, [_with_parts(message) for message in messages], date, variables)
-        if _writes_any(messages, text) and not any(part in text for part in _PARTS):
-            return text
-    return None
+    except CoraError:
+        raise
+    except Exception:  # templates raise what they like
+        return None
+    return text if _writes_any(messages, text) and not any(part in text for part in _PARTS) else None
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], date: str, variables: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from cora_cli.data.chat import apply_chat_template
 from cora_cli.data.records import Record
 from cora_cli.data.templates import Template
 from cora_cli.errors import CoraError
@@ -80,3 +81,15 @@ def test_a_template_that_writes_the_parts_of_messages_gets_texts_as_parts():
         one = Template("chat", "messages", with_template(text)).render(Record(TALK, "a"))
         assert dataclasses.astuple(one) == dataclasses.astuple(other)
         assert one.left_out == ()
+
+
+@pytest.mark.parametrize("endless", ["text", "parts"])
+def test_a_template_that_never_ends_is_not_asked_again_where_nothing_would_stop_it(endless):
+    class Tokenizer:
+        def apply_chat_template(self, messages, **_):
+            if isinstance(messages[0]["content"], str) == (endless == "text"):
+                raise CoraError("took more than 10 s")
+            return "hello" if endless == "text" else ""
+
+    with pytest.raises(CoraError, match="more than 10 s"):
+        apply_chat_template(Tokenizer(), [{"role": "user", "content": "hello"}], "2026-01-01")
