@@ -297,7 +297,7 @@ class Template:
             # Some write the system message before the user's last one, and only where that is to be answered.
             before = with_probe.rpartition(PROBE)[0]
             for own in (before, before.rstrip()):
-                if rendered.startswith(own):
+                if own and rendered.startswith(own):
                     return rendered.removeprefix(own)
             header, own = prompt, rendered
         begun, pieces = _PIECE.findall(header), _PIECE.findall(own)

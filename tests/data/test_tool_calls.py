@@ -100,6 +100,19 @@ def test_arguments_of_calls_have_the_form_that_the_template_needs(written, expec
     assert Template("chat", "messages", with_template(text)).render(record).response == f"[clock: {expected}]"
 
 
+def test_a_call_is_trained_without_the_question_where_the_template_writes_texts_otherwise_than_they_are():
+    text = (
+        "{% for m in messages %}{% if m.role == 'tool' %}<result>{{ 'last ' if loop.last }}{{ m.content | upper }}<|im_end|>"
+        "{% elif m.tool_calls %}<call>{{ m.tool_calls[0].name }}<|im_end|>{% else %}{{ m.content | upper }}<|im_end|>{% endif %}{% endfor %}"
+        "{{ ' ' if add_generation_prompt }}"
+    )
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"name": name}]} for name in ("clock", "calendar")]
+    record = {"messages": [QUESTION, calls[0], {"role": "tool", "content": "noon"}, calls[1]]}
+    response = Template("chat", "messages", with_template(text)).render(record).response
+    assert QUESTION["content"].upper() not in response
+    assert response.endswith("<call>calendar")
+
+
 @pytest.mark.parametrize("space", ["", " "])
 @pytest.mark.parametrize("content", [None, ""])
 def test_a_call_is_trained_without_the_question_where_the_system_message_stands_before_the_one_to_be_answered(content, space):
