@@ -393,6 +393,8 @@ def _rows(table: Any) -> list[dict[str, Any]]:
     def plain(value: Any, kind: pyarrow.DataType) -> Any:
         if isinstance(value, dict) and isinstance(kind, pyarrow.StructType):
             return {field.name: plain(value[field.name], field.type) for field in kind if value[field.name] is not None}
+        if isinstance(value, dict) and isinstance(kind, pyarrow.MapType):
+            return {key: plain(one, kind.item_type) for key, one in value.items() if one is not None}
         if isinstance(value, list) and hasattr(kind, "value_type"):
             return [plain(one, kind.value_type) for one in value]
         return parse_json(value) if isinstance(value, str) and isinstance(kind, pyarrow.JsonType) else value

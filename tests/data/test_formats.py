@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from cora_cli.data.formats import TEMPLATE_ARGUMENTS, shape_of
+from cora_cli.data.readers import read_located
 from cora_cli.data.records import Record, prompt_hash, prompt_hashes, prompt_key, unused_columns
 from cora_cli.data.split import load_records, load_split, load_test_records
 from cora_cli.errors import CoraError, UsageError
@@ -489,6 +490,17 @@ def test_calls_read_from_parquet_have_their_own_arguments_only(tmp_path):
     found = load_records(str(write(tmp_path / "a.parquet", records)))[0]
     functions = [record["messages"][-1]["tool_calls"][0]["function"] for record in found]
     assert [function["arguments"] for function in functions] == [{"city": "Rome"}, {"zone": 3}]
+
+
+def test_an_object_in_a_parquet_map_has_its_own_entries_only(tmp_path):
+    kind = pyarrow.map_(
+        pyarrow.string(), pyarrow.struct([("type", pyarrow.string()), ("enum", pyarrow.list_(pyarrow.string()))])
+    )
+    properties = pyarrow.array([[("city", {"type": "string"}), ("unit", {"enum": ["C", "F"]})]], type=kind)
+    table = pyarrow.table({"prompt": ["a"], "completion": ["b"], "properties": properties})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    ((_, record),) = read_located(str(tmp_path / "a.parquet"))
+    assert record["properties"] == {"city": {"type": "string"}, "unit": {"enum": ["C", "F"]}}
 
 
 def test_a_parquet_map_is_an_object_and_one_that_names_a_key_twice_is_refused(tmp_path):
