@@ -6,7 +6,7 @@ A checkpoint's tensors may have other names in their file than in the loaded mod
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,18 +53,32 @@ class Skeleton:
 
         A tensor that the model does not take has a name that is none of `model.state_dict()`.
         """
-        rules = get_model_conversion_mapping(self.model)
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
+        prefix = self.model.base_model_prefix
         found = {}
         for key in keys:
-            name, converter = rename_source_key(key, renamings, converters, self.model.base_model_prefix, self._own)
+            name, converter = rename_source_key(key, renamings, converters, prefix, self._own)
+            if (
+                name not in self._own and key in self._own
+            ):  # a rule for the names of another program fits one of the model's, too
+                name, converter = rename_source_key(key, [], [], prefix, self._own)
             found[key] = (name, converter is not None)
         return found
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The parameters of the model to which none of the tensors `keys` of its files belongs, although transformers asks for them."""
-        found = {name for name, _ in self.names(keys).values()}
+        names = set(self.names(keys).values())
+        found = {name for name, _ in names}
+        for rule in self._rules:
+            if isinstance(rule, WeightConverter):  # a tensor that becomes several has the name of the first
+                first, *others = rule.target_patterns
+                found |= {
+                    name.replace(first, other, 1)
+                    for name, converted in names
+                    if converted and first in name
+                    for other in others
+                }
         found |= {other for name in found for other in self.shared.get(name, ())}
         ignored = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
         own = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
@@ -98,6 +112,11 @@ class Skeleton:
     def _own(self) -> dict[str, Any]:
         own: dict[str, Any] = self.model.state_dict()
         return own
+
+    @functools.cached_property
+    def _rules(self) -> Sequence[Any]:
+        """How transformers renames and converts the tensors of files for this model."""
+        return get_model_conversion_mapping(self.model)
 
     @functools.cached_property
     def shared(self) -> dict[str, list[str]]:

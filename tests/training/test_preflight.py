@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from cora_cli import rundir
@@ -21,6 +22,8 @@ from cora_cli.data.encode import Example
 from cora_cli.device import planned_hardware
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.methods.registry import METHODS, Mode
+from cora_cli.models.references import resolve_model
+from cora_cli.models.skeleton import skeleton_of
 from cora_cli.planning.memory import StorageMeter
 from cora_cli.planning.page import USABLE, duration, size_text
 from cora_cli.training import fitting
@@ -66,6 +69,22 @@ def test_a_checkpoint_without_a_head_is_refused_as_by_the_run(tiny_model: Path, 
     for begin in (preflight, training.train):
         with pytest.raises(CoraError, match=said):
             begin(config_for(model, tiny_data, tmp_path / "run"))
+
+
+def test_a_checkpoint_is_complete_where_one_tensor_becomes_several_or_a_rule_would_rename_what_the_model_has(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As of HRM's files, which hold two layers in one tensor, and of DeepSeek V4's, where norm is another layer's name as well.
+    rules = [
+        WeightRenaming(r"\.norm\.", ".kv_norm."),
+        WeightConverter("mlp.gate_up_proj.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(dim=0)]),
+    ]
+    monkeypatch.setattr("cora_cli.models.skeleton.get_model_conversion_mapping", lambda _: rules)
+    skeleton = skeleton_of(resolve_model(str(tiny_model)))
+    keys = {name.replace(".gate_proj.", ".gate_up_proj.") for name in skeleton.model.state_dict() if ".up_proj." not in name}
+    assert any("gate_up_proj" in key for key in keys)
+    assert skeleton.missing(keys) == []
+    assert skeleton.missing({key for key in keys if "gate_up_proj" not in key}) != []
 
 
 def without_weights(model: Path, to: Path) -> Path:
