@@ -361,8 +361,10 @@ def loaded_matrices(
             {key: name for key, name in loaded if name.removesuffix(".weight") not in others},
             skeleton.transposed,
         )
-    keys = {name.removesuffix(".weight"): key for key, name in names.items()}
-    keys |= {other.removesuffix(".weight"): key for key, name in names.items() for other in shared.get(name, ())}
+    own = {name: key for key, name in names.items()}
+    # Two that share a weight have their own where the files hold both.
+    together = {other: key for name, key in own.items() for other in shared.get(name, ())} | own
+    keys = {name.removesuffix(".weight"): key for name, key in together.items()}
     shapes = {module: checkpoint.shapes[key] for module, key in keys.items()}
     oriented = {module: (a, b) if module not in transposed else (b, a) for module, (a, b) in shapes.items()}
     faults |= {name: faults[view.fused] for name, view in views.items() if view.fused in faults}

@@ -169,6 +169,15 @@ def test_a_head_that_shares_the_weight_of_the_embedding_is_adapted_as_by_peft(ti
         torch.testing.assert_close(source.read(module), expected.double(), atol=1e-6, rtol=1e-5)
 
 
+def test_a_head_that_the_files_hold_next_to_the_embedding_is_read_as_it_is_loaded(tied, tmp_path):
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}, file, {"format": "pt"})
+    source, loaded = open_source(local(tmp_path / "base")), LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    for module in ("lm_head", "model.embed_tokens"):
+        torch.testing.assert_close(source.read(module).float(), loaded.get_submodule(module).weight.detach())
+
+
 def test_a_head_is_not_offered_where_the_adapter_trains_tokens_of_the_embedding_whose_weight_it_shares(tied, tmp_path):
     wrapped = get_peft_model(tied, LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]))
     wrapped.save_pretrained(tmp_path / "adapter")
