@@ -248,11 +248,12 @@ class Template:
         if "tool_calls" not in self._chat.words["tools" in extra] or not any(names for _, names in named):
             return set()
         renamed = [message for message, _ in named]
+        prompt = rendered = ""
         try:
-            prompt, rendered = (
-                self._chat.apply(renamed[:-1], extra, add_generation_prompt=True),
-                self._chat.apply(renamed, extra),
-            )
+            if any(names for _, names in named[:-1]):
+                prompt = self._chat.apply(renamed[:-1], extra, add_generation_prompt=True)
+            if named[-1][1]:
+                rendered = self._chat.apply(renamed, extra)
         except CoraError:
             raise
         except Exception:  # a template may know tools by their names
