@@ -363,7 +363,7 @@ def _grouped(rows: Sequence[Row], runs: Mapping[str, Mapping[str, Any]]) -> list
 def _group_of(row: Row, rows: Sequence[Row], weights: Mapping[str, str | None]) -> str:
     """The group of the runs, or where they have several, of those with the model, the weights and the records of the evaluation `row`."""
     conditions: tuple[Callable[[Row], bool], ...] = (
-        lambda other: other.model == row.model,
+        lambda other: other.model == row.model or _have_one_model(other, row, weights),
         lambda other: _have_one_model(other, row, weights),
         lambda other: _evaluated(other, "records_sha256") == _evaluated(row, "records_sha256"),
     )
@@ -376,9 +376,9 @@ def _group_of(row: Row, rows: Sequence[Row], weights: Mapping[str, str | None]) 
 
 
 def _have_one_model(one: Row, other: Row, weights: Mapping[str, str | None]) -> bool:
-    """Whether two rows have one model below their adapters, by its hash as far as both recorded it."""
-    hashes = {weights[one.name], weights[other.name]} - {None}
-    return one.model == other.model and len(hashes) < 2
+    """Whether two rows have one model below their adapters: one hash, or as far as one of them did not record it, one name."""
+    hash_of_one, hash_of_other = weights[one.name], weights[other.name]
+    return one.model == other.model if None in (hash_of_one, hash_of_other) else hash_of_one == hash_of_other
 
 
 def _weights_of(row: Row, record: Mapping[str, Any]) -> str | None:

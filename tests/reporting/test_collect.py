@@ -168,6 +168,19 @@ def test_what_is_not_the_base_model_of_a_run_is_not_called_base_next_to_it(runs_
     assert [row.label for row in experiment.rows] == ["lora", label]
 
 
+def test_a_copy_of_the_base_model_elsewhere_is_called_base(runs_with_base, tmp_path):
+    lora, fb = runs_with_base
+    copy = shutil.copytree(lora / "eval-base", tmp_path / "copy")
+    for folder in (lora, fb):
+        shutil.rmtree(folder / "eval-base")
+    record = read_json(copy / "metrics.json")
+    record["generation"]["settings"]["model"] = "elsewhere/tiny-model"
+    record["generation"]["settings"]["model_sha256"] = read_json(lora / "run.json")["fingerprint"]["model_sha256"]
+    rundir.write_json(copy / "metrics.json", record)
+    (experiment,) = find_experiments([str(lora), str(copy)])
+    assert [(row.label, row.mode) for row in experiment.rows] == [("lora", "lora"), ("base", "base")]
+
+
 def test_evaluations_of_two_models_are_called_by_them(runs_with_base, tmp_path):
     one = shutil.copytree(runs_with_base[0] / "eval-base", tmp_path / "one")
     other = of_model(shutil.copytree(one, tmp_path / "other"), "instruct")
