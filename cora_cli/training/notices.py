@@ -9,6 +9,7 @@ from pathlib import Path
 from cora_cli.data.encode import notices
 from cora_cli.data.records import earlier_answers, is_among, unused_columns
 from cora_cli.data.templates import end_notice, plain_notice, unread_notice
+from cora_cli.errors import CoraError
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.trained_on import known_prompts
 from cora_cli.training.config import TrainConfig
@@ -34,6 +35,7 @@ def notices_on_records(config: TrainConfig, prepared: Prepared) -> Iterator[str]
         yield f"{several} training conversations have earlier answers, which carry no loss; --train-on all trains on each answer"
     if data.overlapping:
         yield f"{data.overlapping} training records dropped: their prompts are also in the held-out or validation set"
+    yield from _behind_basis(prepared)[1]
     for model in models_behind(config, prepared):
         prompts = known_prompts(model)
         if known := sum(is_among(record, data.schema, prompts) for record in data.test):
@@ -45,6 +47,19 @@ def models_behind(config: TrainConfig, prepared: Prepared) -> Iterator[ModelPath
     yield prepared.model_path
     for reference in config.start_models or ():
         yield resolve_model(reference, weights=False)
+    yield from _behind_basis(prepared)[0]
+
+
+def _behind_basis(prepared: Prepared) -> tuple[list[ModelPath], list[str]]:
+    """The models of which the basis is made and that are at hand; and sentences on those whose records cannot be read, without which a basis serves."""
+    found, faults = [], []
     for source in prepared.basis.sources if prepared.basis else ():
         if (place := Path(source.reference)).is_dir():
-            yield ModelPath(source.reference, place, source.revision)
+            model = ModelPath(source.reference, place, source.revision)
+            try:
+                known_prompts(model)
+            except CoraError as error:
+                faults.append(f"which prompts {model.reference}, a source of the basis, was trained on is not known: {error}")
+            else:
+                found.append(model)
+    return found, faults

@@ -247,6 +247,20 @@ def test_a_run_knows_the_prompts_of_the_models_behind_its_basis_and_of_those_tha
     assert trained_on(resolve_model(str(run))).prompts >= earlier
 
 
+@pytest.mark.parametrize("file", ["trained_prompts.txt", "run.json"])
+def test_a_basis_serves_a_training_where_the_record_of_one_of_its_sources_is_damaged(
+    file: str, tiny_model: Path, tiny_data: Path, tmp_path: Path, capfd
+):
+    source = make_run(tiny_model, tiny_data, tmp_path / "source", mode="lora", rank=8)
+    basis = tmp_path / "basis.safetensors"
+    extract_basis([resolve_model(str(source))], basis, BasisChoices(rank=8), None, torch.device("cpu"))
+    (source / file).write_text("{}")
+    run = make_run(tiny_model, tiny_data, tmp_path / "run", rank=8, mode="fb", basis=str(basis))
+    assert trained_on(resolve_model(str(run))).prompts
+    said = " ".join(capfd.readouterr().err.split())
+    assert said.count(f"which prompts {source}, a source of the basis, was trained on is not known: ") == 1
+
+
 def test_a_merged_run_of_an_early_version_says_that_its_prompts_are_not_known(run: Path, records: Path, tmp_path: Path, capfd):
     record = json.loads((run / "run.json").read_text())
     del record["data"]["trained_prompts_sha256"]
