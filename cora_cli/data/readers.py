@@ -236,7 +236,7 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Any]]:
             empty += bool(row)
         elif not header:
             header = row
-            if len(row) == 1 and any(mark in row[0] for mark in ",;\t|"):
+            if len(row) == 1 and any(mark in row[0] for mark in ",;\t|" if mark != delimiter):
                 raise CoraError(
                     f"{where}: the header is one column, {row[0][:60]!r}; separate the columns by {'commas' if delimiter == ',' else 'tabs'}, as the "
                     "file's ending says"

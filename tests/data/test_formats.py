@@ -466,6 +466,11 @@ def test_a_table_with_another_separator_than_its_ending_says_is_refused_by_it(na
     assert message in failure(tmp_path / name)
 
 
+def test_the_only_column_of_a_table_may_have_its_separator_in_its_name(tmp_path):
+    (tmp_path / "a.csv").write_text('"text, raw"\none\n')
+    assert [record for _, record in read_located(str(tmp_path / "a.csv"), None, None)] == [{"text, raw": "one"}]
+
+
 def test_a_parquet_column_that_is_named_twice_is_refused_by_name(tmp_path):
     column = pyarrow.array(["a"])
     table = pyarrow.Table.from_arrays([column, column, column], names=["prompt", "completion", "completion"])
