@@ -4,7 +4,7 @@ Settings of the method (modes, ranks, initializations, numbers of models, seeds)
 each replacement adds a sentence to the conditions of the grid.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cora_cli.errors import CoraError, UsageError
@@ -12,6 +12,8 @@ from cora_cli.experiments.tasks import LEARNING_RATE, TASK_BATCH, TASK_EVAL_LIMI
 from cora_cli.experiments.values import Values
 from cora_cli.methods.registry import BASELINE, METHODS, OPTIONAL_SETTINGS
 from cora_cli.models.references import resolve_model
+from cora_cli.training.config import NOT_PART_OF_THE_RESULT
+from cora_cli.training.proposal import AUTO
 
 JUDGED, REPLY_TOKENS = 8, 64
 STEPS, BATCH, HELD_OUT, PROMPTS, NEW_TOKENS, PROMPT_BATCH = 12, 8, 40, 40, 48, 20
@@ -26,6 +28,16 @@ _SCALE = frozenset(
         *("eval_limit", "eval_steps", "save_steps", "keep_checkpoints", "warmup_ratio", "template"),
     }
 )
+_GENERATION = frozenset({"limit", "max_new_tokens", "batch_size"})
+_SCORED = frozenset({"metrics", "metric_variant", "execute_code", "readability"})
+# The conditions name what stands in for these.
+_ANNOUNCED = {
+    "train": frozenset(
+        {"epochs", "max_steps", "batch_size", "gradient_accumulation", "learning_rate", "eval_limit", "validation_size"}
+    )
+    | NOT_PART_OF_THE_RESULT,
+    "evaluate": _GENERATION,
+}
 _NEEDS_EQUAL_SHAPES = ("global", "layer")
 _EVALUATED = (
     f"Each run answers {PROMPTS} prompts with at most {NEW_TOKENS} tokens.",
@@ -51,14 +63,11 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
     given = defaults.get("train") or {}
     train = {key: value for key, value in given.items() if key in _METHOD}
     train |= {"validation_size": HELD_OUT} if "validation_size" in given else {}
-    train |= {"learning_rate": LEARNING_RATE, "max_steps": STEPS, "batch_size": BATCH, "eval_limit": HELD_OUT}
+    rate = AUTO if given.get("learning_rate") == AUTO else LEARNING_RATE
+    train |= {"learning_rate": rate, "max_steps": STEPS, "batch_size": BATCH, "eval_limit": HELD_OUT}
     evaluate: Any = defaults.get("evaluate")
     if evaluate is not False:
-        evaluate = {
-            key: value
-            for key, value in (evaluate or {}).items()
-            if key in ("metrics", "metric_variant", "execute_code", "readability")
-        }
+        evaluate = {key: value for key, value in (evaluate or {}).items() if key in _SCORED}
         evaluate |= {"limit": PROMPTS, "max_new_tokens": NEW_TOKENS, "batch_size": PROMPT_BATCH}
     judge: Any = defaults.get("judge")
     if judge is not None:
@@ -84,6 +93,7 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
         f"Each run takes {STEPS} steps of {BATCH} records at learning rate {LEARNING_RATE:g} ({FULL_LEARNING_RATE:g} where all weights "
         "are trained, and as the grid says where it sweeps it).",
         *([] if evaluate is False else _EVALUATED),
+        *_not_taken(defaults, values["grid"]),
         *([made] if pool else []),
         *([f"The judge is {model} and judges {JUDGED} records. A judge this small is usually disqualified."] if judge else []),
         *shapes.conditions(),
@@ -122,6 +132,15 @@ def _datasets(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     return mapped, conditions
 
 
+def _not_taken(defaults: Mapping[str, Any], blocks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A sentence on the settings of the grid that decide results, that this scale leaves at their defaults, and that no other sentence names."""
+    given = {"train": {*(defaults.get("train") or {})} - _METHOD, "evaluate": {*(defaults.get("evaluate") or {})} - _SCORED}
+    given["train"] |= {key for block in blocks for key in block} & _SCALE
+    left = {where: ", ".join(sorted(keys - _ANNOUNCED[where])) for where, keys in given.items()}
+    named = "; ".join(f"{where}: {names}" for where, names in left.items() if names)
+    return [f"These settings of the grid do not apply at this scale, and have their defaults: {named}."] if named else []
+
+
 def _by_rate(block: Mapping[str, Any]) -> list[Values]:
     """Split full fine-tuning off into its own block, because it needs another learning rate."""
     modes = block.get("mode")
@@ -148,7 +167,8 @@ def _block(block: Mapping[str, Any], renamed: Mapping[str, str], sweeps: bool = 
             f"preset small sets {varied[0]} itself, so it cannot run a grid that varies {varied[0]}; leave out --preset"
         )
     kept = {key: value for key, value in block.items() if key not in _SCALE}
-    if not sweeps and not isinstance(kept.get("learning_rate"), list):
+    rate = kept.get("learning_rate")
+    if not sweeps and not isinstance(rate, list) and rate != AUTO:
         kept.pop("learning_rate", None)
         if _trains_all_weights(block.get("mode")):
             kept["learning_rate"] = FULL_LEARNING_RATE

@@ -339,6 +339,33 @@ def test_the_small_preset_gives_full_fine_tuning_its_own_learning_rate(tiny_mode
     assert rates == {"base": None, "full": 5e-5, "lora": 1e-3, "fb": 1e-3, "tb": 1e-3}
 
 
+@pytest.mark.parametrize("where", ["defaults", "row"])
+def test_the_small_preset_sweeps_proposed_learning_rates_as_the_grid_does(where: str, tiny_model: Path) -> None:
+    rate = {"learning_rate": "auto"}
+    defaults, block = (rate, {}) if where == "defaults" else ({}, rate)
+    values = {
+        **{"name": "auto", "model": "m", "datasets": {"d": "data"}, "defaults": {"train": {**defaults, "validation_size": 8}}},
+        **{"sweep": {"seeds": [9]}, "confirm": {"seeds": [0, 1, 2]}, "grid": [{"mode": "lora", **block}]},
+    }
+    adapted = build_grid(small(values, str(tiny_model), has_bases=False), "auto.yaml", "small")
+    assert [row.is_auto for row in adapted.rows] == [True]
+
+
+def test_the_small_preset_names_the_settings_that_it_leaves_out(tiny_model: Path) -> None:
+    values = {
+        **{"name": "left", "model": "m", "datasets": {"d": "data"}},
+        "defaults": {
+            "train": {"rank": 4, "epochs": 3, "weight_decay": 0.1, "tokens_per_row": 512},
+            "evaluate": {"temperature": 0.7, "limit": 5, "metrics": ["rouge"]},
+        },
+        "grid": [{"mode": "lora", "max_length": 64}],
+    }
+    said = [sentence for sentence in small(values, str(tiny_model), False)["conditions"] if "defaults:" in sentence]
+    assert said == [
+        "These settings of the grid do not apply at this scale, and have their defaults: train: max_length, weight_decay; evaluate: temperature."
+    ]
+
+
 def test_the_small_preset_generates_nothing_where_the_grid_does_not(tiny_model: Path) -> None:
     values = {"name": "losses", "model": "m", "datasets": {"d": "data"}, "grid": [{"mode": "lora"}]}
     adapted = small({**values, "defaults": {"evaluate": False}}, str(tiny_model), has_bases=False)
