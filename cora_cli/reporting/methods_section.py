@@ -53,7 +53,11 @@ def _training(results: Sequence[Result]) -> list[str]:
         f"{runs} trained {model} on {of('data.dataset')} (sha256 {_short(of('fingerprint.data_sha256'))}, template "
         f"{of('data.template')}): {of('data.train.records')} training records with {of('data.train.tokens')} tokens "
         f"({of('data.train.response_tokens')} of them in responses) and {of('data.test.records')} held-out records"
-        + (f"; {of('validation.n')} more were set aside for validation." if _dig(results[0].record, "validation.n") else "."),
+        + (
+            f"; {of('data.validation.records')} more were set aside for validation."
+            if _dig(results[0].record, "data.validation.records")
+            else "."
+        ),
         f"Records dropped because they were too long: {of('data.train.dropped')}; records that were truncated: {of('data.train.truncated')}; "
         f"records dropped because their prompt is also held out: {of('data.overlapping_dropped')}.",
         f"Modes {of('mode')}; rank {of('plan.rank')}, alpha {of('plan.alpha')}, B starts as {of('plan.b_init')}, A as {of('plan.a_init')}, "

@@ -199,6 +199,19 @@ def _distinct_directories(outputs: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
+def _of_other_plans(root: Path, steps: Mapping[str, Step]) -> list[str]:
+    """A sentence on runs in a grid's directory that its plan does not have, such as those of another grid or of a row that was removed."""
+    own = {step.output for step in steps.values()}
+    runs = [f"runs/{place.name}" for place in sorted((root / "runs").glob("[!.]*")) if RunDirectory(place).exists()]
+    others = [run for run in runs if run not in own] if steps else []
+    if not others:
+        return []
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    return [
+        f"The plan of the last `cora ablate` in {root} does not have {clean(others[0])}{more}, which this report leaves out."
+    ]
+
+
 def read_plan(root: Path) -> Experiment:
     """The experiment described by `root/plan.json`. Raises `CoraError` with the file and the fault."""
     path = root / PLAN
@@ -231,7 +244,7 @@ def read_plan(root: Path) -> Experiment:
         clean(plan["title"]),
         plan["paper_table"],
         plan["preset"],
-        (*(clean(str(sentence)) for sentence in plan["conditions"]), *unchecked, *lacking),
+        (*(clean(str(sentence)) for sentence in plan["conditions"]), *unchecked, *lacking, *_of_other_plans(root, steps)),
         tuple(rows),
         tuple(sorted((root / "bases").glob("*.safetensors"))),
         StepRecords(root, steps) if steps else None,

@@ -652,6 +652,14 @@ def test_rows_that_are_as_their_steps_left_them_are_all_reported(recorded, tmp_p
     assert "plan.json lists no steps" in unchecked.conditions[-1]
 
 
+def test_runs_of_another_grid_in_the_same_directory_are_left_out_with_a_word(recorded):
+    (other,) = (make_grid(recorded.parent / "other", [Made("tb", "tb")]) / "runs").iterdir()
+    other.rename(recorded / "runs" / other.name)
+    experiment = read_plan(recorded)
+    assert other.name not in {row.name for row in experiment.rows}
+    assert f"does not have runs/{other.name}, which this report leaves out" in experiment.conditions[-1]
+
+
 def test_evaluations_that_changed_places_are_noticed(recorded):
     lora, fb = (recorded / "runs" / made.name / "evaluation" for made in (Made("lora", "lora"), Made("fb", "fb", n_models=2)))
     lora.rename(recorded / "aside")

@@ -538,6 +538,16 @@ def test_a_laplace_approximation_is_no_further_training_run_and_has_no_loss_of_i
     assert LOSS not in found[averaged.name]
 
 
+def test_records_that_are_set_aside_are_counted_where_no_loss_was_measured_on_them(made_grid, tmp_path):
+    root = Path(shutil.copytree(made_grid, tmp_path / "grid"))
+    for path in root.glob("runs/*/run.json"):
+        record = read_json(path)
+        assert "validation" not in record
+        record["data"]["validation"] = {**record["data"]["test"], "records": 5}
+        rundir.write_json(path, record)
+    assert "; 5 more were set aside for validation." in report([str(root)], "markdown")
+
+
 def test_a_terminal_shows_the_verdict_and_the_scores_of_a_report_that_is_written(made_grid, tmp_path):
     shown = report([str(made_grid)], "terminal", tmp_path / "report", width=80)
     assert "Verdict" in shown
