@@ -59,9 +59,8 @@ class Skeleton:
         found = {}
         for key in keys:
             name, converter = rename_source_key(key, renamings, converters, prefix, self._own)
-            if (
-                name not in self._own and key in self._own
-            ):  # a rule for the names of another program fits one of the model's, too
+            # A rule for the names of another program may fit one of the model's, too.
+            if name not in self._own and key in self._own:
                 name, converter = rename_source_key(key, [], [], prefix, self._own)
             found[key] = (name, converter is not None)
         return found
