@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from cora_cli.data.answer import Conversation, continued, lead_of
 from cora_cli.data.chat import CLOCK, PROBE, THOUGHTS, ChatTemplate, TurnEnd, UnsteadyTemplate, with_arguments, with_names
 from cora_cli.data.records import Record, Schema, place_of, template_values, turns
 from cora_cli.errors import CoraError, reason
@@ -26,10 +27,6 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-_OPENED = re.compile(r"(?P<tag><[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])(?P<space>\s*)$")
-"""The end of a prompt that begins the answer itself, such as with `<think>`."""
-_PIECE = re.compile(r"[<\[][^<>\[\]\s]*[>\]]|\w+|\W")
-"""A control token, a word, or what is between them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,37 +189,39 @@ class Template:
 
     def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
         messages, extra = self._messages(record), template_values(record) if self.schema == "messages" else {}
-        where = place_of(record)
+        content, turn, where = messages[-1].get("content"), self._turn_ends["tools" in extra], place_of(record)
         try:
             with bounded(f"{where}: the chat template"):
                 prompt = self._chat.apply(messages[:-1], extra, add_generation_prompt=True)
                 rendered = self._chat.apply(messages, extra)
                 is_bare = self._is_bare(messages, extra, rendered)
                 own_turn = rendered.startswith(prompt)
-                written = rendered[len(prompt) :] if own_turn else self._written(messages, extra, prompt, rendered, is_bare)
+                whole = None if own_turn else self._conversation(messages, extra, prompt, rendered)
         except CoraError:
             raise
         except UnsteadyTemplate as error:
             raise CoraError(f"{where}: the chat template {error}") from error
         except Exception as error:  # templates raise what they like
             raise CoraError(f"{where}: the chat template refuses the conversation: {reason(error)}") from error
-        content, turn = messages[-1].get("content"), self._turn_ends["tools" in extra]
         missing = {message["role"] for message in messages[:-1] if not _is_written(message, prompt)}
-        if written is None:
-            if not isinstance(content, str):
-                # Some write a call of a tool otherwise next to an empty text than next to null.
-                last = {**record["messages"][-1], "content": ""}
-                found = self._render_chat(Record({**record, "messages": [*record["messages"][:-1], last]}, where))
-                if found.response:
-                    return found
-                raise CoraError(f"{where}: the chat template gives the last message no text after the prompt")
-            response, end, lead = _continued(prompt, content), turn.token if turn else None, ""
-        else:
+        written = rendered[len(prompt) :] if own_turn else whole.behind_prompt() if whole else None
+        response, end = self._without_end(written or "", turn)
+        is_text = isinstance(content, str) and bool(content.strip()) and is_bare
+        if own_turn or (response.strip() and not is_text):
             # Some templates set thoughts apart anew.
             if isinstance(content, str) and not all(part.strip() in rendered for part in re.split("</?think>", content)):
                 missing.add(messages[-1]["role"])
-            response, end = self._without_end(written, turn)
-            lead = _lead(response, content) if isinstance(content, str) and is_bare else ""
+            lead = lead_of(response, content) if isinstance(content, str) and is_bare else ""
+        elif isinstance(content, str):
+            lead, end = whole.lead(content) if whole else "", turn.token if turn else end
+            response = lead + continued(prompt, content)
+        else:
+            # Some write a call of a tool otherwise next to an empty text than next to null.
+            last = {**record["messages"][-1], "content": ""}
+            found = self._render_chat(Record({**record, "messages": [*record["messages"][:-1], last]}, where))
+            if not found.response:
+                raise CoraError(f"{where}: the chat template gives the last message no text after the prompt")
+            return found
         if any(own not in response for own in self._entries(messages[-1], "tools" in extra)):
             missing.add(messages[-1]["role"])
         left_out = tuple(sorted(missing | self._lost_calls(messages, extra)))
@@ -265,47 +264,18 @@ class Template:
             if any(name not in text for name in names)
         }
 
-    def _written(
-        self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], prompt: str, rendered: str, is_bare: bool
-    ) -> str | None:
-        """What the template writes of the answer, to follow a prompt with which the rendered conversation does not begin; None for its text alone.
-
-        Either it writes earlier messages otherwise where there is an answer, or it begins an answer with calls of tools or thoughts otherwise than prompts.
-        """
+    def _conversation(
+        self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], prompt: str, rendered: str
+    ) -> Conversation | None:
+        """A conversation that does not begin with its prompt; None where the template writes it neither without its answer nor with another one."""
         try:
             earlier = self._chat.apply(messages[:-1], extra)
-            with_probe = self._chat.apply([*messages[:-1], {"role": "assistant", "content": PROBE}], extra)
+            probed = self._chat.apply([*messages[:-1], {"role": "assistant", "content": PROBE}], extra)
         except CoraError:
             raise
         except Exception:  # a template may refuse a conversation that neither asks for an answer nor has one
             return None
-        header = prompt.removeprefix(earlier)
-        if header == prompt or (not header.strip() and (is_bare or (messages[-1].get("content") or "").strip())):
-            return None
-        if header.strip():
-            start = len(earlier)
-            if not rendered.startswith(earlier):
-                start = rendered.rfind(header, 0, _common(with_probe, rendered) + len(header))
-                # That of an earlier answer, where a template begins none of its own behind the result of a tool.
-                if rendered[: start + len(header)].count(header) < prompt.count(header):
-                    start = -1
-            own = rendered[start:]
-            if start >= 0 and own.startswith(header):
-                return own.removeprefix(header)
-            if is_bare or not rendered.startswith(earlier):
-                return None
-        else:  # prompts end as conversations do, such as behind the result of a tool, and there is no text to train in place of calls
-            # Some write the system message before the user's last one, and only where that is to be answered.
-            before = with_probe.rpartition(PROBE)[0]
-            for own in (before, before.rstrip()):
-                if own and rendered.startswith(own):
-                    return rendered.removeprefix(own)
-            header, own = prompt, rendered
-        begun, pieces = _PIECE.findall(header), _PIECE.findall(own)
-        shared = _common(begun, pieces)
-        rest, opened = "".join(pieces[shared:]), "".join(begun[shared:]).strip()
-        # Where the prompt has ended the thoughts, with a control token, those of the answer have no place.
-        return rest.partition(opened)[2].lstrip() if opened.startswith(("<", "[")) and opened in rest else rest
+        return Conversation(rendered, prompt, earlier, probed)
 
     def _is_bare(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], rendered: str) -> bool:
         """Whether the template writes nothing of the answer but its text: no thoughts or calls of tools that stand in entries of their own."""
@@ -353,28 +323,6 @@ class Template:
             user = f"{record['instruction']}\n\n{record['input']}" if record["input"] else record["instruction"]
             answer = record["output"]
         return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-
-
-def _lead(response: str, content: str) -> str:
-    """What the template puts before the text of an answer. White space with which the text itself begins, such as the indentation of a program, is
-    no part of that, unless the template removes it."""
-    written = response.rstrip()
-    found = next((text for text in (content.rstrip(), content.strip()) if written.endswith(text)), None)
-    return "" if found is None else written[: len(written) - len(found)]
-
-
-def _common(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many equal characters, or pieces, both begin with."""
-    differing = (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
-    return next(differing, min(len(one), len(other)))
-
-
-def _continued(prompt: str, answer: str) -> str:
-    """The answer without the tag with which the prompt has begun it, such as `<think>`: a model continues after it."""
-    opened = _OPENED.search(prompt)
-    if opened is None or not answer.lstrip().startswith(opened["tag"]):
-        return answer
-    return answer.lstrip().removeprefix(opened["tag"]).removeprefix(opened["space"])
 
 
 def _is_written(message: Mapping[str, Any], text: str) -> bool:

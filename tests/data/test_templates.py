@@ -244,6 +244,30 @@ def test_thoughts_that_the_prompt_begins_are_not_begun_twice(opening, answer, tr
     assert (rendered.response, rendered.answer) == (trained, trained)
 
 
+@pytest.mark.parametrize(
+    ("prompted", "written", "lead"),
+    [
+        ("<think>\n", "<think></think>", "</think>"),  # Nemotron 3
+        ("<think>", "</think>", "</think>"),  # GLM-4.7
+        ("<|START_THINKING|>", "<|START_TEXT|>", "<|START_TEXT|>"),  # Command A
+        ("<think></think>", "</think>", ""),  # DeepSeek V3.2
+        ("<think>\n", "", ""),
+        ("\n", " ", ""),
+    ],
+)
+def test_a_text_follows_what_the_template_writes_before_every_answer_where_prompts_begin_it_otherwise(prompted, written, lead):
+    text = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}{% if m['role'] == 'assistant' and '</think>' not in m['content'] %}WRITTEN{% endif %}"
+        "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistantPROMPTED{% endif %}"
+    )
+    template = Template("chat", "messages", with_template(text.replace("WRITTEN", written).replace("PROMPTED", prompted)))
+    rendered = template.render(TALK)
+    assert rendered.prompt.endswith(f"assistant{prompted}")
+    assert (rendered.response, rendered.lead, rendered.answer) == (f"{lead}2", lead, "2")
+    thought = {"role": "assistant", "content": "<think>hm</think>2"}
+    assert template.render({"messages": [QUESTION, thought]}).response.endswith("hm</think>2")
+
+
 def test_a_template_that_refuses_a_conversation_is_quoted_with_the_records_place():
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML
     template = Template("chat", "messages", with_template(refusing))

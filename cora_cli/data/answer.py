@@ -1,0 +1,112 @@
+"""What a chat template writes of an answer, to follow a prompt with which the rendered conversation does not begin.
+
+Such a prompt begins the answer itself, often with `<think>`, or the template writes earlier messages otherwise where there is an answer.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from cora_cli.data.chat import PROBE
+
+_OPENED = re.compile(r"(?P<tag><[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])(?P<space>\s*)$")
+"""The end of a prompt that begins the answer itself, such as with `<think>`."""
+_PIECE = re.compile(r"[<\[][^<>\[\]\s]*[>\]]|\w+|\W")
+"""A control token, a word, or what is between them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A conversation as its chat template writes it: with its answer (`answered`), as the `prompt` for one, with neither (`earlier`), and with
+    `PROBE` for an answer (`probed`)."""
+
+    answered: str
+    prompt: str
+    earlier: str
+    probed: str
+
+    def behind_prompt(self) -> str | None:
+        """What follows the prompt, with the end of the answer; None where the answer's beginning is not found.
+
+        What the prompt has begun is not begun twice, and where it has ended the thoughts, with a control token, those of the answer have no place.
+        """
+        found = self._turn()
+        if found is None:
+            return None
+        header, turn = found
+        if turn.startswith(header):
+            return turn.removeprefix(header)
+        ended, rest = _behind_shared(_PIECE.findall(header), _PIECE.findall(turn))
+        tag = _OPENED.search(ended)
+        return rest.partition(tag["tag"])[2].lstrip() if tag and tag["tag"] in rest else rest
+
+    def lead(self, text: str) -> str:
+        """What the template writes before an answer of text, such as the end of the thoughts that the prompt begins.
+
+        Nothing where that is white space or what the prompt has begun already, or where the template writes something else before this text than before
+        others.
+        """
+        rest, probe = self.behind_prompt(), dataclasses.replace(self, answered=self.probed).behind_prompt()
+        lead = (probe or "").partition(PROBE)[0]
+        is_before_text = rest and rest.startswith(lead) and rest.removeprefix(lead).lstrip().startswith(text.strip())
+        return lead if is_before_text and lead.strip() not in self.prompt.removeprefix(self.earlier) else ""
+
+    def _turn(self) -> tuple[str, str] | None:
+        """How the prompt begins the answer, and the rendered conversation from that place on."""
+        if not self.prompt.startswith(self.earlier):
+            return None
+        header = self.prompt.removeprefix(self.earlier)
+        if not header.strip():  # prompts end as conversations do, such as behind the result of a tool
+            # Some write the system message before the user's last one, and only where that is to be answered.
+            before = self.probed.rpartition(PROBE)[0]
+            for own in (before, before.rstrip()):
+                if own and self.answered.startswith(own):
+                    return "", self.answered.removeprefix(own)
+            return self.prompt, self.answered
+        if self.answered.startswith(self.earlier):
+            return header, self.answered.removeprefix(self.earlier)
+        start = self.answered.rfind(header, 0, _common(self.probed, self.answered) + len(header))
+        # It is that of an earlier answer where a template begins none of its own behind the result of a tool.
+        if start < 0 or self.answered[: start + len(header)].count(header) < self.prompt.count(header):
+            return None
+        return header, self.answered[start:]
+
+
+def continued(prompt: str, answer: str) -> str:
+    """The answer without the tag with which the prompt has begun it, such as `<think>`: a model continues after it."""
+    opened = _OPENED.search(prompt)
+    if opened is None or not answer.lstrip().startswith(opened["tag"]):
+        return answer
+    return answer.lstrip().removeprefix(opened["tag"]).removeprefix(opened["space"])
+
+
+def lead_of(response: str, content: str) -> str:
+    """What the template puts before the text of an answer; nothing where the response does not end with that text.
+
+    White space with which the text itself begins, such as the indentation of a program, is no part of that, unless the template removes it.
+    """
+    written = response.rstrip()
+    found = next((text for text in (content.rstrip(), content.strip()) if written.endswith(text)), None)
+    return "" if found is None else written[: len(written) - len(found)]
+
+
+def _behind_shared(begun: Sequence[str], written: Sequence[str]) -> tuple[str, str]:
+    """What is left of each behind the pieces with which both begin; white space may differ."""
+    at = behind = place = 0
+    while at < len(begun) and place < len(written):
+        if begun[at] == written[place]:
+            at, place = at + 1, place + 1
+            behind = place
+        elif begun[at].isspace():
+            at += 1
+        elif written[place].isspace():
+            place += 1
+        else:
+            break
+    return "".join(begun[at:]), "".join(written[behind:])
+
+
+def _common(one: str, other: str) -> int:
+    """How many equal characters both begin with."""
+    differing = (place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    return next(differing, min(len(one), len(other)))
