@@ -8,6 +8,7 @@ from cora_cli.cli.command import command
 from cora_cli.cli.next_step import say_next
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.metrics import scales
+from cora_cli.evaluation.shortcomings import KINDS
 from cora_cli.render.table import Cell, number, p_value_text, table_text, with_interval
 from cora_cli.terminal import columns, show
 
@@ -55,6 +56,9 @@ def run(config: EvaluateConfig) -> None:
     for sentence in unscorable_references(results):
         show(sentence)
     for result in results:
+        if counts := result.record["shortcomings"]:
+            said = "; ".join(f"{count} of {_records(result)} answers {KINDS[kind]}" for kind, count in counts.items())
+            show(f"note: {result.name}: {said}")
         if fates := result.record.get("fates"):
             counts = ", ".join(f"{count} {fate}" for fate, count in fates.items())
             show(f"{result.name}: {sum(fates.values())} programs: {counts}")
@@ -81,10 +85,14 @@ def run(config: EvaluateConfig) -> None:
 
 def _counted(results: "list[Evaluation]") -> str:
     """The number of records behind the values; with that of each evaluation where their records differ."""
-    counts = {result.name: next(iter(result.record["metrics"].values()))["n"] for result in results}
+    counts = {result.name: _records(result) for result in results}
     if len({result.references_sha256 for result in results}) == 1:
         return f"n = {next(iter(counts.values()))} records"
     return f"records, which differ: {', '.join(f'n = {n} of {name}' for name, n in counts.items())}"
+
+
+def _records(result: "Evaluation") -> int:
+    return int(next(iter(result.record["metrics"].values()))["n"])
 
 
 def unscorable_references(results: "list[Evaluation]") -> list[str]:

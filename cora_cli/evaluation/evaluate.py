@@ -61,6 +61,7 @@ from cora_cli.evaluation.processes import Processes, launched
 from cora_cli.evaluation.readability import readability
 from cora_cli.evaluation.reference_tokens import add_reference_tokens, reference_examples, reference_tokens
 from cora_cli.evaluation.sampling import describe, streams
+from cora_cli.evaluation.shortcomings import count_shortcomings
 from cora_cli.evaluation.targets import Target, TrainedPrompts, check_own_records, find_targets, trained_prompts
 from cora_cli.evaluation.vllm import lora_rank, require_vllm
 from cora_cli.intervals import PairedDifference, paired_difference
@@ -444,7 +445,6 @@ def _score(
         tokens=tokens_of(lines, path) if config.measures_calibration else None,
     )
     proxies = readability(list(map(programs_of, lines)), config.bootstrap, config.seed) if config.readability else None
-    finished = [line.get("finish_reason") for line in lines]
     rundir.write_jsonl(
         out.scores, [{key: values[index] for key, values in report.per_example.items()} for index in range(len(lines))]
     )
@@ -456,10 +456,9 @@ def _score(
         "predictions_sha256": predictions_sha256,
         "scores_sha256": rundir.sha256_file(out.scores),
         "generation": generation,
-        "stopped_share": finished.count("stop") / len(finished) if None not in finished else None,
         **({"fates": fates} if fates else {}),
         **({"readability_proxies": proxies} if config.readability else {}),
-        "empty_predictions": sum(not text.strip() for text in predictions),
+        "shortcomings": count_shortcomings(lines),
         "bootstrap": {"resamples": config.bootstrap, "seed": config.seed},
         "versions": {name: importlib.metadata.version(name) for name in ("cora-cli", "torch", "transformers")},
     }

@@ -120,6 +120,7 @@ class Metrics(TypedDict):
     scores_sha256: NotRequired[str]
     bootstrap: NotRequired[Bootstrap]
     generation: UsedGeneration
+    shortcomings: NotRequired[dict[str, int]]
     fates: NotRequired[dict[str, int]]
     readability_proxies: NotRequired[dict[str, Proxy]]
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cora_cli import records, rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER, NAMES
+from cora_cli.evaluation.shortcomings import count_shortcomings
 from cora_cli.intervals import Interval, with_width
 from cora_cli.reading import read_jsonl
 from cora_cli.reporting.report_rows import clean
@@ -93,7 +94,7 @@ def _is_close(one: float | None, other: float) -> bool:
 def read_evaluation(
     evaluation: EvaluationDirectory, wanted: tuple[str, ...] | None
 ) -> tuple[dict[str, Measure], dict[str, Any], str]:
-    """Measures by metric, the generation settings with a hash of the prompts, and a hash of the reference answers.
+    """Measures by metric, the generation settings with a hash of the prompts and the number and the `shortcomings` of the answers, and a hash of the reference answers.
 
     `wanted` restricts the metrics. Raises `CoraError` if a file is damaged or does not give the values in `metrics.json`.
     """
@@ -132,9 +133,9 @@ def read_evaluation(
         )
     references = rundir.sha256_json([line["reference"] for line in lines])
     prompts = [line.get("prompt") for line in lines]
-    known = (
-        {} if None in prompts else {"prompts_sha256": rundir.sha256_json(prompts)}
-    )  # another program's answers may have none
+    known: dict[str, Any] = {"answers": len(lines), "shortcomings": count_shortcomings(lines)}
+    if None not in prompts:  # another program's answers may have none
+        known["prompts_sha256"] = rundir.sha256_json(prompts)
     return measures, {**record["generation"], **known}, references
 
 

@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER, build_metrics
+from cora_cli.evaluation.shortcomings import KINDS
 from cora_cli.experiments.paper import paper, paper_tables
 from cora_cli.render.table import Cell, Table
 from cora_cli.reporting.comparison import Comparison, digits, title
@@ -273,6 +274,19 @@ def _answer_notes(group: Group) -> list[str]:
         notes.append(
             f"The answers were generated with different settings, from which differences between rows may come: {'; '.join(differing)}."
         )
+    return notes + _shortcoming_notes(group)
+
+
+def _shortcoming_notes(group: Group) -> list[str]:
+    """One sentence for each kind of answers whose scores say less than they seem to, with their number in each row."""
+    notes = []
+    for kind, words in KINDS.items():
+        found = []
+        for line in group.chosen:
+            answered = [result for result in line.method.results if "shortcomings" in result.generation]
+            if count := sum(result.generation["shortcomings"].get(kind, 0) for result in answered):
+                found.append(f"{line.title} {count} of {sum(result.generation['answers'] for result in answered)}")
+        notes += [f"Answers {words}: {'; '.join(found)}."] if found else []
     return notes
 
 

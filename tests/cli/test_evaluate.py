@@ -94,6 +94,24 @@ def test_answers_that_all_score_the_same_have_no_interval(tmp_path: Path) -> Non
     assert [metric["ci95"] for metric in read_json(path)["metrics"].values()] == [None] * 4
 
 
+def test_answers_that_were_cut_are_empty_or_hold_thoughts_are_counted(tmp_path: Path) -> None:
+    answers = [
+        ("a b", "a b", "length"),
+        ("<think>hm</think>a", "a", "stop"),
+        ("", "a", "stop"),
+        ("<think>a", "<think>a", "stop"),
+    ]
+    lines = [{"prediction": one, "reference": other, "finish_reason": reason} for one, other, reason in answers]
+    rundir.write_jsonl(tmp_path / "answers.jsonl", lines)
+    command = ["evaluate", "--from", str(tmp_path / "answers.jsonl"), "-o", str(tmp_path / "out"), "--metrics", "rouge"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    shares = ("cut at the limit of new tokens", "empty", "with thoughts, which text metrics score as a part of them")
+    said = "; ".join(f"1 of 4 answers {share}" for share in shares)
+    assert said in " ".join(result.output.split())
+    assert read_json(tmp_path / "out" / "metrics.json")["shortcomings"] == {"cut": 1, "empty": 1, "thoughts": 1}
+
+
 def test_one_run_prints_a_row_with_intervals_and_every_signature(runs: list[Path], tmp_path: Path) -> None:
     result = cora(runs[0], "-o", tmp_path / "out", *FAST)
     assert result.exit_code == 0, result.stderr

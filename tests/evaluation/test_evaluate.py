@@ -329,7 +329,7 @@ def test_a_result_records_its_predictions_and_settings(tiny_model: Path, records
         == rundir.sha256_file(predictions)
     )
     reasons = [line["finish_reason"] for line in read_jsonl(predictions)]
-    assert result.record["stopped_share"] == reasons.count("stop") / 7
+    assert result.record["shortcomings"].get("cut", 0) == reasons.count("length")
     assert len(read_jsonl(tmp_path / "out" / "scores.jsonl")) == 7
 
 
@@ -473,8 +473,7 @@ def test_every_metric_of_empty_and_endless_predictions_has_value_interval_n_and_
         assert scores[1][name] < scores[4][name]
         if name != "sacrebleu":
             assert metric["value"] == pytest.approx(sum(line[name] for line in scores) / 5)
-    assert result.record["empty_predictions"] == 2
-    assert result.record["stopped_share"] is None
+    assert result.record["shortcomings"] == {"empty": 2}
     assert result.record["generation"] == {}
 
 

@@ -324,6 +324,17 @@ def test_rows_of_other_settings_and_of_trained_prompts_are_named_under_the_table
     assert "different settings, from which differences between rows may come: max_new_tokens (16, 64)" in text
 
 
+def test_answers_whose_scores_say_less_than_they_seem_to_are_counted_by_row_under_the_table(tmp_path):
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb"), *(Made("lora", "lora", seed=seed) for seed in (0, 1))], prompts=6)
+    assert "Answers cut" not in report([str(grid)])
+    for predictions in (path for path in grid.rglob("predictions.jsonl") if "lora" in str(path)):
+        lines = [{**line, "finish_reason": "length" if line["index"] < 2 else "stop"} for line in read_jsonl(predictions)]
+        rundir.write_jsonl(predictions, lines)
+        metrics = predictions.with_name("metrics.json")
+        rundir.write_json(metrics, {**read_json(metrics), "predictions_sha256": rundir.sha256_file(predictions)})
+    assert "Answers cut at the limit of new tokens: lora r=4 4 of 12." in " ".join(report([str(grid)]).split())
+
+
 @pytest.mark.parametrize(
     ("truncated", "said"),
     [
