@@ -19,6 +19,8 @@ from cora_cli.reporting.summary import Group, Line
 
 _OF_ANSWERS = ("template", "template_date", "decoding", "max_new_tokens", "end_tokens", "dtype")
 """The settings of an evaluation by which the answers of one model differ beyond rounding."""
+_OF_SPEED = {"threads": "unknown", "processes": 1, "shard": "none", "fast_path": "none"}
+"""What a run records besides its device that decides about its speed and memory, with its value where it is not recorded."""
 
 
 def scores_table(group: Group, paper_table: str | None) -> Table:
@@ -60,8 +62,26 @@ def costs_table(group: Group) -> Table:
         "n models: number of models behind the basis, 0 for the base model alone. adapter size: weights on disk (mode full: the complete model). "
         "tokens/s: training speed including prompt tokens, mean over seeds; other load on the machine lowers it. peak memory: of the training "
         "process, maximum over seeds.",
+        *_machine_notes(lines),
     )
     return Table(f"{group.name} – cost of each method", (*_name_headers(lines), *headers), tuple(rows), notes)
+
+
+def _machine_notes(lines: Sequence[Line]) -> list[str]:
+    """A sentence where speed and memory are of different machines, or of other ways to compute the same."""
+    found: dict[str, dict[str, None]] = {}
+    for hardware in (result.record["hardware"] for line in lines for result in line.method.results if result.record):
+        # On a GPU the reason is its name.
+        device = hardware["device_reason"] if hardware["device"].startswith("cuda") else hardware["device"]
+        others = {name: hardware.get(name, neutral) for name, neutral in _OF_SPEED.items()}
+        for name, value in {"device": device, **others}.items():
+            found.setdefault(name.replace("_", " "), {})[clean(str(value))] = None
+    differing = [f"{name} ({', '.join(values)})" for name, values in found.items() if len(values) > 1]
+    return (
+        [f"Not all rows were trained alike, from which differences in tokens/s and memory may come: {'; '.join(differing)}."]
+        if differing
+        else []
+    )
 
 
 def verdict_table(group: Group) -> Table:

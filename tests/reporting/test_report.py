@@ -336,6 +336,27 @@ def test_answers_whose_scores_say_less_than_they_seem_to_are_counted_by_row_unde
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"device": "cuda:0", "device_reason": "NVIDIA H100"}, "device (NVIDIA H100, cpu)"),
+        ({"threads": 16}, "threads (16, THREADS)"),
+        ({"fast_path": "compile"}, "fast path (compile, none)"),
+        ({"device_reason": "asked for"}, ""),
+    ],
+)
+def test_speeds_of_different_machines_are_named_under_the_table_of_costs(tmp_path, change, said):
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb"), Made("lora", "lora")], prompts=6)
+    place = next(path for path in grid.rglob("run.json") if "fb" in str(path))
+    record = read_json(place)
+    threads = str(record["hardware"]["threads"])
+    rundir.write_json(place, {**record, "hardware": {**record["hardware"], **change}})
+    text = " ".join(report([str(grid)]).split())
+    note = f"Not all rows were trained alike, from which differences in tokens/s and memory may come: {said.replace('THREADS', threads)}."
+    assert (note in text) == bool(said)
+    assert ("Not all rows were trained alike" in text) == bool(said)
+
+
+@pytest.mark.parametrize(
     ("truncated", "said"),
     [
         (0, "different prompts, from which differences between rows may come: template (alpaca, chat)."),
