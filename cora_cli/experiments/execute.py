@@ -18,6 +18,7 @@ import yaml
 
 from cora_cli import lock, rundir
 from cora_cli.errors import CoraError
+from cora_cli.experiments.later_seeds import seeds_before
 from cora_cli.experiments.launch import Job, Launcher
 from cora_cli.experiments.ledger import FINISHED, Ledger
 from cora_cli.experiments.screen import Screen
@@ -46,7 +47,9 @@ def write_plan(plan: Plan, stages: Mapping[str, Any] | None = None) -> None:
 
     `stages` is what `stage_record` adds for a grid with stages.
     """
-    write_sealed(plan.out / PLAN, {**plan_record(plan), **(stages or {})})
+    record = {**plan_record(plan), **(stages or {})}
+    before = seeds_before(plan.out, record)
+    write_sealed(plan.out / PLAN, {**record, **({"seeds_before": before} if before else {})})
     rundir.write_text(plan.out / "grid.yaml", yaml.safe_dump(plan.grid.resolved(), sort_keys=False, allow_unicode=True))
     for name, records in plan.records.items():
         rundir.write_jsonl(plan.out / name, records)

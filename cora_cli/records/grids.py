@@ -52,7 +52,7 @@ class PlannedSweep(TypedDict):
 
 
 class GridPlan(TypedDict):
-    """A grid's `plan.json`; `steps`, `margin`, `template_date`, `tokenizer_sha256`, `end_tokens` and `sha256`, the hash of the rest, came later."""
+    """A grid's `plan.json`; `steps`, `margin`, `template_date`, `tokenizer_sha256`, `end_tokens`, `seeds_before` and `sha256`, the hash of the rest, came later."""
 
     name: str
     title: str
@@ -67,6 +67,7 @@ class GridPlan(TypedDict):
     end_tokens: NotRequired[list[int]]
     sha256: NotRequired[str]
     looks: NotRequired[int | None]
+    seeds_before: NotRequired[list[int]]
     sweeps: NotRequired[list[PlannedSweep]]
 
 

@@ -212,6 +212,16 @@ def _of_other_plans(root: Path, steps: Mapping[str, Step]) -> list[str]:
     ]
 
 
+def _of_later_seeds(before: Sequence[int]) -> list[str]:
+    """A sentence on seeds that were planned when results of others existed; `before` has how many these were, each time."""
+    if not before:
+        return []
+    return [
+        f"Seeds were added when {' and then '.join(map(str, before))} per method had results. The tests assume a number of seeds that was fixed before: "
+        "adding seeds until a difference shows finds one more often than the level says. A grid with confirm plans its looks at the results."
+    ]
+
+
 def read_plan(root: Path) -> Experiment:
     """The experiment described by `root/plan.json`. Raises `CoraError` with the file and the fault."""
     path = root / PLAN
@@ -244,7 +254,13 @@ def read_plan(root: Path) -> Experiment:
         clean(plan["title"]),
         plan["paper_table"],
         plan["preset"],
-        (*(clean(str(sentence)) for sentence in plan["conditions"]), *unchecked, *lacking, *_of_other_plans(root, steps)),
+        (
+            *(clean(str(sentence)) for sentence in plan["conditions"]),
+            *unchecked,
+            *lacking,
+            *_of_other_plans(root, steps),
+            *_of_later_seeds(plan.get("seeds_before", ())),
+        ),
         tuple(rows),
         tuple(sorted((root / "bases").glob("*.safetensors"))),
         StepRecords(root, steps) if steps else None,
