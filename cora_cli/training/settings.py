@@ -25,7 +25,7 @@ class SharedSettings:
         panel=_DATA,
         names="dataset",
     )
-    output_dir: str = setting("Run directory; must not contain another run.", panel=_RUN)
+    output_dir: str = setting("Run directory; must not contain another run.", flags=("--output-dir", "-o"), panel=_RUN)
     mode: Mode = setting(
         "Training method: lora, fb (B = basis, frozen), tb (B = basis, trained), full (all weights, no adapter), or a baseline; "
         "docs/methods.md describes each.",
