@@ -202,7 +202,9 @@ class Template:
         except UnsteadyTemplate as error:
             raise CoraError(f"{where}: the chat template {error}") from error
         except Exception as error:  # templates raise what they like
-            raise CoraError(f"{where}: the chat template refuses the conversation: {reason(error)}") from error
+            lacking = any(message.get("content") is None for message in messages)
+            why = "; it may need a text in every message, and one with calls of tools has none" if lacking else ""
+            raise CoraError(f"{where}: the chat template refuses the conversation: {reason(error)}{why}") from error
         missing = {message["role"] for message in messages[:-1] if not _is_written(message, prompt)}
         written = rendered[len(prompt) :] if own_turn else whole.behind_prompt() if whole else None
         response, end = self._without_end(written or "", turn)
