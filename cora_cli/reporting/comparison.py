@@ -8,6 +8,7 @@ from cora_cli.methods.registry import BASELINE, METHODS
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, EQUIVALENT, UNDECIDED, WORSE, Test
 from cora_cli.reporting.statistics import EXAMPLES, Difference, MethodResults
+from cora_cli.reporting.training_conditions import differing_conditions
 
 RANDOM_B, BASE_B, LORA_RANK, LORA_SIZE, BASE = (
     "random orthonormal B",
@@ -50,6 +51,8 @@ class Comparison:
         notes = dict.fromkeys(note for test in self.tests for note in (test.obstacle, _seeds_in_words(test.found)) if note)
         if self.uncontrolled:
             notes[NO_CONTROL] = None
+        if unlike := _not_trained_alike(self.one, self.other):
+            notes[unlike] = None
         lead = "The random control, " if self.control else ""
         tail = f" ({'; '.join(notes)})" if notes else ""
         where = f", {elsewhere}" if (elsewhere := other_layers(self.one, self.other)) else ""
@@ -71,6 +74,13 @@ def other_layers(one: MethodResults, other: MethodResults) -> str:
     if not isinstance(ours, list) or not isinstance(theirs, list) or {*ours} == {*theirs}:
         return ""
     return f"on {_listed(theirs)} instead of {_listed(ours)}"
+
+
+def _not_trained_alike(one: MethodResults, other: MethodResults) -> str:
+    """In words, what two methods were trained with that differs; empty without such a difference."""
+    differing = differing_conditions([one.first, other.first])
+    listed = ", ".join(f"{name} {' and '.join(values)}" for name, values in differing.items())
+    return f"not trained alike: {listed}" if listed else ""
 
 
 def is_lora(method: MethodResults) -> bool:

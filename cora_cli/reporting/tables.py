@@ -16,6 +16,7 @@ from cora_cli.reporting.outcomes import Test
 from cora_cli.reporting.report_rows import clean
 from cora_cli.reporting.statistics import EXAMPLES, SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
+from cora_cli.reporting.training_conditions import differing_conditions
 
 _OF_ANSWERS = ("template", "template_date", "decoding", "max_new_tokens", "end_tokens", "dtype")
 """The settings of an evaluation by which the answers of one model differ beyond rounding."""
@@ -252,7 +253,15 @@ def _score_notes(group: Group) -> list[str]:
         notes.append(f"Bold: the best value of its column, if it is {meaning}.")
     elif group.best:
         notes.append(f"Nothing is in bold: no column has a value that is {meaning}.")
-    return notes + _loss_notes(group) + _answer_notes(group) + _unscorable_notes(group) + _selection_notes(group)
+    notes += _training_notes(group) + _loss_notes(group)
+    return notes + _answer_notes(group) + _unscorable_notes(group) + _selection_notes(group)
+
+
+def _training_notes(group: Group) -> list[str]:
+    """A sentence where the rows of a table differ by more than their methods."""
+    differing = differing_conditions([result for line in group.chosen for result in line.method.results])
+    listed = "; ".join(f"{name} ({', '.join(values)})" for name, values in differing.items())
+    return [f"Not all rows were trained alike, from which differences between them may come: {listed}."] if listed else []
 
 
 def _loss_notes(group: Group) -> list[str]:

@@ -357,6 +357,29 @@ def test_speeds_of_different_machines_are_named_under_the_table_of_costs(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("settings", "steps", "found", "named"),
+    [
+        ({}, 100, "optimizer steps (20, 100)", "optimizer steps 100 and 20"),
+        ({"batch_size": 32}, 20, "examples per step (8, 32)", "examples per step 32 and 8"),
+        ({"weight_decay": 0.1}, 20, "", ""),  # not recorded by the other
+        ({"train_on": "all"}, 20, "train on (last, all)", "train on all and last"),
+    ],
+)
+def test_rows_that_were_not_trained_alike_are_named_under_the_table_and_in_their_comparison(
+    tmp_path, settings, steps, found, named
+):
+    grid = make_grid(tmp_path / "grid", [Made("lora", "lora"), Made("fb", "fb", n_models=2)], prompts=6)
+    assert "trained alike" not in report([str(grid)])
+    place = next(path for path in grid.rglob("run.json") if "-fb_" in str(path))
+    record = read_json(place)
+    record["fingerprint"]["settings"] |= settings
+    rundir.write_json(place, {**record, "speed": {**record["speed"], "steps": steps}})
+    text = " ".join(report([str(grid)]).split())
+    note = f"Not all rows were trained alike, from which differences between them may come: {found}."
+    assert (note in text, f"not trained alike: {named})" in text) == (bool(found), bool(named))
+
+
+@pytest.mark.parametrize(
     ("truncated", "said"),
     [
         (0, "different prompts, from which differences between rows may come: template (alpaca, chat)."),

@@ -1,0 +1,47 @@
+"""How much and how runs were trained apart from their method: where that differs, so may their results, whatever the methods are worth."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from cora_cli.reporting.collect import Result
+from cora_cli.reporting.report_rows import clean
+
+_NEUTRAL = {
+    "lr_schedule": None,
+    "warmup_ratio": None,
+    "weight_decay": None,
+    "max_grad_norm": None,
+    "dropout": None,
+    "train_on": "last",
+    "load_in_4bit": False,
+}
+"""Settings that every method has, with their value where they are not recorded."""
+
+
+def differing_conditions(results: Sequence[Result]) -> dict[str, list[str]]:
+    """What the trainings of `results` differ in, with its values in the order of the results; a run that took no step has none."""
+    found: dict[str, dict[str, None]] = {}
+    for result in results:
+        for name, value in _conditions(result).items():
+            if value is not None:
+                found.setdefault(name, {})[_shown(value)] = None
+    return {name: list(values) for name, values in found.items() if len(values) > 1}
+
+
+def _conditions(result: Result) -> dict[str, Any]:
+    record, settings = result.record, result.record.get("fingerprint", {}).get("settings")
+    if not settings or result.untrained:
+        return {}
+    hardware = record["hardware"]
+    batch = settings["batch_size"] * settings["gradient_accumulation"] * hardware.get("processes", 1)
+    amounts = {
+        "training records": record["data"]["train"]["records"],
+        "optimizer steps": record["speed"]["steps"],
+        "examples per step": batch,
+    }
+    others = {name.replace("_", " "): settings.get(name, neutral) for name, neutral in _NEUTRAL.items()}
+    return {**amounts, **others, "precision": hardware["dtype"]}
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else f"{value:g}" if isinstance(value, float) else clean(str(value))
