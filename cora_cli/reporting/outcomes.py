@@ -72,7 +72,7 @@ def decide(planned: Sequence[tuple[str, Difference, float | None, str]], looks: 
         outcome = UNDECIDED if obstacle else _outcome(measure, found, p_holm, margin, level)
         more: tuple[int | None, int | None] = (None, None)
         if outcome == UNDECIDED and not of_rates:
-            more = needed(found, margin, len(planned))
+            more = needed(found, margin, len(scaled))
         tests.append(Test(measure, found, p_holm, margin, outcome, obstacle, *more, of_rates))
     return tests
 

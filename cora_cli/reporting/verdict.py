@@ -99,7 +99,7 @@ def _compared(
     margin: Margin,
     looks: int | None,
 ) -> tuple[list[Comparison], int]:
-    """The comparisons of one family of tests, and the number of its tests."""
+    """The comparisons of one family of tests, and the number of its p-values, over which they are corrected."""
     # A random control can stand under several informed methods; it counts as one family member.
     planned: dict[tuple[int, int, str], tuple[str, Difference, float | None, str]] = {}
     for one, other, _, _ in pairs:
@@ -117,7 +117,7 @@ def _compared(
         )
         for one, other, role, control in pairs
     ]
-    return [comparison for comparison in judged if comparison.tests], len(tests)
+    return [comparison for comparison in judged if comparison.tests], sum(test.p_holm is not None for test in tests.values())
 
 
 def _rule(tests: int, data_tests: int, other_tests: int, margin: Margin, looks: int | None) -> str:
@@ -134,7 +134,7 @@ def _rule(tests: int, data_tests: int, other_tests: int, margin: Margin, looks: 
     family = ", and separately over ".join(counted)
     return (
         "Rule: seeds and records are both random and crossed; a difference has the variance σ²(seed)/S + σ²(record)/R + "
-        f"σ²(interaction)/(S·R). Better or worse: p < {LEVEL:g} after Holm's correction over {family}, "
+        f"σ²(interaction)/(S·R). Better or worse: p < {LEVEL:g} after Holm's correction over {family} (those that have a p-value), "
         f"however small the difference. Equivalent: otherwise, if the 90 % interval lies inside ± the margin ({margins}; without a base model there is none). Otherwise "
         f"undecided, which does not mean equal. Nothing is decided with fewer than {MIN_SEEDS} seeds on a side, nor where the learning "
         "rates were not swept alike, with equally many on both sides, and more than one, over ranges of about one width, and the chosen one inside its range, not at an edge. The "

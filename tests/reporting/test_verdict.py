@@ -378,6 +378,19 @@ def test_a_b_from_the_gradient_without_its_control_or_in_a_mode_that_always_star
     assert [comparison.baseline for comparison in verdict.comparisons] == [True]
 
 
+def test_tests_without_a_p_value_are_not_among_those_that_the_rule_counts():
+    fb, control = runs("fb", FB, 0.5), lora(0.5)
+    same = {"rouge1": fb[0].measures[LOSS]}
+    scored = [dataclasses.replace(one, measures={**one.measures, **same}) for one in (*fb, *control)]
+    methods = [method for method in group_methods([*scored, *random(0.5)]) if method.first.row.learning_rate == 1e-3]
+    verdict = judge(methods, [LOSS, "rouge1"])
+    tests = [test for comparison in verdict.comparisons for test in comparison.tests]
+    assert len(tests) == 4
+    assert "correction over the 3 tests of this verdict (those that have a p-value)" in verdict.rule
+    smallest = min(test.found.p_value for test in tests if test.found.p_value is not None)
+    assert min(test.p_holm for test in tests if test.p_holm is not None) == pytest.approx(3 * smallest)
+
+
 def test_all_tests_of_a_verdict_are_corrected_together_and_a_shared_control_counts_once():
     five = runs("fb five", FB, 0.5, n_models=5)
     verdict = verdict_of(base(), runs("fb", FB, 0.5), five, random(0.6), lora(0.6))
