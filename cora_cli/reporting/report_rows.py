@@ -100,12 +100,12 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
     Runs bring the evaluation of their base model, where `cora evaluate --with-base` left one. A directory counts once, however often and by whichever path it is named. Raises `CoraError` if one is none of these, if a plan is
     damaged, and for copies of one run.
     """
-    grids: list[Experiment] = []
+    planned: dict[Path, Experiment] = {}
     plain: list[Row] = []
     judgings: list[Path] = []
     for root in _distinct_directories(_with_ranks([Path(output) for output in opened(outputs)])):
         if (root / PLAN).is_file():
-            grids.append(read_plan(root))
+            planned[root] = read_plan(root)
         elif RunDirectory(root).exists():
             plain.append(_row_of_run(RunDirectory(root)))
         elif EvaluationDirectory(root).metrics.is_file():
@@ -116,6 +116,7 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
             raise not_an_output(root)
     plain = _by_inputs(_without_own_evaluations(plain))
     plain += _bases_of(plain)
+    grids = _told_apart(planned)
     if len(grids) == 1 and not plain:
         # Judgments of a grid's models are reported with their rows, which know the paper's names.
         return [dataclasses.replace(grids[0], judgings=(*grids[0].judgings, *judgings))]
@@ -123,6 +124,17 @@ def find_experiments(outputs: Sequence[str]) -> list[Experiment]:
         title = "Finished runs" if plain else "Judged answers"
         grids.append(Experiment(PLAIN, title, None, None, (), tuple(_distinct(plain)), judgings=tuple(judgings)))
     return grids
+
+
+def _told_apart(planned: Mapping[Path, Experiment]) -> list[Experiment]:
+    """The experiments of grids; those of one name, such as of one grid file in two directories, get the directory as a part of it."""
+    names = Counter(grid.name for grid in planned.values())
+    return [
+        dataclasses.replace(grid, name=f"{grid.name} in {clean(str(root))}", title=f"{grid.title} in {clean(str(root))}")
+        if names[grid.name] > 1
+        else grid
+        for root, grid in planned.items()
+    ]
 
 
 def opened(outputs: Sequence[str]) -> list[str]:

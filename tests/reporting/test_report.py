@@ -526,6 +526,15 @@ def test_several_grids_stand_one_after_the_other(made_grid, paper_grid):
     assert text.index("A tiny grid") < text.index("Ranks <script>")
 
 
+def test_grids_of_one_name_are_told_apart_by_their_directories(made_grid, tmp_path):
+    other = make_grid(tmp_path / "other", [Made("fb", "fb"), Made("lora", "lora")], prompts=6)
+    report([str(made_grid), str(other)], output_dir=tmp_path / "out")
+    with (tmp_path / "out" / "report.csv").open(encoding="utf-8") as file:
+        names = {line["experiment"] for line in csv.DictReader(file)}
+    assert names == {f"tiny in {made_grid}", f"tiny in {other}"}
+    assert f"A tiny grid in {other}" in (tmp_path / "out" / "report.txt").read_text(encoding="utf-8")
+
+
 def test_where_nothing_is_finished_the_first_reason_is_given(tmp_path):
     grid = make_grid(tmp_path, [Made("lora", "lora")])
     shutil.rmtree(grid / "runs")
