@@ -7,9 +7,9 @@ from pathlib import Path
 from cora_cli import rundir
 from cora_cli.lock import is_held
 from cora_cli.progress import say
+from cora_cli.reporting.found import opened
 from cora_cli.reporting.inventory import OPAQUE, folders_below
 from cora_cli.reporting.report import FILES, NothingToReport, compose
-from cora_cli.reporting.report_rows import opened
 
 _LINE_BY_LINE = (".jsonl", ".log")
 """Endings of files that grow while a step runs; what is complete has a file of its own."""

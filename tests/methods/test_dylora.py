@@ -19,7 +19,7 @@ from cora_cli.methods.parts.layers import ADAPTER, lora_layers
 from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json
-from cora_cli.reporting.report_rows import find_experiments
+from cora_cli.reporting.found import find_experiments
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.laplace import laplace
 from cora_cli.training.run import train

@@ -11,8 +11,9 @@ from cora_cli.inspection.prediction import used_bases
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import read_sealed, write_sealed
 from cora_cli.reporting.collect import collect
+from cora_cli.reporting.found import find_experiments
 from cora_cli.reporting.measures import LOSS
-from cora_cli.reporting.report_rows import find_experiments, read_plan
+from cora_cli.reporting.report_rows import read_plan
 from cora_cli.reporting.summary import summarise
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.heldout import HeldOutLoss, loss_change

@@ -10,8 +10,8 @@ from cora_cli.reading import read_json
 from cora_cli.records import Metrics
 from cora_cli.render.text import terminal
 from cora_cli.reporting.collect import collect
+from cora_cli.reporting.found import find_experiments
 from cora_cli.reporting.report_document import build_document
-from cora_cli.reporting.report_rows import find_experiments
 from cora_cli.reporting.summary import summarise
 from tests.reporting.helpers import Made, make_grid
 
