@@ -67,7 +67,9 @@ def _bases_of(rows: Sequence[Row]) -> list[Row]:
         conditions = _conditions(base)
         if conditions == _conditions(own) and clean(str(conditions["model"])) == row.model:
             of_base = dataclasses.replace(row_of_evaluation(base), group=row.group)
-            found.setdefault(rundir.sha256_json([row.group, conditions]), of_base)
+            # Copies of one model are one base.
+            known_by = {**conditions, "model": None} if conditions["model_sha256"] else conditions
+            found.setdefault(rundir.sha256_json([row.group, known_by]), of_base)
     return list(found.values())
 
 
@@ -239,9 +241,11 @@ def _records_of(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def _by_inputs(rows: Sequence[Row]) -> list[Row]:
-    """Divide groups whose runs have a model or a data set of one name, but of different contents: it changed from run to run."""
+    """One group for runs of one model and one data set, by their contents, under the name of the first: copies have other names, and what has one name
+    may have changed from run to run."""
     found: dict[tuple[str, ...], set[str]] = {}
     runs = _records_of(rows)
+    rows = _without_copies(rows, runs)
     inputs = {row.name: _digests(row, runs[row.name]) for row in rows}
     for digests in inputs.values():
         for place, digest in digests.items():
@@ -253,6 +257,18 @@ def _by_inputs(rows: Sequence[Row]) -> list[Row]:
         said = ", ".join(f"{_INPUTS[kind]} sha256 {digest[:12]}" for kind, digest in own.items())
         divided.append(dataclasses.replace(row, group=f"{row.group}, {said}") if said else row)
     return divided
+
+
+def _without_copies(rows: Sequence[Row], runs: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """The rows, those of copies of a model or a data set in the group of the first one."""
+    first: dict[tuple[str, ...], str] = {}
+    renamed = []
+    for row in rows:
+        digests = tuple(_digests(dataclasses.replace(row, group=""), runs[row.name]).items())
+        contents = tuple(text for place, digest in digests for text in (*place, digest))
+        is_complete = len(digests) == len(_INPUTS)
+        renamed.append(dataclasses.replace(row, group=first.setdefault(contents, row.group)) if is_complete else row)
+    return renamed
 
 
 def _digests(row: Row, record: Mapping[str, Any]) -> dict[tuple[str, ...], str]:

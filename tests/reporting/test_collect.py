@@ -128,6 +128,26 @@ def test_the_base_model_that_was_evaluated_with_runs_is_one_row(runs_with_base):
     assert [row.label for row in named.rows] == ["lora", "base"]
 
 
+@pytest.mark.parametrize(("input_", "groups"), [(None, 1), ("model_sha256", 2), ("tokenizer_sha256", 2), ("data_sha256", 2)])
+def test_runs_on_copies_of_one_model_and_data_set_are_one_group_with_one_base(runs_with_base, input_, groups):
+    for folder, place in zip(runs_with_base, ("here", "there"), strict=True):
+        record = read_json(folder / "run.json")
+        record["model"]["reference"], record["data"]["dataset"] = f"/{place}/model", f"/{place}/data.jsonl"
+        record["fingerprint"] |= {"model_sha256": "aa", "tokenizer_sha256": "bb", "data_sha256": "cc"}
+        if input_:
+            record["fingerprint"][input_] = place
+        rundir.write_json(folder / "run.json", record)
+        for evaluation in ("eval", "eval-base"):
+            metrics = read_json(folder / evaluation / "metrics.json")
+            weights = record["fingerprint"]["model_sha256"]
+            settings = {**metrics["generation"]["settings"], "model": f"/{place}/model", "model_sha256": weights}
+            rundir.write_json(folder / evaluation / "metrics.json", {**metrics, "generation": {"settings": settings}})
+    (experiment,) = find_experiments(list(map(str, runs_with_base)))
+    assert len({row.group for row in experiment.rows}) == groups
+    assert sum(row.mode == "base" for row in experiment.rows) == groups
+    assert experiment.rows[0].group.startswith("/here/model on /here/data.jsonl")
+
+
 def test_a_base_model_with_other_weights_than_the_runs_has_no_loss_of_theirs(runs_with_base):
     for folder, digest in ((runs_with_base[0] / "eval-base", "cc" * 32), (runs_with_base[1] / "eval-base", "aa" * 32)):
         record = read_json(folder / "metrics.json")
