@@ -170,7 +170,9 @@ def _evaluation(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
             value = with_interval(metric["value"], metric["ci95"], 2 if name == "sacrebleu" else 4)
             rows.append([f"{_code(folder)} {name}", value, f"{metric['n']:,}"])
             signatures.append(f"- {name}: {_code(metric['signature'])}")
-    table = markdown_table(["metric", "value", "records"], rows)
+    datasets = {folder: dataset for folder, record in evaluations.items() if (dataset := record["generation"].get("dataset"))}
+    where = [f"{_code(folder)} has the records of {_code(Path(dataset).name)}." for folder, dataset in datasets.items()]
+    table = "\n\n".join([markdown_table(["metric", "value", "records"], rows), *where])
     notes = "95 % bootstrap intervals over records. Their signatures:"
     return f"{table}\n\n{notes}\n\n" + "\n".join(dict.fromkeys(signatures))
 

@@ -18,7 +18,7 @@ from cora_cli.data.templates import reads_clock
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import DEFAULT_DRAWS, EvaluateConfig, check_run
 from cora_cli.models.loading import load_tokenizer
-from cora_cli.models.references import ModelPath, resolve_base, resolve_model
+from cora_cli.models.references import ModelPath, absolute, resolve_base, resolve_model
 from cora_cli.models.trained_on import say_unrecorded, trained_on
 from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
@@ -55,6 +55,17 @@ class Target:
     def tokenizer(self) -> ModelPath:
         """Where the tokenizer is: with the adapter if its directory holds one of its own, else with the base model."""
         return self.adapter if self.adapter is not None and self.adapter.has_tokenizer else self.base
+
+    @property
+    def other_dataset(self) -> str | None:
+        """The records to answer, where they are others than those that the training, or that of another run for a model alone, held out."""
+        place, own = Path(self.dataset), self.own_records
+        if own is None:
+            run = RunDirectory(place.parent)
+            is_held_out = place.name == run.test_records.name and run.exists()
+        else:
+            is_held_out = place.is_file() and own.is_file() and rundir.sha256_file(place) == rundir.sha256_file(own)
+        return None if is_held_out else absolute(self.dataset)
 
     def tokenizer_hash(self) -> str:
         """SHA-256 over what decides how text becomes tokens, including a chat template that is stored with the adapter."""

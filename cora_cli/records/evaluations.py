@@ -15,7 +15,7 @@ _TOKENS = "reference_tokens"
 
 
 class Generation(TypedDict):
-    """`generation.json`; `template` is the one that `auto` in the settings became."""
+    """`generation.json`; `template` is the one that `auto` in the settings became, `dataset` has the records where no run held them out."""
 
     name: str
     settings: dict[str, Any]
@@ -23,6 +23,7 @@ class Generation(TypedDict):
     template: NotRequired[str]
     prompts_cut: NotRequired[int]
     end_tokens: NotRequired[list[int]]
+    dataset: NotRequired[str]
     prompts_trained_on: NotRequired[int]
     not_merged: NotRequired[str]
     engine: NotRequired[str]
@@ -38,6 +39,7 @@ class UsedGeneration(TypedDict):
     template: NotRequired[str]
     prompts_cut: NotRequired[int]
     end_tokens: NotRequired[list[int]]
+    dataset: NotRequired[str]
     prompts_trained_on: NotRequired[int]
 
 

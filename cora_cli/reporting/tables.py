@@ -288,6 +288,12 @@ def _answer_notes(group: Group) -> list[str]:
         for result in results
         if (known := result.generation.get("prompts_trained_on"))
     ]
+    of_runs = [result.generation.get("dataset") for result in results if result.row.run is not None]
+    others = dict.fromkeys(clean(dataset) for dataset in of_runs if dataset)
+    if others:
+        notes.append(
+            f"The scores are of the records of {', '.join(others)}, the held-out loss is of those that the runs held out."
+        )
     differing = []
     for name in _OF_ANSWERS:
         found = [{**result.generation.get("settings", {}), **result.generation}.get(name) for result in results]

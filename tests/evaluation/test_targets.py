@@ -122,6 +122,21 @@ def test_what_an_evaluation_was_trained_on_is_counted_among_the_prompts_that_it_
     assert [one.get("prompts_trained_on", 0) for _, one in sorted(counted.items())] == [0, 2], counted.keys()
 
 
+def test_an_evaluation_says_whose_records_it_answers_where_they_are_not_the_held_out_ones(run: Path, tmp_path: Path):
+    own, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
+    shutil.copy(run / "test.jsonl", own)
+    rundir.write_jsonl(other, read_jsonl(own)[:2])
+    places = {"own": None, "run": run / "test.jsonl", "copy": own, "other": other}
+    for name, place in places.items():
+        dataset = str(place) if place else None
+        evaluate_run(run, dataset=dataset, output_dir=str(tmp_path / name), limit=2, with_base=True)
+    said = {path.parent: json.loads(path.read_text()).get("dataset") for path in tmp_path.rglob("generation.json")}
+    assert {place.parent.name for place, dataset in said.items() if dataset == str(other) and place.name == run.name} == {
+        "other"
+    }
+    assert {place.parent.name for place, dataset in said.items() if dataset and place.name == "base"} == {"copy", "other"}
+
+
 def test_a_model_without_a_record_says_that_nothing_is_left_out(tiny_model: Path, tiny_data: Path, tmp_path: Path, capfd):
     result = evaluate_model(tiny_model, tiny_data, tmp_path / "out", exclude_trained=True, limit=3)
     assert result.record["metrics"]["rouge1"]["n"] == 3

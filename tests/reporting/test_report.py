@@ -315,11 +315,14 @@ def test_rows_of_other_settings_and_of_trained_prompts_are_named_under_the_table
     text = report([str(grid)])
     assert "were trained on" not in text
     assert "different settings" not in text
+    assert "The scores are of" not in text
     metrics = next(path for path in sorted(grid.rglob("metrics.json")) if "lora" in str(path))
     record = read_json(metrics)
     settings = {**record["generation"]["settings"], "max_new_tokens": 64}
-    rundir.write_json(metrics, {**record, "generation": {"settings": settings, "prompts_trained_on": 2}})
+    generation = {"settings": settings, "prompts_trained_on": 2, "dataset": "/data/other.jsonl"}
+    rundir.write_json(metrics, {**record, "generation": generation})
     text = " ".join(report([str(grid)]).split())
+    assert "The scores are of the records of /data/other.jsonl, the held-out loss is of those that the runs held out." in text
     assert "2 of its prompts were trained on" in text
     assert "different settings, from which differences between rows may come: max_new_tokens (16, 64)" in text
 
