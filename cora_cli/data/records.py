@@ -107,6 +107,17 @@ def is_among(record: Mapping[str, Any], schema: Schema, hashes: Collection[str])
     return any(prompt_hash(record, schema, form) in hashes for form in typing.get_args(_Form))
 
 
+def repeated_prompts(records: Iterable[Mapping[str, Any]], schema: Schema) -> int:
+    """How many records have the prompt of an earlier one."""
+    keys = [prompt_key(record, schema) for record in records]
+    return len(keys) - len(set(keys))
+
+
+def repeated_notice(repeated: int, records: int) -> str:
+    """What records with equal prompts mean for the numbers about them."""
+    return f"{repeated} of {records} have the prompt of an earlier one; intervals take all records as independent, and so are too narrow"
+
+
 def turns(record: Record, schema: Schema) -> Iterator[Record]:
     """The record as one record per answer: for each answer of a conversation whose weight is not 0, the conversation up to it."""
     if schema != "messages":

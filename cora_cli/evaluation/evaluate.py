@@ -28,7 +28,15 @@ from cora_cli.data.encode import (
     split_tokens,
     unknown_notice,
 )
-from cora_cli.data.records import Record, Schema, is_among, place_of, unused_columns
+from cora_cli.data.records import (
+    Record,
+    Schema,
+    is_among,
+    place_of,
+    repeated_notice,
+    repeated_prompts,
+    unused_columns,
+)
 from cora_cli.data.split import BUILTIN_PREFIX, Choice, load_test_records
 from cora_cli.data.templates import (
     Rendered,
@@ -390,6 +398,8 @@ def _say_about_records(
         say(f"{target.dataset}: columns that are not used: {', '.join(unused)}")
     if unread := template.unread(records):
         say(f"{target.dataset}: {unread_notice(unread)}")
+    if repeated := repeated_prompts(records, template.schema):
+        say(f"{target.dataset}, records: {repeated_notice(repeated, len(records))}")
     if (end := template.end_as_text) is not None:
         say(f"{target.name}: {end_notice(end)}")
     if left_out := Counter(role for text in rendered for role in text.left_out):

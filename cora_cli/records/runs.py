@@ -60,6 +60,7 @@ class Data(TypedDict):
     test: Counts
     validation: NotRequired[Counts]
     overlapping_dropped: NotRequired[int]
+    repeated_held_out: NotRequired[int]
     test_sha256: NotRequired[str]
     trained_prompts_sha256: NotRequired[str]
 

@@ -253,8 +253,23 @@ def _score_notes(group: Group) -> list[str]:
         notes.append(f"Bold: the best value of its column, if it is {meaning}.")
     elif group.best:
         notes.append(f"Nothing is in bold: no column has a value that is {meaning}.")
-    notes += _training_notes(group) + _loss_notes(group)
+    notes += _repetition_notes(group) + _training_notes(group) + _loss_notes(group)
     return notes + _answer_notes(group) + _unscorable_notes(group) + _selection_notes(group)
+
+
+def _repetition_notes(group: Group) -> list[str]:
+    """A sentence where records with one prompt were measured as if they were independent."""
+    results = [result for line in group.chosen for result in line.method.results]
+    measured = [result.record["data"] for result in results if result.record and LOSS in result.measures]
+    answered = [result.generation for result in results if "answers" in result.generation]
+    counts = {
+        "held-out": [(data.get("repeated_held_out", 0), data["test"]["records"]) for data in measured],
+        "answered": [(answers.get("repeated_prompts", 0), answers["answers"]) for answers in answered],
+    }
+    most = {what: max(found, default=(0, 0)) for what, found in counts.items()}
+    listed = [f"{repeated} of {records} {what} ones" for what, (repeated, records) in most.items() if repeated]
+    said = "Records with the prompt of an earlier one, which intervals and tests take as independent, so that intervals are too narrow"
+    return [f"{said}: {', '.join(listed)}."] if listed else []
 
 
 def _training_notes(group: Group) -> list[str]:

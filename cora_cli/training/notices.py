@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cora_cli.data.encode import notices
-from cora_cli.data.records import earlier_answers, is_among, unused_columns
+from cora_cli.data.records import earlier_answers, is_among, repeated_notice, repeated_prompts, unused_columns
 from cora_cli.data.templates import end_notice, plain_notice, unread_notice
 from cora_cli.errors import CoraError
 from cora_cli.models.references import ModelPath, resolve_model
@@ -35,6 +35,9 @@ def notices_on_records(config: TrainConfig, prepared: Prepared) -> Iterator[str]
         yield f"{several} training conversations have earlier answers, which carry no loss; --train-on all trains on each answer"
     if data.overlapping:
         yield f"{data.overlapping} training records dropped: their prompts are also in the held-out or validation set"
+    measured = data.test[: config.eval_limit]
+    if repeated := repeated_prompts(measured, data.schema):
+        yield f"held-out records: {repeated_notice(repeated, len(measured))}"
     yield from _behind_basis(prepared)[1]
     for model in models_behind(config, prepared):
         prompts = known_prompts(model)

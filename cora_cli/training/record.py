@@ -18,6 +18,7 @@ import torch
 from cora_cli import __version__, rundir
 from cora_cli.basis.artifact import Basis
 from cora_cli.data.encode import EncodedSet
+from cora_cli.data.records import repeated_prompts
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.training.batching import Batching
 from cora_cli.training.config import TrainConfig
@@ -36,6 +37,7 @@ def first_record(
     observation: Observation | None = None,
 ) -> dict[str, Any]:
     """The record of a run that is about to start; `fingerprint` is `Prepared.fingerprint`, `model` the model to train."""
+    repeated = repeated_prompts(prepared.data.test[: config.eval_limit], prepared.data.schema)
     return {
         "format": 1,
         "status": RUNNING,
@@ -55,6 +57,7 @@ def first_record(
             "test": _counts(prepared.test),
             "validation": _counts(prepared.validation),
             "overlapping_dropped": prepared.data.overlapping,
+            **({"repeated_held_out": repeated} if repeated else {}),
             "test_sha256": rundir.sha256_text(rundir.jsonl_text(prepared.data.test)),
         },
         "hardware": {

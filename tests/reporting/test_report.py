@@ -15,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cora_cli import rundir
+from cora_cli.data.records import repeated_notice
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.experiments.paper import paper, paper_row
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.collect import collect
@@ -24,6 +27,8 @@ from cora_cli.reporting.numbers import COLUMNS
 from cora_cli.reporting.plots import side_by_side
 from cora_cli.reporting.report import FILES, report
 from cora_cli.reporting.report_rows import read_plan
+from cora_cli.training.config import TrainConfig
+from cora_cli.training.run import train
 from tests.render.strict_latex import check
 from tests.reporting.helpers import Made, make_grid, plan_entry, write_plan
 
@@ -409,6 +414,20 @@ def test_rows_that_were_asked_other_prompts_with_equal_references_are_named(tmp_
     metrics = path.with_name("metrics.json")
     rundir.write_json(metrics, {**read_json(metrics), "predictions_sha256": rundir.sha256_file(path)})
     assert "not all rows were asked the same prompts" in " ".join(report([str(grid)]).split())
+
+
+def test_records_with_one_prompt_are_counted_by_a_training_an_evaluation_and_a_report(tiny_model, tiny_data, tmp_path, capfd):
+    records = read_jsonl(tiny_data)
+    twice = [{**record, "output": record["output"] + end} for record in records[:6] for end in ("", " in all")]
+    rundir.write_jsonl(tmp_path / "held-out.jsonl", twice)
+    out = tmp_path / "run"
+    inputs = {"model": str(tiny_model), "dataset": str(tiny_data), "test_dataset": str(tmp_path / "held-out.jsonl")}
+    train(TrainConfig(**inputs, output_dir=str(out), mode="lora", max_steps=1, rank=4, device="cpu"))
+    evaluate(EvaluateConfig(runs=(str(out),), metrics=("rouge",), max_new_tokens=2, limit=4, device="cpu"))
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"held-out records: {repeated_notice(6, 12)}" in said
+    assert f"{out / 'test.jsonl'}, records: {repeated_notice(2, 4)}" in said
+    assert "intervals are too narrow: 6 of 12 held-out ones, 2 of 4 answered ones." in " ".join(report([str(out)]).split())
 
 
 def notes_of_tests(grid):
