@@ -16,7 +16,7 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.experiments.sweep import SweepRule, sweep
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.training.config import TrainConfig
@@ -143,7 +143,7 @@ def main() -> None:
     text = markdown_table(headers, rows)
     print(text)
     if options.output:
-        rundir.write_text(options.output, json.dumps({"markdown": text, "losses": logs}, indent=1) + "\n")
+        writing.write_text(options.output, json.dumps({"markdown": text, "losses": logs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def _verdict(target: float, reached: bool) -> str:
 def record(name: str, result: dict[str, Any]) -> None:
     """Store one stage in the file of results and keep the other stages."""
     from cora_cli.reading import read_json
-    from cora_cli.rundir import write_json
+    from cora_cli.writing import write_json
 
     existing = read_json(RESULTS) if RESULTS.exists() else {}
     write_json(RESULTS, {**existing, "machine": machine(), name: result})

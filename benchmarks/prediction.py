@@ -27,7 +27,7 @@ import numpy as np
 from scipy.stats import rankdata
 from starts import OF_THE_SEED, Begun, Settings, end_with_parent, measured, target_of
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.errors import CoraError
 from cora_cli.inspection.rank_correlation import ENOUGH, LEAST, Correlation, Stratum, correlate
 from cora_cli.methods.registry import method_of
@@ -123,7 +123,7 @@ def predictors(found: Mapping[str, Any]) -> dict[str, float]:
 def processor_seconds(targets: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> float:
     """What all measures cost; one that two modes share counts once."""
     parts = [*targets, *(part for one in found for part in one.values())]
-    return sum({rundir.sha256_json(part["inputs"]): part["processor_seconds"] for part in parts}.values())
+    return sum({hashing.sha256_json(part["inputs"]): part["processor_seconds"] for part in parts}.values())
 
 
 def correlations(runs: Sequence[Begun], values: Mapping[Path, Mapping[str, float]]) -> dict[str, Correlation]:
@@ -277,7 +277,7 @@ def main() -> None:
     result["markdown"] = tables(result)
     print(result["markdown"])
     if options.output:
-        rundir.write_text(options.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        writing.write_text(options.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if options.plot:
         plot(result, options.plot)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.inspection.prediction import spearman
 from cora_cli.methods.registry import method_of
@@ -84,7 +84,7 @@ def measured(method: Swept, probes: Path, examples: int, products: int) -> dict[
     if not kept.exists():
         say(f"measuring {method.label}")
         config = config_of_run(method.run, probe=str(kept), probe_examples=examples)
-        rundir.write_json(kept, probe(config, most_products=products))
+        writing.write_json(kept, probe(config, most_products=products))
     return read_probe(kept)
 
 

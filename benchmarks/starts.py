@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.methods.registry import BASELINE
 from cora_cli.progress import say
 from cora_cli.reading import read_json
@@ -71,13 +71,13 @@ def end_with_parent() -> None:
 
 def kept(probes: Path, what: str, inputs: Mapping[str, Any], measure: Callable[[], Measured], until: float) -> Measured | None:
     """What was measured of the same inputs before, or now; None where it would begin after `until`."""
-    path = probes / f"{what}-{rundir.sha256_json(inputs)[:16]}.json"
+    path = probes / f"{what}-{hashing.sha256_json(inputs)[:16]}.json"
     if not path.exists():
         if time.time() > until:
             return None
         began = time.process_time()
         found = measure()
-        rundir.write_json(path, {**found, "inputs": inputs, "processor_seconds": time.process_time() - began})
+        writing.write_json(path, {**found, "inputs": inputs, "processor_seconds": time.process_time() - began})
     return read_json(path, Measured)
 
 
@@ -97,7 +97,7 @@ def target_of(like: Begun, probes: Path, settings: Settings) -> Measured | None:
         **{"max_steps": settings.lora_steps, "learning_rate": settings.lora_rate, "seed": settings.lora_seed},
     }
     inputs = {**fingerprint(like, *changes), "basis_sha256": None, "lora": changes}
-    run = RunDirectory(probes / f"lora-{like.group}-{rundir.sha256_json(inputs)[:16]}")
+    run = RunDirectory(probes / f"lora-{like.group}-{hashing.sha256_json(inputs)[:16]}")
 
     def measure() -> Measured:
         # A worker that finds everything measured needs no torch.

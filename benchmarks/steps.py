@@ -36,7 +36,7 @@ def tiny_model(directory: Path) -> Path:
 def records_file(path: Path) -> Path:
     """Records of the built-in set, written once, as a grid does."""
     from cora_cli.data.split import load_split
-    from cora_cli.rundir import write_jsonl
+    from cora_cli.writing import write_jsonl
 
     write_jsonl(path, load_split("builtin:code", None, 0).train[:40])
     return path

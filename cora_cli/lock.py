@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cora_cli import rundir
+from cora_cli import rundir, writing
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
 from cora_cli.scratch import remove_abandoned
@@ -35,9 +35,9 @@ def own_directory(out: Path, *parts: str) -> Iterator[int]:
     a run.
     """
     for place in (out, *(out / part for part in parts)):
-        rundir.refuse_link(place)
+        writing.refuse_link(place)
     _refuse_result(out)
-    if not rundir.absolute(out).name:
+    if not writing.absolute(out).name:
         raise CoraError(f"{out} cannot be an output directory; choose a new or empty one")
     if out.exists() and not out.is_dir():
         raise CoraError(f"output directory {out} is a file; choose a new or empty directory")
@@ -53,7 +53,7 @@ def own_directory(out: Path, *parts: str) -> Iterator[int]:
 @contextlib.contextmanager
 def own_output(path: Path) -> Iterator[None]:
     """Hold a file or directory that the command writes all at once. Raises `CoraError` as `own_directory` does."""
-    rundir.refuse_special(path)
+    writing.refuse_special(path)
     _refuse_result(path)
     with _hold(_next_to(path), path):
         if path.parent.is_dir():
@@ -63,7 +63,7 @@ def own_output(path: Path) -> Iterator[None]:
 
 def _refuse_result(path: Path) -> None:
     """Raise `CoraError` for a place in the result of a run, which must stay what its training wrote."""
-    place = rundir.absolute(path)
+    place = writing.absolute(path)
     for folder in (place, *place.parents):
         run = rundir.RunDirectory(folder.parent)
         if folder not in (run.adapter, run.model):
@@ -86,7 +86,7 @@ def note_holders(descriptor: int, pids: list[int]) -> None:
 
 
 def _next_to(path: Path) -> Path:
-    path = rundir.absolute(path)
+    path = writing.absolute(path)
     return path.with_name(f".{path.name}.lock") if path.name else path / ".lock"
 
 
@@ -96,12 +96,12 @@ def _hold(lock: Path, output: Path) -> Iterator[int]:
     try:
         descriptor = _open_locked(lock, output)
     except OSError as error:
-        raise rundir.disk_error(error, output) from error
+        raise writing.disk_error(error, output) from error
     try:
         try:
             note_holders(descriptor, [])
         except OSError as error:
-            raise rundir.disk_error(error, output) from error
+            raise writing.disk_error(error, output) from error
         remove_abandoned()
         yield descriptor
     finally:
@@ -118,8 +118,8 @@ def _hold(lock: Path, output: Path) -> Iterator[int]:
 def _open_locked(lock: Path, output: Path) -> int:
     absent = 0
     while True:
-        rundir.make_directory(lock.parent)
-        rundir.refuse_special(lock)
+        writing.make_directory(lock.parent)
+        writing.refuse_special(lock)
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:

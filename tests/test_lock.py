@@ -12,7 +12,7 @@ import pytest
 
 from cora_cli.errors import CoraError
 from cora_cli.lock import own_directory, own_output
-from cora_cli.rundir import atomic_path, holds_files, open_to_append
+from cora_cli.writing import atomic_path, holds_files, open_to_append
 
 
 def killed(code: str) -> subprocess.CompletedProcess[str]:
@@ -105,7 +105,7 @@ def test_temporary_files_of_killed_commands_are_removed_by_the_next(tmp_path: Pa
     for name in ("run.json", "plots/curve.svg", "basis.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         killed(f"""
-            from cora_cli.rundir import atomic_path
+            from cora_cli.writing import atomic_path
             with atomic_path(Path({str(tmp_path / name)!r})) as temporary:
                 temporary.mkdir()
                 (temporary / "part").touch()

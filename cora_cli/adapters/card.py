@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cora_cli import rundir
+from cora_cli import rundir, writing
 from cora_cli.adapters.elsewhere import is_plain_lora, peft_loads, vllm_rank
 from cora_cli.adapters.facts import SIDE_FILE, read_facts
 from cora_cli.adapters.posterior import has_posterior
@@ -31,7 +31,7 @@ _SHOWN_MODULES = 12
 
 def write_card(directory: Path, record: Mapping[str, Any]) -> None:
     """Write the card of `directory`, which holds what the run with this `run.json` trained, or what was made of that."""
-    rundir.write_text(directory / rundir.CARD, card(directory, record))
+    writing.write_text(directory / rundir.CARD, card(directory, record))
 
 
 def carry_card(directory: Path, adapter: ModelPath) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.adapters.base import base_of, check_base
 from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.elsewhere import start_that_changes_base
@@ -85,7 +85,7 @@ def export_adapter(
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     order_names(config)
     try:
-        with rundir.atomic_path(output, replace=False) as temporary:
+        with writing.atomic_path(output, replace=False) as temporary:
             config.save_pretrained(str(temporary))
             # Copies, since safetensors refuses one tensor under two names, and embedding and head may share theirs.
             copies = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.adapters.base import base_of, check_base, say_other_base
 from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.posterior import say_mean
@@ -80,15 +80,15 @@ def merge_adapter(
         say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
     _round(merged, stored, adapter)
     try:
-        with rundir.atomic_path(output, replace=False) as temporary:
+        with writing.atomic_path(output, replace=False) as temporary:
             save_model(merged, base, temporary, trust_remote_code)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, temporary)
             carry_record(temporary, adapter, base)
             carry_card(temporary, adapter)
     except Exception as error:
-        if rundir.is_disk_full(error):
-            raise rundir.disk_error(OSError(28, "No space left on device"), output) from error
+        if writing.is_disk_full(error):
+            raise writing.disk_error(OSError(28, "No space left on device"), output) from error
         raise
     return layers
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from cora_cli import rundir
+from cora_cli import rundir, writing
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import COMPACT_FILE, SIDE_FILE, AdapterFacts, read_facts, starting_b
 from cora_cli.adapters.install import apply_trained_set, install_adapter
@@ -83,14 +83,14 @@ def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts, tokeniz
     if posterior is not None and rank is not None:  # the rows of a mean have no distribution
         posterior = {name: pad(one, (0, rank - len(one))) for name, one in posterior.items()}
     try:
-        with rundir.atomic_path(directory) as temporary:
+        with writing.atomic_path(directory) as temporary:
             config.save_pretrained(str(temporary))
             save_file(state, temporary / name, metadata={"format": "pt"})
             if posterior is not None:
                 write_row_noise(temporary, posterior)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, temporary)
-            rundir.write_json(temporary / SIDE_FILE, dataclasses.replace(facts, views=bool(split_parts(model))).as_dict())
+            writing.write_json(temporary / SIDE_FILE, dataclasses.replace(facts, views=bool(split_parts(model))).as_dict())
     except SafetensorError as error:
         raise CoraError(f"{directory} cannot be written: {error}") from error
 
@@ -111,7 +111,7 @@ def stores_trained(plan: AdapterPlan) -> bool:
 
 def check_is_complete(adapter: ModelPath) -> None:
     """Raise `CoraError` for a checkpoint of a run whose trained tensors are not all of the adapter, such as one next to a frozen mean."""
-    place = rundir.absolute(adapter.path)
+    place = writing.absolute(adapter.path)
     run = rundir.RunDirectory(place.parent.parent)
     if place.parent != run.checkpoints or not run.exists() or (plan := read_run(run)["plan"]) is None:
         return

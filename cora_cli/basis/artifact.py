@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import safetensors.torch
 import torch
 
-from cora_cli import __version__, rundir
+from cora_cli import __version__, hashing, rundir, writing
 from cora_cli.basis.choices import BasisChoices, GroupMapping, Side, natural_order
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.reading import Malformed, fault_of, parse_json, refuse_pointer
@@ -96,8 +96,8 @@ class Basis:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of tensors and choices, independent of the paths of the file and the models."""
-        tensors = {name: rundir.tensor_digest(name, tensor) for name, tensor in self.tensors().items()}
-        return rundir.sha256_json({"tensors": tensors, "choices": self.choices.to_json()})
+        tensors = {name: hashing.tensor_digest(name, tensor) for name, tensor in self.tensors().items()}
+        return hashing.sha256_json({"tensors": tensors, "choices": self.choices.to_json()})
 
     @property
     def explained_variance(self) -> dict[str, float]:
@@ -211,10 +211,10 @@ def stand_in_basis() -> Basis:
 def write_basis(path: Path, basis: Basis) -> None:
     """Write `basis` to `path` atomically; equal bases give equal bytes. Raises `CoraError` if the disk write fails."""
     record = _record(basis)
-    record["digest"] = rundir.sha256_json(record)
+    record["digest"] = hashing.sha256_json(record)
     metadata = {_METADATA_KEY: json.dumps(record, sort_keys=True, ensure_ascii=False)}
     data = safetensors.torch.save(basis.tensors(), metadata)
-    with rundir.atomic_path(path) as temporary, temporary.open("wb") as file:
+    with writing.atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -232,7 +232,7 @@ def read_basis(path: Path) -> Basis:
             f"{path} is a basis of format version {version}, but this cora reads version {FORMAT_VERSION}; extract it again"
         )
     stated = record.pop("digest", None)
-    if rundir.sha256_json(record) != stated:
+    if hashing.sha256_json(record) != stated:
         raise _altered(path, "its metadata does not match its digest")
     if fault := fault_of(record, BasisFile):
         raise _altered(path, f"in its metadata, {fault}")

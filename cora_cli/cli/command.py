@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.cli.usage import GENERAL, Command
 from cora_cli.environment import variable_behind, variable_of_path
 from cora_cli.errors import CoraError, UsageError, is_lost_process, is_out_of_memory, lost_process
@@ -66,14 +66,14 @@ def _described(error: Exception) -> str:
     detail = " ".join(str(error).split())[:400]
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         # A copy names what it reads and what it writes, and it is the latter that a full disk is about.
-        named = error.filename2 if error.filename2 is not None and rundir.is_disk_full(error) else error.filename
+        named = error.filename2 if error.filename2 is not None and writing.is_disk_full(error) else error.filename
         place = os.fsdecode(named) if isinstance(named, str | bytes) else str(named)
         name = variable_of_path(place)
         return (
             f"{place} cannot be used: {error.strerror}{f'; the environment variable {name} names that place' if name else ''}"
         )
     if isinstance(error, UnicodeEncodeError):
-        name = repr(rundir.utf8(error.object)[:200])
+        name = repr(writing.utf8(error.object)[:200])
         if sys.getfilesystemencoding() == "utf-8":
             return f"a library cannot use the name {name}, whose bytes are no UTF-8; choose another name"
         return f"a library cannot use the name {name} where the locale is not UTF-8; set PYTHONUTF8=1"
@@ -99,7 +99,7 @@ def _lacking(error: Exception, detail: str) -> str | None:
             "No usable temporary directory" in detail,
             "there is no directory for temporary files that can be written; set the environment variable TMPDIR to one",
         ),
-        (rundir.is_disk_full(error), f"the disk is full: {detail}"),
+        (writing.is_disk_full(error), f"the disk is full: {detail}"),
         (is_lost_process(error), str(lost_process(error))),
         (
             is_out_of_memory(error),

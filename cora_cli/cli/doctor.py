@@ -115,7 +115,7 @@ def _check(config: DoctorConfig) -> None:
 
     import torch
 
-    from cora_cli import __version__, rundir
+    from cora_cli import __version__, writing
     from cora_cli.experiments.hardware_check import Check, check_hardware
     from cora_cli.models.references import EMBEDDED_MODEL
 
@@ -133,7 +133,7 @@ def _check(config: DoctorConfig) -> None:
             show(check.line())
             checks.append(check)
             if config.output is not None:  # after each, so that nothing is lost when the time is up
-                rundir.write_json(Path(config.output), {**found, "checks": [dataclasses.asdict(each) for each in checks]})
+                writing.write_json(Path(config.output), {**found, "checks": [dataclasses.asdict(each) for each in checks]})
     if failed := [check.name for check in checks if check.passed is False]:
         complain(f"failed on this machine: {', '.join(failed)}")
         raise typer.Exit(1)

@@ -92,7 +92,7 @@ def run(config: InspectConfig) -> None:
     from cora_cli.inspection.inspect import inspect
     from cora_cli.inspection.output import FILES, report
     from cora_cli.lock import own_directory
-    from cora_cli.rundir import refuse_foreign
+    from cora_cli.writing import refuse_foreign
 
     asked = (config.inputs, config.base, config.rank, config.side, config.target_modules, config.runs)
     if config.dry_run:

@@ -18,7 +18,7 @@ from cora_cli.environment import behind_hub_error, proxy_to_hub
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
 from cora_cli.reading import Malformed, decode_json, parse_json, read_text, refuse_pointer
-from cora_cli.rundir import refuse_broken_link
+from cora_cli.writing import refuse_broken_link
 
 HELD_OUT = "test"
 """The split that a data set of held-out records is, where it has several."""

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from cora_cli import rundir
+from cora_cli import hashing
 
 Schema = Literal["alpaca", "prompt", "messages", "text"]
 SCHEMAS: dict[Schema, tuple[str, ...]] = {
@@ -99,7 +99,7 @@ def _said(message: Mapping[str, Any], text: Callable[[Any], Any]) -> Any:
 
 def prompt_hash(record: Mapping[str, Any], schema: Schema, form: _Form = "read") -> str:
     """32 hex digits of the hash of `prompt_key`."""
-    return rundir.sha256_text(prompt_key(record, schema, form))[:32]
+    return hashing.sha256_text(prompt_key(record, schema, form))[:32]
 
 
 def is_among(record: Mapping[str, Any], schema: Schema, hashes: Collection[str]) -> bool:

@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.data.formats import columns_of, own_shape, read_record, shape_for, with_messages
 from cora_cli.data.formats.columns import chosen_shape
 from cora_cli.data.formats.conversation import says_trained
@@ -35,7 +35,7 @@ class DataSplit:
 
     def content_hash(self) -> str:
         """SHA-256 of all records in their order."""
-        return rundir.sha256_json([self.train, self.test, *([self.validation] if self.validation else [])])
+        return hashing.sha256_json([self.train, self.test, *([self.validation] if self.validation else [])])
 
 
 @dataclasses.dataclass(frozen=True)

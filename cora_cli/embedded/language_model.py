@@ -15,7 +15,7 @@ from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.embedded.archive import copy_members
 from cora_cli.progress import say
 
@@ -58,9 +58,9 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     weights.chmod(0o644)
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # Not written by transformers, which would add its version and so change the hash of the model.
-    rundir.write_json(target / "config.json", config)
-    rundir.write_json(target / "generation_config.json", ids)
-    rundir.write_json(target / "tokenizer_config.json", _tokenizer_config(fields))
+    writing.write_json(target / "config.json", config)
+    writing.write_json(target / "generation_config.json", ids)
+    writing.write_json(target / "tokenizer_config.json", _tokenizer_config(fields))
     _tokenizer(fields).save(str(target / "tokenizer.json"))
 
 

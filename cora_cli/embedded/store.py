@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
 from cora_cli.scratch import remove_abandoned, temporary_directory
@@ -54,12 +54,12 @@ def publish(folder: Path, build: Callable[[Path, Path], dict[str, Any]]) -> None
             content.mkdir()
             scratch.mkdir()
             facts = build(content, scratch)
-            rundir.give_usual_modes(content)
+            writing.give_usual_modes(content)
             _write_manifest(content, facts)
             _rename(content, folder, facts["package_sha256"], aside=temporary / "damaged")
     except OSError as error:
-        if rundir.is_disk_full(error):
-            raise rundir.disk_error(error, folder) from error
+        if writing.is_disk_full(error):
+            raise writing.disk_error(error, folder) from error
         raise CoraError(
             f"{folder} cannot be written: {error.strerror or error}; set CORA_CACHE to a folder that can"
         ) from error
@@ -72,7 +72,7 @@ def remove_unfinished(folder: Path) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _digest(path: Path, size: int, modified_ns: int) -> str:
-    return rundir.sha256_file(path)
+    return hashing.sha256_file(path)
 
 
 def _write_manifest(content: Path, facts: dict[str, Any]) -> None:
@@ -82,8 +82,8 @@ def _write_manifest(content: Path, facts: dict[str, Any]) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         name = path.relative_to(content).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": rundir.sha256_file(path)}
-    rundir.write_json(content / MANIFEST, {**facts, "files": files})
+        files[name] = {"bytes": path.stat().st_size, "sha256": hashing.sha256_file(path)}
+    writing.write_json(content / MANIFEST, {**facts, "files": files})
 
 
 def _rename(content: Path, folder: Path, package_sha256: str, aside: Path) -> None:

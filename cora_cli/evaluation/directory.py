@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cora_cli import hashing, writing
 from cora_cli import records as shapes
-from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.progress import say
@@ -39,7 +39,7 @@ def place_of_work(out: EvaluationDirectory, settings: dict[str, Any], overwrite:
     Raises `CoraError` if the directory holds other results or files and `overwrite` is off.
     """
     differing = _differing(out, settings)
-    if not differing or not rundir.holds_files(out.root):
+    if not differing or not writing.holds_files(out.root):
         return out
     if overwrite:
         return EvaluationDirectory(out.root / REPLACEMENT)
@@ -57,7 +57,7 @@ def put_in_place(out: EvaluationDirectory, new: EvaluationDirectory) -> None:
         executed = ("executions",) if new.executions.exists() else ()
         for name in ("generation", "metrics", "scores", "predictions", *executed):
             # All copies are made before the first one takes its place, at the end of this block.
-            shutil.copyfile(getattr(new, name), stack.enter_context(rundir.atomic_path(getattr(out, name))))
+            shutil.copyfile(getattr(new, name), stack.enter_context(writing.atomic_path(getattr(out, name))))
     out.partial_predictions.unlink(missing_ok=True)
     if not executed:
         out.executions.unlink(missing_ok=True)
@@ -70,7 +70,7 @@ def predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any])
         expected = recorded.get("predictions_sha256")
         if expected is None:  # interrupted: `generate` continues
             return False
-        if out.predictions.exists() and rundir.sha256_file(out.predictions) == expected:
+        if out.predictions.exists() and hashing.sha256_file(out.predictions) == expected:
             return True
         say(f"{out.predictions} was changed or removed after it was written: generating it again")
     for path in (out.predictions, out.partial_predictions, out.metrics, out.scores, out.executions):
@@ -89,7 +89,7 @@ def check_nothing_is_lost(config: EvaluateConfig, path: Path, out: EvaluationDir
         with contextlib.suppress(CoraError):  # a damaged file is replaced
             recorded = shapes.read_metrics(out)
     if out.root.resolve() != path.parent.resolve():
-        if out.predictions.exists() and rundir.sha256_file(out.predictions) != hashes[0]:
+        if out.predictions.exists() and hashing.sha256_file(out.predictions) != hashes[0]:
             raise CoraError(f"{out.root} holds the evaluation of other predictions than {path}; choose another --output-dir")
         there = [file.name for file in (out.metrics, out.scores) if file.exists()]
         if there and recorded.get("predictions_sha256") not in hashes and not config.overwrite:

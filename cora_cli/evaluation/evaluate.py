@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cora_cli import hashing, writing
 from cora_cli import records as shapes
-from cora_cli import rundir
 from cora_cli.adapters.base import check_base
 from cora_cli.adapters.storage import check_basis
 from cora_cli.data.encode import (
@@ -162,7 +162,7 @@ def _recorded_generation(path: Path) -> dict[str, Any]:
     """The `generation.json` next to the predictions at `path`; empty if it describes other predictions."""
     out = EvaluationDirectory(path.parent)
     recorded = shapes.read_generation(out)
-    if recorded and recorded.get("predictions_sha256") != rundir.sha256_file(path):
+    if recorded and recorded.get("predictions_sha256") != hashing.sha256_file(path):
         say(
             f"{path} is not the file that {out.generation.name} describes: it was changed after it was generated, so its settings are left out"
         )
@@ -197,7 +197,7 @@ def _evaluate_target(
         "merged": config.merge and any(member.adapter and not member.draws for member in target.members),
         **({"draws": [member.draws for member in target.members]} if any(member.draws for member in target.members) else {}),
         **({"rank": target.rank} if target.rank is not None else {}),
-        "records_sha256": rundir.sha256_json(records),
+        "records_sha256": hashing.sha256_json(records),
         "template": target.template,
         "max_new_tokens": config.max_new_tokens,
         "decoding": describe(config.temperature, config.samples, config.seed),
@@ -248,8 +248,8 @@ def _evaluate_target(
             )
         if not measured:
             add_reference_tokens(out, reference_tokens(backend.model, examples))
-            now = {**shapes.read_generation(out), "predictions_sha256": rundir.sha256_file(out.predictions)}
-            rundir.write_json(out.generation, now)
+            now = {**shapes.read_generation(out), "predictions_sha256": hashing.sha256_file(out.predictions)}
+            writing.write_json(out.generation, now)
     generation = _renamed(out, target.name, settings)
     evaluation = _score(config, target.name, out.predictions, out, hardware, generation, executor, problems)
     if out != target.output:
@@ -263,7 +263,7 @@ def _renamed(out: EvaluationDirectory, name: str, settings: dict[str, Any]) -> d
     recorded = shapes.read_generation(out)
     generation = {**recorded, "name": name, "settings": settings}
     if generation != recorded:
-        rundir.write_json(out.generation, generation)
+        writing.write_json(out.generation, generation)
     return generation
 
 
@@ -280,7 +280,7 @@ def _template(target: Target, schema: Schema, tokenizer: Any, recorded: str | No
 
 def records_to_answer(config: EvaluateConfig, target: Target, trained: TrainedPrompts) -> tuple[list[Record], Schema, int]:
     """The records to answer, their schema, and how many of them the target itself was trained on. Raises `CoraError` if there are none."""
-    with rundir.unchanged(Path(target.dataset)):
+    with hashing.unchanged(Path(target.dataset)):
         records, schema = load_test_records(target.dataset, Choice(config.columns, config.subset, config.split))
         if not config.dataset:  # again, as they are read
             check_own_records(Path(target.dataset))
@@ -301,7 +301,7 @@ def _ensemble_settings(target: Target) -> dict[str, Any]:
     if not target.others:
         return {}
     members = [[one.base.content_hash(), one.adapter and one.adapter.content_hash()] for one in target.members]
-    return {"adapter_sha256": rundir.sha256_json(members), "members": members}
+    return {"adapter_sha256": hashing.sha256_json(members), "members": members}
 
 
 def _open(
@@ -361,10 +361,10 @@ def _answer(
     cut = sum(len(prompt) > room for prompt in prompts)
     if cut:
         say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
-    rundir.write_json(out.generation, {"name": target.name, "settings": settings})
+    writing.write_json(out.generation, {"name": target.name, "settings": settings})
     engine = backend.start([request.input_ids for request in requests])
     speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples, processes, (target, backend.ends))
-    rundir.write_json(
+    writing.write_json(
         out.generation,
         {
             "name": target.name,
@@ -375,7 +375,7 @@ def _answer(
             **({"dataset": other} if (other := target.other_dataset) else {}),
             **({"prompts_trained_on": also_trained} if also_trained else {}),
             **({"not_merged": backend.not_merged} if backend.not_merged else {}),
-            "predictions_sha256": rundir.sha256_file(out.predictions),
+            "predictions_sha256": hashing.sha256_file(out.predictions),
             **speed,
             **({"processes": processes.count} if processes.count > 1 else {}),
         },
@@ -430,12 +430,12 @@ def _score(
     executor: Executor | None,
     problems: list[Problem] | None = None,
 ) -> Evaluation:
-    with rundir.unchanged(path):
+    with hashing.unchanged(path):
         check_nothing_is_lost(config, path, out)
         lines = shapes.read_predictions(path, "prediction", "reference")
-        predictions_sha256 = rundir.sha256_file(path)
+        predictions_sha256 = hashing.sha256_file(path)
     if generation.get("predictions_sha256", predictions_sha256) != predictions_sha256:
-        raise rundir.changed_meanwhile(path)
+        raise hashing.changed_meanwhile(path)
     predictions, references = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     say(f"{name}: scoring {len(lines)} predictions")
     if config.from_predictions and (unread := shapes.unread_entries(lines)):
@@ -456,7 +456,7 @@ def _score(
         tokens=tokens_of(lines, path) if config.measures_calibration else None,
     )
     proxies = readability(list(map(programs_of, lines)), config.bootstrap, config.seed) if config.readability else None
-    rundir.write_jsonl(
+    writing.write_jsonl(
         out.scores, [{key: values[index] for key, values in report.per_example.items()} for index in range(len(lines))]
     )
     record = {
@@ -465,7 +465,7 @@ def _score(
         "metric_variant": config.metric_variant,
         "metrics": report.metrics,
         "predictions_sha256": predictions_sha256,
-        "scores_sha256": rundir.sha256_file(out.scores),
+        "scores_sha256": hashing.sha256_file(out.scores),
         "generation": generation,
         **({"fates": fates} if fates else {}),
         **({"readability_proxies": proxies} if config.readability else {}),
@@ -475,7 +475,7 @@ def _score(
     }
     shapes.write_sealed(out.metrics, record)
     prompts = [line.get("prompt") for line in lines]
-    return Evaluation(name, record, report.statistics, rundir.sha256_json(references), rundir.sha256_json(prompts))
+    return Evaluation(name, record, report.statistics, hashing.sha256_json(references), hashing.sha256_json(prompts))
 
 
 def paired_differences(one: Evaluation, other: Evaluation) -> dict[str, PairedDifference]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.agreement import Agreement
 from cora_cli.evaluation.decode import PooledDecoder, Tokens, unsupported
@@ -128,14 +128,14 @@ def generate(
             ]
             tokens += sum(line["new_tokens"] for line in new)
             try:
-                with rundir.open_to_append(out.partial_predictions) as file:
+                with writing.open_to_append(out.partial_predictions) as file:
                     file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in new).encode())
             except OSError as error:
-                raise rundir.disk_error(error, out.partial_predictions, rundir.LINES_KEPT) from error
+                raise writing.disk_error(error, out.partial_predictions, writing.LINES_KEPT) from error
             lines |= {line["index"]: line for line in new}
     records = range(0, len(requests), samples)
     of_record = ([lines[index] for index in range(first, first + samples)] for first in records)
-    rundir.write_jsonl(
+    writing.write_jsonl(
         out.predictions, [_record_line(place, own, requests[own[0]["index"]]) for place, own in enumerate(of_record)]
     )
     out.partial_predictions.unlink(missing_ok=True)
@@ -219,7 +219,7 @@ def _earlier_lines(path: Path) -> dict[int, dict[str, Any]]:
     if not path.exists():
         return {}
     lines = read_jsonl(path, PartialPrediction, drop_partial_tail=True)
-    rundir.write_jsonl(path, lines)
+    writing.write_jsonl(path, lines)
     return {line["index"]: line for line in lines}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.data.batches import BatchForm, predicting_logits
 from cora_cli.data.encode import Example, check_rows, shorten_prompt, split_tokens
 from cora_cli.data.records import Record, place_of
@@ -83,7 +83,7 @@ def reference_tokens(model: Any, examples: Sequence[Example]) -> list[ReferenceT
 def add_reference_tokens(out: EvaluationDirectory, found: Sequence[ReferenceTokens]) -> None:
     """Write the numbers into the predictions, and their new hash next to them."""
     lines = read_jsonl(out.predictions)
-    rundir.write_jsonl(
+    writing.write_jsonl(
         out.predictions, [{**line, "reference_tokens": tokens} for line, tokens in zip(lines, found, strict=True)]
     )
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cora_cli import hashing
 from cora_cli import records as shapes
-from cora_cli import rundir
 from cora_cli.adapters.base import base_of
 from cora_cli.adapters.posterior import has_posterior
 from cora_cli.adapters.storage import check_rank
@@ -64,7 +64,7 @@ class Target:
             run = RunDirectory(place.parent)
             is_held_out = place.name == run.test_records.name and run.exists()
         else:
-            is_held_out = place.is_file() and own.is_file() and rundir.sha256_file(place) == rundir.sha256_file(own)
+            is_held_out = place.is_file() and own.is_file() and hashing.sha256_file(place) == hashing.sha256_file(own)
         return None if is_held_out else absolute(self.dataset)
 
     def tokenizer_hash(self) -> str:
@@ -73,7 +73,7 @@ class Target:
         found = self.tokenizer.tokenizer_hash()
         if not own or self.adapter is None:
             return found
-        return rundir.sha256_json([found, rundir.sha256_file(self.adapter.chat_template)])
+        return hashing.sha256_json([found, hashing.sha256_file(self.adapter.chat_template)])
 
 
 def find_targets(config: EvaluateConfig) -> list[Target]:
@@ -157,7 +157,7 @@ def _as_ensemble(config: EvaluateConfig, targets: Sequence[Target]) -> list[Targ
         ):
             if of(run) != of(first):
                 raise CoraError(f"{first.name} and {run.name} cannot be one ensemble: they have different {what}")
-        if not config.dataset and rundir.sha256_file(Path(run.dataset)) != rundir.sha256_file(Path(first.dataset)):
+        if not config.dataset and hashing.sha256_file(Path(run.dataset)) != hashing.sha256_file(Path(first.dataset)):
             raise CoraError(
                 f"{first.name} and {run.name} hold out different records: train them with one --split-seed, or name the records to answer "
                 "with --dataset"
@@ -233,7 +233,7 @@ def _same_answers(one: Target, other: Target, trust_remote_code: bool) -> bool:
 
     def identity(target: Target) -> tuple[Path, ModelPath | None, str, str]:
         records = Path(target.dataset)
-        content = rundir.sha256_file(records) if records.is_file() else target.dataset
+        content = hashing.sha256_file(records) if records.is_file() else target.dataset
         return target.base.path, target.adapter, content, target.template
 
     if identity(one) != identity(other):
@@ -253,7 +253,7 @@ def check_own_records(path: Path) -> None:
 def check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
     """Raise `CoraError` if the held-out records are not those of the training; earlier versions did not record their hash."""
     expected = record["data"].get("test_sha256")
-    if expected is not None and (not run.test_records.is_file() or rundir.sha256_file(run.test_records) != expected):
+    if expected is not None and (not run.test_records.is_file() or hashing.sha256_file(run.test_records) != expected):
         raise CoraError(
             f"{run.test_records} was changed after it was written: it does not have the hash in {run.record.name}; restore it, or name "
             "the records to answer with --dataset"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.adapters.elsewhere import vllm_rank
 from cora_cli.device import Hardware
 from cora_cli.errors import CoraError
@@ -71,7 +71,7 @@ def sampling_arguments(ends: Sequence[int], max_new_tokens: int) -> dict[str, An
 
 def drawing_arguments(ends: Sequence[int], max_new_tokens: int, sampling: Sampling, stream: str) -> dict[str, Any]:
     """Arguments of `vllm.SamplingParams` for one prompt whose tokens are drawn, with a seed of its own, from the complete vocabulary."""
-    seed = int(rundir.sha256_text(f"{sampling.seed} {stream}")[:8], 16)
+    seed = int(hashing.sha256_text(f"{sampling.seed} {stream}")[:8], 16)
     return {**sampling_arguments(ends, max_new_tokens), "temperature": sampling.temperature, "seed": seed}
 
 

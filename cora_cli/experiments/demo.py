@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import rundir, writing
 from cora_cli.basis.artifact import read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.device import select_hardware
@@ -68,7 +68,7 @@ def _run(chain: "_Chain", width: int | None) -> str:
     if earlier:
         duration = f"{duration} {earlier} of its {len(trainings)} trainings were finished before."
     written, shown = (_report(runs, evaluations, explained, seed, duration, limit) for limit in (None, width))
-    rundir.write_text(root / "report.md", written + "\n")
+    writing.write_text(root / "report.md", written + "\n")
     say(f"report written to {root / 'report.md'}")
     return shown
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from cora_cli import lock, rundir
+from cora_cli import lock, writing
 from cora_cli.errors import CoraError
 from cora_cli.experiments.later_seeds import seeds_before
 from cora_cli.experiments.launch import Job, Launcher
@@ -50,9 +50,9 @@ def write_plan(plan: Plan, stages: Mapping[str, Any] | None = None) -> None:
     record = {**plan_record(plan), **(stages or {})}
     before = seeds_before(plan.out, record)
     write_sealed(plan.out / PLAN, {**record, **({"seeds_before": before} if before else {})})
-    rundir.write_text(plan.out / "grid.yaml", yaml.safe_dump(plan.grid.resolved(), sort_keys=False, allow_unicode=True))
+    writing.write_text(plan.out / "grid.yaml", yaml.safe_dump(plan.grid.resolved(), sort_keys=False, allow_unicode=True))
     for name, records in plan.records.items():
-        rundir.write_jsonl(plan.out / name, records)
+        writing.write_jsonl(plan.out / name, records)
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, is_target
 from cora_cli.data.chat import CLOCK
 from cora_cli.data.records import Record, Schema
@@ -254,7 +254,7 @@ class _Digests:
         if known is not None and known["state"] == state:
             return str(known["sha256"])
         self._known[key] = {"state": state, "sha256": model.content_hash()}
-        rundir.write_json(self._memory, self._known)
+        writing.write_json(self._memory, self._known)
         return str(self._known[key]["sha256"])
 
 

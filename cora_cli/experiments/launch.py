@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.environment import folder_to_search
 from cora_cli.errors import CoraError
 from cora_cli.experiments.fork_server import ForkServer, stop_orphan
@@ -79,7 +79,7 @@ class LocalLauncher:
         slot = self._free.pop(0)
         environment = self._environment(slot)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with rundir.open_to_append(log) as file:
+        with writing.open_to_append(log) as file:
             file.write(f"$ cora {' '.join(argv)}\n".encode())
             file.flush()
             if self._forks and (self._server is None or not self._server.usable):
@@ -157,7 +157,7 @@ class ForkedJob:
         self._code = self._server.ended(self._pid)
         if self._code is None and not self._server.usable:
             stop_orphan(self._pid, _GRACE_SECONDS)
-            with rundir.open_to_append(self._log) as file:
+            with writing.open_to_append(self._log) as file:
                 file.write(b"cora: error: the process that had started this step was killed\n")
             self._code = 1
         if self._code is not None:

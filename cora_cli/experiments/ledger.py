@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import hashing, rundir, writing
 from cora_cli.errors import CoraError
 from cora_cli.experiments.steps import COMMANDS, Step, of_answers
 from cora_cli.lock import own_directory
@@ -154,7 +154,7 @@ class Ledger:
         return {
             stop: digest
             for stop, digest in known.items()
-            if run.stop(int(stop)).is_file() and rundir.sha256_file(run.stop(int(stop))) == digest
+            if run.stop(int(stop)).is_file() and hashing.sha256_file(run.stop(int(stop))) == digest
         }
 
     def objection(self, step: Step, steps: Mapping[str, Step]) -> str | None:
@@ -191,7 +191,7 @@ class Ledger:
         Returns a message, or None if nothing was removed. Raises `CoraError` where a link stands in the step's place.
         """
         record, place = self.record(step), self._out / step.output
-        rundir.refuse_link(place)
+        writing.refuse_link(place)
         if step.kind in ("laplace", "evaluate"):
             return self._clear_derived(step, record)
         if step.kind == "proposal" and place.exists():
@@ -278,7 +278,7 @@ class Ledger:
             )
         shutil.rmtree(_aside(self._out / step.output), ignore_errors=True)
         own = {name: digest for name, digest in files.items() if name.startswith(_RESULTS) or step.kind in _OF_ONE_FILE}
-        result = rundir.sha256_json(sorted(own.values()) if step.kind in _OF_ONE_FILE else own)
+        result = hashing.sha256_json(sorted(own.values()) if step.kind in _OF_ONE_FILE else own)
         self._write(step, results, {"status": FINISHED, "seconds": seconds, "files": files, "result": result})
         return result
 
@@ -318,7 +318,7 @@ class Ledger:
         path = RunDirectory(self._out / step.output).stop(stop)
         if not path.is_file():
             raise CoraError(f"{step.name} exited without an error, but wrote no {path}")
-        digest = rundir.sha256_file(path)
+        digest = hashing.sha256_file(path)
         stops = {**self.record(step).get("stops", {}), str(stop): digest}
         self._write(step, results, {"status": STOPPED, "seconds": seconds, "stops": stops})
         return digest
@@ -363,14 +363,14 @@ class Ledger:
         """SHA-256 of every output file of a step, by its path in the step's directory, without paths that begin with `but`."""
         place = self._out / step.output
         if step.kind in _OF_ONE_FILE:
-            return {place.name: rundir.sha256_file(place)} if place.is_file() else {}
+            return {place.name: hashing.sha256_file(place)} if place.is_file() else {}
         found: dict[str, str] = {}
         for name in _OUTPUTS[COMMANDS[step.kind]]:
             path = place / name
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 inside = file.relative_to(place).as_posix()
                 if file.is_file() and file.name != rundir.CARD and not (but and inside.startswith(but)):
-                    found[inside] = rundir.sha256_file(file)
+                    found[inside] = hashing.sha256_file(file)
         return found
 
     def _altered(self, step: Step, record: dict[str, Any], but: str | None = None) -> list[str]:
@@ -399,5 +399,5 @@ def _has_passed(run: RunDirectory, stop: int) -> bool:
 
 
 def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    plain = rundir.sha256_json
+    plain = hashing.sha256_json
     return sorted(name for name in {*theirs, *ours} if plain(theirs.get(name)) != plain(ours.get(name)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.values import read_yaml
 from cora_cli.reading import read_yaml as read_file
@@ -50,8 +50,8 @@ def write_copy(grid: Path, target: Path) -> None:
     """
     if target.exists() or target.is_symlink():
         raise CoraError(f"{target} exists; choose another name")
-    with rundir.atomic_path(target, replace=False) as temporary:
+    with writing.atomic_path(target, replace=False) as temporary:
         if "include" not in read_file(grid, "grid file"):
             shutil.copyfile(grid, temporary)
         else:
-            rundir.write_text(temporary, yaml.safe_dump(read_yaml(grid), sort_keys=False, allow_unicode=True, width=128))
+            writing.write_text(temporary, yaml.safe_dump(read_yaml(grid), sort_keys=False, allow_unicode=True, width=128))

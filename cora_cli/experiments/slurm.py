@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.environment import folder_to_search
 from cora_cli.errors import CoraError
 from cora_cli.experiments.fork_server import stop_orphan
@@ -83,7 +83,7 @@ class StepCall:
                     here = self.spread.log_here(log)
                     raise CoraError(f"the step ended with exit code {code} on node {self.spread.node}; see {here}")
                 if not self.spread.node:
-                    rundir.write_json(self.codes / f"{log.stem}.json", {"job": job_id, "code": code})
+                    writing.write_json(self.codes / f"{log.stem}.json", {"job": job_id, "code": code})
             codes[log.stem] = code
         return codes
 
@@ -215,7 +215,7 @@ class SlurmLauncher:
             batch.refused = f"Slurm refused the job: {' '.join(str(error).split())[-300:]}"
             return
         for argv, _, record in batch.steps:
-            rundir.write_json(record, {"job": batch.job.job_id, "argv": list(argv)})
+            writing.write_json(record, {"job": batch.job.job_id, "argv": list(argv)})
         self.states.forget()
 
     def withdraw(self, batch: _Batch, record: Path) -> None:
@@ -283,7 +283,7 @@ class SlurmJob:
 
     def _note(self, what: str) -> int:
         self._record.unlink(missing_ok=True)
-        with rundir.open_to_append(self._log) as file:
+        with writing.open_to_append(self._log) as file:
             file.write(f"{what}\n".encode())
         return 1
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import writing
 
 _PORTS = range(15000, 32000)
 """Below the ports that systems take for connections."""
@@ -39,7 +39,7 @@ class Spread:
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
             # By default torch uses all processors of the node, not only those of the job.
             environment["OMP_NUM_THREADS"] = str(max(1, int(cpus) // self.per_node))
-        with rundir.open_to_append(self.log_here(log)) as file:
+        with writing.open_to_append(self.log_here(log)) as file:
             file.write(f"$ cora {' '.join(argv)}\n".encode())
             file.flush()
             command = [sys.executable, "-P", "-m", *self.torchrun(), "cora_cli", *argv]

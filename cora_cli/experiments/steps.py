@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.data.templates import resolve_auto
 from cora_cli.errors import UsageError
@@ -73,7 +73,7 @@ class Step:
     @functools.cached_property
     def key(self) -> str:
         """SHA-256 of everything that determines the result."""
-        return rundir.sha256_json([self.kind, self.facts])
+        return hashing.sha256_json([self.kind, self.facts])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +254,7 @@ class _Planner:
         facts = {**choices, "sources": hashes or [self._model_hash(self._grid.model)]}
         if choices["source"] == "delta":
             facts["base"] = self._model_hash(self._grid.model)
-        return rundir.sha256_json(facts), facts, needs
+        return hashing.sha256_json(facts), facts, needs
 
     def _sources(self, row: Row) -> tuple[list[str], tuple[str, ...]]:
         """What identifies a row's source models, in order, and the steps that fine-tune them."""
@@ -389,7 +389,7 @@ class _Planner:
             **(self._hardware if "judge_model" in settings else {}),
             **settings,
         )
-        answers = {name: rundir.sha256_json(of_answers(step.facts)) for name, step in evaluations.items()}
+        answers = {name: hashing.sha256_json(of_answers(step.facts)) for name, step in evaluations.items()}
         rubrics = [load_rubric(rubric).sha256 for rubric in config.rubric]
         facts = {**settings, "rubrics": rubrics, "answers": answers}
         argv = words("judge", config)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from cora_cli import __version__, rundir
+from cora_cli import __version__, writing
 from cora_cli.inspection.inspect import Inspection
 from cora_cli.inspection.inspection_document import build_document
 from cora_cli.inspection.sharing_verdict import RULE
@@ -47,7 +47,7 @@ def report(inspection: Inspection, format: str, output_dir: Path | None, width: 
     }
     if output_dir is not None:
         for name, write in writers.items():
-            rundir.write_text(output_dir / FILES[name], write())
+            writing.write_text(output_dir / FILES[name], write())
         write_plots(figures, output_dir / "plots")
         say(f"{output_dir}: {', '.join(FILES.values())} and {len(figures)} plots")
     return terminal(short, width) if format == "terminal" else writers[format]()

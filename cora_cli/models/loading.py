@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.causality import require_causal
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
@@ -207,7 +207,7 @@ def _for_transformers(model: ModelPath, checkpoint: Checkpoint) -> Iterator[Path
         if not known:
             index = "model.safetensors.index.json" if files[0].suffix == ".safetensors" else "pytorch_model.bin.index.json"
             places = {tensor: file.name for tensor, file in checkpoint.files.items()}
-            rundir.write_json(directory / index, {"metadata": {}, "weight_map": places})
+            writing.write_json(directory / index, {"metadata": {}, "weight_map": places})
         yield directory
 
 
@@ -304,7 +304,7 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
     if isinstance(own, dict) and isinstance(name := own.get("AutoTokenizer"), str):
         # transformers writes one name, but reads those of a slow and of a fast tokenizer.
         pair = [None, name] if tokenizer.is_fast else [name, None]
-        rundir.write_json(path, {**written, "auto_map": {**own, "AutoTokenizer": pair}})
+        writing.write_json(path, {**written, "auto_map": {**own, "AutoTokenizer": pair}})
 
 
 def _say_special_tokens(model: ModelPath, tokenizer: Any) -> None:

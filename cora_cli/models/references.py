@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import hashing, rundir, writing
 from cora_cli.environment import behind_hub_error, proxy_to_hub
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
@@ -292,7 +292,7 @@ class ModelPath:
 
     def _hash(self, files: list[Path]) -> str:
         self.require_unchanged()
-        digest = rundir.sha256_files(files)
+        digest = hashing.sha256_files(files)
         self.require_unchanged()
         return digest
 
@@ -306,12 +306,12 @@ class ModelPath:
             now = {path: state for path, state in now.items() if not _holds_weights(path)}
         changed = sorted(path for path in first.keys() | now.keys() if first.get(path) != now.get(path))
         if changed:
-            raise rundir.changed_meanwhile(changed[0])
+            raise hashing.changed_meanwhile(changed[0])
 
     def require_unchanged_file(self, path: Path) -> None:
         """As `require_unchanged`, for one of the files, which takes a single look at the disk."""
-        if path in self._first_seen and rundir.file_state(path) != self._first_seen[path]:
-            raise rundir.changed_meanwhile(path)
+        if path in self._first_seen and hashing.file_state(path) != self._first_seen[path]:
+            raise hashing.changed_meanwhile(path)
 
     @cached_property
     def _first_seen(self) -> dict[Path, tuple[int, ...]]:
@@ -326,7 +326,7 @@ class ModelPath:
         others = [self.path / name for name in (*names, *_TOKENIZER_FILES)]
         patterns = ("*.jinja", "additional_chat_templates/*.jinja", "*.py", *_VOCABULARIES)
         others += [path for pattern in patterns for path in self.path.glob(pattern)]
-        return {path: state for path in (*weights, *others) if (state := rundir.file_state(path)) is not None}
+        return {path: state for path in (*weights, *others) if (state := hashing.file_state(path)) is not None}
 
     def _with_settings(self, files: list[Path]) -> list[Path]:
         names = ("adapter_config.json", "cora.json", rundir.POSTERIOR) if self.is_adapter else ("config.json",)
@@ -400,7 +400,7 @@ def check_reference(reference: str) -> None:
         return
     if path.is_file():
         raise CoraError(f"{reference} is a file; name the directory of the model that holds it")
-    rundir.refuse_broken_link(path)
+    writing.refuse_broken_link(path)
     if path.suffix in _FILE_ENDINGS:
         raise CoraError(f"{reference} does not exist")
     if path.is_absolute() or reference.startswith((".", "~")) or not _HUB_ID.match(reference.partition("@")[0]):
@@ -410,7 +410,7 @@ def check_reference(reference: str) -> None:
 def absolute(reference: str) -> str:
     """A reference to record: the absolute path of a local file or directory; any other reference unchanged."""
     path = Path(reference).expanduser()
-    return str(rundir.absolute(path)) if path.exists() else reference
+    return str(writing.absolute(path)) if path.exists() else reference
 
 
 def recorded_base(config: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from cora_cli import rundir
+from cora_cli import hashing, rundir, writing
 from cora_cli.errors import CoraError
 from cora_cli.models.references import ModelPath
 from cora_cli.progress import say
@@ -89,7 +89,7 @@ def _is_of_cora(model: ModelPath) -> bool:
 
 
 def _read_prompts(path: Path, expected: str | None) -> frozenset[str]:
-    if expected is not None and (not path.is_file() or rundir.sha256_file(path) != expected):
+    if expected is not None and (not path.is_file() or hashing.sha256_file(path) != expected):
         raise CoraError(
             f"{path} was changed after it was written, so it does not tell which prompts were trained on; restore it"
         )
@@ -106,10 +106,10 @@ def carry_record(directory: Path, *models: ModelPath) -> None:
     listed = "".join(f"{digest}\n" for digest in sorted({digest for each in found for digest in each.prompts}))
     record: CarriedTraining = {
         "datasets": list(dict.fromkeys(name for each in found for name in each.datasets)),
-        "trained_prompts_sha256": rundir.sha256_text(listed),
+        "trained_prompts_sha256": hashing.sha256_text(listed),
         "complete": all(each.complete for each in found),
         "template_date": next((each.date for each in found if each.date), None),
         "template": next((each.template for each in found if each.template), None),
     }
-    rundir.write_json(directory / RECORD, record)
-    rundir.write_text(directory / PROMPTS, listed)
+    writing.write_json(directory / RECORD, record)
+    writing.write_text(directory / PROMPTS, listed)

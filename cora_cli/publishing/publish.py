@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import hashing, rundir
 from cora_cli.adapters.card import card
 from cora_cli.environment import checked_proxy
 from cora_cli.errors import CoraError, reason
@@ -77,7 +77,7 @@ def _sums(files: Files) -> bytes:
     lines = []
     for name, content in sorted(files.items()):
         # Resolved, so that a link into the hub's cache is read.
-        digest = rundir.sha256_bytes(content) if isinstance(content, bytes) else rundir.sha256_file(content.resolve())
+        digest = hashing.sha256_bytes(content) if isinstance(content, bytes) else hashing.sha256_file(content.resolve())
         lines.append(f"{digest}  {name}\n")
     return "".join(lines).encode()
 

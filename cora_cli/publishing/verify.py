@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli import embedded, records, rundir
+from cora_cli import embedded, hashing, records
 from cora_cli.adapters.facts import SIDE_FILE, read_facts
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import MOST_RESAMPLES
@@ -110,7 +110,7 @@ def _check_sums(run: RunDirectory) -> list[str]:
         if not path.is_file():
             raise CoraError(f"{path} is missing, which {run.sums.name} lists; download the run again")
         # Resolved, since the name of a file in the hub's cache would stand for its content.
-        if rundir.sha256_file(path.resolve()) != entry["digest"]:
+        if hashing.sha256_file(path.resolve()) != entry["digest"]:
             raise CoraError(
                 f"{path} was changed after it was published: it does not have the hash in {run.sums.name}; download the run again"
             )

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.errors import CoraError
 from cora_cli.reading import checked, read_json, read_jsonl, read_numbered
 from cora_cli.records.sealed import read_sealed
@@ -159,13 +159,13 @@ def read_metrics(evaluation: EvaluationDirectory) -> dict[str, Any]:
 def answers_hashes(predictions: Path) -> tuple[str, ...]:
     """The SHA-256 by which the answers in a file are known: that of the file and, last, that of it without what calibration adds to finished
     predictions. They are one where nothing was added, and for a damaged file."""
-    own = rundir.sha256_file(predictions)
+    own = hashing.sha256_file(predictions)
     if _TOKENS.encode() not in predictions.read_bytes():
         return (own,)
     try:
         lines = read_jsonl(predictions, dict[str, Any])
         answers = [{key: value for key, value in line.items() if key != _TOKENS} for line in lines]
-        return own, rundir.sha256_text(rundir.jsonl_text(answers))
+        return own, hashing.sha256_text(writing.jsonl_text(answers))
     except (CoraError, ValueError):  # NaN, which Python reads and JSON does not have
         return (own,)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
 
@@ -15,7 +15,7 @@ _HASH = "sha256"
 def write_sealed(path: Path, record: Mapping[str, Any]) -> None:
     """Write `record` with the hash of its contents."""
     as_read = json.loads(json.dumps(record))  # where every key is text
-    rundir.write_json(path, {**record, _HASH: rundir.sha256_json(as_read)})
+    writing.write_json(path, {**record, _HASH: hashing.sha256_json(as_read)})
 
 
 def read_sealed(path: Path, shape: Any = dict[str, Any]) -> dict[str, Any]:
@@ -25,6 +25,6 @@ def read_sealed(path: Path, shape: Any = dict[str, Any]) -> dict[str, Any]:
     """
     record: dict[str, Any] = read_json(path, shape)
     written = record.pop(_HASH, None)
-    if written is not None and written != rundir.sha256_json(record):
+    if written is not None and written != hashing.sha256_json(record):
         raise CoraError(f"{path} was changed after it was written")
     return record

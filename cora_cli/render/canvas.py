@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import writing
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#666666")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -98,8 +98,8 @@ def render(name: str, heading: str, caption: str, draw: Callable[[Any], None], s
 def write_plots(figures: Sequence[Figure], directory: Path) -> None:
     """Write every figure to `directory` as SVG and PNG."""
     for figure in figures:
-        rundir.write_text(directory / f"{figure.name}.svg", figure.svg + "\n")
-        with rundir.atomic_path(directory / f"{figure.name}.png") as temporary:
+        writing.write_text(directory / f"{figure.name}.svg", figure.svg + "\n")
+        with writing.atomic_path(directory / f"{figure.name}.png") as temporary:
             temporary.write_bytes(figure.png)
 
 

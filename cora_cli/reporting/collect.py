@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli import records, rundir
+from cora_cli import hashing, records, writing
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.methods.registry import METHODS
@@ -174,7 +174,7 @@ def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> 
 
 def _judged_in(place: JudgeDirectory, known: _Rows) -> Judged:
     record = records.read_sealed(place.result, records.Judging)
-    if not place.judgments.is_file() or rundir.sha256_file(place.judgments) != record["judgments_sha256"]:
+    if not place.judgments.is_file() or hashing.sha256_file(place.judgments) != record["judgments_sha256"]:
         raise CoraError(
             f"{place.judgments} is not the file that {place.result.name} describes; run the same `cora judge` command again, which asks for "
             "nothing that is answered"
@@ -247,7 +247,7 @@ def _read_row(
     try:
         evaluation = EvaluationDirectory(row.evaluation)
         if not evaluation.metrics.exists():
-            started = evaluation.root.is_dir() and rundir.holds_files(evaluation.root)
+            started = evaluation.root.is_dir() and writing.holds_files(evaluation.root)
             raise CoraError(_failure(row, logs) or ("the evaluation is not finished" if started else "not evaluated yet"))
         found, stated, evaluated = read_evaluation(evaluation, wanted)
         _check_evaluated(row.run, stated, evaluation)

@@ -14,7 +14,8 @@ from cora_cli.errors import CoraError
 from cora_cli.lock import is_held
 from cora_cli.progress import say
 from cora_cli.reading import parse_json
-from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory, holds_files
+from cora_cli.rundir import EvaluationDirectory, JudgeDirectory, RunDirectory
+from cora_cli.writing import holds_files
 
 OPAQUE = frozenset({"checkpoints", "adapter", "model", "plots", "logs", "judge"})
 """Folders of an output that hold no other outputs."""

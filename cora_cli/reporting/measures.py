@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cora_cli import records, rundir
+from cora_cli import hashing, records
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import LOWER_IS_BETTER, NAMES
 from cora_cli.evaluation.shortcomings import count_shortcomings
@@ -105,7 +105,7 @@ def read_evaluation(
         )
     lines = read_jsonl(evaluation.predictions, records.Prediction)
     scores = read_jsonl(evaluation.scores, records.Scores)
-    if rundir.sha256_file(evaluation.predictions) != record["predictions_sha256"]:
+    if hashing.sha256_file(evaluation.predictions) != record["predictions_sha256"]:
         raise CoraError(f"{evaluation.predictions} was altered after it was scored; run `cora evaluate` again")
     _check_hash(evaluation.scores, record.get("scores_sha256"), "metrics.json")
     if lacking := [name for name in NAMES if scores and name in scores[0] and name not in record["metrics"]]:
@@ -131,11 +131,11 @@ def read_evaluation(
         measures[name] = Measure(
             value, _interval(metric["ci95"], metric["n"]), len(statistics), signature, statistics, unscorable
         )
-    references = rundir.sha256_json([line["reference"] for line in lines])
+    references = hashing.sha256_json([line["reference"] for line in lines])
     prompts = [line.get("prompt") for line in lines]
     known: dict[str, Any] = {"answers": len(lines), "shortcomings": count_shortcomings(lines)}
     if None not in prompts:  # another program's answers may have none
-        known["prompts_sha256"] = rundir.sha256_json(prompts)
+        known["prompts_sha256"] = hashing.sha256_json(prompts)
         known["repeated_prompts"] = len(prompts) - len({*prompts})
     return measures, {**record["generation"], **known}, references
 
@@ -160,7 +160,7 @@ def read_counts(evaluation: EvaluationDirectory) -> dict[str, Any]:
 
 def _check_hash(path: Path, expected: str | None, where: str) -> None:
     """Raise `CoraError` if a file does not have its recorded hash: records in another order have the same mean but are paired wrongly."""
-    if expected is not None and rundir.sha256_file(path) != expected:
+    if expected is not None and hashing.sha256_file(path) != expected:
         raise CoraError(f"{path} was altered after it was written: it does not have the hash in {where}")
 
 

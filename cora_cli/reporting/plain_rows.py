@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli import records, rundir
+from cora_cli import hashing, records
 from cora_cli.errors import CoraError
 from cora_cli.experiments.rows import SPLIT_KEYS
 from cora_cli.methods.registry import method_of
@@ -69,7 +69,7 @@ def _bases_of(rows: Sequence[Row]) -> list[Row]:
             of_base = dataclasses.replace(row_of_evaluation(base), group=row.group)
             # Copies of one model are one base.
             known_by = {**conditions, "model": None} if conditions["model_sha256"] else conditions
-            found.setdefault(rundir.sha256_json([row.group, known_by]), of_base)
+            found.setdefault(hashing.sha256_json([row.group, known_by]), of_base)
     return list(found.values())
 
 
@@ -276,7 +276,7 @@ def _digests(row: Row, record: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
     if not record:
         return {}
     fingerprint = record["fingerprint"]
-    split = rundir.sha256_json([fingerprint["settings"].get(name) for name in SPLIT_KEYS])
+    split = hashing.sha256_json([fingerprint["settings"].get(name) for name in SPLIT_KEYS])
     others = {"data_sha256": (split,)}
     return {
         (row.group, kind, *others.get(kind, ())): fingerprint[kind] for kind in _INPUTS if fingerprint.get(kind) is not None
@@ -291,7 +291,7 @@ def _settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {"prior_precision"} if laplace.get("chosen_by") == "the user" else set()
     own = {name: laplace.get(name) for name in ("directions", "records", *sorted(chosen))} if laplace else {}
     fingerprint = record["fingerprint"]
-    read = {name: rundir.sha256_json(fingerprint[key])[:12] for key, name in _READ.items() if key in fingerprint}
+    read = {name: hashing.sha256_json(fingerprint[key])[:12] for key, name in _READ.items() if key in fingerprint}
     return {**fingerprint["settings"], "processes": record["hardware"].get("processes", 1), **read, **own}
 
 
@@ -302,7 +302,7 @@ def _refuse_copies(runs: Mapping[str, Mapping[str, Any]]) -> None:
         if record:
             basis = (record.get("basis") or {}).get("sha256")
             facts = [record.get(key) for key in ("mode", "plan", "fingerprint", "seeds", "result_sha256")]
-            same = rundir.sha256_json([*facts, basis])
+            same = hashing.sha256_json([*facts, basis])
             if (other := known.setdefault(same, name)) != name:
                 raise CoraError(
                     f"{other} and {name} are the same training, with the same seed and the same inputs, so they would count as two seeds; "

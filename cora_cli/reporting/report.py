@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cora_cli import __version__, rundir
+from cora_cli import __version__, writing
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
 from cora_cli.render.canvas import Figure, write_plots
@@ -55,10 +55,10 @@ class Composed:
     rows: int
 
     def write(self, output_dir: Path) -> None:
-        """Write all formats and the plots. Raises `CoraError` as `rundir.refuse_foreign` does."""
-        rundir.refuse_foreign(output_dir, FILES.values(), FILES["json"])
+        """Write all formats and the plots. Raises `CoraError` as `writing.refuse_foreign` does."""
+        writing.refuse_foreign(output_dir, FILES.values(), FILES["json"])
         for name in sorted(self.texts, key=lambda name: name != "json"):
-            rundir.write_text(output_dir / FILES[name], self.texts[name]())
+            writing.write_text(output_dir / FILES[name], self.texts[name]())
         write_plots(self.figures, output_dir / "plots")
 
 

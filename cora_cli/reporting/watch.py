@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.lock import is_held
 from cora_cli.progress import say
 from cora_cli.reporting.found import opened
@@ -44,7 +44,7 @@ def watch(
             else:
                 complete = composed.finished == composed.rows
                 # The numbers decide, not the drawing.
-                if (now := rundir.sha256_text(composed.texts["json"]())) != shown:
+                if (now := hashing.sha256_text(composed.texts["json"]())) != shown:
                     shown = now
                     composed.write(output_dir)
                     say(f"{output_dir / FILES['html']}: {composed.finished} of {composed.rows} rows are finished")

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
 from cora_cli.reading import read_json
@@ -32,7 +32,7 @@ def step_of(checkpoint: Path) -> int:
 
 def seal(directory: Path) -> None:
     """Write the hash of every file of a checkpoint to its manifest."""
-    rundir.write_json(directory / MANIFEST, _hashes(directory))
+    writing.write_json(directory / MANIFEST, _hashes(directory))
 
 
 def newest_intact(root: Path, sealed: bool = False) -> Path | None:
@@ -66,5 +66,5 @@ def _problem(checkpoint: Path, sealed: bool) -> str | None:
 
 def _hashes(directory: Path) -> dict[str, str]:
     folders = [directory, *(path for path in directory.rglob("*") if path.is_dir())]
-    files = (path for folder in folders for path in rundir.own_files(folder) if path.name != MANIFEST)
-    return {str(path.relative_to(directory)): rundir.sha256_file(path) for path in sorted(files)}
+    files = (path for folder in folders for path in writing.own_files(folder) if path.name != MANIFEST)
+    return {str(path.relative_to(directory)): hashing.sha256_file(path) for path in sorted(files)}

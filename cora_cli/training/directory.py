@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.data.records import prompt_hashes
 from cora_cli.errors import CoraError
 from cora_cli.models.trained_on import known_prompts, say_unrecorded
@@ -36,7 +36,7 @@ def open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool,
             path.unlink(missing_ok=True)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     if not run.exists():
-        if rundir.holds_files(run.root):
+        if writing.holds_files(run.root):
             raise CoraError(f"output directory {run.root} contains other files; choose a new or empty directory")
         return False
     refuse_run(run, resume)
@@ -124,11 +124,11 @@ def write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, reco
         say_unrecorded(model)
         hashes |= dict.fromkeys(sorted(known_prompts(model)))
     listed = "".join(f"{digest}\n" for digest in hashes)
-    record["data"]["trained_prompts_sha256"] = rundir.sha256_text(listed)
+    record["data"]["trained_prompts_sha256"] = hashing.sha256_text(listed)
     # The record comes first: it makes the directory a run, which --resume can complete.
-    rundir.write_json(run.record, record)
-    rundir.write_text(run.config, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
-    rundir.write_jsonl(run.test_records, prepared.data.test)
-    rundir.write_text(run.trained_prompts, listed)
+    writing.write_json(run.record, record)
+    writing.write_text(run.config, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+    writing.write_jsonl(run.test_records, prepared.data.test)
+    writing.write_text(run.trained_prompts, listed)
     parameters = record["parameters"]
     say(f"mode {config.mode}: training {parameters['trained']:,} of {parameters['total']:,} parameters")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.adapters.card import write_card
 from cora_cli.adapters.kronecker import Kronecker, best_precision
 from cora_cli.adapters.posterior import has_posterior, write_kronecker
@@ -142,7 +142,7 @@ def laplace(
         "decided_directions": decided,
         "parameters": sum(weight.numel() for weight in weights),
     }
-    with rundir.atomic_path(output, replace=False) as temporary:
+    with writing.atomic_path(output, replace=False) as temporary:
         new = RunDirectory(temporary)
         for kept in ("config", "log", "test_records", "trained_prompts", "heldout"):
             if (path := getattr(source, kept)).exists():
@@ -153,9 +153,9 @@ def laplace(
             shutil.copyfile(source.result / name, new.adapter / name)
         write_kronecker(new.adapter, curvatures, precision)
         files = new.result_files()
-        now = {**record, "result_files": files, "result_sha256": rundir.sha256_json(files), "laplace": found}
+        now = {**record, "result_files": files, "result_sha256": hashing.sha256_json(files), "laplace": found}
         write_card(new.adapter, now)
-        rundir.write_json(new.record, now)
+        writing.write_json(new.record, now)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import Example
 from cora_cli.device import Hardware
@@ -77,7 +77,7 @@ def observe(
 
 def tokens_hash(examples: Sequence[Example]) -> str:
     """The SHA-256 of the tokens of the examples."""
-    return rundir.sha256_json([list(example.input_ids) for example in examples])
+    return hashing.sha256_json([list(example.input_ids) for example in examples])
 
 
 def mean_loss(

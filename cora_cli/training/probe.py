@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
@@ -252,7 +252,7 @@ def write_probe(config: TrainConfig) -> dict[str, Any]:
     """As `probe`, with its record in the file of `--probe`."""
     assert config.probe is not None
     record = probe(config)
-    rundir.write_json(Path(config.probe), record)
+    writing.write_json(Path(config.probe), record)
     return record
 
 
@@ -274,7 +274,7 @@ def write_proposal(config: TrainConfig) -> dict[str, Any]:
     found = proposal_from(record["probe"]["curvature"])
     settings = {**record["fingerprint"]["settings"], "learning_rate": found["learning_rate"]}
     record = {**record, "fingerprint": {**record["fingerprint"], "settings": settings}, "proposal": found}
-    rundir.write_json(Path(config.probe), record)
+    writing.write_json(Path(config.probe), record)
     return record
 
 

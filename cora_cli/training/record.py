@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cora_cli import __version__, rundir
+from cora_cli import __version__, hashing, writing
 from cora_cli.basis.artifact import Basis
 from cora_cli.data.encode import EncodedSet
 from cora_cli.data.records import repeated_prompts
@@ -58,7 +58,7 @@ def first_record(
             "validation": _counts(prepared.validation),
             "overlapping_dropped": prepared.data.overlapping,
             **({"repeated_held_out": repeated} if repeated else {}),
-            "test_sha256": rundir.sha256_text(rundir.jsonl_text(prepared.data.test)),
+            "test_sha256": hashing.sha256_text(writing.jsonl_text(prepared.data.test)),
         },
         "hardware": {
             "device": str(prepared.hardware.device),

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.adapters.card import write_card
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import AngleMeter
@@ -136,9 +136,9 @@ def _write_end(run: RunDirectory, outcome: dict[str, Any]) -> None:
     record = {**read_json(run.record), **outcome, "status": STOPPED}
     if "finished" in outcome:
         files = run.result_files()
-        record |= {"status": FINISHED, "result_files": files, "result_sha256": rundir.sha256_json(files)}
+        record |= {"status": FINISHED, "result_files": files, "result_sha256": hashing.sha256_json(files)}
         write_card(run.result, record)
-    rundir.write_json(run.record, record)
+    writing.write_json(run.record, record)
 
 
 def _by_main(arguments: TrainingArguments, act: Callable[[], Any]) -> Any:
@@ -201,8 +201,8 @@ def _train_and_save(
         _save_result(config, prepared, run, model, weights)
         if before is not None and after is not None:
             rows = zip(before.nll.tolist(), after.nll.tolist(), before.tokens.tolist(), strict=True)
-            rundir.write_jsonl(run.heldout, [{"before": b, "after": a, "tokens": int(t)} for b, a, t in rows])
-            written = {"heldout_sha256": rundir.sha256_file(run.heldout)}
+            writing.write_jsonl(run.heldout, [{"before": b, "after": a, "tokens": int(t)} for b, a, t in rows])
+            written = {"heldout_sha256": hashing.sha256_file(run.heldout)}
     return {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         # Again, since the method may have changed them.
@@ -239,7 +239,7 @@ def _train_to_stop(
     if validation is None:
         raise CoraError(f"{config.dataset} leaves no validation records, whose loss is the result of --stop-at")
     if arguments.process_index == 0:
-        rundir.write_json(run.stop(step), {"step": step, "validation": validation.summary()})
+        writing.write_json(run.stop(step), {"step": step, "validation": validation.summary()})
     return {"speed": speed, "validation": validation.summary()}
 
 
@@ -270,7 +270,7 @@ def _fit(
     done = step_of(checkpoint) if checkpoint else 0
     if trainer.is_world_process_zero():
         lines = read_jsonl(run.log, LogLine, drop_partial_tail=True) if run.log.exists() else []
-        rundir.write_jsonl(run.log, [line for line in lines if line["step"] <= done])
+        writing.write_jsonl(run.log, [line for line in lines if line["step"] <= done])
     if checkpoint:
         say(f"resuming after step {done}")
     with progress("training", total_steps(config, len(prepared.train.examples)), "steps", done=done) as shown:
@@ -329,7 +329,7 @@ def _save_result(
 ) -> None:
     """Write the adapter, or the complete model; `weights` are those of one that is sharded."""
     if prepared.plan is None:
-        with rundir.atomic_path(run.model) as temporary:
+        with writing.atomic_path(run.model) as temporary:
             save_model(model, prepared.model_path, temporary, config.trust_remote_code, weights)
             save_tokenizer(prepared.tokenizer, temporary)
         return
@@ -353,7 +353,7 @@ def _interrupts_recorded(run: RunDirectory, main: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if main:
-            rundir.write_json(run.record, {**read_json(run.record), "status": INTERRUPTED})
+            writing.write_json(run.record, {**read_json(run.record), "status": INTERRUPTED})
         raise
 
 
@@ -362,7 +362,7 @@ def _mark_failed(run: RunDirectory, error: Exception) -> None:
     try:
         diverged = {"diverged": True} if isinstance(error, Diverged) else {}
         said = str(lost_process(error) if is_lost_process(error) else error)
-        rundir.write_json(run.record, {**read_json(run.record), "status": FAILED, "error": said[:500], **diverged})
+        writing.write_json(run.record, {**read_json(run.record), "status": FAILED, "error": said[:500], **diverged})
     except CoraError:
         say(f"{run.record} could not be updated")
 
@@ -383,6 +383,6 @@ def _explained(error: Exception, run: RunDirectory, config: TrainConfig, prepare
         return error
     if isinstance(error, torch.OutOfMemoryError):
         return CoraError(f"{out_of_memory(config, prepared)}; {where}")
-    if rundir.is_disk_full(error):
+    if writing.is_disk_full(error):
         return CoraError(f"the disk is full or not writable: {run.root}; {where}")
     return error

@@ -29,10 +29,11 @@ from cora_cli.methods.method import Step
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import Progress
-from cora_cli.rundir import RunDirectory, give_usual_modes, open_to_append
+from cora_cli.rundir import RunDirectory
 from cora_cli.training.checkpoints import checkpoints_in, seal
 from cora_cli.training.losses import batch_losses
 from cora_cli.training.sharding import average_gradients, complete_weights, divided, gathered, is_sharded, load_weights, most
+from cora_cli.writing import give_usual_modes, open_to_append
 
 PARTIAL = ".partial"
 

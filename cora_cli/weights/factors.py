@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-from cora_cli import rundir
+from cora_cli import hashing, rundir
 from cora_cli.adapters.elsewhere import start_that_changes_base
 from cora_cli.adapters.facts import read_facts, starting_b
 from cora_cli.adapters.peft_settings import say_unknown_settings
@@ -233,15 +233,15 @@ class AdapterFactors:
         """The s, B (out, r) and A (r, in) of an updated module, both float64; ΔW = s·B·A. Call `check` first."""
         a = self._read_factor(module, "A")
         b = self._starting_b(module, self._out[module]) if self._starting_b else self._read_factor(module, "B")
-        digests = [rundir.tensor_digest("lora_A", a), rundir.tensor_digest("lora_B", b), self._scale[module]]
-        self._digests.setdefault(f"{module}.lora", rundir.sha256_json(digests))
+        digests = [hashing.tensor_digest("lora_A", a), hashing.tensor_digest("lora_B", b), self._scale[module]]
+        self._digests.setdefault(f"{module}.lora", hashing.sha256_json(digests))
         return self._scale[module], b.double(), a.double()
 
     def read_full(self, module: str) -> torch.Tensor:
         """The weight (out, in), in the stored type, that replaces the base's."""
         weight = finite(self.checkpoint.read(self._full_keys[module]), self.reference, module)
         weight = weight.T.contiguous() if module in self._transposed else weight
-        self._digests.setdefault(module, rundir.tensor_digest(module, weight))
+        self._digests.setdefault(module, hashing.tensor_digest(module, weight))
         return weight
 
     def digests(self, modules: Iterable[str]) -> dict[str, str]:

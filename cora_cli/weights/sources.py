@@ -12,7 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.adapters.base import base_of, check_base
 from cora_cli.basis.choices import is_target, match_targets, natural_order
 from cora_cli.errors import CoraError
@@ -176,7 +176,7 @@ class ModelSource(WeightSource):
         weight = finite(self._checkpoint.read(self._keys[stored]), self.reference, stored)
         weight = weight.T.contiguous() if stored in self.transposed else weight
         weight = view.layout.rows(weight, view.part) if view else weight
-        self._digests.setdefault(module, rundir.tensor_digest(module, weight))
+        self._digests.setdefault(module, hashing.tensor_digest(module, weight))
         return weight
 
     def entry_bytes(self, module: str) -> int:
@@ -191,7 +191,7 @@ class ModelSource(WeightSource):
         for module in modules:
             if module not in self._digests:
                 self.read(module)
-        return rundir.sha256_json({module: self._digests[module] for module in modules})
+        return hashing.sha256_json({module: self._digests[module] for module in modules})
 
     def renamed_modules(self, modules: Collection[str]) -> dict[str, str]:
         """See `WeightSource.renamed_modules`."""
@@ -315,7 +315,7 @@ class AdapterSource(WeightSource):
         modules = list(modules)
         rest = self.base.content_hash([module for module in modules if module not in self._own.full])
         names = dict.fromkeys(name for module in modules for name in self._names(module))
-        return rundir.sha256_json({"base": rest, "adapter": self._own.digests(names)})
+        return hashing.sha256_json({"base": rest, "adapter": self._own.digests(names)})
 
     def renamed_modules(self, modules: Collection[str]) -> dict[str, str]:
         """See `WeightSource.renamed_modules`."""

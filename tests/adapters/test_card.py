@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.adapters.card import card
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.merge import merge_adapter
@@ -109,7 +109,7 @@ def test_no_hash_covers_the_card_so_that_people_may_edit_it(
     run: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     record = read_json(run / "run.json")
-    assert record["result_sha256"] == rundir.sha256_json(record["result_files"])
+    assert record["result_sha256"] == hashing.sha256_json(record["result_files"])
     assert "README.md" not in record["result_files"]
     edited = card_of(run) + "\nMore about it.\n"
     (run / "adapter" / "README.md").write_text(edited, encoding="utf-8")

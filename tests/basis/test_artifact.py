@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cora_cli import __version__, rundir
+from cora_cli import __version__, hashing
 from cora_cli.basis.artifact import Basis, read_basis, write_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
@@ -41,7 +41,7 @@ def rewrite(source: Path, target: Path, tensors=lambda tensors: None, record=lam
     tensors(content)
     record(metadata)
     metadata.pop("digest")
-    metadata["digest"] = rundir.sha256_json(metadata)
+    metadata["digest"] = hashing.sha256_json(metadata)
     save_file({name: tensor.contiguous() for name, tensor in content.items()}, target, {key: json.dumps(metadata)})
     return target
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.cli import app
 from cora_cli.evaluation import backend
 from cora_cli.reading import read_json, read_jsonl
@@ -64,14 +64,14 @@ def favourable(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     records = read_jsonl(RunDirectory(runs[0]).test_records)
     answers = read_jsonl(directory / "eval" / "predictions.jsonl")
     answered = [{**record, "output": line["prediction"]} for record, line in zip(records, answers, strict=True)]
-    rundir.write_jsonl(directory / "records.jsonl", answered)
+    writing.write_jsonl(directory / "records.jsonl", answered)
     return directory / "records.jsonl"
 
 
 @pytest.fixture
 def predictions(tmp_path: Path) -> Path:
     pairs = [("the cat sat", "the cat sat down"), ("", "nothing"), ("one two", "two one")]
-    rundir.write_jsonl(tmp_path / "predictions.jsonl", [{"prediction": p, "reference": r} for p, r in pairs])
+    writing.write_jsonl(tmp_path / "predictions.jsonl", [{"prediction": p, "reference": r} for p, r in pairs])
     return tmp_path / "predictions.jsonl"
 
 
@@ -85,7 +85,7 @@ def rows(output: str) -> list[list[str]]:
 
 def test_answers_that_all_score_the_same_have_no_interval(tmp_path: Path) -> None:
     texts = ["the cat sat on the mat", "one two three four", "a red boat sails home"]
-    rundir.write_jsonl(tmp_path / "p.jsonl", [{"prediction": text, "reference": text} for text in texts])
+    writing.write_jsonl(tmp_path / "p.jsonl", [{"prediction": text, "reference": text} for text in texts])
     result = cora("--from", tmp_path / "p.jsonl", "--metrics", "rouge,bleu", "--bootstrap", "100")
     assert result.exit_code == 0, result.stderr
     _, _, (_, *cells) = rows(result.stdout)
@@ -102,7 +102,7 @@ def test_answers_that_were_cut_are_empty_or_hold_thoughts_are_counted(tmp_path: 
         ("<think>a", "<think>a", "stop"),
     ]
     lines = [{"prediction": one, "reference": other, "finish_reason": reason} for one, other, reason in answers]
-    rundir.write_jsonl(tmp_path / "answers.jsonl", lines)
+    writing.write_jsonl(tmp_path / "answers.jsonl", lines)
     command = ["evaluate", "--from", str(tmp_path / "answers.jsonl"), "-o", str(tmp_path / "out"), "--metrics", "rouge"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
@@ -154,7 +154,7 @@ def test_several_runs_print_a_row_each_and_their_differences_from_the_first(
 def test_runs_with_other_held_out_records_get_their_table_but_no_comparison(
     runs: list[Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    rundir.write_jsonl(tmp_path / "other.jsonl", [{"instruction": f"say {n}", "output": f"{n}"} for n in range(10)])
+    writing.write_jsonl(tmp_path / "other.jsonl", [{"instruction": f"say {n}", "output": f"{n}"} for n in range(10)])
     config = TrainConfig(
         model=str(tiny_model),
         dataset=str(tmp_path / "other.jsonl"),
@@ -179,7 +179,7 @@ def test_runs_that_were_asked_other_prompts_with_equal_references_are_compared_w
     found = []
     for number, question in enumerate(("say yes to", "agree with")):
         data, run = tmp_path / f"{number}.jsonl", tmp_path / f"run{number}"
-        rundir.write_jsonl(data, [{"instruction": f"{question} {n}", "output": "yes"} for n in range(8)])
+        writing.write_jsonl(data, [{"instruction": f"{question} {n}", "output": "yes"} for n in range(8)])
         settings = {"mode": "lora", "rank": 2, "max_steps": 1, "dtype": "fp32", "device": "cpu", "test_size": 2}
         train(TrainConfig(model=str(tiny_model), dataset=str(data), output_dir=str(run), **settings))
         found.append(run)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
 from cora_cli.adapters.storage import save_adapter
@@ -269,7 +269,7 @@ def test_a_start_that_adapters_share_is_no_common_subspace_where_they_record_it(
         save_file(weights, adapter / "adapter_model.safetensors")
         if recorded:
             facts = AdapterFacts(plan, str(related[0]), None, base_hash, None, None, compact=False)
-            rundir.write_json(adapter / "cora.json", facts.as_dict())
+            writing.write_json(adapter / "cora.json", facts.as_dict())
     flags = ("--rank=4", "--target-modules=q_proj,v_proj", "--format=json")
     adapters = [tmp_path / f"a{n}" for n in range(5)]
     found = {side: json.loads(cora_inspect(*adapters, *flags, "--side", side).stdout) for side in ("input", "output")}
@@ -374,7 +374,7 @@ def finished_run(path: Path, loss: float, basis: Path | None, seed: int = 0, out
         made = read_basis(basis)
         sources = [{"reference": s.reference, "revision": s.revision, "hash": s.hash} for s in made.sources]
         record["basis"] = {"path": str(basis), "sha256": made.sha256, "choices": made.choices.to_json(), "sources": sources}
-    rundir.write_json(path / "run.json", record)
+    writing.write_json(path / "run.json", record)
     return ["--runs", str(path)]
 
 

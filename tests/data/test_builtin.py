@@ -14,7 +14,7 @@ from cora_cli.data.builtin.build import Dice, Draft, build
 from cora_cli.data.builtin.catalogue import FAMILIES
 from cora_cli.data.builtin.words import articles, fill, listing
 from cora_cli.errors import CoraError
-from cora_cli.rundir import sha256_json
+from cora_cli.hashing import sha256_json
 from tests.data.shipped import everything, prompts, split
 
 TASKS = [name for name in BUILTIN if name.startswith("task-")]
@@ -57,7 +57,7 @@ def test_a_shipped_set_has_the_pinned_content(name):
 
 def test_the_content_depends_neither_on_the_hash_seed_nor_on_heavy_packages():
     program = (
-        "import sys; from cora_cli.data.builtin import BUILTIN, load_builtin; from cora_cli.rundir import sha256_json;"
+        "import sys; from cora_cli.data.builtin import BUILTIN, load_builtin; from cora_cli.hashing import sha256_json;"
         "print([sha256_json([s.train, s.test]) for s in map(load_builtin, BUILTIN)]);"
         "print(sorted({'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules)))"
     )

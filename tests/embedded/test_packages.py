@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cora_cli import embedded, rundir
+from cora_cli import embedded, hashing
 from cora_cli.embedded import packages
 from cora_cli.errors import CoraError
 
@@ -49,7 +49,7 @@ def _write_sdist(folder: Path, setup: str) -> Path:
 
 def test_a_package_in_a_local_folder_is_taken_through_pips_own_settings(own_cache: Path, tmp_path: Path) -> None:
     wheel = _write_wheel(tmp_path / "wheels")
-    package = packages.Package("cora-probe", "1.0", rundir.sha256_file(wheel), wheel.stat().st_size)
+    package = packages.Package("cora-probe", "1.0", hashing.sha256_file(wheel), wheel.stat().st_size)
     (tmp_path / "scratch").mkdir()
     assert packages.fetch_package(package, "probe", tmp_path / "scratch").read_bytes() == wheel.read_bytes()
 
@@ -63,7 +63,7 @@ def test_a_package_with_another_digest_is_refused(own_cache: Path, tmp_path: Pat
 
 def test_a_source_archive_is_fetched_without_running_its_setup(own_cache: Path, tmp_path: Path) -> None:
     sdist = _write_sdist(tmp_path / "wheels", setup=f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit('was run')\n")
-    package = packages.Package("cora-probe", "1.0", rundir.sha256_file(sdist), sdist.stat().st_size)
+    package = packages.Package("cora-probe", "1.0", hashing.sha256_file(sdist), sdist.stat().st_size)
     (tmp_path / "scratch").mkdir()
     assert packages.fetch_package(package, "probe", tmp_path / "scratch").read_bytes() == sdist.read_bytes()
     assert not (tmp_path / "ran").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cora_cli import embedded, rundir
+from cora_cli import embedded, writing
 from cora_cli.embedded import packages, store
 from cora_cli.errors import CoraError
 from tests.embedded.helpers import present
@@ -76,7 +76,7 @@ def _delete_manifest(folder: Path) -> None:
 
 def _change_package(folder: Path) -> None:
     manifest = json.loads((folder / store.MANIFEST).read_text())
-    rundir.write_json(folder / store.MANIFEST, manifest | {"package_sha256": "0" * 64})
+    writing.write_json(folder / store.MANIFEST, manifest | {"package_sha256": "0" * 64})
 
 
 @pytest.mark.parametrize("damage", [_truncate, _delete, _zero, _break_manifest, _delete_manifest, _change_package])

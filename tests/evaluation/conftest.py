@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.evaluation import backend
 from cora_cli.evaluation.metrics import reference_cache
 
@@ -43,7 +43,7 @@ def run(trained: dict[str, Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def records(tmp_path: Path) -> Path:
     path = tmp_path / "records.jsonl"
-    rundir.write_jsonl(path, [{"prompt": f"say {'so ' * n}{n}", "completion": f"it is {n}"} for n in range(7)])
+    writing.write_jsonl(path, [{"prompt": f"say {'so ' * n}{n}", "completion": f"it is {n}"} for n in range(7)])
     return path
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation import evaluate as module
@@ -156,8 +156,8 @@ def test_a_report_shows_calibration_and_finds_numbers_that_were_changed(run: Pat
     out = EvaluationDirectory(run / "eval")
     lines = read_jsonl(out.predictions)
     lines[0]["reference_tokens"]["nll"][0] += 1
-    rundir.write_jsonl(out.predictions, lines)
-    rundir.write_json(out.metrics, {**unsealed(out.metrics), "predictions_sha256": rundir.sha256_file(out.predictions)})
+    writing.write_jsonl(out.predictions, lines)
+    writing.write_json(out.metrics, {**unsealed(out.metrics), "predictions_sha256": hashing.sha256_file(out.predictions)})
     assert "does not give the nll in metrics.json" in report([str(run)], "markdown")
 
 
@@ -170,7 +170,7 @@ def test_a_model_whose_logits_are_not_finite_has_no_calibration(tiny_model: Path
 
 def test_prompts_that_are_cut_for_their_references_are_counted(tiny_model: Path, tmp_path: Path, capfd):
     records = [{"prompt": "say " * 300, "completion": "so " * 300}, {"prompt": "say", "completion": "so"}]
-    rundir.write_jsonl(tmp_path / "long.jsonl", records)
+    writing.write_jsonl(tmp_path / "long.jsonl", records)
     evaluate_model(tiny_model, tmp_path / "long.jsonl", tmp_path / "out", metrics=("nll",), max_new_tokens=1)
     assert (
         "1 prompts were cut at the start, so that they fit the context together with their references" in capfd.readouterr().err
@@ -180,7 +180,7 @@ def test_prompts_that_are_cut_for_their_references_are_counted(tiny_model: Path,
 def test_what_cannot_be_measured_is_refused(run: Path, tiny_model: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="--metrics calibration needs --backend transformers"):
         EvaluateConfig(runs=("run",), backend="vllm", metrics=("ece",))
-    rundir.write_jsonl(tmp_path / "long.jsonl", [{"prompt": "say", "completion": "so " * 600}])
+    writing.write_jsonl(tmp_path / "long.jsonl", [{"prompt": "say", "completion": "so " * 600}])
     with pytest.raises(
         CoraError, match=r"long.jsonl, line 1: the reference has \d+ tokens, which leaves no room .* of 512 tokens"
     ):
@@ -188,8 +188,8 @@ def test_what_cannot_be_measured_is_refused(run: Path, tiny_model: Path, tmp_pat
     evaluate_run(run, metrics=("calibration",))
     lines = read_jsonl(run / "eval" / "predictions.jsonl")
     del lines[1]["reference_tokens"]["brier"][0]
-    rundir.write_jsonl(tmp_path / "damaged.jsonl", lines)
-    rundir.write_jsonl(
+    writing.write_jsonl(tmp_path / "damaged.jsonl", lines)
+    writing.write_jsonl(
         tmp_path / "part.jsonl", [*lines[:1], {key: value for key, value in lines[1].items() if key != "reference_tokens"}]
     )
     with pytest.raises(
@@ -209,4 +209,4 @@ def test_what_cannot_be_measured_is_refused(run: Path, tiny_model: Path, tmp_pat
 def test_answers_with_a_number_that_json_lacks_are_known_by_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     path.write_text('{"index": NaN, "prediction": "a", "reference": "a", "reference_tokens": {}}\n')
-    assert answers_hashes(path) == (rundir.sha256_file(path),)
+    assert answers_hashes(path) == (hashing.sha256_file(path),)

@@ -16,7 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from cora_cli import embedded, rundir
+from cora_cli import embedded, hashing, writing
 from cora_cli.data.split import load_test_records
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation import backend
@@ -123,7 +123,7 @@ def test_a_prediction_keeps_the_special_tokens_of_references_and_neither_has_the
 ) -> None:
     records = tmp_path / "records.jsonl"
     ended = "c<|endoftext|>"  # by a token that ends answers by the model's own configuration
-    rundir.write_jsonl(records, [{"prompt": "q", "completion": text} for text in ("a<file_sep>b<|im_end|>", ended)])
+    writing.write_jsonl(records, [{"prompt": "q", "completion": text} for text in ("a<file_sep>b<|im_end|>", ended)])
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     GenerationConfig(eos_token_id=[0, 2]).save_pretrained(model)
     requests: list[Any] = []
@@ -140,7 +140,7 @@ def test_an_answer_ends_also_with_the_token_that_ends_references_which_call_tool
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: " + ended + "\n{% endfor %}")
     records = tmp_path / "records.jsonl"
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [{"name": "clock"}]}]
-    rundir.write_jsonl(records, [{"messages": talk}])
+    writing.write_jsonl(records, [{"messages": talk}])
     evaluate_model(model, records, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(model)
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<file_sep>"])
@@ -152,7 +152,7 @@ def test_prompts_longer_than_the_context_are_cut_at_the_start_and_counted(
 ) -> None:
     # 512 positions less 12 new tokens leave room for 500.
     words = [f"{n} " + "so " * n for n in (3, 490, 505, 700)]
-    rundir.write_jsonl(tmp_path / "long.jsonl", [{"prompt": f"{text}what", "completion": "x"} for text in words])
+    writing.write_jsonl(tmp_path / "long.jsonl", [{"prompt": f"{text}what", "completion": "x"} for text in words])
     evaluate_model(tiny_model, tmp_path / "long.jsonl", tmp_path / "out", max_new_tokens=12)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     ids = [tokenizer(f"{text}what")["input_ids"] for text in words]
@@ -210,7 +210,7 @@ def test_no_room_for_any_prompt_is_refused(tiny_model: Path, records: Path, tmp_
 
 @pytest.mark.usefixtures("no_model")
 def test_an_empty_prompt_is_refused_before_a_model_is_loaded(tiny_model: Path, tmp_path: Path) -> None:
-    rundir.write_jsonl(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "b"}])
+    writing.write_jsonl(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "", "completion": "b"}])
     with pytest.raises(CoraError, match=r"data\.jsonl, record 2: the prompt is empty"):
         evaluate_model(tiny_model, tmp_path / "data.jsonl", tmp_path / "out")
 
@@ -230,7 +230,7 @@ def test_directories_without_a_finished_run_are_refused_before_a_model_is_loaded
         ):
             evaluate(EvaluateConfig(runs=(str(trained["fb"]), str(tmp_path / name)), **FAST))
     record = RunDirectory(run).record
-    rundir.write_json(record, {**read_json(record), "status": "failed"})
+    writing.write_json(record, {**read_json(record), "status": "failed"})
     with pytest.raises(CoraError, match=r"is not finished \(status failed\).*--resume"):
         evaluate(EvaluateConfig(runs=(str(trained["fb"]), str(run)), **FAST))
     assert not (trained["fb"] / "eval").exists()
@@ -326,7 +326,7 @@ def test_a_result_records_its_predictions_and_settings(tiny_model: Path, records
     assert (
         result.record["predictions_sha256"]
         == result.record["generation"]["predictions_sha256"]
-        == rundir.sha256_file(predictions)
+        == hashing.sha256_file(predictions)
     )
     reasons = [line["finish_reason"] for line in read_jsonl(predictions)]
     assert result.record["shortcomings"].get("cut", 0) == reasons.count("length")
@@ -351,7 +351,7 @@ def test_entries_of_foreign_predictions_that_nothing_reads_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = {"index": 0, "prompt": "p", "reference": "a", "prediction": "b", "references": ["b", "c"], "new_tokens": 1}
-    rundir.write_jsonl(tmp_path / "predictions.jsonl", [line])
+    writing.write_jsonl(tmp_path / "predictions.jsonl", [line])
     evaluate(EvaluateConfig(from_predictions=str(tmp_path / "predictions.jsonl"), metrics=("rouge1",), bootstrap=100))
     assert f"{tmp_path}/predictions.jsonl: entries that are not used: references\n" in capsys.readouterr().err
 
@@ -389,7 +389,7 @@ def test_edited_predictions_are_scored_without_a_generation_record_and_it_says_s
 ) -> None:
     evaluate_run(run)
     path = run / "eval" / "predictions.jsonl"
-    rundir.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in read_jsonl(path)])
+    writing.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in read_jsonl(path)])
     edited = evaluate(EvaluateConfig(from_predictions=str(path), **SCORING))[0]
     assert edited.record["metrics"]["rouge1"]["value"] == 1
     assert edited.record["generation"] == {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation import backend
 from cora_cli.evaluation.config import EvaluateConfig
@@ -93,10 +93,10 @@ def test_an_unfinished_evaluation_with_other_settings_is_not_continued(tiny_mode
     settings = read_json(out.generation)["settings"]
     for recorded in ({"name": "x", "settings": {**settings, "max_new_tokens": 1}}, None):
         out.predictions.unlink()
-        rundir.write_jsonl(out.partial_predictions, [{**line, "prediction": "of another time"} for line in lines])
+        writing.write_jsonl(out.partial_predictions, [{**line, "prediction": "of another time"} for line in lines])
         out.generation.unlink()
         if recorded:
-            rundir.write_json(out.generation, recorded)
+            writing.write_json(out.generation, recorded)
         with pytest.raises(CoraError, match="other settings" if recorded else "other files"):
             evaluate_model(tiny_model, records, out.root)
         evaluate_model(tiny_model, records, out.root, overwrite=True)
@@ -123,7 +123,7 @@ def test_predictions_that_were_changed_afterwards_are_generated_again(
     whole = path.read_bytes()
     if damage == "edited":
         lines = read_jsonl(path)
-        rundir.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in lines])
+        writing.write_jsonl(path, [{**line, "prediction": line["reference"]} for line in lines])
     else:
         path.unlink()
     again = evaluate_model(tiny_model, records, tmp_path / "out")
@@ -180,7 +180,7 @@ def test_an_old_evaluation_that_names_its_model_by_a_relative_path_is_reused(
     out = EvaluationDirectory(tmp_path / "out")
     recorded = read_json(out.generation)
     assert recorded["settings"]["model"] == str(tiny_model)
-    rundir.write_json(out.generation, {**recorded, "settings": {**recorded["settings"], "model": "models/tiny"}})
+    writing.write_json(out.generation, {**recorded, "settings": {**recorded["settings"], "model": "models/tiny"}})
     before = out.predictions.stat().st_mtime_ns
     evaluate_model(tiny_model, records, tmp_path / "out")
     assert out.predictions.stat().st_mtime_ns == before
@@ -216,7 +216,7 @@ def test_a_model_answers_prompts_with_the_date_on_which_its_evaluation_began(
     dated_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = tmp_path / "records.jsonl"
-    rundir.write_jsonl(records, [{"instruction": f"say {n}", "output": "it"} for n in range(3)])
+    writing.write_jsonl(records, [{"instruction": f"say {n}", "output": "it"} for n in range(3)])
     monkeypatch.setattr("cora_cli.data.templates.today", lambda: "2030-01-01")
     evaluate_model(dated_model, records, tmp_path / "out")
     assert "the chat template writes the date into its prompts: 2030-01-01" in capsys.readouterr().err
@@ -255,7 +255,7 @@ def test_metrics_of_these_predictions_are_not_dropped_unasked(run: Path) -> None
 
 def test_the_metrics_of_other_predictions_are_not_replaced_unasked(tmp_path: Path) -> None:
     def scored(name: str, output: str, **settings: Any) -> None:
-        rundir.write_jsonl(tmp_path / name / "predictions.jsonl", [{"prediction": name, "reference": "one"}])
+        writing.write_jsonl(tmp_path / name / "predictions.jsonl", [{"prediction": name, "reference": "one"}])
         path = str(tmp_path / name / "predictions.jsonl")
         evaluate(EvaluateConfig(from_predictions=path, output_dir=str(tmp_path / output), **{**SCORING, **settings}))
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from cora_cli import embedded, rundir
+from cora_cli import embedded, writing
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.decode import PooledDecoder
 from cora_cli.evaluation.generate import BatchedGenerate, Engine, Request, _answer, end_tokens, generate, transformers_engine
@@ -220,10 +220,10 @@ def test_a_full_disk_is_reported_and_keeps_finished_waves(
     interrupt(model, out, 1)
 
     def full(path: Path) -> Any:
-        raise rundir.disk_error(OSError(errno.ENOSPC, "No space left on device"), path)
+        raise writing.disk_error(OSError(errno.ENOSPC, "No space left on device"), path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rundir, "open_to_append", full)
+        patch.setattr(writing, "open_to_append", full)
         with pytest.raises(CoraError, match=r"disk is full.*predictions\.partial\.jsonl"):
             answer_all(model, Numbers(), requests_of(*LENGTHS), 1, 5, out)
     assert len(read_jsonl(out.partial_predictions)) == 4

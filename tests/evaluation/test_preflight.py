@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.decode import PooledDecoder
@@ -78,7 +78,7 @@ def test_the_time_is_that_of_the_longest_answers_at_the_rate_of_a_finished_evalu
     finished = tmp_path / "eval"
     finished.mkdir()
     settings = {"name": "x", "settings": {}, "engine": "pool"}
-    rundir.write_json(finished / "generation.json", {**settings, "new_tokens": 100, "seconds": 50.0})
+    writing.write_json(finished / "generation.json", {**settings, "new_tokens": 100, "seconds": 50.0})
     page = describe(preflight(config_for(bare, tiny_data, tmp_path / "out", rate_from=str(finished))))
     assert f"time: at most 7 min at 2 new tokens/s, the rate of {finished}\n" in page
     with pytest.raises(CoraError, match=r"--rate-from needs the directory of a finished evaluation.*gone has no rate"):

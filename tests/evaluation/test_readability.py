@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.evaluation import readability
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
@@ -64,7 +64,7 @@ def test_text_that_breaks_the_parser_does_not_parse():
 
 def test_an_evaluation_has_the_proxies_of_its_answers(tmp_path: Path):
     path = tmp_path / "predictions.jsonl"
-    rundir.write_jsonl(path, [{"prompt": "x", "reference": "y", "prediction": f"Here:\n```python\n{GOOD}```"}] * 2)
+    writing.write_jsonl(path, [{"prompt": "x", "reference": "y", "prediction": f"Here:\n```python\n{GOOD}```"}] * 2)
     config = EvaluateConfig(from_predictions=str(path), metrics=("rouge1",), readability=True, bootstrap=100, device="cpu")
     found = evaluate(config)[0].record["readability_proxies"]
     assert found["docstrings"] == {

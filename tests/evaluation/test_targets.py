@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.basis.choices import BasisChoices
@@ -40,7 +40,7 @@ def test_prompts_that_differ_in_white_space_alone_are_one_prompt(run: Path, tiny
     assert prompt_hash(talk, "messages") == prompt_hash({"prompt": "Say hi", "completion": ""}, "prompt")
     assert prompt_hash({"prompt": "Sayhi"}, "prompt") != prompt_hash({"prompt": "Say hi"}, "prompt")
     known = read_jsonl(tiny_data)
-    rundir.write_jsonl(
+    writing.write_jsonl(
         tmp_path / "spaced.jsonl", [{**record, "instruction": record["instruction"] + " \n"} for record in known]
     )
     result = evaluate_run(run, dataset=str(tmp_path / "spaced.jsonl"), output_dir=str(tmp_path / "out"), exclude_trained=True)
@@ -49,14 +49,14 @@ def test_prompts_that_differ_in_white_space_alone_are_one_prompt(run: Path, tiny
 
 def test_hashes_of_earlier_versions_which_took_white_space_as_it_is_are_known_too():
     record = {"instruction": "Say\nhi", "input": "", "output": ""}
-    earlier = {rundir.sha256_text('[["user", "Say\\nhi"]]')[:32]}
+    earlier = {hashing.sha256_text('[["user", "Say\\nhi"]]')[:32]}
     assert is_among(record, "alpaca", earlier)
     assert not is_among({**record, "instruction": "Say hi"}, "alpaca", earlier)
 
 
 def test_hashes_of_earlier_versions_which_took_every_entry_of_a_message_are_known_too():
     record = {"messages": [{"role": "user", "content": "Say  hi", "id": 1}, {"role": "assistant", "content": "hi", "id": 2}]}
-    earlier = {rundir.sha256_text('[{"content": "Say hi", "id": 1, "role": "user"}]')[:32]}
+    earlier = {hashing.sha256_text('[{"content": "Say hi", "id": 1, "role": "user"}]')[:32]}
     assert is_among(record, "messages", earlier)
 
 
@@ -98,7 +98,7 @@ def test_records_of_the_training_are_left_out_where_the_file_is_the_runs_own(run
 
 def test_in_another_file_they_are_counted_and_left_out_on_request(run: Path, tiny_data: Path, tmp_path: Path, capfd):
     copy = tmp_path / "copy.jsonl"
-    rundir.write_jsonl(copy, read_jsonl(tiny_data)[:8])
+    writing.write_jsonl(copy, read_jsonl(tiny_data)[:8])
     everything = evaluate_run(run, dataset=str(copy), output_dir=str(tmp_path / "all"))
     known = json.loads((tmp_path / "all" / "generation.json").read_text())["prompts_trained_on"]
     assert everything.record["metrics"]["rouge1"]["n"] == 8
@@ -116,7 +116,7 @@ def test_what_an_evaluation_was_trained_on_is_counted_among_the_prompts_that_it_
     held_out = {prompt_hash(record, "alpaca") for record in read_jsonl(run / "test.jsonl")}
     copy = tmp_path / "copy.jsonl"
     known = [record for record in read_jsonl(tiny_data) if prompt_hash(record, "alpaca") not in held_out]
-    rundir.write_jsonl(copy, [*read_jsonl(run / "test.jsonl")[:1], *known])
+    writing.write_jsonl(copy, [*read_jsonl(run / "test.jsonl")[:1], *known])
     evaluate_run(run, dataset=str(copy), output_dir=str(tmp_path / "out"), limit=3, with_base=True)
     counted = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("out*/**/generation.json")}
     assert [one.get("prompts_trained_on", 0) for _, one in sorted(counted.items())] == [0, 2], counted.keys()
@@ -125,7 +125,7 @@ def test_what_an_evaluation_was_trained_on_is_counted_among_the_prompts_that_it_
 def test_an_evaluation_says_whose_records_it_answers_where_they_are_not_the_held_out_ones(run: Path, tmp_path: Path):
     own, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
     shutil.copy(run / "test.jsonl", own)
-    rundir.write_jsonl(other, read_jsonl(own)[:2])
+    writing.write_jsonl(other, read_jsonl(own)[:2])
     places = {"own": None, "run": run / "test.jsonl", "copy": own, "other": other}
     for name, place in places.items():
         dataset = str(place) if place else None
@@ -147,7 +147,7 @@ def test_a_model_without_a_record_says_that_nothing_is_left_out(tiny_model: Path
 def test_a_file_of_training_records_alone_leaves_nothing_to_answer(run: Path, tiny_data: Path, tmp_path: Path):
     held_out = {prompt_hash(record, "alpaca") for record in read_jsonl(run / "test.jsonl")}
     trained = [record for record in read_jsonl(tiny_data) if prompt_hash(record, "alpaca") not in held_out]
-    rundir.write_jsonl(tmp_path / "trained.jsonl", trained[:3])
+    writing.write_jsonl(tmp_path / "trained.jsonl", trained[:3])
     given = {"dataset": str(tmp_path / "trained.jsonl"), "output_dir": str(tmp_path / "out")}
     with pytest.raises(CoraError, match=r"all 3 prompts .* were trained on, which leaves none to answer; --no-exclude-trained"):
         evaluate_run(run, **given, exclude_trained=True)
@@ -229,7 +229,7 @@ def test_a_model_that_was_trained_again_knows_the_prompts_of_both_trainings(
 ):
     earlier = set((merged / "trained_prompts.txt").read_text().split())
     mixed = tmp_path / "mixed.jsonl"
-    rundir.write_jsonl(mixed, [*read_jsonl(tiny_data), *({"instruction": f"new {n}", "output": "x"} for n in range(3))])
+    writing.write_jsonl(mixed, [*read_jsonl(tiny_data), *({"instruction": f"new {n}", "output": "x"} for n in range(3))])
     again = make_run(merged, mixed, tmp_path / "again", mode="lora", rank=8, split_seed=1)
     held_out = [prompt_hash(record, "alpaca") for record in read_jsonl(again / "test.jsonl")]
     known = sum(digest in earlier for digest in held_out)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.experiments.ablate import Request, run_stages
 from cora_cli.experiments.execute import Outcome
 from cora_cli.experiments.grid import Grid, build_grid
@@ -77,7 +77,7 @@ class PretendLauncher:
         flag = "--output" if argv[0] == "extract-basis" else "--output-dir"
         place = Path(argv[argv.index(flag) + 1])
         if argv[0] == "extract-basis":
-            rundir.write_text(place, self.content)
+            writing.write_text(place, self.content)
             return
         of_run = ("config.yaml", "log.jsonl", "test.jsonl", "heldout.jsonl", "adapter/adapter_model.safetensors")
         names = {
@@ -86,11 +86,11 @@ class PretendLauncher:
             "evaluate": ("predictions.jsonl", "generation.json", "scores.jsonl"),
         }[argv[0]]
         for name in names:
-            rundir.write_text(place / name, self.content)
+            writing.write_text(place / name, self.content)
         if argv[0] in ("train", "laplace"):
-            rundir.write_json(place / "run.json", {"status": "finished"})
+            writing.write_json(place / "run.json", {"status": "finished"})
         else:
-            rundir.write_json(place / "metrics.json", {"metrics": {"rouge1": {"value": 0.5}}})
+            writing.write_json(place / "metrics.json", {"metrics": {"rouge1": {"value": 0.5}}})
 
 
 class PretendJob:
@@ -132,9 +132,9 @@ class SweepLauncher(PretendLauncher):
         step = int(value_of(argv, "--stop-at", "8"))
         validation = {"loss": self._loss(value_of(argv, "--mode", "fb"), rate, step), "ci95": [0, 1], "tokens": 9, "n": 6}
         if "--stop-at" in argv:
-            rundir.write_json(place / "stops" / f"{step}.json", {"step": step, "validation": validation})
+            writing.write_json(place / "stops" / f"{step}.json", {"step": step, "validation": validation})
         status = "stopped" if "--stop-at" in argv else "finished"
-        rundir.write_json(place / "run.json", {"status": status, "validation": validation})
+        writing.write_json(place / "run.json", {"status": status, "validation": validation})
 
     def trained(self) -> list[tuple[str, str, str, str]]:
         """(mode, learning rate, seed, step at which it stops) of each training, in order."""

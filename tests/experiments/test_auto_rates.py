@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.estimate import estimate_steps
 from cora_cli.experiments.execute import Outcome
@@ -40,7 +40,7 @@ class Launcher(SweepLauncher):
                 raise AssertionError("cora train --probe writes over nothing")
             rate = PROPOSED[value_of(argv, "--mode", "fb")]
             numbers = {"constant": 3e-3, "examples": 4, "largest_eigenvalue": 1.0, "error": 0.0, "products": 8}
-            rundir.write_json(place, {"proposal": {"learning_rate": rate, **numbers}})
+            writing.write_json(place, {"proposal": {"learning_rate": rate, **numbers}})
         elif argv[0] == "extract-basis":
             PretendLauncher._make(self, argv)
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ledger import FAILED, Ledger
 from cora_cli.models.references import resolve_model
@@ -24,14 +24,14 @@ def test_a_run_on_other_inputs_than_the_plan_s_is_no_result(changed: str, tmp_pa
     hashes = {"model_sha256": step.facts["model"], "data_sha256": step.facts["dataset"]}
     other = {"model": "model_sha256", "dataset": "data_sha256"}[changed]
     ledger.start(step, {})
-    rundir.write_json(run / "run.json", {"status": "finished", "fingerprint": {**hashes, other: "another"}})
+    writing.write_json(run / "run.json", {"status": "finished", "fingerprint": {**hashes, other: "another"}})
     with pytest.raises(CoraError, match=f"the {changed} was changed after the grid had been planned, .* its run is removed"):
         ledger.finish(step, {}, 1.0)
     ledger.fail(step, {}, "changed")
     assert not run.exists()
     assert ledger.record(step)["status"] == FAILED
 
-    rundir.write_json(run / "run.json", {"status": "finished", "fingerprint": hashes})
+    writing.write_json(run / "run.json", {"status": "finished", "fingerprint": hashes})
     ledger.finish(step, {}, 1.0)
     assert ledger.check(step, {}).done
 
@@ -46,8 +46,8 @@ def test_a_run_that_an_earlier_version_began_counts_by_the_hash_of_that_version(
     step = dataclasses.replace(planned, facts={**planned.facts, "model": now})
     run = RunDirectory(tmp_path / step.output)
     read = {"model_sha256": earlier, "data_sha256": step.facts["dataset"]}
-    rundir.write_json(run.record, {"status": "finished", "fingerprint": read})
-    rundir.write_text(run.config, yaml.safe_dump({"model": str(model)}))
+    writing.write_json(run.record, {"status": "finished", "fingerprint": read})
+    writing.write_text(run.config, yaml.safe_dump({"model": str(model)}))
     ledger = Ledger(tmp_path)
     ledger.start(step, {})
     assert ledger.finish(step, {}, 1.0)
@@ -57,7 +57,7 @@ def test_the_limit_of_a_row_does_not_count_as_other_data(tmp_path: Path) -> None
     grid = grid_of({**ROW, "limit": 2})
     (step,) = (step for step in plan_of(grid, tmp_path).steps.values() if step.kind == "train")
     read = {"model_sha256": step.facts["model"], "data_sha256": "of the first two records"}
-    rundir.write_json(tmp_path / step.output / "run.json", {"status": "finished", "fingerprint": read})
+    writing.write_json(tmp_path / step.output / "run.json", {"status": "finished", "fingerprint": read})
     ledger = Ledger(tmp_path)
     ledger.start(step, {})
     assert ledger.finish(step, {}, 1.0)

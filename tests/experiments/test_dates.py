@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.data import templates
 from cora_cli.experiments import dates
 from cora_cli.experiments.execute import write_plan
@@ -61,7 +61,7 @@ def test_the_date_leaves_finished_steps_done(day: list[str], tmp_path: Path) -> 
 def test_a_run_that_an_earlier_version_began_keeps_its_date_and_the_others_follow_it(day: list[str], tmp_path: Path) -> None:
     grid = grid_of({"mode": "lora", "seed": [0, 1]})
     first, second = (row.name for row in grid.rows)
-    rundir.write_json(tmp_path / "runs" / first / "run.json", {"damaged": True})
+    writing.write_json(tmp_path / "runs" / first / "run.json", {"damaged": True})
     assert date_in(dated_plan(grid, tmp_path).steps[f"train-{first}"].argv) == "2030-01-01"
     day.append("2030-01-05")
     _begin(tmp_path / "runs" / first, "2029-12-30")
@@ -88,7 +88,7 @@ def _begin(run: Path, date: str) -> None:
         "versions": {},
         "seeds": {"seed": 0, "split_seed": 0},
     }
-    rundir.write_json(run / "run.json", record)
+    writing.write_json(run / "run.json", record)
 
 
 def test_a_date_in_the_grid_file_holds_for_the_base_model_too(day: list[str], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
 from cora_cli.evaluation import backend
@@ -122,7 +122,7 @@ def contents(root: Path) -> dict[str, Any]:
     """Hashes of every result of a demo, and its logs without the times of steps."""
     names = ("adapter_model.safetensors", "predictions.jsonl", "scores.jsonl", "basis.safetensors")
     found: dict[str, Any] = {
-        str(path.relative_to(root)): rundir.sha256_file(path) for name in names for path in sorted(root.rglob(name))
+        str(path.relative_to(root)): hashing.sha256_file(path) for name in names for path in sorted(root.rglob(name))
     }
     return found | {str(path.relative_to(root)): log_lines(path.parent) for path in sorted(root.rglob("log.jsonl"))}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import cora_cli
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.experiments.ablate import summary
 from cora_cli.experiments.estimate import Estimate, steps_that_fit
@@ -177,9 +177,9 @@ def test_dependents_run_again_if_the_result_of_a_step_changes(plan: Plan, capsys
 def test_a_step_that_was_killed_is_continued(plan: Plan) -> None:
     carry_out(plan, rows=[LORA])
     record = plan.out / "steps" / f"train-{LORA}.json"
-    rundir.write_json(record, {**read_json(record), "status": "started"})
+    writing.write_json(record, {**read_json(record), "status": "started"})
     kept = plan.out / "runs" / LORA / "checkpoints" / "step"
-    rundir.write_text(kept, "half of the way")
+    writing.write_text(kept, "half of the way")
     assert f"train-{LORA}" in carry_out(plan, rows=[LORA])[1]
     assert kept.exists()
 
@@ -197,7 +197,7 @@ def test_results_of_other_settings_are_refused_unless_they_may_be_replaced(plan:
     assert f"runs/{LORA} (max_steps)" in str(error.value)
     refuse_conflicts(other, set(other.steps), overwrite=True)
     old = plan.out / "runs" / LORA / "checkpoints" / "step"
-    rundir.write_text(old, "of the old run")
+    writing.write_text(old, "of the old run")
     # The fine-tune, the basis and the base model's evaluation have their own settings.
     assert sorted(carry_out(other)[1]) == sorted(f"{kind}-{row}" for kind in ("train", "evaluate") for row in (FB, LORA))
     assert not old.exists()
@@ -395,7 +395,7 @@ def test_the_time_left_counts_waiting_and_running_steps(
 def test_a_record_that_was_changed_after_it_was_written_is_not_believed(change: dict[str, Any], plan: Plan) -> None:
     carry_out(plan)
     path = plan.out / "steps" / f"train-{LORA}.json"
-    rundir.write_json(path, read_json(path) | change)
+    writing.write_json(path, read_json(path) | change)
     assert not done_steps(plan)[f"train-{LORA}"]
     assert carry_out(plan)[1] == [f"train-{LORA}"]
     assert all(done_steps(plan).values())
@@ -427,7 +427,7 @@ def test_a_grid_is_not_continued_where_a_machine_computes_in_another_type(plan: 
     carry_out(plan, rows=["base"])
     (base,) = plan.steps_of["base"]
     place = plan.out / plan.steps[base].output
-    rundir.write_json(place / "generation.json", {"name": "base", "settings": {"dtype": "fp32"}})
+    writing.write_json(place / "generation.json", {"name": "base", "settings": {"dtype": "fp32"}})
     everything = set(plan.steps)
     for dtype in ("fp32", None):
         refuse_conflicts(plan, everything, overwrite=False, dtype=dtype)
@@ -446,7 +446,7 @@ def test_the_base_model_is_evaluated_again_in_another_type_that_is_asked_for(tmp
 def _forget_texts(plan: Plan) -> None:
     """Make the records of the steps those of a version that noted the tokenizer in the plan alone."""
     for path in (plan.out / "steps").glob("*.json"):
-        rundir.write_json(path, {key: value for key, value in read_json(path).items() if key not in ("texts", "sha256")})
+        writing.write_json(path, {key: value for key, value in read_json(path).items() if key not in ("texts", "sha256")})
 
 
 def test_a_grid_is_not_continued_where_other_tokens_end_an_answer(plan: Plan) -> None:

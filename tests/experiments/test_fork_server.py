@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.experiments import launch
 from cora_cli.experiments.fork_server import ForkServer, is_running
 from cora_cli.experiments.launch import ForkedJob, LocalJob, LocalLauncher
@@ -229,7 +229,7 @@ def test_forks_and_new_processes_write_the_same_bytes(tmp_path: Path, tiny_model
             assert job.ended() == 0, (tmp_path / f"{forks}.log").read_text()
         files = [*out.rglob("*.safetensors"), *out.rglob("heldout.jsonl"), *out.rglob("*s.jsonl")]
         kinds[type(job)] = {
-            file.relative_to(out).as_posix(): rundir.sha256_file(file) for file in files if "checkpoints" not in str(file)
+            file.relative_to(out).as_posix(): hashing.sha256_file(file) for file in files if "checkpoints" not in str(file)
         }
         assert {line["loss"] for line in read_jsonl(out / "log.jsonl") if "loss" in line}
         assert read_json(out / "run.json")["status"] == "finished"

@@ -10,7 +10,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from cora_cli import rundir
+from cora_cli import rundir, writing
 from cora_cli.errors import CoraError
 from cora_cli.experiments.grid import Grid
 from cora_cli.experiments.inputs import find_inputs, require_on_hub
@@ -109,7 +109,7 @@ def test_a_models_shapes_are_out_by_in_whichever_way_round_its_layers_store_them
 def test_answers_that_only_call_tools_are_measured_like_others(tiny_model: Path, tmp_path: Path) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": "1"}}}]}
     talks = [{"messages": [{"role": "user", "content": f"question {number}"}, call]} for number in range(4)]
-    rundir.write_jsonl(tmp_path / "calls.jsonl", talks)
+    writing.write_jsonl(tmp_path / "calls.jsonl", talks)
     inputs = find_inputs(
         grid_of({"mode": "lora"}, model=str(tiny_model), datasets={"data": str(tmp_path / "calls.jsonl")}), None
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.experiments.ablate import Request, ablate, run_stages
 from cora_cli.experiments.estimate import Estimate
@@ -124,7 +124,7 @@ def test_training_that_diverges_loses_the_sweep_and_does_not_fail_the_grid(tmp_p
         def submit(self, kind: str, argv: Sequence[str], log: Path) -> Any:
             job = super().submit(kind, argv, log)
             if value_of(argv, "--learning-rate") == "0.01":
-                rundir.write_json(
+                writing.write_json(
                     Path(value_of(argv, "--output-dir")) / "run.json",
                     {"status": "failed", "diverged": True, "error": "the loss is nan"},
                 )

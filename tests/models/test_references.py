@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.data.readers import read_located
 from cora_cli.errors import CoraError
 from cora_cli.models import loading
@@ -328,7 +328,7 @@ def test_the_content_hash_covers_weights_and_configuration_but_not_the_place(tin
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
     original, copied = resolve_model(str(tiny_model)), resolve_model(str(copy))
     assert original.content_hash() == copied.content_hash()
-    rundir.write_json(copy / "config.json", {**json.loads((copy / "config.json").read_text()), "rope_theta": 5})
+    writing.write_json(copy / "config.json", {**json.loads((copy / "config.json").read_text()), "rope_theta": 5})
     assert original.content_hash() != resolve_model(str(copy)).content_hash()
 
 
@@ -400,6 +400,6 @@ def test_a_tokenizer_without_an_end_token_is_refused_with_the_one_that_the_model
     place = directory / "tokenizer_config.json"
     settings = json.loads(place.read_text(encoding="utf-8"))
     end = settings.pop("eos_token")
-    rundir.write_json(place, settings)
+    writing.write_json(place, settings)
     with pytest.raises(CoraError, match=rf"set eos_token in tokenizer_config\.json .* such as \"{re.escape(end)}\"$"):
         load_tokenizer(resolve_model(str(directory)))

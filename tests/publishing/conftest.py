@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 from cora_cli.training.run import train
@@ -28,11 +28,11 @@ def finished(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPat
     # Better answers than so small a model gives, so that the scores are not all 0.
     place = EvaluationDirectory(output / "eval")
     lines = read_jsonl(place.predictions)
-    rundir.write_jsonl(
+    writing.write_jsonl(
         place.predictions, [{**line, "prediction": line["reference"][:number] + " so"} for number, line in enumerate(lines, 3)]
     )
-    generation = read_json(place.generation) | {"predictions_sha256": rundir.sha256_file(place.predictions)}
-    rundir.write_json(place.generation, generation)
+    generation = read_json(place.generation) | {"predictions_sha256": hashing.sha256_file(place.predictions)}
+    writing.write_json(place.generation, generation)
     evaluate_run(output, metrics=metrics, overwrite=True)
     assert all(metric["value"] > 0 for metric in read_json(place.metrics)["metrics"].values())
     return output

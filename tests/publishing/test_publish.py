@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.cli import app
 from cora_cli.errors import CoraError
 from cora_cli.models.references import resolve_model
@@ -156,10 +156,10 @@ def test_a_name_that_the_hub_does_not_allow_is_a_usage_error(name: str) -> None:
 
 def test_a_run_that_is_not_as_recorded_is_refused(run: Path) -> None:
     record = read_json(run / "run.json")
-    rundir.write_json(run / "run.json", {**record, "status": "interrupted"})
+    writing.write_json(run / "run.json", {**record, "status": "interrupted"})
     refused = cora("publish", run, "--to", "org/name", "--dry-run")
     assert (refused.exit_code, "is not finished (status interrupted)" in refused.stderr) == (1, True)
-    rundir.write_json(run / "run.json", record)
+    writing.write_json(run / "run.json", record)
     (run / "adapter" / "cora.json").write_text("{}", encoding="utf-8")
     refused = cora("publish", run, "--to", "org/name", "--dry-run")
     assert (refused.exit_code, "adapter/cora.json was changed after its training" in refused.stderr) == (1, True)
@@ -207,7 +207,7 @@ def test_the_verdict_of_a_report_on_the_run_goes_into_the_card(finished: Path, r
     assert section.replace("\\", "").startswith(headline)
     (run / "adapter" / "cora.json").write_text((run / "adapter" / "cora.json").read_text() + "\n")
     changed = read_json(run / "run.json") | {"result_files": RunDirectory(run).result_files()}
-    rundir.write_json(run / "run.json", {**changed, "result_sha256": RunDirectory(run).result_hash()})
+    writing.write_json(run / "run.json", {**changed, "result_sha256": RunDirectory(run).result_hash()})
     shutil.rmtree(run / "eval")
     with pytest.raises(CoraError, match="has no verdict on this run"):
         files_of(RunDirectory(run), "org/name", report=tmp_path / "report.json")
@@ -225,7 +225,7 @@ def test_an_edited_card_is_published_as_it_is(run: Path, tmp_path: Path, capsys:
 
 def test_a_run_of_an_earlier_version_is_published_with_a_card_and_verifies(run: Path, hub: Hub, tmp_path: Path) -> None:
     record = read_json(run / "run.json")
-    rundir.write_json(run / "run.json", {key: value for key, value in record.items() if key != "result_files"})
+    writing.write_json(run / "run.json", {key: value for key, value in record.items() if key != "result_files"})
     (run / "adapter" / "README.md").unlink()
     assert cora("publish", run, "--to", "org/name").exit_code == 0
     there = hub.repositories["org/name"].download(tmp_path / "there")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.cli import app
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import score_all
@@ -35,7 +35,7 @@ def flip(path: Path) -> None:
 def other_loss(path: Path) -> None:
     record = unsealed(path)
     record["heldout"]["after"]["loss"] += 0.01
-    rundir.write_json(path, record)
+    writing.write_json(path, record)
 
 
 def edited(*place: str, by: Any) -> Callable[[Path], None]:
@@ -46,7 +46,7 @@ def edited(*place: str, by: Any) -> Callable[[Path], None]:
         for key in place[:-1]:
             part = part[key]
         part[place[-1]] = by
-        rundir.write_json(path, record)
+        writing.write_json(path, record)
 
     return damage
 
@@ -54,24 +54,24 @@ def edited(*place: str, by: Any) -> Callable[[Path], None]:
 def other_value(path: Path) -> None:
     record = unsealed(path)
     record["metrics"]["rougeL"]["value"] += 0.01
-    rundir.write_json(path, record)
+    writing.write_json(path, record)
 
 
 def other_interval(path: Path) -> None:
     record = unsealed(path)
     record["metrics"]["rougeL"]["ci95"][0] -= 0.01
-    rundir.write_json(path, record)
+    writing.write_json(path, record)
 
 
 def better_scores(path: Path) -> None:
     """Raise the scores and the value in the record alike, so that the one gives the other."""
     lines = read_jsonl(path)
-    rundir.write_jsonl(path, [{**line, "rouge1": line["rouge1"] + 0.1} for line in lines])
+    writing.write_jsonl(path, [{**line, "rouge1": line["rouge1"] + 0.1} for line in lines])
     metrics = path.with_name("metrics.json")
     record = unsealed(metrics)
     record["metrics"]["rouge1"]["value"] = sum(line["rouge1"] + 0.1 for line in lines) / len(lines)
-    record["scores_sha256"] = rundir.sha256_file(path)
-    rundir.write_json(metrics, record)
+    record["scores_sha256"] = hashing.sha256_file(path)
+    writing.write_json(metrics, record)
 
 
 def other_order(path: Path) -> None:
@@ -80,25 +80,25 @@ def other_order(path: Path) -> None:
 
 
 def other_mode(path: Path) -> None:
-    rundir.write_json(path, {**unsealed(path), "mode": "full"})
+    writing.write_json(path, {**unsealed(path), "mode": "full"})
 
 
 def no_rouge1(path: Path) -> None:
     record = unsealed(path)
     del record["metrics"]["rouge1"]
-    rundir.write_json(path, record)
+    writing.write_json(path, record)
 
 
 def sealed_interval(path: Path) -> None:
     record = read_json(path)
     record["metrics"]["rougeL"]["ci95"] = None
-    rundir.write_json(path, record)
+    writing.write_json(path, record)
 
 
 def impossible_bootstrap(entry: str, value: int) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         record = unsealed(path)
-        rundir.write_json(path, {**record, "bootstrap": {**record["bootstrap"], entry: value}})
+        writing.write_json(path, {**record, "bootstrap": {**record["bootstrap"], entry: value}})
 
     return damage
 
@@ -212,14 +212,14 @@ def test_pass_at_k_follows_from_the_stored_fates(run: Path) -> None:
     attempts = Attempts([2] * 4, [one.count("passed") for one in fates], "limit:1s|sandbox:none|python:3")
     texts = [line["prediction"] for line in lines], [line["reference"] for line in lines]
     scored = score_all(["pass@1"], *texts, bootstrap=100, attempts=attempts)
-    rundir.write_jsonl(out / "scores.jsonl", [{"pass@1": value} for value in scored.per_example["pass@1"]])
-    record = unsealed(out / "metrics.json") | {"scores_sha256": rundir.sha256_file(out / "scores.jsonl")}
-    rundir.write_json(out / "metrics.json", {**record, "metrics": scored.metrics})
+    writing.write_jsonl(out / "scores.jsonl", [{"pass@1": value} for value in scored.per_example["pass@1"]])
+    record = unsealed(out / "metrics.json") | {"scores_sha256": hashing.sha256_file(out / "scores.jsonl")}
+    writing.write_json(out / "metrics.json", {**record, "metrics": scored.metrics})
     programs = [{"limit_seconds": 1, "programs": [{"fate": fate, "detail": ""} for fate in one]} for one in fates]
-    rundir.write_jsonl(out / "executions.jsonl", programs)
+    writing.write_jsonl(out / "executions.jsonl", programs)
     assert verify(out) == [f"{out}: pass@1 of 4 predictions computed again, as recorded"]
     programs[1]["programs"][0]["fate"] = "passed"
-    rundir.write_jsonl(out / "executions.jsonl", programs)
+    writing.write_jsonl(out / "executions.jsonl", programs)
     with pytest.raises(CoraError, match="does not hold the pass@1"):
         verify(out)
 
@@ -232,7 +232,7 @@ def test_a_metric_that_only_a_download_could_compute_is_said_to_be_left_out(run:
     record["metrics"] = {"bertscore_f1": value, **record["metrics"]}
     scores = run / "eval" / "scores.jsonl"
     scores.write_text(scores.read_text(encoding="utf-8").replace('"rouge1"', '"bertscore_f1"'), encoding="utf-8")
-    rundir.write_json(path, {**record, "scores_sha256": rundir.sha256_file(scores)})
+    writing.write_json(path, {**record, "scores_sha256": hashing.sha256_file(scores)})
     found = "\n".join(verify(run))
     assert "bertscore_f1 not computed again, since the encoder org/encoder@abc is not on this disk" in found
     assert "rougeL, sacrebleu, nll of 4 predictions computed again" in found
@@ -242,7 +242,7 @@ def test_other_versions_are_said_where_the_values_agree(run: Path) -> None:
     path = run / "eval" / "metrics.json"
     record = unsealed(path)
     record["metrics"]["rouge1"]["signature"] += "|version:0"
-    rundir.write_json(path, record)
+    writing.write_json(path, record)
     assert "rouge1 is as recorded, although it was measured with other versions" in "\n".join(verify(run))
 
 
@@ -250,10 +250,10 @@ def test_a_metric_that_this_version_does_not_have_is_said_to_be_left_out(run: Pa
     place = run / "eval" / "metrics.json"
     record = unsealed(place)
     scores = read_jsonl(place.with_name("scores.jsonl"))
-    rundir.write_jsonl(place.with_name("scores.jsonl"), [{**line, "charm": line["rouge1"]} for line in scores])
+    writing.write_jsonl(place.with_name("scores.jsonl"), [{**line, "charm": line["rouge1"]} for line in scores])
     record["metrics"]["charm"] = record["metrics"]["rouge1"]
-    record["scores_sha256"] = rundir.sha256_file(place.with_name("scores.jsonl"))
-    rundir.write_json(place, record)
+    record["scores_sha256"] = hashing.sha256_file(place.with_name("scores.jsonl"))
+    writing.write_json(place, record)
     assert f"{run / 'eval'}: charm is no metric of this version, so not computed again" in verify(run / "eval")
 
 
@@ -261,14 +261,14 @@ def test_an_evaluation_of_other_weights_in_the_run_is_refused(run: Path) -> None
     generation, metrics = run / "eval" / "generation.json", run / "eval" / "metrics.json"
     record = json.loads(generation.read_text(encoding="utf-8"))
     record["settings"]["adapter_sha256"] = "0" * 64
-    rundir.write_json(generation, record)
-    rundir.write_json(metrics, {**unsealed(metrics), "generation": record})
+    writing.write_json(generation, record)
+    writing.write_json(metrics, {**unsealed(metrics), "generation": record})
     with pytest.raises(CoraError, match=r"eval is an evaluation of other weights than .*--overwrite`"):
         verify(run)
 
 
 def test_a_run_that_is_not_finished_and_other_folders_are_refused(run: Path, tmp_path: Path) -> None:
-    rundir.write_json(run / "run.json", {**read_json(run / "run.json"), "status": "running"})
+    writing.write_json(run / "run.json", {**read_json(run / "run.json"), "status": "running"})
     with pytest.raises(CoraError, match=r"is not finished \(status running\)"):
         verify(run)
     with pytest.raises(CoraError, match=r"holds neither run\.json nor metrics\.json"):

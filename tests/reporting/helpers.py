@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.evaluation.metrics import score_all
 from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.steps import Step
@@ -89,7 +89,7 @@ def write_plan(root: Path, entries: list[dict[str, Any]], **changes: Any) -> Non
         "conditions": ["The models are tiny."],
         "rows": entries,
     }
-    rundir.write_json(root / "plan.json", {**plan, **changes})
+    writing.write_json(root / "plan.json", {**plan, **changes})
 
 
 def record_steps(root: Path, **facts: Any) -> None:
@@ -105,7 +105,7 @@ def record_steps(root: Path, **facts: Any) -> None:
         for step in filter(None, (run, evaluation)):
             results[step.name] = Ledger(root).finish(step, results, 1.0)
             steps.append(dataclasses.asdict(step))
-    rundir.write_json(root / "plan.json", {**plan, "steps": steps})
+    writing.write_json(root / "plan.json", {**plan, "steps": steps})
 
 
 def plan_entry(made: Made) -> dict[str, Any]:
@@ -138,12 +138,12 @@ def write_run(path: Path, made: Made, generator: np.random.Generator, records: i
     before = tokens * (1.4 + 0.2 * shared.standard_normal(records))
     after = tokens * (made.loss + 0.1 * shared.standard_normal(records) + 0.01 * generator.standard_normal(records))
     losses = HeldOutLoss(before, tokens), HeldOutLoss(after, tokens)
-    rundir.write_jsonl(
+    writing.write_jsonl(
         run.heldout, [{"before": b, "after": a, "tokens": int(t)} for b, a, t in zip(before, after, tokens, strict=True)]
     )
-    rundir.write_text(run.adapter / "adapter_model.safetensors", "weights" * 100)
+    writing.write_text(run.adapter / "adapter_model.safetensors", "weights" * 100)
     steps = 20
-    rundir.write_jsonl(
+    writing.write_jsonl(
         run.log,
         [
             {"step": s, "epoch": 0.1, "loss": float(made.loss + 0.4 / s + 0.05 * generator.random())}
@@ -158,7 +158,7 @@ def write_run(path: Path, made: Made, generator: np.random.Generator, records: i
         "lr_schedule": "linear",
         "max_steps": 20,
     }
-    rundir.write_json(
+    writing.write_json(
         run.record,
         {
             "format": 1,
@@ -206,7 +206,7 @@ def write_run(path: Path, made: Made, generator: np.random.Generator, records: i
             "heldout": {"before": losses[0].summary(), "after": losses[1].summary(), "change": loss_change(*losses)},
             "largest_angle_rad": None,
             "is_base_model": False,
-            "result_sha256": rundir.sha256_files(run.adapter.iterdir()),
+            "result_sha256": hashing.sha256_files(run.adapter.iterdir()),
         },
     )
 
@@ -223,17 +223,17 @@ def write_evaluation(path: Path, made: Made, generator: np.random.Generator, pro
             {"index": index, "prompt": f"prompt {index}", "reference": " ".join(reference), "prediction": " ".join(answer)}
         )
     out = EvaluationDirectory(path)
-    rundir.write_jsonl(out.predictions, lines)
+    writing.write_jsonl(out.predictions, lines)
     report = score_all(METRICS, [line["prediction"] for line in lines], [line["reference"] for line in lines], bootstrap=100)
-    rundir.write_jsonl(out.scores, [{k: v[i] for k, v in report.per_example.items()} for i in range(prompts)])
+    writing.write_jsonl(out.scores, [{k: v[i] for k, v in report.per_example.items()} for i in range(prompts)])
     generation = {"name": made.name, "settings": {"model": "tiny-model", "decoding": "greedy", "max_new_tokens": 16}}
-    rundir.write_json(
+    writing.write_json(
         out.metrics,
         {
             "format": 1,
             "name": made.name,
             "metrics": report.metrics,
-            "predictions_sha256": rundir.sha256_file(out.predictions),
+            "predictions_sha256": hashing.sha256_file(out.predictions),
             "generation": generation,
         },
     )

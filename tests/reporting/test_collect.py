@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.inspection.prediction import used_bases
 from cora_cli.reading import read_json, read_jsonl
@@ -54,7 +54,7 @@ def test_a_base_model_has_the_loss_that_its_runs_had_before_their_first_step(mad
 
 def without_evaluations(grid):
     plan = read_json(grid / "plan.json")
-    rundir.write_json(grid / "plan.json", plan | {"rows": [row | {"evaluation": None} for row in plan["rows"]]})
+    writing.write_json(grid / "plan.json", plan | {"rows": [row | {"evaluation": None} for row in plan["rows"]]})
     return read_plan(grid)
 
 
@@ -76,7 +76,9 @@ def test_a_base_model_that_no_run_has_measured_is_missing(grid):
 def test_a_run_that_does_not_start_as_the_base_model_lends_it_no_loss(grid):
     for path in (grid / "runs").iterdir():
         record = read_json(path / "run.json")
-        rundir.write_json(path / "run.json", record | {"plan": record["plan"] | {"a_init": "kaiming", "b_init": "orthonormal"}})
+        writing.write_json(
+            path / "run.json", record | {"plan": record["plan"] | {"a_init": "kaiming", "b_init": "orthonormal"}}
+        )
     base = next(result for result in collect(read_plan(grid)).results if result.row.mode == "base")
     assert LOSS not in base.measures
 
@@ -85,7 +87,7 @@ def test_a_run_on_a_base_in_four_bits_lends_it_no_loss(grid):
     for path in (grid / "runs").iterdir():
         record = read_json(path / "run.json")
         settings = record["fingerprint"]["settings"] | {"load_in_4bit": True}
-        rundir.write_json(path / "run.json", record | {"fingerprint": record["fingerprint"] | {"settings": settings}})
+        writing.write_json(path / "run.json", record | {"fingerprint": record["fingerprint"] | {"settings": settings}})
     base = next(result for result in collect(read_plan(grid)).results if result.row.mode == "base")
     assert LOSS not in base.measures
 
@@ -136,12 +138,12 @@ def test_runs_on_copies_of_one_model_and_data_set_are_one_group_with_one_base(ru
         record["fingerprint"] |= {"model_sha256": "aa", "tokenizer_sha256": "bb", "data_sha256": "cc"}
         if input_:
             record["fingerprint"][input_] = place
-        rundir.write_json(folder / "run.json", record)
+        writing.write_json(folder / "run.json", record)
         for evaluation in ("eval", "eval-base"):
             metrics = read_json(folder / evaluation / "metrics.json")
             weights = record["fingerprint"]["model_sha256"]
             settings = {**metrics["generation"]["settings"], "model": f"/{place}/model", "model_sha256": weights}
-            rundir.write_json(folder / evaluation / "metrics.json", {**metrics, "generation": {"settings": settings}})
+            writing.write_json(folder / evaluation / "metrics.json", {**metrics, "generation": {"settings": settings}})
     (experiment,) = find_experiments(list(map(str, runs_with_base)))
     assert len({row.group for row in experiment.rows}) == groups
     assert sum(row.mode == "base" for row in experiment.rows) == groups
@@ -152,7 +154,7 @@ def test_a_base_model_with_other_weights_than_the_runs_has_no_loss_of_theirs(run
     for folder, digest in ((runs_with_base[0] / "eval-base", "cc" * 32), (runs_with_base[1] / "eval-base", "aa" * 32)):
         record = read_json(folder / "metrics.json")
         record["generation"]["settings"]["model_sha256"] = digest
-        rundir.write_json(folder / "metrics.json", record)
+        writing.write_json(folder / "metrics.json", record)
     (experiment,) = find_experiments([str(path) for folder in runs_with_base for path in (folder, folder / "eval-base")])
     evaluated = [result for result in collect(experiment).results if result.row.run is None]
     assert [LOSS in result.measures for result in evaluated] == [False, True]
@@ -163,7 +165,7 @@ def of_model(folder, model):
     """Let an evaluation be one of another model, or of another program's answers."""
     record = read_json(folder / "metrics.json")
     settings = {**record["generation"]["settings"], "model": model, "model_sha256": "cc" * 32} if model else {}
-    rundir.write_json(
+    writing.write_json(
         folder / "metrics.json", {**record, "name": "chat-4", "generation": {"settings": settings} if model else {}}
     )
     return folder
@@ -197,7 +199,7 @@ def test_a_copy_of_the_base_model_elsewhere_is_called_base(runs_with_base, tmp_p
     record = read_json(copy / "metrics.json")
     record["generation"]["settings"]["model"] = "elsewhere/tiny-model"
     record["generation"]["settings"]["model_sha256"] = read_json(lora / "run.json")["fingerprint"]["model_sha256"]
-    rundir.write_json(copy / "metrics.json", record)
+    writing.write_json(copy / "metrics.json", record)
     (experiment,) = find_experiments([str(lora), str(copy)])
     assert [(row.label, row.mode) for row in experiment.rows] == [("lora", "lora"), ("base", "base")]
 
@@ -216,12 +218,12 @@ def test_an_evaluation_of_the_base_model_stands_with_the_runs_whose_records_it_a
     folders = []
     for number, folder in enumerate(runs_with_base):
         record = read_json(folder / "run.json")
-        rundir.write_json(folder / "run.json", {**record, "data": {**record["data"], "dataset": f"data-{number}"}})
+        writing.write_json(folder / "run.json", {**record, "data": {**record["data"], "dataset": f"data-{number}"}})
         folders += [folder / "eval", folder / "eval-base"]
         for evaluation in folders[-2:]:
             record = read_json(evaluation / "metrics.json")
             record["generation"]["settings"]["records_sha256"] = f"{number}" * 64
-            rundir.write_json(evaluation / "metrics.json", record)
+            writing.write_json(evaluation / "metrics.json", record)
     elsewhere = shutil.copytree(runs_with_base[place] / "eval-base", tmp_path / "elsewhere")
     for folder in runs_with_base:
         shutil.rmtree(folder / "eval-base")
@@ -234,11 +236,11 @@ def scale_loss_before(folder, share):
     """Let a run begin at another held-out loss, as it does with other prompts."""
     run = RunDirectory(folder)
     lines = [{**line, "before": line["before"] * share} for line in read_jsonl(run.heldout)]
-    rundir.write_jsonl(run.heldout, lines)
+    writing.write_jsonl(run.heldout, lines)
     before, after, tokens = (np.array([line[key] for line in lines], dtype=float) for key in ("before", "after", "tokens"))
     losses = HeldOutLoss(before, tokens), HeldOutLoss(after, tokens)
     measured = {"before": losses[0].summary(), "after": losses[1].summary(), "change": loss_change(*losses)}
-    rundir.write_json(run.record, {**read_json(run.record), "heldout": measured})
+    writing.write_json(run.record, {**read_json(run.record), "heldout": measured})
 
 
 def test_a_base_model_has_the_loss_of_a_run_with_its_own_prompts(runs_with_base):
@@ -246,10 +248,10 @@ def test_a_base_model_has_the_loss_of_a_run_with_its_own_prompts(runs_with_base)
     for folder, template in ((lora, "chat"), (fb, "alpaca")):
         record = read_json(folder / "run.json")
         record["data"]["template"] = template
-        rundir.write_json(folder / "run.json", record)
+        writing.write_json(folder / "run.json", record)
         record = read_json(folder / "eval-base" / "metrics.json")
         record["generation"]["template"] = template
-        rundir.write_json(folder / "eval-base" / "metrics.json", record)
+        writing.write_json(folder / "eval-base" / "metrics.json", record)
     scale_loss_before(fb, 0.5)
     for first, second in ((lora, fb), (fb, lora)):
         (experiment,) = find_experiments([str(path) for folder in (first, second) for path in (folder, folder / "eval-base")])
@@ -265,11 +267,11 @@ def test_a_base_model_elsewhere_has_the_loss_of_a_run_with_its_own_template(runs
     elsewhere = shutil.copytree(lora / "eval-base", tmp_path / "elsewhere")
     for folder, template in ((lora, "chat"), (fb, "alpaca")):
         record = read_json(folder / "run.json")
-        rundir.write_json(folder / "run.json", record | {"data": record["data"] | {"template": template}})
+        writing.write_json(folder / "run.json", record | {"data": record["data"] | {"template": template}})
         shutil.rmtree(folder / "eval-base")
     scale_loss_before(lora, 0.5)
     record = read_json(elsewhere / "metrics.json")
-    rundir.write_json(elsewhere / "metrics.json", record | {"generation": record["generation"] | {"template": "alpaca"}})
+    writing.write_json(elsewhere / "metrics.json", record | {"generation": record["generation"] | {"template": "alpaca"}})
     (experiment,) = find_experiments([str(lora), str(fb), str(elsewhere)])
     (base,) = [result for result in collect(experiment).results if result.row.mode == "base"]
     assert base.measures[LOSS].value == pytest.approx(read_json(fb / "run.json")["heldout"]["before"]["loss"])
@@ -280,7 +282,7 @@ def test_held_out_tokens_that_are_no_number_are_named(runs_with_base, tokens):
     run, _ = runs_with_base
     record = read_json(run / "run.json")
     record["heldout"]["before"]["tokens"] = tokens
-    rundir.write_json(run / "run.json", record)
+    writing.write_json(run / "run.json", record)
     with pytest.raises(CoraError, match=r"heldout\.before\.tokens"):
         find_experiments([str(run)])
 
@@ -291,7 +293,7 @@ def test_a_base_model_elsewhere_has_the_loss_of_the_run_that_cut_its_prompts_lea
     for folder, tokens in ((lora, 60), (fb, 90)):
         record = read_json(folder / "run.json")
         record["data"]["test"]["tokens"] = tokens
-        rundir.write_json(folder / "run.json", record)
+        writing.write_json(folder / "run.json", record)
     scale_loss_before(lora, 0.5)
     for folder in runs_with_base:
         shutil.rmtree(folder / "eval-base")
@@ -305,7 +307,7 @@ def test_a_base_model_that_was_evaluated_otherwise_than_the_run_is_no_row(runs_w
     path = runs_with_base[0] / "eval-base" / "metrics.json"
     record = read_json(path)
     record["generation"]["settings"][setting] = "other"
-    rundir.write_json(path, record)
+    writing.write_json(path, record)
     (experiment,) = find_experiments([str(runs_with_base[0])])
     assert [row.label for row in experiment.rows] == ["lora"]
 
@@ -324,8 +326,8 @@ def test_what_is_not_finished_is_missing_with_its_reason_and_the_rest_is_reporte
     runs = sorted((grid / "runs").iterdir())
     shutil.rmtree(runs[0])
     failed = read_json(runs[1] / "run.json") | {"status": "failed", "error": "the disk is full"}
-    rundir.write_json(runs[1] / "run.json", failed)
-    rundir.write_json(runs[2] / "run.json", read_json(runs[2] / "run.json") | {"status": "running"})
+    writing.write_json(runs[1] / "run.json", failed)
+    writing.write_json(runs[2] / "run.json", read_json(runs[2] / "run.json") | {"status": "running"})
     shutil.rmtree(runs[3] / "evaluation")
     found = collect(read_plan(grid))
     assert {(entry.row.name, entry.part, entry.reason) for entry in found.missing} == {
@@ -349,9 +351,9 @@ def test_a_run_of_a_grid_alone_is_reported_with_its_evaluation_where_another_one
 def test_a_step_that_died_before_its_record_gives_the_last_line_of_its_log(grid):
     run = first_run(grid)
     shutil.rmtree(run.root)
-    rundir.write_text(grid / "logs" / f"train-{run.root.name}.log", "loading\ncora: error: no such model\n\n")
-    rundir.write_text(grid / "logs" / f"train-{run.root.name}1.log", "of another row\n")
-    rundir.write_text(grid / "logs" / f"laplace-laplace-{run.root.name}.log", "of an average of this row\n")
+    writing.write_text(grid / "logs" / f"train-{run.root.name}.log", "loading\ncora: error: no such model\n\n")
+    writing.write_text(grid / "logs" / f"train-{run.root.name}1.log", "of another row\n")
+    writing.write_text(grid / "logs" / f"laplace-laplace-{run.root.name}.log", "of an average of this row\n")
     ((_, _, reason),) = reasons(grid)
     assert reason.endswith(f"train-{run.root.name}.log: cora: error: no such model")
 
@@ -363,19 +365,19 @@ def cut(path):
 def edit_scores(path):
     lines = read_jsonl(path)
     lines[0]["rouge1"] += 0.25
-    rundir.write_jsonl(path, lines)
+    writing.write_jsonl(path, lines)
 
 
 def edit_prediction(path):
     lines = read_jsonl(path)
     lines[0]["prediction"] = "better"
-    rundir.write_jsonl(path, lines)
+    writing.write_jsonl(path, lines)
 
 
 def edit_loss(path):
     lines = read_jsonl(path)
     lines[0]["after"] -= 1
-    rundir.write_jsonl(path, lines)
+    writing.write_jsonl(path, lines)
 
 
 def drop_metric(path):
@@ -453,7 +455,7 @@ def test_rows_of_a_group_that_answered_other_records_are_refused(tmp_path):
 )
 def test_a_damaged_plan_is_refused_with_the_place(grid, change, message):
     plan = read_json(grid / "plan.json")
-    rundir.write_json(grid / "plan.json", plan | change)
+    writing.write_json(grid / "plan.json", plan | change)
     with pytest.raises(CoraError, match=message):
         read_plan(grid)
 
@@ -470,14 +472,14 @@ def test_a_damaged_plan_is_refused_with_the_place(grid, change, message):
 def test_a_row_of_a_plan_with_a_wrong_type_is_refused_by_its_number(grid, key, value, words):
     plan = read_json(grid / "plan.json")
     plan["rows"][2][key] = value
-    rundir.write_json(grid / "plan.json", plan)
+    writing.write_json(grid / "plan.json", plan)
     with pytest.raises(CoraError, match=rf"rows\[2\].{key} must be {words}"):
         read_plan(grid)
 
 
 def test_two_rows_of_one_name_are_refused(grid):
     plan = read_json(grid / "plan.json")
-    rundir.write_json(grid / "plan.json", plan | {"rows": [*plan["rows"], plan["rows"][0]]})
+    writing.write_json(grid / "plan.json", plan | {"rows": [*plan["rows"], plan["rows"][0]]})
     with pytest.raises(CoraError, match="two rows are named tiny-base"):
         read_plan(grid)
 
@@ -505,7 +507,7 @@ def test_unlike_plain_runs_of_one_mode_get_unlike_labels(trained_grid, tmp_path)
     other = shutil.copytree(run, tmp_path / "longer")
     record = read_json(other / "run.json")
     record["fingerprint"]["settings"]["max_steps"] = 9
-    rundir.write_json(other / "run.json", record)
+    writing.write_json(other / "run.json", record)
     (experiment,) = find_experiments([str(run), str(other)])
     assert [row.label for row in experiment.rows] == ["lora max_steps=4", "lora max_steps=9"]
 
@@ -526,7 +528,7 @@ def test_plain_runs_that_differ_in_more_than_the_seed_are_no_seeds_of_one_method
         made.append(shutil.copytree(run, tmp_path / run.name))
         record = read_json(made[-1] / "run.json")
         record[place[0]][place[1]] = value
-        rundir.write_json(made[-1] / "run.json", record)
+        writing.write_json(made[-1] / "run.json", record)
     (experiment,) = find_experiments([str(run) for run in made])
     found = [row.label for row in experiment.rows]
     assert found[0] != found[1]
@@ -541,7 +543,7 @@ def test_runs_with_unlike_settings_are_of_unlike_strata_where_losses_are_correla
     assert [(len(used.losses), used.learning_rate, used.rates) for used in alike] == [(2, 0.03, (0.03,))]
     record = read_json(again / "run.json")
     record["fingerprint"]["settings"]["max_steps"] = 9
-    rundir.write_json(again / "run.json", record)
+    writing.write_json(again / "run.json", record)
     found = used_bases([str(one), str(again)])
     assert [(used.stratum, len(used.losses)) for used in found] == [
         (f"{alike[0].stratum}, max_steps=4", 1),
@@ -552,7 +554,7 @@ def test_runs_with_unlike_settings_are_of_unlike_strata_where_losses_are_correla
 @pytest.mark.parametrize("file", ["run.json", "eval/metrics.json"])
 def test_a_file_of_a_later_format_is_refused_by_its_format(file, runs_with_base):
     path = runs_with_base[0] / file
-    rundir.write_json(path, read_json(path) | {"format": 2})
+    writing.write_json(path, read_json(path) | {"format": 2})
     with pytest.raises(CoraError, match=rf"{path} is damaged or from another version of cora: format must be 1, not 2"):
         find_experiments([str(path.parent)])
 
@@ -562,7 +564,7 @@ def test_a_scale_that_follows_the_rank_is_no_part_of_a_label(trained_grid, tmp_p
     other = shutil.copytree(run, tmp_path / "other")
     record = read_json(other / "run.json")
     record["plan"] |= {"rank": 8, "alpha": 16.0}
-    rundir.write_json(other / "run.json", record)
+    writing.write_json(other / "run.json", record)
     (experiment,) = find_experiments([str(run), str(other)])
     assert [(row.label, row.rank) for row in experiment.rows] == [("lora", 4), ("lora", 8)]
 
@@ -572,7 +574,7 @@ def test_runs_on_a_model_or_data_that_changed_under_its_name_are_no_seeds_of_one
     one, again = (path for path in sorted((trained_grid / "runs").iterdir()) if "lora" in path.name)
     other = shutil.copytree(again, tmp_path / "other")
     record = read_json(other / "run.json")
-    rundir.write_json(other / "run.json", record | {"fingerprint": record["fingerprint"] | {changed: "0123456789ab" * 5}})
+    writing.write_json(other / "run.json", record | {"fingerprint": record["fingerprint"] | {changed: "0123456789ab" * 5}})
     (experiment,) = find_experiments([str(one), str(other)])
     groups = [row.group for row in experiment.rows]
     assert groups[0] != groups[1]
@@ -586,7 +588,7 @@ def test_runs_that_divide_one_data_set_otherwise_stay_in_one_group(trained_grid,
     other = shutil.copytree(again, tmp_path / "other")
     record = read_json(other / "run.json")
     settings = record["fingerprint"]["settings"] | {"validation_size": 4}
-    rundir.write_json(
+    writing.write_json(
         other / "run.json", record | {"fingerprint": record["fingerprint"] | {"settings": settings, "data_sha256": "0" * 64}}
     )
     (experiment,) = find_experiments([str(one), str(other)])
@@ -603,7 +605,7 @@ def test_held_out_losses_on_other_records_of_the_same_lengths_are_not_compared(t
         "fingerprint": record["fingerprint"] | {"settings": settings},
         "data": record["data"] | {"test_sha256": "0" * 64},
     }
-    rundir.write_json(other / "run.json", record | divided)
+    writing.write_json(other / "run.json", record | divided)
     (experiment,) = find_experiments([str(one), str(other)])
     with pytest.raises(CoraError, match="measured their held-out loss on different records"):
         collect(experiment)
@@ -619,7 +621,7 @@ def test_the_label_of_a_plain_run_names_its_start_only_where_it_is_not_the_modes
     run = shutil.copytree(next(iter(sorted((trained_grid / "runs").iterdir()))), tmp_path / "run")
     record = read_json(run / "run.json")
     changed = {"mode": mode, "plan": record["plan"] | {"mode": mode, "b_init": b_init}}
-    rundir.write_json(run / "run.json", record | changed)
+    writing.write_json(run / "run.json", record | changed)
     (experiment,) = find_experiments([str(run)])
     assert [row.label for row in experiment.rows] == [label]
 
@@ -629,8 +631,8 @@ def test_plain_runs_on_two_bases_of_as_many_models_are_two_methods(trained_grid,
     other, again = (shutil.copytree(run, tmp_path / name) for name in ("other", "again"))
     changed = read_json(other / "run.json")
     changed["basis"] |= {"path": "other.safetensors", "sha256": "0" * 64}
-    rundir.write_json(other / "run.json", changed)
-    rundir.write_json(
+    writing.write_json(other / "run.json", changed)
+    writing.write_json(
         again / "run.json",
         changed | {"basis": {**changed["basis"], "path": "copy.safetensors"}, "seeds": {"seed": 9, "split_seed": 0}},
     )
@@ -646,7 +648,7 @@ def test_plain_runs_on_bases_that_were_written_to_one_path_are_two_methods(train
     later = shutil.copytree(runs[1], tmp_path / "later")
     record = read_json(later / "run.json")
     record["basis"]["sha256"] = record["fingerprint"]["basis_sha256"] = "0" * 64
-    rundir.write_json(later / "run.json", record)
+    writing.write_json(later / "run.json", record)
     (summary,) = [summarise(collect(each)) for each in find_experiments([str(runs[0]), str(later)])]
     path, known = record["basis"]["path"], read_json(runs[0] / "run.json")["basis"]["sha256"][:12]
     labels = [line.method.first.row.label for line in summary.groups[0].lines]
@@ -702,7 +704,7 @@ def test_a_run_of_other_settings_than_the_plans_is_not_shown_among_its_rows(reco
     plan = read_json(recorded / "plan.json")
     for step in plan["steps"]:
         step["facts"] |= {"max_steps": 7} if "lora" in step["name"] else {}
-    rundir.write_json(recorded / "plan.json", plan)
+    writing.write_json(recorded / "plan.json", plan)
     assert missing_of(recorded) == {"lora": "created with other settings than the plan's (max_steps); run `cora ablate` again"}
 
 
@@ -729,7 +731,7 @@ def test_a_step_without_its_record_is_no_evidence(recorded):
 def test_a_plan_with_damaged_steps_is_refused(recorded):
     plan = read_json(recorded / "plan.json")
     del plan["steps"][0]["facts"]
-    rundir.write_json(recorded / "plan.json", plan)
+    writing.write_json(recorded / "plan.json", plan)
     with pytest.raises(CoraError, match=r"steps\[0\].facts is missing"):
         read_plan(recorded)
 
@@ -764,20 +766,20 @@ def test_a_plan_that_was_changed_after_it_was_written_is_refused(change: str, gr
     written = read_json(grid / "plan.json")
     one, other = [row for row in written["rows"] if row["run"]][:2]
     one[change] = other[change] if change == "run" else 7
-    rundir.write_json(grid / "plan.json", written)
+    writing.write_json(grid / "plan.json", written)
     with pytest.raises(CoraError, match=r"plan.json was changed after it was written; run `cora ablate` again"):
         read_plan(grid)
 
 
 def test_a_plan_whose_sweep_has_losses_at_no_learning_rate_is_named(grid: Path) -> None:
     sweep = {"method": ["d"], "planned": [1e-3], "losses": {"high": {"2": 1.0}}, "dropped": {}, "chosen": None, "added": None}
-    rundir.write_json(grid / "plan.json", {**read_json(grid / "plan.json"), "sweeps": [sweep]})
+    writing.write_json(grid / "plan.json", {**read_json(grid / "plan.json"), "sweeps": [sweep]})
     with pytest.raises(CoraError, match=r"plan.json is damaged: sweeps has losses at 'high', which is no learning rate"):
         read_plan(grid)
 
 
 @pytest.mark.parametrize("version", ["1", True, 2])
 def test_a_plan_of_another_format_is_refused_with_it(version: object, grid: Path) -> None:
-    rundir.write_json(grid / "plan.json", {**read_json(grid / "plan.json"), "format_version": version})
+    writing.write_json(grid / "plan.json", {**read_json(grid / "plan.json"), "format_version": version})
     with pytest.raises(CoraError, match=f"has format version {version!r}, but this cora reads version 1"):
         read_plan(grid)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.evaluation.readability import PROXIES
 from cora_cli.reading import read_json
 from cora_cli.records import Metrics
@@ -19,7 +19,7 @@ from tests.reporting.helpers import Made, make_grid
 def count(grid: Path, **counts: object) -> None:
     """Add to the metrics of every row what was counted in its programs."""
     for number, path in enumerate(sorted(grid.rglob("metrics.json"))):
-        rundir.write_json(path, read_json(path, Metrics) | {name: of(number) for name, of in counts.items()})
+        writing.write_json(path, read_json(path, Metrics) | {name: of(number) for name, of in counts.items()})
 
 
 def report(grid: Path) -> str:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.data.records import repeated_notice
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
@@ -110,7 +110,7 @@ def written(paper_grid, tmp_path_factory):
 def test_a_grid_of_losses_alone_is_reported_in_every_format(made_grid, tmp_path):
     grid = Path(shutil.copytree(made_grid, tmp_path / "grid"))
     plan = read_json(grid / "plan.json")
-    rundir.write_json(grid / "plan.json", plan | {"rows": [row | {"evaluation": None} for row in plan["rows"]]})
+    writing.write_json(grid / "plan.json", plan | {"rows": [row | {"evaluation": None} for row in plan["rows"]]})
     text = report([str(grid)], "markdown", tmp_path / "report")
     assert "held-out loss" in text
     assert "rouge" not in text
@@ -297,7 +297,7 @@ def test_an_interval_of_zero_width_that_an_earlier_version_recorded_is_printed_a
     record = read_json(metrics)
     assert record["metrics"]["rouge1"]["ci95"] is None
     record["metrics"]["rouge1"]["ci95"] = [1.0, 1.0]
-    rundir.write_json(metrics, record)
+    writing.write_json(metrics, record)
     row = next(line for line in report([str(grid)], "markdown").splitlines() if line.startswith("| fb"))
     assert row.split("|")[3].strip() == "1.000 –"
 
@@ -325,7 +325,7 @@ def test_rows_of_other_settings_and_of_trained_prompts_are_named_under_the_table
     record = read_json(metrics)
     settings = {**record["generation"]["settings"], "max_new_tokens": 64}
     generation = {"settings": settings, "prompts_trained_on": 2, "dataset": "/data/other.jsonl"}
-    rundir.write_json(metrics, {**record, "generation": generation})
+    writing.write_json(metrics, {**record, "generation": generation})
     text = " ".join(report([str(grid)]).split())
     assert "The scores are of the records of /data/other.jsonl, the held-out loss is of those that the runs held out." in text
     assert "2 of its prompts were trained on" in text
@@ -337,9 +337,9 @@ def test_answers_whose_scores_say_less_than_they_seem_to_are_counted_by_row_unde
     assert "Answers cut" not in report([str(grid)])
     for predictions in (path for path in grid.rglob("predictions.jsonl") if "lora" in str(path)):
         lines = [{**line, "finish_reason": "length" if line["index"] < 2 else "stop"} for line in read_jsonl(predictions)]
-        rundir.write_jsonl(predictions, lines)
+        writing.write_jsonl(predictions, lines)
         metrics = predictions.with_name("metrics.json")
-        rundir.write_json(metrics, {**read_json(metrics), "predictions_sha256": rundir.sha256_file(predictions)})
+        writing.write_json(metrics, {**read_json(metrics), "predictions_sha256": hashing.sha256_file(predictions)})
     assert "Answers cut at the limit of new tokens: lora r=4 4 of 12." in " ".join(report([str(grid)]).split())
 
 
@@ -357,7 +357,7 @@ def test_speeds_of_different_machines_are_named_under_the_table_of_costs(tmp_pat
     place = next(path for path in grid.rglob("run.json") if "fb" in str(path))
     record = read_json(place)
     threads = str(record["hardware"]["threads"])
-    rundir.write_json(place, {**record, "hardware": {**record["hardware"], **change}})
+    writing.write_json(place, {**record, "hardware": {**record["hardware"], **change}})
     text = " ".join(report([str(grid)]).split())
     note = f"Not all rows were trained alike, from which differences in tokens/s and memory may come: {said.replace('THREADS', threads)}."
     assert (note in text) == bool(said)
@@ -381,7 +381,7 @@ def test_rows_that_were_not_trained_alike_are_named_under_the_table_and_in_their
     place = next(path for path in grid.rglob("run.json") if "-fb_" in str(path))
     record = read_json(place)
     record["fingerprint"]["settings"] |= settings
-    rundir.write_json(place, {**record, "speed": {**record["speed"], "steps": steps}})
+    writing.write_json(place, {**record, "speed": {**record["speed"], "steps": steps}})
     text = " ".join(report([str(grid)]).split())
     note = f"Not all rows were trained alike, from which differences between them may come: {found}."
     assert (note in text, f"not trained alike: {named})" in text) == (bool(found), bool(named))
@@ -402,7 +402,7 @@ def test_rows_whose_held_out_loss_is_of_other_prompts_are_named_under_the_table(
         record = read_json(path)
         record["data"] |= {"template": template, "test": {**record["data"]["test"], "truncated": truncated}}
         record["fingerprint"]["settings"]["max_length"] = length
-        rundir.write_json(path, record)
+        writing.write_json(path, record)
     assert said in " ".join(report([str(grid)]).split())
 
 
@@ -412,14 +412,14 @@ def test_rows_that_were_asked_other_prompts_with_equal_references_are_named(tmp_
     path = next(path for path in sorted(grid.rglob("predictions.jsonl")) if "lora" in str(path))
     path.write_text(path.read_text().replace("prompt 3", "prompt three"))
     metrics = path.with_name("metrics.json")
-    rundir.write_json(metrics, {**read_json(metrics), "predictions_sha256": rundir.sha256_file(path)})
+    writing.write_json(metrics, {**read_json(metrics), "predictions_sha256": hashing.sha256_file(path)})
     assert "not all rows were asked the same prompts" in " ".join(report([str(grid)]).split())
 
 
 def test_records_with_one_prompt_are_counted_by_a_training_an_evaluation_and_a_report(tiny_model, tiny_data, tmp_path, capfd):
     records = read_jsonl(tiny_data)
     twice = [{**record, "output": record["output"] + end} for record in records[:6] for end in ("", " in all")]
-    rundir.write_jsonl(tmp_path / "held-out.jsonl", twice)
+    writing.write_jsonl(tmp_path / "held-out.jsonl", twice)
     out = tmp_path / "run"
     inputs = {"model": str(tiny_model), "dataset": str(tiny_data), "test_dataset": str(tmp_path / "held-out.jsonl")}
     train(TrainConfig(**inputs, output_dir=str(out), mode="lora", max_steps=1, rank=4, device="cpu"))
@@ -492,7 +492,7 @@ def test_the_note_under_a_table_names_every_unit_though_its_first_row_lacks_one(
     record = grid / "runs" / Made("fb", "fb", n_models=2).name / "run.json"
     changed = read_json(record)
     changed["plan"]["a_init"] = "gaussian"  # does not start as the base model, so lends it no loss
-    rundir.write_json(record, changed)
+    writing.write_json(record, changed)
     assert "held-out loss in nats per response token over 30 records" in report([str(grid)])
 
 
@@ -617,7 +617,7 @@ def test_a_laplace_approximation_is_no_further_training_run_and_has_no_loss_of_i
     root = make_grid(tmp_path / "grid", [*rows, averaged])
     assert " 3 runs trained " in report([str(root)], "markdown")
     path = root / "runs" / averaged.name / "run.json"
-    rundir.write_json(path, {**read_json(path), "laplace": {"records": 4}})
+    writing.write_json(path, {**read_json(path), "laplace": {"records": 4}})
     assert " 2 runs trained " in report([str(root)], "markdown")
     found = {one.row.name: one.measures for one in collect(read_plan(root)).results}
     assert LOSS in found[rows[0].name]
@@ -630,7 +630,7 @@ def test_records_that_are_set_aside_are_counted_where_no_loss_was_measured_on_th
         record = read_json(path)
         assert "validation" not in record
         record["data"]["validation"] = {**record["data"]["test"], "records": 5}
-        rundir.write_json(path, record)
+        writing.write_json(path, record)
     assert "; 5 more were set aside for validation." in report([str(root)], "markdown")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.cli import app
 from cora_cli.lock import own_directory
 from cora_cli.reading import read_json
@@ -109,7 +109,7 @@ def test_a_report_inside_the_grid_does_not_count_as_a_change(grid: Path, capsys:
     plan = read_json(grid / "plan.json")
     shutil.rmtree(next((grid / "runs").iterdir()))
     one = [entry for entry in plan["rows"] if not entry["run"] or (grid / entry["run"]).is_dir()]
-    pauses = Pauses(lambda: None, lambda: rundir.write_json(grid / "plan.json", {**plan, "rows": one}))
+    pauses = Pauses(lambda: None, lambda: writing.write_json(grid / "plan.json", {**plan, "rows": one}))
     watch([str(grid)], grid / "report", ("rougeL",), 1, pauses)
     assert len(lines(capsys)) == 2
 

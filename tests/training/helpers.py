@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.methods.registry import METHODS, Mode
 from cora_cli.planning.memory import StorageMeter, follow_training
@@ -95,7 +95,7 @@ def real_peak(config: TrainConfig, vocabulary: int, monkeypatch: pytest.MonkeyPa
 def record_result(output: Path) -> None:
     """Let the record of a run that a test has changed hold the hash of its result."""
     run = RunDirectory(output)
-    rundir.write_json(run.record, {**read_json(run.record), "result_sha256": run.result_hash()})
+    writing.write_json(run.record, {**read_json(run.record), "result_sha256": run.result_hash()})
 
 
 def log_lines(output: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, T5Config
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.training.run import train
 
@@ -196,10 +196,10 @@ def test_a_run_that_ended_before_its_first_step_is_replaced_by_one_with_other_se
     for path in (tmp_path / "run").iterdir():
         if path.name not in START:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    rundir.write_json(tmp_path / "run" / "run.json", record)
+    writing.write_json(tmp_path / "run" / "run.json", record)
     train(replace(config, learning_rate=1e-5))
     assert record_of(tmp_path / "run")["status"] == "finished"
     assert record_of(tmp_path / "run")["fingerprint"]["settings"]["learning_rate"] == 1e-5
-    rundir.write_json(tmp_path / "run" / "run.json", record_of(tmp_path / "run") | {"status": status})
+    writing.write_json(tmp_path / "run" / "run.json", record_of(tmp_path / "run") | {"status": status})
     with pytest.raises(CoraError, match="already contains a run"):
         train(config)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.adapters.posterior import drawn_models
 from cora_cli.adapters.storage import load_adapter
@@ -190,7 +190,7 @@ def test_what_has_no_laplace_approximation_is_refused(
     other = Path(shutil.copytree(run, tmp_path / "retokenized"))
     record = read_json(other / "run.json")
     record["fingerprint"]["tokenizer_sha256"] = "0" * 64
-    rundir.write_json(other / "run.json", record)
+    writing.write_json(other / "run.json", record)
     refused("the tokenizer of .* is not the one that it was trained with", str(other))
     for arguments, said in (
         (["--prior-precision", "0"], "--prior-precision must be positive, not 0"),
@@ -204,6 +204,6 @@ def test_what_has_no_laplace_approximation_is_refused(
     (damaged / "adapter" / "posterior.safetensors").write_bytes(b"no")
     record = read_json(damaged / "run.json")
 
-    rundir.write_json(damaged / "run.json", {**record, "result_sha256": RunDirectory(damaged).result_hash()})
+    writing.write_json(damaged / "run.json", {**record, "result_sha256": RunDirectory(damaged).result_hash()})
     with pytest.raises(CoraError, match=r"posterior.safetensors cannot be read"):
         evaluated(damaged, tmp_path / "evaluation")

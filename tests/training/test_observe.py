@@ -12,7 +12,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.adapters.install import target_linears
 from cora_cli.data.batches import BatchForm
 from cora_cli.errors import CoraError
@@ -191,7 +191,7 @@ def test_a_b_from_the_gradient_is_recorded_stored_and_the_same_after_a_resumptio
     assert record["start"] == {
         **{"examples": 5, "tokens": sum(len(example.input_ids) for example in prepared.start_examples)},
         **{"seconds": record["start"]["seconds"]},
-        "sha256": rundir.sha256_json([list(example.input_ids) for example in prepared.start_examples]),
+        "sha256": hashing.sha256_json([list(example.input_ids) for example in prepared.start_examples]),
     }
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     gradients = observe(model, "gradient", prepared.layers, prepared.start_examples, prepared.hardware, SINGLE)

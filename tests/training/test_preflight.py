@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.data.batches import BatchForm, Collator
 from cora_cli.data.encode import Example
 from cora_cli.device import planned_hardware
@@ -49,7 +49,7 @@ def meter_process(out: Path) -> None:
         def train(self, **arguments: Any) -> Any:
             kept = [p.to_local().numel() * p.element_size() for p in self.model.parameters() if isinstance(p, DTensor)]
             found = super().train(**arguments)
-            rundir.write_json(out / f"{os.environ['RANK']}.json", {"peak": self.meter.peak, "kept": sum(kept)})
+            writing.write_json(out / f"{os.environ['RANK']}.json", {"peak": self.meter.peak, "kept": sum(kept)})
             return found
 
     training.CoraTrainer = Writing
@@ -564,7 +564,7 @@ def test_the_time_is_that_of_the_tokens_at_the_rate_of_a_finished_run(
     training.train(finished)
     speed = record_of(tmp_path / "run")["speed"]
     record = {**record_of(tmp_path / "run"), "speed": {**speed, "tokens_per_second": 0.5}}
-    rundir.write_json(tmp_path / "run" / "run.json", record)
+    writing.write_json(tmp_path / "run" / "run.json", record)
 
     planned = dataclasses.replace(finished, dry_run=True, rate_from=str(tmp_path / "run"), mode="full", max_steps=6)
     page = describe(plan := preflight(planned))
@@ -593,7 +593,7 @@ def test_a_duration_has_two_places(seconds: float, text: str) -> None:
 
 def test_a_plan_says_of_the_records_what_the_run_would_say(tiny_model: Path, tmp_path: Path, capfd) -> None:
     rows = [{"instruction": f"Say {n}", "output": "" if n else "<|im_end|> yes", "label": n} for n in range(8)]
-    rundir.write_jsonl(tmp_path / "data.jsonl", rows)
+    writing.write_jsonl(tmp_path / "data.jsonl", rows)
     config = config_for(tiny_model, tmp_path / "data.jsonl", tmp_path / "run", test_size=2)
     preflight(config)
     planned = [line for line in capfd.readouterr().err.splitlines() if "records" in line or "columns" in line]
@@ -604,7 +604,7 @@ def test_a_plan_says_of_the_records_what_the_run_would_say(tiny_model: Path, tmp
 
 
 def test_pairs_without_a_template_are_said_to_have_none_unless_it_was_named(tiny_model: Path, tmp_path: Path, capfd) -> None:
-    rundir.write_jsonl(tmp_path / "data.jsonl", [{"question": f"What is {n}?", "answer": str(n)} for n in range(8)])
+    writing.write_jsonl(tmp_path / "data.jsonl", [{"question": f"What is {n}?", "answer": str(n)} for n in range(8)])
     for template, said in (("auto", True), ("plain", False), ("chat", False)):
         preflight(config_for(tiny_model, tmp_path / "data.jsonl", tmp_path / "run", test_size=2, template=template))
         shown = " ".join(capfd.readouterr().err.split())
@@ -615,7 +615,7 @@ def test_an_end_of_a_turn_that_is_no_token_is_named(tiny_model: Path, tmp_path: 
     model = without_weights(tiny_model, tmp_path / "foreign")
     template = model / "chat_template.jinja"
     template.write_text(template.read_text(encoding="utf-8").replace("<|im_end|>", "<|eot_id|>"), encoding="utf-8")
-    rundir.write_jsonl(tmp_path / "data.jsonl", [{"instruction": f"Say {n}", "output": f"{n}"} for n in range(8)])
+    writing.write_jsonl(tmp_path / "data.jsonl", [{"instruction": f"Say {n}", "output": f"{n}"} for n in range(8)])
     for base, said in ((model, True), (tiny_model, False)):
         preflight(config_for(base, tmp_path / "data.jsonl", tmp_path / "run", test_size=2))
         shown = " ".join(capfd.readouterr().err.split())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from cora_cli.rundir import sha256_text
+from cora_cli.hashing import sha256_text
 
 Item = TypeVar("Item")
 

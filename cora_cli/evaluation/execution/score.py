@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.execution.problems import Problem, problem_of, say_what_is_not_run
 from cora_cli.evaluation.execution.run import FATES, Outcome, run
@@ -91,7 +91,7 @@ def execute(
         problems = [problem_of(line.get("problem"), f"{path}, record {number}") for number, line in enumerate(lines, start=1)]
     answers = [[sample["prediction"] for sample in line.get("samples") or [line]] for line in lines]
     outcomes = executor.run(problems, answers)
-    rundir.write_jsonl(
+    writing.write_jsonl(
         out.executions,
         [
             {

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from cora_cli import hashing, writing
 from cora_cli import records as shapes
-from cora_cli import rundir
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.progress import say
@@ -135,15 +135,15 @@ def _answers_of_base(runs: Sequence[str]) -> Path:
 
 def _name_of(path: Path) -> str:
     """The name of the run that an evaluation belongs to, else that of the evaluation's directory."""
-    folder = rundir.absolute(path).parent
+    folder = writing.absolute(path).parent
     return folder.parent.name if RunDirectory(folder.parent).exists() else folder.name
 
 
 def _read(name: str, path: Path, limit: int | None) -> System:
     if not path.is_file():
         raise CoraError(f"{path} is not a file; judging needs the predictions.jsonl of an evaluation")
-    with rundir.unchanged(path):
-        sha256 = rundir.sha256_file(path)
+    with hashing.unchanged(path):
+        sha256 = hashing.sha256_file(path)
         recorded = shapes.read_generation(EvaluationDirectory(path.parent)) if path.name == "predictions.jsonl" else {}
         if recorded.get("predictions_sha256", sha256) != sha256:
             raise CoraError(

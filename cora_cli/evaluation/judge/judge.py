@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.judge.answers import Answers, load_answers
 from cora_cli.evaluation.judge.asking import Call, Judge, NoReply
@@ -116,7 +116,7 @@ def _check_nothing_is_lost(work: _Work) -> None:
     """Raise `CoraError` if the output directory holds other files, or the result of another judge, unless `overwrite` is on."""
     out = work.out
     if not out.result.exists():
-        if not out.judgments.exists() and rundir.holds_files(out.root):
+        if not out.judgments.exists() and writing.holds_files(out.root):
             raise CoraError(f"output directory {out.root} holds other files; choose a new or empty directory")
         return
     if work.config.overwrite:
@@ -237,7 +237,7 @@ def _result(work: _Work, judgments: Judgments) -> dict[str, Any]:
         },
         "tokens": {key: sum(line[f"tokens_{key}"] for line in judgments.lines) for key in ("in", "out")},
         "cost": judgments.cost(config.price_in or 0.0, config.price_out or 0.0) if known else None,
-        "judgments_sha256": rundir.sha256_file(work.out.judgments),
+        "judgments_sha256": hashing.sha256_file(work.out.judgments),
     }
 
 

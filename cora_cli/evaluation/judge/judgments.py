@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.judge.asking import NoReply, Reply
 from cora_cli.evaluation.judge.questions import Question
@@ -79,8 +79,8 @@ class Judgments:
     def open(self) -> Iterator[None]:
         """Hold the file open to append to, without the partial last line of a killed command."""
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
-            rundir.write_jsonl(self._path, self.lines)
-        with rundir.open_to_append(self._path) as self._file:
+            writing.write_jsonl(self._path, self.lines)
+        with writing.open_to_append(self._path) as self._file:
             yield
 
     def add(self, question: Question, attempt: int, message: str, result: Reply | NoReply, max_tokens: int) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Judgments:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise rundir.disk_error(error, self._path, rundir.LINES_KEPT) from error
+            raise writing.disk_error(error, self._path, writing.LINES_KEPT) from error
         self.lines.append(line)
         self._count(line)
         return line

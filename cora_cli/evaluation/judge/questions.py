@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.evaluation.judge.answers import Answers
 from cora_cli.evaluation.judge.rubrics import Rubric
 from cora_cli.evaluation.judge.wording import write_message
@@ -53,6 +53,6 @@ def all_questions(
                     found += [Question(rubric, record, names, n, prompt, reference, ours) for n in range(1 + retest)]
     random.Random(seed).shuffle(found)
     return [
-        dataclasses.replace(question, request_sha256=rundir.sha256_json([judge, question.message(), question.repeat]))
+        dataclasses.replace(question, request_sha256=hashing.sha256_json([judge, question.message(), question.repeat]))
         for question in found
     ]

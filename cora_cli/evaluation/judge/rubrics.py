@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.errors import UsageError
 from cora_cli.reading import fault_of, number, read_yaml
 
@@ -92,7 +92,7 @@ def _read(path: Path, name: str) -> Rubric:
         values.get("show_reference", False),
         float(values.get("pass_mark", 60)),
         criteria,
-        rundir.sha256_json(values),
+        hashing.sha256_json(values),
     )
 
 

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.evaluation.judge.rubrics import FIRST, HIGHEST, LOWEST, PREFERENCE_KEY, SECOND, TIE, Rubric
 from cora_cli.reading import Malformed, parse_json
 
@@ -49,7 +49,7 @@ def write_message(rubric: Rubric, prompt: str, reference: str, answers: Sequence
 def _fresh_number(texts: Sequence[str]) -> str:
     """Sixteen hexadecimal digits that occur in none of the texts, the same for the same texts."""
     attempt = 0
-    while any((number := rundir.sha256_json([*texts, attempt])[:16]) in text for text in texts):
+    while any((number := hashing.sha256_json([*texts, attempt])[:16]) in text for text in texts):
         attempt += 1
     return number
 

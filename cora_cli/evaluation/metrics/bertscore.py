@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cora_cli import embedded, rundir
+from cora_cli import embedded, hashing
 from cora_cli.data.encode import check_rows
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.evaluation.metrics import reference_cache
@@ -151,7 +151,7 @@ class BertScore(StreamingMetric):
         on_gpu = torch.device(self._device).type == "cuda"
         processor = torch.cuda.get_device_name(self._device) if on_gpu else torch.backends.cpu.get_cpu_capability()
         made_by = [self.signature(), self._device, processor, torch.get_num_threads(), platform.machine()]
-        key = rundir.sha256_json([made_by, texts])
+        key = hashing.sha256_json([made_by, texts])
         if (found := reference_cache.read(key, lengths, width)) is not None:
             yield from (embedding.to(self._device) for embedding in found)
             return
@@ -329,7 +329,7 @@ def _model_name(reference: str) -> str:
 
 
 def _tokenizer_hash(directory: Path) -> str:
-    return rundir.sha256_files(file for file in directory.iterdir() if _TOKENIZER_FILES.fullmatch(file.name))
+    return hashing.sha256_files(file for file in directory.iterdir() if _TOKENIZER_FILES.fullmatch(file.name))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.embedded import cache_directory
 from cora_cli.errors import CoraError
 
@@ -52,7 +52,7 @@ def write(key: str, embeddings: Sequence[torch.Tensor]) -> None:
     """Keep the embeddings (tokens, width) of each text under `key`, if the cache can be written."""
     values = torch.cat([one.cpu() for one in embeddings]).numpy().tobytes()
     with contextlib.suppress(CoraError, OSError):
-        with rundir.atomic_path(directory() / f"{key}{_SUFFIX}") as temporary, temporary.open("wb") as file:
+        with writing.atomic_path(directory() / f"{key}{_SUFFIX}") as temporary, temporary.open("wb") as file:
             file.write(values)
             file.write(hashlib.sha256(values).digest())
             file.flush()

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
@@ -38,7 +38,7 @@ def predictions(path: Path, answers: list[list[str]] = ANSWERS) -> Path:
         }
         for record, own in zip(RECORDS, answers, strict=True)
     ]
-    rundir.write_jsonl(path, lines)
+    writing.write_jsonl(path, lines)
     return path
 
 
@@ -112,7 +112,7 @@ def test_further_tests_of_mbpp_and_mbpp_plus_are_not_run_and_that_is_said(
 ):
     tests = {"test_list": ["assert f(1) == 2"], column: value}
     line = {"reference": "x", "prediction": "def f(x): return x + 1", "problem": {"output": "def f(x): return 2", **tests}}
-    rundir.write_jsonl(tmp_path / "p.jsonl", [line, {**line, "problem": {**line["problem"], column: []}}])
+    writing.write_jsonl(tmp_path / "p.jsonl", [line, {**line, "problem": {**line["problem"], column: []}}])
     config = EvaluateConfig(from_predictions=str(tmp_path / "p.jsonl"), metrics=("pass@1",), execute_code=True, bootstrap=100)
     metric = evaluate(config)[0].record["metrics"]["pass@1"]
     assert (metric["value"], metric["ci95"]) == (1.0, None)  # both pass, which says nothing about the spread
@@ -121,7 +121,7 @@ def test_further_tests_of_mbpp_and_mbpp_plus_are_not_run_and_that_is_said(
 
 def test_predictions_without_tests_are_refused(tmp_path: Path):
     path = tmp_path / "predictions.jsonl"
-    rundir.write_jsonl(path, [{"prompt": "x", "reference": "y", "prediction": "z"}])
+    writing.write_jsonl(path, [{"prompt": "x", "reference": "y", "prediction": "z"}])
     with pytest.raises(CoraError, match=r"predictions.jsonl, record 1 carries no tests, which pass@k needs: assertions"):
         evaluate(EvaluateConfig(from_predictions=str(path), metrics=("pass@1",), execute_code=True, device="cpu"))
 
@@ -129,7 +129,7 @@ def test_predictions_without_tests_are_refused(tmp_path: Path):
 @pytest.mark.parametrize("damage", [{"problem": "assert f()"}, {"samples": [3]}])
 def test_damaged_predictions_are_refused(tmp_path: Path, damage: dict):
     path = tmp_path / "predictions.jsonl"
-    rundir.write_jsonl(path, [{"reference": "y", "prediction": "z", **damage}])
+    writing.write_jsonl(path, [{"reference": "y", "prediction": "z", **damage}])
     with pytest.raises(
         CoraError, match=f"predictions.jsonl, line 1 is damaged or from another version of cora: {next(iter(damage))}"
     ):
@@ -139,7 +139,7 @@ def test_damaged_predictions_are_refused(tmp_path: Path, damage: dict):
 @needs_sandbox
 def test_a_model_s_samples_are_run_and_a_second_evaluation_draws_the_same(tiny_model: Path, tmp_path: Path):
     data = tmp_path / "data.jsonl"
-    rundir.write_jsonl(data, RECORDS)
+    writing.write_jsonl(data, RECORDS)
     settings = {"samples": 2, "temperature": 0.9, "metrics": ("pass@1", "pass@2"), "execute_code": True}
     one = evaluate_model(tiny_model, data, tmp_path / "one", **settings)
     other = evaluate_model(tiny_model, data, tmp_path / "other", **settings, batch_size=1, overwrite=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cora_cli import rundir
+from cora_cli import writing
 from cora_cli.evaluation.judge.config import JudgeConfig
 
 
@@ -228,7 +228,7 @@ def write_answers(folder: Path, count: int, good: float = 1.0, seed: int = 0) ->
             }
         )
     folder.mkdir(parents=True, exist_ok=True)
-    rundir.write_jsonl(folder / "predictions.jsonl", lines)
+    writing.write_jsonl(folder / "predictions.jsonl", lines)
     return folder / "predictions.jsonl"
 
 

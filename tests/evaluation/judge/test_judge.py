@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cora_cli import rundir
+from cora_cli import hashing, writing
 from cora_cli.cli import app
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.judge.judge import judge
@@ -47,9 +47,9 @@ def test_the_command_prints_tables_with_the_papers_columns_beside_them(server, a
     assert "the judge planted tells reference answers from references of other prompts" in result.stdout
     out = answers.parent / "judge"
     record = read_json(out / "judge.json")
-    assert record["judgments_sha256"] == rundir.sha256_file(out / "judgments.jsonl")
+    assert record["judgments_sha256"] == hashing.sha256_file(out / "judgments.jsonl")
     assert record["served_models"] == ["planted-1"]
-    assert record["systems"][0]["predictions_sha256"] == rundir.sha256_file(answers)
+    assert record["systems"][0]["predictions_sha256"] == hashing.sha256_file(answers)
 
 
 def test_asked_again_it_sends_nothing_and_gives_the_same(server, answers) -> None:
@@ -123,7 +123,7 @@ def test_a_judgment_that_was_edited_is_refused(server, answers, entry) -> None:
     lines = read_jsonl(path)
     place = next(number for number, line in enumerate(lines) if line["rubric"] == "paper")
     lines[place][entry] = {**lines[place]["judgment"], "accuracy": 99.0} if entry == "judgment" else None
-    rundir.write_jsonl(path, lines)
+    writing.write_jsonl(path, lines)
     result = cora("judge", "--from", answers, *at(server))
     assert result.exit_code == 1
     assert f"line {place + 1}: the judgment is not what its reply says" in result.output
@@ -134,14 +134,14 @@ def test_a_request_that_two_lines_judge_is_refused(server, answers) -> None:
     path = answers.parent / "judge" / "judgments.jsonl"
     lines = read_jsonl(path)
     judged = next(number for number, line in enumerate(lines, start=1) if line["outcome"] == "judged")
-    rundir.write_jsonl(path, [*lines, lines[judged - 1]])
+    writing.write_jsonl(path, [*lines, lines[judged - 1]])
     result = cora("judge", "--from", answers, *at(server))
     assert result.exit_code == 1
     assert f"judgments.jsonl: lines {judged} and {len(lines) + 1} both judge one request; remove one of them" in result.output
 
 
 def test_predictions_that_were_edited_are_refused(server, answers) -> None:
-    rundir.write_json(answers.parent / "generation.json", {"name": "m", "settings": {}, "predictions_sha256": "0" * 64})
+    writing.write_json(answers.parent / "generation.json", {"name": "m", "settings": {}, "predictions_sha256": "0" * 64})
     result = cora("judge", "--from", answers, *at(server))
     assert result.exit_code == 1
     assert "was changed after it was generated" in result.output
@@ -160,7 +160,7 @@ def test_predictions_that_were_edited_are_refused(server, answers) -> None:
     ],
 )
 def test_predictions_that_cannot_be_judged_are_refused(server, tmp_path, lines, words) -> None:
-    rundir.write_jsonl(tmp_path / "own.jsonl", lines)
+    writing.write_jsonl(tmp_path / "own.jsonl", lines)
     result = cora("judge", "--from", tmp_path / "own.jsonl", *at(server))
     assert result.exit_code == 1
     assert words in result.output
@@ -250,8 +250,8 @@ def test_calibration_that_is_added_to_finished_predictions_leaves_the_answers_th
     tokens = {"nll": [1.0], "brier": [1.0], "confidence": [0.5], "correct": [False]}
 
     def calibrate() -> None:
-        rundir.write_jsonl(predictions, [{**line, "reference_tokens": tokens} for line in read_jsonl(predictions)])
-        rundir.write_json(metrics, {**read_json(metrics), "predictions_sha256": rundir.sha256_file(predictions)})
+        writing.write_jsonl(predictions, [{**line, "reference_tokens": tokens} for line in read_jsonl(predictions)])
+        writing.write_json(metrics, {**read_json(metrics), "predictions_sha256": hashing.sha256_file(predictions)})
 
     if not judged_first:
         calibrate()

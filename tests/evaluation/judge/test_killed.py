@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from cora_cli import rundir
+from cora_cli import hashing
 from cora_cli.evaluation.judge.endpoint import Endpoint
 from cora_cli.evaluation.judge.judge import judge
 from tests.evaluation.judge.server import judge_of, serving, write_answers
@@ -34,7 +34,7 @@ def kill_at(tmp_path, moments, count):
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
             new = [request.message for request in server.requests[sent:]]
-            assert not {rundir.sha256_json([identity, message, 0]) for message in new} & known
+            assert not {hashing.sha256_json([identity, message, 0]) for message in new} & known
         record, _ = judge(config)
         repeated = len(server.requests) - len({request.message for request in server.requests})
         assert repeated <= CONCURRENCY * len(moments)
