@@ -18,7 +18,7 @@ from cora_cli.errors import UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.evaluation.judge.rubrics import load_rubric
-from cora_cli.evaluation.metrics import NAMES
+from cora_cli.evaluation.metrics import HIGHEST, NAMES
 from cora_cli.experiments.paper import paper_tables
 from cora_cli.experiments.preset import small
 from cora_cli.experiments.resources import Resources, read_resources
@@ -353,13 +353,16 @@ def _margin(values: object, problems: list[str]) -> float | dict[str, float] | N
         )
         return None
     problems += [unknown_key(str(name), MEASURES, "margin") for name in values if name not in MEASURES]
+    highest = {name: HIGHEST.get(str(name), math.inf) for name in values}
     found = {
         str(name): value
         for name, given in values.items()
-        if (value := reading.number(given)) is not None and 0 < value < math.inf
+        if (value := reading.number(given)) is not None and 0 < value < highest[name]
     }
     problems += [
-        f"margin: {name} must be a number above 0, not {value!r}" for name, value in values.items() if str(name) not in found
+        f"margin: {name} must be a number above 0{f' and below {end:g}, the end of its scale' if end < math.inf else ''}, not {values[name]!r}"
+        for name, end in highest.items()
+        if str(name) not in found
     ]
     return found
 

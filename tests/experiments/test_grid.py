@@ -351,8 +351,10 @@ def test_the_margin_of_equivalence_reaches_the_grid(margin: Any) -> None:
         (0, "margin must be a share of what training gains, above 0 and at most 1"),
         (1.5, "margin must be a share of what training gains, above 0 and at most 1"),
         ("small", "margin must be a share of what training gains"),
-        ({"rouge1": -1}, "margin: rouge1 must be a number above 0, not -1"),
-        ({"rouge1": "nan"}, "margin: rouge1 must be a number above 0, not 'nan'"),
+        ({"heldout_loss": -1}, "margin: heldout_loss must be a number above 0, not -1"),
+        ({"rouge1": "nan"}, "margin: rouge1 must be a number above 0 and below 1, the end of its scale, not 'nan'"),
+        ({"rouge1": 1}, "margin: rouge1 must be a number above 0 and below 1, the end of its scale, not 1"),  # a percentage
+        ({"sacrebleu": 100}, "margin: sacrebleu must be a number above 0 and below 100, the end of its scale, not 100"),
         (True, "margin must be a share of what training gains"),
         ({"rogue1": 0.1}, "rouge1"),
     ],

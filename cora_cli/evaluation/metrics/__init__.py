@@ -4,6 +4,7 @@ Importing this module is fast: the dependencies of a metric are imported when th
 """
 
 import importlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -38,6 +39,8 @@ _PLAIN = {
 """The class of each metric that needs nothing but the variant, in the module of the metric's name."""
 
 LOWER_IS_BETTER = frozenset(GROUPS["calibration"])
+HIGHEST = {**dict.fromkeys(NAMES, 1.0), "sacrebleu": 100.0, "nll": math.inf, "brier": 2.0}
+"""The upper end of each metric's scale, which begins at 0."""
 
 Variant = Literal["ours", "hf-evaluate"]
 """`hf-evaluate` has what `evaluate.load` of Hugging Face computes by default: ROUGE without stemming, METEOR on NLTK's `word_tokenize`,
