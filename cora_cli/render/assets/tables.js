@@ -1,13 +1,18 @@
 // Tables sort by the column whose heading is activated: numbers by value, other cells as text, cells without a value last.
 "use strict";
+const UNITS = { kB: 1e3, MB: 1e6, GB: 1e9 };
+// A number may have a sign before it, and a unit or a word behind it.
+const sortKey = (text) => {
+  const found = /^(?:[<\u00b1] )?([-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?) ?([^0-9]*)$/.exec(text.replace(/\u2212/g, "-"));
+  if (text === "" || text === "\u2013") return null;
+  return found ? Number(found[1].replace(/,/g, "")) * (UNITS[found[2]] || 1) : text;
+};
 document.querySelectorAll(".table table").forEach((table) => {
   const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
   const value = (row, place) => {
     const cell = row.cells[place];
-    const text = (cell.firstChild ? cell.firstChild.textContent : "").trim();
-    const number = Number(text.replace(/,/g, "").replace(/\u2212/g, "-"));
-    return text === "" || text === "\u2013" ? null : Number.isNaN(number) ? text : number;
+    return sortKey((cell.firstChild ? cell.firstChild.textContent : "").trim());
   };
   heads.forEach((head, place) => {
     const button = document.createElement("button");
