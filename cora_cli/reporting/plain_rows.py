@@ -65,12 +65,19 @@ def _bases_of(rows: Sequence[Row]) -> list[Row]:
         if not (own.metrics.is_file() and base.metrics.is_file()) or base.root.resolve() in known:
             continue
         conditions = _conditions(base)
-        if conditions == _conditions(own) and clean(str(conditions["model"])) == row.model:
+        if _alike(conditions, _conditions(own)) and clean(str(conditions["model"])) == row.model:
             of_base = dataclasses.replace(row_of_evaluation(base), group=row.group)
             # Copies of one model are one base.
             known_by = {**conditions, "model": None} if conditions["model_sha256"] else conditions
             found.setdefault(hashing.sha256_json([row.group, known_by]), of_base)
     return list(found.values())
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two evaluations had equal conditions, with one signature for each metric that both have."""
+    shared = one["metrics"].keys() & other["metrics"].keys()
+    same_metrics = all(one["metrics"][name] == other["metrics"][name] for name in shared)
+    return same_metrics and {**one, "metrics": None} == {**other, "metrics": None}
 
 
 def _conditions(evaluation: EvaluationDirectory) -> dict[str, Any]:

@@ -312,6 +312,19 @@ def test_a_base_model_that_was_evaluated_otherwise_than_the_run_is_no_row(runs_w
     assert [row.label for row in experiment.rows] == ["lora"]
 
 
+def test_a_base_model_that_was_evaluated_by_fewer_metrics_than_the_run_is_a_row_and_by_other_ones_is_none(runs_with_base):
+    path = runs_with_base[0] / "eval-base" / "metrics.json"
+    record = read_json(path)
+    fewer = {name: metric for name, metric in record["metrics"].items() if name != "rougeL"}
+    for metrics, labels in (
+        (fewer, ["lora", "base"]),
+        ({**fewer, "rouge1": {**fewer["rouge1"], "signature": "other"}}, ["lora"]),
+    ):
+        writing.write_json(path, {**record, "metrics": metrics})
+        (experiment,) = find_experiments([str(runs_with_base[0])])
+        assert [row.label for row in experiment.rows] == labels
+
+
 def test_only_the_metrics_that_are_wanted_are_read(made_grid):
     found = collect(read_plan(made_grid), ("rougeL",))
     assert all(set(result.measures) <= {LOSS, "rougeL"} for result in found.results)
