@@ -14,7 +14,7 @@ from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, VALIDATION,
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import Test
 from cora_cli.reporting.report_rows import clean
-from cora_cli.reporting.statistics import EXAMPLES, SEEDS, Estimate
+from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.training_conditions import differing_conditions
 
@@ -104,7 +104,7 @@ def verdict_table(group: Group) -> Table:
                     Cell(title(test.measure)),
                     difference,
                     Cell("–" if test.margin is None else f"± {test.margin:.{places + 1}f}"),
-                    Cell(_p_value(test.p_holm)),
+                    p_value_cell(test.p_holm),
                     Cell(seeds),
                     Cell(test.outcome),
                     Cell(_would_decide(test)),
@@ -138,8 +138,12 @@ def _obstacle_notes(comparisons: Sequence[Comparison]) -> list[str]:
     ]
 
 
-def _p_value(p_holm: float | None) -> str:
-    return "–" if p_holm is None else "< 0.001" if p_holm < 0.001 else f"{p_holm:.3f}"
+def p_value_cell(p_holm: float | None) -> Cell:
+    """A corrected p-value with three decimals, or a dash; one below the level is never rounded up to it."""
+    if p_holm is None:
+        return Cell()
+    text = "< 0.001" if p_holm < 0.001 else f"{p_holm:.3f}"
+    return Cell(f"< {LEVEL:.3f}" if p_holm < LEVEL and text == f"{LEVEL:.3f}" else text)
 
 
 def _would_decide(test: Test) -> str:

@@ -27,6 +27,7 @@ from cora_cli.reporting.numbers import COLUMNS
 from cora_cli.reporting.plots import side_by_side
 from cora_cli.reporting.report import FILES, report
 from cora_cli.reporting.report_rows import read_plan
+from cora_cli.reporting.tables import p_value_cell
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
 from tests.render.strict_latex import check
@@ -478,6 +479,14 @@ def test_the_note_of_the_tests_names_an_informed_b_without_a_random_control(tmp_
     rows = [Made("fb", "fb", n_models=2), Made("fb random", "fb", b_init="orthonormal"), Made("tb", "tb", n_models=2)]
     notes = notes_of_tests(make_grid(tmp_path, [*rows, Made("lora", "lora")], prompts=6))
     assert "No random control of this form, so no conclusion about the information in B: tb r=4 n=2 and lora r=4." in notes
+
+
+@pytest.mark.parametrize(
+    ("p_holm", "printed"),
+    [(None, "–"), (0.0004, "< 0.001"), (0.0494, "0.049"), (0.04999, "< 0.050"), (0.05, "0.050"), (1, "1.000")],
+)
+def test_a_p_value_below_the_level_is_not_printed_as_the_level(p_holm, printed):
+    assert p_value_cell(p_holm).text == printed
 
 
 def test_nothing_is_bold_where_the_best_two_are_alike(tmp_path):
