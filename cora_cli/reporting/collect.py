@@ -350,7 +350,7 @@ def _have_equal_templates(evaluated: Result, trained: Result) -> bool:
 def _check_comparable(results: list[Result]) -> None:
     """Raise `CoraError` if two rows of a group were evaluated on different records or measured with different settings."""
     for what in ("references", *NAMES, LOSS, _HELD_OUT):
-        first: tuple[Row, Any] | None = None
+        first: tuple[Result, Any] | None = None
         for result in results:
             measure = result.measures.get(what)
             if what == "references":
@@ -365,13 +365,26 @@ def _check_comparable(results: list[Result]) -> None:
             if key is None:
                 continue
             if first is None:
-                first = (result.row, key)
+                first = (result, key)
             elif key != first[1]:
-                names = f"{first[0].name} and {result.row.name}"
+                names = f"{first[0].row.name} and {result.row.name}"
                 if what in NAMES:
                     raise CoraError(
                         f"{names} measured {what} with different settings ({first[1]} and {key}); score both again with "
                         "`cora evaluate --from`, or exclude it with --metrics"
                     )
-                subject = "were evaluated on" if what == "references" else "measured their held-out loss on"
-                raise CoraError(f"{names} {subject} different records, so they cannot be compared; report them separately")
+                if what == "references":
+                    raise CoraError(
+                        f"{names} were evaluated on different records, so they cannot be compared; evaluate both on the same ones, or report "
+                        "them separately"
+                    )
+                held_out = {one.record.get("data", {}).get("test_sha256") for one in (first[0], result)}
+                equal = len(held_out) == 1 and None not in held_out
+                which = (
+                    "different tokens of equal records, as by another --template or --max-length"
+                    if equal
+                    else "different records"
+                )
+                raise CoraError(
+                    f"{names} measured their held-out loss on {which}, so they cannot be compared; report them separately"
+                )

@@ -452,7 +452,24 @@ def test_rows_of_a_group_that_answered_other_records_are_refused(tmp_path):
     grid = make_grid(tmp_path, [Made("lora", "lora")], prompts=10)
     make_grid(grid, [Made("fb", "fb")], prompts=12)
     write_plan(grid, [plan_entry(Made("lora", "lora")), plan_entry(Made("fb", "fb"))])
-    with pytest.raises(CoraError, match="were evaluated on different records"):
+    with pytest.raises(CoraError, match=r"were evaluated on different records, .*; evaluate both on the same ones, or report"):
+        collect(read_plan(grid))
+
+
+def test_losses_on_other_tokens_of_equal_records_are_refused_as_such(tmp_path):
+    grid = make_grid(tmp_path, [Made("lora", "lora"), Made("fb", "fb")], prompts=6)
+    for path in grid.rglob("run.json"):
+        record = read_json(path)
+        writing.write_json(path, record | {"data": record["data"] | {"test_sha256": "0" * 64}})
+    run = RunDirectory(next(path.parent for path in grid.rglob("run.json") if "-fb_" in str(path)))
+    lines = [{**line, "tokens": line["tokens"] * 2} for line in read_jsonl(run.heldout)]
+    writing.write_jsonl(run.heldout, lines)
+    record = read_json(run.record)
+    tokens = np.array([line["tokens"] for line in lines], dtype=float)
+    before, after = (HeldOutLoss(np.array([line[when] for line in lines]), tokens) for when in ("before", "after"))
+    losses = {"before": before.summary(), "after": after.summary(), "change": loss_change(before, after)}
+    writing.write_json(run.record, record | {"heldout": losses})
+    with pytest.raises(CoraError, match="different tokens of equal records, as by another --template or --max-length, so"):
         collect(read_plan(grid))
 
 
