@@ -30,15 +30,16 @@ def seeds_before(out: Path, plan: Mapping[str, Any]) -> list[int]:
 
 
 def _before_looks(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> int | None:
+    if new["looks"] <= old["looks"]:
+        return None
     confirmed = any(row["stage"] == "confirm" and _is_finished(out, row["run"]) for row in old["rows"])
-    return old["looks"] + MIN_SEEDS - 1 if confirmed and new["looks"] > old["looks"] else None
+    return old["looks"] + MIN_SEEDS - 1 if confirmed else None
 
 
 def _before_rows(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> int | None:
     before, after = _seeds(old), _seeds(new)
-    finished = {method: [seed for seed, run in seeds.items() if _is_finished(out, run)] for method, seeds in before.items()}
-    counts = [len(finished[method]) for method in before.keys() & after.keys() if after[method].keys() - before[method].keys()]
-    return max(counts, default=0) or None
+    extended = [method for method in before.keys() & after.keys() if after[method].keys() - before[method].keys()]
+    return max((sum(_is_finished(out, run) for run in before[method].values()) for method in extended), default=0) or None
 
 
 def _seeds(plan: Mapping[str, Any]) -> _Seeds:
