@@ -200,6 +200,7 @@ def _report(
     hardware = runs["lora"]["hardware"]
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in explained.items())
     meaning = "; ".join(f"{name}: {text}" for name, text in MEANING.items())
+    cut = ", ".join(f"{name} {evaluation.record['shortcomings'].get('cut', 0)}" for name, evaluation in evaluations.items())
     return "\n".join(
         [
             "# CoRA on the embedded model",
@@ -209,7 +210,7 @@ def _report(
             f"{meaning}.",
             "",
             f"Held-out loss: nats per response token over n = {before['n']} records. Metrics: n = {PROMPTS} prompts, greedy, at most "
-            f"{NEW_TOKENS} new tokens; sacrebleu is 0-100, the others 0-1; BERTScore is on a small encoder (MiniLM-L6), not on the "
+            f"{NEW_TOKENS} new tokens (answers cut there: {cut}); sacrebleu is 0-100, the others 0-1; BERTScore is on a small encoder (MiniLM-L6), not on the "
             "paper's scale. [95 % bootstrap interval over records]. One training seed "
             f"({seed}): the intervals do not include the variation between seeds.",
             "",

@@ -15,7 +15,7 @@ from cora_cli.evaluation import evaluate as evaluation
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.experiments import demo
 from cora_cli.experiments.demo import run_demo
-from cora_cli.reading import read_json
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import RunDirectory
 from cora_cli.training import run as training
 from tests.training.helpers import log_lines
@@ -143,6 +143,8 @@ def test_the_chain_ends_with_a_report_on_five_methods(finished: Finished) -> Non
     assert [row[1] for row in rows[2:7]] == ["0", f"{a + b:,}", f"{a:,}", f"{a + b:,}", f"{a:,}"]
     assert "It does not show which mode is better" in report
     assert f"n = {PROMPTS} prompts" in report
+    answers = read_jsonl(root / "base-eval" / "predictions.jsonl")
+    assert f"(answers cut there: base {sum(line['finish_reason'] == 'length' for line in answers)}, lora " in report
 
 
 def test_every_part_is_on_disk_and_built_from_the_previous_one(finished: Finished, tiny_model: Path) -> None:
