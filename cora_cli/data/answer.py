@@ -18,12 +18,12 @@ _PIECE = re.compile(r"[<\[][^<>\[\]\s]*[>\]]|\w+|\W")
 @dataclasses.dataclass(frozen=True)
 class Conversation:
     """A conversation as its chat template writes it: with its answer (`answered`), as the `prompt` for one, with neither (`earlier`), and with
-    `PROBE` for an answer (`probed`)."""
+    `PROBE` for an answer (`probed`). What the template refuses is empty, and then the beginning of the answer is not found."""
 
     answered: str
     prompt: str
-    earlier: str
-    probed: str
+    earlier: str = ""
+    probed: str = ""
 
     def behind_prompt(self) -> str | None:
         """What follows the prompt, with the end of the answer; None where the answer's beginning is not found.
@@ -53,7 +53,7 @@ class Conversation:
 
     def _turn(self) -> tuple[str, str] | None:
         """How the prompt begins the answer, and the rendered conversation from that place on."""
-        if not self.prompt.startswith(self.earlier):
+        if not self.earlier or not self.prompt.startswith(self.earlier):
             return None
         header = self.prompt.removeprefix(self.earlier)
         if not header.strip():  # prompts end as conversations do, such as behind the result of a tool

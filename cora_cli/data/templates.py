@@ -190,32 +190,18 @@ class Template:
     def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
         messages, extra = self._messages(record), template_values(record) if self.schema == "messages" else {}
         content, turn, where = messages[-1].get("content"), self._turn_ends["tools" in extra], place_of(record)
-        try:
-            with bounded(f"{where}: the chat template"):
-                prompt = self._chat.apply(messages[:-1], extra, add_generation_prompt=True)
-                rendered = self._chat.apply(messages, extra)
-                is_bare = self._is_bare(messages, extra, rendered)
-                own_turn = rendered.startswith(prompt)
-                whole = None if own_turn else self._conversation(messages, extra, prompt, rendered)
-        except CoraError:
-            raise
-        except UnsteadyTemplate as error:
-            raise CoraError(f"{where}: the chat template {error}") from error
-        except Exception as error:  # templates raise what they like
-            lacking = any(message.get("content") is None for message in messages)
-            why = "; it may need a text in every message, and one with calls of tools has none" if lacking else ""
-            raise CoraError(f"{where}: the chat template refuses the conversation: {reason(error)}{why}") from error
-        missing = {message["role"] for message in messages[:-1] if not _is_written(message, prompt)}
-        written = rendered[len(prompt) :] if own_turn else whole.behind_prompt() if whole else None
+        prompt, rendered, is_bare, whole = self._asked(messages, extra, where)
+        written = rendered[len(prompt) :] if whole is None else whole.behind_prompt()
         response, end = self._without_end(written or "", turn)
+        missing = {message["role"] for message in messages[:-1] if not _is_written(message, prompt)}
         is_text = isinstance(content, str) and bool(content.strip()) and is_bare
-        if own_turn or (response.strip() and not is_text):
+        if whole is None or (response.strip() and not is_text):
             # Some templates set thoughts apart anew.
             if isinstance(content, str) and not all(part.strip() in rendered for part in re.split("</?think>", content)):
                 missing.add(messages[-1]["role"])
             lead = lead_of(response, content) if isinstance(content, str) and is_bare else ""
         elif isinstance(content, str):
-            lead, end = whole.lead(content) if whole else "", turn.token if turn else end
+            lead, end = whole.lead(content), turn.token if turn else end
             response = lead + continued(prompt, content)
         else:
             # Some write a call of a tool otherwise next to an empty text than next to null.
@@ -227,7 +213,29 @@ class Template:
         if any(own not in response for own in self._entries(messages[-1], "tools" in extra)):
             missing.add(messages[-1]["role"])
         left_out = tuple(sorted(missing | self._lost_calls(messages, extra)))
-        return Rendered(prompt, response, special_tokens=False, end=end, lead=lead, own_turn=own_turn, left_out=left_out)
+        return Rendered(prompt, response, special_tokens=False, end=end, lead=lead, own_turn=whole is None, left_out=left_out)
+
+    def _asked(
+        self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], where: str
+    ) -> tuple[str, str, bool, Conversation | None]:
+        """The prompt, the rendered conversation, whether of its answer that has nothing but the text, and where it does not begin with the prompt,
+        what the answer is to be found by. Raises `CoraError` where the template refuses the conversation."""
+        try:
+            with bounded(f"{where}: the chat template"):
+                prompt = self._chat.apply(messages[:-1], extra, add_generation_prompt=True)
+                rendered = self._chat.apply(messages, extra)
+                is_bare = self._is_bare(messages, extra, rendered)
+                whole = None if rendered.startswith(prompt) else self._conversation(messages, extra, prompt, rendered)
+        except CoraError:
+            raise
+        except UnsteadyTemplate as error:
+            raise CoraError(f"{where}: the chat template {error}") from error
+        except Exception as error:  # templates raise what they like
+            why = reason(error)
+            if ("content" in why or "None" in why) and any(message.get("content") is None for message in messages):
+                why += "; it may need a text in every message, and one with calls of tools has none"
+            raise CoraError(f"{where}: the chat template refuses the conversation: {why}") from error
+        return prompt, rendered, is_bare, whole
 
     def _entries(self, message: Mapping[str, Any], with_tools: bool) -> Iterator[str]:
         """The thoughts of an answer and the names of the tools that it calls, where they stand in entries that the chat template mentions."""
@@ -268,15 +276,15 @@ class Template:
 
     def _conversation(
         self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], prompt: str, rendered: str
-    ) -> Conversation | None:
-        """A conversation that does not begin with its prompt; None where the template writes it neither without its answer nor with another one."""
+    ) -> Conversation:
+        """A conversation that does not begin with its prompt."""
         try:
             earlier = self._chat.apply(messages[:-1], extra)
             probed = self._chat.apply([*messages[:-1], {"role": "assistant", "content": PROBE}], extra)
         except CoraError:
             raise
         except Exception:  # a template may refuse a conversation that neither asks for an answer nor has one
-            return None
+            return Conversation(rendered, prompt)
         return Conversation(rendered, prompt, earlier, probed)
 
     def _is_bare(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], rendered: str) -> bool:
