@@ -56,5 +56,5 @@ def run(config: MergeConfig) -> None:
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
         )
-    show(f"{config.output}: {written} layers changed")
+    show(f"{config.output}: {written} layers merged")
     say_next(f"{config.output} is written", "evaluate", "--model", config.output, "--dataset", "DATA", "-o", "EVALUATION")

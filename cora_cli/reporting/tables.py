@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 
-from cora_cli.evaluation.metrics import LOWER_IS_BETTER, build_metrics
+from cora_cli.evaluation.metrics import build_metrics, scales
 from cora_cli.evaluation.shortcomings import KINDS
 from cora_cli.experiments.paper import paper, paper_tables
 from cora_cli.render.table import Cell, Table
@@ -425,10 +425,8 @@ def _cell_note(lines: Sequence[Line]) -> str:
     counted += (
         [f"held-out loss in nats per response token over {'/'.join(map(str, loss))} records, lower is better"] if loss else []
     )
-    scale = "sacrebleu is 0–100, the other metrics 0–1."
-    if not LOWER_IS_BETTER.isdisjoint(measures):
-        scale = "sacrebleu is 0–100, nll in nats per reference token, brier 0–2, the other metrics 0–1; of nll, brier and ece, lower is better."
-    return f"{'; '.join([*parts, *counted])}. {scale}"
+    metrics = sorted(measures - {LOSS})
+    return f"{'; '.join([*parts, *counted])}." + (f" Metrics: {scales(metrics)}." if metrics else "")
 
 
 def _rate(line: Line) -> str:

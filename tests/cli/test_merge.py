@@ -88,7 +88,7 @@ def test_a_merged_run_is_a_plain_model_with_the_logits_of_base_plus_adapter(
 ) -> None:
     result = cora_merge(trained[kind], "--output", tmp_path / "merged")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout == f"{tmp_path / 'merged'}: 6 layers changed\n"
+    assert result.stdout == f"{tmp_path / 'merged'}: 6 layers merged\n"
     found, base = logits(load(tmp_path / "merged")), logits(load(tiny_model))
     torch.testing.assert_close(found, expected_logits(kind, trained[kind], tiny_model, tiny_basis), atol=1e-5, rtol=1e-5)
     assert (found - base).abs().max() > 0.1

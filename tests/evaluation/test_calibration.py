@@ -150,7 +150,7 @@ def test_a_report_shows_calibration_and_finds_numbers_that_were_changed(run: Pat
     text = report([str(run)], "markdown")
     header = next(line for line in text.splitlines() if line.startswith("| method") and "nll" in line)
     assert [cell.strip() for cell in header.split("|")[1:-1]] == ["method", "held-out loss", *FAST["metrics"], *CALIBRATION]
-    assert "of nll, brier and ece, lower is better" in text
+    assert "lower is better: brier, ece, nll" in text
     metrics = read_json(run / "eval" / "metrics.json")["metrics"]
     assert f"{metrics['ece']['value']:.3f}" in text
     out = EvaluationDirectory(run / "eval")

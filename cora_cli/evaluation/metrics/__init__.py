@@ -83,11 +83,16 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     return tuple(name for name in NAMES if name in wanted)
 
 
+_SCALES = {"sacrebleu": "0-100", "nll": "in nats per reference token", "brier": "0-2"}
+
+
 def scales(names: Iterable[str]) -> str:
     """The scales of metrics, for the line below a table."""
-    if LOWER_IS_BETTER.isdisjoint(names):
-        return "sacrebleu 0-100, the others 0-1"
-    return "sacrebleu 0-100, nll in nats per reference token, brier 0-2, the others 0-1; nll, brier and ece: lower is better"
+    names = list(names)
+    own = [f"{name} {scale}" for name, scale in _SCALES.items() if name in names]
+    others = [] if len(own) == len(names) else ["the others 0-1" if own else "on a scale of 0-1"]
+    lower = [name for name in names if name in LOWER_IS_BETTER]
+    return ", ".join([*own, *others]) + (f"; lower is better: {', '.join(lower)}" if lower else "")
 
 
 def build_metrics(
