@@ -106,6 +106,8 @@ def row_of_run(run: RunDirectory) -> Row:
     # A Laplace approximation of a LoRA is no LoRA that others can be compared with.
     mode = f"laplace {record['mode']}" if "laplace" in record else record["mode"]
     candidates = (run.evaluation, run.root / "evaluation")
+    evaluation = max(candidates, key=lambda path: (EvaluationDirectory(path).metrics.is_file(), path.is_dir()))
+    only_at_ranks = not evaluation.is_dir() and bool(run.evaluations_at_ranks())
     return Row(
         name=clean(str(run.root)),
         printed=None,
@@ -120,7 +122,7 @@ def row_of_run(run: RunDirectory) -> Row:
         model=clean(record["model"]["reference"]),
         dataset=clean(record["data"]["dataset"]),
         run=run.root,
-        evaluation=max(candidates, key=lambda path: (EvaluationDirectory(path).metrics.is_file(), path.is_dir())),
+        evaluation=None if only_at_ranks else evaluation,
         basis=Path(basis["path"]) if basis and Path(basis["path"]).is_file() else None,
     )
 

@@ -171,6 +171,17 @@ def of_model(folder, model):
     return folder
 
 
+def test_a_run_that_is_evaluated_at_lower_ranks_alone_lacks_no_evaluation(runs_with_base):
+    lora, fb = runs_with_base
+    for folder in (lora, fb):
+        shutil.rmtree(folder / "eval-base")
+    (lora / "eval").rename(lora / "eval-rank-2")
+    shutil.rmtree(fb / "eval")
+    (experiment,) = find_experiments([str(lora), str(fb)])
+    assert [(entry.row.name, entry.reason) for entry in collect(experiment).missing] == [(str(fb), "not evaluated yet")]
+    assert [row.evaluation and row.evaluation.name for row in experiment.rows] == [None, "eval-rank-2", "eval"]
+
+
 def test_an_evaluation_that_is_named_next_to_its_run_counts_once(runs_with_base):
     lora = runs_with_base[0]
     (experiment,) = find_experiments([str(lora / "eval"), str(lora)])
