@@ -55,38 +55,48 @@ def _without_own_evaluations(rows: Sequence[Row]) -> list[Row]:
 
 
 def _bases_of(rows: Sequence[Row]) -> list[Row]:
-    """One row for each base model that was evaluated with a run, on the same records and with the same settings as the run itself."""
+    """One row for each base model that was evaluated with a run, on the same records and with the same settings as the run itself. Says which of them
+    are left out, and why."""
     found: dict[str, Row] = {}
     known = {row.evaluation.resolve() for row in rows if row.evaluation is not None}
     for row in rows:
         if row.run is None or row.evaluation is None:
             continue
-        own, base = EvaluationDirectory(row.evaluation), EvaluationDirectory(RunDirectory(row.run).base_evaluation)
+        run = RunDirectory(row.run)
+        own, base = EvaluationDirectory(row.evaluation), EvaluationDirectory(run.base_evaluation)
         if not (own.metrics.is_file() and base.metrics.is_file()) or base.root.resolve() in known:
             continue
-        conditions = _conditions(base)
-        if _alike(conditions, _conditions(own)) and clean(str(conditions["model"])) == row.model:
-            of_base = dataclasses.replace(row_of_evaluation(base), group=row.group)
-            # Copies of one model are one base.
-            known_by = {**conditions, "model": None} if conditions["model_sha256"] else conditions
-            found.setdefault(hashing.sha256_json([row.group, known_by]), of_base)
+        of_base, conditions = row_of_evaluation(base), _conditions(base)
+        weights = {of_base.name: _weights_of(of_base, {}), row.name: _weights_of(row, records.read_run(run))}
+        differing = _differing(conditions, _conditions(own))
+        differing += [] if _have_one_model(of_base, row, weights) else ["model"]
+        if differing:
+            say(
+                f"{base.root} is left out: it has another {' and another '.join(differing)} than {own.root}; "
+                f"`cora evaluate {run.root} --with-base --overwrite` evaluates both alike"
+            )
+            continue
+        # Copies of one model are one base.
+        model = weights[of_base.name] or of_base.model
+        found.setdefault(hashing.sha256_json([row.group, model, conditions]), dataclasses.replace(of_base, group=row.group))
     return list(found.values())
 
 
-def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two evaluations had equal conditions, with one signature for each metric that both have."""
-    shared = one["metrics"].keys() & other["metrics"].keys()
-    same_metrics = all(one["metrics"][name] == other["metrics"][name] for name in shared)
-    return same_metrics and {**one, "metrics": None} == {**other, "metrics": None}
-
-
 def _conditions(evaluation: EvaluationDirectory) -> dict[str, Any]:
-    """What must be equal for two evaluations to be compared: the model below an adapter, the records, the decoding and the metrics."""
+    """What must be equal for the evaluations of two models to be compared: the records, the decoding and the metrics."""
     record = records.read_metrics(evaluation)
     settings = record["generation"].get("settings", {})
-    names = ("model", "model_sha256", "records_sha256", "template", "max_new_tokens", "decoding", "dtype")
+    names = ("records_sha256", "template", "max_new_tokens", "decoding", "dtype")
     signatures = {name: metric["signature"] for name, metric in record["metrics"].items()}
     return {**{name: settings.get(name) for name in names}, "metrics": signatures}
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """In words, which conditions of two evaluations differ; a metric that only one of them has is none."""
+    shared = one["metrics"].keys() & other["metrics"].keys()
+    metrics = [f"signature of {name}" for name in shared if one["metrics"][name] != other["metrics"][name]]
+    words = {"records_sha256": "set of records"}
+    return [*(words.get(name, name) for name in one if name != "metrics" and one[name] != other[name]), *sorted(metrics)]
 
 
 def _setting_of(evaluation: EvaluationDirectory, name: str) -> str | None:
@@ -169,7 +179,17 @@ def _grouped(rows: Sequence[Row], runs: Mapping[str, Mapping[str, Any]]) -> list
             named.append(dataclasses.replace(row, mode="model", label=name, model=name))
         else:
             named.append(row)
-    return named
+    return _under_one_name(named, weights)
+
+
+def _under_one_name(rows: Sequence[Row], weights: Mapping[str, str | None]) -> list[Row]:
+    """The rows, those of copies of a model or of a data set under the name of the first one in their group: what has two names is not compared."""
+    renamed = []
+    for row in rows:
+        alike = [other for other in rows if other.group == row.group and _have_one_model(other, row, weights)]
+        dataset = next(other.dataset for other in alike if (other.run is None) == (row.run is None))
+        renamed.append(dataclasses.replace(row, model=alike[0].model, dataset=dataset))
+    return renamed
 
 
 def _group_of(row: Row, rows: Sequence[Row], weights: Mapping[str, str | None]) -> str:

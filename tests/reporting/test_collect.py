@@ -148,6 +148,9 @@ def test_runs_on_copies_of_one_model_and_data_set_are_one_group_with_one_base(ru
     assert len({row.group for row in experiment.rows}) == groups
     assert sum(row.mode == "base" for row in experiment.rows) == groups
     assert experiment.rows[0].group.startswith("/here/model on /here/data.jsonl")
+    # Methods are compared, and seeds counted as one method's, by these names.
+    assert len({row.model for row in experiment.rows}) == (1 if input_ is None else 2)
+    assert len({row.dataset for row in experiment.rows if row.run}) == (1 if input_ is None else 2)
 
 
 def test_a_base_model_with_other_weights_than_the_runs_has_no_loss_of_theirs(runs_with_base):
@@ -213,6 +216,7 @@ def test_a_copy_of_the_base_model_elsewhere_is_called_base(runs_with_base, tmp_p
     writing.write_json(copy / "metrics.json", record)
     (experiment,) = find_experiments([str(lora), str(copy)])
     assert [(row.label, row.mode) for row in experiment.rows] == [("lora", "lora"), ("base", "base")]
+    assert len({row.model for row in experiment.rows}) == 1  # by which its scores give margins
 
 
 def test_evaluations_of_two_models_are_called_by_them(runs_with_base, tmp_path):
@@ -314,13 +318,23 @@ def test_a_base_model_elsewhere_has_the_loss_of_the_run_that_cut_its_prompts_lea
 
 
 @pytest.mark.parametrize("setting", ["model", "model_sha256", "records_sha256", "template", "max_new_tokens"])
-def test_a_base_model_that_was_evaluated_otherwise_than_the_run_is_no_row(runs_with_base, setting):
+def test_a_base_model_that_was_evaluated_otherwise_than_the_run_is_no_row_which_is_said(runs_with_base, setting, capsys):
     path = runs_with_base[0] / "eval-base" / "metrics.json"
     record = read_json(path)
     record["generation"]["settings"][setting] = "other"
     writing.write_json(path, record)
     (experiment,) = find_experiments([str(runs_with_base[0])])
     assert [row.label for row in experiment.rows] == ["lora"]
+    assert "eval-base is left out: it has another" in capsys.readouterr().err
+
+
+def test_the_base_model_of_a_full_fine_tuning_is_a_row_although_the_run_answered_as_another_model(runs_with_base):
+    path = runs_with_base[0] / "eval" / "metrics.json"
+    record = read_json(path)
+    record["generation"]["settings"] |= {"model": str(runs_with_base[0] / "model"), "model_sha256": "cc" * 32}
+    writing.write_json(path, record)
+    (experiment,) = find_experiments([str(runs_with_base[0])])
+    assert [row.label for row in experiment.rows] == ["lora", "base"]
 
 
 def test_a_base_model_that_was_evaluated_by_fewer_metrics_than_the_run_is_a_row_and_by_other_ones_is_none(runs_with_base):
