@@ -25,8 +25,8 @@ class Conversation:
     earlier: str = ""
     probed: str = ""
 
-    def behind_prompt(self) -> str | None:
-        """What follows the prompt, with the end of the answer; None where the answer's beginning is not found.
+    def behind_prompt(self, text: str) -> str | None:
+        """What follows the prompt, with the end of the answer; None where the answer's beginning is not found. `text` is that of the answer, if any.
 
         What the prompt has begun is not begun twice, and where it has ended the thoughts, with a control token, those of the answer have no place.
         """
@@ -38,7 +38,12 @@ class Conversation:
             return turn.removeprefix(header)
         ended, rest = _behind_shared(_PIECE.findall(header), _PIECE.findall(turn))
         tag = _OPENED.search(ended)
-        return rest.partition(tag["tag"])[2].lstrip() if tag and tag["tag"] in rest else rest
+        if tag is None or tag["tag"] not in rest:
+            return rest
+        before, _, behind = rest.partition(tag["tag"])
+        # A text may speak of the token.
+        is_of_text = bool(text.strip()) and 0 <= rest.rfind(text.strip()) <= len(before)
+        return rest if is_of_text else behind.lstrip()
 
     def lead(self, text: str) -> str:
         """What the template writes before an answer of text, such as the end of the thoughts that the prompt begins.
@@ -46,7 +51,7 @@ class Conversation:
         Nothing where that is white space or what the prompt has begun already, or where the template writes something else before this text than before
         others.
         """
-        rest, probe = self.behind_prompt(), dataclasses.replace(self, answered=self.probed).behind_prompt()
+        rest, probe = self.behind_prompt(text), dataclasses.replace(self, answered=self.probed).behind_prompt(PROBE)
         lead = (probe or "").partition(PROBE)[0]
         is_before_text = rest and rest.startswith(lead) and rest.removeprefix(lead).lstrip().startswith(text.strip())
         return lead if is_before_text and lead.strip() not in self.prompt.removeprefix(self.earlier) else ""

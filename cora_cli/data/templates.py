@@ -191,7 +191,7 @@ class Template:
         messages, extra = self._messages(record), template_values(record) if self.schema == "messages" else {}
         content, turn, where = messages[-1].get("content"), self._turn_ends["tools" in extra], place_of(record)
         prompt, rendered, is_bare, whole = self._asked(messages, extra, where)
-        written = rendered[len(prompt) :] if whole is None else whole.behind_prompt()
+        written = rendered[len(prompt) :] if whole is None else whole.behind_prompt(content if isinstance(content, str) else "")
         response, end = self._without_end(written or "", turn)
         missing = {message["role"] for message in messages[:-1] if not _is_written(message, prompt)}
         is_text = isinstance(content, str) and bool(content.strip()) and is_bare

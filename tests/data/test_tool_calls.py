@@ -212,6 +212,19 @@ def test_a_call_is_trained_where_prompts_begin_an_answer_otherwise_than_the_temp
     assert opened.render(record).response == "hm</think>[clock: x]"
 
 
+def test_a_text_next_to_a_call_may_name_the_token_by_which_prompts_begin_an_answer():
+    text, record = calling("x", {})
+    template = Template(
+        "chat",
+        "messages",
+        with_template(text.replace("|im_start|>assistant\n{% endif", "|im_start|>assistant\n<think>\n{% endif")),
+    )
+    record["messages"][-1]["content"] = "Use the <think> tag."
+    rendered = template.render(record)
+    assert rendered.prompt.endswith("assistant\n<think>\n")
+    assert rendered.response == "Use the <think> tag.[clock: x]"
+
+
 @pytest.mark.parametrize(
     ("prompted", "written"), [("Assistant:", "Action:"), ("<answer>", "<action>"), ("[ANSWER]", "[ACTION]")]
 )
