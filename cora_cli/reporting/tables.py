@@ -284,7 +284,7 @@ def _training_notes(group: Group) -> list[str]:
 
 
 def _loss_notes(group: Group) -> list[str]:
-    """A sentence where the held-out losses of a table are of different prompts: of other templates, or cut to other lengths."""
+    """Sentences where the held-out losses of a table are of trained prompts, or of different ones: of other templates, or cut to other lengths."""
     results = [result for line in group.chosen for result in line.method.results if result.record and LOSS in result.measures]
     asked = [{**result.record["fingerprint"]["settings"], **result.record["data"]} for result in results]
     # A maximum length decides nothing where no prompt reaches it.
@@ -292,11 +292,16 @@ def _loss_notes(group: Group) -> list[str]:
     names = ("template", "template_date", *(("max_length",) if cut else ()))
     found = ((name, dict.fromkeys(clean(str(one[name])) for one in asked if one.get(name) is not None)) for name in names)
     differing = [f"{name} ({', '.join(values)})" for name, values in found if len(values) > 1]
-    return (
-        [f"The held-out losses are of different prompts, from which differences between rows may come: {'; '.join(differing)}."]
-        if differing
-        else []
-    )
+    known = []
+    for line in group.chosen:
+        measured = [result.record["data"] for result in line.method.results if result.record and LOSS in result.measures]
+        most, of = max(((data.get("held_out_trained_on", 0), data["test"]["records"]) for data in measured), default=(0, 0))
+        known += [f"{line.title} {most} of {of}"] if most else []
+    notes = {
+        "Held-out records with prompts that the models behind a method were trained on, so that its held-out loss says little about new ones": known,
+        "The held-out losses are of different prompts, from which differences between rows may come": differing,
+    }
+    return [f"{said}: {'; '.join(which)}." for said, which in notes.items() if which]
 
 
 def _answer_notes(group: Group) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from cora_cli import hashing, writing
-from cora_cli.data.records import prompt_hashes
+from cora_cli.data.records import is_among, prompt_hashes
 from cora_cli.errors import CoraError
 from cora_cli.models.trained_on import known_prompts, say_unrecorded
 from cora_cli.progress import say
@@ -119,10 +119,14 @@ def write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, reco
             record["versions_before"] = changed
             differing = ", ".join(f"{name} {version} (now {now.get(name)})" for name, version in sorted(changed.items()))
             say(f"{run.root} was begun with {differing}; the same versions would give the result of an uninterrupted run")
-    hashes = dict.fromkeys(prompt_hashes(prepared.data.train, prepared.data.schema, config.train_on == "all"))
+    behind: dict[str, None] = {}
     for model in models_behind(config, prepared):
         say_unrecorded(model)
-        hashes |= dict.fromkeys(sorted(known_prompts(model)))
+        behind |= dict.fromkeys(sorted(known_prompts(model)))
+    measured = prepared.data.test[: config.eval_limit]
+    if known := sum(is_among(each, prepared.data.schema, behind) for each in measured):
+        record["data"]["held_out_trained_on"] = known
+    hashes = dict.fromkeys(prompt_hashes(prepared.data.train, prepared.data.schema, config.train_on == "all")) | behind
     listed = "".join(f"{digest}\n" for digest in hashes)
     record["data"]["trained_prompts_sha256"] = hashing.sha256_text(listed)
     # The record comes first: it makes the directory a run, which --resume can complete.

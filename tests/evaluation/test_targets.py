@@ -19,7 +19,7 @@ from cora_cli.evaluation.targets import find_targets, trained_prompts
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.models.references import resolve_model
 from cora_cli.models.trained_on import trained_on
-from cora_cli.reading import read_jsonl
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 from .helpers import FAST, HELD_OUT, evaluate_model, evaluate_run, make_run
@@ -259,6 +259,7 @@ def test_a_run_knows_the_prompts_of_the_models_behind_its_basis_and_of_those_tha
     known = sum(prompt_hash(record, "alpaca") in earlier for record in read_jsonl(run / "test.jsonl"))
     assert known > 0
     assert f"{known} of {HELD_OUT} held-out records have prompts that {source} was already trained on" in said
+    assert read_json(run / "run.json")["data"]["held_out_trained_on"] == known  # which a report says
     assert trained_on(resolve_model(str(run))).prompts >= earlier
 
 

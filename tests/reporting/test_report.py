@@ -431,6 +431,16 @@ def test_records_with_one_prompt_are_counted_by_a_training_an_evaluation_and_a_r
     assert "intervals are too narrow: 6 of 12 held-out ones, 2 of 4 answered ones." in " ".join(report([str(out)]).split())
 
 
+def test_a_method_whose_held_out_records_are_known_to_the_models_behind_it_is_named(tmp_path):
+    grid = make_grid(tmp_path / "grid", [Made("lora", "lora"), Made("fb", "fb", n_models=1)])
+    path = next((grid / "runs").glob("*fb*")) / "run.json"
+    record = read_json(path)
+    record["data"]["held_out_trained_on"] = 7
+    writing.write_json(path, record)
+    said = "so that its held-out loss says little about new ones: fb r=4 n=1 7 of 30."
+    assert said in " ".join(report([str(grid)]).split())
+
+
 def notes_of_tests(grid):
     """The notes of the table of tests, as they are printed."""
     printed = " ".join(report([str(grid)]).partition("the tests behind the verdict")[2].split())
