@@ -43,12 +43,13 @@ def _before_rows(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> i
 
 
 def _seeds(plan: Mapping[str, Any]) -> _Seeds:
-    """The run of each seed of each method in a plan."""
+    """The run of each seed of each method in a plan, of an average the last of its members."""
     found: _Seeds = {}
     for row in plan["rows"]:
         method = tuple(row[name] for name in ("group", "label", "rank", "n_models", "learning_rate"))
-        if row["run"] is not None and row.get("stage") is None:
-            found.setdefault(method, {})[row["seed"]] = row["run"]
+        run = [row["run"], *row.get("members", ())][-1]
+        if run is not None and row.get("stage") is None:
+            found.setdefault(method, {})[row["seed"]] = run
     return found
 
 

@@ -39,6 +39,13 @@ def test_a_row_of_another_method_rate_or_stage_adds_no_seed(grid: Path, changes:
     assert seeds_before(grid, with_seed(read_json(grid / "plan.json"), 3, **changes)) == []
 
 
+def test_a_seed_that_is_added_to_averages_is_noticed(grid: Path) -> None:
+    plan = read_json(grid / "plan.json")
+    averages = {**plan, "rows": [{**row, "run": None, "members": [row["run"]]} for row in plan["rows"]]}
+    write_sealed(grid / "plan.json", averages)
+    assert seeds_before(grid, with_seed(averages, 3, run=None, members=["runs/3", "runs/1003"])) == [3]
+
+
 def test_seeds_that_are_added_before_any_result_are_none_too_many(grid: Path, tmp_path: Path) -> None:
     plan = read_json(grid / "plan.json")
     for row in plan["rows"]:
