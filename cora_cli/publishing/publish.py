@@ -83,7 +83,8 @@ def _sums(files: Files) -> bytes:
 
 
 def verdict_of(path: Path, record: Mapping[str, Any]) -> list[str]:
-    """The sentences of a `report.json` about the method of the run with this `run.json`. Raises `CoraError` if there are none."""
+    """The sentences of a `report.json` about the method of the run with this `run.json`, and the conditions under which they hold. Raises `CoraError` if
+    there are none."""
     digest = record["result_sha256"]
     for experiment in read_json(path, Report)["experiments"]:
         for group in experiment["groups"]:
@@ -96,7 +97,8 @@ def verdict_of(path: Path, record: Mapping[str, Any]) -> list[str]:
                     "them, or leave --report out"
                 )
             shown = [each for each in group["verdict"]["comparisons"] if line["method"] in (each["one"], each["other"])]
-            return [group["verdict"]["headline"], *(each["sentence"] for each in shown)]
+            sentences = (each["sentence"] for each in shown)
+            return [group["verdict"]["headline"], *sentences, *experiment.get("conditions", ())]
     raise CoraError(
         f"{path} has no verdict on this run; name the report.json that `cora report RUNS -o DIR` wrote about it as it is now"
     )

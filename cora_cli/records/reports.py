@@ -38,6 +38,7 @@ class ReportedExperiment(TypedDict):
     """An experiment of a report."""
 
     groups: list[ReportedGroup]
+    conditions: NotRequired[list[str]]
 
 
 class Report(TypedDict):

@@ -199,12 +199,13 @@ def test_a_run_at_a_learning_rate_that_was_not_chosen_has_no_verdict(finished: P
 
 
 def test_the_verdict_of_a_report_on_the_run_goes_into_the_card(finished: Path, run: Path, tmp_path: Path) -> None:
-    text = report([str(finished)], "json")
+    text = report([str(finished)], "json").replace('"conditions": []', '"conditions": ["Seeds were added."]')
     (tmp_path / "report.json").write_text(text, encoding="utf-8")
     card = files_of(RunDirectory(finished), "org/name", report=tmp_path / "report.json")["README.md"].decode()
     headline = json.loads(text)["experiments"][0]["groups"][0]["verdict"]["headline"]
     section = card.partition("## Verdict\n\n")[2]
     assert section.replace("\\", "").startswith(headline)
+    assert "\n\nSeeds were added.\n\n## How" in section
     (run / "adapter" / "cora.json").write_text((run / "adapter" / "cora.json").read_text() + "\n")
     changed = read_json(run / "run.json") | {"result_files": RunDirectory(run).result_files()}
     writing.write_json(run / "run.json", {**changed, "result_sha256": RunDirectory(run).result_hash()})
