@@ -173,6 +173,7 @@ class Run(TypedDict):
     parameters: Parameters
     data: Data
     hardware: dict[str, str | int]
+    hardware_before: NotRequired[list[dict[str, str | int]]]
     versions: dict[str, str]
     versions_before: NotRequired[dict[str, str]]
     seeds: Seeds

@@ -78,7 +78,7 @@ def other_layers(one: MethodResults, other: MethodResults) -> str:
 
 def _not_trained_alike(one: MethodResults, other: MethodResults) -> str:
     """In words, what two methods were trained with that differs; empty without such a difference."""
-    differing = differing_conditions([one.first, other.first])
+    differing = differing_conditions([*one.results, *other.results])
     listed = ", ".join(f"{name} {' and '.join(values)}" for name, values in differing.items())
     return f"not trained alike: {listed}" if listed else ""
 

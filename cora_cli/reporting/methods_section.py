@@ -91,8 +91,12 @@ def _machine(results: Sequence[Result]) -> list[str]:
     def of(path: str) -> str:
         return _values(results, lambda record: _dig(record, path))
 
-    versions = sorted({name for result in results for name in result.record.get("versions", {})})
-    listed = ", ".join(f"{name} {of(f'versions.{name}')}" for name in versions)
+    # A run that was resumed with other versions has those that it began with, too.
+    used = [result.record.get(key, {}) for result in results for key in ("versions_before", "versions")]
+    listed = ", ".join(
+        f"{name} {_listed(_shown(one[name]) for one in used if one.get(name) is not None)}"
+        for name in sorted({name for one in used for name in one})
+    )
     return [
         f"Hardware: {of('hardware.device')} ({of('hardware.device_reason')}), {of('hardware.dtype')} ({of('hardware.dtype_reason')}), "
         f"{of('hardware.threads')} threads, {of('hardware.processes')} process(es). Versions: {listed}. Runs from {_period(results)}."

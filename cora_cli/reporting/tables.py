@@ -71,7 +71,9 @@ def costs_table(group: Group) -> Table:
 def _machine_notes(lines: Sequence[Line]) -> list[str]:
     """A sentence where speed and memory are of different machines, or of other ways to compute the same."""
     found: dict[str, dict[str, None]] = {}
-    for hardware in (result.record["hardware"] for line in lines for result in line.method.results if result.record):
+    trained = [result.record for line in lines for result in line.method.results if result.record]
+    # The tokens/s of a run that was resumed elsewhere are over all machines, its memory is that of the last one.
+    for hardware in (each for record in trained for each in (*record.get("hardware_before", ()), record["hardware"])):
         # On a GPU the reason is its name.
         device = hardware["device_reason"] if hardware["device"].startswith("cuda") else hardware["device"]
         others = {name: hardware.get(name, neutral) for name, neutral in _OF_SPEED.items()}

@@ -114,6 +114,10 @@ def write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, reco
         earlier = read_run(run)
         kept = {"started": earlier["started"], "sealed_checkpoints": earlier.get("sealed_checkpoints", False)}
         record = {**record, **kept, "resumed": earlier.get("resumed", 0) + 1}
+        if others := [
+            each for each in [*earlier.get("hardware_before", []), earlier["hardware"]] if each != record["hardware"]
+        ]:
+            record["hardware_before"] = [each for place, each in enumerate(others) if each not in others[:place]]
         before, now = {**earlier["versions"], **earlier.get("versions_before", {})}, record["versions"]
         if changed := {name: version for name, version in before.items() if now.get(name) != version}:
             record["versions_before"] = changed

@@ -388,6 +388,27 @@ def test_rows_that_were_not_trained_alike_are_named_under_the_table_and_in_their
     assert (note in text, f"not trained alike: {named})" in text) == (bool(found), bool(named))
 
 
+def test_what_a_resumed_run_began_with_is_named(tmp_path):
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb")], prompts=6)
+    (place,) = grid.rglob("run.json")
+    record = read_json(place)
+    began = {"hardware_before": [{**record["hardware"], "device": "cuda:0", "device_reason": "NVIDIA H100"}]}
+    writing.write_json(place, {**record, **began, "versions_before": {"torch": "2.10.0"}})
+    text = " ".join(report([str(grid)]).split())
+    assert "differences in tokens/s and memory may come: device (NVIDIA H100, cpu)." in text
+    assert "torch 2.10.0 / 2.13.0." in text
+
+
+def test_seeds_of_a_method_that_were_not_trained_alike_are_named_in_its_comparison(tmp_path):
+    grid = make_grid(
+        tmp_path / "grid", [Made(mode, mode, seed, n_models=n) for seed in (0, 1) for mode, n in (("lora", None), ("fb", 2))]
+    )
+    place = next(path for path in grid.rglob("run.json") if "-fb_" in str(path) and "seed1" in str(path))
+    record = read_json(place)
+    writing.write_json(place, {**record, "hardware": {**record["hardware"], "processes": 8}})
+    assert "not trained alike: examples per step 8 and 64)" in " ".join(report([str(grid)]).split())
+
+
 @pytest.mark.parametrize(
     ("truncated", "said"),
     [

@@ -113,17 +113,18 @@ def test_a_resumed_run_may_be_killed_again(uninterrupted: tuple[TrainConfig, Pat
     assert_same_run(tmp_path / "run", expected)
 
 
-def test_a_run_that_goes_on_with_other_versions_says_so_and_records_them(
+def test_a_run_that_goes_on_with_other_versions_or_elsewhere_records_those_that_it_began_with(
     uninterrupted: tuple[TrainConfig, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, output = uninterrupted
     shutil.copytree(output, tmp_path / "run")
     record = record_of(output)
-    began = {**record["versions"], "torch": "1.0"}
-    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "interrupted", "versions": began}))
+    began = {"versions": {**record["versions"], "torch": "1.0"}, "hardware": {**record["hardware"], "threads": 99}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "status": "interrupted", **began}))
     for _ in range(2):  # however often it is resumed
         found = train(replace(config, output_dir=str(tmp_path / "run"), resume=True))
         assert (found["versions"], found["versions_before"]) == (record["versions"], {"torch": "1.0"})
+        assert (found["hardware"], found["hardware_before"]) == (record["hardware"], [began["hardware"]])
         (tmp_path / "run" / "run.json").write_text(json.dumps({**found, "status": "interrupted"}))
     assert f"was begun with torch 1.0 (now {record['versions']['torch']})" in capsys.readouterr().err
 
