@@ -259,6 +259,11 @@ def _score_notes(group: Group) -> list[str]:
         notes.append(f"Bold: the best value of its column, if it is {meaning}.")
     elif group.best:
         notes.append(f"Nothing is in bold: no column has a value that is {meaning}.")
+    results = [result for line in lines for result in line.method.results]
+    if left_out := dict.fromkeys(name for result in results for name in result.generation.get("left_out", ())):
+        notes.append(
+            f"Measured, but left out by --metrics, so that p-values are not corrected over them: {', '.join(left_out)}."
+        )
     notes += _repetition_notes(group) + _training_notes(group) + _loss_notes(group)
     return notes + _answer_notes(group) + _unscorable_notes(group) + _selection_notes(group)
 

@@ -462,6 +462,12 @@ def test_a_method_whose_held_out_records_are_known_to_the_models_behind_it_is_na
     assert said in " ".join(report([str(grid)]).split())
 
 
+def test_metrics_that_are_left_out_are_named_since_tests_are_not_corrected_over_them(made_grid):
+    said = "Measured, but left out by --metrics, so that p-values are not corrected over them"
+    assert f"{said}: rouge1, sacrebleu." in " ".join(report([str(made_grid)], metrics=("rougeL",)).split())
+    assert said not in report([str(made_grid)])
+
+
 def notes_of_tests(grid):
     """The notes of the table of tests, as they are printed."""
     printed = " ".join(report([str(grid)]).partition("the tests behind the verdict")[2].split())
