@@ -18,12 +18,18 @@ _PIECE = re.compile(r"[<\[][^<>\[\]\s]*[>\]]|\w+|\W")
 @dataclasses.dataclass(frozen=True)
 class Conversation:
     """A conversation as its chat template writes it: with its answer (`answered`), as the `prompt` for one, with neither (`earlier`), and with
-    `PROBE` for an answer (`probed`). What the template refuses is empty, and then the beginning of the answer is not found."""
+    `PROBE` for an answer (`probed`). What the template refuses is None, and then the beginning of the answer is not found."""
 
     answered: str
     prompt: str
-    earlier: str = ""
-    probed: str = ""
+    earlier: str | None = None
+    probed: str | None = None
+
+    @property
+    def begins_alike(self) -> bool:
+        """Whether the answer begins as the prompt begins it, so that only earlier messages are written otherwise."""
+        found = self._turn()
+        return found is not None and bool(found[0].strip()) and found[1].startswith(found[0])
 
     def behind_prompt(self, text: str) -> str | None:
         """What follows the prompt, with the end of the answer; None where the answer's beginning is not found. `text` is that of the answer, if any.
@@ -51,14 +57,18 @@ class Conversation:
         Nothing where that is white space or what the prompt has begun already, or where the template writes something else before this text than before
         others.
         """
-        rest, probe = self.behind_prompt(text), dataclasses.replace(self, answered=self.probed).behind_prompt(PROBE)
-        lead = (probe or "").partition(PROBE)[0]
-        is_before_text = rest and rest.startswith(lead) and rest.removeprefix(lead).lstrip().startswith(text.strip())
+        if self.earlier is None or self.probed is None:
+            return ""
+        before = self.probed.rpartition(PROBE)[0]
+        is_before_text = self.answered.startswith(before) and self.answered.removeprefix(before).lstrip().startswith(
+            text.strip()
+        )
+        lead = (dataclasses.replace(self, answered=self.probed).behind_prompt(PROBE) or "").partition(PROBE)[0]
         return lead if is_before_text and lead.strip() not in self.prompt.removeprefix(self.earlier) else ""
 
     def _turn(self) -> tuple[str, str] | None:
         """How the prompt begins the answer, and the rendered conversation from that place on."""
-        if not self.earlier or not self.prompt.startswith(self.earlier):
+        if self.earlier is None or self.probed is None or not self.prompt.startswith(self.earlier):
             return None
         header = self.prompt.removeprefix(self.earlier)
         if not header.strip():  # prompts end as conversations do, such as behind the result of a tool

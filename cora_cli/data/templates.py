@@ -195,7 +195,7 @@ class Template:
         response, end = self._without_end(written or "", turn)
         missing = {message["role"] for message in messages[:-1] if not _is_written(message, prompt)}
         is_text = isinstance(content, str) and bool(content.strip()) and is_bare
-        if whole is None or (response.strip() and not is_text):
+        if whole is None or whole.begins_alike or (response.strip() and not is_text):
             # Some templates set thoughts apart anew.
             if isinstance(content, str) and not all(part.strip() in rendered for part in re.split("</?think>", content)):
                 missing.add(messages[-1]["role"])

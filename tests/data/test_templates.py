@@ -268,6 +268,33 @@ def test_a_text_follows_what_the_template_writes_before_every_answer_where_promp
     assert template.render({"messages": [QUESTION, thought]}).response.endswith("hm</think>2")
 
 
+def test_a_text_that_names_the_tag_of_thoughts_follows_their_end_as_others_do():
+    text = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}</think>{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant<think>{% endif %}"
+    )
+    template = Template("chat", "messages", with_template(text))
+    for answer in ("put it in <think> tags", "end it with </think>, qzx"):
+        rendered = template.render({"messages": [QUESTION, {"role": "assistant", "content": answer}]})
+        assert (rendered.response, rendered.lead) == (f"</think>{answer}", "</think>")
+
+
+@pytest.mark.parametrize(("prompted", "written"), [("", "\n"), (":", " "), ("\n", "")])
+def test_an_answer_that_begins_as_its_prompt_is_trained_as_written_where_earlier_messages_are_written_otherwise(
+    prompted, written
+):
+    text = (
+        "{% for m in messages %}{% if loop.last and m['role'] == 'user' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ m['role'] }}PROMPTED{{ 'WRITTEN' if m['role'] == 'assistant' }}{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistantPROMPTED{% endif %}"
+    )
+    template = Template("chat", "messages", with_template(text.replace("PROMPTED", prompted).replace("WRITTEN", written)))
+    rendered = template.render({"messages": [QUESTION, {"role": "assistant", "content": "2 "}]})
+    assert "Be brief." in rendered.prompt
+    assert not rendered.own_turn
+    assert (rendered.response, rendered.lead, rendered.answer) == (f"{written}2", written, "2")
+
+
 def test_a_template_that_refuses_a_conversation_is_quoted_with_the_records_place():
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + CHATML
     template = Template("chat", "messages", with_template(refusing))
