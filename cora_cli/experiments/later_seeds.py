@@ -1,16 +1,15 @@
 """Notices seeds that a grid got after results of others existed: tests assume that their number was fixed beforehand."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cora_cli.errors import CoraError
-from cora_cli.experiments.stage_rules import MIN_SEEDS
 from cora_cli.records import PLAN, read_run, read_sealed
 from cora_cli.rundir import RunDirectory
 
-_Seeds = dict[tuple[Any, ...], dict[int, str | None]]
+_Seeds = dict[tuple[Any, ...], dict[int, list[str]]]
 
 
 def seeds_before(out: Path, plan: Mapping[str, Any]) -> list[int]:
@@ -30,30 +29,33 @@ def seeds_before(out: Path, plan: Mapping[str, Any]) -> list[int]:
 
 
 def _before_looks(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> int | None:
-    if new["looks"] <= old["looks"]:
-        return None
-    confirmed = any(row["stage"] == "confirm" and _is_finished(out, row["run"]) for row in old["rows"])
-    return old["looks"] + MIN_SEEDS - 1 if confirmed else None
+    return _most_finished(out, _seeds(old, "confirm").values()) if new["looks"] > old["looks"] else None
 
 
 def _before_rows(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> int | None:
-    before, after = _seeds(old), _seeds(new)
+    before, after = _seeds(old, None), _seeds(new, None)
     extended = [method for method in before.keys() & after.keys() if after[method].keys() - before[method].keys()]
-    return max((sum(_is_finished(out, run) for run in before[method].values()) for method in extended), default=0) or None
+    return _most_finished(out, (before[method] for method in extended))
 
 
-def _seeds(plan: Mapping[str, Any]) -> _Seeds:
-    """The run of each seed of each method in a plan, of an average the last of its members."""
+def _seeds(plan: Mapping[str, Any], stage: str | None) -> _Seeds:
+    """The runs of each seed of each method in a stage of a plan; an ensemble has several for one seed."""
     found: _Seeds = {}
     for row in plan["rows"]:
         method = tuple(row[name] for name in ("group", "label", "rank", "n_models", "learning_rate"))
-        run = [row["run"], *row.get("members", ())][-1]
-        if run is not None and row.get("stage") is None:
-            found.setdefault(method, {})[row["seed"]] = run
+        runs = row.get("members") or ([row["run"]] if row["run"] is not None else [])
+        if runs and row.get("stage") == stage:
+            found.setdefault(method, {})[row["seed"]] = runs
     return found
 
 
-def _is_finished(out: Path, run: str | None) -> bool:
+def _most_finished(out: Path, methods: Iterable[Mapping[int, Sequence[str]]]) -> int | None:
+    """The largest number of seeds that have finished in one method; None for none."""
+    counts = (sum(all(_is_finished(out, run) for run in runs) for runs in seeds.values()) for seeds in methods)
+    return max(counts, default=0) or None
+
+
+def _is_finished(out: Path, run: str) -> bool:
     with contextlib.suppress(CoraError):
-        return run is not None and bool(read_run(RunDirectory(out / run))["status"] == "finished")
+        return bool(read_run(RunDirectory(out / run))["status"] == "finished")
     return False

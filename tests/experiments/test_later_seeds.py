@@ -60,7 +60,17 @@ def test_more_looks_than_were_planned_are_more_seeds(grid: Path) -> None:
     write_sealed(grid / "plan.json", staged)
     assert seeds_before(grid, with_seed(staged, 3, stage="confirm")) == []
     assert seeds_before(grid, {**staged, "looks": 2}) == []
-    assert seeds_before(grid, {**staged, "looks": 4}) == [5]
+    assert seeds_before(grid, {**staged, "looks": 4}) == [3]  # of five that were planned at most
+    for row in plan["rows"]:
+        RunDirectory(grid / row["run"]).record.unlink()
+    assert seeds_before(grid, {**staged, "looks": 4}) == []
+
+
+def test_a_seed_that_is_added_to_finished_ensembles_is_noticed(grid: Path) -> None:
+    plan = read_json(grid / "plan.json")
+    ensembles = {**plan, "rows": [{**row, "run": None, "members": [row["run"]]} for row in plan["rows"]]}
+    write_sealed(grid / "plan.json", ensembles)
+    assert seeds_before(grid, with_seed(ensembles, 3, run=None, members=["runs/3"])) == [3]
 
 
 def test_a_report_says_that_seeds_were_added(grid: Path) -> None:
