@@ -153,6 +153,20 @@ def test_runs_on_copies_of_one_model_and_data_set_are_one_group_with_one_base(ru
     assert len({row.dataset for row in experiment.rows if row.run}) == (1 if input_ is None else 2)
 
 
+def test_seeds_on_copies_of_one_model_and_data_set_are_those_of_one_method(tmp_path):
+    for seed in range(4):
+        folder = tmp_path / str(seed)
+        write_run(folder, Made("lora", "lora", seed=seed), np.random.default_rng(seed))
+        record = read_json(folder / "run.json")
+        place = "here" if seed < 2 else "there"
+        record["model"]["reference"], record["data"]["dataset"] = f"/{place}/model", f"/{place}/data.jsonl"
+        record["fingerprint"] |= {"model_sha256": "aa", "tokenizer_sha256": "bb", "data_sha256": "cc"}
+        writing.write_json(folder / "run.json", record)
+    (experiment,) = find_experiments([str(tmp_path)])
+    (group,) = summarise(collect(experiment)).groups
+    assert [line.method.seeds for line in group.lines] == [(0, 1, 2, 3)]
+
+
 def test_a_base_model_with_other_weights_than_the_runs_has_no_loss_of_theirs(runs_with_base):
     for folder, digest in ((runs_with_base[0] / "eval-base", "cc" * 32), (runs_with_base[1] / "eval-base", "aa" * 32)):
         record = read_json(folder / "metrics.json")
