@@ -3,6 +3,7 @@
 `render` writes them in each format.
 """
 
+import itertools
 from collections.abc import Sequence
 
 from cora_cli.evaluation.metrics import build_metrics, scales
@@ -247,7 +248,7 @@ def _estimated(estimate: Estimate | None, places: int, published: float | None =
 
 def _score_notes(group: Group) -> list[str]:
     lines = group.chosen
-    notes = [_cell_note(lines)]
+    notes = [_cell_note(lines), *_lopsided_notes(group)]
     if any(measure in line.paper for line in lines for measure in group.measures):
         source = paper()
         notes.append(
@@ -266,6 +267,23 @@ def _score_notes(group: Group) -> list[str]:
         )
     notes += _repetition_notes(group) + _training_notes(group) + _loss_notes(group)
     return notes + _answer_notes(group) + _unscorable_notes(group) + _selection_notes(group)
+
+
+def _lopsided_notes(group: Group) -> list[str]:
+    """A sentence with the ends of intervals that a half length misrepresents, since they reach more than twice as far to one side."""
+    found = []
+    for line, measure in itertools.product(group.chosen, group.measures):
+        estimate, places = line.estimates.get(measure), digits(measure)
+        if estimate is None or estimate.kind != SEEDS or estimate.ci95 is None:
+            continue
+        near, far = sorted((estimate.value - estimate.low, estimate.high - estimate.value))
+        if far > 2 * near:
+            found.append(f"{line.title} {title(measure)} [{estimate.low:.{places}f}, {estimate.high:.{places}f}]")
+    return (
+        [f"Intervals that reach more than twice as far to one side, which ± does not show: {'; '.join(found)}."]
+        if found
+        else []
+    )
 
 
 def _repetition_notes(group: Group) -> list[str]:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,17 +22,18 @@ from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.experiments.paper import paper, paper_row
 from cora_cli.reading import read_json, read_jsonl
-from cora_cli.reporting.collect import collect
+from cora_cli.reporting.collect import Collection, collect
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.numbers import COLUMNS
 from cora_cli.reporting.plots import side_by_side
 from cora_cli.reporting.report import FILES, report
-from cora_cli.reporting.report_rows import read_plan
-from cora_cli.reporting.tables import p_value_cell
+from cora_cli.reporting.report_rows import Experiment, read_plan
+from cora_cli.reporting.summary import summarise
+from cora_cli.reporting.tables import p_value_cell, scores_table
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
 from tests.render.strict_latex import check
-from tests.reporting.helpers import Made, make_grid, plan_entry, write_plan
+from tests.reporting.helpers import Made, make_grid, plan_entry, result, write_plan
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 EVIL = "<script>alert('x')</script> & \"q\" $x_1$ \\end{table} `|`"
@@ -460,6 +462,18 @@ def test_a_method_whose_held_out_records_are_known_to_the_models_behind_it_is_na
     writing.write_json(path, record)
     said = "so that its held-out loss says little about new ones: fb r=4 n=1 7 of 30."
     assert said in " ".join(report([str(grid)]).split())
+
+
+@pytest.mark.parametrize(("skew", "said"), [(2.0, True), (0.05, False)])
+def test_an_interval_that_its_half_length_misrepresents_is_printed_with_its_ends(skew, said):
+    nats = np.exp(skew * np.random.default_rng(0).standard_normal(20))
+    losses = {seed: np.stack([10 * nats + 0.01 * seed, np.full(20, 10)], axis=1) for seed in range(3)}
+    results = [result("lora", seed, **{LOSS: statistics}) for seed, statistics in losses.items()]
+    experiment = Experiment("tiny", "Tiny", None, None, (), tuple(one.row for one in results))
+    (group,) = summarise(Collection(experiment, results, [])).groups
+    estimate = group.lines[0].estimates[LOSS]
+    note = f"which ± does not show: lora r=4 n=1 held-out loss [{estimate.low:.3f}, {estimate.high:.3f}]."
+    assert (note in " ".join(scores_table(group, None).notes)) == said
 
 
 def test_metrics_that_are_left_out_are_named_since_tests_are_not_corrected_over_them(made_grid):
