@@ -57,7 +57,7 @@ def _without_own_evaluations(rows: Sequence[Row]) -> list[Row]:
 def _bases_of(rows: Sequence[Row]) -> list[Row]:
     """One row for each base model that was evaluated with a run, on the same records and with the same settings as the run itself. Says which of them
     are left out, and why."""
-    found: dict[str, Row] = {}
+    found: list[tuple[str, set[tuple[str, str]], Row]] = []
     known = {row.evaluation.resolve() for row in rows if row.evaluation is not None}
     for row in rows:
         if row.run is None or row.evaluation is None:
@@ -76,10 +76,17 @@ def _bases_of(rows: Sequence[Row]) -> list[Row]:
                 f"`cora evaluate {run.root} --with-base --overwrite` evaluates both alike"
             )
             continue
-        # Copies of one model are one base.
+        # Copies of one model are one base, and so is one that was scored by further metrics.
         model = weights[of_base.name] or of_base.model
-        found.setdefault(hashing.sha256_json([row.group, model, conditions]), dataclasses.replace(of_base, group=row.group))
-    return list(found.values())
+        same = hashing.sha256_json([row.group, model, {**conditions, "metrics": None}])
+        found.append((same, {*conditions["metrics"].items()}, dataclasses.replace(of_base, group=row.group)))
+    return [
+        row
+        for place, (one, metrics, row) in enumerate(found)
+        if not any(
+            one == other and (metrics < more or (metrics == more and at < place)) for at, (other, more, _) in enumerate(found)
+        )
+    ]
 
 
 def _conditions(evaluation: EvaluationDirectory) -> dict[str, Any]:

@@ -364,6 +364,15 @@ def test_a_base_model_that_was_evaluated_by_fewer_metrics_than_the_run_is_a_row_
         assert [row.label for row in experiment.rows] == labels
 
 
+def test_a_base_model_is_one_row_where_one_of_its_evaluations_was_scored_by_further_metrics(runs_with_base):
+    path = runs_with_base[0] / "eval-base" / "metrics.json"
+    record = read_json(path)
+    fewer = {name: metric for name, metric in record["metrics"].items() if name != "rougeL"}
+    writing.write_json(path, {**record, "metrics": fewer})
+    (experiment,) = find_experiments(list(map(str, runs_with_base)))
+    assert [(row.label, row.evaluation.parent.name) for row in experiment.rows][2:] == [("base", "fb")]
+
+
 def test_only_the_metrics_that_are_wanted_are_read(made_grid):
     found = collect(read_plan(made_grid), ("rougeL",))
     assert all(set(result.measures) <= {LOSS, "rougeL"} for result in found.results)
