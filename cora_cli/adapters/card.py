@@ -138,11 +138,15 @@ def _data(record: Mapping[str, Any]) -> str:
     rows = [[name, f"{part['records']:,}", f"{part['tokens']:,}"] for name, part in parts if part and part["records"]]
     hashes = [f"SHA-256 of all records {_code(record['fingerprint']['data_sha256'])}"]
     hashes += [f"of the held-out ones {_code(data['test_sha256'])}"] if "test_sha256" in data else []
-    dataset = str(data["dataset"])
-    name = Path(dataset).name if Path(dataset).is_absolute() else dataset
-    return f"{_code(name)}, template {_code(data['template'])}; {', '.join(hashes)}.\n\n" + markdown_table(
-        ["records", "number", "tokens"], rows
+    return (
+        f"{_code(_published(data['dataset']))}, template {_code(data['template'])}; {', '.join(hashes)}.\n\n"
+        + markdown_table(["records", "number", "tokens"], rows)
     )
+
+
+def _published(dataset: str) -> str:
+    """The reference of a data set, of a local one its name alone."""
+    return Path(dataset).name if Path(dataset).is_absolute() else dataset
 
 
 def _losses(record: Mapping[str, Any]) -> str:
@@ -171,7 +175,10 @@ def _evaluation(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
             rows.append([f"{_code(folder)} {name}", value, f"{metric['n']:,}"])
             signatures.append(f"- {name}: {_code(metric['signature'])}")
     datasets = {folder: dataset for folder, record in evaluations.items() if (dataset := record["generation"].get("dataset"))}
-    where = [f"{_code(folder)} has the records of {_code(Path(dataset).name)}." for folder, dataset in datasets.items()]
+    where = [
+        f"The scores of {_code(folder)} are of the records of {_code(_published(dataset))}."
+        for folder, dataset in datasets.items()
+    ]
     table = "\n\n".join([markdown_table(["metric", "value", "records"], rows), *where])
     notes = "95 % bootstrap intervals over records. Their signatures:"
     return f"{table}\n\n{notes}\n\n" + "\n".join(dict.fromkeys(signatures))

@@ -3,6 +3,7 @@
 It also tells which of the records a run was trained on, whose scores say nothing about new ones.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from cora_cli.adapters.base import base_of
 from cora_cli.adapters.posterior import has_posterior
 from cora_cli.adapters.storage import check_rank
 from cora_cli.data.records import Record, Schema, is_among
+from cora_cli.data.split import load_test_records
 from cora_cli.data.templates import reads_clock
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import DEFAULT_DRAWS, EvaluateConfig, check_run
@@ -64,7 +66,7 @@ class Target:
             run = RunDirectory(place.parent)
             is_held_out = place.name == run.test_records.name and run.exists()
         else:
-            is_held_out = place.is_file() and own.is_file() and hashing.sha256_file(place) == hashing.sha256_file(own)
+            is_held_out = _have_equal_records(place, own)
         return None if is_held_out else absolute(self.dataset)
 
     def tokenizer_hash(self) -> str:
@@ -241,6 +243,17 @@ def _same_answers(one: Target, other: Target, trust_remote_code: bool) -> bool:
     return one.date == other.date or not reads_clock(
         one.template, load_tokenizer(one.tokenizer, trust_remote_code, one.adapter)
     )
+
+
+def _have_equal_records(one: Path, other: Path) -> bool:
+    """Whether two files hold the same records, however they are written."""
+    if not (one.is_file() and other.is_file()):
+        return False
+    if hashing.sha256_file(one) == hashing.sha256_file(other):
+        return True
+    with contextlib.suppress(CoraError):  # one that is read with --columns, say
+        return load_test_records(str(one)) == load_test_records(str(other))
+    return False
 
 
 def check_own_records(path: Path) -> None:

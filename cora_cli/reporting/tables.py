@@ -340,9 +340,8 @@ def _answer_notes(group: Group) -> list[str]:
     of_runs = [result.generation.get("dataset") for result in results if result.row.run is not None]
     others = dict.fromkeys(clean(dataset) for dataset in of_runs if dataset)
     if others:
-        notes.append(
-            f"The scores are of the records of {', '.join(others)}, the held-out loss is of those that the runs held out."
-        )
+        lost = ", and the held-out loss of those that the runs held out" if LOSS in group.measures else ""
+        notes.append(f"The scores are of the records of {', '.join(others)}{lost}.")
     differing = []
     for name in _OF_ANSWERS:
         found = [{**result.generation.get("settings", {}), **result.generation}.get(name) for result in results]

@@ -72,6 +72,17 @@ def test_a_base_and_a_data_set_of_the_hub_are_named_in_the_metadata(run: Path) -
     assert 'from_pretrained("org/base", revision="0123abc")' in text
 
 
+@pytest.mark.parametrize(
+    ("dataset", "named"), [("org/other", "`org/other`"), ("/home/me/other.jsonl", "`other.jsonl`"), (None, "")]
+)
+def test_scores_on_other_records_than_the_held_out_ones_name_their_data_set(run: Path, dataset: str | None, named: str) -> None:
+    metric = {"value": 0.5, "ci95": [0.4, 0.6], "n": 3, "signature": "rouge"}
+    evaluation = {"metrics": {"rouge1": metric}, "generation": {"dataset": dataset} if dataset else {}}
+    text = card(run / "adapter", from_hub(read_json(run / "run.json")), evaluations={"eval": evaluation})
+    assert (f"The scores of `eval` are of the records of {named}." in text) == bool(named)
+    assert ("The scores of" in text) == bool(named)
+
+
 def test_the_code_of_the_card_loads_the_adapter_in_peft_and_in_transformers(run: Path, tiny_model: Path) -> None:
     text = card(run / "adapter", from_hub(read_json(run / "run.json")), str(run / "adapter"))
     found = []

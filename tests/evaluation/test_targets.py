@@ -126,7 +126,9 @@ def test_an_evaluation_says_whose_records_it_answers_where_they_are_not_the_held
     own, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
     shutil.copy(run / "test.jsonl", own)
     writing.write_jsonl(other, read_jsonl(own)[:2])
-    places = {"own": None, "run": run / "test.jsonl", "copy": own, "other": other}
+    spaced = tmp_path / "spaced.json"
+    spaced.write_text(json.dumps(read_jsonl(own), indent=2), "utf-8")
+    places = {"own": None, "run": run / "test.jsonl", "copy": own, "spaced": spaced, "other": other}
     for name, place in places.items():
         dataset = str(place) if place else None
         evaluate_run(run, dataset=dataset, output_dir=str(tmp_path / name), limit=2, with_base=True)
@@ -134,7 +136,11 @@ def test_an_evaluation_says_whose_records_it_answers_where_they_are_not_the_held
     assert {place.parent.name for place, dataset in said.items() if dataset == str(other) and place.name == run.name} == {
         "other"
     }
-    assert {place.parent.name for place, dataset in said.items() if dataset and place.name == "base"} == {"copy", "other"}
+    assert {place.parent.name for place, dataset in said.items() if dataset and place.name == "base"} == {
+        "copy",
+        "spaced",
+        "other",
+    }
 
 
 def test_a_model_without_a_record_says_that_nothing_is_left_out(tiny_model: Path, tiny_data: Path, tmp_path: Path, capfd):

@@ -330,9 +330,13 @@ def test_rows_of_other_settings_and_of_trained_prompts_are_named_under_the_table
     generation = {"settings": settings, "prompts_trained_on": 2, "dataset": "/data/other.jsonl"}
     writing.write_json(metrics, {**record, "generation": generation})
     text = " ".join(report([str(grid)]).split())
-    assert "The scores are of the records of /data/other.jsonl, the held-out loss is of those that the runs held out." in text
+    assert "The scores are of the records of /data/other.jsonl, and the held-out loss of those that the runs held out." in text
     assert "2 of its prompts were trained on" in text
     assert "different settings, from which differences between rows may come: max_new_tokens (16, 64)" in text
+    for path in grid.rglob("run.json"):
+        writing.write_json(path, {**read_json(path), "heldout": None})
+        (path.parent / "heldout.jsonl").unlink()
+    assert "The scores are of the records of /data/other.jsonl. " in " ".join(report([str(grid)]).split())
 
 
 def test_answers_whose_scores_say_less_than_they_seem_to_are_counted_by_row_under_the_table(tmp_path):
