@@ -104,6 +104,8 @@ class Settings(TypedDict):
     """The settings of a run that other parts of the program read; the rest are only compared and listed."""
 
     learning_rate: float
+    batch_size: int
+    gradient_accumulation: int
 
 
 class Fingerprint(TypedDict):
@@ -150,6 +152,19 @@ class Proposal(TypedDict):
     products: int
 
 
+class Hardware(TypedDict):
+    """What a run computed on, and the number type; `shard` and `fast_path` where they were chosen."""
+
+    device: str
+    device_reason: str
+    dtype: str
+    dtype_reason: str
+    threads: int
+    processes: NotRequired[int]
+    shard: NotRequired[str]
+    fast_path: NotRequired[str]
+
+
 class Seeds(TypedDict):
     """The seeds of a run."""
 
@@ -172,8 +187,8 @@ class Run(TypedDict):
     basis: UsedBasis | None
     parameters: Parameters
     data: Data
-    hardware: dict[str, str | int]
-    hardware_before: NotRequired[list[dict[str, str | int]]]
+    hardware: Hardware
+    hardware_before: NotRequired[list[Hardware]]
     versions: dict[str, str]
     versions_before: NotRequired[dict[str, str]]
     seeds: Seeds

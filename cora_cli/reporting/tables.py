@@ -21,8 +21,8 @@ from cora_cli.reporting.training_conditions import differing_conditions
 
 _OF_ANSWERS = ("template", "template_date", "decoding", "max_new_tokens", "end_tokens", "dtype")
 """The settings of an evaluation by which the answers of one model differ beyond rounding."""
-_OF_SPEED = {"threads": "unknown", "processes": 1, "shard": "none", "fast_path": "none"}
-"""What a run records besides its device that decides about its speed and memory, with its value where it is not recorded."""
+_OF_SPEED = {"processes": 1, "shard": "none", "fast_path": "none"}
+"""What a run records besides its device and threads that decides about its speed and memory, with its value where it is not recorded."""
 
 
 def scores_table(group: Group, paper_table: str | None) -> Table:
@@ -78,7 +78,7 @@ def _machine_notes(lines: Sequence[Line]) -> list[str]:
         # On a GPU the reason is its name.
         device = hardware["device_reason"] if hardware["device"].startswith("cuda") else hardware["device"]
         others = {name: hardware.get(name, neutral) for name, neutral in _OF_SPEED.items()}
-        for name, value in {"device": device, **others}.items():
+        for name, value in {"device": device, "threads": hardware["threads"], **others}.items():
             found.setdefault(name.replace("_", " "), {})[clean(str(value))] = None
     differing = [f"{name} ({', '.join(values)})" for name, values in found.items() if len(values) > 1]
     return (

@@ -74,17 +74,18 @@ def test_a_run_that_an_earlier_version_began_keeps_its_date_and_the_others_follo
 
 def _begin(run: Path, date: str) -> None:
     counts = {"records": 1, "tokens": 1, "response_tokens": 1, "truncated": 0, "dropped": 0}
+    settings = {"learning_rate": 1e-4, "batch_size": 1, "gradient_accumulation": 1}
     record = {
         "status": "running",
         "started": "2029-01-01T00:00:00+00:00",
         "mode": "lora",
         "plan": None,
-        "fingerprint": {"settings": {"learning_rate": 1e-4}, "model_sha256": "", "data_sha256": ""},
+        "fingerprint": {"settings": settings, "model_sha256": "", "data_sha256": ""},
         "model": {"reference": "base", "revision": None},
         "basis": None,
         "parameters": {"trained": 1, "total": 1},
         "data": {"dataset": "records", "template": "chat", "template_date": date, "train": counts, "test": counts},
-        "hardware": {},
+        "hardware": {"device": "cpu", "device_reason": "", "dtype": "fp32", "dtype_reason": "", "threads": 1},
         "versions": {},
         "seeds": {"seed": 0, "split_seed": 0},
     }

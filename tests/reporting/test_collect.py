@@ -373,6 +373,15 @@ def test_a_base_model_is_one_row_where_one_of_its_evaluations_was_scored_by_furt
     assert [(row.label, row.evaluation.parent.name) for row in experiment.rows][2:] == [("base", "fb")]
 
 
+@pytest.mark.parametrize(("part", "name"), [("settings", "batch_size"), ("hardware", "device_reason")])
+def test_a_record_without_what_the_tables_and_notes_read_is_refused_by_name(grid, part, name):
+    path = first_run(grid).record
+    record = read_json(path)
+    del (record if part == "hardware" else record["fingerprint"])[part][name]
+    writing.write_json(path, record)
+    assert [reason for _, _, reason in reasons(grid) if reason.endswith(f"{part}.{name} is missing")]
+
+
 def test_only_the_metrics_that_are_wanted_are_read(made_grid):
     found = collect(read_plan(made_grid), ("rougeL",))
     assert all(set(result.measures) <= {LOSS, "rougeL"} for result in found.results)
