@@ -372,7 +372,7 @@ def _answer(
             "template": template.name,
             "prompts_cut": cut,
             "end_tokens": list(backend.ends),
-            **({"dataset": other} if (other := target.other_dataset) else {}),
+            **({"dataset": other} if (other := target.other_dataset(records)) else {}),
             **({"prompts_trained_on": also_trained} if also_trained else {}),
             **({"not_merged": backend.not_merged} if backend.not_merged else {}),
             "predictions_sha256": hashing.sha256_file(out.predictions),

@@ -58,15 +58,17 @@ class Target:
         """Where the tokenizer is: with the adapter if its directory holds one of its own, else with the base model."""
         return self.adapter if self.adapter is not None and self.adapter.has_tokenizer else self.base
 
-    @property
-    def other_dataset(self) -> str | None:
-        """The records to answer, where they are others than those that the training, or that of another run for a model alone, held out."""
+    def other_dataset(self, records: Sequence[Record]) -> str | None:
+        """Where the `records` to answer are from, if not all of them are those that the training, or that of another run for a model alone, held out."""
         place, own = Path(self.dataset), self.own_records
         if own is None:
             run = RunDirectory(place.parent)
             is_held_out = place.name == run.test_records.name and run.exists()
         else:
-            is_held_out = _have_equal_records(place, own)
+            held_out: set[str] = set()
+            with contextlib.suppress(CoraError):  # a run that held nothing out
+                held_out |= set(map(hashing.sha256_json, load_test_records(str(own))[0]))
+            is_held_out = held_out.issuperset(map(hashing.sha256_json, records))
         return None if is_held_out else absolute(self.dataset)
 
     def tokenizer_hash(self) -> str:
@@ -243,17 +245,6 @@ def _same_answers(one: Target, other: Target, trust_remote_code: bool) -> bool:
     return one.date == other.date or not reads_clock(
         one.template, load_tokenizer(one.tokenizer, trust_remote_code, one.adapter)
     )
-
-
-def _have_equal_records(one: Path, other: Path) -> bool:
-    """Whether two files hold the same records, however they are written."""
-    if not (one.is_file() and other.is_file()):
-        return False
-    if hashing.sha256_file(one) == hashing.sha256_file(other):
-        return True
-    with contextlib.suppress(CoraError):  # one that is read with --columns, say
-        return load_test_records(str(one)) == load_test_records(str(other))
-    return False
 
 
 def check_own_records(path: Path) -> None:

@@ -125,7 +125,7 @@ def test_what_an_evaluation_was_trained_on_is_counted_among_the_prompts_that_it_
 def test_an_evaluation_says_whose_records_it_answers_where_they_are_not_the_held_out_ones(run: Path, tmp_path: Path):
     own, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
     shutil.copy(run / "test.jsonl", own)
-    writing.write_jsonl(other, read_jsonl(own)[:2])
+    writing.write_jsonl(other, [*read_jsonl(own)[:1], {**read_jsonl(own)[1], "output": "of its own"}])
     spaced = tmp_path / "spaced.json"
     spaced.write_text(json.dumps(read_jsonl(own), indent=2), "utf-8")
     places = {"own": None, "run": run / "test.jsonl", "copy": own, "spaced": spaced, "other": other}
@@ -141,6 +141,13 @@ def test_an_evaluation_says_whose_records_it_answers_where_they_are_not_the_held
         "spaced",
         "other",
     }
+
+
+def test_a_run_that_held_nothing_out_answers_another_data_set(tiny_model: Path, tiny_data: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    make_run(tiny_model, tiny_data, run, mode="lora", max_steps=1, test_size=0)
+    evaluate_run(run, dataset=str(tiny_data), limit=2, exclude_trained=False)
+    assert json.loads((run / "eval" / "generation.json").read_text())["dataset"] == str(tiny_data)
 
 
 def test_a_model_without_a_record_says_that_nothing_is_left_out(tiny_model: Path, tiny_data: Path, tmp_path: Path, capfd):
