@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, and refuses places that are not to be written; the counterpart of `reading`.
+"""Writes files completely or not at all, and refuses places that are not to be written; the counterpart of `reading`.
 
 A file under its final name is complete: writers use `atomic_path`.
 """
