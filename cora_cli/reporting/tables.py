@@ -1,28 +1,17 @@
-"""Builds the tables of a report: scores, costs, learning-rate sweep and tests, with the notes that explain them.
+"""Builds the tables of a report: scores, costs, learning-rate sweep and tests, each with its `notes`.
 
 `render` writes them in each format.
 """
 
-import itertools
 from collections.abc import Sequence
 
-from cora_cli.evaluation.metrics import build_metrics, scales
-from cora_cli.evaluation.shortcomings import KINDS
-from cora_cli.experiments.paper import paper, paper_tables
+from cora_cli.experiments.paper import paper_tables
 from cora_cli.render.table import Cell, Table
-from cora_cli.reporting.comparison import Comparison, digits, title
-from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, VALIDATION, at_edge, deciding_seeds
-from cora_cli.reporting.measures import LOSS
+from cora_cli.reporting.comparison import digits, title
+from cora_cli.reporting.notes import cell_note, machine_notes, obstacle_notes, rate_of, score_notes
 from cora_cli.reporting.outcomes import Test
-from cora_cli.reporting.report_rows import clean
 from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
-from cora_cli.reporting.training_conditions import differing_conditions
-
-_OF_ANSWERS = ("template", "template_date", "decoding", "max_new_tokens", "end_tokens", "dtype")
-"""The settings of an evaluation by which the answers of one model differ beyond rounding."""
-_OF_SPEED = {"processes": 1, "shard": "none", "fast_path": "none"}
-"""What a run records besides its device and threads that decides about its speed and memory, with its value where it is not recorded."""
 
 
 def scores_table(group: Group, paper_table: str | None) -> Table:
@@ -36,7 +25,7 @@ def scores_table(group: Group, paper_table: str | None) -> Table:
     printed = paper_tables()[paper_table] if paper_table else None
     caption = f" – {printed['caption']}" if printed and not set(group.measures).isdisjoint(printed["columns"]) else ""
     headers = (*_name_headers(lines), *(title(measure) for measure in group.measures))
-    return Table(f"{group.name}{caption}", headers, tuple(rows), tuple(_score_notes(group)))
+    return Table(f"{group.name}{caption}", headers, tuple(rows), tuple(score_notes(group)))
 
 
 def costs_table(group: Group) -> Table:
@@ -64,28 +53,9 @@ def costs_table(group: Group) -> Table:
         "n models: number of models behind the basis, 0 for the base model alone. adapter size: weights on disk (mode full: the complete model). "
         "tokens/s: training speed including prompt tokens, mean over seeds; other load on the machine lowers it. peak memory: of the training "
         "process, maximum over seeds.",
-        *_machine_notes(lines),
+        *machine_notes(lines),
     )
     return Table(f"{group.name} – cost of each method", (*_name_headers(lines), *headers), tuple(rows), notes)
-
-
-def _machine_notes(lines: Sequence[Line]) -> list[str]:
-    """A sentence where speed and memory are of different machines, or of other ways to compute the same."""
-    found: dict[str, dict[str, None]] = {}
-    trained = [result.record for line in lines for result in line.method.results if result.record]
-    # The tokens/s of a run that was resumed elsewhere are over all machines, its memory is that of the last one.
-    for hardware in (each for record in trained for each in (*record.get("hardware_before", ()), record["hardware"])):
-        # On a GPU the reason is its name.
-        device = hardware["device_reason"] if hardware["device"].startswith("cuda") else hardware["device"]
-        others = {name: hardware.get(name, neutral) for name, neutral in _OF_SPEED.items()}
-        for name, value in {"device": device, "threads": hardware["threads"], **others}.items():
-            found.setdefault(name.replace("_", " "), {})[clean(str(value))] = None
-    differing = [f"{name} ({', '.join(values)})" for name, values in found.items() if len(values) > 1]
-    return (
-        [f"Not all rows were trained alike, from which differences in tokens/s and memory may come: {'; '.join(differing)}."]
-        if differing
-        else []
-    )
 
 
 def verdict_table(group: Group) -> Table:
@@ -118,27 +88,8 @@ def verdict_table(group: Group) -> Table:
     tests = [test for comparison in group.verdict.comparisons for test in comparison.tests]
     if any(test.found.kind == EXAMPLES and test.found.ci95 for test in tests):
         notes.append("* A side has one seed: the interval is over records only and excludes the spread over seeds.")
-    notes += _obstacle_notes(group.verdict.comparisons)
+    notes += obstacle_notes(group.verdict.comparisons)
     return Table(f"{group.name} – the tests behind the verdict", headers, tuple(rows), tuple(notes))
-
-
-def _obstacle_notes(comparisons: Sequence[Comparison]) -> list[str]:
-    """What stands in the way of a decision, or of a conclusion about the information in B, and in which comparisons."""
-    undecidable = {
-        "Learning rates not swept alike, so neither better, worse nor equivalent": lambda test: test.of_rates == UNSWEPT,
-        "Best learning rate at the edge of the sweep, so that a better one may lie outside it, and neither better, worse nor equivalent": (
-            lambda test: test.of_rates.startswith(AT_EDGE)
-        ),
-    }
-    notes = {said: [c for c in comparisons if any(holds(test) for test in c.tests)] for said, holds in undecidable.items()}
-    notes["No random control of this form, so no conclusion about the information in B"] = [
-        c for c in comparisons if c.uncontrolled
-    ]
-    return [
-        f"{said}: {'; '.join(dict.fromkeys(f'{c.one.name} and {c.other.name}' for c in found))}."
-        for said, found in notes.items()
-        if found
-    ]
 
 
 def p_value_cell(p_holm: float | None) -> Cell:
@@ -165,7 +116,7 @@ def sweep_table(group: Group) -> Table:
     rows = [
         (
             *_names(line, group.lines),
-            Cell(_rate(line)),
+            Cell(rate_of(line)),
             Cell("yes" if line.chosen else "no"),
             *(_score(group, line, None, measure) for measure in group.measures),
         )
@@ -177,7 +128,7 @@ def sweep_table(group: Group) -> Table:
         headers,
         tuple(rows),
         (
-            f"chosen: the learning rate with the lowest {group.selected_by} of the method, mean over seeds. {_cell_note(group.lines)}",
+            f"chosen: the learning rate with the lowest {group.selected_by} of the method, mean over seeds. {cell_note(group.lines)}",
         ),
     )
 
@@ -244,223 +195,6 @@ def _estimated(estimate: Estimate | None, places: int, published: float | None =
         else f"[{estimate.low:.{places}f}, {estimate.high:.{places}f}]"
     )
     return Cell(f"{estimate.value:.{places}f}", interval, published, bold)
-
-
-def _score_notes(group: Group) -> list[str]:
-    lines = group.chosen
-    notes = [_cell_note(lines), *_lopsided_notes(group)]
-    if any(measure in line.paper for line in lines for measure in group.measures):
-        source = paper()
-        notes.append(
-            f"In parentheses: the number published in the paper ({source['source']}, {source['model']}, one seed, no interval)."
-        )
-    supported = [measure for measure in group.measures if measure in group.best and group.best[measure].supported]
-    meaning = "better than all others by the rule of the verdict, Holm-corrected over the table"
-    if supported:
-        notes.append(f"Bold: the best value of its column, if it is {meaning}.")
-    elif group.best:
-        notes.append(f"Nothing is in bold: no column has a value that is {meaning}.")
-    results = [result for line in lines for result in line.method.results]
-    if left_out := dict.fromkeys(name for result in results for name in result.generation.get("left_out", ())):
-        notes.append(
-            f"Measured, but left out by --metrics, so that p-values are not corrected over them: {', '.join(left_out)}."
-        )
-    notes += _repetition_notes(group) + _training_notes(group) + _loss_notes(group)
-    return notes + _answer_notes(group) + _unscorable_notes(group) + _selection_notes(group)
-
-
-def _lopsided_notes(group: Group) -> list[str]:
-    """A sentence with the ends of intervals that a half length misrepresents, since they reach more than twice as far to one side."""
-    found = []
-    for line, measure in itertools.product(group.chosen, group.measures):
-        estimate, places = line.estimates.get(measure), digits(measure)
-        if estimate is None or estimate.kind != SEEDS or estimate.ci95 is None:
-            continue
-        near, far = sorted((estimate.value - estimate.low, estimate.high - estimate.value))
-        if far > 2 * near:
-            found.append(f"{line.title} {title(measure)} [{estimate.low:.{places}f}, {estimate.high:.{places}f}]")
-    return (
-        [f"Intervals that reach more than twice as far to one side, which ± does not show: {'; '.join(found)}."]
-        if found
-        else []
-    )
-
-
-def _repetition_notes(group: Group) -> list[str]:
-    """A sentence where records with one prompt were measured as if they were independent."""
-    results = [result for line in group.chosen for result in line.method.results]
-    measured = [result.record["data"] for result in results if result.record and LOSS in result.measures]
-    answered = [result.generation for result in results if "answers" in result.generation]
-    counts = {
-        "held-out": [(data.get("repeated_held_out", 0), data["test"]["records"]) for data in measured],
-        "answered": [(answers.get("repeated_prompts", 0), answers["answers"]) for answers in answered],
-    }
-    most = {what: max(found, default=(0, 0)) for what, found in counts.items()}
-    listed = [f"{repeated} of {records} {what} ones" for what, (repeated, records) in most.items() if repeated]
-    said = "Records with the prompt of an earlier one, which intervals and tests take as independent, so that intervals are too narrow"
-    return [f"{said}: {', '.join(listed)}."] if listed else []
-
-
-def _training_notes(group: Group) -> list[str]:
-    """A sentence where the rows of a table differ by more than their methods."""
-    differing = differing_conditions([result for line in group.chosen for result in line.method.results])
-    listed = "; ".join(f"{name} ({', '.join(values)})" for name, values in differing.items())
-    return [f"Not all rows were trained alike, from which differences between them may come: {listed}."] if listed else []
-
-
-def _loss_notes(group: Group) -> list[str]:
-    """Sentences where the held-out losses of a table are of trained prompts, or of different ones: of other templates, or cut to other lengths."""
-    results = [result for line in group.chosen for result in line.method.results if result.record and LOSS in result.measures]
-    asked = [{**result.record["fingerprint"]["settings"], **result.record["data"]} for result in results]
-    # A maximum length decides nothing where no prompt reaches it.
-    cut = any(result.record["data"]["test"]["truncated"] for result in results)
-    names = ("template", "template_date", *(("max_length",) if cut else ()))
-    found = ((name, dict.fromkeys(clean(str(one[name])) for one in asked if one.get(name) is not None)) for name in names)
-    differing = [f"{name} ({', '.join(values)})" for name, values in found if len(values) > 1]
-    known = []
-    for line in group.chosen:
-        measured = [result.record["data"] for result in line.method.results if result.record and LOSS in result.measures]
-        most, of = max(((data.get("held_out_trained_on", 0), data["test"]["records"]) for data in measured), default=(0, 0))
-        known += [f"{line.title} {most} of {of}"] if most else []
-    notes = {
-        "Held-out records with prompts that the models behind a method were trained on, so that its held-out loss says little about new ones": known,
-        "The held-out losses are of different prompts, from which differences between rows may come": differing,
-    }
-    return [f"{said}: {'; '.join(which)}." for said, which in notes.items() if which]
-
-
-def _answer_notes(group: Group) -> list[str]:
-    """Sentences on rows whose answers cannot be compared with those of others: of trained prompts, or generated with other settings."""
-    results = [result for line in group.chosen for result in line.method.results]
-    notes = [
-        f"{result.row.name}: {known} of its prompts were trained on, so its scores say little about new ones."
-        for result in results
-        if (known := result.generation.get("prompts_trained_on"))
-    ]
-    of_runs = [result.generation.get("dataset") for result in results if result.row.run is not None]
-    others = dict.fromkeys(clean(dataset) for dataset in of_runs if dataset)
-    if others:
-        lost = ", and the held-out loss of those that the runs held out" if LOSS in group.measures else ""
-        notes.append(f"The scores are of the records of {', '.join(others)}{lost}.")
-    differing = []
-    for name in _OF_ANSWERS:
-        found = [{**result.generation.get("settings", {}), **result.generation}.get(name) for result in results]
-        # Of earlier versions: `auto` became one of the others.
-        values = dict.fromkeys(clean(str(value)) for value in found if value not in (None, "auto"))
-        differing += [f"{name} ({', '.join(values)})"] if len(values) > 1 else []
-    prompts = {known for result in results if (known := result.generation.get("prompts_sha256"))}
-    if len(prompts) > 1 and not any(name.startswith("template") for name in differing):
-        notes.append(
-            "The records have equal references, but not all rows were asked the same prompts, so their scores are of different tasks."
-        )
-    if differing:
-        notes.append(
-            f"The answers were generated with different settings, from which differences between rows may come: {'; '.join(differing)}."
-        )
-    return notes + _shortcoming_notes(group)
-
-
-def _shortcoming_notes(group: Group) -> list[str]:
-    """One sentence for each kind of answers whose scores say less than they seem to, with their number in each row."""
-    notes = []
-    for kind, words in KINDS.items():
-        found = []
-        for line in group.chosen:
-            answered = [result for result in line.method.results if "shortcomings" in result.generation]
-            if count := sum(result.generation["shortcomings"].get(kind, 0) for result in answered):
-                found.append(f"{line.title} {count} of {sum(result.generation['answers'] for result in answered)}")
-        notes += [f"Answers {words}: {'; '.join(found)}."] if found else []
-    return notes
-
-
-def _unscorable_notes(group: Group) -> list[str]:
-    """One sentence for each measure with references of which it says nothing."""
-    notes = []
-    for name, metric in build_metrics(name for name in group.measures if name != LOSS).items():
-        found = [result.measures[name] for line in group.chosen for result in line.method.with_measure(name)]
-        worst = max(found, key=lambda measure: measure.unscorable, default=None)
-        if worst is not None and worst.unscorable:
-            notes.append(f"{title(name)}: {worst.unscorable} of {worst.n} references are {metric.blind_spot}.")
-    return notes
-
-
-def _selection_notes(group: Group) -> list[str]:
-    if not group.selected_by:
-        return []
-    # A start that takes no step has planned rates like the others, and none of them matters.
-    trained = [
-        line for line in group.chosen if line.method.first.row.learning_rate is not None and line.method.first.trained != 0
-    ]
-    rates = "; ".join(f"{line.method.name} {_rate(line)}" for line in trained)
-    caution = (
-        "The validation records were used neither for training nor for any number in this table."
-        if group.selected_by == VALIDATION
-        else "This choice makes the held-out loss, and any measure on the same records, slightly too favourable for the swept methods."
-    )
-    if group.sweeps:
-        notes = [
-            f"Learning rates were chosen by the validation loss, with other seeds than those shown: {rates}. The table of the sweep is below."
-        ]
-        return notes + _edge_notes(group)
-    notes = [
-        f"Learning-rate sweep: each method is shown at the learning rate with its lowest {group.selected_by} (mean over seeds): {rates}. "
-        f"{caution} The table of all learning rates is below."
-    ]
-    return notes + _seed_notes(group) + _edge_notes(group)
-
-
-def _seed_notes(group: Group) -> list[str]:
-    """A sentence on the methods not all of whose seeds have all learning rates."""
-    unlike = []
-    for line in group.chosen:
-        alike = [other for other in group.lines if other.method.identity == line.method.identity]
-        rates = [other.method for other in alike]
-        if len({method.seeds for method in rates}) > 1 and [other for other in alike if other.chosen] == [line]:
-            seeds = sorted(deciding_seeds(rates, group.selected_by or ""))
-            by = (
-                f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-                if seeds
-                else "different seeds, which favours a rate"
-            )
-            unlike.append(f"{line.method.name} by {by}")
-    said = "Not every learning rate has finished with the same seeds, so the choice is made by those that all rates have"
-    return [f"{said}: {'; '.join(unlike)}."] if unlike else []
-
-
-def _edge_notes(group: Group) -> list[str]:
-    edges = [f"{line.method.name} {_rate(line)}" for line in group.chosen if at_edge(line.method, group.rates)]
-    return [f"At the edge of the sweep, so a better learning rate may lie outside it: {'; '.join(edges)}."] if edges else []
-
-
-def _cell_note(lines: Sequence[Line]) -> str:
-    estimates = [estimate for line in lines for estimate in line.estimates.values()]
-    parts = []
-    counts = "/".join(map(str, sorted({e.seeds for e in estimates if e.kind == SEEDS})))
-    if counts:
-        parts.append(
-            f"value ± half the length of its 95 % interval: mean over {counts} seeds, which are crossed with the records"
-        )
-    if any(e.ci95 is None for e in estimates):
-        parts.append("–: no interval can be had, as from a single record or from values that all agree")
-    if any(e.kind == EXAMPLES and e.ci95 for e in estimates):
-        parts.append(
-            "value [low, high]: a single run (or a model that does not depend on the seed) with its 95 % bootstrap interval over "
-            "records only, which excludes the spread over seeds"
-        )
-    measures = {measure for line in lines for measure in line.estimates}
-    sizes = {title(m): sorted({line.estimates[m].n for line in lines if m in line.estimates}) for m in measures}
-    loss, prompts = sizes.pop("held-out loss", None), sorted({n for found in sizes.values() for n in found})
-    counted = [f"n = {'/'.join(map(str, prompts))} prompts"] if prompts else []
-    counted += (
-        [f"held-out loss in nats per response token over {'/'.join(map(str, loss))} records, lower is better"] if loss else []
-    )
-    metrics = sorted(measures - {LOSS})
-    return f"{'; '.join([*parts, *counted])}." + (f" Metrics: {scales(metrics)}." if metrics else "")
-
-
-def _rate(line: Line) -> str:
-    rate = line.method.first.row.learning_rate
-    return "–" if rate is None else f"{rate:g}"
 
 
 def _number(value: int | None) -> str:
