@@ -212,6 +212,15 @@ def test_a_call_is_trained_where_prompts_begin_an_answer_otherwise_than_the_temp
     assert opened.render(record).response == "hm</think>[clock: x]"
 
 
+@pytest.mark.parametrize("start", ["\n  <|im_start|>assistant\n\n", "<|im_start|>assistant \n", "  <|im_start|> assistant\n"])
+def test_the_header_of_a_call_is_not_repeated_where_prompts_have_other_white_space_in_it(start):
+    text, record = calling("x", {})
+    template = Template("chat", "messages", with_template(text.replace("<|im_start|>assistant\n{% endif", start + "{% endif")))
+    rendered = template.render(record)
+    assert rendered.prompt.endswith(start)
+    assert (rendered.response, rendered.own_turn) == ("[clock: x]", False)
+
+
 def test_a_text_next_to_a_call_may_name_the_token_by_which_prompts_begin_an_answer():
     text, record = calling("x", {})
     template = Template(
