@@ -212,11 +212,21 @@ def test_a_call_is_trained_where_prompts_begin_an_answer_otherwise_than_the_temp
     assert opened.render(record).response == "hm</think>[clock: x]"
 
 
-@pytest.mark.parametrize("start", ["\n  <|im_start|>assistant\n\n", "<|im_start|>assistant \n", "  <|im_start|> assistant\n"])
-def test_the_header_of_a_call_is_not_repeated_where_prompts_have_other_white_space_in_it(start):
+@pytest.mark.parametrize(
+    ("start", "written"),
+    [
+        ("\n  <|im_start|>assistant\n\n", ""),
+        ("<|im_start|>assistant \n", ""),
+        ("  <|im_start|> assistant\n", ""),
+        ("<|im_start|>assistant\n", "\n "),
+    ],
+)
+def test_the_header_of_a_call_is_not_repeated_where_prompts_have_other_white_space_in_it(start, written):
     text, record = calling("x", {})
-    template = Template("chat", "messages", with_template(text.replace("<|im_start|>assistant\n{% endif", start + "{% endif")))
-    rendered = template.render(record)
+    text = text.replace("<|im_start|>assistant\n{% endif", start + "{% endif").replace(
+        "<|im_start|>{{", f"{written}<|im_start|>{{{{"
+    )
+    rendered = Template("chat", "messages", with_template(text)).render(record)
     assert rendered.prompt.endswith(start)
     assert (rendered.response, rendered.own_turn) == ("[clock: x]", False)
 
