@@ -16,7 +16,7 @@ from rouge_score import rouge_scorer
 
 from cora_cli import embedded
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.evaluation.metrics import GROUPS, build_metrics, parse_metrics, score_all
+from cora_cli.evaluation.metrics import GROUPS, build_metrics, parse_metrics, scales, score_all
 from cora_cli.evaluation.metrics import TEXT_NAMES as NAMES
 from cora_cli.evaluation.metrics.bertscore import BertScore, recommended_layer
 from cora_cli.evaluation.metrics.bleu import SacreBleu
@@ -530,3 +530,17 @@ def test_texts_of_which_the_encoder_reads_only_the_beginning_are_counted(words: 
     text = " the" * words
     list(BertScore().stream([text, "a"], [text, "b"]))
     assert ("1 of 2 examples have a text of more than the 512 tokens" in capsys.readouterr().err) is said
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["rouge1"], "on a scale of 0-1"),
+        (["sacrebleu"], "sacrebleu 0-100"),
+        (["rouge1", "sacrebleu"], "sacrebleu 0-100, the others 0-1"),
+        (["nll"], "nll in nats per reference token; lower is better: nll"),
+        (["nll", "ece"], "nll in nats per reference token, the others 0-1; lower is better: nll, ece"),
+    ],
+)
+def test_only_the_scales_of_the_metrics_at_hand_are_named(names, said):
+    assert scales(names) == said

@@ -222,21 +222,18 @@ def write_evaluation(path: Path, made: Made, generator: np.random.Generator, pro
         lines.append(
             {"index": index, "prompt": f"prompt {index}", "reference": " ".join(reference), "prediction": " ".join(answer)}
         )
+    generation = {"name": made.name, "settings": {"model": "tiny-model", "decoding": "greedy", "max_new_tokens": 16}}
+    write_scored(path, lines, {"format": 1, "name": made.name, "generation": generation})
+
+
+def write_scored(path: Path, lines: list[dict[str, Any]], record: dict[str, Any]) -> None:
+    """Write the answers `lines` and their scores; `record` is the rest of `metrics.json`."""
     out = EvaluationDirectory(path)
     writing.write_jsonl(out.predictions, lines)
     report = score_all(METRICS, [line["prediction"] for line in lines], [line["reference"] for line in lines], bootstrap=100)
-    writing.write_jsonl(out.scores, [{k: v[i] for k, v in report.per_example.items()} for i in range(prompts)])
-    generation = {"name": made.name, "settings": {"model": "tiny-model", "decoding": "greedy", "max_new_tokens": 16}}
-    writing.write_json(
-        out.metrics,
-        {
-            "format": 1,
-            "name": made.name,
-            "metrics": report.metrics,
-            "predictions_sha256": hashing.sha256_file(out.predictions),
-            "generation": generation,
-        },
-    )
+    writing.write_jsonl(out.scores, [{k: v[i] for k, v in report.per_example.items()} for i in range(len(lines))])
+    known = {"metrics": report.metrics, "predictions_sha256": hashing.sha256_file(out.predictions)}
+    writing.write_json(out.metrics, {**record, **known})
 
 
 def ladder(seeds: int = 2) -> list[Made]:

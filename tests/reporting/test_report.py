@@ -33,7 +33,7 @@ from cora_cli.reporting.tables import p_value_cell, scores_table
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
 from tests.render.strict_latex import check
-from tests.reporting.helpers import Made, make_grid, plan_entry, result, write_plan
+from tests.reporting.helpers import Made, make_grid, plan_entry, result, write_plan, write_scored
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 EVIL = "<script>alert('x')</script> & \"q\" $x_1$ \\end{table} `|`"
@@ -344,10 +344,12 @@ def test_answers_whose_scores_say_less_than_they_seem_to_are_counted_by_row_unde
     assert "Answers cut" not in report([str(grid)])
     for predictions in (path for path in grid.rglob("predictions.jsonl") if "lora" in str(path)):
         lines = [{**line, "finish_reason": "length" if line["index"] < 2 else "stop"} for line in read_jsonl(predictions)]
-        writing.write_jsonl(predictions, lines)
-        metrics = predictions.with_name("metrics.json")
-        writing.write_json(metrics, {**read_json(metrics), "predictions_sha256": hashing.sha256_file(predictions)})
-    assert "Answers cut at the limit of new tokens: lora r=4 4 of 12." in " ".join(report([str(grid)]).split())
+        lines[0]["prediction"] = f"<think>hm</think>{lines[0]['prediction']}"
+        write_scored(predictions.parent, lines, read_json(predictions.with_name("metrics.json")))
+    text = " ".join(report([str(grid)]).split())
+    assert "Answers cut at the limit of new tokens: lora r=4 4 of 12." in text
+    assert "Answers with thoughts, which text metrics score as a part of them: lora r=4 2 of 12." in text
+    assert "Answers empty" not in text
 
 
 @pytest.mark.parametrize(
