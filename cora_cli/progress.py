@@ -59,7 +59,7 @@ class Progress:
             self._bar.update(count)
             return
         now = time.monotonic()
-        if now - self._spoke >= LINE_INTERVAL_SECONDS or self._done >= self._total:
+        if now - self._spoke >= LINE_INTERVAL_SECONDS or (count and self._done >= self._total):
             self._spoke = now
             rate = (self._done - self._start) / max(now - self._began, 1e-9)
             left = (self._total - self._done) / rate if rate else 0.0

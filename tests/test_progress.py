@@ -15,6 +15,13 @@ def swallow_an_interrupt() -> None:
         signal.sigtimedwait([], 5)
 
 
+def test_the_last_count_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("work", 2) as shown:
+        shown.advance(2)
+        shown.advance(0)
+    assert capsys.readouterr().err.count("work: 2/2") == 1
+
+
 def test_a_swallowed_interrupt_ends_the_work_at_its_next_unit() -> None:
     with interrupts_kept(), progress("work", 3) as shown:
         shown.advance()

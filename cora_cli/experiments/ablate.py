@@ -142,7 +142,14 @@ def _dryrun_stages(
     memory = _memory(request, plan, names, inputs)
     shown = render_plan(plan, inputs, done_steps(plan), estimates, names, machine, memory, width)
     complete = stages.plan([row for row in grid.rows if row.train is None] + [method.rows[0] for method in methods])
-    return "\n".join([shown, "", *stage_lines(grid, methods, complete, estimate_steps(complete, inputs, rate))])
+    return "\n".join(
+        [
+            shown,
+            "",
+            "The steps above are those that are certain so far. All rounds of the grid together:",
+            *stage_lines(grid, methods, complete, estimate_steps(complete, inputs, rate)),
+        ]
+    )
 
 
 def ablate(request: Request, seeds_wanted: SeedsWanted) -> Outcome:
@@ -435,7 +442,11 @@ def render_plan(
             f"all steps: about {duration(total)} if run one at a time, of which {duration(left)} remain (this machine: {machine})"
         )
     if wanted:
-        note = f"{ESTIMATE_NOTE}; each row counts all of its steps, including shared ones" if machine else NO_TIME_NOTE
+        note = (
+            f"{ESTIMATE_NOTE}; each row counts all of its steps, including shared ones, but not the fine-tunes behind its basis"
+            if machine
+            else NO_TIME_NOTE
+        )
         lines.append(note)
     lines += [
         *memory_notes(plan, chosen, memory, estimates),

@@ -34,7 +34,7 @@ def _work(plan: Preflight) -> list[str]:
     together = config.batch_size * config.gradient_accumulation * plan.processes
     spread = f" in {plan.processes} processes" if plan.processes > 1 else ""
     lines.append(
-        f"{plan.steps:,} steps of {together:,} examples{spread}: {plan.tokens:,} tokens, of which {plan.labels:,} carry loss"
+        f"{plan.steps:,} step{'' if plan.steps == 1 else 's'} of {together:,} examples{spread}: {plan.tokens:,} tokens, of which {plan.labels:,} carry loss"
     )
     if plan.rate is not None:
         seconds, rate = plan.tokens / plan.rate.tokens_per_second, plan.rate

@@ -68,6 +68,11 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(usual: list[str], tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_of_one_step_counts_one_step(usual: list[str]) -> None:
+    lines = cora_train(*[flag for flag in usual if "--max-steps" not in flag], "--max-steps=1", "--dry-run").stdout.splitlines()
+    assert lines[1].startswith("1 step of 4 examples: ")
+
+
 def test_a_probe_prints_and_writes_its_measures_and_trains_nothing(usual: list[str], tmp_path: Path) -> None:
     place = tmp_path / "probe.json"
     result = cora_train(*usual, "--mode=fb", "--b-init=orthonormal", "--probe", place, "--probe-examples=2")

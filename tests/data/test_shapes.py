@@ -420,7 +420,7 @@ UNWANTED = [
 @pytest.mark.parametrize(("record", "name", "answer", "columns"), UNWANTED)
 def test_an_answer_marked_as_not_wanted_is_refused_unless_the_columns_are_named(record, name, answer, columns, value, tmp_path):
     dataset = jsonl(tmp_path / "a.jsonl", {**record, name: True}, {**record, name: value})
-    message = f"line 2: the {name} is false, .* mark the {answer} as not wanted; .* with --columns {columns}"
+    message = f"line 2: the {name} is false, .* mark the {answer} as rejected; .* with --columns {columns}"
     with pytest.raises(CoraError, match=message):
         load_records(dataset)
     assert len(load_records(dataset, Choice(tuple(columns.split(","))))[0]) == 2
@@ -429,7 +429,7 @@ def test_an_answer_marked_as_not_wanted_is_refused_unless_the_columns_are_named(
 @pytest.mark.parametrize("labels", [(1, 0), ("1", "0"), (None, 0.0), ("", "0.0"), (True, 0)])
 def test_labels_of_0_and_1_next_to_a_prompt_and_a_completion_may_be_marks_or_classes_and_are_refused(labels, tmp_path):
     dataset = jsonl(tmp_path / "a.jsonl", *({**PAIR, "label": label} for label in labels))
-    with pytest.raises(CoraError, match=r"line 2: the label is 0, .* may mark the completion as not wanted"):
+    with pytest.raises(CoraError, match=r"line 2: the label is 0, .* may mark the completion as rejected"):
         load_records(dataset)
 
 

@@ -203,6 +203,7 @@ def test_a_plan_for_a_gpu_that_is_not_here_has_no_time(staged: bool, tiny_model:
     assert "on a CUDA GPU in bf16" in page
     assert NO_TIME_NOTE in page
     assert "about" not in page.replace("about 0.", "")
+    assert ("The steps above are those that are certain so far. All rounds" in page) == staged
     rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| lora")]
     assert {row[3].strip() for row in rows if len(row) == 6} == {"unknown"}
     assert memory_of(page) == memory_of(planned(grid, device="auto"))

@@ -1,4 +1,4 @@
-"""Data of preferences, with wanted and unwanted answers: no shape that can be trained, but what would work is said."""
+"""Preference data, with chosen and rejected answers: no shape that can be trained, but what would work is said."""
 
 import contextlib
 import math
@@ -18,13 +18,13 @@ _MARKS = ("label", "kto_tag")
 
 
 def advice_for_preferences(record: Raw) -> str | None:
-    """How to train on the chosen answers of data of preferences; None for records that are none, or that have the answer in a conversation too."""
+    """How to train on the chosen answers of preference data; None for records that are none, or that have the answer in a conversation too."""
     answer = next((chosen for chosen, rejected in _PAIRS if record.keys() >= {chosen, rejected}), None)
     if answer is None:
         return None
     chosen = _parsed(record[answer])
     prompt = next((name for name in _PROMPTS if name in record), None)
-    start = "data of preferences, of which cora can train the chosen answers:"
+    start = "preference data; to train on the chosen answers:"
     if isinstance(chosen, list) and (len(chosen) > 1 or prompt is None):
         return f"{start} --columns messages={answer}"
     if prompt is None:
@@ -71,12 +71,12 @@ def refuse_unwanted(located: Sequence[tuple[str, Any]], shape: Shape) -> None:
             remedy = f"train on all of them with --columns {_choice(shape, record)}"
             if mark is False:
                 raise CoraError(
-                    f"{where}: the {name} is false, by which data of preferences mark the {answer} as not wanted; leave such records out, or {remedy}"
+                    f"{where}: the {name} is false, by which preference data mark the {answer} as rejected; leave such records out, or {remedy}"
                 )
             if could_be_wanted and mark == 0:
                 raise CoraError(
-                    f"{where}: the {name} is 0, and no record has another than 0 or 1: it may mark the {answer} as not wanted, as in data of "
-                    f"preferences; if it does, leave such records out, else {remedy}"
+                    f"{where}: the {name} is 0, and no record has another than 0 or 1: it may mark the {answer} as rejected, as in preference "
+                    f"data; if it does, leave such records out, else {remedy}"
                 )
 
 

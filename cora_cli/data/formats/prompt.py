@@ -22,7 +22,7 @@ def pair_of_messages(name: str, prompt: str, answer: str, is_chosen: bool = Fals
     """The shape of records whose `prompt` is the conversation before an answer and whose `answer` is a list of one message, or that message.
 
     The answer alone is trained: answers in the prompt have the weight 0 where they state none. The prompt may also be an object with `messages` and,
-    next to them, variables of the chat template, as OpenAI's data of preferences have it.
+    next to them, variables of the chat template, as OpenAI's preference data has it.
     """
 
     def read(record: Raw, where: str) -> Raw:
