@@ -259,9 +259,8 @@ def memory_notes(plan: Plan, chosen: Sequence[str], memory: GridMemory, estimate
     others = [estimates[name].bytes for name, step in plan.steps.items() if step.kind != "train" and name in estimates]
     if memory.distinct:
         notes.append(
-            "training: rows that differ only in what decides nothing here, such as learning rate and seed, by the name of the first; tokens of a complete "
-            "run, of which so many carry loss; adapter: its size on disk, "
-            "where its memory is measured"
+            "training: rows that differ only in learning rate, seed and the like are one, named after the first; tokens: of a complete run; "
+            "with loss: those of them that carry loss; adapter: its size on disk, where its memory is measured"
         )
         on_gpu = memory.hardware.device.type == "cuda"
         notes.append(
@@ -299,4 +298,4 @@ def _fitting(rows: Sequence[Row], memory: GridMemory) -> list[str]:
     left_out = f", without the {len(rows) - len(names)} that start from models" if len(names) < len(rows) else ""
     guessed = sum(name not in memory.peaks for name in names)
     counted = f" ({guessed} counted as twice their estimates, which can be half of the truth)" if guessed else ""
-    return [f"of {len(names)} trainings{counted}{left_out}, so many fit a card of  {'  '.join(cards)}"]
+    return [f"of {len(names)} trainings{counted}{left_out}, the number that fits a card of  {'  '.join(cards)}"]

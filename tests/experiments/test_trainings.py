@@ -182,11 +182,11 @@ def test_a_plan_for_a_gpu_says_how_many_trainings_fit_each_card(tiny_model: Path
     grid = write(tmp_path, tiny_model, tiny_data, [{"mode": "base"}, {"mode": ["lora", "full"]}])
     page = planned(grid, device="auto")
     assert "on a CUDA GPU in bf16" in page
-    assert "of 2 trainings, so many fit a card of  16 GB: 2" in page
+    assert "of 2 trainings, the number that fits a card of  16 GB: 2" in page
     assert "fit a card" not in planned(grid)
     page = planned(grid, device="auto", measure=1)
     assert (
-        "of 2 trainings (1 counted as twice their estimates, which can be half of the truth), so many fit a card of  16 GB: 2"
+        "of 2 trainings (1 counted as twice their estimates, which can be half of the truth), the number that fits a card of  16 GB: 2"
         in page
     )
 
@@ -288,7 +288,7 @@ def test_a_row_that_starts_from_models_has_an_estimate(
     if not torch.cuda.is_available():
         blocks = [{"mode": "lora"}, {"mode": "lora", "start": "mean-delta"}]
         page = planned(write(tmp_path, tiny_model, tiny_data, blocks, models=models), device="auto", measure=0)
-        assert "so many fit a card" in page
+        assert "the number that fits a card" in page
         assert (
             "of 1 trainings (1 counted as twice their estimates, which can be half of the truth), without the 1 that start"
             in page
