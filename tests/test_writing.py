@@ -105,7 +105,7 @@ def test_a_full_disk_is_known_by_the_words_of_the_libraries(words):
     assert not writing.is_disk_full(RuntimeError("something else"))
 
 
-# A limit on the size of files stands in for a full disk: the system refuses in the middle of a write. It holds for a whole
+# A limit on the size of files stands in for a full disk: the system refuses in the middle of a write. It holds for a complete
 # process, hence the subprocess.
 FULL_DISK = """
     import resource, signal, sys
