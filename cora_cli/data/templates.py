@@ -190,18 +190,22 @@ class Template:
     def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
         messages, extra = self._messages(record), template_values(record) if self.schema == "messages" else {}
         content, turn, where = messages[-1].get("content"), self._turn_ends["tools" in extra], place_of(record)
-        prompt, rendered, is_bare, whole = self._asked(messages, extra, where)
-        written = rendered[len(prompt) :] if whole is None else whole.behind_prompt(content if isinstance(content, str) else "")
+        prompt, rendered, is_bare, conversation = self._asked(messages, extra, where)
+        written = (
+            rendered[len(prompt) :]
+            if conversation is None
+            else conversation.behind_prompt(content if isinstance(content, str) else "")
+        )
         response, end = self._without_end(written or "", turn)
         missing = {message["role"] for message in messages[:-1] if not _is_written(message, prompt)}
         is_text = isinstance(content, str) and bool(content.strip()) and is_bare
-        if whole is None or whole.begins_alike or (response.strip() and not is_text):
+        if conversation is None or conversation.begins_alike or (response.strip() and not is_text):
             # Some templates set thoughts apart anew.
             if isinstance(content, str) and not all(part.strip() in rendered for part in re.split("</?think>", content)):
                 missing.add(messages[-1]["role"])
             lead = lead_of(response, content) if isinstance(content, str) and is_bare else ""
         elif isinstance(content, str):
-            lead, end = whole.lead(content), turn.token if turn else end
+            lead, end = conversation.lead(content), turn.token if turn else end
             response = lead + continued(prompt, content)
         else:
             # Some write a call of a tool otherwise next to an empty text than next to null.
@@ -213,7 +217,9 @@ class Template:
         if any(own not in response for own in self._entries(messages[-1], "tools" in extra)):
             missing.add(messages[-1]["role"])
         left_out = tuple(sorted(missing | self._lost_calls(messages, extra)))
-        return Rendered(prompt, response, special_tokens=False, end=end, lead=lead, own_turn=whole is None, left_out=left_out)
+        return Rendered(
+            prompt, response, special_tokens=False, end=end, lead=lead, own_turn=conversation is None, left_out=left_out
+        )
 
     def _asked(
         self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], where: str
@@ -225,7 +231,7 @@ class Template:
                 prompt = self._chat.apply(messages[:-1], extra, add_generation_prompt=True)
                 rendered = self._chat.apply(messages, extra)
                 is_bare = self._is_bare(messages, extra, rendered)
-                whole = None if rendered.startswith(prompt) else self._conversation(messages, extra, prompt, rendered)
+                conversation = None if rendered.startswith(prompt) else self._conversation(messages, extra, prompt, rendered)
         except CoraError:
             raise
         except UnsteadyTemplate as error:
@@ -235,7 +241,7 @@ class Template:
             if ("content" in why or "None" in why) and any(message.get("content") is None for message in messages):
                 why += "; it may need a text in every message, and one with calls of tools has none"
             raise CoraError(f"{where}: the chat template refuses the conversation: {why}") from error
-        return prompt, rendered, is_bare, whole
+        return prompt, rendered, is_bare, conversation
 
     def _entries(self, message: Mapping[str, Any], with_tools: bool) -> Iterator[str]:
         """The thoughts of an answer and the names of the tools that it calls, where they stand in entries that the chat template mentions."""

@@ -1,4 +1,4 @@
-"""The notes under the tables of a report: what a cell says, what the rows differ by besides their methods, and where a number says less than it seems to."""
+"""The notes under the tables of a report: what a cell says, how the rows differ apart from their methods, and where a number says less than it seems to."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from cora_cli.reporting.training_conditions import differing_conditions
 _OF_ANSWERS = ("template", "template_date", "decoding", "max_new_tokens", "end_tokens", "dtype")
 """The settings of an evaluation by which the answers of one model differ beyond rounding."""
 _OF_SPEED = {"processes": 1, "shard": "none", "fast_path": "none"}
-"""What a run records besides its device and threads that decides about its speed and memory, with its value where it is not recorded."""
+"""What a run records, apart from its device and threads, that decides about its speed and memory, with its value where it is not recorded."""
 
 
 def machine_notes(lines: Sequence[Line]) -> list[str]:
@@ -33,7 +33,9 @@ def machine_notes(lines: Sequence[Line]) -> list[str]:
             found.setdefault(name.replace("_", " "), {})[clean(str(value))] = None
     differing = [f"{name} ({', '.join(values)})" for name, values in found.items() if len(values) > 1]
     return (
-        [f"Not all rows were trained alike, from which differences in tokens/s and memory may come: {'; '.join(differing)}."]
+        [
+            f"Not all rows were trained on one machine or in one way, from which differences in tokens/s and memory may come: {'; '.join(differing)}."
+        ]
         if differing
         else []
     )
@@ -73,8 +75,7 @@ def score_notes(group: Group) -> list[str]:
         notes.append(f"Bold: the best value of its column, if it is {meaning}.")
     elif group.best:
         notes.append(f"Nothing is in bold: no column has a value that is {meaning}.")
-    results = [result for line in lines for result in line.method.results]
-    if left_out := dict.fromkeys(name for result in results for name in result.generation.get("left_out", ())):
+    if left_out := dict.fromkeys(name for result in group.shown for name in result.generation.get("left_out", ())):
         notes.append(
             f"Measured, but left out by --metrics, so that p-values are not corrected over them: {', '.join(left_out)}."
         )
@@ -101,7 +102,7 @@ def _lopsided_notes(group: Group) -> list[str]:
 
 def _repetition_notes(group: Group) -> list[str]:
     """A sentence where records with one prompt were measured as if they were independent."""
-    results = [result for line in group.chosen for result in line.method.results]
+    results = group.shown
     measured = [result.record["data"] for result in results if result.record and LOSS in result.measures]
     answered = [result.generation for result in results if "answers" in result.generation]
     counts = {
@@ -116,7 +117,7 @@ def _repetition_notes(group: Group) -> list[str]:
 
 def _training_notes(group: Group) -> list[str]:
     """A sentence where the rows of a table differ by more than their methods."""
-    differing = differing_conditions([result for line in group.chosen for result in line.method.results])
+    differing = differing_conditions(group.shown)
     listed = "; ".join(f"{name} ({', '.join(values)})" for name, values in differing.items())
     return [f"Not all rows were trained alike, from which differences between them may come: {listed}."] if listed else []
 
@@ -144,7 +145,7 @@ def _loss_notes(group: Group) -> list[str]:
 
 def _answer_notes(group: Group) -> list[str]:
     """Sentences on rows whose answers cannot be compared with those of others: of trained prompts, or generated with other settings."""
-    results = [result for line in group.chosen for result in line.method.results]
+    results = group.shown
     notes = [
         f"{result.row.name}: {known} of its prompts were trained on, so its scores say little about new ones."
         for result in results

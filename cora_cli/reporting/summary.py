@@ -68,6 +68,11 @@ class Group:
         return tuple(line for line in self.lines if line.chosen)
 
     @property
+    def shown(self) -> tuple[Result, ...]:
+        """The rows behind the main table."""
+        return tuple(result for line in self.chosen for result in line.method.results)
+
+    @property
     def results(self) -> tuple[Result, ...]:
         """Every finished row of the group."""
         return tuple(result for line in self.lines for result in line.method.results)
