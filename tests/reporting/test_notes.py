@@ -81,6 +81,8 @@ def test_speeds_of_different_machines_are_named_under_the_table_of_costs(tmp_pat
     [
         ({}, 100, "optimizer steps (20, 100)", "optimizer steps 100 and 20"),
         ({"batch_size": 32}, 20, "examples per step (8, 32)", "examples per step 32 and 8"),
+        ({"gradient_accumulation": 4}, 20, "examples per step (8, 32)", "examples per step 32 and 8"),
+        ({"batch_size": 2, "gradient_accumulation": 4}, 20, "", ""),
         ({"weight_decay": 0.1}, 20, "", ""),  # not recorded by the other
         ({"train_on": "all"}, 20, "train on (last, all)", "train on all and last"),
     ],

@@ -45,8 +45,11 @@ def test_the_base_model_that_was_evaluated_with_runs_is_one_row(runs_with_base):
     assert [row.label for row in named.rows] == ["lora", "base"]
 
 
-@pytest.mark.parametrize(("input_", "groups"), [(None, 1), ("model_sha256", 2), ("tokenizer_sha256", 2), ("data_sha256", 2)])
-def test_runs_on_copies_of_one_model_and_data_set_are_one_group_with_one_base(runs_with_base, input_, groups):
+@pytest.mark.parametrize(
+    ("input_", "groups", "models", "datasets"),
+    [(None, 1, 1, 1), ("model_sha256", 2, 2, 1), ("tokenizer_sha256", 2, 1, 1), ("data_sha256", 2, 1, 2)],
+)
+def test_runs_on_copies_of_one_model_and_data_set_are_one_group_with_one_base(runs_with_base, input_, groups, models, datasets):
     for folder, place in zip(runs_with_base, ("here", "there"), strict=True):
         record = read_json(folder / "run.json")
         record["model"]["reference"], record["data"]["dataset"] = f"/{place}/model", f"/{place}/data.jsonl"
@@ -64,8 +67,28 @@ def test_runs_on_copies_of_one_model_and_data_set_are_one_group_with_one_base(ru
     assert sum(row.mode == "base" for row in experiment.rows) == groups
     assert experiment.rows[0].group.startswith("/here/model on /here/data.jsonl")
     # Methods are compared, and seeds counted as one method's, by these names.
-    assert len({row.model for row in experiment.rows}) == (1 if input_ is None else 2)
-    assert len({row.dataset for row in experiment.rows if row.run}) == (1 if input_ is None else 2)
+    assert len({row.model for row in experiment.rows}) == models
+    assert len({row.dataset for row in experiment.rows if row.run}) == datasets
+
+
+def test_one_model_at_two_paths_is_one_although_the_data_were_divided_otherwise(runs_with_base):
+    for number, folder in enumerate(runs_with_base):
+        record = read_json(folder / "run.json")
+        record["model"]["reference"] = f"/{number}/model"
+        record["fingerprint"] |= {"data_sha256": f"{number}" * 64}
+        record["fingerprint"]["settings"]["validation_size"] = number
+        writing.write_json(folder / "run.json", record)
+    (experiment,) = find_experiments(list(map(str, runs_with_base)))
+    assert {row.group.split(" on ")[0] for row in experiment.rows if row.run} == {"/0/model"}
+    assert len({row.group for row in experiment.rows if row.run}) == 1
+
+
+def test_a_damaged_evaluation_of_a_run_takes_nothing_from_the_report_but_its_scores(runs_with_base):
+    (runs_with_base[0] / "eval" / "metrics.json").write_text("{", encoding="utf-8")
+    (experiment,) = find_experiments(list(map(str, runs_with_base)))
+    found = collect(experiment)
+    assert [(entry.row.label, entry.part) for entry in found.missing] == [("lora", "evaluation")]
+    assert [LOSS in result.measures for result in found.results] == [True, True, True]
 
 
 def test_seeds_on_copies_of_one_model_and_data_set_are_those_of_one_method(tmp_path):
@@ -162,7 +185,8 @@ def test_an_evaluation_of_the_base_model_stands_with_the_runs_whose_records_it_a
     folders = []
     for number, folder in enumerate(runs_with_base):
         record = read_json(folder / "run.json")
-        writing.write_json(folder / "run.json", {**record, "data": {**record["data"], "dataset": f"data-{number}"}})
+        record["data"]["dataset"], record["fingerprint"]["data_sha256"] = f"data-{number}", f"{number}" * 64
+        writing.write_json(folder / "run.json", record)
         folders += [folder / "eval", folder / "eval-base"]
         for evaluation in folders[-2:]:
             record = read_json(evaluation / "metrics.json")
@@ -366,7 +390,7 @@ def test_runs_on_a_model_or_data_that_changed_under_its_name_are_no_seeds_of_one
     (experiment,) = find_experiments([str(one), str(other)])
     groups = [row.group for row in experiment.rows]
     assert groups[0] != groups[1]
-    assert groups[1].endswith(f"{changed.removesuffix('_sha256').replace('model', 'weights')} sha256 0123456789ab")
+    assert f", {changed.removesuffix('_sha256').replace('model', 'weights')} sha256 0123456789ab" in groups[1]
     (alike,) = find_experiments([str(one), str(again)])
     assert len({row.group for row in alike.rows}) == 1
 
