@@ -33,7 +33,7 @@ def what_is_saved(config: DemoConfig) -> str:
 def run(config: DemoConfig) -> None:
     """Run the complete pipeline on the embedded model.
 
-    Fine-tunes five models, extracts their basis, trains four adapters and prints a table: about six minutes on two CPU cores with bfloat16,
+    Fine-tunes five models, extracts their basis, trains four adapters and prints a table: six to nine minutes on two CPU cores with bfloat16,
     half an hour on two without.
     """
     from pathlib import Path

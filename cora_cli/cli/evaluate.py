@@ -104,7 +104,7 @@ def unscorable_references(results: "list[Evaluation]") -> list[str]:
         for name, metric in build_metrics(result.record["metrics"]).items():
             if count := result.record["metrics"][name]["unscorable"]:
                 found[
-                    f"note: {result.name}: {count} of {result.record['metrics'][name]['n']} references are {metric.blind_spot}"
+                    f"note: {result.name}: {count} of {result.record['metrics'][name]['n']} references {metric.blind_spot}"
                 ] = None
     return list(found)
 

@@ -87,7 +87,8 @@ def summary(record: dict[str, Any]) -> str:
         )
     speed, memory = record["speed"], record["peak_memory_bytes"] / 2**30
     rate = f"{speed['tokens_per_second']:.0f} tokens/s, " if speed["tokens_per_second"] else ""
-    lines = [f"mode {record['mode']}: {speed['steps']} steps, {rate}peak memory {memory:.2f} GiB"]
+    steps = f"{speed['steps']} step{'' if speed['steps'] == 1 else 's'}"
+    lines = [f"mode {record['mode']}: {steps}, {rate}peak memory {memory:.2f} GiB"]
     if heldout := record["heldout"]:
         before, after, change = heldout["before"], heldout["after"], heldout["change"]
         lines.append(

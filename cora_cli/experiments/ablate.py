@@ -474,7 +474,8 @@ def _step_line(
 
 def summary(plan: Plan, outcome: Outcome) -> str:
     """How the grid ended, with the last lines of the log of each failed step."""
-    lines = [f"{len(outcome.completed)} steps completed, {len(outcome.up_to_date)} already up to date, in {plan.out}"]
+    steps = "step" if len(outcome.completed) == 1 else "steps"
+    lines = [f"{len(outcome.completed)} {steps} completed, {len(outcome.up_to_date)} already up to date, in {plan.out}"]
     if not outcome.completed and not outcome.failed and not outcome.blocked:
         lines = [f"All {len(outcome.up_to_date)} steps are up to date. Results: {plan.out}"]
     for name in outcome.failed:

@@ -16,6 +16,8 @@ def fits(total: float, capacity: float) -> bool:
 
 def size_text(size: float) -> str:
     """A number of bytes as people read it."""
+    if size < 2**10:
+        return f"{size:.0f} B"
     if size < 2**20:
         return f"{size / 2**10:.1f} KiB"
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"

@@ -55,7 +55,7 @@ def _training(results: Sequence[Result]) -> list[str]:
         f"({of('data.train.response_tokens')} of them in responses) and {of('data.test.records')} held-out records"
         + (
             f"; {of('data.validation.records')} more were set aside for validation."
-            if _dig(results[0].record, "data.validation.records")
+            if any(_dig(result.record, "data.validation.records") for result in results)
             else "."
         ),
         f"Records dropped because they were too long: {of('data.train.dropped')}; records that were truncated: {of('data.train.truncated')}; "
@@ -99,7 +99,7 @@ def _machine(results: Sequence[Result]) -> list[str]:
     )
     return [
         f"Hardware: {of('hardware.device')} ({of('hardware.device_reason')}), {of('hardware.dtype')} ({of('hardware.dtype_reason')}), "
-        f"{of('hardware.threads')} threads, {of('hardware.processes')} process(es). Versions: {listed}. Runs from {_period(results)}."
+        f"threads: {of('hardware.threads')}, processes: {of('hardware.processes')}. Versions: {listed}. Runs from {_period(results)}."
     ]
 
 

@@ -194,7 +194,7 @@ def _unscorable_notes(group: Group) -> list[str]:
         found = [result.measures[name] for line in group.chosen for result in line.method.with_measure(name)]
         worst = max(found, key=lambda measure: measure.unscorable, default=None)
         if worst is not None and worst.unscorable:
-            notes.append(f"{title(name)}: {worst.unscorable} of {worst.n} references are {metric.blind_spot}.")
+            notes.append(f"{title(name)}: {worst.unscorable} of {worst.n} references {metric.blind_spot}.")
     return notes
 
 

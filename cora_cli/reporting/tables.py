@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 
 from cora_cli.experiments.paper import paper_tables
+from cora_cli.planning.page import size_text
 from cora_cli.render.table import Cell, Table
 from cora_cli.reporting.comparison import digits, title
 from cora_cli.reporting.notes import cell_note, machine_notes, obstacle_notes, rate_of, score_notes
@@ -202,9 +203,4 @@ def _number(value: int | None) -> str:
 
 
 def _bytes(value: int | None) -> str:
-    if value is None:
-        return "–"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value} B"
+    return "–" if value is None else size_text(value)

@@ -130,7 +130,9 @@ def _rule(tests: int, data_tests: int, other_tests: int, margin: Margin, looks: 
         "of the B from the gradient": data_tests,
         "that compare other methods with LoRA": other_tests,
     }
-    counted = [f"the {count} {name}" for name, count in families.items() if count] or ["the 0 tests of this verdict"]
+    counted = [f"the {count} {name}" for name, count in families.items() if count] or [
+        "the tests of this verdict, of which there are none"
+    ]
     family = ", and separately over ".join(counted)
     return (
         "Rule: seeds and records are both random and crossed; a difference has the variance σ²(seed)/S + σ²(record)/R + "

@@ -25,6 +25,7 @@ from cora_cli.reporting.plots import side_by_side
 from cora_cli.reporting.report import FILES, report
 from cora_cli.reporting.report_rows import read_plan
 from cora_cli.reporting.tables import p_value_cell
+from cora_cli.rundir import RunDirectory
 from tests.render.strict_latex import check
 from tests.reporting.helpers import Made, make_grid, plan_entry, write_plan
 
@@ -456,14 +457,17 @@ def test_a_laplace_approximation_is_no_further_training_run_and_has_no_loss_of_i
     assert LOSS not in found[averaged.name]
 
 
-def test_records_that_are_set_aside_are_counted_where_no_loss_was_measured_on_them(made_grid, tmp_path):
+@pytest.mark.parametrize(("of_first", "said"), [(5, "5"), (0, "0 / 5")])
+def test_records_that_are_set_aside_are_counted_where_no_loss_was_measured_on_them(made_grid, tmp_path, of_first, said):
     root = Path(shutil.copytree(made_grid, tmp_path / "grid"))
-    for path in root.glob("runs/*/run.json"):
+    rows = [row for row in read_plan(root).rows if row.run]
+    for row in rows:
+        path = RunDirectory(row.run).record
         record = read_json(path)
         assert "validation" not in record
-        record["data"]["validation"] = {**record["data"]["test"], "records": 5}
+        record["data"]["validation"] = {**record["data"]["test"], "records": of_first if row is rows[0] else 5}
         writing.write_json(path, record)
-    assert "; 5 more were set aside for validation." in report([str(root)], "markdown")
+    assert f"; {said} more were set aside for validation." in report([str(root)], "markdown")
 
 
 def test_a_terminal_shows_the_verdict_and_the_scores_of_a_report_that_is_written(made_grid, tmp_path):

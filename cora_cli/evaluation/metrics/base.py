@@ -34,7 +34,7 @@ class Metric(ABC):
         """Everything that affects the value, as `name|key:value|...`."""
 
     blind_spot: str
-    """What `unscorable` references have in common, to end a sentence with."""
+    """What `unscorable` references have in common, to end a sentence with that begins "3 of 8 references"."""
 
     @abstractmethod
     def unscorable(self, references: Sequence[str]) -> int:

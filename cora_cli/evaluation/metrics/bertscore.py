@@ -61,7 +61,7 @@ class BertScore(StreamingMetric):
     """
 
     name = "bertscore_f1"
-    blind_spot = "whose tokens the BERTScore encoder does not know, or not most of them, so that it takes all such texts for much the same"
+    blind_spot = "consist wholly or mostly of tokens that the BERTScore encoder does not know, so that it takes all such texts for much the same"
 
     def __init__(
         self, model: str | None = None, layer: int | None = None, device: str = "cpu", as_evaluate: bool = False

@@ -20,7 +20,7 @@ class SacreBleu(Metric):
 
     name = "sacrebleu"
     blind_spot = (
-        "with fewer tokens than the four that BLEU counts together, which leaves nothing to count: even perfect answers score 0; for a "
+        "have fewer tokens than the four that BLEU counts together, which leaves nothing to count: even perfect answers score 0; for a "
         "language without spaces choose --bleu-tokenize"
     )
 

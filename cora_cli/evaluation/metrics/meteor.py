@@ -68,7 +68,7 @@ class Meteor(Metric):
     def __init__(self, as_evaluate: bool = False) -> None:
         self._as_evaluate = as_evaluate
 
-    blind_spot = "without a token for METEOR: even a perfect answer scores 0"
+    blind_spot = "have no token for METEOR: even a perfect answer scores 0"
 
     @cached_property
     def _wordnet(self) -> WordNetCorpusReader:

@@ -83,13 +83,11 @@ class Rouge(Metric):
         self._column = COLUMNS.index(name)
         self._needed = 2 if name == "rouge2" else 1  # tokens that are compared together
         needed = (
-            "two tokens of the letters a-z and the digits that ROUGE-2 compares as pairs"
+            "fewer than two tokens of the letters a-z and digits, which ROUGE-2 compares as pairs"
             if self._needed > 1
-            else "a token of the letters a-z and the digits that ROUGE compares"
+            else "no token of the letters a-z and digits, which alone ROUGE compares"
         )
-        self.blind_spot = (
-            f"without {needed}, or with more of other letters: even a perfect answer may score 0, and a wrong one 1"
-        )
+        self.blind_spot = f"have {needed}, or more letters of other alphabets than these: even a perfect answer may score 0, and a wrong one 1"
         self._scores = scores or RougeScores(stem=not as_evaluate)
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:

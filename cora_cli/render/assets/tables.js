@@ -1,6 +1,6 @@
 // Tables sort by the column whose heading is activated: numbers by value, other cells as text, cells without a value last.
 "use strict";
-const UNITS = { kB: 1e3, MB: 1e6, GB: 1e9 };
+const UNITS = { KiB: 2 ** 10, MiB: 2 ** 20, GiB: 2 ** 30 };
 // A number may have a sign before it, and a unit or a word behind it.
 const sortKey = (text) => {
   const found = /^(?:[<\u00b1] )?([-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:e[-+]?[0-9]+)?) ?([^0-9]*)$/.exec(text.replace(/\u2212/g, "-"));
