@@ -356,12 +356,12 @@ def _for_peft(adapter: ModelPath, state: dict[str, torch.Tensor], as_stored: boo
 
 
 def _resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
-    """Give the model as many embedding rows as the embeddings that an adapter stores because it was trained with added tokens."""
+    """Give the model as many embedding rows as the embeddings that an adapter stores because they were resized: for added tokens, or without padding."""
     embedding: Any = model.get_input_embeddings()
     ends = (embedding, model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
     rows = {len(state[key]) for name in names for key in _weight_keys(name) if key in state}
-    if len(rows) == 1 and (needed := rows.pop()) > len(embedding.weight):
+    if len(rows) == 1 and (needed := rows.pop()) != len(embedding.weight):
         model.resize_token_embeddings(needed, mean_resizing=False)
 
 

@@ -398,6 +398,24 @@ def test_an_adapter_with_added_tokens_is_exported_with_its_rows_and_its_tokenize
     assert "<call>" in AutoTokenizer.from_pretrained(tmp_path / "exported").get_vocab()
 
 
+@pytest.mark.parametrize("settings", [{}, {"target_modules": ["q_proj", "embed_tokens"]}])
+def test_an_adapter_trained_without_the_padding_rows_of_its_base_is_merged_and_exported(settings, tiny_model, tmp_path):
+    rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size
+    padded = LlamaForCausalLM.from_pretrained(tiny_model)
+    padded.resize_token_embeddings(rows + 64, mean_resizing=False)
+    padded.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "base")
+    expected = foreign(tmp_path / "base", tmp_path / "adapter", rows, **settings)
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert len(merged.get_input_embeddings().weight) == merged.config.vocab_size == rows
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=0)
+    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+    padded.resize_token_embeddings(rows)
+    loaded = PeftModel.from_pretrained(padded, tmp_path / "exported")
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=0)
+
+
 def test_a_failure_of_peft_while_merging_is_one_sentence(tiny_model, tmp_path):
     base = LlamaForCausalLM.from_pretrained(tiny_model)
     wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
