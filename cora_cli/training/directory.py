@@ -135,7 +135,9 @@ def write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, reco
     record["data"]["trained_prompts_sha256"] = hashing.sha256_text(listed)
     # The record comes first: it makes the directory a run, which --resume can complete.
     writing.write_json(run.record, record)
-    writing.write_text(run.config, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+    # The file may be given to `--config` in another directory, where a relative path would begin a second run.
+    settings = {**config.as_dict(), "output_dir": str(writing.absolute(run.root))}
+    writing.write_text(run.config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     writing.write_jsonl(run.test_records, prepared.data.test)
     writing.write_text(run.trained_prompts, listed)
     parameters = record["parameters"]

@@ -368,6 +368,14 @@ def test_a_run_is_repeated_on_another_day_from_its_configuration(
     assert log_lines(tmp_path / "again") == log_lines(tmp_path / "run") != log_lines(tmp_path / "other")
 
 
+def test_the_configuration_of_a_run_names_its_directory_wherever_it_is_given(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(config_for(tiny_model, tiny_data, Path("run"), max_steps=1))
+    assert yaml.safe_load(Path("run", "config.yaml").read_text())["output_dir"] == str(tmp_path / "run")
+
+
 def test_a_date_is_refused_where_the_template_writes_none(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(CoraError, match=r"--template-date has no effect: the template chat of .* writes no date"):
         train(config_for(tiny_model, tiny_data, tmp_path / "run", template_date="2030-01-01"))
