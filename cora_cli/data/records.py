@@ -38,6 +38,7 @@ MESSAGE_ENTRIES = frozenset(
     }
 )
 """Entries of a message that chat templates write. Others, such as an id, a time or a mark, make no other prompt of the same conversation."""
+_MISSING = frozenset({"nan", "NaN", "NaT", "<NA>", "None", "null", "NULL"})
 _Form = Literal["read", "complete", "written"]
 """How a prompt is hashed: with the entries that templates read; as earlier versions did, with all of them; and as the first ones, white space included."""
 
@@ -160,6 +161,13 @@ def template_values(record: Mapping[str, Any]) -> dict[str, Any]:
     """The variables that a record gives to the chat template in addition to its messages."""
     found = {name: record[name] for name in TEMPLATE_COLUMNS if record.get(name)}
     return {**{name: value for name, value in found.items() if isinstance(value, list)}, **found.get(TEMPLATE_COLUMNS[2], {})}
+
+
+def holds_missing(record: Mapping[str, Any]) -> bool:
+    """Whether a text of the record is nothing but a word that programs write into a table for a value that is missing."""
+    texts = [record.get(column) for column in ("instruction", "input", "output", "prompt", "completion", "text")]
+    texts += [message.get("content") for message in record.get("messages") or []]
+    return any(isinstance(text, str) and text.strip() in _MISSING for text in texts)
 
 
 def holds_nulls(record: Mapping[str, Any]) -> bool:

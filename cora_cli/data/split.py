@@ -11,7 +11,7 @@ from cora_cli.data.formats.columns import chosen_shape
 from cora_cli.data.formats.conversation import says_trained
 from cora_cli.data.formats.preference import refuse_unwanted
 from cora_cli.data.readers import HELD_OUT, read_located
-from cora_cli.data.records import SCHEMAS, Record, Schema, holds_nulls, prompt_hash, prompt_hashes
+from cora_cli.data.records import SCHEMAS, Record, Schema, holds_missing, holds_nulls, prompt_hash, prompt_hashes
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
@@ -92,6 +92,11 @@ def load_records(dataset: str, choice: Choice = ALL, usual: str = "train") -> tu
         say(
             f"{dataset}: {filled:,} records have nulls inside their tools or calls of tools, which the chat template writes as they are; JSON written "
             "from a table, as by datasets.to_json, has them where other records have values, and the Parquet file or folder is read without them"
+        )
+    if not own and (missing := sum(map(holds_missing, records))):
+        say(
+            f"{dataset}: {missing:,} records have a text that is nothing but nan, None, null or the like, as programs write it for a value that is "
+            "missing; it is taken as it stands, so leave it empty in the file if it means nothing"
         )
     # Values that no run can record, such as a date, are not kept either.
     kept = set().union(*records) - {*SCHEMAS[shape.schema], "input"}

@@ -134,6 +134,11 @@ def extract_basis(
     for one, other in itertools.combinations(basis.sources, 2):
         if one.hash == other.hash:
             say(f"{one.reference} and {other.reference} hold the same weights there, which count twice")
+    for one in basis.sources:
+        if one.hash == basis.base_hash:
+            say(
+                f"{one.reference} holds the weights of the base there, so its change is zero, and it counts as a model all the same"
+            )
     write_basis(output, basis)
     read = [*sources, *([base_source] if base_source else [])]
     return ExtractionSummary(

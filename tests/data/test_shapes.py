@@ -636,3 +636,19 @@ def test_json_with_nulls_inside_tools_or_calls_of_them_is_told(entries, columns,
     question, answer = asked_and_said("q")
     load_records(jsonl(tmp_path / "a.jsonl", {"messages": [question, {**answer, **entries}], **columns}))
     assert ("1 records have nulls inside their tools or calls of tools" in capsys.readouterr().err) is said
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"instruction": "q", "input": "nan", "output": "a"}, True),
+        ({"prompt": "q", "completion": " None\n"}, True),
+        ({"messages": asked_and_said("<NA>")}, True),
+        ({"text": "null"}, True),
+        ({"instruction": "Is None null?", "input": "", "output": "nan is neither"}, False),
+        ({"instruction": "q", "input": None, "output": "a"}, False),
+    ],
+)
+def test_words_that_programs_write_for_missing_values_are_told(record, said, tmp_path, capsys):
+    load_records(jsonl(tmp_path / "a.jsonl", record))
+    assert ("1 records have a text that is nothing but nan, None, null or the like" in capsys.readouterr().err) is said

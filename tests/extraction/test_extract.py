@@ -132,6 +132,16 @@ def test_a_model_that_is_named_twice_is_refused_and_a_copy_of_one_is_named(group
     assert f"{one} and {copied} hold the same weights there, which count twice" in capfd.readouterr().err
 
 
+def test_a_model_with_the_weights_of_the_base_is_named_where_changes_are_merged(grouped_models, tmp_path, capfd):
+    one, other = grouped_models[:2]
+    said = "holds the weights of the base there, so its change is zero, and it counts as a model all the same"
+    run([one, other], tmp_path / "b.safetensors")
+    assert said not in capfd.readouterr().err
+    run([one, other], tmp_path / "delta.safetensors", base=one, source="delta")
+    told = capfd.readouterr().err
+    assert (f"{one} {said}" in told, f"{other} {said}" in told) == (True, False)
+
+
 def test_a_model_with_damaged_weights_stops_the_command_and_leaves_nothing(grouped_models, tmp_path):
     bad = shutil.copytree(grouped_models[0], tmp_path / "bad")
     tensors = load_file(bad / "model.safetensors")
