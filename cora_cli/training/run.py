@@ -270,7 +270,12 @@ def _fit(
     done = step_of(checkpoint) if checkpoint else 0
     if trainer.is_world_process_zero():
         lines = read_jsonl(run.log, LogLine, drop_partial_tail=True) if run.log.exists() else []
-        writing.write_jsonl(run.log, [line for line in lines if line["step"] <= done])
+        kept = [line for line in lines if line["step"] <= done]
+        if lost := done - sum("loss" in line for line in kept):
+            say(
+                f"{run.log} has lost {lost:,} of {done:,} steps: the speed in {run.record.name} and the curve in reports will lack them"
+            )
+        writing.write_jsonl(run.log, kept)
     if checkpoint:
         say(f"resuming after step {done}")
     with progress("training", total_steps(config, len(prepared.train.examples)), "steps", done=done) as shown:
