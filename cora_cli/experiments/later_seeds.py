@@ -23,29 +23,37 @@ def seeds_before(out: Path, plan: Mapping[str, Any]) -> list[int]:
         return []
     found = [count for count in old.get("seeds_before", ()) if isinstance(count, int)]
     with contextlib.suppress(KeyError, TypeError):  # a plan of another version
-        if more := _before_looks(out, old, plan) if plan.get("looks") and old.get("looks") else _before_rows(out, old, plan):
+        if more := _before_looks(out, old, plan) if plan.get("looks") else _before_rows(out, old, plan):
             found.append(more)
     return found
 
 
 def _before_looks(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> int | None:
-    return _most_finished(out, _seeds(old, "confirm").values()) if new["looks"] > old["looks"] else None
+    if old.get("looks"):
+        return _most_finished(out, _seeds(old, "confirm").values()) if new["looks"] > old["looks"] else None
+    # The rates of a grid that begins to confirm are those that its sweeps will choose.
+    before, after = _seeds(old, None, by_rate=False), _seeds(new, "confirm", by_rate=False)
+    return _most_finished(out, _extended(before, after))
 
 
 def _before_rows(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> int | None:
     before, after = _seeds(old, None), _seeds(new, None)
-    extended = [method for method in before.keys() & after.keys() if after[method].keys() - before[method].keys()]
-    return _most_finished(out, (before[method] for method in extended))
+    return _most_finished(out, _extended(before, after))
 
 
-def _seeds(plan: Mapping[str, Any], stage: str | None) -> _Seeds:
-    """The runs of each seed of each method in a stage of a plan; an ensemble has several for one seed."""
+def _extended(before: _Seeds, after: _Seeds) -> list[dict[int, list[str]]]:
+    """The methods `before` that have more seeds `after`."""
+    return [before[method] for method in before.keys() & after.keys() if after[method].keys() - before[method].keys()]
+
+
+def _seeds(plan: Mapping[str, Any], stage: str | None, by_rate: bool = True) -> _Seeds:
+    """The runs of each seed of each method, at each learning rate or at any, in a stage of a plan; an ensemble has several for one seed."""
     found: _Seeds = {}
     for row in plan["rows"]:
-        method = tuple(row[name] for name in ("group", "label", "rank", "n_models", "learning_rate"))
+        method = tuple(row[name] for name in ("group", "label", "rank", "n_models", *(["learning_rate"] if by_rate else [])))
         runs = row.get("members") or ([row["run"]] if row["run"] is not None else [])
         if runs and row.get("stage") == stage:
-            found.setdefault(method, {})[row["seed"]] = runs
+            found.setdefault(method, {}).setdefault(row["seed"], []).extend(runs)
     return found
 
 

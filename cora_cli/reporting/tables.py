@@ -89,6 +89,10 @@ def verdict_table(group: Group) -> Table:
     tests = [test for comparison in group.verdict.comparisons for test in comparison.tests]
     if any(test.found.kind == EXAMPLES and test.found.ci95 for test in tests):
         notes.append("* A side has one seed: the interval is over records only and excludes the spread over seeds.")
+    if any(test.margin is not None and round(test.margin, digits(test.measure) + 1) == 0 for test in tests):
+        notes.append(
+            "A margin that rounds to zero, such as a share of next to no gain, is too small for anything to be shown equivalent."
+        )
     notes += obstacle_notes(group.verdict.comparisons)
     return Table(f"{group.name} – the tests behind the verdict", headers, tuple(rows), tuple(notes))
 

@@ -137,7 +137,7 @@ def _rule(tests: int, data_tests: int, other_tests: int, margin: Margin, looks: 
     return (
         "Rule: seeds and records are both random and crossed; a difference has the variance σ²(seed)/S + σ²(record)/R + "
         f"σ²(interaction)/(S·R). Better or worse: p < {LEVEL:g} after Holm's correction over {family} (those that have a p-value), "
-        f"however small the difference. Equivalent: otherwise, if the 90 % interval lies inside ± the margin ({margins}; without a base model there is none). Otherwise "
+        f"however small the difference. Equivalent: otherwise, if the 90 % interval lies inside ± the margin ({margins}; there is none without a base model, or where training gained nothing). Otherwise "
         f"undecided, which does not mean equal. Nothing is decided with fewer than {MIN_SEEDS} seeds on a side, nor where the learning "
         "rates were not swept alike, with equally many on both sides, and more than one, over ranges of about one width, and the chosen one inside its range, not at an edge. The "
         "intervals are not corrected for multiple tests. would decide: about how many more seeds per method, or more records, if the "

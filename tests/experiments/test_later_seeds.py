@@ -66,6 +66,17 @@ def test_more_looks_than_were_planned_are_more_seeds(grid: Path) -> None:
     assert seeds_before(grid, {**staged, "looks": 4}) == []
 
 
+def test_confirming_seeds_that_a_finished_grid_gets_are_more_seeds(grid: Path) -> None:
+    plan = read_json(grid / "plan.json")
+    confirmed = [{**row, "stage": "confirm", "learning_rate": 0.5} for row in plan["rows"]]
+    begun = {**plan, "looks": 3, "rows": confirmed}
+    assert seeds_before(grid, begun) == []
+    assert seeds_before(grid, with_seed(begun, 3)) == [3]
+    for row in plan["rows"]:
+        RunDirectory(grid / row["run"]).record.unlink()
+    assert seeds_before(grid, with_seed(begun, 3)) == []
+
+
 def test_a_seed_that_is_added_to_finished_ensembles_is_noticed(grid: Path) -> None:
     plan = read_json(grid / "plan.json")
     ensembles = {**plan, "rows": [{**row, "run": None, "members": [row["run"]]} for row in plan["rows"]]}

@@ -101,6 +101,14 @@ def test_rows_that_were_not_trained_alike_are_named_under_the_table_and_in_their
     assert (note in text, f"not trained alike: {named})" in text) == (bool(found), bool(named))
 
 
+@pytest.mark.parametrize(("margin", "said"), [(1e-9, True), (0.01, False)])
+def test_a_margin_that_is_printed_as_zero_is_explained(tmp_path, margin, said):
+    made = [Made(mode, mode, seed, n_models=n) for seed in range(3) for mode, n in (("lora", None), ("fb", 2))]
+    grid = make_grid(tmp_path / "grid", made, prompts=6, margin={"rougeL": margin})
+    text = " ".join(report([str(grid)]).split())
+    assert ("A margin that rounds to zero" in text) is said
+
+
 def test_what_a_resumed_run_began_with_is_named(tmp_path):
     grid = make_grid(tmp_path / "grid", [Made("fb", "fb")], prompts=6)
     (place,) = grid.rglob("run.json")
