@@ -25,6 +25,7 @@ from cora_cli.reporting.collect import Result, collect
 from cora_cli.reporting.found import find_experiments
 from cora_cli.reporting.learning_rate_sweep import Rates, RatesByMethod, choose_learning_rates, rates_of
 from cora_cli.reporting.measures import LOSS
+from cora_cli.reporting.report_rows import Row
 from cora_cli.reporting.statistics import MethodResults
 from cora_cli.weights.sources import WeightSource
 
@@ -120,8 +121,11 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
     # A report groups runs by method alone. Here runs with different bases must stay apart, even if nothing else differs.
     strata: dict[str, list[tuple[str, Result]]] = {}
     planned: dict[tuple[object, ...], Rates] = {}
+    diverged: list[Row] = []
     for experiment in find_experiments(outputs):
-        finished = collect(experiment).results
+        collection = collect(experiment)
+        finished = collection.results
+        diverged += collection.diverged
         for result in finished:
             if LOSS in result.measures and (key := _key(result)) is not None:
                 row = result.row
@@ -129,7 +133,7 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
                 width = _width(plan)
                 stratum = f"{row.group}, {row.mode} r={row.rank}{'' if width == f'r={plan.rank}' else f', {width}'}"
                 strata.setdefault(stratum, []).append((key, result))
-        planned |= rates_of([MethodResults((result,)) for result in finished], experiment.sweeps)
+        planned |= rates_of([MethodResults((result,)) for result in finished], experiment.sweeps, collection.diverged)
     found: dict[tuple[str, str], dict[Any, list[Result]]] = {}
     for stratum, results in strata.items():
         settings = [_settings(result) for _, result in results]
@@ -146,7 +150,7 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
     return [
         _used(stratum, key, [result for method in chosen for result in method.results], planned)
         for (stratum, key), rates in found.items()
-        for chosen, _ in [choose_learning_rates([MethodResults(tuple(results)) for results in rates.values()])]
+        for chosen, _ in [choose_learning_rates([MethodResults(tuple(results)) for results in rates.values()], diverged)]
     ]
 
 

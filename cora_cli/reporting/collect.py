@@ -76,11 +76,12 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Missing:
-    """A row that cannot be reported, or only the `part` of it that cannot, with the reason."""
+    """A row that cannot be reported, or only the `part` of it that cannot, with the reason, and whether it is that the training diverged."""
 
     row: Row
     part: str
     reason: str
+    diverged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,11 @@ class Collection:
     missing: list[Missing]
     judged: list[Judged] = dataclasses.field(default_factory=list)
 
+    @property
+    def diverged(self) -> tuple[Row, ...]:
+        """The rows whose training diverged, which says something about their learning rate."""
+        return tuple(entry.row for entry in self.missing if entry.diverged)
+
 
 _HELD_OUT = "held-out records"
 """What the held-out loss was measured on, as `_check_comparable` names it."""
@@ -126,7 +132,7 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
             try:
                 result, lacking = _read_row(row, wanted, experiment.records, logs)
             except CoraError as error:
-                missing.append(Missing(row, "run", str(error)))
+                missing.append(Missing(row, "run", str(error), _has_diverged(row)))
             else:
                 results.append(result)
                 missing += lacking
@@ -261,6 +267,14 @@ def _read_row(
             raise
         missing.append(Missing(row, "evaluation", str(error)))
     return Result(row, measures, record, generation, log, references, trained, adapter_bytes, counts), missing
+
+
+def _has_diverged(row: Row) -> bool:
+    try:
+        record = records.read_run(RunDirectory(row.run)) if row.run is not None else {}
+    except CoraError:
+        return False
+    return record.get("status") == "failed" and record.get("diverged") is True
 
 
 def _finished_record(run: RunDirectory, row: Row, logs: Sequence[Path]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from cora_cli.reporting.measures import LOSS
+from cora_cli.reporting.report_rows import Row
 from cora_cli.reporting.statistics import MethodResults
 
 VALIDATION, HELD_OUT = "validation loss", "held-out loss"
@@ -35,11 +36,13 @@ class Rates:
 RatesByMethod = Mapping[tuple[object, ...], Rates]
 
 
-def rates_of(methods: Sequence[MethodResults], sweeps: Sequence[Mapping[str, Any]] = ()) -> dict[tuple[object, ...], Rates]:
-    """The rates of each method by `MethodResults.identity`: those in `methods`, or those of its sweep among the grid's `sweeps`."""
+def rates_of(
+    methods: Sequence[MethodResults], sweeps: Sequence[Mapping[str, Any]] = (), diverged: Sequence[Row] = ()
+) -> dict[tuple[object, ...], Rates]:
+    """The rates of each method by `Row.identity`: those in `methods` and of the rows that `diverged`, or those of its sweep among the grid's `sweeps`."""
     trained: dict[tuple[object, ...], set[float | None]] = {}
-    for method in methods:
-        trained.setdefault(method.identity, set()).add(method.first.row.learning_rate)
+    for row in (*(method.first.row for method in methods), *diverged):
+        trained.setdefault(row.identity, set()).add(row.learning_rate)
     found = {identity: Rates(frozenset(rates), frozenset(rates)) for identity, rates in trained.items()}
     by_plan = {tuple(swept["method"]): swept for swept in sweeps}
     for method in methods:
@@ -48,8 +51,11 @@ def rates_of(methods: Sequence[MethodResults], sweeps: Sequence[Mapping[str, Any
     return found
 
 
-def choose_learning_rates(methods: Sequence[MethodResults]) -> tuple[list[MethodResults], str | None]:
-    """For each method trained at several learning rates, choose the rate with the lowest loss (mean over `deciding_seeds`).
+def choose_learning_rates(
+    methods: Sequence[MethodResults], diverged: Sequence[Row] = ()
+) -> tuple[list[MethodResults], str | None]:
+    """For each method trained at several learning rates, choose the rate with the lowest loss (mean over `deciding_seeds`), none at which a seed
+    `diverged` if there is another one.
 
     The loss is the validation loss if every run of the sweep has one, else the held-out loss. Returns the chosen methods, and VALIDATION
     or HELD_OUT, or None if there was nothing to choose. If the held-out loss is missing as well, all rates are kept.
@@ -61,8 +67,10 @@ def choose_learning_rates(methods: Sequence[MethodResults]) -> tuple[list[Method
     validated = all(result.validation_loss is not None for method in swept for result in method.results)
     by = VALIDATION if validated else HELD_OUT
     chosen, any_choice = [], False
-    for candidates in rates.values():
+    for trained in rates.values():
+        candidates = eligible(trained, diverged)
         losses = [_losses(method, by) for method in candidates]
+        any_choice |= len(candidates) < len(trained)
         if len(candidates) > 1 and all(losses):
             any_choice = True
             seeds = deciding_seeds(candidates, by)
@@ -71,6 +79,12 @@ def choose_learning_rates(methods: Sequence[MethodResults]) -> tuple[list[Method
         else:
             chosen += candidates
     return chosen, by if any_choice else None
+
+
+def eligible(rates: Sequence[MethodResults], diverged: Sequence[Row]) -> Sequence[MethodResults]:
+    """The learning rates of a method at which no seed `diverged`: the seeds that are left would favour a rate. All of them where none is left."""
+    lost = {(row.identity, row.learning_rate) for row in diverged}
+    return [one for one in rates if (one.identity, one.first.row.learning_rate) not in lost] or rates
 
 
 def deciding_seeds(rates: Sequence[MethodResults], by: str) -> set[int]:

@@ -1,13 +1,14 @@
 """The notes under the tables of a report: what a cell says, how the rows differ apart from their methods, and where a number says less than it seems to."""
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 
 from cora_cli.evaluation.metrics import build_metrics, scales
 from cora_cli.evaluation.shortcomings import KINDS
 from cora_cli.experiments.paper import paper
 from cora_cli.reporting.comparison import Comparison, digits, title
-from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, VALIDATION, at_edge, deciding_seeds
+from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, VALIDATION, at_edge, deciding_seeds, eligible
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import clean
 from cora_cli.reporting.statistics import EXAMPLES, SEEDS
@@ -80,7 +81,7 @@ def score_notes(group: Group) -> list[str]:
             f"Measured, but left out by --metrics, so that p-values are not corrected over them: {', '.join(left_out)}."
         )
     notes += _repetition_notes(group) + _training_notes(group) + _loss_notes(group)
-    return notes + _answer_notes(group) + _unscorable_notes(group) + _selection_notes(group)
+    return notes + _answer_notes(group) + _unscorable_notes(group) + _divergence_notes(group) + _selection_notes(group)
 
 
 def _lopsided_notes(group: Group) -> list[str]:
@@ -198,6 +199,18 @@ def _unscorable_notes(group: Group) -> list[str]:
     return notes
 
 
+def _divergence_notes(group: Group) -> list[str]:
+    """A sentence on the learning rates at which trainings of the shown methods diverged."""
+    found: dict[str, None] = {}
+    for line in group.chosen:
+        rates = Counter(row.learning_rate for row in group.diverged if row.identity == line.method.identity)
+        for rate, count in rates.items():
+            seeds = f"{count} seed{'s' if count > 1 else ''}"
+            shown = "shown without them" if rate == line.method.first.row.learning_rate else "tried and not chosen"
+            found[f"{line.method.name} {'–' if rate is None else f'{rate:g}'} ({seeds}; {shown})"] = None
+    return [f"Learning rates at which trainings diverged: {', '.join(found)}."] if found else []
+
+
 def _selection_notes(group: Group) -> list[str]:
     if not group.selected_by:
         return []
@@ -228,7 +241,7 @@ def _seed_notes(group: Group) -> list[str]:
     unlike = []
     for line in group.chosen:
         alike = [other for other in group.lines if other.method.identity == line.method.identity]
-        rates = [other.method for other in alike]
+        rates = eligible([other.method for other in alike], group.diverged)
         if len({method.seeds for method in rates}) > 1 and [other for other in alike if other.chosen] == [line]:
             seeds = sorted(deciding_seeds(rates, group.selected_by or ""))
             by = (

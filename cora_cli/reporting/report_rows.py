@@ -46,6 +46,11 @@ class Row:
     stage: str | None = None
     members: tuple[Path, ...] = ()
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """The settings that identify a method, without its learning rate."""
+        return (self.group, self.label, self.printed, self.mode, self.rank, self.n_models, self.model, self.dataset)
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:

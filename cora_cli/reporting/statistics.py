@@ -122,8 +122,7 @@ class MethodResults:
     @functools.cached_property
     def identity(self) -> tuple[object, ...]:
         """The settings that identify a method, without its learning rate."""
-        row = self.first.row
-        return (row.group, row.label, row.printed, row.mode, row.rank, row.n_models, row.model, row.dataset)
+        return self.first.row.identity
 
     @property
     def planned_as(self) -> tuple[object, ...]:

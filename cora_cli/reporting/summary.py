@@ -13,7 +13,7 @@ from cora_cli.reporting.collect import Collection, Result
 from cora_cli.reporting.learning_rate_sweep import VALIDATION, RatesByMethod, choose_learning_rates, rate_obstacle, rates_of
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.outcomes import BETTER, decide
-from cora_cli.reporting.report_rows import Experiment
+from cora_cli.reporting.report_rows import Experiment, Row
 from cora_cli.reporting.statistics import Estimate, MethodResults, compare, compute_estimates, group_methods, higher_is_better
 from cora_cli.reporting.verdict import Verdict, judge
 
@@ -50,7 +50,7 @@ class Group:
 
     `measures` are all measures that any of them has, the held-out loss first. `selected_by` names the loss that chose among learning
     rates, or is None without a sweep. `rates` has the rates of all sweeps, and `sweeps` those that the grid made before its
-    confirming seeds, as `records.PlannedSweep`.
+    confirming seeds, as `records.PlannedSweep`. `diverged` are the rows whose training did.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Group:
     verdict: Verdict
     rates: RatesByMethod
     sweeps: tuple[Mapping[str, Any], ...] = ()
+    diverged: tuple[Row, ...] = ()
 
     @property
     def chosen(self) -> tuple[Line, ...]:
@@ -93,15 +94,16 @@ def summarise(collection: Collection) -> Summary:
     for name in names:
         results = [result for result in collection.results if result.row.group == name]
         if results:
-            groups.append(_summarise_group(name, results, collection.experiment))
+            diverged = [row for row in collection.diverged if row.group == name]
+            groups.append(_summarise_group(name, results, diverged, collection.experiment))
     return Summary(collection, tuple(groups))
 
 
-def _summarise_group(name: str, results: Sequence[Result], experiment: Experiment) -> Group:
+def _summarise_group(name: str, results: Sequence[Result], diverged: Sequence[Row], experiment: Experiment) -> Group:
     measures = tuple(m for m in (LOSS, *NAMES) if any(m in result.measures for result in results))
     methods = group_methods(results)
     compute_estimates(methods, measures)
-    chosen, selected_by = choose_learning_rates(methods)
+    chosen, selected_by = choose_learning_rates(methods, diverged)
     lines = tuple(
         Line(
             method,
@@ -112,10 +114,11 @@ def _summarise_group(name: str, results: Sequence[Result], experiment: Experimen
         for method in methods
     )
     sweeps = tuple(swept for swept in experiment.sweeps if swept["method"][0] == name)
-    rates = rates_of(methods, sweeps)
+    rates = rates_of(methods, sweeps, diverged)
     best = best_methods(chosen, measures, rates, experiment.looks)
     verdict = judge(chosen, measures, rates, experiment.margin, experiment.looks)
-    return Group(name, lines, measures, best, VALIDATION if sweeps else selected_by, verdict, rates, sweeps)
+    by = VALIDATION if sweeps else selected_by
+    return Group(name, lines, measures, best, by, verdict, rates, sweeps, tuple(diverged))
 
 
 def best_methods(

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from cora_cli.reporting.learning_rate_sweep import (
@@ -12,7 +14,7 @@ from cora_cli.reporting.learning_rate_sweep import (
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.statistics import group_methods
 
-from .helpers import result
+from .helpers import ROW, result
 
 
 def test_learning_rates_are_chosen_by_the_mean_held_out_loss_of_the_seeds():
@@ -38,6 +40,33 @@ def test_seeds_that_not_every_learning_rate_has_finished_do_not_decide(by):
     apart = group_methods([at(1e-4, 1, 3.0), at(1e-3, 0, 1.5)])
     assert deciding_seeds(apart, by) == set()
     assert [method.first.row.learning_rate for method in choose_learning_rates(apart)[0]] == [1e-3]
+
+
+def test_a_rate_at_which_a_seed_diverged_is_tried_and_not_chosen():
+    def at(rate, seed, loss, label="fb"):
+        return result(label, seed, rate, **{LOSS: [[loss * 5, 5]]})
+
+    # At the highest rate one seed diverged, and the others are better than all at lower rates.
+    methods = group_methods(
+        [at(rate, seed, loss) for rate, loss in ((1e-4, 1.2), (1e-3, 1.0)) for seed in (0, 1)] + [at(1e-2, 1, 0.5)]
+    )
+    lost = dataclasses.replace(ROW, learning_rate=1e-2)
+    chosen, by = choose_learning_rates(methods, [lost])
+    assert ([method.first.row.learning_rate for method in chosen], by) == ([1e-3], "held-out loss")
+    assert [method.first.row.learning_rate for method in choose_learning_rates(methods)[0]] == [1e-2]
+    # None is left without a loss.
+    everywhere = [dataclasses.replace(ROW, learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
+    assert choose_learning_rates(methods, everywhere) == choose_learning_rates(methods)
+
+
+def test_a_rate_at_which_every_seed_diverged_bounds_the_sweep():
+    fb = [result("fb", 0, rate, rouge1=[0.1]) for rate in (1e-4, 1e-3)]
+    lora = [result("lora", 0, rate, rouge1=[0.1]) for rate in (1e-4, 1e-3, 1e-2)]
+    methods = group_methods([*fb, *lora])
+    rates = rates_of(methods, diverged=[dataclasses.replace(ROW, learning_rate=1e-2)])
+    found = {(method.first.row.label, method.first.row.learning_rate): method for method in methods}
+    assert rate_obstacle(found["fb", 1e-3], found["lora", 1e-3], rates) == ""
+    assert rate_obstacle(found["fb", 1e-3], found["lora", 1e-3], rates_of(methods)) == UNSWEPT
 
 
 def test_without_held_out_losses_every_learning_rate_stays():

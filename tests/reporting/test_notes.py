@@ -109,6 +109,22 @@ def test_a_margin_that_is_printed_as_zero_is_explained(tmp_path, margin, said):
     assert ("A margin that rounds to zero" in text) is said
 
 
+def test_rates_at_which_trainings_diverged_are_named_and_are_no_failure_of_the_sweep(tmp_path):
+    losses = {1e-4: 1.2, 1e-3: 1.0, 1e-2: 1.3}
+    made = [Made(mode, mode, loss=loss, rate=rate) for mode in ("lora", "fb") for rate, loss in losses.items()]
+    grid = make_grid(tmp_path / "grid", made, prompts=6)
+    assert "diverged" not in report([str(grid)])
+    place = next(path for path in grid.rglob("run.json") if "-fb_" in str(path) and "0.01" in str(path))
+    writing.write_json(place, {**read_json(place), "status": "failed", "error": "the loss is nan", "diverged": True})
+    text = " ".join(report([str(grid)]).split())
+    assert "Learning rates at which trainings diverged: fb r=4 0.01 (1 seed; tried and not chosen)." in text
+    assert "Learning rates not swept alike" not in text
+    assert "At the edge of the sweep" not in text
+    failed = {name: value for name, value in read_json(place).items() if name != "diverged"}
+    writing.write_json(place, failed)
+    assert "Learning rates not swept alike" in " ".join(report([str(grid)]).split())
+
+
 def test_what_a_resumed_run_began_with_is_named(tmp_path):
     grid = make_grid(tmp_path / "grid", [Made("fb", "fb")], prompts=6)
     (place,) = grid.rglob("run.json")
