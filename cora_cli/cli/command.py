@@ -5,6 +5,7 @@ All commands share the same precedence (a flag overrides the file, the file over
 
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import os
 import re
@@ -272,8 +273,11 @@ def _read_file(path: Path, hints: Mapping[str, Any], context: typer.Context) -> 
     values = read_yaml(path, "configuration file", lambda key: _plain(key) in texts)
     known = set(names)
     if unknown := sorted({_plain(key) for key in values} - known):
+        near = {key: difflib.get_close_matches(key, known, n=1) for key in unknown}
+        named = ", ".join(f"{key} (did you mean {near[key][0]}?)" if near[key] else key for key in unknown)
         raise UsageError(
-            f"configuration file {path} has unknown keys: {', '.join(unknown)}; known keys: {', '.join(sorted(known))}"
+            f"configuration file {path} has unknown keys: {named}"
+            + ("" if all(near.values()) else f"; known keys: {', '.join(sorted(known))}")
         )
     given = _by_parameter(values, names, path)
     repeated = {

@@ -138,9 +138,13 @@ def test_files_may_write_names_with_dashes_numbers_as_text_and_leave_values_empt
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("flour: x\nflower: y\nsalt: 1\n", "has unknown keys: flower, salt; known keys: baked, eggs, flour, guests, iced,"),
+        (
+            "flour: x\nflower: y\nsalt: 1\n",
+            "has unknown keys: flower (did you mean flour?), salt; known keys: baked, eggs, flour, guests, iced,",
+        ),
+        ("flour: x\nguest: 2\n", "has unknown keys: guest (did you mean guests?)\n"),
         ("flour: x\nconfig: y\n", "has unknown keys: config;"),
-        ("flour: x\nno-iced: true\n", "has unknown keys: no_iced;"),
+        ("flour: x\nno-iced: true\n", "has unknown keys: no_iced (did you mean iced?)\n"),
         ("- flour\n", "must hold `name: value` lines, not a list"),
         ("flour: [", "is not valid YAML: "),
         ("flour: {a: b}\n", "flour must be a single value or a list, not {'a': 'b'}"),
