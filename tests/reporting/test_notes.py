@@ -125,6 +125,19 @@ def test_rates_at_which_trainings_diverged_are_named_and_are_no_failure_of_the_s
     assert "Learning rates not swept alike" in " ".join(report([str(grid)]).split())
 
 
+def test_a_rate_does_not_win_by_the_seeds_that_survived_it(tmp_path):
+    losses = {1e-4: 1.2, 1e-3: 1.0, 1e-2: 0.5}
+    made = [Made("fb", "fb", seed, loss=loss, rate=rate) for rate, loss in losses.items() for seed in (0, 1)]
+    grid = make_grid(tmp_path / "grid", made, prompts=6)
+    assert "(mean over seeds): fb r=4 0.01." in " ".join(report([str(grid)]).split())
+    place = next(path for path in grid.rglob("run.json") if "lr0.01_seed0" in str(path))
+    writing.write_json(place, {**read_json(place), "status": "failed", "error": "the loss is nan", "diverged": True})
+    text = " ".join(report([str(grid)]).split())
+    assert "(mean over seeds): fb r=4 0.001." in text
+    assert "Learning rates at which trainings diverged: fb r=4 0.01 (1 seed; tried and not chosen)." in text
+    assert "Not every learning rate has finished with the same seeds" not in text
+
+
 def test_what_a_resumed_run_began_with_is_named(tmp_path):
     grid = make_grid(tmp_path / "grid", [Made("fb", "fb")], prompts=6)
     (place,) = grid.rglob("run.json")

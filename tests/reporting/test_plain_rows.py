@@ -171,6 +171,14 @@ def test_a_copy_of_the_base_model_elsewhere_is_called_base(runs_with_base, tmp_p
     assert len({row.model for row in experiment.rows}) == 1  # by which its scores give margins
 
 
+def test_answers_of_one_name_go_by_their_directories_where_there_are_several(runs_with_base, tmp_path):
+    one = of_model(shutil.copytree(runs_with_base[0] / "eval-base", tmp_path / "one"), None)
+    other = shutil.copytree(one, tmp_path / "other")
+    for named, labels in (([one], ["chat-4"]), ([one, other], [f"chat-4 {one}", f"chat-4 {other}"])):
+        (experiment,) = find_experiments(list(map(str, named)))
+        assert [row.label for row in experiment.rows] == labels
+
+
 def test_evaluations_of_two_models_are_called_by_them(runs_with_base, tmp_path):
     one = shutil.copytree(runs_with_base[0] / "eval-base", tmp_path / "one")
     other = of_model(shutil.copytree(one, tmp_path / "other"), "instruct")
@@ -369,6 +377,16 @@ def test_runs_with_unlike_settings_are_of_unlike_strata_where_losses_are_correla
         (f"{alike[0].stratum}, max_steps=4", 1),
         (f"{alike[0].stratum}, max_steps=9", 1),
     ]
+
+
+def test_a_rate_at_which_a_run_diverged_is_one_that_was_tried_where_losses_are_correlated_with_captures(trained_grid, tmp_path):
+    run = next(path for path in sorted((trained_grid / "runs").iterdir()) if "fb_" in path.name)
+    one, lost = (shutil.copytree(run, tmp_path / name) for name in ("one", "lost"))
+    record = read_json(lost / "run.json")
+    record["fingerprint"]["settings"]["learning_rate"] = 0.5
+    writing.write_json(lost / "run.json", {**record, "status": "failed", "error": "the loss is nan", "diverged": True})
+    (used,) = used_bases([str(one), str(lost)])
+    assert (used.learning_rate, used.rates) == (0.03, (0.03, 0.5))
 
 
 def test_a_scale_that_follows_the_rank_is_no_part_of_a_label(trained_grid, tmp_path):

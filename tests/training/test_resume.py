@@ -371,12 +371,13 @@ def test_a_run_is_repeated_on_another_day_from_its_configuration(
 def test_a_resumption_says_how_many_steps_its_log_has_lost(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=4, validation_size=4)
+    config = config_for(tiny_model, tiny_data, tmp_path / "run", max_steps=4, validation_size=4, eval_steps=1)
     train(replace(config, stop_at=2))
     log = tmp_path / "run" / "log.jsonl"
-    log.write_text(log.read_text().splitlines(keepends=True)[1])
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if '"step": 1,' not in line or "heldout_loss" in line))
     train(replace(config, resume=True))
-    assert [line["step"] for line in log_lines(tmp_path / "run")] == [2, 3, 4]
+    assert [line["step"] for line in map(json.loads, log.read_text().splitlines()) if "loss" in line] == [2, 3, 4]
     assert (
         "log.jsonl has lost 1 of 2 steps: the speed in run.json and the curve in reports will lack them"
         in capsys.readouterr().err
