@@ -51,8 +51,8 @@ def run(config: EvaluateConfig) -> None:
         return
     show(metrics_table(results, columns()))
     show(f"\nvalue [95 % bootstrap interval over the {_counted(results)}]; {scales(config.metric_names)}")
-    for name, metric in results[0].record["metrics"].items():
-        show(f"{name}: {metric['signature']}")
+    for name in results[0].record["metrics"]:
+        show(f"{name}: {' / '.join(dict.fromkeys(result.signature(name) for result in results))}")
     for sentence in unscorable_references(results):
         show(sentence)
     for result in results:
@@ -72,6 +72,8 @@ def run(config: EvaluateConfig) -> None:
                 f"note: {', '.join(others)} {'was' if len(others) == 1 else 'were'} asked other prompts than {results[0].name}, with equal "
                 "references, so that differences are not of the models alone"
             )
+        for sentence in _not_compared(results):
+            show(sentence)
     reported = config.runs if config.runs and not config.output_dir else (config.output_dir,)
     if all(reported):
         say_next(
@@ -93,6 +95,18 @@ def _counted(results: "list[Evaluation]") -> str:
 
 def _records(result: "Evaluation") -> int:
     return int(next(iter(result.record["metrics"].values()))["n"])
+
+
+def _not_compared(results: "list[Evaluation]") -> list[str]:
+    """One sentence for each evaluation with metrics that were not measured as those of the first one, as on another tokenizer's tokens."""
+    first, found = results[0], []
+    for result in results[1:]:
+        if names := [name for name in first.record["metrics"] if result.signature(name) != first.signature(name)]:
+            found.append(
+                f"note: {', '.join(names)} of {result.name} and of {first.name} have different signatures, so they are not compared; values per token of "
+                "different tokenizers cannot be"
+            )
+    return found
 
 
 def unscorable_references(results: "list[Evaluation]") -> list[str]:
@@ -130,7 +144,9 @@ def differences_table(results: "list[Evaluation]", width: int | None = None) -> 
         differences = paired_differences(result, results[0])
         cells = [
             number(found.difference, found.ci95, DIGITS.get(name, 3), f"p{p_value_text(found.p_value)}")
-            for name, found in differences.items()
+            if (found := differences.get(name))
+            else Cell()
+            for name in names
         ]
         rows.append([Cell(result.name), *cells])
     return table_text(["run", *names], rows, width)

@@ -91,6 +91,10 @@ class Evaluation:
     references_sha256: str
     prompts_sha256: str
 
+    def signature(self, name: str) -> str:
+        """The signature of the metric `name`, with everything that moves its value apart from the answers."""
+        return str(self.record["metrics"][name]["signature"])
+
 
 def evaluate(config: EvaluateConfig) -> list[Evaluation]:
     """Evaluate everything that `config` names, in order, and return the results in the same order.
@@ -479,7 +483,7 @@ def _score(
 
 
 def paired_differences(one: Evaluation, other: Evaluation) -> dict[str, PairedDifference]:
-    """`one` minus `other` for each metric that both have, with a paired test over records (`intervals.paired_difference`).
+    """`one` minus `other` for each metric that both measured with equal signatures, with a paired test over records (`intervals.paired_difference`).
 
     Raises `CoraError` if they did not answer the same records.
     """
@@ -488,7 +492,8 @@ def paired_differences(one: Evaluation, other: Evaluation) -> dict[str, PairedDi
             f"{one.name} and {other.name} did not answer the same records, so a paired comparison is impossible; evaluate both "
             "on one --dataset"
         )
-    metrics = build_metrics(name for name in one.statistics if name in other.statistics)
+    shared = [name for name in one.statistics if name in other.statistics]
+    metrics = build_metrics(name for name in shared if one.signature(name) == other.signature(name))
     return {
         name: paired_difference(one.statistics[name], other.statistics[name], metric.value) for name, metric in metrics.items()
     }

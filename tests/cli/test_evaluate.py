@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,28 @@ def test_runs_that_were_asked_other_prompts_with_equal_references_are_compared_w
     note = f"note: {found[1]} was asked other prompts than {found[0]}, with equal references"
     assert note in cora(*found, "-o", tmp_path / "out", *FAST).stdout
     assert "other prompts" not in cora(*runs, "-o", tmp_path / "same", *FAST).stdout
+
+
+def test_values_per_token_of_different_tokenizers_are_not_compared(tiny_model: Path, tmp_path: Path) -> None:
+    letters = Path(shutil.copytree(tiny_model, tmp_path / "letters"))
+    tokenizer = read_json(letters / "tokenizer.json")
+    tokenizer["model"]["merges"] = []
+    writing.write_json(letters / "tokenizer.json", tokenizer)
+    writing.write_jsonl(tmp_path / "data.jsonl", [{"instruction": f"say {n}", "output": "many words"} for n in range(8)])
+    found = []
+    for model in (tiny_model, letters):
+        found.append(tmp_path / f"run of {model.name}")
+        settings = {"mode": "lora", "rank": 2, "max_steps": 1, "dtype": "fp32", "device": "cpu", "test_size": 2}
+        train(TrainConfig(model=str(model), dataset=str(tmp_path / "data.jsonl"), output_dir=str(found[-1]), **settings))
+    result = cora(*found, "-o", tmp_path / "out", *FAST, "--metrics", "rouge1,nll")
+    assert result.exit_code == 0, result.stderr
+    tokens = re.findall(r"nll\|over:reference-tokens\|tokens:(\d+)", result.stdout)
+    assert len(tokens) == 2
+    assert int(tokens[0]) < int(tokens[1])
+    _, rouge, nll = rows(result.stdout)[-1]
+    assert "p=" in rouge
+    assert nll == "–"
+    assert f"note: nll of {found[1]} and of {found[0]} have different signatures, so they are not compared" in result.stdout
 
 
 def test_a_configuration_file_names_the_runs_and_a_flag_overrides_it(runs: list[Path], tmp_path: Path) -> None:
