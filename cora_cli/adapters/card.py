@@ -47,11 +47,12 @@ def card(
     name: str | None = None,
     evaluations: Mapping[str, Mapping[str, Any]] | None = None,
     verdict: Sequence[str] = (),
+    remarks: Sequence[str] = (),
 ) -> str:
     """The text of the card.
 
-    `name` is where others find the files, such as `org/name`; `evaluations` has the `metrics.json` of each evaluation by its folder, and
-    `verdict` sentences of a report.
+    `name` is where others find the files, such as `org/name`; `evaluations` has the `metrics.json` of each evaluation by its folder, `remarks`
+    sentences on scores that say less than they seem to, and `verdict` sentences of a report.
     """
     found = ModelPath(str(directory), directory, None)
     parts = [
@@ -60,7 +61,7 @@ def card(
         _facts(found, record),
         "## Data\n\n" + _data(record),
         "## Losses\n\n" + _losses(record),
-        *(["## Evaluation\n\n" + _evaluation(evaluations)] if evaluations else []),
+        *(["## Evaluation\n\n" + _evaluation(evaluations, remarks)] if evaluations else []),
         *(["## Verdict\n\n" + "\n\n".join(map(_plain, verdict))] if verdict else []),
         "## How to load it\n\n"
         + ("" if name else "`PATH` is the directory with these files.\n\n")
@@ -160,6 +161,11 @@ def _losses(record: Mapping[str, Any]) -> str:
     if heldout:
         value = with_interval(heldout["change"]["value"], heldout["change"]["ci95"], 4)
         change = f"\n\nChange of the held-out loss, paired over records: {value}."
+        if known := record["data"].get("held_out_trained_on"):
+            change += (
+                f"\n\nThe models behind it were trained on the prompts of {known} of these {heldout['after']['n']} held-out records, so the held-out "
+                "loss says little about new ones."
+            )
     return (
         "In nats per response token, with 95 % bootstrap intervals over records; one seed, whose spread they do not contain.\n\n"
         + markdown_table(["loss", "value", "records"], cells)
@@ -167,7 +173,7 @@ def _losses(record: Mapping[str, Any]) -> str:
     )
 
 
-def _evaluation(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+def _evaluation(evaluations: Mapping[str, Mapping[str, Any]], remarks: Sequence[str]) -> str:
     rows, signatures = [], []
     for folder, record in evaluations.items():
         for name, metric in record["metrics"].items():
@@ -179,7 +185,7 @@ def _evaluation(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
         f"The scores of {_code(folder)} are of the records of {_code(_published(dataset))}."
         for folder, dataset in datasets.items()
     ]
-    table = "\n\n".join([markdown_table(["metric", "value", "records"], rows), *where])
+    table = "\n\n".join([markdown_table(["metric", "value", "records"], rows), *where, *map(_plain, remarks)])
     notes = "95 % bootstrap intervals over records. Their signatures:"
     return f"{table}\n\n{notes}\n\n" + "\n".join(dict.fromkeys(signatures))
 

@@ -13,6 +13,8 @@ from cora_cli import hashing, rundir
 from cora_cli.adapters.card import card
 from cora_cli.environment import checked_proxy
 from cora_cli.errors import CoraError, reason
+from cora_cli.evaluation.metrics import build_metrics
+from cora_cli.evaluation.shortcomings import KINDS
 from cora_cli.progress import say
 from cora_cli.publishing.verify import check_run, evaluations_in
 from cora_cli.reading import read_json, read_text
@@ -70,7 +72,26 @@ def _card(run: RunDirectory, record: Mapping[str, Any], name: str, scores: Mappi
             )
         say(f"{there} was edited, so it is published as it is")
         return there.read_bytes()
-    return card(run.result, record, name, scores, verdict).encode()
+    remarks = [sentence for folder, metrics in scores.items() for sentence in _remarks(folder, metrics)]
+    return card(run.result, record, name, scores, verdict, remarks).encode()
+
+
+def _remarks(folder: str, record: Mapping[str, Any]) -> list[str]:
+    """Sentences on the scores of an evaluation that say less than they seem to, as a report has them."""
+    metrics, found = record["metrics"], []
+    answers = next(iter(metrics.values()))["n"] if metrics else 0
+    if known := record["generation"].get("prompts_trained_on"):
+        found.append(f"{folder}: {known} of its {answers} prompts were trained on, so its scores say little about new ones.")
+    found += [
+        f"{folder}: {count} of {answers} answers {KINDS[kind]}."
+        for kind, count in record.get("shortcomings", {}).items()
+        if count
+    ]
+    return found + [
+        f"{folder}: {name}: {metrics[name]['unscorable']} of {metrics[name]['n']} references {metric.blind_spot}."
+        for name, metric in build_metrics(metrics).items()
+        if metrics[name].get("unscorable")
+    ]
 
 
 def _sums(files: Files) -> bytes:

@@ -64,6 +64,14 @@ def test_a_trained_adapter_has_a_card_of_its_record(run: Path) -> None:
     assert "license" not in text
 
 
+def test_held_out_prompts_that_the_models_behind_it_know_are_counted(run: Path) -> None:
+    record = read_json(run / "run.json")
+    known = card(run / "adapter", {**record, "data": {**record["data"], "held_out_trained_on": 3}})
+    said = f"were trained on the prompts of 3 of these {record['heldout']['after']['n']} held-out records"
+    assert said in known
+    assert said not in card(run / "adapter", record)
+
+
 def test_a_base_and_a_data_set_of_the_hub_are_named_in_the_metadata(run: Path) -> None:
     record = read_json(run / "run.json")
     text = card(run / "adapter", from_hub(record, data={**record["data"], "dataset": "org/data"}))

@@ -19,9 +19,10 @@ from cora_cli.models.references import resolve_model
 from cora_cli.models.trained_on import trained_on
 from cora_cli.publishing.publish import files_of
 from cora_cli.publishing.verify import verify
-from cora_cli.reading import read_json
+from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.report import report
 from cora_cli.rundir import RunDirectory
+from tests.evaluation.helpers import evaluate_run
 
 from .hub import Hub, Repository
 
@@ -62,6 +63,20 @@ def test_the_card_has_the_evaluation_and_the_name(finished: Path) -> None:
     assert f"{metric['value']:.4f} [{low:.4f}, {high:.4f}]" in text
     assert 'PeftModel.from_pretrained(base, "org/name")' in text
     assert "Verdict" not in text
+
+
+def test_the_card_says_which_scores_say_less_than_they_seem_to(run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    lines = read_jsonl(tiny_data)
+    writing.write_jsonl(tmp_path / "other.jsonl", [{**line, "output": "你好"} for line in lines])
+    held_out = len(read_jsonl(run / "test.jsonl"))
+    evaluate_run(run, dataset=str(tmp_path / "other.jsonl"), output_dir=str(run / "again"), metrics=("rouge1",))
+    text = files_of(RunDirectory(run), "org/name")["README.md"].decode()
+    assert (
+        f"again: {len(lines) - held_out} of its {len(lines)} prompts were trained on, so its scores say little about new ones."
+        in text
+    )
+    assert f"again: {len(lines)} of {len(lines)} answers cut at the limit of new tokens." in text
+    assert re.search(rf"again: rouge1: {len(lines)} of {len(lines)} references have .*even a perfect answer may score 0", text)
 
 
 def written(run: Path, there: Path) -> Path:
