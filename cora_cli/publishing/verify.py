@@ -131,8 +131,9 @@ def _check_origin(run: RunDirectory) -> None:
         return
     settings = records.read_generation(EvaluationDirectory(run.evaluation)).get("settings", {})
     weights = ModelPath(str(run.root), run.result, None)
-    expected = settings.get("adapter_sha256" if weights.is_adapter else "model_sha256")
-    if expected is not None and "members" not in settings and expected not in weights.content_hashes():
+    name = "adapter_sha256" if weights.is_adapter else "model_sha256"
+    # An evaluation of the base model has None for the adapter.
+    if name in settings and "members" not in settings and settings[name] not in weights.content_hashes():
         raise CoraError(
             f"{run.evaluation} is an evaluation of other weights than {run.result}; run `cora evaluate {run.root} --overwrite`"
         )

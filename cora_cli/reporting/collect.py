@@ -256,7 +256,7 @@ def _read_row(
             started = evaluation.root.is_dir() and writing.holds_files(evaluation.root)
             raise CoraError(_failure(row, logs) or ("the evaluation is not finished" if started else "not evaluated yet"))
         found, stated, evaluated = read_evaluation(evaluation, wanted)
-        _check_evaluated(row.run, stated, evaluation)
+        _check_evaluated(row.run, record, stated, evaluation)
         if step_records:
             step_records.require(row.evaluation)
         generation, references = stated, evaluated
@@ -289,15 +289,25 @@ def _finished_record(run: RunDirectory, row: Row, logs: Sequence[Path]) -> dict[
     return record
 
 
-def _check_evaluated(directory: Path | None, generation: dict[str, Any], evaluation: EvaluationDirectory) -> None:
-    """Raise `CoraError` if an evaluation is of another adapter than the run has now, such as one that was trained in its place or copied."""
+def _check_evaluated(
+    directory: Path | None, record: dict[str, Any], generation: dict[str, Any], evaluation: EvaluationDirectory
+) -> None:
+    """Raise `CoraError` if an evaluation is of other weights than the run has now, such as those that were trained in its place, copied, or the base's.
+
+    The hash of a full model is compared with that of its base alone, as in `_adapter_bytes`.
+    """
     if directory is None:
         return
-    run, evaluated = RunDirectory(directory), generation.get("settings", {}).get("adapter_sha256")
-    adapter = ModelPath(str(run.result), run.result, None)
-    if evaluated is not None and adapter.is_adapter and evaluated not in adapter.content_hashes():
+    run, settings = RunDirectory(directory), generation.get("settings", {})
+    weights = ModelPath(str(run.result), run.result, None)
+    if weights.is_adapter:
+        differs = "adapter_sha256" in settings and settings["adapter_sha256"] not in weights.content_hashes()
+    else:
+        base = record["fingerprint"].get("model_sha256")
+        differs = not record["is_base_model"] and base is not None and settings.get("model_sha256") == base
+    if differs:
         raise CoraError(
-            f"{evaluation.root} is an evaluation of another adapter than the one in {run.result}; run `cora evaluate {run.root} --overwrite`"
+            f"{evaluation.root} is an evaluation of other weights than {run.result}; run `cora evaluate {run.root} --overwrite`"
         )
 
 

@@ -257,10 +257,11 @@ def test_a_metric_that_this_version_does_not_have_is_said_to_be_left_out(run: Pa
     assert f"{run / 'eval'}: charm is no metric of this version, so not computed again" in verify(run / "eval")
 
 
-def test_an_evaluation_of_other_weights_in_the_run_is_refused(run: Path) -> None:
+@pytest.mark.parametrize("evaluated", ["0" * 64, None])  # None: the base model without an adapter
+def test_an_evaluation_of_other_weights_in_the_run_is_refused(run: Path, evaluated: str | None) -> None:
     generation, metrics = run / "eval" / "generation.json", run / "eval" / "metrics.json"
     record = json.loads(generation.read_text(encoding="utf-8"))
-    record["settings"]["adapter_sha256"] = "0" * 64
+    record["settings"]["adapter_sha256"] = evaluated
     writing.write_json(generation, record)
     writing.write_json(metrics, {**unsealed(metrics), "generation": record})
     with pytest.raises(CoraError, match=r"eval is an evaluation of other weights than .*--overwrite`"):

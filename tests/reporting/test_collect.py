@@ -395,17 +395,19 @@ def test_a_plan_carries_the_margin_and_one_from_before_margins_is_read_too(tmp_p
     assert read_plan(make_grid(tmp_path / "share", rows, margin=0.2)).margin == 0.2
 
 
-def test_an_evaluation_of_another_adapter_than_the_runs_is_missing(trained_grid, tmp_path):
+@pytest.mark.parametrize("of", ["another run", "the base model"])
+def test_an_evaluation_of_other_weights_than_the_runs_is_missing(of: str, trained_grid, tmp_path):
     one, other, *_ = sorted(path for path in (trained_grid / "runs").iterdir() if "lora" in path.name)
     run = shutil.copytree(one, tmp_path / "run")
     (experiment,) = find_experiments([str(run)])
     assert "rougeL" in collect(experiment).results[0].measures
     shutil.rmtree(run / "evaluation")
-    shutil.copytree(other / "evaluation", run / "evaluation")
+    copied = other / "evaluation" if of == "another run" else next((trained_grid / "evaluations").iterdir())
+    shutil.copytree(copied, run / "evaluation")
     found = collect(experiment)
     assert set(found.results[0].measures) == {LOSS}
     assert [missing.reason for missing in found.missing] == [
-        f"{run / 'evaluation'} is an evaluation of another adapter than the one in {run / 'adapter'}; run `cora evaluate {run} --overwrite`"
+        f"{run / 'evaluation'} is an evaluation of other weights than {run / 'adapter'}; run `cora evaluate {run} --overwrite`"
     ]
 
 
