@@ -65,12 +65,19 @@ def _without_own_evaluations(rows: Sequence[Row]) -> list[Row]:
 
 
 def _base_of(plain: Plain, named: Sequence[Plain]) -> Plain | None:
-    """The base model that was evaluated with a run, unless its evaluation was named itself."""
-    if plain.row.run is None or not plain.evaluation:
+    """The base model that was evaluated with a run, unless its evaluation was named itself. Says where the run's own evaluation, which it is
+    compared with, cannot be read."""
+    if plain.row.run is None:
         return None
     base = EvaluationDirectory(RunDirectory(plain.row.run).base_evaluation)
     known = {other.row.evaluation.resolve() for other in named if other.row.evaluation is not None}
     if not base.metrics.is_file() or base.root.resolve() in known:
+        return None
+    if not plain.evaluation:
+        say(
+            f"{base.root} is left out: the evaluation of {plain.row.run}, which it belongs to, is missing or damaged; "
+            f"`cora evaluate {plain.row.run} --with-base` completes both"
+        )
         return None
     return read_plain(row_of_evaluation(base))
 

@@ -9,6 +9,7 @@ from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.inspection.prediction import used_bases
 from cora_cli.reading import read_json, read_jsonl
+from cora_cli.records import write_sealed
 from cora_cli.reporting.collect import collect
 from cora_cli.reporting.found import find_experiments
 from cora_cli.reporting.measures import LOSS
@@ -287,6 +288,21 @@ def test_a_base_model_that_was_evaluated_otherwise_than_the_run_is_no_row_which_
     (experiment,) = find_experiments([str(runs_with_base[0])])
     assert [row.label for row in experiment.rows] == ["lora"]
     assert "eval-base is left out: it has another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["other numbers", "a pointer of Git LFS", "missing"])
+def test_a_base_model_next_to_a_run_whose_evaluation_cannot_be_read_is_said_to_be_left_out(runs_with_base, damage, capsys):
+    path = runs_with_base[0] / "eval" / "metrics.json"
+    if damage == "other numbers":
+        write_sealed(path, read_json(path))
+        path.write_text(path.read_text(encoding="utf-8").replace('"value": ', '"value": 1'), encoding="utf-8")
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    (experiment,) = find_experiments([str(runs_with_base[0])])
+    assert [row.label for row in experiment.rows] == ["lora"]
+    assert f"eval-base is left out: the evaluation of {runs_with_base[0]}, which it belongs to" in capsys.readouterr().err
 
 
 def test_the_base_model_of_a_full_fine_tuning_is_a_row_although_the_run_answered_as_another_model(runs_with_base):
