@@ -9,10 +9,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cora_cli.terminal import folded, printable
 
@@ -84,9 +84,10 @@ def progress(label: str, total: int, unit: str = "it", done: int = 0) -> Iterato
 
 @contextmanager
 def interrupts_kept() -> Iterator[None]:
-    """Let an interrupt that a library swallows in the block end long work at its next unit.
+    """Let an interrupt that a library swallows in the block end long work at its next unit, and one that it turns into an error be an interrupt.
 
-    A bare `except` in a module that is imported at that moment, as torch imports some for the first optimizer step, is enough to lose one.
+    A bare `except` in a module that is imported at that moment, as torch imports some for the first optimizer step, is enough to lose one, and
+    transformers says of such a module that it cannot be imported. Python prints a traceback of one that arrives in a finalizer, which is left out.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
@@ -94,11 +95,25 @@ def interrupts_kept() -> Iterator[None]:
         return
     _INTERRUPTED.clear()
     signal.signal(signal.SIGINT, _interrupt)
+    shown, sys.unraisablehook = sys.unraisablehook, _without_interrupts(sys.unraisablehook)
     try:
         yield
+    except Exception as error:
+        if _INTERRUPTED.is_set():
+            raise KeyboardInterrupt from error
+        raise
     finally:
+        sys.unraisablehook = shown
         signal.signal(signal.SIGINT, before)
         _INTERRUPTED.clear()
+
+
+def _without_interrupts(shown: Callable[["sys.UnraisableHookArgs"], Any]) -> Callable[["sys.UnraisableHookArgs"], None]:
+    def hook(found: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(found.exc_value, KeyboardInterrupt):
+            shown(found)
+
+    return hook
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

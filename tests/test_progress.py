@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 
 import pytest
 
@@ -28,6 +29,38 @@ def test_a_swallowed_interrupt_ends_the_work_at_its_next_unit() -> None:
         swallow_an_interrupt()
         with pytest.raises(KeyboardInterrupt):
             shown.advance()
+
+
+def test_an_error_that_a_library_makes_of_an_interrupt_is_an_interrupt() -> None:
+    @interrupts_kept()
+    def import_a_module() -> None:
+        swallow_an_interrupt()
+        raise ModuleNotFoundError("Could not import module 'BloomPreTrainedModel'")
+
+    with pytest.raises(KeyboardInterrupt):
+        import_a_module()
+
+
+def test_an_error_without_an_interrupt_stays_one() -> None:
+    with pytest.raises(ModuleNotFoundError), interrupts_kept():
+        raise ModuleNotFoundError("Could not import module 'BloomPreTrainedModel'")
+
+
+def test_an_interrupt_in_a_finalizer_ends_the_work_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    class Closed:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 5)
+
+    shown, sys.unraisablehook = sys.unraisablehook, sys.__unraisablehook__  # instead of pytest's
+    try:
+        with interrupts_kept(), progress("work", 3) as counted:
+            Closed()
+            with pytest.raises(KeyboardInterrupt):
+                counted.advance()
+    finally:
+        sys.unraisablehook = shown
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_interrupt_of_earlier_work_does_not_end_the_next() -> None:
