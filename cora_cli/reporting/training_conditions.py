@@ -21,16 +21,23 @@ _NEUTRAL = {
 def differing_conditions(results: Sequence[Result]) -> dict[str, list[str]]:
     """What the trainings of `results` differ in, with its values in the order of the results; a run that took no step has none."""
     found: dict[str, dict[str, None]] = {}
+    # A maximum length decides nothing where no record reaches it.
+    cut = any(result.record["data"]["train"]["truncated"] for result in results if _settings(result))
     for result in results:
-        for name, value in _conditions(result).items():
+        for name, value in _conditions(result, cut).items():
             if value is not None:
                 found.setdefault(name, {})[_shown(value)] = None
     return {name: list(values) for name, values in found.items() if len(values) > 1}
 
 
-def _conditions(result: Result) -> dict[str, Any]:
-    record, settings = result.record, result.record.get("fingerprint", {}).get("settings")
-    if not settings or result.untrained:
+def _settings(result: Result) -> dict[str, Any]:
+    """The settings of a run that took a step; empty for others."""
+    return {} if result.untrained else result.record.get("fingerprint", {}).get("settings") or {}
+
+
+def _conditions(result: Result, cut: bool) -> dict[str, Any]:
+    record, settings = result.record, _settings(result)
+    if not settings:
         return {}
     hardware = record["hardware"]
     batch = settings["batch_size"] * settings["gradient_accumulation"] * hardware.get("processes", 1)
@@ -39,7 +46,8 @@ def _conditions(result: Result) -> dict[str, Any]:
         "optimizer steps": record["speed"]["steps"],
         "examples per step": batch,
     }
-    others = {name.replace("_", " "): settings.get(name, neutral) for name, neutral in _NEUTRAL.items()}
+    neutral = {**_NEUTRAL, "max_length": None} if cut else _NEUTRAL
+    others = {name.replace("_", " "): settings.get(name, value) for name, value in neutral.items()}
     return {**amounts, **others, "precision": hardware["dtype"]}
 
 

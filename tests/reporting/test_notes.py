@@ -101,6 +101,19 @@ def test_rows_that_were_not_trained_alike_are_named_under_the_table_and_in_their
     assert (note in text, f"not trained alike: {named})" in text) == (bool(found), bool(named))
 
 
+@pytest.mark.parametrize(("truncated", "said"), [(5, True), (0, False)])
+def test_a_maximum_length_that_cut_training_records_is_a_difference_of_training(tmp_path, truncated, said):
+    grid = make_grid(tmp_path / "grid", [Made("lora", "lora"), Made("fb", "fb", n_models=2)], prompts=6)
+    for place in grid.rglob("run.json"):
+        record = read_json(place)
+        record["fingerprint"]["settings"]["max_length"] = 48 if "-fb_" in str(place) else 1024
+        record["data"]["train"]["truncated"] = truncated if "-fb_" in str(place) else 0
+        writing.write_json(place, record)
+    text = " ".join(report([str(grid)]).split())
+    assert ("differences between them may come: max length (1,024, 48)." in text) is said
+    assert ("not trained alike: max length 48 and 1,024)" in text) is said
+
+
 @pytest.mark.parametrize(("margin", "said"), [(1e-9, True), (0.01, False)])
 def test_a_margin_that_is_printed_as_zero_is_explained(tmp_path, margin, said):
     made = [Made(mode, mode, seed, n_models=n) for seed in range(3) for mode, n in (("lora", None), ("fb", 2))]
