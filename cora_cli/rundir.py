@@ -1,6 +1,7 @@
 """The names of the files in the directories that `cora` writes, and whether their contents are those that were recorded."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -201,6 +202,12 @@ class EvaluationDirectory:
     def executions(self) -> Path:
         """`executions.jsonl`: per record the time limit and the fate of each of its programs, where generated code was run."""
         return self.root / "executions.jsonl"
+
+
+def evaluations_in(run: RunDirectory) -> list[EvaluationDirectory]:
+    """The finished evaluations in the directory of a run, by name."""
+    places = [EvaluationDirectory(path) for path in sorted(run.root.iterdir()) if path.is_dir() and os.access(path, os.X_OK)]
+    return [place for place in places if place.metrics.is_file()]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,10 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.evaluation.metrics import build_metrics
 from cora_cli.evaluation.shortcomings import KINDS
 from cora_cli.progress import say
-from cora_cli.publishing.verify import check_run, evaluations_in
+from cora_cli.publishing.verify import check_run
 from cora_cli.reading import read_json, read_text
 from cora_cli.records import Metrics, Report, read_run
-from cora_cli.rundir import RunDirectory
+from cora_cli.rundir import RunDirectory, evaluations_in
 
 Files = dict[str, Path | bytes]
 """What goes to each path of the repository: a file of this disk, or content."""

@@ -24,7 +24,7 @@ from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.trained_on import trained_on
 from cora_cli.reading import read_jsonl, read_text, read_yaml
 from cora_cli.reporting.measures import check_losses, read_evaluation
-from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from cora_cli.rundir import EvaluationDirectory, RunDirectory, evaluations_in
 
 _SUM = re.compile(r"(?P<digest>[0-9a-f]{64})  (?P<name>.+)")
 _ROUNDING = 1e-9
@@ -90,12 +90,6 @@ def _check_settings(run: RunDirectory, record: dict[str, Any]) -> None:
             raise CoraError(
                 f"{run.record} and {run.config.name} have another {name} ({value} and {asked[name]}): one of them was changed after it was written"
             )
-
-
-def evaluations_in(run: RunDirectory) -> list[EvaluationDirectory]:
-    """The finished evaluations in the directory of a run, by name."""
-    places = [EvaluationDirectory(path) for path in sorted(run.root.iterdir()) if path.is_dir()]
-    return [place for place in places if place.metrics.is_file()]
 
 
 def _check_sums(run: RunDirectory) -> list[str]:

@@ -15,7 +15,7 @@ from cora_cli.methods.registry import method_of
 from cora_cli.progress import say
 from cora_cli.reporting.plain_inputs import Plain, named_by_contents, read_plain
 from cora_cli.reporting.report_rows import Row, clean
-from cora_cli.rundir import EvaluationDirectory, RunDirectory
+from cora_cli.rundir import EvaluationDirectory, RunDirectory, evaluations_in
 
 _READ = {"start_models_sha256": "start_models", "peft": "peft_config"}
 """Inputs of single methods in a fingerprint, which are compared by their hashes, and the flags that name their files."""
@@ -47,7 +47,8 @@ def _answered(evaluation: EvaluationDirectory) -> str | None:
 
 def labelled(rows: Sequence[Row]) -> list[Row]:
     """The rows in groups whose runs and evaluations are compared, with the base models that were evaluated with runs, under labels that differ where
-    they do. Raises `CoraError` for copies of one run."""
+    they do. Says which evaluations in runs are left out. Raises `CoraError` for copies of one run."""
+    _say_left_out(rows)
     found = [read_plain(row) for row in _without_own_evaluations(rows)]
     _refuse_copies(found)
     with_bases = [(plain, _base_of(plain, found)) for plain in found]
@@ -62,6 +63,16 @@ def _without_own_evaluations(rows: Sequence[Row]) -> list[Row]:
     """The rows without evaluations that stand in the row of their run already."""
     own = {row.evaluation.resolve() for row in rows if row.run is not None and row.evaluation is not None}
     return [row for row in rows if row.run is not None or row.evaluation is None or row.evaluation.resolve() not in own]
+
+
+def _say_left_out(rows: Sequence[Row]) -> None:
+    """Say which evaluations in the directories of runs are in no row, such as those of other records."""
+    shown = {row.evaluation.resolve() for row in rows if row.evaluation is not None}
+    for run in (RunDirectory(row.run) for row in rows if row.run is not None):
+        told = {place.resolve() for place in (run.base_evaluation, *run.evaluations_at_ranks())}
+        for one in evaluations_in(run):
+            if one.root.resolve() not in shown | told:
+                say(f"{one.root} is left out: a run is reported with its own evaluation alone; name it alone to report it")
 
 
 def _base_of(plain: Plain, named: Sequence[Plain]) -> Plain | None:

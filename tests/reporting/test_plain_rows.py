@@ -46,6 +46,22 @@ def test_the_base_model_that_was_evaluated_with_runs_is_one_row(runs_with_base):
     assert [row.label for row in named.rows] == ["lora", "base"]
 
 
+def test_an_evaluation_in_a_run_that_is_not_its_own_is_left_out_with_a_word(runs_with_base, capsys):
+    run = runs_with_base[0]
+    find_experiments([str(run)])
+    assert "left out" not in capsys.readouterr().err
+    write_evaluation(run / "elsewhere", Made("lora", "lora", skill=0.9), np.random.default_rng(3), 20)
+    (experiment,) = find_experiments([str(run)])
+    assert [row.label for row in experiment.rows] == ["lora", "base"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"{run / 'elsewhere'} is left out: a run is reported with its own evaluation alone; name it alone to report it" in said
+    )
+    (alone,) = find_experiments([str(run / "elsewhere")])
+    assert [row.evaluation.name for row in alone.rows] == ["elsewhere"]
+    assert "left out" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("input_", "groups", "models", "datasets"),
     [(None, 1, 1, 1), ("model_sha256", 2, 2, 1), ("tokenizer_sha256", 2, 1, 1), ("data_sha256", 2, 1, 2)],
