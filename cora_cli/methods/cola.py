@@ -72,6 +72,10 @@ class Cola(Method):
         for _, layer in lora_layers(model):
             take_dropout(layer)
 
+    def finished_links(self, plan: AdapterPlan) -> int:
+        """All links but the last."""
+        return _length(plan) - 1
+
     def after_step(self, model: "PeftModel", plan: AdapterPlan, step: Step) -> None:
         """Tie a knot where a link ends."""
         from cora_cli.methods.parts.layers import lora_layers

@@ -349,6 +349,10 @@ class Method:
     def after_install(self, model: "PeftModel", plan: AdapterPlan) -> None:
         """Called once, when all starts are in place: ties parameters together, for example."""
 
+    def finished_links(self, plan: AdapterPlan) -> int:
+        """How many frozen copies of the trained parameters the adapter has gathered at the end of a run."""
+        return 0
+
     def trained_names(self, layers: Iterable[str], adapter: str) -> set[str]:
         """Full names of the trained parameters of a PEFT model whose adapted layers are `layers`; empty where a file decides."""
         keys = [key.partition(".") for key in self.trained]

@@ -233,7 +233,11 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: Wor
             }
             model = install_adapter(model, plan, prepared.basis, {**observed, **both})
         parameters = parameter_counts(model, plan)
-        stored = None if plan is None else sum(t.nbytes for t in stored_state(model, plan, config.compact)[0].values())
+        stored, frozen = None, 0
+        if plan is not None:
+            trained = sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)
+            frozen = method_of(plan.mode).finished_links(plan) * trained
+            stored = frozen + sum(t.nbytes for t in stored_state(model, plan, config.compact)[0].values())
         if mesh is not None:
             shard(model, mesh, hardware.device)
             follow_weights(meter, model)
@@ -253,7 +257,7 @@ def _measure(config: TrainConfig, prepared: Prepared, form: BatchForm, work: Wor
                 frames = _frames(model, plan)
             trainer.train()
             copied = parameters["trained"] if mesh is None and processes > 1 else 0
-            found.append(Memory(_with_copies(meter.peak, copied), "a training step"))
+            found.append(Memory(_with_copies(meter.peak, copied, frozen), "a training step"))
         for members in work.held_out(prepared.test.examples, prepared.validation.examples):
             # A forward pass alone takes less than a training step with as many tokens.
             if trains and form.tokens(members) <= work.largest and sum(map(responses, members)) <= work.largest_labels:
@@ -351,9 +355,9 @@ def _frames(model: Any, plan: AdapterPlan | None) -> list[torch.Tensor]:
     return [factors_of(layer)[1].detach().double() for _, layer in lora_layers(model)] if AngleMeter.applies(plan) else []
 
 
-def _with_copies(peak: dict[Part, int], copied: int) -> dict[Part, int]:
-    """With the copy of so many gradients that DistributedDataParallel keeps to exchange them."""
-    return {**peak, "gradients": peak["gradients"] + 4 * copied}
+def _with_copies(peak: dict[Part, int], copied: int, frozen: int) -> dict[Part, int]:
+    """With the copy of so many gradients that DistributedDataParallel keeps to exchange them, and the bytes of frozen links."""
+    return {**peak, "gradients": peak["gradients"] + 4 * copied, "adapter": peak["adapter"] + frozen}
 
 
 @contextlib.contextmanager

@@ -99,6 +99,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **{"mode": "fb", "b_init": "random", "compact": True, "max_steps": 2},
         **{"gradient_checkpointing": True, "gradient_accumulation": 2},
     },
+    "a chain": {"mode": "cola", "rank": 64, "max_steps": 3, "chain_length": 3},
     "all weights in short rows": {"mode": "full", "tokens_per_row": 150, "max_steps": 2},
 }
 
