@@ -546,7 +546,7 @@ def test_a_full_gpu_ends_in_the_setting_that_would_fit(
 
 def test_small_sizes_are_not_rounded_to_nothing() -> None:
     assert [size_text(size) for size in (0, 700, 9 * 2**16, 2**20, 2**27)] == [
-        *("0.0 KiB", "0.7 KiB", "576.0 KiB", "1.0 MiB", "0.12 GiB")
+        *("0 B", "700 B", "576.0 KiB", "1.0 MiB", "0.12 GiB")
     ]
 
 
