@@ -278,12 +278,17 @@ class ModelPath:
     def _content_hash(self) -> str:
         return self._hash(self.hashed_files())
 
-    def content_hashes(self) -> set[str]:
-        """`content_hash`, and what earlier versions recorded: they covered weight files that are never read, and no code."""
+    def content_hashes(self, known: Mapping[str, str] | None = None) -> set[str]:
+        """`content_hash`, and what earlier versions recorded: they covered weight files that are never read, and no code.
+
+        With the `known` SHA-256 of each file by name, none is read.
+        """
         files, earlier = self.weight_files(), self._adapter_files() if self.is_adapter else self._loose_files()
         covered = [self._with_settings(each) for each in ([files] if files == earlier else [files, earlier])]
         code = set(self._code_files())
         without = [[file for file in each if file not in code] for each in covered] if code else []
+        if known is not None:
+            return {hashing.sha256_json({file.name: known.get(file.name) for file in each}) for each in (*covered, *without)}
         return {self._hash(each) for each in (*covered, *without)}
 
     def hashed_files(self) -> list[Path]:

@@ -294,7 +294,7 @@ def _check_evaluated(
 ) -> None:
     """Raise `CoraError` if an evaluation is of other weights than the run has now, such as those that were trained in its place, copied, or the base's.
 
-    The hash of a full model is compared with that of its base alone, as in `_adapter_bytes`.
+    A full model is not read for it: its files have the hashes that the run recorded.
     """
     if directory is None:
         return
@@ -303,8 +303,9 @@ def _check_evaluated(
     if weights.is_adapter:
         differs = "adapter_sha256" in settings and settings["adapter_sha256"] not in weights.content_hashes()
     else:
-        base = record["fingerprint"].get("model_sha256")
-        differs = not record["is_base_model"] and base is not None and settings.get("model_sha256") == base
+        known = record.get("result_files") or {}
+        is_whole = bool(known) and all((run.result / name).is_file() for name in known)
+        differs = is_whole and "model_sha256" in settings and settings["model_sha256"] not in weights.content_hashes(known)
     if differs:
         raise CoraError(
             f"{evaluation.root} is an evaluation of other weights than {run.result}; run `cora evaluate {run.root} --overwrite`"

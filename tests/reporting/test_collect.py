@@ -7,6 +7,7 @@ import pytest
 
 from cora_cli import writing
 from cora_cli.errors import CoraError
+from cora_cli.models.references import ModelPath
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import read_sealed, write_sealed
 from cora_cli.reporting.collect import collect
@@ -15,7 +16,7 @@ from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import read_plan
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.heldout import HeldOutLoss, loss_change
-from tests.reporting.helpers import Made, make_grid, plan_entry, record_steps, write_evaluation, write_plan
+from tests.reporting.helpers import Made, make_grid, plan_entry, record_steps, write_evaluation, write_plan, write_run
 
 
 @pytest.fixture
@@ -409,6 +410,27 @@ def test_an_evaluation_of_other_weights_than_the_runs_is_missing(of: str, traine
     assert [missing.reason for missing in found.missing] == [
         f"{run / 'evaluation'} is an evaluation of other weights than {run / 'adapter'}; run `cora evaluate {run} --overwrite`"
     ]
+
+
+@pytest.mark.parametrize(("evaluated", "measured"), [("its own", {LOSS, "rouge1", "rougeL", "sacrebleu"}), ("another", {LOSS})])
+def test_an_evaluation_of_another_full_model_is_missing_without_reading_the_model(
+    evaluated: str, measured: set[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    run, made = RunDirectory(tmp_path / "run"), Made("full", "full", rank=None)
+    write_run(run.root, made, np.random.default_rng(0))
+    shutil.rmtree(run.adapter)
+    shutil.copytree(tiny_model, run.model)
+    files = run.result_files()
+    sha256 = ModelPath(str(run.model), run.model, None).content_hash()
+    (run.model / "model.safetensors").write_bytes(b"")  # `verify` reads it
+    writing.write_json(run.record, {**read_json(run.record), "result_files": files})
+    write_evaluation(run.evaluation, made, np.random.default_rng(1), 12)
+    metrics = EvaluationDirectory(run.evaluation).metrics
+    record = read_json(metrics)
+    record["generation"]["settings"]["model_sha256"] = sha256 if evaluated == "its own" else "cc" * 32
+    writing.write_json(metrics, record)
+    (experiment,) = find_experiments([str(run.root)])
+    assert set(collect(experiment).results[0].measures) == measured
 
 
 @pytest.mark.parametrize("change", ["seed", "run", "learning_rate"])
