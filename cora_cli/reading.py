@@ -94,16 +94,22 @@ def refuse_pointer(path: Path) -> None:
             begin = file.read(len(_POINTER))
     except OSError:  # reported where the file is read
         return
-    if begin == _POINTER:
+    _refuse_pointer(begin, path)
+
+
+def _refuse_pointer(content: bytes, path: Path) -> None:
+    if content.startswith(_POINTER):
         raise CoraError(
             f"{path} is only a pointer of Git LFS, in place of the file itself; fetch it with `git lfs pull`, or download it again"
         )
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises `CoraError` naming the file if it is missing, unreadable or not text."""
+    """The text of a UTF-8 file. Raises `CoraError` naming the file if it is missing, unreadable, not text, or a pointer of Git LFS."""
     try:
-        return path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        _refuse_pointer(content, path)
+        return content.decode("utf-8")
     except FileNotFoundError as error:
         raise CoraError(f"{path} does not exist") from error
     except OSError as error:

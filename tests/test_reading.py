@@ -1,13 +1,14 @@
 """Every content of a file is a value of the expected shape or one sentence."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 import pytest
 
 from cora_cli.errors import CoraError, UsageError
-from cora_cli.reading import Malformed, decode_json, fault_of, parse_json, read_json, read_jsonl, read_yaml
+from cora_cli.reading import Malformed, decode_json, fault_of, parse_json, read_json, read_jsonl, read_text, read_yaml
 
 
 class Part(TypedDict):
@@ -128,3 +129,12 @@ def test_numbers_in_yaml_that_read_one_way_only_are_numbers_and_dates_are_text(t
     (tmp_path / "own.yaml").write_text("[0, 007, -3, 1_000, 0x10, 0.5, 1.e+3, .inf, 2026-01-05, 2024-13-45]".join(("a: ", "")))
     found = read_yaml(tmp_path / "own.yaml", "grid file")["a"]
     assert found == [0, 7, -3, 1000, 16, 0.5, 1000.0, math.inf, "2026-01-05", "2024-13-45"]
+
+
+@pytest.mark.parametrize("read", [read_text, read_json, read_jsonl, lambda path: read_yaml(path, "grid file")])
+def test_a_pointer_of_git_lfs_is_called_one(read: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+    with pytest.raises(
+        CoraError, match="a is only a pointer of Git LFS, in place of the file itself; fetch it with `git lfs pull`"
+    ):
+        read(tmp_path / "a")

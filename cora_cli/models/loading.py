@@ -227,12 +227,16 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
     if trust_remote_code and (model.path / "config.json").exists():
         # Transformers goes on without a configuration whose code the hub does not give, after long retries, which would follow again and again.
         load_configuration(model, trust_remote_code)
+    # A chat template may be any text, and so may a vocabulary, which is not read where there is a tokenizer.json.
+    for file in model.tokenizer_files():
+        if file.suffix == ".jinja" or not (model.path / "tokenizer.json").exists():
+            refuse_pointer(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
         tokenizer("a")  # some of its settings are read only now
     except Exception as error:  # unrelated types, as in `loading`
-        refuse_pointer(model.path / "tokenizer.json")
-        refuse_pointer(model.path / "tokenizer.model")
+        for file in model.tokenizer_files():
+            refuse_pointer(file)
         if (model.path / "config.json").exists():
             load_configuration(model, trust_remote_code)  # which transformers reads to find the kind of tokenizer
         if not model.tokenizer_files():

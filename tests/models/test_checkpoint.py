@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint
-from cora_cli.models.loading import load_model, load_tokenizer
+from cora_cli.models.loading import load_configuration, load_model, load_tokenizer
 from cora_cli.models.references import resolve_model
 from cora_cli.weights.sources import open_source
 from tests.weights.helpers import local, make_llama
@@ -244,10 +244,16 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_when_the_model_is_loaded
 def test_a_pointer_of_git_lfs_is_called_one(tiny_model, tmp_path):
     (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
-    for name in ("model.safetensors", "pytorch_model.bin", "tokenizer.json"):
+    for name in ("model.safetensors", "pytorch_model.bin"):
         (tmp_path / name).write_text(pointer)
         with pytest.raises(CoraError, match=f"{name} is only a pointer of Git LFS, in place of the file itself"):
-            load_tokenizer(resolve_model(str(tmp_path))) if name == "tokenizer.json" else Checkpoint(
-                resolve_model(str(tmp_path))
-            )
+            Checkpoint(resolve_model(str(tmp_path)))
         (tmp_path / name).unlink()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.txt"):
+        directory = Path(shutil.copytree(tiny_model, tmp_path / f"with-{name}"))
+        (directory / name).write_text(pointer)
+        if name == "vocab.txt":
+            assert len(load_tokenizer(local(directory))) == 49152  # by tokenizer.json
+            (directory / "tokenizer.json").unlink()
+        with pytest.raises(CoraError, match=f"{name} is only a pointer of Git LFS, in place of the file itself"):
+            load_configuration(local(directory)) if name == "config.json" else load_tokenizer(local(directory))
