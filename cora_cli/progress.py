@@ -91,21 +91,32 @@ def interrupts_kept() -> Iterator[None]:
     """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield
+        with _as_interrupt():
+            yield
         return
     _INTERRUPTED.clear()
     signal.signal(signal.SIGINT, _interrupt)
     shown, sys.unraisablehook = sys.unraisablehook, _without_interrupts(sys.unraisablehook)
     try:
-        yield
-    except Exception as error:
-        if _INTERRUPTED.is_set():
-            raise KeyboardInterrupt from error
-        raise
+        with _as_interrupt():
+            yield
     finally:
         sys.unraisablehook = shown
         signal.signal(signal.SIGINT, before)
         _INTERRUPTED.clear()
+
+
+@contextmanager
+def _as_interrupt() -> Iterator[None]:
+    """Make an error after an interrupt that was swallowed an interrupt; whatever follows, such as the exit code in a block around, is none."""
+    try:
+        yield
+    except BaseException as error:
+        swallowed = _INTERRUPTED.is_set()
+        _INTERRUPTED.clear()
+        if swallowed and isinstance(error, Exception):
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _without_interrupts(shown: Callable[["sys.UnraisableHookArgs"], Any]) -> Callable[["sys.UnraisableHookArgs"], None]:

@@ -6,7 +6,9 @@ import signal
 import sys
 
 import pytest
+import typer
 
+from cora_cli.cli.command import clean_errors
 from cora_cli.progress import interrupts_kept, progress
 
 
@@ -14,6 +16,14 @@ def swallow_an_interrupt() -> None:
     with contextlib.suppress(BaseException):  # as a bare `except` in an imported module does
         os.kill(os.getpid(), signal.SIGINT)
         signal.sigtimedwait([], 5)
+
+
+def import_a_module_while_interrupted(swallowed: bool) -> None:
+    if swallowed:
+        swallow_an_interrupt()
+        raise ModuleNotFoundError("Could not import module 'BloomPreTrainedModel'")
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.sigtimedwait([], 5)
 
 
 def test_the_last_count_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,11 +44,18 @@ def test_a_swallowed_interrupt_ends_the_work_at_its_next_unit() -> None:
 def test_an_error_that_a_library_makes_of_an_interrupt_is_an_interrupt() -> None:
     @interrupts_kept()
     def import_a_module() -> None:
-        swallow_an_interrupt()
-        raise ModuleNotFoundError("Could not import module 'BloomPreTrainedModel'")
+        import_a_module_while_interrupted(swallowed=True)
 
     with pytest.raises(KeyboardInterrupt):
         import_a_module()
+
+
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_an_interrupt_in_a_block_within_another_is_said_once(swallowed: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught, clean_errors(debug=False), clean_errors(debug=False):
+        import_a_module_while_interrupted(swallowed)
+    assert caught.value.exit_code == 130
+    assert capsys.readouterr().err == "cora: interrupted\n"
 
 
 def test_an_error_without_an_interrupt_stays_one() -> None:
