@@ -32,28 +32,27 @@ def _before_looks(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
     if old.get("looks"):
         return _most_finished(out, _seeds(old, "confirm").values()) if new["looks"] > old["looks"] else None
     # The rates of a grid that begins to confirm are those that its sweeps will choose.
-    before, after = _seeds(old, None, by_rate=False), _seeds(new, "confirm", by_rate=False)
-    return _most_finished(out, _extended(before, after))
+    confirming: dict[tuple[Any, ...], set[int]] = {}
+    for method, seeds in _seeds(new, "confirm").items():
+        confirming.setdefault(method[:-1], set()).update(seeds)
+    before = _seeds(old, None).items()
+    return _most_finished(out, (seeds for method, seeds in before if confirming.get(method[:-1], set()) - seeds.keys()))
 
 
 def _before_rows(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> int | None:
     before, after = _seeds(old, None), _seeds(new, None)
-    return _most_finished(out, _extended(before, after))
+    extended = [method for method in before.keys() & after.keys() if after[method].keys() - before[method].keys()]
+    return _most_finished(out, (before[method] for method in extended))
 
 
-def _extended(before: _Seeds, after: _Seeds) -> list[dict[int, list[str]]]:
-    """The methods `before` that have more seeds `after`."""
-    return [before[method] for method in before.keys() & after.keys() if after[method].keys() - before[method].keys()]
-
-
-def _seeds(plan: Mapping[str, Any], stage: str | None, by_rate: bool = True) -> _Seeds:
-    """The runs of each seed of each method, at each learning rate or at any, in a stage of a plan; an ensemble has several for one seed."""
+def _seeds(plan: Mapping[str, Any], stage: str | None) -> _Seeds:
+    """The runs of each seed of each method, whose learning rate comes last, in a stage of a plan; an ensemble has several for one seed."""
     found: _Seeds = {}
     for row in plan["rows"]:
-        method = tuple(row[name] for name in ("group", "label", "rank", "n_models", *(["learning_rate"] if by_rate else [])))
+        method = tuple(row[name] for name in ("group", "label", "rank", "n_models", "learning_rate"))
         runs = row.get("members") or ([row["run"]] if row["run"] is not None else [])
         if runs and row.get("stage") == stage:
-            found.setdefault(method, {}).setdefault(row["seed"], []).extend(runs)
+            found.setdefault(method, {})[row["seed"]] = runs
     return found
 
 

@@ -77,6 +77,14 @@ def test_confirming_seeds_that_a_finished_grid_gets_are_more_seeds(grid: Path) -
     assert seeds_before(grid, with_seed(begun, 3)) == []
 
 
+def test_confirming_seeds_are_more_where_one_learning_rate_of_the_finished_grid_diverged(grid: Path) -> None:
+    plan = read_json(grid / "plan.json")
+    lost = [{**row, "name": f"lost {row['name']}", "run": f"lost/{row['run']}", "learning_rate": 1.0} for row in plan["rows"]]
+    write_sealed(grid / "plan.json", {**plan, "rows": [*plan["rows"], *lost]})
+    begun = {**plan, "looks": 3, "rows": [{**row, "stage": "confirm", "learning_rate": 0.5} for row in plan["rows"]]}
+    assert seeds_before(grid, with_seed(begun, 3)) == [3]
+
+
 def test_a_seed_that_is_added_to_finished_ensembles_is_noticed(grid: Path) -> None:
     plan = read_json(grid / "plan.json")
     ensembles = {**plan, "rows": [{**row, "run": None, "members": [row["run"]]} for row in plan["rows"]]}
