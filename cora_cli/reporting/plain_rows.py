@@ -30,8 +30,13 @@ def with_ranks(places: Sequence[Path]) -> list[Path]:
         run = RunDirectory(place)
         if not (at_ranks := run.evaluations_at_ranks()):
             continue
-        evaluations = [EvaluationDirectory(one) for one in (run.evaluation, *at_ranks)]
-        answered = {one.root: _answered(one) for one in evaluations if one.metrics.is_file()}
+        answered: dict[Path, str | None] = {}
+        for evaluation in (EvaluationDirectory(one) for one in (run.evaluation, *at_ranks)):
+            try:
+                answered |= {evaluation.root: _answered(evaluation)} if evaluation.metrics.is_file() else {}
+            except CoraError as error:
+                if evaluation.root != run.evaluation:  # that one is missing in the row of the run, with the reason
+                    say(f"{evaluation.root} is left out: {error}")
         for one, records_sha256 in answered.items():
             if records_sha256 != next(iter(answered.values())):
                 say(f"{one} is left out: it answers other records than {next(iter(answered))}; name it alone to report it")
@@ -77,7 +82,7 @@ def _say_left_out(rows: Sequence[Row]) -> None:
 
 def _base_of(plain: Plain, named: Sequence[Plain]) -> Plain | None:
     """The base model that was evaluated with a run, unless its evaluation was named itself. Says where the run's own evaluation, which it is
-    compared with, cannot be read."""
+    compared with, or that of the base cannot be read."""
     if plain.row.run is None:
         return None
     base = EvaluationDirectory(RunDirectory(plain.row.run).base_evaluation)
@@ -90,7 +95,11 @@ def _base_of(plain: Plain, named: Sequence[Plain]) -> Plain | None:
             f"`cora evaluate {plain.row.run} --with-base` completes both"
         )
         return None
-    return read_plain(row_of_evaluation(base))
+    try:
+        return read_plain(row_of_evaluation(base))
+    except CoraError as error:
+        say(f"{base.root} is left out: {error}; `cora evaluate {plain.row.run} --with-base --overwrite` makes it again")
+        return None
 
 
 def _comparable_bases(hosted: Sequence[tuple[Plain, Plain]]) -> list[Plain]:

@@ -108,6 +108,25 @@ def test_a_damaged_evaluation_of_a_run_takes_nothing_from_the_report_but_its_sco
     assert [LOSS in result.measures for result in found.results] == [True, True, True]
 
 
+@pytest.mark.parametrize("damaged", ["eval", "eval-rank-2"])
+def test_a_damaged_evaluation_next_to_those_at_lower_ranks_ends_no_report(damaged, runs_with_base, capsys):
+    lora = runs_with_base[0]
+    shutil.copytree(lora / "eval", lora / "eval-rank-2")
+    (lora / damaged / "metrics.json").write_text("{", encoding="utf-8")
+    (experiment,) = find_experiments(list(map(str, runs_with_base)))
+    ranks = [row.evaluation.name for row in experiment.rows if row.evaluation and "rank" in row.evaluation.name]
+    assert ranks == ([] if damaged == "eval-rank-2" else ["eval-rank-2"])
+    assert (f"{lora / 'eval-rank-2'} is left out: " in capsys.readouterr().err) is (not ranks)
+    assert [entry.part for entry in collect(experiment).missing] == (["evaluation"] if ranks else [])
+
+
+def test_a_damaged_evaluation_of_a_base_ends_no_report(runs_with_base, capsys):
+    (runs_with_base[0] / "eval-base" / "metrics.json").write_text("{", encoding="utf-8")
+    (experiment,) = find_experiments(list(map(str, runs_with_base)))
+    assert [row.label for row in experiment.rows] == ["lora", "fb", "base"]
+    assert f"{runs_with_base[0] / 'eval-base'} is left out: " in capsys.readouterr().err
+
+
 def test_seeds_on_copies_of_one_model_and_data_set_are_those_of_one_method(tmp_path):
     for seed in range(4):
         folder = tmp_path / str(seed)
