@@ -11,7 +11,7 @@ from cora_cli.reporting.comparison import Comparison, digits, title
 from cora_cli.reporting.learning_rate_sweep import AT_EDGE, UNSWEPT, VALIDATION, at_edge, deciding_seeds, eligible
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import clean
-from cora_cli.reporting.statistics import EXAMPLES, SEEDS
+from cora_cli.reporting.statistics import EXAMPLES, SEEDS, MethodResults
 from cora_cli.reporting.summary import Group, Line
 from cora_cli.reporting.training_conditions import differing_conditions
 
@@ -211,6 +211,15 @@ def _divergence_notes(group: Group) -> list[str]:
     return [f"Learning rates at which trainings diverged: {', '.join(found)}."] if found else []
 
 
+def lowest_loss(group: Group) -> str:
+    """By what the shown learning rates were chosen, in words; one that was not may have a lower loss, over the seeds that survived it."""
+    found: dict[tuple[object, ...], list[MethodResults]] = {}
+    for line in group.lines:
+        found.setdefault(line.method.identity, []).append(line.method)
+    fewer = any(len(eligible(rates, group.diverged)) < len(rates) for rates in found.values())
+    return f"lowest {group.selected_by}" + (" of those at which no training diverged, where there are any" if fewer else "")
+
+
 def _selection_notes(group: Group) -> list[str]:
     if not group.selected_by:
         return []
@@ -230,7 +239,7 @@ def _selection_notes(group: Group) -> list[str]:
         ]
         return notes + _edge_notes(group)
     notes = [
-        f"Learning-rate sweep: each method is shown at the learning rate with its lowest {group.selected_by} (mean over seeds): {rates}. "
+        f"Learning-rate sweep: each method is shown at the learning rate with its {lowest_loss(group)} (mean over seeds): {rates}. "
         f"{caution} The table of all learning rates is below."
     ]
     return notes + _seed_notes(group) + _edge_notes(group)

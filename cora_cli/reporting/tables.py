@@ -9,7 +9,7 @@ from cora_cli.experiments.paper import paper_tables
 from cora_cli.planning.page import size_text
 from cora_cli.render.table import Cell, Table
 from cora_cli.reporting.comparison import digits, title
-from cora_cli.reporting.notes import cell_note, machine_notes, obstacle_notes, rate_of, score_notes
+from cora_cli.reporting.notes import cell_note, lowest_loss, machine_notes, obstacle_notes, rate_of, score_notes
 from cora_cli.reporting.outcomes import Test
 from cora_cli.reporting.statistics import EXAMPLES, LEVEL, SEEDS, Estimate
 from cora_cli.reporting.summary import Group, Line
@@ -132,9 +132,7 @@ def sweep_table(group: Group) -> Table:
         f"{group.name} – all learning rates",
         headers,
         tuple(rows),
-        (
-            f"chosen: the learning rate with the lowest {group.selected_by} of the method, mean over seeds. {cell_note(group.lines)}",
-        ),
+        (f"chosen: the learning rate of the method with the {lowest_loss(group)}, mean over seeds. {cell_note(group.lines)}",),
     )
 
 

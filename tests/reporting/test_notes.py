@@ -146,7 +146,13 @@ def test_a_rate_does_not_win_by_the_seeds_that_survived_it(tmp_path):
     place = next(path for path in grid.rglob("run.json") if "lr0.01_seed0" in str(path))
     writing.write_json(place, {**read_json(place), "status": "failed", "error": "the loss is nan", "diverged": True})
     text = " ".join(report([str(grid)]).split())
-    assert "(mean over seeds): fb r=4 0.001." in text
+    assert (
+        "with its lowest held-out loss of those at which no training diverged, where there are any (mean over seeds): fb r=4 0.001."
+        in text
+    )
+    assert (
+        "chosen: the learning rate of the method with the lowest held-out loss of those at which no training diverged" in text
+    )
     assert "Learning rates at which trainings diverged: fb r=4 0.01 (1 seed; tried and not chosen)." in text
     assert "Not every learning rate has finished with the same seeds" not in text
 
