@@ -71,10 +71,15 @@ def merge_adapter(
     stored = stored_types(base, trust_remote_code) if dtype == "stored" else {}
     widest = max(stored.values(), key=lambda kind: torch.finfo(kind).bits, default=None)
     model = load_model(base, widest or _DTYPES[dtype], torch.device("cpu"), None, trust_remote_code)
-    tied = _shares_head(model)
+    tied, rows = _shares_head(model), _embedding_rows(model)
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(adapted_layers(wrapped)))
     merged = merged_into_base(wrapped, adapter, safe=True)
+    if tokenizer is not None and (left := _embedding_rows(merged)) < min(rows, len(tokenizer)):
+        raise CoraError(
+            f"{adapter.reference} stores {left:,} embedding rows, fewer than the {len(tokenizer):,} tokens of its tokenizer, so that text could have tokens "
+            "without a row; it belongs to another tokenizer, or its embedding was cut too short"
+        )
     join_projections(merged)
     if tied and not _shares_head(merged):
         say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
@@ -91,6 +96,10 @@ def merge_adapter(
             raise writing.disk_error(OSError(28, "No space left on device"), output) from error
         raise
     return layers
+
+
+def _embedding_rows(model: Any) -> int:
+    return len(model.get_input_embeddings().weight)
 
 
 def _shares_head(model: Any) -> bool:

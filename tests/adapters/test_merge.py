@@ -416,6 +416,13 @@ def test_an_adapter_trained_without_the_padding_rows_of_its_base_is_merged_and_e
     torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=0)
 
 
+def test_an_adapter_with_fewer_embedding_rows_than_its_tokenizer_has_tokens_is_not_merged(tiny_model, tmp_path):
+    foreign(tiny_model, tmp_path / "adapter", 200)
+    with pytest.raises(CoraError, match=r"stores 200 embedding rows, fewer than the [0-9,]+ tokens of its tokenizer"):
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_failure_of_peft_while_merging_is_one_sentence(tiny_model, tmp_path):
     base = LlamaForCausalLM.from_pretrained(tiny_model)
     wrapped = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
