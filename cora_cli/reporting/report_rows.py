@@ -13,7 +13,7 @@ from cora_cli.experiments.ledger import Ledger
 from cora_cli.experiments.steps import Step, read_steps
 from cora_cli.reading import checked, number
 from cora_cli.records import PLAN, read_sealed
-from cora_cli.rundir import RunDirectory
+from cora_cli.rundir import RunDirectory, evaluations_in
 
 PLAN_VERSION = 1
 
@@ -103,6 +103,20 @@ def _of_other_plans(root: Path, steps: Mapping[str, Step]) -> list[str]:
     ]
 
 
+def _of_other_evaluations(root: Path, rows: Sequence[Row]) -> list[str]:
+    """A sentence on evaluations in the runs of a grid that its plan does not have, such as those of other records."""
+    own = {row.evaluation for row in rows}
+    runs = [RunDirectory(run) for run in dict.fromkeys(row.run for row in rows) if run is not None and run.is_dir()]
+    found = [one.root for run in runs for one in evaluations_in(run)]
+    others = [clean(str(place.relative_to(root))) for place in found if place not in own]
+    if not others:
+        return []
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    return [
+        f"The plan in {root} does not have the evaluation {others[0]}{more}, which this report leaves out; name it alone to report it."
+    ]
+
+
 def _of_later_seeds(before: Sequence[int]) -> list[str]:
     """A sentence on seeds that were planned when results of others existed; `before` has how many these were, each time."""
     if not before:
@@ -150,6 +164,7 @@ def read_plan(root: Path) -> Experiment:
             *unchecked,
             *lacking,
             *_of_other_plans(root, steps),
+            *_of_other_evaluations(root, rows),
             *_of_later_seeds(plan.get("seeds_before", ())),
         ),
         tuple(rows),

@@ -336,6 +336,15 @@ def test_runs_of_another_grid_in_the_same_directory_are_left_out_with_a_word(rec
     assert f"does not have runs/{other.name}, which this report leaves out" in experiment.conditions[-1]
 
 
+def test_an_evaluation_in_a_run_that_the_plan_does_not_have_is_left_out_with_a_word(recorded):
+    assert "leaves out" not in " ".join(read_plan(recorded).conditions)
+    run = next((recorded / "runs").iterdir())
+    shutil.copytree(run / "evaluation", run / "eval-elsewhere")
+    shutil.copytree(run / "evaluation", run / "eval-there")
+    said = f"does not have the evaluation runs/{run.name}/eval-elsewhere and 1 more, which this report leaves out; name it alone to report it."
+    assert said in " ".join(read_plan(recorded).conditions)
+
+
 def test_evaluations_that_changed_places_are_noticed(recorded):
     lora, fb = (recorded / "runs" / made.name / "evaluation" for made in (Made("lora", "lora"), Made("fb", "fb", n_models=2)))
     lora.rename(recorded / "aside")
