@@ -90,12 +90,12 @@ def load_records(dataset: str, choice: Choice = ALL, usual: str = "train") -> tu
         )
     if not own and (filled := sum(map(holds_nulls, records))):
         say(
-            f"{dataset}: {filled:,} records have nulls inside their tools or calls of tools, which the chat template writes as they are; JSON written "
+            f"{dataset}: {_have(filled)} nulls inside tools or calls of tools, which the chat template writes as they are; JSON written "
             "from a table, as by datasets.to_json, has them where other records have values, and the Parquet file or folder is read without them"
         )
     if not own and (missing := sum(map(holds_missing, records))):
         say(
-            f"{dataset}: {missing:,} records have a text that is nothing but nan, None, null or the like, as programs write it for a value that is "
+            f"{dataset}: {_have(missing)} a text that is nothing but nan, None, null or the like, as programs write it for a value that is "
             "missing; it is taken as it stands, so leave it empty in the file if it means nothing"
         )
     # Values that no run can record, such as a date, are not kept either.
@@ -104,6 +104,10 @@ def load_records(dataset: str, choice: Choice = ALL, usual: str = "train") -> tu
     if not own and (left := sorted({name for _, raw in located for name in raw} - read - kept)):
         say(f"{dataset}: columns that are left out: {', '.join(left)}")
     return records, shape.schema
+
+
+def _have(records: int) -> str:
+    return f"{records:,} record{' has' if records == 1 else 's have'}"
 
 
 def _is_own(path: Path) -> bool:

@@ -635,7 +635,7 @@ def test_a_column_of_images_or_functions_is_refused_where_it_holds_some(column, 
 def test_json_with_nulls_inside_tools_or_calls_of_them_is_told(entries, columns, said, tmp_path, capsys):
     question, answer = asked_and_said("q")
     load_records(jsonl(tmp_path / "a.jsonl", {"messages": [question, {**answer, **entries}], **columns}))
-    assert ("1 records have nulls inside their tools or calls of tools" in capsys.readouterr().err) is said
+    assert ("1 record has nulls inside tools or calls of tools" in capsys.readouterr().err) is said
 
 
 @pytest.mark.parametrize(
@@ -651,4 +651,4 @@ def test_json_with_nulls_inside_tools_or_calls_of_them_is_told(entries, columns,
 )
 def test_words_that_programs_write_for_missing_values_are_told(record, said, tmp_path, capsys):
     load_records(jsonl(tmp_path / "a.jsonl", record))
-    assert ("1 records have a text that is nothing but nan, None, null or the like" in capsys.readouterr().err) is said
+    assert ("1 record has a text that is nothing but nan, None, null or the like" in capsys.readouterr().err) is said
