@@ -23,6 +23,7 @@ from cora_cli.evaluation.targets import check_test_records
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.trained_on import trained_on
 from cora_cli.reading import read_jsonl, read_text, read_yaml
+from cora_cli.reporting.collect import check_evaluated
 from cora_cli.reporting.measures import check_losses, read_evaluation
 from cora_cli.rundir import EvaluationDirectory, RunDirectory, evaluations_in
 
@@ -121,16 +122,10 @@ def _check_sums(run: RunDirectory) -> list[str]:
 
 def _check_origin(run: RunDirectory) -> None:
     """Raise `CoraError` if the run's own evaluation is one of other weights."""
-    if not run.evaluation.is_dir():
-        return
-    settings = records.read_generation(EvaluationDirectory(run.evaluation)).get("settings", {})
-    weights = ModelPath(str(run.root), run.result, None)
-    name = "adapter_sha256" if weights.is_adapter else "model_sha256"
-    # An evaluation of the base model has None for the adapter.
-    if name in settings and "members" not in settings and settings[name] not in weights.content_hashes():
-        raise CoraError(
-            f"{run.evaluation} is an evaluation of other weights than {run.result}; run `cora evaluate {run.root} --overwrite`"
-        )
+    own = EvaluationDirectory(run.evaluation)
+    generation = records.read_generation(own)
+    if "members" not in generation.get("settings", {}):
+        check_evaluated(run, {"result_files": run.result_files()}, generation, own)  # as recorded, by `check_result`
 
 
 def _check_evaluation(evaluation: EvaluationDirectory) -> None:

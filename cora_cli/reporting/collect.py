@@ -4,7 +4,7 @@ A row that is unfinished or damaged becomes a `Missing` with its reason, and the
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +228,11 @@ def _read_row(
             step_records.require(member.root)
         trained = (trained or 0) + one["parameters"]["trained"]
         adapter_bytes = (adapter_bytes or 0) + _adapter_bytes(member)
-    if row.run is not None:
-        run = RunDirectory(row.run)
+    run = RunDirectory(row.run) if row.run is not None else None
+    if run is not None:
         record = _finished_record(run, row, logs)
         if step_records:
-            step_records.require(row.run)
+            step_records.require(run.root)
         log = read_jsonl(run.log, records.LogLine) if run.log.exists() else []
         trained = 0 if record["is_base_model"] else record["parameters"]["trained"]
         adapter_bytes = _adapter_bytes(run)
@@ -256,7 +256,7 @@ def _read_row(
             started = evaluation.root.is_dir() and writing.holds_files(evaluation.root)
             raise CoraError(_failure(row, logs) or ("the evaluation is not finished" if started else "not evaluated yet"))
         found, stated, evaluated = read_evaluation(evaluation, wanted)
-        _check_evaluated(row.run, record, stated, evaluation)
+        check_evaluated(run, record, stated, evaluation)
         if step_records:
             step_records.require(row.evaluation)
         generation, references = stated, evaluated
@@ -289,16 +289,16 @@ def _finished_record(run: RunDirectory, row: Row, logs: Sequence[Path]) -> dict[
     return record
 
 
-def _check_evaluated(
-    directory: Path | None, record: dict[str, Any], generation: dict[str, Any], evaluation: EvaluationDirectory
+def check_evaluated(
+    run: RunDirectory | None, record: Mapping[str, Any], generation: Mapping[str, Any], evaluation: EvaluationDirectory
 ) -> None:
     """Raise `CoraError` if an evaluation is of other weights than the run has now, such as those that were trained in its place, copied, or the base's.
 
     A full model is not read for it: its files have the hashes that the run recorded.
     """
-    if directory is None:
+    if run is None:
         return
-    run, settings = RunDirectory(directory), generation.get("settings", {})
+    settings = generation.get("settings", {})
     weights = ModelPath(str(run.result), run.result, None)
     if weights.is_adapter:
         differs = "adapter_sha256" in settings and settings["adapter_sha256"] not in weights.content_hashes()
