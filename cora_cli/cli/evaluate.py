@@ -7,7 +7,7 @@ import typer
 from cora_cli.cli.command import command
 from cora_cli.cli.next_step import say_next
 from cora_cli.evaluation.config import EvaluateConfig
-from cora_cli.evaluation.metrics import scales
+from cora_cli.evaluation.metrics import scales, unscorable_references
 from cora_cli.evaluation.shortcomings import KINDS
 from cora_cli.render.table import Cell, number, p_value_text, table_text, with_interval
 from cora_cli.terminal import columns, show
@@ -53,8 +53,11 @@ def run(config: EvaluateConfig) -> None:
     show(f"\nvalue [95 % bootstrap interval over the {_counted(results)}]; {scales(config.metric_names)}")
     for name in results[0].record["metrics"]:
         show(f"{name}: {' / '.join(dict.fromkeys(result.signature(name) for result in results))}")
-    for sentence in unscorable_references(results):
-        show(sentence)
+    unscorable = [
+        (result.name, said) for result in results for said in unscorable_references(result.record["metrics"]).values()
+    ]
+    for name, said in dict.fromkeys(unscorable):
+        show(f"note: {name}: {said}")
     for result in results:
         if counts := result.record["shortcomings"]:
             said = "; ".join(f"{count} of {_records(result)} answers {KINDS[kind]}" for kind, count in counts.items())
@@ -107,20 +110,6 @@ def _not_compared(results: "list[Evaluation]") -> list[str]:
                 "different tokenizers cannot be"
             )
     return found
-
-
-def unscorable_references(results: "list[Evaluation]") -> list[str]:
-    """One sentence for each kind of reference on which a metric's value says nothing."""
-    from cora_cli.evaluation.metrics import build_metrics
-
-    found: dict[str, None] = {}
-    for result in results:
-        for name, metric in build_metrics(result.record["metrics"]).items():
-            if count := result.record["metrics"][name]["unscorable"]:
-                found[
-                    f"note: {result.name}: {count} of {result.record['metrics'][name]['n']} references {metric.blind_spot}"
-                ] = None
-    return list(found)
 
 
 def metrics_table(results: "list[Evaluation]", width: int | None = None) -> str:

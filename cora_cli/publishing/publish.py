@@ -13,7 +13,7 @@ from cora_cli import hashing, rundir
 from cora_cli.adapters.card import card
 from cora_cli.environment import checked_proxy
 from cora_cli.errors import CoraError, reason
-from cora_cli.evaluation.metrics import build_metrics
+from cora_cli.evaluation.metrics import unscorable_references
 from cora_cli.evaluation.shortcomings import KINDS
 from cora_cli.progress import say
 from cora_cli.publishing.verify import check_run
@@ -87,11 +87,7 @@ def _remarks(folder: str, record: Mapping[str, Any]) -> list[str]:
         for kind, count in record.get("shortcomings", {}).items()
         if count
     ]
-    return found + [
-        f"{folder}: {name}: {metrics[name]['unscorable']} of {metrics[name]['n']} references {metric.blind_spot}."
-        for name, metric in build_metrics(metrics).items()
-        if metrics[name].get("unscorable")
-    ]
+    return found + [f"{folder}: {name}: {said}." for name, said in unscorable_references(metrics).items()]
 
 
 def _sums(files: Files) -> bytes:

@@ -5,7 +5,7 @@ Importing this module is fast: the dependencies of a metric are imported when th
 
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -93,6 +93,15 @@ def scales(names: Iterable[str]) -> str:
     others = [] if len(own) == len(names) else ["the others 0-1" if own else "on a scale of 0-1"]
     lower = [name for name in names if name in LOWER_IS_BETTER]
     return ", ".join([*own, *others]) + (f"; lower is better: {', '.join(lower)}" if lower else "")
+
+
+def unscorable_references(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """For each of the `metrics` of a `metrics.json` with references of which its value says nothing, how many, and which."""
+    return {
+        name: f"{count} of {metrics[name]['n']} references {metric.blind_spot}"
+        for name, metric in build_metrics(metrics).items()
+        if (count := metrics[name].get("unscorable"))
+    }
 
 
 def build_metrics(
