@@ -16,19 +16,29 @@ REPLACEMENT = ".replacement"
 """The folder in an evaluation's directory where the one that is to replace it is worked on."""
 
 
-def _differing(out: EvaluationDirectory, settings: dict[str, Any]) -> list[str]:
+def _recorded(out: EvaluationDirectory, overwrite: bool) -> dict[str, Any]:
+    """The record of the answers in `out`. One that is damaged raises `CoraError`; with `overwrite`, it counts as none."""
+    try:
+        return shapes.read_generation(out)
+    except CoraError as error:
+        if overwrite:
+            return {}
+        raise CoraError(f"{error}; --overwrite answers again") from error
+
+
+def _differing(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> list[str]:
     """The names of recorded settings that differ from `settings`. The model is compared by its hash, not by where it lies."""
-    theirs = shapes.read_generation(out).get("settings", {})
+    theirs = _recorded(out, overwrite).get("settings", {})
     # Evaluations from before the tokenizer's files were hashed do not have that setting.
     ignored = {"model", *(() if "tokenizer_sha256" in theirs else ("tokenizer_sha256",))}
     return sorted(name for name in {*theirs, *settings} - ignored if theirs.get(name) != settings.get(name))
 
 
-def recorded_date(out: EvaluationDirectory, settings: dict[str, Any]) -> str | None:
+def recorded_date(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> str | None:
     """The date in the prompts of an evaluation in `out` that has the same other settings, to continue or to reuse; None if there is none."""
     for place in (out, EvaluationDirectory(out.root / REPLACEMENT)):
-        if _differing(place, settings) == ["template_date"]:
-            date: str = shapes.read_generation(place)["settings"]["template_date"]
+        if _differing(place, settings, overwrite) == ["template_date"]:
+            date: str = _recorded(place, overwrite)["settings"]["template_date"]
             return date
     return None
 
@@ -38,7 +48,7 @@ def place_of_work(out: EvaluationDirectory, settings: dict[str, Any], overwrite:
 
     Raises `CoraError` if the directory holds other results or files and `overwrite` is off.
     """
-    differing = _differing(out, settings)
+    differing = _differing(out, settings, overwrite)
     if not differing or not writing.holds_files(out.root):
         return out
     if overwrite:
@@ -63,11 +73,10 @@ def put_in_place(out: EvaluationDirectory, new: EvaluationDirectory) -> None:
         out.executions.unlink(missing_ok=True)
 
 
-def predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any]) -> bool:
+def predictions_are_complete(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> bool:
     """Whether the predictions on disk are complete and belong to `settings`. Removes outdated files."""
-    recorded = shapes.read_generation(out)
-    if not _differing(out, settings):
-        expected = recorded.get("predictions_sha256")
+    if not _differing(out, settings, overwrite):
+        expected = _recorded(out, overwrite).get("predictions_sha256")
         if expected is None:  # interrupted: `generate` continues
             return False
         if out.predictions.exists() and hashing.sha256_file(out.predictions) == expected:

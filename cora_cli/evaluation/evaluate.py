@@ -209,7 +209,7 @@ def _evaluate_target(
         **_backend_settings(config, target, hardware),
     }
     tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
-    template = _template(target, schema, tokenizer, recorded_date(target.output, settings))
+    template = _template(target, schema, tokenizer, recorded_date(target.output, settings, config.overwrite))
     if template.reads_clock:
         settings["template_date"] = template.date
         say(f"{target.name}: the chat template writes the date into its prompts: {template.date}")
@@ -218,7 +218,7 @@ def _evaluate_target(
             f"--template-date has no effect: the template {template.name} of {target.name} writes no date; leave it out"
         )
     out = place_of_work(target.output, settings, config.overwrite)
-    complete = predictions_are_complete(out, settings)
+    complete = predictions_are_complete(out, settings, config.overwrite)
     if complete:
         check_nothing_is_lost(config, out.predictions, out)
     measured = not config.measures_calibration or (complete and _tokens(out.predictions) is not None)
@@ -253,7 +253,7 @@ def _evaluate_target(
         if not measured:
             add_reference_tokens(out, reference_tokens(backend.model, examples))
             now = {**shapes.read_generation(out), "predictions_sha256": hashing.sha256_file(out.predictions)}
-            writing.write_json(out.generation, now)
+            shapes.write_sealed(out.generation, now)
     generation = _renamed(out, target.name, settings)
     evaluation = _score(config, target.name, out.predictions, out, hardware, generation, executor, problems)
     if out != target.output:
@@ -267,7 +267,7 @@ def _renamed(out: EvaluationDirectory, name: str, settings: dict[str, Any]) -> d
     recorded = shapes.read_generation(out)
     generation = {**recorded, "name": name, "settings": settings}
     if generation != recorded:
-        writing.write_json(out.generation, generation)
+        shapes.write_sealed(out.generation, generation)
     return generation
 
 
@@ -365,10 +365,10 @@ def _answer(
     cut = sum(len(prompt) > room for prompt in prompts)
     if cut:
         say(f"{target.name}: {cut} prompts were cut at the start to fit the context")
-    writing.write_json(out.generation, {"name": target.name, "settings": settings})
+    shapes.write_sealed(out.generation, {"name": target.name, "settings": settings})
     engine = backend.start([request.input_ids for request in requests])
     speed = generate(engine, tokenizer, backend.ends, requests, out, config.samples, processes, (target, backend.ends))
-    writing.write_json(
+    shapes.write_sealed(
         out.generation,
         {
             "name": target.name,

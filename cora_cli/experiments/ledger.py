@@ -18,7 +18,17 @@ from cora_cli.experiments.steps import COMMANDS, Step, of_answers
 from cora_cli.lock import own_directory
 from cora_cli.models.references import resolve_model
 from cora_cli.reading import checked, read_json, read_yaml
-from cora_cli.records import FinishedRun, FinishedStep, Generation, Run, RunStatus, StepRecord, Stop, read_sealed, write_sealed
+from cora_cli.records import (
+    FinishedRun,
+    FinishedStep,
+    Run,
+    RunStatus,
+    StepRecord,
+    Stop,
+    read_generation,
+    read_sealed,
+    write_sealed,
+)
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.checkpoints import checkpoints_in, step_of
 from cora_cli.training.proposal import rate_in
@@ -118,13 +128,13 @@ class Ledger:
         if any(self.record(steps[name]).get("result") != result for name, result in record["results_of_needs"].items()):
             return None
         if stop is not None and str(stop) in self._stops(step, record):
-            loss: float = read_json(RunDirectory(self._out / step.output).stop(stop), Stop)["validation"]["loss"]
+            loss: float = read_sealed(RunDirectory(self._out / step.output).stop(stop), Stop)["validation"]["loss"]
             return loss
         if record["status"] == FAILED and record.get("diverged"):
             return math.inf
         if stop is not None or record["status"] != FINISHED or self._altered(step, record, but="model/"):
             return None
-        validation = read_json(RunDirectory(self._out / step.output).record, FinishedRun).get("validation")
+        validation = read_sealed(RunDirectory(self._out / step.output).record, FinishedRun).get("validation")
         return validation["loss"] if validation else None
 
     def dtype(self, step: Step) -> str | None:
@@ -133,9 +143,9 @@ class Ledger:
         settings: Mapping[str, Any] = {}
         with contextlib.suppress(CoraError):
             if step.kind in ("model", "train"):
-                settings = read_json(RunDirectory(place).record, Run)["fingerprint"]["settings"]
+                settings = read_sealed(RunDirectory(place).record, Run)["fingerprint"]["settings"]
             elif step.kind == "evaluate":
-                settings = read_json(EvaluationDirectory(place).generation, Generation)["settings"]
+                settings = read_generation(EvaluationDirectory(place))["settings"]
         return settings.get("dtype")
 
     def proposed_rate(self, step: Step, steps: Mapping[str, Step]) -> float | None:

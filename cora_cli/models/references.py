@@ -17,7 +17,7 @@ from cora_cli import hashing, rundir, writing
 from cora_cli.environment import behind_hub_error, proxy_to_hub
 from cora_cli.errors import CoraError
 from cora_cli.reading import read_json
-from cora_cli.records import AdapterConfig, GenerationConfig, ModelConfig, WeightIndex
+from cora_cli.records import AdapterConfig, GenerationConfig, ModelConfig, WeightIndex, read_sealed
 
 EMBEDDED_MODEL = "builtin:smollm2"
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -366,6 +366,7 @@ def resolve_model(reference: str, weights: bool = True) -> ModelPath:
         model = ModelPath(reference, path, None)
         model.require_unchanged()  # from here on
         if run.exists():
+            read_sealed(run.record)
             run.check_result()
         model.check_links()
         if not any((path / name).exists() for name in _MODEL_FILES):

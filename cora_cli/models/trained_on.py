@@ -12,8 +12,8 @@ from cora_cli import hashing, rundir, writing
 from cora_cli.errors import CoraError
 from cora_cli.models.references import ModelPath
 from cora_cli.progress import say
-from cora_cli.reading import read_json, read_text
-from cora_cli.records import CarriedTraining, read_run, template_date
+from cora_cli.reading import read_text
+from cora_cli.records import CarriedTraining, read_run, read_sealed, template_date, write_sealed
 from cora_cli.rundir import RunDirectory
 
 RECORD, PROMPTS = "trained_on.json", "trained_prompts.txt"
@@ -44,7 +44,7 @@ def run_of(model: ModelPath) -> RunDirectory | None:
 def trained_on(model: ModelPath) -> TrainedOn | None:
     """The record of a model's training, None for a model from elsewhere. Raises `CoraError` if the record was changed."""
     if (model.path / RECORD).exists():
-        carried = read_json(model.path / RECORD, CarriedTraining)
+        carried = read_sealed(model.path / RECORD, CarriedTraining)
         prompts = _read_prompts(model.path / PROMPTS, carried["trained_prompts_sha256"])
         date, template = carried["template_date"], carried.get("template")
         return TrainedOn(model.path, prompts, carried["complete"], tuple(carried["datasets"]), date, template)
@@ -111,5 +111,5 @@ def carry_record(directory: Path, *models: ModelPath) -> None:
         "template_date": next((each.date for each in found if each.date), None),
         "template": next((each.template for each in found if each.template), None),
     }
-    writing.write_json(directory / RECORD, record)
+    write_sealed(directory / RECORD, record)
     writing.write_text(directory / PROMPTS, listed)

@@ -75,6 +75,7 @@ from cora_cli.records.runs import (
     UsedBasis,
     read_run,
     template_date,
+    write_run,
 )
 from cora_cli.records.sealed import read_sealed, write_sealed
 
@@ -153,5 +154,6 @@ __all__ = [
     "read_sealed",
     "template_date",
     "unread_entries",
+    "write_run",
     "write_sealed",
 ]

@@ -7,7 +7,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from cora_cli import hashing, writing
 from cora_cli.errors import CoraError
-from cora_cli.reading import checked, read_json, read_jsonl, read_numbered
+from cora_cli.reading import checked, read_jsonl, read_numbered
 from cora_cli.records.sealed import read_sealed
 from cora_cli.rundir import EvaluationDirectory
 
@@ -18,6 +18,7 @@ class Generation(TypedDict):
     """`generation.json`; `template` is the one that `auto` in the settings became, `dataset` has the records where no run held them out."""
 
     name: str
+    sha256: NotRequired[str]
     settings: dict[str, Any]
     predictions_sha256: NotRequired[str]
     template: NotRequired[str]
@@ -146,9 +147,8 @@ class Executed(TypedDict):
 
 
 def read_generation(evaluation: EvaluationDirectory) -> dict[str, Any]:
-    """`generation.json`; empty if there is none. Raises `CoraError` naming the file and the key if it is damaged."""
-    found: dict[str, Any] = read_json(evaluation.generation, Generation) if evaluation.generation.exists() else {}
-    return found
+    """`generation.json`; empty if there is none. Raises `CoraError` if it is damaged or was changed after it was written."""
+    return read_sealed(evaluation.generation, Generation) if evaluation.generation.exists() else {}
 
 
 def read_metrics(evaluation: EvaluationDirectory) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from cora_cli.reading import read_json
 from cora_cli.records.runs import Data, Fingerprint, Model, Parameters, Plan, Proposal, Seeds, UsedBasis
+from cora_cli.records.sealed import read_sealed
 
 
 class InsideSide(TypedDict):
@@ -49,6 +49,7 @@ class Probe(TypedDict):
     """The file: the run that was measured before its first step, as in `run.json`, and the measures."""
 
     format: int
+    sha256: NotRequired[str]
     mode: str
     plan: Plan | None
     fingerprint: Fingerprint
@@ -68,6 +69,5 @@ class Proposed(TypedDict):
 
 
 def read_probe(path: Path) -> dict[str, Any]:
-    """The record of a probe. Raises `CoraError` naming the file and the key where it is missing or damaged."""
-    found: dict[str, Any] = read_json(path, Probe)
-    return found
+    """The record of a probe. Raises `CoraError` where it is missing or damaged, or was changed after it was written."""
+    return read_sealed(path, Probe)

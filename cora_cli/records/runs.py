@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, NotRequired, TypedDict
 
 from cora_cli.errors import CoraError
-from cora_cli.reading import checked, read_json
+from cora_cli.reading import checked
+from cora_cli.records.sealed import read_sealed, write_sealed
 from cora_cli.rundir import RunDirectory
 
 
@@ -70,6 +71,7 @@ class CarriedTraining(TypedDict):
     """`trained_on.json`, the record of their training that `cora merge` and `cora export` write next to the weights."""
 
     datasets: list[str]
+    sha256: NotRequired[str]
     trained_prompts_sha256: str
     complete: bool
     template_date: str | None
@@ -176,6 +178,7 @@ class Run(TypedDict):
     """`run.json` from the start of a run on."""
 
     format: NotRequired[Literal[1]]
+    sha256: NotRequired[str]
     status: str
     warmup_steps: NotRequired[int]
     sealed_checkpoints: NotRequired[bool]
@@ -226,6 +229,7 @@ class Stop(TypedDict):
 
     step: int
     validation: Loss
+    sha256: NotRequired[str]
 
 
 class LogLine(TypedDict):
@@ -247,10 +251,15 @@ class HeldOutLine(TypedDict):
 
 
 def read_run(run: RunDirectory) -> dict[str, Any]:
-    """`run.json`. Raises `CoraError` naming the file and the key if it is missing or damaged."""
-    record: dict[str, Any] = read_json(run.record, Run)
+    """`run.json`. Raises `CoraError` if it is missing or damaged, or was changed after it was written."""
+    record = read_sealed(run.record, Run)
     checked(record, FinishedRun if record["status"] == "finished" else Run, run.record)
     return record
+
+
+def write_run(run: RunDirectory, record: Mapping[str, Any]) -> None:
+    """Write `run.json`, with the hash of its contents."""
+    write_sealed(run.record, record)
 
 
 def template_date(run: Mapping[str, Any]) -> str:

@@ -18,13 +18,13 @@ def write_sealed(path: Path, record: Mapping[str, Any]) -> None:
     writing.write_json(path, {**record, _HASH: hashing.sha256_json(as_read)})
 
 
-def read_sealed(path: Path, shape: Any = dict[str, Any]) -> dict[str, Any]:
+def read_sealed(path: Path, shape: Any = dict[str, Any], *, remedy: str = "; restore it") -> dict[str, Any]:
     """The record in `path`, as it was written; earlier versions wrote no hash.
 
-    Raises `CoraError` if the file is missing, does not have the `shape`, or was changed since.
+    Raises `CoraError` if the file is missing, does not have the `shape`, or was changed since; the last with the `remedy`.
     """
     record: dict[str, Any] = read_json(path, shape)
     written = record.pop(_HASH, None)
     if written is not None and written != hashing.sha256_json(record):
-        raise CoraError(f"{path} was changed after it was written")
+        raise CoraError(f"{path} was changed after it was written{remedy}")
     return record

@@ -131,7 +131,7 @@ def read_plan(root: Path) -> Experiment:
     """The experiment described by `root/plan.json`. Raises `CoraError` with the file and the fault."""
     path = root / PLAN
     try:
-        plan = read_sealed(path)
+        plan = read_sealed(path, remedy="")
         version = plan.get("format_version")
         is_ours = type(version) is int and version == PLAN_VERSION
         if is_ours:

@@ -13,7 +13,7 @@ from cora_cli.errors import CoraError
 from cora_cli.models.trained_on import known_prompts, say_unrecorded
 from cora_cli.progress import say
 from cora_cli.reading import read_json, read_jsonl
-from cora_cli.records import LogLine, RunStatus, Stop, read_run, template_date
+from cora_cli.records import LogLine, RunStatus, Stop, read_run, read_sealed, template_date, write_run
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.checkpoints import checkpoints_in, step_of
 from cora_cli.training.config import TrainConfig
@@ -77,7 +77,7 @@ def refuse_run(run: RunDirectory, resume: bool) -> None:
 def has_stopped_at(run: RunDirectory, step: int) -> bool:
     """Whether the validation loss at this step was measured. Raises `CoraError` if the run has passed the step without."""
     if run.stop(step).exists():
-        return read_json(run.stop(step), Stop)["step"] == step
+        return read_sealed(run.stop(step), Stop)["step"] == step
     if any(step_of(checkpoint) > step for checkpoint in checkpoints_in(run.checkpoints)):
         raise CoraError(
             f"{run.root} cannot stop at step {step}, which it has already passed; remove it to train it again, or choose a new directory"
@@ -134,7 +134,7 @@ def write_start(run: RunDirectory, config: TrainConfig, prepared: Prepared, reco
     listed = "".join(f"{digest}\n" for digest in hashes)
     record["data"]["trained_prompts_sha256"] = hashing.sha256_text(listed)
     # The record comes first: it makes the directory a run, which --resume can complete.
-    writing.write_json(run.record, record)
+    write_run(run, record)
     # The file may be given to `--config` in another directory, where a relative path would begin a second run.
     settings = {**config.as_dict(), "output_dir": str(writing.absolute(run.root))}
     writing.write_text(run.config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))

@@ -25,7 +25,7 @@ from cora_cli.models.loading import load_model
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.references import resolve_model
 from cora_cli.progress import progress, say
-from cora_cli.records import read_run, template_date
+from cora_cli.records import read_run, template_date, write_run
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.config import config_of_run
 from cora_cli.training.prepare import prepare
@@ -155,7 +155,7 @@ def laplace(
         files = new.result_files()
         now = {**record, "result_files": files, "result_sha256": hashing.sha256_json(files), "laplace": found}
         write_card(new.adapter, now)
-        writing.write_json(new.record, now)
+        write_run(new, now)
     return found
 
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from cora_cli import writing
 from cora_cli.data.batches import BatchForm
 from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import factors_of, lora_layers
 from cora_cli.methods.registry import method_of
 from cora_cli.progress import progress, say
+from cora_cli.records import write_sealed
 from cora_cli.rundir import RunDirectory
 from cora_cli.scratch import temporary_directory
 from cora_cli.training import proposal
@@ -252,7 +252,7 @@ def write_probe(config: TrainConfig) -> dict[str, Any]:
     """As `probe`, with its record in the file of `--probe`."""
     assert config.probe is not None
     record = probe(config)
-    writing.write_json(Path(config.probe), record)
+    write_sealed(Path(config.probe), record)
     return record
 
 
@@ -274,7 +274,7 @@ def write_proposal(config: TrainConfig) -> dict[str, Any]:
     found = proposal_from(record["probe"]["curvature"])
     settings = {**record["fingerprint"]["settings"], "learning_rate": found["learning_rate"]}
     record = {**record, "fingerprint": {**record["fingerprint"], "settings": settings}, "proposal": found}
-    writing.write_json(Path(config.probe), record)
+    write_sealed(Path(config.probe), record)
     return record
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cora_cli.errors import CoraError
-from cora_cli.reading import read_json
-from cora_cli.records import Proposed
+from cora_cli.records import Proposed, read_sealed
 
 AUTO: Literal["auto"] = "auto"
 """What --learning-rate is set to for a proposal."""
@@ -62,8 +61,8 @@ def rates_around(rate: float) -> tuple[float, float, float]:
 
 def rate_in(path: Path) -> float:
     """The learning rate in a file that `cora train --learning-rate auto --probe` wrote. Raises `CoraError` naming the file where there is none."""
-    found: Proposed = read_json(path, Proposed)
-    return found["proposal"]["learning_rate"]
+    rate: float = read_sealed(path, Proposed)["proposal"]["learning_rate"]
+    return rate
 
 
 def describe(proposal: Mapping[str, Any], mode: str) -> str:

@@ -33,8 +33,8 @@ from cora_cli.methods.registry import method_of
 from cora_cli.models.loading import save_model, save_tokenizer
 from cora_cli.models.references import absolute
 from cora_cli.progress import progress, say
-from cora_cli.reading import read_json, read_jsonl
-from cora_cli.records import LogLine, read_run, template_date
+from cora_cli.reading import read_jsonl
+from cora_cli.records import LogLine, read_run, template_date, write_run, write_sealed
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.assemble import assemble, barrier, share_start
 from cora_cli.training.checkpoints import checkpoint_to_resume, checkpoints_in, step_of
@@ -127,18 +127,18 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
         raise _explained(error, run, config, prepared) from error
     _by_main(arguments, lambda: _write_end(run, outcome))
     barrier(arguments)
-    return read_json(run.record)
+    return read_run(run)
 
 
 def _write_end(run: RunDirectory, outcome: dict[str, Any]) -> None:
     """Write the card of a finished run and its record, last; a run that stops has no result, and its record says how to read it."""
     shutil.rmtree(run.checkpoints / PARTIAL, ignore_errors=True)
-    record = {**read_json(run.record), **outcome, "status": STOPPED}
+    record = {**read_run(run), **outcome, "status": STOPPED}
     if "finished" in outcome:
         files = run.result_files()
         record |= {"status": FINISHED, "result_files": files, "result_sha256": hashing.sha256_json(files)}
         write_card(run.result, record)
-    writing.write_json(run.record, record)
+    write_run(run, record)
 
 
 def _by_main(arguments: TrainingArguments, act: Callable[[], Any]) -> Any:
@@ -239,7 +239,7 @@ def _train_to_stop(
     if validation is None:
         raise CoraError(f"{config.dataset} leaves no validation records, whose loss is the result of --stop-at")
     if arguments.process_index == 0:
-        writing.write_json(run.stop(step), {"step": step, "validation": validation.summary()})
+        write_sealed(run.stop(step), {"step": step, "validation": validation.summary()})
     return {"speed": speed, "validation": validation.summary()}
 
 
@@ -358,7 +358,7 @@ def _interrupts_recorded(run: RunDirectory, main: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if main:
-            writing.write_json(run.record, {**read_json(run.record), "status": INTERRUPTED})
+            write_run(run, {**read_run(run), "status": INTERRUPTED})
         raise
 
 
@@ -367,7 +367,7 @@ def _mark_failed(run: RunDirectory, error: Exception) -> None:
     try:
         diverged = {"diverged": True} if isinstance(error, Diverged) else {}
         said = str(lost_process(error) if is_lost_process(error) else error)
-        writing.write_json(run.record, {**read_json(run.record), "status": FAILED, "error": said[:500], **diverged})
+        write_run(run, {**read_run(run), "status": FAILED, "error": said[:500], **diverged})
     except CoraError:
         say(f"{run.record} could not be updated")
 

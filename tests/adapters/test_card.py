@@ -20,6 +20,7 @@ from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.run import train
+from tests.evaluation.helpers import unsealed
 from tests.training.helpers import config_for
 
 IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
@@ -65,7 +66,7 @@ def test_a_trained_adapter_has_a_card_of_its_record(run: Path) -> None:
 
 
 def test_held_out_prompts_that_the_models_behind_it_know_are_counted(run: Path) -> None:
-    record = read_json(run / "run.json")
+    record = unsealed(run / "run.json")
     known = card(run / "adapter", {**record, "data": {**record["data"], "held_out_trained_on": 3}})
     said = f"were trained on the prompts of 3 of these {record['heldout']['after']['n']} held-out records"
     assert said in known
@@ -73,7 +74,7 @@ def test_held_out_prompts_that_the_models_behind_it_know_are_counted(run: Path) 
 
 
 def test_a_base_and_a_data_set_of_the_hub_are_named_in_the_metadata(run: Path) -> None:
-    record = read_json(run / "run.json")
+    record = unsealed(run / "run.json")
     text = card(run / "adapter", from_hub(record, data={**record["data"], "dataset": "org/data"}))
     assert metadata(text)["base_model"] == "org/base"
     assert metadata(text)["datasets"] == ["org/data"]
@@ -127,7 +128,7 @@ def test_the_card_says_which_programs_cannot_load_the_form(
 def test_no_hash_covers_the_card_so_that_people_may_edit_it(
     run: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    record = read_json(run / "run.json")
+    record = unsealed(run / "run.json")
     assert record["result_sha256"] == hashing.sha256_json(record["result_files"])
     assert "README.md" not in record["result_files"]
     edited = card_of(run) + "\nMore about it.\n"

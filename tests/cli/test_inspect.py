@@ -26,6 +26,7 @@ from cora_cli.inspection.measure import CEILING, MEAN, PAPER, POOLED, START, UNS
 from cora_cli.methods.parts.starts import start_a
 from cora_cli.methods.registry import Mode
 from cora_cli.models.references import resolve_model
+from tests.evaluation.helpers import unsealed
 from tests.methods.helpers import plan_of
 from tests.reporting.helpers import Made, write_run
 from tests.weights.helpers import make_llama
@@ -364,7 +365,7 @@ def finished_run(path: Path, loss: float, basis: Path | None, seed: int = 0, out
     write_run(
         path, Made(mode, mode, seed, loss=loss, rank=2, b_init="basis" if basis else "orthonormal"), np.random.default_rng(0)
     )
-    record = json.loads((path / "run.json").read_text())
+    record = unsealed(path / "run.json")
     settings = {"rank": 2, "alpha": 2.0, "rslora": False, "dropout": 0.0, "seed": seed}
     settings |= {"outer_rank": outer_rank, "has_basis": True} if outer_rank else {}
     b_init = None if basis else "orthonormal"

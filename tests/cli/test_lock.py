@@ -1,6 +1,5 @@
 """Two commands at once on one output: the second of each kind is refused by the holder's process and changes nothing."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typer.testing import CliRunner
 
 from cora_cli.cli import app
 from cora_cli.lock import own_directory, own_output
+from tests.evaluation.helpers import unsealed
 from tests.training.helpers import config_for, losses
 
 ROOT = Path(__file__).parents[2]
@@ -112,5 +112,5 @@ def test_of_two_trainings_started_at_once_one_runs_and_one_is_refused(arguments:
     winner = codes.index(0)
     # A holder that has already finished leaves a run, which a new one may not take either.
     assert f"(process {both[winner].pid})" in errors[1 - winner] or "already contains a run" in errors[1 - winner]
-    record = json.loads((out / "run.json").read_text())
+    record = unsealed(out / "run.json")
     assert (record["status"], record["seeds"]["seed"], len(losses(out))) == ("finished", winner, 30)

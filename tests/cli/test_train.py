@@ -16,6 +16,7 @@ from cora_cli.cli import app
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.models.references import resolve_model
 from cora_cli.records import read_probe
+from tests.evaluation.helpers import unsealed
 from tests.training.helpers import log_lines
 
 
@@ -240,7 +241,7 @@ def test_any_method_of_peft_trains_by_its_own_file(
     file.write_text(json.dumps(method))
     result = cora_train(*usual, "--mode=peft", f"--peft-config={file}", "--learning-rate=1e-2")
     assert result.exit_code == 0, result.stderr
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record = unsealed(tmp_path / "run" / "run.json")
     assert record["parameters"]["trained"] == trained
     assert record["heldout"]["change"]["value"] < 0
     written = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())

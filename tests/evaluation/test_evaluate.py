@@ -230,7 +230,7 @@ def test_directories_without_a_finished_run_are_refused_before_a_model_is_loaded
         ):
             evaluate(EvaluateConfig(runs=(str(trained["fb"]), str(tmp_path / name)), **FAST))
     record = RunDirectory(run).record
-    writing.write_json(record, {**read_json(record), "status": "failed"})
+    writing.write_json(record, {**unsealed(record), "status": "failed"})
     with pytest.raises(CoraError, match=r"is not finished \(status failed\).*--resume"):
         evaluate(EvaluateConfig(runs=(str(trained["fb"]), str(run)), **FAST))
     assert not (trained["fb"] / "eval").exists()

@@ -18,7 +18,7 @@ from cora_cli.evaluation.targets import find_targets
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
-from .helpers import FAST, SCORING, answers, evaluate_model, evaluate_run, make_run
+from .helpers import FAST, SCORING, answers, evaluate_model, evaluate_run, make_run, unsealed
 
 KILLED = """
 import sys, time
@@ -170,7 +170,7 @@ def test_an_evaluation_stays_whole_until_its_replacement_is_complete(
     for name in ("predictions.jsonl", "scores.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in out.iterdir()) == sorted(before)
-    assert read_json(out / "metrics.json")["generation"] == read_json(out / "generation.json")
+    assert read_json(out / "metrics.json")["generation"] == unsealed(out / "generation.json")
 
 
 def test_an_old_evaluation_that_names_its_model_by_a_relative_path_is_reused(
@@ -178,7 +178,7 @@ def test_an_old_evaluation_that_names_its_model_by_a_relative_path_is_reused(
 ) -> None:
     evaluate_model(tiny_model, records, tmp_path / "out")
     out = EvaluationDirectory(tmp_path / "out")
-    recorded = read_json(out.generation)
+    recorded = unsealed(out.generation)
     assert recorded["settings"]["model"] == str(tiny_model)
     writing.write_json(out.generation, {**recorded, "settings": {**recorded["settings"], "model": "models/tiny"}})
     before = out.predictions.stat().st_mtime_ns

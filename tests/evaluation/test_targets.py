@@ -22,7 +22,7 @@ from cora_cli.models.trained_on import trained_on
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
-from .helpers import FAST, HELD_OUT, evaluate_model, evaluate_run, make_run
+from .helpers import FAST, HELD_OUT, evaluate_model, evaluate_run, make_run, unsealed
 
 
 def test_a_prompt_has_one_hash_in_every_schema():
@@ -234,6 +234,10 @@ def test_a_merged_run_and_an_exported_adapter_know_what_they_were_trained_on(
         )
         assert found.hashes == hashes
         assert str(tiny_data) in found.datasets, "its prompts are left out by default"
+        record = read_json(tmp_path / "elsewhere" / "trained_on.json")
+        writing.write_json(tmp_path / "elsewhere" / "trained_on.json", {**record, "datasets": []})
+        with pytest.raises(CoraError, match=r"trained_on.json was changed after it was written; restore it"):
+            trained_on(resolve_model(str(tmp_path / "elsewhere")))
         shutil.rmtree(tmp_path / "elsewhere")
 
 
@@ -291,7 +295,7 @@ def test_a_basis_serves_a_training_where_the_record_of_one_of_its_sources_is_dam
 
 
 def test_a_merged_run_of_an_early_version_says_that_its_prompts_are_not_known(run: Path, records: Path, tmp_path: Path, capfd):
-    record = json.loads((run / "run.json").read_text())
+    record = unsealed(run / "run.json")
     del record["data"]["trained_prompts_sha256"]
     (run / "run.json").write_text(json.dumps(record))
     (run / "trained_prompts.txt").unlink()

@@ -18,6 +18,7 @@ from cora_cli.experiments.ablate import Request, ablate
 from cora_cli.experiments.resources import KINDS, Resources, read_resources
 from cora_cli.experiments.slurm import SlurmJob, SlurmLauncher, StepCall, left_jobs, squeue
 from cora_cli.experiments.spread import Spread
+from tests.evaluation.helpers import unsealed
 from tests.experiments.helpers import grid_of, plan_of
 
 
@@ -362,7 +363,7 @@ def test_two_nodes_train_together(tiny_model: Path, tiny_data: Path, tmp_path: P
         for node in range(2)
     ]
     assert [task.wait() for task in tasks] == [0, 0], log.read_text()
-    record = json.loads((output / "run.json").read_text())
+    record = unsealed(output / "run.json")
     assert (record["status"], record["hardware"]["processes"]) == ("finished", 2)
 
 

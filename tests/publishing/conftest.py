@@ -12,7 +12,7 @@ from cora_cli import hashing, writing
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 from cora_cli.training.run import train
-from tests.evaluation.helpers import evaluate_run
+from tests.evaluation.helpers import evaluate_run, unsealed
 from tests.training.helpers import config_for
 
 from .hub import TOKEN, Hub, running_hub
@@ -31,7 +31,7 @@ def finished(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPat
     writing.write_jsonl(
         place.predictions, [{**line, "prediction": line["reference"][:number] + " so"} for number, line in enumerate(lines, 3)]
     )
-    generation = read_json(place.generation) | {"predictions_sha256": hashing.sha256_file(place.predictions)}
+    generation = unsealed(place.generation) | {"predictions_sha256": hashing.sha256_file(place.predictions)}
     writing.write_json(place.generation, generation)
     evaluate_run(output, metrics=metrics, overwrite=True)
     assert all(metric["value"] > 0 for metric in read_json(place.metrics)["metrics"].values())

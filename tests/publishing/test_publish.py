@@ -22,7 +22,7 @@ from cora_cli.publishing.verify import verify
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.report import report
 from cora_cli.rundir import RunDirectory
-from tests.evaluation.helpers import evaluate_run
+from tests.evaluation.helpers import evaluate_run, unsealed
 
 from .hub import Hub, Repository
 
@@ -170,7 +170,7 @@ def test_a_name_that_the_hub_does_not_allow_is_a_usage_error(name: str) -> None:
 
 
 def test_a_run_that_is_not_as_recorded_is_refused(run: Path) -> None:
-    record = read_json(run / "run.json")
+    record = unsealed(run / "run.json")
     writing.write_json(run / "run.json", {**record, "status": "interrupted"})
     refused = cora("publish", run, "--to", "org/name", "--dry-run")
     assert (refused.exit_code, "is not finished (status interrupted)" in refused.stderr) == (1, True)
@@ -222,7 +222,7 @@ def test_the_verdict_of_a_report_on_the_run_goes_into_the_card(finished: Path, r
     assert section.replace("\\", "").startswith(headline)
     assert "\n\nSeeds were added.\n\n## How" in section
     (run / "adapter" / "cora.json").write_text((run / "adapter" / "cora.json").read_text() + "\n")
-    changed = read_json(run / "run.json") | {"result_files": RunDirectory(run).result_files()}
+    changed = unsealed(run / "run.json") | {"result_files": RunDirectory(run).result_files()}
     writing.write_json(run / "run.json", {**changed, "result_sha256": RunDirectory(run).result_hash()})
     shutil.rmtree(run / "eval")
     with pytest.raises(CoraError, match="has no verdict on this run"):
@@ -240,7 +240,7 @@ def test_an_edited_card_is_published_as_it_is(run: Path, tmp_path: Path, capsys:
 
 
 def test_a_run_of_an_earlier_version_is_published_with_a_card_and_verifies(run: Path, hub: Hub, tmp_path: Path) -> None:
-    record = read_json(run / "run.json")
+    record = unsealed(run / "run.json")
     writing.write_json(run / "run.json", {key: value for key, value in record.items() if key != "result_files"})
     (run / "adapter" / "README.md").unlink()
     assert cora("publish", run, "--to", "org/name").exit_code == 0

@@ -269,7 +269,7 @@ def test_an_evaluation_of_other_weights_in_the_run_is_refused(run: Path, evaluat
 
 
 def test_a_run_that_is_not_finished_and_other_folders_are_refused(run: Path, tmp_path: Path) -> None:
-    writing.write_json(run / "run.json", {**read_json(run / "run.json"), "status": "running"})
+    writing.write_json(run / "run.json", {**unsealed(run / "run.json"), "status": "running"})
     with pytest.raises(CoraError, match=r"is not finished \(status running\)"):
         verify(run)
     with pytest.raises(CoraError, match=r"holds neither run\.json nor metrics\.json"):

@@ -16,6 +16,7 @@ from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import read_plan
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.heldout import HeldOutLoss, loss_change
+from tests.evaluation.helpers import unsealed
 from tests.reporting.helpers import Made, make_grid, plan_entry, record_steps, write_evaluation, write_plan, write_run
 
 
@@ -74,7 +75,7 @@ def test_a_base_model_that_no_run_has_measured_is_missing(grid):
 
 def test_a_run_that_does_not_start_as_the_base_model_lends_it_no_loss(grid):
     for path in (grid / "runs").iterdir():
-        record = read_json(path / "run.json")
+        record = unsealed(path / "run.json")
         writing.write_json(
             path / "run.json", record | {"plan": record["plan"] | {"a_init": "kaiming", "b_init": "orthonormal"}}
         )
@@ -84,7 +85,7 @@ def test_a_run_that_does_not_start_as_the_base_model_lends_it_no_loss(grid):
 
 def test_a_run_on_a_base_in_four_bits_lends_it_no_loss(grid):
     for path in (grid / "runs").iterdir():
-        record = read_json(path / "run.json")
+        record = unsealed(path / "run.json")
         settings = record["fingerprint"]["settings"] | {"load_in_4bit": True}
         writing.write_json(path / "run.json", record | {"fingerprint": record["fingerprint"] | {"settings": settings}})
     base = next(result for result in collect(read_plan(grid)).results if result.row.mode == "base")
@@ -124,9 +125,9 @@ def test_a_base_model_that_a_grid_lists_once_a_seed_counts_once(tmp_path):
 def test_what_is_not_finished_is_missing_with_its_reason_and_the_rest_is_reported(grid):
     runs = sorted((grid / "runs").iterdir())
     shutil.rmtree(runs[0])
-    failed = read_json(runs[1] / "run.json") | {"status": "failed", "error": "the disk is full"}
+    failed = unsealed(runs[1] / "run.json") | {"status": "failed", "error": "the disk is full"}
     writing.write_json(runs[1] / "run.json", failed)
-    writing.write_json(runs[2] / "run.json", read_json(runs[2] / "run.json") | {"status": "running"})
+    writing.write_json(runs[2] / "run.json", unsealed(runs[2] / "run.json") | {"status": "running"})
     shutil.rmtree(runs[3] / "evaluation")
     found = collect(read_plan(grid))
     assert {(entry.row.name, entry.part, entry.reason) for entry in found.missing} == {
@@ -250,7 +251,7 @@ def test_losses_on_other_tokens_of_equal_records_are_refused_as_such(tmp_path):
     run = RunDirectory(next(path.parent for path in grid.rglob("run.json") if "-fb_" in str(path)))
     lines = [{**line, "tokens": line["tokens"] * 2} for line in read_jsonl(run.heldout)]
     writing.write_jsonl(run.heldout, lines)
-    record = read_json(run.record)
+    record = unsealed(run.record)
     tokens = np.array([line["tokens"] for line in lines], dtype=float)
     before, after = (HeldOutLoss(np.array([line[when] for line in lines]), tokens) for when in ("before", "after"))
     losses = {"before": before.summary(), "after": after.summary(), "change": loss_change(before, after)}
@@ -432,7 +433,7 @@ def test_an_evaluation_of_another_full_model_is_missing_without_reading_the_mode
     files = run.result_files()
     sha256 = ModelPath(str(run.model), run.model, None).content_hash()
     (run.model / "model.safetensors").write_bytes(b"")  # `verify` reads it
-    writing.write_json(run.record, {**read_json(run.record), "result_files": files})
+    writing.write_json(run.record, {**unsealed(run.record), "result_files": files})
     write_evaluation(run.evaluation, made, np.random.default_rng(1), 12)
     metrics = EvaluationDirectory(run.evaluation).metrics
     record = read_json(metrics)

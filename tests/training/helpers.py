@@ -19,10 +19,10 @@ from cora_cli import writing
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.methods.registry import METHODS, Mode
 from cora_cli.planning.memory import StorageMeter, follow_training
-from cora_cli.reading import read_json
 from cora_cli.rundir import RunDirectory
 from cora_cli.training import run as training
 from cora_cli.training.config import TrainConfig
+from tests.evaluation.helpers import unsealed
 from tests.methods.helpers import SMALL
 
 # The server imports everything once and computes nothing, so that its forks start at once and are safe.
@@ -95,7 +95,7 @@ def real_peak(config: TrainConfig, vocabulary: int, monkeypatch: pytest.MonkeyPa
 def record_result(output: Path) -> None:
     """Let the record of a run that a test has changed hold the hash of its result."""
     run = RunDirectory(output)
-    writing.write_json(run.record, {**read_json(run.record), "result_sha256": run.result_hash()})
+    writing.write_json(run.record, {**unsealed(run.record), "result_sha256": run.result_hash()})
 
 
 def log_lines(output: Path) -> list[dict[str, Any]]:
@@ -110,8 +110,8 @@ def losses(output: Path) -> list[float]:
 
 
 def record_of(output: Path) -> dict[str, Any]:
-    """A run's `run.json`."""
-    return json.loads((output / "run.json").read_text())
+    """A run's `run.json` without the hash of its contents, so that a changed one may be written back."""
+    return unsealed(output / "run.json")
 
 
 def checkpoint_names(output: Path) -> list[str]:

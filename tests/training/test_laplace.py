@@ -24,11 +24,11 @@ from cora_cli.evaluation.generate import BatchedGenerate
 from cora_cli.evaluation.mixture import mixture
 from cora_cli.evaluation.targets import find_targets
 from cora_cli.models.references import resolve_model
-from cora_cli.reading import read_json
 from cora_cli.reporting.report import report
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.laplace import laplace
 from cora_cli.training.run import train
+from tests.evaluation.helpers import unsealed
 
 from .helpers import config_for, record_of
 
@@ -188,7 +188,7 @@ def test_what_has_no_laplace_approximation_is_refused(
     (other / "config.yaml").write_text(text.replace("split_seed: 0", "split_seed: none"))
     refused(r'config\.yaml: split_seed is damaged .*: it must be an integer, not "none"', str(other))
     other = Path(shutil.copytree(run, tmp_path / "retokenized"))
-    record = read_json(other / "run.json")
+    record = unsealed(other / "run.json")
     record["fingerprint"]["tokenizer_sha256"] = "0" * 64
     writing.write_json(other / "run.json", record)
     refused("the tokenizer of .* is not the one that it was trained with", str(other))
@@ -202,7 +202,7 @@ def test_what_has_no_laplace_approximation_is_refused(
         assert said in result.stderr
     damaged = Path(shutil.copytree(fitted, tmp_path / "damaged"))
     (damaged / "adapter" / "posterior.safetensors").write_bytes(b"no")
-    record = read_json(damaged / "run.json")
+    record = unsealed(damaged / "run.json")
 
     writing.write_json(damaged / "run.json", {**record, "result_sha256": RunDirectory(damaged).result_hash()})
     with pytest.raises(CoraError, match=r"posterior.safetensors cannot be read"):

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from cora_cli import writing
 from cora_cli.errors import CoraError, UsageError
+from cora_cli.reading import read_json
 from cora_cli.records import read_probe, read_run
 from cora_cli.rundir import RunDirectory
 from cora_cli.training import probe, proposal
@@ -167,6 +169,10 @@ def test_a_probe_with_auto_writes_the_proposal_of_the_run(tiny_model, tiny_data,
     probe.write_probe(dataclasses.replace(config, learning_rate=1e-3, probe=str(tmp_path / "without.json"), probe_examples=4))
     with pytest.raises(CoraError, match=r"without\.json .*proposal"):
         rate_in(tmp_path / "without.json")
+    found = read_json(tmp_path / "p.json")
+    writing.write_json(tmp_path / "p.json", {**found, "proposal": {**found["proposal"], "learning_rate": 2 * rate}})
+    with pytest.raises(CoraError, match=r"p\.json was changed after it was written; restore it"):
+        rate_in(tmp_path / "p.json")
 
 
 def test_what_is_left_of_a_run_that_is_replaced_decides_nothing(tiny_model, tiny_data, tmp_path):

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from cora_cli import writing
 from cora_cli.cli.train import summary
 from cora_cli.errors import CoraError, UsageError
+from cora_cli.reading import read_json
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.run import train
 
@@ -86,11 +88,15 @@ def test_a_stop_that_lost_its_file_is_measured_again(config: TrainConfig, tmp_pa
     assert [line["step"] for line in log_lines(tmp_path / "run")] == [1, 2, 3]
 
 
-def test_a_stop_that_is_done_takes_no_step(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_that_is_done_takes_no_step(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(replace(config, stop_at=3))
     train(replace(config, stop_at=5, resume=True))
     train(replace(config, stop_at=3, resume=True))
     assert "has already stopped at step 3" in capsys.readouterr().err
+    stop = tmp_path / "run" / "stops" / "3.json"
+    writing.write_json(stop, {**read_json(stop), "step": 4})
+    with pytest.raises(CoraError, match=r"3.json was changed after it was written; restore it"):
+        train(replace(config, stop_at=3, resume=True))
 
 
 def test_a_step_that_the_run_has_passed_is_refused(config: TrainConfig) -> None:
