@@ -65,11 +65,7 @@ def score_notes(group: Group) -> list[str]:
     """The notes under the main table of a group."""
     lines = group.chosen
     notes = [cell_note(lines), *_lopsided_notes(group)]
-    if any(measure in line.paper for line in lines for measure in group.measures):
-        source = paper()
-        notes.append(
-            f"In parentheses: the number published in the paper ({source['source']}, {source['model']}, one seed, no interval)."
-        )
+    notes += _paper_notes([line for line in lines if not line.paper.keys().isdisjoint(group.measures)])
     supported = [measure for measure in group.measures if measure in group.best and group.best[measure].supported]
     meaning = "better than all others by the rule of the verdict, Holm-corrected over the table"
     if supported:
@@ -82,6 +78,19 @@ def score_notes(group: Group) -> list[str]:
         )
     notes += _repetition_notes(group) + _training_notes(group) + _loss_notes(group)
     return notes + _answer_notes(group) + _unscorable_notes(group) + _divergence_notes(group) + _selection_notes(group)
+
+
+def _paper_notes(compared: Sequence[Line]) -> list[str]:
+    """A sentence on the paper's numbers next to those of `compared`, and on what these are of: a grid file may name another model, other data or ranks."""
+    if not compared:
+        return []
+    source, rows = paper(), [line.method.first.row for line in compared]
+    model, data = (" / ".join(dict.fromkeys(names)) for names in ([row.model for row in rows], [row.dataset for row in rows]))
+    ranks = ", ".join(str(rank) for rank in dict.fromkeys(row.rank for row in rows) if rank is not None)
+    return [
+        f"In parentheses: the number published in the paper ({source['source']}, {source['model']}, one seed, no interval). "
+        f"The numbers here are of {model} on {data}{f', rank {ranks}' if ranks else ''}."
+    ]
 
 
 def _lopsided_notes(group: Group) -> list[str]:

@@ -101,6 +101,13 @@ def test_rows_that_were_not_trained_alike_are_named_under_the_table_and_in_their
     assert (note in text, f"not trained alike: {named})" in text) == (bool(found), bool(named))
 
 
+def test_next_to_the_papers_numbers_stands_of_which_model_data_and_rank_those_of_the_rows_are(tmp_path):
+    rows = [Made("base", "base", rank=None, rate=None), Made("fb", "fb", printed="CoRA_code_FB_5", n_models=2)]
+    text = " ".join(report([str(make_grid(tmp_path / "grid", rows, prompts=6, paper_table="main"))]).split())
+    published = "the number published in the paper (arXiv 2409.02119v1, meta-llama/Llama-2-13b-hf, one seed, no interval)."
+    assert f"In parentheses: {published} The numbers here are of tiny-model on tiny-data, rank 4." in text
+
+
 @pytest.mark.parametrize(("truncated", "said"), [(5, True), (0, False)])
 def test_a_maximum_length_that_cut_training_records_is_a_difference_of_training(tmp_path, truncated, said):
     grid = make_grid(tmp_path / "grid", [Made("lora", "lora"), Made("fb", "fb", n_models=2)], prompts=6)
