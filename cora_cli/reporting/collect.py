@@ -126,7 +126,9 @@ def collect(experiment: Experiment, wanted: tuple[str, ...] | None = None) -> Co
             if row.run is None and row.evaluation is None and row.basis is not None:
                 # The result of a row that only extracts a basis is a figure.
                 if not row.basis.is_file():
-                    missing.append(Missing(row, "basis", _failure(row, logs) or "not extracted yet"))
+                    missing.append(
+                        Missing(row, "basis", _failure(row.basis, row, logs, experiment.records) or "not extracted yet")
+                    )
                 shown.advance()
                 continue
             try:
@@ -223,14 +225,14 @@ def _read_row(
     trained: int | None = 0 if row.mode == "base" else None
     adapter_bytes: int | None = trained
     for member in map(RunDirectory, row.members):
-        one = _finished_record(member, row, logs)
+        one = _finished_record(member, row, logs, step_records)
         if step_records:
             step_records.require(member.root)
         trained = (trained or 0) + one["parameters"]["trained"]
         adapter_bytes = (adapter_bytes or 0) + _adapter_bytes(member)
     run = RunDirectory(row.run) if row.run is not None else None
     if run is not None:
-        record = _finished_record(run, row, logs)
+        record = _finished_record(run, row, logs, step_records)
         if step_records:
             step_records.require(run.root)
         log = read_jsonl(run.log, records.LogLine) if run.log.exists() else []
@@ -254,7 +256,8 @@ def _read_row(
         evaluation = EvaluationDirectory(row.evaluation)
         if not evaluation.metrics.exists():
             started = evaluation.root.is_dir() and writing.holds_files(evaluation.root)
-            raise CoraError(_failure(row, logs) or ("the evaluation is not finished" if started else "not evaluated yet"))
+            lacking = "the evaluation is not finished" if started else "not evaluated yet"
+            raise CoraError(_failure(evaluation.root, row, logs, step_records) or lacking)
         found, stated, evaluated = read_evaluation(evaluation, wanted)
         check_evaluated(run, record, stated, evaluation)
         if step_records:
@@ -277,15 +280,15 @@ def _has_diverged(row: Row) -> bool:
     return record.get("status") == "failed" and record.get("diverged") is True
 
 
-def _finished_record(run: RunDirectory, row: Row, logs: Sequence[Path]) -> dict[str, Any]:
+def _finished_record(run: RunDirectory, row: Row, logs: Sequence[Path], step_records: StepRecords | None) -> dict[str, Any]:
     if not run.exists():
-        raise CoraError(_failure(row, logs) or "not started")
+        raise CoraError(_failure(run.root, row, logs, step_records) or "not started")
     record = records.read_run(run)
     status = record["status"]
     if status == "failed":
         raise CoraError(f"failed: {clean(str(record.get('error', 'no reason was recorded')))}")
     if status != "finished":
-        raise CoraError(_failure(row, logs) or f"not finished (status {clean(str(status))})")
+        raise CoraError(_failure(run.root, row, logs, step_records) or f"not finished (status {clean(str(status))})")
     return record
 
 
@@ -312,8 +315,10 @@ def check_evaluated(
         )
 
 
-def _failure(row: Row, logs: Sequence[Path]) -> str | None:
-    """The last line of the row's newest log file among `logs`, or None without one."""
+def _failure(place: Path, row: Row, logs: Sequence[Path], step_records: StepRecords | None) -> str | None:
+    """Why nothing finished is at `place`: its step had finished, or the last line of the row's newest log file among `logs`; None without either."""
+    if step_records and step_records.has_finished(place):
+        return f"{place} was changed or removed after it was written; run `cora ablate` again"
     names = [row.name, *(member.name for member in row.members)]
     stems = {f"{kind}-{name}" for kind in ("train", "laplace", "evaluate") for name in names}
     its = [path for path in logs if path.stem in stems and path.parent == row.logs]

@@ -82,6 +82,11 @@ class StepRecords:
         self._ledger, self._steps = Ledger(root), steps
         self._by_place = {root / step.output: step for step in steps.values()}
 
+    def has_finished(self, place: Path) -> bool:
+        """Whether the step of the plan that writes `place` has once finished, whatever became of its files."""
+        step = self._by_place.get(place)
+        return step is not None and self._ledger.has_finished(step)
+
     def require(self, place: Path) -> None:
         """Raise `CoraError` with the reason if the directory or file at `place` is not the valid output of a step of the plan."""
         step = self._by_place.get(place)

@@ -386,6 +386,20 @@ def test_an_evaluation_that_was_made_again_of_other_records_leaves_out_its_row_a
     assert "was changed or removed after it was written; run `cora ablate` again" in missing["lora"]
 
 
+def test_what_was_removed_after_it_was_written_is_said_to_be_instead_of_the_last_line_of_a_log_that_ended_well(recorded):
+    lora, fb = (recorded / "runs" / made.name for made in (Made("lora", "lora"), Made("fb", "fb", n_models=2)))
+    for run in (lora, fb):
+        writing.write_text(
+            recorded / "logs" / f"evaluate-{run.name}.log", "note: 4 of 4 answers cut at the limit of new tokens\n"
+        )
+    shutil.rmtree(lora)
+    shutil.rmtree(fb / "evaluation")
+    assert missing_of(recorded) == {
+        "lora": f"{lora} was changed or removed after it was written; run `cora ablate` again",
+        "fb": f"{fb / 'evaluation'} was changed or removed after it was written; run `cora ablate` again",
+    }
+
+
 def test_a_step_without_its_record_is_no_evidence(recorded):
     (recorded / "steps" / f"train-{Made('lora', 'lora').name}.json").unlink()
     assert "is missing or damaged; run `cora ablate` again" in missing_of(recorded)["lora"]
