@@ -104,7 +104,8 @@ def dry_run(request: Request, width: int | None = None) -> str:
 
     Its table has lines of at most `width` characters.
 
-    Raises `CoraError` if a rank or the setting `share` does not fit the weights, and if a training would be refused at its start.
+    Raises `CoraError` if a rank or the setting `share` does not fit the weights, if a training would be refused at its start, and if the output
+    directory holds results with other settings.
     """
     grid = request.load()
     out = request.place(grid)
@@ -115,10 +116,17 @@ def dry_run(request: Request, width: int | None = None) -> str:
     if grid.has_stages:
         return _dryrun_stages(request, grid, out, inputs, rate, machine, width)
     plan = make_plan(grid, out, inputs, request.device, request.dtype)
-    estimates = estimate_steps(plan, inputs, rate)
     chosen = _chosen(request, plan)
+    _refuse_known_conflicts(request, plan, chosen, inputs)
+    estimates = estimate_steps(plan, inputs, rate)
     memory = _memory(request, plan, chosen, inputs)
     return render_plan(plan, inputs, done_steps(plan), estimates, chosen, machine, memory, width)
+
+
+def _refuse_known_conflicts(request: Request, plan: Plan, rows: list[str], inputs: Inputs) -> None:
+    """Refuse results with other settings as `ablate` would, where all inputs are here to be compared; the type is that of the machine that runs it."""
+    if not inputs.unresolved and all(model.sha256 for model in inputs.models.values()):
+        refuse_conflicts(plan, plan.needed_for(rows), request.overwrite)
 
 
 def _memory(request: Request, plan: Plan, chosen: list[str], inputs: Inputs) -> GridMemory:
@@ -137,8 +145,9 @@ def _dryrun_stages(
     methods = stages.methods()
     rows = stages.rows(methods, {method.key: MIN_SEEDS for method in methods})
     plan = stages.plan(rows)
-    estimates = estimate_steps(plan, inputs, rate)
     names = [row.name for row in rows]
+    _refuse_known_conflicts(request, plan, names, inputs)
+    estimates = estimate_steps(plan, inputs, rate)
     memory = _memory(request, plan, names, inputs)
     shown = render_plan(plan, inputs, done_steps(plan), estimates, names, machine, memory, width)
     complete = stages.plan([row for row in grid.rows if row.train is None] + [method.rows[0] for method in methods])

@@ -11,6 +11,10 @@ from cora_cli.errors import CoraError
 from cora_cli.experiments import trainings
 from cora_cli.experiments.ablate import Request, ablate, dry_run, rate_of_steps
 from cora_cli.experiments.estimate import NO_TIME_NOTE
+from cora_cli.experiments.grid import load_grid
+from cora_cli.experiments.inputs import find_inputs
+from cora_cli.experiments.ledger import Ledger
+from cora_cli.experiments.steps import make_plan
 from cora_cli.planning.page import size_text
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.preflight import Measured, preflight
@@ -245,6 +249,27 @@ def test_a_plan_refuses_what_a_run_refuses_at_its_start(
     assert str(refused.value) == str(caught.value)
     assert not (tmp_path / "out" / "runs").exists()
     assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_a_plan_refuses_results_of_other_settings_in_its_directory_as_the_grid_would(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    grid = load_grid(write(tmp_path, tiny_model, tiny_data, [{"mode": "lora"}]))
+    plan = make_plan(grid, out, find_inputs(grid, out / "hashes.json"), "cpu", "auto")
+    (step,) = plan.steps.values()
+    Ledger(out).start(step, {})
+    assert "to do" in planned(tmp_path / "grid.yaml")
+    longer = write(tmp_path, tiny_model, tiny_data, [{"mode": "lora", "max_steps": 4}])
+    refusals = []
+    for call in (lambda: planned(longer), lambda: ablate(Request(longer, out, device="cpu"), lambda *_: {})):
+        with pytest.raises(
+            CoraError, match=rf"created with other settings: runs/{plan.grid.rows[0].name} \(max_steps\)"
+        ) as refused:
+            call()
+        refusals.append(str(refused.value))
+    assert refusals[0] == refusals[1]
+    assert "to do" in planned(longer, overwrite=True)
 
 
 def test_a_plan_refuses_the_training_of_a_source_model_by_its_name(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
