@@ -11,14 +11,16 @@ from typing import Any
 import torch
 
 from cora_cli import records as shapes
+from cora_cli import writing
 from cora_cli.data.encode import check_rows, encode_prompt, shorten_prompt
 from cora_cli.data.records import place_of
-from cora_cli.data.templates import Template, choose_template
+from cora_cli.data.templates import Rendered, Template, choose_template
 from cora_cli.device import Hardware, planned_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.decode import PREFILL_TOKENS, PooledDecoder, Row, Tokens, shared_prefixes, unsupported
 from cora_cli.evaluation.evaluate import records_to_answer
+from cora_cli.evaluation.execution.problems import problem_columns, problem_of
 from cora_cli.evaluation.targets import Target, TrainedPrompts, find_targets, trained_prompts
 from cora_cli.models.configuration import load_configuration
 from cora_cli.models.loading import context_length, load_tokenizer
@@ -34,7 +36,7 @@ BYTES_PER_TOKEN = 4
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """The plan of one target. `prompts` are the tokens of each prompt, `text` the bytes of prompts and reference answers.
+    """The plan of one target. `prompts` are the tokens of each prompt, `text` the bytes that its predictions take apart from the answers' own text.
 
     `memory` has the bytes of each part at the peak, or says why they are not known; `rate` is that of `--rate-from`, in new tokens per
     second.
@@ -72,6 +74,10 @@ def _rate(directory: Path) -> float:
 
 def _plan(config: EvaluateConfig, target: Target, hardware: Hardware, trained: TrainedPrompts, rate: float | None) -> Preflight:
     records, schema, _ = records_to_answer(config, target, trained)
+    columns = [problem_columns(record) for record in records]
+    if config.execute_code:
+        for own, record in zip(columns, records, strict=True):
+            problem_of(own, place_of(record))
     tokenizer = load_tokenizer(target.tokenizer, config.trust_remote_code, target.adapter)
     template = Template(choose_template(target.template, schema, tokenizer), schema, tokenizer, target.date)
     rendered = [template.render(record) for record in records]
@@ -87,11 +93,22 @@ def _plan(config: EvaluateConfig, target: Target, hardware: Hardware, trained: T
     for record, prompt in zip(records, prompts, strict=True):
         check_rows(prompt, rows, place_of(record), tokenizer)
     kept = [shorten_prompt(prompt, room, tokenizer) for prompt in prompts]
-    text = sum(len((one.prompt + one.answer).encode()) for one in rendered)
+    lines = [
+        _line_without_text(config, place, one, own) for place, (one, own) in enumerate(zip(rendered, columns, strict=True))
+    ]
+    text = len(writing.jsonl_text(lines).encode())
     reads = {one.reference: _weight_bytes(one) for one in (target.base, target.adapter) if one is not None}
     cut = sum(len(prompt) > room for prompt in prompts)
     memory = _memory(config, target, model_config, hardware, kept)
     return Preflight(config, target, hardware, kept, cut, text, reads, memory, rate)
+
+
+def _line_without_text(config: EvaluateConfig, index: int, one: Rendered, problem: dict[str, Any] | None) -> dict[str, Any]:
+    """The line of `predictions.jsonl` for a record, as `generate` writes it, with empty answers."""
+    answer = {"prediction": "", "finish_reason": "length", "new_tokens": config.max_new_tokens}
+    line = {"index": index, "prompt": one.prompt, "reference": one.answer, **answer}
+    samples = {"samples": [answer] * config.samples} if config.samples > 1 else {}
+    return line | samples | ({"problem": problem} if problem else {})
 
 
 def _weight_bytes(model: ModelPath) -> float | None:
@@ -170,7 +187,9 @@ def _lines(plan: Preflight) -> list[str]:
         )
     lines += file_lines("reads", {**plan.reads, plan.target.dataset: None})
     out = plan.target.output
-    lines += file_lines("writes at most", {str(out.predictions): plan.text + most * BYTES_PER_TOKEN})
+    # The first of several answers is there twice.
+    written = most + (len(lengths) * config.max_new_tokens if config.samples > 1 else 0)
+    lines += file_lines("writes at most about", {str(out.predictions): plan.text + written * BYTES_PER_TOKEN})
     if isinstance(plan.memory, str):
         return [*lines, f"peak memory: unknown, because {plan.memory}"]
     on_gpu = plan.hardware.device.type == "cuda"

@@ -1,5 +1,6 @@
 """The plan of an evaluation: its memory is that of the decoder, its counts are those of the records, and nothing is needed but the configuration."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from cora_cli import writing
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.decode import PooledDecoder
-from cora_cli.evaluation.preflight import describe, preflight
+from cora_cli.evaluation.evaluate import evaluate
+from cora_cli.evaluation.preflight import BYTES_PER_TOKEN, describe, preflight
 from cora_cli.planning.memory import StorageMeter
+from cora_cli.planning.page import size_text
+from cora_cli.reading import read_jsonl
 
 
 def config_for(model: Path, data: Path, out: Path, **changes: Any) -> EvaluateConfig:
@@ -56,11 +60,33 @@ def test_a_plan_counts_prompts_and_tokens_and_writes_nothing(bare: Path, tiny_da
     assert f"12 prompts, 3 answers to each of {min(map(len, plan.prompts))} to" in page
     assert f"{12 * 3 * 70:,} new tokens, 8 prompts at a time" in page
     assert f"reads {bare}\n" in page
-    assert f"writes at most {tmp_path / 'out' / 'predictions.jsonl'}: " in page
+    assert f"writes at most about {tmp_path / 'out' / 'predictions.jsonl'}: " in page
     if not torch.cuda.is_available():
         assert "on a CUDA GPU, bf16, computed" in page
         assert "fits a card of  16 GB: yes" in page
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_size_of_the_answers_is_that_of_the_lines_that_are_written(
+    samples: int, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    drawn: dict[str, Any] = {"samples": samples, "temperature": 0.8} if samples > 1 else {}
+    config = config_for(tiny_model, tiny_data, tmp_path / "out", max_new_tokens=2, metrics=("rouge",), **drawn)
+    (plan,) = preflight(config)
+    evaluate(dataclasses.replace(config, dry_run=False))
+    lines = read_jsonl(tmp_path / "out" / "predictions.jsonl")
+    assert len(lines) == 12
+    for line in (answer for each in lines for answer in (each, *each.get("samples", ()))):
+        line |= {"prediction": "", "finish_reason": "length", "new_tokens": 2}
+    assert plan.text == len(writing.jsonl_text(lines).encode())
+    size = size_text(plan.text + 12 * (samples + (samples > 1)) * 2 * BYTES_PER_TOKEN)
+    assert f"predictions.jsonl: {size}\n" in describe([plan])
+
+
+def test_a_plan_refuses_records_without_the_tests_that_it_would_run(bare: Path, tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(CoraError, match="line 1 carries no tests, which pass@k needs"):
+        preflight(config_for(bare, tiny_data, tmp_path / "out", metrics=("pass@1",), execute_code=True))
 
 
 def test_a_longer_answer_and_a_larger_batch_need_a_larger_cache(bare: Path, tiny_data: Path, tmp_path: Path) -> None:
