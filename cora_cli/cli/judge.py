@@ -35,6 +35,8 @@ def run(config: JudgeConfig) -> None:
         show(f"requests: {found.requests} ({found.answered} more are answered already)")
         show(f"tokens: about {found.tokens_in:,} in, at most {found.tokens_out:,} out")
         show(f"price: {cost}")
+        if config.tries > 1 and found.requests:
+            show(f"malformed replies are asked again: with --tries {config.tries}, up to {config.tries} times as much in all")
         return
     from cora_cli.render.text import terminal
     from cora_cli.reporting.judge_section import judge_section

@@ -62,6 +62,12 @@ def test_asked_again_it_sends_nothing_and_gives_the_same(server, answers) -> Non
     assert len(server.requests) == sent
 
 
+def test_the_price_says_how_often_malformed_replies_are_asked_again(server, answers) -> None:
+    page = cora("judge", "--from", answers, *at(server, "--dry-run")).stdout
+    assert "malformed replies are asked again: with --tries 3, up to 3 times as much in all" in page
+    assert "asked again" not in cora("judge", "--from", answers, *at(server, "--dry-run", "--tries", "1")).stdout
+
+
 def test_more_records_and_more_models_reuse_what_is_judged(server, answers, tmp_path) -> None:
     other = write_answers(tmp_path / "other", 8, seed=5)
     cora("judge", "--from", answers, "-o", tmp_path / "out", *at(server))
