@@ -20,7 +20,7 @@ from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.evaluation.judge.rubrics import load_rubric
 from cora_cli.evaluation.metrics import HIGHEST, NAMES
 from cora_cli.experiments.paper import paper_tables
-from cora_cli.experiments.preset import small
+from cora_cli.experiments.preset import small, tuned_here
 from cora_cli.experiments.resources import Resources, read_resources
 from cora_cli.experiments.rows import BASIS_KEYS, ROW_KEYS, SEEDS_APART, TRAIN_KEYS, Row, Scope, build_row
 from cora_cli.experiments.stage_rules import ConfirmRule, read_confirm, read_sweep, stage_problems
@@ -124,7 +124,12 @@ def load_grid(path: Path, preset: str | None = None, model: str | None = None, s
         values = small(values, model or EMBEDDED_MODEL, any(row.basis is not None or row.sources for row in rows))
     elif model is not None:
         values = {**values, "model": model}
-    return build_grid(values, str(path), preset, source_seed)
+    grid = build_grid(values, str(path), preset, source_seed)
+    if preset is None:
+        return grid
+    used = {name for row in grid.rows for name in row.sources}
+    tuned = tuned_here([name for name in grid.models if name in used])
+    return dataclasses.replace(grid, conditions=(*grid.conditions, *tuned))
 
 
 def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None, source_seed: int = 0) -> Grid:

@@ -4,7 +4,7 @@ Settings of the method (modes, ranks, initializations, numbers of models, seeds)
 each replacement adds a sentence to the conditions of the grid.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cora_cli.errors import CoraError, UsageError
@@ -85,7 +85,6 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
         "batch_size": TASK_BATCH,
         "eval_limit": TASK_EVAL_LIMIT,
     }
-    made = f"The {len(pool)} source models were fine-tuned here, {TASK_STEPS} steps each on {', '.join(renamed.values())}."
     conditions = [
         *(values.get("conditions") or ()),
         f"The base model is {model} instead of {values.get('model')}.",
@@ -94,7 +93,6 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
         "are trained, and as the grid says where it sweeps it).",
         *([] if evaluate is False else _EVALUATED),
         *_not_taken(defaults, values["grid"]),
-        *([made] if pool else []),
         *([f"The judge is {model} and judges {JUDGED} records. A judge this small is usually disqualified."] if judge else []),
         *shapes.conditions(),
     ]
@@ -114,6 +112,11 @@ def small(values: Mapping[str, Any], model: str, has_bases: bool) -> Values:
         "defaults": {"train": train, "basis": basis, "evaluate": evaluate, "judge": judge},
         "grid": blocks,
     }
+
+
+def tuned_here(sources: Sequence[str]) -> tuple[str, ...]:
+    """A sentence on the source models that some row of a converted grid uses; only these are fine-tuned."""
+    return (f"The source models were fine-tuned here, {TASK_STEPS} steps each on {', '.join(sources)}.",) if sources else ()
 
 
 def _datasets(given: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:

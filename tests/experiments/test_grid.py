@@ -302,6 +302,17 @@ def test_settings_of_the_small_preset_may_not_vary(tiny_model: Path, tmp_path: P
     assert len(rows) == 3
 
 
+def test_the_small_preset_names_the_source_models_that_some_row_uses(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    row = {"mode": "fb", "share": "projection"}
+    for block in ({**row, "sources": "b"}, {**row, "n_models": 0}, {**row, "n_models": 2, "source_seed": [1, 2, 3]}, row):
+        path.write_text(yaml.safe_dump({**BASE, "datasets": {"data": "builtin:code"}, "grid": [block]}))
+        grid = load_grid(path, "small", str(tiny_model))
+        used = [name for name in grid.models if any(name in row.sources for row in grid.rows)]
+        said = [sentence for sentence in grid.conditions if "source models" in sentence]
+        assert said == ([f"The source models were fine-tuned here, 8 steps each on {', '.join(used)}."] if used else [])
+
+
 def test_baselines_are_ordinary_rows_and_fa_basis_gets_a_basis_of_the_input_side() -> None:
     grid = grid_of(
         {"mode": ["pissa", "lora+", "dora"], "rank": 4},
