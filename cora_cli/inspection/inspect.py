@@ -105,6 +105,12 @@ def inspect(
     _refuse_copies(models, targets)
     own_data = read_own_data(data, of_models, models, base_path, targets, limit) if data and base_path else {}
     used = used_bases(runs) if runs else []
+    for trained, sha256 in dict.fromkeys(one.model for one in used):
+        if base_path is not None and sha256 != base_path.content_hash():
+            say(
+                f"--runs: runs trained {trained}, which has other weights than {base_path.reference}, so the captures are of changes of another model "
+                "than their losses"
+            )
     starts, lost = known_starts(of_models, models, base_source, compared, asked.bases.values())
     kept: Kept | None = {} if own_data else None
     findings = measure(

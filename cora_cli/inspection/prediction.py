@@ -5,7 +5,7 @@ The answer is a rank correlation over bases, one point per basis. Runs are read 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtri
 
+from cora_cli import hashing
 from cora_cli.basis.artifact import Basis, read_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
@@ -23,7 +24,7 @@ from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
 from cora_cli.reporting.collect import Result, collect
 from cora_cli.reporting.found import find_experiments
-from cora_cli.reporting.learning_rate_sweep import Rates, RatesByMethod, choose_learning_rates, rates_of
+from cora_cli.reporting.learning_rate_sweep import RatesByMethod, choose_learning_rates, rates_of
 from cora_cli.reporting.measures import LOSS
 from cora_cli.reporting.report_rows import Row
 from cora_cli.reporting.statistics import MethodResults
@@ -46,9 +47,10 @@ _LIKE_FILE = {
 class UsedBasis:
     """One start of B that runs used: `rank` columns of a basis file, or random ones. If B is a product, `rank` is the outer rank.
 
-    `directions` has one entry, or one per seed for a random B. The draws of a random B count as one basis, because the seed also sets
+    `directions` has one entry, or one per seed for a random B (`_draw`). The draws of a random B count as one basis, because the seed also sets
     the order of the data and the two effects cannot be separated. `losses` holds (seed, held-out loss) of the runs of one `stratum`:
-    same data, model, mode, ranks and settings, at the chosen learning rate. `learning_rate` is the chosen one of `rates`.
+    same data, model, mode, ranks and settings, at the chosen learning rate. `learning_rate` is the chosen one of `rates`. `model` is the
+    model that the runs trained, with the hash of its weights.
     """
 
     name: str
@@ -59,6 +61,7 @@ class UsedBasis:
     losses: tuple[tuple[int, float], ...]
     learning_rate: float | None
     rates: tuple[float, ...]
+    model: tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,47 +122,61 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
     Raises `CoraError` if a directory was not written by cora, or if no run has both a basis and a held-out loss.
     """
     # A report groups runs by method alone. Here runs with different bases must stay apart, even if nothing else differs.
-    strata: dict[str, list[tuple[str, Result]]] = {}
-    planned: dict[tuple[object, ...], Rates] = {}
-    diverged: list[Row] = []
-    for experiment in find_experiments(outputs):
+    strata: dict[str, list[tuple[str, Result, int]]] = {}
+    experiments: list[tuple[RatesByMethod, tuple[Row, ...]]] = []
+    for place, experiment in enumerate(find_experiments(outputs)):
         collection = collect(experiment)
         finished = collection.results
-        diverged += collection.diverged
         for result in finished:
             if LOSS in result.measures and (key := _key(result)) is not None:
                 row = result.row
                 plan = AdapterPlan.from_dict(result.record["plan"])
                 width = _width(plan)
                 stratum = f"{row.group}, {row.mode} r={row.rank}{'' if width == f'r={plan.rank}' else f', {width}'}"
-                strata.setdefault(stratum, []).append((key, result))
-        planned |= rates_of([MethodResults((result,)) for result in finished], experiment.sweeps, collection.diverged)
-    found: dict[tuple[str, str], dict[Any, list[Result]]] = {}
+                strata.setdefault(stratum, []).append((key, result, place))
+        swept = rates_of([MethodResults((result,)) for result in finished], experiment.sweeps, collection.diverged)
+        experiments.append((swept, collection.diverged))
+    found: dict[tuple[str, str], dict[Any, dict[int, Result]]] = {}
+    places: dict[tuple[str, str], set[int]] = {}
     for stratum, results in strata.items():
-        settings = [_settings(result) for _, result in results]
+        settings = [_settings(result) for _, result, _ in results]
         names = sorted({name for each in settings for name in each})
         differing = [name for name in names if len({str(each.get(name)) for each in settings}) > 1]
-        for (key, result), each in zip(results, settings, strict=True):
+        for (key, result, place), each in zip(results, settings, strict=True):
             own = ", ".join([stratum, *(f"{name}={each.get(name)}" for name in differing)])
             rates = found.setdefault((own, key), {})
-            rates.setdefault((MethodResults((result,)).identity, result.row.learning_rate), []).append(result)
+            # A copy of a grid has the same runs again.
+            rates.setdefault((MethodResults((result,)).identity, result.row.learning_rate), {})[result.row.seed] = result
+            places.setdefault((own, key), set()).add(place)
     if not found:
         raise CoraError(
             f"no finished run in {', '.join(outputs)} has both a basis and a held-out loss; name other runs or leave --runs out"
         )
-    return [
-        _used(stratum, key, [result for method in chosen for result in method.results], planned)
-        for (stratum, key), rates in found.items()
-        for chosen, _ in [choose_learning_rates([MethodResults(tuple(results)) for results in rates.values()], diverged)]
-    ]
+    used = []
+    for (stratum, key), trained in found.items():
+        involved = [experiments[place] for place in sorted(places[stratum, key])]
+        methods = [MethodResults(tuple(results.values())) for results in trained.values()]
+        chosen, _ = choose_learning_rates(methods, [row for _, diverged in involved for row in diverged])
+        identities = {method.identity for method in methods}
+        planned = {rate for swept, _ in involved for one in identities & swept.keys() for rate in swept[one].planned}
+        used.append(_used(stratum, key, [result for method in chosen for result in method.results], planned))
+    return used
 
 
 def _settings(result: Result) -> dict[str, Any]:
-    """The settings of a run's training in which runs of one stratum must agree, since the loss depends on them too."""
-    settings = result.record["fingerprint"]["settings"]
+    """The settings and other inputs of a run's training in which runs of one stratum must agree, since the loss depends on them too.
+
+    Grids of other models or data can have the same names for them, so their hashes count.
+    """
+    fingerprint = result.record["fingerprint"]
     apart = ("seed", "learning_rate", "b_init", "rank")
+    inputs = {
+        name.removesuffix("_sha256"): hashing.sha256_json(value)[:12] if not isinstance(value, str) else value[:12]
+        for name, value in fingerprint.items()
+        if name not in ("settings", "basis_sha256")
+    }
     own = {"alpha": result.record["plan"]["alpha"], "processes": result.record["hardware"].get("processes", 1)}
-    return {**{name: value for name, value in settings.items() if name not in apart}, **own}
+    return {**{name: value for name, value in fingerprint["settings"].items() if name not in apart}, **inputs, **own}
 
 
 def is_unscaled(choices: BasisChoices) -> bool:
@@ -180,15 +197,17 @@ def predict(used: Sequence[UsedBasis], models: dict[str, WeightSource], findings
         seeds[one.stratum] = seeds.get(one.stratum, own) & own
     points: dict[str, list[Point]] = {one.stratum: [] for one in used}
     for one in used:
-        shares = _captures(one, models, findings)
+        shares = _captures(one, models, findings, seeds[one.stratum])
         losses = [loss for seed, loss in one.losses if seed in seeds[one.stratum]]
         if shares and losses:
             points[one.stratum].append(Point(one.name, fmean(shares), fmean(losses), len(losses), one.learning_rate, one.rates))
     return [_correlate(stratum, tuple(found)) for stratum, found in points.items()]
 
 
-def _captures(one: UsedBasis, models: dict[str, WeightSource], findings: Sequence[Findings]) -> list[float]:
-    names, unseen = set(one.directions), set(models)
+def _captures(one: UsedBasis, models: dict[str, WeightSource], findings: Sequence[Findings], seeds: set[int]) -> list[float]:
+    """The captures of the models' changes, of a random B those of the draws of these `seeds`, whose losses count."""
+    names = {_draw(one.name, seed) for seed in seeds} if one.basis is None else set(one.directions)
+    unseen = set(models)
     if one.basis is not None:
         behind, modules = {source.hash for source in one.basis.sources}, one.basis.modules
         unseen = {
@@ -247,7 +266,7 @@ def _key(result: Result) -> str | None:
     return f"{start} B" if start in ("orthonormal", "random") else None
 
 
-def _used(stratum: str, key: str, results: list[Result], planned: RatesByMethod) -> UsedBasis:
+def _used(stratum: str, key: str, results: list[Result], planned: Collection[float | None]) -> UsedBasis:
     record, row = results[0].record, results[0].row
     plans = [AdapterPlan.from_dict(result.record["plan"]) for result in results]
     rank, width = method_of(plans[0].mode).b_width(plans[0]), _width(plans[0])
@@ -262,7 +281,7 @@ def _used(stratum: str, key: str, results: list[Result], planned: RatesByMethod)
         directions = {name: start_of(plans[0], basis, "output")}
     else:
         basis, name = None, f"{key}, {width}"
-        directions = {f"{name}, seed {plan.seed}": start_of(plan, None, "output") for plan in plans}
+        directions = {_draw(name, plan.seed): start_of(plan, None, "output") for plan in plans}
     return UsedBasis(
         name=name,
         stratum=stratum,
@@ -271,8 +290,14 @@ def _used(stratum: str, key: str, results: list[Result], planned: RatesByMethod)
         basis=basis,
         losses=tuple((result.row.seed, result.measures[LOSS].value) for result in results),
         learning_rate=row.learning_rate,
-        rates=tuple(sorted(rate for rate in planned[MethodResults((results[0],)).identity].planned if rate is not None)),
+        rates=tuple(sorted(rate for rate in planned if rate is not None)),
+        model=(record["model"]["reference"], record["fingerprint"]["model_sha256"]),
     )
+
+
+def _draw(name: str, seed: int) -> str:
+    """What the random B of a seed is called."""
+    return f"{name}, seed {seed}"
 
 
 def _width(plan: AdapterPlan) -> str:

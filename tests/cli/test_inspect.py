@@ -469,9 +469,25 @@ def test_draws_of_a_random_b_are_one_basis_and_losses_are_compared_over_the_seed
             flags += finished_run(tmp_path / f"own{seed}", 1.5 + seed, path, seed)
     result = cora_inspect(*models, "--base", base, "--rank=2", *flags, "--format=json")
     assert result.exit_code == 0, result.stderr
-    points = json.loads(result.stdout)["foresight"][0]["points"]
+    found = json.loads(result.stdout)
+    points = found["foresight"][0]["points"]
     assert [(point["basis"].split()[0], point["runs"]) for point in points] == [("orthonormal", 2), ("b", 2)]
     assert [point["loss"] for point in points] == [pytest.approx(loss, abs=0.1) for loss in (1.5, 2.0)]
+    shares = [capture["shares"] for finding in found["findings"] for capture in finding["captures"]]
+    drawn = [one[f"{points[0]['basis']}, seed {seed}"] for one in shares for seed in (0, 1)]
+    assert points[0]["capture"] == pytest.approx(np.mean(drawn)), "of the draws whose losses count"
+
+
+def test_runs_of_another_model_than_the_inspected_ones_are_said_to_be(related: list[Path], tmp_path: Path) -> None:
+    base, *models = related
+    path = basis_of([models[0]], tmp_path / "b.safetensors")
+    flags = finished_run(tmp_path / "run", 1.0, path)
+    said = "runs trained tiny-model, which has other weights than"
+    assert said in cora_inspect(*models, "--base", base, "--rank=2", *flags).stderr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["fingerprint"]["model_sha256"] = resolve_model(str(base)).content_hash()
+    writing.write_json(tmp_path / "run" / "run.json", record)
+    assert said not in cora_inspect(*models, "--base", base, "--rank=2", *flags).stderr
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,22 @@ def test_runs_with_unlike_settings_are_of_unlike_strata_where_losses_are_correla
     ]
 
 
+@pytest.mark.parametrize("key", ["model_sha256", "data_sha256"])
+def test_grids_of_other_models_or_data_under_one_name_are_of_unlike_strata_where_losses_are_correlated_with_captures(
+    key, trained_grid, tmp_path
+):
+    copy = shutil.copytree(trained_grid, tmp_path / "copy")
+    (alike,) = {used.stratum for used in used_bases([str(trained_grid)])}
+    assert [(used.stratum, len(used.losses)) for used in used_bases([str(trained_grid), str(copy)])] == [(alike, 2)] * 2
+    for run in (copy / "runs").iterdir():
+        record = unsealed(run / "run.json")
+        record["fingerprint"][key] = "other" + record["fingerprint"][key][5:]
+        writing.write_json(run / "run.json", record)
+    found = used_bases([str(trained_grid), str(copy)])
+    assert [(used.stratum.startswith(alike), len(used.losses)) for used in found] == [(True, 2)] * 4
+    assert len({used.stratum for used in found}) == 2
+
+
 def test_a_rate_at_which_a_run_diverged_is_one_that_was_tried_where_losses_are_correlated_with_captures(trained_grid, tmp_path):
     run = next(path for path in sorted((trained_grid / "runs").iterdir()) if "fb_" in path.name)
     one, lost = (shutil.copytree(run, tmp_path / name) for name in ("one", "lost"))
