@@ -5,9 +5,11 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cora_cli import hashing, writing
 from cora_cli import records as shapes
+from cora_cli.data.records import repeated_notice
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.progress import say
@@ -15,6 +17,8 @@ from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
 REFERENCE, SHUFFLED, BASE = "reference", "shuffled reference", "base"
 KEYS = ("prompt", "reference", "prediction")
+_OF_ANSWERS = ("decoding", "max_new_tokens", "end_tokens", "dtype")
+"""The settings of an evaluation by which the answers of one model to one prompt differ beyond rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +90,7 @@ def load_answers(config: JudgeConfig) -> Answers:
                     f"{first.predictions} and {other.predictions} do not hold the same records (their {key}s differ), so they cannot be "
                     "judged together; evaluate both on one --dataset with one --template"
                 )
+    _say_unlike(systems)
     references = [line["reference"] for line in first.lines]
     shuffle = shuffled(references, config.seed)
     if all(place is None for place in shuffle):
@@ -93,7 +98,19 @@ def load_answers(config: JudgeConfig) -> Answers:
             f"{first.predictions} has no two different references, so none can be shuffled to test the judge with; judge more records"
         )
     prompts = tuple(line["prompt"] for line in first.lines)
+    if repeated := len(prompts) - len({*prompts}):
+        say(f"{first.predictions}: {repeated_notice(repeated, len(prompts))}")
     return Answers(prompts, tuple(references), systems, base is not None, tuple(shuffle))
+
+
+def _say_unlike(systems: Sequence[System]) -> None:
+    """Say by which settings the answers were generated differently, as far as these are recorded."""
+    places = [EvaluationDirectory(system.predictions.parent) for system in systems if _is_recorded(system.predictions)]
+    recorded = [shapes.read_generation(place) for place in places]
+    known = [{**one.get("settings", {}), **one} for one in recorded]
+    values = {name: dict.fromkeys(str(one[name]) for one in known if one.get(name) is not None) for name in _OF_ANSWERS}
+    if differing := "; ".join(f"{name} ({', '.join(found)})" for name, found in values.items() if len(found) > 1):
+        say(f"the answers were generated with different settings, from which differences in scores may come: {differing}")
 
 
 def shuffled(references: Sequence[str], seed: int) -> list[int | None]:
@@ -126,11 +143,31 @@ def _answers_of_base(runs: Sequence[str]) -> Path:
     tried = [path for run in runs for path in (RunDirectory(Path(run)).base_evaluation, Path(run).parent / "base")]
     for folder in tried:
         if (path := EvaluationDirectory(folder).predictions).is_file():
+            _check_base(runs, folder)
             return path
     raise CoraError(
         f"the base model is not evaluated (no predictions in {' or '.join(dict.fromkeys(map(str, tried)))}); run `cora evaluate "
         f"{runs[0]} --with-base`, or name its evaluation with --base"
     )
+
+
+def _check_base(runs: Sequence[str], folder: Path) -> None:
+    """Raise `CoraError` if the base model that answered in `folder` is not that of every run, as far as their evaluations know it."""
+    base = _settings_of(EvaluationDirectory(folder)).get("model_sha256")
+    for name in runs:
+        settings, run = _settings_of(EvaluationDirectory(_predictions_of(name).parent)), RunDirectory(Path(name))
+        own = settings.get("model_sha256")
+        if own is not None and not settings.get("adapter_sha256") and run.exists():
+            own = shapes.read_run(run)["fingerprint"]["model_sha256"]  # of a complete model, which was evaluated itself
+        if None not in (own, base) and own != base:
+            raise CoraError(
+                f"{name} has another base model than the one whose answers are in {folder}; judge the runs of each base model by themselves"
+            )
+
+
+def _settings_of(evaluation: EvaluationDirectory) -> dict[str, Any]:
+    settings: dict[str, Any] = shapes.read_generation(evaluation).get("settings", {})
+    return settings
 
 
 def _name_of(path: Path) -> str:
@@ -139,12 +176,17 @@ def _name_of(path: Path) -> str:
     return folder.parent.name if RunDirectory(folder.parent).exists() else folder.name
 
 
+def _is_recorded(path: Path) -> bool:
+    """Whether these are the predictions that a `generation.json` next to them would be about."""
+    return path.name == EvaluationDirectory(path.parent).predictions.name
+
+
 def _read(name: str, path: Path, limit: int | None) -> System:
     if not path.is_file():
         raise CoraError(f"{path} is not a file; judging needs the predictions.jsonl of an evaluation")
     with hashing.unchanged(path):
         sha256 = hashing.sha256_file(path)
-        recorded = shapes.read_generation(EvaluationDirectory(path.parent)) if path.name == "predictions.jsonl" else {}
+        recorded = shapes.read_generation(EvaluationDirectory(path.parent)) if _is_recorded(path) else {}
         if recorded.get("predictions_sha256", sha256) != sha256:
             raise CoraError(
                 f"{path} is not the file that generation.json describes: it was changed after it was generated; restore it, run `cora evaluate` "

@@ -106,6 +106,41 @@ def test_with_base_finds_the_answers_next_to_those_of_the_run(server, answers, t
     assert [system["name"] for system in read_json(run / "judge" / "judge.json")["systems"]] == ["base", "run"]
 
 
+def recorded(predictions: Path, **settings) -> None:
+    """The `generation.json` of answers that were generated with these settings."""
+    sha256 = hashing.sha256_file(predictions)
+    generation = {"name": "x", "settings": settings, "template": "plain", "prompts_cut": 0, "predictions_sha256": sha256}
+    writing.write_json(predictions.parent / "generation.json", generation)
+
+
+def test_with_base_refuses_runs_of_another_base_model(server, tmp_path) -> None:
+    for name, model in (("one", "a"), ("other", "b")):
+        recorded(write_answers(tmp_path / name / "eval", 8, seed=ord(model)), model_sha256=model, adapter_sha256=name)
+        (tmp_path / name / "run.json").write_text("{}")
+    recorded(write_answers(tmp_path / "one" / "eval-base", 8, good=0.0), model_sha256="a", adapter_sha256=None)
+    places, out = [tmp_path / name for name in ("one", "other")], ("--with-base", "-o", tmp_path / "out")
+    refused = cora("judge", *places, *out, *at(server))
+    assert refused.exit_code == 1
+    assert f"{places[1]} has another base model than the one whose answers are in {places[0] / 'eval-base'}" in refused.output
+    assert cora("judge", places[0], *out, *at(server)).exit_code == 0
+
+
+def test_unlike_settings_of_answers_and_repeated_prompts_are_said(server, answers, tmp_path) -> None:
+    base = write_answers(tmp_path / "b", 8, good=0.0)
+    recorded(answers, max_new_tokens=256, dtype="fp32")
+    recorded(base, max_new_tokens=16, dtype="fp32")
+    said = "settings, from which differences in scores may come: max_new_tokens (16, 256)"
+    result = cora("judge", "--from", answers, "--base", base.parent, *at(server))
+    assert said in result.stderr
+    assert "prompt of an earlier one" not in result.stderr
+    recorded(base, max_new_tokens=256, dtype="fp32")
+    assert said not in cora("judge", "--from", answers, "--base", base.parent, *at(server)).stderr
+    twice = tmp_path / "twice" / "predictions.jsonl"
+    twice.parent.mkdir()
+    writing.write_jsonl(twice, [{**line, "index": place} for place, line in enumerate(read_jsonl(answers) * 2)])
+    assert "8 of 16 have the prompt of an earlier one" in cora("judge", "--from", twice, *at(server)).stderr
+
+
 def test_another_judge_or_rubric_is_not_mixed_in_without_overwrite(server, answers) -> None:
     cora("judge", "--from", answers, "--rubric", "paper", *at(server))
     out, sent = answers.parent / "judge", len(server.requests)
