@@ -4,7 +4,7 @@ A row that is unfinished or damaged becomes a `Missing` with its reason, and the
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.metrics import NAMES
 from cora_cli.methods.registry import METHODS
 from cora_cli.models.references import ModelPath
-from cora_cli.progress import progress
+from cora_cli.progress import progress, say
 from cora_cli.reading import read_jsonl
 from cora_cli.reporting.measures import LOSS, Measure, read_counts, read_evaluation, read_loss
 from cora_cli.reporting.report_rows import Experiment, Row, StepRecords, clean
@@ -161,7 +161,15 @@ def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> 
         if row.evaluation and (predictions := EvaluationDirectory(row.evaluation).predictions).is_file():
             for sha256 in records.answers_hashes(predictions):
                 known.setdefault(sha256, {})[Path(row.name).name] = row
-    found = [_judged_in(JudgeDirectory(place), known) for place in experiment.judgings]
+    evaluated = {EvaluationDirectory(row.evaluation).predictions.resolve() for row in rows if row.evaluation}
+    found = []
+    for judged in (_judged_in(JudgeDirectory(place), known) for place in experiment.judgings):
+        if (answered := _answered_again(judged, evaluated)) is None:
+            found.append(judged)
+        else:
+            say(
+                f"{judged.place.root} is left out: it is about other answers than {answered}; run the same `cora judge` command again"
+            )
     for row in rows:
         for folder in (row.run, row.evaluation):
             place = JudgeDirectory(folder / "judge") if folder else None
@@ -169,15 +177,30 @@ def _judged(experiment: Experiment, rows: list[Row], missing: list[Missing]) -> 
                 continue
             try:
                 judged = _judged_in(place, known)
-                own = EvaluationDirectory(row.evaluation).predictions if row.evaluation else None
-                sums = {system["predictions_sha256"] for system in judged.record["systems"]}
-                if own and own.is_file() and sums.isdisjoint(records.answers_hashes(own)):
-                    raise CoraError(f"{place.result} is about other answers than {own}; run `cora judge` again")
+                _check_answers(judged, row, evaluated)
             except CoraError as error:
                 missing.append(Missing(row, "judge", str(error)))
             else:
                 found.append(judged)
     return found
+
+
+def _check_answers(judged: Judged, row: Row, evaluated: Container[Path]) -> None:
+    """Raise `CoraError` unless a judging inside the directories of `row` is about the answers that it and others among those `evaluated` have now."""
+    own = EvaluationDirectory(row.evaluation).predictions if row.evaluation else None
+    sums = {system["predictions_sha256"] for system in judged.record["systems"]}
+    lost = own if own and own.is_file() and sums.isdisjoint(records.answers_hashes(own)) else _answered_again(judged, evaluated)
+    if lost:
+        raise CoraError(f"{judged.place.result} is about other answers than {lost}; run `cora judge` again")
+
+
+def _answered_again(judged: Judged, evaluated: Container[Path]) -> Path | None:
+    """The predictions of a row among those `evaluated` that were judged and have been replaced since, or None."""
+    for system in judged.record["systems"]:
+        path = Path(system["predictions"]).resolve()
+        if path in evaluated and path.is_file() and system["predictions_sha256"] not in records.answers_hashes(path):
+            return path
+    return None
 
 
 def _judged_in(place: JudgeDirectory, known: _Rows) -> Judged:

@@ -228,7 +228,11 @@ def _result(work: _Work, judgments: Judgments) -> dict[str, Any]:
         "retest": config.retest,
         "seed": config.seed,
         "systems": [
-            {"name": system.name, "predictions": str(system.predictions), "predictions_sha256": system.sha256}
+            {
+                "name": system.name,
+                "predictions": str(writing.absolute(system.predictions)),
+                "predictions_sha256": system.sha256,
+            }
             for system in work.answers.systems
         ],
         "rubrics": {

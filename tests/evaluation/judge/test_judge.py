@@ -281,6 +281,20 @@ def test_a_report_leaves_out_judgments_that_do_not_belong_to_the_answers(server,
     assert "rubric paper: scores" not in text
 
 
+def test_a_report_leaves_out_a_judging_elsewhere_whose_answers_were_replaced(server, tmp_path) -> None:
+    grid = make_grid(tmp_path / "grid", [Made("fb", "fb")], prompts=6)
+    (metrics,) = grid.rglob("metrics.json")
+    predictions = metrics.parent / "predictions.jsonl"
+    judge(judge_of(server, predictions, tmp_path / "judged"))
+    assert "rubric paper: scores" in cora("report", grid, tmp_path / "judged").stdout
+    lines = [{**line, "prediction": f"{line['prediction']} again"} for line in read_jsonl(predictions)]
+    writing.write_jsonl(predictions, lines)
+    writing.write_json(metrics, {**read_json(metrics), "predictions_sha256": hashing.sha256_file(predictions)})
+    result = cora("report", grid, tmp_path / "judged")
+    assert f"{tmp_path / 'judged'} is left out: it is about other answers than {predictions.resolve()}" in result.stderr
+    assert "rubric paper: scores" not in result.stdout
+
+
 @pytest.mark.parametrize("judged_first", [True, False])
 def test_calibration_that_is_added_to_finished_predictions_leaves_the_answers_that_were_judged(
     judged_first, server, tmp_path
