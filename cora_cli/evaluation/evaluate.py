@@ -295,6 +295,8 @@ def records_to_answer(config: EvaluateConfig, target: Target, trained: TrainedPr
     records = trained.separate(records, schema, target, config.exclude_trained)[: config.limit]
     if not records:
         raise CoraError(f"{target.dataset} has no records to answer")
+    if repeated := repeated_prompts(records, schema):
+        say(f"{target.dataset}, records: {repeated_notice(repeated, len(records))}")
     models = [model for one in target.members for model in (one.adapter, one.base) if model is not None]
     own = frozenset[str]().union(*map(known_prompts, models))
     return records, schema, sum(is_among(record, schema, own) for record in records)
@@ -402,8 +404,6 @@ def _say_about_records(
         say(f"{target.dataset}: columns that are not used: {', '.join(unused)}")
     if unread := template.unread(records):
         say(f"{target.dataset}: {unread_notice(unread)}")
-    if repeated := repeated_prompts(records, template.schema):
-        say(f"{target.dataset}, records: {repeated_notice(repeated, len(records))}")
     if (end := template.end_as_text) is not None:
         say(f"{target.name}: {end_notice(end)}")
     if left_out := Counter(role for text in rendered for role in text.left_out):
@@ -444,6 +444,10 @@ def _score(
     say(f"{name}: scoring {len(lines)} predictions")
     if config.from_predictions and (unread := shapes.unread_entries(lines)):
         say(f"{path}: entries that are not used: {', '.join(unread)}")
+    prompts = [line.get("prompt") for line in lines]
+    # Of records, `_evaluate_target` has said so; another program's answers may have no prompts.
+    if config.from_predictions and None not in prompts and (repeated := len(prompts) - len({*prompts})):
+        say(f"{path}: {repeated_notice(repeated, len(prompts))}")
     attempts, fates = execute(executor, problems, lines, path, out) if executor is not None else (None, None)
     report = score_all(
         config.metric_names,
@@ -478,7 +482,6 @@ def _score(
         "versions": {name: importlib.metadata.version(name) for name in ("cora-cli", "torch", "transformers")},
     }
     shapes.write_sealed(out.metrics, record)
-    prompts = [line.get("prompt") for line in lines]
     return Evaluation(name, record, report.statistics, hashing.sha256_json(references), hashing.sha256_json(prompts))
 
 

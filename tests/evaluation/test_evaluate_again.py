@@ -114,6 +114,19 @@ def test_a_finished_evaluation_is_scored_again_without_its_model(
     assert list(more.record["metrics"]) == ["rouge1", "rougeL", "sacrebleu"]
 
 
+def test_repeated_prompts_are_said_whenever_intervals_are_computed(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twice, said = tmp_path / "twice.jsonl", "1 of 3 have the prompt of an earlier one"
+    writing.write_jsonl(twice, [{"instruction": f"Count to {n}.", "output": "1"} for n in (1, 2, 2)])
+    for _ in range(2):
+        evaluate_model(tiny_model, twice, tmp_path / "out")
+        assert capsys.readouterr().err.count(said) == 1
+    predictions = tmp_path / "out" / "predictions.jsonl"
+    evaluate(EvaluateConfig(from_predictions=str(predictions), output_dir=str(tmp_path / "again"), **SCORING))
+    assert capsys.readouterr().err.count(said) == 1
+
+
 @pytest.mark.parametrize("damage", ["edited", "removed"])
 def test_predictions_that_were_changed_afterwards_are_generated_again(
     tiny_model: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
