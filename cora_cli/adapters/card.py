@@ -34,11 +34,23 @@ def write_card(directory: Path, record: Mapping[str, Any]) -> None:
     writing.write_text(directory / rundir.CARD, card(directory, record))
 
 
-def carry_card(directory: Path, adapter: ModelPath) -> None:
-    """Write the card of `directory`, exported or merged from `adapter`; nothing if that is not the result of a finished run."""
+def carry_card(directory: Path, adapter: ModelPath, base: ModelPath | None = None, rank: int | None = None) -> None:
+    """Write the card of `directory`, exported or merged from `adapter`; nothing if that is not the result of a finished run.
+
+    `base` is what it was merged into and `rank` what it was cut to; where these are not those of the training, its losses are those of another model.
+    """
     run = run_of(adapter)
     if run is not None and run.result.resolve() == adapter.path.resolve() and (record := read_run(run))["status"] == "finished":
-        write_card(directory, record)
+        notes = []
+        if base is not None and record["fingerprint"]["model_sha256"] not in base.content_hashes():
+            name = base.reference.partition("@")[0] if base.revision else base.path.name
+            notes.append(
+                f"It is merged into {_code(name)} with the SHA-256 {_code(base.content_hash())}, another model than the one of the training, on which these "
+                "losses were measured."
+            )
+        if rank is not None and rank < record["plan"]["rank"]:
+            notes.append(f"These are the losses of all {record['plan']['rank']} ranks, of which this has the first {rank}.")
+        writing.write_text(directory / rundir.CARD, card(directory, record, notes=notes))
 
 
 def card(
@@ -48,11 +60,12 @@ def card(
     evaluations: Mapping[str, Mapping[str, Any]] | None = None,
     verdict: Sequence[str] = (),
     remarks: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> str:
     """The text of the card.
 
     `name` is where others find the files, such as `org/name`; `evaluations` has the `metrics.json` of each evaluation by its folder, `remarks`
-    sentences on scores that say less than they seem to, and `verdict` sentences of a report.
+    sentences on scores that say less than they seem to, `verdict` sentences of a report, and `notes` say of what other model the losses are.
     """
     found = ModelPath(str(directory), directory, None)
     parts = [
@@ -60,7 +73,7 @@ def card(
         f"# {_title(found, record)}",
         _facts(found, record),
         "## Data\n\n" + _data(record),
-        "## Losses\n\n" + _losses(record),
+        "## Losses\n\n" + "\n\n".join([_losses(record), *notes]),
         *(["## Evaluation\n\n" + _evaluation(evaluations, remarks)] if evaluations else []),
         *(["## Verdict\n\n" + "\n\n".join(map(_plain, verdict))] if verdict else []),
         "## How to load it\n\n"
@@ -166,6 +179,10 @@ def _losses(record: Mapping[str, Any]) -> str:
                 f"\n\nThe models behind it were trained on the prompts of {known} of these {heldout['after']['n']} held-out records, so the held-out "
                 "loss says little about new ones."
             )
+    if record["fingerprint"]["settings"].get("load_in_4bit"):
+        change += (
+            "\n\nThey were measured on the base in 4 bits; on its stored weights, as below, losses and answers differ a little."
+        )
     return (
         "In nats per response token, with 95 % bootstrap intervals over records; one seed, whose spread they do not contain.\n\n"
         + markdown_table(["loss", "value", "records"], cells)

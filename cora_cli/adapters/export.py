@@ -94,7 +94,7 @@ def export_adapter(
                 own = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter)
                 save_tokenizer(own, temporary)
             carry_record(temporary, adapter)
-            carry_card(temporary, adapter)
+            carry_card(temporary, adapter, rank=rank)
     except SafetensorError as error:
         raise CoraError(f"{output} cannot be written: {error}") from error
     return int(config.r)

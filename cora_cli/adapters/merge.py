@@ -90,7 +90,7 @@ def merge_adapter(
             if tokenizer is not None:
                 save_tokenizer(tokenizer, temporary)
             carry_record(temporary, adapter, base)
-            carry_card(temporary, adapter)
+            carry_card(temporary, adapter, base)
     except Exception as error:
         if writing.is_disk_full(error):
             raise writing.disk_error(OSError(28, "No space left on device"), output) from error

@@ -19,6 +19,7 @@ from cora_cli.progress import say
 from cora_cli.publishing.verify import check_run
 from cora_cli.reading import read_json, read_text
 from cora_cli.records import Metrics, Report, read_run
+from cora_cli.reporting.collect import is_of_other_weights
 from cora_cli.rundir import RunDirectory, evaluations_in
 
 Files = dict[str, Path | bytes]
@@ -72,8 +73,35 @@ def _card(run: RunDirectory, record: Mapping[str, Any], name: str, scores: Mappi
             )
         say(f"{there} was edited, so it is published as it is")
         return there.read_bytes()
-    remarks = [sentence for folder, metrics in scores.items() for sentence in _remarks(folder, metrics)]
+    remarks = [
+        sentence
+        for folder, metrics in scores.items()
+        for sentence in (*_conditions(folder, metrics["generation"], run, record), *_remarks(folder, metrics))
+    ]
     return card(run.result, record, name, scores, verdict, remarks).encode()
+
+
+def _conditions(folder: str, generation: Mapping[str, Any], run: RunDirectory, record: Mapping[str, Any]) -> list[str]:
+    """Sentences on what gave the answers of an evaluation, as far as it is not the run's result by itself, decoding greedily as it was trained."""
+    if not (settings := generation.get("settings")):
+        return [f"{folder}: nothing records which model gave its answers."]
+    found = []
+    if "members" in settings:
+        found.append(f"{folder}: its scores are those of an ensemble of {len(settings['members'])} models.")
+    elif is_of_other_weights(run, {"result_files": run.result_files()}, settings):
+        is_base = settings["adapter_sha256"] is None and settings["model_sha256"] == record["fingerprint"]["model_sha256"]
+        found.append(f"{folder}: its scores are those of {'the base model' if is_base else 'other weights than these'}.")
+    elif rank := settings.get("rank"):
+        found.append(f"{folder}: its scores are those of the first {rank} of {record['plan']['rank']} ranks.")
+    if draws := sum(settings.get("draws") or ()):
+        found.append(
+            f"{folder}: its scores are those of probabilities averaged over {draws} draws of the weights, not of their mean."
+        )
+    if (decoding := settings.get("decoding", "greedy")) != "greedy":
+        found.append(f"{folder}: its answers were {decoding}; of several, text metrics score the first.")
+    if (template := generation.get("template")) not in (None, trained := record["data"]["template"]):
+        found.append(f"{folder}: its prompts have the template {template}, those of the training {trained}.")
+    return found
 
 
 def _remarks(folder: str, record: Mapping[str, Any]) -> list[str]:

@@ -318,24 +318,24 @@ def _finished_record(run: RunDirectory, row: Row, logs: Sequence[Path], step_rec
 def check_evaluated(
     run: RunDirectory | None, record: Mapping[str, Any], generation: Mapping[str, Any], evaluation: EvaluationDirectory
 ) -> None:
-    """Raise `CoraError` if an evaluation is of other weights than the run has now, such as those that were trained in its place, copied, or the base's.
-
-    A full model is not read for it: its files have the hashes that the run recorded.
-    """
-    if run is None:
-        return
-    settings = generation.get("settings", {})
-    weights = ModelPath(str(run.result), run.result, None)
-    if weights.is_adapter:
-        differs = "adapter_sha256" in settings and settings["adapter_sha256"] not in weights.content_hashes()
-    else:
-        known = record.get("result_files") or {}
-        is_whole = bool(known) and all((run.result / name).is_file() for name in known)
-        differs = is_whole and "model_sha256" in settings and settings["model_sha256"] not in weights.content_hashes(known)
-    if differs:
+    """Raise `CoraError` if an evaluation is of other weights than the run has now, such as those that were trained in its place, copied, or the base's."""
+    if run is not None and is_of_other_weights(run, record, generation.get("settings", {})):
         raise CoraError(
             f"{evaluation.root} is an evaluation of other weights than {run.result}; run `cora evaluate {run.root} --overwrite`"
         )
+
+
+def is_of_other_weights(run: RunDirectory, record: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether the `settings` of answers name other weights than those that the run has now.
+
+    A full model is not read for it: its files have the hashes that the run recorded.
+    """
+    weights = ModelPath(str(run.result), run.result, None)
+    if weights.is_adapter:
+        return "adapter_sha256" in settings and settings["adapter_sha256"] not in weights.content_hashes()
+    known = record.get("result_files") or {}
+    is_whole = bool(known) and all((run.result / name).is_file() for name in known)
+    return is_whole and "model_sha256" in settings and settings["model_sha256"] not in weights.content_hashes(known)
 
 
 def _failure(place: Path, row: Row, logs: Sequence[Path], step_records: StepRecords | None) -> str | None:

@@ -168,6 +168,41 @@ def test_exports_and_merges_of_a_run_have_cards_of_their_own(run: Path, tmp_path
     assert 'AutoModelForCausalLM.from_pretrained("PATH")' in merged
 
 
+def test_the_card_of_a_merge_into_another_base_says_so(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    adapter, base = resolve_model(str(run)), tmp_path / "bf16"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    other = resolve_model(str(base))
+    for name, chosen in (("same", resolve_model(str(tiny_model))), ("other", other)):
+        merge_adapter(adapter, tmp_path / name, base=chosen)
+    same, text = ((tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("same", "other"))
+    assert (
+        f"It is merged into `bf16` with the SHA-256 `{other.content_hash()}`, another model than the one of the training"
+        in text
+    )
+    assert "It is merged into" not in same
+
+
+def test_the_card_of_the_first_ranks_says_that_the_losses_are_those_of_all(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    train(config_for(tiny_model, tiny_data, tmp_path / "run", mode="dylora", max_steps=1))
+    adapter = resolve_model(str(tmp_path / "run"))
+    export_adapter(adapter, tmp_path / "cut", rank=1)
+    export_adapter(adapter, tmp_path / "all")
+    cut, complete = ((tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("cut", "all"))
+    assert "These are the losses of all 4 ranks, of which this has the first 1." in cut
+    assert "These are the losses" not in complete
+
+
+def test_the_card_says_that_the_losses_are_those_of_the_base_in_4_bits(run: Path) -> None:
+    record = read_json(run / "run.json")
+    settings = {**record["fingerprint"]["settings"], "load_in_4bit": True}
+    held_in_four = {**record, "fingerprint": {**record["fingerprint"], "settings": settings}}
+    assert "They were measured on the base in 4 bits" in card(run / "adapter", held_in_four)
+    assert "in 4 bits" not in card_of(run)
+
+
 def test_an_adapter_of_another_program_is_exported_without_a_card(tiny_sources: tuple[str, str], tmp_path: Path) -> None:
     export_adapter(resolve_model(tiny_sources[0]), tmp_path / "lora")
     assert not (tmp_path / "lora" / "README.md").exists()

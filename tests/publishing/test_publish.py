@@ -15,6 +15,8 @@ from typer.testing import CliRunner, Result
 from cora_cli import writing
 from cora_cli.cli import app
 from cora_cli.errors import CoraError
+from cora_cli.evaluation.config import EvaluateConfig
+from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.models.references import resolve_model
 from cora_cli.models.trained_on import trained_on
 from cora_cli.publishing.publish import files_of
@@ -22,7 +24,9 @@ from cora_cli.publishing.verify import verify
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.reporting.report import report
 from cora_cli.rundir import RunDirectory
-from tests.evaluation.helpers import evaluate_run, unsealed
+from cora_cli.training.run import train
+from tests.evaluation.helpers import FAST, evaluate_run, unsealed
+from tests.training.helpers import config_for
 
 from .hub import Hub, Repository
 
@@ -77,6 +81,45 @@ def test_the_card_says_which_scores_say_less_than_they_seem_to(run: Path, tiny_d
     )
     assert f"again: {len(lines)} of {len(lines)} answers cut at the limit of new tokens." in text
     assert re.search(rf"again: rouge1: {len(lines)} of {len(lines)} references have .*even a perfect answer may score 0", text)
+
+
+def test_the_card_says_of_which_model_and_answers_scores_are_that_are_not_those_of_the_run_by_itself(
+    run: Path, tiny_model: Path, tiny_data: Path
+) -> None:
+    other = run.parent / "other"
+    train(config_for(tiny_model, tiny_data, other, seed=1, max_steps=1))
+    evaluate_run(run, with_base=True, metrics=("rouge1", "rougeL", "sacrebleu", "nll"))
+    evaluate(EvaluateConfig(runs=(str(run), str(other)), ensemble=True, output_dir=str(run / "both"), **FAST))
+    evaluate_run(other, output_dir=str(run / "elsewhere"), metrics=("rouge1",))
+    sampled = {"samples": 2, "temperature": 0.5}
+    evaluate_run(run, output_dir=str(run / "sampled"), template="alpaca", metrics=("rouge1",), **sampled)
+    evaluate_run(run, output_dir=str(run / "same"), metrics=("rouge1",))
+    (run / "copied").mkdir()
+    writing.write_jsonl(run / "copied" / "predictions.jsonl", read_jsonl(run / "same" / "predictions.jsonl"))
+    evaluate(EvaluateConfig(from_predictions=str(run / "copied" / "predictions.jsonl"), metrics=("rouge1",)))
+    text = files_of(RunDirectory(run), "org/name")["README.md"].decode()
+    trained = read_json(run / "run.json")["data"]["template"]
+    for sentence in (
+        "eval-base: its scores are those of the base model.",
+        "both: its scores are those of an ensemble of 2 models.",
+        "elsewhere: its scores are those of other weights than these.",
+        "sampled: its answers were sampled at temperature 0.5, 2 per record, seed 0; of several, text metrics score the first.",
+        f"sampled: its prompts have the template alpaca, those of the training {trained}.",
+        "copied: nothing records which model gave its answers.",
+    ):
+        assert f"\n\n{sentence}\n\n" in text
+    assert not re.search(r"^(eval|same): (its|nothing)", text, re.MULTILINE)
+
+
+def test_the_card_says_which_scores_are_of_a_lower_rank_or_of_draws(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    nested, drawn = tmp_path / "nested", tmp_path / "drawn"
+    train(config_for(tiny_model, tiny_data, nested, mode="dylora", max_steps=2))
+    evaluate_run(nested, ranks=("2",), metrics=("rouge1",))
+    train(config_for(tiny_model, tiny_data, drawn, mode="scalabl", max_steps=2))
+    evaluate_run(drawn, draws=3, metrics=("rouge1",))
+    texts = [files_of(RunDirectory(run), "org/name")["README.md"].decode() for run in (nested, drawn)]
+    assert "eval-rank-2: its scores are those of the first 2 of 4 ranks." in texts[0]
+    assert "eval: its scores are those of probabilities averaged over 3 draws of the weights, not of their mean." in texts[1]
 
 
 def written(run: Path, there: Path) -> Path:
