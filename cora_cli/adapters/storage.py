@@ -6,6 +6,7 @@ After every load it verifies that all keys arrived and that a trained adapter ch
 import contextlib
 import copy
 import dataclasses
+import itertools
 import re
 import shutil
 import warnings
@@ -201,7 +202,7 @@ def load_adapter(
                     _check_gathered(adapter, stored)
                 state = _by_names_of(model, stored)
                 check_start(adapter)
-                _resize_embeddings(model, state)
+                _resize_embeddings(model, state, adapter.adapter_config())
                 with _for_peft(adapter, state, state.keys() == stored.keys()) as path:
                     wrapped = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
                 _check_arrived(wrapped, state, adapter)
@@ -355,12 +356,19 @@ def _for_peft(adapter: ModelPath, state: dict[str, torch.Tensor], as_stored: boo
         yield directory
 
 
-def _resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
-    """Give the model as many embedding rows as the embeddings that an adapter stores because they were resized: for added tokens, or without padding."""
+def _resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    """Give the model as many embedding rows as the embeddings that an adapter stores because they were resized: for added tokens, or without padding.
+
+    One that trains single rows may store these alone; the last of them is then a row that the model has at least.
+    """
     embedding: Any = model.get_input_embeddings()
     ends = (embedding, model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
     rows = {len(state[key]) for name in names for key in _weight_keys(name) if key in state}
+    single = config.get("trainable_token_indices") or config.get("token_indices") or []
+    last = max(itertools.chain(*single.values()) if isinstance(single, dict) else single, default=-1)
+    if not rows and last >= len(embedding.weight):
+        rows = {last + 1}
     if len(rows) == 1 and (needed := rows.pop()) != len(embedding.weight):
         model.resize_token_embeddings(needed, mean_resizing=False)
 
@@ -368,7 +376,8 @@ def _resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor]) -
 def _weight_keys(name: str) -> tuple[str, ...]:
     """PEFT's keys for the complete weight of the module `name`."""
     prefix = f"{_PREFIX}{name}"
-    return (f"{prefix}.weight", f"{prefix}.base_layer.weight", f"{prefix}.modules_to_save.weight")
+    parts = ("", ".base_layer", ".modules_to_save", ".token_adapter.base_layer")
+    return tuple(f"{prefix}{part}.weight" for part in parts)
 
 
 def check_basis(adapters: Iterable[ModelPath | None], basis_path: Path | None) -> None:

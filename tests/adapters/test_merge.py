@@ -241,14 +241,14 @@ def test_a_disk_that_fills_up_leaves_nothing_and_says_so(adapters, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def foreign(base: Path, target: Path, rows: int | None = None, **settings) -> torch.Tensor:
-    """A LoRA adapter as PEFT itself saves it, on embeddings of `rows` rows; returns the logits of base and adapter."""
+def foreign(base: Path, target: Path, rows: int | None = None, complete: bool = True, **settings) -> torch.Tensor:
+    """A LoRA adapter as PEFT itself saves it, on embeddings of `rows` rows, stored `complete` or not; returns the logits of base and adapter."""
     model = LlamaForCausalLM.from_pretrained(base)
     if rows:
         model.resize_token_embeddings(rows)
     config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **settings})
     wrapped = get_peft_model(model, config).eval()
-    wrapped.save_pretrained(target, save_embedding_layers=bool(rows) or "auto")
+    wrapped.save_pretrained(target, save_embedding_layers=(bool(rows) or "auto") if complete else False)
     return logits(wrapped)
 
 
@@ -396,6 +396,25 @@ def test_an_adapter_with_added_tokens_is_exported_with_its_rows_and_its_tokenize
     loaded = PeftModel.from_pretrained(base, tmp_path / "exported")
     torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
     assert "<call>" in AutoTokenizer.from_pretrained(tmp_path / "exported").get_vocab()
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_an_adapter_that_trains_the_rows_of_added_tokens_alone_is_merged_and_exported(complete, tiny_model, tmp_path):
+    rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size + 2
+    added = [rows - 1, rows - 2]
+    expected = foreign(tiny_model, tmp_path / "adapter", rows, complete=complete, trainable_token_indices=added)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["<call>", "</call>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert len(merged.get_input_embeddings().weight) == rows
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
+    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+    base = LlamaForCausalLM.from_pretrained(tiny_model)
+    base.resize_token_embeddings(rows)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "exported")
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"target_modules": ["q_proj", "embed_tokens"]}])
