@@ -3,6 +3,7 @@
 Everything in it is read from the run's record and from the files next to it, so equal runs have equal cards.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,7 +128,11 @@ def _facts(found: ModelPath, record: Mapping[str, Any]) -> str:
     if plan is not None:
         modules = plan["target_modules"]
         names = ", ".join(map(_code, modules[:_SHOWN_MODULES])) + (" …" if len(modules) > _SHOWN_MODULES else "")
-        rows.append(("rank and alpha", f"{plan['rank']} and {plan['alpha']:g}, on {names}"))
+        if own := plan.get("peft"):  # not every method of PEFT has a rank and an alpha
+            stated = {name: value for name, value in own.items() if name != "target_modules"}
+            rows.append(("settings", f"{_code(json.dumps(stated, ensure_ascii=False))}, on {names}"))
+        else:
+            rows.append(("rank and alpha", f"{plan['rank']} and {plan['alpha']:g}, on {names}"))
         rows += [("start", f"the mean change of other models ({plan['start']})")] if plan.get("start") else []
     if basis := record["basis"]:
         sources = ", ".join(_code(Path(source["reference"]).name) for source in basis["sources"])
@@ -148,7 +153,8 @@ def _facts(found: ModelPath, record: Mapping[str, Any]) -> str:
 
 def _data(record: Mapping[str, Any]) -> str:
     data = record["data"]
-    parts = [("training", data["train"]), ("held-out", data["test"]), ("validation", data.get("validation"))]
+    held_out = "held-out, measured" if record["fingerprint"]["settings"].get("eval_limit") else "held-out"
+    parts = [("training", data["train"]), (held_out, data["test"]), ("validation", data.get("validation"))]
     rows = [[name, f"{part['records']:,}", f"{part['tokens']:,}"] for name, part in parts if part and part["records"]]
     hashes = [f"SHA-256 of all records {_code(record['fingerprint']['data_sha256'])}"]
     hashes += [f"of the held-out ones {_code(data['test_sha256'])}"] if "test_sha256" in data else []
@@ -263,11 +269,14 @@ def _is_compact(found: ModelPath) -> bool:
 
 
 def _origin(record: Mapping[str, Any]) -> str:
-    used = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    used, before = (
+        ", ".join(f"{name} {version}" for name, version in record.get(key, {}).items())
+        for key in ("versions", "versions_before")
+    )
     hashes = {"base model": record["fingerprint"]["model_sha256"], "what the run trained": record["result_sha256"]}
     listed = "\n".join(f"- SHA-256 of {what}: {_code(digest)}" for what, digest in hashes.items())
     return (
-        f"Trained by {used}.\n\n{listed}\n\n"
+        f"Trained by {used}{f'; begun with {before}' if before else ''}.\n\n{listed}\n\n"
         "These hashes are over names and hashes of files. `cora verify DIR` computes those of a published run again, and its losses and metrics."
     )
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PeftFile(Method):
-    """PEFT does everything; the file's rank and target modules take precedence over the flags."""
+    """PEFT does everything; the file's rank, alpha and target modules take precedence over the flags."""
 
     name = "peft"
     paper = "–"
@@ -60,8 +60,10 @@ class PeftFile(Method):
             raise UsageError("--peft-config: target_modules must be a list of names; --target-modules can give them instead")
         # Not every method has a rank, or counts it from one.
         rank = found if isinstance(found := values.get("r"), int) and found > 0 else request.rank
+        stated = (values[name] for name in ("lora_alpha", "alpha") if type(values.get(name)) in (int, float))
+        alpha = next((float(one) for one in stated if 0 < one < 1e9), request.alpha)
         own = {"peft": {**values, "target_modules": targets}}
-        return dataclasses.replace(request, rank=rank, target_modules=tuple(targets), own=own)
+        return dataclasses.replace(request, rank=rank, alpha=alpha, target_modules=tuple(targets), own=own)
 
     def inputs(self, plan: AdapterPlan) -> dict[str, Any]:
         """The content of the file."""

@@ -1,5 +1,6 @@
 """The model card next to what a run trained: what it says, who can load the files by it, and that no hash depends on it."""
 
+import json
 import os
 import re
 import shutil
@@ -201,6 +202,38 @@ def test_the_card_says_that_the_losses_are_those_of_the_base_in_4_bits(run: Path
     held_in_four = {**record, "fingerprint": {**record["fingerprint"], "settings": settings}}
     assert "They were measured on the base in 4 bits" in card(run / "adapter", held_in_four)
     assert "in 4 bits" not in card_of(run)
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "alpha"),
+    [
+        ({"peft_type": "LORA", "r": 2, "lora_alpha": 32}, '{"peft_type": "LORA", "r": 2, "lora_alpha": 32}', 32.0),
+        ({"peft_type": "IA3", "feedforward_modules": []}, '{"peft_type": "IA3", "feedforward_modules": []}', 8.0),
+    ],
+)
+def test_the_card_of_a_method_of_peft_has_the_settings_of_its_file(
+    own: dict[str, Any], settings: str, alpha: float, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "peft.json"
+    file.write_text(json.dumps({**own, "target_modules": ["q_proj"]}), encoding="utf-8")
+    train(config_for(tiny_model, tiny_data, tmp_path / "run", mode="peft", peft_config=str(file), max_steps=1))
+    text = card_of(tmp_path / "run")
+    assert f"- settings: `{settings}`, on `q_proj`\n" in text
+    assert "rank and alpha" not in text
+    assert read_json(tmp_path / "run" / "run.json")["plan"]["alpha"] == alpha
+
+
+def test_the_card_of_a_run_resumed_with_other_versions_has_both(run: Path) -> None:
+    record = read_json(run / "run.json")
+    assert "; begun with torch 2.0.0.\n" in card(run / "adapter", {**record, "versions_before": {"torch": "2.0.0"}})
+    assert "begun with" not in card_of(run)
+
+
+def test_held_out_records_whose_loss_is_not_measured_are_not_counted_as_all(run: Path) -> None:
+    record = read_json(run / "run.json")
+    limited = {**record["fingerprint"], "settings": {**record["fingerprint"]["settings"], "eval_limit": 2}}
+    assert re.search(r"\| held-out, measured +\|", card(run / "adapter", {**record, "fingerprint": limited}))
+    assert re.search(r"\| held-out +\|", card_of(run))
 
 
 def test_an_adapter_of_another_program_is_exported_without_a_card(tiny_sources: tuple[str, str], tmp_path: Path) -> None:
