@@ -239,6 +239,10 @@ def _loading(found: ModelPath, record: Mapping[str, Any], name: str) -> str:
         f'model = PeftModel.from_pretrained(base, "{name}")\n'
         "```"
     )
+    if ends := record["data"].get("end_tokens"):
+        lines.append(
+            f"It ends answers by a token that is none of the end tokens in the base model's generation settings; `generate` stops at it with `eos_token_id={ends}`."
+        )
     if not is_plain_lora(found):
         return "\n\n".join([*lines, f"transformers alone and vLLM cannot load it as it is stored; {other}."])
     lines.append(

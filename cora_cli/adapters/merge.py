@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -13,6 +13,7 @@ from cora_cli.adapters.base import base_of, check_base, say_other_base
 from cora_cli.adapters.card import carry_card
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import load_adapter
+from cora_cli.data.templates import Template
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.methods.parts.layers import ADAPTER, adapted_layers, linear_weight, lora_layers
 from cora_cli.models.checkpoint import is_finite
@@ -20,8 +21,9 @@ from cora_cli.models.fused import join_projections
 from cora_cli.models.loading import load_model, load_tokenizer, save_model, save_tokenizer, stored_types
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.references import ModelPath
-from cora_cli.models.trained_on import carry_record, say_other_weights
+from cora_cli.models.trained_on import carry_record, say_other_weights, trained_on
 from cora_cli.progress import say
+from cora_cli.settings import TemplateName
 
 
 class CannotMerge(CoraError):
@@ -86,7 +88,7 @@ def merge_adapter(
     _round(merged, stored, adapter)
     try:
         with writing.atomic_path(output, replace=False) as temporary:
-            save_model(merged, base, temporary, trust_remote_code)
+            save_model(merged, base, temporary, trust_remote_code, ends=_ends(adapter, tokenizer))
             if tokenizer is not None:
                 save_tokenizer(tokenizer, temporary)
             carry_record(temporary, adapter, base)
@@ -96,6 +98,19 @@ def merge_adapter(
             raise writing.disk_error(OSError(28, "No space left on device"), output) from error
         raise
     return layers
+
+
+def _ends(adapter: ModelPath, tokenizer: Any) -> set[int]:
+    """The tokens by which the adapter's training ended answers; none where that is not known."""
+    known = trained_on(adapter)
+    if (
+        known is None
+        or known.template is None
+        or tokenizer is None
+        or (known.template == "chat" and not tokenizer.chat_template)
+    ):
+        return set()
+    return Template(cast("TemplateName", known.template), "prompt", tokenizer, known.date).ends
 
 
 def _embedding_rows(model: Any) -> int:

@@ -7,7 +7,7 @@ loaded model.
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -283,13 +283,30 @@ def _refuse_sentencepiece(model: ModelPath) -> None:
         )
 
 
+def completed_ends(model: Any, ends: Collection[int]) -> list[int] | None:
+    """The end tokens of the model's generation configuration together with `ends`, by which answers end; None where it has these: `generate` stops at them."""
+    if model.generation_config is None:  # a class of which transformers makes no generating model
+        return None
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [] if own is None else [own]
+    further = sorted({*ends} - {*listed})
+    return [*listed, *further] if further else None
+
+
 def save_model(
-    model: Any, source: ModelPath, directory: Path, trust_remote_code: bool = False, weights: dict[str, Any] | None = None
+    model: Any,
+    source: ModelPath,
+    directory: Path,
+    trust_remote_code: bool = False,
+    weights: dict[str, Any] | None = None,
+    ends: Collection[int] = (),
 ) -> None:
     """Write a complete model that was loaded from `source` so that `load_model` reads it; `weights` replace its own.
 
-    The text part of a model such as Mllama has a configuration of its own, of which transformers makes no model: it is written within that of `source`.
+    The tokens `ends`, by which it was trained to end answers, end those of `generate`, too. The text part of a model such as Mllama has a configuration of its own, of which transformers makes no model: it is written within that of `source`.
     """
+    if complete := completed_ends(model, ends):
+        model.generation_config.eos_token_id = complete
     model.save_pretrained(directory, state_dict=weights)
     if type(model.config) in AutoModelForCausalLM._model_mapping:
         return

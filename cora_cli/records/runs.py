@@ -62,6 +62,7 @@ class Data(TypedDict):
     validation: NotRequired[Counts]
     overlapping_dropped: NotRequired[int]
     repeated_held_out: NotRequired[int]
+    end_tokens: NotRequired[list[int]]
     held_out_trained_on: NotRequired[int]
     test_sha256: NotRequired[str]
     trained_prompts_sha256: NotRequired[str]

@@ -20,6 +20,7 @@ from cora_cli.basis.artifact import Basis
 from cora_cli.data.encode import EncodedSet
 from cora_cli.data.records import repeated_prompts
 from cora_cli.methods.plan import AdapterPlan
+from cora_cli.models.loading import completed_ends
 from cora_cli.training.batching import Batching
 from cora_cli.training.config import TrainConfig
 from cora_cli.training.observe import Observation
@@ -58,6 +59,7 @@ def first_record(
             "validation": _counts(prepared.validation),
             "overlapping_dropped": prepared.data.overlapping,
             **({"repeated_held_out": repeated} if repeated else {}),
+            **({"end_tokens": ends} if (ends := completed_ends(model, prepared.template.ends)) else {}),
             "test_sha256": hashing.sha256_text(writing.jsonl_text(prepared.data.test)),
         },
         "hardware": {

@@ -335,7 +335,7 @@ def _save_result(
     """Write the adapter, or the complete model; `weights` are those of one that is sharded."""
     if prepared.plan is None:
         with writing.atomic_path(run.model) as temporary:
-            save_model(model, prepared.model_path, temporary, config.trust_remote_code, weights)
+            save_model(model, prepared.model_path, temporary, config.trust_remote_code, weights, prepared.template.ends)
             save_tokenizer(prepared.tokenizer, temporary)
         return
     assert isinstance(model, PeftModel)

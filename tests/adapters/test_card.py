@@ -223,6 +223,27 @@ def test_the_card_of_a_method_of_peft_has_the_settings_of_its_file(
     assert read_json(tmp_path / "run" / "run.json")["plan"]["alpha"] == alpha
 
 
+def test_what_is_written_of_a_training_says_by_which_tokens_its_answers_end(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    own = read_json(base / "generation_config.json")
+    assert own["eos_token_id"] == 2
+    (base / "generation_config.json").write_text(json.dumps({**own, "eos_token_id": 7}), encoding="utf-8")
+    train(config_for(base, tiny_data, tmp_path / "run", max_steps=1))
+    train(config_for(base, tiny_data, tmp_path / "full", mode="full", learning_rate=1e-4, max_steps=1))
+    merge_adapter(resolve_model(str(tmp_path / "run")), tmp_path / "merged")
+    for model in (tmp_path / "full" / "model", tmp_path / "merged"):
+        assert AutoModelForCausalLM.from_pretrained(model).generation_config.eos_token_id == [7, 2]
+    assert "`generate` stops at it with `eos_token_id=[7, 2]`" in card_of(tmp_path / "run")
+
+
+def test_nothing_is_said_of_end_tokens_that_the_base_has(run: Path, tmp_path: Path) -> None:
+    merge_adapter(resolve_model(str(run)), tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config.eos_token_id == 2
+    assert "eos_token_id" not in card_of(run)
+
+
 def test_the_card_of_a_run_resumed_with_other_versions_has_both(run: Path) -> None:
     record = read_json(run / "run.json")
     assert "; begun with torch 2.0.0.\n" in card(run / "adapter", {**record, "versions_before": {"torch": "2.0.0"}})
