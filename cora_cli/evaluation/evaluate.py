@@ -446,7 +446,7 @@ def _score(
         say(f"{path}: entries that are not used: {', '.join(unread)}")
     prompts = [line.get("prompt") for line in lines]
     # Of records, `_evaluate_target` has said so; another program's answers may have no prompts.
-    if config.from_predictions and None not in prompts and (repeated := len(prompts) - len({*prompts})):
+    if config.from_predictions and None not in prompts and (repeated := len(prompts) - len({*map(repr, prompts)})):
         say(f"{path}: {repeated_notice(repeated, len(prompts))}")
     attempts, fates = execute(executor, problems, lines, path, out) if executor is not None else (None, None)
     report = score_all(

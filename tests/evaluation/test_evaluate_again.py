@@ -123,8 +123,13 @@ def test_repeated_prompts_are_said_whenever_intervals_are_computed(
         evaluate_model(tiny_model, twice, tmp_path / "out")
         assert capsys.readouterr().err.count(said) == 1
     predictions = tmp_path / "out" / "predictions.jsonl"
-    evaluate(EvaluateConfig(from_predictions=str(predictions), output_dir=str(tmp_path / "again"), **SCORING))
-    assert capsys.readouterr().err.count(said) == 1
+    talks = tmp_path / "of another program.jsonl"
+    writing.write_jsonl(
+        talks, [{**line, "prompt": [{"role": "user", "content": line["prompt"]}]} for line in read_jsonl(predictions)]
+    )
+    for answers_of_one, place in ((predictions, "again"), (talks, "talks")):
+        evaluate(EvaluateConfig(from_predictions=str(answers_of_one), output_dir=str(tmp_path / place), **SCORING))
+        assert capsys.readouterr().err.count(said) == 1
 
 
 @pytest.mark.parametrize("damage", ["edited", "removed"])
