@@ -146,7 +146,7 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
             own = ", ".join([stratum, *(f"{name}={each.get(name)}" for name in differing)])
             rates = found.setdefault((own, key), {})
             # A copy of a grid has the same runs again.
-            rates.setdefault((MethodResults((result,)).identity, result.row.learning_rate), {})[result.row.seed] = result
+            rates.setdefault(result.row.learning_rate, {})[result.row.seed] = result
             places.setdefault((own, key), set()).add(place)
     if not found:
         raise CoraError(
@@ -155,12 +155,22 @@ def used_bases(outputs: Sequence[str]) -> list[UsedBasis]:
     used = []
     for (stratum, key), trained in found.items():
         involved = [experiments[place] for place in sorted(places[stratum, key])]
-        methods = [MethodResults(tuple(results.values())) for results in trained.values()]
-        chosen, _ = choose_learning_rates(methods, [row for _, diverged in involved for row in diverged])
-        identities = {method.identity for method in methods}
+        identities = {result.row.identity for results in trained.values() for result in results.values()}
+        lost = [row for _, diverged in involved for row in diverged if row.identity in identities]
+        # One B that several labels or grids trained alike has one learning rate.
+        methods = [
+            MethodResults(tuple(dataclasses.replace(result, row=_as_one(result.row, key)) for result in results.values()))
+            for results in trained.values()
+        ]
+        chosen, _ = choose_learning_rates(methods, [_as_one(row, key) for row in lost])
         planned = {rate for swept, _ in involved for one in identities & swept.keys() for rate in swept[one].planned}
         used.append(_used(stratum, key, [result for method in chosen for result in method.results], planned))
     return used
+
+
+def _as_one(row: Row, key: str) -> Row:
+    """The row without what tells methods apart that start from the same B, `key`, and were trained alike, such as labels."""
+    return dataclasses.replace(row, group="", label=key, printed=None, n_models=None, model="", dataset="")
 
 
 def _settings(result: Result) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from cora_cli import writing
 from cora_cli.errors import CoraError
 from cora_cli.inspection.prediction import used_bases
 from cora_cli.reading import read_json
+from cora_cli.records import write_sealed
 from cora_cli.reporting.collect import collect
 from cora_cli.reporting.found import find_experiments
 from cora_cli.reporting.summary import summarise
@@ -87,6 +88,18 @@ def test_grids_of_other_models_or_data_under_one_name_are_of_unlike_strata_where
     found = used_bases([str(trained_grid), str(copy)])
     assert [(used.stratum.startswith(alike), len(used.losses)) for used in found] == [(True, 2)] * 4
     assert len({used.stratum for used in found}) == 2
+
+
+def test_learning_rates_under_labels_of_their_own_are_those_of_one_b_where_losses_are_correlated_with_captures(
+    trained_grid, tmp_path
+):
+    copy = shutil.copytree(trained_grid, tmp_path / "copy")
+    plan = read_json(copy / "plan.json")
+    for row in plan["rows"]:
+        row |= {"label": f"{row['label']} fast", "learning_rate": row["learning_rate"] and 0.5}
+    write_sealed(copy / "plan.json", {key: value for key, value in plan.items() if key != "sha256"})
+    found = used_bases([str(trained_grid), str(copy)])
+    assert [(len(used.losses), used.learning_rate, used.rates) for used in found] == [(2, 0.03, (0.03, 0.5))] * 2
 
 
 def test_a_rate_at_which_a_run_diverged_is_one_that_was_tried_where_losses_are_correlated_with_captures(trained_grid, tmp_path):
