@@ -77,7 +77,7 @@ def merge_adapter(
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(adapted_layers(wrapped)))
     merged = merged_into_base(wrapped, adapter, safe=True)
-    if tokenizer is not None and (left := _embedding_rows(merged)) < min(rows, len(tokenizer)):
+    if tokenizer is not None and rows != (left := _embedding_rows(merged)) < len(tokenizer):
         raise CoraError(
             f"{adapter.reference} stores {left:,} embedding rows, fewer than the {len(tokenizer):,} tokens of its tokenizer, so that text could have tokens "
             "without a row; it belongs to another tokenizer, or its embedding was cut too short"

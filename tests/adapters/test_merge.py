@@ -435,6 +435,16 @@ def test_an_adapter_trained_without_the_padding_rows_of_its_base_is_merged_and_e
     torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=0)
 
 
+def test_an_adapter_with_rows_for_some_of_the_added_tokens_is_not_merged(tiny_model, tmp_path):
+    rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size
+    foreign(tiny_model, tmp_path / "adapter", rows + 2, complete=False, trainable_token_indices=[rows])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["<call>", "</call>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CoraError, match=rf"stores {rows + 1:,} embedding rows, fewer than the {rows + 2:,} tokens"):
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+
+
 def test_an_adapter_with_fewer_embedding_rows_than_its_tokenizer_has_tokens_is_not_merged(tiny_model, tmp_path):
     foreign(tiny_model, tmp_path / "adapter", 200)
     with pytest.raises(CoraError, match=r"stores 200 embedding rows, fewer than the [0-9,]+ tokens of its tokenizer"):
