@@ -35,10 +35,13 @@ def write_card(directory: Path, record: Mapping[str, Any]) -> None:
     writing.write_text(directory / rundir.CARD, card(directory, record))
 
 
-def carry_card(directory: Path, adapter: ModelPath, base: ModelPath | None = None, rank: int | None = None) -> None:
+def carry_card(
+    directory: Path, adapter: ModelPath, base: ModelPath | None = None, rank: int | None = None, lost: float | None = None
+) -> None:
     """Write the card of `directory`, exported or merged from `adapter`; nothing if that is not the result of a finished run.
 
-    `base` is what it was merged into and `rank` what it was cut to; where these are not those of the training, its losses are those of another model.
+    `base` is what it was merged into, `rank` what it was cut to and `lost` the share of its change that rounding took, if much; where these are not
+    those of the training, its losses are those of another model.
     """
     run = run_of(adapter)
     if run is not None and run.result.resolve() == adapter.path.resolve() and (record := read_run(run))["status"] == "finished":
@@ -51,6 +54,10 @@ def carry_card(directory: Path, adapter: ModelPath, base: ModelPath | None = Non
             )
         if rank is not None and rank < record["plan"]["rank"]:
             notes.append(f"These are the losses of all {record['plan']['rank']} ranks, of which this has the first {rank}.")
+        if lost is not None:
+            notes.append(
+                f"These are the losses of the adapter; {lost:.0%} of its change is lost here, where weights are rounded to their type."
+            )
         writing.write_text(directory / rundir.CARD, card(directory, record, notes=notes))
 
 

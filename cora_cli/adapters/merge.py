@@ -76,6 +76,7 @@ def merge_adapter(
     tied, rows = _shares_head(model), _embedding_rows(model)
     wrapped = load_adapter(model, adapter, basis_path)
     layers = len(list(adapted_layers(wrapped)))
+    lost = say_rounded_away(wrapped, adapter)
     merged = merged_into_base(wrapped, adapter, safe=True)
     if tokenizer is not None and rows != (left := _embedding_rows(merged)) < len(tokenizer):
         raise CoraError(
@@ -92,7 +93,7 @@ def merge_adapter(
             if tokenizer is not None:
                 save_tokenizer(tokenizer, temporary)
             carry_record(temporary, adapter, base)
-            carry_card(temporary, adapter, base)
+            carry_card(temporary, adapter, base, lost=lost)
     except Exception as error:
         if writing.is_disk_full(error):
             raise writing.disk_error(OSError(28, "No space left on device"), output) from error
@@ -156,11 +157,6 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
             f"the weights of its base are quantised, and merged ones would be rounded again; merge into {PLAIN_COPY} with --base",
         )
     _separate_shared_weights(wrapped)
-    if (lost := rounded_away(wrapped)) > _MUCH:
-        say(
-            f"{adapter.reference}: its change is so small that {lost:.0%} of it is lost where the merged weights are rounded to their type; "
-            "--dtype fp32 keeps it"
-        )
     try:
         merged: Any = wrapped.merge_and_unload(safe_merge=safe)
     except (ValueError, RuntimeError) as error:  # RuntimeError: such as a bias for a layer that has none
@@ -170,6 +166,17 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
     if merged.get_output_embeddings() is not None and not _shares_head(merged):
         merged.config.get_text_config(decoder=True).tie_word_embeddings = merged.config.tie_word_embeddings = False
     return merged
+
+
+def say_rounded_away(wrapped: PeftModel, adapter: ModelPath) -> float | None:
+    """Say so and return the share where much of the change is lost by merging it in the type of the weights; None where little is."""
+    if (lost := rounded_away(wrapped)) <= _MUCH:
+        return None
+    say(
+        f"{adapter.reference}: its change is so small that {lost:.0%} of it is lost where the merged weights are rounded to their type; "
+        "--dtype fp32 keeps it"
+    )
+    return lost
 
 
 @torch.no_grad()

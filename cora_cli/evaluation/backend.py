@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from cora_cli.adapters.merge import CannotMerge, merge_adapter, merged_into_base
+from cora_cli.adapters.merge import CannotMerge, merge_adapter, merged_into_base, say_rounded_away
 from cora_cli.adapters.posterior import drawn_models
 from cora_cli.adapters.storage import load_adapter
 from cora_cli.device import Hardware
@@ -109,6 +109,7 @@ def _load(config: EvaluateConfig, target: Target, hardware: Hardware) -> tuple[A
     if adapter is None or not config.merge or target.draws:
         return model, None
     try:
+        say_rounded_away(model, adapter)
         return merged_into_base(model, adapter), None
     except CannotMerge as error:
         say(f"{adapter.reference} is evaluated without merging it, which is slower: {error.reason}")

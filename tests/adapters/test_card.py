@@ -184,6 +184,19 @@ def test_the_card_of_a_merge_into_another_base_says_so(run: Path, tiny_model: Pa
     assert "It is merged into" not in same
 
 
+def test_the_card_of_a_merge_that_rounds_the_change_away_says_so(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    base = tmp_path / "bf16"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    train(config_for(base, tiny_data, tmp_path / "run", max_steps=1, learning_rate=1e-6))
+    adapter = resolve_model(str(tmp_path / "run"))
+    merge_adapter(adapter, tmp_path / "rounded")
+    merge_adapter(adapter, tmp_path / "exact", dtype="fp32")
+    rounded, exact = ((tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("rounded", "exact"))
+    assert re.search(r"These are the losses of the adapter; \d+% of its change is lost here", rounded)
+    assert "is lost here" not in exact
+
+
 def test_the_card_of_the_first_ranks_says_that_the_losses_are_those_of_all(
     tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
