@@ -60,9 +60,8 @@ class PeftFile(Method):
             raise UsageError("--peft-config: target_modules must be a list of names; --target-modules can give them instead")
         # Not every method has a rank, or counts it from one.
         rank = found if isinstance(found := values.get("r"), int) and found > 0 else request.rank
-        stated = (values[name] for name in ("lora_alpha", "alpha") if type(values.get(name)) in (int, float))
-        alpha = next((float(one) for one in stated if 0 < one < 1e9), request.alpha)
         own = {"peft": {**values, "target_modules": targets}}
+        alpha = _alpha(own["peft"], rank, request.alpha)
         return dataclasses.replace(request, rank=rank, alpha=alpha, target_modules=tuple(targets), own=own)
 
     def inputs(self, plan: AdapterPlan) -> dict[str, Any]:
@@ -92,6 +91,15 @@ class PeftFile(Method):
 
     def starts(self, *_: Any) -> None:
         """Left to PEFT."""
+
+
+def _alpha(values: dict[str, Any], rank: int, otherwise: float) -> float:
+    """The alpha that PEFT takes, the default of its class where the file states none; `otherwise` for a method without one."""
+    from cora_cli.methods.parts.peft_configuration import peft_configuration
+
+    config = peft_configuration(values, rank)
+    found = (getattr(config, name) for name in ("lora_alpha", "alpha") if type(getattr(config, name, None)) in (int, float))
+    return next((float(one) for one in found if 0 < one < 1e9), otherwise)
 
 
 def _matches(key: str, pattern: str, name: str) -> bool:

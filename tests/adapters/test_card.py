@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cora_cli import hashing
@@ -221,7 +222,8 @@ def test_the_card_says_that_the_losses_are_those_of_the_base_in_4_bits(run: Path
     ("own", "settings", "alpha"),
     [
         ({"peft_type": "LORA", "r": 2, "lora_alpha": 32}, '{"peft_type": "LORA", "r": 2, "lora_alpha": 32}', 32.0),
-        ({"peft_type": "IA3", "feedforward_modules": []}, '{"peft_type": "IA3", "feedforward_modules": []}', 8.0),
+        ({"peft_type": "LORA", "r": 2}, '{"peft_type": "LORA", "r": 2}', float(LoraConfig().lora_alpha)),
+        ({"peft_type": "IA3", "feedforward_modules": []}, '{"peft_type": "IA3", "feedforward_modules": []}', 6.0),
     ],
 )
 def test_the_card_of_a_method_of_peft_has_the_settings_of_its_file(
@@ -229,7 +231,7 @@ def test_the_card_of_a_method_of_peft_has_the_settings_of_its_file(
 ) -> None:
     file = tmp_path / "peft.json"
     file.write_text(json.dumps({**own, "target_modules": ["q_proj"]}), encoding="utf-8")
-    train(config_for(tiny_model, tiny_data, tmp_path / "run", mode="peft", peft_config=str(file), max_steps=1))
+    train(config_for(tiny_model, tiny_data, tmp_path / "run", mode="peft", peft_config=str(file), rank=3, max_steps=1))
     text = card_of(tmp_path / "run")
     assert f"- settings: `{settings}`, on `q_proj`\n" in text
     assert "rank and alpha" not in text
