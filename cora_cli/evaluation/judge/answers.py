@@ -152,13 +152,15 @@ def _answers_of_base(runs: Sequence[str]) -> Path:
 
 
 def _check_base(runs: Sequence[str], folder: Path) -> None:
-    """Raise `CoraError` if the base model that answered in `folder` is not that of every run, as far as their evaluations know it."""
+    """Raise `CoraError` if the base model that answered in `folder` is not that of every run, as far as their records know it."""
     base = _settings_of(EvaluationDirectory(folder)).get("model_sha256")
     for name in runs:
-        settings, run = _settings_of(EvaluationDirectory(_predictions_of(name).parent)), RunDirectory(Path(name))
+        evaluation = _predictions_of(name).parent
+        settings, run = _settings_of(EvaluationDirectory(evaluation)), RunDirectory(evaluation.parent)
         own = settings.get("model_sha256")
-        if own is not None and not settings.get("adapter_sha256") and run.exists():
-            own = shapes.read_run(run)["fingerprint"]["model_sha256"]  # of a complete model, which was evaluated itself
+        # A complete model was evaluated itself; what it was trained from, its run alone knows.
+        if own is not None and not settings.get("adapter_sha256"):
+            own = shapes.read_run(run)["fingerprint"]["model_sha256"] if run.exists() else None
         if None not in (own, base) and own != base:
             raise CoraError(
                 f"{name} has another base model than the one whose answers are in {folder}; judge the runs of each base model by themselves"

@@ -125,6 +125,13 @@ def test_with_base_refuses_runs_of_another_base_model(server, tmp_path) -> None:
     assert cora("judge", places[0], *out, *at(server)).exit_code == 0
 
 
+def test_with_base_judges_the_evaluation_of_a_complete_model_that_does_not_know_its_base(server, tmp_path) -> None:
+    recorded(write_answers(tmp_path / "merged", 8), model_sha256="merged", adapter_sha256=None)
+    recorded(write_answers(tmp_path / "base", 8, good=0.0), model_sha256="a", adapter_sha256=None)
+    result = cora("judge", tmp_path / "merged", "--with-base", *at(server))
+    assert result.exit_code == 0, result.output
+
+
 def test_unlike_settings_of_answers_and_repeated_prompts_are_said(server, answers, tmp_path) -> None:
     base = write_answers(tmp_path / "b", 8, good=0.0)
     recorded(answers, max_new_tokens=256, dtype="fp32")
