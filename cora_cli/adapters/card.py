@@ -45,18 +45,19 @@ def carry_card(
     """
     run = run_of(adapter)
     if run is not None and run.result.resolve() == adapter.path.resolve() and (record := read_run(run))["status"] == "finished":
-        notes = []
+        notes, measured = [], record["heldout"] or record.get("validation")
         if base is not None and record["fingerprint"]["model_sha256"] not in base.content_hashes():
             name = base.reference.partition("@")[0] if base.revision else base.path.name
             notes.append(
-                f"It is merged into {_code(name)} with the SHA-256 {_code(base.content_hash())}, another model than the one of the training, on which these "
-                "losses were measured."
+                f"It is merged into {_code(name)} with the SHA-256 {_code(base.content_hash())}, another model than the one of the training"
+                f"{', on which these losses were measured' if measured else ''}."
             )
-        if rank is not None and rank < record["plan"]["rank"]:
+        if measured and rank is not None and rank < record["plan"]["rank"]:
             notes.append(f"These are the losses of all {record['plan']['rank']} ranks, of which this has the first {rank}.")
         if lost is not None:
             notes.append(
-                f"These are the losses of the adapter; {lost:.0%} of its change is lost here, where weights are rounded to their type."
+                f"{lost:.0%} of the adapter's change is lost here, where weights are rounded to their type"
+                f"{'; these losses are those of the adapter' if measured else ''}."
             )
         writing.write_text(directory / rundir.CARD, card(directory, record, notes=notes))
 

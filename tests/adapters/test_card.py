@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cora_cli import hashing
-from cora_cli.adapters.card import card
+from cora_cli.adapters.card import card, carry_card
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.merge import merge_adapter
 from cora_cli.errors import CoraError
@@ -194,8 +194,22 @@ def test_the_card_of_a_merge_that_rounds_the_change_away_says_so(tiny_model: Pat
     merge_adapter(adapter, tmp_path / "rounded")
     merge_adapter(adapter, tmp_path / "exact", dtype="fp32")
     rounded, exact = ((tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("rounded", "exact"))
-    assert re.search(r"These are the losses of the adapter; \d+% of its change is lost here", rounded)
+    assert re.search(r"\d+% of the adapter's change is lost here, .*; these losses are those of the adapter\.", rounded)
     assert "is lost here" not in exact
+
+
+def test_the_card_of_a_merge_has_no_word_on_losses_that_were_not_measured(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    train(config_for(tiny_model, tiny_data, tmp_path / "run", mode="dylora", max_steps=1, test_size=0.0))
+    adapter, base = resolve_model(str(tmp_path / "run")), tmp_path / "bf16"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
+    (tmp_path / "there").mkdir()
+    carry_card(tmp_path / "there", adapter, resolve_model(str(base)), rank=1, lost=0.97)
+    text = (tmp_path / "there" / "README.md").read_text(encoding="utf-8")
+    assert "another model than the one of the training." in text
+    assert "97% of the adapter's change is lost here, where weights are rounded to their type." in text
+    assert "losses" not in text.split("no loss was measured.")[1].split("## How")[0]
 
 
 def test_the_card_of_the_first_ranks_says_that_the_losses_are_those_of_all(
