@@ -169,8 +169,11 @@ def merged_into_base(wrapped: PeftModel, adapter: ModelPath, safe: bool = False)
 
 
 def say_rounded_away(wrapped: PeftModel, adapter: ModelPath) -> float | None:
-    """Say so and return the share where much of the change is lost by merging it in the type of the weights; None where little is."""
-    if (lost := rounded_away(wrapped)) <= _MUCH:
+    """Say so and return the share where much of the change is lost by merging it in the type of the weights; None where little is.
+
+    Into weights that are held quantised, nothing is merged.
+    """
+    if is_held_quantized(wrapped.get_base_model()) or (lost := rounded_away(wrapped)) <= _MUCH:
         return None
     say(
         f"{adapter.reference}: its change is so small that {lost:.0%} of it is lost where the merged weights are rounded to their type; "

@@ -202,7 +202,7 @@ def load_adapter(
                     _check_gathered(adapter, stored)
                 state = _by_names_of(model, stored)
                 check_start(adapter)
-                _resize_embeddings(model, state, adapter.adapter_config())
+                _resize_embeddings(model, state, adapter)
                 with _for_peft(adapter, state, state.keys() == stored.keys()) as path:
                     wrapped = PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
                 _check_arrived(wrapped, state, adapter)
@@ -356,20 +356,26 @@ def _for_peft(adapter: ModelPath, state: dict[str, torch.Tensor], as_stored: boo
         yield directory
 
 
-def _resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+def _resize_embeddings(model: PreTrainedModel, state: dict[str, torch.Tensor], adapter: ModelPath) -> None:
     """Give the model as many embedding rows as the embeddings that an adapter stores because they were resized: for added tokens, or without padding.
 
-    One that trains single rows may store these alone; the last of them is then a row that the model has at least.
+    One that trains single rows may store these alone. Raises `CoraError` where one of them lies beyond rows that nobody has.
     """
     embedding: Any = model.get_input_embeddings()
     ends = (embedding, model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
     rows = {len(state[key]) for name in names for key in _weight_keys(name) if key in state}
+    config, known = adapter.adapter_config(), len(embedding.weight)
     single = config.get("trainable_token_indices") or config.get("token_indices") or []
-    last = max(itertools.chain(*single.values()) if isinstance(single, dict) else single, default=-1)
-    if not rows and last >= len(embedding.weight):
-        rows = {last + 1}
-    if len(rows) == 1 and (needed := rows.pop()) != len(embedding.weight):
+    trained = itertools.chain(*single.values()) if isinstance(single, dict) else single
+    if not rows and (added := sorted({row for row in trained if not 0 <= row < known})):
+        if added != list(range(known, known + len(added))):
+            raise CoraError(
+                f"adapter {adapter.path} trains row {added[-1]}, but the embedding of the base model has {known:,} rows, and the adapter stores none with "
+                "the rows up to there; it belongs to another base model, or is to be saved with its embedding"
+            )
+        rows = {known + len(added)}
+    if len(rows) == 1 and (needed := rows.pop()) != known:
         model.resize_token_embeddings(needed, mean_resizing=False)
 
 

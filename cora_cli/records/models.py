@@ -52,6 +52,8 @@ class AdapterConfig(TypedDict, total=False):
     lora_bias: bool | None
     rank_pattern: dict[str, int | list[bool]] | None
     alpha_pattern: dict[str, float] | None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None
+    token_indices: list[int] | None
 
 
 class WeightIndex(TypedDict):

@@ -22,8 +22,8 @@ from cora_cli.adapters.elsewhere import is_plain_lora
 from cora_cli.adapters.export import export_adapter
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
-from cora_cli.adapters.merge import merge_adapter
-from cora_cli.adapters.storage import save_adapter
+from cora_cli.adapters.merge import merge_adapter, say_rounded_away
+from cora_cli.adapters.storage import load_adapter, save_adapter
 from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
 from cora_cli.models.loading import load_tokenizer
@@ -243,6 +243,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_says_so(adapters, tmp_path, mon
 
 def foreign(base: Path, target: Path, rows: int | None = None, complete: bool = True, **settings) -> torch.Tensor:
     """A LoRA adapter as PEFT itself saves it, on embeddings of `rows` rows, stored `complete` or not; returns the logits of base and adapter."""
+    torch.manual_seed(0)
     model = LlamaForCausalLM.from_pretrained(base)
     if rows:
         model.resize_token_embeddings(rows)
@@ -445,6 +446,23 @@ def test_an_adapter_with_rows_for_some_of_the_added_tokens_is_not_merged(tiny_mo
         merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([1, 10**9], "trains row 1000000000, but the embedding of the base model has 49,152 rows"),
+        ([49153], "trains row 49153, but"),
+        ([-1], "trains row -1, but"),
+        ([1, "a"], "trainable_token_indices"),
+    ],
+)
+def test_an_adapter_that_trains_rows_beyond_those_that_anybody_has_is_refused(rows, said, tiny_model, tmp_path):
+    foreign(tiny_model, tmp_path / "adapter", trainable_token_indices=[1, 2][: len(rows)])
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "trainable_token_indices": rows}))
+    with pytest.raises(CoraError, match=said):
+        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
+
+
 def test_an_adapter_with_fewer_embedding_rows_than_its_tokenizer_has_tokens_is_not_merged(tiny_model, tmp_path):
     foreign(tiny_model, tmp_path / "adapter", 200)
     with pytest.raises(CoraError, match=r"stores 200 embedding rows, fewer than the [0-9,]+ tokens of its tokenizer"):
@@ -530,4 +548,13 @@ def test_a_change_that_the_type_of_the_weights_rounds_away_is_named(alpha, lost,
     merge_adapter(adapter, tmp_path / "merged")
     assert ("of it is lost where the merged weights are rounded to their type" in capsys.readouterr().err) is lost
     merge_adapter(adapter, tmp_path / "exact", dtype="fp32")
+    assert "is lost" not in capsys.readouterr().err
+
+
+def test_into_weights_that_are_held_quantised_nothing_is_merged_and_so_nothing_rounded_away(tiny_model, tmp_path, capsys):
+    foreign(tiny_model, tmp_path / "adapter", lora_alpha=0.001)
+    base = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    base.is_quantized = True
+    adapter = resolve_model(str(tmp_path / "adapter"))
+    assert say_rounded_away(load_adapter(base, adapter), adapter) is None
     assert "is lost" not in capsys.readouterr().err
