@@ -106,7 +106,7 @@ def inspect(
     own_data = read_own_data(data, of_models, models, base_path, targets, limit) if data and base_path else {}
     used = used_bases(runs) if runs else []
     for trained, sha256 in dict.fromkeys(one.model for one in used):
-        if base_path is not None and sha256 != base_path.content_hash():
+        if base_path is not None and sha256 not in base_path.content_hashes():
             say(
                 f"--runs: runs trained {trained}, which has other weights than {base_path.reference}, so the captures are of changes of another model "
                 "than their losses"
