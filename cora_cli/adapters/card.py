@@ -249,7 +249,7 @@ def _loading(found: ModelPath, record: Mapping[str, Any], name: str) -> str:
     )
     if ends := record["data"].get("end_tokens"):
         lines.append(
-            f"It ends answers by a token that is none of the end tokens in the base model's generation settings; `generate` stops at it with `eos_token_id={ends}`."
+            f"The base model's generation settings lack some of the tokens that end its answers; `generate` stops at all of them with `eos_token_id={ends}`."
         )
     if not is_plain_lora(found):
         return "\n\n".join([*lines, f"transformers alone and vLLM cannot load it as it is stored; {other}."])
