@@ -112,6 +112,30 @@ def test_a_rate_at_which_a_run_diverged_is_one_that_was_tried_where_losses_are_c
     assert (used.learning_rate, used.rates) == (0.03, (0.03, 0.5))
 
 
+def test_rates_of_another_b_are_neither_lost_nor_tried_for_this_one_where_losses_are_correlated_with_captures(
+    trained_grid, tmp_path
+):
+    def at(rate, like, **changes):
+        run = next(path for path in sorted((trained_grid / "runs").iterdir()) if like in path.name)
+        copy = shutil.copytree(run, tmp_path / f"{like}{rate}")
+        record = unsealed(copy / "run.json")
+        record["fingerprint"]["settings"]["learning_rate"] = rate
+        writing.write_json(copy / "run.json", {**record, **changes})
+        return str(copy)
+
+    diverged = {"status": "failed", "error": "the loss is nan", "diverged": True}
+    runs = [
+        at(0.03, "fb_"),
+        at(0.5, "fb_"),
+        at(0.03, "fb-orthonormal", **diverged),
+        at(0.5, "fb-orthonormal"),
+        at(0.7, "fb-orthonormal"),
+    ]
+    of_file, random = sorted(used_bases(runs), key=lambda used: used.basis is None)
+    assert (of_file.learning_rate, of_file.rates) == (0.03, (0.03, 0.5))
+    assert (random.learning_rate, random.rates) == (0.5, (0.03, 0.5, 0.7))
+
+
 def test_a_scale_that_follows_the_rank_is_no_part_of_a_label(trained_grid, tmp_path):
     run = next(path for path in sorted((trained_grid / "runs").iterdir()) if "lora" in path.name)
     other = shutil.copytree(run, tmp_path / "other")
