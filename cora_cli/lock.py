@@ -31,12 +31,12 @@ def own_directory(out: Path, *parts: str) -> Iterator[int]:
     """Hold the directory `out`, created if need be, and remove what killed commands left; yields the lock's descriptor.
 
     `parts` names the folders below which the command also writes and the files it appends to. A directory that it created and left
-    empty disappears again. Raises `CoraError` if another process holds `out`, if `out` or a part is a symbolic link, and for a place in the result of
-    a run.
+    empty disappears again. Raises `CoraError` if another process holds `out`, if `out` or a part is a symbolic link, for a place in the result of
+    a run, and for one whose name is no text.
     """
     for place in (out, *(out / part for part in parts)):
         writing.refuse_link(place)
-    _refuse_result(out)
+    _refuse_place(out)
     if not writing.absolute(out).name:
         raise CoraError(f"{out} cannot be an output directory; choose a new or empty one")
     if out.exists() and not out.is_dir():
@@ -54,16 +54,20 @@ def own_directory(out: Path, *parts: str) -> Iterator[int]:
 def own_output(path: Path) -> Iterator[None]:
     """Hold a file or directory that the command writes all at once. Raises `CoraError` as `own_directory` does."""
     writing.refuse_special(path)
-    _refuse_result(path)
+    _refuse_place(path)
     with _hold(_next_to(path), path):
         if path.parent.is_dir():
             _remove_leftovers(path.parent, path.name)
         yield
 
 
-def _refuse_result(path: Path) -> None:
-    """Raise `CoraError` for a place in the result of a run, which must stay what its training wrote."""
+def _refuse_place(path: Path) -> None:
+    """Raise `CoraError` for a place in the result of a run, which must stay what its training wrote, and for one whose name no record can hold."""
     place = writing.absolute(path)
+    if not writing.is_storable(str(place)):
+        raise CoraError(
+            f"{writing.utf8(str(place))} cannot be an output, since the bytes of its name are no UTF-8, as records and libraries need it; choose another place"
+        )
     for folder in (place, *place.parents):
         run = rundir.RunDirectory(folder.parent)
         if folder not in (run.adapter, run.model):

@@ -190,6 +190,15 @@ def utf8(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def is_storable(name: str) -> bool:
+    """Whether the bytes of a file's name are text, which records and the formats of libraries can hold."""
+    try:
+        name.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return False
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically: readers see the old file or the new one, never a partial file."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:

@@ -57,6 +57,18 @@ def test_the_root_of_the_file_system_is_no_output_directory() -> None:
 
 
 @pytest.mark.parametrize("own", [own_directory, own_output])
+def test_a_place_whose_name_no_record_can_hold_is_no_output(own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder := tmp_path / "caf\udce9").mkdir()
+    monkeypatch.chdir(folder)
+    with (
+        pytest.raises(CoraError, match=r"caf\\xe9/out cannot be an output, since the bytes of its name are no UTF-8"),
+        own(Path("out")),
+    ):
+        pass
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("own", [own_directory, own_output])
 def test_a_directory_in_which_nothing_can_be_created_ends_in_an_error(own) -> None:
     with pytest.raises(CoraError, match=r"^/proc/self/new cannot be written: "), own(Path("/proc/self/new")):
         pass

@@ -140,7 +140,7 @@ def command(
         debug = values.pop("debug")
         del values["config"]
         with clean_errors(debug):
-            _refuse_empty(fields, values)
+            _refuse_texts(fields, values)
             config = config_class(**{field.name: _to_field(hints[field.name], values[field.name]) for field in fields})
             if problems := range_problems(config):
                 raise UsageError("; ".join(problems))
@@ -159,13 +159,18 @@ def command(
     app.command(name, cls=Command, no_args_is_help=any(field.default is dataclasses.MISSING for field in fields))(entry)
 
 
-def _refuse_empty(fields: Iterable[dataclasses.Field], values: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for an empty text, as an unset variable of a shell gives, which is neither a value nor the default."""
+def _refuse_texts(fields: Iterable[dataclasses.Field], values: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for an empty text, as an unset variable of a shell gives, which is neither a value nor the default, and for one that no
+    record can hold."""
     for field in fields:
+        flag = (field.metadata["flags"] or (f"--{field.name.replace('_', '-')}",))[0]
+        name = field.name if field.metadata["argument"] else flag
         value = values[field.name]
-        if any(isinstance(one, str) and not one.strip(" ,") for one in (value if isinstance(value, list) else [value])):
-            flag = (field.metadata["flags"] or (f"--{field.name.replace('_', '-')}",))[0]
-            raise UsageError(f"{field.name if field.metadata['argument'] else flag} is empty; give it a value, or leave it out")
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, str) and not one.strip(" ,"):
+                raise UsageError(f"{name} is empty; give it a value, or leave it out")
+            if isinstance(one, str) and not writing.is_storable(one):
+                raise UsageError(f"{name} is {writing.utf8(one)}, whose bytes are no UTF-8; rename it")
 
 
 def _common_parameters(hints: Mapping[str, Any]) -> list[inspect.Parameter]:

@@ -130,6 +130,18 @@ def test_an_empty_value_is_not_taken_for_none(
     assert f"{name} is empty; give it a value, or leave it out" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"), [(["--to=caf\udce9"], "--to"), (["--layers=a,caf\udce9"], "--layers"), (["caf\udce9"], "guests")]
+)
+def test_a_name_that_no_record_can_hold_is_refused(arguments: list[str], name: str) -> None:
+    result, seen = invoke("--flour=rye", *arguments, "ann")
+    assert (result.exit_code, seen) == (2, [])
+    assert "caf\\xe9, whose bytes are no UTF-8; rename it" in result.stderr
+    assert f"error: {name} is" in result.stderr
+    # Where the locale is not UTF-8, the bytes of a character come as surrogates too.
+    assert invoke("--flour=rye", "caf\udcc3\udca9")[0].exit_code == 0
+
+
 def test_files_may_write_names_with_dashes_numbers_as_text_and_leave_values_empty(tmp_path: Path) -> None:
     cake = baked("a", "--config", written(tmp_path, "flour: 405\neggs: '7'\nsugar: null\nlayers:\n  - 1\n  - 2\n"))
     assert (cake.flour, cake.eggs, cake.sugar, cake.layers) == ("405", 7, None, ("1", "2"))
