@@ -117,9 +117,9 @@ def _has_working_directory() -> bool:
         return False
 
 
-def nothing_is_saved(_: Any) -> str:
-    """What an interrupted command leaves whose output appears all at once."""
-    return "nothing was written"
+def all_or_nothing(output: str | Path) -> str:
+    """What an interrupted command leaves whose output appears all at once: it may have been there already when the interrupt came."""
+    return f"{output} is complete: it appears all at once or not at all" if Path(output).exists() else "nothing was written"
 
 
 def command(

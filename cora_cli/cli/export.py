@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from cora_cli.cli.command import command, nothing_is_saved
+from cora_cli.cli.command import all_or_nothing, command
 from cora_cli.cli.next_step import say_next
 from cora_cli.settings import LARGEST_RANK, setting
 from cora_cli.terminal import show
@@ -28,7 +28,7 @@ class ExportConfig:
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "export", ExportConfig, run, nothing_is_saved)
+    command(app, "export", ExportConfig, run, lambda config: all_or_nothing(config.output))
 
 
 def run(config: ExportConfig) -> None:

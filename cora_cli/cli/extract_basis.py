@@ -16,7 +16,7 @@ from cora_cli.basis.choices import (
     Side,
     Source,
 )
-from cora_cli.cli.command import command, nothing_is_saved
+from cora_cli.cli.command import all_or_nothing, command
 from cora_cli.cli.next_step import say_next
 from cora_cli.settings import setting
 from cora_cli.terminal import show
@@ -89,9 +89,14 @@ class ExtractConfig:
         return BasisChoices(**{field.name: getattr(self, field.name) for field in dataclasses.fields(BasisChoices)})
 
 
+def what_is_saved(config: ExtractConfig) -> str:
+    """What an interrupted extraction leaves."""
+    return "nothing was written" if config.dry_run else all_or_nothing(config.output)
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "extract-basis", ExtractConfig, run, nothing_is_saved)
+    command(app, "extract-basis", ExtractConfig, run, what_is_saved)
 
 
 def run(config: ExtractConfig) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from cora_cli.cli.command import command, nothing_is_saved
+from cora_cli.cli.command import all_or_nothing, command
 from cora_cli.errors import UsageError
 from cora_cli.terminal import show
 from cora_cli.training.laplace_config import LaplaceConfig
@@ -13,7 +13,7 @@ from cora_cli.training.laplace_config import LaplaceConfig
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "laplace", LaplaceConfig, run, nothing_is_saved)
+    command(app, "laplace", LaplaceConfig, run, lambda config: all_or_nothing(config.output_dir))
 
 
 def run(config: LaplaceConfig) -> None:

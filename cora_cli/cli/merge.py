@@ -6,7 +6,7 @@ from typing import Literal
 
 import typer
 
-from cora_cli.cli.command import command, nothing_is_saved
+from cora_cli.cli.command import all_or_nothing, command
 from cora_cli.cli.next_step import say_next
 from cora_cli.settings import setting
 from cora_cli.terminal import show
@@ -32,7 +32,7 @@ class MergeConfig:
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "merge", MergeConfig, run, nothing_is_saved)
+    command(app, "merge", MergeConfig, run, lambda config: all_or_nothing(config.output))
 
 
 def run(config: MergeConfig) -> None:

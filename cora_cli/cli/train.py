@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from cora_cli.cli.command import command
+from cora_cli.cli.command import all_or_nothing, command
 from cora_cli.cli.next_step import say_next
 from cora_cli.render.table import with_interval
 from cora_cli.rundir import RunDirectory
@@ -24,7 +24,9 @@ def what_is_saved(config: TrainConfig) -> str:
     from cora_cli.training.checkpoints import checkpoints_in, step_of
 
     out = RunDirectory(Path(config.output_dir))
-    if config.dry_run or config.probe is not None or not out.exists():
+    if config.probe is not None:
+        return all_or_nothing(config.probe)
+    if config.dry_run or not out.exists():
         return "nothing was written"
     kept = checkpoints_in(out.checkpoints)
     point = f"step {step_of(kept[-1])}" if kept else "the start, since there is no checkpoint yet"
@@ -64,11 +66,12 @@ def _probe(config: TrainConfig) -> None:
     output = Path(config.probe)
     if output.exists():
         raise UsageError(f"{output} exists already; choose a new file for --probe")
-    with own_output(output):
-        from cora_cli.training import proposal
-        from cora_cli.training.probe import describe, write_probe, write_proposal
-        from cora_cli.training.proposal import AUTO
+    from cora_cli.training import proposal
+    from cora_cli.training.probe import describe, require_alone, write_probe, write_proposal
+    from cora_cli.training.proposal import AUTO
 
+    require_alone(config, "--probe")  # before the lock, which only one of several processes gets
+    with own_output(output):
         auto = config.learning_rate == AUTO
         record = write_proposal(config) if auto else write_probe(config)
         show(describe(record))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib
 import json
 import shlex
 import subprocess
@@ -253,6 +254,35 @@ def test_errors_end_in_one_line_and_their_exit_code(error: BaseException, code: 
 
     result, _ = invoke("a", "--flour=x", run=fail)
     assert (result.exit_code, result.stderr, result.stdout) == (code, line, "")
+
+
+@pytest.mark.parametrize("name", ["merge", "export", "laplace", "extract-basis", "train"])
+def test_an_interrupt_after_the_output_has_appeared_does_not_say_that_nothing_was_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(config: Any) -> None:
+        if config.seed:  # for this one, the interrupt comes after the output
+            (tmp_path / "out").touch()
+        raise KeyboardInterrupt
+
+    def said(seed: int) -> str:
+        toy = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+        toy.callback()(lambda: None)
+        module = importlib.import_module(f"cora_cli.cli.{name.replace('-', '_')}")
+        monkeypatch.setattr(module, "run", interrupted)
+        module.register(toy)
+        (model := tmp_path / "model").mkdir(exist_ok=True)
+        (model / "run.json").touch()
+        own = {
+            "train": ["--mode=lora", f"--model={model}", f"--dataset={model}", "--output-dir=x", f"--probe={tmp_path / 'out'}"],
+            "extract-basis": [str(model), str(model), f"-o{tmp_path / 'out'}"],
+        }.get(name, [str(model), f"-o{tmp_path / 'out'}"])
+        result = CliRunner().invoke(toy, [name, *own, f"--seed={seed}"])
+        assert result.exit_code == 130, result.stderr
+        return result.stderr
+
+    assert said(0) == "cora: interrupted; nothing was written\n"
+    assert said(1) == f"cora: interrupted; {tmp_path / 'out'} is complete: it appears all at once or not at all\n"
 
 
 def test_debug_lets_the_error_through() -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.cli import app
 from cora_cli.extraction.extract import extract_basis
+from cora_cli.lock import own_output
 from cora_cli.models.references import resolve_model
 from cora_cli.records import read_probe
 from tests.evaluation.helpers import unsealed
@@ -87,6 +88,16 @@ def test_a_probe_prints_and_writes_its_measures_and_trains_nothing(usual: list[s
     again = cora_train(*usual, "--mode=fb", "--b-init=orthonormal", "--probe", place)
     assert (again.exit_code, again.stdout) == (2, "")
     assert f"{place} exists already; choose a new file for --probe" in again.stderr
+
+
+def test_a_probe_in_several_processes_is_refused_before_one_waits_for_the_others(
+    usual: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with own_output(tmp_path / "probe.json"):
+        result = cora_train(*usual, "--probe", tmp_path / "probe.json")
+    assert result.exit_code == 1
+    assert "--probe measures in one process, not in 2" in result.stderr
 
 
 def test_a_run_that_cannot_train_says_so(usual: list[str]) -> None:
