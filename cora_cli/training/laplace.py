@@ -27,7 +27,7 @@ from cora_cli.models.references import resolve_model
 from cora_cli.progress import progress, say
 from cora_cli.records import read_run, template_date, write_run
 from cora_cli.rundir import RunDirectory
-from cora_cli.training.config import config_of_run
+from cora_cli.training.config import TrainConfig, config_of_run
 from cora_cli.training.prepare import prepare
 from cora_cli.training.record import FINISHED
 
@@ -107,6 +107,7 @@ def laplace(
     record = _checked_record(source, run)
     # How the run was computed, on whatever hardware, is not how its records are passed through the model here.
     config = config_of_run(source, device=device, attention="auto", compile=False, liger=False, shard="none")
+    _require_inputs(source, config)
     prepared = prepare(config, template_date(record))
     now, then = prepared.fingerprint(config), record["fingerprint"]
     for key, what in (("model_sha256", "base model"), ("data_sha256", "data set"), ("tokenizer_sha256", "tokenizer")):
@@ -157,6 +158,16 @@ def laplace(
         write_card(new.adapter, now)
         write_run(new, now)
     return found
+
+
+def _require_inputs(source: RunDirectory, config: TrainConfig) -> None:
+    """Raise `CoraError` where something that the run was trained with is no longer at its place, as after a move; no flag names another place."""
+    for name in ("model", "dataset", "test_dataset", "basis", "peft_config"):
+        place = getattr(config, name)
+        if place is not None and Path(place).is_absolute() and not Path(place).exists():
+            raise CoraError(
+                f"the {name} of {source.root} is no longer at {place}; put it back, or write where it is now into {source.config}"
+            )
 
 
 def _checked_record(source: RunDirectory, run: str) -> dict[str, Any]:

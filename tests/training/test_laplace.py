@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -162,6 +163,18 @@ def test_the_curvature_is_reproducible_and_a_part_of_the_records_stands_for_all(
     assert every["records"] == 36
     assert 0 < every["decided_directions"] < every["parameters"]
     assert some["prior_precision"] == pytest.approx(every["prior_precision"], rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["model", "dataset"])
+def test_a_run_whose_inputs_have_moved_says_where_to_write_their_new_place(name: str, run: Path, tmp_path: Path):
+    shutil.copytree(run, moved := tmp_path / "moved")
+    settings = yaml.safe_load((moved / "config.yaml").read_text())
+    place = settings[name]
+    (moved / "config.yaml").write_text(yaml.safe_dump({**settings, name: f"{place}-gone"}))
+    with pytest.raises(CoraError, match=rf"the {name} of {moved} is no longer at {place}-gone; .* into {moved}/config.yaml"):
+        laplace(str(moved), tmp_path / "laplace", limit=2)
+    (moved / "config.yaml").write_text(yaml.safe_dump(settings))
+    laplace(str(moved), tmp_path / "laplace", limit=2)
 
 
 def test_what_has_no_laplace_approximation_is_refused(
