@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from cora_cli.render.latex import latex
 from cora_cli.reporting.judge_section import judge_section
 from tests.evaluation.helpers import unsealed
 from tests.evaluation.judge.server import Biases, judge_of, serving, write_answers
-from tests.reporting.helpers import Made, make_grid
+from tests.reporting.helpers import Made, make_grid, write_run
 
 
 def cora(*words):
@@ -130,6 +131,19 @@ def test_with_base_judges_the_evaluation_of_a_complete_model_that_does_not_know_
     recorded(write_answers(tmp_path / "base", 8, good=0.0), model_sha256="a", adapter_sha256=None)
     result = cora("judge", tmp_path / "merged", "--with-base", *at(server))
     assert result.exit_code == 0, result.output
+
+
+def test_with_base_compares_the_model_behind_a_full_fine_tuning(server, tmp_path) -> None:
+    run, out = tmp_path / "full", ("--with-base", "-o", tmp_path / "out")
+    write_run(run, Made("full", "full"), np.random.default_rng(0))
+    behind = read_json(run / "run.json")["fingerprint"]["model_sha256"]
+    recorded(write_answers(run / "eval", 8), model_sha256="trained", adapter_sha256=None)
+    recorded(write_answers(run / "eval-base", 8, good=0.0), model_sha256="other", adapter_sha256=None)
+    refused = cora("judge", run, *out, *at(server))
+    assert refused.exit_code == 1
+    assert f"{run} has another base model than the one whose answers are in {run / 'eval-base'}" in refused.output
+    recorded(run / "eval-base" / "predictions.jsonl", model_sha256=behind, adapter_sha256=None)
+    assert cora("judge", run, *out, *at(server)).exit_code == 0
 
 
 def test_unlike_settings_of_answers_and_repeated_prompts_are_said(server, answers, tmp_path) -> None:
