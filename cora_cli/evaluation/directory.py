@@ -23,8 +23,7 @@ def _recorded(out: EvaluationDirectory, overwrite: bool) -> dict[str, Any]:
     except CoraError as error:
         if overwrite:
             return {}
-        said = str(error).removesuffix("; restore it")
-        raise CoraError(f"{said}; restore it, or answer again with --overwrite") from error
+        raise CoraError(f"{error} (--overwrite answers again)") from error
 
 
 def _differing(out: EvaluationDirectory, settings: dict[str, Any], overwrite: bool) -> list[str]:

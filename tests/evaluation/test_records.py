@@ -69,7 +69,7 @@ def test_another_setting_in_the_record_of_a_generation_is_refused_and_answers_gi
     writing.write_json(path, record)
     with pytest.raises(CoraError, match=r"generation.json was changed after it was written; restore it$"):
         verify(run)
-    with pytest.raises(CoraError, match=r"generation.json was changed .*; restore it, or answer again with --overwrite$"):
+    with pytest.raises(CoraError, match=r"generation.json was changed .*; restore it \(--overwrite answers again\)$"):
         evaluate_run(run)
     evaluate_run(run, overwrite=True)
     verify(run)
