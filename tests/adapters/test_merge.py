@@ -28,14 +28,8 @@ from cora_cli.basis.artifact import read_basis
 from cora_cli.errors import CoraError
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.models.references import ModelPath, resolve_model
+from tests.adapters.helpers import copy_of, foreign, logits
 from tests.methods.helpers import plan_of
-
-IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(IDS).logits
 
 
 @pytest.fixture(scope="module")
@@ -241,27 +235,6 @@ def test_a_disk_that_fills_up_leaves_nothing_and_says_so(adapters, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def foreign(base: Path, target: Path, rows: int | None = None, complete: bool = True, **settings) -> torch.Tensor:
-    """A LoRA adapter as PEFT itself saves it, on embeddings of `rows` rows, stored `complete` or not; returns the logits of base and adapter."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM.from_pretrained(base)
-    if rows:
-        model.resize_token_embeddings(rows)
-    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False, **settings})
-    wrapped = get_peft_model(model, config).eval()
-    wrapped.save_pretrained(target, save_embedding_layers=(bool(rows) or "auto") if complete else False)
-    return logits(wrapped)
-
-
-def copy_of(model: Path, target: Path, kind: torch.dtype, **config) -> Path:
-    """The model stored in `kind`, with other entries in its configuration."""
-    shutil.copytree(model, target)
-    LlamaForCausalLM.from_pretrained(model).to(kind).save_pretrained(target)
-    file = target / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
-    return target
-
-
 @pytest.mark.parametrize(("kind", "said"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")])
 def test_stored_means_the_type_in_the_files_whatever_the_configuration_says(kind, said, tiny_model, tmp_path):
     base = copy_of(tiny_model, tmp_path / "base", kind, dtype=said)
@@ -342,132 +315,6 @@ def test_an_exported_lora_has_one_scale_and_stands_on_the_base_itself(settings, 
     assert is_plain_lora(exported) is ("bias" not in settings)
     found = logits(PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "exported"))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-
-
-def test_an_adapter_of_embeddings_with_which_peft_stores_their_weights_is_merged(tiny_model, tmp_path):
-    base = LlamaForCausalLM.from_pretrained(tiny_model)
-    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.clone())
-    base.config.tie_word_embeddings = False
-    base.save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "base")
-    expected = foreign(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj", "embed_tokens", "lm_head"])
-    assert any("base_layer" in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
-    torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-5
-    )
-
-
-def test_an_embedding_and_a_head_that_the_files_hold_apart_are_not_said_to_part(tiny_model, tmp_path, capsys):
-    base = copy_of(tiny_model, tmp_path / "base", torch.float32)
-    assert json.loads((base / "config.json").read_text())["tie_word_embeddings"] is True
-    weights = load_file(base / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    expected = foreign(base, tmp_path / "adapter")
-    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
-    assert "were one weight" not in capsys.readouterr().err
-    torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-5
-    )
-
-
-def test_an_adapter_with_added_tokens_brings_its_rows_and_its_tokenizer(tiny_model, tmp_path):
-    rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size + 1
-    expected = foreign(tiny_model, tmp_path / "adapter", rows)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.add_tokens(["<call>"])
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert len(merged.get_input_embeddings().weight) == rows
-    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
-    assert "<call>" in AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
-
-
-def test_an_adapter_with_added_tokens_is_exported_with_its_rows_and_its_tokenizer(tiny_model, tmp_path):
-    rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size + 1
-    expected = foreign(tiny_model, tmp_path / "adapter", rows)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.add_tokens(["<call>"])
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
-    base = LlamaForCausalLM.from_pretrained(tiny_model)
-    base.resize_token_embeddings(rows, mean_resizing=False)
-    loaded = PeftModel.from_pretrained(base, tmp_path / "exported")
-    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
-    assert "<call>" in AutoTokenizer.from_pretrained(tmp_path / "exported").get_vocab()
-
-
-@pytest.mark.parametrize("complete", [True, False])
-def test_an_adapter_that_trains_the_rows_of_added_tokens_alone_is_merged_and_exported(complete, tiny_model, tmp_path):
-    rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size + 2
-    added = [rows - 1, rows - 2]
-    expected = foreign(tiny_model, tmp_path / "adapter", rows, complete=complete, trainable_token_indices=added)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.add_tokens(["<call>", "</call>"])
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert len(merged.get_input_embeddings().weight) == rows
-    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=0)
-    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
-    base = LlamaForCausalLM.from_pretrained(tiny_model)
-    base.resize_token_embeddings(rows)
-    loaded = PeftModel.from_pretrained(base, tmp_path / "exported")
-    torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("settings", [{}, {"target_modules": ["q_proj", "embed_tokens"]}])
-def test_an_adapter_trained_without_the_padding_rows_of_its_base_is_merged_and_exported(settings, tiny_model, tmp_path):
-    rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size
-    padded = LlamaForCausalLM.from_pretrained(tiny_model)
-    padded.resize_token_embeddings(rows + 64, mean_resizing=False)
-    padded.save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "base")
-    expected = foreign(tmp_path / "base", tmp_path / "adapter", rows, **settings)
-    merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert len(merged.get_input_embeddings().weight) == merged.config.vocab_size == rows
-    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=0)
-    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
-    padded.resize_token_embeddings(rows)
-    loaded = PeftModel.from_pretrained(padded, tmp_path / "exported")
-    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=0)
-
-
-def test_an_adapter_with_rows_for_some_of_the_added_tokens_is_not_merged(tiny_model, tmp_path):
-    rows = LlamaForCausalLM.from_pretrained(tiny_model).config.vocab_size
-    foreign(tiny_model, tmp_path / "adapter", rows + 2, complete=False, trainable_token_indices=[rows])
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.add_tokens(["<call>", "</call>"])
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(CoraError, match=rf"stores {rows + 1:,} embedding rows, fewer than the {rows + 2:,} tokens"):
-        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
-
-
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        ([1, 10**9], "trains row 1000000000, but the embedding of the base model has 49,152 rows"),
-        ([49153], "trains row 49153, but"),
-        ([-1], "trains row -1, but"),
-        ([1, "a"], "trainable_token_indices"),
-    ],
-)
-def test_an_adapter_that_trains_rows_beyond_those_that_anybody_has_is_refused(rows, said, tiny_model, tmp_path):
-    foreign(tiny_model, tmp_path / "adapter", trainable_token_indices=[1, 2][: len(rows)])
-    config = tmp_path / "adapter" / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "trainable_token_indices": rows}))
-    with pytest.raises(CoraError, match=said):
-        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
-
-
-def test_an_adapter_with_fewer_embedding_rows_than_its_tokenizer_has_tokens_is_not_merged(tiny_model, tmp_path):
-    foreign(tiny_model, tmp_path / "adapter", 200)
-    with pytest.raises(CoraError, match=r"stores 200 embedding rows, fewer than the [0-9,]+ tokens of its tokenizer"):
-        merge_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
 
 
 def test_a_failure_of_peft_while_merging_is_one_sentence(tiny_model, tmp_path):
