@@ -73,6 +73,11 @@ def forget_settings() -> None:
             )
 
 
+def launched_processes() -> int:
+    """How many processes a launcher started for this command, of which this is one; 1 without a launcher."""
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+
+
 def folder_to_search() -> str | None:
     """The folder that PYTHONPATH must name so that a new Python finds this package; None where it is installed among others.
 

@@ -20,7 +20,7 @@ import typer
 
 from cora_cli import writing
 from cora_cli.cli.usage import GENERAL, Command
-from cora_cli.environment import variable_behind, variable_of_path
+from cora_cli.environment import launched_processes, variable_behind, variable_of_path
 from cora_cli.errors import CoraError, UsageError, is_lost_process, is_out_of_memory, lost_process
 from cora_cli.progress import interrupts_kept
 from cora_cli.reading import integer_of, read_yaml
@@ -128,10 +128,12 @@ def command(
     config_class: type[Config],
     run: Callable[[Config], None],
     what_is_saved: Callable[[Config], str] | None = None,
+    spreads: bool = False,
 ) -> None:
     """Register `cora NAME`: its flags are the fields of `config_class`, and it calls `run` with an instance of that class.
 
-    `what_is_saved` says after an interrupt what is kept and how to go on.
+    `what_is_saved` says after an interrupt what is kept and how to go on. Several processes of a launcher share the work of a command that `spreads`;
+    any other is refused in them, where each would do all of it.
     """
     fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
     hints = typing.get_type_hints(config_class)
@@ -140,6 +142,10 @@ def command(
         debug = values.pop("debug")
         del values["config"]
         with clean_errors(debug):
+            if not spreads and (count := launched_processes()) > 1:
+                raise UsageError(
+                    f"cora {name} runs in one process, not in {count}; start it without a launcher such as torchrun"
+                )
             _refuse_texts(fields, values)
             config = config_class(**{field.name: _to_field(hints[field.name], values[field.name]) for field in fields})
             if problems := range_problems(config):

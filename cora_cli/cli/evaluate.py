@@ -20,7 +20,7 @@ DIGITS = {"sacrebleu": 2}
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "evaluate", EvaluateConfig, run, what_is_saved)
+    command(app, "evaluate", EvaluateConfig, run, what_is_saved, spreads=True)
 
 
 def what_is_saved(config: EvaluateConfig) -> str:

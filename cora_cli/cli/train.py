@@ -16,7 +16,7 @@ from cora_cli.training.config import TrainConfig
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    command(app, "train", TrainConfig, run, what_is_saved)
+    command(app, "train", TrainConfig, run, what_is_saved, spreads=True)
 
 
 def what_is_saved(config: TrainConfig) -> str:

@@ -6,11 +6,12 @@ computation of a wave does not depend on who does it (see `generate`).
 
 import contextlib
 import datetime
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+from cora_cli.environment import launched_processes
 
 _PATIENCE = datetime.timedelta(days=30)
 """Processes without a prompt wait for the others; torchrun ends all of them where one fails."""
@@ -71,7 +72,7 @@ ALONE = Processes()
 @contextlib.contextmanager
 def launched() -> Iterator[Processes]:
     """The processes that a launcher started for this command, which meet here; at the end, the first sends the others home."""
-    count = int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+    count = launched_processes()
     if count == 1:
         yield ALONE
         return

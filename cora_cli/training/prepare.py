@@ -6,7 +6,6 @@ It reads headers and records but no weights, so that mistakes are reported withi
 import dataclasses
 import importlib.util
 import math
-import os
 import re
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from cora_cli.data.encode import EncodedSet, Example, encode_records
 from cora_cli.data.split import Choice, DataSplit, load_split
 from cora_cli.data.templates import Template, choose_template
 from cora_cli.device import Hardware, PackedAttention, is_installed, select_hardware, select_packed_attention
+from cora_cli.environment import launched_processes
 from cora_cli.errors import CoraError
 from cora_cli.methods.method import Method
 from cora_cli.methods.parts.layers import linear_weight
@@ -371,7 +371,7 @@ def total_steps(config: TrainConfig, examples: int) -> int:
 
 def number_of_processes(config: TrainConfig) -> int:
     """Processes of this training: those of a plan, or as the launcher counts them."""
-    return config.processes or int(os.environ.get("WORLD_SIZE", "1"))
+    return config.processes or launched_processes()
 
 
 def warmup_steps(ratio: float, steps: int) -> int:

@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import math
-import os
 import platform
 import resource
 from pathlib import Path
@@ -19,6 +18,7 @@ from cora_cli import __version__, hashing, writing
 from cora_cli.basis.artifact import Basis
 from cora_cli.data.encode import EncodedSet
 from cora_cli.data.records import repeated_prompts
+from cora_cli.environment import launched_processes
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.models.loading import completed_ends
 from cora_cli.training.batching import Batching
@@ -68,7 +68,7 @@ def first_record(
             "dtype": prepared.hardware.dtype_name,
             "dtype_reason": prepared.hardware.dtype_reason,
             "threads": torch.get_num_threads(),
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "processes": launched_processes(),
             **({"shard": config.shard} if config.shard != "none" else {}),
             **({"fast_path": path} if (path := fast_path(config)) != "none" else {}),
         },

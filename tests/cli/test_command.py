@@ -340,6 +340,24 @@ print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
     assert not heavy & set(modules)
 
 
+@pytest.mark.parametrize("name", sorted({*COMMANDS} - {"train", "evaluate"}))
+def test_a_command_whose_work_is_not_shared_is_refused_in_several_processes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(variable, value)
+    required = {"merge", "laplace", "extract-basis", "report", "export", "verify", "inspect"}
+    outputs = {"merge", "laplace", "extract-basis", "export"}
+    arguments = {"publish": ["thing", "--to", "us/it"]} | {
+        command: ["thing", *(["-o", "out"] if command in outputs else [])] for command in required
+    }
+    result = CliRunner().invoke(app, [name, *arguments.get(name, [])])
+    assert result.exit_code == 2
+    assert f"cora {name} runs in one process, not in 2; start it without a launcher such as torchrun" in result.stderr
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("name", ["extract-basis", "train", "merge"])
 def test_a_command_without_its_arguments_shows_its_help(name: str) -> None:
     result = CliRunner().invoke(app, [name])

@@ -93,6 +93,7 @@ def test_a_probe_prints_and_writes_its_measures_and_trains_nothing(usual: list[s
 def test_a_probe_in_several_processes_is_refused_before_one_waits_for_the_others(
     usual: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with own_output(tmp_path / "probe.json"):
         result = cora_train(*usual, "--probe", tmp_path / "probe.json")

@@ -250,6 +250,7 @@ def test_several_processes_exchange_a_second_copy_of_the_gradients(
 ) -> None:
     config = config_for(tiny_model, tiny_data, tmp_path / "run", mode="full", max_steps=None, batch_size=4)
     alone = preflight(config)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     plan = preflight(config)
     assert (alone.steps, plan.steps, plan.processes, plan.tokens) == (9, 5, 2, alone.tokens)

@@ -116,6 +116,7 @@ def test_what_has_no_gradient_is_refused(tiny_model, tiny_data, tmp_path):
 
 
 def test_several_processes_are_refused(tiny_model, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(CoraError, match="--probe measures in one process, not in 2"):
         probe(config_for(tiny_model, tiny_data, tmp_path / "run", probe=str(tmp_path / "p")))

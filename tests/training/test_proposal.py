@@ -135,6 +135,7 @@ def test_too_few_examples_and_several_processes_are_refused_before_anything_is_w
         CoraError, match="--learning-rate auto, which measures 4, needs as many training examples, and there are 3"
     ):
         train(config)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(CoraError, match="--learning-rate auto measures in one process, not in 2"):
         probe.propose(dataclasses.replace(config, limit=None))
