@@ -78,6 +78,11 @@ def launched_processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
 
 
+def is_first_process() -> bool:
+    """Whether this process is the first of those that a launcher started; only that one prints results."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def folder_to_search() -> str | None:
     """The folder that PYTHONPATH must name so that a new Python finds this package; None where it is installed among others.
 

@@ -3,7 +3,6 @@
 On a terminal this is a bar with the rate and the time left; elsewhere it is a plain line every few seconds.
 """
 
-import os
 import shutil
 import signal
 import sys
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from cora_cli.environment import is_first_process
 from cora_cli.terminal import folded, printable
 
 LINE_INTERVAL_SECONDS = 10.0
@@ -25,14 +25,10 @@ def say(message: str, folds: bool = True) -> None:
 
     In a terminal it `folds` at words, which a command to be copied must not.
     """
-    if _is_first_process():
+    if is_first_process():
         text = printable(message)
         folded_text = folded(text, shutil.get_terminal_size().columns) if folds and sys.stderr.isatty() else text
         print(folded_text, file=sys.stderr, flush=True)
-
-
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 class Progress:
@@ -43,7 +39,7 @@ class Progress:
         self._done = self._start = done
         self._began = self._spoke = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty() and _is_first_process():
+        if sys.stderr.isatty() and is_first_process():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=done, desc=self._label, unit=unit, dynamic_ncols=True, leave=False)

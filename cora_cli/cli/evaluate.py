@@ -6,6 +6,7 @@ import typer
 
 from cora_cli.cli.command import command
 from cora_cli.cli.next_step import say_next
+from cora_cli.environment import is_first_process
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.metrics import scales, unscorable_references
 from cora_cli.evaluation.shortcomings import KINDS
@@ -40,9 +41,7 @@ def run(config: EvaluateConfig) -> None:
     --metrics calibration measures the probabilities of the reference answers' tokens: NLL, Brier score and calibration error.
     """
     if config.dry_run:
-        from cora_cli.evaluation.preflight import describe, preflight
-
-        show(describe(preflight(config)))
+        _plan(config)
         return
     from cora_cli.evaluation.evaluate import evaluate
 
@@ -86,6 +85,13 @@ def run(config: EvaluateConfig) -> None:
             "-o",
             "report",
         )
+
+
+def _plan(config: EvaluateConfig) -> None:
+    from cora_cli.evaluation.preflight import describe, preflight
+
+    if is_first_process():
+        show(describe(preflight(config)))
 
 
 def _counted(results: "list[Evaluation]") -> str:

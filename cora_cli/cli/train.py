@@ -1,6 +1,5 @@
 """`cora train`: train one base model on one data set in one mode, and write a run directory."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import typer
 
 from cora_cli.cli.command import all_or_nothing, command
 from cora_cli.cli.next_step import say_next
+from cora_cli.environment import is_first_process
 from cora_cli.render.table import with_interval
 from cora_cli.rundir import RunDirectory
 from cora_cli.terminal import show
@@ -43,7 +43,7 @@ def run(config: TrainConfig) -> None:
         from cora_cli.training.preflight_text import describe
 
         plan = preflight(config)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_first_process():
             show(describe(plan))
         return
     if config.probe is not None:
@@ -52,7 +52,7 @@ def run(config: TrainConfig) -> None:
     from cora_cli.training.run import train
 
     record = train(config)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_process():
         show(summary(record))
         if record["status"] == "finished":
             say_next(f"{config.output_dir} is written", "evaluate", config.output_dir, "--with-base")

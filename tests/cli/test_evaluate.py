@@ -211,6 +211,18 @@ def test_values_per_token_of_different_tokenizers_are_not_compared(tiny_model: P
     assert f"note: nll of {found[1]} and of {found[0]} have different signatures, so they are not compared" in result.stdout
 
 
+def test_of_several_processes_one_prints_the_plan(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = []
+    for rank in ("0", "1"):
+        for name, value in {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+            monkeypatch.setenv(name, value)
+        result = cora(runs[0], *FAST, "--dry-run")
+        assert result.exit_code == 0, result.stderr
+        printed.append(result.stdout)
+    assert f"{runs[0].name}: {HELD_OUT} prompts" in printed[0]
+    assert printed[1] == ""
+
+
 def test_a_configuration_file_names_the_runs_and_a_flag_overrides_it(runs: list[Path], tmp_path: Path) -> None:
     settings = {
         "runs": [str(run) for run in runs],
