@@ -106,18 +106,30 @@ def _refuse_pointer(content: bytes, path: Path) -> None:
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file. Raises `CoraError` naming the file if it is missing, unreadable, not text, or a pointer of Git LFS."""
+    return decoded(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file. Raises `CoraError` naming the file if it is missing, unreadable, or a pointer of Git LFS."""
     try:
         content = path.read_bytes()
-        _refuse_pointer(content, path)
-        return content.decode("utf-8")
     except FileNotFoundError as error:
         raise CoraError(f"{path} does not exist") from error
     except OSError as error:
         raise CoraError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise CoraError(f"{path} is not UTF-8 text: {error}") from error
     except ValueError as error:  # a name with a zero byte
         raise CoraError(f"{str(path)!r} cannot be the name of a file: {error}") from error
+    _refuse_pointer(content, path)
+    return content
+
+
+def decoded(content: bytes, path: Path, remedy: str = "") -> str:
+    """The text of a file's UTF-8 content. Raises `CoraError`, ending in the `remedy`, that names the first byte that is none and its line."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise CoraError(f"{path} is not UTF-8 text (byte 0x{content[error.start]:02x} in line {line}){remedy}") from error
 
 
 def read_json(path: Path, shape: Any = Any) -> Any:

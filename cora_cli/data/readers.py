@@ -4,6 +4,7 @@
 """
 
 import bz2
+import codecs
 import csv
 import io
 import lzma
@@ -17,11 +18,12 @@ from typing import Any
 from cora_cli.environment import behind_hub_error, proxy_to_hub
 from cora_cli.errors import CoraError
 from cora_cli.progress import say
-from cora_cli.reading import Malformed, decode_json, parse_json, read_text, refuse_pointer
+from cora_cli.reading import Malformed, decode_json, decoded, parse_json, read_bytes, read_text, refuse_pointer
 from cora_cli.writing import refuse_broken_link
 
 HELD_OUT = "test"
 """The split that a data set of held-out records is, where it has several."""
+_TO_UTF8 = "; save it as UTF-8, or convert it: `iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW` does so for one of a Western European Windows"
 
 
 def read_located(
@@ -83,15 +85,22 @@ def _ending(path: Path) -> str:
 
 
 def _text(path: Path) -> str:
-    """The text of a data file with its line ends unchanged, since a quoted CSV field may contain any of them."""
-    if (expand := _COMPRESSIONS.get(path.suffix.lower())) is None:
-        return read_text(path).removeprefix("\ufeff")
-    try:
-        return expand(path.read_bytes()).decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise CoraError(f"{path} does not hold UTF-8 text: {error}") from error
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise CoraError(f"{path} cannot be decompressed: {error}") from error
+    """The text of a data file with its line ends unchanged, since a quoted CSV field may contain any of them.
+
+    It is UTF-8, or what the mark at its begin says: Windows PowerShell and spreadsheets write UTF-16.
+    """
+    content = read_bytes(path)
+    if (expand := _COMPRESSIONS.get(path.suffix.lower())) is not None:
+        try:
+            content = expand(content)
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            raise CoraError(f"{path} cannot be decompressed: {error}") from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            return content.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise CoraError(f"{path} begins as UTF-16 text, but is none: {error.reason}; save it as UTF-8") from error
+    return decoded(content, path, _TO_UTF8).removeprefix("\ufeff")
 
 
 def _expanded(begin: Callable[[], Any]) -> Callable[[bytes], bytes]:
@@ -171,7 +180,9 @@ def _read_object(path: Path, text: str, split: str | None, usual: str) -> Iterat
     arrays = {key: rows for key, rows in value.items() if isinstance(rows, list) and all(isinstance(row, dict) for row in rows)}
     is_record = any(value.keys() >= {name} for name in ("messages", "conversations"))
     if not arrays or is_record:
-        raise CoraError(f"{path}, line 1: expected an array of records, found {text.lstrip()[:20]!r}")
+        is_table = all(isinstance(column, dict | list) for column in value.values()) and not is_record
+        advice = "; pandas writes one with DataFrame.to_json(FILE, orient='records')" if value and is_table else ""
+        raise CoraError(f"{path}, line 1: expected an array of records, found {text.lstrip()[:20]!r}{advice}")
     # Arrays need not be splits, so none is taken without being named; --test-dataset names the split test.
     key = _one_of(arrays, split, usual if usual == HELD_OUT else None, str(path))
     for number, row in enumerate(arrays[key], start=1):

@@ -1,5 +1,7 @@
+import codecs
 import csv
 import datetime
+import gzip
 import inspect
 import itertools
 import json
@@ -252,7 +254,36 @@ def test_an_empty_or_damaged_file_of_a_format_that_cannot_be_empty_says_so(tmp_p
     assert "cannot be read as Parquet" in failure(complete)
     latin = tmp_path / "a.csv"
     latin.write_bytes("prompt,completion\ncafé,b\n".encode("latin-1"))
-    assert "is not UTF-8 text" in failure(latin)
+    assert "a.csv is not UTF-8 text (byte 0xe9 in line 2); save it as UTF-8, or convert it: `iconv -f " in failure(latin)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "prompt,completion\r\ncafé,£ 1\r\n"),
+        ("a.jsonl", '{"prompt": "café", "completion": "£ 1"}\n'),
+        ("a.json", '[{"prompt": "café", "completion": "£ 1"}]'),
+    ],
+)
+@pytest.mark.parametrize("mark", [codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF8])
+def test_a_text_file_may_begin_with_the_mark_of_its_encoding(name, content, mark, tmp_path):
+    encoding = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}.get(mark, "utf-8")
+    (tmp_path / name).write_bytes(mark + content.encode(encoding))
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(mark + content.encode(encoding)))
+    plain = tmp_path / f"plain{name[1:]}"
+    plain.write_bytes(content.encode())
+    expected = [record for _, record in read_located(str(plain))]
+    for file in (name, f"{name}.gz"):
+        assert [record for _, record in read_located(str(tmp_path / file))] == expected
+    if mark != codecs.BOM_UTF8:
+        (tmp_path / name).write_bytes(mark + content.encode(encoding) + b"x")
+        assert f"{name} begins as UTF-16 text, but is none: truncated data; save it as UTF-8" in failure(tmp_path / name)
+
+
+@pytest.mark.parametrize("table", [{"prompt": {"0": "a"}, "completion": {"0": "b"}}, {"prompt": ["a"], "completion": ["b"]}])
+def test_a_table_by_columns_is_refused_with_the_way_to_write_one_by_rows(table, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(table))
+    assert failure(tmp_path / "a.json").endswith("; pandas writes one with DataFrame.to_json(FILE, orient='records')")
 
 
 @pytest.mark.parametrize(
