@@ -151,14 +151,14 @@ _OF_WINDOWS = ("Thumbs.db", "desktop.ini")
 
 
 def holds_files(directory: Path) -> bool:
-    """Whether `directory` holds anything other than hidden files, which killed commands and file managers leave, and those of Windows."""
+    """Whether `directory` is there and holds anything other than hidden files, which killed commands and file managers leave, and those of Windows."""
 
     def counts(entry: Path) -> bool:
         if not entry.name.startswith("."):
             return entry.name not in _OF_WINDOWS
         return entry.is_dir() and not entry.name.endswith((".tmp", ".lock"))
 
-    return any(map(counts, directory.iterdir()))
+    return directory.is_dir() and any(map(counts, directory.iterdir()))
 
 
 def refuse_foreign(directory: Path, names: Iterable[str], record: str) -> None:

@@ -278,7 +278,7 @@ def _read_row(
     try:
         evaluation = EvaluationDirectory(row.evaluation)
         if not evaluation.metrics.exists():
-            started = evaluation.root.is_dir() and writing.holds_files(evaluation.root)
+            started = writing.holds_files(evaluation.root)
             lacking = "the evaluation is not finished" if started else "not evaluated yet"
             raise CoraError(_failure(evaluation.root, row, logs, step_records) or lacking)
         found, stated, evaluated = read_evaluation(evaluation, wanted)

@@ -35,11 +35,9 @@ def open_directory(run: RunDirectory, fingerprint: dict[str, Any], resume: bool,
         for path in _own_files(run):
             path.unlink(missing_ok=True)
         shutil.rmtree(run.checkpoints, ignore_errors=True)
+    refuse_occupied(run, resume)
     if not run.exists():
-        if writing.holds_files(run.root):
-            raise CoraError(f"output directory {run.root} contains other files; choose a new or empty directory")
         return False
-    refuse_run(run, resume)
     record = read_run(run)
     recorded = record["fingerprint"]
     # Earlier versions recorded neither.
@@ -66,8 +64,10 @@ def is_replaced(run: RunDirectory, resume: bool) -> bool:
     return (not resume and _failed_for_nothing(run)) or _took_no_step(run, {FAILED} if resume else {FAILED, INTERRUPTED})
 
 
-def refuse_run(run: RunDirectory, resume: bool) -> None:
-    """Raise `CoraError` where another run is in the way of one that is not to be resumed."""
+def refuse_occupied(run: RunDirectory, resume: bool) -> None:
+    """Raise `CoraError` where other files, or a run that is not to be resumed, are in the way."""
+    if not run.exists() and writing.holds_files(run.root):
+        raise CoraError(f"output directory {run.root} contains other files; choose a new or empty directory")
     if run.exists() and not resume and not is_replaced(run, resume):
         raise CoraError(
             f"output directory {run.root} already contains a run; choose a new directory, or continue that run with --resume"

@@ -25,6 +25,7 @@ from cora_cli.adapters.install import AngleMeter, install_adapter, target_linear
 from cora_cli.adapters.storage import stored_state
 from cora_cli.data.batches import BatchForm
 from cora_cli.device import planned_hardware
+from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import Observed, factors_of, lora_layers
 from cora_cli.methods.plan import AdapterPlan
 from cora_cli.methods.registry import method_of
@@ -35,6 +36,7 @@ from cora_cli.progress import say
 from cora_cli.rundir import RunDirectory
 from cora_cli.scratch import temporary_directory
 from cora_cli.training.config import TrainConfig
+from cora_cli.training.directory import refuse_occupied
 from cora_cli.training.heldout import row_losses
 from cora_cli.training.notices import notices_on_records
 from cora_cli.training.observe import gradients_taken, inputs_taken
@@ -108,7 +110,14 @@ class Preflight:
 
 
 def preflight(config: TrainConfig) -> Preflight:
-    """Check the inputs of a run and measure what it will take. Writes nothing. Raises `CoraError` as the run would."""
+    """Check the inputs of a run and measure what it will take. Writes nothing. Raises `CoraError` as the run would.
+
+    A directory that is taken is no reason to keep its plan back, as the plan may be about the run in it.
+    """
+    try:
+        refuse_occupied(RunDirectory(Path(config.output_dir)), config.resume)
+    except CoraError as error:
+        say(f"note: this is a plan only, and the command without --dry-run is refused: {error}")
     prepared = prepare(config, planned=planned_hardware(config.device, config.dtype))
     for notice in notices_on_records(config, prepared):
         say(notice)

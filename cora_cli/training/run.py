@@ -39,7 +39,7 @@ from cora_cli.rundir import RunDirectory
 from cora_cli.training.assemble import assemble, barrier, share_start
 from cora_cli.training.checkpoints import checkpoint_to_resume, checkpoints_in, step_of
 from cora_cli.training.config import TrainConfig
-from cora_cli.training.directory import difference, has_stopped_at, is_replaced, open_directory, refuse_run, write_start
+from cora_cli.training.directory import difference, has_stopped_at, is_replaced, open_directory, refuse_occupied, write_start
 from cora_cli.training.fitting import fit_rows, out_of_memory
 from cora_cli.training.heldout import HeldOutLoss, held_out_loss, loss_change
 from cora_cli.training.prepare import Prepared, prepare, total_steps, training_arguments
@@ -72,7 +72,7 @@ def _train(config: TrainConfig, run: RunDirectory, held: contextlib.ExitStack) -
     forget_settings()
     started = read_run(run) if config.resume and run.exists() and not is_replaced(run, resume=True) else None
     if config.learning_rate == AUTO:
-        refuse_run(run, config.resume)  # again with the lock below, but measuring takes a while
+        refuse_occupied(run, config.resume)  # again with the lock below, but measuring takes a while
     config, proposal = with_rate(config, started)
     prepared = prepare(config, template_date(started) if started else None)
     if prepared.template.reads_clock:

@@ -221,6 +221,23 @@ def test_a_plan_needs_no_weights_and_writes_nothing(tiny_model: Path, tiny_data:
         training.train(config_for(model, tiny_data, tmp_path / "run"))
 
 
+def test_a_plan_for_a_directory_that_is_taken_says_that_the_run_would_be_refused(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(tiny_model, tiny_data, tmp_path / "run")
+    preflight(config)
+    assert "is refused" not in capfd.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    measured(preflight(config))
+    assert f"without --dry-run is refused: output directory {tmp_path / 'run'} contains other files" in capfd.readouterr().err
+    training.train(config_for(tiny_model, tiny_data, tmp_path / "done"))
+    measured(preflight(config_for(tiny_model, tiny_data, tmp_path / "done")))
+    assert f"refused: output directory {tmp_path / 'done'} already contains a run" in capfd.readouterr().err
+    preflight(config_for(tiny_model, tiny_data, tmp_path / "done", resume=True))
+    assert "is refused" not in capfd.readouterr().err
+
+
 def test_a_basis_is_planned_without_the_weights_that_it_came_from(
     tiny_model: Path, tiny_data: Path, tiny_basis: Path, tmp_path: Path
 ) -> None:
