@@ -166,15 +166,17 @@ def _data(record: Mapping[str, Any]) -> str:
     rows = [[name, f"{part['records']:,}", f"{part['tokens']:,}"] for name, part in parts if part and part["records"]]
     hashes = [f"SHA-256 of all records {_code(record['fingerprint']['data_sha256'])}"]
     hashes += [f"of the held-out ones {_code(data['test_sha256'])}"] if "test_sha256" in data else []
-    return (
-        f"{_code(_published(data['dataset']))}, template {_code(data['template'])}; {', '.join(hashes)}.\n\n"
-        + markdown_table(["records", "number", "tokens"], rows)
+    held_out_from = f" (held-out records: {_published({'dataset': other})})" if (other := data.get("test_dataset")) else ""
+    return f"{_published(data)}{held_out_from}, template {_code(data['template'])}; {', '.join(hashes)}.\n\n" + markdown_table(
+        ["records", "number", "tokens"], rows
     )
 
 
-def _published(dataset: str) -> str:
-    """The reference of a data set, of a local one its name alone."""
-    return Path(dataset).name if Path(dataset).is_absolute() else dataset
+def _published(data: Mapping[str, Any]) -> str:
+    """The reference of the data set that a record names, of a local one its name alone, and which part of it was read."""
+    dataset = data["dataset"]
+    parts = [f", {name} {_code(data[name])}" for name in ("subset", "split") if data.get(name)]
+    return _code(Path(dataset).name if Path(dataset).is_absolute() else dataset) + "".join(parts)
 
 
 def _losses(record: Mapping[str, Any]) -> str:
@@ -211,10 +213,11 @@ def _evaluation(evaluations: Mapping[str, Mapping[str, Any]], remarks: Sequence[
             value = with_interval(metric["value"], metric["ci95"], 2 if name == "sacrebleu" else 4)
             rows.append([f"{_code(folder)} {name}", value, f"{metric['n']:,}"])
             signatures.append(f"- {name}: {_code(metric['signature'])}")
-    datasets = {folder: dataset for folder, record in evaluations.items() if (dataset := record["generation"].get("dataset"))}
+    generations = {folder: record["generation"] for folder, record in evaluations.items()}
     where = [
-        f"The scores of {_code(folder)} are of the records of {_code(_published(dataset))}."
-        for folder, dataset in datasets.items()
+        f"The scores of {_code(folder)} are of the records of {_published(made)}."
+        for folder, made in generations.items()
+        if made.get("dataset")
     ]
     table = "\n\n".join([markdown_table(["metric", "value", "records"], rows), *where, *map(_plain, remarks)])
     notes = "95 % bootstrap intervals over records. Their signatures:"

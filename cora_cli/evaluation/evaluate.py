@@ -378,7 +378,7 @@ def _answer(
             "template": template.name,
             "prompts_cut": cut,
             "end_tokens": list(backend.ends),
-            **({"dataset": other} if (other := target.other_dataset(records)) else {}),
+            **({"dataset": other, **_chosen(config)} if (other := target.other_dataset(records)) else {}),
             **({"prompts_trained_on": also_trained} if also_trained else {}),
             **({"not_merged": backend.not_merged} if backend.not_merged else {}),
             "predictions_sha256": hashing.sha256_file(out.predictions),
@@ -386,6 +386,11 @@ def _answer(
             **({"processes": processes.count} if processes.count > 1 else {}),
         },
     )
+
+
+def _chosen(config: EvaluateConfig) -> dict[str, str]:
+    """Which part of a data set holds the records, as far as it was named."""
+    return {name: chosen for name in ("subset", "split") if (chosen := getattr(config, name))}
 
 
 def _tokens(predictions: Path) -> Sequence[shapes.ReferenceTokens] | None:

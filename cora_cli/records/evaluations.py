@@ -25,6 +25,8 @@ class Generation(TypedDict):
     prompts_cut: NotRequired[int]
     end_tokens: NotRequired[list[int]]
     dataset: NotRequired[str]
+    subset: NotRequired[str]
+    split: NotRequired[str]
     prompts_trained_on: NotRequired[int]
     not_merged: NotRequired[str]
     engine: NotRequired[str]
@@ -41,6 +43,8 @@ class UsedGeneration(TypedDict):
     prompts_cut: NotRequired[int]
     end_tokens: NotRequired[list[int]]
     dataset: NotRequired[str]
+    subset: NotRequired[str]
+    split: NotRequired[str]
     prompts_trained_on: NotRequired[int]
 
 

@@ -55,6 +55,9 @@ class Data(TypedDict):
     """The data of a run."""
 
     dataset: str
+    subset: NotRequired[str]
+    split: NotRequired[str]
+    test_dataset: NotRequired[str]
     template: str
     template_date: NotRequired[str]
     train: Counts

@@ -52,6 +52,7 @@ def first_record(
         "parameters": parameter_counts(model, prepared.plan),
         "data": {
             "dataset": config.dataset,
+            **{name: chosen for name in ("subset", "split", "test_dataset") if (chosen := getattr(config, name))},
             "template": prepared.template.name,
             **({"template_date": prepared.template.date} if prepared.template.reads_clock else {}),
             "train": _counts(prepared.train),

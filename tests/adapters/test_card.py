@@ -83,12 +83,27 @@ def test_a_base_and_a_data_set_of_the_hub_are_named_in_the_metadata(run: Path) -
     assert 'from_pretrained("org/base", revision="0123abc")' in text
 
 
+def test_which_part_of_a_data_set_was_read_is_named(run: Path) -> None:
+    record = unsealed(run / "run.json")
+    data = {**record["data"], "dataset": "org/data", "subset": "main", "split": "small", "test_dataset": "/home/me/test.jsonl"}
+    text = card(run / "adapter", from_hub(record, data=data))
+    assert "`org/data`, subset `main`, split `small` (held-out records: `test.jsonl`), template " in text
+
+
 @pytest.mark.parametrize(
-    ("dataset", "named"), [("org/other", "`org/other`"), ("/home/me/other.jsonl", "`other.jsonl`"), (None, "")]
+    ("made", "named"),
+    [
+        ({"dataset": "org/other"}, "`org/other`"),
+        ({"dataset": "org/other", "subset": "main", "split": "test"}, "`org/other`, subset `main`, split `test`"),
+        ({"dataset": "/home/me/other.jsonl"}, "`other.jsonl`"),
+        ({}, ""),
+    ],
 )
-def test_scores_on_other_records_than_the_held_out_ones_name_their_data_set(run: Path, dataset: str | None, named: str) -> None:
+def test_scores_on_other_records_than_the_held_out_ones_name_their_data_set(
+    run: Path, made: dict[str, str], named: str
+) -> None:
     metric = {"value": 0.5, "ci95": [0.4, 0.6], "n": 3, "signature": "rouge"}
-    evaluation = {"metrics": {"rouge1": metric}, "generation": {"dataset": dataset} if dataset else {}}
+    evaluation = {"metrics": {"rouge1": metric}, "generation": made}
     text = card(run / "adapter", from_hub(read_json(run / "run.json")), evaluations={"eval": evaluation})
     assert (f"The scores of `eval` are of the records of {named}." in text) == bool(named)
     assert ("The scores of" in text) == bool(named)

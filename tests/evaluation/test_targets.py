@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -148,6 +149,21 @@ def test_a_run_that_held_nothing_out_answers_another_data_set(tiny_model: Path, 
     make_run(tiny_model, tiny_data, run, mode="lora", max_steps=1, test_size=0)
     evaluate_run(run, dataset=str(tiny_data), limit=2, exclude_trained=False)
     assert json.loads((run / "eval" / "generation.json").read_text())["dataset"] == str(tiny_data)
+
+
+def test_which_split_was_trained_and_answered_is_recorded(tiny_model: Path, tiny_data: Path, tmp_path: Path):
+    records = datasets.Dataset.from_list(read_jsonl(tiny_data))
+    parts = datasets.DatasetDict({"small": records.select(range(20)), "other": records.select(range(20, 23))})
+    parts.save_to_disk(str(tmp_path / "parts"))
+    held_out = tmp_path / "held_out.jsonl"
+    writing.write_jsonl(held_out, list(records.select(range(23, 26))))
+    run = tmp_path / "run"
+    own = {"split": "small", "test_size": None, "test_dataset": str(held_out)}
+    make_run(tiny_model, tmp_path / "parts", run, mode="lora", max_steps=1, **own)
+    evaluate_run(run, dataset=str(tmp_path / "parts"), split="other", limit=2)
+    data, made = read_json(run / "run.json")["data"], read_json(run / "eval" / "generation.json")
+    assert (data["split"], data["test_dataset"], made["split"]) == ("small", str(held_out), "other")
+    assert "subset" not in data
 
 
 def test_a_model_without_a_record_says_that_nothing_is_left_out(tiny_model: Path, tiny_data: Path, tmp_path: Path, capfd):
