@@ -67,6 +67,11 @@ _SHARED_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", *_VOCABULARIES, "*.
 
 _UNREAD = {".gguf", ".h5", ".msgpack", ".npz", ".onnx"}
 """Endings of weights of other programs: llama.cpp, TensorFlow, Flax, MLX, ONNX."""
+_PARTS = {
+    "*_model_states.pt": "DeepSpeed; gather them with its zero_to_fp32.py",
+    "*.distcp": "FSDP; gather them with `accelerate merge-weights`",
+}
+"""Files with a part of the weights for each process, by what wrote them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +161,9 @@ class ModelPath:
             return found
         others = sorted(file.name for file in self.path.iterdir() if file.suffix in _UNREAD)
         instead = f"; {others[0]} is of a format that is not read: use the model's own weights as safetensors" if others else ""
+        for pattern, program in _PARTS.items():
+            if part := next(self.path.glob(f"*/{pattern}"), None):
+                instead = f"; those in {part.parent.name} are the parts of several processes of {program}"
         raise CoraError(f"{self.path} holds no weights: it has no file *.safetensors, *.bin, *.pt or *.pth{instead}")
 
     @property

@@ -305,6 +305,26 @@ def test_weights_are_the_safetensors_or_else_files_of_torch(files, found, tmp_pa
     assert [file.name for file in model.weight_files()] == found
 
 
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        (
+            "global_step10/mp_rank_00_model_states.pt",
+            "those in global_step10 are the parts of several processes of DeepSpeed; gather",
+        ),
+        (
+            "pytorch_model_fsdp_0/__0_0.distcp",
+            "those in pytorch_model_fsdp_0 are the parts of several processes of FSDP; gather",
+        ),
+    ],
+)
+def test_weights_that_were_not_gathered_are_named(part, said, tmp_path):
+    directory = make(tmp_path / "model", "config.json")
+    make((directory / part).parent, Path(part).name)
+    with pytest.raises(CoraError, match=f"holds no weights: .*; {said}"):
+        resolve_model(str(directory)).weight_files()
+
+
 @pytest.mark.parametrize("files", [[], ["training_args.bin"], ["optimizer.pt", "rng_state.pth"]])
 def test_a_model_without_weights_says_so(files, tmp_path):
     model = resolve_model(str(make(tmp_path / "model", "config.json", *files)))
