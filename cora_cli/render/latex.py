@@ -3,6 +3,7 @@
 Every table is a self-contained float that can be pasted into a paper.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
@@ -39,7 +40,14 @@ _SPECIAL = {
     "−": r"\ensuremath{-}",
     "Δ": r"\ensuremath{\Delta}",
     "α": r"\ensuremath{\alpha}",
+    "κ": r"\ensuremath{\kappa}",
+    "σ": r"\ensuremath{\sigma}",
+    "·": r"\ensuremath{\cdot}",
+    "`": "{`}",
+    "*": "{*}",  # else the end of the table's line above takes it
 }
+_JOINED = "-',"
+"""What TeX makes another sign of where it stands twice: a dash of hyphens, quotation marks of the others."""
 _MOST_INLINE = 4
 """The most numbers in a row that fit on one line with their intervals."""
 _PREAMBLE = r"""\documentclass{article}
@@ -89,7 +97,10 @@ def latex_table(table: Table) -> str:
 
 def escape(text: str) -> str:
     """Escape text so that LaTeX prints it literally. Characters that plain pdfLaTeX lacks become their code point."""
-    return "".join(_SPECIAL.get(sign) or _plain(sign) for sign in text)
+    signs = itertools.pairwise([*text, ""])
+    return "".join(
+        f"{sign}{{}}" if sign in _JOINED and sign == after else _SPECIAL.get(sign) or _plain(sign) for sign, after in signs
+    )
 
 
 def _plain(sign: str) -> str:

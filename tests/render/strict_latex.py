@@ -2,7 +2,7 @@
 
 import re
 
-MATHS = frozenset(re.findall(r"\S+", "pm times geq leq surd Delta alpha mathbf"))
+MATHS = frozenset(re.findall(r"\S+", "pm times geq leq surd Delta alpha kappa sigma cdot mathbf"))
 KNOWN = MATHS | frozenset(
     re.findall(
         r"\S+",

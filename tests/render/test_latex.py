@@ -35,6 +35,19 @@ def test_any_text_can_be_set(text):
     check(in_document(escape(text.replace("\n", " ").replace("\r", " ")) + "."))
 
 
+def test_signs_that_tex_joins_stay_apart():
+    assert escape("--mode a---b ''x'' ,,y ``z?`") == "-{}-mode a-{}-{}-b '{}'x'{}' ,{},y {`}{`}z?{`}"
+
+
+def test_a_star_at_the_start_of_a_row_is_not_taken_by_the_line_above():
+    rows = ((Cell("a"), Cell("1")), (Cell("*b"), Cell("2")))
+    assert "{*}b & 2" in latex_table(Table("t", ("method", "n"), rows, ()))
+
+
+def test_the_signs_of_the_reports_own_formulas_are_set():
+    assert escape("σ²(seed)·κ") == r"\ensuremath{\sigma}\ensuremath{^2}(seed)\ensuremath{\cdot}\ensuremath{\kappa}"
+
+
 def test_a_cell_shows_its_interval_and_the_papers_number_and_bold_only_the_value():
     row = (Cell("fb"), Cell("0.500", "± 0.100", 0.401, True), Cell("12.34", "[11.50, 13.00]"))
     assert r"fb & $\mathbf{0.500}$${}\pm 0.100$~(0.401) & $12.34$$\,[11.50,\,13.00]$ \\" in latex_table(
