@@ -186,7 +186,8 @@ def _csv_judged(experiment: str, judged: Judged) -> list[dict[str, Any]]:
     for kind, answers, measure, score, paper in found:
         if score is not None:
             low, high = score["ci95"] or (None, None)
-            row = {"experiment": experiment, "row": answers, "method": judged.record["judge"]["model"], "measure": measure}
+            row = {"experiment": experiment, "group": judged.group, "row": answers, "method": judged.record["judge"]["model"]}
+            row["measure"] = measure
             rows.append(
                 {**row, "value": score["value"], "low": low, "high": high, "kind": kind, "n": score["n"], "paper": paper}
             )

@@ -282,6 +282,11 @@ def test_a_report_of_several_groups_says_whose_answers_were_judged(server, tmp_p
     assert "GPT-4 as judge" not in text
     assert "the number published in the paper" not in text
     assert "n = 6 records; the last two rows are the anchors" in text
+    rows = list(csv.DictReader(io.StringIO(cora("report", grid, "--format", "csv").stdout)))
+    assert [row["group"] for row in rows if (row["row"], row["measure"]) == ("reference", "paper.accuracy")] == [
+        "code",
+        "yahma",
+    ]
 
 
 def test_a_judge_without_a_single_judgment_is_disqualified_as_such(server, answers) -> None:
