@@ -28,9 +28,11 @@ def judge_section(record: Mapping[str, Any], printed: Mapping[str, str] | None =
             where = ", ".join(f"{count} of {clean(names)}" for names, count in rubric["failed"].items())
             blocks.append(Text(f"{failed} of {rubric['asked']} judgments were not obtained ({where}); they count as missing."))
         if rubric["pairs"]:
-            blocks += _pair_tables(title, rubric["pairs"], record["records"])
+            blocks += _pair_tables(title, rubric, record["records"])
         else:
-            blocks += _score_tables(title, name, rubric, record["records"], printed or {})
+            # The questions that are not about the models' answers or the references.
+            shuffled = rubric["asked"] // (1 + record["retest"]) - (len(record["systems"]) + 1) * record["records"]
+            blocks += _score_tables(title, name, rubric, record["records"], shuffled, printed or {})
     return blocks
 
 
@@ -62,7 +64,9 @@ def _verdict(model: str, name: str, rubric: Mapping[str, Any]) -> str:
     )
 
 
-def _score_tables(title: str, name: str, rubric: Mapping[str, Any], records: int, printed: Mapping[str, str]) -> list[Block]:
+def _score_tables(
+    title: str, name: str, rubric: Mapping[str, Any], records: int, shuffled: int, printed: Mapping[str, str]
+) -> list[Block]:
     criteria = rubric["criteria"]
     names = dict.fromkeys(answers for entry in criteria.values() for answers in entry["scores"])
     rows = []
@@ -73,7 +77,13 @@ def _score_tables(title: str, name: str, rubric: Mapping[str, Any], records: int
         )
     compared = [cell for row in rows for cell in row if cell.published is not None]
     scored = [entry["scores"].get(answers) for entry in criteria.values() for answers in names]
-    notes = [f"0-100, mean [95 % interval over records], {_records(scored, records)}; the last two rows are the anchors."]
+    notes = [
+        f"0-100, mean [95 % interval over records], {_records(scored, rubric, records)}; the last two rows are the anchors."
+    ]
+    if shuffled < records:
+        notes.append(
+            f"{shuffled} of {records} records have a shuffled reference: more than half of all references are one text, and a shuffled one differs."
+        )
     notes += ["In parentheses: the paper's GPT-4, or its reviewers, on its own models and data."] if compared else []
     blocks: list[Block] = [Table(f"{title}: scores", ("answers", *criteria), tuple(rows), tuple(notes))]
     anchors = [
@@ -112,14 +122,15 @@ def _score_tables(title: str, name: str, rubric: Mapping[str, Any], records: int
     ]
 
 
-def _pair_tables(title: str, pairs: Mapping[str, Any], records: int) -> list[Block]:
+def _pair_tables(title: str, rubric: Mapping[str, Any], records: int) -> list[Block]:
+    pairs = rubric["pairs"]
     wins = tuple(
         (Cell(clean(names)), _cell(share["observed"], 2), _cell(share["corrected"], 2))
         for names, share in pairs["wins"].items()
     )
     note = (
         "Share of wins of the first answer over the second [95 % interval over records], ties as halves, in both orders, "
-        f"{_records([share['observed'] for share in pairs['wins'].values()], records)}. corrected: for how often the judge prefers a reference to a shuffled one. –: the judge cannot be corrected.",
+        f"{_records([share['observed'] for share in pairs['wins'].values()], rubric, records)}. corrected: for how often the judge prefers a reference to a shuffled one. –: the judge cannot be corrected.",
     )
     judge = (
         _cell(pairs["gold_over_shuffled"], 2),
@@ -140,13 +151,14 @@ def _pair_tables(title: str, pairs: Mapping[str, Any], records: int) -> list[Blo
     ]
 
 
-def _records(found: Sequence[Mapping[str, Any] | None], records: int) -> str:
+def _records(found: Sequence[Mapping[str, Any] | None], rubric: Mapping[str, Any], records: int) -> str:
     """From how many records the numbers of a table come; a record without a judgment of an answer has no part in its number."""
     counts = [entry["n"] if entry else 0 for entry in found]
     fewest, most = (min(counts), max(counts)) if counts else (records, records)
     if fewest == records:
         return f"n = {records} records"
-    return f"n = {f'{fewest} to {most}' if fewest < most else most} of {records} records, since judgments are missing"
+    why = ", since judgments are missing" if rubric["failed"] else ""
+    return f"n = {f'{fewest} to {most}' if fewest < most else most} of {records} records{why}"
 
 
 def _retest_cells(retest: Mapping[str, Any] | None) -> tuple[Cell, Cell]:

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 
+from cora_cli import writing
 from cora_cli.evaluation.judge.answers import REFERENCE, SHUFFLED, load_answers, shuffled
 from cora_cli.evaluation.judge.config import JudgeConfig
 from cora_cli.evaluation.judge.judge import judge
@@ -228,6 +229,19 @@ def test_no_interval_leaves_the_range_of_its_quantity(tmp_path) -> None:
     for entry in record["rubrics"]["paper"]["criteria"].values():
         check({key: entry[key] for key in ("scores", "gold_minus_shuffled", "retest")}, None)
     assert checked == {(0, 100), (-100, 100), (0, 1), (-1, 1)}
+
+
+def test_references_that_cannot_be_shuffled_are_not_called_missing_judgments(tmp_path) -> None:
+    lines = [{"prompt": f"Is {n} good?", "reference": "yes" if n < 7 else "no", "prediction": "yes"} for n in range(10)]
+    path = tmp_path / "answers" / "predictions.jsonl"
+    writing.write_jsonl(path, lines)
+    with serving() as server:
+        record, _ = judge(judge_of(server, path, tmp_path / "out", rubric=("paper", "preference")))
+    assert record["rubrics"]["paper"]["criteria"]["accuracy"]["scores"][SHUFFLED]["n"] == 6
+    text = terminal(judge_section(record))
+    assert "n = 6 to 10 of 10 records; the last two rows are the anchors" in text
+    assert "6 of 10 records have a shuffled reference: more than half of all references are one text" in text
+    assert "missing" not in text
 
 
 def test_failures_count_as_missing_and_never_as_scores(tmp_path) -> None:
