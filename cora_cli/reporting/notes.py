@@ -44,21 +44,25 @@ def machine_notes(lines: Sequence[Line]) -> list[str]:
 
 def obstacle_notes(comparisons: Sequence[Comparison]) -> list[str]:
     """What stands in the way of a decision, or of a conclusion about the information in B, and in which comparisons."""
-    undecidable = {
-        "Learning rates not swept alike, so neither better, worse nor equivalent": lambda test: test.of_rates == UNSWEPT,
-        "Best learning rate at the edge of the sweep, so that a better one may lie outside it, and neither better, worse nor equivalent": (
-            lambda test: test.of_rates.startswith(AT_EDGE)
-        ),
+    unswept = [_pair(c) for c in comparisons if any(test.of_rates == UNSWEPT for test in c.tests)]
+    at_edge = [
+        f"{_pair(c)} (that{test.of_rates.removeprefix(AT_EDGE)})"
+        for c in comparisons
+        for test in c.tests
+        if test.of_rates.startswith(AT_EDGE)
+    ]
+    notes = {
+        "Learning rates not swept alike, so neither better, worse nor equivalent": unswept,
+        "Best learning rate at the edge of the sweep, so that a better one may lie outside it, and neither better, worse nor equivalent": at_edge,
+        "No random control of this form, so no conclusion about the information in B": [
+            _pair(c) for c in comparisons if c.uncontrolled
+        ],
     }
-    notes = {said: [c for c in comparisons if any(holds(test) for test in c.tests)] for said, holds in undecidable.items()}
-    notes["No random control of this form, so no conclusion about the information in B"] = [
-        c for c in comparisons if c.uncontrolled
-    ]
-    return [
-        f"{said}: {'; '.join(dict.fromkeys(f'{c.one.name} and {c.other.name}' for c in found))}."
-        for said, found in notes.items()
-        if found
-    ]
+    return [f"{said}: {'; '.join(dict.fromkeys(pairs))}." for said, pairs in notes.items() if pairs]
+
+
+def _pair(comparison: Comparison) -> str:
+    return f"{comparison.one.name} and {comparison.other.name}"
 
 
 def score_notes(group: Group) -> list[str]:
