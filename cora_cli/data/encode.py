@@ -3,6 +3,7 @@
 The loss mask depends only on that length, never on a token's id, because the end token is often the padding token too.
 """
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,9 @@ from typing import Any
 from cora_cli.data.records import Record, place_of
 from cora_cli.data.templates import Rendered, Template, left_out_notice
 from cora_cli.errors import CoraError, reason
+
+_KNOWN_TO_NONE = "\U0010fffd"
+"""A character without meaning: a tokenizer that makes no token of it leaves out what it does not know."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +82,7 @@ def encode_records(
         prompt, response = split_tokens(rendered, template.tokenizer)
         apart += not rendered.own_turn
         left_out.update(rendered.left_out)
-        unknown += has_unknown([*prompt, *response], template.tokenizer)
+        unknown += has_unknown([*prompt, *response], rendered.prompt + rendered.response, template.tokenizer)
         if rows is not None:
             check_rows([*prompt, *response], rows, place_of(record), template.tokenizer)
         if template.schema == "text":
@@ -134,15 +138,23 @@ def control_tokens_notice(count: int) -> str:
     return f"{count} with control tokens spelled in their text, which the tokenizer takes for the tokens themselves"
 
 
-def has_unknown(ids: Sequence[int], tokenizer: Any) -> bool:
-    """Whether tokens stand for text that the tokenizer does not know, which is lost in them."""
+def has_unknown(ids: Sequence[int], text: str, tokenizer: Any) -> bool:
+    """Whether `text` is in part unknown to the tokenizer and so lost in its tokens, `ids`: replaced by the unknown token, or left out."""
     others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    return tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in others and tokenizer.unk_token_id in ids
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in others and tokenizer.unk_token_id in ids:
+        return True
+    if _tokens_if_known(_KNOWN_TO_NONE, tokenizer) or not tokenizer.is_fast:
+        return False
+    for token in tokenizer.get_added_vocab():
+        text = text.replace(token, " ")
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    letters = {*(normalizer.normalize_str(text) if normalizer else text)}
+    return any(not letter.isspace() and not _tokens_if_known(letter, tokenizer) for letter in letters)
 
 
 def unknown_notice(count: int) -> str:
     """Says that `count` records hold text that the tokenizer does not know."""
-    return f"{count} with text that the tokenizer does not know and replaces by its unknown token"
+    return f"{count} with text that the tokenizer does not know, and replaces by its unknown token or leaves out"
 
 
 def check_rows(ids: Sequence[int], rows: int, where: str, tokenizer: Any) -> None:
@@ -159,11 +171,11 @@ def split_tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[in
     """Tokenize a rendered record into prompt ids and response ids; the response ends with its end token.
 
     If the boundary between them falls on a token boundary, both are tokenized as one text, so the response has the tokens that
-    the model would generate. Otherwise each is tokenized separately, as in generation.
+    the model would generate. Otherwise each is tokenized on its own, the response as text that follows another.
     """
     prompt = encode_prompt(rendered, tokenizer)
     continuation = _continuation(rendered, prompt, tokenizer)
-    response = _tokens(rendered.response, tokenizer) if continuation is None else continuation
+    response = _tokens_within(rendered.response, tokenizer) if continuation is None else continuation
     end = [tokenizer.eos_token_id if rendered.end is None else rendered.end]
     return prompt, response if response[-1:] == end else response + end  # the data may already contain the end token
 
@@ -204,8 +216,23 @@ def _tokens(text: str, tokenizer: Any) -> list[int]:
         raise CoraError(f"the tokenizer cannot turn the text {text[:60]!r} into tokens: {reason(error)}") from error
 
 
+def _tokens_within(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text that follows another one: without the space that some tokenizers put before the first word of a text."""
+    line = _tokens_if_known("\n", tokenizer)
+    behind_line = _tokens(f"\n{text}", tokenizer) if line else []
+    return behind_line[len(line) :] if line and behind_line[: len(line)] == line else _tokens(text, tokenizer)
+
+
+def _tokens_if_known(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text; none where the tokenizer leaves it out or refuses it."""
+    with contextlib.suppress(CoraError):
+        return _tokens(text, tokenizer)
+    return []
+
+
 def _start_tokens(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer adds before a text, found by locating the text in its output."""
-    text = _tokens("a", tokenizer)
-    full = list(tokenizer("a")["input_ids"])
+    """The tokens that the tokenizer adds before a text, found by locating a text that it knows in its output."""
+    known = (text for text in ("a", *sorted({*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens})))
+    shown, text = next((shown, text) for shown in known if (text := _tokens_if_known(shown, tokenizer)))
+    full = list(tokenizer(shown)["input_ids"])
     return next(full[:start] for start in range(len(full)) if full[start : start + len(text)] == text)

@@ -413,7 +413,8 @@ def _say_about_records(
         say(f"{target.name}: {end_notice(end)}")
     if left_out := Counter(role for text in rendered for role in text.left_out):
         say(f"{target.dataset}: {left_out_notice(left_out)}")
-    if count := sum(has_unknown(prompt, template.tokenizer) for prompt in prompts):
+    asked = zip(prompts, rendered, strict=True)
+    if count := sum(has_unknown(prompt, text.prompt, template.tokenizer) for prompt, text in asked):
         say(f"{target.dataset} has {len(records)} records, {unknown_notice(count)}")
     if count := sum(map(template.spells_control_tokens, records)):
         say(f"{target.dataset} has {len(records)} records, {control_tokens_notice(count)}")

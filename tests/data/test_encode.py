@@ -192,3 +192,36 @@ def test_a_text_that_the_tokenizer_cannot_take_is_named():
         CoraError, match=r"the tokenizer cannot turn the text '12x' into tokens: WordLevel error: Missing \[UNK\]"
     ):
         split_tokens(Rendered("12x", "1", special_tokens=False), tokenizer)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_the_start_token_is_found_without_the_letter_a(refuses):
+    vocabulary = {text: index for index, text in enumerate(["</s>", "<s>", "A", "C", "G", "T"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?") if refuses else models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    assert split_tokens(Rendered("GAT", "TACA", special_tokens=True), tokenizer) == ([1, 4, 2, 5], [5, 2, 3, 2, 0])
+
+
+def test_text_that_the_tokenizer_leaves_out_is_counted():
+    inner = Tokenizer(models.BPE(vocab={"</s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    template = Template("plain", "prompt", tokenizer)
+    encoded = encode_records(prompt_records(("GATTACA", "CAT"), ("GA T", "C</s>A"), ("GAU", "CA")), template, 100, "training")
+    assert encoded.unknown == 1
+    assert notices(encoded)[-1] == (
+        "1 with text that the tokenizer does not know, and replaces by its unknown token or leaves out"
+    )
+
+
+@pytest.mark.parametrize(("prompt", "response"), [("a ", "b c"), ("a", "b"), ("a  ", " b"), ("a ", "\nb")])
+def test_a_response_gets_no_space_of_the_tokenizer_where_it_is_tokenized_on_its_own(prompt, response):
+    letters = {text: index for index, text in enumerate(["</s>", "▁", "\n", "a", "b", "c", "▁b", "ab", "▁▁"])}
+    inner = Tokenizer(models.BPE(vocab=letters, merges=[("▁", "b"), ("a", "b"), ("▁", "▁")]))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    inner.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    asked, answer = split_tokens(Rendered(prompt, response, special_tokens=True), tokenizer)
+    assert asked == tokenizer(prompt)["input_ids"], "training sees the prompt of generation"
+    assert tokenizer.decode([*asked, *answer]) == f"{prompt}{response}</s>"
