@@ -66,7 +66,7 @@ def merge_adapter(
     say_mean(adapter)
     say_other_weights(adapter)
     tokenizer = None
-    if adapter.has_tokenizer or base.tokenizer_files():
+    if adapter.has_tokenizer or base.vocabulary_files():
         tokenizer = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter)
     else:
         say(f"neither {adapter.reference} nor {base.reference} holds a tokenizer, and so none is written")

@@ -185,7 +185,7 @@ def _split_validation(split: DataSplit, count: int, seed: int, dataset: str, eve
     train = _apart(split.train, validation, split.schema, every_answer)
     if not train:
         raise CoraError(
-            f"{dataset}: every training prompt also occurs in the validation records, which leaves none to train on"
+            f"{dataset}: every training prompt also occurs in the validation records, which leaves none to train on; leave out --validation-size"
         )
     overlapping = split.overlapping + len(split.train) - len(validation) - len(train)
     return dataclasses.replace(split, train=train, validation=validation, overlapping=overlapping)
@@ -215,7 +215,10 @@ def _split(dataset: str, test_size: float | None, seed: int, every_answer: bool,
     rest = [records[index] for index in sorted(order[count:])]
     train = _apart(rest, test, schema, every_answer)
     if not train:
-        raise CoraError(f"{dataset}: every training prompt also occurs in the held-out records, which leaves none to train on")
+        raise CoraError(
+            f"{dataset}: every training prompt also occurs in the held-out records, which leaves none to train on; --test-size 0 holds none out, and "
+            "--test-dataset holds out others"
+        )
     return DataSplit(train, test, schema, overlapping=len(rest) - len(train))
 
 

@@ -233,13 +233,13 @@ def load_tokenizer(model: ModelPath, trust_remote_code: bool = False, adapter: M
             refuse_pointer(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=trust_remote_code)
-        tokenizer("a")  # some of its settings are read only now
+        tokenizer("")  # some of its settings are read only now; no letter, since it may know none but those of DNA
     except Exception as error:  # unrelated types, as in `loading`
         for file in model.tokenizer_files():
             refuse_pointer(file)
         if (model.path / "config.json").exists():
             load_configuration(model, trust_remote_code)  # which transformers reads to find the kind of tokenizer
-        if not model.tokenizer_files():
+        if not model.vocabulary_files():
             raise CoraError(
                 f"{model.reference} holds no tokenizer; copy the files of its tokenizer, such as tokenizer.json, into that directory"
             ) from error

@@ -142,6 +142,10 @@ class ModelPath:
             *self._code_files("tokenizer_config.json"),
         ]
 
+    def vocabulary_files(self) -> list[Path]:
+        """Those of `tokenizer_files` that are no chat template, which alone is no tokenizer."""
+        return [file for file in self.tokenizer_files() if file.suffix != ".jinja"]
+
     def text_hash(self) -> str:
         """SHA-256 over the files that decide how text becomes tokens."""
         return self._hash(self.tokenizer_files())

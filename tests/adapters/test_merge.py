@@ -188,8 +188,9 @@ def test_an_adapter_on_a_base_that_it_does_not_fit_is_refused_and_writes_nothing
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_base_without_a_tokenizer_is_merged_without_one(adapters, tiny_model, tmp_path, capsys):
-    bare = Path(shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*")))
+@pytest.mark.parametrize("left_out", ["tokenizer*", "chat_template*"])
+def test_a_base_without_a_tokenizer_is_merged_without_one(left_out, adapters, tiny_model, tmp_path, capsys):
+    bare = Path(shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", left_out)))
     merge_adapter(adapters["standard"][0], tmp_path / "merged", base=resolve_model(str(bare)))
     assert f"nor {bare} holds a tokenizer, and so none is written" in capsys.readouterr().err
     assert not list((tmp_path / "merged").glob("tokenizer*"))

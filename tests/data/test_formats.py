@@ -166,6 +166,7 @@ def test_damaged_json_is_named_by_line_and_finding(content, line, found, tmp_pat
         ("[1, 2]", "found [1, 2]"),
         ('{"prompt": "c", "text": "d"}', "column completion is missing; found prompt, text"),
         ('{"prompt": null, "completion": "d"}', "prompt must be text, not null"),
+        ('{"prompt": "c", "completion": ["d", "e"]}', 'completion must be text, not ["d", "e"]'),
     ],
 )
 def test_a_bad_jsonl_line_is_named_also_after_blank_lines(bad, found, tmp_path):
@@ -424,14 +425,17 @@ def test_setting_everything_aside_is_refused(tmp_path):
     with pytest.raises(CoraError, match="5 for validation leave none"):
         load_split(dataset, 1, 0, validation_size=5)
     same = str(write(tmp_path / "b.jsonl", [{"prompt": "p", "completion": str(n)} for n in range(9)]))
-    with pytest.raises(CoraError, match="prompt also occurs in the validation records"):
+    with pytest.raises(CoraError, match=r"prompt also occurs in the validation records.*; leave out --validation-size"):
         load_split(same, 0, 0, validation_size=3)
 
 
 def test_a_split_whose_every_prompt_is_held_out_is_refused(tmp_path):
     records = [{"prompt": "same", "completion": str(n)} for n in range(5)]
-    with pytest.raises(CoraError, match="every training prompt also occurs in the held-out records"):
+    with pytest.raises(
+        CoraError, match=r"every training prompt also occurs in the held-out records.*; --test-size 0 holds none out"
+    ):
         load_split(str(write(tmp_path / "a.jsonl", records)), 1, seed=0)
+    assert len(load_split(str(write(tmp_path / "a.jsonl", records)), 0, seed=0).train) == 5
 
 
 def test_a_directory_is_not_handed_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

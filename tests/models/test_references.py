@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from cora_cli import writing
 from cora_cli.data.readers import read_located
@@ -423,3 +427,11 @@ def test_a_tokenizer_without_an_end_token_is_refused_with_the_one_that_the_model
     writing.write_json(place, settings)
     with pytest.raises(CoraError, match=rf"set eos_token in tokenizer_config\.json .* such as \"{re.escape(end)}\"$"):
         load_tokenizer(resolve_model(str(directory)))
+
+
+def test_a_tokenizer_that_knows_no_letter_a_is_loaded(tiny_model, tmp_path):
+    directory = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    inner = Tokenizer(WordLevel({"</s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}, unk_token="?"))
+    inner.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(directory)
+    assert load_tokenizer(resolve_model(str(directory)))("CAT")["input_ids"] == [2, 1, 4]

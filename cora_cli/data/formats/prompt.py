@@ -68,8 +68,9 @@ def holds_messages(record: Raw, prompt: str, answer: str) -> bool:
 
 
 def holds_conversation(value: Any) -> bool:
-    """Whether a value is a list, a message, or an object with messages."""
-    return isinstance(value, list) or (isinstance(value, Mapping) and bool(value.keys() & {"role", "from", "messages"}))
+    """Whether a value is a list, though not one of texts, a message, or an object with messages."""
+    is_list = isinstance(value, list) and not any(isinstance(one, str) for one in value)
+    return is_list or (isinstance(value, Mapping) and bool(value.keys() & {"role", "from", "messages"}))
 
 
 def _listed(value: Any) -> Any:
