@@ -22,10 +22,9 @@ from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json
 from cora_cli.rundir import RunDirectory
 from cora_cli.training.run import train
+from tests.adapters.helpers import IDS
 from tests.evaluation.helpers import unsealed
 from tests.training.helpers import config_for
-
-IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ from cora_cli.errors import CoraError
 from cora_cli.methods.parts.layers import factors_of, lora_layers
 from cora_cli.methods.parts.starts import start_a, start_b
 from cora_cli.methods.plan import AdapterPlan
+from tests.adapters.helpers import IDS, logits
 from tests.methods.helpers import plan_of
 
 RANK = 4
 TARGETS = ("q_proj", "k_proj", "v_proj")
-IDS = torch.tensor([[1, 5, 9, 100, 7, 3, 2, 40]])
 STARTS = [  # mode, --b-init, --a-init
     ("lora", None, None),
     ("fb", None, None),
@@ -50,11 +50,6 @@ def basis(tiny_basis: Path) -> Basis:
 @pytest.fixture
 def model(tiny_model: Path) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(IDS).logits
 
 
 def trained(model) -> set[str]:
