@@ -132,6 +132,24 @@ def variable_behind(error: BaseException) -> str | None:
     return quoted[0] if len(quoted) == 1 and any(frame.name == "<module>" for frame in frames[1:]) else None
 
 
+def package_behind(error: BaseException) -> str | None:
+    """What could not be imported, and why, where an import of a package raised the error; None for any other error.
+
+    Packages come and go without the others: one that was built for another version of torch breaks whatever imports it if it is there.
+    """
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__) if frame.f_code.co_name == "<module>"]
+    missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
+    if not frames and not missing:
+        return None
+    package = (missing or str(frames[-1].f_globals.get("__name__"))).partition(".")[0]
+    if package in ("__main__", "cora_cli", "transformers_modules"):
+        return None
+    return f"the package {package} cannot be imported ({' '.join(str(cause).split())[:200]})"
+
+
 def variable_of_path(path: str) -> str | None:
     """The variable that tells a library to write to this path, or to a folder above it; None if none does."""
     found = {

@@ -20,7 +20,7 @@ import typer
 
 from cora_cli import writing
 from cora_cli.cli.usage import GENERAL, Command
-from cora_cli.environment import launched_processes, variable_behind, variable_of_path
+from cora_cli.environment import launched_processes, package_behind, variable_behind, variable_of_path
 from cora_cli.errors import CoraError, UsageError, is_lost_process, is_out_of_memory, lost_process
 from cora_cli.progress import interrupts_kept
 from cora_cli.reading import integer_of, read_yaml
@@ -80,9 +80,18 @@ def _described(error: Exception) -> str:
         return f"a library cannot use the name {name} where the locale is not UTF-8; set PYTHONUTF8=1"
     if machine := _lacking(error, detail):
         return machine
+    return _of_installation(error, detail) or (
+        f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)"
+    )
+
+
+def _of_installation(error: Exception, detail: str) -> str | None:
+    """The environment variable or the package at which a library failed, with the remedy; None for an error of another kind."""
     if (name := variable_behind(error)) is not None:
         return f"the environment variable {name} is {os.environ[name]!r}, which a library cannot use ({detail}); unset it"
-    return f"unexpected {type(error).__name__}: {detail} (run again with --debug for the traceback)"
+    if (package := package_behind(error)) is not None:
+        return f"{package}; install a version of it that fits the others, or uninstall it if nothing needs it"
+    return None
 
 
 def _lacking(error: Exception, detail: str) -> str | None:

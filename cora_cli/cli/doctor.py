@@ -103,6 +103,8 @@ def run(config: DoctorConfig) -> None:
     if missing:
         complain(f"missing packages: pip install {' '.join(missing)}")
         raise typer.Exit(1)
+    import peft  # noqa: F401  # with which come transformers, accelerate, and whatever they use where it is there
+
     if config.gpu_check:
         _check(config)
     else:

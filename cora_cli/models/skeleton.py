@@ -194,6 +194,12 @@ def build_skeleton(config: Any, trust_remote_code: bool = False, dtype: torch.dt
             built: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, **({} if dtype is None else {"dtype": dtype})
             )
+    except ImportError as error:  # such as timm, of which Gemma 3n makes the part that reads images
+        package = re.search(r"requires the (\S+) library", str(error))
+        lacking = (
+            f"the package {package[1]}: pip install {package[1]}" if package else f"what cannot be imported: {reason(error)}"
+        )
+        raise CoraError(f"{config.name_or_path}: transformers needs for {config.model_type} models {lacking}") from error
     except Exception as error:  # transformers raises many unrelated types
         raise CoraError(
             f"config.json of {config.name_or_path} does not describe a {config.model_type} model: {reason(error)}"

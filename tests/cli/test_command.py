@@ -445,3 +445,39 @@ def test_a_copy_that_fills_the_disk_is_about_what_it_writes(capsys: pytest.Captu
     with pytest.raises(typer.Exit), clean_errors(debug=False):
         raise OSError(errno.ENOSPC, "No space left on device", "/from/config.json", None, "/to/config.json")
     assert capsys.readouterr().err == "cora: error: /to/config.json cannot be used: No space left on device\n"
+
+
+def test_a_package_that_breaks_when_it_is_imported_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ops_of_another_torch").mkdir()
+    (tmp_path / "ops_of_another_torch" / "__init__.py").write_text("int('nms')")
+    (tmp_path / "user_of_ops.py").write_text("import ops_of_another_torch")
+    (tmp_path / "user_of_none.py").write_text("import not_there.at_all")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def lazily(name: str) -> None:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            raise ModuleNotFoundError(f"Could not import module {name!r}") from error
+
+    said = {}
+    for begin in (importlib.import_module, lazily):
+        for name in ("user_of_ops", "user_of_none"):
+            with pytest.raises(typer.Exit), clean_errors(debug=False):
+                begin(name)
+            said.setdefault(name, set()).add(capsys.readouterr().err)
+    help_ = "; install a version of it that fits the others, or uninstall it if nothing needs it\n"
+    assert said["user_of_ops"] == {
+        f"cora: error: the package ops_of_another_torch cannot be imported (invalid literal for int() with base 10: 'nms'){help_}"
+    }
+    assert said["user_of_none"] == {
+        f"cora: error: the package not_there cannot be imported (No module named 'not_there'){help_}"
+    }
+
+
+def test_a_failure_after_the_imports_is_not_blamed_on_a_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), clean_errors(debug=False):
+        json.loads("{")
+    assert "unexpected JSONDecodeError" in capsys.readouterr().err

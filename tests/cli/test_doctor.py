@@ -1,6 +1,9 @@
 """`cora doctor` reports what is installed and what is missing, and changes nothing."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,27 @@ def test_missing_packages_are_listed_with_the_command_that_installs_them(monkeyp
     assert result.exit_code == 1
     assert "no-such-package missing: pip install no-such-package" in result.stdout
     assert result.stderr == "missing packages: pip install no-such-package nor-this\n"
+
+
+def test_a_package_that_breaks_the_others_is_found(tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (tmp_path / "torchvision-0.1.0.dist-info").mkdir()
+    (tmp_path / "torchvision-0.1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1.0\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-m", "cora_cli", "doctor", "--device=cpu"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 1
+    assert (
+        "cora: error: the package torchvision cannot be imported (operator torchvision::nms does not exist); install"
+        in found.stderr
+    )
 
 
 def test_missing_embedded_models_are_reported_and_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

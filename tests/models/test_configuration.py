@@ -22,7 +22,7 @@ from cora_cli.errors import CoraError
 from cora_cli.models.configuration import balances_experts, length_limits, load_configuration, remove_dropout, rope_switch
 from cora_cli.models.loading import context_length, load_model, load_tokenizer
 from cora_cli.models.references import ModelPath, resolve_model
-from cora_cli.models.skeleton import skeleton_of
+from cora_cli.models.skeleton import build_skeleton, skeleton_of
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -236,3 +236,17 @@ def test_two_chat_templates_of_one_name_are_refused_and_named_ones_next_to_a_fil
     assert "another chat template" not in capfd.readouterr().err
     with pytest.raises(CoraError, match=r"tokenizer_config\.json has two chat templates of the name 'default'"):
         load("default", "tool_use", "default")
+
+
+def test_a_package_that_a_family_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LlamaConfig().save_pretrained(tmp_path)
+    config = load_configuration(resolve_model(str(tmp_path)))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError(
+            "TimmWrapperModel requires the timm library but it was not found in your environment. You can install it."
+        )
+
+    monkeypatch.setattr("cora_cli.models.skeleton.AutoModelForCausalLM.from_config", refuse)
+    with pytest.raises(CoraError, match=r": transformers needs for llama models the package timm: pip install timm$"):
+        build_skeleton(config)
