@@ -31,11 +31,15 @@ CLOCK = "strftime_now"
 
 @dataclasses.dataclass(frozen=True)
 class TurnEnd:
-    """The token that ends an answer in a chat template: its id, its text, and what the template writes after it."""
+    """The token that ends an answer in a chat template: its id, its text, and what the template writes after it.
+
+    `closing` is the tokenizer's end token where the template writes it directly behind that token in every turn, as Command R7B's does, else None.
+    """
 
     token: int
     text: str
     after: str
+    closing: int | None = None
 
 
 class ChatTemplate:
@@ -84,7 +88,11 @@ class ChatTemplate:
         if not places:
             return None
         first = min(places, key=lambda name: (places[name], -len(name)))
-        return TurnEnd(ends[first], first, tail[places[first] + len(first) :])
+        after, end = tail[places[first] + len(first) :], self._tokenizer.eos_token
+        # Others, such as Phi-4-mini's, write it once, at the end of a conversation.
+        followed = end and after.startswith(end) and self._behind_answer(extra, asks_again=True).partition(first)[2]
+        is_closed = followed and followed.startswith(end)
+        return TurnEnd(ends[first], first, after, self._tokenizer.eos_token_id if is_closed else None)
 
     @cached_property
     def end_as_text(self) -> str | None:
@@ -92,9 +100,9 @@ class ChatTemplate:
         found = None if self.turn_ends[False] else _CONTROL.match(self._behind_answer({}).lstrip())
         return found.group() if found else None
 
-    def _behind_answer(self, extra: Mapping[str, Any]) -> str:
-        """What the chat template writes behind an answer; nothing where it refuses a conversation of two plain messages."""
-        text = self._answered({"content": PROBE}, extra) or ""
+    def _behind_answer(self, extra: Mapping[str, Any], asks_again: bool = False) -> str:
+        """What the chat template writes behind an answer, to which another question may follow; nothing where it refuses such plain messages."""
+        text = self._answered({"content": PROBE}, extra, [{"role": "user", "content": "question"}] if asks_again else []) or ""
         return text[text.rindex(PROBE) + len(PROBE) :] if PROBE in text else ""
 
     @cached_property
@@ -132,11 +140,13 @@ class ChatTemplate:
         call = {"id": "call00000", "type": "function", "function": {"name": "probe", "arguments": arguments}}
         return self._answered({"content": content, "tool_calls": [call]}, extra)
 
-    def _answered(self, answer: Mapping[str, Any], extra: Mapping[str, Any]) -> str | None:
-        """A conversation of a question and an answer; None where the chat template refuses it."""
+    def _answered(
+        self, answer: Mapping[str, Any], extra: Mapping[str, Any], further: Sequence[Mapping[str, Any]] = ()
+    ) -> str | None:
+        """A conversation of a question, an answer and `further` messages; None where the chat template refuses it."""
         try:
             with bounded("the chat template"):
-                return self.apply([{"role": "user", "content": "question"}, {"role": "assistant", **answer}], extra)
+                return self.apply([{"role": "user", "content": "question"}, {"role": "assistant", **answer}, *further], extra)
         except Exception:  # templates raise what they like; `render` reports it for the records themselves
             return None
 

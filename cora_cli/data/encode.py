@@ -168,7 +168,7 @@ def check_rows(ids: Sequence[int], rows: int, where: str, tokenizer: Any) -> Non
 
 
 def split_tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokenize a rendered record into prompt ids and response ids; the response ends with its end token.
+    """Tokenize a rendered record into prompt ids and response ids; the response ends with its end token, and what closes it.
 
     If the boundary between them falls on a token boundary, both are tokenized as one text, so the response has the tokens that
     the model would generate. Otherwise each is tokenized on its own, the response as text that follows another.
@@ -177,7 +177,8 @@ def split_tokens(rendered: Rendered, tokenizer: Any) -> tuple[list[int], list[in
     continuation = _continuation(rendered, prompt, tokenizer)
     response = _tokens_within(rendered.response, tokenizer) if continuation is None else continuation
     end = [tokenizer.eos_token_id if rendered.end is None else rendered.end]
-    return prompt, response if response[-1:] == end else response + end  # the data may already contain the end token
+    ended = response if response[-1:] == end else response + end  # the data may already contain the end token
+    return prompt, ended if rendered.closing is None else [*ended, rendered.closing]
 
 
 def continues_prompt(rendered: Rendered, tokenizer: Any) -> bool:

@@ -34,7 +34,7 @@ class Rendered:
     """A record as text.
 
     `special_tokens` says whether the tokenizer still has to add its start token before `prompt`. `end` is the id of the token that
-    ends the response, None for the tokenizer's end token. `lead` is the part of `response` that the template, not the record, puts before the answer, such as an empty
+    ends the response, None for the tokenizer's end token, and `closing` that of one that always follows it, if any. `lead` is the part of `response` that the template, not the record, puts before the answer, such as an empty
     block of thoughts. `own_turn` is False where the template renders the conversation with its answer otherwise than the prompt
     followed by the answer. `left_out` has the roles of the messages of which the template does not write all.
     """
@@ -46,6 +46,7 @@ class Rendered:
     lead: str = ""
     own_turn: bool = True
     left_out: tuple[str, ...] = ()
+    closing: int | None = None
 
     @property
     def answer(self) -> str:
@@ -216,9 +217,16 @@ class Template:
             return found
         if any(own not in response for own in self._entries(messages[-1], "tools" in extra)):
             missing.add(messages[-1]["role"])
-        left_out = tuple(sorted(missing | self._lost_calls(messages, extra)))
+        closing = turn.closing if turn and (end == turn.token or (written or "").endswith(turn.after)) else None
         return Rendered(
-            prompt, response, special_tokens=False, end=end, lead=lead, own_turn=conversation is None, left_out=left_out
+            prompt,
+            response,
+            special_tokens=False,
+            end=end,
+            lead=lead,
+            own_turn=conversation is None,
+            left_out=tuple(sorted(missing | self._lost_calls(messages, extra))),
+            closing=None if end in (None, closing) else closing,
         )
 
     def _asked(

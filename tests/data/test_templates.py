@@ -147,6 +147,28 @@ def test_another_end_than_usual_is_the_end_of_that_answer():
     assert (rendered.response, rendered.answer, rendered.end) == ("call", "call", tokenizer.eos_token_id)
 
 
+@pytest.mark.parametrize("last_only", [False, True])
+@pytest.mark.parametrize(("begun", "end"), [("", "<|im_end|>"), ("<call>", "<file_sep>")])
+def test_an_end_token_that_closes_every_turn_is_trained_but_not_one_at_the_end_of_a_conversation(begun, end, last_only):
+    closing = "{% if not add_generation_prompt %}<|endoftext|>{% endif %}" if last_only else ""
+    ended = "<|im_end|>" if last_only else "<|im_end|><|endoftext|>"
+    text = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        f"{{% if '<call>' in m.content %}}{ended.replace('<|im_end|>', '<file_sep>')}{{% else %}}{ended}{{% endif %}}{{% endfor %}}"
+        f"{closing}{{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
+    )
+    tokenizer = with_template(text)
+    (example,) = encode_records(
+        [{"messages": [QUESTION, {"role": "assistant", "content": f"1{begun}"}]}],
+        Template("chat", "messages", tokenizer),
+        100,
+        "training",
+    ).examples
+    answer = tokenizer.decode(example.input_ids[example.prompt_length :])
+    assert answer == f"1{begun}{end}{'' if last_only else '<|endoftext|>'}"
+    assert Template("chat", "messages", tokenizer).ends == set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+
+
 def test_tools_documents_and_template_arguments_reach_the_template():
     tokenizer = with_template(TOOLS + "{{ documents }}{{ style }}" + CHATML)
     record = {**TALK, "tools": [{"name": "clock"}], "documents": [{"text": "d"}], "chat_template_kwargs": {"style": "terse"}}
