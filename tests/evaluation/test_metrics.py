@@ -498,6 +498,25 @@ def test_the_tokenizer_of_bleu_can_be_chosen_and_is_in_the_signature():
 
 
 @pytest.mark.parametrize(
+    ("reference", "tokenize", "count"),
+    [
+        ("今天天气很不错，我们去公园散步吧。", "13a", 1),
+        ("今天 天气 很 不错 ， 我们 去 公园 散步 吧 。", "13a", 0),
+        ("今天天气很不错，我们去公园散步吧。", "zh", 0),
+        ("สวัสดีครับ ผมชื่อสมชาย", "13a", 1),
+        ("北京", "13a", 0),
+        ("오늘은 날씨가 정말 좋네요", "13a", 0),
+        ("int x = 5; // 变量", "13a", 0),
+    ],
+)
+def test_references_without_spaces_are_unscorable_where_a_phrase_counts_as_one_word(reference: str, tokenize: str, count: int):
+    texts = [reference, "one two three four"]
+    metrics = score_all(["meteor", "sacrebleu"], texts, texts, bootstrap=100, bleu_tokenize=tokenize).metrics
+    assert metrics["sacrebleu"]["unscorable"] == count
+    assert tokenize == "zh" or metrics["meteor"]["unscorable"] == count
+
+
+@pytest.mark.parametrize(
     ("reference", "count"),
     [
         ("建国は1949年十月一日です", 1),

@@ -4,6 +4,7 @@ It also has the input checks that all metrics share.
 """
 
 import importlib.metadata
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +16,19 @@ from cora_cli.errors import CoraError
 Floats = NDArray[np.float64]
 HF_EVALUATE = "hf-evaluate"
 """The variant in which each metric is what `evaluate.load(...)` of Hugging Face computes by default."""
+_LONGEST_WORD = 4
+"""Letters of such scripts to a word, on average, in texts that are divided into words."""
+# Thai, Lao, Burmese, Khmer, kana, and Chinese characters.
+_WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]"
+)
+
+
+def has_no_spaces(text: str) -> bool:
+    """Whether more than half of a text is in scripts without spaces between words and not divided into words, so that a phrase counts as one."""
+    words = text.split()
+    letters = len(_WITHOUT_SPACES.findall(text))
+    return 2 * letters > len("".join(words)) and letters > _LONGEST_WORD * len(words)
 
 
 class Metric(ABC):

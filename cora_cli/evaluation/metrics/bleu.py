@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 
-from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format_signature
+from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format_signature, has_no_spaces
 
 ORDER = 4
+_DIVIDING = ("zh", "char")
+"""The tokenizers that divide what has no spaces: Chinese characters, or all."""
 
 
 class SacreBleu(Metric):
@@ -20,8 +22,8 @@ class SacreBleu(Metric):
 
     name = "sacrebleu"
     blind_spot = (
-        "have fewer tokens than the four that BLEU counts together, which leaves nothing to count: even perfect answers score 0; for a "
-        "language without spaces choose --bleu-tokenize"
+        "have fewer tokens than the four that BLEU counts together, which leaves nothing to count, or no spaces between words, so that a phrase "
+        "counts as one: even good answers may score 0; for a language without spaces choose --bleu-tokenize"
     )
 
     def __init__(self, tokenize: str = "13a", as_evaluate: bool = False) -> None:
@@ -49,9 +51,11 @@ class SacreBleu(Metric):
         return bleu_of_counts(statistics, effective_order=True)
 
     def unscorable(self, references: Sequence[str]) -> int:
-        """All references if none has the n-grams of the highest order, without which corpus BLEU is 0; else none of them."""
-        totals = self.statistics(references, references)[:, -1]
-        return 0 if totals.any() else len(references)
+        """All references if none has the n-grams of the highest order, without which corpus BLEU is 0; else those in scripts without spaces that
+        the tokenizer does not divide."""
+        if not self.statistics(references, references)[:, -1].any():
+            return len(references)
+        return 0 if self._tokenize in _DIVIDING else sum(map(has_no_spaces, references))
 
     def signature(self) -> str:
         """The signature that `sacrebleu` itself prints for the corpus value."""

@@ -22,7 +22,7 @@ from nltk.tokenize.punkt import load_punkt_params
 from nltk.translate.meteor_score import single_meteor_score
 
 from cora_cli import embedded
-from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format_signature, package_version
+from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format_signature, has_no_spaces, package_version
 from cora_cli.evaluation.metrics.lookups import RememberingStemmer, RememberingWordNet
 
 ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5
@@ -68,7 +68,9 @@ class Meteor(Metric):
     def __init__(self, as_evaluate: bool = False) -> None:
         self._as_evaluate = as_evaluate
 
-    blind_spot = "have no token for METEOR: even a perfect answer scores 0"
+    blind_spot = (
+        "have no token for METEOR, or no spaces between words, so that a phrase counts as one: even a good answer may score 0"
+    )
 
     @cached_property
     def _wordnet(self) -> WordNetCorpusReader:
@@ -107,8 +109,8 @@ class Meteor(Metric):
         return [token for sentence in sentences for token in _WORDS.tokenize(sentence)]
 
     def unscorable(self, references: Sequence[str]) -> int:
-        """Empty references; every other character belongs to a token."""
-        return sum(not reference.strip() for reference in references)
+        """Empty references, in which alone no character belongs to a token, and those in scripts without spaces."""
+        return sum(not reference.strip() or has_no_spaces(reference) for reference in references)
 
     def signature(self) -> str:
         """Package version, tokenizer, stemmer, WordNet version, weights. Loads WordNet."""
