@@ -20,6 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from cora_cli.cli import app
+from cora_cli.reading import read_json
+from cora_cli.records.sealed import write_sealed
 from tests.reporting.helpers import ladder, make_grid, record_steps
 
 TRAIN = [
@@ -118,6 +120,8 @@ def make_workspace(root: Path) -> None:
     must(("evaluate", "run", *EVALUATE))
     must(("extract-basis", "base", "--rank", "2", "-o", "basis.safetensors"))
     record_steps(make_grid(root / "grid", ladder(2), prompts=4))
+    plan = root / "grid" / "plan.json"
+    write_sealed(plan, read_json(plan))  # as `ablate` does
     grid = {
         "name": "tiny",
         "model": "base",
