@@ -427,6 +427,11 @@ def _check_comparable(results: list[Result]) -> None:
                         "`cora evaluate --from`, or exclude it with --metrics"
                     )
                 if what == "references":
+                    if first[0].generation["unordered_sha256"] == result.generation["unordered_sha256"]:
+                        raise CoraError(
+                            f"{names} have their records in another order, so they cannot be compared record by record; bring the lines of one "
+                            "predictions.jsonl into the order of the other, and score it with `cora evaluate --from`"
+                        )
                     raise CoraError(
                         f"{names} were evaluated on different records, so they cannot be compared; evaluate both on the same ones, or report "
                         "them separately"

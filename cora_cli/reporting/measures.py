@@ -94,8 +94,8 @@ def _is_close(one: float | None, other: float) -> bool:
 def read_evaluation(
     evaluation: EvaluationDirectory, wanted: tuple[str, ...] | None
 ) -> tuple[dict[str, Measure], dict[str, Any], str]:
-    """Measures by metric, the generation settings with a hash of the prompts, how many of them are repeated, the number and the `shortcomings` of the answers and the metrics that are `left_out`,
-    and a hash of the reference answers.
+    """Measures by metric, the generation settings with a hash of the prompts, how many of them are repeated, the number and the `shortcomings` of the answers, a hash of the references
+    whatever their order and the metrics that are `left_out`, and a hash of the reference answers.
 
     `wanted` restricts the metrics. Raises `CoraError` if a file is damaged or does not give the values in `metrics.json`.
     """
@@ -132,14 +132,15 @@ def read_evaluation(
         measures[name] = Measure(
             value, _interval(metric["ci95"], metric["n"]), len(statistics), signature, statistics, unscorable
         )
-    references = hashing.sha256_json([line["reference"] for line in lines])
+    references = [line["reference"] for line in lines]
     prompts = [line.get("prompt") for line in lines]
     known: dict[str, Any] = {"answers": len(lines), "shortcomings": count_shortcomings(lines)}
+    known["unordered_sha256"] = hashing.sha256_json(sorted(references))
     known["left_out"] = [name for name in NAMES if wanted and name in record["metrics"] and name not in wanted]
     if None not in prompts:  # another program's answers may have none
         known["prompts_sha256"] = hashing.sha256_json(prompts)
-        known["repeated_prompts"] = len(prompts) - len({*prompts})
-    return measures, {**record["generation"], **known}, references
+        known["repeated_prompts"] = len(prompts) - len({*map(repr, prompts)})
+    return measures, {**record["generation"], **known}, hashing.sha256_json(references)
 
 
 def _check_copy(evaluation: EvaluationDirectory, record: Mapping[str, Any]) -> None:

@@ -17,7 +17,16 @@ from cora_cli.reporting.report_rows import read_plan
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.training.heldout import HeldOutLoss, loss_change
 from tests.evaluation.helpers import unsealed
-from tests.reporting.helpers import Made, make_grid, plan_entry, record_steps, write_evaluation, write_plan, write_run
+from tests.reporting.helpers import (
+    Made,
+    make_grid,
+    plan_entry,
+    record_steps,
+    write_evaluation,
+    write_plan,
+    write_run,
+    write_scored,
+)
 
 
 @pytest.fixture
@@ -241,6 +250,24 @@ def test_rows_of_a_group_that_answered_other_records_are_refused(tmp_path):
     write_plan(grid, [plan_entry(Made("lora", "lora")), plan_entry(Made("fb", "fb"))])
     with pytest.raises(CoraError, match=r"were evaluated on different records, .*; evaluate both on the same ones, or report"):
         collect(read_plan(grid))
+
+
+def test_rows_that_have_equal_records_in_another_order_are_refused_as_such(tmp_path):
+    lines = [{"prompt": f"p{n}", "reference": f"answer {n}", "prediction": "answer 1"} for n in range(4)]
+    for name, found in (("a", lines), ("b", lines[::-1])):
+        write_scored(tmp_path / name, found, {"format": 1, "name": name, "generation": {}})
+    (experiment,) = find_experiments([str(tmp_path)])
+    with pytest.raises(CoraError, match="have their records in another order, so"):
+        collect(experiment)
+
+
+def test_repeated_prompts_that_are_lists_of_messages_are_counted(tmp_path):
+    talk = [{"role": "user", "content": "Name a river."}]
+    lines = [{"prompt": talk, "reference": f"answer {n}", "prediction": "answer 1"} for n in range(4)]
+    write_scored(tmp_path / "a", lines, {"format": 1, "name": "a", "generation": {}})
+    (experiment,) = find_experiments([str(tmp_path)])
+    (result,) = collect(experiment).results
+    assert result.generation["repeated_prompts"] == 3
 
 
 def test_losses_on_other_tokens_of_equal_records_are_refused_as_such(tmp_path):
