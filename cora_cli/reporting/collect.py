@@ -96,6 +96,12 @@ class Judged:
     group: str | None = None
 
 
+def places_apart(judged: Sequence[Judged]) -> list[str]:
+    """The directory of each judging whose judge and group are those of another one, whose numbers it would have the names of; else nothing."""
+    names = [(one.record["judge"]["model"], one.group) for one in judged]
+    return [str(one.place.root) if names.count(name) > 1 else "" for one, name in zip(judged, names, strict=True)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Collection:
     """The results, the missing rows and the judgments of one experiment."""

@@ -13,17 +13,17 @@ _PAPER_TABLES = {"paper": "gpt4_judge", "readability": "code_review"}
 """The paper's table with the criteria of a shipped rubric."""
 
 
-def judge_section(record: Mapping[str, Any], printed: Mapping[str, str] | None = None, group: str | None = None) -> list[Block]:
-    """The blocks for one `judge.json`. `printed` has the paper's name of a judged system; its own name is tried otherwise. `group` is named
-    where a report has several.
+def judge_section(record: Mapping[str, Any], printed: Mapping[str, str] | None = None, which: str = "") -> list[Block]:
+    """The blocks for one `judge.json`. `printed` has the paper's name of a judged system; its own name is tried otherwise. `which` tells it
+    from others of a report: the group or the directory.
     """
     judge = clean(record["judge"]["model"])
     served = [name for name in map(clean, record["served_models"]) if name != judge]
     answered_as = f", which answered as {', '.join(served)}" if served else ""
     blocks: list[Block] = []
     for name, rubric in record["rubrics"].items():
-        title = f"{f'{clean(group)} – ' if group else ''}{judge}{answered_as}, rubric {clean(name)}"
-        blocks.append(Text(f"{f'{clean(group)}: ' if group else ''}{_verdict(judge, clean(name), rubric)}", "verdict"))
+        title = f"{f'{clean(which)} – ' if which else ''}{judge}{answered_as}, rubric {clean(name)}"
+        blocks.append(Text(f"{f'{clean(which)}: ' if which else ''}{_verdict(judge, clean(name), rubric)}", "verdict"))
         if failed := sum(rubric["failed"].values()):
             where = ", ".join(f"{count} of {clean(names)}" for names, count in rubric["failed"].items())
             blocks.append(Text(f"{failed} of {rubric['asked']} judgments were not obtained ({where}); they count as missing."))

@@ -14,7 +14,7 @@ JSON: `{"format_version": 2, "experiments": [...]}`. An experiment has `name`, `
   the difference: `seed`, `record`, `interaction`), `margin`, `more_seeds` and `more_records` (which would decide, or null).
 
 Version 2 replaced the tests over prompts (`seeds_agree`, `seeds_agreeing`, `over_seeds`) by those over seeds and records. In the CSV, a test
-has `outcome` and the other columns of its group at the end; its `row` is `one minus other`, and its `value` the difference. A judge's scores have the judge as
+has `outcome` and the other columns of its group at the end; its `row` is `one minus other`, and its `value` the difference. A judge's scores have the judge, with the directory where several have its name, as
 `method` and `RUBRIC.CRITERION` as `measure`.
 
 `heldout_loss` and `nll` are in nats per response token, `sacrebleu` 0-100, `brier` 0-2, the other measures 0-1.
@@ -26,7 +26,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from cora_cli.reporting.collect import Judged
+from cora_cli.reporting.collect import Judged, places_apart
 from cora_cli.reporting.comparison import Comparison
 from cora_cli.reporting.judge_section import papers_scores
 from cora_cli.reporting.methods_section import methods_paragraphs
@@ -84,8 +84,8 @@ def to_csv(summaries: Sequence[Summary]) -> str:
                 writer.writerows(_csv_rows(summary.collection.experiment.name, group, line))
             for comparison in group.verdict.comparisons:
                 writer.writerows(_csv_tests(summary.collection.experiment.name, group, comparison))
-        for judged in summary.collection.judged:
-            writer.writerows(_csv_judged(summary.collection.experiment.name, judged))
+        for judged, place in zip(summary.collection.judged, places_apart(summary.collection.judged), strict=True):
+            writer.writerows(_csv_judged(summary.collection.experiment.name, judged, place))
     return out.getvalue()
 
 
@@ -171,8 +171,9 @@ def _csv_tests(experiment: str, group: Group, comparison: Comparison) -> list[di
     return [{key: _safe(value) for key, value in entry.items()} for entry in rows]
 
 
-def _csv_judged(experiment: str, judged: Judged) -> list[dict[str, Any]]:
+def _csv_judged(experiment: str, judged: Judged, place: str) -> list[dict[str, Any]]:
     """Scores and win rates, as the judge gave them; a disqualified judge's are told by the `kind`."""
+    judge = ", ".join(filter(None, (judged.record["judge"]["model"], place)))
     found: list[tuple[str, str, str, Any, float | None]] = []
     for name, rubric in judged.record["rubrics"].items():
         kind = "disqualified judge" if rubric["disqualified"] else "judge"
@@ -186,8 +187,7 @@ def _csv_judged(experiment: str, judged: Judged) -> list[dict[str, Any]]:
     for kind, answers, measure, score, paper in found:
         if score is not None:
             low, high = score["ci95"] or (None, None)
-            row = {"experiment": experiment, "group": judged.group, "row": answers, "method": judged.record["judge"]["model"]}
-            row["measure"] = measure
+            row = {"experiment": experiment, "group": judged.group, "row": answers, "method": judge, "measure": measure}
             rows.append(
                 {**row, "value": score["value"], "low": low, "high": high, "kind": kind, "n": score["n"], "paper": paper}
             )

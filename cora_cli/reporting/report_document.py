@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cora_cli.render.canvas import Figure
 from cora_cli.render.document import Block, Heading, Items, Text
+from cora_cli.reporting.collect import places_apart
 from cora_cli.reporting.comparison import BASE
 from cora_cli.reporting.forest import FOREST
 from cora_cli.reporting.judge_section import judge_section
@@ -35,9 +36,10 @@ def build_document(summary: Summary, figures: Sequence[Figure] = (), brief: bool
         blocks += _tables(summary, brief)
     if summary.collection.judged:
         blocks.append(Heading(2, "Judge"))
-        for judged in summary.collection.judged:
-            several = len(summary.collection.judged) > 1
-            blocks += judge_section(judged.record, judged.printed, judged.group if several else None)
+        several = len(summary.collection.judged) > 1
+        for judged, place in zip(summary.collection.judged, places_apart(summary.collection.judged), strict=True):
+            which = ", ".join(filter(None, (judged.group if several else None, place)))
+            blocks += judge_section(judged.record, judged.printed, which)
     others = [figure for figure in figures if not figure.name.endswith(FOREST)]
     if others:
         blocks += [Heading(2, "Figures"), *others]

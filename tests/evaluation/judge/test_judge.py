@@ -289,6 +289,18 @@ def test_a_report_of_several_groups_says_whose_answers_were_judged(server, tmp_p
     ]
 
 
+def test_a_report_of_several_judgings_by_one_judge_says_which_directory_has_which_numbers(server, answers, tmp_path) -> None:
+    other = write_answers(tmp_path / "other", 9)
+    places = [tmp_path / "first", tmp_path / "second"]
+    for path, out in zip((answers, other), places, strict=True):
+        assert cora("judge", "--from", path, "-o", out, *at(server)).exit_code == 0
+    text = cora("report", *places).stdout
+    rows = list(csv.DictReader(io.StringIO(cora("report", *places, "--format", "csv").stdout)))
+    for out in places:
+        assert f"{out} – planted, which answered as planted-1, rubric paper: scores" in text
+        assert sum(row["method"] == f"planted, {out}" and row["row"] == "reference" for row in rows) == 3
+
+
 def test_a_judge_without_a_single_judgment_is_disqualified_as_such(server, answers) -> None:
     server.fault = lambda n: "garbage"
     result = cora("judge", "--from", answers, *at(server, "--tries", "1", "--no-retest", "--rubric", "paper"))
