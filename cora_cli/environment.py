@@ -137,17 +137,18 @@ def package_behind(error: BaseException) -> str | None:
 
     Packages come and go without the others: one that was built for another version of torch breaks whatever imports it if it is there.
     """
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__) if frame.f_code.co_name == "<module>"]
-    missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
-    if not frames and not missing:
-        return None
+    chain = [error]  # accelerate raises an error from itself
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    first, said = chain[-1], " ".join(str(chain[-1]).split())[:200]
+    frames = [frame for frame, _ in traceback.walk_tb(first.__traceback__) if frame.f_code.co_name == "<module>"]
+    missing = first.name if isinstance(first, ModuleNotFoundError) else None
+    if not frames and not missing:  # PEFT refuses versions of a package where it would use it
+        return f"a package does not fit the others ({said})" if isinstance(first, ImportError) else None
     package = (missing or str(frames[-1].f_globals.get("__name__"))).partition(".")[0]
     if package in ("__main__", "cora_cli", "transformers_modules"):
         return None
-    return f"the package {package} cannot be imported ({' '.join(str(cause).split())[:200]})"
+    return f"the package {package} cannot be imported ({said})"
 
 
 def variable_of_path(path: str) -> str | None:

@@ -103,12 +103,20 @@ def run(config: DoctorConfig) -> None:
     if missing:
         complain(f"missing packages: pip install {' '.join(missing)}")
         raise typer.Exit(1)
-    import peft  # noqa: F401  # with which come transformers, accelerate, and whatever they use where it is there
+    _use_libraries()
 
     if config.gpu_check:
         _check(config)
     else:
         say_next(None, "demo")
+
+
+def _use_libraries() -> None:
+    """Adapt a layer, for which PEFT imports transformers, and whatever they use where it is there. What does not fit raises its own error."""
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
 def _check(config: DoctorConfig) -> None:

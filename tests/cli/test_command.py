@@ -477,6 +477,20 @@ def test_a_package_that_breaks_when_it_is_imported_is_named(
     }
 
 
+def test_a_package_of_a_version_that_a_library_refuses_is_named_also_where_the_error_is_its_own_cause(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error = ImportError(
+        "Found an incompatible version of torchao. Found version 0.10.0, but only versions above 0.16.0 are supported"
+    )
+    for cause in (None, error):
+        with pytest.raises(typer.Exit), clean_errors(debug=False):
+            raise error from cause
+        assert "a package does not fit the others (Found an incompatible version of torchao. Found version 0.10.0," in (
+            capsys.readouterr().err
+        )
+
+
 def test_a_failure_after_the_imports_is_not_blamed_on_a_package(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit), clean_errors(debug=False):
         json.loads("{")

@@ -43,12 +43,24 @@ def test_missing_packages_are_listed_with_the_command_that_installs_them(monkeyp
     assert result.stderr == "missing packages: pip install no-such-package nor-this\n"
 
 
-def test_a_package_that_breaks_the_others_is_found(tmp_path: Path) -> None:
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    (tmp_path / "torchvision-0.1.0.dist-info").mkdir()
-    (tmp_path / "torchvision-0.1.0.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1.0\n"
+@pytest.mark.parametrize(
+    ("name", "version", "code", "said"),
+    [
+        (
+            "torchvision",
+            "0.1.0",
+            "raise RuntimeError('operator torchvision::nms does not exist')",
+            "the package torchvision cannot be imported (operator torchvision::nms does not exist); install",
+        ),
+        ("torchao", "0.10.0", "", "a package does not fit the others (Found an incompatible version of torchao."),
+    ],
+)
+def test_a_package_that_breaks_the_others_is_found(name: str, version: str, code: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text(code)
+    (tmp_path / f"{name}-{version}.dist-info").mkdir()
+    (tmp_path / f"{name}-{version}.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     )
     found = subprocess.run(
         [sys.executable, "-m", "cora_cli", "doctor", "--device=cpu"],
@@ -58,10 +70,7 @@ def test_a_package_that_breaks_the_others_is_found(tmp_path: Path) -> None:
         check=False,
     )
     assert found.returncode == 1
-    assert (
-        "cora: error: the package torchvision cannot be imported (operator torchvision::nms does not exist); install"
-        in found.stderr
-    )
+    assert f"cora: error: {said}" in found.stderr
 
 
 def test_missing_embedded_models_are_reported_and_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
