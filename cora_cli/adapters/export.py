@@ -4,7 +4,7 @@ Unlike `merge` it writes no copy of the base model, and unlike the run's own ada
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from cora_cli.adapters.merge import no_change_of_weights
 from cora_cli.adapters.posterior import say_mean
 from cora_cli.adapters.storage import (
     WEIGHTS_FILE,
+    by_names_of,
     check_basis,
     check_rank,
     load_adapter,
@@ -76,8 +77,9 @@ def export_adapter(
     if start_that_changes_base(adapter.adapter_config()) is not None:
         linears = {name: module for name, module in model.named_modules() if linear_weight(module) is not None}
         before = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    stored = by_names_of(model, Checkpoint(adapter).shapes)
     wrapped = load_adapter(model, adapter, basis_path, rank=rank)
-    config, state = _as_lora(wrapped, adapter, before)
+    config, state = _as_lora(wrapped, adapter, before, stored)
     if split := split_parts(model):
         config, state = _on_fused(config, state, wrapped, split, adapter)
     config.base_model_name_or_path = base.reference.partition("@")[0] if base.revision else base.reference
@@ -100,19 +102,20 @@ def export_adapter(
     return int(config.r)
 
 
-def _as_lora(wrapped: PeftModel, adapter: ModelPath, before: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The configuration and the tensors of the LoRA; `before` has the weights that PEFT has changed to load the adapter."""
+def _as_lora(
+    wrapped: PeftModel, adapter: ModelPath, before: Mapping[str, torch.Tensor], stored: Collection[str]
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The configuration and the tensors of the LoRA; `before` has the weights that PEFT has changed to load the adapter, `stored` the keys of its files."""
     config: Any = wrapped.peft_config[ADAPTER]
     facts = read_facts(adapter.path)
     ours = method_of(facts.plan.mode).lora_rank if facts is not None else AS_THE_FILE_SAYS
     is_lora = isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)  # which PEFT derives from it
     if ours is not None and is_lora and not config.use_dora:
         # Complete embeddings are part of an adapter whose file holds them, such as one that was trained with added tokens.
-        stored = Checkpoint(adapter).shapes
-        state = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=False)
-        if any(key.endswith(".weight") and ".lora_" not in key and "embed" in key for key in stored):
-            complete = get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=True)
-            state |= {key: tensor for key, tensor in complete.items() if key in stored}
+        state, complete = (
+            get_peft_model_state_dict(wrapped, adapter_name=ADAPTER, save_embedding_layers=also) for also in (False, True)
+        )
+        state |= {key: tensor for key, tensor in complete.items() if key in stored}
         config = copy.copy(config)
         # The factors of a parameter, such as fused experts, are those of all its matrices, and no LoRA of a layer.
         if not config.target_parameters and (before or config.rank_pattern or config.alpha_pattern):

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -50,6 +50,7 @@ _PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+?)(?=\.lora_|\.base_layer\.|\.modules_to_save\.|\.weight$|\.bias$)")
 _OWN_TYPE = "CORA_"
 """What the type of an adapter that only `cora` loads begins with."""
+Stored = TypeVar("Stored")
 
 
 def save_adapter(model: PeftModel, directory: Path, facts: AdapterFacts, tokenizer: Any = None) -> None:
@@ -200,7 +201,7 @@ def load_adapter(
                 stored = _stored_tensors(adapter)
                 if facts is None:
                     _check_gathered(adapter, stored)
-                state = _by_names_of(model, stored)
+                state = by_names_of(model, stored)
                 check_start(adapter)
                 _resize_embeddings(model, state, adapter)
                 with _for_peft(adapter, state, state.keys() == stored.keys()) as path:
@@ -329,8 +330,8 @@ def _other_shape(error: Exception) -> str | None:
     )
 
 
-def _by_names_of(model: PreTrainedModel, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An adapter's tensors by the names of the modules in `model`, which an earlier transformers may have named otherwise."""
+def by_names_of(model: PreTrainedModel, stored: dict[str, Stored]) -> dict[str, Stored]:
+    """What is `stored` for each key of an adapter's files, by the names of the modules in `model`, which an earlier transformers may have named otherwise."""
     modules = {key: found["module"] for key in stored if (found := _KEY.match(key))}
     if set(modules.values()) <= {name for name, _ in model.named_modules()}:
         return stored

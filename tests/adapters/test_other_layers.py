@@ -176,6 +176,33 @@ def test_an_adapter_with_the_names_of_an_earlier_transformers_is_read_as_peft_lo
     assert all(torch.equal(before.read(module), after.read(module)) for module in after.shapes)
 
 
+@pytest.mark.parametrize("named", ["gpt2", "gemma3", "gemma3 as before"])
+def test_the_embeddings_that_an_adapter_holds_are_exported_whatever_they_are_called(named, gpt2, gemma3, tmp_path):
+    base = gpt2 if named == "gpt2" else gemma3
+    model = AutoModelForCausalLM.from_pretrained(base)
+    rows = len(model.get_input_embeddings().weight) + 2
+    model.resize_token_embeddings(rows)
+    targets = r".*c_attn" if named == "gpt2" else r".*language_model.*q_proj"
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, base_model_name_or_path=str(base))
+    wrapped = get_peft_model(model, config).eval()
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    if named.endswith("as before"):
+        before = {
+            "base_model.model.model.language_model.": "base_model.model.language_model.model.",
+            "base_model.model.lm_head.": "base_model.model.language_model.lm_head.",
+        }
+        tensors = load_file(file)
+        for new, old in before.items():
+            tensors = {key.replace(new, old): tensor for key, tensor in tensors.items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    export_adapter(resolve_model(str(tmp_path / "adapter")), tmp_path / "exported")
+    grown = AutoModelForCausalLM.from_pretrained(base)
+    grown.resize_token_embeddings(rows)
+    loaded = PeftModel.from_pretrained(grown, tmp_path / "exported").eval()
+    torch.testing.assert_close(logits(loaded), logits(wrapped), atol=1e-5, rtol=1e-5)
+
+
 def test_an_adapter_with_two_names_of_one_layer_is_refused(gemma3, named_as_before):
     old, new = named_as_before
     both = load_file(old / "adapter_model.safetensors") | load_file(new / "adapter_model.safetensors")
