@@ -1,6 +1,7 @@
 """Read a model's configuration, and what it says about dropout and sequence lengths under all the names that families use."""
 
 import json
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from cora_cli.models.references import ModelPath
 
 NOISE = ("drop", "jitter")
 """Parts of the names of settings that make a model in training random."""
+_ROUTING = ("phimoe", "router_jitter_noise")
+"""A family and its setting that is named like noise and decides, in evaluation too, which experts share a token; see `route_as_evaluated`."""
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention", "attention_window")
 """Names of settings beyond whose value, in tokens, a token no longer attends to the first one."""
 
@@ -110,10 +113,22 @@ def remove_dropout(config: Any) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in parts_of(config):
         for name, value in vars(part).items():
-            if any(noise in name for noise in NOISE) and type(value) in (int, float) and value > 0:
+            is_noise = any(noise in name for noise in NOISE) and (part.model_type, name) != _ROUTING
+            if is_noise and type(value) in (int, float) and value > 0:
                 found[name] = float(value)
                 setattr(part, name, type(value)())  # some configurations insist on the type
     return found
+
+
+def route_as_evaluated(model: torch.nn.Module) -> None:
+    """Keep in evaluation mode the routers that would draw a token's experts at random in training, whatever mode the model is put in."""
+    for module in model.modules():
+        if hasattr(module, _ROUTING[1]):
+            module.train = types.MethodType(_stay_evaluated, module)  # type: ignore[method-assign]
+
+
+def _stay_evaluated(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    return type(module).train(module, False)
 
 
 def balances_experts(stated: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from cora_cli.errors import CoraError, reason
 from cora_cli.methods.parts.layers import Observed, adapted_layers
 from cora_cli.methods.parts.mean_change import mean_changes_added
 from cora_cli.methods.registry import method_of
-from cora_cli.models.configuration import length_limits
+from cora_cli.models.configuration import length_limits, route_as_evaluated
 from cora_cli.models.fused import split_projections, wanted_views
 from cora_cli.models.loading import load_model
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized, kind_stated
@@ -90,6 +90,7 @@ def _load_base(config: TrainConfig, prepared: Prepared, device: torch.device) ->
         config.load_in_4bit,
         prepared.model_config,
     )
+    route_as_evaluated(loaded)
     if is_held_quantized(loaded):
         _check_quantized(config, prepared, loaded)
     if prepared.plan is not None:

@@ -17,9 +17,17 @@ from transformers import (
     RwkvConfig,
     WhisperConfig,
 )
+from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 
 from cora_cli.errors import CoraError
-from cora_cli.models.configuration import balances_experts, length_limits, load_configuration, remove_dropout, rope_switch
+from cora_cli.models.configuration import (
+    balances_experts,
+    length_limits,
+    load_configuration,
+    remove_dropout,
+    rope_switch,
+    route_as_evaluated,
+)
 from cora_cli.models.loading import context_length, load_model, load_tokenizer
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.skeleton import build_skeleton, skeleton_of
@@ -39,7 +47,16 @@ def test_dropout_is_removed_under_every_name_and_in_nested_configurations() -> N
     assert gpt2.attn_pdrop == 0
     assert remove_dropout(gpt2) == {}
     assert remove_dropout(Gemma3Config(text_config={"attention_dropout": 0.2})) == {"attention_dropout": 0.2}
-    assert remove_dropout(PhimoeConfig()) == {"router_jitter_noise": 0.01}
+    assert remove_dropout(MixtralConfig(router_jitter_noise=0.01)) == {"router_jitter_noise": 0.01}
+
+
+def test_routers_whose_noise_is_a_threshold_of_evaluation_too_keep_it_and_draw_nothing() -> None:
+    config = PhimoeConfig(input_jitter_noise=0.1)
+    assert remove_dropout(config) == {"input_jitter_noise": 0.1}
+    model = torch.nn.ModuleList([PhimoeTopKRouter(config)])
+    route_as_evaluated(model)
+    model.train()
+    assert (model.training, model[0].training) == (True, False)
 
 
 def test_a_loss_on_the_routing_of_experts_is_found(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cora_cli.data.encode import Example
 from cora_cli.device import Hardware, select_packed_attention
 from cora_cli.evaluation.generate import transformers_engine
 from cora_cli.methods.parts.layers import factors_of, linear_weight, lora_layers
-from cora_cli.models.configuration import remove_dropout
+from cora_cli.models.configuration import remove_dropout, route_as_evaluated
 from cora_cli.models.fused import VIEWS, fused_views
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.render.markdown_table import markdown_table
@@ -271,6 +271,7 @@ def measure(family: str) -> Measured:
     remove_dropout(config)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
+    route_as_evaluated(model)
     answers, engine = _answers(model, prompts)
     alone = [_answers_alone(model, prompt) for prompt in prompts]
 
@@ -314,8 +315,7 @@ def _random(tokens: int, generator: torch.Generator) -> list[int]:
 
 
 def _plain(model: Any, config: Any, attention: str) -> Any:
-    """The same model in an attention of transformers."""
-    remove_dropout(config)
+    """The same model in an attention of transformers, with what its configuration states of dropout, which evaluation leaves out."""
     plain = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     plain.load_state_dict(model.state_dict())
     return plain
