@@ -189,9 +189,22 @@ class Basis:
 
 
 def differing_key(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The first entry by which two architectures (see `weights.sources.architecture_of`) differ; the vocabulary may, because fine-tuning can add tokens."""
+    """The first entry by which two architectures (see `weights.sources.architecture_of`) differ; the vocabulary may, because fine-tuning can add tokens.
+
+    The text part of an image-and-text model is of its type where transformers loads that part alone, as `cora merge` writes it.
+    """
     common = sorted(one.keys() & other.keys() - {"vocab_size"})
-    return next((key for key in common if one[key] != other[key]), None)
+    found = (key for key in common if one[key] != other[key])
+    return next((key for key in found if key != "model_type" or _loaded_type(one[key]) != _loaded_type(other[key])), None)
+
+
+def _loaded_type(model_type: str) -> str:
+    """The type of what transformers loads as a causal model from a configuration of a type: of some image-and-text models the text part alone."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM  # which takes longer than all else here
+
+    known = model_type in CONFIG_MAPPING
+    loaded = AutoModelForCausalLM._model_mapping.get(CONFIG_MAPPING[model_type], None) if known else None
+    return str(getattr(getattr(loaded, "config_class", None), "model_type", model_type))
 
 
 class StandInBasis(Basis):

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cora_cli import __version__, hashing
-from cora_cli.basis.artifact import Basis, read_basis, write_basis
+from cora_cli.basis.artifact import Basis, differing_key, read_basis, write_basis
 from cora_cli.basis.choices import BasisChoices
 from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
@@ -127,6 +127,15 @@ def test_a_module_gets_the_first_directions_of_its_group(basis):
 def test_a_module_that_the_basis_cannot_serve_is_refused(basis, arguments, said):
     with pytest.raises(CoraError, match=said):
         basis.for_module(*arguments)
+
+
+def test_the_text_part_that_is_loaded_of_an_image_model_has_its_architecture():
+    assert differing_key({"model_type": "llama4", "hidden_size": 16}, {"model_type": "llama4_text", "hidden_size": 16}) is None
+    assert differing_key({"model_type": "llama4"}, {"model_type": "qwen3_5_text"}) == "model_type"
+
+
+def test_an_image_model_that_is_loaded_complete_has_another_architecture_than_its_text_part_alone():
+    assert differing_key({"model_type": "gemma3"}, {"model_type": "gemma3_text"}) == "model_type"
 
 
 def test_a_model_of_the_same_architecture_passes_with_any_vocabulary(basis):
