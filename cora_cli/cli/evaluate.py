@@ -14,7 +14,7 @@ from cora_cli.render.table import Cell, number, p_value_text, table_text, with_i
 from cora_cli.terminal import columns, show
 
 if TYPE_CHECKING:
-    from cora_cli.evaluation.evaluate import Evaluation
+    from cora_cli.evaluation.scoring import Evaluation
 
 DIGITS = {"sacrebleu": 2}
 
@@ -131,7 +131,7 @@ def metrics_table(results: "list[Evaluation]", width: int | None = None) -> str:
 
 def differences_table(results: "list[Evaluation]", width: int | None = None) -> str:
     """Each later evaluation minus the first, paired over the same records; one row per evaluation."""
-    from cora_cli.evaluation.evaluate import paired_differences
+    from cora_cli.evaluation.scoring import paired_differences
 
     names = list(results[0].record["metrics"])
     rows = []

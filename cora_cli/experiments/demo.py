@@ -14,7 +14,8 @@ from cora_cli.basis.choices import BasisChoices
 from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import EvaluateConfig
-from cora_cli.evaluation.evaluate import Evaluation, evaluate, paired_differences
+from cora_cli.evaluation.evaluate import evaluate
+from cora_cli.evaluation.scoring import Evaluation, paired_differences
 from cora_cli.experiments.tasks import LEARNING_RATE, TASK_BATCH, TASK_EVAL_LIMIT, TASK_RANK, TASK_STEPS, TASKS
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.lock import own_directory, own_output

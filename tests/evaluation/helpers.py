@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from cora_cli.evaluation.config import EvaluateConfig
-from cora_cli.evaluation.evaluate import Evaluation, evaluate
+from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.evaluation.generate import Request
+from cora_cli.evaluation.scoring import Evaluation
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 from cora_cli.training.config import TrainConfig

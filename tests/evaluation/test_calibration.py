@@ -12,9 +12,10 @@ from cora_cli.data.encode import Example
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation import evaluate as module
 from cora_cli.evaluation.config import EvaluateConfig
-from cora_cli.evaluation.evaluate import evaluate, paired_differences
+from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.evaluation.metrics import score_all
 from cora_cli.evaluation.reference_tokens import reference_tokens
+from cora_cli.evaluation.scoring import paired_differences
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.records import answers_hashes
 from cora_cli.reporting.report import report

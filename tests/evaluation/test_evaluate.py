@@ -22,8 +22,9 @@ from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation import backend
 from cora_cli.evaluation import evaluate as module
 from cora_cli.evaluation.config import EvaluateConfig
-from cora_cli.evaluation.evaluate import Evaluation, evaluate, paired_differences
+from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.evaluation.metrics import TEXT_NAMES
+from cora_cli.evaluation.scoring import Evaluation, paired_differences
 from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory

@@ -177,7 +177,7 @@ def test_an_evaluation_stays_whole_until_its_replacement_is_complete(
     if stage == "generation":
         monkeypatch.setattr(PooledDecoder, "answer", interrupted)
     else:
-        monkeypatch.setattr("cora_cli.evaluation.evaluate.score_all", unscored)
+        monkeypatch.setattr("cora_cli.evaluation.scoring.score_all", unscored)
     with pytest.raises(KeyboardInterrupt):
         evaluate_model(tiny_model, records, out, max_new_tokens=4, batch_size=1, overwrite=True)
     assert contents(out) == before

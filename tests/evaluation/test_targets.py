@@ -15,7 +15,8 @@ from cora_cli.cli.evaluate import metrics_table
 from cora_cli.data.records import is_among, prompt_hash
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation.config import EvaluateConfig
-from cora_cli.evaluation.evaluate import evaluate, paired_differences
+from cora_cli.evaluation.evaluate import evaluate
+from cora_cli.evaluation.scoring import paired_differences
 from cora_cli.evaluation.targets import find_targets, trained_prompts
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.models.references import resolve_model
