@@ -156,7 +156,7 @@ def transformers_engine(
     """`PooledDecoder` if it supports the model, else `BatchedGenerate`, with a line on stderr that says `why`.
 
     Both are checked with a few of the prompts. Where padding changes what a prompt gives alone, only prompts of one length are answered
-    together. `kinds` are checked in place of a `model` that averages models: one model of each kind.
+    together, and none where these change it too. `kinds` are checked in place of a `model` that averages models: one model of each kind.
     """
 
     def batches(one: Any) -> BatchedGenerate:
@@ -175,17 +175,23 @@ def transformers_engine(
         if fault is None:
             return PooledDecoder(model, prompts, ends, batch_size, max_new_tokens, sampling)
         why = f"there {fault}"
-    alike = ""
-    pairs = zip(agreements, checked, strict=True)
+    how = "batch at a time"
     if batch_size > 1 and not (
-        batched.pads and all(one.pads and not at.fault(partial(one.logits, at.probes)) for at, one in pairs)
+        batched.pads
+        and all(one.pads and not at.fault(partial(one.logits, at.probes)) for at, one in zip(agreements, checked, strict=True))
     ):
-        batched.pads, alike = False, " of prompts of one length, since padding changes its logits"
-    say(
-        f"using transformers' generate, one batch at a time{alike}: the faster pooled decoder does not support this model, "
-        f"because {why}"
-    )
+        batched.pads, how = False, f"{how} of prompts of one length, since padding changes its logits"
+        if not all(_keeps_apart(one, probes[:2]) for one in checked):
+            batched.alone, how = True, "prompt at a time, since others in its batch change its logits"
+    say(f"using transformers' generate, one {how}: the faster pooled decoder does not support this model, because {why}")
     return batched
+
+
+def _keeps_apart(one: "BatchedGenerate", probes: Sequence[Tokens]) -> bool:
+    """Whether prompts of one length, the ends of these, give together what each gives alone."""
+    length = min(map(len, probes))
+    agreement = Agreement(one.model, [probe[-length:] for probe in probes], one.logits)
+    return agreement.fault(partial(one.logits, agreement.probes)) is None
 
 
 def say_left_out(model: ModelPath) -> None:
@@ -284,7 +290,7 @@ def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
 class BatchedGenerate:
     """Decoding by transformers' `generate`, one batch at a time. It supports every causal model.
 
-    Prompts that go together are padded on the left, or have one length where `pads` is off. They never are on both sides of a length at
+    Prompts that go together are padded on the left, or have one length where `pads` is off; none do where `alone` is on. They never are on both sides of a length at
     which the rotary embedding of all of them changes; those that cross it while they are answered have one length.
     """
 
@@ -301,7 +307,7 @@ class BatchedGenerate:
     ) -> None:
         self._sampling = sampling
         self.model, self._ends, self.wave, self._new = model, ends, batch_size, max_new_tokens
-        self.pads = not depends_on_batch(model.config)
+        self.pads, self.alone = not depends_on_batch(model.config), False
         self._switch = rope_switch(model.config)
         # Only ever behind the mask, so any id will do that has an embedding row; that of a tokenizer may have none, or be missing.
         self._pad = pad if pad is not None and pad < model.get_input_embeddings().weight.shape[0] else 0
@@ -333,6 +339,8 @@ class BatchedGenerate:
 
     def _batches(self, wave: Sequence[Tokens]) -> list[list[int]]:
         """The indices of prompts that go together."""
+        if self.alone:
+            return [[index] for index in range(len(wave))]
         batches: dict[int, list[int]] = {}
         for index, prompt in enumerate(wave):
             apart = not self.pads

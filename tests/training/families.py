@@ -302,10 +302,10 @@ def _examples() -> list[Example]:
 
 
 def _prompts() -> list[list[int]]:
-    """Prompts, longest first, of which three begin alike, on both sides of every window and length; one crosses a length."""
+    """Prompts, longest first, of which three begin alike and two are of one length, on both sides of every window and length; one crosses a length."""
     generator = torch.Generator().manual_seed(1)
     stem = _random(40, generator)
-    lengths = ((70, 0), (60, 40), (55, 40), (48, 40), (38, 0), (30, 0), (12, 0), (7, 0))
+    lengths = ((70, 0), (60, 40), (55, 40), (48, 40), (38, 0), (30, 0), (30, 0), (12, 0), (7, 0))
     return [stem[:shared] + _random(length - shared, generator) for length, shared in lengths]
 
 
@@ -340,7 +340,7 @@ def _answers(model: Any, prompts: Sequence[list[int]]) -> tuple[list[list[int]],
     with contextlib.redirect_stderr(said):
         engine = transformers_engine(model, _Tokenizer, [END], prompts, 4, NEW)
     waves = [prompts[start : start + engine.wave] for start in range(0, len(prompts), engine.wave)]
-    name = f"{engine.name}, one length" if "of one length" in said.getvalue() else engine.name
+    name = next((f"{engine.name}, {how}" for how in ("one length", "one prompt") if how in said.getvalue()), engine.name)
     return [answer for wave in waves for answer in engine.answer(wave, lambda: None)], name
 
 
