@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -376,6 +377,19 @@ def test_invalid_requests_are_one_line(
     assert result.stderr.splitlines()[-1].startswith("cora: error: ")
     assert filled(message) in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_an_adapter_that_also_holds_an_embedding_keeps_it_where_all_its_factors_are_replaced(
+    plant: Plant, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=RANK, target_modules=list(KINDS), init_lora_weights=False)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(plant.base), config)
+    embedding: Any = model.get_input_embeddings()
+    embedding.weight.data *= 1.5
+    model.save_pretrained(tmp_path / "own", save_embedding_layers=True)
+    other = write_adapter(plant.base, tmp_path / "other", plant.own())
+    found = inspected(tmp_path / "own", other, "--base", plant.base, "--data", f"own={plant.data}")
+    assert function_of(found, "own")[ITSELF]["loss"] == pytest.approx(loss_of(model.eval(), plant.examples), rel=1e-5)
 
 
 def test_a_run_lends_its_records_to_a_model_that_was_made_of_it(
