@@ -233,7 +233,12 @@ def _tokens_if_known(text: str, tokenizer: Any) -> list[int]:
 
 def _start_tokens(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer adds before a text, found by locating a text that it knows in its output."""
-    known = (text for text in ("a", *sorted({*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens})))
-    shown, text = next((shown, text) for shown in known if (text := _tokens_if_known(shown, tokenizer)))
-    full = list(tokenizer(shown)["input_ids"])
+    shown = "a"
+    if not _tokens_if_known(shown, tokenizer):  # a look through the vocabulary is slow, and this is called for every record
+        shown = next(
+            text
+            for text in sorted({*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens})
+            if _tokens_if_known(text, tokenizer)
+        )
+    text, full = _tokens(shown, tokenizer), list(tokenizer(shown)["input_ids"])
     return next(full[:start] for start in range(len(full)) if full[start : start + len(text)] == text)

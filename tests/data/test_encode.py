@@ -204,6 +204,15 @@ def test_the_start_token_is_found_without_the_letter_a(refuses):
     assert split_tokens(Rendered("GAT", "TACA", special_tokens=True), tokenizer) == ([1, 4, 2, 5], [5, 2, 3, 2, 0])
 
 
+def test_the_vocabulary_is_not_gone_through_for_each_record_of_a_tokenizer_that_knows_the_letter_a(monkeypatch):
+    tokenizer = make_tokenizer("bos")
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda _: pytest.fail("sorting a large vocabulary takes 0.1 s"))
+    assert (
+        encode_prompt(Rendered("a", "b", special_tokens=True), tokenizer)[1:]
+        == tokenizer("a", add_special_tokens=False)["input_ids"]
+    )
+
+
 def test_text_that_the_tokenizer_leaves_out_is_counted():
     inner = Tokenizer(models.BPE(vocab={"</s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}, merges=[]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
