@@ -13,8 +13,8 @@ from cora_cli.data.records import Record, place_of
 from cora_cli.data.templates import Rendered, Template, left_out_notice
 from cora_cli.errors import CoraError, reason
 
-_KNOWN_TO_NONE = "\U0010fffd"
-"""A character without meaning: a tokenizer that makes no token of it leaves out what it does not know."""
+_KNOWN_TO_NONE = "\U00010380"
+"""A letter of Ugaritic: a tokenizer that makes no token of it leaves out what it does not know. Normalizers keep it, unlike a character without meaning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,13 +143,13 @@ def has_unknown(ids: Sequence[int], text: str, tokenizer: Any) -> bool:
     others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in others and tokenizer.unk_token_id in ids:
         return True
-    if _tokens_if_known(_KNOWN_TO_NONE, tokenizer) or not tokenizer.is_fast:
+    if not tokenizer.is_fast or not _leaves_out(_KNOWN_TO_NONE, tokenizer):
         return False
     for token in tokenizer.get_added_vocab():
         text = text.replace(token, " ")
     normalizer = tokenizer.backend_tokenizer.normalizer
     letters = {*(normalizer.normalize_str(text) if normalizer else text)}
-    return any(not letter.isspace() and not _tokens_if_known(letter, tokenizer) for letter in letters)
+    return any(not letter.isspace() and _leaves_out(letter, tokenizer) for letter in letters)
 
 
 def unknown_notice(count: int) -> str:
@@ -229,6 +229,13 @@ def _tokens_if_known(text: str, tokenizer: Any) -> list[int]:
     with contextlib.suppress(CoraError):
         return _tokens(text, tokenizer)
     return []
+
+
+def _leaves_out(text: str, tokenizer: Any) -> bool:
+    """Whether the tokenizer makes no token of a text. One that refuses a part of a word may know the word, and loses nothing."""
+    with contextlib.suppress(CoraError):
+        return not _tokens(text, tokenizer)
+    return False
 
 
 def _start_tokens(tokenizer: Any) -> list[int]:

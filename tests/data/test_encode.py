@@ -224,6 +224,13 @@ def test_text_that_the_tokenizer_leaves_out_is_counted():
     )
 
 
+def test_words_whose_letters_alone_are_refused_are_known():
+    inner = Tokenizer(models.WordLevel({"</s>": 0, "left": 1, "right": 2}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = Template("plain", "prompt", PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>"))
+    assert encode_records(prompt_records(("left ", "right")), template, 100, "training").unknown == 0
+
+
 @pytest.mark.parametrize(("prompt", "response"), [("a ", "b c"), ("a", "b"), ("a  ", " b"), ("a ", "\nb")])
 def test_a_response_gets_no_space_of_the_tokenizer_where_it_is_tokenized_on_its_own(prompt, response):
     letters = {text: index for index, text in enumerate(["</s>", "▁", "\n", "a", "b", "c", "▁b", "ab", "▁▁"])}
