@@ -95,7 +95,8 @@ def _text(path: Path) -> str:
             content = expand(content)
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
             raise CoraError(f"{path} cannot be decompressed: {error}") from error
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    # The mark of UTF-32 begins as one of UTF-16 does.
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and not content.startswith(codecs.BOM_UTF32_LE):
         try:
             return content.decode("utf-16")
         except UnicodeDecodeError as error:

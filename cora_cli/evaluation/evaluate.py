@@ -5,6 +5,7 @@ This module reuses complete predictions; `targets` finds models and records, `ba
 """
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 from collections import Counter
@@ -338,7 +339,11 @@ def _answer(
         for place, (prompt, text, reference, own) in enumerate(zip(prompts, rendered, references, columns, strict=True))
         for stream in streams(place, config.temperature, config.samples)
     ]
-    own = zip(requests[:: config.samples], rendered, strict=True)
+    # Without the end alone, whatever follows it.
+    own = [
+        (request, dataclasses.replace(text, closing=None))
+        for request, text in zip(requests[:: config.samples], rendered, strict=True)
+    ]
     if lost := sum(not gives_back(tokenizer, request, split_tokens(text, tokenizer)[1][:-1]) for request, text in own):
         say(
             f"{target.dataset} has {len(records)} records, {lost} with a reference that the tokenizer changes, such as by lower case, so that no "

@@ -248,6 +248,11 @@ def test_a_text_file_may_begin_with_the_mark_of_its_encoding(name, content, mark
         assert f"{name} begins as UTF-16 text, but is none: truncated data; save it as UTF-8" in failure(tmp_path / name)
 
 
+def test_text_in_utf_32_is_not_taken_for_utf_16(tmp_path):
+    (tmp_path / "a.csv").write_bytes("prompt,completion\na,b\n".encode("utf-32"))
+    assert "is not UTF-8 text (byte 0x" in failure(tmp_path / "a.csv")
+
+
 @pytest.mark.parametrize("table", [{"prompt": {"0": "a"}, "completion": {"0": "b"}}, {"prompt": ["a"], "completion": ["b"]}])
 def test_a_table_by_columns_is_refused_with_the_way_to_write_one_by_rows(table, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(table))

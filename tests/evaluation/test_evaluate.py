@@ -59,6 +59,26 @@ def test_references_that_the_tokenizer_changes_are_counted(
         file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": {"type": "Lowercase"}}))
 
 
+def test_references_that_two_end_tokens_follow_are_not_said_to_be_changed(
+    tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"})
+    )
+    tokens = json.loads((model / "tokenizer.json").read_text())
+    for token in tokens["added_tokens"]:
+        token["special"] &= token["content"] != "<|im_end|>"
+    (model / "tokenizer.json").write_text(json.dumps(tokens))
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|><|endoftext|>{% endfor %}"
+    )
+    (tmp_path / "d.jsonl").write_text(json.dumps({"instruction": "Which city?", "output": "Paris"}))
+    evaluate_model(model, tmp_path / "d.jsonl", tmp_path / "out")
+    assert "that the tokenizer changes" not in capfd.readouterr().err
+
+
 def test_the_default_place_is_eval_in_the_run_directory(run: Path) -> None:
     evaluate_run(run)
     assert {path.name for path in (run / "eval").iterdir()} == {
