@@ -94,7 +94,7 @@ def _is_close(one: float | None, other: float) -> bool:
 def read_evaluation(
     evaluation: EvaluationDirectory, wanted: tuple[str, ...] | None
 ) -> tuple[dict[str, Measure], dict[str, Any], str]:
-    """Measures by metric, the generation settings with a hash of the prompts, how many of them are repeated, the number and the `shortcomings` of the answers, a hash of the references
+    """Measures by metric, the generation settings with a hash of the prompts, how many of them are repeated, the number and the `shortcomings` of the answers, a hash of the records
     whatever their order and the metrics that are `left_out`, and a hash of the reference answers.
 
     `wanted` restricts the metrics. Raises `CoraError` if a file is damaged or does not give the values in `metrics.json`.
@@ -135,7 +135,10 @@ def read_evaluation(
     references = [line["reference"] for line in lines]
     prompts = [line.get("prompt") for line in lines]
     known: dict[str, Any] = {"answers": len(lines), "shortcomings": count_shortcomings(lines)}
-    known["unordered_sha256"] = hashing.sha256_json(sorted(references))
+    # Answers that are a few labels occur as often in other records.
+    known["unordered_sha256"] = hashing.sha256_json(
+        sorted(hashing.sha256_json(pair) for pair in zip(prompts, references, strict=True))
+    )
     known["left_out"] = [name for name in NAMES if wanted and name in record["metrics"] and name not in wanted]
     if None not in prompts:  # another program's answers may have none
         known["prompts_sha256"] = hashing.sha256_json(prompts)

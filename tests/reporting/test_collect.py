@@ -261,6 +261,15 @@ def test_rows_that_have_equal_records_in_another_order_are_refused_as_such(tmp_p
         collect(experiment)
 
 
+def test_other_records_with_equal_references_are_not_said_to_be_in_another_order(tmp_path):
+    for name, labels in (("a", ("yes", "no")), ("b", ("no", "yes"))):
+        lines = [{"prompt": f"{name} {label}", "reference": label, "prediction": "yes"} for label in labels]
+        write_scored(tmp_path / name, lines, {"format": 1, "name": name, "generation": {}})
+    (experiment,) = find_experiments([str(tmp_path)])
+    with pytest.raises(CoraError, match="were evaluated on different records"):
+        collect(experiment)
+
+
 def test_repeated_prompts_that_are_lists_of_messages_are_counted(tmp_path):
     talk = [{"role": "user", "content": "Name a river."}]
     lines = [{"prompt": talk, "reference": f"answer {n}", "prediction": "answer 1"} for n in range(4)]
