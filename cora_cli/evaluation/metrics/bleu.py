@@ -13,8 +13,6 @@ from sacrebleu.metrics.bleu import BLEU
 from cora_cli.evaluation.metrics.base import Floats, Metric, check_texts, format_signature, has_no_spaces
 
 ORDER = 4
-_DIVIDING = ("zh", "char")
-"""The tokenizers that divide what has no spaces: Chinese characters, or all."""
 
 
 class SacreBleu(Metric):
@@ -55,7 +53,8 @@ class SacreBleu(Metric):
         the tokenizer does not divide."""
         if not self.statistics(references, references)[:, -1].any():
             return len(references)
-        return 0 if self._tokenize in _DIVIDING else sum(map(has_no_spaces, references))
+        # `zh` divides Chinese characters alone, `char` all.
+        return sum(has_no_spaces(self._sentence.tokenizer(reference)) for reference in references)
 
     def signature(self) -> str:
         """The signature that `sacrebleu` itself prints for the corpus value."""
