@@ -144,9 +144,9 @@ def package_behind(error: BaseException) -> str | None:
     frames = [frame for frame, _ in traceback.walk_tb(first.__traceback__) if frame.f_code.co_name == "<module>"]
     missing = first.name if isinstance(first, ModuleNotFoundError) else None
     if not frames and not missing:  # PEFT refuses versions of a package where it would use it
-        return f"a package does not fit the others ({said})" if isinstance(first, ImportError) else None
-    package = (missing or str(frames[-1].f_globals.get("__name__"))).partition(".")[0]
-    if package in ("__main__", "cora_cli", "transformers_modules"):
+        return f"a package is missing or does not fit the others ({said})" if isinstance(first, ImportError) else None
+    package = (missing or str(frames[-1].f_globals.get("__name__", ""))).partition(".")[0]
+    if package in ("", "__main__", "cora_cli", "transformers_modules"):
         return None
     return f"the package {package} cannot be imported ({said})"
 
