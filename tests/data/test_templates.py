@@ -169,6 +169,17 @@ def test_an_end_token_that_closes_every_turn_is_trained_but_not_one_at_the_end_o
     assert Template("chat", "messages", tokenizer).ends == set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
 
 
+def test_an_answer_that_ends_by_the_closing_token_alone_has_it_once():
+    tokenizer = with_template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if '<bye>' not in m.content %}<|im_end|>{% endif %}<|endoftext|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    for content, ended in (("1", "1<|im_end|><|endoftext|>"), ("1<bye>", "1<bye><|endoftext|>")):
+        records = [{"messages": [QUESTION, {"role": "assistant", "content": content}]}]
+        (example,) = encode_records(records, Template("chat", "messages", tokenizer), 100, "training").examples
+        assert tokenizer.decode(example.input_ids[example.prompt_length :]) == ended
+
+
 def test_tools_documents_and_template_arguments_reach_the_template():
     tokenizer = with_template(TOOLS + "{{ documents }}{{ style }}" + CHATML)
     record = {**TALK, "tools": [{"name": "clock"}], "documents": [{"text": "d"}], "chat_template_kwargs": {"style": "terse"}}
