@@ -42,7 +42,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     unmapped = isinstance(error, ImportError) and "failed to map segment" in str(error)
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or unmapped or "can't allocate memory" in str(error)
+    return named or unmapped or any(words in str(error) for words in ("can't allocate memory", "Cannot allocate memory"))
 
 
 def is_lost_process(error: BaseException) -> bool:

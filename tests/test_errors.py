@@ -23,6 +23,9 @@ def test_a_refused_pickle_is_not_described_in_words_that_advise_to_open_it(tmp_p
 
 def test_a_library_for_which_there_is_no_room_means_too_little_memory():
     assert is_out_of_memory(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
+    assert is_out_of_memory(
+        RuntimeError("unable to mmap 120001485 bytes from file </m/model.bin>: Cannot allocate memory (12)")
+    )
     assert not is_out_of_memory(ImportError("libtorch_cpu.so: cannot open shared object file"))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cora_cli.errors import CoraError, reason
+from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.references import ModelPath
 from cora_cli.reading import refuse_pointer
 
@@ -172,6 +172,8 @@ def _read_errors(file: Path) -> Iterator[None]:
     except CoraError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         file.open("rb").close()  # safetensors says of a file that may not be read that there is none
         refuse_pointer(file)
         if file.suffix == ".safetensors":

@@ -87,6 +87,27 @@ class _Evil:
         return (Path.touch, (self.target,))
 
 
+@pytest.mark.parametrize(
+    ("name", "reads", "error"),
+    [
+        ("model.safetensors", "cora_cli.models.checkpoint.safe_open", MemoryError("Cannot allocate memory (os error 12)")),
+        ("pytorch_model.bin", "torch.load", RuntimeError("unable to mmap 9 bytes from file <w>: Cannot allocate memory (12)")),
+    ],
+)
+def test_a_file_for_which_there_is_no_memory_is_not_called_damaged(name, reads, error, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save = save_file if name.endswith("safetensors") else torch.save
+    save({"w": torch.zeros(2, 2)}, folder / name)
+
+    def none_left(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(reads, none_left)
+    with pytest.raises(type(error), match="Cannot allocate memory"):
+        Checkpoint(local(folder))
+
+
 @pytest.mark.parametrize("form", ["zip", "bare pickle"])
 def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(tmp_path, form):
     trap = tmp_path / "trap"
