@@ -21,7 +21,7 @@ from cora_cli.models.fused import join_projections
 from cora_cli.models.loading import load_model, load_tokenizer, save_model, save_tokenizer, stored_types
 from cora_cli.models.quantized import PLAIN_COPY, is_held_quantized
 from cora_cli.models.references import ModelPath
-from cora_cli.models.trained_on import carry_record, say_other_weights, trained_on
+from cora_cli.models.trained_on import carry_record, say_other_tokenizer, say_other_weights, trained_on
 from cora_cli.progress import say
 from cora_cli.settings import TemplateName
 
@@ -65,6 +65,7 @@ def merge_adapter(
         say_other_base(adapter, base)
     say_mean(adapter)
     say_other_weights(adapter)
+    say_other_tokenizer(adapter, base)
     tokenizer = None
     if adapter.has_tokenizer or base.vocabulary_files():
         tokenizer = load_tokenizer(adapter if adapter.has_tokenizer else base, trust_remote_code, adapter)

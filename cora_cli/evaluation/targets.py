@@ -21,7 +21,7 @@ from cora_cli.errors import CoraError
 from cora_cli.evaluation.config import DEFAULT_DRAWS, EvaluateConfig, check_run
 from cora_cli.models.loading import load_tokenizer
 from cora_cli.models.references import ModelPath, absolute, resolve_base, resolve_model
-from cora_cli.models.trained_on import say_unrecorded, trained_on
+from cora_cli.models.trained_on import say_other_tokenizer, say_unrecorded, trained_on
 from cora_cli.progress import say
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 from cora_cli.settings import TemplateName
@@ -208,12 +208,6 @@ def _targets_of_run(config: EvaluateConfig, name: str) -> tuple[Target, Target |
         check_test_records(run, record)
     base, adapter = _base_and_adapter(config, resolve_model(name))
     template = record["data"]["template"] if config.template == "auto" else config.template
-    trained_with = record["fingerprint"].get("tokenizer_sha256")
-    if trained_with is not None and adapter is not None and not adapter.has_tokenizer and base.text_hash() != trained_with:
-        say(
-            f"the tokenizer of {base.reference}, or its chat template, is not the one that {name} was trained with, so its prompts and answers "
-            "may be others; restore it, or train again"
-        )
     dataset, root, base_root = config.dataset or str(run.test_records), run.evaluation, run.base_evaluation
     if config.output_dir:
         place = Path(config.output_dir)
@@ -267,7 +261,9 @@ def check_test_records(run: RunDirectory, record: dict[str, Any]) -> None:
 def _base_and_adapter(config: EvaluateConfig, model: ModelPath) -> tuple[ModelPath, ModelPath | None]:
     """The base model, and the adapter if `model` is one. Raises `CoraError` for `--base` with a complete model."""
     if model.is_adapter:
-        return resolve_base(config.base, not config.dry_run) or base_of(model, not config.dry_run), model
+        base = resolve_base(config.base, not config.dry_run) or base_of(model, not config.dry_run)
+        say_other_tokenizer(model, base)
+        return base, model
     if config.base and not config.with_base:
         raise CoraError(f"{model.reference} is a complete model, which has no base; leave out --base")
     return model, None

@@ -83,6 +83,19 @@ def say_other_weights(adapter: ModelPath) -> None:
         )
 
 
+def say_other_tokenizer(adapter: ModelPath, base: ModelPath) -> None:
+    """Say so where the tokenizer or chat template of `base` is no longer the one with which a run trained `adapter`, which has none of its own."""
+    run = run_of(adapter)
+    if run is None or adapter.has_tokenizer:
+        return
+    then = read_run(run)["fingerprint"].get("tokenizer_sha256")
+    if then is not None and base.text_hash() != then:
+        say(
+            f"the tokenizer of {base.reference}, or its chat template, is not the one that {adapter.reference} was trained with, so its prompts and "
+            "answers may be others; restore it, or train again"
+        )
+
+
 def _is_of_cora(model: ModelPath) -> bool:
     card = model.path / rundir.CARD
     return (model.path / "cora.json").exists() or (card.is_file() and _TRAINED_BY.search(card.read_bytes()) is not None)

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from cora_cli import writing
+from cora_cli.adapters.merge import merge_adapter
 from cora_cli.errors import CoraError, UsageError
 from cora_cli.evaluation import backend
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.decode import PooledDecoder
 from cora_cli.evaluation.evaluate import evaluate
 from cora_cli.evaluation.targets import find_targets
+from cora_cli.models.references import resolve_model
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory
 
@@ -296,10 +298,15 @@ def test_a_chat_template_that_changed_after_the_training_is_said(
 ) -> None:
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     run = make_run(model, tiny_data, tmp_path / "run", mode="lora", rank=8)
-    said = f"the tokenizer of {model}, or its chat template, is not the one that {run} was trained with"
+    said = f"the tokenizer of {model}, or its chat template, is not the one that {{}} was trained with"
     find_targets(EvaluateConfig(runs=(str(run),)))
-    assert said not in capsys.readouterr().err
+    assert said.format(run) not in capsys.readouterr().err
     template = model / "chat_template.jinja"
     template.write_text("Answer. " + template.read_text())
     find_targets(EvaluateConfig(runs=(str(run),)))
-    assert said in capsys.readouterr().err
+    assert said.format(run) in capsys.readouterr().err
+    adapter = str(run / "adapter")
+    find_targets(EvaluateConfig(model=adapter, dataset=str(tiny_data), output_dir=str(tmp_path / "out")))
+    assert said.format(adapter) in capsys.readouterr().err
+    merge_adapter(resolve_model(str(run)), tmp_path / "merged")
+    assert said.format(run) in capsys.readouterr().err
