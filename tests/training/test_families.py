@@ -3,9 +3,19 @@
 `make test` takes one or two families of each kind; `make test-slow` takes all of them.
 """
 
-import pytest
+import shutil
+from pathlib import Path
 
-from .families import FAMILIES, measure
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
+
+from cora_cli.rundir import RunDirectory
+from cora_cli.training.assemble import assemble
+from cora_cli.training.prepare import prepare, training_arguments
+
+from .families import FAMILIES, build, measure
+from .helpers import config_for
 
 REPRESENTATIVES = frozenset(
     {
@@ -14,7 +24,7 @@ REPRESENTATIVES = frozenset(
         *("bert", "phi3-longrope"),  # positions or embeddings that depend on the row
         *("bloom", "gptj", "mamba"),  # which compute attention by themselves
         *("gpt2", "falcon"),  # whose linear layers are of classes of their own
-        *("bart",),  # whose answers depend on padding
+        *("bart", "rwkv"),  # whose answers depend on padding, or on any other prompt in the batch
     }
 )
 
@@ -31,3 +41,16 @@ def test_losses_answers_and_merged_weights_are_those_of_single_examples(family: 
 
 def test_the_representatives_are_families() -> None:
     assert set(FAMILIES) >= REPRESENTATIVES
+
+
+def test_a_run_routes_as_its_evaluation_does(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")))
+    settings = build("phimoe")
+    settings.vocab_size = len(AutoTokenizer.from_pretrained(model))
+    AutoModelForCausalLM.from_config(settings).save_pretrained(model)
+    config, run = config_for(model, tiny_data, tmp_path / "run"), RunDirectory(tmp_path / "run")
+    prepared = prepare(config)
+    trained, *_ = assemble(config, prepared, training_arguments(config, prepared, run), run)
+    routers = [module for module in trained.train().modules() if isinstance(module, PhimoeTopKRouter)]
+    assert [router.training for router in routers] == [False] * settings.num_hidden_layers
+    assert all(router.router_jitter_noise > 0 for router in routers)
