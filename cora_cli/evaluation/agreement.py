@@ -22,10 +22,13 @@ TOLERANCES = {torch.float32: 1e-4, None: 5e-2}
 
 
 def make_probes(prompts: Sequence[Tokens], limits: set[int]) -> list[list[int]]:
-    """Beginnings of prompts: a short one, a longer one, one that shares a prefix with it, and one beyond each limit that is reached."""
+    """Beginnings of prompts: a short one, a longer one, one that shares a prefix with it, and two beyond each limit that is reached.
+
+    Of these two, the shorter one is padded.
+    """
     by_length = sorted(map(list, prompts), key=len)
     shortest, longest = by_length[0], by_length[-1]
-    beyond = [longest[: limit + 16] for limit in sorted(limits) if limit < len(longest)]
+    beyond = [longest[: limit + more] for limit in sorted(limits) if limit < len(longest) for more in (16, 1)]
     # None is longer than the longest prompt, so that all fit the model's context.
     return [longest[:64], shortest[:8], (longest[:40] + shortest[:8])[: len(longest)], *beyond]
 

@@ -16,8 +16,11 @@ NOISE = ("drop", "jitter")
 """Parts of the names of settings that make a model in training random."""
 _ROUTING = ("phimoe", "router_jitter_noise")
 """A family and its setting that is named like noise and decides, in evaluation too, which experts share a token; see `route_as_evaluated`."""
-WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention", "attention_window")
-"""Names of settings beyond whose value, in tokens, a token no longer attends to the first one."""
+WINDOWS = (
+    *("sliding_window", "sliding_window_size", "window_size", "attention_chunk_size", "local_attention"),
+    *("attention_window", "attention_window_size", "index_topk"),
+)
+"""Names of settings beyond whose value, in tokens, a token no longer attends to the first one, or not to all."""
 
 
 def load_configuration(model: ModelPath, trust_remote_code: bool = False) -> Any:
@@ -131,6 +134,20 @@ def _stay_evaluated(module: torch.nn.Module, mode: bool = True) -> torch.nn.Modu
     return type(module).train(module, False)
 
 
+def keep_scales(model: torch.nn.Module) -> None:
+    """Let RWKV's layers keep their weights, which it would divide by powers of two in evaluation.
+
+    What an adapter adds to a layer would not be divided, so that an adapted model would be another one than in training or merged.
+    """
+    for module in model.modules():
+        if hasattr(module, "_rescale_layers"):
+            module._rescale_layers = _keep  # type: ignore[assignment]
+
+
+def _keep() -> None:
+    """Divide nothing."""
+
+
 def balances_experts(stated: Mapping[str, Any]) -> bool:
     """Whether a `config.json` asks for a loss on the routing of experts, which transformers adds to that of the tokens."""
     return any(bool(part.get("output_router_logits")) for part in (stated, stated.get("text_config")) if isinstance(part, dict))
@@ -140,6 +157,7 @@ def length_limits(config: Any) -> set[int]:
     """The lengths in tokens at which a model's attention or positions change."""
     decoder = config.get_text_config(decoder=True)
     limits = {value for part in parts_of(decoder) for name in WINDOWS if type(value := getattr(part, name, None)) is int}
+    limits |= set((getattr(decoder, "compress_rates", None) or {}).values())  # tokens to a key that stands for all of them
     switch = rope_switch(config)
     return {limit for limit in limits if limit > 0} | ({switch} if switch is not None else set())
 

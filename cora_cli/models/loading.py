@@ -19,7 +19,7 @@ from cora_cli import writing
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.causality import require_causal
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
-from cora_cli.models.configuration import load_configuration
+from cora_cli.models.configuration import keep_scales, load_configuration
 from cora_cli.models.quantized import (
     PLAIN_COPY,
     ask_for_plain,
@@ -117,6 +117,7 @@ def load_model(
             "omit --load-in-4bit, or use a CUDA GPU" if four_bit else f"use a CUDA GPU, or {PLAIN_COPY}",
         )
     require_causal(loaded, model.reference)
+    keep_scales(loaded)
     _check_complete(model, checkpoint, loaded, report, quantized)
     for name, weight in loaded.named_parameters():
         # Others have their scales apart; so have torchao's tensors, whatever type they show.

@@ -335,3 +335,23 @@ def test_a_model_with_which_transformers_cannot_answer_is_refused_with_its_reaso
         match=r"^Qwen3_5ForCausalLM cannot answer prompts: transformers' generate ends in ValueError .*LinearAttention",
     ):
         transformers_engine(only_linear, Numbers(), [2], [[3, 4, 5]], 1, 2)
+
+
+def test_prompts_whose_keys_stand_for_many_tokens_are_answered_as_alone(capfd):
+    # 128 tokens have one key together, so padding beside them would change it; the longest prompt of a batch has none.
+    config = AutoConfig.for_model(
+        "deepseek_v4",
+        **{"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8},
+        **{"num_attention_heads": 4, "num_key_value_heads": 1, "q_lora_rank": 16, "index_head_dim": 8, "index_n_heads": 4},
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "sliding_window": 8},
+        layer_types=["heavily_compressed_attention"],
+        initializer_range=0.3,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = [torch.randint(3, 99, (length,)).tolist() for length in (180, 150, 20)]
+    engine = transformers_engine(model, Numbers(), [UNUSED], prompts, 3, 4)
+    assert "prompts of one length, since padding changes its logits" in capfd.readouterr().err
+    together = engine.answer(prompts, lambda: None)
+    assert together == [engine.answer([prompt], lambda: None)[0] for prompt in prompts]

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    DeepseekV4Config,
+    DeepseekV32Config,
     Gemma3Config,
     GPT2Config,
     LlamaConfig,
@@ -15,6 +17,7 @@ from transformers import (
     PhimoeConfig,
     RobertaConfig,
     RwkvConfig,
+    RwkvForCausalLM,
     WhisperConfig,
 )
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
@@ -59,6 +62,18 @@ def test_routers_whose_noise_is_a_threshold_of_evaluation_too_keep_it_and_draw_n
     assert (model.training, model[0].training) == (True, False)
 
 
+def test_the_layers_of_rwkv_keep_their_weights_in_evaluation(tmp_path: Path) -> None:
+    config = RwkvConfig(hidden_size=32, vocab_size=99, num_hidden_layers=3, context_length=32, rescale_every=1)
+    plain = RwkvForCausalLM(config)
+    plain.save_pretrained(tmp_path)
+    before = {name: weight.clone() for name, weight in plain.named_parameters()}
+    loaded = load_model(ModelPath("m", tmp_path, None), torch.float32, torch.device("cpu"), None)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, plain.train()(input_ids=ids).logits)
+    assert all(torch.equal(weight, before[name]) for name, weight in loaded.named_parameters())
+
+
 def test_a_loss_on_the_routing_of_experts_is_found(tmp_path: Path) -> None:
     assert balances_experts(stored(MixtralConfig(), tmp_path, output_router_logits=True).config())
     assert balances_experts({"text_config": {"output_router_logits": True}})
@@ -69,6 +84,8 @@ def test_lengths_at_which_attention_or_positions_change() -> None:
     assert length_limits(LlamaConfig()) == set()
     assert length_limits(MistralConfig(sliding_window=8)) == {8}
     assert length_limits(Gemma3Config(text_config={"sliding_window": 16})) == {16}
+    assert length_limits(DeepseekV32Config(index_topk=24)) == {24}
+    assert length_limits(DeepseekV4Config(sliding_window=8)) >= {8, 4, 128}
     assert length_limits(LlamaConfig(hidden_size=32, num_attention_heads=4, rope_parameters=LONGROPE)) == {40}
 
 
