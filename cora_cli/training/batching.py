@@ -20,6 +20,7 @@ from cora_cli.methods.parts.layers import transformers_model
 from cora_cli.models.causality import require_causal_pass
 from cora_cli.models.configuration import depends_on_batch, length_limits, rope_switch
 from cora_cli.models.precision import UNSUPPORTED, computing_in, forget_failed_pass, precisions
+from cora_cli.progress import say
 from cora_cli.training.attention import register_packed_attention
 from cora_cli.training.losses import response_losses, token_losses
 
@@ -49,11 +50,13 @@ class Batching:
         return f"{how} with the model's own attention ({self.attention}), because {self.reason}"
 
 
-def choose_batching(model: Any, packed: PackedAttention, examples: Sequence[Example], hardware: Hardware) -> Batching:
+def choose_batching(
+    model: Any, packed: PackedAttention, examples: Sequence[Example], hardware: Hardware, trains: bool = False
+) -> Batching:
     """Check packing, then padding, with probes from `examples`; what agrees is set in `model`, which has its own attention before.
 
-    `packed` is the attention for packed rows on this hardware. An adapter that the model may have takes no part. Raises `CoraError` for a model that computes no losses from token ids alone,
-    or that is not causal.
+    `packed` is the attention for packed rows on this hardware. An adapter that the model may have takes no part. With `trains`, its losses in training
+    are compared too. Raises `CoraError` for a model that computes no losses from token ids alone, or that is not causal.
     """
     inner = transformers_model(model)
     switch = rope_switch(inner.config)
@@ -65,6 +68,8 @@ def choose_batching(model: Any, packed: PackedAttention, examples: Sequence[Exam
     with torch.no_grad(), model.disable_adapter() if inner is not model else nullcontext():
         probes = make_probes(examples, length_limits(inner.config))
         check = _Check(model, probes, hardware)
+        if trains:
+            check.compare_training_mode()
         require_causal_pass(model, probes[-1].input_ids[:SHORT] if probes else ())
         apart = None
         if why := cannot_pack(inner) or check.packing_fault(packs, packed.name):
@@ -124,6 +129,25 @@ class _Check:
             else:
                 return
 
+    def compare_training_mode(self) -> None:
+        """Say where the short probes have other losses in training mode, as by noise of a model's own under a name that is not known here.
+
+        Raises `CoraError` for a model that computes none there.
+        """
+        short = [place for place, probe in enumerate(self._probes) if len(probe.input_ids) <= PROBE]
+        self._model.train()
+        try:
+            found = self._alone(short)
+        except _Unsupported as error:
+            raise CoraError(f"{type(self._inner).__name__} cannot be trained: in training, {error}") from error
+        finally:
+            self._model.eval()
+        if (worst := self._worst(found, short)) > TOLERANCES[self._dtype]:
+            say(
+                f"{type(self._inner).__name__} computes other losses in training than in evaluation (by {worst:.1e}), such as by noise of its own, so "
+                "that what it is trained for is not quite what it is evaluated by"
+            )
+
     def packing_fault(self, form: BatchForm, name: str) -> str | None:
         """Set the packed attention in the model, or return why its losses differ and leave the model's own.
 
@@ -177,11 +201,11 @@ class _Check:
             return None
         return f"{where} has other losses than single examples (by {worst:.1e})"
 
-    def _alone(self) -> list[torch.Tensor]:
-        """Losses of the last tokens of each probe alone, by the model as transformers calls it."""
+    def _alone(self, places: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Losses of the last tokens of each probe alone, or of those at some `places`, by the model as transformers calls it."""
         found = []
         with self._precision(self._dtype):
-            for probe in self._probes:
+            for probe in self._probes if places is None else [self._probes[place] for place in places]:
                 ids = torch.tensor([probe.input_ids], device=self._inner.device)
                 responses = len(probe.input_ids) - probe.prompt_length
                 kept = {"logits_to_keep": responses + 1} if self._keeps_logits else {}
@@ -203,10 +227,11 @@ class _Check:
             raise _Unsupported("it computes no logits of next tokens")
         return logits
 
-    def _worst(self, found: Sequence[torch.Tensor]) -> float:
-        """The largest mean difference of a probe's losses from the reference, relative to one more than their mean."""
+    def _worst(self, found: Sequence[torch.Tensor], places: Sequence[int] | None = None) -> float:
+        """The largest mean difference of a probe's losses, or of those at some `places`, from the reference, relative to one more than their mean."""
         worst = 0.0
-        for losses, wanted in zip(found, self._reference, strict=True):
+        reference = self._reference if places is None else [self._reference[place] for place in places]
+        for losses, wanted in zip(found, reference, strict=True):
             if wanted.isfinite().all():  # else the first loss of the run says so
                 difference = (losses - wanted).abs().mean() / (1 + wanted.abs().mean())
                 worst = max(worst, difference.nan_to_num(torch.inf).item())

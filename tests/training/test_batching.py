@@ -20,7 +20,7 @@ EXAMPLES = [Example(list(range(3, 3 + tokens)), 2) for tokens in (5, 40, 60)]
 def choose(family: str, examples: list[Example]) -> Batching:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(build(family)).eval()
-    return choose_batching(model, select_packed_attention("cpu"), examples, HARDWARE)
+    return choose_batching(model, select_packed_attention("cpu"), examples, HARDWARE, trains=True)
 
 
 def test_probes_lie_on_both_sides_of_every_limit_that_the_data_reach() -> None:
@@ -60,6 +60,34 @@ def test_a_class_that_computes_attention_by_itself_is_padded() -> None:
 
 def test_attention_that_depends_on_the_length_of_the_batch_gets_one_example_at_a_time() -> None:
     assert choose("big_bird", EXAMPLES).describe().startswith("one example at a time with the model's own attention (eager)")
+
+
+def test_other_losses_in_training_than_in_evaluation_are_said(capfd: pytest.CaptureFixture[str]) -> None:
+    choose("phimoe", EXAMPLES)  # whose routers a run sets, so that they draw no experts at random
+    assert "PhimoeForCausalLM computes other losses in training than in evaluation (by " in capfd.readouterr().err
+    choose("mixtral", EXAMPLES)
+    assert "in training" not in capfd.readouterr().err
+
+
+def test_a_model_that_computes_nothing_in_training_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(build("llama")).eval()
+    own = model.forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        if model.training:
+            raise ValueError("If training, the length has to be a multiple of 64")
+        return own(*arguments, **named)
+
+    model.forward = forward
+    message = (
+        r"LlamaForCausalLM cannot be trained: in training, its forward pass .* ends in ValueError \(If training, the length"
+    )
+    with pytest.raises(CoraError, match=message):
+        choose_batching(model, select_packed_attention("cpu"), EXAMPLES, HARDWARE, trains=True)
+    assert not model.training
+    assert (
+        choose_batching(model, select_packed_attention("cpu"), EXAMPLES, HARDWARE).form.kind == "padded"
+    )  # as it names no arguments
 
 
 def failing(error: Exception) -> Callable[..., Any]:
