@@ -1,7 +1,6 @@
 """Read a model's configuration, and what it says about dropout and sequence lengths under all the names that families use."""
 
 import json
-import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -124,14 +123,14 @@ def remove_dropout(config: Any) -> dict[str, float]:
 
 
 def route_as_evaluated(model: torch.nn.Module) -> None:
-    """Keep in evaluation mode the routers that would draw a token's experts at random in training, whatever mode the model is put in."""
+    """Let the routers that would draw a token's experts at random in training compute as in evaluation, whatever mode the model is put in."""
     for module in model.modules():
         if hasattr(module, _ROUTING[1]):
-            module.train = types.MethodType(_stay_evaluated, module)  # type: ignore[method-assign]
+            module.register_forward_pre_hook(_evaluate)
 
 
-def _stay_evaluated(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
-    return type(module).train(module, False)
+def _evaluate(module: torch.nn.Module, _: object) -> None:
+    module.eval()
 
 
 def keep_scales(model: torch.nn.Module) -> None:
@@ -139,9 +138,10 @@ def keep_scales(model: torch.nn.Module) -> None:
 
     What an adapter adds to a layer would not be divided, so that an adapted model would be another one than in training or merged.
     """
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if hasattr(module, "_rescale_layers"):
-            module._rescale_layers = _keep  # type: ignore[assignment]
+            module._rescale_layers = _keep
 
 
 def _keep() -> None:

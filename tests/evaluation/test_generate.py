@@ -338,7 +338,7 @@ def test_a_model_with_which_transformers_cannot_answer_is_refused_with_its_reaso
 
 
 def test_prompts_whose_keys_stand_for_many_tokens_are_answered_as_alone(capfd):
-    # 128 tokens have one key together, so padding beside them would change it; the longest prompt of a batch has none.
+    # 128 tokens have one key together, so padding among them would change it; the longest prompt of a batch has none.
     config = AutoConfig.for_model(
         "deepseek_v4",
         **{"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8},

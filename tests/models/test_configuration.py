@@ -56,10 +56,14 @@ def test_dropout_is_removed_under_every_name_and_in_nested_configurations() -> N
 def test_routers_whose_noise_is_a_threshold_of_evaluation_too_keep_it_and_draw_nothing() -> None:
     config = PhimoeConfig(input_jitter_noise=0.1)
     assert remove_dropout(config) == {"input_jitter_noise": 0.1}
-    model = torch.nn.ModuleList([PhimoeTopKRouter(config)])
-    route_as_evaluated(model)
-    model.train()
-    assert (model.training, model[0].training) == (True, False)
+    router = PhimoeTopKRouter(config).eval()
+    torch.nn.init.normal_(router.weight)
+    states = torch.randn(1, 50, config.hidden_size)
+    evaluated, drawn = router(states), router.train()(states)
+    assert not torch.equal(drawn[1], evaluated[1])
+    route_as_evaluated(torch.nn.ModuleList([router]))
+    for found, wanted in zip(router.train()(states), evaluated, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_the_layers_of_rwkv_keep_their_weights_in_evaluation(tmp_path: Path) -> None:
