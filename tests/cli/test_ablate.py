@@ -134,9 +134,8 @@ def test_a_dry_run_shows_what_is_done_and_writes_nothing(killed: Killed) -> None
     before = times(killed.out)
     result = run(killed.grid, "--output-dir", killed.out, "--device", "cpu", "--dry-run")
     assert result.exit_code == 0, result.stderr
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines() if line.startswith("|")
-    ]
+    rows, _ = result.stdout[result.stdout.index("| row") :].split("\n\n", 1)  # another table follows
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows.splitlines()]
     assert [(row[0], row[2], row[5]) for row in cells[2:]] == [
         (FB, f"{4 * 6 * 64:,}", "done"),
         (LORA, f"{4 * (6 * 64 + 2 * 128):,}", "done"),
