@@ -113,7 +113,7 @@ def test_ablate_draws_its_status_to_the_end_and_takes_control_c(workspace: Path)
     assert_clean(screen)
     code, screen = on_terminal(words, 80)
     assert code == 0, screen[-2000:]
-    assert "1 steps completed" in screen
+    assert "1 step completed" in screen
     assert_clean(screen)
 
 
