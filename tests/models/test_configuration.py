@@ -58,7 +58,7 @@ def test_routers_whose_noise_is_a_threshold_of_evaluation_too_keep_it_and_draw_n
     assert remove_dropout(config) == {"input_jitter_noise": 0.1}
     router = PhimoeTopKRouter(config).eval()
     torch.nn.init.normal_(router.weight)
-    states = torch.randn(1, 50, config.hidden_size)
+    states = torch.randn(1, 500, config.hidden_size)
     evaluated, drawn = router(states), router.train()(states)
     assert not torch.equal(drawn[1], evaluated[1])
     route_as_evaluated(torch.nn.ModuleList([router]))
