@@ -77,33 +77,59 @@ def target_linears(model: torch.nn.Module, target_modules: tuple[str, ...]) -> d
 
 
 def check_applied(model: Any, target_modules: tuple[str, ...], tokens: Sequence[int]) -> None:
-    """Raise `CoraError` for a target whose layers a forward pass over `tokens` never calls, as with Mamba's dt_proj: their weights are
-    applied in another way, which would leave out the adapter; and for a model that computes nothing from token ids alone. The model may have its
-    adapter already."""
-    called: set[str] = set()
+    """Pass `tokens` through `model` forward and backward, as in training with an adapter, whether it has its adapter already or not.
 
-    def note(name: str) -> Callable[..., None]:
-        return lambda *_: called.add(name)
+    Raises `CoraError` for a target whose layers the pass never calls, as with Mamba's dt_proj: their weights are applied in another way, which
+    would leave out the adapter; for one that no gradient reaches; and for a model that computes no logits from token ids alone.
+    """
+    called: dict[str, torch.Tensor | None] = {}
 
-    inner = transformers_model(model)
+    def tap(name: str) -> Callable[..., Any]:
+        def add_zero(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+            called[name] = None
+            if not isinstance(output, torch.Tensor):  # a router's
+                return output
+            zero = called[name] = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            return output + zero
+
+        return add_zero
+
+    inner, training = transformers_model(model), model.training
     names = target_linears(model, target_modules) if inner is model else [name for name, _ in adapted_layers(model)]
-    with contextlib.ExitStack() as hooks, torch.no_grad():
+    with contextlib.ExitStack() as undo, torch.enable_grad():
         for name in names:
-            hooks.callback(inner.get_submodule(name).register_forward_hook(note(name)).remove)
+            undo.callback(inner.get_submodule(name).register_forward_hook(tap(name)).remove)
+        # An adapter in the model has frozen the others, and those of a model that is divided among processes must not be changed.
+        for weight in [each for each in model.parameters() if each.requires_grad and inner is model]:
+            undo.callback(weight.requires_grad_(False).requires_grad_, True)
+        undo.callback(model.train, training)
+        model.train()
+        way = "forward"
         try:
-            model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False)
+            output = model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False)
+            if (logits := getattr(output, "logits", None)) is None:
+                raise CoraError(f"{type(inner).__name__} cannot be trained: it computes no logits of next tokens")
+            way = "backward"
+            zeros = {name: zero for name, zero in called.items() if zero is not None and logits.requires_grad}
+            gradients = torch.autograd.grad(logits.sum(), list(zeros.values()), allow_unused=True) if zeros else ()
         except UNSUPPORTED as error:
             if is_out_of_memory(error):
                 raise
             raise CoraError(
-                f"{type(inner).__name__} cannot be trained: its forward pass on the token ids of an example ends in {type(error).__name__} "
+                f"{type(inner).__name__} cannot be trained: its {way} pass on the token ids of an example ends in {type(error).__name__} "
                 f"({reason(error)})"
             ) from error
+    reached = {name for name, zero in called.items() if zero is None}
+    reached.update(name for name, gradient in zip(zeros, gradients, strict=True) if gradient is not None)
     for target in target_modules:
-        if not any(is_target(name, target) for name in called):
+        if not any(is_target(name, target) for name in reached):
+            why = (
+                "computes no gradient of what such layers return"
+                if any(is_target(name, target) for name in called)
+                else "applies the weight of such layers without calling them, which leaves out an adapter"
+            )
             raise CoraError(
-                f"target module {target!r} would train nothing: {type(inner).__name__} applies the weight of such layers without calling "
-                "them, which leaves out an adapter; leave it out of --target-modules"
+                f"target module {target!r} would train nothing: {type(inner).__name__} {why}; leave it out of --target-modules"
             )
 
 

@@ -13,11 +13,13 @@ from transformers import (
     DeepseekV3Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
     MllamaConfig,
     MllamaForConditionalGeneration,
+    ReformerConfig,
 )
 
 from cora_cli.adapters.export import export_adapter
@@ -277,6 +279,30 @@ def test_a_target_whose_layers_are_never_called_is_refused_by_name(family, named
     with pytest.raises(CoraError, match=f"target module '{named}' would train nothing: .* leave it out of --target-modules"):
         check_applied(model, ("in_proj", named), [1, 5, 7])
     check_applied(model, ("in_proj", "x_proj"), [1, 5, 7])
+
+
+def test_a_target_that_no_gradient_reaches_is_refused_by_name() -> None:
+    big_bird = AutoModelForCausalLM.from_config(build("big_bird")).eval()
+    with pytest.raises(
+        CoraError, match="'pooler' would train nothing: BigBirdForCausalLM computes no gradient of what such layers"
+    ):
+        check_applied(big_bird, ("query", "pooler"), [1, 5, 7])
+    assert all(weight.requires_grad for weight in big_bird.parameters())
+    assert not big_bird.training
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4, "attention_head_size": 8, "feed_forward_size": 48}
+    reformer = ReformerConfig(is_decoder=True, attn_layers=["local"], axial_pos_embds=False, **sizes)
+    with pytest.raises(CoraError, match="'query' would train nothing: ReformerModelWithLMHead computes no gradient"):
+        check_applied(AutoModelForCausalLM.from_config(reformer), ("query",), [1, 5, 7])
+
+
+def test_a_target_that_is_called_in_evaluation_only_is_refused_by_name() -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": [48], "num_attention_heads": 4}
+    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99, "laurel_rank": 4, "num_kv_shared_layers": 0}
+    config = Gemma3nTextConfig(**sizes, **own, layer_types=["full_attention"], activation_sparsity_pattern=[0.0], head_dim=8)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    check_applied(model, ("q_proj",), [1, 5, 7])
+    with pytest.raises(CoraError, match=r"'correction_coefs' would train nothing: .* without calling them"):
+        check_applied(model, ("q_proj", "correction_coefs"), [1, 5, 7])
 
 
 def test_a_model_whose_forward_pass_fails_is_refused_with_what_it_raised():
