@@ -15,6 +15,8 @@ NOISE = ("drop", "jitter")
 """Parts of the names of settings that make a model in training random."""
 _ROUTING = ("phimoe", "router_jitter_noise")
 """A family and its setting that is named like noise and decides, in evaluation too, which experts share a token; see `route_as_evaluated`."""
+RESCALED = "rescale_prenorm_residual"
+"""Mamba's setting by which its first weights are drawn."""
 WINDOWS = (
     *("sliding_window", "sliding_window_size", "window_size", "attention_chunk_size", "local_attention"),
     *("attention_window", "attention_window_size", "index_topk"),
@@ -61,9 +63,12 @@ def _forget_uses(config: Any) -> None:
     """Leave out of a configuration what it states about the use of the model it was saved from, rather than about the model.
 
     Such as outputs as tuples, an attention kernel that may not be installed here, or a type of numbers in which no model can be created,
-    such as float8: what the weights are stored as, their files say.
+    such as float8: what the weights are stored as, their files say. And how first weights are drawn, by which transformers divides stored ones
+    of Mamba's kin as it loads them.
     """
     for part in parts_of(config):
+        if hasattr(part, RESCALED):
+            setattr(part, RESCALED, False)
         part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
         if getattr(part, "_attn_implementation", None) not in (None, "eager", "sdpa"):
             part._attn_implementation = None

@@ -19,7 +19,7 @@ from cora_cli import writing
 from cora_cli.errors import CoraError, is_out_of_memory, reason
 from cora_cli.models.causality import require_causal
 from cora_cli.models.checkpoint import PLAIN_TYPES, Checkpoint, check_type, finite, is_wrapped, load_pickle
-from cora_cli.models.configuration import keep_scales, load_configuration
+from cora_cli.models.configuration import RESCALED, keep_scales, load_configuration
 from cora_cli.models.quantized import (
     PLAIN_COPY,
     ask_for_plain,
@@ -118,6 +118,11 @@ def load_model(
         )
     require_causal(loaded, model.reference)
     keep_scales(loaded)
+    if model.config().get(RESCALED) and "mamba" in loaded.config.model_type:
+        say(
+            f"{model.reference}: its weights are used as they are stored; transformers by itself divides those of out_proj as it loads them, because "
+            f"config.json sets {RESCALED}: set that to false for what else uses the model"
+        )
     _check_complete(model, checkpoint, loaded, report, quantized)
     for name, weight in loaded.named_parameters():
         # Others have their scales apart; so have torchao's tensors, whatever type they show.

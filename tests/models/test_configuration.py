@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV4Config,
     DeepseekV32Config,
     Gemma3Config,
@@ -34,6 +35,7 @@ from cora_cli.models.configuration import (
 from cora_cli.models.loading import context_length, load_model, load_tokenizer
 from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.models.skeleton import build_skeleton, skeleton_of
+from tests.training.families import build
 
 LONGROPE = {
     "rope_type": "longrope",
@@ -76,6 +78,18 @@ def test_the_layers_of_rwkv_keep_their_weights_in_evaluation(tmp_path: Path) -> 
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, plain.train()(input_ids=ids).logits)
     assert all(torch.equal(weight, before[name]) for name, weight in loaded.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
+def test_weights_of_mamba_are_those_of_the_file(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers divides them by the root of the number of layers once more as it loads them."""
+    config = build(family)
+    config.rescale_prenorm_residual = True
+    stored_model = AutoModelForCausalLM.from_config(config)
+    stored_model.save_pretrained(tmp_path)
+    loaded = load_model(ModelPath("m", tmp_path, None), torch.float32, torch.device("cpu"), None)
+    assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in stored_model.state_dict().items())
+    assert "set that to false" in capsys.readouterr().err
 
 
 def test_a_loss_on_the_routing_of_experts_is_found(tmp_path: Path) -> None:
