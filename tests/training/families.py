@@ -8,6 +8,7 @@ import dataclasses
 import io
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from cora_cli.data.encode import Example
 from cora_cli.device import Hardware, select_packed_attention
 from cora_cli.evaluation.generate import transformers_engine
 from cora_cli.methods.parts.layers import factors_of, linear_weight, lora_layers
-from cora_cli.models.configuration import remove_dropout, route_as_evaluated
+from cora_cli.models.configuration import load_configuration, remove_dropout, route_as_evaluated
 from cora_cli.models.fused import VIEWS, fused_views
+from cora_cli.models.loading import load_model
+from cora_cli.models.references import ModelPath
 from cora_cli.models.skeleton import build_skeleton
 from cora_cli.render.markdown_table import markdown_table
 from cora_cli.training.batching import choose_batching
@@ -265,18 +268,16 @@ NOT_ADAPTED = ("out_proj", "dt_proj", "router")
 
 
 def measure(family: str) -> Measured:
-    """Treat a family as `train`, `evaluate` and `merge` do, in float32, and compare."""
+    """Treat a family as `train`, `evaluate` and `merge` do, in float32, and compare with models of transformers that this program did not touch."""
     examples, prompts = _examples(), _prompts()
-    config = build(family)
-    remove_dropout(config)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    route_as_evaluated(model)
-    answers, engine = _answers(model, prompts)
-    alone = [_answers_alone(model, prompt) for prompt in prompts]
+    stored = AutoModelForCausalLM.from_config(build(family)).eval()
+    evaluated, model = _loaded(stored, trains=False), _loaded(stored, trains=True)
+    answers, engine = _answers(evaluated, prompts)
+    alone = [_answers_alone(stored, prompt) for prompt in prompts]
 
-    batching = choose_batching(model, select_packed_attention("cpu"), examples, HARDWARE)
-    plain = _plain(model, build(family), "eager" if batching.form.kind == "packed" else batching.attention)
+    batching = choose_batching(model, select_packed_attention("cpu"), examples, HARDWARE, trains=True)
+    plain = _plain(stored, build(family), "eager" if batching.form.kind == "packed" else batching.attention)
     expected = [_loss_alone(plain, example) for example in examples]
     held_out = held_out_loss(model, examples, HARDWARE, batching.form).nll
     model.train()
@@ -314,8 +315,22 @@ def _random(tokens: int, generator: torch.Generator) -> list[int]:
     return found
 
 
+def _loaded(stored: Any, trains: bool) -> Any:
+    """The model as `evaluate` loads it from its files, or as `train` does."""
+    with tempfile.TemporaryDirectory() as folder:
+        stored.save_pretrained(folder)
+        path = ModelPath(stored.config.model_type, Path(folder), None)
+        config = load_configuration(path)
+        if trains:
+            remove_dropout(config)
+        model = load_model(path, torch.float32, HARDWARE.device, None, config=config)
+    if trains:
+        route_as_evaluated(model)
+    return model
+
+
 def _plain(model: Any, config: Any, attention: str) -> Any:
-    """The same model in an attention of transformers, with what its configuration states of dropout, which evaluation leaves out."""
+    """The same model in another attention of transformers, with what its configuration states of dropout, which evaluation leaves out."""
     plain = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     plain.load_state_dict(model.state_dict())
     return plain
