@@ -128,13 +128,11 @@ def _as_lora(
     method = config.peft_type.value
     if is_lora:
         method = "DoRA" if facts is None or config.use_dora else f"mode {facts.plan.mode}"
-    none = CoraError(
-        f"{adapter.reference} uses {method}, which has no equivalent LoRA; `cora merge` writes it as a plain model"
-    )
+    none = f"{adapter.reference} uses {method}, which has no equivalent LoRA"
     # PEFT does not convert AdaLoRA, although its B·diag(E)·A is a LoRA, pruned or not.
     converts = wrapped.supports_lora_conversion() or isinstance(config, AdaLoraConfig)
     if ours is None or is_lora or not converts:
-        raise none
+        raise CoraError(f"{none}; {_instead(wrapped)}")
     also = [*(config.modules_to_save or ()), *(["biases"] if getattr(config, "bias", "none") != "none" else [])]
     if also:
         raise CoraError(
@@ -146,12 +144,22 @@ def _as_lora(
         with torch.no_grad():
             factors = {name: _factors(_delta(layer)) for name, layer in layers}
     except (TypeError, NotImplementedError) as error:  # PEFT cannot compute this layer's ΔW, or needs an input for it
-        raise none from error
+        raise CoraError(f"{none}; {_instead(wrapped)}") from error
     # PEFT's own conversion wants one rank that no layer's dimensions are below.
     state, rank = plain_factors(factors)
     transposed = any(stores_transposed(layer) for _, layer in layers)
     targets = copy.copy(config.target_modules)
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=transposed), state
+
+
+def _instead(wrapped: PeftModel) -> str:
+    """What serves an adapter that is no LoRA, by whether a layer of it can be merged; `wrapped` is of no more use."""
+    try:
+        layer: Any = next(module for _, module in adapted_layers(wrapped))
+        layer.merge()
+    except (ValueError, RuntimeError):  # as `merge_and_unload` raises; NotImplementedError is one of them
+        return "`cora evaluate`, on transformers, evaluates it as it is"
+    return "`cora merge` writes it as a plain model"
 
 
 @torch.no_grad()

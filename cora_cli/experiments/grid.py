@@ -201,6 +201,8 @@ def build_grid(values: Mapping[str, Any], where: str, preset: str | None = None,
     _is_name(grid.name, "name", problems)
     if not grid.model:
         problems.append("model is missing; set it to the base model that every row trains or evaluates")
+    if not values.get("datasets"):
+        problems.append("datasets is missing; write a line `name: reference` for each data set below it")
     if problems:
         raise UsageError(f"grid file {where}: {'; '.join(dict.fromkeys(problems))}")
     return grid

@@ -337,9 +337,8 @@ def _average(ensemble: int | None, laplace: Values | None) -> str:
 def _dataset(name: str | None, scope: Scope, where: str, problems: list[str]) -> str:
     if name is None and len(scope.datasets) == 1:
         return scope.datasets[0]
-    if name not in scope.datasets:
-        known = ", ".join(scope.datasets) or "nothing"
-        problems.append(f"{where}: dataset must be one of {known}, not {name!r}")
+    if scope.datasets and name not in scope.datasets:  # a grid without any is a problem of its own
+        problems.append(f"{where}: dataset must be one of {', '.join(scope.datasets)}, not {name!r}")
     return name or ""
 
 

@@ -96,6 +96,19 @@ def test_a_method_of_which_peft_makes_no_lora_is_refused_by_its_name(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize(("method", "options"), [("LILY", {"stride_A": 1, "num_B": 2}), ("BEFT", {})])
+def test_a_method_that_cannot_be_merged_is_not_said_to_be(
+    method: str, options: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    config: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    get_peft_model(base, config(target_modules=["v_proj"], **options)).save_pretrained(tmp_path / "adapter")
+    result = cora("export", tmp_path / "adapter", "-o", tmp_path / "lora")
+    assert result.exit_code == 1
+    assert f"uses {method}, which has no equivalent LoRA; `cora evaluate`, on transformers" in " ".join(result.stderr.split())
+    assert cora("merge", tmp_path / "adapter", "-o", tmp_path / "merged").exit_code == 1
+
+
 def test_a_prompt_is_not_said_to_be_one_that_merge_writes(tiny_model: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.PROMPT_TUNING](num_virtual_tokens=3, task_type="CAUSAL_LM")

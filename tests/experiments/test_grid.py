@@ -141,6 +141,7 @@ def test_an_invalid_block_is_refused(block: Any, message: str) -> None:
     [
         ({"modle": "x"}, "unknown key 'modle' (did you mean model?)"),
         ({"model": None}, "model is missing"),
+        ({"datasets": None}, "datasets is missing; write a line"),
         ({"models": {"a b": "x"}, "grid": []}, "'a b' is not a valid name"),
         ({"models": {"x": {"max_steps": 2}}}, "models: x has training settings but no dataset"),
         ({"models": {"x": {"dataset": "d", "mode": "fb"}}}, "models: x: mode must be one of lora, full, not 'fb'"),
