@@ -218,7 +218,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"{path}, line {number}", parse_json(line)
             except Malformed as error:
-                raise CoraError(f"{path}, line {number}: not valid JSON ({error}): {line.strip()[:60]!r}") from error
+                opens = "; a file whose records take several lines holds an array of them and has the ending .json"
+                hint = opens if line.strip() in ("[", "{", "[{") else ""
+                raise CoraError(f"{path}, line {number}: not valid JSON ({error}): {line.strip()[:60]!r}{hint}") from error
 
 
 def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, Any]]:

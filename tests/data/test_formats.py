@@ -142,6 +142,12 @@ def test_a_bad_jsonl_line_is_named_also_after_blank_lines(bad, found, tmp_path):
     assert found in message
 
 
+@pytest.mark.parametrize("opening", ["[\n", "{\n", "[{\n"])
+def test_records_over_several_lines_are_sent_to_the_ending_json(opening, tmp_path):
+    message = failure(tmp_path / "a.jsonl", f'{opening} "prompt": "a", "completion": "b"}}\n')
+    assert message.endswith("a file whose records take several lines holds an array of them and has the ending .json")
+
+
 @pytest.mark.parametrize(
     ("content", "line", "found"),
     [
