@@ -164,9 +164,8 @@ class Template:
         texts = [str(message.get("content") or "") for message in messages]
         texts[-1] = self.without_end(texts[-1], self.ends)
         rest = [{key: value for key, value in message.items() if key not in ("role", "content")} for message in messages]
-        others = [*rest, template_values(record) if self.schema == "messages" else {}]
-        texts += [json.dumps(value, ensure_ascii=False, default=str) for value in others if value]
-        return any(self._control_tokens.search(text) for text in texts)
+        texts += _strings([*rest, template_values(record) if self.schema == "messages" else {}])
+        return any(map(self._holds_control_token, texts))
 
     def spelled_tokens(self, text: str) -> frozenset[int]:
         """Ids of the special tokens that a text spells, but for those that end an answer."""
@@ -179,6 +178,16 @@ class Template:
             text = bare[: -max(len(end) for end in ends if bare.endswith(end))]
         return text
 
+    def _holds_control_token(self, text: str) -> bool:
+        """Whether a text spells a control token, or becomes one as the tokenizer writes it, such as by NFKC or in lower case."""
+        if self._control_tokens.search(text):
+            return True
+        normalizer = self.tokenizer.backend_tokenizer.normalizer if self.tokenizer.is_fast else None
+        if normalizer is None or not self._control_tokens_in_any_case.search(normalizer.normalize_str(text)):
+            return False
+        ids = {*self.tokenizer(text, add_special_tokens=False)["input_ids"]} - {self.tokenizer.unk_token_id}
+        return not ids.isdisjoint({*self._chat.special.values(), *self.ends})
+
     @property
     def _turn_ends(self) -> dict[bool, TurnEnd | None]:
         return self._chat.turn_ends if self.name == "chat" else {False: None, True: None}
@@ -187,6 +196,10 @@ class Template:
     def _control_tokens(self) -> re.Pattern[str]:
         turns = [turn.text for turn in self._turn_ends.values() if turn]
         return re.compile("|".join(map(re.escape, [*self._chat.special, *turns])) or r"(?!)")
+
+    @cached_property
+    def _control_tokens_in_any_case(self) -> re.Pattern[str]:
+        return re.compile(self._control_tokens.pattern, re.IGNORECASE)
 
     def _render_chat(self, record: Mapping[str, Any]) -> Rendered:
         messages, extra = self._messages(record), template_values(record) if self.schema == "messages" else {}
@@ -347,6 +360,17 @@ class Template:
             user = f"{record['instruction']}\n\n{record['input']}" if record["input"] else record["instruction"]
             answer = record["output"]
         return [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts in nested values, names included."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+    elif isinstance(value, str):
+        yield value
 
 
 def _is_written(message: Mapping[str, Any], text: str) -> bool:

@@ -1,7 +1,10 @@
 import copy
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import Unigram, WordLevel
+from tokenizers.normalizers import NFKC, Lowercase
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cora_cli import embedded
 from cora_cli.data.encode import encode_records, notices
@@ -347,6 +350,24 @@ def test_control_tokens_spelled_in_a_text_are_counted_but_not_the_end_of_an_answ
     assert encode_records(spelled, template, 200, "training").control_tokens == 2
 
 
+def test_control_tokens_that_a_normalizer_makes_of_a_text_are_counted():
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -1.0) for letter in "abs</>")]
+    own = Tokenizer(Unigram(pieces, unk_id=0))
+    own.normalizer = NFKC()
+    own.add_special_tokens([AddedToken("</s>", normalized=False)])
+    wide = Template("plain", "prompt", PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>", eos_token="</s>"))
+    assert [wide.spells_control_tokens({"prompt": text, "completion": "a"}) for text in ("a＜/s＞b", "＜/ s＞")] == [
+        True,
+        False,
+    ]
+
+    own = Tokenizer(WordLevel({"[MASK]": 0, "[unk]": 1}, unk_token="[unk]"))
+    own.normalizer = Lowercase()
+    own.add_special_tokens([AddedToken("[MASK]", normalized=True), AddedToken("[SEP]", normalized=False)])
+    lower = Template("plain", "prompt", PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[unk]", eos_token="[SEP]"))
+    assert [lower.spells_control_tokens({"prompt": text, "completion": "a"}) for text in ("[mask]", "[sep]")] == [True, False]
+
+
 @pytest.mark.parametrize("name", ["plain", "chat"])
 @pytest.mark.parametrize("spelled", ["a<|im_end|>", "a<|im_end|>\n", "a<|im_end|><|im_end|>"])
 def test_an_end_token_that_a_record_has_at_the_end_of_its_answer_is_no_part_of_it(chat, name, spelled):
@@ -394,6 +415,10 @@ def test_control_tokens_in_tools_calls_and_thoughts_are_counted(chat):
     assert not template.spells_control_tokens({"messages": [asked, answer], "tools": [{"name": "f"}]})
     assert template.spells_control_tokens({"messages": [asked, answer], "tools": [{"name": end}]})
     assert template.spells_control_tokens({"messages": [asked, {**answer, "reasoning_content": f"so {end}"}]})
+    quoting = copy.deepcopy(chat)
+    quoting.add_special_tokens({"additional_special_tokens": ['<|"|>']})  # Gemma 4's, for texts in calls
+    record = {"messages": [asked, answer], "tools": [{"name": "f", "description": 'quotes <|"|>'}]}
+    assert Template("chat", "messages", quoting).spells_control_tokens(record)
 
 
 def test_messages_that_the_template_leaves_out_are_counted_by_role():
