@@ -13,7 +13,7 @@ from typing import Any
 
 from cora_cli.data.answer import Conversation, continued, lead_of
 from cora_cli.data.chat import CLOCK, PROBE, THOUGHTS, ChatTemplate, TurnEnd, UnsteadyTemplate, with_arguments, with_names
-from cora_cli.data.records import Record, Schema, place_of, template_values, turns
+from cora_cli.data.records import TEMPLATE_COLUMNS, Record, Schema, place_of, template_values, turns
 from cora_cli.errors import CoraError, reason
 from cora_cli.limits import bounded
 from cora_cli.settings import TemplateName, today
@@ -145,15 +145,34 @@ class Template:
         return self._chat.end_as_text if self.name == "chat" else None
 
     def unread(self, records: Iterable[Record]) -> list[str]:
-        """The names in `records` that the chat template does not mention: variables such as `tools`, and entries of messages."""
+        """The names in `records` that the chat template does not mention or write: variables such as `tools`, and entries of messages."""
         if self.name != "chat" or self.schema != "messages":
             return []
-        unread: set[str] = set()
+        records = list(records)
+        unread = {name for name in TEMPLATE_COLUMNS[:2] if self._is_without_effect(name, records)}
         for record in records:
             values = template_values(record)
             given = {name for message in record["messages"] for name, value in message.items() if value is not None}
             unread |= (values.keys() | given) - {"role", "content", "weight"} - self._chat.words[bool(values.get("tools"))]
         return sorted(unread)
+
+    def _is_without_effect(self, name: str, records: Iterable[Record]) -> bool:
+        """Whether the chat template writes all prompts of `records` with a variable, which some have, as without it."""
+        found = False
+        for record in records:
+            values = template_values(record)
+            if name in values:
+                rest = {other: value for other, value in values.items() if other != name}
+                earlier, found = self._messages(record)[:-1], True
+                try:
+                    one, other = (self._chat.apply(earlier, extra, add_generation_prompt=True) for extra in (values, rest))
+                except CoraError:
+                    raise
+                except Exception:  # a template may need it
+                    return False
+                if one != other:
+                    return False
+        return found
 
     def spells_control_tokens(self, record: Mapping[str, Any]) -> bool:
         """Whether a text of the record spells a control token, which the tokenizer takes for the token itself.
@@ -410,4 +429,4 @@ def plain_notice(tokenizer: Any) -> str:
 
 def unread_notice(names: Sequence[str]) -> str:
     """Says that `Template.unread` found `names`."""
-    return f"the chat template does not mention {', '.join(names)}, so the prompts and answers have nothing of it"
+    return f"the chat template does not write {', '.join(names)}, so the prompts and answers have nothing of it"

@@ -200,6 +200,15 @@ def test_what_the_chat_template_does_not_mention_is_listed():
     assert Template("alpaca", "alpaca", mentioned).unread([Record({"instruction": "a", "output": "b"})]) == []
 
 
+@pytest.mark.parametrize(
+    "before", ["{% set tools = [] %}" + TOOLS, "Use no tools. ", "{% if messages[0].tools %}{{ tools }}{% endif %}"]
+)
+def test_tools_that_the_chat_template_mentions_but_does_not_write_are_listed(before):
+    records = [Record(TALK), Record({**TALK, "tools": [{"name": "clock"}]})]
+    assert Template("chat", "messages", with_template(before + CHATML)).unread(records) == ["tools"]
+    assert Template("chat", "messages", with_template(before + CHATML)).unread(records[:1]) == []
+
+
 def test_a_block_that_the_template_puts_before_an_answer_is_trained_but_no_part_of_the_reference():
     thinking = CHATML.replace(
         "{{ m['content'] }}", "{% if loop.last and m['role'] == 'assistant' %}" + BLOCK + "{% endif %}{{ m['content'] }}"
