@@ -117,12 +117,12 @@ def quiet_libraries() -> None:
 def variable_behind(error: BaseException) -> str | None:
     """The name of the environment variable at which a library failed.
 
-    It is set, and stands with its value in the message, or in a line of code that the error passed through; or it alone has the value that the
-    message of an error during an import quotes.
+    It is set, and stands in the message with its value or with what it must be, or in a line of code that the error passed through; or it alone
+    has the value that the message of an error during an import quotes.
     """
     said, frames = str(error), traceback.extract_tb(error.__traceback__)
     for name in re.findall(r"[A-Z][A-Z0-9]*_[A-Z0-9_]+", said):
-        if os.environ.get(name, "") and os.environ[name] in said:
+        if os.environ.get(name, "") and (os.environ[name] in said or f"{name} must be " in said):
             return str(name)
     for frame in reversed(frames):
         for name in re.findall(r"(?:environ|getenv)\S*?[\"']([A-Z][A-Z0-9_]+)[\"']", frame.line or ""):

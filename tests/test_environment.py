@@ -137,6 +137,11 @@ def test_a_launcher_s_numbers_are_numbers(name: str, value: str, monkeypatch: py
             "the environment variable HF_HUB_DOWNLOAD_TIMEOUT is 'soon', which a library cannot use",
         ),
         ("TORCH_LOGS", "nonsense", "the environment variable TORCH_LOGS is 'nonsense', which a library cannot use"),
+        (
+            "TORCH_DISTRIBUTED_DEBUG",
+            "yes",
+            "the environment variable TORCH_DISTRIBUTED_DEBUG is 'yes', which a library cannot use",
+        ),
         ("TQDM_MININTERVAL", "often", "the environment variable TQDM_MININTERVAL is 'often', which a library cannot use"),
         ("PYTHONOPTIMIZE", "2", "unset the environment variable PYTHONOPTIMIZE"),
         (

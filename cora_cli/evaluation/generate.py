@@ -199,9 +199,8 @@ def say_left_out(model: ModelPath) -> None:
 
     Sampling is none of them, since `--temperature` decides about it.
     """
-    stated = (
-        model.generation_config() or model.config()
-    )  # where there is no file of its own, transformers takes them from the latter
+    # Where there is no file of its own, transformers takes them from the model's configuration and that of its text part.
+    stated = model.generation_config() or model.language_config()
     found = {
         name: stated[name] for name, neutral in _NEUTRAL.items() if stated.get(name) is not None and stated[name] not in neutral
     }

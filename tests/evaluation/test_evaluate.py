@@ -23,9 +23,10 @@ from cora_cli.evaluation import backend
 from cora_cli.evaluation import evaluate as module
 from cora_cli.evaluation.config import EvaluateConfig
 from cora_cli.evaluation.evaluate import evaluate
+from cora_cli.evaluation.generate import say_left_out
 from cora_cli.evaluation.metrics import TEXT_NAMES
 from cora_cli.evaluation.scoring import Evaluation, paired_differences
-from cora_cli.models.references import resolve_model
+from cora_cli.models.references import ModelPath, resolve_model
 from cora_cli.reading import read_json, read_jsonl
 from cora_cli.rundir import EvaluationDirectory, RunDirectory
 
@@ -222,6 +223,15 @@ def test_settings_of_the_model_for_its_answers_that_decoding_leaves_out_are_name
         assert (said in capsys.readouterr().err) == bool(changed)
     answers = [read_jsonl(EvaluationDirectory(tmp_path / f"out-{count}").predictions) for count in (5, 0)]
     assert answers[0] == answers[1]
+
+
+def test_settings_for_answers_in_the_configuration_of_a_text_part_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nested = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "repetition_penalty": 1.5}}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    say_left_out(ModelPath("m", tmp_path, None))
+    assert "m sets repetition_penalty 1.5 for its answers" in capsys.readouterr().err
 
 
 def test_no_room_for_any_prompt_is_refused(tiny_model: Path, records: Path, tmp_path: Path) -> None:
