@@ -5,7 +5,7 @@ combines an adapter with its base model.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -116,8 +116,9 @@ class AdapterFactors:
         self._full_keys = {names.get(module, module): key for module, key in self._full_keys.items()}
         self.hidden = {names.get(module, module) for module in self.hidden}
 
-    def set_apart(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-        """Leave out the factors of parameters that are no weights of the base's modules, such as those of experts. `shapes` holds these modules.
+    def set_apart(self, shapes: Mapping[str, tuple[int, int]], others: Collection[str]) -> dict[str, str]:
+        """Leave out the factors of what is no weight of the base's modules: of parameters, such as those of experts, and of modules of other
+        modalities, which are `others`. `shapes` holds the base's modules.
 
         Returns why their weights cannot be read, for the modules whose weight PEFT adapts as a parameter.
         """
@@ -125,7 +126,9 @@ class AdapterFactors:
         faults = {}
         for module in list(self._keys):
             owner = _OF_PARAMETER.sub("", module)
-            if owner in shapes:
+            if owner in others:
+                adapted = True
+            elif owner in shapes:
                 adapted = any(f".{owner}.weight".endswith(f".{parameter}") for parameter in parameters)
             else:
                 adapted = bool(ONE_EXPERT.search(owner)) or any(owner.endswith(name.rpartition(".")[0]) for name in parameters)

@@ -13,7 +13,7 @@ from cora_cli.errors import CoraError
 from cora_cli.models.checkpoint import Checkpoint
 from cora_cli.models.fused import fused_views
 from cora_cli.models.references import ModelPath
-from cora_cli.models.skeleton import skeleton_of
+from cora_cli.models.skeleton import other_modalities, skeleton_of
 from cora_cli.weights.sources import AdapterSource, ModelSource, WeightSource, architecture_of, view_shapes
 
 
@@ -26,8 +26,9 @@ class PlannedSource(WeightSource):
         self.shapes = {}
         self._bytes: dict[str, int] = {}
         skeleton = skeleton_of(model).model
+        self.others = other_modalities(skeleton)
         for name, module in skeleton.named_modules():
-            if isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding):
+            if name not in self.others and isinstance(module, torch.nn.Linear | Conv1D | torch.nn.Embedding):
                 rows, columns = module.weight.shape
                 self.shapes[name] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
                 self._bytes[name] = module.weight.element_size()

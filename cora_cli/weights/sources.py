@@ -44,7 +44,7 @@ class WeightSource(abc.ABC):
 
     `transposed` holds the modules whose layer stores its weight as (in, out), `skipped` the names in the files of weights that are no
     module of the language model: those of other modalities, and those that the loaded model does not take as they are, such as fused
-    experts. `views` says which of the modules are rows of another, such as GPT-2's `c_attn.q_proj` of its `c_attn`; both are listed. `biases` names those
+    experts; `others` holds the modules of other modalities. `views` says which of the modules are rows of another, such as GPT-2's `c_attn.q_proj` of its `c_attn`; both are listed. `biases` names those
     that an adapter trained. `faults` says by module what keeps a layer's weight from being read: missing, of another shape, or with tensors next to
     it that would change it.
     """
@@ -54,6 +54,7 @@ class WeightSource(abc.ABC):
     architecture: dict[str, Any]
     transposed: frozenset[str] = frozenset()
     skipped: Sequence[str] = ()
+    others: frozenset[str] = frozenset()
     views: Mapping[str, View] = MappingProxyType({})
     biases: Sequence[str] = ()
     faults: Mapping[str, str] = MappingProxyType({})
@@ -166,7 +167,9 @@ class ModelSource(WeightSource):
             raise CoraError(f"{model.reference} is stored quantised; use a copy with weights in bf16, fp16 or fp32")
         self._checkpoint = Checkpoint(model)
         self._digests: dict[str, str] = {}
-        self._keys, self.shapes, self.transposed, self.faults, self.views = loaded_matrices(model, self._checkpoint)
+        self._keys, self.shapes, self.transposed, self.faults, self.views, self.others = loaded_matrices(
+            model, self._checkpoint
+        )
         self.skipped = sorted(set(_matrices(self._checkpoint)) - set(self._keys.values()))
 
     def read(self, module: str) -> torch.Tensor:
@@ -221,10 +224,11 @@ class AdapterSource(WeightSource):
         self._base_is_own = base is None
         self.base = base or _open_base(model)
         self.architecture, self.skipped, self.views = self.base.architecture, self.base.skipped, self.base.views
+        self.others = self.base.others
         self._layouts = {view.fused: view.layout for view in self.views.values()}
         if self._own.changed - self.base.shapes.keys():
             self._own.rename(self.renamed_modules(self._own.changed))
-        apart = self._own.set_apart(self.base.shapes)
+        apart = self._own.set_apart(self.base.shapes, self.others)
         self._own.check_full(self.base.shapes, self.base.transposed)
         # A fully saved module may be larger than the base's (new tokens) or absent from the base (a tied or new head).
         shapes = self.base.shapes | self._own.full
@@ -335,9 +339,10 @@ def _open_base(adapter: ModelPath) -> WeightSource:
 
 def loaded_matrices(
     model: ModelPath, checkpoint: Checkpoint
-) -> tuple[dict[str, str], dict[str, tuple[int, int]], frozenset[str], dict[str, str], dict[str, View]]:
+) -> tuple[dict[str, str], dict[str, tuple[int, int]], frozenset[str], dict[str, str], dict[str, View], frozenset[str]]:
     """The key in the files of each weight matrix of the loaded language model, by module; the shape (out, in) of each, and of the views
-    of fused projections; the modules that store their weight as (in, out); what keeps layers from being read, by module; and the views.
+    of fused projections; the modules that store their weight as (in, out); what keeps layers from being read, by module; the views; and the
+    modules of other modalities.
 
     A model that transformers does not know without code of its own keeps the names of its files, and has no views. Raises `CoraError`
     where the configuration of one that it knows describes none, or one of a type that is no causal language model.
@@ -346,6 +351,7 @@ def loaded_matrices(
     names, transposed = {key: key for key in stored}, frozenset[str]()
     shared: dict[str, list[str]] = {}
     views: dict[str, View] = {}
+    others = frozenset[str]()
     try:
         skeleton = skeleton_of(model)
     except CoraError:
@@ -369,7 +375,7 @@ def loaded_matrices(
     oriented = {module: (a, b) if module not in transposed else (b, a) for module, (a, b) in shapes.items()}
     faults |= {name: faults[view.fused] for name, view in views.items() if view.fused in faults}
     views = {name: view for name, view in views.items() if view.fused in keys}
-    return keys, oriented | view_shapes(views, oriented), transposed, faults, views
+    return keys, oriented | view_shapes(views, oriented), transposed, faults, views, others
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:

@@ -8,7 +8,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from cora_cli.adapters.facts import AdapterFacts
 from cora_cli.adapters.install import install_adapter
@@ -19,6 +27,7 @@ from cora_cli.device import select_hardware
 from cora_cli.errors import CoraError
 from cora_cli.extraction.extract import extract_basis
 from cora_cli.inspection.inspect import inspect
+from cora_cli.weights.planned import PlannedSource
 from cora_cli.weights.sources import open_source
 from tests.methods.helpers import plan_of
 from tests.weights.helpers import make_llama
@@ -536,3 +545,24 @@ def test_what_peft_stores_twice_of_a_resized_vocabulary_is_read_once(tmp_path: P
     source = open_source(local(tmp_path / "adapter"), open_source(local(tmp_path / "base")))
     assert torch.equal(source.read("lm_head"), stored["base_model.model.lm_head.weight"].double())
     assert not any("modules_to_save" in module or "original_module" in module for module in source.shapes)
+
+
+def test_layers_of_images_that_a_peft_adapter_changes_are_left_out_of_a_basis(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8}
+    config = Gemma3Config(text_config=text, vision_config={**sizes, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    source = open_source(local(tmp_path / "adapter"))
+    (module,) = source.targets(["q_proj"])
+    merged = adapted.merge_and_unload().get_submodule(module).weight
+    assert torch.allclose(source.read(module).float(), merged, atol=1e-6)
+    source.say_left_out(["q_proj"])
+    assert "1 weights are left out, such as vision_tower.encoder.layers.0.self_attn.q_proj.weight" in capsys.readouterr().err
+    assert not source.changes_only([module], source.base)
+    assert PlannedSource(local(tmp_path / "base")).targets(["q_proj"]) == [module]
