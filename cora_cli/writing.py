@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -26,15 +27,29 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LINES_KEPT = "the lines before are kept"
 
 
-def disk_error(error: OSError, path: Path, left: str = "no partial file was left behind") -> CoraError:
-    """Turn an operating system error from writing `path` into a one-sentence `CoraError`, which ends with what is `left` where the disk is full."""
-    if error.errno in _FULL:
-        return CoraError(f"the disk is full: {path} could not be written ({error.strerror}); {left}")
-    return CoraError(f"{path} cannot be written: {error.strerror or error}")
+def disk_error(error: Exception, path: Path, left: str = "no partial file was left behind") -> CoraError:
+    """Turn an error from writing `path` into a one-sentence `CoraError`, which ends with what is `left` where there is no room for more."""
+    said = getattr(error, "strerror", None) or error
+    if is_disk_full(error):
+        return CoraError(f"{what_is_full(error)}: {path} could not be written ({said}); {left}")
+    return CoraError(f"{path} cannot be written: {said}")
+
+
+def what_is_full(error: BaseException) -> str:
+    """What leaves no room, where `is_disk_full` holds: the disk, this user's part of it, or a single file, for which torch has the same words."""
+    code = error.errno if isinstance(error, OSError) else None
+    too_large = "a file would be larger than `ulimit -f` or the file system allows"
+    if code == errno.EFBIG or "File too large" in str(error):
+        return too_large
+    if code == errno.EDQUOT or "Disk quota" in str(error):
+        return "the disk quota is used up"
+    told = code is not None or "No space left" in str(error)
+    limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return f"the disk is full, or {too_large}" if limited and not told else "the disk is full"
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error means that the disk is full; each library words this differently."""
+    """Whether an error means that there is no room to write; each library words this differently."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     signs = (
@@ -72,9 +87,9 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
             raise
         raise disk_error(error, path) from error
     except Exception as error:
-        if isinstance(error, CoraError) or "No space left" not in str(error):
+        if isinstance(error, CoraError) or not is_disk_full(error):
             raise
-        raise disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path) from error  # safetensors has its own exception
+        raise disk_error(error, path) from error  # safetensors has its own exception
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

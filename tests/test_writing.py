@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from cora_cli import writing
 from cora_cli.errors import CoraError
@@ -77,17 +78,39 @@ def test_a_directory_replaces_another_whole_or_not_at_all(tmp_path):
     assert names(tmp_path) == ["adapter"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_is_called_by_its_name(code, tmp_path):
+TOO_LARGE = "a file would be larger than `ulimit -f` or the file system allows"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "refused"), "the disk is full"),
+        (OSError(errno.EDQUOT, "refused"), "the disk quota is used up"),
+        (OSError(errno.EFBIG, "refused"), TOO_LARGE),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), "the disk quota is used up"),
+        (SafetensorError("I/O error: File too large (os error 27)"), TOO_LARGE),
+        (RuntimeError("PytorchStreamWriter failed writing file"), "the disk is full"),
+    ],
+    ids=lambda value: f"{type(value).__name__} {value}" if isinstance(value, Exception) else "",
+)
+def test_what_leaves_no_room_for_a_file_is_called_by_its_name(error, said, tmp_path):
     def write():
         with atomic_path(tmp_path / "file") as temporary:
             temporary.write_text("half")
-            raise OSError(code, "refused")
+            raise error
 
-    with pytest.raises(CoraError, match=r"the disk is full: .*file could not be written .*no partial file was left behind"):
+    with pytest.raises(CoraError) as raised:
         write()
+    detail = getattr(error, "strerror", None) or error
+    assert str(raised.value) == f"{said}: {tmp_path}/file could not be written ({detail}); no partial file was left behind"
     assert names(tmp_path) == []
-    assert writing.is_disk_full(OSError(code, "refused"))
+
+
+def test_where_torch_cannot_tell_a_full_disk_from_a_limit_on_files_both_are_named(monkeypatch):
+    monkeypatch.setattr(writing.resource, "getrlimit", lambda _: (4096, 4096))
+    assert writing.what_is_full(RuntimeError("PytorchStreamWriter failed")) == f"the disk is full, or {TOO_LARGE}"
+    assert writing.what_is_full(OSError(errno.ENOSPC, "No space left on device")) == "the disk is full"
 
 
 def test_another_refusal_of_the_system_names_the_file(tmp_path):
@@ -129,29 +152,18 @@ def test_a_copy_that_fills_the_disk_is_about_what_it_writes_not_about_what_it_re
             temporary.mkdir()
             raise OSError(code, "No space left on device", "/source/config.json", None, str(temporary / "config.json"))
 
-    with pytest.raises(CoraError, match=r"the disk is full: \S+/folder could not be written"):
+    with pytest.raises(CoraError, match=r": \S+/folder could not be written"):
         copy()
     assert names(tmp_path) == []
 
 
-def test_a_disk_that_a_library_finds_full_in_its_own_words_is_called_full_with_the_place(tmp_path):
-    def write():
-        with atomic_path(tmp_path / "weights") as temporary:
-            temporary.touch()
-            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    with pytest.raises(CoraError, match=r"the disk is full: \S+/weights could not be written"):
-        write()
-    assert names(tmp_path) == []
-
-
 @pytest.mark.parametrize("call", ["write_text({path}, 'x' * 100_000)", "write_jsonl({path}, ['x' * 90] * 1000)"])
-def test_a_disk_that_fills_up_gives_one_sentence_and_keeps_the_old_file(call, tmp_path):
+def test_a_file_that_cannot_be_completed_gives_one_sentence_and_keeps_the_old_file(call, tmp_path):
     target = tmp_path / "file"
     target.write_text("old")
     script = textwrap.dedent(FULL_DISK).format(call=call.format(path=f"Path({str(target)!r})"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == f"the disk is full: {target} could not be written (File too large); no partial file was left behind\n"
+    assert done.stdout == f"{TOO_LARGE}: {target} could not be written (File too large); no partial file was left behind\n"
     assert names(tmp_path) == ["file"]
     assert target.read_text() == "old"
 

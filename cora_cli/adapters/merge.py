@@ -88,17 +88,12 @@ def merge_adapter(
     if tied and not _shares_head(merged):
         say(f"{adapter.reference} changes the embedding or the head, which were one weight: merged, each has its own")
     _round(merged, stored, adapter)
-    try:
-        with writing.atomic_path(output, replace=False) as temporary:
-            save_model(merged, base, temporary, trust_remote_code, ends=_ends(adapter, tokenizer))
-            if tokenizer is not None:
-                save_tokenizer(tokenizer, temporary)
-            carry_record(temporary, adapter, base)
-            carry_card(temporary, adapter, base, lost=lost)
-    except Exception as error:
-        if writing.is_disk_full(error):
-            raise writing.disk_error(OSError(28, "No space left on device"), output) from error
-        raise
+    with writing.atomic_path(output, replace=False) as temporary:
+        save_model(merged, base, temporary, trust_remote_code, ends=_ends(adapter, tokenizer))
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, temporary)
+        carry_record(temporary, adapter, base)
+        carry_card(temporary, adapter, base, lost=lost)
     return layers
 
 

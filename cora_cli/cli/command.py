@@ -109,7 +109,7 @@ def _lacking(error: Exception, detail: str) -> str | None:
             "No usable temporary directory" in detail,
             "there is no directory for temporary files that can be written; set the environment variable TMPDIR to one",
         ),
-        (writing.is_disk_full(error), f"the disk is full: {detail}"),
+        (writing.is_disk_full(error), f"{writing.what_is_full(error)}: {detail}"),
         (is_lost_process(error), str(lost_process(error))),
         (
             is_out_of_memory(error),

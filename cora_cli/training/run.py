@@ -389,5 +389,5 @@ def _explained(error: Exception, run: RunDirectory, config: TrainConfig, prepare
     if isinstance(error, torch.OutOfMemoryError):
         return CoraError(f"{out_of_memory(config, prepared)}; {where}")
     if writing.is_disk_full(error):
-        return CoraError(f"the disk is full or not writable: {run.root}; {where}")
+        return CoraError(f"{writing.what_is_full(error)}: {run.root} could not be written; {where}")
     return error

@@ -123,13 +123,13 @@ def test_a_model_that_computes_no_numbers_is_not_trained(
         pytest.param("full", 100_000, START | {"log.jsonl", "checkpoints"}, id="in the model"),
     ],
 )
-def test_a_full_disk_ends_the_run_with_one_sentence_and_leaves_whole_files(
+def test_a_file_that_cannot_be_written_ends_the_run_with_one_sentence_and_leaves_whole_files(
     mode: str, limit: int, written: set[str], tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     code, message = RunProcess(config_for(tiny_model, tiny_data, output, mode=mode), file_limit=limit).wait()
     assert (code, message.partition(":")[0]) == (1, "CoraError")
-    assert "the disk is full" in message
+    assert "a file would be larger than `ulimit -f`" in message
     assert "\n" not in message
     assert {path.name for path in output.glob("*")} == written
     assert checkpoint_names(output) == []
