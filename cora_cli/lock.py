@@ -39,8 +39,7 @@ def own_directory(out: Path, *parts: str) -> Iterator[int]:
     _refuse_place(out)
     if not writing.absolute(out).name:
         raise CoraError(f"{out} cannot be an output directory; choose a new or empty one")
-    if out.exists() and not out.is_dir():
-        raise CoraError(f"output directory {out} is a file; choose a new or empty directory")
+    writing.refuse_file(out)
     with _hold(out / ".lock", out) as descriptor:
         # A command that writes `out` all at once, such as `cora merge`, holds the file next to it.
         if pids := _holder_of(_next_to(out)):

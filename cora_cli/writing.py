@@ -139,6 +139,12 @@ def refuse_special(path: Path) -> None:
         raise CoraError(f"{path} is a device, a pipe or a socket, which cora does not replace by a file; choose another place")
 
 
+def refuse_file(directory: Path) -> None:
+    """Raise `CoraError` if `directory`, into which files are to be written, is a file."""
+    if directory.exists() and not directory.is_dir():
+        raise CoraError(f"output directory {directory} is a file; choose a new or empty directory")
+
+
 def refuse_broken_link(path: Path) -> None:
     """Raise `CoraError` if `path` is a symbolic link that leads nowhere: its name is not one that the hub should be asked for."""
     if path.is_symlink() and not path.exists():

@@ -92,12 +92,14 @@ def run(config: InspectConfig) -> None:
     from cora_cli.inspection.inspect import inspect
     from cora_cli.inspection.output import FILES, report
     from cora_cli.lock import own_directory
-    from cora_cli.writing import refuse_foreign
+    from cora_cli.writing import refuse_file, refuse_foreign
 
     asked = (config.inputs, config.base, config.rank, config.side, config.target_modules, config.runs)
     if config.dry_run:
         from cora_cli.inspection.preflight import preflight
 
+        if config.output_dir is not None:
+            refuse_file(Path(config.output_dir))
         show(preflight(*asked, planned_hardware(config.device, "auto").device, config.output_dir))
         return
     output_dir = Path(config.output_dir) if config.output_dir else None

@@ -58,6 +58,8 @@ def preflight(config: EvaluateConfig) -> list[Preflight]:
     hardware = planned_hardware(config.device, config.dtype)
     rate = _rate(Path(config.rate_from)) if config.rate_from is not None else None
     targets = find_targets(config)
+    for target in targets:
+        writing.refuse_file(target.output.root)
     trained = trained_prompts(targets)
     return [_plan(config, target, hardware, trained, rate) for target in targets]
 

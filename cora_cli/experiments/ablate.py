@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from cora_cli import writing
 from cora_cli.basis.choices import DEFAULT_TARGET_MODULES, BasisChoices
 from cora_cli.device import planned_hardware, select_hardware
 from cora_cli.errors import CoraError, UsageError
@@ -109,6 +110,7 @@ def dry_run(request: Request, width: int | None = None) -> str:
     """
     grid = request.load()
     out = request.place(grid)
+    writing.refuse_file(out)
     # Without earlier steps nothing is done yet, so there is no need to hash weights.
     inputs = find_inputs(grid, out / _HASHES if (out / "steps").is_dir() else None, weights=False)
     check_shapes(grid, inputs)

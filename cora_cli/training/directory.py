@@ -65,7 +65,8 @@ def is_replaced(run: RunDirectory, resume: bool) -> bool:
 
 
 def refuse_occupied(run: RunDirectory, resume: bool) -> None:
-    """Raise `CoraError` where other files, or a run that is not to be resumed, are in the way."""
+    """Raise `CoraError` where a file, other files, or a run that is not to be resumed, are in the way."""
+    writing.refuse_file(run.root)
     if not run.exists() and writing.holds_files(run.root):
         raise CoraError(f"output directory {run.root} contains other files; choose a new or empty directory")
     if run.exists() and not resume and not is_replaced(run, resume):

@@ -496,3 +496,18 @@ def test_a_failure_after_the_imports_is_not_blamed_on_a_package(capsys: pytest.C
     with pytest.raises(typer.Exit), clean_errors(debug=False):
         json.loads("{")
     assert "unexpected JSONDecodeError" in capsys.readouterr().err
+
+
+def test_a_dry_run_names_an_output_directory_that_is_a_file(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    dry_runs = {
+        "train": ["--model", tiny_model, "--dataset", tiny_data, "--mode", "lora", "--max-steps", 1],
+        "evaluate": ["--model", tiny_model, "--dataset", tiny_data],
+        "inspect": [tiny_model, "--rank", 2],
+        "ablate": ["honest", "--model", tiny_model, "--measure", 1],
+    }
+    for name, arguments in dry_runs.items():
+        done = CliRunner().invoke(app, [name, *map(str, arguments), "-o", str(file), "--dry-run", "--device", "cpu"])
+        assert f"output directory {file} is a file; choose a new or empty directory" in done.stderr, name
+        assert done.exit_code == (0 if name == "train" else 1)

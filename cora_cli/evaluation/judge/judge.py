@@ -52,6 +52,7 @@ class _Work:
 def price(config: JudgeConfig) -> Price:
     """What `judge` would send, by estimates of the tokens; sends and writes nothing."""
     work = _prepare(config)
+    writing.refuse_file(work.out.root)
     judgments = Judgments(work.out.judgments, {rubric.name: rubric for rubric in work.rubrics})
     distinct = {question.request_sha256: question for question in work.questions}
     open_ones = [question for key, question in distinct.items() if key not in judgments.judged]
