@@ -148,7 +148,17 @@ def package_behind(error: BaseException) -> str | None:
     package = (missing or str(frames[-1].f_globals.get("__name__", ""))).partition(".")[0]
     if package in ("", "__main__", "cora_cli", "transformers_modules"):
         return None
+    if "None" in said and (folder := _without_version()):
+        return f"the package {folder.name.partition('-')[0]} is damaged: {folder} states no version ({said})"
     return f"the package {package} cannot be imported ({said})"
+
+
+def _without_version() -> Path | None:
+    """The folder of an installed package whose METADATA is empty or missing, as an interrupted installation leaves it: its version is None to others."""
+    from importlib.metadata import PathDistribution
+
+    folders = (folder for place in sys.path for folder in sorted(Path(place or ".").glob("*.dist-info")))
+    return next((folder for folder in folders if not PathDistribution(folder).version), None)
 
 
 def variable_of_path(path: str) -> str | None:

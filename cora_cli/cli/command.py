@@ -98,7 +98,8 @@ def _lacking(error: Exception, detail: str) -> str | None:
     """What this machine or its processes lack, with the remedy; None for an error of another kind."""
     signs = (
         (
-            isinstance(error, RuntimeError) and "home directory" in detail,
+            # pathlib's words, and those of NLTK while it is imported
+            (isinstance(error, RuntimeError) and "home directory" in detail) or "default download directory" in detail,
             "the home directory of this user is not known; set the environment variable HOME",
         ),
         (

@@ -477,6 +477,32 @@ def test_a_package_that_breaks_when_it_is_imported_is_named(
     }
 
 
+def test_a_package_that_states_no_version_is_named_in_place_of_the_one_that_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "half_there-1.0.dist-info").mkdir()
+    (tmp_path / "half_there-1.0.dist-info" / "METADATA").touch()
+    asks = "from importlib.metadata import version\nfrom packaging.version import parse\nparse(str(version('half-there')))"
+    (tmp_path / "asks_for_it.py").write_text(asks)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(typer.Exit), clean_errors(debug=False):
+        importlib.import_module("asks_for_it")
+    assert capsys.readouterr().err == (
+        f"cora: error: the package half_there is damaged: {tmp_path}/half_there-1.0.dist-info states no version (Invalid version: 'None'); install a "
+        "version of it that fits the others, or uninstall it if nothing needs it\n"
+    )
+
+
+def test_an_unknown_home_is_said_to_be_the_reason_also_in_the_words_of_nltk(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        RuntimeError("Could not determine home directory."),
+        ValueError("Could not find a default download directory"),
+    ):
+        with pytest.raises(typer.Exit), clean_errors(debug=False):
+            raise words
+        assert "set the environment variable HOME\n" in capsys.readouterr().err
+
+
 def test_a_package_of_a_version_that_a_library_refuses_is_named_also_where_the_error_is_its_own_cause(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
